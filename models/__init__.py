@@ -1,0 +1,1 @@
+"""SuperViT: one vision transformer whose single set of weights runs at many costs."""

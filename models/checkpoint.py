@@ -1,0 +1,233 @@
+"""Weights and all that belongs to them in one file: our own format out and in, the published layouts in.
+
+Nothing in a file is ever executed, and whatever is wrong with one is a CheckpointError that names the file.
+"""
+
+import argparse
+import hashlib
+import os
+import pickle
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from models.flops import count_macs
+from models.profiles import ProfileTable, SubNetworkProfile
+from models.subnetwork import SuperViTConfig
+from models.supervit import DEIT_SMALL, LVVIT_SMALL, SuperViT
+
+HEADER_KEY = "supervit"
+NAMES_SHOWN = 4
+
+# ImageNet top-1 in percent by grid and then keep rate (paper, table 1); the largest sub-network comes last.
+PUBLISHED = {
+    "deit": (
+        "supervit_deit_small_patch16_224",
+        DEIT_SMALL,
+        (73.75, 75.28, 75.79, 77.32, 78.31, 78.53, 78.91, 79.62, 79.87, 79.95, 80.50, 80.62),
+    ),
+    "lvvit": (
+        "supervit_lvvit_small_patch16_224",
+        LVVIT_SMALL,
+        (76.64, 79.82, 80.71, 79.81, 81.73, 82.24, 81.12, 82.59, 82.94, 82.11, 83.15, 83.47),
+    ),
+}
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
+
+
+class UnreadableCheckpointError(CheckpointError):
+    """The file is missing, truncated, or no checkpoint at all."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """The file holds weights, but not those of the model that it claims to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What our own format says of its weights."""
+
+    name: str
+    config: SuperViTConfig
+    class_names: tuple[str, ...]
+    profile: ProfileTable
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) != self.config.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {self.config.num_classes} classes")
+        missing = set(self.config.subnetworks) - self.profile.by_subnetwork.keys()
+        if missing:
+            raise ValueError(f"the profile lacks {min(missing)}")
+
+
+_HEADER = TypeAdapter(Header)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+        name: what the model is called.
+        version: first 12 hex digits of the file's SHA-256, so that two files never pass for one another.
+        model: in eval mode, float32, on the CPU.
+        config: the architecture, its family and its preprocessing.
+        class_names: one per logit.
+        profile: cost and, where known, accuracy of each sub-network.
+    """
+
+    name: str
+    version: str
+    model: SuperViT
+    config: SuperViTConfig
+    class_names: tuple[str, ...]
+    profile: ProfileTable
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Load our own format, or a published DeiT-S or LV-ViT-S SuperViT checkpoint as it was released.
+
+    Raises:
+        UnreadableCheckpointError: there is no such file, it is cut short, or it is no checkpoint.
+        CheckpointMismatchError: weights are missing, unexpected, misshapen or not finite.
+    """
+    path = Path(path)
+    weights, header_json = _read(path)
+    if header_json is None:
+        header = _published_header(weights)
+    else:
+        try:
+            header = _HEADER.validate_json(header_json)
+        except ValidationError as error:
+            raise UnreadableCheckpointError(f"{path}: its header is not ours: {_first_problem(error)}") from error
+    with torch.device("meta"):
+        model = SuperViT(header.config)
+    _check_weights(path, weights, model.state_dict())
+    model.load_state_dict(weights, assign=True)
+    return Checkpoint(
+        header.name, _digest(path), model.eval(), header.config, header.class_names, header.profile
+    )
+
+
+def save_checkpoint(path: Path, model: SuperViT, header: Header) -> None:
+    """Write `model` in our own format; a crash half-way leaves whatever stood at `path`."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    partial = path.with_name(path.name + ".partial")
+    safetensors.torch.save_file(weights, partial, metadata={HEADER_KEY: _HEADER.dump_json(header).decode()})
+    os.replace(partial, path)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read the weights of any layout that `load_checkpoint` reads, or of a plain state dict, unchecked, in float32.
+
+    Raises:
+        UnreadableCheckpointError: as for `load_checkpoint`.
+    """
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    if not path.is_file():
+        raise UnreadableCheckpointError(f"{path}: no such file")
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        # A safetensors file opens with the length of its JSON header, eight bytes, and then the header itself.
+        weights, header = _read_safetensors(path) if start[8:] == b"{" else (_read_pickle(path), None)
+    except OSError as error:
+        raise UnreadableCheckpointError(f"{path}: cannot be read: {error}") from error
+    return {
+        name.removeprefix("module."): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }, header
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(HEADER_KEY)
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise UnreadableCheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the published files keep their options in one
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.PickleError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UnreadableCheckpointError(f"{path}: truncated, unsafe or not a checkpoint: {reason}") from error
+    # The published scripts evaluate 'state_dict_ema' (LV-ViT-S) and 'model' (DeiT-S, beside a 'model_ema').
+    if isinstance(content, dict):
+        for key in ("state_dict_ema", "state_dict", "model"):
+            if isinstance(content.get(key), dict):
+                content = content[key]
+                break
+    if not isinstance(content, dict) or not content:
+        raise UnreadableCheckpointError(f"{path}: holds {type(content).__name__}, not a state dict")
+    strange = [name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if strange:
+        raise UnreadableCheckpointError(f"{path}: not a state dict: {strange[0]!r} is no weight")
+    return content
+
+
+def _published_header(weights: dict[str, Tensor]) -> Header:
+    """Describe a published checkpoint; one fine-tuned to other classes keeps the architecture and loses the names."""
+    name, config, top1 = PUBLISHED["lvvit" if "patch_embed.conv1.weight" in weights else "deit"]
+    head = weights.get("head.weight")
+    if head is not None and head.ndim == 2 and head.shape[0] not in (0, config.num_classes):
+        config = replace(config, num_classes=head.shape[0])
+        class_names = tuple(f"class {index}" for index in range(config.num_classes))
+        return Header(name, config, class_names, ProfileTable.unmeasured(config))
+    rows = tuple(
+        SubNetworkProfile(subnetwork, count_macs(config, subnetwork), top1=round(percent / 100, 4))
+        for subnetwork, percent in zip(config.subnetworks, top1, strict=True)
+    )
+    return Header(name, config, tuple(ImageNetInfo().label_descriptions()), ProfileTable(rows))
+
+
+def _check_weights(path: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    misshapen = [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [name for name in weights if name not in expected],
+        "misshapen": misshapen,
+        "not finite": [name for name, tensor in weights.items() if not tensor.isfinite().all()],
+    }
+    found = [f"{_count(names, 'weight')} {problem}: {_some(names)}" for problem, names in problems.items() if names]
+    if found:
+        raise CheckpointMismatchError(f"{path}: {'; '.join(found)}")
+
+
+def _count(items: list[str], noun: str) -> str:
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg']}" if where else problem["msg"]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

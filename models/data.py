@@ -1,0 +1,173 @@
+"""Images as numbers: RGB conversion, the evaluation transform, the training augmentation, image folders.
+
+Training, evaluation and serving share `to_rgb`, `evaluation_transform` and `normalise`, so that what a checkpoint was
+measured on is what it is served with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import find_classes
+from torchvision.transforms import InterpolationMode
+
+from models.subnetwork import SuperViTConfig
+
+# Inputs up to this side are small pictures already: crop them with padding rather than rescale a random part.
+PADDED_CROP_SIDE_PX = 64
+# A longer picture is cut to this ratio around its centre before resizing, or a 1 x 100,000 px one would fill memory.
+MAX_ASPECT_RATIO = 8
+
+Sample = tuple[Tensor, int]
+
+
+class DataError(Exception):
+    """A data set cannot be used; the message names the folder or file and what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """How training images are varied.
+
+    Attributes:
+        rand_augment: timm's RandAugment description such as "rand-m9-mstd0.5-inc1"; None for none.
+        random_erasing: probability of erasing a rectangle.
+    """
+
+    rand_augment: str | None
+    random_erasing: float
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a decoded picture of any mode to RGB as a viewer would show it: upright, 8 bits, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16-bit grey; convert() would clip it to white
+        levels = np.asarray(image, dtype=np.float64) / 256
+        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+def evaluation_transform(config: SuperViTConfig) -> Callable[[Image.Image], Tensor]:
+    """Map an RGB picture of any size to (3, S, S) uint8: resize the shorter side, crop the centre.
+
+    Bicubic with antialiasing, in Pillow, as the published evaluations do.
+    """
+    side = config.image_side
+    steps: list[Callable[..., Any]] = [
+        _limit_aspect_ratio,
+        transforms.Resize(int(side / config.crop_fraction), InterpolationMode.BICUBIC),
+        transforms.CenterCrop(side),
+        transforms.PILToTensor(),
+    ]
+    return transforms.Compose(steps)
+
+
+def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Callable[[Image.Image], Tensor]:
+    """Map an RGB picture of any size to a random (3, S, S) float32 variation of it, normalised."""
+    side = config.image_side
+    steps: list[Callable[..., Any]] = []
+    if side <= PADDED_CROP_SIDE_PX:
+        steps += [
+            transforms.Resize(side, InterpolationMode.BICUBIC),
+            transforms.RandomCrop(side, padding=side // 8, pad_if_needed=True),
+        ]
+    else:
+        steps += [transforms.RandomResizedCrop(side, interpolation=InterpolationMode.BICUBIC)]
+    steps += [transforms.RandomHorizontalFlip()]
+    if augmentation.rand_augment:
+        fill = tuple(round(255 * channel) for channel in config.mean)
+        steps += [rand_augment_transform(augmentation.rand_augment, {"translate_const": side // 2, "img_mean": fill})]
+    steps += [transforms.ToTensor(), transforms.Normalize(config.mean, config.std)]
+    if augmentation.random_erasing:
+        steps += [RandomErasing(augmentation.random_erasing, mode="pixel", device="cpu")]
+    return transforms.Compose(steps)
+
+
+def normalise(images: Tensor, config: SuperViTConfig) -> Tensor:
+    """Scale (B, 3, S, S) uint8 images to [0, 1] and normalise them, float32, on their own device."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (config.mean, config.std))
+    return (images.float() / 255 - mean) / std
+
+
+def list_classes(folder: Path) -> tuple[str, ...]:
+    """Name the class folders of `folder`, in the order of their labels.
+
+    Raises:
+        DataError: there is no such folder, or it holds no class folders.
+    """
+    try:
+        return tuple(find_classes(folder)[0])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{folder}: not a folder of class folders: {error}") from error
+
+
+def open_folder(folder: Path, transform: Callable[[Image.Image], Tensor]) -> ImageFolder:
+    """Open a folder of class folders of images.
+
+    Raises:
+        DataError: there is none, or one of the classes has no images.
+    """
+    list_classes(folder)
+    try:
+        return ImageFolder(str(folder), transform, loader=_load_rgb)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder}: {error}") from error
+
+
+def open_training_data(
+    data: Path, config: SuperViTConfig, augmentation: Augmentation, holdout: float, seed: int
+) -> tuple[Dataset[Sample], Dataset[Sample]]:
+    """Open `data`/train for training, and what to watch meanwhile: `data`/val, or else a part held out from train.
+
+    A test/ folder is never looked at, so that it stays a test.
+
+    Args:
+        data: folder with train/ and perhaps val/, each of class folders.
+        config: for the transforms.
+        augmentation: of the training images.
+        holdout: fraction of train/ to hold out where there is no val/.
+        seed: of the choice of held-out images.
+
+    Raises:
+        DataError: a folder is unusable, or val/ has other classes than train/.
+    """
+    training = open_folder(data / "train", training_transform(config, augmentation))
+    if (data / "val").is_dir():
+        watched = open_folder(data / "val", evaluation_transform(config))
+        if watched.classes != training.classes:
+            raise DataError(f"{data / 'val'}: its class folders differ from those of train/")
+        return training, watched
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed)).tolist()
+    num_watched = max(1, round(holdout * len(order)))
+    watched = open_folder(data / "train", evaluation_transform(config))
+    return Subset(training, sorted(order[num_watched:])), Subset(watched, sorted(order[:num_watched]))
+
+
+def _load_rgb(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path}: not a readable image: {error}") from error
+
+
+def _limit_aspect_ratio(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    longest = MAX_ASPECT_RATIO * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, width - left, height - top))

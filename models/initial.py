@@ -1,0 +1,46 @@
+"""Weights to start a training from: another SuperViT, or a plain timm DeiT."""
+
+from pathlib import Path
+
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from models.checkpoint import CheckpointMismatchError, read_weights
+from models.supervit import SuperViT
+
+PER_CLASS = ("head.weight", "head.bias", "aux_head.weight", "aux_head.bias")
+
+
+def load_initial_weights(model: SuperViT, path: Path) -> None:
+    """Copy what `path` holds into `model`; a plain ViT's position embedding is resampled to every patch grid.
+
+    Heads of another number of classes keep their fresh weights.
+
+    Raises:
+        CheckpointError: the file is unreadable, or its other weights are not this model's.
+    """
+    weights = read_weights(path)
+    if "pos_embed" in weights:
+        weights = _from_plain_vit(weights, model.config.patch_grids)
+    own = model.state_dict()
+    for name in PER_CLASS:
+        if name in own and name in weights and weights[name].shape != own[name].shape:
+            del weights[name]
+    missing = sorted(own.keys() - weights.keys() - set(PER_CLASS))
+    misfit = sorted(name for name in weights if name not in own or weights[name].shape != own[name].shape)
+    if missing or misfit:
+        raise CheckpointMismatchError(
+            f"{path}: not weights of this model: {len(missing)} missing {missing[:3]}, {len(misfit)} that do not fit "
+            f"{misfit[:3]}"
+        )
+    model.load_state_dict(weights, strict=False)
+
+
+def _from_plain_vit(weights: dict[str, Tensor], patch_grids: tuple[int, ...]) -> dict[str, Tensor]:
+    """Turn the one position embedding of a plain ViT, (1, N, D), into one per patch grid."""
+    pos_embed = weights["pos_embed"]
+    others = {name: tensor for name, tensor in weights.items() if name != "pos_embed"}
+    return others | {
+        f"pos_embed_list.{index}": resample_abs_pos_embed(pos_embed, [grid, grid])
+        for index, grid in enumerate(patch_grids)
+    }

@@ -1,0 +1,98 @@
+"""The parts of a SuperViT: the convolutional stem, attention that can tell its class row, and the pruning block.
+
+The plain patch embedding, the MLP and drop path are timm's.
+"""
+
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.subnetwork import num_kept_patch_tokens
+from models.tokens import class_attention_scores, keep_top_tokens
+
+
+class ConvStem(nn.Module):
+    """The LV-ViT patch embedding (Jiang et al., NeurIPS 2021): three convolutions at half the side, then patches."""
+
+    def __init__(self, patch_kernel: int, stem_width: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, stem_width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem_width)
+        self.conv2 = nn.Conv2d(stem_width, stem_width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(stem_width)
+        self.conv3 = nn.Conv2d(stem_width, stem_width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(stem_width)
+        self.proj = nn.Conv2d(stem_width, width, patch_kernel // 2, stride=patch_kernel // 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed (B, 3, side, side) images as (B, patches, D) tokens, row by row."""
+        x = functional.relu(self.bn1(self.conv1(images)))
+        x = functional.relu(self.bn2(self.conv2(x)))
+        x = functional.relu(self.bn3(self.conv3(x)))
+        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return tokens
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that can also tell how much the class token attends to each patch token."""
+
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (width // num_heads) ** -0.5
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, with_scores: bool) -> tuple[Tensor, Tensor | None]:
+        """Attend over (B, N, D) tokens.
+
+        Returns:
+            (B, N, D) and, where asked for, the (B, N - 1) class attention of `class_attention_scores`.
+        """
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D / H)
+        scores = None
+        if self.training and x.device.type == "cpu":
+            # The backward pass of the fused kernel takes twice as long as explicit products on a CPU.
+            attention = ((query * self.scale) @ key.transpose(-2, -1)).softmax(dim=-1)
+            out = attention @ value
+            if with_scores:
+                scores = attention[:, :, 0, 1:].mean(dim=1)
+        else:
+            out = functional.scaled_dot_product_attention(query, key, value, scale=self.scale)
+            if with_scores:
+                scores = class_attention_scores(query, key, self.scale)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width)), scores
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block that can drop its least attended tokens between attention and MLP."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_width: int,
+        *,
+        qkv_bias: bool,
+        norm_eps: float,
+        skip_divisor: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.skip_divisor = skip_divisor
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attn = Attention(width, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = Mlp(width, mlp_width)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, keep_rate: float) -> Tensor:
+        """Map (B, N, D) tokens to (B, N', D), where N' < N if the keep rate is under 1 and N' = N at 1."""
+        attended, scores = self.attn(self.norm1(x), with_scores=keep_rate < 1)
+        x = x + self.drop_path(attended) / self.skip_divisor
+        if scores is not None:
+            x = keep_top_tokens(x, scores, num_kept_patch_tokens(x.shape[1], keep_rate))
+        mixed: Tensor = x + self.drop_path(self.mlp(self.norm2(x))) / self.skip_divisor
+        return mixed

@@ -1,0 +1,118 @@
+"""The training objective: which four sub-networks a step takes, and what each of them is asked to match."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.checkpoint import read_weights
+from models.subnetwork import SuperViTConfig
+from models.supervit import SuperViT
+
+ClassificationLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PairChoice:
+    """One grid, trained at keep rate 1 on the labels and at `keep_rate` on what keep rate 1 answered."""
+
+    patch_grid: int
+    keep_rate: float
+
+
+def sample_pairs(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoice, PairChoice]:
+    """Choose the four sub-networks of a step: the largest grid and a random smaller one, each whole and pruned.
+
+    A function of seed and step alone, so every process of a run takes the same ones, and so does a resumed run.
+    """
+    choice = random.Random(f"{seed}/{step}")
+    pruning_rates = config.keep_rates[:-1] or (1.0,)
+    smaller_grids = config.patch_grids[:-1] or config.patch_grids
+    return (
+        PairChoice(config.patch_grids[-1], choice.choice(pruning_rates)),
+        PairChoice(choice.choice(smaller_grids), choice.choice(pruning_rates)),
+    )
+
+
+class PairLoss(nn.Module):
+    """Two of the four losses of a step (paper, section 3.3): labels for the whole, distillation for the pruned."""
+
+    def __init__(self, model: SuperViT, classification_loss: ClassificationLoss) -> None:
+        super().__init__()
+        self.model = model
+        self.classification_loss = classification_loss
+
+    def forward(self, images: Tensor, targets: Tensor, pair: PairChoice) -> tuple[Tensor, Tensor]:
+        """Compute the losses of one pair.
+
+        Args:
+            images: (B, 3, S, S), normalised.
+            targets: (B,) class indices, or (B, classes) probabilities where labels were mixed.
+            pair: the grid and its reduced keep rate.
+
+        Returns:
+            The classification loss at keep rate 1, and the KL divergence (mean over the batch) of `pair.keep_rate`
+            from what keep rate 1 answered, which takes no gradient.
+        """
+        full, pruned = self.model.forward_pair(images, pair.patch_grid, pair.keep_rate)
+        full, pruned = full.float(), pruned.float()
+        soft_labels = full.detach().softmax(dim=1)
+        distillation = functional.kl_div(pruned.log_softmax(dim=1), soft_labels, reduction="batchmean")
+        return self.classification_loss(full, targets, images), distillation
+
+
+def label_loss(label_smoothing: float) -> ClassificationLoss:
+    """Cross entropy with labels; those already mixed into probabilities carry their smoothing with them."""
+
+    def loss(logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+        return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing if targets.ndim == 1 else 0.0)
+
+    return loss
+
+
+class Teacher(nn.Module):
+    """A plain timm classifier, frozen, that sees the student's images at its own size and normalisation."""
+
+    def __init__(self, name: str, weights: Path | None, config: SuperViTConfig) -> None:
+        """Load timm's `name`.
+
+        Args:
+            name: a timm model.
+            weights: a state dict for it; None for the weights that timm downloads.
+            config: the student, for its classes and the normalisation to undo.
+        """
+        super().__init__()
+        self.network = timm.create_model(name, pretrained=weights is None, num_classes=config.num_classes)
+        if weights is not None:
+            self.network.load_state_dict(read_weights(weights))
+        self.network.requires_grad_(False).eval()
+        data = timm.data.resolve_model_data_config(self.network)
+        self.side = data["input_size"][-1]
+        student_mean, student_std, mean, std = (
+            torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std, data["mean"], data["std"])
+        )
+        self.scale, self.shift = nn.Buffer(student_std / std), nn.Buffer((student_mean - mean) / std)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Answer (B, classes) probabilities for the student's (B, 3, S, S) images."""
+        images = images * self.scale + self.shift
+        if images.shape[-1] != self.side:
+            images = functional.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True)
+        logits: Tensor = self.network(images)
+        return logits.float().softmax(dim=1)
+
+
+def teacher_loss(labels: ClassificationLoss, teacher: Teacher, weight: float) -> ClassificationLoss:
+    """Mix the label loss with the KL divergence from the teacher's answer, which takes the share `weight`."""
+
+    def loss(logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+        divergence = functional.kl_div(logits.log_softmax(dim=1), teacher(images), reduction="batchmean")
+        return (1 - weight) * labels(logits, targets, images) + weight * divergence
+
+    return loss

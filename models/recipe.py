@@ -1,0 +1,109 @@
+"""The options of a training run, with defaults that follow the size of the data set. Holds values, trains nothing."""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from models.subnetwork import SuperViTConfig
+
+# Between CIFAR (50,000) and ImageNet (1.28 million): above it, the strong augmentation of DeiT pays.
+LARGE_DATASET_IMAGES = 200_000
+
+# Rates are per 512 images of a step. "large" is the published DeiT recipe; "small" is for tens of thousands of images.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "large": {
+        "epochs": 300,
+        "learning_rate": 5e-4,
+        "batch_size": 256,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "rand_augment": "rand-m9-mstd0.5-inc1",
+        "random_erasing": 0.25,
+        "drop_path": 0.1,
+        "ema_decay": 0.99996,
+        "augmentation_repeats": 3,
+    },
+    "small": {
+        "epochs": 100,
+        "learning_rate": 4e-3,
+        "batch_size": 128,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "rand_augment": "",
+        "random_erasing": 0.0,
+        "drop_path": 0.0,
+        "ema_decay": 0.999,
+        "augmentation_repeats": 1,
+    },
+}
+
+
+@cache
+def _defaults(data: Path) -> dict[str, Any]:
+    num_images = sum(len(files) for _, _, files in os.walk(data / "train"))
+    return DEFAULTS["large" if num_images >= LARGE_DATASET_IMAGES else "small"]
+
+
+def _by_size(name: str, **constraints: Any) -> Any:  # noqa: ANN401 - as pydantic's Field
+    """Declare a field whose default follows the number of files under train/."""
+
+    def default(fields: dict[str, Any]) -> Any:  # noqa: ANN401 - of the field's own type
+        return _defaults(fields["data"])[name]
+
+    return Field(default_factory=default, **constraints)
+
+
+class Recipe(BaseModel):
+    """Options of `supervit train`. What is left out follows the size of the training set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Path = Field(description="folder with train/ and, where there is one, val/ or test/, of class folders")
+    output: Path = Field(description="folder for the checkpoint, the training state, the log and its picture")
+    resume: bool = Field(False, description="go on from the state in the output folder")
+
+    model: str = Field("supervit_lvvit_micro_patch4_32", description="a registered SuperViT")
+    width: PositiveInt | None = Field(None, description="token width instead of the model's")
+    depth: PositiveInt | None = Field(None, description="number of blocks instead of the model's")
+    num_heads: PositiveInt | None = Field(None, description="attention heads instead of the model's")
+    stem_width: PositiveInt | None = Field(None, description="channels of the convolutional stem instead of the model's")
+    patch_kernel: PositiveInt | None = Field(None, description="patch side in pixels instead of the model's")
+    patch_grids: tuple[int, ...] | None = Field(None, description="trained patch grids instead of the model's")
+    keep_rates: tuple[float, ...] | None = Field(None, description="trained keep rates instead of the model's")
+    prune_blocks: tuple[int, ...] | None = Field(None, description="blocks that prune instead of the model's")
+    init: Path | None = Field(None, description="weights to start from: a SuperViT checkpoint or a plain timm DeiT")
+
+    teacher: str | None = Field(None, description="timm model to distil from, e.g. regnety_160")
+    teacher_checkpoint: Path | None = Field(None, description="the teacher's weights; timm's own where left out")
+    teacher_weight: float = Field(0.5, ge=0, le=1, description="share of the teacher in the classification loss")
+
+    epochs: PositiveInt = _by_size("epochs", description="passes over the training images")
+    batch_size: PositiveInt = _by_size("batch_size", description="images per step and process")
+    learning_rate: float = _by_size("learning_rate", gt=0, description="peak rate per 512 images of a step")
+    warmup_epochs: float = Field(5, ge=0, description="epochs of linear warm-up, at most a tenth of the run")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay of matrices")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="probability mass spread over all classes")
+    mixup: float = _by_size("mixup", ge=0, description="mixup alpha; 0 for none")
+    cutmix: float = _by_size("cutmix", ge=0, description="cutmix alpha; 0 for none")
+    rand_augment: str = _by_size("rand_augment", description='timm RandAugment, e.g. rand-m9-mstd0.5-inc1; "" for none')
+    random_erasing: float = _by_size("random_erasing", ge=0, le=1, description="probability of erasing a rectangle")
+    augmentation_repeats: PositiveInt = _by_size("augmentation_repeats", description="times each picked image appears in an epoch")
+    drop_path: float = _by_size("drop_path", ge=0, lt=1, description="stochastic depth of the last block")
+    ema_decay: float = _by_size("ema_decay", ge=0, lt=1, description="decay of the averaged weights that are saved")
+
+    holdout: float = Field(
+        0.02, gt=0, lt=1, description="part of train/ watched during training where there is no val/ folder"
+    )
+    seed: int = Field(0, ge=0, description="seed of weights, order and augmentation")
+    workers: int = Field(2, ge=0, description="processes that decode images")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
+    precision: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the products in a training step")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The fields of the model's SuperViTConfig that this recipe replaces."""
+        shared = self.model_fields_set & set(SuperViTConfig.__dataclass_fields__)
+        return {name: getattr(self, name) for name in shared if getattr(self, name) is not None}

@@ -1,0 +1,151 @@
+"""The family of shapes that one set of SuperViT weights can take, and the one rule for token counts.
+
+Pure values: no torch here, so that policies, simulators and tables can be used without it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Flavour = Literal["deit", "lvvit"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SubNetwork:
+    """One shape of the shared weights.
+
+    Attributes:
+        patch_grid: patches per side of the resized image, at least 1.
+        keep_rate: fraction of the tokens that each prune block keeps, in (0, 1]; 1 prunes nothing.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    patch_grid: int
+    keep_rate: float
+
+    def __post_init__(self) -> None:
+        if self.patch_grid < 1:
+            raise ValueError(f"patch grid must be at least 1, not {self.patch_grid}")
+        if not 0 < self.keep_rate <= 1:
+            raise ValueError(f"keep rate must be in (0, 1], not {self.keep_rate}")
+
+    def __str__(self) -> str:
+        return f"grid {self.patch_grid} at keep rate {self.keep_rate:g}"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that enter the first block, class token included."""
+        return self.patch_grid**2 + 1
+
+
+def num_kept_patch_tokens(num_tokens: int, keep_rate: float) -> int:
+    """Patch tokens that a prune block leaves of `num_tokens` (class token included): ceil(rate * N), at most N - 1."""
+    return min(math.ceil(keep_rate * num_tokens), num_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class SuperViTConfig:
+    """Everything that fixes the architecture, its family of sub-networks and its preprocessing.
+
+    Attributes:
+        flavour: "deit" (one patch convolution, exact GELU, qkv bias) or "lvvit" (convolutional stem with batch norm,
+            no qkv bias, residual branches halved, auxiliary head on the patch tokens).
+        width: D, the length of a token; a multiple of `num_heads`.
+        depth: transformer blocks.
+        num_heads: attention heads H.
+        mlp_ratio: hidden width of the MLP over D.
+        patch_kernel: side in pixels of the square that one patch token sees; even for "lvvit", whose stem halves first.
+        patch_grids: the trained grids, strictly ascending; the largest sees the image at full size.
+        keep_rates: the trained keep rates, strictly ascending in (0, 1], ending in 1.
+        prune_blocks: 0-based blocks that prune when the keep rate is under 1.
+        num_classes: length of the logits.
+        stem_width: channels of the "lvvit" stem; unused by "deit".
+        mean, std: per RGB channel, of values in [0, 1].
+        crop_fraction: side of the evaluation crop over the shorter side of the resized image, in (0, 1].
+
+    Raises:
+        ValueError: the values contradict one another.
+    """
+
+    flavour: Flavour = "deit"
+    width: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    patch_kernel: int = 16
+    patch_grids: tuple[int, ...] = (8, 10, 12, 14)
+    keep_rates: tuple[float, ...] = (0.5, 0.7, 1.0)
+    prune_blocks: tuple[int, ...] = (3, 6, 9)
+    num_classes: int = 1000
+    stem_width: int = 64
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    crop_fraction: float = 0.875
+
+    def __post_init__(self) -> None:
+        if self.flavour not in ("deit", "lvvit"):
+            raise ValueError(f"flavour must be deit or lvvit, not {self.flavour!r}")
+        for name in ("width", "depth", "num_heads", "patch_kernel", "num_classes", "stem_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.num_heads} heads")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
+        if self.flavour == "lvvit" and self.patch_kernel % 2:
+            raise ValueError(f"the lvvit stem needs an even patch kernel, not {self.patch_kernel}")
+        if not _ascending(self.patch_grids) or self.patch_grids[0] < 2:
+            raise ValueError(f"patch grids must ascend from 2 or more: {self.patch_grids}")
+        if not _ascending(self.keep_rates) or self.keep_rates[0] <= 0 or self.keep_rates[-1] != 1:
+            raise ValueError(f"keep rates must ascend in (0, 1] and end in 1: {self.keep_rates}")
+        if any(not 0 <= block < self.depth for block in self.prune_blocks):
+            raise ValueError(f"prune blocks {self.prune_blocks} must lie in 0..{self.depth - 1}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError("mean and std need three values each, std above 0")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction must be in (0, 1], not {self.crop_fraction}")
+
+    @property
+    def image_side(self) -> int:
+        """S, the side in pixels of the full-size input."""
+        return self.patch_grids[-1] * self.patch_kernel
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def subnetworks(self) -> tuple[SubNetwork, ...]:
+        """The trained family, by grid and then by keep rate."""
+        return tuple(SubNetwork(grid, rate) for grid in self.patch_grids for rate in self.keep_rates)
+
+    @property
+    def largest(self) -> SubNetwork:
+        """The sub-network that costs most: the largest grid, nothing pruned."""
+        return SubNetwork(self.patch_grids[-1], 1.0)
+
+    def patch_size_px(self, subnetwork: SubNetwork) -> float:
+        """Side of one patch of `subnetwork` in pixels of the full-size input: a coarser grid has larger patches."""
+        return self.image_side / subnetwork.patch_grid
+
+    def tokens_per_block(self, subnetwork: SubNetwork) -> tuple[tuple[int, int], ...]:
+        """For each block, the tokens that its attention and its MLP see, class token included (paper, section 3.2)."""
+        counts = []
+        tokens = subnetwork.num_tokens
+        for block in range(self.depth):
+            before = tokens
+            if block in self.prune_blocks and subnetwork.keep_rate < 1:
+                tokens = 1 + num_kept_patch_tokens(tokens, subnetwork.keep_rate)
+            counts.append((before, tokens))
+        return tuple(counts)
+
+
+def _ascending(values: Sequence[float]) -> bool:
+    return len(values) > 0 and all(low < high for low, high in zip(values, values[1:], strict=False))

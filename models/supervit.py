@@ -1,0 +1,186 @@
+"""SuperViT: one vision transformer, many sub-networks, one set of weights (Lin et al., IJCV 2023, arXiv 2205.11397).
+
+The forward pass takes its sub-network as an argument and remembers nothing between calls.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed, trunc_normal_
+from timm.models import register_model
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.layers import Block, ConvStem
+from models.subnetwork import SubNetwork, SuperViTConfig
+
+DEIT_SMALL = SuperViTConfig()
+LVVIT_SMALL = SuperViTConfig(flavour="lvvit", depth=16, mlp_ratio=3.0, crop_fraction=0.9)
+LVVIT_MICRO = SuperViTConfig(
+    flavour="lvvit",
+    width=128,
+    depth=6,
+    num_heads=4,
+    mlp_ratio=4.0,
+    patch_kernel=4,
+    patch_grids=(5, 6, 7, 8),
+    prune_blocks=(2, 3, 4),
+    num_classes=10,
+    crop_fraction=1.0,
+)
+
+# Facts of the published backbones that no checkpoint varies.
+NORM_EPS = {"deit": 1e-6, "lvvit": 1e-5}
+SKIP_DIVISOR = {"deit": 1.0, "lvvit": 2.0}
+AUX_HEAD_WEIGHT = 0.25
+
+
+class SuperViT(nn.Module):
+    """The shared-weight model.
+
+    Parameter names are those of the published checkpoints; `pos_embed_list.0` belongs to the smallest grid.
+    """
+
+    def __init__(self, config: SuperViTConfig, drop_path_rate: float = 0.0) -> None:
+        """Build the model with fresh weights.
+
+        Args:
+            config: the architecture.
+            drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
+        """
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        deit = config.flavour == "deit"
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.patch_embed: nn.Module = (
+            PatchEmbed(None, config.patch_kernel, embed_dim=config.width)
+            if deit
+            else ConvStem(config.patch_kernel, config.stem_width, config.width)
+        )
+        self.pos_embed_list = nn.ParameterList(
+            nn.Parameter(torch.zeros(1, grid**2 + 1, config.width)) for grid in config.patch_grids
+        )
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width,
+                config.num_heads,
+                config.mlp_width,
+                qkv_bias=deit,
+                norm_eps=NORM_EPS[config.flavour],
+                skip_divisor=SKIP_DIVISOR[config.flavour],
+                drop_path=drop_path_rate * block / max(1, config.depth - 1),
+            )
+            for block in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS[config.flavour])
+        self.head = nn.Linear(config.width, config.num_classes)
+        self.aux_head = None if deit else nn.Linear(config.width, config.num_classes)
+        self.apply(_init_weights)
+        trunc_normal_(self.cls_token, std=0.02)
+        for pos_embed in self.pos_embed_list:
+            trunc_normal_(pos_embed, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay must leave alone (timm's optimizer factory asks for them)."""
+        return {"cls_token", *(f"pos_embed_list.{i}" for i in range(len(self.pos_embed_list)))}
+
+    def forward(self, images: Tensor, subnetwork: SubNetwork | None = None) -> Tensor:
+        """Classify a batch through one sub-network.
+
+        Args:
+            images: (B, 3, S, S) float, normalised, at full size.
+            subnetwork: a trained patch grid with any keep rate in (0, 1]; the largest sub-network by default.
+
+        Returns:
+            (B, classes) logits.
+
+        Raises:
+            ValueError: the images are not (B, 3, S, S), or the grid has no position embedding.
+        """
+        subnetwork = subnetwork or self.config.largest
+        tokens = self.embed(images, subnetwork.patch_grid)
+        return self.classify(self.transform(tokens, subnetwork.keep_rate, 0, self.config.depth))
+
+    def forward_pair(self, images: Tensor, patch_grid: int, keep_rate: float) -> tuple[Tensor, Tensor]:
+        """Classify a batch at keep rate 1 and at `keep_rate`, computing what the two share once.
+
+        Both see the same tokens until the first block that prunes, so a training step that wants both saves the
+        embedding and those blocks, forwards and backwards.
+
+        Returns:
+            (B, classes) logits of (patch_grid, 1), and those of (patch_grid, keep_rate).
+        """
+        depth = self.config.depth
+        fork = min(self.config.prune_blocks, default=depth)
+        tokens = self.transform(self.embed(images, patch_grid), 1.0, 0, fork)
+        full, pruned = (self.classify(self.transform(tokens, rate, fork, depth)) for rate in (1.0, keep_rate))
+        return full, pruned
+
+    def embed(self, images: Tensor, patch_grid: int) -> Tensor:
+        """Resize (B, 3, S, S) images to the grid and embed them as (B, N, D) tokens, class token first."""
+        side = self.config.image_side
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ValueError(f"images must be (B, 3, {side}, {side}), not {tuple(images.shape)}")
+        if patch_grid not in self.config.patch_grids:
+            raise ValueError(f"patch grid {patch_grid} was not trained; it must be one of {self.config.patch_grids}")
+        if patch_grid != self.config.patch_grids[-1]:
+            grid_side = patch_grid * self.config.patch_kernel
+            images = functional.interpolate(images, (grid_side, grid_side), mode="bilinear", align_corners=True)
+        patches = self.patch_embed(images)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
+        embedded: Tensor = tokens + self.pos_embed_list[self.config.patch_grids.index(patch_grid)]
+        return embedded
+
+    def transform(self, tokens: Tensor, keep_rate: float, start: int, stop: int) -> Tensor:
+        """Run blocks start..stop-1 over (B, N, D) tokens; those that prune leave fewer of them."""
+        for index in range(start, stop):
+            tokens = self.blocks[index](tokens, keep_rate if index in self.config.prune_blocks else 1.0)
+        return tokens
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """Map the (B, N, D) tokens that the last block left to (B, classes) logits."""
+        tokens = self.norm(tokens)
+        logits: Tensor = self.head(tokens[:, 0])
+        if self.aux_head is not None:
+            logits = logits + AUX_HEAD_WEIGHT * self.aux_head(tokens[:, 1:]).amax(dim=1)
+        return logits
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _build(config: SuperViTConfig, pretrained: bool, options: dict[str, Any]) -> SuperViT:
+    if pretrained:
+        raise ValueError("no weights are hosted for this model; use models.checkpoint.load_checkpoint(path)")
+    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # create_model passes them to every model
+        options.pop(name, None)
+    drop_path_rate = options.pop("drop_path_rate", 0.0)
+    return SuperViT(replace(config, **options), drop_path_rate)
+
+
+@register_model
+def supervit_deit_small_patch16_224(pretrained: bool = False, **options: Any) -> SuperViT:  # noqa: ANN401 - timm's signature
+    """Build the published DeiT-S backbone; `options` are fields of SuperViTConfig and `drop_path_rate`."""
+    return _build(DEIT_SMALL, pretrained, options)
+
+
+@register_model
+def supervit_lvvit_small_patch16_224(pretrained: bool = False, **options: Any) -> SuperViT:  # noqa: ANN401 - timm's signature
+    """Build the published LV-ViT-S backbone; `options` are fields of SuperViTConfig and `drop_path_rate`."""
+    return _build(LVVIT_SMALL, pretrained, options)
+
+
+@register_model
+def supervit_lvvit_micro_patch4_32(pretrained: bool = False, **options: Any) -> SuperViT:  # noqa: ANN401 - timm's signature
+    """Build the small default for 32 px images; `options` are fields of SuperViTConfig and `drop_path_rate`."""
+    return _build(LVVIT_MICRO, pretrained, options)

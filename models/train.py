@@ -1,0 +1,320 @@
+"""Training: the paper's step over four sub-networks of one set of weights, and the loop around it.
+
+On several processes: `torchrun --nproc-per-node N -m service.cli train ...`. Everything random is a function of the
+seed, the epoch and the process, so a run that was cut short and resumed ends as it would have ended unbroken.
+"""
+
+import json
+import math
+import os
+import random
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.data import Mixup
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.optim import create_optimizer_v2
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from models.checkpoint import Header, save_checkpoint
+from models.data import Augmentation, Sample, list_classes, open_training_data
+from models.evaluate import measure_accuracy
+from models.initial import load_initial_weights
+from models.objective import PairLoss, Teacher, label_loss, sample_pairs, teacher_loss
+from models.plots import plot_training
+from models.profiles import ProfileTable
+from models.recipe import Recipe
+from models.supervit import SuperViT
+
+CHECKPOINT_NAME, STATE_NAME, LOG_NAME, PLOT_NAME = "checkpoint.safetensors", "state.pt", "log.jsonl", "training.png"
+FINAL_RATE, WARMUP_START_RATE = 1e-2, 1e-3  # fractions of the peak learning rate
+
+
+class TrainingError(Exception):
+    """A run cannot start or go on; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """Which of the processes of a run this is, and where it computes."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that saves, logs and prints."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything that changes while training; what is saved after an epoch is exactly this."""
+
+    model: SuperViT
+    average: ModelEmaV3
+    optimizer: torch.optim.Optimizer
+
+    def save(self, path: Path, epoch: int) -> None:
+        """Write the state after `epoch` epochs; a crash half-way leaves whatever stood at `path`."""
+        partial = path.with_suffix(".partial")
+        content = {
+            "epoch": epoch,
+            "model": self.model.state_dict(),
+            "average": self.average.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(content, partial)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> int:
+        """Read what `save` wrote and return how many epochs it had behind it.
+
+        Raises:
+            TrainingError: there is none, or it belongs to another model.
+        """
+        if not path.is_file():
+            raise TrainingError(f"{path}: nothing to resume")
+        content = torch.load(path, map_location=self.model.cls_token.device, weights_only=True)
+        try:
+            self.model.load_state_dict(content["model"])
+            self.average.module.load_state_dict(content["average"])
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise TrainingError(f"{path}: belongs to another model: {str(error).splitlines()[0]}") from error
+        return int(content["epoch"])
+
+
+def train(recipe: Recipe) -> Path:
+    """Run `recipe` to its end and return the path of the checkpoint, which holds the averaged weights.
+
+    Raises:
+        DataError: the data set is unusable.
+        CheckpointError: the weights to start from, or the teacher's, are.
+        TrainingError: the output folder is taken, there is nothing to resume, or the loss is no longer a number.
+    """
+    state_path = recipe.output / STATE_NAME
+    if state_path.exists() and not recipe.resume:
+        raise TrainingError(f"{recipe.output}: holds a run already; go on with --resume or name another folder")
+    process = join_processes(recipe.device)
+    class_names = list_classes(recipe.data / "train")
+    seed_everything(recipe.seed)  # every process starts from the same weights
+    model = build_model(recipe, len(class_names)).to(process.device)
+    augmentation = Augmentation(recipe.rand_augment or None, recipe.random_erasing)
+    training, watched = open_training_data(recipe.data, model.config, augmentation, recipe.holdout, recipe.seed)
+    loader, sampler = training_loader(recipe, training, process)
+    optimizer = create_optimizer_v2(model, opt="adamw", weight_decay=recipe.weight_decay)
+    state = State(model, ModelEmaV3(model, recipe.ema_decay, use_warmup=True), optimizer)
+    schedule = learning_rate_schedule(recipe, optimizer, len(loader), process.count)
+    pair_loss = build_pair_loss(recipe, model, process)
+    epochs_done = state.load(state_path) if recipe.resume else 0
+    for epoch in range(epochs_done + 1, recipe.epochs + 1):
+        seed_everything(recipe.seed, epoch, process.rank)
+        sampler.set_epoch(recipe.seed * 100_000 + epoch)
+        started_at = time.monotonic()
+        losses = train_epoch(recipe, state, pair_loss, schedule, loader, epoch, process)
+        if process.is_first:
+            record = {
+                "epoch": epoch,
+                "loss": losses,
+                "top1": watch(recipe, state.average.module, watched),
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "seconds": round(time.monotonic() - started_at, 1),
+            }
+            save_epoch(recipe, state, class_names, record)
+        if process.count > 1:
+            distributed.barrier()
+    return recipe.output / CHECKPOINT_NAME
+
+
+def join_processes(device: str) -> Process:
+    """Find out from torchrun's environment, if there is one, which process this is, and pick its device."""
+    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if count > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Process(rank, count, torch.device(device))
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed every generator that training draws from by what `parts` say together."""
+    seed = random.Random("/".join(map(str, parts))).getrandbits(32)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - timm's mixup draws from it
+    torch.manual_seed(seed)
+
+
+def build_model(recipe: Recipe, num_classes: int) -> SuperViT:
+    """Build the recipe's model, from scratch or from its initial weights."""
+    model = timm.create_model(
+        recipe.model, num_classes=num_classes, drop_path_rate=recipe.drop_path, **recipe.overrides
+    )
+    if not isinstance(model, SuperViT):
+        raise TrainingError(f"{recipe.model} is no SuperViT")
+    if recipe.init:
+        load_initial_weights(model, recipe.init)
+    return model
+
+
+def training_loader(
+    recipe: Recipe, training: Dataset[Sample], process: Process
+) -> tuple[DataLoader[Sample], RepeatAugSampler]:
+    """Batch this process's share of the training images in an order that its sampler's epoch fixes."""
+    sampler = RepeatAugSampler(
+        training, process.count, process.rank, num_repeats=recipe.augmentation_repeats, selected_round=0
+    )
+    if len(sampler) < recipe.batch_size:
+        raise TrainingError(f"{len(sampler)} training images per process do not fill a batch of {recipe.batch_size}")
+    pinned = process.device.type == "cuda"
+    loader = DataLoader(
+        training, recipe.batch_size, sampler=sampler, num_workers=recipe.workers, drop_last=True, pin_memory=pinned
+    )
+    return loader, sampler
+
+
+def learning_rate_schedule(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int, processes: int
+) -> CosineLRScheduler:
+    """Warm up linearly, then follow a cosine down, step by step; the peak grows with the images of a step."""
+    peak = recipe.learning_rate * recipe.batch_size * processes / 512
+    for group in optimizer.param_groups:
+        group["lr"] = peak
+    warmup_epochs = min(recipe.warmup_epochs, recipe.epochs / 10)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=recipe.epochs * steps_per_epoch,
+        lr_min=FINAL_RATE * peak,
+        warmup_t=round(warmup_epochs * steps_per_epoch),
+        warmup_lr_init=WARMUP_START_RATE * peak,
+        t_in_epochs=False,
+    )
+
+
+def build_pair_loss(recipe: Recipe, model: SuperViT, process: Process) -> PairLoss | DistributedDataParallel:
+    """Wrap the model in its losses and, where there are several processes, in what averages their gradients."""
+    loss = label_loss(recipe.label_smoothing)
+    if recipe.teacher:
+        teacher = Teacher(recipe.teacher, recipe.teacher_checkpoint, model.config).to(process.device)
+        loss = teacher_loss(loss, teacher, recipe.teacher_weight)
+    pair_loss = PairLoss(model, loss)
+    if process.count == 1:
+        return pair_loss
+    # A pair leaves the other grids' position embeddings unused.
+    return DistributedDataParallel(pair_loss, find_unused_parameters=True)
+
+
+def train_epoch(
+    recipe: Recipe,
+    state: State,
+    pair_loss: PairLoss | DistributedDataParallel,
+    schedule: CosineLRScheduler,
+    loader: DataLoader[Sample],
+    epoch: int,
+    process: Process,
+) -> dict[str, float]:
+    """Run one epoch and return the mean of each of the four losses by its name.
+
+    Raises:
+        TrainingError: a loss is no longer a number.
+    """
+    num_classes = state.model.num_classes
+    mix = (
+        Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=num_classes)
+        if recipe.mixup or recipe.cutmix
+        else None
+    )
+    autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+    state.model.train()
+    totals: dict[str, float] = {}
+    progress = tqdm(loader, f"epoch {epoch}/{recipe.epochs}", disable=not process.is_first, mininterval=1)
+    for step, (images, labels) in enumerate(progress, start=(epoch - 1) * len(loader)):
+        images, targets = images.to(process.device), labels.to(process.device)
+        if mix:
+            images, targets = mix(images, targets)
+        schedule.step_update(step)
+        losses = training_step(pair_loss, state.optimizer, images, targets, recipe.seed, step, autocast)
+        state.average.update(state.model, step + 1)
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss of the {name} became {loss} in step {step} of epoch {epoch}; the state before this "
+                    f"epoch is kept in {recipe.output}: resume with a lower --learning-rate or --precision float32"
+                )
+            totals[name] = totals.get(name, 0.0) + loss
+        progress.set_postfix({"loss": f"{sum(losses.values()):.3f}"})
+    return {name: total / len(loader) for name, total in totals.items()}
+
+
+def training_step(
+    pair_loss: PairLoss | DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    targets: Tensor,
+    seed: int,
+    step: int,
+    autocast: torch.autocast,
+) -> dict[str, float]:
+    """Sum the gradients of four sub-networks and take one optimiser step (paper, section 3.3).
+
+    Args:
+        pair_loss: computes two of the four losses from one of the two pairs.
+        optimizer: of the shared weights.
+        images: (B, 3, S, S), normalised, augmented.
+        targets: (B,) class indices or (B, classes) probabilities.
+        seed: fixes, with `step`, which sub-networks are trained.
+        step: counted over the whole run.
+        autocast: the precision of the forward pass.
+
+    Returns:
+        The four losses by name.
+    """
+    module = pair_loss.module if isinstance(pair_loss, DistributedDataParallel) else pair_loss
+    losses = {}
+    optimizer.zero_grad()
+    largest, smaller = sample_pairs(module.model.config, seed, step)
+    for name, pair in (("largest grid", largest), ("smaller grid", smaller)):
+        # Processes exchange gradients once a step, with the second pair's.
+        waits = isinstance(pair_loss, DistributedDataParallel) and pair is largest
+        with pair_loss.no_sync() if waits else nullcontext():
+            with autocast:
+                whole, pruned = pair_loss(images, targets, pair)
+            (whole + pruned).backward()
+        losses |= {name: whole.item(), f"{name}, pruned": pruned.item()}
+    optimizer.step()
+    return losses
+
+
+def watch(recipe: Recipe, model: SuperViT, watched: Dataset[Sample]) -> dict[str, float]:
+    """Measure the largest and the cheapest sub-network of the averaged weights on the images held out."""
+    profile = ProfileTable.unmeasured(model.config)
+    loader = DataLoader(watched, recipe.batch_size, num_workers=recipe.workers)
+    ends = (profile.cheapest.subnetwork, model.config.largest)
+    measured = measure_accuracy(model, loader, ends)
+    return {str(subnetwork): top1 for subnetwork, (top1, _) in measured.items()}
+
+
+def save_epoch(recipe: Recipe, state: State, class_names: tuple[str, ...], record: dict[str, Any]) -> None:
+    """Save checkpoint and state, add `record` to the log and draw it, in this order: the state decides on resuming."""
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    config = state.model.config
+    header = Header(recipe.output.resolve().name, config, class_names, ProfileTable.unmeasured(config))
+    save_checkpoint(recipe.output / CHECKPOINT_NAME, state.average.module, header)
+    state.save(recipe.output / STATE_NAME, record["epoch"])
+    log = recipe.output / LOG_NAME
+    past = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    records = [earlier for earlier in past if earlier["epoch"] < record["epoch"]] + [record]
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in records))
+    plot_training(records, recipe.output / PLOT_NAME)
