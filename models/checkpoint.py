@@ -113,9 +113,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         model = SuperViT(header.config)
     _check_weights(path, weights, model.state_dict())
     model.load_state_dict(weights, assign=True)
-    return Checkpoint(
-        header.name, _digest(path), model.eval(), header.config, header.class_names, header.profile
-    )
+    return Checkpoint(header.name, _digest(path), model.eval(), header.config, header.class_names, header.profile)
 
 
 def save_checkpoint(path: Path, model: SuperViT, header: Header) -> None:

@@ -49,7 +49,7 @@ class Augmentation:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a decoded picture of any mode to RGB as a viewer would show it: upright, 8 bits, transparency on white."""
+    """Convert a decoded picture of any mode to RGB as a viewer shows it: upright, 8 bits, transparency on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # 16-bit grey; convert() would clip it to white
         levels = np.asarray(image, dtype=np.float64) / 256
@@ -72,7 +72,8 @@ def evaluation_transform(config: SuperViTConfig) -> Callable[[Image.Image], Tens
         transforms.CenterCrop(side),
         transforms.PILToTensor(),
     ]
-    return transforms.Compose(steps)
+    composed: Callable[[Image.Image], Tensor] = transforms.Compose(steps)
+    return composed
 
 
 def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Callable[[Image.Image], Tensor]:
@@ -93,7 +94,8 @@ def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Ca
     steps += [transforms.ToTensor(), transforms.Normalize(config.mean, config.std)]
     if augmentation.random_erasing:
         steps += [RandomErasing(augmentation.random_erasing, mode="pixel", device="cpu")]
-    return transforms.Compose(steps)
+    composed: Callable[[Image.Image], Tensor] = transforms.Compose(steps)
+    return composed
 
 
 def normalise(images: Tensor, config: SuperViTConfig) -> Tensor:

@@ -1,7 +1,8 @@
-"""The training objective: which four sub-networks a step takes, and what each of them is asked to match."""
+"""The training step: which four sub-networks it takes, what each of them is asked to match, the update they share."""
 
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from models.checkpoint import read_weights
 from models.subnetwork import SuperViTConfig
@@ -69,7 +71,7 @@ class PairLoss(nn.Module):
 def label_loss(label_smoothing: float) -> ClassificationLoss:
     """Cross entropy with labels; those already mixed into probabilities carry their smoothing with them."""
 
-    def loss(logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+    def loss(logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:  # noqa: ARG001 - a teacher's loss needs them
         return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing if targets.ndim == 1 else 0.0)
 
     return loss
@@ -116,3 +118,46 @@ def teacher_loss(labels: ClassificationLoss, teacher: Teacher, weight: float) ->
         return (1 - weight) * labels(logits, targets, images) + weight * divergence
 
     return loss
+
+
+def training_step(
+    pair_loss: PairLoss | DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    targets: Tensor,
+    config: SuperViTConfig,
+    seed: int,
+    step: int,
+    autocast: torch.autocast,
+) -> dict[str, float]:
+    """Sum the gradients of four sub-networks and take one optimiser step (paper, section 3.3).
+
+    Args:
+        pair_loss: computes two of the four losses from one of the two pairs.
+        optimizer: of the shared weights.
+        images: (B, 3, S, S), normalised, augmented.
+        targets: (B,) class indices or (B, classes) probabilities.
+        config: of the shared weights.
+        seed: fixes, with `step`, which sub-networks are trained.
+        step: counted over the whole run.
+        autocast: the precision of the forward pass.
+
+    Returns:
+        The four losses by name.
+    """
+    losses: dict[str, float] = {}
+    optimizer.zero_grad()
+    largest, smaller = sample_pairs(config, seed, step)
+    for name, pair in (("largest grid", largest), ("smaller grid", smaller)):
+        # Processes exchange gradients once a step, with the second pair's.
+        with _gradients_kept_local(pair_loss) if pair is largest else nullcontext():
+            with autocast:
+                whole, pruned = pair_loss(images, targets, pair)
+            (whole + pruned).backward()
+        losses |= {name: whole.item(), f"{name}, pruned": pruned.item()}
+    optimizer.step()
+    return losses
+
+
+def _gradients_kept_local(pair_loss: PairLoss | DistributedDataParallel) -> AbstractContextManager[None]:
+    return pair_loss.no_sync() if isinstance(pair_loss, DistributedDataParallel) else nullcontext()

@@ -69,7 +69,9 @@ class Recipe(BaseModel):
     width: PositiveInt | None = Field(None, description="token width instead of the model's")
     depth: PositiveInt | None = Field(None, description="number of blocks instead of the model's")
     num_heads: PositiveInt | None = Field(None, description="attention heads instead of the model's")
-    stem_width: PositiveInt | None = Field(None, description="channels of the convolutional stem instead of the model's")
+    stem_width: PositiveInt | None = Field(
+        None, description="channels of the convolutional stem instead of the model's"
+    )
     patch_kernel: PositiveInt | None = Field(None, description="patch side in pixels instead of the model's")
     patch_grids: tuple[int, ...] | None = Field(None, description="trained patch grids instead of the model's")
     keep_rates: tuple[float, ...] | None = Field(None, description="trained keep rates instead of the model's")
@@ -90,7 +92,9 @@ class Recipe(BaseModel):
     cutmix: float = _by_size("cutmix", ge=0, description="cutmix alpha; 0 for none")
     rand_augment: str = _by_size("rand_augment", description='timm RandAugment, e.g. rand-m9-mstd0.5-inc1; "" for none')
     random_erasing: float = _by_size("random_erasing", ge=0, le=1, description="probability of erasing a rectangle")
-    augmentation_repeats: PositiveInt = _by_size("augmentation_repeats", description="times each picked image appears in an epoch")
+    augmentation_repeats: PositiveInt = _by_size(
+        "augmentation_repeats", description="times each picked image appears in an epoch"
+    )
     drop_path: float = _by_size("drop_path", ge=0, lt=1, description="stochastic depth of the last block")
     ema_decay: float = _by_size("ema_decay", ge=0, lt=1, description="decay of the averaged weights that are saved")
 

@@ -3,6 +3,7 @@
 Pure values: no torch here, so that policies, simulators and tables can be used without it.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,4 +149,4 @@ class SuperViTConfig:
 
 
 def _ascending(values: Sequence[float]) -> bool:
-    return len(values) > 0 and all(low < high for low, high in zip(values, values[1:], strict=False))
+    return len(values) > 0 and all(low < high for low, high in itertools.pairwise(values))

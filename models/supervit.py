@@ -168,19 +168,19 @@ def _build(config: SuperViTConfig, pretrained: bool, options: dict[str, Any]) ->
     return SuperViT(replace(config, **options), drop_path_rate)
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator] # timm's
 def supervit_deit_small_patch16_224(pretrained: bool = False, **options: Any) -> SuperViT:  # noqa: ANN401 - timm's signature
     """Build the published DeiT-S backbone; `options` are fields of SuperViTConfig and `drop_path_rate`."""
     return _build(DEIT_SMALL, pretrained, options)
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator] # timm's
 def supervit_lvvit_small_patch16_224(pretrained: bool = False, **options: Any) -> SuperViT:  # noqa: ANN401 - timm's signature
     """Build the published LV-ViT-S backbone; `options` are fields of SuperViTConfig and `drop_path_rate`."""
     return _build(LVVIT_SMALL, pretrained, options)
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator] # timm's
 def supervit_lvvit_micro_patch4_32(pretrained: bool = False, **options: Any) -> SuperViT:  # noqa: ANN401 - timm's signature
     """Build the small default for 32 px images; `options` are fields of SuperViTConfig and `drop_path_rate`."""
     return _build(LVVIT_MICRO, pretrained, options)

@@ -9,7 +9,6 @@ import math
 import os
 import random
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.optim import create_optimizer_v2
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, distributed
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from models.checkpoint import Header, save_checkpoint
 from models.data import Augmentation, Sample, list_classes, open_training_data
 from models.evaluate import measure_accuracy
 from models.initial import load_initial_weights
-from models.objective import PairLoss, Teacher, label_loss, sample_pairs, teacher_loss
+from models.objective import PairLoss, Teacher, label_loss, teacher_loss, training_step
 from models.plots import plot_training
 from models.profiles import ProfileTable
 from models.recipe import Recipe
@@ -230,9 +229,9 @@ def train_epoch(
     Raises:
         TrainingError: a loss is no longer a number.
     """
-    num_classes = state.model.num_classes
+    config = state.model.config
     mix = (
-        Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=num_classes)
+        Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=config.num_classes)
         if recipe.mixup or recipe.cutmix
         else None
     )
@@ -245,7 +244,7 @@ def train_epoch(
         if mix:
             images, targets = mix(images, targets)
         schedule.step_update(step)
-        losses = training_step(pair_loss, state.optimizer, images, targets, recipe.seed, step, autocast)
+        losses = training_step(pair_loss, state.optimizer, images, targets, config, recipe.seed, step, autocast)
         state.average.update(state.model, step + 1)
         for name, loss in losses.items():
             if not math.isfinite(loss):
@@ -256,45 +255,6 @@ def train_epoch(
             totals[name] = totals.get(name, 0.0) + loss
         progress.set_postfix({"loss": f"{sum(losses.values()):.3f}"})
     return {name: total / len(loader) for name, total in totals.items()}
-
-
-def training_step(
-    pair_loss: PairLoss | DistributedDataParallel,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    targets: Tensor,
-    seed: int,
-    step: int,
-    autocast: torch.autocast,
-) -> dict[str, float]:
-    """Sum the gradients of four sub-networks and take one optimiser step (paper, section 3.3).
-
-    Args:
-        pair_loss: computes two of the four losses from one of the two pairs.
-        optimizer: of the shared weights.
-        images: (B, 3, S, S), normalised, augmented.
-        targets: (B,) class indices or (B, classes) probabilities.
-        seed: fixes, with `step`, which sub-networks are trained.
-        step: counted over the whole run.
-        autocast: the precision of the forward pass.
-
-    Returns:
-        The four losses by name.
-    """
-    module = pair_loss.module if isinstance(pair_loss, DistributedDataParallel) else pair_loss
-    losses = {}
-    optimizer.zero_grad()
-    largest, smaller = sample_pairs(module.model.config, seed, step)
-    for name, pair in (("largest grid", largest), ("smaller grid", smaller)):
-        # Processes exchange gradients once a step, with the second pair's.
-        waits = isinstance(pair_loss, DistributedDataParallel) and pair is largest
-        with pair_loss.no_sync() if waits else nullcontext():
-            with autocast:
-                whole, pruned = pair_loss(images, targets, pair)
-            (whole + pruned).backward()
-        losses |= {name: whole.item(), f"{name}, pruned": pruned.item()}
-    optimizer.step()
-    return losses
 
 
 def watch(recipe: Recipe, model: SuperViT, watched: Dataset[Sample]) -> dict[str, float]:
