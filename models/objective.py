@@ -1,7 +1,6 @@
 """The training step: which four sub-networks it takes, what each of them is asked to match, the update they share."""
 
 import random
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from models.checkpoint import read_weights
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
-
-ClassificationLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +41,21 @@ def sample_pairs(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoi
 class PairLoss(nn.Module):
     """Two of the four losses of a step (paper, section 3.3): labels for the whole, distillation for the pruned."""
 
-    def __init__(self, model: SuperViT, classification_loss: ClassificationLoss) -> None:
+    def __init__(self, model: SuperViT, label_smoothing: float, teacher_weight: float) -> None:
         super().__init__()
         self.model = model
-        self.classification_loss = classification_loss
+        self.label_smoothing = label_smoothing
+        self.teacher_weight = teacher_weight
 
-    def forward(self, images: Tensor, targets: Tensor, pair: PairChoice) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, targets: Tensor, taught: Tensor | None, pair: PairChoice
+    ) -> tuple[Tensor, Tensor]:
         """Compute the losses of one pair.
 
         Args:
             images: (B, 3, S, S), normalised.
-            targets: (B,) class indices, or (B, classes) probabilities where labels were mixed.
+            targets: (B,) class indices, or (B, classes) probabilities where labels were mixed and smoothed.
+            taught: (B, classes), the probabilities that a teacher gives; None without one.
             pair: the grid and its reduced keep rate.
 
         Returns:
@@ -63,18 +64,15 @@ class PairLoss(nn.Module):
         """
         full, pruned = self.model.forward_pair(images, pair.patch_grid, pair.keep_rate)
         full, pruned = full.float(), pruned.float()
-        soft_labels = full.detach().softmax(dim=1)
-        distillation = functional.kl_div(pruned.log_softmax(dim=1), soft_labels, reduction="batchmean")
-        return self.classification_loss(full, targets, images), distillation
+        smoothing = self.label_smoothing if targets.ndim == 1 else 0.0
+        classification = functional.cross_entropy(full, targets, label_smoothing=smoothing)
+        if taught is not None:
+            classification = classification.lerp(_divergence(full, taught), self.teacher_weight)
+        return classification, _divergence(pruned, full.detach().softmax(dim=1))
 
 
-def label_loss(label_smoothing: float) -> ClassificationLoss:
-    """Cross entropy with labels; those already mixed into probabilities carry their smoothing with them."""
-
-    def loss(logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:  # noqa: ARG001 - a teacher's loss needs them
-        return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing if targets.ndim == 1 else 0.0)
-
-    return loss
+def _divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
+    return functional.kl_div(logits.log_softmax(dim=1), probabilities, reduction="batchmean")
 
 
 class Teacher(nn.Module):
@@ -110,24 +108,13 @@ class Teacher(nn.Module):
         return logits.float().softmax(dim=1)
 
 
-def teacher_loss(labels: ClassificationLoss, teacher: Teacher, weight: float) -> ClassificationLoss:
-    """Mix the label loss with the KL divergence from the teacher's answer, which takes the share `weight`."""
-
-    def loss(logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
-        divergence = functional.kl_div(logits.log_softmax(dim=1), teacher(images), reduction="batchmean")
-        return (1 - weight) * labels(logits, targets, images) + weight * divergence
-
-    return loss
-
-
 def training_step(
     pair_loss: PairLoss | DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     targets: Tensor,
-    config: SuperViTConfig,
-    seed: int,
-    step: int,
+    taught: Tensor | None,
+    pairs: tuple[PairChoice, PairChoice],
     autocast: torch.autocast,
 ) -> dict[str, float]:
     """Sum the gradients of four sub-networks and take one optimiser step (paper, section 3.3).
@@ -137,9 +124,8 @@ def training_step(
         optimizer: of the shared weights.
         images: (B, 3, S, S), normalised, augmented.
         targets: (B,) class indices or (B, classes) probabilities.
-        config: of the shared weights.
-        seed: fixes, with `step`, which sub-networks are trained.
-        step: counted over the whole run.
+        taught: (B, classes) probabilities of a teacher; None without one.
+        pairs: the largest grid's, and a smaller grid's.
         autocast: the precision of the forward pass.
 
     Returns:
@@ -147,12 +133,11 @@ def training_step(
     """
     losses: dict[str, float] = {}
     optimizer.zero_grad()
-    largest, smaller = sample_pairs(config, seed, step)
-    for name, pair in (("largest grid", largest), ("smaller grid", smaller)):
+    for name, pair in zip(("largest grid", "smaller grid"), pairs, strict=True):
         # Processes exchange gradients once a step, with the second pair's.
-        with _gradients_kept_local(pair_loss) if pair is largest else nullcontext():
+        with _gradients_kept_local(pair_loss) if pair is pairs[0] else nullcontext():
             with autocast:
-                whole, pruned = pair_loss(images, targets, pair)
+                whole, pruned = pair_loss(images, targets, taught, pair)
             (whole + pruned).backward()
         losses |= {name: whole.item(), f"{name}, pruned": pruned.item()}
     optimizer.step()

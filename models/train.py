@@ -30,7 +30,7 @@ from models.checkpoint import Header, save_checkpoint
 from models.data import Augmentation, Sample, list_classes, open_training_data
 from models.evaluate import measure_accuracy
 from models.initial import load_initial_weights
-from models.objective import PairLoss, Teacher, label_loss, teacher_loss, training_step
+from models.objective import PairLoss, Teacher, sample_pairs, training_step
 from models.plots import plot_training
 from models.profiles import ProfileTable
 from models.recipe import Recipe
@@ -118,12 +118,15 @@ def train(recipe: Recipe) -> Path:
     state = State(model, ModelEmaV3(model, recipe.ema_decay, use_warmup=True), optimizer)
     schedule = learning_rate_schedule(recipe, optimizer, len(loader), process.count)
     pair_loss = build_pair_loss(recipe, model, process)
+    teacher = None
+    if recipe.teacher:
+        teacher = Teacher(recipe.teacher, recipe.teacher_checkpoint, model.config).to(process.device)
     epochs_done = state.load(state_path) if recipe.resume else 0
     for epoch in range(epochs_done + 1, recipe.epochs + 1):
         seed_everything(recipe.seed, epoch, process.rank)
         sampler.set_epoch(recipe.seed * 100_000 + epoch)
         started_at = time.monotonic()
-        losses = train_epoch(recipe, state, pair_loss, schedule, loader, epoch, process)
+        losses = train_epoch(recipe, state, pair_loss, teacher, schedule, loader, epoch, process)
         if process.is_first:
             record = {
                 "epoch": epoch,
@@ -204,21 +207,16 @@ def learning_rate_schedule(
 
 def build_pair_loss(recipe: Recipe, model: SuperViT, process: Process) -> PairLoss | DistributedDataParallel:
     """Wrap the model in its losses and, where there are several processes, in what averages their gradients."""
-    loss = label_loss(recipe.label_smoothing)
-    if recipe.teacher:
-        teacher = Teacher(recipe.teacher, recipe.teacher_checkpoint, model.config).to(process.device)
-        loss = teacher_loss(loss, teacher, recipe.teacher_weight)
-    pair_loss = PairLoss(model, loss)
-    if process.count == 1:
-        return pair_loss
+    pair_loss = PairLoss(model, recipe.label_smoothing, recipe.teacher_weight)
     # A pair leaves the other grids' position embeddings unused.
-    return DistributedDataParallel(pair_loss, find_unused_parameters=True)
+    return pair_loss if process.count == 1 else DistributedDataParallel(pair_loss, find_unused_parameters=True)
 
 
 def train_epoch(
     recipe: Recipe,
     state: State,
     pair_loss: PairLoss | DistributedDataParallel,
+    teacher: Teacher | None,
     schedule: CosineLRScheduler,
     loader: DataLoader[Sample],
     epoch: int,
@@ -244,7 +242,9 @@ def train_epoch(
         if mix:
             images, targets = mix(images, targets)
         schedule.step_update(step)
-        losses = training_step(pair_loss, state.optimizer, images, targets, config, recipe.seed, step, autocast)
+        taught = teacher(images) if teacher else None
+        pairs = sample_pairs(config, recipe.seed, step)
+        losses = training_step(pair_loss, state.optimizer, images, targets, taught, pairs, autocast)
         state.average.update(state.model, step + 1)
         for name, loss in losses.items():
             if not math.isfinite(loss):
