@@ -97,8 +97,8 @@ class SuperViTConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.num_heads} heads")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio must be positive, not {self.mlp_ratio}")
+        if not 1 <= self.width * self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio must be finite and at least 1 / width, not {self.mlp_ratio}")
         if self.flavour == "lvvit" and self.patch_kernel % 2:
             raise ValueError(f"the lvvit stem needs an even patch kernel, not {self.patch_kernel}")
         if not _ascending(self.patch_grids) or self.patch_grids[0] < 2:
@@ -109,6 +109,8 @@ class SuperViTConfig:
             raise ValueError(f"prune blocks {self.prune_blocks} must lie in 0..{self.depth - 1}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError("mean and std need three values each, std above 0")
+        if not all(map(math.isfinite, self.mean + self.std)):
+            raise ValueError("mean and std must be finite")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction must be in (0, 1], not {self.crop_fraction}")
 

@@ -1,0 +1,1 @@
+"""The server: adaptive image classification over HTTP with one shared-weight SuperViT."""

@@ -1,0 +1,77 @@
+"""The composition root: wires every room once around one checkpoint."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+from models.checkpoint import Checkpoint
+from models.data import evaluation_transform
+from service.api import Api, add_error_handlers, build_router
+from service.batcher import Batcher
+from service.engine import Engine, TorchEngine
+from service.images import decode_image
+from service.metrics import Metrics
+from service.pipeline import Pipeline
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings, checkpoint: Checkpoint, engine: Engine | None = None) -> FastAPI:
+    """Wire the service.
+
+    Args:
+        settings: every knob.
+        checkpoint: what to serve.
+        engine: runs the batches; PyTorch on the settings' device by default.
+
+    Raises:
+        ValueError: the device cannot be used.
+    """
+    engine = engine or TorchEngine(checkpoint.model, settings.device)
+    metrics = _build_metrics(checkpoint)
+    batcher = Batcher(engine.run, settings.max_batch_size)
+    decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
+    transform = evaluation_transform(checkpoint.config)
+    pipeline = Pipeline(
+        profiles=checkpoint.profile,
+        class_names=checkpoint.class_names,
+        decode=partial(decode_image, transform=transform, max_pixels=settings.max_image_pixels),
+        decode_threads=decode_threads,
+        batcher=batcher,
+        metrics=metrics,
+        max_waiting=settings.max_waiting,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(batcher.serve())
+            warming_up = tasks.create_task(pipeline.warm_up(engine.warm_up))
+            logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
+            yield
+            await warming_up
+            batcher.stop()
+        decode_threads.shutdown()
+
+    app = FastAPI(title="SuperViT Serve", version=version("supervit-serve"), lifespan=lifespan, redoc_url=None)
+    app.include_router(build_router(Api(checkpoint, pipeline, metrics, settings.max_body_bytes)))
+    add_error_handlers(app, metrics)
+    return app
+
+
+def _build_metrics(checkpoint: Checkpoint) -> Metrics:
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    metrics = Metrics(registry)
+    metrics.describe(list(checkpoint.profile.by_subnetwork), checkpoint.name, checkpoint.version)
+    return metrics

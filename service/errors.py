@@ -1,0 +1,91 @@
+"""What can go wrong with a request, as types. Knows nothing of HTTP; `service.api` maps each to a status.
+
+ServiceError
+├── RequestError              the client's to mend
+│   ├── InvalidParameterError     a parameter is outside its range
+│   ├── BudgetTooSmallError       no sub-network is cheap enough
+│   ├── UnsupportedMediaError     the declared type is no image
+│   ├── BodyTooLargeError         more bytes than the server reads
+│   ├── ImageTooLargeError        more pixels than the server decodes
+│   └── InvalidImageError         bytes that are no image that the server reads
+├── OverloadedError           too much is waiting already
+├── NotReadyError             the model has not answered its first batch yet, or the server is stopping
+└── ModelError                the model failed on this batch
+"""
+
+from typing import Any
+
+
+class ServiceError(Exception):
+    """A request fails.
+
+    Attributes:
+        code: machine-readable, stable; the outcome label of the metrics.
+        message: one sentence for the person who reads it.
+        details: values that a program may want, such as the smallest possible budget.
+    """
+
+    code = "internal_error"
+
+    def __init__(self, message: str, **details: Any) -> None:  # noqa: ANN401 - any JSON value
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+
+class RequestError(ServiceError):
+    """The request must change before it can succeed."""
+
+
+class InvalidParameterError(RequestError):
+    """A parameter is outside its range or contradicts another."""
+
+    code = "invalid_parameter"
+
+
+class BudgetTooSmallError(RequestError):
+    """No sub-network, or not the one asked for, fits the budget."""
+
+    code = "budget_too_small"
+
+
+class UnsupportedMediaError(RequestError):
+    """The declared content type is no image."""
+
+    code = "unsupported_media_type"
+
+
+class BodyTooLargeError(RequestError):
+    """The body has more bytes than the server reads."""
+
+    code = "body_too_large"
+
+
+class ImageTooLargeError(RequestError):
+    """The image's header announces more pixels than the server decodes."""
+
+    code = "image_too_large"
+
+
+class InvalidImageError(RequestError):
+    """The bytes are no image, or a broken one."""
+
+    code = "invalid_image"
+
+
+class OverloadedError(ServiceError):
+    """Too many requests are waiting already."""
+
+    code = "overloaded"
+
+
+class NotReadyError(ServiceError):
+    """The server cannot answer yet, or no longer."""
+
+    code = "not_ready"
+
+
+class ModelError(ServiceError):
+    """The model failed on a batch."""
+
+    code = "model_error"

@@ -1,0 +1,119 @@
+"""The walk of one request: admit, choose, read, decode, wait, infer, answer. HTTP is above, every stage below."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+
+import torch
+from torch import Tensor
+
+from models.profiles import ProfileTable
+from service.batcher import Batcher
+from service.domain import Classification, InferenceRequest, Prediction, Timing
+from service.errors import ModelError, NotReadyError, OverloadedError, ServiceError
+from service.metrics import Metrics
+from service.policy import choose
+
+
+class Pipeline:
+    """Takes requests to answers, and counts both."""
+
+    def __init__(
+        self,
+        *,
+        profiles: ProfileTable,
+        class_names: tuple[str, ...],
+        decode: Callable[[bytes], Tensor],
+        decode_threads: Executor,
+        batcher: Batcher,
+        metrics: Metrics,
+        max_waiting: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take the collaborators.
+
+        Args:
+            profiles: what the policy chooses from.
+            class_names: one per logit.
+            decode: bytes to a (3, S, S) uint8 image; runs on `decode_threads`.
+            decode_threads: keep the event loop free.
+            batcher: runs the model.
+            metrics: count and time.
+            max_waiting: requests that may be in the pipeline at once.
+            clock: monotonic, in seconds; the one that stamped `arrived_at`.
+        """
+        self.is_ready = False
+        self._profiles = profiles
+        self._class_names = class_names
+        self._decode = decode
+        self._decode_threads = decode_threads
+        self._batcher = batcher
+        self._metrics = metrics
+        self._max_waiting = max_waiting
+        self._clock = clock
+        self._in_flight = 0
+
+    async def warm_up(self, warm_up: Callable[[], None]) -> None:
+        """Run `warm_up` where batches run; from then on requests are answered."""
+        await self._batcher.call(warm_up)
+        self.is_ready = True
+        self._metrics.ready()
+
+    async def classify(self, read: Callable[[], Awaitable[bytes]], request: InferenceRequest) -> Classification:
+        """Answer one request.
+
+        Args:
+            read: yields the image's bytes; called once the request is admitted.
+            request: what the client asks for.
+
+        Raises:
+            ServiceError: the request is refused, or fails.
+        """
+        self._in_flight += 1
+        self._metrics.request_started()
+        outcome = "cancelled"
+        try:
+            answer = await self._answer(read, request)
+            outcome = "ok"
+        except ServiceError as error:
+            outcome = error.code
+            raise
+        finally:
+            self._in_flight -= 1
+            self._metrics.request_finished(outcome)
+        self._metrics.answered(answer)
+        return answer
+
+    async def _answer(self, read: Callable[[], Awaitable[bytes]], request: InferenceRequest) -> Classification:
+        self._admit()
+        decision = choose(request, self._profiles)
+        data = await read()
+        decode_started_at = self._clock()
+        image = await asyncio.get_running_loop().run_in_executor(self._decode_threads, self._decode, data)
+        decoded_at = self._clock()
+        result = await self._batcher.submit(image, decision.profile.subnetwork)
+        predictions = self._predict(result.logits, request.top_k)
+        timing = Timing(
+            decode_s=decoded_at - decode_started_at,
+            queue_s=result.queue_s,
+            inference_s=result.inference_s,
+            total_s=self._clock() - request.arrived_at,
+        )
+        return Classification(predictions, decision, result.batch_size, timing)
+
+    def _admit(self) -> None:
+        if not self.is_ready:
+            raise NotReadyError("the model is not ready yet; try again in a moment")
+        if self._in_flight > self._max_waiting:
+            raise OverloadedError(f"{self._max_waiting} requests are waiting already; try again later")
+
+    def _predict(self, logits: Tensor, top_k: int) -> tuple[Prediction, ...]:
+        probabilities = logits.softmax(dim=0)
+        if not torch.isfinite(probabilities).all():
+            raise ModelError("the model's answer to this image is not a number")
+        best = probabilities.topk(top_k)
+        return tuple(
+            Prediction(index, self._class_names[index], probability)
+            for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        )

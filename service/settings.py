@@ -1,0 +1,28 @@
+"""Every knob of the server, each also an environment variable `SUPERVIT_<NAME>`. Only `app` and `cli` read them."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "models" / "checkpoints" / "supervit-micro-cifar10.safetensors"
+
+
+class Settings(BaseSettings):
+    """Serve a checkpoint over HTTP. Each option can also be set as an environment variable, e.g. SUPERVIT_PORT."""
+
+    model_config = SettingsConfigDict(env_prefix="SUPERVIT_", extra="forbid", frozen=True)
+
+    checkpoint: Path = Field(DEFAULT_CHECKPOINT, description="SuperViT checkpoint to serve; ours or a published one")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 for any free one")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
+    max_batch_size: int = Field(16, ge=1, description="requests for one sub-network that may run together")
+    max_waiting: int = Field(256, ge=1, description="requests in the server at once; more are refused")
+    decode_threads: int = Field(2, ge=1, description="threads that decode images")
+    max_body_bytes: int = Field(20_000_000, ge=1, description="largest request body that is read")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="largest image that is decoded, width times height")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least serious log lines shown; info has a line per request"
+    )

@@ -1,0 +1,69 @@
+"""The image out of a request's body, whether it is the body or a form's field, without reading more than is allowed."""
+
+from collections.abc import AsyncGenerator
+
+from fastapi import Request
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from service.errors import BodyTooLargeError, InvalidImageError, UnsupportedMediaError
+
+FIELD = "file"
+MAX_FORM_PARTS = 16
+# What clients send that name no type: none at all, "some bytes", and what `curl --data-binary` says of itself.
+UNTYPED = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+
+
+async def read_image(request: Request, max_bytes: int) -> bytes:
+    """Read the image of a request: the multipart field `file`, or else the whole body.
+
+    Args:
+        request: its body not yet read.
+        max_bytes: most bytes of the body to read.
+
+    Raises:
+        UnsupportedMediaError: the content type says that the body is no image.
+        BodyTooLargeError: the body is longer; no more than the limit was read.
+        InvalidImageError: the form is broken or has no such file.
+        ClientDisconnect: the client left.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_form = media_type == "multipart/form-data"
+    if not is_form and not media_type.startswith("image/") and media_type not in UNTYPED:
+        raise UnsupportedMediaError(f"the content type {media_type} is no image; send image/* or multipart/form-data")
+    declared_length = request.headers.get("content-length", "")
+    if declared_length.isdigit() and int(declared_length) > max_bytes:
+        raise _too_large(max_bytes)
+    chunks = _limited(request.stream(), max_bytes)
+    if is_form:
+        return await _read_field(request.headers, chunks, max_bytes)
+    return b"".join([chunk async for chunk in chunks])
+
+
+async def _read_field(headers: Headers, chunks: AsyncGenerator[bytes, None], max_bytes: int) -> bytes:
+    parser = MultiPartParser(headers, chunks, max_files=MAX_FORM_PARTS, max_fields=MAX_FORM_PARTS)
+    parser.spool_max_size = max_bytes  # keep the file in memory: the disk may be read-only
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise InvalidImageError(f"the form is broken: {error.message}") from error
+    try:
+        upload = form.get(FIELD)
+        if not isinstance(upload, UploadFile):
+            raise InvalidImageError(f"the form has no file in its field {FIELD!r}")
+        return await upload.read()
+    finally:
+        await form.close()
+
+
+async def _limited(chunks: AsyncGenerator[bytes, None], max_bytes: int) -> AsyncGenerator[bytes, None]:
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        yield chunk
+
+
+def _too_large(max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is longer than {max_bytes} bytes", max_body_bytes=max_bytes)

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from models.layers import Attention, Block, ConvStem
+from torch import Tensor, nn
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(2))
+
+
+def spread(module: nn.Module) -> None:
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.5)
+
+
+def block(skip_divisor: float = 1.0) -> Block:
+    made = Block(8, 2, 12, qkv_bias=True, norm_eps=1e-6, skip_divisor=skip_divisor, drop_path=0.0)
+    spread(made)
+    return made.eval()
+
+
+def test_attention_is_that_of_torch_for_the_same_weights(tokens: Tensor) -> None:
+    attention = Attention(8, 2, qkv_bias=True).eval()
+    spread(attention)
+    reference = nn.MultiheadAttention(8, 2, batch_first=True)
+    reference.load_state_dict(
+        {
+            "in_proj_weight": attention.qkv.weight,
+            "in_proj_bias": attention.qkv.bias,
+            "out_proj.weight": attention.proj.weight,
+            "out_proj.bias": attention.proj.bias,
+        }
+    )
+    expected, weights = reference(tokens, tokens, tokens)
+    out, scores = attention(tokens, with_scores=True)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(scores, weights[:, 0, 1:], atol=1e-6, rtol=1e-4)
+
+
+def test_explicit_and_fused_attention_agree(tokens: Tensor) -> None:
+    attention = Attention(8, 2, qkv_bias=False)
+    spread(attention)
+    explicit, explicit_scores = attention.train()(tokens, with_scores=True)
+    fused, fused_scores = attention.eval()(tokens, with_scores=True)
+    torch.testing.assert_close(explicit, fused)
+    torch.testing.assert_close(explicit_scores, fused_scores)
+
+
+def test_scores_are_computed_on_demand_alone(tokens: Tensor) -> None:
+    attention = Attention(8, 2, qkv_bias=True)
+    assert attention.train()(tokens, with_scores=False)[1] is None
+    assert attention.eval()(tokens, with_scores=False)[1] is None
+
+
+@pytest.mark.parametrize(("keep_rate", "left"), [(1.0, 10), (0.999, 10), (0.7, 8), (0.5, 6), (1e-6, 2)])
+def test_a_block_leaves_the_class_token_and_the_kept(tokens: Tensor, keep_rate: float, left: int) -> None:
+    assert block()(tokens, keep_rate).shape == (2, left, 8)
+
+
+def test_pruning_falls_between_attention_and_mlp(tokens: Tensor) -> None:
+    pruning = block()
+    attended, scores = pruning.attn(pruning.norm1(tokens), with_scores=True)
+    x = tokens + attended
+    best = scores[0].argsort(descending=True)[:5] + 1
+    kept = torch.cat([x[0, :1], x[0, best]])
+    expected = kept + pruning.mlp(pruning.norm2(kept))
+    got = pruning(tokens, 0.5)[0]
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(got[1:].sort(dim=0).values, expected[1:].sort(dim=0).values)
+
+
+def test_the_skip_divisor_divides_both_branches(tokens: Tensor) -> None:
+    halved = block(skip_divisor=2.0)
+    x = tokens + halved.attn(halved.norm1(tokens), with_scores=False)[0] / 2
+    torch.testing.assert_close(halved(tokens, 1.0), x + halved.mlp(halved.norm2(x)) / 2)
+
+
+def test_the_stem_halves_the_side_and_then_cuts_patches_row_by_row() -> None:
+    stem = ConvStem(patch_kernel=4, stem_width=5, width=8).eval()
+    spread(stem)
+    images = torch.zeros(1, 3, 24, 24)
+    plain = stem(images)
+    assert plain.shape == (1, 36, 8)
+    images[:, :, 9, 18] = 5.0  # in patch row 2, column 4
+    changed = (stem(images) != plain).any(dim=2)[0].nonzero().flatten().tolist()
+    assert 2 * 6 + 4 in changed
+    assert all(index // 6 <= 4 and 3 <= index % 6 <= 5 for index in changed)  # the stem sees 15 px

@@ -1,0 +1,202 @@
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from models.subnetwork import SubNetwork, SuperViTConfig
+from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL, SuperViT
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@pytest.mark.parametrize("config", [DEIT_SMALL, LVVIT_SMALL], ids=["deit", "lvvit"])
+def test_all_twelve_subnetworks_answer_the_logits_of_the_reference(
+    config: SuperViTConfig,
+    drawn_weights: Callable[[SuperViTConfig], dict[str, Tensor]],
+    parity_images: Tensor,
+    parity_logits: dict[str, Tensor],
+) -> None:
+    with torch.device("meta"):
+        model = SuperViT(config).eval()
+    model.load_state_dict(drawn_weights(config), assign=True)
+    for subnetwork, expected in zip(config.subnetworks, parity_logits[config.flavour], strict=True):
+        with torch.inference_mode():
+            logits = model(parity_images, subnetwork)
+        torch.testing.assert_close(
+            logits[:, parity_logits["classes"]], expected, atol=1e-4, rtol=0, msg=lambda m, s=subnetwork: f"{s}: {m}"
+        )
+
+
+@pytest.mark.parametrize(("config", "millions"), [(DEIT_SMALL, 22.17), (LVVIT_SMALL, 26.27)], ids=["deit", "lvvit"])
+def test_the_published_backbones_have_the_published_number_of_parameters(
+    config: SuperViTConfig, millions: float
+) -> None:
+    with torch.device("meta"):
+        model = SuperViT(config)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2) == millions
+
+
+def test_training_and_inference_paths_agree(model: SuperViT, config: SuperViTConfig, images: Tensor) -> None:
+    for subnetwork in config.subnetworks:
+        with torch.no_grad():
+            fused = model.eval()(images, subnetwork)
+            model.train().patch_embed.eval()  # a stem in training would normalise by the batch
+            explicit = model(images, subnetwork)
+        torch.testing.assert_close(explicit, fused, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pair_is_two_forward_passes(
+    model: SuperViT, config: SuperViTConfig, images: Tensor, training: bool
+) -> None:
+    model.train(training).patch_embed.eval()
+    for subnetwork in (*config.subnetworks, SubNetwork(3, 0.2)):
+        grid, rate = subnetwork.patch_grid, subnetwork.keep_rate
+        full, pruned = model.forward_pair(images, grid, rate)
+        torch.testing.assert_close(full, model(images, SubNetwork(grid, 1.0)))
+        torch.testing.assert_close(pruned, model(images, subnetwork))
+
+
+def test_a_pair_of_a_model_that_never_prunes_is_twice_the_same(
+    tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT], images: Tensor
+) -> None:
+    full, pruned = build(replace(tiny_config, prune_blocks=())).forward_pair(images, 3, 0.5)
+    assert torch.equal(full, pruned)
+
+
+def test_forward_remembers_nothing_between_subnetworks(
+    model: SuperViT, config: SuperViTConfig, images: Tensor
+) -> None:
+    with torch.inference_mode():
+        alone = {subnetwork: model(images, subnetwork) for subnetwork in config.subnetworks}
+        for subnetwork in reversed(config.subnetworks):
+            model(images, config.largest)
+            assert torch.equal(model(images, subnetwork), alone[subnetwork])
+    answers = list(alone.values())
+    assert all(not torch.allclose(answers[0], other) for other in answers[1:])
+
+
+def test_the_largest_subnetwork_is_the_default(model: SuperViT, config: SuperViTConfig, images: Tensor) -> None:
+    assert torch.equal(model(images), model(images, config.largest))
+
+
+def test_an_image_is_answered_alike_alone_and_in_a_batch(
+    model: SuperViT, config: SuperViTConfig, images: Tensor
+) -> None:
+    with torch.inference_mode():
+        for subnetwork in config.subnetworks:
+            together = model(images, subnetwork)
+            alone = torch.cat([model(image[None], subnetwork) for image in images])
+            torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keep_rate", [0.33, 0.999, 1e-6])
+def test_any_keep_rate_runs_at_every_grid(
+    model: SuperViT, config: SuperViTConfig, images: Tensor, keep_rate: float
+) -> None:
+    for grid in config.patch_grids:
+        logits = model(images, SubNetwork(grid, keep_rate))
+        assert logits.shape == (4, 3)
+        assert logits.isfinite().all()
+
+
+def test_blocks_see_the_tokens_that_the_config_counts(model: SuperViT, config: SuperViTConfig, images: Tensor) -> None:
+    seen: list[tuple[int, int]] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0].shape[1], out.shape[1])))
+    for subnetwork in (*config.subnetworks, SubNetwork(4, 0.33), SubNetwork(2, 1e-6)):
+        seen.clear()
+        model(images, subnetwork)
+        assert tuple(seen) == config.tokens_per_block(subnetwork)
+
+
+def test_images_are_resized_to_the_grid_with_aligned_corners(
+    model: SuperViT, config: SuperViTConfig, images: Tensor
+) -> None:
+    resized = functional.interpolate(images, (8, 8), mode="bilinear", align_corners=True)
+    patches = model.patch_embed(resized)
+    tokens = model.embed(images, 2)
+    torch.testing.assert_close(tokens[:, 1:], patches + model.pos_embed_list[0][:, 1:])
+    torch.testing.assert_close(tokens[:, :1], (model.cls_token + model.pos_embed_list[0][:, :1]).expand(4, -1, -1))
+    largest = model.embed(images, config.patch_grids[-1])
+    torch.testing.assert_close(largest[:, 1:], model.patch_embed(images) + model.pos_embed_list[2][:, 1:])
+
+
+def test_an_untrained_grid_is_refused(model: SuperViT, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"patch grid 5 was not trained; it must be one of \(2, 3, 4\)"):
+        model(images, SubNetwork(5, 1.0))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 12), (1, 3, 12, 12), (1, 1, 16, 16), (3, 16, 16)])
+def test_images_of_another_shape_are_refused(model: SuperViT, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, 16, 16\)"):
+        model(torch.zeros(shape))
+
+
+class ShapeRecorder(TorchDispatchMode):
+    """Collect the shape of everything that any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 - torch's signature
+        del types
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self.shapes.add(tuple(value.shape))
+        return result
+
+
+def attention_matrices(model: SuperViT, images: Tensor, subnetwork: SubNetwork) -> set[tuple[int, ...]]:
+    counts = {count for pair in model.config.tokens_per_block(subnetwork) for count in pair}
+    with ShapeRecorder() as recorder, torch.inference_mode():
+        model(images, subnetwork)
+    return {shape for shape in recorder.shapes if len(shape) > 1 and shape[-1] == shape[-2] and shape[-1] in counts}
+
+
+def test_inference_never_holds_a_whole_attention_matrix(
+    tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT], images: Tensor
+) -> None:
+    # 18 wide, 9 per head: no token count of this family, 2..17, is a side of a weight or of the images.
+    config = replace(tiny_config, width=18, mlp_ratio=2.0, num_classes=40)
+    model = build(config)
+    for subnetwork in config.subnetworks:
+        assert attention_matrices(model, images, subnetwork) == set()
+    assert attention_matrices(model.train(), images, config.largest)  # the recorder does see those of the training path
+
+
+def test_weight_decay_spares_the_class_token_and_the_position_embeddings(model: SuperViT) -> None:
+    assert model.no_weight_decay() == {"cls_token", "pos_embed_list.0", "pos_embed_list.1", "pos_embed_list.2"}
+    assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
+
+
+def test_drop_path_grows_linearly_to_the_last_block(config: SuperViTConfig) -> None:
+    model = SuperViT(config, drop_path_rate=0.2)
+    assert [block.drop_path.drop_prob for block in model.blocks] == pytest.approx([0.0, 0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("supervit_deit_small_patch16_224", DEIT_SMALL),
+        ("supervit_lvvit_small_patch16_224", LVVIT_SMALL),
+        ("supervit_lvvit_micro_patch4_32", LVVIT_MICRO),
+    ],
+)
+def test_timm_builds_every_registered_model(name: str, config: SuperViTConfig) -> None:
+    model = timm.create_model(name, depth=config.prune_blocks[-1] + 1, num_classes=7, drop_path_rate=0.1)
+    assert isinstance(model, SuperViT)
+    assert model.config == replace(config, depth=config.prune_blocks[-1] + 1, num_classes=7)
+    side = config.image_side
+    with torch.inference_mode():
+        assert model.eval()(torch.zeros(1, 3, side, side), config.subnetworks[0]).shape == (1, 7)
+
+
+def test_timm_is_told_that_no_weights_are_hosted() -> None:
+    with pytest.raises(ValueError, match="no weights are hosted"):
+        timm.create_model("supervit_lvvit_micro_patch4_32", pretrained=True)

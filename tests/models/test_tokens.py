@@ -1,0 +1,40 @@
+import math
+
+import torch
+from models.tokens import class_attention_scores, keep_top_tokens
+
+
+def test_scores_are_the_class_row_of_softmax_attention_averaged_over_heads() -> None:
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(2, 3, 6, 4, generator=generator) for _ in range(2))
+    attention = (query @ key.transpose(-2, -1) * 0.5).softmax(dim=-1)
+    scores = class_attention_scores(query, key, scale=0.5)
+    torch.testing.assert_close(scores, attention.mean(dim=1)[:, 0, 1:])
+
+
+def test_scores_of_two_heads_match_numbers_worked_by_hand() -> None:
+    # Head 0 weighs its three tokens 1 : 2 : 1, head 1 weighs them 1 : 1 : 8.
+    query = torch.ones(1, 2, 3, 1)
+    key = torch.tensor([[0.0, math.log(2), 0.0], [0.0, 0.0, math.log(8)]]).reshape(1, 2, 3, 1)
+    scores = class_attention_scores(query, key, scale=1.0)
+    torch.testing.assert_close(scores, torch.tensor([[(2 / 4 + 1 / 10) / 2, (1 / 4 + 8 / 10) / 2]]))
+
+
+def test_the_class_token_stays_first_and_the_best_scored_stay_with_it() -> None:
+    tokens = torch.arange(2 * 5 * 2, dtype=torch.float32).reshape(2, 5, 2)
+    scores = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.9, 0.0, 0.05, 0.8]])
+    kept = keep_top_tokens(tokens, scores, keep=2)
+    assert kept.shape == (2, 3, 2)
+    assert torch.equal(kept[:, 0], tokens[:, 0])
+    chosen = [{tuple(token) for token in rows[1:].tolist()} for rows in kept]
+    assert chosen == [
+        {tuple(tokens[0, 2].tolist()), tuple(tokens[0, 4].tolist())},
+        {tuple(tokens[1, 1].tolist()), tuple(tokens[1, 4].tolist())},
+    ]
+
+
+def test_gradients_reach_kept_tokens_alone() -> None:
+    tokens = torch.zeros(1, 4, 2, requires_grad=True)
+    keep_top_tokens(tokens, torch.tensor([[0.2, 0.5, 0.3]]), keep=1).sum().backward()
+    assert tokens.grad is not None
+    assert tokens.grad[0, :, 0].tolist() == [1, 0, 1, 0]
