@@ -29,7 +29,6 @@ from service.errors import (
 from service.metrics import CONTENT_TYPE, Metrics
 from service.pipeline import Pipeline
 from service.schemas import (
-    DEFAULT_TOP_K,
     ClassifyAnswer,
     ClassifyQuery,
     ErrorAnswer,
@@ -107,8 +106,7 @@ def build_router(api: Api) -> APIRouter:
         The image comes as the multipart field `file`, or as the body itself.
         """
         arrived_at = api.clock()
-        top_k = _checked_top_k(query.top_k, api.checkpoint.config.num_classes)
-        wanted = InferenceRequest(arrived_at, query.budget_gflops, query.subnetwork, top_k)
+        wanted = InferenceRequest(arrived_at, query.budget_gflops, query.subnetwork, query.top_k)
         answer = await api.pipeline.classify(lambda: read_image(request, api.max_body_bytes), wanted)
         described = describe_answer(answer, api.checkpoint)
         stages = described.timing_ms.model_dump()
@@ -153,7 +151,8 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
             metrics.request_refused(InvalidParameterError.code)
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"][1:])
-        message = f"{where}: {problem['msg']}" if where else problem["msg"]
+        said = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to our own sentences
+        message = f"{where}: {said}" if where else said
         return _error(422, InvalidParameterError.code, message, {"parameter": where} if where else {})
 
     @app.exception_handler(HTTPException)
@@ -180,11 +179,3 @@ def _error(
         headers["Connection"] = "close"  # or the server would go on to read what it has just refused
     body = ErrorAnswer(error=ErrorDetail(code=code, message=message, details=details))
     return JSONResponse(body.model_dump(), status, headers)
-
-
-def _checked_top_k(top_k: int | None, num_classes: int) -> int:
-    if top_k is None:
-        return min(DEFAULT_TOP_K, num_classes)
-    if top_k > num_classes:
-        raise InvalidParameterError(f"top_k: this model has {num_classes} classes, fewer than {top_k}")
-    return top_k

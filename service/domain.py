@@ -6,6 +6,9 @@ from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 
 
+DEFAULT_TOP_K = 5
+
+
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
     """What a client asks for.
@@ -14,13 +17,13 @@ class InferenceRequest:
         arrived_at: when its first byte was handed to us, in seconds.
         budget_gflops: most that its sub-network may cost, in 1e9 multiply-accumulates; None for no limit.
         subnetwork: the one asked for by name; None leaves the choice to the policy.
-        top_k: how many predictions to return.
+        top_k: how many predictions to return; None for DEFAULT_TOP_K, or all classes if there are fewer.
     """
 
     arrived_at: float
     budget_gflops: float | None
     subnetwork: SubNetwork | None
-    top_k: int
+    top_k: int | None
 
 
 @dataclass(frozen=True, slots=True)

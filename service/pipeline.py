@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models.profiles import ProfileTable
 from service.batcher import Batcher
-from service.domain import Classification, InferenceRequest, Prediction, Timing
-from service.errors import ModelError, NotReadyError, OverloadedError, ServiceError
+from service.domain import DEFAULT_TOP_K, Classification, InferenceRequest, Prediction, Timing
+from service.errors import InvalidParameterError, ModelError, NotReadyError, OverloadedError, ServiceError
 from service.metrics import Metrics
 from service.policy import choose
 
@@ -87,13 +87,14 @@ class Pipeline:
 
     async def _answer(self, read: Callable[[], Awaitable[bytes]], request: InferenceRequest) -> Classification:
         self._admit()
+        top_k = self._checked_top_k(request.top_k)
         decision = choose(request, self._profiles)
         data = await read()
         decode_started_at = self._clock()
         image = await asyncio.get_running_loop().run_in_executor(self._decode_threads, self._decode, data)
         decoded_at = self._clock()
         result = await self._batcher.submit(image, decision.profile.subnetwork)
-        predictions = self._predict(result.logits, request.top_k)
+        predictions = self._predict(result.logits, top_k)
         timing = Timing(
             decode_s=decoded_at - decode_started_at,
             queue_s=result.queue_s,
@@ -107,6 +108,15 @@ class Pipeline:
             raise NotReadyError("the model is not ready yet; try again in a moment")
         if self._in_flight > self._max_waiting:
             raise OverloadedError(f"{self._max_waiting} requests are waiting already; try again later")
+
+    def _checked_top_k(self, top_k: int | None) -> int:
+        num_classes = len(self._class_names)
+        if top_k is None:
+            return min(DEFAULT_TOP_K, num_classes)
+        if top_k > num_classes:
+            message = f"top_k: this model has {num_classes} classes, fewer than {top_k}"
+            raise InvalidParameterError(message, parameter="top_k")
+        return top_k
 
     def _predict(self, logits: Tensor, top_k: int) -> tuple[Prediction, ...]:
         probabilities = logits.softmax(dim=0)

@@ -7,9 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from models.checkpoint import Checkpoint
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig
-from service.domain import Classification
-
-DEFAULT_TOP_K = 5
+from service.domain import DEFAULT_TOP_K, Classification
 
 
 class ClassifyQuery(BaseModel):

@@ -7,6 +7,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "models" / "checkpoints" / "supervit-micro-cifar10.safetensors"
+PILLOW_LIMIT_PIXELS = 89_000_000  # above it, the decoder has objections of its own
 
 
 class Settings(BaseSettings):
@@ -22,7 +23,9 @@ class Settings(BaseSettings):
     max_waiting: int = Field(256, ge=1, description="requests in the server at once; more are refused")
     decode_threads: int = Field(2, ge=1, description="threads that decode images")
     max_body_bytes: int = Field(20_000_000, ge=1, description="largest request body that is read")
-    max_image_pixels: int = Field(50_000_000, ge=1, description="largest image that is decoded, width times height")
+    max_image_pixels: int = Field(
+        50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="largest image that is decoded, width times height"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least serious log lines shown; info has a line per request"
     )

@@ -1,0 +1,336 @@
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+from torch import Tensor
+
+from models.checkpoint import Checkpoint
+from models.data import evaluation_transform, normalise
+from models.profiles import ProfileTable
+from models.subnetwork import SubNetwork
+from service.app import create_app
+from service.engine import TorchEngine
+from service.images import decode_image
+from service.settings import Settings
+
+BODY_LIMIT = 30_000
+
+
+class ScriptedEngine(TorchEngine):
+    """The real engine, which a test can hold back or make fail."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint.model, "cpu")
+        self.may_warm_up = threading.Event()
+        self.may_warm_up.set()
+        self.error: Exception | None = None
+        self.logits: Tensor | None = None
+
+    def warm_up(self) -> None:
+        self.may_warm_up.wait(10)
+        super().warm_up()
+
+    def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        if self.error:
+            raise self.error
+        return super().run(images, subnetwork) if self.logits is None else self.logits
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(checkpoint=tmp_path, max_body_bytes=BODY_LIMIT, max_image_pixels=10_000)
+
+
+@pytest.fixture
+def engine(checkpoint: Checkpoint) -> ScriptedEngine:
+    return ScriptedEngine(checkpoint)
+
+
+@pytest.fixture
+def client(settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine) -> Iterator[TestClient]:
+    with TestClient(create_app(settings, checkpoint, engine), raise_server_exceptions=False) as client:
+        while client.get("/health/ready").status_code != 200:
+            pass
+        yield client
+
+
+def error_code(response: object, status: int) -> str:
+    assert response.status_code == status, response.text  # type: ignore[attr-defined] # httpx's or its successor's
+    error = response.json()["error"]  # type: ignore[attr-defined] # as above
+    assert set(error) == {"code", "message", "details"}
+    assert error["message"]
+    return str(error["code"])
+
+
+def sample(client: TestClient, name: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def test_an_answer_holds_what_the_model_says_and_everything_about_how(
+    client: TestClient, checkpoint: Checkpoint, photo: bytes
+) -> None:
+    answer = client.post("/classify", content=photo, headers={"Content-Type": "image/jpeg"}).json()
+    image = decode_image(photo, evaluation_transform(checkpoint.config), 10_000)
+    with torch.inference_mode():
+        probabilities = checkpoint.model(normalise(image[None], checkpoint.config))[0].softmax(0)
+    best = probabilities.topk(5)
+    assert [entry["index"] for entry in answer["predictions"]] == best.indices.tolist()
+    assert [entry["probability"] for entry in answer["predictions"]] == pytest.approx(best.values.tolist(), abs=1e-6)
+    assert answer["predictions"][0]["label"] == f"thing {best.indices[0]}"
+    assert answer["subnetwork"] == {
+        "patch_grid": 4,
+        "patch_size_px": 4.0,
+        "keep_rate": 1.0,
+        "num_tokens": 17,
+        "gflops": checkpoint.profile.by_subnetwork[SubNetwork(4, 1.0)].gflops,
+        "expected_accuracy": 0.8,
+    }
+    assert "no budget" in answer["decision"]["reason"]
+    assert answer["model"] == {"name": "tiny", "version": "0123456789ab"}
+    timing = answer["timing_ms"]
+    assert set(timing) == {"decode", "queue", "inference", "total"}
+    assert 0 < timing["decode"] + timing["queue"] + timing["inference"] <= timing["total"] + 0.01
+
+
+def test_the_server_timing_header_repeats_the_times(client: TestClient, photo: bytes) -> None:
+    response = client.post("/classify", content=photo)
+    expected = [f"{stage};dur={ms}" for stage, ms in response.json()["timing_ms"].items()]
+    assert response.headers["Server-Timing"].split(", ") == expected
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [None, "image/jpeg", "image/png", "IMAGE/X-anything; q=1", "application/octet-stream"],
+)
+def test_the_body_may_be_the_image_whatever_kind_of_image_it_is_called(
+    client: TestClient, photo: bytes, content_type: str | None
+) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    assert client.post("/classify", content=photo, headers=headers).status_code == 200
+
+
+def test_a_form_and_a_body_get_the_same_answer(client: TestClient, photo: bytes) -> None:
+    by_form = client.post("/classify", files={"file": ("a.jpg", photo)}, data={"other": "text"}).json()
+    assert by_form["predictions"] == client.post("/classify", content=photo).json()["predictions"]
+
+
+def test_every_budget_is_kept_and_every_sub_network_of_the_frontier_is_reached(
+    client: TestClient, profiles: ProfileTable, photo: bytes
+) -> None:
+    reached = set()
+    for row in client.get("/subnetworks").json()["subnetworks"]:
+        answer = client.post("/classify", params={"budget_gflops": row["gflops"]}, content=photo).json()
+        assert answer["subnetwork"]["gflops"] <= row["gflops"]
+        reached.add(SubNetwork(answer["subnetwork"]["patch_grid"], answer["subnetwork"]["keep_rate"]))
+    assert reached == {row.subnetwork for row in profiles.frontier}
+
+
+def test_a_dominated_sub_network_answers_by_name(client: TestClient, photo: bytes) -> None:
+    answer = client.post("/classify?patch_grid=2&keep_rate=1", content=photo).json()
+    assert (answer["subnetwork"]["patch_grid"], answer["subnetwork"]["keep_rate"]) == (2, 1)
+    assert "by name" in answer["decision"]["reason"]
+
+
+def test_a_budget_under_the_cheapest_names_the_smallest_possible_one(
+    client: TestClient, profiles: ProfileTable, photo: bytes
+) -> None:
+    response = client.post("/classify?budget_gflops=1e-9", content=photo)
+    assert error_code(response, 422) == "budget_too_small"
+    smallest = response.json()["error"]["details"]["smallest_budget_gflops"]
+    assert smallest == profiles.cheapest.gflops
+    assert str(smallest) in response.json()["error"]["message"]
+    assert client.post("/classify", params={"budget_gflops": smallest}, content=photo).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "budget_gflops=0",
+        "budget_gflops=-1",
+        "budget_gflops=nan",
+        "budget_gflops=inf",
+        "budget_gflops=cheap",
+        "budget_gflops=",
+        "top_k=0",
+        "top_k=8",
+        "top_k=1.5",
+        "patch_grid=4",
+        "keep_rate=0.5",
+        "patch_grid=3&keep_rate=0.5",
+        "patch_grid=4&keep_rate=0.6",
+        "patch_grid=4&keep_rate=0",
+        "patch_grid=4&keep_rate=1.1",
+        "budget=2.3",
+    ],
+)
+def test_an_unusable_parameter_is_refused_and_counted(client: TestClient, photo: bytes, query: str) -> None:
+    response = client.post(f"/classify?{query}", content=photo)
+    assert error_code(response, 422) == "invalid_parameter"
+    assert "Value error" not in response.text
+    assert sample(client, 'supervit_requests_total{outcome="invalid_parameter"}') == 1
+
+
+def test_top_k_bounds_the_predictions(client: TestClient, photo: bytes) -> None:
+    everything = client.post("/classify?top_k=7", content=photo).json()["predictions"]
+    assert len(everything) == 7
+    assert sum(entry["probability"] for entry in everything) == pytest.approx(1)
+    assert len(client.post("/classify?top_k=1", content=photo).json()["predictions"]) == 1
+
+
+def test_what_is_no_image_is_refused_by_its_bytes_or_by_its_type(client: TestClient, photo: bytes) -> None:
+    assert error_code(client.post("/classify", content=b"hello"), 422) == "invalid_image"
+    assert error_code(client.post("/classify"), 422) == "invalid_image"
+    assert error_code(client.post("/classify", content=photo[:200]), 422) == "invalid_image"
+    assert error_code(client.post("/classify", json={"image": "..."}), 415) == "unsupported_media_type"
+    text = client.post("/classify", content=photo, headers={"Content-Type": "text/plain"})
+    assert error_code(text, 415) == "unsupported_media_type"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "content"),
+    [
+        ("multipart/form-data", b"..."),
+        ("multipart/form-data; boundary=x", b"not a form"),
+        ("multipart/form-data; boundary=x", b"--x\r\n\r\n\r\n--x--\r\n"),
+        (
+            "multipart/form-data; boundary=x",
+            b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\ntext\r\n--x--\r\n',
+        ),
+        ("multipart/form-data; boundary=" + "x" * 300, b"--x"),
+    ],
+)
+def test_a_broken_form_is_refused(client: TestClient, content_type: str, content: bytes) -> None:
+    response = client.post("/classify", content=content, headers={"Content-Type": content_type})
+    assert error_code(response, 422) == "invalid_image"
+
+
+def test_a_form_without_the_file_is_refused(client: TestClient, photo: bytes) -> None:
+    response = client.post("/classify", files={"picture": ("a.jpg", photo)})
+    assert error_code(response, 422) == "invalid_image"
+    assert "'file'" in response.json()["error"]["message"]
+
+
+def test_a_body_over_the_limit_is_refused_however_it_comes(client: TestClient) -> None:
+    def long_stream() -> Iterator[bytes]:
+        for _ in range(BODY_LIMIT // 1000 + 1):
+            yield bytes(1000)
+
+    announced = client.post("/classify", content=bytes(BODY_LIMIT + 1))
+    streamed = client.post("/classify", content=long_stream())
+    form = client.post("/classify", files={"file": bytes(BODY_LIMIT)})
+    for response in (announced, streamed, form):
+        assert error_code(response, 413) == "body_too_large"
+        assert response.headers["Connection"] == "close"
+    assert client.post("/classify", content=b"x" * BODY_LIMIT).status_code == 422
+
+
+def test_an_image_bomb_is_refused(client: TestClient, encode: Callable[..., bytes]) -> None:
+    bomb = encode(Image.new("1", (101, 100)))
+    assert error_code(client.post("/classify", content=bomb), 413) == "image_too_large"
+
+
+def test_a_failing_model_is_500_without_its_stack_trace(
+    client: TestClient, engine: ScriptedEngine, photo: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.error = RuntimeError("secret weights")
+    response = client.post("/classify", content=photo)
+    assert error_code(response, 500) == "model_error"
+    assert "secret" not in response.text
+    assert "secret weights" in caplog.text
+    engine.error = None
+    assert client.post("/classify", content=photo).status_code == 200
+
+
+def test_an_answer_that_is_not_a_number_is_an_error(client: TestClient, engine: ScriptedEngine, photo: bytes) -> None:
+    engine.logits = torch.full((1, 7), float("nan"))
+    assert error_code(client.post("/classify", content=photo), 500) == "model_error"
+
+
+def test_a_bug_in_the_server_is_500_in_the_same_shape(
+    client: TestClient, photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr("service.pipeline.choose", explode)
+    response = client.post("/classify", content=photo)
+    assert error_code(response, 500) == "internal_error"
+    assert "secret" not in response.text
+
+
+def test_the_server_is_ready_only_after_the_model_has_run(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes
+) -> None:
+    engine.may_warm_up.clear()
+    with TestClient(create_app(settings, checkpoint, engine)) as client:
+        assert client.get("/health/live").json() == {"status": "live"}
+        assert error_code(client.get("/health/ready"), 503) == "not_ready"
+        assert sample(client, "supervit_ready ") == 0
+        refused = client.post("/classify", content=photo)
+        assert error_code(refused, 503) == "not_ready"
+        assert int(refused.headers["Retry-After"]) >= 1
+        engine.may_warm_up.set()
+        while client.get("/health/ready").status_code != 200:
+            pass
+        assert sample(client, "supervit_ready ") == 1
+        assert client.post("/classify", content=photo).status_code == 200
+
+
+def test_the_table_lists_every_sub_network_cheapest_first(client: TestClient, checkpoint: Checkpoint) -> None:
+    answer = client.get("/subnetworks").json()
+    rows = answer["subnetworks"]
+    assert [row["gflops"] for row in rows] == sorted(row.gflops for row in checkpoint.profile.rows)
+    by_name = {(row["patch_grid"], row["keep_rate"]): row for row in rows}
+    assert by_name[2, 1.0]["on_frontier"] is False
+    assert by_name[4, 0.5]["on_frontier"] is True
+    assert by_name[4, 1.0]["expected_accuracy"] == 0.8
+    assert by_name[4, 1.0]["expected_top5_accuracy"] == pytest.approx(0.9)
+    assert (answer["image_side_px"], answer["num_classes"]) == (16, 7)
+
+
+def test_metrics_count_outcomes_sub_networks_compute_and_stages(client: TestClient, photo: bytes) -> None:
+    answers = [
+        client.post("/classify", content=photo).json(),
+        client.post("/classify?patch_grid=2&keep_rate=0.5", content=photo).json(),
+    ]
+    client.post("/classify", content=b"hello")
+    assert sample(client, 'supervit_requests_total{outcome="ok"}') == 2
+    assert sample(client, 'supervit_requests_total{outcome="invalid_image"}') == 1
+    assert sample(client, 'supervit_subnetwork_requests_total{keep_rate="0.5",patch_grid="2"}') == 1
+    assert sample(client, 'supervit_subnetwork_requests_total{keep_rate="0.5",patch_grid="4"}') == 0
+    spent = sum(answer["subnetwork"]["gflops"] for answer in answers)
+    assert sample(client, "supervit_spent_gflops_total") == pytest.approx(spent)
+    assert sample(client, "supervit_request_duration_seconds_count") == 2
+    total_s = sum(answer["timing_ms"]["total"] for answer in answers) / 1000
+    assert sample(client, "supervit_request_duration_seconds_sum") == pytest.approx(total_s, abs=1e-4)
+    for stage in ("decode", "queue", "inference"):
+        assert sample(client, f'supervit_stage_duration_seconds_count{{stage="{stage}"}}') == 2
+    assert sample(client, "supervit_requests_in_flight") == 0
+    assert sample(client, "supervit_model_info") == 1
+
+
+def test_paths_and_methods_that_do_not_exist_are_errors_of_the_same_shape(client: TestClient) -> None:
+    assert error_code(client.get("/nowhere"), 404) == "not_found"
+    wrong_method = client.get("/classify")
+    assert error_code(wrong_method, 405) == "method_not_allowed"
+    assert wrong_method.headers["Allow"] == "POST"
+
+
+def test_the_documentation_describes_body_parameters_and_errors(client: TestClient) -> None:
+    assert client.get("/docs").status_code == 200
+    operation = client.get("/openapi.json").json()["paths"]["/classify"]["post"]
+    assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*"}
+    assert {entry["name"] for entry in operation["parameters"]} == {
+        "budget_gflops",
+        "top_k",
+        "patch_grid",
+        "keep_rate",
+    }
+    assert {"200", "413", "415", "422", "429", "500", "503"} <= set(operation["responses"])
+    problem = operation["responses"]["422"]["content"]["application/json"]["schema"]["$ref"]
+    assert problem.endswith("ErrorAnswer")

@@ -1,0 +1,142 @@
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.subnetwork import SubNetwork
+from service.batcher import Batcher, Result
+from service.errors import ModelError, NotReadyError
+
+SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
+
+pytestmark = pytest.mark.anyio
+
+
+class Gate:
+    """A model whose batches wait until it is opened, and which notes what it was given."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[SubNetwork, list[int]]] = []
+        self.open = threading.Event()
+        self.entered = threading.Event()
+
+    def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        self.entered.set()
+        self.open.wait(10)
+        self.batches.append((subnetwork, images[:, 0, 0, 0].tolist()))
+        if 13 in self.batches[-1][1]:
+            raise RuntimeError("thirteen")
+        return images[:, :, 0, 0].float()
+
+
+def image(value: int) -> Tensor:
+    return torch.full((3, 2, 2), value, dtype=torch.uint8)
+
+
+@asynccontextmanager
+async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]:
+    batcher = Batcher(gate.run, max_batch_size)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(batcher.serve())
+        try:
+            yield batcher
+        finally:
+            gate.open.set()
+            batcher.stop()
+
+
+async def line_up(batcher: Batcher, *wishes: tuple[int, SubNetwork]) -> "list[asyncio.Task[Result]]":
+    tasks = [asyncio.create_task(batcher.submit(image(value), subnetwork)) for value, subnetwork in wishes]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def behind_a_running_batch(batcher: Batcher, gate: Gate) -> "asyncio.Task[Result]":
+    (first,) = await line_up(batcher, (0, SMALL))
+    await asyncio.to_thread(gate.entered.wait, 10)
+    return first
+
+
+async def test_a_request_gets_its_own_row_and_its_times() -> None:
+    gate = Gate()
+    gate.open.set()
+    async with serving(gate) as batcher:
+        result = await batcher.submit(image(7), SMALL)
+    assert result.logits.tolist() == [7, 7, 7]
+    assert result.batch_size == 1
+    assert result.queue_s >= 0
+    assert result.inference_s > 0
+
+
+async def test_those_who_want_the_same_sub_network_run_together_in_order_of_arrival() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        rest = await line_up(batcher, (1, LARGE), (2, SMALL), (3, LARGE), (4, SMALL))
+        gate.open.set()
+        results = await asyncio.gather(first, *rest)
+    assert gate.batches == [(SMALL, [0]), (LARGE, [1, 3]), (SMALL, [2, 4])]
+    assert [int(result.logits[0]) for result in results] == [0, 1, 2, 3, 4]
+    assert [result.batch_size for result in results] == [1, 2, 2, 2, 2]
+
+
+async def test_a_batch_never_exceeds_its_limit() -> None:
+    gate = Gate()
+    async with serving(gate, max_batch_size=2) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        rest = await line_up(batcher, *((value, SMALL) for value in range(1, 6)))
+        gate.open.set()
+        await asyncio.gather(first, *rest)
+    assert [values for _, values in gate.batches] == [[0], [1, 2], [3, 4], [5]]
+
+
+async def test_a_client_that_left_costs_no_compute() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        leaving, staying = await line_up(batcher, (1, SMALL), (2, SMALL))
+        leaving.cancel()
+        await asyncio.sleep(0)
+        gate.open.set()
+        await asyncio.gather(first, staying)
+    assert gate.batches == [(SMALL, [0]), (SMALL, [2])]
+
+
+async def test_a_client_that_leaves_while_its_batch_runs_disturbs_nobody() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        first.cancel()
+        await asyncio.sleep(0)
+        (second,) = await line_up(batcher, (1, SMALL))
+        gate.open.set()
+        assert (await second).logits.tolist() == [1, 1, 1]
+
+
+async def test_a_failing_batch_fails_its_own_requests_and_the_next_one_runs() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        doomed, fine = await line_up(batcher, (13, SMALL), (1, LARGE))
+        gate.open.set()
+        with pytest.raises(ModelError) as caught:
+            await doomed
+        assert "thirteen" not in caught.value.message
+        await first
+        assert (await fine).logits.tolist() == [1, 1, 1]
+
+
+async def test_stopping_answers_who_is_in_line_and_refuses_who_comes_later() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        (second,) = await line_up(batcher, (1, SMALL))
+        batcher.stop()
+        with pytest.raises(NotReadyError):
+            await batcher.submit(image(2), SMALL)
+        gate.open.set()
+        assert [int(result.logits[0]) for result in await asyncio.gather(first, second)] == [0, 1]

@@ -1,0 +1,137 @@
+import io
+import random
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.data import evaluation_transform
+from service.errors import ImageTooLargeError, InvalidImageError
+from service.images import decode_image
+from tests.service.conftest import CONFIG
+
+SIDE = CONFIG.image_side
+LIMIT = 1_000_000
+
+
+def decode(data: bytes, max_pixels: int = LIMIT) -> torch.Tensor:
+    return decode_image(data, evaluation_transform(CONFIG), max_pixels)
+
+
+def mean_colour(data: bytes) -> list[float]:
+    return [float(channel) for channel in decode(data).float().mean(dim=(1, 2))]
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_every_format_comes_out_as_the_picture_that_went_in(encode: Callable[..., bytes], image_format: str) -> None:
+    image = decode(encode(Image.new("RGB", (50, 30), (200, 100, 50)), image_format))
+    assert image.shape == (3, SIDE, SIDE)
+    assert image.dtype == torch.uint8
+    assert image.float().mean(dim=(1, 2)).tolist() == pytest.approx([200, 100, 50], abs=4)
+
+
+def test_an_unknown_format_is_refused(encode: Callable[..., bytes]) -> None:
+    with pytest.raises(InvalidImageError, match="not an image in one of the formats"):
+        decode(encode(Image.new("RGB", (9, 9)), "TIFF"))
+
+
+def test_only_the_first_frame_of_an_animation_counts(encode: Callable[..., bytes]) -> None:
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert mean_colour(data) == pytest.approx([255, 0, 0], abs=4)
+
+
+def test_grey_palette_bilevel_and_cmyk_pictures_come_out_in_their_colours(encode: Callable[..., bytes]) -> None:
+    red = Image.new("RGB", (20, 20), "red")
+    assert mean_colour(encode(Image.new("L", (20, 20), 90))) == pytest.approx([90, 90, 90])
+    assert mean_colour(encode(red.convert("P"))) == pytest.approx([255, 0, 0], abs=4)
+    assert mean_colour(encode(Image.new("1", (20, 20), 1))) == pytest.approx([255, 255, 255])
+    assert mean_colour(encode(red.convert("CMYK"), "JPEG")) == pytest.approx([255, 0, 0], abs=6)
+
+
+def test_transparency_is_shown_on_white(encode: Callable[..., bytes]) -> None:
+    half_red = Image.new("RGBA", (20, 20), (255, 0, 0, 128))
+    assert mean_colour(encode(half_red)) == pytest.approx([255, 127, 127], abs=2)
+    assert mean_colour(encode(half_red, "WEBP", lossless=True)) == pytest.approx([255, 127, 127], abs=2)
+    assert mean_colour(encode(Image.new("LA", (20, 20), (0, 0)))) == pytest.approx([255, 255, 255])
+    palette = Image.new("P", (20, 20), 3)
+    palette.putpalette([value for index in range(8) for value in (index, 0, 0)])
+    assert mean_colour(encode(palette, "PNG", transparency=3)) == pytest.approx([255, 255, 255])
+
+
+def test_sixteen_bit_grey_is_scaled_rather_than_clipped(encode: Callable[..., bytes]) -> None:
+    grey = Image.fromarray(np.full((20, 20), 0x4000, dtype=np.uint16))
+    assert mean_colour(encode(grey)) == pytest.approx([64, 64, 64], abs=1)
+
+
+def test_a_picture_is_turned_upright_by_its_exif_orientation(encode: Callable[..., bytes]) -> None:
+    upright = Image.new("RGB", (SIDE, SIDE), "black")
+    upright.paste("white", (0, 0, SIDE, SIDE // 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
+    data = encode(upright.rotate(90), "JPEG", exif=exif, quality=100)
+    rows = decode(data).float().mean(dim=(0, 2))
+    assert rows[: SIDE // 2].mean() > 200
+    assert rows[SIDE // 2 :].mean() < 50
+
+
+def test_a_single_pixel_and_an_extreme_strip_are_images_too(encode: Callable[..., bytes]) -> None:
+    assert decode(encode(Image.new("RGB", (1, 1), "red"))).shape == (3, SIDE, SIDE)
+    assert decode(encode(Image.new("L", (1, 60_000), 7))).float().mean() == pytest.approx(7)
+
+
+def png_header(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + struct.pack(">I", 9) + b"IDAT"
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize("side", [1001, 60_000, 2_000_000])
+def test_an_image_bomb_is_refused_from_its_header_alone(side: int) -> None:
+    with pytest.raises(ImageTooLargeError) as caught:
+        decode(png_header(side, side))
+    assert caught.value.details == {"max_image_pixels": LIMIT}
+
+
+def test_a_large_image_within_the_limit_raises_no_warning(encode: Callable[..., bytes]) -> None:
+    data = encode(Image.new("1", (10_000, 8_900)))
+    assert decode(data, max_pixels=89_000_000).shape == (3, SIDE, SIDE)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"GIF89a", b"BM" + bytes(60), bytes(1000)])
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidImageError):
+        decode(data)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_damaged_images_are_decoded_or_refused_but_never_crash(encode: Callable[..., bytes], image_format: str) -> None:
+    rng = random.Random(image_format)
+    noise = Image.frombytes("RGB", (24, 24), rng.randbytes(24 * 24 * 3))
+    intact = encode(noise, image_format)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(intact)
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        cut = rng.choice([len(data), rng.randrange(len(data))])
+        try:
+            decode(bytes(data[:cut]))
+        except (InvalidImageError, ImageTooLargeError):
+            refused += 1
+    assert refused > 0
+
+
+def test_a_truncated_jpeg_is_refused(photo: bytes) -> None:
+    with pytest.raises(InvalidImageError, match="broken"):
+        decode(photo[: len(photo) // 2])
+
+
+def test_decoding_agrees_with_the_evaluation_of_the_checkpoint(photo: bytes) -> None:
+    with Image.open(io.BytesIO(photo)) as image:
+        expected = evaluation_transform(CONFIG)(image.convert("RGB"))
+    assert torch.equal(decode(photo), expected)

@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import DEFAULT_CHECKPOINT, Settings
+
+
+def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "checkpoint": "/models/a.pth",
+        "host": "0.0.0.0",
+        "port": "80",
+        "device": "cuda:1",
+        "max_batch_size": "3",
+        "max_waiting": "4",
+        "decode_threads": "5",
+        "max_body_bytes": "6",
+        "max_image_pixels": "7",
+        "log_level": "error",
+    }
+    assert set(values) == set(Settings.model_fields)
+    for name, value in values.items():
+        monkeypatch.setenv(f"SUPERVIT_{name.upper()}", value)
+    settings = Settings()
+    assert {name: str(getattr(settings, name)) for name in values} == values
+
+
+def test_the_default_checkpoint_ships_with_the_package() -> None:
+    assert Settings().checkpoint == DEFAULT_CHECKPOINT
+    assert DEFAULT_CHECKPOINT.is_file()
+    assert DEFAULT_CHECKPOINT.stat().st_size <= 16_000_000
+
+
+@pytest.mark.parametrize(("name", "value"), [("PORT", "70000"), ("MAX_BATCH_SIZE", "0"), ("LOG_LEVEL", "loud")])
+def test_a_value_outside_its_range_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"SUPERVIT_{name}", value)
+    with pytest.raises(ValidationError):
+        Settings()
+
+
+def test_every_knob_says_what_it_is() -> None:
+    assert all(field.description for field in Settings.model_fields.values())
+    assert isinstance(Settings().checkpoint, Path)
