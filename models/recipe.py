@@ -62,7 +62,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: CliPositionalArg[Path] = Field(description="folder with train/ and, where there is one, val/ or test/, of class folders")
+    data: CliPositionalArg[Path] = Field(description="folder with train/ and perhaps val/ or test/, of class folders")
     output: Path = Field(description="folder for the checkpoint, the training state, the log and its picture")
     resume: bool = Field(False, description="go on from the state in the output folder")
 

@@ -102,12 +102,23 @@ def train(recipe: Recipe) -> Path:
     Raises:
         DataError: the data set is unusable.
         CheckpointError: the weights to start from, or the teacher's, are.
-        TrainingError: the output folder is taken, there is nothing to resume, or the loss is no longer a number.
+        TrainingError: the model or the output folder cannot be used, there is nothing to resume, or the loss is no
+            longer a number.
     """
     state_path = recipe.output / STATE_NAME
     if state_path.exists() and not recipe.resume:
         raise TrainingError(f"{recipe.output}: holds a run already; go on with --resume or name another folder")
     process = join_processes(recipe.device)
+    try:
+        run_epochs(recipe, process, state_path)
+    finally:
+        if process.count > 1:
+            distributed.destroy_process_group()
+    return recipe.output / CHECKPOINT_NAME
+
+
+def run_epochs(recipe: Recipe, process: Process, state_path: Path) -> None:
+    """Set up this process's part of the run and take it, epoch by epoch, to the end."""
     class_names = list_classes(recipe.data / "train")
     seed_everything(recipe.seed)  # every process starts from the same weights
     model = build_model(recipe, len(class_names)).to(process.device)
@@ -138,7 +149,6 @@ def train(recipe: Recipe) -> Path:
             save_epoch(recipe, state, class_names, record)
         if process.count > 1:
             distributed.barrier()
-    return recipe.output / CHECKPOINT_NAME
 
 
 def join_processes(device: str) -> Process:
@@ -160,12 +170,21 @@ def seed_everything(*parts: int) -> None:
 
 
 def build_model(recipe: Recipe, num_classes: int) -> SuperViT:
-    """Build the recipe's model, from scratch or from its initial weights."""
-    model = timm.create_model(
-        recipe.model, num_classes=num_classes, drop_path_rate=recipe.drop_path, **recipe.overrides
-    )
-    if not isinstance(model, SuperViT):
-        raise TrainingError(f"{recipe.model} is no SuperViT")
+    """Build the recipe's model, from scratch or from its initial weights.
+
+    Raises:
+        TrainingError: there is no such model, or its fields contradict one another.
+        CheckpointError: the initial weights cannot be used.
+    """
+    known = timm.list_models("supervit_*")
+    if recipe.model not in known:
+        raise TrainingError(f"no model {recipe.model!r}; there are {', '.join(known)}")
+    try:
+        model: SuperViT = timm.create_model(
+            recipe.model, num_classes=num_classes, drop_path_rate=recipe.drop_path, **recipe.overrides
+        )
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
     if recipe.init:
         load_initial_weights(model, recipe.init)
     return model

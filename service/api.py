@@ -25,6 +25,7 @@ from service.errors import (
     OverloadedError,
     ServiceError,
     UnsupportedMediaError,
+    UploadTimeoutError,
 )
 from service.metrics import CONTENT_TYPE, Metrics
 from service.pipeline import Pipeline
@@ -46,6 +47,7 @@ STATUS = {
     InvalidImageError: 422,
     ImageTooLargeError: 413,
     BodyTooLargeError: 413,
+    UploadTimeoutError: 408,
     UnsupportedMediaError: 415,
     OverloadedError: 429,
     NotReadyError: 503,
@@ -64,6 +66,7 @@ class Api:
     pipeline: Pipeline
     metrics: Metrics
     max_body_bytes: int
+    max_upload_s: float
     clock: Callable[[], float] = time.monotonic
 
 
@@ -83,6 +86,7 @@ IMAGE_BODY = {
     }
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
+    408: {"model": ErrorAnswer, "description": "the body did not arrive in time"},
     413: {"model": ErrorAnswer, "description": "the body or the image is too large"},
     415: {"model": ErrorAnswer, "description": "the content type is no image"},
     422: {"model": ErrorAnswer, "description": "a parameter, the budget or the image is unusable"},
@@ -107,7 +111,7 @@ def build_router(api: Api) -> APIRouter:
         """
         arrived_at = api.clock()
         wanted = InferenceRequest(arrived_at, query.budget_gflops, query.subnetwork, query.top_k)
-        answer = await api.pipeline.classify(lambda: read_image(request, api.max_body_bytes), wanted)
+        answer = await api.pipeline.classify(lambda: read_image(request, api.max_body_bytes, api.max_upload_s), wanted)
         described = describe_answer(answer, api.checkpoint)
         stages = described.timing_ms.model_dump()
         response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())
@@ -175,7 +179,7 @@ def _error(
     headers = dict(headers or {})
     if status in (429, 503):
         headers["Retry-After"] = str(RETRY_AFTER_S)
-    if status == 413:
+    if status in (408, 413):
         headers["Connection"] = "close"  # or the server would go on to read what it has just refused
     body = ErrorAnswer(error=ErrorDetail(code=code, message=message, details=details))
     return JSONResponse(body.model_dump(), status, headers)

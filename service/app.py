@@ -62,7 +62,7 @@ def create_app(settings: Settings, checkpoint: Checkpoint, engine: Engine | None
         decode_threads.shutdown()
 
     app = FastAPI(title="SuperViT Serve", version=version("supervit-serve"), lifespan=lifespan, redoc_url=None)
-    app.include_router(build_router(Api(checkpoint, pipeline, metrics, settings.max_body_bytes)))
+    app.include_router(build_router(Api(checkpoint, pipeline, metrics, settings.max_body_bytes, settings.max_upload_s)))
     add_error_handlers(app, metrics)
     return app
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 
-
 DEFAULT_TOP_K = 5
 
 

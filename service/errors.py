@@ -6,6 +6,7 @@ ServiceError
 │   ├── BudgetTooSmallError       no sub-network is cheap enough
 │   ├── UnsupportedMediaError     the declared type is no image
 │   ├── BodyTooLargeError         more bytes than the server reads
+│   ├── UploadTimeoutError        the body does not arrive in time
 │   ├── ImageTooLargeError        more pixels than the server decodes
 │   └── InvalidImageError         bytes that are no image that the server reads
 ├── OverloadedError           too much is waiting already
@@ -59,6 +60,12 @@ class BodyTooLargeError(RequestError):
     """The body has more bytes than the server reads."""
 
     code = "body_too_large"
+
+
+class UploadTimeoutError(RequestError):
+    """The body did not arrive in the time that the server waits for it."""
+
+    code = "upload_timeout"
 
 
 class ImageTooLargeError(RequestError):

@@ -23,6 +23,7 @@ class Settings(BaseSettings):
     max_waiting: int = Field(256, ge=1, description="requests in the server at once; more are refused")
     decode_threads: int = Field(2, ge=1, description="threads that decode images")
     max_body_bytes: int = Field(20_000_000, ge=1, description="largest request body that is read")
+    max_upload_s: float = Field(30, gt=0, description="longest time that a request's body may take to arrive")
     max_image_pixels: int = Field(
         50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="largest image that is decoded, width times height"
     )

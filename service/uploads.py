@@ -1,12 +1,13 @@
 """The image out of a request's body, whether it is the body or a form's field, without reading more than is allowed."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 
 from fastapi import Request
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from service.errors import BodyTooLargeError, InvalidImageError, UnsupportedMediaError
+from service.errors import BodyTooLargeError, InvalidImageError, UnsupportedMediaError, UploadTimeoutError
 
 FIELD = "file"
 MAX_FORM_PARTS = 16
@@ -14,16 +15,18 @@ MAX_FORM_PARTS = 16
 UNTYPED = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 
 
-async def read_image(request: Request, max_bytes: int) -> bytes:
+async def read_image(request: Request, max_bytes: int, max_s: float) -> bytes:
     """Read the image of a request: the multipart field `file`, or else the whole body.
 
     Args:
         request: its body not yet read.
         max_bytes: most bytes of the body to read.
+        max_s: longest time to wait for the whole body, or slow clients would fill the server.
 
     Raises:
         UnsupportedMediaError: the content type says that the body is no image.
         BodyTooLargeError: the body is longer; no more than the limit was read.
+        UploadTimeoutError: the body took longer.
         InvalidImageError: the form is broken or has no such file.
         ClientDisconnect: the client left.
     """
@@ -35,9 +38,13 @@ async def read_image(request: Request, max_bytes: int) -> bytes:
     if declared_length.isdigit() and int(declared_length) > max_bytes:
         raise _too_large(max_bytes)
     chunks = _limited(request.stream(), max_bytes)
-    if is_form:
-        return await _read_field(request.headers, chunks, max_bytes)
-    return b"".join([chunk async for chunk in chunks])
+    try:
+        async with asyncio.timeout(max_s):
+            if is_form:
+                return await _read_field(request.headers, chunks, max_bytes)
+            return b"".join([chunk async for chunk in chunks])
+    except TimeoutError as error:
+        raise UploadTimeoutError(f"the body did not arrive within {max_s:g} s") from error
 
 
 async def _read_field(headers: Headers, chunks: AsyncGenerator[bytes, None], max_bytes: int) -> bytes:

@@ -331,6 +331,6 @@ def test_the_documentation_describes_body_parameters_and_errors(client: TestClie
         "patch_grid",
         "keep_rate",
     }
-    assert {"200", "413", "415", "422", "429", "500", "503"} <= set(operation["responses"])
+    assert {"200", "408", "413", "415", "422", "429", "500", "503"} <= set(operation["responses"])
     problem = operation["responses"]["422"]["content"]["application/json"]["schema"]["$ref"]
     assert problem.endswith("ErrorAnswer")

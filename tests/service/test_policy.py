@@ -68,7 +68,7 @@ def test_a_named_sub_network_over_the_budget_is_refused_with_its_cost() -> None:
 
 
 def test_a_sub_network_outside_the_family_is_refused() -> None:
-    with pytest.raises(InvalidParameterError, match="grid 9 at keep rate 0.5"):
+    with pytest.raises(InvalidParameterError, match=r"grid 9 at keep rate 0\.5"):
         choose(wish(subnetwork=SubNetwork(9, 0.5)), PROFILES)
 
 

@@ -16,6 +16,7 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "max_waiting": "4",
         "decode_threads": "5",
         "max_body_bytes": "6",
+        "max_upload_s": "8.5",
         "max_image_pixels": "7",
         "log_level": "error",
     }

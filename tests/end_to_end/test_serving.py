@@ -1,0 +1,171 @@
+"""The real command in a process of its own, over a real socket, on the checkpoint that ships."""
+
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from models.checkpoint import load_checkpoint
+from service.settings import DEFAULT_CHECKPOINT
+
+START_LIMIT_S = 60
+COMMAND = [sys.executable, "-m", "service.cli"]
+
+
+def picture(seed: int) -> bytes:
+    """A JPEG of a few hundred pixels a side, different for every seed."""
+    rng = random.Random(seed)
+    noise = Image.frombytes("RGB", (8, 6), rng.randbytes(8 * 6 * 3))
+    buffer = io.BytesIO()
+    noise.resize((rng.randint(200, 500), rng.randint(200, 500)), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(port: int, log: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "SUPERVIT_PORT": str(port)}
+    with log.open("wb") as output:
+        return subprocess.Popen([*COMMAND, "serve"], stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            if httpx.get(f"{url}/health/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"not ready in time: {log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    port = free_port()
+    process = start(port, log)
+    wait_until_ready(process, f"http://127.0.0.1:{port}", log)
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    assert process.wait(20) == -signal.SIGTERM, log.read_text()  # uvicorn ends of the signal, after its work
+    assert "Traceback" not in log.read_text()
+
+
+def test_sweeping_the_budget_reaches_every_sub_network_on_the_frontier(url: str) -> None:
+    rows = httpx.get(f"{url}/subnetworks").json()["subnetworks"]
+    frontier = {(row["patch_grid"], row["keep_rate"]) for row in rows if row["on_frontier"]}
+    reached = set()
+    for row in rows:
+        response = httpx.post(f"{url}/classify", params={"budget_gflops": row["gflops"]}, content=picture(1))
+        chosen = response.json()["subnetwork"]
+        assert chosen["gflops"] <= row["gflops"]
+        reached.add((chosen["patch_grid"], chosen["keep_rate"]))
+    assert reached == frontier
+    assert len(frontier) >= 4
+
+
+def test_every_sub_network_answers_by_name(url: str) -> None:
+    for row in httpx.get(f"{url}/subnetworks").json()["subnetworks"]:
+        name = {"patch_grid": row["patch_grid"], "keep_rate": row["keep_rate"]}
+        chosen = httpx.post(f"{url}/classify", params=name, content=picture(2)).json()["subnetwork"]
+        assert name.items() <= chosen.items()
+
+
+def test_many_clients_at_once_each_get_the_answer_to_their_own_picture(url: str) -> None:
+    pictures = [picture(seed) for seed in range(12)]
+    with httpx.Client() as client:
+        alone = [client.post(f"{url}/classify", content=data).json()["predictions"] for data in pictures]
+
+        def ask(index: int) -> list[dict[str, float]]:
+            answer = client.post(f"{url}/classify", content=pictures[index % 12]).json()
+            return list(answer["predictions"])
+
+        with ThreadPoolExecutor(12) as clients:
+            together = list(clients.map(ask, range(96)))
+    for index, predictions in enumerate(together):
+        expected = {entry["label"]: entry["probability"] for entry in alone[index % 12]}
+        assert {entry["label"]: entry["probability"] for entry in predictions} == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_sent(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\nsome")
+        answer = b""
+        while chunk := connection.recv(4096):  # the server closes, or this times out
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"body_too_large" in answer
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_upload_disturbs_nobody(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nsome")
+    assert httpx.post(f"{url}/classify", content=picture(3)).status_code == 200
+
+
+def test_the_command_gives_the_same_answer_alone_as_from_a_server(url: str, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(picture(4))
+    answers = []
+    for where in ([], ["--url", url]):
+        arguments = ["classify", str(photo), "--budget-gflops", "0.06", "--json-lines", *where]
+        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=True)
+        answers.append(json.loads(done.stdout))
+    alone, served = answers
+    assert alone["photo"] == str(photo)
+    for part in ("subnetwork", "decision", "model"):
+        assert alone[part] == served[part]
+    assert [entry["label"] for entry in alone["predictions"]] == [entry["label"] for entry in served["predictions"]]
+
+
+def test_a_stopping_server_answers_those_it_has_admitted(tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    process = start(port, log)
+    url = f"http://127.0.0.1:{port}"
+    wait_until_ready(process, url, log)
+    body = picture(5)
+    head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(head + body[:100])
+        while "supervit_requests_in_flight 1.0" not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        while b"Shutting down" not in log.read_bytes():
+            time.sleep(0.01)
+        connection.sendall(body[100:])
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+    assert process.wait(20) == -signal.SIGTERM
+
+
+def test_the_default_checkpoint_is_as_good_as_its_card_says() -> None:
+    checkpoint = load_checkpoint(DEFAULT_CHECKPOINT)
+    rows = checkpoint.profile.by_subnetwork
+    assert checkpoint.profile.is_measured
+    best = rows[checkpoint.config.largest].top1 or 0.0
+    assert best >= 0.80
+    assert all(best - (row.top1 or 0.0) <= 0.12 for row in rows.values())
+    card = (DEFAULT_CHECKPOINT.parent / "README.md").read_text()
+    for row in rows.values():
+        assert f"{100 * (row.top1 or 0.0):.2f}" in card
+        assert f"{row.gflops:.4f}" in card

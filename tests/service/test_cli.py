@@ -1,0 +1,123 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
+from models.profiles import ProfileTable
+from service.cli import main
+
+
+@pytest.fixture
+def checkpoint_path(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, checkpoint.profile)
+    save_checkpoint(path, checkpoint.model, header)
+    return path
+
+
+@pytest.fixture
+def photo_path(photo: bytes, tmp_path: Path) -> Path:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(photo)
+    return path
+
+
+def test_classify_shows_the_best_classes_and_the_reason(
+    checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["classify", str(photo_path), "--checkpoint", str(checkpoint_path), "--top-k", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("thing") == 2
+    assert "no budget was given" in shown
+
+
+def test_classify_goes_on_after_a_photo_that_it_cannot_read(
+    checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = ["/does/not/exist.jpg", str(checkpoint_path), str(photo_path)]
+    assert main(["classify", *photos, "--checkpoint", str(checkpoint_path), "--json-lines"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["photo"] == str(photo_path)
+    assert "/does/not/exist.jpg: No such file" in printed.err
+    assert "tiny.safetensors: not an image" in printed.err
+    assert "2 of 3 photos" in printed.err
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense"])
+def test_classify_says_that_there_is_no_such_server(
+    photo_path: Path, capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    assert main(["classify", str(photo_path), "--url", url]) == 1
+    assert "does not answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_serve_refuses_to_start_on_a_bad_checkpoint_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    path = tmp_path / "bad.pth"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["serve", "--checkpoint", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(path) in error
+
+
+def test_serve_refuses_a_device_that_is_not_there(checkpoint_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--checkpoint", str(checkpoint_path), "--device", "cuda:77"]) == 1
+    assert capsys.readouterr().err.startswith("supervit: device 'cuda:77' cannot be used")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["serve", "--port", "99999"], ["classify", "a.jpg", "--budget-gflops", "-1"], ["train", "d", "--epochs", "0"]],
+)
+def test_a_value_outside_its_range_is_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"supervit: {arguments[0]}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["bogus"], ["serve", "--bogus"], []])
+def test_an_unknown_command_or_option_is_wrong_usage(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code
+
+
+def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
+    checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.safetensors"
+    unmeasured = ProfileTable.unmeasured(checkpoint.config)
+    save_checkpoint(path, checkpoint.model, Header("tiny", checkpoint.config, checkpoint.class_names, unmeasured))
+    for index, name in enumerate(checkpoint.class_names):
+        folder = tmp_path / "data" / "test" / name
+        folder.mkdir(parents=True)
+        for shade in (0, 1):
+            Image.new("RGB", (20, 20), (30 * index, 100 * shade, 5)).save(folder / f"{shade}.png")
+    assert main(["evaluate", str(path), str(tmp_path / "data"), "--workers", "0", "--batch-size", "3"]) == 0
+    printed = capsys.readouterr().out
+    measured = load_checkpoint(path)
+    assert measured.profile.is_measured
+    assert all(0 < (row.top5 or 0) <= 1 for row in measured.profile.rows)
+    assert all(f"{100 * (row.top1 or 0):.2f} %" in printed for row in measured.profile.rows)
+    assert torch.equal(measured.model.head.weight, checkpoint.model.head.weight)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_names_a_data_set_that_it_cannot_use(
+    checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(checkpoint_path), str(tmp_path)]) == 1
+    assert "neither val/ nor test/" in capsys.readouterr().err
+
+
+def test_train_names_a_data_set_that_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(tmp_path), "--output", str(tmp_path / "run")]) == 1
+    assert str(tmp_path / "train") in capsys.readouterr().err

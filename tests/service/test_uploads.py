@@ -1,0 +1,66 @@
+import asyncio
+from typing import Any
+
+import pytest
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from service.errors import BodyTooLargeError, UploadTimeoutError
+from service.uploads import read_image
+
+pytestmark = pytest.mark.anyio
+
+LIMIT = 10
+
+
+class Client:
+    """Sends its chunks one by one, then falls silent or leaves; counts what was taken from it."""
+
+    def __init__(self, *chunks: bytes, then: str = "end", headers: dict[str, str] | None = None) -> None:
+        self.chunks = list(chunks)
+        self.then = then
+        self.taken = 0
+        self.headers = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+
+    async def receive(self) -> dict[str, Any]:
+        if self.taken < len(self.chunks):
+            self.taken += 1
+            more = self.taken < len(self.chunks) or self.then != "end"
+            return {"type": "http.request", "body": self.chunks[self.taken - 1], "more_body": more}
+        if self.then == "leave":
+            return {"type": "http.disconnect"}
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    async def upload(self, max_s: float = 10) -> bytes:
+        return await read_image(Request({"type": "http", "headers": self.headers}, self.receive), LIMIT, max_s)
+
+
+async def test_the_chunks_of_a_body_are_put_together() -> None:
+    assert await Client(b"ab", b"", b"cd").upload() == b"abcd"
+
+
+async def test_nothing_is_read_of_a_body_that_announces_too_much() -> None:
+    client = Client(b"x", headers={"content-length": str(LIMIT + 1)})
+    with pytest.raises(BodyTooLargeError):
+        await client.upload()
+    assert client.taken == 0
+
+
+@pytest.mark.parametrize("content_type", ["image/png", "multipart/form-data; boundary=x"])
+async def test_reading_stops_at_the_chunk_that_passes_the_limit(content_type: str) -> None:
+    client = Client(b"--x\r", b"\nAAA", *[b"AAAA"] * 100, headers={"content-type": content_type})
+    with pytest.raises(BodyTooLargeError) as caught:
+        await client.upload()
+    assert client.taken == 3
+    assert caught.value.details == {"max_body_bytes": LIMIT}
+
+
+async def test_a_client_that_falls_silent_is_given_up() -> None:
+    with pytest.raises(UploadTimeoutError, match=r"within 0\.01 s"):
+        await Client(b"ab", then="silence").upload(max_s=0.01)
+
+
+async def test_a_client_that_leaves_is_noticed() -> None:
+    with pytest.raises(ClientDisconnect):
+        await Client(b"ab", then="leave").upload()

@@ -1,0 +1,50 @@
+"""The README is held against the code: commands, options and knobs that it names exist, and none is left out."""
+
+import re
+from pathlib import Path
+
+from models.recipe import Recipe
+from service.cli import Classify, Evaluate
+from service.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def shell_lines() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def test_the_first_two_commands_set_up_and_run_and_set_up_and_test() -> None:
+    run, test = [line for line in shell_lines() if line.startswith("python3 -m venv")][:2]
+    assert run.endswith("supervit serve")
+    assert test.endswith("pytest")
+    assert test in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_knob_of_the_server_has_a_line() -> None:
+    for name in Settings.model_fields:
+        assert f"| `--{name.replace('_', '-')}` |" in README
+
+
+def test_every_option_in_an_example_exists() -> None:
+    known = {
+        f"--{name.replace('_', '-')}"
+        for command in (Settings, Classify, Evaluate, Recipe)
+        for name in command.model_fields
+    }
+    examples = [line for line in shell_lines() if "supervit " in line or "service.cli" in line]
+    used = {
+        option
+        for line in examples
+        for option in re.findall(r"(?<!\S)--[a-z-]+", re.split(r"supervit |service\.cli ", line, maxsplit=1)[1])
+    }
+    assert used
+    assert used <= known
+
+
+def test_every_file_that_it_names_is_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
