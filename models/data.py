@@ -4,6 +4,7 @@ Training, evaluation and serving share `to_rgb`, `evaluation_transform` and `nor
 measured on is what it is served with.
 """
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -27,6 +28,17 @@ from models.subnetwork import SuperViTConfig
 PADDED_CROP_SIDE_PX = 64
 # A longer picture is cut to this ratio around its centre before resizing, or a 1 x 100,000 px one would fill memory.
 MAX_ASPECT_RATIO = 8
+
+# How to turn a picture that its camera stored in another orientation than it is to be seen in (Exif 2.3, table 4).
+TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Sample = tuple[Tensor, int]
 
@@ -50,7 +62,9 @@ class Augmentation:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a decoded picture of any mode to RGB as a viewer shows it: upright, 8 bits, transparency on white."""
-    image = ImageOps.exif_transpose(image)
+    turn = _turn_upright(image)
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith(("I", "F")):  # 16-bit grey; convert() would clip it to white
         levels = np.asarray(image, dtype=np.float64) / 256
         image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
@@ -162,8 +176,17 @@ def _load_rgb(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return to_rgb(image)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image: {error}") from error
+
+
+def _turn_upright(image: Image.Image) -> Image.Transpose | None:
+    # ImageOps.exif_transpose does more: it writes the metadata anew, which fails on what some cameras put there, and
+    # copies every picture that needs no turning.
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, ValueError, TypeError, struct.error):  # broken metadata do not break a picture
+        return None
 
 
 def _limit_aspect_ratio(image: Image.Image) -> Image.Image:

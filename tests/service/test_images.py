@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from models.data import evaluation_transform
 from service.errors import ImageTooLargeError, InvalidImageError
@@ -135,3 +135,35 @@ def test_decoding_agrees_with_the_evaluation_of_the_checkpoint(photo: bytes) -> 
     with Image.open(io.BytesIO(photo)) as image:
         expected = evaluation_transform(CONFIG)(image.convert("RGB"))
     assert torch.equal(decode(photo), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "metadata", [b"Exif\x00\x00garbage", b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05", b"\xff" * 50]
+)
+def test_broken_metadata_do_not_break_a_picture(encode: Callable[..., bytes], metadata: bytes) -> None:
+    data = encode(Image.new("RGB", (20, 20), "red"), "JPEG", exif=metadata)
+    assert mean_colour(data) == pytest.approx([254, 0, 0], abs=4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_shown_upright(encode: Callable[..., bytes], orientation: int) -> None:
+    upright = Image.new("RGB", (SIDE, SIDE), "black")
+    upright.paste("white", (0, 0, SIDE, SIDE // 2))
+    upright.paste("red", (0, 0, SIDE // 2, SIDE // 2))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = next(  # how a camera would have stored it: the variation that the standard's turn makes upright
+        image
+        for image in [upright, *(upright.transpose(turn) for turn in Image.Transpose)]
+        if ImageOps.exif_transpose(tagged(image, exif)).tobytes() == upright.tobytes()
+    )
+    with Image.open(io.BytesIO(encode(upright, "PNG"))) as image:
+        expected = evaluation_transform(CONFIG)(image)
+    assert torch.equal(decode(encode(stored, "PNG", exif=exif)), expected)
+
+
+def tagged(image: Image.Image, exif: Image.Exif) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    return Image.open(buffer)

@@ -1,5 +1,7 @@
 import pytest
 
+from models.checkpoint import PUBLISHED
+from models.flops import count_macs
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.domain import InferenceRequest
@@ -83,3 +85,15 @@ def test_the_reason_names_the_budget_the_choice_and_what_the_next_better_one_wou
     assert "2 GFLOPs" in reason
     assert "2.298" in reason
     assert "no budget" in choose(wish(), PROFILES).reason
+
+
+def test_the_published_deit_at_half_its_cost_runs_the_finest_grid_pruned_most() -> None:
+    _, config, top1 = PUBLISHED["deit"]
+    published = ProfileTable(
+        tuple(
+            SubNetworkProfile(subnetwork, count_macs(config, subnetwork), percent)
+            for subnetwork, percent in zip(config.subnetworks, top1, strict=True)
+        )
+    )
+    assert choose(wish(2.3), published).profile.subnetwork == SubNetwork(14, 0.5)
+    assert SubNetwork(8, 1.0) not in {row.subnetwork for row in published.frontier}
