@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import os
 import pickle
+import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,21 @@ from models.supervit import DEIT_SMALL, LVVIT_SMALL, SuperViT
 
 HEADER_KEY = "supervit"
 NAMES_SHOWN = 4
+
+# What torch.load was seen to raise, or may raise, over bytes that are damaged or were never a checkpoint.
+UNPICKLING_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.PickleError,
+    struct.error,
+)
 
 # ImageNet top-1 in percent by grid and then keep rate (paper, table 1); the largest sub-network comes last.
 PUBLISHED = {
@@ -98,19 +114,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         UnreadableCheckpointError: there is no such file, it is cut short, or it is no checkpoint.
-        CheckpointMismatchError: weights are missing, unexpected, misshapen or not finite.
+        CheckpointMismatchError: weights are missing, unexpected, misshapen, mistyped or not finite.
     """
     path = Path(path)
     weights, header_json = _read(path)
-    if header_json is None:
-        header = _published_header(weights)
-    else:
-        try:
-            header = _HEADER.validate_json(header_json)
-        except ValidationError as error:
-            raise UnreadableCheckpointError(f"{path}: its header is not ours: {_first_problem(error)}") from error
-    with torch.device("meta"):
-        model = SuperViT(header.config)
+    header = _published_header(weights) if header_json is None else _own_header(path, header_json, len(weights))
+    model = _blank_model(path, header.config)
     _check_weights(path, weights, model.state_dict())
     model.load_state_dict(weights, assign=True)
     return Checkpoint(header.name, _digest(path), model.eval(), header.config, header.class_names, header.profile)
@@ -134,19 +143,19 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    if not path.is_file():
-        raise UnreadableCheckpointError(f"{path}: no such file")
     try:
+        if not path.is_file():
+            raise UnreadableCheckpointError(f"{path}: no such file")
         with path.open("rb") as file:
             start = file.read(9)
         # A safetensors file opens with the length of its JSON header, eight bytes, and then the header itself.
         weights, header = _read_safetensors(path) if start[8:] == b"{" else (_read_pickle(path), None)
-    except OSError as error:
+        return {
+            name.removeprefix("module."): tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in weights.items()
+        }, header
+    except (OSError, RuntimeError) as error:  # torch says with the latter that it cannot convert a weight
         raise UnreadableCheckpointError(f"{path}: cannot be read: {error}") from error
-    return {
-        name.removeprefix("module."): tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in weights.items()
-    }, header
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -160,9 +169,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the published files keep their options in one
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.PickleError) as error:
+        # The published files keep their options in a Namespace. A path would let torch judge the file by its suffix.
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except UNPICKLING_ERRORS as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise UnreadableCheckpointError(f"{path}: truncated, unsafe or not a checkpoint: {reason}") from error
     # The published scripts evaluate 'state_dict_ema' (LV-ViT-S) and 'model' (DeiT-S, beside a 'model_ema').
@@ -173,10 +183,29 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
                 break
     if not isinstance(content, dict) or not content:
         raise UnreadableCheckpointError(f"{path}: holds {type(content).__name__}, not a state dict")
-    strange = [name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    strange = [name for name, value in content.items() if not (isinstance(name, str) and _is_plain_tensor(value))]
     if strange:
         raise UnreadableCheckpointError(f"{path}: not a state dict: {strange[0]!r} is no weight")
     return content
+
+
+def _is_plain_tensor(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_quantized or value.is_nested)
+    )
+
+
+def _own_header(path: Path, header_json: str, num_weights: int) -> Header:
+    try:
+        header = _HEADER.validate_json(header_json)
+    except ValidationError as error:
+        raise UnreadableCheckpointError(f"{path}: its header is not ours: {_first_problem(error)}") from error
+    if header.config.depth > num_weights:  # building that many blocks might never end
+        raise CheckpointMismatchError(f"{path}: {num_weights} weights are too few for {header.config.depth} blocks")
+    return header
 
 
 def _published_header(weights: dict[str, Tensor]) -> Header:
@@ -194,17 +223,32 @@ def _published_header(weights: dict[str, Tensor]) -> Header:
     return Header(name, config, tuple(ImageNetInfo().label_descriptions()), ProfileTable(rows))
 
 
+def _blank_model(path: Path, config: SuperViTConfig) -> SuperViT:
+    """Build the model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return SuperViT(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointMismatchError(f"{path}: its header asks for weights of impossible size") from error
+
+
 def _check_weights(path: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    misshapen = [
-        f"{name} is {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
+    shared = [name for name in expected if name in weights]
+    fitting = [name for name in shared if weights[name].shape == expected[name].shape]
     problems = {
         "missing": [name for name in expected if name not in weights],
         "unexpected": [name for name in weights if name not in expected],
-        "misshapen": misshapen,
-        "not finite": [name for name, tensor in weights.items() if not tensor.isfinite().all()],
+        "misshapen": [
+            f"{name} is {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in shared
+            if name not in fitting
+        ],
+        "mistyped": [
+            f"{name} is {weights[name].dtype} instead of {expected[name].dtype}"
+            for name in fitting
+            if weights[name].is_floating_point() != expected[name].is_floating_point()
+        ],
+        "not finite": [name for name in fitting if not weights[name].isfinite().all()],
     }
     found = [f"{_count(names, 'weight')} {problem}: {_some(names)}" for problem, names in problems.items() if names]
     if found:

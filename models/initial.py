@@ -1,5 +1,6 @@
 """Weights to start a training from: another SuperViT, or a plain timm DeiT."""
 
+import math
 from pathlib import Path
 
 from timm.layers import resample_abs_pos_embed
@@ -21,7 +22,7 @@ def load_initial_weights(model: SuperViT, path: Path) -> None:
     """
     weights = read_weights(path)
     if "pos_embed" in weights:
-        weights = _from_plain_vit(weights, model.config.patch_grids)
+        weights |= _pos_embeds(path, weights.pop("pos_embed"), model.config.patch_grids)
     own = model.state_dict()
     for name in PER_CLASS:
         if name in own and name in weights and weights[name].shape != own[name].shape:
@@ -36,11 +37,15 @@ def load_initial_weights(model: SuperViT, path: Path) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-def _from_plain_vit(weights: dict[str, Tensor], patch_grids: tuple[int, ...]) -> dict[str, Tensor]:
+def _pos_embeds(path: Path, pos_embed: Tensor, patch_grids: tuple[int, ...]) -> dict[str, Tensor]:
     """Turn the one position embedding of a plain ViT, (1, N, D), into one per patch grid."""
-    pos_embed = weights["pos_embed"]
-    others = {name: tensor for name, tensor in weights.items() if name != "pos_embed"}
-    return others | {
+    patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
+    if patches < 1 or math.isqrt(patches) ** 2 != patches:  # a distilled DeiT has a second token before its patches
+        raise CheckpointMismatchError(
+            f"{path}: the position embedding, {tuple(pos_embed.shape)}, is not that of one class token and a square "
+            "of patches"
+        )
+    return {
         f"pos_embed_list.{index}": resample_abs_pos_embed(pos_embed, [grid, grid])
         for index, grid in enumerate(patch_grids)
     }

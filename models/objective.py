@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from models.checkpoint import read_weights
+from models.checkpoint import CheckpointMismatchError, read_weights
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 
@@ -85,11 +85,18 @@ class Teacher(nn.Module):
             name: a timm model.
             weights: a state dict for it; None for the weights that timm downloads.
             config: the student, for its classes and the normalisation to undo.
+
+        Raises:
+            CheckpointError: the file is unreadable, or its weights are not those of `name`.
         """
         super().__init__()
         self.network = timm.create_model(name, pretrained=weights is None, num_classes=config.num_classes)
         if weights is not None:
-            self.network.load_state_dict(read_weights(weights))
+            try:
+                self.network.load_state_dict(read_weights(weights))
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise CheckpointMismatchError(f"{weights}: not weights of {name}: {reason}") from error
         self.network.requires_grad_(False).eval()
         data = timm.data.resolve_model_data_config(self.network)
         self.side = data["input_size"][-1]

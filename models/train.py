@@ -4,14 +4,12 @@ On several processes: `torchrun --nproc-per-node N -m service.cli train ...`. Ev
 seed, the epoch and the process, so a run that was cut short and resumed ends as it would have ended unbroken.
 """
 
-import json
 import math
 import os
 import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
@@ -26,22 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.checkpoint import Header, save_checkpoint
 from models.data import Augmentation, Sample, list_classes, open_training_data
 from models.evaluate import measure_accuracy
 from models.initial import load_initial_weights
 from models.objective import PairLoss, Teacher, sample_pairs, training_step
-from models.plots import plot_training
 from models.profiles import ProfileTable
 from models.recipe import Recipe
+from models.state import CHECKPOINT_NAME, STATE_NAME, State, TrainingError, save_epoch
 from models.supervit import SuperViT
 
-CHECKPOINT_NAME, STATE_NAME, LOG_NAME, PLOT_NAME = "checkpoint.safetensors", "state.pt", "log.jsonl", "training.png"
 FINAL_RATE, WARMUP_START_RATE = 1e-2, 1e-3  # fractions of the peak learning rate
-
-
-class TrainingError(Exception):
-    """A run cannot start or go on; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,44 +48,6 @@ class Process:
     def is_first(self) -> bool:
         """Whether this is the process that saves, logs and prints."""
         return self.rank == 0
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Everything that changes while training; what is saved after an epoch is exactly this."""
-
-    model: SuperViT
-    average: ModelEmaV3
-    optimizer: torch.optim.Optimizer
-
-    def save(self, path: Path, epoch: int) -> None:
-        """Write the state after `epoch` epochs; a crash half-way leaves whatever stood at `path`."""
-        partial = path.with_suffix(".partial")
-        content = {
-            "epoch": epoch,
-            "model": self.model.state_dict(),
-            "average": self.average.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        torch.save(content, partial)
-        os.replace(partial, path)
-
-    def load(self, path: Path) -> int:
-        """Read what `save` wrote and return how many epochs it had behind it.
-
-        Raises:
-            TrainingError: there is none, or it belongs to another model.
-        """
-        if not path.is_file():
-            raise TrainingError(f"{path}: nothing to resume")
-        content = torch.load(path, map_location=self.model.cls_token.device, weights_only=True)
-        try:
-            self.model.load_state_dict(content["model"])
-            self.average.module.load_state_dict(content["average"])
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise TrainingError(f"{path}: belongs to another model: {str(error).splitlines()[0]}") from error
-        return int(content["epoch"])
 
 
 def train(recipe: Recipe) -> Path:
@@ -131,6 +85,8 @@ def run_epochs(recipe: Recipe, process: Process, state_path: Path) -> None:
     pair_loss = build_pair_loss(recipe, model, process)
     teacher = None
     if recipe.teacher:
+        if not timm.is_model(recipe.teacher):
+            raise TrainingError(f"timm knows no model {recipe.teacher!r} to learn from")
         teacher = Teacher(recipe.teacher, recipe.teacher_checkpoint, model.config).to(process.device)
     epochs_done = state.load(state_path) if recipe.resume else 0
     for epoch in range(epochs_done + 1, recipe.epochs + 1):
@@ -146,7 +102,7 @@ def run_epochs(recipe: Recipe, process: Process, state_path: Path) -> None:
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "seconds": round(time.monotonic() - started_at, 1),
             }
-            save_epoch(recipe, state, class_names, record)
+            save_epoch(recipe.output, state, class_names, record)
         if process.count > 1:
             distributed.barrier()
 
@@ -283,17 +239,3 @@ def watch(recipe: Recipe, model: SuperViT, watched: Dataset[Sample]) -> dict[str
     ends = (profile.cheapest.subnetwork, model.config.largest)
     measured = measure_accuracy(model, loader, ends)
     return {str(subnetwork): top1 for subnetwork, (top1, _) in measured.items()}
-
-
-def save_epoch(recipe: Recipe, state: State, class_names: tuple[str, ...], record: dict[str, Any]) -> None:
-    """Save checkpoint and state, add `record` to the log and draw it, in this order: the state decides on resuming."""
-    recipe.output.mkdir(parents=True, exist_ok=True)
-    config = state.model.config
-    header = Header(recipe.output.resolve().name, config, class_names, ProfileTable.unmeasured(config))
-    save_checkpoint(recipe.output / CHECKPOINT_NAME, state.average.module, header)
-    state.save(recipe.output / STATE_NAME, record["epoch"])
-    log = recipe.output / LOG_NAME
-    past = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    records = [earlier for earlier in past if earlier["epoch"] < record["epoch"]] + [record]
-    log.write_text("".join(json.dumps(entry) + "\n" for entry in records))
-    plot_training(records, recipe.output / PLOT_NAME)

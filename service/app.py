@@ -9,7 +9,6 @@ from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from models.checkpoint import Checkpoint
 from models.data import evaluation_transform
@@ -17,7 +16,7 @@ from service.api import Api, add_error_handlers, build_router
 from service.batcher import Batcher
 from service.engine import Engine, TorchEngine
 from service.images import decode_image
-from service.metrics import Metrics
+from service.metrics import Metrics, process_registry
 from service.pipeline import Pipeline
 from service.settings import Settings
 
@@ -36,7 +35,8 @@ def create_app(settings: Settings, checkpoint: Checkpoint, engine: Engine | None
         ValueError: the device cannot be used.
     """
     engine = engine or TorchEngine(checkpoint.model, settings.device)
-    metrics = _build_metrics(checkpoint)
+    metrics = Metrics(process_registry())
+    metrics.describe(list(checkpoint.profile.by_subnetwork), checkpoint.name, checkpoint.version)
     batcher = Batcher(engine.run, settings.max_batch_size)
     decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
     transform = evaluation_transform(checkpoint.config)
@@ -65,13 +65,3 @@ def create_app(settings: Settings, checkpoint: Checkpoint, engine: Engine | None
     app.include_router(build_router(Api(checkpoint, pipeline, metrics, settings.max_body_bytes, settings.max_upload_s)))
     add_error_handlers(app, metrics)
     return app
-
-
-def _build_metrics(checkpoint: Checkpoint) -> Metrics:
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    PlatformCollector(registry=registry)
-    GCCollector(registry=registry)
-    metrics = Metrics(registry)
-    metrics.describe(list(checkpoint.profile.by_subnetwork), checkpoint.name, checkpoint.version)
-    return metrics

@@ -10,14 +10,15 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
 from models.checkpoint import Header, save_checkpoint
 from models.profiles import ProfileTable
 from models.recipe import Recipe
 from models.subnetwork import Flavour, SuperViTConfig
 from models.supervit import SuperViT
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional
 
 TINY = SuperViTConfig(
     width=16,

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
 from models.flops import count_macs
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL, SuperViT
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 # Published GMACs by grid and then keep rate 0.5, 0.7, 1.
 PUBLISHED = {
@@ -31,7 +32,7 @@ def test_a_single_block_deit_matches_a_count_by_hand() -> None:
 
 
 def test_macs_are_half_the_flops_that_torch_counts(model: SuperViT, config: SuperViTConfig, images: Tensor) -> None:
-    # While training, a CPU takes the class row out of the explicit attention: no product is computed beside the counted.
+    # While training on a CPU, the class row is cut out of the explicit attention: nothing is computed besides.
     model.train()
     for subnetwork in (*config.subnetworks, SubNetwork(3, 0.33), SubNetwork(4, 1e-6)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():

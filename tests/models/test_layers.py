@@ -1,7 +1,8 @@
 import pytest
 import torch
-from models.layers import Attention, Block, ConvStem
 from torch import Tensor, nn
+
+from models.layers import Attention, Block, ConvStem
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import pytest
+
 from models.flops import count_macs
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig

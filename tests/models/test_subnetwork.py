@@ -1,4 +1,5 @@
 import pytest
+
 from models.subnetwork import SubNetwork, SuperViTConfig, num_kept_patch_tokens
 
 # Tokens of the published family before any block prunes and after each of the three that do, worked by hand.

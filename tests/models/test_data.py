@@ -1,0 +1,274 @@
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Subset
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from models.data import (
+    Augmentation,
+    DataError,
+    evaluation_transform,
+    list_classes,
+    normalise,
+    open_folder,
+    open_training_data,
+    to_rgb,
+    training_transform,
+)
+from models.subnetwork import SuperViTConfig
+from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL
+
+PLAIN = Augmentation(None, 0.0)
+WHITE, RED = (255, 255, 255), (255, 0, 0)
+
+
+def saved(path: Path, image: Image.Image, **options: object) -> Image.Image:
+    """Write the image to a file and decode it, as one that came from elsewhere."""
+    image.save(path, **options)  # type: ignore[arg-type] # Pillow's options are untyped
+    with Image.open(path) as decoded:
+        decoded.load()
+        return decoded
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def colours(image: Image.Image) -> list[tuple[int, int, int]]:
+    assert image.mode == "RGB"
+    array = np.asarray(image).reshape(-1, 3)
+    return [(int(r), int(g), int(b)) for r, g, b in array]
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("RGB", (1, 1), (1, 2, 3)), (1, 2, 3)),
+        (Image.new("L", (1, 1), 77), (77, 77, 77)),
+        (Image.new("1", (1, 1), 1), WHITE),
+        (Image.new("LA", (1, 1), (40, 255)), (40, 40, 40)),
+        (Image.new("LA", (1, 1), (40, 0)), WHITE),
+        (Image.new("RGBA", (1, 1), (255, 0, 0, 255)), RED),
+        (Image.new("RGBA", (1, 1), (255, 0, 0, 0)), WHITE),
+        (Image.new("RGBA", (1, 1), (255, 0, 0, 51)), (255, 204, 204)),
+        (Image.new("CMYK", (1, 1), (0, 255, 255, 0)), RED),
+        (Image.new("I;16", (1, 1), 65535), WHITE),
+        (Image.new("I;16", (1, 1), 128 * 256), (128, 128, 128)),
+        (Image.new("I", (1, 1), 64 * 256), (64, 64, 64)),
+        (Image.new("I", (1, 1), -5), (0, 0, 0)),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else str(value),
+)
+def test_every_mode_becomes_the_rgb_that_a_viewer_shows(image: Image.Image, expected: tuple[int, int, int]) -> None:
+    assert colours(to_rgb(image)) == [expected]
+
+
+def palette() -> Image.Image:
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    return image
+
+
+def test_a_palette_is_looked_up_and_its_transparent_colour_shows_white(tmp_path: Path) -> None:
+    assert colours(to_rgb(saved(tmp_path / "p.png", palette()))) == [RED, (0, 0, 255)]
+    assert colours(to_rgb(saved(tmp_path / "t.png", palette(), transparency=1))) == [RED, WHITE]
+    assert colours(to_rgb(saved(tmp_path / "t.gif", palette(), transparency=0))) == [WHITE, (0, 0, 255)]
+
+
+def test_a_transparent_colour_of_a_true_colour_png_shows_white(tmp_path: Path) -> None:
+    image = Image.new("RGB", (2, 1), RED)
+    image.putpixel((1, 0), (9, 8, 7))
+    assert colours(to_rgb(saved(tmp_path / "t.png", image, transparency=(9, 8, 7)))) == [RED, WHITE]
+
+
+def test_a_16_bit_grey_png_keeps_its_shades(tmp_path: Path) -> None:
+    levels = np.array([[0, 1000, 32768, 65535]], dtype=np.uint16)
+    decoded = saved(tmp_path / "grey.png", Image.fromarray(levels))
+    assert decoded.mode == "I;16"
+    assert colours(to_rgb(decoded)) == [(value, value, value) for value in (0, 3, 128, 255)]
+
+
+def test_a_photo_taken_sideways_is_turned_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (16, 8), RED)
+    image.paste((0, 0, 255), (8, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    upright = to_rgb(saved(tmp_path / "photo.jpg", image, exif=exif, quality=95, subsampling=0))
+    assert upright.size == (8, 16)
+    top, bottom = np.asarray(upright)[0, 0], np.asarray(upright)[-1, -1]
+    assert top[0] > 200 > 50 > top[2]
+    assert bottom[2] > 200 > 50 > bottom[0]
+
+
+@pytest.mark.parametrize(("config", "resized"), [(DEIT_SMALL, 256), (LVVIT_SMALL, 248), (LVVIT_MICRO, 32)])
+@pytest.mark.parametrize("size", [(500, 375), (333, 499), (224, 224), (40, 30)])
+def test_the_evaluation_transform_is_the_standard_one(
+    config: SuperViTConfig, resized: int, size: tuple[int, int]
+) -> None:
+    picture = noise(*size)
+    standard = transforms.Compose(
+        [
+            transforms.Resize(resized, interpolation=InterpolationMode.BICUBIC),
+            transforms.CenterCrop(config.image_side),
+            transforms.ToTensor(),
+            transforms.Normalize(config.mean, config.std),
+        ]
+    )
+    pixels = evaluation_transform(config)(picture)
+    assert pixels.dtype == torch.uint8
+    torch.testing.assert_close(normalise(pixels[None], config)[0], standard(picture))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (1, 20_000)])
+def test_pictures_of_any_shape_become_squares(size: tuple[int, int]) -> None:
+    for config in (DEIT_SMALL, LVVIT_MICRO):
+        side = config.image_side
+        assert evaluation_transform(config)(noise(*size)).shape == (3, side, side)
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)])
+def test_a_thread_of_a_picture_is_never_blown_up_whole(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    resize, asked = Image.Image.resize, []
+
+    def record(image: Image.Image, to: tuple[int, int], *rest: Any) -> Image.Image:  # noqa: ANN401 - passed on
+        asked.append(to)
+        return resize(image, (1, 1) if max(to) > 10_000 else to, *rest)
+
+    monkeypatch.setattr(Image.Image, "resize", record)
+    evaluation_transform(DEIT_SMALL)(noise(*size))
+    assert [sorted(to) for to in asked] == [[256, 8 * 256]]
+
+
+def test_a_long_picture_is_judged_by_its_middle() -> None:
+    strip = Image.new("RGB", (20_000, 2), RED)
+    strip.paste((0, 0, 255), (9_990, 0, 10_010, 2))
+    pixels = evaluation_transform(LVVIT_MICRO)(strip)
+    assert pixels[2].min() == 255
+    assert pixels[0].max() == 0
+
+
+def test_values_are_scaled_and_normalised_by_channel() -> None:
+    config = replace(DEIT_SMALL, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2)
+    expected = torch.tensor([[-1.0, 1.0], [-1.0, 3.0], [0.0, 1.0]]).view(1, 3, 1, 2)
+    torch.testing.assert_close(normalise(pixels, config), expected)
+
+
+@pytest.mark.parametrize("augmentation", [PLAIN, Augmentation("rand-m9-mstd0.5-inc1", 1.0)])
+@pytest.mark.parametrize("config", [LVVIT_MICRO, replace(DEIT_SMALL, patch_grids=(4, 8))], ids=["small", "large"])
+def test_training_images_vary_at_the_size_of_the_model(config: SuperViTConfig, augmentation: Augmentation) -> None:
+    torch.manual_seed(0)
+    transform = training_transform(config, augmentation)
+    first, second = transform(noise(50, 70)), transform(noise(50, 70))
+    assert first.shape == second.shape == (3, config.image_side, config.image_side)
+    assert first.dtype == torch.float32
+    assert not torch.equal(first, second)
+
+
+def test_random_erasing_always_strikes_at_probability_one() -> None:
+    grey = Image.new("RGB", (32, 32), (124, 116, 104))
+    whole = training_transform(replace(LVVIT_MICRO, mean=(0.0, 0.0, 0.0)), PLAIN)(grey)
+    erased = training_transform(replace(LVVIT_MICRO, mean=(0.0, 0.0, 0.0)), Augmentation(None, 1.0))(grey)
+    assert len(set(erased.flatten().tolist())) > len(set(whole.flatten().tolist())) + 10
+
+
+def link(pictures: Path, root: Path, **splits: str) -> Path:
+    """Make a data set of links to the splits of another."""
+    for split, source in splits.items():
+        (root / split).symlink_to(pictures / source, target_is_directory=True)
+    return root
+
+
+def part(data: Dataset[tuple[torch.Tensor, int]]) -> set[int]:
+    assert isinstance(data, Subset)
+    return set(data.indices)
+
+
+def test_the_val_folder_is_watched_where_there_is_one(pictures: Path, tiny_config: SuperViTConfig) -> None:
+    training, watched = open_training_data(pictures, tiny_config, PLAIN, holdout=0.5, seed=0)
+    assert (len(training), len(watched)) == (48, 12)  # type: ignore[arg-type] # both have a length
+    image, label = watched[0]
+    assert (image.dtype, image.shape, label) == (torch.uint8, (3, 16, 16), 0)
+    image, label = training[47]
+    assert (image.dtype, image.shape, label) == (torch.float32, (3, 16, 16), 2)
+
+
+def test_a_test_folder_is_never_opened(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
+    data = link(pictures, tmp_path, train="train")
+    (data / "test").write_text("not even a folder")
+    training, watched = open_training_data(data, tiny_config, PLAIN, holdout=0.25, seed=3)
+    assert (len(part(training)), len(part(watched))) == (36, 12)
+    assert part(training) | part(watched) == set(range(48))
+    assert watched[0][0].dtype == torch.uint8
+    assert training[0][0].dtype == torch.float32
+
+
+def test_the_seed_alone_decides_what_is_held_out(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
+    data = link(pictures, tmp_path, train="train")
+    parts = [part(open_training_data(data, tiny_config, PLAIN, 0.2, seed)[1]) for seed in (1, 1, 2)]
+    assert parts[0] == parts[1] != parts[2]
+    assert len(part(open_training_data(data, tiny_config, PLAIN, 1e-6, 1)[1])) == 1
+
+
+def test_folders_without_classes_are_refused_by_name(tmp_path: Path, tiny_config: SuperViTConfig) -> None:
+    with pytest.raises(DataError, match=f"{tmp_path}/train: not a folder of class folders"):
+        open_training_data(tmp_path, tiny_config, PLAIN, 0.1, 0)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match=f"{tmp_path}/train: not a folder of class folders"):
+        list_classes(tmp_path / "train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file: not a folder"):
+        list_classes(tmp_path / "file")
+
+
+def test_a_class_without_images_is_refused_by_name(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "full").symlink_to(pictures / "train" / "red", target_is_directory=True)
+    (tmp_path / "train" / "void").mkdir()
+    with pytest.raises(DataError, match=f"{tmp_path}/train: .*void"):
+        open_training_data(tmp_path, tiny_config, PLAIN, 0.1, 0)
+
+
+def test_val_folders_of_other_classes_are_refused(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
+    link(pictures, tmp_path, train="train")
+    (tmp_path / "val").mkdir()
+    for name in ("red", "yellow"):
+        (tmp_path / "val" / name).symlink_to(pictures / "val" / "red", target_is_directory=True)
+    with pytest.raises(DataError, match=f"{tmp_path}/val: its class folders differ"):
+        open_training_data(tmp_path, tiny_config, PLAIN, 0.1, 0)
+
+
+def broken_text(path: Path) -> None:
+    path.write_text("no picture")
+
+
+def broken_end(path: Path) -> None:
+    noise(60, 60).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def broken_size(path: Path) -> None:
+    noise(60, 60).save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height: more than Pillow unpacks
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("spoil", [broken_text, broken_end, broken_size])
+def test_a_broken_image_is_named(tmp_path: Path, tiny_config: SuperViTConfig, spoil: Callable[[Path], None]) -> None:
+    (tmp_path / "class").mkdir()
+    path = tmp_path / "class" / "broken.png"
+    spoil(path)
+    folder = open_folder(tmp_path, evaluation_transform(tiny_config))
+    with pytest.raises(DataError, match=f"{path}: not a readable image"):
+        folder[0]

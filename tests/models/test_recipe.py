@@ -1,0 +1,104 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from models import recipe as room
+from models.recipe import LARGE_DATASET_IMAGES, Recipe
+
+
+def data_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_images: int) -> Path:
+    """Pretend that train/ holds two classes with so many images together."""
+
+    def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        assert folder == tmp_path / "train"
+        yield str(folder), ["a", "b"], []
+        yield str(folder / "a"), [], ["x"] * (num_images // 2)
+        yield str(folder / "b"), [], ["x"] * (num_images - num_images // 2)
+
+    monkeypatch.setattr(os, "walk", walk)
+    return tmp_path
+
+
+def test_a_small_data_set_is_trained_long_and_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(data=data_of_size(tmp_path, monkeypatch, LARGE_DATASET_IMAGES - 1), output=tmp_path)
+    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (100, 128, 4e-3)
+    assert (recipe.mixup, recipe.cutmix, recipe.rand_augment, recipe.random_erasing) == (0, 0, "", 0)
+    assert (recipe.drop_path, recipe.ema_decay, recipe.augmentation_repeats) == (0, 0.999, 1)
+
+
+def test_a_large_data_set_is_trained_by_the_published_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(data=data_of_size(tmp_path, monkeypatch, LARGE_DATASET_IMAGES), output=tmp_path)
+    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (300, 256, 5e-4)
+    assert (recipe.mixup, recipe.cutmix, recipe.rand_augment) == (0.8, 1.0, "rand-m9-mstd0.5-inc1")
+    assert (recipe.random_erasing, recipe.drop_path) == (0.25, 0.1)
+    assert (recipe.ema_decay, recipe.augmentation_repeats) == (0.99996, 3)
+    assert (recipe.weight_decay, recipe.label_smoothing, recipe.warmup_epochs) == (0.05, 0.1, 5)
+
+
+def test_images_are_counted_in_the_class_folders_of_train(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room._defaults.cache_clear()
+    monkeypatch.setattr(room, "LARGE_DATASET_IMAGES", 48)
+    assert Recipe(data=pictures, output=pictures / "out").epochs == 300
+    room._defaults.cache_clear()
+    monkeypatch.setattr(room, "LARGE_DATASET_IMAGES", 49)
+    assert Recipe(data=pictures, output=pictures / "out").epochs == 100
+    room._defaults.cache_clear()
+
+
+def test_what_is_given_wins_over_the_defaults(tmp_path: Path) -> None:
+    recipe = Recipe(data=tmp_path, output=tmp_path, epochs=7, mixup=0.3, rand_augment="rand-m5")
+    assert (recipe.epochs, recipe.mixup, recipe.rand_augment, recipe.cutmix) == (7, 0.3, "rand-m5", 0)
+
+
+def test_overrides_are_the_given_fields_of_the_model_alone(tmp_path: Path) -> None:
+    recipe = Recipe(data=tmp_path, output=tmp_path, width=64, prune_blocks=(1, 2), depth=None, seed=4, drop_path=0.1)
+    assert recipe.overrides == {"width": 64, "prune_blocks": (1, 2)}
+    assert Recipe(data=tmp_path, output=tmp_path).overrides == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("learning_rate", 0),
+        ("warmup_epochs", -1),
+        ("weight_decay", -0.1),
+        ("label_smoothing", 1),
+        ("mixup", -1),
+        ("cutmix", -1),
+        ("random_erasing", 1.5),
+        ("augmentation_repeats", 0),
+        ("drop_path", 1),
+        ("ema_decay", 1),
+        ("teacher_weight", 1.1),
+        ("holdout", 0),
+        ("holdout", 1),
+        ("seed", -1),
+        ("workers", -1),
+        ("precision", "float16"),
+        ("width", 0),
+        ("surprise", 1),
+    ],
+)
+def test_values_out_of_bounds_are_refused_by_name(tmp_path: Path, name: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=name):
+        Recipe.model_validate({"data": tmp_path, "output": tmp_path, name: value})
+
+
+def test_a_recipe_without_data_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="data\n  Field required"):
+        Recipe.model_validate({"output": tmp_path})
+
+
+def test_a_recipe_is_frozen(tmp_path: Path) -> None:
+    recipe = Recipe(data=tmp_path, output=tmp_path)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.epochs = 3  # type: ignore[misc] # pydantic refuses it as well
+
+
+def test_every_option_has_a_description_for_the_command_line() -> None:
+    assert all(field.description for field in Recipe.model_fields.values())

@@ -1,0 +1,155 @@
+"""Every file stands on a floor and imports strictly downwards; outside libraries come in by their doors alone."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = {
+    "models.train": 6,
+    "models.state": 5,
+    "models.initial": 5,
+    "models.objective": 5,
+    "models.evaluate": 5,
+    "models.checkpoint": 4,
+    "models.data": 4,
+    "models.supervit": 3,
+    "models.plots": 3,
+    "models.layers": 2,
+    "models.profiles": 2,
+    "models.flops": 1,
+    "models.tokens": 1,
+    "models.recipe": 1,
+    "models.subnetwork": 0,
+    "service.cli": 6,
+    "service.app": 5,
+    "service.api": 4,
+    "service.pipeline": 3,
+    "service.batcher": 2,
+    "service.engine": 2,
+    "service.policy": 1,
+    "service.metrics": 1,
+    "service.images": 1,
+    "service.schemas": 1,
+    "service.uploads": 1,
+    "service.domain": 0,
+    "service.errors": 0,
+    "service.settings": 0,
+}
+
+HTTP = {"service.api", "service.app", "service.uploads"}
+
+# Which rooms an outside library may enter by.
+DOORS = {
+    "PIL": {"models.data", "service.images"},
+    "fastapi": HTTP,
+    "matplotlib": {"models.plots"},
+    "prometheus_client": {"service.metrics"},
+    "safetensors": {"models.checkpoint"},
+    "starlette": HTTP,
+    "torchvision": {"models.data"},
+}
+
+# Rooms that read the environment: the settings, and what torchrun says to its processes.
+ENVIRONMENT_READERS = {"service.settings", "models.train"}
+
+WITHOUT_TORCH = {
+    "models.subnetwork",
+    "models.flops",
+    "models.profiles",
+    "service.policy",
+}
+TORCH = {"torch", "torchvision", "timm", "safetensors"}
+
+
+def rooms() -> list[str]:
+    files = [path for package in ("models", "service") for path in sorted((ROOT / package).glob("*.py"))]
+    return [f"{path.parent.name}.{path.stem}" for path in files if path.stem not in ("__init__", "__main__")]
+
+
+@cache
+def syntax(room: str) -> ast.Module:
+    return ast.parse((ROOT / room.replace(".", "/")).with_suffix(".py").read_text())
+
+
+def imported_modules(tree: ast.Module) -> Iterator[str]:
+    """Name everything that is imported anywhere, `from models import flops` as models.flops."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the floor they lead to"
+            if node.module in ("models", "service"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
+
+
+def imported_rooms(room: str) -> set[str]:
+    return {
+        ".".join(module.split(".")[:2])
+        for module in imported_modules(syntax(room))
+        if module.split(".")[0] in ("models", "service")
+    }
+
+
+def reachable(room: str) -> set[str]:
+    """Find every room that importing `room` imports, itself included."""
+    found, waiting = {room}, [room]
+    while waiting:
+        new = imported_rooms(waiting.pop()) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def outside_libraries(room: str) -> set[str]:
+    return {module.split(".")[0] for module in imported_modules(syntax(room))} - {"models", "service"}
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_a_room_stands_on_a_floor_and_imports_strictly_downwards(room: str) -> None:
+    assert room in FLOORS, f"{room} has no floor"
+    package = room.split(".")[0]
+    for other in imported_rooms(room):
+        assert other in FLOORS, f"{room} imports {other}, which has no floor"
+        if other.startswith(package):
+            assert FLOORS[other] < FLOORS[room], f"{room} imports {other}, which does not stand below it"
+        else:
+            assert package == "service", f"{room} imports {other}: models knows nothing of service"
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_outside_libraries_come_in_by_their_doors(room: str) -> None:
+    strays = {library for library in outside_libraries(room) if room not in DOORS.get(library, {room})}
+    assert not strays, f"{room} is no door for {strays}"
+
+
+@pytest.mark.parametrize("room", sorted(set(rooms()) - ENVIRONMENT_READERS))
+def test_the_environment_is_read_by_the_settings_alone(room: str) -> None:
+    names = {node.attr for node in ast.walk(syntax(room)) if isinstance(node, ast.Attribute)}
+    assert not names & {"environ", "environb", "getenv"}
+
+
+@pytest.mark.parametrize("room", sorted(WITHOUT_TORCH & set(rooms())))
+def test_rooms_of_pure_values_run_without_torch(room: str) -> None:
+    for other in reachable(room):
+        assert not outside_libraries(other) & TORCH, f"{room} reaches torch through {other}"
+
+
+def test_the_reach_of_a_room_is_followed_through_every_floor() -> None:
+    assert reachable("models.profiles") == {"models.profiles", "models.flops", "models.subnetwork"}
+    assert outside_libraries("models.supervit") & TORCH
+    assert "models.tokens" in reachable("models.train")
+
+
+def test_importing_a_package_imports_none_of_its_rooms() -> None:
+    """The reach above would otherwise be larger than it looks."""
+    for package in ("models", "service"):
+        opening = ROOT / package / "__init__.py"
+        if opening.exists():
+            assert not list(imported_modules(ast.parse(opening.read_text())))
