@@ -19,10 +19,10 @@ DEIT_SMALL = SuperViTConfig()
 LVVIT_SMALL = SuperViTConfig(flavour="lvvit", depth=16, mlp_ratio=3.0, crop_fraction=0.9)
 LVVIT_MICRO = SuperViTConfig(
     flavour="lvvit",
-    width=128,
+    width=96,
     depth=6,
-    num_heads=4,
-    mlp_ratio=4.0,
+    num_heads=3,
+    mlp_ratio=3.0,
     patch_kernel=4,
     patch_grids=(5, 6, 7, 8),
     prune_blocks=(2, 3, 4),

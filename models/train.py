@@ -79,7 +79,7 @@ def run_epochs(recipe: Recipe, process: Process, state_path: Path) -> None:
     augmentation = Augmentation(recipe.rand_augment or None, recipe.random_erasing)
     training, watched = open_training_data(recipe.data, model.config, augmentation, recipe.holdout, recipe.seed)
     loader, sampler = training_loader(recipe, training, process)
-    optimizer = create_optimizer_v2(model, opt="adamw", weight_decay=recipe.weight_decay)
+    optimizer = create_optimizer_v2(model, opt=recipe.optimizer, weight_decay=recipe.weight_decay)
     state = State(model, ModelEmaV3(model, recipe.ema_decay, use_warmup=True), optimizer)
     schedule = learning_rate_schedule(recipe, optimizer, len(loader), process.count)
     pair_loss = build_pair_loss(recipe, model, process)

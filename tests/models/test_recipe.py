@@ -24,14 +24,14 @@ def data_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_images: in
 
 def test_a_small_data_set_is_trained_long_and_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(data=data_of_size(tmp_path, monkeypatch, LARGE_DATASET_IMAGES - 1), output=tmp_path)
-    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (100, 128, 4e-3)
+    assert (recipe.epochs, recipe.batch_size, recipe.optimizer, recipe.learning_rate) == (100, 64, "muon", 4e-2)
     assert (recipe.mixup, recipe.cutmix, recipe.rand_augment, recipe.random_erasing) == (0, 0, "", 0)
     assert (recipe.drop_path, recipe.ema_decay, recipe.augmentation_repeats) == (0, 0.999, 1)
 
 
 def test_a_large_data_set_is_trained_by_the_published_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(data=data_of_size(tmp_path, monkeypatch, LARGE_DATASET_IMAGES), output=tmp_path)
-    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (300, 256, 5e-4)
+    assert (recipe.epochs, recipe.batch_size, recipe.optimizer, recipe.learning_rate) == (300, 256, "adamw", 5e-4)
     assert (recipe.mixup, recipe.cutmix, recipe.rand_augment) == (0.8, 1.0, "rand-m9-mstd0.5-inc1")
     assert (recipe.random_erasing, recipe.drop_path) == (0.25, 0.1)
     assert (recipe.ema_decay, recipe.augmentation_repeats) == (0.99996, 3)
@@ -39,18 +39,24 @@ def test_a_large_data_set_is_trained_by_the_published_recipe(tmp_path: Path, mon
 
 
 def test_images_are_counted_in_the_class_folders_of_train(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room._defaults.cache_clear()
+    room._size.cache_clear()
     monkeypatch.setattr(room, "LARGE_DATASET_IMAGES", 48)
     assert Recipe(data=pictures, output=pictures / "out").epochs == 300
-    room._defaults.cache_clear()
+    room._size.cache_clear()
     monkeypatch.setattr(room, "LARGE_DATASET_IMAGES", 49)
     assert Recipe(data=pictures, output=pictures / "out").epochs == 100
-    room._defaults.cache_clear()
+    room._size.cache_clear()
 
 
 def test_what_is_given_wins_over_the_defaults(tmp_path: Path) -> None:
     recipe = Recipe(data=tmp_path, output=tmp_path, epochs=7, mixup=0.3, rand_augment="rand-m5")
     assert (recipe.epochs, recipe.mixup, recipe.rand_augment, recipe.cutmix) == (7, 0.3, "rand-m5", 0)
+
+
+def test_the_learning_rate_follows_the_optimizer(tmp_path: Path) -> None:
+    assert Recipe(data=tmp_path, output=tmp_path, optimizer="adamw").learning_rate == 4e-3
+    assert Recipe(data=tmp_path, output=tmp_path, optimizer="muon").learning_rate == 4e-2
+    assert Recipe(data=tmp_path, output=tmp_path, optimizer="adamw", learning_rate=1e-3).learning_rate == 1e-3
 
 
 def test_overrides_are_the_given_fields_of_the_model_alone(tmp_path: Path) -> None:
