@@ -3,6 +3,7 @@
 The plain patch embedding, the MLP and drop path are timm's.
 """
 
+import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional
@@ -91,8 +92,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, keep_rate: float) -> Tensor:
         """Map (B, N, D) tokens to (B, N', D), where N' < N if the keep rate is under 1 and N' = N at 1."""
         attended, scores = self.attn(self.norm1(x), with_scores=keep_rate < 1)
-        x = x + self.drop_path(attended) / self.skip_divisor
+        x = torch.add(x, self.drop_path(attended), alpha=1 / self.skip_divisor)
         if scores is not None:
             x = keep_top_tokens(x, scores, num_kept_patch_tokens(x.shape[1], keep_rate))
-        mixed: Tensor = x + self.drop_path(self.mlp(self.norm2(x))) / self.skip_divisor
-        return mixed
+        return torch.add(x, self.drop_path(self.mlp(self.norm2(x))), alpha=1 / self.skip_divisor)
