@@ -8,20 +8,20 @@ import hashlib
 import os
 import pickle
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 from models.flops import count_macs
-from models.profiles import ProfileTable, SubNetworkProfile
+from models.profiles import ProfileTable
+from models.published import describe_published
 from models.subnetwork import SuperViTConfig
-from models.supervit import DEIT_SMALL, LVVIT_SMALL, SuperViT
+from models.supervit import SuperViT
 
 HEADER_KEY = "supervit"
 NAMES_SHOWN = 4
@@ -40,20 +40,6 @@ UNPICKLING_ERRORS = (
     pickle.PickleError,
     struct.error,
 )
-
-# ImageNet top-1 in percent by grid and then keep rate (paper, table 1); the largest sub-network comes last.
-PUBLISHED = {
-    "deit": (
-        "supervit_deit_small_patch16_224",
-        DEIT_SMALL,
-        (73.75, 75.28, 75.79, 77.32, 78.31, 78.53, 78.91, 79.62, 79.87, 79.95, 80.50, 80.62),
-    ),
-    "lvvit": (
-        "supervit_lvvit_small_patch16_224",
-        LVVIT_SMALL,
-        (76.64, 79.82, 80.71, 79.81, 81.73, 82.24, 81.12, 82.59, 82.94, 82.11, 83.15, 83.47),
-    ),
-}
 
 
 class CheckpointError(Exception):
@@ -113,14 +99,17 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Load our own format, or a published DeiT-S or LV-ViT-S SuperViT checkpoint as it was released.
 
     Raises:
-        UnreadableCheckpointError: there is no such file, it is cut short, or it is no checkpoint.
+        UnreadableCheckpointError: there is no such file, it is cut short, it is no checkpoint, or its costs are wrong.
         CheckpointMismatchError: weights are missing, unexpected, misshapen, mistyped or not finite.
     """
     path = Path(path)
-    weights, header_json = _read(path)
-    header = _published_header(weights) if header_json is None else _own_header(path, header_json, len(weights))
+    weights, text = _read(path)
+    header = Header(*describe_published(weights)) if text is None else _own_header(path, text, len(weights))
     model = _blank_model(path, header.config)
     _check_weights(path, weights, model.state_dict())
+    wrong = [row for row in header.profile.rows if row.macs != count_macs(header.config, row.subnetwork)]
+    if wrong:
+        raise UnreadableCheckpointError(f"{path}: {wrong[0].macs} MACs are not the cost of {wrong[0].subnetwork}")
     model.load_state_dict(weights, assign=True)
     return Checkpoint(header.name, _digest(path), model.eval(), header.config, header.class_names, header.profile)
 
@@ -145,7 +134,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         if not path.is_file():
-            raise UnreadableCheckpointError(f"{path}: no such file")
+            raise UnreadableCheckpointError(f"{path}: {'no regular' if path.exists() else 'no such'} file")
         with path.open("rb") as file:
             start = file.read(9)
         # A safetensors file opens with the length of its JSON header, eight bytes, and then the header itself.
@@ -206,21 +195,6 @@ def _own_header(path: Path, header_json: str, num_weights: int) -> Header:
     if header.config.depth > num_weights:  # building that many blocks might never end
         raise CheckpointMismatchError(f"{path}: {num_weights} weights are too few for {header.config.depth} blocks")
     return header
-
-
-def _published_header(weights: dict[str, Tensor]) -> Header:
-    """Describe a published checkpoint; one fine-tuned to other classes keeps the architecture and loses the names."""
-    name, config, top1 = PUBLISHED["lvvit" if "patch_embed.conv1.weight" in weights else "deit"]
-    head = weights.get("head.weight")
-    if head is not None and head.ndim == 2 and head.shape[0] not in (0, config.num_classes):
-        config = replace(config, num_classes=head.shape[0])
-        class_names = tuple(f"class {index}" for index in range(config.num_classes))
-        return Header(name, config, class_names, ProfileTable.unmeasured(config))
-    rows = tuple(
-        SubNetworkProfile(subnetwork, count_macs(config, subnetwork), top1=round(percent / 100, 4))
-        for subnetwork, percent in zip(config.subnetworks, top1, strict=True)
-    )
-    return Header(name, config, tuple(ImageNetInfo().label_descriptions()), ProfileTable(rows))
 
 
 def _blank_model(path: Path, config: SuperViTConfig) -> SuperViT:

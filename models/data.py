@@ -5,7 +5,7 @@ measured on is what it is served with.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
@@ -60,17 +60,35 @@ class Augmentation:
     random_erasing: float
 
 
+class SampleLoader(DataLoader[Sample]):
+    """A DataLoader whose worker processes hand on a DataError as the one line that it was."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # a generator is all that a loop needs
+        """Yield batches.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            # A worker's error arrives as its type with the whole traceback for a message, which ends in our line.
+            _, _, line = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
+            raise DataError(line.strip()) from None
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a decoded picture of any mode to RGB as a viewer shows it: upright, 8 bits, transparency on white."""
     turn = _turn_upright(image)
     if turn is not None:
         image = image.transpose(turn)
     if image.mode.startswith(("I", "F")):  # 16-bit grey; convert() would clip it to white
-        levels = np.asarray(image, dtype=np.float64) / 256
-        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+        levels = np.asarray(image).clip(0, 65535).astype(np.uint16)
+        image = Image.fromarray((levels >> 8).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        image = Image.new("RGB", rgba.size, "white")
+        image.paste(rgba, mask=rgba)  # unlike alpha_composite, it lets other threads run meanwhile
     return image.convert("RGB")
 
 
@@ -158,9 +176,11 @@ def open_training_data(
         seed: of the choice of held-out images.
 
     Raises:
-        DataError: a folder is unusable, or val/ has other classes than train/.
+        DataError: a folder is unusable, train/ has a single class, or val/ has other classes than train/.
     """
     training = open_folder(data / "train", training_transform(config, augmentation))
+    if len(training.classes) < 2:
+        raise DataError(f"{data / 'train'}: a single class folder leaves nothing to tell apart")
     if (data / "val").is_dir():
         watched = open_folder(data / "val", evaluation_transform(config))
         if watched.classes != training.classes:

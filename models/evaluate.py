@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from models.checkpoint import Checkpoint
-from models.data import DataError, Sample, evaluation_transform, normalise, open_folder
+from models.data import DataError, Sample, SampleLoader, evaluation_transform, normalise, open_folder
+from models.devices import resolve_device
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
@@ -19,7 +20,7 @@ Progress = Callable[[DataLoader[Sample]], Iterable[tuple[Tensor, Tensor]]]
 
 
 def evaluate(
-    checkpoint: Checkpoint, data: Path, *, batch_size: int, workers: int, device: str, progress: Progress
+    checkpoint: Checkpoint, data: Path, *, batch_size: int, workers: int, progress: Progress, device: str = "auto"
 ) -> ProfileTable:
     """Measure top-1 and top-5 of every sub-network, in float32.
 
@@ -28,14 +29,15 @@ def evaluate(
         data: folder with val/ or, where there is none, test/, of class folders.
         batch_size: images per batch.
         workers: processes that decode images.
-        device: where to run.
         progress: wraps the batches to show how far the work is.
+        device: name of the device to run on, as `resolve_device` understands it.
 
     Returns:
         The checkpoint's profile with the measured accuracies.
 
     Raises:
         DataError: the data set is unusable, or a class folder is none of the checkpoint's classes.
+        DeviceError: the device cannot be used.
     """
     split = next((folder for folder in (data / "val", data / "test") if folder.is_dir()), None)
     if split is None:
@@ -43,9 +45,9 @@ def evaluate(
     images = open_folder(split, evaluation_transform(checkpoint.config))
     labels = label_indices(split, images.classes, checkpoint.class_names)
     images.target_transform = labels.__getitem__
-    loader = DataLoader(images, batch_size, num_workers=workers)
+    loader = SampleLoader(images, batch_size, num_workers=workers)
     subnetworks = [row.subnetwork for row in checkpoint.profile.rows]
-    measured = measure_accuracy(checkpoint.model.to(device), progress(loader), subnetworks)
+    measured = measure_accuracy(checkpoint.model.to(resolve_device(device)), progress(loader), subnetworks)
     return ProfileTable(
         tuple(
             replace(row, top1=measured[row.subnetwork][0], top5=measured[row.subnetwork][1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from models.checkpoint import CheckpointMismatchError, read_weights
+from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError, read_weights
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 
@@ -87,16 +87,17 @@ class Teacher(nn.Module):
             config: the student, for its classes and the normalisation to undo.
 
         Raises:
-            CheckpointError: the file is unreadable, or its weights are not those of `name`.
+            CheckpointError: the weights cannot be read or downloaded, or are not those of `name` for these classes.
         """
         super().__init__()
-        self.network = timm.create_model(name, pretrained=weights is None, num_classes=config.num_classes)
-        if weights is not None:
+        if weights is None:
+            self.network = _download(name, config.num_classes)
+        else:
+            self.network = timm.create_model(name, num_classes=config.num_classes)
             try:
                 self.network.load_state_dict(read_weights(weights))
             except RuntimeError as error:
-                reason = " ".join(str(error).split())[:200]
-                raise CheckpointMismatchError(f"{weights}: not weights of {name}: {reason}") from error
+                raise CheckpointMismatchError(f"{weights}: not weights of {name}: {_one_line(error)}") from error
         self.network.requires_grad_(False).eval()
         data = timm.data.resolve_model_data_config(self.network)
         self.side = data["input_size"][-1]
@@ -113,6 +114,25 @@ class Teacher(nn.Module):
             images = functional.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True)
         logits: Tensor = self.network(images)
         return logits.float().softmax(dim=1)
+
+
+def _download(name: str, num_classes: int) -> nn.Module:
+    try:
+        known = timm.get_pretrained_cfg_value(name, "num_classes")
+        if known != num_classes:  # timm would put a random head on the weights without a word
+            raise CheckpointMismatchError(
+                f"{name}: timm's weights know {known} classes and the data {num_classes}; give --teacher-checkpoint"
+            )
+        network: nn.Module = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as error:  # no network, no such file on the hub, no weights at all
+        raise UnreadableCheckpointError(
+            f"{name}: timm's weights cannot be had: {_one_line(error)}; give --teacher-checkpoint"
+        ) from error
+    return network
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def training_step(

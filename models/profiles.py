@@ -16,14 +16,24 @@ class SubNetworkProfile:
 
     Attributes:
         subnetwork: whose row it is.
-        macs: multiply-accumulates of one image.
+        macs: multiply-accumulates of one image, at least 1.
         top1, top5: measured accuracy, fractions 0..1; None where nobody measured.
+
+    Raises:
+        ValueError: a value is outside its range.
     """
 
     subnetwork: SubNetwork
     macs: int
     top1: float | None = None
     top5: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.macs < 1:
+            raise ValueError(f"MACs must be at least 1, not {self.macs}")
+        for name, value in (("top1", self.top1), ("top5", self.top5)):
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in 0..1, not {value}")
 
     @property
     def gflops(self) -> float:

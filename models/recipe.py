@@ -3,9 +3,9 @@
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from pydantic_settings import CliPositionalArg
 
 from models.subnetwork import SuperViTConfig
@@ -44,10 +44,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # Peak rates per 512 images of a step. Muon's ten times as high ones come from trials on CIFAR-10 (see the README).
 LEARNING_RATES = {"adamw": {"large": 5e-4, "small": 4e-3}, "muon": {"large": 5e-3, "small": 4e-2}}
 
+# All that timm understands; it ignores, or refuses without a word, whatever else a description holds.
+RAND_AUGMENT = r"^(rand(-(m\d+|n\d+|p(0|1|0?\.\d+)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)))*)?$"
+
 
 @cache
 def _size(data: Path) -> str:
-    num_images = sum(len(files) for _, _, files in os.walk(data / "train"))
+    num_images = sum(len(files) for _, _, files in os.walk(data / "train", followlinks=True))
     return "large" if num_images >= LARGE_DATASET_IMAGES else "small"
 
 
@@ -63,7 +66,7 @@ def _by_size(name: str, **constraints: Any) -> Any:  # noqa: ANN401 - as pydanti
 class Recipe(BaseModel):
     """Options of `supervit train`. What is left out follows the size of the training set."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: CliPositionalArg[Path] = Field(description="folder with train/ and perhaps val/ or test/, of class folders")
     output: Path = Field(description="folder for the checkpoint, the training state, the log and its picture")
@@ -89,7 +92,7 @@ class Recipe(BaseModel):
     epochs: PositiveInt = _by_size("epochs", description="passes over the training images")
     batch_size: PositiveInt = _by_size("batch_size", description="images per step and process")
     optimizer: Literal["adamw", "muon"] = _by_size(
-        "optimizer", description="AdamW, or Muon for matrices and AdamW for the rest"
+        "optimizer", description="AdamW, or Muon for matrices and convolutions and AdamW for the rest"
     )
     learning_rate: float = Field(
         default_factory=lambda fields: LEARNING_RATES[fields["optimizer"]][_size(fields["data"])],
@@ -101,7 +104,9 @@ class Recipe(BaseModel):
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="probability mass spread over all classes")
     mixup: float = _by_size("mixup", ge=0, description="mixup alpha; 0 for none")
     cutmix: float = _by_size("cutmix", ge=0, description="cutmix alpha; 0 for none")
-    rand_augment: str = _by_size("rand_augment", description='timm RandAugment, e.g. rand-m9-mstd0.5-inc1; "" for none')
+    rand_augment: str = _by_size(
+        "rand_augment", pattern=RAND_AUGMENT, description='timm RandAugment, e.g. rand-m9-mstd0.5-inc1; "" for none'
+    )
     random_erasing: float = _by_size("random_erasing", ge=0, le=1, description="probability of erasing a rectangle")
     augmentation_repeats: PositiveInt = _by_size(
         "augmentation_repeats", description="times each picked image appears in an epoch"
@@ -112,10 +117,16 @@ class Recipe(BaseModel):
     holdout: float = Field(
         0.02, gt=0, lt=1, description="part of train/ watched during training where there is no val/ folder"
     )
-    seed: int = Field(0, ge=0, description="seed of weights, order and augmentation")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, order and augmentation")
     workers: int = Field(2, ge=0, description="processes that decode images")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     precision: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the products in a training step")
+
+    @model_validator(mode="after")
+    def _mixes_pairs(self) -> Self:
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"mixup and cutmix need an even batch-size, not {self.batch_size}")
+        return self
 
     @property
     def overrides(self) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """What a training run keeps in its folder: the state to go on from, the checkpoint, the log and its picture."""
 
+import itertools
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,15 @@ from timm.utils import ModelEmaV3
 from models.checkpoint import UNPICKLING_ERRORS, Header, save_checkpoint
 from models.plots import plot_training
 from models.profiles import ProfileTable
+from models.recipe import Recipe
 from models.supervit import SuperViT
 
 CHECKPOINT_NAME, STATE_NAME, LOG_NAME, PLOT_NAME = "checkpoint.safetensors", "state.pt", "log.jsonl", "training.png"
+
+# Options that a resumed run may change; with any other it would quietly become a run that no recipe describes.
+MAY_CHANGE = frozenset(
+    ["data", "output", "resume", "epochs", "learning_rate", "warmup_epochs", "precision", "workers", "device"]
+)
 
 
 class TrainingError(Exception):
@@ -23,16 +32,25 @@ class TrainingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Everything that changes while training; what is saved after an epoch is exactly this."""
+    """Everything that changes while training; beside what the run was asked for, this alone is saved."""
 
     model: SuperViT
     average: ModelEmaV3
     optimizer: torch.optim.Optimizer
 
-    def save(self, path: Path, epoch: int) -> None:
-        """Write the state after `epoch` epochs; a crash half-way leaves whatever stood at `path`."""
+    @property
+    def is_finite(self) -> bool:
+        """Whether every weight, trained or averaged, is a number."""
+        weights = (*self.model.state_dict().values(), *self.average.state_dict().values())
+        return all(bool(tensor.isfinite().all()) for tensor in weights)
+
+    def save(self, recipe: Recipe, class_names: tuple[str, ...], epoch: int) -> None:
+        """Write the state after `epoch` epochs; a crash half-way leaves the state that stood there."""
+        path = recipe.output / STATE_NAME
         partial = path.with_name(path.name + ".partial")
         content = {
+            "recipe": recipe.model_dump(mode="json"),
+            "class_names": list(class_names),
             "epoch": epoch,
             "model": self.model.state_dict(),
             "average": self.average.module.state_dict(),
@@ -41,50 +59,114 @@ class State:
         torch.save(content, partial)
         os.replace(partial, path)
 
-    def load(self, path: Path) -> int:
+    def load(self, recipe: Recipe, class_names: tuple[str, ...]) -> int:
         """Read what `save` wrote and return how many epochs it had behind it.
 
         Raises:
-            TrainingError: there is none, it is damaged, or it belongs to another model.
+            TrainingError: there is none, it is damaged, or it was made with other options or classes.
         """
-        if not path.is_file():
+        path = recipe.output / STATE_NAME
+        if not has_state(recipe.output):
             raise TrainingError(f"{path}: nothing to resume")
         try:
             with path.open("rb") as file:
-                content = torch.load(file, map_location=self.model.cls_token.device, weights_only=True)
-        except UNPICKLING_ERRORS as error:
-            raise TrainingError(f"{path}: damaged: {_first_line(error)}") from error
-        try:
+                # To the CPU: there AdamW counts its steps; weights and moments are copied to where the model is.
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            differences = [
+                *_other_options(content["recipe"], recipe.model_dump(mode="json")),
+                *_other_classes(content["class_names"], class_names),
+            ]
+            if differences:
+                raise TrainingError(f"{path}: was made with {'; '.join(differences)}")
             self.model.load_state_dict(content["model"])
             self.average.module.load_state_dict(content["average"])
             self.optimizer.load_state_dict(content["optimizer"])
-        except (RuntimeError, ValueError, LookupError, TypeError) as error:
-            raise TrainingError(f"{path}: belongs to another model: {_first_line(error)}") from error
-        return int(content["epoch"])
+            return int(content["epoch"])
+        except (OSError, *UNPICKLING_ERRORS) as error:
+            raise TrainingError(f"{path}: damaged or of another version: {_first_line(error)}") from error
+
+
+def _other_options(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for name in now | then:
+        if name not in MAY_CHANGE and then[name] != now[name]:
+            yield f"--{name.replace('_', '-')} {_as_typed(then[name])}, not {_as_typed(now[name])}"
+
+
+def _as_typed(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "left out" if value is None else str(value) or '""'
+
+
+def _other_classes(then: list[str], now: tuple[str, ...]) -> Iterator[str]:
+    """Name the first pair that differs; a thousand would fill the screen."""
+    pairs = itertools.zip_longest(then, now, fillvalue="none")
+    yield from itertools.islice((f"class folder {old}, not {new}" for old, new in pairs if old != new), 1)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def save_epoch(output: Path, state: State, class_names: tuple[str, ...], record: dict[str, Any]) -> None:
+def has_state(output: Path) -> bool:
+    """Tell whether the folder holds a run; one that cannot be looked into holds none."""
+    return os.path.isfile(output / STATE_NAME)  # noqa: PTH113 - Path.is_file raises where a folder may not be entered
+
+
+def prepare_folder(output: Path) -> None:
+    """Make the run's folder and prove that files can be written there, before an epoch is spent on them.
+
+    Raises:
+        TrainingError: they cannot.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise TrainingError(f"{output}: cannot be written to: {error.strerror}") from error
+
+
+def read_log(output: Path, epochs: int) -> list[dict[str, Any]]:
+    """Read the log of the first `epochs` epochs; what stands behind them belongs to a state that was never saved.
+
+    Raises:
+        TrainingError: it is damaged.
+    """
+    path = output / LOG_NAME
+    if not path.exists():
+        return []
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [record for record in records if record["epoch"] <= epochs]
+        if len({(*record["loss"].keys(), *record["top1"].keys()) for record in records}) > 1:
+            raise ValueError("its lines name different sub-networks")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise TrainingError(f"{path}: damaged: {_first_line(error)}; mend it, or move it away and resume") from error
+    return records
+
+
+def way_out(output: Path, epoch: int) -> str:
+    """Say how to go on when `epoch` ended in numbers that are none."""
+    start = f"the state before this epoch is kept in {output}: resume" if epoch > 1 else "start again"
+    return f"{start} with a lower --learning-rate or --precision float32"
+
+
+def save_epoch(recipe: Recipe, state: State, class_names: tuple[str, ...], records: list[dict[str, Any]]) -> None:
     """Save checkpoint and log, draw the log, and save the state last: it decides where a resumed run goes on.
 
     Args:
-        output: the run's folder.
+        recipe: of the run; its folder gets the files.
         state: of the run; the checkpoint gets the averaged weights.
         class_names: one per logit.
-        record: the epoch's line of the log, its number under "epoch".
+        records: the whole log, a line per epoch, this epoch's last.
     """
-    output.mkdir(parents=True, exist_ok=True)
     config = state.model.config
-    header = Header(output.resolve().name, config, class_names, ProfileTable.unmeasured(config))
-    save_checkpoint(output / CHECKPOINT_NAME, state.average.module, header)
-    log = output / LOG_NAME
-    past = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    records = [earlier for earlier in past if earlier["epoch"] < record["epoch"]] + [record]
+    header = Header(recipe.output.resolve().name, config, class_names, ProfileTable.unmeasured(config))
+    save_checkpoint(recipe.output / CHECKPOINT_NAME, state.average.module, header)
+    log = recipe.output / LOG_NAME
     partial = log.with_name(LOG_NAME + ".partial")
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in records))
+    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
     partial.replace(log)
-    plot_training(records, output / PLOT_NAME)
-    state.save(output / STATE_NAME, record["epoch"])
+    plot_training(records, recipe.output / PLOT_NAME)
+    state.save(recipe, class_names, records[-1]["epoch"])

@@ -37,7 +37,7 @@ class SubNetwork:
             raise ValueError(f"keep rate must be in (0, 1], not {self.keep_rate}")
 
     def __str__(self) -> str:
-        return f"grid {self.patch_grid} at keep rate {self.keep_rate:g}"
+        return f"grid {self.patch_grid} at keep rate {self.keep_rate:.10g}"
 
     @property
     def num_tokens(self) -> int:

@@ -77,7 +77,9 @@ class SuperViT(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS[config.flavour])
         self.head = nn.Linear(config.width, config.num_classes)
         self.aux_head = None if deit else nn.Linear(config.width, config.num_classes)
-        self.apply(_init_weights)
+        if not deit:  # a DeiT's patch projection keeps torch's initial weights, as in timm
+            self.patch_embed.apply(_init_convolution)
+        self.apply(_init_linear)
         trunc_normal_(self.cls_token, std=0.02)
         for pos_embed in self.pos_embed_list:
             trunc_normal_(pos_embed, std=0.02)
@@ -148,12 +150,15 @@ class SuperViT(nn.Module):
         return logits
 
 
-def _init_weights(module: nn.Module) -> None:
+def _init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
+
+
+def _init_convolution(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)

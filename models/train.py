@@ -21,16 +21,17 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models.data import Augmentation, Sample, list_classes, open_training_data
+from models.data import Augmentation, Sample, SampleLoader, list_classes, open_training_data
+from models.devices import resolve_device
 from models.evaluate import measure_accuracy
 from models.initial import load_initial_weights
 from models.objective import PairLoss, Teacher, sample_pairs, training_step
 from models.profiles import ProfileTable
 from models.recipe import Recipe
-from models.state import CHECKPOINT_NAME, STATE_NAME, State, TrainingError, save_epoch
+from models.state import CHECKPOINT_NAME, State, TrainingError, has_state, prepare_folder, read_log, save_epoch, way_out
 from models.supervit import SuperViT
 
 FINAL_RATE, WARMUP_START_RATE = 1e-2, 1e-3  # fractions of the peak learning rate
@@ -55,23 +56,23 @@ def train(recipe: Recipe) -> Path:
 
     Raises:
         DataError: the data set is unusable.
+        DeviceError: the device is.
         CheckpointError: the weights to start from, or the teacher's, are.
-        TrainingError: the model or the output folder cannot be used, there is nothing to resume, or the loss is no
-            longer a number.
+        TrainingError: the model or the output folder cannot be used, there is nothing to resume or a run of other
+            options, or losses or weights are no longer numbers.
     """
-    state_path = recipe.output / STATE_NAME
-    if state_path.exists() and not recipe.resume:
+    if has_state(recipe.output) and not recipe.resume:
         raise TrainingError(f"{recipe.output}: holds a run already; go on with --resume or name another folder")
     process = join_processes(recipe.device)
     try:
-        run_epochs(recipe, process, state_path)
+        run_epochs(recipe, process)
     finally:
         if process.count > 1:
             distributed.destroy_process_group()
     return recipe.output / CHECKPOINT_NAME
 
 
-def run_epochs(recipe: Recipe, process: Process, state_path: Path) -> None:
+def run_epochs(recipe: Recipe, process: Process) -> None:
     """Set up this process's part of the run and take it, epoch by epoch, to the end."""
     class_names = list_classes(recipe.data / "train")
     seed_everything(recipe.seed)  # every process starts from the same weights
@@ -88,12 +89,17 @@ def run_epochs(recipe: Recipe, process: Process, state_path: Path) -> None:
         if not timm.is_model(recipe.teacher):
             raise TrainingError(f"timm knows no model {recipe.teacher!r} to learn from")
         teacher = Teacher(recipe.teacher, recipe.teacher_checkpoint, model.config).to(process.device)
-    epochs_done = state.load(state_path) if recipe.resume else 0
+    epochs_done = state.load(recipe, class_names) if recipe.resume else 0
+    records = read_log(recipe.output, epochs_done) if recipe.resume else []
+    if process.is_first:
+        prepare_folder(recipe.output)
     for epoch in range(epochs_done + 1, recipe.epochs + 1):
         seed_everything(recipe.seed, epoch, process.rank)
         sampler.set_epoch(recipe.seed * 100_000 + epoch)
         started_at = time.monotonic()
         losses = train_epoch(recipe, state, pair_loss, teacher, schedule, loader, epoch, process)
+        if not state.is_finite:  # the losses are those before the last update
+            raise TrainingError(f"weights are no longer numbers after epoch {epoch}; {way_out(recipe.output, epoch)}")
         if process.is_first:
             record = {
                 "epoch": epoch,
@@ -102,7 +108,8 @@ def run_epochs(recipe: Recipe, process: Process, state_path: Path) -> None:
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "seconds": round(time.monotonic() - started_at, 1),
             }
-            save_epoch(recipe.output, state, class_names, record)
+            records.append(record)
+            save_epoch(recipe, state, class_names, records)
         if process.count > 1:
             distributed.barrier()
 
@@ -110,11 +117,12 @@ def run_epochs(recipe: Recipe, process: Process, state_path: Path) -> None:
 def join_processes(device: str) -> Process:
     """Find out from torchrun's environment, if there is one, which process this is, and pick its device."""
     rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    own_device = resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)  # or NCCL and pinned memory would open GPU 0 in every process
     if count > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return Process(rank, count, torch.device(device))
+        distributed.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
+    return Process(rank, count, own_device)
 
 
 def seed_everything(*parts: int) -> None:
@@ -148,7 +156,7 @@ def build_model(recipe: Recipe, num_classes: int) -> SuperViT:
 
 def training_loader(
     recipe: Recipe, training: Dataset[Sample], process: Process
-) -> tuple[DataLoader[Sample], RepeatAugSampler]:
+) -> tuple[SampleLoader, RepeatAugSampler]:
     """Batch this process's share of the training images in an order that its sampler's epoch fixes."""
     sampler = RepeatAugSampler(
         training, process.count, process.rank, num_repeats=recipe.augmentation_repeats, selected_round=0
@@ -156,7 +164,7 @@ def training_loader(
     if len(sampler) < recipe.batch_size:
         raise TrainingError(f"{len(sampler)} training images per process do not fill a batch of {recipe.batch_size}")
     pinned = process.device.type == "cuda"
-    loader = DataLoader(
+    loader = SampleLoader(
         training, recipe.batch_size, sampler=sampler, num_workers=recipe.workers, drop_last=True, pin_memory=pinned
     )
     return loader, sampler
@@ -172,7 +180,7 @@ def learning_rate_schedule(
     warmup_epochs = min(recipe.warmup_epochs, recipe.epochs / 10)
     return CosineLRScheduler(
         optimizer,
-        t_initial=recipe.epochs * steps_per_epoch,
+        t_initial=max(2, recipe.epochs * steps_per_epoch),  # timm warns of a cosine over the one step of a tiny run
         lr_min=FINAL_RATE * peak,
         warmup_t=round(warmup_epochs * steps_per_epoch),
         warmup_lr_init=WARMUP_START_RATE * peak,
@@ -193,7 +201,7 @@ def train_epoch(
     pair_loss: PairLoss | DistributedDataParallel,
     teacher: Teacher | None,
     schedule: CosineLRScheduler,
-    loader: DataLoader[Sample],
+    loader: SampleLoader,
     epoch: int,
     process: Process,
 ) -> dict[str, float]:
@@ -224,8 +232,8 @@ def train_epoch(
         for name, loss in losses.items():
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"the loss of the {name} became {loss} in step {step} of epoch {epoch}; the state before this "
-                    f"epoch is kept in {recipe.output}: resume with a lower --learning-rate or --precision float32"
+                    f"the loss of the {name} became {loss} in step {step} of epoch {epoch}; "
+                    f"{way_out(recipe.output, epoch)}"
                 )
             totals[name] = totals.get(name, 0.0) + loss
         progress.set_postfix({"loss": f"{sum(losses.values()):.3f}"})
@@ -235,7 +243,7 @@ def train_epoch(
 def watch(recipe: Recipe, model: SuperViT, watched: Dataset[Sample]) -> dict[str, float]:
     """Measure the largest and the cheapest sub-network of the averaged weights on the images held out."""
     profile = ProfileTable.unmeasured(model.config)
-    loader = DataLoader(watched, recipe.batch_size, num_workers=recipe.workers)
+    loader = SampleLoader(watched, recipe.batch_size, num_workers=recipe.workers)
     ends = (profile.cheapest.subnetwork, model.config.largest)
     measured = measure_accuracy(model, loader, ends)
     return {str(subnetwork): top1 for subnetwork, (top1, _) in measured.items()}

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -23,21 +23,27 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings, checkpoint: Checkpoint, engine: Engine | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: Engine | None = None,
+    on_failure: Callable[[], None] = lambda: None,
+) -> FastAPI:
     """Wire the service.
 
     Args:
         settings: every knob.
         checkpoint: what to serve.
         engine: runs the batches; PyTorch on the settings' device by default.
+        on_failure: called once the model cannot run at all, as after a failed warm-up; the server should then end.
 
     Raises:
-        ValueError: the device cannot be used.
+        DeviceError: the device cannot be used.
     """
     engine = engine or TorchEngine(checkpoint.model, settings.device)
     metrics = Metrics(process_registry())
     metrics.describe(list(checkpoint.profile.by_subnetwork), checkpoint.name, checkpoint.version)
-    batcher = Batcher(engine.run, settings.max_batch_size)
+    batcher = Batcher(engine.run, settings.max_batch_size, metrics.batch_ran)
     decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
     transform = evaluation_transform(checkpoint.config)
     pipeline = Pipeline(
@@ -52,16 +58,25 @@ def create_app(settings: Settings, checkpoint: Checkpoint, engine: Engine | None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(batcher.serve())
-            warming_up = tasks.create_task(pipeline.warm_up(engine.warm_up))
-            logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
-            yield
-            await warming_up
-            batcher.stop()
+        serving = asyncio.create_task(batcher.serve())
+        warming_up = asyncio.create_task(pipeline.warm_up(engine.warm_up))
+        for task in (serving, warming_up):
+            task.add_done_callback(on_end)
+        logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
+        yield
+        await asyncio.wait((warming_up,))
+        batcher.stop()
+        await asyncio.wait((serving,))
         decode_threads.shutdown()
 
+    def on_end(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            logger.critical("the model cannot run: %s", error, exc_info=error)
+            pipeline.is_ready = False
+            on_failure()
+
     app = FastAPI(title="SuperViT Serve", version=version("supervit-serve"), lifespan=lifespan, redoc_url=None)
-    app.include_router(build_router(Api(checkpoint, pipeline, metrics, settings.max_body_bytes, settings.max_upload_s)))
-    add_error_handlers(app, metrics)
+    api = Api(checkpoint, pipeline, metrics, settings.max_body_bytes, settings.max_upload_s)
+    app.include_router(build_router(api))
+    add_error_handlers(app, api)
     return app

@@ -25,7 +25,6 @@ class Result:
     """What the engine answered to one request: (classes,) logits, and how it came about."""
 
     logits: Tensor
-    batch_size: int
     queue_s: float
     inference_s: float
 
@@ -41,10 +40,24 @@ class _Waiting:
 class Batcher:
     """Runs whatever waits, a batch at a time, on one thread of its own."""
 
-    def __init__(self, run: Run, max_batch_size: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """Take the engine's `run`, called on the batcher's own thread with at most `max_batch_size` images."""
+    def __init__(
+        self,
+        run: Run,
+        max_batch_size: int,
+        observe_size: Callable[[int], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take the collaborators.
+
+        Args:
+            run: the engine's; called on the batcher's own thread.
+            max_batch_size: most images that it is given at once.
+            observe_size: told the number of images of each batch that ran.
+            clock: monotonic, in seconds.
+        """
         self._run = run
         self._max_batch_size = max_batch_size
+        self._observe_size = observe_size
         self._clock = clock
         self._line: deque[_Waiting] = deque()
         self._arrival = asyncio.Event()
@@ -99,15 +112,16 @@ class Batcher:
         try:
             images = torch.stack([waiting.image for waiting in batch])
             logits = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, images, subnetwork)
-            rows = logits.unbind(0)
+            answered = list(zip(batch, logits.unbind(0), strict=True))
         except Exception:  # whatever the model raises, its requests must be released and the next batch run
             logger.exception("a batch of %d failed at %s", len(batch), subnetwork)
             for waiting in batch:
                 _settle(waiting, ModelError("the model failed on this batch; the server's log says why"))
             return
         inference_s = self._clock() - started_at
-        for waiting, row in zip(batch, rows, strict=True):
-            _settle(waiting, Result(row, len(batch), started_at - waiting.entered_at, inference_s))
+        self._observe_size(len(batch))
+        for waiting, row in answered:
+            _settle(waiting, Result(row, started_at - waiting.entered_at, inference_s))
 
 
 def _settle(waiting: _Waiting, outcome: Result | ModelError) -> None:

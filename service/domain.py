@@ -44,7 +44,14 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where the time went, in seconds; `total_s` runs from arrival to the finished answer."""
+    """Where the time went, in seconds.
+
+    Attributes:
+        decode_s: at work on the image's bytes.
+        queue_s: waiting for a thread that decodes, and for the engine.
+        inference_s: the batch in the engine.
+        total_s: from arrival to the finished answer, the upload included.
+    """
 
     decode_s: float
     queue_s: float
@@ -58,5 +65,4 @@ class Classification:
 
     predictions: tuple[Prediction, ...]
     decision: Decision
-    batch_size: int
     timing: Timing

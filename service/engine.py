@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from models.data import normalise
+from models.devices import resolve_device
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 
@@ -37,15 +38,10 @@ class TorchEngine:
             device: a torch device, or "auto" for the first GPU where there is one.
 
         Raises:
-            ValueError: there is no such device here.
+            DeviceError: there is no such device here.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self._device = torch.device(device)
-            self._model = model.to(self._device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        self._device = resolve_device(device)
+        self._model = model.to(self._device)
 
     @torch.inference_mode()
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:

@@ -7,6 +7,7 @@ ServiceError
 │   ├── UnsupportedMediaError     the declared type is no image
 │   ├── BodyTooLargeError         more bytes than the server reads
 │   ├── UploadTimeoutError        the body does not arrive in time
+│   ├── ClientGoneError           nobody waits for the answer any more
 │   ├── ImageTooLargeError        more pixels than the server decodes
 │   └── InvalidImageError         bytes that are no image that the server reads
 ├── OverloadedError           too much is waiting already
@@ -66,6 +67,12 @@ class UploadTimeoutError(RequestError):
     """The body did not arrive in the time that the server waits for it."""
 
     code = "upload_timeout"
+
+
+class ClientGoneError(RequestError):
+    """The client closed its connection before it had its answer."""
+
+    code = "client_gone"
 
 
 class ImageTooLargeError(RequestError):

@@ -14,6 +14,7 @@ from service.errors import ImageTooLargeError, InvalidImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # What Pillow's codecs are known to raise on malformed bytes.
 CODEC_ERRORS = (
+    AssertionError,
     OSError,
     ValueError,
     SyntaxError,

@@ -34,7 +34,7 @@ class Metrics:
         self._registry = registry
         self._requests = Counter(
             "supervit_requests",
-            "Classification requests by outcome: ok or an error code.",
+            "Classification requests by outcome: ok or an error code; client_gone where nobody waited for the answer.",
             ["outcome"],
             registry=registry,
         )
@@ -64,7 +64,7 @@ class Metrics:
         )
         self._batch_sizes = Histogram(
             "supervit_batch_size_images",
-            "Images in the batch of an answered request.",
+            "Images in a batch that ran.",
             buckets=BATCH_BUCKETS,
             registry=registry,
         )
@@ -106,7 +106,10 @@ class Metrics:
         subnetwork = profile.subnetwork
         self._subnetworks.labels(subnetwork.patch_grid, f"{subnetwork.keep_rate:g}").inc()
         self._gflops.inc(profile.gflops)
-        self._batch_sizes.observe(answer.batch_size)
+
+    def batch_ran(self, num_images: int) -> None:
+        """Record the size of a batch."""
+        self._batch_sizes.observe(num_images)
 
     def ready(self) -> None:
         """Record that the model has answered its first batch."""

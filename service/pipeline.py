@@ -1,6 +1,7 @@
 """The walk of one request: admit, choose, read, decode, wait, infer, answer. HTTP is above, every stage below."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
@@ -11,9 +12,18 @@ from torch import Tensor
 from models.profiles import ProfileTable
 from service.batcher import Batcher
 from service.domain import DEFAULT_TOP_K, Classification, InferenceRequest, Prediction, Timing
-from service.errors import InvalidParameterError, ModelError, NotReadyError, OverloadedError, ServiceError
+from service.errors import (
+    ClientGoneError,
+    InvalidParameterError,
+    ModelError,
+    NotReadyError,
+    OverloadedError,
+    ServiceError,
+)
 from service.metrics import Metrics
 from service.policy import choose
+
+logger = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -69,15 +79,20 @@ class Pipeline:
 
         Raises:
             ServiceError: the request is refused, or fails.
+
+        Cancelling it, because nobody waits any more, takes the request out of whatever line it stands in.
         """
         self._in_flight += 1
         self._metrics.request_started()
-        outcome = "cancelled"
+        outcome = ServiceError.code  # of a bug, unless something better is known
         try:
             answer = await self._answer(read, request)
             outcome = "ok"
         except ServiceError as error:
             outcome = error.code
+            raise
+        except asyncio.CancelledError:
+            outcome = ClientGoneError.code
             raise
         finally:
             self._in_flight -= 1
@@ -90,18 +105,22 @@ class Pipeline:
         top_k = self._checked_top_k(request.top_k)
         decision = choose(request, self._profiles)
         data = await read()
-        decode_started_at = self._clock()
-        image = await asyncio.get_running_loop().run_in_executor(self._decode_threads, self._decode, data)
-        decoded_at = self._clock()
+        read_at = self._clock()
+        decoding = asyncio.get_running_loop().run_in_executor(self._decode_threads, self._timed_decode, data)
+        image, decode_started_at, decoded_at = await decoding
         result = await self._batcher.submit(image, decision.profile.subnetwork)
         predictions = self._predict(result.logits, top_k)
         timing = Timing(
             decode_s=decoded_at - decode_started_at,
-            queue_s=result.queue_s,
+            queue_s=decode_started_at - read_at + result.queue_s,
             inference_s=result.inference_s,
             total_s=self._clock() - request.arrived_at,
         )
-        return Classification(predictions, decision, result.batch_size, timing)
+        return Classification(predictions, decision, timing)
+
+    def _timed_decode(self, data: bytes) -> tuple[Tensor, float, float]:
+        started_at = self._clock()
+        return self._decode(data), started_at, self._clock()
 
     def _admit(self) -> None:
         if not self.is_ready:
@@ -121,6 +140,7 @@ class Pipeline:
     def _predict(self, logits: Tensor, top_k: int) -> tuple[Prediction, ...]:
         probabilities = logits.softmax(dim=0)
         if not torch.isfinite(probabilities).all():
+            logger.error("the model answered an image with %s", logits.tolist()[:top_k])
             raise ModelError("the model's answer to this image is not a number")
         best = probabilities.topk(top_k)
         return tuple(

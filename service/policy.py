@@ -29,12 +29,12 @@ def choose(request: InferenceRequest, profiles: ProfileTable) -> Decision:
     if request.budget_gflops is None:
         return Decision(best, f"no budget was given: {best.subnetwork} is {quality} sub-network")
     if best is profiles.frontier[-1]:
-        return Decision(best, f"{request.budget_gflops:g} GFLOPs admit {quality} sub-network, {best.subnetwork}")
+        return Decision(best, f"{request.budget_gflops:.12g} GFLOPs admit {quality} sub-network, {best.subnetwork}")
     dearer = profiles.frontier[len(fitting)]
     return Decision(
         best,
-        f"{best.subnetwork} is {quality} within {request.budget_gflops:g} GFLOPs; the next better one, "
-        f"{dearer.subnetwork}, costs {dearer.gflops:.4g}",
+        f"{best.subnetwork} is {quality} within {request.budget_gflops:.12g} GFLOPs; the next better one, "
+        f"{dearer.subnetwork}, costs {dearer.gflops}",
     )
 
 
@@ -46,6 +46,6 @@ def fits(row: SubNetworkProfile, budget_gflops: float | None) -> bool:
 def _require_budget(budget_gflops: float | None, row: SubNetworkProfile, who: str) -> None:
     if not fits(row, budget_gflops):
         raise BudgetTooSmallError(
-            f"a budget of {budget_gflops:g} GFLOPs is too small: {who} {row.gflops}",
+            f"a budget of {budget_gflops:.12g} GFLOPs is too small: {who} {row.gflops}",
             smallest_budget_gflops=row.gflops,
         )

@@ -1,5 +1,6 @@
 """Every knob of the server, each also an environment variable `SUPERVIT_<NAME>`. Only `app` and `cli` read them."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -30,3 +31,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least serious log lines shown; info has a line per request"
     )
+
+
+def unknown_variables() -> list[str]:
+    """Name the environment variables that look like knobs and are none: a misspelt knob would be ignored silently."""
+    prefix = str(Settings.model_config["env_prefix"])
+    known = {f"{prefix}{name.upper()}" for name in Settings.model_fields}
+    return sorted(name for name in os.environ if name.upper().startswith(prefix) and name.upper() not in known)

@@ -6,8 +6,15 @@ from collections.abc import AsyncGenerator
 from fastapi import Request
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
-from service.errors import BodyTooLargeError, InvalidImageError, UnsupportedMediaError, UploadTimeoutError
+from service.errors import (
+    BodyTooLargeError,
+    ClientGoneError,
+    InvalidImageError,
+    UnsupportedMediaError,
+    UploadTimeoutError,
+)
 
 FIELD = "file"
 MAX_FORM_PARTS = 16
@@ -28,7 +35,7 @@ async def read_image(request: Request, max_bytes: int, max_s: float) -> bytes:
         BodyTooLargeError: the body is longer; no more than the limit was read.
         UploadTimeoutError: the body took longer.
         InvalidImageError: the form is broken or has no such file.
-        ClientDisconnect: the client left.
+        ClientGoneError: the client left.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     is_form = media_type == "multipart/form-data"
@@ -45,6 +52,14 @@ async def read_image(request: Request, max_bytes: int, max_s: float) -> bytes:
             return b"".join([chunk async for chunk in chunks])
     except TimeoutError as error:
         raise UploadTimeoutError(f"the body did not arrive within {max_s:g} s") from error
+    except ClientDisconnect as error:
+        raise ClientGoneError("the client left in the middle of its upload") from error
+
+
+async def wait_until_gone(request: Request) -> None:
+    """Return once the client has closed its connection; whatever it still sends is thrown away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _read_field(headers: Headers, chunks: AsyncGenerator[bytes, None], max_bytes: int) -> bytes:
@@ -52,13 +67,15 @@ async def _read_field(headers: Headers, chunks: AsyncGenerator[bytes, None], max
     parser.spool_max_size = max_bytes  # keep the file in memory: the disk may be read-only
     try:
         form = await parser.parse()
-    except MultiPartException as error:
-        raise InvalidImageError(f"the form is broken: {error.message}") from error
+    except (MultiPartException, LookupError, ValueError) as error:  # the latter two: a charset that is none
+        raise InvalidImageError(f"the form is broken: {error}") from error
     try:
-        upload = form.get(FIELD)
-        if not isinstance(upload, UploadFile):
-            raise InvalidImageError(f"the form has no file in its field {FIELD!r}")
-        return await upload.read()
+        uploads = form.getlist(FIELD)
+        if len(uploads) > 1:
+            raise InvalidImageError(f"the form has {len(uploads)} fields {FIELD!r}; send one image per request")
+        if not uploads or not isinstance(uploads[0], UploadFile):
+            raise InvalidImageError(f"the form has no file in its field {FIELD!r}, or was cut off before its end")
+        return await uploads[0].read()
     finally:
         await form.close()
 

@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = {
-    "models.train": 6,
-    "models.state": 5,
-    "models.initial": 5,
-    "models.objective": 5,
-    "models.evaluate": 5,
-    "models.checkpoint": 4,
+    "models.train": 7,
+    "models.state": 6,
+    "models.initial": 6,
+    "models.objective": 6,
+    "models.evaluate": 6,
+    "models.checkpoint": 5,
+    "models.published": 4,
     "models.data": 4,
     "models.supervit": 3,
     "models.plots": 3,
@@ -24,6 +25,7 @@ FLOORS = {
     "models.flops": 1,
     "models.tokens": 1,
     "models.recipe": 1,
+    "models.devices": 0,
     "models.subnetwork": 0,
     "service.cli": 6,
     "service.app": 5,

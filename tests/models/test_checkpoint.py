@@ -220,8 +220,12 @@ def test_a_file_that_is_no_checkpoint_is_named_as_such(tmp_path: Path, what: str
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.pth", tmp_path):
-        with pytest.raises(UnreadableCheckpointError, match=f"{path}: no such file"):
+    for path, complaint in (
+        (tmp_path / "absent.pth", "no such file"),
+        (tmp_path, "no regular file"),
+        (Path(os.devnull), "no regular file"),
+    ):
+        with pytest.raises(UnreadableCheckpointError, match=f"{path}: {complaint}"):
             load_checkpoint(path)
     with pytest.raises(UnreadableCheckpointError, match="cannot be read"):
         load_checkpoint("x" * 5000)
@@ -359,6 +363,30 @@ def test_a_header_that_contradicts_itself_is_not_ours(
 ) -> None:
     rewrite(tiny_file, change)
     with pytest.raises(UnreadableCheckpointError, match=f"its header is not ours: .*{reason}"):
+        load_checkpoint(tiny_file)
+
+
+def set_in_first_row(name: str, value: float) -> Callable[[Weights, dict[str, Any]], None]:
+    def change(_: Weights, header: dict[str, Any]) -> None:
+        header["profile"]["rows"][0][name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (set_in_first_row("macs", -5), "its header is not ours: .*MACs must be at least 1, not -5"),
+        (set_in_first_row("macs", 5), "5 MACs are not the cost of grid 2 at keep rate 0.5"),
+        (set_in_first_row("top1", -0.1), "its header is not ours: .*top1 must be in 0..1"),
+        (set_in_first_row("top5", 7.0), "its header is not ours: .*top5 must be in 0..1"),
+    ],
+)
+def test_a_profile_is_not_taken_at_its_word(
+    tiny_file: Path, change: Callable[[Weights, dict[str, Any]], None], reason: str
+) -> None:
+    rewrite(tiny_file, change)
+    with pytest.raises(UnreadableCheckpointError, match=rf"tiny\.safetensors: {reason}"):
         load_checkpoint(tiny_file)
 
 

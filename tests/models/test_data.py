@@ -15,6 +15,7 @@ from torchvision.transforms import InterpolationMode
 from models.data import (
     Augmentation,
     DataError,
+    SampleLoader,
     evaluation_transform,
     list_classes,
     normalise,
@@ -272,3 +273,26 @@ def test_a_broken_image_is_named(tmp_path: Path, tiny_config: SuperViTConfig, sp
     folder = open_folder(tmp_path, evaluation_transform(tiny_config))
     with pytest.raises(DataError, match=f"{path}: not a readable image"):
         folder[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named_in_one_line_by_whichever_process_meets_it(
+    tmp_path: Path, tiny_config: SuperViTConfig, workers: int
+) -> None:
+    (tmp_path / "class").mkdir()
+    noise(20, 20).save(tmp_path / "class" / "0.png")
+    broken_text(tmp_path / "class" / "1.png")
+    batches = iter(SampleLoader(open_folder(tmp_path, evaluation_transform(tiny_config)), 1, num_workers=workers))
+    assert next(batches)[0].shape == (1, 3, 16, 16)
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert str(caught.value).startswith(f"{tmp_path}/class/1.png: not a readable image: cannot identify image file")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_single_class_is_nothing_to_train_on(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "red").symlink_to(pictures / "train" / "red", target_is_directory=True)
+    with pytest.raises(DataError, match=f"{tmp_path}/train: a single class folder"):
+        open_training_data(tmp_path, tiny_config, PLAIN, 0.1, 0)
+    assert open_folder(tmp_path / "train", evaluation_transform(tiny_config)).classes == ["red"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.data import DataError
+from models.devices import DeviceError
 from models.evaluate import accuracy_table, count_correct, evaluate, label_indices, measure_accuracy
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig
@@ -90,8 +91,8 @@ def unwrapped(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor,
     return loader
 
 
-def measure(checkpoint: Checkpoint, data: Path) -> ProfileTable:
-    return evaluate(checkpoint, data, batch_size=5, workers=0, device="cpu", progress=unwrapped)
+def measure(checkpoint: Checkpoint, data: Path, *, workers: int = 0, device: str = "cpu") -> ProfileTable:
+    return evaluate(checkpoint, data, batch_size=5, workers=workers, device=device, progress=unwrapped)
 
 
 def test_every_subnetwork_of_a_checkpoint_is_measured_on_val(tiny_file: Path, pictures: Path) -> None:
@@ -126,6 +127,20 @@ def test_folders_of_unknown_classes_are_refused(tiny_file: Path, pictures: Path)
     checkpoint = replace(load_checkpoint(tiny_file), class_names=("blue", "green", "yellow"))
     with pytest.raises(DataError, match="class folder 'red' is no class"):
         measure(checkpoint, pictures)
+
+
+def test_a_broken_image_is_named_in_one_line_with_workers_too(tiny_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "val" / "red").mkdir(parents=True)
+    (tmp_path / "val" / "red" / "0.png").write_text("no picture")
+    with pytest.raises(DataError) as caught:
+        measure(load_checkpoint(tiny_file), tmp_path, workers=1)
+    assert str(caught.value).startswith(f"{tmp_path}/val/red/0.png: not a readable image: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_cannot_be_used_is_refused(tiny_file: Path, pictures: Path) -> None:
+    with pytest.raises(DeviceError, match="device 'tpu9' cannot be used"):
+        measure(load_checkpoint(tiny_file), pictures, device="tpu9")
 
 
 def test_the_table_has_a_row_per_grid_and_a_column_per_keep_rate() -> None:

@@ -195,6 +195,41 @@ def test_weights_that_are_not_the_teachers_are_a_checkpoint_error(
         Teacher("test_vit", tmp_path / "absent", tiny_config)
 
 
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what timm was asked to download, none of which can be had."""
+    asked: list[str] = []
+
+    def fail(name: str, pretrained: bool) -> None:
+        assert pretrained
+        asked.append(name)
+        raise FileNotFoundError("no connection,\nno cache")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    return asked
+
+
+def test_a_downloaded_teacher_must_know_the_classes_of_the_data(
+    tiny_config: SuperViTConfig, downloads: list[str]
+) -> None:
+    """With another number of classes timm gives it a random head, and says nothing."""
+    complaint = "test_vit: timm's weights know 1000 classes and the data 3; give --teacher-checkpoint"
+    with pytest.raises(CheckpointMismatchError, match=complaint):
+        Teacher("test_vit", None, tiny_config)
+    assert downloads == []
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit.no_such_tag", "supervit_lvvit_micro_patch4_32"])
+def test_a_teacher_that_cannot_be_downloaded_is_a_checkpoint_error_of_one_line(
+    name: str, tiny_config: SuperViTConfig, downloads: list[str]
+) -> None:
+    with pytest.raises(UnreadableCheckpointError) as caught:
+        Teacher(name, None, replace(tiny_config, num_classes=1000))
+    assert str(caught.value).startswith(f"{name}: timm's weights cannot be had: ")
+    assert "\n" not in str(caught.value)
+    assert downloads == ["test_vit"][: name == "test_vit"]
+
+
 def test_the_loss_is_the_same_in_both_flavours_of_input(build: Callable[[SuperViTConfig], SuperViT]) -> None:
     """Class indices with smoothing and the probabilities that they stand for give one loss."""
     config = SuperViTConfig(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from models.flops import count_macs
@@ -48,6 +50,21 @@ def test_an_empty_profile_and_a_doubled_row_are_refused() -> None:
         ProfileTable(())
     with pytest.raises(ValueError, match="at most one row"):
         ProfileTable((SubNetworkProfile(BEST, 1), SubNetworkProfile(BEST, 2)))
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"macs": 0}, "MACs must be at least 1, not 0"),
+        ({"macs": -5}, "MACs must be at least 1, not -5"),
+        ({"top1": -0.1}, r"top1 must be in 0\.\.1, not -0\.1"),
+        ({"top1": float("nan")}, r"top1 must be in 0\.\.1, not nan"),
+        ({"top5": 7.0}, r"top5 must be in 0\.\.1, not 7\.0"),
+    ],
+)
+def test_values_out_of_range_are_refused(values: dict[str, float], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        replace(SubNetworkProfile(BEST, 1, 0.0, 1.0), **values)  # type: ignore[arg-type] # MACs are whole here
 
 
 def test_an_unmeasured_profile_lists_the_whole_family_with_its_costs() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from timm.data.auto_augment import rand_augment_transform
 
 from models import recipe as room
 from models.recipe import LARGE_DATASET_IMAGES, Recipe
@@ -12,7 +13,8 @@ from models.recipe import LARGE_DATASET_IMAGES, Recipe
 def data_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_images: int) -> Path:
     """Pretend that train/ holds two classes with so many images together."""
 
-    def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    def walk(folder: Path, followlinks: bool) -> Iterator[tuple[str, list[str], list[str]]]:
+        assert followlinks
         assert folder == tmp_path / "train"
         yield str(folder), ["a", "b"], []
         yield str(folder / "a"), [], ["x"] * (num_images // 2)
@@ -46,6 +48,16 @@ def test_images_are_counted_in_the_class_folders_of_train(pictures: Path, monkey
     monkeypatch.setattr(room, "LARGE_DATASET_IMAGES", 49)
     assert Recipe(data=pictures, output=pictures / "out").epochs == 100
     room._size.cache_clear()
+
+
+def test_images_in_linked_class_folders_are_counted(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train").mkdir()
+    for folder in (pictures / "train").iterdir():
+        (tmp_path / "train" / folder.name).symlink_to(folder, target_is_directory=True)
+    monkeypatch.setattr(room, "LARGE_DATASET_IMAGES", 48)
+    assert Recipe(data=tmp_path, output=tmp_path / "out").epochs == 300
 
 
 def test_what_is_given_wins_over_the_defaults(tmp_path: Path) -> None:
@@ -84,6 +96,17 @@ def test_overrides_are_the_given_fields_of_the_model_alone(tmp_path: Path) -> No
         ("holdout", 0),
         ("holdout", 1),
         ("seed", -1),
+        ("seed", 2**32),
+        ("learning_rate", "inf"),
+        ("weight_decay", "inf"),
+        ("mixup", "inf"),
+        ("cutmix", "nan"),
+        ("rand_augment", "foo"),
+        ("rand_augment", "rand-foo"),
+        ("rand_augment", "rand-x9"),
+        ("rand_augment", "rand-m9-tfoo"),
+        ("rand_augment", "rand-m9.5"),
+        ("rand_augment", "rand-p1.5"),
         ("workers", -1),
         ("precision", "float16"),
         ("width", 0),
@@ -93,6 +116,24 @@ def test_overrides_are_the_given_fields_of_the_model_alone(tmp_path: Path) -> No
 def test_values_out_of_bounds_are_refused_by_name(tmp_path: Path, name: str, value: object) -> None:
     with pytest.raises(ValidationError, match=name):
         Recipe.model_validate({"data": tmp_path, "output": tmp_path, name: value})
+
+
+@pytest.mark.parametrize(
+    "description",
+    ["rand", "rand-m9-mstd0.5-inc1", "rand-n3-p0.3-mmax15-inc0", "rand-mstd1-tweights", "rand-m5-t3a", "rand-t3aw-p1"],
+)
+def test_every_description_of_rand_augment_that_is_taken_can_be_built(tmp_path: Path, description: str) -> None:
+    recipe = Recipe(data=tmp_path, output=tmp_path, rand_augment=description)
+    assert rand_augment_transform(recipe.rand_augment) is not None
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_images_are_mixed_in_pairs(tmp_path: Path, name: str) -> None:
+    options = {"data": tmp_path, "output": tmp_path, name: 0.8}
+    with pytest.raises(ValidationError, match="mixup and cutmix need an even batch-size, not 7"):
+        Recipe.model_validate(options | {"batch_size": 7})
+    assert Recipe.model_validate(options | {"batch_size": 6}).batch_size == 6
+    assert Recipe(data=tmp_path, output=tmp_path, batch_size=7).batch_size == 7
 
 
 def test_a_recipe_without_data_says_so(tmp_path: Path) -> None:

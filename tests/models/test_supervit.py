@@ -176,6 +176,15 @@ def test_weight_decay_spares_the_class_token_and_the_position_embeddings(model: 
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
 
 
+def test_patch_projections_start_as_wide_as_what_they_feed_asks(config: SuperViTConfig) -> None:
+    """A DeiT's is a linear layer, scaled by its inputs as in timm; the stem's kernels are scaled by their outputs."""
+    torch.manual_seed(0)
+    projection = SuperViT(replace(config, width=128, stem_width=64)).patch_embed.get_parameter("proj.weight")
+    width, channels, side, _ = projection.shape
+    expected = (3 * channels * side**2) ** -0.5 if config.flavour == "deit" else (2 / (width * side**2)) ** 0.5
+    assert projection.std().item() == pytest.approx(expected, rel=0.05)
+
+
 @pytest.mark.parametrize(("config", "eps"), [(DEIT_SMALL, 1e-6), (LVVIT_SMALL, 1e-5)], ids=["deit", "lvvit"])
 def test_every_norm_has_the_published_epsilon(config: SuperViTConfig, eps: float) -> None:
     with torch.device("meta"):

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,16 +13,18 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.utils import ModelEmaV3
 
 from models.checkpoint import CheckpointError, Header, load_checkpoint, read_weights, save_checkpoint
 from models.data import DataError
+from models.devices import DeviceError
 from models.objective import PairChoice, sample_pairs, training_step
 from models.profiles import ProfileTable
 from models.recipe import Recipe
 from models.state import TrainingError
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
-from models.train import Process, build_model, learning_rate_schedule, seed_everything, train
+from models.train import Process, build_model, join_processes, learning_rate_schedule, seed_everything, train
 from tests.models.two_processes import weights_after_three_steps
 
 MakeRecipe = Callable[..., Recipe]
@@ -35,6 +38,7 @@ EVERYTHING_RANDOM = {
     "augmentation_repeats": 3,
     "precision": "bfloat16",
 }
+LVVIT = {"model": "supervit_lvvit_micro_patch4_32", "stem_width": 4, "num_heads": 2}
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -108,11 +112,7 @@ def test_the_saved_weights_are_the_averaged_ones(tmp_path: Path, tiny_recipe: Ma
         ({"workers": 1}, STEPS_PER_EPOCH + 1),
         (EVERYTHING_RANDOM, STEPS_PER_EPOCH + 3),
         (EVERYTHING_RANDOM | {"workers": 1}, 2 * STEPS_PER_EPOCH + 6),
-        (
-            EVERYTHING_RANDOM
-            | {"model": "supervit_lvvit_micro_patch4_32", "stem_width": 4, "num_heads": 2, "drop_path": 0.0},
-            STEPS_PER_EPOCH + 6,
-        ),
+        (EVERYTHING_RANDOM | LVVIT | {"drop_path": 0.0}, STEPS_PER_EPOCH + 6),
     ],
     ids=["plain", "one worker", "all random", "all random, one worker", "lvvit"],
 )
@@ -220,8 +220,45 @@ def test_there_must_be_a_run_to_resume(tmp_path: Path, tiny_recipe: MakeRecipe) 
 
 def test_a_run_of_another_model_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1))
-    with pytest.raises(TrainingError, match=r"state\.pt: belongs to another model"):
+    with pytest.raises(TrainingError, match=r"state\.pt: was made with --width 16, not 32$"):
         train(tiny_recipe(tmp_path / "run", resume=True, width=32))
+
+
+def test_a_run_over_renamed_classes_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe, pictures: Path) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for old, new in (("blue", "blue"), ("green", "lime"), ("red", "red")):
+            (tmp_path / "data" / split / new).symlink_to(pictures / split / old, target_is_directory=True)
+    with pytest.raises(TrainingError, match=r"was made with class folder green, not lime$"):
+        train(tiny_recipe(tmp_path / "run", resume=True, data=tmp_path / "data"))
+
+
+def test_a_damaged_log_is_found_before_an_epoch_is_spent(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    (tmp_path / "run" / "log.jsonl").write_text("{")
+    before_step(monkeypatch, 1, interrupt)
+    with pytest.raises(TrainingError, match=r"log\.jsonl: damaged"):
+        train(tiny_recipe(tmp_path / "run", resume=True))
+
+
+def test_a_new_run_writes_over_the_log_of_one_that_saved_nothing(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("{")
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    assert [record["epoch"] for record in log_of(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize("name", ["file/run", "x" * 300], ids=["below a file", "too long"])
+def test_an_unusable_output_folder_is_found_before_the_first_step(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    before_step(monkeypatch, 1, interrupt)
+    with pytest.raises(TrainingError, match=f"{name}: cannot be written to: "):
+        train(tiny_recipe(tmp_path / name))
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04"])
@@ -235,7 +272,7 @@ def test_a_damaged_state_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeReci
 def test_a_state_of_something_else_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1))
     torch.save({"weights": torch.zeros(2)}, tmp_path / "run" / "state.pt")
-    with pytest.raises(TrainingError, match=r"state\.pt: belongs to another model"):
+    with pytest.raises(TrainingError, match=r"state\.pt: damaged or of another version: 'recipe'"):
         train(tiny_recipe(tmp_path / "run", resume=True))
 
 
@@ -260,12 +297,80 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_epoch_before(
     recipe = tiny_recipe(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         before_step(patch, STEPS_PER_EPOCH + 2, lambda images: images * torch.nan)
-        with pytest.raises(TrainingError, match="the loss of the largest grid became nan in step 7 of epoch 2"):
+        with pytest.raises(TrainingError, match="became nan in step 7 of epoch 2; the state before this epoch is kept"):
             train(recipe)
     state = torch.load(recipe.output / "state.pt", weights_only=True)
     assert state["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in (*state["model"].values(), *state["average"].values()))
     assert len(log_of(recipe.output)) == 1
+
+
+def test_nothing_is_said_to_be_kept_when_the_first_epoch_fails(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, 2, lambda images: images * torch.nan)
+        with pytest.raises(TrainingError, match="in step 1 of epoch 1; start again with a lower --learning-rate"):
+            train(tiny_recipe(tmp_path / "run"))
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["model", "average"])
+def test_weights_that_are_no_numbers_are_never_saved(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The losses of an epoch's last step were finite; what its update made of the weights is not."""
+    update, taken = ModelEmaV3.update, 0
+
+    def spoil(average: ModelEmaV3, model: SuperViT, step: int) -> None:
+        nonlocal taken
+        update(average, model, step)
+        taken += 1
+        if taken == 2 * STEPS_PER_EPOCH:
+            (model if kind == "model" else average.module).head.bias.data[0] = torch.inf
+
+    monkeypatch.setattr(ModelEmaV3, "update", spoil)
+    recipe = tiny_recipe(tmp_path / "run")
+    with pytest.raises(TrainingError, match="no longer numbers after epoch 2; the state before this epoch is kept"):
+        train(recipe)
+    assert torch.load(recipe.output / "state.pt", weights_only=True)["epoch"] == 1
+    load_checkpoint(recipe.output / "checkpoint.safetensors")
+
+
+def test_a_broken_image_ends_a_run_in_one_line_with_workers_too(
+    tmp_path: Path, tiny_recipe: MakeRecipe, pictures: Path
+) -> None:
+    shutil.copytree(pictures, tmp_path / "data")
+    broken = tmp_path / "data" / "train" / "red" / "3.png"
+    broken.write_text("no picture")
+    with pytest.raises(DataError) as caught:
+        train(tiny_recipe(tmp_path / "run", data=tmp_path / "data", workers=1))
+    assert str(caught.value).startswith(f"{broken}: not a readable image: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_one_step_is_no_reason_to_warn(
+    tmp_path: Path, tiny_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    schedule = learning_rate_schedule(tiny_recipe(tmp_path, epochs=1, learning_rate=0.5), optimizer, 1, 1)
+    schedule.step_update(0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 8 / 512)
+    assert not caplog.records
+
+
+def test_a_device_that_cannot_be_used_is_refused(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    with pytest.raises(DeviceError, match="device 'tpu9' cannot be used"):
+        train(tiny_recipe(tmp_path / "run", device="tpu9"))
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_every_process_takes_the_gpu_of_its_own_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    taken: list[torch.device] = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: torch.ones(size))  # noqa: ARG005 - there is no such GPU
+    assert join_processes(name) == Process(0, 1, torch.device("cuda:1"))
+    assert taken == [torch.device("cuda:1")]
 
 
 def test_the_learning_rate_warms_up_linearly_and_falls_along_a_cosine(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
@@ -369,9 +474,12 @@ def test_the_seed_fixes_every_generator() -> None:
     assert all(len({draw[place] for draw in draws}) == 3 for place in range(3))
 
 
-def test_two_processes_step_as_one_on_the_whole_batch(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+@pytest.mark.parametrize("options", [{}, LVVIT], ids=["deit", "lvvit"])
+def test_two_processes_step_as_one_on_the_whole_batch(
+    tmp_path: Path, tiny_recipe: MakeRecipe, options: dict[str, object]
+) -> None:
     """Gradients of all four sub-networks are averaged, those of a grid that only the first pair uses as well."""
-    recipe = tiny_recipe(tmp_path / "run", epochs=1, seed=2)
+    recipe = tiny_recipe(tmp_path / "run", epochs=1, seed=2, **options)
     (tmp_path / "recipe.json").write_text(recipe.model_dump_json(exclude_unset=True))
     script = Path(__file__).with_name("two_processes.py")
     root = script.parents[2]
@@ -389,9 +497,8 @@ def test_two_processes_step_as_one_on_the_whole_batch(tmp_path: Path, tiny_recip
     together = torch.load(tmp_path / "weights.pt", weights_only=True)
     alone = weights_after_three_steps(recipe, Process(0, 1, torch.device("cpu")))
     seed_everything(recipe.seed)
-    start = build_model(recipe, 3).state_dict()
-    for name, tensor in alone.items():
-        assert torch.allclose(together[name], tensor, atol=1e-5, rtol=1e-5), name
-        assert not torch.allclose(tensor, start[name], atol=1e-4, rtol=1e-4), name
+    for name, start in build_model(recipe, 3).named_parameters():
+        assert torch.allclose(together[name], alone[name], atol=1e-5, rtol=1e-5), name
+        assert not torch.allclose(alone[name], start, atol=1e-4, rtol=1e-4), name
     assert len(log_of(recipe.output)) == 1
     load_checkpoint(recipe.output / "checkpoint.safetensors")

@@ -1,4 +1,5 @@
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,10 +29,13 @@ class ScriptedEngine(TorchEngine):
         self.may_warm_up = threading.Event()
         self.may_warm_up.set()
         self.error: Exception | None = None
+        self.warm_up_error: Exception | None = None
         self.logits: Tensor | None = None
 
     def warm_up(self) -> None:
         self.may_warm_up.wait(10)
+        if self.warm_up_error:
+            raise self.warm_up_error
         super().warm_up()
 
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
@@ -53,9 +57,15 @@ def engine(checkpoint: Checkpoint) -> ScriptedEngine:
 @pytest.fixture
 def client(settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine) -> Iterator[TestClient]:
     with TestClient(create_app(settings, checkpoint, engine), raise_server_exceptions=False) as client:
-        while client.get("/health/ready").status_code != 200:
-            pass
+        wait_until_ready(client)
         yield client
+
+
+def wait_until_ready(client: TestClient) -> None:
+    deadline = time.monotonic() + 10
+    while client.get("/health/ready").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def error_code(response: object, status: int) -> str:
@@ -229,6 +239,15 @@ def test_a_body_over_the_limit_is_refused_however_it_comes(client: TestClient) -
     assert client.post("/classify", content=b"x" * BODY_LIMIT).status_code == 422
 
 
+@pytest.mark.parametrize("query", ["top_k=0", "top_k=8", "budget_gflops=1e-9"])
+def test_a_refusal_does_not_wait_for_a_body_that_may_be_endless(client: TestClient, query: str) -> None:
+    announced = client.post(f"/classify?{query}", content=bytes(BODY_LIMIT + 1))
+    streamed = client.post(f"/classify?{query}", content=iter([b"x"]))
+    short = client.post(f"/classify?{query}", content=b"x")
+    assert [response.headers.get("Connection") for response in (announced, streamed, short)] == ["close", "close", None]
+    assert {response.status_code for response in (announced, streamed, short)} == {422}
+
+
 def test_an_image_bomb_is_refused(client: TestClient, encode: Callable[..., bytes]) -> None:
     bomb = encode(Image.new("1", (101, 100)))
     assert error_code(client.post("/classify", content=bomb), 413) == "image_too_large"
@@ -246,9 +265,12 @@ def test_a_failing_model_is_500_without_its_stack_trace(
     assert client.post("/classify", content=photo).status_code == 200
 
 
-def test_an_answer_that_is_not_a_number_is_an_error(client: TestClient, engine: ScriptedEngine, photo: bytes) -> None:
+def test_an_answer_that_is_not_a_number_is_an_error(
+    client: TestClient, engine: ScriptedEngine, photo: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     engine.logits = torch.full((1, 7), float("nan"))
     assert error_code(client.post("/classify", content=photo), 500) == "model_error"
+    assert "nan" in caplog.text
 
 
 def test_a_bug_in_the_server_is_500_in_the_same_shape(
@@ -261,6 +283,7 @@ def test_a_bug_in_the_server_is_500_in_the_same_shape(
     response = client.post("/classify", content=photo)
     assert error_code(response, 500) == "internal_error"
     assert "secret" not in response.text
+    assert sample(client, 'supervit_requests_total{outcome="internal_error"}') == 1
 
 
 def test_the_server_is_ready_only_after_the_model_has_run(
@@ -275,10 +298,20 @@ def test_the_server_is_ready_only_after_the_model_has_run(
         assert error_code(refused, 503) == "not_ready"
         assert int(refused.headers["Retry-After"]) >= 1
         engine.may_warm_up.set()
-        while client.get("/health/ready").status_code != 200:
-            pass
+        wait_until_ready(client)
         assert sample(client, "supervit_ready ") == 1
         assert client.post("/classify", content=photo).status_code == 200
+
+
+def test_a_model_that_cannot_even_warm_up_ends_the_server(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.warm_up_error = RuntimeError("out of memory")
+    failed = threading.Event()
+    with TestClient(create_app(settings, checkpoint, engine, failed.set)) as client:
+        assert failed.wait(10)
+        assert error_code(client.get("/health/ready"), 503) == "not_ready"
+    assert "the model cannot run: out of memory" in caplog.text
 
 
 def test_the_table_lists_every_sub_network_cheapest_first(client: TestClient, checkpoint: Checkpoint) -> None:
@@ -312,6 +345,7 @@ def test_metrics_count_outcomes_sub_networks_compute_and_stages(client: TestClie
         assert sample(client, f'supervit_stage_duration_seconds_count{{stage="{stage}"}}') == 2
     assert sample(client, "supervit_requests_in_flight") == 0
     assert sample(client, "supervit_model_info") == 1
+    assert sample(client, "supervit_batch_size_images_count") == 2
 
 
 def test_paths_and_methods_that_do_not_exist_are_errors_of_the_same_shape(client: TestClient) -> None:
@@ -321,10 +355,16 @@ def test_paths_and_methods_that_do_not_exist_are_errors_of_the_same_shape(client
     assert wrong_method.headers["Allow"] == "POST"
 
 
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics"])
+def test_probes_may_ask_for_the_head_alone(client: TestClient, path: str) -> None:
+    response = client.head(path)
+    assert (response.status_code, response.content) == (200, b"")
+
+
 def test_the_documentation_describes_body_parameters_and_errors(client: TestClient) -> None:
     assert client.get("/docs").status_code == 200
     operation = client.get("/openapi.json").json()["paths"]["/classify"]["post"]
-    assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*"}
+    assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*", "application/octet-stream"}
     assert {entry["name"] for entry in operation["parameters"]} == {
         "budget_gflops",
         "top_k",

@@ -21,6 +21,7 @@ class Gate:
 
     def __init__(self) -> None:
         self.batches: list[tuple[SubNetwork, list[int]]] = []
+        self.sizes: list[int] = []
         self.open = threading.Event()
         self.entered = threading.Event()
 
@@ -30,6 +31,8 @@ class Gate:
         self.batches.append((subnetwork, images[:, 0, 0, 0].tolist()))
         if 13 in self.batches[-1][1]:
             raise RuntimeError("thirteen")
+        if 14 in self.batches[-1][1]:
+            return images[:0, :, 0, 0].float()
         return images[:, :, 0, 0].float()
 
 
@@ -39,7 +42,7 @@ def image(value: int) -> Tensor:
 
 @asynccontextmanager
 async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]:
-    batcher = Batcher(gate.run, max_batch_size)
+    batcher = Batcher(gate.run, max_batch_size, gate.sizes.append)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())
         try:
@@ -67,7 +70,6 @@ async def test_a_request_gets_its_own_row_and_its_times() -> None:
     async with serving(gate) as batcher:
         result = await batcher.submit(image(7), SMALL)
     assert result.logits.tolist() == [7, 7, 7]
-    assert result.batch_size == 1
     assert result.queue_s >= 0
     assert result.inference_s > 0
 
@@ -81,7 +83,6 @@ async def test_those_who_want_the_same_sub_network_run_together_in_order_of_arri
         results = await asyncio.gather(first, *rest)
     assert gate.batches == [(SMALL, [0]), (LARGE, [1, 3]), (SMALL, [2, 4])]
     assert [int(result.logits[0]) for result in results] == [0, 1, 2, 3, 4]
-    assert [result.batch_size for result in results] == [1, 2, 2, 2, 2]
 
 
 async def test_a_batch_never_exceeds_its_limit() -> None:
@@ -92,6 +93,7 @@ async def test_a_batch_never_exceeds_its_limit() -> None:
         gate.open.set()
         await asyncio.gather(first, *rest)
     assert [values for _, values in gate.batches] == [[0], [1, 2], [3, 4], [5]]
+    assert gate.sizes == [1, 2, 2, 1]
 
 
 async def test_a_client_that_left_costs_no_compute() -> None:
@@ -128,6 +130,15 @@ async def test_a_failing_batch_fails_its_own_requests_and_the_next_one_runs() ->
         assert "thirteen" not in caught.value.message
         await first
         assert (await fine).logits.tolist() == [1, 1, 1]
+
+
+async def test_an_answer_with_rows_missing_fails_its_own_requests_and_the_next_one_runs() -> None:
+    gate = Gate()
+    gate.open.set()
+    async with serving(gate) as batcher:
+        with pytest.raises(ModelError):
+            await batcher.submit(image(14), SMALL)
+        assert (await batcher.submit(image(1), SMALL)).logits.tolist() == [1, 1, 1]
 
 
 async def test_stopping_answers_who_is_in_line_and_refuses_who_comes_later() -> None:

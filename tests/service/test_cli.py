@@ -1,6 +1,8 @@
 import json
+from functools import partial
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from PIL import Image
@@ -46,12 +48,50 @@ def test_classify_goes_on_after_a_photo_that_it_cannot_read(
     assert "2 of 3 photos" in printed.err
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[::1"])
 def test_classify_says_that_there_is_no_such_server(
     photo_path: Path, capsys: pytest.CaptureFixture[str], url: str
 ) -> None:
     assert main(["classify", str(photo_path), "--url", url]) == 1
-    assert "does not answer" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "does not answer" in error or "is no URL" in error
+    assert error.count("\n") == 1
+
+
+def test_classify_goes_on_after_a_photo_on_which_the_server_hangs_up(
+    photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang_up(_: httpx.Request) -> httpx.Response:
+        raise httpx.WriteError("")
+
+    client = partial(httpx.AsyncClient, transport=httpx.MockTransport(hang_up))
+    monkeypatch.setattr("service.cli.httpx.AsyncClient", client)
+    assert main(["classify", str(photo_path), str(photo_path), "--url", "http://server"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("the server closed the connection") == 2
+    assert "2 of 2 photos" in error
+
+
+@pytest.mark.parametrize(("name", "value"), [("PORT", "abc"), ("DEVICE", "cuda:77"), ("CHECKPOINT", "/nowhere")])
+def test_classify_names_what_it_cannot_use_of_its_environment(
+    photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"SUPERVIT_{name}", value)
+    assert main(["classify", str(photo_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert name.lower() in error or value in error
+
+
+def test_serve_ends_when_the_model_cannot_run(
+    checkpoint_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warm_up(_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("service.app.TorchEngine.warm_up", warm_up)
+    assert main(["serve", "--checkpoint", str(checkpoint_path), "--port", "0"]) == 1
+    assert "supervit: the model cannot run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
@@ -74,7 +114,12 @@ def test_serve_refuses_a_device_that_is_not_there(checkpoint_path: Path, capsys:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["serve", "--port", "99999"], ["classify", "a.jpg", "--budget-gflops", "-1"], ["train", "d", "--epochs", "0"]],
+    [
+        ["serve", "--port", "99999"],
+        ["classify", "a.jpg", "--budget-gflops", "-1"],
+        ["classify", "a.jpg", "--url", ""],
+        ["train", "d", "--epochs", "0"],
+    ],
 )
 def test_a_value_outside_its_range_is_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
@@ -109,6 +154,15 @@ def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
     assert all(f"{100 * (row.top1 or 0):.2f} %" in printed for row in measured.profile.rows)
     assert torch.equal(measured.model.head.weight, checkpoint.model.head.weight)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_never_replaces_a_file_that_is_not_its_own(
+    checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unrelated = checkpoint_path.rename(tmp_path / "net.pth.safetensors")
+    (tmp_path / "net.pth").write_bytes(unrelated.read_bytes())
+    assert main(["evaluate", str(tmp_path / "net.pth"), str(tmp_path)]) == 1
+    assert f"{unrelated}: would be overwritten" in capsys.readouterr().err
 
 
 def test_evaluate_names_a_data_set_that_it_cannot_use(

@@ -3,6 +3,7 @@ import torch
 
 from models.checkpoint import Checkpoint
 from models.data import normalise
+from models.devices import DeviceError
 from service.engine import TorchEngine
 
 
@@ -24,7 +25,7 @@ def test_warming_up_runs_every_trained_sub_network(checkpoint: Checkpoint) -> No
 
 @pytest.mark.parametrize("device", ["bogus", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused_in_one_line(checkpoint: Checkpoint, device: str) -> None:
-    with pytest.raises(ValueError, match=f"device '{device}' cannot be used: [^\\n]+$"):
+    with pytest.raises(DeviceError, match=f"device '{device}' cannot be used: [^\\n]+$"):
         TorchEngine(checkpoint.model, device)
 
 

@@ -63,6 +63,14 @@ def test_transparency_is_shown_on_white(encode: Callable[..., bytes]) -> None:
     assert mean_colour(encode(palette, "PNG", transparency=3)) == pytest.approx([255, 255, 255])
 
 
+def test_a_palette_image_without_its_palette_is_broken(encode: Callable[..., bytes]) -> None:
+    whole = encode(Image.new("P", (20, 20), 3))
+    start = whole.index(b"PLTE") - 4
+    length = int.from_bytes(whole[start : start + 4], "big")
+    with pytest.raises(InvalidImageError):
+        decode(whole[:start] + whole[start + 12 + length :])
+
+
 def test_sixteen_bit_grey_is_scaled_rather_than_clipped(encode: Callable[..., bytes]) -> None:
     grey = Image.fromarray(np.full((20, 20), 0x4000, dtype=np.uint16))
     assert mean_colour(encode(grey)) == pytest.approx([64, 64, 64], abs=1)

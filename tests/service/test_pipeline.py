@@ -29,8 +29,10 @@ class Parts:
     def __init__(self) -> None:
         self.decode_gate, self.model_gate = threading.Event(), threading.Event()
         self.threads: set[str] = set()
+        self.decodes = 0
 
     def decode(self, data: bytes) -> Tensor:
+        self.decodes += 1
         self.threads.add(threading.current_thread().name)
         self.decode_gate.wait(10)
         return torch.full((3, 2, 2), len(data), dtype=torch.uint8)
@@ -97,7 +99,32 @@ async def test_more_than_the_limit_are_refused_before_their_bodies_are_read(prof
         parts.decode_gate.set()
         parts.model_gate.set()
         assert len(await asyncio.gather(*admitted)) == 2
-        assert (await pipeline.classify(read, WISH)).batch_size == 1
+        assert await pipeline.classify(read, WISH)
+
+
+async def test_waiting_for_a_decode_thread_is_time_in_the_queue(profiles: ProfileTable) -> None:
+    parts = Parts()
+    parts.model_gate.set()
+    async with running(parts, profiles) as pipeline:
+        requests = [asyncio.create_task(pipeline.classify(two_bytes, WISH)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        parts.decode_gate.set()
+        first, second = [(await request).timing for request in requests]
+    assert first.queue_s < first.decode_s
+    assert second.decode_s < second.queue_s
+
+
+async def test_a_cancelled_request_leaves_the_line_before_the_decoder(profiles: ProfileTable) -> None:
+    parts = Parts()
+    parts.model_gate.set()
+    async with running(parts, profiles) as pipeline:
+        staying, leaving = [asyncio.create_task(pipeline.classify(two_bytes, WISH)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        leaving.cancel()
+        await asyncio.wait((leaving,))
+        parts.decode_gate.set()
+        await staying
+    assert parts.decodes == 1
 
 
 async def test_a_hopeless_budget_is_refused_before_the_body_is_read(profiles: ProfileTable) -> None:

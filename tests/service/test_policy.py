@@ -1,8 +1,8 @@
 import pytest
 
-from models.checkpoint import PUBLISHED
 from models.flops import count_macs
 from models.profiles import ProfileTable, SubNetworkProfile
+from models.published import PUBLISHED
 from models.subnetwork import SubNetwork
 from service.domain import InferenceRequest
 from service.errors import BudgetTooSmallError, InvalidParameterError
@@ -87,11 +87,21 @@ def test_the_reason_names_the_budget_the_choice_and_what_the_next_better_one_wou
     assert "no budget" in choose(wish(), PROFILES).reason
 
 
+def test_the_price_that_a_reason_names_buys_what_it_promises() -> None:
+    rows = (
+        SubNetworkProfile(SubNetwork(8, 1.0), 63_731_712, 0.7),
+        SubNetworkProfile(SubNetwork(10, 1.0), 106_629_888, 0.8),
+    )
+    poor = choose(wish(0.07), ProfileTable(rows))
+    price = float(poor.reason.rsplit(" ", 1)[1])
+    assert choose(wish(price), ProfileTable(rows)).profile.subnetwork == SubNetwork(10, 1.0)
+
+
 def test_the_published_deit_at_half_its_cost_runs_the_finest_grid_pruned_most() -> None:
     _, config, top1 = PUBLISHED["deit"]
     published = ProfileTable(
         tuple(
-            SubNetworkProfile(subnetwork, count_macs(config, subnetwork), percent)
+            SubNetworkProfile(subnetwork, count_macs(config, subnetwork), percent / 100)
             for subnetwork, percent in zip(config.subnetworks, top1, strict=True)
         )
     )

@@ -1,9 +1,7 @@
-from pathlib import Path
-
 import pytest
 from pydantic import ValidationError
 
-from service.settings import DEFAULT_CHECKPOINT, Settings
+from service.settings import DEFAULT_CHECKPOINT, Settings, unknown_variables
 
 
 def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,4 +40,9 @@ def test_a_value_outside_its_range_is_refused(monkeypatch: pytest.MonkeyPatch, n
 
 def test_every_knob_says_what_it_is() -> None:
     assert all(field.description for field in Settings.model_fields.values())
-    assert isinstance(Settings().checkpoint, Path)
+
+
+def test_a_variable_that_is_no_knob_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUPERVIT_PORT", "80")
+    monkeypatch.setenv("SUPERVIT_MAX_WAITNG", "4")
+    assert unknown_variables() == ["SUPERVIT_MAX_WAITNG"]

@@ -3,9 +3,8 @@ from typing import Any
 
 import pytest
 from fastapi import Request
-from starlette.requests import ClientDisconnect
 
-from service.errors import BodyTooLargeError, UploadTimeoutError
+from service.errors import BodyTooLargeError, ClientGoneError, InvalidImageError, UploadTimeoutError
 from service.uploads import read_image
 
 pytestmark = pytest.mark.anyio
@@ -32,8 +31,8 @@ class Client:
         await asyncio.Event().wait()
         raise AssertionError("unreachable")
 
-    async def upload(self, max_s: float = 10) -> bytes:
-        return await read_image(Request({"type": "http", "headers": self.headers}, self.receive), LIMIT, max_s)
+    async def upload(self, max_s: float = 10, limit: int = LIMIT) -> bytes:
+        return await read_image(Request({"type": "http", "headers": self.headers}, self.receive), limit, max_s)
 
 
 async def test_the_chunks_of_a_body_are_put_together() -> None:
@@ -62,5 +61,29 @@ async def test_a_client_that_falls_silent_is_given_up() -> None:
 
 
 async def test_a_client_that_leaves_is_noticed() -> None:
-    with pytest.raises(ClientDisconnect):
+    with pytest.raises(ClientGoneError):
         await Client(b"ab", then="leave").upload()
+
+
+FORM = {"content-type": "multipart/form-data; boundary=x"}
+PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nA\r\n'
+END = b"--x--\r\n"
+
+
+async def test_a_form_with_two_images_is_refused_rather_than_half_answered() -> None:
+    assert await Client(PART + END, headers=FORM).upload(limit=1000) == b"A"
+    with pytest.raises(InvalidImageError, match="2 fields 'file'"):
+        await Client(PART + PART + END, headers=FORM).upload(limit=1000)
+
+
+# Starlette leaves the part that it was reading to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_form_that_was_cut_off_is_said_to_be() -> None:
+    with pytest.raises(InvalidImageError, match="cut off"):
+        await Client(PART[:-2], headers=FORM).upload(limit=1000)
+
+
+async def test_a_form_in_a_charset_that_does_not_exist_is_refused() -> None:
+    headers = {"content-type": "multipart/form-data; boundary=x; charset=undefined"}
+    with pytest.raises(InvalidImageError, match="form is broken"):
+        await Client(PART + END, headers=headers).upload(limit=1000)

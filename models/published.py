@@ -1,0 +1,44 @@
+"""The checkpoints that the authors of SuperViT published: their names, architectures and accuracies."""
+
+from dataclasses import replace
+
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from models.flops import count_macs
+from models.profiles import ProfileTable, SubNetworkProfile
+from models.subnetwork import SuperViTConfig
+from models.supervit import DEIT_SMALL, LVVIT_SMALL
+
+# ImageNet top-1 in percent by grid and then keep rate (paper, table 1); the largest sub-network comes last.
+PUBLISHED = {
+    "deit": (
+        "supervit_deit_small_patch16_224",
+        DEIT_SMALL,
+        (73.75, 75.28, 75.79, 77.32, 78.31, 78.53, 78.91, 79.62, 79.87, 79.95, 80.50, 80.62),
+    ),
+    "lvvit": (
+        "supervit_lvvit_small_patch16_224",
+        LVVIT_SMALL,
+        (76.64, 79.82, 80.71, 79.81, 81.73, 82.24, 81.12, 82.59, 82.94, 82.11, 83.15, 83.47),
+    ),
+}
+
+
+def describe_published(weights: dict[str, Tensor]) -> tuple[str, SuperViTConfig, tuple[str, ...], ProfileTable]:
+    """Describe a published checkpoint; one fine-tuned to other classes keeps the architecture and loses the names.
+
+    Returns:
+        The model's name, its architecture, a name per logit, and the cost and accuracy of each sub-network.
+    """
+    name, config, top1 = PUBLISHED["lvvit" if "patch_embed.conv1.weight" in weights else "deit"]
+    head = weights.get("head.weight")
+    if head is not None and head.ndim == 2 and head.shape[0] not in (0, config.num_classes):
+        config = replace(config, num_classes=head.shape[0])
+        class_names = tuple(f"class {index}" for index in range(config.num_classes))
+        return name, config, class_names, ProfileTable.unmeasured(config)
+    rows = tuple(
+        SubNetworkProfile(subnetwork, count_macs(config, subnetwork), top1=round(percent / 100, 4))
+        for subnetwork, percent in zip(config.subnetworks, top1, strict=True)
+    )
+    return name, config, tuple(ImageNetInfo().label_descriptions()), ProfileTable(rows)
