@@ -118,7 +118,8 @@ def save_checkpoint(path: Path, model: SuperViT, header: Header) -> None:
     """Write `model` in our own format; a crash half-way leaves whatever stood at `path`."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     partial = path.with_name(path.name + ".partial")
-    safetensors.torch.save_file(weights, partial, metadata={HEADER_KEY: _HEADER.dump_json(header).decode()})
+    # Not save_file: it would leave a file that nobody but its owner may read, and so no server under another user.
+    partial.write_bytes(safetensors.torch.save(weights, {HEADER_KEY: _HEADER.dump_json(header).decode()}))
     os.replace(partial, path)
 
 

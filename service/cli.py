@@ -101,11 +101,11 @@ def main(arguments: list[str] | None = None) -> int:
                 train(command)
             case Evaluate():
                 evaluate_checkpoint(command)
-    except (CommandError, CheckpointError, DataError, DeviceError) as error:
-        return _fail(str(error), 1)
     except BrokenPipeError:  # whoever read our output has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its exit
         return 1
+    except (CommandError, CheckpointError, DataError, DeviceError, OSError) as error:  # the last: a full disk
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return _fail("interrupted", 130)

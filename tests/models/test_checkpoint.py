@@ -78,6 +78,13 @@ def test_what_is_saved_is_what_is_loaded(
         assert torch.equal(loaded.model(images, subnetwork), model(images, subnetwork))
 
 
+def test_what_is_saved_may_be_read_as_the_umask_allows(tmp_path: Path, model: SuperViT, tiny_header: Header) -> None:
+    ordinary, saved = tmp_path / "ordinary", tmp_path / "saved.safetensors"
+    ordinary.touch()
+    save_checkpoint(saved, model, tiny_header)
+    assert saved.stat().st_mode == ordinary.stat().st_mode
+
+
 def test_a_save_that_fails_leaves_the_file_that_stood_there(
     tiny_file: Path, model: SuperViT, tiny_header: Header, monkeypatch: pytest.MonkeyPatch
 ) -> None:
