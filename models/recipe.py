@@ -41,8 +41,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Peak rates per 512 images of a step. Muon's for small sets comes from trials on CIFAR-10; its other is in proportion to
-# AdamW's, and untried.
+# Peak rates per 512 images of a step. Muon's for small sets comes from trials on CIFAR-10; its other is in the same
+# proportion to AdamW's, and untried.
 LEARNING_RATES = {"adamw": {"large": 5e-4, "small": 4e-3}, "muon": {"large": 5e-3, "small": 4e-2}}
 
 # All that timm understands; it ignores, or refuses without a word, whatever else a description holds.
