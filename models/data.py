@@ -79,17 +79,48 @@ class SampleLoader(DataLoader[Sample]):
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a decoded picture of any mode to RGB as a viewer shows it: upright, 8 bits, transparency on white."""
-    turn = _turn_upright(image)
-    if turn is not None:
-        image = image.transpose(turn)
+    turn = turn_upright(image)
+    return flatten(image if turn is None else image.transpose(turn))
+
+
+def turn_upright(image: Image.Image) -> Image.Transpose | None:
+    """Tell how to turn a picture that its camera stored otherwise; None where it is upright or nothing says so."""
+    # ImageOps.exif_transpose does more: it writes the metadata anew, which fails on what some cameras put there, and
+    # copies every picture that needs no turning.
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, ValueError, TypeError, struct.error):  # broken metadata do not break a picture
+        return None
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """Convert a picture of any mode to RGB of 8 bits, transparency on white. One that is RGB is not copied."""
     if image.mode.startswith(("I", "F")):  # 16-bit grey; convert() would clip it to white
         levels = np.asarray(image).clip(0, 65535).astype(np.uint16)
         image = Image.fromarray((levels >> 8).astype(np.uint8))
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.new("RGB", rgba.size, "white")
         image.paste(rgba, mask=rgba)  # unlike alpha_composite, it lets other threads run meanwhile
-    return image.convert("RGB")
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()  # the file may be closed next
+    return image
+
+
+def resized_side(config: SuperViTConfig) -> int:
+    """Tell what the shorter side of a picture is resized to before its centre is cropped, in pixels."""
+    return int(config.image_side / config.crop_fraction)
+
+
+def limit_aspect_ratio(image: Image.Image) -> Image.Image:
+    """Cut a picture that is longer than MAX_ASPECT_RATIO around its centre; hand on any other as it is."""
+    width, height = image.size
+    longest = MAX_ASPECT_RATIO * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, width - left, height - top))
 
 
 def evaluation_transform(config: SuperViTConfig) -> Callable[[Image.Image], Tensor]:
@@ -99,8 +130,8 @@ def evaluation_transform(config: SuperViTConfig) -> Callable[[Image.Image], Tens
     """
     side = config.image_side
     steps: list[Callable[..., Any]] = [
-        _limit_aspect_ratio,
-        transforms.Resize(int(side / config.crop_fraction), InterpolationMode.BICUBIC),
+        limit_aspect_ratio,
+        transforms.Resize(resized_side(config), InterpolationMode.BICUBIC),
         transforms.CenterCrop(side),
         transforms.PILToTensor(),
     ]
@@ -198,21 +229,3 @@ def _load_rgb(path: str) -> Image.Image:
             return to_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image: {error}") from error
-
-
-def _turn_upright(image: Image.Image) -> Image.Transpose | None:
-    # ImageOps.exif_transpose does more: it writes the metadata anew, which fails on what some cameras put there, and
-    # copies every picture that needs no turning.
-    try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except (SyntaxError, ValueError, TypeError, struct.error):  # broken metadata do not break a picture
-        return None
-
-
-def _limit_aspect_ratio(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    longest = MAX_ASPECT_RATIO * min(width, height)
-    if max(width, height) <= longest:
-        return image
-    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
-    return image.crop((left, top, width - left, height - top))

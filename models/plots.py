@@ -1,11 +1,16 @@
 """The pictures: accuracy over cost, and the course of a training run. matplotlib enters here alone."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from models.latency import LatencyTable
 from models.profiles import ProfileTable
 
 
@@ -44,4 +49,66 @@ def plot_training(records: Sequence[dict[str, Any]], path: Path) -> None:
     for axes in (loss_axes, accuracy_axes):
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_simulation(courses: Mapping[str, Sequence[tuple[float, str | None, float | None]]], path: Path) -> None:
+    """Draw what became of requests by their arrival: by sub-network for the first course, in shares for each of them.
+
+    Args:
+        courses: by title, for each request its instant in seconds, what answered it in time, and with which top-1.
+        path: the PNG file.
+    """
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    mix_axes, attainment_axes, accuracy_axes = figure.subplots(3, 1, sharex=True)
+    title, first = next(iter(courses.items()))
+    width_s = max(at for course in courses.values() for at, _, _ in course) / 60 or 1.0
+    top1 = {name: accuracy or 0.0 for _, name, accuracy in first if name is not None}
+    ladder = [*sorted(top1, key=lambda name: (top1[name], name)), None]
+    mix_axes.hist(
+        [[at for at, name, _ in first if name == rung] for rung in ladder],
+        bins=[width_s * index for index in range(62)],
+        weights=[[1 / width_s for _, name, _ in first if name == rung] for rung in ladder],
+        stacked=True,
+        label=[name or "not in time" for name in ladder],
+        color=[*(colormaps["viridis"](index / len(ladder)) for index in range(len(ladder) - 1)), "crimson"],
+    )
+    for name, course in courses.items():
+        bins: dict[int, list[float | None]] = {}
+        for at, answered_by, accuracy in course:
+            bins.setdefault(int(at / width_s), []).append(None if answered_by is None else accuracy or math.nan)
+        times = [(index + 0.5) * width_s for index in sorted(bins)]
+        in_time = [[accuracy for accuracy in bins[index] if accuracy is not None] for index in sorted(bins)]
+        shares = [100 * len(kept) / len(bins[index]) for kept, index in zip(in_time, sorted(bins), strict=True)]
+        attainment_axes.plot(times, shares, label=name)
+        accuracy_axes.plot(times, [100 * sum(kept) / len(kept) if kept else math.nan for kept in in_time], label=name)
+    mix_axes.set(ylabel="requests per second", title=f"{title}: who answered in time (grid-keep rate)")
+    attainment_axes.set(ylabel="answered in time (%)")
+    accuracy_axes.set(xlabel="arrival (s)", ylabel="top-1 of those (%)")
+    for axes in (mix_axes, attainment_axes, accuracy_axes):
+        axes.grid(alpha=0.3)
+    mix_axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    attainment_axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=120)
+
+
+def plot_latency(table: LatencyTable, path: Path) -> None:
+    """Draw the time per image over the batch size as it was measured: a panel per patch grid, a line per keep rate."""
+    grids = sorted({subnetwork.patch_grid for subnetwork in table.seconds})
+    rates = sorted({subnetwork.keep_rate for subnetwork in table.seconds})
+    figure = Figure(figsize=(1.5 + 2.4 * len(grids), 4), layout="constrained")
+    panels = figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
+    scale = Normalize(rates[0], max(rates[-1], rates[0] + 0.01))
+    colours = ScalarMappable(scale, "viridis_r")
+    for grid, axes in zip(grids, panels, strict=True):
+        for subnetwork, figures in sorted(table.seconds.items()):
+            if subnetwork.patch_grid == grid:
+                per_image_ms = [1e3 * seconds / size for size, seconds in zip(table.batch_sizes, figures, strict=True)]
+                axes.plot(table.batch_sizes, per_image_ms, ".-", color=colours.cmap(scale(subnetwork.keep_rate)))
+        axes.set(title=f"grid {grid}", xlabel="batch size", xscale="log")
+        axes.set_xticks(table.batch_sizes, [str(size) for size in table.batch_sizes], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="ms per image", ylim=(0, None))
+    figure.colorbar(colours, ax=panels[-1], label="keep rate")
     figure.savefig(path, dpi=120)

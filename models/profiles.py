@@ -3,6 +3,7 @@
 Runs without torch. Which row to serve is a policy's business, not this table's.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,7 @@ class SubNetworkProfile:
         subnetwork: whose row it is.
         macs: multiply-accumulates of one image, at least 1.
         top1, top5: measured accuracy, fractions 0..1; None where nobody measured.
+        is_interpolated: whether the accuracy was not measured but lies between two that were.
 
     Raises:
         ValueError: a value is outside its range.
@@ -27,6 +29,7 @@ class SubNetworkProfile:
     macs: int
     top1: float | None = None
     top5: float | None = None
+    is_interpolated: bool = False
 
     def __post_init__(self) -> None:
         if self.macs < 1:
@@ -85,7 +88,41 @@ class ProfileTable:
                 frontier.append(row)
         return tuple(frontier)
 
+    def with_rates_between(self, config: SuperViTConfig, step: float) -> "ProfileTable":
+        """Add keep rates in steps between those of the table, so that almost any budget is hit closely.
+
+        They run on the same weights untrained; their accuracy is taken to lie on the line between their neighbours. A
+        rate that keeps just as many tokens as another is the same computation and is left out.
+        """
+        between: list[SubNetworkProfile] = []
+        for grid in config.patch_grids:
+            known = [row for row in self.rows if row.subnetwork.patch_grid == grid]
+            known.sort(key=lambda row: row.subnetwork.keep_rate)
+            for low, high in itertools.pairwise(known):
+                gap = high.subnetwork.keep_rate - low.subnetwork.keep_rate
+                steps = round(gap / step)
+                costs = {low.macs, high.macs}
+                for row in (_interpolate(config, low, high, index / steps) for index in range(1, steps)):
+                    if row.macs not in costs:
+                        between.append(row)
+                        costs.add(row.macs)
+        return ProfileTable((*self.rows, *between))
+
     @classmethod
     def unmeasured(cls, config: SuperViTConfig) -> "ProfileTable":
         """List the trained family of `config` with its costs, accuracy unknown."""
         return cls(tuple(SubNetworkProfile(sub, count_macs(config, sub)) for sub in config.subnetworks))
+
+
+def _interpolate(
+    config: SuperViTConfig, low: SubNetworkProfile, high: SubNetworkProfile, share: float
+) -> SubNetworkProfile:
+    """The row at `share` of the way from one keep rate to another of the same grid."""
+
+    def between(first: float | None, second: float | None) -> float | None:
+        return None if first is None or second is None else first + (second - first) * share
+
+    rates = (low.subnetwork.keep_rate, high.subnetwork.keep_rate)
+    subnetwork = SubNetwork(low.subnetwork.patch_grid, round(rates[0] + (rates[1] - rates[0]) * share, 6))
+    macs = count_macs(config, subnetwork)
+    return SubNetworkProfile(subnetwork, macs, between(low.top1, high.top1), between(low.top5, high.top5), True)

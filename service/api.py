@@ -1,94 +1,109 @@
-"""The HTTP routes: requests in, answers out, and the one table from error type to status."""
+"""The HTTP routes: requests in, answers out."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from http import HTTPStatus
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
-from starlette.exceptions import HTTPException
+from fastapi.responses import PlainTextResponse
+from pydantic import ValidationError
 
 from models.checkpoint import Checkpoint
 from service.domain import Classification, InferenceRequest
 from service.errors import (
-    BodyTooLargeError,
-    BudgetTooSmallError,
     ClientGoneError,
-    ImageTooLargeError,
-    InvalidImageError,
-    InvalidParameterError,
-    ModelError,
     NotReadyError,
-    OverloadedError,
     ServiceError,
-    UnsupportedMediaError,
-    UploadTimeoutError,
 )
+from service.line import Line
 from service.metrics import CONTENT_TYPE, Metrics
+from service.monitor import Monitor
 from service.pipeline import Pipeline
 from service.schemas import (
     ClassifyAnswer,
     ClassifyQuery,
+    DecideAnswer,
+    DecideQuery,
     ErrorAnswer,
-    ErrorDetail,
     HealthAnswer,
+    ResourcesAnswer,
     SubNetworksAnswer,
     describe_answer,
-    describe_family,
+    describe_forecast,
+    describe_parameters,
 )
 from service.uploads import read_image, wait_until_gone
 
-STATUS = {
-    InvalidParameterError: 422,
-    BudgetTooSmallError: 422,
-    InvalidImageError: 422,
-    ImageTooLargeError: 413,
-    BodyTooLargeError: 413,
-    UploadTimeoutError: 408,
-    ClientGoneError: 499,  # nobody reads it; the log of accesses and the metrics do
-    UnsupportedMediaError: 415,
-    OverloadedError: 429,
-    NotReadyError: 503,
-    ModelError: 500,
-}
 CLASSIFY_PATH = "/classify"
-RETRY_AFTER_S = 1
-LINGER_S = 1
+PATIENCE_S = 0.02  # a quick answer is not worth watching over its client
 
 
 @dataclass(frozen=True, slots=True)
+class Serving:
+    """What there is once the server is ready."""
+
+    pipeline: Pipeline
+    line: Line
+    family: SubNetworksAnswer
+
+
+@dataclass(slots=True)
 class Api:
     """What the routes call upon."""
 
     checkpoint: Checkpoint
-    pipeline: Pipeline
     metrics: Metrics
+    monitor: Monitor
     max_body_bytes: int
     max_upload_s: float
     clock: Callable[[], float] = time.monotonic
+    serving: Serving | None = None
+
+    def serve(self, serving: Serving) -> None:
+        """Welcome requests from now on."""
+        self.serving = serving
+        serving.pipeline.ready()
+
+    def count_refusal(self, path: str, code: str) -> None:
+        """Count a classification that was refused before the pipeline could count it."""
+        if path == CLASSIFY_PATH:
+            self.metrics.request_refused(code)
+
+    def drain(self) -> None:
+        """Refuse newcomers from now on."""
+        if self.serving is not None:
+            self.serving.pipeline.drain()
+
+    def require_serving(self) -> Serving:
+        """Return what serves.
+
+        Raises:
+            NotReadyError: nothing does yet.
+        """
+        if self.serving is None:
+            raise NotReadyError("the server is warming up or measuring its latencies; try again in a moment")
+        return self.serving
 
 
 IMAGE_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {"file": {"type": "string", "format": "binary"}},
-                }
-            },
-            "image/*": {"schema": {"type": "string", "format": "binary"}},
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["file"],
+                "properties": {"file": {"type": "string", "format": "binary"}},
+            }
         },
-    }
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    },
 }
+# The route reads its query itself, at a tenth of what FastAPI takes for it, so it describes it itself as well.
+CLASSIFY_INPUT = {"requestBody": IMAGE_BODY, "parameters": describe_parameters(ClassifyQuery)}
 SERVER_TIMING = {"description": "the times of timing_ms, in milliseconds", "schema": {"type": "string"}}
 RETRY_AFTER = {"Retry-After": {"description": "seconds to wait before the next try", "schema": {"type": "integer"}}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -97,37 +112,70 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     413: {"model": ErrorAnswer, "description": "the body or the image is too large"},
     415: {"model": ErrorAnswer, "description": "the content type is no image"},
     422: {"model": ErrorAnswer, "description": "a parameter, the budget or the image is unusable"},
-    429: {"model": ErrorAnswer, "description": "too many requests are waiting", "headers": RETRY_AFTER},
+    429: {
+        "model": ErrorAnswer,
+        "description": "it could not be answered in time, or too much waits",
+        "headers": RETRY_AFTER,
+    },
     500: {"model": ErrorAnswer, "description": "the model failed"},
     503: {"model": ErrorAnswer, "description": "not ready yet, or stopping", "headers": RETRY_AFTER},
+    504: {"model": ErrorAnswer, "description": "admitted, but the deadline can no longer be met"},
 }
+DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (422, 429, 503)}
 
 
 def build_router(api: Api) -> APIRouter:
     """Make the routes over `api`."""
     router = APIRouter()
-    family = describe_family(api.checkpoint)
+    config = api.checkpoint.config
 
-    @router.post(CLASSIFY_PATH, responses=RESPONSES, openapi_extra=IMAGE_BODY)
-    async def classify(
-        request: Request, response: Response, query: Annotated[ClassifyQuery, Query()]
-    ) -> ClassifyAnswer:
-        """Classify an image with the most accurate sub-network that fits the budget.
+    @router.post(CLASSIFY_PATH, response_model=ClassifyAnswer, responses=RESPONSES, openapi_extra=CLASSIFY_INPUT)
+    async def classify(request: Request) -> Response:
+        """Classify an image with the best sub-network that budgets, load and machine allow at this moment.
 
         The image comes as the multipart field `file`, or as the body itself.
         """
         arrived_at = api.clock()
-        wanted = InferenceRequest(arrived_at, query.budget_gflops, query.subnetwork, query.top_k)
-        answer = await _classify_while_connected(api, request, wanted)
+        query = _parse_query(request)
+        answer = await _classify_while_connected(api, request, _wanted(query, arrived_at, query.top_k))
         described = describe_answer(answer, api.checkpoint)
         stages = described.timing_ms.model_dump()
-        response.headers["Server-Timing"] = ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())
-        return described
+        timing = ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())
+        # Made here, because FastAPI would validate the whole answer once more.
+        return Response(described.model_dump_json(), media_type="application/json", headers={"Server-Timing": timing})
 
-    @router.get("/subnetworks")
+    @router.post("/decide", responses=DECIDE_RESPONSES)
+    async def decide(query: Annotated[DecideQuery, Query()]) -> DecideAnswer:
+        """Tell what would be chosen for a request at this moment, without running anything."""
+        pipeline = api.require_serving().pipeline
+        return describe_forecast(pipeline.decide(_wanted(query, api.clock())), config)
+
+    @router.get("/subnetworks", responses={503: RESPONSES[503]})
     async def subnetworks() -> SubNetworksAnswer:
-        """List every sub-network with its cost and measured accuracy."""
-        return family
+        """List every sub-network with its cost, its accuracy and its latency on this machine."""
+        return api.require_serving().family
+
+    @router.get("/resources", responses={503: RESPONSES[503]})
+    async def resources() -> ResourcesAnswer:
+        """Tell what the machine looks like, and what the policy makes of it."""
+        serving, now = api.require_serving(), api.clock()
+        situation = serving.line.situation(now)
+        try:
+            forecast = describe_forecast(serving.pipeline.decide(InferenceRequest(now)), config)
+        except ServiceError:
+            forecast = None
+        snapshot = api.monitor.latest
+        return ResourcesAnswer(
+            snapshot=asdict(snapshot),
+            age_s=round(now - snapshot.taken_at, 3),
+            waiting=len(serving.line),
+            arrival_rate=round(situation.arrival_rate, 3),
+            slowdown=round(situation.slowdown, 3),
+            expected_from_others=round(serving.line.prior_slowdown, 3),
+            stretch=round(situation.stretch, 3),
+            max_batch_size=situation.max_batch_size,
+            next_without_budget=forecast,
+        )
 
     @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live")
@@ -139,17 +187,39 @@ def build_router(api: Api) -> APIRouter:
     @router.get("/health/ready", responses={503: RESPONSES[503]})
     async def ready() -> HealthAnswer:
         """Tell whether the model has answered its first batch and requests are welcome."""
-        if not api.pipeline.is_ready:
-            raise NotReadyError("the model has not answered its first batch yet")
+        if not api.require_serving().pipeline.is_ready:
+            raise NotReadyError("the server is stopping")
         return HealthAnswer(status="ready")
 
     @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Give all metrics in the Prometheus text format."""
+        if api.serving is not None:
+            line = api.serving.line
+            api.metrics.machine(api.monitor.latest, len(line), line.situation(api.clock()).slowdown)
         return Response(api.metrics.page(), media_type=CONTENT_TYPE)
 
     return router
+
+
+def _parse_query(request: Request) -> ClassifyQuery:
+    """Read the query parameters.
+
+    Raises:
+        RequestValidationError: one is unusable.
+    """
+    try:
+        return ClassifyQuery.model_validate(dict(request.query_params))
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("query", *problem["loc"])} for problem in error.errors()]
+        raise RequestValidationError(problems) from error
+
+
+def _wanted(query: DecideQuery, arrived_at: float, top_k: int | None = None) -> InferenceRequest:
+    return InferenceRequest(
+        arrived_at, query.budget_ms, query.budget_gflops, query.subnetwork, top_k, priority=query.priority
+    )
 
 
 async def _classify_while_connected(api: Api, request: Request, wanted: InferenceRequest) -> Classification:
@@ -158,85 +228,37 @@ async def _classify_while_connected(api: Api, request: Request, wanted: Inferenc
     Raises:
         ServiceError: the request is refused, or fails.
     """
-    uploaded = asyncio.Event()
-
-    async def read() -> bytes:
-        data = await read_image(request, api.max_body_bytes, api.max_upload_s)
-        uploaded.set()
-        return data
+    pipeline = api.require_serving().pipeline
+    answering = asyncio.current_task()
+    watching: asyncio.Task[None] | None = None
+    patience: asyncio.TimerHandle | None = None
+    gone = False
 
     async def watch() -> None:
-        await uploaded.wait()  # until then, reading the body notices it
+        nonlocal gone
         await wait_until_gone(request)
+        gone = True
+        if answering is not None:
+            answering.cancel()
 
-    answering = asyncio.create_task(api.pipeline.classify(read, wanted))
-    watching = asyncio.create_task(watch())
+    def start_watching() -> None:
+        nonlocal watching
+        watching = asyncio.create_task(watch())
+
+    async def read() -> bytes:
+        nonlocal patience
+        data = await read_image(request, api.max_body_bytes, api.max_upload_s)  # notices by itself who leaves
+        patience = asyncio.get_running_loop().call_later(PATIENCE_S, start_watching)
+        return data
+
     try:
-        await asyncio.wait((answering, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            raise ClientGoneError("the client left before its answer")
-        return answering.result()
+        return await pipeline.classify(read, wanted)
+    except asyncio.CancelledError:
+        if not gone or answering is None or answering.uncancel():
+            raise  # somebody else wants this task to end
+        raise ClientGoneError("the client left before its answer") from None
     finally:
-        answering.cancel()
-        watching.cancel()
-
-
-def add_error_handlers(app: FastAPI, api: Api) -> None:
-    """Answer every error in one JSON shape, and count the requests that FastAPI refuses before the pipeline."""
-
-    def may_be_long(request: Request) -> bool:
-        length = request.headers.get("content-length", "0")
-        return "transfer-encoding" in request.headers or int(length) > api.max_body_bytes
-
-    @app.exception_handler(ServiceError)
-    async def on_service_error(request: Request, error: ServiceError) -> Response:
-        if isinstance(error, BodyTooLargeError):
-            await _discard(request)
-        response = _error(STATUS.get(type(error), 500), error.code, error.message, error.details)
-        unread = isinstance(error, BodyTooLargeError | UploadTimeoutError) or may_be_long(request)
-        return _closing(response) if unread else response
-
-    @app.exception_handler(RequestValidationError)
-    async def on_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
-        if request.url.path == CLASSIFY_PATH:
-            api.metrics.request_refused(InvalidParameterError.code)
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"][1:])
-        said = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to our own sentences
-        message = f"{where}: {said}" if where else said
-        response = _error(422, InvalidParameterError.code, message, {"parameter": where} if where else {})
-        return _closing(response) if may_be_long(request) else response
-
-    @app.exception_handler(HTTPException)
-    async def on_http_error(_: Request, error: HTTPException) -> Response:
-        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-        return _error(error.status_code, code, error.detail, {}, error.headers)
-
-    @app.exception_handler(Exception)
-    async def on_bug(_: Request, __: Exception) -> Response:
-        return _error(500, ServiceError.code, "the server failed; its log says why", {})
-
-
-def _error(
-    status: int, code: str, message: str, details: dict[str, Any], headers: Mapping[str, str] | None = None
-) -> Response:
-    headers = dict(headers or {})
-    if status in (429, 503):
-        headers["Retry-After"] = str(RETRY_AFTER_S)
-    body = ErrorAnswer(error=ErrorDetail(code=code, message=message, details=details))
-    return JSONResponse(body.model_dump(), status, headers)
-
-
-def _closing(response: Response) -> Response:
-    """Close the connection after `response`, or the server would go on to read a body that it has refused."""
-    response.headers["Connection"] = "close"
-    return response
-
-
-async def _discard(request: Request) -> None:
-    """Throw away for a moment what the client still sends: most look for an answer only after they have sent it all."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_S):
-            message = await request.receive()
-            while message["type"] == "http.request" and message.get("more_body"):
-                message = await request.receive()
+        if patience is not None:
+            patience.cancel()
+        if watching is not None:
+            watching.cancel()

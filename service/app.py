@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import math
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -9,24 +11,44 @@ from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from torch import Tensor
 
 from models.checkpoint import Checkpoint
-from models.data import evaluation_transform
-from service.api import Api, add_error_handlers, build_router
-from service.batcher import Batcher
-from service.engine import Engine, TorchEngine
+from models.latency import LatencyTable
+from models.profiles import ProfileTable
+from models.subnetwork import SubNetwork
+from service.api import Api, Serving, build_router
+from service.baselines import make_policy, refuses_early
+from service.batcher import Batcher, Run
+from service.engine import Engine
+from service.engines import make_engine
+from service.errors import NotReadyError
+from service.http_errors import add_error_handlers
 from service.images import decode_image
+from service.line import Line
+from service.menu import Menu
 from service.metrics import Metrics, process_registry
+from service.monitor import Monitor
+from service.pacer import Pacer
 from service.pipeline import Pipeline
+from service.profiler import Measurement, load_or_measure
+from service.schemas import describe_family
 from service.settings import Settings
+from service.slowdown import prior_slowdown
 
 logger = logging.getLogger(__name__)
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+KEEP_RATE_STEP = 0.05
+SMALL_GFLOPS = 0.3
+USABLE_SHARE = 0.8  # of the GPU memory that is free; allocators round up
 
 
 def create_app(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: Engine | None = None,
+    latencies: LatencyTable | None = None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """Wire the service.
@@ -34,49 +56,174 @@ def create_app(
     Args:
         settings: every knob.
         checkpoint: what to serve.
-        engine: runs the batches; PyTorch on the settings' device by default.
+        engine: runs the batches; the one that the settings name by default.
+        latencies: of every sub-network on this machine; from the profile folder, or measured, by default.
         on_failure: called once the model cannot run at all, as after a failed warm-up; the server should then end.
 
     Raises:
-        DeviceError: the device cannot be used.
+        DeviceError: the device or the engine cannot be used.
+        InvalidParameterError: there is no policy of that name.
     """
-    engine = engine or TorchEngine(checkpoint.model, settings.device)
+    monitor = Monitor()
+    threads = settings.threads or engine_threads(checkpoint, monitor)
+    engine = engine or make_engine(settings.engine, checkpoint.model, settings.device, threads)
+    profiles = extended_profile(checkpoint)
+    make_policy(settings.policy, Menu.of(profiles, nominal_latencies(profiles)), 1)  # a wrong name fails at once
     metrics = Metrics(process_registry())
-    metrics.describe(list(checkpoint.profile.by_subnetwork), checkpoint.name, checkpoint.version)
-    batcher = Batcher(engine.run, settings.max_batch_size, metrics.batch_ran)
-    decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
-    transform = evaluation_transform(checkpoint.config)
-    pipeline = Pipeline(
-        profiles=checkpoint.profile,
-        class_names=checkpoint.class_names,
-        decode=partial(decode_image, transform=transform, max_pixels=settings.max_image_pixels),
-        decode_threads=decode_threads,
-        batcher=batcher,
-        metrics=metrics,
-        max_waiting=settings.max_waiting,
-    )
+    metrics.describe(list(profiles.by_subnetwork), checkpoint.name, checkpoint.version)
+    api = Api(checkpoint, metrics, monitor, settings.max_body_bytes, settings.max_upload_s)
+    service = _Service(settings, checkpoint, engine, latencies, api, threads)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        serving = asyncio.create_task(batcher.serve())
-        warming_up = asyncio.create_task(pipeline.warm_up(engine.warm_up))
-        for task in (serving, warming_up):
-            task.add_done_callback(on_end)
+        watching = asyncio.create_task(monitor.run(settings.monitor_interval_s))
+        serving = asyncio.create_task(service.serve())
+        serving.add_done_callback(on_end)
         logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
         yield
-        await asyncio.wait((warming_up,))
-        batcher.stop()
+        service.stop()
         await asyncio.wait((serving,))
-        decode_threads.shutdown()
+        watching.cancel()
+        monitor.close()
 
     def on_end(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
             logger.critical("the model cannot run: %s", error, exc_info=error)
-            pipeline.is_ready = False
+            api.drain()
             on_failure()
 
     app = FastAPI(title="SuperViT Serve", version=version("supervit-serve"), lifespan=lifespan, redoc_url=None)
-    api = Api(checkpoint, pipeline, metrics, settings.max_body_bytes, settings.max_upload_s)
+    app.state.drain = api.drain
     app.include_router(build_router(api))
-    add_error_handlers(app, api)
+    add_error_handlers(app, settings.max_body_bytes, api.count_refusal)
     return app
+
+
+def engine_threads(checkpoint: Checkpoint, monitor: Monitor) -> int:
+    """Choose how many threads the engine gets by default: one for each core that this process may use.
+
+    A model so small that HTTP takes more of a request than inference does leaves one core to HTTP. On two cores the
+    default checkpoint then answers 85 % in time at a load at which it answered 63 % before.
+    """
+    cores = math.ceil(monitor.latest.cores)
+    largest = checkpoint.profile.by_subnetwork[checkpoint.config.largest]
+    return max(1, cores - 1) if largest.gflops < SMALL_GFLOPS else cores
+
+
+def extended_profile(checkpoint: Checkpoint) -> ProfileTable:
+    """Return the profile of a checkpoint with keep rates between those that it was trained at."""
+    return checkpoint.profile.with_rates_between(checkpoint.config, KEEP_RATE_STEP)
+
+
+def nominal_latencies(profiles: ProfileTable) -> LatencyTable:
+    """Pretend that every batch takes a millisecond: for where nobody waits in line and nothing need be measured."""
+    return LatencyTable((1,), dict.fromkeys(profiles.by_subnetwork, (0.001,)))
+
+
+def measure_latencies(
+    settings: Settings, checkpoint: Checkpoint, engine: Engine, run: Run, *, fresh: bool = False
+) -> Measurement:
+    """Read this machine's latencies of every sub-network from the profile folder, or else measure them with `run`."""
+    return load_or_measure(
+        settings.profile_folder,
+        run,
+        image_side=checkpoint.config.image_side,
+        subnetworks=tuple(extended_profile(checkpoint).by_subnetwork),
+        batch_sizes=tuple(size for size in BATCH_SIZES if size <= settings.max_batch_size),
+        checkpoint_version=checkpoint.version,
+        engine=engine.describe(),
+        fresh=fresh,
+    )
+
+
+class _Service:
+    """What runs between the start and the end of the app: first the preparation, then the batches."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoint: Checkpoint,
+        engine: Engine,
+        latencies: LatencyTable | None,
+        api: Api,
+        threads: int,
+    ) -> None:
+        self._settings, self._checkpoint, self._engine = settings, checkpoint, engine
+        self._latencies, self._api, self._threads = latencies, api, threads
+        self._engine_thread = ThreadPoolExecutor(1, "engine")
+        self._decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
+        self._stopping = threading.Event()
+        self._batcher: Batcher | None = None
+
+    async def serve(self) -> None:
+        """Warm up, learn the latencies, and run batches until `stop` is called and everyone admitted has an answer."""
+        try:
+            latencies, measured_at = await asyncio.get_running_loop().run_in_executor(
+                self._engine_thread, self._prepare
+            )
+            if not self._stopping.is_set():
+                self._batcher = self._assemble(latencies, measured_at)
+                await self._batcher.serve()
+        except NotReadyError:
+            logger.info("stopped before the first request")
+        finally:
+            self._engine_thread.shutdown()
+            self._decode_threads.shutdown()
+
+    def stop(self) -> None:
+        """Refuse newcomers; let `serve` end."""
+        self._api.drain()
+        self._stopping.set()
+        if self._batcher is not None:
+            self._batcher.stop()
+
+    def _prepare(self) -> tuple[LatencyTable, str]:
+        self._engine.warm_up()
+        if self._latencies is not None:
+            return self._latencies, "not measured here"
+        measurement = measure_latencies(self._settings, self._checkpoint, self._engine, self._run_unless_stopping)
+        return measurement.table, measurement.measured_at
+
+    def _run_unless_stopping(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        if self._stopping.is_set():
+            raise NotReadyError("the server is stopping")
+        return self._engine.run(images, subnetwork)
+
+    def _assemble(self, latencies: LatencyTable, measured_at: str) -> Batcher:
+        settings, metrics, monitor = self._settings, self._api.metrics, self._api.monitor
+        menu = Menu.of(extended_profile(self._checkpoint), latencies)
+        policy = make_policy(settings.policy, menu, settings.max_batch_size)
+        line = Line(menu, policy, settings.max_batch_size, refuses_early=refuses_early(settings.policy))
+        cores = monitor.latest.cores if self._engine.bytes_per_image is None else None
+        batcher = Batcher(
+            self._engine.run,
+            line,
+            self._engine_thread,
+            pacer=Pacer(settings.max_utilization, cores),
+            observe_machine=partial(self._observe_machine, line),
+            observe_batch=metrics.batch_ran,
+        )
+        pipeline = Pipeline(
+            line=line,
+            class_names=self._checkpoint.class_names,
+            decode=partial(decode_image, config=self._checkpoint.config, max_pixels=settings.max_image_pixels),
+            decode_threads=self._decode_threads,
+            num_decode_threads=settings.decode_threads,
+            batcher=batcher,
+            metrics=metrics,
+            max_in_flight=settings.max_in_flight,
+            default_budget_ms=settings.default_budget_ms,
+        )
+        family = describe_family(self._checkpoint, menu, self._engine.describe(), measured_at, latencies.batch_sizes)
+        self._api.serve(Serving(pipeline, line, family))
+        return batcher
+
+    def _observe_machine(self, line: Line) -> None:
+        """Tell the line what others' load and the GPU's free memory mean for it."""
+        snapshot = self._api.monitor.latest
+        line.prior_slowdown = prior_slowdown(snapshot, self._threads)
+        bytes_per_image = self._engine.bytes_per_image
+        free_bytes = min((gpu.memory_free_bytes for gpu in snapshot.gpus if gpu.memory_free_bytes), default=None)
+        if bytes_per_image and free_bytes is not None:
+            bound = max(1, int(USABLE_SHARE * free_bytes / bytes_per_image))
+            line.max_batch_size = min(bound, line.menu.max_batch_size, self._settings.max_batch_size)

@@ -1,60 +1,50 @@
 """The `supervit` command: parses, calls, prints. What can be expected to go wrong ends in one line on stderr."""
 
-import asyncio
 import importlib
-import json
 import logging
+import math
 import os
+import statistics
 import sys
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import FrameType, ModuleType
+from typing import Literal
 
-import httpx
 import uvicorn
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import BaseSettings, CliPositionalArg, CliSubCommand, SettingsConfigDict, get_subcommand
 
-from models.checkpoint import CheckpointError, Header, load_checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoint, save_checkpoint
 from models.data import DataError
 from models.devices import DeviceError
 from models.evaluate import accuracy_table, evaluate
 from models.recipe import Recipe
-from service.app import create_app
+from service.app import create_app, engine_threads, extended_profile, measure_latencies
+from service.client import Classify, CommandError, classify, first_problem, make_settings
+from service.engines import make_engine
+from service.errors import ServiceError
+from service.monitor import Monitor
+from service.profiler import Measurement
 from service.settings import Settings, unknown_variables
+from service.simulator import Simulate, simulate
 
 logger = logging.getLogger(__name__)
 
-REQUEST_TIMEOUT_S = 60
-READINESS_POLL_S = 0.01
 
+class _Server(uvicorn.Server):
+    """Refuses newcomers from the very signal on that tells it to stop."""
 
-class CommandError(Exception):
-    """A command cannot do what it was asked; the message says why."""
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain = drain
 
-
-class RefusedError(Exception):
-    """The server refused a photo; the message is the server's."""
-
-
-class Classify(BaseModel):
-    """Classify photographs, in this process or by a running server."""
-
-    photos: CliPositionalArg[list[Path]] = Field(description="image files", min_length=1)
-    budget_gflops: float | None = Field(None, gt=0, description="most that each may cost, in 1e9 multiply-accumulates")
-    top_k: int = Field(5, ge=1, description="predictions to show")
-    url: str | None = Field(
-        None, min_length=1, description="server to ask, e.g. http://127.0.0.1:8000; this process by default"
-    )
-    checkpoint: Path | None = Field(
-        None, description="SuperViT checkpoint to use in this process; by default the one that `serve` would take"
-    )
-    json_lines: bool = Field(False, description="print the whole answer as a line of JSON per photo")
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take note of the signal."""
+        self._drain()
+        super().handle_exit(sig, frame)
 
 
 class Evaluate(BaseModel):
@@ -65,6 +55,18 @@ class Evaluate(BaseModel):
     batch_size: int = Field(100, ge=1, description="images per batch")
     workers: int = Field(2, ge=0, description="processes that decode images")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
+
+
+class Profile(BaseModel):
+    """Measure how long each sub-network takes on this machine, or show what was measured before."""
+
+    checkpoint: Path | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
+    engine: Literal["auto", "torch", "openvino"] | None = Field(None, description="what runs the model")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1, or auto")
+    threads: int | None = Field(None, ge=1, description="threads of the engine on a CPU; every core by default")
+    max_batch_size: int | None = Field(None, ge=1, le=64, description="largest batch to measure")
+    fresh: bool = Field(False, description="measure even where there is a measurement")
+    plot_file: Path | None = Field(None, description="PNG file for the picture of it")
 
 
 class Supervit(BaseSettings):
@@ -83,6 +85,8 @@ class Supervit(BaseSettings):
     classify: CliSubCommand[Classify] = Field(description="classify photographs")
     train: CliSubCommand[Recipe] = Field(description="train a checkpoint on a folder of images")
     evaluate: CliSubCommand[Evaluate] = Field(description="measure every sub-network of a checkpoint")
+    profile: CliSubCommand[Profile] = Field(description="measure the latency of every sub-network on this machine")
+    simulate: CliSubCommand[Simulate] = Field(description="replay traffic against this machine's profile")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = get_subcommand(Supervit(_cli_parse_args=sys.argv[1:] if arguments is None else arguments))
     except ValidationError as error:
-        return _fail(_first_problem(error), 2)
+        return _fail(first_problem(error), 2)
     try:
         match command:
             case Settings():
@@ -101,10 +105,21 @@ def main(arguments: list[str] | None = None) -> int:
                 train(command)
             case Evaluate():
                 evaluate_checkpoint(command)
+            case Profile():
+                profile(command)
+            case Simulate():
+                replay(command)
     except BrokenPipeError:  # whoever read our output has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its exit
         return 1
-    except (CommandError, CheckpointError, DataError, DeviceError, OSError) as error:  # the last: a full disk
+    except (
+        CommandError,
+        CheckpointError,
+        DataError,
+        DeviceError,
+        ServiceError,
+        OSError,
+    ) as error:  # the last: a full disk
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -125,83 +140,21 @@ def serve(settings: Settings) -> None:
     for name in unknown_variables():
         logger.warning("the environment variable %s is no setting of this server", name)
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_config=None, log_level=settings.log_level, server_header=False
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        log_level=settings.log_level,
+        access_log=settings.log_level == "debug",
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_s),
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, app.state.drain)
     server.run()
     if failed.is_set():
         raise CommandError("the model cannot run; the log says why")
     if not server.started:
         raise CommandError(f"{settings.host} port {settings.port} cannot be listened on")
-
-
-def classify(command: Classify) -> None:
-    """Print the answer for each photo; the same route answers in this process and on a server."""
-    failed = asyncio.run(_classify_all(command))
-    if failed:
-        raise CommandError(f"{failed} of {len(command.photos)} photos could not be classified")
-
-
-async def _classify_all(command: Classify) -> int:
-    query = {"top_k": command.top_k, "budget_gflops": command.budget_gflops}
-    query = {name: value for name, value in query.items() if value is not None}
-    failed = 0
-    connection = _in_process(command.checkpoint) if command.url is None else _connect(command.url)
-    async with connection as client:
-        for photo in command.photos:
-            try:
-                answer = await _ask(client, photo, query)
-            except (RefusedError, OSError) as error:
-                failed += 1
-                print(f"supervit: {photo}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
-                continue
-            print(json.dumps({"photo": str(photo)} | answer) if command.json_lines else _show(photo, answer))
-    return failed
-
-
-@asynccontextmanager
-async def _in_process(checkpoint: Path | None) -> AsyncIterator[httpx.AsyncClient]:
-    """Start the service in this process, and yield a client of it once it is ready."""
-    try:
-        settings = Settings() if checkpoint is None else Settings(checkpoint=checkpoint)
-    except ValidationError as error:
-        raise CommandError(f"a SUPERVIT_ variable of the environment: {_first_problem(error)}") from error
-    failed = asyncio.Event()
-    app = create_app(settings, load_checkpoint(settings.checkpoint), on_failure=failed.set)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(base_url="http://in-process", transport=httpx.ASGITransport(app)) as client,
-    ):
-        while (await client.get("/health/ready")).status_code != HTTPStatus.OK:
-            if failed.is_set():
-                raise CommandError("the model cannot run")
-            await asyncio.sleep(READINESS_POLL_S)
-        yield client
-
-
-@asynccontextmanager
-async def _connect(url: str) -> AsyncIterator[httpx.AsyncClient]:
-    try:
-        client = httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S)
-    except httpx.InvalidURL as error:
-        raise CommandError(f"{url} is no URL: {error}") from error
-    async with client:
-        yield client
-
-
-async def _ask(client: httpx.AsyncClient, photo: Path, query: dict[str, Any]) -> dict[str, Any]:
-    data = await asyncio.to_thread(photo.read_bytes)
-    try:
-        response = await client.post("/classify", params=query, content=data)
-        answer: dict[str, Any] = response.json()
-        if response.status_code != HTTPStatus.OK:
-            raise RefusedError(answer["error"]["message"])
-    except (httpx.WriteError, httpx.ReadError) as error:  # a server may refuse by closing; the next photo may pass
-        raise RefusedError("the server closed the connection, as it does on files larger than it reads") from error
-    except (httpx.HTTPError, json.JSONDecodeError, LookupError, TypeError) as error:
-        reason = str(error) or type(error).__name__
-        raise CommandError(f"{client.base_url} does not answer as a SuperViT server does: {reason}") from error
-    return answer
 
 
 def train(recipe: Recipe) -> None:
@@ -244,23 +197,50 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     print(f"written into {path}, drawn in {picture}")
 
 
+def profile(command: Profile) -> None:
+    """Print the latencies of this machine, measured now or before, and draw them."""
+    plots = _import_extra("models.plots") if command.plot_file else None
+    given = command.model_dump(exclude={"fresh", "plot_file"}, exclude_none=True)
+    settings = make_settings(**given)
+    measurement = _measure(settings, load_checkpoint(settings.checkpoint), fresh=command.fresh)
+    print(_latency_table(measurement))
+    if plots and command.plot_file:
+        plots.plot_latency(measurement.table, command.plot_file)
+        print(f"drawn in {command.plot_file}")
+
+
+def _latency_table(measurement: Measurement) -> str:
+    table = measurement.table
+    head = f"{'ms per batch of':28s}" + "".join(f"{size:9d}" for size in table.batch_sizes)
+    rows = [
+        f"{subnetwork!s:28s}" + "".join(f"{1000 * seconds:9.2f}" for seconds in table.seconds[subnetwork])
+        for subnetwork in sorted(table.seconds)
+    ]
+    spread = statistics.median(share for shares in measurement.spread.values() for share in shares)
+    return "\n".join([head, *rows, f"measured {measurement.measured_at}, median spread {spread:.1%}"])
+
+
+def replay(command: Simulate) -> None:
+    """Print what would become of traffic on this machine."""
+    if command.plot_file:
+        _import_extra("models.plots")
+    settings = make_settings(**({"checkpoint": command.checkpoint} if command.checkpoint else {}))
+    checkpoint = load_checkpoint(settings.checkpoint)
+    print(simulate(command, extended_profile(checkpoint), _measure(settings, checkpoint).table))
+
+
+def _measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False) -> Measurement:
+    threads = settings.threads or engine_threads(checkpoint, Monitor())
+    engine = make_engine(settings.engine, checkpoint.model, settings.device, threads)
+    return measure_latencies(settings, checkpoint, engine, engine.run, fresh=fresh)
+
+
 def _import_extra(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         message = f"{error.name} is not installed: pip install 'supervit-serve[train]'"
         raise CommandError(message) from error
-
-
-def _show(photo: Path, answer: dict[str, Any]) -> str:
-    best = "\n".join(f"  {entry['probability']:6.1%}  {entry['label']}" for entry in answer["predictions"])
-    milliseconds = answer["timing_ms"]["total"]
-    return f"{photo}\n{best}\n  {answer['decision']['reason']} ({milliseconds:.1f} ms)"
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    return f"{' '.join(str(part).replace('_', '-') for part in problem['loc'])}: {problem['msg']}"
 
 
 def _fail(message: str, status: int) -> int:

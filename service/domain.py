@@ -14,23 +14,44 @@ class InferenceRequest:
 
     Attributes:
         arrived_at: when its first byte was handed to us, in seconds.
+        budget_ms: time from then on within which its answer is wanted; None for the server's default.
         budget_gflops: most that its sub-network may cost, in 1e9 multiply-accumulates; None for no limit.
         subnetwork: the one asked for by name; None leaves the choice to the policy.
         top_k: how many predictions to return; None for DEFAULT_TOP_K, or all classes if there are fewer.
+        priority: 0 is normal; lower may be refused or given up first.
     """
 
     arrived_at: float
-    budget_gflops: float | None
-    subnetwork: SubNetwork | None
-    top_k: int | None
+    budget_ms: float | None = None
+    budget_gflops: float | None = None
+    subnetwork: SubNetwork | None = None
+    top_k: int | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The chosen sub-network and, in words a person understands, why."""
+    """What was chosen for a request.
+
+    Attributes:
+        profile: the sub-network, its cost and its accuracy.
+        batch_size: images that ran together.
+        predicted_s: what the batch was expected to take in the engine.
+        reason: why, in words a person understands.
+    """
 
     profile: SubNetworkProfile
+    batch_size: int
+    predicted_s: float
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What would become of a request that arrived now: the decision, and when its answer would come."""
+
+    decision: Decision
+    answered_in_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +82,25 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Classification:
-    """The answer to an InferenceRequest."""
+    """The answer to an InferenceRequest.
+
+    Attributes:
+        predictions: the best first.
+        decision: what ran.
+        timing: where the time went.
+        budget_s: what was granted.
+        given_up: top-1 accuracy, 0..1, that the most accurate sub-network would have had more; None where unmeasured.
+        saved_gflops: what that sub-network would have cost more; 0 where it costs less than one asked for by name.
+    """
 
     predictions: tuple[Prediction, ...]
     decision: Decision
     timing: Timing
+    budget_s: float
+    given_up: float | None
+    saved_gflops: float
+
+    @property
+    def deadline_met(self) -> bool:
+        """Whether the answer came in time."""
+        return self.timing.total_s <= self.budget_s

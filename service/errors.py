@@ -11,6 +11,7 @@ ServiceError
 │   ├── ImageTooLargeError        more pixels than the server decodes
 │   └── InvalidImageError         bytes that are no image that the server reads
 ├── OverloadedError           too much is waiting already
+├── DeadlineError             admitted, but its deadline cannot be met any more
 ├── NotReadyError             the model has not answered its first batch yet, or the server is stopping
 └── ModelError                the model failed on this batch
 """
@@ -88,9 +89,15 @@ class InvalidImageError(RequestError):
 
 
 class OverloadedError(ServiceError):
-    """Too many requests are waiting already."""
+    """Too much is waiting already; `details` has retry_after_s."""
 
     code = "overloaded"
+
+
+class DeadlineError(ServiceError):
+    """The request was admitted, but it can no longer be answered in time."""
+
+    code = "deadline_exceeded"
 
 
 class NotReadyError(ServiceError):

@@ -13,9 +13,13 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from models.subnetwork import SubNetwork
 from service.domain import Classification
+from service.errors import DeadlineError, ModelError, OverloadedError, ServiceError
+from service.resources import ResourceSnapshot
 
 STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+# Outcomes that break the promise of an answer in time; what the client did wrong itself breaks none.
+MISSES = {OverloadedError.code, DeadlineError.code, ModelError.code, ServiceError.code}
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
@@ -68,10 +72,59 @@ class Metrics:
             buckets=BATCH_BUCKETS,
             registry=registry,
         )
+        self._batch_duration = Histogram(
+            "supervit_batch_duration_seconds",
+            "Time that a batch spent in the engine.",
+            buckets=STAGE_BUCKETS_S,
+            registry=registry,
+        )
+        self._predicted = Counter(
+            "supervit_predicted_inference_seconds",
+            "Time that the batches which ran were expected to spend in the engine, summed.",
+            registry=registry,
+        )
+        self._deadlines = Counter(
+            "supervit_deadlines",
+            "Requests that were answered in time (met) and those that were not or not at all (missed).",
+            ["result"],
+            registry=registry,
+        )
+        self._accuracy = Counter(
+            "supervit_expected_accuracy", "Expected top-1 accuracy of the answers, 0..1, summed.", registry=registry
+        )
+        self._given_up = Counter(
+            "supervit_accuracy_given_up",
+            "Top-1 accuracy, 0..1, that the most accurate sub-network would have had more, summed over the answers.",
+            registry=registry,
+        )
+        self._saved = Counter(
+            "supervit_saved_gflops",
+            "Compute that the most accurate sub-network would have cost more, in 1e9 multiply-accumulates.",
+            registry=registry,
+        )
         self._in_flight = Gauge(
             "supervit_requests_in_flight", "Classification requests being worked on.", registry=registry
         )
-        self._ready = Gauge("supervit_ready", "1 once the model has answered its first batch.", registry=registry)
+        self._waiting = Gauge("supervit_waiting_requests", "Requests that wait for the engine.", registry=registry)
+        self._slowdown = Gauge(
+            "supervit_slowdown_ratio", "Latency of batches now over that of the profile.", registry=registry
+        )
+        self._cpu = Gauge(
+            "supervit_cpu_utilization_ratio",
+            "Fraction of the usable cores in use over the last interval, by whom.",
+            ["by"],
+            registry=registry,
+        )
+        self._pressure = Gauge(
+            "supervit_pressure_ratio",
+            "Share of the last interval in which some task waited for the resource.",
+            ["resource"],
+            registry=registry,
+        )
+        self._gpu = Gauge(
+            "supervit_gpu_utilization_ratio", "Fraction of time in which the GPU was busy.", ["gpu"], registry=registry
+        )
+        self._ready = Gauge("supervit_ready", "1 while requests are welcome.", registry=registry)
         self._model = Gauge(
             "supervit_model_info", "The served checkpoint; always 1.", ["name", "version"], registry=registry
         )
@@ -79,7 +132,10 @@ class Metrics:
     def describe(self, subnetworks: list[SubNetwork], name: str, version: str) -> None:
         """Name the model and start every sub-network's count at zero, so that rates exist from the start."""
         self._model.labels(name, version).set(1)
-        self._requests.labels("ok")
+        for outcome in ("ok", *MISSES):
+            self._requests.labels(outcome)
+        for result in ("met", "missed"):
+            self._deadlines.labels(result)
         for subnetwork in subnetworks:
             self._subnetworks.labels(subnetwork.patch_grid, f"{subnetwork.keep_rate:g}")
 
@@ -91,6 +147,8 @@ class Metrics:
         """Count a request out; `outcome` is "ok" or an error code."""
         self._in_flight.dec()
         self._requests.labels(outcome).inc()
+        if outcome in MISSES:
+            self._deadlines.labels("missed").inc()
 
     def request_refused(self, outcome: str) -> None:
         """Count a request that was refused before it was counted in."""
@@ -106,14 +164,38 @@ class Metrics:
         subnetwork = profile.subnetwork
         self._subnetworks.labels(subnetwork.patch_grid, f"{subnetwork.keep_rate:g}").inc()
         self._gflops.inc(profile.gflops)
+        self._saved.inc(answer.saved_gflops)
+        self._deadlines.labels("met" if answer.deadline_met else "missed").inc()
+        if profile.top1 is not None and answer.given_up is not None:
+            self._accuracy.inc(profile.top1)
+            self._given_up.inc(answer.given_up)
 
-    def batch_ran(self, num_images: int) -> None:
-        """Record the size of a batch."""
-        self._batch_sizes.observe(num_images)
+    def batch_ran(self, size: int, predicted_s: float, inference_s: float) -> None:
+        """Record a batch."""
+        self._batch_sizes.observe(size)
+        self._batch_duration.observe(inference_s)
+        self._predicted.inc(predicted_s)
 
-    def ready(self) -> None:
-        """Record that the model has answered its first batch."""
-        self._ready.set(1)
+    def machine(self, snapshot: ResourceSnapshot, waiting: int, slowdown: float) -> None:
+        """Record the machine's state; what it does not say keeps its last value."""
+        self._waiting.set(waiting)
+        self._slowdown.set(slowdown)
+        cpus = snapshot.cpus or snapshot.cores  # a quota of ours does not bound what others use
+        others = None if snapshot.others_cores is None else snapshot.others_cores / cpus
+        gauges = [
+            (self._cpu.labels("own"), snapshot.own_cpu_utilization),
+            (self._cpu.labels("others"), others),
+            (self._pressure.labels("cpu"), snapshot.cpu_pressure),
+            (self._pressure.labels("memory"), snapshot.memory_pressure),
+            *((self._gpu.labels(gpu.index), gpu.utilization) for gpu in snapshot.gpus),
+        ]
+        for gauge, value in gauges:
+            if value is not None:
+                gauge.set(value)
+
+    def ready(self, is_ready: bool) -> None:
+        """Record whether requests are welcome."""
+        self._ready.set(is_ready)
 
     def page(self) -> bytes:
         """Return all metrics in the Prometheus text format."""

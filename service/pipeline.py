@@ -1,4 +1,4 @@
-"""The walk of one request: admit, choose, read, decode, wait, infer, answer. HTTP is above, every stage below."""
+"""The walk of one request: admit, read, decode, wait, infer, answer. HTTP is above, every stage below."""
 
 import asyncio
 import logging
@@ -6,24 +6,38 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from models.profiles import ProfileTable
-from service.batcher import Batcher
-from service.domain import DEFAULT_TOP_K, Classification, InferenceRequest, Prediction, Timing
+from service.batcher import Batcher, Delay, Logits, Result
+from service.domain import (
+    DEFAULT_TOP_K,
+    Classification,
+    Decision,
+    Forecast,
+    InferenceRequest,
+    Prediction,
+    Timing,
+)
 from service.errors import (
+    BudgetTooSmallError,
     ClientGoneError,
+    DeadlineError,
     InvalidParameterError,
     ModelError,
     NotReadyError,
     OverloadedError,
     ServiceError,
 )
+from service.line import Line
+from service.menu import Menu
 from service.metrics import Metrics
-from service.policy import choose
+from service.situation import Choice, Entry, Wish, target
 
 logger = logging.getLogger(__name__)
+
+LEARNING_GAIN = 0.1
+DECODING_FADES_S = 5.0
 
 
 class Pipeline:
@@ -32,43 +46,61 @@ class Pipeline:
     def __init__(
         self,
         *,
-        profiles: ProfileTable,
+        line: Line,
         class_names: tuple[str, ...],
         decode: Callable[[bytes], Tensor],
         decode_threads: Executor,
+        num_decode_threads: int,
         batcher: Batcher,
         metrics: Metrics,
-        max_waiting: int,
+        max_in_flight: int,
+        default_budget_ms: float,
         clock: Callable[[], float] = time.monotonic,
+        loop_time: Callable[[], float] = time.thread_time,
     ) -> None:
         """Take the collaborators.
 
         Args:
-            profiles: what the policy chooses from.
+            line: admits, and forecasts.
             class_names: one per logit.
             decode: bytes to a (3, S, S) uint8 image; runs on `decode_threads`.
             decode_threads: keep the event loop free.
+            num_decode_threads: how many there are.
             batcher: runs the model.
             metrics: count and time.
-            max_waiting: requests that may be in the pipeline at once.
+            max_in_flight: requests that may be in the pipeline at once.
+            default_budget_ms: granted to a request that names none.
             clock: monotonic, in seconds; the one that stamped `arrived_at`.
+            loop_time: CPU seconds of the event loop's thread.
         """
         self.is_ready = False
-        self._profiles = profiles
+        self._line = line
         self._class_names = class_names
         self._decode = decode
         self._decode_threads = decode_threads
+        self._num_decode_threads = num_decode_threads
         self._batcher = batcher
         self._metrics = metrics
-        self._max_waiting = max_waiting
+        self._max_in_flight = max_in_flight
+        self._default_budget_ms = default_budget_ms
         self._clock = clock
+        self._loop_time = loop_time
         self._in_flight = 0
+        self._undecoded = 0
+        self._decoding = Delay(DECODING_FADES_S)  # of one image
+        self._loop_s = 0.0  # of the event loop's CPU time per answer, learned
+        self._loop_used_s = loop_time()
+        self._reply = Delay()  # from the end of a batch to the finished answer
 
-    async def warm_up(self, warm_up: Callable[[], None]) -> None:
-        """Run `warm_up` where batches run; from then on requests are answered."""
-        await self._batcher.call(warm_up)
+    def ready(self) -> None:
+        """From now on requests are answered."""
         self.is_ready = True
-        self._metrics.ready()
+        self._metrics.ready(True)
+
+    def drain(self) -> None:
+        """Refuse newcomers from now on; those admitted are still answered."""
+        self.is_ready = False
+        self._metrics.ready(False)
 
     async def classify(self, read: Callable[[], Awaitable[bytes]], request: InferenceRequest) -> Classification:
         """Answer one request.
@@ -96,37 +128,129 @@ class Pipeline:
             raise
         finally:
             self._in_flight -= 1
+            self._learn_loop_cost()
             self._metrics.request_finished(outcome)
         self._metrics.answered(answer)
         return answer
 
-    async def _answer(self, read: Callable[[], Awaitable[bytes]], request: InferenceRequest) -> Classification:
-        self._admit()
-        top_k = self._checked_top_k(request.top_k)
-        decision = choose(request, self._profiles)
-        data = await read()
-        read_at = self._clock()
-        decoding = asyncio.get_running_loop().run_in_executor(self._decode_threads, self._timed_decode, data)
-        image, decode_started_at, decoded_at = await decoding
-        result = await self._batcher.submit(image, decision.profile.subnetwork)
-        predictions = self._predict(result.logits, top_k)
-        timing = Timing(
-            decode_s=decoded_at - decode_started_at,
-            queue_s=decode_started_at - read_at + result.queue_s,
-            inference_s=result.inference_s,
-            total_s=self._clock() - request.arrived_at,
-        )
-        return Classification(predictions, decision, timing)
+    def decide(self, request: InferenceRequest) -> Forecast:
+        """Tell what would be chosen for a request that arrived now, without running anything.
 
-    def _timed_decode(self, data: bytes) -> tuple[Tensor, float, float]:
+        Raises:
+            ServiceError: the request would be refused.
+        """
+        self._require_ready()
+        entry = self._entry(request)
+        option, size, start_s, choice = self._line.preview(entry, self._clock())
+        predicted_s = self._line.predict(option, size, self._clock())
+        row = self._line.menu.options[option].row
+        reason = explain(self._line.menu, entry.wish, request.budget_gflops, option, choice)
+        return Forecast(Decision(row, size, predicted_s, reason), start_s + predicted_s + self._reply.mean_s)
+
+    async def _answer(self, read: Callable[[], Awaitable[bytes]], request: InferenceRequest) -> Classification:
+        self._require_ready()
+        if self._in_flight > self._max_in_flight:
+            message = f"{self._max_in_flight} requests are in the server already; try again later"
+            raise OverloadedError(message, retry_after_s=round(self._line.backlog_s(self._clock()), 3))
+        top_k = self._checked_top_k(request.top_k)
+        entry = self._entry(request)
+        now = self._clock()
+        self._line.admit(entry, now, now + self._preparation_s(now))
+        try:
+            image, decode_s, waited_s = await self._read_and_decode(read, entry)
+            result = await self._batcher.submit(image, entry)
+        finally:
+            self._line.leave(entry)
+        predictions = self._predict(result.logits, top_k)
+        now = self._clock()
+        self._reply.observe(now - result.ended_at, now)
+        timing = Timing(decode_s, waited_s + result.queue_s, result.inference_s, now - request.arrived_at)
+        return self._classification(predictions, request, entry.wish, result, timing)
+
+    def _preparation_s(self, now: float) -> float:
+        """Time until a newcomer is ready for the engine; those in the server have half of their loop time to come."""
+        decode_s = self._decoding.expected_s(now) * (1 + self._undecoded / self._num_decode_threads)
+        return decode_s + self._in_flight * self._loop_s / 2
+
+    def _learn_loop_cost(self) -> None:
+        """Learn how much of the event loop's CPU time a request takes.
+
+        Refused ones count as well: were their cost put on those answered, a server that refuses many would soon refuse
+        everybody and never learn better.
+        """
+        used_s = self._loop_time()
+        self._loop_s += LEARNING_GAIN * (used_s - self._loop_used_s - self._loop_s)
+        self._loop_used_s = used_s
+
+    async def _read_and_decode(self, read: Callable[[], Awaitable[bytes]], entry: Entry) -> tuple[Tensor, float, float]:
+        """Return the (3, S, S) image, the seconds that its decoding took and those that it waited for a thread."""
+        self._undecoded += 1
+        try:
+            data = await read()
+            read_at = self._clock()
+            decoding = asyncio.get_running_loop().run_in_executor(self._decode_threads, self._timed_decode, data, entry)
+            image, started_at, decoded_at = await decoding
+        finally:
+            self._undecoded -= 1
+        decode_s = decoded_at - started_at
+        self._decoding.observe(decode_s, decoded_at)
+        return image, decode_s, started_at - read_at
+
+    def _timed_decode(self, data: bytes, entry: Entry) -> tuple[Tensor, float, float]:
         started_at = self._clock()
+        if started_at > entry.deadline_at:
+            raise DeadlineError("the deadline passed before the image could be decoded")
         return self._decode(data), started_at, self._clock()
 
-    def _admit(self) -> None:
+    def _require_ready(self) -> None:
         if not self.is_ready:
-            raise NotReadyError("the model is not ready yet; try again in a moment")
-        if self._in_flight > self._max_waiting:
-            raise OverloadedError(f"{self._max_waiting} requests are waiting already; try again later")
+            raise NotReadyError("the server is not ready yet, or is stopping; try again in a moment")
+
+    def _entry(self, request: InferenceRequest) -> Entry:
+        """Translate what the client asks for into what the policy works with.
+
+        Raises:
+            BudgetTooSmallError: no sub-network fits the budget, or none is that fast even on an idle machine.
+            InvalidParameterError: the sub-network asked for by name is none of the model's.
+        """
+        menu = self._line.menu
+        budget_s = (self._default_budget_ms if request.budget_ms is None else request.budget_ms) / 1000
+        if request.subnetwork is None:
+            limit, beyond = menu.best_within(request.budget_gflops)
+            wish = Wish(budget_s, limit, beyond=beyond)
+        else:
+            wish = Wish(budget_s, 0, menu.index_of(request.subnetwork, request.budget_gflops))
+        fastest_s = menu.options[target(wish, 0)].seconds[0]
+        if not budget_s >= fastest_s:  # so that no NaN passes
+            raise BudgetTooSmallError(
+                f"a budget of {1000 * budget_s:.6g} ms is too small: even on the idle machine inference takes "
+                f"{1000 * fastest_s:.3g} ms",
+                smallest_budget_ms=round(1000 * fastest_s, 3),
+            )
+        # The request had waited for the event loop before it was stamped, and its answer will wait for it once more.
+        now = self._clock()
+        margin_s = self._batcher.lag.margin_s(now) + self._reply.margin_s(now)
+        return Entry(request.arrived_at + budget_s - margin_s, wish, request.priority)
+
+    def _classification(
+        self,
+        predictions: tuple[Prediction, ...],
+        request: InferenceRequest,
+        wish: Wish,
+        result: Result,
+        timing: Timing,
+    ) -> Classification:
+        menu, row = self._line.menu, result.option.row
+        best = menu.best.row
+        reason = explain(menu, wish, request.budget_gflops, result.choice.option or 0, result.choice)
+        return Classification(
+            predictions,
+            Decision(row, result.batch_size, result.predicted_s, reason),
+            timing,
+            budget_s=wish.budget_s,
+            given_up=None if best.top1 is None or row.top1 is None else best.top1 - row.top1,
+            saved_gflops=max(0.0, best.gflops - row.gflops),
+        )
 
     def _checked_top_k(self, top_k: int | None) -> int:
         num_classes = len(self._class_names)
@@ -137,13 +261,34 @@ class Pipeline:
             raise InvalidParameterError(message, parameter="top_k")
         return top_k
 
-    def _predict(self, logits: Tensor, top_k: int) -> tuple[Prediction, ...]:
-        probabilities = logits.softmax(dim=0)
-        if not torch.isfinite(probabilities).all():
+    def _predict(self, logits: Logits, top_k: int) -> tuple[Prediction, ...]:
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            weights = np.exp(logits - logits.max())
+            probabilities = weights / weights.sum()
+        if not np.isfinite(probabilities[0]):  # one logit that is none makes the sum none, and so all of them
             logger.error("the model answered an image with %s", logits.tolist()[:top_k])
             raise ModelError("the model's answer to this image is not a number")
-        best = probabilities.topk(top_k)
+        best = np.argsort(-probabilities, kind="stable")[:top_k]
         return tuple(
             Prediction(index, self._class_names[index], probability)
-            for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            for index, probability in zip(best.tolist(), probabilities[best].tolist(), strict=True)
         )
+
+
+def explain(menu: Menu, wish: Wish, budget_gflops: float | None, option: int, choice: Choice) -> str:
+    """Say why a request got its option: because of its own wish where that decided, because of the line otherwise."""
+    subnetwork = menu.options[option].row.subnetwork
+    if wish.only is not None:
+        return f"{subnetwork} was asked for by name"
+    if budget_gflops is None or option != (wish.limit if wish.beyond is None else wish.beyond):
+        return choice.reason
+    quality = "the most accurate" if menu.is_measured else "the largest"
+    if option == menu.num_levels - 1:
+        return f"{budget_gflops:.12g} GFLOPs admit {quality} sub-network, {subnetwork}"
+    dearer = menu.next_better(option)
+    if dearer is None:
+        return choice.reason
+    return (
+        f"{subnetwork} is {quality} within {budget_gflops:.12g} GFLOPs; the next better one, {dearer.subnetwork}, "
+        f"costs {dearer.gflops}"
+    )

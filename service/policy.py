@@ -1,51 +1,259 @@
-"""The choice of a sub-network, as a pure function of what the client asked for and what the profile knows."""
+"""The choice of a sub-network and a batch, as a pure function of the line, the machine's state and the profile.
 
-from models.profiles import ProfileTable, SubNetworkProfile
-from service.domain import Decision, InferenceRequest
-from service.errors import BudgetTooSmallError, InvalidParameterError
+The idea: find the highest level at which everything that waits, and what will probably arrive in the next moment, can
+still be answered in time when served in order of deadline with the largest batches that fit; run the first batch of
+that plan. If even the cheapest level cannot do it, serve there, and give up as few requests as possible, those that
+would be late anyway and would take others with them.
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, cycle, islice
+from operator import attrgetter, itemgetter
+
+from service.menu import Rows
+from service.situation import Choice, Entry, Situation, Wish, target
+
+FORECAST_S = 0.25
+# These bound the time of a decision, to under a millisecond however many wait.
+MAX_EXPECTED = 96
+MAX_PLANNED = 128  # the most urgent, where each must be looked at; the others' turn comes
+SAFETY = 1.05
+BUSY = 0.3  # arrivals per longest single inference from which on a newcomer is to be reckoned with
 
 
-def choose(request: InferenceRequest, profiles: ProfileTable) -> Decision:
-    """Choose the most accurate sub-network whose cost fits the request's budget, the cheapest on a tie.
+def choose_level(situation: Situation) -> Choice:
+    """Choose the highest level that clears the line, and its first batch."""
+    late = _hopeless(situation)
+    gone = set(late)
+    line = [entry for entry in situation.line if entry not in gone] if gone else list(situation.line)
+    if not line:
+        return Choice(None, late=late)
+    plan = _Plan(situation, line, _guard_s(situation))
+    level = plan.highest_clearing()
+    if level is not None:
+        return _first_batch(plan, level, late)
+    shed = _to_shed(situation, line)
+    given_up = set(shed)
+    return _cheapest_batch(situation, [entry for entry in line if entry not in given_up], late, shed)
 
-    A sub-network asked for by name is taken as it is, as long as it fits the budget too.
 
-    Raises:
-        BudgetTooSmallError: nothing fits; names the smallest budget that would do.
-        InvalidParameterError: the named sub-network is none of the profile's.
+class _Plan:
+    """Whether a level clears what waits and what is expected; built once per decision, asked once per bisection."""
+
+    def __init__(self, situation: Situation, line: Sequence[Entry], guard_s: float) -> None:
+        self.situation = situation
+        self.line = line
+        self.guard_s = guard_s
+        self.coming = _expected(situation)
+        wishes = [entry.wish for entry in line]
+        wishes += [wish for _, wish in self.coming]
+        self.lowest_limit = min([wish.limit if wish.only is None else -1 for wish in wishes])
+        self.deadlines = [entry.deadline_at for entry in line]
+        self.deadlines += [deadline for deadline, _ in self.coming]
+        self.deadlines.sort()
+
+    @cached_property
+    def first_wishes(self) -> list[Wish]:
+        """Of the MAX_PLANNED that are due first."""
+        first = [(entry.deadline_at, entry.wish) for entry in self.line[:MAX_PLANNED]] + self.coming
+        first.sort(key=itemgetter(0))
+        return [wish for _, wish in first[:MAX_PLANNED]]
+
+    def highest_clearing(self) -> int | None:
+        """Bisect the levels; None if even the cheapest leaves somebody late."""
+        low, high = -1, self.situation.menu.num_levels - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.clears(middle):
+                low = middle
+            else:
+                high = middle - 1
+        return low if low >= 0 else None
+
+    def clears(self, level: int) -> bool:
+        if level <= self.lowest_limit:
+            return clears(self.situation, self.deadlines, level, self.batch_limit(level))
+        targets = [target(wish, level) for wish in self.first_wishes]
+        return _clears_mixed(self.situation, self.deadlines, targets, self.guard_s)
+
+    def share(self, level: int, option: int) -> int:
+        """The largest batch of `option` that leaves the other options in the plan's first group their time."""
+        situation, row = self.situation, self.situation.rows[option]
+        targets = [target(wish, level) for wish in self.first_wishes[: situation.max_batch_size]]
+        room = min(self.deadlines[0] - situation.now, max(self.guard_s, row[0] * situation.slowdown))
+        room /= situation.slowdown
+        sizes, cost = _group(situation.rows, targets, room)
+        own_s = row[sizes[option] - 1] if sizes[option] else 0.0
+        return max(sizes[option], bisect_right(row, room - cost + own_s))
+
+    def batch_limit(self, option: int) -> int:
+        """The largest batch that a tight newcomer can wait for; at least one."""
+        return max(1, self.situation.fitting(option, self.guard_s, self.situation.max_batch_size))
+
+
+def clears(situation: Situation, deadlines: Sequence[float], option: int, max_size: int) -> bool:
+    """Whether serving all of `deadlines`, ascending, with one option in the largest batches is in time for all."""
+    row, slowdown, time = situation.rows[option], situation.slowdown, situation.now
+    busy = slowdown * situation.stretch
+    index, count = 0, len(deadlines)
+    while index < count:
+        size = bisect_right(row, (deadlines[index] - time) / slowdown, 0, max_size)
+        if size == 0:
+            return False
+        if size > count - index:
+            size = count - index
+        time += row[size - 1] * busy
+        index += size
+    return True
+
+
+def _clears_mixed(situation: Situation, deadlines: Sequence[float], targets: Sequence[int], guard_s: float) -> bool:
+    """As `clears`, where each request has a target of its own: a group pays for one batch per target in it.
+
+    Those beyond the targets are taken to go at the pace of those before them.
     """
-    if request.subnetwork is not None:
-        row = profiles.by_subnetwork.get(request.subnetwork)
-        if row is None:
-            raise InvalidParameterError(
-                f"{request.subnetwork} is not one of this model's sub-networks; GET /subnetworks lists them"
-            )
-        _require_budget(request.budget_gflops, row, f"{row.subnetwork} costs")
-        return Decision(row, f"{row.subnetwork} was asked for by name")
-    _require_budget(request.budget_gflops, profiles.cheapest, "the cheapest sub-network costs")
-    fitting = [row for row in profiles.frontier if fits(row, request.budget_gflops)]
-    best = fitting[-1]
-    quality = "the most accurate" if profiles.is_measured else "the largest"
-    if request.budget_gflops is None:
-        return Decision(best, f"no budget was given: {best.subnetwork} is {quality} sub-network")
-    if best is profiles.frontier[-1]:
-        return Decision(best, f"{request.budget_gflops:.12g} GFLOPs admit {quality} sub-network, {best.subnetwork}")
-    dearer = profiles.frontier[len(fitting)]
-    return Decision(
-        best,
-        f"{best.subnetwork} is {quality} within {request.budget_gflops:.12g} GFLOPs; the next better one, "
-        f"{dearer.subnetwork}, costs {dearer.gflops}",
-    )
+    rows, slowdown, max_size = situation.rows, situation.slowdown, situation.max_batch_size
+    busy = slowdown * situation.stretch
+    index, count, time = 0, len(targets), situation.now
+    while index < count:
+        room = min(deadlines[index] - time, max(guard_s, rows[targets[index]][0] * slowdown)) / slowdown
+        sizes, cost = _group(rows, targets[index : index + max_size], room)
+        if not cost:
+            return False
+        time += cost * busy
+        index += sum(sizes)
+    pace = (time - situation.now) / count
+    return all(time + pace * (index - count) <= deadlines[index] for index in range(count, len(deadlines), max_size))
 
 
-def fits(row: SubNetworkProfile, budget_gflops: float | None) -> bool:
-    """Tell whether `row` costs no more than the budget, compared in the very number that clients are shown."""
-    return budget_gflops is None or row.gflops <= budget_gflops
+def _group(rows: Rows, targets: Sequence[int], room: float) -> tuple[list[int], float]:
+    """Take from the front what fits the room: how many of each option, and the cost of a batch of each."""
+    sizes, cost = [0] * len(rows), 0.0
+    for option in targets:
+        row, size = rows[option], sizes[option]
+        more = row[size] - row[size - 1] if size else row[0]
+        if cost + more > room:
+            break
+        sizes[option] = size + 1
+        cost += more
+    return sizes, cost
 
 
-def _require_budget(budget_gflops: float | None, row: SubNetworkProfile, who: str) -> None:
-    if not fits(row, budget_gflops):
-        raise BudgetTooSmallError(
-            f"a budget of {budget_gflops:.12g} GFLOPs is too small: {who} {row.gflops}",
-            smallest_budget_gflops=row.gflops,
+def _hopeless(situation: Situation) -> tuple[Entry, ...]:
+    """Those whose deadline not even a batch of one at their cheapest option would meet."""
+    ends = [situation.now + row[0] * situation.slowdown for row in situation.rows]
+    latest = max(ends)
+    hopeless = []
+    for entry in situation.line:
+        if entry.deadline_at >= latest:
+            break
+        if entry.deadline_at < ends[entry.wish.only or 0]:
+            hopeless.append(entry)
+    return tuple(hopeless)
+
+
+def _expected(situation: Situation) -> list[tuple[float, Wish]]:
+    """The arrivals of the next moment, evenly spaced, each with the wish of a recent one."""
+    now, rate = situation.now, situation.arrival_rate
+    count = min(round(rate * FORECAST_S), MAX_EXPECTED)
+    wishes = islice(cycle(situation.recent), count)
+    return [(now + index / rate + wish.budget_s, wish) for index, wish in enumerate(wishes, start=1)]
+
+
+def _guard_s(situation: Situation) -> float:
+    """The longest batch after which a newcomer with a tight budget can still be served; infinite where none is due."""
+    longest = situation.seconds(situation.menu.num_levels - 1, 1)
+    room = situation.tight_budget_s - situation.seconds(0, 1)
+    return room if room > 0 and situation.arrival_rate * longest > BUSY else math.inf
+
+
+def _first_batch(plan: _Plan, level: int, late: tuple[Entry, ...]) -> Choice:
+    """Take the first batch of the plan, with a little safety: a choice that only just fits is lowered."""
+    situation, line, head = plan.situation, plan.line, plan.line[0]
+    room = head.deadline_at - situation.now
+    tight = min(room, plan.guard_s)
+    option = target(head.wish, level)
+    if plan.lowest_limit >= level:
+        together, size = line, plan.batch_limit(option)
+    else:
+        together = [entry for entry in line[:MAX_PLANNED] if target(entry.wish, level) == option]
+        size = min(plan.share(level, option), plan.batch_limit(option))
+    size = max(1, min(situation.fitting(option, room, len(together)), size))
+    lower = option if option < situation.menu.num_levels else head.wish.limit + 1
+    while head.wish.only is None and lower > 0 and situation.seconds(option, size) * SAFETY > tight:
+        option = lower = lower - 1
+    while size > 1 and situation.seconds(option, size) * SAFETY > tight:
+        size -= 1
+    granting = (entry for entry in together if target(entry.wish, option) == option)  # not all, if it was lowered
+    return Choice(option, tuple(islice(granting, size)), late, reason=_reason(plan, option))
+
+
+def _to_shed(situation: Situation, line: Sequence[Entry]) -> tuple[Entry, ...]:
+    """Choose whom to give up so that the cheapest level answers the rest: low priority first, then the most urgent."""
+    order = sorted(line[:MAX_PLANNED], key=attrgetter("priority"))  # stable: by deadline within each priority
+    deadlines = [entry.deadline_at for entry in order]
+    full_s = situation.seconds(0, situation.max_batch_size)
+    if situation.arrival_rate * full_s * situation.stretch > situation.max_batch_size:
+        return tuple(order[: _too_urgent(situation, deadlines)])
+    options = [entry.wish.only or 0 for entry in order]
+    due = sorted(range(len(order)), key=deadlines.__getitem__) if any(options) else []
+
+    def clears_without(count: int) -> bool:
+        if not due:
+            return clears(situation, sorted(deadlines[count:]), 0, situation.max_batch_size)
+        rest = [index for index in due if index >= count]
+        return _clears_mixed(
+            situation, [deadlines[index] for index in rest], [options[index] for index in rest], math.inf
         )
+
+    fewest = bisect_left(range(len(order) - 1), True, key=clears_without)  # a passing burst: as few as possible
+    return tuple(order[:fewest])
+
+
+def _too_urgent(situation: Situation, deadlines: Sequence[float]) -> int:
+    """Arrivals outrun even the cheapest level: count those that keep this batch from being as large as it can be.
+
+    Small batches would waste the very capacity that is short.
+
+    Args:
+        situation: the moment.
+        deadlines: in the order in which requests are given up.
+    """
+    earliest = list(accumulate(reversed(deadlines), min))[::-1]  # of those left, once so many are given up
+    for size in range(min(situation.max_batch_size, len(deadlines)), 1, -1):
+        count = bisect_left(earliest, situation.now + situation.seconds(0, size))
+        if count + size <= len(deadlines):
+            return count
+    return 0
+
+
+def _cheapest_batch(
+    situation: Situation, line: Sequence[Entry], late: tuple[Entry, ...], shed: tuple[Entry, ...]
+) -> Choice:
+    option = line[0].wish.only or 0
+    together = [entry for entry in line[:MAX_PLANNED] if (entry.wish.only or 0) == option]
+    size = max(1, situation.fitting(option, line[0].deadline_at - situation.now, len(together)))
+    subnetwork = situation.menu.options[option].row.subnetwork
+    waiting = len(line) + len(shed)
+    reason = f"{waiting} waiting and more expected than can be answered in time: {subnetwork} answers the most"
+    return Choice(option, tuple(together[:size]), late, shed, reason)
+
+
+def _reason(plan: _Plan, option: int) -> str:
+    situation, waiting = plan.situation, len(plan.line)
+    menu = situation.menu
+    subnetwork = menu.options[option].row.subnetwork
+    quality = "the most accurate" if menu.is_measured else "the largest"
+    if option == menu.num_levels - 1:
+        if waiting == 1:
+            return f"nothing else waits: {subnetwork} is {quality} sub-network"
+        return f"{waiting} waiting: {subnetwork}, {quality} sub-network, answers all of them in time"
+    if waiting > 1:
+        return f"{waiting} waiting: {subnetwork} is {quality} that answers all of them in time"
+    left = f"{1000 * (plan.line[0].deadline_at - situation.now):.0f} ms left"
+    if plan.coming:
+        return f"{left} and others expected: {subnetwork} is {quality} that answers all of them in time"
+    return f"{left}: {subnetwork} is {quality} that answers in time"

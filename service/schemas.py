@@ -7,25 +7,31 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from models.checkpoint import Checkpoint
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig
-from service.domain import DEFAULT_TOP_K, Classification
+from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast
+from service.menu import Menu
+
+LOWEST_PRIORITY = -10  # a handful of classes is all that anybody can tell apart
 
 
-class ClassifyQuery(BaseModel):
-    """Query parameters of POST /classify."""
+class DecideQuery(BaseModel):
+    """Query parameters of POST /decide: what a request grants, and what it insists on."""
 
     model_config = ConfigDict(extra="forbid")
 
+    budget_ms: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="time from arrival within which the answer is wanted"
+    )
     budget_gflops: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="most that the answer may cost, in 1e9 multiply-accumulates"
     )
-    top_k: int | None = Field(
-        None, ge=1, description=f"predictions to return, up to the number of classes; {DEFAULT_TOP_K} by default"
+    priority: int = Field(
+        0, ge=LOWEST_PRIORITY, le=0, description="0 is normal; lower may be refused or given up first"
     )
     patch_grid: int | None = Field(None, ge=1, description="with keep_rate: a sub-network by name, not by budget")
     keep_rate: float | None = Field(None, gt=0, le=1, description="with patch_grid: a sub-network by name")
 
     @model_validator(mode="after")
-    def _both_or_none(self) -> "ClassifyQuery":
+    def _both_or_none(self) -> "DecideQuery":
         if (self.patch_grid is None) != (self.keep_rate is None):
             raise ValueError("patch_grid and keep_rate go together: give both or none")
         return self
@@ -36,6 +42,14 @@ class ClassifyQuery(BaseModel):
         if self.patch_grid is None or self.keep_rate is None:
             return None
         return SubNetwork(self.patch_grid, self.keep_rate)
+
+
+class ClassifyQuery(DecideQuery):
+    """Query parameters of POST /classify."""
+
+    top_k: int | None = Field(
+        None, ge=1, description=f"predictions to return, up to the number of classes; {DEFAULT_TOP_K} by default"
+    )
 
 
 class PredictionAnswer(BaseModel):
@@ -54,13 +68,15 @@ class SubNetworkAnswer(BaseModel):
     keep_rate: float = Field(description="fraction of tokens kept at each prune block")
     num_tokens: int = Field(description="tokens that enter the first block, class token included")
     gflops: float = Field(description="cost of one image, in 1e9 multiply-accumulates")
-    expected_accuracy: float | None = Field(description="measured top-1, 0..1; null where nobody measured")
+    expected_accuracy: float | None = Field(description="top-1, 0..1; null where nobody measured")
 
 
 class DecisionAnswer(BaseModel):
-    """Why that sub-network ran."""
+    """What was decided, and why."""
 
     reason: str
+    batch_size: int = Field(description="images that ran together")
+    predicted_inference_ms: float = Field(description="what the batch was expected to take in the engine")
 
 
 class TimingAnswer(BaseModel):
@@ -86,14 +102,40 @@ class ClassifyAnswer(BaseModel):
     subnetwork: SubNetworkAnswer
     decision: DecisionAnswer
     timing_ms: TimingAnswer
+    budget_ms: float = Field(description="time that was granted")
+    deadline_met: bool = Field(description="whether the answer was finished within it")
     model: ModelAnswer
+
+
+class DecideAnswer(BaseModel):
+    """Answer to POST /decide."""
+
+    subnetwork: SubNetworkAnswer
+    decision: DecisionAnswer
+    answered_in_ms: float = Field(description="until the answer, upload and decoding left out")
+
+
+class ResourcesAnswer(BaseModel):
+    """Answer to GET /resources: the machine, the traffic, and what the policy makes of them."""
+
+    snapshot: dict[str, Any] = Field(description="the latest look at the machine; null where it does not say")
+    age_s: float = Field(description="since that look")
+    waiting: int = Field(description="requests that wait for the engine")
+    arrival_rate: float = Field(description="requests per second, of late")
+    slowdown: float = Field(description="latency now over the profile's")
+    expected_from_others: float = Field(description="slowdown that the others' load alone would let expect")
+    stretch: float = Field(description="engine time per batch over the batch's own, because of --max-utilization")
+    max_batch_size: int = Field(description="most that may run together now")
+    next_without_budget: DecideAnswer | None = Field(description="what a request would get; null if it were refused")
 
 
 class SubNetworkRow(SubNetworkAnswer):
     """One row of the table."""
 
     expected_top5_accuracy: float | None
+    is_interpolated: bool = Field(description="whether the accuracy lies between two measured ones")
     on_frontier: bool = Field(description="whether no cheaper sub-network is as accurate; others run only by name")
+    latency_ms: dict[int, float] = Field(description="profiled latency on this machine by batch size")
 
 
 class SubNetworksAnswer(BaseModel):
@@ -102,6 +144,8 @@ class SubNetworksAnswer(BaseModel):
     model: ModelAnswer
     image_side_px: int
     num_classes: int
+    engine: str
+    profiled_at: str = Field(description="when the latencies were measured")
     subnetworks: list[SubNetworkRow] = Field(description="cheapest first")
 
 
@@ -125,6 +169,21 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 
+def describe_parameters(query: type[BaseModel]) -> list[dict[str, Any]]:
+    """Describe the fields of a query model as the parameters of an OpenAPI operation."""
+    schema = query.model_json_schema()
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": name in schema.get("required", ()),
+            "description": field.get("description", ""),
+            "schema": {key: value for key, value in field.items() if key != "description"},
+        }
+        for name, field in schema["properties"].items()
+    ]
+
+
 def describe_model(checkpoint: Checkpoint) -> ModelAnswer:
     """Name the checkpoint."""
     return ModelAnswer(name=checkpoint.name, version=checkpoint.version)
@@ -143,21 +202,46 @@ def describe_subnetwork(row: SubNetworkProfile, config: SuperViTConfig) -> SubNe
     )
 
 
-def describe_family(checkpoint: Checkpoint) -> SubNetworksAnswer:
-    """List every sub-network of a checkpoint, cheapest first."""
-    config, profile = checkpoint.config, checkpoint.profile
+def describe_family(
+    checkpoint: Checkpoint, menu: Menu, engine: str, profiled_at: str, batch_sizes: tuple[int, ...]
+) -> SubNetworksAnswer:
+    """List everything on the menu, cheapest first."""
+    config = checkpoint.config
+    rows = [
+        SubNetworkRow(
+            **describe_subnetwork(option.row, config).model_dump(),
+            expected_top5_accuracy=option.row.top5,
+            is_interpolated=option.row.is_interpolated,
+            on_frontier=index in menu.frontier,
+            latency_ms={size: _ms(option.seconds[size - 1]) for size in batch_sizes},
+        )
+        for index, option in sorted(enumerate(menu.options), key=lambda item: item[1].row.macs)
+    ]
     return SubNetworksAnswer(
         model=describe_model(checkpoint),
         image_side_px=config.image_side,
         num_classes=config.num_classes,
-        subnetworks=[
-            SubNetworkRow(
-                **describe_subnetwork(row, config).model_dump(),
-                expected_top5_accuracy=row.top5,
-                on_frontier=row in profile.frontier,
-            )
-            for row in profile.rows
-        ],
+        engine=engine,
+        profiled_at=profiled_at,
+        subnetworks=rows,
+    )
+
+
+def describe_decision(decision: Decision) -> DecisionAnswer:
+    """Put a decision on the wire."""
+    return DecisionAnswer(
+        reason=decision.reason,
+        batch_size=decision.batch_size,
+        predicted_inference_ms=_ms(decision.predicted_s),
+    )
+
+
+def describe_forecast(forecast: Forecast, config: SuperViTConfig) -> DecideAnswer:
+    """Put a forecast on the wire."""
+    return DecideAnswer(
+        subnetwork=describe_subnetwork(forecast.decision.profile, config),
+        decision=describe_decision(forecast.decision),
+        answered_in_ms=_ms(forecast.answered_in_s),
     )
 
 
@@ -170,13 +254,15 @@ def describe_answer(answer: Classification, checkpoint: Checkpoint) -> ClassifyA
             for prediction in answer.predictions
         ],
         subnetwork=describe_subnetwork(answer.decision.profile, checkpoint.config),
-        decision=DecisionAnswer(reason=answer.decision.reason),
+        decision=describe_decision(answer.decision),
         timing_ms=TimingAnswer(
             decode=_ms(timing.decode_s),
             queue=_ms(timing.queue_s),
             inference=_ms(timing.inference_s),
             total=_ms(timing.total_s),
         ),
+        budget_ms=_ms(answer.budget_s),
+        deadline_met=answer.deadline_met,
         model=describe_model(checkpoint),
     )
 

@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "models" / "checkpoints" / "supervit-micro-cifar10.safetensors"
+CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "supervit"
 PILLOW_LIMIT_PIXELS = 89_000_000  # above it, the decoder has objections of its own
 
 
@@ -19,9 +20,23 @@ class Settings(BaseSettings):
     checkpoint: Path = Field(DEFAULT_CHECKPOINT, description="SuperViT checkpoint to serve; ours or a published one")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 for any free one")
+    engine: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="what runs the model; auto takes OpenVINO on a CPU and PyTorch on a GPU"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
-    max_batch_size: int = Field(16, ge=1, description="requests for one sub-network that may run together")
-    max_waiting: int = Field(256, ge=1, description="requests in the server at once; more are refused")
+    threads: int | None = Field(None, ge=1, description="threads of the engine on a CPU; every core by default")
+    policy: str = Field("level", description="what chooses the sub-network and the batch; others are for comparison")
+    default_budget_ms: float = Field(
+        1000, gt=0, allow_inf_nan=False, description="time granted to a request that names no budget_ms"
+    )
+    max_utilization: float | None = Field(
+        None, gt=0, le=1, description="fraction of the machine's compute that this server may use; all of it by default"
+    )
+    profile_folder: Path = Field(CACHE_FOLDER, description="where measured latencies are kept")
+    monitor_interval_s: float = Field(0.25, gt=0, description="time between two looks at the machine's utilization")
+    max_batch_size: int = Field(16, ge=1, le=64, description="requests that may run together")
+    max_in_flight: int = Field(1024, ge=1, description="requests in the server at once; more are refused")
+    drain_s: float = Field(30, gt=0, description="longest time to answer those admitted once told to stop")
     decode_threads: int = Field(2, ge=1, description="threads that decode images")
     max_body_bytes: int = Field(20_000_000, ge=1, description="largest request body that is read")
     max_upload_s: float = Field(30, gt=0, description="longest time that a request's body may take to arrive")
@@ -29,7 +44,7 @@ class Settings(BaseSettings):
         50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="largest image that is decoded, width times height"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least serious log lines shown; info has a line per request"
+        "info", description="least serious log lines shown; debug has a line per request"
     )
 
 

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 from models.recipe import Recipe
-from service.cli import Classify, Evaluate
+from service.cli import Evaluate, Profile
+from service.client import Classify
 from service.settings import Settings
+from service.simulator import Simulate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,14 +33,14 @@ def test_every_knob_of_the_server_has_a_line() -> None:
 def test_every_option_in_an_example_exists() -> None:
     known = {
         f"--{name.replace('_', '-')}"
-        for command in (Settings, Classify, Evaluate, Recipe)
+        for command in (Settings, Classify, Evaluate, Recipe, Profile, Simulate)
         for name in command.model_fields
     }
     examples = [line for line in shell_lines() if "supervit " in line or "service.cli" in line]
     used = {
         option
         for line in examples
-        for option in re.findall(r"(?<!\S)--[a-z-]+", re.split(r"supervit |service\.cli ", line, maxsplit=1)[1])
+        for option in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", re.split(r"supervit |service\.cli ", line, maxsplit=1)[1])
     }
     assert used
     assert used <= known

@@ -110,6 +110,13 @@ def test_a_photo_taken_sideways_is_turned_upright(tmp_path: Path) -> None:
     assert bottom[2] > 200 > 50 > bottom[0]
 
 
+def test_an_rgb_picture_is_not_copied_and_outlives_its_file(tmp_path: Path) -> None:
+    noise(16, 8).save(tmp_path / "rgb.png")
+    with Image.open(tmp_path / "rgb.png") as image:
+        assert to_rgb(image) is image
+    assert colours(image) == colours(noise(16, 8))
+
+
 @pytest.mark.parametrize(("config", "resized"), [(DEIT_SMALL, 256), (LVVIT_SMALL, 248), (LVVIT_MICRO, 32)])
 @pytest.mark.parametrize("size", [(500, 375), (333, 499), (224, 224), (40, 30)])
 def test_the_evaluation_transform_is_the_standard_one(

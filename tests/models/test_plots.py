@@ -2,7 +2,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from models.plots import plot_frontier, plot_training
+from models.latency import LatencyTable
+from models.plots import plot_frontier, plot_latency, plot_training
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 
@@ -31,4 +32,19 @@ def test_a_training_run_of_one_epoch_and_of_several_is_a_png(tmp_path: Path) -> 
     for count in (1, 3):
         path = tmp_path / f"{count}.png"
         plot_training(records[:count], path)
+        assert is_png(path)
+
+
+def test_latencies_of_many_sub_networks_or_of_one_are_a_png(tmp_path: Path) -> None:
+    many = {
+        SubNetwork(grid, rate): tuple(grid * rate * (4 + size) / 1e3 for size in (1, 2, 4, 8))
+        for grid in (5, 6, 8)
+        for rate in (0.5, 0.7, 1.0)
+    }
+    for name, table in (
+        ("many", LatencyTable((1, 2, 4, 8), many)),
+        ("one", LatencyTable((1,), {SubNetwork(5, 1): (1,)})),
+    ):
+        path = tmp_path / f"{name}.png"
+        plot_latency(table, path)
         assert is_png(path)

@@ -1,4 +1,4 @@
-"""A tiny checkpoint with a measured profile, and pictures in every format."""
+"""A tiny checkpoint with a measured profile, a menu with round latencies, and pictures in every format."""
 
 import io
 from collections.abc import Callable
@@ -9,9 +9,11 @@ from PIL import Image
 
 from models.checkpoint import Checkpoint
 from models.flops import count_macs
+from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
+from service.menu import Menu
 
 CONFIG = SuperViTConfig(
     flavour="deit",
@@ -27,6 +29,13 @@ CONFIG = SuperViTConfig(
 )
 # The largest grid's pruned sub-network costs less than the smaller grid's would suggest: (2, 1) is dominated.
 TOP1 = {SubNetwork(2, 0.5): 0.5, SubNetwork(2, 1.0): 0.45, SubNetwork(4, 0.5): 0.7, SubNetwork(4, 1.0): 0.8}
+# Seconds of batches of 1, 2, 3 and 4: a fixed part and one for each image, so that all of them are easily worked out.
+SECONDS = {
+    SubNetwork(2, 0.5): (2.0, 3.0, 4.0, 5.0),
+    SubNetwork(4, 0.5): (4.0, 6.0, 8.0, 10.0),
+    SubNetwork(4, 1.0): (8.0, 12.0, 16.0, 20.0),
+    SubNetwork(2, 1.0): (6.0, 9.0, 12.0, 15.0),
+}
 
 
 @pytest.fixture
@@ -39,6 +48,19 @@ def profiles() -> ProfileTable:
     return ProfileTable(
         tuple(SubNetworkProfile(sub, count_macs(CONFIG, sub), top1, top1 + 0.1) for sub, top1 in TOP1.items())
     )
+
+
+@pytest.fixture
+def menu(profiles: ProfileTable) -> Menu:
+    """Three levels, (2, 0.5), (4, 0.5) and (4, 1); the fourth option, (2, 1), is on no level."""
+    return Menu.of(profiles, LatencyTable((1, 2, 3, 4), SECONDS))
+
+
+@pytest.fixture
+def fast_menu(profiles: ProfileTable) -> Menu:
+    """The same in a hundredth of the time: in fours, the levels answer 80, 40 and 20 requests a second."""
+    seconds = {subnetwork: tuple(each / 100 for each in row) for subnetwork, row in SECONDS.items()}
+    return Menu.of(profiles, LatencyTable((1, 2, 3, 4), seconds))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
-from models.data import evaluation_transform, normalise
+from models.data import normalise
+from models.latency import LatencyTable
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
-from service.app import create_app
+from service.app import create_app, extended_profile
 from service.engine import TorchEngine
+from service.errors import InvalidParameterError
 from service.images import decode_image
 from service.settings import Settings
 
@@ -25,9 +28,12 @@ class ScriptedEngine(TorchEngine):
     """The real engine, which a test can hold back or make fail."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__(checkpoint.model, "cpu")
+        super().__init__(checkpoint.model, "cpu", threads=1)
         self.may_warm_up = threading.Event()
         self.may_warm_up.set()
+        self.may_run = threading.Event()
+        self.may_run.set()
+        self.running = threading.Event()
         self.error: Exception | None = None
         self.warm_up_error: Exception | None = None
         self.logits: Tensor | None = None
@@ -39,6 +45,8 @@ class ScriptedEngine(TorchEngine):
         super().warm_up()
 
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        self.running.set()
+        self.may_run.wait(10)
         if self.error:
             raise self.error
         return super().run(images, subnetwork) if self.logits is None else self.logits
@@ -55,8 +63,16 @@ def engine(checkpoint: Checkpoint) -> ScriptedEngine:
 
 
 @pytest.fixture
-def client(settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine) -> Iterator[TestClient]:
-    with TestClient(create_app(settings, checkpoint, engine), raise_server_exceptions=False) as client:
+def latencies(checkpoint: Checkpoint) -> LatencyTable:
+    """A machine so fast that no budget of a test is too small."""
+    return LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (1e-06, 2e-06)))
+
+
+@pytest.fixture
+def client(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
+) -> Iterator[TestClient]:
+    with TestClient(create_app(settings, checkpoint, engine, latencies), raise_server_exceptions=False) as client:
         wait_until_ready(client)
         yield client
 
@@ -85,7 +101,7 @@ def test_an_answer_holds_what_the_model_says_and_everything_about_how(
     client: TestClient, checkpoint: Checkpoint, photo: bytes
 ) -> None:
     answer = client.post("/classify", content=photo, headers={"Content-Type": "image/jpeg"}).json()
-    image = decode_image(photo, evaluation_transform(checkpoint.config), 10_000)
+    image = decode_image(photo, checkpoint.config, 10_000)
     with torch.inference_mode():
         probabilities = checkpoint.model(normalise(image[None], checkpoint.config))[0].softmax(0)
     best = probabilities.topk(5)
@@ -100,7 +116,11 @@ def test_an_answer_holds_what_the_model_says_and_everything_about_how(
         "gflops": checkpoint.profile.by_subnetwork[SubNetwork(4, 1.0)].gflops,
         "expected_accuracy": 0.8,
     }
-    assert "no budget" in answer["decision"]["reason"]
+    assert answer["decision"]["reason"] == "nothing else waits: grid 4 at keep rate 1 is the most accurate sub-network"
+    assert answer["decision"]["batch_size"] == 1
+    assert answer["decision"]["predicted_inference_ms"] >= 0
+    assert answer["budget_ms"] == 1000
+    assert answer["deadline_met"] is True
     assert answer["model"] == {"name": "tiny", "version": "0123456789ab"}
     timing = answer["timing_ms"]
     assert set(timing) == {"decode", "queue", "inference", "total"}
@@ -130,14 +150,15 @@ def test_a_form_and_a_body_get_the_same_answer(client: TestClient, photo: bytes)
 
 
 def test_every_budget_is_kept_and_every_sub_network_of_the_frontier_is_reached(
-    client: TestClient, profiles: ProfileTable, photo: bytes
+    client: TestClient, checkpoint: Checkpoint, photo: bytes
 ) -> None:
     reached = set()
     for row in client.get("/subnetworks").json()["subnetworks"]:
         answer = client.post("/classify", params={"budget_gflops": row["gflops"]}, content=photo).json()
         assert answer["subnetwork"]["gflops"] <= row["gflops"]
         reached.add(SubNetwork(answer["subnetwork"]["patch_grid"], answer["subnetwork"]["keep_rate"]))
-    assert reached == {row.subnetwork for row in profiles.frontier}
+    assert reached == {row.subnetwork for row in extended_profile(checkpoint).frontier}
+    assert len(reached) > len(checkpoint.profile.frontier)
 
 
 def test_a_dominated_sub_network_answers_by_name(client: TestClient, photo: bytes) -> None:
@@ -166,13 +187,21 @@ def test_a_budget_under_the_cheapest_names_the_smallest_possible_one(
         "budget_gflops=inf",
         "budget_gflops=cheap",
         "budget_gflops=",
+        "budget_ms=0",
+        "budget_ms=nan",
+        "budget_ms=inf",
+        "budget_ms=soon",
+        "priority=1",
+        "priority=1000000",
+        "priority=-11",
+        "priority=0.5",
         "top_k=0",
         "top_k=8",
         "top_k=1.5",
         "patch_grid=4",
         "keep_rate=0.5",
         "patch_grid=3&keep_rate=0.5",
-        "patch_grid=4&keep_rate=0.6",
+        "patch_grid=4&keep_rate=0.61",
         "patch_grid=4&keep_rate=0",
         "patch_grid=4&keep_rate=1.1",
         "budget=2.3",
@@ -279,7 +308,7 @@ def test_a_bug_in_the_server_is_500_in_the_same_shape(
     def explode(*_: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr("service.pipeline.choose", explode)
+    monkeypatch.setattr("service.pipeline.Wish", explode)
     response = client.post("/classify", content=photo)
     assert error_code(response, 500) == "internal_error"
     assert "secret" not in response.text
@@ -287,12 +316,14 @@ def test_a_bug_in_the_server_is_500_in_the_same_shape(
 
 
 def test_the_server_is_ready_only_after_the_model_has_run(
-    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
 ) -> None:
     engine.may_warm_up.clear()
-    with TestClient(create_app(settings, checkpoint, engine)) as client:
+    with TestClient(create_app(settings, checkpoint, engine, latencies)) as client:
         assert client.get("/health/live").json() == {"status": "live"}
-        assert error_code(client.get("/health/ready"), 503) == "not_ready"
+        for path in ("/health/ready", "/subnetworks", "/resources"):
+            assert error_code(client.get(path), 503) == "not_ready"
+        assert error_code(client.post("/decide"), 503) == "not_ready"
         assert sample(client, "supervit_ready ") == 0
         refused = client.post("/classify", content=photo)
         assert error_code(refused, 503) == "not_ready"
@@ -308,7 +339,7 @@ def test_a_model_that_cannot_even_warm_up_ends_the_server(
 ) -> None:
     engine.warm_up_error = RuntimeError("out of memory")
     failed = threading.Event()
-    with TestClient(create_app(settings, checkpoint, engine, failed.set)) as client:
+    with TestClient(create_app(settings, checkpoint, engine, on_failure=failed.set)) as client:
         assert failed.wait(10)
         assert error_code(client.get("/health/ready"), 503) == "not_ready"
     assert "the model cannot run: out of memory" in caplog.text
@@ -317,8 +348,11 @@ def test_a_model_that_cannot_even_warm_up_ends_the_server(
 def test_the_table_lists_every_sub_network_cheapest_first(client: TestClient, checkpoint: Checkpoint) -> None:
     answer = client.get("/subnetworks").json()
     rows = answer["subnetworks"]
-    assert [row["gflops"] for row in rows] == sorted(row.gflops for row in checkpoint.profile.rows)
+    assert [row["gflops"] for row in rows] == sorted(row.gflops for row in extended_profile(checkpoint).rows)
     by_name = {(row["patch_grid"], row["keep_rate"]): row for row in rows}
+    assert [by_name[4, rate]["is_interpolated"] for rate in (0.5, 0.75, 1.0)] == [False, True, False]
+    assert by_name[4, 0.75]["expected_accuracy"] == pytest.approx(0.75)
+    assert by_name[4, 1.0]["latency_ms"] == {"1": 0.001, "4": 0.002}
     assert by_name[2, 1.0]["on_frontier"] is False
     assert by_name[4, 0.5]["on_frontier"] is True
     assert by_name[4, 1.0]["expected_accuracy"] == 0.8
@@ -366,11 +400,81 @@ def test_the_documentation_describes_body_parameters_and_errors(client: TestClie
     operation = client.get("/openapi.json").json()["paths"]["/classify"]["post"]
     assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*", "application/octet-stream"}
     assert {entry["name"] for entry in operation["parameters"]} == {
+        "budget_ms",
         "budget_gflops",
+        "priority",
         "top_k",
         "patch_grid",
         "keep_rate",
     }
-    assert {"200", "408", "413", "415", "422", "429", "500", "503"} <= set(operation["responses"])
+    assert {"200", "408", "413", "415", "422", "429", "500", "503", "504"} <= set(operation["responses"])
     problem = operation["responses"]["422"]["content"]["application/json"]["schema"]["$ref"]
     assert problem.endswith("ErrorAnswer")
+
+
+def test_a_time_budget_that_no_sub_network_can_ever_meet_names_the_smallest_possible_one(
+    client: TestClient, photo: bytes
+) -> None:
+    response = client.post("/classify?budget_ms=1e-9", content=photo)
+    assert error_code(response, 422) == "budget_too_small"
+    assert response.json()["error"]["details"] == {"smallest_budget_ms": 0.001}
+    assert client.post("/classify?budget_ms=1e9", content=photo).status_code == 200
+
+
+def test_what_would_be_chosen_is_told_without_running_anything(client: TestClient, checkpoint: Checkpoint) -> None:
+    free = client.post("/decide").json()
+    assert (free["subnetwork"]["patch_grid"], free["subnetwork"]["keep_rate"]) == (4, 1)
+    assert free["decision"]["batch_size"] == 1
+    assert free["answered_in_ms"] > 0
+    cheapest = client.post("/decide", params={"budget_gflops": checkpoint.profile.cheapest.gflops}).json()
+    assert (cheapest["subnetwork"]["patch_grid"], cheapest["subnetwork"]["keep_rate"]) == (2, 0.5)
+    assert "is the most accurate within" in cheapest["decision"]["reason"]
+    assert error_code(client.post("/decide?budget_gflops=1e-9"), 422) == "budget_too_small"
+    assert error_code(client.post("/decide?top_k=2"), 422) == "invalid_parameter"
+    assert sample(client, "supervit_batch_size_images_count") == 0
+
+
+def test_the_machine_and_what_the_policy_makes_of_it_are_shown(client: TestClient) -> None:
+    answer = client.get("/resources").json()
+    assert answer["snapshot"]["cores"] > 0
+    assert answer["snapshot"]["memory_total_bytes"] > 0
+    assert (answer["waiting"], answer["stretch"], answer["max_batch_size"]) == (0, 1, 4)
+    assert answer["next_without_budget"]["subnetwork"]["patch_grid"] == 4
+
+
+def test_whoever_cannot_be_answered_in_time_is_refused_before_the_body_is_read_and_told_when_to_return(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes
+) -> None:
+    slow = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (0.4, 0.5)))
+    with TestClient(create_app(settings, checkpoint, engine, slow)) as client:
+        wait_until_ready(client)
+        engine.running.clear()
+        engine.may_run.clear()
+        with ThreadPoolExecutor(1) as other:
+            first = other.submit(client.post, "/classify?budget_ms=9000", content=photo)
+            assert engine.running.wait(10)
+            refused = client.post("/classify?budget_ms=500", content=b"never read")
+            assert error_code(refused, 429) == "overloaded"
+            assert refused.json()["error"]["details"]["retry_after_s"] > 0
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert error_code(client.post("/decide?budget_ms=500"), 429) == "overloaded"
+            engine.may_run.set()
+            assert first.result().status_code == 200
+        assert sample(client, 'supervit_deadlines_total{result="missed"}') == 1
+
+
+def test_an_unknown_policy_is_refused_at_once_with_those_there_are(settings: Settings, checkpoint: Checkpoint) -> None:
+    with pytest.raises(InvalidParameterError, match=r"level.*fixed-4-1"):
+        create_app(settings.model_copy(update={"policy": "best"}), checkpoint)
+
+
+def test_a_server_that_is_told_to_stop_refuses_newcomers(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
+) -> None:
+    app = create_app(settings, checkpoint, engine, latencies)
+    with TestClient(app) as client:
+        wait_until_ready(client)
+        app.state.drain()
+        assert error_code(client.get("/health/ready"), 503) == "not_ready"
+        assert error_code(client.post("/classify", content=photo), 503) == "not_ready"
+        assert client.get("/health/live").status_code == 200

@@ -1,17 +1,27 @@
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
+from models.latency import LatencyTable
+from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
-from service.batcher import Batcher, Result
-from service.errors import ModelError, NotReadyError
+from service.batcher import Batcher, Delay, Result
+from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError
+from service.line import Line
+from service.menu import Menu
+from service.policy import choose_level
+from service.situation import Choice, Entry, Situation, Wish
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
+ROWS = tuple(SubNetworkProfile(sub, macs, top1) for sub, macs, top1 in ((SMALL, 1, 0.5), (LARGE, 2, 0.8)))
+MENU = Menu.of(ProfileTable(ROWS), LatencyTable((1, 4), {SMALL: (1e-6, 2e-6), LARGE: (2e-6, 4e-6)}))
 
 pytestmark = pytest.mark.anyio
 
@@ -42,7 +52,9 @@ def image(value: int) -> Tensor:
 
 @asynccontextmanager
 async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]:
-    batcher = Batcher(gate.run, max_batch_size, gate.sizes.append)
+    line = Line(MENU, choose_level, max_batch_size)
+    thread = ThreadPoolExecutor(1, "engine")
+    batcher = Batcher(gate.run, line, thread, observe_batch=lambda size, *_: gate.sizes.append(size))
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())
         try:
@@ -50,10 +62,19 @@ async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]
         finally:
             gate.open.set()
             batcher.stop()
+    thread.shutdown()
+
+
+def named(subnetwork: SubNetwork, budget_s: float = 100.0) -> Entry:
+    return Entry(time.monotonic() + budget_s, Wish(budget_s, 1, MENU.index_of(subnetwork, None)))
 
 
 async def line_up(batcher: Batcher, *wishes: tuple[int, SubNetwork]) -> "list[asyncio.Task[Result]]":
-    tasks = [asyncio.create_task(batcher.submit(image(value), subnetwork)) for value, subnetwork in wishes]
+    """Put images in line, in order of deadline."""
+    tasks = [
+        asyncio.create_task(batcher.submit(image(value), named(subnetwork, 100 + place)))
+        for place, (value, subnetwork) in enumerate(wishes)
+    ]
     await asyncio.sleep(0)
     return tasks
 
@@ -68,13 +89,13 @@ async def test_a_request_gets_its_own_row_and_its_times() -> None:
     gate = Gate()
     gate.open.set()
     async with serving(gate) as batcher:
-        result = await batcher.submit(image(7), SMALL)
+        result = await batcher.submit(image(7), named(SMALL))
     assert result.logits.tolist() == [7, 7, 7]
     assert result.queue_s >= 0
     assert result.inference_s > 0
 
 
-async def test_those_who_want_the_same_sub_network_run_together_in_order_of_arrival() -> None:
+async def test_those_who_want_the_same_sub_network_run_together_in_order_of_deadline() -> None:
     gate = Gate()
     async with serving(gate) as batcher:
         first = await behind_a_running_batch(batcher, gate)
@@ -137,8 +158,8 @@ async def test_an_answer_with_rows_missing_fails_its_own_requests_and_the_next_o
     gate.open.set()
     async with serving(gate) as batcher:
         with pytest.raises(ModelError):
-            await batcher.submit(image(14), SMALL)
-        assert (await batcher.submit(image(1), SMALL)).logits.tolist() == [1, 1, 1]
+            await batcher.submit(image(14), named(SMALL))
+        assert (await batcher.submit(image(1), named(SMALL))).logits.tolist() == [1, 1, 1]
 
 
 async def test_stopping_answers_who_is_in_line_and_refuses_who_comes_later() -> None:
@@ -148,6 +169,49 @@ async def test_stopping_answers_who_is_in_line_and_refuses_who_comes_later() -> 
         (second,) = await line_up(batcher, (1, SMALL))
         batcher.stop()
         with pytest.raises(NotReadyError):
-            await batcher.submit(image(2), SMALL)
+            await batcher.submit(image(2), named(SMALL))
         gate.open.set()
         assert [int(result.logits[0]) for result in await asyncio.gather(first, second)] == [0, 1]
+
+
+async def test_a_request_that_poisons_its_batch_is_found_and_its_mates_are_answered() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        tasks = await line_up(batcher, (1, SMALL), (13, SMALL), (2, SMALL), (3, SMALL))
+        gate.open.set()
+        outcomes = await asyncio.gather(first, *tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Result, Result, ModelError, Result, Result]
+    assert [values for _, values in gate.batches] == [[0], [1, 13, 2, 3], [1, 13], [1], [13], [2, 3]]
+    assert gate.sizes == [1, 1, 2]  # of those that ran through
+
+
+async def test_those_given_up_get_a_typed_error_and_the_rest_an_answer() -> None:
+    def give_up(situation: Situation) -> Choice:
+        late, shed, *rest = situation.line
+        return Choice(0, tuple(rest), (late,), (shed,))
+
+    gate = Gate()
+    gate.open.set()
+    line = Line(MENU, give_up, 4)
+    batcher = Batcher(gate.run, line, ThreadPoolExecutor(1, "engine"))
+    tasks = await line_up(batcher, (1, SMALL), (2, SMALL), (3, SMALL))
+    serving = asyncio.create_task(batcher.serve())
+    late, shed, answered = await asyncio.gather(*tasks, return_exceptions=True)
+    batcher.stop()
+    await serving
+    assert isinstance(late, DeadlineError)
+    assert isinstance(shed, OverloadedError)
+    assert shed.details["retry_after_s"] >= 0
+    assert isinstance(answered, Result)
+
+
+async def test_a_delay_leaves_room_for_its_spread_and_fades_without_news() -> None:
+    delay = Delay()
+    for _ in range(100):
+        delay.observe(0.01, now=5.0)
+    assert delay.margin_s(5.0) == pytest.approx(0.01, rel=0.1)
+    for seconds in (0.0, 0.02) * 50:
+        delay.observe(seconds, now=6.0)
+    assert delay.margin_s(6.0) > 0.025
+    assert delay.margin_s(8.0) < 0.001

@@ -3,13 +3,17 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch.nn.functional import interpolate
 
-from models.data import evaluation_transform
+from models.data import evaluation_transform, flatten, to_rgb
+from models.subnetwork import SuperViTConfig
+from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL
 from service.errors import ImageTooLargeError, InvalidImageError
 from service.images import decode_image
 from tests.service.conftest import CONFIG
@@ -19,7 +23,7 @@ LIMIT = 1_000_000
 
 
 def decode(data: bytes, max_pixels: int = LIMIT) -> torch.Tensor:
-    return decode_image(data, evaluation_transform(CONFIG), max_pixels)
+    return decode_image(data, CONFIG, max_pixels)
 
 
 def mean_colour(data: bytes) -> list[float]:
@@ -139,10 +143,131 @@ def test_a_truncated_jpeg_is_refused(photo: bytes) -> None:
         decode(photo[: len(photo) // 2])
 
 
-def test_decoding_agrees_with_the_evaluation_of_the_checkpoint(photo: bytes) -> None:
-    with Image.open(io.BytesIO(photo)) as image:
-        expected = evaluation_transform(CONFIG)(image.convert("RGB"))
-    assert torch.equal(decode(photo), expected)
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_truncated_jpeg_is_refused_at_a_fraction_of_its_size_too(
+    encode: Callable[..., bytes], progressive: bool
+) -> None:
+    data = encode(picture(1500, 1100), "JPEG", progressive=progressive)
+    for cut in (2, len(data) // 2, len(data) * 9 // 10):
+        with pytest.raises(InvalidImageError, match="broken: image file is truncated"):
+            decode(data[:-cut], max_pixels=2_000_000)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """Soft shapes of every size down to some pixels, and a sharp edge: what resizing can get wrong."""
+    rng = np.random.default_rng(width * height)
+    image = Image.new("RGB", (width, height), (128, 90, 60))
+    for blobs in (3, 12, 48):
+        noise = Image.fromarray(rng.integers(0, 256, (blobs, blobs, 3), dtype=np.uint8))
+        image = Image.blend(image, noise.resize((width, height), Image.Resampling.BICUBIC), 0.5)
+    image.paste("white", (width // 3, height // 3, width // 2, height // 2))
+    return image
+
+
+def difference(data: bytes, config: SuperViTConfig, max_pixels: int = 4_000_000) -> torch.Tensor:
+    """By how many levels the image differs from the evaluation transform's."""
+    with Image.open(io.BytesIO(data)) as image:
+        expected = evaluation_transform(config)(to_rgb(image))
+    got = decode_image(data, config, max_pixels)
+    assert (got.shape, got.dtype) == (expected.shape, torch.uint8)
+    return (got.short() - expected.short()).abs().float()
+
+
+@pytest.mark.parametrize("config", [DEIT_SMALL, LVVIT_SMALL, LVVIT_MICRO])
+@pytest.mark.parametrize(
+    "size", [(500, 375), (333, 499), (375, 1000), (161, 170), (256, 256), (32, 32), (31, 40), (3, 900), (7, 7)]
+)
+def test_a_picture_of_any_shape_agrees_with_the_evaluation(
+    encode: Callable[..., bytes], config: SuperViTConfig, size: tuple[int, int]
+) -> None:
+    for image_format in ("PNG", "JPEG"):
+        levels = difference(encode(picture(*size), image_format), config)
+        assert levels.max() <= 8  # Pillow may resize the other side first, and so clip elsewhere
+        assert levels.mean() < 0.15
+
+
+def test_a_picture_of_the_models_own_size_comes_out_as_it_went_in(encode: Callable[..., bytes]) -> None:
+    image = picture(LVVIT_MICRO.image_side, LVVIT_MICRO.image_side)
+    assert np.array_equal(decode_image(encode(image), LVVIT_MICRO, LIMIT).permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+@pytest.mark.parametrize(("image_format", "options"), [("JPEG", {"quality": 95}), ("PNG", {"compress_level": 1})])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_large_photos_agree_with_the_evaluation_whichever_way_up(
+    encode: Callable[..., bytes], orientation: int, image_format: str, options: dict[str, int]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture(1201, 1033), image_format, exif=exif, **options)  # no fraction divides the sides
+    # Placing it by whole pixels would make that 0.6 and more.
+    assert difference(data, DEIT_SMALL).mean() < 0.3
+    assert difference(data, LVVIT_MICRO).mean() < 0.3
+
+
+def test_a_large_panorama_is_cut_around_its_centre(encode: Callable[..., bytes]) -> None:
+    strip = Image.new("RGB", (10_000, 1030), "red")
+    strip.paste("blue", (4_000, 0, 6_000, 1030))
+    for image_format in ("JPEG", "PNG"):
+        image = decode(encode(strip, image_format), max_pixels=11_000_000)
+        assert image.float().mean(dim=(1, 2)).tolist() == pytest.approx([0, 0, 255], abs=4)
+
+
+@pytest.mark.parametrize(
+    ("size", "config", "decoded"),
+    [
+        ((1023, 1500), DEIT_SMALL, (1023, 1500)),
+        ((1024, 1500), DEIT_SMALL, (512, 750)),
+        ((2047, 2600), DEIT_SMALL, (1024, 1300)),
+        ((2048, 2600), DEIT_SMALL, (512, 650)),
+        ((1024, 1500), LVVIT_MICRO, (512, 750)),
+        ((500, 375), LVVIT_MICRO, (500, 375)),
+        ((1024, 1500), replace(DEIT_SMALL, crop_fraction=0.8), (1024, 1500)),
+    ],
+)
+def test_a_large_jpeg_is_decoded_at_a_fraction_that_leaves_twice_what_is_needed(
+    encode: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int],
+    config: SuperViTConfig,
+    decoded: tuple[int, int],
+) -> None:
+    seen = []
+
+    def record(image: Image.Image) -> Image.Image:
+        rgb = flatten(image)
+        seen.append(rgb.size)
+        return rgb
+
+    monkeypatch.setattr("service.images.flatten", record)
+    decode_image(encode(Image.new("RGB", size), "JPEG"), config, 6_000_000)
+    assert seen == [decoded]
+
+
+@pytest.mark.parametrize(
+    ("size", "resized"), [((1100, 1800), (550, 900)), ((1, 20_000), (1, 8)), ((20_000, 1), (8, 1)), ((9, 9), (9, 9))]
+)
+def test_a_large_picture_is_averaged_and_a_long_one_cut_before_it_is_resized(
+    encode: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], resized: tuple[int, int]
+) -> None:
+    seen = []
+
+    def record(images: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append((images.shape[3], images.shape[2]))
+        return interpolate(images, **options)  # type: ignore[arg-type] # passed on
+
+    monkeypatch.setattr("service.images.interpolate", record)
+    decode_image(encode(Image.new("1", size)), DEIT_SMALL, 2_000_000)
+    assert seen == [resized]
+
+
+def test_a_processor_without_the_fast_resize_gets_the_evaluation_itself(
+    encode: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.images.HAS_FAST_RESIZE", False)
+    exif = Image.Exif()
+    for orientation in (1, 6):
+        exif[0x0112] = orientation
+        assert difference(encode(picture(500, 375), "JPEG", exif=exif), DEIT_SMALL).max() == 0
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

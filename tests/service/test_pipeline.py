@@ -10,17 +10,23 @@ import torch
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
+from models.latency import LatencyTable
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from service.batcher import Batcher
 from service.domain import InferenceRequest
-from service.errors import BudgetTooSmallError, OverloadedError
+from service.errors import BudgetTooSmallError, DeadlineError, NotReadyError, OverloadedError
+from service.line import Line
+from service.menu import Menu
 from service.metrics import Metrics
 from service.pipeline import Pipeline
+from service.policy import choose_level
 
 pytestmark = pytest.mark.anyio
 
-WISH = InferenceRequest(arrived_at=0.0, budget_gflops=None, subnetwork=None, top_k=2)
+
+def wish(budget_ms: float = 60_000, **changes: float) -> InferenceRequest:
+    return InferenceRequest(time.monotonic(), budget_ms, changes.get("budget_gflops"), top_k=2)
 
 
 class Parts:
@@ -44,23 +50,28 @@ class Parts:
 
 
 @asynccontextmanager
-async def running(parts: Parts, profiles: ProfileTable, max_waiting: int = 8) -> AsyncIterator[Pipeline]:
-    batcher = Batcher(parts.run, max_batch_size=4)
+async def running(parts: Parts, profiles: ProfileTable, max_in_flight: int = 8) -> AsyncIterator[Pipeline]:
+    latencies = LatencyTable((1, 4), dict.fromkeys(profiles.by_subnetwork, (0.001, 0.002)))
+    line = Line(Menu.of(profiles, latencies), choose_level, 4)
+    thread = ThreadPoolExecutor(1, "engine")
+    batcher = Batcher(parts.run, line, thread)
     pipeline = Pipeline(
-        profiles=profiles,
+        line=line,
         class_names=("a", "b", "c"),
         decode=parts.decode,
         decode_threads=ThreadPoolExecutor(1, "decode"),
+        num_decode_threads=1,
         batcher=batcher,
         metrics=Metrics(CollectorRegistry()),
-        max_waiting=max_waiting,
-        clock=time.monotonic,
+        max_in_flight=max_in_flight,
+        default_budget_ms=60_000,
     )
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())
-        await pipeline.warm_up(lambda: None)
+        pipeline.ready()
         yield pipeline
         batcher.stop()
+    thread.shutdown()
 
 
 async def two_bytes() -> bytes:
@@ -70,7 +81,7 @@ async def two_bytes() -> bytes:
 async def test_the_event_loop_goes_on_while_images_are_decoded_and_models_run(profiles: ProfileTable) -> None:
     parts = Parts()
     async with running(parts, profiles) as pipeline:
-        request = asyncio.create_task(pipeline.classify(two_bytes, WISH))
+        request = asyncio.create_task(pipeline.classify(two_bytes, wish()))
         for gate in (parts.decode_gate, parts.model_gate):
             for _ in range(100):
                 await asyncio.sleep(0)  # would never come back if a stage held the loop
@@ -90,23 +101,23 @@ async def test_more_than_the_limit_are_refused_before_their_bodies_are_read(prof
         reads += 1
         return b"xx"
 
-    async with running(parts, profiles, max_waiting=2) as pipeline:
-        admitted = [asyncio.create_task(pipeline.classify(read, WISH)) for _ in range(2)]
+    async with running(parts, profiles, max_in_flight=2) as pipeline:
+        admitted = [asyncio.create_task(pipeline.classify(read, wish())) for _ in range(2)]
         await asyncio.sleep(0)
-        with pytest.raises(OverloadedError, match="2 requests are waiting"):
-            await pipeline.classify(read, WISH)
+        with pytest.raises(OverloadedError, match="2 requests are in the server"):
+            await pipeline.classify(read, wish())
         assert reads == 2
         parts.decode_gate.set()
         parts.model_gate.set()
         assert len(await asyncio.gather(*admitted)) == 2
-        assert await pipeline.classify(read, WISH)
+        assert await pipeline.classify(read, wish())
 
 
 async def test_waiting_for_a_decode_thread_is_time_in_the_queue(profiles: ProfileTable) -> None:
     parts = Parts()
     parts.model_gate.set()
     async with running(parts, profiles) as pipeline:
-        requests = [asyncio.create_task(pipeline.classify(two_bytes, WISH)) for _ in range(2)]
+        requests = [asyncio.create_task(pipeline.classify(two_bytes, wish())) for _ in range(2)]
         await asyncio.sleep(0.05)
         parts.decode_gate.set()
         first, second = [(await request).timing for request in requests]
@@ -118,7 +129,7 @@ async def test_a_cancelled_request_leaves_the_line_before_the_decoder(profiles: 
     parts = Parts()
     parts.model_gate.set()
     async with running(parts, profiles) as pipeline:
-        staying, leaving = [asyncio.create_task(pipeline.classify(two_bytes, WISH)) for _ in range(2)]
+        staying, leaving = [asyncio.create_task(pipeline.classify(two_bytes, wish())) for _ in range(2)]
         await asyncio.sleep(0.01)
         leaving.cancel()
         await asyncio.wait((leaving,))
@@ -133,4 +144,57 @@ async def test_a_hopeless_budget_is_refused_before_the_body_is_read(profiles: Pr
 
     async with running(Parts(), profiles) as pipeline:
         with pytest.raises(BudgetTooSmallError):
-            await pipeline.classify(read, InferenceRequest(0.0, 1e-12, None, 1))
+            await pipeline.classify(read, wish(budget_gflops=1e-12))
+
+
+async def test_a_time_that_no_sub_network_can_meet_is_refused_with_the_shortest_that_one_can(
+    profiles: ProfileTable,
+) -> None:
+    async with running(Parts(), profiles) as pipeline:
+        with pytest.raises(BudgetTooSmallError) as caught:
+            await pipeline.classify(two_bytes, wish(budget_ms=0.5))
+        assert caught.value.details == {"smallest_budget_ms": 1.0}
+
+
+async def test_a_deadline_that_passes_before_decoding_costs_no_decoding(profiles: ProfileTable) -> None:
+    parts = Parts()
+    parts.model_gate.set()
+
+    async def slow() -> bytes:
+        await asyncio.sleep(0.03)
+        return b"xx"
+
+    async with running(parts, profiles) as pipeline:
+        with pytest.raises(DeadlineError):
+            await pipeline.classify(slow, wish(budget_ms=20))
+        assert parts.decodes == 0
+
+
+async def test_the_answer_says_what_was_decided_why_and_whether_it_was_in_time(profiles: ProfileTable) -> None:
+    parts = Parts()
+    parts.decode_gate.set()
+    parts.model_gate.set()
+    async with running(parts, profiles) as pipeline:
+        free = await pipeline.classify(two_bytes, wish())
+        capped = await pipeline.classify(two_bytes, wish(budget_gflops=profiles.cheapest.gflops))
+    assert free.decision.profile is profiles.frontier[-1]
+    assert (free.deadline_met, free.given_up, free.saved_gflops) == (True, 0.0, 0.0)
+    assert capped.decision.profile is profiles.cheapest
+    assert "the next better one" in capped.decision.reason
+    assert capped.given_up == pytest.approx(0.3)
+    assert capped.saved_gflops > 0
+
+
+async def test_while_it_drains_newcomers_are_refused_and_those_admitted_answered(profiles: ProfileTable) -> None:
+    parts = Parts()
+    async with running(parts, profiles) as pipeline:
+        admitted = asyncio.create_task(pipeline.classify(two_bytes, wish()))
+        await asyncio.sleep(0)
+        pipeline.drain()
+        with pytest.raises(NotReadyError):
+            await pipeline.classify(two_bytes, wish())
+        with pytest.raises(NotReadyError):
+            pipeline.decide(wish())
+        parts.decode_gate.set()
+        parts.model_gate.set()
+        assert await admitted

@@ -1,0 +1,63 @@
+"""How long a batch takes on one machine: measured seconds by sub-network and batch size, with interpolation.
+
+Runs without torch. How the figures are measured and where they are kept is the service's business.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from models.subnetwork import SubNetwork
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyTable:
+    """Median seconds of a batch.
+
+    Attributes:
+        batch_sizes: the measured ones, strictly ascending from 1.
+        seconds: for each sub-network, one figure per measured batch size.
+
+    Raises:
+        ValueError: the figures do not fit the sizes, or one is not a positive number.
+    """
+
+    batch_sizes: tuple[int, ...]
+    seconds: Mapping[SubNetwork, tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        sizes = self.batch_sizes
+        if not sizes or sizes[0] != 1 or list(sizes) != sorted(set(sizes)):
+            raise ValueError(f"batch sizes must ascend from 1, not {sizes}")
+        if not self.seconds:
+            raise ValueError("a latency table needs at least one sub-network")
+        for subnetwork, figures in self.seconds.items():
+            if len(figures) != len(sizes):
+                raise ValueError(f"{len(figures)} figures for {len(sizes)} batch sizes at {subnetwork}")
+            if not all(math.isfinite(figure) and figure > 0 for figure in figures):
+                raise ValueError(f"every latency must be a positive number of seconds, not {figures} at {subnetwork}")
+
+    @property
+    def max_batch_size(self) -> int:
+        """The largest batch that was measured; nothing is known beyond it."""
+        return self.batch_sizes[-1]
+
+    def row(self, subnetwork: SubNetwork) -> tuple[float, ...]:
+        """Seconds of every batch size from 1 to the largest, never falling, the sizes between interpolated.
+
+        Raises:
+            KeyError: nobody measured this sub-network.
+        """
+        figures = self.seconds[subnetwork]
+        floor, row = 0.0, []
+        for size in range(1, self.max_batch_size + 1):
+            above = bisect_left(self.batch_sizes, size)
+            seconds = figures[above]
+            if self.batch_sizes[above] != size:
+                low, high = self.batch_sizes[above - 1], self.batch_sizes[above]
+                share = (size - low) / (high - low)
+                seconds = figures[above - 1] * (1 - share) + figures[above] * share
+            floor = max(floor, seconds)  # a larger batch that measured faster is noise
+            row.append(floor)
+        return tuple(row)

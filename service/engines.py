@@ -1,0 +1,28 @@
+"""Which engine serves a model on a device."""
+
+from typing import Literal
+
+from models.devices import DeviceError, resolve_device
+from models.supervit import SuperViT
+from service.engine import Engine, TorchEngine
+from service.openvino_engine import OpenVINOEngine
+
+
+def make_engine(kind: Literal["auto", "torch", "openvino"], model: SuperViT, device: str, threads: int) -> Engine:
+    """Build the engine that was asked for: by default OpenVINO on a CPU and PyTorch on a GPU.
+
+    Args:
+        kind: which.
+        model: in eval mode, on the CPU.
+        device: a torch device, or "auto" for the first GPU where there is one.
+        threads: of the engine, on a CPU.
+
+    Raises:
+        DeviceError: there is no such device here, or the engine cannot use it.
+    """
+    is_cpu = resolve_device(device).type == "cpu"
+    if kind == "openvino" and not is_cpu:
+        raise DeviceError(f"device {device!r} cannot be used: the OpenVINO engine runs on the CPU")
+    if kind == "openvino" or (kind == "auto" and is_cpu):
+        return OpenVINOEngine(model, threads)
+    return TorchEngine(model, device, threads)

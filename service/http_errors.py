@@ -1,0 +1,113 @@
+"""Errors on the wire: the one table from error type to status, the one JSON shape, and when to close a connection."""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service.errors import (
+    BodyTooLargeError,
+    BudgetTooSmallError,
+    ClientGoneError,
+    DeadlineError,
+    ImageTooLargeError,
+    InvalidImageError,
+    InvalidParameterError,
+    ModelError,
+    NotReadyError,
+    OverloadedError,
+    ServiceError,
+    UnsupportedMediaError,
+    UploadTimeoutError,
+)
+from service.schemas import ErrorAnswer, ErrorDetail
+
+STATUS = {
+    InvalidParameterError: 422,
+    BudgetTooSmallError: 422,
+    InvalidImageError: 422,
+    ImageTooLargeError: 413,
+    BodyTooLargeError: 413,
+    UploadTimeoutError: 408,
+    ClientGoneError: 499,  # nobody reads it; the log of accesses and the metrics do
+    UnsupportedMediaError: 415,
+    OverloadedError: 429,
+    NotReadyError: 503,
+    DeadlineError: 504,
+    ModelError: 500,
+}
+RETRY_AFTER_S = 1
+LINGER_S = 1
+
+
+def add_error_handlers(app: FastAPI, max_body_bytes: int, count_refusal: Callable[[str, str], None]) -> None:
+    """Answer every error in one JSON shape.
+
+    Args:
+        app: to add them to.
+        max_body_bytes: a body that may be longer is not read on once its request is refused.
+        count_refusal: told the path and the code of what is refused before the pipeline could count it.
+    """
+
+    def may_be_long(request: Request) -> bool:
+        length = request.headers.get("content-length", "0")
+        return "transfer-encoding" in request.headers or int(length) > max_body_bytes
+
+    @app.exception_handler(ServiceError)
+    async def on_service_error(request: Request, error: ServiceError) -> Response:
+        if isinstance(error, BodyTooLargeError):
+            await _discard(request)
+        response = _error(STATUS.get(type(error), 500), error.code, error.message, error.details)
+        unread = isinstance(error, BodyTooLargeError | UploadTimeoutError) or may_be_long(request)
+        return _closing(response) if unread else response
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
+        count_refusal(request.url.path, InvalidParameterError.code)
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"][1:])
+        said = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to our own sentences
+        message = f"{where}: {said}" if where else said
+        response = _error(422, InvalidParameterError.code, message, {"parameter": where} if where else {})
+        return _closing(response) if may_be_long(request) else response
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(_: Request, error: HTTPException) -> Response:
+        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        return _error(error.status_code, code, error.detail, {}, error.headers)
+
+    @app.exception_handler(Exception)
+    async def on_bug(_: Request, __: Exception) -> Response:
+        return _error(500, ServiceError.code, "the server failed; its log says why", {})
+
+
+def _error(
+    status: int, code: str, message: str, details: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> Response:
+    headers = dict(headers or {})
+    if status in (429, 503):
+        headers["Retry-After"] = str(max(RETRY_AFTER_S, math.ceil(details.get("retry_after_s", 0))))
+    body = ErrorAnswer(error=ErrorDetail(code=code, message=message, details=details))
+    return JSONResponse(body.model_dump(), status, headers)
+
+
+def _closing(response: Response) -> Response:
+    """Close the connection after `response`, or the server would go on to read a body that it has refused."""
+    response.headers["Connection"] = "close"
+    return response
+
+
+async def _discard(request: Request) -> None:
+    """Throw away for a moment what the client still sends: most look for an answer only after they have sent it all."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            message = await request.receive()
+            while message["type"] == "http.request" and message.get("more_body"):
+                message = await request.receive()

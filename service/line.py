@@ -1,0 +1,253 @@
+"""The waiting line: who is in the server, what is known of the traffic and of the machine, and what to do next.
+
+No clock, no waiting and no images here: the server and the simulator run the very same code.
+"""
+
+import math
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from service.errors import OverloadedError
+from service.menu import Menu
+from service.situation import Choice, Entry, Policy, Situation, Wish, target
+from service.slowdown import Slowdown
+
+REMEMBERED_WISHES = 128
+TIGHT_QUANTILE = 0.05
+RATE_TIME_S = 0.5
+LASTING_TIME_S = 2.0
+LASTING_MARGIN = 0.6  # of a full batch; a whole one refuses every tight budget
+DRIFT_GAIN = 0.1
+MAX_DRIFT = 0.2
+MAX_PREVIEWED = 8  # decisions; a longer line is taken to go on as it began
+
+
+@dataclass(slots=True)
+class ArrivalRate:
+    """Arrivals per second, as an exponential average over `time_s` that is nearly right from the start."""
+
+    time_s: float
+    _weight: float = 0.0
+    _seconds: float = 0.0
+    _at: float | None = None
+
+    def count(self, now: float) -> None:
+        """Count an arrival."""
+        self._age(now)
+        self._weight += 1.0
+
+    def read(self, now: float) -> float:
+        """Return the rate."""
+        self._age(now)
+        return self._weight / max(self._seconds, 0.5 * self.time_s)  # the very first of all is no crowd
+
+    def _age(self, now: float) -> None:
+        if self._at is None:
+            self._at = now
+        passed = max(0.0, now - self._at)
+        keep = math.exp(-passed / self.time_s)
+        self._weight *= keep
+        self._seconds = self._seconds * keep + self.time_s * (1 - keep)
+        self._at = now
+
+
+class Line:
+    """Everyone who has been admitted and not yet been answered, in order of deadline."""
+
+    def __init__(self, menu: Menu, policy: Policy, max_batch_size: int, *, refuses_early: bool = True) -> None:
+        """Start empty.
+
+        Args:
+            menu: what can be run.
+            policy: what chooses.
+            max_batch_size: most that may run together; no more than the menu knows the latency of.
+            refuses_early: whether `admit` refuses what it sees no way to answer in time.
+        """
+        self.menu = menu
+        self.slowdown = Slowdown()
+        self.prior_slowdown = 1.0
+        self.stretch = 1.0
+        self.max_batch_size = min(max_batch_size, menu.max_batch_size)
+        self._policy = policy
+        self._refuses_early = refuses_early
+        self._rows = [list(option.seconds) for option in menu.options]
+        self._drift = [1.0] * len(menu.options)
+        self._waiting: list[Entry] = []
+        self._admitted: set[Entry] = set()
+        self._deadlines: dict[int, list[float]] = {}  # of everyone admitted, by priority, ascending
+        self._rate = ArrivalRate(RATE_TIME_S)
+        self._lasting_rate = ArrivalRate(LASTING_TIME_S)
+        self._recent: deque[Wish] = deque(maxlen=REMEMBERED_WISHES)
+        self._budgets: list[float] = []  # of the recent, ascending
+        self._busy_until = -math.inf
+
+    def __len__(self) -> int:
+        """Count who waits for the engine."""
+        return len(self._waiting)
+
+    def admit(self, entry: Entry, now: float, ready_at: float | None = None) -> None:
+        """Take note of a request before anything is spent on it.
+
+        Args:
+            entry: the request.
+            now: the instant.
+            ready_at: when it will probably be ready for the engine; now by default.
+
+        Raises:
+            OverloadedError: even the cheapest sub-network could not answer it in time, unless those of lower priority
+                and those due later are put behind it; says when to try again.
+        """
+        self._rate.count(now)
+        self._lasting_rate.count(now)
+        self._require_chance(entry, now, now if ready_at is None else ready_at)
+        self._admitted.add(entry)
+        insort(self._deadlines.setdefault(entry.priority, []), entry.deadline_at)
+
+    def enter(self, entry: Entry) -> None:
+        """Put an admitted request where the policy sees it: it is ready for the engine."""
+        insort(self._waiting, entry, key=_deadline)
+        if len(self._recent) == REMEMBERED_WISHES:
+            oldest = self._recent[0].budget_s
+            del self._budgets[bisect_left(self._budgets, oldest)]
+        self._recent.append(entry.wish)
+        insort(self._budgets, entry.wish.budget_s)
+
+    def leave(self, entry: Entry) -> None:
+        """Forget an admitted request, wherever it stands; one that is gone already is no error."""
+        if entry in self._admitted:  # but once: others may be due at the same instant
+            self._admitted.remove(entry)
+            deadlines = self._deadlines[entry.priority]
+            del deadlines[bisect_left(deadlines, entry.deadline_at)]
+            if not deadlines:
+                del self._deadlines[entry.priority]
+        start = bisect_left(self._waiting, entry.deadline_at, key=_deadline)
+        for index in range(start, len(self._waiting)):
+            if self._waiting[index] is entry:
+                del self._waiting[index]
+                return
+            if self._waiting[index].deadline_at != entry.deadline_at:
+                return
+
+    def next_batch(self, now: float) -> Choice:
+        """Ask the policy what to do with those who wait, and take out whom it runs or gives up."""
+        if not self._waiting:
+            return Choice(None)
+        situation = self.situation(now)
+        choice = self._policy(situation)
+        for entry in (*choice.batch, *choice.late, *choice.shed):
+            self.leave(entry)
+        if choice.option is not None:
+            self._busy_until = now + situation.seconds(choice.option, len(choice.batch)) * self.stretch
+        return choice
+
+    def finished(self, option: int, size: int, seconds: float, now: float) -> None:
+        """Learn from a batch: the machine's slowdown, and how far off the profile of its option is."""
+        expected = self._rows[option][size - 1]
+        surprise = seconds / (expected * max(self.slowdown.factor, 0.1)) - 1
+        self.slowdown = self.slowdown.updated(seconds / expected, now)
+        drift = self._drift[option] * (1 + DRIFT_GAIN * max(-MAX_DRIFT, min(MAX_DRIFT, surprise)))
+        self._drift[option] = max(1 - MAX_DRIFT, min(1 + MAX_DRIFT, drift))
+        self._rows[option] = [self._drift[option] * profiled for profiled in self.menu.options[option].seconds]
+        self._busy_until = now
+
+    def failed(self, now: float) -> None:
+        """Take note that the batch has ended without an answer: nothing is learned from its time."""
+        self._busy_until = now
+
+    def preview(self, entry: Entry, now: float) -> tuple[int, int, float, Choice]:
+        """Tell what would become of a request that were ready at `now`; nothing changes.
+
+        Returns:
+            Its option, the size of its batch, the seconds until that batch starts, and the decision.
+
+        Raises:
+            OverloadedError: it would be refused, or given up.
+        """
+        self._require_chance(entry, now, now)
+        situation = self.situation(now)
+        line = sorted([*self._waiting, entry], key=_deadline)
+        start = time = max(now, self._busy_until)
+        waiting = len(line)
+        for _ in range(MAX_PREVIEWED):
+            choice = self._policy(replace(situation, now=time, line=line))
+            if entry in choice.batch and choice.option is not None:
+                return choice.option, len(choice.batch), time - now, choice
+            gone = {*choice.batch, *choice.late, *choice.shed}
+            if entry in gone or not gone:
+                break
+            line = [other for other in line if other not in gone]
+            if choice.option is not None:
+                time += situation.seconds(choice.option, len(choice.batch)) * self.stretch
+        else:
+            time += (time - start) / (waiting - len(line)) * line.index(entry)
+            option = target(entry.wish, min(choice.option or 0, self.menu.num_levels - 1))
+            if time + situation.seconds(option, 1) <= entry.deadline_at:
+                return option, max(1, len(choice.batch)), time - now, choice
+        raise OverloadedError("it would be given up so that others can be answered in time", retry_after_s=0.0)
+
+    def predict(self, option: int, size: int, now: float) -> float:
+        """Return the seconds that a batch will probably take."""
+        return self._rows[option][size - 1] * self.slowdown.predict(now, self.prior_slowdown)
+
+    def backlog_s(self, now: float) -> float:
+        """Return the seconds that everyone admitted takes at the cheapest level."""
+        return len(self._admitted) / self.max_batch_size * self.predict(0, self.max_batch_size, now) * self.stretch
+
+    def situation(self, now: float) -> Situation:
+        """Describe this moment to a policy."""
+        return Situation(
+            now=now,
+            line=self._waiting,
+            menu=self.menu,
+            rows=self._rows,
+            slowdown=self.slowdown.predict(now, self.prior_slowdown),
+            stretch=self.stretch,
+            max_batch_size=self.max_batch_size,
+            arrival_rate=self._rate.read(now),
+            recent=self._recent,
+            tight_budget_s=self._budgets[int(TIGHT_QUANTILE * len(self._budgets))] if self._budgets else math.inf,
+        )
+
+    def _require_chance(self, entry: Entry, now: float, ready_at: float) -> None:
+        if not self._refuses_early:
+            return
+        late_s = self._expected_end(entry, now, ready_at) - entry.deadline_at
+        if late_s > 0:
+            message = "too much is waiting: even the cheapest sub-network would answer too late; try again later"
+            raise OverloadedError(message, retry_after_s=round(late_s, 3))
+
+    def _expected_end(self, entry: Entry, now: float, ready_at: float) -> float:
+        """When a newcomer would be answered if everyone before it ran at the cheapest level, in the largest batches."""
+        row, slowdown = self._rows[0], self.slowdown.predict(now, self.prior_slowdown)
+        full_s = row[self.max_batch_size - 1] * slowdown * self.stretch
+        ahead = self._deadlines_before(entry)
+        time, index = max(ready_at, self._busy_until), 0
+        if self._lasting_rate.read(now) * full_s > self.max_batch_size:
+            time += LASTING_MARGIN * full_s  # what comes after this one presses, too: better refused now than later
+        while index < len(ahead):
+            if ahead[index] < time + row[0] * slowdown:
+                index += 1  # will have to be given up
+                continue
+            size = min(self.max_batch_size, len(ahead) - index)
+            index += size
+            if index == len(ahead) and size < self.max_batch_size and entry.wish.only is None:
+                together = time + row[size] * slowdown
+                if together <= ahead[index - size]:
+                    return together
+            time += row[size - 1] * slowdown * self.stretch
+        return time + self._rows[target(entry.wish, 0)][0] * slowdown
+
+    def _deadlines_before(self, entry: Entry) -> list[float]:
+        """Deadlines of those who are served before `entry` is, ascending."""
+        before = [
+            deadlines[: bisect_right(deadlines, entry.deadline_at)]
+            for priority, deadlines in self._deadlines.items()
+            if priority >= entry.priority
+        ]
+        return before[0] if len(before) == 1 else sorted(chain.from_iterable(before))
+
+
+def _deadline(entry: Entry) -> float:
+    return entry.deadline_at

@@ -1,0 +1,227 @@
+"""A SuperViT as OpenVINO graphs: the preparation of the images, and one classifier for every sub-network and batch.
+
+Builds them node by node, which takes hundredths of a second; compiles and runs nothing. Nothing in the classifier
+depends on the sub-network: the side of the images, the position embedding and the tokens that each prune block keeps
+all come in as inputs.
+"""
+
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov  # type: ignore[import-untyped] # it publishes no types
+from openvino import opset15 as op
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from models.layers import Attention, Block, ConvStem
+from models.subnetwork import SubNetwork, SuperViTConfig
+from models.supervit import AUX_HEAD_WEIGHT, SuperViT
+
+Array = npt.NDArray[np.generic]
+Floats = npt.NDArray[np.float32]
+
+# Added to the class token's score, it outranks every other: averaged softmax weights are never above 1.
+CLASS_BONUS = 2.0
+
+
+def build_scaling(config: SuperViTConfig) -> ov.Model:
+    """Build the preparation for the largest grid: (B, 3, S, S) uint8 images to normalised float32 ones."""
+    images = _full_size_images(config)
+    return ov.Model([_normalised(op.convert(images, np.float32), config)], [images], "scaling")
+
+
+def build_resizing(config: SuperViTConfig) -> ov.Model:
+    """Build the preparation for the other grids: (B, 3, S, S) uint8 images to normalised float32 ones of another side.
+
+    Its inputs are the images and `resize_inputs`. Bilinear between the nearest rows, then between the nearest columns:
+    OpenVINO's own Interpolate gives the same and takes twice as long.
+    """
+    images = _full_size_images(config)
+    lower, upper = (op.parameter([-1], np.int32) for _ in range(2))
+    share = op.parameter([-1], np.float32)
+    rows = _between(images, lower, upper, op.unsqueeze(share, _ints(1)), axis=2)
+    return ov.Model([_normalised(_between(rows, lower, upper, share, axis=3), config)], [images, lower, upper, share])
+
+
+def resize_inputs(from_side: int, to_side: int) -> list[Array]:
+    """Say between which pixels each pixel of the smaller image lies, corner on corner, in torch's own arithmetic.
+
+    Returns:
+        the pixel below, the pixel above, and the share of the one above; each (to_side,).
+    """
+    place = np.arange(to_side, dtype=np.float32) * np.float32((from_side - 1) / (to_side - 1))
+    lower = place.astype(np.int32)
+    return [lower, np.minimum(lower + 1, from_side - 1, dtype=np.int32), place - lower.astype(np.float32)]
+
+
+def build_classifier(model: SuperViT) -> ov.Model:
+    """Build the model proper.
+
+    Its inputs are (B, 3, side, side) normalised float32 images at the grid's own side, and `subnetwork_inputs`; its
+    output is (B, classes) float32 logits.
+    """
+    config = model.config
+    images = op.parameter([-1, 3, -1, -1], np.float32)
+    positions = op.parameter([1, -1, config.width], np.float32)
+    kept = {block: op.parameter([], np.int32) for block in sorted(set(config.prune_blocks))}
+    bonus = {block: op.parameter([1, -1], np.float32) for block in kept}
+    # A row of zeros for the class token, which the position embedding brings along.
+    room = op.pad(_embed(model, images), _ints(0, 1, 0), _ints(0, 0, 0), "constant", _floats(0.0))
+    tokens = op.add(room, positions)
+    for index, block in enumerate(cast("list[Block]", model.blocks)):
+        only_class = index == config.depth - 1 and model.aux_head is None  # nobody reads what becomes of the others
+        tokens, query, key = _attend(block, tokens, only_class)
+        if index in kept and not only_class:
+            tokens = _prune(tokens, _scores(block.attn, query, key), kept[index], bonus[index])
+        tokens = _transform(block, tokens)
+    return ov.Model([_classify(model, tokens)], [images, positions, *kept.values(), *bonus.values()], "supervit")
+
+
+def subnetwork_inputs(model: SuperViT, subnetwork: SubNetwork) -> list[Array]:
+    """Prepare what makes the classifier run one sub-network: the inputs behind the images.
+
+    Returns:
+        the grid's position embedding (1, N, D) with the class token added to its first row; for each prune block the
+        number of tokens that it leaves, class token included; for each, (1, N) with CLASS_BONUS for the class token.
+
+    Raises:
+        ValueError: the patch grid was not trained.
+    """
+    config = model.config
+    if subnetwork.patch_grid not in config.patch_grids:
+        raise ValueError(f"patch grid {subnetwork.patch_grid} was not trained; it must be one of {config.patch_grids}")
+    positions = _numpy(model.pos_embed_list[config.patch_grids.index(subnetwork.patch_grid)]).copy()
+    positions[:, :1] += _numpy(model.cls_token)
+    tokens = config.tokens_per_block(subnetwork)
+    counts = [tokens[block] for block in sorted(set(config.prune_blocks))]
+    bonus = [np.eye(1, before, dtype=np.float32) * np.float32(CLASS_BONUS) for before, _ in counts]
+    return [positions, *(np.array(after, np.int32) for _, after in counts), *bonus]
+
+
+def _full_size_images(config: SuperViTConfig) -> ov.Node:
+    return op.parameter([-1, 3, config.image_side, config.image_side], np.uint8)
+
+
+def _normalised(images: ov.Node, config: SuperViTConfig) -> ov.Node:
+    mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (config.mean, config.std))
+    return op.add(op.multiply(images, op.constant(1 / (255 * std))), op.constant(-mean / std))
+
+
+def _between(images: ov.Node, lower: ov.Node, upper: ov.Node, share: ov.Node, axis: int) -> ov.Node:
+    below, above = (op.convert(op.gather(images, index, _int(axis)), np.float32) for index in (lower, upper))
+    return op.add(below, op.multiply(op.subtract(above, below), share))
+
+
+def _embed(model: SuperViT, images: ov.Node) -> ov.Node:
+    """Embed the images as (B, N - 1, D) patch tokens."""
+    stem = model.patch_embed
+    if isinstance(stem, ConvStem):
+        for convolution, norm in ((stem.conv1, stem.bn1), (stem.conv2, stem.bn2), (stem.conv3, stem.bn3)):
+            images = op.relu(_convolve(images, fuse_conv_bn_eval(convolution, norm)))
+    patches = _convolve(images, cast("nn.Conv2d", stem.proj))
+    return op.transpose(op.reshape(patches, _ints(0, model.config.width, -1), True), _ints(0, 2, 1))
+
+
+def _convolve(images: ov.Node, convolution: nn.Conv2d) -> ov.Node:
+    padding = cast("tuple[int, int]", convolution.padding)
+    weight = op.constant(_numpy(convolution.weight))
+    moved = op.convolution(images, weight, convolution.stride, padding, padding, convolution.dilation)
+    return moved if convolution.bias is None else op.add(moved, op.constant(_numpy(convolution.bias[:, None, None])))
+
+
+def _attend(block: Block, tokens: ov.Node, only_class: bool) -> tuple[ov.Node, ov.Node, ov.Node]:
+    """Return the (B, N, D) tokens after attention, or only the class token's, with the queries and keys before heads.
+
+    Query, key and value are three products, not one: only so do their transposes become part of the attention kernel.
+    """
+    attention = block.attn
+    width = attention.proj.in_features
+    weight, bias = _after_norm(attention.qkv, block.norm1)
+    normed = _norm(tokens, block.norm1)
+    asking = normed
+    if only_class:
+        tokens, asking = (op.gather(rows, _ints(0), _int(1)) for rows in (tokens, normed))
+    parts = [
+        _linear(source, weight[part * width : (part + 1) * width], bias[part * width : (part + 1) * width])
+        for part, source in enumerate((asking, normed, normed))
+    ]
+    split = _ints(0, 0, attention.num_heads, width // attention.num_heads)
+    heads = [op.transpose(op.reshape(part, split, True), _ints(0, 2, 1, 3)) for part in parts]
+    mixed = op.scaled_dot_product_attention(*heads, scale=_floats(attention.scale))
+    joined = op.reshape(op.transpose(mixed, _ints(0, 2, 1, 3)), _ints(0, 0, width), True)
+    return op.add(tokens, _branch_end(joined, attention.proj, block.skip_divisor)), parts[0], parts[1]
+
+
+def _scores(attention: Attention, query: ov.Node, key: ov.Node) -> ov.Node:
+    """Return the (B, N) attention that the class token pays to each token, averaged over heads (paper, section 3.2).
+
+    The dot products within the heads are a product with the indicator of the heads, a constant: for a product of two
+    inputs OpenVINO keeps half a megabyte of code per shape, and takes milliseconds to write it.
+    """
+    head_width = attention.proj.in_features // attention.num_heads
+    indicator = np.kron(np.eye(attention.num_heads), np.full((1, head_width), attention.scale)).astype(np.float32)
+    class_query = op.gather(query, _ints(0), _int(1))  # (B, 1, D)
+    row = op.matmul(op.multiply(key, class_query), op.constant(indicator), False, True)  # (B, N, H)
+    return op.reduce_mean(op.softmax(row, 1), _ints(2), False)
+
+
+def _prune(tokens: ov.Node, scores: ov.Node, kept: ov.Node, bonus: ov.Node) -> ov.Node:
+    """Keep the class token and the best-scored others, in their order.
+
+    The bonus must not become a constant: OpenVINO 2026.4 then adds it wrongly to a batch of fixed size.
+    """
+    best = op.topk(op.add(scores, bonus), kept, 1, "max", "index", index_element_type="i32")
+    return op.gather(tokens, best.output(1), _int(1), batch_dims=1)
+
+
+def _transform(block: Block, tokens: ov.Node) -> ov.Node:
+    hidden = op.gelu(_linear(_norm(tokens, block.norm2), *_after_norm(block.mlp.fc1, block.norm2)), "erf")
+    return op.add(tokens, _branch_end(hidden, block.mlp.fc2, block.skip_divisor))
+
+
+def _classify(model: SuperViT, tokens: ov.Node) -> ov.Node:
+    tokens = _norm(tokens, model.norm)
+    logits = _linear(op.gather(tokens, _int(0), _int(1)), *_after_norm(model.head, model.norm))
+    if model.aux_head is None:
+        return logits
+    patches = op.slice(tokens, _ints(1), _ints(np.iinfo(np.int32).max), _ints(1), _ints(1))
+    auxiliary = op.reduce_max(_linear(patches, *_after_norm(model.aux_head, model.norm)), _ints(1), False)
+    return op.add(logits, op.multiply(auxiliary, _floats(AUX_HEAD_WEIGHT)))
+
+
+def _norm(tokens: ov.Node, norm: nn.LayerNorm) -> ov.Node:
+    """Normalise without weight and bias, which `_after_norm` folds into what comes next."""
+    return op.mvn(tokens, _ints(-1), True, norm.eps, "inside_sqrt")
+
+
+def _after_norm(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Floats, Floats]:
+    weight = _numpy(linear.weight)
+    bias = weight @ _numpy(norm.bias)
+    return weight * _numpy(norm.weight), bias if linear.bias is None else bias + _numpy(linear.bias)
+
+
+def _branch_end(tokens: ov.Node, linear: nn.Linear, skip_divisor: float) -> ov.Node:
+    divisor = np.float32(skip_divisor)
+    return _linear(tokens, _numpy(linear.weight) / divisor, _numpy(linear.bias) / divisor)
+
+
+def _linear(tokens: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
+    return op.add(op.matmul(tokens, op.constant(weight), False, True), op.constant(bias))
+
+
+def _numpy(tensor: Tensor) -> Floats:
+    array: Floats = tensor.detach().float().numpy()
+    return array
+
+
+def _floats(value: float) -> ov.Node:
+    return op.constant(np.float32(value))
+
+
+def _int(value: int) -> ov.Node:
+    return op.constant(np.int32(value))
+
+
+def _ints(*values: int) -> ov.Node:
+    return op.constant(np.array(values, np.int32))

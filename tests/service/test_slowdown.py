@@ -1,0 +1,84 @@
+import math
+
+import pytest
+
+from service.resources import ResourceSnapshot
+from service.slowdown import STALE_AFTER_S, Slowdown, prior_slowdown
+
+
+def after(*observed: float) -> Slowdown:
+    """The estimate after a batch each millisecond, up to 0."""
+    slowdown = Slowdown()
+    for index, factor in enumerate(observed):
+        slowdown = slowdown.updated(factor, (index + 1 - len(observed)) / 1000)
+    return slowdown
+
+
+def test_before_the_first_batch_the_machines_load_alone_counts() -> None:
+    assert Slowdown().predict(5.0, prior=1.5) == 1.5
+
+
+def test_batches_as_profiled_are_predicted_as_profiled() -> None:
+    assert after(1.0, 1.0, 1.0).predict(0.0, prior=3.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("neighbour", [1.5, 2.0, 3.0])
+def test_a_noisy_neighbour_is_followed_within_three_batches_and_forgotten_within_five(neighbour: float) -> None:
+    there = after(1.0, *[neighbour] * 3)
+    assert there.factor == pytest.approx(neighbour, rel=0.12)
+    assert there.predict(0.0, prior=1.0) > 0.9 * neighbour
+    gone = after(1.0, *[neighbour] * 3, *[1.0] * 5)
+    assert gone.factor == pytest.approx(1.0, rel=0.05)
+    settled = after(1.0, *[neighbour] * 3, *[1.0] * 30)
+    assert settled.predict(0.0, prior=9.0) == pytest.approx(1.0, rel=0.02)
+
+
+def test_one_hiccup_of_ten_times_is_no_neighbour() -> None:
+    assert after(1.0, 10.0).factor < 2
+    assert after(1.0, 10.0, 1.0, 1.0, 1.0).factor < 1.1
+
+
+def test_the_more_batches_vary_the_more_is_allowed_for() -> None:
+    steady, wavering, wild = (after(*(1 + spread * (-1) ** turn for turn in range(40))) for spread in (0.0, 0.1, 0.3))
+    margins = [slowdown.predict(0.0, prior=1.0) - slowdown.factor for slowdown in (steady, wavering, wild)]
+    assert margins[0] == pytest.approx(0.0)
+    assert margins[0] < margins[1] < margins[2] < 0.5
+
+
+def test_the_factor_never_turns_negative() -> None:
+    assert after(*[5.0] * 9, *[1e-6] * 50).factor > 0
+
+
+def test_without_news_the_estimate_turns_to_what_the_machines_load_lets_expect() -> None:
+    slowdown = after(*[3.0] * 60)
+    at_once, stale, old = (slowdown.predict(age_s, prior=1.0) for age_s in (0.0, STALE_AFTER_S, 60.0))
+    assert at_once == pytest.approx(3.0, rel=0.01)
+    assert stale == pytest.approx(1 + (at_once - 1) / math.e)
+    assert old == pytest.approx(1.0)
+    assert slowdown.predict(-1.0, prior=1.0) == at_once  # a clock read before the batch's end makes it no truer
+
+
+@pytest.mark.parametrize(
+    ("threads", "cpus", "others_cores", "expected"),
+    [
+        (8, 8, 0.0, 1.0),
+        (8, 8, 4.0, 1.5),
+        (8, 8, 8.0, 2.0),
+        (4, 8, 4.0, 1.0),  # the others have cores of their own
+        (4, 8, 6.0, 1.25),
+        (16, 8, 4.0, 1.5),  # no more threads run at once than there are CPUs
+    ],
+)
+def test_cores_are_shared_evenly_with_others(threads: int, cpus: int, others_cores: float, expected: float) -> None:
+    snapshot = ResourceSnapshot(taken_at=0.0, cores=cpus, cpus=cpus, others_cores=others_cores)
+    assert prior_slowdown(snapshot, threads) == expected
+
+
+def test_what_a_quota_leaves_us_is_not_taken_by_others() -> None:
+    snapshot = ResourceSnapshot(taken_at=0.0, cores=2.0, cpus=8, others_cores=6.0)
+    assert prior_slowdown(snapshot, threads=2) == 1.0
+
+
+def test_without_news_of_the_machine_nothing_is_expected_to_slow_it() -> None:
+    assert prior_slowdown(None, 4) == 1.0
+    assert prior_slowdown(ResourceSnapshot(taken_at=0.0, cores=4.0), 4) == 1.0
