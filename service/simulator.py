@@ -241,7 +241,7 @@ class Simulate(Traffic):
     )
     checkpoint: Path | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
     json_file: Path | None = Field(None, description="file for all figures")
-    plot_file: Path | None = Field(None, description="PNG file for the course of it")
+    plot_file: Path | None = Field(None, description="PNG file for the course: of all policies, or of several rates")
 
 
 def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable) -> str:
@@ -263,6 +263,7 @@ def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable)
     )
     text = [f"{carry} at most {most}", TITLES]
     rows, courses = [], {}
+    one_rate = len(command.rate or command.load or (1.0,)) == 1
     for rate, arrivals in command.draws(capacity):
         for policy in dict.fromkeys((command.policy, *command.compare)):
             replays = [
@@ -272,8 +273,9 @@ def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable)
             figures = Figures.of(replays, menu)
             text.append(_show(rate, policy, figures))
             rows.append({"rate": rate, "policy": policy} | asdict(figures))
-            fates = [fate for one in replays for fate in one.fates]
-            courses[f"{policy}, {rate:.4g}/s"] = answers_in_time(fates, menu)
+            if policy == command.policy or one_rate:
+                fates = [fate for one in replays for fate in one.fates]
+                courses[f"{policy}, {rate:.4g}/s"] = answers_in_time(fates, menu)
     if command.json_file:
         options = command.model_dump(mode="json", exclude_none=True)
         command.json_file.write_text(json.dumps({"options": options, "runs": rows}, indent=2) + "\n")

@@ -73,3 +73,64 @@ def test_an_unmeasured_profile_lists_the_whole_family_with_its_costs() -> None:
     assert table.by_subnetwork.keys() == set(config.subnetworks)
     assert all(row.macs == count_macs(config, row.subnetwork) for row in table.rows)
     assert all(row.top1 is None and row.top5 is None for row in table.rows)
+
+
+# Three prune blocks on grids of 8 and 14: DeiT-S.
+CONFIG = SuperViTConfig()
+RATES = {
+    SubNetwork(8, 0.5): (0.70, 0.90),
+    SubNetwork(8, 0.7): (0.74, 0.92),
+    SubNetwork(8, 1.0): (0.71, None),
+    SubNetwork(14, 0.7): (0.80, 0.95),
+    SubNetwork(14, 1.0): (0.86, 0.98),
+}
+
+
+def with_rates() -> ProfileTable:
+    return ProfileTable(
+        tuple(SubNetworkProfile(sub, count_macs(CONFIG, sub), top1, top5) for sub, (top1, top5) in RATES.items())
+    )
+
+
+def test_rates_between_two_of_a_grid_lie_on_the_line_between_them() -> None:
+    rows = with_rates().with_rates_between(CONFIG, 0.05).by_subnetwork
+    between = [SubNetwork(8, rate) for rate in (0.55, 0.6, 0.65)]
+    assert [rows[sub].top1 for sub in between] == pytest.approx([0.71, 0.72, 0.73])
+    assert [rows[sub].top5 for sub in between] == pytest.approx([0.905, 0.91, 0.915])
+    assert [rows[sub].macs for sub in between] == [count_macs(CONFIG, sub) for sub in between]
+    assert all(rows[sub].is_interpolated for sub in between)
+    assert rows[SubNetwork(14, 0.85)].top1 == pytest.approx(0.83)
+    falling = rows[SubNetwork(8, 0.85)]
+    assert falling.top1 == pytest.approx(0.725)
+    assert falling.top5 is None
+
+
+def test_what_was_measured_stays_as_it_is_among_the_rates_between() -> None:
+    table = with_rates()
+    extended = table.with_rates_between(CONFIG, 0.05)
+    assert [row for row in extended.rows if not row.is_interpolated] == list(table.rows)
+    assert {sub.patch_grid for sub in extended.by_subnetwork} == {8, 14}
+    assert extended.is_measured
+
+
+def test_the_whole_family_in_steps_of_a_twentieth_has_eleven_rates_a_grid() -> None:
+    extended = ProfileTable.unmeasured(CONFIG).with_rates_between(CONFIG, 0.05)
+    rates = [sub.keep_rate for sub in extended.by_subnetwork if sub.patch_grid == 14]
+    assert rates == [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
+    assert not extended.is_measured
+    assert all(row.top1 is None for row in extended.rows)
+
+
+def test_between_rates_that_were_added_there_is_nothing_more_to_add() -> None:
+    extended = with_rates().with_rates_between(CONFIG, 0.05)
+    assert extended.with_rates_between(CONFIG, 0.05) == extended
+    assert with_rates().with_rates_between(CONFIG, 0.5) == with_rates()
+
+
+def test_a_rate_that_keeps_as_many_tokens_as_another_is_left_out() -> None:
+    config = SuperViTConfig(patch_grids=(2,), keep_rates=(0.5, 1.0))
+    extended = ProfileTable.unmeasured(config).with_rates_between(config, 0.05)
+    # Of five tokens, 0.5 and 0.6 keep three patches in the first prune block; all from 0.65 on keep four, like 1.
+    costs = [row.macs for row in extended.rows]
+    assert len(set(costs)) == len(costs)
+    assert len(costs) < 5

@@ -16,6 +16,7 @@ from service.batcher import Batcher, Delay, Result
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError
 from service.line import Line
 from service.menu import Menu
+from service.pacer import Pacer
 from service.policy import choose_level
 from service.situation import Choice, Entry, Situation, Wish
 
@@ -186,6 +187,108 @@ async def test_a_request_that_poisons_its_batch_is_found_and_its_mates_are_answe
     assert gate.sizes == [1, 1, 2]  # of those that ran through
 
 
+async def test_two_poisons_and_a_batch_with_rows_missing_are_found_likewise() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        tasks = await line_up(batcher, (14, SMALL), (1, SMALL), (2, SMALL), (13, SMALL))
+        gate.open.set()
+        outcomes = await asyncio.gather(first, *tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Result, ModelError, Result, Result, ModelError]
+    assert [int(outcome.logits[0]) for outcome in outcomes if isinstance(outcome, Result)] == [0, 1, 2]
+
+
+async def test_who_has_left_is_not_run_again_when_the_batch_fails() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        doomed, leaving, staying = await line_up(batcher, (13, SMALL), (1, SMALL), (2, SMALL))
+        await asyncio.to_thread(gate.entered.wait, 10)
+        leaving.cancel()
+        await asyncio.wait((leaving,))
+        gate.open.set()
+        outcomes = await asyncio.gather(doomed, staying, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ModelError, Result]
+    assert [values for _, values in gate.batches] == [[13, 1, 2], [13], [2]]
+
+
+async def test_a_request_that_is_cancelled_leaves_the_line() -> None:
+    line = Line(MENU, choose_level, 4)
+    batcher = Batcher(Gate().run, line, ThreadPoolExecutor(1, "engine"))
+    entry = named(SMALL)
+    line.admit(entry, time.monotonic())
+    task = asyncio.create_task(batcher.submit(image(1), entry))
+    await asyncio.sleep(0)
+    assert len(line) == 1
+    task.cancel()
+    await asyncio.wait((task,))
+    assert len(line) == 0
+    assert line.backlog_s(time.monotonic()) == 0.0
+
+
+class StubbornPacer(Pacer):
+    """Asks for one pause before each batch, and stretches."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None)
+        self.stretch = 3.0
+        self.pauses: list[float] = []
+        self.ran: list[float] = []
+
+    def pause_s(self, now: float) -> float:
+        assert now == 1000.0
+        self.pauses.append(0.0 if len(self.pauses) % 2 else 1e-6)
+        return self.pauses[-1]
+
+    def batch_ran(self, seconds: float) -> None:
+        self.ran.append(seconds)
+
+
+async def test_each_batch_waits_for_its_pause_and_knows_the_machine() -> None:
+    events: list[str] = []
+    now = 1000.0
+
+    def run(images: Tensor, _: SubNetwork) -> Tensor:
+        nonlocal now
+        events.append("run")
+        now += 0.25
+        return images[:, :, 0, 0].float()
+
+    def choose(situation: Situation) -> Choice:
+        events.append("choose")
+        assert (situation.now, situation.stretch, situation.slowdown) == (now, 3.0, 1.5)
+        return Choice(0, tuple(situation.line))
+
+    def observe_machine() -> None:
+        events.append("observe")
+        line.prior_slowdown = 1.5
+
+    def observe_batch(size: int, predicted_s: float, seconds: float) -> None:
+        batches.append((size, predicted_s, seconds))
+
+    batches: list[tuple[int, float, float]] = []
+    line, pacer = Line(MENU, choose, 4), StubbornPacer()
+    batcher = Batcher(
+        run,
+        line,
+        ThreadPoolExecutor(1, "engine"),
+        pacer=pacer,
+        observe_machine=observe_machine,
+        observe_batch=observe_batch,
+        clock=lambda: now,
+    )
+    task = asyncio.create_task(batcher.submit(image(1), Entry(now + 9, Wish(9.0, 1))))
+    serving = asyncio.create_task(batcher.serve())
+    result = await task
+    batcher.stop()
+    await serving
+    assert events == ["observe", "choose", "run"]
+    assert pacer.pauses == [1e-6, 0.0]
+    assert pacer.ran == [0.25]
+    assert batches == [(1, 1.5e-6, 0.25)]
+    assert (result.inference_s, result.ended_at, result.queue_s) == (0.25, 1000.25, 0.0)
+    assert line.slowdown.factor > 1  # it has learned from the batch
+
+
 async def test_those_given_up_get_a_typed_error_and_the_rest_an_answer() -> None:
     def give_up(situation: Situation) -> Choice:
         late, shed, *rest = situation.line
@@ -215,3 +318,5 @@ async def test_a_delay_leaves_room_for_its_spread_and_fades_without_news() -> No
         delay.observe(seconds, now=6.0)
     assert delay.margin_s(6.0) > 0.025
     assert delay.margin_s(8.0) < 0.001
+    assert delay.expected_s(6.0) == pytest.approx(0.01, rel=0.1)
+    assert delay.expected_s(8.0) < 0.001

@@ -1,9 +1,10 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,22 +12,33 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from models.latency import LatencyTable
-from models.profiles import ProfileTable
+from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.batcher import Batcher
 from service.domain import InferenceRequest
-from service.errors import BudgetTooSmallError, DeadlineError, NotReadyError, OverloadedError
+from service.errors import (
+    BudgetTooSmallError,
+    DeadlineError,
+    InvalidParameterError,
+    ModelError,
+    NotReadyError,
+    OverloadedError,
+    ServiceError,
+)
 from service.line import Line
 from service.menu import Menu
 from service.metrics import Metrics
-from service.pipeline import Pipeline
+from service.pipeline import Pipeline, explain
 from service.policy import choose_level
+from service.situation import Choice, Wish
 
 pytestmark = pytest.mark.anyio
 
 
-def wish(budget_ms: float = 60_000, **changes: float) -> InferenceRequest:
-    return InferenceRequest(time.monotonic(), budget_ms, changes.get("budget_gflops"), top_k=2)
+def wish(
+    budget_ms: float | None = 600_000, budget_gflops: float | None = None, **changes: int | SubNetwork
+) -> InferenceRequest:
+    return replace(InferenceRequest(time.monotonic(), budget_ms, budget_gflops, top_k=2), **changes)  # type: ignore[arg-type] # the names are the attributes'
 
 
 class Parts:
@@ -35,26 +47,47 @@ class Parts:
     def __init__(self) -> None:
         self.decode_gate, self.model_gate = threading.Event(), threading.Event()
         self.threads: set[str] = set()
-        self.decodes = 0
+        self.decoding, self.running = threading.Event(), threading.Event()
+        self.decodes = self.runs = 0
+        self.logits = torch.eye(3)
+        self.registry = CollectorRegistry()
+
+    def open(self) -> "Parts":
+        self.decode_gate.set()
+        self.model_gate.set()
+        return self
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(f"supervit_{name}", labels) or 0.0
 
     def decode(self, data: bytes) -> Tensor:
         self.decodes += 1
         self.threads.add(threading.current_thread().name)
+        self.decoding.set()
         self.decode_gate.wait(10)
         return torch.full((3, 2, 2), len(data), dtype=torch.uint8)
 
     def run(self, images: Tensor, _: SubNetwork) -> Tensor:
         self.threads.add(threading.current_thread().name)
+        self.running.set()
         self.model_gate.wait(10)
-        return torch.eye(3)[images[:, 0, 0, 0].long() % 3]
+        self.runs += 1
+        return self.logits[images[:, 0, 0, 0].long() % 3]
 
 
 @asynccontextmanager
-async def running(parts: Parts, profiles: ProfileTable, max_in_flight: int = 8) -> AsyncIterator[Pipeline]:
-    latencies = LatencyTable((1, 4), dict.fromkeys(profiles.by_subnetwork, (0.001, 0.002)))
+async def running(
+    parts: Parts,
+    profiles: ProfileTable,
+    max_in_flight: int = 8,
+    seconds: tuple[float, float] = (0.001, 0.002),
+    clock: Callable[[], float] = time.monotonic,
+    loop_time: Callable[[], float] = lambda: 0.0,
+) -> AsyncIterator[Pipeline]:
+    latencies = LatencyTable((1, 4), dict.fromkeys(profiles.by_subnetwork, seconds))
     line = Line(Menu.of(profiles, latencies), choose_level, 4)
     thread = ThreadPoolExecutor(1, "engine")
-    batcher = Batcher(parts.run, line, thread)
+    batcher = Batcher(parts.run, line, thread, clock=clock)
     pipeline = Pipeline(
         line=line,
         class_names=("a", "b", "c"),
@@ -62,9 +95,11 @@ async def running(parts: Parts, profiles: ProfileTable, max_in_flight: int = 8) 
         decode_threads=ThreadPoolExecutor(1, "decode"),
         num_decode_threads=1,
         batcher=batcher,
-        metrics=Metrics(CollectorRegistry()),
+        metrics=Metrics(parts.registry),
         max_in_flight=max_in_flight,
         default_budget_ms=60_000,
+        clock=clock,
+        loop_time=loop_time,
     )
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())
@@ -72,10 +107,16 @@ async def running(parts: Parts, profiles: ProfileTable, max_in_flight: int = 8) 
         yield pipeline
         batcher.stop()
     thread.shutdown()
+    assert line.backlog_s(time.monotonic()) == 0.0, "whatever became of them, nobody is left behind"
+    assert parts.count("requests_in_flight") == 0.0
 
 
 async def two_bytes() -> bytes:
     return b"xx"
+
+
+async def never() -> bytes:
+    raise AssertionError("the body was read")
 
 
 async def test_the_event_loop_goes_on_while_images_are_decoded_and_models_run(profiles: ProfileTable) -> None:
@@ -139,12 +180,11 @@ async def test_a_cancelled_request_leaves_the_line_before_the_decoder(profiles: 
 
 
 async def test_a_hopeless_budget_is_refused_before_the_body_is_read(profiles: ProfileTable) -> None:
-    async def read() -> bytes:
-        raise AssertionError("read")
-
-    async with running(Parts(), profiles) as pipeline:
+    parts = Parts()
+    async with running(parts, profiles) as pipeline:
         with pytest.raises(BudgetTooSmallError):
-            await pipeline.classify(read, wish(budget_gflops=1e-12))
+            await pipeline.classify(never, wish(budget_gflops=1e-12))
+    assert parts.count("requests_total", outcome="budget_too_small") == 1
 
 
 async def test_a_time_that_no_sub_network_can_meet_is_refused_with_the_shortest_that_one_can(
@@ -198,3 +238,181 @@ async def test_while_it_drains_newcomers_are_refused_and_those_admitted_answered
         parts.decode_gate.set()
         parts.model_gate.set()
         assert await admitted
+
+
+@pytest.mark.parametrize("budget_ms", [1e-9, 0.0, -5.0, float("nan"), float("-inf")])
+async def test_a_budget_that_is_no_time_at_all_is_refused_and_changes_nothing_for_others(
+    profiles: ProfileTable, budget_ms: float
+) -> None:
+    async with running(Parts().open(), profiles) as pipeline:
+        before = pipeline.decide(wish())
+        for _ in range(50):
+            with pytest.raises(BudgetTooSmallError):
+                await pipeline.classify(never, wish(budget_ms))
+        assert pipeline.decide(wish()) == before
+        assert (await pipeline.classify(two_bytes, wish(1e9))).deadline_met
+
+
+async def test_a_request_without_a_budget_gets_the_servers_default(profiles: ProfileTable) -> None:
+    async with running(Parts().open(), profiles) as pipeline:
+        answer = await pipeline.classify(two_bytes, wish(budget_ms=None))
+    assert answer.budget_s == 60.0
+    assert answer.decision.profile is profiles.frontier[-1]
+    assert "the most accurate sub-network" in answer.decision.reason
+
+
+async def test_what_cannot_be_answered_in_time_is_refused_before_its_body_is_read(profiles: ProfileTable) -> None:
+    parts = Parts()
+    parts.decode_gate.set()
+    request = InferenceRequest(5.0, budget_ms=1750)
+    async with running(parts, profiles, seconds=(1.0, 1.2), clock=lambda: 5.0) as pipeline:
+        admitted = asyncio.create_task(pipeline.classify(two_bytes, request))
+        await asyncio.to_thread(parts.running.wait, 10)
+        with pytest.raises(OverloadedError) as caught:  # the batch that runs ends after 1 s, this would after 2
+            await pipeline.classify(never, request)
+        assert caught.value.details == {"retry_after_s": 0.25}
+        parts.model_gate.set()
+        await admitted
+    assert parts.count("requests_total", outcome="overloaded") == 1
+    assert parts.count("deadlines_total", result="missed") == 1
+
+
+async def test_more_predictions_than_classes_are_refused_before_the_body_is_read(profiles: ProfileTable) -> None:
+    async with running(Parts(), profiles) as pipeline:
+        with pytest.raises(InvalidParameterError, match="3 classes, fewer than 4"):
+            await pipeline.classify(never, wish(top_k=4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+async def test_an_answer_that_is_no_number_is_the_models_error(profiles: ProfileTable, value: float) -> None:
+    parts = Parts().open()
+    parts.logits = torch.full((3, 3), value)
+    async with running(parts, profiles) as pipeline:
+        with pytest.raises(ModelError, match="not a number"):
+            await pipeline.classify(two_bytes, wish())
+    assert parts.count("requests_total", outcome="model_error") == 1
+
+
+async def test_probabilities_are_the_softmax_of_the_logits_and_stand_best_first(profiles: ProfileTable) -> None:
+    parts = Parts().open()
+    parts.logits = torch.tensor([[1000.0, -1000.0, 1000.0 + 1.0]]).repeat(3, 1)
+    async with running(parts, profiles) as pipeline:
+        answer = await pipeline.classify(two_bytes, wish(top_k=3))
+    assert [prediction.label for prediction in answer.predictions] == ["c", "a", "b"]
+    assert [prediction.probability for prediction in answer.predictions] == pytest.approx(
+        [0.731059, 0.268941, 0.0], abs=1e-6
+    )
+
+
+async def test_a_name_that_costs_more_than_the_best_is_answered_and_saves_nothing() -> None:
+    good, dear = SubNetwork(4, 0.5), SubNetwork(4, 1.0)
+    profiles = ProfileTable((SubNetworkProfile(good, 10, 0.7), SubNetworkProfile(dear, 20, 0.6)))
+    async with running(Parts().open(), profiles) as pipeline:
+        answer = await pipeline.classify(two_bytes, wish(subnetwork=dear))
+    assert answer.decision.profile.subnetwork == dear
+    assert answer.given_up == pytest.approx(0.1)
+    assert answer.saved_gflops == 0.0
+
+
+async def test_a_decision_in_advance_runs_nothing_and_is_what_then_happens(profiles: ProfileTable) -> None:
+    parts = Parts().open()
+    async with running(parts, profiles) as pipeline:
+        for request in (wish(), wish(budget_gflops=profiles.cheapest.gflops), wish(subnetwork=SubNetwork(2, 1.0))):
+            forecast = pipeline.decide(request)
+            runs = parts.runs
+            answer = await pipeline.classify(two_bytes, replace(request, arrived_at=time.monotonic()))
+            assert parts.runs == runs + 1
+            assert forecast.decision.profile is answer.decision.profile
+            assert forecast.decision.reason == answer.decision.reason
+            assert forecast.answered_in_s < 1
+        with pytest.raises(ServiceError):
+            pipeline.decide(wish(budget_gflops=1e-12))
+    assert parts.decodes == 3
+
+
+async def test_a_client_that_leaves_while_it_uploads_waits_or_runs_is_forgotten(profiles: ProfileTable) -> None:
+    parts = Parts()
+
+    async def forever() -> bytes:
+        await asyncio.Event().wait()
+        return b""
+
+    async with running(parts, profiles) as pipeline:
+        uploading = asyncio.create_task(pipeline.classify(forever, wish()))
+        decoding = asyncio.create_task(pipeline.classify(two_bytes, wish()))
+        await asyncio.to_thread(parts.decoding.wait, 10)
+        for task in (uploading, decoding):
+            task.cancel()
+        await asyncio.wait((uploading, decoding))
+        parts.decode_gate.set()
+        in_engine = asyncio.create_task(pipeline.classify(two_bytes, wish()))
+        await asyncio.to_thread(parts.running.wait, 10)
+        in_line = asyncio.create_task(pipeline.classify(two_bytes, wish()))
+        while not len(pipeline._line):  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0)
+        for task in (in_line, in_engine):
+            task.cancel()
+        await asyncio.wait((in_line, in_engine))
+        parts.model_gate.set()
+    assert parts.runs == 1
+    assert parts.count("requests_total", outcome="client_gone") == 4
+
+
+async def test_an_event_loop_that_is_busy_is_reckoned_with_at_admission(profiles: ProfileTable) -> None:
+    spent_s = 0.0
+    request = InferenceRequest(5.0, budget_ms=1000)
+    async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=lambda: spent_s) as pipeline:
+        for _ in range(30):
+            spent_s += 4.0  # so much of the loop's time takes each
+            await pipeline.classify(two_bytes, replace(request, budget_ms=60_000))
+        for _ in range(30):
+            with pytest.raises(OverloadedError):
+                await pipeline.classify(never, replace(request, budget_ms=2))
+        assert await pipeline.classify(two_bytes, request)  # the refusals took next to nothing: it knows better now
+
+
+async def test_a_request_that_a_busy_loop_would_answer_too_late_is_refused(profiles: ProfileTable) -> None:
+    spent_s = 0.0
+    async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=lambda: spent_s) as pipeline:
+        for _ in range(30):
+            spent_s += 4.0
+            await pipeline.classify(two_bytes, InferenceRequest(5.0, 60_000))
+        with pytest.raises(OverloadedError):
+            await pipeline.classify(never, InferenceRequest(5.0, 1000))
+
+
+async def test_after_slow_decoding_nobody_is_refused_for_ever(profiles: ProfileTable) -> None:
+    now = 1000.0
+
+    class SlowParts(Parts):
+        def decode(self, data: bytes) -> Tensor:
+            nonlocal now
+            now += len(data)  # as many seconds as bytes
+            return super().decode(data)
+
+    async def empty() -> bytes:
+        return b""
+
+    async with running(SlowParts().open(), profiles, clock=lambda: now) as pipeline:
+        for _ in range(20):
+            await pipeline.classify(two_bytes, InferenceRequest(now, 60_000))
+        with pytest.raises(OverloadedError):
+            await pipeline.classify(never, InferenceRequest(now, 500))
+        now += 30.0
+        assert await pipeline.classify(empty, InferenceRequest(now, 500))
+
+
+def test_a_reason_names_the_wish_where_the_wish_decided_and_the_line_where_the_line_did(menu: Menu) -> None:
+    by_line = Choice(1, reason="because of the line")
+    assert explain(menu, Wish(1.0, 0, only=3), None, 3, by_line) == "grid 2 at keep rate 1 was asked for by name"
+    assert explain(menu, Wish(1.0, 2), None, 2, by_line) == "because of the line"
+    assert explain(menu, Wish(1.0, 1), 0.5, 0, by_line) == "because of the line"  # lower than its limit
+    assert explain(menu, Wish(1.0, 1), 0.000122, 1, by_line) == (
+        "grid 4 at keep rate 0.5 is the most accurate within 0.000122 GFLOPs; "
+        "the next better one, grid 4 at keep rate 1, costs 0.000135344"
+    )
+    assert explain(menu, Wish(1.0, 2), 5.0, 2, by_line) == (
+        "5 GFLOPs admit the most accurate sub-network, grid 4 at keep rate 1"
+    )
+    unmeasured = replace(menu, is_measured=False)
+    assert "is the largest within" in explain(unmeasured, Wish(1.0, 1), 0.000122, 1, by_line)

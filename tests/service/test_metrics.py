@@ -1,0 +1,157 @@
+import pytest
+from prometheus_client import CollectorRegistry
+
+from models.profiles import ProfileTable, SubNetworkProfile
+from models.subnetwork import SubNetwork
+from service.domain import Classification, Decision, Timing
+from service.metrics import MISSES, Metrics, process_registry
+from service.resources import GpuSnapshot, ResourceSnapshot
+
+SMALL = SubNetworkProfile(SubNetwork(8, 0.55), 500_000_000, 0.7, 0.9)
+UNMEASURED = SubNetworkProfile(SubNetwork(8, 0.5), 400_000_000)
+
+
+class Page:
+    """The metrics, and what stands on their page."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry)
+
+    def read(self, name: str, /, **labels: str) -> float | None:
+        return self.registry.get_sample_value(f"supervit_{name}", labels)
+
+
+@pytest.fixture
+def page() -> Page:
+    return Page()
+
+
+def answer(profile: SubNetworkProfile = SMALL, total_s: float = 0.3, budget_s: float = 0.5) -> Classification:
+    return Classification(
+        predictions=(),
+        decision=Decision(profile, 4, 0.1, "because"),
+        timing=Timing(decode_s=0.01, queue_s=0.02, inference_s=0.1, total_s=total_s),
+        budget_s=budget_s,
+        given_up=None if profile.top1 is None else 0.05,
+        saved_gflops=1.5,
+    )
+
+
+def test_a_request_is_in_flight_until_it_ends_with_its_outcome(page: Page) -> None:
+    page.metrics.request_started()
+    page.metrics.request_started()
+    assert page.read("requests_in_flight") == 2
+    page.metrics.request_finished("ok")
+    assert page.read("requests_in_flight") == 1
+    assert page.read("requests_total", outcome="ok") == 1
+
+
+def test_a_request_refused_at_the_door_was_never_in_flight(page: Page) -> None:
+    page.metrics.request_refused("body_too_large")
+    assert page.read("requests_total", outcome="body_too_large") == 1
+    assert page.read("requests_in_flight") == 0
+
+
+@pytest.mark.parametrize("outcome", ["overloaded", "deadline_exceeded", "model_error", "internal_error"])
+def test_what_breaks_the_promise_of_an_answer_in_time_is_a_deadline_missed(page: Page, outcome: str) -> None:
+    page.metrics.request_started()
+    page.metrics.request_finished(outcome)
+    assert page.read("deadlines_total", result="missed") == 1
+
+
+@pytest.mark.parametrize("outcome", ["invalid_image", "budget_too_small", "client_gone", "not_ready"])
+def test_what_the_client_brings_upon_itself_is_no_deadline_missed(page: Page, outcome: str) -> None:
+    page.metrics.request_started()
+    page.metrics.request_finished(outcome)
+    assert not page.read("deadlines_total", result="missed")
+
+
+@pytest.mark.parametrize(("total_s", "result"), [(0.5, "met"), (0.500001, "missed")])
+def test_an_answer_meets_its_deadline_or_misses_it(page: Page, total_s: float, result: str) -> None:
+    page.metrics.answered(answer(total_s=total_s))
+    assert page.read("deadlines_total", result=result) == 1
+
+
+def test_an_answer_adds_up_what_it_took_and_what_it_was_worth(page: Page) -> None:
+    for _ in range(2):
+        page.metrics.answered(answer())
+    assert page.read("subnetwork_requests_total", patch_grid="8", keep_rate="0.55") == 2
+    assert page.read("spent_gflops_total") == 1.0
+    assert page.read("saved_gflops_total") == 3.0
+    assert page.read("expected_accuracy_total") == pytest.approx(1.4)
+    assert page.read("accuracy_given_up_total") == pytest.approx(0.1)
+    assert page.read("request_duration_seconds_sum") == pytest.approx(0.6)
+    stages = [page.read("stage_duration_seconds_sum", stage=stage) for stage in ("decode", "queue", "inference")]
+    assert stages == pytest.approx([0.02, 0.04, 0.2])
+
+
+def test_what_nobody_measured_adds_nothing_to_the_accuracy(page: Page) -> None:
+    page.metrics.answered(answer(UNMEASURED))
+    assert page.read("expected_accuracy_total") == 0.0
+    assert page.read("accuracy_given_up_total") == 0.0
+    assert page.read("spent_gflops_total") == 0.4
+
+
+def test_every_sub_network_and_outcome_counts_from_zero(page: Page, profiles: ProfileTable) -> None:
+    page.metrics.describe(list(profiles.by_subnetwork), "tiny", "0123")
+    assert page.read("subnetwork_requests_total", patch_grid="2", keep_rate="0.5") == 0.0
+    assert all(page.read("requests_total", outcome=outcome) == 0.0 for outcome in ("ok", *MISSES))
+    assert [page.read("deadlines_total", result=result) for result in ("met", "missed")] == [0.0, 0.0]
+    assert page.read("model_info", name="tiny", version="0123") == 1
+
+
+def test_predicted_and_real_time_of_the_batches_add_up(page: Page) -> None:
+    page.metrics.batch_ran(4, predicted_s=0.1, inference_s=0.2)
+    page.metrics.batch_ran(16, predicted_s=0.4, inference_s=0.3)
+    assert page.read("predicted_inference_seconds_total") == pytest.approx(0.5)
+    assert page.read("batch_duration_seconds_sum") == pytest.approx(0.5)
+    assert page.read("batch_size_images_sum") == 20
+    assert page.read("batch_size_images_bucket", le="4.0") == 1
+
+
+def test_the_machine_is_shown_as_fractions_of_what_there_is(page: Page) -> None:
+    snapshot = ResourceSnapshot(
+        taken_at=0.0,
+        cores=2.0,  # a quota
+        cpus=8,
+        own_cpu_utilization=0.5,
+        others_cores=4.0,
+        cpu_pressure=0.1,
+        memory_pressure=0.0,
+        gpus=(GpuSnapshot(0, utilization=0.75), GpuSnapshot(1)),
+    )
+    page.metrics.machine(snapshot, waiting=7, slowdown=1.25)
+    assert page.read("cpu_utilization_ratio", by="own") == 0.5
+    assert page.read("cpu_utilization_ratio", by="others") == 0.5  # of the CPUs, which the quota does not bound
+    assert page.read("pressure_ratio", resource="cpu") == 0.1
+    assert page.read("gpu_utilization_ratio", gpu="0") == 0.75
+    assert page.read("waiting_requests") == 7
+    assert page.read("slowdown_ratio") == 1.25
+
+
+def test_what_the_machine_no_longer_says_keeps_its_last_value(page: Page) -> None:
+    page.metrics.machine(ResourceSnapshot(0.0, cores=4.0, own_cpu_utilization=0.5), waiting=0, slowdown=1.0)
+    page.metrics.machine(ResourceSnapshot(1.0, cores=4.0), waiting=0, slowdown=1.0)
+    assert page.read("cpu_utilization_ratio", by="own") == 0.5
+
+
+def test_readiness_is_one_or_zero(page: Page) -> None:
+    for is_ready in (True, False):
+        page.metrics.ready(is_ready)
+        assert page.read("ready") == is_ready
+
+
+def test_the_page_has_everything_in_the_text_format(page: Page) -> None:
+    page.metrics.request_refused("not_ready")
+    lines = page.metrics.page().decode().splitlines()
+    assert 'supervit_requests_total{outcome="not_ready"} 1.0' in lines
+    assert "# TYPE supervit_request_duration_seconds histogram" in lines
+
+
+def test_a_registry_of_the_process_tells_of_it() -> None:
+    registry = process_registry()
+    Metrics(registry)
+    assert registry.get_sample_value("python_info") is None  # it has labels
+    assert any(metric.name == "python_info" for metric in registry.collect())
+    assert any(metric.name == "supervit_requests" for metric in registry.collect())
