@@ -12,7 +12,7 @@ from itertools import chain
 from service.errors import OverloadedError
 from service.menu import Menu
 from service.situation import Choice, Entry, Policy, Situation, Wish, target
-from service.slowdown import Slowdown
+from service.slowdown import CAUTIOUS, LIKELY, Slowdown
 
 REMEMBERED_WISHES = 128
 TIGHT_QUANTILE = 0.05
@@ -197,12 +197,14 @@ class Line:
 
     def situation(self, now: float) -> Situation:
         """Describe this moment to a policy."""
+        likely, cautious = (self.slowdown.predict(now, self.prior_slowdown, spreads) for spreads in (LIKELY, CAUTIOUS))
         return Situation(
             now=now,
             line=self._waiting,
             menu=self.menu,
             rows=self._rows,
-            slowdown=self.slowdown.predict(now, self.prior_slowdown),
+            slowdown=likely,
+            caution=cautious / likely,
             stretch=self.stretch,
             max_batch_size=self.max_batch_size,
             arrival_rate=self._rate.read(now),
@@ -220,7 +222,7 @@ class Line:
 
     def _expected_end(self, entry: Entry, now: float, ready_at: float) -> float:
         """When a newcomer would be answered if everyone before it ran at the cheapest level, in the largest batches."""
-        row, slowdown = self._rows[0], self.slowdown.predict(now, self.prior_slowdown)
+        row, slowdown = self._rows[0], self.slowdown.predict(now, self.prior_slowdown, LIKELY)
         full_s = row[self.max_batch_size - 1] * slowdown * self.stretch
         ahead = self._deadlines_before(entry)
         time, index = max(ready_at, self._busy_until), 0

@@ -36,6 +36,9 @@ from service.situation import Choice, Entry, Wish, target
 
 logger = logging.getLogger(__name__)
 
+# What the sockets and the client take of a budget before the request is stamped and after it is answered.
+TRANSPORT_S = 0.003
+TRANSPORT_SHARE = 0.1  # at most, of tight budgets
 LEARNING_GAIN = 0.1
 DECODING_FADES_S = 5.0
 
@@ -213,13 +216,15 @@ class Pipeline:
             BudgetTooSmallError: no sub-network fits the budget, or none is that fast even on an idle machine.
             InvalidParameterError: the sub-network asked for by name is none of the model's.
         """
-        menu = self._line.menu
-        budget_s = (self._default_budget_ms if request.budget_ms is None else request.budget_ms) / 1000
+        menu, now, budget_s = self._line.menu, self._clock(), self._budget_s(request)
+        # The request had waited for the event loop before it was stamped, and its answer will wait for it once more.
+        unseen_s = min(TRANSPORT_S, TRANSPORT_SHARE * budget_s)
+        granted_s = budget_s - unseen_s - self._batcher.lag.margin_s(now) - self._reply.margin_s(now)
         if request.subnetwork is None:
             limit, beyond = menu.best_within(request.budget_gflops)
-            wish = Wish(budget_s, limit, beyond=beyond)
+            wish = Wish(granted_s, limit, beyond=beyond)
         else:
-            wish = Wish(budget_s, 0, menu.index_of(request.subnetwork, request.budget_gflops))
+            wish = Wish(granted_s, 0, menu.index_of(request.subnetwork, request.budget_gflops))
         fastest_s = menu.options[target(wish, 0)].seconds[0]
         if not budget_s >= fastest_s:  # so that no NaN passes
             raise BudgetTooSmallError(
@@ -227,10 +232,10 @@ class Pipeline:
                 f"{1000 * fastest_s:.3g} ms",
                 smallest_budget_ms=round(1000 * fastest_s, 3),
             )
-        # The request had waited for the event loop before it was stamped, and its answer will wait for it once more.
-        now = self._clock()
-        margin_s = self._batcher.lag.margin_s(now) + self._reply.margin_s(now)
-        return Entry(request.arrived_at + budget_s - margin_s, wish, request.priority)
+        return Entry(request.arrived_at + granted_s, wish, request.priority)
+
+    def _budget_s(self, request: InferenceRequest) -> float:
+        return (self._default_budget_ms if request.budget_ms is None else request.budget_ms) / 1000
 
     def _classification(
         self,
@@ -247,7 +252,7 @@ class Pipeline:
             predictions,
             Decision(row, result.batch_size, result.predicted_s, reason),
             timing,
-            budget_s=wish.budget_s,
+            budget_s=self._budget_s(request),
             given_up=None if best.top1 is None or row.top1 is None else best.top1 - row.top1,
             saved_gflops=max(0.0, best.gflops - row.gflops),
         )

@@ -9,6 +9,7 @@ would be late anyway and would take others with them.
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, cycle, islice
 from operator import attrgetter, itemgetter
@@ -31,7 +32,8 @@ def choose_level(situation: Situation) -> Choice:
     line = [entry for entry in situation.line if entry not in gone] if gone else list(situation.line)
     if not line:
         return Choice(None, late=late)
-    plan = _Plan(situation, line, _guard_s(situation))
+    careful = replace(situation, slowdown=situation.slowdown * situation.caution)
+    plan = _Plan(careful, line, _guard_s(careful))
     level = plan.highest_clearing()
     if level is not None:
         return _first_batch(plan, level, late)
@@ -156,18 +158,31 @@ def _hopeless(situation: Situation) -> tuple[Entry, ...]:
 
 
 def _expected(situation: Situation) -> list[tuple[float, Wish]]:
-    """The arrivals of the next moment, evenly spaced, each with the wish of a recent one."""
-    now, rate = situation.now, situation.arrival_rate
-    count = min(round(rate * FORECAST_S), MAX_EXPECTED)
+    """The arrivals of the next moment, with some more for chance, evenly spaced, each with the wish of a recent one."""
+    mean = situation.arrival_rate * FORECAST_S
+    crowd = mean + math.sqrt(mean)  # a Poisson deviation more: where few come, chance brings twice as many
+    count, now, rate = min(round(crowd), MAX_EXPECTED), situation.now, crowd / FORECAST_S
     wishes = islice(cycle(situation.recent), count)
     return [(now + index / rate + wish.budget_s, wish) for index, wish in enumerate(wishes, start=1)]
 
 
 def _guard_s(situation: Situation) -> float:
-    """The longest batch after which a newcomer with a tight budget can still be served; infinite where none is due."""
-    longest = situation.seconds(situation.menu.num_levels - 1, 1)
-    room = situation.tight_budget_s - situation.seconds(0, 1)
-    return room if room > 0 and situation.arrival_rate * longest > BUSY else math.inf
+    """The longest batch after which those who come meanwhile can still be answered, however tight their budgets.
+
+    Infinite where nobody is due, or where not even one of them could be.
+    """
+    rate, most, tight_s = situation.arrival_rate, situation.max_batch_size, situation.tight_budget_s
+
+    def room(count: int) -> float:
+        return tight_s - situation.seconds(0, count)
+
+    if room(1) <= 0 or rate * situation.seconds(situation.menu.num_levels - 1, 1) <= BUSY:
+        return math.inf
+    # The longer the batch, the more of them come, and the less room they leave it.
+    enough = bisect_left(range(1, most + 1), True, key=lambda count: count / rate >= room(count))
+    if enough < most:
+        return max(enough / rate, room(enough + 1))
+    return max(most / rate, tight_s / (1 + rate * situation.seconds(0, most) / most))  # more than a batch of them
 
 
 def _first_batch(plan: _Plan, level: int, late: tuple[Entry, ...]) -> Choice:

@@ -12,7 +12,7 @@ class Wish:
     """What a request grants, as the forecast remembers it.
 
     Attributes:
-        budget_s: from arrival to deadline.
+        budget_s: from arrival until its batch must have ended.
         limit: the highest level that its GFLOPs admit.
         only: index of the option asked for by name.
         beyond: index of the option to take where the level is above the limit: one between that level and the next,
@@ -58,7 +58,8 @@ class Situation:
         line: what waits, earliest deadline first; never empty.
         menu: what can be chosen.
         rows: latency of the options as corrected by what was observed, before `slowdown`.
-        slowdown: factor on the rows at this moment.
+        slowdown: factor on the rows at this moment, with some allowance for how much batches vary.
+        caution: factor on the slowdown that few batches exceed, at least 1.
         stretch: how much longer than its batches the engine is taken, at least 1: a ceiling makes it pause.
         max_batch_size: most that may run together.
         arrival_rate: requests per second, of late.
@@ -71,6 +72,7 @@ class Situation:
     menu: Menu
     rows: Rows
     slowdown: float
+    caution: float
     stretch: float
     max_batch_size: int
     arrival_rate: float

@@ -13,7 +13,8 @@ GAIN = 0.6
 SPREAD_GAIN = 0.2
 MAX_SQUARED_SURPRISE = 0.1
 MAX_SURPRISE = 1.5  # one hiccup of ten times is no neighbour
-SPREAD_SHARE = 1.0  # less answers a few per cent too late wherever batches vary by a tenth
+LIKELY = 1.0  # spreads above the mean, for who can be answered at all
+CAUTIOUS = 2.5  # for what to give them: a request lost costs far more accuracy than a level does
 STALE_AFTER_S = 0.5
 
 
@@ -37,12 +38,18 @@ class Slowdown:
         variance = self.variance + SPREAD_GAIN * (min(surprise**2, MAX_SQUARED_SURPRISE) - self.variance)
         return replace(self, factor=self.factor + GAIN * surprise, variance=variance, updated_at=now)
 
-    def predict(self, now: float, prior: float) -> float:
-        """Factor to multiply the profile with at `now`; without news from batches it turns to `prior`."""
+    def predict(self, now: float, prior: float, spreads: float = 0.0) -> float:
+        """Factor to multiply the profile with at `now`; without news from batches it turns to `prior`.
+
+        Args:
+            now: in seconds on the clock of `updated`.
+            prior: what to expect before any batch has told better.
+            spreads: how many standard deviations to allow for.
+        """
         if self.updated_at is None:
             return prior
         trust = math.exp(min(0.0, self.updated_at - now) / STALE_AFTER_S)
-        return trust * (self.factor + SPREAD_SHARE * math.sqrt(self.variance)) + (1 - trust) * prior
+        return trust * (self.factor + spreads * math.sqrt(self.variance)) + (1 - trust) * prior
 
 
 def prior_slowdown(snapshot: ResourceSnapshot | None, threads: int) -> float:

@@ -43,6 +43,7 @@ def moment(
         menu=MENU,
         rows=[option.seconds for option in MENU.options],
         slowdown=slowdown,
+        caution=1.0,
         stretch=1.0,
         max_batch_size=4,
         arrival_rate=rate,

@@ -284,6 +284,14 @@ def test_a_slow_batch_is_felt_in_every_prediction_and_a_fast_one_again(line: Lin
     assert refusal_s(line, waits(0.29 + 0.035), 0.29) is None
 
 
+def test_what_is_chosen_allows_for_more_than_who_is_admitted_where_batches_vary(line: Line) -> None:
+    for number in range(20):
+        line.finished(0, 4, (0.04, 0.06)[number % 2], number / 100)
+    predicted, situation = line.predict(0, 4, 0.19), line.situation(0.19)
+    assert predicted < situation.seconds(0, 4)
+    assert 1.1 < situation.caution < 1.5
+
+
 def test_an_option_that_always_takes_longer_than_profiled_is_known_after_a_while(line: Line) -> None:
     for number in range(300):
         line.finished(number % 2, 2, (0.03, 1.15 * 0.06)[number % 2], number / 100)

@@ -28,7 +28,7 @@ def test_two_requests_that_grant_the_same_are_still_two() -> None:
 
 def test_the_largest_batch_that_fits_is_bounded_by_the_room_those_who_wait_and_the_limit(menu: Menu) -> None:
     rows = [option.seconds for option in menu.options]
-    situation = Situation(0.0, (), menu, rows, 2.0, 1.0, 3, 0.0, (), 1.0)
+    situation = Situation(0.0, (), menu, rows, 2.0, 1.0, 1.0, 3, 0.0, (), 1.0)
     # At twice the profiled latency, level 0 takes 4, 6, 8 and 10 s.
     assert situation.seconds(0, 2) == 6.0
     rooms = (-1.0, 3.9, 4.0, 7.9, 8.0, 100.0, float("inf"))

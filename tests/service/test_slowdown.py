@@ -40,7 +40,7 @@ def test_one_hiccup_of_ten_times_is_no_neighbour() -> None:
 
 def test_the_more_batches_vary_the_more_is_allowed_for() -> None:
     steady, wavering, wild = (after(*(1 + spread * (-1) ** turn for turn in range(40))) for spread in (0.0, 0.1, 0.3))
-    margins = [slowdown.predict(0.0, prior=1.0) - slowdown.factor for slowdown in (steady, wavering, wild)]
+    margins = [slowdown.predict(0.0, prior=1.0, spreads=1.0) - slowdown.factor for slowdown in (steady, wavering, wild)]
     assert margins[0] == pytest.approx(0.0)
     assert margins[0] < margins[1] < margins[2] < 0.5
 
