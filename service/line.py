@@ -227,7 +227,10 @@ class Line:
         ahead = self._deadlines_before(entry)
         time, index = max(ready_at, self._busy_until), 0
         if self._lasting_rate.read(now) * full_s > self.max_batch_size:
-            time += LASTING_MARGIN * full_s  # what comes after this one presses, too: better refused now than later
+            # What comes after this one presses, too: better refused now than later. Nobody whose budget holds no two
+            # full batches, one to wait for and its own, meets full ones.
+            usual = max(1, bisect_right(row, entry.wish.budget_s / 2 / slowdown, 0, self.max_batch_size))
+            time += LASTING_MARGIN * row[usual - 1] * slowdown * self.stretch
         while index < len(ahead):
             if ahead[index] < time + row[0] * slowdown:
                 index += 1  # will have to be given up

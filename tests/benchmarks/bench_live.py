@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import uvloop
 
 START_LIMIT_S = 300
 SETTLE_S = 1.0
@@ -230,7 +231,7 @@ def scenarios(options: argparse.Namespace, capacity: float) -> list[tuple[str, f
     steady = [(f"{load:g}x", load * capacity, False) for load in options.loads]
     if options.only_steady:
         return steady
-    return [*steady, ("bursts 1x", capacity, False), ("neighbour 0.5x", 0.5 * capacity, True)]
+    return [("bursts 1x", capacity, False), ("neighbour 0.5x", 0.5 * capacity, True), *steady]
 
 
 async def burn(seconds: float) -> None:
@@ -304,4 +305,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())

@@ -215,6 +215,9 @@ def test_under_lasting_overload_a_newcomer_is_refused_sooner(line: Line) -> None
         at += 0.01
     assert refusal_s(line, waits(at + 0.049), at) == pytest.approx(0.001)
     assert refusal_s(line, waits(at + 0.051), at) is None
+    # A budget of 50 ms holds two batches of one, 20 ms each, and none of four: 12 ms are added.
+    assert refusal_s(line, waits(at + 0.031, budget_s=0.05), at) == pytest.approx(0.001)
+    assert refusal_s(line, waits(at + 0.033, budget_s=0.05), at) is None
 
 
 def test_a_line_for_a_policy_that_drops_later_refuses_nobody(fast_menu: Menu) -> None:
