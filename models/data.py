@@ -24,6 +24,8 @@ from torchvision.transforms import InterpolationMode
 
 from models.subnetwork import SuperViTConfig
 
+# The strongest posterization that keeps a bit of each channel: at 10 none is left, which Pillow refuses.
+MAX_POSTERIZE = 9.9
 # Inputs up to this side are small pictures already: crop them with padding rather than rescale a random part.
 PADDED_CROP_SIDE_PX = 64
 # A longer picture is cut to this ratio around its centre before resizing, or a 1 x 100,000 px one would fill memory.
@@ -153,7 +155,11 @@ def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Ca
     steps += [transforms.RandomHorizontalFlip()]
     if augmentation.rand_augment:
         fill = tuple(round(255 * channel) for channel in config.mean)
-        steps += [rand_augment_transform(augmentation.rand_augment, {"translate_const": side // 2, "img_mean": fill})]
+        augment = rand_augment_transform(augmentation.rand_augment, {"translate_const": side // 2, "img_mean": fill})
+        for op in augment.ops:
+            if op.name == "PosterizeIncreasing":
+                op.magnitude_max = min(op.magnitude_max or MAX_POSTERIZE, MAX_POSTERIZE)
+        steps += [augment]
     steps += [transforms.ToTensor(), transforms.Normalize(config.mean, config.std)]
     if augmentation.random_erasing:
         steps += [RandomErasing(augmentation.random_erasing, mode="pixel", device="cpu")]

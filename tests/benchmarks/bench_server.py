@@ -48,7 +48,8 @@ class Bare:
 
     def latencies(self, pictures: Sequence[Picture], seconds: float) -> list[float]:
         """One at a time."""
-        taken, end = [], time.perf_counter() + seconds
+        taken: list[float] = []
+        end = time.perf_counter() + seconds
         while (started := time.perf_counter()) < end:
             image = self.decode(pictures[len(taken) % len(pictures)].data)
             self.engine.run(image[None], self.subnetwork)

@@ -171,6 +171,12 @@ def test_values_are_scaled_and_normalised_by_channel() -> None:
     torch.testing.assert_close(normalise(pixels, config), expected)
 
 
+def test_the_strongest_augmentation_never_fails() -> None:
+    strongest = training_transform(LVVIT_MICRO, Augmentation("rand-m10-n15-inc1", 0.0))
+    picture = Image.new("RGB", (32, 32), (200, 90, 10))
+    assert all(strongest(picture).shape == (3, 32, 32) for _ in range(20))
+
+
 @pytest.mark.parametrize("augmentation", [PLAIN, Augmentation("rand-m9-mstd0.5-inc1", 1.0)])
 @pytest.mark.parametrize("config", [LVVIT_MICRO, replace(DEIT_SMALL, patch_grids=(4, 8))], ids=["small", "large"])
 def test_training_images_vary_at_the_size_of_the_model(config: SuperViTConfig, augmentation: Augmentation) -> None:
