@@ -1,11 +1,15 @@
-"""The dispatch loop: whenever the engine is free, asks the line what to run, runs it, and releases those who waited."""
+"""The dispatch loop: whenever the engine is free, asks the line what to run, runs it, and releases those who waited.
+
+It lives on the engine's own thread, so that the engine never waits for an event loop that is busy with sockets. The
+event loop puts requests in line and takes out those whose clients leave.
+"""
 
 import asyncio
-import contextlib
 import logging
 import math
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -27,7 +31,9 @@ DELAY_GAIN = 0.1
 DELAY_FADES_S = 0.25
 
 Run = Callable[[Tensor, SubNetwork], Tensor]
-Logits = npt.NDArray[np.float32]
+CallOnLoop = Callable[..., object]
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +42,30 @@ class Result:
 
     Attributes:
         logits: (classes,).
+        probabilities: (classes,), their softmax; none is a number where some logit is none.
+        ranking: (classes,), the indices of the classes, the most probable first.
         option: what ran.
         choice: the whole decision, its reason included.
         batch_size: images that ran together.
-        queue_s: waiting for the engine.
         predicted_s: what the batch was expected to take.
         inference_s: what it took.
-        ended_at: when, on the monotonic clock.
+        started_at: when it began, on the monotonic clock.
+        ended_at: when it ended.
     """
 
-    logits: Logits
+    logits: Floats
+    probabilities: Floats
+    ranking: Indices
     option: Option
     choice: Choice
     batch_size: int
-    queue_s: float
     predicted_s: float
     inference_s: float
+    started_at: float
     ended_at: float
+
+
+Outcomes = Sequence[tuple[Entry, Result | ServiceError]]
 
 
 @dataclass(slots=True)
@@ -88,9 +101,7 @@ class Delay:
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    entry: Entry
     image: Tensor
-    entered_at: float
     result: "asyncio.Future[Result]"
 
 
@@ -113,7 +124,7 @@ class Batcher:
         Args:
             run: the engine's.
             line: decides whom to run, and how.
-            thread: the engine's own; `run` is called there.
+            thread: the engine's own; the loop lives there, and what it calls is called there.
             pacer: holds batches back for the sake of a ceiling.
             observe_machine: called before each decision, to tell the line of the machine's state.
             observe_batch: told of each batch that ran: its size, its predicted and its real seconds.
@@ -127,7 +138,7 @@ class Batcher:
         self._clock = clock
         self.lag = Delay()  # of the event loop: from the end of a batch until the loop turns to it
         self._waiting: dict[Entry, _Waiting] = {}
-        self._arrival = asyncio.Event()
+        self._arrival = threading.Event()
         self._thread = thread
         self._stopping = False
 
@@ -144,7 +155,7 @@ class Batcher:
         """
         if self._stopping:
             raise NotReadyError("the server is stopping")
-        waiting = _Waiting(entry, image, self._clock(), asyncio.get_running_loop().create_future())
+        waiting = _Waiting(image, asyncio.get_running_loop().create_future())
         self._waiting[entry] = waiting
         self._line.enter(entry)
         self._arrival.set()
@@ -155,82 +166,108 @@ class Batcher:
             self._line.leave(entry)
 
     async def serve(self) -> None:
-        """Run batches until `stop` is called and the line is empty."""
-        while len(self._line) or not self._stopping:
-            if not len(self._line):
-                self._arrival.clear()
-                await self._arrival.wait()
-            elif pause_s := self._pacer.pause_s(self._clock()):
-                await asyncio.sleep(pause_s)
-            else:
-                await self._serve_batch()
+        """Run batches until `stop` is called and everyone in line has been answered."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._dispatch, loop.call_soon_threadsafe)
 
     def stop(self) -> None:
         """Admit nobody any more; those in line are still answered."""
         self._stopping = True
         self._arrival.set()
 
-    async def _serve_batch(self) -> None:
+    def _dispatch(self, call_on_loop: CallOnLoop) -> None:
+        while len(self._line) or not self._stopping:
+            if not len(self._line):
+                self._await_arrival()
+            elif pause_s := self._pacer.pause_s(self._clock()):
+                time.sleep(pause_s)
+            else:
+                for outcomes in self._serve_batch():
+                    call_on_loop(self._settle, outcomes)
+
+    def _await_arrival(self) -> None:
+        self._arrival.clear()
+        if not len(self._line) and not self._stopping:  # whoever came before the clearing may not have been seen
+            self._arrival.wait()
+
+    def _serve_batch(self) -> Iterator[Outcomes]:
+        """Do what the policy chooses; yields what became of whom, as soon as it is known."""
         self._observe_machine()
         self._line.stretch = self._pacer.stretch
-        choice = self._line.next_batch(self._clock())
-        for entry in choice.late:
-            self._settle(entry, DeadlineError("the deadline cannot be met any more"))
-        for entry in choice.shed:
+        now = self._clock()
+        choice = self._line.next_batch(now)
+        if choice.late:
+            yield [(entry, DeadlineError("the deadline cannot be met any more")) for entry in choice.late]
+        if choice.shed:
             message = "given up so that others can be answered in time; try again later"
-            self._settle(entry, OverloadedError(message, retry_after_s=round(self._line.backlog_s(self._clock()), 3)))
+            overloaded = OverloadedError(message, retry_after_s=round(self._line.backlog_s(now), 3))
+            yield [(entry, overloaded) for entry in choice.shed]
         if choice.option is not None:
-            await self._run_batch(choice, choice.option, [self._waiting[entry] for entry in choice.batch])
+            yield from self._run_batch(choice, choice.option, choice.batch)
 
-    async def _run_batch(self, choice: Choice, index: int, batch: Sequence[_Waiting]) -> None:
+    def _run_batch(self, choice: Choice, index: int, batch: Sequence[Entry]) -> Iterator[Outcomes]:
+        images = {entry: waiting.image for entry in batch if (waiting := self._waiting.get(entry))}
+        if not images:
+            self._line.failed(self._clock())
+            return  # all their clients have left meanwhile
         option = self._line.menu.options[index]
-        predicted_s = self._line.predict(index, len(batch), self._clock())
-        started_at = self._clock()
+        predicted_s = self._line.predict(index, len(images), self._clock())
         try:
-            images = torch.stack([waiting.image for waiting in batch])
-            loop = asyncio.get_running_loop()
-            logits, inference_s, ended_at = await loop.run_in_executor(
-                self._thread, self._timed_run, images, option.row.subnetwork
-            )
-            answered = list(zip(batch, logits.numpy(), strict=True))
+            rows, started_at, ended_at = self._timed_run(list(images.values()), option.row.subnetwork)
+            answered = list(zip(images, rows, strict=True))
         except Exception:  # whatever the model raises, its requests must be released and the next batch run
             self._line.failed(self._clock())
-            await self._run_apart(choice, index, batch)
+            yield from self._run_apart(choice, index, list(images))
             return
-        self._line.finished(index, len(batch), inference_s, self._clock())
-        self.lag.observe(self._clock() - ended_at, self._clock())
+        inference_s = ended_at - started_at
+        self._line.finished(index, len(answered), inference_s, ended_at)
         self._pacer.batch_ran(inference_s)
-        self._observe_batch(len(batch), predicted_s, inference_s)
-        for waiting, row in answered:
-            queue_s = started_at - waiting.entered_at
-            result = Result(row, option, choice, len(batch), queue_s, predicted_s, inference_s, ended_at)
-            self._settle(waiting.entry, result)
+        self._observe_batch(len(answered), predicted_s, inference_s)
+        yield [
+            (entry, Result(*row, option, choice, len(answered), predicted_s, inference_s, started_at, ended_at))
+            for entry, row in answered
+        ]
 
-    def _timed_run(self, images: Tensor, subnetwork: SubNetwork) -> tuple[Tensor, float, float]:
-        """Run a batch; returns its logits, its seconds and when it ended, before the event loop hears of it."""
+    def _timed_run(
+        self, images: Sequence[Tensor], subnetwork: SubNetwork
+    ) -> tuple[list[tuple[Floats, Floats, Indices]], float, float]:
+        """Run a batch; returns (logits, probabilities, ranking) of each image, and when the model started and ended."""
+        batch = torch.stack(list(images))
         started_at = self._clock()
-        logits = self._run(images, subnetwork)
+        logits = self._run(batch, subnetwork).numpy()
         ended_at = self._clock()
-        return logits, ended_at - started_at, ended_at
+        probabilities = _softmax(logits)
+        # Here and at once, because sorting on the event loop would give the GIL away for every single answer.
+        ranking = np.argsort(-probabilities, axis=1, kind="stable")
+        return list(zip(logits, probabilities, ranking, strict=True)), started_at, ended_at
 
-    async def _run_apart(self, choice: Choice, index: int, batch: Sequence[_Waiting]) -> None:
+    def _run_apart(self, choice: Choice, index: int, batch: Sequence[Entry]) -> Iterator[Outcomes]:
         """Run the halves of a batch that failed, until the request that poisons it stands alone."""
         if len(batch) == 1:
             logger.exception("the model failed on an image at %s", self._line.menu.options[index].row.subnetwork)
-            self._settle(batch[0].entry, ModelError("the model failed on this image; the server's log says why"))
+            yield [(batch[0], ModelError("the model failed on this image; the server's log says why"))]
             return
         middle = len(batch) // 2
         for half in (batch[:middle], batch[middle:]):
-            still_here = [waiting for waiting in half if waiting.entry in self._waiting]
-            if still_here:
-                await self._run_batch(choice, index, still_here)
+            yield from self._run_batch(choice, index, half)
 
-    def _settle(self, entry: Entry, outcome: Result | ServiceError) -> None:
-        waiting = self._waiting.get(entry)
-        if waiting is None:
-            return  # its client has left meanwhile
-        with contextlib.suppress(asyncio.InvalidStateError):
+    def _settle(self, outcomes: Outcomes) -> None:
+        """Release those who wait, on the event loop."""
+        for entry, outcome in outcomes:
+            waiting = self._waiting.get(entry)
+            if waiting is None or waiting.result.done():
+                continue  # its client has left meanwhile
             if isinstance(outcome, ServiceError):
                 waiting.result.set_exception(outcome)
             else:
                 waiting.result.set_result(outcome)
+        if isinstance(outcomes[-1][1], Result):
+            now = self._clock()
+            self.lag.observe(now - outcomes[-1][1].ended_at, now)
+
+
+def _softmax(logits: Floats) -> Floats:
+    """Return the softmax of each row of (B, classes)."""
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return weights / weights.sum(axis=1, keepdims=True)

@@ -1,13 +1,18 @@
 """The waiting line: who is in the server, what is known of the traffic and of the machine, and what to do next.
 
-No clock, no waiting and no images here: the server and the simulator run the very same code.
+No clock, no waiting and no images here: the server and the simulator run the very same code. In the server the event
+loop and the engine's thread share it, so each public method takes its lock.
 """
 
+import functools
 import math
+import threading
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Concatenate, ParamSpec, TypeVar
 
 from service.errors import OverloadedError
 from service.menu import Menu
@@ -22,6 +27,18 @@ LASTING_MARGIN = 0.6  # of a full batch; a whole one refuses every tight budget
 DRIFT_GAIN = 0.1
 MAX_DRIFT = 0.2
 MAX_PREVIEWED = 8  # decisions; a longer line is taken to go on as it began
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _locked(method: "Callable[Concatenate[Line, P], R]") -> "Callable[Concatenate[Line, P], R]":
+    @functools.wraps(method)
+    def one_at_a_time(self: "Line", *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return one_at_a_time
 
 
 @dataclass(slots=True)
@@ -82,11 +99,13 @@ class Line:
         self._recent: deque[Wish] = deque(maxlen=REMEMBERED_WISHES)
         self._budgets: list[float] = []  # of the recent, ascending
         self._busy_until = -math.inf
+        self._lock = threading.RLock()  # its methods call one another
 
     def __len__(self) -> int:
         """Count who waits for the engine."""
         return len(self._waiting)
 
+    @_locked
     def admit(self, entry: Entry, now: float, ready_at: float | None = None) -> None:
         """Take note of a request before anything is spent on it.
 
@@ -105,6 +124,7 @@ class Line:
         self._admitted.add(entry)
         insort(self._deadlines.setdefault(entry.priority, []), entry.deadline_at)
 
+    @_locked
     def enter(self, entry: Entry) -> None:
         """Put an admitted request where the policy sees it: it is ready for the engine."""
         insort(self._waiting, entry, key=_deadline)
@@ -114,6 +134,7 @@ class Line:
         self._recent.append(entry.wish)
         insort(self._budgets, entry.wish.budget_s)
 
+    @_locked
     def leave(self, entry: Entry) -> None:
         """Forget an admitted request, wherever it stands; one that is gone already is no error."""
         if entry in self._admitted:  # but once: others may be due at the same instant
@@ -130,6 +151,7 @@ class Line:
             if self._waiting[index].deadline_at != entry.deadline_at:
                 return
 
+    @_locked
     def next_batch(self, now: float) -> Choice:
         """Ask the policy what to do with those who wait, and take out whom it runs or gives up."""
         if not self._waiting:
@@ -142,6 +164,7 @@ class Line:
             self._busy_until = now + situation.seconds(choice.option, len(choice.batch)) * self.stretch
         return choice
 
+    @_locked
     def finished(self, option: int, size: int, seconds: float, now: float) -> None:
         """Learn from a batch: the machine's slowdown, and how far off the profile of its option is."""
         expected = self._rows[option][size - 1]
@@ -152,10 +175,12 @@ class Line:
         self._rows[option] = [self._drift[option] * profiled for profiled in self.menu.options[option].seconds]
         self._busy_until = now
 
+    @_locked
     def failed(self, now: float) -> None:
         """Take note that the batch has ended without an answer: nothing is learned from its time."""
         self._busy_until = now
 
+    @_locked
     def preview(self, entry: Entry, now: float) -> tuple[int, int, float, Choice]:
         """Tell what would become of a request that were ready at `now`; nothing changes.
 
@@ -187,14 +212,17 @@ class Line:
                 return option, max(1, len(choice.batch)), time - now, choice
         raise OverloadedError("it would be given up so that others can be answered in time", retry_after_s=0.0)
 
+    @_locked
     def predict(self, option: int, size: int, now: float) -> float:
         """Return the seconds that a batch will probably take."""
         return self._rows[option][size - 1] * self.slowdown.predict(now, self.prior_slowdown)
 
+    @_locked
     def backlog_s(self, now: float) -> float:
         """Return the seconds that everyone admitted takes at the cheapest level."""
         return len(self._admitted) / self.max_batch_size * self.predict(0, self.max_batch_size, now) * self.stretch
 
+    @_locked
     def situation(self, now: float) -> Situation:
         """Describe this moment to a policy."""
         likely, cautious = (self.slowdown.predict(now, self.prior_slowdown, spreads) for spreads in (LIKELY, CAUTIOUS))

@@ -1,5 +1,7 @@
 """Every Prometheus metric of the server, declared once on an injected registry."""
 
+from functools import cache
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -55,11 +57,16 @@ class Metrics:
             buckets=STAGE_BUCKETS_S,
             registry=registry,
         )
+        # Bound once: to look a label up takes longer than to count.
+        self._decode, self._queue, self._inference = map(self._stages.labels, ("decode", "queue", "inference"))
         self._subnetworks = Counter(
             "supervit_subnetwork_requests",
             "Answered requests by the sub-network that ran.",
             ["patch_grid", "keep_rate"],
             registry=registry,
+        )
+        self._count_of = cache(
+            lambda subnetwork: self._subnetworks.labels(subnetwork.patch_grid, f"{subnetwork.keep_rate:g}")
         )
         self._gflops = Counter(
             "supervit_spent_gflops",
@@ -89,6 +96,7 @@ class Metrics:
             ["result"],
             registry=registry,
         )
+        self._met, self._missed = self._deadlines.labels("met"), self._deadlines.labels("missed")
         self._accuracy = Counter(
             "supervit_expected_accuracy", "Expected top-1 accuracy of the answers, 0..1, summed.", registry=registry
         )
@@ -134,10 +142,8 @@ class Metrics:
         self._model.labels(name, version).set(1)
         for outcome in ("ok", *MISSES):
             self._requests.labels(outcome)
-        for result in ("met", "missed"):
-            self._deadlines.labels(result)
         for subnetwork in subnetworks:
-            self._subnetworks.labels(subnetwork.patch_grid, f"{subnetwork.keep_rate:g}")
+            self._count_of(subnetwork)
 
     def request_started(self) -> None:
         """Count a request in."""
@@ -148,7 +154,7 @@ class Metrics:
         self._in_flight.dec()
         self._requests.labels(outcome).inc()
         if outcome in MISSES:
-            self._deadlines.labels("missed").inc()
+            self._missed.inc()
 
     def request_refused(self, outcome: str) -> None:
         """Count a request that was refused before it was counted in."""
@@ -158,14 +164,13 @@ class Metrics:
         """Record what an answer cost."""
         timing, profile = answer.timing, answer.decision.profile
         self._duration.observe(timing.total_s)
-        stages = {"decode": timing.decode_s, "queue": timing.queue_s, "inference": timing.inference_s}
-        for stage, seconds in stages.items():
-            self._stages.labels(stage).observe(seconds)
-        subnetwork = profile.subnetwork
-        self._subnetworks.labels(subnetwork.patch_grid, f"{subnetwork.keep_rate:g}").inc()
+        self._decode.observe(timing.decode_s)
+        self._queue.observe(timing.queue_s)
+        self._inference.observe(timing.inference_s)
+        self._count_of(profile.subnetwork).inc()
         self._gflops.inc(profile.gflops)
         self._saved.inc(answer.saved_gflops)
-        self._deadlines.labels("met" if answer.deadline_met else "missed").inc()
+        (self._met if answer.deadline_met else self._missed).inc()
         if profile.top1 is not None and answer.given_up is not None:
             self._accuracy.inc(profile.top1)
             self._given_up.inc(answer.given_up)

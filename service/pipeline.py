@@ -2,14 +2,14 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 
-import numpy as np
 from torch import Tensor
 
-from service.batcher import Batcher, Delay, Logits, Result
+from service.batcher import Batcher, Delay, Result
 from service.domain import (
     DEFAULT_TOP_K,
     Classification,
@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 # What the sockets and the client take of a budget before the request is stamped and after it is answered.
 TRANSPORT_S = 0.003
 TRANSPORT_SHARE = 0.1  # at most, of tight budgets
-LEARNING_GAIN = 0.1
+LEARNED_EVERY = 8  # requests; it takes a system call
+LEARNING_GAIN = 0.5
 DECODING_FADES_S = 5.0
 
 
@@ -93,6 +94,7 @@ class Pipeline:
         self._decoding = Delay(DECODING_FADES_S)  # of one image
         self._loop_s = 0.0  # of the event loop's CPU time per answer, learned
         self._loop_used_s = loop_time()
+        self._unlearned = 0  # requests that have ended since
         self._reply = Delay()  # from the end of a batch to the finished answer
 
     def ready(self) -> None:
@@ -160,14 +162,15 @@ class Pipeline:
         now = self._clock()
         self._line.admit(entry, now, now + self._preparation_s(now))
         try:
-            image, decode_s, waited_s = await self._read_and_decode(read, entry)
+            image, decode_s, read_at = await self._read_and_decode(read, entry)
             result = await self._batcher.submit(image, entry)
         finally:
             self._line.leave(entry)
-        predictions = self._predict(result.logits, top_k)
+        predictions = self._predictions(result, top_k)
         now = self._clock()
         self._reply.observe(now - result.ended_at, now)
-        timing = Timing(decode_s, waited_s + result.queue_s, result.inference_s, now - request.arrived_at)
+        queue_s = result.started_at - read_at - decode_s
+        timing = Timing(decode_s, queue_s, result.inference_s, now - request.arrived_at)
         return self._classification(predictions, request, entry.wish, result, timing)
 
     def _preparation_s(self, now: float) -> float:
@@ -181,12 +184,15 @@ class Pipeline:
         Refused ones count as well: were their cost put on those answered, a server that refuses many would soon refuse
         everybody and never learn better.
         """
+        self._unlearned += 1
+        if self._unlearned < LEARNED_EVERY:
+            return
         used_s = self._loop_time()
-        self._loop_s += LEARNING_GAIN * (used_s - self._loop_used_s - self._loop_s)
-        self._loop_used_s = used_s
+        self._loop_s += LEARNING_GAIN * ((used_s - self._loop_used_s) / self._unlearned - self._loop_s)
+        self._loop_used_s, self._unlearned = used_s, 0
 
     async def _read_and_decode(self, read: Callable[[], Awaitable[bytes]], entry: Entry) -> tuple[Tensor, float, float]:
-        """Return the (3, S, S) image, the seconds that its decoding took and those that it waited for a thread."""
+        """Return the (3, S, S) image, the seconds that its decoding took, and when its last byte had come."""
         self._undecoded += 1
         try:
             data = await read()
@@ -197,7 +203,7 @@ class Pipeline:
             self._undecoded -= 1
         decode_s = decoded_at - started_at
         self._decoding.observe(decode_s, decoded_at)
-        return image, decode_s, started_at - read_at
+        return image, decode_s, read_at
 
     def _timed_decode(self, data: bytes, entry: Entry) -> tuple[Tensor, float, float]:
         started_at = self._clock()
@@ -266,17 +272,15 @@ class Pipeline:
             raise InvalidParameterError(message, parameter="top_k")
         return top_k
 
-    def _predict(self, logits: Logits, top_k: int) -> tuple[Prediction, ...]:
-        with np.errstate(invalid="ignore"):  # infinity less infinity
-            weights = np.exp(logits - logits.max())
-            probabilities = weights / weights.sum()
-        if not np.isfinite(probabilities[0]):  # one logit that is none makes the sum none, and so all of them
-            logger.error("the model answered an image with %s", logits.tolist()[:top_k])
+    def _predictions(self, result: Result, top_k: int) -> tuple[Prediction, ...]:
+        best = result.ranking[:top_k]
+        probabilities = result.probabilities[best].tolist()
+        if not math.isfinite(probabilities[0]):  # one logit that is none makes the sum none, and so all of them
+            logger.error("the model answered an image with %s", result.logits.tolist()[:top_k])
             raise ModelError("the model's answer to this image is not a number")
-        best = np.argsort(-probabilities, kind="stable")[:top_k]
         return tuple(
             Prediction(index, self._class_names[index], probability)
-            for index, probability in zip(best.tolist(), probabilities[best].tolist(), strict=True)
+            for index, probability in zip(best.tolist(), probabilities, strict=True)
         )
 
 

@@ -42,9 +42,11 @@ async def read_image(request: Request, max_bytes: int, max_s: float) -> bytes:
     if not is_form and not media_type.startswith("image/") and media_type not in UNTYPED:
         raise UnsupportedMediaError(f"the content type {media_type} is no image; send image/* or multipart/form-data")
     declared_length = request.headers.get("content-length", "")
-    if declared_length.isdigit() and int(declared_length) > max_bytes:
+    is_declared = declared_length.isdigit()
+    if is_declared and int(declared_length) > max_bytes:
         raise _too_large(max_bytes)
-    chunks = _limited(request.stream(), max_bytes)
+    # The HTTP parser reads no more than was declared.
+    chunks = request.stream() if is_declared else _limited(request.stream(), max_bytes)
     try:
         async with asyncio.timeout(max_s):
             if is_form:

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
-from models.data import normalise
 from models.latency import LatencyTable
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
@@ -97,14 +96,12 @@ def sample(client: TestClient, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
-def test_an_answer_holds_what_the_model_says_and_everything_about_how(
-    client: TestClient, checkpoint: Checkpoint, photo: bytes
+def test_an_answer_holds_what_the_engine_says_and_everything_about_how(
+    client: TestClient, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes
 ) -> None:
     answer = client.post("/classify", content=photo, headers={"Content-Type": "image/jpeg"}).json()
     image = decode_image(photo, checkpoint.config, 10_000)
-    with torch.inference_mode():
-        probabilities = checkpoint.model(normalise(image[None], checkpoint.config))[0].softmax(0)
-    best = probabilities.topk(5)
+    best = engine.run(image[None], checkpoint.config.largest)[0].softmax(0).topk(5)
     assert [entry["index"] for entry in answer["predictions"]] == best.indices.tolist()
     assert [entry["probability"] for entry in answer["predictions"]] == pytest.approx(best.values.tolist(), abs=1e-6)
     assert answer["predictions"][0]["label"] == f"thing {best.indices[0]}"
