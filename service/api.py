@@ -129,7 +129,6 @@ def build_router(api: Api) -> APIRouter:
     router = APIRouter()
     config = api.checkpoint.config
 
-    @router.post(CLASSIFY_PATH, response_model=ClassifyAnswer, responses=RESPONSES, openapi_extra=CLASSIFY_INPUT)
     async def classify(request: Request) -> Response:
         """Classify an image with the best sub-network that budgets, load and machine allow at this moment.
 
@@ -143,6 +142,18 @@ def build_router(api: Api) -> APIRouter:
         timing = ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())
         # Made here, because FastAPI would validate the whole answer once more.
         return Response(described.model_dump_json(), media_type="application/json", headers={"Server-Timing": timing})
+
+    # A plain route serves it. FastAPI's own, which stands behind it and would take a sixth more of the loop's time
+    # for a request, describes it.
+    router.add_route(CLASSIFY_PATH, classify, methods=["POST"])
+    router.add_api_route(
+        CLASSIFY_PATH,
+        classify,
+        methods=["POST"],
+        response_model=ClassifyAnswer,
+        responses=RESPONSES,
+        openapi_extra=CLASSIFY_INPUT,
+    )
 
     @router.post("/decide", responses=DECIDE_RESPONSES)
     async def decide(query: Annotated[DecideQuery, Query()]) -> DecideAnswer:

@@ -269,5 +269,6 @@ class Batcher:
 def _softmax(logits: Floats) -> Floats:
     """Return the softmax of each row of (B, classes)."""
     with np.errstate(invalid="ignore"):  # infinity less infinity
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return weights / weights.sum(axis=1, keepdims=True)
+        weights: Floats = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares: Floats = weights / weights.sum(axis=1, keepdims=True)
+        return shares

@@ -17,13 +17,13 @@ from typing import Concatenate, ParamSpec, TypeVar
 from service.errors import OverloadedError
 from service.menu import Menu
 from service.situation import Choice, Entry, Policy, Situation, Wish, target
-from service.slowdown import CAUTIOUS, LIKELY, Slowdown
+from service.slowdown import CAUTIOUS, Slowdown
 
 REMEMBERED_WISHES = 128
 TIGHT_QUANTILE = 0.05
 RATE_TIME_S = 0.5
 LASTING_TIME_S = 2.0
-LASTING_MARGIN = 0.6  # of a full batch; a whole one refuses every tight budget
+LASTING_MARGIN = 0.3  # of a full batch; a whole one refuses every tight budget
 DRIFT_GAIN = 0.1
 MAX_DRIFT = 0.2
 MAX_PREVIEWED = 8  # decisions; a longer line is taken to go on as it began
@@ -34,7 +34,7 @@ R = TypeVar("R")
 
 def _locked(method: "Callable[Concatenate[Line, P], R]") -> "Callable[Concatenate[Line, P], R]":
     @functools.wraps(method)
-    def one_at_a_time(self: "Line", *args: P.args, **kwargs: P.kwargs) -> R:
+    def one_at_a_time(self: "Line", /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self._lock:
             return method(self, *args, **kwargs)
 
@@ -225,7 +225,7 @@ class Line:
     @_locked
     def situation(self, now: float) -> Situation:
         """Describe this moment to a policy."""
-        likely, cautious = (self.slowdown.predict(now, self.prior_slowdown, spreads) for spreads in (LIKELY, CAUTIOUS))
+        likely, cautious = (self.slowdown.predict(now, self.prior_slowdown, spreads) for spreads in (0, CAUTIOUS))
         return Situation(
             now=now,
             line=self._waiting,
@@ -250,7 +250,7 @@ class Line:
 
     def _expected_end(self, entry: Entry, now: float, ready_at: float) -> float:
         """When a newcomer would be answered if everyone before it ran at the cheapest level, in the largest batches."""
-        row, slowdown = self._rows[0], self.slowdown.predict(now, self.prior_slowdown, LIKELY)
+        row, slowdown = self._rows[0], self.slowdown.predict(now, self.prior_slowdown)
         full_s = row[self.max_batch_size - 1] * slowdown * self.stretch
         ahead = self._deadlines_before(entry)
         time, index = max(ready_at, self._busy_until), 0

@@ -22,6 +22,7 @@ FORECAST_S = 0.25
 MAX_EXPECTED = 96
 MAX_PLANNED = 128  # the most urgent, where each must be looked at; the others' turn comes
 SAFETY = 1.05
+TIGHT_SHARE = 0.8  # of a tight budget: a batch that takes longer has no place for those who granted it
 BUSY = 0.3  # arrivals per longest single inference from which on a newcomer is to be reckoned with
 
 
@@ -169,8 +170,10 @@ def _expected(situation: Situation) -> list[tuple[float, Wish]]:
 def _guard_s(situation: Situation) -> float:
     """The longest batch after which those who come meanwhile can still be answered, however tight their budgets.
 
-    Infinite where nobody is due, or where not even one of them could be.
+    Infinite where nobody is due, where not even one of them could be, and where only large batches carry what comes.
     """
+    if _is_outrun(situation):
+        return math.inf
     rate, most, tight_s = situation.arrival_rate, situation.max_batch_size, situation.tight_budget_s
 
     def room(count: int) -> float:
@@ -210,8 +213,7 @@ def _to_shed(situation: Situation, line: Sequence[Entry]) -> tuple[Entry, ...]:
     """Choose whom to give up so that the cheapest level answers the rest: low priority first, then the most urgent."""
     order = sorted(line[:MAX_PLANNED], key=attrgetter("priority"))  # stable: by deadline within each priority
     deadlines = [entry.deadline_at for entry in order]
-    full_s = situation.seconds(0, situation.max_batch_size)
-    if situation.arrival_rate * full_s * situation.stretch > situation.max_batch_size:
+    if _is_outrun(situation):
         return tuple(order[: _too_urgent(situation, deadlines)])
     options = [entry.wish.only or 0 for entry in order]
     due = sorted(range(len(order)), key=deadlines.__getitem__) if any(options) else []
@@ -228,8 +230,14 @@ def _to_shed(situation: Situation, line: Sequence[Entry]) -> tuple[Entry, ...]:
     return tuple(order[:fewest])
 
 
+def _is_outrun(situation: Situation) -> bool:
+    """Whether more arrives than even the cheapest level carries in full batches."""
+    full_s = situation.seconds(0, situation.max_batch_size) * situation.stretch
+    return situation.arrival_rate * full_s > situation.max_batch_size
+
+
 def _too_urgent(situation: Situation, deadlines: Sequence[float]) -> int:
-    """Arrivals outrun even the cheapest level: count those that keep this batch from being as large as it can be.
+    """Arrivals outrun even the cheapest level: count those that keep this batch from being as large as is useful.
 
     Small batches would waste the very capacity that is short.
 
@@ -238,7 +246,8 @@ def _too_urgent(situation: Situation, deadlines: Sequence[float]) -> int:
         deadlines: in the order in which requests are given up.
     """
     earliest = list(accumulate(reversed(deadlines), min))[::-1]  # of those left, once so many are given up
-    for size in range(min(situation.max_batch_size, len(deadlines)), 1, -1):
+    largest = situation.fitting(0, TIGHT_SHARE * situation.tight_budget_s, len(deadlines))
+    for size in range(largest, 1, -1):
         count = bisect_left(earliest, situation.now + situation.seconds(0, size))
         if count + size <= len(deadlines):
             return count

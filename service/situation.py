@@ -58,7 +58,7 @@ class Situation:
         line: what waits, earliest deadline first; never empty.
         menu: what can be chosen.
         rows: latency of the options as corrected by what was observed, before `slowdown`.
-        slowdown: factor on the rows at this moment, with some allowance for how much batches vary.
+        slowdown: factor on the rows at this moment.
         caution: factor on the slowdown that few batches exceed, at least 1.
         stretch: how much longer than its batches the engine is taken, at least 1: a ceiling makes it pause.
         max_batch_size: most that may run together.

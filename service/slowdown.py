@@ -13,8 +13,7 @@ GAIN = 0.6
 SPREAD_GAIN = 0.2
 MAX_SQUARED_SURPRISE = 0.1
 MAX_SURPRISE = 1.5  # one hiccup of ten times is no neighbour
-LIKELY = 1.0  # spreads above the mean, for who can be answered at all
-CAUTIOUS = 2.5  # for what to give them: a request lost costs far more accuracy than a level does
+CAUTIOUS = 2.5  # spreads above the mean: a request lost costs far more accuracy than a level does
 STALE_AFTER_S = 0.5
 
 
