@@ -1,7 +1,7 @@
 """The dispatch loop: whenever the engine is free, asks the line what to run, runs it, and releases those who waited.
 
 It lives on the engine's own thread, so that the engine never waits for an event loop that is busy with sockets. The
-event loop puts requests in line and takes out those whose clients leave.
+threads that prepare images put requests in line; the event loop takes out those whose clients leave.
 """
 
 import asyncio
@@ -10,8 +10,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from models.subnetwork import SubNetwork
-from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, ServiceError
+from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError
 from service.line import Line
 from service.menu import Option
 from service.pacer import Pacer
@@ -65,7 +66,7 @@ class Result:
     ended_at: float
 
 
-Outcomes = Sequence[tuple[Entry, Result | ServiceError]]
+Outcomes = Sequence[tuple[Entry, Result | BaseException]]
 
 
 @dataclass(slots=True)
@@ -99,10 +100,10 @@ class Delay:
         return math.exp(min(0.0, self._seen_at - now) / self.fades_s)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Waiting:
-    image: Tensor
     result: "asyncio.Future[Result]"
+    image: Tensor | None = None
 
 
 class Batcher:
@@ -113,6 +114,7 @@ class Batcher:
         run: Run,
         line: Line,
         thread: Executor,
+        preparers: Executor,
         *,
         pacer: Pacer | None = None,
         observe_machine: Callable[[], None] = lambda: None,
@@ -125,6 +127,7 @@ class Batcher:
             run: the engine's.
             line: decides whom to run, and how.
             thread: the engine's own; the loop lives there, and what it calls is called there.
+            preparers: threads on which images are prepared.
             pacer: holds batches back for the sake of a ceiling.
             observe_machine: called before each decision, to tell the line of the machine's state.
             observe_batch: told of each batch that ran: its size, its predicted and its real seconds.
@@ -139,31 +142,48 @@ class Batcher:
         self.lag = Delay()  # of the event loop: from the end of a batch until the loop turns to it
         self._waiting: dict[Entry, _Waiting] = {}
         self._arrival = threading.Event()
-        self._thread = thread
+        self._thread, self._preparers = thread, preparers
         self._stopping = False
 
-    async def submit(self, image: Tensor, entry: Entry) -> Result:
-        """Wait in line with a (3, S, S) uint8 image, for an entry that the line has admitted, and return its result.
+    async def submit(self, prepare: Callable[[], Tensor], entry: Entry) -> Result:
+        """Prepare an image, wait in line with it, and return its result.
 
-        Cancelling it takes the request out of the line.
+        Cancelling it takes the request out of the line, or away from those who wait for a thread.
+
+        Args:
+            prepare: makes the (3, S, S) uint8 image; called on one of the threads for that.
+            entry: the line has admitted it.
 
         Raises:
             DeadlineError: it can no longer be answered in time.
             OverloadedError: it was given up for the sake of others.
             ModelError: the model failed on this image.
             NotReadyError: the batcher is stopping.
+            Exception: what `prepare` raises.
         """
         if self._stopping:
             raise NotReadyError("the server is stopping")
-        waiting = _Waiting(image, asyncio.get_running_loop().create_future())
-        self._waiting[entry] = waiting
-        self._line.enter(entry)
-        self._arrival.set()
+        loop = asyncio.get_running_loop()
+        waiting = self._waiting[entry] = _Waiting(loop.create_future())
+        preparing = self._preparers.submit(prepare)
+        preparing.add_done_callback(partial(self._enter, entry, waiting, loop.call_soon_threadsafe))
         try:
             return await waiting.result
         finally:
-            self._waiting.pop(entry, None)
+            del self._waiting[entry]
+            preparing.cancel()
             self._line.leave(entry)
+
+    def _enter(self, entry: Entry, waiting: _Waiting, call_on_loop: CallOnLoop, preparing: "Future[Tensor]") -> None:
+        """Put a prepared request in line, on the thread that prepared it: the event loop need not hear of it."""
+        if entry not in self._waiting:
+            return  # its client has left
+        if error := preparing.exception():
+            call_on_loop(self._settle, [(entry, error)])
+            return
+        waiting.image = preparing.result()
+        self._line.enter(entry)
+        self._arrival.set()
 
     async def serve(self) -> None:
         """Run batches until `stop` is called and everyone in line has been answered."""
@@ -206,7 +226,8 @@ class Batcher:
             yield from self._run_batch(choice, choice.option, choice.batch)
 
     def _run_batch(self, choice: Choice, index: int, batch: Sequence[Entry]) -> Iterator[Outcomes]:
-        images = {entry: waiting.image for entry in batch if (waiting := self._waiting.get(entry))}
+        waiting = ((entry, self._waiting.get(entry)) for entry in batch)
+        images = {entry: one.image for entry, one in waiting if one is not None and one.image is not None}
         if not images:
             self._line.failed(self._clock())
             return  # all their clients have left meanwhile
@@ -257,10 +278,10 @@ class Batcher:
             waiting = self._waiting.get(entry)
             if waiting is None or waiting.result.done():
                 continue  # its client has left meanwhile
-            if isinstance(outcome, ServiceError):
-                waiting.result.set_exception(outcome)
-            else:
+            if isinstance(outcome, Result):
                 waiting.result.set_result(outcome)
+            else:
+                waiting.result.set_exception(outcome)
         if isinstance(outcomes[-1][1], Result):
             now = self._clock()
             self.lag.observe(now - outcomes[-1][1].ended_at, now)

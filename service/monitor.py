@@ -36,7 +36,7 @@ class Monitor:
         process_time: Callable[[], float] = time.process_time,
         cpus: Callable[[], Collection[int]] = lambda: os.sched_getaffinity(0),
         memory_bytes: Callable[[], tuple[int, int]] = lambda: psutil.virtual_memory()[:2],
-        rss_bytes: Callable[[], int] = lambda: psutil.Process().memory_info().rss,
+        rss_bytes: Callable[[], int] | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """Find the sensors and take the first sample, in which whatever needs an interval is None.
@@ -48,12 +48,14 @@ class Monitor:
             process_time: CPU seconds of this process, all threads.
             cpus: those that this process may run on, numbered as in proc/stat.
             memory_bytes: the machine's total, and what of it is available.
-            rss_bytes: this process's, resident.
+            rss_bytes: this process's, resident; psutil's by default.
             sleep: waits for so many seconds.
         """
         self._guard = _Guard(nvml)
         self._clock, self._process_time, self._sleep = clock, process_time, sleep
-        self._cpus, self._memory_bytes, self._rss_bytes = cpus, memory_bytes, rss_bytes
+        process = psutil.Process()  # once, because making one reads more files than asking it does
+        self._cpus, self._memory_bytes = cpus, memory_bytes
+        self._rss_bytes = rss_bytes or (lambda: process.memory_info().rss)
         self._proc_stat, self._cgroup = root / "proc/stat", _Cgroup(root, self._guard)
         self._nvml, self._gpus = nvml, self._guard("GPUs", partial(_start_gpus, nvml, self._guard)) if nvml else None
         # Not on the event loop: behind other users of the driver, NVML may take milliseconds.

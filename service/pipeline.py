@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -44,6 +44,25 @@ LEARNING_GAIN = 0.5
 DECODING_FADES_S = 5.0
 
 
+@dataclass(slots=True)
+class _Decoding:
+    """The decoding of one image, and how long it took; called on a thread."""
+
+    decode: Callable[[bytes], Tensor]
+    data: bytes
+    deadline_at: float
+    clock: Callable[[], float]
+    seconds: float = 0.0
+
+    def __call__(self) -> Tensor:
+        started_at = self.clock()
+        if started_at > self.deadline_at:
+            raise DeadlineError("the deadline passed before the image could be decoded")
+        image = self.decode(self.data)
+        self.seconds = self.clock() - started_at
+        return image
+
+
 class Pipeline:
     """Takes requests to answers, and counts both."""
 
@@ -53,7 +72,6 @@ class Pipeline:
         line: Line,
         class_names: tuple[str, ...],
         decode: Callable[[bytes], Tensor],
-        decode_threads: Executor,
         num_decode_threads: int,
         batcher: Batcher,
         metrics: Metrics,
@@ -67,8 +85,7 @@ class Pipeline:
         Args:
             line: admits, and forecasts.
             class_names: one per logit.
-            decode: bytes to a (3, S, S) uint8 image; runs on `decode_threads`.
-            decode_threads: keep the event loop free.
+            decode: bytes to a (3, S, S) uint8 image; runs on the batcher's threads for that.
             num_decode_threads: how many there are.
             batcher: runs the model.
             metrics: count and time.
@@ -81,7 +98,6 @@ class Pipeline:
         self._line = line
         self._class_names = class_names
         self._decode = decode
-        self._decode_threads = decode_threads
         self._num_decode_threads = num_decode_threads
         self._batcher = batcher
         self._metrics = metrics
@@ -90,7 +106,6 @@ class Pipeline:
         self._clock = clock
         self._loop_time = loop_time
         self._in_flight = 0
-        self._undecoded = 0
         self._decoding = Delay(DECODING_FADES_S)  # of one image
         self._loop_s = 0.0  # of the event loop's CPU time per answer, learned
         self._loop_used_s = loop_time()
@@ -162,12 +177,15 @@ class Pipeline:
         now = self._clock()
         self._line.admit(entry, now, now + self._preparation_s(now))
         try:
-            image, decode_s, read_at = await self._read_and_decode(read, entry)
-            result = await self._batcher.submit(image, entry)
+            data = await read()
+            read_at = self._clock()
+            decoding = _Decoding(self._decode, data, entry.deadline_at, self._clock)
+            result = await self._batcher.submit(decoding, entry)
         finally:
             self._line.leave(entry)
         predictions = self._predictions(result, top_k)
-        now = self._clock()
+        now, decode_s = self._clock(), decoding.seconds
+        self._decoding.observe(decode_s, now)
         self._reply.observe(now - result.ended_at, now)
         queue_s = result.started_at - read_at - decode_s
         timing = Timing(decode_s, queue_s, result.inference_s, now - request.arrived_at)
@@ -175,7 +193,7 @@ class Pipeline:
 
     def _preparation_s(self, now: float) -> float:
         """Time until a newcomer is ready for the engine; those in the server have half of their loop time to come."""
-        decode_s = self._decoding.expected_s(now) * (1 + self._undecoded / self._num_decode_threads)
+        decode_s = self._decoding.expected_s(now) * (1 + self._line.num_preparing / self._num_decode_threads)
         return decode_s + self._in_flight * self._loop_s / 2
 
     def _learn_loop_cost(self) -> None:
@@ -190,26 +208,6 @@ class Pipeline:
         used_s = self._loop_time()
         self._loop_s += LEARNING_GAIN * ((used_s - self._loop_used_s) / self._unlearned - self._loop_s)
         self._loop_used_s, self._unlearned = used_s, 0
-
-    async def _read_and_decode(self, read: Callable[[], Awaitable[bytes]], entry: Entry) -> tuple[Tensor, float, float]:
-        """Return the (3, S, S) image, the seconds that its decoding took, and when its last byte had come."""
-        self._undecoded += 1
-        try:
-            data = await read()
-            read_at = self._clock()
-            decoding = asyncio.get_running_loop().run_in_executor(self._decode_threads, self._timed_decode, data, entry)
-            image, started_at, decoded_at = await decoding
-        finally:
-            self._undecoded -= 1
-        decode_s = decoded_at - started_at
-        self._decoding.observe(decode_s, decoded_at)
-        return image, decode_s, read_at
-
-    def _timed_decode(self, data: bytes, entry: Entry) -> tuple[Tensor, float, float]:
-        started_at = self._clock()
-        if started_at > entry.deadline_at:
-            raise DeadlineError("the deadline passed before the image could be decoded")
-        return self._decode(data), started_at, self._clock()
 
     def _require_ready(self) -> None:
         if not self.is_ready:

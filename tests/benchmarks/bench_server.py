@@ -31,6 +31,7 @@ from tests.benchmarks.bench_live import Picture, ask, connect, read_pictures, se
 CONCURRENCY = 16
 PATIENT = "&budget_ms=60000"
 IDLE_S = 20.0
+SETTLE_S = 0.01  # in which the workers of the other engine fall asleep
 
 
 class Bare:
@@ -46,15 +47,11 @@ class Bare:
         self.max_batch_size = settings.max_batch_size
         self.subnetwork = subnetwork
 
-    def latencies(self, pictures: Sequence[Picture], seconds: float) -> list[float]:
-        """One at a time."""
-        taken: list[float] = []
-        end = time.perf_counter() + seconds
-        while (started := time.perf_counter()) < end:
-            image = self.decode(pictures[len(taken) % len(pictures)].data)
-            self.engine.run(image[None], self.subnetwork)
-            taken.append(time.perf_counter() - started)
-        return taken
+    def latency(self, picture: Picture) -> float:
+        """Seconds of one image alone."""
+        started = time.perf_counter()
+        self.engine.run(self.decode(picture.data)[None], self.subnetwork)
+        return time.perf_counter() - started
 
     def throughput(self, pictures: Sequence[Picture], seconds: float) -> float:
         """Images per second while CONCURRENCY of them are on their way."""
@@ -101,6 +98,20 @@ async def served(url: str, pictures: Sequence[Picture], concurrency: int, query:
     return taken
 
 
+async def added_s(url: str, bare: Bare, pictures: Sequence[Picture], query: str, seconds: float) -> list[float]:
+    """Return by how much longer a lone client waits: each image goes through the server, and then without it."""
+    added: list[float] = []
+    async with connect() as session:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            picture = pictures[len(added) % len(pictures)]
+            reply = await ask(session, url, picture, query)
+            await asyncio.sleep(SETTLE_S)
+            added.append(reply.latency_s - bare.latency(picture))
+            await asyncio.sleep(SETTLE_S)
+    return added
+
+
 async def main() -> None:
     """Measure in turns, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,10 +130,7 @@ async def main() -> None:
     rates, added_ms = [], []
     async with server("level", ["--checkpoint", str(options.checkpoint)]) as (url, pid):
         for _ in range(options.turns):
-            alone = await served(url, pictures, 1, query, seconds)
-            without = bare.latencies(pictures, seconds)
-            added_ms.append(1000 * (statistics.median(alone) - statistics.median(without)))
-            print(f"alone {1000 * statistics.median(alone):.2f} ms, bare {1000 * statistics.median(without):.2f} ms")
+            added_ms += [1000 * each for each in await added_s(url, bare, pictures, query, seconds)]
             crowd = len(await served(url, pictures, CONCURRENCY, query, seconds)) / seconds
             rates.append((crowd, bare.throughput(pictures, seconds)))
             print(f"{CONCURRENCY} clients {crowd:.1f}/s, bare {rates[-1][1]:.1f}/s")

@@ -1,9 +1,10 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import ParamSpec, TypeVar
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.batcher import Batcher, Delay, Result
-from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError
+from service.errors import DeadlineError, InvalidImageError, ModelError, NotReadyError, OverloadedError, ServiceError
 from service.line import Line
 from service.menu import Menu
 from service.pacer import Pacer
@@ -25,6 +26,9 @@ ROWS = tuple(SubNetworkProfile(sub, macs, top1) for sub, macs, top1 in ((SMALL, 
 MENU = Menu.of(ProfileTable(ROWS), LatencyTable((1, 4), {SMALL: (1e-6, 2e-6), LARGE: (2e-6, 4e-6)}))
 
 pytestmark = pytest.mark.anyio
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Gate:
@@ -47,15 +51,27 @@ class Gate:
         return images[:, :, 0, 0].float()
 
 
-def image(value: int) -> Tensor:
-    return torch.full((3, 2, 2), value, dtype=torch.uint8)
+class Inline(Executor):
+    """Calls at once, in the thread that submits."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except ServiceError as error:
+            future.set_exception(error)
+        return future
+
+
+def image(value: int) -> Callable[[], Tensor]:
+    return lambda: torch.full((3, 2, 2), value, dtype=torch.uint8)
 
 
 @asynccontextmanager
 async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]:
     line = Line(MENU, choose_level, max_batch_size)
     thread = ThreadPoolExecutor(1, "engine")
-    batcher = Batcher(gate.run, line, thread, observe_batch=lambda size, *_: gate.sizes.append(size))
+    batcher = Batcher(gate.run, line, thread, Inline(), observe_batch=lambda size, *_: gate.sizes.append(size))
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())
         try:
@@ -212,7 +228,7 @@ async def test_who_has_left_is_not_run_again_when_the_batch_fails() -> None:
 
 async def test_a_request_that_is_cancelled_leaves_the_line() -> None:
     line = Line(MENU, choose_level, 4)
-    batcher = Batcher(Gate().run, line, ThreadPoolExecutor(1, "engine"))
+    batcher = Batcher(Gate().run, line, ThreadPoolExecutor(1, "engine"), Inline())
     entry = named(SMALL)
     line.admit(entry, time.monotonic())
     task = asyncio.create_task(batcher.submit(image(1), entry))
@@ -222,6 +238,47 @@ async def test_a_request_that_is_cancelled_leaves_the_line() -> None:
     await asyncio.wait((task,))
     assert len(line) == 0
     assert line.backlog_s(time.monotonic()) == 0.0
+
+
+async def test_an_image_that_cannot_be_prepared_fails_its_own_request() -> None:
+    def broken() -> Tensor:
+        raise InvalidImageError("no image")
+
+    gate = Gate()
+    gate.open.set()
+    async with serving(gate) as batcher:
+        with pytest.raises(InvalidImageError, match="no image"):
+            await batcher.submit(broken, named(SMALL))
+        assert (await batcher.submit(image(1), named(SMALL))).logits.tolist() == [1, 1, 1]
+    assert gate.sizes == [1]
+
+
+async def test_who_leaves_before_the_image_is_prepared_does_not_get_in_line() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    line = Line(MENU, choose_level, 4)
+    preparers = ThreadPoolExecutor(1, "decode")
+    batcher = Batcher(Gate().run, line, ThreadPoolExecutor(1, "engine"), preparers)
+
+    def slow() -> Tensor:
+        begun.set()
+        go_on.wait(10)
+        return image(1)()
+
+    entries = [named(SMALL), named(SMALL)]
+    tasks = []
+    for entry in entries:
+        line.admit(entry, time.monotonic())
+        tasks.append(asyncio.create_task(batcher.submit(slow, entry)))
+    await asyncio.to_thread(begun.wait, 10)
+    assert line.num_preparing == 2
+    begun.clear()
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    go_on.set()
+    preparers.shutdown()
+    assert not begun.is_set(), "the second was taken away from those who wait for the thread"
+    assert (len(line), line.num_preparing) == (0, 0)
 
 
 class StubbornPacer(Pacer):
@@ -270,6 +327,7 @@ async def test_each_batch_waits_for_its_pause_and_knows_the_machine() -> None:
         run,
         line,
         ThreadPoolExecutor(1, "engine"),
+        Inline(),
         pacer=pacer,
         observe_machine=observe_machine,
         observe_batch=observe_batch,
@@ -296,7 +354,7 @@ async def test_those_given_up_get_a_typed_error_and_the_rest_an_answer() -> None
     gate = Gate()
     gate.open.set()
     line = Line(MENU, give_up, 4)
-    batcher = Batcher(gate.run, line, ThreadPoolExecutor(1, "engine"))
+    batcher = Batcher(gate.run, line, ThreadPoolExecutor(1, "engine"), Inline())
     tasks = await line_up(batcher, (1, SMALL), (2, SMALL), (3, SMALL))
     serving = asyncio.create_task(batcher.serve())
     late, shed, answered = await asyncio.gather(*tasks, return_exceptions=True)

@@ -87,12 +87,11 @@ async def running(
     latencies = LatencyTable((1, 4), dict.fromkeys(profiles.by_subnetwork, seconds))
     line = Line(Menu.of(profiles, latencies), choose_level, 4)
     thread = ThreadPoolExecutor(1, "engine")
-    batcher = Batcher(parts.run, line, thread, clock=clock)
+    batcher = Batcher(parts.run, line, thread, ThreadPoolExecutor(1, "decode"), clock=clock)
     pipeline = Pipeline(
         line=line,
         class_names=("a", "b", "c"),
         decode=parts.decode,
-        decode_threads=ThreadPoolExecutor(1, "decode"),
         num_decode_threads=1,
         batcher=batcher,
         metrics=Metrics(parts.registry),
