@@ -215,13 +215,16 @@ async def test_two_poisons_and_a_batch_with_rows_missing_are_found_likewise() ->
 
 async def test_who_has_left_is_not_run_again_when_the_batch_fails() -> None:
     gate = Gate()
-    async with serving(gate) as batcher:
-        doomed, leaving, staying = await line_up(batcher, (13, SMALL), (1, SMALL), (2, SMALL))
-        await asyncio.to_thread(gate.entered.wait, 10)
-        leaving.cancel()
-        await asyncio.wait((leaving,))
-        gate.open.set()
-        outcomes = await asyncio.gather(doomed, staying, return_exceptions=True)
+    batcher = Batcher(gate.run, Line(MENU, choose_level, 4), ThreadPoolExecutor(1, "engine"), Inline())
+    doomed, leaving, staying = await line_up(batcher, (13, SMALL), (1, SMALL), (2, SMALL))
+    serving = asyncio.create_task(batcher.serve())
+    await asyncio.to_thread(gate.entered.wait, 10)
+    leaving.cancel()
+    await asyncio.wait((leaving,))
+    gate.open.set()
+    outcomes = await asyncio.gather(doomed, staying, return_exceptions=True)
+    batcher.stop()
+    await serving
     assert [type(outcome) for outcome in outcomes] == [ModelError, Result]
     assert [values for _, values in gate.batches] == [[13, 1, 2], [13], [2]]
 
