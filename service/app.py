@@ -80,11 +80,13 @@ def create_app(
         serving = asyncio.create_task(service.serve())
         serving.add_done_callback(on_end)
         logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
-        yield
-        service.stop()
-        await asyncio.wait((serving,))
-        watching.cancel()
-        monitor.close()
+        try:
+            yield
+        finally:
+            service.stop()
+            await asyncio.wait((serving,))
+            watching.cancel()
+            monitor.close()
 
     def on_end(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):

@@ -164,15 +164,17 @@ class Batcher:
         if self._stopping:
             raise NotReadyError("the server is stopping")
         loop = asyncio.get_running_loop()
-        waiting = self._waiting[entry] = _Waiting(loop.create_future())
         preparing = self._preparers.submit(prepare)
+        waiting = self._waiting[entry] = _Waiting(loop.create_future())
         preparing.add_done_callback(partial(self._enter, entry, waiting, loop.call_soon_threadsafe))
         try:
             return await waiting.result
         finally:
-            del self._waiting[entry]
+            self._waiting.pop(entry, None)
             preparing.cancel()
             self._line.leave(entry)
+            if self._stopping:
+                self._arrival.set()  # it may have been the last one
 
     def _enter(self, entry: Entry, waiting: _Waiting, call_on_loop: CallOnLoop, preparing: "Future[Tensor]") -> None:
         """Put a prepared request in line, on the thread that prepared it: the event loop need not hear of it."""
@@ -183,12 +185,22 @@ class Batcher:
             return
         waiting.image = preparing.result()
         self._line.enter(entry)
+        if entry not in self._waiting:
+            self._line.leave(entry)  # its client left, and took it out, just before it got in
         self._arrival.set()
 
     async def serve(self) -> None:
-        """Run batches until `stop` is called and everyone in line has been answered."""
+        """Run batches until `stop` is called and everyone who was submitted has been answered.
+
+        Whoever is left when it ends otherwise, because it is cancelled or a decision fails, is refused.
+        """
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._dispatch, loop.call_soon_threadsafe)
+        try:
+            await loop.run_in_executor(self._thread, self._dispatch, loop.call_soon_threadsafe)
+        finally:
+            self._settle([(entry, NotReadyError("the server is stopping")) for entry in self._waiting])
+            self._waiting.clear()
+            self.stop()
 
     def stop(self) -> None:
         """Admit nobody any more; those in line are still answered."""
@@ -196,7 +208,7 @@ class Batcher:
         self._arrival.set()
 
     def _dispatch(self, call_on_loop: CallOnLoop) -> None:
-        while len(self._line) or not self._stopping:
+        while self._waiting or not self._stopping:
             if not len(self._line):
                 self._await_arrival()
             elif pause_s := self._pacer.pause_s(self._clock()):
@@ -207,7 +219,8 @@ class Batcher:
 
     def _await_arrival(self) -> None:
         self._arrival.clear()
-        if not len(self._line) and not self._stopping:  # whoever came before the clearing may not have been seen
+        # Whoever came before the clearing may not have been seen.
+        if not len(self._line) and (self._waiting or not self._stopping):
             self._arrival.wait()
 
     def _serve_batch(self) -> Iterator[Outcomes]:
@@ -274,17 +287,18 @@ class Batcher:
 
     def _settle(self, outcomes: Outcomes) -> None:
         """Release those who wait, on the event loop."""
+        now, ended_at = self._clock(), None
         for entry, outcome in outcomes:
             waiting = self._waiting.get(entry)
             if waiting is None or waiting.result.done():
                 continue  # its client has left meanwhile
             if isinstance(outcome, Result):
                 waiting.result.set_result(outcome)
+                ended_at = outcome.ended_at
             else:
                 waiting.result.set_exception(outcome)
-        if isinstance(outcomes[-1][1], Result):
-            now = self._clock()
-            self.lag.observe(now - outcomes[-1][1].ended_at, now)
+        if ended_at is not None:
+            self.lag.observe(now - ended_at, now)
 
 
 def _softmax(logits: Floats) -> Floats:

@@ -1,7 +1,7 @@
 """The waiting line: who is in the server, what is known of the traffic and of the machine, and what to do next.
 
 No clock, no waiting and no images here: the server and the simulator run the very same code. In the server the event
-loop and the engine's thread share it, so each public method takes its lock.
+loop, the threads that decode and the engine's share it, so each public method takes its lock.
 """
 
 import functools
@@ -17,7 +17,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from service.errors import OverloadedError
 from service.menu import Menu
 from service.situation import Choice, Entry, Policy, Situation, Wish, target
-from service.slowdown import CAUTIOUS, Slowdown
+from service.slowdown import CAUTIOUS, Prudence, Slowdown
 
 REMEMBERED_WISHES = 128
 TIGHT_QUANTILE = 0.05
@@ -67,7 +67,7 @@ class ArrivalRate:
         keep = math.exp(-passed / self.time_s)
         self._weight *= keep
         self._seconds = self._seconds * keep + self.time_s * (1 - keep)
-        self._at = now
+        self._at = max(self._at, now)
 
 
 class Line:
@@ -84,6 +84,7 @@ class Line:
         """
         self.menu = menu
         self.slowdown = Slowdown()
+        self.prudence = Prudence()
         self.prior_slowdown = 1.0
         self.stretch = 1.0
         self.max_batch_size = min(max_batch_size, menu.max_batch_size)
@@ -106,6 +107,7 @@ class Line:
         return len(self._waiting)
 
     @property
+    @_locked
     def num_preparing(self) -> int:
         """Count who has been admitted and is not ready for the engine yet."""
         return len(self._admitted) - len(self._waiting)
@@ -125,7 +127,11 @@ class Line:
         """
         self._rate.count(now)
         self._lasting_rate.count(now)
-        self._require_chance(entry, now, now if ready_at is None else ready_at)
+        try:
+            self._require_chance(entry, now, now if ready_at is None else ready_at)
+        except OverloadedError:
+            self.prudence.observe(0, 1, now)
+            raise
         self._admitted.add(entry)
         insort(self._deadlines.setdefault(entry.priority, []), entry.deadline_at)
 
@@ -165,6 +171,7 @@ class Line:
         choice = self._policy(situation)
         for entry in (*choice.batch, *choice.late, *choice.shed):
             self.leave(entry)
+        self.prudence.observe(len(choice.batch), len(choice.late) + len(choice.shed), now)
         if choice.option is not None:
             self._busy_until = now + situation.seconds(choice.option, len(choice.batch)) * self.stretch
         return choice
@@ -179,6 +186,11 @@ class Line:
         self._drift[option] = max(1 - MAX_DRIFT, min(1 + MAX_DRIFT, drift))
         self._rows[option] = [self._drift[option] * profiled for profiled in self.menu.options[option].seconds]
         self._busy_until = now
+
+    @_locked
+    def answered_late(self, now: float) -> None:
+        """Take note that an answer came too late in spite of all."""
+        self.prudence.observe(0, 1, now)
 
     @_locked
     def failed(self, now: float) -> None:
@@ -243,6 +255,7 @@ class Line:
             arrival_rate=self._rate.read(now),
             recent=self._recent,
             tight_budget_s=self._budgets[int(TIGHT_QUANTILE * len(self._budgets))] if self._budgets else math.inf,
+            prudence=self.prudence.read(now),
         )
 
     def _require_chance(self, entry: Entry, now: float, ready_at: float) -> None:

@@ -49,10 +49,10 @@ class _Decoding:
     """The decoding of one image, and how long it took; called on a thread."""
 
     decode: Callable[[bytes], Tensor]
-    data: bytes
     deadline_at: float
     clock: Callable[[], float]
-    seconds: float = 0.0
+    data: bytes = b""
+    seconds: float | None = None
 
     def __call__(self) -> Tensor:
         started_at = self.clock()
@@ -107,7 +107,7 @@ class Pipeline:
         self._loop_time = loop_time
         self._in_flight = 0
         self._decoding = Delay(DECODING_FADES_S)  # of one image
-        self._loop_s = 0.0  # of the event loop's CPU time per answer, learned
+        self._loop_s = 0.0  # of the event loop's CPU time per request, learned
         self._loop_used_s = loop_time()
         self._unlearned = 0  # requests that have ended since
         self._reply = Delay()  # from the end of a batch to the finished answer
@@ -176,20 +176,24 @@ class Pipeline:
         entry = self._entry(request)
         now = self._clock()
         self._line.admit(entry, now, now + self._preparation_s(now))
+        decoding = _Decoding(self._decode, entry.deadline_at, self._clock)
         try:
-            data = await read()
+            decoding.data = await read()
             read_at = self._clock()
-            decoding = _Decoding(self._decode, data, entry.deadline_at, self._clock)
             result = await self._batcher.submit(decoding, entry)
         finally:
             self._line.leave(entry)
+            if decoding.seconds is not None:  # whatever became of it then
+                self._decoding.observe(decoding.seconds, self._clock())
         predictions = self._predictions(result, top_k)
-        now, decode_s = self._clock(), decoding.seconds
-        self._decoding.observe(decode_s, now)
+        now, decode_s = self._clock(), decoding.seconds or 0.0
         self._reply.observe(now - result.ended_at, now)
         queue_s = result.started_at - read_at - decode_s
         timing = Timing(decode_s, queue_s, result.inference_s, now - request.arrived_at)
-        return self._classification(predictions, request, entry.wish, result, timing)
+        answer = self._classification(predictions, request, entry.wish, result, timing)
+        if not answer.deadline_met:
+            self._line.answered_late(now)
+        return answer
 
     def _preparation_s(self, now: float) -> float:
         """Time until a newcomer is ready for the engine; those in the server have half of their loop time to come."""

@@ -34,7 +34,8 @@ def choose_level(situation: Situation) -> Choice:
     if not line:
         return Choice(None, late=late)
     careful = replace(situation, slowdown=situation.slowdown * situation.caution)
-    plan = _Plan(careful, line, _guard_s(careful))
+    # With a guard, batches would be too small to carry what comes.
+    plan = _Plan(careful, line, math.inf if _is_outrun(situation) else _guard_s(careful))
     level = plan.highest_clearing()
     if level is not None:
         return _first_batch(plan, level, late)
@@ -48,6 +49,7 @@ class _Plan:
 
     def __init__(self, situation: Situation, line: Sequence[Entry], guard_s: float) -> None:
         self.situation = situation
+        self.prudent = replace(situation, slowdown=situation.slowdown * situation.prudence)
         self.line = line
         self.guard_s = guard_s
         self.coming = _expected(situation)
@@ -77,10 +79,11 @@ class _Plan:
         return low if low >= 0 else None
 
     def clears(self, level: int) -> bool:
+        situation = self.prudent if level else self.situation  # prudence gives up accuracy, never a request
         if level <= self.lowest_limit:
-            return clears(self.situation, self.deadlines, level, self.batch_limit(level))
+            return clears(situation, self.deadlines, level, self.batch_limit(level))
         targets = [target(wish, level) for wish in self.first_wishes]
-        return _clears_mixed(self.situation, self.deadlines, targets, self.guard_s)
+        return _clears_mixed(situation, self.deadlines, targets, self.guard_s)
 
     def share(self, level: int, option: int) -> int:
         """The largest batch of `option` that leaves the other options in the plan's first group their time."""
@@ -170,10 +173,8 @@ def _expected(situation: Situation) -> list[tuple[float, Wish]]:
 def _guard_s(situation: Situation) -> float:
     """The longest batch after which those who come meanwhile can still be answered, however tight their budgets.
 
-    Infinite where nobody is due, where not even one of them could be, and where only large batches carry what comes.
+    Infinite where nobody is due, or where not even one of them could be.
     """
-    if _is_outrun(situation):
-        return math.inf
     rate, most, tight_s = situation.arrival_rate, situation.max_batch_size, situation.tight_budget_s
 
     def room(count: int) -> float:
@@ -247,6 +248,8 @@ def _too_urgent(situation: Situation, deadlines: Sequence[float]) -> int:
     """
     earliest = list(accumulate(reversed(deadlines), min))[::-1]  # of those left, once so many are given up
     largest = situation.fitting(0, TIGHT_SHARE * situation.tight_budget_s, len(deadlines))
+    if largest < 2:  # budgets that leave no room for two say nothing of what is useful
+        largest = min(situation.max_batch_size, len(deadlines))
     for size in range(largest, 1, -1):
         count = bisect_left(earliest, situation.now + situation.seconds(0, size))
         if count + size <= len(deadlines):

@@ -140,7 +140,11 @@ class Replay:
         self._take_in(now)
         self._line.finished(choice.option, size, seconds, now)
         for entry in choice.batch:
-            self._end((entry,), now, "in_time" if now <= entry.deadline_at + ROUNDING_S else "late", choice.option)
+            if now <= entry.deadline_at + ROUNDING_S:
+                self._end((entry,), now, "in_time", choice.option)
+            else:
+                self._line.answered_late(now)
+                self._end((entry,), now, "late", choice.option)
         return now
 
     def _seconds(self, option: int, size: int, now: float) -> float:

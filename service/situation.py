@@ -65,6 +65,7 @@ class Situation:
         arrival_rate: requests per second, of late.
         recent: the wishes of the last arrivals.
         tight_budget_s: a budget that few of the recent ones undercut.
+        prudence: factor on the times of every level but the cheapest, at least 1: requests have been missed of late.
     """
 
     now: float
@@ -78,6 +79,7 @@ class Situation:
     arrival_rate: float
     recent: Sequence[Wish]
     tight_budget_s: float
+    prudence: float = 1.0
 
     def seconds(self, option: int, size: int) -> float:
         """Predict the latency of a batch."""

@@ -1,4 +1,4 @@
-"""How much slower than its profile the machine is at this moment, learned from every batch. Pure values.
+"""How much slower than its profile the machine is at this moment, and how far predictions can be relied upon.
 
 The filter follows ALERT (Wan et al., USENIX ATC 2020): one global factor with its spread, because whatever slows one
 sub-network down slows the others as well.
@@ -15,6 +15,10 @@ MAX_SQUARED_SURPRISE = 0.1
 MAX_SURPRISE = 1.5  # one hiccup of ten times is no neighbour
 CAUTIOUS = 2.5  # spreads above the mean: a request lost costs far more accuracy than a level does
 STALE_AFTER_S = 0.5
+MISS_STEP = 0.1
+TOLERATED_MISSES = 0.01  # of the requests: about what running a level lower costs in accuracy
+MAX_PRUDENCE = 3.0
+PRUDENCE_FADES_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,28 @@ class Slowdown:
             return prior
         trust = math.exp(min(0.0, self.updated_at - now) / STALE_AFTER_S)
         return trust * (self.factor + spreads * math.sqrt(self.variance)) + (1 - trust) * prior
+
+
+@dataclass(slots=True)
+class Prudence:
+    """A factor on the times that a plan reckons with, at least 1: it grows with every request that is missed.
+
+    It finds by trial what no profile tells, such as how much of a deadline goes by on the way to and from the engine
+    while HTTP and the engine contend for the same cores. Answers in time and time itself let it fade.
+    """
+
+    factor: float = 1.0
+    _at: float = 0.0
+
+    def observe(self, met: int, missed: int, now: float) -> None:
+        """Learn from requests of whom so many were answered in time, and so many late, refused or given up."""
+        step = MISS_STEP * (missed - TOLERATED_MISSES * (met + missed))
+        self.factor = min(MAX_PRUDENCE, max(1.0, self.read(now) + step))
+        self._at = now
+
+    def read(self, now: float) -> float:
+        """Return the factor at `now`."""
+        return 1 + (self.factor - 1) * math.exp(min(0.0, self._at - now) / PRUDENCE_FADES_S)
 
 
 def prior_slowdown(snapshot: ResourceSnapshot | None, threads: int) -> float:

@@ -42,10 +42,10 @@ async def read_image(request: Request, max_bytes: int, max_s: float) -> bytes:
     if not is_form and not media_type.startswith("image/") and media_type not in UNTYPED:
         raise UnsupportedMediaError(f"the content type {media_type} is no image; send image/* or multipart/form-data")
     declared_length = request.headers.get("content-length", "")
-    is_declared = declared_length.isdigit()
+    is_declared = declared_length.isascii() and declared_length.isdigit() and "transfer-encoding" not in request.headers
     if is_declared and int(declared_length) > max_bytes:
         raise _too_large(max_bytes)
-    # The HTTP parser reads no more than was declared.
+    # Of a body with a length, the HTTP parser reads no more than that.
     chunks = request.stream() if is_declared else _limited(request.stream(), max_bytes)
     try:
         async with asyncio.timeout(max_s):

@@ -284,6 +284,55 @@ async def test_who_leaves_before_the_image_is_prepared_does_not_get_in_line() ->
     assert (len(line), line.num_preparing) == (0, 0)
 
 
+async def test_stopping_waits_for_who_is_still_being_prepared() -> None:
+    go_on = threading.Event()
+    gate = Gate()
+    gate.open.set()
+    batcher = Batcher(gate.run, Line(MENU, choose_level, 4), ThreadPoolExecutor(1), ThreadPoolExecutor(1))
+
+    def slow() -> Tensor:
+        go_on.wait(10)
+        return image(7)()
+
+    serving = asyncio.create_task(batcher.serve())
+    task = asyncio.create_task(batcher.submit(slow, named(SMALL)))
+    await asyncio.sleep(0.01)
+    batcher.stop()
+    await asyncio.sleep(0.01)
+    assert not serving.done()
+    go_on.set()
+    assert (await task).logits.tolist() == [7, 7, 7]
+    await asyncio.wait_for(serving, 10)
+
+
+async def test_a_policy_that_fails_leaves_nobody_waiting() -> None:
+    def choose(_: Situation) -> Choice:
+        raise ZeroDivisionError
+
+    batcher = Batcher(Gate().run, Line(MENU, choose, 4), ThreadPoolExecutor(1), Inline())
+    tasks = await line_up(batcher, (1, SMALL), (2, SMALL))
+    with pytest.raises(ZeroDivisionError):
+        await batcher.serve()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [NotReadyError, NotReadyError]
+    with pytest.raises(NotReadyError):
+        await batcher.submit(image(3), named(SMALL))
+
+
+async def test_cancelling_the_loop_releases_its_thread_and_those_who_wait() -> None:
+    gate, thread = Gate(), ThreadPoolExecutor(1)
+    batcher = Batcher(gate.run, Line(MENU, choose_level, 4), thread, Inline())
+    serving = asyncio.create_task(batcher.serve())
+    await asyncio.sleep(0.01)
+    first = await behind_a_running_batch(batcher, gate)
+    serving.cancel()
+    await asyncio.wait((serving,))
+    gate.open.set()
+    thread.shutdown()  # would wait for ever
+    with pytest.raises(NotReadyError):
+        await first
+
+
 class StubbornPacer(Pacer):
     """Asks for one pause before each batch, and stretches."""
 

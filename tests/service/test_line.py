@@ -414,3 +414,12 @@ def test_a_preview_in_a_line_that_moves_too_slowly_says_so(fast_menu: Menu) -> N
     with pytest.raises(OverloadedError, match="given up"):
         line.preview(waits(7.0), 0.0)
     assert line.preview(waits(9.0), 0.0)[2] == pytest.approx(8.0)
+
+
+def test_what_is_missed_makes_the_next_choices_prudent(line: Line) -> None:
+    assert line.situation(0.0).prudence == 1.0
+    fill(line, *(waits(0.2) for _ in range(12)))  # they take until 150 ms
+    assert refusal_s(line, waits(0.16), 0.0) is not None
+    refused = line.situation(0.0).prudence
+    line.answered_late(0.0)
+    assert line.situation(0.0).prudence > refused > 1.0

@@ -130,6 +130,15 @@ def test_a_slow_machine_a_ceiling_and_little_memory_are_reckoned_with(menu: Menu
     assert (small.option, len(small.batch)) == (1, 1)
 
 
+def test_prudence_gives_up_accuracy_and_nobody(menu: Menu) -> None:
+    situation = at_zero(menu, [waits(41.0) for _ in range(8)])  # two full batches of level 2 end at 40 s
+    assert choose_level(replace(situation, prudence=1.5)).option == 1
+    assert choose_level(replace(situation, prudence=3.0)).option == 0
+    tight = at_zero(menu, [waits(10.1) for _ in range(8)])  # even level 0 takes 10 s
+    choice = choose_level(replace(tight, prudence=3.0))
+    assert (choice.option, len(choice.batch), choice.shed, choice.late) == (0, 4, (), ())
+
+
 def test_latencies_as_corrected_count_and_not_as_profiled(menu: Menu) -> None:
     rows = [option.seconds for option in menu.options]
     rows[2] = (4.5, 6.0, 7.0, 8.0)
@@ -186,6 +195,14 @@ def test_under_lasting_overload_the_batch_is_as_large_as_can_be(menu: Menu) -> N
     assert (lasting.option, lasting.shed, lasting.batch) == (0, (line[0],), tuple(line[1:5]))
     passing = choose_level(situation)  # two end at 3, two at 6, two at 9
     assert (passing.option, passing.shed, passing.batch) == (0, (), tuple(line[:2]))
+
+
+def test_under_lasting_overload_no_batch_grows_beyond_what_tight_budgets_leave_room_for(menu: Menu) -> None:
+    # Of a tight budget of 5 s, four fifths are 4: three at level 0, and the head has time for as many.
+    line = [waits(due) for due in (4.5, 6.0, 6.0, 6.0, 9.0, 9.0)]
+    outrun = replace(at_zero(menu, line), arrival_rate=16.0, recent=(Wish(5.0, 2),), tight_budget_s=5.0)
+    choice = choose_level(outrun)
+    assert (choice.option, choice.shed, choice.batch) == (0, (), tuple(line[:3]))
 
 
 def test_a_batch_shares_a_sub_network_that_every_member_may_have(menu: Menu) -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from service.resources import ResourceSnapshot
-from service.slowdown import STALE_AFTER_S, Slowdown, prior_slowdown
+from service.slowdown import MAX_PRUDENCE, PRUDENCE_FADES_S, STALE_AFTER_S, Prudence, Slowdown, prior_slowdown
 
 
 def after(*observed: float) -> Slowdown:
@@ -82,3 +82,26 @@ def test_what_a_quota_leaves_us_is_not_taken_by_others() -> None:
 def test_without_news_of_the_machine_nothing_is_expected_to_slow_it() -> None:
     assert prior_slowdown(None, 4) == 1.0
     assert prior_slowdown(ResourceSnapshot(taken_at=0.0, cores=4.0), 4) == 1.0
+
+
+def test_misses_make_prudent_and_answers_in_time_let_it_fade() -> None:
+    prudence = Prudence()
+    prudence.observe(100, 0, now=0.0)
+    assert prudence.read(0.0) == 1.0
+    prudence.observe(0, 5, now=0.0)
+    assert prudence.read(0.0) == pytest.approx(1.5, abs=0.01)
+    before = prudence.read(0.0)
+    prudence.observe(99, 1, now=0.0)  # one in a hundred is tolerated
+    assert prudence.read(0.0) == pytest.approx(before)
+    prudence.observe(100, 0, now=0.0)
+    assert prudence.read(0.0) == pytest.approx(before - 0.1)
+    prudence.observe(0, 1000, now=0.0)
+    assert prudence.read(0.0) == MAX_PRUDENCE
+
+
+def test_prudence_fades_with_time_alone() -> None:
+    prudence = Prudence()
+    prudence.observe(0, 10, now=0.0)
+    factor = prudence.read(0.0)
+    assert prudence.read(PRUDENCE_FADES_S) == pytest.approx(1 + (factor - 1) / math.e)
+    assert prudence.read(100 * PRUDENCE_FADES_S) == pytest.approx(1.0)
