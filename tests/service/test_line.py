@@ -419,7 +419,8 @@ def test_a_preview_in_a_line_that_moves_too_slowly_says_so(fast_menu: Menu) -> N
 def test_what_is_missed_makes_the_next_choices_prudent(line: Line) -> None:
     assert line.situation(0.0).prudence == 1.0
     fill(line, *(waits(0.2) for _ in range(12)))  # they take until 150 ms
-    assert refusal_s(line, waits(0.16), 0.0) is not None
+    assert refusal_s(line, waits(0.03), 0.0) is None
+    assert refusal_s(line, waits(0.005), 0.0) is not None
     refused = line.situation(0.0).prudence
     line.answered_late(0.0)
     assert line.situation(0.0).prudence > refused > 1.0
