@@ -1,4 +1,4 @@
-"""The live proof: a real server per policy under the same arrivals over a real socket, open loop.
+"""The live proof: a real server per policy under the same arrivals over a real socket, open loop, one after the other.
 
     python -m tests.benchmarks.bench_live --images cifar10/test --budget-ms 100 --plot live.png --json live.json
 
@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -208,22 +208,26 @@ def resident_mb(pid: int) -> float:
     return int(fields.split()[0]) / 1024
 
 
-async def run_policy(
-    options: argparse.Namespace, policy: str, pictures: Sequence[Picture], capacity: float
-) -> list[Row]:
+async def run(options: argparse.Namespace, pictures: Sequence[Picture], capacity: float) -> list[Row]:
+    """Run every scenario with one policy after the other: the speed of a shared machine drifts, so they stay close."""
     rows = []
-    async with server(policy, options.serve) as (url, pid):
-        await closed_loop(url, pictures, 4, SETTLE_S)
+    async with AsyncExitStack() as stack:
+        servers = {
+            policy: await stack.enter_async_context(server(policy, options.serve)) for policy in options.policies
+        }
+        for url, _ in servers.values():
+            await closed_loop(url, pictures, 4, SETTLE_S)
         for scenario, rate, noisy in scenarios(options, capacity):
             make = bursts if scenario.startswith("bursts") else poisson
             arrivals = make(rate, options.seconds, options.seed)
-            neighbour = asyncio.create_task(burn(options.seconds)) if noisy else None
-            sent = await open_loop(url, pictures, arrivals, options.budget_ms)
-            if neighbour:
-                await neighbour
-            rows.append(summarise(policy, scenario, sent, options.budget_ms, options.seconds, resident_mb(pid)))
-            print(line(rows[-1]), flush=True)
-            await asyncio.sleep(SETTLE_S)
+            for policy, (url, pid) in servers.items():
+                neighbour = asyncio.create_task(burn(options.seconds)) if noisy else None
+                sent = await open_loop(url, pictures, arrivals, options.budget_ms)
+                if neighbour:
+                    await neighbour
+                rows.append(summarise(policy, scenario, sent, options.budget_ms, options.seconds, resident_mb(pid)))
+                print(line(rows[-1]), flush=True)
+                await asyncio.sleep(SETTLE_S)
     return rows
 
 
@@ -297,7 +301,7 @@ async def main() -> None:
     pictures = read_pictures(options.images, 2000)
     capacity = options.capacity or await measure_capacity(options, pictures)
     print(f"{os.cpu_count()} CPUs; 1x is {capacity:.1f} requests/s, what {options.largest} carries in a closed loop")
-    rows = [row for policy in options.policies for row in await run_policy(options, policy, pictures, capacity)]
+    rows = await run(options, pictures, capacity)
     if options.json:
         options.json.write_text(json.dumps({"capacity": capacity, "rows": [asdict(row) for row in rows]}, indent=1))
     if options.plot:

@@ -403,6 +403,25 @@ async def test_after_slow_decoding_nobody_is_refused_for_ever(profiles: ProfileT
         assert await pipeline.classify(empty, InferenceRequest(now, 500))
 
 
+async def test_decoding_that_makes_requests_late_is_learned_from_them(profiles: ProfileTable) -> None:
+    now = 1000.0
+
+    class SlowParts(Parts):
+        def decode(self, data: bytes) -> Tensor:
+            nonlocal now
+            now += 1.0
+            return super().decode(data)
+
+    async with running(SlowParts().open(), profiles, clock=lambda: now) as pipeline:
+        outcomes = []
+        while len(outcomes) < 20 and OverloadedError not in outcomes:
+            with pytest.raises((DeadlineError, OverloadedError)) as caught:
+                await pipeline.classify(two_bytes, InferenceRequest(now, 500))
+            outcomes.append(caught.type)
+    assert outcomes[0] is DeadlineError
+    assert outcomes[-1] is OverloadedError, "what would be decoded in vain is refused before it is read"
+
+
 def test_a_reason_names_the_wish_where_the_wish_decided_and_the_line_where_the_line_did(menu: Menu) -> None:
     by_line = Choice(1, reason="because of the line")
     assert explain(menu, Wish(1.0, 0, only=3), None, 3, by_line) == "grid 2 at keep rate 1 was asked for by name"

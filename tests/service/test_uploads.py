@@ -55,6 +55,13 @@ async def test_reading_stops_at_the_chunk_that_passes_the_limit(content_type: st
     assert caught.value.details == {"max_body_bytes": LIMIT}
 
 
+async def test_a_declared_length_proves_nothing_of_a_chunked_body() -> None:
+    client = Client(*[b"AAAA"] * 100, headers={"content-length": "4", "transfer-encoding": "chunked"})
+    with pytest.raises(BodyTooLargeError):
+        await client.upload()
+    assert client.taken == 3
+
+
 async def test_a_client_that_falls_silent_is_given_up() -> None:
     with pytest.raises(UploadTimeoutError, match=r"within 0\.01 s"):
         await Client(b"ab", then="silence").upload(max_s=0.01)
