@@ -210,7 +210,6 @@ class _Service:
             line=line,
             class_names=self._checkpoint.class_names,
             decode=partial(decode_image, config=self._checkpoint.config, max_pixels=settings.max_image_pixels),
-            num_decode_threads=settings.decode_threads,
             batcher=batcher,
             metrics=metrics,
             max_in_flight=settings.max_in_flight,

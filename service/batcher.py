@@ -6,7 +6,6 @@ threads that prepare images put requests in line; the event loop takes out those
 
 import asyncio
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +26,6 @@ from service.pacer import Pacer
 from service.situation import Choice, Entry
 
 logger = logging.getLogger(__name__)
-
-DELAY_GAIN = 0.1
-DELAY_FADES_S = 0.25
 
 Run = Callable[[Tensor, SubNetwork], Tensor]
 CallOnLoop = Callable[..., object]
@@ -67,37 +63,6 @@ class Result:
 
 
 Outcomes = Sequence[tuple[Entry, Result | BaseException]]
-
-
-@dataclass(slots=True)
-class Delay:
-    """A delay that varies: its mean and its mean deviation, of late.
-
-    Without news what is expected fades, or a server that refuses everybody for its sake would never learn better.
-    """
-
-    fades_s: float = DELAY_FADES_S
-    mean_s: float = 0.0
-    _deviation_s: float = 0.0
-    _seen_at: float = 0.0
-
-    def observe(self, seconds: float, now: float) -> None:
-        """Learn from one."""
-        surprise = seconds - self.mean_s
-        self.mean_s += DELAY_GAIN * surprise
-        self._deviation_s += DELAY_GAIN * (abs(surprise) - self._deviation_s)
-        self._seen_at = now
-
-    def expected_s(self, now: float) -> float:
-        """How long it will probably be."""
-        return self.mean_s * self._freshness(now)
-
-    def margin_s(self, now: float) -> float:
-        """Time to allow for it, its spread included."""
-        return (self.mean_s + 2 * self._deviation_s) * self._freshness(now)
-
-    def _freshness(self, now: float) -> float:
-        return math.exp(min(0.0, self._seen_at - now) / self.fades_s)
 
 
 @dataclass(slots=True)
@@ -139,7 +104,6 @@ class Batcher:
         self._observe_machine = observe_machine
         self._observe_batch = observe_batch
         self._clock = clock
-        self.lag = Delay()  # of the event loop: from the end of a batch until the loop turns to it
         self._waiting: dict[Entry, _Waiting] = {}
         self._arrival = threading.Event()
         self._thread, self._preparers = thread, preparers
@@ -287,18 +251,14 @@ class Batcher:
 
     def _settle(self, outcomes: Outcomes) -> None:
         """Release those who wait, on the event loop."""
-        now, ended_at = self._clock(), None
         for entry, outcome in outcomes:
             waiting = self._waiting.get(entry)
             if waiting is None or waiting.result.done():
                 continue  # its client has left meanwhile
             if isinstance(outcome, Result):
                 waiting.result.set_result(outcome)
-                ended_at = outcome.ended_at
             else:
                 waiting.result.set_exception(outcome)
-        if ended_at is not None:
-            self.lag.observe(now - ended_at, now)
 
 
 def _softmax(logits: Floats) -> Floats:

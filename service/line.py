@@ -106,12 +106,6 @@ class Line:
         """Count who waits for the engine."""
         return len(self._waiting)
 
-    @property
-    @_locked
-    def num_preparing(self) -> int:
-        """Count who has been admitted and is not ready for the engine yet."""
-        return len(self._admitted) - len(self._waiting)
-
     @_locked
     def admit(self, entry: Entry, now: float, ready_at: float | None = None) -> None:
         """Take note of a request before anything is spent on it.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from service.batcher import Batcher, Delay, Result
+from service.batcher import Batcher, Result
 from service.domain import (
     DEFAULT_TOP_K,
     Classification,
@@ -33,6 +33,7 @@ from service.line import Line
 from service.menu import Menu
 from service.metrics import Metrics
 from service.situation import Choice, Entry, Wish, target
+from service.slowdown import Delay
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,6 @@ class Pipeline:
         line: Line,
         class_names: tuple[str, ...],
         decode: Callable[[bytes], Tensor],
-        num_decode_threads: int,
         batcher: Batcher,
         metrics: Metrics,
         max_in_flight: int,
@@ -86,7 +86,6 @@ class Pipeline:
             line: admits, and forecasts.
             class_names: one per logit.
             decode: bytes to a (3, S, S) uint8 image; runs on the batcher's threads for that.
-            num_decode_threads: how many there are.
             batcher: runs the model.
             metrics: count and time.
             max_in_flight: requests that may be in the pipeline at once.
@@ -98,7 +97,6 @@ class Pipeline:
         self._line = line
         self._class_names = class_names
         self._decode = decode
-        self._num_decode_threads = num_decode_threads
         self._batcher = batcher
         self._metrics = metrics
         self._max_in_flight = max_in_flight
@@ -197,8 +195,7 @@ class Pipeline:
 
     def _preparation_s(self, now: float) -> float:
         """Time until a newcomer is ready for the engine; those in the server have half of their loop time to come."""
-        decode_s = self._decoding.expected_s(now) * (1 + self._line.num_preparing / self._num_decode_threads)
-        return decode_s + self._in_flight * self._loop_s / 2
+        return self._decoding.expected_s(now) + self._in_flight * self._loop_s / 2
 
     def _learn_loop_cost(self) -> None:
         """Learn how much of the event loop's CPU time a request takes.
@@ -227,7 +224,7 @@ class Pipeline:
         menu, now, budget_s = self._line.menu, self._clock(), self._budget_s(request)
         # The request had waited for the event loop before it was stamped, and its answer will wait for it once more.
         unseen_s = min(TRANSPORT_S, TRANSPORT_SHARE * budget_s)
-        granted_s = budget_s - unseen_s - self._batcher.lag.margin_s(now) - self._reply.margin_s(now)
+        granted_s = budget_s - unseen_s - self._reply.margin_s(now)
         if request.subnetwork is None:
             limit, beyond = menu.best_within(request.budget_gflops)
             wish = Wish(granted_s, limit, beyond=beyond)

@@ -1,4 +1,4 @@
-"""How much slower than its profile the machine is at this moment, and how far predictions can be relied upon.
+"""What the server learns as it serves: how much slower than its profile the machine is, delays, and how prudent to be.
 
 The filter follows ALERT (Wan et al., USENIX ATC 2020): one global factor with its spread, because whatever slows one
 sub-network down slows the others as well.
@@ -15,6 +15,8 @@ MAX_SQUARED_SURPRISE = 0.1
 MAX_SURPRISE = 1.5  # one hiccup of ten times is no neighbour
 CAUTIOUS = 2.5  # spreads above the mean: a request lost costs far more accuracy than a level does
 STALE_AFTER_S = 0.5
+DELAY_GAIN = 0.1
+DELAY_FADES_S = 0.25
 MISS_STEP = 0.1
 TOLERATED_MISSES = 0.01  # of the requests: about what running a level lower costs in accuracy
 MAX_PRUDENCE = 3.0
@@ -53,6 +55,37 @@ class Slowdown:
             return prior
         trust = math.exp(min(0.0, self.updated_at - now) / STALE_AFTER_S)
         return trust * (self.factor + spreads * math.sqrt(self.variance)) + (1 - trust) * prior
+
+
+@dataclass(slots=True)
+class Delay:
+    """A delay that varies: its mean and its mean deviation, of late.
+
+    Without news what is expected fades, or a server that refuses everybody for its sake would never learn better.
+    """
+
+    fades_s: float = DELAY_FADES_S
+    mean_s: float = 0.0
+    _deviation_s: float = 0.0
+    _seen_at: float = 0.0
+
+    def observe(self, seconds: float, now: float) -> None:
+        """Learn from one."""
+        surprise = seconds - self.mean_s
+        self.mean_s += DELAY_GAIN * surprise
+        self._deviation_s += DELAY_GAIN * (abs(surprise) - self._deviation_s)
+        self._seen_at = now
+
+    def expected_s(self, now: float) -> float:
+        """How long it will probably be."""
+        return self.mean_s * self._freshness(now)
+
+    def margin_s(self, now: float) -> float:
+        """Time to allow for it, its spread included."""
+        return (self.mean_s + 2 * self._deviation_s) * self._freshness(now)
+
+    def _freshness(self, now: float) -> float:
+        return math.exp(min(0.0, self._seen_at - now) / self.fades_s)
 
 
 @dataclass(slots=True)

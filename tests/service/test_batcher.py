@@ -13,7 +13,7 @@ from torch import Tensor
 from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
-from service.batcher import Batcher, Delay, Result
+from service.batcher import Batcher, Result
 from service.errors import DeadlineError, InvalidImageError, ModelError, NotReadyError, OverloadedError, ServiceError
 from service.line import Line
 from service.menu import Menu
@@ -273,7 +273,7 @@ async def test_who_leaves_before_the_image_is_prepared_does_not_get_in_line() ->
         line.admit(entry, time.monotonic())
         tasks.append(asyncio.create_task(batcher.submit(slow, entry)))
     await asyncio.to_thread(begun.wait, 10)
-    assert line.num_preparing == 2
+    assert line.backlog_s(time.monotonic()) > 0
     begun.clear()
     for task in tasks:
         task.cancel()
@@ -281,7 +281,7 @@ async def test_who_leaves_before_the_image_is_prepared_does_not_get_in_line() ->
     go_on.set()
     preparers.shutdown()
     assert not begun.is_set(), "the second was taken away from those who wait for the thread"
-    assert (len(line), line.num_preparing) == (0, 0)
+    assert (len(line), line.backlog_s(time.monotonic())) == (0, 0.0)
 
 
 async def test_stopping_waits_for_who_is_still_being_prepared() -> None:
@@ -416,16 +416,3 @@ async def test_those_given_up_get_a_typed_error_and_the_rest_an_answer() -> None
     assert isinstance(shed, OverloadedError)
     assert shed.details["retry_after_s"] >= 0
     assert isinstance(answered, Result)
-
-
-async def test_a_delay_leaves_room_for_its_spread_and_fades_without_news() -> None:
-    delay = Delay()
-    for _ in range(100):
-        delay.observe(0.01, now=5.0)
-    assert delay.margin_s(5.0) == pytest.approx(0.01, rel=0.1)
-    for seconds in (0.0, 0.02) * 50:
-        delay.observe(seconds, now=6.0)
-    assert delay.margin_s(6.0) > 0.025
-    assert delay.margin_s(8.0) < 0.001
-    assert delay.expected_s(6.0) == pytest.approx(0.01, rel=0.1)
-    assert delay.expected_s(8.0) < 0.001

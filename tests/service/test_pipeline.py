@@ -92,7 +92,6 @@ async def running(
         line=line,
         class_names=("a", "b", "c"),
         decode=parts.decode,
-        num_decode_threads=1,
         batcher=batcher,
         metrics=Metrics(parts.registry),
         max_in_flight=max_in_flight,
@@ -413,7 +412,7 @@ async def test_decoding_that_makes_requests_late_is_learned_from_them(profiles: 
             return super().decode(data)
 
     async with running(SlowParts().open(), profiles, clock=lambda: now) as pipeline:
-        outcomes = []
+        outcomes: list[type[BaseException]] = []
         while len(outcomes) < 20 and OverloadedError not in outcomes:
             with pytest.raises((DeadlineError, OverloadedError)) as caught:
                 await pipeline.classify(two_bytes, InferenceRequest(now, 500))

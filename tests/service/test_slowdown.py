@@ -3,7 +3,7 @@ import math
 import pytest
 
 from service.resources import ResourceSnapshot
-from service.slowdown import MAX_PRUDENCE, PRUDENCE_FADES_S, STALE_AFTER_S, Prudence, Slowdown, prior_slowdown
+from service.slowdown import MAX_PRUDENCE, PRUDENCE_FADES_S, STALE_AFTER_S, Delay, Prudence, Slowdown, prior_slowdown
 
 
 def after(*observed: float) -> Slowdown:
@@ -105,3 +105,16 @@ def test_prudence_fades_with_time_alone() -> None:
     factor = prudence.read(0.0)
     assert prudence.read(PRUDENCE_FADES_S) == pytest.approx(1 + (factor - 1) / math.e)
     assert prudence.read(100 * PRUDENCE_FADES_S) == pytest.approx(1.0)
+
+
+def test_a_delay_leaves_room_for_its_spread_and_fades_without_news() -> None:
+    delay = Delay()
+    for _ in range(100):
+        delay.observe(0.01, now=5.0)
+    assert delay.margin_s(5.0) == pytest.approx(0.01, rel=0.1)
+    for seconds in (0.0, 0.02) * 50:
+        delay.observe(seconds, now=6.0)
+    assert delay.margin_s(6.0) > 0.025
+    assert delay.margin_s(8.0) < 0.001
+    assert delay.expected_s(6.0) == pytest.approx(0.01, rel=0.1)
+    assert delay.expected_s(8.0) < 0.001
