@@ -10,15 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from service.batcher import Batcher, Result
-from service.domain import (
-    DEFAULT_TOP_K,
-    Classification,
-    Decision,
-    Forecast,
-    InferenceRequest,
-    Prediction,
-    Timing,
-)
+from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, Prediction, Timing
 from service.errors import (
     BudgetTooSmallError,
     ClientGoneError,
