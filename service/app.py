@@ -17,13 +17,13 @@ from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
-from service.api import Api, Serving, build_router
+from service.api import CLASSIFY_PATH, Api, Serving, build_router, make_classify
 from service.baselines import make_policy, refuses_early
 from service.batcher import Batcher, Run
 from service.engine import Engine
 from service.engines import make_engine
 from service.errors import NotReadyError
-from service.http_errors import add_error_handlers
+from service.http_errors import ErrorAnswers
 from service.images import decode_image
 from service.line import Line
 from service.menu import Menu
@@ -31,9 +31,10 @@ from service.metrics import Metrics, process_registry
 from service.monitor import Monitor
 from service.pacer import Pacer
 from service.pipeline import Pipeline
-from service.profiler import Measurement, load_or_measure
+from service.profiler import Measurement, load_or_measure, rehearse
 from service.schemas import describe_family
 from service.settings import Settings
+from service.shortcut import Shortcut
 from service.slowdown import prior_slowdown
 
 logger = logging.getLogger(__name__)
@@ -96,8 +97,10 @@ def create_app(
 
     app = FastAPI(title="SuperViT Serve", version=version("supervit-serve"), lifespan=lifespan, redoc_url=None)
     app.state.drain = api.drain
-    app.include_router(build_router(api))
-    add_error_handlers(app, settings.max_body_bytes, api.count_refusal)
+    classify, errors = make_classify(api), ErrorAnswers(settings.max_body_bytes, api.count_refusal)
+    app.include_router(build_router(api, classify))
+    app.add_middleware(Shortcut, path=CLASSIFY_PATH, handle=errors.around(classify))
+    errors.add_to(app)
     return app
 
 
@@ -183,7 +186,9 @@ class _Service:
         self._engine.warm_up()
         if self._latencies is not None:
             return self._latencies, "not measured here"
-        measurement = measure_latencies(self._settings, self._checkpoint, self._engine, self._run_unless_stopping)
+        run, config = self._run_unless_stopping, self._checkpoint.config
+        measurement = measure_latencies(self._settings, self._checkpoint, self._engine, run)
+        rehearse(run, config.image_side, config.subnetworks, self._settings.max_batch_size)
         return measurement.table, measurement.measured_at
 
     def _run_unless_stopping(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:

@@ -108,6 +108,7 @@ class Batcher:
         self._arrival = threading.Event()
         self._thread, self._preparers = thread, preparers
         self._stopping = False
+        self._free_at = 0.0  # since when the engine could have run a batch
 
     async def submit(self, prepare: Callable[[], Tensor], entry: Entry) -> Result:
         """Prepare an image, wait in line with it, and return its result.
@@ -172,11 +173,14 @@ class Batcher:
         self._arrival.set()
 
     def _dispatch(self, call_on_loop: CallOnLoop) -> None:
+        self._free_at = self._clock()
         while self._waiting or not self._stopping:
             if not len(self._line):
                 self._await_arrival()
+                self._free_at = self._clock()
             elif pause_s := self._pacer.pause_s(self._clock()):
                 time.sleep(pause_s)
+                self._free_at = self._clock()
             else:
                 for outcomes in self._serve_batch():
                     call_on_loop(self._settle, outcomes)
@@ -190,7 +194,7 @@ class Batcher:
     def _serve_batch(self) -> Iterator[Outcomes]:
         """Do what the policy chooses; yields what became of whom, as soon as it is known."""
         self._observe_machine()
-        self._line.stretch = self._pacer.stretch
+        self._line.pause_stretch = self._pacer.stretch
         now = self._clock()
         choice = self._line.next_batch(now)
         if choice.late:
@@ -214,11 +218,13 @@ class Batcher:
             rows, started_at, ended_at = self._timed_run(list(images.values()), option.row.subnetwork)
             answered = list(zip(images, rows, strict=True))
         except Exception:  # whatever the model raises, its requests must be released and the next batch run
-            self._line.failed(self._clock())
+            self._free_at = self._clock()
+            self._line.failed(self._free_at)
             yield from self._run_apart(choice, index, list(images))
             return
         inference_s = ended_at - started_at
-        self._line.finished(index, len(answered), inference_s, ended_at)
+        self._line.finished(index, len(answered), inference_s, ended_at, started_at - self._free_at)
+        self._free_at = ended_at
         self._pacer.batch_ran(inference_s)
         self._observe_batch(len(answered), predicted_s, inference_s)
         yield [
@@ -230,7 +236,8 @@ class Batcher:
         self, images: Sequence[Tensor], subnetwork: SubNetwork
     ) -> tuple[list[tuple[Floats, Floats, Indices]], float, float]:
         """Run a batch; returns (logits, probabilities, ranking) of each image, and when the model started and ended."""
-        batch = torch.stack(list(images))
+        # NumPy, because PyTorch would give the GIL away for a microsecond's work and wait long to get it back.
+        batch = torch.from_numpy(np.stack([image.numpy() for image in images]))
         started_at = self._clock()
         logits = self._run(batch, subnetwork).numpy()
         ended_at = self._clock()

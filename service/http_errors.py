@@ -28,6 +28,7 @@ from service.errors import (
     UploadTimeoutError,
 )
 from service.schemas import ErrorAnswer, ErrorDetail
+from service.shortcut import Handle
 
 STATUS = {
     InvalidParameterError: 422,
@@ -47,45 +48,67 @@ RETRY_AFTER_S = 1
 LINGER_S = 1
 
 
-def add_error_handlers(app: FastAPI, max_body_bytes: int, count_refusal: Callable[[str, str], None]) -> None:
-    """Answer every error in one JSON shape.
+class ErrorAnswers:
+    """Answers every error in one JSON shape."""
 
-    Args:
-        app: to add them to.
-        max_body_bytes: a body that may be longer is not read on once its request is refused.
-        count_refusal: told the path and the code of what is refused before the pipeline could count it.
-    """
+    def __init__(self, max_body_bytes: int, count_refusal: Callable[[str, str], None]) -> None:
+        """Take what there is to know.
 
-    def may_be_long(request: Request) -> bool:
-        length = request.headers.get("content-length", "0")
-        return "transfer-encoding" in request.headers or int(length) > max_body_bytes
+        Args:
+            max_body_bytes: a body that may be longer is not read on once its request is refused.
+            count_refusal: told the path and the code of what is refused before the pipeline could count it.
+        """
+        self._max_body_bytes = max_body_bytes
+        self._count_refusal = count_refusal
 
-    @app.exception_handler(ServiceError)
-    async def on_service_error(request: Request, error: ServiceError) -> Response:
+    def add_to(self, app: FastAPI) -> None:
+        """Answer the errors of all routes of an app."""
+        app.exception_handler(ServiceError)(self._on_service_error)
+        app.exception_handler(RequestValidationError)(self._on_invalid_parameter)
+        app.exception_handler(HTTPException)(_on_http_error)
+        app.exception_handler(Exception)(_on_bug)
+
+    def around(self, handle: Handle) -> Handle:
+        """Answer the errors of a handler that no app stands around."""
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except ServiceError as error:
+                return await self._on_service_error(request, error)
+            except RequestValidationError as error:
+                return await self._on_invalid_parameter(request, error)
+
+        return answer
+
+    async def _on_service_error(self, request: Request, error: ServiceError) -> Response:
         if isinstance(error, BodyTooLargeError):
             await _discard(request)
         response = _error(STATUS.get(type(error), 500), error.code, error.message, error.details)
-        unread = isinstance(error, BodyTooLargeError | UploadTimeoutError) or may_be_long(request)
+        unread = isinstance(error, BodyTooLargeError | UploadTimeoutError) or self._may_be_long(request)
         return _closing(response) if unread else response
 
-    @app.exception_handler(RequestValidationError)
-    async def on_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
-        count_refusal(request.url.path, InvalidParameterError.code)
+    async def _on_invalid_parameter(self, request: Request, error: RequestValidationError) -> Response:
+        self._count_refusal(request.url.path, InvalidParameterError.code)
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"][1:])
         said = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to our own sentences
         message = f"{where}: {said}" if where else said
         response = _error(422, InvalidParameterError.code, message, {"parameter": where} if where else {})
-        return _closing(response) if may_be_long(request) else response
+        return _closing(response) if self._may_be_long(request) else response
 
-    @app.exception_handler(HTTPException)
-    async def on_http_error(_: Request, error: HTTPException) -> Response:
-        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-        return _error(error.status_code, code, error.detail, {}, error.headers)
+    def _may_be_long(self, request: Request) -> bool:
+        length = request.headers.get("content-length", "0")
+        return "transfer-encoding" in request.headers or int(length) > self._max_body_bytes
 
-    @app.exception_handler(Exception)
-    async def on_bug(_: Request, __: Exception) -> Response:
-        return _error(500, ServiceError.code, "the server failed; its log says why", {})
+
+async def _on_http_error(_: Request, error: HTTPException) -> Response:
+    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    return _error(error.status_code, code, error.detail, {}, error.headers)
+
+
+async def _on_bug(_: Request, __: Exception) -> Response:
+    return _error(500, ServiceError.code, "the server failed; its log says why", {})
 
 
 def _error(

@@ -24,6 +24,9 @@ TIGHT_QUANTILE = 0.05
 RATE_TIME_S = 0.5
 LASTING_TIME_S = 2.0
 LASTING_MARGIN = 0.3  # of a full batch; a whole one refuses every tight budget
+TURNAROUND_GAIN = 0.1
+MAX_TURNAROUND = 2.0
+NO_TIME_S = 1e-6  # a coarse clock may see none go by
 DRIFT_GAIN = 0.1
 MAX_DRIFT = 0.2
 MAX_PREVIEWED = 8  # decisions; a longer line is taken to go on as it began
@@ -86,7 +89,7 @@ class Line:
         self.slowdown = Slowdown()
         self.prudence = Prudence()
         self.prior_slowdown = 1.0
-        self.stretch = 1.0
+        self.pause_stretch = 1.0
         self.max_batch_size = min(max_batch_size, menu.max_batch_size)
         self._policy = policy
         self._refuses_early = refuses_early
@@ -99,6 +102,7 @@ class Line:
         self._lasting_rate = ArrivalRate(LASTING_TIME_S)
         self._recent: deque[Wish] = deque(maxlen=REMEMBERED_WISHES)
         self._budgets: list[float] = []  # of the recent, ascending
+        self._turnaround = 1.0  # what the engine is taken for a batch, over the batch itself
         self._busy_until = -math.inf
         self._lock = threading.RLock()  # its methods call one another
 
@@ -167,12 +171,22 @@ class Line:
             self.leave(entry)
         self.prudence.observe(len(choice.batch), len(choice.late) + len(choice.shed), now)
         if choice.option is not None:
-            self._busy_until = now + situation.seconds(choice.option, len(choice.batch)) * self.stretch
+            self._busy_until = now + situation.seconds(choice.option, len(choice.batch)) * self._stretch
         return choice
 
     @_locked
-    def finished(self, option: int, size: int, seconds: float, now: float) -> None:
-        """Learn from a batch: the machine's slowdown, and how far off the profile of its option is."""
+    def finished(self, option: int, size: int, seconds: float, now: float, turnaround_s: float = 0.0) -> None:
+        """Learn from a batch: the machine's slowdown, and how far off the profile of its option is.
+
+        Args:
+            option: that ran.
+            size: of the batch.
+            seconds: that it took.
+            now: when it ended.
+            turnaround_s: from when the engine was free, and somebody waited, until the batch began.
+        """
+        taken = min(1 + turnaround_s / max(seconds, NO_TIME_S), MAX_TURNAROUND)
+        self._turnaround += TURNAROUND_GAIN * (taken - self._turnaround)
         expected = self._rows[option][size - 1]
         surprise = seconds / (expected * max(self.slowdown.factor, 0.1)) - 1
         self.slowdown = self.slowdown.updated(seconds / expected, now)
@@ -215,7 +229,7 @@ class Line:
                 break
             line = [other for other in line if other not in gone]
             if choice.option is not None:
-                time += situation.seconds(choice.option, len(choice.batch)) * self.stretch
+                time += situation.seconds(choice.option, len(choice.batch)) * self._stretch
         else:
             time += (time - start) / (waiting - len(line)) * line.index(entry)
             option = target(entry.wish, min(choice.option or 0, self.menu.num_levels - 1))
@@ -231,7 +245,7 @@ class Line:
     @_locked
     def backlog_s(self, now: float) -> float:
         """Return the seconds that everyone admitted takes at the cheapest level."""
-        return len(self._admitted) / self.max_batch_size * self.predict(0, self.max_batch_size, now) * self.stretch
+        return len(self._admitted) / self.max_batch_size * self.predict(0, self.max_batch_size, now) * self._stretch
 
     @_locked
     def situation(self, now: float) -> Situation:
@@ -244,13 +258,18 @@ class Line:
             rows=self._rows,
             slowdown=likely,
             caution=cautious / likely,
-            stretch=self.stretch,
+            stretch=self._stretch,
             max_batch_size=self.max_batch_size,
             arrival_rate=self._rate.read(now),
+            lasting_rate=self._lasting_rate.read(now),
             recent=self._recent,
             tight_budget_s=self._budgets[int(TIGHT_QUANTILE * len(self._budgets))] if self._budgets else math.inf,
             prudence=self.prudence.read(now),
         )
+
+    @property
+    def _stretch(self) -> float:
+        return max(self.pause_stretch, self._turnaround)  # what lies between batches goes by within a pause
 
     def _require_chance(self, entry: Entry, now: float, ready_at: float) -> None:
         if not self._refuses_early:
@@ -263,14 +282,14 @@ class Line:
     def _expected_end(self, entry: Entry, now: float, ready_at: float) -> float:
         """When a newcomer would be answered if everyone before it ran at the cheapest level, in the largest batches."""
         row, slowdown = self._rows[0], self.slowdown.predict(now, self.prior_slowdown)
-        full_s = row[self.max_batch_size - 1] * slowdown * self.stretch
+        full_s = row[self.max_batch_size - 1] * slowdown * self._stretch
         ahead = self._deadlines_before(entry)
         time, index = max(ready_at, self._busy_until), 0
         if self._lasting_rate.read(now) * full_s > self.max_batch_size:
             # What comes after this one presses, too: better refused now than later. Nobody whose budget holds no two
             # full batches, one to wait for and its own, meets full ones.
             usual = max(1, bisect_right(row, entry.wish.budget_s / 2 / slowdown, 0, self.max_batch_size))
-            time += LASTING_MARGIN * row[usual - 1] * slowdown * self.stretch
+            time += LASTING_MARGIN * row[usual - 1] * slowdown * self._stretch
         while index < len(ahead):
             if ahead[index] < time + row[0] * slowdown:
                 index += 1  # will have to be given up
@@ -281,7 +300,7 @@ class Line:
                 together = time + row[size] * slowdown
                 if together <= ahead[index - size]:
                     return together
-            time += row[size - 1] * slowdown * self.stretch
+            time += row[size - 1] * slowdown * self._stretch
         return time + self._rows[target(entry.wish, 0)][0] * slowdown
 
     def _deadlines_before(self, entry: Entry) -> list[float]:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # What the sockets and the client take of a budget before the request is stamped and after it is answered.
 TRANSPORT_S = 0.003
 TRANSPORT_SHARE = 0.1  # at most, of tight budgets
-LEARNED_EVERY = 8  # requests; it takes a system call
+LEARNED_EVERY = 32  # requests; it takes a system call
 LEARNING_GAIN = 0.5
 DECODING_FADES_S = 5.0
 

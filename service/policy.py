@@ -35,8 +35,11 @@ def choose_level(situation: Situation) -> Choice:
         return Choice(None, late=late)
     careful = replace(situation, slowdown=situation.slowdown * situation.caution)
     # With a guard, batches would be too small to carry what comes.
-    plan = _Plan(careful, line, math.inf if _is_outrun(situation) else _guard_s(careful))
-    level = plan.highest_clearing()
+    plan = _Plan(careful, line, math.inf if _is_outrun(situation, situation.arrival_rate) else _guard_s(careful))
+    if _is_outrun(situation, min(situation.arrival_rate, situation.lasting_rate)):
+        level = 0 if plan.clears(0) else None  # time that a better level took now would be missed sooner or later
+    else:
+        level = plan.highest_clearing()
     if level is not None:
         return _first_batch(plan, level, late)
     shed = _to_shed(situation, line)
@@ -214,7 +217,7 @@ def _to_shed(situation: Situation, line: Sequence[Entry]) -> tuple[Entry, ...]:
     """Choose whom to give up so that the cheapest level answers the rest: low priority first, then the most urgent."""
     order = sorted(line[:MAX_PLANNED], key=attrgetter("priority"))  # stable: by deadline within each priority
     deadlines = [entry.deadline_at for entry in order]
-    if _is_outrun(situation):
+    if _is_outrun(situation, situation.arrival_rate):
         return tuple(order[: _too_urgent(situation, deadlines)])
     options = [entry.wish.only or 0 for entry in order]
     due = sorted(range(len(order)), key=deadlines.__getitem__) if any(options) else []
@@ -231,10 +234,10 @@ def _to_shed(situation: Situation, line: Sequence[Entry]) -> tuple[Entry, ...]:
     return tuple(order[:fewest])
 
 
-def _is_outrun(situation: Situation) -> bool:
-    """Whether more arrives than even the cheapest level carries in full batches."""
+def _is_outrun(situation: Situation, rate: float) -> bool:
+    """Whether more would arrive at this rate than even the cheapest level carries in full batches."""
     full_s = situation.seconds(0, situation.max_batch_size) * situation.stretch
-    return situation.arrival_rate * full_s > situation.max_batch_size
+    return rate * full_s > situation.max_batch_size
 
 
 def _too_urgent(situation: Situation, deadlines: Sequence[float]) -> int:

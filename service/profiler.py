@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from statistics import median, median_low
 
@@ -32,6 +33,7 @@ MIN_RUNS = 3
 # matters little to it, and the lower of two figures is without it.
 SLOW_S = 0.1
 MIN_SLOW_RUNS = 2
+REHEARSAL_S = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,27 @@ def measure(
     medians = {cell: median_low(figures) for cell, figures in runs.items()}
     spread = {cell: median(abs(s - medians[cell]) for s in figures) / medians[cell] for cell, figures in runs.items()}
     return _measurement(medians, spread, began_at)
+
+
+def rehearse(
+    run: Run,
+    image_side: int,
+    subnetworks: Sequence[SubNetwork],
+    max_batch_size: int,
+    *,
+    budget_s: float = REHEARSAL_S,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Run batches of every size once, small ones first, as far as the time allows.
+
+    The first batch of a shape takes some milliseconds longer, and the first to be asked for by clients would be late.
+    """
+    ends_at = clock() + budget_s
+    images = torch.zeros(max_batch_size, 3, image_side, image_side, dtype=torch.uint8)
+    for batch_size, subnetwork in product(range(1, max_batch_size + 1), subnetworks):
+        if clock() >= ends_at:
+            return
+        run(images[:batch_size], subnetwork)
 
 
 def load_or_measure(

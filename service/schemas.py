@@ -16,7 +16,7 @@ LOWEST_PRIORITY = -10  # a handful of classes is all that anybody can tell apart
 class DecideQuery(BaseModel):
     """Query parameters of POST /decide: what a request grants, and what it insists on."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     budget_ms: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="time from arrival within which the answer is wanted"
@@ -124,7 +124,7 @@ class ResourcesAnswer(BaseModel):
     arrival_rate: float = Field(description="requests per second, of late")
     slowdown: float = Field(description="latency now over the profile's")
     expected_from_others: float = Field(description="slowdown that the others' load alone would let expect")
-    stretch: float = Field(description="engine time per batch over the batch's own, because of --max-utilization")
+    stretch: float = Field(description="time that the engine is taken for a batch over the batch's own")
     max_batch_size: int = Field(description="most that may run together now")
     next_without_budget: DecideAnswer | None = Field(description="what a request would get; null if it were refused")
 

@@ -60,11 +60,13 @@ class Situation:
         rows: latency of the options as corrected by what was observed, before `slowdown`.
         slowdown: factor on the rows at this moment.
         caution: factor on the slowdown that few batches exceed, at least 1.
-        stretch: how much longer than its batches the engine is taken, at least 1: a ceiling makes it pause.
+        stretch: how much longer than its batches the engine is taken, at least 1: because of what lies between
+            them, and because a ceiling makes it pause.
         max_batch_size: most that may run together.
         arrival_rate: requests per second, of late.
         recent: the wishes of the last arrivals.
         tight_budget_s: a budget that few of the recent ones undercut.
+        lasting_rate: the same over a longer time, so that it leaves out what is only a crowd.
         prudence: factor on the times of every level but the cheapest, at least 1: requests have been missed of late.
     """
 
@@ -79,6 +81,7 @@ class Situation:
     arrival_rate: float
     recent: Sequence[Wish]
     tight_budget_s: float
+    lasting_rate: float = 0.0
     prudence: float = 1.0
 
     def seconds(self, option: int, size: int) -> float:

@@ -17,10 +17,10 @@ CAUTIOUS = 2.5  # spreads above the mean: a request lost costs far more accuracy
 STALE_AFTER_S = 0.5
 DELAY_GAIN = 0.1
 DELAY_FADES_S = 0.25
-MISS_STEP = 0.1
+MISS_STEP = 0.3
 TOLERATED_MISSES = 0.01  # of the requests: about what running a level lower costs in accuracy
-MAX_PRUDENCE = 3.0
-PRUDENCE_FADES_S = 5.0
+MAX_PRUDENCE = 10.0
+PRUDENCE_FADES_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ FLOORS = {
     "service.simulator": 6,
     "service.engines": 4,
     "service.http_errors": 3,
+    "service.shortcut": 2,
     "service.schemas": 2,
     "service.line": 4,
     "service.baselines": 4,
@@ -60,7 +61,7 @@ FLOORS = {
     "service.settings": 0,
 }
 
-HTTP = {"service.api", "service.app", "service.http_errors", "service.uploads"}
+HTTP = {"service.api", "service.app", "service.http_errors", "service.shortcut", "service.uploads"}
 
 # Which rooms an outside library may enter by.
 DOORS = {

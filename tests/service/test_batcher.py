@@ -68,8 +68,8 @@ def image(value: int) -> Callable[[], Tensor]:
 
 
 @asynccontextmanager
-async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]:
-    line = Line(MENU, choose_level, max_batch_size)
+async def serving(gate: Gate, max_batch_size: int = 4, line: Line | None = None) -> AsyncIterator[Batcher]:
+    line = Line(MENU, choose_level, max_batch_size) if line is None else line
     thread = ThreadPoolExecutor(1, "engine")
     batcher = Batcher(gate.run, line, thread, Inline(), observe_batch=lambda size, *_: gate.sizes.append(size))
     async with asyncio.TaskGroup() as tasks:
@@ -100,6 +100,27 @@ async def behind_a_running_batch(batcher: Batcher, gate: Gate) -> "asyncio.Task[
     (first,) = await line_up(batcher, (0, SMALL))
     await asyncio.to_thread(gate.entered.wait, 10)
     return first
+
+
+async def test_the_line_learns_how_long_the_engine_stood_still_between_batches() -> None:
+    gate, line = Gate(), Line(MENU, choose_level, 4)
+    learned: list[tuple[float, float]] = []
+    finished = line.finished
+
+    def learn(option: int, size: int, seconds: float, now: float, turnaround_s: float = 0.0) -> None:
+        learned.append((now - seconds, turnaround_s))
+        finished(option, size, seconds, now, turnaround_s)
+
+    line.finished = learn  # type: ignore[method-assign] # to listen in
+    async with serving(gate, line=line) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        second, third = await line_up(batcher, (1, SMALL), (2, LARGE))
+        gate.open.set()
+        results = [await task for task in (first, second, third)]
+    (_, alone), *others = learned
+    assert 0 <= alone < 1  # from when it came, not from when the loop began
+    ends = [result.ended_at for result in results]
+    assert [began - idle for began, idle in others] == pytest.approx(ends[:2])
 
 
 async def test_a_request_gets_its_own_row_and_its_times() -> None:

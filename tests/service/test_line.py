@@ -295,6 +295,22 @@ def test_what_is_chosen_allows_for_batches_that_vary(line: Line) -> None:
     assert 1.3 < situation.caution < 1.7
 
 
+def test_what_lies_between_batches_is_reckoned_with(line: Line) -> None:
+    for number in range(100):
+        line.finished(0, 4, 0.05, number / 10, turnaround_s=0.01)
+    assert line.situation(9.9).stretch == pytest.approx(1.2, rel=1e-3)
+    assert line.predict(0, 4, 9.9) == pytest.approx(0.05)  # the batch itself is as long as ever
+    line.pause_stretch = 1.1  # what lies between them goes by within the pauses
+    assert line.situation(9.9).stretch == pytest.approx(1.2, rel=1e-3)
+    line.pause_stretch = 3.0
+    assert line.situation(9.9).stretch == 3.0
+
+
+def test_one_long_stop_between_batches_is_no_rule(line: Line) -> None:
+    line.finished(0, 4, 0.05, 0.0, turnaround_s=60.0)
+    assert line.situation(0.0).stretch == pytest.approx(1.1)
+
+
 def test_an_option_that_always_takes_longer_than_profiled_is_known_after_a_while(line: Line) -> None:
     for number in range(300):
         line.finished(number % 2, 2, (0.03, 1.15 * 0.06)[number % 2], number / 100)
@@ -319,7 +335,7 @@ def test_what_memory_allows_bounds_the_batch(fast_menu: Menu) -> None:
 
 
 def test_a_ceiling_makes_the_engine_busy_for_longer(line: Line) -> None:
-    line.stretch = 2.0
+    line.pause_stretch = 2.0
     fill(line, *(waits(0.06) for _ in range(4)))
     line.situation(LONG_S)
     assert line.next_batch(0.0).option == 0  # 50 ms of work, and as much of pause

@@ -164,7 +164,7 @@ def serve_a_minute(menu: Menu, machine: Machine, gaps_s: Sequence[float]) -> tup
             continue
         machine.pause()
         take_in()
-        line.stretch = machine.pacer.stretch
+        line.pause_stretch = machine.pacer.stretch
         choice = line.next_batch(machine.now)
         if choice.option is not None:
             seconds = menu.options[choice.option].seconds[len(choice.batch) - 1]

@@ -28,7 +28,7 @@ from service.errors import (
 from service.line import Line
 from service.menu import Menu
 from service.metrics import Metrics
-from service.pipeline import Pipeline, explain
+from service.pipeline import LEARNED_EVERY, Pipeline, explain
 from service.policy import choose_level
 from service.situation import Choice, Wish
 
@@ -362,10 +362,10 @@ async def test_an_event_loop_that_is_busy_is_reckoned_with_at_admission(profiles
     spent_s = 0.0
     request = InferenceRequest(5.0, budget_ms=1000)
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=lambda: spent_s) as pipeline:
-        for _ in range(30):
+        for _ in range(3 * LEARNED_EVERY):
             spent_s += 4.0  # so much of the loop's time takes each
             await pipeline.classify(two_bytes, replace(request, budget_ms=60_000))
-        for _ in range(30):
+        for _ in range(3 * LEARNED_EVERY):
             with pytest.raises(OverloadedError):
                 await pipeline.classify(never, replace(request, budget_ms=2))
         assert await pipeline.classify(two_bytes, request)  # the refusals took next to nothing: it knows better now
@@ -374,7 +374,7 @@ async def test_an_event_loop_that_is_busy_is_reckoned_with_at_admission(profiles
 async def test_a_request_that_a_busy_loop_would_answer_too_late_is_refused(profiles: ProfileTable) -> None:
     spent_s = 0.0
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=lambda: spent_s) as pipeline:
-        for _ in range(30):
+        for _ in range(3 * LEARNED_EVERY):
             spent_s += 4.0
             await pipeline.classify(two_bytes, InferenceRequest(5.0, 60_000))
         with pytest.raises(OverloadedError):

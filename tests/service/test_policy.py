@@ -97,6 +97,15 @@ def test_arrivals_that_are_expected_lower_the_level(menu: Menu) -> None:
     assert choose_level(replace(situation, arrival_rate=1.0)).option == 2  # a quarter of an arrival is none
 
 
+def test_arrivals_that_outrun_even_the_cheapest_level_for_long_get_it(menu: Menu) -> None:
+    # Four in 5 s are 0.8 a second. The one that waits could have level 2, but its time will be missed.
+    crowd = replace(at_zero(menu, (waits(50.0),)), arrival_rate=0.85)
+    assert choose_level(crowd).option == 2
+    assert choose_level(replace(crowd, lasting_rate=0.75)).option == 2
+    assert choose_level(replace(crowd, lasting_rate=0.85)).option == 0
+    assert choose_level(replace(crowd, arrival_rate=0.0, lasting_rate=0.85)).option == 2  # it is over
+
+
 def test_expected_arrivals_have_the_limits_of_the_recent_ones(menu: Menu) -> None:
     # As above; but those expected are content with level 0, so that one batch of level 2, then of 0, clears them all.
     situation = replace(at_zero(menu, (waits(50.0),)), arrival_rate=40.0, recent=(Wish(50.0, 0),))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.subnetwork import SubNetwork
-from service.profiler import MIN_RUNS, SLOW_S, Measurement, load_or_measure, measure
+from service.profiler import MIN_RUNS, SLOW_S, Measurement, load_or_measure, measure, rehearse
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
 BATCH_SIZES = (1, 2, 4)
@@ -146,6 +146,16 @@ def test_a_slow_batch_runs_twice_and_the_lower_figure_counts() -> None:
     assert [slow.count((LARGE, size)) for size in BATCH_SIZES] == [2, 2, 2]
     assert [slow.count((SMALL, size)) for size in BATCH_SIZES] == [MIN_RUNS + 1] * 3
     assert measurement.table.seconds[LARGE] == pytest.approx([1.5 * SLOW_S] * 3)
+
+
+def test_a_rehearsal_runs_every_shape_once_the_small_ones_first(engine: FakeEngine) -> None:
+    rehearse(engine.run, 16, (SMALL, LARGE), 3, budget_s=10, clock=lambda: engine.now)
+    assert engine.runs == [(subnetwork, size) for size in (1, 2, 3) for subnetwork in (SMALL, LARGE)]
+
+
+def test_a_rehearsal_ends_when_its_time_is_spent(engine: FakeEngine) -> None:
+    rehearse(engine.run, 16, (SMALL, LARGE), 64, budget_s=0.05, clock=lambda: engine.now)  # 4 + 16 + 6 + 24 ms
+    assert engine.runs == [(SMALL, 1), (LARGE, 1), (SMALL, 2), (LARGE, 2)]
 
 
 def test_what_was_measured_is_kept_for_the_next_start(engine: FakeEngine, load: Callable[..., Measurement]) -> None:
