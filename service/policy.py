@@ -44,7 +44,7 @@ def choose_level(situation: Situation) -> Choice:
         return _first_batch(plan, level, late)
     shed = _to_shed(situation, line)
     given_up = set(shed)
-    return _cheapest_batch(situation, [entry for entry in line if entry not in given_up], late, shed)
+    return _cheapest_batch(careful, [entry for entry in line if entry not in given_up], late, shed)
 
 
 class _Plan:
