@@ -23,6 +23,7 @@ from service.batcher import Batcher, Run
 from service.engine import Engine
 from service.engines import make_engine
 from service.errors import NotReadyError
+from service.estimates import prior_slowdown
 from service.http_errors import ErrorAnswers
 from service.images import decode_image
 from service.line import Line
@@ -35,7 +36,6 @@ from service.profiler import Measurement, load_or_measure, rehearse
 from service.schemas import describe_family
 from service.settings import Settings
 from service.shortcut import Shortcut
-from service.slowdown import prior_slowdown
 
 logger = logging.getLogger(__name__)
 

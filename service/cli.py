@@ -30,7 +30,7 @@ from service.errors import ServiceError
 from service.monitor import Monitor
 from service.profiler import Measurement
 from service.settings import Settings, unknown_variables
-from service.simulator import Simulate, simulate
+from service.sizing import Simulate, simulate
 
 logger = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ import threading
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Concatenate, ParamSpec, TypeVar
 
 from service.errors import OverloadedError
+from service.estimates import CAUTIOUS, ArrivalRate, Prudence, Slowdown
 from service.menu import Menu
 from service.situation import Choice, Entry, Policy, Situation, Wish, target
-from service.slowdown import CAUTIOUS, Prudence, Slowdown
 
 REMEMBERED_WISHES = 128
 TIGHT_QUANTILE = 0.05
@@ -42,35 +42,6 @@ def _locked(method: "Callable[Concatenate[Line, P], R]") -> "Callable[Concatenat
             return method(self, *args, **kwargs)
 
     return one_at_a_time
-
-
-@dataclass(slots=True)
-class ArrivalRate:
-    """Arrivals per second, as an exponential average over `time_s` that is nearly right from the start."""
-
-    time_s: float
-    _weight: float = 0.0
-    _seconds: float = 0.0
-    _at: float | None = None
-
-    def count(self, now: float) -> None:
-        """Count an arrival."""
-        self._age(now)
-        self._weight += 1.0
-
-    def read(self, now: float) -> float:
-        """Return the rate."""
-        self._age(now)
-        return self._weight / max(self._seconds, 0.5 * self.time_s)  # the very first of all is no crowd
-
-    def _age(self, now: float) -> None:
-        if self._at is None:
-            self._at = now
-        passed = max(0.0, now - self._at)
-        keep = math.exp(-passed / self.time_s)
-        self._weight *= keep
-        self._seconds = self._seconds * keep + self.time_s * (1 - keep)
-        self._at = max(self._at, now)
 
 
 class Line:

@@ -21,11 +21,11 @@ from service.errors import (
     OverloadedError,
     ServiceError,
 )
+from service.estimates import Delay
 from service.line import Line
 from service.menu import Menu
 from service.metrics import Metrics
 from service.situation import Choice, Entry, Wish, target
-from service.slowdown import Delay
 
 logger = logging.getLogger(__name__)
 

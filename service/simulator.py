@@ -1,24 +1,18 @@
 """Arrivals replayed in virtual time by the very policy and line that serve, and the figures of how that went.
 
-Behind `supervit simulate`, which sizes machines: how much traffic one of a given profile carries, at what accuracy.
 Decoding, the network and the ceiling on utilization are left out.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from pydantic import Field
 
-from models.latency import LatencyTable
-from models.profiles import ProfileTable
-from service.arrivals import Arrival, SlowdownScript, Traffic
+from service.arrivals import Arrival, SlowdownScript
 from service.baselines import fixed_name, make_policy, refuses_early
 from service.errors import OverloadedError
 from service.line import Line
@@ -28,10 +22,6 @@ from service.situation import Entry, Policy, Wish
 AS_PROFILED = SlowdownScript()
 ROUNDING_S = 1e-9
 PERCENTILES = (50, 95, 99)
-SHOWN = 3  # sub-networks in a line of the table
-TITLES = (
-    " rate/s policy              in time accuracy effective refused given up  late  p50 ms  p99 ms  busy  answered by"
-)
 
 Outcome = Literal["in_time", "late", "refused", "hopeless", "shed"]
 
@@ -232,88 +222,6 @@ def grid_and_rate(option: Option) -> str:
     return fixed_name(option.row.subnetwork).removeprefix("fixed-")
 
 
-class Simulate(Traffic):
-    """Replay arrivals against a profile, in virtual time: see how many machines they need and how accurate it gets."""
-
-    policy: str = Field("level", description="what chooses sub-network and batch, as for `serve`")
-    compare: tuple[str, ...] = Field((), description="policies to replay the same arrivals with")
-    machines: int = Field(1, ge=1, le=1000, description="alike; requests are dealt out to them in turn")
-    max_batch_size: int = Field(16, ge=1, description="requests for one sub-network that may run together")
-    overhead_ms: float = Field(0, ge=0, description="time that each batch takes beyond its profile")
-    noise: float = Field(
-        0, ge=0, le=10, description="each batch takes longer by a normal draw, its sign dropped, times this"
-    )
-    checkpoint: Path | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
-    json_file: Path | None = Field(None, description="file for all figures")
-    plot_file: Path | None = Field(None, description="PNG file for the course: of all policies, or of several rates")
-
-
-def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable) -> str:
-    """Replay every rate with every policy, write what was asked for, and return a table to print.
-
-    Raises:
-        InvalidParameterError, BudgetTooSmallError: the options are at odds with the profile; too many or no requests.
-        OSError: a file cannot be read or written.
-        ModuleNotFoundError: there is no matplotlib to draw with.
-    """
-    for path in filter(None, (command.json_file, command.plot_file)):
-        path.touch()  # fails now rather than after the simulation
-    menu = Menu.of(profiles, latencies)
-    capacity = command.machines * throughput(menu.best, command.max_batch_size)
-    cheapest = command.machines * throughput(menu.options[0], command.max_batch_size)
-    carry = "1 machine carries" if command.machines == 1 else f"{command.machines} machines carry"
-    most = (
-        f"{capacity:.4g} requests/s at {menu.best.row.subnetwork}, {cheapest:.4g} at {menu.options[0].row.subnetwork}"
-    )
-    text = [f"{carry} at most {most}", TITLES]
-    rows, courses = [], {}
-    one_rate = len(command.rate or command.load or (1.0,)) == 1
-    for rate, arrivals in command.draws(capacity):
-        for policy in dict.fromkeys((command.policy, *command.compare)):
-            replays = [
-                replay(arrivals[index :: command.machines], _machine(command, menu, index), policy)
-                for index in range(command.machines)
-            ]
-            figures = Figures.of(replays, menu)
-            text.append(_show(rate, policy, figures))
-            rows.append({"rate": rate, "policy": policy} | asdict(figures))
-            if policy == command.policy or one_rate:
-                fates = [fate for one in replays for fate in one.fates]
-                courses[f"{policy}, {rate:.4g}/s"] = answers_in_time(fates, menu)
-    if command.json_file:
-        options = command.model_dump(mode="json", exclude_none=True)
-        command.json_file.write_text(json.dumps({"options": options, "runs": rows}, indent=2) + "\n")
-    if command.plot_file:
-        from models.plots import plot_simulation  # matplotlib comes with an extra only
-
-        plot_simulation(courses, command.plot_file)
-    return "\n".join(text)
-
-
 def throughput(option: Option, max_batch_size: int) -> float:
     """Return the most requests per second that an option answers, in batches of whichever size is best for it."""
     return max(size / seconds for size, seconds in enumerate(option.seconds[:max_batch_size], start=1))
-
-
-def _machine(command: Simulate, menu: Menu, index: int) -> Machine:
-    return Machine(
-        menu,
-        command.max_batch_size,
-        SlowdownScript.parse(command.slowdown),
-        command.overhead_ms / 1000,
-        command.noise,
-        command.seed + index,
-    )
-
-
-def _show(rate: float, policy: str, figures: Figures) -> str:
-    share = ["-" if value is None else f"{value:.2%}" for value in (figures.mean_accuracy, figures.effective_accuracy)]
-    p50, p99 = (
-        "-" if value is None else f"{value:.1f}" for value in (figures.latency_ms["p50"], figures.latency_ms["p99"])
-    )
-    ends = figures.outcomes
-    mix = ", ".join(f"{name} {part:.0%}" for name, part in list(figures.mix.items())[:SHOWN])
-    return (
-        f"{rate:7.4g} {policy:18} {figures.slo_attainment:8.2%} {share[0]:>8} {share[1]:>9} {ends['refused']:7}"
-        f" {ends['hopeless'] + ends['shed']:8} {ends['late']:5} {p50:>7} {p99:>7} {figures.utilization:5.0%}  {mix}"
-    )

@@ -34,6 +34,7 @@ FLOORS = {
     "service.api": 7,
     "service.pipeline": 6,
     "service.batcher": 5,
+    "service.sizing": 7,
     "service.simulator": 6,
     "service.engines": 4,
     "service.http_errors": 3,
@@ -49,7 +50,7 @@ FLOORS = {
     "service.monitor": 2,
     "service.arrivals": 1,
     "service.situation": 2,
-    "service.slowdown": 1,
+    "service.estimates": 1,
     "service.pacer": 1,
     "service.metrics": 1,
     "service.images": 1,
@@ -90,10 +91,11 @@ WITHOUT_TORCH = {
     "service.policy",
     "service.baselines",
     "service.line",
-    "service.slowdown",
+    "service.estimates",
     "service.pacer",
     "service.arrivals",
     "service.simulator",
+    "service.sizing",
 }
 TORCH = {"torch", "torchvision", "timm", "safetensors"}
 

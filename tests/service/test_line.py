@@ -11,7 +11,7 @@ import random
 import pytest
 
 from service.errors import OverloadedError
-from service.line import LASTING_TIME_S, REMEMBERED_WISHES, ArrivalRate, Line
+from service.line import LASTING_TIME_S, REMEMBERED_WISHES, Line
 from service.menu import Menu
 from service.policy import choose_level
 from service.situation import Choice, Entry, Situation, Wish
@@ -236,18 +236,6 @@ def test_a_million_priorities_leave_nothing_behind(line: Line) -> None:
 
 
 # What a policy is told
-
-
-def test_the_rate_of_arrivals_is_right_from_the_first_moments_and_follows() -> None:
-    rate = ArrivalRate(0.5)
-    for number in range(50):
-        rate.count(number / 100)
-    assert rate.read(0.5) == pytest.approx(100, rel=0.03)
-    for number in range(50, 300):
-        rate.count(number / 100)
-    assert rate.read(3.0) == pytest.approx(100, rel=0.03)
-    assert rate.read(3.5) == pytest.approx(100 / math.e, rel=0.03)
-    assert rate.read(60.0) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_the_very_first_request_of_all_is_no_crowd(line: Line) -> None:

@@ -2,8 +2,17 @@ import math
 
 import pytest
 
+from service.estimates import (
+    MAX_PRUDENCE,
+    PRUDENCE_FADES_S,
+    STALE_AFTER_S,
+    ArrivalRate,
+    Delay,
+    Prudence,
+    Slowdown,
+    prior_slowdown,
+)
 from service.resources import ResourceSnapshot
-from service.slowdown import MAX_PRUDENCE, PRUDENCE_FADES_S, STALE_AFTER_S, Delay, Prudence, Slowdown, prior_slowdown
 
 
 def after(*observed: float) -> Slowdown:
@@ -118,3 +127,15 @@ def test_a_delay_leaves_room_for_its_spread_and_fades_without_news() -> None:
     assert delay.margin_s(8.0) < 0.001
     assert delay.expected_s(6.0) == pytest.approx(0.01, rel=0.1)
     assert delay.expected_s(8.0) < 0.001
+
+
+def test_the_rate_of_arrivals_is_right_from_the_first_moments_and_follows() -> None:
+    rate = ArrivalRate(0.5)
+    for number in range(50):
+        rate.count(number / 100)
+    assert rate.read(0.5) == pytest.approx(100, rel=0.03)
+    for number in range(50, 300):
+        rate.count(number / 100)
+    assert rate.read(3.0) == pytest.approx(100, rel=0.03)
+    assert rate.read(3.5) == pytest.approx(100 / math.e, rel=0.03)
+    assert rate.read(60.0) == pytest.approx(0.0, abs=1e-9)

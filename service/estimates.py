@@ -1,7 +1,7 @@
-"""What the server learns as it serves: how much slower than its profile the machine is, delays, and how prudent to be.
+"""What the server learns as it serves: the machine's slowdown, delays, the rate of arrivals, and how prudent to be.
 
-The filter follows ALERT (Wan et al., USENIX ATC 2020): one global factor with its spread, because whatever slows one
-sub-network down slows the others as well.
+The filter of the slowdown follows ALERT (Wan et al., USENIX ATC 2020): one global factor with its spread, because
+whatever slows one sub-network down slows the others as well.
 """
 
 import math
@@ -86,6 +86,35 @@ class Delay:
 
     def _freshness(self, now: float) -> float:
         return math.exp(min(0.0, self._seen_at - now) / self.fades_s)
+
+
+@dataclass(slots=True)
+class ArrivalRate:
+    """Arrivals per second, as an exponential average over `time_s` that is nearly right from the start."""
+
+    time_s: float
+    _weight: float = 0.0
+    _seconds: float = 0.0
+    _at: float | None = None
+
+    def count(self, now: float) -> None:
+        """Count an arrival."""
+        self._age(now)
+        self._weight += 1.0
+
+    def read(self, now: float) -> float:
+        """Return the rate."""
+        self._age(now)
+        return self._weight / max(self._seconds, 0.5 * self.time_s)  # the very first of all is no crowd
+
+    def _age(self, now: float) -> None:
+        if self._at is None:
+            self._at = now
+        passed = max(0.0, now - self._at)
+        keep = math.exp(-passed / self.time_s)
+        self._weight *= keep
+        self._seconds = self._seconds * keep + self.time_s * (1 - keep)
+        self._at = max(self._at, now)
 
 
 @dataclass(slots=True)
