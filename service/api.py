@@ -192,6 +192,7 @@ def build_router(api: Api, classify: Handle) -> APIRouter:
             slowdown=round(situation.slowdown, 3),
             expected_from_others=round(serving.line.prior_slowdown, 3),
             stretch=round(situation.stretch, 3),
+            prudence=round(situation.prudence, 3),
             max_batch_size=situation.max_batch_size,
             next_without_budget=forecast,
         )
@@ -216,7 +217,8 @@ def build_router(api: Api, classify: Handle) -> APIRouter:
         """Give all metrics in the Prometheus text format."""
         if api.serving is not None:
             line = api.serving.line
-            api.metrics.machine(api.monitor.latest, len(line), line.situation(api.clock()).slowdown)
+            situation = line.situation(api.clock())
+            api.metrics.machine(api.monitor.latest, len(line), situation.slowdown, situation.prudence)
         return Response(api.metrics.page(), media_type=CONTENT_TYPE)
 
     return router
@@ -248,7 +250,11 @@ async def _classify_while_connected(api: Api, request: Request, wanted: Inferenc
     Raises:
         ServiceError: the request is refused, or fails.
     """
-    pipeline = api.require_serving().pipeline
+    try:
+        pipeline = api.require_serving().pipeline
+    except NotReadyError as error:
+        api.count_refusal(CLASSIFY_PATH, error.code)
+        raise
     answering = asyncio.current_task()
     watching: asyncio.Task[None] | None = None
     patience: asyncio.TimerHandle | None = None

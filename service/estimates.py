@@ -129,7 +129,7 @@ class Prudence:
     _at: float = 0.0
 
     def observe(self, met: int, missed: int, now: float) -> None:
-        """Learn from requests of whom so many were answered in time, and so many late, refused or given up."""
+        """Learn from requests: so many were taken into a batch that should be in time, so many were late or refused."""
         step = MISS_STEP * (missed - TOLERATED_MISSES * (met + missed))
         self.factor = min(MAX_PRUDENCE, max(1.0, self.read(now) + step))
         self._at = now

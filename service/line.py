@@ -96,10 +96,12 @@ class Line:
         """
         self._rate.count(now)
         self._lasting_rate.count(now)
+        ready_at = now if ready_at is None else ready_at
         try:
-            self._require_chance(entry, now, now if ready_at is None else ready_at)
+            self._require_chance(entry, now, ready_at)
         except OverloadedError:
-            self.prudence.observe(0, 1, now)
+            if self._end_alone(entry, now, ready_at) <= entry.deadline_at:  # or it would have been late anyway
+                self.prudence.observe(0, 1, now)
             raise
         self._admitted.add(entry)
         insort(self._deadlines.setdefault(entry.priority, []), entry.deadline_at)
@@ -247,8 +249,16 @@ class Line:
             return
         late_s = self._expected_end(entry, now, ready_at) - entry.deadline_at
         if late_s > 0:
-            message = "too much is waiting: even the cheapest sub-network would answer too late; try again later"
+            if self._end_alone(entry, now, ready_at) > entry.deadline_at:
+                message = "even if nothing else waited it would be answered too late at this moment; grant it more time"
+            else:
+                message = "too much is waiting: even the cheapest sub-network would answer too late; try again later"
             raise OverloadedError(message, retry_after_s=round(late_s, 3))
+
+    def _end_alone(self, entry: Entry, now: float, ready_at: float) -> float:
+        """When it would be answered if the engine were free."""
+        option = target(entry.wish, 0)
+        return ready_at + self._rows[option][0] * self.slowdown.predict(now, self.prior_slowdown)
 
     def _expected_end(self, entry: Entry, now: float, ready_at: float) -> float:
         """When a newcomer would be answered if everyone before it ran at the cheapest level, in the largest batches."""

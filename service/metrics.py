@@ -117,6 +117,11 @@ class Metrics:
         self._slowdown = Gauge(
             "supervit_slowdown_ratio", "Latency of batches now over that of the profile.", registry=registry
         )
+        self._prudence = Gauge(
+            "supervit_prudence_ratio",
+            "Factor on the times of all sub-networks but the cheapest, because requests were missed of late.",
+            registry=registry,
+        )
         self._cpu = Gauge(
             "supervit_cpu_utilization_ratio",
             "Fraction of the usable cores in use over the last interval, by whom.",
@@ -181,10 +186,11 @@ class Metrics:
         self._batch_duration.observe(inference_s)
         self._predicted.inc(predicted_s)
 
-    def machine(self, snapshot: ResourceSnapshot, waiting: int, slowdown: float) -> None:
-        """Record the machine's state; what it does not say keeps its last value."""
+    def machine(self, snapshot: ResourceSnapshot, waiting: int, slowdown: float, prudence: float) -> None:
+        """Record the machine's state and the line's; what the machine does not say keeps its last value."""
         self._waiting.set(waiting)
         self._slowdown.set(slowdown)
+        self._prudence.set(prudence)
         cpus = snapshot.cpus or snapshot.cores  # a quota of ours does not bound what others use
         others = None if snapshot.others_cores is None else snapshot.others_cores / cpus
         gauges = [

@@ -151,11 +151,14 @@ class Pipeline:
         """
         self._require_ready()
         entry = self._entry(request)
-        option, size, start_s, choice = self._line.preview(entry, self._clock())
-        predicted_s = self._line.predict(option, size, self._clock())
+        now = self._clock()
+        prepared_s = self._preparation_s(now)
+        option, size, start_s, choice = self._line.preview(entry, now + prepared_s)
+        predicted_s = self._line.predict(option, size, now)
         row = self._line.menu.options[option].row
         reason = explain(self._line.menu, entry.wish, request.budget_gflops, option, choice)
-        return Forecast(Decision(row, size, predicted_s, reason), start_s + predicted_s + self._reply.mean_s)
+        answered_in_s = prepared_s + start_s + predicted_s + self._reply.mean_s
+        return Forecast(Decision(row, size, predicted_s, reason), answered_in_s)
 
     async def _answer(self, read: Callable[[], Awaitable[bytes]], request: InferenceRequest) -> Classification:
         self._require_ready()

@@ -23,6 +23,7 @@ MAX_EXPECTED = 96
 MAX_PLANNED = 128  # the most urgent, where each must be looked at; the others' turn comes
 SAFETY = 1.05
 TIGHT_SHARE = 0.8  # of a tight budget: a batch that takes longer has no place for those who granted it
+NOTEWORTHY = 1.05  # prudence that a person should hear of
 BUSY = 0.3  # arrivals per longest single inference from which on a newcomer is to be reckoned with
 
 
@@ -36,12 +37,13 @@ def choose_level(situation: Situation) -> Choice:
     careful = replace(situation, slowdown=situation.slowdown * situation.caution)
     # With a guard, batches would be too small to carry what comes.
     plan = _Plan(careful, line, math.inf if _is_outrun(situation, situation.arrival_rate) else _guard_s(careful))
-    if _is_outrun(situation, min(situation.arrival_rate, situation.lasting_rate)):
-        level = 0 if plan.clears(0) else None  # time that a better level took now would be missed sooner or later
-    else:
-        level = plan.highest_clearing()
+    outrun = _is_outrun(situation, min(situation.arrival_rate, situation.lasting_rate))
+    # Time that a better level took now would be missed sooner or later.
+    highest = 0 if outrun else situation.menu.num_levels - 1
+    level = plan.highest_clearing(highest)
     if level is not None:
-        return _first_batch(plan, level, late)
+        choice = _first_batch(plan, level, late)
+        return replace(choice, reason=_outrun_reason(plan)) if outrun else choice
     shed = _to_shed(situation, line)
     given_up = set(shed)
     return _cheapest_batch(careful, [entry for entry in line if entry not in given_up], late, shed)
@@ -70,9 +72,9 @@ class _Plan:
         first.sort(key=itemgetter(0))
         return [wish for _, wish in first[:MAX_PLANNED]]
 
-    def highest_clearing(self) -> int | None:
-        """Bisect the levels; None if even the cheapest leaves somebody late."""
-        low, high = -1, self.situation.menu.num_levels - 1
+    def highest_clearing(self, highest: int) -> int | None:
+        """Bisect the levels up to the highest; None if even the cheapest leaves somebody late."""
+        low, high = -1, highest
         while low < high:
             middle = (low + high + 1) // 2
             if self.clears(middle):
@@ -281,9 +283,17 @@ def _reason(plan: _Plan, option: int) -> str:
         if waiting == 1:
             return f"nothing else waits: {subnetwork} is {quality} sub-network"
         return f"{waiting} waiting: {subnetwork}, {quality} sub-network, answers all of them in time"
+    prudently = ""
+    if situation.prudence > NOTEWORTHY:
+        prudently = f" if better ones take {situation.prudence:.1f} times as long (requests were missed of late)"
     if waiting > 1:
-        return f"{waiting} waiting: {subnetwork} is {quality} that answers all of them in time"
+        return f"{waiting} waiting: {subnetwork} is {quality} that answers all of them in time{prudently}"
     left = f"{1000 * (plan.line[0].deadline_at - situation.now):.0f} ms left"
     if plan.coming:
-        return f"{left} and others expected: {subnetwork} is {quality} that answers all of them in time"
-    return f"{left}: {subnetwork} is {quality} that answers in time"
+        return f"{left} and others expected: {subnetwork} is {quality} that answers all of them in time{prudently}"
+    return f"{left}: {subnetwork} is {quality} that answers in time{prudently}"
+
+
+def _outrun_reason(plan: _Plan) -> str:
+    cheapest = plan.situation.menu.options[0].row.subnetwork
+    return f"{len(plan.line)} waiting and, for seconds now, more coming than even {cheapest} carries for long"

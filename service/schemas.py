@@ -112,7 +112,7 @@ class DecideAnswer(BaseModel):
 
     subnetwork: SubNetworkAnswer
     decision: DecisionAnswer
-    answered_in_ms: float = Field(description="until the answer, upload and decoding left out")
+    answered_in_ms: float = Field(description="until the answer, upload left out")
 
 
 class ResourcesAnswer(BaseModel):
@@ -125,6 +125,7 @@ class ResourcesAnswer(BaseModel):
     slowdown: float = Field(description="latency now over the profile's")
     expected_from_others: float = Field(description="slowdown that the others' load alone would let expect")
     stretch: float = Field(description="time that the engine is taken for a batch over the batch's own")
+    prudence: float = Field(description="factor on the times of all but the cheapest, for requests missed of late")
     max_batch_size: int = Field(description="most that may run together now")
     next_without_budget: DecideAnswer | None = Field(description="what a request would get; null if it were refused")
 

@@ -66,7 +66,7 @@ class Situation:
         arrival_rate: requests per second, of late.
         recent: the wishes of the last arrivals.
         tight_budget_s: a budget that few of the recent ones undercut.
-        lasting_rate: the same over a longer time, so that it leaves out what is only a crowd.
+        lasting_rate: the arrival rate over a longer time, which leaves out what is only a crowd.
         prudence: factor on the times of every level but the cheapest, at least 1: requests have been missed of late.
     """
 

@@ -116,7 +116,7 @@ def compare_sub_networks(checkpoint: Checkpoint, engine: OpenVINOEngine, seconds
 def compare_accuracy(checkpoint: Checkpoint, engine: OpenVINOEngine, data: Path) -> None:
     """Print top-1 on data/test, and how far it is from the profile's, which PyTorch measured in float32."""
     folder = open_folder(data / "test", evaluation_transform(checkpoint.config))
-    loaded = [(images, labels) for images, labels in DataLoader(folder, batch_size=64, num_workers=2)]
+    loaded = [(images, labels) for images, labels in DataLoader(folder, batch_size=64)]
     total = sum(len(labels) for _, labels in loaded)
     print(f"{'sub-network':26}{'top-1':>9}{'of torch':>10}{'points':>9}")
     for row in checkpoint.profile.rows:

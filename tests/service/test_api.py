@@ -18,6 +18,7 @@ from service.app import create_app, extended_profile
 from service.engine import TorchEngine
 from service.errors import InvalidParameterError
 from service.images import decode_image
+from service.profiler import Measurement
 from service.settings import Settings
 
 BODY_LIMIT = 30_000
@@ -36,6 +37,7 @@ class ScriptedEngine(TorchEngine):
         self.error: Exception | None = None
         self.warm_up_error: Exception | None = None
         self.logits: Tensor | None = None
+        self.sizes: list[int] = []
 
     def warm_up(self) -> None:
         self.may_warm_up.wait(10)
@@ -45,6 +47,7 @@ class ScriptedEngine(TorchEngine):
 
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         self.running.set()
+        self.sizes.append(len(images))
         self.may_run.wait(10)
         if self.error:
             raise self.error
@@ -324,11 +327,38 @@ def test_the_server_is_ready_only_after_the_model_has_run(
         assert sample(client, "supervit_ready ") == 0
         refused = client.post("/classify", content=photo)
         assert error_code(refused, 503) == "not_ready"
+        assert sample(client, 'supervit_requests_total{outcome="not_ready"}') == 1
         assert int(refused.headers["Retry-After"]) >= 1
         engine.may_warm_up.set()
         wait_until_ready(client)
         assert sample(client, "supervit_ready ") == 1
         assert client.post("/classify", content=photo).status_code == 200
+
+
+def test_a_classification_does_not_go_through_the_router(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
+) -> None:
+    app = create_app(settings, checkpoint, engine, latencies)
+    with TestClient(app) as client:
+        wait_until_ready(client)
+        app.router.routes.clear()
+        assert client.get("/health/live").status_code == 404
+        assert client.post("/classify", content=photo).status_code == 200
+        assert error_code(client.post("/classify", content=b""), 422) == "invalid_image"
+        assert error_code(client.post("/classify?top_k=0", content=photo), 422) == "invalid_parameter"
+
+
+def test_before_the_server_is_ready_batches_of_every_size_have_run(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.app.load_or_measure", lambda *_, **__: Measurement(latencies, {}, "before"))
+    with TestClient(create_app(settings.model_copy(update={"max_batch_size": 5}), checkpoint, engine)) as client:
+        wait_until_ready(client)
+    assert set(engine.sizes) == {1, 2, 3, 4, 5}
 
 
 def test_a_model_that_cannot_even_warm_up_ends_the_server(

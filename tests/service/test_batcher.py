@@ -68,8 +68,8 @@ def image(value: int) -> Callable[[], Tensor]:
 
 
 @asynccontextmanager
-async def serving(gate: Gate, max_batch_size: int = 4, line: Line | None = None) -> AsyncIterator[Batcher]:
-    line = Line(MENU, choose_level, max_batch_size) if line is None else line
+async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]:
+    line = Line(MENU, choose_level, max_batch_size)
     thread = ThreadPoolExecutor(1, "engine")
     batcher = Batcher(gate.run, line, thread, Inline(), observe_batch=lambda size, *_: gate.sizes.append(size))
     async with asyncio.TaskGroup() as tasks:
@@ -102,25 +102,84 @@ async def behind_a_running_batch(batcher: Batcher, gate: Gate) -> "asyncio.Task[
     return first
 
 
-async def test_the_line_learns_how_long_the_engine_stood_still_between_batches() -> None:
-    gate, line = Gate(), Line(MENU, choose_level, 4)
-    learned: list[tuple[float, float]] = []
-    finished = line.finished
+class Listener(Line):
+    """Notes how long the engine stood still before each batch."""
 
-    def learn(option: int, size: int, seconds: float, now: float, turnaround_s: float = 0.0) -> None:
-        learned.append((now - seconds, turnaround_s))
-        finished(option, size, seconds, now, turnaround_s)
+    turnarounds: list[float]
 
-    line.finished = learn  # type: ignore[method-assign] # to listen in
-    async with serving(gate, line=line) as batcher:
-        first = await behind_a_running_batch(batcher, gate)
-        second, third = await line_up(batcher, (1, SMALL), (2, LARGE))
-        gate.open.set()
-        results = [await task for task in (first, second, third)]
-    (_, alone), *others = learned
-    assert 0 <= alone < 1  # from when it came, not from when the loop began
-    ends = [result.ended_at for result in results]
-    assert [began - idle for began, idle in others] == pytest.approx(ends[:2])
+    def finished(self, option: int, size: int, seconds: float, now: float, turnaround_s: float = 0.0) -> None:
+        self.turnarounds.append(turnaround_s)
+        super().finished(option, size, seconds, now, turnaround_s)
+
+
+class Hours:
+    """A clock that a test, a model and a pacer may move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def run(self, images: Tensor, _: SubNetwork) -> Tensor:
+        self.now += 10.0
+        if 13 in images:
+            raise RuntimeError("thirteen")
+        return images[:, :, 0, 0].float()
+
+    def prepare(self) -> Tensor:
+        return torch.zeros(3, 2, 2, dtype=torch.uint8)
+
+
+class Idling(Batcher):
+    """Says when it has nothing to do."""
+
+    idle: threading.Event
+
+    def _await_arrival(self) -> None:
+        self.idle.set()
+        super()._await_arrival()
+
+
+class Pausing(Pacer):
+    """Lets an hour go by before every third batch."""
+
+    def __init__(self, hours: Hours) -> None:
+        super().__init__(None, None)
+        self._hours, self._asked = hours, 0
+
+    def pause_s(self, _: float) -> float:
+        self._asked += 1
+        if self._asked % 3:
+            return 0.0
+        self._hours.now += 3600.0
+        return 1e-6
+
+
+@pytest.mark.parametrize("paced", [False, True])
+async def test_neither_idleness_nor_a_pause_nor_a_failure_counts_as_time_between_batches(paced: bool) -> None:
+    hours, line = Hours(), Listener(MENU, choose_level, 4)
+    line.turnarounds = []
+    pacer = Pausing(hours) if paced else None
+    thread = ThreadPoolExecutor(1, "engine")
+    batcher = Idling(hours.run, line, thread, Inline(), pacer=pacer, clock=lambda: hours.now)
+    batcher.idle = threading.Event()
+
+    def waits(subnetwork: SubNetwork) -> Entry:
+        return Entry(1e9, Wish(1e9, 1, MENU.index_of(subnetwork, None)))
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(batcher.serve())
+        for _ in range(3):
+            await asyncio.to_thread(batcher.idle.wait, 10)
+            hours.now += 500.0  # nobody waits
+            batcher.idle.clear()
+            await batcher.submit(hours.prepare, waits(SMALL))
+        prepared = [(image(13), SMALL), (hours.prepare, SMALL), (hours.prepare, LARGE), (hours.prepare, SMALL)]
+        crowd = [batcher.submit(prepare, waits(subnetwork)) for prepare, subnetwork in prepared]
+        failed, *others = await asyncio.gather(*crowd, return_exceptions=True)
+        batcher.stop()
+    thread.shutdown()
+    assert isinstance(failed, ModelError)
+    assert all(isinstance(other, Result) for other in others)
+    assert max(line.turnarounds) == 0.0
 
 
 async def test_a_request_gets_its_own_row_and_its_times() -> None:

@@ -283,6 +283,31 @@ def test_what_is_chosen_allows_for_batches_that_vary(line: Line) -> None:
     assert 1.3 < situation.caution < 1.7
 
 
+def test_who_asks_for_the_impossible_makes_nobody_prudent(line: Line) -> None:
+    for _ in range(50):
+        with pytest.raises(OverloadedError, match="even if nothing else waited"):
+            line.admit(waits(0.015), 0.0)  # the cheapest level takes 20 ms
+    assert line.situation(0.0).prudence == 1.0
+
+
+def test_the_engine_is_taken_for_longer_than_its_batches(fast_menu: Menu) -> None:
+    line = Line(fast_menu, lambda situation: Choice(2, tuple(situation.line[:4])), 4)  # four in 200 ms
+    line.pause_stretch = 2.0
+    settled(line, *(waits(5.0) for _ in range(8)))
+    assert line.preview(waits(6.0), 0.0)[2] == pytest.approx(2 * 0.4)
+    assert line.backlog_s(0.0) == pytest.approx(2 * 0.1)
+    line.next_batch(0.0)
+    line.next_batch(0.4)
+    assert line.preview(waits(6.0), 0.4)[2] == pytest.approx(0.4)
+
+
+def test_admission_reckons_with_what_lies_between_batches(line: Line) -> None:
+    line.pause_stretch = 2.0
+    fill(line, *(waits(0.06) for _ in range(4)))  # at the cheapest level they take 50 ms, and the engine is free at 100
+    assert refusal_s(line, waits(0.11), 0.0) == pytest.approx(0.01)
+    assert refusal_s(line, waits(0.13), 0.0) is None
+
+
 def test_what_lies_between_batches_is_reckoned_with(line: Line) -> None:
     for number in range(100):
         line.finished(0, 4, 0.05, number / 10, turnaround_s=0.01)
@@ -424,7 +449,8 @@ def test_what_is_missed_makes_the_next_choices_prudent(line: Line) -> None:
     assert line.situation(0.0).prudence == 1.0
     fill(line, *(waits(0.2) for _ in range(12)))  # they take until 150 ms
     assert refusal_s(line, waits(0.03), 0.0) is None
-    assert refusal_s(line, waits(0.005), 0.0) is not None
+    assert refusal_s(line, waits(0.03), 0.0) is None
+    assert refusal_s(line, waits(0.035), 0.0) is not None  # alone it would take 20 ms
     refused = line.situation(0.0).prudence
     line.answered_late(0.0)
     assert line.situation(0.0).prudence > refused > 1.0

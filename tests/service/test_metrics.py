@@ -121,18 +121,21 @@ def test_the_machine_is_shown_as_fractions_of_what_there_is(page: Page) -> None:
         memory_pressure=0.0,
         gpus=(GpuSnapshot(0, utilization=0.75), GpuSnapshot(1)),
     )
-    page.metrics.machine(snapshot, waiting=7, slowdown=1.25)
+    page.metrics.machine(snapshot, waiting=7, slowdown=1.25, prudence=1.5)
     assert page.read("cpu_utilization_ratio", by="own") == 0.5
     assert page.read("cpu_utilization_ratio", by="others") == 0.5  # of the CPUs, which the quota does not bound
     assert page.read("pressure_ratio", resource="cpu") == 0.1
     assert page.read("gpu_utilization_ratio", gpu="0") == 0.75
     assert page.read("waiting_requests") == 7
     assert page.read("slowdown_ratio") == 1.25
+    assert page.read("prudence_ratio") == 1.5
 
 
 def test_what_the_machine_no_longer_says_keeps_its_last_value(page: Page) -> None:
-    page.metrics.machine(ResourceSnapshot(0.0, cores=4.0, own_cpu_utilization=0.5), waiting=0, slowdown=1.0)
-    page.metrics.machine(ResourceSnapshot(1.0, cores=4.0), waiting=0, slowdown=1.0)
+    page.metrics.machine(
+        ResourceSnapshot(0.0, cores=4.0, own_cpu_utilization=0.5), waiting=0, slowdown=1.0, prudence=1.0
+    )
+    page.metrics.machine(ResourceSnapshot(1.0, cores=4.0), waiting=0, slowdown=1.0, prudence=1.0)
     assert page.read("cpu_utilization_ratio", by="own") == 0.5
 
 

@@ -145,6 +145,7 @@ def test_prudence_gives_up_accuracy_and_nobody(menu: Menu) -> None:
     assert choose_level(replace(situation, prudence=3.0)).option == 0
     tight = at_zero(menu, [waits(10.1) for _ in range(8)])  # even level 0 takes 10 s
     choice = choose_level(replace(tight, prudence=3.0))
+    assert "is the most accurate" in choice.reason  # the cheapest level counts as fast as it is
     assert (choice.option, len(choice.batch), choice.shed, choice.late) == (0, 4, (), ())
 
 
@@ -202,6 +203,8 @@ def test_under_lasting_overload_the_batch_is_as_large_as_can_be(menu: Menu) -> N
     situation = at_zero(menu, line)
     lasting = choose_level(replace(situation, arrival_rate=16.0, recent=(Wish(9.0, 2),)))
     assert (lasting.option, lasting.shed, lasting.batch) == (0, (line[0],), tuple(line[1:5]))
+    for_long = replace(situation, arrival_rate=16.0, lasting_rate=16.0, recent=(Wish(9.0, 2),))
+    assert choose_level(for_long) == lasting  # that even this level is outrun does not mean that it clears the line
     passing = choose_level(situation)  # two end at 3, two at 6, two at 9
     assert (passing.option, passing.shed, passing.batch) == (0, (), tuple(line[:2]))
 
@@ -212,6 +215,26 @@ def test_under_lasting_overload_no_batch_grows_beyond_what_tight_budgets_leave_r
     outrun = replace(at_zero(menu, line), arrival_rate=16.0, recent=(Wish(5.0, 2),), tight_budget_s=5.0)
     choice = choose_level(outrun)
     assert (choice.option, choice.shed, choice.batch) == (0, (), tuple(line[:3]))
+
+
+def test_a_batch_of_those_that_are_left_is_in_time_even_if_the_machine_varies(menu: Menu) -> None:
+    situation = at_zero(menu, [waits(5.2) for _ in range(8)])  # four at level 0 end at 5 s, the others at 10
+    assert len(choose_level(situation).batch) == 4
+    assert len(choose_level(replace(situation, caution=1.25)).batch) == 3  # four may take 6.25 s, three 5
+
+
+def test_the_reason_tells_of_prudence_and_of_being_outrun(menu: Menu) -> None:
+    line = [waits(41.0) for _ in range(8)]
+    prudent = choose_level(replace(at_zero(menu, line), prudence=1.5))
+    assert prudent.reason == (
+        "8 waiting: grid 4 at keep rate 0.5 is the most accurate that answers all of them in time if better ones take "
+        "1.5 times as long (requests were missed of late)"
+    )
+    outrun = choose_level(replace(at_zero(menu, line), arrival_rate=0.85, lasting_rate=0.85))
+    assert outrun.option == 0
+    assert outrun.reason == (
+        "8 waiting and, for seconds now, more coming than even grid 2 at keep rate 0.5 carries for long"
+    )
 
 
 def test_a_batch_shares_a_sub_network_that_every_member_may_have(menu: Menu) -> None:

@@ -14,7 +14,7 @@ def client() -> TestClient:
     """An app with a route of its own at the path that the shortcut takes, and at another."""
     app = FastAPI()
 
-    @app.api_route("/here", methods=["GET", "POST"])
+    @app.api_route("/here", methods=["GET", "PUT", "OPTIONS", "POST"])
     @app.post("/there")
     async def other() -> str:
         return "long"
@@ -28,7 +28,9 @@ def test_a_post_on_the_path_is_answered_by_the_handler_alone(client: TestClient)
     assert (answer.status_code, answer.content, answer.headers["Taken"]) == (201, b"short bytes", "yes")
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/here"), ("POST", "/there")])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/here"), ("PUT", "/here"), ("OPTIONS", "/here"), ("POST", "/there")]
+)
 def test_everything_else_goes_to_the_app(client: TestClient, method: str, path: str) -> None:
     assert client.request(method, path).json() == "long"
 
