@@ -23,9 +23,9 @@ from service.errors import (
 )
 from service.estimates import Delay
 from service.line import Line
-from service.menu import Menu
 from service.metrics import Metrics
-from service.situation import Choice, Entry, Wish, target
+from service.reasons import explain
+from service.situation import Entry, Wish, target
 
 logger = logging.getLogger(__name__)
 
@@ -276,22 +276,3 @@ class Pipeline:
             Prediction(index, self._class_names[index], probability)
             for index, probability in zip(best.tolist(), probabilities, strict=True)
         )
-
-
-def explain(menu: Menu, wish: Wish, budget_gflops: float | None, option: int, choice: Choice) -> str:
-    """Say why a request got its option: because of its own wish where that decided, because of the line otherwise."""
-    subnetwork = menu.options[option].row.subnetwork
-    if wish.only is not None:
-        return f"{subnetwork} was asked for by name"
-    if budget_gflops is None or option != (wish.limit if wish.beyond is None else wish.beyond):
-        return choice.reason
-    quality = "the most accurate" if menu.is_measured else "the largest"
-    if option == menu.num_levels - 1:
-        return f"{budget_gflops:.12g} GFLOPs admit {quality} sub-network, {subnetwork}"
-    dearer = menu.next_better(option)
-    if dearer is None:
-        return choice.reason
-    return (
-        f"{subnetwork} is {quality} within {budget_gflops:.12g} GFLOPs; the next better one, {dearer.subnetwork}, "
-        f"costs {dearer.gflops}"
-    )

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import accumulate, cycle, islice
 from operator import attrgetter, itemgetter
 
+from service import reasons
 from service.menu import Rows
 from service.situation import Choice, Entry, Situation, Wish, target
 
@@ -23,7 +24,6 @@ MAX_EXPECTED = 96
 MAX_PLANNED = 128  # the most urgent, where each must be looked at; the others' turn comes
 SAFETY = 1.05
 TIGHT_SHARE = 0.8  # of a tight budget: a batch that takes longer has no place for those who granted it
-NOTEWORTHY = 1.05  # prudence that a person should hear of
 BUSY = 0.3  # arrivals per longest single inference from which on a newcomer is to be reckoned with
 
 
@@ -43,8 +43,8 @@ def choose_level(situation: Situation) -> Choice:
     level = plan.highest_clearing(highest)
     if level is not None:
         choice = _first_batch(plan, level, late)
-        return replace(choice, reason=_outrun_reason(plan)) if outrun else choice
-    shed = _to_shed(situation, line)
+        return replace(choice, reason=reasons.outrun(situation, len(line))) if outrun else choice
+    shed = _to_shed(replace(situation, caution=1.0), line)  # nobody is given up for what is only possible
     given_up = set(shed)
     return _cheapest_batch(careful, [entry for entry in line if entry not in given_up], late, shed)
 
@@ -106,17 +106,25 @@ class _Plan:
 
 
 def clears(situation: Situation, deadlines: Sequence[float], option: int, max_size: int) -> bool:
-    """Whether serving all of `deadlines`, ascending, with one option in the largest batches is in time for all."""
+    """Whether serving all of `deadlines`, ascending, with one option in the largest batches is in time for all.
+
+    The slowdown is the one that few batches exceed. That many in a row do is less likely still: their time adds up as
+    it probably will be, and their deviations, independent of each other, as the root of the sum of squares.
+    """
     row, slowdown, time = situation.rows[option], situation.slowdown, situation.now
-    busy = slowdown * situation.stretch
+    likely = slowdown / situation.caution
+    busy, spread, squares, margin = likely * situation.stretch, slowdown - likely, 0.0, 0.0
     index, count = 0, len(deadlines)
     while index < count:
-        size = bisect_right(row, (deadlines[index] - time) / slowdown, 0, max_size)
+        size = bisect_right(row, (deadlines[index] - time - margin) / slowdown, 0, max_size)
         if size == 0:
             return False
         if size > count - index:
             size = count - index
-        time += row[size - 1] * busy
+        seconds = row[size - 1]
+        time += seconds * busy
+        squares += (seconds * spread) ** 2
+        margin = math.sqrt(squares)
         index += size
     return True
 
@@ -127,14 +135,17 @@ def _clears_mixed(situation: Situation, deadlines: Sequence[float], targets: Seq
     Those beyond the targets are taken to go at the pace of those before them.
     """
     rows, slowdown, max_size = situation.rows, situation.slowdown, situation.max_batch_size
-    busy = slowdown * situation.stretch
+    likely = slowdown / situation.caution
+    busy, spread, squares, margin = likely * situation.stretch, slowdown - likely, 0.0, 0.0
     index, count, time = 0, len(targets), situation.now
     while index < count:
-        room = min(deadlines[index] - time, max(guard_s, rows[targets[index]][0] * slowdown)) / slowdown
+        room = min(deadlines[index] - time - margin, max(guard_s, rows[targets[index]][0] * slowdown)) / slowdown
         sizes, cost = _group(rows, targets[index : index + max_size], room)
         if not cost:
             return False
         time += cost * busy
+        squares += (cost * spread) ** 2
+        margin = math.sqrt(squares)
         index += sum(sizes)
     pace = (time - situation.now) / count
     return all(time + pace * (index - count) <= deadlines[index] for index in range(count, len(deadlines), max_size))
@@ -212,7 +223,9 @@ def _first_batch(plan: _Plan, level: int, late: tuple[Entry, ...]) -> Choice:
     while size > 1 and situation.seconds(option, size) * SAFETY > tight:
         size -= 1
     granting = (entry for entry in together if target(entry.wish, option) == option)  # not all, if it was lowered
-    return Choice(option, tuple(islice(granting, size)), late, reason=_reason(plan, option))
+    return Choice(
+        option, tuple(islice(granting, size)), late, reason=reasons.cleared(situation, line, bool(plan.coming), option)
+    )
 
 
 def _to_shed(situation: Situation, line: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -268,32 +281,5 @@ def _cheapest_batch(
     option = line[0].wish.only or 0
     together = [entry for entry in line[:MAX_PLANNED] if (entry.wish.only or 0) == option]
     size = max(1, situation.fitting(option, line[0].deadline_at - situation.now, len(together)))
-    subnetwork = situation.menu.options[option].row.subnetwork
-    waiting = len(line) + len(shed)
-    reason = f"{waiting} waiting and more expected than can be answered in time: {subnetwork} answers the most"
+    reason = reasons.overloaded(situation.menu, len(line) + len(shed), option)
     return Choice(option, tuple(together[:size]), late, shed, reason)
-
-
-def _reason(plan: _Plan, option: int) -> str:
-    situation, waiting = plan.situation, len(plan.line)
-    menu = situation.menu
-    subnetwork = menu.options[option].row.subnetwork
-    quality = "the most accurate" if menu.is_measured else "the largest"
-    if option == menu.num_levels - 1:
-        if waiting == 1:
-            return f"nothing else waits: {subnetwork} is {quality} sub-network"
-        return f"{waiting} waiting: {subnetwork}, {quality} sub-network, answers all of them in time"
-    prudently = ""
-    if situation.prudence > NOTEWORTHY:
-        prudently = f" if better ones take {situation.prudence:.1f} times as long (requests were missed of late)"
-    if waiting > 1:
-        return f"{waiting} waiting: {subnetwork} is {quality} that answers all of them in time{prudently}"
-    left = f"{1000 * (plan.line[0].deadline_at - situation.now):.0f} ms left"
-    if plan.coming:
-        return f"{left} and others expected: {subnetwork} is {quality} that answers all of them in time{prudently}"
-    return f"{left}: {subnetwork} is {quality} that answers in time{prudently}"
-
-
-def _outrun_reason(plan: _Plan) -> str:
-    cheapest = plan.situation.menu.options[0].row.subnetwork
-    return f"{len(plan.line)} waiting and, for seconds now, more coming than even {cheapest} carries for long"

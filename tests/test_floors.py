@@ -41,9 +41,10 @@ FLOORS = {
     "service.shortcut": 2,
     "service.schemas": 2,
     "service.line": 4,
-    "service.baselines": 4,
+    "service.baselines": 5,
     "service.openvino_engine": 3,
-    "service.policy": 3,
+    "service.policy": 4,
+    "service.reasons": 3,
     "service.engine": 2,
     "service.openvino_graph": 2,
     "service.profiler": 2,
@@ -95,6 +96,7 @@ WITHOUT_TORCH = {
     "service.pacer",
     "service.arrivals",
     "service.simulator",
+    "service.reasons",
     "service.sizing",
 }
 TORCH = {"torch", "torchvision", "timm", "safetensors"}

@@ -139,6 +139,19 @@ def test_a_slow_machine_a_ceiling_and_little_memory_are_reckoned_with(menu: Menu
     assert (small.option, len(small.batch)) == (1, 1)
 
 
+def test_deviations_of_batches_in_a_row_are_not_expected_to_add_up(menu: Menu) -> None:
+    # Four batches of four at level 1 take 40 s. Of a quarter more for each, 2.5 s, two remain for four in a row.
+    def level(due: float) -> int | None:
+        line = [waits(due) for _ in range(16)]
+        return choose_level(replace(at_zero(menu, line), caution=1.25)).option
+
+    assert level(50.5) == 1
+    assert level(47.0) == 1  # 30 s, 4.3 of margin and the last one's own 12.5
+    assert level(46.0) == 0
+    mixed = [waits(46.5, limit=1) for _ in range(8)] + [waits(47.0) for _ in range(8)]
+    assert choose_level(replace(at_zero(menu, mixed), caution=1.25)).option == 1
+
+
 def test_prudence_gives_up_accuracy_and_nobody(menu: Menu) -> None:
     situation = at_zero(menu, [waits(41.0) for _ in range(8)])  # two full batches of level 2 end at 40 s
     assert choose_level(replace(situation, prudence=1.5)).option == 1
