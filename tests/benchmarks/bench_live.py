@@ -209,7 +209,7 @@ def resident_mb(pid: int) -> float:
 
 
 async def run(options: argparse.Namespace, pictures: Sequence[Picture], capacity: float) -> list[Row]:
-    """Run every scenario with one policy after the other: the speed of a shared machine drifts, so they stay close."""
+    """Run every scenario in turns of the policies: the speed of a shared machine drifts, which none shall gain by."""
     rows = []
     async with AsyncExitStack() as stack:
         servers = {
@@ -219,15 +219,20 @@ async def run(options: argparse.Namespace, pictures: Sequence[Picture], capacity
             await closed_loop(url, pictures, 4, SETTLE_S)
         for scenario, rate, noisy in scenarios(options, capacity):
             make = bursts if scenario.startswith("bursts") else poisson
-            arrivals = make(rate, options.seconds, options.seed)
-            for policy, (url, pid) in servers.items():
-                neighbour = asyncio.create_task(burn(options.seconds)) if noisy else None
-                sent = await open_loop(url, pictures, arrivals, options.budget_ms)
-                if neighbour:
-                    await neighbour
-                rows.append(summarise(policy, scenario, sent, options.budget_ms, options.seconds, resident_mb(pid)))
-                print(line(rows[-1]), flush=True)
-                await asyncio.sleep(SETTLE_S)
+            sent: dict[str, list[tuple[float, Reply]]] = {policy: [] for policy in servers}
+            for turn in range(options.turns):
+                arrivals = make(rate, options.seconds, options.seed + turn)
+                for policy, (url, _) in servers.items():
+                    neighbour = asyncio.create_task(burn(options.seconds)) if noisy else None
+                    sent[policy] += await open_loop(url, pictures, arrivals, options.budget_ms)
+                    if neighbour:
+                        await neighbour
+                    await asyncio.sleep(SETTLE_S)
+            seconds = options.turns * options.seconds
+            for policy, (_, pid) in servers.items():
+                row = summarise(policy, scenario, sent[policy], options.budget_ms, seconds, resident_mb(pid))
+                rows.append(row)
+                print(line(row), flush=True)
     return rows
 
 
@@ -287,7 +292,8 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder of class folders, or of photographs")
     parser.add_argument("--budget-ms", type=float, default=100)
-    parser.add_argument("--seconds", type=float, default=10, help="length of each scenario")
+    parser.add_argument("--seconds", type=float, default=10, help="length of each turn")
+    parser.add_argument("--turns", type=int, default=3, help="of each policy in each scenario")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.3, 0.7, 1, 1.5, 2, 3])
     parser.add_argument("--largest", default="fixed-8-1", help="the policy that always takes the largest sub-network")
     parser.add_argument("--policies", nargs="+", default=["level", "fixed-8-1", "fixed-5-0.5", "slackfit"])
