@@ -42,9 +42,8 @@ from service.uploads import read_image, wait_until_gone
 
 CLASSIFY_PATH = "/classify"
 PATIENCE_S = 0.02  # a quick answer is not worth watching over its client
-QUERIES_KEPT = (
-    128  # most clients ask the same again and again, and to parse it takes 6 % of the loop's time for a request
-)
+# Most clients ask the same again and again, and to parse it takes 6 % of the loop's time for a request.
+QUERIES_KEPT = 128
 
 
 @dataclass(frozen=True, slots=True)

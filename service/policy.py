@@ -223,9 +223,8 @@ def _first_batch(plan: _Plan, level: int, late: tuple[Entry, ...]) -> Choice:
     while size > 1 and situation.seconds(option, size) * SAFETY > tight:
         size -= 1
     granting = (entry for entry in together if target(entry.wish, option) == option)  # not all, if it was lowered
-    return Choice(
-        option, tuple(islice(granting, size)), late, reason=reasons.cleared(situation, line, bool(plan.coming), option)
-    )
+    reason = reasons.cleared(situation, line, bool(plan.coming), option)
+    return Choice(option, tuple(islice(granting, size)), late, reason=reason)
 
 
 def _to_shed(situation: Situation, line: Sequence[Entry]) -> tuple[Entry, ...]:
