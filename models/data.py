@@ -130,15 +130,24 @@ def evaluation_transform(config: SuperViTConfig) -> Callable[[Image.Image], Tens
 
     Bicubic with antialiasing, in Pillow, as the published evaluations do.
     """
-    side = config.image_side
+    return square_transform(resized_side(config), config.image_side)
+
+
+def square_transform(resized: int, side: int) -> Callable[[Image.Image], Tensor]:
+    """Map an RGB picture of any size to (3, side, side) uint8: its shorter side to `resized`, then the centre."""
     steps: list[Callable[..., Any]] = [
         limit_aspect_ratio,
-        transforms.Resize(resized_side(config), InterpolationMode.BICUBIC),
+        transforms.Resize(resized, InterpolationMode.BICUBIC),
         transforms.CenterCrop(side),
         transforms.PILToTensor(),
     ]
     composed: Callable[[Image.Image], Tensor] = transforms.Compose(steps)
     return composed
+
+
+def crop_padding(side: int) -> int:
+    """Tell by how many pixels a small picture is padded before a part of its own size is cropped from it."""
+    return side // 8
 
 
 def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Callable[[Image.Image], Tensor]:
@@ -148,7 +157,7 @@ def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Ca
     if side <= PADDED_CROP_SIDE_PX:
         steps += [
             transforms.Resize(side, InterpolationMode.BICUBIC),
-            transforms.RandomCrop(side, padding=side // 8, pad_if_needed=True),
+            transforms.RandomCrop(side, padding=crop_padding(side), pad_if_needed=True),
         ]
     else:
         steps += [transforms.RandomResizedCrop(side, interpolation=InterpolationMode.BICUBIC)]
@@ -199,7 +208,7 @@ def open_folder(folder: Path, transform: Callable[[Image.Image], Tensor]) -> Ima
 
 
 def open_training_data(
-    data: Path, config: SuperViTConfig, augmentation: Augmentation, holdout: float, seed: int
+    data: Path, config: SuperViTConfig, transform: Callable[[Image.Image], Tensor], holdout: float, seed: int
 ) -> tuple[Dataset[Sample], Dataset[Sample]]:
     """Open `data`/train for training, and what to watch meanwhile: `data`/val, or else a part held out from train.
 
@@ -207,15 +216,15 @@ def open_training_data(
 
     Args:
         data: folder with train/ and perhaps val/, each of class folders.
-        config: for the transforms.
-        augmentation: of the training images.
+        config: for the transform of the watched images.
+        transform: of the training images.
         holdout: fraction of train/ to hold out where there is no val/.
         seed: of the choice of held-out images.
 
     Raises:
         DataError: a folder is unusable, train/ has a single class, or val/ has other classes than train/.
     """
-    training = open_folder(data / "train", training_transform(config, augmentation))
+    training = open_folder(data / "train", transform)
     if len(training.classes) < 2:
         raise DataError(f"{data / 'train'}: a single class folder leaves nothing to tell apart")
     if (data / "val").is_dir():

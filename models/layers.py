@@ -80,9 +80,11 @@ class Block(nn.Module):
         norm_eps: float,
         skip_divisor: float,
         drop_path: float,
+        fuse_pruned: bool,
     ) -> None:
         super().__init__()
         self.skip_divisor = skip_divisor
+        self.fuse_pruned = fuse_pruned
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
@@ -94,5 +96,5 @@ class Block(nn.Module):
         attended, scores = self.attn(self.norm1(x), with_scores=keep_rate < 1)
         x = torch.add(x, self.drop_path(attended), alpha=1 / self.skip_divisor)
         if scores is not None:
-            x = keep_top_tokens(x, scores, num_kept_patch_tokens(x.shape[1], keep_rate))
+            x = keep_top_tokens(x, scores, num_kept_patch_tokens(x.shape[1], keep_rate), self.fuse_pruned)
         return torch.add(x, self.drop_path(self.mlp(self.norm2(x))), alpha=1 / self.skip_divisor)

@@ -40,8 +40,8 @@ def plot_training(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     epochs = [record["epoch"] for record in records]
-    for name in records[0]["loss"]:
-        loss_axes.plot(epochs, [record["loss"][name] for record in records], label=name)
+    for name in dict.fromkeys(name for record in records for name in record["loss"]):  # cheap epochs have other losses
+        loss_axes.plot(epochs, [record["loss"].get(name, math.nan) for record in records], label=name)
     for name in records[0]["top1"]:
         accuracy_axes.plot(epochs, [100 * record["top1"][name] for record in records], label=name)
     loss_axes.set(xlabel="epoch", ylabel="training loss")

@@ -50,9 +50,13 @@ RAND_AUGMENT = r"^(rand(-(m\d+|n\d+|p(0|1|0?\.\d+)|mstd\d+(\.\d+)?|mmax\d+|inc[0
 
 
 @cache
+def count_training_files(data: Path) -> int:
+    """Count the files under `data`/train."""
+    return sum(len(files) for _, _, files in os.walk(data / "train", followlinks=True))
+
+
 def _size(data: Path) -> str:
-    num_images = sum(len(files) for _, _, files in os.walk(data / "train", followlinks=True))
-    return "large" if num_images >= LARGE_DATASET_IMAGES else "small"
+    return "large" if count_training_files(data) >= LARGE_DATASET_IMAGES else "small"
 
 
 def _by_size(name: str, **constraints: Any) -> Any:  # noqa: ANN401 - as pydantic's Field
@@ -84,13 +88,21 @@ class Recipe(BaseModel):
     patch_grids: tuple[int, ...] | None = Field(None, description="trained patch grids instead of the model's")
     keep_rates: tuple[float, ...] | None = Field(None, description="trained keep rates instead of the model's")
     prune_blocks: tuple[int, ...] | None = Field(None, description="blocks that prune instead of the model's")
+    fuse_pruned: bool | None = Field(None, description="whether pruned tokens are fused into one, as in EViT")
     init: Path | None = Field(None, description="weights to start from: a SuperViT checkpoint or a plain timm DeiT")
 
     teacher: str | None = Field(None, description="timm model to distil from, e.g. regnety_160")
     teacher_checkpoint: Path | None = Field(None, description="the teacher's weights; timm's own where left out")
+    teacher_side: PositiveInt | None = Field(None, description="pixels to resize its images to instead of timm's")
     teacher_weight: float = Field(0.5, ge=0, le=1, description="share of the teacher in the classification loss")
+    teacher_once: bool = Field(
+        False, description="ask the teacher once about each image, before training, instead of about every variation"
+    )
 
     epochs: PositiveInt = _by_size("epochs", description="passes over the training images")
+    single_epochs: int = Field(
+        0, ge=0, description="of these, the first whose steps train one sub-network each, a random grid unpruned"
+    )
     batch_size: PositiveInt = _by_size("batch_size", description="images per step and process")
     optimizer: Literal["adamw", "muon"] = _by_size(
         "optimizer", description="AdamW, or Muon for matrices and convolutions and AdamW for the rest"
@@ -125,6 +137,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _mixes_pairs(self) -> Self:
+        if self.teacher_once and (self.mixup or self.cutmix):
+            raise ValueError("a teacher that is asked once knows nothing of mixup and cutmix")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix need an even batch-size, not {self.batch_size}")
         return self

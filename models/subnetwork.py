@@ -63,8 +63,10 @@ class SuperViTConfig:
         mlp_ratio: hidden width of the MLP over D.
         patch_kernel: side in pixels of the square that one patch token sees; even for "lvvit", whose stem halves first.
         patch_grids: the trained grids, strictly ascending; the largest sees the image at full size.
-        keep_rates: the trained keep rates, strictly ascending in (0, 1], ending in 1.
+        keep_rates: the trained keep rates, strictly ascending in (0, 1]; a SuperViT's end in 1.
         prune_blocks: 0-based blocks that prune when the keep rate is under 1.
+        fuse_pruned: whether a block that prunes leaves one token more, the sum of those that it drops, weighted by
+            their scores (EViT: Liang et al., ICLR 2022); a SuperViT drops them.
         num_classes: length of the logits.
         stem_width: channels of the "lvvit" stem; unused by "deit".
         mean, std: per RGB channel, of values in [0, 1].
@@ -83,6 +85,7 @@ class SuperViTConfig:
     patch_grids: tuple[int, ...] = (8, 10, 12, 14)
     keep_rates: tuple[float, ...] = (0.5, 0.7, 1.0)
     prune_blocks: tuple[int, ...] = (3, 6, 9)
+    fuse_pruned: bool = False
     num_classes: int = 1000
     stem_width: int = 64
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -103,8 +106,8 @@ class SuperViTConfig:
             raise ValueError(f"the lvvit stem needs an even patch kernel, not {self.patch_kernel}")
         if not _ascending(self.patch_grids) or self.patch_grids[0] < 2:
             raise ValueError(f"patch grids must ascend from 2 or more: {self.patch_grids}")
-        if not _ascending(self.keep_rates) or self.keep_rates[0] <= 0 or self.keep_rates[-1] != 1:
-            raise ValueError(f"keep rates must ascend in (0, 1] and end in 1: {self.keep_rates}")
+        if not _ascending(self.keep_rates) or self.keep_rates[0] <= 0 or self.keep_rates[-1] > 1:
+            raise ValueError(f"keep rates must ascend in (0, 1]: {self.keep_rates}")
         if any(not 0 <= block < self.depth for block in self.prune_blocks):
             raise ValueError(f"prune blocks {self.prune_blocks} must lie in 0..{self.depth - 1}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -131,8 +134,8 @@ class SuperViTConfig:
 
     @property
     def largest(self) -> SubNetwork:
-        """The sub-network that costs most: the largest grid, nothing pruned."""
-        return SubNetwork(self.patch_grids[-1], 1.0)
+        """The sub-network that costs most: the largest grid at the highest keep rate."""
+        return SubNetwork(self.patch_grids[-1], self.keep_rates[-1])
 
     def patch_size_px(self, subnetwork: SubNetwork) -> float:
         """Side of one patch of `subnetwork` in pixels of the full-size input: a coarser grid has larger patches."""
@@ -145,7 +148,8 @@ class SuperViTConfig:
         for block in range(self.depth):
             before = tokens
             if block in self.prune_blocks and subnetwork.keep_rate < 1:
-                tokens = 1 + num_kept_patch_tokens(tokens, subnetwork.keep_rate)
+                kept = num_kept_patch_tokens(before, subnetwork.keep_rate)
+                tokens = 1 + kept + (self.fuse_pruned and kept < before - 1)
             counts.append((before, tokens))
         return tuple(counts)
 

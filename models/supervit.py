@@ -71,6 +71,7 @@ class SuperViT(nn.Module):
                 norm_eps=NORM_EPS[config.flavour],
                 skip_divisor=SKIP_DIVISOR[config.flavour],
                 drop_path=drop_path_rate * block / max(1, config.depth - 1),
+                fuse_pruned=config.fuse_pruned,
             )
             for block in range(config.depth)
         )
@@ -105,20 +106,19 @@ class SuperViT(nn.Module):
         tokens = self.embed(images, subnetwork.patch_grid)
         return self.classify(self.transform(tokens, subnetwork.keep_rate, 0, self.config.depth))
 
-    def forward_pair(self, images: Tensor, patch_grid: int, keep_rate: float) -> tuple[Tensor, Tensor]:
-        """Classify a batch at keep rate 1 and at `keep_rate`, computing what the two share once.
+    def forward_rates(self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...]) -> tuple[Tensor, ...]:
+        """Classify a batch at several keep rates, computing what they share once.
 
-        Both see the same tokens until the first block that prunes, so a training step that wants both saves the
+        All see the same tokens until the first block that prunes, so a training step that wants several saves the
         embedding and those blocks, forwards and backwards.
 
         Returns:
-            (B, classes) logits of (patch_grid, 1), and those of (patch_grid, keep_rate).
+            (B, classes) logits of (patch_grid, keep rate) for each of `keep_rates`.
         """
         depth = self.config.depth
         fork = min(self.config.prune_blocks, default=depth)
         tokens = self.transform(self.embed(images, patch_grid), 1.0, 0, fork)
-        full, pruned = (self.classify(self.transform(tokens, rate, fork, depth)) for rate in (1.0, keep_rate))
-        return full, pruned
+        return tuple(self.classify(self.transform(tokens, rate, fork, depth)) for rate in keep_rates)
 
     def embed(self, images: Tensor, patch_grid: int) -> Tensor:
         """Resize (B, 3, S, S) images to the grid and embed them as (B, N, D) tokens, class token first."""

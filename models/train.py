@@ -15,8 +15,7 @@ import numpy as np
 import timm
 import torch
 from timm.data import Mixup
-from timm.data.distributed_sampler import RepeatAugSampler
-from timm.optim import create_optimizer_v2
+from timm.optim import param_groups_weight_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import distributed
@@ -24,15 +23,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models.data import Augmentation, Sample, SampleLoader, list_classes, open_training_data
+from models.batches import Batches, open_batches
+from models.data import Sample, SampleLoader, list_classes
 from models.devices import resolve_device
 from models.evaluate import measure_accuracy
 from models.initial import load_initial_weights
-from models.objective import PairLoss, Teacher, sample_pairs, training_step
+from models.muon import Muon
+from models.objective import PairLoss, sample_pairs, sample_single, training_step
 from models.profiles import ProfileTable
 from models.recipe import Recipe
 from models.state import CHECKPOINT_NAME, State, TrainingError, has_state, prepare_folder, read_log, save_epoch, way_out
 from models.supervit import SuperViT
+from models.teacher import Teacher
 
 FINAL_RATE, WARMUP_START_RATE = 1e-2, 1e-3  # fractions of the peak learning rate
 
@@ -77,27 +79,27 @@ def run_epochs(recipe: Recipe, process: Process) -> None:
     class_names = list_classes(recipe.data / "train")
     seed_everything(recipe.seed)  # every process starts from the same weights
     model = build_model(recipe, len(class_names)).to(process.device)
-    augmentation = Augmentation(recipe.rand_augment or None, recipe.random_erasing)
-    training, watched = open_training_data(recipe.data, model.config, augmentation, recipe.holdout, recipe.seed)
-    loader, sampler = training_loader(recipe, training, process)
-    optimizer = create_optimizer_v2(model, opt=recipe.optimizer, weight_decay=recipe.weight_decay)
+    optimizer = build_optimizer(recipe, model)
     state = State(model, ModelEmaV3(model, recipe.ema_decay, use_warmup=True), optimizer)
-    schedule = learning_rate_schedule(recipe, optimizer, len(loader), process.count)
-    pair_loss = build_pair_loss(recipe, model, process)
     teacher = None
     if recipe.teacher:
         if not timm.is_model(recipe.teacher):
             raise TrainingError(f"timm knows no model {recipe.teacher!r} to learn from")
-        teacher = Teacher(recipe.teacher, recipe.teacher_checkpoint, model.config).to(process.device)
+        teacher = Teacher(recipe.teacher, recipe.teacher_checkpoint, recipe.teacher_side, model.config)
+        teacher = teacher.to(process.device)
     epochs_done = state.load(recipe, class_names) if recipe.resume else 0
     records = read_log(recipe.output, epochs_done) if recipe.resume else []
+    loader, sampler, watched = open_batches(recipe, model.config, teacher, process.rank, process.count, process.device)
     if process.is_first:
         prepare_folder(recipe.output)
+    schedule = learning_rate_schedule(recipe, optimizer, len(loader), process.count)
+    pair_loss = build_pair_loss(recipe, model, process)
     for epoch in range(epochs_done + 1, recipe.epochs + 1):
         seed_everything(recipe.seed, epoch, process.rank)
         sampler.set_epoch(recipe.seed * 100_000 + epoch)
         started_at = time.monotonic()
-        losses = train_epoch(recipe, state, pair_loss, teacher, schedule, loader, epoch, process)
+        present = None if recipe.teacher_once else teacher
+        losses = train_epoch(recipe, state, pair_loss, present, schedule, loader, epoch, process)
         if not state.is_finite:  # the losses are those before the last update
             raise TrainingError(f"weights are no longer numbers after epoch {epoch}; {way_out(recipe.output, epoch)}")
         if process.is_first:
@@ -154,20 +156,11 @@ def build_model(recipe: Recipe, num_classes: int) -> SuperViT:
     return model
 
 
-def training_loader(
-    recipe: Recipe, training: Dataset[Sample], process: Process
-) -> tuple[SampleLoader, RepeatAugSampler]:
-    """Batch this process's share of the training images in an order that its sampler's epoch fixes."""
-    sampler = RepeatAugSampler(
-        training, process.count, process.rank, num_repeats=recipe.augmentation_repeats, selected_round=0
-    )
-    if len(sampler) < recipe.batch_size:
-        raise TrainingError(f"{len(sampler)} training images per process do not fill a batch of {recipe.batch_size}")
-    pinned = process.device.type == "cuda"
-    loader = SampleLoader(
-        training, recipe.batch_size, sampler=sampler, num_workers=recipe.workers, drop_last=True, pin_memory=pinned
-    )
-    return loader, sampler
+def build_optimizer(recipe: Recipe, model: SuperViT) -> torch.optim.Optimizer:
+    """Build the recipe's optimiser; `learning_rate_schedule` sets its rate."""
+    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    kind = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
+    return kind(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
 
 def learning_rate_schedule(
@@ -201,11 +194,11 @@ def train_epoch(
     pair_loss: PairLoss | DistributedDataParallel,
     teacher: Teacher | None,
     schedule: CosineLRScheduler,
-    loader: SampleLoader,
+    loader: Batches,
     epoch: int,
     process: Process,
 ) -> dict[str, float]:
-    """Run one epoch and return the mean of each of the four losses by its name.
+    """Run one epoch and return the mean of each loss by its name.
 
     Raises:
         TrainingError: a loss is no longer a number.
@@ -217,6 +210,7 @@ def train_epoch(
         else None
     )
     autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+    sample = sample_single if epoch <= recipe.single_epochs else sample_pairs
     state.model.train()
     totals: dict[str, float] = {}
     progress = tqdm(loader, f"epoch {epoch}/{recipe.epochs}", disable=not process.is_first, mininterval=1)
@@ -226,7 +220,7 @@ def train_epoch(
             images, targets = mix(images, targets)
         schedule.step_update(step)
         taught = teacher(images) if teacher else None
-        pairs = sample_pairs(config, recipe.seed, step)
+        pairs = sample(config, recipe.seed, step)
         losses = training_step(pair_loss, state.optimizer, images, targets, taught, pairs, autocast)
         state.average.update(state.model, step + 1)
         for name, loss in losses.items():

@@ -23,6 +23,10 @@ def make_engine(kind: Literal["auto", "torch", "openvino"], model: SuperViT, dev
     is_cpu = resolve_device(device).type == "cpu"
     if kind == "openvino" and not is_cpu:
         raise DeviceError(f"device {device!r} cannot be used: the OpenVINO engine runs on the CPU")
-    if kind == "openvino" or (kind == "auto" and is_cpu):
+    if kind == "openvino" and model.config.fuse_pruned:
+        raise DeviceError(
+            "the OpenVINO engine cannot run a model that fuses the tokens it prunes; the torch engine can"
+        )
+    if kind == "openvino" or (kind == "auto" and is_cpu and not model.config.fuse_pruned):
         return OpenVINOEngine(model, threads)
     return TorchEngine(model, device, threads)

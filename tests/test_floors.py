@@ -10,8 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = {
-    "models.train": 7,
+    "models.train": 8,
+    "models.batches": 7,
+    "models.finetune": 8,
     "models.state": 6,
+    "models.teacher": 6,
     "models.initial": 6,
     "models.objective": 6,
     "models.evaluate": 6,
@@ -27,6 +30,7 @@ FLOORS = {
     "models.tokens": 1,
     "models.recipe": 1,
     "models.devices": 0,
+    "models.muon": 0,
     "models.subnetwork": 0,
     "service.cli": 10,
     "service.client": 9,

@@ -202,13 +202,17 @@ def link(pictures: Path, root: Path, **splits: str) -> Path:
     return root
 
 
+def varied(config: SuperViTConfig) -> Callable[[Image.Image], torch.Tensor]:
+    return training_transform(config, PLAIN)
+
+
 def part(data: Dataset[tuple[torch.Tensor, int]]) -> set[int]:
     assert isinstance(data, Subset)
     return set(data.indices)
 
 
 def test_the_val_folder_is_watched_where_there_is_one(pictures: Path, tiny_config: SuperViTConfig) -> None:
-    training, watched = open_training_data(pictures, tiny_config, PLAIN, holdout=0.5, seed=0)
+    training, watched = open_training_data(pictures, tiny_config, varied(tiny_config), holdout=0.5, seed=0)
     assert (len(training), len(watched)) == (48, 12)  # type: ignore[arg-type] # both have a length
     image, label = watched[0]
     assert (image.dtype, image.shape, label) == (torch.uint8, (3, 16, 16), 0)
@@ -219,7 +223,7 @@ def test_the_val_folder_is_watched_where_there_is_one(pictures: Path, tiny_confi
 def test_a_test_folder_is_never_opened(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
     data = link(pictures, tmp_path, train="train")
     (data / "test").write_text("not even a folder")
-    training, watched = open_training_data(data, tiny_config, PLAIN, holdout=0.25, seed=3)
+    training, watched = open_training_data(data, tiny_config, varied(tiny_config), holdout=0.25, seed=3)
     assert (len(part(training)), len(part(watched))) == (36, 12)
     assert part(training) | part(watched) == set(range(48))
     assert watched[0][0].dtype == torch.uint8
@@ -228,14 +232,14 @@ def test_a_test_folder_is_never_opened(pictures: Path, tmp_path: Path, tiny_conf
 
 def test_the_seed_alone_decides_what_is_held_out(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
     data = link(pictures, tmp_path, train="train")
-    parts = [part(open_training_data(data, tiny_config, PLAIN, 0.2, seed)[1]) for seed in (1, 1, 2)]
+    parts = [part(open_training_data(data, tiny_config, varied(tiny_config), 0.2, seed)[1]) for seed in (1, 1, 2)]
     assert parts[0] == parts[1] != parts[2]
-    assert len(part(open_training_data(data, tiny_config, PLAIN, 1e-6, 1)[1])) == 1
+    assert len(part(open_training_data(data, tiny_config, varied(tiny_config), 1e-6, 1)[1])) == 1
 
 
 def test_folders_without_classes_are_refused_by_name(tmp_path: Path, tiny_config: SuperViTConfig) -> None:
     with pytest.raises(DataError, match=f"{tmp_path}/train: not a folder of class folders"):
-        open_training_data(tmp_path, tiny_config, PLAIN, 0.1, 0)
+        open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.1, 0)
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match=f"{tmp_path}/train: not a folder of class folders"):
         list_classes(tmp_path / "train")
@@ -249,7 +253,7 @@ def test_a_class_without_images_is_refused_by_name(pictures: Path, tmp_path: Pat
     (tmp_path / "train" / "full").symlink_to(pictures / "train" / "red", target_is_directory=True)
     (tmp_path / "train" / "void").mkdir()
     with pytest.raises(DataError, match=f"{tmp_path}/train: .*void"):
-        open_training_data(tmp_path, tiny_config, PLAIN, 0.1, 0)
+        open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.1, 0)
 
 
 def test_val_folders_of_other_classes_are_refused(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
@@ -258,7 +262,7 @@ def test_val_folders_of_other_classes_are_refused(pictures: Path, tmp_path: Path
     for name in ("red", "yellow"):
         (tmp_path / "val" / name).symlink_to(pictures / "val" / "red", target_is_directory=True)
     with pytest.raises(DataError, match=f"{tmp_path}/val: its class folders differ"):
-        open_training_data(tmp_path, tiny_config, PLAIN, 0.1, 0)
+        open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.1, 0)
 
 
 def broken_text(path: Path) -> None:
@@ -307,5 +311,5 @@ def test_a_single_class_is_nothing_to_train_on(pictures: Path, tmp_path: Path, t
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "red").symlink_to(pictures / "train" / "red", target_is_directory=True)
     with pytest.raises(DataError, match=f"{tmp_path}/train: a single class folder"):
-        open_training_data(tmp_path, tiny_config, PLAIN, 0.1, 0)
+        open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.1, 0)
     assert open_folder(tmp_path / "train", evaluation_transform(tiny_config)).classes == ["red"]

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,6 +40,16 @@ def test_macs_are_half_the_flops_that_torch_counts(model: SuperViT, config: Supe
     for subnetwork in (*config.subnetworks, SubNetwork(3, 0.33), SubNetwork(4, 1e-6)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(images, subnetwork)
+        assert counter.get_total_flops() == 2 * len(images) * count_macs(config, subnetwork)
+
+
+def test_a_fused_token_is_counted_in_every_block_that_sees_it(
+    tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT], images: Tensor
+) -> None:
+    config = replace(tiny_config, fuse_pruned=True)
+    for subnetwork in config.subnetworks:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            build(config).train()(images, subnetwork)
         assert counter.get_total_flops() == 2 * len(images) * count_macs(config, subnetwork)
 
 

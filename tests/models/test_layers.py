@@ -17,8 +17,17 @@ def spread(module: nn.Module) -> None:
             parameter.normal_(std=0.5)
 
 
-def block(skip_divisor: float = 1.0) -> Block:
-    made = Block(8, 2, 12, qkv_bias=True, norm_eps=1e-6, skip_divisor=skip_divisor, drop_path=0.0)
+def block(skip_divisor: float = 1.0, fuse_pruned: bool = False) -> Block:
+    made = Block(
+        8,
+        2,
+        12,
+        qkv_bias=True,
+        norm_eps=1e-6,
+        skip_divisor=skip_divisor,
+        drop_path=0.0,
+        fuse_pruned=fuse_pruned,
+    )
     spread(made)
     return made.eval()
 
@@ -71,6 +80,18 @@ def test_pruning_falls_between_attention_and_mlp(tokens: Tensor) -> None:
     got = pruning(tokens, 0.5)[0]
     torch.testing.assert_close(got[0], expected[0])
     torch.testing.assert_close(got[1:].sort(dim=0).values, expected[1:].sort(dim=0).values)
+
+
+def test_a_fused_token_stands_last_and_goes_through_the_mlp(tokens: Tensor) -> None:
+    fusing = block(fuse_pruned=True)
+    attended, scores = fusing.attn(fusing.norm1(tokens), with_scores=True)
+    x = tokens + attended
+    dropped = scores[0].argsort(descending=True)[5:]
+    fused = (scores[0, dropped, None] * x[0, dropped + 1]).sum(dim=0)
+    got = fusing(tokens, 0.5)
+    assert got.shape == (2, 7, 8)
+    torch.testing.assert_close(got[:, :6], block()(tokens, 0.5))
+    torch.testing.assert_close(got[0, 6], fused + fusing.mlp(fusing.norm2(fused)))
 
 
 def test_the_skip_divisor_divides_both_branches(tokens: Tensor) -> None:

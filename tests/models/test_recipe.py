@@ -41,13 +41,13 @@ def test_a_large_data_set_is_trained_by_the_published_recipe(tmp_path: Path, mon
 
 
 def test_images_are_counted_in_the_class_folders_of_train(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room._size.cache_clear()
+    room.count_training_files.cache_clear()
     monkeypatch.setattr(room, "LARGE_DATASET_IMAGES", 48)
     assert Recipe(data=pictures, output=pictures / "out").epochs == 300
-    room._size.cache_clear()
+    room.count_training_files.cache_clear()
     monkeypatch.setattr(room, "LARGE_DATASET_IMAGES", 49)
     assert Recipe(data=pictures, output=pictures / "out").epochs == 100
-    room._size.cache_clear()
+    room.count_training_files.cache_clear()
 
 
 def test_images_in_linked_class_folders_are_counted(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 
+from models.plots import plot_training
 from models.recipe import Recipe
 from models.state import State, TrainingError, has_state, prepare_folder, read_log
 from models.supervit import SuperViT
@@ -139,8 +140,8 @@ def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
     assert not list((tmp_path / "deep" / "run").iterdir())
 
 
-def record(epoch: int, loss: str = "largest grid") -> dict[str, object]:
-    return {"epoch": epoch, "loss": {loss: 1.0}, "top1": {"grid 4 at keep rate 1": 0.5}}
+def record(epoch: int, watched: str = "grid 4 at keep rate 1", loss: str = "largest grid") -> dict[str, object]:
+    return {"epoch": epoch, "loss": {loss: 1.0}, "top1": {watched: 0.5}}
 
 
 def test_the_log_is_read_up_to_the_saved_epoch(tmp_path: Path) -> None:
@@ -148,6 +149,13 @@ def test_the_log_is_read_up_to_the_saved_epoch(tmp_path: Path) -> None:
     lines = [json.dumps(record(epoch)) for epoch in (1, 2)]
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, '{"epoch": 3, "loss": "of a state that was lost"}']))
     assert read_log(tmp_path, 2) == [record(1), record(2)]
+
+
+def test_cheap_epochs_have_losses_of_their_own(tmp_path: Path) -> None:
+    records = [record(1, loss="single grid"), record(2)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert read_log(tmp_path, 2) == records
+    plot_training(records, tmp_path / "training.png")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,20 @@ def test_a_prune_block_rounds_up_and_always_drops_one_and_keeps_one(
     assert num_kept_patch_tokens(num_tokens, keep_rate) == kept
 
 
+def test_a_fused_token_is_one_more_wherever_something_was_pruned() -> None:
+    config = SuperViTConfig(depth=4, prune_blocks=(1, 3), patch_grids=(4,), keep_rates=(0.5,), fuse_pruned=True)
+    # 17 tokens: ceil(8.5) = 9 of 16 patch tokens stay, with the class token and the fused one 11; of those 6, so 8.
+    assert config.tokens_per_block(config.largest) == ((17, 17), (17, 11), (11, 11), (11, 8))
+    # At 0.99 all 16 stay: there is nothing to fuse.
+    assert config.tokens_per_block(SubNetwork(4, 0.99))[1] == (17, 17)
+    assert config.tokens_per_block(SubNetwork(4, 1.0)) == ((17, 17),) * 4
+
+
+def test_the_largest_is_the_largest_grid_at_the_highest_keep_rate() -> None:
+    assert SuperViTConfig().largest == SubNetwork(14, 1.0)
+    assert SuperViTConfig(keep_rates=(0.5, 0.7)).largest == SubNetwork(14, 0.7)
+
+
 def test_a_coarser_grid_has_larger_patches() -> None:
     config = SuperViTConfig()
     sizes = [config.patch_size_px(SubNetwork(grid, 1.0)) for grid in config.patch_grids]
@@ -96,7 +110,7 @@ def test_a_subnetwork_out_of_range_is_refused(grid: int, rate: float, reason: st
         ({"patch_grids": (8, 8)}, "patch grids must ascend"),
         ({"patch_grids": (1, 8)}, "patch grids must ascend"),
         ({"keep_rates": ()}, "keep rates must ascend"),
-        ({"keep_rates": (0.5, 0.7)}, "keep rates must ascend"),
+        ({"keep_rates": (0.5, 1.1)}, "keep rates must ascend"),
         ({"keep_rates": (0.0, 1.0)}, "keep rates must ascend"),
         ({"keep_rates": (0.7, 0.5, 1.0)}, "keep rates must ascend"),
         ({"prune_blocks": (3, 12)}, "prune blocks"),

@@ -50,19 +50,19 @@ def test_training_and_inference_paths_agree(model: SuperViT, config: SuperViTCon
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_pair_is_two_forward_passes(model: SuperViT, config: SuperViTConfig, images: Tensor, training: bool) -> None:
+def test_two_rates_are_two_passes(model: SuperViT, config: SuperViTConfig, images: Tensor, training: bool) -> None:
     model.train(training).patch_embed.eval()
     for subnetwork in (*config.subnetworks, SubNetwork(3, 0.2)):
         grid, rate = subnetwork.patch_grid, subnetwork.keep_rate
-        full, pruned = model.forward_pair(images, grid, rate)
+        full, pruned = model.forward_rates(images, grid, (1.0, rate))
         torch.testing.assert_close(full, model(images, SubNetwork(grid, 1.0)))
         torch.testing.assert_close(pruned, model(images, subnetwork))
 
 
-def test_a_pair_of_a_model_that_never_prunes_is_twice_the_same(
+def test_two_rates_of_a_model_that_never_prunes_are_the_same(
     tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT], images: Tensor
 ) -> None:
-    full, pruned = build(replace(tiny_config, prune_blocks=())).forward_pair(images, 3, 0.5)
+    full, pruned = build(replace(tiny_config, prune_blocks=())).forward_rates(images, 3, (1.0, 0.5))
     assert torch.equal(full, pruned)
 
 

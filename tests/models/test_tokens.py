@@ -34,6 +34,22 @@ def test_the_class_token_stays_first_and_the_best_scored_stay_with_it() -> None:
     ]
 
 
+def test_the_others_are_fused_into_one_by_their_scores() -> None:
+    tokens = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [0.0, 2.0], [3.0, 3.0]]], requires_grad=True)
+    scores = torch.tensor([[0.2, 0.1, 0.6]], requires_grad=True)
+    kept = keep_top_tokens(tokens, scores, keep=1, fuse=True)
+    torch.testing.assert_close(kept, torch.tensor([[[9.0, 9.0], [3.0, 3.0], [0.2, 0.2]]]))
+    to_tokens, to_scores = torch.autograd.grad(kept[:, 2].sum(), (tokens, scores))
+    torch.testing.assert_close(to_tokens[0, :, 0], torch.tensor([0.0, 0.2, 0.1, 0.0]))
+    torch.testing.assert_close(to_scores, torch.tensor([[1.0, 2.0, 0.0]]))
+
+
+def test_where_all_are_kept_nothing_is_fused() -> None:
+    tokens = torch.rand(2, 4, 3)
+    kept = keep_top_tokens(tokens, torch.rand(2, 3), keep=3, fuse=True)
+    assert kept.shape == (2, 4, 3)
+
+
 def test_gradients_reach_kept_tokens_alone() -> None:
     tokens = torch.zeros(1, 4, 2, requires_grad=True)
     kept = keep_top_tokens(tokens, torch.tensor([[0.2, 0.5, 0.3]]), keep=1)

@@ -158,7 +158,7 @@ def test_steps_are_counted_on_from_epoch_to_epoch(
 ) -> None:
     asked: list[int] = []
 
-    def choose(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoice, PairChoice]:
+    def choose(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoice, ...]:
         asked.append(step)
         return sample_pairs(config, seed, step)
 
@@ -171,6 +171,40 @@ def test_steps_are_counted_on_from_epoch_to_epoch(
     for record in log_of(recipe.output):
         schedule.step_update(int(str(record["epoch"])) * STEPS_PER_EPOCH - 1)
         assert record["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_the_first_epochs_can_be_cheap_ones_of_a_single_subnetwork(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=3, single_epochs=2))
+    single = ["single grid"]
+    four = ["largest grid", "largest grid, pruned", "smaller grid", "smaller grid, pruned"]
+    assert [list(record["loss"]) for record in log_of(tmp_path / "run")] == [single, single, four]  # type: ignore[call-overload] # read from JSON
+
+
+def test_a_family_of_one_that_fuses_is_trained_saved_and_loaded(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    path = train(tiny_recipe(tmp_path / "run", epochs=1, patch_grids=(4,), keep_rates=(0.5,), fuse_pruned=True))
+    assert list(log_of(tmp_path / "run")[0]["loss"]) == ["single grid"]  # type: ignore[call-overload] # read from JSON
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.config.fuse_pruned
+    assert [str(row.subnetwork) for row in checkpoint.profile.rows] == ["grid 4 at keep rate 0.5"]
+
+
+def test_a_teacher_that_was_asked_once_is_learned_from(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(11)
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "teacher.pth")
+    taught: list[torch.Tensor] = []
+
+    def step(pair_loss: object, optimizer: object, images: object, targets: torch.Tensor, *rest: object) -> object:
+        del pair_loss, optimizer, images
+        taught.append(targets)
+        assert rest[0] is None  # it is not asked again
+        return {"largest grid": 0.0}
+
+    monkeypatch.setattr("models.train.training_step", step)
+    options = {"teacher": "test_vit", "teacher_checkpoint": tmp_path / "teacher.pth", "teacher_side": 32}
+    train(tiny_recipe(tmp_path / "run", epochs=1, teacher_once=True, **options))
+    assert all(targets.shape == (8, 3) for targets in taught)
 
 
 def test_the_average_forgets_the_first_weights_however_slow_it_is(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:

@@ -1,0 +1,184 @@
+"""What a training epoch reads: varied images with their labels, or with what the labels and a teacher say together.
+
+Small images are decoded once and kept; a whole batch of them is then cropped and mirrored at a time. On a machine of
+few cores, decoding and varying them one by one takes its time from the training step itself.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from models.data import (
+    PADDED_CROP_SIDE_PX,
+    Augmentation,
+    Sample,
+    SampleLoader,
+    crop_padding,
+    evaluation_transform,
+    normalise,
+    open_training_data,
+    square_transform,
+    training_transform,
+)
+from models.recipe import Recipe, count_training_files
+from models.state import TrainingError, prepare_folder
+from models.subnetwork import SuperViTConfig
+from models.teacher import Teacher
+
+MEMORY_LIMIT_BYTES = 2**31
+TARGETS_NAME = "targets.pt"
+
+
+class ImageBatches:
+    """Batches of varied images, drawn as `training_transform` draws them, from images in memory."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        sampler: RepeatAugSampler,
+        batch_size: int,
+        config: SuperViTConfig,
+        random_erasing: float,
+    ) -> None:
+        """Hold the images.
+
+        Args:
+            images: (M, 3, S, S) uint8.
+            targets: (M,) class indices or (M, classes) probabilities.
+            sampler: the order of an epoch.
+            batch_size: images per batch; a last batch that is not full is left out.
+            config: for the normalisation.
+            random_erasing: probability of erasing a rectangle.
+        """
+        self.images, self.targets, self.sampler = images, targets, sampler
+        self.batch_size, self.config = batch_size, config
+        self.erase = RandomErasing(random_erasing, mode="pixel", device="cpu")
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.sampler) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (B, 3, S, S) normalised float32 images with their targets."""
+        order = torch.tensor(list(self.sampler))
+        for chosen in order[: len(self) * self.batch_size].view(-1, self.batch_size):
+            images = normalise(crop_and_mirror(self.images[chosen]), self.config)
+            yield self.erase(images), self.targets[chosen]
+
+
+Batches = SampleLoader | ImageBatches
+
+
+@dataclass(frozen=True, slots=True)
+class WithTargets(Dataset[tuple[Tensor, Tensor]]):
+    """A data set whose labels are replaced by (M, classes) probabilities."""
+
+    samples: Dataset[Sample]
+    targets: Tensor
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One sample."""
+        return self.samples[index][0], self.targets[index]
+
+
+def crop_and_mirror(images: Tensor) -> Tensor:
+    """Shift each of (B, 3, S, S) images by up to an eighth of its side over black, and mirror every other by chance."""
+    count, _, side, _ = images.shape
+    padding = crop_padding(side)
+    top, left = torch.randint(0, 2 * padding + 1, (2, count, 1))
+    rows, columns = top + torch.arange(side), left + torch.arange(side)  # (B, S)
+    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+    padded = functional.pad(images, (padding,) * 4)
+    index = torch.arange(count)[:, None, None]
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def read_images(dataset: Dataset[Sample], batch_size: int, workers: int) -> tuple[Tensor, Tensor]:
+    """Decode a data set of uint8 images of one size: (M, 3, S, S), and their (M,) class indices.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    images, labels = zip(*SampleLoader(dataset, batch_size, num_workers=workers), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def fits_memory(recipe: Recipe, config: SuperViTConfig) -> bool:
+    """Tell whether the images are kept in memory: small, not too many, and not varied by RandAugment, one by one."""
+    size_bytes = count_training_files(recipe.data) * 3 * config.image_side**2
+    return config.image_side <= PADDED_CROP_SIDE_PX and size_bytes <= MEMORY_LIMIT_BYTES and not recipe.rand_augment
+
+
+def soft_targets(recipe: Recipe, config: SuperViTConfig, teacher: Teacher) -> Tensor:
+    """Mix the labels of the training images with what the teacher says of each, seen once and once mirrored.
+
+    The mixture is kept in the output folder, so a run that is resumed asks no more.
+
+    Returns:
+        (M, classes) probabilities in the order of the training images.
+    """
+    path = recipe.output / TARGETS_NAME
+    if not path.exists():
+        prepare_folder(recipe.output)
+        samples, _ = open_training_data(recipe.data, config, evaluation_transform(config), recipe.holdout, recipe.seed)
+        loader = SampleLoader(samples, recipe.batch_size, num_workers=recipe.workers)
+        targets = []
+        for images, labels in tqdm(loader, "asking the teacher", mininterval=1):
+            answers = teacher.answer_both_ways(images.to(teacher.device)).cpu()
+            certain = functional.one_hot(labels, config.num_classes).float()
+            smooth = certain.lerp(torch.full_like(certain, 1 / config.num_classes), recipe.label_smoothing)
+            targets.append(smooth.lerp(answers, recipe.teacher_weight))
+        partial = path.with_name(path.name + ".partial")
+        torch.save(torch.cat(targets), partial)
+        os.replace(partial, path)
+    kept: Tensor = torch.load(path, weights_only=True)
+    return kept
+
+
+def open_batches(
+    recipe: Recipe, config: SuperViTConfig, teacher: Teacher | None, rank: int, processes: int, device: torch.device
+) -> tuple[Batches, RepeatAugSampler, Dataset[Sample]]:
+    """Open what one of the processes of a run trains on.
+
+    Returns:
+        The batches; the sampler, whose epoch fixes their order; and the images to watch.
+
+    Raises:
+        DataError: the data set is unusable.
+        TrainingError: it is too small for a batch.
+    """
+    in_memory = fits_memory(recipe, config)
+    augmentation = Augmentation(recipe.rand_augment or None, recipe.random_erasing)
+    side = config.image_side
+    transform = square_transform(side, side) if in_memory else training_transform(config, augmentation)
+    samples, watched = open_training_data(recipe.data, config, transform, recipe.holdout, recipe.seed)
+    sampler = RepeatAugSampler(samples, processes, rank, num_repeats=recipe.augmentation_repeats, selected_round=0)
+    if len(sampler) < recipe.batch_size:
+        raise TrainingError(f"{len(sampler)} training images per process do not fill a batch of {recipe.batch_size}")
+    targets = soft_targets(recipe, config, teacher) if teacher and recipe.teacher_once else None
+    if in_memory:
+        images, labels = read_images(samples, recipe.batch_size, recipe.workers)
+        labels = labels if targets is None else targets
+        return ImageBatches(images, labels, sampler, recipe.batch_size, config, recipe.random_erasing), sampler, watched
+    loader = SampleLoader(
+        samples if targets is None else WithTargets(samples, targets),  # type: ignore[arg-type] # labels of either kind
+        recipe.batch_size,
+        sampler=sampler,
+        num_workers=recipe.workers,
+        drop_last=True,
+        pin_memory=device.type == "cuda",
+    )
+    return loader, sampler, watched

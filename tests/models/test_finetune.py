@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from models.checkpoint import CheckpointMismatchError
+from models.finetune import Finetune, finetune, load_network
+from models.subnetwork import SuperViTConfig
+from models.teacher import Teacher
+
+
+@pytest.fixture
+def imagenet_file(tmp_path: Path) -> Path:
+    torch.manual_seed(11)
+    path = tmp_path / "imagenet.pth"
+    torch.save(timm.create_model("test_vit").state_dict(), path)
+    return path
+
+
+def test_a_network_learns_the_data_and_can_teach_it(
+    tmp_path: Path, pictures: Path, imagenet_file: Path, tiny_config: SuperViTConfig
+) -> None:
+    output = tmp_path / "teacher.pth"
+    options = Finetune(
+        data=pictures,
+        output=output,
+        model="test_vit",
+        weights=imagenet_file,
+        side=32,
+        epochs=8,
+        batch_size=8,
+        workers=0,
+        _cli_parse_args=False,
+    )
+    assert finetune(options) >= 0.9
+    teacher = Teacher("test_vit", output, 32, tiny_config)
+    assert teacher(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
+
+
+def test_all_but_the_last_layer_is_kept_whatever_its_weights_are_called(tmp_path: Path, imagenet_file: Path) -> None:
+    weights = torch.load(imagenet_file, weights_only=True)
+    torch.save({f"other.{number}": weight for number, weight in enumerate(weights.values())}, tmp_path / "renamed.pth")
+    for path in (imagenet_file, tmp_path / "renamed.pth"):
+        network = load_network("test_vit", path, 3).state_dict()
+        assert network["head.weight"].shape[0] == 3
+        assert all(torch.equal(network[name], weights[name]) for name in weights if not name.startswith("head."))
+
+
+def test_weights_of_another_network_are_refused(imagenet_file: Path) -> None:
+    with pytest.raises(CheckpointMismatchError, match=r"imagenet\.pth: not weights of test_vit2"):
+        load_network("test_vit2", imagenet_file, 3)

@@ -1,0 +1,92 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError
+from models.subnetwork import SuperViTConfig
+from models.teacher import Teacher
+
+
+@pytest.fixture
+def teacher_file(tmp_path: Path) -> Path:
+    torch.manual_seed(11)
+    path = tmp_path / "teacher.pth"
+    network = timm.create_model("test_vit", num_classes=3)
+    torch.save({"model": network.state_dict()}, path)
+    return path
+
+
+def test_a_teacher_sees_the_same_pictures_at_its_own_size_and_normalisation(
+    teacher_file: Path, tiny_config: SuperViTConfig
+) -> None:
+    config = replace(tiny_config, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    teacher = Teacher("test_vit", teacher_file, None, config)
+    network = timm.create_model("test_vit", num_classes=3).eval()
+    network.load_state_dict(torch.load(teacher_file, weights_only=True)["model"])
+    data = timm.data.resolve_model_data_config(network)
+    side = data["input_size"][-1]
+
+    def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    expected = network(normalised(pixels, data["mean"], data["std"])).softmax(dim=1)
+    taught = teacher(normalised(pixels, config.mean, config.std))
+    torch.testing.assert_close(taught, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(teacher(torch.zeros(5, 3, 16, 16)).sum(dim=1), torch.ones(5))
+
+
+def test_a_teacher_is_frozen(teacher_file: Path, tiny_config: SuperViTConfig) -> None:
+    teacher = Teacher("test_vit", teacher_file, None, tiny_config)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not teacher(torch.zeros(1, 3, 16, 16, requires_grad=True)).requires_grad
+
+
+def test_weights_that_are_not_the_teachers_are_a_checkpoint_error(
+    teacher_file: Path, tmp_path: Path, tiny_config: SuperViTConfig
+) -> None:
+    with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: not weights of test_vit2"):
+        Teacher("test_vit2", teacher_file, None, tiny_config)
+    with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: not weights of test_vit"):
+        Teacher("test_vit", teacher_file, None, replace(tiny_config, num_classes=4))
+    with pytest.raises(UnreadableCheckpointError, match="absent"):
+        Teacher("test_vit", tmp_path / "absent", None, tiny_config)
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what timm was asked to download, none of which can be had."""
+    asked: list[str] = []
+
+    def fail(name: str, pretrained: bool) -> None:
+        assert pretrained
+        asked.append(name)
+        raise FileNotFoundError("no connection,\nno cache")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    return asked
+
+
+def test_a_downloaded_teacher_must_know_the_classes_of_the_data(
+    tiny_config: SuperViTConfig, downloads: list[str]
+) -> None:
+    """With another number of classes timm gives it a random head, and says nothing."""
+    complaint = "test_vit: timm's weights know 1000 classes and the data 3; give --teacher-checkpoint"
+    with pytest.raises(CheckpointMismatchError, match=complaint):
+        Teacher("test_vit", None, None, tiny_config)
+    assert downloads == []
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit.no_such_tag", "supervit_lvvit_micro_patch4_32"])
+def test_a_teacher_that_cannot_be_downloaded_is_a_checkpoint_error_of_one_line(
+    name: str, tiny_config: SuperViTConfig, downloads: list[str]
+) -> None:
+    with pytest.raises(UnreadableCheckpointError) as caught:
+        Teacher(name, None, None, replace(tiny_config, num_classes=1000))
+    assert str(caught.value).startswith(f"{name}: timm's weights cannot be had: ")
+    assert "\n" not in str(caught.value)
+    assert downloads == ["test_vit"][: name == "test_vit"]
