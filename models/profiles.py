@@ -4,11 +4,15 @@ Runs without torch. Which row to serve is a policy's business, not this table's.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from models.flops import count_macs
 from models.subnetwork import SubNetwork, SuperViTConfig
+
+# Between the trained keep rates, a table can be extended by others this far apart.
+KEEP_RATE_STEP = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,8 @@ class SubNetworkProfile:
         macs: multiply-accumulates of one image, at least 1.
         top1, top5: measured accuracy, fractions 0..1; None where nobody measured.
         is_interpolated: whether the accuracy was not measured but lies between two that were.
+        temperature: what the logits are divided by before the softmax, so that probabilities mean what they say.
+        calibration_error: how far they were from that on the images measured, 0..1; None where nobody measured.
 
     Raises:
         ValueError: a value is outside its range.
@@ -30,11 +36,16 @@ class SubNetworkProfile:
     top1: float | None = None
     top5: float | None = None
     is_interpolated: bool = False
+    temperature: float = 1.0
+    calibration_error: float | None = None
 
     def __post_init__(self) -> None:
         if self.macs < 1:
             raise ValueError(f"MACs must be at least 1, not {self.macs}")
-        for name, value in (("top1", self.top1), ("top5", self.top5)):
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and above 0, not {self.temperature}")
+        for name in ("top1", "top5", "calibration_error"):
+            value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in 0..1, not {value}")
 
@@ -88,7 +99,7 @@ class ProfileTable:
                 frontier.append(row)
         return tuple(frontier)
 
-    def with_rates_between(self, config: SuperViTConfig, step: float) -> "ProfileTable":
+    def with_rates_between(self, config: SuperViTConfig, step: float = KEEP_RATE_STEP) -> "ProfileTable":
         """Add keep rates in steps between those of the table, so that almost any budget is hit closely.
 
         They run on the same weights untrained; their accuracy is taken to lie on the line between their neighbours. A
@@ -119,10 +130,19 @@ def _interpolate(
 ) -> SubNetworkProfile:
     """The row at `share` of the way from one keep rate to another of the same grid."""
 
-    def between(first: float | None, second: float | None) -> float | None:
-        return None if first is None or second is None else first + (second - first) * share
+    def between(first: float, second: float) -> float:
+        return first + (second - first) * share
 
-    rates = (low.subnetwork.keep_rate, high.subnetwork.keep_rate)
-    subnetwork = SubNetwork(low.subnetwork.patch_grid, round(rates[0] + (rates[1] - rates[0]) * share, 6))
-    macs = count_macs(config, subnetwork)
-    return SubNetworkProfile(subnetwork, macs, between(low.top1, high.top1), between(low.top5, high.top5), True)
+    def between_known(first: float | None, second: float | None) -> float | None:
+        return None if first is None or second is None else between(first, second)
+
+    rate = between(low.subnetwork.keep_rate, high.subnetwork.keep_rate)
+    subnetwork = SubNetwork(low.subnetwork.patch_grid, round(rate, 6))
+    return SubNetworkProfile(
+        subnetwork,
+        count_macs(config, subnetwork),
+        between_known(low.top1, high.top1),
+        between_known(low.top5, high.top5),
+        is_interpolated=True,
+        temperature=between(low.temperature, high.temperature),
+    )

@@ -239,5 +239,5 @@ def watch(recipe: Recipe, model: SuperViT, watched: Dataset[Sample]) -> dict[str
     profile = ProfileTable.unmeasured(model.config)
     loader = SampleLoader(watched, recipe.batch_size, num_workers=recipe.workers)
     ends = (profile.cheapest.subnetwork, model.config.largest)
-    measured = measure_accuracy(model, loader, ends)
-    return {str(subnetwork): top1 for subnetwork, (top1, _) in measured.items()}
+    measured = measure_accuracy(model, loader, dict.fromkeys(ends, 1.0))
+    return {str(subnetwork): result.top1 for subnetwork, result in measured.items()}

@@ -40,7 +40,6 @@ from service.shortcut import Shortcut
 logger = logging.getLogger(__name__)
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-KEEP_RATE_STEP = 0.05
 SMALL_GFLOPS = 0.3
 USABLE_SHARE = 0.8  # of the GPU memory that is free; allocators round up
 
@@ -117,7 +116,7 @@ def engine_threads(checkpoint: Checkpoint, monitor: Monitor) -> int:
 
 def extended_profile(checkpoint: Checkpoint) -> ProfileTable:
     """Return the profile of a checkpoint with keep rates between those that it was trained at."""
-    return checkpoint.profile.with_rates_between(checkpoint.config, KEEP_RATE_STEP)
+    return checkpoint.profile.with_rates_between(checkpoint.config)
 
 
 def nominal_latencies(profiles: ProfileTable) -> LatencyTable:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError
 from service.line import Line
@@ -39,7 +40,8 @@ class Result:
 
     Attributes:
         logits: (classes,).
-        probabilities: (classes,), their softmax; none is a number where some logit is none.
+        probabilities: (classes,), their softmax at the sub-network's temperature; none is a number where some logit is
+            none.
         ranking: (classes,), the indices of the classes, the most probable first.
         option: what ran.
         choice: the whole decision, its reason included.
@@ -215,7 +217,7 @@ class Batcher:
         option = self._line.menu.options[index]
         predicted_s = self._line.predict(index, len(images), self._clock())
         try:
-            rows, started_at, ended_at = self._timed_run(list(images.values()), option.row.subnetwork)
+            rows, started_at, ended_at = self._timed_run(list(images.values()), option.row)
             answered = list(zip(images, rows, strict=True))
         except Exception:  # whatever the model raises, its requests must be released and the next batch run
             self._free_at = self._clock()
@@ -233,15 +235,15 @@ class Batcher:
         ]
 
     def _timed_run(
-        self, images: Sequence[Tensor], subnetwork: SubNetwork
+        self, images: Sequence[Tensor], profile: SubNetworkProfile
     ) -> tuple[list[tuple[Floats, Floats, Indices]], float, float]:
         """Run a batch; returns (logits, probabilities, ranking) of each image, and when the model started and ended."""
         # NumPy, because PyTorch would give the GIL away for a microsecond's work and wait long to get it back.
         batch = torch.from_numpy(np.stack([image.numpy() for image in images]))
         started_at = self._clock()
-        logits = self._run(batch, subnetwork).numpy()
+        logits = self._run(batch, profile.subnetwork).numpy()
         ended_at = self._clock()
-        probabilities = _softmax(logits)
+        probabilities = _softmax(logits, profile.temperature)
         # Here and at once, because sorting on the event loop would give the GIL away for every single answer.
         ranking = np.argsort(-probabilities, axis=1, kind="stable")
         return list(zip(logits, probabilities, ranking, strict=True)), started_at, ended_at
@@ -268,9 +270,9 @@ class Batcher:
                 waiting.result.set_exception(outcome)
 
 
-def _softmax(logits: Floats) -> Floats:
-    """Return the softmax of each row of (B, classes)."""
+def _softmax(logits: Floats, temperature: float) -> Floats:
+    """Return the softmax of each row of (B, classes) over a temperature."""
     with np.errstate(invalid="ignore"):  # infinity less infinity
-        weights: Floats = np.exp(logits - logits.max(axis=1, keepdims=True))
+        weights: Floats = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
         shares: Floats = weights / weights.sum(axis=1, keepdims=True)
         return shares

@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings, CliPositionalArg, CliSubCommand, Set
 from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoint, save_checkpoint
 from models.data import DataError
 from models.devices import DeviceError
-from models.evaluate import accuracy_table, evaluate
+from models.evaluate import accuracy_table, calibration_summary, evaluate
 from models.recipe import Recipe
 from service.app import create_app, engine_threads, extended_profile, measure_latencies
 from service.client import Classify, CommandError, classify, first_problem, make_settings
@@ -57,10 +57,13 @@ class Evaluate(BaseModel):
     """Measure top-1 and top-5 of every sub-network and write them into the checkpoint's profile."""
 
     checkpoint: CliPositionalArg[Path] = Field(description="SuperViT checkpoint; ours or a published one")
-    data: CliPositionalArg[Path] = Field(description="folder with val/ or else test/, of class folders")
+    data: CliPositionalArg[Path] = Field(
+        description="folder with val/ to calibrate on and test/ to measure on, or only one of them, of class folders"
+    )
     batch_size: int = Field(100, ge=1, description="images per batch")
     workers: int = Field(2, ge=0, description="processes that decode images")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
+    rates_between: bool = Field(False, description="also measure keep rates in steps of 0.05 between the trained ones")
 
 
 class Profile(BaseModel):
@@ -198,11 +201,13 @@ def evaluate_checkpoint(command: Evaluate) -> None:
         batch_size=command.batch_size,
         workers=command.workers,
         device=command.device,
+        rates_between=command.rates_between,
         progress=partial(tqdm, desc="evaluating", mininterval=1),
     )
     header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, profile)
     picture = path.with_suffix(".png")
     print(accuracy_table(profile))
+    print(calibration_summary(profile))
     save_checkpoint(path, checkpoint.model, header)
     plots.plot_frontier(profile, checkpoint.name, picture)
     print(f"written into {path}, drawn in {picture}")

@@ -135,6 +135,8 @@ class SubNetworkRow(SubNetworkAnswer):
 
     expected_top5_accuracy: float | None
     is_interpolated: bool = Field(description="whether the accuracy lies between two measured ones")
+    temperature: float = Field(description="what logits are divided by, so that probabilities mean what they say")
+    calibration_error: float | None = Field(description="expected, 0..1, as measured; null where nobody measured")
     on_frontier: bool = Field(description="whether no cheaper sub-network is as accurate; others run only by name")
     latency_ms: dict[int, float] = Field(description="profiled latency on this machine by batch size")
 
@@ -213,6 +215,8 @@ def describe_family(
             **describe_subnetwork(option.row, config).model_dump(),
             expected_top5_accuracy=option.row.top5,
             is_interpolated=option.row.is_interpolated,
+            temperature=option.row.temperature,
+            calibration_error=option.row.calibration_error,
             on_frontier=index in menu.frontier,
             latency_ms={size: _ms(option.seconds[size - 1]) for size in batch_sizes},
         )

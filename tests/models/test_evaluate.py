@@ -1,4 +1,5 @@
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,19 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
+from models.calibration import LOWEST_TEMPERATURE, fit_temperature
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.data import DataError
 from models.devices import DeviceError
-from models.evaluate import accuracy_table, count_correct, evaluate, label_indices, measure_accuracy
+from models.evaluate import (
+    accuracy_table,
+    calibration_summary,
+    count_correct,
+    evaluate,
+    fit_temperatures,
+    label_indices,
+    measure_accuracy,
+)
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
@@ -60,17 +70,37 @@ def test_accuracy_is_counted_over_all_batches_for_each_subnetwork(
     tiny_config: SuperViTConfig, batches: list[tuple[Tensor, Tensor]]
 ) -> None:
     whole, pruned = SubNetwork(4, 1.0), SubNetwork(2, 0.5)
-    measured = measure_accuracy(ByBrightness(tiny_config), iter(batches), [whole, pruned])
-    assert measured == {whole: (2 / 4, 1.0), pruned: (2 / 4, 1.0)}
-    measured = measure_accuracy(ByBrightness(tiny_config), batches[:1], [whole, pruned])
-    assert measured == {whole: (2 / 3, 1.0), pruned: (2 / 3, 1.0)}
-    measured = measure_accuracy(ByBrightness(tiny_config), batches[1:], [whole, pruned])
-    assert measured == {whole: (0.0, 1.0), pruned: (0.0, 1.0)}
+    for chosen, top1, top1_pruned in ((batches, 2 / 4, 2 / 4), (batches[:1], 2 / 3, 2 / 3), (batches[1:], 0.0, 0.0)):
+        measured = measure_accuracy(ByBrightness(tiny_config), iter(chosen), {whole: 1.0, pruned: 1.0})
+        assert (measured[whole].top1, measured[whole].top5) == (top1, 1.0)
+        assert (measured[pruned].top1, measured[pruned].top5) == (top1_pruned, 1.0)
+
+
+def test_the_calibration_error_is_that_at_the_temperature(
+    tiny_config: SuperViTConfig, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    whole = SubNetwork(4, 1.0)
+    for temperature in (0.5, 1.0, 2.0):
+        measured = measure_accuracy(ByBrightness(tiny_config), batches, {whole: temperature})
+        # All four answers have one confidence, that of logits 1, 0 and -1, and two are right.
+        weights = [math.exp(logit / temperature) for logit in (1, 0, -1)]
+        assert measured[whole].calibration_error == pytest.approx(abs(weights[0] / sum(weights) - 2 / 4), rel=1e-5)
+
+
+def test_temperatures_are_fitted_for_each_subnetwork(
+    tiny_config: SuperViTConfig, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    whole, pruned = SubNetwork(4, 1.0), SubNetwork(2, 0.5)
+    images, labels = batches[0][0][[0, 1, 1, 1]], torch.tensor([0, 1, 1, 2])
+    temperatures = fit_temperatures(ByBrightness(tiny_config), iter([(images, labels)]), [whole, pruned])
+    for subnetwork, temperature in temperatures.items():
+        assert temperature == fit_temperature(ByBrightness(tiny_config)(images.float() - 100, subnetwork), labels)
+    assert temperatures[whole] < temperatures[pruned]
 
 
 def test_nothing_to_measure_on_is_an_error(tiny_config: SuperViTConfig) -> None:
     with pytest.raises(ValueError, match="no images"):
-        measure_accuracy(SuperViT(tiny_config), [], tiny_config.subnetworks)
+        measure_accuracy(SuperViT(tiny_config), [], dict.fromkeys(tiny_config.subnetworks, 1.0))
 
 
 def test_class_folders_are_mapped_by_name_in_any_order() -> None:
@@ -113,7 +143,7 @@ def test_labels_follow_the_checkpoints_classes_rather_than_the_folders(tiny_file
         assert table.cheapest.top1 == pytest.approx(top1)
 
 
-def test_test_is_measured_where_there_is_no_val(tiny_file: Path, pictures: Path, tmp_path: Path) -> None:
+def test_one_folder_serves_for_both(tiny_file: Path, pictures: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tiny_file)
     data = tmp_path / "data"
     data.mkdir()
@@ -121,6 +151,47 @@ def test_test_is_measured_where_there_is_no_val(tiny_file: Path, pictures: Path,
         measure(checkpoint, data)
     (data / "test").symlink_to(pictures / "val", target_is_directory=True)
     assert measure(checkpoint, data) == measure(checkpoint, pictures)
+
+
+def test_val_calibrates_and_test_is_measured_where_there_are_both(
+    tiny_file: Path, pictures: Path, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(tiny_file)
+    checkpoint = replace(checkpoint, model=ByTint(checkpoint.config).eval(), class_names=("red", "green", "blue"))
+    for split, red in (("val", "red"), ("test", "green")):  # in test/, all that is called red is green
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "red").symlink_to(pictures / "val" / red, target_is_directory=True)
+    table = measure(checkpoint, tmp_path)
+    assert {row.top1 for row in table.rows} == {0.0}
+    assert all(row.temperature == pytest.approx(LOWEST_TEMPERATURE) for row in table.rows)  # val is never wrong
+    assert all((row.calibration_error or 0) > 0.9 for row in table.rows)
+
+
+def test_a_few_thousand_images_from_all_over_are_enough_to_calibrate(
+    tiny_file: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def watch(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in loader:
+            seen.append(batch[1])
+            yield batch
+
+    monkeypatch.setattr("models.evaluate.CALIBRATION_IMAGES", 6)
+    evaluate(load_checkpoint(tiny_file), pictures, batch_size=100, workers=0, progress=watch, device="cpu")
+    assert [labels.tolist() for labels in seen] == [[0, 0, 1, 1, 2, 2], [0] * 4 + [1] * 4 + [2] * 4]
+
+
+def test_keep_rates_between_are_measured_on_demand(tiny_file: Path, pictures: Path) -> None:
+    checkpoint = load_checkpoint(tiny_file)
+    table = evaluate(
+        checkpoint, pictures, batch_size=12, workers=0, progress=unwrapped, device="cpu", rates_between=True
+    )
+    assert table.by_subnetwork.keys() == checkpoint.profile.with_rates_between(checkpoint.config).by_subnetwork.keys()
+    assert len(table.rows) > len(checkpoint.profile.rows)
+    assert not any(row.is_interpolated for row in table.rows)
+    by_name = measure(checkpoint, pictures).by_subnetwork
+    assert all(table.by_subnetwork[subnetwork] == row for subnetwork, row in by_name.items())
 
 
 def test_folders_of_unknown_classes_are_refused(tiny_file: Path, pictures: Path) -> None:
@@ -143,14 +214,23 @@ def test_a_device_that_cannot_be_used_is_refused(tiny_file: Path, pictures: Path
         measure(load_checkpoint(tiny_file), pictures, device="tpu9")
 
 
-def test_the_table_has_a_row_per_grid_and_a_column_per_keep_rate() -> None:
+def test_the_table_has_a_row_per_keep_rate_and_a_column_per_grid() -> None:
     rows = (
         SubNetworkProfile(SubNetwork(8, 0.5), 742_000_000, 0.7375),
         SubNetworkProfile(SubNetwork(8, 1.0), 1_438_000_000, 0.7579),
         SubNetworkProfile(SubNetwork(14, 1.0), 4_599_000_000),
     )
     assert accuracy_table(ProfileTable(rows)).splitlines() == [
-        "grid            keep 0.5              keep 1",
-        "   8     73.75 % 0.742 G     75.79 % 1.438 G",
-        "  14                   -           ? 4.599 G",
+        "keep rate              grid 8             grid 14",
+        "      0.5     73.75 % 0.742 G                   -",
+        "        1     75.79 % 1.438 G           ? 4.599 G",
     ]
+
+
+def test_the_summary_tells_the_extremes() -> None:
+    rows = (
+        SubNetworkProfile(SubNetwork(8, 0.5), 1, 0.7, temperature=0.9, calibration_error=0.0123),
+        SubNetworkProfile(SubNetwork(8, 1.0), 2, 0.8, temperature=1.25, calibration_error=0.007),
+    )
+    summary = "expected calibration error 0.70 to 1.23 % at temperatures of 0.900 to 1.250"
+    assert calibration_summary(ProfileTable(rows)) == summary

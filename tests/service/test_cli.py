@@ -9,6 +9,7 @@ from PIL import Image
 
 from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
 from models.profiles import ProfileTable
+from models.subnetwork import SubNetwork
 from service.cli import main
 
 
@@ -146,10 +147,14 @@ def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
         folder.mkdir(parents=True)
         for shade in (0, 1):
             Image.new("RGB", (20, 20), (30 * index, 100 * shade, 5)).save(folder / f"{shade}.png")
-    assert main(["evaluate", str(path), str(tmp_path / "data"), "--workers", "0", "--batch-size", "3"]) == 0
+    command = ["evaluate", str(path), str(tmp_path / "data"), "--workers", "0", "--batch-size", "3"]
+    assert main([*command, "--rates-between"]) == 0
     printed = capsys.readouterr().out
     measured = load_checkpoint(path)
     assert measured.profile.is_measured
+    assert SubNetwork(4, 0.75) in measured.profile.by_subnetwork
+    assert "expected calibration error" in printed
+    assert all(row.temperature != 1 and row.calibration_error is not None for row in measured.profile.rows)
     assert all(0 < (row.top5 or 0) <= 1 for row in measured.profile.rows)
     assert all(f"{100 * (row.top1 or 0):.2f} %" in printed for row in measured.profile.rows)
     assert torch.equal(measured.model.head.weight, checkpoint.model.head.weight)

@@ -1,4 +1,5 @@
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -301,6 +302,20 @@ async def test_probabilities_are_the_softmax_of_the_logits_and_stand_best_first(
     assert [prediction.probability for prediction in answer.predictions] == pytest.approx(
         [0.731059, 0.268941, 0.0], abs=1e-6
     )
+
+
+async def test_probabilities_are_softened_by_the_temperature_of_the_sub_network_that_ran() -> None:
+    hot, cold = SubNetwork(4, 0.5), SubNetwork(4, 1.0)
+    profiles = ProfileTable(
+        (SubNetworkProfile(hot, 10, 0.7, temperature=2.0), SubNetworkProfile(cold, 20, 0.8, temperature=0.5))
+    )
+    parts = Parts().open()
+    parts.logits = torch.tensor([[0.0, math.log(9), -1000.0]]).repeat(3, 1)
+    async with running(parts, profiles) as pipeline:
+        for subnetwork, expected in ((hot, 3 / 4), (cold, 81 / 82)):
+            answer = await pipeline.classify(two_bytes, wish(top_k=3, subnetwork=subnetwork))
+            assert [prediction.label for prediction in answer.predictions] == ["b", "a", "c"]
+            assert answer.predictions[0].probability == pytest.approx(expected)
 
 
 async def test_a_name_that_costs_more_than_the_best_is_answered_and_saves_nothing() -> None:
