@@ -17,6 +17,17 @@ from models.subnetwork import SubNetwork, SuperViTConfig
 
 DEIT_SMALL = SuperViTConfig()
 LVVIT_SMALL = SuperViTConfig(flavour="lvvit", depth=16, mlp_ratio=3.0, crop_fraction=0.9)
+# Blocks 1, 3 and 4 of 6 prune so that keep rates 0.5 and 0.7 cost the same shares of the whole as in the DeiT-S.
+DEIT_MICRO = SuperViTConfig(
+    width=96,
+    depth=6,
+    num_heads=3,
+    patch_kernel=4,
+    patch_grids=(5, 6, 7, 8),
+    prune_blocks=(1, 3, 4),
+    num_classes=10,
+    crop_fraction=1.0,
+)
 LVVIT_MICRO = SuperViTConfig(
     flavour="lvvit",
     width=96,
@@ -183,6 +194,12 @@ def supervit_deit_small_patch16_224(pretrained: bool = False, **options: Any) ->
 def supervit_lvvit_small_patch16_224(pretrained: bool = False, **options: Any) -> SuperViT:  # noqa: ANN401 - timm's signature
     """Build the published LV-ViT-S backbone; `options` are fields of SuperViTConfig and `drop_path_rate`."""
     return _build(LVVIT_SMALL, pretrained, options)
+
+
+@register_model  # type: ignore[untyped-decorator] # timm's
+def supervit_deit_micro_patch4_32(pretrained: bool = False, **options: Any) -> SuperViT:  # noqa: ANN401 - timm's signature
+    """Build a DeiT for 32 px images; `options` are fields of SuperViTConfig and `drop_path_rate`."""
+    return _build(DEIT_MICRO, pretrained, options)
 
 
 @register_model  # type: ignore[untyped-decorator] # timm's

@@ -1,0 +1,119 @@
+"""Where the milliseconds of a training step go: `python -m tests.benchmarks.bench_training DATA [--batch-size 64]`.
+
+Beside each part of the step stands what it replaced, measured in turns in the same run: images decoded and varied one
+by one, and timm's Muon, which orthogonalises one matrix after another in bfloat16. Medians over the turns.
+"""
+
+import argparse
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from models.batches import open_batches
+from models.data import Augmentation, SampleLoader, open_training_data, training_transform
+from models.objective import PairLoss, sample_pairs, training_step
+from models.recipe import Recipe
+from models.train import build_model, build_optimizer
+
+PLAIN = Augmentation(None, 0.0)
+NO_AUTOCAST = torch.autocast("cpu", enabled=False)
+CPU = torch.device("cpu")
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "convolutions": ("aten::mkldnn_convolution", "aten::convolution_backward"),
+    "GELU": ("aten::gelu", "aten::gelu_backward"),
+    "norms": ("norm",),
+    "softmax": ("softmax",),
+    "copies": ("aten::copy_", "aten::cat", "aten::gather", "aten::scatter_add_"),
+}
+
+
+def main() -> None:
+    """Print the parts of a step, those that they replaced, and the kinds of operation."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="supervit_lvvit_micro_patch4_32")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=20)
+    options = parser.parse_args()
+    recipe = Recipe(
+        data=options.data, output=Path("unused"), model=options.model, batch_size=options.batch_size, optimizer="muon"
+    )
+    torch.manual_seed(0)
+    model = build_model(recipe, 10).train()
+    pair_loss = PairLoss(model, recipe.label_smoothing, recipe.teacher_weight)
+    in_memory, from_files = batches(recipe, model.config), batches(recipe, model.config, one_by_one=True)
+    images, labels = next(in_memory)
+    ours = build_optimizer(recipe, model)
+    timms = create_optimizer_v2(model, opt="muon", weight_decay=recipe.weight_decay)
+    average, idle = ModelEmaV3(model, recipe.ema_decay), torch.optim.SGD(model.parameters(), lr=0.0)
+    for group in (*ours.param_groups, *timms.param_groups):
+        group["lr"] = 1e-4
+
+    def forward_and_backward() -> None:
+        steps.update(["step"])
+        pairs = sample_pairs(model.config, 0, steps["step"])
+        training_step(pair_loss, idle, images, labels, None, pairs, NO_AUTOCAST)
+
+    steps: Counter[str] = Counter()
+    parts: dict[str, Callable[[], object]] = {
+        "forward and backward": forward_and_backward,
+        "images, in memory": lambda: next(in_memory),
+        "images, one by one": lambda: next(from_files),
+        "update, our Muon": ours.step,
+        "update, timm's Muon": timms.step,
+        "average of the weights": lambda: average.update(model),
+    }
+    taken: dict[str, list[float]] = defaultdict(list)
+    for turn in range(options.turns + 2):
+        for name, part in parts.items():
+            started_at = time.perf_counter()
+            part()
+            if turn >= 2:
+                taken[name].append(1000 * (time.perf_counter() - started_at))
+    figures = {name: median(values) for name, values in taken.items()}
+    for name, value in figures.items():
+        print(f"{name:24s} {value:8.1f} ms")
+    shared = figures["forward and backward"] + figures["average of the weights"]
+    before = shared + figures["images, one by one"] + figures["update, timm's Muon"]
+    after = shared + figures["images, in memory"] + figures["update, our Muon"]
+    print(f"a step of {recipe.batch_size} images: {before:.0f} ms before, {after:.0f} ms now: {before / after:.2f} x")
+    print("of forward and backward: " + ", ".join(shares(forward_and_backward)))
+
+
+def batches(recipe: Recipe, config: Any, *, one_by_one: bool = False) -> Iterator[Any]:  # noqa: ANN401 - of SampleLoader
+    """Yield batches without end, on one process: what another would do is taken from the step on a busy machine."""
+    loader, _, _ = open_batches(recipe, config, None, 0, 1, CPU)
+    if one_by_one:
+        samples, _ = open_training_data(recipe.data, config, training_transform(config, PLAIN), recipe.holdout, 0)
+        loader = SampleLoader(samples, recipe.batch_size, num_workers=0, shuffle=True, drop_last=True)
+    return (batch for _ in cycle([0]) for batch in loader)
+
+
+def shares(run: Callable[[], None]) -> Iterator[str]:
+    """Say how the processor time of a step divides over the kinds of operation."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(10):
+            run()
+    spent: Counter[str] = Counter()
+    for event in recorded.key_averages():
+        if event.device_type == DeviceType.CPU:
+            kind = next((kind for kind, names in KINDS.items() if any(name in event.key for name in names)), "the rest")
+            spent[kind] += event.self_cpu_time_total
+    total = sum(spent.values())
+    for kind, microseconds in spent.most_common():
+        yield f"{kind} {100 * microseconds / total:.0f} %"
+
+
+if __name__ == "__main__":
+    main()
