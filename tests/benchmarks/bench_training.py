@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from models.batches import open_batches
@@ -107,9 +106,8 @@ def shares(run: Callable[[], None]) -> Iterator[str]:
             run()
     spent: Counter[str] = Counter()
     for event in recorded.key_averages():
-        if event.device_type == DeviceType.CPU:
-            kind = next((kind for kind, names in KINDS.items() if any(name in event.key for name in names)), "the rest")
-            spent[kind] += event.self_cpu_time_total
+        kind = next((kind for kind, names in KINDS.items() if any(name in event.key for name in names)), "the rest")
+        spent[kind] += event.self_cpu_time_total
     total = sum(spent.values())
     for kind, microseconds in spent.most_common():
         yield f"{kind} {100 * microseconds / total:.0f} %"
