@@ -22,7 +22,18 @@ CHECKPOINT_NAME, STATE_NAME, LOG_NAME, PLOT_NAME = "checkpoint.safetensors", "st
 
 # Options that a resumed run may change; with any other it would quietly become a run that no recipe describes.
 MAY_CHANGE = frozenset(
-    ["data", "output", "resume", "epochs", "learning_rate", "warmup_epochs", "precision", "workers", "device"]
+    [
+        "data",
+        "output",
+        "resume",
+        "epochs",
+        "single_epochs",
+        "learning_rate",
+        "warmup_epochs",
+        "precision",
+        "workers",
+        "device",
+    ]
 )
 
 
