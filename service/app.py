@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 
@@ -187,6 +188,8 @@ class _Service:
             return self._latencies, "not measured here"
         run, config = self._run_unless_stopping, self._checkpoint.config
         measurement = measure_latencies(self._settings, self._checkpoint, self._engine, run)
+        best = Menu.of(extended_profile(self._checkpoint), measurement.table).best
+        self._api.metrics.profiled(datetime.fromisoformat(measurement.measured_at), best.row.top1)
         rehearse(run, config.image_side, config.subnetworks, self._settings.max_batch_size)
         return measurement.table, measurement.measured_at
 

@@ -203,8 +203,8 @@ class Batcher:
             yield [(entry, DeadlineError("the deadline cannot be met any more")) for entry in choice.late]
         if choice.shed:
             message = "given up so that others can be answered in time; try again later"
-            retry_after_s = round(self._line.backlog_s(now), 3)
-            yield [(entry, OverloadedError(message, retry_after_s=retry_after_s)) for entry in choice.shed]
+            retry_after_s = self._line.backlog_s(now)
+            yield [(entry, OverloadedError(message, "given_up", retry_after_s)) for entry in choice.shed]
         if choice.option is not None:
             yield from self._run_batch(choice, choice.option, choice.batch)
 

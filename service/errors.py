@@ -16,7 +16,9 @@ ServiceError
 └── ModelError                the model failed on this batch
 """
 
-from typing import Any
+from typing import Any, Literal
+
+ShedReason = Literal["no_time", "backlog", "given_up", "full"]
 
 
 class ServiceError(Exception):
@@ -89,9 +91,22 @@ class InvalidImageError(RequestError):
 
 
 class OverloadedError(ServiceError):
-    """Too much is waiting already; `details` has retry_after_s."""
+    """Too much is waiting already; `details` has retry_after_s and the reason."""
 
     code = "overloaded"
+
+    def __init__(self, message: str, reason: ShedReason, retry_after_s: float) -> None:
+        """Say why, in a sentence and in a word.
+
+        Args:
+            message: for a person.
+            reason: `no_time`, the budget is shorter than an answer takes at this moment even if nothing else waits;
+                `backlog`, what waits already leaves no time; `given_up`, for the sake of others; `full`, as many
+                requests are in the server as may be.
+            retry_after_s: when it may be worth another try.
+        """
+        super().__init__(message, reason=reason, retry_after_s=round(retry_after_s, 3))
+        self.reason = reason
 
 
 class DeadlineError(ServiceError):

@@ -208,7 +208,7 @@ class Line:
             option = target(entry.wish, min(choice.option or 0, self.menu.num_levels - 1))
             if time + situation.seconds(option, 1) <= entry.deadline_at:
                 return option, max(1, len(choice.batch)), time - now, choice
-        raise OverloadedError("it would be given up so that others can be answered in time", retry_after_s=0.0)
+        raise OverloadedError("it would be given up so that others can be answered in time", "given_up", 0.0)
 
     @_locked
     def predict(self, option: int, size: int, now: float) -> float:
@@ -251,9 +251,9 @@ class Line:
         if late_s > 0:
             if self._end_alone(entry, now, ready_at) > entry.deadline_at:
                 message = "even if nothing else waited it would be answered too late at this moment; grant it more time"
-            else:
-                message = "too much is waiting: even the cheapest sub-network would answer too late; try again later"
-            raise OverloadedError(message, retry_after_s=round(late_s, 3))
+                raise OverloadedError(message, "no_time", late_s)
+            message = "too much is waiting: even the cheapest sub-network would answer too late; try again later"
+            raise OverloadedError(message, "backlog", late_s)
 
     def _end_alone(self, entry: Entry, now: float, ready_at: float) -> float:
         """When it would be answered if the engine were free."""

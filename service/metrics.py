@@ -1,6 +1,9 @@
 """Every Prometheus metric of the server, declared once on an injected registry."""
 
+import math
+from datetime import datetime
 from functools import cache
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -10,23 +13,27 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from models.subnetwork import SubNetwork
 from service.domain import Classification
-from service.errors import DeadlineError, ModelError, OverloadedError, ServiceError
+from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, ServiceError, ShedReason
 from service.resources import ResourceSnapshot
 
 STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 # Outcomes that break the promise of an answer in time; what the client did wrong itself breaks none.
 MISSES = {OverloadedError.code, DeadlineError.code, ModelError.code, ServiceError.code}
+# Why a request was shed, where its outcome says so; one that was refused for overload brings its own reason.
+SHED_REASONS = {DeadlineError.code: "late", NotReadyError.code: "not_ready"}
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 def process_registry() -> CollectorRegistry:
     """Make a registry that already tells of the process: memory, CPU time, garbage collection, Python's version."""
+    disable_created_metrics()  # type: ignore[no-untyped-call] #  a second series beside each counter, which Prometheus itself does not need
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
@@ -42,6 +49,12 @@ class Metrics:
             "supervit_requests",
             "Classification requests by outcome: ok or an error code; client_gone where nobody waited for the answer.",
             ["outcome"],
+            registry=registry,
+        )
+        self._sheds = Counter(
+            "supervit_sheds",
+            "Requests that were turned away or given up without an answer, by reason.",
+            ["reason"],
             registry=registry,
         )
         self._duration = Histogram(
@@ -137,6 +150,16 @@ class Metrics:
         self._gpu = Gauge(
             "supervit_gpu_utilization_ratio", "Fraction of time in which the GPU was busy.", ["gpu"], registry=registry
         )
+        self._profiled_at = Gauge(
+            "supervit_profile_timestamp_seconds",
+            "When the latencies that the policy works with were measured on this machine, in Unix time.",
+            registry=registry,
+        )
+        self._best_accuracy = Gauge(
+            "supervit_best_accuracy_ratio", "Top-1 accuracy of the most accurate sub-network, 0..1.", registry=registry
+        )
+        for unknown in (self._profiled_at, self._best_accuracy):
+            unknown.set(math.nan)
         self._ready = Gauge("supervit_ready", "1 while requests are welcome.", registry=registry)
         self._model = Gauge(
             "supervit_model_info", "The served checkpoint; always 1.", ["name", "version"], registry=registry
@@ -147,23 +170,34 @@ class Metrics:
         self._model.labels(name, version).set(1)
         for outcome in ("ok", *MISSES):
             self._requests.labels(outcome)
+        for reason in (*SHED_REASONS.values(), *get_args(ShedReason)):
+            self._sheds.labels(reason)
         for subnetwork in subnetworks:
             self._count_of(subnetwork)
+
+    def profiled(self, measured_at: datetime, best_accuracy: float | None) -> None:
+        """Record when the latencies in use were measured, and the accuracy that is given where there is time for it."""
+        self._profiled_at.set(measured_at.timestamp())
+        if best_accuracy is not None:
+            self._best_accuracy.set(best_accuracy)
 
     def request_started(self) -> None:
         """Count a request in."""
         self._in_flight.inc()
 
-    def request_finished(self, outcome: str) -> None:
-        """Count a request out; `outcome` is "ok" or an error code."""
+    def request_finished(self, outcome: str, shed: str | None = None) -> None:
+        """Count a request out; `outcome` is "ok" or an error code, `shed` the reason that an overload gave."""
         self._in_flight.dec()
-        self._requests.labels(outcome).inc()
+        self.request_refused(outcome, shed)
         if outcome in MISSES:
             self._missed.inc()
 
-    def request_refused(self, outcome: str) -> None:
-        """Count a request that was refused before it was counted in."""
+    def request_refused(self, outcome: str, shed: str | None = None) -> None:
+        """Count the outcome of a request that was not counted in, or no longer is."""
         self._requests.labels(outcome).inc()
+        reason = shed or SHED_REASONS.get(outcome)
+        if reason is not None:
+            self._sheds.labels(reason).inc()
 
     def answered(self, answer: Classification) -> None:
         """Record what an answer cost."""

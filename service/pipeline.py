@@ -126,10 +126,13 @@ class Pipeline:
         """
         self._in_flight += 1
         self._metrics.request_started()
-        outcome = ServiceError.code  # of a bug, unless something better is known
+        outcome, shed = ServiceError.code, None  # of a bug, unless something better is known
         try:
             answer = await self._answer(read, request)
             outcome = "ok"
+        except OverloadedError as error:
+            outcome, shed = error.code, error.reason
+            raise
         except ServiceError as error:
             outcome = error.code
             raise
@@ -139,7 +142,7 @@ class Pipeline:
         finally:
             self._in_flight -= 1
             self._learn_loop_cost()
-            self._metrics.request_finished(outcome)
+            self._metrics.request_finished(outcome, shed)
         self._metrics.answered(answer)
         return answer
 
@@ -164,7 +167,7 @@ class Pipeline:
         self._require_ready()
         if self._in_flight > self._max_in_flight:
             message = f"{self._max_in_flight} requests are in the server already; try again later"
-            raise OverloadedError(message, retry_after_s=round(self._line.backlog_s(self._clock()), 3))
+            raise OverloadedError(message, "full", self._line.backlog_s(self._clock()))
         top_k = self._checked_top_k(request.top_k)
         entry = self._entry(request)
         now = self._clock()

@@ -355,7 +355,9 @@ def test_before_the_server_is_ready_batches_of_every_size_have_run(
     latencies: LatencyTable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("service.app.load_or_measure", lambda *_, **__: Measurement(latencies, {}, "before"))
+    monkeypatch.setattr(
+        "service.app.load_or_measure", lambda *_, **__: Measurement(latencies, {}, "2026-01-02T00:00:00+00:00")
+    )
     with TestClient(create_app(settings.model_copy(update={"max_batch_size": 5}), checkpoint, engine)) as client:
         wait_until_ready(client)
     assert set(engine.sizes) == {1, 2, 3, 4, 5}

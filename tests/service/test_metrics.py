@@ -1,3 +1,6 @@
+import math
+from datetime import UTC, datetime
+
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -51,6 +54,40 @@ def test_a_request_refused_at_the_door_was_never_in_flight(page: Page) -> None:
     page.metrics.request_refused("body_too_large")
     assert page.read("requests_total", outcome="body_too_large") == 1
     assert page.read("requests_in_flight") == 0
+
+
+@pytest.mark.parametrize(
+    ("outcome", "given", "counted"),
+    [
+        ("overloaded", "given_up", "given_up"),
+        ("overloaded", "full", "full"),
+        ("deadline_exceeded", None, "late"),
+        ("not_ready", None, "not_ready"),
+    ],
+)
+def test_a_request_that_was_shed_is_counted_by_its_reason(
+    page: Page, outcome: str, given: str | None, counted: str
+) -> None:
+    page.metrics.request_started()
+    page.metrics.request_finished(outcome, given)
+    page.metrics.request_refused(outcome, given)
+    assert page.read("sheds_total", reason=counted) == 2
+
+
+def test_what_the_client_did_wrong_is_no_shed(page: Page) -> None:
+    page.metrics.request_refused("invalid_image")
+    assert page.read("sheds_total", reason="late") is None
+    page.metrics.describe([], "tiny", "1234")
+    assert {page.read("sheds_total", reason=reason) for reason in ("late", "not_ready", "no_time", "backlog")} == {0}
+
+
+def test_the_age_of_the_profile_and_the_best_accuracy_are_unknown_until_told(page: Page) -> None:
+    assert math.isnan(page.read("profile_timestamp_seconds") or 0)
+    page.metrics.profiled(datetime(2026, 1, 2, tzinfo=UTC), None)
+    assert page.read("profile_timestamp_seconds") == 1767312000
+    assert math.isnan(page.read("best_accuracy_ratio") or 0)
+    page.metrics.profiled(datetime(2026, 1, 2, tzinfo=UTC), 0.9)
+    assert page.read("best_accuracy_ratio") == 0.9
 
 
 @pytest.mark.parametrize("outcome", ["overloaded", "deadline_exceeded", "model_error", "internal_error"])

@@ -266,11 +266,10 @@ async def test_what_cannot_be_answered_in_time_is_refused_before_its_body_is_rea
     async with running(parts, profiles, seconds=(1.0, 1.2), clock=lambda: 5.0) as pipeline:
         admitted = asyncio.create_task(pipeline.classify(two_bytes, request))
         await asyncio.to_thread(parts.running.wait, 10)
-        with pytest.raises(
-            OverloadedError
-        ) as caught:  # the batch that runs ends after 1 s, this would after 2, and 3 ms are the socket's
+        # The batch that runs ends after 1 s, this would after 2, and 3 ms are the socket's.
+        with pytest.raises(OverloadedError) as caught:
             await pipeline.classify(never, request)
-        assert caught.value.details == {"retry_after_s": 0.253}
+        assert caught.value.details == {"reason": "backlog", "retry_after_s": 0.253}
         parts.model_gate.set()
         await admitted
     assert parts.count("requests_total", outcome="overloaded") == 1
