@@ -33,7 +33,8 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 def process_registry() -> CollectorRegistry:
     """Make a registry that already tells of the process: memory, CPU time, garbage collection, Python's version."""
-    disable_created_metrics()  # type: ignore[no-untyped-call] #  a second series beside each counter, which Prometheus itself does not need
+    # They are a second series beside each counter, which Prometheus itself has no use for.
+    disable_created_metrics()  # type: ignore[no-untyped-call] # it has no annotations
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)

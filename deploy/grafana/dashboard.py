@@ -1,0 +1,322 @@
+"""Builds the dashboard: `python deploy/grafana/dashboard.py` writes dashboards/supervit.json anew.
+
+Four rows, from what operators promise to what they have: the promise, the choice, the load, the machine.
+"""
+
+from pathlib import Path
+
+from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, timeseries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import common as options
+from grafana_foundation_sdk.models import dashboard as models
+
+OUTPUT = Path(__file__).with_name("dashboards") / "supervit.json"
+SOURCE = models.DataSourceRef(type_val="prometheus", uid="prometheus")
+WHOLE, HALF, QUARTER = 24, 12, 6  # of Grafana's 24 columns
+
+ONES = '{job=~"$job", instance=~"$instance"}'
+RATE = "[$__rate_interval]"
+
+
+def rate(metric: str, *labels: str, by: str = "") -> str:
+    """Write the summed rate of a counter."""
+    chosen = ", ".join(['job=~"$job"', 'instance=~"$instance"', *labels])
+    return f"sum{f' by ({by})' if by else ''} (rate({metric}{{{chosen}}}{RATE}))"
+
+
+def quantile(share: float, histogram: str, by: str = "") -> str:
+    """Write a quantile over all servers."""
+    return f"histogram_quantile({share}, {rate(f'{histogram}_bucket', by=f'le, {by}' if by else 'le')})"
+
+
+MET, ALL = rate("supervit_deadlines_total", 'result="met"'), rate("supervit_deadlines_total")
+ANSWERS = rate("supervit_requests_total", 'outcome="ok"')
+ATTAINMENT = f"{MET} / {ALL}"
+ACCURACY = f"{rate('supervit_expected_accuracy_total')} / {ANSWERS}"
+GIVEN_UP = f"{rate('supervit_accuracy_given_up_total')} / {ANSWERS}"
+
+
+def query(expression: str, legend: str) -> prometheus.Dataquery:
+    """Make a range query."""
+    return prometheus.Dataquery().expr(expression).legend_format(legend).range()
+
+
+def number(title: str, description: str, unit: str, expression: str, decimals: int = 1) -> stat.Panel:
+    """Make a panel of one number, that of this moment."""
+    return (
+        stat.Panel()
+        .title(title)
+        .description(description)
+        .datasource(SOURCE)
+        .unit(unit)
+        .decimals(decimals)
+        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+        .span(QUARTER)
+        .height(4)
+        .with_target(query(expression, title))
+    )
+
+
+def lines(
+    title: str, description: str, unit: str, queries: dict[str, str], *, stacked: bool = False, span: int = HALF
+) -> timeseries.Panel:
+    """Make a panel of lines over time, from expressions by their legend."""
+    panel = (
+        timeseries.Panel()
+        .title(title)
+        .description(description)
+        .datasource(SOURCE)
+        .unit(unit)
+        .min(0)
+        .span(span)
+        .height(8)
+        .show_points(options.VisibilityMode.NEVER)
+        .legend(
+            common.VizLegendOptions()
+            .display_mode(options.LegendDisplayMode.TABLE)
+            .placement(options.LegendPlacement.RIGHT)
+            .show_legend(True)
+            .calcs(["lastNotNull"])
+        )
+        .tooltip(common.VizTooltipOptions().mode(options.TooltipDisplayMode.MULTI))
+    )
+    if stacked:
+        panel = panel.stacking(common.StackingConfig().mode(options.StackingMode.NORMAL)).fill_opacity(40)
+    for letter, (legend, expression) in zip("ABCDEFGH", queries.items(), strict=False):
+        panel = panel.with_target(query(expression, legend).ref_id(letter))
+    return panel
+
+
+def variable(name: str, label: str, of: str) -> dashboard.QueryVariable:
+    """Make a menu of the values of a label, all of them chosen at first."""
+    return (
+        dashboard.QueryVariable(name)
+        .label(label)
+        .datasource(SOURCE)
+        .query(f"label_values({of}, {name})")
+        .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .multi(True)
+        .include_all(True)
+        .all_value(".+")
+    )
+
+
+def build() -> dashboard.Dashboard:
+    """Put the four rows together."""
+    return (
+        dashboard.Dashboard("SuperViT Serve")
+        .uid("supervit")
+        .tags(["supervit"])
+        .refresh("5s")
+        .time("now-15m", "now")
+        .timezone("browser")
+        .tooltip(models.DashboardCursorSync.CROSSHAIR)
+        .with_variable(variable("job", "Service", "supervit_ready"))
+        .with_variable(variable("instance", "Server", 'supervit_ready{job=~"$job"}'))
+        .with_row(dashboard.Row("The promise: is everybody answered in time?"))
+        .with_panel(
+            number(
+                "Answered in time",
+                "Share of all requests that were answered before their deadline; those turned away count as missed.",
+                "percentunit",
+                ATTAINMENT,
+                2,
+            )
+        )
+        .with_panel(
+            number(
+                "Accuracy of the answers",
+                "Top-1 accuracy that the sub-networks which answered have on their test images, averaged over answers.",
+                "percentunit",
+                ACCURACY,
+                2,
+            )
+        )
+        .with_panel(
+            number(
+                "Accuracy given up",
+                "What the most accurate sub-network would have had more. Small budgets give it up by choice, load by "
+                "need: if it is the load, more hardware would buy this back.",
+                "percentunit",
+                GIVEN_UP,
+                2,
+            )
+        )
+        .with_panel(
+            number(
+                "Servers that are ready",
+                "Servers that welcome requests: warmed up, profiled, not stopping.",
+                "short",
+                f"sum(supervit_ready{ONES})",
+                0,
+            )
+        )
+        .with_panel(
+            lines(
+                "Outcomes",
+                "Requests per second by what became of them: ok, or the code of the error that was answered.",
+                "reqps",
+                {"{{outcome}}": rate("supervit_requests_total", by="outcome")},
+                stacked=True,
+            )
+        )
+        .with_panel(
+            lines(
+                "Time to the answer",
+                "From a request's arrival to its finished answer, over those answered. Budgets are used: under load "
+                "the server takes the time it is given.",
+                "s",
+                {
+                    f"{100 * share:g} %": quantile(share, "supervit_request_duration_seconds")
+                    for share in (0.5, 0.95, 0.99)
+                },
+            )
+        )
+        .with_row(dashboard.Row("The choice: what is given up, and why?"))
+        .with_panel(
+            lines(
+                "Accuracy",
+                "Of the answers, and of the most accurate sub-network; what lies between is given up.",
+                "percentunit",
+                {"of the answers": ACCURACY, "best": f"max(supervit_best_accuracy_ratio{ONES})"},
+            )
+        )
+        .with_panel(
+            lines(
+                "Sub-networks",
+                "Answers per second by the sub-network that ran: patch grid and keep rate.",
+                "reqps",
+                {
+                    "{{patch_grid}} at {{keep_rate}}": rate(
+                        "supervit_subnetwork_requests_total", by="patch_grid, keep_rate"
+                    )
+                    + " > 0"
+                },
+                stacked=True,
+            )
+        )
+        .with_panel(
+            lines(
+                "Compute",
+                "Billions of multiply-accumulates per second: spent on answers, and what the most accurate sub-network "
+                "would have cost more.",
+                "short",
+                {"spent": rate("supervit_spent_gflops_total"), "saved": rate("supervit_saved_gflops_total")},
+                stacked=True,
+            )
+        )
+        .with_panel(
+            lines(
+                "Turned away",
+                "Requests per second without an answer, by reason. no_time: the budget is shorter than an answer takes "
+                "now; backlog: what waits leaves no time; given_up: for the sake of others; late: admitted, then too "
+                "late; full: as many in the server as may be; not_ready: warming up or stopping.",
+                "reqps",
+                {"{{reason}}": rate("supervit_sheds_total", by="reason")},
+                stacked=True,
+            )
+        )
+        .with_row(dashboard.Row("The load: what arrives, and where does it wait?"))
+        .with_panel(
+            lines(
+                "Requests in the server",
+                "In flight: from arrival to answer. Waiting: decoded, in line for the engine.",
+                "short",
+                {
+                    "in flight": f"sum(supervit_requests_in_flight{ONES})",
+                    "waiting": f"sum(supervit_waiting_requests{ONES})",
+                },
+            )
+        )
+        .with_panel(
+            lines(
+                "Time by stage",
+                "Mean of answered requests: decoding the image, waiting in line, in the engine.",
+                "s",
+                {
+                    "{{stage}}": f"{rate('supervit_stage_duration_seconds_sum', by='stage')} / "
+                    f"{rate('supervit_stage_duration_seconds_count', by='stage')}"
+                },
+                stacked=True,
+            )
+        )
+        .with_panel(
+            lines(
+                "Batch size",
+                "Images that run together: the mean, and the size that 95 % of the batches stay within.",
+                "short",
+                {
+                    "mean": f"{rate('supervit_batch_size_images_sum')} / {rate('supervit_batch_size_images_count')}",
+                    "95 %": quantile(0.95, "supervit_batch_size_images"),
+                },
+            )
+        )
+        .with_panel(
+            lines(
+                "Time of a batch",
+                "Mean time in the engine, and what the policy had expected of those very batches.",
+                "s",
+                {
+                    "took": f"{rate('supervit_batch_duration_seconds_sum')} / "
+                    f"{rate('supervit_batch_duration_seconds_count')}",
+                    "expected": f"{rate('supervit_predicted_inference_seconds_total')} / "
+                    f"{rate('supervit_batch_duration_seconds_count')}",
+                },
+            )
+        )
+        .with_row(dashboard.Row("The machine: what is there, and who uses it?"))
+        .with_panel(
+            lines(
+                "Utilization",
+                "Share of the usable cores, by this server and by other processes, and of the GPU where there is one.",
+                "percentunit",
+                {
+                    "CPU, {{by}}, {{instance}}": f"supervit_cpu_utilization_ratio{ONES}",
+                    "GPU {{gpu}}, {{instance}}": f"supervit_gpu_utilization_ratio{ONES}",
+                },
+            )
+        )
+        .with_panel(
+            lines(
+                "Pressure",
+                "Share of the time in which some process of the machine had to wait for the resource (Linux PSI).",
+                "percentunit",
+                {"{{resource}}, {{instance}}": f"supervit_pressure_ratio{ONES}"},
+            )
+        )
+        .with_panel(
+            lines(
+                "Slowdown and prudence",
+                "Slowdown: how many times slower batches are than in the profile. Prudence: by how much more the "
+                "levels above the cheapest count, because requests were missed of late.",
+                "short",
+                {
+                    "slowdown, {{instance}}": f"supervit_slowdown_ratio{ONES}",
+                    "prudence, {{instance}}": f"supervit_prudence_ratio{ONES}",
+                },
+            )
+        )
+        .with_panel(
+            lines(
+                "Memory",
+                "Resident memory of the server's process.",
+                "bytes",
+                {"{{instance}}": f"process_resident_memory_bytes{ONES}"},
+                span=QUARTER,
+            )
+        )
+        .with_panel(
+            lines(
+                "Age of the profile",
+                "Time since the latencies that the policy works with were measured on this machine.",
+                "s",
+                {"{{instance}}": f"time() - supervit_profile_timestamp_seconds{ONES}"},
+                span=QUARTER,
+            )
+        )
+    )
+
+
+if __name__ == "__main__":
+    OUTPUT.parent.mkdir(exist_ok=True)
+    OUTPUT.write_text(JSONEncoder(sort_keys=True, indent=2).encode(build().build()) + "\n")

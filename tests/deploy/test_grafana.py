@@ -1,0 +1,68 @@
+"""The dashboard that ships is the one that its builder builds, and it is provisioned without a click."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+GRAFANA = Path(__file__).parents[2] / "deploy" / "grafana"
+
+
+@pytest.fixture(scope="module")
+def builder() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("dashboard", GRAFANA / "dashboard.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def dashboard() -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((GRAFANA / "dashboards" / "supervit.json").read_text())
+    return read
+
+
+def test_the_dashboard_is_what_its_builder_builds(builder: ModuleType, dashboard: dict[str, Any]) -> None:
+    assert json.loads(builder.JSONEncoder().encode(builder.build().build())) == dashboard
+
+
+def test_every_panel_has_a_title_a_unit_a_description_and_a_place_of_its_own(dashboard: dict[str, Any]) -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+        if panel["type"] != "row":
+            assert panel["title"]
+            assert panel["description"].endswith(".")
+            assert panel["fieldConfig"]["defaults"]["unit"]
+            assert all(target["legendFormat"] for target in panel["targets"])
+
+
+def test_there_are_four_rows(dashboard: dict[str, Any]) -> None:
+    rows = [panel["title"].split(":")[0] for panel in dashboard["panels"] if panel["type"] == "row"]
+    assert rows == ["The promise", "The choice", "The load", "The machine"]
+
+
+def test_source_and_dashboard_are_provisioned_under_the_names_that_the_panels_use(dashboard: dict[str, Any]) -> None:
+    source, *others = yaml.safe_load((GRAFANA / "provisioning" / "datasources" / "prometheus.yml").read_text())[
+        "datasources"
+    ]
+    assert not others
+    asked = [panel["datasource"] for panel in dashboard["panels"] if panel["type"] != "row"]
+    asked += [menu["datasource"] for menu in dashboard["templating"]["list"]]
+    assert all(one == {"type": source["type"], "uid": source["uid"]} for one in asked)
+    (provider,) = yaml.safe_load((GRAFANA / "provisioning" / "dashboards" / "supervit.yml").read_text())["providers"]
+    assert provider["options"]["path"] == "/var/lib/grafana/dashboards"
