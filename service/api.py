@@ -77,6 +77,19 @@ class Api:
         if path == CLASSIFY_PATH:
             self.metrics.request_refused(code)
 
+    def report(self) -> None:
+        """Record the machine's state and the line's, for whoever reads the metrics next."""
+        if self.serving is not None:
+            line = self.serving.line
+            situation = line.situation(self.clock())
+            self.metrics.machine(self.monitor.latest, len(line), situation.slowdown, situation.prudence)
+
+    async def report_regularly(self, interval_s: float) -> None:
+        """Report until cancelled: where there are several workers, only one of them is asked for the metrics."""
+        while True:
+            await asyncio.sleep(interval_s)
+            self.report()
+
     def drain(self) -> None:
         """Refuse newcomers from now on."""
         if self.serving is not None:
@@ -214,10 +227,7 @@ def build_router(api: Api, classify: Handle) -> APIRouter:
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Give all metrics in the Prometheus text format."""
-        if api.serving is not None:
-            line = api.serving.line
-            situation = line.situation(api.clock())
-            api.metrics.machine(api.monitor.latest, len(line), situation.slowdown, situation.prudence)
+        api.report()
         return Response(api.metrics.page(), media_type=CONTENT_TYPE)
 
     return router

@@ -29,13 +29,13 @@ from service.http_errors import ErrorAnswers
 from service.images import decode_image
 from service.line import Line
 from service.menu import Menu
-from service.metrics import Metrics, process_registry
+from service.metrics import SHARED_FOLDER_VARIABLE, Metrics, process_registry
 from service.monitor import Monitor
 from service.pacer import Pacer
 from service.pipeline import Pipeline
 from service.profiler import Measurement, load_or_measure, rehearse
 from service.schemas import describe_family
-from service.settings import Settings
+from service.settings import Settings, environment_variable
 from service.shortcut import Shortcut
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def create_app(
     engine = engine or make_engine(settings.engine, checkpoint.model, settings.device, threads)
     profiles = extended_profile(checkpoint)
     make_policy(settings.policy, Menu.of(profiles, nominal_latencies(profiles)), 1)  # a wrong name fails at once
-    metrics = Metrics(process_registry())
+    metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
     metrics.describe(list(profiles.by_subnetwork), checkpoint.name, checkpoint.version)
     api = Api(checkpoint, metrics, monitor, settings.max_body_bytes, settings.max_upload_s)
     service = _Service(settings, checkpoint, engine, latencies, api, threads)
@@ -78,15 +78,21 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         watching = asyncio.create_task(monitor.run(settings.monitor_interval_s))
+        reporting = asyncio.create_task(api.report_regularly(settings.monitor_interval_s))
         serving = asyncio.create_task(service.serve())
         serving.add_done_callback(on_end)
         logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
         try:
+            if settings.fd is not None:  # others serve on that socket: take no connection from them before its time
+                waiting = asyncio.create_task(service.is_serving.wait())
+                await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
+                waiting.cancel()
             yield
         finally:
             service.stop()
             await asyncio.wait((serving,))
             watching.cancel()
+            reporting.cancel()
             monitor.close()
 
     def on_end(task: asyncio.Task[None]) -> None:
@@ -96,7 +102,7 @@ def create_app(
             on_failure()
 
     app = FastAPI(title="SuperViT Serve", version=version("supervit-serve"), lifespan=lifespan, redoc_url=None)
-    app.state.drain = api.drain
+    app.state.drain = service.drain
     classify, errors = make_classify(api), ErrorAnswers(settings.max_body_bytes, api.count_refusal)
     app.include_router(build_router(api, classify))
     app.add_middleware(Shortcut, path=CLASSIFY_PATH, handle=errors.around(classify))
@@ -159,6 +165,7 @@ class _Service:
         self._decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._stopping = threading.Event()
         self._batcher: Batcher | None = None
+        self.is_serving = asyncio.Event()
 
     async def serve(self) -> None:
         """Warm up, learn the latencies, and run batches until `stop` is called and everyone admitted has an answer."""
@@ -168,12 +175,19 @@ class _Service:
             )
             if not self._stopping.is_set():
                 self._batcher = self._assemble(latencies, measured_at)
+                self.is_serving.set()
                 await self._batcher.serve()
         except NotReadyError:
             logger.info("stopped before the first request")
         finally:
             self._engine_thread.shutdown()
             self._decode_threads.shutdown()
+
+    def drain(self) -> None:
+        """Refuse newcomers; where the preparation is not over, give it up."""
+        self._api.drain()
+        if self._batcher is None:
+            self._stopping.set()
 
     def stop(self) -> None:
         """Refuse newcomers; let `serve` end."""

@@ -5,6 +5,8 @@ import importlib
 import logging
 import math
 import os
+import signal
+import socket
 import statistics
 import sys
 import threading
@@ -29,8 +31,9 @@ from service.engines import make_engine
 from service.errors import ServiceError
 from service.monitor import Monitor
 from service.profiler import Measurement
-from service.settings import Settings, unknown_variables
+from service.settings import Settings, unknown_variables, worker_environment
 from service.sizing import Simulate, simulate
+from service.workers import Supervisor, listen, split_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +139,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def supervise(settings: Settings) -> None:
+    """Serve with several workers until SIGTERM or Ctrl-C."""
+    load_checkpoint(settings.checkpoint)  # what is wrong with it is said once
+    try:
+        shares = split_cpus(sorted(os.sched_getaffinity(0)), settings.workers)
+        opened = listen(settings.host, settings.port)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(f"{settings.host} port {settings.port} cannot be listened on: {error.strerror}") from error
+    with opened:
+        command = [sys.executable, "-m", "service.cli", "serve"]
+        supervisor = Supervisor(command, worker_environment(settings, opened.fileno()), shares, opened)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, supervisor.stop)
+        logger.info("%d workers listen on %s port %d", settings.workers, *opened.getsockname()[:2])
+        if not supervisor.run():
+            raise CommandError("a worker failed at its start; the log says why")
+
+
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C; those admitted are answered before the server leaves."""
     failed = threading.Event()
@@ -144,8 +167,11 @@ def serve(settings: Settings) -> None:
         failed.set()
         server.should_exit = True
 
-    app = create_app(settings, load_checkpoint(settings.checkpoint), on_failure=stop)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if settings.workers > 1:
+        supervise(settings)
+        return
+    app = create_app(settings, load_checkpoint(settings.checkpoint), on_failure=stop)
     for name in unknown_variables():
         logger.warning("the environment variable %s is no setting of this server", name)
     config = uvicorn.Config(
@@ -164,7 +190,7 @@ def serve(settings: Settings) -> None:
     gc.collect()
     gc.freeze()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    server.run()
+    server.run(None if settings.fd is None else [socket.socket(fileno=settings.fd)])
     if failed.is_set():
         raise CommandError("the model cannot run; the log says why")
     if not server.started:

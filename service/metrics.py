@@ -1,4 +1,8 @@
-"""Every Prometheus metric of the server, declared once on an injected registry."""
+"""Every Prometheus metric of the server, declared once on an injected registry.
+
+Workers of one server share a folder in which prometheus_client keeps the counts of each; whichever is asked for its
+page then answers for all of them.
+"""
 
 import math
 from datetime import datetime
@@ -14,6 +18,7 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
+    multiprocess,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -31,6 +36,10 @@ SHED_REASONS = {DeadlineError.code: "late", NotReadyError.code: "not_ready"}
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
+# Where prometheus_client looks for the shared folder, the moment it is imported.
+SHARED_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+
 def process_registry() -> CollectorRegistry:
     """Make a registry that already tells of the process: memory, CPU time, garbage collection, Python's version."""
     # They are a second series beside each counter, which Prometheus itself has no use for.
@@ -41,11 +50,23 @@ def process_registry() -> CollectorRegistry:
     return registry
 
 
+def forget_worker(pid: int, folder: str) -> None:
+    """Forget what a worker that has ended last said of itself; what it counted stays counted."""
+    multiprocess.mark_process_dead(pid, folder)  # type: ignore[no-untyped-call] # it has no annotations
+
+
 class Metrics:
     """What the server counts and times."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, shared_folder: str | None = None) -> None:
+        """Declare every metric.
+
+        Args:
+            registry: where.
+            shared_folder: where the workers of this server keep their counts; None where this process is alone.
+        """
         self._registry = registry
+        self._shared_folder = shared_folder
         self._requests = Counter(
             "supervit_requests",
             "Classification requests by outcome: ok or an error code; client_gone where nobody waited for the answer.",
@@ -125,45 +146,79 @@ class Metrics:
             registry=registry,
         )
         self._in_flight = Gauge(
-            "supervit_requests_in_flight", "Classification requests being worked on.", registry=registry
+            "supervit_requests_in_flight",
+            "Classification requests being worked on.",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
-        self._waiting = Gauge("supervit_waiting_requests", "Requests that wait for the engine.", registry=registry)
+        self._waiting = Gauge(
+            "supervit_waiting_requests",
+            "Requests that wait for the engine.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self._slowdown = Gauge(
-            "supervit_slowdown_ratio", "Latency of batches now over that of the profile.", registry=registry
+            "supervit_slowdown_ratio",
+            "Latency of batches now over that of the profile.",
+            registry=registry,
+            multiprocess_mode="liveall",
         )
         self._prudence = Gauge(
             "supervit_prudence_ratio",
             "Factor on the times of all sub-networks but the cheapest, because requests were missed of late.",
             registry=registry,
+            multiprocess_mode="liveall",
         )
         self._cpu = Gauge(
             "supervit_cpu_utilization_ratio",
             "Fraction of the usable cores in use over the last interval, by whom.",
             ["by"],
             registry=registry,
+            multiprocess_mode="liveall",
         )
         self._pressure = Gauge(
             "supervit_pressure_ratio",
             "Share of the last interval in which some task waited for the resource.",
             ["resource"],
             registry=registry,
+            multiprocess_mode="livemostrecent",
         )
         self._gpu = Gauge(
-            "supervit_gpu_utilization_ratio", "Fraction of time in which the GPU was busy.", ["gpu"], registry=registry
+            "supervit_gpu_utilization_ratio",
+            "Fraction of time in which the GPU was busy.",
+            ["gpu"],
+            registry=registry,
+            multiprocess_mode="livemostrecent",
+        )
+        self._memory = Gauge(
+            "supervit_resident_memory_bytes",
+            "Memory that the server holds, shared pages included.",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self._profiled_at = Gauge(
             "supervit_profile_timestamp_seconds",
             "When the latencies that the policy works with were measured on this machine, in Unix time.",
             registry=registry,
+            multiprocess_mode="livemostrecent",
         )
         self._best_accuracy = Gauge(
-            "supervit_best_accuracy_ratio", "Top-1 accuracy of the most accurate sub-network, 0..1.", registry=registry
+            "supervit_best_accuracy_ratio",
+            "Top-1 accuracy of the most accurate sub-network, 0..1.",
+            registry=registry,
+            multiprocess_mode="livemostrecent",
         )
         for unknown in (self._profiled_at, self._best_accuracy):
             unknown.set(math.nan)
-        self._ready = Gauge("supervit_ready", "1 while requests are welcome.", registry=registry)
+        self._ready = Gauge(
+            "supervit_ready", "1 while requests are welcome.", registry=registry, multiprocess_mode="livemin"
+        )
         self._model = Gauge(
-            "supervit_model_info", "The served checkpoint; always 1.", ["name", "version"], registry=registry
+            "supervit_model_info",
+            "The served checkpoint; always 1.",
+            ["name", "version"],
+            registry=registry,
+            multiprocess_mode="max",
         )
 
     def describe(self, subnetworks: list[SubNetwork], name: str, version: str) -> None:
@@ -233,6 +288,7 @@ class Metrics:
             (self._cpu.labels("others"), others),
             (self._pressure.labels("cpu"), snapshot.cpu_pressure),
             (self._pressure.labels("memory"), snapshot.memory_pressure),
+            (self._memory, snapshot.process_rss_bytes),
             *((self._gpu.labels(gpu.index), gpu.utilization) for gpu in snapshot.gpus),
         ]
         for gauge, value in gauges:
@@ -245,4 +301,8 @@ class Metrics:
 
     def page(self) -> bytes:
         """Return all metrics in the Prometheus text format."""
-        return generate_latest(self._registry)
+        if self._shared_folder is None:
+            return generate_latest(self._registry)
+        everyones = CollectorRegistry()
+        multiprocess.MultiProcessCollector(everyones, self._shared_folder)  # type: ignore[no-untyped-call] # as above
+        return generate_latest(everyones)

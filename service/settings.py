@@ -20,6 +20,8 @@ class Settings(BaseSettings):
     checkpoint: Path = Field(DEFAULT_CHECKPOINT, description="SuperViT checkpoint to serve; ours or a published one")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 for any free one")
+    fd: int | None = Field(None, ge=0, description="inherited listening socket to serve on instead of host and port")
+    workers: int = Field(1, ge=1, description="servers behind the one port, each on a share of the cores")
     engine: Literal["auto", "torch", "openvino"] = Field(
         "auto", description="what runs the model; auto takes OpenVINO on a CPU and PyTorch on a GPU"
     )
@@ -46,6 +48,18 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least serious log lines shown; debug has a line per request"
     )
+
+
+def worker_environment(settings: Settings, fd: int) -> dict[str, str]:
+    """Make the environment in which `supervit serve` is a single server of these settings on an inherited socket."""
+    given = settings.model_dump(exclude_unset=True, exclude_none=True, mode="json") | {"workers": 1, "fd": fd}
+    prefix = Settings.model_config["env_prefix"]
+    return {**os.environ, **{f"{prefix}{name.upper()}": str(value) for name, value in given.items()}}
+
+
+def environment_variable(name: str) -> str | None:
+    """Read a variable that is no knob of ours."""
+    return os.environ.get(name)
 
 
 def unknown_variables() -> list[str]:

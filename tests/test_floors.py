@@ -43,6 +43,7 @@ FLOORS = {
     "service.simulator": 6,
     "service.engines": 4,
     "service.http_errors": 3,
+    "service.workers": 2,
     "service.shortcut": 2,
     "service.schemas": 2,
     "service.line": 4,

@@ -271,7 +271,7 @@ def build() -> dashboard.Dashboard:
                 "Share of the usable cores, by this server and by other processes, and of the GPU where there is one.",
                 "percentunit",
                 {
-                    "CPU, {{by}}, {{instance}}": f"supervit_cpu_utilization_ratio{ONES}",
+                    "CPU, {{by}}, {{instance}} {{pid}}": f"supervit_cpu_utilization_ratio{ONES}",
                     "GPU {{gpu}}, {{instance}}": f"supervit_gpu_utilization_ratio{ONES}",
                 },
             )
@@ -291,17 +291,17 @@ def build() -> dashboard.Dashboard:
                 "levels above the cheapest count, because requests were missed of late.",
                 "short",
                 {
-                    "slowdown, {{instance}}": f"supervit_slowdown_ratio{ONES}",
-                    "prudence, {{instance}}": f"supervit_prudence_ratio{ONES}",
+                    "slowdown, {{instance}} {{pid}}": f"supervit_slowdown_ratio{ONES}",
+                    "prudence, {{instance}} {{pid}}": f"supervit_prudence_ratio{ONES}",
                 },
             )
         )
         .with_panel(
             lines(
                 "Memory",
-                "Resident memory of the server's process.",
+                "Memory that the server holds.",
                 "bytes",
-                {"{{instance}}": f"process_resident_memory_bytes{ONES}"},
+                {"{{instance}}": f"supervit_resident_memory_bytes{ONES}"},
                 span=QUARTER,
             )
         )

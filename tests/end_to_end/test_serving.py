@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from PIL import Image
 
@@ -47,10 +48,10 @@ def profile_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def start(port: int, log: Path) -> subprocess.Popen[bytes]:
+def start(port: int, log: Path, *options: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "SUPERVIT_PORT": str(port)}
     with log.open("wb") as output:
-        return subprocess.Popen([*COMMAND, "serve"], stdout=output, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen([*COMMAND, "serve", *options], stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -187,6 +188,48 @@ def test_a_stopping_server_answers_those_it_has_admitted(tmp_path: Path) -> None
         connection.sendall(body[100:])
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
     assert process.wait(20) == -signal.SIGTERM
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker needs a core of its own")
+def test_workers_share_a_port_and_their_counts_and_one_that_is_killed_is_replaced(tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    url = f"http://127.0.0.1:{port}"
+    process = start(port, log, "--workers", "2", "--max-batch-size", "2")
+    try:
+        wait_until_ready(process, url, log)
+
+        def read(name: str) -> list[float]:
+            page = httpx.get(f"{url}/metrics").text
+            return [float(line.split()[-1]) for line in page.splitlines() if line.startswith(name)]
+
+        def workers() -> set[int]:
+            return {child.pid for child in psutil.Process(process.pid).children()}
+
+        def ask(_: int) -> int:
+            return httpx.post(f"{url}/classify", content=picture(3)).status_code  # each on a connection of its own
+
+        with ThreadPoolExecutor(4) as clients:
+            assert set(clients.map(ask, range(40))) == {200}
+        assert read('supervit_requests_total{outcome="ok"}') == [40]
+        deadline = time.monotonic() + START_LIMIT_S
+        while len(read("supervit_slowdown_ratio{")) < 2:  # the second one is still getting ready
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        before = workers()
+        assert len(before) == 2
+        time.sleep(max(0.0, 10 - (time.time() - min(psutil.Process(pid).create_time() for pid in before))))
+        killed = min(before)
+        os.kill(killed, signal.SIGKILL)
+        while killed in workers() or len(workers()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert [ask(index) for index in range(5)] == [200] * 5
+        assert read('supervit_requests_total{outcome="ok"}') == [45]
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0, log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not [pid for pid in before if psutil.pid_exists(pid)]
 
 
 def test_the_default_checkpoint_is_as_good_as_its_card_says() -> None:

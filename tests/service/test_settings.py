@@ -1,7 +1,9 @@
+import os
+
 import pytest
 from pydantic import ValidationError
 
-from service.settings import DEFAULT_CHECKPOINT, Settings, unknown_variables
+from service.settings import DEFAULT_CHECKPOINT, Settings, unknown_variables, worker_environment
 
 
 def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -9,6 +11,8 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "checkpoint": "/models/a.pth",
         "host": "0.0.0.0",
         "port": "80",
+        "fd": "3",
+        "workers": "2",
         "device": "cuda:1",
         "max_batch_size": "3",
         "max_in_flight": "4",
@@ -54,3 +58,14 @@ def test_a_variable_that_is_no_knob_is_found(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("SUPERVIT_PORT", "80")
     monkeypatch.setenv("SUPERVIT_MAX_WAITNG", "4")
     assert unknown_variables() == ["SUPERVIT_MAX_WAITNG"]
+
+
+def test_a_worker_gets_the_settings_that_were_given_and_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUPERVIT_MAX_BATCH_SIZE", "4")
+    given = Settings(workers=3, port=8123, max_utilization=0.5)
+    environment = worker_environment(given, 7)
+    assert environment["PATH"] == os.environ["PATH"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        assert Settings() == given.model_copy(update={"workers": 1, "fd": 7})

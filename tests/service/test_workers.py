@@ -1,0 +1,138 @@
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from service import workers
+from service.workers import Supervisor, listen, split_cpus
+
+# Writes which CPUs it may use and where its counts go, answers one connection after another with its number.
+WORKER = """
+import json, os, pathlib, signal, socket, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+told = {"cpus": sorted(os.sched_getaffinity(0)), "folder": os.environ["PROMETHEUS_MULTIPROC_DIR"]}
+pathlib.Path(sys.argv[1], str(os.getpid())).write_text(json.dumps(told))
+listening = socket.socket(fileno=int(sys.argv[2]))
+while True:
+    connection, _ = listening.accept()
+    connection.sendall(str(os.getpid()).encode())
+    connection.close()
+"""
+
+
+def test_cpus_are_shared_out_to_neighbours_as_evenly_as_can_be() -> None:
+    assert split_cpus([0, 1, 2, 3], 2) == [{0, 1}, {2, 3}]
+    assert split_cpus([7, 3, 5, 4, 8], 2) == [{3, 4}, {5, 7, 8}]
+    assert split_cpus([0, 1, 2], 3) == [{0}, {1}, {2}]
+    assert split_cpus([4], 1) == [{4}]
+
+
+def test_a_worker_without_a_core_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 workers need a core each, and there are 2"):
+        split_cpus([0, 1], 3)
+
+
+@pytest.fixture
+def opened() -> Iterator[socket.socket]:
+    with listen("127.0.0.1", 0) as opened:
+        yield opened
+
+
+@pytest.fixture
+def supervise(
+    tmp_path: Path, opened: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[Supervisor, threading.Thread, list[bool]]]]:
+    """Start supervisors in threads of their own; stop them in the end."""
+    monkeypatch.setattr(workers, "WATCH_INTERVAL_S", 0.02)
+    started: list[tuple[Supervisor, threading.Thread]] = []
+
+    def supervise(script: str, count: int = 1) -> tuple[Supervisor, threading.Thread, list[bool]]:
+        command = [sys.executable, "-c", script, str(tmp_path), str(opened.fileno())]
+        cpus = sorted(os.sched_getaffinity(0))
+        shares = [{cpus[index % len(cpus)]} for index in range(count)]
+        environment: Mapping[str, str] = os.environ
+        supervisor, ended = Supervisor(command, environment, shares, opened), list[bool]()
+        thread = threading.Thread(target=lambda: ended.append(supervisor.run()))
+        thread.start()
+        started.append((supervisor, thread))
+        return supervisor, thread, ended
+
+    yield supervise
+    for supervisor, thread in started:
+        supervisor.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def who_answers(opened: socket.socket) -> int:
+    with socket.create_connection(opened.getsockname(), timeout=10) as connection:
+        return int(connection.recv(100))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_workers_share_the_socket_and_a_folder_and_have_cores_of_their_own(
+    tmp_path: Path,
+    opened: socket.socket,
+    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
+) -> None:
+    before = os.sched_getaffinity(0)
+    supervisor, thread, ended = supervise(WORKER, 2)
+    until(lambda: len([file for file in tmp_path.iterdir() if file.stat().st_size]) == 2)
+    told = [eval(file.read_text()) for file in tmp_path.iterdir()]  # noqa: S307 - our own words
+    assert sorted(cpu for each in told for cpu in each["cpus"]) == sorted(
+        sorted(before)[index % len(before)] for index in range(2)
+    )
+    (folder,) = {each["folder"] for each in told}
+    assert Path(folder).is_dir()
+    assert str(who_answers(opened)) in {file.name for file in tmp_path.iterdir()}
+    assert os.sched_getaffinity(0) == before
+    supervisor.stop()
+    thread.join(10)
+    assert ended == [True]
+    assert not Path(folder).exists()
+
+
+def test_a_worker_that_is_killed_is_replaced_and_forgotten(
+    opened: socket.socket,
+    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forgotten: list[int] = []
+    monkeypatch.setattr(workers, "REPLACEMENT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(workers, "forget_worker", lambda pid, _: forgotten.append(pid))
+    supervise(WORKER)
+    first = who_answers(opened)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: forgotten == [first])
+    assert who_answers(opened) != first
+
+
+def test_a_worker_that_crashes_at_once_is_not_started_over_and_over(
+    tmp_path: Path, supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]]
+) -> None:
+    crash = "import os, pathlib, sys; pathlib.Path(sys.argv[1], str(os.getpid())).touch(); os.abort()"
+    supervise(crash)
+    until(lambda: len(list(tmp_path.iterdir())) == 1)
+    time.sleep(0.3)  # a dozen looks
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("status", [1, 2])
+def test_a_failure_that_the_command_itself_tells_ends_everything(
+    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]], status: int
+) -> None:
+    _, thread, ended = supervise(f"import os, sys, time; sys.exit({status})", 2)
+    thread.join(10)
+    assert ended == [False]
