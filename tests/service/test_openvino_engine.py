@@ -1,5 +1,9 @@
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,3 +143,11 @@ def test_torch_keeps_its_own_threads_out_of_the_way(model: SuperViT) -> None:
     torch.set_num_threads(2)
     OpenVINOEngine(model, threads=1)
     assert torch.get_num_threads() == 1
+
+
+def test_openvino_neither_reports_its_use_nor_writes_into_the_home_folder(tmp_path: Path) -> None:
+    script = "import service.openvino_engine, sys; print(sys.modules['openvino_telemetry'])"
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
+    assert not list(tmp_path.iterdir())
