@@ -1,6 +1,6 @@
 """One SuperViT beside models trained for one cost each, on the same data for as many epochs with the same seeds.
 
-    python -m tests.benchmarks.bench_paradigm train CIFAR10_FOLDER --epochs 10 --seeds 0 1 2
+    python -m tests.benchmarks.bench_paradigm train CIFAR10_FOLDER --epochs 8 --seeds 0 1 2
     python -m tests.benchmarks.bench_paradigm table
 
 The first trains what is missing and goes on with what was cut short; each finished model adds a line to RESULTS: its
@@ -52,7 +52,7 @@ def main() -> None:
     training = commands.add_parser("train")
     training.add_argument("data", type=Path)
     training.add_argument("--runs", type=Path, default=Path("runs/paradigm"))
-    training.add_argument("--epochs", type=int, default=10)
+    training.add_argument("--epochs", type=int, default=8)
     training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     training.add_argument("--precision", default="float32")
     training.add_argument("--results", type=Path, default=RESULTS)
