@@ -35,6 +35,17 @@ from models.teacher import Teacher
 
 MEMORY_LIMIT_BYTES = 2**31
 TARGETS_NAME = "targets.pt"
+# What decides over a teacher's answers and how they are mixed with the labels.
+ASKED = (
+    "data",
+    "teacher",
+    "teacher_checkpoint",
+    "teacher_side",
+    "teacher_weight",
+    "label_smoothing",
+    "holdout",
+    "seed",
+)
 
 
 class ImageBatches:
@@ -112,8 +123,15 @@ def read_images(dataset: Dataset[Sample], batch_size: int, workers: int) -> tupl
     Raises:
         DataError: an image cannot be read.
     """
-    images, labels = zip(*SampleLoader(dataset, batch_size, num_workers=workers), strict=True)
-    return torch.cat(images), torch.cat(labels)
+    first, _ = dataset[0]
+    count = len(dataset)  # type: ignore[arg-type] # every data set in use has a length
+    images, labels = torch.empty((count, *first.shape), dtype=torch.uint8), torch.empty(count, dtype=torch.long)
+    start = 0
+    for batch, its_labels in SampleLoader(dataset, batch_size, num_workers=workers):
+        # Copied, because a batch of another process holds two of the files that this one may have open.
+        images[start : start + len(batch)], labels[start : start + len(batch)] = batch, its_labels
+        start += len(batch)
+    return images, labels
 
 
 def fits_memory(recipe: Recipe, config: SuperViTConfig) -> bool:
@@ -131,21 +149,25 @@ def soft_targets(recipe: Recipe, config: SuperViTConfig, teacher: Teacher) -> Te
         (M, classes) probabilities in the order of the training images.
     """
     path = recipe.output / TARGETS_NAME
-    if not path.exists():
-        prepare_folder(recipe.output)
-        samples, _ = open_training_data(recipe.data, config, evaluation_transform(config), recipe.holdout, recipe.seed)
-        loader = SampleLoader(samples, recipe.batch_size, num_workers=recipe.workers)
-        targets = []
-        for images, labels in tqdm(loader, "asking the teacher", mininterval=1):
-            answers = teacher.answer_both_ways(images.to(teacher.device)).cpu()
-            certain = functional.one_hot(labels, config.num_classes).float()
-            smooth = certain.lerp(torch.full_like(certain, 1 / config.num_classes), recipe.label_smoothing)
-            targets.append(smooth.lerp(answers, recipe.teacher_weight))
-        partial = path.with_name(path.name + ".partial")
-        torch.save(torch.cat(targets), partial)
-        os.replace(partial, path)
-    kept: Tensor = torch.load(path, weights_only=True)
-    return kept
+    samples, _ = open_training_data(recipe.data, config, evaluation_transform(config), recipe.holdout, recipe.seed)
+    asked = {name: str(getattr(recipe, name)) for name in ASKED} | {"images": str(len(samples))}  # type: ignore[arg-type] # it has a length
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        if kept["asked"] == asked:
+            answered: Tensor = kept["targets"]
+            return answered
+    prepare_folder(recipe.output)
+    loader = SampleLoader(samples, recipe.batch_size, num_workers=recipe.workers)
+    targets = []
+    for images, labels in tqdm(loader, "asking the teacher", mininterval=1):
+        answers = teacher.answer_both_ways(images.to(teacher.device)).cpu()
+        certain = functional.one_hot(labels, config.num_classes).float()
+        smooth = certain.lerp(torch.full_like(certain, 1 / config.num_classes), recipe.label_smoothing)
+        targets.append(smooth.lerp(answers, recipe.teacher_weight))
+    partial = path.with_name(f"{path.name}.{os.getpid()}")  # each process of a run asks, and writes the same
+    torch.save({"asked": asked, "targets": torch.cat(targets)}, partial)
+    os.replace(partial, path)
+    return torch.cat(targets)
 
 
 def open_batches(

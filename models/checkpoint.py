@@ -8,6 +8,7 @@ import hashlib
 import os
 import pickle
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,7 +161,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         # The published files keep their options in a Namespace. A path would let torch judge the file by its suffix.
-        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+        # Whatever torch would warn of, such as a strange protocol, ends below in an error or in weights that are fine.
+        with (
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(action="ignore"),
+            path.open("rb") as file,
+        ):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except UNPICKLING_ERRORS as error:
         reason = str(error).strip().split("\n")[0][:200]

@@ -137,6 +137,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _mixes_pairs(self) -> Self:
+        if self.single_epochs >= self.epochs:
+            raise ValueError(f"{self.single_epochs} single epochs of {self.epochs} leave none to teach pruning")
         if self.teacher_once and (self.mixup or self.cutmix):
             raise ValueError("a teacher that is asked once knows nothing of mixup and cutmix")
         if (self.mixup or self.cutmix) and self.batch_size % 2:

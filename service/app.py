@@ -203,7 +203,9 @@ class _Service:
         run, config = self._run_unless_stopping, self._checkpoint.config
         measurement = measure_latencies(self._settings, self._checkpoint, self._engine, run)
         best = Menu.of(extended_profile(self._checkpoint), measurement.table).best
-        self._api.metrics.profiled(datetime.fromisoformat(measurement.measured_at), best.row.top1)
+        self._api.metrics.profiled(
+            self._checkpoint.name, datetime.fromisoformat(measurement.measured_at), best.row.top1
+        )
         rehearse(run, config.image_side, config.subnetworks, self._settings.max_batch_size)
         return measurement.table, measurement.measured_at
 

@@ -245,7 +245,7 @@ class Batcher:
         ended_at = self._clock()
         probabilities = _softmax(logits, profile.temperature)
         # Here and at once, because sorting on the event loop would give the GIL away for every single answer.
-        ranking = np.argsort(-probabilities, axis=1, kind="stable")
+        ranking = np.argsort(-logits, axis=1, kind="stable")  # far behind, probabilities are all 0
         return list(zip(logits, probabilities, ranking, strict=True)), started_at, ended_at
 
     def _run_apart(self, choice: Choice, index: int, batch: Sequence[Entry]) -> Iterator[Outcomes]:

@@ -143,20 +143,22 @@ def supervise(settings: Settings) -> None:
     """Serve with several workers until SIGTERM or Ctrl-C."""
     load_checkpoint(settings.checkpoint)  # what is wrong with it is said once
     try:
-        shares = split_cpus(sorted(os.sched_getaffinity(0)), settings.workers)
+        shares = split_cpus(os.sched_getaffinity(0), Monitor().latest.cores, settings.workers)
         opened = listen(settings.host, settings.port)
     except ValueError as error:
         raise CommandError(str(error)) from error
     except OSError as error:
         raise CommandError(f"{settings.host} port {settings.port} cannot be listened on: {error.strerror}") from error
     with opened:
-        command = [sys.executable, "-m", "service.cli", "serve"]
-        supervisor = Supervisor(command, worker_environment(settings, opened.fileno()), shares, opened)
+        command = [sys.executable, "-P", "-m", "service.cli", "serve"]  # -P: not from the current folder
+        supervisor = Supervisor(
+            command, worker_environment(settings, opened.fileno()), shares, opened, settings.drain_s
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, supervisor.stop)
         logger.info("%d workers listen on %s port %d", settings.workers, *opened.getsockname()[:2])
         if not supervisor.run():
-            raise CommandError("a worker failed at its start; the log says why")
+            raise CommandError("the workers cannot run; the log says why")
 
 
 def serve(settings: Settings) -> None:

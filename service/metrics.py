@@ -4,7 +4,6 @@ Workers of one server share a folder in which prometheus_client keeps the counts
 page then answers for all of them.
 """
 
-import math
 from datetime import datetime
 from functools import cache
 from typing import get_args
@@ -199,17 +198,17 @@ class Metrics:
         self._profiled_at = Gauge(
             "supervit_profile_timestamp_seconds",
             "When the latencies that the policy works with were measured on this machine, in Unix time.",
+            ["model"],
             registry=registry,
             multiprocess_mode="livemostrecent",
         )
         self._best_accuracy = Gauge(
             "supervit_best_accuracy_ratio",
             "Top-1 accuracy of the most accurate sub-network, 0..1.",
+            ["model"],
             registry=registry,
             multiprocess_mode="livemostrecent",
         )
-        for unknown in (self._profiled_at, self._best_accuracy):
-            unknown.set(math.nan)
         self._ready = Gauge(
             "supervit_ready", "1 while requests are welcome.", registry=registry, multiprocess_mode="livemin"
         )
@@ -231,11 +230,11 @@ class Metrics:
         for subnetwork in subnetworks:
             self._count_of(subnetwork)
 
-    def profiled(self, measured_at: datetime, best_accuracy: float | None) -> None:
+    def profiled(self, model: str, measured_at: datetime, best_accuracy: float | None) -> None:
         """Record when the latencies in use were measured, and the accuracy that is given where there is time for it."""
-        self._profiled_at.set(measured_at.timestamp())
+        self._profiled_at.labels(model).set(measured_at.timestamp())
         if best_accuracy is not None:
-            self._best_accuracy.set(best_accuracy)
+            self._best_accuracy.labels(model).set(best_accuracy)
 
     def request_started(self) -> None:
         """Count a request in."""

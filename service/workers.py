@@ -12,9 +12,9 @@ import os
 import socket
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 from service.metrics import SHARED_FOLDER_VARIABLE, forget_worker
 
@@ -23,20 +23,39 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048  # connections that the kernel keeps for workers that are busy; uvicorn's own default
 WATCH_INTERVAL_S = 0.2
 REPLACEMENT_INTERVAL_S = 10.0  # a worker is started no more often than that, however it ends
-# How the command ends where it knows what is wrong, and that it will be wrong again.
+# How the command ends of what it knows to be wrong. Until some worker has run for so long, it is taken to be wrong with
+# all of them; later, for a mishap.
 KNOWN_FAILURES = (1, 2)
+PROVEN_S = 60.0
+KILL_MARGIN_S = 5.0  # beyond the time that a worker has to answer those that it has admitted
 
 
-def split_cpus(cpus: Sequence[int], workers: int) -> list[set[int]]:
-    """Divide CPU numbers into as many shares of neighbours, whose sizes differ by one at most.
+def split_cpus(cpus: Collection[int], cores: float, workers: int, root: Path = Path("/")) -> list[set[int]]:
+    """Divide CPUs into as many shares, whose sizes differ by one at most; hyperthreads of a core stay side by side.
+
+    Args:
+        cpus: their numbers.
+        cores: how many of them a quota lets this process use; the others are left out.
+        workers: how many shares.
+        root: holds sys/.
 
     Raises:
-        ValueError: there are more workers than CPUs.
+        ValueError: there are more workers than cores.
     """
-    if workers > len(cpus):
-        raise ValueError(f"{workers} workers need a core each, and there are {len(cpus)}")
-    ends = [len(cpus) * number // workers for number in range(workers + 1)]
-    return [set(sorted(cpus)[start:end]) for start, end in itertools.pairwise(ends)]
+    usable = sorted(cpus, key=lambda cpu: (_place(cpu, root), cpu))[: max(1, int(cores))]
+    if workers > len(usable):
+        raise ValueError(f"{workers} workers need a core each, and there are {len(usable)}")
+    ends = [len(usable) * number // workers for number in range(workers + 1)]
+    return [set(usable[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def _place(cpu: int, root: Path) -> tuple[int, int]:
+    """Tell on which socket and physical core a CPU is: hyperthreads of one core have numbers far apart."""
+    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    try:
+        return int((topology / "physical_package_id").read_text()), int((topology / "core_id").read_text())
+    except (OSError, ValueError):  # not every kernel tells
+        return 0, cpu
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -46,9 +65,7 @@ def listen(host: str, port: int) -> socket.socket:
         OSError: the address cannot be listened on.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    opened = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    opened.set_inheritable(True)
-    return opened
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
 
 
 class Supervisor:
@@ -60,7 +77,7 @@ class Supervisor:
         environment: Mapping[str, str],
         shares: Sequence[set[int]],
         opened: socket.socket,
-        clock: Callable[[], float] = time.monotonic,
+        drain_s: float,
     ) -> None:
         """Take what to run where.
 
@@ -68,33 +85,39 @@ class Supervisor:
             command: serves on the socket that it inherits.
             environment: of the workers, but for the folder of their counts.
             shares: CPU numbers, a set for each worker.
-            opened: the listening socket, inheritable.
-            clock: monotonic, in seconds.
+            opened: the listening socket; closed in the end.
+            drain_s: longest time that a worker takes to stop.
         """
         self._command, self._environment, self._shares = command, environment, shares
-        self._socket, self._clock = opened, clock
-        self._stopping = threading.Event()
+        self._socket, self._drain_s = opened, drain_s
+        self._is_stopping = False
 
     def stop(self, *_: object) -> None:
-        """Let `run` end: a signal handler."""
-        self._stopping.set()
+        """Let `run` end: a signal handler, and so no more than an assignment."""
+        self._is_stopping = True
 
     def run(self) -> bool:
         """Run the workers until told to stop, replacing those that crash; return whether they could be run at all."""
+        running: list[subprocess.Popen[bytes]] = []
+        began_at = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="supervit-metrics-") as folder:
-            running = [self._start(share, folder) for share in self._shares]
-            started_at = [self._clock()] * len(running)
-            while not self._stopping.wait(WATCH_INTERVAL_S):
-                for index, process in enumerate(running):
-                    status = process.poll()
-                    if status in KNOWN_FAILURES:
-                        self._end(running)
-                        return False
-                    if status is not None and self._clock() - started_at[index] >= REPLACEMENT_INTERVAL_S:
-                        logger.error("worker %d ended with status %d; replacing it", process.pid, status)
-                        forget_worker(process.pid, folder)
-                        running[index], started_at[index] = self._start(self._shares[index], folder), self._clock()
-            self._end(running)
+            try:
+                running.extend(self._start(share, folder) for share in self._shares)
+                started_at = [began_at] * len(running)
+                while not self._is_stopping:
+                    time.sleep(WATCH_INTERVAL_S)
+                    now = time.monotonic()
+                    for index, process in enumerate(running):
+                        status = process.poll()
+                        if status in KNOWN_FAILURES and now - began_at < PROVEN_S:
+                            return False
+                        if status is not None and now - started_at[index] >= REPLACEMENT_INTERVAL_S:
+                            logger.error("worker %d ended with status %d; replacing it", process.pid, status)
+                            forget_worker(process.pid, folder)
+                            running[index], started_at[index] = self._start(self._shares[index], folder), now
+            finally:
+                self._socket.close()  # or the kernel would go on taking connections that nobody answers
+                self._end(running)
         return True
 
     def _start(self, share: set[int], folder: str) -> "subprocess.Popen[bytes]":
@@ -114,5 +137,11 @@ class Supervisor:
     def _end(self, processes: Sequence["subprocess.Popen[bytes]"]) -> None:
         for process in processes:
             process.terminate()
+        deadline = time.monotonic() + self._drain_s + KILL_MARGIN_S
         for process in processes:
-            process.wait()
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                logger.error("worker %d does not stop; killing it", process.pid)
+                process.kill()
+                process.wait()

@@ -194,4 +194,5 @@ def test_importing_a_package_imports_none_of_its_rooms() -> None:
     for package in ("models", "service"):
         opening = ROOT / package / "__init__.py"
         if opening.exists():
-            assert not list(imported_modules(ast.parse(opening.read_text())))
+            modules = imported_modules(ast.parse(opening.read_text()))
+            assert not [module for module in modules if module.split(".")[0] in ("models", "service")]

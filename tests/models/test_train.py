@@ -493,7 +493,7 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
         train(tiny_recipe(tmp_path / "run", init=tmp_path / "absent"))
     with pytest.raises(TrainingError, match="width 15 is not a multiple of 2 heads"):
         train(tiny_recipe(tmp_path / "run", width=15))
-    with pytest.raises(TrainingError, match="no model 'test_vit'; there are supervit_deit_small_patch16_224, "):
+    with pytest.raises(TrainingError, match="no model 'test_vit'; there are supervit_deit_micro_patch4_32, "):
         train(Recipe(data=pictures, output=tmp_path / "run", model="test_vit", workers=0))
     assert not (tmp_path / "run").exists()
 

@@ -26,16 +26,32 @@ while True:
 """
 
 
-def test_cpus_are_shared_out_to_neighbours_as_evenly_as_can_be() -> None:
-    assert split_cpus([0, 1, 2, 3], 2) == [{0, 1}, {2, 3}]
-    assert split_cpus([7, 3, 5, 4, 8], 2) == [{3, 4}, {5, 7, 8}]
-    assert split_cpus([0, 1, 2], 3) == [{0}, {1}, {2}]
-    assert split_cpus([4], 1) == [{4}]
+def test_cpus_are_shared_out_as_evenly_as_can_be(tmp_path: Path) -> None:
+    assert split_cpus([0, 1, 2, 3], 4, 2, tmp_path) == [{0, 1}, {2, 3}]
+    assert split_cpus([7, 3, 5, 4, 8], 5, 2, tmp_path) == [{3, 4}, {5, 7, 8}]
+    assert split_cpus([0, 1, 2], 3, 3, tmp_path) == [{0}, {1}, {2}]
+    assert split_cpus({4}, 1, 1, tmp_path) == [{4}]
 
 
-def test_a_worker_without_a_core_is_refused() -> None:
+def test_a_physical_core_and_a_socket_are_not_divided(tmp_path: Path) -> None:
+    for cpu in range(8):  # two sockets of two cores of two threads, numbered as Linux does
+        topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text(f"{cpu % 4 // 2}\n")
+        (topology / "core_id").write_text(f"{cpu % 2}\n")
+    assert split_cpus(range(8), 8, 2, tmp_path) == [{0, 4, 1, 5}, {2, 6, 3, 7}]
+    assert split_cpus(range(8), 8, 4, tmp_path) == [{0, 4}, {1, 5}, {2, 6}, {3, 7}]
+
+
+def test_no_more_cpus_are_used_than_a_quota_grants(tmp_path: Path) -> None:
+    assert split_cpus(range(64), 4.5, 2, tmp_path) == [{0, 1}, {2, 3}]
+
+
+def test_a_worker_without_a_core_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 workers need a core each, and there are 2"):
-        split_cpus([0, 1], 3)
+        split_cpus([0, 1], 2, 3, tmp_path)
+    with pytest.raises(ValueError, match="2 workers need a core each, and there are 1"):
+        split_cpus([0, 1], 0.5, 2, tmp_path)
 
 
 @pytest.fixture
@@ -57,7 +73,7 @@ def supervise(
         cpus = sorted(os.sched_getaffinity(0))
         shares = [{cpus[index % len(cpus)]} for index in range(count)]
         environment: Mapping[str, str] = os.environ
-        supervisor, ended = Supervisor(command, environment, shares, opened), list[bool]()
+        supervisor, ended = Supervisor(command, environment, shares, opened, 5.0), list[bool]()
         thread = threading.Thread(target=lambda: ended.append(supervisor.run()))
         thread.start()
         started.append((supervisor, thread))
@@ -102,6 +118,7 @@ def test_workers_share_the_socket_and_a_folder_and_have_cores_of_their_own(
     thread.join(10)
     assert ended == [True]
     assert not Path(folder).exists()
+    assert opened.fileno() == -1
 
 
 def test_a_worker_that_is_killed_is_replaced_and_forgotten(
@@ -127,6 +144,31 @@ def test_a_worker_that_crashes_at_once_is_not_started_over_and_over(
     until(lambda: len(list(tmp_path.iterdir())) == 1)
     time.sleep(0.3)  # a dozen looks
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_such_a_failure_is_a_mishap_once_workers_have_proved_themselves(
+    tmp_path: Path,
+    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "PROVEN_S", 0.0)
+    monkeypatch.setattr(workers, "REPLACEMENT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(workers, "forget_worker", lambda *_: None)
+    supervise("import os, pathlib, sys; pathlib.Path(sys.argv[1], str(os.getpid())).touch(); sys.exit(1)")
+    until(lambda: len(list(tmp_path.iterdir())) >= 3)
+
+
+def test_a_worker_that_does_not_stop_is_killed(
+    opened: socket.socket,
+    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "KILL_MARGIN_S", -4.9)
+    supervisor, thread, ended = supervise(WORKER.replace("lambda *_: sys.exit(0)", "signal.SIG_IGN"))
+    who_answers(opened)
+    supervisor.stop()
+    thread.join(10)
+    assert ended == [True]
 
 
 @pytest.mark.parametrize("status", [1, 2])
