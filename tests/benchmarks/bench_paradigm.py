@@ -52,16 +52,17 @@ def main() -> None:
     training = commands.add_parser("train")
     training.add_argument("data", type=Path)
     training.add_argument("--runs", type=Path, default=Path("runs/paradigm"))
-    training.add_argument("--epochs", type=int, default=8)
     training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     training.add_argument("--precision", default="float32")
-    training.add_argument("--results", type=Path, default=RESULTS)
-    commands.add_parser("table").add_argument("--results", type=Path, default=RESULTS)
+    for command in (training, commands.add_parser("table")):
+        command.add_argument("--epochs", type=int, default=8)
+        command.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.command == "train":
         train_all(options)
     else:
-        print("\n".join(table([json.loads(line) for line in options.results.read_text().splitlines()])))
+        results = [json.loads(line) for line in options.results.read_text().splitlines()]
+        print("\n".join(table([result for result in results if result["epochs"] == options.epochs])))
 
 
 def train_all(options: argparse.Namespace) -> None:
@@ -125,9 +126,10 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
     yield "| SuperViT at | against | difference | the paper's |"
     yield "|---|---|---|---|"
     for name, ours, arm, theirs, published in COMPARISONS:
-        mine, others = accuracies["supervit", ours], accuracies[arm, theirs]
+        mine, others = accuracies.get(("supervit", ours), {}), accuracies.get((arm, theirs), {})
         differences = [mine[seed] - others[seed] for seed in sorted(mine.keys() & others.keys())]
-        yield f"| {name}, {ours} | {arm} | {spread(differences, '+')} | {published} |"
+        if differences:
+            yield f"| {name}, {ours} | {arm} | {spread(differences, '+')} | {published} |"
 
 
 def spread(values: list[float], sign: str = "") -> str:
