@@ -4,6 +4,7 @@ Workers of one server share a folder in which prometheus_client keeps the counts
 page then answers for all of them.
 """
 
+from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
 from typing import get_args
@@ -66,6 +67,11 @@ class Metrics:
         """
         self._registry = registry
         self._shared_folder = shared_folder
+
+        def gauge(name: str, text: str, of_workers: str, labels: Sequence[str] = ()) -> Gauge:
+            """Declare a gauge; `of_workers` says how prometheus_client makes one value of those of several workers."""
+            return Gauge(name, text, labels, registry=registry, multiprocess_mode=of_workers)  # type: ignore[arg-type] # its Literal
+
         self._requests = Counter(
             "supervit_requests",
             "Classification requests by outcome: ok or an error code; client_gone where nobody waited for the answer.",
@@ -144,81 +150,46 @@ class Metrics:
             "Compute that the most accurate sub-network would have cost more, in 1e9 multiply-accumulates.",
             registry=registry,
         )
-        self._in_flight = Gauge(
-            "supervit_requests_in_flight",
-            "Classification requests being worked on.",
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
-        self._waiting = Gauge(
-            "supervit_waiting_requests",
-            "Requests that wait for the engine.",
-            registry=registry,
-            multiprocess_mode="livesum",
-        )
-        self._slowdown = Gauge(
-            "supervit_slowdown_ratio",
-            "Latency of batches now over that of the profile.",
-            registry=registry,
-            multiprocess_mode="liveall",
-        )
-        self._prudence = Gauge(
+        self._in_flight = gauge("supervit_requests_in_flight", "Classification requests being worked on.", "livesum")
+        self._waiting = gauge("supervit_waiting_requests", "Requests that wait for the engine.", "livesum")
+        self._slowdown = gauge("supervit_slowdown_ratio", "Latency of batches now over that of the profile.", "liveall")
+        self._prudence = gauge(
             "supervit_prudence_ratio",
             "Factor on the times of all sub-networks but the cheapest, because requests were missed of late.",
-            registry=registry,
-            multiprocess_mode="liveall",
+            "liveall",
         )
-        self._cpu = Gauge(
+        self._cpu = gauge(
             "supervit_cpu_utilization_ratio",
             "Fraction of the usable cores in use over the last interval, by whom.",
+            "liveall",
             ["by"],
-            registry=registry,
-            multiprocess_mode="liveall",
         )
-        self._pressure = Gauge(
+        self._pressure = gauge(
             "supervit_pressure_ratio",
             "Share of the last interval in which some task waited for the resource.",
+            "livemostrecent",
             ["resource"],
-            registry=registry,
-            multiprocess_mode="livemostrecent",
         )
-        self._gpu = Gauge(
-            "supervit_gpu_utilization_ratio",
-            "Fraction of time in which the GPU was busy.",
-            ["gpu"],
-            registry=registry,
-            multiprocess_mode="livemostrecent",
+        self._gpu = gauge(
+            "supervit_gpu_utilization_ratio", "Fraction of time in which the GPU was busy.", "livemostrecent", ["gpu"]
         )
-        self._memory = Gauge(
-            "supervit_resident_memory_bytes",
-            "Memory that the server holds, shared pages included.",
-            registry=registry,
-            multiprocess_mode="livesum",
+        self._memory = gauge(
+            "supervit_resident_memory_bytes", "Memory that the server holds, shared pages included.", "livesum"
         )
-        self._profiled_at = Gauge(
+        self._profiled_at = gauge(
             "supervit_profile_timestamp_seconds",
             "When the latencies that the policy works with were measured on this machine, in Unix time.",
+            "livemostrecent",
             ["model"],
-            registry=registry,
-            multiprocess_mode="livemostrecent",
         )
-        self._best_accuracy = Gauge(
+        self._best_accuracy = gauge(
             "supervit_best_accuracy_ratio",
             "Top-1 accuracy of the most accurate sub-network, 0..1.",
+            "livemostrecent",
             ["model"],
-            registry=registry,
-            multiprocess_mode="livemostrecent",
         )
-        self._ready = Gauge(
-            "supervit_ready", "1 while requests are welcome.", registry=registry, multiprocess_mode="livemin"
-        )
-        self._model = Gauge(
-            "supervit_model_info",
-            "The served checkpoint; always 1.",
-            ["name", "version"],
-            registry=registry,
-            multiprocess_mode="max",
-        )
+        self._ready = gauge("supervit_ready", "1 while requests are welcome.", "livemin")
+        self._model = gauge("supervit_model_info", "The served checkpoint; always 1.", "max", ["name", "version"])
 
     def describe(self, subnetworks: list[SubNetwork], name: str, version: str) -> None:
         """Name the model and start every sub-network's count at zero, so that rates exist from the start."""

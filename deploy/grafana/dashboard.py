@@ -101,9 +101,177 @@ def variable(name: str, label: str, of: str) -> dashboard.QueryVariable:
     )
 
 
+ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
+    "The promise: is everybody answered in time?": [
+        number(
+            "Answered in time",
+            "Share of all requests that were answered before their deadline; those turned away count as missed.",
+            "percentunit",
+            ATTAINMENT,
+            2,
+        ),
+        number(
+            "Accuracy of the answers",
+            "Top-1 accuracy that the sub-networks which answered have on their test images, averaged over answers.",
+            "percentunit",
+            ACCURACY,
+            2,
+        ),
+        number(
+            "Accuracy given up",
+            "What the most accurate sub-network would have had more. Small budgets give it up by choice, load by "
+            "need: if it is the load, more hardware would buy this back.",
+            "percentunit",
+            GIVEN_UP,
+            2,
+        ),
+        number(
+            "Servers that are ready",
+            "Servers that welcome requests: warmed up, profiled, not stopping.",
+            "short",
+            f"sum(supervit_ready{ONES})",
+            0,
+        ),
+        lines(
+            "Outcomes",
+            "Requests per second by what became of them: ok, or the code of the error that was answered.",
+            "reqps",
+            {"{{outcome}}": rate("supervit_requests_total", by="outcome")},
+            stacked=True,
+        ),
+        lines(
+            "Time to the answer",
+            "From a request's arrival to its finished answer, over those answered. Budgets are used: under load "
+            "the server takes the time it is given.",
+            "s",
+            {f"{100 * share:g} %": quantile(share, "supervit_request_duration_seconds") for share in (0.5, 0.95, 0.99)},
+        ),
+    ],
+    "The choice: what is given up, and why?": [
+        lines(
+            "Accuracy",
+            "Of the answers, and of the most accurate sub-network; what lies between is given up.",
+            "percentunit",
+            {"of the answers": ACCURACY, "best": f"max(supervit_best_accuracy_ratio{ONES})"},
+        ),
+        lines(
+            "Sub-networks",
+            "Answers per second by the sub-network that ran: patch grid and keep rate.",
+            "reqps",
+            {
+                "{{patch_grid}} at {{keep_rate}}": rate(
+                    "supervit_subnetwork_requests_total", by="patch_grid, keep_rate"
+                )
+                + " > 0"
+            },
+            stacked=True,
+        ),
+        lines(
+            "Compute",
+            "Billions of multiply-accumulates per second: spent on answers, and what the most accurate sub-network "
+            "would have cost more.",
+            "short",
+            {"spent": rate("supervit_spent_gflops_total"), "saved": rate("supervit_saved_gflops_total")},
+            stacked=True,
+        ),
+        lines(
+            "Turned away",
+            "Requests per second without an answer, by reason. no_time: the budget is shorter than an answer takes "
+            "now; backlog: what waits leaves no time; given_up: for the sake of others; late: admitted, then too "
+            "late; full: as many in the server as may be; not_ready: warming up or stopping.",
+            "reqps",
+            {"{{reason}}": rate("supervit_sheds_total", by="reason")},
+            stacked=True,
+        ),
+    ],
+    "The load: what arrives, and where does it wait?": [
+        lines(
+            "Requests in the server",
+            "In flight: from arrival to answer. Waiting: decoded, in line for the engine.",
+            "short",
+            {
+                "in flight": f"sum(supervit_requests_in_flight{ONES})",
+                "waiting": f"sum(supervit_waiting_requests{ONES})",
+            },
+        ),
+        lines(
+            "Time by stage",
+            "Mean of answered requests: decoding the image, waiting in line, in the engine.",
+            "s",
+            {
+                "{{stage}}": f"{rate('supervit_stage_duration_seconds_sum', by='stage')} / "
+                f"{rate('supervit_stage_duration_seconds_count', by='stage')}"
+            },
+            stacked=True,
+        ),
+        lines(
+            "Batch size",
+            "Images that run together: the mean, and the size that 95 % of the batches stay within.",
+            "short",
+            {
+                "mean": f"{rate('supervit_batch_size_images_sum')} / {rate('supervit_batch_size_images_count')}",
+                "95 %": quantile(0.95, "supervit_batch_size_images"),
+            },
+        ),
+        lines(
+            "Time of a batch",
+            "Mean time in the engine, and what the policy had expected of those very batches.",
+            "s",
+            {
+                "took": f"{rate('supervit_batch_duration_seconds_sum')} / "
+                f"{rate('supervit_batch_duration_seconds_count')}",
+                "expected": f"{rate('supervit_predicted_inference_seconds_total')} / "
+                f"{rate('supervit_batch_duration_seconds_count')}",
+            },
+        ),
+    ],
+    "The machine: what is there, and who uses it?": [
+        lines(
+            "Utilization",
+            "Share of the usable cores, by this server and by other processes, and of the GPU where there is one.",
+            "percentunit",
+            {
+                "CPU, {{by}}, {{instance}} {{pid}}": f"supervit_cpu_utilization_ratio{ONES}",
+                "GPU {{gpu}}, {{instance}}": f"supervit_gpu_utilization_ratio{ONES}",
+            },
+        ),
+        lines(
+            "Pressure",
+            "Share of the time in which some process of the machine had to wait for the resource (Linux PSI).",
+            "percentunit",
+            {"{{resource}}, {{instance}}": f"supervit_pressure_ratio{ONES}"},
+        ),
+        lines(
+            "Slowdown and prudence",
+            "Slowdown: how many times slower batches are than in the profile. Prudence: by how much more the "
+            "levels above the cheapest count, because requests were missed of late.",
+            "short",
+            {
+                "slowdown, {{instance}} {{pid}}": f"supervit_slowdown_ratio{ONES}",
+                "prudence, {{instance}} {{pid}}": f"supervit_prudence_ratio{ONES}",
+            },
+        ),
+        lines(
+            "Memory",
+            "Memory that the server holds.",
+            "bytes",
+            {"{{instance}}": f"supervit_resident_memory_bytes{ONES}"},
+            span=QUARTER,
+        ),
+        lines(
+            "Age of the profile",
+            "Time since the latencies that the policy works with were measured on this machine.",
+            "s",
+            {"{{instance}}": f"time() - supervit_profile_timestamp_seconds{ONES}"},
+            span=QUARTER,
+        ),
+    ],
+}
+
+
 def build() -> dashboard.Dashboard:
     """Put the four rows together."""
-    return (
+    built = (
         dashboard.Dashboard("SuperViT Serve")
         .uid("supervit")
         .tags(["supervit"])
@@ -113,208 +281,12 @@ def build() -> dashboard.Dashboard:
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
         .with_variable(variable("job", "Service", "supervit_ready"))
         .with_variable(variable("instance", "Server", 'supervit_ready{job=~"$job"}'))
-        .with_row(dashboard.Row("The promise: is everybody answered in time?"))
-        .with_panel(
-            number(
-                "Answered in time",
-                "Share of all requests that were answered before their deadline; those turned away count as missed.",
-                "percentunit",
-                ATTAINMENT,
-                2,
-            )
-        )
-        .with_panel(
-            number(
-                "Accuracy of the answers",
-                "Top-1 accuracy that the sub-networks which answered have on their test images, averaged over answers.",
-                "percentunit",
-                ACCURACY,
-                2,
-            )
-        )
-        .with_panel(
-            number(
-                "Accuracy given up",
-                "What the most accurate sub-network would have had more. Small budgets give it up by choice, load by "
-                "need: if it is the load, more hardware would buy this back.",
-                "percentunit",
-                GIVEN_UP,
-                2,
-            )
-        )
-        .with_panel(
-            number(
-                "Servers that are ready",
-                "Servers that welcome requests: warmed up, profiled, not stopping.",
-                "short",
-                f"sum(supervit_ready{ONES})",
-                0,
-            )
-        )
-        .with_panel(
-            lines(
-                "Outcomes",
-                "Requests per second by what became of them: ok, or the code of the error that was answered.",
-                "reqps",
-                {"{{outcome}}": rate("supervit_requests_total", by="outcome")},
-                stacked=True,
-            )
-        )
-        .with_panel(
-            lines(
-                "Time to the answer",
-                "From a request's arrival to its finished answer, over those answered. Budgets are used: under load "
-                "the server takes the time it is given.",
-                "s",
-                {
-                    f"{100 * share:g} %": quantile(share, "supervit_request_duration_seconds")
-                    for share in (0.5, 0.95, 0.99)
-                },
-            )
-        )
-        .with_row(dashboard.Row("The choice: what is given up, and why?"))
-        .with_panel(
-            lines(
-                "Accuracy",
-                "Of the answers, and of the most accurate sub-network; what lies between is given up.",
-                "percentunit",
-                {"of the answers": ACCURACY, "best": f"max(supervit_best_accuracy_ratio{ONES})"},
-            )
-        )
-        .with_panel(
-            lines(
-                "Sub-networks",
-                "Answers per second by the sub-network that ran: patch grid and keep rate.",
-                "reqps",
-                {
-                    "{{patch_grid}} at {{keep_rate}}": rate(
-                        "supervit_subnetwork_requests_total", by="patch_grid, keep_rate"
-                    )
-                    + " > 0"
-                },
-                stacked=True,
-            )
-        )
-        .with_panel(
-            lines(
-                "Compute",
-                "Billions of multiply-accumulates per second: spent on answers, and what the most accurate sub-network "
-                "would have cost more.",
-                "short",
-                {"spent": rate("supervit_spent_gflops_total"), "saved": rate("supervit_saved_gflops_total")},
-                stacked=True,
-            )
-        )
-        .with_panel(
-            lines(
-                "Turned away",
-                "Requests per second without an answer, by reason. no_time: the budget is shorter than an answer takes "
-                "now; backlog: what waits leaves no time; given_up: for the sake of others; late: admitted, then too "
-                "late; full: as many in the server as may be; not_ready: warming up or stopping.",
-                "reqps",
-                {"{{reason}}": rate("supervit_sheds_total", by="reason")},
-                stacked=True,
-            )
-        )
-        .with_row(dashboard.Row("The load: what arrives, and where does it wait?"))
-        .with_panel(
-            lines(
-                "Requests in the server",
-                "In flight: from arrival to answer. Waiting: decoded, in line for the engine.",
-                "short",
-                {
-                    "in flight": f"sum(supervit_requests_in_flight{ONES})",
-                    "waiting": f"sum(supervit_waiting_requests{ONES})",
-                },
-            )
-        )
-        .with_panel(
-            lines(
-                "Time by stage",
-                "Mean of answered requests: decoding the image, waiting in line, in the engine.",
-                "s",
-                {
-                    "{{stage}}": f"{rate('supervit_stage_duration_seconds_sum', by='stage')} / "
-                    f"{rate('supervit_stage_duration_seconds_count', by='stage')}"
-                },
-                stacked=True,
-            )
-        )
-        .with_panel(
-            lines(
-                "Batch size",
-                "Images that run together: the mean, and the size that 95 % of the batches stay within.",
-                "short",
-                {
-                    "mean": f"{rate('supervit_batch_size_images_sum')} / {rate('supervit_batch_size_images_count')}",
-                    "95 %": quantile(0.95, "supervit_batch_size_images"),
-                },
-            )
-        )
-        .with_panel(
-            lines(
-                "Time of a batch",
-                "Mean time in the engine, and what the policy had expected of those very batches.",
-                "s",
-                {
-                    "took": f"{rate('supervit_batch_duration_seconds_sum')} / "
-                    f"{rate('supervit_batch_duration_seconds_count')}",
-                    "expected": f"{rate('supervit_predicted_inference_seconds_total')} / "
-                    f"{rate('supervit_batch_duration_seconds_count')}",
-                },
-            )
-        )
-        .with_row(dashboard.Row("The machine: what is there, and who uses it?"))
-        .with_panel(
-            lines(
-                "Utilization",
-                "Share of the usable cores, by this server and by other processes, and of the GPU where there is one.",
-                "percentunit",
-                {
-                    "CPU, {{by}}, {{instance}} {{pid}}": f"supervit_cpu_utilization_ratio{ONES}",
-                    "GPU {{gpu}}, {{instance}}": f"supervit_gpu_utilization_ratio{ONES}",
-                },
-            )
-        )
-        .with_panel(
-            lines(
-                "Pressure",
-                "Share of the time in which some process of the machine had to wait for the resource (Linux PSI).",
-                "percentunit",
-                {"{{resource}}, {{instance}}": f"supervit_pressure_ratio{ONES}"},
-            )
-        )
-        .with_panel(
-            lines(
-                "Slowdown and prudence",
-                "Slowdown: how many times slower batches are than in the profile. Prudence: by how much more the "
-                "levels above the cheapest count, because requests were missed of late.",
-                "short",
-                {
-                    "slowdown, {{instance}} {{pid}}": f"supervit_slowdown_ratio{ONES}",
-                    "prudence, {{instance}} {{pid}}": f"supervit_prudence_ratio{ONES}",
-                },
-            )
-        )
-        .with_panel(
-            lines(
-                "Memory",
-                "Memory that the server holds.",
-                "bytes",
-                {"{{instance}}": f"supervit_resident_memory_bytes{ONES}"},
-                span=QUARTER,
-            )
-        )
-        .with_panel(
-            lines(
-                "Age of the profile",
-                "Time since the latencies that the policy works with were measured on this machine.",
-                "s",
-                {"{{instance}}": f"time() - supervit_profile_timestamp_seconds{ONES}"},
-                span=QUARTER,
-            )
-        )
     )
+    for title, panels in ROWS.items():
+        built = built.with_row(dashboard.Row(title))
+        for panel in panels:
+            built = built.with_panel(panel)
+    return built
 
 
 if __name__ == "__main__":
