@@ -1,6 +1,5 @@
 """The `supervit` command: parses, calls, prints. What can be expected to go wrong ends in one line on stderr."""
 
-import gc
 import importlib
 import logging
 import math
@@ -25,7 +24,7 @@ from models.data import DataError
 from models.devices import DeviceError
 from models.evaluate import accuracy_table, calibration_summary, evaluate
 from models.recipe import Recipe
-from service.app import create_app, engine_threads, extended_profile, measure_latencies
+from service.app import LOG_FORMAT, create_app, engine_threads, extended_profile, measure_latencies, settle_interpreter
 from service.client import Classify, CommandError, classify, first_problem, make_settings
 from service.engines import make_engine
 from service.errors import ServiceError
@@ -36,11 +35,6 @@ from service.sizing import Simulate, simulate
 from service.workers import Supervisor, listen, split_cpus
 
 logger = logging.getLogger(__name__)
-
-# The engine's thread asks for the interpreter several times per batch; from a busy event loop it gets it after this
-# long. In three turns at 520 requests/s of the default checkpoint, effective accuracy was 80.4 % on the mean with this
-# and 78.5 % with Python's 5 ms.
-SWITCH_INTERVAL_S = 0.001
 
 
 class _Server(uvicorn.Server):
@@ -169,11 +163,14 @@ def serve(settings: Settings) -> None:
         failed.set()
         server.should_exit = True
 
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
     if settings.workers > 1:
         supervise(settings)
         return
-    app = create_app(settings, load_checkpoint(settings.checkpoint), on_failure=stop)
+    # Others may serve on an inherited socket: this server takes no connection from them before its time.
+    app = create_app(
+        settings, load_checkpoint(settings.checkpoint), on_failure=stop, ready_first=settings.fd is not None
+    )
     for name in unknown_variables():
         logger.warning("the environment variable %s is no setting of this server", name)
     config = uvicorn.Config(
@@ -187,11 +184,7 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=math.ceil(settings.drain_s),
     )
     server = _Server(config, app.state.drain)
-    # Half a million objects of the libraries live as long as the process. To look through them for cycles takes a
-    # quarter of a second, in which every request would stand still.
-    gc.collect()
-    gc.freeze()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    settle_interpreter()
     server.run(None if settings.fd is None else [socket.socket(fileno=settings.fd)])
     if failed.is_set():
         raise CommandError("the model cannot run; the log says why")

@@ -33,6 +33,15 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 MISSES = {OverloadedError.code, DeadlineError.code, ModelError.code, ServiceError.code}
 # Why a request was shed, where its outcome says so; one that was refused for overload brings its own reason.
 SHED_REASONS = {DeadlineError.code: "late", NotReadyError.code: "not_ready"}
+# Of what falls short and what it would take: the sample that holds each.
+TOTALS: dict[str, tuple[str, dict[str, str]]] = {
+    "met": ("supervit_deadlines_total", {"result": "met"}),
+    "missed": ("supervit_deadlines_total", {"result": "missed"}),
+    "accuracy_given_up": ("supervit_accuracy_given_up_total", {}),
+    "spent_gflops": ("supervit_spent_gflops_total", {}),
+    "saved_gflops": ("supervit_saved_gflops_total", {}),
+    "busy_s": ("supervit_batch_duration_seconds_sum", {}),
+}
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
@@ -268,6 +277,14 @@ class Metrics:
     def ready(self, is_ready: bool) -> None:
         """Record whether requests are welcome."""
         self._ready.set(is_ready)
+
+    def totals(self) -> dict[str, float]:
+        """Return what an autoscaler may want to know of this process, counted from its start.
+
+        Returns:
+            The counters of TOTALS by their names there.
+        """
+        return {name: self._registry.get_sample_value(*sample) or 0.0 for name, sample in TOTALS.items()}
 
     def page(self) -> bytes:
         """Return all metrics in the Prometheus text format."""

@@ -6,7 +6,8 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from itertools import product
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import median, median_low
 
 import torch
+from filelock import FileLock
 from pydantic import AwareDatetime, BaseModel, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
@@ -155,11 +157,24 @@ def load_or_measure(
     cells = _cells(subnetworks, batch_sizes)
     key = json.dumps([conditions, [(*astuple(subnetwork), batch_size) for subnetwork, batch_size in cells]])
     path = folder / f"latency-{checkpoint_version}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-    measurement = None if fresh else _read(path, conditions, cells)
-    if measurement is None:
-        measurement = measure(run, image_side, subnetworks, batch_sizes, budget_s=budget_s, clock=clock)
-        _write(path, conditions, measurement)
+    with _alone(path.with_suffix(".lock")):
+        measurement = None if fresh else _read(path, conditions, cells)
+        if measurement is None:
+            measurement = measure(run, image_side, subnetworks, batch_sizes, budget_s=budget_s, clock=clock)
+            _write(path, conditions, measurement)
     return measurement
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Let one process measure and the others wait: each would find the machine as slow as the others make it."""
+    with ExitStack() as stack:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(lock))
+        except OSError as error:
+            logger.debug("others may measure at the same time: %s", error)
+        yield
 
 
 class _Row(BaseModel):

@@ -34,6 +34,7 @@ FLOORS = {
     "models.muon": 0,
     "models.subnetwork": 0,
     "service.cli": 10,
+    "service.ray_app": 9,
     "service.client": 9,
     "service.app": 8,
     "service.api": 7,
@@ -63,13 +64,14 @@ FLOORS = {
     "service.images": 1,
     "service.uploads": 1,
     "service.menu": 1,
+    "service.replicas": 0,
     "service.domain": 0,
     "service.errors": 0,
     "service.resources": 0,
     "service.settings": 0,
 }
 
-HTTP = {"service.api", "service.app", "service.http_errors", "service.shortcut", "service.uploads"}
+HTTP = {"service.api", "service.app", "service.http_errors", "service.ray_app", "service.shortcut", "service.uploads"}
 
 # Which rooms an outside library may enter by.
 DOORS = {
@@ -80,6 +82,7 @@ DOORS = {
     "psutil": {"service.monitor"},
     "pynvml": {"service.monitor"},
     "prometheus_client": {"service.metrics"},
+    "ray": {"service.ray_app", "service.replicas"},
     "safetensors": {"models.checkpoint"},
     "starlette": HTTP,
     "torchvision": {"models.data"},
@@ -103,6 +106,7 @@ WITHOUT_TORCH = {
     "service.arrivals",
     "service.simulator",
     "service.reasons",
+    "service.replicas",
     "service.sizing",
 }
 TORCH = {"torch", "torchvision", "timm", "safetensors"}

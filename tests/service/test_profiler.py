@@ -1,12 +1,14 @@
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from models.subnetwork import SubNetwork
@@ -71,7 +73,7 @@ def load(tmp_path: Path, engine: FakeEngine) -> Callable[..., Measurement]:
 
 
 def kept_file(folder: Path) -> Path:
-    (path,) = (folder / "profiles").iterdir()
+    (path,) = (folder / "profiles").glob("latency-*.json*")
     return path
 
 
@@ -242,6 +244,21 @@ def test_a_folder_that_cannot_be_written_to_is_lived_with(
     (tmp_path / "profiles").write_text("a file where the folder should be")
     assert set(load().table.seconds) == {SMALL, LARGE}
     assert "the latencies cannot be kept: " in caplog.text
+
+
+def test_what_another_process_is_measuring_is_waited_for(
+    load: Callable[..., Measurement], engine: FakeEngine, tmp_path: Path
+) -> None:
+    load()
+    path, theirs, runs = kept_file(tmp_path), load(), len(engine.runs)
+    path.rename(tmp_path / "not yet written")
+    with ThreadPoolExecutor(1) as another, FileLock(path.with_suffix(".lock")):
+        ours = another.submit(load)
+        with pytest.raises(TimeoutError):
+            ours.result(timeout=0.2)
+        (tmp_path / "not yet written").rename(path)
+    assert ours.result() == theirs
+    assert len(engine.runs) == runs
 
 
 def test_the_file_is_one_that_people_can_read(load: Callable[..., Measurement], tmp_path: Path) -> None:

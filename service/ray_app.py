@@ -1,0 +1,107 @@
+"""The same app on Ray Serve: every replica is a whole server, with a waiting line, a monitor and a profile of its own.
+
+`build` is what the `import_path` of a Serve config names; its arguments are the server's settings.
+"""
+
+import logging
+import math
+import time
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from models.checkpoint import load_checkpoint
+from service.app import LOG_FORMAT, create_app, engine_threads, settle_interpreter
+from service.errors import InvalidParameterError
+from service.monitor import Monitor
+from service.settings import Settings
+
+# What Ray decides.
+NOT_FOR_RAY = ("host", "port", "fd", "workers")
+# Requests that Ray lets through to a replica beyond those that it takes itself, so that it is the replica that refuses,
+# with a reason and a time to come back.
+MARGIN = 64
+
+
+@serve.ingress()
+class Replica:
+    """One server of the app.
+
+    Ray routes no request to it before it is ready, and replaces it once its model cannot run.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+        self._has_failed = False
+        checkpoint = load_checkpoint(settings.checkpoint)
+        threads = settings.threads or min(engine_threads(checkpoint, Monitor()), _assigned_cpus())
+        self._app = create_app(
+            settings.model_copy(update={"threads": threads}),
+            checkpoint,
+            on_failure=self._fail,
+            ready_first=True,
+        )
+        self._totals, self._told_at = self._app.state.totals(), time.monotonic()
+        settle_interpreter()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+    def _fail(self) -> None:
+        self._has_failed = True
+
+    def check_health(self) -> None:
+        """Tell Ray whether this replica is of use.
+
+        Raises:
+            RuntimeError: the model cannot run.
+        """
+        if self._has_failed:
+            raise RuntimeError("the model cannot run; the log says why")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell the autoscaling policy what has happened since it was last told, per second."""
+        before, last_at = self._totals, self._told_at
+        self._totals, self._told_at = self._app.state.totals(), time.monotonic()
+        elapsed_s = self._told_at - last_at
+        rates = {name: (total - before[name]) / elapsed_s for name, total in self._totals.items()}
+        # Every image of the most accurate sub-network would have cost that much more.
+        dearer = 1 + rates["saved_gflops"] / rates["spent_gflops"] if rates["spent_gflops"] else 1
+        return {
+            "requests_per_s": rates["met"] + rates["missed"],
+            "accuracy_lost_per_s": rates["accuracy_given_up"] + rates["missed"],
+            "engines_wanted": rates["busy_s"] * dearer,
+        }
+
+
+def build(settings: Settings) -> Application:
+    """Make the application of a Serve config.
+
+    Args:
+        settings: `args` of the config; what is left out comes from SUPERVIT_ variables or the defaults.
+
+    Raises:
+        InvalidParameterError: a setting is one that Ray decides.
+        CheckpointError: the checkpoint cannot be served.
+    """
+    for name in NOT_FOR_RAY:
+        if name in settings.model_fields_set:
+            raise InvalidParameterError(
+                f"{name} is not for Ray Serve: the config's http_options and deployments say it"
+            )
+    load_checkpoint(settings.checkpoint)  # what is wrong with it is said by `serve deploy`
+    as_deployment = serve.deployment(
+        name="supervit",
+        max_ongoing_requests=settings.max_in_flight + MARGIN,
+        graceful_shutdown_timeout_s=settings.drain_s,
+    )
+    application: Application = as_deployment(Replica).bind(settings)
+    return application
+
+
+def _assigned_cpus() -> int:
+    """Count the cores that Ray counts on this replica to use."""
+    resources: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call] # by Ray
+    return max(1, math.floor(resources.get("CPU", 1)))

@@ -1,0 +1,85 @@
+"""The app on a real Ray cluster of one node; skipped where Ray is not installed."""
+
+import asyncio
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from PIL import Image
+
+from service.errors import InvalidParameterError
+from service.settings import Settings
+from tests.deploy.ray_cluster import Answer, environment, load_and_kill, ray_cluster, replicas, serve_config
+
+if not os.environ.get("CI"):  # there, a missing Ray is a failure
+    pytest.importorskip("ray", reason="Ray is not installed")
+
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray's own, once imported
+PORT = 18230
+BUDGET_MS = 2000
+SECONDS, KILL_AT_S, RATE = 9, 3, 40
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    config = serve_config(PORT, replicas=2, profile_folder=str(tmp_path_factory.mktemp("profiles")))
+    # In the end, no client is left to be told of it.
+    with ray_cluster(config, environment() | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def answers(cluster: str, picture: bytes) -> list[Answer]:
+    """Of a load in the middle of which a replica was killed."""
+    arrivals = [number / RATE for number in range(SECONDS * RATE)]
+    return asyncio.run(load_and_kill(cluster, [picture], arrivals, BUDGET_MS, KILL_AT_S))
+
+
+def test_it_is_the_same_app(cluster: str, picture: bytes) -> None:
+    answer = httpx.post(f"{cluster}/classify?budget_gflops=0.05", content=picture)
+    assert answer.status_code == 200
+    assert answer.json()["subnetwork"]["gflops"] <= 0.05
+    refusal = httpx.post(f"{cluster}/classify", content=b"no image")
+    assert (refusal.status_code, refusal.json()["error"]["code"]) == (422, "invalid_image")
+
+
+def test_every_request_has_one_answer_though_a_replica_was_killed(answers: list[Answer]) -> None:
+    assert len(answers) == SECONDS * RATE
+    assert [answer.request_ids for answer in answers] == [(f"request-{answer.number}",) for answer in answers]
+    assert Counter(answer.status for answer in answers) == {200: len(answers)}
+
+
+def test_the_killed_replica_is_replaced(answers: list[Answer], cluster: str) -> None:
+    assert answers
+    for _ in range(120):
+        if len(replicas()) == 2:
+            break
+        asyncio.run(asyncio.sleep(0.5))
+    assert len(replicas()) == 2
+    assert httpx.get(f"{cluster}/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize(("name", "value"), [("host", "0.0.0.0"), ("port", 80), ("fd", 3), ("workers", 2)])
+def test_what_ray_decides_is_no_setting_there(name: str, value: object) -> None:
+    from service.ray_app import build
+
+    with pytest.raises(InvalidParameterError, match=f"{name} is not"):
+        build(Settings.model_validate({name: value}))
+
+
+def test_ray_lets_no_more_requests_to_a_replica_than_it_can_refuse_itself() -> None:
+    from service.ray_app import build
+
+    deployment = build(Settings(max_in_flight=100, drain_s=7))._bound_deployment  # it has no public name
+    assert deployment.max_ongoing_requests > 100
+    assert deployment._deployment_config.graceful_shutdown_timeout_s == 7
