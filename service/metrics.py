@@ -7,6 +7,7 @@ page then answers for all of them.
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
+from pathlib import Path
 from typing import get_args
 
 from prometheus_client import (
@@ -64,6 +65,14 @@ def forget_worker(pid: int, folder: str) -> None:
     multiprocess.mark_process_dead(pid, folder)  # type: ignore[no-untyped-call] # it has no annotations
 
 
+def forget_dead(folder: str) -> None:
+    """Forget what processes that have ended without a word last said of themselves."""
+    pids = {path.stem.rpartition("_")[2] for path in Path(folder).glob("gauge_live*.db")}
+    for pid in pids:
+        if not Path("/proc", pid).exists():
+            forget_worker(int(pid), folder)
+
+
 class Metrics:
     """What the server counts and times."""
 
@@ -72,8 +81,12 @@ class Metrics:
 
         Args:
             registry: where.
-            shared_folder: where the workers of this server keep their counts; None where this process is alone.
+            shared_folder: where the workers of this server keep their counts; None where this process is alone. Made if
+                there is none.
         """
+        if shared_folder is not None:
+            Path(shared_folder).mkdir(parents=True, exist_ok=True)
+            forget_dead(shared_folder)
         self._registry = registry
         self._shared_folder = shared_folder
 

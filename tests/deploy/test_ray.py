@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -25,7 +26,9 @@ SECONDS, KILL_AT_S, RATE = 9, 3, 40
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    config = serve_config(PORT, replicas=2, profile_folder=str(tmp_path_factory.mktemp("profiles")))
+    folder = tmp_path_factory.mktemp("ray")
+    config = serve_config(PORT, replicas=2, profile_folder=str(folder / "profiles"))
+    config["applications"][0]["runtime_env"]["env_vars"]["PROMETHEUS_MULTIPROC_DIR"] = str(folder / "metrics")
     # In the end, no client is left to be told of it.
     with ray_cluster(config, environment() | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}) as url:
         yield url
@@ -57,6 +60,12 @@ def test_every_request_has_one_answer_though_a_replica_was_killed(answers: list[
     assert len(answers) == SECONDS * RATE
     assert [answer.request_ids for answer in answers] == [(f"request-{answer.number}",) for answer in answers]
     assert Counter(answer.status for answer in answers) == {200: len(answers)}
+
+
+def test_a_replica_answers_for_what_all_counted_even_the_killed_one(answers: list[Answer], cluster: str) -> None:
+    page = httpx.get(f"{cluster}/metrics").text
+    (counted,) = re.findall(r'^supervit_requests_total\{outcome="ok"\} (\S+)', page, re.MULTILINE)
+    assert float(counted) >= len(answers)
 
 
 def test_the_killed_replica_is_replaced(answers: list[Answer], cluster: str) -> None:

@@ -1,4 +1,6 @@
+import os
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -6,7 +8,7 @@ from prometheus_client import CollectorRegistry
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.domain import Classification, Decision, Timing
-from service.metrics import MISSES, Metrics, process_registry
+from service.metrics import MISSES, Metrics, forget_dead, process_registry
 from service.resources import GpuSnapshot, ResourceSnapshot
 
 SMALL = SubNetworkProfile(SubNetwork(8, 0.55), 500_000_000, 0.7, 0.9)
@@ -194,3 +196,32 @@ def test_a_registry_of_the_process_tells_of_it() -> None:
     assert registry.get_sample_value("python_info") is None  # it has labels
     assert any(metric.name == "python_info" for metric in registry.collect())
     assert any(metric.name == "supervit_requests" for metric in registry.collect())
+
+
+def test_what_dead_processes_said_of_themselves_is_forgotten_and_what_they_counted_is_kept(tmp_path: Path) -> None:
+    ours, theirs = os.getpid(), 2**22 + 1  # no process has a higher number than 2**22
+    for name in ("gauge_livesum", "counter"):
+        for pid in (ours, theirs):
+            (tmp_path / f"{name}_{pid}.db").touch()
+    forget_dead(str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"gauge_livesum_{ours}.db",
+        f"counter_{ours}.db",
+        f"counter_{theirs}.db",
+    }
+
+
+def test_the_shared_folder_is_made(tmp_path: Path) -> None:
+    Metrics(CollectorRegistry(), str(tmp_path / "made" / "here"))
+    assert (tmp_path / "made" / "here").is_dir()
+
+
+def test_an_autoscaler_is_told_what_was_counted(page: Page) -> None:
+    page.metrics.answered(answer())
+    page.metrics.batch_ran(1, 0.1, 0.25)
+    page.metrics.request_finished("overloaded", "full")
+    totals = page.metrics.totals()
+    assert (totals["met"], totals["missed"], totals["busy_s"]) == (1, 1, 0.25)
+    assert totals["spent_gflops"] == page.read("spent_gflops_total") == 0.5
+    assert totals["saved_gflops"] == page.read("saved_gflops_total") == 1.5
+    assert totals["accuracy_given_up"] == page.read("accuracy_given_up_total") == 0.05
