@@ -8,8 +8,8 @@ from pathlib import Path
 
 import timm
 import torch
-from pydantic import Field, PositiveInt
-from pydantic_settings import BaseSettings, CliApp, CliPositionalArg
+from pydantic import BaseModel, Field, PositiveInt
+from pydantic_settings import CliApp, CliPositionalArg
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
@@ -19,18 +19,22 @@ from tqdm import tqdm
 from models.batches import ImageBatches, read_images
 from models.checkpoint import CheckpointMismatchError, read_weights
 from models.data import list_classes, normalise, open_training_data, square_transform
-from models.supervit import LVVIT_MICRO
+from models.devices import resolve_device
+from models.supervit import SuperViT
 from models.teacher import Adapter
 
 
-class Finetune(BaseSettings):
+class Finetune(BaseModel):
     """Fine-tune a timm classifier, to be a teacher."""
 
     data: CliPositionalArg[Path] = Field(description="folder with train/ and perhaps val/, of class folders")
     output: Path = Field(description="file for its state dict")
     model: str = Field("tf_efficientnet_lite2", description="timm model")
     weights: Path = Field(description="its weights on ImageNet, under timm's names or in timm's order")
-    side: PositiveInt = Field(96, description="pixels that the images are resized to")
+    side: PositiveInt = Field(96, description="pixels that it sees the images resized to")
+    student: str = Field(
+        "supervit_lvvit_micro_patch4_32", description="SuperViT to be taught; all images are kept in memory at its size"
+    )
     epochs: PositiveInt = Field(2, description="passes over the training images")
     batch_size: PositiveInt = Field(64, description="images per step")
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW")
@@ -39,6 +43,7 @@ class Finetune(BaseSettings):
     holdout: float = Field(0.02, gt=0, lt=1, description="part of train/ held out where there is no val/ folder")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of head, order and augmentation")
     workers: int = Field(2, ge=0, description="processes that decode images")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
 
 
 def finetune(options: Finetune) -> float:
@@ -47,9 +52,16 @@ def finetune(options: Finetune) -> float:
     Raises:
         DataError: the data set is unusable.
         CheckpointError: the weights are.
+        DeviceError: the device cannot be used.
+        OSError: `output` cannot be written.
     """
     torch.manual_seed(options.seed)
-    config = LVVIT_MICRO
+    device = resolve_device(options.device)
+    student: SuperViT = timm.create_model(options.student)
+    config = student.config
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.output.with_name(f"{options.output.name}.partial")
+    partial.touch()  # what stands in the way shall be known now, not an hour later
     num_classes = len(list_classes(options.data / "train"))
     as_they_are = square_transform(config.image_side, config.image_side)
     training, watched = (
@@ -57,6 +69,7 @@ def finetune(options: Finetune) -> float:
         for dataset in open_training_data(options.data, config, as_they_are, options.holdout, options.seed)
     )
     network = Adapter(load_network(options.model, options.weights, num_classes), config, options.side)
+    network.to(device)
     sampler = RepeatAugSampler(training[1], 1, 0, num_repeats=1, selected_round=0)
     batches = ImageBatches(*training, sampler, options.batch_size, config, random_erasing=0.0)
     optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate, weight_decay=options.weight_decay)
@@ -69,12 +82,15 @@ def finetune(options: Finetune) -> float:
         sampler.set_epoch(epoch)
         for images, labels in tqdm(batches, f"epoch {epoch}/{options.epochs}", mininterval=10):
             schedule.step_update(step)
-            loss = functional.cross_entropy(network(images), labels, label_smoothing=options.label_smoothing)
+            loss = functional.cross_entropy(
+                network(images.to(device)), labels.to(device), label_smoothing=options.label_smoothing
+            )
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
             total, step = total + loss.item(), step + 1
-        torch.save(network.network.state_dict(), options.output)
+        torch.save(network.network.state_dict(), partial)
+        partial.replace(options.output)
         top1 = measure(network, *watched, options.batch_size)
         seconds = time.monotonic() - started_at
         print(f"epoch {epoch}: loss {total / len(batches):.4f}, held-out top-1 {top1:.4f}, {seconds:.0f} s", flush=True)
@@ -88,15 +104,17 @@ def load_network(model: str, path: Path, num_classes: int) -> nn.Module:
         CheckpointError: the weights cannot be read, or are not those of `model`.
     """
     network: nn.Module = timm.create_model(model)
-    weights, own = read_weights(path), network.state_dict()
-    own_names = [name for name in own if not name.endswith("num_batches_tracked")]
-    if not weights.keys() >= set(own_names):  # the same network under another library's names
-        values = [weight for name, weight in weights.items() if not name.endswith("num_batches_tracked")]
-        weights = dict(zip(own_names, values, strict=False))
+    weights = {name: weight for name, weight in read_weights(path).items() if not _is_counter(name)}
+    names = [name for name in network.state_dict() if not _is_counter(name)]
+    if not weights.keys() & set(names) and len(weights) == len(names):  # the same network under another library's names
+        weights = dict(zip(names, weights.values(), strict=True))
     try:
-        network.load_state_dict(weights, strict=False)
+        misfit = network.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise CheckpointMismatchError(f"{path}: not weights of {model}: {str(error)[:200]}") from error
+    strangers = [*(name for name in misfit.missing_keys if not _is_counter(name)), *misfit.unexpected_keys]
+    if strangers:
+        raise CheckpointMismatchError(f"{path}: not weights of {model}: {len(strangers)} names, as {strangers[0]}")
     network.reset_classifier(num_classes)  # type: ignore[operator] # timm's
     return network
 
@@ -106,8 +124,15 @@ def measure(network: Adapter, images: Tensor, labels: Tensor, batch_size: int) -
     """Measure top-1 on (M, 3, S, S) uint8 images with their (M,) labels."""
     network.eval()
     starts = range(0, len(labels), batch_size)
-    answers = [network(normalise(images[start : start + batch_size], LVVIT_MICRO)).argmax(dim=1) for start in starts]
+    device, config = network.scale.device, network.config
+    batches = (images[start : start + batch_size].to(device) for start in starts)
+    answers = [network(normalise(batch, config)).argmax(dim=1).cpu() for batch in batches]
     return float((torch.cat(answers) == labels).float().mean())
+
+
+def _is_counter(name: str) -> bool:
+    """Tell whether it is a batch norm's count of batches, which some libraries leave out."""
+    return name.endswith("num_batches_tracked")
 
 
 if __name__ == "__main__":

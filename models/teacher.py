@@ -24,7 +24,7 @@ class Adapter(nn.Module):
             side: pixels to resize the images to; None for what timm says of the network.
         """
         super().__init__()
-        self.network = network
+        self.network, self.config = network, config
         data = timm.data.resolve_model_data_config(network)
         self.side = side or data["input_size"][-1]
         student_mean, student_std, mean, std = (

@@ -135,6 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def supervise(settings: Settings) -> None:
     """Serve with several workers until SIGTERM or Ctrl-C."""
+    if settings.fd is not None:
+        raise CommandError("fd is for a single server: workers share a socket of their own")
     load_checkpoint(settings.checkpoint)  # what is wrong with it is said once
     try:
         shares = split_cpus(os.sched_getaffinity(0), Monitor().latest.cores, settings.workers)

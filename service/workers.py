@@ -6,9 +6,11 @@ to a worker that waits for one, which a worker does once it is ready. Counts are
 prometheus_client, in files of a shared folder.
 """
 
+import ctypes
 import itertools
 import logging
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -28,6 +30,8 @@ REPLACEMENT_INTERVAL_S = 10.0  # a worker is started no more often than that, ho
 KNOWN_FAILURES = (1, 2)
 PROVEN_S = 60.0
 KILL_MARGIN_S = 5.0  # beyond the time that a worker has to answer those that it has admitted
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+_LIBRARY = ctypes.CDLL(None)
 
 
 def split_cpus(cpus: Collection[int], cores: float, workers: int, root: Path = Path("/")) -> list[set[int]]:
@@ -109,11 +113,13 @@ class Supervisor:
                     now = time.monotonic()
                     for index, process in enumerate(running):
                         status = process.poll()
+                        if status is None:
+                            continue
                         if status in KNOWN_FAILURES and now - began_at < PROVEN_S:
                             return False
-                        if status is not None and now - started_at[index] >= REPLACEMENT_INTERVAL_S:
+                        forget_worker(process.pid, folder)
+                        if now - started_at[index] >= REPLACEMENT_INTERVAL_S:
                             logger.error("worker %d ended with status %d; replacing it", process.pid, status)
-                            forget_worker(process.pid, folder)
                             running[index], started_at[index] = self._start(self._shares[index], folder), now
             finally:
                 self._socket.close()  # or the kernel would go on taking connections that nobody answers
@@ -128,6 +134,7 @@ class Supervisor:
                 self._command,
                 env={**self._environment, SHARED_FOLDER_VARIABLE: folder},
                 pass_fds=[self._socket.fileno()],
+                preexec_fn=_end_with_parent,  # safe: this process has one thread
             )
         finally:
             os.sched_setaffinity(0, everywhere)
@@ -145,3 +152,8 @@ class Supervisor:
                 logger.error("worker %d does not stop; killing it", process.pid)
                 process.kill()
                 process.wait()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel tell this process to stop once its parent has ended, even of a SIGKILL."""
+    _LIBRARY.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -31,9 +31,11 @@ def quantile(share: float, histogram: str, by: str = "") -> str:
 
 MET, ALL = rate("supervit_deadlines_total", 'result="met"'), rate("supervit_deadlines_total")
 ANSWERS = rate("supervit_requests_total", 'outcome="ok"')
-ATTAINMENT = f"{MET} / {ALL}"
-ACCURACY = f"{rate('supervit_expected_accuracy_total')} / {ANSWERS}"
-GIVEN_UP = f"{rate('supervit_accuracy_given_up_total')} / {ANSWERS}"
+EXPECTED = rate("supervit_expected_accuracy_total")
+# Without traffic there is nothing to show, and without a measured accuracy none.
+ATTAINMENT = f"{MET} / ({ALL} > 0)"
+ACCURACY = f"({EXPECTED} > 0) / ({ANSWERS} > 0)"
+GIVEN_UP = f"({rate('supervit_accuracy_given_up_total')} and {EXPECTED} > 0) / ({ANSWERS} > 0)"
 
 
 def query(expression: str, legend: str) -> prometheus.Dataquery:

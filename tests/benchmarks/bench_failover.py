@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from tests.benchmarks.bench_live import poisson, read_pictures
-from tests.deploy.ray_cluster import Answer, environment, load_and_kill, ray_cluster, replicas, serve_config
+from tests.deploy.ray_cluster import Answer, environment, load_and_kill, ray_cluster, serve_config
 
 PORT = 18231
 STEP_S = 1.0
@@ -41,12 +41,12 @@ def main() -> None:
     options = parser.parse_args()
     images = [picture.data for picture in read_pictures(options.images, 200)]
     settings = {} if options.checkpoint is None else {"checkpoint": str(options.checkpoint.resolve())}
-    with ray_cluster(serve_config(PORT, replicas=2, **settings), environment()) as url:
+    with ray_cluster(serve_config(PORT, replicas=2, **settings), environment()) as cluster:
         for run in range(options.runs):
-            while len(replicas()) < 2:
+            while len(cluster.replicas()) < 2:
                 time.sleep(1)
             arrivals, kill_at_s = poisson(options.rate, options.seconds, run), options.seconds / 3
-            answers = asyncio.run(load_and_kill(url, images, arrivals, options.budget_ms, kill_at_s))
+            answers = asyncio.run(load_and_kill(cluster, images, arrivals, options.budget_ms, kill_at_s))
             outcomes = Counter(answer.status for answer in answers)
             twice = sum(answer.request_ids != (f"request-{answer.number}",) for answer in answers)
             print(f"run {run + 1}: {len(answers)} requests, answers {dict(outcomes)}, without one or twice {twice};")

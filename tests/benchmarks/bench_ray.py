@@ -31,12 +31,12 @@ async def served_by(way: str, checkpoint: Path, threads: int) -> AsyncIterator[s
             yield url
         return
     config = serve_config(PORT, replicas=1, checkpoint=str(checkpoint), threads=threads, log_level="warning")
-    cluster = ray_cluster(config, variables)
-    url = await asyncio.to_thread(cluster.__enter__)
+    running = ray_cluster(config, variables)
+    cluster = await asyncio.to_thread(running.__enter__)
     try:
-        yield url
+        yield cluster.url
     finally:
-        await asyncio.to_thread(cluster.__exit__, None, None, None)
+        await asyncio.to_thread(running.__exit__, None, None, None)
 
 
 async def main() -> None:

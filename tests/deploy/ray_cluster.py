@@ -4,12 +4,13 @@ import asyncio
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,6 @@ import yaml
 FOLDER = Path(__file__).parents[2] / "deploy" / "ray"
 START_LIMIT_S = 180.0
 STATUS_INTERVAL_S = 0.5
-ISOLATION = {"RAY_USAGE_STATS_ENABLED": "0"}  # tells nobody outside of it
-DASHBOARD = "http://127.0.0.1:8265"
 
 
 def environment() -> dict[str, str]:
@@ -42,80 +41,103 @@ def serve_config(port: int, replicas: int, **settings: object) -> dict[str, Any]
     return config
 
 
-@contextmanager
-def ray_cluster(config: Mapping[str, Any], variables: Mapping[str, str], cpus: int = 2) -> Iterator[str]:
-    """Start a node and deploy a Serve config on it; yields the URL once all its replicas run.
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A node of Ray with the app on it.
 
-    Another node on this machine is stopped first: Ray's commands know only one.
+    Attributes:
+        url: where the app answers.
+        node: the process from which all others of the node descend.
     """
+
+    url: str
+    node: psutil.Process
+
+    def replicas(self) -> list[psutil.Process]:
+        """Find the processes of the replicas that are ready."""
+        found = []
+        for process in self.node.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if " ".join(process.cmdline()).startswith("ray::ServeReplica:supervit"):
+                    found.append(process)
+        return found
+
+
+@contextmanager
+def ray_cluster(config: Mapping[str, Any], variables: Mapping[str, str], cpus: int = 2) -> Iterator[Cluster]:
+    """Start a node, apart from any other on this machine, and deploy a Serve config; yields once all replicas run."""
     scripts = Path(sys.executable).parent
     known = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SUPERVIT_"))}
-    found = f"{scripts}:{known.get('PATH', '')}"
-
-    def call(*command: str) -> str:
-        done = subprocess.run(
-            [scripts / command[0], *command[1:]],
-            env={**known, "PATH": found, **ISOLATION, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=START_LIMIT_S,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
-
+    ports = dict(zip(("node", "client", "dashboard", "metrics", "stats"), free_ports(5), strict=True))
+    apart = {
+        "PATH": f"{scripts}:{known.get('PATH', '')}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["metrics"]),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["stats"]),
+    }
+    dashboard = f"http://127.0.0.1:{ports['dashboard']}"
+    options = {
+        "port": ports["node"],
+        "ray-client-server-port": ports["client"],
+        "dashboard-port": ports["dashboard"],
+        "num-cpus": cpus,
+    }
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # short: sockets lie below it
-        path = Path(folder) / "serve.yaml"
-        path.write_text(yaml.safe_dump(dict(config)))
-        call("ray", "stop")
-        try:
-            call(
-                "ray",
-                "start",
-                "--head",
-                f"--num-cpus={cpus}",
-                "--disable-usage-stats",
-                f"--temp-dir={Path(folder, 'node')}",
+        log, serve_config = Path(folder) / "log", Path(folder) / "serve.yaml"
+        serve_config.write_text(yaml.safe_dump(dict(config)))
+        start = ["ray", "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
+        environment = {**known, **apart, **variables}
+        with log.open("wb") as output:
+            node = subprocess.Popen(
+                [scripts / start[0], *start[1:], f"--temp-dir={Path(folder, 'node')}"],
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
-            call("serve", "deploy", str(path))
-            url = f"http://127.0.0.1:{config['http_options']['port']}"
-            wait_until_running(config)
-            wait_until_ready(url)
-            yield url
+        url = f"http://127.0.0.1:{config['http_options']['port']}"
+        try:
+            until(lambda: answers(f"{dashboard}/api/version"), log)
+            subprocess.run(
+                [scripts / "serve", "deploy", "--address", dashboard, serve_config], env=environment, check=True
+            )
+            until(lambda: all_run(dashboard, config), log)
+            until(lambda: answers(f"{url}/health/ready"), log)
+            yield Cluster(url, psutil.Process(node.pid))
         finally:
-            call("serve", "shutdown", "--yes")  # first: HAProxy would outlive a node that just ends
-            call("ray", "stop")
+            with suppress(httpx.HTTPError):  # first: HAProxy would outlive a node that just ends
+                httpx.delete(f"{dashboard}/api/serve/applications/", timeout=START_LIMIT_S)
+            node.terminate()
+            node.wait(START_LIMIT_S)
 
 
-def wait_until_running(config: Mapping[str, Any]) -> None:
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def until(condition: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(STATUS_INTERVAL_S)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def all_run(dashboard: str, config: Mapping[str, Any]) -> bool:
+    """Tell whether the application of the config has as many replicas as it begins with."""
     (application,) = config["applications"]
     (deployment,) = application["deployments"]
-    wanted, deadline = deployment["autoscaling_config"]["min_replicas"], time.monotonic() + START_LIMIT_S
-    while True:
-        status = httpx.get(f"{DASHBOARD}/api/serve/applications/").json()["applications"].get(application["name"], {})
-        known = status.get("deployments", {}).get(deployment["name"], {}).get("replicas", [])
-        if [replica["state"] for replica in known] == ["RUNNING"] * wanted:
-            return
-        assert time.monotonic() < deadline, status
-        time.sleep(STATUS_INTERVAL_S)
-
-
-def wait_until_ready(url: str) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
-    while httpx.get(f"{url}/health/ready").status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(STATUS_INTERVAL_S)
-
-
-def replicas() -> dict[int, psutil.Process]:
-    """Find the processes of the replicas that are ready, by process id."""
-    found = {}
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if title.startswith("ray::ServeReplica:supervit"):
-            found[process.pid] = process
-    return found
+    status = httpx.get(f"{dashboard}/api/serve/applications/").json()["applications"].get(application["name"], {})
+    known = status.get("deployments", {}).get(deployment["name"], {}).get("replicas", [])
+    return [replica["state"] for replica in known] == ["RUNNING"] * deployment["autoscaling_config"]["min_replicas"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +166,10 @@ class Answer:
 
 
 async def load_and_kill(
-    url: str, images: Sequence[bytes], arrivals: Sequence[float], budget_ms: float, kill_at_s: float
+    cluster: Cluster, images: Sequence[bytes], arrivals: Sequence[float], budget_ms: float, kill_at_s: float
 ) -> list[Answer]:
     """Send a request at each instant, however many still wait; kill -9 one of the replicas in the middle."""
-    victim = next(iter(replicas().values()))
+    victim = cluster.replicas()[0]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         began = time.monotonic()
 
@@ -161,7 +183,7 @@ async def load_and_kill(
 
             try:
                 async with session.post(
-                    f"{url}/classify?budget_ms={budget_ms:g}",
+                    f"{cluster.url}/classify?budget_ms={budget_ms:g}",
                     data=images[number % len(images)],
                     headers={"content-type": "image/jpeg", "x-request-id": f"request-{number}"},
                 ) as response:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from service.errors import InvalidParameterError
 from service.settings import Settings
-from tests.deploy.ray_cluster import Answer, environment, load_and_kill, ray_cluster, replicas, serve_config
+from tests.deploy.ray_cluster import Answer, Cluster, environment, load_and_kill, ray_cluster, serve_config
 
 if not os.environ.get("CI"):  # there, a missing Ray is a failure
     pytest.importorskip("ray", reason="Ray is not installed")
@@ -25,13 +25,13 @@ SECONDS, KILL_AT_S, RATE = 9, 3, 40
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("ray")
     config = serve_config(PORT, replicas=2, profile_folder=str(folder / "profiles"))
     config["applications"][0]["runtime_env"]["env_vars"]["PROMETHEUS_MULTIPROC_DIR"] = str(folder / "metrics")
     # In the end, no client is left to be told of it.
-    with ray_cluster(config, environment() | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}) as url:
-        yield url
+    with ray_cluster(config, environment() | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +42,17 @@ def picture() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def answers(cluster: str, picture: bytes) -> list[Answer]:
+def answers(cluster: Cluster, picture: bytes) -> list[Answer]:
     """Of a load in the middle of which a replica was killed."""
     arrivals = [number / RATE for number in range(SECONDS * RATE)]
     return asyncio.run(load_and_kill(cluster, [picture], arrivals, BUDGET_MS, KILL_AT_S))
 
 
-def test_it_is_the_same_app(cluster: str, picture: bytes) -> None:
-    answer = httpx.post(f"{cluster}/classify?budget_gflops=0.05", content=picture)
+def test_it_is_the_same_app(cluster: Cluster, picture: bytes) -> None:
+    answer = httpx.post(f"{cluster.url}/classify?budget_gflops=0.05", content=picture)
     assert answer.status_code == 200
     assert answer.json()["subnetwork"]["gflops"] <= 0.05
-    refusal = httpx.post(f"{cluster}/classify", content=b"no image")
+    refusal = httpx.post(f"{cluster.url}/classify", content=b"no image")
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (422, "invalid_image")
 
 
@@ -62,20 +62,20 @@ def test_every_request_has_one_answer_though_a_replica_was_killed(answers: list[
     assert Counter(answer.status for answer in answers) == {200: len(answers)}
 
 
-def test_a_replica_answers_for_what_all_counted_even_the_killed_one(answers: list[Answer], cluster: str) -> None:
-    page = httpx.get(f"{cluster}/metrics").text
+def test_a_replica_answers_for_what_all_counted_even_the_killed_one(answers: list[Answer], cluster: Cluster) -> None:
+    page = httpx.get(f"{cluster.url}/metrics").text
     (counted,) = re.findall(r'^supervit_requests_total\{outcome="ok"\} (\S+)', page, re.MULTILINE)
     assert float(counted) >= len(answers)
 
 
-def test_the_killed_replica_is_replaced(answers: list[Answer], cluster: str) -> None:
+def test_the_killed_replica_is_replaced(answers: list[Answer], cluster: Cluster) -> None:
     assert answers
     for _ in range(120):
-        if len(replicas()) == 2:
+        if len(cluster.replicas()) == 2:
             break
         asyncio.run(asyncio.sleep(0.5))
-    assert len(replicas()) == 2
-    assert httpx.get(f"{cluster}/health/ready").status_code == 200
+    assert len(cluster.replicas()) == 2
+    assert httpx.get(f"{cluster.url}/health/ready").status_code == 200
 
 
 @pytest.mark.parametrize(("name", "value"), [("host", "0.0.0.0"), ("port", 80), ("fd", 3), ("workers", 2)])

@@ -13,10 +13,10 @@ from models.calibration import (
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_the_temperature_of_two_classes_follows_from_how_often_the_likelier_one_is_right(temperature: float) -> None:
-    """Logits 1 and 0, right three times of four: softmax must say 3/4, so 1 / T is the logarithm of 3."""
+    """Logits 1 and 0, right three times of four; with one that may be either, softmax must say 3.5 / 5 = 7 / 10."""
     logits = torch.tensor([[1.0, 0.0]] * 4) * temperature
     fitted = fit_temperature(logits, torch.tensor([0, 0, 1, 0]))
-    assert fitted == pytest.approx(temperature / math.log(3), rel=1e-6)
+    assert fitted == pytest.approx(temperature / math.log(7 / 3), rel=1e-6)
 
 
 def test_the_temperature_gives_the_labels_the_highest_likelihood() -> None:
@@ -32,10 +32,19 @@ def test_the_temperature_gives_the_labels_the_highest_likelihood() -> None:
     assert loss(fitted) <= min(loss(fitted * 1.01), loss(fitted / 1.01))
 
 
-def test_logits_that_are_never_wrong_or_never_right_stay_within_bounds() -> None:
+def test_never_to_be_wrong_is_trusted_the_more_images_there_are() -> None:
+    """With n images and one that may be either, softmax must say (n + 0.5) / (n + 1)."""
+    for count in (2, 20, 2000):
+        logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]] * (count // 2))
+        odds = (count + 0.5) / 0.5
+        fitted = fit_temperature(logits, logits.argmax(dim=1))
+        assert fitted == pytest.approx(1 / math.log(odds), rel=1e-6)
+
+
+def test_temperatures_stay_within_bounds() -> None:
     logits = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
-    assert fit_temperature(logits, torch.tensor([0, 1])) == pytest.approx(LOWEST_TEMPERATURE)
     assert fit_temperature(logits, torch.tensor([1, 0])) == pytest.approx(HIGHEST_TEMPERATURE)
+    assert fit_temperature(logits / 100, torch.tensor([0, 1])) == pytest.approx(LOWEST_TEMPERATURE)
 
 
 def test_the_error_is_the_gap_of_each_bin_weighted_by_its_share() -> None:

@@ -31,7 +31,6 @@ def test_a_network_learns_the_data_and_can_teach_it(
         epochs=8,
         batch_size=8,
         workers=0,
-        _cli_parse_args=False,
     )
     assert finetune(options) >= 0.9
     teacher = Teacher("test_vit", output, 32, tiny_config)
@@ -50,3 +49,27 @@ def test_all_but_the_last_layer_is_kept_whatever_its_weights_are_called(tmp_path
 def test_weights_of_another_network_are_refused(imagenet_file: Path) -> None:
     with pytest.raises(CheckpointMismatchError, match=r"imagenet\.pth: not weights of test_vit2"):
         load_network("test_vit2", imagenet_file, 3)
+
+
+def test_weights_of_another_size_are_refused_under_whatever_names(imagenet_file: Path, tmp_path: Path) -> None:
+    weights = torch.load(imagenet_file, weights_only=True)
+    del weights["norm.weight"]
+    torch.save(weights, tmp_path / "without_norm.pth")
+    torch.save({f"other.{number}": weight for number, weight in enumerate(weights.values())}, tmp_path / "renamed.pth")
+    for name in ("without_norm.pth", "renamed.pth"):
+        with pytest.raises(CheckpointMismatchError, match=f"{name}: not weights of test_vit"):
+            load_network("test_vit", tmp_path / name, 3)
+
+
+def test_an_output_that_cannot_be_written_is_known_before_the_training(
+    tmp_path: Path, pictures: Path, imagenet_file: Path
+) -> None:
+    (tmp_path / "file").touch()
+    options = Finetune(data=pictures, output=tmp_path / "file" / "teacher.pth", model="test_vit", weights=imagenet_file)
+    with pytest.raises(OSError, match="file"):
+        finetune(options)
+
+
+def test_no_environment_variable_is_taken_for_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EPOCHS", "77")
+    assert Finetune(data=tmp_path, output=tmp_path, weights=tmp_path).epochs == 2

@@ -1,6 +1,7 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -178,3 +179,29 @@ def test_a_failure_that_the_command_itself_tells_ends_everything(
     _, thread, ended = supervise(f"import os, sys, time; sys.exit({status})", 2)
     thread.join(10)
     assert ended == [False]
+
+
+def test_workers_end_with_their_parent_even_if_it_is_killed(tmp_path: Path) -> None:
+    script = f"""
+import os, sys
+from service.workers import Supervisor, listen
+opened = listen("127.0.0.1", 0)
+print(opened.getsockname()[1], flush=True)
+command = [sys.executable, "-c", {WORKER!r}, {str(tmp_path)!r}, str(opened.fileno())]
+Supervisor(command, os.environ, [os.sched_getaffinity(0)], opened, 5.0).run()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        port = int(parent.stdout.readline())
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            worker = int(connection.recv(100))
+        parent.kill()
+    until(lambda: not is_running(worker))
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether there is such a process; one that has ended and whom nobody has asked how is none."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
