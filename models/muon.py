@@ -36,7 +36,11 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override] # torch's overloads
-        """Take one step by the gradients that the parameters hold."""
+        """Take one step by the gradients that the parameters hold, or that `closure` gives them."""
+        loss: float | None = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         matrices = [
             (parameter, group)
             for group in self.param_groups
@@ -47,7 +51,7 @@ class Muon(torch.optim.AdamW):
         gradients = [parameter.grad for parameter, _ in matrices]
         for parameter, _ in matrices:  # hidden from AdamW
             parameter.grad = None
-        loss: float | None = super().step(closure)
+        super().step()
         for (parameter, _), gradient in zip(matrices, gradients, strict=True):
             parameter.grad = gradient
         return loss

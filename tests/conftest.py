@@ -1,5 +1,14 @@
 """For every test: one thread. Models of a few thousand weights gain nothing from more and lose much under load."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def profile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the servers of all tests keep latencies: those of the default checkpoint are measured once."""
+    return tmp_path_factory.mktemp("profiles")

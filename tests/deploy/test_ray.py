@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -25,10 +26,10 @@ SECONDS, KILL_AT_S, RATE = 9, 3, 40
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("ray")
-    config = serve_config(PORT, replicas=2, profile_folder=str(folder / "profiles"))
-    config["applications"][0]["runtime_env"]["env_vars"]["PROMETHEUS_MULTIPROC_DIR"] = str(folder / "metrics")
+def cluster(tmp_path_factory: pytest.TempPathFactory, profile_folder: Path) -> Iterator[Cluster]:
+    config = serve_config(PORT, replicas=2, profile_folder=str(profile_folder))
+    counts = str(tmp_path_factory.mktemp("counts"))
+    config["applications"][0]["runtime_env"]["env_vars"]["PROMETHEUS_MULTIPROC_DIR"] = counts
     # In the end, no client is left to be told of it.
     with ray_cluster(config, environment() | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}) as cluster:
         yield cluster

@@ -41,10 +41,9 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def profile_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One measurement for all servers of this module."""
+def one_measurement_for_all(profile_folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUPERVIT_PROFILE_FOLDER", str(tmp_path_factory.mktemp("profiles")))
+        patch.setenv("SUPERVIT_PROFILE_FOLDER", str(profile_folder))
         yield
 
 

@@ -8,7 +8,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from models.calibration import LOWEST_TEMPERATURE, fit_temperature
+from models.calibration import fit_temperature
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.data import DataError
 from models.devices import DeviceError
@@ -163,8 +163,8 @@ def test_val_calibrates_and_test_is_measured_where_there_are_both(
         (tmp_path / split / "red").symlink_to(pictures / "val" / red, target_is_directory=True)
     table = measure(checkpoint, tmp_path)
     assert {row.top1 for row in table.rows} == {0.0}
-    assert all(row.temperature == pytest.approx(LOWEST_TEMPERATURE) for row in table.rows)  # val is never wrong
-    assert all((row.calibration_error or 0) > 0.9 for row in table.rows)
+    assert max(row.temperature for row in table.rows) < 1  # as val/ is never wrong
+    assert min(row.calibration_error or 0 for row in table.rows) > 0.9
 
 
 def test_a_few_thousand_images_from_all_over_are_enough_to_calibrate(

@@ -69,6 +69,23 @@ def test_gradients_stay_and_parameters_without_one_are_left_alone() -> None:
     assert torch.equal(idle.weight, before)
 
 
+def test_a_closure_gives_the_gradients_that_the_step_goes_by() -> None:
+    given, held = nn.Linear(4, 4), nn.Linear(4, 4)
+    held.load_state_dict(given.state_dict())
+    inputs = torch.ones(2, 4)
+
+    def closure() -> float:
+        loss = given(inputs).square().mean()
+        loss.backward()
+        return loss.item()
+
+    assert Muon(given.parameters(), 0.1, 0.0).step(closure) == pytest.approx(held(inputs).square().mean().item())
+    held(inputs).square().mean().backward()
+    Muon(held.parameters(), 0.1, 0.0).step()
+    assert torch.equal(given.weight, held.weight)
+    assert torch.equal(given.bias, held.bias)
+
+
 def test_a_state_that_was_saved_goes_on_as_if_unbroken() -> None:
     torch.manual_seed(2)
     layers = [nn.Linear(5, 4), nn.Linear(5, 4)]

@@ -113,8 +113,10 @@ def test_the_saved_weights_are_the_averaged_ones(tmp_path: Path, tiny_recipe: Ma
         (EVERYTHING_RANDOM, STEPS_PER_EPOCH + 3),
         (EVERYTHING_RANDOM | {"workers": 1}, 2 * STEPS_PER_EPOCH + 6),
         (EVERYTHING_RANDOM | LVVIT | {"drop_path": 0.0}, STEPS_PER_EPOCH + 6),
+        ({"single_epochs": 2}, STEPS_PER_EPOCH + 3),
+        ({"single_epochs": 1}, 2 * STEPS_PER_EPOCH + 3),
     ],
-    ids=["plain", "one worker", "all random", "all random, one worker", "lvvit"],
+    ids=["plain", "one worker", "all random", "all random, one worker", "lvvit", "cheap epochs", "after cheap epochs"],
 )
 def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_unbroken_one(
     tmp_path: Path, tiny_recipe: MakeRecipe, options: dict[str, object], interrupted_at: int
@@ -204,7 +206,10 @@ def test_a_teacher_that_was_asked_once_is_learned_from(
     monkeypatch.setattr("models.train.training_step", step)
     options = {"teacher": "test_vit", "teacher_checkpoint": tmp_path / "teacher.pth", "teacher_side": 32}
     train(tiny_recipe(tmp_path / "run", epochs=1, teacher_once=True, **options))
-    assert all(targets.shape == (8, 3) for targets in taught)
+    assert {targets.shape for targets in taught} == {(8, 3)}
+    monkeypatch.delattr("models.teacher.Teacher.answer_both_ways")  # a run that is resumed asks no more
+    train(tiny_recipe(tmp_path / "run", epochs=2, teacher_once=True, resume=True, **options))
+    assert len(taught) == 2 * STEPS_PER_EPOCH
 
 
 def test_the_average_forgets_the_first_weights_however_slow_it_is(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
