@@ -77,7 +77,7 @@ def test_a_closure_gives_the_gradients_that_the_step_goes_by() -> None:
     def closure() -> float:
         loss = given(inputs).square().mean()
         loss.backward()
-        return loss.item()
+        return float(loss.item())
 
     assert Muon(given.parameters(), 0.1, 0.0).step(closure) == pytest.approx(held(inputs).square().mean().item())
     held(inputs).square().mean().backward()
