@@ -31,13 +31,14 @@ from service.http_errors import ErrorAnswers
 from service.images import decode_image
 from service.line import Line
 from service.menu import Menu
-from service.metrics import SHARED_FOLDER_VARIABLE, Metrics, process_registry
+from service.metrics import Metrics, process_registry
 from service.monitor import Monitor
 from service.pacer import Pacer
 from service.pipeline import Pipeline
 from service.profiler import Measurement, load_or_measure, rehearse
 from service.schemas import describe_family
 from service.settings import Settings, environment_variable
+from service.shared_counts import SHARED_FOLDER_VARIABLE
 from service.shortcut import Shortcut
 
 logger = logging.getLogger(__name__)

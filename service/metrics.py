@@ -27,6 +27,7 @@ from models.subnetwork import SubNetwork
 from service.domain import Classification
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, ServiceError, ShedReason
 from service.resources import ResourceSnapshot
+from service.shared_counts import forget_dead
 
 STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -46,10 +47,6 @@ TOTALS: dict[str, tuple[str, dict[str, str]]] = {
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
-# Where prometheus_client looks for the shared folder, the moment it is imported.
-SHARED_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-
-
 def process_registry() -> CollectorRegistry:
     """Make a registry that already tells of the process: memory, CPU time, garbage collection, Python's version."""
     # They are a second series beside each counter, which Prometheus itself has no use for.
@@ -58,19 +55,6 @@ def process_registry() -> CollectorRegistry:
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
     return registry
-
-
-def forget_worker(pid: int, folder: str) -> None:
-    """Forget what a worker that has ended last said of itself; what it counted stays counted."""
-    multiprocess.mark_process_dead(pid, folder)  # type: ignore[no-untyped-call] # it has no annotations
-
-
-def forget_dead(folder: str) -> None:
-    """Forget what processes that have ended without a word last said of themselves."""
-    pids = {path.stem.rpartition("_")[2] for path in Path(folder).glob("gauge_live*.db")}
-    for pid in pids:
-        if not Path("/proc", pid).exists():
-            forget_worker(int(pid), folder)
 
 
 class Metrics:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from service.metrics import SHARED_FOLDER_VARIABLE, forget_worker
+from service.shared_counts import SHARED_FOLDER_VARIABLE, forget_worker
 
 logger = logging.getLogger(__name__)
 

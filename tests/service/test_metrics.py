@@ -8,8 +8,9 @@ from prometheus_client import CollectorRegistry
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.domain import Classification, Decision, Timing
-from service.metrics import MISSES, Metrics, forget_dead, process_registry
+from service.metrics import MISSES, Metrics, process_registry
 from service.resources import GpuSnapshot, ResourceSnapshot
+from service.shared_counts import forget_dead
 
 SMALL = SubNetworkProfile(SubNetwork(8, 0.55), 500_000_000, 0.7, 0.9)
 UNMEASURED = SubNetworkProfile(SubNetwork(8, 0.5), 400_000_000)
