@@ -1,7 +1,7 @@
 """The engine for CPUs: one compiled graph runs every sub-network at every batch size."""
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -42,7 +42,7 @@ class OpenVINOEngine:
         torch.set_num_threads(1)
         self._model = model
         config = model.config
-        core = ov.Core()
+        core = _core()
         options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
         exact = options | {"INFERENCE_PRECISION_HINT": "f32"}
         chosen = options if precision is None else options | {"INFERENCE_PRECISION_HINT": HINTS[precision]}
@@ -90,6 +90,17 @@ class OpenVINOEngine:
         smaller = grid_side < config.image_side
         resizing = map(ov.Tensor, resize_inputs(config.image_side, grid_side) if smaller else ())
         return tuple(resizing), tuple(classifying)
+
+
+@cache
+def _core() -> ov.Core:
+    """Return the only one of this process, which lives as long as it does.
+
+    A core gives the thread that makes it a stack for signals, takes it away when it goes and puts back what it found.
+    Of two that go in the order in which they came, the second puts back the stack of the first, which is gone: the next
+    signal that Python handles, the one to stop say, would then end in a segmentation fault.
+    """
+    return ov.Core()
 
 
 def _infer(request: ov.InferRequest, inputs: Iterable[ov.Tensor]) -> ov.Tensor:

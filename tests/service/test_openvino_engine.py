@@ -151,3 +151,22 @@ def test_openvino_neither_reports_its_use_nor_writes_into_the_home_folder(tmp_pa
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_signals_are_handled_after_engines_are_gone() -> None:
+    """In a process of its own, which a wrong stack for signals would end."""
+    script = f"""
+import gc, signal
+from models.subnetwork import SuperViTConfig
+from models.supervit import SuperViT
+from service.openvino_engine import OpenVINOEngine
+model = SuperViT({config_of("deit")!r}).eval()
+engines = [OpenVINOEngine(model, 1) for _ in range(2)]
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+while engines:
+    del engines[0]
+    gc.collect()
+signal.raise_signal(signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "handled\n"

@@ -140,7 +140,7 @@ def test_a_worker_that_is_killed_is_replaced_and_forgotten(
 def test_a_worker_that_crashes_at_once_is_not_started_over_and_over(
     tmp_path: Path, supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]]
 ) -> None:
-    crash = "import os, pathlib, sys; pathlib.Path(sys.argv[1], str(os.getpid())).touch(); os.abort()"
+    crash = "import os, pathlib, sys; pathlib.Path(sys.argv[1], str(os.getpid())).touch(); os.kill(os.getpid(), 9)"
     supervise(crash)
     until(lambda: len(list(tmp_path.iterdir())) == 1)
     time.sleep(0.3)  # a dozen looks
