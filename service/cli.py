@@ -150,7 +150,7 @@ def supervise(settings: Settings) -> None:
         supervisor = Supervisor(
             command, worker_environment(settings, opened.fileno()), shares, opened, settings.drain_s
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, supervisor.stop)
         logger.info("%d workers listen on %s port %d", settings.workers, *opened.getsockname()[:2])
         if not supervisor.run():

@@ -70,7 +70,6 @@ class Metrics:
         """
         if shared_folder is not None:
             Path(shared_folder).mkdir(parents=True, exist_ok=True)
-            forget_dead(shared_folder)
         self._registry = registry
         self._shared_folder = shared_folder
 
@@ -194,7 +193,11 @@ class Metrics:
             "livemostrecent",
             ["model"],
         )
-        self._ready = gauge("supervit_ready", "1 while requests are welcome.", "livemin")
+        self._ready = gauge(
+            "supervit_ready",
+            "How many engines welcome requests: 1 or 0, or as many as share this page.",
+            "livesum",
+        )
         self._model = gauge("supervit_model_info", "The served checkpoint; always 1.", "max", ["name", "version"])
 
     def describe(self, subnetworks: list[SubNetwork], name: str, version: str) -> None:
@@ -287,6 +290,7 @@ class Metrics:
         """Return all metrics in the Prometheus text format."""
         if self._shared_folder is None:
             return generate_latest(self._registry)
+        forget_dead(self._shared_folder)
         everyones = CollectorRegistry()
         multiprocess.MultiProcessCollector(everyones, self._shared_folder)  # type: ignore[no-untyped-call] # as above
         return generate_latest(everyones)

@@ -173,7 +173,7 @@ def _alone(lock: Path) -> Iterator[None]:
             lock.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(lock))
         except OSError as error:
-            logger.debug("others may measure at the same time: %s", error)
+            logger.warning("others may measure at the same time: %s", error)
         yield
 
 

@@ -5,6 +5,7 @@
 
 import logging
 import math
+import os
 import time
 
 import ray
@@ -87,7 +88,8 @@ def build(settings: Settings) -> Application:
         CheckpointError: the checkpoint cannot be served.
     """
     for name in NOT_FOR_RAY:
-        if name in settings.model_fields_set:
+        # An image that serves without Ray sets some of them for itself.
+        if name in settings.model_fields_set and f"SUPERVIT_{name.upper()}" not in os.environ:
             raise InvalidParameterError(
                 f"{name} is not for Ray Serve: the config's http_options and deployments say it"
             )

@@ -1,5 +1,6 @@
 """The folder in which the processes of one server keep their counts, so that each can answer for all of them."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from prometheus_client import multiprocess
@@ -18,4 +19,5 @@ def forget_dead(folder: str) -> None:
     pids = {path.stem.rpartition("_")[2] for path in Path(folder).glob("gauge_live*.db")}
     for pid in pids:
         if not Path("/proc", pid).exists():
-            forget_worker(int(pid), folder)
+            with suppress(FileNotFoundError):  # another process does the same
+                forget_worker(int(pid), folder)

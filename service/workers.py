@@ -120,7 +120,11 @@ class Supervisor:
                         forget_worker(process.pid, folder)
                         if now - started_at[index] >= REPLACEMENT_INTERVAL_S:
                             logger.error("worker %d ended with status %d; replacing it", process.pid, status)
-                            running[index], started_at[index] = self._start(self._shares[index], folder), now
+                            started_at[index] = now
+                            try:
+                                running[index] = self._start(self._shares[index], folder)
+                            except OSError as error:  # the others go on, and this one is tried again
+                                logger.error("no worker can be started: %s", error)
             finally:
                 self._socket.close()  # or the kernel would go on taking connections that nobody answers
                 self._end(running)

@@ -128,8 +128,8 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             2,
         ),
         number(
-            "Servers that are ready",
-            "Servers that welcome requests: warmed up, profiled, not stopping.",
+            "Engines that are ready",
+            "Engines that welcome requests: warmed up, profiled, not stopping. Each worker or replica has one.",
             "short",
             f"sum(supervit_ready{ONES})",
             0,

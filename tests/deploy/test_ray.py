@@ -87,6 +87,13 @@ def test_what_ray_decides_is_no_setting_there(name: str, value: object) -> None:
         build(Settings.model_validate({name: value}))
 
 
+def test_an_image_that_serves_without_ray_too_may_have_an_address_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from service.ray_app import build
+
+    monkeypatch.setenv("SUPERVIT_HOST", "0.0.0.0")
+    assert build(Settings())
+
+
 def test_ray_lets_no_more_requests_to_a_replica_than_it_can_refuse_itself() -> None:
     from service.ray_app import build
 

@@ -216,6 +216,9 @@ def test_workers_share_a_port_and_their_counts_and_one_that_is_killed_is_replace
             time.sleep(0.2)
         before = workers()
         assert len(before) == 2
+        while read("supervit_ready") != [2]:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
         time.sleep(max(0.0, 10 - (time.time() - min(psutil.Process(pid).create_time() for pid in before))))
         killed = min(before)
         os.kill(killed, signal.SIGKILL)

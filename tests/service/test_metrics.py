@@ -184,6 +184,14 @@ def test_readiness_is_one_or_zero(page: Page) -> None:
         assert page.read("ready") == is_ready
 
 
+def test_the_page_shows_nothing_that_a_dead_process_last_said_of_itself(tmp_path: Path) -> None:
+    metrics = Metrics(CollectorRegistry(), str(tmp_path))
+    dead = tmp_path / f"gauge_livesum_{2**22 + 1}.db"  # beyond the largest number of a process
+    dead.touch()
+    metrics.page()
+    assert not dead.exists()
+
+
 def test_the_page_has_everything_in_the_text_format(page: Page) -> None:
     page.metrics.request_refused("not_ready")
     lines = page.metrics.page().decode().splitlines()

@@ -159,6 +159,28 @@ def test_such_a_failure_is_a_mishap_once_workers_have_proved_themselves(
     until(lambda: len(list(tmp_path.iterdir())) >= 3)
 
 
+def test_a_worker_that_cannot_be_started_is_tried_again_and_the_others_go_on(
+    opened: socket.socket,
+    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "REPLACEMENT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(workers, "forget_worker", lambda *_: None)
+    start, failures = Supervisor._start, [OSError("no processes left")]
+
+    def start_later(supervisor: Supervisor, share: set[int], folder: str) -> "subprocess.Popen[bytes]":
+        if failures:
+            raise failures.pop()
+        return start(supervisor, share, folder)
+
+    supervise(WORKER)
+    first = who_answers(opened)
+    monkeypatch.setattr(Supervisor, "_start", start_later)
+    os.kill(first, signal.SIGKILL)
+    assert who_answers(opened) != first
+    assert not failures
+
+
 def test_a_worker_that_does_not_stop_is_killed(
     opened: socket.socket,
     supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
@@ -190,7 +212,8 @@ print(opened.getsockname()[1], flush=True)
 command = [sys.executable, "-c", {WORKER!r}, {str(tmp_path)!r}, str(opened.fileno())]
 Supervisor(command, os.environ, [os.sched_getaffinity(0)], opened, 5.0).run()
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed parent leaves its folder behind
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         port = int(parent.stdout.readline())
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
