@@ -5,7 +5,6 @@
 
 import logging
 import math
-import os
 import time
 
 import ray
@@ -17,10 +16,10 @@ from models.checkpoint import load_checkpoint
 from service.app import LOG_FORMAT, create_app, engine_threads, settle_interpreter
 from service.errors import InvalidParameterError
 from service.monitor import Monitor
-from service.settings import Settings
+from service.settings import Settings, named_settings
 
 # What Ray decides.
-NOT_FOR_RAY = ("host", "port", "fd", "workers")
+NOT_FOR_RAY = {"host", "port", "fd", "workers"}
 # Requests that Ray lets through to a replica beyond those that it takes itself, so that it is the replica that refuses,
 # with a reason and a time to come back.
 MARGIN = 64
@@ -87,12 +86,9 @@ def build(settings: Settings) -> Application:
         InvalidParameterError: a setting is one that Ray decides.
         CheckpointError: the checkpoint cannot be served.
     """
-    for name in NOT_FOR_RAY:
-        # An image that serves without Ray sets some of them for itself.
-        if name in settings.model_fields_set and f"SUPERVIT_{name.upper()}" not in os.environ:
-            raise InvalidParameterError(
-                f"{name} is not for Ray Serve: the config's http_options and deployments say it"
-            )
+    # An image that serves without Ray sets some of them for itself, as variables.
+    for name in NOT_FOR_RAY & named_settings(settings):
+        raise InvalidParameterError(f"{name} is not for Ray Serve: the config's http_options and deployments say it")
     load_checkpoint(settings.checkpoint)  # what is wrong with it is said by `serve deploy`
     as_deployment = serve.deployment(
         name="supervit",

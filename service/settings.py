@@ -57,6 +57,12 @@ def worker_environment(settings: Settings, fd: int) -> dict[str, str]:
     return {**os.environ, **{f"{prefix}{name.upper()}": str(value) for name, value in given.items()}}
 
 
+def named_settings(settings: Settings) -> set[str]:
+    """Name what was given to these settings by hand: what an environment variable says as well is not counted."""
+    prefix = Settings.model_config["env_prefix"]
+    return {name for name in settings.model_fields_set if f"{prefix}{name.upper()}" not in os.environ}
+
+
 def environment_variable(name: str) -> str | None:
     """Read a variable that is no knob of ours."""
     return os.environ.get(name)
