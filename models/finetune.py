@@ -30,7 +30,9 @@ class Finetune(BaseModel):
     data: CliPositionalArg[Path] = Field(description="folder with train/ and perhaps val/, of class folders")
     output: Path = Field(description="file for its state dict")
     model: str = Field("tf_efficientnet_lite2", description="timm model")
-    weights: Path = Field(description="its weights on ImageNet, under timm's names or in timm's order")
+    weights: Path = Field(
+        description="its weights on ImageNet, under timm's names or in timm's order; or what an earlier run wrote"
+    )
     side: PositiveInt = Field(96, description="pixels that it sees the images resized to")
     student: str = Field(
         "supervit_lvvit_micro_patch4_32", description="SuperViT to be taught; all images are kept in memory at its size"
@@ -39,7 +41,9 @@ class Finetune(BaseModel):
     batch_size: PositiveInt = Field(64, description="images per step")
     learning_rate: float = Field(1e-3, gt=0, description="peak rate of AdamW")
     weight_decay: float = Field(0.02, ge=0, description="of AdamW")
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="probability mass spread over all classes")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="probability mass spread over all classes; what it adds, students do not learn"
+    )
     holdout: float = Field(0.02, gt=0, lt=1, description="part of train/ held out where there is no val/ folder")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of head, order and augmentation")
     workers: int = Field(2, ge=0, description="processes that decode images")
@@ -69,7 +73,7 @@ def finetune(options: Finetune) -> float:
         for dataset in open_training_data(options.data, config, as_they_are, options.holdout, options.seed)
     )
     network = Adapter(load_network(options.model, options.weights, num_classes), config, options.side)
-    network.to(device)
+    network.to(device).to(memory_format=torch.channels_last)  # half as fast again, on a CPU
     sampler = RepeatAugSampler(training[1], 1, 0, num_repeats=1, selected_round=0)
     batches = ImageBatches(*training, sampler, options.batch_size, config, random_erasing=0.0)
     optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate, weight_decay=options.weight_decay)
@@ -98,7 +102,7 @@ def finetune(options: Finetune) -> float:
 
 
 def load_network(model: str, path: Path, num_classes: int) -> nn.Module:
-    """Build timm's `model` with the weights of another number of classes, all but those of its last layer.
+    """Build timm's `model` with these weights; with a new last layer where they know another number of classes.
 
     Raises:
         CheckpointError: the weights cannot be read, or are not those of `model`.
@@ -108,6 +112,9 @@ def load_network(model: str, path: Path, num_classes: int) -> nn.Module:
     names = [name for name in network.state_dict() if not _is_counter(name)]
     if not weights.keys() & set(names) and len(weights) == len(names):  # the same network under another library's names
         weights = dict(zip(names, weights.values(), strict=True))
+    classes_known = weights[names[-1]].numel() if names[-1] in weights else 0  # the length of the last layer's bias
+    if classes_known:
+        network.reset_classifier(classes_known)  # type: ignore[operator] # timm's
     try:
         misfit = network.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -115,7 +122,8 @@ def load_network(model: str, path: Path, num_classes: int) -> nn.Module:
     strangers = [*(name for name in misfit.missing_keys if not _is_counter(name)), *misfit.unexpected_keys]
     if strangers:
         raise CheckpointMismatchError(f"{path}: not weights of {model}: {len(strangers)} names, as {strangers[0]}")
-    network.reset_classifier(num_classes)  # type: ignore[operator] # timm's
+    if classes_known != num_classes:
+        network.reset_classifier(num_classes)  # type: ignore[operator] # timm's
     return network
 
 

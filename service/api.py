@@ -228,7 +228,8 @@ def build_router(api: Api, classify: Handle) -> APIRouter:
     async def metrics() -> Response:
         """Give all metrics in the Prometheus text format."""
         api.report()
-        return Response(api.metrics.page(), media_type=CONTENT_TYPE)
+        # Of many processes it takes long to put together.
+        return Response(await asyncio.to_thread(api.metrics.page), media_type=CONTENT_TYPE)
 
     return router
 

@@ -154,7 +154,13 @@ def nominal_latencies(profiles: ProfileTable) -> LatencyTable:
 
 
 def measure_latencies(
-    settings: Settings, checkpoint: Checkpoint, engine: Engine, run: Run, *, fresh: bool = False
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: Engine,
+    run: Run,
+    *,
+    fresh: bool = False,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> Measurement:
     """Read this machine's latencies of every sub-network from the profile folder, or else measure them with `run`."""
     return load_or_measure(
@@ -166,6 +172,7 @@ def measure_latencies(
         checkpoint_version=checkpoint.version,
         engine=engine.describe(),
         fresh=fresh,
+        is_stopping=is_stopping,
     )
 
 
@@ -223,7 +230,9 @@ class _Service:
         if self._latencies is not None:
             return self._latencies, "not measured here"
         run, config = self._run_unless_stopping, self._checkpoint.config
-        measurement = measure_latencies(self._settings, self._checkpoint, self._engine, run)
+        measurement = measure_latencies(
+            self._settings, self._checkpoint, self._engine, run, is_stopping=self._stopping.is_set
+        )
         best = Menu.of(extended_profile(self._checkpoint), measurement.table).best
         self._api.metrics.profiled(
             self._checkpoint.name, datetime.fromisoformat(measurement.measured_at), best.row.top1

@@ -30,19 +30,27 @@ from service.engines import make_engine
 from service.errors import ServiceError
 from service.monitor import Monitor
 from service.profiler import Measurement
-from service.settings import Settings, unknown_variables, worker_environment
+from service.settings import Settings, environment_variable, unknown_variables, worker_environment
+from service.shared_counts import SHARED_FOLDER_VARIABLE
 from service.sizing import Simulate, simulate
-from service.workers import Supervisor, listen, split_cpus
+from service.workers import BEAT_INTERVAL_S, Supervisor, beat, bind, split_cpus
 
 logger = logging.getLogger(__name__)
 
 
 class _Server(uvicorn.Server):
-    """Refuses newcomers from the very signal on that tells it to stop."""
+    """Says where it listens; refuses newcomers from the very signal on that tells it to stop."""
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
         super().__init__(config)
         self._drain = drain
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say where, which uvicorn does for addresses alone."""
+        await super().startup(sockets)
+        for opened in sockets or ():
+            host, port, *_ = opened.getsockname()
+            logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take note of the signal."""
@@ -136,25 +144,34 @@ def main(arguments: list[str] | None = None) -> int:
 def supervise(settings: Settings) -> None:
     """Serve with several workers until SIGTERM or Ctrl-C."""
     if settings.fd is not None:
-        raise CommandError("fd is for a single server: workers share a socket of their own")
+        raise CommandError("fd is for a single server: workers have sockets of their own")
     load_checkpoint(settings.checkpoint)  # what is wrong with it is said once
     try:
         shares = split_cpus(os.sched_getaffinity(0), Monitor().latest.cores, settings.workers)
-        opened = listen(settings.host, settings.port)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    except OSError as error:
-        raise CommandError(f"{settings.host} port {settings.port} cannot be listened on: {error.strerror}") from error
-    with opened:
-        command = [sys.executable, "-P", "-m", "service.cli", "serve"]  # -P: not from the current folder
-        supervisor = Supervisor(
-            command, worker_environment(settings, opened.fileno()), shares, opened, settings.drain_s
-        )
+    if environment_variable(SHARED_FOLDER_VARIABLE) is not None:
+        logger.warning("%s is not heeded: workers get a fresh folder of their own", SHARED_FOLDER_VARIABLE)
+    with _bind(settings, is_shared=True) as reserved:
+        command = [sys.executable, "-P", "-m", "service.cli", "serve", "--fd"]  # -P: not from the current folder
+        supervisor = Supervisor(command, worker_environment(settings), shares, reserved, settings.drain_s)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, supervisor.stop)
-        logger.info("%d workers listen on %s port %d", settings.workers, *opened.getsockname()[:2])
+        logger.info("%d workers share %s port %d", settings.workers, *reserved.getsockname()[:2])
         if not supervisor.run():
             raise CommandError("the workers cannot run; the log says why")
+    if supervisor.stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if supervisor.stopped_by is not None:  # end as whoever sent it expects, and as a single server does
+        signal.signal(supervisor.stopped_by, signal.SIG_DFL)
+        signal.raise_signal(supervisor.stopped_by)
+
+
+def _bind(settings: Settings, *, is_shared: bool = False) -> socket.socket:
+    try:
+        return bind(settings.host, settings.port, is_shared=is_shared)
+    except OSError as error:
+        raise CommandError(f"{settings.host} port {settings.port} cannot be listened on: {error.strerror}") from error
 
 
 def serve(settings: Settings) -> None:
@@ -165,33 +182,40 @@ def serve(settings: Settings) -> None:
         failed.set()
         server.should_exit = True
 
+    async def tell_supervisor() -> None:
+        if settings.fd is not None and shared_folder is not None:
+            beat(shared_folder)
+
     logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
     if settings.workers > 1:
         supervise(settings)
         return
-    # Others may serve on an inherited socket: this server takes no connection from them before its time.
-    app = create_app(
-        settings, load_checkpoint(settings.checkpoint), on_failure=stop, ready_first=settings.fd is not None
-    )
-    for name in unknown_variables():
-        logger.warning("the environment variable %s is no setting of this server", name)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        log_level=settings.log_level,
-        access_log=settings.log_level == "debug",
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(settings.drain_s),
-    )
-    server = _Server(config, app.state.drain)
-    settle_interpreter()
-    server.run(None if settings.fd is None else [socket.socket(fileno=settings.fd)])
+    shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
+    with _bind(settings) if settings.fd is None else socket.socket(fileno=settings.fd) as opened:
+        app = create_app(
+            settings,
+            load_checkpoint(settings.checkpoint),
+            on_failure=stop,
+            # Others may serve at the same address: this server takes no connection from them before its time.
+            ready_first=settings.fd is not None,
+        )
+        for name in unknown_variables():
+            logger.warning("the environment variable %s is no setting of this server", name)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level=settings.log_level,
+            access_log=settings.log_level == "debug",
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(settings.drain_s),
+            callback_notify=tell_supervisor,
+            timeout_notify=BEAT_INTERVAL_S,
+        )
+        server = _Server(config, app.state.drain)
+        settle_interpreter()
+        server.run([opened])
     if failed.is_set():
         raise CommandError("the model cannot run; the log says why")
-    if not server.started:
-        raise CommandError(f"{settings.host} port {settings.port} cannot be listened on")
 
 
 def train(recipe: Recipe) -> None:

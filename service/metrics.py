@@ -7,7 +7,6 @@ page then answers for all of them.
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
-from pathlib import Path
 from typing import get_args
 
 from prometheus_client import (
@@ -27,7 +26,7 @@ from models.subnetwork import SubNetwork
 from service.domain import Classification
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, ServiceError, ShedReason
 from service.resources import ResourceSnapshot
-from service.shared_counts import forget_dead
+from service.shared_counts import forget_dead, make_folder
 
 STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -67,9 +66,12 @@ class Metrics:
             registry: where.
             shared_folder: where the workers of this server keep their counts; None where this process is alone. Made if
                 there is none.
+
+        Raises:
+            InvalidParameterError: there can be no such folder.
         """
         if shared_folder is not None:
-            Path(shared_folder).mkdir(parents=True, exist_ok=True)
+            make_folder(shared_folder)
         self._registry = registry
         self._shared_folder = shared_folder
 
@@ -198,7 +200,7 @@ class Metrics:
             "How many engines welcome requests: 1 or 0, or as many as share this page.",
             "livesum",
         )
-        self._model = gauge("supervit_model_info", "The served checkpoint; always 1.", "max", ["name", "version"])
+        self._model = gauge("supervit_model_info", "The served checkpoint; always 1.", "livemax", ["name", "version"])
 
     def describe(self, subnetworks: list[SubNetwork], name: str, version: str) -> None:
         """Name the model and start every sub-network's count at zero, so that rates exist from the start."""

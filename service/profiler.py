@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median, median_low
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import AwareDatetime, BaseModel, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
@@ -128,6 +128,7 @@ def load_or_measure(
     checkpoint_version: str,
     engine: str,
     fresh: bool = False,
+    is_stopping: Callable[[], bool] = lambda: False,
     budget_s: float = BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Measurement:
@@ -145,6 +146,7 @@ def load_or_measure(
         checkpoint_version: of the weights.
         engine: its description of itself: library, device, precision, threads.
         fresh: measure even if there is a file.
+        is_stopping: whether to wait no longer for another process that measures; `run` may then refuse to run.
         budget_s: time after which no further round begins.
         clock: monotonic, in seconds.
     """
@@ -157,7 +159,7 @@ def load_or_measure(
     cells = _cells(subnetworks, batch_sizes)
     key = json.dumps([conditions, [(*astuple(subnetwork), batch_size) for subnetwork, batch_size in cells]])
     path = folder / f"latency-{checkpoint_version}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-    with _alone(path.with_suffix(".lock")):
+    with _alone(path.with_suffix(".lock"), is_stopping):
         measurement = None if fresh else _read(path, conditions, cells)
         if measurement is None:
             measurement = measure(run, image_side, subnetworks, batch_sizes, budget_s=budget_s, clock=clock)
@@ -166,12 +168,14 @@ def load_or_measure(
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _alone(lock: Path, is_stopping: Callable[[], bool]) -> Iterator[None]:
     """Let one process measure and the others wait: each would find the machine as slow as the others make it."""
     with ExitStack() as stack:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(lock))
+            stack.enter_context(FileLock(lock).acquire(cancel_check=is_stopping))
+        except Timeout:
+            logger.info("stopped while another process measured")
         except OSError as error:
             logger.warning("others may measure at the same time: %s", error)
         yield

@@ -50,9 +50,9 @@ class Settings(BaseSettings):
     )
 
 
-def worker_environment(settings: Settings, fd: int) -> dict[str, str]:
-    """Make the environment in which `supervit serve` is a single server of these settings on an inherited socket."""
-    given = settings.model_dump(exclude_unset=True, exclude_none=True, mode="json") | {"workers": 1, "fd": fd}
+def worker_environment(settings: Settings) -> dict[str, str]:
+    """Make the environment in which `supervit serve` is a single server of these settings."""
+    given = settings.model_dump(exclude_unset=True, exclude_none=True, mode="json") | {"workers": 1}
     prefix = Settings.model_config["env_prefix"]
     return {**os.environ, **{f"{prefix}{name.upper()}": str(value) for name, value in given.items()}}
 

@@ -5,8 +5,24 @@ from pathlib import Path
 
 from prometheus_client import multiprocess
 
+from service.errors import InvalidParameterError
+
 # Where prometheus_client looks for the folder, the moment it is imported.
 SHARED_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+
+def make_folder(folder: str) -> None:
+    """Make the folder, if there is none.
+
+    Raises:
+        InvalidParameterError: there can be none, or it has no name: the counts would go to the working directory.
+    """
+    if not folder:
+        raise InvalidParameterError(f"{SHARED_FOLDER_VARIABLE} is set and names no folder")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidParameterError(f"{SHARED_FOLDER_VARIABLE}: {folder}: {error.strerror}") from error
 
 
 def forget_worker(pid: int, folder: str) -> None:

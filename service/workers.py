@@ -1,9 +1,9 @@
 """Several servers behind one port, each a process on cores of its own. Starts, replaces and stops them; serves nothing.
 
 A worker that has cores to itself is a whole server: its engine's threads, its profile, its monitor and its waiting line
-know of those cores alone, and what the other workers do is none of its business. The kernel hands each new connection
-to a worker that waits for one, which a worker does once it is ready. Counts are summed over the workers by
-prometheus_client, in files of a shared folder.
+know of those cores alone, and what the other workers do is none of its business. Each listens on the port by itself,
+once it is ready, and the kernel deals new connections out to those that do, by chance. Counts are summed over the
+workers by prometheus_client, in files of a shared folder.
 """
 
 import ctypes
@@ -16,19 +16,22 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from service.shared_counts import SHARED_FOLDER_VARIABLE, forget_worker
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048  # connections that the kernel keeps for workers that are busy; uvicorn's own default
 WATCH_INTERVAL_S = 0.2
 REPLACEMENT_INTERVAL_S = 10.0  # a worker is started no more often than that, however it ends
 # How the command ends of what it knows to be wrong. Until some worker has run for so long, it is taken to be wrong with
 # all of them; later, for a mishap.
 KNOWN_FAILURES = (1, 2)
 PROVEN_S = 60.0
+BEAT_INTERVAL_S = 1
+SILENCE_S = 30.0  # without a beat, after its first one, a worker is taken to hang
 KILL_MARGIN_S = 5.0  # beyond the time that a worker has to answer those that it has admitted
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 _LIBRARY = ctypes.CDLL(None)
@@ -62,14 +65,47 @@ def _place(cpu: int, root: Path) -> tuple[int, int]:
         return 0, cpu
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Open the socket that the workers share.
+def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
+    """Take an address, for a server that shall listen on it.
+
+    Args:
+        host: an address, or a name of one.
+        port: 0 for any free one.
+        is_shared: whether other sockets that say so may have the same address. Those that listen get connections.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: the address cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    opened = socket.socket(family)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        opened.bind((host, port))
+    except OSError:
+        opened.close()
+        raise
+    return opened
+
+
+def beat(folder: str) -> None:
+    """Tell the supervisor that this worker still gets to do things."""
+    _pulse(folder, os.getpid()).touch()
+
+
+def _pulse(folder: str, pid: int) -> Path:
+    return Path(folder, f"{pid}.pulse")
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: "subprocess.Popen[bytes]"
+    share: set[int]
+    started_at: float
+    last_beat_ns: int = 0
+    # Counted, not timed: when the whole machine has been asleep, the supervisor may be the first to wake.
+    silent_looks: int = 0
 
 
 class Supervisor:
@@ -80,68 +116,82 @@ class Supervisor:
         command: Sequence[str],
         environment: Mapping[str, str],
         shares: Sequence[set[int]],
-        opened: socket.socket,
+        reserved: socket.socket,
         drain_s: float,
     ) -> None:
         """Take what to run where.
 
         Args:
-            command: serves on the socket that it inherits.
+            command: serves on the inherited socket whose number is added to it.
             environment: of the workers, but for the folder of their counts.
             shares: CPU numbers, a set for each worker.
-            opened: the listening socket; closed in the end.
+            reserved: has the address, shared, and does not listen.
             drain_s: longest time that a worker takes to stop.
         """
         self._command, self._environment, self._shares = command, environment, shares
-        self._socket, self._drain_s = opened, drain_s
-        self._is_stopping = False
+        self._reserved, self._drain_s = reserved, drain_s
+        self.stopped_by: int | None = None
 
-    def stop(self, *_: object) -> None:
+    def stop(self, number: int = signal.SIGTERM, *_: object) -> None:
         """Let `run` end: a signal handler, and so no more than an assignment."""
-        self._is_stopping = True
+        self.stopped_by = number
 
     def run(self) -> bool:
         """Run the workers until told to stop, replacing those that crash; return whether they could be run at all."""
-        running: list[subprocess.Popen[bytes]] = []
+        running: list[_Worker] = []
         began_at = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="supervit-metrics-") as folder:
             try:
-                running.extend(self._start(share, folder) for share in self._shares)
-                started_at = [began_at] * len(running)
-                while not self._is_stopping:
+                running.extend(_Worker(self._start(share, folder), share, began_at) for share in self._shares)
+                while self.stopped_by is None:
                     time.sleep(WATCH_INTERVAL_S)
-                    now = time.monotonic()
-                    for index, process in enumerate(running):
-                        status = process.poll()
+                    for worker in running:
+                        status = worker.process.poll()
                         if status is None:
-                            continue
-                        if status in KNOWN_FAILURES and now - began_at < PROVEN_S:
+                            self._end_if_hung(worker, folder)
+                        elif status in KNOWN_FAILURES and time.monotonic() - began_at < PROVEN_S:
                             return False
-                        forget_worker(process.pid, folder)
-                        if now - started_at[index] >= REPLACEMENT_INTERVAL_S:
-                            logger.error("worker %d ended with status %d; replacing it", process.pid, status)
-                            started_at[index] = now
-                            try:
-                                running[index] = self._start(self._shares[index], folder)
-                            except OSError as error:  # the others go on, and this one is tried again
-                                logger.error("no worker can be started: %s", error)
+                        else:
+                            self._replace(worker, status, folder)
             finally:
-                self._socket.close()  # or the kernel would go on taking connections that nobody answers
-                self._end(running)
+                self._end([worker.process for worker in running])
         return True
+
+    def _end_if_hung(self, worker: _Worker, folder: str) -> None:
+        pulse = _pulse(folder, worker.process.pid)
+        last_beat_ns = pulse.stat().st_mtime_ns if pulse.exists() else 0
+        worker.silent_looks = worker.silent_looks + 1 if last_beat_ns == worker.last_beat_ns else 0
+        worker.last_beat_ns = last_beat_ns
+        if last_beat_ns and worker.silent_looks * WATCH_INTERVAL_S > SILENCE_S:
+            logger.error("worker %d hangs; killing it", worker.process.pid)
+            worker.process.kill()
+            worker.process.wait()
+
+    def _replace(self, worker: _Worker, status: int, folder: str) -> None:
+        forget_worker(worker.process.pid, folder)
+        now = time.monotonic()
+        if now - worker.started_at < REPLACEMENT_INTERVAL_S:
+            return
+        logger.error("worker %d ended with status %d; replacing it", worker.process.pid, status)
+        worker.started_at, worker.last_beat_ns, worker.silent_looks = now, 0, 0
+        try:
+            worker.process = self._start(worker.share, folder)
+        except OSError as error:  # the others go on, and this one is tried again
+            logger.error("no worker can be started: %s", error)
 
     def _start(self, share: set[int], folder: str) -> "subprocess.Popen[bytes]":
         everywhere = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, share)  # a child inherits it, from its very first instruction on
-        try:
-            process = subprocess.Popen(  # noqa: S603 - our own command
-                self._command,
-                env={**self._environment, SHARED_FOLDER_VARIABLE: folder},
-                pass_fds=[self._socket.fileno()],
-                preexec_fn=_end_with_parent,  # safe: this process has one thread
-            )
-        finally:
-            os.sched_setaffinity(0, everywhere)
+        with bind(*self._reserved.getsockname()[:2], is_shared=True) as opened:
+            os.sched_setaffinity(0, share)  # a child inherits it, from its very first instruction on
+            try:
+                process = subprocess.Popen(  # noqa: S603 - our own command
+                    [*self._command, str(opened.fileno())],
+                    env={**self._environment, SHARED_FOLDER_VARIABLE: folder},
+                    pass_fds=[opened.fileno()],
+                    preexec_fn=partial(_end_with_parent, os.getpid()),  # safe: this process has one thread
+                )
+            finally:
+                os.sched_setaffinity(0, everywhere)
         logger.info("worker %d runs on CPUs %s", process.pid, ", ".join(map(str, sorted(share))))
         return process
 
@@ -158,6 +208,8 @@ class Supervisor:
                 process.wait()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """Have the kernel tell this process to stop once its parent has ended, even of a SIGKILL."""
     _LIBRARY.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before the kernel was told
+        os._exit(1)

@@ -229,7 +229,7 @@ def test_workers_share_a_port_and_their_counts_and_one_that_is_killed_is_replace
         assert read('supervit_requests_total{outcome="ok"}') == [45]
     finally:
         process.terminate()
-        assert process.wait(30) == 0, log.read_text()
+        assert process.wait(30) == -signal.SIGTERM, log.read_text()
     assert "Traceback" not in log.read_text()
     assert not [pid for pid in before if psutil.pid_exists(pid)]
 

@@ -46,6 +46,15 @@ def test_all_but_the_last_layer_is_kept_whatever_its_weights_are_called(tmp_path
         assert all(torch.equal(network[name], weights[name]) for name in weights if not name.startswith("head."))
 
 
+def test_what_an_earlier_run_wrote_keeps_its_last_layer(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    weights = timm.create_model("test_vit", num_classes=3).state_dict()
+    torch.save(weights, tmp_path / "teacher.pth")
+    network = load_network("test_vit", tmp_path / "teacher.pth", 3).state_dict()
+    assert all(torch.equal(network[name], weight) for name, weight in weights.items())
+    assert load_network("test_vit", tmp_path / "teacher.pth", 5).state_dict()["head.weight"].shape[0] == 5
+
+
 def test_weights_of_another_network_are_refused(imagenet_file: Path) -> None:
     with pytest.raises(CheckpointMismatchError, match=r"imagenet\.pth: not weights of test_vit2"):
         load_network("test_vit2", imagenet_file, 3)

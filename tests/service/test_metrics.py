@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.domain import Classification, Decision, Timing
+from service.errors import InvalidParameterError
 from service.metrics import MISSES, Metrics, process_registry
 from service.resources import GpuSnapshot, ResourceSnapshot
 from service.shared_counts import forget_dead
@@ -223,6 +224,16 @@ def test_what_dead_processes_said_of_themselves_is_forgotten_and_what_they_count
 def test_the_shared_folder_is_made(tmp_path: Path) -> None:
     Metrics(CollectorRegistry(), str(tmp_path / "made" / "here"))
     assert (tmp_path / "made" / "here").is_dir()
+
+
+@pytest.mark.parametrize("name", ["", "file/below"])
+def test_a_shared_folder_that_cannot_be_is_refused_by_the_name_of_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidParameterError, match="PROMETHEUS_MULTIPROC_DIR"):
+        Metrics(CollectorRegistry(), name)
 
 
 def test_an_autoscaler_is_told_what_was_counted(page: Page) -> None:

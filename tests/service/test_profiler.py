@@ -1,5 +1,6 @@
 import json
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -259,6 +260,17 @@ def test_what_another_process_is_measuring_is_waited_for(
         (tmp_path / "not yet written").rename(path)
     assert ours.result() == theirs
     assert len(engine.runs) == runs
+
+
+def test_whoever_is_to_stop_waits_for_no_other(load: Callable[..., Measurement], tmp_path: Path) -> None:
+    load()
+    stopping = threading.Event()
+    with ThreadPoolExecutor(1) as another, FileLock(kept_file(tmp_path).with_suffix(".lock")):
+        ours = another.submit(load, is_stopping=stopping.is_set)
+        with pytest.raises(TimeoutError):
+            ours.result(timeout=0.2)
+        stopping.set()
+        ours.result(timeout=10)
 
 
 def test_the_file_is_one_that_people_can_read(load: Callable[..., Measurement], tmp_path: Path) -> None:

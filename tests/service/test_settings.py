@@ -3,7 +3,7 @@ import os
 import pytest
 from pydantic import ValidationError
 
-from service.settings import DEFAULT_CHECKPOINT, Settings, unknown_variables, worker_environment
+from service.settings import DEFAULT_CHECKPOINT, Settings, named_settings, unknown_variables, worker_environment
 
 
 def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,12 +60,17 @@ def test_a_variable_that_is_no_knob_is_found(monkeypatch: pytest.MonkeyPatch) ->
     assert unknown_variables() == ["SUPERVIT_MAX_WAITNG"]
 
 
-def test_a_worker_gets_the_settings_that_were_given_and_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_gets_the_settings_that_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUPERVIT_MAX_BATCH_SIZE", "4")
     given = Settings(workers=3, port=8123, max_utilization=0.5)
-    environment = worker_environment(given, 7)
+    environment = worker_environment(given)
     assert environment["PATH"] == os.environ["PATH"]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        assert Settings() == given.model_copy(update={"workers": 1, "fd": 7})
+        assert Settings() == given.model_copy(update={"workers": 1})
+
+
+def test_what_a_variable_says_as_well_was_not_given_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUPERVIT_HOST", "0.0.0.0")
+    assert named_settings(Settings(host="::", port=80)) == {"port"}

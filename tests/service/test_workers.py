@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 from service import workers
-from service.workers import Supervisor, listen, split_cpus
+from service.workers import Supervisor, bind, split_cpus
 
-# Writes which CPUs it may use and where its counts go, answers one connection after another with its number.
+# Writes which CPUs it may use and where its counts go, listens, answers one connection after another with its number.
 WORKER = """
 import json, os, pathlib, signal, socket, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 told = {"cpus": sorted(os.sched_getaffinity(0)), "folder": os.environ["PROMETHEUS_MULTIPROC_DIR"]}
 pathlib.Path(sys.argv[1], str(os.getpid())).write_text(json.dumps(told))
 listening = socket.socket(fileno=int(sys.argv[2]))
+listening.listen()
 while True:
     connection, _ = listening.accept()
     connection.sendall(str(os.getpid()).encode())
@@ -57,7 +58,7 @@ def test_a_worker_without_a_core_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def opened() -> Iterator[socket.socket]:
-    with listen("127.0.0.1", 0) as opened:
+    with bind("127.0.0.1", 0, is_shared=True) as opened:
         yield opened
 
 
@@ -70,7 +71,7 @@ def supervise(
     started: list[tuple[Supervisor, threading.Thread]] = []
 
     def supervise(script: str, count: int = 1) -> tuple[Supervisor, threading.Thread, list[bool]]:
-        command = [sys.executable, "-c", script, str(tmp_path), str(opened.fileno())]
+        command = [sys.executable, "-c", script, str(tmp_path)]
         cpus = sorted(os.sched_getaffinity(0))
         shares = [{cpus[index % len(cpus)]} for index in range(count)]
         environment: Mapping[str, str] = os.environ
@@ -88,8 +89,15 @@ def supervise(
 
 
 def who_answers(opened: socket.socket) -> int:
-    with socket.create_connection(opened.getsockname(), timeout=10) as connection:
-        return int(connection.recv(100))
+    """Connect until some worker listens; return its process number."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            with socket.create_connection(opened.getsockname(), timeout=10) as connection:
+                return int(connection.recv(100))
+        except (ConnectionError, ValueError):  # it left before it answered
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -99,7 +107,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_workers_share_the_socket_and_a_folder_and_have_cores_of_their_own(
+def test_workers_share_the_address_and_a_folder_and_have_cores_of_their_own(
     tmp_path: Path,
     opened: socket.socket,
     supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
@@ -119,7 +127,57 @@ def test_workers_share_the_socket_and_a_folder_and_have_cores_of_their_own(
     thread.join(10)
     assert ended == [True]
     assert not Path(folder).exists()
-    assert opened.fileno() == -1
+
+
+def test_connections_are_dealt_out_to_all_workers(
+    opened: socket.socket, supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]]
+) -> None:
+    supervise(WORKER, 2)
+    until(lambda: len({who_answers(opened) for _ in range(8)}) == 2)  # both listen
+    answers = [who_answers(opened) for _ in range(200)]
+    assert min(answers.count(worker) for worker in set(answers)) > 60  # by chance alone, once in 10^8 it is not
+
+
+def test_nobody_is_kept_waiting_before_a_worker_listens(
+    opened: socket.socket, supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]]
+) -> None:
+    supervise("import time; time.sleep(20)")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(opened.getsockname(), timeout=10)
+
+
+def test_a_worker_that_hangs_is_replaced(
+    opened: socket.socket,
+    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would go on getting its share of the connections."""
+    monkeypatch.setattr(workers, "SILENCE_S", 0.5)
+    monkeypatch.setattr(workers, "REPLACEMENT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(workers, "forget_worker", lambda *_: None)
+    beating = """
+import threading
+from service.workers import beat
+def pulse():
+    while True:
+        beat(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+        time.sleep(0.05)
+threading.Thread(target=pulse, daemon=True).start()
+"""
+    supervise("import os, time\n" + beating + WORKER)
+    first = who_answers(opened)
+    time.sleep(1)
+    assert who_answers(opened) == first
+    os.kill(first, signal.SIGSTOP)
+    until(lambda: not is_running(first))
+    assert who_answers(opened) != first
+
+
+def test_an_address_that_is_taken_is_refused() -> None:
+    with bind("127.0.0.1", 0) as first:
+        first.listen()
+        with pytest.raises(OSError, match="in use"):
+            bind(*first.getsockname())
 
 
 def test_a_worker_that_is_killed_is_replaced_and_forgotten(
@@ -206,18 +264,15 @@ def test_a_failure_that_the_command_itself_tells_ends_everything(
 def test_workers_end_with_their_parent_even_if_it_is_killed(tmp_path: Path) -> None:
     script = f"""
 import os, sys
-from service.workers import Supervisor, listen
-opened = listen("127.0.0.1", 0)
-print(opened.getsockname()[1], flush=True)
-command = [sys.executable, "-c", {WORKER!r}, {str(tmp_path)!r}, str(opened.fileno())]
+from service.workers import Supervisor, bind
+opened = bind("127.0.0.1", 0, is_shared=True)
+command = [sys.executable, "-c", {WORKER!r}, {str(tmp_path)!r}]
 Supervisor(command, os.environ, [os.sched_getaffinity(0)], opened, 5.0).run()
 """
     environment = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed parent leaves its folder behind
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
-        assert parent.stdout is not None
-        port = int(parent.stdout.readline())
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-            worker = int(connection.recv(100))
+    with subprocess.Popen([sys.executable, "-c", script], env=environment) as parent:
+        until(lambda: any(path.name.isdigit() and path.stat().st_size for path in tmp_path.iterdir()))
+        (worker,) = (int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
         parent.kill()
     until(lambda: not is_running(worker))
 
