@@ -20,7 +20,7 @@ class Settings(BaseSettings):
     checkpoint: Path = Field(DEFAULT_CHECKPOINT, description="SuperViT checkpoint to serve; ours or a published one")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 for any free one")
-    fd: int | None = Field(None, ge=0, description="inherited listening socket to serve on instead of host and port")
+    fd: int | None = Field(None, ge=0, description="inherited socket to listen on instead of host and port")
     workers: int = Field(1, ge=1, description="servers behind the one port, each on a share of the cores")
     engine: Literal["auto", "torch", "openvino"] = Field(
         "auto", description="what runs the model; auto takes OpenVINO on a CPU and PyTorch on a GPU"

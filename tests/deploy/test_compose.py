@@ -129,7 +129,9 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def test_what_clients_can_make_the_server_hold_fits_into_its_memory(settings: Settings) -> None:
-    limit = re.fullmatch(r"(\d+)g", services()["supervit"]["deploy"]["resources"]["limits"]["memory"])
+    limit = re.fullmatch(
+        r"\$\{SERVER_MEMORY:-(\d+)g\}", services()["supervit"]["deploy"]["resources"]["limits"]["memory"]
+    )
     assert limit
     decoding = settings.decode_threads * settings.max_image_pixels * BYTES_PER_PIXEL
     bodies = settings.max_in_flight * settings.max_body_bytes

@@ -33,6 +33,7 @@ OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()  # the oldest has 
 RESOURCE_MODELS = {
     "ScaledObject": "cloudcoil.models.keda.v1alpha1",
     "ServiceMonitor": "cloudcoil.models.prometheus_operator.v1",
+    "PrometheusRule": "cloudcoil.models.prometheus_operator.v1",
 }
 KINDS = (
     "Namespace",
@@ -41,6 +42,7 @@ KINDS = (
     "PodDisruptionBudget",
     "NetworkPolicy",
     "ServiceMonitor",
+    "PrometheusRule",
     "ScaledObject",
 )
 LABELS = {"app.kubernetes.io/name": "supervit"}
@@ -146,6 +148,8 @@ def test_every_manifest_is_of_a_kind_that_is_checked() -> None:
         ("ServiceMonitor", "spec.endpoints.0.interval", "often"),
         ("ServiceMonitor", "spec.endpoints.0.ports", "http"),
         ("ServiceMonitor", "spec.selector", None),
+        ("PrometheusRule", "spec.groups.0.rules.0.expr", None),
+        ("PrometheusRule", "spec.groups.1.rules.0.for", "a while"),
         ("ScaledObject", "spec.scaleTargetRef", None),
         ("ScaledObject", "spec.triggers.0.metadata.threshold", 1),
         ("ScaledObject", "spec.minReplicaCount", "2"),
@@ -203,6 +207,11 @@ def test_the_service_monitor_finds_the_service_and_calls_the_job_what_rules_and_
     rules = (ROOT / "deploy" / "prometheus" / "rules.yml").read_text()
     for text in (rules, *queries().values()):
         assert set(re.findall(r'job="([^"]*)"', text)) == {job}
+
+
+def test_a_cluster_has_the_very_rules_that_are_tested() -> None:
+    tested = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yml").read_text())
+    assert manifests()["PrometheusRule"]["spec"] == tested
 
 
 def test_ports_go_by_a_name_that_exists_and_lead_to_the_port_that_the_server_listens_on() -> None:
