@@ -129,13 +129,16 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def test_what_clients_can_make_the_server_hold_fits_into_its_memory(settings: Settings) -> None:
-    limit = re.fullmatch(
-        r"\$\{SERVER_MEMORY:-(\d+)g\}", services()["supervit"]["deploy"]["resources"]["limits"]["memory"]
-    )
+    limit = re.fullmatch(r"(\d+)g", services()["supervit"]["deploy"]["resources"]["limits"]["memory"])
     assert limit
     decoding = settings.decode_threads * settings.max_image_pixels * BYTES_PER_PIXEL
     bodies = settings.max_in_flight * settings.max_body_bytes
     assert SERVER_BYTES + decoding + bodies < int(limit[1]) * 2**30
+
+
+def test_more_workers_may_have_more_memory() -> None:
+    resources = services(SERVER_MEMORY="12g")["supervit"]["deploy"]["resources"]
+    assert resources["limits"]["memory"] == "12g"
 
 
 def test_the_server_is_given_longer_than_it_takes_to_answer_those_it_has_admitted(settings: Settings) -> None:
