@@ -23,6 +23,7 @@ class SubNetworkProfile:
         subnetwork: whose row it is.
         macs: multiply-accumulates of one image, at least 1.
         top1, top5: measured accuracy, fractions 0..1; None where nobody measured.
+        is_trained: whether the weights were trained at this keep rate.
         is_interpolated: whether the accuracy was not measured but lies between two that were.
         temperature: what the logits are divided by before the softmax, so that probabilities mean what they say.
         calibration_error: how far they were from that on the images measured, 0..1; None where nobody measured.
@@ -35,6 +36,7 @@ class SubNetworkProfile:
     macs: int
     top1: float | None = None
     top5: float | None = None
+    is_trained: bool = True
     is_interpolated: bool = False
     temperature: float = 1.0
     calibration_error: float | None = None
@@ -143,6 +145,7 @@ def _interpolate(
         count_macs(config, subnetwork),
         between_known(low.top1, high.top1),
         between_known(low.top5, high.top5),
+        is_trained=False,
         is_interpolated=True,
         temperature=between(low.temperature, high.temperature),
     )

@@ -223,7 +223,7 @@ def fixed_name(subnetwork: SubNetwork) -> str:
 
 def policy_names(menu: Menu) -> tuple[str, ...]:
     """Name every policy for this menu; keep rates that nobody trained can be fixed as well."""
-    fixed = sorted(option.row.subnetwork for option in menu.options if not option.row.is_interpolated)
+    fixed = sorted(option.row.subnetwork for option in menu.options if option.row.is_trained)
     return (*POLICIES, *map(fixed_name, fixed))
 
 

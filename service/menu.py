@@ -35,9 +35,10 @@ class Menu:
     Attributes:
         options: first the levels: the accuracy frontier of the trained sub-networks, cheapest first, along
             which the policy moves. Then those between them, which serve to hit a budget closely, and those that a
-            cheaper one equals, which can be had by name only.
+            cheaper one equals, which can be had by name only. As levels, the former would divide those who wait among
+            more sub-networks, hence smaller batches, for next to no accuracy.
         num_levels: how many of the options are levels.
-        frontier: indices of all options that no cheaper one equals, cheapest first.
+        frontier: indices of all options that no cheaper one equals, cheapest first; every level is one of them.
         is_measured: whether the accuracies are known.
     """
 
@@ -53,7 +54,7 @@ class Menu:
         Raises:
             KeyError: a sub-network of the profile has no latency.
         """
-        trained = ProfileTable(tuple(row for row in profiles.rows if not row.is_interpolated)).frontier
+        trained = ProfileTable(tuple(row for row in profiles.rows if row.is_trained)).frontier
         levels: list[Option] = []
         for row in trained:
             seconds = latencies.row(row.subnetwork)
@@ -63,7 +64,9 @@ class Menu:
         others = [row for row in profiles.rows if row not in trained]
         options = (*levels, *(Option(row, latencies.row(row.subnetwork)) for row in others))
         index = {option.row: number for number, option in enumerate(options)}
-        return cls(options, len(levels), tuple(index[row] for row in profiles.frontier), profiles.is_measured)
+        eligible = [row for row in others if not row.is_trained and _is_below_dearer(row, trained)]
+        frontier = ProfileTable((*trained, *eligible)).frontier
+        return cls(options, len(levels), tuple(index[row] for row in frontier), profiles.is_measured)
 
     @property
     def max_batch_size(self) -> int:
@@ -72,7 +75,7 @@ class Menu:
 
     @property
     def best(self) -> Option:
-        """The most accurate option."""
+        """The most accurate level."""
         return self.options[self.num_levels - 1]
 
     def best_within(self, budget_gflops: float | None) -> tuple[int, int]:
@@ -112,6 +115,12 @@ class Menu:
             f"{subnetwork} is not one of this model's sub-networks; GET /subnetworks lists them",
             parameter="patch_grid, keep_rate",
         )
+
+
+def _is_below_dearer(row: SubNetworkProfile, levels: Sequence[SubNetworkProfile]) -> bool:
+    """Tell whether the next dearer level is more accurate: an untrained rate that measures better does so by chance."""
+    dearer = next((level for level in levels if level.macs > row.macs), None)
+    return dearer is not None and (row.top1 is None or dearer.top1 is None or row.top1 < dearer.top1)
 
 
 def fits(row: SubNetworkProfile, budget_gflops: float | None) -> bool:

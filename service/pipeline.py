@@ -256,7 +256,8 @@ class Pipeline:
             Decision(row, result.batch_size, result.predicted_s, reason),
             timing,
             budget_s=self._budget_s(request),
-            given_up=None if best.top1 is None or row.top1 is None else best.top1 - row.top1,
+            # One between the trained ones that was asked for by name may have measured better.
+            given_up=None if best.top1 is None or row.top1 is None else max(0.0, best.top1 - row.top1),
             saved_gflops=max(0.0, best.gflops - row.gflops),
         )
 

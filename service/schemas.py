@@ -134,6 +134,7 @@ class SubNetworkRow(SubNetworkAnswer):
     """One row of the table."""
 
     expected_top5_accuracy: float | None
+    is_trained: bool = Field(description="whether the weights were trained at this keep rate")
     is_interpolated: bool = Field(description="whether the accuracy lies between two measured ones")
     temperature: float = Field(description="what logits are divided by, so that probabilities mean what they say")
     calibration_error: float | None = Field(description="expected, 0..1, as measured; null where nobody measured")
@@ -214,6 +215,7 @@ def describe_family(
         SubNetworkRow(
             **describe_subnetwork(option.row, config).model_dump(),
             expected_top5_accuracy=option.row.top5,
+            is_trained=option.row.is_trained,
             is_interpolated=option.row.is_interpolated,
             temperature=option.row.temperature,
             calibration_error=option.row.calibration_error,

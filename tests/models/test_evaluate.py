@@ -190,6 +190,7 @@ def test_keep_rates_between_are_measured_on_demand(tiny_file: Path, pictures: Pa
     assert table.by_subnetwork.keys() == checkpoint.profile.with_rates_between(checkpoint.config).by_subnetwork.keys()
     assert len(table.rows) > len(checkpoint.profile.rows)
     assert not any(row.is_interpolated for row in table.rows)
+    assert {row.subnetwork for row in table.rows if row.is_trained} == set(checkpoint.config.subnetworks)
     by_name = measure(checkpoint, pictures).by_subnetwork
     assert all(table.by_subnetwork[subnetwork] == row for subnetwork, row in by_name.items())
 

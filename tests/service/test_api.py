@@ -380,6 +380,7 @@ def test_the_table_lists_every_sub_network_cheapest_first(client: TestClient, ch
     assert [row["gflops"] for row in rows] == sorted(row.gflops for row in extended_profile(checkpoint).rows)
     by_name = {(row["patch_grid"], row["keep_rate"]): row for row in rows}
     assert [by_name[4, rate]["is_interpolated"] for rate in (0.5, 0.75, 1.0)] == [False, True, False]
+    assert [by_name[4, rate]["is_trained"] for rate in (0.5, 0.75, 1.0)] == [True, False, True]
     assert by_name[4, 0.75]["expected_accuracy"] == pytest.approx(0.75)
     assert by_name[4, 1.0]["latency_ms"] == {"1": 0.001, "4": 0.002}
     assert by_name[2, 1.0]["on_frontier"] is False

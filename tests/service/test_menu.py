@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from models.flops import count_macs
@@ -89,7 +91,21 @@ def test_keep_rates_between_use_a_budget_up_and_are_no_levels() -> None:
     assert menu.options[level].row.subnetwork == SubNetwork(12, 0.5)
     assert menu.options[beyond].row.subnetwork == SubNetwork(12, 0.6)
     assert menu.options[beyond].row.gflops <= 2.0 < (menu.next_better(beyond) or rows[0]).gflops
-    assert not any(option.row.is_interpolated for option in menu.options[: menu.num_levels])
+    assert all(option.row.is_trained for option in menu.options[: menu.num_levels])
+    as_measured = ProfileTable(tuple(replace(row, is_interpolated=False) for row in profiles.rows))
+    assert menu_of(as_measured).num_levels == menu.num_levels
+    assert menu.next_better(menu.num_levels - 1) is None
+
+
+def test_a_rate_between_that_measured_better_than_a_dearer_level_displaces_nothing() -> None:
+    cheap, dear = PROFILES.rows[0], PROFILES.rows[-1]
+    lucky = SubNetworkProfile(SubNetwork(14, 0.45), dear.macs - 1, 0.81, is_trained=False)
+    useful = SubNetworkProfile(SubNetwork(14, 0.4), dear.macs - 2, 0.79, is_trained=False)
+    menu = menu_of(ProfileTable((cheap, useful, lucky, dear)))
+    assert [menu.options[index].row for index in menu.frontier] == [cheap, useful, dear]
+    assert menu.best.row == dear
+    assert menu.options[menu.best_within(lucky.gflops)[1]].row == useful
+    assert menu.index_of(lucky.subnetwork, None) >= menu.num_levels
     assert menu.next_better(menu.num_levels - 1) is None
 
 
