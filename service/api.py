@@ -83,6 +83,7 @@ class Api:
             line = self.serving.line
             situation = line.situation(self.clock())
             self.metrics.machine(self.monitor.latest, len(line), situation.slowdown, situation.prudence)
+            self.metrics.ready(self.serving.pipeline.is_ready)
 
     async def report_regularly(self, interval_s: float) -> None:
         """Report until cancelled: where there are several workers, only one of them is asked for the metrics."""

@@ -5,7 +5,6 @@ import gc
 import logging
 import math
 import sys
-import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -46,6 +45,8 @@ logger = logging.getLogger(__name__)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 SMALL_GFLOPS = 0.3
+GUARD_INTERVAL_S = 1.0
+HANG_S, HANG_RATIO = 30.0, 10  # a batch that takes so long, and so many times what it should, is taken to hang
 USABLE_SHARE = 0.8  # of the GPU memory that is free; allocators round up
 # The engine's thread asks for the interpreter several times per batch; from a busy event loop it gets it after this
 # long. In three turns at 520 requests/s of the default checkpoint, effective accuracy was 80.4 % on the mean with this
@@ -59,6 +60,7 @@ def create_app(
     engine: Engine | None = None,
     latencies: LatencyTable | None = None,
     on_failure: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[bool], None] = lambda _: None,
     *,
     ready_first: bool = False,
 ) -> FastAPI:
@@ -69,7 +71,9 @@ def create_app(
         checkpoint: what to serve.
         engine: runs the batches; the one that the settings name by default.
         latencies: of every sub-network on this machine; from the profile folder, or measured, by default.
-        on_failure: called once the model cannot run at all, as after a failed warm-up; the server should then end.
+        on_failure: called once the model cannot run at all, as after a failed warm-up, or when a batch never ends; the
+            server should then end. In the latter case `app.state.is_hung()` is true and a thread of it never ends.
+        heartbeat: called every second on the event loop, with whether requests are served.
         ready_first: take no request before the model can answer it, for where others answer meanwhile.
 
     Raises:
@@ -82,7 +86,7 @@ def create_app(
     profiles = extended_profile(checkpoint)
     make_policy(settings.policy, Menu.of(profiles, nominal_latencies(profiles)), 1)  # a wrong name fails at once
     metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
-    metrics.describe(list(profiles.by_subnetwork), checkpoint.name, checkpoint.version)
+    metrics.describe(list(profiles.by_subnetwork), checkpoint.name, checkpoint.version, settings.workers)
     api = Api(checkpoint, metrics, monitor, settings.max_body_bytes, settings.max_upload_s)
     service = _Service(settings, checkpoint, engine, latencies, api, threads)
 
@@ -90,6 +94,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         watching = asyncio.create_task(monitor.run(settings.monitor_interval_s))
         reporting = asyncio.create_task(api.report_regularly(settings.monitor_interval_s))
+        guarding = asyncio.create_task(guard())
         serving = asyncio.create_task(service.serve())
         serving.add_done_callback(on_end)
         logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
@@ -101,10 +106,23 @@ def create_app(
             yield
         finally:
             service.stop()
-            await asyncio.wait((serving,))
+            await asyncio.wait((serving, guarding), return_when=asyncio.FIRST_COMPLETED)
             watching.cancel()
             reporting.cancel()
+            guarding.cancel()
             monitor.close()
+
+    async def guard() -> None:
+        """Show that the event loop is alive, until the engine is not."""
+        batch, looks = None, 0  # counted, not timed: when the whole machine has been asleep, this may be first to wake
+        while batch is None or looks * GUARD_INTERVAL_S < max(HANG_S, HANG_RATIO * batch[1]):
+            heartbeat(service.is_serving.is_set())
+            await asyncio.sleep(GUARD_INTERVAL_S)
+            last, batch = batch, service.running_batch
+            looks = looks + 1 if batch == last else 0
+        logger.critical("a batch that should take %.3g s does not end; ending without it", batch[1])
+        service.abandon()
+        on_failure()
 
     def on_end(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
@@ -114,6 +132,7 @@ def create_app(
 
     app = FastAPI(title="SuperViT Serve", version=version("supervit-serve"), lifespan=lifespan, redoc_url=None)
     app.state.drain, app.state.totals = service.drain, metrics.totals
+    app.state.is_hung = lambda: service.is_hung
     classify, errors = make_classify(api), ErrorAnswers(settings.max_body_bytes, api.count_refusal)
     app.include_router(build_router(api, classify))
     app.add_middleware(Shortcut, path=CLASSIFY_PATH, handle=errors.around(classify))
@@ -192,7 +211,8 @@ class _Service:
         self._latencies, self._api, self._threads = latencies, api, threads
         self._engine_thread = ThreadPoolExecutor(1, "engine")
         self._decode_threads = ThreadPoolExecutor(settings.decode_threads, "decode")
-        self._stopping = threading.Event()
+        self._is_stopping = False
+        self.is_hung = False
         self._batcher: Batcher | None = None
         self.is_serving = asyncio.Event()
 
@@ -202,26 +222,38 @@ class _Service:
             latencies, measured_at = await asyncio.get_running_loop().run_in_executor(
                 self._engine_thread, self._prepare
             )
-            if not self._stopping.is_set():
+            if not self._is_stopping:
                 self._batcher = self._assemble(latencies, measured_at)
                 self.is_serving.set()
                 await self._batcher.serve()
         except NotReadyError:
             logger.info("stopped before the first request")
         finally:
-            self._engine_thread.shutdown()
+            self._engine_thread.shutdown(wait=not self.is_hung)
             self._decode_threads.shutdown()
 
+    @property
+    def running_batch(self) -> tuple[float, float] | None:
+        """When the batch that the engine runs began, and the seconds it should take."""
+        return None if self._batcher is None else self._batcher.running
+
+    def abandon(self) -> None:
+        """Refuse newcomers and release those who wait for an engine that hangs."""
+        self.is_hung = True
+        self._api.drain()
+        if self._batcher is not None:
+            self._batcher.abandon()
+
     def drain(self) -> None:
-        """Refuse newcomers; where the preparation is not over, give it up."""
+        """Refuse newcomers; where the preparation is not over, give it up. For signal handlers: it sets flags alone."""
         self._api.drain()
         if self._batcher is None:
-            self._stopping.set()
+            self._is_stopping = True
 
     def stop(self) -> None:
         """Refuse newcomers; let `serve` end."""
         self._api.drain()
-        self._stopping.set()
+        self._is_stopping = True
         if self._batcher is not None:
             self._batcher.stop()
 
@@ -231,7 +263,7 @@ class _Service:
             return self._latencies, "not measured here"
         run, config = self._run_unless_stopping, self._checkpoint.config
         measurement = measure_latencies(
-            self._settings, self._checkpoint, self._engine, run, is_stopping=self._stopping.is_set
+            self._settings, self._checkpoint, self._engine, run, is_stopping=lambda: self._is_stopping
         )
         best = Menu.of(extended_profile(self._checkpoint), measurement.table).best
         self._api.metrics.profiled(
@@ -241,7 +273,7 @@ class _Service:
         return measurement.table, measurement.measured_at
 
     def _run_unless_stopping(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
-        if self._stopping.is_set():
+        if self._is_stopping:
             raise NotReadyError("the server is stopping")
         return self._engine.run(images, subnetwork)
 

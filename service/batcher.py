@@ -111,6 +111,7 @@ class Batcher:
         self._thread, self._preparers = thread, preparers
         self._stopping = False
         self._free_at = 0.0  # since when the engine could have run a batch
+        self.running: tuple[float, float] | None = None  # when the batch that runs began, and what it should take
 
     async def submit(self, prepare: Callable[[], Tensor], entry: Entry) -> Result:
         """Prepare an image, wait in line with it, and return its result.
@@ -169,6 +170,12 @@ class Batcher:
             self._waiting.clear()
             self.stop()
 
+    def abandon(self) -> None:
+        """Release everybody, on the event loop, because the engine never will."""
+        error = ModelError("the model does not come back from a batch; the server ends")
+        self._settle([(entry, error) for entry in self._waiting])
+        self.stop()
+
     def stop(self) -> None:
         """Admit nobody any more; those in line are still answered."""
         self._stopping = True
@@ -217,7 +224,7 @@ class Batcher:
         option = self._line.menu.options[index]
         predicted_s = self._line.predict(index, len(images), self._clock())
         try:
-            rows, started_at, ended_at = self._timed_run(list(images.values()), option.row)
+            rows, started_at, ended_at = self._timed_run(list(images.values()), option.row, predicted_s)
             answered = list(zip(images, rows, strict=True))
         except Exception:  # whatever the model raises, its requests must be released and the next batch run
             self._free_at = self._clock()
@@ -235,13 +242,17 @@ class Batcher:
         ]
 
     def _timed_run(
-        self, images: Sequence[Tensor], profile: SubNetworkProfile
+        self, images: Sequence[Tensor], profile: SubNetworkProfile, predicted_s: float
     ) -> tuple[list[tuple[Floats, Floats, Indices]], float, float]:
         """Run a batch; returns (logits, probabilities, ranking) of each image, and when the model started and ended."""
         # NumPy, because PyTorch would give the GIL away for a microsecond's work and wait long to get it back.
         batch = torch.from_numpy(np.stack([image.numpy() for image in images]))
         started_at = self._clock()
-        logits = self._run(batch, profile.subnetwork).numpy()
+        self.running = started_at, predicted_s
+        try:
+            logits = self._run(batch, profile.subnetwork).numpy()
+        finally:
+            self.running = None
         ended_at = self._clock()
         probabilities = _softmax(logits, profile.temperature)
         # Here and at once, because sorting on the event loop would give the GIL away for every single answer.

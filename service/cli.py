@@ -33,7 +33,7 @@ from service.profiler import Measurement
 from service.settings import Settings, environment_variable, unknown_variables, worker_environment
 from service.shared_counts import SHARED_FOLDER_VARIABLE
 from service.sizing import Simulate, simulate
-from service.workers import BEAT_INTERVAL_S, Supervisor, beat, bind, split_cpus
+from service.workers import Supervisor, beat, bind, split_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,11 @@ class _Server(uvicorn.Server):
         """Say where, which uvicorn does for addresses alone."""
         await super().startup(sockets)
         for opened in sockets or ():
-            host, port, *_ = opened.getsockname()
-            logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+            if opened.family == socket.AF_UNIX:
+                logger.info("listening on %s", opened.getsockname())
+            else:
+                host, port, *_ = opened.getsockname()
+                logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take note of the signal."""
@@ -143,20 +146,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def supervise(settings: Settings) -> None:
     """Serve with several workers until SIGTERM or Ctrl-C."""
-    if settings.fd is not None:
-        raise CommandError("fd is for a single server: workers have sockets of their own")
     load_checkpoint(settings.checkpoint)  # what is wrong with it is said once
+    cpus, cores = os.sched_getaffinity(0), Monitor().latest.cores
     try:
-        shares = split_cpus(os.sched_getaffinity(0), Monitor().latest.cores, settings.workers)
+        shares = split_cpus(cpus, cores, settings.workers)
     except ValueError as error:
         raise CommandError(str(error)) from error
+    if cores < len(cpus) and settings.threads is None:  # each would see the whole quota
+        settings = settings.model_copy(update={"threads": max(1, int(cores / settings.workers))})
     if environment_variable(SHARED_FOLDER_VARIABLE) is not None:
         logger.warning("%s is not heeded: workers get a fresh folder of their own", SHARED_FOLDER_VARIABLE)
     with _bind(settings, is_shared=True) as reserved:
         command = [sys.executable, "-P", "-m", "service.cli", "serve", "--fd"]  # -P: not from the current folder
         supervisor = Supervisor(command, worker_environment(settings), shares, reserved, settings.drain_s)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, supervisor.stop)
+        _on_hangup(supervisor.stop)
         logger.info("%d workers share %s port %d", settings.workers, *reserved.getsockname()[:2])
         if not supervisor.run():
             raise CommandError("the workers cannot run; the log says why")
@@ -169,6 +174,8 @@ def supervise(settings: Settings) -> None:
 
 def _bind(settings: Settings, *, is_shared: bool = False) -> socket.socket:
     try:
+        if is_shared:  # among our own workers, not with those of another server
+            bind(settings.host, settings.port).close()
         return bind(settings.host, settings.port, is_shared=is_shared)
     except OSError as error:
         raise CommandError(f"{settings.host} port {settings.port} cannot be listened on: {error.strerror}") from error
@@ -182,12 +189,12 @@ def serve(settings: Settings) -> None:
         failed.set()
         server.should_exit = True
 
-    async def tell_supervisor() -> None:
+    def tell_supervisor(is_serving: bool) -> None:
         if settings.fd is not None and shared_folder is not None:
-            beat(shared_folder)
+            beat(shared_folder, is_serving)
 
     logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
-    if settings.workers > 1:
+    if settings.workers > 1 and settings.fd is None:
         supervise(settings)
         return
     shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
@@ -196,6 +203,7 @@ def serve(settings: Settings) -> None:
             settings,
             load_checkpoint(settings.checkpoint),
             on_failure=stop,
+            heartbeat=tell_supervisor,
             # Others may serve at the same address: this server takes no connection from them before its time.
             ready_first=settings.fd is not None,
         )
@@ -208,14 +216,22 @@ def serve(settings: Settings) -> None:
             access_log=settings.log_level == "debug",
             server_header=False,
             timeout_graceful_shutdown=math.ceil(settings.drain_s),
-            callback_notify=tell_supervisor,
-            timeout_notify=BEAT_INTERVAL_S,
         )
         server = _Server(config, app.state.drain)
         settle_interpreter()
+        _on_hangup(server.handle_exit)
         server.run([opened])
+    if app.state.is_hung():  # the interpreter would wait for the thread that hangs
+        logging.shutdown()
+        os._exit(1)
     if failed.is_set():
         raise CommandError("the model cannot run; the log says why")
+
+
+def _on_hangup(stop: Callable[[int, FrameType | None], object]) -> None:
+    """Stop in order when the terminal closes, unless `nohup` says to go on."""
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, stop)
 
 
 def train(recipe: Recipe) -> None:

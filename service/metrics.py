@@ -200,11 +200,13 @@ class Metrics:
             "How many engines welcome requests: 1 or 0, or as many as share this page.",
             "livesum",
         )
+        self._workers = gauge("supervit_workers", "How many engines should share this page.", "livemax")
         self._model = gauge("supervit_model_info", "The served checkpoint; always 1.", "livemax", ["name", "version"])
 
-    def describe(self, subnetworks: list[SubNetwork], name: str, version: str) -> None:
-        """Name the model and start every sub-network's count at zero, so that rates exist from the start."""
+    def describe(self, subnetworks: list[SubNetwork], name: str, version: str, workers: int = 1) -> None:
+        """Name the model and how many workers serve it; start every count at zero, so that rates exist at once."""
         self._model.labels(name, version).set(1)
+        self._workers.set(workers)
         for outcome in ("ok", *MISSES):
             self._requests.labels(outcome)
         for reason in (*SHED_REASONS.values(), *get_args(ShedReason)):

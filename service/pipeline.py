@@ -108,9 +108,11 @@ class Pipeline:
         self._metrics.ready(True)
 
     def drain(self) -> None:
-        """Refuse newcomers from now on; those admitted are still answered."""
+        """Refuse newcomers from now on; those admitted are still answered.
+
+        A signal handler calls it, maybe in the middle of a count that holds the lock of all counts: it counts nothing.
+        """
         self.is_ready = False
-        self._metrics.ready(False)
 
     async def classify(self, read: Callable[[], Awaitable[bytes]], request: InferenceRequest) -> Classification:
         """Answer one request.

@@ -18,7 +18,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SUPERVIT_", extra="forbid", frozen=True)
 
     checkpoint: Path = Field(DEFAULT_CHECKPOINT, description="SuperViT checkpoint to serve; ours or a published one")
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 for any free one")
     fd: int | None = Field(None, ge=0, description="inherited socket to listen on instead of host and port")
     workers: int = Field(1, ge=1, description="servers behind the one port, each on a share of the cores")
@@ -51,8 +51,8 @@ class Settings(BaseSettings):
 
 
 def worker_environment(settings: Settings) -> dict[str, str]:
-    """Make the environment in which `supervit serve` is a single server of these settings."""
-    given = settings.model_dump(exclude_unset=True, exclude_none=True, mode="json") | {"workers": 1}
+    """Make the environment in which `supervit serve --fd` is one of the servers of these settings."""
+    given = settings.model_dump(exclude_unset=True, exclude_none=True, mode="json")
     prefix = Settings.model_config["env_prefix"]
     return {**os.environ, **{f"{prefix}{name.upper()}": str(value) for name, value in given.items()}}
 

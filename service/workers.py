@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.2
 REPLACEMENT_INTERVAL_S = 10.0  # a worker is started no more often than that, however it ends
-# How the command ends of what it knows to be wrong. Until some worker has run for so long, it is taken to be wrong with
-# all of them; later, for a mishap.
+# How the command ends of what it knows to be wrong. Until some worker has served, it is taken to be wrong with all of
+# them; later, for a mishap.
 KNOWN_FAILURES = (1, 2)
-PROVEN_S = 60.0
-BEAT_INTERVAL_S = 1
-SILENCE_S = 30.0  # without a beat, after its first one, a worker is taken to hang
+SILENCE_S = 30.0  # without a beat, a worker is taken to hang
+START_S = 300.0  # until its first
+SERVING, PREPARING = "serving", "preparing"  # what a worker says with a beat
 KILL_MARGIN_S = 5.0  # beyond the time that a worker has to answer those that it has admitted
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 _LIBRARY = ctypes.CDLL(None)
@@ -40,20 +40,25 @@ _LIBRARY = ctypes.CDLL(None)
 def split_cpus(cpus: Collection[int], cores: float, workers: int, root: Path = Path("/")) -> list[set[int]]:
     """Divide CPUs into as many shares, whose sizes differ by one at most; hyperthreads of a core stay side by side.
 
+    Under a quota the process does not own its CPUs, and others divide the very same: each share is then all of them.
+
     Args:
         cpus: their numbers.
-        cores: how many of them a quota lets this process use; the others are left out.
+        cores: how many of them this process may keep busy: fewer under a quota.
         workers: how many shares.
         root: holds sys/.
 
     Raises:
         ValueError: there are more workers than cores.
     """
-    usable = sorted(cpus, key=lambda cpu: (_place(cpu, root), cpu))[: max(1, int(cores))]
-    if workers > len(usable):
-        raise ValueError(f"{workers} workers need a core each, and there are {len(usable)}")
-    ends = [len(usable) * number // workers for number in range(workers + 1)]
-    return [set(usable[start:end]) for start, end in itertools.pairwise(ends)]
+    usable = max(1, int(min(cores, len(cpus))))
+    if workers > usable:
+        raise ValueError(f"{workers} workers need a core each, and there are {usable}")
+    if cores < len(cpus):
+        return [set(cpus)] * workers
+    in_order = sorted(cpus, key=lambda cpu: (_place(cpu, root), cpu))
+    ends = [usable * number // workers for number in range(workers + 1)]
+    return [set(in_order[start:end]) for start, end in itertools.pairwise(ends)]
 
 
 def _place(cpu: int, root: Path) -> tuple[int, int]:
@@ -89,9 +94,12 @@ def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
     return opened
 
 
-def beat(folder: str) -> None:
-    """Tell the supervisor that this worker still gets to do things."""
-    _pulse(folder, os.getpid()).touch()
+def beat(folder: str, is_serving: bool) -> None:
+    """Tell the supervisor that this worker still gets to do things, and what it does."""
+    try:
+        _pulse(folder, os.getpid()).write_text(SERVING if is_serving else PREPARING)
+    except OSError as error:  # not worth a server
+        logger.warning("the supervisor cannot be told that all is well: %s", error)
 
 
 def _pulse(folder: str, pid: int) -> Path:
@@ -104,6 +112,7 @@ class _Worker:
     share: set[int]
     started_at: float
     last_beat_ns: int = 0
+    has_served: bool = False
     # Counted, not timed: when the whole machine has been asleep, the supervisor may be the first to wake.
     silent_looks: int = 0
 
@@ -132,24 +141,23 @@ class Supervisor:
         self._reserved, self._drain_s = reserved, drain_s
         self.stopped_by: int | None = None
 
-    def stop(self, number: int = signal.SIGTERM, *_: object) -> None:
+    def stop(self, number: int = signal.SIGTERM, _: object = None) -> None:
         """Let `run` end: a signal handler, and so no more than an assignment."""
         self.stopped_by = number
 
     def run(self) -> bool:
         """Run the workers until told to stop, replacing those that crash; return whether they could be run at all."""
         running: list[_Worker] = []
-        began_at = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="supervit-metrics-") as folder:
             try:
-                running.extend(_Worker(self._start(share, folder), share, began_at) for share in self._shares)
+                running.extend(_Worker(self._start(share, folder), share, time.monotonic()) for share in self._shares)
                 while self.stopped_by is None:
                     time.sleep(WATCH_INTERVAL_S)
                     for worker in running:
                         status = worker.process.poll()
                         if status is None:
-                            self._end_if_hung(worker, folder)
-                        elif status in KNOWN_FAILURES and time.monotonic() - began_at < PROVEN_S:
+                            self._look_at(worker, folder)
+                        elif status in KNOWN_FAILURES and not any(each.has_served for each in running):
                             return False
                         else:
                             self._replace(worker, status, folder)
@@ -157,18 +165,22 @@ class Supervisor:
                 self._end([worker.process for worker in running])
         return True
 
-    def _end_if_hung(self, worker: _Worker, folder: str) -> None:
+    def _look_at(self, worker: _Worker, folder: str) -> None:
+        """Take note of a worker's beats; kill it where they have ceased."""
         pulse = _pulse(folder, worker.process.pid)
         last_beat_ns = pulse.stat().st_mtime_ns if pulse.exists() else 0
         worker.silent_looks = worker.silent_looks + 1 if last_beat_ns == worker.last_beat_ns else 0
+        if last_beat_ns > worker.last_beat_ns:
+            worker.has_served |= pulse.read_text() == SERVING
         worker.last_beat_ns = last_beat_ns
-        if last_beat_ns and worker.silent_looks * WATCH_INTERVAL_S > SILENCE_S:
+        if worker.silent_looks * WATCH_INTERVAL_S > (SILENCE_S if last_beat_ns else START_S):
             logger.error("worker %d hangs; killing it", worker.process.pid)
             worker.process.kill()
             worker.process.wait()
 
     def _replace(self, worker: _Worker, status: int, folder: str) -> None:
         forget_worker(worker.process.pid, folder)
+        _pulse(folder, worker.process.pid).unlink(missing_ok=True)  # another process may get its number
         now = time.monotonic()
         if now - worker.started_at < REPLACEMENT_INTERVAL_S:
             return
@@ -188,7 +200,7 @@ class Supervisor:
                     [*self._command, str(opened.fileno())],
                     env={**self._environment, SHARED_FOLDER_VARIABLE: folder},
                     pass_fds=[opened.fileno()],
-                    preexec_fn=partial(_end_with_parent, os.getpid()),  # safe: this process has one thread
+                    preexec_fn=partial(_end_with_parent, os.getpid()),  # safe: no other thread runs Python
                 )
             finally:
                 os.sched_setaffinity(0, everywhere)

@@ -499,13 +499,72 @@ def test_an_unknown_policy_is_refused_at_once_with_those_there_are(settings: Set
         create_app(settings.model_copy(update={"policy": "best"}), checkpoint)
 
 
+def test_an_engine_that_hangs_ends_the_server_and_keeps_nobody_waiting(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    photo: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("service.app.GUARD_INTERVAL_S", 0.02)
+    monkeypatch.setattr("service.app.HANG_S", 0.2)
+    failed, beats = threading.Event(), list[bool]()
+    app = create_app(settings, checkpoint, engine, latencies, failed.set, beats.append)
+    with ThreadPoolExecutor(3) as clients, TestClient(app) as client:
+        wait_until_ready(client)
+        assert client.post("/classify", content=photo).status_code == 200
+        time.sleep(0.5)
+        assert not failed.is_set()
+        engine.may_run.clear()
+        answers = [clients.submit(client.post, "/classify", content=photo) for _ in range(3)]
+        assert failed.wait(10)
+        assert [error_code(answer.result(), 500) for answer in answers] == ["model_error"] * 3
+        assert error_code(client.get("/health/ready"), 503) == "not_ready"
+        assert app.state.is_hung()
+    engine.may_run.set()  # only now: the server has ended without it
+    assert "does not end; ending without it" in caplog.text
+    assert beats[-1]
+
+
+def test_a_slow_batch_is_none_that_hangs(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    photo: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.app.GUARD_INTERVAL_S", 0.02)
+    monkeypatch.setattr("service.app.HANG_S", 0.1)
+    slow = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (0.5, 0.5)))
+    app = create_app(settings, checkpoint, engine, slow)
+    with ThreadPoolExecutor(1) as clients, TestClient(app) as client:
+        wait_until_ready(client)
+        engine.may_run.clear()
+        answer = clients.submit(client.post, "/classify?budget_ms=9000", content=photo)
+        time.sleep(0.5)
+        engine.may_run.set()
+        assert answer.result().status_code == 200
+    assert not app.state.is_hung()
+
+
 def test_a_server_that_is_told_to_stop_refuses_newcomers(
-    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    photo: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     app = create_app(settings, checkpoint, engine, latencies)
     with TestClient(app) as client:
         wait_until_ready(client)
-        app.state.drain()
+        assert "supervit_ready 1.0" in client.get("/metrics").text
+        with monkeypatch.context() as patch:  # a signal may come while a count is being made
+            patch.setattr("prometheus_client.values.MutexValue.set", None)
+            app.state.drain()
+        assert "supervit_ready 0.0" in client.get("/metrics").text
         assert error_code(client.get("/health/ready"), 503) == "not_ready"
         assert error_code(client.post("/classify", content=photo), 503) == "not_ready"
         assert client.get("/health/live").status_code == 200

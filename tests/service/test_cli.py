@@ -1,6 +1,8 @@
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -11,6 +13,7 @@ from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoi
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from service.cli import main
+from service.workers import bind
 
 
 @pytest.fixture
@@ -95,6 +98,42 @@ def test_serve_ends_when_the_model_cannot_run(
     assert "supervit: the model cannot run" in capsys.readouterr().err
 
 
+def test_serve_refuses_a_port_that_is_in_use_in_one_line(
+    checkpoint_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.cli.os.sched_getaffinity", lambda _: {0, 1})
+    for is_shared, workers in ((False, "1"), (True, "2")):  # by workers, others of whom would be let in
+        with bind("127.0.0.1", 0, is_shared=is_shared) as taken:
+            taken.listen()
+            port = str(taken.getsockname()[1])
+            options = ["--checkpoint", str(checkpoint_path), "--port", port, "--workers", workers]
+            assert main(["serve", *options]) == 1
+            assert capsys.readouterr().err.splitlines()[-1].endswith("cannot be listened on: Address already in use")
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(8, None), (4.5, 2), (1.0, None)])
+def test_workers_divide_a_quota_among_their_engines(
+    checkpoint_path: Path, monkeypatch: pytest.MonkeyPatch, cores: float, threads: int | None
+) -> None:
+    given: list[Mapping[str, str]] = []
+
+    def supervisor(_: object, environment: Mapping[str, str], *__: object) -> SimpleNamespace:
+        given.append(environment)
+        return SimpleNamespace(stop=None, run=lambda: True, stopped_by=None)
+
+    monkeypatch.delenv("SUPERVIT_THREADS", raising=False)
+    monkeypatch.setattr("service.cli.os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("service.cli.Monitor", lambda: SimpleNamespace(latest=SimpleNamespace(cores=cores)))
+    monkeypatch.setattr("service.cli.Supervisor", supervisor)
+    monkeypatch.setattr("service.cli.signal.signal", lambda *_: None)
+    status = main(["serve", "--checkpoint", str(checkpoint_path), "--port", "0", "--workers", "2"])
+    if cores < 2:
+        assert (status, given) == (1, [])
+    else:
+        assert given[0].get("SUPERVIT_THREADS") == (None if threads is None else str(threads))
+        assert given[0]["SUPERVIT_WORKERS"] == "2"
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
 def test_serve_refuses_to_start_on_a_bad_checkpoint_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
@@ -117,6 +156,7 @@ def test_serve_refuses_a_device_that_is_not_there(checkpoint_path: Path, capsys:
     "arguments",
     [
         ["serve", "--port", "99999"],
+        ["serve", "--host", ""],
         ["classify", "a.jpg", "--budget-gflops", "-1"],
         ["classify", "a.jpg", "--url", ""],
         ["train", "d", "--epochs", "0"],

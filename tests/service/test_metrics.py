@@ -139,6 +139,7 @@ def test_every_sub_network_and_outcome_counts_from_zero(page: Page, profiles: Pr
     assert all(page.read("requests_total", outcome=outcome) == 0.0 for outcome in ("ok", *MISSES))
     assert [page.read("deadlines_total", result=result) for result in ("met", "missed")] == [0.0, 0.0]
     assert page.read("model_info", name="tiny", version="0123") == 1
+    assert page.read("workers") == 1
 
 
 def test_predicted_and_real_time_of_the_batches_add_up(page: Page) -> None:

@@ -68,7 +68,7 @@ def test_a_worker_gets_the_settings_that_were_given(monkeypatch: pytest.MonkeyPa
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        assert Settings() == given.model_copy(update={"workers": 1})
+        assert Settings() == given.model_copy(update={})
 
 
 def test_what_a_variable_says_as_well_was_not_given_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
