@@ -229,8 +229,7 @@ def build_router(api: Api, classify: Handle) -> APIRouter:
     async def metrics() -> Response:
         """Give all metrics in the Prometheus text format."""
         api.report()
-        # Of many processes it takes long to put together.
-        return Response(await asyncio.to_thread(api.metrics.page), media_type=CONTENT_TYPE)
+        return Response(await asyncio.to_thread(api.metrics.page), media_type=CONTENT_TYPE)  # of many processes, slow
 
     return router
 

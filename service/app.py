@@ -1,10 +1,8 @@
 """The composition root: wires every room once around one checkpoint."""
 
 import asyncio
-import gc
 import logging
 import math
-import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -26,6 +24,7 @@ from service.engine import Engine
 from service.engines import make_engine
 from service.errors import NotReadyError
 from service.estimates import prior_slowdown
+from service.guard import until_hung
 from service.http_errors import ErrorAnswers
 from service.images import decode_image
 from service.line import Line
@@ -45,13 +44,7 @@ logger = logging.getLogger(__name__)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 SMALL_GFLOPS = 0.3
-GUARD_INTERVAL_S = 1.0
-HANG_S, HANG_RATIO = 30.0, 10  # a batch that takes so long, and so many times what it should, is taken to hang
 USABLE_SHARE = 0.8  # of the GPU memory that is free; allocators round up
-# The engine's thread asks for the interpreter several times per batch; from a busy event loop it gets it after this
-# long. In three turns at 520 requests/s of the default checkpoint, effective accuracy was 80.4 % on the mean with this
-# and 78.5 % with Python's 5 ms.
-SWITCH_INTERVAL_S = 0.001
 
 
 def create_app(
@@ -113,14 +106,8 @@ def create_app(
             monitor.close()
 
     async def guard() -> None:
-        """Show that the event loop is alive, until the engine is not."""
-        batch, looks = None, 0  # counted, not timed: when the whole machine has been asleep, this may be first to wake
-        while batch is None or looks * GUARD_INTERVAL_S < max(HANG_S, HANG_RATIO * batch[1]):
-            heartbeat(service.is_serving.is_set())
-            await asyncio.sleep(GUARD_INTERVAL_S)
-            last, batch = batch, service.running_batch
-            looks = looks + 1 if batch == last else 0
-        logger.critical("a batch that should take %.3g s does not end; ending without it", batch[1])
+        expected_s = await until_hung(lambda: service.running_batch, lambda: heartbeat(service.is_serving.is_set()))
+        logger.critical("a batch that should take %.3g s does not end; ending without it", expected_s)
         service.abandon()
         on_failure()
 
@@ -138,17 +125,6 @@ def create_app(
     app.add_middleware(Shortcut, path=CLASSIFY_PATH, handle=errors.around(classify))
     errors.add_to(app)
     return app
-
-
-def settle_interpreter() -> None:
-    """Make Python fit to serve, once everything is loaded.
-
-    Half a million objects of the libraries live as long as the process. To look through them for cycles takes a quarter
-    of a second, in which every request would stand still.
-    """
-    gc.collect()
-    gc.freeze()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
 def engine_threads(checkpoint: Checkpoint, monitor: Monitor) -> int:
@@ -234,7 +210,7 @@ class _Service:
 
     @property
     def running_batch(self) -> tuple[float, float] | None:
-        """When the batch that the engine runs began, and the seconds it should take."""
+        """What `until_hung` wants to know."""
         return None if self._batcher is None else self._batcher.running
 
     def abandon(self) -> None:

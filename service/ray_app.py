@@ -13,8 +13,9 @@ from ray import serve
 from ray.serve import Application
 
 from models.checkpoint import load_checkpoint
-from service.app import LOG_FORMAT, create_app, engine_threads, settle_interpreter
+from service.app import LOG_FORMAT, create_app, engine_threads
 from service.errors import InvalidParameterError
+from service.interpreter import settle_interpreter
 from service.monitor import Monitor
 from service.settings import Settings, named_settings
 

@@ -508,8 +508,8 @@ def test_an_engine_that_hangs_ends_the_server_and_keeps_nobody_waiting(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("service.app.GUARD_INTERVAL_S", 0.02)
-    monkeypatch.setattr("service.app.HANG_S", 0.2)
+    monkeypatch.setattr("service.guard.GUARD_INTERVAL_S", 0.02)
+    monkeypatch.setattr("service.guard.HANG_S", 0.2)
     failed, beats = threading.Event(), list[bool]()
     app = create_app(settings, checkpoint, engine, latencies, failed.set, beats.append)
     with ThreadPoolExecutor(3) as clients, TestClient(app) as client:
@@ -535,8 +535,8 @@ def test_a_slow_batch_is_none_that_hangs(
     photo: bytes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("service.app.GUARD_INTERVAL_S", 0.02)
-    monkeypatch.setattr("service.app.HANG_S", 0.1)
+    monkeypatch.setattr("service.guard.GUARD_INTERVAL_S", 0.02)
+    monkeypatch.setattr("service.guard.HANG_S", 0.1)
     slow = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (0.5, 0.5)))
     app = create_app(settings, checkpoint, engine, slow)
     with ThreadPoolExecutor(1) as clients, TestClient(app) as client:

@@ -101,7 +101,7 @@ def test_serve_ends_when_the_model_cannot_run(
 def test_serve_refuses_a_port_that_is_in_use_in_one_line(
     checkpoint_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.cli.os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("service.serve.os.sched_getaffinity", lambda _: {0, 1})
     for is_shared, workers in ((False, "1"), (True, "2")):  # by workers, others of whom would be let in
         with bind("127.0.0.1", 0, is_shared=is_shared) as taken:
             taken.listen()
@@ -122,10 +122,10 @@ def test_workers_divide_a_quota_among_their_engines(
         return SimpleNamespace(stop=None, run=lambda: True, stopped_by=None)
 
     monkeypatch.delenv("SUPERVIT_THREADS", raising=False)
-    monkeypatch.setattr("service.cli.os.sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr("service.cli.Monitor", lambda: SimpleNamespace(latest=SimpleNamespace(cores=cores)))
-    monkeypatch.setattr("service.cli.Supervisor", supervisor)
-    monkeypatch.setattr("service.cli.signal.signal", lambda *_: None)
+    monkeypatch.setattr("service.serve.os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("service.serve.Monitor", lambda: SimpleNamespace(latest=SimpleNamespace(cores=cores)))
+    monkeypatch.setattr("service.serve.Supervisor", supervisor)
+    monkeypatch.setattr("service.serve.signal.signal", lambda *_: None)
     status = main(["serve", "--checkpoint", str(checkpoint_path), "--port", "0", "--workers", "2"])
     if cores < 2:
         assert (status, given) == (1, [])

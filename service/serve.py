@@ -1,0 +1,137 @@
+"""Serves until told to stop: one server in this process, or several workers that it looks after."""
+
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from models.checkpoint import load_checkpoint
+from service.app import LOG_FORMAT, create_app
+from service.client import CommandError
+from service.interpreter import settle_interpreter
+from service.monitor import Monitor
+from service.settings import Settings, environment_variable, unknown_variables, worker_environment
+from service.shared_counts import SHARED_FOLDER_VARIABLE
+from service.workers import Supervisor, beat, bind, split_cpus
+
+logger = logging.getLogger(__name__)
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens; refuses newcomers from the very signal on that tells it to stop."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say where, which uvicorn does for addresses alone."""
+        await super().startup(sockets)
+        for opened in sockets or ():
+            if opened.family == socket.AF_UNIX:
+                logger.info("listening on %s", opened.getsockname())
+            else:
+                host, port, *_ = opened.getsockname()
+                logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take note of the signal."""
+        self._drain()
+        super().handle_exit(sig, frame)
+
+
+def supervise(settings: Settings) -> None:
+    """Serve with several workers until SIGTERM or Ctrl-C."""
+    load_checkpoint(settings.checkpoint)  # what is wrong with it is said once
+    cpus, cores = os.sched_getaffinity(0), Monitor().latest.cores
+    try:
+        shares = split_cpus(cpus, cores, settings.workers)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if cores < len(cpus) and settings.threads is None:  # each would see the whole quota
+        settings = settings.model_copy(update={"threads": max(1, int(cores / settings.workers))})
+    if environment_variable(SHARED_FOLDER_VARIABLE) is not None:
+        logger.warning("%s is not heeded: workers get a fresh folder of their own", SHARED_FOLDER_VARIABLE)
+    with _bind(settings, is_shared=True) as reserved:
+        command = [sys.executable, "-P", "-m", "service.cli", "serve", "--fd"]  # -P: not from the current folder
+        supervisor = Supervisor(command, worker_environment(settings), shares, reserved, settings.drain_s)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, supervisor.stop)
+        _on_hangup(supervisor.stop)
+        logger.info("%d workers share %s port %d", settings.workers, *reserved.getsockname()[:2])
+        if not supervisor.run():
+            raise CommandError("the workers cannot run; the log says why")
+    if supervisor.stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if supervisor.stopped_by is not None:  # end as whoever sent it expects, and as a single server does
+        signal.signal(supervisor.stopped_by, signal.SIG_DFL)
+        signal.raise_signal(supervisor.stopped_by)
+
+
+def _bind(settings: Settings, *, is_shared: bool = False) -> socket.socket:
+    try:
+        if is_shared:  # among our own workers, not with those of another server
+            bind(settings.host, settings.port).close()
+        return bind(settings.host, settings.port, is_shared=is_shared)
+    except OSError as error:
+        raise CommandError(f"{settings.host} port {settings.port} cannot be listened on: {error.strerror}") from error
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; those admitted are answered before the server leaves."""
+    failed = threading.Event()
+
+    def stop() -> None:
+        failed.set()
+        server.should_exit = True
+
+    def tell_supervisor(is_serving: bool) -> None:
+        if settings.fd is not None and shared_folder is not None:
+            beat(shared_folder, is_serving)
+
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+    if settings.workers > 1 and settings.fd is None:
+        supervise(settings)
+        return
+    shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
+    with _bind(settings) if settings.fd is None else socket.socket(fileno=settings.fd) as opened:
+        app = create_app(
+            settings,
+            load_checkpoint(settings.checkpoint),
+            on_failure=stop,
+            heartbeat=tell_supervisor,
+            # Others may serve at the same address: this server takes no connection from them before its time.
+            ready_first=settings.fd is not None,
+        )
+        for name in unknown_variables():
+            logger.warning("the environment variable %s is no setting of this server", name)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level=settings.log_level,
+            access_log=settings.log_level == "debug",
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(settings.drain_s),
+        )
+        server = _Server(config, app.state.drain)
+        settle_interpreter()
+        _on_hangup(server.handle_exit)
+        server.run([opened])
+    if app.state.is_hung():  # the interpreter would wait for the thread that hangs
+        logging.shutdown()
+        os._exit(1)
+    if failed.is_set():
+        raise CommandError("the model cannot run; the log says why")
+
+
+def _on_hangup(stop: Callable[[int, FrameType | None], object]) -> None:
+    """Stop in order when the terminal closes, unless `nohup` says to go on."""
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, stop)
