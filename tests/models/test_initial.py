@@ -55,6 +55,23 @@ def test_a_checkpoint_of_ours_is_copied_whole(tiny_file: Path, config: SuperViTC
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in fresh.state_dict().items())
 
 
+def test_grids_that_the_checkpoint_lacks_start_from_its_nearest(
+    tiny_file: Path, config: SuperViTConfig, model: SuperViT
+) -> None:
+    assert config.patch_grids == (2, 3, 4)
+    other = SuperViT(replace(config, patch_grids=(2, 4, 6)))
+    load_initial_weights(other, tiny_file)
+    of_2, _, of_4 = model.pos_embed_list
+    assert torch.equal(other.pos_embed_list[0], of_2)
+    assert torch.equal(other.pos_embed_list[1], of_4)
+    new = other.pos_embed_list[2]
+    assert new.shape == (1, 37, config.width)
+    assert torch.equal(new[:, :1], of_4[:, :1])
+    torch.testing.assert_close(new[:, 1:].mean(dim=1), of_4[:, 1:].mean(dim=1), atol=0.01, rtol=0)
+    name = "blocks.2.mlp.fc1.weight"
+    assert torch.equal(other.state_dict()[name], model.state_dict()[name])
+
+
 def test_heads_of_other_classes_stay_fresh(tiny_file: Path, config: SuperViTConfig, model: SuperViT) -> None:
     fresh = SuperViT(replace(config, num_classes=5))
     heads = {name: tensor.clone() for name, tensor in fresh.state_dict().items() if "head" in name}
