@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from models.checkpoint import digest
 from models.data import (
     PADDED_CROP_SIDE_PX,
     Augmentation,
@@ -150,7 +151,11 @@ def soft_targets(recipe: Recipe, config: SuperViTConfig, teacher: Teacher) -> Te
     """
     path = recipe.output / TARGETS_NAME
     samples, _ = open_training_data(recipe.data, config, evaluation_transform(config), recipe.holdout, recipe.seed)
-    asked = {name: str(getattr(recipe, name)) for name in ASKED} | {"images": str(len(samples))}  # type: ignore[arg-type] # it has a length
+    asked = {name: str(getattr(recipe, name)) for name in ASKED} | {
+        "images": str(len(samples)),  # type: ignore[arg-type] # it has a length
+        "seen as": str((config.image_side, config.crop_fraction, config.mean, config.std)),
+        "teacher's weights": digest(recipe.teacher_checkpoint) if recipe.teacher_checkpoint else "timm's",
+    }
     if path.exists():
         kept = torch.load(path, weights_only=True)
         if kept["asked"] == asked:

@@ -70,6 +70,9 @@ class Header:
         missing = set(self.config.subnetworks) - self.profile.by_subnetwork.keys()
         if missing:
             raise ValueError(f"the profile lacks {min(missing)}")
+        strange = {row.subnetwork.patch_grid for row in self.profile.rows} - set(self.config.patch_grids)
+        if strange:
+            raise ValueError(f"the profile has grid {min(strange)}, which was not trained")
 
 
 _HEADER = TypeAdapter(Header)
@@ -112,7 +115,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if wrong:
         raise UnreadableCheckpointError(f"{path}: {wrong[0].macs} MACs are not the cost of {wrong[0].subnetwork}")
     model.load_state_dict(weights, assign=True)
-    return Checkpoint(header.name, _digest(path), model.eval(), header.config, header.class_names, header.profile)
+    return Checkpoint(header.name, digest(path), model.eval(), header.config, header.class_names, header.profile)
 
 
 def save_checkpoint(path: Path, model: SuperViT, header: Header) -> None:
@@ -251,6 +254,7 @@ def _first_problem(error: ValidationError) -> str:
     return f"{where}: {problem['msg']}" if where else problem["msg"]
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Tell files apart: the first 12 hex digits of the SHA-256 of what is in one."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]

@@ -43,9 +43,10 @@ def evaluate(
     device: str = "auto",
     rates_between: bool = False,
 ) -> ProfileTable:
-    """Fit the temperature of every sub-network on val/ and measure it on test/, in float32.
+    """Fit the temperature of every sub-network on val/ and measure it on test/.
 
-    Where there is only one of the two folders, it serves for both.
+    In float32; on a GPU, convolutions are in TF32, as torch has them by default. Where
+    there is only one of the two folders, it serves for both.
 
     Args:
         checkpoint: the weights; its model is moved to `device`.

@@ -83,7 +83,7 @@ def finetune(options: Finetune) -> float:
     for epoch in range(1, options.epochs + 1):
         started_at, total = time.monotonic(), 0.0
         network.train()
-        sampler.set_epoch(epoch)
+        sampler.set_epoch(options.seed * 100_000 + epoch)
         for images, labels in tqdm(batches, f"epoch {epoch}/{options.epochs}", mininterval=10):
             schedule.step_update(step)
             loss = functional.cross_entropy(

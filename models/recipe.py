@@ -136,7 +136,10 @@ class Recipe(BaseModel):
     precision: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the products in a training step")
 
     @model_validator(mode="after")
-    def _mixes_pairs(self) -> Self:
+    def _fits_together(self) -> Self:
+        for name in ("teacher_checkpoint", "teacher_side", "teacher_once"):
+            if getattr(self, name) and not self.teacher:
+                raise ValueError(f"{name.replace('_', '-')} without a teacher teaches nothing; name one with --teacher")
         if self.single_epochs >= self.epochs:
             raise ValueError(f"{self.single_epochs} single epochs of {self.epochs} leave none to teach pruning")
         if self.teacher_once and (self.mixup or self.cutmix):

@@ -48,6 +48,7 @@ class State:
     model: SuperViT
     average: ModelEmaV3
     optimizer: torch.optim.Optimizer
+    processes: int
 
     @property
     def is_finite(self) -> bool:
@@ -63,6 +64,7 @@ class State:
             "recipe": recipe.model_dump(mode="json"),
             "class_names": list(class_names),
             "epoch": epoch,
+            "processes": self.processes,
             "model": self.model.state_dict(),
             "average": self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -74,7 +76,7 @@ class State:
         """Read what `save` wrote and return how many epochs it had behind it.
 
         Raises:
-            TrainingError: there is none, it is damaged, or it was made with other options or classes.
+            TrainingError: there is none, it is damaged, or it was made with other options, classes or processes.
         """
         path = recipe.output / STATE_NAME
         if not has_state(recipe.output):
@@ -87,6 +89,8 @@ class State:
                 *_other_options(content["recipe"], recipe.model_dump(mode="json")),
                 *_other_classes(content["class_names"], class_names),
             ]
+            if content["processes"] != self.processes:  # with another number, a step would see more images or fewer
+                differences.append(f"{content['processes']} of torchrun's processes, not {self.processes}")
             if differences:
                 raise TrainingError(f"{path}: was made with {'; '.join(differences)}")
             self.model.load_state_dict(content["model"])

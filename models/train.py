@@ -9,6 +9,7 @@ import os
 import random
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from models.supervit import SuperViT
 from models.teacher import Teacher
 
 FINAL_RATE, WARMUP_START_RATE = 1e-2, 1e-3  # fractions of the peak learning rate
+LONGEST_WAIT = timedelta(hours=6)  # of one process for another
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def run_epochs(recipe: Recipe, process: Process) -> None:
     seed_everything(recipe.seed)  # every process starts from the same weights
     model = build_model(recipe, len(class_names)).to(process.device)
     optimizer = build_optimizer(recipe, model)
-    state = State(model, ModelEmaV3(model, recipe.ema_decay, use_warmup=True), optimizer)
+    state = State(model, ModelEmaV3(model, recipe.ema_decay, use_warmup=True), optimizer, process.count)
     teacher = None
     if recipe.teacher:
         if not timm.is_model(recipe.teacher):
@@ -123,7 +125,8 @@ def join_processes(device: str) -> Process:
     if own_device.type == "cuda":
         torch.cuda.set_device(own_device)  # or NCCL and pinned memory would open GPU 0 in every process
     if count > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
+        # The others wait while the first watches and saves: as long as that takes, and torch's ten minutes may not do.
+        distributed.init_process_group("nccl" if own_device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     return Process(rank, count, own_device)
 
 
@@ -169,7 +172,7 @@ def learning_rate_schedule(
     """Warm up linearly, then follow a cosine down, step by step; the peak grows with the images of a step."""
     peak = recipe.learning_rate * recipe.batch_size * processes / 512
     for group in optimizer.param_groups:
-        group["lr"] = peak
+        group["lr"] = group["initial_lr"] = peak  # timm takes the latter for its peak, and a resumed state holds one
     warmup_epochs = min(recipe.warmup_epochs, recipe.epochs / 10)
     return CosineLRScheduler(
         optimizer,

@@ -1,6 +1,8 @@
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -9,7 +11,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.nn import functional
 
-from models.batches import ImageBatches, crop_and_mirror, fits_memory, open_batches
+from models.batches import ImageBatches, crop_and_mirror, fits_memory, open_batches, soft_targets
 from models.data import SampleLoader, evaluation_transform, normalise, open_folder
 from models.recipe import Recipe
 from models.state import TrainingError
@@ -18,6 +20,7 @@ from models.teacher import Teacher
 
 MakeRecipe = Callable[..., Recipe]
 CPU = torch.device("cpu")
+ASKED_ONCE: dict[str, Any] = {"teacher": "test_vit", "teacher_once": True}
 
 
 def numbered(count: int, side: int) -> Tensor:
@@ -132,7 +135,7 @@ def test_a_teacher_that_is_asked_once_turns_labels_into_probabilities(
         monkeypatch.setattr("models.batches.MEMORY_LIMIT_BYTES", 0)
     monkeypatch.setattr("models.batches.crop_and_mirror", lambda images: images)
     config = replace(tiny_config, crop_fraction=1.0)
-    options = {"teacher_once": True, "teacher_weight": 0.25, "label_smoothing": 0.3}
+    options = {"teacher": "test_vit", "teacher_once": True, "teacher_weight": 0.25, "label_smoothing": 0.3}
     recipe = tiny_recipe(tmp_path, **options)
     plain, _, _ = open_batches(tiny_recipe(tmp_path), config, None, 0, 1, CPU)
     batches, _, _ = open_batches(recipe, config, teacher, 0, 1, CPU)
@@ -156,13 +159,36 @@ def test_a_teacher_that_has_answered_is_not_asked_again(
     teacher: Teacher,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = tiny_recipe(tmp_path, teacher_once=True)
+    recipe = tiny_recipe(tmp_path, **ASKED_ONCE)
     first, _, _ = open_batches(recipe, tiny_config, teacher, 0, 1, CPU)
     monkeypatch.setattr(Teacher, "answer_both_ways", None)
     second, _, _ = open_batches(recipe, tiny_config, teacher, 0, 1, CPU)
     assert isinstance(first, ImageBatches)
     assert isinstance(second, ImageBatches)
     assert torch.equal(first.targets, second.targets)
+
+
+def test_another_teacher_and_one_that_sees_other_pictures_are_asked_again(
+    tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, teacher: Teacher
+) -> None:
+    path = tmp_path / "teacher.pth"
+    recipe = tiny_recipe(tmp_path, **ASKED_ONCE, teacher_checkpoint=path)
+    answers = [soft_targets(recipe, tiny_config, teacher)]
+    answers.append(soft_targets(recipe, replace(tiny_config, crop_fraction=0.5), teacher))
+    weights = torch.load(path, weights_only=True)
+    torch.save(weights | {"head.bias": torch.tensor([9.0, 0.0, 0.0])}, path)  # under the same name
+    answers.append(soft_targets(recipe, tiny_config, Teacher("test_vit", path, 32, tiny_config)))
+    for first, second in itertools.combinations(answers, 2):
+        assert not torch.equal(first, second)
+
+
+def test_processes_share_the_images_out(tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig) -> None:
+    shares = []
+    for rank in range(2):
+        _, sampler, _ = open_batches(tiny_recipe(tmp_path), tiny_config, None, rank, 2, CPU)
+        sampler.set_epoch(1)
+        shares.append(list(sampler))
+    assert sorted(shares[0] + shares[1]) == list(range(48))
 
 
 def test_too_few_images_for_a_batch_are_refused(

@@ -362,6 +362,7 @@ def set_in_header(*keys: str, value: object) -> Callable[[Weights, dict[str, Any
         (set_in_header("config", "flavour", value="swin"), "flavour"),
         (set_in_header("config", "mlp_ratio", value=float("nan")), "mlp_ratio"),
         (set_in_header("config", "patch_grids", value=[2, 3, 4, 5]), "the profile lacks grid 5 at keep rate 0.5"),
+        (set_in_header("config", "patch_grids", value=[3, 4]), "the profile has grid 2, which was not trained"),
         (set_in_header("config", value=None), "config"),
     ],
 )

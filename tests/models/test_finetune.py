@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from models.checkpoint import CheckpointMismatchError
 from models.finetune import Finetune, finetune, load_network
@@ -35,6 +36,34 @@ def test_a_network_learns_the_data_and_can_teach_it(
     assert finetune(options) >= 0.9
     teacher = Teacher("test_vit", output, 32, tiny_config)
     assert teacher(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
+
+
+def test_the_seed_fixes_the_order(
+    tmp_path: Path, pictures: Path, imagenet_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders: list[list[int]] = []
+
+    def note(sampler: RepeatAugSampler, epoch: int) -> None:
+        sampler.epoch = epoch
+        orders.append(list(sampler))
+
+    monkeypatch.setattr(RepeatAugSampler, "set_epoch", note)
+    for seed in (0, 1, 1):
+        finetune(
+            Finetune(
+                data=pictures,
+                output=tmp_path / "teacher.pth",
+                model="test_vit",
+                weights=imagenet_file,
+                side=32,
+                epochs=2,
+                batch_size=48,
+                seed=seed,
+                workers=0,
+            )
+        )
+    assert orders[2:4] == orders[4:6]
+    assert len({tuple(order) for order in orders}) == 4
 
 
 def test_all_but_the_last_layer_is_kept_whatever_its_weights_are_called(tmp_path: Path, imagenet_file: Path) -> None:

@@ -136,6 +136,16 @@ def test_images_are_mixed_in_pairs(tmp_path: Path, name: str) -> None:
     assert Recipe(data=tmp_path, output=tmp_path, batch_size=7).batch_size == 7
 
 
+@pytest.mark.parametrize(
+    "options", [{"teacher_checkpoint": "teacher.pth"}, {"teacher_side": 96}, {"teacher_once": True}]
+)
+def test_a_teacher_without_a_name_is_not_passed_over(tmp_path: Path, options: dict[str, object]) -> None:
+    (name,) = options
+    with pytest.raises(ValidationError, match=f"{name.replace('_', '-')} without a teacher teaches nothing"):
+        Recipe.model_validate({"data": tmp_path, "output": tmp_path} | options)
+    Recipe.model_validate({"data": tmp_path, "output": tmp_path, "teacher": "resnet18"} | options)
+
+
 def test_a_recipe_without_data_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="data\n  Field required"):
         Recipe.model_validate({"output": tmp_path})

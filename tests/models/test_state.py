@@ -1,6 +1,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def state(deit: SuperViT) -> State:
     for parameter in deit.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    return State(deit, average, optimizer)
+    return State(deit, average, optimizer, 1)
 
 
 @pytest.fixture
@@ -103,7 +104,13 @@ def test_a_run_over_other_classes_is_refused(
         saved.load(tiny_recipe(tmp_path), class_names)
 
 
-@pytest.mark.parametrize("lost", ["recipe", "class_names", "epoch", "model", "optimizer"])
+def test_a_run_of_another_number_of_processes_is_refused(tmp_path: Path, tiny_recipe: MakeRecipe, saved: State) -> None:
+    two = replace(saved, processes=2)
+    with pytest.raises(TrainingError, match=r"state\.pt: was made with 1 of torchrun's processes, not 2$"):
+        two.load(tiny_recipe(tmp_path), CLASS_NAMES)
+
+
+@pytest.mark.parametrize("lost", ["recipe", "class_names", "epoch", "processes", "model", "optimizer"])
 def test_a_state_that_lacks_a_part_is_of_another_version(
     tmp_path: Path, tiny_recipe: MakeRecipe, saved: State, lost: str
 ) -> None:
@@ -119,7 +126,7 @@ def test_the_steps_of_the_optimizer_stay_on_the_cpu_wherever_the_model_is(
     tmp_path: Path, tiny_recipe: MakeRecipe, saved: State
 ) -> None:
     model = copy.deepcopy(saved.model).to("meta")
-    elsewhere = State(model, saved.average, torch.optim.AdamW(model.parameters()))
+    elsewhere = State(model, saved.average, torch.optim.AdamW(model.parameters()), 1)
     elsewhere.load(tiny_recipe(tmp_path), CLASS_NAMES)
     for remembered in elsewhere.optimizer.state.values():
         assert (remembered["step"].device.type, remembered["exp_avg"].device.type) == ("cpu", "meta")

@@ -24,7 +24,15 @@ from models.recipe import Recipe
 from models.state import TrainingError
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
-from models.train import Process, build_model, join_processes, learning_rate_schedule, seed_everything, train
+from models.train import (
+    Process,
+    build_model,
+    join_processes,
+    learning_rate_schedule,
+    run_epochs,
+    seed_everything,
+    train,
+)
 from tests.models.two_processes import weights_after_three_steps
 
 MakeRecipe = Callable[..., Recipe]
@@ -173,6 +181,26 @@ def test_steps_are_counted_on_from_epoch_to_epoch(
     for record in log_of(recipe.output):
         schedule.step_update(int(str(record["epoch"])) * STEPS_PER_EPOCH - 1)
         assert record["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_a_resumed_run_follows_the_rate_that_it_is_given_now(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1, learning_rate=0.04))
+    recipe = tiny_recipe(tmp_path / "run", epochs=2, learning_rate=0.001, resume=True)
+    train(recipe)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    learning_rate_schedule(recipe, optimizer, STEPS_PER_EPOCH, 1).step_update(2 * STEPS_PER_EPOCH - 1)
+    assert log_of(recipe.output)[-1]["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_every_process_takes_its_own_share(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise InterruptedError(arguments[3:5])
+
+    monkeypatch.setattr("models.train.open_batches", stop)
+    with pytest.raises(InterruptedError, match=r"\(1, 2\)"):
+        run_epochs(tiny_recipe(tmp_path / "run"), Process(1, 2, torch.device("cpu")))
 
 
 def test_the_first_epochs_can_be_cheap_ones_of_a_single_subnetwork(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
