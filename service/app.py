@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from models.subnetwork import SubNetwork
 from service.api import CLASSIFY_PATH, Api, Serving, build_router, make_classify
 from service.baselines import make_policy, refuses_early
 from service.batcher import Batcher, Run
+from service.decoding import Decoder
 from service.engine import Engine
 from service.engines import make_engine
 from service.errors import NotReadyError
@@ -268,10 +270,11 @@ class _Service:
             observe_machine=partial(self._observe_machine, line),
             observe_batch=metrics.batch_ran,
         )
+        decode = partial(decode_image, config=self._checkpoint.config, max_pixels=settings.max_image_pixels)
         pipeline = Pipeline(
             line=line,
             class_names=self._checkpoint.class_names,
-            decode=partial(decode_image, config=self._checkpoint.config, max_pixels=settings.max_image_pixels),
+            decoder=Decoder(decode, settings.decode_threads, time.monotonic),
             batcher=batcher,
             metrics=metrics,
             max_in_flight=settings.max_in_flight,

@@ -185,6 +185,7 @@ class Batcher:
         self._free_at = self._clock()
         while self._waiting or not self._stopping:
             if not len(self._line):
+                self._pacer.idle()
                 self._await_arrival()
                 self._free_at = self._clock()
             elif pause_s := self._pacer.pause_s(self._clock()):

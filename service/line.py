@@ -82,13 +82,14 @@ class Line:
         return len(self._waiting)
 
     @_locked
-    def admit(self, entry: Entry, now: float, ready_at: float | None = None) -> None:
+    def admit(self, entry: Entry, now: float, ready_at: float | None = None, queued_s: float = 0.0) -> None:
         """Take note of a request before anything is spent on it.
 
         Args:
             entry: the request.
             now: the instant.
             ready_at: when it will probably be ready for the engine; now by default.
+            queued_s: by how much it would be ready sooner if nobody else were to be prepared.
 
         Raises:
             OverloadedError: even the cheapest sub-network could not answer it in time, unless those of lower priority
@@ -98,9 +99,9 @@ class Line:
         self._lasting_rate.count(now)
         ready_at = now if ready_at is None else ready_at
         try:
-            self._require_chance(entry, now, ready_at)
-        except OverloadedError:
-            if self._end_alone(entry, now, ready_at) <= entry.deadline_at:  # or it would have been late anyway
+            self._require_chance(entry, now, ready_at, queued_s)
+        except OverloadedError as error:
+            if error.reason == "backlog":  # or it would have been late anyway
                 self.prudence.observe(0, 1, now)
             raise
         self._admitted.add(entry)
@@ -244,19 +245,19 @@ class Line:
     def _stretch(self) -> float:
         return max(self.pause_stretch, self._turnaround)  # what lies between batches goes by within a pause
 
-    def _require_chance(self, entry: Entry, now: float, ready_at: float) -> None:
+    def _require_chance(self, entry: Entry, now: float, ready_at: float, queued_s: float = 0.0) -> None:
         if not self._refuses_early:
             return
         late_s = self._expected_end(entry, now, ready_at) - entry.deadline_at
         if late_s > 0:
-            if self._end_alone(entry, now, ready_at) > entry.deadline_at:
+            if self._end_alone(entry, now, ready_at - queued_s) > entry.deadline_at:
                 message = "even if nothing else waited it would be answered too late at this moment; grant it more time"
                 raise OverloadedError(message, "no_time", late_s)
             message = "too much is waiting: even the cheapest sub-network would answer too late; try again later"
             raise OverloadedError(message, "backlog", late_s)
 
     def _end_alone(self, entry: Entry, now: float, ready_at: float) -> float:
-        """When it would be answered if the engine were free."""
+        """When it would be answered if nobody else were in the server."""
         option = target(entry.wish, 0)
         return ready_at + self._rows[option][0] * self.slowdown.predict(now, self.prior_slowdown)
 

@@ -37,7 +37,9 @@ class Pacer:
         if self._per_s is None:
             return 0.0
         used_s = self._used_s()
-        passed_s = 0.0 if self._filled_at is None else now - self._filled_at
+        if self._filled_at is None:
+            self._filled_at, self._seen_s = now, used_s  # nothing before the first batch is held against it
+        passed_s = now - self._filled_at
         balance = self._credit_s + passed_s * self._per_s - (used_s - self._seen_s)
         self._credit_s = min(balance, self._per_s * BURST_S)
         self._filled_at, self._seen_s = now, used_s
@@ -46,13 +48,17 @@ class Pacer:
         pause_s = -self._credit_s / self._per_s
         return pause_s if pause_s > NEGLIGIBLE_S else 0.0
 
+    def idle(self) -> None:
+        """Nobody waits any more: what is used until somebody does is no batch's."""
+        self._wanted_s = None
+
     def batch_ran(self, seconds: float) -> None:
         """Learn how much compute a second of inference takes, with all that is used from when the batch is wanted."""
         self._batches_s += seconds
         if self._per_s is None or self._wanted_s is None:
             return
         intensity = (self._used_s() - self._wanted_s) / max(seconds, 1e-6)
-        self._wanted_s = None  # what is used while nobody waits is no batch's
+        self._wanted_s = None
         self._intensity = (
             intensity if self._intensity is None else self._intensity + GAIN * (intensity - self._intensity)
         )

@@ -5,16 +5,13 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-
-from torch import Tensor
 
 from service.batcher import Batcher, Result
+from service.decoding import Decoder
 from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, Prediction, Timing
 from service.errors import (
     BudgetTooSmallError,
     ClientGoneError,
-    DeadlineError,
     InvalidParameterError,
     ModelError,
     NotReadyError,
@@ -34,26 +31,6 @@ TRANSPORT_S = 0.003
 TRANSPORT_SHARE = 0.1  # at most, of tight budgets
 LEARNED_EVERY = 32  # requests; it takes a system call
 LEARNING_GAIN = 0.5
-DECODING_FADES_S = 5.0
-
-
-@dataclass(slots=True)
-class _Decoding:
-    """The decoding of one image, and how long it took; called on a thread."""
-
-    decode: Callable[[bytes], Tensor]
-    deadline_at: float
-    clock: Callable[[], float]
-    data: bytes = b""
-    seconds: float | None = None
-
-    def __call__(self) -> Tensor:
-        started_at = self.clock()
-        if started_at > self.deadline_at:
-            raise DeadlineError("the deadline passed before the image could be decoded")
-        image = self.decode(self.data)
-        self.seconds = self.clock() - started_at
-        return image
 
 
 class Pipeline:
@@ -64,7 +41,7 @@ class Pipeline:
         *,
         line: Line,
         class_names: tuple[str, ...],
-        decode: Callable[[bytes], Tensor],
+        decoder: Decoder,
         batcher: Batcher,
         metrics: Metrics,
         max_in_flight: int,
@@ -77,7 +54,7 @@ class Pipeline:
         Args:
             line: admits, and forecasts.
             class_names: one per logit.
-            decode: bytes to a (3, S, S) uint8 image; runs on the batcher's threads for that.
+            decoder: makes what the batcher's threads decode images by.
             batcher: runs the model.
             metrics: count and time.
             max_in_flight: requests that may be in the pipeline at once.
@@ -88,7 +65,7 @@ class Pipeline:
         self.is_ready = False
         self._line = line
         self._class_names = class_names
-        self._decode = decode
+        self._decoder = decoder
         self._batcher = batcher
         self._metrics = metrics
         self._max_in_flight = max_in_flight
@@ -96,9 +73,8 @@ class Pipeline:
         self._clock = clock
         self._loop_time = loop_time
         self._in_flight = 0
-        self._decoding = Delay(DECODING_FADES_S)  # of one image
         self._loop_s = 0.0  # of the event loop's CPU time per request, learned
-        self._loop_used_s = loop_time()
+        self._loop_used_s = self._idle_since_s = loop_time()
         self._unlearned = 0  # requests that have ended since
         self._reply = Delay()  # from the end of a batch to the finished answer
 
@@ -126,6 +102,8 @@ class Pipeline:
 
         Cancelling it, because nobody waits any more, takes the request out of whatever line it stands in.
         """
+        if self._in_flight == 0:  # what the loop has used since there was anybody is nobody's
+            self._loop_used_s += self._loop_time() - self._idle_since_s
         self._in_flight += 1
         self._metrics.request_started()
         outcome, shed = ServiceError.code, None  # of a bug, unless something better is known
@@ -144,6 +122,8 @@ class Pipeline:
         finally:
             self._in_flight -= 1
             self._learn_loop_cost()
+            if self._in_flight == 0:
+                self._idle_since_s = self._loop_time()
             self._metrics.request_finished(outcome, shed)
         self._metrics.answered(answer)
         return answer
@@ -157,7 +137,7 @@ class Pipeline:
         self._require_ready()
         entry = self._entry(request)
         now = self._clock()
-        prepared_s = self._preparation_s(now)
+        prepared_s = self._decoder.queue_s(now) + self._preparation_s(now)
         option, size, start_s, choice = self._line.preview(entry, now + prepared_s)
         predicted_s = self._line.predict(option, size, now)
         row = self._line.menu.options[option].row
@@ -173,16 +153,16 @@ class Pipeline:
         top_k = self._checked_top_k(request.top_k)
         entry = self._entry(request)
         now = self._clock()
-        self._line.admit(entry, now, now + self._preparation_s(now))
-        decoding = _Decoding(self._decode, entry.deadline_at, self._clock)
+        queued_s = self._decoder.queue_s(now)
+        self._line.admit(entry, now, now + queued_s + self._preparation_s(now), queued_s)
+        decoding = self._decoder.prepare(entry.deadline_at)
         try:
-            decoding.data = await read()
+            data = await read()
             read_at = self._clock()
-            result = await self._batcher.submit(decoding, entry)
+            result = await self._batcher.submit(decoding.submitted(data), entry)
         finally:
             self._line.leave(entry)
-            if decoding.seconds is not None:  # whatever became of it then
-                self._decoding.observe(decoding.seconds, self._clock())
+            self._decoder.over(decoding)
         predictions = self._predictions(result, top_k)
         now, decode_s = self._clock(), decoding.seconds or 0.0
         self._reply.observe(now - result.ended_at, now)
@@ -194,8 +174,11 @@ class Pipeline:
         return answer
 
     def _preparation_s(self, now: float) -> float:
-        """Time until a newcomer is ready for the engine; those in the server have half of their loop time to come."""
-        return self._decoding.expected_s(now) + self._in_flight * self._loop_s / 2
+        """Time until a newcomer is ready for the engine, once a thread decodes it.
+
+        Those in the server have half of their loop time to come.
+        """
+        return self._decoder.expected_s(now) + self._in_flight * self._loop_s / 2
 
     def _learn_loop_cost(self) -> None:
         """Learn how much of the event loop's CPU time a request takes.

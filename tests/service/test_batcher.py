@@ -153,6 +153,25 @@ class Pausing(Pacer):
         return 1e-6
 
 
+async def test_a_pacer_hears_when_nobody_waits() -> None:
+    """Late requests leave the line without a batch, and what is used then must not be the next one's."""
+    hours, line, used_s = Hours(), Line(MENU, choose_level, 4), [0.0]
+    pacer, thread = Pacer(0.5, 1.0, lambda: used_s[0]), ThreadPoolExecutor(1, "engine")
+    batcher = Idling(hours.run, line, thread, Inline(), pacer=pacer, clock=lambda: hours.now)
+    batcher.idle = threading.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(batcher.serve())
+        with pytest.raises(DeadlineError):
+            await batcher.submit(hours.prepare, Entry(-1.0, Wish(1.0, 1)))
+        await asyncio.to_thread(batcher.idle.wait, 10)
+        used_s[0] += 300.0  # while an hour goes by
+        hours.now += 3600.0
+        await batcher.submit(hours.prepare, Entry(1e9, Wish(1e9, 1)))
+        batcher.stop()
+    thread.shutdown()
+    assert pacer.stretch == 1.0
+
+
 @pytest.mark.parametrize("paced", [False, True])
 async def test_neither_idleness_nor_a_pause_nor_a_failure_counts_as_time_between_batches(paced: bool) -> None:
     hours, line = Hours(), Listener(MENU, choose_level, 4)

@@ -129,6 +129,25 @@ def test_what_is_used_while_nobody_waits_stretches_no_batch() -> None:
     assert machine.pacer.stretch == pytest.approx(2.0)
 
 
+def test_what_is_used_after_a_batch_that_never_ran_stretches_none() -> None:
+    machine = Machine(0.5, 4.0, busy_cores=4.0)
+    for _ in range(10):
+        machine.pause()  # for somebody who is late then
+        machine.pacer.idle()
+        machine.now += 3600.0
+        machine.used_s += 36.0
+        machine.pause()
+        machine.run(0.05)
+    assert machine.pacer.stretch == pytest.approx(2.0)
+
+
+def test_what_was_used_before_the_first_request_holds_nobody_back() -> None:
+    machine = Machine(0.6, 2.0, busy_cores=2.0)
+    machine.now += 3600.0
+    machine.used_s += 60.0
+    assert machine.pause() == 0.0
+
+
 def test_without_a_ceiling_nothing_is_held_back() -> None:
     machine = Machine(None, 4.0, 4.0)
     for _ in range(1000):

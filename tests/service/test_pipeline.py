@@ -16,6 +16,7 @@ from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.batcher import Batcher
+from service.decoding import Decoder
 from service.domain import InferenceRequest
 from service.errors import (
     BudgetTooSmallError,
@@ -91,7 +92,7 @@ async def running(
     pipeline = Pipeline(
         line=line,
         class_names=("a", "b", "c"),
-        decode=parts.decode,
+        decoder=Decoder(parts.decode, 1, clock),
         batcher=batcher,
         metrics=Metrics(parts.registry),
         max_in_flight=max_in_flight,
@@ -371,13 +372,25 @@ async def test_a_client_that_leaves_while_it_uploads_waits_or_runs_is_forgotten(
     assert parts.count("requests_total", outcome="client_gone") == 4
 
 
+class BusyLoop:
+    """The CPU time of an event loop of which every request that is read takes four seconds."""
+
+    def __init__(self) -> None:
+        self.spent_s = 0.0
+
+    async def read(self) -> bytes:
+        self.spent_s += 4.0
+        return b"xx"
+
+    def __call__(self) -> float:
+        return self.spent_s
+
+
 async def test_an_event_loop_that_is_busy_is_reckoned_with_at_admission(profiles: ProfileTable) -> None:
-    spent_s = 0.0
-    request = InferenceRequest(5.0, budget_ms=1000)
-    async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=lambda: spent_s) as pipeline:
+    loop, request = BusyLoop(), InferenceRequest(5.0, budget_ms=1000)
+    async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for _ in range(3 * LEARNED_EVERY):
-            spent_s += 4.0  # so much of the loop's time takes each
-            await pipeline.classify(two_bytes, replace(request, budget_ms=60_000))
+            await pipeline.classify(loop.read, replace(request, budget_ms=60_000))
         for _ in range(3 * LEARNED_EVERY):
             with pytest.raises(OverloadedError):
                 await pipeline.classify(never, replace(request, budget_ms=2))
@@ -385,13 +398,49 @@ async def test_an_event_loop_that_is_busy_is_reckoned_with_at_admission(profiles
 
 
 async def test_a_request_that_a_busy_loop_would_answer_too_late_is_refused(profiles: ProfileTable) -> None:
-    spent_s = 0.0
-    async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=lambda: spent_s) as pipeline:
+    loop = BusyLoop()
+    async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for _ in range(3 * LEARNED_EVERY):
-            spent_s += 4.0
-            await pipeline.classify(two_bytes, InferenceRequest(5.0, 60_000))
+            await pipeline.classify(loop.read, InferenceRequest(5.0, 60_000))
         with pytest.raises(OverloadedError):
             await pipeline.classify(never, InferenceRequest(5.0, 1000))
+
+
+async def test_what_the_loop_does_while_nobody_is_there_is_charged_to_nobody(profiles: ProfileTable) -> None:
+    loop = BusyLoop()
+    async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
+        for _ in range(3 * LEARNED_EVERY):
+            loop.spent_s += 4.0  # the monitor's and the health checks', from one rare request to the next
+            assert await pipeline.classify(two_bytes, InferenceRequest(5.0, 1000))
+
+
+async def test_those_who_wait_to_be_decoded_are_reckoned_with_at_admission(profiles: ProfileTable) -> None:
+    now = 1000.0
+
+    class SlowParts(Parts):
+        def decode(self, data: bytes) -> Tensor:
+            nonlocal now
+            image = super().decode(data)
+            now += 1.0
+            return image
+
+    parts = SlowParts().open()
+    async with running(parts, profiles, clock=lambda: now) as pipeline:
+        for _ in range(40):
+            await pipeline.classify(two_bytes, InferenceRequest(now, 60_000))
+        parts.decode_gate.clear()
+        decoding = [asyncio.create_task(pipeline.classify(two_bytes, InferenceRequest(now, 60_000))) for _ in range(4)]
+        while parts.decodes < 41:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0)
+        forecast = pipeline.decide(InferenceRequest(now, 60_000))
+        assert forecast.answered_in_s == pytest.approx(5.0, abs=0.2)
+        with pytest.raises(OverloadedError) as caught:  # its own second is what it has, and four are before it
+            await pipeline.classify(never, InferenceRequest(now, 2000))
+        assert caught.value.reason == "backlog"
+        assert caught.value.details["retry_after_s"] == pytest.approx(3.0, abs=0.2)
+        parts.decode_gate.set()
+        await asyncio.gather(*decoding)
+        assert await pipeline.classify(two_bytes, InferenceRequest(now, 2000))
 
 
 async def test_after_slow_decoding_nobody_is_refused_for_ever(profiles: ProfileTable) -> None:

@@ -1,0 +1,81 @@
+"""The decoding of images on the batcher's threads: how long one takes, and how many stand before a newcomer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from service.errors import DeadlineError
+from service.estimates import Delay
+
+FADES_S = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class Decoding:
+    """The decoding of one image, called on a thread; counted among the `unfinished` until it is over."""
+
+    decode: Callable[[bytes], Tensor]
+    deadline_at: float
+    clock: Callable[[], float]
+    unfinished: "set[Decoding]"
+    data: bytes = b""
+    seconds: float | None = None
+
+    def submitted(self, data: bytes) -> "Decoding":
+        """From now on others stand behind it."""
+        self.data = data
+        self.unfinished.add(self)
+        return self
+
+    def __call__(self) -> Tensor:
+        """Decode; notes how many seconds it took.
+
+        Raises:
+            DeadlineError: it would be in vain.
+            ServiceError: the image cannot be decoded.
+        """
+        started_at = self.clock()
+        try:
+            if started_at > self.deadline_at:
+                raise DeadlineError("the deadline passed before the image could be decoded")
+            image = self.decode(self.data)
+            self.seconds = self.clock() - started_at
+            return image
+        finally:
+            self.unfinished.discard(self)
+
+
+class Decoder:
+    """Hands out decodings, and foretells from those that are over and those that are not."""
+
+    def __init__(self, decode: Callable[[bytes], Tensor], threads: int, clock: Callable[[], float]) -> None:
+        """Take the collaborators.
+
+        Args:
+            decode: bytes to a (3, S, S) uint8 image; called on one of the threads.
+            threads: how many there are.
+            clock: monotonic, in seconds; the one that deadlines are on.
+        """
+        self._decode, self._threads, self._clock = decode, threads, clock
+        self._unfinished: set[Decoding] = set()
+        self._delay = Delay(FADES_S)  # of one image
+
+    def prepare(self, deadline_at: float) -> Decoding:
+        """Make the decoding of an image whose answer is due at `deadline_at`; its bytes are yet to come."""
+        return Decoding(self._decode, deadline_at, self._clock, self._unfinished)
+
+    def over(self, decoding: Decoding) -> None:
+        """Learn from one that was prepared, whatever became of it."""
+        self._unfinished.discard(decoding)  # its client may have left before a thread took it up
+        if decoding.seconds is not None:
+            self._delay.observe(decoding.seconds, self._clock())
+
+    def expected_s(self, now: float) -> float:
+        """How long an image will take."""
+        return self._delay.expected_s(now)
+
+    def queue_s(self, now: float) -> float:
+        """How long a newcomer will wait for a thread."""
+        ahead = max(0, len(self._unfinished) + 1 - self._threads)
+        return ahead / self._threads * self._delay.expected_s(now)
