@@ -228,24 +228,33 @@ def _first_batch(plan: _Plan, level: int, late: tuple[Entry, ...]) -> Choice:
 
 
 def _to_shed(situation: Situation, line: Sequence[Entry]) -> tuple[Entry, ...]:
-    """Choose whom to give up so that the cheapest level answers the rest: low priority first, then the most urgent."""
+    """Choose whom to give up so that the cheapest level answers the rest: low priority first, then the most urgent.
+
+    Whoever of these is due so late that nobody gains from it stays.
+    """
     order = sorted(line[:MAX_PLANNED], key=attrgetter("priority"))  # stable: by deadline within each priority
-    deadlines = [entry.deadline_at for entry in order]
     if _is_outrun(situation, situation.arrival_rate):
-        return tuple(order[: _too_urgent(situation, deadlines)])
-    options = [entry.wish.only or 0 for entry in order]
-    due = sorted(range(len(order)), key=deadlines.__getitem__) if any(options) else []
+        in_the_way_until = situation.now + situation.seconds(0, situation.max_batch_size)
+        urgent = order[: _too_urgent(situation, [entry.deadline_at for entry in order])]
+        return tuple(entry for entry in urgent if entry.deadline_at < in_the_way_until)
 
-    def clears_without(count: int) -> bool:
-        if not due:
-            return clears(situation, sorted(deadlines[count:]), 0, situation.max_batch_size)
-        rest = [index for index in due if index >= count]
-        return _clears_mixed(
-            situation, [deadlines[index] for index in rest], [options[index] for index in rest], math.inf
-        )
+    def is_answered(rest: Sequence[Entry]) -> bool:
+        return _clears_cheapest(situation, sorted(rest, key=attrgetter("deadline_at")))
 
-    fewest = bisect_left(range(len(order) - 1), True, key=clears_without)  # a passing burst: as few as possible
-    return tuple(order[:fewest])
+    # A passing burst: as few as possible.
+    fewest = bisect_left(range(len(order) - 1), True, key=lambda count: is_answered(order[count:]))
+    if order[0].priority == order[-1].priority:
+        return tuple(order[:fewest])
+    shed, kept = sorted(order[:fewest], key=attrgetter("deadline_at")), order[fewest:]
+    return tuple(shed[: bisect_left(range(len(shed)), True, key=lambda count: is_answered(shed[count:] + kept))])
+
+
+def _clears_cheapest(situation: Situation, line: Sequence[Entry]) -> bool:
+    """Whether the cheapest option of each answers all of `line`, which is in order of deadline."""
+    deadlines, options = [entry.deadline_at for entry in line], [entry.wish.only or 0 for entry in line]
+    if any(options):
+        return _clears_mixed(situation, deadlines, options, math.inf)
+    return clears(situation, deadlines, 0, situation.max_batch_size)
 
 
 def _is_outrun(situation: Situation, rate: float) -> bool:

@@ -210,6 +210,16 @@ def test_a_low_priority_that_is_in_nobodys_way_is_answered(menu: Menu) -> None:
     assert choose(menu, *line).batch == line
 
 
+def test_low_priorities_are_not_given_up_where_nobody_gains_from_it(menu: Menu) -> None:
+    # One in 2 s and four in 5: of the five that are due first, the first cannot be saved, by whomever is given up.
+    urgent, low = [waits(due) for due in (2.5, 5.0, 5.1, 5.2, 5.3)], [waits(99.0, priority=-5) for _ in range(9)]
+    choice = choose(menu, *urgent, *low)
+    assert (choice.shed, choice.batch) == ((urgent[0],), tuple(urgent[1:]))
+    line = [*(waits(due) for due in (3.5, 6.0, 6.0, 6.0, 9.0, 9.0)), *low]
+    outrun = replace(at_zero(menu, line), arrival_rate=16.0, recent=(Wish(9.0, 2),))
+    assert choose_level(outrun).shed == (line[0],)
+
+
 def test_under_lasting_overload_the_batch_is_as_large_as_can_be(menu: Menu) -> None:
     # 16 a second come, and level 0 answers four in 5 s. For the sake of the head, which has 3.5 s, only two could run.
     line = [waits(due) for due in (3.5, 6.0, 6.0, 6.0, 9.0, 9.0)]
@@ -372,7 +382,8 @@ def test_whatever_waits_everybody_gets_what_he_grants_or_is_given_up_in_order(me
             assert situation.now + situation.seconds(choice.option, len(choice.batch)) <= left[0].deadline_at
         if len(line) <= MAX_PLANNED:
             for given_up in choice.shed:
-                assert all(given_up.priority <= entry.priority for entry in choice.batch)
+                lower = [entry for entry in choice.batch if entry.priority < given_up.priority]
+                assert all(given_up.deadline_at <= entry.deadline_at for entry in lower), "in nobody's way"
         seen.add((choice.option, bool(choice.late), bool(choice.shed)))
     assert {option for option, _, _ in seen} == {None, 0, 1, 2, 3}
     assert {shed for _, _, shed in seen} == {False, True}
