@@ -281,9 +281,9 @@ async def _classify_while_connected(api: Api, request: Request, wanted: Inferenc
         nonlocal watching
         watching = asyncio.create_task(watch())
 
-    async def read() -> bytes:
+    async def read(within_s: float) -> bytes:
         nonlocal patience
-        data = await read_image(request, api.max_body_bytes, api.max_upload_s)  # notices by itself who leaves
+        data = await read_image(request, api.max_body_bytes, min(api.max_upload_s, within_s))  # notices who leaves
         patience = asyncio.get_running_loop().call_later(PATIENCE_S, start_watching)
         return data
 

@@ -44,7 +44,7 @@ from service.shortcut import Shortcut
 logger = logging.getLogger(__name__)
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # and the largest, whatever that is
 SMALL_GFLOPS = 0.3
 USABLE_SHARE = 0.8  # of the GPU memory that is free; allocators round up
 
@@ -165,7 +165,7 @@ def measure_latencies(
         run,
         image_side=checkpoint.config.image_side,
         subnetworks=tuple(extended_profile(checkpoint).by_subnetwork),
-        batch_sizes=tuple(size for size in BATCH_SIZES if size <= settings.max_batch_size),
+        batch_sizes=(*(size for size in BATCH_SIZES if size < settings.max_batch_size), settings.max_batch_size),
         checkpoint_version=checkpoint.version,
         engine=engine.describe(),
         fresh=fresh,

@@ -180,7 +180,7 @@ def replay(command: Simulate) -> None:
     """Print what would become of traffic on this machine."""
     if command.plot_file:
         _import_extra("models.plots")
-    settings = make_settings(**({"checkpoint": command.checkpoint} if command.checkpoint else {}))
+    settings = make_settings(**command.model_dump(include={"checkpoint", "max_batch_size"}, exclude_none=True))
     checkpoint = load_checkpoint(settings.checkpoint)
     print(simulate(command, extended_profile(checkpoint), _measure(settings, checkpoint).table))
 

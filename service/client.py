@@ -19,6 +19,7 @@ from service.settings import Settings
 
 REQUEST_TIMEOUT_S = 60
 READINESS_POLL_S = 0.01
+UNHURRIED_MS = 600_000.0  # nobody waits for an answer in this process but who asked for it
 
 
 class CommandError(Exception):
@@ -71,7 +72,8 @@ async def _classify_all(command: Classify) -> int:
 @asynccontextmanager
 async def _in_process(checkpoint: Path | None) -> AsyncIterator[httpx.AsyncClient]:
     """Start the service in this process, and yield a client of it once it is ready."""
-    settings = make_settings(**({"checkpoint": checkpoint} if checkpoint else {}))
+    given = {"checkpoint": checkpoint} if checkpoint else {}
+    settings = make_settings(default_budget_ms=UNHURRIED_MS, **given)
     failed = asyncio.Event()
     served = load_checkpoint(settings.checkpoint)
     latencies = nominal_latencies(extended_profile(served))

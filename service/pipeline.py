@@ -26,6 +26,8 @@ from service.situation import Entry, Wish, target
 
 logger = logging.getLogger(__name__)
 
+Read = Callable[[float], Awaitable[bytes]]
+
 # What the sockets and the client take of a budget before the request is stamped and after it is answered.
 TRANSPORT_S = 0.003
 TRANSPORT_SHARE = 0.1  # at most, of tight budgets
@@ -90,11 +92,11 @@ class Pipeline:
         """
         self.is_ready = False
 
-    async def classify(self, read: Callable[[], Awaitable[bytes]], request: InferenceRequest) -> Classification:
+    async def classify(self, read: Read, request: InferenceRequest) -> Classification:
         """Answer one request.
 
         Args:
-            read: yields the image's bytes; called once the request is admitted.
+            read: yields the image's bytes, if they arrive within so many seconds; called once the request is admitted.
             request: what the client asks for.
 
         Raises:
@@ -117,7 +119,8 @@ class Pipeline:
             outcome = error.code
             raise
         except asyncio.CancelledError:
-            outcome = ClientGoneError.code
+            if self.is_ready:  # or the drain is over, and the HTTP server cuts off whoever is left
+                outcome = ClientGoneError.code
             raise
         finally:
             self._in_flight -= 1
@@ -145,7 +148,7 @@ class Pipeline:
         answered_in_s = prepared_s + start_s + predicted_s + self._reply.mean_s
         return Forecast(Decision(row, size, predicted_s, reason), answered_in_s)
 
-    async def _answer(self, read: Callable[[], Awaitable[bytes]], request: InferenceRequest) -> Classification:
+    async def _answer(self, read: Read, request: InferenceRequest) -> Classification:
         self._require_ready()
         if self._in_flight > self._max_in_flight:
             message = f"{self._max_in_flight} requests are in the server already; try again later"
@@ -157,7 +160,7 @@ class Pipeline:
         self._line.admit(entry, now, now + queued_s + self._preparation_s(now), queued_s)
         decoding = self._decoder.prepare(entry.deadline_at)
         try:
-            data = await read()
+            data = await read(entry.deadline_at - now)
             read_at = self._clock()
             result = await self._batcher.submit(decoding.submitted(data), entry)
         finally:

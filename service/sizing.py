@@ -27,7 +27,9 @@ class Simulate(Traffic):
     policy: str = Field("level", description="what chooses sub-network and batch, as for `serve`")
     compare: tuple[str, ...] = Field((), description="policies to replay the same arrivals with")
     machines: int = Field(1, ge=1, le=1000, description="alike; requests are dealt out to them in turn")
-    max_batch_size: int = Field(16, ge=1, description="requests for one sub-network that may run together")
+    max_batch_size: int | None = Field(
+        None, ge=1, le=64, description="requests for one sub-network that may run together; by default as for `serve`"
+    )
     overhead_ms: float = Field(0, ge=0, description="time that each batch takes beyond its profile")
     noise: float = Field(
         0, ge=0, le=10, description="each batch takes longer by a normal draw, its sign dropped, times this"
@@ -48,8 +50,8 @@ def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable)
     for path in filter(None, (command.json_file, command.plot_file)):
         path.touch()  # fails now rather than after the simulation
     menu = Menu.of(profiles, latencies)
-    capacity = command.machines * throughput(menu.best, command.max_batch_size)
-    cheapest = command.machines * throughput(menu.options[0], command.max_batch_size)
+    largest = command.max_batch_size or menu.max_batch_size
+    capacity, cheapest = (command.machines * throughput(option, largest) for option in (menu.best, menu.options[0]))
     carry = "1 machine carries" if command.machines == 1 else f"{command.machines} machines carry"
     most = (
         f"{capacity:.4g} requests/s at {menu.best.row.subnetwork}, {cheapest:.4g} at {menu.options[0].row.subnetwork}"
@@ -82,7 +84,7 @@ def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable)
 def _machine(command: Simulate, menu: Menu, index: int) -> Machine:
     return Machine(
         menu,
-        command.max_batch_size,
+        command.max_batch_size or menu.max_batch_size,
         SlowdownScript.parse(command.slowdown),
         command.overhead_ms / 1000,
         command.noise,

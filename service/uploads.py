@@ -53,7 +53,7 @@ async def read_image(request: Request, max_bytes: int, max_s: float) -> bytes:
                 return await _read_field(request.headers, chunks, max_bytes)
             return b"".join([chunk async for chunk in chunks])
     except TimeoutError as error:
-        raise UploadTimeoutError(f"the body did not arrive within {max_s:g} s") from error
+        raise UploadTimeoutError(f"the body did not arrive within {max_s:.3g} s") from error
     except ClientDisconnect as error:
         raise ClientGoneError("the client left in the middle of its upload") from error
 

@@ -125,6 +125,17 @@ def test_a_body_over_the_limit_is_refused_before_it_is_sent(url: str) -> None:
     assert b"body_too_large" in answer
 
 
+def test_an_upload_that_outlasts_its_own_budget_is_given_up(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"POST /classify?budget_ms=500 HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nsome")
+        answer = b""
+        while chunk := connection.recv(4096):  # long before the 30 s that the server grants to uploads
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"upload_timeout" in answer
+
+
 def test_a_client_that_leaves_in_the_middle_of_its_upload_disturbs_nobody(url: str) -> None:
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:

@@ -14,7 +14,7 @@ from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
-from service.app import create_app, extended_profile
+from service.app import create_app, extended_profile, measure_latencies
 from service.engine import TorchEngine
 from service.errors import InvalidParameterError
 from service.images import decode_image
@@ -346,6 +346,16 @@ def test_a_classification_does_not_go_through_the_router(
         assert client.post("/classify", content=photo).status_code == 200
         assert error_code(client.post("/classify", content=b""), 422) == "invalid_image"
         assert error_code(client.post("/classify?top_k=0", content=photo), 422) == "invalid_parameter"
+
+
+def test_latencies_are_measured_up_to_the_largest_batch_whatever_its_size(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[tuple[int, ...]] = []
+    monkeypatch.setattr("service.app.load_or_measure", lambda *_, batch_sizes, **__: sizes.append(batch_sizes))
+    for largest in (1, 3, 16, 64):
+        measure_latencies(settings.model_copy(update={"max_batch_size": largest}), checkpoint, engine, engine.run)
+    assert sizes == [(1,), (1, 2, 3), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64)]
 
 
 def test_before_the_server_is_ready_batches_of_every_size_have_run(

@@ -40,6 +40,14 @@ def test_classify_shows_the_best_classes_and_the_reason(
     assert "nothing else waits" in shown
 
 
+def test_classify_is_in_no_hurry(
+    checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUPERVIT_DEFAULT_BUDGET_MS", "5")  # of servers, for which somebody waits
+    assert main(["classify", str(photo_path), "--checkpoint", str(checkpoint_path), "--json-lines"]) == 0
+    assert json.loads(capsys.readouterr().out)["budget_ms"] >= 600_000
+
+
 def test_classify_goes_on_after_a_photo_that_it_cannot_read(
     checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

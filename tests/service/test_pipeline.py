@@ -110,11 +110,11 @@ async def running(
     assert parts.count("requests_in_flight") == 0.0
 
 
-async def two_bytes() -> bytes:
+async def two_bytes(_: float) -> bytes:
     return b"xx"
 
 
-async def never() -> bytes:
+async def never(_: float) -> bytes:
     raise AssertionError("the body was read")
 
 
@@ -136,7 +136,7 @@ async def test_more_than_the_limit_are_refused_before_their_bodies_are_read(prof
     parts = Parts()
     reads = 0
 
-    async def read() -> bytes:
+    async def read(_: float) -> bytes:
         nonlocal reads
         reads += 1
         return b"xx"
@@ -178,6 +178,31 @@ async def test_a_cancelled_request_leaves_the_line_before_the_decoder(profiles: 
     assert parts.decodes == 1
 
 
+async def test_who_is_cut_off_at_the_end_of_the_drain_is_no_client_that_left(profiles: ProfileTable) -> None:
+    parts = Parts()
+    async with running(parts, profiles) as pipeline:
+        request = asyncio.create_task(pipeline.classify(two_bytes, wish()))
+        await asyncio.to_thread(parts.decoding.wait, 10)
+        pipeline.drain()
+        request.cancel()
+        await asyncio.wait((request,))
+        parts.open()
+    assert parts.count("requests_total", outcome="client_gone") == 0
+    assert parts.count("deadlines_total", result="missed") == 1
+
+
+async def test_a_body_has_no_longer_to_arrive_than_its_request_has(profiles: ProfileTable) -> None:
+    granted: list[float] = []
+
+    async def read(within_s: float) -> bytes:
+        granted.append(within_s)
+        return b"xx"
+
+    async with running(Parts().open(), profiles, clock=lambda: 5.0) as pipeline:
+        await pipeline.classify(read, InferenceRequest(4.5, 1000))
+    assert granted == [pytest.approx(0.5, abs=0.01)]
+
+
 async def test_a_hopeless_budget_is_refused_before_the_body_is_read(profiles: ProfileTable) -> None:
     parts = Parts()
     async with running(parts, profiles) as pipeline:
@@ -199,7 +224,7 @@ async def test_a_deadline_that_passes_before_decoding_costs_no_decoding(profiles
     parts = Parts()
     parts.model_gate.set()
 
-    async def slow() -> bytes:
+    async def slow(_: float) -> bytes:
         await asyncio.sleep(0.03)
         return b"xx"
 
@@ -347,7 +372,7 @@ async def test_a_decision_in_advance_runs_nothing_and_is_what_then_happens(profi
 async def test_a_client_that_leaves_while_it_uploads_waits_or_runs_is_forgotten(profiles: ProfileTable) -> None:
     parts = Parts()
 
-    async def forever() -> bytes:
+    async def forever(_: float) -> bytes:
         await asyncio.Event().wait()
         return b""
 
@@ -378,7 +403,7 @@ class BusyLoop:
     def __init__(self) -> None:
         self.spent_s = 0.0
 
-    async def read(self) -> bytes:
+    async def read(self, _: float) -> bytes:
         self.spent_s += 4.0
         return b"xx"
 
@@ -452,7 +477,7 @@ async def test_after_slow_decoding_nobody_is_refused_for_ever(profiles: ProfileT
             now += len(data)  # as many seconds as bytes
             return super().decode(data)
 
-    async def empty() -> bytes:
+    async def empty(_: float) -> bytes:
         return b""
 
     async with running(SlowParts().open(), profiles, clock=lambda: now) as pipeline:
