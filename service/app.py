@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # and the largest, whatever that is
 SMALL_GFLOPS = 0.3
-USABLE_SHARE = 0.8  # of the GPU memory that is free; allocators round up
 
 
 def create_app(
@@ -260,7 +259,7 @@ class _Service:
         menu = Menu.of(extended_profile(self._checkpoint), latencies)
         policy = make_policy(settings.policy, menu, settings.max_batch_size)
         line = Line(menu, policy, settings.max_batch_size, refuses_early=refuses_early(settings.policy))
-        cores = monitor.latest.cores if self._engine.bytes_per_image is None else None
+        cores = None if self._engine.is_on_gpu else monitor.latest.cores
         batcher = Batcher(
             self._engine.run,
             line,
@@ -286,10 +285,8 @@ class _Service:
 
     def _observe_machine(self, line: Line) -> None:
         """Tell the line what others' load and the GPU's free memory mean for it."""
-        snapshot = self._api.monitor.latest
-        line.prior_slowdown = prior_slowdown(snapshot, self._threads)
-        bytes_per_image = self._engine.bytes_per_image
-        free_bytes = min((gpu.memory_free_bytes for gpu in snapshot.gpus if gpu.memory_free_bytes), default=None)
-        if bytes_per_image and free_bytes is not None:
-            bound = max(1, int(USABLE_SHARE * free_bytes / bytes_per_image))
-            line.max_batch_size = min(bound, line.menu.max_batch_size, self._settings.max_batch_size)
+        if not self._engine.is_on_gpu:
+            line.prior_slowdown = prior_slowdown(self._api.monitor.latest, self._threads)
+        fitting = self._engine.fitting_images()
+        if fitting is not None:
+            line.max_batch_size = min(fitting, line.menu.max_batch_size, self._settings.max_batch_size)

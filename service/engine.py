@@ -12,6 +12,7 @@ from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 
 BFLOAT16_CAPABILITIES = ("avx512_bf16", "amx_bf16")
+USABLE_SHARE = 0.8  # of the GPU memory that is free; allocators round up
 BFLOAT16_COMPUTE_CAPABILITY = (8, 0)  # NVIDIA's GPUs from Ampere on; the older ones emulate it
 
 
@@ -19,11 +20,10 @@ class Engine(Protocol):
     """What runs batches; called from one thread at a time.
 
     Attributes:
-        bytes_per_image: memory of a GPU that one more image in a batch takes at the largest sub-network, measured as
-            the engine warms up; None before, and on a CPU.
+        is_on_gpu: whether a GPU computes, so that what others do on the CPUs slows no batch down.
     """
 
-    bytes_per_image: int | None
+    is_on_gpu: bool
 
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         """Map (B, 3, S, S) uint8 images on the CPU to (B, classes) float32 logits on the CPU.
@@ -35,6 +35,10 @@ class Engine(Protocol):
 
     def warm_up(self) -> None:
         """Run every trained sub-network once, so that the first request pays for no first-time work."""
+        ...
+
+    def fitting_images(self) -> int | None:
+        """Tell how many images the memory that is free now holds in one batch; None where memory is no bound."""
         ...
 
     def describe(self) -> str:
@@ -56,8 +60,9 @@ class TorchEngine:
         Raises:
             DeviceError: there is no such device here.
         """
-        self.bytes_per_image: int | None = None
+        self._bytes_per_image = 0  # of a GPU
         self._device = resolve_device(device)
+        self.is_on_gpu = self._device.type == "cuda"
         # The weights themselves, rather than autocast: that would convert every one of them anew for every batch.
         self._dtype = serving_dtype(self._device)
         self._model = model.to(self._device, self._dtype)
@@ -78,8 +83,17 @@ class TorchEngine:
         """Run every trained sub-network once, and on a GPU see how much memory an image takes."""
         for subnetwork in self._model.config.subnetworks:
             self.run(self._blank_images(1), subnetwork)
-        if self._device.type == "cuda":
-            self.bytes_per_image = growth_per_image(self._peak_bytes)
+        if self.is_on_gpu:
+            self._bytes_per_image = growth_per_image(self._peak_bytes)
+
+    def fitting_images(self) -> int | None:
+        """Tell how many images the memory that is free on this engine's own GPU holds; None on a CPU."""
+        if not self._bytes_per_image:
+            return None
+        free_bytes, _ = torch.cuda.mem_get_info(self._device)
+        # What PyTorch keeps for its next batch counts as taken there.
+        kept_bytes = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return max(1, int(USABLE_SHARE * (free_bytes + kept_bytes) / self._bytes_per_image))
 
     def describe(self) -> str:
         """Name library, device, precision and threads."""

@@ -28,7 +28,7 @@ HINTS: dict[Precision, str] = {"float32": "f32", "float16": "f16", "bfloat16": "
 class OpenVINOEngine:
     """OpenVINO on a CPU, in the precision that it takes for the fastest there."""
 
-    bytes_per_image: int | None = None  # of a GPU
+    is_on_gpu = False
 
     def __init__(self, model: SuperViT, threads: int, precision: Precision | None = None) -> None:
         """Compile the model.
@@ -73,6 +73,10 @@ class OpenVINOEngine:
         images = torch.zeros(1, 3, config.image_side, config.image_side, dtype=torch.uint8)
         for subnetwork in config.subnetworks:
             self.run(images, subnetwork)
+
+    def fitting_images(self) -> int | None:
+        """Tell that memory is no bound."""
+        return None
 
     def describe(self) -> str:
         """Name the library, the CPU, the precision and the threads."""

@@ -67,10 +67,11 @@ def test_warming_up_runs_every_trained_sub_network(checkpoint: Checkpoint) -> No
     engine = TorchEngine(checkpoint.model, "cpu", 1)
     engine.warm_up()
     assert set(seen) == set(checkpoint.config.subnetworks)
-    assert engine.bytes_per_image is None
+    assert engine.fitting_images() is None
+    assert not engine.is_on_gpu
 
 
-def test_warming_up_on_a_gpu_measures_the_memory_of_an_image_at_the_largest_sub_network(
+def test_a_gpu_bounds_batches_by_its_own_free_memory_at_the_largest_sub_network(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = TorchEngine(checkpoint.model, "cpu", 1)
@@ -85,12 +86,21 @@ def test_warming_up_on_a_gpu_measures_the_memory_of_an_image_at_the_largest_sub_
         peak = max(peak, 5000 + len(images) * (300 if subnetwork == checkpoint.config.largest else 100))
         return images
 
-    monkeypatch.setattr(engine, "_device", torch.device("cuda"))
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(engine, "_device", gpu)
+    monkeypatch.setattr(engine, "is_on_gpu", True)
     monkeypatch.setattr(engine, "run", run)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak)
+    free_bytes = {gpu: 3000, torch.device("cuda", 0): 0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes[device], 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 6500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 5000)
     engine.warm_up()
-    assert engine.bytes_per_image == 300
+    assert engine.fitting_images() == 12  # of 4,500 bytes four fifths, at 300 an image
+    free_bytes[gpu] = 0
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5000)
+    assert engine.fitting_images() == 1  # nothing is free: a batch of one may still find its place, or fails alone
 
 
 def test_what_is_set_aside_once_does_not_count_as_memory_of_an_image() -> None:

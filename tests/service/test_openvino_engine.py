@@ -130,7 +130,7 @@ def test_warming_up_runs_every_trained_sub_network(engine: OpenVINOEngine, monke
 
 def test_the_engine_names_library_cpu_precision_and_threads(engine: OpenVINOEngine) -> None:
     assert re.fullmatch(r"openvino 20[\d.]+ on \S.*\S, float32, 1 threads", engine.describe())
-    assert engine.bytes_per_image is None
+    assert engine.fitting_images() is None
 
 
 def test_the_fastest_precision_of_this_cpu_is_the_default(model: SuperViT, images: Tensor) -> None:
