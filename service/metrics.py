@@ -42,6 +42,7 @@ TOTALS: dict[str, tuple[str, dict[str, str]]] = {
     "spent_gflops": ("supervit_spent_gflops_total", {}),
     "saved_gflops": ("supervit_saved_gflops_total", {}),
     "busy_s": ("supervit_batch_duration_seconds_sum", {}),
+    **{reason: ("supervit_sheds_total", {"reason": reason}) for reason in ("backlog", "given_up", "full")},
 }
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -283,11 +284,7 @@ class Metrics:
         self._ready.set(is_ready)
 
     def totals(self) -> dict[str, float]:
-        """Return what an autoscaler may want to know of this process, counted from its start.
-
-        Returns:
-            The counters of TOTALS by their names there.
-        """
+        """Return what an autoscaler may want to know of this process: the counters of TOTALS, by their names there."""
         return {name: self._registry.get_sample_value(*sample) or 0.0 for name, sample in TOTALS.items()}
 
     def page(self) -> bytes:

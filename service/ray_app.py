@@ -73,6 +73,7 @@ class Replica:
         return {
             "requests_per_s": rates["met"] + rates["missed"],
             "accuracy_lost_per_s": rates["accuracy_given_up"] + rates["missed"],
+            "turned_away_per_s": rates["backlog"] + rates["given_up"] + rates["full"],
             "engines_wanted": rates["busy_s"] * dearer,
         }
 
