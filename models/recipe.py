@@ -137,8 +137,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        for name in ("teacher_checkpoint", "teacher_side", "teacher_once"):
-            if getattr(self, name) and not self.teacher:
+        for name in ("teacher_checkpoint", "teacher_side", "teacher_weight", "teacher_once"):
+            if name in self.model_fields_set and getattr(self, name) and not self.teacher:
                 raise ValueError(f"{name.replace('_', '-')} without a teacher teaches nothing; name one with --teacher")
         if self.single_epochs >= self.epochs:
             raise ValueError(f"{self.single_epochs} single epochs of {self.epochs} leave none to teach pruning")

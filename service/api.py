@@ -23,7 +23,7 @@ from service.errors import (
 from service.line import Line
 from service.metrics import CONTENT_TYPE, Metrics
 from service.monitor import Monitor
-from service.pipeline import Pipeline
+from service.pipeline import GONE, Pipeline
 from service.schemas import (
     ClassifyAnswer,
     ClassifyQuery,
@@ -275,7 +275,7 @@ async def _classify_while_connected(api: Api, request: Request, wanted: Inferenc
         await wait_until_gone(request)
         gone = True
         if answering is not None:
-            answering.cancel()
+            answering.cancel(GONE)
 
     def start_watching() -> None:
         nonlocal watching
@@ -283,7 +283,7 @@ async def _classify_while_connected(api: Api, request: Request, wanted: Inferenc
 
     async def read(within_s: float) -> bytes:
         nonlocal patience
-        data = await read_image(request, api.max_body_bytes, min(api.max_upload_s, within_s))  # notices who leaves
+        data = await read_image(request, api.max_body_bytes, api.max_upload_s, within_s)  # notices who leaves
         patience = asyncio.get_running_loop().call_later(PATIENCE_S, start_watching)
         return data
 

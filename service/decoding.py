@@ -20,6 +20,7 @@ class Decoding:
     clock: Callable[[], float]
     unfinished: "set[Decoding]"
     data: bytes = b""
+    has_started: bool = False
     seconds: float | None = None
 
     def submitted(self, data: bytes) -> "Decoding":
@@ -35,7 +36,7 @@ class Decoding:
             DeadlineError: it would be in vain.
             ServiceError: the image cannot be decoded.
         """
-        started_at = self.clock()
+        self.has_started, started_at = True, self.clock()
         try:
             if started_at > self.deadline_at:
                 raise DeadlineError("the deadline passed before the image could be decoded")
@@ -67,7 +68,8 @@ class Decoder:
 
     def over(self, decoding: Decoding) -> None:
         """Learn from one that was prepared, whatever became of it."""
-        self._unfinished.discard(decoding)  # its client may have left before a thread took it up
+        if not decoding.has_started:  # its client has left before a thread took it up
+            self._unfinished.discard(decoding)
         if decoding.seconds is not None:
             self._delay.observe(decoding.seconds, self._clock())
 

@@ -18,7 +18,7 @@ ServiceError
 
 from typing import Any, Literal
 
-ShedReason = Literal["no_time", "backlog", "given_up", "full"]
+ShedReason = Literal["no_time", "backlog", "preparation", "given_up", "full"]
 
 
 class ServiceError(Exception):
@@ -101,8 +101,8 @@ class OverloadedError(ServiceError):
         Args:
             message: for a person.
             reason: `no_time`, the budget is shorter than an answer takes at this moment even if nothing else waits;
-                `backlog`, what waits already leaves no time; `given_up`, for the sake of others; `full`, as many
-                requests are in the server as may be.
+                `backlog`, what waits already leaves no time; `preparation`, too many are being read and decoded;
+                `given_up`, for the sake of others; `full`, as many requests are in the server as may be.
             retry_after_s: when it may be worth another try.
         """
         super().__init__(message, reason=reason, retry_after_s=round(retry_after_s, 3))

@@ -17,7 +17,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 from service.errors import OverloadedError
 from service.estimates import CAUTIOUS, ArrivalRate, Prudence, Slowdown
 from service.menu import Menu
-from service.situation import Choice, Entry, Policy, Situation, Wish, target
+from service.situation import READY, Choice, Entry, Policy, Preparation, Situation, Wish, target
 
 REMEMBERED_WISHES = 128
 TIGHT_QUANTILE = 0.05
@@ -82,14 +82,13 @@ class Line:
         return len(self._waiting)
 
     @_locked
-    def admit(self, entry: Entry, now: float, ready_at: float | None = None, queued_s: float = 0.0) -> None:
+    def admit(self, entry: Entry, now: float, preparation: Preparation = READY) -> None:
         """Take note of a request before anything is spent on it.
 
         Args:
             entry: the request.
             now: the instant.
-            ready_at: when it will probably be ready for the engine; now by default.
-            queued_s: by how much it would be ready sooner if nobody else were to be prepared.
+            preparation: what it has before it until it is ready for the engine; by default nothing.
 
         Raises:
             OverloadedError: even the cheapest sub-network could not answer it in time, unless those of lower priority
@@ -97,11 +96,10 @@ class Line:
         """
         self._rate.count(now)
         self._lasting_rate.count(now)
-        ready_at = now if ready_at is None else ready_at
         try:
-            self._require_chance(entry, now, ready_at, queued_s)
+            self._require_chance(entry, now, preparation)
         except OverloadedError as error:
-            if error.reason == "backlog":  # or it would have been late anyway
+            if error.reason == "backlog":  # a cheaper level would have cured nothing else
                 self.prudence.observe(0, 1, now)
             raise
         self._admitted.add(entry)
@@ -180,8 +178,8 @@ class Line:
         self._busy_until = now
 
     @_locked
-    def preview(self, entry: Entry, now: float) -> tuple[int, int, float, Choice]:
-        """Tell what would become of a request that were ready at `now`; nothing changes.
+    def preview(self, entry: Entry, now: float, preparation: Preparation = READY) -> tuple[int, int, float, Choice]:
+        """Tell what would become of a request that arrived now; nothing changes.
 
         Returns:
             Its option, the size of its batch, the seconds until that batch starts, and the decision.
@@ -189,10 +187,11 @@ class Line:
         Raises:
             OverloadedError: it would be refused, or given up.
         """
-        self._require_chance(entry, now, now)
-        situation = self.situation(now)
+        self._require_chance(entry, now, preparation)
+        ready_at = now + preparation.total_s
+        situation = self.situation(ready_at)
         line = sorted([*self._waiting, entry], key=_deadline)
-        start = time = max(now, self._busy_until)
+        start = time = max(ready_at, self._busy_until)
         waiting = len(line)
         for _ in range(MAX_PREVIEWED):
             choice = self._policy(replace(situation, now=time, line=line))
@@ -245,21 +244,23 @@ class Line:
     def _stretch(self) -> float:
         return max(self.pause_stretch, self._turnaround)  # what lies between batches goes by within a pause
 
-    def _require_chance(self, entry: Entry, now: float, ready_at: float, queued_s: float = 0.0) -> None:
+    def _require_chance(self, entry: Entry, now: float, preparation: Preparation) -> None:
         if not self._refuses_early:
             return
-        late_s = self._expected_end(entry, now, ready_at) - entry.deadline_at
-        if late_s > 0:
-            if self._end_alone(entry, now, ready_at - queued_s) > entry.deadline_at:
-                message = "even if nothing else waited it would be answered too late at this moment; grant it more time"
-                raise OverloadedError(message, "no_time", late_s)
-            message = "too much is waiting: even the cheapest sub-network would answer too late; try again later"
-            raise OverloadedError(message, "backlog", late_s)
-
-    def _end_alone(self, entry: Entry, now: float, ready_at: float) -> float:
-        """When it would be answered if nobody else were in the server."""
-        option = target(entry.wish, 0)
-        return ready_at + self._rows[option][0] * self.slowdown.predict(now, self.prior_slowdown)
+        ready_at = now + preparation.alone_s + preparation.crowd_s
+        own_s = self._rows[target(entry.wish, 0)][0] * self.slowdown.predict(now, self.prior_slowdown)
+        engine_at, decoded_at = self._expected_end(entry, now, ready_at), ready_at + preparation.queue_s + own_s
+        late_s = max(engine_at, decoded_at) - entry.deadline_at
+        if late_s <= 0:
+            return
+        if now + preparation.alone_s + own_s > entry.deadline_at:
+            message = "even if nothing else waited it would be answered too late at this moment; grant it more time"
+            raise OverloadedError(message, "no_time", late_s)
+        if ready_at + own_s > entry.deadline_at or engine_at <= entry.deadline_at:
+            message = "too many are being read and decoded to answer it in time; try again later"
+            raise OverloadedError(message, "preparation", late_s)
+        message = "too much is waiting: even the cheapest sub-network would answer too late; try again later"
+        raise OverloadedError(message, "backlog", late_s)
 
     def _expected_end(self, entry: Entry, now: float, ready_at: float) -> float:
         """When a newcomer would be answered if everyone before it ran at the cheapest level, in the largest batches."""

@@ -42,7 +42,7 @@ TOTALS: dict[str, tuple[str, dict[str, str]]] = {
     "spent_gflops": ("supervit_spent_gflops_total", {}),
     "saved_gflops": ("supervit_saved_gflops_total", {}),
     "busy_s": ("supervit_batch_duration_seconds_sum", {}),
-    **{reason: ("supervit_sheds_total", {"reason": reason}) for reason in ("backlog", "given_up", "full")},
+    "decode_s": ("supervit_stage_duration_seconds_sum", {"stage": "decode"}),
 }
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

@@ -22,11 +22,13 @@ from service.estimates import Delay
 from service.line import Line
 from service.metrics import Metrics
 from service.reasons import explain
-from service.situation import Entry, Wish, target
+from service.situation import Entry, Preparation, Wish, target
 
 logger = logging.getLogger(__name__)
 
 Read = Callable[[float], Awaitable[bytes]]
+
+GONE = "the client has gone"
 
 # What the sockets and the client take of a budget before the request is stamped and after it is answered.
 TRANSPORT_S = 0.003
@@ -102,7 +104,8 @@ class Pipeline:
         Raises:
             ServiceError: the request is refused, or fails.
 
-        Cancelling it, because nobody waits any more, takes the request out of whatever line it stands in.
+        Cancelling it takes the request out of whatever line it stands in: with the message GONE where its client has
+        left.
         """
         if self._in_flight == 0:  # what the loop has used since there was anybody is nobody's
             self._loop_used_s += self._loop_time() - self._idle_since_s
@@ -118,8 +121,8 @@ class Pipeline:
         except ServiceError as error:
             outcome = error.code
             raise
-        except asyncio.CancelledError:
-            if self.is_ready:  # or the drain is over, and the HTTP server cuts off whoever is left
+        except asyncio.CancelledError as error:
+            if GONE in error.args:  # or the drain is over, and the HTTP server cuts off whoever is left
                 outcome = ClientGoneError.code
             raise
         finally:
@@ -140,12 +143,12 @@ class Pipeline:
         self._require_ready()
         entry = self._entry(request)
         now = self._clock()
-        prepared_s = self._decoder.queue_s(now) + self._preparation_s(now)
-        option, size, start_s, choice = self._line.preview(entry, now + prepared_s)
+        preparation = self._preparation(now)
+        option, size, start_s, choice = self._line.preview(entry, now, preparation)
         predicted_s = self._line.predict(option, size, now)
         row = self._line.menu.options[option].row
         reason = explain(self._line.menu, entry.wish, request.budget_gflops, option, choice)
-        answered_in_s = prepared_s + start_s + predicted_s + self._reply.mean_s
+        answered_in_s = start_s + predicted_s + self._reply.mean_s
         return Forecast(Decision(row, size, predicted_s, reason), answered_in_s)
 
     async def _answer(self, read: Read, request: InferenceRequest) -> Classification:
@@ -156,8 +159,7 @@ class Pipeline:
         top_k = self._checked_top_k(request.top_k)
         entry = self._entry(request)
         now = self._clock()
-        queued_s = self._decoder.queue_s(now)
-        self._line.admit(entry, now, now + queued_s + self._preparation_s(now), queued_s)
+        self._line.admit(entry, now, self._preparation(now))
         decoding = self._decoder.prepare(entry.deadline_at)
         try:
             data = await read(entry.deadline_at - now)
@@ -176,12 +178,12 @@ class Pipeline:
             self._line.answered_late(now)
         return answer
 
-    def _preparation_s(self, now: float) -> float:
-        """Time until a newcomer is ready for the engine, once a thread decodes it.
-
-        Those in the server have half of their loop time to come.
-        """
-        return self._decoder.expected_s(now) + self._in_flight * self._loop_s / 2
+    def _preparation(self, now: float) -> Preparation:
+        """Foretell what a newcomer has before it; those in the server have half of their loop time to come."""
+        others = max(0, self._in_flight - 1)
+        return Preparation(
+            self._decoder.expected_s(now) + self._loop_s / 2, others * self._loop_s / 2, self._decoder.queue_s(now)
+        )
 
     def _learn_loop_cost(self) -> None:
         """Learn how much of the event loop's CPU time a request takes.

@@ -234,9 +234,9 @@ def _to_shed(situation: Situation, line: Sequence[Entry]) -> tuple[Entry, ...]:
     """
     order = sorted(line[:MAX_PLANNED], key=attrgetter("priority"))  # stable: by deadline within each priority
     if _is_outrun(situation, situation.arrival_rate):
-        in_the_way_until = situation.now + situation.seconds(0, situation.max_batch_size)
-        urgent = order[: _too_urgent(situation, [entry.deadline_at for entry in order])]
-        return tuple(entry for entry in urgent if entry.deadline_at < in_the_way_until)
+        count = _too_urgent(situation, [entry.deadline_at for entry in order])
+        latest = max(entry.deadline_at for entry in order[count:])  # whoever is due after them takes nobody's place
+        return tuple(entry for entry in order[:count] if entry.deadline_at <= latest)
 
     def is_answered(rest: Sequence[Entry]) -> bool:
         return _clears_cheapest(situation, sorted(rest, key=attrgetter("deadline_at")))

@@ -36,6 +36,7 @@ class Replica:
     def __init__(self, settings: Settings) -> None:
         logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
         self._has_failed = False
+        self._decode_threads = settings.decode_threads
         checkpoint = load_checkpoint(settings.checkpoint)
         threads = settings.threads or min(engine_threads(checkpoint, Monitor()), _assigned_cpus())
         self._app = create_app(
@@ -73,8 +74,7 @@ class Replica:
         return {
             "requests_per_s": rates["met"] + rates["missed"],
             "accuracy_lost_per_s": rates["accuracy_given_up"] + rates["missed"],
-            "turned_away_per_s": rates["backlog"] + rates["given_up"] + rates["full"],
-            "engines_wanted": rates["busy_s"] * dearer,
+            "engines_wanted": max(rates["busy_s"] * dearer, rates["decode_s"] / self._decode_threads),
         }
 
 

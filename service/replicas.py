@@ -10,7 +10,6 @@ if TYPE_CHECKING:  # the controller need not hold torch for our sake, nor a test
     from ray.serve.config import AutoscalingContext
 
 MIN_REQUESTS_PER_S = 1.0  # below it, a loss counts as that much less
-TOLERATED_REFUSALS = 0.01  # of the requests, because of others
 
 
 @dataclass(frozen=True)
@@ -18,9 +17,9 @@ class ReplicaPolicy:
     """Chooses the number of replicas; `policy_kwargs` of the config are its attributes.
 
     The *engines wanted* are those that the present requests would keep busy if every answer came from the most accurate
-    sub-network. More replicas come where accuracy is lost and that many engines would be busier than wished; and, one
-    after the other, where requests are turned away because of others although the engines suffice, as where decoding is
-    the bound. Otherwise the loss has causes that another replica does not cure, as small budgets of the clients.
+    sub-network; or, where decoding takes more than that, how many replicas' decode threads it keeps busy. More replicas
+    come only where accuracy is lost and that many would be busier than wished: otherwise the loss has causes that
+    another replica does not cure, as small budgets of the clients.
 
     Attributes:
         accuracy_lost_points: of top-1 per request, above which replicas are added; a request that was late or has no
@@ -34,15 +33,11 @@ class ReplicaPolicy:
     def __call__(self, context: "AutoscalingContext") -> tuple[float, dict[str, Any]]:
         """Return the number, before Ray's bounds, factors and delays, and nothing to remember."""
         reports = context.aggregated_metrics or {}
-        requests_per_s, lost_per_s, turned_away_per_s, engines_wanted = (
-            sum(reports.get(name, {}).values())
-            for name in ("requests_per_s", "accuracy_lost_per_s", "turned_away_per_s", "engines_wanted")
+        requests_per_s, lost_per_s, engines_wanted = (
+            sum(reports.get(name, {}).values()) for name in ("requests_per_s", "accuracy_lost_per_s", "engines_wanted")
         )
-        requests_per_s = max(requests_per_s, MIN_REQUESTS_PER_S)
         wanted = engines_wanted / self.max_utilization
-        if turned_away_per_s > TOLERATED_REFUSALS * requests_per_s:
-            wanted = max(wanted, context.current_num_replicas + 1)
-        lost_points = 100 * lost_per_s / requests_per_s
+        lost_points = 100 * lost_per_s / max(requests_per_s, MIN_REQUESTS_PER_S)
         limit = max if lost_points > self.accuracy_lost_points else min
         # Those under way tell of a burst before its answers have lost anything.
         ongoing = 0.0 if context.config is None else context.config.get_target_ongoing_requests()

@@ -50,6 +50,29 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Preparation:
+    """What lies between a request and the line, in seconds.
+
+    Attributes:
+        alone_s: were nobody else in the server.
+        crowd_s: more, for an event loop that serves others as well.
+        queue_s: more, for images that are decoded before it. The engine works off those ahead meanwhile.
+    """
+
+    alone_s: float = 0.0
+    crowd_s: float = 0.0
+    queue_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return self.alone_s + self.crowd_s + self.queue_s
+
+
+READY = Preparation()
+
+
+@dataclass(frozen=True, slots=True)
 class Situation:
     """All that a policy may look at.
 

@@ -1,6 +1,7 @@
 """The image out of a request's body, whether it is the body or a form's field, without reading more than is allowed."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
 
 from fastapi import Request
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from service.errors import (
     BodyTooLargeError,
     ClientGoneError,
+    DeadlineError,
     InvalidImageError,
     UnsupportedMediaError,
     UploadTimeoutError,
@@ -22,18 +24,20 @@ MAX_FORM_PARTS = 16
 UNTYPED = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 
 
-async def read_image(request: Request, max_bytes: int, max_s: float) -> bytes:
+async def read_image(request: Request, max_bytes: int, max_s: float, within_s: float = math.inf) -> bytes:
     """Read the image of a request: the multipart field `file`, or else the whole body.
 
     Args:
         request: its body not yet read.
         max_bytes: most bytes of the body to read.
         max_s: longest time to wait for the whole body, or slow clients would fill the server.
+        within_s: time after which its answer would be too late.
 
     Raises:
         UnsupportedMediaError: the content type says that the body is no image.
         BodyTooLargeError: the body is longer; no more than the limit was read.
         UploadTimeoutError: the body took longer.
+        DeadlineError: it took longer than its answer has.
         InvalidImageError: the form is broken or has no such file.
         ClientGoneError: the client left.
     """
@@ -48,12 +52,14 @@ async def read_image(request: Request, max_bytes: int, max_s: float) -> bytes:
     # Of a body with a length, the HTTP parser reads no more than that.
     chunks = request.stream() if is_declared else _limited(request.stream(), max_bytes)
     try:
-        async with asyncio.timeout(max_s):
+        async with asyncio.timeout(max(0.0, min(max_s, within_s))):
             if is_form:
                 return await _read_field(request.headers, chunks, max_bytes)
             return b"".join([chunk async for chunk in chunks])
     except TimeoutError as error:
-        raise UploadTimeoutError(f"the body did not arrive within {max_s:.3g} s") from error
+        if within_s < max_s:
+            raise DeadlineError("the deadline passed before the body had arrived") from error
+        raise UploadTimeoutError(f"the body did not arrive within {max_s:g} s") from error
     except ClientDisconnect as error:
         raise ClientGoneError("the client left in the middle of its upload") from error
 

@@ -179,8 +179,9 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
         lines(
             "Turned away",
             "Requests per second without an answer, by reason. no_time: the budget is shorter than an answer takes "
-            "now; backlog: what waits leaves no time; given_up: for the sake of others; late: admitted, then too "
-            "late; full: as many in the server as may be; not_ready: warming up or stopping.",
+            "now; backlog: what waits leaves no time; preparation: too many are being read and decoded; given_up: for "
+            "the sake of others; late: admitted, then too late; full: as many in the server as may be; not_ready: "
+            "warming up or stopping.",
             "reqps",
             {"{{reason}}": rate("supervit_sheds_total", by="reason")},
             stacked=True,

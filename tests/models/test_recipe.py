@@ -137,7 +137,8 @@ def test_images_are_mixed_in_pairs(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"teacher_checkpoint": "teacher.pth"}, {"teacher_side": 96}, {"teacher_once": True}]
+    "options",
+    [{"teacher_checkpoint": "teacher.pth"}, {"teacher_side": 96}, {"teacher_weight": 0.7}, {"teacher_once": True}],
 )
 def test_a_teacher_without_a_name_is_not_passed_over(tmp_path: Path, options: dict[str, object]) -> None:
     (name,) = options

@@ -483,6 +483,30 @@ def test_the_machine_and_what_the_policy_makes_of_it_are_shown(client: TestClien
     assert answer["next_without_budget"]["subnetwork"]["patch_grid"] == 4
 
 
+@pytest.mark.parametrize(("is_on_gpu", "fitting", "most"), [(True, 2, 2), (True, 99, 4), (False, None, 4)])
+def test_a_gpu_bounds_batches_and_does_not_mind_what_keeps_the_cpus_busy(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    photo: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    is_on_gpu: bool,
+    fitting: int | None,
+    most: int,
+) -> None:
+    monkeypatch.setattr(engine, "is_on_gpu", is_on_gpu)
+    monkeypatch.setattr(engine, "warm_up", lambda: None)
+    monkeypatch.setattr(engine, "fitting_images", lambda: fitting)
+    monkeypatch.setattr("service.app.prior_slowdown", lambda *_: 1.75)
+    with TestClient(create_app(settings, checkpoint, engine, latencies)) as client:
+        wait_until_ready(client)
+        assert client.post("/classify", content=photo).status_code == 200
+        answer = client.get("/resources").json()
+    assert answer["max_batch_size"] == most
+    assert answer["expected_from_others"] == (1.0 if is_on_gpu else 1.75)
+
+
 def test_whoever_cannot_be_answered_in_time_is_refused_before_the_body_is_read_and_told_when_to_return(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes
 ) -> None:

@@ -14,7 +14,7 @@ from service.errors import OverloadedError
 from service.line import LASTING_TIME_S, REMEMBERED_WISHES, Line
 from service.menu import Menu
 from service.policy import choose_level
-from service.situation import Choice, Entry, Situation, Wish
+from service.situation import READY, Choice, Entry, Preparation, Situation, Wish
 
 LONG_S = 1000.0  # after it, the arrivals before are no news any more
 
@@ -125,10 +125,10 @@ def test_whatever_happens_the_books_are_right_and_empty_in_the_end(fast_menu: Me
 # Admission
 
 
-def refusal_s(line: Line, entry: Entry, now: float, ready_at: float | None = None) -> float | None:
+def refusal_s(line: Line, entry: Entry, now: float, preparation: Preparation = READY) -> float | None:
     """Seconds after which to try again, None if the request is admitted."""
     try:
-        line.admit(entry, now, ready_at)
+        line.admit(entry, now, preparation)
     except OverloadedError as error:
         return float(error.details["retry_after_s"])
     return None
@@ -175,8 +175,36 @@ def test_the_batch_that_runs_delays_a_newcomer_until_it_has_ended(line: Line, ho
 
 
 def test_the_decoding_to_come_delays_a_newcomer(line: Line) -> None:
-    assert refusal_s(line, waits(0.069), 0.01, ready_at=0.05) == pytest.approx(0.001)
-    assert refusal_s(line, waits(0.069), 0.01, ready_at=0.04) is None
+    assert refusal_s(line, waits(0.069), 0.01, Preparation(0.04)) == pytest.approx(0.001)
+    assert refusal_s(line, waits(0.069), 0.01, Preparation(0.03)) is None
+
+
+@pytest.mark.parametrize(
+    ("preparation", "reason"),
+    [
+        (Preparation(alone_s=0.981), "no_time"),
+        (Preparation(alone_s=0.9, crowd_s=0.081), "preparation"),
+        (Preparation(alone_s=0.9, queue_s=0.081), "preparation"),
+        (Preparation(alone_s=0.9, crowd_s=0.04, queue_s=0.039), None),
+    ],
+)
+def test_what_lies_before_the_line_is_told_from_the_line(
+    line: Line, preparation: Preparation, reason: str | None
+) -> None:
+    reasons = []
+    for ask in (line.admit, line.preview):  # what is told is what would be done
+        try:
+            ask(waits(1.0), 0.0, preparation)
+        except OverloadedError as error:
+            reasons.append(error.reason)
+    assert reasons == [reason] * 2 if reason else not reasons
+    assert line.prudence.read(0.0) == 1.0  # no cheaper level would have cured it
+
+
+def test_while_others_are_decoded_the_engine_works_off_those_ahead(line: Line) -> None:
+    fill(line, *(waits(0.3) for _ in range(8)))  # 100 ms at level 0, within which the queue shrinks as well
+    assert refusal_s(line, waits(0.3), 0.0, Preparation(0.01, queue_s=0.26)) is None
+    assert refusal_s(line, waits(0.3), 0.0, Preparation(0.01, queue_s=0.28)) == pytest.approx(0.01)
 
 
 def test_a_name_that_is_slow_is_refused_sooner(line: Line) -> None:

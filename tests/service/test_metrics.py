@@ -243,7 +243,7 @@ def test_an_autoscaler_is_told_what_was_counted(page: Page) -> None:
     page.metrics.request_finished("overloaded", "full")
     totals = page.metrics.totals()
     assert (totals["met"], totals["missed"], totals["busy_s"]) == (1, 1, 0.25)
-    assert (totals["full"], totals["backlog"], totals["given_up"]) == (1, 0, 0)
+    assert totals["decode_s"] == answer().timing.decode_s > 0
     assert totals["spent_gflops"] == page.read("spent_gflops_total") == 0.5
     assert totals["saved_gflops"] == page.read("saved_gflops_total") == 1.5
     assert totals["accuracy_given_up"] == page.read("accuracy_given_up_total") == 0.05

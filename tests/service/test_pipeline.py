@@ -30,7 +30,7 @@ from service.errors import (
 from service.line import Line
 from service.menu import Menu
 from service.metrics import Metrics
-from service.pipeline import LEARNED_EVERY, Pipeline
+from service.pipeline import GONE, LEARNED_EVERY, Pipeline
 from service.policy import choose_level
 
 pytestmark = pytest.mark.anyio
@@ -171,7 +171,7 @@ async def test_a_cancelled_request_leaves_the_line_before_the_decoder(profiles: 
     async with running(parts, profiles) as pipeline:
         staying, leaving = [asyncio.create_task(pipeline.classify(two_bytes, wish())) for _ in range(2)]
         await asyncio.sleep(0.01)
-        leaving.cancel()
+        leaving.cancel(GONE)
         await asyncio.wait((leaving,))
         parts.decode_gate.set()
         await staying
@@ -181,13 +181,15 @@ async def test_a_cancelled_request_leaves_the_line_before_the_decoder(profiles: 
 async def test_who_is_cut_off_at_the_end_of_the_drain_is_no_client_that_left(profiles: ProfileTable) -> None:
     parts = Parts()
     async with running(parts, profiles) as pipeline:
-        request = asyncio.create_task(pipeline.classify(two_bytes, wish()))
+        cut_off, leaving = [asyncio.create_task(pipeline.classify(two_bytes, wish())) for _ in range(2)]
         await asyncio.to_thread(parts.decoding.wait, 10)
         pipeline.drain()
-        request.cancel()
-        await asyncio.wait((request,))
+        cut_off.cancel()
+        leaving.cancel(GONE)
+        await asyncio.wait((cut_off, leaving))
         parts.open()
-    assert parts.count("requests_total", outcome="client_gone") == 0
+    assert parts.count("requests_total", outcome="client_gone") == 1
+    assert parts.count("requests_total", outcome="internal_error") == 1
     assert parts.count("deadlines_total", result="missed") == 1
 
 
@@ -381,7 +383,7 @@ async def test_a_client_that_leaves_while_it_uploads_waits_or_runs_is_forgotten(
         decoding = asyncio.create_task(pipeline.classify(two_bytes, wish()))
         await asyncio.to_thread(parts.decoding.wait, 10)
         for task in (uploading, decoding):
-            task.cancel()
+            task.cancel(GONE)
         await asyncio.wait((uploading, decoding))
         parts.decode_gate.set()
         in_engine = asyncio.create_task(pipeline.classify(two_bytes, wish()))
@@ -390,7 +392,7 @@ async def test_a_client_that_leaves_while_it_uploads_waits_or_runs_is_forgotten(
         while not len(pipeline._line):  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(0)
         for task in (in_line, in_engine):
-            task.cancel()
+            task.cancel(GONE)
         await asyncio.wait((in_line, in_engine))
         parts.model_gate.set()
     assert parts.runs == 1
@@ -461,7 +463,8 @@ async def test_those_who_wait_to_be_decoded_are_reckoned_with_at_admission(profi
         assert forecast.answered_in_s == pytest.approx(5.0, abs=0.2)
         with pytest.raises(OverloadedError) as caught:  # its own second is what it has, and four are before it
             await pipeline.classify(never, InferenceRequest(now, 2000))
-        assert caught.value.reason == "backlog"
+        assert caught.value.reason == "preparation"
+        assert pipeline._line.prudence.read(now) == 1.0, "a cheaper level would decode no faster"
         assert caught.value.details["retry_after_s"] == pytest.approx(3.0, abs=0.2)
         parts.decode_gate.set()
         await asyncio.gather(*decoding)

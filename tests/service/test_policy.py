@@ -218,6 +218,11 @@ def test_low_priorities_are_not_given_up_where_nobody_gains_from_it(menu: Menu) 
     line = [*(waits(due) for due in (3.5, 6.0, 6.0, 6.0, 9.0, 9.0)), *low]
     outrun = replace(at_zero(menu, line), arrival_rate=16.0, recent=(Wish(9.0, 2),))
     assert choose_level(outrun).shed == (line[0],)
+    # But where they are due before others, each of them takes a place.
+    line = [waits(3.5), *(waits(6.0, priority=-5) for _ in range(4)), *(waits(9.0) for _ in range(4))]
+    outrun = replace(at_zero(menu, line), arrival_rate=16.0, recent=(Wish(12.0, 2),), tight_budget_s=12.0)
+    choice = choose_level(outrun)
+    assert (set(choice.shed), choice.batch) == (set(line[:5]), tuple(line[5:]))
 
 
 def test_under_lasting_overload_the_batch_is_as_large_as_can_be(menu: Menu) -> None:

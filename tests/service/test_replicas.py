@@ -41,12 +41,6 @@ def test_no_replica_is_added_where_the_engines_are_idle() -> None:
     assert wish(small_budgets, small_budgets) == 2
 
 
-def test_one_replica_is_added_where_requests_queue_before_idle_engines() -> None:
-    decoding = {"requests_per_s": 50.0, "accuracy_lost_per_s": 5.0, "turned_away_per_s": 5.0, "engines_wanted": 0.1}
-    assert wish(decoding, decoding) == 3
-    assert wish(decoding | {"turned_away_per_s": 0.1}, decoding | {"turned_away_per_s": 0.1}) == 2
-
-
 def test_replicas_that_nobody_needs_are_taken_away() -> None:
     at_ease = {"requests_per_s": 5.0, "accuracy_lost_per_s": 0.0, "engines_wanted": 0.2}
     assert wish(at_ease, at_ease) == pytest.approx(0.4 / 0.8)
