@@ -23,6 +23,7 @@ from models.data import (
     Sample,
     SampleLoader,
     crop_padding,
+    digest_samples,
     evaluation_transform,
     normalise,
     open_training_data,
@@ -44,8 +45,6 @@ ASKED = (
     "teacher_side",
     "teacher_weight",
     "label_smoothing",
-    "holdout",
-    "seed",
 )
 
 
@@ -152,7 +151,7 @@ def soft_targets(recipe: Recipe, config: SuperViTConfig, teacher: Teacher) -> Te
     path = recipe.output / TARGETS_NAME
     samples, _ = open_training_data(recipe.data, config, evaluation_transform(config), recipe.holdout, recipe.seed)
     asked = {name: str(getattr(recipe, name)) for name in ASKED} | {
-        "images": str(len(samples)),  # type: ignore[arg-type] # it has a length
+        "images": digest_samples(samples),
         "seen as": str((config.image_side, config.crop_fraction, config.mean, config.std)),
         "teacher's weights": digest(recipe.teacher_checkpoint) if recipe.teacher_checkpoint else "timm's",
     }

@@ -156,7 +156,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(HEADER_KEY)
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 - not a dict
+            # Copies: as they come, tensors are windows into the file, and whoever writes over it would change a model.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, header  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise UnreadableCheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
 

@@ -4,7 +4,10 @@ Training, evaluation and serving share `to_rgb`, `evaluation_transform` and `nor
 measured on is what it is served with.
 """
 
+import hashlib
+import os
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,22 @@ MAX_POSTERIZE = 9.9
 PADDED_CROP_SIDE_PX = 64
 # A longer picture is cut to this ratio around its centre before resizing, or a 1 x 100,000 px one would fill memory.
 MAX_ASPECT_RATIO = 8
+
+# What Pillow's codecs are known to raise on malformed bytes.
+CODEC_ERRORS = (
+    AssertionError,
+    OSError,
+    ValueError,
+    SyntaxError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
 
 # How to turn a picture that its camera stored in another orientation than it is to be seen in (Exif 2.3, table 4).
 TURNS: dict[object, Image.Transpose] = {
@@ -99,7 +118,9 @@ def flatten(image: Image.Image) -> Image.Image:
     """Convert a picture of any mode to RGB of 8 bits, transparency on white. One that is RGB is not copied."""
     if image.mode.startswith(("I", "F")):  # 16-bit grey; convert() would clip it to white
         levels = np.asarray(image).clip(0, 65535).astype(np.uint16)
-        image = Image.fromarray((levels >> 8).astype(np.uint8))
+        grey = (levels >> 8).astype(np.uint8)
+        grey[levels == image.info.get("transparency")] = 255
+        image = Image.fromarray(grey)
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.new("RGB", rgba.size, "white")
@@ -186,12 +207,32 @@ def list_classes(folder: Path) -> tuple[str, ...]:
     """Name the class folders of `folder`, in the order of their labels.
 
     Raises:
-        DataError: there is no such folder, or it holds no class folders.
+        DataError: there is no such folder, it holds no class folders, or the name of one is not UTF-8.
     """
     try:
-        return tuple(find_classes(folder)[0])
+        names = tuple(find_classes(folder)[0])
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{folder}: not a folder of class folders: {error}") from error
+    for name in names:
+        if not is_unicode(name):
+            raise DataError(f"{folder}: the class folder {name!r} has a name that is not UTF-8; rename it")
+    return names
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a file's name is text, and not bytes that Python can only hand through."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def digest_samples(samples: Dataset[Sample]) -> str:
+    """Tell this choice of files, labels and order from any other; the files' contents do not count."""
+    part = samples if isinstance(samples, Subset) else Subset(samples, range(len(samples)))  # type: ignore[arg-type] # it has a length
+    folder: ImageFolder = part.dataset
+    digest = hashlib.sha256()
+    for index in part.indices:
+        path, label = folder.samples[index]
+        digest.update(os.fsencode(f"{os.path.relpath(path, folder.root)}\0{label}\0"))
+    return digest.hexdigest()
 
 
 def open_folder(folder: Path, transform: Callable[[Image.Image], Tensor]) -> ImageFolder:
@@ -242,5 +283,5 @@ def _load_rgb(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return to_rgb(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*CODEC_ERRORS, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable image: {error}") from error

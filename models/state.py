@@ -13,6 +13,7 @@ import torch
 from timm.utils import ModelEmaV3
 
 from models.checkpoint import UNPICKLING_ERRORS, Header, save_checkpoint
+from models.data import is_unicode
 from models.plots import plot_training
 from models.profiles import ProfileTable
 from models.recipe import Recipe
@@ -132,8 +133,10 @@ def prepare_folder(output: Path) -> None:
     """Make the run's folder and prove that files can be written there, before an epoch is spent on them.
 
     Raises:
-        TrainingError: they cannot.
+        TrainingError: they cannot, or the checkpoint could not be named after the folder.
     """
+    if not is_unicode(output.resolve().name):
+        raise TrainingError(f"{str(output)!r}: a name that is not UTF-8; the checkpoint is named after the folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):

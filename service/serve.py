@@ -15,6 +15,7 @@ import uvicorn
 from models.checkpoint import load_checkpoint
 from service.app import LOG_FORMAT, create_app
 from service.client import CommandError
+from service.connections import BoundedProtocol
 from service.interpreter import settle_interpreter
 from service.monitor import Monitor
 from service.settings import Settings, environment_variable, unknown_variables, worker_environment
@@ -114,6 +115,8 @@ def serve(settings: Settings) -> None:
             logger.warning("the environment variable %s is no setting of this server", name)
         config = uvicorn.Config(
             app,
+            http=BoundedProtocol,
+            ws="none",
             log_config=None,
             log_level=settings.log_level,
             access_log=settings.log_level == "debug",

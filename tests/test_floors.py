@@ -60,6 +60,7 @@ FLOORS = {
     "service.monitor": 2,
     "service.decoding": 2,
     "service.guard": 0,
+    "service.connections": 0,
     "service.interpreter": 0,
     "service.arrivals": 1,
     "service.situation": 2,

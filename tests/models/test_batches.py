@@ -1,4 +1,5 @@
 import itertools
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +181,19 @@ def test_another_teacher_and_one_that_sees_other_pictures_are_asked_again(
     answers.append(soft_targets(recipe, tiny_config, Teacher("test_vit", path, 32, tiny_config)))
     for first, second in itertools.combinations(answers, 2):
         assert not torch.equal(first, second)
+
+
+def test_a_teacher_is_asked_again_where_an_image_has_another_label(
+    tmp_path: Path, pictures: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, teacher: Teacher
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    recipe = tiny_recipe(tmp_path, data=data, **ASKED_ONCE)
+    before = soft_targets(recipe, tiny_config, teacher)
+    first, *_, last = sorted((data / "train").iterdir())
+    image = min(first.iterdir())
+    image.rename(last / f"moved{image.suffix}")  # as many images of the same classes as before
+    assert not torch.equal(soft_targets(recipe, tiny_config, teacher), before)
 
 
 def test_processes_share_the_images_out(tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig) -> None:

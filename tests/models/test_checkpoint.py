@@ -78,6 +78,20 @@ def test_what_is_saved_is_what_is_loaded(
         assert torch.equal(loaded.model(images, subnetwork), model(images, subnetwork))
 
 
+def test_a_file_that_is_written_over_changes_no_model_that_was_loaded_from_it(
+    tiny_file: Path, tmp_path: Path, config: SuperViTConfig, images: Tensor
+) -> None:
+    path = tmp_path / "live.safetensors"
+    shutil.copy(tiny_file, path)
+    loaded = load_checkpoint(path)
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    with path.open("r+b") as file:  # as `cp` does it: the very file, not another one under its name
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
+    path.write_bytes(b"")
+    assert loaded.model(images, config.largest).isfinite().all()
+
+
 def test_what_is_saved_may_be_read_as_the_umask_allows(tmp_path: Path, model: SuperViT, tiny_header: Header) -> None:
     ordinary, saved = tmp_path / "ordinary", tmp_path / "saved.safetensors"
     ordinary.touch()

@@ -98,6 +98,12 @@ def test_a_16_bit_grey_png_keeps_its_shades(tmp_path: Path) -> None:
     assert colours(to_rgb(decoded)) == [(value, value, value) for value in (0, 3, 128, 255)]
 
 
+def test_a_transparent_level_of_a_16_bit_grey_png_shows_white(tmp_path: Path) -> None:
+    levels = np.array([[0, 1, 32768]], dtype=np.uint16)
+    decoded = saved(tmp_path / "grey.png", Image.fromarray(levels), transparency=1)
+    assert colours(to_rgb(decoded)) == [(0, 0, 0), WHITE, (128, 128, 128)]
+
+
 def test_a_photo_taken_sideways_is_turned_upright(tmp_path: Path) -> None:
     image = Image.new("RGB", (16, 8), RED)
     image.paste((0, 0, 255), (8, 0, 16, 8))
@@ -248,6 +254,14 @@ def test_folders_without_classes_are_refused_by_name(tmp_path: Path, tiny_config
         list_classes(tmp_path / "file")
 
 
+def test_a_class_whose_name_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    """As Python sees a name in Latin-1, out of an old archive."""
+    for name in ("thé", "caf\udce9"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=r"the class folder 'caf\\udce9' has a name that is not UTF-8"):
+        list_classes(tmp_path)
+
+
 def test_a_class_without_images_is_refused_by_name(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "full").symlink_to(pictures / "train" / "red", target_is_directory=True)
@@ -282,7 +296,14 @@ def broken_size(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("spoil", [broken_text, broken_end, broken_size])
+def broken_palette(path: Path) -> None:
+    palette().save(path)
+    data = path.read_bytes()
+    start = data.index(b"PLTE") - 4
+    path.write_bytes(data[:start] + data[data.index(b"IDAT") - 4 :])
+
+
+@pytest.mark.parametrize("spoil", [broken_text, broken_end, broken_size, broken_palette])
 def test_a_broken_image_is_named(tmp_path: Path, tiny_config: SuperViTConfig, spoil: Callable[[Path], None]) -> None:
     (tmp_path / "class").mkdir()
     path = tmp_path / "class" / "broken.png"

@@ -84,7 +84,13 @@ def test_heads_of_other_classes_stay_fresh(tiny_file: Path, config: SuperViTConf
 def test_a_file_without_heads_leaves_them_fresh(tmp_path: Path, model: SuperViT, config: SuperViTConfig) -> None:
     path = tmp_path / "headless.pth"
     torch.save({name: tensor for name, tensor in model.state_dict().items() if "head" not in name}, path)
-    load_initial_weights(SuperViT(config), path)
+    other = SuperViT(config)
+    heads = {name: tensor.clone() for name, tensor in other.state_dict().items() if "head" in name}
+    assert heads
+    load_initial_weights(other, path)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in heads.items())
+    name = "blocks.2.mlp.fc1.weight"
+    assert torch.equal(other.state_dict()[name], model.state_dict()[name])
 
 
 def test_weights_of_another_width_are_refused_by_name(plain_file: Path, tiny_config: SuperViTConfig) -> None:

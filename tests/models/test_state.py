@@ -147,6 +147,11 @@ def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
     assert not list((tmp_path / "deep" / "run").iterdir())
 
 
+def test_a_folder_that_no_checkpoint_can_be_named_after_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="a name that is not UTF-8"):
+        prepare_folder(tmp_path / "caf\udce9")
+
+
 def record(epoch: int, watched: str = "grid 4 at keep rate 1", loss: str = "largest grid") -> dict[str, object]:
     return {"epoch": epoch, "loss": {loss: 1.0}, "top1": {watched: 0.5}}
 
