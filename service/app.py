@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # and the largest, whatever that is
 SMALL_GFLOPS = 0.3
+PREPARATION_S = 30.0  # a step of it that takes ten times as long is taken to hang
 
 
 def create_app(
@@ -191,6 +192,7 @@ class _Service:
         self._is_stopping = False
         self.is_hung = False
         self._batcher: Batcher | None = None
+        self._preparing: tuple[float, float] | None = None
         self.is_serving = asyncio.Event()
 
     async def serve(self) -> None:
@@ -212,7 +214,7 @@ class _Service:
     @property
     def running_batch(self) -> tuple[float, float] | None:
         """What `until_hung` wants to know."""
-        return None if self._batcher is None else self._batcher.running
+        return self._preparing if self._batcher is None else self._batcher.running
 
     def abandon(self) -> None:
         """Refuse newcomers and release those who wait for an engine that hangs."""
@@ -235,6 +237,7 @@ class _Service:
             self._batcher.stop()
 
     def _prepare(self) -> tuple[LatencyTable, str]:
+        self._preparing = time.monotonic(), PREPARATION_S
         self._engine.warm_up()
         if self._latencies is not None:
             return self._latencies, "not measured here"
@@ -252,6 +255,7 @@ class _Service:
     def _run_unless_stopping(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         if self._is_stopping:
             raise NotReadyError("the server is stopping")
+        self._preparing = time.monotonic(), PREPARATION_S
         return self._engine.run(images, subnetwork)
 
     def _assemble(self, latencies: LatencyTable, measured_at: str) -> Batcher:

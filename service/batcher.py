@@ -85,7 +85,7 @@ class Batcher:
         *,
         pacer: Pacer | None = None,
         observe_machine: Callable[[], None] = lambda: None,
-        observe_batch: Callable[[int, float, float], None] = lambda *_: None,
+        observe_batch: Callable[[int, float, float, float], None] = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take the collaborators.
@@ -97,7 +97,8 @@ class Batcher:
             preparers: threads on which images are prepared.
             pacer: holds batches back for the sake of a ceiling.
             observe_machine: called before each decision, to tell the line of the machine's state.
-            observe_batch: told of each batch that ran: its size, its predicted and its real seconds.
+            observe_batch: told of each batch that ran: its size, its predicted and its real seconds, and those with the
+                pause that follows for the ceiling's sake.
             clock: monotonic, in seconds; the one that deadlines are on.
         """
         self._run = run
@@ -236,7 +237,7 @@ class Batcher:
         self._line.finished(index, len(answered), inference_s, ended_at, started_at - self._free_at)
         self._free_at = ended_at
         self._pacer.batch_ran(inference_s)
-        self._observe_batch(len(answered), predicted_s, inference_s)
+        self._observe_batch(len(answered), predicted_s, inference_s, inference_s * self._pacer.stretch)
         yield [
             (entry, Result(*row, option, choice, len(answered), predicted_s, inference_s, started_at, ended_at))
             for entry, row in answered

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
+from operator import attrgetter
 from typing import Concatenate, ParamSpec, TypeVar
 
 from service.errors import OverloadedError
@@ -30,6 +31,8 @@ NO_TIME_S = 1e-6  # a coarse clock may see none go by
 DRIFT_GAIN = 0.1
 MAX_DRIFT = 0.2
 MAX_PREVIEWED = 8  # decisions; a longer line is taken to go on as it began
+
+_deadline = attrgetter("deadline_at")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -94,14 +97,14 @@ class Line:
             OverloadedError: even the cheapest sub-network could not answer it in time, unless those of lower priority
                 and those due later are put behind it; says when to try again.
         """
-        self._rate.count(now)
-        self._lasting_rate.count(now)
-        try:
-            self._require_chance(entry, now, preparation)
-        except OverloadedError as error:
-            if error.reason == "backlog":  # a cheaper level would have cured nothing else
+        refusal = self._refusal(entry, now, preparation)
+        if refusal is None or refusal.reason == "backlog":  # the engine never sees the others, whatever level it runs
+            self._rate.count(now)
+            self._lasting_rate.count(now)
+        if refusal is not None:
+            if refusal.reason == "backlog":  # a cheaper level would have cured nothing else
                 self.prudence.observe(0, 1, now)
-            raise
+            raise refusal
         self._admitted.add(entry)
         insort(self._deadlines.setdefault(entry.priority, []), entry.deadline_at)
 
@@ -187,9 +190,10 @@ class Line:
         Raises:
             OverloadedError: it would be refused, or given up.
         """
-        self._require_chance(entry, now, preparation)
+        if refusal := self._refusal(entry, now, preparation):
+            raise refusal
         ready_at = now + preparation.total_s
-        situation = self.situation(ready_at)
+        situation = self.situation(now)
         line = sorted([*self._waiting, entry], key=_deadline)
         start = time = max(ready_at, self._busy_until)
         waiting = len(line)
@@ -244,23 +248,23 @@ class Line:
     def _stretch(self) -> float:
         return max(self.pause_stretch, self._turnaround)  # what lies between batches goes by within a pause
 
-    def _require_chance(self, entry: Entry, now: float, preparation: Preparation) -> None:
+    def _refusal(self, entry: Entry, now: float, preparation: Preparation) -> OverloadedError | None:
         if not self._refuses_early:
-            return
+            return None
         ready_at = now + preparation.alone_s + preparation.crowd_s
         own_s = self._rows[target(entry.wish, 0)][0] * self.slowdown.predict(now, self.prior_slowdown)
         engine_at, decoded_at = self._expected_end(entry, now, ready_at), ready_at + preparation.queue_s + own_s
         late_s = max(engine_at, decoded_at) - entry.deadline_at
         if late_s <= 0:
-            return
+            return None
         if now + preparation.alone_s + own_s > entry.deadline_at:
             message = "even if nothing else waited it would be answered too late at this moment; grant it more time"
-            raise OverloadedError(message, "no_time", late_s)
+            return OverloadedError(message, "no_time", late_s)
         if ready_at + own_s > entry.deadline_at or engine_at <= entry.deadline_at:
             message = "too many are being read and decoded to answer it in time; try again later"
-            raise OverloadedError(message, "preparation", late_s)
+            return OverloadedError(message, "preparation", late_s)
         message = "too much is waiting: even the cheapest sub-network would answer too late; try again later"
-        raise OverloadedError(message, "backlog", late_s)
+        return OverloadedError(message, "backlog", late_s)
 
     def _expected_end(self, entry: Entry, now: float, ready_at: float) -> float:
         """When a newcomer would be answered if everyone before it ran at the cheapest level, in the largest batches."""
@@ -294,7 +298,3 @@ class Line:
             if priority >= entry.priority
         ]
         return before[0] if len(before) == 1 else sorted(chain.from_iterable(before))
-
-
-def _deadline(entry: Entry) -> float:
-    return entry.deadline_at

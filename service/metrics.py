@@ -28,7 +28,7 @@ from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedE
 from service.resources import ResourceSnapshot
 from service.shared_counts import forget_dead, make_folder
 
-STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 # Outcomes that break the promise of an answer in time; what the client did wrong itself breaks none.
 MISSES = {OverloadedError.code, DeadlineError.code, ModelError.code, ServiceError.code}
@@ -41,7 +41,7 @@ TOTALS: dict[str, tuple[str, dict[str, str]]] = {
     "accuracy_given_up": ("supervit_accuracy_given_up_total", {}),
     "spent_gflops": ("supervit_spent_gflops_total", {}),
     "saved_gflops": ("supervit_saved_gflops_total", {}),
-    "busy_s": ("supervit_batch_duration_seconds_sum", {}),
+    "taken_s": ("supervit_engine_taken_seconds_total", {}),
     "decode_s": ("supervit_stage_duration_seconds_sum", {"stage": "decode"}),
 }
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -80,6 +80,9 @@ class Metrics:
             """Declare a gauge; `of_workers` says how prometheus_client makes one value of those of several workers."""
             return Gauge(name, text, labels, registry=registry, multiprocess_mode=of_workers)  # type: ignore[arg-type] # its Literal
 
+        def durations(name: str, text: str, labels: Sequence[str] = ()) -> Histogram:
+            return Histogram(name, text, labels, buckets=STAGE_BUCKETS_S, registry=registry)
+
         self._requests = Counter(
             "supervit_requests",
             "Classification requests by outcome: ok or an error code; client_gone where nobody waited for the answer.",
@@ -92,18 +95,9 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
-        self._duration = Histogram(
-            "supervit_request_duration_seconds",
-            "Time from arrival to the finished answer.",
-            buckets=STAGE_BUCKETS_S,
-            registry=registry,
-        )
-        self._stages = Histogram(
-            "supervit_stage_duration_seconds",
-            "Time that an answered request spent in a stage.",
-            ["stage"],
-            buckets=STAGE_BUCKETS_S,
-            registry=registry,
+        self._duration = durations("supervit_request_duration_seconds", "Time from arrival to the finished answer.")
+        self._stages = durations(
+            "supervit_stage_duration_seconds", "Time that an answered request spent in a stage.", ["stage"]
         )
         # Bound once: to look a label up takes longer than to count.
         self._decode, self._queue, self._inference = map(self._stages.labels, ("decode", "queue", "inference"))
@@ -127,10 +121,10 @@ class Metrics:
             buckets=BATCH_BUCKETS,
             registry=registry,
         )
-        self._batch_duration = Histogram(
-            "supervit_batch_duration_seconds",
-            "Time that a batch spent in the engine.",
-            buckets=STAGE_BUCKETS_S,
+        self._batch_duration = durations("supervit_batch_duration_seconds", "Time that a batch spent in the engine.")
+        self._taken = Counter(
+            "supervit_engine_taken_seconds",
+            "Time that batches took the engine for, with the pauses that a ceiling of utilization asks for.",
             registry=registry,
         )
         self._predicted = Counter(
@@ -174,7 +168,7 @@ class Metrics:
         )
         self._pressure = gauge(
             "supervit_pressure_ratio",
-            "Share of the last interval in which some task waited for the resource.",
+            "Share of the last interval in which some task waited for the resource, or of the quota's periods.",
             "livemostrecent",
             ["resource"],
         )
@@ -225,11 +219,14 @@ class Metrics:
         """Count a request in."""
         self._in_flight.inc()
 
-    def request_finished(self, outcome: str, shed: str | None = None) -> None:
-        """Count a request out; `outcome` is "ok" or an error code, `shed` the reason that an overload gave."""
+    def request_finished(self, outcome: str, shed: str | None = None, *, is_missed: bool = False) -> None:
+        """Count a request out; `outcome` is "ok" or an error code, `shed` the reason that an overload gave.
+
+        `is_missed` says that its deadline has passed without an answer, where the outcome does not.
+        """
         self._in_flight.dec()
         self.request_refused(outcome, shed)
-        if outcome in MISSES:
+        if is_missed or outcome in MISSES:
             self._missed.inc()
 
     def request_refused(self, outcome: str, shed: str | None = None) -> None:
@@ -254,8 +251,9 @@ class Metrics:
             self._accuracy.inc(profile.top1)
             self._given_up.inc(answer.given_up)
 
-    def batch_ran(self, size: int, predicted_s: float, inference_s: float) -> None:
-        """Record a batch."""
+    def batch_ran(self, size: int, predicted_s: float, inference_s: float, taken_s: float) -> None:
+        """Record a batch; `taken_s` is its time with the pause for the ceiling's sake that follows."""
+        self._taken.inc(taken_s)
         self._batch_sizes.observe(size)
         self._batch_duration.observe(inference_s)
         self._predicted.inc(predicted_s)
@@ -271,6 +269,7 @@ class Metrics:
             (self._cpu.labels("own"), snapshot.own_cpu_utilization),
             (self._cpu.labels("others"), others),
             (self._pressure.labels("cpu"), snapshot.cpu_pressure),
+            (self._pressure.labels("cpu_quota"), snapshot.cgroup_throttled_fraction),
             (self._pressure.labels("memory"), snapshot.memory_pressure),
             (self._memory, snapshot.process_rss_bytes),
             *((self._gpu.labels(gpu.index), gpu.utilization) for gpu in snapshot.gpus),

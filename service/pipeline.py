@@ -111,7 +111,7 @@ class Pipeline:
             self._loop_used_s += self._loop_time() - self._idle_since_s
         self._in_flight += 1
         self._metrics.request_started()
-        outcome, shed = ServiceError.code, None  # of a bug, unless something better is known
+        outcome, shed, is_missed = ServiceError.code, None, False  # of a bug, unless something better is known
         try:
             answer = await self._answer(read, request)
             outcome = "ok"
@@ -124,13 +124,17 @@ class Pipeline:
         except asyncio.CancelledError as error:
             if GONE in error.args:  # or the drain is over, and the HTTP server cuts off whoever is left
                 outcome = ClientGoneError.code
+                now = self._clock()
+                is_missed = now - request.arrived_at > self._seen_s(request)
+                if is_missed:  # it left because of that, and had not left had it been answered in time
+                    self._line.answered_late(now)
             raise
         finally:
             self._in_flight -= 1
             self._learn_loop_cost()
             if self._in_flight == 0:
                 self._idle_since_s = self._loop_time()
-            self._metrics.request_finished(outcome, shed)
+            self._metrics.request_finished(outcome, shed, is_missed=is_missed)
         self._metrics.answered(answer)
         return answer
 
@@ -209,26 +213,34 @@ class Pipeline:
             BudgetTooSmallError: no sub-network fits the budget, or none is that fast even on an idle machine.
             InvalidParameterError: the sub-network asked for by name is none of the model's.
         """
-        menu, now, budget_s = self._line.menu, self._clock(), self._budget_s(request)
-        # The request had waited for the event loop before it was stamped, and its answer will wait for it once more.
-        unseen_s = min(TRANSPORT_S, TRANSPORT_SHARE * budget_s)
-        granted_s = budget_s - unseen_s - self._reply.margin_s(now)
+        menu, now, seen_s = self._line.menu, self._clock(), self._seen_s(request)
+        granted_s = seen_s - self._reply.margin_s(now)
         if request.subnetwork is None:
             limit, beyond = menu.best_within(request.budget_gflops)
             wish = Wish(granted_s, limit, beyond=beyond)
         else:
             wish = Wish(granted_s, 0, menu.index_of(request.subnetwork, request.budget_gflops))
         fastest_s = menu.options[target(wish, 0)].seconds[0]
-        if not budget_s >= fastest_s:  # so that no NaN passes
+        if not seen_s >= fastest_s:  # so that no NaN passes
+            needed_s = fastest_s + self._preparation(now).alone_s + self._reply.margin_s(now)
+            smallest_s = min(needed_s / (1 - TRANSPORT_SHARE), needed_s + TRANSPORT_S)
             raise BudgetTooSmallError(
-                f"a budget of {1000 * budget_s:.6g} ms is too small: even on the idle machine inference takes "
-                f"{1000 * fastest_s:.3g} ms",
-                smallest_budget_ms=round(1000 * fastest_s, 3),
+                f"a budget of {1000 * self._budget_s(request):.6g} ms is too small: even on the idle machine inference "
+                f"takes {1000 * fastest_s:.3g} ms, and sockets and images some more",
+                smallest_budget_ms=math.ceil(1e6 * smallest_s) / 1000,
             )
         return Entry(request.arrived_at + granted_s, wish, request.priority)
 
     def _budget_s(self, request: InferenceRequest) -> float:
         return (self._default_budget_ms if request.budget_ms is None else request.budget_ms) / 1000
+
+    def _seen_s(self, request: InferenceRequest) -> float:
+        """What of the budget is this server's to use.
+
+        The request had waited for the event loop before it was stamped, and its answer will wait for it once more.
+        """
+        budget_s = self._budget_s(request)
+        return budget_s - min(TRANSPORT_S, TRANSPORT_SHARE * budget_s)
 
     def _classification(
         self,

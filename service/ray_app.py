@@ -74,7 +74,7 @@ class Replica:
         return {
             "requests_per_s": rates["met"] + rates["missed"],
             "accuracy_lost_per_s": rates["accuracy_given_up"] + rates["missed"],
-            "engines_wanted": max(rates["busy_s"] * dearer, rates["decode_s"] / self._decode_threads),
+            "engines_wanted": max(rates["taken_s"] * dearer, rates["decode_s"] / self._decode_threads),
         }
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from types import FrameType
 import uvicorn
 
 from models.checkpoint import load_checkpoint
+from models.devices import resolve_device
 from service.app import LOG_FORMAT, create_app
 from service.client import CommandError
 from service.connections import BoundedProtocol
@@ -23,6 +25,8 @@ from service.shared_counts import SHARED_FOLDER_VARIABLE
 from service.workers import Supervisor, beat, bind, split_cpus
 
 logger = logging.getLogger(__name__)
+
+OTHER_FILES = 1024  # of the process itself, and of connections that are idle or about to be refused
 
 
 class _Server(uvicorn.Server):
@@ -56,8 +60,7 @@ def supervise(settings: Settings) -> None:
         shares = split_cpus(cpus, cores, settings.workers)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    if cores < len(cpus) and settings.threads is None:  # each would see the whole quota
-        settings = settings.model_copy(update={"threads": max(1, int(cores / settings.workers))})
+    settings = share_out(settings, cores, is_quota=cores < len(cpus))
     if environment_variable(SHARED_FOLDER_VARIABLE) is not None:
         logger.warning("%s is not heeded: workers get a fresh folder of their own", SHARED_FOLDER_VARIABLE)
     with _bind(settings, is_shared=True) as reserved:
@@ -74,6 +77,29 @@ def supervise(settings: Settings) -> None:
     if supervisor.stopped_by is not None:  # end as whoever sent it expects, and as a single server does
         signal.signal(supervisor.stopped_by, signal.SIG_DFL)
         signal.raise_signal(supervisor.stopped_by)
+
+
+def share_out(settings: Settings, cores: float, *, is_quota: bool) -> Settings:
+    """Give each worker its part of what all of them would see the whole of: a quota of CPU time, or a GPU."""
+    parts: dict[str, float] = {}
+    if is_quota and settings.threads is None:
+        parts["threads"] = max(1, int(cores / settings.workers))
+    if settings.max_utilization is not None and (is_quota or resolve_device(settings.device).type != "cpu"):
+        parts["max_utilization"] = settings.max_utilization / settings.workers
+    return settings.model_copy(update=parts)
+
+
+def allow_connections(max_in_flight: int) -> None:
+    """Raise the limit on open files as far as it goes: every connection is one, and 1024 are soon used up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_in_flight + OTHER_FILES
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        logger.warning(
+            "%d open files are allowed, fewer than %d requests at once need; see ulimit -n", hard, max_in_flight
+        )
+        wanted = hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _bind(settings: Settings, *, is_shared: bool = False) -> socket.socket:
@@ -101,6 +127,7 @@ def serve(settings: Settings) -> None:
     if settings.workers > 1 and settings.fd is None:
         supervise(settings)
         return
+    allow_connections(settings.max_in_flight)
     shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
     with _bind(settings) if settings.fd is None else socket.socket(fileno=settings.fd) as opened:
         app = create_app(

@@ -35,13 +35,19 @@ class Settings(BaseSettings):
         None, gt=0, le=1, description="fraction of the machine's compute that this server may use; all of it by default"
     )
     profile_folder: Path = Field(CACHE_FOLDER, description="where measured latencies are kept")
-    monitor_interval_s: float = Field(0.25, gt=0, description="time between two looks at the machine's utilization")
+    monitor_interval_s: float = Field(
+        0.25, gt=0, allow_inf_nan=False, description="time between two looks at the machine's utilization"
+    )
     max_batch_size: int = Field(16, ge=1, le=64, description="requests that may run together")
     max_in_flight: int = Field(1024, ge=1, description="requests in the server at once; more are refused")
-    drain_s: float = Field(30, gt=0, description="longest time to answer those admitted once told to stop")
+    drain_s: float = Field(
+        30, gt=0, allow_inf_nan=False, description="longest time to answer those admitted once told to stop"
+    )
     decode_threads: int = Field(2, ge=1, description="threads that decode images")
     max_body_bytes: int = Field(20_000_000, ge=1, description="largest request body that is read")
-    max_upload_s: float = Field(30, gt=0, description="longest time that a request's body may take to arrive")
+    max_upload_s: float = Field(
+        30, gt=0, allow_inf_nan=False, description="longest time that a request's body may take to arrive"
+    )
     max_image_pixels: int = Field(
         50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="largest image that is decoded, width times height"
     )

@@ -12,7 +12,6 @@ from starlette.requests import ClientDisconnect
 from service.errors import (
     BodyTooLargeError,
     ClientGoneError,
-    DeadlineError,
     InvalidImageError,
     UnsupportedMediaError,
     UploadTimeoutError,
@@ -36,8 +35,7 @@ async def read_image(request: Request, max_bytes: int, max_s: float, within_s: f
     Raises:
         UnsupportedMediaError: the content type says that the body is no image.
         BodyTooLargeError: the body is longer; no more than the limit was read.
-        UploadTimeoutError: the body took longer.
-        DeadlineError: it took longer than its answer has.
+        UploadTimeoutError: the body took longer than either.
         InvalidImageError: the form is broken or has no such file.
         ClientGoneError: the client left.
     """
@@ -57,9 +55,8 @@ async def read_image(request: Request, max_bytes: int, max_s: float, within_s: f
                 return await _read_field(request.headers, chunks, max_bytes)
             return b"".join([chunk async for chunk in chunks])
     except TimeoutError as error:
-        if within_s < max_s:
-            raise DeadlineError("the deadline passed before the body had arrived") from error
-        raise UploadTimeoutError(f"the body did not arrive within {max_s:g} s") from error
+        limit = "its budget" if within_s < max_s else f"{max_s:g} s"
+        raise UploadTimeoutError(f"the body did not arrive within {limit}") from error
     except ClientDisconnect as error:
         raise ClientGoneError("the client left in the middle of its upload") from error
 

@@ -12,7 +12,7 @@ from grafana_foundation_sdk.models import dashboard as models
 
 OUTPUT = Path(__file__).with_name("dashboards") / "supervit.json"
 SOURCE = models.DataSourceRef(type_val="prometheus", uid="prometheus")
-WHOLE, HALF, QUARTER = 24, 12, 6  # of Grafana's 24 columns
+HALF, THIRD, QUARTER = 12, 8, 6  # of Grafana's 24 columns
 
 ONES = '{job=~"$job", instance=~"$instance"}'
 RATE = "[$__rate_interval]"
@@ -39,11 +39,11 @@ GIVEN_UP = f"({rate('supervit_accuracy_given_up_total')} and {EXPECTED} > 0) / (
 
 
 def query(expression: str, legend: str) -> prometheus.Dataquery:
-    """Make a range query."""
-    return prometheus.Dataquery().expr(expression).legend_format(legend).range()
+    """Make a query."""
+    return prometheus.Dataquery().expr(expression).legend_format(legend)
 
 
-def number(title: str, description: str, unit: str, expression: str, decimals: int = 1) -> stat.Panel:
+def number(title: str, description: str, expression: str, unit: str = "percentunit", decimals: int = 2) -> stat.Panel:
     """Make a panel of one number, that of this moment."""
     return (
         stat.Panel()
@@ -55,7 +55,7 @@ def number(title: str, description: str, unit: str, expression: str, decimals: i
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .span(QUARTER)
         .height(4)
-        .with_target(query(expression, title))
+        .with_target(query(expression, title).instant())
     )
 
 
@@ -85,7 +85,7 @@ def lines(
     if stacked:
         panel = panel.stacking(common.StackingConfig().mode(options.StackingMode.NORMAL)).fill_opacity(40)
     for letter, (legend, expression) in zip("ABCDEFGH", queries.items(), strict=False):
-        panel = panel.with_target(query(expression, legend).ref_id(letter))
+        panel = panel.with_target(query(expression, legend).range().ref_id(letter))
     return panel
 
 
@@ -108,30 +108,24 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
         number(
             "Answered in time",
             "Share of all requests that were answered before their deadline; those turned away count as missed.",
-            "percentunit",
             ATTAINMENT,
-            2,
         ),
         number(
             "Accuracy of the answers",
             "Top-1 accuracy that the sub-networks which answered have on their test images, averaged over answers.",
-            "percentunit",
             ACCURACY,
-            2,
         ),
         number(
             "Accuracy given up",
             "What the most accurate sub-network would have had more. Small budgets give it up by choice, load by "
             "need: if it is the load, more hardware would buy this back.",
-            "percentunit",
             GIVEN_UP,
-            2,
         ),
         number(
             "Engines that are ready",
             "Engines that welcome requests: warmed up, profiled, not stopping. Each worker or replica has one.",
+            f"sum(supervit_ready{ONES}) or vector(0)",
             "short",
-            f"sum(supervit_ready{ONES})",
             0,
         ),
         lines(
@@ -140,6 +134,7 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             "reqps",
             {"{{outcome}}": rate("supervit_requests_total", by="outcome")},
             stacked=True,
+            span=THIRD,
         ),
         lines(
             "Time to the answer",
@@ -147,6 +142,14 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             "the server takes the time it is given.",
             "s",
             {f"{100 * share:g} %": quantile(share, "supervit_request_duration_seconds") for share in (0.5, 0.95, 0.99)},
+            span=THIRD,
+        ),
+        lines(
+            "Alerts",
+            "Alerts of Prometheus that fire, by name and how many times: once for each server that is concerned.",
+            "short",
+            {"{{alertname}}": 'sum by (alertname) (ALERTS{alertstate="firing", job=~"$job"})'},
+            span=THIRD,
         ),
     ],
     "The choice: what is given up, and why?": [
@@ -240,7 +243,7 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
         ),
         lines(
             "Pressure",
-            "Share of the time in which some process of the machine had to wait for the resource (Linux PSI).",
+            "Share of the time in which a process had to wait for it (Linux PSI); cpu_quota: in which it had run out.",
             "percentunit",
             {"{{resource}}, {{instance}}": f"supervit_pressure_ratio{ONES}"},
         ),

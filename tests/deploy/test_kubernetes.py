@@ -353,7 +353,7 @@ COUNTERS = {
     "met": "supervit_deadlines_total{SOURCE,result='met'}",
     "missed": "supervit_deadlines_total{SOURCE,result='missed'}",
     "given_up": "supervit_accuracy_given_up_total{SOURCE}",
-    "busy": "supervit_batch_duration_seconds_sum{SOURCE}",
+    "busy": "supervit_engine_taken_seconds_total{SOURCE}",
     "spent": "supervit_spent_gflops_total{SOURCE}",
     "saved": "supervit_saved_gflops_total{SOURCE}",
     "decode": "supervit_stage_duration_seconds_sum{SOURCE,stage='decode'}",

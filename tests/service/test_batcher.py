@@ -469,10 +469,10 @@ async def test_each_batch_waits_for_its_pause_and_knows_the_machine() -> None:
         events.append("observe")
         line.prior_slowdown = 1.5
 
-    def observe_batch(size: int, predicted_s: float, seconds: float) -> None:
-        batches.append((size, predicted_s, seconds))
+    def observe_batch(*batch: float) -> None:
+        batches.append(batch)
 
-    batches: list[tuple[int, float, float]] = []
+    batches: list[tuple[float, ...]] = []
     line, pacer = Line(MENU, choose, 4), StubbornPacer()
     batcher = Batcher(
         run,
@@ -492,7 +492,7 @@ async def test_each_batch_waits_for_its_pause_and_knows_the_machine() -> None:
     assert events == ["observe", "choose", "run"]
     assert pacer.pauses == [1e-6, 0.0]
     assert pacer.ran == [0.25]
-    assert batches == [(1, 1.5e-6, 0.25)]
+    assert batches == [(1, 1.5e-6, 0.25, 0.75)]
     assert (result.inference_s, result.started_at, result.ended_at) == (0.25, 1000.0, 1000.25)
     assert line.slowdown.factor > 1  # it has learned from the batch
 

@@ -1,4 +1,5 @@
 import json
+import resource
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoi
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from service.cli import main
+from service.serve import allow_connections, share_out
+from service.settings import Settings
 from service.workers import bind
 
 
@@ -134,12 +137,47 @@ def test_workers_divide_a_quota_among_their_engines(
     monkeypatch.setattr("service.serve.Monitor", lambda: SimpleNamespace(latest=SimpleNamespace(cores=cores)))
     monkeypatch.setattr("service.serve.Supervisor", supervisor)
     monkeypatch.setattr("service.serve.signal.signal", lambda *_: None)
-    status = main(["serve", "--checkpoint", str(checkpoint_path), "--port", "0", "--workers", "2"])
+    options = ["--checkpoint", str(checkpoint_path), "--port", "0", "--workers", "2", "--max-utilization", "0.5"]
+    status = main(["serve", *options])
     if cores < 2:
         assert (status, given) == (1, [])
     else:
+        assert given[0]["SUPERVIT_MAX_UTILIZATION"] == ("0.25" if cores < 8 else "0.5")
         assert given[0].get("SUPERVIT_THREADS") == (None if threads is None else str(threads))
         assert given[0]["SUPERVIT_WORKERS"] == "2"
+
+
+def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.serve.resolve_device", torch.device)
+    settings = Settings(workers=4, max_utilization=0.5, device="cuda")
+    assert share_out(settings, 8, is_quota=False).max_utilization == 0.125
+    assert share_out(settings.model_copy(update={"device": "cpu"}), 8, is_quota=False).max_utilization == 0.5
+    assert share_out(Settings(workers=4, device="cuda"), 8, is_quota=False).max_utilization is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised", "warned"),
+    [
+        ((1024, 4096), (2024, 4096), False),
+        ((1024, 1500), (1500, 1500), True),
+        ((8192, 8192), None, False),
+        ((1024, resource.RLIM_INFINITY), (2024, resource.RLIM_INFINITY), False),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, False),
+    ],
+)
+def test_as_many_connections_as_requests_are_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    limits: tuple[int, int],
+    raised: tuple[int, int] | None,
+    warned: bool,
+) -> None:
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr("service.serve.resource.getrlimit", lambda _: limits)
+    monkeypatch.setattr("service.serve.resource.setrlimit", lambda _, limit: given.append(limit))
+    allow_connections(1000)
+    assert given == ([raised] if raised else [])
+    assert ("open files are allowed" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])

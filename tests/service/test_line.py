@@ -318,6 +318,21 @@ def test_who_asks_for_the_impossible_makes_nobody_prudent(line: Line) -> None:
     assert line.situation(0.0).prudence == 1.0
 
 
+def test_who_never_reaches_the_engine_is_no_load_to_plan_for(line: Line) -> None:
+    crowd = Preparation(queue_s=5.0)
+    for number in range(50):
+        with pytest.raises(OverloadedError, match="even if nothing else waited"):
+            line.admit(waits(0.015 + number), float(number))
+        with pytest.raises(OverloadedError, match="being read and decoded"):
+            line.admit(waits(1.0 + number), float(number), crowd)
+    assert (line.situation(50.0).arrival_rate, line.situation(50.0).lasting_rate) == (0, 0)
+    fill(line, *(waits(50.06) for _ in range(4)), now=50.0)
+    before = line.situation(50.0).arrival_rate
+    with pytest.raises(OverloadedError, match="too much is waiting"):
+        line.admit(waits(50.06), 50.0)
+    assert line.situation(50.0).arrival_rate > before
+
+
 def test_the_engine_is_taken_for_longer_than_its_batches(fast_menu: Menu) -> None:
     line = Line(fast_menu, lambda situation: Choice(2, tuple(situation.line[:4])), 4)  # four in 200 ms
     line.pause_stretch = 2.0
@@ -412,6 +427,7 @@ def test_a_preview_changes_nothing(line: Line) -> None:
     before = state(line, 0.0)
     for entry in (waits(0.35), waits(0.9, only=3), waits(0.9, priority=-3)):
         line.preview(entry, 0.0)
+        line.preview(entry, 0.0, Preparation(queue_s=0.1))
     with pytest.raises(OverloadedError):
         line.preview(waits(0.001), 0.0)
     assert state(line, 0.0) == before

@@ -143,10 +143,11 @@ def test_every_sub_network_and_outcome_counts_from_zero(page: Page, profiles: Pr
 
 
 def test_predicted_and_real_time_of_the_batches_add_up(page: Page) -> None:
-    page.metrics.batch_ran(4, predicted_s=0.1, inference_s=0.2)
-    page.metrics.batch_ran(16, predicted_s=0.4, inference_s=0.3)
+    page.metrics.batch_ran(4, predicted_s=0.1, inference_s=0.2, taken_s=0.4)
+    page.metrics.batch_ran(16, predicted_s=0.4, inference_s=0.3, taken_s=0.6)
     assert page.read("predicted_inference_seconds_total") == pytest.approx(0.5)
     assert page.read("batch_duration_seconds_sum") == pytest.approx(0.5)
+    assert page.read("engine_taken_seconds_total") == pytest.approx(1.0)
     assert page.read("batch_size_images_sum") == 20
     assert page.read("batch_size_images_bucket", le="4.0") == 1
 
@@ -239,10 +240,10 @@ def test_a_shared_folder_that_cannot_be_is_refused_by_the_name_of_its_variable(
 
 def test_an_autoscaler_is_told_what_was_counted(page: Page) -> None:
     page.metrics.answered(answer())
-    page.metrics.batch_ran(1, 0.1, 0.25)
+    page.metrics.batch_ran(1, 0.1, 0.25, 0.5)
     page.metrics.request_finished("overloaded", "full")
     totals = page.metrics.totals()
-    assert (totals["met"], totals["missed"], totals["busy_s"]) == (1, 1, 0.25)
+    assert (totals["met"], totals["missed"], totals["taken_s"]) == (1, 1, 0.5)
     assert totals["decode_s"] == answer().timing.decode_s > 0
     assert totals["spent_gflops"] == page.read("spent_gflops_total") == 0.5
     assert totals["saved_gflops"] == page.read("saved_gflops_total") == 1.5

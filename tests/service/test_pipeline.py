@@ -178,6 +178,24 @@ async def test_a_cancelled_request_leaves_the_line_before_the_decoder(profiles: 
     assert parts.decodes == 1
 
 
+@pytest.mark.parametrize(("after_s", "missed"), [(0.0, 0), (0.2, 1)])
+async def test_a_client_that_leaves_once_its_answer_is_late_was_missed(
+    profiles: ProfileTable, after_s: float, missed: int
+) -> None:
+    parts = Parts()
+    parts.decode_gate.set()
+    async with running(parts, profiles) as pipeline:
+        leaving = asyncio.create_task(pipeline.classify(two_bytes, wish(budget_ms=100)))
+        await asyncio.to_thread(parts.running.wait, 10)
+        await asyncio.sleep(after_s)
+        leaving.cancel(GONE)
+        await asyncio.wait((leaving,))
+        assert parts.count("requests_total", outcome="client_gone") == 1
+        assert parts.count("deadlines_total", result="missed") == missed
+        assert (pipeline._line.situation(time.monotonic()).prudence > 1) == bool(missed)
+        parts.open()
+
+
 async def test_who_is_cut_off_at_the_end_of_the_drain_is_no_client_that_left(profiles: ProfileTable) -> None:
     parts = Parts()
     async with running(parts, profiles) as pipeline:
@@ -213,13 +231,18 @@ async def test_a_hopeless_budget_is_refused_before_the_body_is_read(profiles: Pr
     assert parts.count("requests_total", outcome="budget_too_small") == 1
 
 
+@pytest.mark.parametrize("seconds", [(0.0029504, 0.004), (0.0842, 0.1)])
 async def test_a_time_that_no_sub_network_can_meet_is_refused_with_the_shortest_that_one_can(
-    profiles: ProfileTable,
+    profiles: ProfileTable, seconds: tuple[float, float]
 ) -> None:
-    async with running(Parts(), profiles) as pipeline:
+    async with running(Parts().open(), profiles, seconds=seconds, clock=lambda: 5.0) as pipeline:
         with pytest.raises(BudgetTooSmallError) as caught:
-            await pipeline.classify(two_bytes, wish(budget_ms=0.5))
-        assert caught.value.details == {"smallest_budget_ms": 1.0}
+            await pipeline.classify(two_bytes, InferenceRequest(5.0, 1000 * seconds[0], top_k=2))
+        (smallest_ms,) = caught.value.details.values()
+        assert 1 < smallest_ms / (1000 * seconds[0]) < 1.2
+        assert (await pipeline.classify(two_bytes, InferenceRequest(5.0, smallest_ms, top_k=2))).deadline_met
+        with pytest.raises(ServiceError):
+            await pipeline.classify(two_bytes, InferenceRequest(5.0, smallest_ms - 0.002, top_k=2))
 
 
 async def test_a_deadline_that_passes_before_decoding_costs_no_decoding(profiles: ProfileTable) -> None:

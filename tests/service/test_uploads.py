@@ -31,8 +31,9 @@ class Client:
         await asyncio.Event().wait()
         raise AssertionError("unreachable")
 
-    async def upload(self, max_s: float = 10, limit: int = LIMIT) -> bytes:
-        return await read_image(Request({"type": "http", "headers": self.headers}, self.receive), limit, max_s)
+    async def upload(self, max_s: float = 10, limit: int = LIMIT, within_s: float = 20) -> bytes:
+        request = Request({"type": "http", "headers": self.headers}, self.receive)
+        return await read_image(request, limit, max_s, within_s)
 
 
 async def test_the_chunks_of_a_body_are_put_together() -> None:
@@ -63,6 +64,8 @@ async def test_a_declared_length_proves_nothing_of_a_chunked_body() -> None:
 
 
 async def test_a_client_that_falls_silent_is_given_up() -> None:
+    with pytest.raises(UploadTimeoutError, match=r"within its budget"):
+        await Client(b"ab", then="silence").upload(within_s=0.01)
     with pytest.raises(UploadTimeoutError, match=r"within 0\.01 s"):
         await Client(b"ab", then="silence").upload(max_s=0.01)
 
