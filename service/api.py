@@ -15,15 +15,12 @@ from starlette.datastructures import QueryParams
 
 from models.checkpoint import Checkpoint
 from service.domain import Classification, InferenceRequest
-from service.errors import (
-    ClientGoneError,
-    NotReadyError,
-    ServiceError,
-)
+from service.errors import ClientGoneError, NotReadyError, ServiceError
 from service.line import Line
 from service.metrics import CONTENT_TYPE, Metrics
 from service.monitor import Monitor
 from service.pipeline import GONE, Pipeline
+from service.request_ids import HEADER
 from service.schemas import (
     ClassifyAnswer,
     ClassifyQuery,
@@ -124,9 +121,10 @@ IMAGE_BODY = {
 # The route reads its query itself, at a tenth of what FastAPI takes for it, so it describes it itself as well.
 CLASSIFY_INPUT = {"requestBody": IMAGE_BODY, "parameters": describe_parameters(ClassifyQuery)}
 SERVER_TIMING = {"description": "the times of timing_ms, in milliseconds", "schema": {"type": "string"}}
+REQUEST_ID = {"description": "the request's own, or one that was made for it", "schema": {"type": "string"}}
 RETRY_AFTER = {"Retry-After": {"description": "seconds to wait before the next try", "schema": {"type": "integer"}}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"headers": {"Server-Timing": SERVER_TIMING}},
+    200: {"headers": {"Server-Timing": SERVER_TIMING, HEADER: REQUEST_ID}},
     408: {"model": ErrorAnswer, "description": "the body did not arrive in time"},
     413: {"model": ErrorAnswer, "description": "the body or the image is too large"},
     415: {"model": ErrorAnswer, "description": "the content type is no image"},

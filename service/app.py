@@ -36,6 +36,7 @@ from service.monitor import Monitor
 from service.pacer import Pacer
 from service.pipeline import Pipeline
 from service.profiler import Measurement, load_or_measure, rehearse
+from service.request_ids import RequestIds
 from service.schemas import describe_family
 from service.settings import Settings, environment_variable
 from service.shared_counts import SHARED_FOLDER_VARIABLE
@@ -125,6 +126,7 @@ def create_app(
     classify, errors = make_classify(api), ErrorAnswers(settings.max_body_bytes, api.count_refusal)
     app.include_router(build_router(api, classify))
     app.add_middleware(Shortcut, path=CLASSIFY_PATH, handle=errors.around(classify))
+    app.add_middleware(RequestIds)
     errors.add_to(app)
     return app
 

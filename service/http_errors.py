@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -27,8 +28,11 @@ from service.errors import (
     UnsupportedMediaError,
     UploadTimeoutError,
 )
+from service.request_ids import HEADER, request_id
 from service.schemas import ErrorAnswer, ErrorDetail
 from service.shortcut import Handle
+
+logger = logging.getLogger(__name__)
 
 STATUS = {
     InvalidParameterError: 422,
@@ -84,7 +88,10 @@ class ErrorAnswers:
     async def _on_service_error(self, request: Request, error: ServiceError) -> Response:
         if isinstance(error, BodyTooLargeError):
             await _discard(request)
-        response = _error(STATUS.get(type(error), 500), error.code, error.message, error.details)
+        status = STATUS.get(type(error), 500)
+        if status == 500:
+            logger.error("request %s: %s", request_id(request.scope), error.message)
+        response = _error(status, error.code, error.message, error.details)
         unread = isinstance(error, BodyTooLargeError | UploadTimeoutError) or self._may_be_long(request)
         return _closing(response) if unread else response
 
@@ -107,8 +114,12 @@ async def _on_http_error(_: Request, error: HTTPException) -> Response:
     return _error(error.status_code, code, error.detail, {}, error.headers)
 
 
-async def _on_bug(_: Request, __: Exception) -> Response:
-    return _error(500, ServiceError.code, "the server failed; its log says why", {})
+async def _on_bug(request: Request, error: Exception) -> Response:
+    name = request_id(request.scope)
+    logger.error("request %s: %r", name, error)  # uvicorn logs where it came from
+    return _error(
+        500, ServiceError.code, "the server failed; its log says why", {}, {HEADER: name}
+    )  # beside all others
 
 
 def _error(

@@ -61,6 +61,7 @@ FLOORS = {
     "service.decoding": 2,
     "service.guard": 0,
     "service.connections": 0,
+    "service.request_ids": 0,
     "service.interpreter": 0,
     "service.arrivals": 1,
     "service.situation": 2,
@@ -78,7 +79,15 @@ FLOORS = {
     "service.settings": 0,
 }
 
-HTTP = {"service.api", "service.app", "service.http_errors", "service.ray_app", "service.shortcut", "service.uploads"}
+HTTP = {
+    "service.api",
+    "service.app",
+    "service.http_errors",
+    "service.ray_app",
+    "service.request_ids",
+    "service.shortcut",
+    "service.uploads",
+}
 
 # Which rooms an outside library may enter by.
 DOORS = {

@@ -1,3 +1,4 @@
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -292,6 +293,38 @@ def test_a_failing_model_is_500_without_its_stack_trace(
     assert "secret weights" in caplog.text
     engine.error = None
     assert client.post("/classify", content=photo).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/classify", "/classify?top_k=0", "/health/live", "/nowhere"])
+def test_every_answer_carries_the_name_of_its_request(client: TestClient, photo: bytes, path: str) -> None:
+    method = "POST" if path.startswith("/classify") else "GET"
+
+    def name(**headers: str) -> str:
+        response = client.request(method, path, content=photo, headers=headers)
+        return str(response.headers["x-request-id"])
+
+    assert name(**{"X-Request-ID": "order-7/b"}) == "order-7/b"
+    made = [name(), name(), name(**{"X-Request-ID": "two words"}), name(**{"X-Request-ID": "x" * 129})]
+    assert len(set(made)) == 4
+    assert all(re.fullmatch("[0-9a-f]{32}", one) for one in made)
+
+
+def test_the_log_calls_a_request_that_the_server_failed_by_its_name(
+    client: TestClient,
+    engine: ScriptedEngine,
+    photo: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine.error = RuntimeError("out of memory")
+    client.post("/classify", content=photo, headers={"X-Request-ID": "first"})
+    assert "request first: the model failed on this image" in caplog.text
+    monkeypatch.setattr("service.pipeline.Wish", None)
+    response = client.post("/classify", content=photo, headers={"X-Request-ID": "second"})
+    assert response.headers["x-request-id"] == "second"
+    assert "request second: TypeError" in caplog.text
+    client.post("/classify?top_k=0", content=photo, headers={"X-Request-ID": "third"})
+    assert "third" not in caplog.text
 
 
 def test_an_answer_that_is_not_a_number_is_an_error(

@@ -1,0 +1,41 @@
+"""A name for every request, by which its client, the proxies on its way and the log mean the same one."""
+
+import re
+from collections.abc import MutableMapping
+from typing import Any
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+HEADER = "X-Request-ID"
+FIT = re.compile(r"[!-~]{1,128}")  # what can stand in a log and a header without harm
+KEY = "supervit.request_id"
+
+
+def request_id(scope: MutableMapping[str, Any]) -> str:
+    """Return the name of a request that came through `RequestIds`."""
+    return str(scope[KEY])
+
+
+class RequestIds:
+    """Middleware that keeps the name a request brings in its header, or gives it one, and sends it back."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Take what every request goes to."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Name the request and hand it on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        brought = Headers(scope=scope).get(HEADER, "")
+        name = scope[KEY] = brought if FIT.fullmatch(brought) else uuid4().hex
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[HEADER] = name
+            await send(message)
+
+        await self._app(scope, receive, send_named)
