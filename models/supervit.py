@@ -63,6 +63,13 @@ class SuperViT(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
+        # Where timm looks for what images a model takes.
+        self.pretrained_cfg = {
+            "input_size": (3, config.image_side, config.image_side),
+            "mean": config.mean,
+            "std": config.std,
+            "crop_pct": config.crop_fraction,
+        }
         deit = config.flavour == "deit"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.patch_embed: nn.Module = (

@@ -40,6 +40,15 @@ def test_a_teacher_sees_the_same_pictures_at_its_own_size_and_normalisation(
     torch.testing.assert_close(teacher(torch.zeros(5, 3, 16, 16)).sum(dim=1), torch.ones(5))
 
 
+def test_a_supervit_teaches_as_its_largest_sub_network_answers(tmp_path: Path) -> None:
+    network = timm.create_model("supervit_lvvit_micro_patch4_32", num_classes=3).eval()
+    torch.save(network.state_dict(), tmp_path / "teacher.pth")
+    teacher = Teacher("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", None, network.config)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images), network(images, network.config.largest).softmax(dim=1))
+
+
 def test_a_teacher_is_frozen(teacher_file: Path, tiny_config: SuperViTConfig) -> None:
     teacher = Teacher("test_vit", teacher_file, None, tiny_config)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
