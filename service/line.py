@@ -98,7 +98,7 @@ class Line:
                 and those due later are put behind it; says when to try again.
         """
         refusal = self._refusal(entry, now, preparation)
-        if refusal is None or refusal.reason == "backlog":  # the engine never sees the others, whatever level it runs
+        if refusal is None or refusal.reason != "no_time":  # all others a cheaper level may help, be it to be decoded
             self._rate.count(now)
             self._lasting_rate.count(now)
         if refusal is not None:

@@ -318,19 +318,22 @@ def test_who_asks_for_the_impossible_makes_nobody_prudent(line: Line) -> None:
     assert line.situation(0.0).prudence == 1.0
 
 
-def test_who_never_reaches_the_engine_is_no_load_to_plan_for(line: Line) -> None:
-    crowd = Preparation(queue_s=5.0)
+def test_who_asks_for_the_impossible_is_no_load_to_plan_for(line: Line) -> None:
     for number in range(50):
         with pytest.raises(OverloadedError, match="even if nothing else waited"):
             line.admit(waits(0.015 + number), float(number))
-        with pytest.raises(OverloadedError, match="being read and decoded"):
-            line.admit(waits(1.0 + number), float(number), crowd)
     assert (line.situation(50.0).arrival_rate, line.situation(50.0).lasting_rate) == (0, 0)
-    fill(line, *(waits(50.06) for _ in range(4)), now=50.0)
-    before = line.situation(50.0).arrival_rate
-    with pytest.raises(OverloadedError, match="too much is waiting"):
-        line.admit(waits(50.06), 50.0)
-    assert line.situation(50.0).arrival_rate > before
+
+
+def test_whom_only_others_keep_from_being_answered_is_load(line: Line) -> None:
+    fill(line, *(waits(0.06) for _ in range(4)))
+    counted = [line.situation(0.0).arrival_rate]
+    crowd = Preparation(queue_s=5.0)
+    for due_s, preparation, said in ((0.06, READY, "too much is waiting"), (1.0, crowd, "being read and decoded")):
+        with pytest.raises(OverloadedError, match=said):
+            line.admit(waits(due_s), 0.0, preparation)
+        counted.append(line.situation(0.0).arrival_rate)
+    assert counted[0] < counted[1] < counted[2]
 
 
 def test_the_engine_is_taken_for_longer_than_its_batches(fast_menu: Menu) -> None:
