@@ -1,15 +1,15 @@
 """A name for every request, by which its client, the proxies on its way and the log mean the same one."""
 
+import random
 import re
 from collections.abc import MutableMapping
 from typing import Any
-from uuid import uuid4
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = "X-Request-ID"
-FIT = re.compile(r"[!-~]{1,128}")  # what can stand in a log and a header without harm
+RAW_HEADER = HEADER.lower().encode()
+FIT = re.compile(rb"[!-~]{1,128}")  # what can stand in a log and a header without harm
 KEY = "supervit.request_id"
 
 
@@ -30,12 +30,14 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        brought = Headers(scope=scope).get(HEADER, "")
-        name = scope[KEY] = brought if FIT.fullmatch(brought) else uuid4().hex
+        brought = next((value for name, value in scope["headers"] if name == RAW_HEADER), b"")
+        # Not of uuid4, which asks the system for its randomness and would give the GIL away for that.
+        name = brought if FIT.fullmatch(brought) else b"%032x" % random.getrandbits(128)
+        scope[KEY] = name.decode()
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[HEADER] = name
+                message["headers"] = [*message["headers"], (RAW_HEADER, name)]
             await send(message)
 
         await self._app(scope, receive, send_named)
