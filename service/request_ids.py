@@ -14,8 +14,12 @@ KEY = "supervit.request_id"
 
 
 def request_id(scope: MutableMapping[str, Any]) -> str:
-    """Return the name of a request that came through `RequestIds`."""
-    return str(scope[KEY])
+    """Return the name of a request; one that came through a proxy which names them itself has it in its header."""
+    return str(scope[KEY]) if KEY in scope else _brought(scope).decode("latin-1")
+
+
+def _brought(scope: MutableMapping[str, Any]) -> bytes:
+    return next((value for name, value in scope["headers"] if name == RAW_HEADER), b"")
 
 
 class RequestIds:
@@ -30,7 +34,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        brought = next((value for name, value in scope["headers"] if name == RAW_HEADER), b"")
+        brought = _brought(scope)
         # Not of uuid4, which asks the system for its randomness and would give the GIL away for that.
         name = brought if FIT.fullmatch(brought) else b"%032x" % random.getrandbits(128)
         scope[KEY] = name.decode()
