@@ -59,6 +59,7 @@ def create_app(
     heartbeat: Callable[[bool], None] = lambda _: None,
     *,
     ready_first: bool = False,
+    names_requests: bool = True,
 ) -> FastAPI:
     """Wire the service.
 
@@ -71,6 +72,7 @@ def create_app(
             server should then end. In the latter case `app.state.is_hung()` is true and a thread of it never ends.
         heartbeat: called every second on the event loop, with whether requests are served.
         ready_first: take no request before the model can answer it, for where others answer meanwhile.
+        names_requests: send back an X-Request-ID, for where no proxy does.
 
     Raises:
         DeviceError: the device or the engine cannot be used.
@@ -126,7 +128,8 @@ def create_app(
     classify, errors = make_classify(api), ErrorAnswers(settings.max_body_bytes, api.count_refusal)
     app.include_router(build_router(api, classify))
     app.add_middleware(Shortcut, path=CLASSIFY_PATH, handle=errors.around(classify))
-    app.add_middleware(RequestIds)
+    if names_requests:
+        app.add_middleware(RequestIds)
     errors.add_to(app)
     return app
 

@@ -28,7 +28,7 @@ from service.errors import (
     UnsupportedMediaError,
     UploadTimeoutError,
 )
-from service.request_ids import HEADER, request_id
+from service.request_ids import HEADER, KEY, request_id
 from service.schemas import ErrorAnswer, ErrorDetail
 from service.shortcut import Handle
 
@@ -117,9 +117,8 @@ async def _on_http_error(_: Request, error: HTTPException) -> Response:
 async def _on_bug(request: Request, error: Exception) -> Response:
     name = request_id(request.scope)
     logger.error("request %s: %r", name, error)  # uvicorn logs where it came from
-    return _error(
-        500, ServiceError.code, "the server failed; its log says why", {}, {HEADER: name}
-    )  # beside all others
+    headers = {HEADER: name} if KEY in request.scope else {}  # this answer goes past the middleware
+    return _error(500, ServiceError.code, "the server failed; its log says why", {}, headers)
 
 
 def _error(

@@ -44,6 +44,7 @@ class Replica:
             checkpoint,
             on_failure=self._fail,
             ready_first=True,
+            names_requests=False,  # Ray's proxy does
         )
         self._totals, self._told_at = self._app.state.totals(), time.monotonic()
         settle_interpreter()

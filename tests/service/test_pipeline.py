@@ -491,7 +491,7 @@ async def test_those_who_wait_to_be_decoded_are_reckoned_with_at_admission(profi
         assert caught.value.details["retry_after_s"] == pytest.approx(3.0, abs=0.2)
         parts.decode_gate.set()
         await asyncio.gather(*decoding)
-        assert await pipeline.classify(two_bytes, InferenceRequest(now, 2000))
+        assert await pipeline.classify(two_bytes, InferenceRequest(now, 4000))  # less than what was before it
 
 
 async def test_after_slow_decoding_nobody_is_refused_for_ever(profiles: ProfileTable) -> None:
