@@ -123,8 +123,7 @@ def create_app(
             on_failure()
 
     app = FastAPI(title="SuperViT Serve", version=version("supervit-serve"), lifespan=lifespan, redoc_url=None)
-    app.state.drain, app.state.totals = service.drain, metrics.totals
-    app.state.is_hung = lambda: service.is_hung
+    app.state.drain, app.state.totals, app.state.is_hung = service.drain, metrics.totals, lambda: service.is_hung
     classify, errors = make_classify(api), ErrorAnswers(settings.max_body_bytes, api.count_refusal)
     app.include_router(build_router(api, classify))
     app.add_middleware(Shortcut, path=CLASSIFY_PATH, handle=errors.around(classify))
