@@ -238,6 +238,13 @@ def test_a_shared_folder_that_cannot_be_is_refused_by_the_name_of_its_variable(
         Metrics(CollectorRegistry(), name)
 
 
+@pytest.mark.parametrize(("outcome", "missed"), [("upload_timeout", 0), ("client_gone", 0), ("deadline_exceeded", 1)])
+def test_a_client_that_was_too_slow_itself_was_not_missed(page: Page, outcome: str, missed: int) -> None:
+    page.metrics.request_finished(outcome)
+    assert page.read("deadlines_total", result="missed") == missed
+    assert page.read("requests_total", outcome=outcome) == 1
+
+
 def test_an_autoscaler_is_told_what_was_counted(page: Page) -> None:
     page.metrics.answered(answer())
     page.metrics.batch_ran(1, 0.1, 0.25, 0.5)
