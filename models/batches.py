@@ -4,8 +4,8 @@ Small images are decoded once and kept; a whole batch of them is then cropped an
 few cores, decoding and varying them one by one takes its time from the training step itself.
 """
 
-import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models.checkpoint import digest
+from models.checkpoint import UNPICKLING_ERRORS, digest
 from models.data import (
     PADDED_CROP_SIDE_PX,
     Augmentation,
@@ -31,7 +31,7 @@ from models.data import (
     training_transform,
 )
 from models.recipe import Recipe, count_training_files
-from models.state import TrainingError, prepare_folder
+from models.state import TrainingError, prepare_folder, save_whole
 from models.subnetwork import SuperViTConfig
 from models.teacher import Teacher
 
@@ -49,7 +49,7 @@ ASKED = (
 
 
 class ImageBatches:
-    """Batches of varied images, drawn as `training_transform` draws them, from images in memory."""
+    """Batches of varied images from images in memory, square ones drawn as `training_transform` draws them."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ def soft_targets(recipe: Recipe, config: SuperViTConfig, teacher: Teacher) -> Te
         "seen as": str((config.image_side, config.crop_fraction, config.mean, config.std)),
         "teacher's weights": digest(recipe.teacher_checkpoint) if recipe.teacher_checkpoint else "timm's",
     }
-    if path.exists():
+    with suppress(OSError, *UNPICKLING_ERRORS):  # no such file, or a damaged one: the teacher is asked again
         kept = torch.load(path, weights_only=True)
         if kept["asked"] == asked:
             answered: Tensor = kept["targets"]
@@ -168,9 +168,7 @@ def soft_targets(recipe: Recipe, config: SuperViTConfig, teacher: Teacher) -> Te
         certain = functional.one_hot(labels, config.num_classes).float()
         smooth = certain.lerp(torch.full_like(certain, 1 / config.num_classes), recipe.label_smoothing)
         targets.append(smooth.lerp(answers, recipe.teacher_weight))
-    partial = path.with_name(f"{path.name}.{os.getpid()}")  # each process of a run asks, and writes the same
-    torch.save({"asked": asked, "targets": torch.cat(targets)}, partial)
-    os.replace(partial, path)
+    save_whole({"asked": asked, "targets": torch.cat(targets)}, path)
     return torch.cat(targets)
 
 

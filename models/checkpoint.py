@@ -73,6 +73,9 @@ class Header:
         strange = {row.subnetwork.patch_grid for row in self.profile.rows} - set(self.config.patch_grids)
         if strange:
             raise ValueError(f"the profile has grid {min(strange)}, which was not trained")
+        for row in self.profile.rows:
+            if row.is_trained != (row.subnetwork in self.config.subnetworks):
+                raise ValueError(f"the profile is wrong about whether {row.subnetwork} was trained")
 
 
 _HEADER = TypeAdapter(Header)
@@ -89,6 +92,7 @@ class Checkpoint:
         config: the architecture, its family and its preprocessing.
         class_names: one per logit.
         profile: cost and, where known, accuracy of each sub-network.
+        is_ours: whether the file is in our own format.
     """
 
     name: str
@@ -97,6 +101,7 @@ class Checkpoint:
     config: SuperViTConfig
     class_names: tuple[str, ...]
     profile: ProfileTable
+    is_ours: bool = True
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -115,7 +120,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if wrong:
         raise UnreadableCheckpointError(f"{path}: {wrong[0].macs} MACs are not the cost of {wrong[0].subnetwork}")
     model.load_state_dict(weights, assign=True)
-    return Checkpoint(header.name, digest(path), model.eval(), header.config, header.class_names, header.profile)
+    return Checkpoint(
+        header.name,
+        digest(path),
+        model.eval(),
+        header.config,
+        header.class_names,
+        header.profile,
+        is_ours=text is not None,
+    )
 
 
 def save_checkpoint(path: Path, model: SuperViT, header: Header) -> None:

@@ -3,6 +3,7 @@
 A plain script: one network, the labels, one cosine. What it writes is what `supervit train --teacher-checkpoint` reads.
 """
 
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from models.batches import ImageBatches, read_images
 from models.checkpoint import CheckpointMismatchError, read_weights
 from models.data import list_classes, normalise, open_training_data, square_transform
 from models.devices import resolve_device
+from models.state import save_whole
 from models.supervit import SuperViT
 from models.teacher import Adapter
 
@@ -64,8 +66,8 @@ def finetune(options: Finetune) -> float:
     student: SuperViT = timm.create_model(options.student)
     config = student.config
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.output.with_name(f"{options.output.name}.partial")
-    partial.touch()  # what stands in the way shall be known now, not an hour later
+    with tempfile.TemporaryFile(dir=options.output.parent):
+        pass  # what stands in the way shall be known now, not an hour later
     num_classes = len(list_classes(options.data / "train"))
     as_they_are = square_transform(config.image_side, config.image_side)
     training, watched = (
@@ -93,8 +95,7 @@ def finetune(options: Finetune) -> float:
             torch.autograd.backward(loss)
             optimizer.step()
             total, step = total + loss.item(), step + 1
-        torch.save(network.network.state_dict(), partial)
-        partial.replace(options.output)
+        save_whole(network.network.state_dict(), options.output)
         top1 = measure(network, *watched, options.batch_size)
         seconds = time.monotonic() - started_at
         print(f"epoch {epoch}: loss {total / len(batches):.4f}, held-out top-1 {top1:.4f}, {seconds:.0f} s", flush=True)

@@ -125,6 +125,10 @@ class Recipe(BaseModel):
         "augmentation_repeats", description="times each picked image appears in an epoch"
     )
     drop_path: float = _by_size("drop_path", ge=0, lt=1, description="stochastic depth of the last block")
+    freeze_batch_norm: bool = Field(
+        False,
+        description="normalise by the stem's running statistics, as in serving, instead of by those of each batch",
+    )
     ema_decay: float = _by_size("ema_decay", ge=0, lt=1, description="decay of the averaged weights that are saved")
 
     holdout: float = Field(

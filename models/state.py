@@ -1,5 +1,6 @@
 """What a training run keeps in its folder: the state to go on from, the checkpoint, the log and its picture."""
 
+import io
 import itertools
 import json
 import os
@@ -60,7 +61,6 @@ class State:
     def save(self, recipe: Recipe, class_names: tuple[str, ...], epoch: int) -> None:
         """Write the state after `epoch` epochs; a crash half-way leaves the state that stood there."""
         path = recipe.output / STATE_NAME
-        partial = path.with_name(path.name + ".partial")
         content = {
             "recipe": recipe.model_dump(mode="json"),
             "class_names": list(class_names),
@@ -70,8 +70,7 @@ class State:
             "average": self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(content, partial)
-        os.replace(partial, path)
+        save_whole(content, path)
 
     def load(self, recipe: Recipe, class_names: tuple[str, ...]) -> int:
         """Read what `save` wrote and return how many epochs it had behind it.
@@ -86,8 +85,10 @@ class State:
             with path.open("rb") as file:
                 # To the CPU: there AdamW counts its steps; weights and moments are copied to where the model is.
                 content = torch.load(file, map_location="cpu", weights_only=True)
+            default = Recipe(data=recipe.data, output=recipe.output).model_dump(mode="json")
             differences = [
-                *_other_options(content["recipe"], recipe.model_dump(mode="json")),
+                # What an older version could not be told was as it is now by default.
+                *_other_options(default | content["recipe"], recipe.model_dump(mode="json")),
                 *_other_classes(content["class_names"], class_names),
             ]
             if content["processes"] != self.processes:  # with another number, a step would see more images or fewer
@@ -127,6 +128,19 @@ def _first_line(error: Exception) -> str:
 def has_state(output: Path) -> bool:
     """Tell whether the folder holds a run; one that cannot be looked into holds none."""
     return os.path.isfile(output / STATE_NAME)  # noqa: PTH113 - Path.is_file raises where a folder may not be entered
+
+
+def save_whole(content: object, path: Path) -> None:
+    """Write what `torch.load` reads; a crash half-way leaves whatever stood at `path`.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk, of which torch.save would say less.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # each process of a run may write the same
+    partial.write_bytes(buffer.getbuffer())
+    partial.replace(path)
 
 
 def prepare_folder(output: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 Flavour = Literal["deit", "lvvit"]
 
+MIN_CROP_FRACTION = 0.1  # with less, every image would be resized to ten times what the model sees of it
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -70,7 +71,7 @@ class SuperViTConfig:
         num_classes: length of the logits.
         stem_width: channels of the "lvvit" stem; unused by "deit".
         mean, std: per RGB channel, of values in [0, 1].
-        crop_fraction: side of the evaluation crop over the shorter side of the resized image, in (0, 1].
+        crop_fraction: side of the evaluation crop over the shorter side of the resized image, in [0.1, 1].
 
     Raises:
         ValueError: the values contradict one another.
@@ -114,8 +115,8 @@ class SuperViTConfig:
             raise ValueError("mean and std need three values each, std above 0")
         if not all(map(math.isfinite, self.mean + self.std)):
             raise ValueError("mean and std must be finite")
-        if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"crop_fraction must be in (0, 1], not {self.crop_fraction}")
+        if not MIN_CROP_FRACTION <= self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction must be in [{MIN_CROP_FRACTION}, 1], not {self.crop_fraction}")
 
     @property
     def image_side(self) -> int:

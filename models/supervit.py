@@ -28,6 +28,7 @@ DEIT_MICRO = SuperViTConfig(
     num_classes=10,
     crop_fraction=1.0,
 )
+# Its first pruning is a block later: keep rate 0.5 costs 0.73 of the whole at the largest grid, and 0.48 in the DeiT.
 LVVIT_MICRO = SuperViTConfig(
     flavour="lvvit",
     width=96,

@@ -54,20 +54,26 @@ class Teacher(nn.Module):
             config: the student, for its classes and the normalisation to undo.
 
         Raises:
-            CheckpointError: the weights cannot be read or downloaded, or are not those of `name` for these classes.
+            CheckpointError: the weights cannot be read or downloaded, are not those of `name` for these classes, or
+                cannot be used on images of that size.
         """
         super().__init__()
         if weights is None:
             network = _download(name, config.num_classes)
         else:
-            network = timm.create_model(name, num_classes=config.num_classes)
             try:
+                network = timm.create_model(name, num_classes=config.num_classes)
                 network.load_state_dict(read_weights(weights))
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:  # a tag that timm does not know, or names that do not fit
                 raise CheckpointMismatchError(f"{weights}: not weights of {name}: {_one_line(error)}") from error
         self.network = Adapter(network.requires_grad_(False).eval(), config, side)
         self.network.to(memory_format=torch.channels_last)  # half as fast again, on a CPU
         self.config = config
+        try:
+            self(torch.zeros(1, 3, config.image_side, config.image_side))
+        except (RuntimeError, ValueError, AssertionError) as error:  # as of a network for images of one size
+            message = f"{name}: cannot look at images of {self.network.side} pixels: {_one_line(error)}"
+            raise CheckpointMismatchError(message) from error
 
     @property
     def device(self) -> torch.device:

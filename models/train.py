@@ -19,7 +19,7 @@ from timm.data import Mixup
 from timm.optim import param_groups_weight_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import distributed
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -154,6 +154,8 @@ def build_model(recipe: Recipe, num_classes: int) -> SuperViT:
         )
     except ValueError as error:
         raise TrainingError(str(error)) from error
+    if recipe.freeze_batch_norm and not (recipe.init and model.config.flavour == "lvvit"):
+        raise TrainingError("freeze-batch-norm keeps the statistics of an lvvit stem that init names; there are none")
     if recipe.init:
         load_initial_weights(model, recipe.init)
     return model
@@ -215,6 +217,11 @@ def train_epoch(
     autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
     sample = sample_single if epoch <= recipe.single_epochs else sample_pairs
     state.model.train()
+    if recipe.freeze_batch_norm:
+        # All grids are served with the same statistics, which are the mean of theirs; so they are trained with them.
+        for module in state.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
     totals: dict[str, float] = {}
     progress = tqdm(loader, f"epoch {epoch}/{recipe.epochs}", disable=not process.is_first, mininterval=1)
     for step, (images, labels) in enumerate(progress, start=(epoch - 1) * len(loader)):

@@ -99,7 +99,7 @@ def create_app(
         try:
             if ready_first:
                 waiting = asyncio.create_task(service.is_serving.wait())
-                await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((serving, guarding, waiting), return_when=asyncio.FIRST_COMPLETED)
                 waiting.cancel()
             yield
         finally:
@@ -241,26 +241,29 @@ class _Service:
             self._batcher.stop()
 
     def _prepare(self) -> tuple[LatencyTable, str]:
-        self._preparing = time.monotonic(), PREPARATION_S
+        self._goes_on()
         self._engine.warm_up()
         if self._latencies is not None:
             return self._latencies, "not measured here"
-        run, config = self._run_unless_stopping, self._checkpoint.config
+        settings, checkpoint, run = self._settings, self._checkpoint, self._run_unless_stopping
         measurement = measure_latencies(
-            self._settings, self._checkpoint, self._engine, run, is_stopping=lambda: self._is_stopping
+            settings, checkpoint, self._engine, run, is_stopping=lambda: not self._goes_on()
         )
-        best = Menu.of(extended_profile(self._checkpoint), measurement.table).best
-        self._api.metrics.profiled(
-            self._checkpoint.name, datetime.fromisoformat(measurement.measured_at), best.row.top1
-        )
-        rehearse(run, config.image_side, config.subnetworks, self._settings.max_batch_size)
+        best = Menu.of(extended_profile(checkpoint), measurement.table).best
+        measured_at = datetime.fromisoformat(measurement.measured_at)
+        self._api.metrics.profiled(checkpoint.name, measured_at, best.row.top1)
+        rehearse(run, checkpoint.config.image_side, checkpoint.config.subnetworks, settings.max_batch_size)
         return measurement.table, measurement.measured_at
 
     def _run_unless_stopping(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
-        if self._is_stopping:
+        if not self._goes_on():
             raise NotReadyError("the server is stopping")
-        self._preparing = time.monotonic(), PREPARATION_S
         return self._engine.run(images, subnetwork)
+
+    def _goes_on(self) -> bool:
+        """Note that the preparation gets on, if only with waiting for another process, and tell whether it should."""
+        self._preparing = time.monotonic(), PREPARATION_S
+        return not self._is_stopping
 
     def _assemble(self, latencies: LatencyTable, measured_at: str) -> Batcher:
         settings, metrics, monitor = self._settings, self._api.metrics, self._api.monitor

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,48 +21,17 @@ from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError
 from service.line import Line
-from service.menu import Option
 from service.pacer import Pacer
+from service.results import Ranked, Result, rank
 from service.situation import Choice, Entry
 
 logger = logging.getLogger(__name__)
 
+# Images in a row on which the model failed, none between: then an image of zeros tells whether it is the images' fault.
+FAILURES_IN_A_ROW = 8
+
 Run = Callable[[Tensor, SubNetwork], Tensor]
 CallOnLoop = Callable[..., object]
-Floats = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What the engine answered to one request.
-
-    Attributes:
-        logits: (classes,).
-        probabilities: (classes,), their softmax at the sub-network's temperature; none is a number where some logit is
-            none.
-        ranking: (classes,), the indices of the classes, the most probable first.
-        option: what ran.
-        choice: the whole decision, its reason included.
-        batch_size: images that ran together.
-        predicted_s: what the batch was expected to take.
-        inference_s: what it took.
-        started_at: when it began, on the monotonic clock.
-        ended_at: when it ended.
-    """
-
-    logits: Floats
-    probabilities: Floats
-    ranking: Indices
-    option: Option
-    choice: Choice
-    batch_size: int
-    predicted_s: float
-    inference_s: float
-    started_at: float
-    ended_at: float
-
-
 Outcomes = Sequence[tuple[Entry, Result | BaseException]]
 
 
@@ -111,6 +79,7 @@ class Batcher:
         self._arrival = threading.Event()
         self._thread, self._preparers = thread, preparers
         self._stopping = False
+        self._failures_in_a_row = 0
         self._free_at = 0.0  # since when the engine could have run a batch
         self.running: tuple[float, float] | None = None  # when the batch that runs began, and what it should take
 
@@ -136,14 +105,22 @@ class Batcher:
         preparing = self._preparers.submit(prepare)
         waiting = self._waiting[entry] = _Waiting(loop.create_future())
         preparing.add_done_callback(partial(self._enter, entry, waiting, loop.call_soon_threadsafe))
+        # Once prepared, it is the line that finds out.
+        deadline = loop.call_later(entry.deadline_at - self._clock(), self._expire, entry, waiting)
         try:
             return await waiting.result
         finally:
+            deadline.cancel()
             self._waiting.pop(entry, None)
             preparing.cancel()
             self._line.leave(entry)
             if self._stopping:
                 self._arrival.set()  # it may have been the last one
+
+    def _expire(self, entry: Entry, waiting: _Waiting) -> None:
+        """Release a request whose image was not prepared by its deadline, maybe because others' take so long."""
+        if waiting.image is None:
+            self._settle([(entry, DeadlineError("the deadline passed before the image was decoded"))])
 
     def _enter(self, entry: Entry, waiting: _Waiting, call_on_loop: CallOnLoop, preparing: "Future[Tensor]") -> None:
         """Put a prepared request in line, on the thread that prepared it: the event loop need not hear of it."""
@@ -231,11 +208,12 @@ class Batcher:
         except Exception:  # whatever the model raises, its requests must be released and the next batch run
             self._free_at = self._clock()
             self._line.failed(self._free_at)
-            yield from self._run_apart(choice, index, list(images))
+            yield from self._run_apart(choice, index, images)
             return
         inference_s = ended_at - started_at
         self._line.finished(index, len(answered), inference_s, ended_at, started_at - self._free_at)
         self._free_at = ended_at
+        self._failures_in_a_row = 0
         self._pacer.batch_ran(inference_s)
         self._observe_batch(len(answered), predicted_s, inference_s, inference_s * self._pacer.stretch)
         yield [
@@ -245,7 +223,7 @@ class Batcher:
 
     def _timed_run(
         self, images: Sequence[Tensor], profile: SubNetworkProfile, predicted_s: float
-    ) -> tuple[list[tuple[Floats, Floats, Indices]], float, float]:
+    ) -> tuple[list[Ranked], float, float]:
         """Run a batch; returns (logits, probabilities, ranking) of each image, and when the model started and ended."""
         # NumPy, because PyTorch would give the GIL away for a microsecond's work and wait long to get it back.
         batch = torch.from_numpy(np.stack([image.numpy() for image in images]))
@@ -256,20 +234,33 @@ class Batcher:
         finally:
             self.running = None
         ended_at = self._clock()
-        probabilities = _softmax(logits, profile.temperature)
-        # Here and at once, because sorting on the event loop would give the GIL away for every single answer.
-        ranking = np.argsort(-logits, axis=1, kind="stable")  # far behind, probabilities are all 0
-        return list(zip(logits, probabilities, ranking, strict=True)), started_at, ended_at
+        return rank(logits, profile.temperature), started_at, ended_at
 
-    def _run_apart(self, choice: Choice, index: int, batch: Sequence[Entry]) -> Iterator[Outcomes]:
+    def _run_apart(self, choice: Choice, index: int, images: dict[Entry, Tensor]) -> Iterator[Outcomes]:
         """Run the halves of a batch that failed, until the request that poisons it stands alone."""
+        batch = list(images)
         if len(batch) == 1:
             logger.exception("the model failed on an image at %s", self._line.menu.options[index].row.subnetwork)
             yield [(batch[0], ModelError("the model failed on this image; the server's log says why"))]
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row == FAILURES_IN_A_ROW:
+                self._failures_in_a_row = 0
+                self._require_engine(torch.zeros_like(images[batch[0]]), self._line.menu.options[index].row)
             return
         middle = len(batch) // 2
         for half in (batch[:middle], batch[middle:]):
             yield from self._run_batch(choice, index, half)
+
+    def _require_engine(self, blank: Tensor, profile: SubNetworkProfile) -> None:
+        """Tell images on which the model fails from a model that fails, as a GPU does after an error that stays.
+
+        Raises:
+            RuntimeError: the latter; nobody would be answered any more, and it is for a new process to do better.
+        """
+        try:
+            self._timed_run([blank], profile, 0.0)
+        except Exception as error:
+            raise RuntimeError("the model fails whatever the image") from error
 
     def _settle(self, outcomes: Outcomes) -> None:
         """Release those who wait, on the event loop."""
@@ -281,11 +272,3 @@ class Batcher:
                 waiting.result.set_result(outcome)
             else:
                 waiting.result.set_exception(outcome)
-
-
-def _softmax(logits: Floats, temperature: float) -> Floats:
-    """Return the softmax of each row of (B, classes) over a temperature."""
-    with np.errstate(invalid="ignore"):  # infinity less infinity
-        weights: Floats = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
-        shares: Floats = weights / weights.sum(axis=1, keepdims=True)
-        return shares

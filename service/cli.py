@@ -1,16 +1,26 @@
 """The `supervit` command: parses, calls, prints. What can be expected to go wrong ends in one line on stderr."""
 
 import importlib
+import json
 import os
 import statistics
 import sys
+from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError
-from pydantic_settings import BaseSettings, CliPositionalArg, CliSubCommand, SettingsConfigDict, get_subcommand
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSettingsSource,
+    CliSubCommand,
+    SettingsConfigDict,
+    SettingsError,
+    get_subcommand,
+)
 
 from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoint, save_checkpoint
 from models.data import DataError
@@ -47,7 +57,7 @@ class Profile(BaseModel):
     checkpoint: Path | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
     engine: Literal["auto", "torch", "openvino"] | None = Field(None, description="what runs the model")
     device: str | None = Field(None, description="cpu, cuda, cuda:1, or auto")
-    threads: int | None = Field(None, ge=1, description="threads of the engine on a CPU; every core by default")
+    threads: int | None = Field(None, ge=1, description="threads of the engine on a CPU; by default those of `serve`")
     max_batch_size: int | None = Field(None, ge=1, le=64, description="largest batch to measure")
     fresh: bool = Field(False, description="measure even where there is a measurement")
     plot_file: Path | None = Field(None, description="PNG file for the picture of it")
@@ -76,9 +86,11 @@ class Supervit(BaseSettings):
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 1 for what went wrong, 2 for wrong usage, 130 for Ctrl-C."""
     try:
-        command = get_subcommand(Supervit(_cli_parse_args=sys.argv[1:] if arguments is None else arguments))
+        command = _parse(sys.argv[1:] if arguments is None else arguments)
     except ValidationError as error:
         return _fail(first_problem(error), 2)
+    except SettingsError as error:  # a list that is none, as '[4'
+        return _fail(str(error), 2)
     try:
         match command:
             case Settings():
@@ -111,6 +123,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _parse(arguments: list[str]) -> object:
+    def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+        namespace = parser.parse_args(arguments)
+        for name, value in vars(namespace).items():
+            if name.endswith("photos") and value:
+                # File names, whatever they hold: as a list of JSON, or commas and quotes would part or end them.
+                setattr(namespace, name, json.dumps(value))
+        return namespace
+
+    source = CliSettingsSource[Supervit](Supervit, cli_parse_args=arguments, parse_args_method=parse)
+    return get_subcommand(Supervit(_cli_settings_source=source))
+
+
 def train(recipe: Recipe) -> None:
     """Train, or go on with a training, and say where the checkpoint is."""
     training = _import_extra("models.train")
@@ -129,7 +154,7 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     plots, tqdm = _import_extra("models.plots"), _import_extra("tqdm").tqdm
     checkpoint = load_checkpoint(command.checkpoint)
     path = command.checkpoint
-    if path.suffix != ".safetensors":
+    if not checkpoint.is_ours or path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
         if path.exists():
             raise CommandError(f"{path}: would be overwritten")
@@ -195,7 +220,7 @@ def _import_extra(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed: pip install 'supervit-serve[train]'"
+        message = f"{error.name} is not installed: install this project with its extra, pip install '.[train]'"
         raise CommandError(message) from error
 
 

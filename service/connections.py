@@ -10,26 +10,27 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 32_768
-HEAD_S = 10.0
+HEAD_S = 10.0  # and of a body that nobody waits for
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """Closes a connection whose next request's head is larger than MAX_HEAD_BYTES or takes longer than HEAD_S.
 
     The time is counted from the connection's start or, on one that is kept alive, from the head's first byte; how long
-    it may be silent before that is uvicorn's to say.
+    it may be silent before that is uvicorn's to say. As long is granted to what is left of the body of a request that
+    was answered before it had come.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's to say
         super().__init__(*args, **kwargs)
         self._in_head = True
         self._bytes = 0  # of this request, so far
-        self._head_timeout: asyncio.TimerHandle | None = None
+        self._timeout: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
         """Begin to wait for the first head."""
         super().connection_made(transport)
-        self._await_head()
+        self._start_timeout()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer."""
@@ -43,11 +44,13 @@ class BoundedProtocol(HttpToolsProtocol):
                 return
             piece = data[start : start + MAX_HEAD_BYTES]
             if self._in_head:
-                self._await_head()
+                self._start_timeout()
             self._bytes += len(piece)
             super().data_received(piece)
             if self._in_head and self._bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response(f"The request's head is larger than {MAX_HEAD_BYTES} bytes.")
+            if not self._in_head and not self._is_answering:
+                self._start_timeout()  # it was refused; of the rest of its body nobody takes note
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Note a header; the trailers of a body in chunks are of no use to anybody here, and have no bound."""
@@ -63,13 +66,27 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Look out for the next head."""
         self._in_head, self._bytes = True, 0
+        self._forget_timeout()
         super().on_message_complete()
+        if not self._is_answering:  # uvicorn began to count the silence when it answered, and stopped at the next byte
+            self._start_timeout()
 
-    def _await_head(self) -> None:
-        if self._head_timeout is None:
-            self._head_timeout = self.loop.call_later(HEAD_S, self.transport.close)
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _start_timeout(self) -> None:
+        if self._timeout is None:
+            self._timeout = self.loop.call_later(HEAD_S, self._time_out)
+
+    def _time_out(self) -> None:
+        self._timeout = None
+        if self._is_answering:  # what came is of the request after that; it can wait
+            self._start_timeout()
+        else:
+            self.transport.close()
 
     def _forget_timeout(self) -> None:
-        if self._head_timeout is not None:
-            self._head_timeout.cancel()
-            self._head_timeout = None
+        if self._timeout is not None:
+            self._timeout.cancel()
+            self._timeout = None

@@ -20,7 +20,7 @@ class Decoding:
     clock: Callable[[], float]
     unfinished: "set[Decoding]"
     data: bytes = b""
-    has_started: bool = False
+    started_at: float | None = None
     seconds: float | None = None
 
     def submitted(self, data: bytes) -> "Decoding":
@@ -36,12 +36,12 @@ class Decoding:
             DeadlineError: it would be in vain.
             ServiceError: the image cannot be decoded.
         """
-        self.has_started, started_at = True, self.clock()
+        self.started_at = self.clock()
         try:
-            if started_at > self.deadline_at:
+            if self.started_at > self.deadline_at:
                 raise DeadlineError("the deadline passed before the image could be decoded")
             image = self.decode(self.data)
-            self.seconds = self.clock() - started_at
+            self.seconds = self.clock() - self.started_at
             return image
         finally:
             self.unfinished.discard(self)
@@ -68,7 +68,7 @@ class Decoder:
 
     def over(self, decoding: Decoding) -> None:
         """Learn from one that was prepared, whatever became of it."""
-        if not decoding.has_started:  # its client has left before a thread took it up
+        if decoding.started_at is None:  # its client has left before a thread took it up
             self._unfinished.discard(decoding)
         if decoding.seconds is not None:
             self._delay.observe(decoding.seconds, self._clock())
@@ -78,6 +78,12 @@ class Decoder:
         return self._delay.expected_s(now)
 
     def queue_s(self, now: float) -> float:
-        """How long a newcomer will wait for a thread."""
+        """How long a newcomer will wait for a thread.
+
+        Images that hold every thread for longer than images take are expected to hold them for as long again.
+        """
         ahead = max(0, len(self._unfinished) + 1 - self._threads)
-        return ahead / self._threads * self._delay.expected_s(now)
+        expected_s = self._delay.expected_s(now)
+        started_at = [one.started_at for one in tuple(self._unfinished) if one.started_at is not None] if ahead else []
+        held_s = now - max(started_at) if len(started_at) == self._threads else 0.0
+        return ahead / self._threads * expected_s + max(0.0, held_s - expected_s)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 
-from service.batcher import Batcher, Result
+from service.batcher import Batcher
 from service.decoding import Decoder
 from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, Prediction, Timing
 from service.errors import (
@@ -22,6 +22,7 @@ from service.estimates import Delay
 from service.line import Line
 from service.metrics import Metrics
 from service.reasons import explain
+from service.results import Result
 from service.situation import Entry, Preparation, Wish, target
 
 logger = logging.getLogger(__name__)

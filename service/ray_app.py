@@ -40,7 +40,7 @@ class Replica:
         checkpoint = load_checkpoint(settings.checkpoint)
         threads = settings.threads or min(engine_threads(checkpoint, Monitor()), _assigned_cpus())
         self._app = create_app(
-            settings.model_copy(update={"threads": threads}),
+            settings.model_copy(update={"threads": threads, "workers": 1}),  # Ray has replicas
             checkpoint,
             on_failure=self._fail,
             ready_first=True,

@@ -127,8 +127,10 @@ def serve(settings: Settings) -> None:
     if settings.workers > 1 and settings.fd is None:
         supervise(settings)
         return
-    allow_connections(settings.max_in_flight)
     shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
+    if settings.workers > 1 and shared_folder is None:
+        raise CommandError("--workers listen on sockets of their own: leave out --fd, or --workers")
+    allow_connections(settings.max_in_flight)
     with _bind(settings) if settings.fd is None else socket.socket(fileno=settings.fd) as opened:
         app = create_app(
             settings,

@@ -26,7 +26,9 @@ class Settings(BaseSettings):
         "auto", description="what runs the model; auto takes OpenVINO on a CPU and PyTorch on a GPU"
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
-    threads: int | None = Field(None, ge=1, description="threads of the engine on a CPU; every core by default")
+    threads: int | None = Field(
+        None, ge=1, description="threads of the engine on a CPU; every core by default, or all but one"
+    )
     policy: str = Field("level", description="what chooses the sub-network and the batch; others are for comparison")
     default_budget_ms: float = Field(
         1000, gt=0, allow_inf_nan=False, description="time granted to a request that names no budget_ms"

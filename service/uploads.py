@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from service.errors import (
     BodyTooLargeError,
     ClientGoneError,
+    DeadlineError,
     InvalidImageError,
     UnsupportedMediaError,
     UploadTimeoutError,
@@ -19,6 +20,7 @@ from service.errors import (
 
 FIELD = "file"
 MAX_FORM_PARTS = 16
+LATE_S = 0.01  # of an event loop that is told of a timeout: then what the socket holds may have come in time
 # What clients send that name no type: none at all, "some bytes", and what `curl --data-binary` says of itself.
 UNTYPED = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 
@@ -36,6 +38,7 @@ async def read_image(request: Request, max_bytes: int, max_s: float, within_s: f
         UnsupportedMediaError: the content type says that the body is no image.
         BodyTooLargeError: the body is longer; no more than the limit was read.
         UploadTimeoutError: the body took longer than either.
+        DeadlineError: so it may have done, but the event loop was too busy to see in time whether it was there.
         InvalidImageError: the form is broken or has no such file.
         ClientGoneError: the client left.
     """
@@ -50,13 +53,15 @@ async def read_image(request: Request, max_bytes: int, max_s: float, within_s: f
     # Of a body with a length, the HTTP parser reads no more than that.
     chunks = request.stream() if is_declared else _limited(request.stream(), max_bytes)
     try:
-        async with asyncio.timeout(max(0.0, min(max_s, within_s))):
+        async with asyncio.timeout(max(0.0, min(max_s, within_s))) as limit:
             if is_form:
                 return await _read_field(request.headers, chunks, max_bytes)
             return b"".join([chunk async for chunk in chunks])
     except TimeoutError as error:
-        limit = "its budget" if within_s < max_s else f"{max_s:g} s"
-        raise UploadTimeoutError(f"the body did not arrive within {limit}") from error
+        if asyncio.get_running_loop().time() - (limit.when() or 0.0) > LATE_S:
+            raise DeadlineError("the deadline passed before the server looked at the body") from error
+        allowed = "its budget" if within_s < max_s else f"{max_s:g} s"
+        raise UploadTimeoutError(f"the body did not arrive within {allowed}") from error
     except ClientDisconnect as error:
         raise ClientGoneError("the client left in the middle of its upload") from error
 

@@ -59,6 +59,7 @@ FLOORS = {
     "service.profiler": 2,
     "service.monitor": 2,
     "service.decoding": 2,
+    "service.results": 3,
     "service.guard": 0,
     "service.connections": 0,
     "service.request_ids": 0,

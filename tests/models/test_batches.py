@@ -12,7 +12,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.nn import functional
 
-from models.batches import ImageBatches, crop_and_mirror, fits_memory, open_batches, soft_targets
+from models.batches import TARGETS_NAME, ImageBatches, crop_and_mirror, fits_memory, open_batches, soft_targets
 from models.data import SampleLoader, evaluation_transform, normalise, open_folder
 from models.recipe import Recipe
 from models.state import TrainingError
@@ -167,6 +167,19 @@ def test_a_teacher_that_has_answered_is_not_asked_again(
     assert isinstance(first, ImageBatches)
     assert isinstance(second, ImageBatches)
     assert torch.equal(first.targets, second.targets)
+
+
+def test_damaged_answers_of_a_teacher_are_asked_for_again(
+    tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, teacher: Teacher
+) -> None:
+    recipe = tiny_recipe(tmp_path, **ASKED_ONCE)
+    answers = soft_targets(recipe, tiny_config, teacher)
+    kept = tmp_path / TARGETS_NAME
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"nonsense"):
+        kept.write_bytes(damaged)
+        assert torch.equal(soft_targets(recipe, tiny_config, teacher), answers)
+        assert torch.equal(torch.load(kept, weights_only=True)["targets"], answers)
 
 
 def test_another_teacher_and_one_that_sees_other_pictures_are_asked_again(

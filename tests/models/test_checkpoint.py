@@ -378,6 +378,7 @@ def set_in_header(*keys: str, value: object) -> Callable[[Weights, dict[str, Any
         (set_in_header("config", "patch_grids", value=[2, 3, 4, 5]), "the profile lacks grid 5 at keep rate 0.5"),
         (set_in_header("config", "patch_grids", value=[3, 4]), "the profile has grid 2, which was not trained"),
         (set_in_header("config", value=None), "config"),
+        (set_in_header("config", "crop_fraction", value=1e-7), "crop_fraction"),
     ],
 )
 def test_a_header_that_contradicts_itself_is_not_ours(
@@ -398,6 +399,10 @@ def set_in_first_row(name: str, value: float) -> Callable[[Weights, dict[str, An
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (
+            set_in_first_row("is_trained", False),
+            "its header is not ours: .*whether grid 2 at keep rate 0.5 was trained",
+        ),
         (set_in_first_row("macs", -5), "its header is not ours: .*MACs must be at least 1, not -5"),
         (set_in_first_row("macs", 5), "5 MACs are not the cost of grid 2 at keep rate 0.5"),
         (set_in_first_row("top1", -0.1), "its header is not ours: .*top1 must be in 0..1"),

@@ -2,7 +2,9 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from models.devices import DeviceError
 from models.objective import PairChoice, sample_pairs, training_step
 from models.profiles import ProfileTable
 from models.recipe import Recipe
-from models.state import TrainingError
+from models.state import TrainingError, save_whole
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 from models.train import (
@@ -210,6 +212,20 @@ def test_the_first_epochs_can_be_cheap_ones_of_a_single_subnetwork(tmp_path: Pat
     assert [list(record["loss"]) for record in log_of(tmp_path / "run")] == [single, single, four]  # type: ignore[call-overload] # read from JSON
 
 
+def test_the_stem_can_be_trained_with_the_statistics_that_it_is_served_with(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
+    first = train(tiny_recipe(tmp_path / "first", **LVVIT))
+    followed = train(tiny_recipe(tmp_path / "followed", init=first, **LVVIT))
+    frozen = train(tiny_recipe(tmp_path / "frozen", init=first, freeze_batch_norm=True, **LVVIT))
+    before, moved, kept = (read_weights(path) for path in (first, followed, frozen))
+    for name in ("patch_embed.bn1.running_mean", "patch_embed.bn3.running_var"):
+        assert not torch.equal(moved[name], before[name])
+        assert torch.equal(kept[name], before[name])
+    name = "patch_embed.bn1.weight"  # scale and shift are learned all the same
+    assert not torch.equal(kept[name], before[name])
+
+
 def test_a_family_of_one_that_fuses_is_trained_saved_and_loaded(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     path = train(tiny_recipe(tmp_path / "run", epochs=1, patch_grids=(4,), keep_rates=(0.5,), fuse_pruned=True))
     assert list(log_of(tmp_path / "run")[0]["loss"]) == ["single grid"]  # type: ignore[call-overload] # read from JSON
@@ -336,6 +352,30 @@ def test_a_damaged_state_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeReci
         train(tiny_recipe(tmp_path / "run", resume=True))
 
 
+def test_a_run_from_before_an_option_existed_is_one_that_left_it_out(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    del state["recipe"]["freeze_batch_norm"]
+    torch.save(state, tmp_path / "run" / "state.pt")
+    train(tiny_recipe(tmp_path / "run", epochs=2, resume=True))
+    assert len(log_of(tmp_path / "run")) == 2
+
+
+def test_a_full_disk_is_an_os_error_and_costs_nothing_that_was_saved(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    save_whole({"epoch": torch.tensor(1)}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_whole({"epoch": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert torch.load(path, weights_only=True) == {"epoch": torch.tensor(1)}
+
+
 def test_a_state_of_something_else_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1))
     torch.save({"weights": torch.zeros(2)}, tmp_path / "run" / "state.pt")
@@ -349,6 +389,8 @@ def test_a_state_of_something_else_cannot_be_resumed(tmp_path: Path, tiny_recipe
         ({"model": "resnet18"}, "no model 'resnet18'; there are supervit_"),
         ({"width": 15}, "not a multiple of"),
         ({"teacher": "no_such_teacher"}, "timm knows no model 'no_such_teacher'"),
+        ({"freeze_batch_norm": True, **LVVIT}, "freeze-batch-norm"),
+        ({"freeze_batch_norm": True, "init": Path("a_deit.safetensors")}, "freeze-batch-norm"),
     ],
 )
 def test_a_recipe_that_cannot_be_built_says_why(

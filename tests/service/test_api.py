@@ -595,24 +595,50 @@ def test_an_engine_that_hangs_ends_the_server_and_keeps_nobody_waiting(
     assert beats[-1]
 
 
+@pytest.mark.parametrize("ready_first", [False, True])
 def test_an_engine_that_hangs_before_the_first_request_ends_the_server_too(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
     latencies: LatencyTable,
     monkeypatch: pytest.MonkeyPatch,
+    ready_first: bool,
 ) -> None:
     monkeypatch.setattr("service.guard.GUARD_INTERVAL_S", 0.02)
     monkeypatch.setattr("service.guard.HANG_S", 0.1)
     monkeypatch.setattr("service.app.PREPARATION_S", 0.02)
     may_warm_up, failed = threading.Event(), threading.Event()
     monkeypatch.setattr(engine, "warm_up", may_warm_up.wait)
-    app = create_app(settings, checkpoint, engine, latencies, failed.set)
+    app = create_app(settings, checkpoint, engine, latencies, failed.set, ready_first=ready_first)
+    threading.Timer(10, may_warm_up.set).start()
     with TestClient(app) as client:
         assert client.get("/health/ready").status_code == 503
-        assert failed.wait(10)
+        assert failed.wait(5)
         assert app.state.is_hung()
     may_warm_up.set()
+
+
+def test_who_waits_for_another_process_to_measure_is_not_taken_to_hang(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wait(*_: object, is_stopping: Callable[[], bool], **__: object) -> Measurement:
+        for _step in range(50):
+            assert not is_stopping()
+            time.sleep(0.01)
+        return Measurement(latencies, {}, "2026-01-02T00:00:00+00:00")
+
+    monkeypatch.setattr("service.guard.GUARD_INTERVAL_S", 0.02)
+    monkeypatch.setattr("service.guard.HANG_S", 0.1)
+    monkeypatch.setattr("service.app.PREPARATION_S", 0.01)
+    monkeypatch.setattr("service.app.load_or_measure", wait)
+    app = create_app(settings, checkpoint, engine)
+    with TestClient(app) as client:
+        wait_until_ready(client)
+        assert not app.state.is_hung()
 
 
 def test_a_slow_batch_is_none_that_hangs(

@@ -13,12 +13,13 @@ from torch import Tensor
 from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
-from service.batcher import Batcher, Result
+from service.batcher import FAILURES_IN_A_ROW, Batcher
 from service.errors import DeadlineError, InvalidImageError, ModelError, NotReadyError, OverloadedError, ServiceError
 from service.line import Line
 from service.menu import Menu
 from service.pacer import Pacer
 from service.policy import choose_level
+from service.results import Result
 from service.situation import Choice, Entry, Situation, Wish
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
@@ -301,6 +302,40 @@ async def test_a_request_that_poisons_its_batch_is_found_and_its_mates_are_answe
     assert gate.sizes == [1, 1, 2]  # of those that ran through
 
 
+async def test_images_that_all_fail_do_not_end_a_model_that_answers_others() -> None:
+    gate = Gate()
+    gate.open.set()
+    async with serving(gate) as batcher:
+        for _ in range(2 * FAILURES_IN_A_ROW):
+            with pytest.raises(ModelError):
+                await batcher.submit(image(13), named(SMALL))
+        assert (await batcher.submit(image(1), named(SMALL))).logits.tolist() == [1, 1, 1]
+    assert [values for _, values in gate.batches].count([0]) == 2  # the blank images
+
+
+async def test_a_model_that_fails_whatever_the_image_ends_the_loop() -> None:
+    calls: list[int] = []
+
+    def run(images: Tensor, _: SubNetwork) -> Tensor:
+        calls.append(len(images))
+        if len(calls) > 2:
+            raise RuntimeError("device-side assert")
+        return images[:, :, 0, 0].float()
+
+    batcher = Batcher(run, Line(MENU, choose_level, 4), ThreadPoolExecutor(1, "engine"), Inline())
+    loop = asyncio.create_task(batcher.serve())
+    for _ in range(2):
+        await batcher.submit(image(1), named(SMALL))
+    for _ in range(FAILURES_IN_A_ROW):
+        with pytest.raises(ModelError):
+            await batcher.submit(image(1), named(SMALL))
+    with pytest.raises(RuntimeError, match="whatever the image"):
+        await asyncio.wait_for(loop, 10)
+    assert len(calls) == 2 + FAILURES_IN_A_ROW + 1
+    with pytest.raises(NotReadyError):
+        await batcher.submit(image(1), named(SMALL))
+
+
 async def test_two_poisons_and_a_batch_with_rows_missing_are_found_likewise() -> None:
     gate = Gate()
     async with serving(gate) as batcher:
@@ -380,6 +415,28 @@ async def test_who_leaves_before_the_image_is_prepared_does_not_get_in_line() ->
     go_on.set()
     preparers.shutdown()
     assert not begun.is_set(), "the second was taken away from those who wait for the thread"
+    assert (len(line), line.backlog_s(time.monotonic())) == (0, 0.0)
+
+
+async def test_a_request_whose_image_is_still_being_decoded_is_answered_at_its_deadline() -> None:
+    go_on = threading.Event()
+    line = Line(MENU, choose_level, 4)
+    preparers = ThreadPoolExecutor(1, "decode")
+    batcher = Batcher(Gate().run, line, ThreadPoolExecutor(1, "engine"), preparers)
+    bomb, behind_it = named(SMALL, 0.05), named(SMALL, 0.1)
+    for entry in (bomb, behind_it):
+        line.admit(entry, time.monotonic())
+
+    def slow() -> Tensor:
+        go_on.wait(10)
+        return image(1)()
+
+    outcomes = await asyncio.gather(*(batcher.submit(slow, e) for e in (bomb, behind_it)), return_exceptions=True)
+    is_still_busy = not go_on.is_set()
+    go_on.set()
+    preparers.shutdown()
+    assert is_still_busy
+    assert [type(outcome) for outcome in outcomes] == [DeadlineError, DeadlineError]
     assert (len(line), line.backlog_s(time.monotonic())) == (0, 0.0)
 
 

@@ -1,6 +1,7 @@
 import json
 import resource
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,16 @@ def test_classify_shows_the_best_classes_and_the_reason(
     shown = capsys.readouterr().out
     assert shown.count("%  thing") == 2
     assert "nothing else waits" in shown
+
+
+@pytest.mark.parametrize("name", ["a, b.jpg", 'it"s.jpg', "[1].jpg", "{x}.jpg", '"q".jpg', "007", "a\\b.jpg", " ü.jpg"])
+def test_classify_takes_file_names_as_they_are(
+    name: str, checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = photo_path.rename(photo_path.with_name(name))
+    arguments = [str(named), "--checkpoint", str(checkpoint_path), "--json-lines"]
+    assert main(["classify", str(named), *arguments]) == 0
+    assert [json.loads(line)["photo"] for line in capsys.readouterr().out.splitlines()] == [str(named)] * 2
 
 
 def test_classify_is_in_no_hurry(
@@ -193,6 +204,14 @@ def test_serve_refuses_to_start_on_a_bad_checkpoint_in_one_line(
     assert str(path) in error
 
 
+def test_serve_refuses_workers_on_a_socket_of_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUPERVIT_WORKERS", "4")
+    assert main(["serve", "--fd", "3"]) == 1
+    assert "leave out --fd, or --workers" in capsys.readouterr().err
+
+
 def test_serve_refuses_a_device_that_is_not_there(checkpoint_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--checkpoint", str(checkpoint_path), "--device", "cuda:77"]) == 1
     assert capsys.readouterr().err.startswith("supervit: device 'cuda:77' cannot be used")
@@ -206,12 +225,14 @@ def test_serve_refuses_a_device_that_is_not_there(checkpoint_path: Path, capsys:
         ["classify", "a.jpg", "--budget-gflops", "-1"],
         ["classify", "a.jpg", "--url", ""],
         ["train", "d", "--epochs", "0"],
+        ["train", "d", "--patch-grids", "[4"],
     ],
 )
 def test_a_value_outside_its_range_is_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"supervit: {arguments[0]}")
+    assert error.startswith("supervit: ")
+    assert arguments[0] in error
     assert error.count("\n") == 1
 
 
@@ -245,6 +266,17 @@ def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
     assert all(f"{100 * (row.top1 or 0):.2f} %" in printed for row in measured.profile.rows)
     assert torch.equal(measured.model.head.weight, checkpoint.model.head.weight)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_never_replaces_weights_that_others_named_as_it_names_its_own(
+    checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = replace(load_checkpoint(checkpoint_path), is_ours=False)
+    monkeypatch.setattr("service.cli.load_checkpoint", lambda _: published)
+    stranger = checkpoint_path.with_name(f"{checkpoint_path.name}.safetensors")
+    stranger.touch()
+    assert main(["evaluate", str(checkpoint_path), str(tmp_path)]) == 1
+    assert f"{stranger}: would be overwritten" in capsys.readouterr().err
 
 
 def test_evaluate_never_replaces_a_file_that_is_not_its_own(

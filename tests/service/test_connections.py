@@ -12,6 +12,7 @@ pytestmark = pytest.mark.anyio
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
+App = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 
 
 async def measure(scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -27,11 +28,14 @@ async def measure(scope: dict[str, Any], receive: Receive, send: Send) -> None:
 
 
 class Client:
-    """A connection to the app, to send what no HTTP client would."""
+    """A connection to an app, to send what no HTTP client would."""
+
+    def __init__(self, app: App = measure) -> None:
+        self.app = app
 
     async def __aenter__(self) -> "Client":
         config = uvicorn.Config(
-            measure, port=0, http=BoundedProtocol, ws="none", lifespan="off", log_config=None, timeout_keep_alive=1
+            self.app, port=0, http=BoundedProtocol, ws="none", lifespan="off", log_config=None, timeout_keep_alive=1
         )
         self.server = uvicorn.Server(config)
         config.load()
@@ -137,3 +141,39 @@ async def drip(client: Client, line: bytes) -> None:
     while True:
         await client.send(line)
         await asyncio.sleep(0.05)
+
+
+async def test_what_comes_early_of_the_next_request_does_not_cut_off_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", 0.1)
+    go_on = asyncio.Event()
+
+    async def slow(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        await go_on.wait()
+        await measure(scope, receive, send)
+
+    async with Client(slow) as client:
+        await client.send(post(1) + b"x")
+        await asyncio.sleep(0.05)
+        await client.send(b"\r\n")
+        await asyncio.sleep(0.25)
+        go_on.set()
+        assert await client.answer() == b"1 2"
+        await client.rest()  # and then the head is awaited no longer than any other
+
+
+@pytest.mark.parametrize("more", [b"x", b"x" * 999], ids=["a part of the body", "all of it"])
+async def test_a_client_that_was_refused_cannot_keep_its_connection_by_what_it_sends_of_its_body(
+    more: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", 0.2)
+
+    async def refuse(_: dict[str, Any], receive: Receive, send: Send) -> None:
+        del receive
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with Client(refuse) as client:
+        await client.send(post(999))
+        assert await client.answer() == b""
+        await client.send(more)
+        assert await client.rest(3) == b""

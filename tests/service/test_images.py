@@ -15,7 +15,7 @@ from models.data import evaluation_transform, flatten, to_rgb
 from models.subnetwork import SuperViTConfig
 from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL
 from service.errors import ImageTooLargeError, InvalidImageError
-from service.images import decode_image
+from service.images import MAX_SCANS, decode_image
 from tests.service.conftest import CONFIG
 
 SIDE = CONFIG.image_side
@@ -151,6 +151,32 @@ def test_a_truncated_jpeg_is_refused_at_a_fraction_of_its_size_too(
     for cut in (2, len(data) // 2, len(data) * 9 // 10):
         with pytest.raises(InvalidImageError, match="broken: image file is truncated"):
             decode(data[:-cut], max_pixels=2_000_000)
+
+
+def progressive(encode: Callable[..., bytes]) -> tuple[bytes, bytes]:
+    """A progressive JPEG without its end, and the last of its scans."""
+    data = encode(Image.new("L", (16, 16), 90), "JPEG", progressive=True)
+    assert data.endswith(b"\xff\xd9")
+    return data[:-2], data[data.rindex(b"\xff\xda") : -2]
+
+
+def test_a_jpeg_that_refines_its_pixels_without_end_is_refused(encode: Callable[..., bytes]) -> None:
+    beginning, scan = progressive(encode)
+    scans = beginning.count(b"\xff\xda")
+    fine = beginning + (MAX_SCANS - scans) * scan + b"\xff\xd9"
+    assert decode(fine).shape == (3, SIDE, SIDE)
+    assert decode(fine + 1000 * scan).shape == (3, SIDE, SIDE), "nobody decodes what follows the end"
+    with pytest.raises(InvalidImageError, match="scans"):
+        decode(beginning + (MAX_SCANS + 1 - scans) * scan + b"\xff\xd9")
+
+
+def test_what_looks_like_scans_in_the_metadata_is_none(encode: Callable[..., bytes]) -> None:
+    data = encode(Image.new("RGB", (16, 16), (255, 0, 0)), "JPEG", comment=1000 * b"\xff\xda\xff\xd9")
+    assert mean_colour(data)[0] > 250
+    beginning, scan = progressive(encode)
+    hidden = beginning[:2] + b"\xff\xfe\x00\x04\xff\xd9" + beginning[2:] + MAX_SCANS * scan + b"\xff\xd9"
+    with pytest.raises(InvalidImageError, match="scans"):
+        decode(hidden)
 
 
 def picture(width: int, height: int) -> Image.Image:

@@ -1,10 +1,11 @@
 import asyncio
+import time
 from typing import Any
 
 import pytest
 from fastapi import Request
 
-from service.errors import BodyTooLargeError, ClientGoneError, InvalidImageError, UploadTimeoutError
+from service.errors import BodyTooLargeError, ClientGoneError, DeadlineError, InvalidImageError, UploadTimeoutError
 from service.uploads import read_image
 
 pytestmark = pytest.mark.anyio
@@ -97,3 +98,19 @@ async def test_a_form_in_a_charset_that_does_not_exist_is_refused() -> None:
     headers = {"content-type": "multipart/form-data; boundary=x; charset=undefined"}
     with pytest.raises(InvalidImageError, match="form is broken"):
         await Client(PART + END, headers=headers).upload(limit=1000)
+
+
+async def test_a_body_that_a_busy_event_loop_saw_too_late_is_not_its_clients_fault() -> None:
+    loop = asyncio.get_running_loop()
+    sent = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        await sent.wait()
+        return {"type": "http.request", "body": b"abcd", "more_body": False}
+
+    uploading = asyncio.create_task(read_image(Request({"type": "http", "headers": []}, receive), LIMIT, 10, 0.05))
+    await asyncio.sleep(0)
+    loop.call_soon(time.sleep, 0.2)
+    loop.call_later(0.04, sent.set)
+    with pytest.raises(DeadlineError):
+        await uploading

@@ -1,0 +1,62 @@
+"""What the engine answers to an image: the classes, the most probable first, and how it came about."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from service.menu import Option
+from service.situation import Choice
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+# Of one image: logits, probabilities and ranking, as in a Result.
+Ranked = tuple[Floats, Floats, Indices]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the engine answered to one request.
+
+    Attributes:
+        logits: (classes,).
+        probabilities: (classes,), their softmax at the sub-network's temperature; none is a number where some logit is
+            none.
+        ranking: (classes,), the indices of the classes, the most probable first.
+        option: what ran.
+        choice: the whole decision, its reason included.
+        batch_size: images that ran together.
+        predicted_s: what the batch was expected to take.
+        inference_s: what it took.
+        started_at: when it began, on the monotonic clock.
+        ended_at: when it ended.
+    """
+
+    logits: Floats
+    probabilities: Floats
+    ranking: Indices
+    option: Option
+    choice: Choice
+    batch_size: int
+    predicted_s: float
+    inference_s: float
+    started_at: float
+    ended_at: float
+
+
+def rank(logits: Floats, temperature: float) -> list[Ranked]:
+    """Read the (B, classes) logits of a batch.
+
+    It is for the engine's thread, all at once: sorting on the event loop would give the GIL away for every answer.
+    """
+    probabilities = _softmax(logits, temperature)
+    ranking = np.argsort(-logits, axis=1, kind="stable")  # far behind, probabilities are all 0
+    return list(zip(logits, probabilities, ranking, strict=True))
+
+
+def _softmax(logits: Floats, temperature: float) -> Floats:
+    """Return the softmax of each row of (B, classes) over a temperature."""
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        weights: Floats = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
+        shares: Floats = weights / weights.sum(axis=1, keepdims=True)
+        return shares
