@@ -246,14 +246,11 @@ class _Service:
         if self._latencies is not None:
             return self._latencies, "not measured here"
         settings, checkpoint, run = self._settings, self._checkpoint, self._run_unless_stopping
-        measurement = measure_latencies(
-            settings, checkpoint, self._engine, run, is_stopping=lambda: not self._goes_on()
-        )
-        best = Menu.of(extended_profile(checkpoint), measurement.table).best
-        measured_at = datetime.fromisoformat(measurement.measured_at)
-        self._api.metrics.profiled(checkpoint.name, measured_at, best.row.top1)
+        measured = measure_latencies(settings, checkpoint, self._engine, run, is_stopping=lambda: not self._goes_on())
+        best = Menu.of(extended_profile(checkpoint), measured.table).best
+        self._api.metrics.profiled(checkpoint.name, datetime.fromisoformat(measured.measured_at), best.row.top1)
         rehearse(run, checkpoint.config.image_side, checkpoint.config.subnetworks, settings.max_batch_size)
-        return measurement.table, measurement.measured_at
+        return measured.table, measured.measured_at
 
     def _run_unless_stopping(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         if not self._goes_on():
