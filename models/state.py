@@ -138,8 +138,12 @@ def save_whole(content: object, path: Path) -> None:
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # each process of a run may write the same
-    partial.write_bytes(buffer.getbuffer())
+    partial = path.with_name(f"{path.name}.{os.environ.get('RANK', '0')}.partial")  # each process may write the same
+    try:
+        partial.write_bytes(buffer.getbuffer())
+    except OSError:
+        partial.unlink()  # or it would fill the disk for those who come next
+        raise
     partial.replace(path)
 
 

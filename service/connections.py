@@ -10,15 +10,17 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 32_768
-HEAD_S = 10.0  # and of a body that nobody waits for
+HEAD_S = 10.0
+# Of what is left of a body after its request was refused. Most clients read no answer before they have sent all.
+REFUSED_BODY_S = 30.0
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """Closes a connection whose next request's head is larger than MAX_HEAD_BYTES or takes longer than HEAD_S.
 
     The time is counted from the connection's start or, on one that is kept alive, from the head's first byte; how long
-    it may be silent before that is uvicorn's to say. As long is granted to what is left of the body of a request that
-    was answered before it had come.
+    it may be silent before that is uvicorn's to say. Of a request that was answered too early, the rest of the body gets
+    REFUSED_BODY_S.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's to say
@@ -30,7 +32,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
         """Begin to wait for the first head."""
         super().connection_made(transport)
-        self._start_timeout()
+        self._start_timeout(HEAD_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer."""
@@ -43,14 +45,16 @@ class BoundedProtocol(HttpToolsProtocol):
             if self.transport.is_closing():
                 return
             piece = data[start : start + MAX_HEAD_BYTES]
+            if self._in_head and not self._bytes and self.cycle is not None and self.cycle.response_complete:
+                self._forget_timeout()  # of the silence before
             if self._in_head:
-                self._start_timeout()
+                self._start_timeout(HEAD_S)
             self._bytes += len(piece)
             super().data_received(piece)
             if self._in_head and self._bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response(f"The request's head is larger than {MAX_HEAD_BYTES} bytes.")
             if not self._in_head and not self._is_answering:
-                self._start_timeout()  # it was refused; of the rest of its body nobody takes note
+                self._start_timeout(REFUSED_BODY_S)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Note a header; the trailers of a body in chunks are of no use to anybody here, and have no bound."""
@@ -69,20 +73,20 @@ class BoundedProtocol(HttpToolsProtocol):
         self._forget_timeout()
         super().on_message_complete()
         if not self._is_answering:  # uvicorn began to count the silence when it answered, and stopped at the next byte
-            self._start_timeout()
+            self._start_timeout(HEAD_S)
 
     @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _start_timeout(self) -> None:
+    def _start_timeout(self, seconds: float) -> None:
         if self._timeout is None:
-            self._timeout = self.loop.call_later(HEAD_S, self._time_out)
+            self._timeout = self.loop.call_later(seconds, self._time_out)
 
     def _time_out(self) -> None:
         self._timeout = None
         if self._is_answering:  # what came is of the request after that; it can wait
-            self._start_timeout()
+            self._start_timeout(HEAD_S)
         else:
             self.transport.close()
 

@@ -68,10 +68,13 @@ class Decoder:
 
     def over(self, decoding: Decoding) -> None:
         """Learn from one that was prepared, whatever became of it."""
+        now = self._clock()
         if decoding.started_at is None:  # its client has left before a thread took it up
             self._unfinished.discard(decoding)
-        if decoding.seconds is not None:
-            self._delay.observe(decoding.seconds, self._clock())
+        elif decoding.seconds is not None:
+            self._delay.observe(decoding.seconds, now)
+        elif decoding in self._unfinished:  # it takes longer than its client would wait, who knows how much
+            self._delay.observe(max(now - decoding.started_at, self._delay.expected_s(now)), now)
 
     def expected_s(self, now: float) -> float:
         """How long an image will take."""

@@ -374,6 +374,7 @@ def test_a_full_disk_is_an_os_error_and_costs_nothing_that_was_saved(tmp_path: P
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert torch.load(path, weights_only=True) == {"epoch": torch.tensor(1)}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_state_of_something_else_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:

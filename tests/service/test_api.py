@@ -610,11 +610,13 @@ def test_an_engine_that_hangs_before_the_first_request_ends_the_server_too(
     may_warm_up, failed = threading.Event(), threading.Event()
     monkeypatch.setattr(engine, "warm_up", may_warm_up.wait)
     app = create_app(settings, checkpoint, engine, latencies, failed.set, ready_first=ready_first)
-    threading.Timer(10, may_warm_up.set).start()
+    at_last = threading.Timer(10, may_warm_up.set)
+    at_last.start()
     with TestClient(app) as client:
         assert client.get("/health/ready").status_code == 503
         assert failed.wait(5)
         assert app.state.is_hung()
+    at_last.cancel()
     may_warm_up.set()
 
 
@@ -626,13 +628,13 @@ def test_who_waits_for_another_process_to_measure_is_not_taken_to_hang(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def wait(*_: object, is_stopping: Callable[[], bool], **__: object) -> Measurement:
-        for _step in range(50):
+        for _step in range(100):
             assert not is_stopping()
             time.sleep(0.01)
         return Measurement(latencies, {}, "2026-01-02T00:00:00+00:00")
 
     monkeypatch.setattr("service.guard.GUARD_INTERVAL_S", 0.02)
-    monkeypatch.setattr("service.guard.HANG_S", 0.1)
+    monkeypatch.setattr("service.guard.HANG_S", 0.4)
     monkeypatch.setattr("service.app.PREPARATION_S", 0.01)
     monkeypatch.setattr("service.app.load_or_measure", wait)
     app = create_app(settings, checkpoint, engine)

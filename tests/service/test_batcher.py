@@ -431,11 +431,12 @@ async def test_a_request_whose_image_is_still_being_decoded_is_answered_at_its_d
         go_on.wait(10)
         return image(1)()
 
-    outcomes = await asyncio.gather(*(batcher.submit(slow, e) for e in (bomb, behind_it)), return_exceptions=True)
-    is_still_busy = not go_on.is_set()
-    go_on.set()
-    preparers.shutdown()
-    assert is_still_busy
+    answers = asyncio.gather(*(batcher.submit(slow, e) for e in (bomb, behind_it)), return_exceptions=True)
+    try:
+        outcomes = await asyncio.wait_for(answers, 5)
+    finally:
+        go_on.set()
+        preparers.shutdown()
     assert [type(outcome) for outcome in outcomes] == [DeadlineError, DeadlineError]
     assert (len(line), line.backlog_s(time.monotonic())) == (0, 0.0)
 

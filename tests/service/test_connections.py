@@ -166,6 +166,7 @@ async def test_a_client_that_was_refused_cannot_keep_its_connection_by_what_it_s
     more: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "HEAD_S", 0.2)
+    monkeypatch.setattr(connections, "REFUSED_BODY_S", 0.2)
 
     async def refuse(_: dict[str, Any], receive: Receive, send: Send) -> None:
         del receive

@@ -44,6 +44,17 @@ def test_images_that_hold_all_threads_for_too_long_are_expected_to_go_on_so() ->
     assert slow.decoder.queue_s(slow.now) == 0.0
 
 
+def test_images_that_outlast_their_clients_are_learned_from() -> None:
+    slow = Slow()
+    with ThreadPoolExecutor(2) as threads:
+        decoding = slow.submit(threads)
+        slow.running.acquire()
+        slow.now = 0.1
+        slow.decoder.over(decoding)
+        assert slow.decoder.expected_s(slow.now) > 0
+        slow.may_end.set()
+
+
 def test_images_that_take_their_time_are_not_counted_twice() -> None:
     slow = Slow()
     with ThreadPoolExecutor(2) as threads:

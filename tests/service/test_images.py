@@ -174,9 +174,14 @@ def test_what_looks_like_scans_in_the_metadata_is_none(encode: Callable[..., byt
     data = encode(Image.new("RGB", (16, 16), (255, 0, 0)), "JPEG", comment=1000 * b"\xff\xda\xff\xd9")
     assert mean_colour(data)[0] > 250
     beginning, scan = progressive(encode)
-    hidden = beginning[:2] + b"\xff\xfe\x00\x04\xff\xd9" + beginning[2:] + MAX_SCANS * scan + b"\xff\xd9"
-    with pytest.raises(InvalidImageError, match="scans"):
-        decode(hidden)
+    bomb = beginning + MAX_SCANS * scan + b"\xff\xd9"
+    in_a_comment = bomb[:2] + b"\xff\xfe\x00\x04\xff\xd9" + bomb[2:]
+    after_an_empty_image = b"\xff\xd8\xff\xd9" + bomb
+    # To libjpeg this is noise between the bytes of a scan; were it a segment, the next 65,535 bytes would be its own.
+    behind_a_marker = beginning + b"\xff\x02\xff\xff" + MAX_SCANS * scan + b"\xff\xd9"
+    for data in (in_a_comment, after_an_empty_image, behind_a_marker):
+        with pytest.raises(InvalidImageError, match="scans"):
+            decode(data)
 
 
 def picture(width: int, height: int) -> Image.Image:
