@@ -19,8 +19,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """Closes a connection whose next request's head is larger than MAX_HEAD_BYTES or takes longer than HEAD_S.
 
     The time is counted from the connection's start or, on one that is kept alive, from the head's first byte; how long
-    it may be silent before that is uvicorn's to say. Of a request that was answered too early, the rest of the body gets
-    REFUSED_BODY_S.
+    it may be silent before that is uvicorn's to say. The rest of a body that outlasts the answer has REFUSED_BODY_S.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's to say
