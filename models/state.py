@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
+from torch import distributed
 
 from models.checkpoint import UNPICKLING_ERRORS, Header, save_checkpoint
 from models.data import is_unicode
@@ -138,7 +139,8 @@ def save_whole(content: object, path: Path) -> None:
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    partial = path.with_name(f"{path.name}.{os.environ.get('RANK', '0')}.partial")  # each process may write the same
+    rank = distributed.get_rank() if distributed.is_initialized() else 0  # each process may write the same
+    partial = path.with_name(f"{path.name}.{rank}.partial")
     try:
         partial.write_bytes(buffer.getbuffer())
     except OSError:
