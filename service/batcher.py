@@ -259,7 +259,7 @@ class Batcher:
         """
         try:
             self._timed_run([blank], profile, 0.0)
-        except Exception as error:
+        except Exception as error:  # whatever the model raises, that it raises is what counts
             raise RuntimeError("the model fails whatever the image") from error
 
     def _settle(self, outcomes: Outcomes) -> None:
