@@ -144,7 +144,7 @@ def save_whole(content: object, path: Path) -> None:
     try:
         partial.write_bytes(buffer.getbuffer())
     except OSError:
-        partial.unlink()  # or it would fill the disk for those who come next
+        partial.unlink(missing_ok=True)  # or it would fill the disk for those who come next
         raise
     partial.replace(path)
 
