@@ -42,8 +42,8 @@ def plot_training(records: Sequence[dict[str, Any]], path: Path) -> None:
     epochs = [record["epoch"] for record in records]
     for name in dict.fromkeys(name for record in records for name in record["loss"]):  # cheap epochs have other losses
         loss_axes.plot(epochs, [record["loss"].get(name, math.nan) for record in records], label=name)
-    for name in records[0]["top1"]:
-        accuracy_axes.plot(epochs, [100 * record["top1"][name] for record in records], label=name)
+    for name in dict.fromkeys(name for record in records for name in record["top1"]):  # of runs strung together
+        accuracy_axes.plot(epochs, [100 * record["top1"].get(name, math.nan) for record in records], label=name)
     loss_axes.set(xlabel="epoch", ylabel="training loss")
     accuracy_axes.set(xlabel="epoch", ylabel="validation top-1 (%)")
     for axes in (loss_axes, accuracy_axes):
