@@ -1,36 +1,79 @@
 """Whether probabilities mean what they say, and the temperature that makes them (Guo et al., ICML 2017)."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from models.profiles import LOWEST_ENTROPY
+
 NUM_BINS = 15
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
-HALVINGS = 40
+LOWEST_EXPONENT, HIGHEST_EXPONENT = 1e-3, 1.0
+ITERATIONS = 50
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Find the temperature T at which softmax(logits / T) gives the labels the highest likelihood.
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What makes probabilities of logits: softmax(logits / T), where T = temperature * H ** entropy_exponent.
+
+    H is the entropy of softmax(logits) over the greatest there is, log(classes). A network trained on mixed images is
+    too modest where it is sure, and too bold where it is not; no temperature alone mends both (Balanya et al.,
+    "Adaptive temperature scaling for robust calibration of deep neural networks", 2024). The order of classes stays.
+    """
+
+    temperature: float = 1.0
+    entropy_exponent: float = 0.0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Map (B, classes) logits to probabilities."""
+        return _log_probabilities(logits, self.temperature, self.entropy_exponent).exp()
+
+
+def fit_scaling(logits: Tensor, labels: Tensor) -> Scaling:
+    """Find the scaling under which the probabilities of the answers make it likeliest that those are right that are.
 
     One more image whose label might be any class, all equally, keeps logits that are never wrong on few images from
-    taking them for certainty. The log-likelihood is concave in 1 / T, so its slope has one zero, which halving an
-    interval finds.
+    taking them for certainty.
 
     Args:
         logits: (M, classes).
         labels: (M,) class indices.
 
     Returns:
-        T, from LOWEST_TEMPERATURE to HIGHEST_TEMPERATURE.
+        A temperature from LOWEST_TEMPERATURE to HIGHEST_TEMPERATURE, an exponent from LOWEST_EXPONENT to
+        HIGHEST_EXPONENT.
     """
-    logits = logits.double()
+    logits = logits.to(torch.float64, copy=True)  # as a tensor made for inference would not do
     any_class = 1 / (1 + len(labels))
-    aim = (1 - any_class) * logits.gather(1, labels[:, None]).mean() + any_class * logits.mean()
-    low, high = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE
-    for _ in range(HALVINGS):
-        middle = (low * high) ** 0.5
-        expected = ((logits * middle).softmax(dim=1) * logits).sum(dim=1).mean()
-        low, high = (middle, high) if expected < aim else (low, middle)
-    return float((low * high) ** -0.5)
+    right = (1 - any_class) * (logits.argmax(dim=1) == labels) + any_class / logits.shape[1]
+    lowest = torch.tensor([LOWEST_TEMPERATURE, LOWEST_EXPONENT], dtype=torch.float64)
+    highest = torch.tensor([HIGHEST_TEMPERATURE, HIGHEST_EXPONENT], dtype=torch.float64)
+    place = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # between the bounds: 0 is half-way, in logarithms
+    optimizer = torch.optim.LBFGS([place], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def bounded() -> Tensor:
+        return lowest * (highest / lowest) ** place.sigmoid()
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        confidence = _log_probabilities(logits, *bounded()).max(dim=1).values
+        wrong = torch.log1p(-confidence.exp().clamp(max=1 - 1e-12))
+        surprise: Tensor = -(right * confidence + (1 - right) * wrong).mean()
+        surprise.backward()  # type: ignore[no-untyped-call]
+        return surprise
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    if not place.isfinite().all():  # no more were the logits
+        return Scaling()
+    return Scaling(*bounded().tolist())
+
+
+def _log_probabilities(logits: Tensor, temperature: float | Tensor, exponent: float | Tensor) -> Tensor:
+    before = logits.log_softmax(dim=1)
+    entropy = -(before.exp() * before).sum(dim=1, keepdim=True) / math.log(max(2, logits.shape[1]))
+    return (logits / (temperature * entropy.clamp(min=LOWEST_ENTROPY) ** exponent)).log_softmax(dim=1)
 
 
 def expected_calibration_error(confidences: Tensor, correct: Tensor) -> float:

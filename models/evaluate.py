@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from models.calibration import expected_calibration_error, fit_temperature
+from models.calibration import Scaling, expected_calibration_error, fit_scaling
 from models.checkpoint import Checkpoint
 from models.data import DataError, Sample, SampleLoader, evaluation_transform, normalise, open_folder
 from models.devices import resolve_device
@@ -20,7 +20,7 @@ from models.supervit import SuperViT
 
 Progress = Callable[[DataLoader[Sample]], Iterable[tuple[Tensor, Tensor]]]
 
-# Enough for the one number that is fitted, and few enough to keep all their logits over a thousand classes.
+# Enough for the two numbers that are fitted, and few enough to keep all their logits over a thousand classes.
 CALIBRATION_IMAGES = 5000
 
 
@@ -43,7 +43,7 @@ def evaluate(
     device: str = "auto",
     rates_between: bool = False,
 ) -> ProfileTable:
-    """Fit the temperature of every sub-network on val/ and measure it on test/.
+    """Fit the scaling of every sub-network on val/ and measure it on test/.
 
     In float32; on a GPU, convolutions are in TF32, as torch has them by default. Where
     there is only one of the two folders, it serves for both.
@@ -74,8 +74,8 @@ def evaluate(
         return progress(SampleLoader(images, batch_size, num_workers=workers))
 
     profile = checkpoint.profile.with_rates_between(checkpoint.config) if rates_between else checkpoint.profile
-    temperatures = fit_temperatures(model, batches(held_out), profile.by_subnetwork)
-    measured = measure_accuracy(model, batches(measuring), temperatures)
+    scalings = fit_scalings(model, batches(held_out), profile.by_subnetwork)
+    measured = measure_accuracy(model, batches(measuring), scalings)
     return ProfileTable(
         tuple(
             replace(
@@ -83,7 +83,8 @@ def evaluate(
                 top1=measured[row.subnetwork].top1,
                 top5=measured[row.subnetwork].top5,
                 is_interpolated=False,
-                temperature=temperatures[row.subnetwork],
+                temperature=scalings[row.subnetwork].temperature,
+                entropy_exponent=scalings[row.subnetwork].entropy_exponent,
                 calibration_error=measured[row.subnetwork].calibration_error,
             )
             for row in profile.rows
@@ -121,11 +122,10 @@ def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
     return int(hits[:, 0].sum()), int(hits.any(dim=1).sum())
 
 
-@torch.inference_mode()
-def fit_temperatures(
+def fit_scalings(
     model: SuperViT, batches: Iterable[tuple[Tensor, Tensor]], subnetworks: Iterable[SubNetwork]
-) -> dict[SubNetwork, float]:
-    """Find the temperature of each sub-network on images that its weights were not trained on.
+) -> dict[SubNetwork, Scaling]:
+    """Find the scaling of each sub-network on images that its weights were not trained on.
 
     Args:
         model: in eval mode, on the device where it shall run.
@@ -134,33 +134,34 @@ def fit_temperatures(
     """
     logits: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in subnetworks}
     all_labels = []
-    for images, labels in batches:
-        normalised = normalise(images.to(model.cls_token.device), model.config)
-        for subnetwork, answers in logits.items():
-            answers.append(model(normalised, subnetwork).cpu())
-        all_labels.append(labels)
+    with torch.inference_mode():
+        for images, labels in batches:
+            normalised = normalise(images.to(model.cls_token.device), model.config)
+            for subnetwork, answers in logits.items():
+                answers.append(model(normalised, subnetwork).cpu())
+            all_labels.append(labels)
     labels = torch.cat(all_labels)
-    return {subnetwork: fit_temperature(torch.cat(answers), labels) for subnetwork, answers in logits.items()}
+    return {subnetwork: fit_scaling(torch.cat(answers), labels) for subnetwork, answers in logits.items()}
 
 
 @torch.inference_mode()
 def measure_accuracy(
-    model: SuperViT, batches: Iterable[tuple[Tensor, Tensor]], temperatures: Mapping[SubNetwork, float]
+    model: SuperViT, batches: Iterable[tuple[Tensor, Tensor]], scalings: Mapping[SubNetwork, Scaling]
 ) -> dict[SubNetwork, Measured]:
     """Measure top-1, top-5 and the calibration error of each sub-network.
 
     Args:
         model: in eval mode, on the device where it shall run.
         batches: (B, 3, S, S) uint8 images with their (B,) labels; read once.
-        temperatures: by sub-network.
+        scalings: by sub-network.
 
     Raises:
         ValueError: there are no images.
     """
     device = model.cls_token.device
-    correct = {subnetwork: [0, 0] for subnetwork in temperatures}
-    confidences: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in temperatures}
-    hits: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in temperatures}
+    correct = {subnetwork: [0, 0] for subnetwork in scalings}
+    confidences: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in scalings}
+    hits: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in scalings}
     seen = 0
     for images, labels in batches:
         normalised, labels = normalise(images.to(device), model.config), labels.to(device)
@@ -169,7 +170,7 @@ def measure_accuracy(
             top1, top5 = count_correct(logits, labels)
             counts[0] += top1
             counts[1] += top5
-            confidence, best = (logits / temperatures[subnetwork]).softmax(dim=1).max(dim=1)
+            confidence, best = scalings[subnetwork].probabilities(logits).max(dim=1)
             confidences[subnetwork].append(confidence)
             hits[subnetwork].append(best == labels)
         seen += len(labels)

@@ -13,6 +13,8 @@ from models.subnetwork import SubNetwork, SuperViTConfig
 
 # Between the trained keep rates, a table can be extended by others this far apart.
 KEEP_RATE_STEP = 0.05
+# What the entropy of an answer counts for at least, or the temperature of a certain one would be 0.
+LOWEST_ENTROPY = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class SubNetworkProfile:
         top1, top5: measured accuracy, fractions 0..1; None where nobody measured.
         is_trained: whether the weights were trained at this keep rate.
         is_interpolated: whether the accuracy was not measured but lies between two that were.
-        temperature: what the logits are divided by before the softmax, so that probabilities mean what they say.
+        temperature, entropy_exponent: logits are divided by temperature * H ** entropy_exponent, so that probabilities
+            mean what they say; H is the entropy of their softmax before that, over the greatest there is.
         calibration_error: how far they were from that on the images measured, 0..1; None where nobody measured.
 
     Raises:
@@ -39,6 +42,7 @@ class SubNetworkProfile:
     is_trained: bool = True
     is_interpolated: bool = False
     temperature: float = 1.0
+    entropy_exponent: float = 0.0
     calibration_error: float | None = None
 
     def __post_init__(self) -> None:
@@ -46,7 +50,7 @@ class SubNetworkProfile:
             raise ValueError(f"MACs must be at least 1, not {self.macs}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and above 0, not {self.temperature}")
-        for name in ("top1", "top5", "calibration_error"):
+        for name in ("top1", "top5", "entropy_exponent", "calibration_error"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in 0..1, not {value}")
@@ -148,4 +152,5 @@ def _interpolate(
         is_trained=False,
         is_interpolated=True,
         temperature=between(low.temperature, high.temperature),
+        entropy_exponent=between(low.entropy_exponent, high.entropy_exponent),
     )

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models.batches import Batches, open_batches
+from models.calibration import Scaling
 from models.data import Sample, SampleLoader, list_classes
 from models.devices import resolve_device
 from models.evaluate import measure_accuracy
@@ -249,5 +250,5 @@ def watch(recipe: Recipe, model: SuperViT, watched: Dataset[Sample]) -> dict[str
     profile = ProfileTable.unmeasured(model.config)
     loader = SampleLoader(watched, recipe.batch_size, num_workers=recipe.workers)
     ends = (profile.cheapest.subnetwork, model.config.largest)
-    measured = measure_accuracy(model, loader, dict.fromkeys(ends, 1.0))
+    measured = measure_accuracy(model, loader, dict.fromkeys(ends, Scaling()))
     return {str(subnetwork): result.top1 for subnetwork, result in measured.items()}

@@ -234,7 +234,7 @@ class Batcher:
         finally:
             self.running = None
         ended_at = self._clock()
-        return rank(logits, profile.temperature), started_at, ended_at
+        return rank(logits, profile.temperature, profile.entropy_exponent), started_at, ended_at
 
     def _run_apart(self, choice: Choice, index: int, images: dict[Entry, Tensor]) -> Iterator[Outcomes]:
         """Run the halves of a batch that failed, until the request that poisons it stands alone."""

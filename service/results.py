@@ -1,10 +1,12 @@
 """What the engine answers to an image: the classes, the most probable first, and how it came about."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from models.profiles import LOWEST_ENTROPY
 from service.menu import Option
 from service.situation import Choice
 
@@ -44,19 +46,28 @@ class Result:
     ended_at: float
 
 
-def rank(logits: Floats, temperature: float) -> list[Ranked]:
-    """Read the (B, classes) logits of a batch.
+def rank(logits: Floats, temperature: float, entropy_exponent: float) -> list[Ranked]:
+    """Read the (B, classes) logits of a batch; the temperature is that of `SubNetworkProfile`, entropy included.
 
     It is for the engine's thread, all at once: sorting on the event loop would give the GIL away for every answer.
     """
-    probabilities = _softmax(logits, temperature)
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        probabilities = _softmax(logits / (temperature * _entropy(logits) ** entropy_exponent))
     ranking = np.argsort(-logits, axis=1, kind="stable")  # far behind, probabilities are all 0
     return list(zip(logits, probabilities, ranking, strict=True))
 
 
-def _softmax(logits: Floats, temperature: float) -> Floats:
-    """Return the softmax of each row of (B, classes) over a temperature."""
-    with np.errstate(invalid="ignore"):  # infinity less infinity
-        weights: Floats = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
-        shares: Floats = weights / weights.sum(axis=1, keepdims=True)
-        return shares
+def _softmax(logits: Floats) -> Floats:
+    """Return the softmax of each row of (B, classes)."""
+    weights: Floats = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: Floats = weights / weights.sum(axis=1, keepdims=True)
+    return shares
+
+
+def _entropy(logits: Floats) -> Floats:
+    """Return the entropy of the softmax of each row of (B, classes), over the greatest there is: (B, 1)."""
+    probabilities = _softmax(logits)
+    smallest = np.finfo(np.float32).tiny
+    entropy: Floats = -(probabilities * np.log(np.maximum(probabilities, smallest))).sum(axis=1, keepdims=True)
+    share: Floats = np.maximum(entropy / np.float32(math.log(max(2, logits.shape[1]))), np.float32(LOWEST_ENTROPY))
+    return share

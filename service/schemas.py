@@ -137,6 +137,7 @@ class SubNetworkRow(SubNetworkAnswer):
     is_trained: bool = Field(description="whether the weights were trained at this keep rate")
     is_interpolated: bool = Field(description="whether the accuracy lies between two measured ones")
     temperature: float = Field(description="what logits are divided by, so that probabilities mean what they say")
+    entropy_exponent: float = Field(description="power of the logits' entropy, 0..1, that the temperature is times")
     calibration_error: float | None = Field(description="expected, 0..1, as measured; null where nobody measured")
     on_frontier: bool = Field(description="whether no cheaper sub-network is as accurate; others run only by name")
     latency_ms: dict[int, float] = Field(description="profiled latency on this machine by batch size")
@@ -218,6 +219,7 @@ def describe_family(
             is_trained=option.row.is_trained,
             is_interpolated=option.row.is_interpolated,
             temperature=option.row.temperature,
+            entropy_exponent=option.row.entropy_exponent,
             calibration_error=option.row.calibration_error,
             on_frontier=index in menu.frontier,
             latency_ms={size: _ms(option.seconds[size - 1]) for size in batch_sizes},

@@ -30,7 +30,7 @@ FLOORS = {
     "models.flops": 1,
     "models.tokens": 1,
     "models.recipe": 1,
-    "models.calibration": 0,
+    "models.calibration": 3,
     "models.devices": 0,
     "models.muon": 0,
     "models.subnetwork": 0,

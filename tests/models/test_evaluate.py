@@ -8,7 +8,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from models.calibration import fit_temperature
+from models.calibration import Scaling, fit_scaling
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.data import DataError
 from models.devices import DeviceError
@@ -17,7 +17,7 @@ from models.evaluate import (
     calibration_summary,
     count_correct,
     evaluate,
-    fit_temperatures,
+    fit_scalings,
     label_indices,
     measure_accuracy,
 )
@@ -71,7 +71,7 @@ def test_accuracy_is_counted_over_all_batches_for_each_subnetwork(
 ) -> None:
     whole, pruned = SubNetwork(4, 1.0), SubNetwork(2, 0.5)
     for chosen, top1, top1_pruned in ((batches, 2 / 4, 2 / 4), (batches[:1], 2 / 3, 2 / 3), (batches[1:], 0.0, 0.0)):
-        measured = measure_accuracy(ByBrightness(tiny_config), iter(chosen), {whole: 1.0, pruned: 1.0})
+        measured = measure_accuracy(ByBrightness(tiny_config), iter(chosen), {whole: Scaling(), pruned: Scaling()})
         assert (measured[whole].top1, measured[whole].top5) == (top1, 1.0)
         assert (measured[pruned].top1, measured[pruned].top5) == (top1_pruned, 1.0)
 
@@ -81,26 +81,26 @@ def test_the_calibration_error_is_that_at_the_temperature(
 ) -> None:
     whole = SubNetwork(4, 1.0)
     for temperature in (0.5, 1.0, 2.0):
-        measured = measure_accuracy(ByBrightness(tiny_config), batches, {whole: temperature})
+        measured = measure_accuracy(ByBrightness(tiny_config), batches, {whole: Scaling(temperature)})
         # All four answers have one confidence, that of logits 1, 0 and -1, and two are right.
         weights = [math.exp(logit / temperature) for logit in (1, 0, -1)]
         assert measured[whole].calibration_error == pytest.approx(abs(weights[0] / sum(weights) - 2 / 4), rel=1e-5)
 
 
-def test_temperatures_are_fitted_for_each_subnetwork(
+def test_scalings_are_fitted_for_each_subnetwork(
     tiny_config: SuperViTConfig, batches: list[tuple[Tensor, Tensor]]
 ) -> None:
     whole, pruned = SubNetwork(4, 1.0), SubNetwork(2, 0.5)
     images, labels = batches[0][0][[0, 1, 1, 1]], torch.tensor([0, 1, 1, 2])
-    temperatures = fit_temperatures(ByBrightness(tiny_config), iter([(images, labels)]), [whole, pruned])
-    for subnetwork, temperature in temperatures.items():
-        assert temperature == fit_temperature(ByBrightness(tiny_config)(images.float() - 100, subnetwork), labels)
-    assert temperatures[whole] < temperatures[pruned]
+    scalings = fit_scalings(ByBrightness(tiny_config), iter([(images, labels)]), [whole, pruned])
+    for subnetwork, scaling in scalings.items():
+        assert scaling == fit_scaling(ByBrightness(tiny_config)(images.float() - 100, subnetwork), labels)
+    assert scalings[whole].temperature < scalings[pruned].temperature
 
 
 def test_nothing_to_measure_on_is_an_error(tiny_config: SuperViTConfig) -> None:
     with pytest.raises(ValueError, match="no images"):
-        measure_accuracy(SuperViT(tiny_config), [], dict.fromkeys(tiny_config.subnetworks, 1.0))
+        measure_accuracy(SuperViT(tiny_config), [], dict.fromkeys(tiny_config.subnetworks, Scaling()))
 
 
 def test_class_folders_are_mapped_by_name_in_any_order() -> None:

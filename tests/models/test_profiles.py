@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -103,6 +104,24 @@ def test_rates_between_two_of_a_grid_lie_on_the_line_between_them() -> None:
     falling = rows[SubNetwork(8, 0.85)]
     assert falling.top1 == pytest.approx(0.725)
     assert falling.top5 is None
+
+
+def test_probabilities_between_two_rates_are_scaled_half_as_at_either() -> None:
+    low, high = (SubNetwork(8, rate) for rate in (0.5, 0.7))
+    table = ProfileTable(
+        (
+            SubNetworkProfile(low, count_macs(CONFIG, low), temperature=1.0, entropy_exponent=0.1),
+            SubNetworkProfile(high, count_macs(CONFIG, high), temperature=2.0, entropy_exponent=0.3),
+        )
+    )
+    row = table.with_rates_between(CONFIG, 0.05).by_subnetwork[SubNetwork(8, 0.6)]
+    assert (row.temperature, row.entropy_exponent) == pytest.approx((1.5, 0.2))
+
+
+@pytest.mark.parametrize("exponent", [-0.1, 1.1, math.nan])
+def test_an_entropy_exponent_is_a_fraction(exponent: float) -> None:
+    with pytest.raises(ValueError, match="entropy_exponent"):
+        SubNetworkProfile(SubNetwork(8, 1.0), 1, entropy_exponent=exponent)
 
 
 def test_what_was_measured_stays_as_it_is_among_the_rates_between() -> None:

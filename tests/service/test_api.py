@@ -430,7 +430,8 @@ def test_the_table_lists_every_sub_network_cheapest_first(client: TestClient, ch
     assert by_name[4, 0.5]["on_frontier"] is True
     assert by_name[4, 1.0]["expected_accuracy"] == 0.8
     assert by_name[4, 1.0]["expected_top5_accuracy"] == pytest.approx(0.9)
-    assert (by_name[4, 1.0]["temperature"], by_name[4, 1.0]["calibration_error"]) == (1.0, None)
+    assert (by_name[4, 1.0]["temperature"], by_name[4, 1.0]["entropy_exponent"]) == (1.0, 0.0)
+    assert by_name[4, 1.0]["calibration_error"] is None
     assert (answer["image_side_px"], answer["num_classes"]) == (16, 7)
 
 

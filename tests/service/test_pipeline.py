@@ -12,6 +12,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
+from models.calibration import Scaling
 from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
@@ -366,6 +367,18 @@ async def test_probabilities_are_softened_by_the_temperature_of_the_sub_network_
             answer = await pipeline.classify(two_bytes, wish(top_k=3, subnetwork=subnetwork))
             assert [prediction.label for prediction in answer.predictions] == ["b", "a", "c"]
             assert answer.predictions[0].probability == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("logits", [[0.0, 3.0, -1000.0], [2.0, 2.5, 1.0], [0.0, 1000.0, 0.0]])
+async def test_probabilities_are_scaled_as_they_were_in_calibration(logits: list[float]) -> None:
+    subnetwork = SubNetwork(4, 1.0)
+    row = SubNetworkProfile(subnetwork, 10, 0.7, temperature=1.2, entropy_exponent=0.4)
+    parts = Parts().open()
+    parts.logits = torch.tensor([logits]).repeat(3, 1)
+    async with running(parts, ProfileTable((row,))) as pipeline:
+        answer = await pipeline.classify(two_bytes, wish(top_k=3, subnetwork=subnetwork))
+    expected = Scaling(1.2, 0.4).probabilities(torch.tensor([logits]))[0].sort(descending=True).values
+    assert [prediction.probability for prediction in answer.predictions] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 async def test_a_name_that_costs_more_than_the_best_is_answered_and_saves_nothing() -> None:
