@@ -18,9 +18,10 @@ ITERATIONS = 50
 class Scaling:
     """What makes probabilities of logits: softmax(logits / T), where T = temperature * H ** entropy_exponent.
 
-    H is the entropy of softmax(logits) over the greatest there is, log(classes). A network trained on mixed images is
-    too modest where it is sure, and too bold where it is not; no temperature alone mends both (Balanya et al.,
-    "Adaptive temperature scaling for robust calibration of deep neural networks", 2024). The order of classes stays.
+    H is the entropy of softmax(logits) over the greatest there is, log(classes), at least LOWEST_ENTROPY. A network
+    trained on mixed images is too modest where it is sure, and too bold where not; no temperature alone mends both
+    (Balanya et al., "Adaptive temperature scaling for robust calibration of deep neural networks", 2024). The order of
+    classes stays.
     """
 
     temperature: float = 1.0
@@ -65,15 +66,16 @@ def fit_scaling(logits: Tensor, labels: Tensor) -> Scaling:
         return surprise
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
-    if not place.isfinite().all():  # no more were the logits
+    if not place.isfinite().all():  # as some logit was not
         return Scaling()
     return Scaling(*bounded().tolist())
 
 
 def _log_probabilities(logits: Tensor, temperature: float | Tensor, exponent: float | Tensor) -> Tensor:
-    before = logits.log_softmax(dim=1)
-    entropy = -(before.exp() * before).sum(dim=1, keepdim=True) / math.log(max(2, logits.shape[1]))
-    return (logits / (temperature * entropy.clamp(min=LOWEST_ENTROPY) ** exponent)).log_softmax(dim=1)
+    entropy = torch.special.entr(logits.softmax(dim=1)).sum(dim=1, keepdim=True) / math.log(max(2, logits.shape[1]))
+    behind = logits - logits.max(dim=1, keepdim=True).values
+    scaled: Tensor = behind / (temperature * entropy.clamp(min=LOWEST_ENTROPY) ** exponent)
+    return scaled.log_softmax(dim=1)
 
 
 def expected_calibration_error(confidences: Tensor, correct: Tensor) -> float:

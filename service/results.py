@@ -51,8 +51,10 @@ def rank(logits: Floats, temperature: float, entropy_exponent: float) -> list[Ra
 
     It is for the engine's thread, all at once: sorting on the event loop would give the GIL away for every answer.
     """
-    with np.errstate(invalid="ignore"):  # infinity less infinity
-        probabilities = _softmax(logits / (temperature * _entropy(logits) ** entropy_exponent))
+    with np.errstate(invalid="ignore", over="ignore"):  # infinity less infinity
+        behind = logits - logits.max(axis=1, keepdims=True)
+        spread = _entropy(logits) ** entropy_exponent if entropy_exponent else 1.0
+        probabilities = _softmax(behind / (temperature * spread))
     ranking = np.argsort(-logits, axis=1, kind="stable")  # far behind, probabilities are all 0
     return list(zip(logits, probabilities, ranking, strict=True))
 

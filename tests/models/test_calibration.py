@@ -53,8 +53,8 @@ def test_scaling_keeps_the_order_of_the_classes_and_is_the_softmax_by_default() 
 
 
 def test_a_certain_answer_has_a_temperature_too() -> None:
-    logits = torch.tensor([[1000.0, 0.0]])
-    assert Scaling(1.0, 1.0).probabilities(logits).tolist() == [[1.0, 0.0]]
+    for logits in ([1000.0, 0.0], [1e38, -1e38], [0.0, -math.inf]):
+        assert Scaling(0.05, 1.0).probabilities(torch.tensor([logits])).tolist() == [[1.0, 0.0]]
 
 
 def test_never_to_be_wrong_is_trusted_the_more_images_there_are() -> None:
@@ -67,8 +67,10 @@ def test_never_to_be_wrong_is_trusted_the_more_images_there_are() -> None:
 
 def test_scalings_stay_within_bounds() -> None:
     logits = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
-    for given, labels in ((logits, [1, 0]), (logits / 1000, [0, 1]), (logits * 1000, [0, 1]), (logits * 0, [0, 1])):
-        fitted = fit_scaling(given, torch.tensor(labels))
+    assert fit_scaling(logits, torch.tensor([1, 0])).temperature == pytest.approx(HIGHEST_TEMPERATURE, rel=0.05)
+    assert fit_scaling(logits / 1000, torch.tensor([0, 1])).temperature == pytest.approx(LOWEST_TEMPERATURE, rel=0.05)
+    for given in (logits, logits * 0, logits * 1e6, logits / 1e6):
+        fitted = fit_scaling(given, torch.tensor([0, 1]))
         assert LOWEST_TEMPERATURE <= fitted.temperature <= HIGHEST_TEMPERATURE
         assert LOWEST_EXPONENT <= fitted.entropy_exponent <= HIGHEST_EXPONENT
 

@@ -8,7 +8,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from models.calibration import Scaling, fit_scaling
+from models.calibration import HIGHEST_EXPONENT, LOWEST_EXPONENT, Scaling, fit_scaling
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.data import DataError
 from models.devices import DeviceError
@@ -164,6 +164,7 @@ def test_val_calibrates_and_test_is_measured_where_there_are_both(
     table = measure(checkpoint, tmp_path)
     assert {row.top1 for row in table.rows} == {0.0}
     assert max(row.temperature for row in table.rows) < 1  # as val/ is never wrong
+    assert all(LOWEST_EXPONENT <= row.entropy_exponent <= HIGHEST_EXPONENT for row in table.rows)
     assert min(row.calibration_error or 0 for row in table.rows) > 0.9
 
 

@@ -369,7 +369,7 @@ async def test_probabilities_are_softened_by_the_temperature_of_the_sub_network_
             assert answer.predictions[0].probability == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("logits", [[0.0, 3.0, -1000.0], [2.0, 2.5, 1.0], [0.0, 1000.0, 0.0]])
+@pytest.mark.parametrize("logits", [[0.0, 3.0, -1000.0], [2.0, 2.5, 1.0], [0.0, 1000.0, 0.0], [0.0, 3e38, -3e38]])
 async def test_probabilities_are_scaled_as_they_were_in_calibration(logits: list[float]) -> None:
     subnetwork = SubNetwork(4, 1.0)
     row = SubNetworkProfile(subnetwork, 10, 0.7, temperature=1.2, entropy_exponent=0.4)
