@@ -136,12 +136,8 @@ class SubNetworkRow(SubNetworkAnswer):
     expected_top5_accuracy: float | None
     is_trained: bool = Field(description="whether the weights were trained at this keep rate")
     is_interpolated: bool = Field(description="whether the accuracy lies between two measured ones")
-    temperature: float = Field(
-        description="logits are divided by temperature * H ** entropy_exponent for the softmax"
-    )
-    entropy_exponent: float = Field(
-        description="0..1; H is the entropy of softmax(logits) over log(classes), 1e-6..1"
-    )
+    temperature: float = Field(description="logits are divided by temperature * H ** entropy_exponent for the softmax")
+    entropy_exponent: float = Field(description="0..1; H is the entropy of softmax(logits) over log(classes), 1e-6..1")
     calibration_error: float | None = Field(description="expected, 0..1, as measured; null where nobody measured")
     on_frontier: bool = Field(description="whether no cheaper sub-network is as accurate; others run only by name")
     latency_ms: dict[int, float] = Field(description="profiled latency on this machine by batch size")

@@ -259,5 +259,6 @@ def test_the_default_checkpoint_is_as_good_as_its_card_says() -> None:
         assert f"{100 * (row.top1 or 0.0):.2f} %" in card
         assert f"{row.gflops:.4f}" in card
         assert row.calibration_error is not None
+        assert row.calibration_error <= 0.02
         scaling = f"| {row.temperature:.3f} | {row.entropy_exponent:.3f} | {100 * row.calibration_error:.2f} % |"
         assert not row.is_trained or scaling in card
