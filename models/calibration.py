@@ -19,7 +19,7 @@ class Scaling:
     """What makes probabilities of logits: softmax(logits / T), where T = temperature * H ** entropy_exponent.
 
     H is the entropy of softmax(logits) over the greatest there is, log(classes), at least LOWEST_ENTROPY. A network
-    trained on mixed images is too modest where it is sure, and too bold where not; no temperature alone mends both
+    that is too modest where it is sure and too bold where it is not cannot be mended by a temperature alone
     (Balanya et al., "Adaptive temperature scaling for robust calibration of deep neural networks", 2024). The order of
     classes stays.
     """

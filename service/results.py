@@ -53,23 +53,23 @@ def rank(logits: Floats, temperature: float, entropy_exponent: float) -> list[Ra
     """
     with np.errstate(invalid="ignore", over="ignore"):  # infinity less infinity
         behind = logits - logits.max(axis=1, keepdims=True)
-        spread = _entropy(logits) ** entropy_exponent if entropy_exponent else 1.0
+        spread = _entropy(behind) ** entropy_exponent if entropy_exponent else 1.0
         probabilities = _softmax(behind / (temperature * spread))
     ranking = np.argsort(-logits, axis=1, kind="stable")  # far behind, probabilities are all 0
     return list(zip(logits, probabilities, ranking, strict=True))
 
 
-def _softmax(logits: Floats) -> Floats:
-    """Return the softmax of each row of (B, classes)."""
-    weights: Floats = np.exp(logits - logits.max(axis=1, keepdims=True))
+def _softmax(behind: Floats) -> Floats:
+    """Return the softmax of each row of (B, classes) whose greatest is 0."""
+    weights: Floats = np.exp(behind)
     shares: Floats = weights / weights.sum(axis=1, keepdims=True)
     return shares
 
 
-def _entropy(logits: Floats) -> Floats:
-    """Return the entropy of the softmax of each row of (B, classes), over the greatest there is: (B, 1)."""
-    probabilities = _softmax(logits)
+def _entropy(behind: Floats) -> Floats:
+    """Return the entropy of the softmax of each such row, over the greatest there is: (B, 1)."""
+    probabilities = _softmax(behind)
     smallest = np.finfo(np.float32).tiny
     entropy: Floats = -(probabilities * np.log(np.maximum(probabilities, smallest))).sum(axis=1, keepdims=True)
-    share: Floats = np.maximum(entropy / np.float32(math.log(max(2, logits.shape[1]))), np.float32(LOWEST_ENTROPY))
+    share: Floats = np.maximum(entropy / np.float32(math.log(max(2, behind.shape[1]))), np.float32(LOWEST_ENTROPY))
     return share

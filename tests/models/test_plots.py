@@ -35,6 +35,23 @@ def test_a_training_run_of_one_epoch_and_of_several_is_a_png(tmp_path: Path) -> 
         assert is_png(path)
 
 
+def test_runs_strung_together_that_watched_other_sub_networks_are_a_png(tmp_path: Path) -> None:
+    records = [
+        {
+            "epoch": 1,
+            "loss": {"single grid": 2.0},
+            "top1": {"grid 5 at keep rate 1": 0.5, "grid 8 at keep rate 1": 0.6},
+        },
+        {
+            "epoch": 2,
+            "loss": {"single grid": 1.0},
+            "top1": {"grid 8 at keep rate 0.5": 0.6, "grid 8 at keep rate 1": 0.7},
+        },
+    ]
+    plot_training(records, tmp_path / "both.png")
+    assert is_png(tmp_path / "both.png")
+
+
 def test_latencies_of_many_sub_networks_or_of_one_are_a_png(tmp_path: Path) -> None:
     many = {
         SubNetwork(grid, rate): tuple(grid * rate * (4 + size) / 1e3 for size in (1, 2, 4, 8))

@@ -3,6 +3,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from service.app import create_app, extended_profile, measure_latencies
 from service.engine import TorchEngine
 from service.errors import InvalidParameterError
 from service.images import decode_image
+from service.menu import Menu
 from service.profiler import Measurement
+from service.schemas import describe_family
 from service.settings import Settings
 
 BODY_LIMIT = 30_000
@@ -433,6 +436,14 @@ def test_the_table_lists_every_sub_network_cheapest_first(client: TestClient, ch
     assert (by_name[4, 1.0]["temperature"], by_name[4, 1.0]["entropy_exponent"]) == (1.0, 0.0)
     assert by_name[4, 1.0]["calibration_error"] is None
     assert (answer["image_side_px"], answer["num_classes"]) == (16, 7)
+
+
+def test_the_table_says_how_probabilities_are_scaled(checkpoint: Checkpoint, menu: Menu) -> None:
+    scaled = [
+        replace(option, row=replace(option.row, temperature=2.0, entropy_exponent=0.3)) for option in menu.options
+    ]
+    table = describe_family(checkpoint, replace(menu, options=tuple(scaled)), "fake", "now", (1,))
+    assert {(row.temperature, row.entropy_exponent) for row in table.subnetworks} == {(2.0, 0.3)}
 
 
 def test_metrics_count_outcomes_sub_networks_compute_and_stages(client: TestClient, photo: bytes) -> None:
