@@ -185,7 +185,7 @@ def open_batches(
         TrainingError: it is too small for a batch.
     """
     in_memory = fits_memory(recipe, config)
-    augmentation = Augmentation(recipe.rand_augment or None, recipe.random_erasing)
+    augmentation = Augmentation(recipe.rand_augment or None, recipe.random_erasing, recipe.smallest_crop)
     side = config.image_side
     transform = square_transform(side, side) if in_memory else training_transform(config, augmentation)
     samples, watched = open_training_data(recipe.data, config, transform, recipe.holdout, recipe.seed)

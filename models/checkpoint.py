@@ -149,6 +149,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return _read(Path(path))[0]
 
 
+def read_described_weights(path: Path) -> tuple[dict[str, Tensor], Header | None]:
+    """Read weights as `read_weights` does, with what our own format says of them; None for any other.
+
+    Raises:
+        CheckpointError: as for `load_checkpoint`, but for what the weights are.
+    """
+    weights, text = _read(path)
+    return weights, None if text is None else _own_header(path, text, len(weights))
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         if not path.is_file():

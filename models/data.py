@@ -25,7 +25,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
 from torchvision.transforms import InterpolationMode
 
-from models.subnetwork import SuperViTConfig
+from models.subnetwork import Interpolation, SuperViTConfig
 
 # The strongest posterization that keeps a bit of each channel: at 10 none is left, which Pillow refuses.
 MAX_POSTERIZE = 9.9
@@ -75,10 +75,12 @@ class Augmentation:
     Attributes:
         rand_augment: timm's RandAugment description such as "rand-m9-mstd0.5-inc1"; None for none.
         random_erasing: probability of erasing a rectangle.
+        smallest_crop: share of the picture's area that a random crop shows at least; small pictures are not cropped so.
     """
 
     rand_augment: str | None
     random_erasing: float
+    smallest_crop: float = 0.08
 
 
 class SampleLoader(DataLoader[Sample]):
@@ -149,16 +151,18 @@ def limit_aspect_ratio(image: Image.Image) -> Image.Image:
 def evaluation_transform(config: SuperViTConfig) -> Callable[[Image.Image], Tensor]:
     """Map an RGB picture of any size to (3, S, S) uint8: resize the shorter side, crop the centre.
 
-    Bicubic with antialiasing, in Pillow, as the published evaluations do.
+    With antialiasing, in Pillow, as the published evaluations do.
     """
-    return square_transform(resized_side(config), config.image_side)
+    return square_transform(resized_side(config), config.image_side, config.interpolation)
 
 
-def square_transform(resized: int, side: int) -> Callable[[Image.Image], Tensor]:
+def square_transform(
+    resized: int, side: int, interpolation: Interpolation = "bicubic"
+) -> Callable[[Image.Image], Tensor]:
     """Map an RGB picture of any size to (3, side, side) uint8: its shorter side to `resized`, then the centre."""
     steps: list[Callable[..., Any]] = [
         limit_aspect_ratio,
-        transforms.Resize(resized, InterpolationMode.BICUBIC),
+        transforms.Resize(resized, InterpolationMode(interpolation)),
         transforms.CenterCrop(side),
         transforms.PILToTensor(),
     ]
@@ -181,7 +185,9 @@ def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Ca
             transforms.RandomCrop(side, padding=crop_padding(side), pad_if_needed=True),
         ]
     else:
-        steps += [transforms.RandomResizedCrop(side, interpolation=InterpolationMode.BICUBIC)]
+        scale = (augmentation.smallest_crop, 1.0)
+        mode = InterpolationMode(config.interpolation)
+        steps += [transforms.RandomResizedCrop(side, scale, interpolation=mode)]
     steps += [transforms.RandomHorizontalFlip()]
     if augmentation.rand_augment:
         fill = tuple(round(255 * channel) for channel in config.mean)

@@ -37,6 +37,7 @@ def _mlp_macs(config: SuperViTConfig, tokens: int) -> int:
 
 
 def _head_macs(config: SuperViTConfig, subnetwork: SubNetwork) -> int:
-    final_tokens = config.tokens_per_block(subnetwork)[-1][1]
-    heads = final_tokens if config.flavour == "lvvit" else 1  # lvvit: head on the class token, aux_head on the others
-    return heads * config.width * config.num_classes
+    if config.flavour == "deit":
+        return config.head_width * config.num_classes
+    final_tokens = config.tokens_per_block(subnetwork)[-1][1]  # the head reads the class token, aux_head the others
+    return final_tokens * config.width * config.num_classes

@@ -48,10 +48,11 @@ def sample_pairs(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoi
     return (largest, pair(choice.choice(smaller_grids))) if smaller_grids else (largest,)
 
 
-def sample_single(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoice]:
-    """Choose the one sub-network of a cheap step: a random grid, whole."""
-    grid = random.Random(f"{seed}/{step}").choice(config.patch_grids)
-    return (PairChoice(grid, config.keep_rates[-1], None),)
+def sample_single(config: SuperViTConfig, seed: int, step: int, *, pruned: bool) -> tuple[PairChoice]:
+    """Choose the one sub-network of a cheap step: a random grid, whole or, where `pruned`, at a random keep rate."""
+    choice = random.Random(f"{seed}/{step}")
+    grid = choice.choice(config.patch_grids)
+    return (PairChoice(grid, choice.choice(config.keep_rates) if pruned else config.keep_rates[-1], None),)
 
 
 class PairLoss(nn.Module):

@@ -42,3 +42,11 @@ def describe_published(weights: dict[str, Tensor]) -> tuple[str, SuperViTConfig,
         for subnetwork, percent in zip(config.subnetworks, top1, strict=True)
     )
     return name, config, tuple(ImageNetInfo().label_descriptions()), ProfileTable(rows)
+
+
+def published_config(weights: dict[str, Tensor]) -> SuperViTConfig | None:
+    """Recognise the architecture of a SuperViT's bare state dict; None for one that was never published."""
+    _, config, _, _ = describe_published(weights)
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    width = weights["cls_token"].shape[-1] if "cls_token" in weights else 0
+    return config if (depth, width) == (config.depth, config.width) else None

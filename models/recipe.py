@@ -8,7 +8,10 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from pydantic_settings import CliPositionalArg
 
-from models.subnetwork import SuperViTConfig
+from models.checkpoint import CheckpointError
+from models.convert import open_initial
+from models.data import DataError, list_classes
+from models.subnetwork import Interpolation, SuperViTConfig
 
 # Between CIFAR (50,000) and ImageNet (1.28 million): above it, the strong augmentation of DeiT pays.
 LARGE_DATASET_IMAGES = 200_000
@@ -45,6 +48,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # proportion to AdamW's, and untried.
 LEARNING_RATES = {"adamw": {"large": 5e-4, "small": 4e-3}, "muon": {"large": 5e-3, "small": 4e-2}}
 
+# Where the weights of `init` meet new classes: the blocks near the images change least (Bao et al., BEiT, ICLR 2022).
+# Crops of a tenth of an image, which teach a network from scratch, cost a short fine-tuning more than they give.
+FINE_TUNING = {"learning_rate": 3e-3, "layer_decay": 0.75, "smallest_crop": 0.3}
+
 # All that timm understands; it ignores, or refuses without a word, whatever else a description holds.
 RAND_AUGMENT = r"^(rand(-(m\d+|n\d+|p(0|1|0?\.\d+)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)))*)?$"
 
@@ -57,6 +64,20 @@ def count_training_files(data: Path) -> int:
 
 def _size(data: Path) -> str:
     return "large" if count_training_files(data) >= LARGE_DATASET_IMAGES else "small"
+
+
+def _fine_tunes(fields: dict[str, Any]) -> bool:
+    """Tell whether the run starts from somebody's weights and its classes are not theirs."""
+    return fields["init"] is not None and meets_new_classes(fields["init"], fields["data"])
+
+
+@cache
+def meets_new_classes(init: Path, data: Path) -> bool:
+    """Tell whether the head of `init` is not one for the classes under `data`/train; False where either is unusable."""
+    try:
+        return not open_initial(init).has_head_for(list_classes(data / "train"))
+    except (CheckpointError, DataError):  # the run will say so
+        return False
 
 
 def _by_size(name: str, **constraints: Any) -> Any:  # noqa: ANN401 - as pydantic's Field
@@ -89,12 +110,32 @@ class Recipe(BaseModel):
     keep_rates: tuple[float, ...] | None = Field(None, description="trained keep rates instead of the model's")
     prune_blocks: tuple[int, ...] | None = Field(None, description="blocks that prune instead of the model's")
     fuse_pruned: bool | None = Field(None, description="whether pruned tokens are fused into one, as in EViT")
-    init: Path | None = Field(None, description="weights to start from: a SuperViT checkpoint or a plain timm DeiT")
+    mean: tuple[float, float, float] | None = Field(None, description="of RGB in [0, 1], instead of the model's")
+    std: tuple[float, float, float] | None = Field(None, description="likewise")
+    interpolation: Interpolation | None = Field(None, description="by which images are resized, instead of the model's")
+    crop_fraction: float | None = Field(None, description="of the evaluation crop, instead of the model's")
+    init: Path | None = Field(
+        None,
+        description="weights to start from, of a SuperViT or plain ViT; their architecture too, but for what is named",
+    )
+    fit_head: bool = Field(
+        default_factory=lambda fields: _fine_tunes(fields),
+        description="fit a linear head on the features of init before training; by default where its classes are new",
+    )
+    layer_decay: float = Field(
+        default_factory=lambda fields: FINE_TUNING["layer_decay"] if _fine_tunes(fields) else 1.0,
+        gt=0,
+        le=1,
+        description="factor on the learning rate from each block to the one before it; under 1 where classes are new",
+    )
 
     teacher: str | None = Field(None, description="timm model to distil from, e.g. regnety_160")
     teacher_checkpoint: Path | None = Field(None, description="the teacher's weights; timm's own where left out")
     teacher_side: PositiveInt | None = Field(None, description="pixels to resize its images to instead of timm's")
     teacher_weight: float = Field(0.5, ge=0, le=1, description="share of the teacher in the classification loss")
+    teacher_self: bool = Field(
+        False, description="let the largest sub-network of init, frozen, teach all of them; in place of a timm model"
+    )
     teacher_once: bool = Field(
         False, description="ask the teacher once about each image, before training, instead of about every variation"
     )
@@ -103,12 +144,20 @@ class Recipe(BaseModel):
     single_epochs: int = Field(
         0, ge=0, description="of these, the first whose steps train one sub-network each, a random grid unpruned"
     )
+    single_pruned: bool = Field(
+        False, description="prune in the single epochs, too, at a random keep rate; for weights that know something"
+    )
     batch_size: PositiveInt = _by_size("batch_size", description="images per step and process")
-    optimizer: Literal["adamw", "muon"] = _by_size(
-        "optimizer", description="AdamW, or Muon for matrices and convolutions and AdamW for the rest"
+    optimizer: Literal["adamw", "muon"] = Field(
+        default_factory=lambda fields: "adamw" if _fine_tunes(fields) else DEFAULTS[_size(fields["data"])]["optimizer"],
+        description="AdamW, or Muon for matrices and convolutions and AdamW for the rest",
     )
     learning_rate: float = Field(
-        default_factory=lambda fields: LEARNING_RATES[fields["optimizer"]][_size(fields["data"])],
+        default_factory=lambda fields: (
+            FINE_TUNING["learning_rate"]
+            if fields["optimizer"] == "adamw" and _fine_tunes(fields)
+            else LEARNING_RATES[fields["optimizer"]][_size(fields["data"])]
+        ),
         gt=0,
         description="peak rate per 512 images of a step",
     )
@@ -119,6 +168,12 @@ class Recipe(BaseModel):
     cutmix: float = _by_size("cutmix", ge=0, description="cutmix alpha; 0 for none")
     rand_augment: str = _by_size(
         "rand_augment", pattern=RAND_AUGMENT, description='timm RandAugment, e.g. rand-m9-mstd0.5-inc1; "" for none'
+    )
+    smallest_crop: float = Field(
+        default_factory=lambda fields: FINE_TUNING["smallest_crop"] if _fine_tunes(fields) else 0.08,
+        gt=0,
+        le=1,
+        description="share of an image's area that a random crop shows at least; of inputs over 64 pixels a side",
     )
     random_erasing: float = _by_size("random_erasing", ge=0, le=1, description="probability of erasing a rectangle")
     augmentation_repeats: PositiveInt = _by_size(
@@ -141,11 +196,17 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.teacher and self.teacher_self:
+            raise ValueError("teacher and teacher-self are two teachers; name one")
+        for name in ("fit_head", "teacher_self"):
+            if getattr(self, name) and not self.init:
+                raise ValueError(f"{name.replace('_', '-')} needs the weights of --init")
         for name in ("teacher_checkpoint", "teacher_side", "teacher_weight", "teacher_once"):
-            if name in self.model_fields_set and getattr(self, name) and not self.teacher:
+            has_one = self.teacher or (self.teacher_self and name in ("teacher_weight", "teacher_once"))
+            if name in self.model_fields_set and getattr(self, name) and not has_one:
                 raise ValueError(f"{name.replace('_', '-')} without a teacher teaches nothing; name one with --teacher")
-        if self.single_epochs >= self.epochs:
-            raise ValueError(f"{self.single_epochs} single epochs of {self.epochs} leave none to teach pruning")
+        if self.single_epochs > self.epochs:
+            raise ValueError(f"{self.single_epochs} single epochs are more than the {self.epochs} of the run")
         if self.teacher_once and (self.mixup or self.cutmix):
             raise ValueError("a teacher that is asked once knows nothing of mixup and cutmix")
         if (self.mixup or self.cutmix) and self.batch_size % 2:

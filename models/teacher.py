@@ -1,5 +1,6 @@
 """Teachers: plain timm classifiers whose answers a SuperViT learns from beside the labels."""
 
+import copy
 from pathlib import Path
 
 import timm
@@ -10,6 +11,7 @@ from torch.nn import functional
 from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError, read_weights
 from models.data import normalise
 from models.subnetwork import SuperViTConfig
+from models.supervit import SuperViT
 
 
 class Adapter(nn.Module):
@@ -42,9 +44,20 @@ class Adapter(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A trained timm classifier, frozen."""
+    """A trained classifier, frozen."""
 
-    def __init__(self, name: str, weights: Path | None, side: int | None, config: SuperViTConfig) -> None:
+    def __init__(self, network: nn.Module, config: SuperViTConfig) -> None:
+        """Freeze `network`, which takes the images of a SuperViT of this configuration."""
+        super().__init__()
+        self.network, self.config = network.requires_grad_(False).eval(), config
+
+    @classmethod
+    def of(cls, model: SuperViT) -> "Teacher":
+        """Copy a SuperViT as it is now; its largest sub-network teaches all of them."""
+        return cls(copy.deepcopy(model), model.config)
+
+    @classmethod
+    def load(cls, name: str, weights: Path | None, side: int | None, config: SuperViTConfig) -> "Teacher":
         """Load timm's `name`.
 
         Args:
@@ -57,7 +70,6 @@ class Teacher(nn.Module):
             CheckpointError: the weights cannot be read or downloaded, are not those of `name` for these classes, or
                 cannot be used on images of that size.
         """
-        super().__init__()
         if weights is None:
             network = _download(name, config.num_classes)
         else:
@@ -66,19 +78,20 @@ class Teacher(nn.Module):
                 network.load_state_dict(read_weights(weights))
             except (RuntimeError, ValueError) as error:  # a tag that timm does not know, or names that do not fit
                 raise CheckpointMismatchError(f"{weights}: not weights of {name}: {_one_line(error)}") from error
-        self.network = Adapter(network.requires_grad_(False).eval(), config, side)
-        self.network.to(memory_format=torch.channels_last)  # half as fast again, on a CPU
-        self.config = config
+        adapter = Adapter(network, config, side)
+        adapter.to(memory_format=torch.channels_last)  # half as fast again, on a CPU
+        teacher = cls(adapter, config)
         try:
-            self(torch.zeros(1, 3, config.image_side, config.image_side))
+            teacher(torch.zeros(1, 3, config.image_side, config.image_side))
         except (RuntimeError, ValueError, AssertionError) as error:  # as of a network for images of one size
-            message = f"{name}: cannot look at images of {self.network.side} pixels: {_one_line(error)}"
+            message = f"{name}: cannot look at images of {adapter.side} pixels: {_one_line(error)}"
             raise CheckpointMismatchError(message) from error
+        return teacher
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.network.scale.device
+        return next(self.network.parameters()).device
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

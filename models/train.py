@@ -8,28 +8,30 @@ import math
 import os
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 from timm.data import Mixup
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from models.batches import Batches, open_batches
 from models.calibration import Scaling
-from models.data import Sample, SampleLoader, list_classes
+from models.convert import open_initial
+from models.data import Sample, SampleLoader, evaluation_transform, list_classes, open_training_data
 from models.devices import resolve_device
 from models.evaluate import measure_accuracy
-from models.initial import load_initial_weights
+from models.head import compute_features, fit_head
 from models.muon import Muon
 from models.objective import PairLoss, sample_pairs, sample_single, training_step
 from models.profiles import ProfileTable
@@ -38,6 +40,7 @@ from models.state import CHECKPOINT_NAME, State, TrainingError, has_state, prepa
 from models.supervit import SuperViT
 from models.teacher import Teacher
 
+IMAGE_FIELDS = ("mean", "std", "interpolation", "crop_fraction")
 FINAL_RATE, WARMUP_START_RATE = 1e-2, 1e-3  # fractions of the peak learning rate
 LONGEST_WAIT = timedelta(hours=6)  # of one process for another
 
@@ -81,15 +84,12 @@ def run_epochs(recipe: Recipe, process: Process) -> None:
     """Set up this process's part of the run and take it, epoch by epoch, to the end."""
     class_names = list_classes(recipe.data / "train")
     seed_everything(recipe.seed)  # every process starts from the same weights
-    model = build_model(recipe, len(class_names)).to(process.device)
+    model = build_model(recipe, class_names).to(process.device)
+    if recipe.fit_head and not recipe.resume:
+        fit_head(model, *training_features(recipe, model, process))
+    teacher = build_teacher(recipe, model)
     optimizer = build_optimizer(recipe, model)
     state = State(model, ModelEmaV3(model, recipe.ema_decay, use_warmup=True), optimizer, process.count)
-    teacher = None
-    if recipe.teacher:
-        if not timm.is_model(recipe.teacher):
-            raise TrainingError(f"timm knows no model {recipe.teacher!r} to learn from")
-        teacher = Teacher(recipe.teacher, recipe.teacher_checkpoint, recipe.teacher_side, model.config)
-        teacher = teacher.to(process.device)
     epochs_done = state.load(recipe, class_names) if recipe.resume else 0
     records = read_log(recipe.output, epochs_done) if recipe.resume else []
     loader, sampler, watched = open_batches(recipe, model.config, teacher, process.rank, process.count, process.device)
@@ -110,7 +110,7 @@ def run_epochs(recipe: Recipe, process: Process) -> None:
                 "epoch": epoch,
                 "loss": losses,
                 "top1": watch(recipe, state.average.module, watched),
-                "learning_rate": optimizer.param_groups[0]["lr"],
+                "learning_rate": max(group["lr"] for group in optimizer.param_groups),
                 "seconds": round(time.monotonic() - started_at, 1),
             }
             records.append(record)
@@ -139,7 +139,7 @@ def seed_everything(*parts: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_model(recipe: Recipe, num_classes: int) -> SuperViT:
+def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> SuperViT:
     """Build the recipe's model, from scratch or from its initial weights.
 
     Raises:
@@ -149,22 +149,65 @@ def build_model(recipe: Recipe, num_classes: int) -> SuperViT:
     known = timm.list_models("supervit_*")
     if recipe.model not in known:
         raise TrainingError(f"no model {recipe.model!r}; there are {', '.join(known)}")
+    initial = open_initial(recipe.init) if recipe.init else None
+    # Weights know their images, whatever model they are put into.
+    images = {name: getattr(initial.config, name) for name in IMAGE_FIELDS} if initial and initial.config else {}
+    fields = images | recipe.overrides | {"num_classes": len(class_names)}
     try:
-        model: SuperViT = timm.create_model(
-            recipe.model, num_classes=num_classes, drop_path_rate=recipe.drop_path, **recipe.overrides
-        )
+        if initial and initial.config and "model" not in recipe.model_fields_set:
+            model = SuperViT(replace(initial.config, **fields), recipe.drop_path)
+        else:
+            model = timm.create_model(recipe.model, drop_path_rate=recipe.drop_path, **fields)
     except ValueError as error:
         raise TrainingError(str(error)) from error
-    if recipe.freeze_batch_norm and not (recipe.init and model.config.flavour == "lvvit"):
+    if recipe.freeze_batch_norm and not (initial and model.config.flavour == "lvvit"):
         raise TrainingError("freeze-batch-norm keeps the statistics of an lvvit stem that init names; there are none")
-    if recipe.init:
-        load_initial_weights(model, recipe.init)
+    if initial:
+        initial.load_into(model, with_head=initial.has_head_for(class_names))
     return model
+
+
+def training_features(recipe: Recipe, model: SuperViT, process: Process) -> tuple[Tensor, Tensor]:
+    """Compute the features of the training images, unvaried, each once over all processes.
+
+    Returns:
+        (M, head width) features and (M,) labels, the same on every process.
+    """
+    transform = evaluation_transform(model.config)
+    samples, _ = open_training_data(recipe.data, model.config, transform, recipe.holdout, recipe.seed)
+    own = Subset(samples, range(process.rank, len(samples), process.count))  # type: ignore[arg-type] # it has a length
+    features, labels = compute_features(model, SampleLoader(own, recipe.batch_size, num_workers=recipe.workers))
+    if process.count == 1:
+        return features, labels
+    parts: list[tuple[Tensor, Tensor]] = [(features, labels)] * process.count
+    distributed.all_gather_object(parts, (features, labels))
+    return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
+
+
+def build_teacher(recipe: Recipe, model: SuperViT) -> Teacher | None:
+    """Build what the recipe's model learns from beside the labels; None where that is nothing.
+
+    Raises:
+        TrainingError: timm knows no such model.
+        CheckpointError: the teacher's weights cannot be used.
+    """
+    if recipe.teacher_self:
+        return Teacher.of(model)
+    if not recipe.teacher:
+        return None
+    if not timm.is_model(recipe.teacher):
+        raise TrainingError(f"timm knows no model {recipe.teacher!r} to learn from")
+    teacher = Teacher.load(recipe.teacher, recipe.teacher_checkpoint, recipe.teacher_side, model.config)
+    return teacher.to(model.cls_token.device)
 
 
 def build_optimizer(recipe: Recipe, model: SuperViT) -> torch.optim.Optimizer:
     """Build the recipe's optimiser; `learning_rate_schedule` sets its rate."""
-    groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    if recipe.layer_decay < 1:
+        decay = partial(param_groups_layer_decay, layer_decay=recipe.layer_decay)
+    else:
+        decay = param_groups_weight_decay
+    groups = decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
     kind = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
     return kind(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
@@ -216,7 +259,8 @@ def train_epoch(
         else None
     )
     autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
-    sample = sample_single if epoch <= recipe.single_epochs else sample_pairs
+    single = partial(sample_single, pruned=recipe.single_pruned)
+    sample = single if epoch <= recipe.single_epochs else sample_pairs
     state.model.train()
     if recipe.freeze_batch_norm:
         # All grids are served with the same statistics, which are the mean of theirs; so they are trained with them.

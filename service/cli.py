@@ -23,9 +23,11 @@ from pydantic_settings import (
 )
 
 from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoint, save_checkpoint
+from models.convert import Convert, convert
 from models.data import DataError
 from models.devices import DeviceError
 from models.evaluate import accuracy_table, calibration_summary, evaluate
+from models.profiles import ProfileTable
 from models.recipe import Recipe
 from service.app import engine_threads, extended_profile, measure_latencies
 from service.client import Classify, CommandError, classify, first_problem, make_settings
@@ -78,6 +80,7 @@ class Supervit(BaseSettings):
     serve: CliSubCommand[Settings] = Field(description="serve a checkpoint over HTTP")
     classify: CliSubCommand[Classify] = Field(description="classify photographs")
     train: CliSubCommand[Recipe] = Field(description="train a checkpoint on a folder of images")
+    convert: CliSubCommand[Convert] = Field(description="make a SuperViT of a plain ViT, without training")
     evaluate: CliSubCommand[Evaluate] = Field(description="measure every sub-network of a checkpoint")
     profile: CliSubCommand[Profile] = Field(description="measure the latency of every sub-network on this machine")
     simulate: CliSubCommand[Simulate] = Field(description="replay traffic against this machine's profile")
@@ -99,6 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
                 classify(command)
             case Recipe():
                 train(command)
+            case Convert():
+                convert_vit(command)
             case Evaluate():
                 evaluate_checkpoint(command)
             case Profile():
@@ -144,6 +149,22 @@ def train(recipe: Recipe) -> None:
     except training.TrainingError as error:
         raise CommandError(str(error)) from error
     print(f"{path}: measure it with `supervit evaluate {path} {recipe.data}`")
+
+
+def convert_vit(command: Convert) -> None:
+    """Convert, and say what images the result takes and what is to be done next."""
+    config = convert(command)
+    profile = ProfileTable.unmeasured(config)
+    told = command.mean or command.name or not command.vit.exists()
+    print(
+        f"{command.output}: {len(profile.rows)} sub-networks of {profile.cheapest.gflops:.3g} to "
+        f"{profile.rows[-1].gflops:.3g} GFLOPs, for images normalised by mean {config.mean} and std {config.std}"
+        + ("" if told else " (of ImageNet, as nothing says otherwise: name the architecture with --name, or --mean)")
+    )
+    if config.num_classes == 1:
+        print(f"it came without a head: give it one with `supervit train DATA --init {command.output}`")
+    else:
+        print(f"measure it with `supervit evaluate {command.output} DATA`")
 
 
 def evaluate_checkpoint(command: Evaluate) -> None:

@@ -49,7 +49,7 @@ def main() -> None:
         data=options.data, output=Path("unused"), model=options.model, batch_size=options.batch_size, optimizer="muon"
     )
     torch.manual_seed(0)
-    model = build_model(recipe, 10).train()
+    model = build_model(recipe, tuple(map(str, range(10)))).train()
     pair_loss = PairLoss(model, recipe.label_smoothing, recipe.teacher_weight)
     in_memory, from_files = batches(recipe, model.config), batches(recipe, model.config, one_by_one=True)
     images, labels = next(in_memory)

@@ -120,7 +120,7 @@ def teacher(tmp_path: Path, tiny_config: SuperViTConfig) -> Teacher:
     torch.manual_seed(11)
     path = tmp_path / "teacher.pth"
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), path)
-    return Teacher("test_vit", path, 32, tiny_config)
+    return Teacher.load("test_vit", path, 32, tiny_config)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -191,7 +191,7 @@ def test_another_teacher_and_one_that_sees_other_pictures_are_asked_again(
     answers.append(soft_targets(recipe, replace(tiny_config, crop_fraction=0.5), teacher))
     weights = torch.load(path, weights_only=True)
     torch.save(weights | {"head.bias": torch.tensor([9.0, 0.0, 0.0])}, path)  # under the same name
-    answers.append(soft_targets(recipe, tiny_config, Teacher("test_vit", path, 32, tiny_config)))
+    answers.append(soft_targets(recipe, tiny_config, Teacher.load("test_vit", path, 32, tiny_config)))
     for first, second in itertools.combinations(answers, 2):
         assert not torch.equal(first, second)
 

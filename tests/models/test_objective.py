@@ -48,10 +48,17 @@ def test_a_family_without_pruning_trains_two_grids_a_step(tiny_config: SuperViTC
 
 
 def test_a_single_is_any_grid_unpruned(tiny_config: SuperViTConfig) -> None:
-    drawn = [sample_single(tiny_config, 0, step) for step in range(300)]
-    assert drawn == [sample_single(tiny_config, 0, step) for step in range(300)]
+    drawn = [sample_single(tiny_config, 0, step, pruned=False) for step in range(300)]
+    assert drawn == [sample_single(tiny_config, 0, step, pruned=False) for step in range(300)]
     for grid in (2, 3, 4):
         assert 70 < drawn.count((PairChoice(grid, 1.0, None),)) < 130
+
+
+def test_a_pruned_single_is_any_sub_network(tiny_config: SuperViTConfig) -> None:
+    drawn = [sample_single(tiny_config, 0, step, pruned=True) for step in range(900)]
+    assert len(set(drawn)) == len(tiny_config.subnetworks)
+    for subnetwork in tiny_config.subnetworks:
+        assert 60 < drawn.count((PairChoice(subnetwork.patch_grid, subnetwork.keep_rate, None),)) < 140
 
 
 class Answers(SuperViT):

@@ -1,13 +1,20 @@
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from timm.data.auto_augment import rand_augment_transform
 
 from models import recipe as room
-from models.recipe import LARGE_DATASET_IMAGES, Recipe
+from models.checkpoint import Header, save_checkpoint
+from models.profiles import ProfileTable
+from models.recipe import LARGE_DATASET_IMAGES, LEARNING_RATES, Recipe
+from models.subnetwork import SuperViTConfig
+from models.supervit import SuperViT
+from tests.models.conftest import CLASS_NAMES
 
 
 def data_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_images: int) -> Path:
@@ -160,3 +167,44 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
 
 def test_every_option_has_a_description_for_the_command_line() -> None:
     assert all(field.description for field in Recipe.model_fields.values())
+
+
+@pytest.fixture
+def weights_of_two_classes(tmp_path: Path, tiny_config: SuperViTConfig) -> Path:
+    config = replace(tiny_config, num_classes=2)
+    path = tmp_path / "two.safetensors"
+    save_checkpoint(path, SuperViT(config), Header("two", config, ("cat", "dog"), ProfileTable.unmeasured(config)))
+    return path
+
+
+def test_weights_that_meet_new_classes_are_fine_tuned_by_default(weights_of_two_classes: Path, pictures: Path) -> None:
+    recipe = Recipe(data=pictures, output=Path("run"), init=weights_of_two_classes)
+    assert recipe.fit_head
+    assert (recipe.optimizer, recipe.layer_decay, recipe.smallest_crop) == ("adamw", 0.75, 0.3)
+    asked = Recipe(data=pictures, output=Path("run"), init=weights_of_two_classes, optimizer="muon", layer_decay=1)
+    assert (asked.optimizer, asked.layer_decay) == ("muon", 1)
+    assert asked.learning_rate == LEARNING_RATES["muon"]["small"]
+
+
+def test_weights_that_know_the_classes_are_trained_on_as_from_scratch(
+    tmp_path: Path, tiny_config: SuperViTConfig, pictures: Path
+) -> None:
+    path = tmp_path / "three.safetensors"
+    header = Header("three", tiny_config, CLASS_NAMES, ProfileTable.unmeasured(tiny_config))
+    save_checkpoint(path, SuperViT(tiny_config), header)
+    recipe = Recipe(data=pictures, output=Path("run"), init=path)
+    assert not recipe.fit_head
+    assert (recipe.optimizer, recipe.layer_decay, recipe.smallest_crop) == ("muon", 1.0, 0.08)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"fit_head": True}, "fit-head needs the weights of --init"),
+        ({"teacher_self": True}, "teacher-self needs the weights of --init"),
+        ({"teacher_self": True, "teacher": "resnet18", "init": Path("a.pth")}, "are two teachers"),
+    ],
+)
+def test_options_about_initial_weights_need_some(pictures: Path, options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        Recipe(data=pictures, output=Path("run"), **options)

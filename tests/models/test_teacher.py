@@ -24,7 +24,7 @@ def test_a_teacher_sees_the_same_pictures_at_its_own_size_and_normalisation(
     teacher_file: Path, tiny_config: SuperViTConfig
 ) -> None:
     config = replace(tiny_config, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    teacher = Teacher("test_vit", teacher_file, None, config)
+    teacher = Teacher.load("test_vit", teacher_file, None, config)
     network = timm.create_model("test_vit", num_classes=3).eval()
     network.load_state_dict(torch.load(teacher_file, weights_only=True)["model"])
     data = timm.data.resolve_model_data_config(network)
@@ -43,7 +43,7 @@ def test_a_teacher_sees_the_same_pictures_at_its_own_size_and_normalisation(
 def test_a_supervit_teaches_as_its_largest_sub_network_answers(tmp_path: Path) -> None:
     network = timm.create_model("supervit_lvvit_micro_patch4_32", num_classes=3).eval()
     torch.save(network.state_dict(), tmp_path / "teacher.pth")
-    teacher = Teacher("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", None, network.config)
+    teacher = Teacher.load("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", None, network.config)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(teacher(images), network(images, network.config.largest).softmax(dim=1))
@@ -53,11 +53,11 @@ def test_a_teacher_that_cannot_see_images_of_the_size_asked_for_is_refused_at_on
     model = timm.create_model("supervit_lvvit_micro_patch4_32")
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
     with pytest.raises(CheckpointMismatchError, match="cannot look at images of 96 pixels: images must be"):
-        Teacher("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", 96, model.config)
+        Teacher.load("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", 96, model.config)
 
 
 def test_a_teacher_is_frozen(teacher_file: Path, tiny_config: SuperViTConfig) -> None:
-    teacher = Teacher("test_vit", teacher_file, None, tiny_config)
+    teacher = Teacher.load("test_vit", teacher_file, None, tiny_config)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not teacher(torch.zeros(1, 3, 16, 16, requires_grad=True)).requires_grad
 
@@ -66,13 +66,13 @@ def test_weights_that_are_not_the_teachers_are_a_checkpoint_error(
     teacher_file: Path, tmp_path: Path, tiny_config: SuperViTConfig
 ) -> None:
     with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: not weights of test_vit2"):
-        Teacher("test_vit2", teacher_file, None, tiny_config)
+        Teacher.load("test_vit2", teacher_file, None, tiny_config)
     with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: not weights of test_vit"):
-        Teacher("test_vit", teacher_file, None, replace(tiny_config, num_classes=4))
+        Teacher.load("test_vit", teacher_file, None, replace(tiny_config, num_classes=4))
     with pytest.raises(CheckpointMismatchError, match=r"not weights of test_vit\.no_such_tag: Invalid pretrained tag"):
-        Teacher("test_vit.no_such_tag", teacher_file, None, tiny_config)
+        Teacher.load("test_vit.no_such_tag", teacher_file, None, tiny_config)
     with pytest.raises(UnreadableCheckpointError, match="absent"):
-        Teacher("test_vit", tmp_path / "absent", None, tiny_config)
+        Teacher.load("test_vit", tmp_path / "absent", None, tiny_config)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_downloaded_teacher_must_know_the_classes_of_the_data(
     """With another number of classes timm gives it a random head, and says nothing."""
     complaint = "test_vit: timm's weights know 1000 classes and the data 3; give --teacher-checkpoint"
     with pytest.raises(CheckpointMismatchError, match=complaint):
-        Teacher("test_vit", None, None, tiny_config)
+        Teacher.load("test_vit", None, None, tiny_config)
     assert downloads == []
 
 
@@ -104,7 +104,7 @@ def test_a_teacher_that_cannot_be_downloaded_is_a_checkpoint_error_of_one_line(
     name: str, tiny_config: SuperViTConfig, downloads: list[str]
 ) -> None:
     with pytest.raises(UnreadableCheckpointError) as caught:
-        Teacher(name, None, None, replace(tiny_config, num_classes=1000))
+        Teacher.load(name, None, None, replace(tiny_config, num_classes=1000))
     assert str(caught.value).startswith(f"{name}: timm's weights cannot be had: ")
     assert "\n" not in str(caught.value)
     assert downloads == ["test_vit"][: name == "test_vit"]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,15 @@ from models.supervit import SuperViT
 from models.train import (
     Process,
     build_model,
+    build_optimizer,
+    build_teacher,
     join_processes,
     learning_rate_schedule,
     run_epochs,
     seed_everything,
     train,
 )
+from tests.models.conftest import CLASS_NAMES
 from tests.models.two_processes import weights_after_three_steps
 
 MakeRecipe = Callable[..., Recipe]
@@ -259,7 +263,7 @@ def test_a_teacher_that_was_asked_once_is_learned_from(
 def test_the_average_forgets_the_first_weights_however_slow_it_is(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe(tmp_path / "run", epochs=1, learning_rate=0.5, ema_decay=0.99996)
     seed_everything(recipe.seed)
-    first = build_model(recipe, 3).state_dict()["head.weight"]
+    first = build_model(recipe, CLASS_NAMES).state_dict()["head.weight"]
     train(recipe)
     state = torch.load(recipe.output / "state.pt", weights_only=True)
     last, average = state["model"]["head.weight"], state["average"]["head.weight"]
@@ -391,7 +395,6 @@ def test_a_state_of_something_else_cannot_be_resumed(tmp_path: Path, tiny_recipe
         ({"width": 15}, "not a multiple of"),
         ({"teacher": "no_such_teacher"}, "timm knows no model 'no_such_teacher'"),
         ({"freeze_batch_norm": True, **LVVIT}, "freeze-batch-norm"),
-        ({"freeze_batch_norm": True, "init": Path("a_deit.safetensors")}, "freeze-batch-norm"),
     ],
 )
 def test_a_recipe_that_cannot_be_built_says_why(
@@ -515,7 +518,7 @@ def test_warm_up_takes_at_most_a_tenth_of_a_short_run(tmp_path: Path, tiny_recip
 def test_weight_decay_is_for_matrices(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1, learning_rate=1e-30, weight_decay=0.5))
     groups = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["optimizer"]["param_groups"]
-    model = build_model(tiny_recipe(tmp_path), 3)
+    model = build_model(tiny_recipe(tmp_path), CLASS_NAMES)
     matrices = [name for name, parameter in model.named_parameters() if name.endswith("weight") and parameter.ndim > 1]
     sizes = {group["weight_decay"]: len(group["params"]) for group in groups}
     assert sizes == {0.5: len(matrices), 0.0: len(list(model.parameters())) - len(matrices)}
@@ -527,7 +530,7 @@ def test_a_run_can_start_from_a_plain_deit(tmp_path: Path, tiny_recipe: MakeReci
         "deit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=3
     )
     torch.save(plain.state_dict(), tmp_path / "deit.pth")
-    model = build_model(tiny_recipe(tmp_path, init=tmp_path / "deit.pth"), 3)
+    model = build_model(tiny_recipe(tmp_path, init=tmp_path / "deit.pth"), CLASS_NAMES)
     assert torch.equal(model.pos_embed_list[2], plain.pos_embed)
     path = train(tiny_recipe(tmp_path / "run", init=tmp_path / "deit.pth", learning_rate=1e-9, epochs=1))
     torch.testing.assert_close(read_weights(path)["blocks.1.mlp.fc1.weight"], plain.blocks[1].mlp.fc1.weight)
@@ -537,11 +540,95 @@ def test_a_run_can_start_from_a_checkpoint_of_ours(
     tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT]
 ) -> None:
     model = build(tiny_config)
-    header = Header("first", tiny_config, ("a", "b", "c"), ProfileTable.unmeasured(tiny_config))
+    header = Header("first", tiny_config, CLASS_NAMES, ProfileTable.unmeasured(tiny_config))
     save_checkpoint(tmp_path / "first.safetensors", model, header)
     recipe = tiny_recipe(tmp_path / "run", init=tmp_path / "first.safetensors", learning_rate=1e-9, epochs=1)
     weights = load_checkpoint(train(recipe)).model.state_dict()
     assert all(torch.allclose(weights[name], tensor, atol=1e-5) for name, tensor in model.state_dict().items())
+
+
+@pytest.fixture
+def foreign_file(tmp_path: Path, tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT]) -> Path:
+    """A SuperViT of other classes and with preprocessing of its own."""
+    config = replace(tiny_config, mean=(0.5, 0.5, 0.5), num_classes=2)
+    path = tmp_path / "foreign.safetensors"
+    save_checkpoint(path, build(config), Header("foreign", config, ("cat", "dog"), ProfileTable.unmeasured(config)))
+    return path
+
+
+def test_a_deit_has_no_batch_norm_to_freeze(foreign_file: Path, tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    with pytest.raises(TrainingError, match="freeze-batch-norm"):
+        train(tiny_recipe(tmp_path / "run", freeze_batch_norm=True, init=foreign_file))
+
+
+def test_architecture_and_preprocessing_come_with_the_weights(
+    foreign_file: Path, tmp_path: Path, pictures: Path
+) -> None:
+    recipe = Recipe(data=pictures, output=tmp_path, init=foreign_file, keep_rates=(0.5, 1.0))
+    config = build_model(recipe, CLASS_NAMES).config
+    assert (config.width, config.patch_grids, config.keep_rates) == (16, (2, 3, 4), (0.5, 1.0))
+    assert (config.mean, config.num_classes) == ((0.5, 0.5, 0.5), 3)
+
+
+def test_weights_know_their_images_whatever_model_they_are_put_into(
+    foreign_file: Path, tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
+    assert build_model(tiny_recipe(tmp_path, init=foreign_file), CLASS_NAMES).config.mean == (0.5, 0.5, 0.5)
+    named = tiny_recipe(tmp_path, init=foreign_file, mean=(0.1, 0.2, 0.3))
+    assert build_model(named, CLASS_NAMES).config.mean == (0.1, 0.2, 0.3)
+
+
+def test_where_weights_meet_new_classes_the_head_is_fitted_before_training(
+    foreign_file: Path, tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
+    """Features of random weights tell three tints apart; a fresh head does not, and a tiny rate teaches nothing."""
+    options = {"init": foreign_file, "epochs": 1, "learning_rate": 1e-9}
+    train(tiny_recipe(tmp_path / "fitted", **options))
+    train(tiny_recipe(tmp_path / "fresh", fit_head=False, **options))
+    fitted, fresh = (
+        json.loads((tmp_path / run / "log.jsonl").read_text())["top1"]["grid 4 at keep rate 1"]
+        for run in ("fitted", "fresh")
+    )
+    assert fitted == 1
+    assert fresh < 0.7
+
+
+def test_layer_decay_slows_the_blocks_near_the_images(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe(tmp_path, layer_decay=0.5)
+    model = build_model(recipe, CLASS_NAMES)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(recipe, model)
+    learning_rate_schedule(recipe, optimizer, 10, 1).step_update(20)
+    rates = {names[id(parameter)]: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    head = rates["head.weight"]
+    assert head > 0
+    blocks = [rates[f"blocks.{index}.mlp.fc1.weight"] for index in range(3)]
+    assert blocks == pytest.approx([head / 8, head / 4, head / 2])
+    assert rates["norm.weight"] == pytest.approx(head / 2)
+    for stem in ("patch_embed.proj.weight", "pos_embed_list.0", "cls_token"):
+        assert rates[stem] == pytest.approx(head / 16)
+
+
+def test_the_largest_sub_network_of_the_start_can_teach_all_others(
+    tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT]
+) -> None:
+    model = build(tiny_config)
+    header = Header("first", tiny_config, CLASS_NAMES, ProfileTable.unmeasured(tiny_config))
+    save_checkpoint(tmp_path / "first.safetensors", model, header)
+    recipe = tiny_recipe(tmp_path / "run", init=tmp_path / "first.safetensors", teacher_self=True)
+    teacher = build_teacher(recipe, model)
+    assert teacher is not None
+    images = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        expected = model(images, tiny_config.largest).softmax(dim=1)
+    with torch.no_grad():
+        model.head.weight.zero_()  # what the student learns does not change its teacher
+    torch.testing.assert_close(teacher(images), expected)
+    losses = {}
+    for name, options in {"alone": {"teacher_self": False}, "taught": {"teacher_weight": 1.0}}.items():
+        train(recipe.model_copy(update={"output": tmp_path / name, "epochs": 1, "learning_rate": 1e-9, **options}))
+        losses[name] = json.loads((tmp_path / name / "log.jsonl").read_text())["loss"]["largest grid"]
+    assert losses["taught"] < 0.01 < losses["alone"]
 
 
 def test_a_teacher_from_a_file_is_distilled(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
@@ -607,7 +694,7 @@ def test_two_processes_step_as_one_on_the_whole_batch(
     together = torch.load(tmp_path / "weights.pt", weights_only=True)
     alone = weights_after_three_steps(recipe, Process(0, 1, torch.device("cpu")))
     seed_everything(recipe.seed)
-    for name, start in build_model(recipe, 3).named_parameters():
+    for name, start in build_model(recipe, CLASS_NAMES).named_parameters():
         assert torch.allclose(together[name], alone[name], atol=1e-5, rtol=1e-5), name
         assert not torch.allclose(alone[name], start, atol=1e-4, rtol=1e-4), name
     assert len(log_of(recipe.output)) == 1
