@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -108,6 +109,6 @@ def _explain(error: BaseException) -> str:
         return _explain(error.__cause__)
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
         return f"cannot be kept in the cache: {error.strerror}"
-    if isinstance(error, _TROUBLES):
+    if isinstance(error, _TROUBLES) and not isinstance(error, FileMetadataError):
         return "the hub cannot be reached: no network, or a wrong HF_ENDPOINT"
     return "what answers is no Hugging Face hub; see HF_ENDPOINT"
