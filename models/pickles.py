@@ -31,6 +31,8 @@ DTYPES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
 }
 
 # What was seen to be raised, by Python or by torch.load, over bytes that are damaged or were never a pickle.
@@ -119,6 +121,7 @@ def _stand_in(module: str, name: str) -> object:
     Raises:
         UnreadableCheckpointError: it might run something.
     """
+    module = "builtins" if module == "__builtin__" else module  # as Python 2 called it, and protocol 2 does
     if (module, name) == ("collections", "OrderedDict"):
         return _Weights
     if module == "torch" and name in DTYPES:

@@ -102,6 +102,8 @@ def _read_legacy(file: BufferedReader, size: int) -> dict[str, Tensor]:
         keys: Any = unpickle(file)[0]
         places, sizes = {}, {}
         for key in keys:  # each with the count of its numbers before them
+            if key not in storages:
+                raise UnreadableCheckpointError("holds an unknown kind of storage")
             (count,) = struct.unpack("<q", file.read(8))
             places[key], sizes[key] = file.tell(), count * storages[key].dtype.itemsize
             if not 0 <= sizes[key] <= size - file.tell():
