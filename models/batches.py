@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models.checkpoint import UNPICKLING_ERRORS, digest
+from models.checkpoint import digest
 from models.data import (
     PADDED_CROP_SIDE_PX,
     Augmentation,
@@ -30,6 +30,7 @@ from models.data import (
     square_transform,
     training_transform,
 )
+from models.pickles import UNPICKLING_ERRORS
 from models.recipe import Recipe, count_training_files
 from models.state import TrainingError, prepare_folder, save_whole
 from models.subnetwork import SuperViTConfig

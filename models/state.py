@@ -14,8 +14,10 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import distributed
 
-from models.checkpoint import UNPICKLING_ERRORS, Header, save_checkpoint
+from models.checkpoint import Header, save_checkpoint
+from models.checkpoint_errors import shown
 from models.data import is_unicode
+from models.pickles import UNPICKLING_ERRORS
 from models.plots import plot_training
 from models.profiles import ProfileTable
 from models.recipe import Recipe
@@ -101,7 +103,8 @@ class State:
             self.optimizer.load_state_dict(content["optimizer"])
             return int(content["epoch"])
         except (OSError, *UNPICKLING_ERRORS) as error:
-            raise TrainingError(f"{path}: damaged or of another version: {_first_line(error)}") from error
+            lacking = f": {shown(error)}" if isinstance(error, KeyError) else ""
+            raise TrainingError(f"{path}: damaged or of another version{lacking}") from error
 
 
 def _other_options(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

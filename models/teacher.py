@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError, read_weights
+from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError, check_weights, read_weights
+from models.checkpoint_errors import about
 from models.data import normalise
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
@@ -70,21 +71,15 @@ class Teacher(nn.Module):
             CheckpointError: the weights cannot be read or downloaded, are not those of `name` for these classes, or
                 cannot be used on images of that size.
         """
-        if weights is None:
-            network = _download(name, config.num_classes)
-        else:
-            try:
-                network = timm.create_model(name, num_classes=config.num_classes)
-                network.load_state_dict(read_weights(weights))
-            except (RuntimeError, ValueError) as error:  # a tag that timm does not know, or names that do not fit
-                raise CheckpointMismatchError(f"{weights}: not weights of {name}: {_one_line(error)}") from error
+        classes = config.num_classes
+        network = _download(name, classes) if weights is None else _create(name, weights, classes)
         adapter = Adapter(network, config, side)
         adapter.to(memory_format=torch.channels_last)  # half as fast again, on a CPU
         teacher = cls(adapter, config)
         try:
             teacher(torch.zeros(1, 3, config.image_side, config.image_side))
         except (RuntimeError, ValueError, AssertionError) as error:  # as of a network for images of one size
-            message = f"{name}: cannot look at images of {adapter.side} pixels: {_one_line(error)}"
+            message = f"{name}: cannot look at images of {adapter.side} pixels; give another --teacher-side"
             raise CheckpointMismatchError(message) from error
         return teacher
 
@@ -106,6 +101,18 @@ class Teacher(nn.Module):
         return answers
 
 
+def _create(name: str, path: Path, num_classes: int) -> nn.Module:
+    try:
+        network: nn.Module = timm.create_model(name, num_classes=num_classes)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointMismatchError(f"{path}: not weights of {name}: timm knows no such model or tag") from error
+    weights = read_weights(path)
+    with about(f"{path}: not weights of {name}"):
+        check_weights(weights, network.state_dict())
+    network.load_state_dict(weights)
+    return network
+
+
 def _download(name: str, num_classes: int) -> nn.Module:
     try:
         known = timm.get_pretrained_cfg_value(name, "num_classes")
@@ -115,11 +122,5 @@ def _download(name: str, num_classes: int) -> nn.Module:
             )
         network: nn.Module = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:  # no network, no such file on the hub, no weights at all
-        raise UnreadableCheckpointError(
-            f"{name}: timm's weights cannot be had: {_one_line(error)}; give --teacher-checkpoint"
-        ) from error
+        raise UnreadableCheckpointError(f"{name}: timm's weights cannot be had; give --teacher-checkpoint") from error
     return network
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

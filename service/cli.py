@@ -29,6 +29,7 @@ from models.devices import DeviceError
 from models.evaluate import accuracy_table, calibration_summary, evaluate
 from models.profiles import ProfileTable
 from models.recipe import Recipe
+from models.sources import bare_name, find_checkpoint
 from service.app import engine_threads, extended_profile, measure_latencies
 from service.client import Classify, CommandError, classify, first_problem, make_settings
 from service.engines import make_engine
@@ -43,7 +44,9 @@ from service.sizing import Simulate, simulate
 class Evaluate(BaseModel):
     """Measure top-1 and top-5 of every sub-network and write them into the checkpoint's profile."""
 
-    checkpoint: CliPositionalArg[Path] = Field(description="SuperViT checkpoint; ours or a published one")
+    checkpoint: CliPositionalArg[str] = Field(
+        description="SuperViT checkpoint: a path, the name of one that ships, or hf-hub:owner/name[@revision]"
+    )
     data: CliPositionalArg[Path] = Field(
         description="folder with val/ to calibrate on and test/ to measure on, or only one of them, of class folders"
     )
@@ -56,7 +59,7 @@ class Evaluate(BaseModel):
 class Profile(BaseModel):
     """Measure how long each sub-network takes on this machine, or show what was measured before."""
 
-    checkpoint: Path | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
+    checkpoint: str | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
     engine: Literal["auto", "torch", "openvino"] | None = Field(None, description="what runs the model")
     device: str | None = Field(None, description="cpu, cuda, cuda:1, or auto")
     threads: int | None = Field(None, ge=1, description="threads of the engine on a CPU; by default those of `serve`")
@@ -170,15 +173,19 @@ def convert_vit(command: Convert) -> None:
 def evaluate_checkpoint(command: Evaluate) -> None:
     """Measure, print the table, write the accuracies into the checkpoint and draw the frontier beside it.
 
-    A file of another format is left as it is: a copy in our own format, beside it, gets the accuracies.
+    A file of another format is left as it is: a copy in our own format, beside it, gets the accuracies. Of a checkpoint
+    that is named, not given as a path, the copy is written into the current folder.
     """
     plots, tqdm = _import_extra("models.plots"), _import_extra("tqdm").tqdm
-    checkpoint = load_checkpoint(command.checkpoint)
-    path = command.checkpoint
-    if not checkpoint.is_ours or path.suffix != ".safetensors":
+    path = find_checkpoint(command.checkpoint)
+    checkpoint = load_checkpoint(path)
+    source = path
+    if path != Path(command.checkpoint):  # neither the installed package nor a cache is ours to write to
+        path = Path(f"{bare_name(command.checkpoint)}.safetensors")
+    elif not checkpoint.is_ours or path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
-        if path.exists():
-            raise CommandError(f"{path}: would be overwritten")
+    if path != source and path.exists():
+        raise CommandError(f"{path}: would be overwritten")
     if not os.access(path.parent, os.W_OK):
         raise CommandError(f"{path.parent}: is not writable")
     profile = evaluate(
@@ -194,7 +201,7 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     picture = path.with_suffix(".png")
     print(accuracy_table(profile))
     print(calibration_summary(profile))
-    save_checkpoint(path, checkpoint.model, header)
+    save_checkpoint(path, checkpoint.model, header, half=checkpoint.is_half)
     plots.plot_frontier(profile, checkpoint.name, picture)
     print(f"written into {path}, drawn in {picture}")
 

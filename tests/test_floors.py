@@ -20,6 +20,12 @@ FLOORS = {
     "models.objective": 6,
     "models.evaluate": 6,
     "models.checkpoint": 5,
+    "models.torch_files": 2,
+    "models.safetensors_files": 1,
+    "models.pickles": 1,
+    "models.sources": 2,
+    "models.hub": 1,
+    "models.checkpoint_errors": 0,
     "models.published": 4,
     "models.data": 4,
     "models.supervit": 3,
@@ -100,7 +106,8 @@ DOORS = {
     "pynvml": {"service.monitor"},
     "prometheus_client": {"service.metrics", "service.shared_counts"},
     "ray": {"service.ray_app", "service.replicas"},
-    "safetensors": {"models.checkpoint"},
+    "huggingface_hub": {"models.hub"},
+    "safetensors": {"models.safetensors_files"},
     "starlette": HTTP,
     "torchvision": {"models.data"},
 }
@@ -109,6 +116,9 @@ DOORS = {
 ENVIRONMENT_READERS = {"service.settings", "models.train"}
 
 WITHOUT_TORCH = {
+    "models.checkpoint_errors",
+    "models.hub",
+    "models.sources",
     "models.subnetwork",
     "models.flops",
     "models.profiles",
