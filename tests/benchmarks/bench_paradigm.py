@@ -7,7 +7,7 @@ The others are trained for as many epochs as the SuperViT, and once more for as 
 first command trains what is missing and goes on with what was cut short. Each finished model adds a line to RESULTS:
 what it knows of test/, its accuracy on held-out images, and its training log. The second prints what they come to.
 Another model, or other data, needs files of its own: --model, --init, --runs, --results; --set takes any option of a
-recipe, as in --set batch_size=256 learning_rate=1e-3.
+recipe, as in --set batch_size=256 keep_rates=[0.5,0.7,1].
 """
 
 import argparse
@@ -15,6 +15,7 @@ import base64
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -95,7 +96,7 @@ def train_all(options: argparse.Namespace) -> None:
         "data": options.data.resolve().name,
         "init": options.init and options.init.name,
     }
-    settings = dict(pair.split("=", maxsplit=1) for pair in options.set)
+    settings = dict(map(parse_setting, options.set))
     for seed, arm in itertools.product(options.seeds, options.arms):
         recipe = Recipe.model_validate(
             {
@@ -123,6 +124,14 @@ def train_all(options: argparse.Namespace) -> None:
             result = {"arm": arm, "seed": seed, "epochs": epochs, "training_macs": macs, **measure(train(own), own)}
             with options.results.open("a") as file:
                 file.write(json.dumps(about | result) + "\n")
+
+
+def parse_setting(text: str) -> tuple[str, object]:
+    """Parse NAME=VALUE, whose value is JSON or, where it is none, a string."""
+    name, _, value = text.partition("=")
+    with suppress(ValueError):
+        return name, json.loads(value)
+    return name, value
 
 
 def training_macs(config: SuperViTConfig) -> float:

@@ -80,6 +80,9 @@ def test_the_curves_of_a_resumed_run_go_on_where_the_saved_epochs_end(tmp_path: 
         for step in (2, 3):
             progress.add_step(step, {"single grid": 0.125}, 0.25)
         progress.add_accuracies(2, {"grid 4 at keep rate 1": 0.75})
+    with Progress(recipe, 2, 40, epochs_done=2, is_shown=True):
+        pass  # a run that is resumed at its end draws nothing
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     assert curves(tmp_path) == {
         "loss/single grid": [(0, 1.0), (1, 0.75), (2, 0.125), (3, 0.125)],
         "learning rate": [(0, 0.5), (1, 0.5), (2, 0.25), (3, 0.25)],
