@@ -1,4 +1,4 @@
-"""Which device to compute on, found from its name. Chooses nothing but the GPU of a process and moves nothing."""
+"""Which device to compute on, found from its name, and in which precision. Moves nothing."""
 
 import torch
 
@@ -27,3 +27,19 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DeviceError(f"device {name!r} cannot be used: {reason}") from error
     return device
+
+
+def training_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Find the dtype of a training step's products.
+
+    Args:
+        device: where they are computed.
+        precision: a dtype's name; or "auto": bfloat16 where the device has instructions for it, float16 on other GPUs,
+            float32 elsewhere, where anything shorter would be emulated.
+    """
+    if precision != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device.type == "cpu" and has_bfloat16 else torch.float32

@@ -99,8 +99,13 @@ def training_step(
     taught: Tensor | None,
     pairs: tuple[PairChoice, ...],
     autocast: torch.autocast,
+    scaler: torch.amp.GradScaler | None = None,
+    clip_grad: float | None = None,
+    place: tuple[int, int] = (1, 1),
 ) -> dict[str, float]:
-    """Sum the gradients of all sub-networks of a step and take one optimiser step (paper, section 3.3).
+    """Sum the gradients of all sub-networks and, after the last batch of a step, let the optimiser take it.
+
+    The step is the paper's (section 3.3); several batches give the gradient of one that is as large as they together.
 
     Args:
         pair_loss: computes the losses of a pair.
@@ -110,21 +115,41 @@ def training_step(
         taught: (B, classes) probabilities of a teacher; None without one.
         pairs: one, or the largest grid's and a smaller grid's.
         autocast: the precision of the forward pass.
+        scaler: keeps the gradients of float16 in its range; None in other precisions.
+        clip_grad: the norm that a longer gradient of a step is scaled down to; None for any length.
+        place: number of this batch, from 1, and how many make the step.
 
     Returns:
-        The losses by name.
+        The losses of this batch by name.
     """
     losses: dict[str, float] = {}
-    optimizer.zero_grad()
+    number, count = place
+    if number == 1:
+        optimizer.zero_grad()
     for name, pair in zip(PAIR_NAMES[len(pairs)], pairs, strict=True):
-        # Processes exchange gradients once a step, with the last pair's.
-        with nullcontext() if pair is pairs[-1] else _gradients_kept_local(pair_loss):
+        # Processes exchange gradients once a step, with the last pair's of the last batch.
+        with nullcontext() if number == count and pair is pairs[-1] else _gradients_kept_local(pair_loss):
             with autocast:
                 parts = pair_loss(images, targets, taught, pair)
-            sum(parts).backward()
+            loss = torch.stack(parts).sum() / count
+            (scaler.scale(loss) if scaler else loss).backward()
         losses |= zip((name, f"{name}, pruned"), (part.item() for part in parts), strict=False)
-    optimizer.step()
+    if number == count:
+        _update(optimizer, scaler, clip_grad)
     return losses
+
+
+def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, clip_grad: float | None) -> None:
+    if scaler:
+        scaler.unscale_(optimizer)
+    if clip_grad is not None:
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        nn.utils.clip_grad_norm_(parameters, clip_grad)
+    if scaler:
+        scaler.step(optimizer)  # nothing where a gradient overflowed
+        scaler.update()  # a smaller scale after that, a larger one after long without
+    else:
+        optimizer.step()
 
 
 def _gradients_kept_local(pair_loss: PairLoss | DistributedDataParallel) -> AbstractContextManager[None]:

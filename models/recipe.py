@@ -147,7 +147,8 @@ class Recipe(BaseModel):
     single_pruned: bool = Field(
         False, description="prune in the single epochs, too, at a random keep rate; for weights that know something"
     )
-    batch_size: PositiveInt = _by_size("batch_size", description="images per step and process")
+    batch_size: PositiveInt = _by_size("batch_size", description="images per batch and process")
+    accumulate: PositiveInt = Field(1, description="batches whose gradients are averaged into one step")
     optimizer: Literal["adamw", "muon"] = Field(
         default_factory=lambda fields: "adamw" if _fine_tunes(fields) else DEFAULTS[_size(fields["data"])]["optimizer"],
         description="AdamW, or Muon for matrices and convolutions and AdamW for the rest",
@@ -163,6 +164,9 @@ class Recipe(BaseModel):
     )
     warmup_epochs: float = Field(5, ge=0, description="epochs of linear warm-up, at most a tenth of the run")
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay of matrices")
+    clip_grad: float | None = Field(
+        None, gt=0, description="norm that a step's gradient is scaled down to; none by default"
+    )
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="probability mass spread over all classes")
     mixup: float = _by_size("mixup", ge=0, description="mixup alpha; 0 for none")
     cutmix: float = _by_size("cutmix", ge=0, description="cutmix alpha; 0 for none")
@@ -192,7 +196,14 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, order and augmentation")
     workers: int = Field(2, ge=0, description="processes that decode images")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
-    precision: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the products in a training step")
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="of the products in a step; by default bfloat16 where the device has instructions for it, else "
+        "float16 on a GPU and float32 on a CPU",
+    )
+    compile: bool = Field(
+        False, description="compile the training step; once for every grid with its keep rates, and so worth a long run"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "models.train": 8,
     "models.batches": 7,
+    "models.compilation": 7,
     "models.finetune": 8,
     "models.state": 6,
     "models.average": 6,
@@ -36,6 +37,8 @@ FLOORS = {
     "models.flops": 1,
     "models.tokens": 1,
     "models.recipe": 1,
+    "models.processes": 1,
+    "models.progress": 2,
     "models.calibration": 3,
     "models.devices": 0,
     "models.muon": 0,
@@ -113,7 +116,7 @@ DOORS = {
 }
 
 # Rooms that read the environment: the settings, and what torchrun says to its processes.
-ENVIRONMENT_READERS = {"service.settings", "models.train"}
+ENVIRONMENT_READERS = {"service.settings", "models.processes"}
 
 WITHOUT_TORCH = {
     "models.checkpoint_errors",

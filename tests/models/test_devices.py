@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models.devices import DeviceError, resolve_device
+from models.devices import DeviceError, resolve_device, training_dtype
 
 
 @pytest.fixture
@@ -35,3 +35,34 @@ def test_a_device_that_holds_no_tensor_is_refused_in_one_line(name: str) -> None
     assert str(caught.value).startswith(f"device {name!r} cannot be used: ")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_precision_that_is_named_is_taken_everywhere(device: str) -> None:
+    assert training_dtype(torch.device(device), "bfloat16") == torch.bfloat16
+    assert training_dtype(torch.device(device), "float16") == torch.float16
+    assert training_dtype(torch.device(device), "float32") == torch.float32
+
+
+@pytest.mark.parametrize(("has_bfloat16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_takes_bfloat16_where_it_need_not_be_emulated(
+    monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, dtype: torch.dtype
+) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return has_bfloat16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert training_dtype(torch.device("cuda:1"), "auto") == dtype
+
+
+@pytest.mark.parametrize(
+    ("has_avx512", "has_amx", "dtype"),
+    [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)],
+)
+def test_a_cpu_takes_bfloat16_where_it_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, has_avx512: bool, has_amx: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    assert training_dtype(torch.device("cpu"), "auto") == dtype
+    assert training_dtype(torch.device("meta"), "auto") == torch.float32  # what is neither has no say

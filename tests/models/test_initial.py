@@ -79,6 +79,17 @@ def test_grids_that_the_checkpoint_lacks_start_from_its_nearest(
     assert torch.equal(other.state_dict()[name], model.state_dict()[name])
 
 
+def test_between_two_grids_that_are_equally_near_the_larger_is_resampled(
+    tmp_path: Path, tiny_config: SuperViTConfig, deit: SuperViT, build: Build
+) -> None:
+    source = build(replace(tiny_config, patch_grids=(2, 4)))
+    torch.save(source.state_dict(), tmp_path / "two.pth")
+    load_initial_weights(deit, tmp_path / "two.pth")
+    of_2, of_4 = source.pos_embed_list
+    assert not torch.equal(of_2[:, :1], of_4[:, :1])
+    assert torch.equal(deit.pos_embed_list[1][:, :1], of_4[:, :1])  # grid 3; a class token's part is copied as it is
+
+
 def test_heads_of_other_classes_stay_fresh(tiny_file: Path, config: SuperViTConfig, model: SuperViT) -> None:
     fresh = SuperViT(replace(config, num_classes=5))
     heads = {name: tensor.clone() for name, tensor in fresh.state_dict().items() if "head" in name}

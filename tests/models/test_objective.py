@@ -172,6 +172,92 @@ def test_a_step_of_one_pair_has_its_losses_alone(deit: SuperViT, images: Tensor,
     assert list(losses) == ["single grid", "single grid, pruned"]
 
 
+def steps_of(
+    model: SuperViT,
+    images: Tensor,
+    labels: Tensor,
+    count: int,
+    autocast: torch.autocast = FULL_PRECISION,
+    **options: object,
+) -> tuple[SuperViT, list[dict[str, float]]]:
+    """Take one step on the images in `count` batches with a copy of the model."""
+    moved = copy.deepcopy(model).train()
+    pair_loss = PairLoss(moved, label_smoothing=0.1, teacher_weight=0.5)
+    optimizer = torch.optim.SGD(moved.parameters(), lr=0.1)
+    losses = [
+        training_step(
+            pair_loss,
+            optimizer,
+            *part,
+            None,
+            PAIRS,
+            autocast,
+            place=(number, count),
+            **options,  # type: ignore[arg-type] # scaler and clip_grad
+        )
+        for number, part in enumerate(zip(images.chunk(count), labels.chunk(count), strict=True), start=1)
+    ]
+    return moved, losses
+
+
+def change(moved: SuperViT, start: SuperViT) -> Tensor:
+    """How far the weights moved, as one vector."""
+    pairs = zip(moved.parameters(), start.parameters(), strict=True)
+    return torch.cat([(after - before).flatten() for after, before in pairs])
+
+
+def test_batches_whose_gradients_are_accumulated_step_as_one(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
+    whole, (expected,) = steps_of(deit, images, labels, 1)
+    parts, losses = steps_of(deit, images, labels, 2)
+    torch.testing.assert_close(change(parts, deit), change(whole, deit), atol=1e-6, rtol=1e-4)
+    for name, loss in expected.items():  # each batch tells its own mean
+        assert (losses[0][name] + losses[1][name]) / 2 == pytest.approx(loss, rel=1e-5)
+
+
+def test_nothing_moves_before_the_last_batch_of_a_step(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
+    model = copy.deepcopy(deit).train()
+    pair_loss = PairLoss(model, label_smoothing=0.1, teacher_weight=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training_step(pair_loss, optimizer, images, labels, None, PAIRS, FULL_PRECISION, place=(1, 2))
+    assert not change(model, deit).any()
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_a_long_gradient_is_scaled_down_to_the_norm_asked_for(
+    deit: SuperViT, images: Tensor, labels: Tensor, is_scaled: bool
+) -> None:
+    free, _ = steps_of(deit, images, labels, 1)
+    norm = change(free, deit).norm().item() / 0.1  # SGD's rate
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if is_scaled else None
+    clipped, _ = steps_of(deit, images, labels, 1, clip_grad=norm / 4, scaler=scaler)
+    torch.testing.assert_close(change(clipped, deit), change(free, deit) / 4, atol=1e-6, rtol=1e-3)
+    unchanged, _ = steps_of(deit, images, labels, 1, clip_grad=norm * 4, scaler=scaler)
+    torch.testing.assert_close(change(unchanged, deit), change(free, deit), atol=1e-6, rtol=1e-3)
+
+
+def test_a_scaled_gradient_that_overflows_moves_nothing_and_lowers_the_scale(
+    deit: SuperViT, images: Tensor, labels: Tensor
+) -> None:
+    float16 = torch.autocast("cpu", torch.float16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # float16 ends at 65504
+    moved, _ = steps_of(deit, images, labels, 1, float16, scaler=scaler)
+    assert not change(moved, deit).any()
+    assert scaler.get_scale() == 2**23
+
+
+def test_a_step_in_float16_stays_close_to_full_precision(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
+    float16 = torch.autocast("cpu", torch.float16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    (moved, losses), (expected, exact) = (
+        steps_of(deit, images, labels, 1, float16, scaler=scaler),
+        steps_of(deit, images, labels, 1),
+    )
+    assert losses[0] == pytest.approx(exact[0], rel=0.02, abs=0.01)
+    assert losses != exact
+    difference = (change(moved, deit) - change(expected, deit)).norm() / change(expected, deit).norm()
+    assert difference < 0.1
+
+
 def test_a_step_in_bfloat16_stays_close_to_full_precision(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
     answers = []
     for enabled in (False, True):

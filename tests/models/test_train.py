@@ -18,24 +18,24 @@ import torch
 from PIL import Image
 from timm.utils import ModelEmaV3
 
+from models import train as room
+from models.batches import open_batches
 from models.checkpoint import CheckpointError, Header, load_checkpoint, read_weights, save_checkpoint
 from models.data import DataError
 from models.devices import DeviceError
 from models.objective import PairChoice, sample_pairs, training_step
+from models.processes import Process, join_processes, seed_everything
 from models.profiles import ProfileTable
 from models.recipe import Recipe
 from models.state import TrainingError, save_whole
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 from models.train import (
-    Process,
     build_model,
     build_optimizer,
     build_teacher,
-    join_processes,
     learning_rate_schedule,
     run_epochs,
-    seed_everything,
     train,
 )
 from tests.models.conftest import CLASS_NAMES
@@ -86,6 +86,7 @@ def test_a_run_leaves_its_checkpoint_its_state_its_log_and_its_picture(tmp_path:
         "state.pt",
         "log.jsonl",
         "training.png",
+        "tensorboard",
     }
     checkpoint = load_checkpoint(path)
     assert (checkpoint.name, checkpoint.class_names) == ("run", ("blue", "green", "red"))
@@ -129,8 +130,18 @@ def test_the_saved_weights_are_the_averaged_ones(tmp_path: Path, tiny_recipe: Ma
         (EVERYTHING_RANDOM | LVVIT | {"drop_path": 0.0}, STEPS_PER_EPOCH + 6),
         ({"single_epochs": 2}, STEPS_PER_EPOCH + 3),
         ({"single_epochs": 1}, 2 * STEPS_PER_EPOCH + 3),
+        ({"precision": "float16", "accumulate": 4, "clip_grad": 0.1}, STEPS_PER_EPOCH + 6),
     ],
-    ids=["plain", "one worker", "all random", "all random, one worker", "lvvit", "cheap epochs", "after cheap epochs"],
+    ids=[
+        "plain",
+        "one worker",
+        "all random",
+        "all random, one worker",
+        "lvvit",
+        "cheap epochs",
+        "after cheap epochs",
+        "float16, several batches a step",
+    ],
 )
 def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_unbroken_one(
     tmp_path: Path, tiny_recipe: MakeRecipe, options: dict[str, object], interrupted_at: int
@@ -150,6 +161,116 @@ def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_unbroken_one(
         for path in (resumed, unbroken)
     ]
     assert untimed[0] == untimed[1]
+
+
+@pytest.mark.parametrize(("name", "epoch"), [("save_weights", 2), ("watch", 2), ("save_log", 3)])
+def test_what_fails_after_an_epoch_costs_nothing_of_it(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, name: str, epoch: int
+) -> None:
+    unbroken = train(tiny_recipe(tmp_path / "unbroken" / "run"))
+    recipe = tiny_recipe(tmp_path / "broken" / "run")
+    real, calls = getattr(room, name), 0
+
+    def fail_once(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == epoch:
+            raise OSError("No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(room, name, fail_once)
+    with pytest.raises(OSError, match="No space left"):
+        train(recipe)
+    assert [record["epoch"] for record in log_of(recipe.output)] == list(range(1, epoch))
+    first_resumed: list[torch.Tensor] = []
+    before_step(monkeypatch, 1, lambda images: first_resumed.append(images) or images)  # type: ignore[func-returns-value] # it returns None
+    resumed = train(recipe.model_copy(update={"resume": True}))
+    assert bool(first_resumed) == (epoch < 3)  # a run that was trained to its end is only measured
+    assert resumed.read_bytes() == unbroken.read_bytes()
+    untimed = [[record | {"seconds": 0} for record in log_of(path.parent)] for path in (resumed, unbroken)]
+    assert untimed[0] == untimed[1]
+
+
+def test_an_epoch_that_is_measured_late_is_measured_before_the_next_begins(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "watch", lambda *_: interrupt(torch.zeros(1)))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    before_step(monkeypatch, 1, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe.model_copy(update={"resume": True}))
+    assert [record["epoch"] for record in log_of(recipe.output)] == [1]
+
+
+def test_the_averaged_weights_are_the_ones_watched(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The average is made to call everything blue, which a third of the images are; the weights learn all three."""
+    update = ModelEmaV3.update
+
+    def turn_blue(average: ModelEmaV3, model: SuperViT, step: int) -> None:
+        update(average, model, step)
+        average.module.head.bias.data[0] = 1e6
+
+    monkeypatch.setattr(ModelEmaV3, "update", turn_blue)
+    train(tiny_recipe(tmp_path / "run", epochs=4, learning_rate=1.0))
+    top1 = log_of(tmp_path / "run")[-1]["top1"]
+    assert isinstance(top1, dict)
+    assert list(top1.values()) == pytest.approx([1 / 3, 1 / 3])
+
+
+def test_products_are_computed_in_the_precision_asked_for(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    losses = {}
+    for precision in ("float32", "bfloat16", "float16"):
+        train(tiny_recipe(tmp_path / precision, epochs=1, precision=precision))
+        (record,) = log_of(tmp_path / precision)
+        losses[precision] = record["loss"]["largest grid"]  # type: ignore[index] # read from JSON
+        state = torch.load(tmp_path / precision / "state.pt", weights_only=True)
+        assert (state["scaler"] is not None) == (precision == "float16")
+    assert len(set(losses.values())) == 3
+    assert list(losses.values()) == pytest.approx([losses["float32"]] * 3, rel=0.02)
+
+
+def test_mixed_labels_are_smoothed(tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def step(pair_loss: object, optimizer: object, images: object, targets: torch.Tensor, *_: object) -> object:
+        del pair_loss, optimizer, images
+        seen.append(targets)
+        return {"largest grid": 0.0}
+
+    monkeypatch.setattr(room, "training_step", step)
+    train(tiny_recipe(tmp_path / "run", epochs=1, mixup=0.8, label_smoothing=0.3))
+    targets = torch.cat(seen)
+    assert targets.shape == (48, 3)
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(48))
+    assert targets.min().item() == pytest.approx(0.3 / 3)
+
+
+def test_every_process_varies_its_images_in_its_own_way(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given the same images in the same order."""
+    seen: list[torch.Tensor] = []
+
+    def step(pair_loss: object, optimizer: object, images: torch.Tensor, *_: object) -> object:
+        del pair_loss, optimizer
+        seen.append(images)
+        return {"largest grid": 0.0}
+
+    def open_first_share(recipe: Recipe, config: SuperViTConfig, teacher: None, *_: object) -> object:
+        return open_batches(recipe, config, teacher, 0, 1, torch.device("cpu"))
+
+    monkeypatch.setattr(room, "training_step", step)
+    monkeypatch.setattr(room, "open_batches", open_first_share)
+    for rank in (0, 1, 1):
+        run_epochs(tiny_recipe(tmp_path / "run", epochs=1, resume=False), Process(rank, 1, torch.device("cpu")))
+    first, second, again = torch.cat(seen).chunk(3)
+    assert not torch.equal(first, second)
+    assert torch.equal(second, again)
 
 
 def test_every_epoch_shows_every_image_in_an_order_of_its_own(
@@ -187,6 +308,72 @@ def test_steps_are_counted_on_from_epoch_to_epoch(
     for record in log_of(recipe.output):
         schedule.step_update(int(str(record["epoch"])) * STEPS_PER_EPOCH - 1)
         assert record["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_a_step_of_several_batches_is_one_step_and_the_last_takes_what_is_left(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[object] = []
+    asked: list[int] = []
+    averaged: list[int] = []
+    update = ModelEmaV3.update
+
+    def step(*arguments: object) -> dict[str, float]:
+        places.append(arguments[-1])
+        return training_step(*arguments)  # type: ignore[arg-type] # passed on
+
+    def choose(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoice, ...]:
+        asked.append(step)
+        return sample_pairs(config, seed, step)
+
+    def average(average: ModelEmaV3, model: SuperViT, step: int) -> None:
+        averaged.append(step)
+        update(average, model, step)
+
+    monkeypatch.setattr(room, "training_step", step)
+    monkeypatch.setattr(room, "sample_pairs", choose)
+    monkeypatch.setattr(ModelEmaV3, "update", average)
+    recipe = tiny_recipe(tmp_path / "run", epochs=2, accumulate=4)
+    train(recipe)
+    assert places == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 2), (2, 2)] * 2
+    assert asked == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3]
+    assert averaged == [1, 2, 3, 4]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    learning_rate_schedule(recipe, optimizer, 2, 1).step_update(3)
+    assert log_of(recipe.output)[-1]["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_the_learning_rate_grows_with_all_images_of_a_step(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    rates = []
+    for options in ({"batch_size": 8}, {"batch_size": 8, "accumulate": 4}, {"batch_size": 32}):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+        learning_rate_schedule(tiny_recipe(tmp_path, **options), optimizer, 100, 1).step_update(60)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[1] == rates[2] == pytest.approx(4 * rates[0])
+
+
+def test_a_gradient_is_clipped_to_the_norm_of_the_recipe(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    """AdamW's first moment is a share of the gradient, so its norm is that share of the clipped one's."""
+    for name, clip in (("free", None), ("clipped", 1e-3)):
+        train(tiny_recipe(tmp_path / name, epochs=1, optimizer="adamw", batch_size=48, clip_grad=clip))
+    norms = []
+    for name in ("free", "clipped"):
+        moments = torch.load(tmp_path / name / "state.pt", weights_only=True)["optimizer"]["state"].values()
+        norms.append(torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm().item())
+    assert norms[1] == pytest.approx((1 - 0.9) * 1e-3, rel=1e-3)
+    assert norms[0] > 10 * norms[1]
+
+
+def test_a_convolutional_stem_keeps_its_channels_together_and_its_checkpoint_is_as_ever(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
+    path = train(tiny_recipe(tmp_path / "run", epochs=1, **LVVIT))
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    name = "patch_embed.conv2.weight"
+    assert state["model"][name].is_contiguous(memory_format=torch.channels_last)
+    saved = read_weights(path)[name]
+    assert saved.is_contiguous()
+    assert torch.equal(saved, state["average"][name])
 
 
 def test_a_resumed_run_follows_the_rate_that_it_is_given_now(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
@@ -423,7 +610,7 @@ def test_nothing_is_said_to_be_kept_when_the_first_epoch_fails(tmp_path: Path, t
         before_step(patch, 2, lambda images: images * torch.nan)
         with pytest.raises(TrainingError, match="in step 1 of epoch 1; start again with a lower --learning-rate"):
             train(tiny_recipe(tmp_path / "run"))
-    assert not list((tmp_path / "run").iterdir())
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"tensorboard"}
 
 
 @pytest.mark.parametrize("kind", ["model", "average"])
@@ -692,7 +879,8 @@ def test_two_processes_step_as_one_on_the_whole_batch(
     )
     assert finished.returncode == 0, finished.stderr
     together = torch.load(tmp_path / "weights.pt", weights_only=True)
-    alone = weights_after_three_steps(recipe, Process(0, 1, torch.device("cpu")))
+    assert together.pop("exchanges") == 3  # one a step, though every process takes two batches of two sub-networks
+    alone = weights_after_three_steps(recipe, Process(0, 1, torch.device("cpu")), batches=1)
     seed_everything(recipe.seed)
     for name, start in build_model(recipe, CLASS_NAMES).named_parameters():
         assert torch.allclose(together[name], alone[name], atol=1e-5, rtol=1e-5), name
