@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from models.batches import ImageBatches, read_images
 from models.checkpoint import CheckpointMismatchError, read_weights
-from models.data import list_classes, normalise, open_training_data, square_transform
+from models.datasets import list_classes, open_training_data
 from models.devices import resolve_device
+from models.images import normalise, square_transform
 from models.state import save_whole
 from models.supervit import SuperViT
 from models.teacher import Adapter

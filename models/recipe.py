@@ -8,6 +8,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from pydantic_settings import CliPositionalArg
 
+from models.datasets import MAX_BAD_IMAGES
+from models.processes import default_workers
 from models.subnetwork import SuperViTConfig
 
 # Between CIFAR (50,000) and ImageNet (1.28 million): above it, the strong augmentation of DeiT pays.
@@ -134,8 +136,13 @@ class Recipe(BaseModel):
     holdout: float = Field(
         0.02, gt=0, lt=1, description="part of train/ watched during training where there is no val/ folder"
     )
+    max_bad_images: float = Field(
+        MAX_BAD_IMAGES, ge=0, lt=1, description="part of the images that may be unreadable; they are passed over"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, order and augmentation")
-    workers: int = Field(2, ge=0, description="processes that decode images")
+    workers: int = Field(
+        default_factory=default_workers, ge=0, description="processes that decode images; by default one for each core"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     precision: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the products in a training step")
 

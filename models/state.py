@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import distributed
 
 from models.checkpoint import UNPICKLING_ERRORS, Header, save_checkpoint
-from models.data import is_unicode
+from models.datasets import is_unicode
 from models.plots import plot_training
 from models.profiles import ProfileTable
 from models.recipe import Recipe
@@ -34,6 +34,7 @@ MAY_CHANGE = frozenset(
         "learning_rate",
         "warmup_epochs",
         "precision",
+        "max_bad_images",
         "workers",
         "device",
     ]

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError, read_weights
-from models.data import normalise
+from models.devices import autocast
+from models.images import normalise
 from models.subnetwork import SuperViTConfig
 
 
@@ -83,7 +84,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Answer (B, classes) probabilities for the student's (B, 3, S, S) images."""
-        logits: Tensor = self.network(images)
+        with autocast(self.device):
+            logits: Tensor = self.network(images)
         return logits.float().softmax(dim=1)
 
     def answer_both_ways(self, images: Tensor) -> Tensor:

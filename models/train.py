@@ -5,11 +5,8 @@ seed, the epoch and the process, so a run that was cut short and resumed ends as
 """
 
 import math
-import os
 import random
 import time
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +18,17 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models.batches import Batches, open_batches
 from models.calibration import Scaling
-from models.data import Sample, SampleLoader, list_classes
-from models.devices import resolve_device
+from models.datasets import list_classes
 from models.evaluate import measure_accuracy
 from models.initial import load_initial_weights
+from models.loaders import SampleLoader
 from models.muon import Muon
 from models.objective import PairLoss, sample_pairs, sample_single, training_step
+from models.processes import Process, join_processes, share_buffers
 from models.profiles import ProfileTable
 from models.recipe import Recipe
 from models.state import CHECKPOINT_NAME, State, TrainingError, has_state, prepare_folder, read_log, save_epoch, way_out
@@ -39,21 +36,6 @@ from models.supervit import SuperViT
 from models.teacher import Teacher
 
 FINAL_RATE, WARMUP_START_RATE = 1e-2, 1e-3  # fractions of the peak learning rate
-LONGEST_WAIT = timedelta(hours=6)  # of one process for another
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """Which of the processes of a run this is, and where it computes."""
-
-    rank: int
-    count: int
-    device: torch.device
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the process that saves, logs and prints."""
-        return self.rank == 0
 
 
 def train(recipe: Recipe) -> Path:
@@ -105,11 +87,12 @@ def run_epochs(recipe: Recipe, process: Process) -> None:
         losses = train_epoch(recipe, state, pair_loss, present, schedule, loader, epoch, process)
         if not state.is_finite:  # the losses are those before the last update
             raise TrainingError(f"weights are no longer numbers after epoch {epoch}; {way_out(recipe.output, epoch)}")
+        top1 = watch(state.average.module, watched)
         if process.is_first:
             record = {
                 "epoch": epoch,
                 "loss": losses,
-                "top1": watch(recipe, state.average.module, watched),
+                "top1": top1,
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "seconds": round(time.monotonic() - started_at, 1),
             }
@@ -117,18 +100,6 @@ def run_epochs(recipe: Recipe, process: Process) -> None:
             save_epoch(recipe, state, class_names, records)
         if process.count > 1:
             distributed.barrier()
-
-
-def join_processes(device: str) -> Process:
-    """Find out from torchrun's environment, if there is one, which process this is, and pick its device."""
-    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    own_device = resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    if own_device.type == "cuda":
-        torch.cuda.set_device(own_device)  # or NCCL and pinned memory would open GPU 0 in every process
-    if count > 1 and not distributed.is_initialized():
-        # The others wait while the first watches and saves: as long as that takes, and torch's ten minutes may not do.
-        distributed.init_process_group("nccl" if own_device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
-    return Process(rank, count, own_device)
 
 
 def seed_everything(*parts: int) -> None:
@@ -245,10 +216,10 @@ def train_epoch(
     return {name: total / len(loader) for name, total in totals.items()}
 
 
-def watch(recipe: Recipe, model: SuperViT, watched: Dataset[Sample]) -> dict[str, float]:
-    """Measure the largest and the cheapest sub-network of the averaged weights on the images held out."""
+def watch(model: SuperViT, watched: SampleLoader) -> dict[str, float]:
+    """Measure the largest and the cheapest sub-network of the averaged weights, every process on its share."""
     profile = ProfileTable.unmeasured(model.config)
-    loader = SampleLoader(watched, recipe.batch_size, num_workers=recipe.workers)
     ends = (profile.cheapest.subnetwork, model.config.largest)
-    measured = measure_accuracy(model, loader, dict.fromkeys(ends, Scaling()))
+    share_buffers(model)
+    measured = measure_accuracy(model, watched, dict.fromkeys(ends, Scaling()))
     return {str(subnetwork): result.top1 for subnetwork, result in measured.items()}

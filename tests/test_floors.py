@@ -21,7 +21,9 @@ FLOORS = {
     "models.evaluate": 6,
     "models.checkpoint": 5,
     "models.published": 4,
-    "models.data": 4,
+    "models.loaders": 5,
+    "models.datasets": 4,
+    "models.images": 3,
     "models.supervit": 3,
     "models.plots": 3,
     "models.layers": 2,
@@ -29,8 +31,9 @@ FLOORS = {
     "models.latency": 1,
     "models.flops": 1,
     "models.tokens": 1,
-    "models.recipe": 1,
+    "models.recipe": 5,
     "models.calibration": 3,
+    "models.processes": 1,
     "models.devices": 0,
     "models.muon": 0,
     "models.subnetwork": 0,
@@ -92,7 +95,7 @@ HTTP = {
 
 # Which rooms an outside library may enter by.
 DOORS = {
-    "PIL": {"models.data", "service.images"},
+    "PIL": {"models.images", "service.images"},
     "fastapi": HTTP,
     "matplotlib": {"models.plots"},
     "openvino": {"service.openvino_graph", "service.openvino_engine"},
@@ -102,11 +105,11 @@ DOORS = {
     "ray": {"service.ray_app", "service.replicas"},
     "safetensors": {"models.checkpoint"},
     "starlette": HTTP,
-    "torchvision": {"models.data"},
+    "torchvision": {"models.datasets", "models.images"},
 }
 
 # Rooms that read the environment: the settings, and what torchrun says to its processes.
-ENVIRONMENT_READERS = {"service.settings", "models.train"}
+ENVIRONMENT_READERS = {"service.settings", "models.processes"}
 
 WITHOUT_TORCH = {
     "models.subnetwork",

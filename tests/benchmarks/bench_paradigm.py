@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from models.checkpoint import load_checkpoint
 from models.evaluate import evaluate
+from models.processes import joined_processes
 from models.recipe import Recipe
 from models.state import LOG_NAME, has_state
 from models.subnetwork import SubNetwork
@@ -93,7 +94,16 @@ def train_all(options: argparse.Namespace) -> None:
 def measure(path: Path, data: Path) -> dict[str, Any]:
     """Return the accuracy of a checkpoint on test/, and the log of its training."""
     progress = partial(tqdm, desc="evaluating", mininterval=1)
-    profile = evaluate(load_checkpoint(path), data, batch_size=100, workers=0, progress=progress)
+    with joined_processes("auto") as process:
+        profile = evaluate(
+            load_checkpoint(path),
+            data,
+            batch_size=100,
+            workers=0,
+            max_bad_images=0.0,
+            progress=progress,
+            process=process,
+        ).profile
     return {
         "rows": [
             {

@@ -19,7 +19,9 @@ from timm.utils import ModelEmaV3
 from torch.profiler import ProfilerActivity, profile
 
 from models.batches import open_batches
-from models.data import Augmentation, SampleLoader, open_training_data, training_transform
+from models.datasets import open_training_data
+from models.images import Augmentation, training_transform
+from models.loaders import SampleLoader
 from models.objective import PairLoss, sample_pairs, training_step
 from models.recipe import Recipe
 from models.train import build_model, build_optimizer

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.data import DataError
 from timm.data import ImageNetInfo
 from torch import Tensor
 
 from models.calibration import HIGHEST_EXPONENT, LOWEST_EXPONENT, Scaling, fit_scaling
 from models.checkpoint import Checkpoint, load_checkpoint
-from models.data import DataError
 from models.devices import DeviceError
 from models.evaluate import (
     accuracy_table,

@@ -18,18 +18,17 @@ from PIL import Image
 from timm.utils import ModelEmaV3
 
 from models.checkpoint import CheckpointError, Header, load_checkpoint, read_weights, save_checkpoint
-from models.data import DataError
+from models.datasets import DataError
 from models.devices import DeviceError
 from models.objective import PairChoice, sample_pairs, training_step
+from models.processes import Process
 from models.profiles import ProfileTable
 from models.recipe import Recipe
 from models.state import TrainingError, save_whole
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 from models.train import (
-    Process,
     build_model,
-    join_processes,
     learning_rate_schedule,
     run_epochs,
     seed_everything,
@@ -470,17 +469,6 @@ def test_a_run_of_one_step_is_no_reason_to_warn(
 def test_a_device_that_cannot_be_used_is_refused(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     with pytest.raises(DeviceError, match="device 'tpu9' cannot be used"):
         train(tiny_recipe(tmp_path / "run", device="tpu9"))
-
-
-@pytest.mark.parametrize("name", ["auto", "cuda"])
-def test_every_process_takes_the_gpu_of_its_own_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    taken: list[torch.device] = []
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(torch, "zeros", lambda size, device: torch.ones(size))  # noqa: ARG005 - there is no such GPU
-    assert join_processes(name) == Process(0, 1, torch.device("cuda:1"))
-    assert taken == [torch.device("cuda:1")]
 
 
 def test_the_learning_rate_warms_up_linearly_and_falls_along_a_cosine(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from models.objective import sample_pairs, training_step
+from models.processes import Process, join_processes
 from models.recipe import Recipe
-from models.train import Process, build_model, build_pair_loss, join_processes, seed_everything, train
+from models.train import build_model, build_pair_loss, seed_everything, train
 
 
 def weights_after_three_steps(recipe: Recipe, process: Process) -> dict[str, torch.Tensor]:
