@@ -56,7 +56,7 @@ class ImageSet(Dataset[Sample]):
     ) -> None:
         self.folder, self.files, self.transform, self.max_bad_images = folder, files, transform, max_bad_images
         self.skipped = skipped or Counter()
-        self.is_bad = torch.zeros(len(files), dtype=torch.bool).share_memory_()
+        self.is_bad = torch.zeros(len(files), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
         self._is_reported = self.is_bad.clone()
 
     def __len__(self) -> int:

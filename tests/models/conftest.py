@@ -60,7 +60,7 @@ def torchrun() -> Callable[..., None]:
             cwd=script.parents[2],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,  # a busy machine starts them slowly
             check=False,
         )
         assert finished.returncode == 0, finished.stderr

@@ -111,7 +111,8 @@ def test_images_in_memory_are_whole_and_keep_their_labels(
     assert isinstance(batches, ImageBatches)
     expected = open_folder(recipe.data / "train", evaluation_transform(config))
     assert len(batches.images) == len(expected)
-    for index, (image, label) in enumerate(expected):
+    for index in range(len(expected)):
+        image, label = expected[index]
         assert torch.equal(batches.images[index], image)
         assert batches.targets[index] == label
     assert [len(labels) for _, labels in watched] == [8, 4]
