@@ -20,8 +20,9 @@ from tqdm import tqdm
 from models.batches import ImageBatches, read_images
 from models.checkpoint import check_weights, read_weights
 from models.checkpoint_errors import about
-from models.data import list_classes, normalise, open_training_data, square_transform
+from models.datasets import list_classes, open_training_data
 from models.devices import resolve_device
+from models.images import normalise, square_transform
 from models.state import save_whole
 from models.supervit import SuperViT
 from models.teacher import Adapter

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from models.data import Sample, normalise
+from models.devices import autocast
+from models.images import normalise
+from models.loaders import SampleLoader
+from models.processes import is_first
 from models.supervit import SuperViT
 
 # Strength of the pull towards small weights, on features of unit variance.
@@ -15,7 +17,7 @@ ITERATIONS = 200
 
 
 @torch.no_grad()
-def compute_features(model: SuperViT, batches: DataLoader[Sample]) -> tuple[Tensor, Tensor]:
+def compute_features(model: SuperViT, batches: SampleLoader) -> tuple[list[Tensor], list[Tensor]]:
     """Run the largest sub-network, as it is served, over labelled images.
 
     Args:
@@ -23,17 +25,18 @@ def compute_features(model: SuperViT, batches: DataLoader[Sample]) -> tuple[Tens
         batches: (B, 3, S, S) uint8 images with their (B,) labels.
 
     Returns:
-        (M, head width) features and (M,) labels, on the CPU.
+        For each batch, (B, head width) features and (B,) labels, on the CPU.
     """
-    was_training = model.training
+    was_training, device = model.training, model.cls_token.device
     model.eval()
     features, labels = [], []
-    for images, its_labels in tqdm(batches, "features for the head", mininterval=1):
-        normalised = normalise(images.to(model.cls_token.device), model.config)
-        features.append(model.features(normalised, model.config.largest).float().cpu())
+    for images, its_labels in tqdm(batches, "features for the head", disable=not is_first(), mininterval=1):
+        normalised = normalise(images.to(device), model.config)
+        with autocast(device):
+            features.append(model.features(normalised, model.config.largest).float().cpu())
         labels.append(its_labels)
     model.train(was_training)
-    return torch.cat(features), torch.cat(labels)
+    return features, labels
 
 
 def fit_head(model: SuperViT, features: Tensor, labels: Tensor) -> None:

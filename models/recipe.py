@@ -10,7 +10,8 @@ from pydantic_settings import CliPositionalArg
 
 from models.checkpoint import CheckpointError
 from models.convert import open_initial
-from models.data import DataError, list_classes
+from models.datasets import MAX_BAD_IMAGES, DataError, list_classes
+from models.processes import default_workers
 from models.subnetwork import Interpolation, SuperViTConfig
 
 # Between CIFAR (50,000) and ImageNet (1.28 million): above it, the strong augmentation of DeiT pays.
@@ -193,8 +194,13 @@ class Recipe(BaseModel):
     holdout: float = Field(
         0.02, gt=0, lt=1, description="part of train/ watched during training where there is no val/ folder"
     )
+    max_bad_images: float = Field(
+        MAX_BAD_IMAGES, ge=0, lt=1, description="part of the images that may be unreadable; they are passed over"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, order and augmentation")
-    workers: int = Field(2, ge=0, description="processes that decode images")
+    workers: int = Field(
+        default_factory=default_workers, ge=0, description="processes that decode images; by default one for each core"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",

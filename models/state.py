@@ -16,7 +16,7 @@ from torch import distributed
 
 from models.checkpoint import Header, save_checkpoint
 from models.checkpoint_errors import shown
-from models.data import is_unicode
+from models.datasets import is_unicode
 from models.pickles import UNPICKLING_ERRORS
 from models.plots import plot_training
 from models.profiles import ProfileTable
@@ -37,6 +37,7 @@ MAY_CHANGE = frozenset(
         "warmup_epochs",
         "precision",
         "compile",
+        "max_bad_images",
         "workers",
         "device",
     ]

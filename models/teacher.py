@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError, check_weights, read_weights
 from models.checkpoint_errors import about
-from models.data import normalise
+from models.devices import autocast
+from models.images import normalise
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 
@@ -91,7 +92,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Answer (B, classes) probabilities for the student's (B, 3, S, S) images."""
-        logits: Tensor = self.network(images)
+        with autocast(self.device):
+            logits: Tensor = self.network(images)
         return logits.float().softmax(dim=1)
 
     def answer_both_ways(self, images: Tensor) -> Tensor:

@@ -6,35 +6,31 @@ seed, the epoch and the process, so a run that was cut short and resumed ends as
 
 import math
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import Mixup
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset, Subset
 
 from models.batches import Batches, open_batches
 from models.calibration import Scaling
 from models.compilation import compile_in_place
-from models.convert import open_initial
-from models.data import Sample, SampleLoader, evaluation_transform, list_classes, open_training_data
+from models.datasets import list_classes
 from models.devices import training_dtype
 from models.evaluate import measure_accuracy
-from models.head import compute_features, fit_head
-from models.muon import Muon
+from models.head import fit_head
+from models.loaders import SampleLoader
 from models.objective import PairLoss, sample_pairs, sample_single, training_step
-from models.processes import Process, join_processes, seed_everything
+from models.processes import Process, join_processes, seed_everything, share_buffers
 from models.profiles import ProfileTable
 from models.progress import Progress
 from models.recipe import Recipe
+from models.setup import build_model, build_optimizer, build_teacher, learning_rate_schedule, training_features
 from models.state import (
     CHECKPOINT_NAME,
     State,
@@ -48,9 +44,6 @@ from models.state import (
 )
 from models.supervit import SuperViT
 from models.teacher import Teacher
-
-IMAGE_FIELDS = ("mean", "std", "interpolation", "crop_fraction")
-FINAL_RATE, WARMUP_START_RATE = 1e-2, 1e-3  # fractions of the peak learning rate
 
 
 def train(recipe: Recipe) -> Path:
@@ -126,7 +119,7 @@ def close_epoch(
     class_names: tuple[str, ...],
     last: dict[str, Any],
     records: list[dict[str, Any]],
-    watched: Dataset[Sample],
+    watched: SampleLoader,
     progress: Progress,
     process: Process,
 ) -> None:
@@ -136,105 +129,15 @@ def close_epoch(
     """
     if process.is_first:
         save_weights(recipe, state, class_names)
-        started_at = time.monotonic()
-        top1 = watch(recipe, state.average.module, watched)
+    started_at = time.monotonic()
+    top1 = watch(state.average.module, watched)
+    if process.is_first:
         seconds = round(last["seconds"] + time.monotonic() - started_at, 1)
         records.append(last | {"top1": top1, "seconds": seconds})
         save_log(recipe.output, records)
         progress.add_accuracies(last["epoch"], top1)
     if process.count > 1:
         distributed.barrier()
-
-
-def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> SuperViT:
-    """Build the recipe's model, from scratch or from its initial weights.
-
-    Raises:
-        TrainingError: there is no such model, or its fields contradict one another.
-        CheckpointError: the initial weights cannot be used.
-    """
-    known = timm.list_models("supervit_*")
-    if recipe.model not in known:
-        raise TrainingError(f"no model {recipe.model!r}; there are {', '.join(known)}")
-    initial = open_initial(recipe.init) if recipe.init else None
-    # Weights know their images, whatever model they are put into.
-    images = {name: getattr(initial.config, name) for name in IMAGE_FIELDS} if initial and initial.config else {}
-    fields = images | recipe.overrides | {"num_classes": len(class_names)}
-    try:
-        if initial and initial.config and "model" not in recipe.model_fields_set:
-            model = SuperViT(replace(initial.config, **fields), recipe.drop_path)
-        else:
-            model = timm.create_model(recipe.model, drop_path_rate=recipe.drop_path, **fields)
-    except ValueError as error:
-        raise TrainingError(str(error)) from error
-    if recipe.freeze_batch_norm and not (initial and model.config.flavour == "lvvit"):
-        raise TrainingError("freeze-batch-norm keeps the statistics of an lvvit stem that init names; there are none")
-    if initial:
-        initial.load_into(model, with_head=initial.has_head_for(class_names))
-    return model
-
-
-def training_features(recipe: Recipe, model: SuperViT, process: Process) -> tuple[Tensor, Tensor]:
-    """Compute the features of the training images, unvaried, each once over all processes.
-
-    Returns:
-        (M, head width) features and (M,) labels, the same on every process.
-    """
-    transform = evaluation_transform(model.config)
-    samples, _ = open_training_data(recipe.data, model.config, transform, recipe.holdout, recipe.seed)
-    own = Subset(samples, range(process.rank, len(samples), process.count))  # type: ignore[arg-type] # it has a length
-    features, labels = compute_features(model, SampleLoader(own, recipe.batch_size, num_workers=recipe.workers))
-    if process.count == 1:
-        return features, labels
-    parts: list[tuple[Tensor, Tensor]] = [(features, labels)] * process.count
-    distributed.all_gather_object(parts, (features, labels))
-    return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
-
-
-def build_teacher(recipe: Recipe, model: SuperViT) -> Teacher | None:
-    """Build what the recipe's model learns from beside the labels; None where that is nothing.
-
-    Raises:
-        TrainingError: timm knows no such model.
-        CheckpointError: the teacher's weights cannot be used.
-    """
-    if recipe.teacher_self:
-        return Teacher.of(model)
-    if not recipe.teacher:
-        return None
-    if not timm.is_model(recipe.teacher):
-        raise TrainingError(f"timm knows no model {recipe.teacher!r} to learn from")
-    teacher = Teacher.load(recipe.teacher, recipe.teacher_checkpoint, recipe.teacher_side, model.config)
-    return teacher.to(model.cls_token.device)
-
-
-def build_optimizer(recipe: Recipe, model: SuperViT) -> torch.optim.Optimizer:
-    """Build the recipe's optimiser; `learning_rate_schedule` sets its rate."""
-    if recipe.layer_decay < 1:
-        decay = partial(param_groups_layer_decay, layer_decay=recipe.layer_decay)
-    else:
-        decay = param_groups_weight_decay
-    groups = decay(model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay())
-    kind = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
-    return kind(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-
-
-def learning_rate_schedule(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int, processes: int
-) -> CosineLRScheduler:
-    """Warm up linearly, then follow a cosine down, step by step; the peak grows with the images of a step."""
-    peak = recipe.learning_rate * recipe.batch_size * recipe.accumulate * processes / 512
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = peak  # timm takes the latter for its peak, and a resumed state holds one
-    warmup_epochs = min(recipe.warmup_epochs, recipe.epochs / 10)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(2, recipe.epochs * steps_per_epoch),  # timm warns of a cosine over the one step of a tiny run
-        lr_min=FINAL_RATE * peak,
-        warmup_t=round(warmup_epochs * steps_per_epoch),
-        warmup_lr_init=WARMUP_START_RATE * peak,
-        t_in_epochs=False,
-    )
 
 
 def build_pair_loss(recipe: Recipe, model: SuperViT, process: Process) -> PairLoss | DistributedDataParallel:
@@ -312,10 +215,10 @@ def train_epoch(
     return {name: total / len(loader) for name, total in totals.items()}
 
 
-def watch(recipe: Recipe, model: SuperViT, watched: Dataset[Sample]) -> dict[str, float]:
-    """Measure the largest and the cheapest sub-network of the averaged weights on the images held out."""
+def watch(model: SuperViT, watched: SampleLoader) -> dict[str, float]:
+    """Measure the largest and the cheapest sub-network of the averaged weights, every process on its share."""
     profile = ProfileTable.unmeasured(model.config)
-    loader = SampleLoader(watched, recipe.batch_size, num_workers=recipe.workers)
     ends = (profile.cheapest.subnetwork, model.config.largest)
-    measured = measure_accuracy(model, loader, dict.fromkeys(ends, Scaling()))
+    share_buffers(model)
+    measured = measure_accuracy(model, watched, dict.fromkeys(ends, Scaling()))
     return {str(subnetwork): result.top1 for subnetwork, result in measured.items()}

@@ -24,9 +24,10 @@ from pydantic_settings import (
 
 from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoint, save_checkpoint
 from models.convert import Convert, convert
-from models.data import DataError
+from models.datasets import MAX_BAD_IMAGES, DataError
 from models.devices import DeviceError
 from models.evaluate import accuracy_table, calibration_summary, evaluate
+from models.processes import default_workers, joined_processes
 from models.profiles import ProfileTable
 from models.recipe import Recipe
 from models.sources import bare_name, find_checkpoint
@@ -51,7 +52,12 @@ class Evaluate(BaseModel):
         description="folder with val/ to calibrate on and test/ to measure on, or only one of them, of class folders"
     )
     batch_size: int = Field(100, ge=1, description="images per batch")
-    workers: int = Field(2, ge=0, description="processes that decode images")
+    max_bad_images: float = Field(
+        MAX_BAD_IMAGES, ge=0, lt=1, description="part of the images that may be unreadable; they are passed over"
+    )
+    workers: int = Field(
+        default_factory=default_workers, ge=0, description="processes that decode images; by default one for each core"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     rates_between: bool = Field(False, description="also measure keep rates in steps of 0.05 between the trained ones")
 
@@ -188,21 +194,26 @@ def evaluate_checkpoint(command: Evaluate) -> None:
         raise CommandError(f"{path}: would be overwritten")
     if not os.access(path.parent, os.W_OK):
         raise CommandError(f"{path.parent}: is not writable")
-    profile = evaluate(
-        checkpoint,
-        command.data,
-        batch_size=command.batch_size,
-        workers=command.workers,
-        device=command.device,
-        rates_between=command.rates_between,
-        progress=partial(tqdm, desc="evaluating", mininterval=1),
-    )
-    header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, profile)
+    with joined_processes(command.device) as process:
+        found = evaluate(
+            checkpoint,
+            command.data,
+            batch_size=command.batch_size,
+            workers=command.workers,
+            max_bad_images=command.max_bad_images,
+            process=process,
+            rates_between=command.rates_between,
+            progress=partial(tqdm, desc="evaluating", disable=not process.is_first, mininterval=1),
+        )
+    if not process.is_first:
+        return
+    header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, found.profile)
     picture = path.with_suffix(".png")
-    print(accuracy_table(profile))
-    print(calibration_summary(profile))
+    print(accuracy_table(found.profile))
+    print(calibration_summary(found.profile))
+    print(found.basis)
     save_checkpoint(path, checkpoint.model, header, half=checkpoint.is_half)
-    plots.plot_frontier(profile, checkpoint.name, picture)
+    plots.plot_frontier(found.profile, checkpoint.name, picture)
     print(f"written into {path}, drawn in {picture}")
 
 

@@ -28,7 +28,9 @@ FLOORS = {
     "models.hub": 1,
     "models.checkpoint_errors": 0,
     "models.published": 4,
-    "models.data": 4,
+    "models.loaders": 5,
+    "models.datasets": 4,
+    "models.images": 3,
     "models.supervit": 3,
     "models.plots": 3,
     "models.layers": 2,
@@ -36,10 +38,10 @@ FLOORS = {
     "models.latency": 1,
     "models.flops": 1,
     "models.tokens": 1,
-    "models.recipe": 1,
-    "models.processes": 1,
+    "models.recipe": 6,
     "models.progress": 2,
     "models.calibration": 3,
+    "models.processes": 1,
     "models.devices": 0,
     "models.muon": 0,
     "models.subnetwork": 0,
@@ -101,7 +103,7 @@ HTTP = {
 
 # Which rooms an outside library may enter by.
 DOORS = {
-    "PIL": {"models.data", "service.images"},
+    "PIL": {"models.images", "service.images"},
     "fastapi": HTTP,
     "matplotlib": {"models.plots"},
     "openvino": {"service.openvino_graph", "service.openvino_engine"},
@@ -112,7 +114,7 @@ DOORS = {
     "huggingface_hub": {"models.hub"},
     "safetensors": {"models.safetensors_files"},
     "starlette": HTTP,
-    "torchvision": {"models.data"},
+    "torchvision": {"models.datasets", "models.images"},
 }
 
 # Rooms that read the environment: the settings, and what torchrun says to its processes.

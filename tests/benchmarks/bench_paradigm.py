@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from torch.utils.data import Dataset
+from models.data import SampleLoader, evaluation_transform, list_classes, normalise, open_folder
 
 from models.checkpoint import load_checkpoint
-from models.data import Sample, SampleLoader, evaluation_transform, list_classes, normalise, open_folder
-from models.data import open_training_data as open_data
 from models.devices import resolve_device
 from models.evaluate import label_indices
 from models.flops import count_macs, count_macs_together
+from models.images import evaluation_transform, normalise
+from models.loaders import SampleLoader
 from models.objective import sample_pairs
 from models.recipe import Recipe
 from models.state import LOG_NAME, has_state
@@ -158,10 +158,11 @@ def measure(path: Path, recipe: Recipe) -> dict[str, Any]:
     checkpoint = load_checkpoint(path)
     model, config = checkpoint.model.to(resolve_device(recipe.device)), checkpoint.config
     transform = evaluation_transform(config)
-    _, held_out = open_data(recipe.data, config, transform, recipe.holdout, recipe.seed)
-    test = open_folder(recipe.data / "test", transform)
-    labels = label_indices(recipe.data / "test", test.classes, checkpoint.class_names)
-    test.target_transform = labels.__getitem__
+    _, held_out = open_training_data(recipe.data, config, transform, recipe.holdout, recipe.seed)
+    folder = recipe.data / "test"
+    indices = label_indices(folder, list_classes(folder), checkpoint.class_names)
+    files = [(path, indices[label]) for path, label in open_folder(folder, transform).files]
+    test = ImageSet(folder, files, transform, max_bad_images=0.0)
     known, chosen_on = find_correct(model, test, recipe), find_correct(model, held_out, recipe)
     return {
         "test_images": len(test),
@@ -181,7 +182,7 @@ def measure(path: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def find_correct(model: SuperViT, images: Dataset[Sample], recipe: Recipe) -> dict[SubNetwork, np.ndarray]:
+def find_correct(model: SuperViT, images: ImageSet, recipe: Recipe) -> dict[SubNetwork, np.ndarray]:
     """Tell of every image whether each sub-network knows it."""
     correct: dict[SubNetwork, list[np.ndarray]] = {subnetwork: [] for subnetwork in model.config.subnetworks}
     for batch, labels in SampleLoader(images, 100, num_workers=recipe.workers):

@@ -19,10 +19,12 @@ from timm.utils import ModelEmaV3
 from torch.profiler import ProfilerActivity, profile
 
 from models.batches import open_batches
-from models.data import Augmentation, SampleLoader, open_training_data, training_transform
+from models.datasets import open_training_data
+from models.images import Augmentation, training_transform
+from models.loaders import SampleLoader
 from models.objective import PairLoss, sample_pairs, training_step
 from models.recipe import Recipe
-from models.train import build_model, build_optimizer
+from models.setup import build_model, build_optimizer
 
 PLAIN = Augmentation(None, 0.0)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from models.devices import DeviceError, resolve_device, training_dtype
+from models.devices import DeviceError, autocast, native_dtype, resolve_device, training_dtype
 
 
 @pytest.fixture
@@ -44,25 +46,41 @@ def test_a_precision_that_is_named_is_taken_everywhere(device: str) -> None:
     assert training_dtype(torch.device(device), "float32") == torch.float32
 
 
-@pytest.mark.parametrize(("has_bfloat16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_a_gpu_takes_bfloat16_where_it_need_not_be_emulated(
-    monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, dtype: torch.dtype
+@pytest.mark.parametrize(
+    ("cpuinfo", "dtype"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 amx_bf16", torch.bfloat16),
+        ("flags\t\t: fpu amx_bf16", torch.bfloat16),
+        ("Features\t: fp asimd bf16 i8mm", torch.bfloat16),
+        ("flags\t\t: fpu avx512f avx512_vnni", torch.float32),
+        (None, torch.float32),
+    ],
+)
+def test_a_cpu_is_fast_in_bfloat16_where_it_has_instructions_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, dtype: torch.dtype
 ) -> None:
-    def supported(including_emulation: bool = True) -> bool:
-        return has_bfloat16 or including_emulation
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert training_dtype(torch.device("cuda:1"), "auto") == dtype
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{cpuinfo}\n")
+    monkeypatch.setattr("models.devices.CPUINFO", tmp_path / "cpuinfo")
+    assert native_dtype(torch.device("cpu")) == dtype
+    with autocast(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 @pytest.mark.parametrize(
-    ("has_avx512", "has_amx", "dtype"),
-    [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)],
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
 )
-def test_a_cpu_takes_bfloat16_where_it_has_instructions_for_it(
-    monkeypatch: pytest.MonkeyPatch, has_avx512: bool, has_amx: bool, dtype: torch.dtype
+def test_a_gpu_is_fast_in_bfloat16_from_ampere_on_and_in_float16_before(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    assert training_dtype(torch.device("cpu"), "auto") == dtype
-    assert training_dtype(torch.device("meta"), "auto") == torch.float32  # what is neither has no say
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert native_dtype(torch.device("cuda:1")) == dtype
+
+
+def test_other_devices_compute_in_float32() -> None:
+    assert native_dtype(torch.device("meta")) == torch.float32
+
+
+def test_left_to_itself_training_takes_the_devices_own_type() -> None:
+    device = torch.device("cpu")
+    assert training_dtype(device, "auto") == native_dtype(device)

@@ -1,8 +1,11 @@
-import torch
-from torch import Tensor
+from pathlib import Path
 
-from models.data import SampleLoader, normalise
+import torch
+
+from models.datasets import open_folder
 from models.head import compute_features, fit_head
+from models.images import evaluation_transform, normalise
+from models.loaders import SampleLoader
 from models.supervit import SuperViT
 
 
@@ -31,13 +34,12 @@ def test_the_fitted_head_is_the_logistic_regression_that_no_change_makes_better(
     assert bias.grad.abs().max() < 1e-4
 
 
-def test_features_are_what_the_head_of_the_largest_sub_network_reads(deit: SuperViT) -> None:
-    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
-    samples: list[tuple[Tensor, int]] = [(image, index) for index, image in enumerate(images)]
+def test_features_are_what_the_head_of_the_largest_sub_network_reads(deit: SuperViT, pictures: Path) -> None:
+    images = open_folder(pictures / "val", evaluation_transform(deit.config))
     deit.train()
-    features, labels = compute_features(deit, SampleLoader(samples, 4))  # type: ignore[arg-type] # a list is a data set
+    features, labels = compute_features(deit, SampleLoader(images, 5))
     assert deit.training
-    assert labels.tolist() == list(range(6))
+    assert torch.cat(labels).tolist() == [label for _, label in images.files]
     with torch.inference_mode():
-        expected = deit.eval()(normalise(images, deit.config))
-        torch.testing.assert_close(deit.head(features), expected)
+        expected = deit.eval()(normalise(torch.stack([image for image, _ in images]), deit.config))
+        torch.testing.assert_close(deit.head(torch.cat(features)), expected)

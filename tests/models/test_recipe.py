@@ -102,6 +102,8 @@ def test_overrides_are_the_given_fields_of_the_model_alone(tmp_path: Path) -> No
         ("teacher_weight", 1.1),
         ("holdout", 0),
         ("holdout", 1),
+        ("max_bad_images", -0.1),
+        ("max_bad_images", 1),
         ("seed", -1),
         ("seed", 2**32),
         ("learning_rate", "inf"),
@@ -155,6 +157,15 @@ def test_a_teacher_without_a_name_is_not_passed_over(tmp_path: Path, options: di
     with pytest.raises(ValidationError, match=f"{name.replace('_', '-')} without a teacher teaches nothing"):
         Recipe.model_validate({"data": tmp_path, "output": tmp_path} | options)
     Recipe.model_validate({"data": tmp_path, "output": tmp_path, "teacher": "resnet18"} | options)
+
+
+def test_a_recipe_has_a_worker_for_each_core_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert Recipe(data=tmp_path, output=tmp_path).workers == 3
+    assert Recipe(data=tmp_path, output=tmp_path, workers=0).workers == 0
 
 
 def test_a_recipe_without_data_says_so(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from models.objective import sample_pairs, training_step
 from models.processes import Process, join_processes, seed_everything
 from models.recipe import Recipe
-from models.train import build_model, build_pair_loss, train
+from models.setup import build_model
+from models.train import build_pair_loss, train
 
 
 def weights_after_three_steps(recipe: Recipe, process: Process, batches: int) -> dict[str, torch.Tensor]:

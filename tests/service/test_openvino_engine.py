@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.data import normalise
+from models.images import normalise
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from service.openvino_engine import OpenVINOEngine
