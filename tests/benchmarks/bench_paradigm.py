@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from models.data import SampleLoader, evaluation_transform, list_classes, normalise, open_folder
 
 from models.checkpoint import load_checkpoint
+from models.datasets import ImageSet, list_classes, open_folder, open_training_data
 from models.devices import resolve_device
 from models.evaluate import label_indices
 from models.flops import count_macs, count_macs_together
