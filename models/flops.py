@@ -23,7 +23,7 @@ def count_macs_together(config: SuperViTConfig, patch_grid: int, keep_rates: tup
     The embedding and the blocks before the first that prunes are computed once for all of them.
     """
     fork = min(config.prune_blocks, default=config.depth)
-    tokens = SubNetwork(patch_grid, 1.0).num_tokens
+    tokens = config.num_tokens(SubNetwork(patch_grid, 1.0))
     shared = _embedding_macs(config, patch_grid) + fork * (_attention_macs(config, tokens) + _mlp_macs(config, tokens))
     each = sum(count_macs(config, SubNetwork(patch_grid, rate)) for rate in keep_rates)
     return each - (len(keep_rates) - 1) * shared

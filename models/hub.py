@@ -6,6 +6,7 @@ The client heeds HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. Only safeten
 import logging
 import re
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -26,7 +27,7 @@ TIMEOUT_S = 10.0
 UNAUTHORIZED, FORBIDDEN = 401, 403
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # The root of the errors of the HTTP library that the client happens to use, and OSError.
-_TROUBLES = HfHubHTTPError.__bases__
+_TROUBLES = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
 
 logger = logging.getLogger(__name__)
 

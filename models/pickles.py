@@ -60,7 +60,7 @@ class Storage(NamedTuple):
 
     key: str
     dtype: torch.dtype
-    count: int
+    length: int
 
 
 class StoredWeight(NamedTuple):
@@ -156,11 +156,11 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> object:  # noqa: ANN401 - whatever the file says
         if pid[0] != "storage":
             raise UnreadableCheckpointError("holds code, which is not run: the source of a module")
-        _, kind, key, _, count, *view = pid
+        _, kind, key, _, length, *view = pid
         is_known = isinstance(kind, _StorageType) and isinstance(key, str) and view in ([], [None])
-        if not is_known or not is_natural(count):
+        if not is_known or not is_natural(length):
             return _Ignored()
-        storage = self.storages[key] = Storage(key, kind.dtype, count)
+        storage = self.storages[key] = Storage(key, kind.dtype, length)
         return storage
 
 

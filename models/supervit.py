@@ -187,12 +187,12 @@ class SuperViT(nn.Module):
         """Map the (B, N, D) tokens that the last block left to the (B, head width) features that the head reads."""
         match self.config.pooling:
             case "class":
-                pooled = tokens[:, 0]
+                read = tokens[:, :1]
             case "distilled":
-                return self.norm(tokens[:, :2]).flatten(1)
+                read = tokens[:, :2]
             case "mean":
-                pooled = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
-        features: Tensor = self.norm(pooled)
+                read = tokens[:, self.config.num_prefix_tokens :].mean(dim=1, keepdim=True)
+        features: Tensor = self.norm(read).flatten(1)
         return features
 
 

@@ -10,7 +10,6 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,7 +65,7 @@ def _read_zip(file: IO[bytes], size: int) -> dict[str, Tensor]:
             start = f"{folder}/data/"
             numbers = {name.removeprefix(start): record for name, record in records.items() if name.startswith(start)}
             sizes = {key: record.file_size for key, record in numbers.items()}
-            return _build(content, sizes, lambda key, room: archive.open(numbers[key]).readinto(room), size)
+            return _build(content, sizes, lambda key, length: archive.open(numbers[key]).read(length), size)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, ValueError, struct.error) as error:
         raise UnreadableCheckpointError("a zip file that is truncated or damaged") from error
 
@@ -91,7 +90,7 @@ def _checked_records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
     return {record.filename: record for record in records}
 
 
-def _read_legacy(file: BufferedReader, size: int) -> dict[str, Tensor]:
+def _read_legacy(file: IO[bytes], size: int) -> dict[str, Tensor]:
     if unpickle(file)[0] != LEGACY_MAGIC or unpickle(file)[0] != LEGACY_PROTOCOL:
         raise UnreadableCheckpointError("a pickle, but not one that torch.save wrote")
     with followed():
@@ -110,22 +109,22 @@ def _read_legacy(file: BufferedReader, size: int) -> dict[str, Tensor]:
                 raise UnreadableCheckpointError("truncated, or its weights claim more than it holds")
             file.seek(sizes[key], os.SEEK_CUR)
 
-    def read_into(key: str, room: bytearray) -> int:
+    def read(key: str, length: int) -> bytes:
         file.seek(places[key])
-        return file.readinto(room)
+        return file.read(length)
 
-    return _build(content, sizes, read_into, size)
+    return _build(content, sizes, read, size)
 
 
 def _build(
-    content: object, sizes: Mapping[str, int], read_into: Callable[[str, bytearray], int | None], file_size: int
+    content: object, sizes: Mapping[str, int], read: Callable[[str, int], bytes], file_size: int
 ) -> dict[str, Tensor]:
     """Make the weights of the state dict in `content`; what else the file holds is not read.
 
     Args:
         content: what was unpickled.
         sizes: bytes of each record, by the key of its storage.
-        read_into: fills a buffer with the start of a record and says how many bytes it got.
+        read: gives so many bytes of the start of a record, or as many as there are.
         file_size: bytes of the file.
     """
     described = _state_dict(content)
@@ -134,8 +133,9 @@ def _build(
         raise UnreadableCheckpointError(f"its weights claim {claimed} bytes, more than a file of {file_size} holds")
     flat: dict[Storage, Tensor] = {}
     for storage in {stored.storage for stored in described.values()}:
-        numbers = bytearray(storage.count * storage.dtype.itemsize)
-        if read_into(storage.key, numbers) != len(numbers):
+        size = storage.length * storage.dtype.itemsize
+        numbers = bytearray(read(storage.key, size) if size else b"")
+        if len(numbers) != size:
             raise UnreadableCheckpointError("truncated: its weights end early")
         # torch makes no tensor of an empty buffer.
         flat[storage] = (
@@ -178,6 +178,6 @@ def _claimed_bytes(name: str, stored: StoredWeight, sizes: Mapping[str, int]) ->
     if not is_shape:
         raise UnreadableCheckpointError(f"damaged: the weight {shown(name)} has no shape")
     end = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) + 1 if all(size) else 0
-    if end > storage.count or storage.count * storage.dtype.itemsize > sizes.get(storage.key, 0):
+    if end > storage.length or storage.length * storage.dtype.itemsize > sizes.get(storage.key, 0):
         raise UnreadableCheckpointError(f"the weight {shown(name)} claims more than the file holds")
     return math.prod(size) * storage.dtype.itemsize

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from models import sources
 from models.checkpoint import (
     HEADER_KEY,
     Checkpoint,
@@ -111,6 +112,40 @@ def test_a_save_that_fails_leaves_the_file_that_stood_there(
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(tiny_file, SuperViT(model.config), tiny_header)
     assert tiny_file.read_bytes() == before
+
+
+def test_half_precision_is_kept_and_rounds_once(tmp_path: Path, model: SuperViT, config: SuperViTConfig) -> None:
+    header = Header("tiny", config, ("a", "b", "c"), ProfileTable.unmeasured(config))
+    with torch.no_grad():
+        model.head.weight[0, 0] = 70_000.0  # float16 ends at 65,504
+        model.norm.bias.fill_(1e-7)
+    whole, half, again = (tmp_path / f"{name}.safetensors" for name in ("whole", "half", "again"))
+    save_checkpoint(whole, model, header)
+    save_checkpoint(half, model, header, half=True)
+    loaded = load_checkpoint(half)
+    assert (load_checkpoint(whole).is_half, loaded.is_half) == (False, True)
+    save_checkpoint(again, loaded.model, header, half=loaded.is_half)
+    assert again.read_bytes() == half.read_bytes()
+    stored = safetensors.torch.load_file(half)
+    original = model.state_dict()
+    kept = {name for name, weight in stored.items() if weight.dtype == torch.float32}
+    statistics = {name for name in original if name.endswith(("running_mean", "running_var"))}
+    assert kept == {"head.weight", "norm.bias"} | statistics
+    assert bool(statistics) == (config.flavour == "lvvit")
+    for name, weight in loaded.model.state_dict().items():
+        expected = original[name]
+        assert weight.dtype == expected.dtype
+        assert torch.equal(
+            weight, expected if name in kept or not weight.is_floating_point() else expected.half().float()
+        )
+
+
+def test_a_file_of_both_precisions_is_not_rounded_further(tiny_file: Path) -> None:
+    def halve_the_head(weights: Weights, _: dict[str, Any]) -> None:
+        weights["head.weight"] = weights["head.weight"].half()
+
+    rewrite(tiny_file, halve_the_head)
+    assert not load_checkpoint(tiny_file).is_half
 
 
 def test_half_precision_weights_load_as_float32(tiny_file: Path, model: SuperViT) -> None:
@@ -357,6 +392,46 @@ def test_a_foreign_safetensors_file_is_held_against_the_published_model(tmp_path
         load_checkpoint(path)
 
 
+PLAIN_VITS = {
+    "timm": {"pos_embed": (1, 5, 8), "blocks.0.attn.qkv.weight": (24, 8), "head.bias": (3,)},
+    "wrapped": {"module.pos_embed": (1, 5, 8), "module.blocks.0.norm1.bias": (8,)},
+    "transformers": {
+        "vit.embeddings.position_embeddings": (1, 5, 8),
+        "vit.encoder.layer.0.attention.attention.query.weight": (8, 8),
+    },
+}
+
+
+@pytest.mark.parametrize("layout", PLAIN_VITS)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_plain_vit_is_told_how_to_become_a_supervit(tmp_path: Path, layout: str, suffix: str) -> None:
+    path = tmp_path / f"vit{suffix}"
+    weights = {name: torch.zeros(shape) for name, shape in PLAIN_VITS[layout].items()}
+    torch.save({"model": weights}, path) if suffix == ".pth" else safetensors.torch.save_file(weights, path)
+    with pytest.raises(CheckpointMismatchError, match=rf"vit\{suffix}: is a plain ViT: run `supervit convert`"):
+        load_checkpoint(path)
+    assert len(read_weights(path)) == len(weights)
+
+
+def test_a_checkpoint_that_ships_loads_by_its_name(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "SHIPPED_FOLDER", tiny_file.parent)
+    assert load_checkpoint("tiny").version == load_checkpoint(tiny_file).version
+    assert read_weights(Path("tiny")).keys() == read_weights(tiny_file).keys()
+    tiny_file.write_bytes(b"")
+    with pytest.raises(UnreadableCheckpointError, match=r"^tiny: is empty$"):
+        load_checkpoint("tiny")
+
+
+def test_names_out_of_a_file_are_shown_escaped_and_shortened(tiny_file: Path) -> None:
+    def rename_wildly(weights: Weights, _: dict[str, Any]) -> None:
+        weights["\x1b[2J\n" + "x" * 5000] = weights.pop("norm.bias")
+
+    rewrite(tiny_file, rename_wildly)
+    with pytest.raises(CheckpointMismatchError, match=r"1 weight unexpected: \\x1b\[2J\\nx+…x+$") as caught:
+        load_checkpoint(tiny_file)
+    assert len(str(caught.value)) < len(str(tiny_file)) + 200
+
+
 def set_in_header(*keys: str, value: object) -> Callable[[Weights, dict[str, Any]], None]:
     def change(_: Weights, header: dict[str, Any]) -> None:
         for key in keys[:-1]:
@@ -379,6 +454,8 @@ def set_in_header(*keys: str, value: object) -> Callable[[Weights, dict[str, Any
         (set_in_header("config", "patch_grids", value=[3, 4]), "the profile has grid 2, which was not trained"),
         (set_in_header("config", value=None), "config"),
         (set_in_header("config", "crop_fraction", value=1e-7), "crop_fraction"),
+        (set_in_header("config", "width", value=2 * 10**400), "a number is out of all bounds$"),
+        (set_in_header("config", "depth", value="\x1b[2J" + "x" * 5000), r"config\.depth cannot be '\\x1b\[2Jx+…x+'$"),
     ],
 )
 def test_a_header_that_contradicts_itself_is_not_ours(
@@ -417,10 +494,21 @@ def test_a_profile_is_not_taken_at_its_word(
         load_checkpoint(tiny_file)
 
 
-@pytest.mark.parametrize("header", ["", "{", "[]", "null", '{"name": "tiny"}', "\ud7ff" * 9])
-def test_a_header_that_is_not_json_of_ours_is_refused(tiny_file: Path, header: str) -> None:
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        ("", "no JSON"),
+        ("{", "no JSON"),
+        ("[" * 5000, "no JSON"),
+        ("\ud7ff" * 9, "no JSON"),
+        ("[]", r"name is missing|the whole cannot be \[\]"),
+        ("null", "the whole cannot be None"),
+        ('{"name": "tiny"}', "config is missing"),
+    ],
+)
+def test_a_header_that_is_not_json_of_ours_is_refused(tiny_file: Path, header: str, problem: str) -> None:
     safetensors.torch.save_file(safetensors.torch.load_file(tiny_file), tiny_file, metadata={HEADER_KEY: header})
-    with pytest.raises(UnreadableCheckpointError, match="its header is not ours"):
+    with pytest.raises(UnreadableCheckpointError, match=f"its header is not ours: ({problem})$"):
         load_checkpoint(tiny_file)
 
 

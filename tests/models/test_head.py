@@ -41,5 +41,5 @@ def test_features_are_what_the_head_of_the_largest_sub_network_reads(deit: Super
     assert deit.training
     assert torch.cat(labels).tolist() == [label for _, label in images.files]
     with torch.inference_mode():
-        expected = deit.eval()(normalise(torch.stack([image for image, _ in images]), deit.config))
+        expected = deit.eval()(normalise(torch.stack([images[index][0] for index in range(len(images))]), deit.config))
         torch.testing.assert_close(deit.head(torch.cat(features)), expected)

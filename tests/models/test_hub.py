@@ -68,12 +68,13 @@ class Hub(BaseHTTPRequestHandler):
             revision, _, file = rest.partition("/")
             if commit := self.commit_of(name, unquote(revision)):
                 data = self.repositories[name].files[commit][file]
+                port = self.headers["Host"].rpartition(":")[2]
                 headers = {
                     "X-Repo-Commit": commit,
                     "ETag": '"pointer"',
                     "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"',
                     "X-Linked-Size": str(len(data)),
-                    "Location": f"http://localhost:{self.server.server_port}/blobs/{data.hex()}",
+                    "Location": f"http://localhost:{port}/blobs/{data.hex()}",
                 }
                 self.answer(HTTPStatus.FOUND, b"elsewhere", headers)
 

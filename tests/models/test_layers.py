@@ -104,7 +104,7 @@ def test_drop_path_drops_either_branch_by_itself(tokens: Tensor) -> None:
     dropping = block(drop_path=0.5).train()
     attended = dropping.attn(dropping.norm1(tokens), with_scores=False)[0]
     outcomes = set()
-    for x, branch in zip(tokens.repeat(40, 1, 1).split(2), [attended] * 40, strict=True):
+    for x, branch in zip(tokens.repeat(40, 1, 1).chunk(40), [attended] * 40, strict=True):
         for before, of_attention, after in zip(x, branch, dropping(x, 1.0), strict=True):
             for drops_attention in (True, False):
                 middle = before if drops_attention else before + 2 * of_attention  # scaled by what is kept of them

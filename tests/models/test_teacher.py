@@ -114,7 +114,7 @@ def test_a_teacher_computes_in_what_the_device_is_fast_in_and_answers_in_float32
     teacher_file: Path, tiny_config: SuperViTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    teacher = Teacher("test_vit", teacher_file, None, tiny_config)
+    teacher = Teacher.load("test_vit", teacher_file, None, tiny_config)
     exact = teacher(images)
     (tmp_path / "cpuinfo").write_text(f"flags : fpu {flag}")
     monkeypatch.setattr("models.devices.CPUINFO", tmp_path / "cpuinfo")

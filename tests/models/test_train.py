@@ -861,7 +861,8 @@ def test_the_largest_sub_network_of_the_start_can_teach_all_others(
         model.head.weight.zero_()  # what the student learns does not change its teacher
     torch.testing.assert_close(teacher(images), expected)
     losses = {}
-    for name, options in {"alone": {"teacher_self": False}, "taught": {"teacher_weight": 1.0}}.items():
+    changes: dict[str, dict[str, object]] = {"alone": {"teacher_self": False}, "taught": {"teacher_weight": 1.0}}
+    for name, options in changes.items():
         train(recipe.model_copy(update={"output": tmp_path / name, "epochs": 1, "learning_rate": 1e-9, **options}))
         losses[name] = json.loads((tmp_path / name / "log.jsonl").read_text())["loss"]["largest grid"]
     assert losses["taught"] < 0.01 < losses["alone"]

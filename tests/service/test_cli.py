@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from models import sources
 from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
@@ -26,6 +27,15 @@ def checkpoint_path(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, checkpoint.profile)
     save_checkpoint(path, checkpoint.model, header)
     return path
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a checkpoint called "shipped" would lie, which nobody is in the folder of."""
+    (tmp_path / "package").mkdir()
+    monkeypatch.setattr(sources, "SHIPPED_FOLDER", tmp_path / "package")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "package" / "shipped.safetensors"
 
 
 @pytest.fixture
@@ -135,8 +145,9 @@ def test_serve_refuses_a_port_that_is_in_use_in_one_line(
 
 @pytest.mark.parametrize(("cores", "threads"), [(8, None), (4.5, 2), (1.0, None)])
 def test_workers_divide_a_quota_among_their_engines(
-    checkpoint_path: Path, monkeypatch: pytest.MonkeyPatch, cores: float, threads: int | None
+    checkpoint_path: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch, cores: float, threads: int | None
 ) -> None:
+    shipped.write_bytes(checkpoint_path.read_bytes())
     given: list[Mapping[str, str]] = []
 
     def supervisor(_: object, environment: Mapping[str, str], *__: object) -> SimpleNamespace:
@@ -148,7 +159,7 @@ def test_workers_divide_a_quota_among_their_engines(
     monkeypatch.setattr("service.serve.Monitor", lambda: SimpleNamespace(latest=SimpleNamespace(cores=cores)))
     monkeypatch.setattr("service.serve.Supervisor", supervisor)
     monkeypatch.setattr("service.serve.signal.signal", lambda *_: None)
-    options = ["--checkpoint", str(checkpoint_path), "--port", "0", "--workers", "2", "--max-utilization", "0.5"]
+    options = ["--checkpoint", "shipped", "--port", "0", "--workers", "2", "--max-utilization", "0.5"]
     status = main(["serve", *options])
     if cores < 2:
         assert (status, given) == (1, [])
@@ -156,6 +167,7 @@ def test_workers_divide_a_quota_among_their_engines(
         assert given[0]["SUPERVIT_MAX_UTILIZATION"] == ("0.25" if cores < 8 else "0.5")
         assert given[0].get("SUPERVIT_THREADS") == (None if threads is None else str(threads))
         assert given[0]["SUPERVIT_WORKERS"] == "2"
+        assert given[0]["SUPERVIT_CHECKPOINT"] == str(shipped)  # found once, for all of them
 
 
 def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,19 +256,25 @@ def test_an_unknown_command_or_option_is_wrong_usage(arguments: list[str]) -> No
     assert caught.value.code
 
 
-def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
-    checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "tiny.safetensors"
-    unmeasured = ProfileTable.unmeasured(checkpoint.config)
-    save_checkpoint(path, checkpoint.model, Header("tiny", checkpoint.config, checkpoint.class_names, unmeasured))
+@pytest.fixture
+def data(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """Two plain images of each class to measure on."""
     for index, name in enumerate(checkpoint.class_names):
         folder = tmp_path / "data" / "test" / name
         folder.mkdir(parents=True)
         for shade in (0, 1):
             Image.new("RGB", (20, 20), (30 * index, 100 * shade, 5)).save(folder / f"{shade}.png")
-    command = ["evaluate", str(path), str(tmp_path / "data"), "--workers", "0", "--batch-size", "3"]
-    (tmp_path / "data" / "test" / checkpoint.class_names[0] / "2.png").write_text("no picture")
+    return tmp_path / "data"
+
+
+def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
+    checkpoint: Checkpoint, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.safetensors"
+    unmeasured = ProfileTable.unmeasured(checkpoint.config)
+    save_checkpoint(path, checkpoint.model, Header("tiny", checkpoint.config, checkpoint.class_names, unmeasured))
+    command = ["evaluate", str(path), str(data), "--workers", "0", "--batch-size", "3"]
+    (data / "test" / checkpoint.class_names[0] / "2.png").write_text("no picture")
     assert main([*command, "--rates-between"]) == 1
     assert "more than --max-bad-images 0.01 allows" in capsys.readouterr().err
     assert main([*command, "--rates-between", "--max-bad-images", "0.2"]) == 0
@@ -272,6 +290,54 @@ def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
     assert all(f"{100 * (row.top1 or 0):.2f} %" in printed for row in measured.profile.rows)
     assert torch.equal(measured.model.head.weight, checkpoint.model.head.weight)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_writes_a_copy_of_what_ships_into_the_current_folder(
+    checkpoint: Checkpoint, data: Path, shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unmeasured = ProfileTable.unmeasured(checkpoint.config)
+    header = Header("a/b", checkpoint.config, checkpoint.class_names, unmeasured)
+    save_checkpoint(shipped, checkpoint.model, header, half=True)
+    before = shipped.read_bytes()
+    command = ["evaluate", "shipped", str(data), "--workers", "0", "--batch-size", "3"]
+    assert main(command) == 0
+    copy = load_checkpoint(tmp_path / "shipped.safetensors")
+    assert copy.profile.is_measured
+    assert copy.is_half
+    assert shipped.read_bytes() == before
+    assert list(shipped.parent.iterdir()) == [shipped]
+    capsys.readouterr()
+    assert main(command) == 1
+    assert capsys.readouterr().err == "supervit: shipped.safetensors: would be overwritten\n"
+
+
+def test_a_checkpoint_that_ships_is_classified_with_by_its_name(
+    checkpoint_path: Path, shipped: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped.write_bytes(checkpoint_path.read_bytes())
+    assert main(["classify", str(photo_path), "--checkpoint", "shipped"]) == 0
+    assert "%  thing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command", [["serve", "--checkpoint"], ["profile", "--checkpoint"], ["simulate", "--checkpoint"], ["evaluate"]]
+)
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("unknown", "no such file, and no checkpoint of that name ships; those that do: shipped"),
+        ("https://host/a", "a URL is not taken"),
+        ("hf-hub:name", "a repository of the hub is named hf-hub:owner/name"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_found_is_named_by_every_command(
+    command: list[str], name: str, complaint: str, shipped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped.touch()
+    assert main([*command, name, *(["data"] if command == ["evaluate"] else [])]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"supervit: {name}: {complaint}")
+    assert error.count("\n") == 1
 
 
 def test_evaluate_never_replaces_weights_that_others_named_as_it_names_its_own(
