@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.layers import Block, ConvStem
+from models.mix_token import TokenBox, exchange_tokens
 from models.subnetwork import SubNetwork, SuperViTConfig
 
 DEIT_SMALL = SuperViTConfig()
@@ -123,23 +124,31 @@ class SuperViT(nn.Module):
         """
         subnetwork = subnetwork or self.config.largest
         tokens = self.embed(images, subnetwork.patch_grid)
-        return self.classify(self.transform(tokens, subnetwork.keep_rate, 0, self.config.depth))
+        return self.classify(self.norm(self.transform(tokens, subnetwork.keep_rate, 0, self.config.depth)))
 
-    def forward_rates(self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...]) -> tuple[Tensor, ...]:
-        """Classify a batch at several keep rates, computing what they share once.
+    def forward_rates(
+        self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...], box: TokenBox | None = None
+    ) -> tuple[Tensor, ...]:
+        """Compute what the heads read of a batch at several keep rates, and what these share once.
 
         All see the same tokens until the first block that prunes, so a training step that wants several saves the
         embedding and those blocks, forwards and backwards.
 
+        Args:
+            images: (B, 3, S, S) float, normalised, at full size.
+            patch_grid: a trained one.
+            keep_rates: each in (0, 1].
+            box: whose patch tokens the images exchange; None for none.
+
         Returns:
-            (B, classes) logits of (patch_grid, keep rate) for each of `keep_rates`.
+            (B, N, D) normed tokens of (patch_grid, keep rate), class token first, for each of `keep_rates`.
         """
         depth = self.config.depth
         fork = min(self.config.prune_blocks, default=depth)
-        tokens = self.transform(self.embed(images, patch_grid), 1.0, 0, fork)
-        return tuple(self.classify(self.transform(tokens, rate, fork, depth)) for rate in keep_rates)
+        tokens = self.transform(self.embed(images, patch_grid, box), 1.0, 0, fork)
+        return tuple(self.norm(self.transform(tokens, rate, fork, depth)) for rate in keep_rates)
 
-    def embed(self, images: Tensor, patch_grid: int) -> Tensor:
+    def embed(self, images: Tensor, patch_grid: int, box: TokenBox | None = None) -> Tensor:
         """Resize (B, 3, S, S) images to the grid and embed them as (B, N, D) tokens, class token first."""
         side = self.config.image_side
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
@@ -150,6 +159,8 @@ class SuperViT(nn.Module):
             grid_side = patch_grid * self.config.patch_kernel
             images = functional.interpolate(images, (grid_side, grid_side), mode="bilinear", align_corners=True)
         patches = self.patch_embed(images)
+        if box is not None:
+            patches = exchange_tokens(patches, box)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
         embedded: Tensor = tokens + self.pos_embed_list[self.config.patch_grids.index(patch_grid)]
         return embedded
@@ -161,10 +172,9 @@ class SuperViT(nn.Module):
         return tokens
 
     def classify(self, tokens: Tensor) -> Tensor:
-        """Map the (B, N, D) tokens that the last block left to (B, classes) logits."""
-        tokens = self.norm(tokens)
+        """Map (B, N, D) normed tokens to (B, classes) logits: of the class head, and outside training of the other."""
         logits: Tensor = self.head(tokens[:, 0])
-        if self.aux_head is not None:
+        if self.aux_head is not None and not self.training:
             logits = logits + AUX_HEAD_WEIGHT * self.aux_head(tokens[:, 1:]).amax(dim=1)
         return logits
 
