@@ -17,12 +17,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from models.checkpoint import UNPICKLING_ERRORS, digest
+from models.crops import PADDED_CROP_SIDE_PX, crop_padding
 from models.data import (
-    PADDED_CROP_SIDE_PX,
     Augmentation,
     Sample,
     SampleLoader,
-    crop_padding,
     digest_samples,
     evaluation_transform,
     normalise,
@@ -30,10 +29,12 @@ from models.data import (
     square_transform,
     training_transform,
 )
+from models.objective import Targets
 from models.recipe import Recipe, count_training_files
 from models.state import TrainingError, prepare_folder, save_whole
 from models.subnetwork import SuperViTConfig
 from models.teacher import Teacher
+from models.token_labels import CropAndVariation, WithTokenLabels, cut_token_labels
 
 MEMORY_LIMIT_BYTES = 2**31
 TARGETS_NAME = "targets.pt"
@@ -135,9 +136,13 @@ def read_images(dataset: Dataset[Sample], batch_size: int, workers: int) -> tupl
 
 
 def fits_memory(recipe: Recipe, config: SuperViTConfig) -> bool:
-    """Tell whether the images are kept in memory: small, not too many, and not varied by RandAugment, one by one."""
+    """Tell whether the images are kept in memory: small, not too many, and varied alike.
+
+    RandAugment and maps of token labels ask for each image by itself.
+    """
     size_bytes = count_training_files(recipe.data) * 3 * config.image_side**2
-    return config.image_side <= PADDED_CROP_SIDE_PX and size_bytes <= MEMORY_LIMIT_BYTES and not recipe.rand_augment
+    is_small = config.image_side <= PADDED_CROP_SIDE_PX and size_bytes <= MEMORY_LIMIT_BYTES
+    return is_small and not recipe.rand_augment and not recipe.token_labels
 
 
 def soft_targets(recipe: Recipe, config: SuperViTConfig, teacher: Teacher) -> Tensor:
@@ -172,6 +177,28 @@ def soft_targets(recipe: Recipe, config: SuperViTConfig, teacher: Teacher) -> Te
     return torch.cat(targets)
 
 
+def find_targets(
+    recipe: Recipe, config: SuperViTConfig, teacher: Teacher | None, images: Tensor, labels: Tensor, maps: list[Tensor]
+) -> Targets:
+    """Put together what a batch is to be answered with.
+
+    Args:
+        recipe: for what the teacher is asked.
+        config: of the student.
+        teacher: to be asked about these very images; None for none.
+        images: (B, 3, S, S), normalised, augmented.
+        labels: (B,) class indices or (B, classes) probabilities.
+        maps: what the batch holds besides, namely the token labels of `WithTokenLabels`; empty for none.
+    """
+    if maps:
+        on_device = (part.to(images.device) for part in maps)
+        tokens = cut_token_labels(*on_device, patch_grid=config.patch_grids[-1], num_classes=config.num_classes)
+        return Targets(labels, teacher(images) if teacher else None, tokens)
+    if teacher and recipe.teacher_tokens:
+        return Targets(labels, *teacher.answer_everywhere(images))
+    return Targets(labels, teacher(images) if teacher else None)
+
+
 def open_batches(
     recipe: Recipe, config: SuperViTConfig, teacher: Teacher | None, rank: int, processes: int, device: torch.device
 ) -> tuple[Batches, RepeatAugSampler, Dataset[Sample]]:
@@ -187,7 +214,8 @@ def open_batches(
     in_memory = fits_memory(recipe, config)
     augmentation = Augmentation(recipe.rand_augment or None, recipe.random_erasing)
     side = config.image_side
-    transform = square_transform(side, side) if in_memory else training_transform(config, augmentation)
+    vary = CropAndVariation if recipe.token_labels else training_transform
+    transform = square_transform(side, side) if in_memory else vary(config, augmentation)
     samples, watched = open_training_data(recipe.data, config, transform, recipe.holdout, recipe.seed)
     sampler = RepeatAugSampler(samples, processes, rank, num_repeats=recipe.augmentation_repeats, selected_round=0)
     if len(sampler) < recipe.batch_size:
@@ -197,8 +225,11 @@ def open_batches(
         images, labels = read_images(samples, recipe.batch_size, recipe.workers)
         labels = labels if targets is None else targets
         return ImageBatches(images, labels, sampler, recipe.batch_size, config, recipe.random_erasing), sampler, watched
+    labelled = samples if targets is None else WithTargets(samples, targets)
+    if recipe.token_labels:
+        labelled = WithTokenLabels(labelled, samples, recipe.token_labels, config.num_classes)
     loader = SampleLoader(
-        samples if targets is None else WithTargets(samples, targets),  # type: ignore[arg-type] # labels of either kind
+        labelled,  # type: ignore[arg-type] # labels of any kind
         recipe.batch_size,
         sampler=sampler,
         num_workers=recipe.workers,

@@ -25,12 +25,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import find_classes
 from torchvision.transforms import InterpolationMode
 
+from models.crops import RandomCrop
 from models.subnetwork import SuperViTConfig
 
 # The strongest posterization that keeps a bit of each channel: at 10 none is left, which Pillow refuses.
 MAX_POSTERIZE = 9.9
-# Inputs up to this side are small pictures already: crop them with padding rather than rescale a random part.
-PADDED_CROP_SIDE_PX = 64
 # A longer picture is cut to this ratio around its centre before resizing, or a 1 x 100,000 px one would fill memory.
 MAX_ASPECT_RATIO = 8
 
@@ -166,26 +165,22 @@ def square_transform(resized: int, side: int) -> Callable[[Image.Image], Tensor]
     return composed
 
 
-def crop_padding(side: int) -> int:
-    """Tell by how many pixels a small picture is padded before a part of its own size is cropped from it."""
-    return side // 8
-
-
 def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Callable[[Image.Image], Tensor]:
     """Map an RGB picture of any size to a random (3, S, S) float32 variation of it, normalised."""
-    side = config.image_side
+    composed: Callable[[Image.Image], Tensor] = transforms.Compose(
+        [RandomCrop(config.image_side), variation(config, augmentation)]
+    )
+    return composed
+
+
+def variation(config: SuperViTConfig, augmentation: Augmentation) -> Callable[[Image.Image], Tensor]:
+    """Map a square that was cropped for training to a random (3, S, S) float32 variation of it, normalised."""
     steps: list[Callable[..., Any]] = []
-    if side <= PADDED_CROP_SIDE_PX:
-        steps += [
-            transforms.Resize(side, InterpolationMode.BICUBIC),
-            transforms.RandomCrop(side, padding=crop_padding(side), pad_if_needed=True),
-        ]
-    else:
-        steps += [transforms.RandomResizedCrop(side, interpolation=InterpolationMode.BICUBIC)]
-    steps += [transforms.RandomHorizontalFlip()]
     if augmentation.rand_augment:
         fill = tuple(round(255 * channel) for channel in config.mean)
-        augment = rand_augment_transform(augmentation.rand_augment, {"translate_const": side // 2, "img_mean": fill})
+        augment = rand_augment_transform(
+            augmentation.rand_augment, {"translate_const": config.image_side // 2, "img_mean": fill}
+        )
         for op in augment.ops:
             if op.name == "PosterizeIncreasing":
                 op.magnitude_max = min(op.magnitude_max or MAX_POSTERIZE, MAX_POSTERIZE)

@@ -39,9 +39,10 @@ class TokenBox:
 
 
 def draw_box(patch_grid: int, seed: int, step: int) -> TokenBox:
-    """Draw the box of a step as CutMix does (Yun et al., ICCV 2019): its area from Beta(1, 1), its centre from anywhere.
+    """Draw the box of a step as CutMix does (Yun et al., ICCV 2019): its area from Beta(1, 1), its centre anywhere.
 
-    A function of seed and step alone, so every process of a run takes the same one, and so does a resumed run.
+    What would lie beyond the grid is cut off. A function of seed and step alone, so every process of a run takes the
+    same one, and so does a resumed run.
     """
     choice = random.Random(f"{seed}/{step}/box")
     half = int(patch_grid * math.sqrt(1 - choice.betavariate(1, 1))) // 2

@@ -77,7 +77,9 @@ class PairLoss(nn.Module):
     An LV-ViT's patch tokens have labels as well, at the largest grid (token labelling: Jiang et al., NeurIPS 2021).
     """
 
-    def __init__(self, model: SuperViT, label_smoothing: float, teacher_weight: float, token_weight: float = 1.0) -> None:
+    def __init__(
+        self, model: SuperViT, label_smoothing: float, teacher_weight: float, token_weight: float = 1.0
+    ) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing

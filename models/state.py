@@ -86,7 +86,8 @@ class State:
             with path.open("rb") as file:
                 # To the CPU: there AdamW counts its steps; weights and moments are copied to where the model is.
                 content = torch.load(file, map_location="cpu", weights_only=True)
-            default = Recipe(data=recipe.data, output=recipe.output).model_dump(mode="json")
+            model = content["recipe"]["model"]
+            default = Recipe(data=recipe.data, output=recipe.output, model=model).model_dump(mode="json")
             differences = [
                 # What an older version could not be told was as it is now by default.
                 *_other_options(default | content["recipe"], recipe.model_dump(mode="json")),

@@ -24,12 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models.batches import Batches, open_batches
+from models.batches import Batches, find_targets, open_batches
 from models.calibration import Scaling
 from models.data import Sample, SampleLoader, list_classes
 from models.devices import resolve_device
 from models.evaluate import measure_accuracy
 from models.initial import load_initial_weights
+from models.mix_token import draw_box
 from models.muon import Muon
 from models.objective import PairLoss, sample_pairs, sample_single, training_step
 from models.profiles import ProfileTable
@@ -88,7 +89,9 @@ def run_epochs(recipe: Recipe, process: Process) -> None:
     if recipe.teacher:
         if not timm.is_model(recipe.teacher):
             raise TrainingError(f"timm knows no model {recipe.teacher!r} to learn from")
-        teacher = Teacher(recipe.teacher, recipe.teacher_checkpoint, recipe.teacher_side, model.config)
+        teacher = Teacher(
+            recipe.teacher, recipe.teacher_checkpoint, recipe.teacher_side, model.config, recipe.teacher_tokens
+        )
         teacher = teacher.to(process.device)
     epochs_done = state.load(recipe, class_names) if recipe.resume else 0
     records = read_log(recipe.output, epochs_done) if recipe.resume else []
@@ -157,6 +160,8 @@ def build_model(recipe: Recipe, num_classes: int) -> SuperViT:
         raise TrainingError(str(error)) from error
     if recipe.freeze_batch_norm and not (recipe.init and model.config.flavour == "lvvit"):
         raise TrainingError("freeze-batch-norm keeps the statistics of an lvvit stem that init names; there are none")
+    if model.aux_head is not None and model.config.keep_rates[-1] < 1:
+        raise TrainingError("an lvvit learns the labels of all patch tokens; its keep-rates must end in 1")
     if recipe.init:
         load_initial_weights(model, recipe.init)
     return model
@@ -189,7 +194,7 @@ def learning_rate_schedule(
 
 def build_pair_loss(recipe: Recipe, model: SuperViT, process: Process) -> PairLoss | DistributedDataParallel:
     """Wrap the model in its losses and, where there are several processes, in what averages their gradients."""
-    pair_loss = PairLoss(model, recipe.label_smoothing, recipe.teacher_weight)
+    pair_loss = PairLoss(model, recipe.label_smoothing, recipe.teacher_weight, recipe.token_label_weight)
     # A pair leaves the other grids' position embeddings unused.
     return pair_loss if process.count == 1 else DistributedDataParallel(pair_loss, find_unused_parameters=True)
 
@@ -225,14 +230,15 @@ def train_epoch(
                 module.eval()
     totals: dict[str, float] = {}
     progress = tqdm(loader, f"epoch {epoch}/{recipe.epochs}", disable=not process.is_first, mininterval=1)
-    for step, (images, labels) in enumerate(progress, start=(epoch - 1) * len(loader)):
-        images, targets = images.to(process.device), labels.to(process.device)
+    for step, (images, labels, *maps) in enumerate(progress, start=(epoch - 1) * len(loader)):
+        images, labels = images.to(process.device), labels.to(process.device)
         if mix:
-            images, targets = mix(images, targets)
+            images, labels = mix(images, labels)
         schedule.step_update(step)
-        taught = teacher(images) if teacher else None
+        targets = find_targets(recipe, config, teacher, images, labels, maps)
         pairs = sample(config, recipe.seed, step)
-        losses = training_step(pair_loss, state.optimizer, images, targets, taught, pairs, autocast)
+        box = draw_box(config.patch_grids[-1], recipe.seed, step) if recipe.mix_token else None
+        losses = training_step(pair_loss, state.optimizer, images, targets, pairs, autocast, box)
         state.average.update(state.model, step + 1)
         for name, loss in losses.items():
             if not math.isfinite(loss):

@@ -21,6 +21,7 @@ FLOORS = {
     "models.evaluate": 6,
     "models.checkpoint": 5,
     "models.published": 4,
+    "models.token_labels": 5,
     "models.data": 4,
     "models.supervit": 3,
     "models.plots": 3,
@@ -28,6 +29,8 @@ FLOORS = {
     "models.profiles": 2,
     "models.latency": 1,
     "models.flops": 1,
+    "models.crops": 1,
+    "models.mix_token": 1,
     "models.tokens": 1,
     "models.recipe": 1,
     "models.calibration": 3,
@@ -92,7 +95,7 @@ HTTP = {
 
 # Which rooms an outside library may enter by.
 DOORS = {
-    "PIL": {"models.data", "service.images"},
+    "PIL": {"models.crops", "models.data", "models.token_labels", "service.images"},
     "fastapi": HTTP,
     "matplotlib": {"models.plots"},
     "openvino": {"service.openvino_graph", "service.openvino_engine"},
@@ -102,7 +105,7 @@ DOORS = {
     "ray": {"service.ray_app", "service.replicas"},
     "safetensors": {"models.checkpoint"},
     "starlette": HTTP,
-    "torchvision": {"models.data"},
+    "torchvision": {"models.crops", "models.data", "models.token_labels"},
 }
 
 # Rooms that read the environment: the settings, and what torchrun says to its processes.

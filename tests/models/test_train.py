@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from models.checkpoint import CheckpointError, Header, load_checkpoint, read_weights, save_checkpoint
 from models.data import DataError
 from models.devices import DeviceError
-from models.objective import PairChoice, sample_pairs, training_step
+from models.objective import PairChoice, Targets, sample_pairs, training_step
 from models.profiles import ProfileTable
 from models.recipe import Recipe
 from models.state import TrainingError, save_whole
@@ -153,9 +153,9 @@ def test_every_epoch_shows_every_image_in_an_order_of_its_own(
 ) -> None:
     seen: list[int] = []
 
-    def step(pair_loss: object, optimizer: object, images: torch.Tensor, labels: torch.Tensor, *_: object) -> object:
+    def step(pair_loss: object, optimizer: object, images: torch.Tensor, targets: Targets, *_: object) -> object:
         del pair_loss, optimizer, images
-        seen.extend(labels.tolist())
+        seen.extend(targets.labels.tolist())
         return {"largest grid": 0.0}
 
     monkeypatch.setattr("models.train.training_step", step)
@@ -241,10 +241,10 @@ def test_a_teacher_that_was_asked_once_is_learned_from(
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "teacher.pth")
     taught: list[torch.Tensor] = []
 
-    def step(pair_loss: object, optimizer: object, images: object, targets: torch.Tensor, *rest: object) -> object:
+    def step(pair_loss: object, optimizer: object, images: object, targets: Targets, *_: object) -> object:
         del pair_loss, optimizer, images
-        taught.append(targets)
-        assert rest[0] is None  # it is not asked again
+        taught.append(targets.labels)
+        assert targets.taught is None  # it is not asked again
         return {"largest grid": 0.0}
 
     monkeypatch.setattr("models.train.training_step", step)

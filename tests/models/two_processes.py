@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from models.objective import sample_pairs, training_step
+from models.objective import Targets, sample_pairs, training_step
 from models.recipe import Recipe
 from models.train import Process, build_model, build_pair_loss, join_processes, seed_everything, train
 
@@ -29,7 +29,7 @@ def weights_after_three_steps(recipe: Recipe, process: Process) -> dict[str, tor
         share = slice(process.rank, None, process.count)
         pairs = sample_pairs(model.config, recipe.seed, step)
         exact = torch.autocast("cpu", enabled=False)
-        training_step(pair_loss, optimizer, images[share], labels[share], None, pairs, exact)
+        training_step(pair_loss, optimizer, images[share], Targets(labels[share]), pairs, exact)
     return model.state_dict()
 
 
