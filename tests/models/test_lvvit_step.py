@@ -1,4 +1,4 @@
-"""A step of an LV-ViT, held against the same step written down plainly: one image at a time, loops, double precision."""
+"""A step of an LV-ViT, held against the same step written down plainly: image by image, in double precision."""
 
 import math
 import random

@@ -119,6 +119,34 @@ def test_a_teacher_takes_its_share_of_the_classification_loss(answers: Answers) 
     assert distillation.item() == pytest.approx(KL)
 
 
+def test_labels_and_teacher_are_mixed_as_the_tokens_are(answers: Answers) -> None:
+    loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.25)
+    quarter = TokenBox(4, 0, 2, 0, 2)
+    taught = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    (classification, _), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0]), taught), PAIRS[0], quarter)
+    labels = (0.75 * math.log(2) + 0.25 * math.log(4) + math.log(3)) / 2
+    first = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.5)
+    second = 0.25 * math.log(0.25 * 3) + 0.75 * math.log(0.75 * 3)
+    assert classification.item() == pytest.approx(0.75 * labels + 0.25 * (first + second) / 2)
+
+
+def test_the_loss_of_patch_tokens_has_its_weight_and_the_largest_grid_alone(
+    tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT], images: Tensor, labels: Tensor
+) -> None:
+    model = build(replace(tiny_config, flavour="lvvit")).train()
+    tokens = functional.one_hot(torch.arange(64).view(4, 16) % 3, 3).float()
+
+    def whole(weight: float, grid: int) -> float:
+        pair = PairChoice(grid, 1.0, None)
+        ((loss,), _) = PairLoss(model, 0.1, 0.5, weight)(images, Targets(labels, tokens=tokens), pair)
+        return float(loss)
+
+    (last,) = model.forward_rates(images, 4, (1.0,))
+    expected = functional.cross_entropy(model.get_submodule("aux_head")(last[:, 1:]).transpose(1, 2), tokens.argmax(2))
+    assert whole(3.0, 4) - whole(1.0, 4) == pytest.approx(2 * expected.item(), rel=1e-4)
+    assert whole(3.0, 3) == whole(1.0, 3)
+
+
 def test_distillation_sends_no_gradient_to_the_whole(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.5)
     (classification, distillation), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0])), PAIRS[0])
