@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder
 
 from models.crops import RandomCrop, crop_maps
-from models.data import Augmentation, DataError, Sample, variation
+from models.data import CODEC_ERRORS, Augmentation, DataError, Sample, variation
 from models.subnetwork import SuperViTConfig
 
 ROUNDING = 1e-2  # by which half-precision weights may add up to more than 1
@@ -90,9 +90,9 @@ def read_map(path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
         DataError: there are none, or they are not token labels of so many classes.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            classes, weights = file["classes"], file["weights"].astype(np.float32)
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            classes, weights = arrays["classes"], arrays["weights"].astype(np.float32)
+    except (*CODEC_ERRORS, RuntimeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: no token labels: {' '.join(str(error).split())}") from error
     if classes.ndim != 3 or classes.shape != weights.shape or not classes.size or classes.dtype.kind not in "iu":
         raise DataError(f"{path}: token labels are two arrays of (h, w, k), not {classes.shape} and {weights.shape}")

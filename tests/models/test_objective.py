@@ -139,7 +139,7 @@ def test_the_loss_of_patch_tokens_has_its_weight_and_the_largest_grid_alone(
     def whole(weight: float, grid: int) -> float:
         pair = PairChoice(grid, 1.0, None)
         ((loss,), _) = PairLoss(model, 0.1, 0.5, weight)(images, Targets(labels, tokens=tokens), pair)
-        return float(loss)
+        return float(loss.detach())
 
     (last,) = model.forward_rates(images, 4, (1.0,))
     expected = functional.cross_entropy(model.get_submodule("aux_head")(last[:, 1:]).transpose(1, 2), tokens.argmax(2))

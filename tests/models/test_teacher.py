@@ -96,12 +96,14 @@ def test_answers_at_every_place_are_probabilities_on_the_grid_of_the_student(
     torch.testing.assert_close(answers, teacher(images))
     assert places.shape == (2, 16, 3)
     torch.testing.assert_close(places.sum(dim=2), torch.ones(2, 16))
-    own = teacher.network.answer_everywhere(images)[1]  # ten places a side; four a side are means of some of these
-    assert own.shape[2:] == (10, 10)
-    upper_left, lower_right = own[:, :, :2, :2].mean(dim=(2, 3)), own[:, :, 8:, 8:].mean(dim=(2, 3))
-    for token, near, far in ((0, upper_left, lower_right), (15, lower_right, upper_left)):
-        apart = [(places[:, token] - answer.softmax(dim=1)).abs().mean() for answer in (near, far)]
-        assert apart[0] < 0.5 * apart[1]
+    own = teacher.network.answer_everywhere(images)[1]
+    assert own.shape == (2, 3, 10, 10)
+    # Each of four patches a side is 2.5 places wide; a place counts the less the further it is from the patch's centre.
+    centres = (torch.arange(4) + 0.5) * 2.5
+    shares = (1 - (torch.arange(10) + 0.5 - centres[:, None]).abs() / 2.5).clamp(min=0)
+    shares = shares / shares.sum(dim=1, keepdim=True)
+    expected = torch.einsum("ph,qw,bchw->bpqc", shares, shares, own).softmax(dim=3)
+    torch.testing.assert_close(places, expected.flatten(1, 2), atol=1e-5, rtol=1e-4)
 
 
 def test_a_teacher_without_answers_for_every_place_is_refused_at_once(tmp_path: Path) -> None:

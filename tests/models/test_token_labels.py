@@ -121,6 +121,10 @@ def test_a_damaged_map_is_refused_by_name(tmp_path: Path, content: bytes) -> Non
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(DataError, match=r"x\.npz: no token labels"):
         read_map(tmp_path / "x.npz", 3)
+    with (tmp_path / "x.npz").open("wb") as file:
+        np.save(file, np.zeros(3))  # one array, without a name
+    with pytest.raises(DataError, match=r"x\.npz: no token labels"):
+        read_map(tmp_path / "x.npz", 3)
     np.savez(tmp_path / "x.npz", classes=np.zeros((1, 1, 1), int))
     with pytest.raises(DataError, match=r"x\.npz: no token labels: .*weights"):
         read_map(tmp_path / "x.npz", 3)
