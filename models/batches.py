@@ -6,30 +6,29 @@ few cores, decoding and varying them one by one takes its time from the training
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models.checkpoint import UNPICKLING_ERRORS, digest
+from models.checkpoint import digest
 from models.crops import PADDED_CROP_SIDE_PX, crop_padding
-from models.data import (
+from models.datasets import ImageSet, TrainingSamples, digest_samples, open_training_data
+from models.images import (
     Augmentation,
-    Sample,
-    SampleLoader,
-    digest_samples,
     evaluation_transform,
     normalise,
-    open_training_data,
     square_transform,
     training_transform,
 )
+from models.loaders import SampleLoader, gather_in_turn, load_in_turn
 from models.objective import Targets
+from models.pickles import UNPICKLING_ERRORS
+from models.processes import gather
 from models.recipe import Recipe, count_training_files
 from models.state import TrainingError, prepare_folder, save_whole
 from models.subnetwork import SuperViTConfig
@@ -90,22 +89,6 @@ class ImageBatches:
 Batches = SampleLoader | ImageBatches
 
 
-@dataclass(frozen=True, slots=True)
-class WithTargets(Dataset[tuple[Tensor, Tensor]]):
-    """A data set whose labels are replaced by (M, classes) probabilities."""
-
-    samples: Dataset[Sample]
-    targets: Tensor
-
-    def __len__(self) -> int:
-        """Samples."""
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One sample."""
-        return self.samples[index][0], self.targets[index]
-
-
 def crop_and_mirror(images: Tensor) -> Tensor:
     """Shift each of (B, 3, S, S) images by up to an eighth of its side over black, and mirror every other by chance."""
     count, _, side, _ = images.shape
@@ -118,21 +101,24 @@ def crop_and_mirror(images: Tensor) -> Tensor:
     return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def read_images(dataset: Dataset[Sample], batch_size: int, workers: int) -> tuple[Tensor, Tensor]:
-    """Decode a data set of uint8 images of one size: (M, 3, S, S), and their (M,) class indices.
+def read_images(dataset: ImageSet, batch_size: int, workers: int) -> tuple[Tensor, Tensor]:
+    """Decode a data set of uint8 images of one size, each process all of it.
+
+    Returns:
+        (M, 3, S, S) images and their (M,) class indices, of all that are not noted as bad.
 
     Raises:
-        DataError: an image cannot be read.
+        DataError: too many images cannot be read.
     """
     first, _ = dataset[0]
-    count = len(dataset)  # type: ignore[arg-type] # every data set in use has a length
-    images, labels = torch.empty((count, *first.shape), dtype=torch.uint8), torch.empty(count, dtype=torch.long)
+    images = torch.empty((len(dataset), *first.shape), dtype=torch.uint8)
+    labels = torch.empty(len(dataset), dtype=torch.long)
     start = 0
     for batch, its_labels in SampleLoader(dataset, batch_size, num_workers=workers):
         # Copied, because a batch of another process holds two of the files that this one may have open.
         images[start : start + len(batch)], labels[start : start + len(batch)] = batch, its_labels
         start += len(batch)
-    return images, labels
+    return (images[~dataset.is_bad], labels[~dataset.is_bad]) if dataset.is_bad.any() else (images, labels)
 
 
 def fits_memory(recipe: Recipe, config: SuperViTConfig) -> bool:
@@ -145,36 +131,49 @@ def fits_memory(recipe: Recipe, config: SuperViTConfig) -> bool:
     return is_small and not recipe.rand_augment and not recipe.token_labels
 
 
-def soft_targets(recipe: Recipe, config: SuperViTConfig, teacher: Teacher) -> Tensor:
+def soft_targets(
+    recipe: Recipe, config: SuperViTConfig, teacher: Teacher, samples: ImageSet, rank: int = 0, processes: int = 1
+) -> Tensor:
     """Mix the labels of the training images with what the teacher says of each, seen once and once mirrored.
 
-    The mixture is kept in the output folder, so a run that is resumed asks no more.
+    Each process asks about its share. The mixture is kept in the output folder, so a run that is resumed asks no more.
 
     Returns:
-        (M, classes) probabilities in the order of the training images.
+        (M, classes) probabilities in the order of the images; of an image that cannot be read, what its label says.
     """
     path = recipe.output / TARGETS_NAME
-    samples, _ = open_training_data(recipe.data, config, evaluation_transform(config), recipe.holdout, recipe.seed)
     asked = {name: str(getattr(recipe, name)) for name in ASKED} | {
         "images": digest_samples(samples),
         "seen as": str((config.image_side, config.crop_fraction, config.mean, config.std)),
         "teacher's weights": digest(recipe.teacher_checkpoint) if recipe.teacher_checkpoint else "timm's",
     }
+    kept = _kept_targets(path, asked)
+    if all(gather(kept is not None)) and kept is not None:  # or one would wait for what others ask no more
+        return kept
+    if rank == 0:
+        prepare_folder(recipe.output)
+    everything, seen = range(len(samples)), samples.seen_through(evaluation_transform(config))
+    loader = load_in_turn(seen, everything, recipe.batch_size, recipe.workers, rank, processes)
+    answers = [
+        teacher.answer_both_ways(images.to(teacher.device)).cpu()
+        for images, _ in tqdm(loader, "asking the teacher", disable=rank != 0, mininterval=1)
+    ]
+    certain = functional.one_hot(torch.tensor([label for _, label in samples.files]), config.num_classes).float()
+    targets = certain.lerp(torch.full_like(certain, 1 / config.num_classes), recipe.label_smoothing)
+    taught = targets.lerp(gather_in_turn(answers), recipe.teacher_weight)
+    targets = torch.where(samples.is_bad[:, None], targets, taught)
+    if rank == 0:
+        save_whole({"asked": asked, "targets": targets}, path)
+    return targets
+
+
+def _kept_targets(path: Path, asked: dict[str, str]) -> Tensor | None:
     with suppress(OSError, *UNPICKLING_ERRORS):  # no such file, or a damaged one: the teacher is asked again
         kept = torch.load(path, weights_only=True)
         if kept["asked"] == asked:
-            answered: Tensor = kept["targets"]
-            return answered
-    prepare_folder(recipe.output)
-    loader = SampleLoader(samples, recipe.batch_size, num_workers=recipe.workers)
-    targets = []
-    for images, labels in tqdm(loader, "asking the teacher", mininterval=1):
-        answers = teacher.answer_both_ways(images.to(teacher.device)).cpu()
-        certain = functional.one_hot(labels, config.num_classes).float()
-        smooth = certain.lerp(torch.full_like(certain, 1 / config.num_classes), recipe.label_smoothing)
-        targets.append(smooth.lerp(answers, recipe.teacher_weight))
-    save_whole({"asked": asked, "targets": torch.cat(targets)}, path)
-    return torch.cat(targets)
+            targets: Tensor = kept["targets"]
+            return targets
+    return None
 
 
 def find_targets(
@@ -201,33 +200,44 @@ def find_targets(
 
 def open_batches(
     recipe: Recipe, config: SuperViTConfig, teacher: Teacher | None, rank: int, processes: int, device: torch.device
-) -> tuple[Batches, RepeatAugSampler, Dataset[Sample]]:
+) -> tuple[Batches, RepeatAugSampler, SampleLoader]:
     """Open what one of the processes of a run trains on.
 
     Returns:
-        The batches; the sampler, whose epoch fixes their order; and the images to watch.
+        The batches; the sampler, whose epoch fixes their order; and this process's share of the images to watch.
 
     Raises:
         DataError: the data set is unusable.
         TrainingError: it is too small for a batch.
     """
     in_memory = fits_memory(recipe, config)
-    augmentation = Augmentation(recipe.rand_augment or None, recipe.random_erasing)
+    augmentation = Augmentation(recipe.rand_augment or None, recipe.random_erasing, recipe.smallest_crop)
     side = config.image_side
     vary = CropAndVariation if recipe.token_labels else training_transform
     transform = square_transform(side, side) if in_memory else vary(config, augmentation)
-    samples, watched = open_training_data(recipe.data, config, transform, recipe.holdout, recipe.seed)
-    sampler = RepeatAugSampler(samples, processes, rank, num_repeats=recipe.augmentation_repeats, selected_round=0)
-    if len(sampler) < recipe.batch_size:
-        raise TrainingError(f"{len(sampler)} training images per process do not fill a batch of {recipe.batch_size}")
-    targets = soft_targets(recipe, config, teacher) if teacher and recipe.teacher_once else None
+    samples, watching = open_training_data(
+        recipe.data,
+        config,
+        transform,  # type: ignore[arg-type] # that of token labels tells the crop, too
+        recipe.holdout,
+        recipe.seed,
+        recipe.max_bad_images,
+    )
+    sampler = _sampler(recipe, len(samples), rank, processes)
+    for images in (samples, watching):
+        images.report_skipped_files()
+    watched = load_in_turn(watching, range(len(watching)), recipe.batch_size, recipe.workers, rank, processes)
+    targets = (
+        soft_targets(recipe, config, teacher, samples, rank, processes) if teacher and recipe.teacher_once else None
+    )
     if in_memory:
-        images, labels = read_images(samples, recipe.batch_size, recipe.workers)
-        labels = labels if targets is None else targets
-        return ImageBatches(images, labels, sampler, recipe.batch_size, config, recipe.random_erasing), sampler, watched
-    labelled = samples if targets is None else WithTargets(samples, targets)
+        pixels, labels = read_images(samples, recipe.batch_size, recipe.workers)
+        sampler = _sampler(recipe, len(labels), rank, processes)
+        labels = labels if targets is None else targets[~samples.is_bad]
+        return ImageBatches(pixels, labels, sampler, recipe.batch_size, config, recipe.random_erasing), sampler, watched
+    labelled: TrainingSamples | WithTokenLabels = TrainingSamples(samples, targets)
     if recipe.token_labels:
-        labelled = WithTokenLabels(labelled, samples, recipe.token_labels, config.num_classes)
+        labelled = WithTokenLabels(labelled, recipe.token_labels, config.num_classes)
     loader = SampleLoader(
         labelled,  # type: ignore[arg-type] # labels of any kind
         recipe.batch_size,
@@ -237,3 +247,11 @@ def open_batches(
         pin_memory=device.type == "cuda",
     )
     return loader, sampler, watched
+
+
+def _sampler(recipe: Recipe, count: int, rank: int, processes: int) -> RepeatAugSampler:
+    repeats = recipe.augmentation_repeats
+    sampler = RepeatAugSampler(range(count), processes, rank, num_repeats=repeats, selected_round=0)
+    if len(sampler) < recipe.batch_size:
+        raise TrainingError(f"{len(sampler)} training images per process do not fill a batch of {recipe.batch_size}")
+    return sampler

@@ -3,56 +3,48 @@
 Nothing in a file is ever executed, and whatever is wrong with one is a CheckpointError that names the file.
 """
 
-import argparse
 import hashlib
-import os
-import pickle
-import struct
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.checkpoint_errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    UnreadableCheckpointError,
+    about,
+    shown,
+)
 from models.flops import count_macs
 from models.profiles import ProfileTable
-from models.published import describe_published
+from models.published import describe_published, is_plain_vit
+from models.safetensors_files import is_safetensors, read_safetensors, write_safetensors
+from models.sources import find_checkpoint
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
+from models.torch_files import read_torch_file
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointMismatchError",
+    "Header",
+    "UnreadableCheckpointError",
+    "check_weights",
+    "digest",
+    "load_checkpoint",
+    "read_described_weights",
+    "read_weights",
+    "save_checkpoint",
+]
 
 HEADER_KEY = "supervit"
 NAMES_SHOWN = 4
-
-# What torch.load was seen to raise, or may raise, over bytes that are damaged or were never a checkpoint.
-UNPICKLING_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.PickleError,
-    struct.error,
-)
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
-
-
-class UnreadableCheckpointError(CheckpointError):
-    """The file is missing, truncated, or no checkpoint at all."""
-
-
-class CheckpointMismatchError(CheckpointError):
-    """The file holds weights, but not those of the model that it claims to be."""
+STATISTICS = (".running_mean", ".running_var")
+SMALLEST_NORMAL_HALF, LARGEST_HALF = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +85,7 @@ class Checkpoint:
         class_names: one per logit.
         profile: cost and, where known, accuracy of each sub-network.
         is_ours: whether the file is in our own format.
+        is_half: whether the file holds its weights in half precision.
     """
 
     name: str
@@ -102,140 +95,149 @@ class Checkpoint:
     class_names: tuple[str, ...]
     profile: ProfileTable
     is_ours: bool = True
+    is_half: bool = False
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
+def load_checkpoint(name: str | Path) -> Checkpoint:
     """Load our own format, or a published DeiT-S or LV-ViT-S SuperViT checkpoint as it was released.
+
+    Args:
+        name: what `find_checkpoint` finds.
 
     Raises:
         UnreadableCheckpointError: there is no such file, it is cut short, it is no checkpoint, or its costs are wrong.
         CheckpointMismatchError: weights are missing, unexpected, misshapen, mistyped or not finite.
     """
-    path = Path(path)
-    weights, text = _read(path)
-    header = Header(*describe_published(weights)) if text is None else _own_header(path, text, len(weights))
-    model = _blank_model(path, header.config)
-    _check_weights(path, weights, model.state_dict())
-    wrong = [row for row in header.profile.rows if row.macs != count_macs(header.config, row.subnetwork)]
-    if wrong:
-        raise UnreadableCheckpointError(f"{path}: {wrong[0].macs} MACs are not the cost of {wrong[0].subnetwork}")
+    path = find_checkpoint(name)
+    with about(name):
+        stored, own_header = _read(path)
+        weights = _in_float32(stored)
+        if own_header is None and is_plain_vit(weights):
+            raise CheckpointMismatchError("is a plain ViT: run `supervit convert` to make a SuperViT of it")
+        header = Header(*describe_published(weights)) if own_header is None else _own_header(own_header, len(weights))
+        model = _blank_model(header.config)
+        check_weights(weights, model.state_dict())
+        wrong = [row for row in header.profile.rows if row.macs != count_macs(header.config, row.subnetwork)]
+        if wrong:
+            raise UnreadableCheckpointError(f"{wrong[0].macs} MACs are not the cost of {wrong[0].subnetwork}")
+        version = digest(path)
     model.load_state_dict(weights, assign=True)
     return Checkpoint(
         header.name,
-        digest(path),
+        version,
         model.eval(),
         header.config,
         header.class_names,
         header.profile,
-        is_ours=text is not None,
+        is_ours=own_header is not None,
+        is_half=_is_half(stored, weights),
     )
 
 
-def save_checkpoint(path: Path, model: SuperViT, header: Header) -> None:
-    """Write `model` in our own format; a crash half-way leaves whatever stood at `path`."""
+def save_checkpoint(path: Path, model: SuperViT, header: Header, *, half: bool = False) -> None:
+    """Write `model` in our own format; a crash half-way leaves whatever stood at `path`.
+
+    Args:
+        path: file to write.
+        model: the weights.
+        header: what is said of them.
+        half: whether to round weights to float16, for half of the size. What was loaded from such a file is written as
+            it was; batch norm's statistics, and weights beyond the range of float16, are left in float32.
+    """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    partial = path.with_name(path.name + ".partial")
-    # Not save_file: it would leave a file that nobody but its owner may read, and so no server under another user.
-    partial.write_bytes(safetensors.torch.save(weights, {HEADER_KEY: _HEADER.dump_json(header).decode()}))
-    os.replace(partial, path)
+    if half:
+        weights = {name: tensor.half() if _fits_half(name, tensor) else tensor for name, tensor in weights.items()}
+    write_safetensors(path, weights, {HEADER_KEY: _HEADER.dump_json(header).decode()})
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(name: str | Path) -> dict[str, Tensor]:
     """Read the weights of any layout that `load_checkpoint` reads, or of a plain state dict, unchecked, in float32.
 
     Raises:
         UnreadableCheckpointError: as for `load_checkpoint`.
     """
-    return _read(Path(path))[0]
+    path = find_checkpoint(name)
+    with about(name):
+        return _in_float32(_read(path)[0])
+
+
+def read_described_weights(name: str | Path) -> tuple[dict[str, Tensor], Header | None]:
+    """Read weights as `read_weights` does, with what our own format says of them; None for any other.
+
+    Raises:
+        CheckpointError: as for `load_checkpoint`, but for what the weights are.
+    """
+    path = find_checkpoint(name)
+    with about(name):
+        weights, header = _read(path)
+        return _in_float32(weights), None if header is None else _own_header(header, len(weights))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Read the weights of a file, in the precision that they have there, and our header where it is there."""
     try:
-        if not path.is_file():
-            raise UnreadableCheckpointError(f"{path}: {'no regular' if path.exists() else 'no such'} file")
-        with path.open("rb") as file:
-            start = file.read(9)
-        # A safetensors file opens with the length of its JSON header, eight bytes, and then the header itself.
-        weights, header = _read_safetensors(path) if start[8:] == b"{" else (_read_pickle(path), None)
-        return {
-            name.removeprefix("module."): tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in weights.items()
-        }, header
-    except (OSError, RuntimeError) as error:  # torch says with the latter that it cannot convert a weight
-        raise UnreadableCheckpointError(f"{path}: cannot be read: {error}") from error
+        weights, metadata = read_safetensors(path) if is_safetensors(path) else (read_torch_file(path), {})
+    except OSError as error:
+        raise UnreadableCheckpointError(f"cannot be read: {error.strerror}") from error
+    return {name.removeprefix("module."): weight for name, weight in weights.items()}, metadata.get(HEADER_KEY)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(HEADER_KEY)
-            # Copies: as they come, tensors are windows into the file, and whoever writes over it would change a model.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, header  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise UnreadableCheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
+def _in_float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    converted = {}
+    for name, weight in weights.items():
+        try:
+            converted[name] = weight.float() if weight.is_floating_point() else weight
+        except RuntimeError as error:
+            raise UnreadableCheckpointError(f"the weight {shown(name)} is of an unknown type") from error
+    return converted
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        # The published files keep their options in a Namespace. A path would let torch judge the file by its suffix.
-        # Whatever torch would warn of, such as a strange protocol, ends below in an error or in weights that are fine.
-        with (
-            torch.serialization.safe_globals([argparse.Namespace]),
-            warnings.catch_warnings(action="ignore"),
-            path.open("rb") as file,
-        ):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except UNPICKLING_ERRORS as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UnreadableCheckpointError(f"{path}: truncated, unsafe or not a checkpoint: {reason}") from error
-    # The published scripts evaluate 'state_dict_ema' (LV-ViT-S) and 'model' (DeiT-S, beside a 'model_ema').
-    if isinstance(content, dict):
-        for key in ("state_dict_ema", "state_dict", "model"):
-            if isinstance(content.get(key), dict):
-                content = content[key]
-                break
-    if not isinstance(content, dict) or not content:
-        raise UnreadableCheckpointError(f"{path}: holds {type(content).__name__}, not a state dict")
-    strange = [name for name, value in content.items() if not (isinstance(name, str) and _is_plain_tensor(value))]
-    if strange:
-        raise UnreadableCheckpointError(f"{path}: not a state dict: {strange[0]!r} is no weight")
-    return content
+def _fits_half(name: str, weight: Tensor) -> bool:
+    """Tell whether a weight keeps its meaning in float16: neither overflows nor vanishes as a whole."""
+    if not weight.is_floating_point() or name.endswith(STATISTICS):
+        return False
+    largest = weight.abs().amax().item() if weight.numel() else 0.0
+    return largest == 0 or SMALLEST_NORMAL_HALF <= largest <= LARGEST_HALF
 
 
-def _is_plain_tensor(value: object) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not (value.is_quantized or value.is_nested)
-    )
+def _is_half(stored: dict[str, Tensor], weights: dict[str, Tensor]) -> bool:
+    """Tell whether to write weights in half precision is to write them as they were stored."""
+    halves = {name for name, weight in stored.items() if weight.dtype == torch.float16}
+    return bool(halves) and not any(_fits_half(name, weights[name]) for name in weights.keys() - halves)
 
 
-def _own_header(path: Path, header_json: str, num_weights: int) -> Header:
+def _own_header(header_json: str, num_weights: int) -> Header:
     try:
         header = _HEADER.validate_json(header_json)
     except ValidationError as error:
-        raise UnreadableCheckpointError(f"{path}: its header is not ours: {_first_problem(error)}") from error
+        raise UnreadableCheckpointError(f"its header is not ours: {_first_problem(error)}") from error
+    except ArithmeticError as error:  # of whole numbers that are too large for anything
+        raise UnreadableCheckpointError("its header is not ours: a number is out of all bounds") from error
     if header.config.depth > num_weights:  # building that many blocks might never end
-        raise CheckpointMismatchError(f"{path}: {num_weights} weights are too few for {header.config.depth} blocks")
+        raise CheckpointMismatchError(f"{num_weights} weights are too few for {header.config.depth} blocks")
     return header
 
 
-def _blank_model(path: Path, config: SuperViTConfig) -> SuperViT:
+def _blank_model(config: SuperViTConfig) -> SuperViT:
     """Build the model without memory for its weights."""
     try:
         with torch.device("meta"):
             return SuperViT(config)
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointMismatchError(f"{path}: its header asks for weights of impossible size") from error
+        raise CheckpointMismatchError("its header asks for weights of impossible size") from error
 
 
-def _check_weights(path: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Hold weights against those that a model has.
+
+    Raises:
+        CheckpointMismatchError: some are missing, unexpected, misshapen, mistyped or not finite; their names are told.
+    """
     shared = [name for name in expected if name in weights]
     fitting = [name for name in shared if weights[name].shape == expected[name].shape]
     problems = {
         "missing": [name for name in expected if name not in weights],
-        "unexpected": [name for name in weights if name not in expected],
+        "unexpected": [shown(name) for name in weights if name not in expected],
         "misshapen": [
             f"{name} is {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
             for name in shared
@@ -250,7 +252,7 @@ def _check_weights(path: Path, weights: dict[str, Tensor], expected: dict[str, T
     }
     found = [f"{_count(names, 'weight')} {problem}: {_some(names)}" for problem, names in problems.items() if names]
     if found:
-        raise CheckpointMismatchError(f"{path}: {'; '.join(found)}")
+        raise CheckpointMismatchError("; ".join(found))
 
 
 def _count(items: list[str], noun: str) -> str:
@@ -263,9 +265,17 @@ def _some(names: list[str]) -> str:
 
 
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    return f"{where}: {problem['msg']}" if where else problem["msg"]
+    """Say in our words what pydantic found first."""
+    problem = error.errors(include_url=False)[0]
+    where, value = shown(".".join(map(str, problem["loc"]))), shown(repr(problem["input"]))
+    match problem["type"]:
+        case "value_error":  # raised by one of our own values
+            return str(problem["ctx"]["error"])
+        case "json_invalid":
+            return "no JSON"
+        case "missing":
+            return f"{where} is missing"
+    return f"{where or 'the whole'} cannot be {value}"
 
 
 def digest(path: Path) -> str:

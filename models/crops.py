@@ -7,10 +7,12 @@ from torchvision.ops import roi_align
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as pictures
 
+from models.subnetwork import Interpolation
+
 # Inputs up to this side are small pictures already: crop them with padding rather than rescale a random part.
 PADDED_CROP_SIDE_PX = 64
-# Share of a larger picture's area, and ratio of width to height, of the part that is shown.
-SCALE, RATIO = [0.08, 1.0], [3 / 4, 4 / 3]
+# Ratio of width to height of the part of a larger picture that is shown.
+RATIO = [3 / 4, 4 / 3]
 
 
 def crop_padding(side: int) -> int:
@@ -21,8 +23,15 @@ def crop_padding(side: int) -> int:
 class RandomCrop:
     """Crop a random part of a picture to a square of `side` pixels, and mirror every other by chance."""
 
-    def __init__(self, side: int) -> None:
-        self.side = side
+    def __init__(self, side: int, smallest: float, interpolation: Interpolation) -> None:
+        """Hold how to crop.
+
+        Args:
+            side: of the square, in pixels.
+            smallest: share of the picture's area that is shown at least; small pictures are not cropped so.
+            interpolation: of larger pictures.
+        """
+        self.side, self.smallest, self.mode = side, smallest, InterpolationMode(interpolation)
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         """Give the square."""
@@ -44,10 +53,8 @@ class RandomCrop:
             top = int(torch.randint(height + 2 * padding - rows + 1, (1,))) - padding
             left = int(torch.randint(width + 2 * padding - columns + 1, (1,))) - padding
         else:
-            top, left, rows, columns = RandomResizedCrop.get_params(picture, SCALE, RATIO)
-        square = pictures.resized_crop(
-            picture, top, left, rows, columns, [self.side, self.side], InterpolationMode.BICUBIC
-        )
+            top, left, rows, columns = RandomResizedCrop.get_params(picture, [self.smallest, 1.0], RATIO)
+        square = pictures.resized_crop(picture, top, left, rows, columns, [self.side, self.side], self.mode)
         mirrored = bool(torch.rand(1) < 0.5)
         edges = (left / width, top / height, (left + columns) / width, (top + rows) / height)
         return pictures.hflip(square) if mirrored else square, torch.tensor([*edges, mirrored])

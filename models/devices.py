@@ -1,6 +1,13 @@
-"""Which device to compute on, found from its name. Chooses nothing but the GPU of a process and moves nothing."""
+"""Which device to compute on, found from its name, and in which precision it is fast. Moves nothing."""
+
+from functools import cache
+from pathlib import Path
 
 import torch
+
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them; the last is Arm's
+AMPERE = 8  # the first generation of NVIDIA's GPUs, by the major number of its capability, that computes in bfloat16
 
 
 class DeviceError(Exception):
@@ -27,3 +34,33 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DeviceError(f"device {name!r} cannot be used: {reason}") from error
     return device
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """Tell in which type the device multiplies fastest: bfloat16, float16 on older GPUs, float32 on other CPUs."""
+    if device.type == "cuda":
+        has_bfloat16 = torch.version.hip or torch.cuda.get_device_capability(device)[0] >= AMPERE
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    # torch would emulate bfloat16 on any CPU, at half the speed of float32. Of other devices nothing is known.
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16(CPUINFO) else torch.float32
+
+
+def training_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Find the dtype of a training step's products: that of a name, or for "auto" the device's `native_dtype`."""
+    named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    return native_dtype(device) if precision == "auto" else named[precision]
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Let products be computed in the device's `native_dtype`; where that is float32, change nothing."""
+    dtype = native_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@cache
+def _cpu_has_bfloat16(cpuinfo: Path) -> bool:
+    """Whether Linux lists instructions for it; no such file, as elsewhere, lists none."""
+    try:
+        return not BFLOAT16_FLAGS.isdisjoint(cpuinfo.read_text().split())
+    except OSError:
+        return False

@@ -1,19 +1,30 @@
 """Every sub-network on labelled images: the accuracy table of a checkpoint, and how far its probabilities are right."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader
 
 from models.calibration import Scaling, expected_calibration_error, fit_scaling
 from models.checkpoint import Checkpoint
-from models.data import DataError, Sample, SampleLoader, evaluation_transform, normalise, open_folder
-from models.devices import resolve_device
+from models.datasets import (
+    NO_LABEL,
+    DataError,
+    ImageSet,
+    Sample,
+    difference,
+    list_classes,
+    open_folder,
+    stratified_order,
+)
+from models.devices import autocast
+from models.images import evaluation_transform, normalise
+from models.loaders import gather_in_turn, load_in_turn
+from models.processes import Process, gather
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
@@ -33,75 +44,114 @@ class Measured:
     calibration_error: float
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        profile: of the checkpoint, with accuracies and scalings.
+        basis: in a sentence, which images the scalings and the calibration error come from.
+    """
+
+    profile: ProfileTable
+    basis: str
+
+
 def evaluate(
     checkpoint: Checkpoint,
     data: Path,
     *,
     batch_size: int,
     workers: int,
+    max_bad_images: float,
     progress: Progress,
-    device: str = "auto",
+    process: Process,
     rates_between: bool = False,
-) -> ProfileTable:
-    """Fit the scaling of every sub-network on val/ and measure it on test/.
+) -> Evaluation:
+    """Fit the scaling of every sub-network on val/ and measure it on test/, in the device's fastest precision.
 
-    In float32; on a GPU, convolutions are in TF32, as torch has them by default. Where
-    there is only one of the two folders, it serves for both.
+    Where there is only one of the two folders, accuracy is that of all its images, while the scaling is fitted on one
+    half of each class, and the calibration error that of the rest. Several processes share the images out and find
+    what one would.
 
     Args:
-        checkpoint: the weights; its model is moved to `device`.
+        checkpoint: the weights; its model is moved to the process's device.
         data: folder with val/, test/ or both, of class folders.
         batch_size: images per batch.
-        workers: processes that decode images.
+        workers: processes that decode images for this one.
+        max_bad_images: fraction of the images of a folder that may be unreadable and are passed over.
         progress: wraps the batches to show how far the work is.
-        device: name of the device to run on, as `resolve_device` understands it.
+        process: which of the processes this is, and its device.
         rates_between: whether to add keep rates between those of the checkpoint's profile.
-
-    Returns:
-        The checkpoint's profile with what was measured.
 
     Raises:
         DataError: the data set is unusable, or a class folder is none of the checkpoint's classes.
-        DeviceError: the device cannot be used.
     """
     folders = [folder for folder in (data / "val", data / "test") if folder.is_dir()]
     if not folders:
         raise DataError(f"{data}: holds neither val/ nor test/")
-    model = checkpoint.model.to(resolve_device(device))
-    held_out, measuring = _open_split(checkpoint, folders[0], CALIBRATION_IMAGES), _open_split(checkpoint, folders[-1])
+    sets = [_open_labelled(checkpoint, folder, max_bad_images) for folder in folders]
+    calibrating, measuring = sets[0], sets[-1]
+    chosen = choose_for_calibration(calibrating, is_measured_too=calibrating is measuring)
+    model = checkpoint.model.to(process.device)
 
-    def batches(images: Dataset[Sample]) -> Iterable[tuple[Tensor, Tensor]]:
-        return progress(SampleLoader(images, batch_size, num_workers=workers))
+    def batches(images: ImageSet, places: Sequence[int]) -> Iterable[tuple[Tensor, Tensor]]:
+        return progress(load_in_turn(images, places, batch_size, workers, process.rank, process.count))
 
     profile = checkpoint.profile.with_rates_between(checkpoint.config) if rates_between else checkpoint.profile
-    scalings = fit_scalings(model, batches(held_out), profile.by_subnetwork)
-    measured = measure_accuracy(model, batches(measuring), scalings)
-    return ProfileTable(
-        tuple(
-            replace(
-                row,
-                top1=measured[row.subnetwork].top1,
-                top5=measured[row.subnetwork].top5,
-                is_interpolated=False,
-                temperature=scalings[row.subnetwork].temperature,
-                entropy_exponent=scalings[row.subnetwork].entropy_exponent,
-                calibration_error=measured[row.subnetwork].calibration_error,
-            )
-            for row in profile.rows
+    scalings = fit_scalings(model, batches(calibrating, chosen), profile.by_subnetwork, process.rank, process.count)
+    fitted_on = chosen if calibrating is measuring else ()
+    measured = measure_accuracy(model, batches(measuring, range(len(measuring))), scalings, fitted_on)
+    rows = tuple(
+        replace(
+            row,
+            top1=measured[row.subnetwork].top1,
+            top5=measured[row.subnetwork].top5,
+            is_interpolated=False,
+            temperature=scalings[row.subnetwork].temperature,
+            entropy_exponent=scalings[row.subnetwork].entropy_exponent,
+            calibration_error=measured[row.subnetwork].calibration_error,
         )
+        for row in profile.rows
     )
+    num_fitted = int((~calibrating.is_bad[list(chosen)]).sum())
+    num_measured = int((~measuring.is_bad).sum())
+    error_from = (
+        f"the other {num_measured - num_fitted}" if fitted_on else f"the {num_measured} of {measuring.folder.name}/"
+    )
+    basis = (
+        f"scalings fitted on {num_fitted} images of {calibrating.folder.name}/, calibration error from {error_from}, "
+        f"accuracy from all {num_measured} of {measuring.folder.name}/"
+    )
+    return Evaluation(ProfileTable(rows), basis)
 
 
-def _open_split(checkpoint: Checkpoint, folder: Path, at_most: int | None = None) -> Subset[Sample]:
-    """Open the images of a folder with the checkpoint's labels, or about so many from all over it."""
-    images = open_folder(folder, evaluation_transform(checkpoint.config))
-    images.target_transform = label_indices(folder, images.classes, checkpoint.class_names).__getitem__
-    every = math.ceil(len(images) / at_most) if at_most else 1
-    return Subset(images, range(0, len(images), every))
+def _open_labelled(checkpoint: Checkpoint, folder: Path, max_bad_images: float) -> ImageSet:
+    """Open the images of a folder with the checkpoint's labels."""
+    indices = label_indices(folder, list_classes(folder), checkpoint.class_names)
+    images = open_folder(folder, evaluation_transform(checkpoint.config), max_bad_images)
+    images.report_skipped_files()
+    images.files = [(path, indices[label]) for path, label in images.files]
+    return images
 
 
-def label_indices(folder: Path, folder_names: list[str], class_names: tuple[str, ...]) -> list[int]:
+def choose_for_calibration(images: ImageSet, *, is_measured_too: bool) -> list[int]:
+    """Choose the images to fit scalings on, the same part of every class; half at most, if the rest is measured.
+
+    Raises:
+        DataError: there is only one image, which leaves none to measure.
+    """
+    order = stratified_order([label for _, label in images.files], seed=0)
+    most = len(order) // 2 if is_measured_too else len(order)
+    if most == 0:
+        raise DataError(f"{images.folder}: a single image cannot be both calibrated and measured on")
+    return sorted(order[: min(most, CALIBRATION_IMAGES)])
+
+
+def label_indices(folder: Path, folder_names: Sequence[str], class_names: tuple[str, ...]) -> list[int]:
     """Find the logit of each class folder, by the class name or, for ImageNet, by its WordNet number.
+
+    Some classes may have no folder.
 
     Raises:
         DataError: a folder is no class of the checkpoint.
@@ -110,80 +160,112 @@ def label_indices(folder: Path, folder_names: list[str], class_names: tuple[str,
     imagenet = ImageNetInfo()
     if class_names == tuple(imagenet.label_descriptions()):
         indices |= {name: index for index, name in enumerate(imagenet.label_names())}
-    unknown = [name for name in folder_names if name not in indices]
-    if unknown:
-        raise DataError(f"{folder}: class folder {unknown[0]!r} is no class of the checkpoint ({len(unknown)} such)")
+    if any(name not in indices for name in folder_names):
+        found = [class_names[indices[name]] if name in indices else name for name in folder_names]
+        differences = difference(class_names, found)
+        raise DataError(f"{folder}: its class folders differ from the checkpoint's classes: {differences}")
     return [indices[name] for name in folder_names]
 
 
-def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
-    """Count the rows of (B, classes) logits whose best, and whose best five, hold the label in (B,) `labels`."""
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return int(hits[:, 0].sum()), int(hits.any(dim=1).sum())
-
-
 def fit_scalings(
-    model: SuperViT, batches: Iterable[tuple[Tensor, Tensor]], subnetworks: Iterable[SubNetwork]
+    model: SuperViT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    subnetworks: Iterable[SubNetwork],
+    rank: int = 0,
+    processes: int = 1,
 ) -> dict[SubNetwork, Scaling]:
     """Find the scaling of each sub-network on images that its weights were not trained on.
 
     Args:
         model: in eval mode, on the device where it shall run.
-        batches: (B, 3, S, S) uint8 images with their (B,) labels; read once.
+        batches: this process's (B, 3, S, S) uint8 images with their (B,) labels, dealt out in turn; read once.
         subnetworks: those to calibrate.
+        rank: of this process; each fits some of the sub-networks, and all get all scalings.
+        processes: how many there are.
     """
-    logits: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in subnetworks}
+    answers: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in subnetworks}
     all_labels = []
     with torch.inference_mode():
         for images, labels in batches:
             normalised = normalise(images.to(model.cls_token.device), model.config)
-            for subnetwork, answers in logits.items():
-                answers.append(model(normalised, subnetwork).cpu())
+            for subnetwork, its_answers in answers.items():
+                its_answers.append(_logits(model, normalised, subnetwork).cpu())
             all_labels.append(labels)
-    labels = torch.cat(all_labels)
-    return {subnetwork: fit_scaling(torch.cat(answers), labels) for subnetwork, answers in logits.items()}
+    labels = gather_in_turn(all_labels)
+    has_label = labels != NO_LABEL
+    own = {}
+    for number, (subnetwork, its_answers) in enumerate(answers.items()):
+        logits = gather_in_turn(its_answers)
+        if number % processes == rank:
+            own[subnetwork] = fit_scaling(logits[has_label], labels[has_label])
+    fitted = {subnetwork: scaling for share in gather(own) for subnetwork, scaling in share.items()}
+    return {subnetwork: fitted[subnetwork] for subnetwork in answers}
 
 
 @torch.inference_mode()
 def measure_accuracy(
-    model: SuperViT, batches: Iterable[tuple[Tensor, Tensor]], scalings: Mapping[SubNetwork, Scaling]
+    model: SuperViT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    scalings: Mapping[SubNetwork, Scaling],
+    fitted_on: Collection[int] = (),
 ) -> dict[SubNetwork, Measured]:
     """Measure top-1, top-5 and the calibration error of each sub-network.
 
     Args:
         model: in eval mode, on the device where it shall run.
-        batches: (B, 3, S, S) uint8 images with their (B,) labels; read once.
+        batches: this process's (B, 3, S, S) uint8 images with their (B,) labels, dealt out in turn; read once.
         scalings: by sub-network.
+        fitted_on: places of the images that the scalings were fitted on, which say nothing of the calibration error.
+
+    Returns:
+        In every process, what was measured on the images of all processes.
 
     Raises:
         ValueError: there are no images.
     """
-    device = model.cls_token.device
-    correct = {subnetwork: [0, 0] for subnetwork in scalings}
-    confidences: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in scalings}
-    hits: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in scalings}
-    seen = 0
+    answers: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in scalings}
+    all_labels = []
     for images, labels in batches:
-        normalised, labels = normalise(images.to(device), model.config), labels.to(device)
-        for subnetwork, counts in correct.items():
-            logits = model(normalised, subnetwork)
-            top1, top5 = count_correct(logits, labels)
-            counts[0] += top1
-            counts[1] += top5
-            confidence, best = scalings[subnetwork].probabilities(logits).max(dim=1)
-            confidences[subnetwork].append(confidence)
-            hits[subnetwork].append(best == labels)
-        seen += len(labels)
-    if seen == 0:
+        normalised = normalise(images.to(model.cls_token.device), model.config)
+        for subnetwork, scaling in scalings.items():
+            logits = _logits(model, normalised, subnetwork)
+            answers[subnetwork].append(judge(logits, labels.to(logits.device), scaling))
+        all_labels.append(labels)
+    if not any(gather(len(all_labels))):
         raise ValueError("no images to measure on")
-    return {
-        subnetwork: Measured(
-            top1 / seen,
-            top5 / seen,
-            expected_calibration_error(torch.cat(confidences[subnetwork]), torch.cat(hits[subnetwork])),
-        )
-        for subnetwork, (top1, top5) in correct.items()
-    }
+    has_label = gather_in_turn(all_labels) != NO_LABEL
+    counts_for_error = has_label.clone()
+    counts_for_error[list(fitted_on)] = False
+    measured = {}
+    for subnetwork, its_answers in answers.items():
+        judged = gather_in_turn(its_answers)
+        top1, top5, _ = judged[has_label].mean(dim=0).tolist()
+        is_right, _, confidence = judged[counts_for_error].unbind(dim=1)
+        measured[subnetwork] = Measured(top1, top5, expected_calibration_error(confidence, is_right.bool()))
+    return measured
+
+
+def _logits(model: SuperViT, normalised: Tensor, subnetwork: SubNetwork) -> Tensor:
+    with autocast(normalised.device):
+        logits: Tensor = model(normalised, subnetwork)
+    return logits.float()
+
+
+def judge(logits: Tensor, labels: Tensor, scaling: Scaling) -> Tensor:
+    """Tell whether answers are right and how sure of it.
+
+    Args:
+        logits: (B, classes).
+        labels: (B,) class indices.
+        scaling: what makes probabilities of the logits.
+
+    Returns:
+        (B, 3) float64 on the CPU: whether the best class is the label, whether one of the best five is, confidence.
+    """
+    confidence, best = scaling.probabilities(logits).max(dim=1)
+    five = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    judged = torch.stack([best == labels, (five == labels[:, None]).any(dim=1), confidence], dim=1)
+    return judged.cpu().double()
 
 
 def accuracy_table(profile: ProfileTable) -> str:

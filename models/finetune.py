@@ -18,9 +18,11 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from models.batches import ImageBatches, read_images
-from models.checkpoint import CheckpointMismatchError, read_weights
-from models.data import list_classes, normalise, open_training_data, square_transform
+from models.checkpoint import check_weights, read_weights
+from models.checkpoint_errors import about
+from models.datasets import list_classes, open_training_data
 from models.devices import resolve_device
+from models.images import normalise, square_transform
 from models.state import save_whole
 from models.supervit import SuperViT
 from models.teacher import Adapter
@@ -116,13 +118,9 @@ def load_network(model: str, path: Path, num_classes: int) -> nn.Module:
     classes_known = weights[names[-1]].numel() if names[-1] in weights else 0  # the length of the last layer's bias
     if classes_known:
         network.reset_classifier(classes_known)  # type: ignore[operator] # timm's
-    try:
-        misfit = network.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise CheckpointMismatchError(f"{path}: not weights of {model}: {str(error)[:200]}") from error
-    strangers = [*(name for name in misfit.missing_keys if not _is_counter(name)), *misfit.unexpected_keys]
-    if strangers:
-        raise CheckpointMismatchError(f"{path}: not weights of {model}: {len(strangers)} names, as {strangers[0]}")
+    with about(f"{path}: not weights of {model}"):
+        check_weights(weights, {name: tensor for name, tensor in network.state_dict().items() if not _is_counter(name)})
+    network.load_state_dict(weights, strict=False)
     if classes_known != num_classes:
         network.reset_classifier(num_classes)  # type: ignore[operator] # timm's
     return network

@@ -17,6 +17,19 @@ def count_macs(config: SuperViTConfig, subnetwork: SubNetwork) -> int:
     return _embedding_macs(config, subnetwork.patch_grid) + blocks + _head_macs(config, subnetwork)
 
 
+def count_macs_together(config: SuperViTConfig, patch_grid: int, keep_rates: tuple[float, ...]) -> int:
+    """Multiply-accumulates of one image at several keep rates of a grid, as in a training step.
+
+    The embedding and the blocks before the first that prunes are computed once for all of them. An LV-ViT's auxiliary
+    head counts at every rate, as in serving; a step asks it for the largest sub-network alone.
+    """
+    fork = min(config.prune_blocks, default=config.depth)
+    tokens = config.num_tokens(SubNetwork(patch_grid, 1.0))
+    shared = _embedding_macs(config, patch_grid) + fork * (_attention_macs(config, tokens) + _mlp_macs(config, tokens))
+    each = sum(count_macs(config, SubNetwork(patch_grid, rate)) for rate in keep_rates)
+    return each - (len(keep_rates) - 1) * shared
+
+
 def _embedding_macs(config: SuperViTConfig, grid: int) -> int:
     kernel, patches = config.patch_kernel, grid**2
     if config.flavour == "deit":
@@ -37,6 +50,7 @@ def _mlp_macs(config: SuperViTConfig, tokens: int) -> int:
 
 
 def _head_macs(config: SuperViTConfig, subnetwork: SubNetwork) -> int:
-    final_tokens = config.tokens_per_block(subnetwork)[-1][1]
-    heads = final_tokens if config.flavour == "lvvit" else 1  # lvvit: head on the class token, aux_head on the others
-    return heads * config.width * config.num_classes
+    if config.flavour == "deit":
+        return config.head_width * config.num_classes
+    final_tokens = config.tokens_per_block(subnetwork)[-1][1]  # the head reads the class token, aux_head the others
+    return final_tokens * config.width * config.num_classes

@@ -1,60 +1,114 @@
-"""Weights to start a training from: another SuperViT, perhaps of other grids, or a plain timm DeiT."""
+"""Weights to start from, another SuperViT's or a plain ViT's, and how they become those of a family of sub-networks."""
 
-import math
+from dataclasses import dataclass
 from pathlib import Path
 
-from timm.layers import resample_abs_pos_embed
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
-from models.checkpoint import CheckpointMismatchError, read_weights
+from models.checkpoint import CheckpointMismatchError
+from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 
 PER_CLASS = ("head.weight", "head.bias", "aux_head.weight", "aux_head.bias")
+# What decides over a network's answers without a trace in the shapes of its weights. (Heads do, too, but many files do
+# not tell how many there are.)
+SHAPELESS = ("pooling", "activation", "layer_norm_eps")
 
 
-def load_initial_weights(model: SuperViT, path: Path) -> None:
-    """Copy what `path` holds into `model`; a patch grid that it lacks gets the embedding of the nearest, resampled.
+@dataclass(frozen=True, slots=True)
+class InitialWeights:
+    """What a file has for a model to start from.
 
-    Heads of another number of classes keep their fresh weights.
+    Attributes:
+        path: of the file, for messages.
+        weights: by a SuperViT's names, without position embeddings; without those of the head where there is none.
+        positions: (1, P + grid ** 2, D) position embeddings by patch grid, prefix tokens first.
+        config: the architecture, its preprocessing and a family of sub-networks; None where a bare state dict does not
+            tell.
+        class_names: one per logit; None where the file names none.
+    """
+
+    path: Path
+    weights: dict[str, Tensor]
+    positions: dict[int, Tensor]
+    config: SuperViTConfig | None = None
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a classifier."""
+        return "head.weight" in self.weights
+
+    def has_head_for(self, class_names: tuple[str, ...]) -> bool:
+        """Whether its head answers these classes, in this order, as far as the file tells."""
+        if not self.has_head or len(self.weights["head.weight"]) != len(class_names):
+            return False
+        return self.class_names in (None, class_names)
+
+    def load_into(self, model: SuperViT, *, with_head: bool) -> None:
+        """Copy the weights into `model`.
+
+        A patch grid that they lack gets the embedding of the nearest one, resampled, and a patch kernel of another
+        size the resampled kernel (Beyer et al., "FlexiViT", CVPR 2023). Without the head, the model keeps its own.
+
+        Raises:
+            CheckpointMismatchError: the weights are not this model's.
+        """
+        weights = self._resampled(model.config)
+        if not with_head:
+            weights = {name: tensor for name, tensor in weights.items() if name not in PER_CLASS}
+        own = model.state_dict()
+        missing = sorted(own.keys() - weights.keys() - set(PER_CLASS))
+        misfit = sorted(name for name in weights if name not in own or weights[name].shape != own[name].shape)
+        if missing or misfit:
+            raise CheckpointMismatchError(
+                f"{self.path}: not weights of this model: {len(missing)} missing {missing[:3]}, {len(misfit)} that do "
+                f"not fit {misfit[:3]}"
+            )
+        for name in SHAPELESS if self.config else ():
+            theirs, ours = getattr(self.config, name), getattr(model.config, name)
+            if theirs != ours:
+                raise CheckpointMismatchError(f"{self.path}: not weights of this model: {name} is {theirs}, not {ours}")
+        model.load_state_dict(weights, strict=False)
+
+    def _resampled(self, config: SuperViTConfig) -> dict[str, Tensor]:
+        weights = dict(self.weights)
+        patches = weights.get("patch_embed.proj.weight")
+        if config.flavour == "deit" and patches is not None and patches.shape[-1] != config.patch_kernel:
+            weights["patch_embed.proj.weight"] = resample_patch_embed(patches, [config.patch_kernel] * 2)
+        for index, grid in enumerate(config.patch_grids):
+            nearest = _nearest(self.positions, grid)
+            num_prefix = self.weights["cls_token"].shape[1]
+            weights[f"pos_embed_list.{index}"] = (
+                nearest
+                if nearest.shape[1] == num_prefix + grid**2
+                else resample_abs_pos_embed(nearest, [grid, grid], num_prefix_tokens=num_prefix)
+            )
+        return weights
+
+
+def split_positions(path: Path, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+    """Part the weights of a SuperViT from its position embeddings, and find the patch grid of each.
 
     Raises:
-        CheckpointError: the file is unreadable, or its other weights are not this model's.
+        CheckpointMismatchError: one of them is not that of prefix tokens and a square of patches.
     """
-    weights = read_weights(path)
-    sources = [weights.pop(name) for name in sorted(weights) if name.startswith("pos_embed")]
-    weights |= _pos_embeds(path, sources, model.config.patch_grids)
-    own = model.state_dict()
-    for name in PER_CLASS:
-        if name in own and name in weights and weights[name].shape != own[name].shape:
-            del weights[name]
-    missing = sorted(own.keys() - weights.keys() - set(PER_CLASS))
-    misfit = sorted(name for name in weights if name not in own or weights[name].shape != own[name].shape)
-    if missing or misfit:
-        raise CheckpointMismatchError(
-            f"{path}: not weights of this model: {len(missing)} missing {missing[:3]}, {len(misfit)} that do not fit "
-            f"{misfit[:3]}"
-        )
-    model.load_state_dict(weights, strict=False)
-
-
-def _pos_embeds(path: Path, sources: list[Tensor], patch_grids: tuple[int, ...]) -> dict[str, Tensor]:
-    """Turn position embeddings, (1, N, D) each, of a plain ViT or of a SuperViT's grids into one per patch grid."""
-    by_grid = {_grid_of(path, source): source for source in sources}
-    return {
-        f"pos_embed_list.{index}": resample_abs_pos_embed(_nearest(by_grid, grid), [grid, grid])
-        for index, grid in enumerate(patch_grids)
-        if by_grid
-    }
-
-
-def _grid_of(path: Path, pos_embed: Tensor) -> int:
-    patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
-    if patches < 1 or math.isqrt(patches) ** 2 != patches:  # a distilled DeiT has a second token before its patches
-        raise CheckpointMismatchError(
-            f"{path}: the position embedding, {tuple(pos_embed.shape)}, is not that of one class token and a square "
-            "of patches"
-        )
-    return math.isqrt(patches)
+    rest = {name: tensor for name, tensor in weights.items() if not name.startswith("pos_embed")}
+    num_prefix = rest["cls_token"].shape[1] if rest.get("cls_token", torch.zeros(0)).ndim == 3 else 1
+    positions = {}
+    for name, tensor in weights.items():
+        if name.startswith("pos_embed"):
+            patches = tensor.shape[1] - num_prefix if tensor.ndim == 3 else 0
+            grid = round(max(0, patches) ** 0.5)
+            if patches < 1 or grid**2 != patches:
+                raise CheckpointMismatchError(
+                    f"{path}: the position embedding, {tuple(tensor.shape)}, is not that of one class token and a "
+                    "square of patches"
+                )
+            positions[grid] = tensor
+    return rest, positions
 
 
 def _nearest(by_grid: dict[int, Tensor], grid: int) -> Tensor:

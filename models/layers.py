@@ -4,12 +4,14 @@ The plain patch embedding, the MLP and drop path are timm's.
 """
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.subnetwork import num_kept_patch_tokens
+from models.subnetwork import Activation, num_kept_patch_tokens
 from models.tokens import class_attention_scores, keep_top_tokens
+
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
 
 class ConvStem(nn.Module):
@@ -37,9 +39,10 @@ class ConvStem(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention that can also tell how much the class token attends to each patch token."""
 
-    def __init__(self, width: int, num_heads: int, qkv_bias: bool) -> None:
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool, num_prefix: int = 1) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.num_prefix = num_prefix
         self.scale = (width // num_heads) ** -0.5
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
@@ -48,7 +51,7 @@ class Attention(nn.Module):
         """Attend over (B, N, D) tokens.
 
         Returns:
-            (B, N, D) and, where asked for, the (B, N - 1) class attention of `class_attention_scores`.
+            (B, N, D) and, where asked for, the class attention of `class_attention_scores`, one per patch token.
         """
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
@@ -59,11 +62,11 @@ class Attention(nn.Module):
             attention = ((query * self.scale) @ key.transpose(-2, -1)).softmax(dim=-1)
             out = attention @ value
             if with_scores:
-                scores = attention[:, :, 0, 1:].mean(dim=1)
+                scores = attention[:, :, 0, self.num_prefix :].mean(dim=1)
         else:
             out = functional.scaled_dot_product_attention(query, key, value, scale=self.scale)
             if with_scores:
-                scores = class_attention_scores(query, key, self.scale)
+                scores = class_attention_scores(query, key, self.scale, self.num_prefix)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, width)), scores
 
 
@@ -81,14 +84,16 @@ class Block(nn.Module):
         skip_divisor: float,
         drop_path: float,
         fuse_pruned: bool,
+        num_prefix: int = 1,
+        activation: Activation = "gelu",
     ) -> None:
         super().__init__()
         self.skip_divisor = skip_divisor
         self.fuse_pruned = fuse_pruned
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, num_heads, qkv_bias)
+        self.attn = Attention(width, num_heads, qkv_bias, num_prefix)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = Mlp(width, mlp_width)
+        self.mlp = Mlp(width, mlp_width, act_layer=ACTIVATIONS[activation])
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, keep_rate: float) -> Tensor:
@@ -96,5 +101,5 @@ class Block(nn.Module):
         attended, scores = self.attn(self.norm1(x), with_scores=keep_rate < 1)
         x = torch.add(x, self.drop_path(attended), alpha=1 / self.skip_divisor)
         if scores is not None:
-            x = keep_top_tokens(x, scores, num_kept_patch_tokens(x.shape[1], keep_rate), self.fuse_pruned)
+            x = keep_top_tokens(x, scores, num_kept_patch_tokens(scores.shape[1], keep_rate), self.fuse_pruned)
         return torch.add(x, self.drop_path(self.mlp(self.norm2(x))), alpha=1 / self.skip_divisor)

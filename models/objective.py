@@ -49,10 +49,11 @@ def sample_pairs(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoi
     return (largest, pair(choice.choice(smaller_grids))) if smaller_grids else (largest,)
 
 
-def sample_single(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoice]:
-    """Choose the one sub-network of a cheap step: a random grid, whole."""
-    grid = random.Random(f"{seed}/{step}").choice(config.patch_grids)
-    return (PairChoice(grid, config.keep_rates[-1], None),)
+def sample_single(config: SuperViTConfig, seed: int, step: int, *, pruned: bool) -> tuple[PairChoice]:
+    """Choose the one sub-network of a cheap step: a random grid, whole or, where `pruned`, at a random keep rate."""
+    choice = random.Random(f"{seed}/{step}")
+    grid = choice.choice(config.patch_grids)
+    return (PairChoice(grid, choice.choice(config.keep_rates) if pruned else config.keep_rates[-1], None),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Targets:
 class PairLoss(nn.Module):
     """The losses of a pair (paper, section 3.3): labels for the whole, distillation for the pruned.
 
-    An LV-ViT's patch tokens have labels as well, at the largest grid (token labelling: Jiang et al., NeurIPS 2021).
+    The patch tokens of an LV-ViT's largest sub-network have labels as well (Jiang et al., NeurIPS 2021).
     """
 
     def __init__(
@@ -114,10 +115,11 @@ class PairLoss(nn.Module):
         full, *pruned = (self.model.classify(its_tokens).float() for its_tokens in tokens)
         labels = self.spread(targets.labels)
         loss = self.classification_loss(full, labels, targets.taught, box)
-        if self.model.aux_head is not None and pair.patch_grid == config.patch_grids[-1]:
-            token_logits = self.model.aux_head(tokens[0][:, 1:]).float()
+        is_largest = (pair.patch_grid, pair.keep_rate) == (config.patch_grids[-1], 1)
+        of_patches = self.model.classify_patches(tokens[0]) if is_largest else None
+        if of_patches is not None:
             token_labels = labels[:, None] if targets.tokens is None else targets.tokens
-            loss = loss + self.token_weight * _token_loss(token_logits, token_labels, box)
+            loss = loss + self.token_weight * _token_loss(of_patches.float(), token_labels, box)
         # An LV-ViT learns from the largest sub-network at every grid, a DeiT from that of the same grid.
         if example is None or config.flavour == "deit":
             example = full.detach().softmax(dim=1)
@@ -160,8 +162,13 @@ def training_step(
     pairs: tuple[PairChoice, ...],
     autocast: torch.autocast,
     box: TokenBox | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    clip_grad: float | None = None,
+    place: tuple[int, int] = (1, 1),
 ) -> dict[str, float]:
-    """Sum the gradients of all sub-networks of a step and take one optimiser step (paper, section 3.3).
+    """Sum the gradients of all sub-networks and, after the last batch of a step, let the optimiser take it.
+
+    The step is the paper's (section 3.3); several batches give the gradient of one that is as large as they together.
 
     Args:
         pair_loss: computes the losses of a pair.
@@ -171,22 +178,42 @@ def training_step(
         pairs: one, or the largest grid's and a smaller grid's.
         autocast: the precision of the forward pass.
         box: whose patch tokens the images exchange in all sub-networks; None for none.
+        scaler: keeps the gradients of float16 in its range; None in other precisions.
+        clip_grad: the norm that a longer gradient of a step is scaled down to; None for any length.
+        place: number of this batch, from 1, and how many make the step.
 
     Returns:
-        The losses by name.
+        The losses of this batch by name.
     """
     losses: dict[str, float] = {}
     example = None
-    optimizer.zero_grad()
+    number, count = place
+    if number == 1:
+        optimizer.zero_grad()
     for name, pair in zip(PAIR_NAMES[len(pairs)], pairs, strict=True):
-        # Processes exchange gradients once a step, with the last pair's.
-        with nullcontext() if pair is pairs[-1] else _gradients_kept_local(pair_loss):
+        # Processes exchange gradients once a step, with the last pair's of the last batch.
+        with nullcontext() if number == count and pair is pairs[-1] else _gradients_kept_local(pair_loss):
             with autocast:
                 parts, example = pair_loss(images, targets, pair, box, example)
-            sum(parts).backward()
+            loss = torch.stack(parts).sum() / count
+            (scaler.scale(loss) if scaler else loss).backward()
         losses |= zip((name, f"{name}, pruned"), (part.item() for part in parts), strict=False)
-    optimizer.step()
+    if number == count:
+        _update(optimizer, scaler, clip_grad)
     return losses
+
+
+def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, clip_grad: float | None) -> None:
+    if scaler:
+        scaler.unscale_(optimizer)
+    if clip_grad is not None:
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        nn.utils.clip_grad_norm_(parameters, clip_grad)
+    if scaler:
+        scaler.step(optimizer)  # nothing where a gradient overflowed
+        scaler.update()  # a smaller scale after that, a larger one after long without
+    else:
+        optimizer.step()
 
 
 def _gradients_kept_local(pair_loss: PairLoss | DistributedDataParallel) -> AbstractContextManager[None]:

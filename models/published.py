@@ -42,3 +42,21 @@ def describe_published(weights: dict[str, Tensor]) -> tuple[str, SuperViTConfig,
         for subnetwork, percent in zip(config.subnetworks, top1, strict=True)
     )
     return name, config, tuple(ImageNetInfo().label_descriptions()), ProfileTable(rows)
+
+
+def published_config(weights: dict[str, Tensor]) -> SuperViTConfig | None:
+    """Recognise the architecture of a SuperViT's bare state dict; None for one that was never published."""
+    _, config, _, _ = describe_published(weights)
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    width = weights["cls_token"].shape[-1] if "cls_token" in weights else 0
+    return config if (depth, width) == (config.depth, config.width) else None
+
+
+def is_plain_vit(weights: dict[str, Tensor]) -> bool:
+    """Tell whether weights are those of a ViT of one cost, named as timm, DeiT or transformers name them."""
+    has_own = any(name.startswith("pos_embed_list.") for name in weights)
+    is_timm = "pos_embed" in weights and any(name.startswith("blocks.") for name in weights)
+    is_transformers = any(name.endswith("embeddings.position_embeddings") for name in weights) and any(
+        "encoder.layer." in name for name in weights
+    )
+    return not has_own and (is_timm or is_transformers)

@@ -14,8 +14,10 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import distributed
 
-from models.checkpoint import UNPICKLING_ERRORS, Header, save_checkpoint
-from models.data import is_unicode
+from models.checkpoint import Header, save_checkpoint
+from models.checkpoint_errors import shown
+from models.datasets import is_unicode
+from models.pickles import UNPICKLING_ERRORS
 from models.plots import plot_training
 from models.profiles import ProfileTable
 from models.recipe import Recipe
@@ -34,6 +36,8 @@ MAY_CHANGE = frozenset(
         "learning_rate",
         "warmup_epochs",
         "precision",
+        "compile",
+        "max_bad_images",
         "workers",
         "device",
     ]
@@ -52,6 +56,7 @@ class State:
     average: ModelEmaV3
     optimizer: torch.optim.Optimizer
     processes: int
+    scaler: torch.amp.GradScaler | None = None  # of a run in float16
 
     @property
     def is_finite(self) -> bool:
@@ -59,22 +64,30 @@ class State:
         weights = (*self.model.state_dict().values(), *self.average.state_dict().values())
         return all(bool(tensor.isfinite().all()) for tensor in weights)
 
-    def save(self, recipe: Recipe, class_names: tuple[str, ...], epoch: int) -> None:
-        """Write the state after `epoch` epochs; a crash half-way leaves the state that stood there."""
+    def save(self, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any]) -> None:
+        """Write the state after an epoch, with what is known of it; a crash half-way leaves the state that stood there.
+
+        Args:
+            recipe: of the run; its folder gets the file.
+            class_names: one per logit.
+            record: the epoch's line of the log, yet without the accuracy of the averaged weights.
+        """
         path = recipe.output / STATE_NAME
         content = {
             "recipe": recipe.model_dump(mode="json"),
             "class_names": list(class_names),
-            "epoch": epoch,
+            "epoch": record["epoch"],
+            "record": record,
             "processes": self.processes,
             "model": self.model.state_dict(),
             "average": self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler and self.scaler.state_dict(),
         }
         save_whole(content, path)
 
-    def load(self, recipe: Recipe, class_names: tuple[str, ...]) -> int:
-        """Read what `save` wrote and return how many epochs it had behind it.
+    def load(self, recipe: Recipe, class_names: tuple[str, ...]) -> dict[str, Any]:
+        """Read what `save` wrote and return the record of the last epoch; of an older version's, its number alone.
 
         Raises:
             TrainingError: there is none, it is damaged, or it was made with other options, classes or processes.
@@ -86,11 +99,10 @@ class State:
             with path.open("rb") as file:
                 # To the CPU: there AdamW counts its steps; weights and moments are copied to where the model is.
                 content = torch.load(file, map_location="cpu", weights_only=True)
-            model = content["recipe"]["model"]
-            default = Recipe(data=recipe.data, output=recipe.output, model=model).model_dump(mode="json")
+            default = Recipe(data=recipe.data, output=recipe.output).model_dump(mode="json")
             differences = [
-                # What an older version could not be told was as it is now by default.
-                *_other_options(default | content["recipe"], recipe.model_dump(mode="json")),
+                # What an older version could not be told was as it is now by default, but none exchanged tokens.
+                *_other_options(default | {"mix_token": False} | content["recipe"], recipe.model_dump(mode="json")),
                 *_other_classes(content["class_names"], class_names),
             ]
             if content["processes"] != self.processes:  # with another number, a step would see more images or fewer
@@ -100,9 +112,13 @@ class State:
             self.model.load_state_dict(content["model"])
             self.average.module.load_state_dict(content["average"])
             self.optimizer.load_state_dict(content["optimizer"])
-            return int(content["epoch"])
+            if self.scaler and content.get("scaler"):
+                self.scaler.load_state_dict(content["scaler"])
+            record: dict[str, Any] = content.get("record", {"epoch": int(content["epoch"])})
+            return record
         except (OSError, *UNPICKLING_ERRORS) as error:
-            raise TrainingError(f"{path}: damaged or of another version: {_first_line(error)}") from error
+            lacking = f": {shown(error)}" if isinstance(error, KeyError) else ""
+            raise TrainingError(f"{path}: damaged or of another version{lacking}") from error
 
 
 def _other_options(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -191,21 +207,17 @@ def way_out(output: Path, epoch: int) -> str:
     return f"{start} with a lower --learning-rate or --precision float32"
 
 
-def save_epoch(recipe: Recipe, state: State, class_names: tuple[str, ...], records: list[dict[str, Any]]) -> None:
-    """Save checkpoint and log, draw the log, and save the state last: it decides where a resumed run goes on.
-
-    Args:
-        recipe: of the run; its folder gets the files.
-        state: of the run; the checkpoint gets the averaged weights.
-        class_names: one per logit.
-        records: the whole log, a line per epoch, this epoch's last.
-    """
+def save_weights(recipe: Recipe, state: State, class_names: tuple[str, ...]) -> None:
+    """Save the averaged weights as a checkpoint, named after the run's folder, that no accuracy is known of."""
     config = state.model.config
     header = Header(recipe.output.resolve().name, config, class_names, ProfileTable.unmeasured(config))
     save_checkpoint(recipe.output / CHECKPOINT_NAME, state.average.module, header)
-    log = recipe.output / LOG_NAME
+
+
+def save_log(output: Path, records: list[dict[str, Any]]) -> None:
+    """Write the whole log, a line per epoch, and draw it."""
+    log = output / LOG_NAME
     partial = log.with_name(LOG_NAME + ".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in records))
     partial.replace(log)
-    plot_training(records, recipe.output / PLOT_NAME)
-    state.save(recipe, class_names, records[-1]["epoch"])
+    plot_training(records, output / PLOT_NAME)

@@ -7,13 +7,17 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Flavour = Literal["deit", "lvvit"]
+Pooling = Literal["class", "distilled", "mean"]
+Activation = Literal["gelu", "quick_gelu"]
+Interpolation = Literal["bicubic", "bilinear"]
 
 MIN_CROP_FRACTION = 0.1  # with less, every image would be resized to ten times what the model sees of it
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+KINDS = {"flavour": Flavour, "pooling": Pooling, "activation": Activation, "interpolation": Interpolation}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -40,15 +44,10 @@ class SubNetwork:
     def __str__(self) -> str:
         return f"grid {self.patch_grid} at keep rate {self.keep_rate:.10g}"
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that enter the first block, class token included."""
-        return self.patch_grid**2 + 1
 
-
-def num_kept_patch_tokens(num_tokens: int, keep_rate: float) -> int:
-    """Patch tokens that a prune block leaves of `num_tokens` (class token included): ceil(rate * N), at most N - 1."""
-    return min(math.ceil(keep_rate * num_tokens), num_tokens - 1)
+def num_kept_patch_tokens(num_patch_tokens: int, keep_rate: float) -> int:
+    """Patch tokens that a prune block leaves: ceil(rate * N), where N counts the class token, and at most all."""
+    return min(math.ceil(keep_rate * (num_patch_tokens + 1)), num_patch_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,16 @@ class SuperViTConfig:
             their scores (EViT: Liang et al., ICLR 2022); a SuperViT drops them.
         num_classes: length of the logits.
         stem_width: channels of the "lvvit" stem; unused by "deit".
+        num_prefix_tokens: tokens before the patch tokens, which are never pruned: the class token, then a distillation
+            token or registers (Darcet et al., ICLR 2024).
+        pooling: what the head reads: the class token, the class and the distillation token side by side, or the mean
+            of the patch tokens, normalised after averaging. "lvvit" reads the class token.
+        pre_norm: whether tokens are normalised before the first block, as in CLIP.
+        activation: of the MLPs: exact GELU, or x * sigmoid(1.702 x) as in OpenAI's CLIP.
+        norm_eps: epsilon of every LayerNorm; None for the flavour's, 1e-6 or, for "lvvit", 1e-5.
+        aux_head_weight: of the auxiliary head's logits in those of "lvvit"; unused by "deit".
         mean, std: per RGB channel, of values in [0, 1].
+        interpolation: by which images are resized before the crop, with antialiasing.
         crop_fraction: side of the evaluation crop over the shorter side of the resized image, in [0.1, 1].
 
     Raises:
@@ -89,14 +97,22 @@ class SuperViTConfig:
     fuse_pruned: bool = False
     num_classes: int = 1000
     stem_width: int = 64
+    num_prefix_tokens: int = 1
+    pooling: Pooling = "class"
+    pre_norm: bool = False
+    activation: Activation = "gelu"
+    norm_eps: float | None = None
+    aux_head_weight: float = 0.25
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: Interpolation = "bicubic"
     crop_fraction: float = 0.875
 
     def __post_init__(self) -> None:
-        if self.flavour not in ("deit", "lvvit"):
-            raise ValueError(f"flavour must be deit or lvvit, not {self.flavour!r}")
-        for name in ("width", "depth", "num_heads", "patch_kernel", "num_classes", "stem_width"):
+        for name, kind in KINDS.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}")
+        for name in ("width", "depth", "num_heads", "patch_kernel", "num_classes", "stem_width", "num_prefix_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.width % self.num_heads:
@@ -105,6 +121,14 @@ class SuperViTConfig:
             raise ValueError(f"mlp_ratio must be finite and at least 1 / width, not {self.mlp_ratio}")
         if self.flavour == "lvvit" and self.patch_kernel % 2:
             raise ValueError(f"the lvvit stem needs an even patch kernel, not {self.patch_kernel}")
+        if self.flavour == "lvvit" and (self.pooling != "class" or self.num_prefix_tokens > 1 or self.pre_norm):
+            raise ValueError("an lvvit has one prefix token, which its head reads, and no norm before its blocks")
+        if self.pooling == "distilled" and self.num_prefix_tokens < 2:
+            raise ValueError("a head that reads a distillation token needs two prefix tokens")
+        if self.norm_eps is not None and not 0 < self.norm_eps < 1:
+            raise ValueError(f"norm_eps must be in (0, 1), not {self.norm_eps}")
+        if not math.isfinite(self.aux_head_weight):
+            raise ValueError(f"aux_head_weight must be finite, not {self.aux_head_weight}")
         if not _ascending(self.patch_grids) or self.patch_grids[0] < 2:
             raise ValueError(f"patch grids must ascend from 2 or more: {self.patch_grids}")
         if not _ascending(self.keep_rates) or self.keep_rates[0] <= 0 or self.keep_rates[-1] > 1:
@@ -138,20 +162,34 @@ class SuperViTConfig:
         """The sub-network that costs most: the largest grid at the highest keep rate."""
         return SubNetwork(self.patch_grids[-1], self.keep_rates[-1])
 
+    @property
+    def layer_norm_eps(self) -> float:
+        """Epsilon of every LayerNorm."""
+        return self.norm_eps or (1e-6 if self.flavour == "deit" else 1e-5)
+
+    @property
+    def head_width(self) -> int:
+        """Length of what the head reads."""
+        return self.width * (2 if self.pooling == "distilled" else 1)
+
+    def num_tokens(self, subnetwork: SubNetwork) -> int:
+        """Tokens that enter the first block of `subnetwork`, prefix tokens included."""
+        return subnetwork.patch_grid**2 + self.num_prefix_tokens
+
     def patch_size_px(self, subnetwork: SubNetwork) -> float:
         """Side of one patch of `subnetwork` in pixels of the full-size input: a coarser grid has larger patches."""
         return self.image_side / subnetwork.patch_grid
 
     def tokens_per_block(self, subnetwork: SubNetwork) -> tuple[tuple[int, int], ...]:
-        """For each block, the tokens that its attention and its MLP see, class token included (paper, section 3.2)."""
+        """For each block, the tokens that its attention and its MLP see, prefix tokens included (paper, 3.2)."""
         counts = []
-        tokens = subnetwork.num_tokens
+        patches = subnetwork.patch_grid**2
         for block in range(self.depth):
-            before = tokens
+            before = patches
             if block in self.prune_blocks and subnetwork.keep_rate < 1:
                 kept = num_kept_patch_tokens(before, subnetwork.keep_rate)
-                tokens = 1 + kept + (self.fuse_pruned and kept < before - 1)
-            counts.append((before, tokens))
+                patches = kept + (self.fuse_pruned and kept < before)
+            counts.append((self.num_prefix_tokens + before, self.num_prefix_tokens + patches))
         return tuple(counts)
 
 

@@ -44,9 +44,7 @@ LVVIT_MICRO = SuperViTConfig(
 )
 
 # Facts of the published backbones that no checkpoint varies.
-NORM_EPS = {"deit": 1e-6, "lvvit": 1e-5}
 SKIP_DIVISOR = {"deit": 1.0, "lvvit": 2.0}
-AUX_HEAD_WEIGHT = 0.25
 
 
 class SuperViT(nn.Module):
@@ -70,33 +68,39 @@ class SuperViT(nn.Module):
             "input_size": (3, config.image_side, config.image_side),
             "mean": config.mean,
             "std": config.std,
+            "interpolation": config.interpolation,
             "crop_pct": config.crop_fraction,
         }
         deit = config.flavour == "deit"
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.cls_token = nn.Parameter(torch.zeros(1, config.num_prefix_tokens, config.width))
         self.patch_embed: nn.Module = (
             PatchEmbed(None, config.patch_kernel, embed_dim=config.width)
             if deit
             else ConvStem(config.patch_kernel, config.stem_width, config.width)
         )
         self.pos_embed_list = nn.ParameterList(
-            nn.Parameter(torch.zeros(1, grid**2 + 1, config.width)) for grid in config.patch_grids
+            nn.Parameter(torch.zeros(1, config.num_tokens(SubNetwork(grid, 1.0)), config.width))
+            for grid in config.patch_grids
         )
+        eps = config.layer_norm_eps
+        self.norm_pre = nn.LayerNorm(config.width, eps=eps) if config.pre_norm else None
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
                 config.num_heads,
                 config.mlp_width,
                 qkv_bias=deit,
-                norm_eps=NORM_EPS[config.flavour],
+                norm_eps=eps,
                 skip_divisor=SKIP_DIVISOR[config.flavour],
                 drop_path=drop_path_rate * block / max(1, config.depth - 1),
                 fuse_pruned=config.fuse_pruned,
+                num_prefix=config.num_prefix_tokens,
+                activation=config.activation,
             )
             for block in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS[config.flavour])
-        self.head = nn.Linear(config.width, config.num_classes)
+        self.norm = nn.LayerNorm(config.width, eps=eps)
+        self.head = nn.Linear(config.head_width, config.num_classes)
         self.aux_head = None if deit else nn.Linear(config.width, config.num_classes)
         if not deit:  # a DeiT's patch projection keeps torch's initial weights, as in timm
             self.patch_embed.apply(_init_convolution)
@@ -108,6 +112,12 @@ class SuperViT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay must leave alone (timm's optimizer factory asks for them)."""
         return {"cls_token", *(f"pos_embed_list.{i}" for i in range(len(self.pos_embed_list)))}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Say which parameters belong to which layer (timm's optimizer factory asks, to let rates decay by layer)."""
+        del coarse
+        stem = r"^cls_token|^pos_embed|^patch_embed|^norm_pre"
+        return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))]}
 
     def forward(self, images: Tensor, subnetwork: SubNetwork | None = None) -> Tensor:
         """Classify a batch through one sub-network.
@@ -124,12 +134,12 @@ class SuperViT(nn.Module):
         """
         subnetwork = subnetwork or self.config.largest
         tokens = self.embed(images, subnetwork.patch_grid)
-        return self.classify(self.norm(self.transform(tokens, subnetwork.keep_rate, 0, self.config.depth)))
+        return self.classify(self.transform(tokens, subnetwork.keep_rate, 0, self.config.depth))
 
     def forward_rates(
         self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...], box: TokenBox | None = None
     ) -> tuple[Tensor, ...]:
-        """Compute what the heads read of a batch at several keep rates, and what these share once.
+        """Run a batch through all blocks at several keep rates, computing what these share once.
 
         All see the same tokens until the first block that prunes, so a training step that wants several saves the
         embedding and those blocks, forwards and backwards.
@@ -141,15 +151,15 @@ class SuperViT(nn.Module):
             box: whose patch tokens the images exchange; None for none.
 
         Returns:
-            (B, N, D) normed tokens of (patch_grid, keep rate), class token first, for each of `keep_rates`.
+            (B, N, D) tokens that the last block leaves of (patch_grid, keep rate), for each of `keep_rates`.
         """
         depth = self.config.depth
         fork = min(self.config.prune_blocks, default=depth)
         tokens = self.transform(self.embed(images, patch_grid, box), 1.0, 0, fork)
-        return tuple(self.norm(self.transform(tokens, rate, fork, depth)) for rate in keep_rates)
+        return tuple(self.transform(tokens, rate, fork, depth) for rate in keep_rates)
 
     def embed(self, images: Tensor, patch_grid: int, box: TokenBox | None = None) -> Tensor:
-        """Resize (B, 3, S, S) images to the grid and embed them as (B, N, D) tokens, class token first."""
+        """Resize (B, 3, S, S) images to the grid and embed them as (B, N, D) tokens, prefix tokens first."""
         side = self.config.image_side
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
             raise ValueError(f"images must be (B, 3, {side}, {side}), not {tuple(images.shape)}")
@@ -163,7 +173,12 @@ class SuperViT(nn.Module):
             patches = exchange_tokens(patches, box)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
         embedded: Tensor = tokens + self.pos_embed_list[self.config.patch_grids.index(patch_grid)]
-        return embedded
+        return embedded if self.norm_pre is None else self.norm_pre(embedded)
+
+    def features(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        """Compute the (B, head width) features of (B, 3, S, S) images that the head of `subnetwork` reads."""
+        tokens = self.embed(images, subnetwork.patch_grid)
+        return self.pool(self.transform(tokens, subnetwork.keep_rate, 0, self.config.depth))
 
     def transform(self, tokens: Tensor, keep_rate: float, start: int, stop: int) -> Tensor:
         """Run blocks start..stop-1 over (B, N, D) tokens; those that prune leave fewer of them."""
@@ -172,11 +187,29 @@ class SuperViT(nn.Module):
         return tokens
 
     def classify(self, tokens: Tensor) -> Tensor:
-        """Map (B, N, D) normed tokens to (B, classes) logits: of the class head, and outside training of the other."""
-        logits: Tensor = self.head(tokens[:, 0])
-        if self.aux_head is not None and not self.training:
-            logits = logits + AUX_HEAD_WEIGHT * self.aux_head(tokens[:, 1:]).amax(dim=1)
-        return logits
+        """Map the (B, N, D) tokens that the last block left to (B, classes) logits.
+
+        The auxiliary head adds to those of the class head, but not while training: there it has labels of its own.
+        """
+        logits: Tensor = self.head(self.pool(tokens))
+        of_patches = None if self.training else self.classify_patches(tokens)
+        return logits if of_patches is None else logits + self.config.aux_head_weight * of_patches.amax(dim=1)
+
+    def classify_patches(self, tokens: Tensor) -> Tensor | None:
+        """Map the tokens that the last block left to (B, patches, classes) logits; None without an auxiliary head."""
+        return None if self.aux_head is None else self.aux_head(self.norm(tokens[:, self.config.num_prefix_tokens :]))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Map the (B, N, D) tokens that the last block left to the (B, head width) features that the head reads."""
+        match self.config.pooling:
+            case "class":
+                pooled = tokens[:, 0]
+            case "distilled":
+                return self.norm(tokens[:, :2]).flatten(1)
+            case "mean":
+                pooled = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
+        features: Tensor = self.norm(pooled)
+        return features
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Teachers: plain timm classifiers whose answers a SuperViT learns from beside the labels."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError, read_weights
-from models.data import normalise
+from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError, check_weights, read_weights
+from models.checkpoint_errors import about
+from models.devices import autocast
+from models.images import normalise
 from models.subnetwork import SuperViTConfig
+from models.supervit import SuperViT
 
 
 class Adapter(nn.Module):
@@ -52,11 +56,22 @@ class Adapter(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A trained timm classifier, frozen."""
+    """A trained classifier, frozen."""
 
-    def __init__(
-        self, name: str, weights: Path | None, side: int | None, config: SuperViTConfig, everywhere: bool = False
-    ) -> None:
+    def __init__(self, network: nn.Module, config: SuperViTConfig) -> None:
+        """Freeze `network`, which takes the images of a SuperViT of this configuration."""
+        super().__init__()
+        self.network, self.config = network.requires_grad_(False).eval(), config
+
+    @classmethod
+    def of(cls, model: SuperViT) -> "Teacher":
+        """Copy a SuperViT as it is now; its largest sub-network teaches all of them."""
+        return cls(copy.deepcopy(model), model.config)
+
+    @classmethod
+    def load(
+        cls, name: str, weights: Path | None, side: int | None, config: SuperViTConfig, everywhere: bool = False
+    ) -> "Teacher":
         """Load timm's `name`.
 
         Args:
@@ -70,40 +85,35 @@ class Teacher(nn.Module):
             CheckpointError: the weights cannot be read or downloaded, are not those of `name` for these classes, or
                 cannot be used on images of that size, or on every place of them.
         """
-        super().__init__()
-        if weights is None:
-            network = _download(name, config.num_classes)
-        else:
-            try:
-                network = timm.create_model(name, num_classes=config.num_classes)
-                network.load_state_dict(read_weights(weights))
-            except (RuntimeError, ValueError) as error:  # a tag that timm does not know, or names that do not fit
-                raise CheckpointMismatchError(f"{weights}: not weights of {name}: {_one_line(error)}") from error
-        self.network = Adapter(network.requires_grad_(False).eval(), config, side)
-        self.network.to(memory_format=torch.channels_last)  # half as fast again, on a CPU
-        self.config = config
+        classes = config.num_classes
+        network = _download(name, classes) if weights is None else _create(name, weights, classes)
+        adapter = Adapter(network, config, side)
+        adapter.to(memory_format=torch.channels_last)  # half as fast again, on a CPU
+        teacher = cls(adapter, config)
         blank = torch.zeros(1, 3, config.image_side, config.image_side)
         try:
-            self(blank)
+            teacher(blank)
         except (RuntimeError, ValueError, AssertionError) as error:  # as of a network for images of one size
-            message = f"{name}: cannot look at images of {self.network.side} pixels: {_one_line(error)}"
+            message = f"{name}: cannot look at images of {adapter.side} pixels; give another --teacher-side"
             raise CheckpointMismatchError(message) from error
         try:
             if everywhere:
-                self.answer_everywhere(blank)
+                teacher.answer_everywhere(blank)
         except (RuntimeError, ValueError, AttributeError) as error:  # as of a network that timm cuts in no two
-            message = f"{name}: cannot tell what it sees at every place of an image: {_one_line(error)}"
+            message = f"{name}: cannot tell what it sees at every place of an image"
             raise CheckpointMismatchError(message) from error
+        return teacher
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self.network.scale.device
+        return next(self.network.parameters()).device
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Answer (B, classes) probabilities for the student's (B, 3, S, S) images."""
-        logits: Tensor = self.network(images)
+        with autocast(self.device):
+            logits: Tensor = self.network(images)
         return logits.float().softmax(dim=1)
 
     @torch.no_grad()
@@ -113,7 +123,8 @@ class Teacher(nn.Module):
         Returns:
             (B, classes) and (B, patches, classes) probabilities, the patches row by row.
         """
-        logits, places = self.network.answer_everywhere(images)
+        with autocast(self.device):
+            logits, places = self.network.answer_everywhere(images)
         patch_grid = self.config.patch_grids[-1]
         places = functional.interpolate(places.float(), (patch_grid, patch_grid), mode="bilinear", antialias=True)
         return logits.float().softmax(dim=1), places.softmax(dim=1).flatten(2).transpose(1, 2)
@@ -155,6 +166,18 @@ def _logits_by_place(network: nn.Module, features: Tensor) -> Tensor:
     return logits.view(len(features), height, width, -1).permute(0, 3, 1, 2)
 
 
+def _create(name: str, path: Path, num_classes: int) -> nn.Module:
+    try:
+        network: nn.Module = timm.create_model(name, num_classes=num_classes)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointMismatchError(f"{path}: not weights of {name}: timm knows no such model or tag") from error
+    weights = read_weights(path)
+    with about(f"{path}: not weights of {name}"):
+        check_weights(weights, network.state_dict())
+    network.load_state_dict(weights)
+    return network
+
+
 def _download(name: str, num_classes: int) -> nn.Module:
     try:
         known = timm.get_pretrained_cfg_value(name, "num_classes")
@@ -164,11 +187,5 @@ def _download(name: str, num_classes: int) -> nn.Module:
             )
         network: nn.Module = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:  # no network, no such file on the hub, no weights at all
-        raise UnreadableCheckpointError(
-            f"{name}: timm's weights cannot be had: {_one_line(error)}; give --teacher-checkpoint"
-        ) from error
+        raise UnreadableCheckpointError(f"{name}: timm's weights cannot be had; give --teacher-checkpoint") from error
     return network
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import Dataset
 
-from models.crops import RandomCrop, crop_maps
-from models.data import CODEC_ERRORS, Augmentation, DataError, Sample, variation
+from models.crops import crop_maps
+from models.datasets import DataError, TrainingSamples
+from models.images import CODEC_ERRORS, Augmentation, training_crop, variation
 from models.subnetwork import SuperViTConfig
 
 ROUNDING = 1e-2  # by which half-precision weights may add up to more than 1
@@ -26,7 +26,7 @@ class CropAndVariation:
     """Map a picture to what `training_transform` makes of it and to the crop that this shows, as `RandomCrop` says."""
 
     def __init__(self, config: SuperViTConfig, augmentation: Augmentation) -> None:
-        self.crop, self.vary = RandomCrop(config.image_side), variation(config, augmentation)
+        self.crop, self.vary = training_crop(config, augmentation), variation(config, augmentation)
 
     def __call__(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
         """Give (3, S, S) float32 and (5,) float32."""
@@ -40,36 +40,32 @@ class WithTokenLabels(Dataset[tuple[Tensor, ...]]):
     A sample is an image (3, S, S), its label, the (h, w, k) classes and weights of its map, and its crop (5,).
     """
 
-    def __init__(self, samples: Dataset[Sample], files: Dataset[Sample], folder: Path, num_classes: int) -> None:
+    def __init__(self, samples: TrainingSamples, folder: Path, num_classes: int) -> None:
         """Find the maps.
 
         Args:
-            samples: of ((image, crop), label).
-            files: an ImageFolder or a part of one, for the paths of the same images in the same order.
+            samples: of images through `CropAndVariation`.
             folder: of the maps.
             num_classes: of the data set.
 
         Raises:
             DataError: the first image has no map that can be used.
         """
-        part = files if isinstance(files, Subset) else Subset(files, range(len(files)))  # type: ignore[arg-type] # it has a length
-        images: ImageFolder = part.dataset
-        self.samples, self.images, self.indices = samples, images, part.indices
-        self.folder, self.num_classes = folder, num_classes
+        self.samples, self.folder, self.num_classes = samples, folder, num_classes
         self.shape = read_map(self.path_of(0), num_classes)[0].shape
 
     def __len__(self) -> int:
-        """Samples."""
-        return len(self.indices)
+        """Images, unreadable ones included."""
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """One sample.
+        """One sample; for an image that cannot be read, the next that can, with the map of that one.
 
         Raises:
-            DataError: its image cannot be read, or its map is missing, damaged or of another shape than the first.
+            DataError: too many images cannot be read, or a map is missing, damaged or of another shape than the first.
         """
-        (image, crop), label = self.samples[index]
-        path = self.path_of(index)
+        (image, crop), label, place = self.samples.take(index)
+        path = self.path_of(place)
         classes, weights = read_map(path, self.num_classes)
         if classes.shape != self.shape:
             raise DataError(
@@ -77,9 +73,14 @@ class WithTokenLabels(Dataset[tuple[Tensor, ...]]):
             )
         return image, torch.as_tensor(label), classes, weights, crop
 
-    def path_of(self, index: int) -> Path:
+    def report(self) -> None:
+        """As of the images."""
+        self.samples.report()
+
+    def path_of(self, place: int) -> Path:
         """Name the file of an image's map."""
-        image = Path(self.images.samples[self.indices[index]][0]).relative_to(self.images.root)
+        images = self.samples.images
+        image = Path(images.files[place][0]).relative_to(images.folder)
         return self.folder / image.with_name(f"{image.name}.npz")
 
 

@@ -23,10 +23,14 @@ from pydantic_settings import (
 )
 
 from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoint, save_checkpoint
-from models.data import DataError
+from models.convert import Convert, convert
+from models.datasets import MAX_BAD_IMAGES, DataError
 from models.devices import DeviceError
 from models.evaluate import accuracy_table, calibration_summary, evaluate
+from models.processes import default_workers, joined_processes
+from models.profiles import ProfileTable
 from models.recipe import Recipe
+from models.sources import bare_name, find_checkpoint
 from service.app import engine_threads, extended_profile, measure_latencies
 from service.client import Classify, CommandError, classify, first_problem, make_settings
 from service.engines import make_engine
@@ -41,12 +45,19 @@ from service.sizing import Simulate, simulate
 class Evaluate(BaseModel):
     """Measure top-1 and top-5 of every sub-network and write them into the checkpoint's profile."""
 
-    checkpoint: CliPositionalArg[Path] = Field(description="SuperViT checkpoint; ours or a published one")
+    checkpoint: CliPositionalArg[str] = Field(
+        description="SuperViT checkpoint: a path, the name of one that ships, or hf-hub:owner/name[@revision]"
+    )
     data: CliPositionalArg[Path] = Field(
         description="folder with val/ to calibrate on and test/ to measure on, or only one of them, of class folders"
     )
     batch_size: int = Field(100, ge=1, description="images per batch")
-    workers: int = Field(2, ge=0, description="processes that decode images")
+    max_bad_images: float = Field(
+        MAX_BAD_IMAGES, ge=0, lt=1, description="part of the images that may be unreadable; they are passed over"
+    )
+    workers: int = Field(
+        default_factory=default_workers, ge=0, description="processes that decode images; by default one for each core"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     rates_between: bool = Field(False, description="also measure keep rates in steps of 0.05 between the trained ones")
 
@@ -54,7 +65,7 @@ class Evaluate(BaseModel):
 class Profile(BaseModel):
     """Measure how long each sub-network takes on this machine, or show what was measured before."""
 
-    checkpoint: Path | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
+    checkpoint: str | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
     engine: Literal["auto", "torch", "openvino"] | None = Field(None, description="what runs the model")
     device: str | None = Field(None, description="cpu, cuda, cuda:1, or auto")
     threads: int | None = Field(None, ge=1, description="threads of the engine on a CPU; by default those of `serve`")
@@ -78,6 +89,7 @@ class Supervit(BaseSettings):
     serve: CliSubCommand[Settings] = Field(description="serve a checkpoint over HTTP")
     classify: CliSubCommand[Classify] = Field(description="classify photographs")
     train: CliSubCommand[Recipe] = Field(description="train a checkpoint on a folder of images")
+    convert: CliSubCommand[Convert] = Field(description="make a SuperViT of a plain ViT, without training")
     evaluate: CliSubCommand[Evaluate] = Field(description="measure every sub-network of a checkpoint")
     profile: CliSubCommand[Profile] = Field(description="measure the latency of every sub-network on this machine")
     simulate: CliSubCommand[Simulate] = Field(description="replay traffic against this machine's profile")
@@ -99,6 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
                 classify(command)
             case Recipe():
                 train(command)
+            case Convert():
+                convert_vit(command)
             case Evaluate():
                 evaluate_checkpoint(command)
             case Profile():
@@ -146,35 +160,60 @@ def train(recipe: Recipe) -> None:
     print(f"{path}: measure it with `supervit evaluate {path} {recipe.data}`")
 
 
+def convert_vit(command: Convert) -> None:
+    """Convert, and say what images the result takes and what is to be done next."""
+    config = convert(command)
+    profile = ProfileTable.unmeasured(config)
+    told = command.mean or command.name or not command.vit.exists()
+    print(
+        f"{command.output}: {len(profile.rows)} sub-networks of {profile.cheapest.gflops:.3g} to "
+        f"{profile.rows[-1].gflops:.3g} GFLOPs, for images normalised by mean {config.mean} and std {config.std}"
+        + ("" if told else " (of ImageNet, as nothing says otherwise: name the architecture with --name, or --mean)")
+    )
+    if config.num_classes == 1:
+        print(f"it came without a head: give it one with `supervit train DATA --init {command.output}`")
+    else:
+        print(f"measure it with `supervit evaluate {command.output} DATA`")
+
+
 def evaluate_checkpoint(command: Evaluate) -> None:
     """Measure, print the table, write the accuracies into the checkpoint and draw the frontier beside it.
 
-    A file of another format is left as it is: a copy in our own format, beside it, gets the accuracies.
+    A file of another format is left as it is: a copy in our own format, beside it, gets the accuracies. Of a checkpoint
+    that is named, not given as a path, the copy is written into the current folder.
     """
     plots, tqdm = _import_extra("models.plots"), _import_extra("tqdm").tqdm
-    checkpoint = load_checkpoint(command.checkpoint)
-    path = command.checkpoint
-    if not checkpoint.is_ours or path.suffix != ".safetensors":
+    path = find_checkpoint(command.checkpoint)
+    checkpoint = load_checkpoint(path)
+    source = path
+    if path != Path(command.checkpoint):  # neither the installed package nor a cache is ours to write to
+        path = Path(f"{bare_name(command.checkpoint)}.safetensors")
+    elif not checkpoint.is_ours or path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
-        if path.exists():
-            raise CommandError(f"{path}: would be overwritten")
+    if path != source and path.exists():
+        raise CommandError(f"{path}: would be overwritten")
     if not os.access(path.parent, os.W_OK):
         raise CommandError(f"{path.parent}: is not writable")
-    profile = evaluate(
-        checkpoint,
-        command.data,
-        batch_size=command.batch_size,
-        workers=command.workers,
-        device=command.device,
-        rates_between=command.rates_between,
-        progress=partial(tqdm, desc="evaluating", mininterval=1),
-    )
-    header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, profile)
+    with joined_processes(command.device) as process:
+        found = evaluate(
+            checkpoint,
+            command.data,
+            batch_size=command.batch_size,
+            workers=command.workers,
+            max_bad_images=command.max_bad_images,
+            process=process,
+            rates_between=command.rates_between,
+            progress=partial(tqdm, desc="evaluating", disable=not process.is_first, mininterval=1),
+        )
+    if not process.is_first:
+        return
+    header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, found.profile)
     picture = path.with_suffix(".png")
-    print(accuracy_table(profile))
-    print(calibration_summary(profile))
-    save_checkpoint(path, checkpoint.model, header)
-    plots.plot_frontier(profile, checkpoint.name, picture)
+    print(accuracy_table(found.profile))
+    print(calibration_summary(found.profile))
+    print(found.basis)
+    save_checkpoint(path, checkpoint.model, header, half=checkpoint.is_half)
+    plots.plot_frontier(found.profile, checkpoint.name, picture)
     print(f"written into {path}, drawn in {picture}")
 
 

@@ -39,7 +39,7 @@ class Classify(BaseModel):
     url: str | None = Field(
         None, min_length=1, description="server to ask, e.g. http://127.0.0.1:8000; this process by default"
     )
-    checkpoint: Path | None = Field(
+    checkpoint: str | None = Field(
         None, description="SuperViT checkpoint to use in this process; by default the one that `serve` would take"
     )
     json_lines: bool = Field(False, description="print the whole answer as a line of JSON per photo")
@@ -70,9 +70,9 @@ async def _classify_all(command: Classify) -> int:
 
 
 @asynccontextmanager
-async def _in_process(checkpoint: Path | None) -> AsyncIterator[httpx.AsyncClient]:
+async def _in_process(checkpoint: str | None) -> AsyncIterator[httpx.AsyncClient]:
     """Start the service in this process, and yield a client of it once it is ready."""
-    given = {"checkpoint": checkpoint} if checkpoint else {}
+    given = {"checkpoint": checkpoint} if checkpoint is not None else {}
     settings = make_settings(default_budget_ms=UNHURRIED_MS, **given)
     failed = asyncio.Event()
     served = load_checkpoint(settings.checkpoint)

@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.data import normalise
 from models.devices import resolve_device
+from models.images import normalise
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 

@@ -15,8 +15,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from models.data import CODEC_ERRORS, evaluation_transform, flatten, limit_aspect_ratio, resized_side, turn_upright
-from models.subnetwork import SuperViTConfig
+from models.images import CODEC_ERRORS, evaluation_transform, flatten, limit_aspect_ratio, resized_side, turn_upright
+from models.subnetwork import Interpolation, SuperViTConfig
 from service.errors import ImageTooLargeError, InvalidImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -76,7 +76,8 @@ def decode_image(data: bytes, config: SuperViTConfig, max_pixels: int) -> Tensor
         raise InvalidImageError(f"the image is broken: {error}") from error
     if not HAS_FAST_RESIZE:
         return evaluation_transform(config)(picture if turn is None else picture.transpose(turn))
-    return _crop(_resize(picture, width, height, resized_side(config)), turn, config.image_side)
+    resized = _resize(picture, width, height, resized_side(config), config.interpolation)
+    return _crop(resized, turn, config.image_side)
 
 
 def _has_more_scans(data: bytes, limit: int) -> bool:
@@ -122,14 +123,15 @@ def _load(image: Image.Image, least: int) -> tuple[Image.Image, float, float]:
     return limit_aspect_ratio(picture), width, height
 
 
-def _resize(picture: Image.Image, width: float, height: float, shorter: int) -> Pixels:
-    """Resize the shorter side to a length, bicubic with antialiasing.
+def _resize(picture: Image.Image, width: float, height: float, shorter: int, mode: Interpolation) -> Pixels:
+    """Resize the shorter side to a length, with antialiasing.
 
     Args:
         picture: RGB.
         width: of the whole image, in pixels of the picture; may be a fraction.
         height: likewise.
         shorter: the length, in pixels.
+        mode: by what the pixels between are found.
 
     Returns:
         (height, width, 3).
@@ -141,7 +143,7 @@ def _resize(picture: Image.Image, width: float, height: float, shorter: int) -> 
         return pixels
     scale = [rows / height * (1 + 1e-9), columns / width * (1 + 1e-9)]
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = interpolate(images, scale_factor=scale, mode="bicubic", antialias=True)
+    resized = interpolate(images, scale_factor=scale, mode=mode, antialias=True)
     return resized[0, :, :rows, :columns].permute(1, 2, 0).numpy()
 
 

@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.layers import Attention, Block, ConvStem
-from models.subnetwork import SubNetwork, SuperViTConfig
-from models.supervit import AUX_HEAD_WEIGHT, SuperViT
+from models.subnetwork import Activation, Pooling, SubNetwork, SuperViTConfig
+from models.supervit import SuperViT
 
 Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float32]
 
-# Added to the class token's score, it outranks every other: averaged softmax weights are never above 1.
-CLASS_BONUS = 2.0
+# Added to a prefix token's score, it outranks every patch token's: averaged softmax weights are never above 1.
+PREFIX_BONUS = 2.0
+QUICK_GELU = 1.702
+# The prefix tokens that a head reads; None for one that reads the patch tokens.
+HEAD_TOKENS: dict[Pooling, list[int] | None] = {"class": [0], "distilled": [0, 1], "mean": None}
 
 
 def build_scaling(config: SuperViTConfig) -> ov.Model:
@@ -66,15 +69,20 @@ def build_classifier(model: SuperViT) -> ov.Model:
     positions = op.parameter([1, -1, config.width], np.float32)
     kept = {block: op.parameter([], np.int32) for block in sorted(set(config.prune_blocks))}
     bonus = {block: op.parameter([1, -1], np.float32) for block in kept}
-    # A row of zeros for the class token, which the position embedding brings along.
-    room = op.pad(_embed(model, images), _ints(0, 1, 0), _ints(0, 0, 0), "constant", _floats(0.0))
+    # Rows of zeros for the prefix tokens, which the position embedding brings along.
+    prefix = config.num_prefix_tokens
+    room = op.pad(_embed(model, images), _ints(0, prefix, 0), _ints(0, 0, 0), "constant", _floats(0.0))
     tokens = op.add(room, positions)
+    if model.norm_pre is not None:
+        scale, shift = (op.constant(_numpy(tensor)) for tensor in (model.norm_pre.weight, model.norm_pre.bias))
+        tokens = op.add(op.multiply(_norm(tokens, model.norm_pre), scale), shift)
+    read = HEAD_TOKENS[config.pooling] if model.aux_head is None else None
     for index, block in enumerate(cast("list[Block]", model.blocks)):
-        only_class = index == config.depth - 1 and model.aux_head is None  # nobody reads what becomes of the others
-        tokens, query, key = _attend(block, tokens, only_class)
-        if index in kept and not only_class:
+        only = read if index == config.depth - 1 else None  # what becomes of the others is not read
+        tokens, query, key = _attend(block, tokens, only)
+        if index in kept and only is None:
             tokens = _prune(tokens, _scores(block.attn, query, key), kept[index], bonus[index])
-        tokens = _transform(block, tokens)
+        tokens = _transform(block, tokens, config.activation)
     return ov.Model([_classify(model, tokens)], [images, positions, *kept.values(), *bonus.values()], "supervit")
 
 
@@ -82,8 +90,8 @@ def subnetwork_inputs(model: SuperViT, subnetwork: SubNetwork) -> list[Array]:
     """Prepare what makes the classifier run one sub-network: the inputs behind the images.
 
     Returns:
-        the grid's position embedding (1, N, D) with the class token added to its first row; for each prune block the
-        number of tokens that it leaves, class token included; for each, (1, N) with CLASS_BONUS for the class token.
+        the grid's position embedding (1, N, D) with the P prefix tokens added to its first rows; for each prune block
+        the number of tokens that it leaves, prefix tokens included; for each, (1, N) with PREFIX_BONUS for those.
 
     Raises:
         ValueError: the patch grid was not trained.
@@ -92,10 +100,11 @@ def subnetwork_inputs(model: SuperViT, subnetwork: SubNetwork) -> list[Array]:
     if subnetwork.patch_grid not in config.patch_grids:
         raise ValueError(f"patch grid {subnetwork.patch_grid} was not trained; it must be one of {config.patch_grids}")
     positions = _numpy(model.pos_embed_list[config.patch_grids.index(subnetwork.patch_grid)]).copy()
-    positions[:, :1] += _numpy(model.cls_token)
+    prefix = config.num_prefix_tokens
+    positions[:, :prefix] += _numpy(model.cls_token)
     tokens = config.tokens_per_block(subnetwork)
     counts = [tokens[block] for block in sorted(set(config.prune_blocks))]
-    bonus = [np.eye(1, before, dtype=np.float32) * np.float32(CLASS_BONUS) for before, _ in counts]
+    bonus = [np.where(np.arange(before) < prefix, PREFIX_BONUS, 0.0).astype(np.float32)[None] for before, _ in counts]
     return [positions, *(np.array(after, np.int32) for _, after in counts), *bonus]
 
 
@@ -114,7 +123,7 @@ def _between(images: ov.Node, lower: ov.Node, upper: ov.Node, share: ov.Node, ax
 
 
 def _embed(model: SuperViT, images: ov.Node) -> ov.Node:
-    """Embed the images as (B, N - 1, D) patch tokens."""
+    """Embed the images as (B, N - P, D) patch tokens."""
     stem = model.patch_embed
     if isinstance(stem, ConvStem):
         for convolution, norm in ((stem.conv1, stem.bn1), (stem.conv2, stem.bn2), (stem.conv3, stem.bn3)):
@@ -130,8 +139,8 @@ def _convolve(images: ov.Node, convolution: nn.Conv2d) -> ov.Node:
     return moved if convolution.bias is None else op.add(moved, op.constant(_numpy(convolution.bias[:, None, None])))
 
 
-def _attend(block: Block, tokens: ov.Node, only_class: bool) -> tuple[ov.Node, ov.Node, ov.Node]:
-    """Return the (B, N, D) tokens after attention, or only the class token's, with the queries and keys before heads.
+def _attend(block: Block, tokens: ov.Node, only: list[int] | None) -> tuple[ov.Node, ov.Node, ov.Node]:
+    """Return the (B, N, D) tokens after attention, or some of them, with the queries and keys before heads.
 
     Query, key and value are three products, not one: only so do their transposes become part of the attention kernel.
     """
@@ -140,8 +149,8 @@ def _attend(block: Block, tokens: ov.Node, only_class: bool) -> tuple[ov.Node, o
     weight, bias = _after_norm(attention.qkv, block.norm1)
     normed = _norm(tokens, block.norm1)
     asking = normed
-    if only_class:
-        tokens, asking = (op.gather(rows, _ints(0), _int(1)) for rows in (tokens, normed))
+    if only is not None:
+        tokens, asking = (op.gather(rows, _ints(*only), _int(1)) for rows in (tokens, normed))
     parts = [
         _linear(source, weight[part * width : (part + 1) * width], bias[part * width : (part + 1) * width])
         for part, source in enumerate((asking, normed, normed))
@@ -167,7 +176,7 @@ def _scores(attention: Attention, query: ov.Node, key: ov.Node) -> ov.Node:
 
 
 def _prune(tokens: ov.Node, scores: ov.Node, kept: ov.Node, bonus: ov.Node) -> ov.Node:
-    """Keep the class token and the best-scored others, in their order.
+    """Keep the prefix tokens and the best-scored others, in their order.
 
     The bonus must not become a constant: OpenVINO 2026.4 then adds it wrongly to a batch of fixed size.
     """
@@ -175,19 +184,33 @@ def _prune(tokens: ov.Node, scores: ov.Node, kept: ov.Node, bonus: ov.Node) -> o
     return op.gather(tokens, best.output(1), _int(1), batch_dims=1)
 
 
-def _transform(block: Block, tokens: ov.Node) -> ov.Node:
-    hidden = op.gelu(_linear(_norm(tokens, block.norm2), *_after_norm(block.mlp.fc1, block.norm2)), "erf")
+def _transform(block: Block, tokens: ov.Node, activation: Activation) -> ov.Node:
+    hidden = _linear(_norm(tokens, block.norm2), *_after_norm(block.mlp.fc1, block.norm2))
+    if activation == "gelu":
+        hidden = op.gelu(hidden, "erf")
+    else:
+        hidden = op.multiply(hidden, op.sigmoid(op.multiply(hidden, _floats(QUICK_GELU))))
     return op.add(tokens, _branch_end(hidden, block.mlp.fc2, block.skip_divisor))
 
 
 def _classify(model: SuperViT, tokens: ov.Node) -> ov.Node:
-    tokens = _norm(tokens, model.norm)
-    logits = _linear(op.gather(tokens, _int(0), _int(1)), *_after_norm(model.head, model.norm))
+    weight, bias = _after_norm(model.head, model.norm)
+    if model.config.pooling == "mean":
+        averaged = op.reduce_mean(_patches(model, tokens), _ints(1), False)
+        return _linear(_norm(averaged, model.norm), weight, bias)
+    read = HEAD_TOKENS[model.config.pooling] or []
+    features = op.reshape(op.gather(_norm(tokens, model.norm), _ints(*read), _int(1)), _ints(0, len(weight.T)), True)
+    logits = _linear(features, weight, bias)
     if model.aux_head is None:
         return logits
-    patches = op.slice(tokens, _ints(1), _ints(np.iinfo(np.int32).max), _ints(1), _ints(1))
+    patches = _norm(_patches(model, tokens), model.norm)
     auxiliary = op.reduce_max(_linear(patches, *_after_norm(model.aux_head, model.norm)), _ints(1), False)
-    return op.add(logits, op.multiply(auxiliary, _floats(AUX_HEAD_WEIGHT)))
+    return op.add(logits, op.multiply(auxiliary, _floats(model.config.aux_head_weight)))
+
+
+def _patches(model: SuperViT, tokens: ov.Node) -> ov.Node:
+    prefix, end = model.config.num_prefix_tokens, np.iinfo(np.int32).max
+    return op.slice(tokens, _ints(prefix), _ints(end), _ints(1), _ints(1))
 
 
 def _norm(tokens: ov.Node, norm: nn.LayerNorm) -> ov.Node:
@@ -197,8 +220,11 @@ def _norm(tokens: ov.Node, norm: nn.LayerNorm) -> ov.Node:
 
 def _after_norm(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Floats, Floats]:
     weight = _numpy(linear.weight)
-    bias = weight @ _numpy(norm.bias)
-    return weight * _numpy(norm.weight), bias if linear.bias is None else bias + _numpy(linear.bias)
+    scale, shift = (
+        np.tile(_numpy(part), weight.shape[1] // norm.normalized_shape[0]) for part in (norm.weight, norm.bias)
+    )
+    bias = weight @ shift
+    return weight * scale, bias if linear.bias is None else bias + _numpy(linear.bias)
 
 
 def _branch_end(tokens: ov.Node, linear: nn.Linear, skip_divisor: float) -> ov.Node:

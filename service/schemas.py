@@ -201,7 +201,7 @@ def describe_subnetwork(row: SubNetworkProfile, config: SuperViTConfig) -> SubNe
         patch_grid=subnetwork.patch_grid,
         patch_size_px=config.patch_size_px(subnetwork),
         keep_rate=subnetwork.keep_rate,
-        num_tokens=subnetwork.num_tokens,
+        num_tokens=config.num_tokens(subnetwork),
         gflops=row.gflops,
         expected_accuracy=row.top1,
     )

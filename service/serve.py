@@ -15,6 +15,7 @@ import uvicorn
 
 from models.checkpoint import load_checkpoint
 from models.devices import resolve_device
+from models.sources import find_checkpoint
 from service.app import LOG_FORMAT, create_app
 from service.client import CommandError
 from service.connections import BoundedProtocol
@@ -54,6 +55,8 @@ class _Server(uvicorn.Server):
 
 def supervise(settings: Settings) -> None:
     """Serve with several workers until SIGTERM or Ctrl-C."""
+    # Workers get the path: those that are replaced later serve the same weights, whatever becomes of a name meanwhile.
+    settings = settings.model_copy(update={"checkpoint": str(find_checkpoint(settings.checkpoint))})
     load_checkpoint(settings.checkpoint)  # what is wrong with it is said once
     cpus, cores = os.sched_getaffinity(0), Monitor().latest.cores
     try:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "models" / "checkpoints" / "supervit-micro-cifar10.safetensors"
+DEFAULT_CHECKPOINT = "supervit-micro-cifar10"  # of those that ship
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "supervit"
 PILLOW_LIMIT_PIXELS = 89_000_000  # above it, the decoder has objections of its own
 
@@ -17,7 +17,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SUPERVIT_", extra="forbid", frozen=True)
 
-    checkpoint: Path = Field(DEFAULT_CHECKPOINT, description="SuperViT checkpoint to serve; ours or a published one")
+    checkpoint: str = Field(
+        DEFAULT_CHECKPOINT,
+        description="SuperViT checkpoint to serve: a path, the name of one that ships, or hf-hub:owner/name[@revision]",
+    )
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 for any free one")
     fd: int | None = Field(None, ge=0, description="inherited socket to listen on instead of host and port")

@@ -34,7 +34,7 @@ class Simulate(Traffic):
     noise: float = Field(
         0, ge=0, le=10, description="each batch takes longer by a normal draw, its sign dropped, times this"
     )
-    checkpoint: Path | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
+    checkpoint: str | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
     json_file: Path | None = Field(None, description="file for all figures")
     plot_file: Path | None = Field(None, description="PNG file for the course: of all policies, or of several rates")
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from models.checkpoint import Checkpoint, load_checkpoint
-from models.data import evaluation_transform, open_folder
+from models.datasets import open_folder
+from models.images import evaluation_transform
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 from service.engine import TorchEngine

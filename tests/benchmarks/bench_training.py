@@ -19,10 +19,12 @@ from timm.utils import ModelEmaV3
 from torch.profiler import ProfilerActivity, profile
 
 from models.batches import open_batches
-from models.data import Augmentation, SampleLoader, open_training_data, training_transform
+from models.datasets import open_training_data
+from models.images import Augmentation, training_transform
+from models.loaders import SampleLoader
 from models.objective import PairLoss, Targets, sample_pairs, training_step
 from models.recipe import Recipe
-from models.train import build_model, build_optimizer
+from models.setup import build_model, build_optimizer
 
 PLAIN = Augmentation(None, 0.0)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -49,7 +51,7 @@ def main() -> None:
         data=options.data, output=Path("unused"), model=options.model, batch_size=options.batch_size, optimizer="muon"
     )
     torch.manual_seed(0)
-    model = build_model(recipe, 10).train()
+    model = build_model(recipe, tuple(map(str, range(10)))).train()
     pair_loss = PairLoss(model, recipe.label_smoothing, recipe.teacher_weight)
     in_memory, from_files = batches(recipe, model.config), batches(recipe, model.config, one_by_one=True)
     images, labels = next(in_memory)

@@ -16,6 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from models.checkpoint import load_checkpoint
+from models.sources import find_checkpoint
 from service.app import create_app
 from service.engine import TorchEngine
 from service.settings import DEFAULT_CHECKPOINT, Settings
@@ -130,7 +131,7 @@ def test_the_default_checkpoint_and_the_packages_of_the_wheel_are_among_it() -> 
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert set(wheel["packages"]) <= copied_from_here()
     assert {PROJECT["readme"], *PROJECT["license-files"]} <= copied_from_here()
-    assert DEFAULT_CHECKPOINT.relative_to(ROOT).parts[0] in wheel["packages"]
+    assert find_checkpoint(DEFAULT_CHECKPOINT).relative_to(ROOT).parts[0] in wheel["packages"]
 
 
 def test_python_is_one_that_the_project_supports_and_paths_agree_with_it() -> None:

@@ -1,6 +1,9 @@
 """Tiny models, images and folders that every room's tests share."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -42,6 +45,27 @@ PARITY_FILE = Path(__file__).with_name("parity.npz")
 def single_thread() -> None:
     """Compute on one thread: threads that wait for one another make tiny products 40 times slower on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def torchrun() -> Callable[..., None]:
+    """Run a script of this folder in two processes."""
+
+    def run(name: str, *arguments: object) -> None:
+        script = Path(__file__).with_name(name)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+        finished = subprocess.run(
+            [*map(str, command), *map(str, arguments)],
+            env=os.environ | {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"},
+            cwd=script.parents[2],
+            capture_output=True,
+            text=True,
+            timeout=600,  # a busy machine starts them slowly
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr
+
+    return run
 
 
 @pytest.fixture

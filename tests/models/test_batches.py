@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from models.batches import TARGETS_NAME, ImageBatches, crop_and_mirror, fits_memory, open_batches, soft_targets
-from models.data import SampleLoader, evaluation_transform, normalise, open_folder
+from models.datasets import DataError, open_folder, open_training_data
+from models.images import evaluation_transform, normalise
+from models.loaders import SampleLoader
 from models.recipe import Recipe
 from models.state import TrainingError
 from models.subnetwork import SuperViTConfig
@@ -109,10 +111,18 @@ def test_images_in_memory_are_whole_and_keep_their_labels(
     assert isinstance(batches, ImageBatches)
     expected = open_folder(recipe.data / "train", evaluation_transform(config))
     assert len(batches.images) == len(expected)
-    for index, (image, label) in enumerate(expected):
+    for index in range(len(expected)):
+        image, label = expected[index]
         assert torch.equal(batches.images[index], image)
         assert batches.targets[index] == label
-    assert len(watched) == 12  # type: ignore[arg-type] # it has a length
+    assert [len(labels) for _, labels in watched] == [8, 4]
+
+
+def ask(recipe: Recipe, config: SuperViTConfig, teacher: Teacher) -> Tensor:
+    images, _ = open_training_data(
+        recipe.data, config, evaluation_transform(config), recipe.holdout, recipe.seed, recipe.max_bad_images
+    )
+    return soft_targets(recipe, config, teacher, images)
 
 
 @pytest.fixture
@@ -120,7 +130,7 @@ def teacher(tmp_path: Path, tiny_config: SuperViTConfig) -> Teacher:
     torch.manual_seed(11)
     path = tmp_path / "teacher.pth"
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), path)
-    return Teacher("test_vit", path, 32, tiny_config)
+    return Teacher.load("test_vit", path, 32, tiny_config)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -173,12 +183,12 @@ def test_damaged_answers_of_a_teacher_are_asked_for_again(
     tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, teacher: Teacher
 ) -> None:
     recipe = tiny_recipe(tmp_path, **ASKED_ONCE)
-    answers = soft_targets(recipe, tiny_config, teacher)
+    answers = ask(recipe, tiny_config, teacher)
     kept = tmp_path / TARGETS_NAME
     whole = kept.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"nonsense"):
         kept.write_bytes(damaged)
-        assert torch.equal(soft_targets(recipe, tiny_config, teacher), answers)
+        assert torch.equal(ask(recipe, tiny_config, teacher), answers)
         assert torch.equal(torch.load(kept, weights_only=True)["targets"], answers)
 
 
@@ -187,11 +197,11 @@ def test_another_teacher_and_one_that_sees_other_pictures_are_asked_again(
 ) -> None:
     path = tmp_path / "teacher.pth"
     recipe = tiny_recipe(tmp_path, **ASKED_ONCE, teacher_checkpoint=path)
-    answers = [soft_targets(recipe, tiny_config, teacher)]
-    answers.append(soft_targets(recipe, replace(tiny_config, crop_fraction=0.5), teacher))
+    answers = [ask(recipe, tiny_config, teacher)]
+    answers.append(ask(recipe, replace(tiny_config, crop_fraction=0.5), teacher))
     weights = torch.load(path, weights_only=True)
     torch.save(weights | {"head.bias": torch.tensor([9.0, 0.0, 0.0])}, path)  # under the same name
-    answers.append(soft_targets(recipe, tiny_config, Teacher("test_vit", path, 32, tiny_config)))
+    answers.append(ask(recipe, tiny_config, Teacher.load("test_vit", path, 32, tiny_config)))
     for first, second in itertools.combinations(answers, 2):
         assert not torch.equal(first, second)
 
@@ -202,11 +212,11 @@ def test_a_teacher_is_asked_again_where_an_image_has_another_label(
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
     recipe = tiny_recipe(tmp_path, data=data, **ASKED_ONCE)
-    before = soft_targets(recipe, tiny_config, teacher)
+    before = ask(recipe, tiny_config, teacher)
     first, *_, last = sorted((data / "train").iterdir())
     image = min(first.iterdir())
     image.rename(last / f"moved{image.suffix}")  # as many images of the same classes as before
-    assert not torch.equal(soft_targets(recipe, tiny_config, teacher), before)
+    assert not torch.equal(ask(recipe, tiny_config, teacher), before)
 
 
 def test_processes_share_the_images_out(tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig) -> None:
@@ -225,3 +235,101 @@ def test_too_few_images_for_a_batch_are_refused(
         open_batches(tiny_recipe(tmp_path, batch_size=64), tiny_config, None, 0, 1, CPU)
     with pytest.raises(TrainingError, match="24 training images per process do not fill a batch of 32"):
         open_batches(tiny_recipe(tmp_path, batch_size=32), tiny_config, None, 1, 2, CPU)
+
+
+@pytest.fixture
+def damaged(pictures: Path, tmp_path: Path) -> Path:
+    """A data set of 48 images to train on, of which numbers 17 and 47 cannot be read."""
+    shutil.copytree(pictures, tmp_path / "damaged")
+    for name in ("green/0.png", "red/9.png"):  # in the order of their names, 10 comes before 2
+        (tmp_path / "damaged" / "train" / name).write_text("no picture")
+    return tmp_path / "damaged"
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_left_out_of_full_batches(
+    tmp_path: Path,
+    tiny_recipe: MakeRecipe,
+    tiny_config: SuperViTConfig,
+    damaged: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    in_memory: bool,
+    workers: int,
+) -> None:
+    if not in_memory:
+        monkeypatch.setattr("models.batches.MEMORY_LIMIT_BYTES", 0)
+    recipe = tiny_recipe(tmp_path, data=damaged, max_bad_images=0.05, workers=workers, augmentation_repeats=2)
+    batches, sampler, _ = open_batches(recipe, tiny_config, None, 0, 1, CPU)
+    sampler.set_epoch(3)
+    labels = [labels for _, labels in batches]
+    assert {len(part) for part in labels} == {8}
+    assert len(labels) == (46 // 8 if in_memory else 48 // 8)
+    assert set(torch.cat(labels).tolist()) == {0, 1, 2}
+    complaint = f"passed over: 2 of 48 images of {damaged}/train cannot be read: green/0.png, red/9.png\n"
+    assert capsys.readouterr().err.count(complaint) == 1
+    if isinstance(batches, ImageBatches):
+        assert (len(batches.images), batches.targets.bincount().tolist()) == (46, [16, 15, 15])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_too_many_bad_images_end_the_reading(
+    tmp_path: Path,
+    tiny_recipe: MakeRecipe,
+    tiny_config: SuperViTConfig,
+    damaged: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_memory: bool,
+) -> None:
+    if not in_memory:
+        monkeypatch.setattr("models.batches.MEMORY_LIMIT_BYTES", 0)
+    recipe = tiny_recipe(tmp_path, data=damaged, max_bad_images=0.04)
+    with pytest.raises(DataError, match=r"2 of 48 images .* more than --max-bad-images 0\.04 allows"):
+        list(open_batches(recipe, tiny_config, None, 0, 1, CPU)[0])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_a_teacher_says_stays_with_its_image_where_others_are_bad(
+    tmp_path: Path,
+    tiny_recipe: MakeRecipe,
+    tiny_config: SuperViTConfig,
+    teacher: Teacher,
+    damaged: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_memory: bool,
+) -> None:
+    if not in_memory:
+        monkeypatch.setattr("models.batches.MEMORY_LIMIT_BYTES", 0)
+    recipe = tiny_recipe(tmp_path, data=damaged, max_bad_images=0.05, label_smoothing=0.0, **ASKED_ONCE)
+    batches, _, _ = open_batches(recipe, tiny_config, teacher, 0, 1, CPU)
+    kept = torch.load(tmp_path / TARGETS_NAME, weights_only=True)["targets"]
+    by_name = sorted(open_folder(damaged / "train", evaluation_transform(tiny_config)).files)
+    for index, (path, label) in enumerate(by_name):
+        only_the_label = functional.one_hot(torch.tensor(label), 3).float()
+        is_bad = path.endswith(("green/0.png", "red/9.png"))
+        assert torch.equal(kept[index], only_the_label) == is_bad
+    targets = torch.cat([targets for _, targets in batches])
+    shown = {tuple(target) for target in targets.tolist()}
+    assert not shown & {(0.0, 1.0, 0.0), (0.0, 0.0, 1.0)}
+    assert shown <= {tuple(target) for target in kept.tolist()}
+    assert len(shown) > 35
+
+
+def test_two_processes_ask_a_teacher_about_each_image_once(
+    tmp_path: Path,
+    tiny_recipe: MakeRecipe,
+    tiny_config: SuperViTConfig,
+    teacher: Teacher,
+    torchrun: Callable[..., None],
+) -> None:
+    options = ASKED_ONCE | {"teacher_checkpoint": tmp_path / "teacher.pth", "teacher_side": 32}
+    alone = ask(tiny_recipe(tmp_path / "alone", **options), tiny_config, teacher)
+    recipe = tiny_recipe(tmp_path / "both", **options)
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json(exclude_unset=True))
+    torchrun("two_teachings.py", tmp_path / "recipe.json", tmp_path / "found")
+    kept = torch.load(tmp_path / "both" / TARGETS_NAME, weights_only=True)["targets"]
+    assert torch.equal(kept, alone)
+    asked = [torch.load(tmp_path / f"found.{rank}", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(found["targets"], alone) for found in asked)
+    assert [found["num_asked"] for found in asked] == [24, 24]

@@ -15,7 +15,7 @@ def gradient(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize(("width", "height"), [(300, 200), (90, 240)])
 def test_a_crop_says_which_part_of_the_picture_it_shows(width: int, height: int) -> None:
     torch.manual_seed(0)
-    crop, seen = RandomCrop(96), set()
+    crop, seen = RandomCrop(96, 0.08, "bicubic"), set()
     for _ in range(20):
         square, place = crop.take(gradient(width, height))
         left, top, right, bottom, mirrored = place.tolist()
@@ -32,7 +32,7 @@ def test_a_crop_says_which_part_of_the_picture_it_shows(width: int, height: int)
 
 def test_a_small_picture_is_shifted_into_its_padding() -> None:
     torch.manual_seed(0)
-    crop, lefts, tops = RandomCrop(16), set(), set()
+    crop, lefts, tops = RandomCrop(16, 0.08, "bicubic"), set(), set()
     for _ in range(200):
         square, place = crop.take(Image.new("RGB", (32, 64), "white"))  # 16 by 32 px once resized
         left, top, right, bottom, mirrored = place.tolist()

@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from models.devices import DeviceError, resolve_device
+from models.devices import DeviceError, autocast, native_dtype, resolve_device, training_dtype
 
 
 @pytest.fixture
@@ -35,3 +37,50 @@ def test_a_device_that_holds_no_tensor_is_refused_in_one_line(name: str) -> None
     assert str(caught.value).startswith(f"device {name!r} cannot be used: ")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_precision_that_is_named_is_taken_everywhere(device: str) -> None:
+    assert training_dtype(torch.device(device), "bfloat16") == torch.bfloat16
+    assert training_dtype(torch.device(device), "float16") == torch.float16
+    assert training_dtype(torch.device(device), "float32") == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "dtype"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 amx_bf16", torch.bfloat16),
+        ("flags\t\t: fpu amx_bf16", torch.bfloat16),
+        ("Features\t: fp asimd bf16 i8mm", torch.bfloat16),
+        ("flags\t\t: fpu avx512f avx512_vnni", torch.float32),
+        (None, torch.float32),
+    ],
+)
+def test_a_cpu_is_fast_in_bfloat16_where_it_has_instructions_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, dtype: torch.dtype
+) -> None:
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{cpuinfo}\n")
+    monkeypatch.setattr("models.devices.CPUINFO", tmp_path / "cpuinfo")
+    assert native_dtype(torch.device("cpu")) == dtype
+    with autocast(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_a_gpu_is_fast_in_bfloat16_from_ampere_on_and_in_float16_before(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert native_dtype(torch.device("cuda:1")) == dtype
+
+
+def test_other_devices_compute_in_float32() -> None:
+    assert native_dtype(torch.device("meta")) == torch.float32
+
+
+def test_left_to_itself_training_takes_the_devices_own_type() -> None:
+    device = torch.device("cpu")
+    assert training_dtype(device, "auto") == native_dtype(device)

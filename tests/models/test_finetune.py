@@ -34,7 +34,7 @@ def test_a_network_learns_the_data_and_can_teach_it(
         workers=0,
     )
     assert finetune(options) >= 0.9
-    teacher = Teacher("test_vit", output, 32, tiny_config)
+    teacher = Teacher.load("test_vit", output, 32, tiny_config)
     assert teacher(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError
-from models.initial import load_initial_weights
+from models.convert import open_initial
+from models.initial import InitialWeights
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
+from tests.models.conftest import CLASS_NAMES
 
 Build = Callable[[SuperViTConfig], SuperViT]
 
@@ -20,6 +22,11 @@ def plain_deit(name: str = "deit_tiny_patch16_224", **options: object) -> Any:  
     torch.manual_seed(5)
     tiny = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 3}
     return timm.create_model(name, **(tiny | options)).eval()
+
+
+def load_initial_weights(model: SuperViT, path: Path, class_names: tuple[str, ...] = CLASS_NAMES) -> None:
+    initial = open_initial(path)
+    initial.load_into(model, with_head=initial.has_head_for(class_names))
 
 
 @pytest.fixture
@@ -72,13 +79,31 @@ def test_grids_that_the_checkpoint_lacks_start_from_its_nearest(
     assert torch.equal(other.state_dict()[name], model.state_dict()[name])
 
 
+def test_between_two_grids_that_are_equally_near_the_larger_is_resampled(
+    tmp_path: Path, tiny_config: SuperViTConfig, deit: SuperViT, build: Build
+) -> None:
+    source = build(replace(tiny_config, patch_grids=(2, 4)))
+    torch.save(source.state_dict(), tmp_path / "two.pth")
+    load_initial_weights(deit, tmp_path / "two.pth")
+    of_2, of_4 = source.pos_embed_list
+    assert not torch.equal(of_2[:, :1], of_4[:, :1])
+    assert torch.equal(deit.pos_embed_list[1][:, :1], of_4[:, :1])  # grid 3; a class token's part is copied as it is
+
+
 def test_heads_of_other_classes_stay_fresh(tiny_file: Path, config: SuperViTConfig, model: SuperViT) -> None:
     fresh = SuperViT(replace(config, num_classes=5))
     heads = {name: tensor.clone() for name, tensor in fresh.state_dict().items() if "head" in name}
-    load_initial_weights(fresh, tiny_file)
+    load_initial_weights(fresh, tiny_file, ("a", "b", "c", "d", "e"))
     assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in heads.items())
     name = "blocks.2.mlp.fc1.weight"
     assert torch.equal(fresh.state_dict()[name], model.state_dict()[name])
+
+
+def test_as_many_classes_of_other_names_are_other_classes(tiny_file: Path, plain_file: Path) -> None:
+    assert open_initial(tiny_file).has_head_for(CLASS_NAMES)
+    assert not open_initial(tiny_file).has_head_for(("blue", "red", "green"))
+    assert open_initial(plain_file).has_head_for(("any", "three", "names"))  # the file names none
+    assert not open_initial(plain_file).has_head_for(("two", "names"))
 
 
 def test_a_file_without_heads_leaves_them_fresh(tmp_path: Path, model: SuperViT, config: SuperViTConfig) -> None:
@@ -100,10 +125,19 @@ def test_weights_of_another_width_are_refused_by_name(plain_file: Path, tiny_con
         load_initial_weights(SuperViT(replace(tiny_config, depth=4)), plain_file)
 
 
-def test_a_distilled_deit_is_refused_for_its_second_token(tmp_path: Path, deit: SuperViT) -> None:
+def test_weights_that_fit_by_shape_alone_are_refused(tmp_path: Path, deit: SuperViT) -> None:
+    weights = {name: tensor for name, tensor in deit.state_dict().items() if not name.startswith("pos_embed")}
+    positions = {4: deit.pos_embed_list[2].detach()}
+    other = replace(deit.config, activation="quick_gelu")
+    initial = InitialWeights(tmp_path / "clip.pth", weights, positions, other)
+    with pytest.raises(CheckpointMismatchError, match="activation is quick_gelu, not gelu"):
+        initial.load_into(deit, with_head=True)
+
+
+def test_a_distilled_deit_needs_its_second_token(tmp_path: Path, deit: SuperViT) -> None:
     path = tmp_path / "distilled.pth"
     torch.save(plain_deit("deit_tiny_distilled_patch16_224").state_dict(), path)
-    with pytest.raises(CheckpointMismatchError, match=r"position embedding, \(1, 18, 16\), is not that of one class"):
+    with pytest.raises(CheckpointMismatchError, match=r"do not fit \['cls_token'"):
         load_initial_weights(deit, path)
 
 

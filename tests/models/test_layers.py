@@ -17,7 +17,7 @@ def spread(module: nn.Module) -> None:
             parameter.normal_(std=0.5)
 
 
-def block(skip_divisor: float = 1.0, fuse_pruned: bool = False) -> Block:
+def block(skip_divisor: float = 1.0, fuse_pruned: bool = False, drop_path: float = 0.0) -> Block:
     made = Block(
         8,
         2,
@@ -25,7 +25,7 @@ def block(skip_divisor: float = 1.0, fuse_pruned: bool = False) -> Block:
         qkv_bias=True,
         norm_eps=1e-6,
         skip_divisor=skip_divisor,
-        drop_path=0.0,
+        drop_path=drop_path,
         fuse_pruned=fuse_pruned,
     )
     spread(made)
@@ -98,6 +98,22 @@ def test_the_skip_divisor_divides_both_branches(tokens: Tensor) -> None:
     halved = block(skip_divisor=2.0)
     x = tokens + halved.attn(halved.norm1(tokens), with_scores=False)[0] / 2
     torch.testing.assert_close(halved(tokens, 1.0), x + halved.mlp(halved.norm2(x)) / 2)
+
+
+def test_drop_path_drops_either_branch_by_itself(tokens: Tensor) -> None:
+    dropping = block(drop_path=0.5).train()
+    attended = dropping.attn(dropping.norm1(tokens), with_scores=False)[0]
+    outcomes = set()
+    for x, branch in zip(tokens.repeat(40, 1, 1).split(2), [attended] * 40, strict=True):
+        for before, of_attention, after in zip(x, branch, dropping(x, 1.0), strict=True):
+            for drops_attention in (True, False):
+                middle = before if drops_attention else before + 2 * of_attention  # scaled by what is kept of them
+                whole = middle + 2 * dropping.mlp(dropping.norm2(middle))
+                for drops_mlp, expected in ((True, middle), (False, whole)):
+                    if torch.allclose(after, expected, atol=1e-5, rtol=1e-4):
+                        outcomes.add((drops_attention, drops_mlp))
+    assert outcomes == {(False, False), (False, True), (True, False), (True, True)}
+    assert torch.equal(dropping.eval()(tokens, 1.0), block()(tokens, 1.0))
 
 
 def test_the_stem_halves_the_side_and_then_cuts_patches_row_by_row() -> None:

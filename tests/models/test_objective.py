@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from models.mix_token import TokenBox
@@ -49,10 +49,17 @@ def test_a_family_without_pruning_trains_two_grids_a_step(tiny_config: SuperViTC
 
 
 def test_a_single_is_any_grid_unpruned(tiny_config: SuperViTConfig) -> None:
-    drawn = [sample_single(tiny_config, 0, step) for step in range(300)]
-    assert drawn == [sample_single(tiny_config, 0, step) for step in range(300)]
+    drawn = [sample_single(tiny_config, 0, step, pruned=False) for step in range(300)]
+    assert drawn == [sample_single(tiny_config, 0, step, pruned=False) for step in range(300)]
     for grid in (2, 3, 4):
         assert 70 < drawn.count((PairChoice(grid, 1.0, None),)) < 130
+
+
+def test_a_pruned_single_is_any_sub_network(tiny_config: SuperViTConfig) -> None:
+    drawn = [sample_single(tiny_config, 0, step, pruned=True) for step in range(900)]
+    assert len(set(drawn)) == len(tiny_config.subnetworks)
+    for subnetwork in tiny_config.subnetworks:
+        assert 60 < drawn.count((PairChoice(subnetwork.patch_grid, subnetwork.keep_rate, None),)) < 140
 
 
 class Answers(SuperViT):
@@ -61,13 +68,15 @@ class Answers(SuperViT):
     def __init__(self, config: SuperViTConfig, full: Tensor, pruned: Tensor) -> None:
         super().__init__(config)
         self.full, self.pruned = full.requires_grad_(), pruned.requires_grad_()
-        self.head = nn.Identity()
 
     def forward_rates(
         self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...], box: TokenBox | None = None
     ) -> tuple[Tensor, ...]:
         del images, patch_grid, box
         return (self.full[:, None], self.pruned[:, None])[: len(keep_rates)]
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
 
 
 @pytest.fixture
@@ -142,7 +151,8 @@ def test_the_loss_of_patch_tokens_has_its_weight_and_the_largest_grid_alone(
         return float(loss.detach())
 
     (last,) = model.forward_rates(images, 4, (1.0,))
-    expected = functional.cross_entropy(model.get_submodule("aux_head")(last[:, 1:]).transpose(1, 2), tokens.argmax(2))
+    outputs = model.get_submodule("aux_head")(model.norm(last)[:, 1:])
+    expected = functional.cross_entropy(outputs.transpose(1, 2), tokens.argmax(2))
     assert whole(3.0, 4) - whole(1.0, 4) == pytest.approx(2 * expected.item(), rel=1e-4)
     assert whole(3.0, 3) == whole(1.0, 3)
 
@@ -195,6 +205,92 @@ def test_a_step_of_one_pair_has_its_losses_alone(deit: SuperViT, images: Tensor,
     assert deit.pos_embed_list[1].grad is not None
     losses = training_step(pair_loss, optimizer, images, Targets(labels), pair, FULL_PRECISION)
     assert list(losses) == ["single grid", "single grid, pruned"]
+
+
+def steps_of(
+    model: SuperViT,
+    images: Tensor,
+    labels: Tensor,
+    count: int,
+    autocast: torch.autocast = FULL_PRECISION,
+    **options: object,
+) -> tuple[SuperViT, list[dict[str, float]]]:
+    """Take one step on the images in `count` batches with a copy of the model."""
+    moved = copy.deepcopy(model).train()
+    pair_loss = PairLoss(moved, label_smoothing=0.1, teacher_weight=0.5)
+    optimizer = torch.optim.SGD(moved.parameters(), lr=0.1)
+    losses = [
+        training_step(
+            pair_loss,
+            optimizer,
+            some,
+            Targets(theirs),
+            PAIRS,
+            autocast,
+            place=(number, count),
+            **options,  # type: ignore[arg-type] # scaler and clip_grad
+        )
+        for number, (some, theirs) in enumerate(zip(images.chunk(count), labels.chunk(count), strict=True), start=1)
+    ]
+    return moved, losses
+
+
+def change(moved: SuperViT, start: SuperViT) -> Tensor:
+    """How far the weights moved, as one vector."""
+    pairs = zip(moved.parameters(), start.parameters(), strict=True)
+    return torch.cat([(after - before).flatten() for after, before in pairs])
+
+
+def test_batches_whose_gradients_are_accumulated_step_as_one(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
+    whole, (expected,) = steps_of(deit, images, labels, 1)
+    parts, losses = steps_of(deit, images, labels, 2)
+    torch.testing.assert_close(change(parts, deit), change(whole, deit), atol=1e-6, rtol=1e-4)
+    for name, loss in expected.items():  # each batch tells its own mean
+        assert (losses[0][name] + losses[1][name]) / 2 == pytest.approx(loss, rel=1e-5)
+
+
+def test_nothing_moves_before_the_last_batch_of_a_step(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
+    model = copy.deepcopy(deit).train()
+    pair_loss = PairLoss(model, label_smoothing=0.1, teacher_weight=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training_step(pair_loss, optimizer, images, Targets(labels), PAIRS, FULL_PRECISION, place=(1, 2))
+    assert not change(model, deit).any()
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_a_long_gradient_is_scaled_down_to_the_norm_asked_for(
+    deit: SuperViT, images: Tensor, labels: Tensor, is_scaled: bool
+) -> None:
+    free, _ = steps_of(deit, images, labels, 1)
+    norm = change(free, deit).norm().item() / 0.1  # SGD's rate
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if is_scaled else None
+    clipped, _ = steps_of(deit, images, labels, 1, clip_grad=norm / 4, scaler=scaler)
+    torch.testing.assert_close(change(clipped, deit), change(free, deit) / 4, atol=1e-6, rtol=1e-3)
+    unchanged, _ = steps_of(deit, images, labels, 1, clip_grad=norm * 4, scaler=scaler)
+    torch.testing.assert_close(change(unchanged, deit), change(free, deit), atol=1e-6, rtol=1e-3)
+
+
+def test_a_scaled_gradient_that_overflows_moves_nothing_and_lowers_the_scale(
+    deit: SuperViT, images: Tensor, labels: Tensor
+) -> None:
+    float16 = torch.autocast("cpu", torch.float16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # float16 ends at 65504
+    moved, _ = steps_of(deit, images, labels, 1, float16, scaler=scaler)
+    assert not change(moved, deit).any()
+    assert scaler.get_scale() == 2**23
+
+
+def test_a_step_in_float16_stays_close_to_full_precision(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
+    float16 = torch.autocast("cpu", torch.float16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    (moved, losses), (expected, exact) = (
+        steps_of(deit, images, labels, 1, float16, scaler=scaler),
+        steps_of(deit, images, labels, 1),
+    )
+    assert losses[0] == pytest.approx(exact[0], rel=0.02, abs=0.01)
+    assert losses != exact
+    difference = (change(moved, deit) - change(expected, deit)).norm() / change(expected, deit).norm()
+    assert difference < 0.1
 
 
 def test_a_step_in_bfloat16_stays_close_to_full_precision(deit: SuperViT, images: Tensor, labels: Tensor) -> None:

@@ -1,13 +1,20 @@
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from timm.data.auto_augment import rand_augment_transform
 
 from models import recipe as room
-from models.recipe import LARGE_DATASET_IMAGES, Recipe
+from models.checkpoint import Header, save_checkpoint
+from models.profiles import ProfileTable
+from models.recipe import LARGE_DATASET_IMAGES, LEARNING_RATES, Recipe
+from models.subnetwork import SuperViTConfig
+from models.supervit import SuperViT
+from tests.models.conftest import CLASS_NAMES
 
 
 def data_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_images: int) -> Path:
@@ -144,6 +151,8 @@ def test_overrides_are_the_given_fields_of_the_model_alone(tmp_path: Path) -> No
         ("token_label_weight", 0),  # nothing else teaches the head that evaluation adds
         ("holdout", 0),
         ("holdout", 1),
+        ("max_bad_images", -0.1),
+        ("max_bad_images", 1),
         ("seed", -1),
         ("seed", 2**32),
         ("learning_rate", "inf"),
@@ -157,7 +166,10 @@ def test_overrides_are_the_given_fields_of_the_model_alone(tmp_path: Path) -> No
         ("rand_augment", "rand-m9.5"),
         ("rand_augment", "rand-p1.5"),
         ("workers", -1),
-        ("precision", "float16"),
+        ("precision", "float8"),
+        ("clip_grad", 0),
+        ("clip_grad", "inf"),
+        ("accumulate", 0),
         ("width", 0),
         ("surprise", 1),
     ],
@@ -202,6 +214,15 @@ def test_a_teacher_without_a_name_is_not_passed_over(tmp_path: Path, options: di
     Recipe.model_validate({"data": tmp_path, "output": tmp_path, "teacher": "resnet18"} | options)
 
 
+def test_a_recipe_has_a_worker_for_each_core_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert Recipe(data=tmp_path, output=tmp_path).workers == 3
+    assert Recipe(data=tmp_path, output=tmp_path, workers=0).workers == 0
+
+
 def test_a_recipe_without_data_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="data\n  Field required"):
         Recipe.model_validate({"output": tmp_path})
@@ -215,3 +236,44 @@ def test_a_recipe_is_frozen(tmp_path: Path) -> None:
 
 def test_every_option_has_a_description_for_the_command_line() -> None:
     assert all(field.description for field in Recipe.model_fields.values())
+
+
+@pytest.fixture
+def weights_of_two_classes(tmp_path: Path, tiny_config: SuperViTConfig) -> Path:
+    config = replace(tiny_config, num_classes=2)
+    path = tmp_path / "two.safetensors"
+    save_checkpoint(path, SuperViT(config), Header("two", config, ("cat", "dog"), ProfileTable.unmeasured(config)))
+    return path
+
+
+def test_weights_that_meet_new_classes_are_fine_tuned_by_default(weights_of_two_classes: Path, pictures: Path) -> None:
+    recipe = Recipe(data=pictures, output=Path("run"), init=weights_of_two_classes)
+    assert recipe.fit_head
+    assert (recipe.optimizer, recipe.layer_decay, recipe.smallest_crop) == ("adamw", 0.75, 0.3)
+    asked = Recipe(data=pictures, output=Path("run"), init=weights_of_two_classes, optimizer="muon", layer_decay=1)
+    assert (asked.optimizer, asked.layer_decay) == ("muon", 1)
+    assert asked.learning_rate == LEARNING_RATES["muon"]["small"]
+
+
+def test_weights_that_know_the_classes_are_trained_on_as_from_scratch(
+    tmp_path: Path, tiny_config: SuperViTConfig, pictures: Path
+) -> None:
+    path = tmp_path / "three.safetensors"
+    header = Header("three", tiny_config, CLASS_NAMES, ProfileTable.unmeasured(tiny_config))
+    save_checkpoint(path, SuperViT(tiny_config), header)
+    recipe = Recipe(data=pictures, output=Path("run"), init=path)
+    assert not recipe.fit_head
+    assert (recipe.optimizer, recipe.layer_decay, recipe.smallest_crop) == ("muon", 1.0, 0.08)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"fit_head": True}, "fit-head needs the weights of --init"),
+        ({"teacher_self": True}, "teacher-self needs the weights of --init"),
+        ({"teacher_self": True, "teacher": "resnet18", "init": Path("a.pth")}, "are two teachers"),
+    ],
+)
+def test_options_about_initial_weights_need_some(pictures: Path, options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        Recipe(data=pictures, output=Path("run"), **options)

@@ -31,7 +31,7 @@ def state(deit: SuperViT) -> State:
 @pytest.fixture
 def saved(tmp_path: Path, tiny_recipe: MakeRecipe, state: State) -> State:
     """The state, saved in tmp_path after 3 epochs of the tiny recipe."""
-    state.save(tiny_recipe(tmp_path), CLASS_NAMES, 3)
+    state.save(tiny_recipe(tmp_path), CLASS_NAMES, {"epoch": 3, "loss": {"single grid": 1.5}})
     return state
 
 
@@ -40,7 +40,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, tiny_recipe: MakeRecipe
     with torch.no_grad():
         saved.model.head.bias.add_(1)
     assert has_state(tmp_path)
-    assert saved.load(tiny_recipe(tmp_path), CLASS_NAMES) == 3
+    assert saved.load(tiny_recipe(tmp_path), CLASS_NAMES) == {"epoch": 3, "loss": {"single grid": 1.5}}
     assert all(torch.equal(tensor, before[name]) for name, tensor in saved.model.state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
@@ -53,6 +53,8 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, tiny_recipe: MakeRecipe
         ({"prune_blocks": (1,)}, "--prune-blocks 1,2, not 1"),
         ({"keep_rates": (0.6, 1)}, "--keep-rates left out, not 0.6,1.0"),
         ({"weight_decay": 0.1}, "--weight-decay 0.05, not 0.1"),
+        ({"accumulate": 2}, "--accumulate 1, not 2"),
+        ({"clip_grad": 0.5}, "--clip-grad left out, not 0.5"),
         ({"optimizer": "adamw"}, "--optimizer muon, not adamw"),
         ({"seed": 1}, "--seed 0, not 1"),
         ({"holdout": 0.5}, "--holdout 0.02, not 0.5"),
@@ -83,10 +85,35 @@ def test_how_long_how_fast_and_where_it_trains_may_change(
         learning_rate=1e-5,
         warmup_epochs=0,
         precision="bfloat16",
+        compile=True,
         workers=3,
         device="cuda",
     )
-    assert saved.load(other, CLASS_NAMES) == 3
+    assert saved.load(other, CLASS_NAMES)["epoch"] == 3
+
+
+def test_the_scale_of_float16_is_taken_up_where_it_was(tmp_path: Path, tiny_recipe: MakeRecipe, state: State) -> None:
+    used = torch.amp.GradScaler("cpu", init_scale=512.0)
+    used.scale(torch.zeros(1))
+    recipe = tiny_recipe(tmp_path)
+    replace(state, scaler=used).save(recipe, CLASS_NAMES, {"epoch": 1})
+    fresh = torch.amp.GradScaler("cpu")
+    replace(state, scaler=fresh).load(recipe, CLASS_NAMES)
+    assert fresh.state_dict() == used.state_dict()
+    state.load(recipe, CLASS_NAMES)  # in another precision there is nothing to scale
+    state.save(recipe, CLASS_NAMES, {"epoch": 2})
+    replace(state, scaler=fresh).load(recipe, CLASS_NAMES)  # and back again, with the scale at hand
+    assert fresh.get_scale() == 512
+
+
+def test_a_state_of_before_records_were_kept_in_it_has_its_epoch_alone(
+    tmp_path: Path, tiny_recipe: MakeRecipe, saved: State
+) -> None:
+    content = torch.load(tmp_path / "state.pt", weights_only=True)
+    del content["record"], content["scaler"]
+    torch.save(content, tmp_path / "state.pt")
+    scaled = replace(saved, scaler=torch.amp.GradScaler("cpu"))
+    assert scaled.load(tiny_recipe(tmp_path), CLASS_NAMES) == {"epoch": 3}
 
 
 @pytest.mark.parametrize(

@@ -32,20 +32,28 @@ def test_tokens_per_block_match_hand_worked_numbers(
 ) -> None:
     subnetwork = SubNetwork(*shape)
     a, b, c, d = expected
-    counts = SuperViTConfig(depth=depth).tokens_per_block(subnetwork)
+    config = SuperViTConfig(depth=depth)
+    counts = config.tokens_per_block(subnetwork)
     assert counts[:10] == ((a, a), (a, a), (a, a), (a, b), (b, b), (b, b), (b, c), (c, c), (c, c), (c, d))
     assert counts[10:] == ((d, d),) * (depth - 10)
-    assert subnetwork.num_tokens == a
+    assert config.num_tokens(subnetwork) == a
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "keep_rate", "kept"),
-    [(197, 0.5, 99), (197, 0.7, 138), (197, 0.999, 196), (197, 1e-6, 1), (2, 0.5, 1), (10, 0.35, 4)],
+    ("num_patch_tokens", "keep_rate", "kept"),
+    [(196, 0.5, 99), (196, 0.7, 138), (196, 0.999, 196), (196, 1e-6, 1), (1, 0.5, 1), (9, 0.35, 4)],
 )
 def test_a_prune_block_rounds_up_and_always_drops_one_and_keeps_one(
-    num_tokens: int, keep_rate: float, kept: int
+    num_patch_tokens: int, keep_rate: float, kept: int
 ) -> None:
-    assert num_kept_patch_tokens(num_tokens, keep_rate) == kept
+    assert num_kept_patch_tokens(num_patch_tokens, keep_rate) == kept
+
+
+def test_prefix_tokens_are_never_pruned_and_count_for_nothing_in_what_is_kept() -> None:
+    config = SuperViTConfig(num_prefix_tokens=5)
+    counts = config.tokens_per_block(SubNetwork(14, 0.5))
+    assert config.num_tokens(SubNetwork(14, 0.5)) == 201
+    assert [mlp for _, mlp in counts[3::3]] == [5 + 99, 5 + 50, 5 + 26]
 
 
 def test_a_fused_token_is_one_more_wherever_something_was_pruned() -> None:
@@ -93,7 +101,7 @@ def test_a_subnetwork_out_of_range_is_refused(grid: int, rate: float, reason: st
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"flavour": "swin"}, "flavour must be deit or lvvit, not 'swin'"),
+        ({"flavour": "swin"}, "flavour must be one of deit, lvvit, not 'swin'"),
         ({"width": 0}, "width must be at least 1"),
         ({"depth": 0, "prune_blocks": ()}, "depth must be at least 1"),
         ({"num_heads": 0}, "num_heads must be at least 1"),
@@ -121,6 +129,15 @@ def test_a_subnetwork_out_of_range_is_refused(grid: int, rate: float, reason: st
         ({"mean": (0.2, float("inf"), 0.2)}, "mean and std"),
         ({"crop_fraction": 0.0}, "crop_fraction"),
         ({"crop_fraction": 1.1}, "crop_fraction"),
+        ({"pooling": "max"}, "pooling must be one of class, distilled, mean, not 'max'"),
+        ({"activation": "relu"}, "activation must be one of"),
+        ({"interpolation": "nearest"}, "interpolation must be one of"),
+        ({"num_prefix_tokens": 0}, "num_prefix_tokens must be at least 1"),
+        ({"pooling": "distilled"}, "needs two prefix tokens"),
+        ({"flavour": "lvvit", "num_prefix_tokens": 2}, "an lvvit has one prefix token"),
+        ({"flavour": "lvvit", "pre_norm": True}, "an lvvit has one prefix token"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+        ({"aux_head_weight": float("nan")}, "aux_head_weight"),
     ],
 )
 def test_a_contradictory_config_is_refused_with_its_reason(fields: dict[str, object], reason: str) -> None:

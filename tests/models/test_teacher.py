@@ -24,7 +24,7 @@ def test_a_teacher_sees_the_same_pictures_at_its_own_size_and_normalisation(
     teacher_file: Path, tiny_config: SuperViTConfig
 ) -> None:
     config = replace(tiny_config, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    teacher = Teacher("test_vit", teacher_file, None, config)
+    teacher = Teacher.load("test_vit", teacher_file, None, config)
     network = timm.create_model("test_vit", num_classes=3).eval()
     network.load_state_dict(torch.load(teacher_file, weights_only=True)["model"])
     data = timm.data.resolve_model_data_config(network)
@@ -43,7 +43,7 @@ def test_a_teacher_sees_the_same_pictures_at_its_own_size_and_normalisation(
 def test_a_supervit_teaches_as_its_largest_sub_network_answers(tmp_path: Path) -> None:
     network = timm.create_model("supervit_lvvit_micro_patch4_32", num_classes=3).eval()
     torch.save(network.state_dict(), tmp_path / "teacher.pth")
-    teacher = Teacher("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", None, network.config)
+    teacher = Teacher.load("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", None, network.config)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(teacher(images), network(images, network.config.largest).softmax(dim=1))
@@ -117,12 +117,12 @@ def test_a_teacher_without_answers_for_every_place_is_refused_at_once(tmp_path: 
 def test_a_teacher_that_cannot_see_images_of_the_size_asked_for_is_refused_at_once(tmp_path: Path) -> None:
     model = timm.create_model("supervit_lvvit_micro_patch4_32")
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
-    with pytest.raises(CheckpointMismatchError, match="cannot look at images of 96 pixels: images must be"):
-        Teacher("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", 96, model.config)
+    with pytest.raises(CheckpointMismatchError, match=r"cannot look at images of 96 pixels; give another --tea"):
+        Teacher.load("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", 96, model.config)
 
 
 def test_a_teacher_is_frozen(teacher_file: Path, tiny_config: SuperViTConfig) -> None:
-    teacher = Teacher("test_vit", teacher_file, None, tiny_config)
+    teacher = Teacher.load("test_vit", teacher_file, None, tiny_config)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not teacher(torch.zeros(1, 3, 16, 16, requires_grad=True)).requires_grad
 
@@ -131,13 +131,13 @@ def test_weights_that_are_not_the_teachers_are_a_checkpoint_error(
     teacher_file: Path, tmp_path: Path, tiny_config: SuperViTConfig
 ) -> None:
     with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: not weights of test_vit2"):
-        Teacher("test_vit2", teacher_file, None, tiny_config)
+        Teacher.load("test_vit2", teacher_file, None, tiny_config)
     with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: not weights of test_vit"):
-        Teacher("test_vit", teacher_file, None, replace(tiny_config, num_classes=4))
-    with pytest.raises(CheckpointMismatchError, match=r"not weights of test_vit\.no_such_tag: Invalid pretrained tag"):
-        Teacher("test_vit.no_such_tag", teacher_file, None, tiny_config)
+        Teacher.load("test_vit", teacher_file, None, replace(tiny_config, num_classes=4))
+    with pytest.raises(CheckpointMismatchError, match=r"not weights of test_vit\.no_such_tag: timm knows no such"):
+        Teacher.load("test_vit.no_such_tag", teacher_file, None, tiny_config)
     with pytest.raises(UnreadableCheckpointError, match="absent"):
-        Teacher("test_vit", tmp_path / "absent", None, tiny_config)
+        Teacher.load("test_vit", tmp_path / "absent", None, tiny_config)
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_a_downloaded_teacher_must_know_the_classes_of_the_data(
     """With another number of classes timm gives it a random head, and says nothing."""
     complaint = "test_vit: timm's weights know 1000 classes and the data 3; give --teacher-checkpoint"
     with pytest.raises(CheckpointMismatchError, match=complaint):
-        Teacher("test_vit", None, None, tiny_config)
+        Teacher.load("test_vit", None, None, tiny_config)
     assert downloads == []
 
 
@@ -169,7 +169,21 @@ def test_a_teacher_that_cannot_be_downloaded_is_a_checkpoint_error_of_one_line(
     name: str, tiny_config: SuperViTConfig, downloads: list[str]
 ) -> None:
     with pytest.raises(UnreadableCheckpointError) as caught:
-        Teacher(name, None, None, replace(tiny_config, num_classes=1000))
-    assert str(caught.value).startswith(f"{name}: timm's weights cannot be had: ")
-    assert "\n" not in str(caught.value)
+        Teacher.load(name, None, None, replace(tiny_config, num_classes=1000))
+    assert str(caught.value).endswith(f"{name}: timm's weights cannot be had; give --teacher-checkpoint")
     assert downloads == ["test_vit"][: name == "test_vit"]
+
+
+@pytest.mark.parametrize("flag", ["avx512_bf16", "avx512f"])
+def test_a_teacher_computes_in_what_the_device_is_fast_in_and_answers_in_float32(
+    teacher_file: Path, tiny_config: SuperViTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    teacher = Teacher("test_vit", teacher_file, None, tiny_config)
+    exact = teacher(images)
+    (tmp_path / "cpuinfo").write_text(f"flags : fpu {flag}")
+    monkeypatch.setattr("models.devices.CPUINFO", tmp_path / "cpuinfo")
+    answer = teacher(images)
+    assert answer.dtype == torch.float32
+    torch.testing.assert_close(answer, exact, atol=0.02, rtol=0)
+    assert torch.equal(answer, exact) == (flag == "avx512f")

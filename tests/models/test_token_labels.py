@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from models.batches import find_targets, open_batches
-from models.data import DataError
+from models.datasets import DataError
 from models.recipe import Recipe
 from models.subnetwork import SuperViTConfig
 from models.token_labels import cut_token_labels, read_map

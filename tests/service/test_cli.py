@@ -225,6 +225,7 @@ def test_serve_refuses_a_device_that_is_not_there(checkpoint_path: Path, capsys:
         ["classify", "a.jpg", "--budget-gflops", "-1"],
         ["classify", "a.jpg", "--url", ""],
         ["train", "d", "--epochs", "0"],
+        ["evaluate", "c", "d", "--max-bad-images", "1"],
         ["train", "d", "--patch-grids", "[4"],
     ],
 )
@@ -255,8 +256,13 @@ def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
         for shade in (0, 1):
             Image.new("RGB", (20, 20), (30 * index, 100 * shade, 5)).save(folder / f"{shade}.png")
     command = ["evaluate", str(path), str(tmp_path / "data"), "--workers", "0", "--batch-size", "3"]
-    assert main([*command, "--rates-between"]) == 0
+    (tmp_path / "data" / "test" / checkpoint.class_names[0] / "2.png").write_text("no picture")
+    assert main([*command, "--rates-between"]) == 1
+    assert "more than --max-bad-images 0.01 allows" in capsys.readouterr().err
+    assert main([*command, "--rates-between", "--max-bad-images", "0.2"]) == 0
     printed = capsys.readouterr().out
+    half = len(checkpoint.class_names)
+    assert f"calibration error from the other {half}, accuracy from all {2 * half} of test/" in printed
     measured = load_checkpoint(path)
     assert measured.profile.is_measured
     assert SubNetwork(4, 0.75) in measured.profile.by_subnetwork

@@ -3,22 +3,32 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from models.data import normalise
-from models.subnetwork import Flavour, SubNetwork, SuperViTConfig
+from models.images import normalise
+from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from service.openvino_engine import OpenVINOEngine
 
+# What converted ViTs bring beside the two published backbones.
+CONVERTED: dict[str, dict[str, Any]] = {
+    "registers": {"num_prefix_tokens": 4},
+    "distilled": {"num_prefix_tokens": 2, "pooling": "distilled"},
+    "clip": {"pre_norm": True, "activation": "quick_gelu", "norm_eps": 1e-5},
+    "mean": {"pooling": "mean", "num_prefix_tokens": 3},
+}
 
-def config_of(flavour: Flavour) -> SuperViTConfig:
+
+def config_of(kind: str) -> SuperViTConfig:
     """Three grids; two blocks prune, the last one among them; classes, heads and sides all of different number."""
-    return SuperViTConfig(
-        flavour=flavour,
+    config = SuperViTConfig(
+        flavour="lvvit" if kind == "lvvit" else "deit",
         width=24,
         depth=3,
         num_heads=2,
@@ -30,9 +40,10 @@ def config_of(flavour: Flavour) -> SuperViTConfig:
         mean=(0.3, 0.4, 0.5),
         std=(0.1, 0.2, 0.3),
     )
+    return replace(config, **CONVERTED.get(kind, {}))
 
 
-@pytest.fixture(scope="module", params=["deit", "lvvit"])
+@pytest.fixture(scope="module", params=["deit", "lvvit", *CONVERTED])
 def model(request: pytest.FixtureRequest) -> SuperViT:
     """Weights so wide that scores and logits have clear margins, batch norm with statistics of its own."""
     torch.manual_seed(11)

@@ -1,16 +1,13 @@
-"""Images as numbers: RGB conversion, the evaluation transform, the training augmentation, image folders.
+"""Images as numbers: RGB conversion, the evaluation transform, the training augmentation. Knows no labels.
 
 Training, evaluation and serving share `to_rgb`, `evaluation_transform` and `normalise`, so that what a checkpoint was
 measured on is what it is served with.
 """
 
-import hashlib
-import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +16,11 @@ from PIL import ExifTags, Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import find_classes
 from torchvision.transforms import InterpolationMode
 
 from models.crops import RandomCrop
-from models.subnetwork import SuperViTConfig
+from models.subnetwork import Interpolation, SuperViTConfig
 
 # The strongest posterization that keeps a bit of each channel: at 10 none is left, which Pillow refuses.
 MAX_POSTERIZE = 9.9
@@ -60,11 +54,14 @@ TURNS: dict[object, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 
-Sample = tuple[Tensor, int]
+Transform = Callable[[Image.Image], Tensor]
+
+# What stands for a picture that cannot be read, where a batch must have its size.
+BLANK = Image.new("RGB", (1, 1))
 
 
-class DataError(Exception):
-    """A data set cannot be used; the message names the folder or file and what is wrong with it."""
+class UnreadableImageError(Exception):
+    """A file is no picture, or a broken one; the message names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,27 +71,26 @@ class Augmentation:
     Attributes:
         rand_augment: timm's RandAugment description such as "rand-m9-mstd0.5-inc1"; None for none.
         random_erasing: probability of erasing a rectangle.
+        smallest_crop: share of the picture's area that a random crop shows at least; small pictures are not cropped so.
     """
 
     rand_augment: str | None
     random_erasing: float
+    smallest_crop: float = 0.08
 
 
-class SampleLoader(DataLoader[Sample]):
-    """A DataLoader whose worker processes hand on a DataError as the one line that it was."""
+def load_rgb(path: str) -> Image.Image:
+    """Decode a file to an RGB picture.
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # a generator is all that a loop needs
-        """Yield batches.
-
-        Raises:
-            DataError: an image cannot be read.
-        """
-        try:
-            yield from super().__iter__()
-        except DataError as error:
-            # A worker's error arrives as its type with the whole traceback for a message, which ends in our line.
-            _, _, line = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
-            raise DataError(line.strip()) from None
+    Raises:
+        UnreadableImageError: it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except (*CODEC_ERRORS, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise UnreadableImageError(f"{path}: not a readable image: {reason}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -145,35 +141,39 @@ def limit_aspect_ratio(image: Image.Image) -> Image.Image:
     return image.crop((left, top, width - left, height - top))
 
 
-def evaluation_transform(config: SuperViTConfig) -> Callable[[Image.Image], Tensor]:
+def evaluation_transform(config: SuperViTConfig) -> Transform:
     """Map an RGB picture of any size to (3, S, S) uint8: resize the shorter side, crop the centre.
 
-    Bicubic with antialiasing, in Pillow, as the published evaluations do.
+    With antialiasing, in Pillow, as the published evaluations do.
     """
-    return square_transform(resized_side(config), config.image_side)
+    return square_transform(resized_side(config), config.image_side, config.interpolation)
 
 
-def square_transform(resized: int, side: int) -> Callable[[Image.Image], Tensor]:
+def square_transform(resized: int, side: int, interpolation: Interpolation = "bicubic") -> Transform:
     """Map an RGB picture of any size to (3, side, side) uint8: its shorter side to `resized`, then the centre."""
     steps: list[Callable[..., Any]] = [
         limit_aspect_ratio,
-        transforms.Resize(resized, InterpolationMode.BICUBIC),
+        transforms.Resize(resized, InterpolationMode(interpolation)),
         transforms.CenterCrop(side),
         transforms.PILToTensor(),
     ]
-    composed: Callable[[Image.Image], Tensor] = transforms.Compose(steps)
+    composed: Transform = transforms.Compose(steps)
     return composed
 
 
-def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Callable[[Image.Image], Tensor]:
+def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Transform:
     """Map an RGB picture of any size to a random (3, S, S) float32 variation of it, normalised."""
-    composed: Callable[[Image.Image], Tensor] = transforms.Compose(
-        [RandomCrop(config.image_side), variation(config, augmentation)]
-    )
+    crop = training_crop(config, augmentation)
+    composed: Transform = transforms.Compose([crop, variation(config, augmentation)])
     return composed
 
 
-def variation(config: SuperViTConfig, augmentation: Augmentation) -> Callable[[Image.Image], Tensor]:
+def training_crop(config: SuperViTConfig, augmentation: Augmentation) -> RandomCrop:
+    """Take a random part of an RGB picture of any size, as a square of S pixels."""
+    return RandomCrop(config.image_side, augmentation.smallest_crop, config.interpolation)
+
+
+def variation(config: SuperViTConfig, augmentation: Augmentation) -> Transform:
     """Map a square that was cropped for training to a random (3, S, S) float32 variation of it, normalised."""
     steps: list[Callable[..., Any]] = []
     if augmentation.rand_augment:
@@ -188,7 +188,7 @@ def variation(config: SuperViTConfig, augmentation: Augmentation) -> Callable[[I
     steps += [transforms.ToTensor(), transforms.Normalize(config.mean, config.std)]
     if augmentation.random_erasing:
         steps += [RandomErasing(augmentation.random_erasing, mode="pixel", device="cpu")]
-    composed: Callable[[Image.Image], Tensor] = transforms.Compose(steps)
+    composed: Transform = transforms.Compose(steps)
     return composed
 
 
@@ -196,87 +196,3 @@ def normalise(images: Tensor, config: SuperViTConfig) -> Tensor:
     """Scale (B, 3, S, S) uint8 images to [0, 1] and normalise them, float32, on their own device."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (config.mean, config.std))
     return (images.float() / 255 - mean) / std
-
-
-def list_classes(folder: Path) -> tuple[str, ...]:
-    """Name the class folders of `folder`, in the order of their labels.
-
-    Raises:
-        DataError: there is no such folder, it holds no class folders, or the name of one is not UTF-8.
-    """
-    try:
-        names = tuple(find_classes(folder)[0])
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{folder}: not a folder of class folders: {error}") from error
-    for name in names:
-        if not is_unicode(name):
-            raise DataError(f"{folder}: the class folder {name!r} has a name that is not UTF-8; rename it")
-    return names
-
-
-def is_unicode(name: str) -> bool:
-    """Whether a file's name is text, and not bytes that Python can only hand through."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def digest_samples(samples: Dataset[Sample]) -> str:
-    """Tell this choice of files, labels and order from any other; the files' contents do not count."""
-    part = samples if isinstance(samples, Subset) else Subset(samples, range(len(samples)))  # type: ignore[arg-type] # it has a length
-    folder: ImageFolder = part.dataset
-    digest = hashlib.sha256()
-    for index in part.indices:
-        path, label = folder.samples[index]
-        digest.update(os.fsencode(f"{os.path.relpath(path, folder.root)}\0{label}\0"))
-    return digest.hexdigest()
-
-
-def open_folder(folder: Path, transform: Callable[[Image.Image], Tensor]) -> ImageFolder:
-    """Open a folder of class folders of images.
-
-    Raises:
-        DataError: there is none, or one of the classes has no images.
-    """
-    list_classes(folder)
-    try:
-        return ImageFolder(str(folder), transform, loader=_load_rgb)
-    except FileNotFoundError as error:
-        raise DataError(f"{folder}: {error}") from error
-
-
-def open_training_data(
-    data: Path, config: SuperViTConfig, transform: Callable[[Image.Image], Tensor], holdout: float, seed: int
-) -> tuple[Dataset[Sample], Dataset[Sample]]:
-    """Open `data`/train for training, and what to watch meanwhile: `data`/val, or else a part held out from train.
-
-    A test/ folder is never looked at, so that it stays a test.
-
-    Args:
-        data: folder with train/ and perhaps val/, each of class folders.
-        config: for the transform of the watched images.
-        transform: of the training images.
-        holdout: fraction of train/ to hold out where there is no val/.
-        seed: of the choice of held-out images.
-
-    Raises:
-        DataError: a folder is unusable, train/ has a single class, or val/ has other classes than train/.
-    """
-    training = open_folder(data / "train", transform)
-    if len(training.classes) < 2:
-        raise DataError(f"{data / 'train'}: a single class folder leaves nothing to tell apart")
-    if (data / "val").is_dir():
-        watched = open_folder(data / "val", evaluation_transform(config))
-        if watched.classes != training.classes:
-            raise DataError(f"{data / 'val'}: its class folders differ from those of train/")
-        return training, watched
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed)).tolist()
-    num_watched = max(1, round(holdout * len(order)))
-    watched = open_folder(data / "train", evaluation_transform(config))
-    return Subset(training, sorted(order[num_watched:])), Subset(watched, sorted(order[:num_watched]))
-
-
-def _load_rgb(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except (*CODEC_ERRORS, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image: {error}") from error

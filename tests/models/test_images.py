@@ -1,3 +1,4 @@
+import random
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,19 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from models.data import (
+from models.images import (
     Augmentation,
-    DataError,
-    SampleLoader,
+    UnreadableImageError,
     evaluation_transform,
-    list_classes,
+    load_rgb,
     normalise,
-    open_folder,
-    open_training_data,
     to_rgb,
     training_transform,
 )
@@ -201,82 +198,27 @@ def test_random_erasing_always_strikes_at_probability_one() -> None:
     assert len(set(erased.flatten().tolist())) > len(set(whole.flatten().tolist())) + 10
 
 
-def link(pictures: Path, root: Path, **splits: str) -> Path:
-    """Make a data set of links to the splits of another."""
-    for split, source in splits.items():
-        (root / split).symlink_to(pictures / source, target_is_directory=True)
-    return root
+def test_every_other_training_image_is_mirrored() -> None:
+    picture = Image.new("RGB", (128, 128), RED)
+    picture.paste((0, 0, 255), (64, 0, 128, 128))
+    for config in (LVVIT_MICRO, replace(DEIT_SMALL, patch_grids=(4, 8))):  # cropped with padding, and rescaled
+        torch.manual_seed(0)
+        transform = training_transform(config, PLAIN)
+        images = [transform(picture) for _ in range(100)]
+        mirrored = sum(bool(image[0, :, :16].mean() < image[0, :, -16:].mean()) for image in images)
+        assert 30 < mirrored < 70
 
 
-def varied(config: SuperViTConfig) -> Callable[[Image.Image], torch.Tensor]:
-    return training_transform(config, PLAIN)
-
-
-def part(data: Dataset[tuple[torch.Tensor, int]]) -> set[int]:
-    assert isinstance(data, Subset)
-    return set(data.indices)
-
-
-def test_the_val_folder_is_watched_where_there_is_one(pictures: Path, tiny_config: SuperViTConfig) -> None:
-    training, watched = open_training_data(pictures, tiny_config, varied(tiny_config), holdout=0.5, seed=0)
-    assert (len(training), len(watched)) == (48, 12)  # type: ignore[arg-type] # both have a length
-    image, label = watched[0]
-    assert (image.dtype, image.shape, label) == (torch.uint8, (3, 16, 16), 0)
-    image, label = training[47]
-    assert (image.dtype, image.shape, label) == (torch.float32, (3, 16, 16), 2)
-
-
-def test_a_test_folder_is_never_opened(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
-    data = link(pictures, tmp_path, train="train")
-    (data / "test").write_text("not even a folder")
-    training, watched = open_training_data(data, tiny_config, varied(tiny_config), holdout=0.25, seed=3)
-    assert (len(part(training)), len(part(watched))) == (36, 12)
-    assert part(training) | part(watched) == set(range(48))
-    assert watched[0][0].dtype == torch.uint8
-    assert training[0][0].dtype == torch.float32
-
-
-def test_the_seed_alone_decides_what_is_held_out(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
-    data = link(pictures, tmp_path, train="train")
-    parts = [part(open_training_data(data, tiny_config, varied(tiny_config), 0.2, seed)[1]) for seed in (1, 1, 2)]
-    assert parts[0] == parts[1] != parts[2]
-    assert len(part(open_training_data(data, tiny_config, varied(tiny_config), 1e-6, 1)[1])) == 1
-
-
-def test_folders_without_classes_are_refused_by_name(tmp_path: Path, tiny_config: SuperViTConfig) -> None:
-    with pytest.raises(DataError, match=f"{tmp_path}/train: not a folder of class folders"):
-        open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.1, 0)
-    (tmp_path / "train").mkdir()
-    with pytest.raises(DataError, match=f"{tmp_path}/train: not a folder of class folders"):
-        list_classes(tmp_path / "train")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="file: not a folder"):
-        list_classes(tmp_path / "file")
-
-
-def test_a_class_whose_name_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
-    """As Python sees a name in Latin-1, out of an old archive."""
-    for name in ("thé", "caf\udce9"):
-        (tmp_path / name).mkdir()
-    with pytest.raises(DataError, match=r"the class folder 'caf\\udce9' has a name that is not UTF-8"):
-        list_classes(tmp_path)
-
-
-def test_a_class_without_images_is_refused_by_name(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "full").symlink_to(pictures / "train" / "red", target_is_directory=True)
-    (tmp_path / "train" / "void").mkdir()
-    with pytest.raises(DataError, match=f"{tmp_path}/train: .*void"):
-        open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.1, 0)
-
-
-def test_val_folders_of_other_classes_are_refused(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
-    link(pictures, tmp_path, train="train")
-    (tmp_path / "val").mkdir()
-    for name in ("red", "yellow"):
-        (tmp_path / "val" / name).symlink_to(pictures / "val" / "red", target_is_directory=True)
-    with pytest.raises(DataError, match=f"{tmp_path}/val: its class folders differ"):
-        open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.1, 0)
+def test_what_augmentation_uncovers_has_the_mean_colour_of_the_images() -> None:
+    """So a picture of that colour all over stays of one colour, whether it is turned, shifted or sheared."""
+    config = replace(DEIT_SMALL, patch_grids=(4, 8), mean=(0.8, 0.4, 0.2))
+    transform = training_transform(config, Augmentation("rand-m10-n1-p1", 0.0))
+    picture = Image.new("RGB", (128, 128), (204, 102, 51))
+    for seed in range(60):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        image = transform(picture)
+        assert float((image.amax(dim=(1, 2)) - image.amin(dim=(1, 2))).max()) < 1e-5
 
 
 def broken_text(path: Path) -> None:
@@ -304,33 +246,9 @@ def broken_palette(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [broken_text, broken_end, broken_size, broken_palette])
-def test_a_broken_image_is_named(tmp_path: Path, tiny_config: SuperViTConfig, spoil: Callable[[Path], None]) -> None:
-    (tmp_path / "class").mkdir()
-    path = tmp_path / "class" / "broken.png"
+def test_a_broken_image_is_named_in_one_line(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    path = tmp_path / "broken.png"
     spoil(path)
-    folder = open_folder(tmp_path, evaluation_transform(tiny_config))
-    with pytest.raises(DataError, match=f"{path}: not a readable image"):
-        folder[0]
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_named_in_one_line_by_whichever_process_meets_it(
-    tmp_path: Path, tiny_config: SuperViTConfig, workers: int
-) -> None:
-    (tmp_path / "class").mkdir()
-    noise(20, 20).save(tmp_path / "class" / "0.png")
-    broken_text(tmp_path / "class" / "1.png")
-    batches = iter(SampleLoader(open_folder(tmp_path, evaluation_transform(tiny_config)), 1, num_workers=workers))
-    assert next(batches)[0].shape == (1, 3, 16, 16)
-    with pytest.raises(DataError) as caught:
-        next(batches)
-    assert str(caught.value).startswith(f"{tmp_path}/class/1.png: not a readable image: cannot identify image file")
+    with pytest.raises(UnreadableImageError, match=f"^{path}: not a readable image") as caught:
+        load_rgb(str(path))
     assert "\n" not in str(caught.value)
-
-
-def test_a_single_class_is_nothing_to_train_on(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "red").symlink_to(pictures / "train" / "red", target_is_directory=True)
-    with pytest.raises(DataError, match=f"{tmp_path}/train: a single class folder"):
-        open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.1, 0)
-    assert open_folder(tmp_path / "train", evaluation_transform(tiny_config)).classes == ["red"]
