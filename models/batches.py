@@ -16,23 +16,24 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from models.checkpoint import digest
+from models.crops import PADDED_CROP_SIDE_PX, crop_padding
 from models.datasets import ImageSet, TrainingSamples, digest_samples, open_training_data
 from models.images import (
-    PADDED_CROP_SIDE_PX,
     Augmentation,
-    crop_padding,
     evaluation_transform,
     normalise,
     square_transform,
     training_transform,
 )
 from models.loaders import SampleLoader, gather_in_turn, load_in_turn
+from models.objective import Targets
 from models.pickles import UNPICKLING_ERRORS
 from models.processes import gather
 from models.recipe import Recipe, count_training_files
 from models.state import TrainingError, prepare_folder, save_whole
 from models.subnetwork import SuperViTConfig
 from models.teacher import Teacher
+from models.token_labels import CropAndVariation, WithTokenLabels, cut_token_labels
 
 MEMORY_LIMIT_BYTES = 2**31
 TARGETS_NAME = "targets.pt"
@@ -121,9 +122,13 @@ def read_images(dataset: ImageSet, batch_size: int, workers: int) -> tuple[Tenso
 
 
 def fits_memory(recipe: Recipe, config: SuperViTConfig) -> bool:
-    """Tell whether the images are kept in memory: small, not too many, and not varied by RandAugment, one by one."""
+    """Tell whether the images are kept in memory: small, not too many, and varied alike.
+
+    RandAugment and maps of token labels ask for each image by itself.
+    """
     size_bytes = count_training_files(recipe.data) * 3 * config.image_side**2
-    return config.image_side <= PADDED_CROP_SIDE_PX and size_bytes <= MEMORY_LIMIT_BYTES and not recipe.rand_augment
+    is_small = config.image_side <= PADDED_CROP_SIDE_PX and size_bytes <= MEMORY_LIMIT_BYTES
+    return is_small and not recipe.rand_augment and not recipe.token_labels
 
 
 def soft_targets(
@@ -171,6 +176,28 @@ def _kept_targets(path: Path, asked: dict[str, str]) -> Tensor | None:
     return None
 
 
+def find_targets(
+    recipe: Recipe, config: SuperViTConfig, teacher: Teacher | None, images: Tensor, labels: Tensor, maps: list[Tensor]
+) -> Targets:
+    """Put together what a batch is to be answered with.
+
+    Args:
+        recipe: for what the teacher is asked.
+        config: of the student.
+        teacher: to be asked about these very images; None for none.
+        images: (B, 3, S, S), normalised, augmented.
+        labels: (B,) class indices or (B, classes) probabilities.
+        maps: what the batch holds besides, namely the token labels of `WithTokenLabels`; empty for none.
+    """
+    if maps:
+        on_device = (part.to(images.device) for part in maps)
+        tokens = cut_token_labels(*on_device, patch_grid=config.patch_grids[-1], num_classes=config.num_classes)
+        return Targets(labels, teacher(images) if teacher else None, tokens)
+    if teacher and recipe.teacher_tokens:
+        return Targets(labels, *teacher.answer_everywhere(images))
+    return Targets(labels, teacher(images) if teacher else None)
+
+
 def open_batches(
     recipe: Recipe, config: SuperViTConfig, teacher: Teacher | None, rank: int, processes: int, device: torch.device
 ) -> tuple[Batches, RepeatAugSampler, SampleLoader]:
@@ -186,9 +213,15 @@ def open_batches(
     in_memory = fits_memory(recipe, config)
     augmentation = Augmentation(recipe.rand_augment or None, recipe.random_erasing, recipe.smallest_crop)
     side = config.image_side
-    transform = square_transform(side, side) if in_memory else training_transform(config, augmentation)
+    vary = CropAndVariation if recipe.token_labels else training_transform
+    transform = square_transform(side, side) if in_memory else vary(config, augmentation)
     samples, watching = open_training_data(
-        recipe.data, config, transform, recipe.holdout, recipe.seed, recipe.max_bad_images
+        recipe.data,
+        config,
+        transform,  # type: ignore[arg-type] # that of token labels tells the crop, too
+        recipe.holdout,
+        recipe.seed,
+        recipe.max_bad_images,
     )
     sampler = _sampler(recipe, len(samples), rank, processes)
     for images in (samples, watching):
@@ -202,8 +235,11 @@ def open_batches(
         sampler = _sampler(recipe, len(labels), rank, processes)
         labels = labels if targets is None else targets[~samples.is_bad]
         return ImageBatches(pixels, labels, sampler, recipe.batch_size, config, recipe.random_erasing), sampler, watched
+    labelled: TrainingSamples | WithTokenLabels = TrainingSamples(samples, targets)
+    if recipe.token_labels:
+        labelled = WithTokenLabels(labelled, recipe.token_labels, config.num_classes)
     loader = SampleLoader(
-        TrainingSamples(samples, targets),  # type: ignore[arg-type] # labels of either kind
+        labelled,  # type: ignore[arg-type] # labels of any kind
         recipe.batch_size,
         sampler=sampler,
         num_workers=recipe.workers,

@@ -137,10 +137,19 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor | int]]):
         Raises:
             DataError: too many cannot be read.
         """
+        image, target, _ = self.take(index)
+        return image, target
+
+    def take(self, index: int) -> tuple[Tensor, Tensor | int, int]:
+        """One image, its target, and the place in `images` where it was found.
+
+        Raises:
+            DataError: too many cannot be read.
+        """
         for place in itertools.chain(range(index, len(self)), range(index)):
             image, label = self.images[place]
             if label != NO_LABEL:
-                return image, label if self.targets is None else self.targets[place]
+                return image, label if self.targets is None else self.targets[place], place
         raise DataError(f"{self.images.folder}: no image can be read")
 
     def report(self) -> None:

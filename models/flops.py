@@ -20,7 +20,8 @@ def count_macs(config: SuperViTConfig, subnetwork: SubNetwork) -> int:
 def count_macs_together(config: SuperViTConfig, patch_grid: int, keep_rates: tuple[float, ...]) -> int:
     """Multiply-accumulates of one image at several keep rates of a grid, as in a training step.
 
-    The embedding and the blocks before the first that prunes are computed once for all of them.
+    The embedding and the blocks before the first that prunes are computed once for all of them. An LV-ViT's auxiliary
+    head counts at every rate, as in serving; a step asks it for the largest sub-network alone.
     """
     fork = min(config.prune_blocks, default=config.depth)
     tokens = config.num_tokens(SubNetwork(patch_grid, 1.0))

@@ -19,12 +19,11 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from models.crops import RandomCrop
 from models.subnetwork import Interpolation, SuperViTConfig
 
 # The strongest posterization that keeps a bit of each channel: at 10 none is left, which Pillow refuses.
 MAX_POSTERIZE = 9.9
-# Inputs up to this side are small pictures already: crop them with padding rather than rescale a random part.
-PADDED_CROP_SIDE_PX = 64
 # A longer picture is cut to this ratio around its centre before resizing, or a 1 x 100,000 px one would fill memory.
 MAX_ASPECT_RATIO = 8
 
@@ -162,28 +161,26 @@ def square_transform(resized: int, side: int, interpolation: Interpolation = "bi
     return composed
 
 
-def crop_padding(side: int) -> int:
-    """Tell by how many pixels a small picture is padded before a part of its own size is cropped from it."""
-    return side // 8
-
-
 def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Transform:
     """Map an RGB picture of any size to a random (3, S, S) float32 variation of it, normalised."""
-    side = config.image_side
+    crop = training_crop(config, augmentation)
+    composed: Transform = transforms.Compose([crop, variation(config, augmentation)])
+    return composed
+
+
+def training_crop(config: SuperViTConfig, augmentation: Augmentation) -> RandomCrop:
+    """Take a random part of an RGB picture of any size, as a square of S pixels."""
+    return RandomCrop(config.image_side, augmentation.smallest_crop, config.interpolation)
+
+
+def variation(config: SuperViTConfig, augmentation: Augmentation) -> Transform:
+    """Map a square that was cropped for training to a random (3, S, S) float32 variation of it, normalised."""
     steps: list[Callable[..., Any]] = []
-    if side <= PADDED_CROP_SIDE_PX:
-        steps += [
-            transforms.Resize(side, InterpolationMode.BICUBIC),
-            transforms.RandomCrop(side, padding=crop_padding(side), pad_if_needed=True),
-        ]
-    else:
-        scale = (augmentation.smallest_crop, 1.0)
-        mode = InterpolationMode(config.interpolation)
-        steps += [transforms.RandomResizedCrop(side, scale, interpolation=mode)]
-    steps += [transforms.RandomHorizontalFlip()]
     if augmentation.rand_augment:
         fill = tuple(round(255 * channel) for channel in config.mean)
-        augment = rand_augment_transform(augmentation.rand_augment, {"translate_const": side // 2, "img_mean": fill})
+        augment = rand_augment_transform(
+            augmentation.rand_augment, {"translate_const": config.image_side // 2, "img_mean": fill}
+        )
         for op in augment.ops:
             if op.name == "PosterizeIncreasing":
                 op.magnitude_max = min(op.magnitude_max or MAX_POSTERIZE, MAX_POSTERIZE)

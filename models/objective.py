@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from models.mix_token import TokenBox, exchange_tokens, mix_labels
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 
@@ -55,36 +56,98 @@ def sample_single(config: SuperViTConfig, seed: int, step: int, *, pruned: bool)
     return (PairChoice(grid, choice.choice(config.keep_rates) if pruned else config.keep_rates[-1], None),)
 
 
-class PairLoss(nn.Module):
-    """The losses of a pair (paper, section 3.3): labels for the whole, distillation for the pruned."""
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a batch is to be answered with.
 
-    def __init__(self, model: SuperViT, label_smoothing: float, teacher_weight: float) -> None:
+    Attributes:
+        labels: (B,) class indices, or (B, classes) probabilities where labels were mixed and smoothed.
+        taught: (B, classes), the probabilities that a teacher gives; None without one.
+        tokens: (B, N - 1, classes), probabilities for every patch token of the largest grid; None where the labels are
+            to stand for all of them.
+    """
+
+    labels: Tensor
+    taught: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+class PairLoss(nn.Module):
+    """The losses of a pair (paper, section 3.3): labels for the whole, distillation for the pruned.
+
+    The patch tokens of an LV-ViT's largest sub-network have labels as well (Jiang et al., NeurIPS 2021).
+    """
+
+    def __init__(
+        self, model: SuperViT, label_smoothing: float, teacher_weight: float, token_weight: float = 1.0
+    ) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
         self.teacher_weight = teacher_weight
+        self.token_weight = token_weight
 
-    def forward(self, images: Tensor, targets: Tensor, taught: Tensor | None, pair: PairChoice) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        images: Tensor,
+        targets: Targets,
+        pair: PairChoice,
+        box: TokenBox | None = None,
+        example: Tensor | None = None,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Compute the losses of one pair.
 
         Args:
             images: (B, 3, S, S), normalised.
-            targets: (B,) class indices, or (B, classes) probabilities where labels were mixed and smoothed.
-            taught: (B, classes), the probabilities that a teacher gives; None without one.
+            targets: what they are to be answered with.
             pair: the grid and its keep rates.
+            box: whose patch tokens the images exchange; None for none.
+            example: (B, classes) probabilities, what the pruned sub-network of an earlier pair of this step learned
+                from; None in the first.
 
         Returns:
-            The classification loss at the highest keep rate; and, where the pair has a lower one, the KL divergence
-            (mean over the batch) of that one from what the highest answered, which takes no gradient.
+            The losses: at the highest keep rate that of the labels; and, where the pair has a lower one, the KL
+            divergence (mean over the batch) of that one from its example. And the example, which takes no gradient.
         """
+        config = self.model.config
         lower = () if pair.pruned_keep_rate is None else (pair.pruned_keep_rate,)
-        logits = self.model.forward_rates(images, pair.patch_grid, (pair.keep_rate, *lower))
-        full, *pruned = (answer.float() for answer in logits)
-        smoothing = self.label_smoothing if targets.ndim == 1 else 0.0
-        classification = functional.cross_entropy(full, targets, label_smoothing=smoothing)
-        if taught is not None:
-            classification = classification.lerp(_divergence(full, taught), self.teacher_weight)
-        return classification, *(_divergence(answer, full.detach().softmax(dim=1)) for answer in pruned)
+        tokens = self.model.forward_rates(images, pair.patch_grid, (pair.keep_rate, *lower), box)
+        full, *pruned = (self.model.classify(its_tokens).float() for its_tokens in tokens)
+        labels = self.spread(targets.labels)
+        loss = self.classification_loss(full, labels, targets.taught, box)
+        is_largest = (pair.patch_grid, pair.keep_rate) == (config.patch_grids[-1], 1)
+        of_patches = self.model.classify_patches(tokens[0]) if is_largest else None
+        if of_patches is not None:
+            token_labels = labels[:, None] if targets.tokens is None else targets.tokens
+            loss = loss + self.token_weight * _token_loss(of_patches.float(), token_labels, box)
+        # An LV-ViT learns from the largest sub-network at every grid, a DeiT from that of the same grid.
+        if example is None or config.flavour == "deit":
+            example = full.detach().softmax(dim=1)
+        return (loss, *(_divergence(answer, example) for answer in pruned)), example
+
+    def spread(self, labels: Tensor) -> Tensor:
+        """Turn (B,) class indices into (B, classes) probabilities, smoothed; probabilities are so already."""
+        if labels.ndim == 2:
+            return labels
+        num_classes = self.model.config.num_classes
+        certain = functional.one_hot(labels, num_classes).float()
+        return certain * (1 - self.label_smoothing) + self.label_smoothing / num_classes
+
+    def classification_loss(
+        self, logits: Tensor, labels: Tensor, taught: Tensor | None, box: TokenBox | None
+    ) -> Tensor:
+        """Compare (B, classes) logits with labels and teacher, both mixed as the tokens of the images are."""
+        if box is not None:
+            labels, taught = mix_labels(labels, box), None if taught is None else mix_labels(taught, box)
+        loss = functional.cross_entropy(logits, labels)
+        return loss if taught is None else loss.lerp(_divergence(logits, taught), self.teacher_weight)
+
+
+def _token_loss(logits: Tensor, labels: Tensor, box: TokenBox | None) -> Tensor:
+    """Compare (B, N - 1, classes) logits, exchanged back, with (B, N - 1, classes) labels or (B, 1, classes) ones."""
+    if box is not None:
+        logits = exchange_tokens(logits, box)
+    return -(labels * logits.log_softmax(dim=2)).sum(dim=2).mean()
 
 
 def _divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
@@ -95,10 +158,10 @@ def training_step(
     pair_loss: PairLoss | DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
-    targets: Tensor,
-    taught: Tensor | None,
+    targets: Targets,
     pairs: tuple[PairChoice, ...],
     autocast: torch.autocast,
+    box: TokenBox | None = None,
     scaler: torch.amp.GradScaler | None = None,
     clip_grad: float | None = None,
     place: tuple[int, int] = (1, 1),
@@ -111,10 +174,10 @@ def training_step(
         pair_loss: computes the losses of a pair.
         optimizer: of the shared weights.
         images: (B, 3, S, S), normalised, augmented.
-        targets: (B,) class indices or (B, classes) probabilities.
-        taught: (B, classes) probabilities of a teacher; None without one.
+        targets: what they are to be answered with.
         pairs: one, or the largest grid's and a smaller grid's.
         autocast: the precision of the forward pass.
+        box: whose patch tokens the images exchange in all sub-networks; None for none.
         scaler: keeps the gradients of float16 in its range; None in other precisions.
         clip_grad: the norm that a longer gradient of a step is scaled down to; None for any length.
         place: number of this batch, from 1, and how many make the step.
@@ -123,6 +186,7 @@ def training_step(
         The losses of this batch by name.
     """
     losses: dict[str, float] = {}
+    example = None
     number, count = place
     if number == 1:
         optimizer.zero_grad()
@@ -130,7 +194,7 @@ def training_step(
         # Processes exchange gradients once a step, with the last pair's of the last batch.
         with nullcontext() if number == count and pair is pairs[-1] else _gradients_kept_local(pair_loss):
             with autocast:
-                parts = pair_loss(images, targets, taught, pair)
+                parts, example = pair_loss(images, targets, pair, box, example)
             loss = torch.stack(parts).sum() / count
             (scaler.scale(loss) if scaler else loss).backward()
         losses |= zip((name, f"{name}, pruned"), (part.item() for part in parts), strict=False)

@@ -1,6 +1,7 @@
 """The options of a training run, with defaults that follow the size of the data set. Holds values, trains nothing."""
 
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,19 +18,33 @@ from models.subnetwork import Interpolation, SuperViTConfig
 # Between CIFAR (50,000) and ImageNet (1.28 million): above it, the strong augmentation of DeiT pays.
 LARGE_DATASET_IMAGES = 200_000
 
-# "large" is the published DeiT recipe; "small" is for tens of thousands of images.
+# "small" is for tens of thousands of images; the others are the published recipes, by the flavour of the model.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "large": {
+    "deit": {
         "epochs": 300,
         "optimizer": "adamw",
         "batch_size": 256,
         "mixup": 0.8,
         "cutmix": 1.0,
+        "mix_token": False,
         "rand_augment": "rand-m9-mstd0.5-inc1",
         "random_erasing": 0.25,
         "drop_path": 0.1,
         "ema_decay": 0.99996,
         "augmentation_repeats": 3,
+    },
+    "lvvit": {
+        "epochs": 300,
+        "optimizer": "adamw",
+        "batch_size": 256,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "mix_token": True,
+        "rand_augment": "rand-m9-mstd0.5-inc1",
+        "random_erasing": 0.25,
+        "drop_path": 0.1,
+        "ema_decay": 0.99992,
+        "augmentation_repeats": 1,
     },
     "small": {
         "epochs": 100,
@@ -37,6 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_size": 64,
         "mixup": 0.0,
         "cutmix": 0.0,
+        "mix_token": False,
         "rand_augment": "",
         "random_erasing": 0.0,
         "drop_path": 0.0,
@@ -45,9 +61,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Peak rates per 512 images of a step. Muon's for small sets comes from trials on CIFAR-10; its other is in the same
+# Peak rates per 512 images of a step. Muon's for small sets comes from trials on CIFAR-10; its others are in the same
 # proportion to AdamW's, and untried.
-LEARNING_RATES = {"adamw": {"large": 5e-4, "small": 4e-3}, "muon": {"large": 5e-3, "small": 4e-2}}
+LEARNING_RATES = {
+    "adamw": {"deit": 5e-4, "lvvit": 8e-4, "small": 4e-3},
+    "muon": {"deit": 5e-3, "lvvit": 8e-3, "small": 4e-2},
+}
+# Options that say something of patch tokens, which only an LV-ViT is asked about.
+TOKEN_OPTIONS = ("mix_token", "token_label_weight", "token_labels", "teacher_tokens")
 
 # Where the weights of `init` meet new classes: the blocks near the images change least (Bao et al., BEiT, ICLR 2022).
 # Crops of a tenth of an image, which teach a network from scratch, cost a short fine-tuning more than they give.
@@ -63,8 +84,20 @@ def count_training_files(data: Path) -> int:
     return sum(len(files) for _, _, files in os.walk(data / "train", followlinks=True))
 
 
-def _size(data: Path) -> str:
-    return "large" if count_training_files(data) >= LARGE_DATASET_IMAGES else "small"
+@cache
+def flavour_of(model: str, init: Path | None) -> str:
+    """Tell the flavour of a run's model: that of the weights to start from, where they say, or of its name."""
+    with suppress(CheckpointError):  # the run will say so
+        if init and (config := open_initial(init).config):
+            return config.flavour
+    return "lvvit" if model.startswith("supervit_lvvit_") else "deit"
+
+
+def _kind(fields: dict[str, Any]) -> str:
+    """Tell which defaults suit the training set and the model."""
+    if count_training_files(fields["data"]) < LARGE_DATASET_IMAGES:
+        return "small"
+    return flavour_of(fields["model"], fields["init"])
 
 
 def _fine_tunes(fields: dict[str, Any]) -> bool:
@@ -82,10 +115,10 @@ def meets_new_classes(init: Path, data: Path) -> bool:
 
 
 def _by_size(name: str, **constraints: Any) -> Any:  # noqa: ANN401 - as pydantic's Field
-    """Declare a field whose default follows the number of files under train/."""
+    """Declare a field whose default follows the number of files under train/ and, where there are many, the model."""
 
     def default(fields: dict[str, Any]) -> Any:  # noqa: ANN401 - of the field's own type
-        return DEFAULTS[_size(fields["data"])][name]
+        return DEFAULTS[_kind(fields)][name]
 
     return Field(default_factory=default, **constraints)
 
@@ -140,6 +173,13 @@ class Recipe(BaseModel):
     teacher_once: bool = Field(
         False, description="ask the teacher once about each image, before training, instead of about every variation"
     )
+    teacher_tokens: bool = Field(
+        False, description="what the teacher sees at every place of an image is the label of that patch token"
+    )
+    token_labels: Path | None = Field(
+        None, description="folder with a map of labels for every training image; the image's label where left out"
+    )
+    token_label_weight: float = Field(1.0, gt=0, description="of the loss of an LV-ViT's patch tokens")
 
     epochs: PositiveInt = _by_size("epochs", description="passes over the training images")
     single_epochs: int = Field(
@@ -151,14 +191,14 @@ class Recipe(BaseModel):
     batch_size: PositiveInt = _by_size("batch_size", description="images per batch and process")
     accumulate: PositiveInt = Field(1, description="batches whose gradients are averaged into one step")
     optimizer: Literal["adamw", "muon"] = Field(
-        default_factory=lambda fields: "adamw" if _fine_tunes(fields) else DEFAULTS[_size(fields["data"])]["optimizer"],
+        default_factory=lambda fields: "adamw" if _fine_tunes(fields) else DEFAULTS[_kind(fields)]["optimizer"],
         description="AdamW, or Muon for matrices and convolutions and AdamW for the rest",
     )
     learning_rate: float = Field(
         default_factory=lambda fields: (
             FINE_TUNING["learning_rate"]
             if fields["optimizer"] == "adamw" and _fine_tunes(fields)
-            else LEARNING_RATES[fields["optimizer"]][_size(fields["data"])]
+            else LEARNING_RATES[fields["optimizer"]][_kind(fields)]
         ),
         gt=0,
         description="peak rate per 512 images of a step",
@@ -171,6 +211,9 @@ class Recipe(BaseModel):
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="probability mass spread over all classes")
     mixup: float = _by_size("mixup", ge=0, description="mixup alpha; 0 for none")
     cutmix: float = _by_size("cutmix", ge=0, description="cutmix alpha; 0 for none")
+    mix_token: bool = _by_size(
+        "mix_token", description="let the images of a batch exchange the patch tokens of a box, once embedded"
+    )
     rand_augment: str = _by_size(
         "rand_augment", pattern=RAND_AUGMENT, description='timm RandAugment, e.g. rand-m9-mstd0.5-inc1; "" for none'
     )
@@ -213,19 +256,27 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        given = {name for name in self.model_fields_set if getattr(self, name)}
         if self.teacher and self.teacher_self:
             raise ValueError("teacher and teacher-self are two teachers; name one")
         for name in ("fit_head", "teacher_self"):
             if getattr(self, name) and not self.init:
                 raise ValueError(f"{name.replace('_', '-')} needs the weights of --init")
-        for name in ("teacher_checkpoint", "teacher_side", "teacher_weight", "teacher_once"):
+        for name in ("teacher_checkpoint", "teacher_side", "teacher_weight", "teacher_once", "teacher_tokens"):
             has_one = self.teacher or (self.teacher_self and name in ("teacher_weight", "teacher_once"))
-            if name in self.model_fields_set and getattr(self, name) and not has_one:
+            if name in given and not has_one:
                 raise ValueError(f"{name.replace('_', '-')} without a teacher teaches nothing; name one with --teacher")
+        for name in TOKEN_OPTIONS:
+            if name in given and flavour_of(self.model, self.init) != "lvvit":
+                raise ValueError(f"{name.replace('_', '-')} is for the patch tokens of an LV-ViT, which this is not")
         if self.single_epochs > self.epochs:
             raise ValueError(f"{self.single_epochs} single epochs are more than the {self.epochs} of the run")
         if self.teacher_once and (self.mixup or self.cutmix):
             raise ValueError("a teacher that is asked once knows nothing of mixup and cutmix")
+        if self.teacher_tokens and (self.teacher_once or self.token_labels):
+            raise ValueError("teacher-tokens are those of every variation: not with teacher-once or token-labels")
+        if self.token_labels and (self.mixup or self.cutmix):
+            raise ValueError("token labels of a folder know nothing of mixup and cutmix")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix need an even batch-size, not {self.batch_size}")
         return self

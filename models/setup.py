@@ -48,6 +48,8 @@ def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> SuperViT:
         raise TrainingError(str(error)) from error
     if recipe.freeze_batch_norm and not (initial and model.config.flavour == "lvvit"):
         raise TrainingError("freeze-batch-norm keeps the statistics of an lvvit stem that init names; there are none")
+    if model.aux_head is not None and model.config.keep_rates[-1] < 1:
+        raise TrainingError("an lvvit learns the labels of all patch tokens; its keep-rates must end in 1")
     if initial:
         initial.load_into(model, with_head=initial.has_head_for(class_names))
     return model
@@ -86,7 +88,9 @@ def build_teacher(recipe: Recipe, model: SuperViT) -> Teacher | None:
         return None
     if not timm.is_model(recipe.teacher):
         raise TrainingError(f"timm knows no model {recipe.teacher!r} to learn from")
-    teacher = Teacher.load(recipe.teacher, recipe.teacher_checkpoint, recipe.teacher_side, model.config)
+    teacher = Teacher.load(
+        recipe.teacher, recipe.teacher_checkpoint, recipe.teacher_side, model.config, recipe.teacher_tokens
+    )
     return teacher.to(model.cls_token.device)
 
 

@@ -101,8 +101,8 @@ class State:
                 content = torch.load(file, map_location="cpu", weights_only=True)
             default = Recipe(data=recipe.data, output=recipe.output).model_dump(mode="json")
             differences = [
-                # What an older version could not be told was as it is now by default.
-                *_other_options(default | content["recipe"], recipe.model_dump(mode="json")),
+                # What an older version could not be told was as it is now by default, but none exchanged tokens.
+                *_other_options(default | {"mix_token": False} | content["recipe"], recipe.model_dump(mode="json")),
                 *_other_classes(content["class_names"], class_names),
             ]
             if content["processes"] != self.processes:  # with another number, a step would see more images or fewer

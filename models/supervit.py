@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.layers import Block, ConvStem
+from models.mix_token import TokenBox, exchange_tokens
 from models.subnetwork import SubNetwork, SuperViTConfig
 
 DEIT_SMALL = SuperViTConfig()
@@ -135,21 +136,29 @@ class SuperViT(nn.Module):
         tokens = self.embed(images, subnetwork.patch_grid)
         return self.classify(self.transform(tokens, subnetwork.keep_rate, 0, self.config.depth))
 
-    def forward_rates(self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...]) -> tuple[Tensor, ...]:
-        """Classify a batch at several keep rates, computing what they share once.
+    def forward_rates(
+        self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...], box: TokenBox | None = None
+    ) -> tuple[Tensor, ...]:
+        """Run a batch through all blocks at several keep rates, computing what these share once.
 
         All see the same tokens until the first block that prunes, so a training step that wants several saves the
         embedding and those blocks, forwards and backwards.
 
+        Args:
+            images: (B, 3, S, S) float, normalised, at full size.
+            patch_grid: a trained one.
+            keep_rates: each in (0, 1].
+            box: whose patch tokens the images exchange; None for none.
+
         Returns:
-            (B, classes) logits of (patch_grid, keep rate) for each of `keep_rates`.
+            (B, N, D) tokens that the last block leaves of (patch_grid, keep rate), for each of `keep_rates`.
         """
         depth = self.config.depth
         fork = min(self.config.prune_blocks, default=depth)
-        tokens = self.transform(self.embed(images, patch_grid), 1.0, 0, fork)
-        return tuple(self.classify(self.transform(tokens, rate, fork, depth)) for rate in keep_rates)
+        tokens = self.transform(self.embed(images, patch_grid, box), 1.0, 0, fork)
+        return tuple(self.transform(tokens, rate, fork, depth) for rate in keep_rates)
 
-    def embed(self, images: Tensor, patch_grid: int) -> Tensor:
+    def embed(self, images: Tensor, patch_grid: int, box: TokenBox | None = None) -> Tensor:
         """Resize (B, 3, S, S) images to the grid and embed them as (B, N, D) tokens, prefix tokens first."""
         side = self.config.image_side
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
@@ -160,6 +169,8 @@ class SuperViT(nn.Module):
             grid_side = patch_grid * self.config.patch_kernel
             images = functional.interpolate(images, (grid_side, grid_side), mode="bilinear", align_corners=True)
         patches = self.patch_embed(images)
+        if box is not None:
+            patches = exchange_tokens(patches, box)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
         embedded: Tensor = tokens + self.pos_embed_list[self.config.patch_grids.index(patch_grid)]
         return embedded if self.norm_pre is None else self.norm_pre(embedded)
@@ -176,12 +187,17 @@ class SuperViT(nn.Module):
         return tokens
 
     def classify(self, tokens: Tensor) -> Tensor:
-        """Map the (B, N, D) tokens that the last block left to (B, classes) logits."""
+        """Map the (B, N, D) tokens that the last block left to (B, classes) logits.
+
+        The auxiliary head adds to those of the class head, but not while training: there it has labels of its own.
+        """
         logits: Tensor = self.head(self.pool(tokens))
-        if self.aux_head is not None:
-            patches = self.norm(tokens[:, self.config.num_prefix_tokens :])
-            logits = logits + self.config.aux_head_weight * self.aux_head(patches).amax(dim=1)
-        return logits
+        of_patches = None if self.training else self.classify_patches(tokens)
+        return logits if of_patches is None else logits + self.config.aux_head_weight * of_patches.amax(dim=1)
+
+    def classify_patches(self, tokens: Tensor) -> Tensor | None:
+        """Map the tokens that the last block left to (B, patches, classes) logits; None without an auxiliary head."""
+        return None if self.aux_head is None else self.aux_head(self.norm(tokens[:, self.config.num_prefix_tokens :]))
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Map the (B, N, D) tokens that the last block left to the (B, head width) features that the head reads."""

@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.batches import Batches, open_batches
+from models.batches import Batches, find_targets, open_batches
 from models.calibration import Scaling
 from models.compilation import compile_in_place
 from models.datasets import list_classes
@@ -25,6 +25,7 @@ from models.devices import training_dtype
 from models.evaluate import measure_accuracy
 from models.head import fit_head
 from models.loaders import SampleLoader
+from models.mix_token import draw_box
 from models.objective import PairLoss, sample_pairs, sample_single, training_step
 from models.processes import Process, join_processes, seed_everything, share_buffers
 from models.profiles import ProfileTable
@@ -146,7 +147,7 @@ def build_pair_loss(recipe: Recipe, model: SuperViT, process: Process) -> PairLo
     Raises:
         TrainingError: it shall be compiled and there is no compiler.
     """
-    pair_loss = PairLoss(model, recipe.label_smoothing, recipe.teacher_weight)
+    pair_loss = PairLoss(model, recipe.label_smoothing, recipe.teacher_weight, recipe.token_label_weight)
     if recipe.compile:
         compile_in_place(pair_loss, process.device)
     # A pair leaves the other grids' position embeddings unused.
@@ -188,17 +189,18 @@ def train_epoch(
     totals: dict[str, float] = {}
     progress.start_epoch(epoch)
     step, steps_before = 0, (epoch - 1) * math.ceil(len(loader) / recipe.accumulate)
-    for index, (images, labels) in enumerate(loader):
-        images, targets = images.to(process.device), labels.to(process.device)
+    for index, (images, labels, *maps) in enumerate(loader):
+        images, labels = images.to(process.device), labels.to(process.device)
         if mix:
-            images, targets = mix(images, targets)
+            images, labels = mix(images, labels)
         step, number = steps_before + index // recipe.accumulate, index % recipe.accumulate + 1
         place = number, min(recipe.accumulate, len(loader) - index + number - 1)  # the last step takes what is left
         schedule.step_update(step)
-        taught = teacher(images) if teacher else None
+        targets = find_targets(recipe, config, teacher, images, labels, maps)
         pairs = sample(config, recipe.seed, step)
+        box = draw_box(config.patch_grids[-1], recipe.seed, step) if recipe.mix_token else None
         losses = training_step(
-            pair_loss, state.optimizer, images, targets, taught, pairs, autocast, state.scaler, recipe.clip_grad, place
+            pair_loss, state.optimizer, images, targets, pairs, autocast, box, state.scaler, recipe.clip_grad, place
         )
         for name, loss in losses.items():
             if not math.isfinite(loss):

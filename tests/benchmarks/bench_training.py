@@ -22,7 +22,7 @@ from models.batches import open_batches
 from models.datasets import open_training_data
 from models.images import Augmentation, training_transform
 from models.loaders import SampleLoader
-from models.objective import PairLoss, sample_pairs, training_step
+from models.objective import PairLoss, Targets, sample_pairs, training_step
 from models.recipe import Recipe
 from models.setup import build_model, build_optimizer
 
@@ -64,7 +64,7 @@ def main() -> None:
     def forward_and_backward() -> None:
         steps.update(["step"])
         pairs = sample_pairs(model.config, 0, steps["step"])
-        training_step(pair_loss, idle, images, labels, None, pairs, NO_AUTOCAST)
+        training_step(pair_loss, idle, images, Targets(labels), pairs, NO_AUTOCAST)
 
     steps: Counter[str] = Counter()
     parts: dict[str, Callable[[], object]] = {

@@ -46,10 +46,11 @@ def test_macs_are_half_the_flops_that_torch_counts(model: SuperViT, config: Supe
 def test_what_the_keep_rates_of_a_step_share_is_counted_once(
     model: SuperViT, config: SuperViTConfig, images: Tensor
 ) -> None:
-    model.train()
+    model.eval()
     for grid, rates in ((4, (1.0, 0.5)), (3, (1.0, 0.7, 0.5)), (2, (0.5,))):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.forward_rates(images, grid, rates)
+            for tokens in model.forward_rates(images, grid, rates):
+                model.classify(tokens)
         assert counter.get_total_flops() == 2 * len(images) * count_macs_together(config, grid, rates)
     unpruned = replace(config, prune_blocks=())  # all is shared but the heads
     head = count_macs_together(unpruned, 4, (0.5, 1.0)) - count_macs(unpruned, SubNetwork(4, 1.0))

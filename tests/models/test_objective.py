@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.objective import PairChoice, PairLoss, sample_pairs, sample_single, training_step
+from models.mix_token import TokenBox
+from models.objective import PairChoice, PairLoss, Targets, sample_pairs, sample_single, training_step
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 
@@ -68,9 +69,14 @@ class Answers(SuperViT):
         super().__init__(config)
         self.full, self.pruned = full.requires_grad_(), pruned.requires_grad_()
 
-    def forward_rates(self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...]) -> tuple[Tensor, ...]:
-        del images, patch_grid
-        return (self.full, self.pruned)[: len(keep_rates)]
+    def forward_rates(
+        self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...], box: TokenBox | None = None
+    ) -> tuple[Tensor, ...]:
+        del images, patch_grid, box
+        return (self.full[:, None], self.pruned[:, None])[: len(keep_rates)]
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
 
 
 @pytest.fixture
@@ -87,20 +93,20 @@ KL = ((1 / 4 * math.log(1 / 2) + 0 + 1 / 2 * math.log(2)) + (2 / 3 * math.log(5 
 
 def test_the_whole_learns_labels_and_the_pruned_learns_the_whole(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.5)
-    classification, distillation = loss(torch.empty(2, 0), torch.tensor([2, 0]), None, PAIRS[0])
+    (classification, distillation), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0])), PAIRS[0])
     assert classification.item() == pytest.approx((math.log(2) + math.log(3)) / 2)
     assert distillation.item() == pytest.approx(KL)
 
 
 def test_without_a_lower_keep_rate_there_are_the_labels_alone(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.5)
-    (classification,) = loss(torch.empty(2, 0), torch.tensor([2, 0]), None, PairChoice(4, 1.0, None))
+    (classification,), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0])), PairChoice(4, 1.0, None))
     assert classification.item() == pytest.approx((math.log(2) + math.log(3)) / 2)
 
 
 def test_label_smoothing_spreads_its_mass_over_all_classes(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.3, teacher_weight=0.5)
-    classification, _ = loss(torch.empty(2, 0), torch.tensor([2, 0]), None, PAIRS[0])
+    (classification, _), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0])), PAIRS[0])
     first = 0.8 * math.log(2) + 0.2 * math.log(4)
     assert classification.item() == pytest.approx((first + math.log(3)) / 2)
 
@@ -108,23 +114,52 @@ def test_label_smoothing_spreads_its_mass_over_all_classes(answers: Answers) -> 
 def test_mixed_labels_are_not_smoothed_again(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.3, teacher_weight=0.5)
     targets = torch.tensor([[0.5, 0.0, 0.5], [0.2, 0.2, 0.6]])
-    classification, _ = loss(torch.empty(2, 0), targets, None, PAIRS[0])
+    (classification, _), _ = loss(torch.empty(2, 0), Targets(targets), PAIRS[0])
     assert classification.item() == pytest.approx((0.5 * math.log(4) + 0.5 * math.log(2) + math.log(3)) / 2)
 
 
 def test_a_teacher_takes_its_share_of_the_classification_loss(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.25)
     taught = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]])
-    classification, distillation = loss(torch.empty(2, 0), torch.tensor([2, 0]), taught, PAIRS[0])
+    (classification, distillation), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0]), taught), PAIRS[0])
     labels = (math.log(2) + math.log(3)) / 2
     divergence = (0.5 * math.log(2) + 0.25 * math.log(1 / 2)) / 2
     assert classification.item() == pytest.approx(0.75 * labels + 0.25 * divergence)
     assert distillation.item() == pytest.approx(KL)
 
 
+def test_labels_and_teacher_are_mixed_as_the_tokens_are(answers: Answers) -> None:
+    loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.25)
+    quarter = TokenBox(4, 0, 2, 0, 2)
+    taught = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    (classification, _), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0]), taught), PAIRS[0], quarter)
+    labels = (0.75 * math.log(2) + 0.25 * math.log(4) + math.log(3)) / 2
+    first = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.5)
+    second = 0.25 * math.log(0.25 * 3) + 0.75 * math.log(0.75 * 3)
+    assert classification.item() == pytest.approx(0.75 * labels + 0.25 * (first + second) / 2)
+
+
+def test_the_loss_of_patch_tokens_has_its_weight_and_the_largest_grid_alone(
+    tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT], images: Tensor, labels: Tensor
+) -> None:
+    model = build(replace(tiny_config, flavour="lvvit")).train()
+    tokens = functional.one_hot(torch.arange(64).view(4, 16) % 3, 3).float()
+
+    def whole(weight: float, grid: int) -> float:
+        pair = PairChoice(grid, 1.0, None)
+        ((loss,), _) = PairLoss(model, 0.1, 0.5, weight)(images, Targets(labels, tokens=tokens), pair)
+        return float(loss.detach())
+
+    (last,) = model.forward_rates(images, 4, (1.0,))
+    outputs = model.get_submodule("aux_head")(model.norm(last)[:, 1:])
+    expected = functional.cross_entropy(outputs.transpose(1, 2), tokens.argmax(2))
+    assert whole(3.0, 4) - whole(1.0, 4) == pytest.approx(2 * expected.item(), rel=1e-4)
+    assert whole(3.0, 3) == whole(1.0, 3)
+
+
 def test_distillation_sends_no_gradient_to_the_whole(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.5)
-    classification, distillation = loss(torch.empty(2, 0), torch.tensor([2, 0]), None, PAIRS[0])
+    (classification, distillation), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0])), PAIRS[0])
     to_full, to_pruned = torch.autograd.grad(distillation, (answers.full, answers.pruned), allow_unused=True)
     assert to_full is None
     pruned, whole = answers.pruned.softmax(dim=1), answers.full.softmax(dim=1)
@@ -151,7 +186,7 @@ def test_a_step_sums_the_gradients_of_four_separate_subnetworks(deit: SuperViT, 
     for parameter in deit.parameters():
         parameter.grad = torch.full_like(parameter, 7.0)  # of an earlier step
     pair_loss = PairLoss(deit.train(), label_smoothing=0.1, teacher_weight=0.5)
-    losses = training_step(pair_loss, optimizer, images, labels, None, PAIRS, FULL_PRECISION)
+    losses = training_step(pair_loss, optimizer, images, Targets(labels), PAIRS, FULL_PRECISION)
     assert losses == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-5)
     for (name, parameter), reference in zip(deit.named_parameters(), separate.parameters(), strict=True):
         if reference.grad is None:
@@ -166,9 +201,9 @@ def test_a_step_of_one_pair_has_its_losses_alone(deit: SuperViT, images: Tensor,
     pair_loss = PairLoss(deit.train(), label_smoothing=0.1, teacher_weight=0.5)
     optimizer = torch.optim.SGD(deit.parameters(), lr=0.1)
     single, pair = (PairChoice(3, 1.0, None),), (PairChoice(3, 1.0, 0.5),)
-    assert list(training_step(pair_loss, optimizer, images, labels, None, single, FULL_PRECISION)) == ["single grid"]
+    assert list(training_step(pair_loss, optimizer, images, Targets(labels), single, FULL_PRECISION)) == ["single grid"]
     assert deit.pos_embed_list[1].grad is not None
-    losses = training_step(pair_loss, optimizer, images, labels, None, pair, FULL_PRECISION)
+    losses = training_step(pair_loss, optimizer, images, Targets(labels), pair, FULL_PRECISION)
     assert list(losses) == ["single grid", "single grid, pruned"]
 
 
@@ -188,14 +223,14 @@ def steps_of(
         training_step(
             pair_loss,
             optimizer,
-            *part,
-            None,
+            some,
+            Targets(theirs),
             PAIRS,
             autocast,
             place=(number, count),
             **options,  # type: ignore[arg-type] # scaler and clip_grad
         )
-        for number, part in enumerate(zip(images.chunk(count), labels.chunk(count), strict=True), start=1)
+        for number, (some, theirs) in enumerate(zip(images.chunk(count), labels.chunk(count), strict=True), start=1)
     ]
     return moved, losses
 
@@ -218,7 +253,7 @@ def test_nothing_moves_before_the_last_batch_of_a_step(deit: SuperViT, images: T
     model = copy.deepcopy(deit).train()
     pair_loss = PairLoss(model, label_smoothing=0.1, teacher_weight=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    training_step(pair_loss, optimizer, images, labels, None, PAIRS, FULL_PRECISION, place=(1, 2))
+    training_step(pair_loss, optimizer, images, Targets(labels), PAIRS, FULL_PRECISION, place=(1, 2))
     assert not change(model, deit).any()
 
 
@@ -265,7 +300,7 @@ def test_a_step_in_bfloat16_stays_close_to_full_precision(deit: SuperViT, images
         loss = PairLoss(model, label_smoothing=0.1, teacher_weight=0.5)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=enabled)
-        answers.append(training_step(loss, optimizer, images, labels, None, PAIRS, autocast))
+        answers.append(training_step(loss, optimizer, images, Targets(labels), PAIRS, autocast))
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert answers[1] == pytest.approx(answers[0], rel=0.2, abs=0.05)
     assert answers[1] != answers[0]
@@ -281,6 +316,6 @@ def test_the_loss_is_the_same_in_both_flavours_of_input(build: Callable[[SuperVi
     indices = torch.tensor([0, 3, 1])
     probabilities = functional.one_hot(indices, 4) * 0.8 + 0.05
     by_index, by_probability = (
-        loss(images, targets, None, PairChoice(2, 1.0, 0.5))[0] for targets in (indices, probabilities)
+        loss(images, Targets(targets), PairChoice(2, 1.0, 0.5))[0][0] for targets in (indices, probabilities)
     )
     torch.testing.assert_close(by_index, by_probability)

@@ -36,15 +36,63 @@ def test_a_small_data_set_is_trained_long_and_plainly(tmp_path: Path, monkeypatc
     assert (recipe.epochs, recipe.batch_size, recipe.optimizer, recipe.learning_rate) == (100, 64, "muon", 4e-2)
     assert (recipe.mixup, recipe.cutmix, recipe.rand_augment, recipe.random_erasing) == (0, 0, "", 0)
     assert (recipe.drop_path, recipe.ema_decay, recipe.augmentation_repeats) == (0, 0.999, 1)
+    assert (recipe.mix_token, recipe.token_label_weight) == (False, 1)
 
 
-def test_a_large_data_set_is_trained_by_the_published_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe(data=data_of_size(tmp_path, monkeypatch, LARGE_DATASET_IMAGES), output=tmp_path)
+def test_a_large_data_set_is_trained_by_the_published_recipe_of_the_deit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of_size(tmp_path, monkeypatch, LARGE_DATASET_IMAGES)
+    recipe = Recipe(data=data, output=tmp_path, model="supervit_deit_small_patch16_224")
     assert (recipe.epochs, recipe.batch_size, recipe.optimizer, recipe.learning_rate) == (300, 256, "adamw", 5e-4)
     assert (recipe.mixup, recipe.cutmix, recipe.rand_augment) == (0.8, 1.0, "rand-m9-mstd0.5-inc1")
-    assert (recipe.random_erasing, recipe.drop_path) == (0.25, 0.1)
+    assert (recipe.random_erasing, recipe.drop_path, recipe.mix_token) == (0.25, 0.1, False)
     assert (recipe.ema_decay, recipe.augmentation_repeats) == (0.99996, 3)
     assert (recipe.weight_decay, recipe.label_smoothing, recipe.warmup_epochs) == (0.05, 0.1, 5)
+
+
+def test_a_large_data_set_is_trained_by_the_published_recipe_of_the_lv_vit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of_size(tmp_path, monkeypatch, LARGE_DATASET_IMAGES)
+    recipe = Recipe(data=data, output=tmp_path, model="supervit_lvvit_small_patch16_224")
+    assert (recipe.epochs, recipe.optimizer, recipe.learning_rate) == (300, "adamw", 1.6e-3 * 512 / 1024)
+    assert (recipe.mixup, recipe.cutmix, recipe.mix_token, recipe.token_label_weight) == (0, 0, True, 1)
+    assert recipe.rand_augment.startswith("rand-m9")
+    assert (recipe.random_erasing, recipe.drop_path, recipe.ema_decay) == (0.25, 0.1, 0.99992)
+    assert (recipe.weight_decay, recipe.label_smoothing, recipe.warmup_epochs) == (0.05, 0.1, 5)
+    assert recipe.augmentation_repeats == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"mix_token": True}, {"token_labels": "maps"}, {"token_label_weight": 0.5}, {"teacher_tokens": True}]
+)
+def test_a_deit_has_no_labels_for_its_patch_tokens(tmp_path: Path, options: dict[str, object]) -> None:
+    (name,) = options
+    common = {"data": tmp_path, "output": tmp_path, "teacher": "resnet18"} | options
+    with pytest.raises(
+        ValidationError, match=f"{name.replace('_', '-')} is for the patch tokens of an LV-ViT, not for"
+    ):
+        Recipe.model_validate(common | {"model": "supervit_deit_micro_patch4_32"})
+    Recipe.model_validate(common)
+    off = {"data": tmp_path, "output": tmp_path, "model": "supervit_deit_micro_patch4_32", "mix_token": False}
+    assert not Recipe.model_validate(off).mix_token
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"teacher_tokens": True, "teacher_once": True}, "not with teacher-once or token-labels"),
+        ({"teacher_tokens": True, "token_labels": "maps"}, "not with teacher-once or token-labels"),
+        ({"token_labels": "maps", "cutmix": 1.0}, "token labels of a folder know nothing of mixup and cutmix"),
+        ({"token_labels": "maps", "mixup": 0.8}, "token labels of a folder know nothing of mixup and cutmix"),
+    ],
+)
+def test_token_labels_that_would_not_be_those_of_the_image_are_refused(
+    tmp_path: Path, options: dict[str, object], complaint: str
+) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        Recipe.model_validate({"data": tmp_path, "output": tmp_path, "teacher": "resnet18"} | options)
 
 
 def test_images_are_counted_in_the_class_folders_of_train(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +148,7 @@ def test_overrides_are_the_given_fields_of_the_model_alone(tmp_path: Path) -> No
         ("drop_path", 1),
         ("ema_decay", 1),
         ("teacher_weight", 1.1),
+        ("token_label_weight", 0),  # nothing else teaches the head that evaluation adds
         ("holdout", 0),
         ("holdout", 1),
         ("max_bad_images", -0.1),
@@ -150,7 +199,13 @@ def test_images_are_mixed_in_pairs(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"teacher_checkpoint": "teacher.pth"}, {"teacher_side": 96}, {"teacher_weight": 0.7}, {"teacher_once": True}],
+    [
+        {"teacher_checkpoint": "teacher.pth"},
+        {"teacher_side": 96},
+        {"teacher_weight": 0.7},
+        {"teacher_once": True},
+        {"teacher_tokens": True},
+    ],
 )
 def test_a_teacher_without_a_name_is_not_passed_over(tmp_path: Path, options: dict[str, object]) -> None:
     (name,) = options

@@ -43,10 +43,19 @@ def test_the_published_backbones_have_the_published_number_of_parameters(
 def test_training_and_inference_paths_agree(model: SuperViT, config: SuperViTConfig, images: Tensor) -> None:
     for subnetwork in config.subnetworks:
         with torch.no_grad():
-            fused = model.eval()(images, subnetwork)
+            (fused,) = model.eval().forward_rates(images, subnetwork.patch_grid, (subnetwork.keep_rate,))
             model.train().patch_embed.eval()  # a stem in training would normalise by the batch
-            explicit = model(images, subnetwork)
+            (explicit,) = model.forward_rates(images, subnetwork.patch_grid, (subnetwork.keep_rate,))
         torch.testing.assert_close(explicit, fused, atol=1e-5, rtol=1e-4)
+
+
+def test_the_head_on_patch_tokens_speaks_outside_training_alone(model: SuperViT, images: Tensor) -> None:
+    (tokens,) = model.forward_rates(images, 3, (0.7,))
+    normed = model.norm(tokens)
+    of_class = model.head(normed[:, 0])
+    torch.testing.assert_close(model.train().classify(tokens), of_class)
+    others = 0.0 if model.aux_head is None else 0.25 * model.aux_head(normed[:, 1:]).max(dim=1).values
+    torch.testing.assert_close(model.eval().classify(tokens), of_class + others)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -55,8 +64,8 @@ def test_two_rates_are_two_passes(model: SuperViT, config: SuperViTConfig, image
     for subnetwork in (*config.subnetworks, SubNetwork(3, 0.2)):
         grid, rate = subnetwork.patch_grid, subnetwork.keep_rate
         full, pruned = model.forward_rates(images, grid, (1.0, rate))
-        torch.testing.assert_close(full, model(images, SubNetwork(grid, 1.0)))
-        torch.testing.assert_close(pruned, model(images, subnetwork))
+        torch.testing.assert_close(model.classify(full), model(images, SubNetwork(grid, 1.0)))
+        torch.testing.assert_close(model.classify(pruned), model(images, subnetwork))
 
 
 def test_two_rates_of_a_model_that_never_prunes_are_the_same(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError
 from models.subnetwork import SuperViTConfig
-from models.teacher import Teacher
+from models.teacher import Adapter, Teacher
 
 
 @pytest.fixture
@@ -47,6 +47,71 @@ def test_a_supervit_teaches_as_its_largest_sub_network_answers(tmp_path: Path) -
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(teacher(images), network(images, network.config.largest).softmax(dim=1))
+
+
+def test_a_convolutional_teacher_answers_at_every_place_with_what_its_head_makes_of_it(
+    tiny_config: SuperViTConfig,
+) -> None:
+    torch.manual_seed(2)
+    network = timm.create_model("test_efficientnet", num_classes=3).eval()
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    adapter = Adapter(network, tiny_config, 96)
+    logits, places = adapter.answer_everywhere(images)
+    torch.testing.assert_close(logits, adapter(images))
+    assert places.shape == (2, 3, 3, 3)
+    features = network.forward_features(adapter.adapt(images))
+    torch.testing.assert_close(places.permute(0, 2, 3, 1), network.classifier(features.permute(0, 2, 3, 1)))
+    torch.testing.assert_close(places.mean(dim=(2, 3)), logits)  # its head averages the places, and is linear
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_transformer_answers_at_every_patch_token(tiny_config: SuperViTConfig, pool: str) -> None:
+    torch.manual_seed(2)
+    network = timm.create_model("test_vit", num_classes=3, global_pool=pool).eval()
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    adapter = Adapter(network, tiny_config, None)
+    logits, places = adapter.answer_everywhere(images)
+    torch.testing.assert_close(logits, adapter(images))
+    tokens = network.forward_features(adapter.adapt(images))[:, network.num_prefix_tokens :]
+    assert places.shape[2] == places.shape[3] > 1
+    torch.testing.assert_close(places.flatten(2).transpose(1, 2), network.head(network.fc_norm(tokens)))
+
+
+def test_a_network_whose_channels_come_last_answers_at_every_place(tiny_config: SuperViTConfig) -> None:
+    torch.manual_seed(2)
+    tiny = {"img_size": 64, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "window_size": 4, "num_classes": 3}
+    network = timm.create_model("swin_tiny_patch4_window7_224", **tiny).eval()
+    adapter = Adapter(network, tiny_config, 64)
+    logits, places = adapter.answer_everywhere(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    assert places.shape == (2, 3, 8, 8)
+    torch.testing.assert_close(places.mean(dim=(2, 3)), logits)
+
+
+def test_answers_at_every_place_are_probabilities_on_the_grid_of_the_student(
+    teacher_file: Path, tiny_config: SuperViTConfig
+) -> None:
+    teacher = Teacher("test_vit", teacher_file, None, tiny_config, everywhere=True)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    answers, places = teacher.answer_everywhere(images)
+    torch.testing.assert_close(answers, teacher(images))
+    assert places.shape == (2, 16, 3)
+    torch.testing.assert_close(places.sum(dim=2), torch.ones(2, 16))
+    own = teacher.network.answer_everywhere(images)[1]
+    assert own.shape == (2, 3, 10, 10)
+    # Each of four patches a side is 2.5 places wide; a place counts the less the further it is from the patch's centre.
+    centres = (torch.arange(4) + 0.5) * 2.5
+    shares = (1 - (torch.arange(10) + 0.5 - centres[:, None]).abs() / 2.5).clamp(min=0)
+    shares = shares / shares.sum(dim=1, keepdim=True)
+    expected = torch.einsum("ph,qw,bchw->bpqc", shares, shares, own).softmax(dim=3)
+    torch.testing.assert_close(places, expected.flatten(1, 2), atol=1e-5, rtol=1e-4)
+
+
+def test_a_teacher_without_answers_for_every_place_is_refused_at_once(tmp_path: Path) -> None:
+    network = timm.create_model("supervit_lvvit_micro_patch4_32", num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "teacher.pth")
+    name, path = "supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth"
+    with pytest.raises(CheckpointMismatchError, match="cannot tell what it sees at every place of an image"):
+        Teacher(name, path, None, network.config, everywhere=True)
 
 
 def test_a_teacher_that_cannot_see_images_of_the_size_asked_for_is_refused_at_once(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from models.devices import DeviceError
 from models.evaluate import measure_accuracy
 from models.images import evaluation_transform
 from models.loaders import SampleLoader
-from models.objective import PairChoice, sample_pairs, training_step
+from models.mix_token import draw_box
+from models.objective import PairChoice, PairLoss, Targets, sample_pairs, training_step
 from models.processes import Process, seed_everything
 from models.profiles import ProfileTable
 from models.recipe import Recipe
@@ -125,7 +126,7 @@ def test_the_saved_weights_are_the_averaged_ones(tmp_path: Path, tiny_recipe: Ma
         ({"workers": 1}, STEPS_PER_EPOCH + 1),
         (EVERYTHING_RANDOM, STEPS_PER_EPOCH + 3),
         (EVERYTHING_RANDOM | {"workers": 1}, 2 * STEPS_PER_EPOCH + 6),
-        (EVERYTHING_RANDOM | LVVIT | {"drop_path": 0.0}, STEPS_PER_EPOCH + 6),
+        (EVERYTHING_RANDOM | LVVIT | {"drop_path": 0.0, "mix_token": True}, STEPS_PER_EPOCH + 6),
         ({"single_epochs": 2}, STEPS_PER_EPOCH + 3),
         ({"single_epochs": 1}, 2 * STEPS_PER_EPOCH + 3),
         ({"precision": "float16", "accumulate": 4, "clip_grad": 0.1}, STEPS_PER_EPOCH + 6),
@@ -235,9 +236,9 @@ def test_products_are_computed_in_the_precision_asked_for(tmp_path: Path, tiny_r
 def test_mixed_labels_are_smoothed(tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
 
-    def step(pair_loss: object, optimizer: object, images: object, targets: torch.Tensor, *_: object) -> object:
+    def step(pair_loss: object, optimizer: object, images: object, targets: Targets, *_: object) -> object:
         del pair_loss, optimizer, images
-        seen.append(targets)
+        seen.append(targets.labels)
         return {"largest grid": 0.0}
 
     monkeypatch.setattr(room, "training_step", step)
@@ -276,9 +277,9 @@ def test_every_epoch_shows_every_image_in_an_order_of_its_own(
 ) -> None:
     seen: list[int] = []
 
-    def step(pair_loss: object, optimizer: object, images: torch.Tensor, labels: torch.Tensor, *_: object) -> object:
+    def step(pair_loss: object, optimizer: object, images: torch.Tensor, targets: Targets, *_: object) -> object:
         del pair_loss, optimizer, images
-        seen.extend(labels.tolist())
+        seen.extend(targets.labels.tolist())
         return {"largest grid": 0.0}
 
     monkeypatch.setattr("models.train.training_step", step)
@@ -492,10 +493,10 @@ def test_a_teacher_that_was_asked_once_is_learned_from(
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "teacher.pth")
     taught: list[torch.Tensor] = []
 
-    def step(pair_loss: object, optimizer: object, images: object, targets: torch.Tensor, *rest: object) -> object:
+    def step(pair_loss: object, optimizer: object, images: object, targets: Targets, *_: object) -> object:
         del pair_loss, optimizer, images
-        taught.append(targets)
-        assert rest[0] is None  # it is not asked again
+        taught.append(targets.labels)
+        assert targets.taught is None  # it is not asked again
         return {"largest grid": 0.0}
 
     monkeypatch.setattr("models.train.training_step", step)
@@ -505,6 +506,30 @@ def test_a_teacher_that_was_asked_once_is_learned_from(
     monkeypatch.delattr("models.teacher.Teacher.answer_both_ways")  # a run that is resumed asks no more
     train(tiny_recipe(tmp_path / "run", epochs=2, teacher_once=True, resume=True, **options))
     assert len(taught) == 2 * STEPS_PER_EPOCH
+
+
+@pytest.mark.parametrize("mix_token", [True, False])
+def test_every_step_of_an_lv_vit_has_its_box_and_its_token_labels(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, mix_token: bool
+) -> None:
+    torch.manual_seed(11)
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "teacher.pth")
+    boxes: list[object] = []
+
+    def step(pair_loss: PairLoss, optimizer: object, images: torch.Tensor, targets: Targets, *rest: object) -> object:
+        del optimizer, images
+        assert pair_loss.token_weight == 0.25
+        assert targets.tokens is not None
+        assert targets.tokens.shape == (8, 16, 3)
+        assert targets.taught is not None
+        boxes.append(rest[2])
+        return {"largest grid": 0.0}
+
+    monkeypatch.setattr("models.train.training_step", step)
+    options = {"teacher": "test_vit", "teacher_checkpoint": tmp_path / "teacher.pth", "teacher_side": 32}
+    options |= {"teacher_tokens": True, "token_label_weight": 0.25, "mix_token": mix_token, "seed": 5}
+    train(tiny_recipe(tmp_path / "run", epochs=1, **options, **LVVIT))
+    assert boxes == [draw_box(4, 5, step) if mix_token else None for step in range(STEPS_PER_EPOCH)]
 
 
 def test_the_average_forgets_the_first_weights_however_slow_it_is(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
@@ -556,6 +581,12 @@ def test_a_run_of_another_model_cannot_be_resumed(tmp_path: Path, tiny_recipe: M
     train(tiny_recipe(tmp_path / "run", epochs=1))
     with pytest.raises(TrainingError, match=r"state\.pt: was made with --width 16, not 32$"):
         train(tiny_recipe(tmp_path / "run", resume=True, width=32))
+
+
+def test_a_run_with_mix_token_cannot_be_resumed_without(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1, mix_token=True, **LVVIT))
+    with pytest.raises(TrainingError, match=r"state\.pt: was made with --mix-token True, not False$"):
+        train(tiny_recipe(tmp_path / "run", resume=True, **LVVIT))
 
 
 def test_a_run_over_renamed_classes_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe, pictures: Path) -> None:
@@ -612,6 +643,19 @@ def test_a_run_from_before_an_option_existed_is_one_that_left_it_out(tmp_path: P
     assert len(log_of(tmp_path / "run")) == 2
 
 
+def test_what_an_option_of_later_was_by_default_follows_the_model_of_the_run(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large set's default of MixToken is that of an LV-ViT for an LV-ViT alone."""
+    monkeypatch.setattr("models.recipe.LARGE_DATASET_IMAGES", 48)
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    del state["recipe"]["mix_token"]
+    torch.save(state, tmp_path / "run" / "state.pt")
+    train(tiny_recipe(tmp_path / "run", epochs=2, resume=True))
+    assert len(log_of(tmp_path / "run")) == 2
+
+
 def test_a_full_disk_is_an_os_error_and_costs_nothing_that_was_saved(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     save_whole({"epoch": torch.tensor(1)}, path)
@@ -642,6 +686,7 @@ def test_a_state_of_something_else_cannot_be_resumed(tmp_path: Path, tiny_recipe
         ({"width": 15}, "not a multiple of"),
         ({"teacher": "no_such_teacher"}, "timm knows no model 'no_such_teacher'"),
         ({"freeze_batch_norm": True, **LVVIT}, "freeze-batch-norm"),
+        ({"keep_rates": (0.5, 0.7), **LVVIT}, "keep-rates must end in 1"),
     ],
 )
 def test_a_recipe_that_cannot_be_built_says_why(

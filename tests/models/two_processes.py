@@ -14,7 +14,7 @@ from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from models.objective import sample_pairs, training_step
+from models.objective import Targets, sample_pairs, training_step
 from models.processes import Process, join_processes, seed_everything
 from models.recipe import Recipe
 from models.setup import build_model
@@ -44,8 +44,8 @@ def weights_after_three_steps(recipe: Recipe, process: Process, batches: int) ->
         pairs = sample_pairs(model.config, recipe.seed, step)
         exact = torch.autocast("cpu", enabled=False)
         parts = zip(images[share].chunk(batches), labels[share].chunk(batches), strict=True)
-        for number, part in enumerate(parts, start=1):
-            training_step(pair_loss, optimizer, *part, None, pairs, exact, place=(number, batches))
+        for number, (some, theirs) in enumerate(parts, start=1):
+            training_step(pair_loss, optimizer, some, Targets(theirs), pairs, exact, place=(number, batches))
     return model.state_dict() | ({"exchanges": exchanges} if process.count > 1 else {})
 
 

@@ -1,0 +1,73 @@
+"""MixToken (Jiang et al., "All tokens matter", NeurIPS 2021): CutMix among the patch tokens of a batch.
+
+Images exchange the tokens inside one box with those of the batch in reverse order. Exchanging twice undoes it.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBox:
+    """Rows and columns of a patch grid, ends excluded, whose tokens are exchanged.
+
+    Attributes:
+        patch_grid: the grid that they count in.
+        top, bottom: rows, 0 <= top <= bottom <= patch_grid.
+        left, right: columns, 0 <= left <= right <= patch_grid.
+    """
+
+    patch_grid: int
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def share_outside(self) -> float:
+        """Share of the grid's tokens that stay where they are: the lambda of CutMix."""
+        return 1 - (self.bottom - self.top) * (self.right - self.left) / self.patch_grid**2
+
+    def on_grid(self, patch_grid: int) -> "TokenBox":
+        """Scale the box to another grid, each of its sides rounded down."""
+        sides = (self.top, self.bottom, self.left, self.right)
+        return TokenBox(patch_grid, *(side * patch_grid // self.patch_grid for side in sides))
+
+
+def draw_box(patch_grid: int, seed: int, step: int) -> TokenBox:
+    """Draw the box of a step as CutMix does (Yun et al., ICCV 2019): its area from Beta(1, 1), its centre anywhere.
+
+    What would lie beyond the grid is cut off. A function of seed and step alone, so every process of a run takes the
+    same one, and so does a resumed run.
+    """
+    choice = random.Random(f"{seed}/{step}/box")
+    half = int(patch_grid * math.sqrt(1 - choice.betavariate(1, 1))) // 2
+    row, column = choice.randrange(patch_grid), choice.randrange(patch_grid)
+    rows, columns = ((max(0, centre - half), min(patch_grid, centre + half)) for centre in (row, column))
+    return TokenBox(patch_grid, *rows, *columns)
+
+
+def exchange_tokens(tokens: Tensor, box: TokenBox) -> Tensor:
+    """Exchange the patch tokens inside the box with those of the batch in reverse order.
+
+    Args:
+        tokens: (B, G * G, D), row by row, without the class token.
+        box: on any grid; it is scaled to that of the tokens.
+
+    Returns:
+        (B, G * G, D).
+    """
+    patch_grid = math.isqrt(tokens.shape[1])
+    box = box.on_grid(patch_grid)
+    inside = torch.zeros(patch_grid, patch_grid, 1, dtype=torch.bool, device=tokens.device)
+    inside[box.top : box.bottom, box.left : box.right] = True
+    return torch.where(inside.flatten(0, 1), tokens.flip(0), tokens)
+
+
+def mix_labels(labels: Tensor, box: TokenBox) -> Tensor:
+    """Mix (B, classes) probabilities with those of the batch in reverse order, by how many tokens each image has."""
+    return labels.flip(0).lerp(labels, box.share_outside)
