@@ -2,25 +2,26 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 from pydantic import ValidationError
 from starlette.datastructures import QueryParams
 
 from models.checkpoint import Checkpoint
-from service.domain import Classification, InferenceRequest
-from service.errors import ClientGoneError, NotReadyError, ServiceError
-from service.line import Line
+from service.disconnects import ClientWatch
+from service.domain import Classification, InferenceRequest, ServerState
+from service.errors import NotReadyError, ServiceError, invalid_parameter
 from service.metrics import CONTENT_TYPE, Metrics
 from service.monitor import Monitor
-from service.pipeline import GONE, Pipeline
+from service.outcomes import counted
+from service.pipeline import Pipeline
 from service.request_ids import HEADER
+from service.scheduler import Scheduler
 from service.schemas import (
     ClassifyAnswer,
     ClassifyQuery,
@@ -34,74 +35,60 @@ from service.schemas import (
     describe_forecast,
     describe_parameters,
 )
-from service.shortcut import Handle
-from service.uploads import read_image, wait_until_gone
+from service.uploads import read_image
 
 CLASSIFY_PATH = "/classify"
-PATIENCE_S = 0.02  # a quick answer is not worth watching over its client
 # Most clients ask the same again and again, and to parse it takes 6 % of the loop's time for a request.
 QUERIES_KEPT = 128
 
+Handle = Callable[[Request], Awaitable[Response]]
+
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class ReadyServer:
     """What there is once the server is ready."""
 
     pipeline: Pipeline
-    line: Line
+    scheduler: Scheduler
     family: SubNetworksAnswer
 
 
-@dataclass(slots=True)
-class Api:
-    """What the routes call upon."""
+@dataclass(frozen=True, slots=True)
+class RouteContext:
+    """What the routes call upon.
+
+    Attributes:
+        checkpoint: what is served.
+        metrics: what is counted.
+        monitor: looks at the machine.
+        max_body_bytes: most of a body that is read.
+        max_upload_s: longest time that a body may take to arrive.
+        state: tells what the server is at.
+        server: yields what serves; raises a NotReadyError until there is one.
+        report: records the state of machine and scheduler in the metrics.
+        clock: monotonic, in seconds.
+    """
 
     checkpoint: Checkpoint
     metrics: Metrics
     monitor: Monitor
     max_body_bytes: int
     max_upload_s: float
+    state: Callable[[], ServerState]
+    server: Callable[[], ReadyServer]
+    report: Callable[[], None]
     clock: Callable[[], float] = time.monotonic
-    serving: Serving | None = None
 
-    def serve(self, serving: Serving) -> None:
-        """Welcome requests from now on."""
-        self.serving = serving
-        serving.pipeline.ready()
-
-    def count_refusal(self, path: str, code: str) -> None:
-        """Count a classification that was refused before the pipeline could count it."""
-        if path == CLASSIFY_PATH:
-            self.metrics.request_refused(code)
-
-    def report(self) -> None:
-        """Record the machine's state and the line's, for whoever reads the metrics next."""
-        if self.serving is not None:
-            line = self.serving.line
-            situation = line.situation(self.clock())
-            self.metrics.machine(self.monitor.latest, len(line), situation.slowdown, situation.prudence)
-            self.metrics.ready(self.serving.pipeline.is_ready)
-
-    async def report_regularly(self, interval_s: float) -> None:
-        """Report until cancelled: where there are several workers, only one of them is asked for the metrics."""
-        while True:
-            await asyncio.sleep(interval_s)
-            self.report()
-
-    def drain(self) -> None:
-        """Refuse newcomers from now on."""
-        if self.serving is not None:
-            self.serving.pipeline.drain()
-
-    def require_serving(self) -> Serving:
-        """Return what serves.
+    def open_server(self) -> ReadyServer:
+        """Return what serves, where it takes requests.
 
         Raises:
-            NotReadyError: nothing does yet.
+            NotReadyError: it does not yet, or no longer.
         """
-        if self.serving is None:
-            raise NotReadyError("the server is warming up or measuring its latencies; try again in a moment")
-        return self.serving
+        server = self.server()
+        if self.state() is not ServerState.READY:
+            raise NotReadyError("the server is stopping; try again in a moment")
+        return server
 
 
 IMAGE_BODY = {
@@ -141,7 +128,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (422, 429, 503)}
 
 
-def make_classify(api: Api) -> Handle:
+def make_classify(context: RouteContext) -> Handle:
     """Make what answers POST /classify."""
 
     async def classify(request: Request) -> Response:
@@ -149,10 +136,12 @@ def make_classify(api: Api) -> Handle:
 
         The image comes as the multipart field `file`, or as the body itself.
         """
-        arrived_at = api.clock()
-        query = _parse_query(request.scope["query_string"])
-        answer = await _classify_while_connected(api, request, _wanted(query, arrived_at, query.top_k))
-        described = describe_answer(answer, api.checkpoint)
+        arrived_at = context.clock()
+        with counted(context.metrics) as record:
+            query = _parse_query(request.scope["query_string"])
+            answer = await _classify(context, request, _wanted(query, arrived_at, query.top_k))
+            record(answer)
+        described = describe_answer(answer, context.checkpoint)
         stages = described.timing_ms.model_dump()
         timing = ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())
         # Made here, because FastAPI would validate the whole answer once more.
@@ -161,10 +150,10 @@ def make_classify(api: Api) -> Handle:
     return classify
 
 
-def build_router(api: Api, classify: Handle) -> APIRouter:
-    """Make the routes over `api`."""
+def build_router(context: RouteContext, classify: Handle) -> APIRouter:
+    """Make the routes over `context`."""
     router = APIRouter()
-    config = api.checkpoint.config
+    config = context.checkpoint.config
     router.add_api_route(
         CLASSIFY_PATH,
         classify,
@@ -177,34 +166,34 @@ def build_router(api: Api, classify: Handle) -> APIRouter:
     @router.post("/decide", responses=DECIDE_RESPONSES)
     async def decide(query: Annotated[DecideQuery, Query()]) -> DecideAnswer:
         """Tell what would be chosen for a request at this moment, without running anything."""
-        pipeline = api.require_serving().pipeline
-        return describe_forecast(pipeline.decide(_wanted(query, api.clock())), config)
+        pipeline = context.open_server().pipeline
+        return describe_forecast(pipeline.decide(_wanted(query, context.clock())), config)
 
     @router.get("/subnetworks", responses={503: RESPONSES[503]})
     async def subnetworks() -> SubNetworksAnswer:
         """List every sub-network with its cost, its accuracy and its latency on this machine."""
-        return api.require_serving().family
+        return context.server().family
 
     @router.get("/resources", responses={503: RESPONSES[503]})
     async def resources() -> ResourcesAnswer:
         """Tell what the machine looks like, and what the policy makes of it."""
-        serving, now = api.require_serving(), api.clock()
-        situation = serving.line.situation(now)
+        server, now = context.server(), context.clock()
+        state = server.scheduler.state(now)
         try:
-            forecast = describe_forecast(serving.pipeline.decide(InferenceRequest(now)), config)
+            forecast = describe_forecast(context.open_server().pipeline.decide(InferenceRequest(now)), config)
         except ServiceError:
             forecast = None
-        snapshot = api.monitor.latest
+        snapshot = context.monitor.latest
         return ResourcesAnswer(
             snapshot=asdict(snapshot),
             age_s=round(now - snapshot.taken_at, 3),
-            waiting=len(serving.line),
-            arrival_rate=round(situation.arrival_rate, 3),
-            slowdown=round(situation.slowdown, 3),
-            expected_from_others=round(serving.line.prior_slowdown, 3),
-            stretch=round(situation.stretch, 3),
-            prudence=round(situation.prudence, 3),
-            max_batch_size=situation.max_batch_size,
+            queued=len(server.scheduler),
+            arrival_rate=round(state.arrival_rate, 3),
+            slowdown=round(state.slowdown, 3),
+            expected_from_others=round(server.scheduler.prior_slowdown, 3),
+            overhead_factor=round(state.overhead_factor, 3),
+            safety_factor=round(state.safety_factor, 3),
+            max_batch_size=state.max_batch_size,
             next_without_budget=forecast,
         )
 
@@ -218,16 +207,17 @@ def build_router(api: Api, classify: Handle) -> APIRouter:
     @router.get("/health/ready", responses={503: RESPONSES[503]})
     async def ready() -> HealthAnswer:
         """Tell whether the model has answered its first batch and requests are welcome."""
-        if not api.require_serving().pipeline.is_ready:
-            raise NotReadyError("the server is stopping")
+        context.open_server()
         return HealthAnswer(status="ready")
 
     @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Give all metrics in the Prometheus text format."""
-        api.report()
-        return Response(await asyncio.to_thread(api.metrics.page), media_type=CONTENT_TYPE)  # of many processes, slow
+        context.report()
+        return Response(
+            await asyncio.to_thread(context.metrics.page), media_type=CONTENT_TYPE
+        )  # of many processes, slow
 
     return router
 
@@ -237,13 +227,12 @@ def _parse_query(query_string: bytes) -> ClassifyQuery:
     """Read the query parameters.
 
     Raises:
-        RequestValidationError: one is unusable.
+        InvalidParameterError: one is unusable.
     """
     try:
         return ClassifyQuery.model_validate(dict(QueryParams(query_string)))
     except ValidationError as error:
-        problems = [{**problem, "loc": ("query", *problem["loc"])} for problem in error.errors()]
-        raise RequestValidationError(problems) from error
+        raise invalid_parameter(error.errors()) from error
 
 
 def _wanted(query: DecideQuery, arrived_at: float, top_k: int | None = None) -> InferenceRequest:
@@ -252,47 +241,17 @@ def _wanted(query: DecideQuery, arrived_at: float, top_k: int | None = None) -> 
     )
 
 
-async def _classify_while_connected(api: Api, request: Request, wanted: InferenceRequest) -> Classification:
-    """Classify, and stop wherever the request stands once its client is gone: its compute is better spent elsewhere.
+async def _classify(context: RouteContext, request: Request, wanted: InferenceRequest) -> Classification:
+    """Classify, and stop wherever the request stands once its client is gone.
 
     Raises:
-        ServiceError: the request is refused, or fails.
+        ServiceError: the request is rejected, or fails.
     """
-    try:
-        pipeline = api.require_serving().pipeline
-    except NotReadyError as error:
-        api.count_refusal(CLASSIFY_PATH, error.code)
-        raise
-    answering = asyncio.current_task()
-    watching: asyncio.Task[None] | None = None
-    patience: asyncio.TimerHandle | None = None
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        await wait_until_gone(request)
-        gone = True
-        if answering is not None:
-            answering.cancel(GONE)
-
-    def start_watching() -> None:
-        nonlocal watching
-        watching = asyncio.create_task(watch())
+    pipeline, watch = context.open_server().pipeline, ClientWatch(request)
 
     async def read(within_s: float) -> bytes:
-        nonlocal patience
-        data = await read_image(request, api.max_body_bytes, api.max_upload_s, within_s)  # notices who leaves
-        patience = asyncio.get_running_loop().call_later(PATIENCE_S, start_watching)
+        data = await read_image(request, context.max_body_bytes, context.max_upload_s, within_s)
+        watch.start()
         return data
 
-    try:
-        return await pipeline.classify(read, wanted)
-    except asyncio.CancelledError:
-        if not gone or answering is None or answering.uncancel():
-            raise  # somebody else wants this task to end
-        raise ClientGoneError("the client left before its answer") from None
-    finally:
-        if patience is not None:
-            patience.cancel()
-        if watching is not None:
-            watching.cancel()
+    return await pipeline.classify(read, wanted, watch)

@@ -45,7 +45,7 @@ class Arrival:
         at: seconds from the start.
         budget_s: from arrival to deadline.
         budget_gflops: most that it may cost; None for no limit.
-        priority: 0 is normal; lower may be given up first.
+        priority: 0 is normal; lower may be shed first.
     """
 
     at: float

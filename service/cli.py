@@ -27,11 +27,11 @@ from models.data import DataError
 from models.devices import DeviceError
 from models.evaluate import accuracy_table, calibration_summary, evaluate
 from models.recipe import Recipe
-from service.app import engine_threads, extended_profile, measure_latencies
-from service.client import Classify, CommandError, classify, first_problem, make_settings
-from service.engines import make_engine
-from service.errors import ServiceError
+from service.client import Classify, classify, first_problem, make_settings
+from service.engines import engine_threads, make_engine
+from service.errors import CommandError, ServiceError
 from service.monitor import Monitor
+from service.profile_store import extended_profile, measure_latencies
 from service.profiler import Measurement
 from service.serve import serve
 from service.settings import Settings
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
                 profile(command)
             case Simulate():
                 replay(command)
-    except BrokenPipeError:  # whoever read our output has had enough of it
+    except BrokenPipeError:  # the reader of our output has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its exit
         return 1
     except (
@@ -211,9 +211,10 @@ def replay(command: Simulate) -> None:
 
 
 def _measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False) -> Measurement:
-    threads = settings.threads or engine_threads(checkpoint, Monitor())
+    threads = settings.threads or engine_threads(checkpoint, Monitor().latest.cores)
     engine = make_engine(settings.engine, checkpoint.model, settings.device, threads)
-    return measure_latencies(settings, checkpoint, engine, engine.run, fresh=fresh)
+    folder, most = settings.profile_folder, settings.max_batch_size
+    return measure_latencies(checkpoint, engine.describe(), engine.run, folder=folder, max_batch_size=most, fresh=fresh)
 
 
 def _import_extra(module: str) -> ModuleType:

@@ -11,7 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 32_768
 HEAD_S = 10.0
-# Of what is left of a body after its request was refused. Most clients read no answer before they have sent all.
+# Of what is left of a body after its request got an error. Most clients read no answer before they have sent all.
 REFUSED_BODY_S = 30.0
 
 
@@ -56,7 +56,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._start_timeout(REFUSED_BODY_S)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Note a header; the trailers of a body in chunks are of no use to anybody here, and have no bound."""
+        """Note a header; the trailers of a body in chunks are of no use here, and have no bound."""
         if self._in_head:
             super().on_header(name, value)
 

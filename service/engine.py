@@ -15,6 +15,9 @@ BFLOAT16_CAPABILITIES = ("avx512_bf16", "amx_bf16")
 USABLE_SHARE = 0.8  # of the GPU memory that is free; allocators round up
 BFLOAT16_COMPUTE_CAPABILITY = (8, 0)  # NVIDIA's GPUs from Ampere on; the older ones emulate it
 
+# (B, 3, S, S) uint8 images and what to run to (B, classes) float32 logits, both on the CPU.
+Run = Callable[[Tensor, SubNetwork], Tensor]
+
 
 class Engine(Protocol):
     """What runs batches; called from one thread at a time.

@@ -1,26 +1,33 @@
-"""What the server learns as it serves: the machine's slowdown, delays, the rate of arrivals, and how prudent to be.
+"""What the server learns as it serves: the machine's slowdown, delays, the traffic, and how much safety to allow for.
 
 The filter of the slowdown follows ALERT (Wan et al., USENIX ATC 2020): one global factor with its spread, because
 whatever slows one sub-network down slows the others as well.
 """
 
 import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from service.resources import ResourceSnapshot
+from service.state import RequestConstraints
 
 GAIN = 0.6
 SPREAD_GAIN = 0.2
 MAX_SQUARED_SURPRISE = 0.1
 MAX_SURPRISE = 1.5  # one hiccup of ten times is no neighbour
-CAUTIOUS = 2.5  # spreads above the mean: a request lost costs far more accuracy than a level does
+TAIL_SPREADS = 2.5  # spreads above the mean: a request lost costs far more accuracy than a level does
 STALE_AFTER_S = 0.5
+RATE_TIME_S = 0.5
+SUSTAINED_TIME_S = 2.0
+REMEMBERED_REQUESTS = 128
+TIGHT_QUANTILE = 0.05
 DELAY_GAIN = 0.1
 DELAY_FADES_S = 0.25
 MISS_STEP = 0.3
 TOLERATED_MISSES = 0.01  # of the requests: about what running a level lower costs in accuracy
-MAX_PRUDENCE = 10.0
-PRUDENCE_FADES_S = 15.0
+MAX_SAFETY_FACTOR = 10.0
+SAFETY_FACTOR_FADES_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +68,7 @@ class Slowdown:
 class Delay:
     """A delay that varies: its mean and its mean deviation, of late.
 
-    Without news what is expected fades, or a server that refuses everybody for its sake would never learn better.
+    Without news what is expected fades, or a server that rejects all for its sake would never learn better.
     """
 
     fades_s: float = DELAY_FADES_S
@@ -105,7 +112,7 @@ class ArrivalRate:
     def read(self, now: float) -> float:
         """Return the rate."""
         self._age(now)
-        return self._weight / max(self._seconds, 0.5 * self.time_s)  # the very first of all is no crowd
+        return self._weight / max(self._seconds, 0.5 * self.time_s)  # the very first of all is no burst
 
     def _age(self, now: float) -> None:
         if self._at is None:
@@ -118,7 +125,7 @@ class ArrivalRate:
 
 
 @dataclass(slots=True)
-class Prudence:
+class SafetyFactor:
     """A factor on the times that a plan reckons with, at least 1: it grows with every request that is missed.
 
     It finds by trial what no profile tells, such as how much of a deadline goes by on the way to and from the engine
@@ -129,22 +136,52 @@ class Prudence:
     _at: float = 0.0
 
     def observe(self, met: int, missed: int, now: float) -> None:
-        """Learn from requests: so many were taken into a batch that should be in time, so many were late or refused."""
+        """Learn from requests: so many were taken into a batch that should be in time, so many were missed."""
         step = MISS_STEP * (missed - TOLERATED_MISSES * (met + missed))
-        self.factor = min(MAX_PRUDENCE, max(1.0, self.read(now) + step))
+        self.factor = min(MAX_SAFETY_FACTOR, max(1.0, self.read(now) + step))
         self._at = now
 
     def read(self, now: float) -> float:
         """Return the factor at `now`."""
-        return 1 + (self.factor - 1) * math.exp(min(0.0, self._at - now) / PRUDENCE_FADES_S)
+        return 1 + (self.factor - 1) * math.exp(min(0.0, self._at - now) / SAFETY_FACTOR_FADES_S)
 
 
-def prior_slowdown(snapshot: ResourceSnapshot | None, threads: int) -> float:
-    """Slowdown to expect from what other processes do, before any batch has felt it.
+class TrafficEstimator:
+    """What arrives: how much of late and over some seconds, and what the last requests granted."""
 
-    The scheduler shares the cores evenly: `threads` of ours and as many of others as they keep busy.
-    """
-    if snapshot is None or snapshot.others_cores is None:
-        return 1.0
-    cpus = snapshot.cpus or snapshot.cores
-    return max(1.0, (min(threads, cpus) + snapshot.others_cores) / cpus)
+    def __init__(self) -> None:
+        self._rate = ArrivalRate(RATE_TIME_S)
+        self._sustained_rate = ArrivalRate(SUSTAINED_TIME_S)
+        self._recent: deque[RequestConstraints] = deque(maxlen=REMEMBERED_REQUESTS)
+        self._budgets_s: list[float] = []  # of the recent, ascending
+
+    @property
+    def recent(self) -> Sequence[RequestConstraints]:
+        """The constraints of the last requests, the oldest first."""
+        return self._recent
+
+    @property
+    def tight_budget_s(self) -> float:
+        """A budget that few of the recent ones undercut; infinite before the first."""
+        return self._budgets_s[int(TIGHT_QUANTILE * len(self._budgets_s))] if self._budgets_s else math.inf
+
+    def count(self, now: float) -> None:
+        """Count an arrival."""
+        self._rate.count(now)
+        self._sustained_rate.count(now)
+
+    def remember(self, constraints: RequestConstraints) -> None:
+        """Take note of what a request grants."""
+        if len(self._recent) == REMEMBERED_REQUESTS:
+            oldest = self._recent[0].budget_s
+            del self._budgets_s[bisect_left(self._budgets_s, oldest)]
+        self._recent.append(constraints)
+        insort(self._budgets_s, constraints.budget_s)
+
+    def rate(self, now: float) -> float:
+        """Return the arrivals per second, of late."""
+        return self._rate.read(now)
+
+    def sustained_rate(self, now: float) -> float:
+        """Return the arrivals per second over a longer time, which leaves out what is only a burst."""
+        return self._sustained_rate.read(now)

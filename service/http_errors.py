@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -27,10 +27,10 @@ from service.errors import (
     ServiceError,
     UnsupportedMediaError,
     UploadTimeoutError,
+    invalid_parameter,
 )
 from service.request_ids import HEADER, KEY, request_id
 from service.schemas import ErrorAnswer, ErrorDetail
-from service.shortcut import Handle
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ STATUS = {
     ImageTooLargeError: 413,
     BodyTooLargeError: 413,
     UploadTimeoutError: 408,
-    ClientGoneError: 499,  # nobody reads it; the log of accesses and the metrics do
+    ClientGoneError: 499,  # for the log of accesses
     UnsupportedMediaError: 415,
     OverloadedError: 429,
     NotReadyError: 503,
@@ -55,15 +55,9 @@ LINGER_S = 1
 class ErrorAnswers:
     """Answers every error in one JSON shape."""
 
-    def __init__(self, max_body_bytes: int, count_refusal: Callable[[str, str], None]) -> None:
-        """Take what there is to know.
-
-        Args:
-            max_body_bytes: a body that may be longer is not read on once its request is refused.
-            count_refusal: told the path and the code of what is refused before the pipeline could count it.
-        """
+    def __init__(self, max_body_bytes: int) -> None:
+        """Take how long a body may be: one that may be longer is not read on once its request has its error."""
         self._max_body_bytes = max_body_bytes
-        self._count_refusal = count_refusal
 
     def add_to(self, app: FastAPI) -> None:
         """Answer the errors of all routes of an app."""
@@ -71,19 +65,6 @@ class ErrorAnswers:
         app.exception_handler(RequestValidationError)(self._on_invalid_parameter)
         app.exception_handler(HTTPException)(_on_http_error)
         app.exception_handler(Exception)(_on_bug)
-
-    def around(self, handle: Handle) -> Handle:
-        """Answer the errors of a handler that no app stands around."""
-
-        async def answer(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except ServiceError as error:
-                return await self._on_service_error(request, error)
-            except RequestValidationError as error:
-                return await self._on_invalid_parameter(request, error)
-
-        return answer
 
     async def _on_service_error(self, request: Request, error: ServiceError) -> Response:
         if isinstance(error, BodyTooLargeError):
@@ -96,13 +77,9 @@ class ErrorAnswers:
         return _closing(response) if unread else response
 
     async def _on_invalid_parameter(self, request: Request, error: RequestValidationError) -> Response:
-        self._count_refusal(request.url.path, InvalidParameterError.code)
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"][1:])
-        said = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to our own sentences
-        message = f"{where}: {said}" if where else said
-        response = _error(422, InvalidParameterError.code, message, {"parameter": where} if where else {})
-        return _closing(response) if self._may_be_long(request) else response
+        # FastAPI says first of all that it is the query.
+        problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
+        return await self._on_service_error(request, invalid_parameter(problems))
 
     def _may_be_long(self, request: Request) -> bool:
         length = request.headers.get("content-length", "0")

@@ -9,7 +9,7 @@ import sys
 SWITCH_INTERVAL_S = 0.001
 
 
-def settle_interpreter() -> None:
+def configure_gc() -> None:
     """Make Python fit to serve, once everything is loaded.
 
     Half a million objects of the libraries live as long as the process. To look through them for cycles takes a quarter

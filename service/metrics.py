@@ -1,6 +1,6 @@
 """Every Prometheus metric of the server, declared once on an injected registry.
 
-Workers of one server share a folder in which prometheus_client keeps the counts of each; whichever is asked for its
+Workers of one server share a folder in which prometheus_client keeps the counts of each; the one that is asked for its
 page then answers for all of them.
 """
 
@@ -24,7 +24,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from models.subnetwork import SubNetwork
 from service.domain import Classification
-from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, ServiceError, ShedReason
+from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, OverloadReason, ServiceError
 from service.resources import ResourceSnapshot
 from service.shared_counts import forget_dead, make_folder
 
@@ -32,13 +32,13 @@ STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3,
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 # Outcomes that break the promise of an answer in time; what the client did wrong itself breaks none.
 MISSES = {OverloadedError.code, DeadlineError.code, ModelError.code, ServiceError.code}
-# Why a request was shed, where its outcome says so; one that was refused for overload brings its own reason.
-SHED_REASONS = {DeadlineError.code: "late", NotReadyError.code: "not_ready"}
+# Why a request was dropped, where its outcome says so; an overload brings its own reason.
+DROP_REASONS = {DeadlineError.code: "expired", NotReadyError.code: "not_ready"}
 # Of what falls short and what it would take: the sample that holds each.
 TOTALS: dict[str, tuple[str, dict[str, str]]] = {
     "met": ("supervit_deadlines_total", {"result": "met"}),
     "missed": ("supervit_deadlines_total", {"result": "missed"}),
-    "accuracy_given_up": ("supervit_accuracy_given_up_total", {}),
+    "accuracy_loss": ("supervit_accuracy_loss_total", {}),
     "spent_gflops": ("supervit_spent_gflops_total", {}),
     "saved_gflops": ("supervit_saved_gflops_total", {}),
     "taken_s": ("supervit_engine_taken_seconds_total", {}),
@@ -85,13 +85,13 @@ class Metrics:
 
         self._requests = Counter(
             "supervit_requests",
-            "Classification requests by outcome: ok or an error code; client_gone where nobody waited for the answer.",
+            "Classification requests by outcome: ok or an error code; client_gone where the client left before it.",
             ["outcome"],
             registry=registry,
         )
-        self._sheds = Counter(
-            "supervit_sheds",
-            "Requests that were turned away or given up without an answer, by reason.",
+        self._dropped = Counter(
+            "supervit_dropped_requests",
+            "Requests that were rejected, expired or shed, by reason.",
             ["reason"],
             registry=registry,
         )
@@ -142,8 +142,8 @@ class Metrics:
         self._accuracy = Counter(
             "supervit_expected_accuracy", "Expected top-1 accuracy of the answers, 0..1, summed.", registry=registry
         )
-        self._given_up = Counter(
-            "supervit_accuracy_given_up",
+        self._accuracy_loss = Counter(
+            "supervit_accuracy_loss",
             "Top-1 accuracy, 0..1, that the most accurate sub-network would have had more, summed over the answers.",
             registry=registry,
         )
@@ -153,16 +153,16 @@ class Metrics:
             registry=registry,
         )
         self._in_flight = gauge("supervit_requests_in_flight", "Classification requests being worked on.", "livesum")
-        self._waiting = gauge("supervit_waiting_requests", "Requests that wait for the engine.", "livesum")
+        self._queued = gauge("supervit_queued_requests", "Requests that wait for the engine.", "livesum")
         self._slowdown = gauge("supervit_slowdown_ratio", "Latency of batches now over that of the profile.", "liveall")
-        self._prudence = gauge(
-            "supervit_prudence_ratio",
-            "Factor on the times of all sub-networks but the cheapest, because requests were missed of late.",
+        self._safety_factor = gauge(
+            "supervit_safety_factor_ratio",
+            "Factor on the times of all sub-networks but the cheapest, because deadlines were missed of late.",
             "liveall",
         )
         self._cpu = gauge(
             "supervit_cpu_utilization_ratio",
-            "Fraction of the usable cores in use over the last interval, by whom.",
+            "Fraction of the usable cores in use over the last interval, by this process and by others.",
             "liveall",
             ["by"],
         )
@@ -204,8 +204,8 @@ class Metrics:
         self._workers.set(workers)
         for outcome in ("ok", *MISSES):
             self._requests.labels(outcome)
-        for reason in (*SHED_REASONS.values(), *get_args(ShedReason)):
-            self._sheds.labels(reason)
+        for reason in (*DROP_REASONS.values(), *get_args(OverloadReason)):
+            self._dropped.labels(reason)
         for subnetwork in subnetworks:
             self._count_of(subnetwork)
 
@@ -219,22 +219,21 @@ class Metrics:
         """Count a request in."""
         self._in_flight.inc()
 
-    def request_finished(self, outcome: str, shed: str | None = None, *, is_missed: bool = False) -> None:
-        """Count a request out; `outcome` is "ok" or an error code, `shed` the reason that an overload gave.
+    def request_finished(self, outcome: str, reason: str | None = None, *, is_missed: bool = False) -> None:
+        """Count a request out.
 
-        `is_missed` says that its deadline has passed without an answer, where the outcome does not.
+        Args:
+            outcome: "ok" or an error code.
+            reason: that an overload gave.
+            is_missed: whether its deadline has passed without an answer, where the outcome does not say so.
         """
         self._in_flight.dec()
-        self.request_refused(outcome, shed)
+        self._requests.labels(outcome).inc()
+        reason = reason or DROP_REASONS.get(outcome)
+        if reason is not None:
+            self._dropped.labels(reason).inc()
         if is_missed or outcome in MISSES:
             self._missed.inc()
-
-    def request_refused(self, outcome: str, shed: str | None = None) -> None:
-        """Count the outcome of a request that was not counted in, or no longer is."""
-        self._requests.labels(outcome).inc()
-        reason = shed or SHED_REASONS.get(outcome)
-        if reason is not None:
-            self._sheds.labels(reason).inc()
 
     def answered(self, answer: Classification) -> None:
         """Record what an answer cost."""
@@ -247,9 +246,9 @@ class Metrics:
         self._gflops.inc(profile.gflops)
         self._saved.inc(answer.saved_gflops)
         (self._met if answer.deadline_met else self._missed).inc()
-        if profile.top1 is not None and answer.given_up is not None:
+        if profile.top1 is not None and answer.accuracy_loss is not None:
             self._accuracy.inc(profile.top1)
-            self._given_up.inc(answer.given_up)
+            self._accuracy_loss.inc(answer.accuracy_loss)
 
     def batch_ran(self, size: int, predicted_s: float, inference_s: float, taken_s: float) -> None:
         """Record a batch; `taken_s` is its time with the pause for the ceiling's sake that follows."""
@@ -258,11 +257,11 @@ class Metrics:
         self._batch_duration.observe(inference_s)
         self._predicted.inc(predicted_s)
 
-    def machine(self, snapshot: ResourceSnapshot, waiting: int, slowdown: float, prudence: float) -> None:
-        """Record the machine's state and the line's; what the machine does not say keeps its last value."""
-        self._waiting.set(waiting)
+    def machine(self, snapshot: ResourceSnapshot, queued: int, slowdown: float, safety_factor: float) -> None:
+        """Record the machine's state and the scheduler's; what the machine does not say keeps its last value."""
+        self._queued.set(queued)
         self._slowdown.set(slowdown)
-        self._prudence.set(prudence)
+        self._safety_factor.set(safety_factor)
         cpus = snapshot.cpus or snapshot.cores  # a quota of ours does not bound what others use
         others = None if snapshot.others_cores is None else snapshot.others_cores / cpus
         gauges = [
@@ -291,6 +290,6 @@ class Metrics:
         if self._shared_folder is None:
             return generate_latest(self._registry)
         forget_dead(self._shared_folder)
-        everyones = CollectorRegistry()
-        multiprocess.MultiProcessCollector(everyones, self._shared_folder)  # type: ignore[no-untyped-call] # as above
-        return generate_latest(everyones)
+        merged = CollectorRegistry()
+        multiprocess.MultiProcessCollector(merged, self._shared_folder)  # type: ignore[no-untyped-call] # as above
+        return generate_latest(merged)

@@ -70,7 +70,7 @@ def build_classifier(model: SuperViT) -> ov.Model:
     room = op.pad(_embed(model, images), _ints(0, 1, 0), _ints(0, 0, 0), "constant", _floats(0.0))
     tokens = op.add(room, positions)
     for index, block in enumerate(cast("list[Block]", model.blocks)):
-        only_class = index == config.depth - 1 and model.aux_head is None  # nobody reads what becomes of the others
+        only_class = index == config.depth - 1 and model.aux_head is None  # what becomes of the others is not read
         tokens, query, key = _attend(block, tokens, only_class)
         if index in kept and not only_class:
             tokens = _prune(tokens, _scores(block.attn, query, key), kept[index], bonus[index])

@@ -1,4 +1,4 @@
-"""The same app on Ray Serve: every replica is a whole server, with a waiting line, a monitor and a profile of its own.
+"""The same app on Ray Serve: every replica is a whole server, with a queue, a monitor and a profile of its own.
 
 `build` is what the `import_path` of a Serve config names; its arguments are the server's settings.
 """
@@ -13,15 +13,17 @@ from ray import serve
 from ray.serve import Application
 
 from models.checkpoint import load_checkpoint
-from service.app import LOG_FORMAT, create_app, engine_threads
+from service.app import create_app
+from service.engines import engine_threads
 from service.errors import InvalidParameterError
-from service.interpreter import settle_interpreter
+from service.interpreter import configure_gc
 from service.monitor import Monitor
+from service.runtime import LOG_FORMAT, ServerRuntime
 from service.settings import Settings, named_settings
 
 # What Ray decides.
 NOT_FOR_RAY = {"host", "port", "fd", "workers"}
-# Requests that Ray lets through to a replica beyond those that it takes itself, so that it is the replica that refuses,
+# Requests that Ray lets through to a replica beyond those that it takes itself, so that it is the replica that rejects,
 # with a reason and a time to come back.
 MARGIN = 64
 
@@ -38,16 +40,13 @@ class Replica:
         self._has_failed = False
         self._decode_threads = settings.decode_threads
         checkpoint = load_checkpoint(settings.checkpoint)
-        threads = settings.threads or min(engine_threads(checkpoint, Monitor()), _assigned_cpus())
-        self._app = create_app(
-            settings.model_copy(update={"threads": threads, "workers": 1}),  # Ray has replicas
-            checkpoint,
-            on_failure=self._fail,
-            ready_first=True,
-            names_requests=False,  # Ray's proxy does
-        )
-        self._totals, self._told_at = self._app.state.totals(), time.monotonic()
-        settle_interpreter()
+        threads = settings.threads or min(engine_threads(checkpoint, Monitor().latest.cores), _assigned_cpus())
+        settings = settings.model_copy(update={"threads": threads, "workers": 1})  # Ray has replicas
+        runtime = ServerRuntime(settings, checkpoint, on_failure=self._fail)
+        self._app = create_app(runtime, ready_first=True, names_requests=False)  # Ray's proxy names them
+        self._read_totals = runtime.metrics.totals
+        self._totals, self._told_at = self._read_totals(), time.monotonic()
+        configure_gc()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -67,14 +66,14 @@ class Replica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Tell the autoscaling policy what has happened since it was last told, per second."""
         before, last_at = self._totals, self._told_at
-        self._totals, self._told_at = self._app.state.totals(), time.monotonic()
+        self._totals, self._told_at = self._read_totals(), time.monotonic()
         elapsed_s = self._told_at - last_at
         rates = {name: (total - before[name]) / elapsed_s for name, total in self._totals.items()}
         # Every image of the most accurate sub-network would have cost that much more.
         dearer = 1 + rates["saved_gflops"] / rates["spent_gflops"] if rates["spent_gflops"] else 1
         return {
             "requests_per_s": rates["met"] + rates["missed"],
-            "accuracy_lost_per_s": rates["accuracy_given_up"] + rates["missed"],
+            "accuracy_loss_per_s": rates["accuracy_loss"] + rates["missed"],
             "engines_wanted": max(rates["taken_s"] * dearer, rates["decode_s"] / self._decode_threads),
         }
 

@@ -1,70 +1,78 @@
-"""Why a choice was made, in words for a person. Decides nothing."""
+"""Why a decision was made, in a sentence for a person. Decides nothing."""
 
-from collections.abc import Sequence
+from service.catalog import Variant, VariantCatalog
+from service.domain import ReasonCode
+from service.state import BatchDecision, Reason, RequestConstraints
 
-from service.menu import Menu
-from service.situation import Choice, Entry, Situation, Wish
-
-NOTEWORTHY = 1.05  # prudence that a person should hear of
+NOTEWORTHY = 1.05  # safety factor that a person should hear of
 
 
-def cleared(situation: Situation, line: Sequence[Entry], expects: bool, option: int) -> str:
-    """Say why an option was chosen with which everybody who waits is answered in time.
+def reason_of(
+    constraints: RequestConstraints, budget_gflops: float | None, variant: Variant, decision: BatchDecision
+) -> Reason:
+    """Tell why a request got its variant: its own constraints where they decided, the queue otherwise.
 
     Args:
-        situation: the moment.
-        line: who waits, the most urgent first.
-        expects: whether others were reckoned with who have not come yet.
-        option: that was chosen.
+        constraints: what the request grants.
+        budget_gflops: what it named.
+        variant: what it got.
+        decision: what it ran with.
     """
-    menu, waiting = situation.menu, len(line)
-    subnetwork = menu.options[option].row.subnetwork
-    quality = _quality(menu)
-    if option == menu.num_levels - 1:
-        if waiting == 1:
-            return f"nothing else waits: {subnetwork} is {quality} sub-network"
-        return f"{waiting} waiting: {subnetwork}, {quality} sub-network, answers all of them in time"
-    prudently = ""
-    if situation.prudence > NOTEWORTHY:
-        prudently = f" if better ones take {situation.prudence:.1f} times as long (requests were missed of late)"
-    if waiting > 1:
-        return f"{waiting} waiting: {subnetwork} is {quality} that answers all of them in time{prudently}"
-    left = f"{1000 * (line[0].deadline_at - situation.now):.0f} ms left"
-    if expects:
-        return f"{left} and others expected: {subnetwork} is {quality} that answers all of them in time{prudently}"
-    return f"{left}: {subnetwork} is {quality} that answers in time{prudently}"
+    if constraints.pinned is not None:
+        return Reason(ReasonCode.PINNED)
+    limit = constraints.highest_level if constraints.over_limit is None else constraints.over_limit.index
+    return decision.reason if budget_gflops is None or variant.index != limit else Reason(ReasonCode.GFLOPS_BUDGET)
 
 
-def outrun(situation: Situation, waiting: int) -> str:
-    """Say why the cheapest level was chosen although a better one would do for those who wait."""
-    cheapest = situation.menu.options[0].row.subnetwork
-    return f"{waiting} waiting and, for seconds now, more coming than even {cheapest} carries for long"
+def explain(reason: Reason, catalog: VariantCatalog, variant: Variant, budget_gflops: float | None = None) -> str:
+    """Put a reason into words.
+
+    Args:
+        reason: why.
+        catalog: what could be chosen.
+        variant: what was chosen.
+        budget_gflops: what the request named, for the reason that it is.
+    """
+    chosen, quality = variant.profile.subnetwork, "the most accurate" if catalog.is_measured else "the largest"
+    match reason.code:
+        case ReasonCode.PINNED:
+            return f"{chosen} was asked for by name"
+        case ReasonCode.GFLOPS_BUDGET if budget_gflops is not None:
+            return _explain_budget(catalog, variant, budget_gflops, quality)
+        case ReasonCode.BASELINE:
+            return f"{reason.policy}: {chosen}, {1000 * reason.slack_s:.0f} ms left to the most urgent"
+        case ReasonCode.SUSTAINED_OVERLOAD:
+            cheapest = catalog.cheapest.profile.subnetwork
+            return f"{reason.queued} waiting and, for seconds now, more coming than even {cheapest} carries for long"
+        case ReasonCode.BURST_OVERLOAD:
+            return f"{reason.queued} waiting and more expected than can be answered in time: {chosen} answers the most"
+        case ReasonCode.NOTHING_TO_RUN:
+            return "nothing that waits can be answered in time"
+        case ReasonCode.ALONE:
+            return f"nothing else waits: {chosen} is {quality} sub-network"
+        case _:
+            return _explain_deadlines(reason, catalog, variant, quality)
 
 
-def overloaded(menu: Menu, waiting: int, option: int) -> str:
-    """Say why an option was chosen with which not everybody is answered in time."""
-    subnetwork = menu.options[option].row.subnetwork
-    return f"{waiting} waiting and more expected than can be answered in time: {subnetwork} answers the most"
+def _explain_deadlines(reason: Reason, catalog: VariantCatalog, variant: Variant, quality: str) -> str:
+    chosen = variant.profile.subnetwork
+    if variant is catalog.best:
+        return f"{reason.queued} waiting: {chosen}, {quality} sub-network, answers all of them in time"
+    cautiously = ""
+    if reason.safety_factor > NOTEWORTHY:
+        cautiously = f" if better ones take {reason.safety_factor:.1f} times as long (requests were missed of late)"
+    left = f"{1000 * reason.slack_s:.0f} ms left"
+    if reason.code is ReasonCode.DEADLINE:
+        return f"{left}: {chosen} is {quality} that answers in time{cautiously}"
+    before = f"{left} and others expected" if reason.code is ReasonCode.FORECAST else f"{reason.queued} waiting"
+    return f"{before}: {chosen} is {quality} that answers all of them in time{cautiously}"
 
 
-def explain(menu: Menu, wish: Wish, budget_gflops: float | None, option: int, choice: Choice) -> str:
-    """Say why a request got its option: because of its own wish where that decided, because of the line otherwise."""
-    subnetwork = menu.options[option].row.subnetwork
-    if wish.only is not None:
-        return f"{subnetwork} was asked for by name"
-    if budget_gflops is None or option != (wish.limit if wish.beyond is None else wish.beyond):
-        return choice.reason
-    quality = _quality(menu)
-    if option == menu.num_levels - 1:
-        return f"{budget_gflops:.12g} GFLOPs admit {quality} sub-network, {subnetwork}"
-    dearer = menu.next_better(option)
+def _explain_budget(catalog: VariantCatalog, variant: Variant, budget_gflops: float, quality: str) -> str:
+    chosen, dearer = variant.profile.subnetwork, catalog.next_better(variant)
     if dearer is None:
-        return choice.reason
+        return f"{budget_gflops:.12g} GFLOPs admit {quality} sub-network, {chosen}"
     return (
-        f"{subnetwork} is {quality} within {budget_gflops:.12g} GFLOPs; the next better one, {dearer.subnetwork}, "
-        f"costs {dearer.gflops}"
+        f"{chosen} is {quality} within {budget_gflops:.12g} GFLOPs; the next better one, {dearer.profile.subnetwork}, "
+        f"costs {dearer.profile.gflops}"
     )
-
-
-def _quality(menu: Menu) -> str:
-    return "the most accurate" if menu.is_measured else "the largest"

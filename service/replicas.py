@@ -22,23 +22,23 @@ class ReplicaPolicy:
     another replica does not cure, as small budgets of the clients.
 
     Attributes:
-        accuracy_lost_points: of top-1 per request, above which replicas are added; a request that was late or has no
+        accuracy_loss_points: of top-1 per request, above which replicas are added; a request that was late or has no
             answer has lost all 100.
         max_utilization: share of the time in which an engine should be busy, 0..1.
     """
 
-    accuracy_lost_points: float = 1.0
+    accuracy_loss_points: float = 1.0
     max_utilization: float = 0.8
 
     def __call__(self, context: "AutoscalingContext") -> tuple[float, dict[str, Any]]:
         """Return the number, before Ray's bounds, factors and delays, and nothing to remember."""
         reports = context.aggregated_metrics or {}
         requests_per_s, lost_per_s, engines_wanted = (
-            sum(reports.get(name, {}).values()) for name in ("requests_per_s", "accuracy_lost_per_s", "engines_wanted")
+            sum(reports.get(name, {}).values()) for name in ("requests_per_s", "accuracy_loss_per_s", "engines_wanted")
         )
         wanted = engines_wanted / self.max_utilization
         lost_points = 100 * lost_per_s / max(requests_per_s, MIN_REQUESTS_PER_S)
-        limit = max if lost_points > self.accuracy_lost_points else min
+        limit = max if lost_points > self.accuracy_loss_points else min
         # Those under way tell of a burst before its answers have lost anything.
         ongoing = 0.0 if context.config is None else context.config.get_target_ongoing_requests()
         crowded = context.total_num_requests / ongoing if ongoing else 0.0

@@ -39,7 +39,7 @@ class GpuSnapshot:
         utilization: share of the driver's own last interval (1/6 s to 1 s) in which a kernel of anyone ran; how much
             of the GPU it filled is not told.
         memory_total_bytes: all there is.
-        memory_free_bytes: what nobody has allocated; PyTorch's cache counts as allocated.
+        memory_free_bytes: what is not allocated; PyTorch's cache counts as allocated.
         sm_clock_hz: of the multiprocessors, now.
         max_sm_clock_hz: the highest that they may take.
         throttle_reasons: why the clock is not higher, from THROTTLE_REASONS; gpu_idle and the settings are no sign of
@@ -135,7 +135,7 @@ class Interval:
         return self._share_of_time(self.before.own_cpu_s, self.after.own_cpu_s, cores)
 
     def cpu_utilization(self, cpus: Collection[int]) -> float | None:
-        """Return everyone's share of these CPUs, by the kernel's count of ticks, usually 10 ms long."""
+        """Return the share of all processes in these CPUs, by the kernel's count of ticks, usually 10 ms long."""
         before, after = self.before.cpu_ticks, self.after.cpu_ticks
         known = [(before[cpu], after[cpu]) for cpu in cpus if cpu in before and cpu in after]
         # The kernel's idle counters may step back a little.
@@ -145,8 +145,8 @@ class Interval:
 
     def others_cores(self, cpus: Collection[int]) -> float | None:
         """Return the cores' worth of these CPUs that was not this process's."""
-        everyone, own = self.cpu_utilization(cpus), self.own_cpu_utilization(len(cpus))
-        return None if everyone is None or own is None else max(0.0, everyone - own) * len(cpus)
+        total, own = self.cpu_utilization(cpus), self.own_cpu_utilization(len(cpus))
+        return None if total is None or own is None else max(0.0, total - own) * len(cpus)
 
     def throttled_fraction(self) -> float | None:
         """Return the share of throttled periods in the worst of the cgroups."""
@@ -167,6 +167,17 @@ class Interval:
         if before_s is None or after_s is None:
             return None
         return _share(after_s - before_s, (self.after.taken_at - self.before.taken_at) * lanes)
+
+
+def prior_slowdown(snapshot: ResourceSnapshot | None, threads: int) -> float:
+    """Slowdown to expect from what other processes do, before any batch has felt it.
+
+    The scheduler shares the cores evenly: `threads` of ours and as many of others as they keep busy.
+    """
+    if snapshot is None or snapshot.others_cores is None:
+        return 1.0
+    cpus = snapshot.cpus or snapshot.cores
+    return max(1.0, (min(threads, cpus) + snapshot.others_cores) / cpus)
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -2,18 +2,25 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from models.profiles import LOWEST_ENTROPY
-from service.menu import Option
-from service.situation import Choice
+from service.catalog import Variant
+from service.state import BatchDecision
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
-# Of one image: logits, probabilities and ranking, as in a Result.
-Ranked = tuple[Floats, Floats, Indices]
+
+
+class Ranked(NamedTuple):
+    """Of one image: logits, probabilities and ranking, as in a Result."""
+
+    logits: Floats
+    probabilities: Floats
+    ranking: Indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +29,10 @@ class Result:
 
     Attributes:
         logits: (classes,).
-        probabilities: (classes,), their softmax at the sub-network's temperature; none is a number where some logit is
-            none.
+        probabilities: (classes,), their softmax at the sub-network's temperature; all NaN where some logit is NaN.
         ranking: (classes,), the indices of the classes, the most probable first.
-        option: what ran.
-        choice: the whole decision, its reason included.
+        variant: what ran.
+        decision: the whole of it, its reason included.
         batch_size: images that ran together.
         predicted_s: what the batch was expected to take.
         inference_s: what it took.
@@ -37,8 +43,8 @@ class Result:
     logits: Floats
     probabilities: Floats
     ranking: Indices
-    option: Option
-    choice: Choice
+    variant: Variant
+    decision: BatchDecision
     batch_size: int
     predicted_s: float
     inference_s: float
@@ -56,7 +62,7 @@ def rank(logits: Floats, temperature: float, entropy_exponent: float) -> list[Ra
         spread = _entropy(behind) ** entropy_exponent if entropy_exponent else 1.0
         probabilities = _softmax(behind / (temperature * spread))
     ranking = np.argsort(-logits, axis=1, kind="stable")  # far behind, probabilities are all 0
-    return list(zip(logits, probabilities, ranking, strict=True))
+    return list(map(Ranked, logits, probabilities, ranking))
 
 
 def _softmax(behind: Floats) -> Floats:

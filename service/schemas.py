@@ -7,10 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from models.checkpoint import Checkpoint
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig
+from service.catalog import VariantCatalog
 from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast
-from service.menu import Menu
 
-LOWEST_PRIORITY = -10  # a handful of classes is all that anybody can tell apart
+LOWEST_PRIORITY = -10  # more than a handful of classes cannot be told apart
 
 
 class DecideQuery(BaseModel):
@@ -25,7 +25,7 @@ class DecideQuery(BaseModel):
         None, gt=0, allow_inf_nan=False, description="most that the answer may cost, in 1e9 multiply-accumulates"
     )
     priority: int = Field(
-        0, ge=LOWEST_PRIORITY, le=0, description="0 is normal; lower may be refused or given up first"
+        0, ge=LOWEST_PRIORITY, le=0, description="0 is normal; lower may be rejected or shed first"
     )
     patch_grid: int | None = Field(None, ge=1, description="with keep_rate: a sub-network by name, not by budget")
     keep_rate: float | None = Field(None, gt=0, le=1, description="with patch_grid: a sub-network by name")
@@ -68,7 +68,7 @@ class SubNetworkAnswer(BaseModel):
     keep_rate: float = Field(description="fraction of tokens kept at each prune block")
     num_tokens: int = Field(description="tokens that enter the first block, class token included")
     gflops: float = Field(description="cost of one image, in 1e9 multiply-accumulates")
-    expected_accuracy: float | None = Field(description="top-1, 0..1; null where nobody measured")
+    expected_accuracy: float | None = Field(description="top-1, 0..1; null where not measured")
 
 
 class DecisionAnswer(BaseModel):
@@ -120,14 +120,14 @@ class ResourcesAnswer(BaseModel):
 
     snapshot: dict[str, Any] = Field(description="the latest look at the machine; null where it does not say")
     age_s: float = Field(description="since that look")
-    waiting: int = Field(description="requests that wait for the engine")
+    queued: int = Field(description="requests that wait for the engine")
     arrival_rate: float = Field(description="requests per second, of late")
     slowdown: float = Field(description="latency now over the profile's")
     expected_from_others: float = Field(description="slowdown that the others' load alone would let expect")
-    stretch: float = Field(description="time that the engine is taken for a batch over the batch's own")
-    prudence: float = Field(description="factor on the times of all but the cheapest, for requests missed of late")
+    overhead_factor: float = Field(description="time that the engine is taken for a batch over the batch's own")
+    safety_factor: float = Field(description="factor on the times of all but the cheapest, for requests missed of late")
     max_batch_size: int = Field(description="most that may run together now")
-    next_without_budget: DecideAnswer | None = Field(description="what a request would get; null if it were refused")
+    next_without_budget: DecideAnswer | None = Field(description="what a request would get; null if it were rejected")
 
 
 class SubNetworkRow(SubNetworkAnswer):
@@ -138,7 +138,7 @@ class SubNetworkRow(SubNetworkAnswer):
     is_interpolated: bool = Field(description="whether the accuracy lies between two measured ones")
     temperature: float = Field(description="logits are divided by temperature * H ** entropy_exponent for the softmax")
     entropy_exponent: float = Field(description="0..1; H is the entropy of softmax(logits) over log(classes), 1e-6..1")
-    calibration_error: float | None = Field(description="expected, 0..1, as measured; null where nobody measured")
+    calibration_error: float | None = Field(description="expected, 0..1, as measured; null where not measured")
     on_frontier: bool = Field(description="whether no cheaper sub-network is as accurate; others run only by name")
     latency_ms: dict[int, float] = Field(description="profiled latency on this machine by batch size")
 
@@ -208,23 +208,23 @@ def describe_subnetwork(row: SubNetworkProfile, config: SuperViTConfig) -> SubNe
 
 
 def describe_family(
-    checkpoint: Checkpoint, menu: Menu, engine: str, profiled_at: str, batch_sizes: tuple[int, ...]
+    checkpoint: Checkpoint, catalog: VariantCatalog, engine: str, profiled_at: str, batch_sizes: tuple[int, ...]
 ) -> SubNetworksAnswer:
-    """List everything on the menu, cheapest first."""
+    """List every variant, cheapest first."""
     config = checkpoint.config
     rows = [
         SubNetworkRow(
-            **describe_subnetwork(option.row, config).model_dump(),
-            expected_top5_accuracy=option.row.top5,
-            is_trained=option.row.is_trained,
-            is_interpolated=option.row.is_interpolated,
-            temperature=option.row.temperature,
-            entropy_exponent=option.row.entropy_exponent,
-            calibration_error=option.row.calibration_error,
-            on_frontier=index in menu.frontier,
-            latency_ms={size: _ms(option.seconds[size - 1]) for size in batch_sizes},
+            **describe_subnetwork(variant.profile, config).model_dump(),
+            expected_top5_accuracy=variant.profile.top5,
+            is_trained=variant.profile.is_trained,
+            is_interpolated=variant.profile.is_interpolated,
+            temperature=variant.profile.temperature,
+            entropy_exponent=variant.profile.entropy_exponent,
+            calibration_error=variant.profile.calibration_error,
+            on_frontier=variant in catalog.frontier,
+            latency_ms={size: _ms(variant.latency_by_batch_s[size - 1]) for size in batch_sizes},
         )
-        for index, option in sorted(enumerate(menu.options), key=lambda item: item[1].row.macs)
+        for variant in sorted(catalog.variants, key=lambda variant: variant.profile.macs)
     ]
     return SubNetworksAnswer(
         model=describe_model(checkpoint),

@@ -15,22 +15,24 @@ import uvicorn
 
 from models.checkpoint import load_checkpoint
 from models.devices import resolve_device
-from service.app import LOG_FORMAT, create_app
-from service.client import CommandError
+from service.app import create_app
 from service.connections import BoundedProtocol
-from service.interpreter import settle_interpreter
+from service.domain import ServerState
+from service.errors import CommandError
+from service.interpreter import configure_gc
 from service.monitor import Monitor
+from service.runtime import LOG_FORMAT, ServerRuntime
 from service.settings import Settings, environment_variable, unknown_variables, worker_environment
 from service.shared_counts import SHARED_FOLDER_VARIABLE
 from service.workers import Supervisor, beat, bind, split_cpus
 
 logger = logging.getLogger(__name__)
 
-OTHER_FILES = 1024  # of the process itself, and of connections that are idle or about to be refused
+OTHER_FILES = 1024  # of the process itself, and of connections that are idle or about to be rejected
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens; refuses newcomers from the very signal on that tells it to stop."""
+    """Says where it listens; takes no new request from the very signal on that tells it to stop."""
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
         super().__init__(config)
@@ -74,7 +76,7 @@ def supervise(settings: Settings) -> None:
             raise CommandError("the workers cannot run; the log says why")
     if supervisor.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
-    if supervisor.stopped_by is not None:  # end as whoever sent it expects, and as a single server does
+    if supervisor.stopped_by is not None:  # end as its sender expects, and as a single server does
         signal.signal(supervisor.stopped_by, signal.SIG_DFL)
         signal.raise_signal(supervisor.stopped_by)
 
@@ -132,14 +134,10 @@ def serve(settings: Settings) -> None:
         raise CommandError("--workers listen on sockets of their own: leave out --fd, or --workers")
     allow_connections(settings.max_in_flight)
     with _bind(settings) if settings.fd is None else socket.socket(fileno=settings.fd) as opened:
-        app = create_app(
-            settings,
-            load_checkpoint(settings.checkpoint),
-            on_failure=stop,
-            heartbeat=tell_supervisor,
-            # Others may serve at the same address: this server takes no connection from them before its time.
-            ready_first=settings.fd is not None,
-        )
+        checkpoint = load_checkpoint(settings.checkpoint)
+        runtime = ServerRuntime(settings, checkpoint, on_failure=stop, heartbeat=tell_supervisor)
+        # Others may serve at the same address: this server takes no connection from them before its time.
+        app = create_app(runtime, ready_first=settings.fd is not None)
         for name in unknown_variables():
             logger.warning("the environment variable %s is no setting of this server", name)
         config = uvicorn.Config(
@@ -152,11 +150,11 @@ def serve(settings: Settings) -> None:
             server_header=False,
             timeout_graceful_shutdown=math.ceil(settings.drain_s),
         )
-        server = _Server(config, app.state.drain)
-        settle_interpreter()
+        server = _Server(config, runtime.drain)
+        configure_gc()
         _on_hangup(server.handle_exit)
         server.run([opened])
-    if app.state.is_hung():  # the interpreter would wait for the thread that hangs
+    if runtime.state is ServerState.HUNG:  # the interpreter would wait for the thread that hangs
         logging.shutdown()
         os._exit(1)
     if failed.is_set():

@@ -1,4 +1,4 @@
-"""Arrivals replayed in virtual time by the very policy and line that serve, and the figures of how that went.
+"""Arrivals replayed in virtual time by the very scheduler and policy that serve, and the figures of how that went.
 
 Decoding, the network and the ceiling on utilization are left out.
 """
@@ -13,40 +13,40 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from service.arrivals import Arrival, SlowdownScript
-from service.baselines import fixed_name, make_policy, refuses_early
+from service.catalog import Variant, VariantCatalog
 from service.errors import OverloadedError
-from service.line import Line
-from service.menu import Menu, Option
-from service.situation import Entry, Policy, Wish
+from service.policies import Policy, find_policy, fixed_name
+from service.scheduler import Scheduler
+from service.state import QueuedRequest, RequestConstraints
 
 AS_PROFILED = SlowdownScript()
 ROUNDING_S = 1e-9
 PERCENTILES = (50, 95, 99)
 
-Outcome = Literal["in_time", "late", "refused", "hopeless", "shed"]
+Outcome = Literal["in_time", "overdue", "rejected", "expired", "shed"]
 
 
 class Fate(NamedTuple):
-    """What became of a request: answered in time or late, refused at admission, or given up by the policy.
+    """What became of a request: answered in time or overdue, rejected at admission, expired, or shed by the policy.
 
     Attributes:
         arrived_at, ended_at: in seconds from the start.
-        outcome: "hopeless" could no longer be answered in time, "shed" would have made others late.
-        option: index of the option that answered.
+        outcome: "expired" could no longer be answered in time, "shed" would have kept others from it.
+        variant: that answered.
     """
 
     arrived_at: float
     ended_at: float
     outcome: Outcome
-    option: int | None = None
+    variant: Variant | None = None
 
 
 class Batch(NamedTuple):
-    """A batch that ran: when it started, how long it took, and how many of which option."""
+    """A batch that ran: when it started, how long it took, and how many requests of which variant."""
 
     started_at: float
     seconds: float
-    option: int
+    variant: Variant
     size: int
 
 
@@ -55,7 +55,7 @@ class Machine:
     """Where requests are replayed.
 
     Attributes:
-        menu: its sub-networks with the latencies that the server knows.
+        catalog: its variants with the latencies that the server knows.
         max_batch_size: most that run together.
         slowdown: how much longer batches take than the server knows.
         overhead_s: what each batch takes on top, which the server does not know either.
@@ -63,7 +63,7 @@ class Machine:
         seed: of the noise.
     """
 
-    menu: Menu
+    catalog: VariantCatalog
     max_batch_size: int = 16
     slowdown: SlowdownScript = AS_PROFILED
     overhead_s: float = 0.0
@@ -79,8 +79,8 @@ class Replay:
         batches: in the order in which they ran.
     """
 
-    def __init__(self, arrivals: Sequence[Arrival], machine: Machine, policy: Policy, *, early: bool) -> None:
-        """Replay arrivals, which ascend, until everyone has an answer or a refusal, if `early` at admission.
+    def __init__(self, arrivals: Sequence[Arrival], machine: Machine, policy: Policy) -> None:
+        """Replay arrivals, which ascend, with a fresh policy, until each request has an answer or an error.
 
         Raises:
             BudgetTooSmallError: no sub-network is as cheap as a request wants it.
@@ -88,73 +88,75 @@ class Replay:
         self.fates: list[Fate] = []
         self.batches: list[Batch] = []
         self._machine = machine
-        self._line = Line(machine.menu, policy, machine.max_batch_size, refuses_early=early)
+        decide = policy.make(machine.catalog, machine.max_batch_size)
+        self._scheduler = Scheduler(machine.catalog, decide, machine.max_batch_size, rejects_early=policy.rejects_early)
         self._rng = np.random.default_rng(machine.seed)
-        self._arrived: dict[Entry, float] = {}
+        self._arrived: dict[QueuedRequest, float] = {}
         self._coming = list(reversed(arrivals))
         now = 0.0
-        while self._coming or len(self._line):
-            if not len(self._line):
+        while self._coming or len(self._scheduler):
+            if not len(self._scheduler):
                 now = max(now, self._coming[-1].at)
             self._take_in(now)
-            if len(self._line):
+            if len(self._scheduler):
                 now = self._serve(now)
 
     def _take_in(self, until: float) -> None:
         while self._coming and self._coming[-1].at <= until:
             arrival = self._coming.pop()
-            limit, beyond = self._machine.menu.best_within(arrival.budget_gflops)
-            wish = Wish(arrival.budget_s, limit, beyond=beyond)
-            entry = Entry(arrival.at + arrival.budget_s, wish, arrival.priority)
-            self._arrived[entry] = arrival.at
+            highest_level, over_limit = self._machine.catalog.best_within(arrival.budget_gflops)
+            constraints = RequestConstraints(arrival.budget_s, highest_level, over_limit=over_limit)
+            request = QueuedRequest(arrival.at + arrival.budget_s, constraints, arrival.priority)
+            self._arrived[request] = arrival.at
             try:
-                self._line.admit(entry, arrival.at)
+                self._scheduler.admit(request, arrival.at)
             except OverloadedError:
-                self._end((entry,), arrival.at, "refused")
+                self._end((request,), arrival.at, "rejected")
             else:
-                self._line.enter(entry)
+                self._scheduler.enqueue(request)
 
     def _serve(self, now: float) -> float:
         """Do what the policy chooses, and return when the engine is free again."""
-        choice = self._line.next_batch(now)
-        self._end(choice.late, now, "hopeless")
-        self._end(choice.shed, now, "shed")
-        if choice.option is None:
-            if not choice.late and not choice.shed:
-                raise RuntimeError("the policy neither serves nor gives up anybody")
+        decision = self._scheduler.next_batch(now)
+        self._end(decision.expired, now, "expired")
+        self._end(decision.shed, now, "shed")
+        if decision.variant is None:
+            if not decision.removed:
+                raise RuntimeError("the policy neither serves nor drops a request")
             return now
-        size = len(choice.batch)
-        seconds = self._seconds(choice.option, size, now)
-        self.batches.append(Batch(now, seconds, choice.option, size))
+        size = len(decision.batch)
+        seconds = self._seconds(decision.variant, size, now)
+        self.batches.append(Batch(now, seconds, decision.variant, size))
         now += seconds
         self._take_in(now)
-        self._line.finished(choice.option, size, seconds, now)
-        for entry in choice.batch:
-            if now <= entry.deadline_at + ROUNDING_S:
-                self._end((entry,), now, "in_time", choice.option)
+        self._scheduler.batch_completed(decision.variant, size, seconds, now)
+        for request in decision.batch:
+            if now <= request.deadline_at + ROUNDING_S:
+                self._end((request,), now, "in_time", decision.variant)
             else:
-                self._line.answered_late(now)
-                self._end((entry,), now, "late", choice.option)
+                self._scheduler.deadline_missed(now)
+                self._end((request,), now, "overdue", decision.variant)
         return now
 
-    def _seconds(self, option: int, size: int, now: float) -> float:
+    def _seconds(self, variant: Variant, size: int, now: float) -> float:
         machine = self._machine
-        seconds = machine.menu.options[option].seconds[size - 1] * machine.slowdown.factor(now) + machine.overhead_s
+        seconds = variant.latency_by_batch_s[size - 1] * machine.slowdown.factor(now) + machine.overhead_s
         return seconds * (1 + machine.noise * abs(self._rng.standard_normal()))
 
-    def _end(self, entries: Iterable[Entry], now: float, outcome: Outcome, option: int | None = None) -> None:
-        self.fates.extend(Fate(self._arrived.pop(entry), now, outcome, option) for entry in entries)
+    def _end(
+        self, requests: Iterable[QueuedRequest], now: float, outcome: Outcome, variant: Variant | None = None
+    ) -> None:
+        self.fates.extend(Fate(self._arrived.pop(request), now, outcome, variant) for request in requests)
 
 
 def replay(arrivals: Sequence[Arrival], machine: Machine, policy: str) -> Replay:
-    """Replay arrivals with a fresh policy of that name, and early refusal if that is how the server would run it.
+    """Replay arrivals with a policy of that name.
 
     Raises:
         BudgetTooSmallError: no sub-network is as cheap as a request wants it.
         InvalidParameterError: there is no such policy.
     """
-    chooser = make_policy(policy, machine.menu, machine.max_batch_size)
-    return Replay(arrivals, machine, chooser, early=refuses_early(policy))
+    return Replay(arrivals, machine, find_policy(policy, machine.catalog))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ class Figures:
     Attributes:
         outcomes: how many requests ended in which way, as in `Fate`.
         slo_attainment: share of all requests answered by their deadline.
-        mean_accuracy: expected top-1 of the answers in time; None where nobody measured it, or nothing was in time.
+        mean_accuracy: expected top-1 of the answers in time; None where it was not measured, or nothing was in time.
         effective_accuracy: the same over all requests: those without an answer in time count 0.
         latency_ms: of all answers, by percentile; None without any.
         mean_batch_size: requests per batch; None without any.
@@ -184,21 +186,21 @@ class Figures:
     mix: dict[str, float]
 
     @classmethod
-    def of(cls, replays: Sequence[Replay], menu: Menu) -> "Figures":
+    def of(cls, replays: Sequence[Replay], catalog: VariantCatalog) -> "Figures":
         """Sum up what happened on the machines, at least one request in all."""
         fates = [fate for one in replays for fate in one.fates]
         batches = [batch for one in replays for batch in one.batches]
         outcomes = Counter(fate.outcome for fate in fates)
-        correct = sum(accuracy for _, _, accuracy in answers_in_time(fates, menu) if accuracy is not None)
+        correct = sum(accuracy for _, _, accuracy in answers_in_time(fates) if accuracy is not None)
         seconds = max(fate.ended_at for fate in fates) * len(replays) or math.inf
-        latencies = [1000 * (fate.ended_at - fate.arrived_at) for fate in fates if fate.option is not None]
-        changes = sum(before.option != after.option for one in replays for before, after in pairwise(one.batches))
-        mix = Counter(grid_and_rate(menu.options[fate.option]) for fate in fates if fate.option is not None)
+        latencies = [1000 * (fate.ended_at - fate.arrived_at) for fate in fates if fate.variant is not None]
+        changes = sum(before.variant != after.variant for one in replays for before, after in pairwise(one.batches))
+        mix = Counter(grid_and_rate(fate.variant) for fate in fates if fate.variant is not None)
         return cls(
             outcomes={outcome: outcomes[outcome] for outcome in get_args(Outcome)},
             slo_attainment=outcomes["in_time"] / len(fates),
-            mean_accuracy=correct / outcomes["in_time"] if menu.is_measured and outcomes["in_time"] else None,
-            effective_accuracy=correct / len(fates) if menu.is_measured else None,
+            mean_accuracy=correct / outcomes["in_time"] if catalog.is_measured and outcomes["in_time"] else None,
+            effective_accuracy=correct / len(fates) if catalog.is_measured else None,
             latency_ms={f"p{n}": float(np.percentile(latencies, n)) if latencies else None for n in PERCENTILES},
             mean_batch_size=len(latencies) / len(batches) if batches else None,
             utilization=sum(batch.seconds for batch in batches) / seconds,
@@ -207,21 +209,21 @@ class Figures:
         )
 
 
-def answers_in_time(fates: Iterable[Fate], menu: Menu) -> list[tuple[float, str | None, float | None]]:
+def answers_in_time(fates: Iterable[Fate]) -> list[tuple[float, str | None, float | None]]:
     """List when each request arrived, which sub-network answered it in time if one did, and its expected top-1."""
     answers: list[tuple[float, str | None, float | None]] = []
     for fate in fates:
-        option = menu.options[fate.option] if fate.outcome == "in_time" and fate.option is not None else None
-        row = (grid_and_rate(option), option.row.top1) if option else (None, None)
-        answers.append((fate.arrived_at, *row))
+        variant = fate.variant if fate.outcome == "in_time" else None
+        answered_by = (grid_and_rate(variant), variant.profile.top1) if variant else (None, None)
+        answers.append((fate.arrived_at, *answered_by))
     return answers
 
 
-def grid_and_rate(option: Option) -> str:
-    """Name an option briefly, e.g. 14-0.5."""
-    return fixed_name(option.row.subnetwork).removeprefix("fixed-")
+def grid_and_rate(variant: Variant) -> str:
+    """Name a variant briefly, e.g. 14-0.5."""
+    return fixed_name(variant.profile.subnetwork).removeprefix("fixed-")
 
 
-def throughput(option: Option, max_batch_size: int) -> float:
-    """Return the most requests per second that an option answers, in batches of whichever size is best for it."""
-    return max(size / seconds for size, seconds in enumerate(option.seconds[:max_batch_size], start=1))
+def throughput(variant: Variant, max_batch_size: int) -> float:
+    """Return the most requests per second that a variant answers, in batches of whichever size is best for it."""
+    return max(size / seconds for size, seconds in enumerate(variant.latency_by_batch_s[:max_batch_size], start=1))

@@ -12,12 +12,12 @@ from pydantic import Field
 from models.latency import LatencyTable
 from models.profiles import ProfileTable
 from service.arrivals import SlowdownScript, Traffic
-from service.menu import Menu
+from service.catalog import VariantCatalog
 from service.simulator import Figures, Machine, answers_in_time, replay, throughput
 
 SHOWN = 3  # sub-networks in a line of the table
 TITLES = (
-    " rate/s policy              in time accuracy effective refused given up  late  p50 ms  p99 ms  busy  answered by"
+    " rate/s policy              in time accuracy effective rejected dropped overdue  p50 ms  p99 ms  busy  answered by"
 )
 
 
@@ -49,28 +49,29 @@ def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable)
     """
     for path in filter(None, (command.json_file, command.plot_file)):
         path.touch()  # fails now rather than after the simulation
-    menu = Menu.of(profiles, latencies)
-    largest = command.max_batch_size or menu.max_batch_size
-    capacity, cheapest = (command.machines * throughput(option, largest) for option in (menu.best, menu.options[0]))
-    carry = "1 machine carries" if command.machines == 1 else f"{command.machines} machines carry"
-    most = (
-        f"{capacity:.4g} requests/s at {menu.best.row.subnetwork}, {cheapest:.4g} at {menu.options[0].row.subnetwork}"
+    catalog = VariantCatalog.of(profiles, latencies)
+    largest = command.max_batch_size or catalog.max_batch_size
+    capacity, cheapest = (
+        command.machines * throughput(variant, largest) for variant in (catalog.best, catalog.variants[0])
     )
+    carry = "1 machine carries" if command.machines == 1 else f"{command.machines} machines carry"
+    best, least = catalog.best.profile.subnetwork, catalog.cheapest.profile.subnetwork
+    most = f"{capacity:.4g} requests/s at {best}, {cheapest:.4g} at {least}"
     text = [f"{carry} at most {most}", TITLES]
     rows, courses = [], {}
     one_rate = len(command.rate or command.load or (1.0,)) == 1
     for rate, arrivals in command.draws(capacity):
         for policy in dict.fromkeys((command.policy, *command.compare)):
             replays = [
-                replay(arrivals[index :: command.machines], _machine(command, menu, index), policy)
+                replay(arrivals[index :: command.machines], _machine(command, catalog, index), policy)
                 for index in range(command.machines)
             ]
-            figures = Figures.of(replays, menu)
+            figures = Figures.of(replays, catalog)
             text.append(_show(rate, policy, figures))
             rows.append({"rate": rate, "policy": policy} | asdict(figures))
             if policy == command.policy or one_rate:
                 fates = [fate for one in replays for fate in one.fates]
-                courses[f"{policy}, {rate:.4g}/s"] = answers_in_time(fates, menu)
+                courses[f"{policy}, {rate:.4g}/s"] = answers_in_time(fates)
     if command.json_file:
         options = command.model_dump(mode="json", exclude_none=True)
         command.json_file.write_text(json.dumps({"options": options, "runs": rows}, indent=2) + "\n")
@@ -81,10 +82,10 @@ def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable)
     return "\n".join(text)
 
 
-def _machine(command: Simulate, menu: Menu, index: int) -> Machine:
+def _machine(command: Simulate, catalog: VariantCatalog, index: int) -> Machine:
     return Machine(
-        menu,
-        command.max_batch_size or menu.max_batch_size,
+        catalog,
+        command.max_batch_size or catalog.max_batch_size,
         SlowdownScript.parse(command.slowdown),
         command.overhead_ms / 1000,
         command.noise,
@@ -100,6 +101,6 @@ def _show(rate: float, policy: str, figures: Figures) -> str:
     ends = figures.outcomes
     mix = ", ".join(f"{name} {part:.0%}" for name, part in list(figures.mix.items())[:SHOWN])
     return (
-        f"{rate:7.4g} {policy:18} {figures.slo_attainment:8.2%} {share[0]:>8} {share[1]:>9} {ends['refused']:7}"
-        f" {ends['hopeless'] + ends['shed']:8} {ends['late']:5} {p50:>7} {p99:>7} {figures.utilization:5.0%}  {mix}"
+        f"{rate:7.4g} {policy:18} {figures.slo_attainment:8.2%} {share[0]:>8} {share[1]:>9} {ends['rejected']:8}"
+        f" {ends['expired'] + ends['shed']:7} {ends['overdue']:7} {p50:>7} {p99:>7} {figures.utilization:5.0%}  {mix}"
     )

@@ -66,12 +66,6 @@ async def read_image(request: Request, max_bytes: int, max_s: float, within_s: f
         raise ClientGoneError("the client left in the middle of its upload") from error
 
 
-async def wait_until_gone(request: Request) -> None:
-    """Return once the client has closed its connection; whatever it still sends is thrown away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _read_field(headers: Headers, chunks: AsyncGenerator[bytes, None], max_bytes: int) -> bytes:
     parser = MultiPartParser(headers, chunks, max_files=MAX_FORM_PARTS, max_fields=MAX_FORM_PARTS)
     parser.spool_max_size = max_bytes  # keep the file in memory: the disk may be read-only

@@ -1,6 +1,6 @@
 """Several servers behind one port, each a process on cores of its own. Starts, replaces and stops them; serves nothing.
 
-A worker that has cores to itself is a whole server: its engine's threads, its profile, its monitor and its waiting line
+A worker that has cores to itself is a whole server: its engine's threads, its profile, its monitor and its queue
 know of those cores alone, and what the other workers do is none of its business. Each listens on the port by itself,
 once it is ready, and the kernel deals new connections out to those that do, by chance. Counts are summed over the
 workers by prometheus_client, in files of a shared folder.

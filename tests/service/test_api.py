@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Never
 
 import pytest
 import torch
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from PIL import Image
 from torch import Tensor
@@ -16,14 +18,20 @@ from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
-from service.app import create_app, extended_profile, measure_latencies
+from service.app import create_app
+from service.catalog import VariantCatalog
+from service.domain import ServerState
 from service.engine import TorchEngine
 from service.errors import InvalidParameterError
 from service.images import decode_image
-from service.menu import Menu
+from service.monitor import Monitor
+from service.profile_store import extended_profile
 from service.profiler import Measurement
+from service.resources import ResourceSnapshot
+from service.runtime import ServerRuntime
 from service.schemas import describe_family
 from service.settings import Settings
+from service.watchdog import Watchdog
 
 BODY_LIMIT = 30_000
 
@@ -42,12 +50,17 @@ class ScriptedEngine(TorchEngine):
         self.warm_up_error: Exception | None = None
         self.logits: Tensor | None = None
         self.sizes: list[int] = []
+        self.fitting: int | None = None
+
+    def fitting_images(self) -> int | None:
+        return self.fitting
 
     def warm_up(self) -> None:
         self.may_warm_up.wait(10)
         if self.warm_up_error:
             raise self.warm_up_error
-        super().warm_up()
+        if not self.is_on_gpu:  # there is none in truth
+            super().warm_up()
 
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         self.running.set()
@@ -78,7 +91,9 @@ def latencies(checkpoint: Checkpoint) -> LatencyTable:
 def client(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
 ) -> Iterator[TestClient]:
-    with TestClient(create_app(settings, checkpoint, engine, latencies), raise_server_exceptions=False) as client:
+    with TestClient(
+        create_app(ServerRuntime(settings, checkpoint, engine, latencies)), raise_server_exceptions=False
+    ) as client:
         wait_until_ready(client)
         yield client
 
@@ -86,6 +101,14 @@ def client(
 def wait_until_ready(client: TestClient) -> None:
     deadline = time.monotonic() + 10
     while client.get("/health/ready").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def wait_for_beats(beats: list[bool], number: int) -> None:
+    """Wait until the watchdog has looked so many times more."""
+    until, deadline = len(beats) + number, time.monotonic() + 30
+    while len(beats) < until:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -100,7 +123,7 @@ def error_code(response: object, status: int) -> str:
 
 def sample(client: TestClient, name: str) -> float:
     lines = client.get("/metrics").text.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+    return sum(float(scheduler.rsplit(" ", 1)[1]) for scheduler in lines if scheduler.startswith(name))
 
 
 def test_an_answer_holds_what_the_engine_says_and_everything_about_how(
@@ -211,7 +234,7 @@ def test_a_budget_under_the_cheapest_names_the_smallest_possible_one(
         "budget=2.3",
     ],
 )
-def test_an_unusable_parameter_is_refused_and_counted(client: TestClient, photo: bytes, query: str) -> None:
+def test_an_unusable_parameter_is_rejected_and_counted(client: TestClient, photo: bytes, query: str) -> None:
     response = client.post(f"/classify?{query}", content=photo)
     assert error_code(response, 422) == "invalid_parameter"
     assert "Value error" not in response.text
@@ -225,7 +248,7 @@ def test_top_k_bounds_the_predictions(client: TestClient, photo: bytes) -> None:
     assert len(client.post("/classify?top_k=1", content=photo).json()["predictions"]) == 1
 
 
-def test_what_is_no_image_is_refused_by_its_bytes_or_by_its_type(client: TestClient, photo: bytes) -> None:
+def test_what_is_no_image_is_rejected_by_its_bytes_or_by_its_type(client: TestClient, photo: bytes) -> None:
     assert error_code(client.post("/classify", content=b"hello"), 422) == "invalid_image"
     assert error_code(client.post("/classify"), 422) == "invalid_image"
     assert error_code(client.post("/classify", content=photo[:200]), 422) == "invalid_image"
@@ -247,18 +270,18 @@ def test_what_is_no_image_is_refused_by_its_bytes_or_by_its_type(client: TestCli
         ("multipart/form-data; boundary=" + "x" * 300, b"--x"),
     ],
 )
-def test_a_broken_form_is_refused(client: TestClient, content_type: str, content: bytes) -> None:
+def test_a_broken_form_is_rejected(client: TestClient, content_type: str, content: bytes) -> None:
     response = client.post("/classify", content=content, headers={"Content-Type": content_type})
     assert error_code(response, 422) == "invalid_image"
 
 
-def test_a_form_without_the_file_is_refused(client: TestClient, photo: bytes) -> None:
+def test_a_form_without_the_file_is_rejected(client: TestClient, photo: bytes) -> None:
     response = client.post("/classify", files={"picture": ("a.jpg", photo)})
     assert error_code(response, 422) == "invalid_image"
     assert "'file'" in response.json()["error"]["message"]
 
 
-def test_a_body_over_the_limit_is_refused_however_it_comes(client: TestClient) -> None:
+def test_a_body_over_the_limit_is_rejected_however_it_comes(client: TestClient) -> None:
     def long_stream() -> Iterator[bytes]:
         for _ in range(BODY_LIMIT // 1000 + 1):
             yield bytes(1000)
@@ -273,7 +296,7 @@ def test_a_body_over_the_limit_is_refused_however_it_comes(client: TestClient) -
 
 
 @pytest.mark.parametrize("query", ["top_k=0", "top_k=8", "budget_gflops=1e-9"])
-def test_a_refusal_does_not_wait_for_a_body_that_may_be_endless(client: TestClient, query: str) -> None:
+def test_a_rejection_does_not_wait_for_a_body_that_may_be_endless(client: TestClient, query: str) -> None:
     announced = client.post(f"/classify?{query}", content=bytes(BODY_LIMIT + 1))
     streamed = client.post(f"/classify?{query}", content=iter([b"x"]))
     short = client.post(f"/classify?{query}", content=b"x")
@@ -281,7 +304,7 @@ def test_a_refusal_does_not_wait_for_a_body_that_may_be_endless(client: TestClie
     assert {response.status_code for response in (announced, streamed, short)} == {422}
 
 
-def test_an_image_bomb_is_refused(client: TestClient, encode: Callable[..., bytes]) -> None:
+def test_an_image_bomb_is_rejected(client: TestClient, encode: Callable[..., bytes]) -> None:
     bomb = encode(Image.new("1", (101, 100)))
     assert error_code(client.post("/classify", content=bomb), 413) == "image_too_large"
 
@@ -312,20 +335,35 @@ def test_every_answer_carries_the_name_of_its_request(client: TestClient, photo:
     assert all(re.fullmatch("[0-9a-f]{32}", one) for one in made)
 
 
+class Bug(tuple[str, ...]):
+    """Class names that the server trips over once it wants one."""
+
+    def __getitem__(self, _: object) -> Never:
+        raise ZeroDivisionError("secret")
+
+
+@pytest.fixture
+def buggy(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
+) -> Iterator[TestClient]:
+    checkpoint = replace(checkpoint, class_names=Bug(checkpoint.class_names))
+    app = create_app(ServerRuntime(settings, checkpoint, engine, latencies))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        wait_until_ready(client)
+        yield client
+
+
 def test_the_log_calls_a_request_that_the_server_failed_by_its_name(
-    client: TestClient,
-    engine: ScriptedEngine,
-    photo: bytes,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    buggy: TestClient, engine: ScriptedEngine, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
+    client = buggy
     engine.error = RuntimeError("out of memory")
     client.post("/classify", content=photo, headers={"X-Request-ID": "first"})
     assert "request first: the model failed on this image" in caplog.text
-    monkeypatch.setattr("service.pipeline.Wish", None)
+    engine.error = None
     response = client.post("/classify", content=photo, headers={"X-Request-ID": "second"})
     assert response.headers["x-request-id"] == "second"
-    assert "request second: TypeError" in caplog.text
+    assert "request second: ZeroDivisionError" in caplog.text
     client.post("/classify?top_k=0", content=photo, headers={"X-Request-ID": "third"})
     assert "third" not in caplog.text
 
@@ -338,24 +376,18 @@ def test_an_answer_that_is_not_a_number_is_an_error(
     assert "nan" in caplog.text
 
 
-def test_a_bug_in_the_server_is_500_in_the_same_shape(
-    client: TestClient, photo: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def explode(*_: object) -> None:
-        raise ZeroDivisionError("secret")
-
-    monkeypatch.setattr("service.pipeline.Wish", explode)
-    response = client.post("/classify", content=photo)
+def test_a_bug_in_the_server_is_500_in_the_same_shape(buggy: TestClient, photo: bytes) -> None:
+    response = buggy.post("/classify", content=photo)
     assert error_code(response, 500) == "internal_error"
     assert "secret" not in response.text
-    assert sample(client, 'supervit_requests_total{outcome="internal_error"}') == 1
+    assert sample(buggy, 'supervit_requests_total{outcome="internal_error"}') == 1
 
 
 def test_the_server_is_ready_only_after_the_model_has_run(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
 ) -> None:
     engine.may_warm_up.clear()
-    with TestClient(create_app(settings, checkpoint, engine, latencies)) as client:
+    with TestClient(create_app(ServerRuntime(settings, checkpoint, engine, latencies))) as client:
         assert client.get("/health/live").json() == {"status": "live"}
         for path in ("/health/ready", "/subnetworks", "/resources"):
             assert error_code(client.get(path), 503) == "not_ready"
@@ -371,40 +403,39 @@ def test_the_server_is_ready_only_after_the_model_has_run(
         assert client.post("/classify", content=photo).status_code == 200
 
 
-def test_a_classification_does_not_go_through_the_router(
+def test_a_classification_does_not_go_through_fastapis_routing(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
 ) -> None:
-    app = create_app(settings, checkpoint, engine, latencies)
+    app = create_app(ServerRuntime(settings, checkpoint, engine, latencies))
     with TestClient(app) as client:
         wait_until_ready(client)
-        app.router.routes.clear()
+        app.router.routes[:] = [route for route in app.router.routes if not isinstance(route, APIRoute)]
         assert client.get("/health/live").status_code == 404
         assert client.post("/classify", content=photo).status_code == 200
         assert error_code(client.post("/classify", content=b""), 422) == "invalid_image"
         assert error_code(client.post("/classify?top_k=0", content=photo), 422) == "invalid_parameter"
 
 
-def test_latencies_are_measured_up_to_the_largest_batch_whatever_its_size(
-    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/classify", 405), ("PUT", "/classify", 405)])
+def test_other_methods_on_its_path_are_not_classified(
+    client: TestClient, photo: bytes, method: str, path: str, status: int
 ) -> None:
-    sizes: list[tuple[int, ...]] = []
-    monkeypatch.setattr("service.app.load_or_measure", lambda *_, batch_sizes, **__: sizes.append(batch_sizes))
-    for largest in (1, 3, 16, 64):
-        measure_latencies(settings.model_copy(update={"max_batch_size": largest}), checkpoint, engine, engine.run)
-    assert sizes == [(1,), (1, 2, 3), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64)]
+    assert client.request(method, path, content=photo).status_code == status
+
+
+@pytest.mark.parametrize("path", ["/classify/", "/classify/more", "/CLASSIFY"])
+def test_a_path_that_only_looks_like_it_is_not_classified(client: TestClient, photo: bytes, path: str) -> None:
+    assert client.post(path, content=photo, follow_redirects=False).status_code in (307, 404)
 
 
 def test_before_the_server_is_ready_batches_of_every_size_have_run(
-    settings: Settings,
-    checkpoint: Checkpoint,
-    engine: ScriptedEngine,
-    latencies: LatencyTable,
-    monkeypatch: pytest.MonkeyPatch,
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
 ) -> None:
-    monkeypatch.setattr(
-        "service.app.load_or_measure", lambda *_, **__: Measurement(latencies, {}, "2026-01-02T00:00:00+00:00")
-    )
-    with TestClient(create_app(settings.model_copy(update={"max_batch_size": 5}), checkpoint, engine)) as client:
+    def measured(*_: object, **__: object) -> Measurement:
+        return Measurement(latencies, {}, "2026-01-02T00:00:00+00:00")
+
+    runtime = ServerRuntime(settings.model_copy(update={"max_batch_size": 5}), checkpoint, engine, measure=measured)
+    with TestClient(create_app(runtime)) as client:
         wait_until_ready(client)
     assert set(engine.sizes) == {1, 2, 3, 4, 5}
 
@@ -414,7 +445,7 @@ def test_a_model_that_cannot_even_warm_up_ends_the_server(
 ) -> None:
     engine.warm_up_error = RuntimeError("out of memory")
     failed = threading.Event()
-    with TestClient(create_app(settings, checkpoint, engine, on_failure=failed.set)) as client:
+    with TestClient(create_app(ServerRuntime(settings, checkpoint, engine, on_failure=failed.set))) as client:
         assert failed.wait(10)
         assert error_code(client.get("/health/ready"), 503) == "not_ready"
     assert "the model cannot run: out of memory" in caplog.text
@@ -438,11 +469,12 @@ def test_the_table_lists_every_sub_network_cheapest_first(client: TestClient, ch
     assert (answer["image_side_px"], answer["num_classes"]) == (16, 7)
 
 
-def test_the_table_says_how_probabilities_are_scaled(checkpoint: Checkpoint, menu: Menu) -> None:
+def test_the_table_says_how_probabilities_are_scaled(checkpoint: Checkpoint, catalog: VariantCatalog) -> None:
     scaled = [
-        replace(option, row=replace(option.row, temperature=2.0, entropy_exponent=0.3)) for option in menu.options
+        replace(variant, profile=replace(variant.profile, temperature=2.0, entropy_exponent=0.3))
+        for variant in catalog.variants
     ]
-    table = describe_family(checkpoint, replace(menu, options=tuple(scaled)), "fake", "now", (1,))
+    table = describe_family(checkpoint, replace(catalog, variants=tuple(scaled)), "fake", "now", (1,))
     assert {(row.temperature, row.entropy_exponent) for row in table.subnetworks} == {(2.0, 0.3)}
 
 
@@ -524,8 +556,16 @@ def test_the_machine_and_what_the_policy_makes_of_it_are_shown(client: TestClien
     answer = client.get("/resources").json()
     assert answer["snapshot"]["cores"] > 0
     assert answer["snapshot"]["memory_total_bytes"] > 0
-    assert (answer["waiting"], answer["stretch"], answer["max_batch_size"]) == (0, 1, 4)
+    assert (answer["queued"], answer["overhead_factor"], answer["max_batch_size"]) == (0, 1, 4)
     assert answer["next_without_budget"]["subnetwork"]["patch_grid"] == 4
+
+
+class Busy(Monitor):
+    """A machine on which others keep three quarters of the cores busy."""
+
+    @property
+    def latest(self) -> ResourceSnapshot:
+        return ResourceSnapshot(taken_at=0.0, cores=4.0, cpus=4, others_cores=3.0)
 
 
 @pytest.mark.parametrize(("is_on_gpu", "fitting", "most"), [(True, 2, 2), (True, 99, 4), (False, None, 4)])
@@ -535,16 +575,13 @@ def test_a_gpu_bounds_batches_and_does_not_mind_what_keeps_the_cpus_busy(
     engine: ScriptedEngine,
     latencies: LatencyTable,
     photo: bytes,
-    monkeypatch: pytest.MonkeyPatch,
     is_on_gpu: bool,
     fitting: int | None,
     most: int,
 ) -> None:
-    monkeypatch.setattr(engine, "is_on_gpu", is_on_gpu)
-    monkeypatch.setattr(engine, "warm_up", lambda: None)
-    monkeypatch.setattr(engine, "fitting_images", lambda: fitting)
-    monkeypatch.setattr("service.app.prior_slowdown", lambda *_: 1.75)
-    with TestClient(create_app(settings, checkpoint, engine, latencies)) as client:
+    engine.is_on_gpu, engine.fitting = is_on_gpu, fitting
+    settings = settings.model_copy(update={"threads": 4})
+    with TestClient(create_app(ServerRuntime(settings, checkpoint, engine, latencies, monitor=Busy()))) as client:
         wait_until_ready(client)
         assert client.post("/classify", content=photo).status_code == 200
         answer = client.get("/resources").json()
@@ -552,11 +589,11 @@ def test_a_gpu_bounds_batches_and_does_not_mind_what_keeps_the_cpus_busy(
     assert answer["expected_from_others"] == (1.0 if is_on_gpu else 1.75)
 
 
-def test_whoever_cannot_be_answered_in_time_is_refused_before_the_body_is_read_and_told_when_to_return(
+def test_what_cannot_be_answered_in_time_is_rejected_before_the_body_is_read_and_told_when_to_return(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes
 ) -> None:
     slow = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (0.4, 0.5)))
-    with TestClient(create_app(settings, checkpoint, engine, slow)) as client:
+    with TestClient(create_app(ServerRuntime(settings, checkpoint, engine, slow))) as client:
         wait_until_ready(client)
         engine.running.clear()
         engine.may_run.clear()
@@ -573,35 +610,36 @@ def test_whoever_cannot_be_answered_in_time_is_refused_before_the_body_is_read_a
         assert sample(client, 'supervit_deadlines_total{result="missed"}') == 1
 
 
-def test_an_unknown_policy_is_refused_at_once_with_those_there_are(settings: Settings, checkpoint: Checkpoint) -> None:
+def test_an_unknown_policy_is_rejected_at_once_with_those_there_are(settings: Settings, checkpoint: Checkpoint) -> None:
     with pytest.raises(InvalidParameterError, match=r"level.*fixed-4-1"):
-        create_app(settings.model_copy(update={"policy": "best"}), checkpoint)
+        ServerRuntime(settings.model_copy(update={"policy": "best"}), checkpoint)
 
 
-def test_an_engine_that_hangs_ends_the_server_and_keeps_nobody_waiting(
+def test_an_engine_that_hangs_ends_the_server_and_keeps_nothing_waiting(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
     latencies: LatencyTable,
     photo: bytes,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("service.guard.GUARD_INTERVAL_S", 0.02)
-    monkeypatch.setattr("service.guard.HANG_S", 0.2)
+    watchdog = Watchdog(interval_s=0.02, hang_s=0.2)
     failed, beats = threading.Event(), list[bool]()
-    app = create_app(settings, checkpoint, engine, latencies, failed.set, beats.append)
+    runtime = ServerRuntime(
+        settings, checkpoint, engine, latencies, on_failure=failed.set, heartbeat=beats.append, watchdog=watchdog
+    )
+    app = create_app(runtime)
     with ThreadPoolExecutor(3) as clients, TestClient(app) as client:
         wait_until_ready(client)
         assert client.post("/classify", content=photo).status_code == 200
-        time.sleep(0.5)
+        wait_for_beats(beats, 20)
         assert not failed.is_set()
         engine.may_run.clear()
         answers = [clients.submit(client.post, "/classify", content=photo) for _ in range(3)]
         assert failed.wait(10)
         assert [error_code(answer.result(), 500) for answer in answers] == ["model_error"] * 3
         assert error_code(client.get("/health/ready"), 503) == "not_ready"
-        assert app.state.is_hung()
+        assert runtime.state is ServerState.HUNG
     engine.may_run.set()  # only now: the server has ended without it
     assert "does not end; ending without it" in caplog.text
     assert beats[-1]
@@ -613,46 +651,37 @@ def test_an_engine_that_hangs_before_the_first_request_ends_the_server_too(
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
     latencies: LatencyTable,
-    monkeypatch: pytest.MonkeyPatch,
     ready_first: bool,
 ) -> None:
-    monkeypatch.setattr("service.guard.GUARD_INTERVAL_S", 0.02)
-    monkeypatch.setattr("service.guard.HANG_S", 0.1)
-    monkeypatch.setattr("service.app.PREPARATION_S", 0.02)
-    may_warm_up, failed = threading.Event(), threading.Event()
-    monkeypatch.setattr(engine, "warm_up", may_warm_up.wait)
-    app = create_app(settings, checkpoint, engine, latencies, failed.set, ready_first=ready_first)
-    at_last = threading.Timer(10, may_warm_up.set)
-    at_last.start()
+    watchdog, failed = Watchdog(interval_s=0.02, hang_s=0.1, preparation_s=0.02), threading.Event()
+    engine.may_warm_up.clear()
+    runtime = ServerRuntime(settings, checkpoint, engine, latencies, on_failure=failed.set, watchdog=watchdog)
+    app = create_app(runtime, ready_first=ready_first)
     with TestClient(app) as client:
         assert client.get("/health/ready").status_code == 503
         assert failed.wait(5)
-        assert app.state.is_hung()
-    at_last.cancel()
-    may_warm_up.set()
+        assert runtime.state is ServerState.HUNG
+    engine.may_warm_up.set()
 
 
-def test_who_waits_for_another_process_to_measure_is_not_taken_to_hang(
+def test_a_server_that_waits_for_another_process_to_measure_is_not_taken_to_hang(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
     latencies: LatencyTable,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def wait(*_: object, is_stopping: Callable[[], bool], **__: object) -> Measurement:
-        for _step in range(100):
+        while len(beats) < 60:  # three times as long as a step that hangs is let be
             assert not is_stopping()
-            time.sleep(0.01)
+            time.sleep(0.001)
         return Measurement(latencies, {}, "2026-01-02T00:00:00+00:00")
 
-    monkeypatch.setattr("service.guard.GUARD_INTERVAL_S", 0.02)
-    monkeypatch.setattr("service.guard.HANG_S", 0.4)
-    monkeypatch.setattr("service.app.PREPARATION_S", 0.01)
-    monkeypatch.setattr("service.app.load_or_measure", wait)
-    app = create_app(settings, checkpoint, engine)
-    with TestClient(app) as client:
+    beats: list[bool] = []
+    watchdog = Watchdog(interval_s=0.02, hang_s=0.4, preparation_s=0.01)
+    runtime = ServerRuntime(settings, checkpoint, engine, measure=wait, heartbeat=beats.append, watchdog=watchdog)
+    with TestClient(create_app(runtime)) as client:
         wait_until_ready(client)
-        assert not app.state.is_hung()
+        assert runtime.state is ServerState.READY
 
 
 def test_a_slow_batch_is_none_that_hangs(
@@ -660,23 +689,23 @@ def test_a_slow_batch_is_none_that_hangs(
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
     photo: bytes,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("service.guard.GUARD_INTERVAL_S", 0.02)
-    monkeypatch.setattr("service.guard.HANG_S", 0.1)
+    beats, watchdog = list[bool](), Watchdog(interval_s=0.02, hang_s=0.1)
     slow = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (0.5, 0.5)))
-    app = create_app(settings, checkpoint, engine, slow)
-    with ThreadPoolExecutor(1) as clients, TestClient(app) as client:
+    runtime = ServerRuntime(settings, checkpoint, engine, slow, heartbeat=beats.append, watchdog=watchdog)
+    with ThreadPoolExecutor(1) as clients, TestClient(create_app(runtime)) as client:
         wait_until_ready(client)
+        engine.running.clear()
         engine.may_run.clear()
         answer = clients.submit(client.post, "/classify?budget_ms=9000", content=photo)
-        time.sleep(0.5)
+        assert engine.running.wait(10)
+        wait_for_beats(beats, 20)  # four times as long as a batch that should be fast is let be
         engine.may_run.set()
         assert answer.result().status_code == 200
-    assert not app.state.is_hung()
+        assert runtime.state is ServerState.READY
 
 
-def test_a_server_that_is_told_to_stop_refuses_newcomers(
+def test_a_server_that_is_told_to_stop_takes_no_new_request(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
@@ -684,14 +713,17 @@ def test_a_server_that_is_told_to_stop_refuses_newcomers(
     photo: bytes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    app = create_app(settings, checkpoint, engine, latencies)
-    with TestClient(app) as client:
+    runtime = ServerRuntime(settings, checkpoint, engine, latencies)
+    with TestClient(create_app(runtime)) as client:
         wait_until_ready(client)
         assert "supervit_ready 1.0" in client.get("/metrics").text
         with monkeypatch.context() as patch:  # a signal may come while a count is being made
             patch.setattr("prometheus_client.values.MutexValue.set", None)
-            app.state.drain()
+            runtime.drain()
         assert "supervit_ready 0.0" in client.get("/metrics").text
         assert error_code(client.get("/health/ready"), 503) == "not_ready"
         assert error_code(client.post("/classify", content=photo), 503) == "not_ready"
-        assert client.get("/health/live").status_code == 200
+        assert error_code(client.post("/decide"), 503) == "not_ready"
+        assert client.get("/subnetworks").status_code == client.get("/health/live").status_code == 200
+        assert client.get("/resources").json()["next_without_budget"] is None
+        assert sample(client, 'supervit_requests_total{outcome="not_ready"}') == 1

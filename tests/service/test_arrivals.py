@@ -74,7 +74,7 @@ def test_budgets_and_limits_are_drawn_evenly_and_leave_the_instants_alone() -> N
     assert {arrival.budget_gflops for arrival in arrivals} == {1, 1000}
 
 
-def test_without_limits_nobody_has_one() -> None:
+def test_without_limits_there_is_none() -> None:
     [(_, arrivals)] = Traffic(rate=(10,)).draws(1.0)
     assert {(arrival.budget_s, arrival.budget_gflops, arrival.priority) for arrival in arrivals} == {(0.1, None, 0)}
 
@@ -98,7 +98,7 @@ def test_rates_loads_and_traces_exclude_each_other() -> None:
         ({"rate": (19_000,), "arrivals": "ramp", "peak": 2}, "38000 per second are over"),
     ],
 )
-def test_too_few_and_too_many_requests_are_refused(options: dict[str, object], message: str) -> None:
+def test_too_few_and_too_many_requests_are_rejected(options: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidParameterError, match=message):
         times(**options)
 
@@ -138,7 +138,7 @@ def test_a_trace_needs_but_its_instants_and_may_begin_with_a_byte_order_mark(tmp
         (b"seconds\n\xff\n", "is no CSV file: .*utf-8"),
     ],
 )
-def test_a_broken_trace_is_refused_with_its_line(text: str | bytes, message: str, tmp_path: Path) -> None:
+def test_a_broken_trace_is_rejected_with_its_line(text: str | bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=message):
         read_trace(written(tmp_path / "trace.csv", text))
 
@@ -153,7 +153,7 @@ def test_a_slowdown_holds_from_its_instant_to_the_next() -> None:
 @pytest.mark.parametrize(
     "text", ["5", "5:", ":2", "5:2:1", "five:2", "5:0", "5:-1", "5:inf", "5:nan", "-1:2", "8:2,5:1", "5:1,5:2"]
 )
-def test_a_broken_slowdown_script_is_refused(text: str) -> None:
+def test_a_broken_slowdown_script_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match=r"slowdown|seconds:factor"):
         SlowdownScript.parse(text)
     with pytest.raises(ValidationError, match="slowdown"):
@@ -161,6 +161,6 @@ def test_a_broken_slowdown_script_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"rate": ()}, {"rate": (0,)}, {"budget_ms": (math.inf,)}, {"cv2": 0}, {"sped": 1}])
-def test_options_outside_their_range_are_refused(options: dict[str, object]) -> None:
+def test_options_outside_their_range_are_rejected(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Traffic.model_validate(options)

@@ -4,7 +4,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import ParamSpec, TypeVar
 
 import pytest
 import torch
@@ -14,22 +13,21 @@ from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.batcher import FAILURES_IN_A_ROW, Batcher
-from service.errors import DeadlineError, InvalidImageError, ModelError, NotReadyError, OverloadedError, ServiceError
-from service.line import Line
-from service.menu import Menu
-from service.pacer import Pacer
+from service.catalog import Variant, VariantCatalog
+from service.decoding import DecodedImage
+from service.engine import Run
+from service.errors import DeadlineError, InvalidImageError, ModelError, NotReadyError, OverloadedError
 from service.policy import choose_level
 from service.results import Result
-from service.situation import Choice, Entry, Situation, Wish
+from service.scheduler import Scheduler
+from service.state import BatchDecision, QueuedRequest, RequestConstraints, SchedulerState
+from service.throttle import UtilizationLimiter
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
 ROWS = tuple(SubNetworkProfile(sub, macs, top1) for sub, macs, top1 in ((SMALL, 1, 0.5), (LARGE, 2, 0.8)))
-MENU = Menu.of(ProfileTable(ROWS), LatencyTable((1, 4), {SMALL: (1e-6, 2e-6), LARGE: (2e-6, 4e-6)}))
+CATALOG = VariantCatalog.of(ProfileTable(ROWS), LatencyTable((1, 4), {SMALL: (1e-6, 2e-6), LARGE: (2e-6, 4e-6)}))
 
 pytestmark = pytest.mark.anyio
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class Gate:
@@ -52,27 +50,49 @@ class Gate:
         return images[:, :, 0, 0].float()
 
 
-class Inline(Executor):
-    """Calls at once, in the thread that submits."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
-        future: Future[T] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except ServiceError as error:
-            future.set_exception(error)
-        return future
+def image(value: int) -> "Future[DecodedImage]":
+    """An image that has been decoded already."""
+    future: Future[DecodedImage] = Future()
+    future.set_result(DecodedImage(torch.full((3, 2, 2), value, dtype=torch.uint8), 0.0))
+    return future
 
 
-def image(value: int) -> Callable[[], Tensor]:
-    return lambda: torch.full((3, 2, 2), value, dtype=torch.uint8)
+class AdmittingBatcher(Batcher):
+    """Takes what the scheduler has admitted, and forgets it in the end, as the pipeline does."""
+
+    def __init__(
+        self,
+        run: Run,
+        scheduler: Scheduler,
+        thread: Executor,
+        *,
+        limiter: UtilizationLimiter | None = None,
+        observe_machine: Callable[[], None] = lambda: None,
+        observe_batch: Callable[[int, float, float, float], None] = lambda *_: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(
+            run,
+            scheduler,
+            thread,
+            limiter=limiter,
+            observe_machine=observe_machine,
+            observe_batch=observe_batch,
+            clock=clock,
+            sleep=lambda _: None,
+        )
+        self.scheduler = scheduler
+
+    async def submit(self, decoding: "Future[DecodedImage]", request: QueuedRequest) -> Result:
+        with self.scheduler.admitted(request, 0.0):
+            return await super().submit(decoding, request)
 
 
 @asynccontextmanager
 async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]:
-    line = Line(MENU, choose_level, max_batch_size)
+    scheduler = Scheduler(CATALOG, choose_level, max_batch_size, rejects_early=False)
     thread = ThreadPoolExecutor(1, "engine")
-    batcher = Batcher(gate.run, line, thread, Inline(), observe_batch=lambda size, *_: gate.sizes.append(size))
+    batcher = AdmittingBatcher(gate.run, scheduler, thread, observe_batch=lambda size, *_: gate.sizes.append(size))
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())
         try:
@@ -83,15 +103,15 @@ async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]
     thread.shutdown()
 
 
-def named(subnetwork: SubNetwork, budget_s: float = 100.0) -> Entry:
-    return Entry(time.monotonic() + budget_s, Wish(budget_s, 1, MENU.index_of(subnetwork, None)))
+def named(subnetwork: SubNetwork, budget_s: float = 100.0) -> QueuedRequest:
+    return QueuedRequest(time.monotonic() + budget_s, RequestConstraints(budget_s, 1, CATALOG.find(subnetwork)))
 
 
-async def line_up(batcher: Batcher, *wishes: tuple[int, SubNetwork]) -> "list[asyncio.Task[Result]]":
-    """Put images in line, in order of deadline."""
+async def line_up(batcher: Batcher, *asked: tuple[int, SubNetwork]) -> "list[asyncio.Task[Result]]":
+    """Enqueue images, in order of deadline."""
     tasks = [
         asyncio.create_task(batcher.submit(image(value), named(subnetwork, 100 + place)))
-        for place, (value, subnetwork) in enumerate(wishes)
+        for place, (value, subnetwork) in enumerate(asked)
     ]
     await asyncio.sleep(0)
     return tasks
@@ -103,14 +123,16 @@ async def behind_a_running_batch(batcher: Batcher, gate: Gate) -> "asyncio.Task[
     return first
 
 
-class Listener(Line):
+class Listener(Scheduler):
     """Notes how long the engine stood still before each batch."""
 
     turnarounds: list[float]
 
-    def finished(self, option: int, size: int, seconds: float, now: float, turnaround_s: float = 0.0) -> None:
+    def batch_completed(
+        self, variant: Variant, size: int, seconds: float, now: float, turnaround_s: float = 0.0
+    ) -> None:
         self.turnarounds.append(turnaround_s)
-        super().finished(option, size, seconds, now, turnaround_s)
+        super().batch_completed(variant, size, seconds, now, turnaround_s)
 
 
 class Hours:
@@ -125,25 +147,25 @@ class Hours:
             raise RuntimeError("thirteen")
         return images[:, :, 0, 0].float()
 
-    def prepare(self) -> Tensor:
-        return torch.zeros(3, 2, 2, dtype=torch.uint8)
+
+class Idling(UtilizationLimiter):
+    """Says when there is nothing to do."""
+
+    def __init__(self, ceiling: float | None = None, cores: float | None = None, used_s: float = 0.0) -> None:
+        self.used_s = used_s
+        super().__init__(ceiling, cores, lambda: self.used_s)
+        self.is_idle = threading.Event()
+
+    def idle(self) -> None:
+        super().idle()
+        self.is_idle.set()
 
 
-class Idling(Batcher):
-    """Says when it has nothing to do."""
-
-    idle: threading.Event
-
-    def _await_arrival(self) -> None:
-        self.idle.set()
-        super()._await_arrival()
-
-
-class Pausing(Pacer):
+class Pausing(Idling):
     """Lets an hour go by before every third batch."""
 
     def __init__(self, hours: Hours) -> None:
-        super().__init__(None, None)
+        super().__init__()
         self._hours, self._asked = hours, 0
 
     def pause_s(self, _: float) -> float:
@@ -154,52 +176,52 @@ class Pausing(Pacer):
         return 1e-6
 
 
-async def test_a_pacer_hears_when_nobody_waits() -> None:
-    """Late requests leave the line without a batch, and what is used then must not be the next one's."""
-    hours, line, used_s = Hours(), Line(MENU, choose_level, 4), [0.0]
-    pacer, thread = Pacer(0.5, 1.0, lambda: used_s[0]), ThreadPoolExecutor(1, "engine")
-    batcher = Idling(hours.run, line, thread, Inline(), pacer=pacer, clock=lambda: hours.now)
-    batcher.idle = threading.Event()
+async def test_the_limiter_hears_when_nothing_waits() -> None:
+    """Expired requests leave the queue without a batch, and what is used then must not be the next one's."""
+    hours, scheduler = Hours(), Scheduler(CATALOG, choose_level, 4, rejects_early=False)
+    limiter, thread = Idling(0.5, 1.0), ThreadPoolExecutor(1, "engine")
+    batcher = AdmittingBatcher(hours.run, scheduler, thread, limiter=limiter, clock=lambda: hours.now)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())
+        await asyncio.to_thread(limiter.is_idle.wait, 10)
+        limiter.is_idle.clear()
         with pytest.raises(DeadlineError):
-            await batcher.submit(hours.prepare, Entry(-1.0, Wish(1.0, 1)))
-        await asyncio.to_thread(batcher.idle.wait, 10)
-        used_s[0] += 300.0  # while an hour goes by
+            await batcher.submit(image(0), QueuedRequest(-1.0, RequestConstraints(1.0, 1)))
+        await asyncio.to_thread(limiter.is_idle.wait, 10)
+        limiter.used_s += 300.0  # while an hour goes by
         hours.now += 3600.0
-        await batcher.submit(hours.prepare, Entry(1e9, Wish(1e9, 1)))
+        await batcher.submit(image(0), QueuedRequest(1e9, RequestConstraints(1e9, 1)))
         batcher.stop()
     thread.shutdown()
-    assert pacer.stretch == 1.0
+    assert limiter.throttle_factor == 1.0
 
 
 @pytest.mark.parametrize("paced", [False, True])
 async def test_neither_idleness_nor_a_pause_nor_a_failure_counts_as_time_between_batches(paced: bool) -> None:
-    hours, line = Hours(), Listener(MENU, choose_level, 4)
-    line.turnarounds = []
-    pacer = Pausing(hours) if paced else None
+    hours, scheduler = Hours(), Listener(CATALOG, choose_level, 4, rejects_early=False)
+    scheduler.turnarounds = []
+    limiter = Pausing(hours) if paced else Idling()
     thread = ThreadPoolExecutor(1, "engine")
-    batcher = Idling(hours.run, line, thread, Inline(), pacer=pacer, clock=lambda: hours.now)
-    batcher.idle = threading.Event()
+    batcher = AdmittingBatcher(hours.run, scheduler, thread, limiter=limiter, clock=lambda: hours.now)
 
-    def waits(subnetwork: SubNetwork) -> Entry:
-        return Entry(1e9, Wish(1e9, 1, MENU.index_of(subnetwork, None)))
+    def waits(subnetwork: SubNetwork) -> QueuedRequest:
+        return QueuedRequest(1e9, RequestConstraints(1e9, 1, CATALOG.find(subnetwork)))
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())
         for _ in range(3):
-            await asyncio.to_thread(batcher.idle.wait, 10)
-            hours.now += 500.0  # nobody waits
-            batcher.idle.clear()
-            await batcher.submit(hours.prepare, waits(SMALL))
-        prepared = [(image(13), SMALL), (hours.prepare, SMALL), (hours.prepare, LARGE), (hours.prepare, SMALL)]
-        crowd = [batcher.submit(prepare, waits(subnetwork)) for prepare, subnetwork in prepared]
+            await asyncio.to_thread(limiter.is_idle.wait, 10)
+            hours.now += 500.0  # nothing waits
+            limiter.is_idle.clear()
+            await batcher.submit(image(0), waits(SMALL))
+        images = [(image(13), SMALL), (image(0), SMALL), (image(0), LARGE), (image(0), SMALL)]
+        crowd = [batcher.submit(decoded, waits(subnetwork)) for decoded, subnetwork in images]
         failed, *others = await asyncio.gather(*crowd, return_exceptions=True)
         batcher.stop()
     thread.shutdown()
     assert isinstance(failed, ModelError)
     assert all(isinstance(other, Result) for other in others)
-    assert max(line.turnarounds) == 0.0
+    assert max(scheduler.turnarounds) == 0.0
 
 
 async def test_a_request_gets_its_own_row_and_its_times() -> None:
@@ -211,7 +233,7 @@ async def test_a_request_gets_its_own_row_and_its_times() -> None:
     assert result.inference_s == result.ended_at - result.started_at > 0
 
 
-async def test_those_who_want_the_same_sub_network_run_together_in_order_of_deadline() -> None:
+async def test_those_that_want_the_same_sub_network_run_together_in_order_of_deadline() -> None:
     gate = Gate()
     async with serving(gate) as batcher:
         first = await behind_a_running_batch(batcher, gate)
@@ -245,7 +267,7 @@ async def test_a_client_that_left_costs_no_compute() -> None:
     assert gate.batches == [(SMALL, [0]), (SMALL, [2])]
 
 
-async def test_a_client_that_leaves_while_its_batch_runs_disturbs_nobody() -> None:
+async def test_a_client_that_leaves_while_its_batch_runs_disturbs_no_other() -> None:
     gate = Gate()
     async with serving(gate) as batcher:
         first = await behind_a_running_batch(batcher, gate)
@@ -278,7 +300,7 @@ async def test_an_answer_with_rows_missing_fails_its_own_requests_and_the_next_o
         assert (await batcher.submit(image(1), named(SMALL))).logits.tolist() == [1, 1, 1]
 
 
-async def test_stopping_answers_who_is_in_line_and_refuses_who_comes_later() -> None:
+async def test_stopping_answers_what_is_queued_and_rejects_what_comes_later() -> None:
     gate = Gate()
     async with serving(gate) as batcher:
         first = await behind_a_running_batch(batcher, gate)
@@ -322,7 +344,9 @@ async def test_a_model_that_fails_whatever_the_image_ends_the_loop() -> None:
             raise RuntimeError("device-side assert")
         return images[:, :, 0, 0].float()
 
-    batcher = Batcher(run, Line(MENU, choose_level, 4), ThreadPoolExecutor(1, "engine"), Inline())
+    batcher = AdmittingBatcher(
+        run, Scheduler(CATALOG, choose_level, 4, rejects_early=False), ThreadPoolExecutor(1, "engine")
+    )
     loop = asyncio.create_task(batcher.serve())
     for _ in range(2):
         await batcher.submit(image(1), named(SMALL))
@@ -347,9 +371,11 @@ async def test_two_poisons_and_a_batch_with_rows_missing_are_found_likewise() ->
     assert [int(outcome.logits[0]) for outcome in outcomes if isinstance(outcome, Result)] == [0, 1, 2]
 
 
-async def test_who_has_left_is_not_run_again_when_the_batch_fails() -> None:
+async def test_what_has_left_is_not_run_again_when_the_batch_fails() -> None:
     gate = Gate()
-    batcher = Batcher(gate.run, Line(MENU, choose_level, 4), ThreadPoolExecutor(1, "engine"), Inline())
+    batcher = AdmittingBatcher(
+        gate.run, Scheduler(CATALOG, choose_level, 4, rejects_early=False), ThreadPoolExecutor(1, "engine")
+    )
     doomed, leaving, staying = await line_up(batcher, (13, SMALL), (1, SMALL), (2, SMALL))
     serving = asyncio.create_task(batcher.serve())
     await asyncio.to_thread(gate.entered.wait, 10)
@@ -363,24 +389,22 @@ async def test_who_has_left_is_not_run_again_when_the_batch_fails() -> None:
     assert [values for _, values in gate.batches] == [[13, 1, 2], [13], [2]]
 
 
-async def test_a_request_that_is_cancelled_leaves_the_line() -> None:
-    line = Line(MENU, choose_level, 4)
-    batcher = Batcher(Gate().run, line, ThreadPoolExecutor(1, "engine"), Inline())
-    entry = named(SMALL)
-    line.admit(entry, time.monotonic())
-    task = asyncio.create_task(batcher.submit(image(1), entry))
+async def test_a_request_that_is_cancelled_leaves_the_queue() -> None:
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False)
+    batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
+    request = named(SMALL)
+    task = asyncio.create_task(batcher.submit(image(1), request))
     await asyncio.sleep(0)
-    assert len(line) == 1
+    assert len(scheduler) == 1
     task.cancel()
     await asyncio.wait((task,))
-    assert len(line) == 0
-    assert line.backlog_s(time.monotonic()) == 0.0
+    assert len(scheduler) == 0
+    assert scheduler.backlog_s(time.monotonic()) == 0.0
 
 
-async def test_an_image_that_cannot_be_prepared_fails_its_own_request() -> None:
-    def broken() -> Tensor:
-        raise InvalidImageError("no image")
-
+async def test_an_image_that_cannot_be_decoded_fails_its_own_request() -> None:
+    broken: Future[DecodedImage] = Future()
+    broken.set_exception(InvalidImageError("no image"))
     gate = Gate()
     gate.open.set()
     async with serving(gate) as batcher:
@@ -390,83 +414,52 @@ async def test_an_image_that_cannot_be_prepared_fails_its_own_request() -> None:
     assert gate.sizes == [1]
 
 
-async def test_who_leaves_before_the_image_is_prepared_does_not_get_in_line() -> None:
-    begun, go_on = threading.Event(), threading.Event()
-    line = Line(MENU, choose_level, 4)
-    preparers = ThreadPoolExecutor(1, "decode")
-    batcher = Batcher(Gate().run, line, ThreadPoolExecutor(1, "engine"), preparers)
-
-    def slow() -> Tensor:
-        begun.set()
-        go_on.wait(10)
-        return image(1)()
-
-    entries = [named(SMALL), named(SMALL)]
-    tasks = []
-    for entry in entries:
-        line.admit(entry, time.monotonic())
-        tasks.append(asyncio.create_task(batcher.submit(slow, entry)))
-    await asyncio.to_thread(begun.wait, 10)
-    assert line.backlog_s(time.monotonic()) > 0
-    begun.clear()
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-    go_on.set()
-    preparers.shutdown()
-    assert not begun.is_set(), "the second was taken away from those who wait for the thread"
-    assert (len(line), line.backlog_s(time.monotonic())) == (0, 0.0)
+async def test_a_request_that_leaves_before_its_image_is_decoded_is_not_enqueued() -> None:
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False)
+    batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
+    decoding: Future[DecodedImage] = Future()
+    task = asyncio.create_task(batcher.submit(decoding, named(SMALL)))
+    await asyncio.sleep(0)
+    assert scheduler.backlog_s(time.monotonic()) > 0
+    task.cancel()
+    await asyncio.wait((task,))
+    decoding.set_result(image(1).result())
+    assert (len(scheduler), scheduler.backlog_s(time.monotonic())) == (0, 0.0)
 
 
 async def test_a_request_whose_image_is_still_being_decoded_is_answered_at_its_deadline() -> None:
-    go_on = threading.Event()
-    line = Line(MENU, choose_level, 4)
-    preparers = ThreadPoolExecutor(1, "decode")
-    batcher = Batcher(Gate().run, line, ThreadPoolExecutor(1, "engine"), preparers)
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False)
+    batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
     bomb, behind_it = named(SMALL, 0.05), named(SMALL, 0.1)
-    for entry in (bomb, behind_it):
-        line.admit(entry, time.monotonic())
-
-    def slow() -> Tensor:
-        go_on.wait(10)
-        return image(1)()
-
-    answers = asyncio.gather(*(batcher.submit(slow, e) for e in (bomb, behind_it)), return_exceptions=True)
-    try:
-        outcomes = await asyncio.wait_for(answers, 5)
-    finally:
-        go_on.set()
-        preparers.shutdown()
+    answers = asyncio.gather(*(batcher.submit(Future(), one) for one in (bomb, behind_it)), return_exceptions=True)
+    outcomes = await asyncio.wait_for(answers, 5)
     assert [type(outcome) for outcome in outcomes] == [DeadlineError, DeadlineError]
-    assert (len(line), line.backlog_s(time.monotonic())) == (0, 0.0)
+    assert (len(scheduler), scheduler.backlog_s(time.monotonic())) == (0, 0.0)
 
 
-async def test_stopping_waits_for_who_is_still_being_prepared() -> None:
-    go_on = threading.Event()
-    gate = Gate()
+async def test_stopping_waits_for_what_is_still_being_decoded() -> None:
+    gate, limiter = Gate(), Idling()
     gate.open.set()
-    batcher = Batcher(gate.run, Line(MENU, choose_level, 4), ThreadPoolExecutor(1), ThreadPoolExecutor(1))
-
-    def slow() -> Tensor:
-        go_on.wait(10)
-        return image(7)()
-
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False)
+    batcher = AdmittingBatcher(gate.run, scheduler, ThreadPoolExecutor(1), limiter=limiter)
+    decoding: Future[DecodedImage] = Future()
     serving = asyncio.create_task(batcher.serve())
-    task = asyncio.create_task(batcher.submit(slow, named(SMALL)))
-    await asyncio.sleep(0.01)
+    task = asyncio.create_task(batcher.submit(decoding, named(SMALL)))
+    await asyncio.to_thread(limiter.is_idle.wait, 10)
+    limiter.is_idle.clear()
     batcher.stop()
-    await asyncio.sleep(0.01)
+    await asyncio.to_thread(limiter.is_idle.wait, 10)  # it has looked for what is left to do
     assert not serving.done()
-    go_on.set()
+    decoding.set_result(image(7).result())
     assert (await task).logits.tolist() == [7, 7, 7]
     await asyncio.wait_for(serving, 10)
 
 
-async def test_a_policy_that_fails_leaves_nobody_waiting() -> None:
-    def choose(_: Situation) -> Choice:
+async def test_a_policy_that_fails_leaves_nothing_waiting() -> None:
+    def choose(_: SchedulerState) -> BatchDecision:
         raise ZeroDivisionError
 
-    batcher = Batcher(Gate().run, Line(MENU, choose, 4), ThreadPoolExecutor(1), Inline())
+    batcher = AdmittingBatcher(Gate().run, Scheduler(CATALOG, choose, 4, rejects_early=False), ThreadPoolExecutor(1))
     tasks = await line_up(batcher, (1, SMALL), (2, SMALL))
     with pytest.raises(ZeroDivisionError):
         await batcher.serve()
@@ -476,11 +469,12 @@ async def test_a_policy_that_fails_leaves_nobody_waiting() -> None:
         await batcher.submit(image(3), named(SMALL))
 
 
-async def test_cancelling_the_loop_releases_its_thread_and_those_who_wait() -> None:
-    gate, thread = Gate(), ThreadPoolExecutor(1)
-    batcher = Batcher(gate.run, Line(MENU, choose_level, 4), thread, Inline())
+async def test_cancelling_the_loop_releases_its_thread_and_what_waits() -> None:
+    gate, thread, limiter = Gate(), ThreadPoolExecutor(1), Idling()
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False)
+    batcher = AdmittingBatcher(gate.run, scheduler, thread, limiter=limiter)
     serving = asyncio.create_task(batcher.serve())
-    await asyncio.sleep(0.01)
+    await asyncio.to_thread(limiter.is_idle.wait, 10)
     first = await behind_a_running_batch(batcher, gate)
     serving.cancel()
     await asyncio.wait((serving,))
@@ -490,12 +484,12 @@ async def test_cancelling_the_loop_releases_its_thread_and_those_who_wait() -> N
         await first
 
 
-class StubbornPacer(Pacer):
+class StubbornLimiter(UtilizationLimiter):
     """Asks for one pause before each batch, and stretches."""
 
     def __init__(self) -> None:
         super().__init__(None, None)
-        self.stretch = 3.0
+        self.throttle_factor = 3.0
         self.pauses: list[float] = []
         self.ran: list[float] = []
 
@@ -518,58 +512,57 @@ async def test_each_batch_waits_for_its_pause_and_knows_the_machine() -> None:
         now += 0.25
         return images[:, :, 0, 0].float()
 
-    def choose(situation: Situation) -> Choice:
+    def choose(state: SchedulerState) -> BatchDecision:
         events.append("choose")
-        assert (situation.now, situation.stretch, situation.slowdown) == (now, 3.0, 1.5)
-        return Choice(0, tuple(situation.line))
+        assert (state.now, state.overhead_factor, state.slowdown) == (now, 3.0, 1.5)
+        return BatchDecision(CATALOG.cheapest, tuple(state.queue))
 
     def observe_machine() -> None:
         events.append("observe")
-        line.prior_slowdown = 1.5
+        scheduler.machine_observed(1.5)
 
     def observe_batch(*batch: float) -> None:
         batches.append(batch)
 
     batches: list[tuple[float, ...]] = []
-    line, pacer = Line(MENU, choose, 4), StubbornPacer()
-    batcher = Batcher(
+    scheduler, limiter = Scheduler(CATALOG, choose, 4, rejects_early=False), StubbornLimiter()
+    batcher = AdmittingBatcher(
         run,
-        line,
+        scheduler,
         ThreadPoolExecutor(1, "engine"),
-        Inline(),
-        pacer=pacer,
+        limiter=limiter,
         observe_machine=observe_machine,
         observe_batch=observe_batch,
         clock=lambda: now,
     )
-    task = asyncio.create_task(batcher.submit(image(1), Entry(now + 9, Wish(9.0, 1))))
+    task = asyncio.create_task(batcher.submit(image(1), QueuedRequest(now + 9, RequestConstraints(9.0, 1))))
     serving = asyncio.create_task(batcher.serve())
     result = await task
     batcher.stop()
     await serving
     assert events == ["observe", "choose", "run"]
-    assert pacer.pauses == [1e-6, 0.0]
-    assert pacer.ran == [0.25]
+    assert limiter.pauses == [1e-6, 0.0]
+    assert limiter.ran == [0.25]
     assert batches == [(1, 1.5e-6, 0.25, 0.75)]
     assert (result.inference_s, result.started_at, result.ended_at) == (0.25, 1000.0, 1000.25)
-    assert line.slowdown.factor > 1  # it has learned from the batch
+    assert scheduler.state(now).slowdown > 1.5  # it has learned from the batch
 
 
-async def test_those_given_up_get_a_typed_error_and_the_rest_an_answer() -> None:
-    def give_up(situation: Situation) -> Choice:
-        late, shed, *rest = situation.line
-        return Choice(0, tuple(rest), (late,), (shed,))
+async def test_what_is_dropped_gets_a_typed_error_and_the_rest_an_answer() -> None:
+    def drop(state: SchedulerState) -> BatchDecision:
+        expired, shed, *rest = state.queue
+        return BatchDecision(CATALOG.cheapest, tuple(rest), (expired,), (shed,))
 
     gate = Gate()
     gate.open.set()
-    line = Line(MENU, give_up, 4)
-    batcher = Batcher(gate.run, line, ThreadPoolExecutor(1, "engine"), Inline())
+    scheduler = Scheduler(CATALOG, drop, 4, rejects_early=False)
+    batcher = AdmittingBatcher(gate.run, scheduler, ThreadPoolExecutor(1, "engine"))
     tasks = await line_up(batcher, (1, SMALL), (2, SMALL), (3, SMALL))
     serving = asyncio.create_task(batcher.serve())
-    late, shed, answered = await asyncio.gather(*tasks, return_exceptions=True)
+    expired, shed, answered = await asyncio.gather(*tasks, return_exceptions=True)
     batcher.stop()
     await serving
-    assert isinstance(late, DeadlineError)
+    assert isinstance(expired, DeadlineError)
     assert isinstance(shed, OverloadedError)
     assert shed.details["retry_after_s"] >= 0
     assert isinstance(answered, Result)

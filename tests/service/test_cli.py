@@ -120,7 +120,7 @@ def test_serve_ends_when_the_model_cannot_run(
     assert "supervit: the model cannot run" in capsys.readouterr().err
 
 
-def test_serve_refuses_a_port_that_is_in_use_in_one_line(
+def test_serve_rejects_a_port_that_is_in_use_in_one_line(
     checkpoint_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.serve.os.sched_getaffinity", lambda _: {0, 1})
@@ -192,7 +192,7 @@ def test_as_many_connections_as_requests_are_allowed(
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
-def test_serve_refuses_to_start_on_a_bad_checkpoint_in_one_line(
+def test_serve_rejects_to_start_on_a_bad_checkpoint_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
 ) -> None:
     path = tmp_path / "bad.pth"
@@ -204,7 +204,7 @@ def test_serve_refuses_to_start_on_a_bad_checkpoint_in_one_line(
     assert str(path) in error
 
 
-def test_serve_refuses_workers_on_a_socket_of_others(
+def test_serve_rejects_workers_on_a_socket_of_others(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SUPERVIT_WORKERS", "4")
@@ -212,7 +212,7 @@ def test_serve_refuses_workers_on_a_socket_of_others(
     assert "leave out --fd, or --workers" in capsys.readouterr().err
 
 
-def test_serve_refuses_a_device_that_is_not_there(checkpoint_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_rejects_a_device_that_is_not_there(checkpoint_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--checkpoint", str(checkpoint_path), "--device", "cuda:77"]) == 1
     assert capsys.readouterr().err.startswith("supervit: device 'cuda:77' cannot be used")
 

@@ -78,7 +78,7 @@ def post(length: int) -> bytes:
     ],
     ids=["headers", "one header", "address"],
 )
-async def test_a_head_that_does_not_end_is_refused(beginning: bytes, more: bytes) -> None:
+async def test_a_head_that_does_not_end_is_rejected(beginning: bytes, more: bytes) -> None:
     async with Client() as client:
         await client.send(beginning + more * (3 * MAX_HEAD_BYTES // len(more)))
         assert (await client.rest()).startswith(b"HTTP/1.1 400")
@@ -162,7 +162,7 @@ async def test_what_comes_early_of_the_next_request_does_not_cut_off_an_answer(m
 
 
 @pytest.mark.parametrize("more", [b"x", b"x" * 999], ids=["a part of the body", "all of it"])
-async def test_a_client_that_was_refused_cannot_keep_its_connection_by_what_it_sends_of_its_body(
+async def test_a_client_that_was_rejected_cannot_keep_its_connection_by_what_it_sends_of_its_body(
     more: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "HEAD_S", 0.2)

@@ -33,7 +33,7 @@ def test_the_engine_normalises_and_answers_what_the_model_answers(checkpoint: Ch
         assert torch.equal(engine.run(images, subnetwork), expected)
 
 
-def test_a_grid_that_was_not_trained_is_refused(checkpoint: Checkpoint, images: Tensor) -> None:
+def test_a_grid_that_was_not_trained_is_rejected(checkpoint: Checkpoint, images: Tensor) -> None:
     with pytest.raises(ValueError, match="patch grid 3 was not trained"):
         TorchEngine(checkpoint.model, "cpu", 1).run(images, SubNetwork(3, 1.0))
 
@@ -109,7 +109,7 @@ def test_what_is_set_aside_once_does_not_count_as_memory_of_an_image() -> None:
 
 
 @pytest.mark.parametrize("device", ["bogus", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused_in_one_line(checkpoint: Checkpoint, device: str) -> None:
+def test_a_device_that_is_not_there_is_rejected_in_one_line(checkpoint: Checkpoint, device: str) -> None:
     with pytest.raises(DeviceError, match=f"device '{device}' cannot be used: [^\\n]+$"):
         TorchEngine(checkpoint.model, device, 1)
 

@@ -3,16 +3,14 @@ import math
 import pytest
 
 from service.estimates import (
-    MAX_PRUDENCE,
-    PRUDENCE_FADES_S,
+    MAX_SAFETY_FACTOR,
+    SAFETY_FACTOR_FADES_S,
     STALE_AFTER_S,
     ArrivalRate,
     Delay,
-    Prudence,
+    SafetyFactor,
     Slowdown,
-    prior_slowdown,
 )
-from service.resources import ResourceSnapshot
 
 
 def after(*observed: float) -> Slowdown:
@@ -67,53 +65,27 @@ def test_without_news_the_estimate_turns_to_what_the_machines_load_lets_expect()
     assert slowdown.predict(-1.0, prior=1.0) == at_once  # a clock read before the batch's end makes it no truer
 
 
-@pytest.mark.parametrize(
-    ("threads", "cpus", "others_cores", "expected"),
-    [
-        (8, 8, 0.0, 1.0),
-        (8, 8, 4.0, 1.5),
-        (8, 8, 8.0, 2.0),
-        (4, 8, 4.0, 1.0),  # the others have cores of their own
-        (4, 8, 6.0, 1.25),
-        (16, 8, 4.0, 1.5),  # no more threads run at once than there are CPUs
-    ],
-)
-def test_cores_are_shared_evenly_with_others(threads: int, cpus: int, others_cores: float, expected: float) -> None:
-    snapshot = ResourceSnapshot(taken_at=0.0, cores=cpus, cpus=cpus, others_cores=others_cores)
-    assert prior_slowdown(snapshot, threads) == expected
+def test_misses_raise_the_safety_factor_and_answers_in_time_let_it_fade() -> None:
+    safety_factor = SafetyFactor()
+    safety_factor.observe(100, 0, now=0.0)
+    assert safety_factor.read(0.0) == 1.0
+    safety_factor.observe(0, 5, now=0.0)
+    assert safety_factor.read(0.0) == pytest.approx(2.5, abs=0.02)
+    before = safety_factor.read(0.0)
+    safety_factor.observe(99, 1, now=0.0)  # one in a hundred is tolerated
+    assert safety_factor.read(0.0) == pytest.approx(before)
+    safety_factor.observe(100, 0, now=0.0)
+    assert safety_factor.read(0.0) == pytest.approx(before - 0.3)
+    safety_factor.observe(0, 1000, now=0.0)
+    assert safety_factor.read(0.0) == MAX_SAFETY_FACTOR
 
 
-def test_what_a_quota_leaves_us_is_not_taken_by_others() -> None:
-    snapshot = ResourceSnapshot(taken_at=0.0, cores=2.0, cpus=8, others_cores=6.0)
-    assert prior_slowdown(snapshot, threads=2) == 1.0
-
-
-def test_without_news_of_the_machine_nothing_is_expected_to_slow_it() -> None:
-    assert prior_slowdown(None, 4) == 1.0
-    assert prior_slowdown(ResourceSnapshot(taken_at=0.0, cores=4.0), 4) == 1.0
-
-
-def test_misses_make_prudent_and_answers_in_time_let_it_fade() -> None:
-    prudence = Prudence()
-    prudence.observe(100, 0, now=0.0)
-    assert prudence.read(0.0) == 1.0
-    prudence.observe(0, 5, now=0.0)
-    assert prudence.read(0.0) == pytest.approx(2.5, abs=0.02)
-    before = prudence.read(0.0)
-    prudence.observe(99, 1, now=0.0)  # one in a hundred is tolerated
-    assert prudence.read(0.0) == pytest.approx(before)
-    prudence.observe(100, 0, now=0.0)
-    assert prudence.read(0.0) == pytest.approx(before - 0.3)
-    prudence.observe(0, 1000, now=0.0)
-    assert prudence.read(0.0) == MAX_PRUDENCE
-
-
-def test_prudence_fades_with_time_alone() -> None:
-    prudence = Prudence()
-    prudence.observe(0, 10, now=0.0)
-    factor = prudence.read(0.0)
-    assert prudence.read(PRUDENCE_FADES_S) == pytest.approx(1 + (factor - 1) / math.e)
-    assert prudence.read(100 * PRUDENCE_FADES_S) == pytest.approx(1.0)
+def test_the_safety_factor_fades_with_time_alone() -> None:
+    safety_factor = SafetyFactor()
+    safety_factor.observe(0, 10, now=0.0)
+    factor = safety_factor.read(0.0)
+    assert safety_factor.read(SAFETY_FACTOR_FADES_S) == pytest.approx(1 + (factor - 1) / math.e)
+    assert safety_factor.read(100 * SAFETY_FACTOR_FADES_S) == pytest.approx(1.0)
 
 
 def test_a_delay_leaves_room_for_its_spread_and_fades_without_news() -> None:

@@ -38,7 +38,7 @@ def test_every_format_comes_out_as_the_picture_that_went_in(encode: Callable[...
     assert image.float().mean(dim=(1, 2)).tolist() == pytest.approx([200, 100, 50], abs=4)
 
 
-def test_an_unknown_format_is_refused(encode: Callable[..., bytes]) -> None:
+def test_an_unknown_format_is_rejected(encode: Callable[..., bytes]) -> None:
     with pytest.raises(InvalidImageError, match="not an image in one of the formats"):
         decode(encode(Image.new("RGB", (9, 9)), "TIFF"))
 
@@ -103,7 +103,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [1001, 60_000, 2_000_000])
-def test_an_image_bomb_is_refused_from_its_header_alone(side: int) -> None:
+def test_an_image_bomb_is_rejected_from_its_header_alone(side: int) -> None:
     with pytest.raises(ImageTooLargeError) as caught:
         decode(png_header(side, side))
     assert caught.value.details == {"max_image_pixels": LIMIT}
@@ -115,13 +115,15 @@ def test_a_large_image_within_the_limit_raises_no_warning(encode: Callable[..., 
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"GIF89a", b"BM" + bytes(60), bytes(1000)])
-def test_what_is_no_image_is_refused(data: bytes) -> None:
+def test_what_is_no_image_is_rejected(data: bytes) -> None:
     with pytest.raises(InvalidImageError):
         decode(data)
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
-def test_damaged_images_are_decoded_or_refused_but_never_crash(encode: Callable[..., bytes], image_format: str) -> None:
+def test_damaged_images_are_decoded_or_rejected_but_never_crash(
+    encode: Callable[..., bytes], image_format: str
+) -> None:
     rng = random.Random(image_format)
     noise = Image.frombytes("RGB", (24, 24), rng.randbytes(24 * 24 * 3))
     intact = encode(noise, image_format)
@@ -138,13 +140,13 @@ def test_damaged_images_are_decoded_or_refused_but_never_crash(encode: Callable[
     assert refused > 0
 
 
-def test_a_truncated_jpeg_is_refused(photo: bytes) -> None:
+def test_a_truncated_jpeg_is_rejected(photo: bytes) -> None:
     with pytest.raises(InvalidImageError, match="broken"):
         decode(photo[: len(photo) // 2])
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_truncated_jpeg_is_refused_at_a_fraction_of_its_size_too(
+def test_a_truncated_jpeg_is_rejected_at_a_fraction_of_its_size_too(
     encode: Callable[..., bytes], progressive: bool
 ) -> None:
     data = encode(picture(1500, 1100), "JPEG", progressive=progressive)
@@ -160,7 +162,7 @@ def progressive(encode: Callable[..., bytes]) -> tuple[bytes, bytes]:
     return data[:-2], data[data.rindex(b"\xff\xda") : -2]
 
 
-def test_a_jpeg_that_refines_its_pixels_without_end_is_refused(encode: Callable[..., bytes]) -> None:
+def test_a_jpeg_that_refines_its_pixels_without_end_is_rejected(encode: Callable[..., bytes]) -> None:
     beginning, scan = progressive(encode)
     scans = beginning.count(b"\xff\xda")
     fine = beginning + (MAX_SCANS - scans) * scan + b"\xff\xd9"

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry
 
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
-from service.domain import Classification, Decision, Timing
+from service.domain import Classification, Decision, ReasonCode, Timing
 from service.errors import InvalidParameterError
 from service.metrics import MISSES, Metrics, process_registry
 from service.resources import GpuSnapshot, ResourceSnapshot
@@ -36,10 +36,10 @@ def page() -> Page:
 def answer(profile: SubNetworkProfile = SMALL, total_s: float = 0.3, budget_s: float = 0.5) -> Classification:
     return Classification(
         predictions=(),
-        decision=Decision(profile, 4, 0.1, "because"),
+        decision=Decision(profile, 4, 0.1, ReasonCode.ALONE, "because"),
         timing=Timing(decode_s=0.01, queue_s=0.02, inference_s=0.1, total_s=total_s),
         budget_s=budget_s,
-        given_up=None if profile.top1 is None else 0.05,
+        accuracy_loss=None if profile.top1 is None else 0.05,
         saved_gflops=1.5,
     )
 
@@ -53,35 +53,30 @@ def test_a_request_is_in_flight_until_it_ends_with_its_outcome(page: Page) -> No
     assert page.read("requests_total", outcome="ok") == 1
 
 
-def test_a_request_refused_at_the_door_was_never_in_flight(page: Page) -> None:
-    page.metrics.request_refused("body_too_large")
-    assert page.read("requests_total", outcome="body_too_large") == 1
-    assert page.read("requests_in_flight") == 0
-
-
 @pytest.mark.parametrize(
     ("outcome", "given", "counted"),
     [
-        ("overloaded", "given_up", "given_up"),
+        ("overloaded", "shed", "shed"),
         ("overloaded", "full", "full"),
-        ("deadline_exceeded", None, "late"),
+        ("deadline_exceeded", None, "expired"),
         ("not_ready", None, "not_ready"),
     ],
 )
-def test_a_request_that_was_shed_is_counted_by_its_reason(
+def test_a_request_that_was_dropped_is_counted_by_its_reason(
     page: Page, outcome: str, given: str | None, counted: str
 ) -> None:
     page.metrics.request_started()
     page.metrics.request_finished(outcome, given)
-    page.metrics.request_refused(outcome, given)
-    assert page.read("sheds_total", reason=counted) == 2
+    assert page.read("dropped_requests_total", reason=counted) == 1
 
 
-def test_what_the_client_did_wrong_is_no_shed(page: Page) -> None:
-    page.metrics.request_refused("invalid_image")
-    assert page.read("sheds_total", reason="late") is None
+def test_what_the_client_did_wrong_drops_nothing(page: Page) -> None:
+    page.metrics.request_finished("invalid_image")
+    assert page.read("dropped_requests_total", reason="expired") is None
     page.metrics.describe([], "tiny", "1234")
-    assert {page.read("sheds_total", reason=reason) for reason in ("late", "not_ready", "no_time", "backlog")} == {0}
+    assert {
+        page.read("dropped_requests_total", reason=reason) for reason in ("expired", "not_ready", "no_time", "backlog")
+    } == {0}
 
 
 def test_the_age_of_the_profile_and_the_best_accuracy_are_absent_until_known(page: Page) -> None:
@@ -120,16 +115,16 @@ def test_an_answer_adds_up_what_it_took_and_what_it_was_worth(page: Page) -> Non
     assert page.read("spent_gflops_total") == 1.0
     assert page.read("saved_gflops_total") == 3.0
     assert page.read("expected_accuracy_total") == pytest.approx(1.4)
-    assert page.read("accuracy_given_up_total") == pytest.approx(0.1)
+    assert page.read("accuracy_loss_total") == pytest.approx(0.1)
     assert page.read("request_duration_seconds_sum") == pytest.approx(0.6)
     stages = [page.read("stage_duration_seconds_sum", stage=stage) for stage in ("decode", "queue", "inference")]
     assert stages == pytest.approx([0.02, 0.04, 0.2])
 
 
-def test_what_nobody_measured_adds_nothing_to_the_accuracy(page: Page) -> None:
+def test_what_was_not_measured_adds_nothing_to_the_accuracy(page: Page) -> None:
     page.metrics.answered(answer(UNMEASURED))
     assert page.read("expected_accuracy_total") == 0.0
-    assert page.read("accuracy_given_up_total") == 0.0
+    assert page.read("accuracy_loss_total") == 0.0
     assert page.read("spent_gflops_total") == 0.4
 
 
@@ -163,21 +158,21 @@ def test_the_machine_is_shown_as_fractions_of_what_there_is(page: Page) -> None:
         memory_pressure=0.0,
         gpus=(GpuSnapshot(0, utilization=0.75), GpuSnapshot(1)),
     )
-    page.metrics.machine(snapshot, waiting=7, slowdown=1.25, prudence=1.5)
+    page.metrics.machine(snapshot, queued=7, slowdown=1.25, safety_factor=1.5)
     assert page.read("cpu_utilization_ratio", by="own") == 0.5
     assert page.read("cpu_utilization_ratio", by="others") == 0.5  # of the CPUs, which the quota does not bound
     assert page.read("pressure_ratio", resource="cpu") == 0.1
     assert page.read("gpu_utilization_ratio", gpu="0") == 0.75
-    assert page.read("waiting_requests") == 7
+    assert page.read("queued_requests") == 7
     assert page.read("slowdown_ratio") == 1.25
-    assert page.read("prudence_ratio") == 1.5
+    assert page.read("safety_factor_ratio") == 1.5
 
 
 def test_what_the_machine_no_longer_says_keeps_its_last_value(page: Page) -> None:
     page.metrics.machine(
-        ResourceSnapshot(0.0, cores=4.0, own_cpu_utilization=0.5), waiting=0, slowdown=1.0, prudence=1.0
+        ResourceSnapshot(0.0, cores=4.0, own_cpu_utilization=0.5), queued=0, slowdown=1.0, safety_factor=1.0
     )
-    page.metrics.machine(ResourceSnapshot(1.0, cores=4.0), waiting=0, slowdown=1.0, prudence=1.0)
+    page.metrics.machine(ResourceSnapshot(1.0, cores=4.0), queued=0, slowdown=1.0, safety_factor=1.0)
     assert page.read("cpu_utilization_ratio", by="own") == 0.5
 
 
@@ -196,7 +191,7 @@ def test_the_page_shows_nothing_that_a_dead_process_last_said_of_itself(tmp_path
 
 
 def test_the_page_has_everything_in_the_text_format(page: Page) -> None:
-    page.metrics.request_refused("not_ready")
+    page.metrics.request_finished("not_ready")
     lines = page.metrics.page().decode().splitlines()
     assert 'supervit_requests_total{outcome="not_ready"} 1.0' in lines
     assert "# TYPE supervit_request_duration_seconds histogram" in lines
@@ -229,7 +224,7 @@ def test_the_shared_folder_is_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "file/below"])
-def test_a_shared_folder_that_cannot_be_is_refused_by_the_name_of_its_variable(
+def test_a_shared_folder_that_cannot_be_is_rejected_by_the_name_of_its_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -254,4 +249,4 @@ def test_an_autoscaler_is_told_what_was_counted(page: Page) -> None:
     assert totals["decode_s"] == answer().timing.decode_s > 0
     assert totals["spent_gflops"] == page.read("spent_gflops_total") == 0.5
     assert totals["saved_gflops"] == page.read("saved_gflops_total") == 1.5
-    assert totals["accuracy_given_up"] == page.read("accuracy_given_up_total") == 0.05
+    assert totals["accuracy_loss"] == page.read("accuracy_loss_total") == 0.05

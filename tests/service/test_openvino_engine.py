@@ -93,7 +93,7 @@ def test_any_keep_rate_runs(
         assert_same(engine.run(images, subnetwork), expected(images, subnetwork))
 
 
-def test_an_answer_does_not_depend_on_who_else_is_in_the_batch(engine: OpenVINOEngine, images: Tensor) -> None:
+def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(engine: OpenVINOEngine, images: Tensor) -> None:
     subnetwork = SubNetwork(5, 0.5)
     alone = torch.cat([engine.run(images[index : index + 1], subnetwork) for index in range(3)])
     torch.testing.assert_close(engine.run(images, subnetwork), alone, rtol=1e-5, atol=1e-5)
@@ -114,7 +114,7 @@ def test_images_may_lie_in_memory_in_any_order(engine: OpenVINOEngine, images: T
     assert torch.equal(engine.run(scattered, subnetwork), engine.run(images, subnetwork))
 
 
-def test_a_grid_that_was_not_trained_is_refused_and_harms_nobody(engine: OpenVINOEngine, images: Tensor) -> None:
+def test_a_grid_that_was_not_trained_is_rejected_and_harms_no_other(engine: OpenVINOEngine, images: Tensor) -> None:
     before = engine.run(images, SubNetwork(5, 0.7))
     with pytest.raises(ValueError, match=r"patch grid 4 was not trained; it must be one of \(2, 3, 5\)"):
         engine.run(images, SubNetwork(4, 0.7))

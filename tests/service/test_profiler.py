@@ -12,8 +12,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from models.checkpoint import Checkpoint
 from models.subnetwork import SubNetwork
-from service.profiler import MIN_RUNS, SLOW_S, Measurement, load_or_measure, measure, rehearse
+from service.profile_store import load_or_measure, measure_latencies
+from service.profiler import MIN_RUNS, SLOW_S, Measurement, measure, warm_up_shapes
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
 BATCH_SIZES = (1, 2, 4)
@@ -152,12 +154,12 @@ def test_a_slow_batch_runs_twice_and_the_lower_figure_counts() -> None:
 
 
 def test_a_rehearsal_runs_every_shape_once_the_small_ones_first(engine: FakeEngine) -> None:
-    rehearse(engine.run, 16, (SMALL, LARGE), 3, budget_s=10, clock=lambda: engine.now)
+    warm_up_shapes(engine.run, 16, (SMALL, LARGE), 3, budget_s=10, clock=lambda: engine.now)
     assert engine.runs == [(subnetwork, size) for size in (1, 2, 3) for subnetwork in (SMALL, LARGE)]
 
 
 def test_a_rehearsal_ends_when_its_time_is_spent(engine: FakeEngine) -> None:
-    rehearse(engine.run, 16, (SMALL, LARGE), 64, budget_s=0.05, clock=lambda: engine.now)  # 4 + 16 + 6 + 24 ms
+    warm_up_shapes(engine.run, 16, (SMALL, LARGE), 64, budget_s=0.05, clock=lambda: engine.now)  # 4 + 16 + 6 + 24 ms
     assert engine.runs == [(SMALL, 1), (LARGE, 1), (SMALL, 2), (LARGE, 2)]
 
 
@@ -193,13 +195,10 @@ def test_other_conditions_are_measured_anew(
     assert len(engine.runs) > runs
 
 
-def test_another_number_of_cpus_is_measured_anew(
-    engine: FakeEngine, load: Callable[..., Measurement], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_number_of_cpus_is_measured_anew(engine: FakeEngine, load: Callable[..., Measurement]) -> None:
     load()
     runs = len(engine.runs)
-    monkeypatch.setattr("service.profiler._num_cpus", lambda: 512)
-    load()
+    load(cpus=512)
     assert len(engine.runs) > runs
 
 
@@ -291,3 +290,20 @@ def test_the_file_is_one_that_people_can_read(load: Callable[..., Measurement], 
         "spread": pytest.approx(measurement.spread[LARGE][2], abs=1e-4),
     }
     assert sum('"patch_grid"' in line for line in text.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"), [(1, (1,)), (3, (1, 2, 3)), (16, (1, 2, 4, 8, 16)), (64, (1, 2, 4, 8, 16, 32, 64))]
+)
+def test_latencies_are_measured_up_to_the_largest_batch_whatever_its_size(
+    checkpoint: Checkpoint, tmp_path: Path, largest: int, sizes: tuple[int, ...]
+) -> None:
+    ran: set[int] = set()
+
+    def run(images: Tensor, _: SubNetwork) -> Tensor:
+        ran.add(len(images))
+        return images[:, :, 0, 0].float()
+
+    kept = measure_latencies(checkpoint, "fake", run, folder=tmp_path, max_batch_size=largest, budget_s=0.0)
+    assert kept.table.batch_sizes == sizes
+    assert ran == set(sizes)

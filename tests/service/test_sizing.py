@@ -63,7 +63,7 @@ def test_machines_share_the_requests(machines: int, attained: tuple[float, float
     assert 0.5 < run["utilization"] <= 1
 
 
-def test_an_unknown_policy_is_refused_with_the_names_there_are() -> None:
+def test_an_unknown_policy_is_rejected_with_the_names_there_are() -> None:
     with pytest.raises(InvalidParameterError, match="best-ever is no policy; there are level"):
         simulate(Simulate(duration_s=1, rate=(10,), compare=("best-ever",)), PROFILES, LATENCIES)
 

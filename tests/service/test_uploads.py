@@ -64,7 +64,7 @@ async def test_a_declared_length_proves_nothing_of_a_chunked_body() -> None:
     assert client.taken == 3
 
 
-async def test_a_client_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_falls_silent_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.uploads.LATE_S", 5)  # however busy the machine is
     with pytest.raises(UploadTimeoutError, match=r"within its budget"):
         await Client(b"ab", then="silence").upload(within_s=0.01)
@@ -82,7 +82,7 @@ PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\
 END = b"--x--\r\n"
 
 
-async def test_a_form_with_two_images_is_refused_rather_than_half_answered() -> None:
+async def test_a_form_with_two_images_is_rejected_rather_than_half_answered() -> None:
     assert await Client(PART + END, headers=FORM).upload(limit=1000) == b"A"
     with pytest.raises(InvalidImageError, match="2 fields 'file'"):
         await Client(PART + PART + END, headers=FORM).upload(limit=1000)
@@ -95,7 +95,7 @@ async def test_a_form_that_was_cut_off_is_said_to_be() -> None:
         await Client(PART[:-2], headers=FORM).upload(limit=1000)
 
 
-async def test_a_form_in_a_charset_that_does_not_exist_is_refused() -> None:
+async def test_a_form_in_a_charset_that_does_not_exist_is_rejected() -> None:
     headers = {"content-type": "multipart/form-data; boundary=x; charset=undefined"}
     with pytest.raises(InvalidImageError, match="form is broken"):
         await Client(PART + END, headers=headers).upload(limit=1000)

@@ -50,7 +50,7 @@ def test_no_more_cpus_are_used_than_a_quota_grants(tmp_path: Path) -> None:
     assert split_cpus(range(64), 4.5, 2, tmp_path) == [set(range(64))] * 2
 
 
-def test_a_worker_without_a_core_is_refused(tmp_path: Path) -> None:
+def test_a_worker_without_a_core_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 workers need a core each, and there are 2"):
         split_cpus([0, 1], 2, 3, tmp_path)
     with pytest.raises(ValueError, match="2 workers need a core each, and there are 1"):
@@ -139,7 +139,7 @@ def test_connections_are_dealt_out_to_all_workers(
     assert min(answers.count(worker) for worker in set(answers)) > 60  # by chance alone, once in 10^8 it is not
 
 
-def test_nobody_is_kept_waiting_before_a_worker_listens(
+def test_no_client_is_kept_waiting_before_a_worker_listens(
     opened: socket.socket, supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]]
 ) -> None:
     supervise("import time; time.sleep(20)")
@@ -174,7 +174,7 @@ threading.Thread(target=pulse, daemon=True).start()
     assert who_answers(opened) != first
 
 
-def test_an_address_that_is_taken_is_refused() -> None:
+def test_an_address_that_is_taken_is_rejected() -> None:
     with bind("127.0.0.1", 0) as first:
         first.listen()
         with pytest.raises(OSError, match="in use"):
@@ -231,7 +231,7 @@ while True:
     until(lambda: len(list(tmp_path.iterdir())) >= 5)
 
 
-def test_a_worker_that_never_beats_is_given_up(
+def test_a_worker_that_never_beats_is_killed(
     tmp_path: Path,
     supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
     monkeypatch: pytest.MonkeyPatch,

@@ -8,7 +8,7 @@ GAIN = 0.2
 NEGLIGIBLE_S = 1e-4
 
 
-class Pacer:
+class UtilizationLimiter:
     """A bucket of compute seconds that fills at the ceiling's rate; batches wait while it is empty."""
 
     def __init__(
@@ -21,7 +21,7 @@ class Pacer:
             cores: how many cores there are; None where a GPU does the work, whose busy time is then what counts.
             process_time: CPU seconds that this process has used so far, by all its threads.
         """
-        self.stretch = 1.0
+        self.throttle_factor = 1.0
         self._batches_s = 0.0
         self._used_s = process_time if cores is not None else lambda: self._batches_s
         cores = 1.0 if cores is None else cores
@@ -49,7 +49,7 @@ class Pacer:
         return pause_s if pause_s > NEGLIGIBLE_S else 0.0
 
     def idle(self) -> None:
-        """Nobody waits any more: what is used until somebody does is no batch's."""
+        """Nothing waits any more: what is used until something does is no batch's."""
         self._wanted_s = None
 
     def batch_ran(self, seconds: float) -> None:
@@ -62,4 +62,4 @@ class Pacer:
         self._intensity = (
             intensity if self._intensity is None else self._intensity + GAIN * (intensity - self._intensity)
         )
-        self.stretch = max(1.0, self._intensity / self._per_s)
+        self.throttle_factor = max(1.0, self._intensity / self._per_s)

@@ -3,12 +3,12 @@ from itertools import repeat
 
 import pytest
 
+from service.catalog import VariantCatalog
 from service.errors import OverloadedError
-from service.line import Line
-from service.menu import Menu
-from service.pacer import BURST_S, Pacer
 from service.policy import choose_level
-from service.situation import Entry, Wish
+from service.scheduler import Scheduler
+from service.state import QueuedRequest, RequestConstraints
+from service.throttle import BURST_S, UtilizationLimiter
 
 MINUTE_S = 60.0
 ROUNDING_S = 1e-9
@@ -22,12 +22,12 @@ class Machine:
         self.used_s = 7.0  # what it took to start
         self.busy_s = 0.0
         self.busy_cores = busy_cores
-        self.pacer = Pacer(ceiling, cores, lambda: self.used_s)
+        self.limiter = UtilizationLimiter(ceiling, cores, lambda: self.used_s)
 
     def pause(self) -> float:
         """Wait as the dispatch loop does, until the next batch may run."""
         paused_s = 0.0
-        while (pause_s := self.pacer.pause_s(self.now)) > ROUNDING_S:
+        while (pause_s := self.limiter.pause_s(self.now)) > ROUNDING_S:
             self.now += pause_s
             paused_s += pause_s
         return paused_s
@@ -36,7 +36,7 @@ class Machine:
         self.now += seconds
         self.busy_s += seconds
         self.used_s += seconds * self.busy_cores
-        self.pacer.batch_ran(seconds)
+        self.limiter.batch_ran(seconds)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_light_load_is_never_held_back() -> None:
         machine.run(0.1)
         machine.now += 0.4  # nothing to do: a fifth of the machine is used
     assert paused_s == 0.0
-    assert machine.pacer.stretch == pytest.approx(1 / 0.6)  # but were there more to do, it would be
+    assert machine.limiter.throttle_factor == pytest.approx(1 / 0.6)  # but were there more to do, it would be
 
 
 def test_idle_time_is_not_saved_up_beyond_a_moment() -> None:
@@ -97,7 +97,7 @@ def test_an_engine_that_cannot_reach_the_ceiling_is_never_held_back() -> None:
     for _ in range(1000):
         assert machine.pause() == 0.0
         machine.run(0.05)
-    assert machine.pacer.stretch == 1.0
+    assert machine.limiter.throttle_factor == 1.0
 
 
 def test_long_batches_under_light_load_are_never_held_back() -> None:
@@ -108,40 +108,40 @@ def test_long_batches_under_light_load_are_never_held_back() -> None:
         machine.now += 2.0  # half of the machine is used
 
 
-def test_the_stretch_is_what_pauses_make_of_a_batch_and_is_learned() -> None:
+def test_the_throttle_factor_is_what_pauses_make_of_a_batch_and_is_learned() -> None:
     machine = Machine(0.5, 4.0, busy_cores=4.0)
-    assert machine.pacer.stretch == 1.0
-    for busy_cores, stretch in ((4.0, 2.0), (3.0, 1.5), (1.0, 1.0)):
+    assert machine.limiter.throttle_factor == 1.0
+    for busy_cores, factor in ((4.0, 2.0), (3.0, 1.5), (1.0, 1.0)):
         machine.busy_cores = busy_cores
         for _ in range(40):
             machine.pause()
             machine.run(0.1)
-        assert machine.pacer.stretch == pytest.approx(stretch, rel=0.01)
+        assert machine.limiter.throttle_factor == pytest.approx(factor, rel=0.01)
 
 
-def test_what_is_used_while_nobody_waits_stretches_no_batch() -> None:
+def test_what_is_used_while_nothing_waits_throttles_no_batch() -> None:
     machine = Machine(0.5, 4.0, busy_cores=4.0)
     for _ in range(40):
         machine.now += 3600.0
         machine.used_s += 36.0  # a hundredth of a core, by the monitor and the health checks
         machine.pause()
         machine.run(0.05)
-    assert machine.pacer.stretch == pytest.approx(2.0)
+    assert machine.limiter.throttle_factor == pytest.approx(2.0)
 
 
-def test_what_is_used_after_a_batch_that_never_ran_stretches_none() -> None:
+def test_what_is_used_after_a_batch_that_never_ran_throttles_none() -> None:
     machine = Machine(0.5, 4.0, busy_cores=4.0)
     for _ in range(10):
         machine.pause()  # for somebody who is late then
-        machine.pacer.idle()
+        machine.limiter.idle()
         machine.now += 3600.0
         machine.used_s += 36.0
         machine.pause()
         machine.run(0.05)
-    assert machine.pacer.stretch == pytest.approx(2.0)
+    assert machine.limiter.throttle_factor == pytest.approx(2.0)
 
 
-def test_what_was_used_before_the_first_request_holds_nobody_back() -> None:
+def test_what_was_used_before_the_first_request_holds_nothing_back() -> None:
     machine = Machine(0.6, 2.0, busy_cores=2.0)
     machine.now += 3600.0
     machine.used_s += 60.0
@@ -153,12 +153,12 @@ def test_without_a_ceiling_nothing_is_held_back() -> None:
     for _ in range(1000):
         assert machine.pause() == 0.0
         machine.run(1.0)
-    assert machine.pacer.stretch == 1.0
+    assert machine.limiter.throttle_factor == 1.0
 
 
-def serve_a_minute(menu: Menu, machine: Machine, gaps_s: Sequence[float]) -> tuple[list[int], int]:
-    """Serve arrivals with half a second each; returns the options that answered in time, and how many came."""
-    line = Line(menu, choose_level, 4)
+def serve_a_minute(catalog: VariantCatalog, machine: Machine, gaps_s: Sequence[float]) -> tuple[list[int], int]:
+    """Serve arrivals with half a second each; returns the levels that answered in time, and how many came."""
+    scheduler = Scheduler(catalog, choose_level, 4)
     start_at = next_at = machine.now
     answered: list[int] = []
     count = 0
@@ -166,39 +166,39 @@ def serve_a_minute(menu: Menu, machine: Machine, gaps_s: Sequence[float]) -> tup
     def take_in() -> None:
         nonlocal next_at, count
         while next_at <= min(machine.now, start_at + MINUTE_S):
-            entry = Entry(next_at + 0.5, Wish(0.5, 2))
+            request = QueuedRequest(next_at + 0.5, RequestConstraints(0.5, 2))
             count += 1
             try:
-                line.admit(entry, next_at)
+                scheduler.admit(request, next_at)
             except OverloadedError:
                 pass
             else:
-                line.enter(entry)
+                scheduler.enqueue(request)
             next_at += gaps_s[count % len(gaps_s)]
 
     while next_at < start_at + MINUTE_S:
         take_in()
-        if not len(line):
+        if not len(scheduler):
             machine.now = next_at
             continue
         machine.pause()
         take_in()
-        line.pause_stretch = machine.pacer.stretch
-        choice = line.next_batch(machine.now)
-        if choice.option is not None:
-            seconds = menu.options[choice.option].seconds[len(choice.batch) - 1]
+        scheduler.throttled(machine.limiter.throttle_factor)
+        decision = scheduler.next_batch(machine.now)
+        if decision.variant is not None:
+            seconds = decision.variant.latency_by_batch_s[len(decision.batch) - 1]
             machine.run(seconds)
             take_in()
-            line.finished(choice.option, len(choice.batch), seconds, machine.now)
-            answered += [choice.option for entry in choice.batch if machine.now <= entry.deadline_at]
+            scheduler.batch_completed(decision.variant, len(decision.batch), seconds, machine.now)
+            answered += [decision.variant.index for request in decision.batch if machine.now <= request.deadline_at]
     return answered, count
 
 
-def test_a_ceiling_lowers_quality_before_anybody_is_late(fast_menu: Menu) -> None:
+def test_a_ceiling_lowers_quality_before_a_deadline_is_missed(fast_catalog: VariantCatalog) -> None:
     gaps_s = tuple(repeat(1 / 16, 2))  # level 2 keeps the machine busy for 80 % of the time
     free, held = Machine(None, 4.0, 4.0), Machine(0.6, 4.0, 4.0)
-    at_best, count = serve_a_minute(fast_menu, free, gaps_s)
-    under_ceiling, _ = serve_a_minute(fast_menu, held, gaps_s)
+    at_best, count = serve_a_minute(fast_catalog, free, gaps_s)
+    under_ceiling, _ = serve_a_minute(fast_catalog, held, gaps_s)
     assert len(at_best) >= count - 1  # the last may still wait when the minute is over
     assert len(under_ceiling) >= 0.99 * count
     assert free.busy_s / MINUTE_S > 0.7
@@ -206,9 +206,9 @@ def test_a_ceiling_lowers_quality_before_anybody_is_late(fast_menu: Menu) -> Non
     assert sum(under_ceiling) / count < sum(at_best) / count
 
 
-def test_a_ceiling_holds_while_far_too_much_comes(fast_menu: Menu) -> None:
+def test_a_ceiling_holds_while_far_too_much_comes(fast_catalog: VariantCatalog) -> None:
     machine = Machine(0.6, 4.0, 4.0)
-    answered, count = serve_a_minute(fast_menu, machine, (1 / 200,))
+    answered, count = serve_a_minute(fast_catalog, machine, (1 / 200,))
     assert 0.55 <= machine.busy_s / MINUTE_S <= 0.65
     assert len(answered) / MINUTE_S == pytest.approx(0.6 * 80, rel=0.1)  # all that level 0 can answer under it
     assert count > 4 * len(answered)
