@@ -7,9 +7,9 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.routing import Route
 
-from service.api import CLASSIFY_PATH, build_router, make_classify
-from service.http_errors import ErrorAnswers
-from service.request_ids import RequestIds
+from service.http.error_responses import ErrorAnswers
+from service.http.request_ids import RequestIds
+from service.http.routes import CLASSIFY_PATH, build_router, make_classify
 from service.runtime import ServerRuntime
 
 

@@ -28,14 +28,14 @@ from models.devices import DeviceError
 from models.evaluate import accuracy_table, calibration_summary, evaluate
 from models.recipe import Recipe
 from service.client import Classify, classify, first_problem, make_settings
-from service.engines import engine_threads, make_engine
+from service.engines.factory import engine_threads, make_engine
+from service.engines.profile_store import extended_profile, measure_latencies
+from service.engines.profiler import Measurement
 from service.errors import CommandError, ServiceError
-from service.monitor import Monitor
-from service.profile_store import extended_profile, measure_latencies
-from service.profiler import Measurement
-from service.serve import serve
+from service.hosting.serve import serve
+from service.machine.monitor import Monitor
 from service.settings import Settings
-from service.sizing import Simulate, simulate
+from service.simulation.report import Simulate, simulate
 
 
 class Evaluate(BaseModel):

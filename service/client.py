@@ -15,9 +15,9 @@ from pydantic_settings import CliPositionalArg
 
 from models.checkpoint import load_checkpoint
 from service.app import create_app
+from service.engines.profile_store import extended_profile, nominal_latencies
 from service.errors import CommandError
 from service.errors import first_problem as first_of
-from service.profile_store import extended_profile, nominal_latencies
 from service.runtime import ServerRuntime
 from service.settings import Settings
 

@@ -1,4 +1,4 @@
-"""What can go wrong with a request, as types. Knows nothing of HTTP; `service.http_errors` maps each to a status.
+"""What can go wrong with a request, as types. Knows nothing of HTTP; `http.error_responses` maps each to a status.
 
 ServiceError
 ├── RequestError              the client's to mend

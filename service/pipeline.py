@@ -6,15 +6,15 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from service.batcher import Batcher
-from service.decoding import Decoder
+from service.decoding.decoder import Decoder
 from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, Prediction, Timing
 from service.errors import BudgetTooSmallError, ClientGoneError, InvalidParameterError, ModelError, OverloadedError
-from service.estimates import Delay
-from service.reasons import explain, reason_of
-from service.results import Result
-from service.scheduler import Scheduler
-from service.state import PreprocessingDelay, QueuedRequest, RequestConstraints, target
+from service.execution.batcher import Batcher
+from service.execution.results import Result
+from service.scheduling.estimators import Delay
+from service.scheduling.reasons import explain, reason_of
+from service.scheduling.scheduler import Scheduler
+from service.scheduling.state import PreprocessingDelay, QueuedRequest, RequestConstraints, target
 
 logger = logging.getLogger(__name__)
 

@@ -15,28 +15,28 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
-from service.api import ReadyServer, RouteContext
-from service.batcher import Batcher
-from service.catalog import VariantCatalog
-from service.decoding import Decoder
+from service.decoding.decoder import Decoder
+from service.decoding.images import decode_image
 from service.domain import ServerState
-from service.engine import Engine
-from service.engines import engine_threads, make_engine
+from service.engines.base import Engine
+from service.engines.factory import engine_threads, make_engine
+from service.engines.profile_store import extended_profile, measure_latencies, nominal_latencies
+from service.engines.profiler import Measurement, warm_up_shapes
 from service.errors import NotReadyError
-from service.images import decode_image
-from service.metrics import Metrics, process_registry
-from service.monitor import Monitor
+from service.execution.batcher import Batcher
+from service.execution.throttle import UtilizationLimiter
+from service.execution.watchdog import Watchdog
+from service.http.routes import ReadyServer, RouteContext
+from service.http.schemas import describe_family
+from service.machine.monitor import Monitor
+from service.machine.snapshot import prior_slowdown
 from service.pipeline import Pipeline
-from service.policies import find_policy
-from service.profile_store import extended_profile, measure_latencies, nominal_latencies
-from service.profiler import Measurement, warm_up_shapes
-from service.resources import prior_slowdown
-from service.scheduler import Scheduler
-from service.schemas import describe_family
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.policies import find_policy
+from service.scheduling.scheduler import Scheduler
 from service.settings import Settings, environment_variable
-from service.shared_counts import SHARED_FOLDER_VARIABLE
-from service.throttle import UtilizationLimiter
-from service.watchdog import Watchdog
+from service.telemetry.metrics import Metrics, process_registry
+from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
 
 logger = logging.getLogger(__name__)
 

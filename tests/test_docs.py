@@ -7,7 +7,7 @@ from models.recipe import Recipe
 from service.cli import Evaluate, Profile
 from service.client import Classify
 from service.settings import Settings
-from service.sizing import Simulate
+from service.simulation.report import Simulate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

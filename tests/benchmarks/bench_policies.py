@@ -21,11 +21,11 @@ from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.published import PUBLISHED
 from models.subnetwork import SubNetwork
-from service.arrivals import Arrival, SlowdownScript, gamma, varying
-from service.catalog import VariantCatalog
-from service.policies import find_policy, policy_names
-from service.simulator import Figures, Machine, Replay, throughput
-from service.state import BatchDecision, Decide, SchedulerState
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.policies import find_policy, policy_names
+from service.scheduling.state import BatchDecision, Decide, SchedulerState
+from service.simulation.arrivals import Arrival, SlowdownScript, gamma, varying
+from service.simulation.simulator import Figures, Machine, Replay, throughput
 
 # DeiT-S on two cores with AMX, bfloat16 (milliseconds at batch 1 and 8); the rest lies between, by GFLOPs.
 ANCHORS_MS = {SubNetwork(8, 0.5): (5.2, 18.1), SubNetwork(14, 0.5): (9.4, 43.0), SubNetwork(14, 1.0): (14.7, 73.5)}

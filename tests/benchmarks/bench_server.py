@@ -21,9 +21,9 @@ from torch import Tensor
 
 from models.checkpoint import load_checkpoint
 from models.subnetwork import SubNetwork
-from service.engines import engine_threads, make_engine
-from service.images import decode_image
-from service.monitor import Monitor
+from service.decoding.images import decode_image
+from service.engines.factory import engine_threads, make_engine
+from service.machine.monitor import Monitor
 from service.settings import Settings
 from tests.benchmarks.bench_live import Picture, ask, connect, read_pictures, server
 

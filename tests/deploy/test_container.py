@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 
 from models.checkpoint import load_checkpoint
 from service.app import create_app
-from service.engine import TorchEngine
+from service.engines.torch_engine import TorchEngine
 from service.runtime import ServerRuntime
 from service.settings import DEFAULT_CHECKPOINT, Settings
 

@@ -19,10 +19,10 @@ from prometheus_client import CollectorRegistry
 
 from models.checkpoint import load_checkpoint
 from service.app import create_app
-from service.engine import TorchEngine
-from service.metrics import Metrics
+from service.engines.torch_engine import TorchEngine
 from service.runtime import ServerRuntime
 from service.settings import DEFAULT_CHECKPOINT, Settings, unknown_variables
+from service.telemetry.metrics import Metrics
 
 Manifest = dict[str, Any]
 

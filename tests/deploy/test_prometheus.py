@@ -19,7 +19,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 from tests.end_to_end.test_serving import free_port, picture
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
-from service.catalog import VariantCatalog
+from service.scheduling.catalog import VariantCatalog
 
 CONFIG = SuperViTConfig(
     flavour="deit",

@@ -15,9 +15,9 @@ from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoi
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from service.cli import main
-from service.serve import allow_connections, share_out
+from service.hosting.serve import allow_connections, share_out
+from service.hosting.workers import bind
 from service.settings import Settings
-from service.workers import bind
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_serve_ends_when_the_model_cannot_run(
     def warm_up(_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("service.openvino_engine.OpenVINOEngine.warm_up", warm_up)
+    monkeypatch.setattr("service.engines.openvino_engine.OpenVINOEngine.warm_up", warm_up)
     assert main(["serve", "--checkpoint", str(checkpoint_path), "--port", "0"]) == 1
     assert "supervit: the model cannot run" in capsys.readouterr().err
 
@@ -123,7 +123,7 @@ def test_serve_ends_when_the_model_cannot_run(
 def test_serve_rejects_a_port_that_is_in_use_in_one_line(
     checkpoint_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.serve.os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("service.hosting.serve.os.sched_getaffinity", lambda _: {0, 1})
     for is_shared, workers in ((False, "1"), (True, "2")):  # by workers, others of whom would be let in
         with bind("127.0.0.1", 0, is_shared=is_shared) as taken:
             taken.listen()
@@ -144,10 +144,10 @@ def test_workers_divide_a_quota_among_their_engines(
         return SimpleNamespace(stop=None, run=lambda: True, stopped_by=None)
 
     monkeypatch.delenv("SUPERVIT_THREADS", raising=False)
-    monkeypatch.setattr("service.serve.os.sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr("service.serve.Monitor", lambda: SimpleNamespace(latest=SimpleNamespace(cores=cores)))
-    monkeypatch.setattr("service.serve.Supervisor", supervisor)
-    monkeypatch.setattr("service.serve.signal.signal", lambda *_: None)
+    monkeypatch.setattr("service.hosting.serve.os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("service.hosting.serve.Monitor", lambda: SimpleNamespace(latest=SimpleNamespace(cores=cores)))
+    monkeypatch.setattr("service.hosting.serve.Supervisor", supervisor)
+    monkeypatch.setattr("service.hosting.serve.signal.signal", lambda *_: None)
     options = ["--checkpoint", str(checkpoint_path), "--port", "0", "--workers", "2", "--max-utilization", "0.5"]
     status = main(["serve", *options])
     if cores < 2:
@@ -159,7 +159,7 @@ def test_workers_divide_a_quota_among_their_engines(
 
 
 def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.serve.resolve_device", torch.device)
+    monkeypatch.setattr("service.hosting.serve.resolve_device", torch.device)
     settings = Settings(workers=4, max_utilization=0.5, device="cuda")
     assert share_out(settings, 8, is_quota=False).max_utilization == 0.125
     assert share_out(settings.model_copy(update={"device": "cpu"}), 8, is_quota=False).max_utilization == 0.5
@@ -184,8 +184,8 @@ def test_as_many_connections_as_requests_are_allowed(
     warned: bool,
 ) -> None:
     given: list[tuple[int, int]] = []
-    monkeypatch.setattr("service.serve.resource.getrlimit", lambda _: limits)
-    monkeypatch.setattr("service.serve.resource.setrlimit", lambda _, limit: given.append(limit))
+    monkeypatch.setattr("service.hosting.serve.resource.getrlimit", lambda _: limits)
+    monkeypatch.setattr("service.hosting.serve.resource.setrlimit", lambda _, limit: given.append(limit))
     allow_connections(1000)
     assert given == ([raised] if raised else [])
     assert ("open files are allowed" in caplog.text) == warned

@@ -17,9 +17,7 @@ from models.calibration import Scaling
 from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
-from service.batcher import Batcher
-from service.catalog import VariantCatalog
-from service.decoding import Decoder
+from service.decoding.decoder import Decoder
 from service.domain import Classification, InferenceRequest, ReasonCode
 from service.errors import (
     BudgetTooSmallError,
@@ -30,11 +28,13 @@ from service.errors import (
     OverloadedError,
     ServiceError,
 )
-from service.metrics import Metrics
-from service.outcomes import counted
+from service.execution.batcher import Batcher
 from service.pipeline import LEARNED_EVERY, Pipeline, Read
-from service.policy import choose_level
-from service.scheduler import Scheduler
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.level_policy import choose_level
+from service.scheduling.scheduler import Scheduler
+from service.telemetry.metrics import Metrics
+from service.telemetry.outcomes import counted
 
 pytestmark = pytest.mark.anyio
 
