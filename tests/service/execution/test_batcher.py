@@ -90,7 +90,7 @@ class AdmittingBatcher(Batcher):
 
 @asynccontextmanager
 async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]:
-    scheduler = Scheduler(CATALOG, choose_level, max_batch_size, rejects_early=False)
+    scheduler = Scheduler(CATALOG, choose_level, max_batch_size, rejects_early=False, lock=threading.RLock())
     thread = ThreadPoolExecutor(1, "engine")
     batcher = AdmittingBatcher(gate.run, scheduler, thread, observe_batch=lambda size, *_: gate.sizes.append(size))
     async with asyncio.TaskGroup() as tasks:
@@ -178,7 +178,7 @@ class Pausing(Idling):
 
 async def test_the_limiter_hears_when_nothing_waits() -> None:
     """Expired requests leave the queue without a batch, and what is used then must not be the next one's."""
-    hours, scheduler = Hours(), Scheduler(CATALOG, choose_level, 4, rejects_early=False)
+    hours, scheduler = Hours(), Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     limiter, thread = Idling(0.5, 1.0), ThreadPoolExecutor(1, "engine")
     batcher = AdmittingBatcher(hours.run, scheduler, thread, limiter=limiter, clock=lambda: hours.now)
     async with asyncio.TaskGroup() as tasks:
@@ -198,7 +198,7 @@ async def test_the_limiter_hears_when_nothing_waits() -> None:
 
 @pytest.mark.parametrize("paced", [False, True])
 async def test_neither_idleness_nor_a_pause_nor_a_failure_counts_as_time_between_batches(paced: bool) -> None:
-    hours, scheduler = Hours(), Listener(CATALOG, choose_level, 4, rejects_early=False)
+    hours, scheduler = Hours(), Listener(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     scheduler.turnarounds = []
     limiter = Pausing(hours) if paced else Idling()
     thread = ThreadPoolExecutor(1, "engine")
@@ -345,7 +345,9 @@ async def test_a_model_that_fails_whatever_the_image_ends_the_loop() -> None:
         return images[:, :, 0, 0].float()
 
     batcher = AdmittingBatcher(
-        run, Scheduler(CATALOG, choose_level, 4, rejects_early=False), ThreadPoolExecutor(1, "engine")
+        run,
+        Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock()),
+        ThreadPoolExecutor(1, "engine"),
     )
     loop = asyncio.create_task(batcher.serve())
     for _ in range(2):
@@ -374,7 +376,9 @@ async def test_two_poisons_and_a_batch_with_rows_missing_are_found_likewise() ->
 async def test_what_has_left_is_not_run_again_when_the_batch_fails() -> None:
     gate = Gate()
     batcher = AdmittingBatcher(
-        gate.run, Scheduler(CATALOG, choose_level, 4, rejects_early=False), ThreadPoolExecutor(1, "engine")
+        gate.run,
+        Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock()),
+        ThreadPoolExecutor(1, "engine"),
     )
     doomed, leaving, staying = await line_up(batcher, (13, SMALL), (1, SMALL), (2, SMALL))
     serving = asyncio.create_task(batcher.serve())
@@ -390,7 +394,7 @@ async def test_what_has_left_is_not_run_again_when_the_batch_fails() -> None:
 
 
 async def test_a_request_that_is_cancelled_leaves_the_queue() -> None:
-    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False)
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
     request = named(SMALL)
     task = asyncio.create_task(batcher.submit(image(1), request))
@@ -415,7 +419,7 @@ async def test_an_image_that_cannot_be_decoded_fails_its_own_request() -> None:
 
 
 async def test_a_request_that_leaves_before_its_image_is_decoded_is_not_enqueued() -> None:
-    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False)
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
     decoding: Future[DecodedImage] = Future()
     task = asyncio.create_task(batcher.submit(decoding, named(SMALL)))
@@ -428,7 +432,7 @@ async def test_a_request_that_leaves_before_its_image_is_decoded_is_not_enqueued
 
 
 async def test_a_request_whose_image_is_still_being_decoded_is_answered_at_its_deadline() -> None:
-    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False)
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
     bomb, behind_it = named(SMALL, 0.05), named(SMALL, 0.1)
     answers = asyncio.gather(*(batcher.submit(Future(), one) for one in (bomb, behind_it)), return_exceptions=True)
@@ -440,7 +444,7 @@ async def test_a_request_whose_image_is_still_being_decoded_is_answered_at_its_d
 async def test_stopping_waits_for_what_is_still_being_decoded() -> None:
     gate, limiter = Gate(), Idling()
     gate.open.set()
-    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False)
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(gate.run, scheduler, ThreadPoolExecutor(1), limiter=limiter)
     decoding: Future[DecodedImage] = Future()
     serving = asyncio.create_task(batcher.serve())
@@ -459,7 +463,9 @@ async def test_a_policy_that_fails_leaves_nothing_waiting() -> None:
     def choose(_: SchedulerState) -> BatchDecision:
         raise ZeroDivisionError
 
-    batcher = AdmittingBatcher(Gate().run, Scheduler(CATALOG, choose, 4, rejects_early=False), ThreadPoolExecutor(1))
+    batcher = AdmittingBatcher(
+        Gate().run, Scheduler(CATALOG, choose, 4, rejects_early=False, lock=threading.RLock()), ThreadPoolExecutor(1)
+    )
     tasks = await line_up(batcher, (1, SMALL), (2, SMALL))
     with pytest.raises(ZeroDivisionError):
         await batcher.serve()
@@ -471,7 +477,7 @@ async def test_a_policy_that_fails_leaves_nothing_waiting() -> None:
 
 async def test_cancelling_the_loop_releases_its_thread_and_what_waits() -> None:
     gate, thread, limiter = Gate(), ThreadPoolExecutor(1), Idling()
-    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False)
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(gate.run, scheduler, thread, limiter=limiter)
     serving = asyncio.create_task(batcher.serve())
     await asyncio.to_thread(limiter.is_idle.wait, 10)
@@ -525,7 +531,7 @@ async def test_each_batch_waits_for_its_pause_and_knows_the_machine() -> None:
         batches.append(batch)
 
     batches: list[tuple[float, ...]] = []
-    scheduler, limiter = Scheduler(CATALOG, choose, 4, rejects_early=False), StubbornLimiter()
+    scheduler, limiter = Scheduler(CATALOG, choose, 4, rejects_early=False, lock=threading.RLock()), StubbornLimiter()
     batcher = AdmittingBatcher(
         run,
         scheduler,
@@ -555,7 +561,7 @@ async def test_what_is_dropped_gets_a_typed_error_and_the_rest_an_answer() -> No
 
     gate = Gate()
     gate.open.set()
-    scheduler = Scheduler(CATALOG, drop, 4, rejects_early=False)
+    scheduler = Scheduler(CATALOG, drop, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(gate.run, scheduler, ThreadPoolExecutor(1, "engine"))
     tasks = await line_up(batcher, (1, SMALL), (2, SMALL), (3, SMALL))
     serving = asyncio.create_task(batcher.serve())
