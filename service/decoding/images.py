@@ -39,13 +39,16 @@ HAS_FAST_RESIZE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 Pixels = npt.NDArray[np.uint8]
 
 
-def decode_image(data: bytes, config: SuperViTConfig, max_pixels: int) -> Tensor:
+def decode_image(
+    data: bytes, config: SuperViTConfig, max_pixels: int, *, fast_resize: bool = HAS_FAST_RESIZE
+) -> Tensor:
     """Decode the first frame of an image and bring it to the model's size.
 
     Args:
         data: JPEG, PNG, WebP, GIF or BMP.
         config: of the model: S and how to crop.
         max_pixels: most pixels that the header may announce.
+        fast_resize: whether PyTorch resizes; otherwise Pillow does.
 
     Returns:
         (3, S, S) uint8.
@@ -74,7 +77,7 @@ def decode_image(data: bytes, config: SuperViTConfig, max_pixels: int) -> Tensor
         raise ImageTooLargeError("the image is far too large", max_image_pixels=max_pixels) from error
     except CODEC_ERRORS as error:
         raise InvalidImageError(f"the image is broken: {error}") from error
-    if not HAS_FAST_RESIZE:
+    if not fast_resize:
         return evaluation_transform(config)(picture if turn is None else picture.transpose(turn))
     return _crop(_resize(picture, width, height, resized_side(config)), turn, config.image_side)
 

@@ -62,7 +62,8 @@ def supervise(settings: Settings) -> None:
         shares = split_cpus(cpus, cores, settings.workers)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    settings = share_out(settings, cores, is_quota=cores < len(cpus))
+    is_on_cpu = resolve_device(settings.device).type == "cpu"
+    settings = share_out(settings, cores, is_quota=cores < len(cpus), is_on_cpu=is_on_cpu)
     if environment_variable(SHARED_FOLDER_VARIABLE) is not None:
         logger.warning("%s is not heeded: workers get a fresh folder of their own", SHARED_FOLDER_VARIABLE)
     with _bind(settings, is_shared=True) as reserved:
@@ -81,19 +82,29 @@ def supervise(settings: Settings) -> None:
         signal.raise_signal(supervisor.stopped_by)
 
 
-def share_out(settings: Settings, cores: float, *, is_quota: bool) -> Settings:
+def share_out(settings: Settings, cores: float, *, is_quota: bool, is_on_cpu: bool) -> Settings:
     """Give each worker its part of what all of them would see the whole of: a quota of CPU time, or a GPU."""
     parts: dict[str, float] = {}
     if is_quota and settings.threads is None:
         parts["threads"] = max(1, int(cores / settings.workers))
-    if settings.max_utilization is not None and (is_quota or resolve_device(settings.device).type != "cpu"):
+    if settings.max_utilization is not None and (is_quota or not is_on_cpu):
         parts["max_utilization"] = settings.max_utilization / settings.workers
     return settings.model_copy(update=parts)
 
 
-def allow_connections(max_in_flight: int) -> None:
-    """Raise the limit on open files as far as it goes: every connection is one, and 1024 are soon used up."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+def allow_connections(
+    max_in_flight: int,
+    limits: tuple[int, int] | None = None,
+    set_limits: Callable[[int, tuple[int, int]], None] = resource.setrlimit,
+) -> None:
+    """Raise the limit on open files as far as it goes: every connection is one, and 1024 are soon used up.
+
+    Args:
+        max_in_flight: requests at once.
+        limits: soft and hard, as they are.
+        set_limits: changes them.
+    """
+    soft, hard = limits or resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max_in_flight + OTHER_FILES
     if hard != resource.RLIM_INFINITY and hard < wanted:
         logger.warning(
@@ -101,7 +112,7 @@ def allow_connections(max_in_flight: int) -> None:
         )
         wanted = hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        set_limits(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _bind(settings: Settings, *, is_shared: bool = False) -> socket.socket:

@@ -20,12 +20,14 @@ from service.errors import (
 
 FIELD = "file"
 MAX_FORM_PARTS = 16
-LATE_S = 0.05  # of an event loop that is told of a timeout: then what the socket holds may have come in time
+LATE_S = 0.05
 # What clients send that name no type: none at all, "some bytes", and what `curl --data-binary` says of itself.
 UNTYPED = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 
 
-async def read_image(request: Request, max_bytes: int, max_s: float, within_s: float = math.inf) -> bytes:
+async def read_image(
+    request: Request, max_bytes: int, max_s: float, within_s: float = math.inf, late_s: float = LATE_S
+) -> bytes:
     """Read the image of a request: the multipart field `file`, or else the whole body.
 
     Args:
@@ -33,6 +35,7 @@ async def read_image(request: Request, max_bytes: int, max_s: float, within_s: f
         max_bytes: most bytes of the body to read.
         max_s: longest time to wait for the whole body, or slow clients would fill the server.
         within_s: time after which its answer would be too late.
+        late_s: of an event loop that is told of a timeout: then what the socket holds may have come in time.
 
     Raises:
         UnsupportedMediaError: the content type says that the body is no image.
@@ -58,7 +61,7 @@ async def read_image(request: Request, max_bytes: int, max_s: float, within_s: f
                 return await _read_field(request.headers, chunks, max_bytes)
             return b"".join([chunk async for chunk in chunks])
     except TimeoutError as error:
-        if within_s < max_s and asyncio.get_running_loop().time() - (limit.when() or 0.0) > LATE_S:
+        if within_s < max_s and asyncio.get_running_loop().time() - (limit.when() or 0.0) > late_s:
             raise DeadlineError("the deadline passed before the server looked at the body") from error
         allowed = "its budget" if within_s < max_s else f"{max_s:g} s"
         raise UploadTimeoutError(f"the body did not arrive within {allowed}") from error

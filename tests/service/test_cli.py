@@ -158,12 +158,11 @@ def test_workers_divide_a_quota_among_their_engines(
         assert given[0]["SUPERVIT_WORKERS"] == "2"
 
 
-def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.hosting.serve.resolve_device", torch.device)
-    settings = Settings(workers=4, max_utilization=0.5, device="cuda")
-    assert share_out(settings, 8, is_quota=False).max_utilization == 0.125
-    assert share_out(settings.model_copy(update={"device": "cpu"}), 8, is_quota=False).max_utilization == 0.5
-    assert share_out(Settings(workers=4, device="cuda"), 8, is_quota=False).max_utilization is None
+def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use() -> None:
+    settings = Settings(workers=4, max_utilization=0.5)
+    assert share_out(settings, 8, is_quota=False, is_on_cpu=False).max_utilization == 0.125
+    assert share_out(settings, 8, is_quota=False, is_on_cpu=True).max_utilization == 0.5
+    assert share_out(Settings(workers=4), 8, is_quota=False, is_on_cpu=False).max_utilization is None
 
 
 @pytest.mark.parametrize(
@@ -177,16 +176,13 @@ def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use(monkeypatch: p
     ],
 )
 def test_as_many_connections_as_requests_are_allowed(
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     limits: tuple[int, int],
     raised: tuple[int, int] | None,
     warned: bool,
 ) -> None:
     given: list[tuple[int, int]] = []
-    monkeypatch.setattr("service.hosting.serve.resource.getrlimit", lambda _: limits)
-    monkeypatch.setattr("service.hosting.serve.resource.setrlimit", lambda _, limit: given.append(limit))
-    allow_connections(1000)
+    allow_connections(1000, limits, lambda _, limit: given.append(limit))
     assert given == ([raised] if raised else [])
     assert ("open files are allowed" in caplog.text) == warned
 

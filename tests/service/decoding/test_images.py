@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from models.data import evaluation_transform, flatten, to_rgb
 from models.subnetwork import SuperViTConfig
 from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL
-from service.decoding.images import MAX_SCANS, decode_image
+from service.decoding.images import HAS_FAST_RESIZE, MAX_SCANS, decode_image
 from service.errors import ImageTooLargeError, InvalidImageError
 from tests.service.conftest import CONFIG
 
@@ -197,11 +197,13 @@ def picture(width: int, height: int) -> Image.Image:
     return image
 
 
-def difference(data: bytes, config: SuperViTConfig, max_pixels: int = 4_000_000) -> torch.Tensor:
+def difference(
+    data: bytes, config: SuperViTConfig, max_pixels: int = 4_000_000, *, fast_resize: bool = HAS_FAST_RESIZE
+) -> torch.Tensor:
     """By how many levels the image differs from the evaluation transform's."""
     with Image.open(io.BytesIO(data)) as image:
         expected = evaluation_transform(config)(to_rgb(image))
-    got = decode_image(data, config, max_pixels)
+    got = decode_image(data, config, max_pixels, fast_resize=fast_resize)
     assert (got.shape, got.dtype) == (expected.shape, torch.uint8)
     return (got.short() - expected.short()).abs().float()
 
@@ -293,14 +295,12 @@ def test_a_large_picture_is_averaged_and_a_long_one_cut_before_it_is_resized(
     assert seen == [resized]
 
 
-def test_a_processor_without_the_fast_resize_gets_the_evaluation_itself(
-    encode: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("service.decoding.images.HAS_FAST_RESIZE", False)
+def test_a_processor_without_the_fast_resize_gets_the_evaluation_itself(encode: Callable[..., bytes]) -> None:
     exif = Image.Exif()
     for orientation in (1, 6):
         exif[0x0112] = orientation
-        assert difference(encode(picture(500, 375), "JPEG", exif=exif), DEIT_SMALL).max() == 0
+        data = encode(picture(500, 375), "JPEG", exif=exif)
+        assert difference(data, DEIT_SMALL, fast_resize=False).max() == 0
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -34,7 +34,7 @@ class Client:
 
     async def upload(self, max_s: float = 10, limit: int = LIMIT, within_s: float = 20) -> bytes:
         request = Request({"type": "http", "headers": self.headers}, self.receive)
-        return await read_image(request, limit, max_s, within_s)
+        return await read_image(request, limit, max_s, within_s, late_s=5)  # however busy the machine is
 
 
 async def test_the_chunks_of_a_body_are_put_together() -> None:
@@ -64,8 +64,7 @@ async def test_a_declared_length_proves_nothing_of_a_chunked_body() -> None:
     assert client.taken == 3
 
 
-async def test_a_client_that_falls_silent_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.http.uploads.LATE_S", 5)  # however busy the machine is
+async def test_a_client_that_falls_silent_is_dropped() -> None:
     with pytest.raises(UploadTimeoutError, match=r"within its budget"):
         await Client(b"ab", then="silence").upload(within_s=0.01)
     with pytest.raises(UploadTimeoutError, match=r"within 0\.01 s"):
