@@ -65,7 +65,7 @@ def _always(decide: Decide, _catalog: VariantCatalog, _max_batch_size: int) -> D
 
 
 class Draw:
-    """Draws families of arrivals for a menu, the same for the same seed."""
+    """Draws families of arrivals for a catalog, the same for the same seed."""
 
     def __init__(self, catalog: VariantCatalog, seed: int, seconds: float) -> None:
         self.rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""A tiny checkpoint with a measured profile, a menu with round latencies, and pictures in every format."""
+"""A tiny checkpoint with a measured profile, a catalog with round latencies, and pictures in every format."""
 
 import io
 from collections.abc import Callable

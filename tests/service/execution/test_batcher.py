@@ -136,7 +136,7 @@ class Listener(Scheduler):
 
 
 class Hours:
-    """A clock that a test, a model and a pacer may move."""
+    """A clock that a test, a model and a limiter may move."""
 
     def __init__(self) -> None:
         self.now = 0.0

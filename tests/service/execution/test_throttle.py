@@ -132,7 +132,7 @@ def test_what_is_used_while_nothing_waits_throttles_no_batch() -> None:
 def test_what_is_used_after_a_batch_that_never_ran_throttles_none() -> None:
     machine = Machine(0.5, 4.0, busy_cores=4.0)
     for _ in range(10):
-        machine.pause()  # for somebody who is late then
+        machine.pause()  # for one that is late then
         machine.limiter.idle()
         machine.now += 3600.0
         machine.used_s += 36.0

@@ -1,4 +1,4 @@
-"""A menu of three levels and one option by name, small enough to work every choice by hand; times in milliseconds."""
+"""Three levels and one variant by name, small enough to work every decision by hand; times in milliseconds."""
 
 import math
 import random
@@ -135,7 +135,7 @@ def test_a_fixed_sub_network_sheds_what_only_a_small_batch_would_answer() -> Non
 
 
 def test_early_drop_plans_with_batches_of_half_a_budget() -> None:
-    """In half of 90 ms the best answers one at a time, so nobody is shed for a larger batch."""
+    """In half of 90 ms the best answers one at a time, so nothing is shed for a larger batch."""
     queue = [request(45), request(100), request(100)]
     decision = choose("fixed-14-1", moment(*queue, tight_budget_ms=90))
     assert (decision.shed, decision.batch) == ((), (queue[0],))

@@ -1,9 +1,9 @@
-"""The menu of the hand-worked scenes, in seconds for batches of 1, 2, 3 and 4 (see conftest).
+"""The catalog of the hand-worked scenes, in seconds for batches of 1, 2, 3 and 4 (see conftest).
 
 level 0:  2  3  4  5
 level 1:  4  6  8 10
 level 2:  8 12 16 20
-option 3: 6  9 12 15, on no level
+variant 3: 6  9 12 15, on no level
 """
 
 import math
@@ -129,10 +129,10 @@ def test_no_batch_is_longer_than_a_new_request_with_a_tight_budget_can_wait(cata
     assert index(decision) == 1
     assert busy.latency_s(1, len(decision.batch)) <= 6.0
     assert index(choose_level(replace(busy, arrival_rate=0.75))) == 0
-    outrun = choose_level(replace(busy, arrival_rate=0.85))  # four in 5 s are 0.8: only full batches can carry them
-    assert len(outrun.batch) == 2
-    assert busy.latency_s(index(outrun) or 0, 2) > 6.0
-    quiet = choose_level(replace(busy, arrival_rate=0.01))  # nobody is likely to come meanwhile
+    overloaded = choose_level(replace(busy, arrival_rate=0.85))  # four in 5 s are 0.8: only full batches can carry them
+    assert len(overloaded.batch) == 2
+    assert busy.latency_s(index(overloaded) or 0, 2) > 6.0
+    quiet = choose_level(replace(busy, arrival_rate=0.01))  # none is likely to come meanwhile
     assert (index(quiet), len(quiet.batch)) == (2, 2)
 
 
@@ -222,14 +222,14 @@ def test_low_priorities_are_not_shed_where_no_other_gains_from_it(catalog: Varia
     decision = choose(catalog, *urgent, *low)
     assert (decision.shed, decision.batch) == ((urgent[0],), tuple(urgent[1:]))
     queue = [*(waits(due) for due in (3.5, 6.0, 6.0, 6.0, 9.0, 9.0)), *low]
-    outrun = replace(at_zero(catalog, queue), arrival_rate=16.0, recent=(RequestConstraints(9.0, 2),))
-    assert choose_level(outrun).shed == (queue[0],)
+    overloaded = replace(at_zero(catalog, queue), arrival_rate=16.0, recent=(RequestConstraints(9.0, 2),))
+    assert choose_level(overloaded).shed == (queue[0],)
     # But where they are due before others, each of them takes a place.
     queue = [waits(3.5), *(waits(6.0, priority=-5) for _ in range(4)), *(waits(9.0) for _ in range(4))]
-    outrun = replace(
+    overloaded = replace(
         at_zero(catalog, queue), arrival_rate=16.0, recent=(RequestConstraints(12.0, 2),), tight_budget_s=12.0
     )
-    decision = choose_level(outrun)
+    decision = choose_level(overloaded)
     assert (set(decision.shed), decision.batch) == (set(queue[:5]), tuple(queue[5:]))
 
 
@@ -240,7 +240,7 @@ def test_under_sustained_overload_the_batch_is_as_large_as_can_be(catalog: Varia
     lasting = choose_level(replace(state, arrival_rate=16.0, recent=(RequestConstraints(9.0, 2),)))
     assert (index(lasting), lasting.shed, lasting.batch) == (0, (queue[0],), tuple(queue[1:5]))
     for_long = replace(state, arrival_rate=16.0, sustained_rate=16.0, recent=(RequestConstraints(9.0, 2),))
-    assert choose_level(for_long) == lasting  # that even this level is outrun does not mean that it clears the line
+    assert choose_level(for_long) == lasting  # that even this level is overloaded does not mean that it clears the line
     passing = choose_level(state)  # two end at 3, two at 6, two at 9
     assert (index(passing), passing.shed, passing.batch) == (0, (), tuple(queue[:2]))
 
@@ -250,10 +250,10 @@ def test_under_sustained_overload_no_batch_grows_beyond_what_tight_budgets_leave
 ) -> None:
     # Of a tight budget of 5 s, four fifths are 4: three at level 0, and the head has time for as many.
     queue = [waits(due) for due in (4.5, 6.0, 6.0, 6.0, 9.0, 9.0)]
-    outrun = replace(
+    overloaded = replace(
         at_zero(catalog, queue), arrival_rate=16.0, recent=(RequestConstraints(5.0, 2),), tight_budget_s=5.0
     )
-    decision = choose_level(outrun)
+    decision = choose_level(overloaded)
     assert (index(decision), decision.shed, decision.batch) == (0, (), tuple(queue[:3]))
 
 
@@ -312,7 +312,7 @@ def test_a_name_is_never_lowered_along_with_the_head(catalog: VariantCatalog) ->
 def test_a_budget_between_two_levels_is_used_up_while_the_level_is_above(catalog: VariantCatalog) -> None:
     constraints = waits(100.0, highest_level=1, over_limit=3)
     assert index(choose(catalog, constraints)) == 3
-    # All eight at option 3 would take 30 s, at level 1 they take 20.
+    # All eight at variant 3 would take 30 s, at level 1 they take 20.
     assert index(choose(catalog, *(waits(25.0, highest_level=1, over_limit=3) for _ in range(8)))) == 1
     assert (
         index(choose(catalog, waits(6.1, highest_level=1, over_limit=3))) == 1
@@ -386,8 +386,8 @@ def test_whatever_waits_each_gets_what_it_grants_or_is_shed_in_order(catalog: Va
         assert state.queue == queue
         assert choose_level(state) == decision
         taken = (*decision.batch, *decision.expired, *decision.shed)
-        assert taken, "somebody runs or is given up"
-        assert len(taken) == len(set(taken)), "nobody twice"
+        assert taken, "something runs or is dropped"
+        assert len(taken) == len(set(taken)), "none twice"
         assert set(taken) <= set(queue)
         assert (decision.variant is None) == (not decision.batch)
         assert len(decision.batch) <= state.max_batch_size
@@ -400,16 +400,16 @@ def test_whatever_waits_each_gets_what_it_grants_or_is_shed_in_order(catalog: Va
         if len(queue) <= MAX_PLANNED:
             for dropped in decision.shed:
                 lower = [request for request in decision.batch if request.priority < dropped.priority]
-                assert all(dropped.deadline_at <= request.deadline_at for request in lower), "in nobody's way"
+                assert all(dropped.deadline_at <= request.deadline_at for request in lower), "in no other's way"
         seen.add((index(decision), bool(decision.expired), bool(decision.shed)))
     assert {variant for variant, _, _ in seen} == {None, 0, 1, 2, 3}
     assert {shed for _, _, shed in seen} == {False, True}
 
 
 def test_what_was_planned_for_is_answered_in_time_when_all_goes_as_predicted(catalog: VariantCatalog) -> None:
-    """The level is chosen so that nobody in line is late; then, if nothing else comes, nobody is."""
+    """The level is chosen so that nothing in the queue is late; then, if nothing else comes, nothing is."""
     checked = 0
-    for seed in range(0, 300, 3):  # nobody has a limit
+    for seed in range(0, 300, 3):  # none has a limit
         state = replace(random_state(catalog, seed), arrival_rate=0.0, tight_budget_s=math.inf)
         decision = choose_level(state)
         queue, now = list(state.queue), state.now

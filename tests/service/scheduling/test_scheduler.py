@@ -503,7 +503,7 @@ def test_what_would_be_rejected_or_shed_learns_it_from_the_preview(scheduler: Sc
     with pytest.raises(OverloadedError, match="too much is waiting"):
         scheduler.preview(waits(0.05), 0.0)
     with pytest.raises(OverloadedError, match="would be shed"):
-        scheduler.preview(waits(0.04), 0.0)  # the most urgent of four, of whom three can be answered
+        scheduler.preview(waits(0.04), 0.0)  # the most urgent of four, of which three can be answered
 
 
 def test_a_preview_of_a_deep_queue_asks_the_policy_a_few_times_only(fast_catalog: VariantCatalog) -> None:
