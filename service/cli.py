@@ -31,15 +31,15 @@ from models.processes import default_workers, joined_processes
 from models.profiles import ProfileTable
 from models.recipe import Recipe
 from models.sources import bare_name, find_checkpoint
-from service.app import engine_threads, extended_profile, measure_latencies
-from service.client import Classify, CommandError, classify, first_problem, make_settings
-from service.engines import make_engine
-from service.errors import ServiceError
-from service.monitor import Monitor
-from service.profiler import Measurement
-from service.serve import serve
+from service.client import Classify, classify, first_problem, make_settings
+from service.engines.factory import engine_threads, make_engine
+from service.engines.profile_store import extended_profile, measure_latencies
+from service.engines.profiler import Measurement
+from service.errors import CommandError, ServiceError
+from service.hosting.serve import serve
+from service.machine.monitor import Monitor
 from service.settings import Settings
-from service.sizing import Simulate, simulate
+from service.simulation.report import Simulate, simulate
 
 
 class Evaluate(BaseModel):
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
                 profile(command)
             case Simulate():
                 replay(command)
-    except BrokenPipeError:  # whoever read our output has had enough of it
+    except BrokenPipeError:  # the reader of our output has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its exit
         return 1
     except (
@@ -250,9 +250,10 @@ def replay(command: Simulate) -> None:
 
 
 def _measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False) -> Measurement:
-    threads = settings.threads or engine_threads(checkpoint, Monitor())
+    threads = settings.threads or engine_threads(checkpoint, Monitor().latest.cores)
     engine = make_engine(settings.engine, checkpoint.model, settings.device, threads)
-    return measure_latencies(settings, checkpoint, engine, engine.run, fresh=fresh)
+    folder, most = settings.profile_folder, settings.max_batch_size
+    return measure_latencies(checkpoint, engine.describe(), engine.run, folder=folder, max_batch_size=most, fresh=fresh)
 
 
 def _import_extra(module: str) -> ModuleType:

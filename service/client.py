@@ -14,16 +14,16 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import CliPositionalArg
 
 from models.checkpoint import load_checkpoint
-from service.app import create_app, extended_profile, nominal_latencies
+from service.app import create_app
+from service.engines.profile_store import extended_profile, nominal_latencies
+from service.errors import CommandError
+from service.errors import first_problem as first_of
+from service.runtime import ServerRuntime
 from service.settings import Settings
 
 REQUEST_TIMEOUT_S = 60
 READINESS_POLL_S = 0.01
-UNHURRIED_MS = 600_000.0  # nobody waits for an answer in this process but who asked for it
-
-
-class CommandError(Exception):
-    """A command cannot do what it was asked; the message says why."""
+UNHURRIED_MS = 600_000.0  # nothing else waits in this process
 
 
 class RefusedError(Exception):
@@ -77,7 +77,7 @@ async def _in_process(checkpoint: str | None) -> AsyncIterator[httpx.AsyncClient
     failed = asyncio.Event()
     served = load_checkpoint(settings.checkpoint)
     latencies = nominal_latencies(extended_profile(served))
-    app = create_app(settings, served, latencies=latencies, on_failure=failed.set)
+    app = create_app(ServerRuntime(settings, served, latencies=latencies, on_failure=failed.set))
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(base_url="http://in-process", transport=httpx.ASGITransport(app)) as client,
@@ -134,5 +134,5 @@ def _show(photo: Path, answer: dict[str, Any]) -> str:
 
 def first_problem(error: ValidationError) -> str:
     """Say in a line where the first problem is and what it is."""
-    problem = error.errors()[0]
-    return f"{' '.join(str(part).replace('_', '-') for part in problem['loc'])}: {problem['msg']}"
+    where, what = first_of(error.errors())
+    return f"{' '.join(where).replace('_', '-')}: {what}"

@@ -1,11 +1,36 @@
 """The nouns that pass between the rooms of the service. All are frozen; instants are on the monotonic clock."""
 
 from dataclasses import dataclass
+from enum import Enum, StrEnum
 
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 
 DEFAULT_TOP_K = 5
+
+
+class ReasonCode(StrEnum):
+    """Why a variant was chosen."""
+
+    PINNED = "pinned"  # it was asked for by name
+    GFLOPS_BUDGET = "gflops_budget"  # it uses the budget of compute up
+    ALONE = "alone"  # nothing else waits: the most accurate
+    DEADLINE = "deadline"  # the most accurate that answers the one request in time
+    FORECAST = "forecast"  # likewise, with the requests that are expected
+    ALL_IN_TIME = "all_in_time"  # the most accurate that answers the whole queue in time
+    SUSTAINED_OVERLOAD = "sustained_overload"  # arrivals have exceeded all capacity for seconds: the cheapest
+    BURST_OVERLOAD = "burst_overload"  # not even the cheapest answers all of the queue in time
+    BASELINE = "baseline"  # by the rule of a policy that is not ours
+    NOTHING_TO_RUN = "nothing_to_run"
+
+
+class ServerState(Enum):
+    """What a server is at."""
+
+    STARTING = "starting"  # it warms up or measures its latencies
+    READY = "ready"
+    DRAINING = "draining"  # it takes no new request, and answers those admitted
+    HUNG = "hung"  # a batch of it never ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +43,7 @@ class InferenceRequest:
         budget_gflops: most that its sub-network may cost, in 1e9 multiply-accumulates; None for no limit.
         subnetwork: the one asked for by name; None leaves the choice to the policy.
         top_k: how many predictions to return; None for DEFAULT_TOP_K, or all classes if there are fewer.
-        priority: 0 is normal; lower may be refused or given up first.
+        priority: 0 is normal; lower may be rejected or shed first.
     """
 
     arrived_at: float
@@ -37,12 +62,14 @@ class Decision:
         profile: the sub-network, its cost and its accuracy.
         batch_size: images that ran together.
         predicted_s: what the batch was expected to take in the engine.
-        reason: why, in words a person understands.
+        code: why.
+        reason: the same in a sentence.
     """
 
     profile: SubNetworkProfile
     batch_size: int
     predicted_s: float
+    code: ReasonCode
     reason: str
 
 
@@ -89,7 +116,7 @@ class Classification:
         decision: what ran.
         timing: where the time went.
         budget_s: what was granted.
-        given_up: top-1 accuracy, 0..1, that the most accurate sub-network would have had more; None where unmeasured.
+        accuracy_loss: top-1 accuracy, 0..1, that the most accurate variant would have had more; None where unmeasured.
         saved_gflops: what that sub-network would have cost more; 0 where it costs less than one asked for by name.
     """
 
@@ -97,7 +124,7 @@ class Classification:
     decision: Decision
     timing: Timing
     budget_s: float
-    given_up: float | None
+    accuracy_loss: float | None
     saved_gflops: float
 
     @property

@@ -1,4 +1,4 @@
-"""What can go wrong with a request, as types. Knows nothing of HTTP; `service.http_errors` maps each to a status.
+"""What can go wrong with a request, as types. Knows nothing of HTTP; `http.error_responses` maps each to a status.
 
 ServiceError
 ├── RequestError              the client's to mend
@@ -7,7 +7,7 @@ ServiceError
 │   ├── UnsupportedMediaError     the declared type is no image
 │   ├── BodyTooLargeError         more bytes than the server reads
 │   ├── UploadTimeoutError        the body does not arrive in time
-│   ├── ClientGoneError           nobody waits for the answer any more
+│   ├── ClientGoneError           the client has closed its connection
 │   ├── ImageTooLargeError        more pixels than the server decodes
 │   └── InvalidImageError         bytes that are no image that the server reads
 ├── OverloadedError           too much is waiting already
@@ -16,9 +16,10 @@ ServiceError
 └── ModelError                the model failed on this batch
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-ShedReason = Literal["no_time", "backlog", "preparation", "given_up", "full"]
+OverloadReason = Literal["no_time", "backlog", "preprocessing", "shed", "full"]
 
 
 class ServiceError(Exception):
@@ -26,7 +27,7 @@ class ServiceError(Exception):
 
     Attributes:
         code: machine-readable, stable; the outcome label of the metrics.
-        message: one sentence for the person who reads it.
+        message: one sentence for a person.
         details: values that a program may want, such as the smallest possible budget.
     """
 
@@ -73,9 +74,17 @@ class UploadTimeoutError(RequestError):
 
 
 class ClientGoneError(RequestError):
-    """The client closed its connection before it had its answer."""
+    """The client closed its connection before it had its answer.
+
+    Attributes:
+        deadline_passed: whether it had not left, had it been answered in time.
+    """
 
     code = "client_gone"
+
+    def __init__(self, message: str, *, deadline_passed: bool = False) -> None:
+        super().__init__(message)
+        self.deadline_passed = deadline_passed
 
 
 class ImageTooLargeError(RequestError):
@@ -95,14 +104,14 @@ class OverloadedError(ServiceError):
 
     code = "overloaded"
 
-    def __init__(self, message: str, reason: ShedReason, retry_after_s: float) -> None:
+    def __init__(self, message: str, reason: OverloadReason, retry_after_s: float) -> None:
         """Say why, in a sentence and in a word.
 
         Args:
             message: for a person.
             reason: `no_time`, the budget is shorter than an answer takes at this moment even if nothing else waits;
-                `backlog`, what waits already leaves no time; `preparation`, too many are being read and decoded;
-                `given_up`, for the sake of others; `full`, as many requests are in the server as may be.
+                `backlog`, what waits already leaves no time; `preprocessing`, too many are being read and decoded;
+                `shed`, for the sake of others; `full`, as many requests are in the server as may be.
             retry_after_s: when it may be worth another try.
         """
         super().__init__(message, reason=reason, retry_after_s=round(retry_after_s, 3))
@@ -125,3 +134,21 @@ class ModelError(ServiceError):
     """The model failed on a batch."""
 
     code = "model_error"
+
+
+class CommandError(Exception):
+    """A command cannot do what it was asked; the message says why."""
+
+
+def first_problem(problems: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
+    """Return where pydantic found the first problem, and what it is."""
+    problem = problems[0]
+    # pydantic puts a prefix to our own sentences.
+    return [str(part) for part in problem["loc"]], str(problem["msg"]).removeprefix("Value error, ")
+
+
+def invalid_parameter(problems: Sequence[Mapping[str, Any]]) -> InvalidParameterError:
+    """Make an error of what pydantic found wrong with the parameters of a request."""
+    path, what = first_problem(problems)
+    where = ".".join(path)
+    return InvalidParameterError(f"{where}: {what}", parameter=where) if where else InvalidParameterError(what)

@@ -44,7 +44,7 @@ class Settings(BaseSettings):
         0.25, gt=0, allow_inf_nan=False, description="time between two looks at the machine's utilization"
     )
     max_batch_size: int = Field(16, ge=1, le=64, description="requests that may run together")
-    max_in_flight: int = Field(1024, ge=1, description="requests in the server at once; more are refused")
+    max_in_flight: int = Field(1024, ge=1, description="requests in the server at once; more are rejected")
     drain_s: float = Field(
         30, gt=0, allow_inf_nan=False, description="longest time to answer those admitted once told to stop"
     )

@@ -1,33 +1,47 @@
-"""The README is held against the code: commands, options and knobs that it names exist, and none is left out."""
+"""The documentation is held against the code: commands, options and knobs that it names exist, and none is left out."""
 
 import re
 from pathlib import Path
+
+import pytest
 
 from models.recipe import Recipe
 from service.cli import Evaluate, Profile
 from service.client import Classify
 from service.settings import Settings
-from service.sizing import Simulate
+from service.simulation.report import Simulate
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = (
+    "README.md",
+    "service/README.md",
+    "service/http/README.md",
+    "service/scheduling/README.md",
+    "models/README.md",
+    "deploy/README.md",
+    "deploy/kubernetes/README.md",
+    "deploy/ray/README.md",
+    "tests/benchmarks/README.md",
+    ".github/CONTRIBUTING.md",
+)
 
 
-def shell_lines() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+def shell_lines(page: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 def test_the_first_two_commands_set_up_and_run_and_set_up_and_test() -> None:
-    run, test = [line for line in shell_lines() if line.startswith("python3 -m venv")][:2]
+    run, test = [line for line in shell_lines("README.md") if line.startswith("python3 -m venv")][:2]
     assert run.endswith("supervit serve")
     assert test.endswith("pytest")
     assert test in (ROOT / ".ci" / "run").read_text()
 
 
 def test_every_knob_of_the_server_has_a_line() -> None:
+    page = (ROOT / "service" / "README.md").read_text()
     for name in Settings.model_fields:
-        assert f"| `--{name.replace('_', '-')}` |" in README
+        assert f"| `--{name.replace('_', '-')}` |" in page
 
 
 def test_every_option_in_an_example_exists() -> None:
@@ -36,7 +50,8 @@ def test_every_option_in_an_example_exists() -> None:
         for command in (Settings, Classify, Evaluate, Recipe, Profile, Simulate)
         for name in command.model_fields
     }
-    examples = [line for line in shell_lines() if "supervit " in line or "service.cli" in line]
+    lines = [line for page in PAGES for line in shell_lines(page)]
+    examples = [line for line in lines if "supervit " in line or "service.cli" in line]
     used = {
         option
         for line in examples
@@ -46,7 +61,12 @@ def test_every_option_in_an_example_exists() -> None:
     assert used <= known
 
 
-def test_every_file_that_it_names_is_there() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_it_names_is_there(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_readme_is_read_in_one_sitting() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250

@@ -35,7 +35,7 @@ EXPECTED = rate("supervit_expected_accuracy_total")
 # Without traffic there is nothing to show, and without a measured accuracy none.
 ATTAINMENT = f"{MET} / ({ALL} > 0)"
 ACCURACY = f"({EXPECTED} > 0) / ({ANSWERS} > 0)"
-GIVEN_UP = f"({rate('supervit_accuracy_given_up_total')} and {EXPECTED} > 0) / ({ANSWERS} > 0)"
+ACCURACY_LOSS = f"({rate('supervit_accuracy_loss_total')} and {EXPECTED} > 0) / ({ANSWERS} > 0)"
 
 
 def query(expression: str, legend: str) -> prometheus.Dataquery:
@@ -104,7 +104,7 @@ def variable(name: str, label: str, of: str) -> dashboard.QueryVariable:
 
 
 ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
-    "The promise: is everybody answered in time?": [
+    "The promise: is every request answered in time?": [
         number(
             "Answered in time",
             "Share of all requests that were answered before their deadline; those turned away count as missed.",
@@ -116,10 +116,10 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             ACCURACY,
         ),
         number(
-            "Accuracy given up",
+            "Accuracy loss",
             "What the most accurate sub-network would have had more. Small budgets give it up by choice, load by "
             "need: if it is the load, more hardware would buy this back.",
-            GIVEN_UP,
+            ACCURACY_LOSS,
         ),
         number(
             "Engines that are ready",
@@ -152,10 +152,10 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             span=THIRD,
         ),
     ],
-    "The choice: what is given up, and why?": [
+    "The choice: what is lost, and why?": [
         lines(
             "Accuracy",
-            "Of the answers, and of the most accurate sub-network; what lies between is given up.",
+            "Of the answers, and of the most accurate sub-network; what lies between is lost.",
             "percentunit",
             {"of the answers": ACCURACY, "best": f"max(supervit_best_accuracy_ratio{ONES})"},
         ),
@@ -180,29 +180,29 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             stacked=True,
         ),
         lines(
-            "Turned away",
+            "Dropped requests",
             "Requests per second without an answer, by reason. no_time: the budget is shorter than an answer takes "
-            "now; backlog: what waits leaves no time; preparation: too many are being read and decoded; given_up: for "
-            "the sake of others; late: admitted, then too late; full: as many in the server as may be; not_ready: "
+            "now; backlog: what waits leaves no time; preprocessing: too many are being read and decoded; shed: for "
+            "the sake of others; expired: admitted, then too late; full: as many in the server as may be; not_ready: "
             "warming up or stopping.",
             "reqps",
-            {"{{reason}}": rate("supervit_sheds_total", by="reason")},
+            {"{{reason}}": rate("supervit_dropped_requests_total", by="reason")},
             stacked=True,
         ),
     ],
     "The load: what arrives, and where does it wait?": [
         lines(
             "Requests in the server",
-            "In flight: from arrival to answer. Waiting: decoded, in line for the engine.",
+            "In flight: from arrival to answer. Queued: decoded, waiting for the engine.",
             "short",
             {
                 "in flight": f"sum(supervit_requests_in_flight{ONES})",
-                "waiting": f"sum(supervit_waiting_requests{ONES})",
+                "queued": f"sum(supervit_queued_requests{ONES})",
             },
         ),
         lines(
             "Time by stage",
-            "Mean of answered requests: decoding the image, waiting in line, in the engine.",
+            "Mean of answered requests: decoding the image, waiting in queues, in the engine.",
             "s",
             {
                 "{{stage}}": f"{rate('supervit_stage_duration_seconds_sum', by='stage')} / "
@@ -231,7 +231,7 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             },
         ),
     ],
-    "The machine: what is there, and who uses it?": [
+    "The machine: what is there, and what uses it?": [
         lines(
             "Utilization",
             "Share of the usable cores, by this server and by other processes, and of the GPU where there is one.",
@@ -248,13 +248,13 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             {"{{resource}}, {{instance}}": f"supervit_pressure_ratio{ONES}"},
         ),
         lines(
-            "Slowdown and prudence",
+            "Slowdown and safety factor",
             "Slowdown: how many times slower batches are than in the profile. Prudence: by how much more the "
-            "levels above the cheapest count, because requests were missed of late.",
+            "levels above the cheapest count, because deadlines were missed of late.",
             "short",
             {
                 "slowdown, {{instance}} {{pid}}": f"supervit_slowdown_ratio{ONES}",
-                "prudence, {{instance}} {{pid}}": f"supervit_prudence_ratio{ONES}",
+                "safety factor, {{instance}} {{pid}}": f"supervit_safety_factor_ratio{ONES}",
             },
         ),
         lines(

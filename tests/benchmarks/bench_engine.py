@@ -31,9 +31,15 @@ from models.datasets import open_folder
 from models.images import evaluation_transform
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
-from service.engine import TorchEngine
-from service.openvino_engine import OpenVINOEngine
-from service.openvino_graph import build_classifier, build_resizing, build_scaling, resize_inputs, subnetwork_inputs
+from service.engines.openvino_engine import OpenVINOEngine
+from service.engines.openvino_graph import (
+    build_classifier,
+    build_resizing,
+    build_scaling,
+    resize_inputs,
+    subnetwork_inputs,
+)
+from service.engines.torch_engine import TorchEngine
 
 BATCH_SIZE = 8
 BATCH_SIZES = (1, 2, 4, 8, 16)

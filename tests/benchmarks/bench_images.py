@@ -18,7 +18,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.images import evaluation_transform, normalise, to_rgb
 from models.subnetwork import SubNetwork
-from service.images import decode_image
+from service.decoding.images import decode_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 MAX_PIXELS = 100_000_000

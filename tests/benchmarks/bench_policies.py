@@ -9,7 +9,8 @@ import json
 import timeit
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,11 @@ from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.published import PUBLISHED
 from models.subnetwork import SubNetwork
-from service.arrivals import Arrival, SlowdownScript, gamma, varying
-from service.baselines import make_policy, policy_names, refuses_early
-from service.menu import Menu
-from service.simulator import Figures, Machine, Replay, throughput
-from service.situation import Choice, Policy, Situation
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.policies import find_policy, policy_names
+from service.scheduling.state import BatchDecision, Decide, SchedulerState
+from service.simulation.arrivals import Arrival, SlowdownScript, gamma, varying
+from service.simulation.simulator import Figures, Machine, Replay, throughput
 
 # DeiT-S on two cores with AMX, bfloat16 (milliseconds at batch 1 and 8); the rest lies between, by GFLOPs.
 ANCHORS_MS = {SubNetwork(8, 0.5): (5.2, 18.1), SubNetwork(14, 0.5): (9.4, 43.0), SubNetwork(14, 1.0): (14.7, 73.5)}
@@ -47,27 +48,31 @@ class Family:
 class Timed:
     """A policy whose every seventh decision is timed: the fastest of some repeats, because the machine is noisy."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, decide: Decide) -> None:
         self.decisions: list[tuple[float, int]] = []  # microseconds, and how many waited
-        self._policy, self._calls = policy, 0
+        self._decide, self._calls = decide, 0
 
-    def __call__(self, situation: Situation) -> Choice:
+    def __call__(self, state: SchedulerState) -> BatchDecision:
         self._calls += 1
         if self._calls % TIMED_EVERY == 0:
-            fastest_s = min(timeit.repeat(lambda: self._policy(situation), repeat=REPEATS, number=1))
-            self.decisions.append((1e6 * fastest_s, len(situation.line)))
-        return self._policy(situation)
+            fastest_s = min(timeit.repeat(lambda: self._decide(state), repeat=REPEATS, number=1))
+            self.decisions.append((1e6 * fastest_s, len(state.queue)))
+        return self._decide(state)
+
+
+def _always(decide: Decide, _catalog: VariantCatalog, _max_batch_size: int) -> Decide:
+    return decide
 
 
 class Draw:
-    """Draws families of arrivals for a menu, the same for the same seed."""
+    """Draws families of arrivals for a catalog, the same for the same seed."""
 
-    def __init__(self, menu: Menu, seed: int, seconds: float) -> None:
+    def __init__(self, catalog: VariantCatalog, seed: int, seconds: float) -> None:
         self.rng = np.random.default_rng(seed)
         self.seconds = seconds
-        self.capacity = throughput(menu.best, 16)
-        best = menu.num_levels - 1
-        self.caps = [None, *(menu.options[max(0, level)].row.gflops for level in (1, best // 2, best - 2))]
+        self.capacity = throughput(catalog.best, 16)
+        best = catalog.num_levels - 1
+        self.caps = [None, *(catalog.variants[max(0, level)].profile.gflops for level in (1, best // 2, best - 2))]
 
     def family(
         self,
@@ -164,22 +169,23 @@ def main() -> None:
     parser.add_argument("--policies", help="comma-separated; level and slackfit are always there; all by default")
     parser.add_argument("--families", default="", help="only those whose name contains this")
     options = parser.parse_args()
-    menu = Menu.of(*read_profile(options.latencies, options.checkpoint))
-    chosen = options.policies.split(",") if options.policies else policy_names(menu)
+    catalog = VariantCatalog.of(*read_profile(options.latencies, options.checkpoint))
+    chosen = options.policies.split(",") if options.policies else policy_names(catalog)
     policies = tuple(dict.fromkeys(("level", "slackfit", *chosen)))
     figures: dict[str, dict[str, list[Figures]]] = defaultdict(lambda: defaultdict(list))
     decisions: dict[str, list[tuple[float, int]]] = defaultdict(list)
     bars: dict[str, str] = {}
     for seed in range(options.seeds):
-        for name, family in Draw(menu, seed, options.seconds).families().items():
+        for name, family in Draw(catalog, seed, options.seconds).families().items():
             if options.families not in name:
                 continue
             bars[name] = family.bar
             for policy in policies:
-                timed = Timed(make_policy(policy, menu, 16))
-                machine = Machine(menu, slowdown=family.slowdown)
-                replayed = Replay(family.arrivals, machine, timed, early=refuses_early(policy))
-                figures[name][policy].append(Figures.of([replayed], menu))
+                found = find_policy(policy, catalog)
+                timed = Timed(found.make(catalog, 16))
+                machine = Machine(catalog, slowdown=family.slowdown)
+                replayed = Replay(family.arrivals, machine, replace(found, make=partial(_always, timed)))
+                figures[name][policy].append(Figures.of([replayed], catalog))
                 decisions[policy] += timed.decisions
             print(".", end="", flush=True)
     print_table(figures, policies)

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from models.checkpoint import load_checkpoint
 from models.subnetwork import SubNetwork
-from service.app import engine_threads
-from service.engines import make_engine
-from service.images import decode_image
-from service.monitor import Monitor
+from service.decoding.images import decode_image
+from service.engines.factory import engine_threads, make_engine
+from service.machine.monitor import Monitor
 from service.settings import Settings
 from tests.benchmarks.bench_live import Picture, ask, connect, read_pictures, server
 
@@ -39,7 +38,7 @@ class Bare:
 
     def __init__(self, checkpoint_path: Path, subnetwork: SubNetwork) -> None:
         settings, checkpoint = Settings(), load_checkpoint(checkpoint_path)
-        threads = engine_threads(checkpoint, Monitor())
+        threads = engine_threads(checkpoint, Monitor().latest.cores)
         self.engine = make_engine(settings.engine, checkpoint.model, settings.device, threads)
         self.engine.warm_up()
         self.decode = partial(decode_image, config=checkpoint.config, max_pixels=settings.max_image_pixels)

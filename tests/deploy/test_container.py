@@ -18,7 +18,8 @@ from fastapi.testclient import TestClient
 from models.checkpoint import load_checkpoint
 from models.sources import find_checkpoint
 from service.app import create_app
-from service.engine import TorchEngine
+from service.engines.torch_engine import TorchEngine
+from service.runtime import ServerRuntime
 from service.settings import DEFAULT_CHECKPOINT, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -196,7 +197,8 @@ def test_health_is_what_the_server_answers_when_asked_whether_it_is_ready(answer
         status = subprocess.run(health_check(), env={"SUPERVIT_PORT": str(port)}, check=False).returncode
     assert status == expected
     checkpoint = load_checkpoint(DEFAULT_CHECKPOINT)
-    client = TestClient(create_app(Settings(), checkpoint, TorchEngine(checkpoint.model, "cpu", threads=1)))
+    runtime = ServerRuntime(Settings(), checkpoint, TorchEngine(checkpoint.model, "cpu", threads=1))
+    client = TestClient(create_app(runtime))
     assert [client.get(path).status_code for path in asked] == [503]  # known, and not ready: nothing was started
 
 

@@ -62,7 +62,7 @@ def test_source_and_dashboard_are_provisioned_under_the_names_that_the_panels_us
     ]
     assert not others
     asked = [panel["datasource"] for panel in dashboard["panels"] if panel["type"] != "row"]
-    asked += [menu["datasource"] for menu in dashboard["templating"]["list"]]
+    asked += [catalog["datasource"] for catalog in dashboard["templating"]["list"]]
     assert all(one == {"type": source["type"], "uid": source["uid"]} for one in asked)
     (provider,) = yaml.safe_load((GRAFANA / "provisioning" / "dashboards" / "supervit.yml").read_text())["providers"]
     assert provider["options"]["path"] == "/var/lib/grafana/dashboards"

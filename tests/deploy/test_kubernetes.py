@@ -19,9 +19,10 @@ from prometheus_client import CollectorRegistry
 
 from models.checkpoint import load_checkpoint
 from service.app import create_app
-from service.engine import TorchEngine
-from service.metrics import Metrics
+from service.engines.torch_engine import TorchEngine
+from service.runtime import ServerRuntime
 from service.settings import DEFAULT_CHECKPOINT, Settings, unknown_variables
+from service.telemetry.metrics import Metrics
 
 Manifest = dict[str, Any]
 
@@ -228,7 +229,8 @@ def test_ports_go_by_a_name_that_exists_and_lead_to_the_port_that_the_server_lis
 
 def test_every_path_that_is_asked_for_is_a_route_of_the_server() -> None:
     checkpoint = load_checkpoint(DEFAULT_CHECKPOINT)
-    client = TestClient(create_app(Settings(), checkpoint, TorchEngine(checkpoint.model, "cpu", threads=1)))
+    runtime = ServerRuntime(Settings(), checkpoint, TorchEngine(checkpoint.model, "cpu", threads=1))
+    client = TestClient(create_app(runtime))
     paths = {server()[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")}
     paths |= {endpoint["path"] for endpoint in manifests()["ServiceMonitor"]["spec"]["endpoints"]}
     assert paths == {"/health/ready", "/health/live", "/metrics"}
@@ -325,7 +327,7 @@ def test_scaling_in_is_slower_than_scaling_out() -> None:
 
 def test_a_loss_is_a_ratio_and_engines_are_shared_out_and_no_answer_of_prometheus_is_an_error() -> None:
     assert {name: trigger["metricType"] for name, trigger in triggers().items()} == {
-        "accuracy-lost": "Value",
+        "accuracy-loss": "Value",
         "engines-wanted": "AverageValue",
     }
     for trigger in triggers().values():
@@ -352,7 +354,7 @@ def test_every_series_in_a_query_is_one_that_the_server_has() -> None:
 COUNTERS = {
     "met": "supervit_deadlines_total{SOURCE,result='met'}",
     "missed": "supervit_deadlines_total{SOURCE,result='missed'}",
-    "given_up": "supervit_accuracy_given_up_total{SOURCE}",
+    "accuracy_loss": "supervit_accuracy_loss_total{SOURCE}",
     "busy": "supervit_engine_taken_seconds_total{SOURCE}",
     "spent": "supervit_spent_gflops_total{SOURCE}",
     "saved": "supervit_saved_gflops_total{SOURCE}",
@@ -361,7 +363,7 @@ COUNTERS = {
 IDLE = dict.fromkeys(COUNTERS, 0.0)
 CALM = IDLE | {"met": 100, "busy": 0.5, "spent": 6}
 # Busy all the time, but for the turnaround between batches. Twice the engines could give every answer all its accuracy.
-STRAINED = IDLE | {"met": 100, "given_up": 3, "busy": 0.9, "spent": 3, "saved": 3}
+STRAINED = IDLE | {"met": 100, "accuracy_loss": 3, "busy": 0.9, "spent": 3, "saved": 3}
 
 
 def pods(number: int, per_second: dict[str, float], namespace: str = "supervit") -> list[Manifest]:
@@ -378,7 +380,7 @@ def pods(number: int, per_second: dict[str, float], namespace: str = "supervit")
 
 @needs_prometheus
 @pytest.mark.parametrize(
-    ("series", "accuracy_lost", "engines_wanted"),
+    ("series", "accuracy_loss", "engines_wanted"),
     [
         pytest.param(pods(3, IDLE), 0, 0, id="without traffic nothing is lost and no engine wanted"),
         pytest.param(pods(3, CALM), 0, 1.5, id="engines that suffice lose nothing"),
@@ -387,7 +389,10 @@ def pods(number: int, per_second: dict[str, float], namespace: str = "supervit")
         ),
         pytest.param(pods(3, STRAINED), 3, 2.4, id="strained engines lose what they give up, and none can be spared"),
         pytest.param(
-            pods(2, STRAINED | {"given_up": 0, "met": 95, "missed": 5}), 5, 1.6, id="a missed deadline has lost it all"
+            pods(2, STRAINED | {"accuracy_loss": 0, "met": 95, "missed": 5}),
+            5,
+            1.6,
+            id="a missed deadline has lost it all",
         ),
         pytest.param(
             pods(3, STRAINED | {"busy": 0.2}), 0, 1.2, id="small budgets on idle engines are the clients' own"
@@ -401,7 +406,10 @@ def pods(number: int, per_second: dict[str, float], namespace: str = "supervit")
         ),
         pytest.param(pods(3, CALM | {"decode": 1.4}), 0, 2.1, id="threads that decode are not spared for idle engines"),
         pytest.param(
-            pods(1, STRAINED | {"met": 0.1, "given_up": 0.006}), 0.6, 0.8, id="less than a request a second weighs less"
+            pods(1, STRAINED | {"met": 0.1, "accuracy_loss": 0.006}),
+            0.6,
+            0.8,
+            id="less than a request a second weighs less",
         ),
         pytest.param([], None, None, id="where nothing is measured nothing is said"),
         pytest.param(pods(2, STRAINED, "staging"), None, None, id="another namespace is another service"),
@@ -411,9 +419,9 @@ def pods(number: int, per_second: dict[str, float], namespace: str = "supervit")
     ],
 )
 def test_what_the_scaler_sees(
-    series: list[Manifest], accuracy_lost: float | None, engines_wanted: float | None, tmp_path: Path
+    series: list[Manifest], accuracy_loss: float | None, engines_wanted: float | None, tmp_path: Path
 ) -> None:
-    expected = {"accuracy-lost": accuracy_lost, "engines-wanted": engines_wanted}
+    expected = {"accuracy-loss": accuracy_loss, "engines-wanted": engines_wanted}
     cases = [
         {
             "expr": f"round({queries()[name]}, 1e-6)",

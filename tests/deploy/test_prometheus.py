@@ -19,7 +19,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 from tests.end_to_end.test_serving import free_port, picture
 
 ROOT = Path(__file__).parents[2]
@@ -183,5 +183,5 @@ def test_every_alert_can_be_evaluated_and_nothing_is_wrong(prometheus: str) -> N
 def test_promtool_accepts_the_metrics_page(prometheus: str) -> None:
     targets = httpx.get(f"{prometheus}/api/v1/targets").json()["data"]["activeTargets"]
     page = httpx.get(targets[0]["scrapeUrl"]).text
-    assert "supervit_sheds_total" in page
+    assert "supervit_dropped_requests_total" in page
     assert promtool("check", "metrics", stdin=page) == ""

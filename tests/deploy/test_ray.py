@@ -81,21 +81,21 @@ def test_the_killed_replica_is_replaced(answers: list[Answer], cluster: Cluster)
 
 @pytest.mark.parametrize(("name", "value"), [("host", "0.0.0.0"), ("port", 80), ("fd", 3), ("workers", 2)])
 def test_what_ray_decides_is_no_setting_there(name: str, value: object) -> None:
-    from service.ray_app import build
+    from service.hosting.ray_app import build
 
     with pytest.raises(InvalidParameterError, match=f"{name} is not"):
         build(Settings.model_validate({name: value}))
 
 
 def test_an_image_that_serves_without_ray_too_may_have_an_address_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from service.ray_app import build
+    from service.hosting.ray_app import build
 
     monkeypatch.setenv("SUPERVIT_HOST", "0.0.0.0")
     assert build(Settings())
 
 
 def test_ray_lets_no_more_requests_to_a_replica_than_it_can_refuse_itself() -> None:
-    from service.ray_app import build
+    from service.hosting.ray_app import build
 
     deployment = build(Settings(max_in_flight=100, drain_s=7))._bound_deployment  # it has no public name
     assert deployment.max_ongoing_requests > 100

@@ -115,7 +115,7 @@ def test_many_clients_at_once_each_get_the_answer_to_their_own_picture(url: str)
         assert {entry["label"]: entry["probability"] for entry in predictions} == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_body_over_the_limit_is_refused_before_it_is_sent(url: str) -> None:
+def test_a_body_over_the_limit_is_rejected_before_it_is_sent(url: str) -> None:
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\nsome")
@@ -126,7 +126,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_sent(url: str) -> None:
     assert b"body_too_large" in answer
 
 
-def test_an_upload_that_outlasts_its_own_budget_is_given_up(url: str) -> None:
+def test_an_upload_that_outlasts_its_own_budget_is_dropped(url: str) -> None:
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(b"POST /classify?budget_ms=500 HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nsome")
@@ -137,7 +137,7 @@ def test_an_upload_that_outlasts_its_own_budget_is_given_up(url: str) -> None:
     assert b"within its budget" in answer
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_upload_disturbs_nobody(url: str) -> None:
+def test_a_client_that_leaves_in_the_middle_of_its_upload_disturbs_no_other(url: str) -> None:
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nsome")

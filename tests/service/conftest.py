@@ -1,4 +1,4 @@
-"""A tiny checkpoint with a measured profile, a menu with round latencies, and pictures in every format."""
+"""A tiny checkpoint with a measured profile, a catalog with round latencies, and pictures in every format."""
 
 import io
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
-from service.menu import Menu
+from service.scheduling.catalog import VariantCatalog
 
 CONFIG = SuperViTConfig(
     flavour="deit",
@@ -51,16 +51,16 @@ def profiles() -> ProfileTable:
 
 
 @pytest.fixture
-def menu(profiles: ProfileTable) -> Menu:
+def catalog(profiles: ProfileTable) -> VariantCatalog:
     """Three levels, (2, 0.5), (4, 0.5) and (4, 1); the fourth option, (2, 1), is on no level."""
-    return Menu.of(profiles, LatencyTable((1, 2, 3, 4), SECONDS))
+    return VariantCatalog.of(profiles, LatencyTable((1, 2, 3, 4), SECONDS))
 
 
 @pytest.fixture
-def fast_menu(profiles: ProfileTable) -> Menu:
+def fast_catalog(profiles: ProfileTable) -> VariantCatalog:
     """The same in a hundredth of the time: in fours, the levels answer 80, 40 and 20 requests a second."""
     seconds = {subnetwork: tuple(each / 100 for each in row) for subnetwork, row in SECONDS.items()}
-    return Menu.of(profiles, LatencyTable((1, 2, 3, 4), seconds))
+    return VariantCatalog.of(profiles, LatencyTable((1, 2, 3, 4), seconds))
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def checkpoint(profiles: ProfileTable) -> Checkpoint:
 def encode() -> Callable[..., bytes]:
     """Encode a picture: encode(image, "PNG", **options) -> bytes."""
 
-    def encode(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    def encode(image: Image.Image, image_format: str = "PNG", **variants: object) -> bytes:
         buffer = io.BytesIO()
-        image.save(buffer, image_format, **options)
+        image.save(buffer, image_format, **variants)
         return buffer.getvalue()
 
     return encode

@@ -16,9 +16,9 @@ from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoi
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from service.cli import main
-from service.serve import allow_connections, share_out
+from service.hosting.serve import allow_connections, share_out
+from service.hosting.workers import bind
 from service.settings import Settings
-from service.workers import bind
 
 
 @pytest.fixture
@@ -125,15 +125,15 @@ def test_serve_ends_when_the_model_cannot_run(
     def warm_up(_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("service.openvino_engine.OpenVINOEngine.warm_up", warm_up)
+    monkeypatch.setattr("service.engines.openvino_engine.OpenVINOEngine.warm_up", warm_up)
     assert main(["serve", "--checkpoint", str(checkpoint_path), "--port", "0"]) == 1
     assert "supervit: the model cannot run" in capsys.readouterr().err
 
 
-def test_serve_refuses_a_port_that_is_in_use_in_one_line(
+def test_serve_rejects_a_port_that_is_in_use_in_one_line(
     checkpoint_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.serve.os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("service.hosting.serve.os.sched_getaffinity", lambda _: {0, 1})
     for is_shared, workers in ((False, "1"), (True, "2")):  # by workers, others of whom would be let in
         with bind("127.0.0.1", 0, is_shared=is_shared) as taken:
             taken.listen()
@@ -155,10 +155,10 @@ def test_workers_divide_a_quota_among_their_engines(
         return SimpleNamespace(stop=None, run=lambda: True, stopped_by=None)
 
     monkeypatch.delenv("SUPERVIT_THREADS", raising=False)
-    monkeypatch.setattr("service.serve.os.sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr("service.serve.Monitor", lambda: SimpleNamespace(latest=SimpleNamespace(cores=cores)))
-    monkeypatch.setattr("service.serve.Supervisor", supervisor)
-    monkeypatch.setattr("service.serve.signal.signal", lambda *_: None)
+    monkeypatch.setattr("service.hosting.serve.os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("service.hosting.serve.Monitor", lambda: SimpleNamespace(latest=SimpleNamespace(cores=cores)))
+    monkeypatch.setattr("service.hosting.serve.Supervisor", supervisor)
+    monkeypatch.setattr("service.hosting.serve.signal.signal", lambda *_: None)
     options = ["--checkpoint", "shipped", "--port", "0", "--workers", "2", "--max-utilization", "0.5"]
     status = main(["serve", *options])
     if cores < 2:
@@ -170,12 +170,11 @@ def test_workers_divide_a_quota_among_their_engines(
         assert given[0]["SUPERVIT_CHECKPOINT"] == str(shipped)  # found once, for all of them
 
 
-def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.serve.resolve_device", torch.device)
-    settings = Settings(workers=4, max_utilization=0.5, device="cuda")
-    assert share_out(settings, 8, is_quota=False).max_utilization == 0.125
-    assert share_out(settings.model_copy(update={"device": "cpu"}), 8, is_quota=False).max_utilization == 0.5
-    assert share_out(Settings(workers=4, device="cuda"), 8, is_quota=False).max_utilization is None
+def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use() -> None:
+    settings = Settings(workers=4, max_utilization=0.5)
+    assert share_out(settings, 8, is_quota=False, is_on_cpu=False).max_utilization == 0.125
+    assert share_out(settings, 8, is_quota=False, is_on_cpu=True).max_utilization == 0.5
+    assert share_out(Settings(workers=4), 8, is_quota=False, is_on_cpu=False).max_utilization is None
 
 
 @pytest.mark.parametrize(
@@ -189,22 +188,19 @@ def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use(monkeypatch: p
     ],
 )
 def test_as_many_connections_as_requests_are_allowed(
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     limits: tuple[int, int],
     raised: tuple[int, int] | None,
     warned: bool,
 ) -> None:
     given: list[tuple[int, int]] = []
-    monkeypatch.setattr("service.serve.resource.getrlimit", lambda _: limits)
-    monkeypatch.setattr("service.serve.resource.setrlimit", lambda _, limit: given.append(limit))
-    allow_connections(1000)
+    allow_connections(1000, limits, lambda _, limit: given.append(limit))
     assert given == ([raised] if raised else [])
     assert ("open files are allowed" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
-def test_serve_refuses_to_start_on_a_bad_checkpoint_in_one_line(
+def test_serve_rejects_to_start_on_a_bad_checkpoint_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
 ) -> None:
     path = tmp_path / "bad.pth"
@@ -216,7 +212,7 @@ def test_serve_refuses_to_start_on_a_bad_checkpoint_in_one_line(
     assert str(path) in error
 
 
-def test_serve_refuses_workers_on_a_socket_of_others(
+def test_serve_rejects_workers_on_a_socket_of_others(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SUPERVIT_WORKERS", "4")
@@ -224,7 +220,7 @@ def test_serve_refuses_workers_on_a_socket_of_others(
     assert "leave out --fd, or --workers" in capsys.readouterr().err
 
 
-def test_serve_refuses_a_device_that_is_not_there(checkpoint_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_rejects_a_device_that_is_not_there(checkpoint_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--checkpoint", str(checkpoint_path), "--device", "cuda:77"]) == 1
     assert capsys.readouterr().err.startswith("supervit: device 'cuda:77' cannot be used")
 

@@ -4,8 +4,9 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,28 +17,29 @@ from models.calibration import Scaling
 from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
-from service.batcher import Batcher
-from service.decoding import Decoder
-from service.domain import InferenceRequest
+from service.decoding.decoder import Decoder
+from service.domain import Classification, InferenceRequest, ReasonCode
 from service.errors import (
     BudgetTooSmallError,
+    ClientGoneError,
     DeadlineError,
     InvalidParameterError,
     ModelError,
-    NotReadyError,
     OverloadedError,
     ServiceError,
 )
-from service.line import Line
-from service.menu import Menu
-from service.metrics import Metrics
-from service.pipeline import GONE, LEARNED_EVERY, Pipeline
-from service.policy import choose_level
+from service.execution.batcher import Batcher
+from service.pipeline import LEARNED_EVERY, Pipeline, Read
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.level_policy import choose_level
+from service.scheduling.scheduler import Scheduler
+from service.telemetry.metrics import Metrics
+from service.telemetry.outcomes import counted
 
 pytestmark = pytest.mark.anyio
 
 
-def wish(
+def wanted(
     budget_ms: float | None = 600_000, budget_gflops: float | None = None, **changes: int | SubNetwork
 ) -> InferenceRequest:
     return replace(InferenceRequest(time.monotonic(), budget_ms, budget_gflops, top_k=2), **changes)  # type: ignore[arg-type] # the names are the attributes'
@@ -77,6 +79,45 @@ class Parts:
         return self.logits[images[:, 0, 0, 0].long() % 3]
 
 
+class Client(AbstractContextManager["Client"]):
+    """A client that may leave, as the watch over a connection tells the pipeline."""
+
+    def __init__(self) -> None:
+        self._has_left = False
+        self._task: asyncio.Task[object] | None = None
+
+    def __enter__(self) -> "Client":
+        self._task = asyncio.current_task()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, asyncio.CancelledError) and self._has_left and self._task:
+            self._task.uncancel()
+            raise ClientGoneError("it has left")
+
+    def leave(self) -> None:
+        self._has_left = True
+        if self._task:
+            self._task.cancel()
+
+
+class CountedPipeline(Pipeline):
+    """A pipeline whose requests are counted, as the route does it."""
+
+    def __init__(self, parts: Parts, *, scheduler: Scheduler, **options: Any) -> None:  # noqa: ANN401 - the pipeline's
+        super().__init__(scheduler=scheduler, **options)
+        self.scheduler = scheduler
+        self._metrics = Metrics(parts.registry)
+
+    async def classify(
+        self, read: Read, request: InferenceRequest, watch: AbstractContextManager[object] | None = None
+    ) -> Classification:
+        with counted(self._metrics) as record:
+            answer = await super().classify(read, request, watch)
+            record(answer)
+        return answer
+
+
 @asynccontextmanager
 async def running(
     parts: Parts,
@@ -85,17 +126,18 @@ async def running(
     seconds: tuple[float, float] = (0.001, 0.002),
     clock: Callable[[], float] = time.monotonic,
     loop_time: Callable[[], float] = lambda: 0.0,
-) -> AsyncIterator[Pipeline]:
+) -> AsyncIterator["CountedPipeline"]:
     latencies = LatencyTable((1, 4), dict.fromkeys(profiles.by_subnetwork, seconds))
-    line = Line(Menu.of(profiles, latencies), choose_level, 4)
+    scheduler = Scheduler(VariantCatalog.of(profiles, latencies), choose_level, 4, lock=threading.RLock())
     thread = ThreadPoolExecutor(1, "engine")
-    batcher = Batcher(parts.run, line, thread, ThreadPoolExecutor(1, "decode"), clock=clock)
-    pipeline = Pipeline(
-        line=line,
+    decoder = Decoder(parts.decode, 1, clock)
+    batcher = Batcher(parts.run, scheduler, thread, clock=clock)
+    pipeline = CountedPipeline(
+        parts,
+        scheduler=scheduler,
         class_names=("a", "b", "c"),
-        decoder=Decoder(parts.decode, 1, clock),
+        decoder=decoder,
         batcher=batcher,
-        metrics=Metrics(parts.registry),
         max_in_flight=max_in_flight,
         default_budget_ms=60_000,
         clock=clock,
@@ -103,11 +145,11 @@ async def running(
     )
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())
-        pipeline.ready()
         yield pipeline
         batcher.stop()
     thread.shutdown()
-    assert line.backlog_s(time.monotonic()) == 0.0, "whatever became of them, nobody is left behind"
+    decoder.close()
+    assert scheduler.backlog_s(time.monotonic()) == 0.0, "whatever became of them, none is left behind"
     assert parts.count("requests_in_flight") == 0.0
 
 
@@ -122,7 +164,7 @@ async def never(_: float) -> bytes:
 async def test_the_event_loop_goes_on_while_images_are_decoded_and_models_run(profiles: ProfileTable) -> None:
     parts = Parts()
     async with running(parts, profiles) as pipeline:
-        request = asyncio.create_task(pipeline.classify(two_bytes, wish()))
+        request = asyncio.create_task(pipeline.classify(two_bytes, wanted()))
         for gate in (parts.decode_gate, parts.model_gate):
             for _ in range(100):
                 await asyncio.sleep(0)  # would never come back if a stage held the loop
@@ -133,7 +175,7 @@ async def test_the_event_loop_goes_on_while_images_are_decoded_and_models_run(pr
     assert parts.threads == {"decode_0", "engine_0"}
 
 
-async def test_more_than_the_limit_are_refused_before_their_bodies_are_read(profiles: ProfileTable) -> None:
+async def test_more_than_the_limit_are_rejected_before_their_bodies_are_read(profiles: ProfileTable) -> None:
     parts = Parts()
     reads = 0
 
@@ -143,36 +185,38 @@ async def test_more_than_the_limit_are_refused_before_their_bodies_are_read(prof
         return b"xx"
 
     async with running(parts, profiles, max_in_flight=2) as pipeline:
-        admitted = [asyncio.create_task(pipeline.classify(read, wish())) for _ in range(2)]
+        admitted = [asyncio.create_task(pipeline.classify(read, wanted())) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(OverloadedError, match="2 requests are in the server"):
-            await pipeline.classify(read, wish())
+            await pipeline.classify(read, wanted())
         assert reads == 2
         parts.decode_gate.set()
         parts.model_gate.set()
         assert len(await asyncio.gather(*admitted)) == 2
-        assert await pipeline.classify(read, wish())
+        assert await pipeline.classify(read, wanted())
 
 
 async def test_waiting_for_a_decode_thread_is_time_in_the_queue(profiles: ProfileTable) -> None:
-    parts = Parts()
+    parts, now = Parts(), 5.0
     parts.model_gate.set()
-    async with running(parts, profiles) as pipeline:
-        requests = [asyncio.create_task(pipeline.classify(two_bytes, wish())) for _ in range(2)]
-        await asyncio.sleep(0.05)
+    async with running(parts, profiles, clock=lambda: now) as pipeline:
+        request = InferenceRequest(now, 60_000)
+        requests = [asyncio.create_task(pipeline.classify(two_bytes, request)) for _ in range(2)]
+        await asyncio.to_thread(parts.decoding.wait, 10)
+        now += 0.05
         parts.decode_gate.set()
-        first, second = [(await request).timing for request in requests]
+        first, second = [(await one).timing for one in requests]
     assert first.queue_s < first.decode_s
     assert second.decode_s < second.queue_s
 
 
-async def test_a_cancelled_request_leaves_the_line_before_the_decoder(profiles: ProfileTable) -> None:
+async def test_a_request_that_is_cancelled_while_its_image_waits_is_never_decoded(profiles: ProfileTable) -> None:
     parts = Parts()
     parts.model_gate.set()
     async with running(parts, profiles) as pipeline:
-        staying, leaving = [asyncio.create_task(pipeline.classify(two_bytes, wish())) for _ in range(2)]
-        await asyncio.sleep(0.01)
-        leaving.cancel(GONE)
+        staying, leaving = [asyncio.create_task(pipeline.classify(two_bytes, wanted())) for _ in range(2)]
+        await asyncio.to_thread(parts.decoding.wait, 10)
+        leaving.cancel()
         await asyncio.wait((leaving,))
         parts.decode_gate.set()
         await staying
@@ -180,33 +224,37 @@ async def test_a_cancelled_request_leaves_the_line_before_the_decoder(profiles: 
 
 
 @pytest.mark.parametrize(("after_s", "missed"), [(0.0, 0), (0.2, 1)])
-async def test_a_client_that_leaves_once_its_answer_is_late_was_missed(
+async def test_a_client_that_leaves_once_its_deadline_has_passed_was_missed(
     profiles: ProfileTable, after_s: float, missed: int
 ) -> None:
-    parts = Parts()
+    parts, client, now = Parts(), Client(), 1000.0
     parts.decode_gate.set()
-    async with running(parts, profiles) as pipeline:
-        leaving = asyncio.create_task(pipeline.classify(two_bytes, wish(budget_ms=100)))
+    async with running(parts, profiles, clock=lambda: now) as pipeline:
+        request = InferenceRequest(now, 100)
+        leaving = asyncio.create_task(pipeline.classify(two_bytes, request, client))
         await asyncio.to_thread(parts.running.wait, 10)
-        await asyncio.sleep(after_s)
-        leaving.cancel(GONE)
-        await asyncio.wait((leaving,))
+        now += after_s
+        client.leave()
+        with pytest.raises(ClientGoneError) as caught:
+            await leaving
+        assert caught.value.deadline_passed == bool(missed)
         assert parts.count("requests_total", outcome="client_gone") == 1
         assert parts.count("deadlines_total", result="missed") == missed
-        assert (pipeline._line.situation(time.monotonic()).prudence > 1) == bool(missed)
+        assert (pipeline.scheduler.state(now).safety_factor > 1) == bool(missed)
         parts.open()
 
 
-async def test_who_is_cut_off_at_the_end_of_the_drain_is_no_client_that_left(profiles: ProfileTable) -> None:
-    parts = Parts()
+async def test_what_is_cut_off_at_the_end_of_the_drain_is_no_client_that_left(profiles: ProfileTable) -> None:
+    parts, client = Parts(), Client()
     async with running(parts, profiles) as pipeline:
-        cut_off, leaving = [asyncio.create_task(pipeline.classify(two_bytes, wish())) for _ in range(2)]
+        cut_off = asyncio.create_task(pipeline.classify(two_bytes, wanted(), Client()))
+        leaving = asyncio.create_task(pipeline.classify(two_bytes, wanted(), client))
         await asyncio.to_thread(parts.decoding.wait, 10)
-        pipeline.drain()
         cut_off.cancel()
-        leaving.cancel(GONE)
+        client.leave()
         await asyncio.wait((cut_off, leaving))
         parts.open()
+    assert cut_off.cancelled()
     assert parts.count("requests_total", outcome="client_gone") == 1
     assert parts.count("requests_total", outcome="internal_error") == 1
     assert parts.count("deadlines_total", result="missed") == 1
@@ -224,16 +272,16 @@ async def test_a_body_has_no_longer_to_arrive_than_its_request_has(profiles: Pro
     assert granted == [pytest.approx(0.5, abs=0.01)]
 
 
-async def test_a_hopeless_budget_is_refused_before_the_body_is_read(profiles: ProfileTable) -> None:
+async def test_a_budget_that_nothing_fits_is_rejected_before_the_body_is_read(profiles: ProfileTable) -> None:
     parts = Parts()
     async with running(parts, profiles) as pipeline:
         with pytest.raises(BudgetTooSmallError):
-            await pipeline.classify(never, wish(budget_gflops=1e-12))
+            await pipeline.classify(never, wanted(budget_gflops=1e-12))
     assert parts.count("requests_total", outcome="budget_too_small") == 1
 
 
 @pytest.mark.parametrize("seconds", [(0.0029504, 0.004), (0.0842, 0.1)])
-async def test_a_time_that_no_sub_network_can_meet_is_refused_with_the_shortest_that_one_can(
+async def test_a_time_that_no_sub_network_can_meet_is_rejected_with_the_shortest_that_one_can(
     profiles: ProfileTable, seconds: tuple[float, float]
 ) -> None:
     async with running(Parts().open(), profiles, seconds=seconds, clock=lambda: 5.0) as pipeline:
@@ -247,16 +295,17 @@ async def test_a_time_that_no_sub_network_can_meet_is_refused_with_the_shortest_
 
 
 async def test_a_deadline_that_passes_before_decoding_costs_no_decoding(profiles: ProfileTable) -> None:
-    parts = Parts()
+    parts, now = Parts(), 5.0
     parts.model_gate.set()
 
     async def slow(_: float) -> bytes:
-        await asyncio.sleep(0.03)
+        nonlocal now
+        now += 0.03
         return b"xx"
 
-    async with running(parts, profiles) as pipeline:
+    async with running(parts, profiles, clock=lambda: now) as pipeline:
         with pytest.raises(DeadlineError):
-            await pipeline.classify(slow, wish(budget_ms=20))
+            await pipeline.classify(slow, InferenceRequest(now, 20))
         assert parts.decodes == 0
 
 
@@ -265,53 +314,38 @@ async def test_the_answer_says_what_was_decided_why_and_whether_it_was_in_time(p
     parts.decode_gate.set()
     parts.model_gate.set()
     async with running(parts, profiles) as pipeline:
-        free = await pipeline.classify(two_bytes, wish())
-        capped = await pipeline.classify(two_bytes, wish(budget_gflops=profiles.cheapest.gflops))
+        free = await pipeline.classify(two_bytes, wanted())
+        capped = await pipeline.classify(two_bytes, wanted(budget_gflops=profiles.cheapest.gflops))
     assert free.decision.profile is profiles.frontier[-1]
-    assert (free.deadline_met, free.given_up, free.saved_gflops) == (True, 0.0, 0.0)
+    assert (free.deadline_met, free.accuracy_loss, free.saved_gflops) == (True, 0.0, 0.0)
     assert capped.decision.profile is profiles.cheapest
-    assert "the next better one" in capped.decision.reason
-    assert capped.given_up == pytest.approx(0.3)
+    assert (free.decision.code, capped.decision.code) == (ReasonCode.ALONE, ReasonCode.GFLOPS_BUDGET)
+    assert capped.accuracy_loss == pytest.approx(0.3)
     assert capped.saved_gflops > 0
 
 
-async def test_while_it_drains_newcomers_are_refused_and_those_admitted_answered(profiles: ProfileTable) -> None:
-    parts = Parts()
-    async with running(parts, profiles) as pipeline:
-        admitted = asyncio.create_task(pipeline.classify(two_bytes, wish()))
-        await asyncio.sleep(0)
-        pipeline.drain()
-        with pytest.raises(NotReadyError):
-            await pipeline.classify(two_bytes, wish())
-        with pytest.raises(NotReadyError):
-            pipeline.decide(wish())
-        parts.decode_gate.set()
-        parts.model_gate.set()
-        assert await admitted
-
-
 @pytest.mark.parametrize("budget_ms", [1e-9, 0.0, -5.0, float("nan"), float("-inf")])
-async def test_a_budget_that_is_no_time_at_all_is_refused_and_changes_nothing_for_others(
+async def test_a_budget_that_is_no_time_at_all_is_rejected_and_changes_nothing_for_others(
     profiles: ProfileTable, budget_ms: float
 ) -> None:
     async with running(Parts().open(), profiles) as pipeline:
-        before = pipeline.decide(wish())
+        before = pipeline.decide(wanted())
         for _ in range(50):
             with pytest.raises(BudgetTooSmallError):
-                await pipeline.classify(never, wish(budget_ms))
-        assert pipeline.decide(wish()) == before
-        assert (await pipeline.classify(two_bytes, wish(1e9))).deadline_met
+                await pipeline.classify(never, wanted(budget_ms))
+        assert pipeline.decide(wanted()) == before
+        assert (await pipeline.classify(two_bytes, wanted(1e9))).deadline_met
 
 
 async def test_a_request_without_a_budget_gets_the_servers_default(profiles: ProfileTable) -> None:
     async with running(Parts().open(), profiles) as pipeline:
-        answer = await pipeline.classify(two_bytes, wish(budget_ms=None))
+        answer = await pipeline.classify(two_bytes, wanted(budget_ms=None))
     assert answer.budget_s == 60.0
     assert answer.decision.profile is profiles.frontier[-1]
-    assert "the most accurate sub-network" in answer.decision.reason
+    assert answer.decision.code is ReasonCode.ALONE
 
 
-async def test_what_cannot_be_answered_in_time_is_refused_before_its_body_is_read(profiles: ProfileTable) -> None:
+async def test_what_cannot_be_answered_in_time_is_rejected_before_its_body_is_read(profiles: ProfileTable) -> None:
     parts = Parts()
     parts.decode_gate.set()
     request = InferenceRequest(5.0, budget_ms=1750)
@@ -328,10 +362,10 @@ async def test_what_cannot_be_answered_in_time_is_refused_before_its_body_is_rea
     assert parts.count("deadlines_total", result="missed") == 1
 
 
-async def test_more_predictions_than_classes_are_refused_before_the_body_is_read(profiles: ProfileTable) -> None:
+async def test_more_predictions_than_classes_are_rejected_before_the_body_is_read(profiles: ProfileTable) -> None:
     async with running(Parts(), profiles) as pipeline:
         with pytest.raises(InvalidParameterError, match="3 classes, fewer than 4"):
-            await pipeline.classify(never, wish(top_k=4))
+            await pipeline.classify(never, wanted(top_k=4))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -340,7 +374,7 @@ async def test_an_answer_that_is_no_number_is_the_models_error(profiles: Profile
     parts.logits = torch.full((3, 3), value)
     async with running(parts, profiles) as pipeline:
         with pytest.raises(ModelError, match="not a number"):
-            await pipeline.classify(two_bytes, wish())
+            await pipeline.classify(two_bytes, wanted())
     assert parts.count("requests_total", outcome="model_error") == 1
 
 
@@ -348,7 +382,7 @@ async def test_probabilities_are_the_softmax_of_the_logits_and_stand_best_first(
     parts = Parts().open()
     parts.logits = torch.tensor([[1000.0, -1000.0, 1000.0 + 1.0]]).repeat(3, 1)
     async with running(parts, profiles) as pipeline:
-        answer = await pipeline.classify(two_bytes, wish(top_k=3))
+        answer = await pipeline.classify(two_bytes, wanted(top_k=3))
     assert [prediction.label for prediction in answer.predictions] == ["c", "a", "b"]
     assert [prediction.probability for prediction in answer.predictions] == pytest.approx(
         [0.731059, 0.268941, 0.0], abs=1e-6
@@ -364,7 +398,7 @@ async def test_probabilities_are_softened_by_the_temperature_of_the_sub_network_
     parts.logits = torch.tensor([[0.0, math.log(9), -1000.0]]).repeat(3, 1)
     async with running(parts, profiles) as pipeline:
         for subnetwork, expected in ((hot, 3 / 4), (cold, 81 / 82)):
-            answer = await pipeline.classify(two_bytes, wish(top_k=3, subnetwork=subnetwork))
+            answer = await pipeline.classify(two_bytes, wanted(top_k=3, subnetwork=subnetwork))
             assert [prediction.label for prediction in answer.predictions] == ["b", "a", "c"]
             assert answer.predictions[0].probability == pytest.approx(expected)
 
@@ -376,7 +410,7 @@ async def test_probabilities_are_scaled_as_they_were_in_calibration(logits: list
     parts = Parts().open()
     parts.logits = torch.tensor([logits]).repeat(3, 1)
     async with running(parts, ProfileTable((row,))) as pipeline:
-        answer = await pipeline.classify(two_bytes, wish(top_k=3, subnetwork=subnetwork))
+        answer = await pipeline.classify(two_bytes, wanted(top_k=3, subnetwork=subnetwork))
     expected = Scaling(1.2, 0.4).probabilities(torch.tensor([logits]))[0].sort(descending=True).values
     assert [prediction.probability for prediction in answer.predictions] == pytest.approx(expected.tolist(), abs=1e-6)
 
@@ -385,16 +419,20 @@ async def test_a_name_that_costs_more_than_the_best_is_answered_and_saves_nothin
     good, dear = SubNetwork(4, 0.5), SubNetwork(4, 1.0)
     profiles = ProfileTable((SubNetworkProfile(good, 10, 0.7), SubNetworkProfile(dear, 20, 0.6)))
     async with running(Parts().open(), profiles) as pipeline:
-        answer = await pipeline.classify(two_bytes, wish(subnetwork=dear))
+        answer = await pipeline.classify(two_bytes, wanted(subnetwork=dear))
     assert answer.decision.profile.subnetwork == dear
-    assert answer.given_up == pytest.approx(0.1)
+    assert answer.accuracy_loss == pytest.approx(0.1)
     assert answer.saved_gflops == 0.0
 
 
 async def test_a_decision_in_advance_runs_nothing_and_is_what_then_happens(profiles: ProfileTable) -> None:
     parts = Parts().open()
     async with running(parts, profiles) as pipeline:
-        for request in (wish(), wish(budget_gflops=profiles.cheapest.gflops), wish(subnetwork=SubNetwork(2, 1.0))):
+        for request in (
+            wanted(),
+            wanted(budget_gflops=profiles.cheapest.gflops),
+            wanted(subnetwork=SubNetwork(2, 1.0)),
+        ):
             forecast = pipeline.decide(request)
             runs = parts.runs
             answer = await pipeline.classify(two_bytes, replace(request, arrived_at=time.monotonic()))
@@ -403,7 +441,7 @@ async def test_a_decision_in_advance_runs_nothing_and_is_what_then_happens(profi
             assert forecast.decision.reason == answer.decision.reason
             assert forecast.answered_in_s < 1
         with pytest.raises(ServiceError):
-            pipeline.decide(wish(budget_gflops=1e-12))
+            pipeline.decide(wanted(budget_gflops=1e-12))
     assert parts.decodes == 3
 
 
@@ -415,21 +453,22 @@ async def test_a_client_that_leaves_while_it_uploads_waits_or_runs_is_forgotten(
         return b""
 
     async with running(parts, profiles) as pipeline:
-        uploading = asyncio.create_task(pipeline.classify(forever, wish()))
-        decoding = asyncio.create_task(pipeline.classify(two_bytes, wish()))
+        clients = [Client() for _ in range(4)]
+        uploading = asyncio.create_task(pipeline.classify(forever, wanted(), clients[0]))
+        decoding = asyncio.create_task(pipeline.classify(two_bytes, wanted(), clients[1]))
         await asyncio.to_thread(parts.decoding.wait, 10)
-        for task in (uploading, decoding):
-            task.cancel(GONE)
+        for client in clients[:2]:
+            client.leave()
         await asyncio.wait((uploading, decoding))
         parts.decode_gate.set()
-        in_engine = asyncio.create_task(pipeline.classify(two_bytes, wish()))
+        in_engine = asyncio.create_task(pipeline.classify(two_bytes, wanted(), clients[2]))
         await asyncio.to_thread(parts.running.wait, 10)
-        in_line = asyncio.create_task(pipeline.classify(two_bytes, wish()))
-        while not len(pipeline._line):  # noqa: ASYNC110 - it tells nobody
+        queued = asyncio.create_task(pipeline.classify(two_bytes, wanted(), clients[3]))
+        while not len(pipeline.scheduler):  # noqa: ASYNC110 - it does not tell
             await asyncio.sleep(0)
-        for task in (in_line, in_engine):
-            task.cancel(GONE)
-        await asyncio.wait((in_line, in_engine))
+        for client in clients[2:]:
+            client.leave()
+        await asyncio.wait((queued, in_engine))
         parts.model_gate.set()
     assert parts.runs == 1
     assert parts.count("requests_total", outcome="client_gone") == 4
@@ -460,7 +499,7 @@ async def test_an_event_loop_that_is_busy_is_reckoned_with_at_admission(profiles
         assert await pipeline.classify(two_bytes, request)  # the refusals took next to nothing: it knows better now
 
 
-async def test_a_request_that_a_busy_loop_would_answer_too_late_is_refused(profiles: ProfileTable) -> None:
+async def test_a_request_that_a_busy_loop_would_answer_too_late_is_rejected(profiles: ProfileTable) -> None:
     loop = BusyLoop()
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for _ in range(3 * LEARNED_EVERY):
@@ -469,7 +508,7 @@ async def test_a_request_that_a_busy_loop_would_answer_too_late_is_refused(profi
             await pipeline.classify(never, InferenceRequest(5.0, 1000))
 
 
-async def test_what_the_loop_does_while_nobody_is_there_is_charged_to_nobody(profiles: ProfileTable) -> None:
+async def test_what_the_loop_does_while_it_is_idle_is_charged_to_no_request(profiles: ProfileTable) -> None:
     loop = BusyLoop()
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for _ in range(3 * LEARNED_EVERY):
@@ -477,7 +516,7 @@ async def test_what_the_loop_does_while_nobody_is_there_is_charged_to_nobody(pro
             assert await pipeline.classify(two_bytes, InferenceRequest(5.0, 1000))
 
 
-async def test_those_who_wait_to_be_decoded_are_reckoned_with_at_admission(profiles: ProfileTable) -> None:
+async def test_those_that_wait_to_be_decoded_are_reckoned_with_at_admission(profiles: ProfileTable) -> None:
     now = 1000.0
 
     class SlowParts(Parts):
@@ -492,22 +531,24 @@ async def test_those_who_wait_to_be_decoded_are_reckoned_with_at_admission(profi
         for _ in range(40):
             await pipeline.classify(two_bytes, InferenceRequest(now, 60_000))
         parts.decode_gate.clear()
-        decoding = [asyncio.create_task(pipeline.classify(two_bytes, InferenceRequest(now, 60_000))) for _ in range(4)]
-        while parts.decodes < 41:  # noqa: ASYNC110 - it tells nobody
+        decoding = [asyncio.create_task(pipeline.classify(two_bytes, InferenceRequest(now, 4500))) for _ in range(4)]
+        while parts.decodes < 41:  # noqa: ASYNC110 - it does not tell
             await asyncio.sleep(0)
         forecast = pipeline.decide(InferenceRequest(now, 60_000))
         assert forecast.answered_in_s == pytest.approx(5.0, abs=0.2)
-        with pytest.raises(OverloadedError) as caught:  # its own second is what it has, and four are before it
-            await pipeline.classify(never, InferenceRequest(now, 2000))
-        assert caught.value.reason == "preparation"
-        assert pipeline._line.prudence.read(now) == 1.0, "a cheaper level would decode no faster"
-        assert caught.value.details["retry_after_s"] == pytest.approx(3.0, abs=0.2)
+        urgent = pipeline.decide(InferenceRequest(now, 2500))
+        assert urgent.answered_in_s == pytest.approx(2.0, abs=0.2), "the one that is being decoded alone is before it"
+        with pytest.raises(OverloadedError) as caught:  # four are due before it, and it takes a second of its own
+            await pipeline.classify(never, InferenceRequest(now, 4600))
+        assert caught.value.reason == "preprocessing"
+        assert pipeline.scheduler.state(now).safety_factor == 1.0, "a cheaper level would decode no faster"
+        assert caught.value.details["retry_after_s"] == pytest.approx(0.4, abs=0.2)
         parts.decode_gate.set()
         await asyncio.gather(*decoding)
         assert await pipeline.classify(two_bytes, InferenceRequest(now, 4000))  # less than what was before it
 
 
-async def test_after_slow_decoding_nobody_is_refused_for_ever(profiles: ProfileTable) -> None:
+async def test_after_slow_decoding_nothing_is_rejected_for_ever(profiles: ProfileTable) -> None:
     now = 1000.0
 
     class SlowParts(Parts):

@@ -45,7 +45,7 @@ def test_the_default_checkpoint_ships_with_the_package() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("PORT", "70000"), ("MAX_BATCH_SIZE", "0"), ("LOG_LEVEL", "loud")])
-def test_a_value_outside_its_range_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_a_value_outside_its_range_is_rejected(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"SUPERVIT_{name}", value)
     with pytest.raises(ValidationError):
         Settings()

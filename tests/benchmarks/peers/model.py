@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from models.checkpoint import load_checkpoint
-from service.engine import TorchEngine
-from service.images import decode_image
+from service.decoding.images import decode_image
+from service.engines.torch_engine import TorchEngine
 
 MAX_BATCH_SIZE = 16
 MAX_WAIT_S = 0.01

@@ -1,0 +1,1 @@
+"""Untrusted bytes to images, on threads of their own."""

@@ -1,0 +1,1 @@
+"""What runs a batch on a device, and what that takes here."""

@@ -1,0 +1,1 @@
+"""Threads: what the scheduler decides is run here."""

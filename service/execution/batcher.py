@@ -1,0 +1,289 @@
+"""The dispatch loop: whenever the engine is free, asks the scheduler what to run, runs it, and answers the requests.
+
+It lives on the engine's own thread, so that the engine never waits for an event loop that is busy with sockets. The
+threads that decode images put requests into the queue; the event loop takes out those whose clients have left.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.profiles import SubNetworkProfile
+from service.decoding.decoder import DecodedImage
+from service.engines.base import Run
+from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError
+from service.execution.results import Ranked, Result, rank
+from service.execution.throttle import UtilizationLimiter
+from service.scheduling.catalog import Variant
+from service.scheduling.scheduler import Scheduler
+from service.scheduling.state import BatchDecision, QueuedRequest
+
+logger = logging.getLogger(__name__)
+
+# Images in a row on which the model failed, none between: then an image of zeros tells whether it is the images' fault.
+FAILURES_IN_A_ROW = 8
+
+CallOnLoop = Callable[..., object]
+Outcomes = Sequence[tuple[QueuedRequest, Result | BaseException]]
+
+
+@dataclass(slots=True)
+class _Pending:
+    result: "asyncio.Future[Result]"
+    image: Tensor | None = None
+
+
+class Batcher:
+    """Runs what the scheduler decides, a batch at a time."""
+
+    def __init__(
+        self,
+        run: Run,
+        scheduler: Scheduler,
+        thread: Executor,
+        *,
+        limiter: UtilizationLimiter | None = None,
+        observe_machine: Callable[[], None] = lambda: None,
+        observe_batch: Callable[[int, float, float, float], None] = lambda *_: None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Take the collaborators.
+
+        Args:
+            run: the engine's.
+            scheduler: decides what to run.
+            thread: the engine's own; the loop lives there, and what it calls is called there.
+            limiter: holds batches back for the sake of a ceiling.
+            observe_machine: called before each decision, to tell the scheduler of the machine's state.
+            observe_batch: told of each batch that ran: its size, its predicted and its real seconds, and those with the
+                pause that follows for the ceiling's sake.
+            clock: monotonic, in seconds; the one that deadlines are on.
+            sleep: lets a pause go by.
+        """
+        self._run = run
+        self._scheduler = scheduler
+        self._limiter = limiter or UtilizationLimiter(None, None)
+        self._observe_machine = observe_machine
+        self._observe_batch = observe_batch
+        self._clock, self._sleep = clock, sleep
+        self._pending: dict[QueuedRequest, _Pending] = {}
+        self._arrival = threading.Event()
+        self._thread = thread
+        self._stopping = False
+        self._failures_in_a_row = 0
+        self._free_at = 0.0  # since when the engine could have run a batch
+        self.running: tuple[float, float] | None = None  # when the batch that runs began, and what it should take
+
+    async def submit(self, decoding: "Future[DecodedImage]", request: QueuedRequest) -> Result:
+        """Wait for an image, then in the queue with it, and return its result.
+
+        Cancelling it makes the batcher forget the request; to take it out of the queue is the caller's.
+
+        Args:
+            decoding: the image to come.
+            request: admitted by the scheduler, which knows it until this returns.
+
+        Raises:
+            DeadlineError: it can no longer be answered in time.
+            OverloadedError: it was shed for the sake of others.
+            ModelError: the model failed on this image.
+            NotReadyError: the batcher is stopping.
+            Exception: that of `decoding`.
+        """
+        if self._stopping:
+            raise NotReadyError("the server is stopping")
+        loop = asyncio.get_running_loop()
+        pending = self._pending[request] = _Pending(loop.create_future())
+        decoding.add_done_callback(partial(self._enqueue, request, pending, loop.call_soon_threadsafe))
+        # Once the image is there, it is the scheduler that finds out.
+        deadline = loop.call_later(request.deadline_at - self._clock(), self._expire, request, pending)
+        try:
+            return await pending.result
+        finally:
+            deadline.cancel()
+            self._pending.pop(request, None)
+            if self._stopping:
+                self._arrival.set()  # it may have been the last one
+
+    def _expire(self, request: QueuedRequest, pending: _Pending) -> None:
+        """Answer a request whose image was not decoded by its deadline, maybe because others' take so long."""
+        if pending.image is None:
+            self._settle([(request, DeadlineError("the deadline passed before the image was decoded"))])
+
+    def _enqueue(
+        self, request: QueuedRequest, pending: _Pending, call_on_loop: CallOnLoop, decoding: "Future[DecodedImage]"
+    ) -> None:
+        """Put a decoded request into the queue, on the thread that decoded it: the event loop need not hear of it."""
+        if request not in self._pending:
+            return  # its client has left
+        if error := decoding.exception():
+            call_on_loop(self._settle, [(request, error)])
+            return
+        pending.image = decoding.result().image
+        self._scheduler.enqueue(request)
+        self._arrival.set()
+
+    async def serve(self) -> None:
+        """Run batches until `stop` is called and all that was submitted has been answered.
+
+        What is left when it ends otherwise, because it is cancelled or a decision fails, gets a NotReadyError.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._thread, self._dispatch, loop.call_soon_threadsafe)
+        finally:
+            self._settle([(request, NotReadyError("the server is stopping")) for request in self._pending])
+            self._pending.clear()
+            self.stop()
+
+    def abandon(self) -> None:
+        """Answer all requests with an error, on the event loop, because the engine never will."""
+        error = ModelError("the model does not come back from a batch; the server ends")
+        self._settle([(request, error) for request in self._pending])
+        self.stop()
+
+    def stop(self) -> None:
+        """Take no new request; those submitted are still answered."""
+        self._stopping = True
+        self._arrival.set()
+
+    def _dispatch(self, call_on_loop: CallOnLoop) -> None:
+        self._free_at = self._clock()
+        while self._pending or not self._stopping:
+            if not len(self._scheduler):
+                self._limiter.idle()
+                self._await_arrival()
+                self._free_at = self._clock()
+            elif pause_s := self._limiter.pause_s(self._clock()):
+                self._sleep(pause_s)
+                self._free_at = self._clock()
+            else:
+                for outcomes in self._serve_batch():
+                    call_on_loop(self._settle, outcomes)
+
+    def _await_arrival(self) -> None:
+        self._arrival.clear()
+        # What came before the clearing may not have been seen.
+        if not len(self._scheduler) and (self._pending or not self._stopping):
+            self._arrival.wait()
+
+    def _serve_batch(self) -> Iterator[Outcomes]:
+        """Do what the policy decides; yields what became of each request, as soon as it is known."""
+        self._observe_machine()
+        self._scheduler.throttled(self._limiter.throttle_factor)
+        now = self._clock()
+        decision = self._scheduler.next_batch(now)
+        if decision.expired:
+            yield [(request, DeadlineError("the deadline cannot be met any more")) for request in decision.expired]
+        if decision.shed:
+            message = "shed so that others can be answered in time; try again later"
+            retry_after_s = self._scheduler.backlog_s(now)
+            yield [(request, OverloadedError(message, "shed", retry_after_s)) for request in decision.shed]
+        if decision.variant is not None:
+            yield from self._run_batch(decision, decision.variant, decision.batch)
+
+    def _run_batch(
+        self, decision: BatchDecision, variant: Variant, batch: Sequence[QueuedRequest]
+    ) -> Iterator[Outcomes]:
+        pending = ((request, self._pending.get(request)) for request in batch)
+        images = {request: one.image for request, one in pending if one is not None and one.image is not None}
+        if not images:
+            self._scheduler.batch_failed(self._clock())
+            return  # all their clients have left meanwhile
+        predicted_s = self._scheduler.predict(variant, len(images), self._clock())
+        try:
+            ranked, started_at, ended_at = self._timed_run(list(images.values()), variant.profile, predicted_s)
+            answered = list(zip(images, ranked, strict=True))
+        except Exception:  # whatever the model raises, its requests must be released and the next batch run
+            self._free_at = self._clock()
+            self._scheduler.batch_failed(self._free_at)
+            yield from self._run_apart(decision, variant, images)
+            return
+        inference_s = ended_at - started_at
+        self._scheduler.batch_completed(variant, len(answered), inference_s, ended_at, started_at - self._free_at)
+        self._free_at = ended_at
+        self._failures_in_a_row = 0
+        self._limiter.batch_ran(inference_s)
+        self._observe_batch(len(answered), predicted_s, inference_s, inference_s * self._limiter.throttle_factor)
+        yield [
+            (
+                request,
+                Result(
+                    logits=one.logits,
+                    probabilities=one.probabilities,
+                    ranking=one.ranking,
+                    variant=variant,
+                    decision=decision,
+                    batch_size=len(answered),
+                    predicted_s=predicted_s,
+                    inference_s=inference_s,
+                    started_at=started_at,
+                    ended_at=ended_at,
+                ),
+            )
+            for request, one in answered
+        ]
+
+    def _timed_run(
+        self, images: Sequence[Tensor], profile: SubNetworkProfile, predicted_s: float
+    ) -> tuple[list[Ranked], float, float]:
+        """Run a batch; returns (logits, probabilities, ranking) of each image, and when the model started and ended."""
+        # NumPy, because PyTorch would give the GIL away for a microsecond's work and wait long to get it back.
+        batch = torch.from_numpy(np.stack([image.numpy() for image in images]))
+        started_at = self._clock()
+        self.running = started_at, predicted_s
+        try:
+            logits = self._run(batch, profile.subnetwork).numpy()
+        finally:
+            self.running = None
+        ended_at = self._clock()
+        return rank(logits, profile.temperature, profile.entropy_exponent), started_at, ended_at
+
+    def _run_apart(
+        self, decision: BatchDecision, variant: Variant, images: dict[QueuedRequest, Tensor]
+    ) -> Iterator[Outcomes]:
+        """Run the halves of a batch that failed, until the request that poisons it stands alone."""
+        batch = list(images)
+        if len(batch) == 1:
+            logger.exception("the model failed on an image at %s", variant.profile.subnetwork)
+            yield [(batch[0], ModelError("the model failed on this image; the server's log says why"))]
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row == FAILURES_IN_A_ROW:
+                self._failures_in_a_row = 0
+                self._require_engine(torch.zeros_like(images[batch[0]]), variant.profile)
+            return
+        middle = len(batch) // 2
+        for half in (batch[:middle], batch[middle:]):
+            yield from self._run_batch(decision, variant, half)
+
+    def _require_engine(self, blank: Tensor, profile: SubNetworkProfile) -> None:
+        """Tell images on which the model fails from a model that fails, as a GPU does after an error that stays.
+
+        Raises:
+            RuntimeError: the latter; no request would be answered any more, and it is for a new process to do better.
+        """
+        try:
+            self._timed_run([blank], profile, 0.0)
+        except Exception as error:  # whatever the model raises, that it raises is what counts
+            raise RuntimeError("the model fails whatever the image") from error
+
+    def _settle(self, outcomes: Outcomes) -> None:
+        """Answer requests, on the event loop."""
+        for request, outcome in outcomes:
+            pending = self._pending.get(request)
+            if pending is None or pending.result.done():
+                continue  # its client has left meanwhile
+            if isinstance(outcome, Result):
+                pending.result.set_result(outcome)
+            else:
+                pending.result.set_exception(outcome)

@@ -1,0 +1,1 @@
+"""Processes that hold servers: one, several behind a port, replicas of Ray."""

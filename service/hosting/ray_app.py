@@ -1,0 +1,107 @@
+"""The same app on Ray Serve: every replica is a whole server, with a queue, a monitor and a profile of its own.
+
+`build` is what the `import_path` of a Serve config names; its arguments are the server's settings.
+"""
+
+import logging
+import math
+import time
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from models.checkpoint import load_checkpoint
+from service.app import create_app
+from service.engines.factory import engine_threads
+from service.errors import InvalidParameterError
+from service.hosting.interpreter import configure_gc
+from service.machine.monitor import Monitor
+from service.runtime import LOG_FORMAT, ServerRuntime
+from service.settings import Settings, named_settings
+
+# What Ray decides.
+NOT_FOR_RAY = {"host", "port", "fd", "workers"}
+# Requests that Ray lets through to a replica beyond those that it takes itself, so that it is the replica that rejects,
+# with a reason and a time to come back.
+MARGIN = 64
+
+
+@serve.ingress()
+class Replica:
+    """One server of the app.
+
+    Ray routes no request to it before it is ready, and replaces it once its model cannot run.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+        self._has_failed = False
+        self._decode_threads = settings.decode_threads
+        checkpoint = load_checkpoint(settings.checkpoint)
+        threads = settings.threads or min(engine_threads(checkpoint, Monitor().latest.cores), _assigned_cpus())
+        settings = settings.model_copy(update={"threads": threads, "workers": 1})  # Ray has replicas
+        runtime = ServerRuntime(settings, checkpoint, on_failure=self._fail)
+        self._app = create_app(runtime, ready_first=True, names_requests=False)  # Ray's proxy names them
+        self._read_totals = runtime.metrics.totals
+        self._totals, self._told_at = self._read_totals(), time.monotonic()
+        configure_gc()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+    def _fail(self) -> None:
+        self._has_failed = True
+
+    def check_health(self) -> None:
+        """Tell Ray whether this replica is of use.
+
+        Raises:
+            RuntimeError: the model cannot run.
+        """
+        if self._has_failed:
+            raise RuntimeError("the model cannot run; the log says why")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell the autoscaling policy what has happened since it was last told, per second."""
+        before, last_at = self._totals, self._told_at
+        self._totals, self._told_at = self._read_totals(), time.monotonic()
+        elapsed_s = self._told_at - last_at
+        rates = {name: (total - before[name]) / elapsed_s for name, total in self._totals.items()}
+        # Every image of the most accurate sub-network would have cost that much more.
+        dearer = 1 + rates["saved_gflops"] / rates["spent_gflops"] if rates["spent_gflops"] else 1
+        return {
+            "requests_per_s": rates["met"] + rates["missed"],
+            "accuracy_loss_per_s": rates["accuracy_loss"] + rates["missed"],
+            "engines_wanted": max(rates["taken_s"] * dearer, rates["decode_s"] / self._decode_threads),
+        }
+
+
+def build(settings: Settings) -> Application:
+    """Make the application of a Serve config.
+
+    Args:
+        settings: `args` of the config; what is left out comes from SUPERVIT_ variables or the defaults.
+
+    Raises:
+        InvalidParameterError: a setting is one that Ray decides.
+        CheckpointError: the checkpoint cannot be served.
+    """
+    # An image that serves without Ray sets some of them for itself, as variables.
+    for name in NOT_FOR_RAY & named_settings(settings):
+        raise InvalidParameterError(f"{name} is not for Ray Serve: the config's http_options and deployments say it")
+    load_checkpoint(settings.checkpoint)  # what is wrong with it is said by `serve deploy`
+    as_deployment = serve.deployment(
+        name="supervit",
+        max_ongoing_requests=settings.max_in_flight + MARGIN,
+        graceful_shutdown_timeout_s=settings.drain_s,
+    )
+    application: Application = as_deployment(Replica).bind(settings)
+    return application
+
+
+def _assigned_cpus() -> int:
+    """Count the cores that Ray counts on this replica to use."""
+    resources: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call] # by Ray
+    return max(1, math.floor(resources.get("CPU", 1)))

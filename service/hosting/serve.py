@@ -1,0 +1,181 @@
+"""Serves until told to stop: one server in this process, or several workers that it looks after."""
+
+import logging
+import math
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from models.checkpoint import load_checkpoint
+from models.devices import resolve_device
+from models.sources import find_checkpoint
+from service.app import create_app
+from service.domain import ServerState
+from service.errors import CommandError
+from service.hosting.interpreter import configure_gc
+from service.hosting.workers import Supervisor, beat, bind, split_cpus
+from service.http.protocol import BoundedProtocol
+from service.machine.monitor import Monitor
+from service.runtime import LOG_FORMAT, ServerRuntime
+from service.settings import Settings, environment_variable, unknown_variables, worker_environment
+from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+OTHER_FILES = 1024  # of the process itself, and of connections that are idle or about to be rejected
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens; takes no new request from the very signal on that tells it to stop."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say where, which uvicorn does for addresses alone."""
+        await super().startup(sockets)
+        for opened in sockets or ():
+            if opened.family == socket.AF_UNIX:
+                logger.info("listening on %s", opened.getsockname())
+            else:
+                host, port, *_ = opened.getsockname()
+                logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take note of the signal."""
+        self._drain()
+        super().handle_exit(sig, frame)
+
+
+def supervise(settings: Settings) -> None:
+    """Serve with several workers until SIGTERM or Ctrl-C."""
+    # Workers get the path: those that are replaced later serve the same weights, whatever becomes of a name meanwhile.
+    settings = settings.model_copy(update={"checkpoint": str(find_checkpoint(settings.checkpoint))})
+    load_checkpoint(settings.checkpoint)  # what is wrong with it is said once
+    cpus, cores = os.sched_getaffinity(0), Monitor().latest.cores
+    try:
+        shares = split_cpus(cpus, cores, settings.workers)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    is_on_cpu = resolve_device(settings.device).type == "cpu"
+    settings = share_out(settings, cores, is_quota=cores < len(cpus), is_on_cpu=is_on_cpu)
+    if environment_variable(SHARED_FOLDER_VARIABLE) is not None:
+        logger.warning("%s is not heeded: workers get a fresh folder of their own", SHARED_FOLDER_VARIABLE)
+    with _bind(settings, is_shared=True) as reserved:
+        command = [sys.executable, "-P", "-m", "service.cli", "serve", "--fd"]  # -P: not from the current folder
+        supervisor = Supervisor(command, worker_environment(settings), shares, reserved, settings.drain_s)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, supervisor.stop)
+        _on_hangup(supervisor.stop)
+        logger.info("%d workers share %s port %d", settings.workers, *reserved.getsockname()[:2])
+        if not supervisor.run():
+            raise CommandError("the workers cannot run; the log says why")
+    if supervisor.stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if supervisor.stopped_by is not None:  # end as its sender expects, and as a single server does
+        signal.signal(supervisor.stopped_by, signal.SIG_DFL)
+        signal.raise_signal(supervisor.stopped_by)
+
+
+def share_out(settings: Settings, cores: float, *, is_quota: bool, is_on_cpu: bool) -> Settings:
+    """Give each worker its part of what all of them would see the whole of: a quota of CPU time, or a GPU."""
+    parts: dict[str, float] = {}
+    if is_quota and settings.threads is None:
+        parts["threads"] = max(1, int(cores / settings.workers))
+    if settings.max_utilization is not None and (is_quota or not is_on_cpu):
+        parts["max_utilization"] = settings.max_utilization / settings.workers
+    return settings.model_copy(update=parts)
+
+
+def allow_connections(
+    max_in_flight: int,
+    limits: tuple[int, int] | None = None,
+    set_limits: Callable[[int, tuple[int, int]], None] = resource.setrlimit,
+) -> None:
+    """Raise the limit on open files as far as it goes: every connection is one, and 1024 are soon used up.
+
+    Args:
+        max_in_flight: requests at once.
+        limits: soft and hard, as they are.
+        set_limits: changes them.
+    """
+    soft, hard = limits or resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_in_flight + OTHER_FILES
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        logger.warning(
+            "%d open files are allowed, fewer than %d requests at once need; see ulimit -n", hard, max_in_flight
+        )
+        wanted = hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        set_limits(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _bind(settings: Settings, *, is_shared: bool = False) -> socket.socket:
+    try:
+        if is_shared:  # among our own workers, not with those of another server
+            bind(settings.host, settings.port).close()
+        return bind(settings.host, settings.port, is_shared=is_shared)
+    except OSError as error:
+        raise CommandError(f"{settings.host} port {settings.port} cannot be listened on: {error.strerror}") from error
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; those admitted are answered before the server leaves."""
+    failed = threading.Event()
+
+    def stop() -> None:
+        failed.set()
+        server.should_exit = True
+
+    def tell_supervisor(is_serving: bool) -> None:
+        if settings.fd is not None and shared_folder is not None:
+            beat(shared_folder, is_serving)
+
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+    if settings.workers > 1 and settings.fd is None:
+        supervise(settings)
+        return
+    shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
+    if settings.workers > 1 and shared_folder is None:
+        raise CommandError("--workers listen on sockets of their own: leave out --fd, or --workers")
+    allow_connections(settings.max_in_flight)
+    with _bind(settings) if settings.fd is None else socket.socket(fileno=settings.fd) as opened:
+        checkpoint = load_checkpoint(settings.checkpoint)
+        runtime = ServerRuntime(settings, checkpoint, on_failure=stop, heartbeat=tell_supervisor)
+        # Others may serve at the same address: this server takes no connection from them before its time.
+        app = create_app(runtime, ready_first=settings.fd is not None)
+        for name in unknown_variables():
+            logger.warning("the environment variable %s is no setting of this server", name)
+        config = uvicorn.Config(
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            log_config=None,
+            log_level=settings.log_level,
+            access_log=settings.log_level == "debug",
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(settings.drain_s),
+        )
+        server = _Server(config, runtime.drain)
+        configure_gc()
+        _on_hangup(server.handle_exit)
+        server.run([opened])
+    if runtime.state is ServerState.HUNG:  # the interpreter would wait for the thread that hangs
+        logging.shutdown()
+        os._exit(1)
+    if failed.is_set():
+        raise CommandError("the model cannot run; the log says why")
+
+
+def _on_hangup(stop: Callable[[int, FrameType | None], object]) -> None:
+    """Stop in order when the terminal closes, unless `nohup` says to go on."""
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, stop)

@@ -1,0 +1,1 @@
+"""The wire: requests in, answers out; nothing is decided here."""

@@ -1,0 +1,123 @@
+"""Errors on the wire: the one table from error type to status, the one JSON shape, and when to close a connection."""
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service.errors import (
+    BodyTooLargeError,
+    BudgetTooSmallError,
+    ClientGoneError,
+    DeadlineError,
+    ImageTooLargeError,
+    InvalidImageError,
+    InvalidParameterError,
+    ModelError,
+    NotReadyError,
+    OverloadedError,
+    ServiceError,
+    UnsupportedMediaError,
+    UploadTimeoutError,
+    invalid_parameter,
+)
+from service.http.request_ids import HEADER, KEY, request_id
+from service.http.schemas import ErrorAnswer, ErrorDetail
+
+logger = logging.getLogger(__name__)
+
+STATUS = {
+    InvalidParameterError: 422,
+    BudgetTooSmallError: 422,
+    InvalidImageError: 422,
+    ImageTooLargeError: 413,
+    BodyTooLargeError: 413,
+    UploadTimeoutError: 408,
+    ClientGoneError: 499,  # for the log of accesses
+    UnsupportedMediaError: 415,
+    OverloadedError: 429,
+    NotReadyError: 503,
+    DeadlineError: 504,
+    ModelError: 500,
+}
+RETRY_AFTER_S = 1
+LINGER_S = 1
+
+
+class ErrorAnswers:
+    """Answers every error in one JSON shape."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        """Take how long a body may be: one that may be longer is not read on once its request has its error."""
+        self._max_body_bytes = max_body_bytes
+
+    def add_to(self, app: FastAPI) -> None:
+        """Answer the errors of all routes of an app."""
+        app.exception_handler(ServiceError)(self._on_service_error)
+        app.exception_handler(RequestValidationError)(self._on_invalid_parameter)
+        app.exception_handler(HTTPException)(_on_http_error)
+        app.exception_handler(Exception)(_on_bug)
+
+    async def _on_service_error(self, request: Request, error: ServiceError) -> Response:
+        if isinstance(error, BodyTooLargeError):
+            await _discard(request)
+        status = STATUS.get(type(error), 500)
+        if status == 500:
+            logger.error("request %s: %s", request_id(request.scope), error.message)
+        response = _error(status, error.code, error.message, error.details)
+        unread = isinstance(error, BodyTooLargeError | UploadTimeoutError) or self._may_be_long(request)
+        return _closing(response) if unread else response
+
+    async def _on_invalid_parameter(self, request: Request, error: RequestValidationError) -> Response:
+        # FastAPI says first of all that it is the query.
+        problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
+        return await self._on_service_error(request, invalid_parameter(problems))
+
+    def _may_be_long(self, request: Request) -> bool:
+        length = request.headers.get("content-length", "0")
+        return "transfer-encoding" in request.headers or int(length) > self._max_body_bytes
+
+
+async def _on_http_error(_: Request, error: HTTPException) -> Response:
+    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    return _error(error.status_code, code, error.detail, {}, error.headers)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    name = request_id(request.scope)
+    logger.error("request %s: %r", name, error)  # uvicorn logs where it came from
+    headers = {HEADER: name} if KEY in request.scope else {}  # this answer goes past the middleware
+    return _error(500, ServiceError.code, "the server failed; its log says why", {}, headers)
+
+
+def _error(
+    status: int, code: str, message: str, details: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> Response:
+    headers = dict(headers or {})
+    if status in (429, 503):
+        headers["Retry-After"] = str(max(RETRY_AFTER_S, math.ceil(details.get("retry_after_s", 0))))
+    body = ErrorAnswer(error=ErrorDetail(code=code, message=message, details=details))
+    return JSONResponse(body.model_dump(), status, headers)
+
+
+def _closing(response: Response) -> Response:
+    """Close the connection after `response`, or the server would go on to read a body that it has refused."""
+    response.headers["Connection"] = "close"
+    return response
+
+
+async def _discard(request: Request) -> None:
+    """Throw away for a moment what the client still sends: most look for an answer only after they have sent it all."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            message = await request.receive()
+            while message["type"] == "http.request" and message.get("more_body"):
+                message = await request.receive()

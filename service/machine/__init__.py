@@ -1,0 +1,1 @@
+"""What the machine looks like at this moment."""

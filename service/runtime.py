@@ -1,0 +1,273 @@
+"""What runs between the start and the end of a server: the preparation, then the batches. Wires every room once."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from datetime import datetime
+from functools import partial
+
+from torch import Tensor
+
+from models.checkpoint import Checkpoint
+from models.latency import LatencyTable
+from models.subnetwork import SubNetwork
+from service.decoding.decoder import Decoder
+from service.decoding.images import decode_image
+from service.domain import ServerState
+from service.engines.base import Engine
+from service.engines.factory import engine_threads, make_engine
+from service.engines.profile_store import extended_profile, measure_latencies, nominal_latencies
+from service.engines.profiler import Measurement, warm_up_shapes
+from service.errors import NotReadyError
+from service.execution.batcher import Batcher
+from service.execution.throttle import UtilizationLimiter
+from service.execution.watchdog import Watchdog
+from service.http.routes import ReadyServer, RouteContext
+from service.http.schemas import describe_family
+from service.machine.monitor import Monitor
+from service.machine.snapshot import prior_slowdown
+from service.pipeline import Pipeline
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.policies import find_policy
+from service.scheduling.scheduler import Scheduler
+from service.settings import Settings, environment_variable
+from service.telemetry.metrics import Metrics, process_registry
+from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class ServerRuntime:
+    """One server: its state, its threads, and what `create_app` serves.
+
+    Attributes:
+        context: what the routes call upon.
+        metrics: what is counted.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoint: Checkpoint,
+        engine: Engine | None = None,
+        latencies: LatencyTable | None = None,
+        *,
+        on_failure: Callable[[], None] = lambda: None,
+        heartbeat: Callable[[bool], None] = lambda _: None,
+        measure: Callable[..., Measurement] = measure_latencies,
+        monitor: Monitor | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        """Take what to serve; nothing runs yet.
+
+        Args:
+            settings: every knob.
+            checkpoint: what to serve.
+            engine: runs the batches; the one that the settings name by default.
+            latencies: of every sub-network on this machine; measured by default.
+            on_failure: called once the model cannot run at all, as after a failed warm-up, or when a batch never ends;
+                the server should then end. In the latter case it is HUNG, and a thread of it never ends.
+            heartbeat: called at every look of the watchdog on the event loop, with whether requests are served.
+            measure: measures the latencies, or reads those measured before.
+            monitor: looks at the machine.
+            watchdog: when a batch is taken to hang.
+
+        Raises:
+            DeviceError: the device or the engine cannot be used.
+            InvalidParameterError: there is no policy of that name.
+        """
+        self._settings, self._checkpoint, self._latencies = settings, checkpoint, latencies
+        self._on_failure, self._heartbeat, self._measure = on_failure, heartbeat, measure
+        self._monitor, self._watchdog = monitor or Monitor(), watchdog or Watchdog()
+        self._threads = settings.threads or engine_threads(checkpoint, self._monitor.latest.cores)
+        self._engine = engine or make_engine(settings.engine, checkpoint.model, settings.device, self._threads)
+        self._profile = extended_profile(checkpoint)
+        # A wrong name fails at once.
+        find_policy(settings.policy, VariantCatalog.of(self._profile, nominal_latencies(self._profile)))
+        self.metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
+        subnetworks = list(self._profile.by_subnetwork)
+        self.metrics.describe(subnetworks, checkpoint.name, checkpoint.version, settings.workers)
+        self.context = RouteContext(
+            checkpoint=checkpoint,
+            metrics=self.metrics,
+            monitor=self._monitor,
+            max_body_bytes=settings.max_body_bytes,
+            max_upload_s=settings.max_upload_s,
+            state=lambda: self._state,
+            server=self._require_server,
+            report=self._report,
+        )
+        self._state = ServerState.STARTING
+        self._server: ReadyServer | None = None
+        self._batcher: Batcher | None = None
+        self._decoder: Decoder | None = None
+        self._engine_thread = ThreadPoolExecutor(1, "engine")
+        self._preparing: tuple[float, float] | None = None
+        self._became_ready = asyncio.Event()
+
+    @property
+    def state(self) -> ServerState:
+        """What the server is at."""
+        return self._state
+
+    def drain(self) -> None:
+        """Take no new request; where the preparation is not over, give it up.
+
+        A signal handler calls it, maybe in the middle of a count that holds the lock of all counts: it counts nothing.
+        """
+        if self._state is not ServerState.HUNG:
+            self._state = ServerState.DRAINING
+
+    @asynccontextmanager
+    async def running(self, *, ready_first: bool = False) -> AsyncIterator[None]:
+        """Serve as long as the block lasts; `ready_first` waits with it until the first request can be answered."""
+        reporting = asyncio.create_task(self._report_regularly())
+        watching = asyncio.create_task(self._monitor.run(self._settings.monitor_interval_s))
+        guarding = asyncio.create_task(self._guard())
+        serving = asyncio.create_task(self._serve())
+        serving.add_done_callback(self._on_end)
+        checkpoint = self._checkpoint
+        logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, self._engine.describe())
+        try:
+            if ready_first:
+                waiting = asyncio.create_task(self._became_ready.wait())
+                await asyncio.wait((serving, guarding, waiting), return_when=asyncio.FIRST_COMPLETED)
+                waiting.cancel()
+            yield
+        finally:
+            self.drain()
+            if self._batcher is not None:
+                self._batcher.stop()
+            await asyncio.wait((serving, guarding), return_when=asyncio.FIRST_COMPLETED)
+            for task in (watching, reporting, guarding):
+                task.cancel()
+            self._monitor.close()
+
+    async def _serve(self) -> None:
+        """Warm up, learn the latencies, and run batches until told to stop and all that was admitted has an answer."""
+        try:
+            loop = asyncio.get_running_loop()
+            latencies, measured_at = await loop.run_in_executor(self._engine_thread, self._prepare)
+            if self._state is ServerState.STARTING:
+                batcher = self._batcher = self._assemble(latencies, measured_at)
+                self._state = ServerState.READY
+                self.metrics.ready(True)
+                self._became_ready.set()
+                await batcher.serve()
+        except NotReadyError:
+            logger.info("stopped before the first request")
+        finally:
+            self._engine_thread.shutdown(wait=self._state is not ServerState.HUNG)
+            if self._decoder is not None:
+                self._decoder.close()
+
+    async def _guard(self) -> None:
+        """End without an engine that hangs."""
+        expected_s = await self._watchdog.until_hung(
+            lambda: self._preparing if self._batcher is None else self._batcher.running,
+            lambda: self._heartbeat(self._state is ServerState.READY),
+        )
+        logger.critical("a batch that should take %.3g s does not end; ending without it", expected_s)
+        self._state = ServerState.HUNG
+        if self._batcher is not None:
+            self._batcher.abandon()
+        self._on_failure()
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            logger.critical("the model cannot run: %s", error, exc_info=error)
+            self.drain()
+            self._on_failure()
+
+    def _prepare(self) -> tuple[LatencyTable, str]:
+        self._goes_on()
+        self._engine.warm_up()
+        if self._latencies is not None:
+            return self._latencies, "not measured here"
+        settings, checkpoint, run = self._settings, self._checkpoint, self._run_unless_stopping
+        measured = self._measure(
+            checkpoint,
+            self._engine.describe(),
+            run,
+            folder=settings.profile_folder,
+            max_batch_size=settings.max_batch_size,
+            is_stopping=lambda: not self._goes_on(),
+        )
+        best = VariantCatalog.of(self._profile, measured.table).best.profile
+        self.metrics.profiled(checkpoint.name, datetime.fromisoformat(measured.measured_at), best.top1)
+        warm_up_shapes(run, checkpoint.config.image_side, checkpoint.config.subnetworks, settings.max_batch_size)
+        return measured.table, measured.measured_at
+
+    def _run_unless_stopping(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        if not self._goes_on():
+            raise NotReadyError("the server is stopping")
+        return self._engine.run(images, subnetwork)
+
+    def _goes_on(self) -> bool:
+        """Note that the preparation gets on, if only with waiting for another process, and tell whether it should."""
+        self._preparing = time.monotonic(), self._watchdog.preparation_s
+        return self._state is ServerState.STARTING
+
+    def _assemble(self, latencies: LatencyTable, measured_at: str) -> Batcher:
+        settings, checkpoint = self._settings, self._checkpoint
+        catalog = VariantCatalog.of(self._profile, latencies)
+        policy = find_policy(settings.policy, catalog)
+        scheduler = Scheduler(
+            catalog,
+            policy.make(catalog, settings.max_batch_size),
+            settings.max_batch_size,
+            rejects_early=policy.rejects_early,
+            lock=threading.RLock(),
+        )
+        cores = None if self._engine.is_on_gpu else self._monitor.latest.cores
+        batcher = Batcher(
+            self._engine.run,
+            scheduler,
+            self._engine_thread,
+            limiter=UtilizationLimiter(settings.max_utilization, cores),
+            observe_machine=partial(self._observe_machine, scheduler),
+            observe_batch=self.metrics.batch_ran,
+        )
+        decode = partial(decode_image, config=checkpoint.config, max_pixels=settings.max_image_pixels)
+        self._decoder = Decoder(decode, settings.decode_threads)
+        pipeline = Pipeline(
+            scheduler=scheduler,
+            class_names=checkpoint.class_names,
+            decoder=self._decoder,
+            batcher=batcher,
+            max_in_flight=settings.max_in_flight,
+            default_budget_ms=settings.default_budget_ms,
+        )
+        family = describe_family(checkpoint, catalog, self._engine.describe(), measured_at, latencies.batch_sizes)
+        self._server = ReadyServer(pipeline, scheduler, family)
+        return batcher
+
+    def _observe_machine(self, scheduler: Scheduler) -> None:
+        """Tell the scheduler what others' load and the GPU's free memory mean for it."""
+        load = 1.0 if self._engine.is_on_gpu else prior_slowdown(self._monitor.latest, self._threads)
+        scheduler.machine_observed(load, self._engine.fitting_images())
+
+    def _require_server(self) -> ReadyServer:
+        if self._server is None:
+            raise NotReadyError("the server is warming up or measuring its latencies; try again in a moment")
+        return self._server
+
+    def _report(self) -> None:
+        """Record the machine's state and the scheduler's, for the next reader of the metrics."""
+        if self._server is not None:
+            state = self._server.scheduler.state(time.monotonic())
+            queued = len(self._server.scheduler)
+            self.metrics.machine(self._monitor.latest, queued, state.slowdown, state.safety_factor)
+            self.metrics.ready(self._state is ServerState.READY)
+
+    async def _report_regularly(self) -> None:
+        """Report until cancelled: where there are several workers, only one of them is asked for the metrics."""
+        while True:
+            await asyncio.sleep(self._settings.monitor_interval_s)
+            self._report()

@@ -1,0 +1,78 @@
+"""Whether a request can still be answered in time, before anything is spent on it."""
+
+from bisect import bisect_right
+
+from service.errors import OverloadedError
+from service.scheduling.estimators import TrafficEstimator
+from service.scheduling.latency_model import LatencyModel
+from service.scheduling.queue import RequestQueue
+from service.scheduling.state import PreprocessingDelay, QueuedRequest, target
+
+SUSTAINED_MARGIN = 0.3  # of a full batch; a whole one rejects every tight budget
+
+
+class Admission:
+    """Rejects what not even the cheapest level could answer in time."""
+
+    def __init__(self, queue: RequestQueue, latency_model: LatencyModel, traffic: TrafficEstimator) -> None:
+        """Take what it looks at, and changes nothing of.
+
+        Args:
+            queue: what is admitted already.
+            latency_model: of what batches take.
+            traffic: what arrives.
+        """
+        self._queue, self._latency_model, self._traffic = queue, latency_model, traffic
+
+    def rejection(
+        self, request: QueuedRequest, now: float, delay: PreprocessingDelay, free_at: float, max_batch_size: int
+    ) -> OverloadedError | None:
+        """Return why a request cannot be admitted, and when to try again; None if it can.
+
+        Args:
+            request: not admitted yet.
+            now: the instant.
+            delay: what it has before it until it is ready for the engine.
+            free_at: when the batch that runs ends.
+            max_batch_size: most that may run together.
+        """
+        ready_at = now + delay.base_s + delay.contention_s
+        own_s = self._latency_model.predict(target(request.constraints, 0), 1, now)
+        engine_at = self._expected_end(request, now, max(ready_at, free_at), max_batch_size)
+        decoded_at = ready_at + delay.queue_s + own_s
+        late_s = max(engine_at, decoded_at) - request.deadline_at
+        if late_s <= 0:
+            return None
+        if now + delay.base_s + own_s > request.deadline_at:
+            message = "even if nothing else waited it would be answered too late at this moment; grant it more time"
+            return OverloadedError(message, "no_time", late_s)
+        if ready_at + own_s > request.deadline_at or engine_at <= request.deadline_at:
+            message = "too many are being read and decoded to answer it in time; try again later"
+            return OverloadedError(message, "preprocessing", late_s)
+        message = "too much is waiting: even the cheapest sub-network would answer too late; try again later"
+        return OverloadedError(message, "backlog", late_s)
+
+    def _expected_end(self, request: QueuedRequest, now: float, start_at: float, max_batch_size: int) -> float:
+        """When a request would be answered if all before it ran at the cheapest level, in the largest batches."""
+        latencies_s, slowdown = self._latency_model.latencies_s, self._latency_model.slowdown(now)
+        cheapest_s, overhead_factor = latencies_s[0], self._latency_model.overhead_factor
+        full_s = cheapest_s[max_batch_size - 1] * slowdown * overhead_factor
+        ahead = self._queue.deadlines_before(request)
+        time, index = start_at, 0
+        if self._traffic.sustained_rate(now) * full_s > max_batch_size:
+            # What comes after this one presses, too: better rejected now than later. A request whose budget holds no
+            # two full batches, one to wait for and its own, meets no full ones.
+            usual = max(1, bisect_right(cheapest_s, request.constraints.budget_s / 2 / slowdown, 0, max_batch_size))
+            time += SUSTAINED_MARGIN * cheapest_s[usual - 1] * slowdown * overhead_factor
+        while index < len(ahead):
+            if ahead[index] < time + cheapest_s[0] * slowdown:
+                index += 1  # it will expire or be shed
+                continue
+            size = min(max_batch_size, len(ahead) - index)
+            index += size
+            if index == len(ahead) and size < max_batch_size and request.constraints.pinned is None:
+                together = time + cheapest_s[size] * slowdown
+                if together <= ahead[index - size]:
+                    return together
+            time += cheapest_s[size - 1] * slowdown * overhead_factor
+        return time + latencies_s[target(request.constraints, 0)][0] * slowdown

@@ -1,0 +1,187 @@
+"""What the server learns as it serves: the machine's slowdown, delays, the traffic, and how much safety to allow for.
+
+The filter of the slowdown follows ALERT (Wan et al., USENIX ATC 2020): one global factor with its spread, because
+whatever slows one sub-network down slows the others as well.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from service.scheduling.state import RequestConstraints
+
+GAIN = 0.6
+SPREAD_GAIN = 0.2
+MAX_SQUARED_SURPRISE = 0.1
+MAX_SURPRISE = 1.5  # one hiccup of ten times is no neighbour
+TAIL_SPREADS = 2.5  # spreads above the mean: a request lost costs far more accuracy than a level does
+STALE_AFTER_S = 0.5
+RATE_TIME_S = 0.5
+SUSTAINED_TIME_S = 2.0
+REMEMBERED_REQUESTS = 128
+TIGHT_QUANTILE = 0.05
+DELAY_GAIN = 0.1
+DELAY_FADES_S = 0.25
+MISS_STEP = 0.3
+TOLERATED_MISSES = 0.01  # of the requests: about what running a level lower costs in accuracy
+MAX_SAFETY_FACTOR = 10.0
+SAFETY_FACTOR_FADES_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Slowdown:
+    """The estimate.
+
+    Attributes:
+        factor: observed over profiled latency; 1 is as profiled.
+        variance: of the surprises, so of observed less expected factors.
+        updated_at: instant of the last batch, None before the first.
+    """
+
+    factor: float = 1.0
+    variance: float = 0.0
+    updated_at: float | None = None
+
+    def updated(self, observed_over_profiled: float, now: float) -> "Slowdown":
+        """Learn from a batch that ended at `now`."""
+        surprise = min(observed_over_profiled - self.factor, MAX_SURPRISE)
+        variance = self.variance + SPREAD_GAIN * (min(surprise**2, MAX_SQUARED_SURPRISE) - self.variance)
+        return replace(self, factor=self.factor + GAIN * surprise, variance=variance, updated_at=now)
+
+    def predict(self, now: float, prior: float, spreads: float = 0.0) -> float:
+        """Factor to multiply the profile with at `now`; without news from batches it turns to `prior`.
+
+        Args:
+            now: in seconds on the clock of `updated`.
+            prior: what to expect before any batch has told better.
+            spreads: how many standard deviations to allow for.
+        """
+        if self.updated_at is None:
+            return prior
+        trust = math.exp(min(0.0, self.updated_at - now) / STALE_AFTER_S)
+        return trust * (self.factor + spreads * math.sqrt(self.variance)) + (1 - trust) * prior
+
+
+@dataclass(slots=True)
+class Delay:
+    """A delay that varies: its mean and its mean deviation, of late.
+
+    Without news what is expected fades, or a server that rejects all for its sake would never learn better.
+    """
+
+    fades_s: float = DELAY_FADES_S
+    mean_s: float = 0.0
+    _deviation_s: float = 0.0
+    _seen_at: float = 0.0
+
+    def observe(self, seconds: float, now: float) -> None:
+        """Learn from one."""
+        surprise = seconds - self.mean_s
+        self.mean_s += DELAY_GAIN * surprise
+        self._deviation_s += DELAY_GAIN * (abs(surprise) - self._deviation_s)
+        self._seen_at = now
+
+    def expected_s(self, now: float) -> float:
+        """How long it will probably be."""
+        return self.mean_s * self._freshness(now)
+
+    def margin_s(self, now: float) -> float:
+        """Time to allow for it, its spread included."""
+        return (self.mean_s + 2 * self._deviation_s) * self._freshness(now)
+
+    def _freshness(self, now: float) -> float:
+        return math.exp(min(0.0, self._seen_at - now) / self.fades_s)
+
+
+@dataclass(slots=True)
+class ArrivalRate:
+    """Arrivals per second, as an exponential average over `time_s` that is nearly right from the start."""
+
+    time_s: float
+    _weight: float = 0.0
+    _seconds: float = 0.0
+    _at: float | None = None
+
+    def count(self, now: float) -> None:
+        """Count an arrival."""
+        self._age(now)
+        self._weight += 1.0
+
+    def read(self, now: float) -> float:
+        """Return the rate."""
+        self._age(now)
+        return self._weight / max(self._seconds, 0.5 * self.time_s)  # the very first of all is no burst
+
+    def _age(self, now: float) -> None:
+        if self._at is None:
+            self._at = now
+        passed = max(0.0, now - self._at)
+        keep = math.exp(-passed / self.time_s)
+        self._weight *= keep
+        self._seconds = self._seconds * keep + self.time_s * (1 - keep)
+        self._at = max(self._at, now)
+
+
+@dataclass(slots=True)
+class SafetyFactor:
+    """A factor on the times that a plan reckons with, at least 1: it grows with every request that is missed.
+
+    It finds by trial what no profile tells, such as how much of a deadline goes by on the way to and from the engine
+    while HTTP and the engine contend for the same cores. Answers in time and time itself let it fade.
+    """
+
+    factor: float = 1.0
+    _at: float = 0.0
+
+    def observe(self, met: int, missed: int, now: float) -> None:
+        """Learn from requests: so many were taken into a batch that should be in time, so many were missed."""
+        step = MISS_STEP * (missed - TOLERATED_MISSES * (met + missed))
+        self.factor = min(MAX_SAFETY_FACTOR, max(1.0, self.read(now) + step))
+        self._at = now
+
+    def read(self, now: float) -> float:
+        """Return the factor at `now`."""
+        return 1 + (self.factor - 1) * math.exp(min(0.0, self._at - now) / SAFETY_FACTOR_FADES_S)
+
+
+class TrafficEstimator:
+    """What arrives: how much of late and over some seconds, and what the last requests granted."""
+
+    def __init__(self) -> None:
+        self._rate = ArrivalRate(RATE_TIME_S)
+        self._sustained_rate = ArrivalRate(SUSTAINED_TIME_S)
+        self._recent: deque[RequestConstraints] = deque(maxlen=REMEMBERED_REQUESTS)
+        self._budgets_s: list[float] = []  # of the recent, ascending
+
+    @property
+    def recent(self) -> Sequence[RequestConstraints]:
+        """The constraints of the last requests, the oldest first."""
+        return self._recent
+
+    @property
+    def tight_budget_s(self) -> float:
+        """A budget that few of the recent ones undercut; infinite before the first."""
+        return self._budgets_s[int(TIGHT_QUANTILE * len(self._budgets_s))] if self._budgets_s else math.inf
+
+    def count(self, now: float) -> None:
+        """Count an arrival."""
+        self._rate.count(now)
+        self._sustained_rate.count(now)
+
+    def remember(self, constraints: RequestConstraints) -> None:
+        """Take note of what a request grants."""
+        if len(self._recent) == REMEMBERED_REQUESTS:
+            oldest = self._recent[0].budget_s
+            del self._budgets_s[bisect_left(self._budgets_s, oldest)]
+        self._recent.append(constraints)
+        insort(self._budgets_s, constraints.budget_s)
+
+    def rate(self, now: float) -> float:
+        """Return the arrivals per second, of late."""
+        return self._rate.read(now)
+
+    def sustained_rate(self, now: float) -> float:
+        """Return the arrivals per second over a longer time, which leaves out what is only a burst."""
+        return self._sustained_rate.read(now)

@@ -1,0 +1,67 @@
+"""Whether a queue that is served by deadline, in the largest batches that fit, is in time. Decides nothing."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from service.scheduling.catalog import Latencies
+from service.scheduling.state import SchedulerState
+
+
+def clears(state: SchedulerState, deadlines: Sequence[float], variant: int, max_size: int) -> bool:
+    """Whether serving all of `deadlines`, ascending, with one variant in the largest batches is in time for all.
+
+    The slowdown is the one that few batches exceed. That many in a row do is less likely still: their time adds up as
+    it probably will be, and their deviations, independent of each other, as the root of the sum of squares.
+    """
+    by_batch_s, slowdown, time = state.latencies_s[variant], state.slowdown, state.now
+    likely = slowdown / state.tail_factor
+    busy, spread, squares, margin = likely * state.overhead_factor, slowdown - likely, 0.0, 0.0
+    index, count = 0, len(deadlines)
+    while index < count:
+        size = bisect_right(by_batch_s, (deadlines[index] - time - margin) / slowdown, 0, max_size)
+        if size == 0:
+            return False
+        if size > count - index:
+            size = count - index
+        seconds = by_batch_s[size - 1]
+        time += seconds * busy
+        squares += (seconds * spread) ** 2
+        margin = math.sqrt(squares)
+        index += size
+    return True
+
+
+def clears_mixed(state: SchedulerState, deadlines: Sequence[float], targets: Sequence[int], guard_s: float) -> bool:
+    """As `clears`, where each request has a target of its own: a group pays for one batch per target in it.
+
+    Those beyond the targets are taken to go at the pace of those before them.
+    """
+    latencies_s, slowdown, max_size = state.latencies_s, state.slowdown, state.max_batch_size
+    likely = slowdown / state.tail_factor
+    busy, spread, squares, margin = likely * state.overhead_factor, slowdown - likely, 0.0, 0.0
+    index, count, time = 0, len(targets), state.now
+    while index < count:
+        room = min(deadlines[index] - time - margin, max(guard_s, latencies_s[targets[index]][0] * slowdown)) / slowdown
+        sizes, cost = take_group(latencies_s, targets[index : index + max_size], room)
+        if not cost:
+            return False
+        time += cost * busy
+        squares += (cost * spread) ** 2
+        margin = math.sqrt(squares)
+        index += sum(sizes)
+    pace = (time - state.now) / count
+    return all(time + pace * (index - count) <= deadlines[index] for index in range(count, len(deadlines), max_size))
+
+
+def take_group(latencies_s: Latencies, targets: Sequence[int], room: float) -> tuple[list[int], float]:
+    """Take from the front what fits the room: how many of each variant, and the cost of a batch of each."""
+    sizes, cost = [0] * len(latencies_s), 0.0
+    for index in targets:
+        by_batch_s, size = latencies_s[index], sizes[index]
+        more = by_batch_s[size] - by_batch_s[size - 1] if size else by_batch_s[0]
+        if cost + more > room:
+            break
+        sizes[index] = size + 1
+        cost += more
+    return sizes, cost

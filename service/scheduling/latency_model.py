@@ -1,0 +1,66 @@
+"""What a batch takes: the profile, corrected by what was observed and by what others do on the machine."""
+
+from service.scheduling.catalog import Latencies, VariantCatalog
+from service.scheduling.estimators import Slowdown
+
+TURNAROUND_GAIN = 0.1
+MAX_TURNAROUND = 2.0
+NO_TIME_S = 1e-6  # a coarse clock may see none go by
+DRIFT_GAIN = 0.1
+MAX_DRIFT = 0.2
+
+
+class LatencyModel:
+    """Predicts latencies, and learns from batches: the machine's slowdown, and how far off each profile is.
+
+    Attributes:
+        prior_slowdown: what others' load lets expect before a batch has told.
+        throttle_factor: how much longer than its batches a ceiling of utilization occupies the engine.
+    """
+
+    def __init__(self, catalog: VariantCatalog) -> None:
+        """Begin with the profile."""
+        self.prior_slowdown = 1.0
+        self.throttle_factor = 1.0
+        self._catalog = catalog
+        self._slowdown = Slowdown()
+        self._latencies_s = [list(variant.latency_by_batch_s) for variant in catalog.variants]
+        self._drift = [1.0] * len(catalog.variants)
+        self._turnaround = 1.0  # what the engine is occupied for a batch, over the batch itself
+
+    @property
+    def latencies_s(self) -> Latencies:
+        """Of the variants by batch size, corrected, before the slowdown."""
+        return self._latencies_s
+
+    @property
+    def overhead_factor(self) -> float:
+        """How much longer than its batches the engine is occupied."""
+        return max(self.throttle_factor, self._turnaround)  # what lies between batches goes by within a pause
+
+    def slowdown(self, now: float, spreads: float = 0.0) -> float:
+        """Return the factor on the latencies at `now`, with an allowance of so many standard deviations."""
+        return self._slowdown.predict(now, self.prior_slowdown, spreads)
+
+    def predict(self, index: int, size: int, now: float) -> float:
+        """Return the seconds that a batch of a variant will probably take."""
+        return self._latencies_s[index][size - 1] * self.slowdown(now)
+
+    def observe(self, index: int, size: int, seconds: float, now: float, turnaround_s: float) -> None:
+        """Learn from a batch.
+
+        Args:
+            index: of the variant that ran.
+            size: of the batch.
+            seconds: that it took.
+            now: when it ended.
+            turnaround_s: from when the engine was free, and a request waited, until the batch began.
+        """
+        taken = min(1 + turnaround_s / max(seconds, NO_TIME_S), MAX_TURNAROUND)
+        self._turnaround += TURNAROUND_GAIN * (taken - self._turnaround)
+        expected = self._latencies_s[index][size - 1]
+        surprise = seconds / (expected * max(self._slowdown.factor, 0.1)) - 1
+        self._slowdown = self._slowdown.updated(seconds / expected, now)
+        drift = self._drift[index] * (1 + DRIFT_GAIN * max(-MAX_DRIFT, min(MAX_DRIFT, surprise)))
+        drift = self._drift[index] = max(1 - MAX_DRIFT, min(1 + MAX_DRIFT, drift))
+        self._latencies_s[index] = [drift * profiled for profiled in self._catalog.variants[index].latency_by_batch_s]

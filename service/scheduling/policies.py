@@ -1,0 +1,87 @@
+"""Every policy by its name: ours, published ones and simple ones. Knows no settings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from models.subnetwork import SubNetwork
+from service.errors import InvalidParameterError
+from service.scheduling.baseline_policies import (
+    Baseline,
+    PeriodicPlan,
+    SlackFit,
+    fixed,
+    max_accuracy,
+    max_batch,
+    min_cost,
+    step_down,
+)
+from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.level_policy import choose_level
+from service.scheduling.state import Decide
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What chooses, by name.
+
+    Attributes:
+        name: as settings and benchmarks call it.
+        make: builds it for a catalog and for batches of at most so many; one that plans keeps its plan to itself.
+        rejects_early: whether the scheduler rejects at admission what it sees no way to answer in time. Published
+            policies drop when they choose.
+    """
+
+    name: str
+    make: Callable[[VariantCatalog, int], Decide]
+    rejects_early: bool = False
+
+
+POLICIES = (
+    Policy("level", lambda _catalog, _size: choose_level, rejects_early=True),
+    Policy("max-accuracy", lambda _catalog, _size: Baseline("max-accuracy", max_accuracy)),
+    Policy("max-batch", lambda _catalog, _size: Baseline("max-batch", max_batch)),
+    Policy("slackfit", lambda catalog, size: Baseline("slackfit", SlackFit(catalog, size))),
+    Policy("slackfit-capped", lambda catalog, size: Baseline("slackfit-capped", SlackFit(catalog, size, capped=True))),
+    Policy(
+        "slackfit-estimate",
+        lambda catalog, size: Baseline("slackfit-estimate", SlackFit(catalog, size), estimates=True),
+    ),
+    Policy("infaas", lambda _catalog, _size: Baseline("infaas", min_cost)),
+    Policy("proteus", lambda _catalog, _size: Baseline("proteus", PeriodicPlan())),
+    Policy("step-down", lambda _catalog, _size: Baseline("step-down", step_down, estimates=True)),
+    Policy(
+        "step-down-drop",
+        lambda _catalog, _size: Baseline("step-down-drop", step_down, drops_early=True, estimates=True),
+    ),
+)
+
+
+def fixed_name(subnetwork: SubNetwork) -> str:
+    """Name the policy that always runs `subnetwork`, e.g. fixed-14-0.5."""
+    return f"fixed-{subnetwork.patch_grid}-{subnetwork.keep_rate:.10g}"
+
+
+def policy_names(catalog: VariantCatalog) -> tuple[str, ...]:
+    """Name every policy for this catalog; keep rates at which nothing was trained can be fixed as well."""
+    trained = sorted(one.profile.subnetwork for one in catalog.variants if one.profile.is_trained)
+    return (*(policy.name for policy in POLICIES), *map(fixed_name, trained))
+
+
+def find_policy(name: str, catalog: VariantCatalog) -> Policy:
+    """Find a policy for a catalog.
+
+    Raises:
+        InvalidParameterError: there is no policy of that name; lists those there are.
+    """
+    for policy in POLICIES:
+        if policy.name == name:
+            return policy
+    for variant in catalog.variants:
+        if fixed_name(variant.profile.subnetwork) == name:
+            return _fixed_policy(name, variant)
+    message = f"{name} is no policy; there are {', '.join(policy_names(catalog))}"
+    raise InvalidParameterError(message, parameter="policy")
+
+
+def _fixed_policy(name: str, variant: Variant) -> Policy:
+    return Policy(name, lambda _catalog, _size: fixed(name, variant))

@@ -1,0 +1,80 @@
+"""The requests that have been admitted and not yet been answered, and those of them that wait for the engine."""
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter
+
+from service.scheduling.state import QueuedRequest
+
+_deadline = attrgetter("deadline_at")
+
+
+class RequestQueue:
+    """Admitted requests; those that are ready for the engine stand in order of deadline."""
+
+    def __init__(self) -> None:
+        self._queued: list[QueuedRequest] = []
+        self._admitted: set[QueuedRequest] = set()
+        self._deadlines: dict[int, list[float]] = {}  # of all that are admitted, by priority, ascending
+
+    def __len__(self) -> int:
+        """Count what waits for the engine."""
+        return len(self._queued)
+
+    @property
+    def queued(self) -> Sequence[QueuedRequest]:
+        """What waits for the engine, earliest deadline first, equals in order of arrival."""
+        return self._queued
+
+    @property
+    def num_admitted(self) -> int:
+        """How many requests are admitted, whether ready for the engine or not."""
+        return len(self._admitted)
+
+    @property
+    def priorities(self) -> frozenset[int]:
+        """The priorities of the admitted requests."""
+        return frozenset(self._deadlines)
+
+    def admit(self, request: QueuedRequest) -> None:
+        """Count a request in."""
+        self._admitted.add(request)
+        insort(self._deadlines.setdefault(request.priority, []), request.deadline_at)
+
+    def enqueue(self, request: QueuedRequest) -> bool:
+        """Let an admitted request wait for the engine; one that has left meanwhile stays out, which is told."""
+        if request not in self._admitted:
+            return False
+        insort(self._queued, request, key=_deadline)
+        return True
+
+    def remove(self, request: QueuedRequest) -> None:
+        """Forget an admitted request, wherever it is; one that is gone already is no error."""
+        if request not in self._admitted:
+            return
+        self._admitted.remove(request)
+        deadlines = self._deadlines[request.priority]
+        del deadlines[bisect_left(deadlines, request.deadline_at)]
+        if not deadlines:
+            del self._deadlines[request.priority]
+        start = bisect_left(self._queued, request.deadline_at, key=_deadline)
+        for index in range(start, len(self._queued)):
+            if self._queued[index] is request:
+                del self._queued[index]
+                return
+            if self._queued[index].deadline_at != request.deadline_at:
+                return
+
+    def deadlines_before(self, request: QueuedRequest) -> list[float]:
+        """Return the deadlines of the admitted requests that are served before another, ascending."""
+        before = [
+            deadlines[: bisect_right(deadlines, request.deadline_at)]
+            for priority, deadlines in self._deadlines.items()
+            if priority >= request.priority
+        ]
+        return before[0] if len(before) == 1 else sorted(chain.from_iterable(before))
+
+    def with_request(self, request: QueuedRequest) -> list[QueuedRequest]:
+        """Return what would wait for the engine if another request did as well."""
+        return sorted([*self._queued, request], key=_deadline)

@@ -1,0 +1,271 @@
+"""Which requests are admitted, and what runs next: the queue, what is known of traffic and machine, and the policy.
+
+No clock, no waiting and no images here: the server and the simulator run the very same code. In the server the event
+loop, the threads that decode and the engine's share it, so each public method holds the lock that it was given.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+
+from service.errors import OverloadedError
+from service.scheduling.admission import Admission
+from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.estimators import TAIL_SPREADS, SafetyFactor, TrafficEstimator
+from service.scheduling.latency_model import LatencyModel
+from service.scheduling.queue import RequestQueue
+from service.scheduling.state import (
+    NO_DELAY,
+    BatchDecision,
+    Decide,
+    PreprocessingDelay,
+    QueuedRequest,
+    SchedulerState,
+    target,
+)
+
+MAX_PREVIEWED = 8  # decisions; a longer queue is taken to go on as it began
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _locked(method: "Callable[Concatenate[Scheduler, P], R]") -> "Callable[Concatenate[Scheduler, P], R]":
+    @functools.wraps(method)
+    def one_at_a_time(self: "Scheduler", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return one_at_a_time
+
+
+class Preview(NamedTuple):
+    """What would become of a request: its variant, the size of its batch, seconds until that starts, the decision."""
+
+    variant: Variant
+    batch_size: int
+    starts_in_s: float
+    decision: BatchDecision
+
+
+class Scheduler:
+    """Admits requests, decides what runs, and learns from what ran."""
+
+    def __init__(
+        self,
+        catalog: VariantCatalog,
+        decide: Decide,
+        max_batch_size: int,
+        *,
+        rejects_early: bool = True,
+        lock: AbstractContextManager[object] | None = None,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            catalog: what can be run.
+            decide: the policy.
+            max_batch_size: most that may run together; no more than the catalog knows the latency of.
+            rejects_early: whether `admit` rejects what it sees no way to answer in time.
+            lock: reentrant, where several threads call; by default there is one.
+        """
+        self.catalog = catalog
+        self._decide = decide
+        self._max_batch_size = self._most = min(max_batch_size, catalog.max_batch_size)
+        self._rejects_early = rejects_early
+        self._queue = RequestQueue()
+        self._latency_model = LatencyModel(catalog)
+        self._traffic = TrafficEstimator()
+        self._safety_factor = SafetyFactor()
+        self._admission = Admission(self._queue, self._latency_model, self._traffic)
+        self._free_at = -math.inf
+        self._lock = nullcontext() if lock is None else lock
+
+    def __len__(self) -> int:
+        """Count what waits for the engine."""
+        return len(self._queue)
+
+    @contextmanager
+    def admitted(
+        self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY
+    ) -> Iterator[QueuedRequest]:
+        """Admit a request, and forget it in the end, whatever became of it.
+
+        Raises:
+            OverloadedError: as `admit`.
+        """
+        self.admit(request, now, delay)
+        try:
+            yield request
+        finally:
+            self.withdraw(request)
+
+    @_locked
+    def admit(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
+        """Take note of a request before anything is spent on it.
+
+        Args:
+            request: to be admitted.
+            now: the instant.
+            delay: what it has before it until it is ready for the engine; by default nothing.
+
+        Raises:
+            OverloadedError: even the cheapest sub-network could not answer it in time, unless requests of lower
+                priority and those due later are put behind it; says when to try again.
+        """
+        rejection = self._rejection(request, now, delay)
+        if rejection is None or rejection.reason != "no_time":  # all others a cheaper level may help, if to be decoded
+            self._traffic.count(now)
+        if rejection is not None:
+            if rejection.reason == "backlog":  # a cheaper level would have cured nothing else
+                self._safety_factor.observe(0, 1, now)
+            raise rejection
+        self._queue.admit(request)
+
+    @_locked
+    def enqueue(self, request: QueuedRequest) -> None:
+        """Put an admitted request where the policy sees it: it is ready for the engine. One that has left stays out."""
+        if self._queue.enqueue(request):
+            self._traffic.remember(request.constraints)
+
+    @_locked
+    def withdraw(self, request: QueuedRequest) -> None:
+        """Forget an admitted request, wherever it stands; one that is gone already is no error."""
+        self._queue.remove(request)
+
+    @_locked
+    def next_batch(self, now: float) -> BatchDecision:
+        """Ask the policy what to do with the queue, and take out what it runs, lets expire or sheds."""
+        if not len(self._queue):
+            return BatchDecision(None)
+        state = self.state(now)
+        decision = self._decide(state)
+        for request in decision.removed:
+            self._queue.remove(request)
+        self._safety_factor.observe(len(decision.batch), len(decision.expired) + len(decision.shed), now)
+        if decision.variant is not None:
+            latency_s = state.latency_s(decision.variant.index, len(decision.batch))
+            self._free_at = now + latency_s * self._latency_model.overhead_factor
+        return decision
+
+    @_locked
+    def batch_completed(
+        self, variant: Variant, size: int, seconds: float, now: float, turnaround_s: float = 0.0
+    ) -> None:
+        """Learn from a batch: the machine's slowdown, and how far off the profile of its variant is.
+
+        Args:
+            variant: that ran.
+            size: of the batch.
+            seconds: that it took.
+            now: when it ended.
+            turnaround_s: from when the engine was free, and a request waited, until the batch began.
+        """
+        self._latency_model.observe(variant.index, size, seconds, now, turnaround_s)
+        self._free_at = now
+
+    @_locked
+    def batch_failed(self, now: float) -> None:
+        """Take note that the batch has ended without an answer: nothing is learned from its time."""
+        self._free_at = now
+
+    @_locked
+    def deadline_missed(self, now: float) -> None:
+        """Take note that an answer came after its deadline in spite of all."""
+        self._safety_factor.observe(0, 1, now)
+
+    @_locked
+    def machine_observed(self, prior_slowdown: float, max_batch_size: int | None = None) -> None:
+        """Take note of what the machine allows.
+
+        Args:
+            prior_slowdown: what others' load lets expect, over the profile.
+            max_batch_size: what its memory holds; None where memory is no bound.
+        """
+        self._latency_model.prior_slowdown = prior_slowdown
+        self._max_batch_size = self._most if max_batch_size is None else min(max_batch_size, self._most)
+
+    @_locked
+    def throttled(self, factor: float) -> None:
+        """Take note that a ceiling of utilization occupies the engine for so much longer than its batches."""
+        self._latency_model.throttle_factor = factor
+
+    @_locked
+    def preview(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> Preview:
+        """Tell what would become of a request that arrived now; nothing changes.
+
+        Raises:
+            OverloadedError: it would be rejected, or shed.
+        """
+        if rejection := self._rejection(request, now, delay):
+            raise rejection
+        state, queue = self.state(now), self._queue.with_request(request)
+        start = time = max(now + delay.total_s, self._free_at)
+        queued = len(queue)
+        for _ in range(MAX_PREVIEWED):
+            decision = self._decide(replace(state, now=time, queue=queue))
+            if request in decision.batch and decision.variant is not None:
+                return Preview(decision.variant, len(decision.batch), time - now, decision)
+            gone = set(decision.removed)
+            if request in gone or not gone:
+                break
+            queue = [other for other in queue if other not in gone]
+            if decision.variant is not None:
+                latency_s = state.latency_s(decision.variant.index, len(decision.batch))
+                time += latency_s * self._latency_model.overhead_factor
+        else:
+            time += (time - start) / (queued - len(queue)) * queue.index(request)
+            level = 0 if decision.variant is None else min(decision.variant.index, self.catalog.num_levels - 1)
+            variant = self.catalog.variants[target(request.constraints, level)]
+            if time + state.latency_s(variant.index, 1) <= request.deadline_at:
+                return Preview(variant, max(1, len(decision.batch)), time - now, decision)
+        raise OverloadedError("it would be shed so that others can be answered in time", "shed", 0.0)
+
+    @_locked
+    def predict(self, variant: Variant, size: int, now: float) -> float:
+        """Return the seconds that a batch will probably take."""
+        return self._latency_model.predict(variant.index, size, now)
+
+    @_locked
+    def backlog_s(self, now: float) -> float:
+        """Return the seconds that all admitted requests take at the cheapest level."""
+        full_s = self._latency_model.predict(0, self._max_batch_size, now)
+        return self._queue.num_admitted / self._max_batch_size * full_s * self._latency_model.overhead_factor
+
+    @_locked
+    def state(self, now: float) -> SchedulerState:
+        """Describe this moment to a policy."""
+        likely, cautious = (self._latency_model.slowdown(now, spreads) for spreads in (0, TAIL_SPREADS))
+        return SchedulerState(
+            now=now,
+            queue=self._queue.queued,
+            catalog=self.catalog,
+            latencies_s=self._latency_model.latencies_s,
+            slowdown=likely,
+            tail_factor=cautious / likely,
+            overhead_factor=self._latency_model.overhead_factor,
+            max_batch_size=self._max_batch_size,
+            arrival_rate=self._traffic.rate(now),
+            sustained_rate=self._traffic.sustained_rate(now),
+            recent=self._traffic.recent,
+            tight_budget_s=self._traffic.tight_budget_s,
+            safety_factor=self._safety_factor.read(now),
+        )
+
+    @property
+    def free_at(self) -> float:
+        """When the batch that runs will probably have ended, with what follows it."""
+        return self._free_at
+
+    @property
+    def prior_slowdown(self) -> float:
+        """What others' load lets expect, over the profile."""
+        return self._latency_model.prior_slowdown
+
+    def _rejection(self, request: QueuedRequest, now: float, delay: PreprocessingDelay) -> OverloadedError | None:
+        if not self._rejects_early:
+            return None
+        return self._admission.rejection(request, now, delay, self._free_at, self._max_batch_size)

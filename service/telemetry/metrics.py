@@ -1,0 +1,295 @@
+"""Every Prometheus metric of the server, declared once on an injected registry.
+
+Workers of one server share a folder in which prometheus_client keeps the counts of each; the one that is asked for its
+page then answers for all of them.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cache
+from typing import get_args
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    multiprocess,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from models.subnetwork import SubNetwork
+from service.domain import Classification
+from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, OverloadReason, ServiceError
+from service.machine.snapshot import ResourceSnapshot
+from service.telemetry.multiprocess import forget_dead, make_folder
+
+STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 5, 10, 30)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+# Outcomes that break the promise of an answer in time; what the client did wrong itself breaks none.
+MISSES = {OverloadedError.code, DeadlineError.code, ModelError.code, ServiceError.code}
+# Why a request was dropped, where its outcome says so; an overload brings its own reason.
+DROP_REASONS = {DeadlineError.code: "expired", NotReadyError.code: "not_ready"}
+# Of what falls short and what it would take: the sample that holds each.
+TOTALS: dict[str, tuple[str, dict[str, str]]] = {
+    "met": ("supervit_deadlines_total", {"result": "met"}),
+    "missed": ("supervit_deadlines_total", {"result": "missed"}),
+    "accuracy_loss": ("supervit_accuracy_loss_total", {}),
+    "spent_gflops": ("supervit_spent_gflops_total", {}),
+    "saved_gflops": ("supervit_saved_gflops_total", {}),
+    "taken_s": ("supervit_engine_taken_seconds_total", {}),
+    "decode_s": ("supervit_stage_duration_seconds_sum", {"stage": "decode"}),
+}
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+def process_registry() -> CollectorRegistry:
+    """Make a registry that already tells of the process: memory, CPU time, garbage collection, Python's version."""
+    # They are a second series beside each counter, which Prometheus itself has no use for.
+    disable_created_metrics()  # type: ignore[no-untyped-call] # it has no annotations
+    registry = CollectorRegistry()
+    for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        collector(registry=registry)
+    return registry
+
+
+class Metrics:
+    """What the server counts and times."""
+
+    def __init__(self, registry: CollectorRegistry, shared_folder: str | None = None) -> None:
+        """Declare every metric.
+
+        Args:
+            registry: where.
+            shared_folder: where the workers of this server keep their counts; None where this process is alone. Made if
+                there is none.
+
+        Raises:
+            InvalidParameterError: there can be no such folder.
+        """
+        if shared_folder is not None:
+            make_folder(shared_folder)
+        self._registry = registry
+        self._shared_folder = shared_folder
+
+        def gauge(name: str, text: str, of_workers: str, labels: Sequence[str] = ()) -> Gauge:
+            """Declare a gauge; `of_workers` says how prometheus_client makes one value of those of several workers."""
+            return Gauge(name, text, labels, registry=registry, multiprocess_mode=of_workers)  # type: ignore[arg-type] # its Literal
+
+        def durations(name: str, text: str, labels: Sequence[str] = ()) -> Histogram:
+            return Histogram(name, text, labels, buckets=STAGE_BUCKETS_S, registry=registry)
+
+        self._requests = Counter(
+            "supervit_requests",
+            "Classification requests by outcome: ok or an error code; client_gone where the client left before it.",
+            ["outcome"],
+            registry=registry,
+        )
+        self._dropped = Counter(
+            "supervit_dropped_requests",
+            "Requests that were rejected, expired or shed, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        self._duration = durations("supervit_request_duration_seconds", "Time from arrival to the finished answer.")
+        self._stages = durations(
+            "supervit_stage_duration_seconds", "Time that an answered request spent in a stage.", ["stage"]
+        )
+        # Bound once: to look a label up takes longer than to count.
+        self._decode, self._queue, self._inference = map(self._stages.labels, ("decode", "queue", "inference"))
+        self._subnetworks = Counter(
+            "supervit_subnetwork_requests",
+            "Answered requests by the sub-network that ran.",
+            ["patch_grid", "keep_rate"],
+            registry=registry,
+        )
+        self._count_of = cache(
+            lambda subnetwork: self._subnetworks.labels(subnetwork.patch_grid, f"{subnetwork.keep_rate:g}")
+        )
+        self._gflops = Counter(
+            "supervit_spent_gflops",
+            "Compute spent on answered requests, in 1e9 multiply-accumulates.",
+            registry=registry,
+        )
+        self._batch_sizes = Histogram(
+            "supervit_batch_size_images",
+            "Images in a batch that ran.",
+            buckets=BATCH_BUCKETS,
+            registry=registry,
+        )
+        self._batch_duration = durations("supervit_batch_duration_seconds", "Time that a batch spent in the engine.")
+        self._taken = Counter(
+            "supervit_engine_taken_seconds",
+            "Time that batches took the engine for, with the pauses that a ceiling of utilization asks for.",
+            registry=registry,
+        )
+        self._predicted = Counter(
+            "supervit_predicted_inference_seconds",
+            "Time that the batches which ran were expected to spend in the engine, summed.",
+            registry=registry,
+        )
+        self._deadlines = Counter(
+            "supervit_deadlines",
+            "Requests that were answered in time (met) and those that were not or not at all (missed).",
+            ["result"],
+            registry=registry,
+        )
+        self._met, self._missed = self._deadlines.labels("met"), self._deadlines.labels("missed")
+        self._accuracy = Counter(
+            "supervit_expected_accuracy", "Expected top-1 accuracy of the answers, 0..1, summed.", registry=registry
+        )
+        self._accuracy_loss = Counter(
+            "supervit_accuracy_loss",
+            "Top-1 accuracy, 0..1, that the most accurate sub-network would have had more, summed over the answers.",
+            registry=registry,
+        )
+        self._saved = Counter(
+            "supervit_saved_gflops",
+            "Compute that the most accurate sub-network would have cost more, in 1e9 multiply-accumulates.",
+            registry=registry,
+        )
+        self._in_flight = gauge("supervit_requests_in_flight", "Classification requests being worked on.", "livesum")
+        self._queued = gauge("supervit_queued_requests", "Requests that wait for the engine.", "livesum")
+        self._slowdown = gauge("supervit_slowdown_ratio", "Latency of batches now over that of the profile.", "liveall")
+        self._safety_factor = gauge(
+            "supervit_safety_factor_ratio",
+            "Factor on the times of all sub-networks but the cheapest, because deadlines were missed of late.",
+            "liveall",
+        )
+        self._cpu = gauge(
+            "supervit_cpu_utilization_ratio",
+            "Fraction of the usable cores in use over the last interval, by this process and by others.",
+            "liveall",
+            ["by"],
+        )
+        self._pressure = gauge(
+            "supervit_pressure_ratio",
+            "Share of the last interval in which some task waited for the resource, or of the quota's periods.",
+            "livemostrecent",
+            ["resource"],
+        )
+        self._gpu = gauge(
+            "supervit_gpu_utilization_ratio", "Fraction of time in which the GPU was busy.", "livemostrecent", ["gpu"]
+        )
+        self._memory = gauge(
+            "supervit_resident_memory_bytes", "Memory that the server holds, shared pages included.", "livesum"
+        )
+        self._profiled_at = gauge(
+            "supervit_profile_timestamp_seconds",
+            "When the latencies that the policy works with were measured on this machine, in Unix time.",
+            "livemostrecent",
+            ["model"],
+        )
+        self._best_accuracy = gauge(
+            "supervit_best_accuracy_ratio",
+            "Top-1 accuracy of the most accurate sub-network, 0..1.",
+            "livemostrecent",
+            ["model"],
+        )
+        self._ready = gauge(
+            "supervit_ready",
+            "How many engines welcome requests: 1 or 0, or as many as share this page.",
+            "livesum",
+        )
+        self._workers = gauge("supervit_workers", "How many engines should share this page.", "livemax")
+        self._model = gauge("supervit_model_info", "The served checkpoint; always 1.", "livemax", ["name", "version"])
+
+    def describe(self, subnetworks: list[SubNetwork], name: str, version: str, workers: int = 1) -> None:
+        """Name the model and how many workers serve it; start every count at zero, so that rates exist at once."""
+        self._model.labels(name, version).set(1)
+        self._workers.set(workers)
+        for outcome in ("ok", *MISSES):
+            self._requests.labels(outcome)
+        for reason in (*DROP_REASONS.values(), *get_args(OverloadReason)):
+            self._dropped.labels(reason)
+        for subnetwork in subnetworks:
+            self._count_of(subnetwork)
+
+    def profiled(self, model: str, measured_at: datetime, best_accuracy: float | None) -> None:
+        """Record when the latencies in use were measured, and the accuracy that is given where there is time for it."""
+        self._profiled_at.labels(model).set(measured_at.timestamp())
+        if best_accuracy is not None:
+            self._best_accuracy.labels(model).set(best_accuracy)
+
+    def request_started(self) -> None:
+        """Count a request in."""
+        self._in_flight.inc()
+
+    def request_finished(self, outcome: str, reason: str | None = None, *, is_missed: bool = False) -> None:
+        """Count a request out.
+
+        Args:
+            outcome: "ok" or an error code.
+            reason: that an overload gave.
+            is_missed: whether its deadline has passed without an answer, where the outcome does not say so.
+        """
+        self._in_flight.dec()
+        self._requests.labels(outcome).inc()
+        reason = reason or DROP_REASONS.get(outcome)
+        if reason is not None:
+            self._dropped.labels(reason).inc()
+        if is_missed or outcome in MISSES:
+            self._missed.inc()
+
+    def answered(self, answer: Classification) -> None:
+        """Record what an answer cost."""
+        timing, profile = answer.timing, answer.decision.profile
+        self._duration.observe(timing.total_s)
+        self._decode.observe(timing.decode_s)
+        self._queue.observe(timing.queue_s)
+        self._inference.observe(timing.inference_s)
+        self._count_of(profile.subnetwork).inc()
+        self._gflops.inc(profile.gflops)
+        self._saved.inc(answer.saved_gflops)
+        (self._met if answer.deadline_met else self._missed).inc()
+        if profile.top1 is not None and answer.accuracy_loss is not None:
+            self._accuracy.inc(profile.top1)
+            self._accuracy_loss.inc(answer.accuracy_loss)
+
+    def batch_ran(self, size: int, predicted_s: float, inference_s: float, taken_s: float) -> None:
+        """Record a batch; `taken_s` is its time with the pause for the ceiling's sake that follows."""
+        self._taken.inc(taken_s)
+        self._batch_sizes.observe(size)
+        self._batch_duration.observe(inference_s)
+        self._predicted.inc(predicted_s)
+
+    def machine(self, snapshot: ResourceSnapshot, queued: int, slowdown: float, safety_factor: float) -> None:
+        """Record the machine's state and the scheduler's; what the machine does not say keeps its last value."""
+        self._queued.set(queued)
+        self._slowdown.set(slowdown)
+        self._safety_factor.set(safety_factor)
+        cpus = snapshot.cpus or snapshot.cores  # a quota of ours does not bound what others use
+        others = None if snapshot.others_cores is None else snapshot.others_cores / cpus
+        gauges = [
+            (self._cpu.labels("own"), snapshot.own_cpu_utilization),
+            (self._cpu.labels("others"), others),
+            (self._pressure.labels("cpu"), snapshot.cpu_pressure),
+            (self._pressure.labels("cpu_quota"), snapshot.cgroup_throttled_fraction),
+            (self._pressure.labels("memory"), snapshot.memory_pressure),
+            (self._memory, snapshot.process_rss_bytes),
+            *((self._gpu.labels(gpu.index), gpu.utilization) for gpu in snapshot.gpus),
+        ]
+        for gauge, value in gauges:
+            if value is not None:
+                gauge.set(value)
+
+    def ready(self, is_ready: bool) -> None:
+        """Record whether requests are welcome."""
+        self._ready.set(is_ready)
+
+    def totals(self) -> dict[str, float]:
+        """Return what an autoscaler may want to know of this process: the counters of TOTALS, by their names there."""
+        return {name: self._registry.get_sample_value(*sample) or 0.0 for name, sample in TOTALS.items()}
+
+    def page(self) -> bytes:
+        """Return all metrics in the Prometheus text format."""
+        if self._shared_folder is None:
+            return generate_latest(self._registry)
+        forget_dead(self._shared_folder)
+        merged = CollectorRegistry()
+        multiprocess.MultiProcessCollector(merged, self._shared_folder)  # type: ignore[no-untyped-call] # as above
+        return generate_latest(merged)

@@ -1,0 +1,183 @@
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.images import normalise
+from models.subnetwork import SubNetwork, SuperViTConfig
+from models.supervit import SuperViT
+from service.engines.openvino_engine import OpenVINOEngine
+
+# What converted ViTs bring beside the two published backbones.
+CONVERTED: dict[str, dict[str, Any]] = {
+    "registers": {"num_prefix_tokens": 4},
+    "distilled": {"num_prefix_tokens": 2, "pooling": "distilled"},
+    "clip": {"pre_norm": True, "activation": "quick_gelu", "norm_eps": 1e-5},
+    "mean": {"pooling": "mean", "num_prefix_tokens": 3},
+}
+
+
+def config_of(kind: str) -> SuperViTConfig:
+    """Three grids; two blocks prune, the last one among them; classes, heads and sides all of different number."""
+    config = SuperViTConfig(
+        flavour="lvvit" if kind == "lvvit" else "deit",
+        width=24,
+        depth=3,
+        num_heads=2,
+        patch_kernel=4,
+        patch_grids=(2, 3, 5),
+        prune_blocks=(1, 2),
+        num_classes=7,
+        stem_width=4,
+        mean=(0.3, 0.4, 0.5),
+        std=(0.1, 0.2, 0.3),
+    )
+    return replace(config, **CONVERTED.get(kind, {}))
+
+
+@pytest.fixture(scope="module", params=["deit", "lvvit", *CONVERTED])
+def model(request: pytest.FixtureRequest) -> SuperViT:
+    """Weights so wide that scores and logits have clear margins, batch norm with statistics of its own."""
+    torch.manual_seed(11)
+    model = SuperViT(config_of(request.param))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def engine(model: SuperViT) -> OpenVINOEngine:
+    """In float32 wherever the tests run: by default, a CPU that has bfloat16 would compute in it."""
+    return OpenVINOEngine(model, threads=1, precision="float32")
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def expected(model: SuperViT) -> Callable[[Tensor, SubNetwork], Tensor]:
+    """What the torch model answers to uint8 images."""
+
+    def expected(images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = model(normalise(images, model.config), subnetwork)
+            return logits
+
+    return expected
+
+
+def assert_same(logits: Tensor, expected: Tensor) -> None:
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_sub_network_answers_what_the_torch_model_answers_at_any_batch_size(
+    engine: OpenVINOEngine, expected: Callable[[Tensor, SubNetwork], Tensor], images: Tensor
+) -> None:
+    """In turn, over the same graph: what ran before leaves nothing behind."""
+    for batch_size in (1, 3, 2):
+        for subnetwork in config_of("deit").subnetworks:
+            batch = images[:batch_size]
+            assert_same(engine.run(batch, subnetwork), expected(batch, subnetwork))
+
+
+@pytest.mark.parametrize("keep_rate", [0.01, 0.33, 0.85, 0.999])
+def test_any_keep_rate_runs(
+    engine: OpenVINOEngine, expected: Callable[[Tensor, SubNetwork], Tensor], images: Tensor, keep_rate: float
+) -> None:
+    for grid in (3, 5):
+        subnetwork = SubNetwork(grid, keep_rate)
+        assert_same(engine.run(images, subnetwork), expected(images, subnetwork))
+
+
+def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(engine: OpenVINOEngine, images: Tensor) -> None:
+    subnetwork = SubNetwork(5, 0.5)
+    alone = torch.cat([engine.run(images[index : index + 1], subnetwork) for index in range(3)])
+    torch.testing.assert_close(engine.run(images, subnetwork), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_an_answer_stays_as_it_was_when_the_next_batch_runs(engine: OpenVINOEngine, images: Tensor) -> None:
+    subnetwork = SubNetwork(5, 1.0)
+    first = engine.run(images[:1], subnetwork)
+    kept = first.clone()
+    assert not torch.equal(engine.run(images[1:2], subnetwork), kept)
+    assert torch.equal(first, kept)
+
+
+def test_images_may_lie_in_memory_in_any_order(engine: OpenVINOEngine, images: Tensor) -> None:
+    subnetwork = SubNetwork(3, 0.5)
+    scattered = images.contiguous(memory_format=torch.channels_last)
+    assert not scattered.is_contiguous()
+    assert torch.equal(engine.run(scattered, subnetwork), engine.run(images, subnetwork))
+
+
+def test_a_grid_that_was_not_trained_is_rejected_and_harms_no_other(engine: OpenVINOEngine, images: Tensor) -> None:
+    before = engine.run(images, SubNetwork(5, 0.7))
+    with pytest.raises(ValueError, match=r"patch grid 4 was not trained; it must be one of \(2, 3, 5\)"):
+        engine.run(images, SubNetwork(4, 0.7))
+    assert torch.equal(engine.run(images, SubNetwork(5, 0.7)), before)
+
+
+def test_warming_up_runs_every_trained_sub_network(engine: OpenVINOEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(engine, "run", lambda images, subnetwork: seen.append((tuple(images.shape), subnetwork)))
+    engine.warm_up()
+    assert seen == [((1, 3, 20, 20), subnetwork) for subnetwork in config_of("deit").subnetworks]
+
+
+def test_the_engine_names_library_cpu_precision_and_threads(engine: OpenVINOEngine) -> None:
+    assert re.fullmatch(r"openvino 20[\d.]+ on \S.*\S, float32, 1 threads", engine.describe())
+    assert engine.fitting_images() is None
+
+
+def test_the_fastest_precision_of_this_cpu_is_the_default(model: SuperViT, images: Tensor) -> None:
+    engine = OpenVINOEngine(model, threads=1)
+    assert re.search(", (float32|float16|bfloat16), ", engine.describe())
+    assert engine.run(images, model.config.largest).dtype == torch.float32
+
+
+def test_torch_keeps_its_own_threads_out_of_the_way(model: SuperViT) -> None:
+    torch.set_num_threads(2)
+    OpenVINOEngine(model, threads=1)
+    assert torch.get_num_threads() == 1
+
+
+def test_openvino_neither_reports_its_use_nor_writes_into_the_home_folder(tmp_path: Path) -> None:
+    script = "import service.engines.openvino_engine, sys; print(sys.modules['openvino_telemetry'])"
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_signals_are_handled_after_engines_are_gone() -> None:
+    """In a process of its own, which a wrong stack for signals would end."""
+    script = f"""
+import gc, signal
+from models.subnetwork import SuperViTConfig
+from models.supervit import SuperViT
+from service.engines.openvino_engine import OpenVINOEngine
+model = SuperViT({config_of("deit")!r}).eval()
+engines = [OpenVINOEngine(model, 1) for _ in range(2)]
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+while engines:
+    del engines[0]
+    gc.collect()
+signal.raise_signal(signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "handled\n"

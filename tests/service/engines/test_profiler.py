@@ -1,0 +1,309 @@
+import json
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from models.checkpoint import Checkpoint
+from models.subnetwork import SubNetwork
+from service.engines.profile_store import load_or_measure, measure_latencies
+from service.engines.profiler import MIN_RUNS, SLOW_S, Measurement, measure, warm_up_shapes
+
+SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
+BATCH_SIZES = (1, 2, 4)
+
+Cell = tuple[SubNetwork, int]
+
+
+def seconds(subnetwork: SubNetwork, batch_size: int) -> float:
+    """What a batch takes by default: at most 40 ms."""
+    return (0.002 if subnetwork == SMALL else 0.008) * (1 + batch_size)
+
+
+class FakeEngine:
+    """Moves a clock of its own by what each batch takes, and remembers them."""
+
+    def __init__(self, takes: Callable[[SubNetwork, int], float] = seconds) -> None:
+        self.now = 100.0
+        self.runs: list[Cell] = []
+        self._takes = takes
+
+    def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        assert images.shape[1:] == (3, 16, 16)
+        assert images.dtype == torch.uint8
+        self.runs.append((subnetwork, len(images)))
+        self.now += self._takes(subnetwork, len(images))
+        return torch.zeros(len(images), 7)
+
+    def count(self, cell: Cell) -> int:
+        return self.runs.count(cell)
+
+    def measure(self, budget_s: float) -> Measurement:
+        return measure(self.run, 16, (SMALL, LARGE), BATCH_SIZES, budget_s=budget_s, clock=lambda: self.now)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def load(tmp_path: Path, engine: FakeEngine) -> Callable[..., Measurement]:
+    """load_or_measure with conditions that a test may change."""
+
+    def load(**changes: object) -> Measurement:
+        conditions: dict[str, object] = {
+            "image_side": 16,
+            "subnetworks": (SMALL, LARGE),
+            "batch_sizes": BATCH_SIZES,
+            "checkpoint_version": "0123456789ab",
+            "engine": "fake 1.0 on a CPU, float32, 2 threads",
+            "budget_s": 0,
+            "clock": lambda: engine.now,
+        }
+        options: dict[str, Any] = conditions | changes
+        return load_or_measure(tmp_path / "profiles", engine.run, **options)
+
+    return load
+
+
+def kept_file(folder: Path) -> Path:
+    (path,) = (folder / "profiles").glob("latency-*.json*")
+    return path
+
+
+def test_every_sub_network_is_timed_at_every_batch_size(engine: FakeEngine) -> None:
+    measurement = engine.measure(budget_s=0)
+    assert measurement.table.batch_sizes == BATCH_SIZES
+    assert set(measurement.table.seconds) == {SMALL, LARGE}
+    for subnetwork, figures in measurement.table.seconds.items():
+        assert figures == pytest.approx([seconds(subnetwork, size) for size in BATCH_SIZES])
+        assert measurement.spread[subnetwork] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(measurement.measured_at)).total_seconds()) < 60
+
+
+def test_the_first_run_of_a_batch_does_not_count() -> None:
+    seen = set()
+
+    def takes(subnetwork: SubNetwork, batch_size: int) -> float:
+        is_first = (subnetwork, batch_size) not in seen
+        seen.add((subnetwork, batch_size))
+        return seconds(subnetwork, batch_size) + (0.05 if is_first else 0)
+
+    measurement = FakeEngine(takes).measure(budget_s=0)
+    assert measurement.table.seconds[SMALL] == pytest.approx([seconds(SMALL, size) for size in BATCH_SIZES])
+    assert max(measurement.spread[SMALL]) < 1e-9
+
+
+def test_a_disturbance_of_a_whole_round_leaves_no_trace_in_the_medians(engine: FakeEngine) -> None:
+    def takes(subnetwork: SubNetwork, batch_size: int) -> float:
+        return seconds(subnetwork, batch_size) * (5 if 13 <= len(disturbed.runs) <= 18 else 1)  # the second round
+
+    disturbed = FakeEngine(takes)
+    measurement = disturbed.measure(budget_s=0)
+    assert len(disturbed.runs) > 18
+    for subnetwork, figures in engine.measure(budget_s=0).table.seconds.items():
+        assert measurement.table.seconds[subnetwork] == pytest.approx(figures)
+
+
+def test_the_spread_is_the_median_distance_from_the_median() -> None:
+    figures = {1: iter([0.05, 0.010, 0.011, 0.013]), 2: iter([0.05, 0.02, 0.02, 0.02])}
+    engine = FakeEngine(lambda _, batch_size: next(figures[batch_size]))
+    measurement = measure(engine.run, 16, (SMALL,), (1, 2), budget_s=0, clock=lambda: engine.now)
+    assert measurement.table.seconds[SMALL] == pytest.approx((0.011, 0.02))
+    assert measurement.spread[SMALL] == pytest.approx((0.001 / 0.011, 0))
+
+
+def test_each_batch_runs_three_times_and_once_before_even_if_the_budget_is_spent(engine: FakeEngine) -> None:
+    engine.measure(budget_s=0)
+    assert {engine.count(cell) for cell in set(engine.runs)} == {MIN_RUNS + 1}
+
+
+def test_rounds_go_on_until_the_budget_is_spent(engine: FakeEngine) -> None:
+    round_s = sum(seconds(subnetwork, size) for subnetwork in (SMALL, LARGE) for size in BATCH_SIZES)
+    engine.measure(budget_s=10 * round_s)
+    assert engine.now - 100 == pytest.approx(10 * round_s, abs=1.01 * round_s)
+
+
+def test_every_round_runs_each_batch_once_in_another_order(engine: FakeEngine) -> None:
+    engine.measure(budget_s=1)
+    rounds = [engine.runs[start : start + 6] for start in range(0, len(engine.runs), 6)]
+    assert all(len(set(cells)) == 6 for cells in rounds)
+    assert len({tuple(cells) for cells in rounds}) > 2
+
+
+def test_a_slow_batch_runs_twice_and_the_lower_figure_counts() -> None:
+    def takes(subnetwork: SubNetwork, batch_size: int) -> float:
+        if subnetwork == SMALL:
+            return seconds(subnetwork, batch_size)
+        return 2 * SLOW_S if slow.count((subnetwork, batch_size)) == 1 else 1.5 * SLOW_S
+
+    slow = FakeEngine(takes)
+    measurement = slow.measure(budget_s=0)
+    assert [slow.count((LARGE, size)) for size in BATCH_SIZES] == [2, 2, 2]
+    assert [slow.count((SMALL, size)) for size in BATCH_SIZES] == [MIN_RUNS + 1] * 3
+    assert measurement.table.seconds[LARGE] == pytest.approx([1.5 * SLOW_S] * 3)
+
+
+def test_a_rehearsal_runs_every_shape_once_the_small_ones_first(engine: FakeEngine) -> None:
+    warm_up_shapes(engine.run, 16, (SMALL, LARGE), 3, budget_s=10, clock=lambda: engine.now)
+    assert engine.runs == [(subnetwork, size) for size in (1, 2, 3) for subnetwork in (SMALL, LARGE)]
+
+
+def test_a_rehearsal_ends_when_its_time_is_spent(engine: FakeEngine) -> None:
+    warm_up_shapes(engine.run, 16, (SMALL, LARGE), 64, budget_s=0.05, clock=lambda: engine.now)  # 4 + 16 + 6 + 24 ms
+    assert engine.runs == [(SMALL, 1), (LARGE, 1), (SMALL, 2), (LARGE, 2)]
+
+
+def test_what_was_measured_is_kept_for_the_next_start(engine: FakeEngine, load: Callable[..., Measurement]) -> None:
+    first = load()
+    runs = len(engine.runs)
+    second = load()
+    assert len(engine.runs) == runs
+    assert second.measured_at == first.measured_at
+    for subnetwork in (SMALL, LARGE):
+        assert second.table.seconds[subnetwork] == pytest.approx(first.table.seconds[subnetwork])
+        assert second.spread[subnetwork] == pytest.approx(first.spread[subnetwork], abs=1e-4)
+    assert second.table.batch_sizes == BATCH_SIZES
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoint_version": "ba9876543210"},
+        {"engine": "fake 1.1 on a CPU, float32, 2 threads"},
+        {"subnetworks": (SMALL, SubNetwork(4, 0.9))},
+        {"subnetworks": (SMALL, LARGE, SubNetwork(4, 0.9))},
+        {"batch_sizes": (1, 2)},
+        {"fresh": True},
+    ],
+)
+def test_other_conditions_are_measured_anew(
+    engine: FakeEngine, load: Callable[..., Measurement], change: dict[str, object]
+) -> None:
+    load()
+    runs = len(engine.runs)
+    load(**change)
+    assert len(engine.runs) > runs
+
+
+def test_another_number_of_cpus_is_measured_anew(engine: FakeEngine, load: Callable[..., Measurement]) -> None:
+    load()
+    runs = len(engine.runs)
+    load(cpus=512)
+    assert len(engine.runs) > runs
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda _: "",
+        lambda _: "[]",
+        lambda _: "\udcff",
+        lambda text: text.replace('"median_ms":', '"median_ms":-'),
+        lambda text: text.replace('"keep_rate":0.5', '"keep_rate":1.5'),
+        lambda text: text.replace('"batch_size":4', '"batch_size":5'),
+        lambda text: text.replace("fake 1.0", "fake 2.0"),
+        lambda text: text.replace('"format": 1', '"format": 0'),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_measured_anew_with_one_line_in_the_log(
+    engine: FakeEngine,
+    load: Callable[..., Measurement],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[str], str],
+) -> None:
+    load()
+    path = kept_file(tmp_path)
+    sound = path.read_text()
+    path.write_bytes(damage(sound).encode(errors="surrogateescape"))
+    assert path.read_bytes() != sound.encode()
+    runs = len(engine.runs)
+    load()
+    assert len(engine.runs) > runs
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert record.getMessage().startswith(f"{path}: cannot be used, measuring anew: ")
+    assert "\n" not in record.getMessage()
+    load()
+    assert len(engine.runs) == 2 * runs  # what was written anew is sound
+
+
+def test_a_folder_that_cannot_be_written_to_is_lived_with(
+    load: Callable[..., Measurement], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "profiles").write_text("a file where the folder should be")
+    assert set(load().table.seconds) == {SMALL, LARGE}
+    assert "the latencies cannot be kept: " in caplog.text
+
+
+def test_what_another_process_is_measuring_is_waited_for(
+    load: Callable[..., Measurement], engine: FakeEngine, tmp_path: Path
+) -> None:
+    load()
+    path, theirs, runs = kept_file(tmp_path), load(), len(engine.runs)
+    path.rename(tmp_path / "not yet written")
+    with ThreadPoolExecutor(1) as another, FileLock(path.with_suffix(".lock")):
+        ours = another.submit(load)
+        with pytest.raises(TimeoutError):
+            ours.result(timeout=0.2)
+        (tmp_path / "not yet written").rename(path)
+    assert ours.result() == theirs
+    assert len(engine.runs) == runs
+
+
+def test_whoever_is_to_stop_waits_for_no_other(load: Callable[..., Measurement], tmp_path: Path) -> None:
+    load()
+    stopping = threading.Event()
+    with ThreadPoolExecutor(1) as another, FileLock(kept_file(tmp_path).with_suffix(".lock")):
+        ours = another.submit(load, is_stopping=stopping.is_set)
+        with pytest.raises(TimeoutError):
+            ours.result(timeout=0.2)
+        stopping.set()
+        ours.result(timeout=10)
+
+
+def test_the_file_is_one_that_people_can_read(load: Callable[..., Measurement], tmp_path: Path) -> None:
+    measurement = load()
+    path = kept_file(tmp_path)  # and nothing half-written beside it
+    assert path.name.startswith("latency-0123456789ab-")
+    text = path.read_text()
+    content = json.loads(text)
+    assert content["conditions"]["engine"] == "fake 1.0 on a CPU, float32, 2 threads"
+    assert content["measured_at"] == measurement.measured_at
+    assert len(content["rows"]) == 6
+    row = content["rows"][-1]
+    assert row == {
+        "patch_grid": 4,
+        "keep_rate": 1.0,
+        "batch_size": 4,
+        "median_ms": pytest.approx(1e3 * measurement.table.seconds[LARGE][2], abs=1e-4),
+        "spread": pytest.approx(measurement.spread[LARGE][2], abs=1e-4),
+    }
+    assert sum('"patch_grid"' in line for line in text.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"), [(1, (1,)), (3, (1, 2, 3)), (16, (1, 2, 4, 8, 16)), (64, (1, 2, 4, 8, 16, 32, 64))]
+)
+def test_latencies_are_measured_up_to_the_largest_batch_whatever_its_size(
+    checkpoint: Checkpoint, tmp_path: Path, largest: int, sizes: tuple[int, ...]
+) -> None:
+    ran: set[int] = set()
+
+    def run(images: Tensor, _: SubNetwork) -> Tensor:
+        ran.add(len(images))
+        return images[:, :, 0, 0].float()
+
+    kept = measure_latencies(checkpoint, "fake", run, folder=tmp_path, max_batch_size=largest, budget_s=0.0)
+    assert kept.table.batch_sizes == sizes
+    assert ran == set(sizes)

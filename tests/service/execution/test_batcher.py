@@ -1,0 +1,574 @@
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.latency import LatencyTable
+from models.profiles import ProfileTable, SubNetworkProfile
+from models.subnetwork import SubNetwork
+from service.decoding.decoder import DecodedImage
+from service.engines.base import Run
+from service.errors import DeadlineError, InvalidImageError, ModelError, NotReadyError, OverloadedError
+from service.execution.batcher import FAILURES_IN_A_ROW, Batcher
+from service.execution.results import Result
+from service.execution.throttle import UtilizationLimiter
+from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.level_policy import choose_level
+from service.scheduling.scheduler import Scheduler
+from service.scheduling.state import BatchDecision, QueuedRequest, RequestConstraints, SchedulerState
+
+SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
+ROWS = tuple(SubNetworkProfile(sub, macs, top1) for sub, macs, top1 in ((SMALL, 1, 0.5), (LARGE, 2, 0.8)))
+CATALOG = VariantCatalog.of(ProfileTable(ROWS), LatencyTable((1, 4), {SMALL: (1e-6, 2e-6), LARGE: (2e-6, 4e-6)}))
+
+pytestmark = pytest.mark.anyio
+
+
+class Gate:
+    """A model whose batches wait until it is opened, and which notes what it was given."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[SubNetwork, list[int]]] = []
+        self.sizes: list[int] = []
+        self.open = threading.Event()
+        self.entered = threading.Event()
+
+    def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        self.entered.set()
+        self.open.wait(10)
+        self.batches.append((subnetwork, images[:, 0, 0, 0].tolist()))
+        if 13 in self.batches[-1][1]:
+            raise RuntimeError("thirteen")
+        if 14 in self.batches[-1][1]:
+            return images[:0, :, 0, 0].float()
+        return images[:, :, 0, 0].float()
+
+
+def image(value: int) -> "Future[DecodedImage]":
+    """An image that has been decoded already."""
+    future: Future[DecodedImage] = Future()
+    future.set_result(DecodedImage(torch.full((3, 2, 2), value, dtype=torch.uint8), 0.0))
+    return future
+
+
+class AdmittingBatcher(Batcher):
+    """Takes what the scheduler has admitted, and forgets it in the end, as the pipeline does."""
+
+    def __init__(
+        self,
+        run: Run,
+        scheduler: Scheduler,
+        thread: Executor,
+        *,
+        limiter: UtilizationLimiter | None = None,
+        observe_machine: Callable[[], None] = lambda: None,
+        observe_batch: Callable[[int, float, float, float], None] = lambda *_: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(
+            run,
+            scheduler,
+            thread,
+            limiter=limiter,
+            observe_machine=observe_machine,
+            observe_batch=observe_batch,
+            clock=clock,
+            sleep=lambda _: None,
+        )
+        self.scheduler = scheduler
+
+    async def submit(self, decoding: "Future[DecodedImage]", request: QueuedRequest) -> Result:
+        with self.scheduler.admitted(request, 0.0):
+            return await super().submit(decoding, request)
+
+
+@asynccontextmanager
+async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]:
+    scheduler = Scheduler(CATALOG, choose_level, max_batch_size, rejects_early=False, lock=threading.RLock())
+    thread = ThreadPoolExecutor(1, "engine")
+    batcher = AdmittingBatcher(gate.run, scheduler, thread, observe_batch=lambda size, *_: gate.sizes.append(size))
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(batcher.serve())
+        try:
+            yield batcher
+        finally:
+            gate.open.set()
+            batcher.stop()
+    thread.shutdown()
+
+
+def named(subnetwork: SubNetwork, budget_s: float = 100.0) -> QueuedRequest:
+    return QueuedRequest(time.monotonic() + budget_s, RequestConstraints(budget_s, 1, CATALOG.find(subnetwork)))
+
+
+async def line_up(batcher: Batcher, *asked: tuple[int, SubNetwork]) -> "list[asyncio.Task[Result]]":
+    """Enqueue images, in order of deadline."""
+    tasks = [
+        asyncio.create_task(batcher.submit(image(value), named(subnetwork, 100 + place)))
+        for place, (value, subnetwork) in enumerate(asked)
+    ]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def behind_a_running_batch(batcher: Batcher, gate: Gate) -> "asyncio.Task[Result]":
+    (first,) = await line_up(batcher, (0, SMALL))
+    await asyncio.to_thread(gate.entered.wait, 10)
+    return first
+
+
+class Listener(Scheduler):
+    """Notes how long the engine stood still before each batch."""
+
+    turnarounds: list[float]
+
+    def batch_completed(
+        self, variant: Variant, size: int, seconds: float, now: float, turnaround_s: float = 0.0
+    ) -> None:
+        self.turnarounds.append(turnaround_s)
+        super().batch_completed(variant, size, seconds, now, turnaround_s)
+
+
+class Hours:
+    """A clock that a test, a model and a limiter may move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def run(self, images: Tensor, _: SubNetwork) -> Tensor:
+        self.now += 10.0
+        if 13 in images:
+            raise RuntimeError("thirteen")
+        return images[:, :, 0, 0].float()
+
+
+class Idling(UtilizationLimiter):
+    """Says when there is nothing to do."""
+
+    def __init__(self, ceiling: float | None = None, cores: float | None = None, used_s: float = 0.0) -> None:
+        self.used_s = used_s
+        super().__init__(ceiling, cores, lambda: self.used_s)
+        self.is_idle = threading.Event()
+
+    def idle(self) -> None:
+        super().idle()
+        self.is_idle.set()
+
+
+class Pausing(Idling):
+    """Lets an hour go by before every third batch."""
+
+    def __init__(self, hours: Hours) -> None:
+        super().__init__()
+        self._hours, self._asked = hours, 0
+
+    def pause_s(self, _: float) -> float:
+        self._asked += 1
+        if self._asked % 3:
+            return 0.0
+        self._hours.now += 3600.0
+        return 1e-6
+
+
+async def test_the_limiter_hears_when_nothing_waits() -> None:
+    """Expired requests leave the queue without a batch, and what is used then must not be the next one's."""
+    hours, scheduler = Hours(), Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
+    limiter, thread = Idling(0.5, 1.0), ThreadPoolExecutor(1, "engine")
+    batcher = AdmittingBatcher(hours.run, scheduler, thread, limiter=limiter, clock=lambda: hours.now)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(batcher.serve())
+        await asyncio.to_thread(limiter.is_idle.wait, 10)
+        limiter.is_idle.clear()
+        with pytest.raises(DeadlineError):
+            await batcher.submit(image(0), QueuedRequest(-1.0, RequestConstraints(1.0, 1)))
+        await asyncio.to_thread(limiter.is_idle.wait, 10)
+        limiter.used_s += 300.0  # while an hour goes by
+        hours.now += 3600.0
+        await batcher.submit(image(0), QueuedRequest(1e9, RequestConstraints(1e9, 1)))
+        batcher.stop()
+    thread.shutdown()
+    assert limiter.throttle_factor == 1.0
+
+
+@pytest.mark.parametrize("paced", [False, True])
+async def test_neither_idleness_nor_a_pause_nor_a_failure_counts_as_time_between_batches(paced: bool) -> None:
+    hours, scheduler = Hours(), Listener(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
+    scheduler.turnarounds = []
+    limiter = Pausing(hours) if paced else Idling()
+    thread = ThreadPoolExecutor(1, "engine")
+    batcher = AdmittingBatcher(hours.run, scheduler, thread, limiter=limiter, clock=lambda: hours.now)
+
+    def waits(subnetwork: SubNetwork) -> QueuedRequest:
+        return QueuedRequest(1e9, RequestConstraints(1e9, 1, CATALOG.find(subnetwork)))
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(batcher.serve())
+        for _ in range(3):
+            await asyncio.to_thread(limiter.is_idle.wait, 10)
+            hours.now += 500.0  # nothing waits
+            limiter.is_idle.clear()
+            await batcher.submit(image(0), waits(SMALL))
+        images = [(image(13), SMALL), (image(0), SMALL), (image(0), LARGE), (image(0), SMALL)]
+        crowd = [batcher.submit(decoded, waits(subnetwork)) for decoded, subnetwork in images]
+        failed, *others = await asyncio.gather(*crowd, return_exceptions=True)
+        batcher.stop()
+    thread.shutdown()
+    assert isinstance(failed, ModelError)
+    assert all(isinstance(other, Result) for other in others)
+    assert max(scheduler.turnarounds) == 0.0
+
+
+async def test_a_request_gets_its_own_row_and_its_times() -> None:
+    gate = Gate()
+    gate.open.set()
+    async with serving(gate) as batcher:
+        result = await batcher.submit(image(7), named(SMALL))
+    assert result.logits.tolist() == [7, 7, 7]
+    assert result.inference_s == result.ended_at - result.started_at > 0
+
+
+async def test_those_that_want_the_same_sub_network_run_together_in_order_of_deadline() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        rest = await line_up(batcher, (1, LARGE), (2, SMALL), (3, LARGE), (4, SMALL))
+        gate.open.set()
+        results = await asyncio.gather(first, *rest)
+    assert gate.batches == [(SMALL, [0]), (LARGE, [1, 3]), (SMALL, [2, 4])]
+    assert [int(result.logits[0]) for result in results] == [0, 1, 2, 3, 4]
+
+
+async def test_a_batch_never_exceeds_its_limit() -> None:
+    gate = Gate()
+    async with serving(gate, max_batch_size=2) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        rest = await line_up(batcher, *((value, SMALL) for value in range(1, 6)))
+        gate.open.set()
+        await asyncio.gather(first, *rest)
+    assert [values for _, values in gate.batches] == [[0], [1, 2], [3, 4], [5]]
+    assert gate.sizes == [1, 2, 2, 1]
+
+
+async def test_a_client_that_left_costs_no_compute() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        leaving, staying = await line_up(batcher, (1, SMALL), (2, SMALL))
+        leaving.cancel()
+        await asyncio.sleep(0)
+        gate.open.set()
+        await asyncio.gather(first, staying)
+    assert gate.batches == [(SMALL, [0]), (SMALL, [2])]
+
+
+async def test_a_client_that_leaves_while_its_batch_runs_disturbs_no_other() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        first.cancel()
+        await asyncio.sleep(0)
+        (second,) = await line_up(batcher, (1, SMALL))
+        gate.open.set()
+        assert (await second).logits.tolist() == [1, 1, 1]
+
+
+async def test_a_failing_batch_fails_its_own_requests_and_the_next_one_runs() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        doomed, fine = await line_up(batcher, (13, SMALL), (1, LARGE))
+        gate.open.set()
+        with pytest.raises(ModelError) as caught:
+            await doomed
+        assert "thirteen" not in caught.value.message
+        await first
+        assert (await fine).logits.tolist() == [1, 1, 1]
+
+
+async def test_an_answer_with_rows_missing_fails_its_own_requests_and_the_next_one_runs() -> None:
+    gate = Gate()
+    gate.open.set()
+    async with serving(gate) as batcher:
+        with pytest.raises(ModelError):
+            await batcher.submit(image(14), named(SMALL))
+        assert (await batcher.submit(image(1), named(SMALL))).logits.tolist() == [1, 1, 1]
+
+
+async def test_stopping_answers_what_is_queued_and_rejects_what_comes_later() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        (second,) = await line_up(batcher, (1, SMALL))
+        batcher.stop()
+        with pytest.raises(NotReadyError):
+            await batcher.submit(image(2), named(SMALL))
+        gate.open.set()
+        assert [int(result.logits[0]) for result in await asyncio.gather(first, second)] == [0, 1]
+
+
+async def test_a_request_that_poisons_its_batch_is_found_and_its_mates_are_answered() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        tasks = await line_up(batcher, (1, SMALL), (13, SMALL), (2, SMALL), (3, SMALL))
+        gate.open.set()
+        outcomes = await asyncio.gather(first, *tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Result, Result, ModelError, Result, Result]
+    assert [values for _, values in gate.batches] == [[0], [1, 13, 2, 3], [1, 13], [1], [13], [2, 3]]
+    assert gate.sizes == [1, 1, 2]  # of those that ran through
+
+
+async def test_images_that_all_fail_do_not_end_a_model_that_answers_others() -> None:
+    gate = Gate()
+    gate.open.set()
+    async with serving(gate) as batcher:
+        for _ in range(2 * FAILURES_IN_A_ROW):
+            with pytest.raises(ModelError):
+                await batcher.submit(image(13), named(SMALL))
+        assert (await batcher.submit(image(1), named(SMALL))).logits.tolist() == [1, 1, 1]
+    assert [values for _, values in gate.batches].count([0]) == 2  # the blank images
+
+
+async def test_a_model_that_fails_whatever_the_image_ends_the_loop() -> None:
+    calls: list[int] = []
+
+    def run(images: Tensor, _: SubNetwork) -> Tensor:
+        calls.append(len(images))
+        if len(calls) > 2:
+            raise RuntimeError("device-side assert")
+        return images[:, :, 0, 0].float()
+
+    batcher = AdmittingBatcher(
+        run,
+        Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock()),
+        ThreadPoolExecutor(1, "engine"),
+    )
+    loop = asyncio.create_task(batcher.serve())
+    for _ in range(2):
+        await batcher.submit(image(1), named(SMALL))
+    for _ in range(FAILURES_IN_A_ROW):
+        with pytest.raises(ModelError):
+            await batcher.submit(image(1), named(SMALL))
+    with pytest.raises(RuntimeError, match="whatever the image"):
+        await asyncio.wait_for(loop, 10)
+    assert len(calls) == 2 + FAILURES_IN_A_ROW + 1
+    with pytest.raises(NotReadyError):
+        await batcher.submit(image(1), named(SMALL))
+
+
+async def test_two_poisons_and_a_batch_with_rows_missing_are_found_likewise() -> None:
+    gate = Gate()
+    async with serving(gate) as batcher:
+        first = await behind_a_running_batch(batcher, gate)
+        tasks = await line_up(batcher, (14, SMALL), (1, SMALL), (2, SMALL), (13, SMALL))
+        gate.open.set()
+        outcomes = await asyncio.gather(first, *tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Result, ModelError, Result, Result, ModelError]
+    assert [int(outcome.logits[0]) for outcome in outcomes if isinstance(outcome, Result)] == [0, 1, 2]
+
+
+async def test_what_has_left_is_not_run_again_when_the_batch_fails() -> None:
+    gate = Gate()
+    batcher = AdmittingBatcher(
+        gate.run,
+        Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock()),
+        ThreadPoolExecutor(1, "engine"),
+    )
+    doomed, leaving, staying = await line_up(batcher, (13, SMALL), (1, SMALL), (2, SMALL))
+    serving = asyncio.create_task(batcher.serve())
+    await asyncio.to_thread(gate.entered.wait, 10)
+    leaving.cancel()
+    await asyncio.wait((leaving,))
+    gate.open.set()
+    outcomes = await asyncio.gather(doomed, staying, return_exceptions=True)
+    batcher.stop()
+    await serving
+    assert [type(outcome) for outcome in outcomes] == [ModelError, Result]
+    assert [values for _, values in gate.batches] == [[13, 1, 2], [13], [2]]
+
+
+async def test_a_request_that_is_cancelled_leaves_the_queue() -> None:
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
+    batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
+    request = named(SMALL)
+    task = asyncio.create_task(batcher.submit(image(1), request))
+    await asyncio.sleep(0)
+    assert len(scheduler) == 1
+    task.cancel()
+    await asyncio.wait((task,))
+    assert len(scheduler) == 0
+    assert scheduler.backlog_s(time.monotonic()) == 0.0
+
+
+async def test_an_image_that_cannot_be_decoded_fails_its_own_request() -> None:
+    broken: Future[DecodedImage] = Future()
+    broken.set_exception(InvalidImageError("no image"))
+    gate = Gate()
+    gate.open.set()
+    async with serving(gate) as batcher:
+        with pytest.raises(InvalidImageError, match="no image"):
+            await batcher.submit(broken, named(SMALL))
+        assert (await batcher.submit(image(1), named(SMALL))).logits.tolist() == [1, 1, 1]
+    assert gate.sizes == [1]
+
+
+async def test_a_request_that_leaves_before_its_image_is_decoded_is_not_enqueued() -> None:
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
+    batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
+    decoding: Future[DecodedImage] = Future()
+    task = asyncio.create_task(batcher.submit(decoding, named(SMALL)))
+    await asyncio.sleep(0)
+    assert scheduler.backlog_s(time.monotonic()) > 0
+    task.cancel()
+    await asyncio.wait((task,))
+    decoding.set_result(image(1).result())
+    assert (len(scheduler), scheduler.backlog_s(time.monotonic())) == (0, 0.0)
+
+
+async def test_a_request_whose_image_is_still_being_decoded_is_answered_at_its_deadline() -> None:
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
+    batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
+    bomb, behind_it = named(SMALL, 0.05), named(SMALL, 0.1)
+    answers = asyncio.gather(*(batcher.submit(Future(), one) for one in (bomb, behind_it)), return_exceptions=True)
+    outcomes = await asyncio.wait_for(answers, 5)
+    assert [type(outcome) for outcome in outcomes] == [DeadlineError, DeadlineError]
+    assert (len(scheduler), scheduler.backlog_s(time.monotonic())) == (0, 0.0)
+
+
+async def test_stopping_waits_for_what_is_still_being_decoded() -> None:
+    gate, limiter = Gate(), Idling()
+    gate.open.set()
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
+    batcher = AdmittingBatcher(gate.run, scheduler, ThreadPoolExecutor(1), limiter=limiter)
+    decoding: Future[DecodedImage] = Future()
+    serving = asyncio.create_task(batcher.serve())
+    task = asyncio.create_task(batcher.submit(decoding, named(SMALL)))
+    await asyncio.to_thread(limiter.is_idle.wait, 10)
+    limiter.is_idle.clear()
+    batcher.stop()
+    await asyncio.to_thread(limiter.is_idle.wait, 10)  # it has looked for what is left to do
+    assert not serving.done()
+    decoding.set_result(image(7).result())
+    assert (await task).logits.tolist() == [7, 7, 7]
+    await asyncio.wait_for(serving, 10)
+
+
+async def test_a_policy_that_fails_leaves_nothing_waiting() -> None:
+    def choose(_: SchedulerState) -> BatchDecision:
+        raise ZeroDivisionError
+
+    batcher = AdmittingBatcher(
+        Gate().run, Scheduler(CATALOG, choose, 4, rejects_early=False, lock=threading.RLock()), ThreadPoolExecutor(1)
+    )
+    tasks = await line_up(batcher, (1, SMALL), (2, SMALL))
+    with pytest.raises(ZeroDivisionError):
+        await batcher.serve()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [NotReadyError, NotReadyError]
+    with pytest.raises(NotReadyError):
+        await batcher.submit(image(3), named(SMALL))
+
+
+async def test_cancelling_the_loop_releases_its_thread_and_what_waits() -> None:
+    gate, thread, limiter = Gate(), ThreadPoolExecutor(1), Idling()
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
+    batcher = AdmittingBatcher(gate.run, scheduler, thread, limiter=limiter)
+    serving = asyncio.create_task(batcher.serve())
+    await asyncio.to_thread(limiter.is_idle.wait, 10)
+    first = await behind_a_running_batch(batcher, gate)
+    serving.cancel()
+    await asyncio.wait((serving,))
+    gate.open.set()
+    thread.shutdown()  # would wait for ever
+    with pytest.raises(NotReadyError):
+        await first
+
+
+class StubbornLimiter(UtilizationLimiter):
+    """Asks for one pause before each batch, and stretches."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None)
+        self.throttle_factor = 3.0
+        self.pauses: list[float] = []
+        self.ran: list[float] = []
+
+    def pause_s(self, now: float) -> float:
+        assert now == 1000.0
+        self.pauses.append(0.0 if len(self.pauses) % 2 else 1e-6)
+        return self.pauses[-1]
+
+    def batch_ran(self, seconds: float) -> None:
+        self.ran.append(seconds)
+
+
+async def test_each_batch_waits_for_its_pause_and_knows_the_machine() -> None:
+    events: list[str] = []
+    now = 1000.0
+
+    def run(images: Tensor, _: SubNetwork) -> Tensor:
+        nonlocal now
+        events.append("run")
+        now += 0.25
+        return images[:, :, 0, 0].float()
+
+    def choose(state: SchedulerState) -> BatchDecision:
+        events.append("choose")
+        assert (state.now, state.overhead_factor, state.slowdown) == (now, 3.0, 1.5)
+        return BatchDecision(CATALOG.cheapest, tuple(state.queue))
+
+    def observe_machine() -> None:
+        events.append("observe")
+        scheduler.machine_observed(1.5)
+
+    def observe_batch(*batch: float) -> None:
+        batches.append(batch)
+
+    batches: list[tuple[float, ...]] = []
+    scheduler, limiter = Scheduler(CATALOG, choose, 4, rejects_early=False, lock=threading.RLock()), StubbornLimiter()
+    batcher = AdmittingBatcher(
+        run,
+        scheduler,
+        ThreadPoolExecutor(1, "engine"),
+        limiter=limiter,
+        observe_machine=observe_machine,
+        observe_batch=observe_batch,
+        clock=lambda: now,
+    )
+    task = asyncio.create_task(batcher.submit(image(1), QueuedRequest(now + 9, RequestConstraints(9.0, 1))))
+    serving = asyncio.create_task(batcher.serve())
+    result = await task
+    batcher.stop()
+    await serving
+    assert events == ["observe", "choose", "run"]
+    assert limiter.pauses == [1e-6, 0.0]
+    assert limiter.ran == [0.25]
+    assert batches == [(1, 1.5e-6, 0.25, 0.75)]
+    assert (result.inference_s, result.started_at, result.ended_at) == (0.25, 1000.0, 1000.25)
+    assert scheduler.state(now).slowdown > 1.5  # it has learned from the batch
+
+
+async def test_what_is_dropped_gets_a_typed_error_and_the_rest_an_answer() -> None:
+    def drop(state: SchedulerState) -> BatchDecision:
+        expired, shed, *rest = state.queue
+        return BatchDecision(CATALOG.cheapest, tuple(rest), (expired,), (shed,))
+
+    gate = Gate()
+    gate.open.set()
+    scheduler = Scheduler(CATALOG, drop, 4, rejects_early=False, lock=threading.RLock())
+    batcher = AdmittingBatcher(gate.run, scheduler, ThreadPoolExecutor(1, "engine"))
+    tasks = await line_up(batcher, (1, SMALL), (2, SMALL), (3, SMALL))
+    serving = asyncio.create_task(batcher.serve())
+    expired, shed, answered = await asyncio.gather(*tasks, return_exceptions=True)
+    batcher.stop()
+    await serving
+    assert isinstance(expired, DeadlineError)
+    assert isinstance(shed, OverloadedError)
+    assert shed.details["retry_after_s"] >= 0
+    assert isinstance(answered, Result)

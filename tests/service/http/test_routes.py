@@ -1,0 +1,729 @@
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Never
+
+import pytest
+import torch
+from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
+from PIL import Image
+from torch import Tensor
+
+from models.checkpoint import Checkpoint
+from models.latency import LatencyTable
+from models.profiles import ProfileTable
+from models.subnetwork import SubNetwork
+from service.app import create_app
+from service.decoding.images import decode_image
+from service.domain import ServerState
+from service.engines.profile_store import extended_profile
+from service.engines.profiler import Measurement
+from service.engines.torch_engine import TorchEngine
+from service.errors import InvalidParameterError
+from service.execution.watchdog import Watchdog
+from service.http.schemas import describe_family
+from service.machine.monitor import Monitor
+from service.machine.snapshot import ResourceSnapshot
+from service.runtime import ServerRuntime
+from service.scheduling.catalog import VariantCatalog
+from service.settings import Settings
+
+BODY_LIMIT = 30_000
+
+
+class ScriptedEngine(TorchEngine):
+    """The real engine, which a test can hold back or make fail."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint.model, "cpu", threads=1)
+        self.may_warm_up = threading.Event()
+        self.may_warm_up.set()
+        self.may_run = threading.Event()
+        self.may_run.set()
+        self.running = threading.Event()
+        self.error: Exception | None = None
+        self.warm_up_error: Exception | None = None
+        self.logits: Tensor | None = None
+        self.sizes: list[int] = []
+        self.fitting: int | None = None
+
+    def fitting_images(self) -> int | None:
+        return self.fitting
+
+    def warm_up(self) -> None:
+        self.may_warm_up.wait(10)
+        if self.warm_up_error:
+            raise self.warm_up_error
+        if not self.is_on_gpu:  # there is none in truth
+            super().warm_up()
+
+    def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        self.running.set()
+        self.sizes.append(len(images))
+        self.may_run.wait(10)
+        if self.error:
+            raise self.error
+        return super().run(images, subnetwork) if self.logits is None else self.logits
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(checkpoint=tmp_path, max_body_bytes=BODY_LIMIT, max_image_pixels=10_000)
+
+
+@pytest.fixture
+def engine(checkpoint: Checkpoint) -> ScriptedEngine:
+    return ScriptedEngine(checkpoint)
+
+
+@pytest.fixture
+def latencies(checkpoint: Checkpoint) -> LatencyTable:
+    """A machine so fast that no budget of a test is too small."""
+    return LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (1e-06, 2e-06)))
+
+
+@pytest.fixture
+def client(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
+) -> Iterator[TestClient]:
+    with TestClient(
+        create_app(ServerRuntime(settings, checkpoint, engine, latencies)), raise_server_exceptions=False
+    ) as client:
+        wait_until_ready(client)
+        yield client
+
+
+def wait_until_ready(client: TestClient) -> None:
+    deadline = time.monotonic() + 10
+    while client.get("/health/ready").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def wait_for_beats(beats: list[bool], number: int) -> None:
+    """Wait until the watchdog has looked so many times more."""
+    until, deadline = len(beats) + number, time.monotonic() + 30
+    while len(beats) < until:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def error_code(response: object, status: int) -> str:
+    assert response.status_code == status, response.text  # type: ignore[attr-defined] # httpx's or its successor's
+    error = response.json()["error"]  # type: ignore[attr-defined] # as above
+    assert set(error) == {"code", "message", "details"}
+    assert error["message"]
+    return str(error["code"])
+
+
+def sample(client: TestClient, name: str) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(scheduler.rsplit(" ", 1)[1]) for scheduler in lines if scheduler.startswith(name))
+
+
+def test_an_answer_holds_what_the_engine_says_and_everything_about_how(
+    client: TestClient, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes
+) -> None:
+    answer = client.post("/classify", content=photo, headers={"Content-Type": "image/jpeg"}).json()
+    image = decode_image(photo, checkpoint.config, 10_000)
+    best = engine.run(image[None], checkpoint.config.largest)[0].softmax(0).topk(5)
+    assert [entry["index"] for entry in answer["predictions"]] == best.indices.tolist()
+    assert [entry["probability"] for entry in answer["predictions"]] == pytest.approx(best.values.tolist(), abs=1e-6)
+    assert answer["predictions"][0]["label"] == f"thing {best.indices[0]}"
+    assert answer["subnetwork"] == {
+        "patch_grid": 4,
+        "patch_size_px": 4.0,
+        "keep_rate": 1.0,
+        "num_tokens": 17,
+        "gflops": checkpoint.profile.by_subnetwork[SubNetwork(4, 1.0)].gflops,
+        "expected_accuracy": 0.8,
+    }
+    assert answer["decision"]["reason"] == "nothing else waits: grid 4 at keep rate 1 is the most accurate sub-network"
+    assert answer["decision"]["batch_size"] == 1
+    assert answer["decision"]["predicted_inference_ms"] >= 0
+    assert answer["budget_ms"] == 1000
+    assert answer["deadline_met"] is True
+    assert answer["model"] == {"name": "tiny", "version": "0123456789ab"}
+    timing = answer["timing_ms"]
+    assert set(timing) == {"decode", "queue", "inference", "total"}
+    assert 0 < timing["decode"] + timing["queue"] + timing["inference"] <= timing["total"] + 0.01
+
+
+def test_the_server_timing_header_repeats_the_times(client: TestClient, photo: bytes) -> None:
+    response = client.post("/classify", content=photo)
+    expected = [f"{stage};dur={ms}" for stage, ms in response.json()["timing_ms"].items()]
+    assert response.headers["Server-Timing"].split(", ") == expected
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [None, "image/jpeg", "image/png", "IMAGE/X-anything; q=1", "application/octet-stream"],
+)
+def test_the_body_may_be_the_image_whatever_kind_of_image_it_is_called(
+    client: TestClient, photo: bytes, content_type: str | None
+) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    assert client.post("/classify", content=photo, headers=headers).status_code == 200
+
+
+def test_a_form_and_a_body_get_the_same_answer(client: TestClient, photo: bytes) -> None:
+    by_form = client.post("/classify", files={"file": ("a.jpg", photo)}, data={"other": "text"}).json()
+    assert by_form["predictions"] == client.post("/classify", content=photo).json()["predictions"]
+
+
+def test_every_budget_is_kept_and_every_sub_network_of_the_frontier_is_reached(
+    client: TestClient, checkpoint: Checkpoint, photo: bytes
+) -> None:
+    reached = set()
+    for row in client.get("/subnetworks").json()["subnetworks"]:
+        answer = client.post("/classify", params={"budget_gflops": row["gflops"]}, content=photo).json()
+        assert answer["subnetwork"]["gflops"] <= row["gflops"]
+        reached.add(SubNetwork(answer["subnetwork"]["patch_grid"], answer["subnetwork"]["keep_rate"]))
+    assert reached == {row.subnetwork for row in extended_profile(checkpoint).frontier}
+    assert len(reached) > len(checkpoint.profile.frontier)
+
+
+def test_a_dominated_sub_network_answers_by_name(client: TestClient, photo: bytes) -> None:
+    answer = client.post("/classify?patch_grid=2&keep_rate=1", content=photo).json()
+    assert (answer["subnetwork"]["patch_grid"], answer["subnetwork"]["keep_rate"]) == (2, 1)
+    assert "by name" in answer["decision"]["reason"]
+
+
+def test_a_budget_under_the_cheapest_names_the_smallest_possible_one(
+    client: TestClient, profiles: ProfileTable, photo: bytes
+) -> None:
+    response = client.post("/classify?budget_gflops=1e-9", content=photo)
+    assert error_code(response, 422) == "budget_too_small"
+    smallest = response.json()["error"]["details"]["smallest_budget_gflops"]
+    assert smallest == profiles.cheapest.gflops
+    assert str(smallest) in response.json()["error"]["message"]
+    assert client.post("/classify", params={"budget_gflops": smallest}, content=photo).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "budget_gflops=0",
+        "budget_gflops=-1",
+        "budget_gflops=nan",
+        "budget_gflops=inf",
+        "budget_gflops=cheap",
+        "budget_gflops=",
+        "budget_ms=0",
+        "budget_ms=nan",
+        "budget_ms=inf",
+        "budget_ms=soon",
+        "priority=1",
+        "priority=1000000",
+        "priority=-11",
+        "priority=0.5",
+        "top_k=0",
+        "top_k=8",
+        "top_k=1.5",
+        "patch_grid=4",
+        "keep_rate=0.5",
+        "patch_grid=3&keep_rate=0.5",
+        "patch_grid=4&keep_rate=0.61",
+        "patch_grid=4&keep_rate=0",
+        "patch_grid=4&keep_rate=1.1",
+        "budget=2.3",
+    ],
+)
+def test_an_unusable_parameter_is_rejected_and_counted(client: TestClient, photo: bytes, query: str) -> None:
+    response = client.post(f"/classify?{query}", content=photo)
+    assert error_code(response, 422) == "invalid_parameter"
+    assert "Value error" not in response.text
+    assert sample(client, 'supervit_requests_total{outcome="invalid_parameter"}') == 1
+
+
+def test_top_k_bounds_the_predictions(client: TestClient, photo: bytes) -> None:
+    everything = client.post("/classify?top_k=7", content=photo).json()["predictions"]
+    assert len(everything) == 7
+    assert sum(entry["probability"] for entry in everything) == pytest.approx(1)
+    assert len(client.post("/classify?top_k=1", content=photo).json()["predictions"]) == 1
+
+
+def test_what_is_no_image_is_rejected_by_its_bytes_or_by_its_type(client: TestClient, photo: bytes) -> None:
+    assert error_code(client.post("/classify", content=b"hello"), 422) == "invalid_image"
+    assert error_code(client.post("/classify"), 422) == "invalid_image"
+    assert error_code(client.post("/classify", content=photo[:200]), 422) == "invalid_image"
+    assert error_code(client.post("/classify", json={"image": "..."}), 415) == "unsupported_media_type"
+    text = client.post("/classify", content=photo, headers={"Content-Type": "text/plain"})
+    assert error_code(text, 415) == "unsupported_media_type"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "content"),
+    [
+        ("multipart/form-data", b"..."),
+        ("multipart/form-data; boundary=x", b"not a form"),
+        ("multipart/form-data; boundary=x", b"--x\r\n\r\n\r\n--x--\r\n"),
+        (
+            "multipart/form-data; boundary=x",
+            b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\ntext\r\n--x--\r\n',
+        ),
+        ("multipart/form-data; boundary=" + "x" * 300, b"--x"),
+    ],
+)
+def test_a_broken_form_is_rejected(client: TestClient, content_type: str, content: bytes) -> None:
+    response = client.post("/classify", content=content, headers={"Content-Type": content_type})
+    assert error_code(response, 422) == "invalid_image"
+
+
+def test_a_form_without_the_file_is_rejected(client: TestClient, photo: bytes) -> None:
+    response = client.post("/classify", files={"picture": ("a.jpg", photo)})
+    assert error_code(response, 422) == "invalid_image"
+    assert "'file'" in response.json()["error"]["message"]
+
+
+def test_a_body_over_the_limit_is_rejected_however_it_comes(client: TestClient) -> None:
+    def long_stream() -> Iterator[bytes]:
+        for _ in range(BODY_LIMIT // 1000 + 1):
+            yield bytes(1000)
+
+    announced = client.post("/classify", content=bytes(BODY_LIMIT + 1))
+    streamed = client.post("/classify", content=long_stream())
+    form = client.post("/classify", files={"file": bytes(BODY_LIMIT)})
+    for response in (announced, streamed, form):
+        assert error_code(response, 413) == "body_too_large"
+        assert response.headers["Connection"] == "close"
+    assert client.post("/classify", content=b"x" * BODY_LIMIT).status_code == 422
+
+
+@pytest.mark.parametrize("query", ["top_k=0", "top_k=8", "budget_gflops=1e-9"])
+def test_a_rejection_does_not_wait_for_a_body_that_may_be_endless(client: TestClient, query: str) -> None:
+    announced = client.post(f"/classify?{query}", content=bytes(BODY_LIMIT + 1))
+    streamed = client.post(f"/classify?{query}", content=iter([b"x"]))
+    short = client.post(f"/classify?{query}", content=b"x")
+    assert [response.headers.get("Connection") for response in (announced, streamed, short)] == ["close", "close", None]
+    assert {response.status_code for response in (announced, streamed, short)} == {422}
+
+
+def test_an_image_bomb_is_rejected(client: TestClient, encode: Callable[..., bytes]) -> None:
+    bomb = encode(Image.new("1", (101, 100)))
+    assert error_code(client.post("/classify", content=bomb), 413) == "image_too_large"
+
+
+def test_a_failing_model_is_500_without_its_stack_trace(
+    client: TestClient, engine: ScriptedEngine, photo: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.error = RuntimeError("secret weights")
+    response = client.post("/classify", content=photo)
+    assert error_code(response, 500) == "model_error"
+    assert "secret" not in response.text
+    assert "secret weights" in caplog.text
+    engine.error = None
+    assert client.post("/classify", content=photo).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/classify", "/classify?top_k=0", "/health/live", "/nowhere"])
+def test_every_answer_carries_the_name_of_its_request(client: TestClient, photo: bytes, path: str) -> None:
+    method = "POST" if path.startswith("/classify") else "GET"
+
+    def name(**headers: str) -> str:
+        response = client.request(method, path, content=photo, headers=headers)
+        return str(response.headers["x-request-id"])
+
+    assert name(**{"X-Request-ID": "order-7/b"}) == "order-7/b"
+    made = [name(), name(), name(**{"X-Request-ID": "two words"}), name(**{"X-Request-ID": "x" * 129})]
+    assert len(set(made)) == 4
+    assert all(re.fullmatch("[0-9a-f]{32}", one) for one in made)
+
+
+class Bug(tuple[str, ...]):
+    """Class names that the server trips over once it wants one."""
+
+    def __getitem__(self, _: object) -> Never:
+        raise ZeroDivisionError("secret")
+
+
+@pytest.fixture
+def buggy(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
+) -> Iterator[TestClient]:
+    checkpoint = replace(checkpoint, class_names=Bug(checkpoint.class_names))
+    app = create_app(ServerRuntime(settings, checkpoint, engine, latencies))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        wait_until_ready(client)
+        yield client
+
+
+def test_the_log_calls_a_request_that_the_server_failed_by_its_name(
+    buggy: TestClient, engine: ScriptedEngine, photo: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = buggy
+    engine.error = RuntimeError("out of memory")
+    client.post("/classify", content=photo, headers={"X-Request-ID": "first"})
+    assert "request first: the model failed on this image" in caplog.text
+    engine.error = None
+    response = client.post("/classify", content=photo, headers={"X-Request-ID": "second"})
+    assert response.headers["x-request-id"] == "second"
+    assert "request second: ZeroDivisionError" in caplog.text
+    client.post("/classify?top_k=0", content=photo, headers={"X-Request-ID": "third"})
+    assert "third" not in caplog.text
+
+
+def test_an_answer_that_is_not_a_number_is_an_error(
+    client: TestClient, engine: ScriptedEngine, photo: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.logits = torch.full((1, 7), float("nan"))
+    assert error_code(client.post("/classify", content=photo), 500) == "model_error"
+    assert "nan" in caplog.text
+
+
+def test_a_bug_in_the_server_is_500_in_the_same_shape(buggy: TestClient, photo: bytes) -> None:
+    response = buggy.post("/classify", content=photo)
+    assert error_code(response, 500) == "internal_error"
+    assert "secret" not in response.text
+    assert sample(buggy, 'supervit_requests_total{outcome="internal_error"}') == 1
+
+
+def test_the_server_is_ready_only_after_the_model_has_run(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
+) -> None:
+    engine.may_warm_up.clear()
+    with TestClient(create_app(ServerRuntime(settings, checkpoint, engine, latencies))) as client:
+        assert client.get("/health/live").json() == {"status": "live"}
+        for path in ("/health/ready", "/subnetworks", "/resources"):
+            assert error_code(client.get(path), 503) == "not_ready"
+        assert error_code(client.post("/decide"), 503) == "not_ready"
+        assert sample(client, "supervit_ready ") == 0
+        refused = client.post("/classify", content=photo)
+        assert error_code(refused, 503) == "not_ready"
+        assert sample(client, 'supervit_requests_total{outcome="not_ready"}') == 1
+        assert int(refused.headers["Retry-After"]) >= 1
+        engine.may_warm_up.set()
+        wait_until_ready(client)
+        assert sample(client, "supervit_ready ") == 1
+        assert client.post("/classify", content=photo).status_code == 200
+
+
+def test_a_classification_does_not_go_through_fastapis_routing(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
+) -> None:
+    app = create_app(ServerRuntime(settings, checkpoint, engine, latencies))
+    with TestClient(app) as client:
+        wait_until_ready(client)
+        app.router.routes[:] = [route for route in app.router.routes if not isinstance(route, APIRoute)]
+        assert client.get("/health/live").status_code == 404
+        assert client.post("/classify", content=photo).status_code == 200
+        assert error_code(client.post("/classify", content=b""), 422) == "invalid_image"
+        assert error_code(client.post("/classify?top_k=0", content=photo), 422) == "invalid_parameter"
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/classify", 405), ("PUT", "/classify", 405)])
+def test_other_methods_on_its_path_are_not_classified(
+    client: TestClient, photo: bytes, method: str, path: str, status: int
+) -> None:
+    assert client.request(method, path, content=photo).status_code == status
+
+
+@pytest.mark.parametrize("path", ["/classify/", "/classify/more", "/CLASSIFY"])
+def test_a_path_that_only_looks_like_it_is_not_classified(client: TestClient, photo: bytes, path: str) -> None:
+    assert client.post(path, content=photo, follow_redirects=False).status_code in (307, 404)
+
+
+def test_before_the_server_is_ready_batches_of_every_size_have_run(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
+) -> None:
+    def measured(*_: object, **__: object) -> Measurement:
+        return Measurement(latencies, {}, "2026-01-02T00:00:00+00:00")
+
+    runtime = ServerRuntime(settings.model_copy(update={"max_batch_size": 5}), checkpoint, engine, measure=measured)
+    with TestClient(create_app(runtime)) as client:
+        wait_until_ready(client)
+    assert set(engine.sizes) == {1, 2, 3, 4, 5}
+
+
+def test_a_model_that_cannot_even_warm_up_ends_the_server(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.warm_up_error = RuntimeError("out of memory")
+    failed = threading.Event()
+    with TestClient(create_app(ServerRuntime(settings, checkpoint, engine, on_failure=failed.set))) as client:
+        assert failed.wait(10)
+        assert error_code(client.get("/health/ready"), 503) == "not_ready"
+    assert "the model cannot run: out of memory" in caplog.text
+
+
+def test_the_table_lists_every_sub_network_cheapest_first(client: TestClient, checkpoint: Checkpoint) -> None:
+    answer = client.get("/subnetworks").json()
+    rows = answer["subnetworks"]
+    assert [row["gflops"] for row in rows] == sorted(row.gflops for row in extended_profile(checkpoint).rows)
+    by_name = {(row["patch_grid"], row["keep_rate"]): row for row in rows}
+    assert [by_name[4, rate]["is_interpolated"] for rate in (0.5, 0.75, 1.0)] == [False, True, False]
+    assert [by_name[4, rate]["is_trained"] for rate in (0.5, 0.75, 1.0)] == [True, False, True]
+    assert by_name[4, 0.75]["expected_accuracy"] == pytest.approx(0.75)
+    assert by_name[4, 1.0]["latency_ms"] == {"1": 0.001, "4": 0.002}
+    assert by_name[2, 1.0]["on_frontier"] is False
+    assert by_name[4, 0.5]["on_frontier"] is True
+    assert by_name[4, 1.0]["expected_accuracy"] == 0.8
+    assert by_name[4, 1.0]["expected_top5_accuracy"] == pytest.approx(0.9)
+    assert (by_name[4, 1.0]["temperature"], by_name[4, 1.0]["entropy_exponent"]) == (1.0, 0.0)
+    assert by_name[4, 1.0]["calibration_error"] is None
+    assert (answer["image_side_px"], answer["num_classes"]) == (16, 7)
+
+
+def test_the_table_says_how_probabilities_are_scaled(checkpoint: Checkpoint, catalog: VariantCatalog) -> None:
+    scaled = [
+        replace(variant, profile=replace(variant.profile, temperature=2.0, entropy_exponent=0.3))
+        for variant in catalog.variants
+    ]
+    table = describe_family(checkpoint, replace(catalog, variants=tuple(scaled)), "fake", "now", (1,))
+    assert {(row.temperature, row.entropy_exponent) for row in table.subnetworks} == {(2.0, 0.3)}
+
+
+def test_metrics_count_outcomes_sub_networks_compute_and_stages(client: TestClient, photo: bytes) -> None:
+    answers = [
+        client.post("/classify", content=photo).json(),
+        client.post("/classify?patch_grid=2&keep_rate=0.5", content=photo).json(),
+    ]
+    client.post("/classify", content=b"hello")
+    assert sample(client, 'supervit_requests_total{outcome="ok"}') == 2
+    assert sample(client, 'supervit_requests_total{outcome="invalid_image"}') == 1
+    assert sample(client, 'supervit_subnetwork_requests_total{keep_rate="0.5",patch_grid="2"}') == 1
+    assert sample(client, 'supervit_subnetwork_requests_total{keep_rate="0.5",patch_grid="4"}') == 0
+    spent = sum(answer["subnetwork"]["gflops"] for answer in answers)
+    assert sample(client, "supervit_spent_gflops_total") == pytest.approx(spent)
+    assert sample(client, "supervit_request_duration_seconds_count") == 2
+    total_s = sum(answer["timing_ms"]["total"] for answer in answers) / 1000
+    assert sample(client, "supervit_request_duration_seconds_sum") == pytest.approx(total_s, abs=1e-4)
+    for stage in ("decode", "queue", "inference"):
+        assert sample(client, f'supervit_stage_duration_seconds_count{{stage="{stage}"}}') == 2
+    assert sample(client, "supervit_requests_in_flight") == 0
+    assert sample(client, "supervit_model_info") == 1
+    assert sample(client, "supervit_batch_size_images_count") == 2
+
+
+def test_paths_and_methods_that_do_not_exist_are_errors_of_the_same_shape(client: TestClient) -> None:
+    assert error_code(client.get("/nowhere"), 404) == "not_found"
+    wrong_method = client.get("/classify")
+    assert error_code(wrong_method, 405) == "method_not_allowed"
+    assert wrong_method.headers["Allow"] == "POST"
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics"])
+def test_probes_may_ask_for_the_head_alone(client: TestClient, path: str) -> None:
+    response = client.head(path)
+    assert (response.status_code, response.content) == (200, b"")
+
+
+def test_the_documentation_describes_body_parameters_and_errors(client: TestClient) -> None:
+    assert client.get("/docs").status_code == 200
+    operation = client.get("/openapi.json").json()["paths"]["/classify"]["post"]
+    assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*", "application/octet-stream"}
+    assert {entry["name"] for entry in operation["parameters"]} == {
+        "budget_ms",
+        "budget_gflops",
+        "priority",
+        "top_k",
+        "patch_grid",
+        "keep_rate",
+    }
+    assert {"200", "408", "413", "415", "422", "429", "500", "503", "504"} <= set(operation["responses"])
+    problem = operation["responses"]["422"]["content"]["application/json"]["schema"]["$ref"]
+    assert problem.endswith("ErrorAnswer")
+
+
+def test_a_time_budget_that_no_sub_network_can_ever_meet_names_the_smallest_possible_one(
+    client: TestClient, photo: bytes
+) -> None:
+    response = client.post("/classify?budget_ms=1e-9", content=photo)
+    assert error_code(response, 422) == "budget_too_small"
+    assert 0.001 <= response.json()["error"]["details"]["smallest_budget_ms"] < 10
+    assert client.post("/classify?budget_ms=1e9", content=photo).status_code == 200
+
+
+def test_what_would_be_chosen_is_told_without_running_anything(client: TestClient, checkpoint: Checkpoint) -> None:
+    free = client.post("/decide").json()
+    assert (free["subnetwork"]["patch_grid"], free["subnetwork"]["keep_rate"]) == (4, 1)
+    assert free["decision"]["batch_size"] == 1
+    assert free["answered_in_ms"] > 0
+    cheapest = client.post("/decide", params={"budget_gflops": checkpoint.profile.cheapest.gflops}).json()
+    assert (cheapest["subnetwork"]["patch_grid"], cheapest["subnetwork"]["keep_rate"]) == (2, 0.5)
+    assert "is the most accurate within" in cheapest["decision"]["reason"]
+    assert error_code(client.post("/decide?budget_gflops=1e-9"), 422) == "budget_too_small"
+    assert error_code(client.post("/decide?top_k=2"), 422) == "invalid_parameter"
+    assert sample(client, "supervit_batch_size_images_count") == 0
+
+
+def test_the_machine_and_what_the_policy_makes_of_it_are_shown(client: TestClient) -> None:
+    answer = client.get("/resources").json()
+    assert answer["snapshot"]["cores"] > 0
+    assert answer["snapshot"]["memory_total_bytes"] > 0
+    assert (answer["queued"], answer["overhead_factor"], answer["max_batch_size"]) == (0, 1, 4)
+    assert answer["next_without_budget"]["subnetwork"]["patch_grid"] == 4
+
+
+class Busy(Monitor):
+    """A machine on which others keep three quarters of the cores busy."""
+
+    @property
+    def latest(self) -> ResourceSnapshot:
+        return ResourceSnapshot(taken_at=0.0, cores=4.0, cpus=4, others_cores=3.0)
+
+
+@pytest.mark.parametrize(("is_on_gpu", "fitting", "most"), [(True, 2, 2), (True, 99, 4), (False, None, 4)])
+def test_a_gpu_bounds_batches_and_does_not_mind_what_keeps_the_cpus_busy(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    photo: bytes,
+    is_on_gpu: bool,
+    fitting: int | None,
+    most: int,
+) -> None:
+    engine.is_on_gpu, engine.fitting = is_on_gpu, fitting
+    settings = settings.model_copy(update={"threads": 4})
+    with TestClient(create_app(ServerRuntime(settings, checkpoint, engine, latencies, monitor=Busy()))) as client:
+        wait_until_ready(client)
+        assert client.post("/classify", content=photo).status_code == 200
+        answer = client.get("/resources").json()
+    assert answer["max_batch_size"] == most
+    assert answer["expected_from_others"] == (1.0 if is_on_gpu else 1.75)
+
+
+def test_what_cannot_be_answered_in_time_is_rejected_before_the_body_is_read_and_told_when_to_return(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes
+) -> None:
+    slow = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (0.4, 0.5)))
+    with TestClient(create_app(ServerRuntime(settings, checkpoint, engine, slow))) as client:
+        wait_until_ready(client)
+        engine.running.clear()
+        engine.may_run.clear()
+        with ThreadPoolExecutor(1) as other:
+            first = other.submit(client.post, "/classify?budget_ms=9000", content=photo)
+            assert engine.running.wait(10)
+            refused = client.post("/classify?budget_ms=500", content=b"never read")
+            assert error_code(refused, 429) == "overloaded"
+            assert refused.json()["error"]["details"]["retry_after_s"] > 0
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert error_code(client.post("/decide?budget_ms=500"), 429) == "overloaded"
+            engine.may_run.set()
+            assert first.result().status_code == 200
+        assert sample(client, 'supervit_deadlines_total{result="missed"}') == 1
+
+
+def test_an_unknown_policy_is_rejected_at_once_with_those_there_are(settings: Settings, checkpoint: Checkpoint) -> None:
+    with pytest.raises(InvalidParameterError, match=r"level.*fixed-4-1"):
+        ServerRuntime(settings.model_copy(update={"policy": "best"}), checkpoint)
+
+
+def test_an_engine_that_hangs_ends_the_server_and_keeps_nothing_waiting(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    photo: bytes,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    watchdog = Watchdog(interval_s=0.02, hang_s=0.2)
+    failed, beats = threading.Event(), list[bool]()
+    runtime = ServerRuntime(
+        settings, checkpoint, engine, latencies, on_failure=failed.set, heartbeat=beats.append, watchdog=watchdog
+    )
+    app = create_app(runtime)
+    with ThreadPoolExecutor(3) as clients, TestClient(app) as client:
+        wait_until_ready(client)
+        assert client.post("/classify", content=photo).status_code == 200
+        wait_for_beats(beats, 20)
+        assert not failed.is_set()
+        engine.may_run.clear()
+        answers = [clients.submit(client.post, "/classify", content=photo) for _ in range(3)]
+        assert failed.wait(10)
+        assert [error_code(answer.result(), 500) for answer in answers] == ["model_error"] * 3
+        assert error_code(client.get("/health/ready"), 503) == "not_ready"
+        assert runtime.state is ServerState.HUNG
+    engine.may_run.set()  # only now: the server has ended without it
+    assert "does not end; ending without it" in caplog.text
+    assert beats[-1]
+
+
+@pytest.mark.parametrize("ready_first", [False, True])
+def test_an_engine_that_hangs_before_the_first_request_ends_the_server_too(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    ready_first: bool,
+) -> None:
+    watchdog, failed = Watchdog(interval_s=0.02, hang_s=0.1, preparation_s=0.02), threading.Event()
+    engine.may_warm_up.clear()
+    runtime = ServerRuntime(settings, checkpoint, engine, latencies, on_failure=failed.set, watchdog=watchdog)
+    app = create_app(runtime, ready_first=ready_first)
+    with TestClient(app) as client:
+        assert client.get("/health/ready").status_code == 503
+        assert failed.wait(5)
+        assert runtime.state is ServerState.HUNG
+    engine.may_warm_up.set()
+
+
+def test_a_server_that_waits_for_another_process_to_measure_is_not_taken_to_hang(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+) -> None:
+    def wait(*_: object, is_stopping: Callable[[], bool], **__: object) -> Measurement:
+        while len(beats) < 60:  # three times as long as a step that hangs is let be
+            assert not is_stopping()
+            time.sleep(0.001)
+        return Measurement(latencies, {}, "2026-01-02T00:00:00+00:00")
+
+    beats: list[bool] = []
+    watchdog = Watchdog(interval_s=0.02, hang_s=0.4, preparation_s=0.01)
+    runtime = ServerRuntime(settings, checkpoint, engine, measure=wait, heartbeat=beats.append, watchdog=watchdog)
+    with TestClient(create_app(runtime)) as client:
+        wait_until_ready(client)
+        assert runtime.state is ServerState.READY
+
+
+def test_a_slow_batch_is_none_that_hangs(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    photo: bytes,
+) -> None:
+    beats, watchdog = list[bool](), Watchdog(interval_s=0.02, hang_s=0.1)
+    slow = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (0.5, 0.5)))
+    runtime = ServerRuntime(settings, checkpoint, engine, slow, heartbeat=beats.append, watchdog=watchdog)
+    with ThreadPoolExecutor(1) as clients, TestClient(create_app(runtime)) as client:
+        wait_until_ready(client)
+        engine.running.clear()
+        engine.may_run.clear()
+        answer = clients.submit(client.post, "/classify?budget_ms=9000", content=photo)
+        assert engine.running.wait(10)
+        wait_for_beats(beats, 20)  # four times as long as a batch that should be fast is let be
+        engine.may_run.set()
+        assert answer.result().status_code == 200
+        assert runtime.state is ServerState.READY
+
+
+def test_a_server_that_is_told_to_stop_takes_no_new_request(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    photo: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = ServerRuntime(settings, checkpoint, engine, latencies)
+    with TestClient(create_app(runtime)) as client:
+        wait_until_ready(client)
+        assert "supervit_ready 1.0" in client.get("/metrics").text
+        with monkeypatch.context() as patch:  # a signal may come while a count is being made
+            patch.setattr("prometheus_client.values.MutexValue.set", None)
+            runtime.drain()
+        assert "supervit_ready 0.0" in client.get("/metrics").text
+        assert error_code(client.get("/health/ready"), 503) == "not_ready"
+        assert error_code(client.post("/classify", content=photo), 503) == "not_ready"
+        assert error_code(client.post("/decide"), 503) == "not_ready"
+        assert client.get("/subnetworks").status_code == client.get("/health/live").status_code == 200
+        assert client.get("/resources").json()["next_without_budget"] is None
+        assert sample(client, 'supervit_requests_total{outcome="not_ready"}') == 1

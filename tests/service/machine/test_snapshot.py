@@ -1,0 +1,29 @@
+import pytest
+
+from service.machine.snapshot import ResourceSnapshot, prior_slowdown
+
+
+@pytest.mark.parametrize(
+    ("threads", "cpus", "others_cores", "expected"),
+    [
+        (8, 8, 0.0, 1.0),
+        (8, 8, 4.0, 1.5),
+        (8, 8, 8.0, 2.0),
+        (4, 8, 4.0, 1.0),  # the others have cores of their own
+        (4, 8, 6.0, 1.25),
+        (16, 8, 4.0, 1.5),  # no more threads run at once than there are CPUs
+    ],
+)
+def test_cores_are_shared_evenly_with_others(threads: int, cpus: int, others_cores: float, expected: float) -> None:
+    snapshot = ResourceSnapshot(taken_at=0.0, cores=cpus, cpus=cpus, others_cores=others_cores)
+    assert prior_slowdown(snapshot, threads) == expected
+
+
+def test_what_a_quota_leaves_us_is_not_taken_by_others() -> None:
+    snapshot = ResourceSnapshot(taken_at=0.0, cores=2.0, cpus=8, others_cores=6.0)
+    assert prior_slowdown(snapshot, threads=2) == 1.0
+
+
+def test_without_news_of_the_machine_nothing_is_expected_to_slow_it() -> None:
+    assert prior_slowdown(None, 4) == 1.0
+    assert prior_slowdown(ResourceSnapshot(taken_at=0.0, cores=4.0), 4) == 1.0

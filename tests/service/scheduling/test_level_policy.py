@@ -1,0 +1,426 @@
+"""The catalog of the hand-worked scenes, in seconds for batches of 1, 2, 3 and 4 (see conftest).
+
+level 0:  2  3  4  5
+level 1:  4  6  8 10
+level 2:  8 12 16 20
+variant 3: 6  9 12 15, on no level
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from models.profiles import SubNetworkProfile
+from models.subnetwork import SubNetwork
+from service.domain import ReasonCode
+from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.level_policy import MAX_PLANNED, choose_level
+from service.scheduling.state import BatchDecision, QueuedRequest, RequestConstraints, SchedulerState
+
+
+def stand_in(index: int | None) -> Variant | None:
+    """Name a variant of the catalog by its place."""
+    return None if index is None else Variant(index, SubNetworkProfile(SubNetwork(2, 0.5), 1), ())
+
+
+def index(decision: BatchDecision) -> int | None:
+    return None if decision.variant is None else decision.variant.index
+
+
+def waits(
+    deadline_at: float,
+    highest_level: int = 2,
+    *,
+    pinned: int | None = None,
+    over_limit: int | None = None,
+    priority: int = 0,
+) -> QueuedRequest:
+    constraints = RequestConstraints(deadline_at, highest_level, stand_in(pinned), stand_in(over_limit))
+    return QueuedRequest(deadline_at, constraints, priority)
+
+
+def at_zero(catalog: VariantCatalog, queue: Sequence[QueuedRequest]) -> SchedulerState:
+    """Nothing is expected, nothing slows the machine, and up to four run together."""
+    return SchedulerState(
+        now=0.0,
+        queue=queue,
+        catalog=catalog,
+        latencies_s=[variant.latency_by_batch_s for variant in catalog.variants],
+        slowdown=1.0,
+        tail_factor=1.0,
+        overhead_factor=1.0,
+        max_batch_size=4,
+        arrival_rate=0.0,
+        recent=(),
+        tight_budget_s=math.inf,
+    )
+
+
+def choose(catalog: VariantCatalog, *queue: QueuedRequest) -> BatchDecision:
+    return choose_level(at_zero(catalog, queue))
+
+
+def test_alone_and_without_a_budget_a_request_gets_the_most_accurate_sub_network(catalog: VariantCatalog) -> None:
+    decision = choose(catalog, waits(1000.0))
+    assert index(decision) == 2
+    assert decision.reason.code is ReasonCode.ALONE
+
+
+def test_a_deadline_lowers_the_level_of_a_request_that_waits_alone(catalog: VariantCatalog) -> None:
+    decision = choose(catalog, waits(5.0))  # level 2 takes 8 s, level 1 takes 4
+    assert index(decision) == 1
+    assert (decision.reason.code, decision.reason.slack_s) == (ReasonCode.DEADLINE, 5.0)
+
+
+@pytest.mark.parametrize(("due", "level"), [(4.1, 0), (4.3, 1), (8.3, 1), (8.5, 2)])
+def test_a_variant_that_only_just_fits_is_lowered(catalog: VariantCatalog, due: float, level: int) -> None:
+    assert index(choose(catalog, waits(due))) == level  # 4 and 8 s, each with 5 % to spare
+
+
+def test_requests_that_fit_together_at_the_best_level_run_together_there(catalog: VariantCatalog) -> None:
+    queue = (waits(13.0), waits(13.0))  # two take 12 s
+    decision = choose(catalog, *queue)
+    assert (index(decision), decision.batch) == (2, queue)
+    assert (decision.reason.code, decision.reason.queued) == (ReasonCode.ALL_IN_TIME, 2)
+
+
+def test_those_behind_the_head_lower_its_level(catalog: VariantCatalog) -> None:
+    # At level 2 the head alone ends at 8, and the other four end at 28. At level 1 three end at 8 and the rest at 14.
+    queue = (waits(9.0), *(waits(14.0) for _ in range(4)))
+    decision = choose(catalog, *queue)
+    assert (index(decision), decision.batch, decision.shed) == (1, queue[:3], ())
+    assert (decision.reason.code, decision.reason.queued) == (ReasonCode.ALL_IN_TIME, 5)
+
+
+def test_arrivals_that_are_expected_lower_the_level(catalog: VariantCatalog) -> None:
+    # 40 a second: ten more in the next quarter of a second and three for chance, due 50 s after. Fourteen in fours and
+    # a two end at 56 s at level 2, at 28 s at level 1.
+    state = replace(at_zero(catalog, (waits(50.0),)), arrival_rate=40.0, recent=(RequestConstraints(50.0, 2),))
+    decision = choose_level(state)
+    assert (index(decision), len(decision.batch)) == (1, 1)
+    assert (decision.reason.code, decision.reason.slack_s) == (ReasonCode.FORECAST, 50.0)
+    assert index(choose_level(replace(state, arrival_rate=1.0))) == 2  # a quarter of an arrival is none
+
+
+def test_arrivals_beyond_what_the_cheapest_level_carries_for_long_get_it(catalog: VariantCatalog) -> None:
+    # Four in 5 s are 0.8 a second. The one that waits could have level 2, but its time will be missed.
+    crowd = replace(at_zero(catalog, (waits(50.0),)), arrival_rate=0.85)
+    assert index(choose_level(crowd)) == 2
+    assert index(choose_level(replace(crowd, sustained_rate=0.75))) == 2
+    assert index(choose_level(replace(crowd, sustained_rate=0.85))) == 0
+    assert index(choose_level(replace(crowd, arrival_rate=0.0, sustained_rate=0.85))) == 2  # it is over
+
+
+def test_expected_arrivals_have_the_limits_of_the_recent_ones(catalog: VariantCatalog) -> None:
+    # As above; but those expected are content with level 0, so that one batch of level 2, then of 0, clears them all.
+    state = replace(at_zero(catalog, (waits(50.0),)), arrival_rate=40.0, recent=(RequestConstraints(50.0, 0),))
+    assert index(choose_level(state)) == 2
+
+
+def test_no_batch_is_longer_than_a_new_request_with_a_tight_budget_can_wait(catalog: VariantCatalog) -> None:
+    # One comes in 4 s and two in 8. Of a budget of 9 s, two at the cheapest level leave 6: the longest batch.
+    # Level 1 is the best that has batches so short.
+    queue = [waits(100.0), waits(100.0)]
+    busy = replace(at_zero(catalog, queue), arrival_rate=0.25, tight_budget_s=9.0)
+    decision = choose_level(busy)
+    assert index(decision) == 1
+    assert busy.latency_s(1, len(decision.batch)) <= 6.0
+    assert index(choose_level(replace(busy, arrival_rate=0.75))) == 0
+    overloaded = choose_level(replace(busy, arrival_rate=0.85))  # four in 5 s are 0.8: only full batches can carry them
+    assert len(overloaded.batch) == 2
+    assert busy.latency_s(index(overloaded) or 0, 2) > 6.0
+    quiet = choose_level(replace(busy, arrival_rate=0.01))  # none is likely to come meanwhile
+    assert (index(quiet), len(quiet.batch)) == (2, 2)
+
+
+def test_a_slow_machine_a_ceiling_and_little_memory_are_reckoned_with(catalog: VariantCatalog) -> None:
+    queue = [waits(41.0) for _ in range(8)]  # two full batches of level 2 end at 40 s
+    state = at_zero(catalog, queue)
+    assert index(choose_level(state)) == 2
+    assert index(choose_level(replace(state, slowdown=1.5))) == 1
+    assert index(choose_level(replace(state, tail_factor=1.5))) == 1  # it is at times
+    assert index(choose_level(replace(state, overhead_factor=1.5))) == 1  # 40 s of work take 60
+    small = choose_level(replace(state, max_batch_size=1))  # one by one, they take 64, 32 or 16 s
+    assert (index(small), len(small.batch)) == (1, 1)
+
+
+def test_deviations_of_batches_in_a_row_are_not_expected_to_add_up(catalog: VariantCatalog) -> None:
+    # Four batches of four at level 1 take 40 s. Of a quarter more for each, 2.5 s, two remain for four in a row.
+    def level(due: float) -> int | None:
+        queue = [waits(due) for _ in range(16)]
+        return index(choose_level(replace(at_zero(catalog, queue), tail_factor=1.25)))
+
+    assert level(50.5) == 1
+    assert level(47.0) == 1  # 30 s, 4.3 of margin and the last one's own 12.5
+    assert level(46.0) == 0
+    mixed = [waits(46.5, highest_level=1) for _ in range(8)] + [waits(47.0) for _ in range(8)]
+    assert index(choose_level(replace(at_zero(catalog, mixed), tail_factor=1.25))) == 1
+
+
+def test_caution_costs_accuracy_and_no_request(catalog: VariantCatalog) -> None:
+    state = at_zero(catalog, [waits(41.0) for _ in range(8)])  # two full batches of level 2 end at 40 s
+    assert index(choose_level(replace(state, safety_factor=1.5))) == 1
+    assert index(choose_level(replace(state, safety_factor=3.0))) == 0
+    tight = at_zero(catalog, [waits(10.1) for _ in range(8)])  # even level 0 takes 10 s
+    decision = choose_level(replace(tight, safety_factor=3.0))
+    assert decision.reason.code is ReasonCode.ALL_IN_TIME  # the cheapest level counts as fast as it is
+    assert (index(decision), len(decision.batch), decision.shed, decision.expired) == (0, 4, (), ())
+
+
+def test_latencies_as_corrected_count_and_not_as_profiled(catalog: VariantCatalog) -> None:
+    corrected = [variant.latency_by_batch_s for variant in catalog.variants]
+    corrected[2] = (4.5, 6.0, 7.0, 8.0)
+    assert index(choose_level(replace(at_zero(catalog, (waits(5.0),)), latencies_s=corrected))) == 2
+
+
+def test_what_can_no_longer_be_answered_in_time_expires_and_the_others_run(catalog: VariantCatalog) -> None:
+    expired, in_time = waits(1.9), waits(5.0)
+    decision = choose(catalog, expired, in_time)
+    assert (decision.expired, decision.batch, decision.shed) == ((expired,), (in_time,), ())
+    assert decision.reason.slack_s == 5.0  # not that of the one that has expired
+    assert choose(catalog, expired) == BatchDecision(None, expired=(expired,))
+
+
+def test_a_slow_sub_network_by_name_expires_sooner(catalog: VariantCatalog) -> None:
+    named, other = waits(7.9, pinned=2), waits(7.9)
+    decision = choose(catalog, other, named)
+    assert (decision.expired, decision.batch) == ((named,), (other,))
+
+
+def test_quality_is_lowered_before_a_request_is_shed(catalog: VariantCatalog) -> None:
+    queue = [waits(8.0) for _ in range(5)]  # only level 0 answers all: four end at 5, the last at 7
+    decision = choose(catalog, *queue)
+    assert (index(decision), decision.batch, decision.shed) == (0, tuple(queue[:4]), ())
+
+
+def test_in_a_burst_as_few_as_possible_are_shed_and_the_most_urgent_first(catalog: VariantCatalog) -> None:
+    # Three end at 4, and two more at 7, too late. Without the first, three end at 4 and the last at 6. Without the
+    # first two, the other three end at 4.
+    queue = [waits(due) for due in (4.0, 4.1, 4.2, 4.3, 4.4)]
+    decision = choose(catalog, *queue)
+    assert (index(decision), decision.shed, decision.batch) == (0, tuple(queue[:2]), tuple(queue[2:]))
+    assert (decision.reason.code, decision.reason.queued) == (ReasonCode.BURST_OVERLOAD, 5)
+
+
+def test_the_lowest_priority_is_shed_before_the_most_urgent(catalog: VariantCatalog) -> None:
+    queue = [*(waits(due) for due in (4.0, 4.1, 4.2)), waits(4.3, priority=-2), waits(4.4, priority=-1)]
+    decision = choose(catalog, *queue)
+    assert (decision.shed, decision.batch) == ((queue[3], queue[4]), tuple(queue[:3]))
+
+
+def test_a_low_priority_that_is_in_no_others_way_is_answered(catalog: VariantCatalog) -> None:
+    queue = (waits(13.0, priority=-9), waits(13.0))
+    assert choose(catalog, *queue).batch == queue
+
+
+def test_low_priorities_are_not_shed_where_no_other_gains_from_it(catalog: VariantCatalog) -> None:
+    # One in 2 s and four in 5: of the five that are due first, the first cannot be saved, by whomever is given up.
+    urgent, low = [waits(due) for due in (2.5, 5.0, 5.1, 5.2, 5.3)], [waits(99.0, priority=-5) for _ in range(9)]
+    decision = choose(catalog, *urgent, *low)
+    assert (decision.shed, decision.batch) == ((urgent[0],), tuple(urgent[1:]))
+    queue = [*(waits(due) for due in (3.5, 6.0, 6.0, 6.0, 9.0, 9.0)), *low]
+    overloaded = replace(at_zero(catalog, queue), arrival_rate=16.0, recent=(RequestConstraints(9.0, 2),))
+    assert choose_level(overloaded).shed == (queue[0],)
+    # But where they are due before others, each of them takes a place.
+    queue = [waits(3.5), *(waits(6.0, priority=-5) for _ in range(4)), *(waits(9.0) for _ in range(4))]
+    overloaded = replace(
+        at_zero(catalog, queue), arrival_rate=16.0, recent=(RequestConstraints(12.0, 2),), tight_budget_s=12.0
+    )
+    decision = choose_level(overloaded)
+    assert (set(decision.shed), decision.batch) == (set(queue[:5]), tuple(queue[5:]))
+
+
+def test_under_sustained_overload_the_batch_is_as_large_as_can_be(catalog: VariantCatalog) -> None:
+    # 16 a second come, and level 0 answers four in 5 s. For the sake of the head, which has 3.5 s, only two could run.
+    queue = [waits(due) for due in (3.5, 6.0, 6.0, 6.0, 9.0, 9.0)]
+    state = at_zero(catalog, queue)
+    lasting = choose_level(replace(state, arrival_rate=16.0, recent=(RequestConstraints(9.0, 2),)))
+    assert (index(lasting), lasting.shed, lasting.batch) == (0, (queue[0],), tuple(queue[1:5]))
+    for_long = replace(state, arrival_rate=16.0, sustained_rate=16.0, recent=(RequestConstraints(9.0, 2),))
+    assert choose_level(for_long) == lasting  # that even this level is overloaded does not mean that it clears the line
+    passing = choose_level(state)  # two end at 3, two at 6, two at 9
+    assert (index(passing), passing.shed, passing.batch) == (0, (), tuple(queue[:2]))
+
+
+def test_under_sustained_overload_no_batch_grows_beyond_what_tight_budgets_leave_room_for(
+    catalog: VariantCatalog,
+) -> None:
+    # Of a tight budget of 5 s, four fifths are 4: three at level 0, and the head has time for as many.
+    queue = [waits(due) for due in (4.5, 6.0, 6.0, 6.0, 9.0, 9.0)]
+    overloaded = replace(
+        at_zero(catalog, queue), arrival_rate=16.0, recent=(RequestConstraints(5.0, 2),), tight_budget_s=5.0
+    )
+    decision = choose_level(overloaded)
+    assert (index(decision), decision.shed, decision.batch) == (0, (), tuple(queue[:3]))
+
+
+def test_a_batch_of_those_that_are_left_is_in_time_even_if_the_machine_varies(catalog: VariantCatalog) -> None:
+    state = at_zero(catalog, [waits(5.2) for _ in range(8)])  # four at level 0 end at 5 s, the others at 10
+    assert len(choose_level(state).batch) == 4
+    assert len(choose_level(replace(state, tail_factor=1.25)).batch) == 3  # four may take 6.25 s, three 5
+
+
+def test_the_reason_tells_of_caution_and_of_sustained_overload(catalog: VariantCatalog) -> None:
+    queue = [waits(41.0) for _ in range(8)]
+    cautious = choose_level(replace(at_zero(catalog, queue), safety_factor=1.5)).reason
+    assert (cautious.code, cautious.queued, cautious.safety_factor) == (ReasonCode.ALL_IN_TIME, 8, 1.5)
+    overloaded = choose_level(replace(at_zero(catalog, queue), arrival_rate=0.85, sustained_rate=0.85))
+    assert index(overloaded) == 0
+    assert (overloaded.reason.code, overloaded.reason.queued) == (ReasonCode.SUSTAINED_OVERLOAD, 8)
+
+
+def test_a_batch_shares_a_sub_network_that_every_member_may_have(catalog: VariantCatalog) -> None:
+    queue = [waits(100.0, highest_level=0), waits(100.0), waits(101.0), waits(102.0, highest_level=0)]
+    first = choose(catalog, *queue)
+    assert (index(first), first.batch) == (0, (queue[0], queue[3]))
+    second = choose(catalog, queue[1], queue[2])
+    assert (index(second), second.batch) == (2, (queue[1], queue[2]))
+
+
+def test_a_batch_leaves_the_others_of_its_group_their_time(catalog: VariantCatalog) -> None:
+    # Two at level 2 take 12 of the head's 16 s, which leaves 4: three at level 0. All four of them would take 5.
+    cheap = [waits(due, highest_level=0) for due in (16.0, 90.0, 90.0, 90.0)]
+    good = [waits(17.0), waits(17.0)]
+    first = choose(catalog, cheap[0], *good, *cheap[1:])
+    assert (index(first), first.batch) == (0, tuple(cheap[:3]))
+    second = choose_level(replace(at_zero(catalog, (*good, cheap[3])), now=4.0))
+    assert (index(second), second.batch) == (2, tuple(good))
+
+
+def test_a_sub_network_by_name_runs_with_those_that_get_it_anyway(catalog: VariantCatalog) -> None:
+    queue = (waits(100.0, highest_level=0, pinned=2), waits(100.0))
+    decision = choose(catalog, *queue)
+    assert (index(decision), decision.batch) == (2, queue)
+
+
+def test_what_is_on_no_level_runs_by_name(catalog: VariantCatalog) -> None:
+    queue = (waits(100.0, highest_level=0, pinned=3), waits(100.0), waits(100.0, highest_level=0, pinned=3))
+    decision = choose(catalog, *queue)
+    assert (index(decision), decision.batch) == (3, (queue[0], queue[2]))
+
+
+def test_a_name_is_never_lowered_along_with_the_head(catalog: VariantCatalog) -> None:
+    # Together at level 2 they take 12 s, which the head's 12.5 admit, but not with 5 % to spare: the head is lowered.
+    head, named = waits(12.5), waits(13.0, highest_level=0, pinned=2)
+    decision = choose(catalog, head, named)
+    assert (index(decision), decision.batch) == (1, (head,))
+
+
+def test_a_budget_between_two_levels_is_used_up_while_the_level_is_above(catalog: VariantCatalog) -> None:
+    constraints = waits(100.0, highest_level=1, over_limit=3)
+    assert index(choose(catalog, constraints)) == 3
+    # All eight at variant 3 would take 30 s, at level 1 they take 20.
+    assert index(choose(catalog, *(waits(25.0, highest_level=1, over_limit=3) for _ in range(8)))) == 1
+    assert (
+        index(choose(catalog, waits(6.1, highest_level=1, over_limit=3))) == 1
+    )  # 6 s do not fit with 5 % to spare: its level then
+
+
+def test_a_long_queue_in_which_one_has_a_limit_is_looked_at_to_its_end(catalog: VariantCatalog) -> None:
+    # A hundred batches take 500 s at level 0 and 1000 at level 1; the first 128 alone would be ready in 640 at level 2.
+    queue = [*(waits(700.0) for _ in range(399)), waits(700.0, highest_level=0)]
+    decision = choose(catalog, *queue)
+    assert (index(decision), decision.shed) == (0, ())
+
+
+def test_immense_budgets_and_a_thousand_priorities_change_nothing_for_the_head(catalog: VariantCatalog) -> None:
+    others = [waits(1e6 + number, priority=-number) for number in range(1000)]
+    decision = choose(catalog, waits(9.0), *others, waits(math.inf))
+    assert (index(decision), len(decision.batch), decision.expired, decision.shed) == (2, 1, (), ())
+
+
+def random_state(catalog: VariantCatalog, seed: int) -> SchedulerState:
+    """Anything that can happen: deep lines, tight and immense budgets, limits, names, priorities, load."""
+    rng = random.Random(seed)
+    now = rng.uniform(-100, 100)
+    longest = rng.choice((10.0, 60.0, 600.0))
+    num_priorities = rng.choice((1, 3))
+
+    def constraints() -> RequestConstraints:
+        budget_s = rng.uniform(0, longest)
+        match rng.choice(("free", "free", "limit", "beyond", "name") if seed % 3 else ("free",)):
+            case "limit":
+                return RequestConstraints(budget_s, rng.randrange(3))
+            case "beyond":
+                return RequestConstraints(budget_s, 1, over_limit=catalog.variants[3])
+            case "name":
+                return RequestConstraints(budget_s, 0, pinned=catalog.variants[rng.randrange(4)])
+        return RequestConstraints(budget_s, 2)
+
+    all_constraints = [constraints() for _ in range(rng.choice((1, 2, 5, 30, 300)))]
+    queue = [QueuedRequest(now + each.budget_s, each, -rng.randrange(num_priorities)) for each in all_constraints]
+    drifts = [rng.uniform(0.8, 1.2) for _ in catalog.variants]
+    return SchedulerState(
+        now=now,
+        queue=sorted(queue, key=lambda request: request.deadline_at),
+        catalog=catalog,
+        latencies_s=[
+            [drift * seconds for seconds in variant.latency_by_batch_s]
+            for drift, variant in zip(drifts, catalog.variants, strict=True)
+        ],
+        slowdown=rng.choice((0.5, 1.0, 3.0)),
+        tail_factor=rng.choice((1.0, 1.4)),
+        overhead_factor=rng.choice((1.0, 1.7)),
+        max_batch_size=rng.randint(1, 4),
+        arrival_rate=rng.choice((0.0, 0.5, 20.0, 5000.0)),
+        recent=all_constraints[-128:],
+        tight_budget_s=rng.choice((math.inf, min(each.budget_s for each in all_constraints))),
+    )
+
+
+def grants(constraints: RequestConstraints, variant: Variant) -> bool:
+    if constraints.pinned is not None:
+        return variant == constraints.pinned
+    return variant.index <= constraints.highest_level or variant == constraints.over_limit
+
+
+def test_whatever_waits_each_gets_what_it_grants_or_is_shed_in_order(catalog: VariantCatalog) -> None:
+    seen = set()
+    for seed in range(400):
+        state = random_state(catalog, seed)
+        queue = list(state.queue)
+        decision = choose_level(state)
+        assert state.queue == queue
+        assert choose_level(state) == decision
+        taken = (*decision.batch, *decision.expired, *decision.shed)
+        assert taken, "something runs or is dropped"
+        assert len(taken) == len(set(taken)), "none twice"
+        assert set(taken) <= set(queue)
+        assert (decision.variant is None) == (not decision.batch)
+        assert len(decision.batch) <= state.max_batch_size
+        if decision.variant is not None:
+            assert all(grants(request.constraints, decision.variant) for request in decision.batch)
+            left = [request for request in queue if request not in {*decision.expired, *decision.shed}]
+            assert decision.batch[0] is left[0], "the most urgent of those left runs"
+            assert list(decision.batch) == sorted(decision.batch, key=lambda request: request.deadline_at)
+            assert state.now + state.latency_s(decision.variant.index, len(decision.batch)) <= left[0].deadline_at
+        if len(queue) <= MAX_PLANNED:
+            for dropped in decision.shed:
+                lower = [request for request in decision.batch if request.priority < dropped.priority]
+                assert all(dropped.deadline_at <= request.deadline_at for request in lower), "in no other's way"
+        seen.add((index(decision), bool(decision.expired), bool(decision.shed)))
+    assert {variant for variant, _, _ in seen} == {None, 0, 1, 2, 3}
+    assert {shed for _, _, shed in seen} == {False, True}
+
+
+def test_what_was_planned_for_is_answered_in_time_when_all_goes_as_predicted(catalog: VariantCatalog) -> None:
+    """The level is chosen so that nothing in the queue is late; then, if nothing else comes, nothing is."""
+    checked = 0
+    for seed in range(0, 300, 3):  # none has a limit
+        state = replace(random_state(catalog, seed), arrival_rate=0.0, tight_budget_s=math.inf)
+        decision = choose_level(state)
+        queue, now = list(state.queue), state.now
+        if index(decision) in (None, 0) or decision.expired:
+            continue  # so the level that was chosen has one below it, in reserve
+        checked += 1
+        while queue:
+            decision = choose_level(replace(state, queue=queue, now=now))
+            assert not decision.expired
+            assert not decision.shed
+            assert decision.variant is not None
+            now += state.latency_s(decision.variant.index, len(decision.batch)) * state.overhead_factor
+            queue = [request for request in queue if request not in decision.batch]
+    assert checked > 10

@@ -1,0 +1,57 @@
+import random
+
+from service.scheduling.queue import RequestQueue
+from service.scheduling.state import QueuedRequest, RequestConstraints
+
+
+def due(deadline_at: float, priority: int = 0) -> QueuedRequest:
+    return QueuedRequest(deadline_at, RequestConstraints(9.0, 2), priority)
+
+
+def test_a_request_that_has_left_can_no_longer_be_enqueued() -> None:
+    """Its image may be decoded just as its client leaves."""
+    queue, request = RequestQueue(), due(1.0)
+    assert not queue.enqueue(request)
+    queue.admit(request)
+    assert queue.enqueue(request)
+    queue.remove(request)
+    assert not queue.enqueue(request)
+    assert (len(queue), queue.num_admitted) == (0, 0)
+
+
+def test_a_million_priorities_leave_nothing_behind() -> None:
+    queue = RequestQueue()
+    for number in range(1000):
+        request = due(1.0, priority=-1000 * number)
+        queue.admit(request)
+        queue.remove(request)
+    assert not queue.priorities
+
+
+def test_whatever_happens_the_books_are_empty_in_the_end() -> None:
+    for seed in range(40):
+        rng = random.Random(seed)
+        queue, present = RequestQueue(), list[QueuedRequest]()
+        for _ in range(150):
+            match rng.choice(("come", "come", "enqueue", "leave")):
+                case "come":
+                    present.append(due(rng.choice((1.0, 2.0, rng.random())), -rng.randrange(3)))
+                    queue.admit(present[-1])
+                case "enqueue" if present and (request := rng.choice(present)) not in queue.queued:
+                    assert queue.enqueue(request)
+                case "leave" if present:
+                    queue.remove(present.pop(rng.randrange(len(present))))
+            assert queue.num_admitted == len(present)
+            assert [one.deadline_at for one in queue.queued] == sorted(one.deadline_at for one in queue.queued)
+            assert queue.deadlines_before(due(9.0, -9)) == sorted(one.deadline_at for one in present)
+        for request in present:
+            queue.remove(request)
+        assert (len(queue), queue.num_admitted, queue.priorities) == (0, 0, frozenset())
+
+
+def test_higher_priorities_and_earlier_deadlines_come_before() -> None:
+    queue = RequestQueue()
+    for request in (due(1.0), due(2.0, -1), due(3.0), due(0.5, -2)):
+        queue.admit(request)
+    assert queue.deadlines_before(due(2.0, -1)) == [1.0, 2.0]
+    assert queue.deadlines_before(due(9.0)) == [1.0, 3.0]

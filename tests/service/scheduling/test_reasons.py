@@ -1,0 +1,96 @@
+from dataclasses import replace
+
+import pytest
+
+from service.domain import ReasonCode
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.reasons import explain, reason_of
+from service.scheduling.state import BatchDecision, Reason, RequestConstraints
+
+
+@pytest.mark.parametrize(
+    ("reason", "level", "sentence"),
+    [
+        (Reason(ReasonCode.ALONE, 1), 2, "nothing else waits: grid 4 at keep rate 1 is the most accurate sub-network"),
+        (
+            Reason(ReasonCode.DEADLINE, 1, 5.0),
+            1,
+            "5000 ms left: grid 4 at keep rate 0.5 is the most accurate that answers in time",
+        ),
+        (
+            Reason(ReasonCode.FORECAST, 1, 50.0),
+            1,
+            "50000 ms left and others expected: grid 4 at keep rate 0.5 is the most accurate that answers all of them "
+            "in time",
+        ),
+        (
+            Reason(ReasonCode.ALL_IN_TIME, 2, 13.0),
+            2,
+            "2 waiting: grid 4 at keep rate 1, the most accurate sub-network, answers all of them in time",
+        ),
+        (
+            Reason(ReasonCode.ALL_IN_TIME, 5, 9.0),
+            1,
+            "5 waiting: grid 4 at keep rate 0.5 is the most accurate that answers all of them in time",
+        ),
+        (
+            Reason(ReasonCode.ALL_IN_TIME, 8, 41.0, safety_factor=1.5),
+            1,
+            "8 waiting: grid 4 at keep rate 0.5 is the most accurate that answers all of them in time if better ones "
+            "take 1.5 times as long (requests were missed of late)",
+        ),
+        (
+            Reason(ReasonCode.SUSTAINED_OVERLOAD, 8),
+            0,
+            "8 waiting and, for seconds now, more coming than even grid 2 at keep rate 0.5 carries for long",
+        ),
+        (
+            Reason(ReasonCode.BURST_OVERLOAD, 5),
+            0,
+            "5 waiting and more expected than can be answered in time: grid 2 at keep rate 0.5 answers the most",
+        ),
+        (
+            Reason(ReasonCode.BASELINE, 5, 0.03, policy="slackfit"),
+            0,
+            "slackfit: grid 2 at keep rate 0.5, 30 ms left to the most urgent",
+        ),
+        (Reason(ReasonCode.PINNED), 3, "grid 2 at keep rate 1 was asked for by name"),
+        (Reason(ReasonCode.NOTHING_TO_RUN), 0, "nothing that waits can be answered in time"),
+    ],
+)
+def test_every_reason_has_a_sentence(catalog: VariantCatalog, reason: Reason, level: int, sentence: str) -> None:
+    assert explain(reason, catalog, catalog.variants[level]) == sentence
+
+
+def test_a_budget_that_decided_is_named_with_what_more_would_cost(catalog: VariantCatalog) -> None:
+    reason = Reason(ReasonCode.GFLOPS_BUDGET)
+    assert explain(reason, catalog, catalog.variants[1], 0.000122) == (
+        "grid 4 at keep rate 0.5 is the most accurate within 0.000122 GFLOPs; "
+        "the next better one, grid 4 at keep rate 1, costs 0.000135344"
+    )
+    assert explain(reason, catalog, catalog.variants[2], 5.0) == (
+        "5 GFLOPs admit the most accurate sub-network, grid 4 at keep rate 1"
+    )
+
+
+def test_without_measured_accuracy_a_reason_speaks_of_size(catalog: VariantCatalog) -> None:
+    unmeasured, (_, middle, best) = replace(catalog, is_measured=False), catalog.variants[:3]
+    assert "is the largest within" in explain(Reason(ReasonCode.GFLOPS_BUDGET), unmeasured, middle, 0.000122)
+    alone = explain(Reason(ReasonCode.ALONE, 1), unmeasured, best)
+    assert alone == "nothing else waits: grid 4 at keep rate 1 is the largest sub-network"
+    assert "is the largest that answers in time" in explain(Reason(ReasonCode.DEADLINE, 1, 5.0), unmeasured, middle)
+
+
+def test_the_reason_is_the_constraint_where_it_decided_and_the_queue_where_the_queue_did(
+    catalog: VariantCatalog,
+) -> None:
+    cheapest, middle, best, dominated = catalog.variants[:4]
+    by_queue = BatchDecision(middle, reason=Reason(ReasonCode.ALL_IN_TIME, 2))
+    pinned = RequestConstraints(1.0, 0, pinned=dominated)
+    assert reason_of(pinned, None, dominated, by_queue).code is ReasonCode.PINNED
+    assert reason_of(RequestConstraints(1.0, 2), None, best, by_queue) is by_queue.reason
+    assert reason_of(RequestConstraints(1.0, 1), 0.5, cheapest, by_queue) is by_queue.reason  # lower than its limit
+    assert reason_of(RequestConstraints(1.0, 1), 0.000122, middle, by_queue).code is ReasonCode.GFLOPS_BUDGET
+    between = RequestConstraints(1.0, 0, over_limit=middle)
+    assert reason_of(between, 0.000122, middle, by_queue).code is ReasonCode.GFLOPS_BUDGET
+    assert reason_of(between, 0.000122, cheapest, by_queue) is by_queue.reason

@@ -1,0 +1,542 @@
+"""The latencies of batches of 1, 2, 3 and 4 are those of conftest's fast_menu.
+
+level 0: 20 30 40 50 ms
+level 1: 40 60 80 100 ms
+level 2: 80 120 160 200 ms
+"""
+
+import math
+import random
+
+import pytest
+
+from models.profiles import SubNetworkProfile
+from models.subnetwork import SubNetwork
+from service.errors import OverloadedError
+from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.estimators import REMEMBERED_REQUESTS, SUSTAINED_TIME_S
+from service.scheduling.level_policy import choose_level
+from service.scheduling.scheduler import Scheduler
+from service.scheduling.state import (
+    NO_DELAY,
+    BatchDecision,
+    PreprocessingDelay,
+    QueuedRequest,
+    RequestConstraints,
+    SchedulerState,
+)
+
+LONG_S = 1000.0  # after it, the arrivals before are no news any more
+
+
+def stand_in(index: int | None) -> Variant | None:
+    """Name a variant of the catalog by its place."""
+    return None if index is None else Variant(index, SubNetworkProfile(SubNetwork(2, 0.5), 1), ())
+
+
+def index(decision: BatchDecision) -> int | None:
+    return None if decision.variant is None else decision.variant.index
+
+
+def completed(
+    scheduler: Scheduler, level: int, size: int, seconds: float, now: float, turnaround_s: float = 0.0
+) -> None:
+    scheduler.batch_completed(scheduler.catalog.variants[level], size, seconds, now, turnaround_s)
+
+
+def predicted(scheduler: Scheduler, level: int, size: int, now: float) -> float:
+    return scheduler.predict(scheduler.catalog.variants[level], size, now)
+
+
+def waits(deadline_at: float, *, budget_s: float = 9.0, pinned: int | None = None, priority: int = 0) -> QueuedRequest:
+    constraints = RequestConstraints(budget_s, 2 if pinned is None else 0, stand_in(pinned))
+    return QueuedRequest(deadline_at, constraints, priority)
+
+
+@pytest.fixture
+def scheduler(fast_catalog: VariantCatalog) -> Scheduler:
+    return Scheduler(fast_catalog, choose_level, 4)
+
+
+def fill(scheduler: Scheduler, *requests: QueuedRequest, now: float = 0.0) -> tuple[QueuedRequest, ...]:
+    for request in requests:
+        scheduler.admit(request, now)
+        scheduler.enqueue(request)
+    return requests
+
+
+def test_what_is_due_first_stands_first_and_equals_in_order_of_arrival(scheduler: Scheduler) -> None:
+    last, first, early, expired = fill(scheduler, waits(4.0), waits(1.0), waits(2.0), waits(2.0))
+    assert list(scheduler.state(0.0).queue) == [first, early, expired, last]
+    assert len(scheduler) == 4
+
+
+def test_an_empty_queue_decides_nothing(scheduler: Scheduler) -> None:
+    assert scheduler.next_batch(0.0) == BatchDecision(None)
+
+
+def test_those_that_run_or_are_dropped_are_queued_no_longer(fast_catalog: VariantCatalog) -> None:
+    def one_of_each(state: SchedulerState) -> BatchDecision:
+        first, second, third, *_ = state.queue
+        return BatchDecision(state.catalog.variants[0], batch=(first,), expired=(second,), shed=(third,))
+
+    scheduler = Scheduler(fast_catalog, one_of_each, 4)
+    *_, left = fill(scheduler, *(waits(1.0 + number) for number in range(4)))
+    scheduler.next_batch(0.0)
+    assert list(scheduler.state(0.0).queue) == [left]
+    assert scheduler.backlog_s(0.0) == pytest.approx(0.05 / 4)
+
+
+def test_a_request_counts_from_its_admission_until_it_leaves(scheduler: Scheduler) -> None:
+    request = waits(1.0)
+    scheduler.admit(request, 0.0)
+    assert len(scheduler) == 0
+    assert scheduler.backlog_s(0.0) == pytest.approx(0.05 / 4)
+    scheduler.enqueue(request)
+    assert len(scheduler) == 1
+    scheduler.withdraw(request)
+    assert len(scheduler) == 0
+    assert scheduler.backlog_s(0.0) == 0.0
+
+
+def test_leaving_twice_takes_no_other_along(scheduler: Scheduler) -> None:
+    gone, twin = fill(scheduler, waits(1.0), waits(1.0))
+    scheduler.withdraw(gone)
+    scheduler.withdraw(gone)
+    assert list(scheduler.state(0.0).queue) == [twin]
+    assert scheduler.backlog_s(0.0) == pytest.approx(0.05 / 4)
+    scheduler.withdraw(twin)
+    assert scheduler.backlog_s(0.0) == 0.0
+
+
+def test_whatever_happens_the_books_are_right_and_empty_in_the_end(fast_catalog: VariantCatalog) -> None:
+    for seed in range(40):
+        rng = random.Random(seed)
+        scheduler, now = Scheduler(fast_catalog, choose_level, 4), 0.0
+        decoding: list[QueuedRequest] = []
+        waiting: list[QueuedRequest] = []
+        gone: list[QueuedRequest] = []
+        for _ in range(150):
+            now += rng.choice((0.0, 0.001, 0.03))
+            match rng.choice(("come", "come", "decoded", "leave", "again", "run")):
+                case "come":
+                    request = waits(now + rng.choice((0.01, 0.1, 0.1, 0.6)), priority=-rng.randrange(2))
+                    try:
+                        scheduler.admit(request, now)
+                        decoding.append(request)
+                    except OverloadedError:
+                        gone.append(request)
+                case "decoded" if decoding:
+                    waiting.append(decoding.pop(rng.randrange(len(decoding))))
+                    scheduler.enqueue(waiting[-1])
+                case "leave" if decoding or waiting:
+                    gone.append(rng.choice(decoding + waiting))
+                    scheduler.withdraw(gone[-1])
+                case "again" if gone:
+                    scheduler.withdraw(rng.choice(gone))
+                case "run":
+                    decision = scheduler.next_batch(now)
+                    taken = [*decision.batch, *decision.expired, *decision.shed]
+                    assert bool(taken) == bool(waiting)
+                    assert set(taken) <= set(waiting)
+                    gone += taken
+            decoding = [request for request in decoding if request not in gone]
+            waiting = [request for request in waiting if request not in gone]
+            assert set(scheduler.state(now).queue) == set(waiting)
+            admitted = len(decoding) + len(waiting)
+            assert scheduler.backlog_s(now) == pytest.approx(admitted / 4 * predicted(scheduler, 0, 4, now))
+        for request in (*decoding, *waiting):
+            scheduler.withdraw(request)
+        assert len(scheduler) == 0
+        assert scheduler.backlog_s(now) == 0.0
+
+
+# Admission
+
+
+def refusal_s(
+    scheduler: Scheduler, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY
+) -> float | None:
+    """Seconds after which to try again, None if the request is admitted."""
+    try:
+        scheduler.admit(request, now, delay)
+    except OverloadedError as error:
+        return float(error.details["retry_after_s"])
+    return None
+
+
+@pytest.mark.parametrize(
+    ("due", "retry_after_s"), [(0.019, 0.001), (0.021, None), (1e-12, 0.02), (-9.0, 9.02), (1e6, None)]
+)
+def test_what_not_even_the_cheapest_can_answer_in_time_is_rejected(
+    scheduler: Scheduler, due: float, retry_after_s: float | None
+) -> None:
+    assert refusal_s(scheduler, waits(due), 0.0) == retry_after_s
+
+
+def test_those_due_before_are_reckoned_with_at_the_cheapest_level_in_full_batches(scheduler: Scheduler) -> None:
+    fill(scheduler, *(waits(0.101) for _ in range(8)))  # the last of the eight end at 100 ms, a newcomer at 120
+    assert refusal_s(scheduler, waits(0.115), 0.0) == pytest.approx(0.005)
+    assert refusal_s(scheduler, waits(0.121), 0.0) is None
+    assert refusal_s(scheduler, waits(0.1), 0.0) is None  # it is due before the eight
+
+
+def test_a_new_request_joins_a_batch_that_is_not_full(scheduler: Scheduler) -> None:
+    fill(scheduler, *(waits(0.051) for _ in range(3)))  # alone after the three, it would end at 60 ms
+    assert refusal_s(scheduler, waits(0.055), 0.0) is None
+    assert refusal_s(scheduler, waits(0.055), 0.0) == pytest.approx(0.015)  # the fifth has a batch of its own
+
+
+def test_a_new_request_joins_no_batch_that_would_be_late_with_it(scheduler: Scheduler) -> None:
+    fill(scheduler, *(waits(0.041) for _ in range(3)))
+    assert refusal_s(scheduler, waits(0.055), 0.0) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("how", ["ended", "failed"])
+def test_the_batch_that_runs_delays_a_new_request_until_it_has_ended(scheduler: Scheduler, how: str) -> None:
+    fill(scheduler, *(waits(0.06) for _ in range(4)))
+    scheduler.state(LONG_S)  # so that no others are expected
+    assert index(scheduler.next_batch(0.0)) == 0  # until 50 ms
+    assert refusal_s(scheduler, waits(0.069), 0.01) == pytest.approx(0.001)
+    if how == "ended":
+        completed(scheduler, 0, 4, 0.05, 0.03)
+    else:
+        scheduler.batch_failed(0.03)
+    assert refusal_s(scheduler, waits(0.069), 0.03) is None
+
+
+def test_the_decoding_to_come_delays_a_new_request(scheduler: Scheduler) -> None:
+    assert refusal_s(scheduler, waits(0.069), 0.01, PreprocessingDelay(0.04)) == pytest.approx(0.001)
+    assert refusal_s(scheduler, waits(0.069), 0.01, PreprocessingDelay(0.03)) is None
+
+
+@pytest.mark.parametrize(
+    ("delay", "reason"),
+    [
+        (PreprocessingDelay(base_s=0.981), "no_time"),
+        (PreprocessingDelay(base_s=0.9, contention_s=0.081), "preprocessing"),
+        (PreprocessingDelay(base_s=0.9, queue_s=0.081), "preprocessing"),
+        (PreprocessingDelay(base_s=0.9, contention_s=0.04, queue_s=0.039), None),
+    ],
+)
+def test_what_lies_before_the_queue_is_told_from_the_queue(
+    scheduler: Scheduler, delay: PreprocessingDelay, reason: str | None
+) -> None:
+    reasons = []
+    for ask in (scheduler.admit, scheduler.preview):  # what is told is what would be done
+        try:
+            ask(waits(1.0), 0.0, delay)
+        except OverloadedError as error:
+            reasons.append(error.reason)
+    assert reasons == [reason] * 2 if reason else not reasons
+    assert scheduler.state(0.0).safety_factor == 1.0  # no cheaper level would have cured it
+
+
+def test_while_others_are_decoded_the_engine_works_off_those_ahead(scheduler: Scheduler) -> None:
+    fill(scheduler, *(waits(0.3) for _ in range(8)))  # 100 ms at level 0, within which the queue shrinks as well
+    assert refusal_s(scheduler, waits(0.3), 0.0, PreprocessingDelay(0.01, queue_s=0.26)) is None
+    assert refusal_s(scheduler, waits(0.3), 0.0, PreprocessingDelay(0.01, queue_s=0.28)) == pytest.approx(0.01)
+
+
+def test_a_name_that_is_slow_is_rejected_sooner(scheduler: Scheduler) -> None:
+    assert refusal_s(scheduler, waits(0.079, pinned=2), 0.0) == pytest.approx(0.001)
+    assert refusal_s(scheduler, waits(0.079), 0.0) is None
+
+
+def test_the_lowest_priority_is_rejected_first(fast_catalog: VariantCatalog) -> None:
+    scheduler = Scheduler(fast_catalog, choose_level, 4)
+    fill(scheduler, *(waits(0.101) for _ in range(8)))
+    assert refusal_s(scheduler, waits(0.101, priority=-1), 0.0) == pytest.approx(0.019)
+    low = Scheduler(fast_catalog, choose_level, 4)
+    fill(low, *(waits(0.101, priority=-1) for _ in range(8)))
+    assert refusal_s(low, waits(0.101), 0.0) is None  # it goes before them all
+
+
+def test_those_that_will_be_late_anyway_keep_no_other_out(scheduler: Scheduler) -> None:
+    fill(scheduler, *(waits(0.2) for _ in range(12)))  # they take until 150 ms
+    assert refusal_s(scheduler, waits(0.24), 0.185) is None  # there is no time left for the twelve
+
+
+def test_coming_back_after_the_time_named_helps(fast_catalog: VariantCatalog) -> None:
+    scheduler = Scheduler(
+        fast_catalog, lambda state: BatchDecision(state.catalog.variants[0], tuple(state.queue[:4])), 4
+    )
+    fill(scheduler, *(waits(0.109) for _ in range(8)))
+    assert refusal_s(scheduler, waits(0.109), 0.0) == pytest.approx(0.011)  # the eight end at 100 ms, it ends at 120
+    scheduler.next_batch(0.0)
+    assert refusal_s(scheduler, waits(0.109 + 0.010), 0.010) is not None
+    assert refusal_s(scheduler, waits(0.109 + 0.0111), 0.0111) is None
+
+
+def test_under_sustained_overload_a_new_request_is_rejected_sooner(scheduler: Scheduler) -> None:
+    # Level 0 answers 80 a second; 100 come. Three tenths of a full batch are added: 15 ms.
+    at = 0.0
+    while at < 4 * SUSTAINED_TIME_S:
+        scheduler.admit(waits(at + 1e6), at)
+        at += 0.01
+    assert refusal_s(scheduler, waits(at + 0.034), at) == pytest.approx(0.001)
+    assert refusal_s(scheduler, waits(at + 0.036), at) is None
+    # A budget of 50 ms holds two batches of one, 20 ms each, and none of four: 6 ms are added.
+    assert refusal_s(scheduler, waits(at + 0.025, budget_s=0.05), at) == pytest.approx(0.001)
+    assert refusal_s(scheduler, waits(at + 0.027, budget_s=0.05), at) is None
+
+
+def test_a_scheduler_for_a_policy_that_drops_later_rejects_nothing(fast_catalog: VariantCatalog) -> None:
+    scheduler = Scheduler(fast_catalog, choose_level, 4, rejects_early=False)
+    assert refusal_s(scheduler, waits(-5.0), 0.0) is None
+
+
+def test_rejections_leave_nothing_behind(scheduler: Scheduler) -> None:
+    for number in range(1000):
+        with pytest.raises(OverloadedError):
+            scheduler.admit(waits(0.001, priority=-1000 * number), 0.0)
+    assert scheduler.backlog_s(0.0) == 0.0
+
+
+# What a policy is told
+
+
+def test_the_very_first_request_of_all_is_no_burst(scheduler: Scheduler) -> None:
+    fill(scheduler, waits(0.2, budget_s=0.2))  # at the best level there is time for two of 80 ms, not for five
+    assert index(scheduler.next_batch(0.0)) == 2
+
+
+def test_a_policy_is_told_a_budget_that_one_in_twenty_of_the_recent_undercuts(fast_catalog: VariantCatalog) -> None:
+    scheduler = Scheduler(fast_catalog, choose_level, 4, rejects_early=False)
+    assert scheduler.state(0.0).tight_budget_s == math.inf
+    rng = random.Random(0)
+    budgets = [rng.choice((0.5, 1.0, 30.0, 1e9)) + rng.randrange(3) for _ in range(3 * REMEMBERED_REQUESTS)]
+    for budget_s in budgets:
+        fill(scheduler, waits(budget_s, budget_s=budget_s))
+    recent = budgets[-REMEMBERED_REQUESTS:]
+    state = scheduler.state(0.0)
+    assert [constraints.budget_s for constraints in state.recent] == recent
+    assert state.tight_budget_s == sorted(recent)[REMEMBERED_REQUESTS // 20]
+
+
+def test_others_load_is_reckoned_with_before_the_first_slow_batch(scheduler: Scheduler) -> None:
+    assert predicted(scheduler, 2, 3, 0.0) == 0.16
+    scheduler.machine_observed(1.5)
+    assert predicted(scheduler, 2, 3, 0.0) == pytest.approx(0.24)
+    assert scheduler.state(0.0).slowdown == 1.5
+    assert refusal_s(scheduler, waits(0.025), 0.0) == pytest.approx(0.005)
+
+
+def test_a_slow_batch_is_felt_in_every_prediction_and_a_fast_one_again(scheduler: Scheduler) -> None:
+    for number in range(6):
+        completed(scheduler, 0, 4, 0.1, number / 100)  # twice what was profiled
+    assert predicted(scheduler, 1, 2, 0.05) > 1.8 * 0.06
+    assert refusal_s(scheduler, waits(0.05 + 0.035), 0.05) is not None
+    for number in range(6, 30):
+        completed(scheduler, 0, 4, 0.05, number / 100)
+    assert predicted(scheduler, 1, 2, 0.29) == pytest.approx(0.06, rel=0.15)
+    assert refusal_s(scheduler, waits(0.29 + 0.035), 0.29) is None
+
+
+def test_what_is_chosen_allows_for_batches_that_vary(scheduler: Scheduler) -> None:
+    for number in range(20):
+        completed(scheduler, 0, 4, (0.04, 0.06)[number % 2], number / 100)
+    state = scheduler.state(0.19)
+    assert state.latency_s(0, 4) == predicted(scheduler, 0, 4, 0.19)
+    assert 1.3 < state.tail_factor < 1.7
+
+
+def test_asking_for_the_impossible_raises_no_safety_factor(scheduler: Scheduler) -> None:
+    for _ in range(50):
+        with pytest.raises(OverloadedError, match="even if nothing else waited"):
+            scheduler.admit(waits(0.015), 0.0)  # the cheapest level takes 20 ms
+    assert scheduler.state(0.0).safety_factor == 1.0
+
+
+def test_asking_for_the_impossible_is_no_load_to_plan_for(scheduler: Scheduler) -> None:
+    for number in range(50):
+        with pytest.raises(OverloadedError, match="even if nothing else waited"):
+            scheduler.admit(waits(0.015 + number), float(number))
+    assert (scheduler.state(50.0).arrival_rate, scheduler.state(50.0).sustained_rate) == (0, 0)
+
+
+def test_what_only_others_keep_from_being_answered_is_load(scheduler: Scheduler) -> None:
+    fill(scheduler, *(waits(0.06) for _ in range(4)))
+    counted = [scheduler.state(0.0).arrival_rate]
+    crowd = PreprocessingDelay(queue_s=5.0)
+    for due_s, delay, said in ((0.06, NO_DELAY, "too much is waiting"), (1.0, crowd, "being read and decoded")):
+        with pytest.raises(OverloadedError, match=said):
+            scheduler.admit(waits(due_s), 0.0, delay)
+        counted.append(scheduler.state(0.0).arrival_rate)
+    assert counted[0] < counted[1] < counted[2]
+
+
+def test_the_engine_is_taken_for_longer_than_its_batches(fast_catalog: VariantCatalog) -> None:
+    scheduler = Scheduler(
+        fast_catalog, lambda state: BatchDecision(state.catalog.variants[2], tuple(state.queue[:4])), 4
+    )  # four in 200 ms
+    scheduler.throttled(2.0)
+    settled(scheduler, *(waits(5.0) for _ in range(8)))
+    assert scheduler.preview(waits(6.0), 0.0)[2] == pytest.approx(2 * 0.4)
+    assert scheduler.backlog_s(0.0) == pytest.approx(2 * 0.1)
+    scheduler.next_batch(0.0)
+    scheduler.next_batch(0.4)
+    assert scheduler.preview(waits(6.0), 0.4)[2] == pytest.approx(0.4)
+
+
+def test_admission_reckons_with_what_lies_between_batches(scheduler: Scheduler) -> None:
+    scheduler.throttled(2.0)
+    fill(
+        scheduler, *(waits(0.06) for _ in range(4))
+    )  # at the cheapest level they take 50 ms, and the engine is free at 100
+    assert refusal_s(scheduler, waits(0.11), 0.0) == pytest.approx(0.01)
+    assert refusal_s(scheduler, waits(0.13), 0.0) is None
+
+
+def test_what_lies_between_batches_is_reckoned_with(scheduler: Scheduler) -> None:
+    for number in range(100):
+        completed(scheduler, 0, 4, 0.05, number / 10, turnaround_s=0.01)
+    assert scheduler.state(9.9).overhead_factor == pytest.approx(1.2, rel=1e-3)
+    assert predicted(scheduler, 0, 4, 9.9) == pytest.approx(0.05)  # the batch itself is as long as ever
+    scheduler.throttled(1.1)  # what lies between them goes by within the pauses
+    assert scheduler.state(9.9).overhead_factor == pytest.approx(1.2, rel=1e-3)
+    scheduler.throttled(3.0)
+    assert scheduler.state(9.9).overhead_factor == 3.0
+
+
+def test_one_long_stop_between_batches_is_no_rule(scheduler: Scheduler) -> None:
+    completed(scheduler, 0, 4, 0.05, 0.0, turnaround_s=60.0)
+    assert scheduler.state(0.0).overhead_factor == pytest.approx(1.1)
+
+
+def test_a_variant_that_always_takes_longer_than_profiled_is_known_after_a_while(scheduler: Scheduler) -> None:
+    for number in range(300):
+        completed(scheduler, number % 2, 2, (0.03, 1.15 * 0.06)[number % 2], number / 100)
+    first, second = (predicted(scheduler, level, 2, 2.99) for level in (0, 1))
+    assert second / first == pytest.approx(2 * 1.15, rel=0.03)
+
+
+def test_no_correction_of_the_profile_exceeds_a_fifth(scheduler: Scheduler) -> None:
+    for number in range(500):
+        completed(scheduler, number % 2, 2, (0.03, 5 * 0.06)[number % 2], number / 100)
+    for row, variant in zip(scheduler.state(5.0).latencies_s, scheduler.catalog.variants, strict=True):
+        ratios = [seconds / profiled for seconds, profiled in zip(row, variant.latency_by_batch_s, strict=True)]
+        assert all(0.8 - 1e-9 <= ratio <= 1.2 + 1e-9 for ratio in ratios)
+
+
+def test_what_memory_allows_bounds_the_batch(fast_catalog: VariantCatalog) -> None:
+    assert Scheduler(fast_catalog, choose_level, 64).state(0.0).max_batch_size == 4
+    scheduler = Scheduler(fast_catalog, choose_level, 4)
+    scheduler.machine_observed(1.0, 2)
+    fill(scheduler, *(waits(9.0) for _ in range(4)))
+    assert len(scheduler.next_batch(0.0).batch) == 2
+
+
+def test_a_ceiling_makes_the_engine_busy_for_longer(scheduler: Scheduler) -> None:
+    scheduler.throttled(2.0)
+    fill(scheduler, *(waits(0.06) for _ in range(4)))
+    scheduler.state(LONG_S)
+    assert index(scheduler.next_batch(0.0)) == 0  # 50 ms of work, and as much of pause
+    assert refusal_s(scheduler, waits(0.119), 0.0) == pytest.approx(0.001)
+
+
+# Preview
+
+
+def settled(scheduler: Scheduler, *requests: QueuedRequest) -> Scheduler:
+    """Make entries wait for so long already that no others are expected."""
+    fill(scheduler, *requests, now=-LONG_S)
+    scheduler.state(0.0)
+    return scheduler
+
+
+def everything(scheduler: Scheduler, now: float) -> tuple[object, ...]:
+    state = scheduler.state(now)
+    return (
+        list(state.queue),
+        list(state.recent),
+        state.tight_budget_s,
+        pytest.approx(state.arrival_rate),
+        state.slowdown,
+        scheduler.backlog_s(now),
+        scheduler.free_at,
+    )
+
+
+def test_a_preview_changes_nothing(scheduler: Scheduler) -> None:
+    settled(scheduler, *(waits(due) for due in (0.3, 0.4, 0.5)))
+    scheduler.admit(waits(0.6), 0.0)
+    before = everything(scheduler, 0.0)
+    for request in (waits(0.35), waits(0.9, pinned=3), waits(0.9, priority=-3)):
+        scheduler.preview(request, 0.0)
+        scheduler.preview(request, 0.0, PreprocessingDelay(queue_s=0.1))
+    with pytest.raises(OverloadedError):
+        scheduler.preview(waits(0.001), 0.0)
+    assert everything(scheduler, 0.0) == before
+
+
+def test_a_preview_tells_what_then_happens(fast_catalog: VariantCatalog) -> None:
+    previewed = 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        others = [waits(rng.uniform(0.02, 0.9)) for _ in range(rng.randrange(12))]
+        request = waits(rng.uniform(0.03, 0.9), priority=-rng.randrange(2))
+        foreseeing, scheduler = (Scheduler(fast_catalog, choose_level, 4) for _ in range(2))
+        scheduler.admit(request, -LONG_S)  # it is no arrival that others are expected to follow
+        for one in (foreseeing, scheduler):
+            settled(one, *others)
+            one.next_batch(0.0)  # so that the engine may be busy
+        free_at = max(0.0, scheduler.free_at)
+        try:
+            variant, size, start_s, foretold = foreseeing.preview(request, 0.0)
+        except OverloadedError:
+            continue
+        scheduler.enqueue(request)
+        now, decision = free_at, scheduler.next_batch(free_at)
+        while request not in decision.batch:
+            now = max(now, scheduler.free_at)
+            decision = scheduler.next_batch(now)
+        assert decision == foretold
+        assert (variant, size) == (decision.variant, len(decision.batch))
+        assert start_s == pytest.approx(now)
+        previewed += 1
+    assert previewed > 30
+
+
+def test_what_would_be_rejected_or_shed_learns_it_from_the_preview(scheduler: Scheduler) -> None:
+    settled(scheduler, *(waits(0.044) for _ in range(3)))  # three end at 40 ms
+    with pytest.raises(OverloadedError, match="too much is waiting"):
+        scheduler.preview(waits(0.05), 0.0)
+    with pytest.raises(OverloadedError, match="would be shed"):
+        scheduler.preview(waits(0.04), 0.0)  # the most urgent of four, of which three can be answered
+
+
+def test_a_preview_of_a_deep_queue_asks_the_policy_a_few_times_only(fast_catalog: VariantCatalog) -> None:
+    asked = 0
+
+    def counting(state: SchedulerState) -> BatchDecision:
+        nonlocal asked
+        asked += 1
+        return choose_level(state)
+
+    scheduler = settled(Scheduler(fast_catalog, counting, 4), *(waits(1e5 + number) for number in range(1000)))
+    variant, size, start_s, _ = scheduler.preview(waits(2e5), 0.0)
+    assert asked < 10
+    assert (variant.index, size) == (2, 4)
+    assert start_s == pytest.approx(1000 / 4 * 0.2, rel=0.01)
+
+
+def test_a_preview_in_a_queue_that_moves_too_slowly_says_so(fast_catalog: VariantCatalog) -> None:
+    scheduler = Scheduler(
+        fast_catalog, lambda state: BatchDecision(state.catalog.variants[2], tuple(state.queue[:1])), 4
+    )
+    settled(scheduler, *(waits(5.0) for _ in range(100)))  # one by one, each 80 ms
+    with pytest.raises(OverloadedError, match="would be shed"):
+        scheduler.preview(waits(7.0), 0.0)
+    assert scheduler.preview(waits(9.0), 0.0)[2] == pytest.approx(8.0)
+
+
+def test_what_is_missed_makes_the_next_decisions_cautious(scheduler: Scheduler) -> None:
+    assert scheduler.state(0.0).safety_factor == 1.0
+    fill(scheduler, *(waits(0.2) for _ in range(12)))  # they take until 150 ms
+    assert refusal_s(scheduler, waits(0.03), 0.0) is None
+    assert refusal_s(scheduler, waits(0.03), 0.0) is None
+    assert refusal_s(scheduler, waits(0.035), 0.0) is not None  # alone it would take 20 ms
+    refused = scheduler.state(0.0).safety_factor
+    scheduler.deadline_missed(0.0)
+    assert scheduler.state(0.0).safety_factor > refused > 1.0

@@ -1,0 +1,45 @@
+import pytest
+
+from models.profiles import SubNetworkProfile
+from models.subnetwork import SubNetwork
+from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.state import QueuedRequest, RequestConstraints, SchedulerState, target
+
+
+def stand_in(index: int) -> Variant:
+    """Name a variant of the catalog by its place."""
+    return Variant(index, SubNetworkProfile(SubNetwork(2, 0.5), 1), ())
+
+
+@pytest.mark.parametrize(
+    ("constraints", "expected"),
+    [
+        (RequestConstraints(1.0, 2), [0, 1, 2]),
+        (RequestConstraints(1.0, 1), [0, 1, 1]),
+        (RequestConstraints(1.0, 0), [0, 0, 0]),
+        (RequestConstraints(1.0, 1, over_limit=stand_in(5)), [0, 1, 5]),
+        (RequestConstraints(1.0, 0, pinned=stand_in(7)), [7, 7, 7]),
+    ],
+)
+def test_a_request_gets_the_level_up_to_its_limit_what_uses_its_budget_up_above_and_its_name_always(
+    constraints: RequestConstraints, expected: list[int]
+) -> None:
+    assert [target(constraints, level) for level in range(3)] == expected
+
+
+def test_two_requests_that_grant_the_same_are_still_two() -> None:
+    first, second = QueuedRequest(1.0, RequestConstraints(1.0, 2)), QueuedRequest(1.0, RequestConstraints(1.0, 2))
+    assert first != second
+    assert len({first, second}) == 2
+
+
+def test_the_largest_batch_that_fits_is_bounded_by_the_room_the_queue_and_the_limit(
+    catalog: VariantCatalog,
+) -> None:
+    latencies_s = [variant.latency_by_batch_s for variant in catalog.variants]
+    state = SchedulerState(0.0, (), catalog, latencies_s, 2.0, 1.0, 1.0, 3, 0.0, (), 1.0)
+    # At twice the profiled latency, level 0 takes 4, 6, 8 and 10 s.
+    assert state.latency_s(0, 2) == 6.0
+    rooms = (-1.0, 3.9, 4.0, 7.9, 8.0, 100.0, float("inf"))
+    assert [state.fitting(0, room_s, queued=9) for room_s in rooms] == [0, 0, 1, 2, 3, 3, 3]
+    assert state.fitting(0, 100.0, queued=2) == 2

@@ -1,0 +1,169 @@
+"""One machine with two levels, 10 and 40 ms for one request and 5 and 15 more for each further, to work by hand."""
+
+import pytest
+
+from models.latency import LatencyTable
+from models.profiles import ProfileTable, SubNetworkProfile
+from models.subnetwork import SubNetwork
+from service.errors import BudgetTooSmallError
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.policies import Policy
+from service.scheduling.state import BatchDecision, SchedulerState
+from service.simulation.arrivals import Arrival, SlowdownScript
+from service.simulation.simulator import Figures, Machine, Replay, replay, throughput
+
+CHEAP, BEST = SubNetwork(8, 0.5), SubNetwork(14, 1.0)
+PROFILES = ProfileTable((SubNetworkProfile(CHEAP, 1_000_000_000, 0.7), SubNetworkProfile(BEST, 4_000_000_000, 0.8)))
+LATENCIES = LatencyTable((1, 4), {CHEAP: (0.010, 0.025), BEST: (0.040, 0.085)})
+CATALOG = VariantCatalog.of(PROFILES, LATENCIES)
+UNMEASURED = ProfileTable(tuple(SubNetworkProfile(row.subnetwork, row.macs) for row in PROFILES.rows))
+
+THREE = [Arrival(0.0, 0.1), Arrival(0.010, 0.1), Arrival(0.020, 0.1)]
+
+
+def fates(replayed: Replay) -> list[tuple[int, int, str]]:
+    """When each arrived and ended, in milliseconds, and how."""
+    return [(round(1000 * fate.arrived_at), round(1000 * fate.ended_at), fate.outcome) for fate in replayed.fates]
+
+
+def batches(replayed: Replay) -> list[tuple[int, int, int, int]]:
+    """When each started and how long it took, in milliseconds, the level and the size."""
+    return [
+        (round(1000 * batch.started_at), round(1000 * batch.seconds), batch.variant.index, batch.size)
+        for batch in replayed.batches
+    ]
+
+
+def flow(rate: float, seconds: float, budget_s: float = 0.1) -> list[Arrival]:
+    return [Arrival(index / rate, budget_s) for index in range(int(rate * seconds))]
+
+
+def test_requests_are_batched_behind_the_one_that_runs() -> None:
+    """The first runs alone; when it ends, the second is due in 70 ms and two take 55."""
+    replayed = replay(THREE, Machine(CATALOG), "fixed-14-1")
+    assert batches(replayed) == [(0, 40, 1, 1), (40, 55, 1, 2)]
+    assert fates(replayed) == [(0, 40, "in_time"), (10, 95, "in_time"), (20, 95, "in_time")]
+
+
+def test_a_batch_takes_as_long_as_the_machine_is_slow_when_it_starts() -> None:
+    replayed = replay(THREE, Machine(CATALOG, slowdown=SlowdownScript.parse("0.03:2")), "fixed-14-1")
+    assert batches(replayed) == [(0, 40, 1, 1), (40, 110, 1, 2)]
+    assert fates(replayed) == [(0, 40, "in_time"), (10, 150, "overdue"), (20, 150, "overdue")]
+
+
+def test_an_overhead_delays_every_batch() -> None:
+    assert batches(replay(THREE, Machine(CATALOG, overhead_s=0.005), "fixed-14-1")) == [(0, 45, 1, 1), (45, 60, 1, 2)]
+
+
+def test_noise_only_ever_delays_and_follows_its_seed() -> None:
+    runs = [replay(flow(20, 20), Machine(CATALOG, noise=0.2, seed=seed), "fixed-14-1").batches for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+    factors = [batch.seconds / CATALOG.variants[1].latency_by_batch_s[batch.size - 1] for batch in runs[0]]
+    assert min(factors) >= 1
+    assert sum(factors) / len(factors) == pytest.approx(1 + 0.2 * 0.8, abs=0.03)  # the mean of |normal| is 0.8
+
+
+def test_an_idle_machine_waits_for_the_next_request() -> None:
+    replayed = replay([Arrival(1.0, 0.1), Arrival(7.0, 0.1)], Machine(CATALOG), "level")
+    assert batches(replayed) == [(1000, 40, 1, 1), (7000, 40, 1, 1)]
+
+
+def test_what_the_policy_cannot_answer_it_drops_when_it_looks() -> None:
+    """The second is due at 45, when the engine has just been free for 5."""
+    replayed = replay([Arrival(0.0, 0.1), Arrival(0.005, 0.040)], Machine(CATALOG), "fixed-14-1")
+    assert fates(replayed) == [(0, 40, "in_time"), (5, 40, "expired")]
+
+
+def test_our_own_policy_rejects_at_admission_what_a_published_one_drops_later() -> None:
+    """The second, due at 30, could not be answered behind the first, at 40."""
+    arrivals = [Arrival(0.0, 0.1), Arrival(0.005, 0.025)]
+    assert fates(replay(arrivals, Machine(CATALOG), "level"))[0] == (5, 5, "rejected")
+    assert (5, 40, "expired") in fates(replay(arrivals, Machine(CATALOG), "max-accuracy"))
+
+
+def test_an_answer_at_its_very_deadline_is_in_time() -> None:
+    assert fates(replay([Arrival(0.1, 0.040)], Machine(CATALOG), "fixed-14-1")) == [(100, 140, "in_time")]
+
+
+def test_a_limit_of_cost_is_kept_and_one_that_nothing_meets_is_an_error() -> None:
+    assert batches(replay([Arrival(0.0, 0.1, 3.9)], Machine(CATALOG), "fixed-14-1")) == [(0, 10, 0, 1)]
+    with pytest.raises(BudgetTooSmallError, match=r"0\.5 GFLOPs is too small"):
+        replay([Arrival(0.0, 0.1, 0.5)], Machine(CATALOG), "level")
+
+
+def test_no_batch_is_larger_than_allowed() -> None:
+    replayed = replay([Arrival(0.0, 9.0)] * 5, Machine(CATALOG, max_batch_size=2), "infaas")
+    assert [size for *_, size in batches(replayed)] == [2, 2, 1]
+
+
+def test_priority_reaches_the_policy() -> None:
+    seen: list[int] = []
+
+    def watch(state: SchedulerState) -> BatchDecision:
+        seen.extend(request.priority for request in state.queue)
+        return BatchDecision(state.catalog.variants[0], tuple(state.queue))
+
+    Replay([Arrival(0.0, 0.1, None, -1)], Machine(CATALOG), Policy("watch", lambda _catalog, _size: watch))
+    assert seen == [-1]
+
+
+def test_a_policy_that_does_nothing_is_caught() -> None:
+    with pytest.raises(RuntimeError, match="neither serves nor drops"):
+        Replay(THREE, Machine(CATALOG), Policy("idle", lambda _catalog, _size: lambda _: BatchDecision(None)))
+
+
+@pytest.mark.parametrize("policy", ["level", "slackfit", "step-down-drop", "fixed-14-1"])
+def test_every_request_has_one_fate_even_far_beyond_capacity(policy: str) -> None:
+    arrivals = flow(400, 3, budget_s=0.06)
+    replayed = replay(arrivals, Machine(CATALOG, slowdown=SlowdownScript.parse("1:3,2:1")), policy)
+    assert sorted(fate.arrived_at for fate in replayed.fates) == [arrival.at for arrival in arrivals]
+    assert all((fate.variant is None) == (fate.outcome in ("rejected", "expired", "shed")) for fate in replayed.fates)
+    assert sum(batch.size for batch in replayed.batches) == sum(fate.variant is not None for fate in replayed.fates)
+    ends = [batch.started_at + batch.seconds for batch in replayed.batches]
+    assert all(end <= batch.started_at + 1e-9 for end, batch in zip(ends, replayed.batches[1:], strict=False))
+
+
+def test_the_scheduler_learns_of_a_slowdown_as_in_the_server() -> None:
+    machine = Machine(CATALOG, slowdown=SlowdownScript.parse("2:2.5"))
+    level, blind = (Figures.of([replay(flow(20, 20), machine, name)], CATALOG) for name in ("level", "max-accuracy"))
+    assert level.slo_attainment > 0.95 > 0.7 > blind.slo_attainment
+
+
+def test_the_figures_of_four_requests() -> None:
+    """Two in time at the best and one at the cheapest, one given up; busy 40 + 55 + 10 ms of 200."""
+    arrivals = [*THREE, Arrival(0.015, 0.030), Arrival(0.190, 0.1, 1.0)]
+    figures = Figures.of([replay(sorted(arrivals, key=lambda one: one.at), Machine(CATALOG), "fixed-14-1")], CATALOG)
+    assert figures.outcomes == {"in_time": 4, "overdue": 0, "rejected": 0, "expired": 1, "shed": 0}
+    assert figures.slo_attainment == 4 / 5
+    assert figures.mean_accuracy == pytest.approx((3 * 0.8 + 0.7) / 4)
+    assert figures.effective_accuracy == pytest.approx((3 * 0.8 + 0.7) / 5)
+    assert figures.latency_ms == pytest.approx({"p50": 57.5, "p95": 83.5, "p99": 84.7})  # of 10, 40, 75 and 85
+    assert figures.mean_batch_size == pytest.approx(4 / 3)
+    assert figures.utilization == pytest.approx(105 / 200)
+    assert figures.changes_per_s == pytest.approx(1 / 0.2)
+    assert figures.mix == {"14-1": 0.75, "8-0.5": 0.25}
+
+
+def test_overdue_answers_count_for_latency_and_not_for_accuracy() -> None:
+    machine = Machine(CATALOG, slowdown=SlowdownScript.parse("0:3"))
+    figures = Figures.of([replay(THREE[:1], machine, "fixed-14-1")], CATALOG)
+    assert (figures.outcomes["overdue"], figures.mean_accuracy, figures.effective_accuracy) == (1, None, 0.0)
+    assert figures.latency_ms["p50"] == pytest.approx(120)
+
+
+def test_accuracy_that_was_not_measured_is_reported_as_unknown() -> None:
+    catalog = VariantCatalog.of(UNMEASURED, LATENCIES)
+    figures = Figures.of([replay(THREE, Machine(catalog), "level")], catalog)
+    assert figures.slo_attainment == 1
+    assert (figures.mean_accuracy, figures.effective_accuracy) == (None, None)
+
+
+def test_when_nothing_is_answered_the_figures_say_so() -> None:
+    figures = Figures.of([replay([Arrival(0.0, 0.001)], Machine(CATALOG), "infaas")], CATALOG)
+    assert (figures.outcomes["expired"], figures.slo_attainment, figures.mean_accuracy) == (1, 0, None)
+    assert (figures.latency_ms["p50"], figures.mean_batch_size, figures.utilization, figures.mix) == (None, None, 0, {})
+
+
+def test_capacity_is_that_of_the_best_batch_size() -> None:
+    assert throughput(CATALOG.best, 4) == pytest.approx(4 / 0.085)
+    assert throughput(CATALOG.best, 2) == pytest.approx(2 / 0.055)
