@@ -28,6 +28,8 @@ UNAUTHORIZED, FORBIDDEN = 401, 403
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # The root of the errors of the HTTP library that the client happens to use, and OSError.
 _TROUBLES = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+_FOREIGN_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError)  # of a server that is no hub
+_FAILURES = _TROUBLES + _FOREIGN_ANSWERS
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +58,11 @@ def download(repository: str, revision: str | None = None) -> Path:
         raise UnreadableCheckpointError(f"the repository has no revision {shown(revision)}") from error
     except HFValidationError as error:
         raise UnreadableCheckpointError("no repository of the hub can be named so") from error
-    except (*_TROUBLES, ValueError, LookupError, TypeError) as error:  # the last three: of what is no hub at all
+    except _FAILURES as error:
         problem = _explain(error)
         if cached := _find_cached(repository, revision):
-            logger.warning("%s: %s; the copy in the cache is used", shown(repository), problem)
+            if not isinstance(error, OfflineModeIsEnabled):  # which was asked for
+                logger.warning("%s: %s; the copy in the cache is used", repository, problem)
             return cached
         raise UnreadableCheckpointError(problem) from error
 

@@ -180,4 +180,4 @@ def _claimed_bytes(name: str, stored: StoredWeight, sizes: Mapping[str, int]) ->
     end = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) + 1 if all(size) else 0
     if end > storage.length or storage.length * storage.dtype.itemsize > sizes.get(storage.key, 0):
         raise UnreadableCheckpointError(f"the weight {shown(name)} claims more than the file holds")
-    return math.prod(size) * storage.dtype.itemsize
+    return int(math.prod(size)) * storage.dtype.itemsize
