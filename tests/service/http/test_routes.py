@@ -9,7 +9,6 @@ from typing import Never
 
 import pytest
 import torch
-from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from PIL import Image
 from torch import Tensor
@@ -409,7 +408,7 @@ def test_a_classification_does_not_go_through_fastapis_routing(
     app = create_app(ServerRuntime(settings, checkpoint, engine, latencies))
     with TestClient(app) as client:
         wait_until_ready(client)
-        app.router.routes[:] = [route for route in app.router.routes if not isinstance(route, APIRoute)]
+        del app.router.routes[1:]  # what FastAPI has
         assert client.get("/health/live").status_code == 404
         assert client.post("/classify", content=photo).status_code == 200
         assert error_code(client.post("/classify", content=b""), 422) == "invalid_image"
