@@ -782,7 +782,7 @@ def test_two_processes_step_as_one_on_the_whole_batch(
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
