@@ -5,7 +5,8 @@ It measures nothing but time. The log and its picture, which are kept, are those
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from contextlib import ExitStack
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -43,13 +44,12 @@ class Progress:
             clock: seconds.
         """
         self.epochs, self.steps_per_epoch, self.images_per_epoch = recipe.epochs, steps_per_epoch, images_per_epoch
-        self.is_shown, self.clock = is_shown, clock
+        self.is_shown, self.clock, self.output = is_shown, clock, recipe.output
+        self.next_step = epochs_done * steps_per_epoch
         self.images_left = (recipe.epochs - epochs_done) * images_per_epoch
         self.images_seen, self.started_at = 0, clock()
-        self.board = (
-            _open_board(recipe.output, epochs_done * steps_per_epoch) if is_shown and self.images_left else None
-        )
         self.bar: tqdm[None] = tqdm(disable=True)
+        self.opened = ExitStack()
 
     def __enter__(self) -> Self:
         """Show nothing yet."""
@@ -60,8 +60,7 @@ class Progress:
     ) -> None:
         """Close bar and curves, however the run ended."""
         self.bar.close()
-        if self.board is not None:
-            self.board.close()
+        self.opened.close()
 
     def start_epoch(self, epoch: int) -> None:
         """Begin a bar, which tells images per second and the time left of the epoch by itself."""
@@ -104,11 +103,15 @@ class Progress:
         """Seconds to the end of the run at the pace so far, the measurements between epochs included."""
         return (self.clock() - self.started_at) / self.images_seen * self.images_left
 
-
-def _open_board(output: Path, next_step: int) -> "SummaryWriter | None":
-    """Open the curves; those of steps that are now taken again, after a run was cut short, are dropped."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # here, because it is there for those who want it
-    except ImportError:
-        return None
-    return SummaryWriter(str(output / BOARD_NAME), purge_step=next_step)
+    @cached_property
+    def board(self) -> "SummaryWriter | None":
+        """TensorBoard's curves, opened when there is something to draw; those of steps taken again are dropped."""
+        if not self.is_shown:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # here, because it is for those who have it
+        except ImportError:
+            return None
+        board = SummaryWriter(str(self.output / BOARD_NAME), purge_step=self.next_step)
+        self.opened.callback(board.close)
+        return board
