@@ -275,8 +275,8 @@ def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
     assert "more than --max-bad-images 0.01 allows" in capsys.readouterr().err
     assert main([*command, "--rates-between", "--max-bad-images", "0.2"]) == 0
     printed = capsys.readouterr().out
-    half = len(checkpoint.class_names)
-    assert f"calibration error from the other {half}, accuracy from all {2 * half} of test/" in printed
+    assert "images of test/, calibration error from the other " in printed
+    assert f"accuracy from all {2 * len(checkpoint.class_names)} of test/" in printed
     measured = load_checkpoint(path)
     assert measured.profile.is_measured
     assert SubNetwork(4, 0.75) in measured.profile.by_subnetwork
