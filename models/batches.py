@@ -190,8 +190,8 @@ def find_targets(
         maps: what the batch holds besides, namely the token labels of `WithTokenLabels`; empty for none.
     """
     if maps:
-        on_device = (part.to(images.device) for part in maps)
-        tokens = cut_token_labels(*on_device, patch_grid=config.patch_grids[-1], num_classes=config.num_classes)
+        classes, weights, crops = (part.to(images.device) for part in maps)
+        tokens = cut_token_labels(classes, weights, crops, config.patch_grids[-1], config.num_classes)
         return Targets(labels, teacher(images) if teacher else None, tokens)
     if teacher and recipe.teacher_tokens:
         return Targets(labels, *teacher.answer_everywhere(images))
@@ -235,11 +235,9 @@ def open_batches(
         sampler = _sampler(recipe, len(labels), rank, processes)
         labels = labels if targets is None else targets[~samples.is_bad]
         return ImageBatches(pixels, labels, sampler, recipe.batch_size, config, recipe.random_erasing), sampler, watched
-    labelled: TrainingSamples | WithTokenLabels = TrainingSamples(samples, targets)
-    if recipe.token_labels:
-        labelled = WithTokenLabels(labelled, recipe.token_labels, config.num_classes)
+    labelled = TrainingSamples(samples, targets)
     loader = SampleLoader(
-        labelled,  # type: ignore[arg-type] # labels of any kind
+        WithTokenLabels(labelled, recipe.token_labels, config.num_classes) if recipe.token_labels else labelled,  # type: ignore[arg-type] # labels of any kind
         recipe.batch_size,
         sampler=sampler,
         num_workers=recipe.workers,

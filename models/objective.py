@@ -196,7 +196,7 @@ def training_step(
             with autocast:
                 parts, example = pair_loss(images, targets, pair, box, example)
             loss = torch.stack(parts).sum() / count
-            (scaler.scale(loss) if scaler else loss).backward()
+            (scaler.scale(loss) if scaler else loss).backward()  # type: ignore[no-untyped-call] # torch's
         losses |= zip((name, f"{name}, pruned"), (part.item() for part in parts), strict=False)
     if number == count:
         _update(optimizer, scaler, clip_grad)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
@@ -48,7 +48,7 @@ class Progress:
         self.next_step = epochs_done * steps_per_epoch
         self.images_left = (recipe.epochs - epochs_done) * images_per_epoch
         self.images_seen, self.started_at = 0, clock()
-        self.bar: tqdm[None] = tqdm(disable=True)
+        self.bar: tqdm[Any] = tqdm(disable=True)
         self.opened = ExitStack()
 
     def __enter__(self) -> Self:

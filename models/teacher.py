@@ -3,6 +3,7 @@
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -44,8 +45,9 @@ class Adapter(nn.Module):
 
     def answer_everywhere(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Answer (B, classes) logits, and those of every place of the network's last features, (B, classes, h, w)."""
-        features = self.network.forward_features(self.adapt(images))
-        return self.network.forward_head(features), _logits_by_place(self.network, features)
+        network: Any = self.network  # timm's
+        features = network.forward_features(self.adapt(images))
+        return network.forward_head(features), _logits_by_place(self.network, features)
 
     def adapt(self, images: Tensor) -> Tensor:
         """Normalise and resize the SuperViT's (B, 3, S, S) images as the network wants them."""
@@ -123,6 +125,8 @@ class Teacher(nn.Module):
         Returns:
             (B, classes) and (B, patches, classes) probabilities, the patches row by row.
         """
+        if not isinstance(self.network, Adapter):
+            raise TypeError("only timm's networks are asked about every place")
         with autocast(self.device):
             logits, places = self.network.answer_everywhere(images)
         patch_grid = self.config.patch_grids[-1]

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def transformed(w: Weights, x: Tensor, rate: float) -> Tensor:
     """The blocks over one image's (N, D) tokens; of three, the last two prune."""
     for block in range(3):
         of = f"blocks.{block}"
-        query, key, value = (normed(w, f"{of}.norm1", x) @ w[f"{of}.attn.qkv.weight"].T).split(WIDTH, dim=1)
+        query, key, value = (normed(w, f"{of}.norm1", x) @ w[f"{of}.attn.qkv.weight"].T).chunk(3, dim=1)
         heads, to_patches = [], torch.zeros(len(x) - 1, dtype=torch.float64)
         for head in range(HEADS):
             part = slice(head * WIDTH // HEADS, (head + 1) * WIDTH // HEADS)
@@ -88,15 +88,23 @@ def plain_losses(
     share = 1 - (box.bottom - box.top) * (box.right - box.left) / largest**2
     mixed = [share * labels[image] + (1 - share) * labels[count - 1 - image] for image in range(count)]
     first, third = (
-        sum(-(label * answer.log_softmax(0)).sum() for label, answer in zip(mixed, answers, strict=True)) / count
+        torch.stack(
+            [-(label * answer.log_softmax(0)).sum() for label, answer in zip(mixed, answers, strict=True)]
+        ).mean()
         for answers in (logits[0], logits[2])
     )
     example = [answer.detach().softmax(0) for answer in logits[0]]
     second, fourth = (
-        sum((p * (p.log() - answer.log_softmax(0))).sum() for p, answer in zip(example, answers, strict=True)) / count
+        torch.stack(
+            [(p * (p.log() - answer.log_softmax(0))).sum() for p, answer in zip(example, answers, strict=True)]
+        ).mean()
         for answers in (logits[1], logits[3])
     )
     return [first + torch.stack(token_losses).mean(), second, third, fourth]
+
+
+def mean_of(losses: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(losses)).mean()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 4])
@@ -110,7 +118,7 @@ def test_a_step_has_the_losses_and_gradients_of_one_written_down_plainly(
     model = build(config).train()
     with torch.no_grad():  # as wide as makes the sub-networks answer differently
         for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
-            norm.weight += 2
+            norm.weight.add_(2)
     count, subnetworks = choice.choice((3, 4)), [(5, 1.0), (5, choice.choice((0.5, 0.7))), (choice.choice((2, 3)), 1.0)]
     subnetworks.append((subnetworks[2][0], choice.choice((0.5, 0.7))))
     rows, columns = (sorted(choice.sample(range(6), 2)) for _ in range(2))
@@ -122,7 +130,7 @@ def test_a_step_has_the_losses_and_gradients_of_one_written_down_plainly(
 
     weights = {name: tensor.double().detach().requires_grad_() for name, tensor in model.named_parameters()}
     expected = plain_losses(
-        weights, images.double(), labels.double(), maps.double().unflatten(1, (5, 5)), box, subnetworks
+        weights, images.double(), labels.double(), maps.double().reshape(count, 5, 5, 4), box, subnetworks
     )
     torch.autograd.backward(expected)
 

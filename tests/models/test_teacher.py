@@ -90,13 +90,15 @@ def test_a_network_whose_channels_come_last_answers_at_every_place(tiny_config: 
 def test_answers_at_every_place_are_probabilities_on_the_grid_of_the_student(
     teacher_file: Path, tiny_config: SuperViTConfig
 ) -> None:
-    teacher = Teacher("test_vit", teacher_file, None, tiny_config, everywhere=True)
+    teacher = Teacher.load("test_vit", teacher_file, None, tiny_config, everywhere=True)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     answers, places = teacher.answer_everywhere(images)
     torch.testing.assert_close(answers, teacher(images))
     assert places.shape == (2, 16, 3)
     torch.testing.assert_close(places.sum(dim=2), torch.ones(2, 16))
-    own = teacher.network.answer_everywhere(images)[1]
+    network = teacher.network
+    assert isinstance(network, Adapter)
+    own = network.answer_everywhere(images)[1]
     assert own.shape == (2, 3, 10, 10)
     # Each of four patches a side is 2.5 places wide; a place counts the less the further it is from the patch's centre.
     centres = (torch.arange(4) + 0.5) * 2.5
@@ -111,7 +113,7 @@ def test_a_teacher_without_answers_for_every_place_is_refused_at_once(tmp_path: 
     torch.save(network.state_dict(), tmp_path / "teacher.pth")
     name, path = "supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth"
     with pytest.raises(CheckpointMismatchError, match="cannot tell what it sees at every place of an image"):
-        Teacher(name, path, None, network.config, everywhere=True)
+        Teacher.load(name, path, None, network.config, everywhere=True)
 
 
 def test_a_teacher_that_cannot_see_images_of_the_size_asked_for_is_refused_at_once(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def labelled(tmp_path: Path) -> tuple[Path, Path]:
     for name in ("a", "b"):
         (tmp_path / "data" / "train" / name).mkdir(parents=True)
         for index in range(6):
-            width, height, level = rng.integers(100, 200), rng.integers(100, 200), rng.uniform(0.2, 0.5)
+            width, height, level = int(rng.integers(100, 200)), int(rng.integers(100, 200)), rng.uniform(0.2, 0.5)
 
             def at(height: int, width: int, level: float = level) -> np.ndarray:
                 columns, rows = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
