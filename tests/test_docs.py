@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from models.convert import Convert
 from models.recipe import Recipe
 from service.cli import Evaluate, Profile
 from service.client import Classify
@@ -47,7 +48,7 @@ def test_every_knob_of_the_server_has_a_line() -> None:
 def test_every_option_in_an_example_exists() -> None:
     known = {
         f"--{name.replace('_', '-')}"
-        for command in (Settings, Classify, Evaluate, Recipe, Profile, Simulate)
+        for command in (Settings, Classify, Convert, Evaluate, Recipe, Profile, Simulate)
         for name in command.model_fields
     }
     lines = [line for page in PAGES for line in shell_lines(page)]
