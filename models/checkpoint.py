@@ -38,6 +38,7 @@ __all__ = [
     "load_checkpoint",
     "read_described_weights",
     "read_weights",
+    "round_to_half",
     "save_checkpoint",
 ]
 
@@ -148,6 +149,14 @@ def save_checkpoint(path: Path, model: SuperViT, header: Header, *, half: bool =
     if half:
         weights = {name: tensor.half() if _fits_half(name, tensor) else tensor for name, tensor in weights.items()}
     write_safetensors(path, weights, {HEADER_KEY: _HEADER.dump_json(header).decode()})
+
+
+def round_to_half(model: SuperViT) -> None:
+    """Round the weights of `model` as `save_checkpoint` does for half of the size."""
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            if _fits_half(name, weight):
+                weight.copy_(weight.half())
 
 
 def read_weights(name: str | Path) -> dict[str, Tensor]:

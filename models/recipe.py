@@ -268,9 +268,7 @@ class Recipe(BaseModel):
                 raise ValueError(f"{name.replace('_', '-')} without a teacher teaches nothing; name one with --teacher")
         for name in TOKEN_OPTIONS:
             if name in given and flavour_of(self.model, self.init) != "lvvit":
-                raise ValueError(
-                    f"{name.replace('_', '-')} is for the patch tokens of an LV-ViT, not for a DeiT's"
-                )
+                raise ValueError(f"{name.replace('_', '-')} is for the patch tokens of an LV-ViT, not for a DeiT's")
         if self.single_epochs > self.epochs:
             raise ValueError(f"{self.single_epochs} single epochs are more than the {self.epochs} of the run")
         if self.teacher_once and (self.mixup or self.cutmix):

@@ -22,7 +22,7 @@ from pydantic_settings import (
     get_subcommand,
 )
 
-from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoint, round_to_half, save_checkpoint
 from models.convert import Convert, convert
 from models.datasets import MAX_BAD_IMAGES, DataError
 from models.devices import DeviceError
@@ -60,6 +60,7 @@ class Evaluate(BaseModel):
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     rates_between: bool = Field(False, description="also measure keep rates in steps of 0.05 between the trained ones")
+    half: bool = Field(False, description="round the weights to half precision first, for half of the file's size")
 
 
 class Profile(BaseModel):
@@ -194,6 +195,9 @@ def evaluate_checkpoint(command: Evaluate) -> None:
         raise CommandError(f"{path}: would be overwritten")
     if not os.access(path.parent, os.W_OK):
         raise CommandError(f"{path.parent}: is not writable")
+    is_half = checkpoint.is_half or command.half
+    if is_half:
+        round_to_half(checkpoint.model)
     with joined_processes(command.device) as process:
         found = evaluate(
             checkpoint,
@@ -212,7 +216,7 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     print(accuracy_table(found.profile))
     print(calibration_summary(found.profile))
     print(found.basis)
-    save_checkpoint(path, checkpoint.model, header, half=checkpoint.is_half)
+    save_checkpoint(path, checkpoint.model, header, half=is_half)
     plots.plot_frontier(found.profile, checkpoint.name, picture)
     print(f"written into {path}, drawn in {picture}")
 

@@ -25,12 +25,14 @@ from models.checkpoint import (
     UnreadableCheckpointError,
     load_checkpoint,
     read_weights,
+    round_to_half,
     save_checkpoint,
 )
 from models.flops import count_macs
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import DEIT_SMALL, LVVIT_SMALL, SuperViT
+from tests.models.conftest import CLASS_NAMES
 
 Weights = dict[str, Tensor]
 Draw = Callable[[SuperViTConfig], Weights]
@@ -586,3 +588,11 @@ def test_a_header_must_profile_the_whole_family(tiny_config: SuperViTConfig) -> 
     without_one = ProfileTable(tuple(row for row in rows if row.subnetwork != SubNetwork(3, 0.7)))
     with pytest.raises(ValueError, match=r"the profile lacks grid 3 at keep rate 0\.7"):
         Header("tiny", tiny_config, ("a", "b", "c"), without_one)
+
+
+def test_rounding_gives_the_weights_that_a_file_in_half_precision_gives(tmp_path: Path, model: SuperViT) -> None:
+    header = Header("half", model.config, CLASS_NAMES, ProfileTable.unmeasured(model.config))
+    save_checkpoint(tmp_path / "half.safetensors", model, header, half=True)
+    round_to_half(model)
+    loaded = load_checkpoint(tmp_path / "half.safetensors").model.state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in model.state_dict().items())

@@ -366,3 +366,21 @@ def test_evaluate_names_a_data_set_that_it_cannot_use(
 def test_train_names_a_data_set_that_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(tmp_path), "--output", str(tmp_path / "run")]) == 1
     assert str(tmp_path / "train") in capsys.readouterr().err
+
+
+def test_evaluate_rounds_to_half_precision_before_it_measures(
+    checkpoint: Checkpoint, data: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.safetensors"
+    unmeasured = ProfileTable.unmeasured(checkpoint.config)
+    save_checkpoint(path, checkpoint.model, Header("tiny", checkpoint.config, checkpoint.class_names, unmeasured))
+    whole = load_checkpoint(path)
+    assert main(["evaluate", str(path), str(data), "--workers", "0", "--half"]) == 0
+    halved = load_checkpoint(path)
+    assert halved.is_half
+    assert halved.profile.is_measured
+    for name, weight in halved.model.state_dict().items():
+        original = whole.model.state_dict()[name]
+        assert torch.equal(weight, original.half().float() if original.is_floating_point() else original) or (
+            "running" in name
+        )
