@@ -47,6 +47,7 @@ class Convert(BaseModel):
     name: str | None = Field(
         None, description="timm's name of the architecture in the file, e.g. vit_small_patch16_224.augreg_in1k"
     )
+    num_heads: PositiveInt | None = Field(None, description="attention heads, where neither name nor width tells")
     patch_kernel: PositiveInt | None = Field(None, description="patch side in pixels instead of the ViT's")
     patch_grids: tuple[int, ...] | None = Field(
         None, description="patch grids; by default 8/14 to all of the ViT's own"
@@ -68,7 +69,7 @@ def convert(options: Convert) -> SuperViTConfig:
     """
     if options.name is not None and not timm.is_model(options.name):
         raise CheckpointMismatchError(f"{options.name}: timm knows no such model")
-    initial = open_initial(options.vit, options.name)
+    initial = open_initial(options.vit, options.name, options.num_heads)
     if initial.config is None:
         raise CheckpointMismatchError(
             f"{options.vit}: the weights of a SuperViT, of an architecture that they do not tell"
@@ -82,18 +83,24 @@ def convert(options: Convert) -> SuperViTConfig:
     with torch.no_grad():  # what a file without a head gets
         model.head.weight.zero_()
     initial.load_into(model, with_head=initial.has_head)
-    names = initial.class_names or tuple(f"class {index}" for index in range(config.num_classes))
+    names = initial.class_names or class_names_for(config.num_classes)
     names = names if initial.has_head else (UNTRAINED,)
+    strange = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
+    if strange:
+        raise CheckpointMismatchError(f"{options.vit}: {len(strange)} weights are not finite, as {strange[0]!r}")
+    if options.output.exists() and options.vit.exists() and options.output.samefile(options.vit):
+        raise CheckpointMismatchError(f"{options.output}: would be overwritten")
     save_checkpoint(options.output, model, Header(options.output.stem, config, names, ProfileTable.unmeasured(config)))
     return config
 
 
-def open_initial(path: Path, name: str | None = None) -> InitialWeights:
+def open_initial(path: Path, name: str | None = None, num_heads: int | None = None) -> InitialWeights:
     """Open weights to start from: a SuperViT's, a plain ViT's; or, where there is no such file, timm's of that name.
 
     Args:
         path: the file, or timm's name of a plain ViT.
         name: timm's name of the architecture in a file of a plain ViT; None to go by the weights alone.
+        num_heads: attention heads of a plain ViT, where neither name nor width tells.
 
     Raises:
         CheckpointError: it cannot be read, is neither of the two, or has what a SuperViT has not.
@@ -102,7 +109,7 @@ def open_initial(path: Path, name: str | None = None) -> InitialWeights:
         vit = PlainViT(create_timm(str(path), pretrained=True).eval(), preprocessing_of(str(path)))
         return from_plain_vit(vit, path)
     if path.suffix == ".onnx":
-        return from_plain_vit(build_plain_vit(path, read_onnx_weights(path), name), path)
+        return from_plain_vit(build_plain_vit(path, read_onnx_weights(path), name, num_heads), path)
     weights, header = read_described_weights(path)
     if header:
         return InitialWeights(path, *split_positions(path, weights), header.config, header.class_names)
@@ -110,7 +117,7 @@ def open_initial(path: Path, name: str | None = None) -> InitialWeights:
         return InitialWeights(path, *split_positions(path, weights), published_config(weights))
     if is_lvvit(weights):
         return _from_lvvit(weights, path)
-    return from_plain_vit(build_plain_vit(path, weights, name), path)
+    return from_plain_vit(build_plain_vit(path, weights, name, num_heads), path)
 
 
 def from_plain_vit(vit: PlainViT, source: Path) -> InitialWeights:
@@ -160,8 +167,7 @@ def from_plain_vit(vit: PlainViT, source: Path) -> InitialWeights:
         weights["head.weight"] = torch.cat([head.weight for head in heads], dim=1) / len(heads)
         weights["head.bias"] = torch.stack([_bias(head) for head in heads]).mean(dim=0)
     weights = {key: tensor.detach().clone() for key, tensor in weights.items()}
-    names = imagenet_names(module.num_classes) if has_head else None
-    return InitialWeights(source, weights, {grid: positions.detach().clone()}, config, names)
+    return InitialWeights(source, weights, {grid: positions.detach().clone()}, config)
 
 
 def default_grids(largest: int) -> tuple[int, ...]:
@@ -250,9 +256,11 @@ def _from_lvvit(weights: dict[str, Tensor], path: Path) -> InitialWeights:
         num_classes=weights["head.weight"].shape[0],
         aux_head_weight=LVVIT_AUX_WEIGHT,
     )
-    return InitialWeights(path, rest, positions, config, imagenet_names(config.num_classes))
+    return InitialWeights(path, rest, positions, config)
 
 
-def imagenet_names(num_classes: int) -> tuple[str, ...] | None:
-    """Name the classes of a network that knows ImageNet's thousand; None for any other number."""
-    return tuple(ImageNetInfo().label_descriptions()) if num_classes == IMAGENET_CLASSES else None
+def class_names_for(num_classes: int) -> tuple[str, ...]:
+    """Name the classes of a network that names none: a thousand are taken to be ImageNet's, others get a number."""
+    if num_classes == IMAGENET_CLASSES:
+        return tuple(ImageNetInfo().label_descriptions())
+    return tuple(f"class {index}" for index in range(num_classes))

@@ -14,6 +14,7 @@ from models.supervit import SuperViT
 # Strength of the pull towards small weights, on features of unit variance.
 SHRINKAGE = 1e-3
 ITERATIONS = 200
+CONSTANT = 1e-4  # of the median deviation: below it, a feature says nothing
 
 
 @torch.no_grad()
@@ -50,7 +51,8 @@ def fit_head(model: SuperViT, features: Tensor, labels: Tensor) -> None:
         features: (M, head width).
         labels: (M,) class indices.
     """
-    mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    mean, std = features.mean(dim=0), features.std(dim=0)
+    std[std < CONSTANT * std.median()] = torch.inf  # what never varied here must not swing answers later
     standard = (features - mean) / std
     num_classes = model.config.num_classes
     weight = torch.zeros(num_classes, features.shape[1], requires_grad=True)
@@ -68,3 +70,6 @@ def fit_head(model: SuperViT, features: Tensor, labels: Tensor) -> None:
     with torch.no_grad():
         model.head.weight.copy_(weight / std)
         model.head.bias.copy_(bias - (weight / std) @ mean)
+        if model.aux_head is not None:  # an untrained one would add noise to the fitted logits
+            model.aux_head.weight.zero_()
+            model.aux_head.bias.zero_()

@@ -1,8 +1,9 @@
 """Plain vision transformers as other libraries save them: read into timm's module, or refused by what they have.
 
 Taken are timm's own layouts (DeiT with and without distillation, DeiT-III, augreg, DINOv2, CLIP), transformers' ViT and
-DINOv2, OpenAI's and DINOv2's own, and an ONNX export of any of them. A file does not say everything: heads are taken to
-be 64 wide and MLPs to use exact GELU, unless timm's name of the architecture says otherwise.
+DINOv2, OpenAI's and DINOv2's own, and an ONNX export of any of them. A file does not say everything: at the common
+widths heads are taken to be 64 wide, norms to stand before attention and MLP, and MLPs to use exact GELU, unless timm's
+name of the architecture says otherwise.
 """
 
 import math
@@ -21,6 +22,9 @@ from torch import Tensor
 from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError
 
 HEAD_DIM = 64
+# Widths at which every published ViT has heads of 64; at others they differ, as 80 in a ViT-H.
+NAME_IT = "`supervit convert` it with --name"
+COMMON_WIDTHS = (192, 384, 512, 768, 1024)
 CLIP_EPS = 1e-5
 
 # What gives a network away that is no plain ViT, by the names of its weights.
@@ -29,7 +33,8 @@ FEATURES = {
     "rotary position embedding (RoPE)": r"rope|rotary|freqs",
     "relative position bias": r"relative_position|rel_pos",
     "the attention of EVA or BEiT (RoPE, relative position bias)": r"attn\.q_bias",
-    "SwiGLU": r"mlp\.(w12|w3|fc1_g|fc1_x)\.",
+    "SwiGLU": r"mlp\.(w12|w3|fc1_g|fc1_x|weights_in)\.",
+    "the layout of transformers' CLIP, which is not read": r"self_attn\.q_proj\.",
     "normalised queries and keys": r"attn\.(q_norm|k_norm)\.",
     "attention pooling": r"attn_pool\.|^head\.probe|attentionpool",
 }
@@ -39,7 +44,7 @@ RENAMED = (
     (r"^embeddings\.cls_token", "cls_token"),
     (r"^embeddings\.register_tokens", "register_tokens"),
     (r"^embeddings\.position_embeddings", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
     (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
     (r"\.(norm1|layernorm_before)\.", ".norm1."),
     (r"\.(norm2|layernorm_after)\.", ".norm2."),
@@ -48,7 +53,9 @@ RENAMED = (
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
+    (r"^embeddings\.distillation_token", "dist_token"),
+    (r"^distillation_classifier\.", "head_dist."),
+    (r"^(cls_)?classifier\.", "head."),
 )
 QUERY_KEY_VALUE = tuple(f"attention.attention.{part}." for part in ("query", "key", "value"))
 
@@ -73,33 +80,39 @@ def is_lvvit(weights: dict[str, Tensor]) -> bool:
     return "patch_embed.conv1.weight" in weights and "pos_embed" in weights
 
 
-def build_plain_vit(path: Path, weights: dict[str, Tensor], name: str | None) -> PlainViT:
+def build_plain_vit(path: Path, weights: dict[str, Tensor], name: str | None, num_heads: int | None) -> PlainViT:
     """Put weights into timm's module.
 
     Args:
         path: for messages.
         weights: of any layout that this module takes.
         name: timm's name of the architecture, with or without a tag; None to go by the weights alone.
+        num_heads: attention heads, where neither the name nor the width tells; None for those that they tell.
 
     Raises:
         CheckpointMismatchError: they are not those of a plain ViT, or not those of `name`.
     """
-    weights = _as_timm_names(weights)
     for feature, pattern in FEATURES.items():
         if any(re.search(pattern, weight) for weight in weights):
             raise CheckpointMismatchError(f"{path}: has {feature}, which a SuperViT has not")
+    weights = _as_timm_names(path, weights)
     if name is None:
-        module = _module_by_shapes(path, weights)
+        module = _module_by_shapes(path, weights, num_heads)
     else:
         module = create_timm(name, num_classes=_num_classes(weights), img_size=_image_side(weights))
-    filtered = checkpoint_filter_fn(dict(weights), module, adapt_layer_scale=True)
-    if not (has_head := "head.weight" in filtered):
-        filtered |= {key: tensor for key, tensor in module.state_dict().items() if key.startswith("head")}
+    filtered: dict[str, Tensor] = {}
     try:
+        filtered = checkpoint_filter_fn(dict(weights), module, adapt_layer_scale=True)
+        if not (has_head := "head.weight" in filtered):
+            filtered |= {key: tensor for key, tensor in module.state_dict().items() if key.startswith("head")}
         module.load_state_dict(filtered)
-    except RuntimeError as error:
+        for key in ("patch_embed.proj.weight", "pos_embed"):  # timm would resample them without a word
+            if key in weights and weights[key].shape[-2:] != module.state_dict()[key].shape[-2:]:
+                raise ValueError(f"{key} is of another size")
+    except (AssertionError, LookupError, RuntimeError, ValueError) as error:
         what = f"those of {name}" if name else "those of a plain ViT"
-        raise CheckpointMismatchError(f"{path}: its weights are not {what}: {_misfit(filtered, module)}") from error
+        problem = _misfit(filtered or weights, module)
+        raise CheckpointMismatchError(f"{path}: its weights are not {what}: {problem}") from error
     return PlainViT(module.eval(), preprocessing_of(name) if name else {}, has_head)
 
 
@@ -118,7 +131,8 @@ def create_timm(name: str, *, pretrained: bool = False, **options: Any) -> Visio
     except (TypeError, AssertionError) as error:  # a convolutional network knows no img_size
         raise CheckpointMismatchError(f"{name}: is no plain ViT") from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise UnreadableCheckpointError(f"{name}: timm's weights cannot be had; name a file") from error
+        reason = "timm's weights cannot be had; name a file" if pretrained else "timm cannot build it so"
+        raise UnreadableCheckpointError(f"{name}: {reason}") from error
     if not isinstance(module, VisionTransformer):
         kinds = {"Eva": "rotary position embedding (RoPE)", "Beit": "relative position bias"}
         kinds |= {"SwinTransformer": "attention within windows", "VisionTransformerRelPos": "relative position bias"}
@@ -140,18 +154,23 @@ def preprocessing_of(name: str) -> dict[str, Any]:
     }
 
 
-def _as_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_timm_names(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename transformers' weights and DINOv2's registers; those of any other layout stay as they are."""
     class_token = next((name for name in weights if name.endswith("embeddings.cls_token")), None)
     if class_token is None:
         return _with_registers({name: tensor for name, tensor in weights.items() if name != "mask_token"})
     prefix = class_token.removesuffix("embeddings.cls_token")
     own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    own |= {name: tensor for name, tensor in weights.items() if name.startswith("classifier.")}
+    own |= {name: tensor for name, tensor in weights.items() if re.match(r"(\w+_)?classifier\.", name)}
     joined: dict[str, Tensor] = {}
     for name, tensor in own.items():
         if QUERY_KEY_VALUE[0] in name:
-            parts = [own[name.replace(QUERY_KEY_VALUE[0], part)] for part in QUERY_KEY_VALUE]
+            names = [name.replace(QUERY_KEY_VALUE[0], part) for part in QUERY_KEY_VALUE]
+            if not own.keys() >= set(names):
+                raise CheckpointMismatchError(
+                    f"{path}: not the weights of a plain ViT: queries, keys or values are missing"
+                )
+            parts = [own[part] for part in names]
             name, tensor = name.replace(QUERY_KEY_VALUE[0], "attn.qkv."), torch.cat(parts)
         if not any(part in name for part in (*QUERY_KEY_VALUE, "mask_token", "pooler.")):
             joined[name] = tensor
@@ -165,25 +184,35 @@ def _as_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _with_registers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Turn DINOv2's registers into timm's, where patches alone have a position."""
-    if "register_tokens" not in weights:
+    if "register_tokens" not in weights or "pos_embed" not in weights:
         return weights
     weights = {("reg_token" if name == "register_tokens" else name): tensor for name, tensor in weights.items()}
     position = weights["pos_embed"]
     return weights | {"cls_token": weights["cls_token"] + position[:, :1], "pos_embed": position[:, 1:]}
 
 
-def _module_by_shapes(path: Path, weights: dict[str, Tensor]) -> VisionTransformer:
+def _module_by_shapes(path: Path, weights: dict[str, Tensor], num_heads: int | None) -> VisionTransformer:
     try:
         blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))}
-        out, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
+        out, channels, patch_size, patch_width = weights["patch_embed.proj.weight"].shape
+        if channels != 3 or patch_size != patch_width:
+            raise CheckpointMismatchError(f"{path}: its patches are not squares of RGB pixels")
         hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
         patches, no_embed_class = _num_patches(weights)
     except (LookupError, ValueError) as error:
         parts = {"cls_token": "no class token", "pos_embed": "no position embedding, as with RoPE"}
         lacking = [part for name, part in parts.items() if name not in weights]
         is_vit = "patch_embed.proj.weight" in weights and len(lacking) < len(parts)
-        reason = f"has {lacking[0]}" if is_vit and lacking else "not the weights of a plain ViT; perhaps give --name"
+        reason = (
+            f"has {lacking[0]}"
+            if is_vit and lacking
+            else "not the weights of a plain ViT; perhaps `supervit convert` it with --name"
+        )
         raise CheckpointMismatchError(f"{path}: {reason}") from error
+    if num_heads is None and out not in COMMON_WIDTHS:
+        raise CheckpointMismatchError(
+            f"{path}: how many heads a ViT of width {out} has is not told; give --num-heads, or {NAME_IT}"
+        )
     pooled = "fc_norm.weight" in weights
     layer_scale = any(re.search(r"\.ls1\.gamma|\.gamma_1$", name) for name in weights)
     options = {
@@ -193,7 +222,7 @@ def _module_by_shapes(path: Path, weights: dict[str, Tensor]) -> VisionTransform
         "global_pool": "avg" if pooled else "token",
         "embed_dim": out,
         "depth": len(blocks),
-        "num_heads": max(1, out // HEAD_DIM),
+        "num_heads": num_heads or out // HEAD_DIM,
         "mlp_ratio": hidden / out,
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "init_values": 1.0 if layer_scale else None,
@@ -223,7 +252,7 @@ def _num_patches(weights: dict[str, Tensor]) -> tuple[int, bool]:
 
 def _num_classes(weights: dict[str, Tensor]) -> int | None:
     head = weights.get("head.weight")
-    return None if head is None else head.shape[0]
+    return head.shape[0] if head is not None and head.ndim == 2 else None
 
 
 def _image_side(weights: dict[str, Tensor]) -> int | None:

@@ -88,7 +88,7 @@ def count_training_files(data: Path) -> int:
 def flavour_of(model: str, init: Path | None) -> str:
     """Tell the flavour of a run's model: that of the weights to start from, where they say, or of its name."""
     with suppress(CheckpointError):  # the run will say so
-        if init and (config := open_initial(init).config):
+        if init and (config := open_initial(init, num_heads=1).config):
             return config.flavour
     return "lvvit" if model.startswith("supervit_lvvit_") else "deit"
 
@@ -109,7 +109,7 @@ def _fine_tunes(fields: dict[str, Any]) -> bool:
 def meets_new_classes(init: Path, data: Path) -> bool:
     """Tell whether the head of `init` is not one for the classes under `data`/train; False where either is unusable."""
     try:
-        return not open_initial(init).has_head_for(list_classes(data / "train"))
+        return not open_initial(init, num_heads=1).has_head_for(list_classes(data / "train"))
     except (CheckpointError, DataError):  # the run will say so
         return False
 

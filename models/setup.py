@@ -35,7 +35,7 @@ def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> SuperViT:
     known = timm.list_models("supervit_*")
     if recipe.model not in known:
         raise TrainingError(f"no model {recipe.model!r}; there are {', '.join(known)}")
-    initial = open_initial(recipe.init) if recipe.init else None
+    initial = open_initial(recipe.init, num_heads=recipe.num_heads) if recipe.init else None
     # Weights know their images, whatever model they are put into.
     images = {name: getattr(initial.config, name) for name in IMAGE_FIELDS} if initial and initial.config else {}
     fields = images | recipe.overrides | {"num_classes": len(class_names)}

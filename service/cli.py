@@ -169,7 +169,7 @@ def convert_vit(command: Convert) -> None:
     print(
         f"{command.output}: {len(profile.rows)} sub-networks of {profile.cheapest.gflops:.3g} to "
         f"{profile.rows[-1].gflops:.3g} GFLOPs, for images normalised by mean {config.mean} and std {config.std}"
-        + ("" if told else " (of ImageNet, as nothing says otherwise: name the architecture with --name, or --mean)")
+        + ("" if told else " (ImageNet's, unless the file says otherwise: give --name, or --mean and --std)")
     )
     if config.num_classes == 1:
         print(f"it came without a head: give it one with `supervit train DATA --init {command.output}`")

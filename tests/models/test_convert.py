@@ -10,13 +10,15 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
+from models import convert as room
 from models.checkpoint import CheckpointError, CheckpointMismatchError, UnreadableCheckpointError, load_checkpoint
-from models.convert import Convert, convert, from_plain_vit, open_initial
+from models.convert import convert, from_plain_vit, open_initial
 from models.plain_vit import PlainViT
 from models.subnetwork import IMAGENET_MEAN, SubNetwork
 from models.supervit import SuperViT
 
-TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 2, "num_classes": 5}
+TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "num_classes": 5}
+Convert = partial(room.Convert, num_heads=4)  # heads of 32, which no width tells
 
 # timm's name, what makes it tiny beside TINY, and whether the weights alone tell that it is one.
 TAKEN: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -188,7 +190,7 @@ def test_lvvit_in_its_authors_layout_adds_half_of_the_auxiliary_logits(tmp_path:
     )  # fmt: skip
     weights = {name.replace("pos_embed_list.0", "pos_embed"): weight for name, weight in lvvit.state_dict().items()}
     torch.save(weights, tmp_path / "lvvit.pth")
-    convert(Convert(vit=tmp_path / "lvvit.pth", output=tmp_path / "elastic.safetensors"))
+    convert(room.Convert(vit=tmp_path / "lvvit.pth", output=tmp_path / "elastic.safetensors"))
     checkpoint = load_checkpoint(tmp_path / "elastic.safetensors")
     images = torch.randn(2, 3, 16, 16)
     tokens = lvvit.eval().norm(lvvit.transform(lvvit.embed(images, 4), 1.0, 0, 16))
@@ -260,3 +262,66 @@ def test_weights_of_another_network_and_missing_files_are_refused(tmp_path: Path
         open_initial(tmp_path / "other.pth")
     with pytest.raises(UnreadableCheckpointError, match="no such file"):
         open_initial(tmp_path / "absent.pth")
+
+
+def test_heads_that_no_width_tells_must_be_given(tmp_path: Path, images: Tensor) -> None:
+    path = save(plain("vit_tiny_patch16_224"), tmp_path)
+    with pytest.raises(CheckpointMismatchError, match=r"how many heads a ViT of width 128 has is not told; give --num"):
+        convert(room.Convert(vit=path, output=tmp_path / "elastic.safetensors"))
+    common = plain("vit_tiny_patch16_224", embed_dim=192, num_heads=3)
+    convert(room.Convert(vit=save(common, tmp_path), output=tmp_path / "elastic.safetensors"))
+    checkpoint = load_checkpoint(tmp_path / "elastic.safetensors")
+    assert checkpoint.config.num_heads == 3
+    with torch.inference_mode():
+        torch.testing.assert_close(checkpoint.model(images), common(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file_of", "name"),
+    [("deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"), ("vit_tiny_patch16_224", "vit_small_patch32_224")],
+)
+def test_a_name_that_the_weights_contradict_is_refused(tmp_path: Path, file_of: str, name: str) -> None:
+    torch.save(timm.create_model(file_of).state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(CheckpointMismatchError, match=f"its weights are not those of {name}: "):
+        convert(room.Convert(vit=tmp_path / "vit.pth", output=tmp_path / "elastic.safetensors", name=name))
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (
+            ("embeddings.cls_token", "embeddings.register_tokens", "embeddings.patch_embeddings.weight"),
+            "no position emb",
+        ),
+        (
+            ("embeddings.cls_token", "encoder.layer.0.attention.attention.query.weight"),
+            "queries, keys or values are missing",
+        ),
+        (("embeddings.cls_token", "encoder.layer.0.mlp.weights_in.weight"), "has SwiGLU"),
+        (("vision_model.encoder.layers.0.self_attn.q_proj.weight",), "transformers' CLIP, which is not read"),
+    ],
+)
+def test_layouts_of_transformers_that_are_not_taken_are_refused_in_a_line(
+    tmp_path: Path, names: tuple[str, ...], reason: str
+) -> None:
+    torch.save({name: torch.zeros(1, 4, 8) for name in names}, tmp_path / "vit.pth")
+    with pytest.raises(CheckpointMismatchError, match=reason):
+        open_initial(tmp_path / "vit.pth")
+
+
+def test_what_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
+    vit = plain("vit_tiny_patch16_224")
+    with torch.no_grad():
+        vit.norm.weight[3] = torch.nan
+    with pytest.raises(CheckpointMismatchError, match=r"1 weights are not finite, as 'norm\.weight'"):
+        convert(Convert(vit=save(vit, tmp_path), output=tmp_path / "elastic.safetensors"))
+    path = save(plain("vit_tiny_patch16_224"), tmp_path)
+    with pytest.raises(CheckpointMismatchError, match="would be overwritten"):
+        convert(Convert(vit=path, output=path))
+
+
+def test_a_thousand_classes_are_imagenets_to_serve_and_any_thousand_to_train_on(tmp_path: Path) -> None:
+    path = save(plain("vit_tiny_patch16_224", num_classes=1000), tmp_path)
+    convert(Convert(vit=path, output=tmp_path / "elastic.safetensors"))
+    assert load_checkpoint(tmp_path / "elastic.safetensors").class_names[1] == "goldfish, Carassius auratus"
+    assert open_initial(path, num_heads=4).has_head_for(tuple(f"n{index:08d}" for index in range(1000)))
