@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-DEFAULT_CHECKPOINT = "supervit-micro-cifar10"  # of those that ship
+DEFAULT_CHECKPOINT = "supervit-small-caltech101"  # of those that ship
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "supervit"
 PILLOW_LIMIT_PIXELS = 89_000_000  # above it, the decoder has objections of its own
 

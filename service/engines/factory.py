@@ -41,7 +41,7 @@ def engine_threads(checkpoint: Checkpoint, cores: float) -> int:
     """Choose how many threads the engine gets by default: one for each core that this process may use.
 
     A model so small that HTTP takes more of a request than inference does leaves one core to HTTP. On two cores the
-    default checkpoint then answered 85 % in time at a load at which it had answered 63 %, one run of 6 s each.
+    small checkpoint then answered 85 % in time at a load at which it had answered 63 %, one run of 6 s each.
     """
     whole = math.ceil(cores)
     largest = checkpoint.profile.by_subnetwork[checkpoint.config.largest]

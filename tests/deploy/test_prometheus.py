@@ -91,6 +91,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory, profile_folder: Path) -
         **os.environ,
         "SUPERVIT_PORT": str(server_port),
         "SUPERVIT_PROFILE_FOLDER": str(profile_folder),
+        "SUPERVIT_CHECKPOINT": "supervit-micro-cifar10",
     }
     commands = [
         [sys.executable, "-m", "service.cli", "serve"],

@@ -27,7 +27,7 @@ SECONDS, KILL_AT_S, RATE = 9, 3, 40
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, profile_folder: Path) -> Iterator[Cluster]:
-    config = serve_config(PORT, replicas=2, profile_folder=str(profile_folder))
+    config = serve_config(PORT, replicas=2, profile_folder=str(profile_folder), checkpoint="supervit-micro-cifar10")
     counts = str(tmp_path_factory.mktemp("counts"))
     config["applications"][0]["runtime_env"]["env_vars"]["PROMETHEUS_MULTIPROC_DIR"] = counts
     # In the end, no client is left to be told of it.

@@ -41,7 +41,7 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
 def test_the_default_checkpoint_ships_with_the_package() -> None:
     assert Settings().checkpoint == DEFAULT_CHECKPOINT
     assert DEFAULT_CHECKPOINT in shipped_names()
-    assert find_checkpoint(DEFAULT_CHECKPOINT).stat().st_size <= 16_000_000
+    assert find_checkpoint(DEFAULT_CHECKPOINT).stat().st_size <= 48_000_000
 
 
 @pytest.mark.parametrize(("name", "value"), [("PORT", "70000"), ("MAX_BATCH_SIZE", "0"), ("LOG_LEVEL", "loud")])

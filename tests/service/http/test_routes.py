@@ -72,7 +72,7 @@ class ScriptedEngine(TorchEngine):
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(checkpoint=tmp_path, max_body_bytes=BODY_LIMIT, max_image_pixels=10_000)
+    return Settings(checkpoint=str(tmp_path), max_body_bytes=BODY_LIMIT, max_image_pixels=10_000)
 
 
 @pytest.fixture
