@@ -274,7 +274,7 @@ def test_a_checkpoint_that_ships_is_as_good_as_its_card_says(name: str) -> None:
 
 def test_the_default_knows_a_photograph_at_half_of_the_costs_of_a_deit() -> None:
     """As the README asks it, in a process of its own; nothing is measured first."""
-    command = ["classify", PHOTOGRAPH, "--budget-gflops", "2.3", "--json-lines"]
+    command = ["classify", str(PHOTOGRAPH), "--budget-gflops", "2.3", "--json-lines"]
     environment = {name: value for name, value in os.environ.items() if name != "SUPERVIT_CHECKPOINT"}
     done = subprocess.run([*COMMAND, *command], capture_output=True, text=True, check=True, env=environment)
     answer = json.loads(done.stdout)
