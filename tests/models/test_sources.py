@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,11 +67,10 @@ def test_no_name_is_too_strange_for_an_error_of_one_line(name: str) -> None:
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0)
-    with pytest.raises(UnreadableCheckpointError, match="closed/a: cannot be read: Permission denied"):
-        find_checkpoint(tmp_path / "closed" / "a")
+def test_a_path_that_cannot_even_be_looked_at_is_named(tmp_path: Path) -> None:
+    """Not one in a closed folder, which root may enter."""
+    with pytest.raises(UnreadableCheckpointError, match=r"a+\.safetensors: cannot be read: File name too long"):
+        find_checkpoint(tmp_path / f"{'a' * 300}.safetensors")
 
 
 def test_a_copy_is_called_after_the_checkpoint_alone() -> None:
