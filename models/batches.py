@@ -43,6 +43,8 @@ ASKED = (
     "teacher",
     "teacher_checkpoint",
     "teacher_side",
+    "teacher_self",
+    "init",
     "teacher_weight",
     "label_smoothing",
 )

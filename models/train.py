@@ -74,7 +74,7 @@ def run_epochs(recipe: Recipe, process: Process) -> None:
     seed_everything(recipe.seed)  # every process starts from the same weights
     model = build_model(recipe, class_names).to(process.device)
     model.patch_embed.to(memory_format=torch.channels_last)
-    if recipe.fit_head and not recipe.resume:
+    if recipe.fit_head and (recipe.teacher_self or not recipe.resume):  # the state has the student's head alone
         fit_head(model, *training_features(recipe, model, process))
     teacher = build_teacher(recipe, model)
     optimizer = build_optimizer(recipe, model)

@@ -162,6 +162,21 @@ def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_unbroken_one(
     assert untimed[0] == untimed[1]
 
 
+def test_a_resumed_run_is_taught_by_the_very_start_that_taught_it_before(
+    tmp_path: Path, tiny_recipe: MakeRecipe, foreign_file: Path
+) -> None:
+    """The start is a file of other classes, with the head that was fitted for these."""
+    options = {"init": foreign_file, "teacher_self": True, "teacher_weight": 1.0, "epochs": 2}
+    unbroken = train(tiny_recipe(tmp_path / "unbroken" / "run", **options))
+    recipe = tiny_recipe(tmp_path / "broken" / "run", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, STEPS_PER_EPOCH + 2, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    resumed = train(recipe.model_copy(update={"resume": True}))
+    assert resumed.read_bytes() == unbroken.read_bytes()
+
+
 @pytest.mark.parametrize(("name", "epoch"), [("save_weights", 2), ("watch", 2), ("save_log", 3)])
 def test_what_fails_after_an_epoch_costs_nothing_of_it(
     tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, name: str, epoch: int
