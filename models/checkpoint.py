@@ -11,21 +11,21 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from models.checkpoint_errors import (
+from models.files.checkpoint_errors import (
     CheckpointError,
     CheckpointMismatchError,
     UnreadableCheckpointError,
     about,
     shown,
 )
+from models.files.safetensors_files import is_safetensors, read_safetensors, write_safetensors
+from models.files.sources import find_checkpoint
+from models.files.torch_files import read_torch_file
 from models.flops import count_macs
 from models.profiles import ProfileTable
 from models.published import describe_published, is_plain_vit
-from models.safetensors_files import is_safetensors, read_safetensors, write_safetensors
-from models.sources import find_checkpoint
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
-from models.torch_files import read_torch_file
 
 __all__ = [
     "Checkpoint",

@@ -23,14 +23,14 @@ from pydantic_settings import (
 )
 
 from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoint, round_to_half, save_checkpoint
-from models.convert import Convert, convert
-from models.datasets import MAX_BAD_IMAGES, DataError
+from models.conversion.convert import Convert, convert
+from models.data.datasets import MAX_BAD_IMAGES, DataError
 from models.devices import DeviceError
-from models.evaluate import accuracy_table, calibration_summary, evaluate
+from models.evaluation.evaluate import accuracy_table, calibration_summary, evaluate
+from models.files.sources import bare_name, find_checkpoint
 from models.processes import default_workers, joined_processes
 from models.profiles import ProfileTable
-from models.recipe import Recipe
-from models.sources import bare_name, find_checkpoint
+from models.training.recipe import Recipe
 from service.client import Classify, classify, first_problem, make_settings
 from service.engines.factory import engine_threads, make_engine
 from service.engines.profile_store import extended_profile, measure_latencies
@@ -153,7 +153,7 @@ def _parse(arguments: list[str]) -> object:
 
 def train(recipe: Recipe) -> None:
     """Train, or go on with a training, and say where the checkpoint is."""
-    training = _import_extra("models.train")
+    training = _import_extra("models.training.train")
     try:
         path = training.train(recipe)
     except training.TrainingError as error:
@@ -183,7 +183,7 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     A file of another format is left as it is: a copy in our own format, beside it, gets the accuracies. Of a checkpoint
     that is named, not given as a path, the copy is written into the current folder.
     """
-    plots, tqdm = _import_extra("models.plots"), _import_extra("tqdm").tqdm
+    plots, tqdm = _import_extra("models.evaluation.plots"), _import_extra("tqdm").tqdm
     path = find_checkpoint(command.checkpoint)
     checkpoint = load_checkpoint(path)
     source = path
@@ -223,7 +223,7 @@ def evaluate_checkpoint(command: Evaluate) -> None:
 
 def profile(command: Profile) -> None:
     """Print the latencies of this machine, measured now or before, and draw them."""
-    plots = _import_extra("models.plots") if command.plot_file else None
+    plots = _import_extra("models.evaluation.plots") if command.plot_file else None
     given = command.model_dump(exclude={"fresh", "plot_file"}, exclude_none=True)
     settings = make_settings(**given)
     measurement = _measure(settings, load_checkpoint(settings.checkpoint), fresh=command.fresh)
@@ -247,7 +247,7 @@ def _latency_table(measurement: Measurement) -> str:
 def replay(command: Simulate) -> None:
     """Print what would become of traffic on this machine."""
     if command.plot_file:
-        _import_extra("models.plots")
+        _import_extra("models.evaluation.plots")
     settings = make_settings(**command.model_dump(include={"checkpoint", "max_batch_size"}, exclude_none=True))
     checkpoint = load_checkpoint(settings.checkpoint)
     print(simulate(command, extended_profile(checkpoint), _measure(settings, checkpoint).table))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from models.convert import Convert
-from models.recipe import Recipe
+from models.conversion.convert import Convert
+from models.training.recipe import Recipe
 from service.cli import Evaluate, Profile
 from service.client import Classify
 from service.settings import Settings

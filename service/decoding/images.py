@@ -15,7 +15,14 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from models.images import CODEC_ERRORS, evaluation_transform, flatten, limit_aspect_ratio, resized_side, turn_upright
+from models.data.images import (
+    CODEC_ERRORS,
+    evaluation_transform,
+    flatten,
+    limit_aspect_ratio,
+    resized_side,
+    turn_upright,
+)
 from models.subnetwork import Interpolation, SuperViTConfig
 from service.errors import ImageTooLargeError, InvalidImageError
 

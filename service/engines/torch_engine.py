@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from models.data.images import normalise
 from models.devices import resolve_device
-from models.images import normalise
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 

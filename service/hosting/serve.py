@@ -15,7 +15,7 @@ import uvicorn
 
 from models.checkpoint import load_checkpoint
 from models.devices import resolve_device
-from models.sources import find_checkpoint
+from models.files.sources import find_checkpoint
 from service.app import create_app
 from service.domain import ServerState
 from service.errors import CommandError

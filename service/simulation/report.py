@@ -76,7 +76,7 @@ def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable)
         options = command.model_dump(mode="json", exclude_none=True)
         command.json_file.write_text(json.dumps({"options": options, "runs": rows}, indent=2) + "\n")
     if command.plot_file:
-        from models.plots import plot_simulation  # matplotlib comes with an extra only
+        from models.evaluation.plots import plot_simulation  # matplotlib comes with an extra only
 
         plot_simulation(courses, command.plot_file)
     return "\n".join(text)

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from models.checkpoint import Checkpoint, load_checkpoint
-from models.datasets import open_folder
-from models.images import evaluation_transform
+from models.data.datasets import open_folder
+from models.data.images import evaluation_transform
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 from service.engines.openvino_engine import OpenVINOEngine

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, load_checkpoint
-from models.images import evaluation_transform, normalise, to_rgb
+from models.data.images import evaluation_transform, normalise, to_rgb
 from models.subnetwork import SubNetwork
 from service.decoding.images import decode_image
 

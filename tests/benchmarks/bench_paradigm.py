@@ -26,18 +26,18 @@ import timm
 import torch
 
 from models.checkpoint import load_checkpoint
-from models.datasets import ImageSet, list_classes, open_folder, open_training_data
+from models.data.datasets import ImageSet, list_classes, open_folder, open_training_data
+from models.data.images import evaluation_transform, normalise
+from models.data.loaders import SampleLoader
 from models.devices import resolve_device
-from models.evaluate import label_indices
+from models.evaluation.evaluate import label_indices
 from models.flops import count_macs, count_macs_together
-from models.images import evaluation_transform, normalise
-from models.loaders import SampleLoader
-from models.objective import sample_pairs
-from models.recipe import Recipe
-from models.state import LOG_NAME, has_state
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
-from models.train import train
+from models.training.objective import sample_pairs
+from models.training.recipe import Recipe
+from models.training.state import LOG_NAME, has_state
+from models.training.train import train
 
 RESULTS = Path(__file__).with_name("results") / "paradigm.jsonl"
 # Beside the largest grid alone; the SuperViT is the model as it is registered.

@@ -18,13 +18,13 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.profiler import ProfilerActivity, profile
 
-from models.batches import open_batches
-from models.datasets import open_training_data
-from models.images import Augmentation, training_transform
-from models.loaders import SampleLoader
-from models.objective import PairLoss, Targets, sample_pairs, training_step
-from models.recipe import Recipe
-from models.setup import build_model, build_optimizer
+from models.data.datasets import open_training_data
+from models.data.images import Augmentation, training_transform
+from models.data.loaders import SampleLoader
+from models.training.batches import open_batches
+from models.training.objective import PairLoss, Targets, sample_pairs, training_step
+from models.training.recipe import Recipe
+from models.training.setup import build_model, build_optimizer
 
 PLAIN = Augmentation(None, 0.0)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)

@@ -16,7 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from models.checkpoint import load_checkpoint
-from models.sources import find_checkpoint
+from models.files.sources import find_checkpoint
 from service.app import create_app
 from service.engines.torch_engine import TorchEngine
 from service.runtime import ServerRuntime

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from models.checkpoint import load_checkpoint
-from models.sources import find_checkpoint, shipped_names
+from models.files.sources import find_checkpoint, shipped_names
 from service.settings import DEFAULT_CHECKPOINT
 
 START_LIMIT_S = 120  # the first measures its latencies

@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from models.checkpoint import Header, save_checkpoint
 from models.profiles import ProfileTable
-from models.recipe import Recipe
 from models.subnetwork import Flavour, SuperViTConfig
 from models.supervit import SuperViT
+from models.training.recipe import Recipe
 
 TINY = SuperViTConfig(
     width=16,
@@ -52,12 +52,12 @@ def torchrun() -> Callable[..., None]:
     """Run a script of this folder in two processes."""
 
     def run(name: str, *arguments: object) -> None:
-        script = Path(__file__).with_name(name)
+        script = Path(__file__).parent / name
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
         finished = subprocess.run(
             [*map(str, command), *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"},
-            cwd=script.parents[2],
+            env=os.environ | {"PYTHONPATH": str(script.parents[3]), "OMP_NUM_THREADS": "1"},
+            cwd=script.parents[3],
             capture_output=True,
             text=True,
             timeout=600,  # a busy machine starts them slowly

@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from models import sources
 from models.checkpoint import (
     HEADER_KEY,
     Checkpoint,
@@ -28,6 +27,7 @@ from models.checkpoint import (
     round_to_half,
     save_checkpoint,
 )
+from models.files import sources
 from models.flops import count_macs
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models import sources
 from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
+from models.files import sources
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from service.cli import main

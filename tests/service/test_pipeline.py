@@ -13,7 +13,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
-from models.calibration import Scaling
+from models.evaluation.calibration import Scaling
 from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork

@@ -3,7 +3,7 @@ import os
 import pytest
 from pydantic import ValidationError
 
-from models.sources import find_checkpoint, shipped_names
+from models.files.sources import find_checkpoint, shipped_names
 from service.settings import DEFAULT_CHECKPOINT, Settings, named_settings, unknown_variables, worker_environment
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 
-from models.images import evaluation_transform, flatten, to_rgb
+from models.data.images import evaluation_transform, flatten, to_rgb
 from models.subnetwork import SuperViTConfig
 from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL
 from service.decoding.images import HAS_FAST_RESIZE, MAX_SCANS, decode_image

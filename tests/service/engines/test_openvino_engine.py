@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.images import normalise
+from models.data.images import normalise
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from service.engines.openvino_engine import OpenVINOEngine

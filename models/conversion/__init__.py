@@ -1,0 +1,1 @@
+"""From any plain vision transformer to a SuperViT, without training."""

@@ -1,0 +1,266 @@
+"""Plain ViTs become SuperViTs without training: `supervit convert`.
+
+The position embedding is resampled to every patch grid, and tokens are kept by the class token's attention, so at its
+own grid and keep rate 1 the SuperViT answers what the ViT answers.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import timm
+import torch
+from pydantic import BaseModel, Field, PositiveInt
+from pydantic_settings import CliPositionalArg
+from timm.data import ImageNetInfo
+from timm.layers import PatchEmbed, QuickGELU
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from torch import Tensor, nn
+
+from models.checkpoint import CheckpointMismatchError, Header, read_described_weights, save_checkpoint
+from models.conversion.initial import InitialWeights, split_positions
+from models.conversion.onnx_weights import read_onnx_weights
+from models.conversion.plain_vit import HEAD_DIM, PlainViT, build_plain_vit, create_timm, is_lvvit, preprocessing_of
+from models.profiles import ProfileTable
+from models.published import published_config
+from models.subnetwork import Interpolation, SuperViTConfig
+from models.supervit import LVVIT_SMALL, SuperViT
+
+# The published grids, as shares of the largest.
+GRID_SHARES = (8 / 14, 10 / 14, 12 / 14, 1.0)
+# TokenLabeling's LV-ViTs add half of the auxiliary head's logits, and halve residual branches in S and M alone.
+LVVIT_AUX_WEIGHT = 0.5
+LVVIT_DEPTHS = (16, 20)
+IMAGENET_CLASSES = 1000
+UNTRAINED = "untrained"  # the one class of a ViT that came without a head
+
+
+class Convert(BaseModel):
+    """Make a SuperViT of a plain ViT, without training."""
+
+    vit: CliPositionalArg[Path] = Field(
+        description="weights of a plain ViT (.pth, .safetensors, .onnx), or timm's name of some that it can download"
+    )
+    output: Path = Field(description=".safetensors file for the SuperViT")
+    name: str | None = Field(
+        None, description="timm's name of the architecture in the file, e.g. vit_small_patch16_224.augreg_in1k"
+    )
+    num_heads: PositiveInt | None = Field(None, description="attention heads, where neither name nor width tells")
+    patch_kernel: PositiveInt | None = Field(None, description="patch side in pixels instead of the ViT's")
+    patch_grids: tuple[int, ...] | None = Field(
+        None, description="patch grids; by default 8/14 to all of the ViT's own"
+    )
+    keep_rates: tuple[float, ...] | None = Field(None, description="keep rates; by default 0.5,0.7,1")
+    prune_blocks: tuple[int, ...] | None = Field(None, description="blocks that prune; by default three, evenly apart")
+    mean: tuple[float, float, float] | None = Field(None, description="of RGB in [0, 1], that images are normalised by")
+    std: tuple[float, float, float] | None = Field(None, description="likewise")
+    interpolation: Interpolation | None = Field(None, description="by which images are resized")
+    crop_fraction: float | None = Field(None, description="side of the evaluation crop over the resized shorter side")
+
+
+def convert(options: Convert) -> SuperViTConfig:
+    """Write the SuperViT and return its architecture.
+
+    Raises:
+        CheckpointError: the weights cannot be read, or have what a SuperViT has not; or the options contradict them.
+        OSError: `output` cannot be written.
+    """
+    if options.name is not None and not timm.is_model(options.name):
+        raise CheckpointMismatchError(f"{options.name}: timm knows no such model")
+    initial = open_initial(options.vit, options.name, options.num_heads)
+    if initial.config is None:
+        raise CheckpointMismatchError(
+            f"{options.vit}: the weights of a SuperViT, of an architecture that they do not tell"
+        )
+    fields = options.model_dump(include=set(SuperViTConfig.__dataclass_fields__), exclude_none=True)
+    try:
+        config = replace(initial.config, **fields)
+    except ValueError as error:
+        raise CheckpointMismatchError(f"{options.vit}: {error}") from error
+    model = SuperViT(config)
+    with torch.no_grad():  # what a file without a head gets
+        model.head.weight.zero_()
+    initial.load_into(model, with_head=initial.has_head)
+    names = initial.class_names or class_names_for(config.num_classes)
+    names = names if initial.has_head else (UNTRAINED,)
+    strange = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
+    if strange:
+        raise CheckpointMismatchError(f"{options.vit}: {len(strange)} weights are not finite, as {strange[0]!r}")
+    if options.output.exists() and options.vit.exists() and options.output.samefile(options.vit):
+        raise CheckpointMismatchError(f"{options.output}: would be overwritten")
+    save_checkpoint(options.output, model, Header(options.output.stem, config, names, ProfileTable.unmeasured(config)))
+    return config
+
+
+def open_initial(path: Path, name: str | None = None, num_heads: int | None = None) -> InitialWeights:
+    """Open weights to start from: a SuperViT's, a plain ViT's; or, where there is no such file, timm's of that name.
+
+    Args:
+        path: the file, or timm's name of a plain ViT.
+        name: timm's name of the architecture in a file of a plain ViT; None to go by the weights alone.
+        num_heads: attention heads of a plain ViT, where neither name nor width tells.
+
+    Raises:
+        CheckpointError: it cannot be read, is neither of the two, or has what a SuperViT has not.
+    """
+    if not path.exists() and timm.is_model(str(path)):
+        vit = PlainViT(create_timm(str(path), pretrained=True).eval(), preprocessing_of(str(path)))
+        return from_plain_vit(vit, path)
+    if path.suffix == ".onnx":
+        return from_plain_vit(build_plain_vit(path, read_onnx_weights(path), name, num_heads), path)
+    weights, header = read_described_weights(path)
+    if header:
+        return InitialWeights(path, *split_positions(path, weights), header.config, header.class_names)
+    if "pos_embed_list.0" in weights:
+        return InitialWeights(path, *split_positions(path, weights), published_config(weights))
+    if is_lvvit(weights):
+        return _from_lvvit(weights, path)
+    return from_plain_vit(build_plain_vit(path, weights, name, num_heads), path)
+
+
+def from_plain_vit(vit: PlainViT, source: Path) -> InitialWeights:
+    """Take a timm module apart.
+
+    Raises:
+        CheckpointMismatchError: it has what a SuperViT has not.
+    """
+    module = vit.module
+    _refuse_strange_parts(module, source)
+    distilled = isinstance(module, VisionTransformerDistilled)
+    first: Block = module.blocks[0]
+    norm = module.norm if isinstance(module.norm, nn.LayerNorm) else module.fc_norm
+    tokens = [module.cls_token, module.dist_token if distilled else None, module.reg_token]
+    prefix = torch.cat([token for token in tokens if token is not None], dim=1)
+    positions, num_prefix = module.pos_embed, prefix.shape[1]
+    if module.no_embed_class:
+        positions = torch.cat([torch.zeros_like(prefix), positions], dim=1)
+    has_head = vit.has_head and isinstance(module.head, nn.Linear)
+    grid = module.patch_embed.grid_size[0]
+    depth = len(module.blocks)
+    config = SuperViTConfig(
+        width=module.embed_dim,
+        depth=depth,
+        num_heads=first.attn.num_heads,
+        mlp_ratio=first.mlp.fc1.out_features / module.embed_dim,
+        patch_kernel=module.patch_embed.patch_size[0],
+        patch_grids=default_grids(grid),
+        prune_blocks=default_prune_blocks(depth),
+        num_classes=module.num_classes if has_head else 1,
+        num_prefix_tokens=num_prefix,
+        pooling="distilled" if distilled else "mean" if module.global_pool == "avg" else "class",
+        pre_norm=isinstance(module.norm_pre, nn.LayerNorm),
+        activation="quick_gelu" if isinstance(first.mlp.act, QuickGELU) else "gelu",
+        norm_eps=norm.eps,
+        **vit.preprocessing,
+    )
+    weights = {"cls_token": prefix, "norm.weight": norm.weight, "norm.bias": norm.bias}
+    weights["patch_embed.proj.weight"] = module.patch_embed.proj.weight
+    weights["patch_embed.proj.bias"] = _bias(module.patch_embed.proj)
+    if config.pre_norm:
+        weights |= {"norm_pre.weight": module.norm_pre.weight, "norm_pre.bias": module.norm_pre.bias}
+    for index, block in enumerate(module.blocks):
+        weights |= {f"blocks.{index}.{name}": tensor for name, tensor in _block_weights(block).items()}
+    if has_head:
+        heads = [module.head, module.head_dist] if distilled else [module.head]  # their logits are averaged
+        weights["head.weight"] = torch.cat([head.weight for head in heads], dim=1) / len(heads)
+        weights["head.bias"] = torch.stack([_bias(head) for head in heads]).mean(dim=0)
+    weights = {key: tensor.detach().clone() for key, tensor in weights.items()}
+    return InitialWeights(source, weights, {grid: positions.detach().clone()}, config)
+
+
+def default_grids(largest: int) -> tuple[int, ...]:
+    """Name the patch grids of a family whose largest grid is given, in the published proportions."""
+    return tuple(sorted({max(2, round(share * largest)) for share in GRID_SHARES}))
+
+
+def default_prune_blocks(depth: int) -> tuple[int, ...]:
+    """Name the three blocks that prune, a quarter of the depth apart as in the published DeiT-S."""
+    return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+
+
+def _block_weights(block: Block) -> dict[str, Tensor]:
+    """Name the weights of a block as a SuperViT does; LayerScale goes into the projections before it, exactly."""
+    attn, mlp = block.attn, block.mlp
+    weights = {
+        "norm1.weight": block.norm1.weight,
+        "norm1.bias": block.norm1.bias,
+        "attn.qkv.weight": attn.qkv.weight,
+        "attn.qkv.bias": _bias(attn.qkv),
+        "norm2.weight": block.norm2.weight,
+        "norm2.bias": block.norm2.bias,
+        "mlp.fc1.weight": mlp.fc1.weight,
+        "mlp.fc1.bias": _bias(mlp.fc1),
+    }
+    for name, linear, scale in (("attn.proj", attn.proj, block.ls1), ("mlp.fc2", mlp.fc2, block.ls2)):
+        gamma = scale.gamma if isinstance(scale, LayerScale) else torch.ones(linear.out_features)
+        weights |= {f"{name}.weight": gamma[:, None] * linear.weight, f"{name}.bias": gamma * _bias(linear)}
+    return weights
+
+
+def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    return torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias
+
+
+def _refuse_strange_parts(module: VisionTransformer, source: Path) -> None:
+    block = module.blocks[0]
+    pooled = module.global_pool == "avg"
+    normed = module.fc_norm if pooled else module.norm
+    grid = module.patch_embed.grid_size if isinstance(module.patch_embed, PatchEmbed) else (0, 0)
+    strange = {
+        "another patch embedding": not isinstance(module.patch_embed, PatchEmbed)
+        or not isinstance(module.patch_embed.norm, nn.Identity),
+        "patches that form no square": grid[0] != grid[1],
+        "no class token": module.cls_token is None,
+        "no position embedding": module.pos_embed is None,
+        "attention pooling": module.attn_pool is not None,
+        f"{module.global_pool or 'no'} pooling": module.global_pool not in ("token", "avg"),
+        "prefix tokens in its mean": pooled and module.pool_include_prefix,
+        "no norm right before its head": not isinstance(normed, nn.LayerNorm)
+        or not isinstance(module.norm if pooled else module.fc_norm, nn.Identity),
+        "parallel or post-norm blocks": type(block) is not Block,
+    }
+    if not strange["parallel or post-norm blocks"]:
+        attn, mlp = block.attn, block.mlp
+        strange |= {
+            "another attention": type(attn) is not Attention or attn.attn_dim != module.embed_dim,
+            "normalised queries and keys": not isinstance(getattr(attn, "q_norm", None), nn.Identity),
+            "normalised attention": not isinstance(getattr(attn, "norm", None), nn.Identity),
+            "gated attention": getattr(attn, "gate", None) is not None,
+            "SwiGLU": type(mlp) is not Mlp,
+            "a norm inside its MLP": not isinstance(getattr(mlp, "norm", None), nn.Identity),
+            "another activation": type(getattr(mlp, "act", None)) not in (nn.GELU, QuickGELU)
+            or getattr(mlp.act, "approximate", "none") != "none",
+        }
+    found = next((feature for feature, is_there in strange.items() if is_there), None)
+    if found:
+        raise CheckpointMismatchError(f"{source}: has {found}, which a SuperViT has not")
+
+
+def _from_lvvit(weights: dict[str, Tensor], path: Path) -> InitialWeights:
+    width = weights["cls_token"].shape[-1]
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if depth not in LVVIT_DEPTHS:
+        raise CheckpointMismatchError(f"{path}: an LV-ViT of {depth} blocks is neither LV-ViT-S nor LV-ViT-M")
+    rest, positions = split_positions(path, weights)
+    config = replace(
+        LVVIT_SMALL,
+        width=width,
+        depth=depth,
+        num_heads=width // HEAD_DIM,
+        mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        patch_kernel=2 * weights["patch_embed.proj.weight"].shape[-1],
+        patch_grids=default_grids(max(positions)),
+        stem_width=weights["patch_embed.conv1.weight"].shape[0],
+        num_classes=weights["head.weight"].shape[0],
+        aux_head_weight=LVVIT_AUX_WEIGHT,
+    )
+    return InitialWeights(path, rest, positions, config)
+
+
+def class_names_for(num_classes: int) -> tuple[str, ...]:
+    """Name the classes of a network that names none: a thousand are taken to be ImageNet's, others get a number."""
+    if num_classes == IMAGENET_CLASSES:
+        return tuple(ImageNetInfo().label_descriptions())
+    return tuple(f"class {index}" for index in range(num_classes))

@@ -1,0 +1,1 @@
+"""What a checkpoint's sub-networks are worth: accuracy, calibration and a picture of both."""

@@ -1,0 +1,118 @@
+"""Checkpoints out of repositories of the Hugging Face hub, cached where its own client caches them.
+
+The client heeds HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. Only safetensors files are taken.
+"""
+
+import logging
+import re
+from pathlib import Path
+from typing import cast
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from models.files.checkpoint_errors import UnreadableCheckpointError, shown
+
+DEFAULT_REVISION, USUAL_FILE = "main", "model.safetensors"
+TIMEOUT_S = 10.0
+UNAUTHORIZED, FORBIDDEN = 401, 403
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# The root of the errors of the HTTP library that the client happens to use, and OSError.
+_TROUBLES = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+_FOREIGN_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError)  # of a server that is no hub
+_FAILURES = _TROUBLES + _FOREIGN_ANSWERS
+
+logger = logging.getLogger(__name__)
+
+
+def download(repository: str, revision: str | None = None) -> Path:
+    """Fetch the weights of a repository, or find them in the cache: model.safetensors, or the one *.safetensors.
+
+    The cache is asked first for a commit, which never changes, and otherwise where the hub gives nothing.
+
+    Args:
+        repository: owner/name.
+        revision: branch, tag or commit; None for the main branch.
+
+    Raises:
+        UnreadableCheckpointError: the hub cannot be reached or refuses, or has no such repository, revision or file.
+    """
+    revision = revision or DEFAULT_REVISION
+    cached = _find_cached(repository, revision) if _COMMIT.fullmatch(revision) else None
+    if cached and cached.name == USUAL_FILE:  # beside any other, that one might have been left out
+        return cached
+    try:
+        listing = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT_S)
+        file_name = _choose([sibling.rfilename for sibling in listing.siblings or ()])
+        return Path(hf_hub_download(repository, file_name, revision=revision))
+    except RevisionNotFoundError as error:
+        raise UnreadableCheckpointError(f"the repository has no revision {shown(revision)}") from error
+    except HFValidationError as error:
+        raise UnreadableCheckpointError("no repository of the hub can be named so") from error
+    except _FAILURES as error:
+        problem = _explain(error)
+        if cached := _find_cached(repository, revision):
+            if not isinstance(error, OfflineModeIsEnabled):  # which was asked for
+                logger.warning("%s: %s; the copy in the cache is used", repository, problem)
+            return cached
+        raise UnreadableCheckpointError(problem) from error
+
+
+def _find_cached(repository: str, revision: str) -> Path | None:
+    try:
+        folder = Path(
+            snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns="*.safetensors")
+        )
+        return folder / _choose([str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")])
+    except (OSError, HFValidationError, UnreadableCheckpointError):
+        return None
+
+
+def _choose(files: list[str]) -> str:
+    """Choose the weights among the files of a repository.
+
+    Raises:
+        UnreadableCheckpointError: there are none, or several and none of them with the usual name.
+    """
+    weights = sorted(name for name in files if name.endswith(".safetensors"))
+    if USUAL_FILE in weights:
+        return USUAL_FILE
+    if not weights:
+        raise UnreadableCheckpointError("the repository holds no safetensors file")
+    if len(weights) > 1:
+        names = ", ".join(map(shown, weights[:3])) + (" and more" if len(weights) > 3 else "")
+        raise UnreadableCheckpointError(f"the repository holds several safetensors files, none {USUAL_FILE}: {names}")
+    return weights[0]
+
+
+def _explain(error: BaseException) -> str:
+    """Say in our words why the hub gave nothing."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, GatedRepoError):
+        return "the repository is gated: ask for access on its page, and set HF_TOKEN to a token of that account"
+    if isinstance(error, RepositoryNotFoundError) and status not in (UNAUTHORIZED, FORBIDDEN):
+        return "the hub has no such repository, or one that the token may not read"
+    if isinstance(error, RepositoryNotFoundError):  # it does not tell strangers which
+        return "the hub has no such repository, or a private one: set HF_TOKEN to a token that may read it"
+    if status in (UNAUTHORIZED, FORBIDDEN):
+        return "the hub refuses the token: set HF_TOKEN to one that may read the repository"
+    if status is not None:
+        return f"the hub answers with status {status}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "not in the cache, and HF_HUB_OFFLINE forbids to ask the hub"
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:  # the client's wrapping
+        return _explain(error.__cause__)
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
+        return f"cannot be kept in the cache: {error.strerror}"
+    if isinstance(error, _TROUBLES) and not isinstance(error, FileMetadataError):
+        return "the hub cannot be reached: no network, or a wrong HF_ENDPOINT"
+    return "what answers is no Hugging Face hub; see HF_ENDPOINT"

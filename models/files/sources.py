@@ -1,0 +1,65 @@
+"""Where a checkpoint comes from: a file, the name of one that ships, or a repository of the Hugging Face hub.
+
+Finds files and opens none. The hub's client is loaded when a repository is named, and not before.
+"""
+
+import re
+from pathlib import Path
+
+from models.files.checkpoint_errors import UnreadableCheckpointError, about
+
+SHIPPED_FOLDER = Path(__file__).parents[1] / "checkpoints"
+SUFFIX = ".safetensors"
+
+HUB_PREFIX = "hf-hub:"
+_HUB_NAME = re.compile(r"hf-hub:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.+))?", re.ASCII)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)  # one slash: a path has no two in a row
+WHAT_IS_TAKEN = "a path, the name of a checkpoint that ships, or hf-hub:owner/name[@revision]"
+
+
+def shipped_names() -> tuple[str, ...]:
+    """Name the checkpoints that come with this package."""
+    return tuple(sorted(path.stem for path in SHIPPED_FOLDER.glob(f"*{SUFFIX}")))
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """Find the file of a checkpoint, downloading it where need be.
+
+    Args:
+        name: a path, which wins where there is a file; a name that ships; or hf-hub:owner/name[@revision].
+
+    Raises:
+        UnreadableCheckpointError: there is none, or the hub does not give it.
+    """
+    with about(name):
+        return _find(str(name))
+
+
+def bare_name(name: str) -> str:
+    """Name the file that a copy of a named checkpoint goes into: without owner, revision and suffix."""
+    return name.partition("@")[0].rpartition("/")[2]
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    try:
+        if path.is_file():
+            return path
+        exists = path.exists()
+    except OSError as error:
+        raise UnreadableCheckpointError(f"cannot be read: {error.strerror}") from error
+    if name in shipped_names():
+        return SHIPPED_FOLDER / f"{name}{SUFFIX}"
+    if match := _HUB_NAME.fullmatch(name):
+        from models.files.hub import download  # its client takes time to load
+
+        return download(match["repository"], match["revision"])
+    if name.startswith(HUB_PREFIX):
+        raise UnreadableCheckpointError("a repository of the hub is named hf-hub:owner/name[@revision]")
+    if _URL.match(name):
+        raise UnreadableCheckpointError(f"a URL is not taken; {WHAT_IS_TAKEN} is")
+    if exists:
+        raise UnreadableCheckpointError("no regular file")
+    is_bare = path.name == name and not path.suffix
+    ships = f", and no checkpoint of that name ships; those that do: {', '.join(shipped_names())}"
+    raise UnreadableCheckpointError(f"no such file{ships if is_bare else ''}")

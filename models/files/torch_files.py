@@ -1,0 +1,183 @@
+"""The files that torch.save writes, read without torch.load: nothing in them runs, and none takes more than it holds.
+
+A pickle describes the content. The numbers lie beside it, in records of a zip, or behind it, in files of before torch
+1.6. The pickle is read first and its claims are checked; then the numbers of those weights that are wanted are read.
+"""
+
+import io
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from models.files.checkpoint_errors import UnreadableCheckpointError, shown
+from models.files.pickles import MAX_PICKLE_BYTES, Storage, StoredWeight, followed, is_natural, unpickle
+
+ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
+LOCAL_HEADER_BYTES, ENCRYPTED = 30, 1
+FOREIGN_BYTE_ORDER = "was written by a machine of the other byte order"
+MAX_DIMENSIONS = 8
+SHARING = 2  # weights that are one are written once, and counted as often as they are named
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+# The published scripts evaluate 'state_dict_ema' (LV-ViT-S) and 'model' (DeiT-S, beside a 'model_ema').
+WRAPPINGS = ("state_dict_ema", "state_dict", "model")
+
+
+def read_torch_file(path: Path) -> dict[str, Tensor]:
+    """Read the state dict of a file that torch.save wrote.
+
+    Raises:
+        UnreadableCheckpointError: the file is truncated, damaged or another one, holds code or no state dict, or claims
+            more than it holds.
+    """
+    with path.open("rb") as file:
+        start, size = file.read(len(ZIP_START)), file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if start == ZIP_START:
+            return _read_zip(file, size)
+        if start.startswith(PICKLE_START):
+            return _read_legacy(file, size)
+    raise UnreadableCheckpointError("neither a safetensors file nor one that torch.save wrote" if size else "is empty")
+
+
+def _read_zip(file: IO[bytes], size: int) -> dict[str, Tensor]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            records = _checked_records(archive, size)
+            folder = next((name.partition("/")[0] for name in records if name.endswith("/data.pkl")), None)
+            described = records.get(f"{folder}/data.pkl")
+            if described is None:
+                raise UnreadableCheckpointError("a zip file, but not one that torch.save wrote")
+            if f"{folder}/constants.pkl" in records:
+                raise UnreadableCheckpointError("holds code, which is not run: a TorchScript program")
+            if described.file_size > MAX_PICKLE_BYTES:
+                raise UnreadableCheckpointError("its description of the weights is of absurd size")
+            byte_order = records.get(f"{folder}/byteorder")
+            if byte_order and archive.open(byte_order).read(len("big")) == b"big":
+                raise UnreadableCheckpointError(FOREIGN_BYTE_ORDER)
+            content, _ = unpickle(io.BytesIO(archive.read(described)))
+            start = f"{folder}/data/"
+            numbers = {name.removeprefix(start): record for name, record in records.items() if name.startswith(start)}
+            sizes = {key: record.file_size for key, record in numbers.items()}
+            return _build(content, sizes, lambda key, length: archive.open(numbers[key]).read(length), size)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, ValueError, struct.error) as error:
+        raise UnreadableCheckpointError("a zip file that is truncated or damaged") from error
+
+
+def _checked_records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """Look through the directory of a zip before anything is unpacked: torch.save compresses nothing.
+
+    Raises:
+        UnreadableCheckpointError: a record is compressed, or lies over another or beyond the end.
+    """
+    records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+    end = 0
+    for record in records:
+        is_stored = record.compress_type == zipfile.ZIP_STORED and record.file_size == record.compress_size
+        if not is_stored or record.flag_bits & ENCRYPTED:
+            raise UnreadableCheckpointError("a zip file with compressed records, which torch.save does not write")
+        if record.header_offset < end:
+            raise UnreadableCheckpointError("a zip file whose records lie over one another")
+        end = record.header_offset + LOCAL_HEADER_BYTES + record.file_size
+    if end > size:
+        raise UnreadableCheckpointError("a zip file whose records claim more than it holds")
+    return {record.filename: record for record in records}
+
+
+def _read_legacy(file: IO[bytes], size: int) -> dict[str, Tensor]:
+    if unpickle(file)[0] != LEGACY_MAGIC or unpickle(file)[0] != LEGACY_PROTOCOL:
+        raise UnreadableCheckpointError("a pickle, but not one that torch.save wrote")
+    with followed():
+        machine: Any = unpickle(file)[0]
+        if not machine["little_endian"]:
+            raise UnreadableCheckpointError(FOREIGN_BYTE_ORDER)
+        content, storages = unpickle(file)
+        keys: Any = unpickle(file)[0]
+        places, sizes = {}, {}
+        for key in keys:  # each with the count of its numbers before them
+            if key not in storages:
+                raise UnreadableCheckpointError("holds an unknown kind of storage")
+            (count,) = struct.unpack("<q", file.read(8))
+            places[key], sizes[key] = file.tell(), count * storages[key].dtype.itemsize
+            if not 0 <= sizes[key] <= size - file.tell():
+                raise UnreadableCheckpointError("truncated, or its weights claim more than it holds")
+            file.seek(sizes[key], os.SEEK_CUR)
+
+    def read(key: str, length: int) -> bytes:
+        file.seek(places[key])
+        return file.read(length)
+
+    return _build(content, sizes, read, size)
+
+
+def _build(
+    content: object, sizes: Mapping[str, int], read: Callable[[str, int], bytes], file_size: int
+) -> dict[str, Tensor]:
+    """Make the weights of the state dict in `content`; what else the file holds is not read.
+
+    Args:
+        content: what was unpickled.
+        sizes: bytes of each record, by the key of its storage.
+        read: gives so many bytes of the start of a record, or as many as there are.
+        file_size: bytes of the file.
+    """
+    described = _state_dict(content)
+    claimed = sum(_claimed_bytes(name, stored, sizes) for name, stored in described.items())
+    if claimed > SHARING * file_size:
+        raise UnreadableCheckpointError(f"its weights claim {claimed} bytes, more than a file of {file_size} holds")
+    flat: dict[Storage, Tensor] = {}
+    for storage in {stored.storage for stored in described.values()}:
+        size = storage.length * storage.dtype.itemsize
+        numbers = bytearray(read(storage.key, size) if size else b"")
+        if len(numbers) != size:
+            raise UnreadableCheckpointError("truncated: its weights end early")
+        # torch makes no tensor of an empty buffer.
+        flat[storage] = (
+            torch.frombuffer(numbers, dtype=storage.dtype) if numbers else torch.empty(0, dtype=storage.dtype)
+        )
+    return {
+        name: flat[stored.storage].as_strided(stored.size, stored.stride, stored.offset)
+        for name, stored in described.items()
+    }
+
+
+def _state_dict(content: object) -> dict[str, StoredWeight]:
+    if isinstance(content, dict):
+        content = next((content[key] for key in WRAPPINGS if isinstance(content.get(key), dict)), content)
+    if not isinstance(content, dict) or not content:
+        raise UnreadableCheckpointError(f"holds {'nothing' if content == {} else 'other things'}, not a state dict")
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise UnreadableCheckpointError("not a state dict: it has keys that are no names")
+        if not isinstance(value, StoredWeight):
+            raise UnreadableCheckpointError(f"not a state dict: {shown(repr(name))} is no weight")
+    return content
+
+
+def _claimed_bytes(name: str, stored: StoredWeight, sizes: Mapping[str, int]) -> int:
+    """Check what a pickle says of a weight, and count the bytes that it takes.
+
+    Raises:
+        UnreadableCheckpointError: it is of no known kind, or reaches beyond its storage, or that beyond the file.
+    """
+    storage, offset, size, stride = stored
+    if not isinstance(storage, Storage):
+        raise UnreadableCheckpointError(f"the weight {shown(name)} lies in an unknown kind of storage")
+    is_shape = (
+        isinstance(size, tuple)
+        and isinstance(stride, tuple)
+        and len(size) == len(stride) <= MAX_DIMENSIONS
+        and all(map(is_natural, (offset, *size, *stride)))
+    )
+    if not is_shape:
+        raise UnreadableCheckpointError(f"damaged: the weight {shown(name)} has no shape")
+    end = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) + 1 if all(size) else 0
+    if end > storage.length or storage.length * storage.dtype.itemsize > sizes.get(storage.key, 0):
+        raise UnreadableCheckpointError(f"the weight {shown(name)} claims more than the file holds")
+    return int(math.prod(size)) * storage.dtype.itemsize

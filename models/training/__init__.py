@@ -1,0 +1,1 @@
+"""The paper's training: what a step learns from, the loop around it, and what it keeps."""

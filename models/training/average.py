@@ -1,0 +1,66 @@
+"""Average the weights of two SuperViTs, of which one was trained on from the other.
+
+    python -m models.training.average A B --output C
+
+What lies between the two is often more accurate than either (Wortsman et al., "Robust fine-tuning of zero-shot models",
+CVPR 2022). How far between is best is to be found on held-out images, with `supervit evaluate`.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import BaseModel, Field
+from pydantic_settings import CliApp, CliPositionalArg
+from torch import Tensor
+
+from models.checkpoint import Checkpoint, CheckpointMismatchError, Header, load_checkpoint, save_checkpoint
+from models.profiles import ProfileTable
+
+
+class Average(BaseModel):
+    """Average the weights of two checkpoints of one architecture and the same classes."""
+
+    first: CliPositionalArg[Path] = Field(description="SuperViT checkpoint")
+    second: CliPositionalArg[Path] = Field(
+        description="another that was trained on from it, perhaps at some of its patch grids and keep rates only"
+    )
+    output: Path = Field(description=".safetensors file for the result, whose accuracy is yet to be measured")
+    share: float = Field(0.5, ge=0, le=1, description="of the second")
+
+
+def average(options: Average) -> None:
+    """Write the average, named after its file: a family of the first's sub-networks.
+
+    Raises:
+        CheckpointError: one of the two cannot be read, or they are of different kinds.
+        OSError: `output` cannot be written.
+    """
+    first, second = load_checkpoint(options.first), load_checkpoint(options.second)
+    family = replace(second.config, patch_grids=first.config.patch_grids, keep_rates=first.config.keep_rates)
+    if (first.config, first.class_names) != (family, second.class_names) or not (
+        set(second.config.patch_grids) <= set(first.config.patch_grids)
+    ):
+        raise CheckpointMismatchError(
+            f"{options.second}: of another architecture, other classes or patch grids than {options.first}"
+        )
+    others = _weights_by_name(second, first.config.patch_grids)
+    for name, weight in first.model.state_dict().items():
+        # What is left: a batch norm's count of batches, and the position embeddings of grids that the second lacks.
+        if weight.is_floating_point() and name in others:
+            weight.lerp_(others[name], options.share)
+    profile = ProfileTable.unmeasured(first.config)
+    header = Header(options.output.stem, first.config, first.class_names, profile)
+    save_checkpoint(options.output, first.model, header)
+
+
+def _weights_by_name(checkpoint: Checkpoint, patch_grids: tuple[int, ...]) -> dict[str, Tensor]:
+    """Name the weights of a checkpoint as in a model of more patch grids."""
+    renamed = {
+        f"pos_embed_list.{index}": f"pos_embed_list.{patch_grids.index(grid)}"
+        for index, grid in enumerate(checkpoint.config.patch_grids)
+    }
+    return {renamed.get(name, name): weight for name, weight in checkpoint.model.state_dict().items()}
+
+
+if __name__ == "__main__":
+    average(CliApp.run(Average))

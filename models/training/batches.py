@@ -1,0 +1,257 @@
+"""What a training epoch reads: varied images with their labels, or with what the labels and a teacher say together.
+
+Small images are decoded once and kept; a whole batch of them is then cropped and mirrored at a time. On a machine of
+few cores, decoding and varying them one by one takes its time from the training step itself.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from models.checkpoint import digest
+from models.data.crops import PADDED_CROP_SIDE_PX, crop_padding
+from models.data.datasets import ImageSet, TrainingSamples, digest_samples, open_training_data
+from models.data.images import (
+    Augmentation,
+    evaluation_transform,
+    normalise,
+    square_transform,
+    training_transform,
+)
+from models.data.loaders import SampleLoader, gather_in_turn, load_in_turn
+from models.files.pickles import UNPICKLING_ERRORS
+from models.processes import gather
+from models.subnetwork import SuperViTConfig
+from models.training.objective import Targets
+from models.training.recipe import Recipe, count_training_files
+from models.training.state import TrainingError, prepare_folder, save_whole
+from models.training.teacher import Teacher
+from models.training.token_labels import CropAndVariation, WithTokenLabels, cut_token_labels
+
+MEMORY_LIMIT_BYTES = 2**31
+TARGETS_NAME = "targets.pt"
+# What decides over a teacher's answers and how they are mixed with the labels.
+ASKED = (
+    "data",
+    "teacher",
+    "teacher_checkpoint",
+    "teacher_side",
+    "teacher_self",
+    "init",
+    "teacher_weight",
+    "label_smoothing",
+)
+
+
+class ImageBatches:
+    """Batches of varied images from images in memory, square ones drawn as `training_transform` draws them."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        sampler: RepeatAugSampler,
+        batch_size: int,
+        config: SuperViTConfig,
+        random_erasing: float,
+    ) -> None:
+        """Hold the images.
+
+        Args:
+            images: (M, 3, S, S) uint8.
+            targets: (M,) class indices or (M, classes) probabilities.
+            sampler: the order of an epoch.
+            batch_size: images per batch; a last batch that is not full is left out.
+            config: for the normalisation.
+            random_erasing: probability of erasing a rectangle.
+        """
+        self.images, self.targets, self.sampler = images, targets, sampler
+        self.batch_size, self.config = batch_size, config
+        self.erase = RandomErasing(random_erasing, mode="pixel", device="cpu")
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.sampler) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (B, 3, S, S) normalised float32 images with their targets."""
+        order = torch.tensor(list(self.sampler))
+        for chosen in order[: len(self) * self.batch_size].view(-1, self.batch_size):
+            images = normalise(crop_and_mirror(self.images[chosen]), self.config)
+            yield self.erase(images), self.targets[chosen]
+
+
+Batches = SampleLoader | ImageBatches
+
+
+def crop_and_mirror(images: Tensor) -> Tensor:
+    """Shift each of (B, 3, S, S) images by up to an eighth of its side over black, and mirror every other by chance."""
+    count, _, side, _ = images.shape
+    padding = crop_padding(side)
+    top, left = torch.randint(0, 2 * padding + 1, (2, count, 1))
+    rows, columns = top + torch.arange(side), left + torch.arange(side)  # (B, S)
+    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+    padded = functional.pad(images, (padding,) * 4)
+    index = torch.arange(count)[:, None, None]
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def read_images(dataset: ImageSet, batch_size: int, workers: int) -> tuple[Tensor, Tensor]:
+    """Decode a data set of uint8 images of one size, each process all of it.
+
+    Returns:
+        (M, 3, S, S) images and their (M,) class indices, of all that are not noted as bad.
+
+    Raises:
+        DataError: too many images cannot be read.
+    """
+    first, _ = dataset[0]
+    images = torch.empty((len(dataset), *first.shape), dtype=torch.uint8)
+    labels = torch.empty(len(dataset), dtype=torch.long)
+    start = 0
+    for batch, its_labels in SampleLoader(dataset, batch_size, num_workers=workers):
+        # Copied, because a batch of another process holds two of the files that this one may have open.
+        images[start : start + len(batch)], labels[start : start + len(batch)] = batch, its_labels
+        start += len(batch)
+    return (images[~dataset.is_bad], labels[~dataset.is_bad]) if dataset.is_bad.any() else (images, labels)
+
+
+def fits_memory(recipe: Recipe, config: SuperViTConfig) -> bool:
+    """Tell whether the images are kept in memory: small, not too many, and varied alike.
+
+    RandAugment and maps of token labels ask for each image by itself.
+    """
+    size_bytes = count_training_files(recipe.data) * 3 * config.image_side**2
+    is_small = config.image_side <= PADDED_CROP_SIDE_PX and size_bytes <= MEMORY_LIMIT_BYTES
+    return is_small and not recipe.rand_augment and not recipe.token_labels
+
+
+def soft_targets(
+    recipe: Recipe, config: SuperViTConfig, teacher: Teacher, samples: ImageSet, rank: int = 0, processes: int = 1
+) -> Tensor:
+    """Mix the labels of the training images with what the teacher says of each, seen once and once mirrored.
+
+    Each process asks about its share. The mixture is kept in the output folder, so a run that is resumed asks no more.
+
+    Returns:
+        (M, classes) probabilities in the order of the images; of an image that cannot be read, what its label says.
+    """
+    path = recipe.output / TARGETS_NAME
+    asked = {name: str(getattr(recipe, name)) for name in ASKED} | {
+        "images": digest_samples(samples),
+        "seen as": str((config.image_side, config.crop_fraction, config.mean, config.std)),
+        "teacher's weights": digest(recipe.teacher_checkpoint) if recipe.teacher_checkpoint else "timm's",
+    }
+    kept = _kept_targets(path, asked)
+    if all(gather(kept is not None)) and kept is not None:  # or one would wait for what others ask no more
+        return kept
+    if rank == 0:
+        prepare_folder(recipe.output)
+    everything, seen = range(len(samples)), samples.seen_through(evaluation_transform(config))
+    loader = load_in_turn(seen, everything, recipe.batch_size, recipe.workers, rank, processes)
+    answers = [
+        teacher.answer_both_ways(images.to(teacher.device)).cpu()
+        for images, _ in tqdm(loader, "asking the teacher", disable=rank != 0, mininterval=1)
+    ]
+    certain = functional.one_hot(torch.tensor([label for _, label in samples.files]), config.num_classes).float()
+    targets = certain.lerp(torch.full_like(certain, 1 / config.num_classes), recipe.label_smoothing)
+    taught = targets.lerp(gather_in_turn(answers), recipe.teacher_weight)
+    targets = torch.where(samples.is_bad[:, None], targets, taught)
+    if rank == 0:
+        save_whole({"asked": asked, "targets": targets}, path)
+    return targets
+
+
+def _kept_targets(path: Path, asked: dict[str, str]) -> Tensor | None:
+    with suppress(OSError, *UNPICKLING_ERRORS):  # no such file, or a damaged one: the teacher is asked again
+        kept = torch.load(path, weights_only=True)
+        if kept["asked"] == asked:
+            targets: Tensor = kept["targets"]
+            return targets
+    return None
+
+
+def find_targets(
+    recipe: Recipe, config: SuperViTConfig, teacher: Teacher | None, images: Tensor, labels: Tensor, maps: list[Tensor]
+) -> Targets:
+    """Put together what a batch is to be answered with.
+
+    Args:
+        recipe: for what the teacher is asked.
+        config: of the student.
+        teacher: to be asked about these very images; None for none.
+        images: (B, 3, S, S), normalised, augmented.
+        labels: (B,) class indices or (B, classes) probabilities.
+        maps: what the batch holds besides, namely the token labels of `WithTokenLabels`; empty for none.
+    """
+    if maps:
+        classes, weights, crops = (part.to(images.device) for part in maps)
+        tokens = cut_token_labels(classes, weights, crops, config.patch_grids[-1], config.num_classes)
+        return Targets(labels, teacher(images) if teacher else None, tokens)
+    if teacher and recipe.teacher_tokens:
+        return Targets(labels, *teacher.answer_everywhere(images))
+    return Targets(labels, teacher(images) if teacher else None)
+
+
+def open_batches(
+    recipe: Recipe, config: SuperViTConfig, teacher: Teacher | None, rank: int, processes: int, device: torch.device
+) -> tuple[Batches, RepeatAugSampler, SampleLoader]:
+    """Open what one of the processes of a run trains on.
+
+    Returns:
+        The batches; the sampler, whose epoch fixes their order; and this process's share of the images to watch.
+
+    Raises:
+        DataError: the data set is unusable.
+        TrainingError: it is too small for a batch.
+    """
+    in_memory = fits_memory(recipe, config)
+    augmentation = Augmentation(recipe.rand_augment or None, recipe.random_erasing, recipe.smallest_crop)
+    side = config.image_side
+    vary = CropAndVariation if recipe.token_labels else training_transform
+    transform = square_transform(side, side) if in_memory else vary(config, augmentation)
+    samples, watching = open_training_data(
+        recipe.data,
+        config,
+        transform,  # type: ignore[arg-type] # that of token labels tells the crop, too
+        recipe.holdout,
+        recipe.seed,
+        recipe.max_bad_images,
+    )
+    sampler = _sampler(recipe, len(samples), rank, processes)
+    for images in (samples, watching):
+        images.report_skipped_files()
+    watched = load_in_turn(watching, range(len(watching)), recipe.batch_size, recipe.workers, rank, processes)
+    targets = (
+        soft_targets(recipe, config, teacher, samples, rank, processes) if teacher and recipe.teacher_once else None
+    )
+    if in_memory:
+        pixels, labels = read_images(samples, recipe.batch_size, recipe.workers)
+        sampler = _sampler(recipe, len(labels), rank, processes)
+        labels = labels if targets is None else targets[~samples.is_bad]
+        return ImageBatches(pixels, labels, sampler, recipe.batch_size, config, recipe.random_erasing), sampler, watched
+    labelled = TrainingSamples(samples, targets)
+    loader = SampleLoader(
+        WithTokenLabels(labelled, recipe.token_labels, config.num_classes) if recipe.token_labels else labelled,  # type: ignore[arg-type] # labels of any kind
+        recipe.batch_size,
+        sampler=sampler,
+        num_workers=recipe.workers,
+        drop_last=True,
+        pin_memory=device.type == "cuda",
+    )
+    return loader, sampler, watched
+
+
+def _sampler(recipe: Recipe, count: int, rank: int, processes: int) -> RepeatAugSampler:
+    repeats = recipe.augmentation_repeats
+    sampler = RepeatAugSampler(range(count), processes, rank, num_repeats=repeats, selected_round=0)
+    if len(sampler) < recipe.batch_size:
+        raise TrainingError(f"{len(sampler)} training images per process do not fill a batch of {recipe.batch_size}")
+    return sampler

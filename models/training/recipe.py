@@ -1,0 +1,288 @@
+"""The options of a training run, with defaults that follow the size of the data set. Holds values, trains nothing."""
+
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic_settings import CliPositionalArg
+
+from models.checkpoint import CheckpointError
+from models.conversion.convert import open_initial
+from models.data.datasets import MAX_BAD_IMAGES, DataError, list_classes
+from models.processes import default_workers
+from models.subnetwork import Interpolation, SuperViTConfig
+
+# Between CIFAR (50,000) and ImageNet (1.28 million): above it, the strong augmentation of DeiT pays.
+LARGE_DATASET_IMAGES = 200_000
+
+# "small" is for tens of thousands of images; the others are the published recipes, by the flavour of the model.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "deit": {
+        "epochs": 300,
+        "optimizer": "adamw",
+        "batch_size": 256,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "mix_token": False,
+        "rand_augment": "rand-m9-mstd0.5-inc1",
+        "random_erasing": 0.25,
+        "drop_path": 0.1,
+        "ema_decay": 0.99996,
+        "augmentation_repeats": 3,
+    },
+    "lvvit": {
+        "epochs": 300,
+        "optimizer": "adamw",
+        "batch_size": 256,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "mix_token": True,
+        "rand_augment": "rand-m9-mstd0.5-inc1",
+        "random_erasing": 0.25,
+        "drop_path": 0.1,
+        "ema_decay": 0.99992,
+        "augmentation_repeats": 1,
+    },
+    "small": {
+        "epochs": 100,
+        "optimizer": "muon",
+        "batch_size": 64,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "mix_token": False,
+        "rand_augment": "",
+        "random_erasing": 0.0,
+        "drop_path": 0.0,
+        "ema_decay": 0.999,
+        "augmentation_repeats": 1,
+    },
+}
+
+# Peak rates per 512 images of a step. Muon's for small sets comes from trials on CIFAR-10; its others are in the same
+# proportion to AdamW's, and untried.
+LEARNING_RATES = {
+    "adamw": {"deit": 5e-4, "lvvit": 8e-4, "small": 4e-3},
+    "muon": {"deit": 5e-3, "lvvit": 8e-3, "small": 4e-2},
+}
+# Options that say something of patch tokens, which only an LV-ViT is asked about.
+TOKEN_OPTIONS = ("mix_token", "token_label_weight", "token_labels", "teacher_tokens")
+
+# Where the weights of `init` meet new classes: the blocks near the images change least (Bao et al., BEiT, ICLR 2022).
+# Crops of a tenth of an image, which teach a network from scratch, cost a short fine-tuning more than they give.
+FINE_TUNING = {"learning_rate": 3e-3, "layer_decay": 0.75, "smallest_crop": 0.3}
+
+# All that timm understands; it ignores, or refuses without a word, whatever else a description holds.
+RAND_AUGMENT = r"^(rand(-(m\d+|n\d+|p(0|1|0?\.\d+)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)))*)?$"
+
+
+@cache
+def count_training_files(data: Path) -> int:
+    """Count the files under `data`/train."""
+    return sum(len(files) for _, _, files in os.walk(data / "train", followlinks=True))
+
+
+@cache
+def flavour_of(model: str, init: Path | None) -> str:
+    """Tell the flavour of a run's model: that of the weights to start from, where they say, or of its name."""
+    with suppress(CheckpointError):  # the run will say so
+        if init and (config := open_initial(init, num_heads=1).config):
+            return config.flavour
+    return "lvvit" if model.startswith("supervit_lvvit_") else "deit"
+
+
+def _kind(fields: dict[str, Any]) -> str:
+    """Tell which defaults suit the training set and the model."""
+    if count_training_files(fields["data"]) < LARGE_DATASET_IMAGES:
+        return "small"
+    return flavour_of(fields["model"], fields["init"])
+
+
+def _fine_tunes(fields: dict[str, Any]) -> bool:
+    """Tell whether the run starts from somebody's weights and its classes are not theirs."""
+    return fields["init"] is not None and meets_new_classes(fields["init"], fields["data"])
+
+
+@cache
+def meets_new_classes(init: Path, data: Path) -> bool:
+    """Tell whether the head of `init` is not one for the classes under `data`/train; False where either is unusable."""
+    try:
+        return not open_initial(init, num_heads=1).has_head_for(list_classes(data / "train"))
+    except (CheckpointError, DataError):  # the run will say so
+        return False
+
+
+def _by_size(name: str, **constraints: Any) -> Any:  # noqa: ANN401 - as pydantic's Field
+    """Declare a field whose default follows the number of files under train/ and, where there are many, the model."""
+
+    def default(fields: dict[str, Any]) -> Any:  # noqa: ANN401 - of the field's own type
+        return DEFAULTS[_kind(fields)][name]
+
+    return Field(default_factory=default, **constraints)
+
+
+class Recipe(BaseModel):
+    """Options of `supervit train`. What is left out follows the size of the training set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    data: CliPositionalArg[Path] = Field(description="folder with train/ and perhaps val/ or test/, of class folders")
+    output: Path = Field(description="folder for the checkpoint, the training state, the log and its picture")
+    resume: bool = Field(False, description="go on from the state in the output folder")
+
+    model: str = Field("supervit_lvvit_micro_patch4_32", description="a registered SuperViT")
+    width: PositiveInt | None = Field(None, description="token width instead of the model's")
+    depth: PositiveInt | None = Field(None, description="number of blocks instead of the model's")
+    num_heads: PositiveInt | None = Field(None, description="attention heads instead of the model's")
+    stem_width: PositiveInt | None = Field(
+        None, description="channels of the convolutional stem instead of the model's"
+    )
+    patch_kernel: PositiveInt | None = Field(None, description="patch side in pixels instead of the model's")
+    patch_grids: tuple[int, ...] | None = Field(None, description="trained patch grids instead of the model's")
+    keep_rates: tuple[float, ...] | None = Field(None, description="trained keep rates instead of the model's")
+    prune_blocks: tuple[int, ...] | None = Field(None, description="blocks that prune instead of the model's")
+    fuse_pruned: bool | None = Field(None, description="whether pruned tokens are fused into one, as in EViT")
+    mean: tuple[float, float, float] | None = Field(None, description="of RGB in [0, 1], instead of the model's")
+    std: tuple[float, float, float] | None = Field(None, description="likewise")
+    interpolation: Interpolation | None = Field(None, description="by which images are resized, instead of the model's")
+    crop_fraction: float | None = Field(None, description="of the evaluation crop, instead of the model's")
+    init: Path | None = Field(
+        None,
+        description="weights to start from, of a SuperViT or plain ViT; their architecture too, but for what is named",
+    )
+    fit_head: bool = Field(
+        default_factory=lambda fields: _fine_tunes(fields),
+        description="fit a linear head on the features of init before training; by default where its classes are new",
+    )
+    layer_decay: float = Field(
+        default_factory=lambda fields: FINE_TUNING["layer_decay"] if _fine_tunes(fields) else 1.0,
+        gt=0,
+        le=1,
+        description="factor on the learning rate from each block to the one before it; under 1 where classes are new",
+    )
+
+    teacher: str | None = Field(None, description="timm model to distil from, e.g. regnety_160")
+    teacher_checkpoint: Path | None = Field(None, description="the teacher's weights; timm's own where left out")
+    teacher_side: PositiveInt | None = Field(None, description="pixels to resize its images to instead of timm's")
+    teacher_weight: float = Field(0.5, ge=0, le=1, description="share of the teacher in the classification loss")
+    teacher_self: bool = Field(
+        False, description="let the largest sub-network of init, frozen, teach all of them; in place of a timm model"
+    )
+    teacher_once: bool = Field(
+        False, description="ask the teacher once about each image, before training, instead of about every variation"
+    )
+    teacher_tokens: bool = Field(
+        False, description="what the teacher sees at every place of an image is the label of that patch token"
+    )
+    token_labels: Path | None = Field(
+        None, description="folder with a map of labels for every training image; the image's label where left out"
+    )
+    token_label_weight: float = Field(1.0, gt=0, description="of the loss of an LV-ViT's patch tokens")
+
+    epochs: PositiveInt = _by_size("epochs", description="passes over the training images")
+    single_epochs: int = Field(
+        0, ge=0, description="of these, the first whose steps train one sub-network each, a random grid unpruned"
+    )
+    single_pruned: bool = Field(
+        False, description="prune in the single epochs, too, at a random keep rate; for weights that know something"
+    )
+    batch_size: PositiveInt = _by_size("batch_size", description="images per batch and process")
+    accumulate: PositiveInt = Field(1, description="batches whose gradients are averaged into one step")
+    optimizer: Literal["adamw", "muon"] = Field(
+        default_factory=lambda fields: "adamw" if _fine_tunes(fields) else DEFAULTS[_kind(fields)]["optimizer"],
+        description="AdamW, or Muon for matrices and convolutions and AdamW for the rest",
+    )
+    learning_rate: float = Field(
+        default_factory=lambda fields: (
+            FINE_TUNING["learning_rate"]
+            if fields["optimizer"] == "adamw" and _fine_tunes(fields)
+            else LEARNING_RATES[fields["optimizer"]][_kind(fields)]
+        ),
+        gt=0,
+        description="peak rate per 512 images of a step",
+    )
+    warmup_epochs: float = Field(5, ge=0, description="epochs of linear warm-up, at most a tenth of the run")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay of matrices")
+    clip_grad: float | None = Field(
+        None, gt=0, description="norm that a step's gradient is scaled down to; none by default"
+    )
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="probability mass spread over all classes")
+    mixup: float = _by_size("mixup", ge=0, description="mixup alpha; 0 for none")
+    cutmix: float = _by_size("cutmix", ge=0, description="cutmix alpha; 0 for none")
+    mix_token: bool = _by_size(
+        "mix_token", description="let the images of a batch exchange the patch tokens of a box, once embedded"
+    )
+    rand_augment: str = _by_size(
+        "rand_augment", pattern=RAND_AUGMENT, description='timm RandAugment, e.g. rand-m9-mstd0.5-inc1; "" for none'
+    )
+    smallest_crop: float = Field(
+        default_factory=lambda fields: FINE_TUNING["smallest_crop"] if _fine_tunes(fields) else 0.08,
+        gt=0,
+        le=1,
+        description="share of an image's area that a random crop shows at least; of inputs over 64 pixels a side",
+    )
+    random_erasing: float = _by_size("random_erasing", ge=0, le=1, description="probability of erasing a rectangle")
+    augmentation_repeats: PositiveInt = _by_size(
+        "augmentation_repeats", description="times each picked image appears in an epoch"
+    )
+    drop_path: float = _by_size("drop_path", ge=0, lt=1, description="stochastic depth of the last block")
+    freeze_batch_norm: bool = Field(
+        False,
+        description="normalise by the stem's running statistics, as in serving, instead of by those of each batch",
+    )
+    ema_decay: float = _by_size("ema_decay", ge=0, lt=1, description="decay of the averaged weights that are saved")
+
+    holdout: float = Field(
+        0.02, gt=0, lt=1, description="part of train/ watched during training where there is no val/ folder"
+    )
+    max_bad_images: float = Field(
+        MAX_BAD_IMAGES, ge=0, lt=1, description="part of the images that may be unreadable; they are passed over"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, order and augmentation")
+    workers: int = Field(
+        default_factory=default_workers, ge=0, description="processes that decode images; by default one for each core"
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="of the products in a step; by default bfloat16 where the device has instructions for it, else "
+        "float16 on a GPU and float32 on a CPU",
+    )
+    compile: bool = Field(
+        False, description="compile the training step; once for every grid with its keep rates, and so worth a long run"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        given = {name for name in self.model_fields_set if getattr(self, name)}
+        if self.teacher and self.teacher_self:
+            raise ValueError("teacher and teacher-self are two teachers; name one")
+        for name in ("fit_head", "teacher_self"):
+            if getattr(self, name) and not self.init:
+                raise ValueError(f"{name.replace('_', '-')} needs the weights of --init")
+        for name in ("teacher_checkpoint", "teacher_side", "teacher_weight", "teacher_once", "teacher_tokens"):
+            has_one = self.teacher or (self.teacher_self and name in ("teacher_weight", "teacher_once"))
+            if name in given and not has_one:
+                raise ValueError(f"{name.replace('_', '-')} without a teacher teaches nothing; name one with --teacher")
+        for name in TOKEN_OPTIONS:
+            if name in given and flavour_of(self.model, self.init) != "lvvit":
+                raise ValueError(f"{name.replace('_', '-')} is for the patch tokens of an LV-ViT, not for a DeiT's")
+        if self.single_epochs > self.epochs:
+            raise ValueError(f"{self.single_epochs} single epochs are more than the {self.epochs} of the run")
+        if self.teacher_once and (self.mixup or self.cutmix):
+            raise ValueError("a teacher that is asked once knows nothing of mixup and cutmix")
+        if self.teacher_tokens and (self.teacher_once or self.token_labels):
+            raise ValueError("teacher-tokens are those of every variation: not with teacher-once or token-labels")
+        if self.token_labels and (self.mixup or self.cutmix):
+            raise ValueError("token labels of a folder know nothing of mixup and cutmix")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"mixup and cutmix need an even batch-size, not {self.batch_size}")
+        return self
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The fields of the model's SuperViTConfig that this recipe replaces."""
+        shared = self.model_fields_set & set(SuperViTConfig.__dataclass_fields__)
+        return {name: getattr(self, name) for name in shared if getattr(self, name) is not None}

@@ -1,0 +1,223 @@
+"""What a training run keeps in its folder: the state to go on from, the checkpoint, the log and its picture."""
+
+import io
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import distributed
+
+from models.checkpoint import Header, save_checkpoint
+from models.data.datasets import is_unicode
+from models.evaluation.plots import plot_training
+from models.files.checkpoint_errors import shown
+from models.files.pickles import UNPICKLING_ERRORS
+from models.profiles import ProfileTable
+from models.supervit import SuperViT
+from models.training.recipe import Recipe
+
+CHECKPOINT_NAME, STATE_NAME, LOG_NAME, PLOT_NAME = "checkpoint.safetensors", "state.pt", "log.jsonl", "training.png"
+
+# Options that a resumed run may change; with any other it would quietly become a run that no recipe describes.
+MAY_CHANGE = frozenset(
+    [
+        "data",
+        "output",
+        "resume",
+        "epochs",
+        "single_epochs",
+        "learning_rate",
+        "warmup_epochs",
+        "precision",
+        "compile",
+        "max_bad_images",
+        "workers",
+        "device",
+    ]
+)
+
+
+class TrainingError(Exception):
+    """A run cannot start or go on; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything that changes while training; beside what the run was asked for, this alone is saved."""
+
+    model: SuperViT
+    average: ModelEmaV3
+    optimizer: torch.optim.Optimizer
+    processes: int
+    scaler: torch.amp.GradScaler | None = None  # of a run in float16
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every weight, trained or averaged, is a number."""
+        weights = (*self.model.state_dict().values(), *self.average.state_dict().values())
+        return all(bool(tensor.isfinite().all()) for tensor in weights)
+
+    def save(self, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any]) -> None:
+        """Write the state after an epoch, with what is known of it; a crash half-way leaves the state that stood there.
+
+        Args:
+            recipe: of the run; its folder gets the file.
+            class_names: one per logit.
+            record: the epoch's line of the log, yet without the accuracy of the averaged weights.
+        """
+        path = recipe.output / STATE_NAME
+        content = {
+            "recipe": recipe.model_dump(mode="json"),
+            "class_names": list(class_names),
+            "epoch": record["epoch"],
+            "record": record,
+            "processes": self.processes,
+            "model": self.model.state_dict(),
+            "average": self.average.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler and self.scaler.state_dict(),
+        }
+        save_whole(content, path)
+
+    def load(self, recipe: Recipe, class_names: tuple[str, ...]) -> dict[str, Any]:
+        """Read what `save` wrote and return the record of the last epoch; of an older version's, its number alone.
+
+        Raises:
+            TrainingError: there is none, it is damaged, or it was made with other options, classes or processes.
+        """
+        path = recipe.output / STATE_NAME
+        if not has_state(recipe.output):
+            raise TrainingError(f"{path}: nothing to resume")
+        try:
+            with path.open("rb") as file:
+                # To the CPU: there AdamW counts its steps; weights and moments are copied to where the model is.
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            default = Recipe(data=recipe.data, output=recipe.output).model_dump(mode="json")
+            differences = [
+                # What an older version could not be told was as it is now by default, but none exchanged tokens.
+                *_other_options(default | {"mix_token": False} | content["recipe"], recipe.model_dump(mode="json")),
+                *_other_classes(content["class_names"], class_names),
+            ]
+            if content["processes"] != self.processes:  # with another number, a step would see more images or fewer
+                differences.append(f"{content['processes']} of torchrun's processes, not {self.processes}")
+            if differences:
+                raise TrainingError(f"{path}: was made with {'; '.join(differences)}")
+            self.model.load_state_dict(content["model"])
+            self.average.module.load_state_dict(content["average"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            if self.scaler and content.get("scaler"):
+                self.scaler.load_state_dict(content["scaler"])
+            record: dict[str, Any] = content.get("record", {"epoch": int(content["epoch"])})
+            return record
+        except (OSError, *UNPICKLING_ERRORS) as error:
+            lacking = f": {shown(error)}" if isinstance(error, KeyError) else ""
+            raise TrainingError(f"{path}: damaged or of another version{lacking}") from error
+
+
+def _other_options(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for name in now | then:
+        if name not in MAY_CHANGE and then[name] != now[name]:
+            yield f"--{name.replace('_', '-')} {_as_typed(then[name])}, not {_as_typed(now[name])}"
+
+
+def _as_typed(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "left out" if value is None else str(value) or '""'
+
+
+def _other_classes(then: list[str], now: tuple[str, ...]) -> Iterator[str]:
+    """Name the first pair that differs; a thousand would fill the screen."""
+    pairs = itertools.zip_longest(then, now, fillvalue="none")
+    yield from itertools.islice((f"class folder {old}, not {new}" for old, new in pairs if old != new), 1)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def has_state(output: Path) -> bool:
+    """Tell whether the folder holds a run; one that cannot be looked into holds none."""
+    return os.path.isfile(output / STATE_NAME)  # noqa: PTH113 - Path.is_file raises where a folder may not be entered
+
+
+def save_whole(content: object, path: Path) -> None:
+    """Write what `torch.load` reads; a crash half-way leaves whatever stood at `path`.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk, of which torch.save would say less.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    rank = distributed.get_rank() if distributed.is_initialized() else 0  # each process may write the same
+    partial = path.with_name(f"{path.name}.{rank}.partial")
+    try:
+        partial.write_bytes(buffer.getbuffer())
+    except OSError:
+        partial.unlink(missing_ok=True)  # or it would fill the disk for those who come next
+        raise
+    partial.replace(path)
+
+
+def prepare_folder(output: Path) -> None:
+    """Make the run's folder and prove that files can be written there, before an epoch is spent on them.
+
+    Raises:
+        TrainingError: they cannot, or the checkpoint could not be named after the folder.
+    """
+    if not is_unicode(output.resolve().name):
+        raise TrainingError(f"{str(output)!r}: a name that is not UTF-8; the checkpoint is named after the folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise TrainingError(f"{output}: cannot be written to: {error.strerror}") from error
+
+
+def read_log(output: Path, epochs: int) -> list[dict[str, Any]]:
+    """Read the log of the first `epochs` epochs; what stands behind them belongs to a state that was never saved.
+
+    Raises:
+        TrainingError: it is damaged.
+    """
+    path = output / LOG_NAME
+    if not path.exists():
+        return []
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [record for record in records if record["epoch"] <= epochs]
+        if len({tuple(record["top1"].keys()) for record in records}) > 1:
+            raise ValueError("its lines name different sub-networks")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise TrainingError(f"{path}: damaged: {_first_line(error)}; mend it, or move it away and resume") from error
+    return records
+
+
+def way_out(output: Path, epoch: int) -> str:
+    """Say how to go on when `epoch` ended in numbers that are none."""
+    start = f"the state before this epoch is kept in {output}: resume" if epoch > 1 else "start again"
+    return f"{start} with a lower --learning-rate or --precision float32"
+
+
+def save_weights(recipe: Recipe, state: State, class_names: tuple[str, ...]) -> None:
+    """Save the averaged weights as a checkpoint, named after the run's folder, that no accuracy is known of."""
+    config = state.model.config
+    header = Header(recipe.output.resolve().name, config, class_names, ProfileTable.unmeasured(config))
+    save_checkpoint(recipe.output / CHECKPOINT_NAME, state.average.module, header)
+
+
+def save_log(output: Path, records: list[dict[str, Any]]) -> None:
+    """Write the whole log, a line per epoch, and draw it."""
+    log = output / LOG_NAME
+    partial = log.with_name(LOG_NAME + ".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+    partial.replace(log)
+    plot_training(records, output / PLOT_NAME)

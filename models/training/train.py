@@ -1,0 +1,226 @@
+"""Training: the paper's step over four sub-networks of one set of weights, and the loop around it.
+
+On several processes: `torchrun --nproc-per-node N -m service.cli train ...`. Everything random is a function of the
+seed, the epoch and the process, so a run that was cut short and resumed ends as it would have ended unbroken.
+"""
+
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.data.datasets import list_classes
+from models.data.loaders import SampleLoader
+from models.devices import training_dtype
+from models.evaluation.calibration import Scaling
+from models.evaluation.evaluate import measure_accuracy
+from models.mix_token import draw_box
+from models.processes import Process, join_processes, seed_everything, share_buffers
+from models.profiles import ProfileTable
+from models.supervit import SuperViT
+from models.training.batches import Batches, find_targets, open_batches
+from models.training.compilation import compile_in_place
+from models.training.head import fit_head
+from models.training.objective import PairLoss, sample_pairs, sample_single, training_step
+from models.training.progress import Progress
+from models.training.recipe import Recipe
+from models.training.setup import build_model, build_optimizer, build_teacher, learning_rate_schedule, training_features
+from models.training.state import (
+    CHECKPOINT_NAME,
+    State,
+    TrainingError,
+    has_state,
+    prepare_folder,
+    read_log,
+    save_log,
+    save_weights,
+    way_out,
+)
+from models.training.teacher import Teacher
+
+
+def train(recipe: Recipe) -> Path:
+    """Run `recipe` to its end and return the path of the checkpoint, which holds the averaged weights.
+
+    Raises:
+        DataError: the data set is unusable.
+        DeviceError: the device is.
+        CheckpointError: the weights to start from, or the teacher's, are.
+        TrainingError: the model or the output folder cannot be used, there is nothing to resume or a run of other
+            options, or losses or weights are no longer numbers.
+    """
+    if has_state(recipe.output) and not recipe.resume:
+        raise TrainingError(f"{recipe.output}: holds a run already; go on with --resume or name another folder")
+    process = join_processes(recipe.device)
+    try:
+        run_epochs(recipe, process)
+    finally:
+        if process.count > 1:
+            distributed.destroy_process_group()
+    return recipe.output / CHECKPOINT_NAME
+
+
+def run_epochs(recipe: Recipe, process: Process) -> None:
+    """Set up this process's part of the run and take it, epoch by epoch, to the end."""
+    class_names = list_classes(recipe.data / "train")
+    seed_everything(recipe.seed)  # every process starts from the same weights
+    model = build_model(recipe, class_names).to(process.device)
+    model.patch_embed.to(memory_format=torch.channels_last)
+    if recipe.fit_head and (recipe.teacher_self or not recipe.resume):  # the state has the student's head alone
+        fit_head(model, *training_features(recipe, model, process))
+    teacher = build_teacher(recipe, model)
+    optimizer = build_optimizer(recipe, model)
+    is_half = training_dtype(process.device, recipe.precision) == torch.float16
+    scaler = torch.amp.GradScaler(process.device.type) if is_half else None
+    state = State(model, ModelEmaV3(model, recipe.ema_decay, use_warmup=True), optimizer, process.count, scaler)
+    last = state.load(recipe, class_names) if recipe.resume else {"epoch": 0}
+    records = read_log(recipe.output, last["epoch"]) if recipe.resume else []
+    loader, sampler, watched = open_batches(recipe, model.config, teacher, process.rank, process.count, process.device)
+    if process.is_first:
+        prepare_folder(recipe.output)
+    steps = math.ceil(len(loader) / recipe.accumulate)
+    schedule = learning_rate_schedule(recipe, optimizer, steps, process.count)
+    pair_loss = build_pair_loss(recipe, model, process)  # every process has read the log by now
+    images = len(loader) * recipe.batch_size * process.count
+    with Progress(recipe, steps, images, last["epoch"], is_shown=process.is_first) as progress:
+        if "loss" in last and last["epoch"] not in (record["epoch"] for record in records):
+            close_epoch(recipe, state, class_names, last, records, watched, progress, process)
+        for epoch in range(last["epoch"] + 1, recipe.epochs + 1):
+            seed_everything(recipe.seed, epoch, process.rank)
+            sampler.set_epoch(recipe.seed * 100_000 + epoch)
+            started_at = time.monotonic()
+            present = None if recipe.teacher_once else teacher
+            losses = train_epoch(recipe, state, pair_loss, present, schedule, loader, epoch, progress, process)
+            if not state.is_finite:  # the losses are those before the last update
+                raise TrainingError(
+                    f"weights are no longer numbers after epoch {epoch}; {way_out(recipe.output, epoch)}"
+                )
+            last = {
+                "epoch": epoch,
+                "loss": losses,
+                "learning_rate": max(group["lr"] for group in optimizer.param_groups),
+                "seconds": time.monotonic() - started_at,
+            }
+            if process.is_first:
+                state.save(recipe, class_names, last)  # first, so that whatever fails now costs nothing
+            close_epoch(recipe, state, class_names, last, records, watched, progress, process)
+
+
+def close_epoch(
+    recipe: Recipe,
+    state: State,
+    class_names: tuple[str, ...],
+    last: dict[str, Any],
+    records: list[dict[str, Any]],
+    watched: SampleLoader,
+    progress: Progress,
+    process: Process,
+) -> None:
+    """Save the averaged weights, measure them and add the epoch to the log.
+
+    Where this fails or is interrupted, a resumed run does it before all else.
+    """
+    if process.is_first:
+        save_weights(recipe, state, class_names)
+    started_at = time.monotonic()
+    top1 = watch(state.average.module, watched)
+    if process.is_first:
+        seconds = round(last["seconds"] + time.monotonic() - started_at, 1)
+        records.append(last | {"top1": top1, "seconds": seconds})
+        save_log(recipe.output, records)
+        progress.add_accuracies(last["epoch"], top1)
+    if process.count > 1:
+        distributed.barrier()
+
+
+def build_pair_loss(recipe: Recipe, model: SuperViT, process: Process) -> PairLoss | DistributedDataParallel:
+    """Wrap the model in its losses and, where there are several processes, in what averages their gradients.
+
+    Raises:
+        TrainingError: it shall be compiled and there is no compiler.
+    """
+    pair_loss = PairLoss(model, recipe.label_smoothing, recipe.teacher_weight, recipe.token_label_weight)
+    if recipe.compile:
+        compile_in_place(pair_loss, process.device)
+    # A pair leaves the other grids' position embeddings unused.
+    return pair_loss if process.count == 1 else DistributedDataParallel(pair_loss, find_unused_parameters=True)
+
+
+def train_epoch(
+    recipe: Recipe,
+    state: State,
+    pair_loss: PairLoss | DistributedDataParallel,
+    teacher: Teacher | None,
+    schedule: CosineLRScheduler,
+    loader: Batches,
+    epoch: int,
+    progress: Progress,
+    process: Process,
+) -> dict[str, float]:
+    """Run one epoch and return the mean of each loss by its name.
+
+    Raises:
+        TrainingError: a loss is no longer a number.
+    """
+    config = state.model.config
+    mix = (
+        Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=config.num_classes)
+        if recipe.mixup or recipe.cutmix
+        else None
+    )
+    dtype = training_dtype(process.device, recipe.precision)
+    autocast = torch.autocast(process.device.type, dtype, enabled=dtype != torch.float32)
+    single = partial(sample_single, pruned=recipe.single_pruned)
+    sample = single if epoch <= recipe.single_epochs else sample_pairs
+    state.model.train()
+    if recipe.freeze_batch_norm:
+        # All grids are served with the same statistics, which are the mean of theirs; so they are trained with them.
+        for module in state.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    totals: dict[str, float] = {}
+    progress.start_epoch(epoch)
+    step, steps_before = 0, (epoch - 1) * math.ceil(len(loader) / recipe.accumulate)
+    for index, (images, labels, *maps) in enumerate(loader):
+        images, labels = images.to(process.device), labels.to(process.device)
+        if mix:
+            images, labels = mix(images, labels)
+        step, number = steps_before + index // recipe.accumulate, index % recipe.accumulate + 1
+        place = number, min(recipe.accumulate, len(loader) - index + number - 1)  # the last step takes what is left
+        schedule.step_update(step)
+        targets = find_targets(recipe, config, teacher, images, labels, maps)
+        pairs = sample(config, recipe.seed, step)
+        box = draw_box(config.patch_grids[-1], recipe.seed, step) if recipe.mix_token else None
+        losses = training_step(
+            pair_loss, state.optimizer, images, targets, pairs, autocast, box, state.scaler, recipe.clip_grad, place
+        )
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss of the {name} became {loss} in step {step} of epoch {epoch}; "
+                    f"{way_out(recipe.output, epoch)}"
+                )
+            totals[name] = totals.get(name, 0.0) + loss
+        progress.add_batch(recipe.batch_size * process.count, losses)
+        if number == place[1]:
+            state.average.update(state.model, step + 1)
+            progress.add_step(step, losses, state.optimizer.param_groups[0]["lr"])
+    progress.end_epoch()
+    return {name: total / len(loader) for name, total in totals.items()}
+
+
+def watch(model: SuperViT, watched: SampleLoader) -> dict[str, float]:
+    """Measure the largest and the cheapest sub-network of the averaged weights, every process on its share."""
+    profile = ProfileTable.unmeasured(model.config)
+    ends = (profile.cheapest.subnetwork, model.config.largest)
+    share_buffers(model)
+    measured = measure_accuracy(model, watched, dict.fromkeys(ends, Scaling()))
+    return {str(subnetwork): result.top1 for subnetwork, result in measured.items()}

@@ -1,0 +1,73 @@
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.data.datasets import NO_LABEL, DataError, ImageSet, TrainingSamples, open_folder
+from models.data.images import evaluation_transform
+from models.data.loaders import SampleLoader, gather_in_turn, load_in_turn
+from models.subnetwork import SuperViTConfig
+
+
+@pytest.fixture
+def images(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> ImageSet:
+    """Twelve, of which numbers 1 and 11 cannot be read."""
+    shutil.copytree(pictures / "val", tmp_path / "val")
+    for name in ("blue/1.png", "red/3.png"):
+        (tmp_path / "val" / name).write_text("no picture")
+    return open_folder(tmp_path / "val", evaluation_transform(tiny_config), max_bad_images=0.2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_counted_over_all_workers_and_leave_batches_whole(
+    images: ImageSet, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = list(SampleLoader(images, 4, num_workers=workers))
+    assert [labels.tolist() for _, labels in batches] == [[0, NO_LABEL, 0, 0], [1] * 4, [2, 2, 2, NO_LABEL]]
+    assert "2 of 12 images" in capsys.readouterr().err
+    samples = TrainingSamples(images, None)
+    batches = list(SampleLoader(samples, 4, num_workers=workers))  # type: ignore[arg-type] # labels of either kind
+    assert [labels.tolist() for _, labels in batches] == [[0] * 4, [1] * 4, [2, 2, 2, 0]]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_bad_images_are_one_line_from_whichever_process_meets_the_last(images: ImageSet, workers: int) -> None:
+    images.max_bad_images = 0.1
+    batches = iter(SampleLoader(images, 1, num_workers=workers))
+    seen = [next(batches)[1].item() for _ in range(11)]
+    assert seen == [0, NO_LABEL, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert str(caught.value).startswith(f"{images.folder}/red/3.png: not a readable image: cannot identify image file")
+    assert str(caught.value).endswith("more than --max-bad-images 0.1 allows")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 9])
+def test_processes_load_the_batches_of_one_in_turn(images: ImageSet, processes: int) -> None:
+    chosen = [0, 2, 3, 4, 6, 8, 9]
+    alone = [labels.tolist() for _, labels in load_in_turn(images, chosen, 2, 0, 0, 1)]
+    assert alone == [[0, 0], [0, 1], [1, 2], [2]]
+    loaders = [load_in_turn(images, chosen, 2, 0, rank, processes) for rank in range(processes)]
+    dealt = itertools.zip_longest(*([labels.tolist() for _, labels in loader] for loader in loaders))
+    assert [batch for turn in dealt for batch in turn if batch is not None] == alone
+
+
+def test_what_was_made_of_batches_is_joined_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [[torch.tensor([[0], [1]]), torch.tensor([[4]])], [torch.tensor([[2], [3]])], []]
+    monkeypatch.setattr("models.data.loaders.gather", lambda own: [own, *shares[1:]])
+    assert gather_in_turn(shares[0]).tolist() == [[0], [1], [2], [3], [4]]
+
+
+def test_workers_stay_for_the_next_pass(images: ImageSet) -> None:
+    loader = load_in_turn(images, range(12), 4, 1, 0, 1)
+    others = {child.pid for child in torch.multiprocessing.active_children()}  # of a loader that is not yet collected
+    pids: set[int | None] = set()
+    for _ in range(2):
+        list(loader)
+        pids |= {child.pid for child in torch.multiprocessing.active_children()} - others
+    assert len(pids) == 1
+    assert not load_in_turn(images, range(12), 4, 0, 0, 1).persistent_workers

@@ -1,0 +1,25 @@
+import pytest
+
+from models.files.checkpoint_errors import CheckpointMismatchError, UnreadableCheckpointError, about, shown
+
+
+def test_control_characters_are_shown_escaped() -> None:
+    assert shown("a\nb\x1b[31m\x00\u202e\udcff") == r"a\nb\x1b[31m\x00\u202e\udcff"
+    assert shown("ü … 日本") == "ü … 日本"
+
+
+@pytest.mark.parametrize("at_most", [10, 11])
+def test_of_a_long_text_both_ends_are_shown(at_most: int) -> None:
+    text = shown("start" + "x" * 10_000 + "the end", at_most)
+    assert len(text) == at_most
+    assert text.startswith("start…")
+    assert text.endswith(" end")
+    assert shown("x" * at_most, at_most) == "x" * at_most
+
+
+@pytest.mark.parametrize("kind", [UnreadableCheckpointError, CheckpointMismatchError])
+def test_an_error_names_what_it_is_about_in_one_line(kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=r"^a\\nb: no\\tgood$"), about("a\nb"):
+        raise kind("no\tgood")
+    with pytest.raises(kind, match=r"^'': no such file$"), about(""):
+        raise kind("no such file")

@@ -1,0 +1,89 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.checkpoint import UnreadableCheckpointError
+from models.files import sources
+from models.files.sources import bare_name, find_checkpoint, shipped_names
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two checkpoints that ship, in a folder that is not the current one."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    for name in ("small.safetensors", "micro.safetensors", "README.md"):
+        (folder / name).touch()
+    monkeypatch.setattr(sources, "SHIPPED_FOLDER", folder)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_a_checkpoint_that_ships_goes_by_its_name(shipped: Path) -> None:
+    assert find_checkpoint("micro") == shipped / "micro.safetensors"
+    assert shipped_names() == ("micro", "small")
+
+
+def test_a_file_of_that_name_wins_and_a_folder_does_not(shipped: Path) -> None:
+    Path("small").mkdir()
+    assert find_checkpoint("small") == shipped / "small.safetensors"
+    Path("micro").touch()
+    assert find_checkpoint("micro") == Path("micro")
+
+
+def test_an_unknown_name_lists_what_ships(shipped: Path) -> None:
+    assert shipped.is_dir()
+    with pytest.raises(UnreadableCheckpointError, match=r"^macro: no such file, .*those that do: micro, small$"):
+        find_checkpoint("macro")
+    with pytest.raises(UnreadableCheckpointError, match=r"^runs/macro: no such file$"):
+        find_checkpoint("runs/macro")
+    with pytest.raises(UnreadableCheckpointError, match=r"^macro\.pth: no such file$"):
+        find_checkpoint(Path("macro.pth"))
+
+
+@pytest.mark.parametrize("url", ["http://host/a.pth", "https://host/a", "S3://bucket/a", "hf://owner/name"])
+def test_a_url_says_what_is_taken_instead(url: str) -> None:
+    taken = r"a URL is not taken; a path, the name of a checkpoint that ships, or hf-hub:owner/name\[@revision\] is$"
+    for name in (url, Path(url)):  # as a path, it has lost a slash
+        with pytest.raises(UnreadableCheckpointError, match=taken):
+            find_checkpoint(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["hf-hub:", "hf-hub:name", "hf-hub:owner/name/file", "hf-hub:owner/name@", "hf-hub:ö/n"]
+)
+def test_a_repository_must_be_named_with_its_owner(name: str) -> None:
+    with pytest.raises(UnreadableCheckpointError, match=r"is named hf-hub:owner/name\[@revision\]$"):
+        find_checkpoint(name)
+
+
+@pytest.mark.parametrize("name", ["", "\0", "x" * 5000, "a\nb"])
+def test_no_name_is_too_strange_for_an_error_of_one_line(name: str) -> None:
+    with pytest.raises(UnreadableCheckpointError) as caught:
+        find_checkpoint(name)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_a_path_that_cannot_even_be_looked_at_is_named(tmp_path: Path) -> None:
+    """Not one in a closed folder, which root may enter."""
+    with pytest.raises(UnreadableCheckpointError, match=r"a+\.safetensors: cannot be read: File name too long"):
+        find_checkpoint(tmp_path / f"{'a' * 300}.safetensors")
+
+
+def test_a_copy_is_called_after_the_checkpoint_alone() -> None:
+    assert bare_name("micro") == "micro"
+    assert bare_name("hf-hub:owner/net-1.0@refs/pr/2") == "net-1.0"
+
+
+def test_the_client_of_the_hub_is_not_loaded_for_any_other_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.touch()
+    code = (
+        "import sys; from models.files.sources import find_checkpoint, shipped_names\n"
+        "for name in (sys.argv[1], *shipped_names()): find_checkpoint(name)\n"
+        "sys.exit('huggingface_hub' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, cwd=Path(__file__).parents[3])

@@ -1,0 +1,74 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import _dynamo as dynamo
+from torch import _inductor as inductor
+from torch import nn
+
+from models.training.compilation import compile_in_place
+from models.training.recipe import Recipe
+from models.training.state import TrainingError
+from models.training.train import train
+from tests.models.training.test_train import log_of
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def graphs() -> Iterator[list[torch.fx.GraphModule]]:
+    """What was compiled; by a compiler that leaves every graph as it is, because torch's own takes a minute."""
+    compiled: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        del inputs
+        compiled.append(graph)
+        return graph.forward
+
+    before = torch.compiler.get_default_backend()
+    torch.compiler.reset()
+    torch.compiler.set_default_backend(keep)
+    yield compiled
+    torch.compiler.set_default_backend(before)
+    torch.compiler.reset()
+
+
+def test_a_compiled_run_is_compiled_once_for_every_kind_of_step_and_learns_the_same(
+    tmp_path: Path, tiny_recipe: MakeRecipe, graphs: list[torch.fx.GraphModule]
+) -> None:
+    options = {"epochs": 2, "depth": 2, "prune_blocks": (1,), "keep_rates": (0.5, 1.0), "patch_grids": (3, 4)}
+    train(tiny_recipe(tmp_path / "as it is", **options))
+    assert not graphs
+    train(tiny_recipe(tmp_path / "compiled", compile=True, **options))
+    assert len(graphs) == 3  # the proof that there is a compiler, and a pair of each grid
+    logs = [log_of(tmp_path / name) for name in ("as it is", "compiled")]
+    for plain, compiled in zip(*logs, strict=True):
+        assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3, abs=1e-4)
+
+
+def test_more_kinds_of_arguments_than_torch_would_compile_are_compiled(graphs: list[torch.fx.GraphModule]) -> None:
+    class Power(nn.Module):
+        def forward(self, x: torch.Tensor, exponent: int) -> torch.Tensor:
+            return x**exponent
+
+    with dynamo.config.patch(recompile_limit=8):  # torch's own, which some libraries change
+        power = Power()
+        compile_in_place(power, torch.device("cpu"))
+        graphs.clear()
+        for exponent in range(2, 22):
+            assert torch.equal(power(torch.full((2,), 2.0), exponent), torch.full((2,), 2.0**exponent))
+    assert len(graphs) == 20
+
+
+def test_where_there_is_no_compiler_a_run_ends_in_one_line(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    torch.compiler.reset()
+    with (
+        inductor.config.patch({"cpp.cxx": (None, "/no/compiler"), "fx_graph_cache": False}),
+        pytest.raises(TrainingError) as caught,
+    ):
+        train(tiny_recipe(tmp_path / "run", compile=True))
+    torch.compiler.reset()
+    assert str(caught.value).startswith("compile finds no compiler for cpu: ")
+    assert "no/compiler" in str(caught.value)
+    assert "\n" not in str(caught.value)

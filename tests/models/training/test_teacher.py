@@ -1,0 +1,191 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError
+from models.subnetwork import SuperViTConfig
+from models.training.teacher import Adapter, Teacher
+
+
+@pytest.fixture
+def teacher_file(tmp_path: Path) -> Path:
+    torch.manual_seed(11)
+    path = tmp_path / "teacher.pth"
+    network = timm.create_model("test_vit", num_classes=3)
+    torch.save({"model": network.state_dict()}, path)
+    return path
+
+
+def test_a_teacher_sees_the_same_pictures_at_its_own_size_and_normalisation(
+    teacher_file: Path, tiny_config: SuperViTConfig
+) -> None:
+    config = replace(tiny_config, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    teacher = Teacher.load("test_vit", teacher_file, None, config)
+    network = timm.create_model("test_vit", num_classes=3).eval()
+    network.load_state_dict(torch.load(teacher_file, weights_only=True)["model"])
+    data = timm.data.resolve_model_data_config(network)
+    side = data["input_size"][-1]
+
+    def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    expected = network(normalised(pixels, data["mean"], data["std"])).softmax(dim=1)
+    taught = teacher(normalised(pixels, config.mean, config.std))
+    torch.testing.assert_close(taught, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(teacher(torch.zeros(5, 3, 16, 16)).sum(dim=1), torch.ones(5))
+
+
+def test_a_supervit_teaches_as_its_largest_sub_network_answers(tmp_path: Path) -> None:
+    network = timm.create_model("supervit_lvvit_micro_patch4_32", num_classes=3).eval()
+    torch.save(network.state_dict(), tmp_path / "teacher.pth")
+    teacher = Teacher.load("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", None, network.config)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images), network(images, network.config.largest).softmax(dim=1))
+
+
+def test_a_convolutional_teacher_answers_at_every_place_with_what_its_head_makes_of_it(
+    tiny_config: SuperViTConfig,
+) -> None:
+    torch.manual_seed(2)
+    network = timm.create_model("test_efficientnet", num_classes=3).eval()
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    adapter = Adapter(network, tiny_config, 96)
+    logits, places = adapter.answer_everywhere(images)
+    torch.testing.assert_close(logits, adapter(images))
+    assert places.shape == (2, 3, 3, 3)
+    features = network.forward_features(adapter.adapt(images))
+    torch.testing.assert_close(places.permute(0, 2, 3, 1), network.classifier(features.permute(0, 2, 3, 1)))
+    torch.testing.assert_close(places.mean(dim=(2, 3)), logits)  # its head averages the places, and is linear
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_transformer_answers_at_every_patch_token(tiny_config: SuperViTConfig, pool: str) -> None:
+    torch.manual_seed(2)
+    network = timm.create_model("test_vit", num_classes=3, global_pool=pool).eval()
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    adapter = Adapter(network, tiny_config, None)
+    logits, places = adapter.answer_everywhere(images)
+    torch.testing.assert_close(logits, adapter(images))
+    tokens = network.forward_features(adapter.adapt(images))[:, network.num_prefix_tokens :]
+    assert places.shape[2] == places.shape[3] > 1
+    torch.testing.assert_close(places.flatten(2).transpose(1, 2), network.head(network.fc_norm(tokens)))
+
+
+def test_a_network_whose_channels_come_last_answers_at_every_place(tiny_config: SuperViTConfig) -> None:
+    torch.manual_seed(2)
+    tiny = {"img_size": 64, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "window_size": 4, "num_classes": 3}
+    network = timm.create_model("swin_tiny_patch4_window7_224", **tiny).eval()
+    adapter = Adapter(network, tiny_config, 64)
+    logits, places = adapter.answer_everywhere(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    assert places.shape == (2, 3, 8, 8)
+    torch.testing.assert_close(places.mean(dim=(2, 3)), logits)
+
+
+def test_answers_at_every_place_are_probabilities_on_the_grid_of_the_student(
+    teacher_file: Path, tiny_config: SuperViTConfig
+) -> None:
+    teacher = Teacher.load("test_vit", teacher_file, None, tiny_config, everywhere=True)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    answers, places = teacher.answer_everywhere(images)
+    torch.testing.assert_close(answers, teacher(images))
+    assert places.shape == (2, 16, 3)
+    torch.testing.assert_close(places.sum(dim=2), torch.ones(2, 16))
+    network = teacher.network
+    assert isinstance(network, Adapter)
+    own = network.answer_everywhere(images)[1]
+    assert own.shape == (2, 3, 10, 10)
+    # Each of four patches a side is 2.5 places wide; a place counts the less the further it is from the patch's centre.
+    centres = (torch.arange(4) + 0.5) * 2.5
+    shares = (1 - (torch.arange(10) + 0.5 - centres[:, None]).abs() / 2.5).clamp(min=0)
+    shares = shares / shares.sum(dim=1, keepdim=True)
+    expected = torch.einsum("ph,qw,bchw->bpqc", shares, shares, own).softmax(dim=3)
+    torch.testing.assert_close(places, expected.flatten(1, 2), atol=1e-5, rtol=1e-4)
+
+
+def test_a_teacher_without_answers_for_every_place_is_refused_at_once(tmp_path: Path) -> None:
+    network = timm.create_model("supervit_lvvit_micro_patch4_32", num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "teacher.pth")
+    name, path = "supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth"
+    with pytest.raises(CheckpointMismatchError, match="cannot tell what it sees at every place of an image"):
+        Teacher.load(name, path, None, network.config, everywhere=True)
+
+
+def test_a_teacher_that_cannot_see_images_of_the_size_asked_for_is_refused_at_once(tmp_path: Path) -> None:
+    model = timm.create_model("supervit_lvvit_micro_patch4_32")
+    torch.save(model.state_dict(), tmp_path / "teacher.pth")
+    with pytest.raises(CheckpointMismatchError, match=r"cannot look at images of 96 pixels; give another --tea"):
+        Teacher.load("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", 96, model.config)
+
+
+def test_a_teacher_is_frozen(teacher_file: Path, tiny_config: SuperViTConfig) -> None:
+    teacher = Teacher.load("test_vit", teacher_file, None, tiny_config)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not teacher(torch.zeros(1, 3, 16, 16, requires_grad=True)).requires_grad
+
+
+def test_weights_that_are_not_the_teachers_are_a_checkpoint_error(
+    teacher_file: Path, tmp_path: Path, tiny_config: SuperViTConfig
+) -> None:
+    with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: not weights of test_vit2"):
+        Teacher.load("test_vit2", teacher_file, None, tiny_config)
+    with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: not weights of test_vit"):
+        Teacher.load("test_vit", teacher_file, None, replace(tiny_config, num_classes=4))
+    with pytest.raises(CheckpointMismatchError, match=r"not weights of test_vit\.no_such_tag: timm knows no such"):
+        Teacher.load("test_vit.no_such_tag", teacher_file, None, tiny_config)
+    with pytest.raises(UnreadableCheckpointError, match="absent"):
+        Teacher.load("test_vit", tmp_path / "absent", None, tiny_config)
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what timm was asked to download, none of which can be had."""
+    asked: list[str] = []
+
+    def fail(name: str, pretrained: bool) -> None:
+        assert pretrained
+        asked.append(name)
+        raise FileNotFoundError("no connection,\nno cache")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    return asked
+
+
+def test_a_downloaded_teacher_must_know_the_classes_of_the_data(
+    tiny_config: SuperViTConfig, downloads: list[str]
+) -> None:
+    """With another number of classes timm gives it a random head, and says nothing."""
+    complaint = "test_vit: timm's weights know 1000 classes and the data 3; give --teacher-checkpoint"
+    with pytest.raises(CheckpointMismatchError, match=complaint):
+        Teacher.load("test_vit", None, None, tiny_config)
+    assert downloads == []
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit.no_such_tag", "supervit_lvvit_micro_patch4_32"])
+def test_a_teacher_that_cannot_be_downloaded_is_a_checkpoint_error_of_one_line(
+    name: str, tiny_config: SuperViTConfig, downloads: list[str]
+) -> None:
+    with pytest.raises(UnreadableCheckpointError) as caught:
+        Teacher.load(name, None, None, replace(tiny_config, num_classes=1000))
+    assert str(caught.value).endswith(f"{name}: timm's weights cannot be had; give --teacher-checkpoint")
+    assert downloads == ["test_vit"][: name == "test_vit"]
+
+
+@pytest.mark.parametrize("flag", ["avx512_bf16", "avx512f"])
+def test_a_teacher_computes_in_what_the_device_is_fast_in_and_answers_in_float32(
+    teacher_file: Path, tiny_config: SuperViTConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    teacher = Teacher.load("test_vit", teacher_file, None, tiny_config)
+    exact = teacher(images)
+    (tmp_path / "cpuinfo").write_text(f"flags : fpu {flag}")
+    monkeypatch.setattr("models.devices.CPUINFO", tmp_path / "cpuinfo")
+    answer = teacher(images)
+    assert answer.dtype == torch.float32
+    torch.testing.assert_close(answer, exact, atol=0.02, rtol=0)
+    assert torch.equal(answer, exact) == (flag == "avx512f")

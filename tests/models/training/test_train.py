@@ -1,0 +1,1009 @@
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.utils import ModelEmaV3
+
+from models.checkpoint import CheckpointError, Header, load_checkpoint, read_weights, save_checkpoint
+from models.data.datasets import DataError, open_folder
+from models.data.images import evaluation_transform
+from models.data.loaders import SampleLoader
+from models.devices import DeviceError
+from models.evaluation.calibration import Scaling
+from models.evaluation.evaluate import measure_accuracy
+from models.mix_token import draw_box
+from models.processes import Process, seed_everything
+from models.profiles import ProfileTable
+from models.subnetwork import SubNetwork, SuperViTConfig
+from models.supervit import SuperViT
+from models.training import train as room
+from models.training.batches import open_batches
+from models.training.objective import PairChoice, PairLoss, Targets, sample_pairs, training_step
+from models.training.recipe import Recipe
+from models.training.setup import build_model, build_optimizer, build_teacher, learning_rate_schedule
+from models.training.state import TrainingError, save_whole
+from models.training.train import run_epochs, train
+from tests.models.conftest import CLASS_NAMES
+from tests.models.training.two_processes import weights_after_three_steps
+
+MakeRecipe = Callable[..., Recipe]
+STEPS_PER_EPOCH = 6
+EVERYTHING_RANDOM = {
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "rand_augment": "rand-m9-mstd0.5-inc1",
+    "random_erasing": 0.5,
+    "drop_path": 0.2,
+    "augmentation_repeats": 3,
+    "precision": "bfloat16",
+}
+LVVIT = {"model": "supervit_lvvit_micro_patch4_32", "stem_width": 4, "num_heads": 2}
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let `act` change the images of one step, counted from 1, or raise instead."""
+    taken = 0
+
+    def step(
+        pair_loss: torch.nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, *rest: object
+    ) -> dict[str, float]:
+        nonlocal taken
+        taken += 1
+        return training_step(pair_loss, optimizer, act(images) if taken == number else images, *rest)  # type: ignore[arg-type] # passed on
+
+    monkeypatch.setattr("models.training.train.training_step", step)
+
+
+def interrupt(images: torch.Tensor) -> torch.Tensor:
+    raise KeyboardInterrupt(len(images))
+
+
+def log_of(output: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_checkpoint_its_state_its_log_and_its_picture(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    output = tmp_path / "deep" / "run"
+    path = train(tiny_recipe(output))
+    assert path == output / "checkpoint.safetensors"
+    assert {file.name for file in output.iterdir()} == {
+        "checkpoint.safetensors",
+        "state.pt",
+        "log.jsonl",
+        "training.png",
+        "tensorboard",
+    }
+    checkpoint = load_checkpoint(path)
+    assert (checkpoint.name, checkpoint.class_names) == ("run", ("blue", "green", "red"))
+    assert (checkpoint.config.width, checkpoint.config.patch_grids) == (16, (2, 3, 4))
+    log = log_of(output)
+    assert [record["epoch"] for record in log] == [1, 2, 3]
+    for record in log:
+        assert isinstance(record["loss"], dict)
+        assert isinstance(record["top1"], dict)
+        assert list(record["loss"]) == ["largest grid", "largest grid, pruned", "smaller grid", "smaller grid, pruned"]
+        assert list(record["top1"]) == ["grid 2 at keep rate 0.5", "grid 4 at keep rate 1"]
+        assert all(math.isfinite(value) for value in (*record["loss"].values(), *record["top1"].values()))
+    with Image.open(output / "training.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_training_learns_to_tell_the_tints(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    output = tmp_path / "run"
+    train(tiny_recipe(output, epochs=12, learning_rate=0.5, ema_decay=0.5))
+    top1 = log_of(output)[-1]["top1"]
+    assert isinstance(top1, dict)
+    assert all(value >= 0.9 for value in top1.values())
+
+
+def test_the_saved_weights_are_the_averaged_ones(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    path = train(tiny_recipe(tmp_path / "run", epochs=1))
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    saved = read_weights(path)
+    assert state["epoch"] == 1
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in state["average"].items())
+    assert not torch.equal(state["model"]["head.weight"], saved["head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "interrupted_at"),
+    [
+        ({}, STEPS_PER_EPOCH + 3),
+        ({"workers": 1}, STEPS_PER_EPOCH + 1),
+        (EVERYTHING_RANDOM, STEPS_PER_EPOCH + 3),
+        (EVERYTHING_RANDOM | {"workers": 1}, 2 * STEPS_PER_EPOCH + 6),
+        (EVERYTHING_RANDOM | LVVIT | {"drop_path": 0.0, "mix_token": True}, STEPS_PER_EPOCH + 6),
+        ({"single_epochs": 2}, STEPS_PER_EPOCH + 3),
+        ({"single_epochs": 1}, 2 * STEPS_PER_EPOCH + 3),
+        ({"precision": "float16", "accumulate": 4, "clip_grad": 0.1}, STEPS_PER_EPOCH + 6),
+    ],
+    ids=[
+        "plain",
+        "one worker",
+        "all random",
+        "all random, one worker",
+        "lvvit",
+        "cheap epochs",
+        "after cheap epochs",
+        "float16, several batches a step",
+    ],
+)
+def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_unbroken_one(
+    tmp_path: Path, tiny_recipe: MakeRecipe, options: dict[str, object], interrupted_at: int
+) -> None:
+    unbroken = train(tiny_recipe(tmp_path / "unbroken" / "run", **options))
+    recipe = tiny_recipe(tmp_path / "broken" / "run", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, interrupted_at, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    assert len(log_of(recipe.output)) == (interrupted_at - 1) // STEPS_PER_EPOCH
+    torch.manual_seed(12345)  # another process would have other generators
+    resumed = train(recipe.model_copy(update={"resume": True}))
+    assert resumed.read_bytes() == unbroken.read_bytes()
+    untimed = [
+        [{name: value for name, value in record.items() if name != "seconds"} for record in log_of(path.parent)]
+        for path in (resumed, unbroken)
+    ]
+    assert untimed[0] == untimed[1]
+
+
+def test_a_resumed_run_is_taught_by_the_very_start_that_taught_it_before(
+    tmp_path: Path, tiny_recipe: MakeRecipe, foreign_file: Path
+) -> None:
+    """The start is a file of other classes, with the head that was fitted for these."""
+    options = {"init": foreign_file, "teacher_self": True, "teacher_weight": 1.0, "epochs": 2}
+    unbroken = train(tiny_recipe(tmp_path / "unbroken" / "run", **options))
+    recipe = tiny_recipe(tmp_path / "broken" / "run", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, STEPS_PER_EPOCH + 2, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    resumed = train(recipe.model_copy(update={"resume": True}))
+    assert resumed.read_bytes() == unbroken.read_bytes()
+
+
+@pytest.mark.parametrize(("name", "epoch"), [("save_weights", 2), ("watch", 2), ("save_log", 3)])
+def test_what_fails_after_an_epoch_costs_nothing_of_it(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, name: str, epoch: int
+) -> None:
+    unbroken = train(tiny_recipe(tmp_path / "unbroken" / "run"))
+    recipe = tiny_recipe(tmp_path / "broken" / "run")
+    real, calls = getattr(room, name), 0
+
+    def fail_once(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == epoch:
+            raise OSError("No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(room, name, fail_once)
+    with pytest.raises(OSError, match="No space left"):
+        train(recipe)
+    assert [record["epoch"] for record in log_of(recipe.output)] == list(range(1, epoch))
+    steps = 0
+
+    def step(*arguments: object) -> dict[str, float]:
+        nonlocal steps
+        steps += 1
+        return training_step(*arguments)  # type: ignore[arg-type] # passed on
+
+    monkeypatch.setattr(room, "training_step", step)
+    resumed = train(recipe.model_copy(update={"resume": True}))
+    assert steps == (3 - epoch) * STEPS_PER_EPOCH  # a run that was trained to its end is only measured
+    assert resumed.read_bytes() == unbroken.read_bytes()
+    untimed = [[record | {"seconds": 0} for record in log_of(path.parent)] for path in (resumed, unbroken)]
+    assert untimed[0] == untimed[1]
+
+
+def test_an_epoch_that_is_measured_late_is_measured_before_the_next_begins(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "watch", lambda *_: interrupt(torch.zeros(1)))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    before_step(monkeypatch, 1, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe.model_copy(update={"resume": True}))
+    assert [record["epoch"] for record in log_of(recipe.output)] == [1]
+
+
+def test_the_averaged_weights_are_the_ones_watched(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The average is made to call everything blue, which a third of the images are; the weights learn all three."""
+    update = ModelEmaV3.update
+
+    def turn_blue(average: ModelEmaV3, model: SuperViT, step: int) -> None:
+        update(average, model, step)
+        average.module.head.bias.data[0] = 1e6
+
+    monkeypatch.setattr(ModelEmaV3, "update", turn_blue)
+    train(tiny_recipe(tmp_path / "run", epochs=4, learning_rate=1.0))
+    top1 = log_of(tmp_path / "run")[-1]["top1"]
+    assert isinstance(top1, dict)
+    assert list(top1.values()) == pytest.approx([1 / 3, 1 / 3])
+
+
+def test_products_are_computed_in_the_precision_asked_for(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    losses = {}
+    for precision in ("float32", "bfloat16", "float16"):
+        train(tiny_recipe(tmp_path / precision, epochs=1, precision=precision))
+        (record,) = log_of(tmp_path / precision)
+        losses[precision] = record["loss"]["largest grid"]  # type: ignore[index] # read from JSON
+        state = torch.load(tmp_path / precision / "state.pt", weights_only=True)
+        assert (state["scaler"] is not None) == (precision == "float16")
+    assert len(set(losses.values())) == 3
+    assert list(losses.values()) == pytest.approx([losses["float32"]] * 3, rel=0.02)
+
+
+def test_mixed_labels_are_smoothed(tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def step(pair_loss: object, optimizer: object, images: object, targets: Targets, *_: object) -> object:
+        del pair_loss, optimizer, images
+        seen.append(targets.labels)
+        return {"largest grid": 0.0}
+
+    monkeypatch.setattr(room, "training_step", step)
+    train(tiny_recipe(tmp_path / "run", epochs=1, mixup=0.8, label_smoothing=0.3))
+    targets = torch.cat(seen)
+    assert targets.shape == (48, 3)
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(48))
+    assert targets.min().item() == pytest.approx(0.3 / 3)
+
+
+def test_every_process_varies_its_images_in_its_own_way(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given the same images in the same order."""
+    seen: list[torch.Tensor] = []
+
+    def step(pair_loss: object, optimizer: object, images: torch.Tensor, *_: object) -> object:
+        del pair_loss, optimizer
+        seen.append(images)
+        return {"largest grid": 0.0}
+
+    def open_first_share(recipe: Recipe, config: SuperViTConfig, teacher: None, *_: object) -> object:
+        return open_batches(recipe, config, teacher, 0, 1, torch.device("cpu"))
+
+    monkeypatch.setattr(room, "training_step", step)
+    monkeypatch.setattr(room, "open_batches", open_first_share)
+    for rank in (0, 1, 1):
+        run_epochs(tiny_recipe(tmp_path / "run", epochs=1, resume=False), Process(rank, 1, torch.device("cpu")))
+    first, second, again = torch.cat(seen).chunk(3)
+    assert not torch.equal(first, second)
+    assert torch.equal(second, again)
+
+
+def test_every_epoch_shows_every_image_in_an_order_of_its_own(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def step(pair_loss: object, optimizer: object, images: torch.Tensor, targets: Targets, *_: object) -> object:
+        del pair_loss, optimizer, images
+        seen.extend(targets.labels.tolist())
+        return {"largest grid": 0.0}
+
+    monkeypatch.setattr("models.training.train.training_step", step)
+    train(tiny_recipe(tmp_path / "run", epochs=2))
+    first, second = seen[:48], seen[48:]
+    assert first != second
+    assert [first.count(label) for label in range(3)] == [second.count(label) for label in range(3)] == [16, 16, 16]
+
+
+def test_steps_are_counted_on_from_epoch_to_epoch(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def choose(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoice, ...]:
+        asked.append(step)
+        return sample_pairs(config, seed, step)
+
+    monkeypatch.setattr("models.training.train.sample_pairs", choose)
+    recipe = tiny_recipe(tmp_path / "run")
+    train(recipe)
+    assert asked == list(range(3 * STEPS_PER_EPOCH))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    schedule = learning_rate_schedule(recipe, optimizer, STEPS_PER_EPOCH, 1)
+    for record in log_of(recipe.output):
+        schedule.step_update(int(str(record["epoch"])) * STEPS_PER_EPOCH - 1)
+        assert record["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_a_step_of_several_batches_is_one_step_and_the_last_takes_what_is_left(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[object] = []
+    asked: list[int] = []
+    averaged: list[int] = []
+    update = ModelEmaV3.update
+
+    def step(*arguments: object) -> dict[str, float]:
+        places.append(arguments[-1])
+        return training_step(*arguments)  # type: ignore[arg-type] # passed on
+
+    def choose(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoice, ...]:
+        asked.append(step)
+        return sample_pairs(config, seed, step)
+
+    def average(average: ModelEmaV3, model: SuperViT, step: int) -> None:
+        averaged.append(step)
+        update(average, model, step)
+
+    monkeypatch.setattr(room, "training_step", step)
+    monkeypatch.setattr(room, "sample_pairs", choose)
+    monkeypatch.setattr(ModelEmaV3, "update", average)
+    recipe = tiny_recipe(tmp_path / "run", epochs=2, accumulate=4)
+    train(recipe)
+    assert places == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 2), (2, 2)] * 2
+    assert asked == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3]
+    assert averaged == [1, 2, 3, 4]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    learning_rate_schedule(recipe, optimizer, 2, 1).step_update(3)
+    assert log_of(recipe.output)[-1]["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_the_learning_rate_grows_with_all_images_of_a_step(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    rates = []
+    for options in ({"batch_size": 8}, {"batch_size": 8, "accumulate": 4}, {"batch_size": 32}):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+        learning_rate_schedule(tiny_recipe(tmp_path, **options), optimizer, 100, 1).step_update(60)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[1] == rates[2] == pytest.approx(4 * rates[0])
+
+
+def test_a_gradient_is_clipped_to_the_norm_of_the_recipe(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    """AdamW's first moment is a share of the gradient, so its norm is that share of the clipped one's."""
+    for name, clip in (("free", None), ("clipped", 1e-3)):
+        train(tiny_recipe(tmp_path / name, epochs=1, optimizer="adamw", batch_size=48, clip_grad=clip))
+    norms = []
+    for name in ("free", "clipped"):
+        moments = torch.load(tmp_path / name / "state.pt", weights_only=True)["optimizer"]["state"].values()
+        norms.append(torch.cat([moment["exp_avg"].flatten() for moment in moments]).norm().item())
+    assert norms[1] == pytest.approx((1 - 0.9) * 1e-3, rel=1e-3)
+    assert norms[0] > 10 * norms[1]
+
+
+def test_a_convolutional_stem_keeps_its_channels_together_and_its_checkpoint_is_as_ever(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
+    path = train(tiny_recipe(tmp_path / "run", epochs=1, **LVVIT))
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    name = "patch_embed.conv2.weight"
+    assert state["model"][name].is_contiguous(memory_format=torch.channels_last)
+    saved = read_weights(path)[name]
+    assert saved.is_contiguous()
+    assert torch.equal(saved, state["average"][name])
+
+
+def test_a_resumed_run_follows_the_rate_that_it_is_given_now(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1, learning_rate=0.04))
+    recipe = tiny_recipe(tmp_path / "run", epochs=2, learning_rate=0.001, resume=True)
+    train(recipe)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    learning_rate_schedule(recipe, optimizer, STEPS_PER_EPOCH, 1).step_update(2 * STEPS_PER_EPOCH - 1)
+    assert log_of(recipe.output)[-1]["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_every_process_takes_its_own_share(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise InterruptedError(arguments[3:5])
+
+    monkeypatch.setattr("models.training.train.open_batches", stop)
+    with pytest.raises(InterruptedError, match=r"\(1, 2\)"):
+        run_epochs(tiny_recipe(tmp_path / "run"), Process(1, 2, torch.device("cpu")))
+
+
+def test_every_process_varies_its_images_in_its_own_way_and_every_epoch_anew(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws: list[float] = []
+
+    def draw(*_: object) -> dict[str, float]:
+        draws.append(torch.rand(1).item())
+        if len(draws) % 2 == 0:
+            raise InterruptedError
+        return {"largest grid": 0.0}
+
+    monkeypatch.setattr("models.training.train.train_epoch", draw)
+    monkeypatch.setattr("models.training.train.build_pair_loss", lambda *_: None)
+    monkeypatch.setattr("models.training.train.distributed.barrier", lambda: None)
+    for rank in (0, 1, 1):
+        with pytest.raises(InterruptedError):
+            run_epochs(tiny_recipe(tmp_path / "run"), Process(rank, 2, torch.device("cpu")))
+    assert draws[2:4] == draws[4:6]
+    assert len(set(draws)) == 4
+
+
+def test_the_averaged_weights_are_watched(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[torch.Tensor] = []
+
+    def measure(model: SuperViT, *rest: object) -> object:
+        watched.append(model.head.weight.detach().clone())
+        return measure_accuracy(model, *rest)  # type: ignore[arg-type] # passed on
+
+    monkeypatch.setattr("models.training.train.measure_accuracy", measure)
+    path = train(tiny_recipe(tmp_path / "run", epochs=1))
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert torch.equal(watched[0], read_weights(path)["head.weight"])
+    assert not torch.equal(watched[0], state["model"]["head.weight"])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_few_bad_images_are_named_and_stop_neither_training_nor_watching(
+    tmp_path: Path,
+    tiny_recipe: MakeRecipe,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    in_memory: bool,
+) -> None:
+    if not in_memory:
+        monkeypatch.setattr("models.training.batches.MEMORY_LIMIT_BYTES", 0)
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    for name in ("train/red/3.png", "val/blue/1.png", "train/green/note.txt"):
+        (data / name).write_text("no picture")
+    train(tiny_recipe(tmp_path / "run", data=data, epochs=2, workers=1, max_bad_images=0.1))
+    printed = capsys.readouterr().err
+    assert printed.count(f"1 of 48 images of {data}/train cannot be read: red/3.png") == 1
+    assert printed.count(f"1 of 12 images of {data}/val cannot be read: blue/1.png") == 1
+    assert printed.count(f"{data}/train: passed over for their extensions: 1 .txt") == 1
+    for record in log_of(tmp_path / "run"):
+        assert isinstance(record["top1"], dict)
+        assert {round(11 * top1, 6) % 1 for top1 in record["top1"].values()} == {0}
+
+
+def test_the_first_epochs_can_be_cheap_ones_of_a_single_subnetwork(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=3, single_epochs=2))
+    single = ["single grid"]
+    four = ["largest grid", "largest grid, pruned", "smaller grid", "smaller grid, pruned"]
+    assert [list(record["loss"]) for record in log_of(tmp_path / "run")] == [single, single, four]  # type: ignore[call-overload] # read from JSON
+
+
+def test_the_stem_can_be_trained_with_the_statistics_that_it_is_served_with(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
+    first = train(tiny_recipe(tmp_path / "first", **LVVIT))
+    followed = train(tiny_recipe(tmp_path / "followed", init=first, **LVVIT))
+    frozen = train(tiny_recipe(tmp_path / "frozen", init=first, freeze_batch_norm=True, **LVVIT))
+    before, moved, kept = (read_weights(path) for path in (first, followed, frozen))
+    for name in ("patch_embed.bn1.running_mean", "patch_embed.bn3.running_var"):
+        assert not torch.equal(moved[name], before[name])
+        assert torch.equal(kept[name], before[name])
+    name = "patch_embed.bn1.weight"  # scale and shift are learned all the same
+    assert not torch.equal(kept[name], before[name])
+
+
+def test_a_family_of_one_that_fuses_is_trained_saved_and_loaded(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    path = train(tiny_recipe(tmp_path / "run", epochs=1, patch_grids=(4,), keep_rates=(0.5,), fuse_pruned=True))
+    assert list(log_of(tmp_path / "run")[0]["loss"]) == ["single grid"]  # type: ignore[call-overload] # read from JSON
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.config.fuse_pruned
+    assert [str(row.subnetwork) for row in checkpoint.profile.rows] == ["grid 4 at keep rate 0.5"]
+
+
+def test_a_teacher_that_was_asked_once_is_learned_from(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(11)
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "teacher.pth")
+    taught: list[torch.Tensor] = []
+
+    def step(pair_loss: object, optimizer: object, images: object, targets: Targets, *_: object) -> object:
+        del pair_loss, optimizer, images
+        taught.append(targets.labels)
+        assert targets.taught is None  # it is not asked again
+        return {"largest grid": 0.0}
+
+    monkeypatch.setattr("models.training.train.training_step", step)
+    options = {"teacher": "test_vit", "teacher_checkpoint": tmp_path / "teacher.pth", "teacher_side": 32}
+    train(tiny_recipe(tmp_path / "run", epochs=1, teacher_once=True, **options))
+    assert {targets.shape for targets in taught} == {(8, 3)}
+    monkeypatch.delattr("models.training.teacher.Teacher.answer_both_ways")  # a run that is resumed asks no more
+    train(tiny_recipe(tmp_path / "run", epochs=2, teacher_once=True, resume=True, **options))
+    assert len(taught) == 2 * STEPS_PER_EPOCH
+
+
+@pytest.mark.parametrize("mix_token", [True, False])
+def test_every_step_of_an_lv_vit_has_its_box_and_its_token_labels(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, mix_token: bool
+) -> None:
+    torch.manual_seed(11)
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "teacher.pth")
+    boxes: list[object] = []
+
+    def step(pair_loss: PairLoss, optimizer: object, images: torch.Tensor, targets: Targets, *rest: object) -> object:
+        del optimizer, images
+        assert pair_loss.token_weight == 0.25
+        assert targets.tokens is not None
+        assert targets.tokens.shape == (8, 16, 3)
+        assert targets.taught is not None
+        boxes.append(rest[2])
+        return {"largest grid": 0.0}
+
+    monkeypatch.setattr("models.training.train.training_step", step)
+    options = {"teacher": "test_vit", "teacher_checkpoint": tmp_path / "teacher.pth", "teacher_side": 32}
+    options |= {"teacher_tokens": True, "token_label_weight": 0.25, "mix_token": mix_token, "seed": 5}
+    train(tiny_recipe(tmp_path / "run", epochs=1, **options, **LVVIT))
+    assert boxes == [draw_box(4, 5, step) if mix_token else None for step in range(STEPS_PER_EPOCH)]
+
+
+def test_the_average_forgets_the_first_weights_however_slow_it_is(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe(tmp_path / "run", epochs=1, learning_rate=0.5, ema_decay=0.99996)
+    seed_everything(recipe.seed)
+    first = build_model(recipe, CLASS_NAMES).state_dict()["head.weight"]
+    train(recipe)
+    state = torch.load(recipe.output / "state.pt", weights_only=True)
+    last, average = state["model"]["head.weight"], state["average"]["head.weight"]
+    assert (average - last).norm() < (average - first).norm()
+
+
+def test_an_epoch_that_is_taken_again_stands_in_the_log_once(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"epoch": 2, "loss": "of a state that was lost"}\n')
+    train(tiny_recipe(tmp_path / "run", epochs=2, resume=True))
+    records = log_of(tmp_path / "run")
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert isinstance(records[1]["loss"], dict)
+
+
+def test_another_seed_ends_elsewhere(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    paths = [train(tiny_recipe(tmp_path / str(seed) / "run", epochs=1, seed=seed)) for seed in (0, 1)]
+    assert paths[0].read_bytes() != paths[1].read_bytes()
+
+
+def test_a_finished_run_that_is_resumed_is_left_as_it_is(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    path = train(tiny_recipe(tmp_path / "run", epochs=1))
+    before = path.read_bytes()
+    assert train(tiny_recipe(tmp_path / "run", epochs=1, resume=True)) == path
+    assert path.read_bytes() == before
+
+
+def test_a_run_is_never_overwritten_without_being_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+    with pytest.raises(TrainingError, match="run: holds a run already; go on with --resume"):
+        train(tiny_recipe(tmp_path / "run"))
+    assert (tmp_path / "run" / "state.pt").read_bytes() == before
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    with pytest.raises(TrainingError, match=r"state\.pt: nothing to resume"):
+        train(tiny_recipe(tmp_path / "run", resume=True))
+
+
+def test_a_run_of_another_model_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    with pytest.raises(TrainingError, match=r"state\.pt: was made with --width 16, not 32$"):
+        train(tiny_recipe(tmp_path / "run", resume=True, width=32))
+
+
+def test_a_run_with_mix_token_cannot_be_resumed_without(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1, mix_token=True, **LVVIT))
+    with pytest.raises(TrainingError, match=r"state\.pt: was made with --mix-token True, not False$"):
+        train(tiny_recipe(tmp_path / "run", resume=True, **LVVIT))
+
+
+def test_a_run_over_renamed_classes_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe, pictures: Path) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for old, new in (("blue", "blue"), ("green", "lime"), ("red", "red")):
+            (tmp_path / "data" / split / new).symlink_to(pictures / split / old, target_is_directory=True)
+    with pytest.raises(TrainingError, match=r"was made with class folder green, not lime$"):
+        train(tiny_recipe(tmp_path / "run", resume=True, data=tmp_path / "data"))
+
+
+def test_a_damaged_log_is_found_before_an_epoch_is_spent(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    (tmp_path / "run" / "log.jsonl").write_text("{")
+    before_step(monkeypatch, 1, interrupt)
+    with pytest.raises(TrainingError, match=r"log\.jsonl: damaged"):
+        train(tiny_recipe(tmp_path / "run", resume=True))
+
+
+def test_a_new_run_writes_over_the_log_of_one_that_saved_nothing(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("{")
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    assert [record["epoch"] for record in log_of(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize("name", ["file/run", "x" * 300], ids=["below a file", "too long"])
+def test_an_unusable_output_folder_is_found_before_the_first_step(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    before_step(monkeypatch, 1, interrupt)
+    with pytest.raises(TrainingError, match=f"{name}: cannot be written to: "):
+        train(tiny_recipe(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04"])
+def test_a_damaged_state_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe, content: bytes) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    (tmp_path / "run" / "state.pt").write_bytes(content)
+    with pytest.raises(TrainingError, match=r"state\.pt: damaged or of another version$"):
+        train(tiny_recipe(tmp_path / "run", resume=True))
+
+
+def test_a_run_from_before_an_option_existed_is_one_that_left_it_out(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    del state["recipe"]["freeze_batch_norm"]
+    torch.save(state, tmp_path / "run" / "state.pt")
+    train(tiny_recipe(tmp_path / "run", epochs=2, resume=True))
+    assert len(log_of(tmp_path / "run")) == 2
+
+
+def test_what_an_option_of_later_was_by_default_follows_the_model_of_the_run(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large set's default of MixToken is that of an LV-ViT for an LV-ViT alone."""
+    monkeypatch.setattr("models.training.recipe.LARGE_DATASET_IMAGES", 48)
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    del state["recipe"]["mix_token"]
+    torch.save(state, tmp_path / "run" / "state.pt")
+    train(tiny_recipe(tmp_path / "run", epochs=2, resume=True))
+    assert len(log_of(tmp_path / "run")) == 2
+
+
+def test_a_full_disk_is_an_os_error_and_costs_nothing_that_was_saved(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    save_whole({"epoch": torch.tensor(1)}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_whole({"epoch": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert torch.load(path, weights_only=True) == {"epoch": torch.tensor(1)}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_state_of_something_else_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1))
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "run" / "state.pt")
+    with pytest.raises(TrainingError, match=r"state\.pt: damaged or of another version: 'recipe'"):
+        train(tiny_recipe(tmp_path / "run", resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"model": "resnet18"}, "no model 'resnet18'; there are supervit_"),
+        ({"width": 15}, "not a multiple of"),
+        ({"teacher": "no_such_teacher"}, "timm knows no model 'no_such_teacher'"),
+        ({"freeze_batch_norm": True, **LVVIT}, "freeze-batch-norm"),
+        ({"keep_rates": (0.5, 0.7), **LVVIT}, "keep-rates must end in 1"),
+    ],
+)
+def test_a_recipe_that_cannot_be_built_says_why(
+    tmp_path: Path, tiny_recipe: MakeRecipe, changes: dict[str, object], complaint: str
+) -> None:
+    with pytest.raises(TrainingError, match=complaint):
+        train(tiny_recipe(tmp_path / "run", **changes))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_epoch_before(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
+    recipe = tiny_recipe(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, STEPS_PER_EPOCH + 2, lambda images: images * torch.nan)
+        with pytest.raises(TrainingError, match="became nan in step 7 of epoch 2; the state before this epoch is kept"):
+            train(recipe)
+    state = torch.load(recipe.output / "state.pt", weights_only=True)
+    assert state["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in (*state["model"].values(), *state["average"].values()))
+    assert len(log_of(recipe.output)) == 1
+
+
+def test_nothing_is_said_to_be_kept_when_the_first_epoch_fails(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, 2, lambda images: images * torch.nan)
+        with pytest.raises(TrainingError, match="in step 1 of epoch 1; start again with a lower --learning-rate"):
+            train(tiny_recipe(tmp_path / "run"))
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"tensorboard"}
+
+
+@pytest.mark.parametrize("kind", ["model", "average"])
+def test_weights_that_are_no_numbers_are_never_saved(
+    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The losses of an epoch's last step were finite; what its update made of the weights is not."""
+    update, taken = ModelEmaV3.update, 0
+
+    def spoil(average: ModelEmaV3, model: SuperViT, step: int) -> None:
+        nonlocal taken
+        update(average, model, step)
+        taken += 1
+        if taken == 2 * STEPS_PER_EPOCH:
+            (model if kind == "model" else average.module).head.bias.data[0] = torch.inf
+
+    monkeypatch.setattr(ModelEmaV3, "update", spoil)
+    recipe = tiny_recipe(tmp_path / "run")
+    with pytest.raises(TrainingError, match="no longer numbers after epoch 2; the state before this epoch is kept"):
+        train(recipe)
+    assert torch.load(recipe.output / "state.pt", weights_only=True)["epoch"] == 1
+    load_checkpoint(recipe.output / "checkpoint.safetensors")
+
+
+def test_a_broken_image_ends_a_run_in_one_line_with_workers_too(
+    tmp_path: Path, tiny_recipe: MakeRecipe, pictures: Path
+) -> None:
+    shutil.copytree(pictures, tmp_path / "data")
+    broken = tmp_path / "data" / "train" / "red" / "3.png"
+    broken.write_text("no picture")
+    with pytest.raises(DataError) as caught:
+        train(tiny_recipe(tmp_path / "run", data=tmp_path / "data", workers=1))
+    assert str(caught.value).startswith(f"{broken}: not a readable image: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_one_step_is_no_reason_to_warn(
+    tmp_path: Path, tiny_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    schedule = learning_rate_schedule(tiny_recipe(tmp_path, epochs=1, learning_rate=0.5), optimizer, 1, 1)
+    schedule.step_update(0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 8 / 512)
+    assert not caplog.records
+
+
+def test_a_device_that_cannot_be_used_is_refused(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    with pytest.raises(DeviceError, match="device 'tpu9' cannot be used"):
+        train(tiny_recipe(tmp_path / "run", device="tpu9"))
+
+
+def test_the_learning_rate_warms_up_linearly_and_falls_along_a_cosine(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe(tmp_path, epochs=100, warmup_epochs=5, batch_size=64, learning_rate=4e-3)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    schedule = learning_rate_schedule(recipe, optimizer, steps_per_epoch=10, processes=4)
+    peak = 4e-3 * 64 * 4 / 512
+
+    def rate(step: int) -> float:
+        schedule.step_update(step)
+        return float(optimizer.param_groups[0]["lr"])
+
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * peak)
+    assert rate(0) == pytest.approx(1e-3 * peak)
+    assert rate(25) == pytest.approx((1e-3 + 0.999 / 2) * peak)
+    assert rate(50) == pytest.approx((0.01 + 0.99 * (1 + math.cos(math.pi / 20)) / 2) * peak)
+    assert rate(500) == pytest.approx((0.01 + 0.99 / 2) * peak)
+    assert rate(750) == pytest.approx((0.01 + 0.99 * (1 - math.sqrt(0.5)) / 2) * peak)
+    assert rate(999) == pytest.approx(0.01 * peak, rel=1e-3)
+    rates = [rate(step) for step in range(1000)]
+    assert max(rates) <= peak
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+
+
+def test_warm_up_takes_at_most_a_tenth_of_a_short_run(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    schedule = learning_rate_schedule(tiny_recipe(tmp_path, epochs=10), optimizer, 20, 1)
+    schedule.step_update(20)
+    assert optimizer.param_groups[0]["lr"] > 0.9 * 4e-3 * 8 / 512
+
+
+def test_weight_decay_is_for_matrices(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    train(tiny_recipe(tmp_path / "run", epochs=1, learning_rate=1e-30, weight_decay=0.5))
+    groups = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["optimizer"]["param_groups"]
+    model = build_model(tiny_recipe(tmp_path), CLASS_NAMES)
+    matrices = [name for name, parameter in model.named_parameters() if name.endswith("weight") and parameter.ndim > 1]
+    sizes = {group["weight_decay"]: len(group["params"]) for group in groups}
+    assert sizes == {0.5: len(matrices), 0.0: len(list(model.parameters())) - len(matrices)}
+
+
+def test_a_run_can_start_from_a_plain_deit(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    torch.manual_seed(5)
+    plain = timm.create_model(
+        "deit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=3, num_heads=2, num_classes=3
+    )
+    torch.save(plain.state_dict(), tmp_path / "deit.pth")
+    model = build_model(tiny_recipe(tmp_path, init=tmp_path / "deit.pth"), CLASS_NAMES)
+    assert torch.equal(model.pos_embed_list[2], plain.pos_embed)
+    path = train(tiny_recipe(tmp_path / "run", init=tmp_path / "deit.pth", learning_rate=1e-9, epochs=1))
+    torch.testing.assert_close(read_weights(path)["blocks.1.mlp.fc1.weight"], plain.blocks[1].mlp.fc1.weight)
+
+
+def test_a_run_can_start_from_a_checkpoint_of_ours(
+    tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT]
+) -> None:
+    model = build(tiny_config)
+    header = Header("first", tiny_config, CLASS_NAMES, ProfileTable.unmeasured(tiny_config))
+    save_checkpoint(tmp_path / "first.safetensors", model, header)
+    recipe = tiny_recipe(tmp_path / "run", init=tmp_path / "first.safetensors", learning_rate=1e-9, epochs=1)
+    weights = load_checkpoint(train(recipe)).model.state_dict()
+    assert all(torch.allclose(weights[name], tensor, atol=1e-5) for name, tensor in model.state_dict().items())
+
+
+@pytest.fixture
+def foreign_file(tmp_path: Path, tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT]) -> Path:
+    """A SuperViT of other classes and with preprocessing of its own."""
+    config = replace(tiny_config, mean=(0.5, 0.5, 0.5), num_classes=2)
+    path = tmp_path / "foreign.safetensors"
+    save_checkpoint(path, build(config), Header("foreign", config, ("cat", "dog"), ProfileTable.unmeasured(config)))
+    return path
+
+
+def test_a_deit_has_no_batch_norm_to_freeze(foreign_file: Path, tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    with pytest.raises(TrainingError, match="freeze-batch-norm"):
+        train(tiny_recipe(tmp_path / "run", freeze_batch_norm=True, init=foreign_file))
+
+
+def test_architecture_and_preprocessing_come_with_the_weights(
+    foreign_file: Path, tmp_path: Path, pictures: Path
+) -> None:
+    recipe = Recipe(data=pictures, output=tmp_path, init=foreign_file, keep_rates=(0.5, 1.0))
+    config = build_model(recipe, CLASS_NAMES).config
+    assert (config.width, config.patch_grids, config.keep_rates) == (16, (2, 3, 4), (0.5, 1.0))
+    assert (config.mean, config.num_classes) == ((0.5, 0.5, 0.5), 3)
+
+
+def test_weights_know_their_images_whatever_model_they_are_put_into(
+    foreign_file: Path, tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
+    assert build_model(tiny_recipe(tmp_path, init=foreign_file), CLASS_NAMES).config.mean == (0.5, 0.5, 0.5)
+    named = tiny_recipe(tmp_path, init=foreign_file, mean=(0.1, 0.2, 0.3))
+    assert build_model(named, CLASS_NAMES).config.mean == (0.1, 0.2, 0.3)
+
+
+def test_where_weights_meet_new_classes_the_head_is_fitted_before_training(
+    foreign_file: Path, tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
+    """Features of random weights tell three tints apart; a fresh head does not, and a tiny rate teaches nothing."""
+    options = {"init": foreign_file, "epochs": 1, "learning_rate": 1e-9}
+    train(tiny_recipe(tmp_path / "fitted", **options))
+    train(tiny_recipe(tmp_path / "fresh", fit_head=False, **options))
+    fitted, fresh = (
+        json.loads((tmp_path / run / "log.jsonl").read_text())["top1"]["grid 4 at keep rate 1"]
+        for run in ("fitted", "fresh")
+    )
+    assert fitted == 1
+    assert fresh < 0.7
+
+
+def test_layer_decay_slows_the_blocks_near_the_images(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe(tmp_path, layer_decay=0.5)
+    model = build_model(recipe, CLASS_NAMES)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(recipe, model)
+    learning_rate_schedule(recipe, optimizer, 10, 1).step_update(20)
+    rates = {names[id(parameter)]: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    head = rates["head.weight"]
+    assert head > 0
+    blocks = [rates[f"blocks.{index}.mlp.fc1.weight"] for index in range(3)]
+    assert blocks == pytest.approx([head / 8, head / 4, head / 2])
+    assert rates["norm.weight"] == pytest.approx(head / 2)
+    for stem in ("patch_embed.proj.weight", "pos_embed_list.0", "cls_token"):
+        assert rates[stem] == pytest.approx(head / 16)
+
+
+def test_the_largest_sub_network_of_the_start_can_teach_all_others(
+    tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT]
+) -> None:
+    model = build(tiny_config)
+    header = Header("first", tiny_config, CLASS_NAMES, ProfileTable.unmeasured(tiny_config))
+    save_checkpoint(tmp_path / "first.safetensors", model, header)
+    recipe = tiny_recipe(tmp_path / "run", init=tmp_path / "first.safetensors", teacher_self=True)
+    teacher = build_teacher(recipe, model)
+    assert teacher is not None
+    images = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        expected = model(images, tiny_config.largest).softmax(dim=1)
+    with torch.no_grad():
+        model.head.weight.zero_()  # what the student learns does not change its teacher
+    torch.testing.assert_close(teacher(images), expected)
+    losses = {}
+    changes: dict[str, dict[str, object]] = {"alone": {"teacher_self": False}, "taught": {"teacher_weight": 1.0}}
+    for name, options in changes.items():
+        train(recipe.model_copy(update={"output": tmp_path / name, "epochs": 1, "learning_rate": 1e-9, **options}))
+        losses[name] = json.loads((tmp_path / name / "log.jsonl").read_text())["loss"]["largest grid"]
+    assert losses["taught"] < 0.01 < losses["alone"]
+
+
+def test_a_teacher_from_a_file_is_distilled(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    torch.manual_seed(1)
+    path = tmp_path / "teacher.pth"
+    torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), path)
+    losses = []
+    for weight in (0.0, 1.0):
+        output = tmp_path / str(weight)
+        train(tiny_recipe(output, epochs=1, teacher="test_vit", teacher_checkpoint=path, teacher_weight=weight))
+        loss = log_of(output)[0]["loss"]
+        assert isinstance(loss, dict)
+        losses.append(loss["largest grid"])
+    assert losses[1] < losses[0]  # the soft answers of an untrained teacher are near the student's own
+
+
+def test_what_cannot_be_trained_is_refused_before_it_starts(
+    tmp_path: Path, tiny_recipe: MakeRecipe, pictures: Path
+) -> None:
+    with pytest.raises(TrainingError, match="48 training images per process do not fill a batch of 64"):
+        train(tiny_recipe(tmp_path / "run", batch_size=64))
+    with pytest.raises(DataError, match="absent/train: not a folder"):
+        train(tiny_recipe(tmp_path / "run", data=tmp_path / "absent"))
+    with pytest.raises(CheckpointError, match="absent: no such file"):
+        train(tiny_recipe(tmp_path / "run", init=tmp_path / "absent"))
+    with pytest.raises(TrainingError, match="width 15 is not a multiple of 2 heads"):
+        train(tiny_recipe(tmp_path / "run", width=15))
+    with pytest.raises(TrainingError, match="no model 'test_vit'; there are supervit_deit_micro_patch4_32, "):
+        train(Recipe(data=pictures, output=tmp_path / "run", model="test_vit", workers=0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_seed_fixes_every_generator() -> None:
+    draws = []
+    for parts in ((1, 2), (1, 2), (12,), (1, 3)):
+        seed_everything(*parts)
+        draws.append((random.random(), float(np.random.rand()), torch.rand(1).item()))  # noqa: NPY002 - timm draws from it
+    assert draws[0] == draws[1]
+    assert len(set(draws)) == 3
+    assert all(len({draw[place] for draw in draws}) == 3 for place in range(3))
+
+
+@pytest.mark.parametrize("options", [{}, LVVIT], ids=["deit", "lvvit"])
+def test_two_processes_step_as_one_on_the_whole_batch(
+    tmp_path: Path, tiny_recipe: MakeRecipe, options: dict[str, object]
+) -> None:
+    """Gradients of all four sub-networks are averaged, those of a grid that only the first pair uses as well."""
+    recipe = tiny_recipe(tmp_path / "run", epochs=1, seed=2, **options)
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json(exclude_unset=True))
+    script = Path(__file__).with_name("two_processes.py")
+    root = script.parents[3]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [*command, script, tmp_path / "recipe.json", tmp_path / "weights.pt"],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=600,  # a busy machine starts them slowly
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    together = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert together.pop("exchanges") == 3  # one a step, though every process takes two batches of two sub-networks
+    alone = weights_after_three_steps(recipe, Process(0, 1, torch.device("cpu")), batches=1)
+    seed_everything(recipe.seed)
+    for name, start in build_model(recipe, CLASS_NAMES).named_parameters():
+        assert torch.allclose(together[name], alone[name], atol=1e-5, rtol=1e-5), name
+        assert not torch.allclose(alone[name], start, atol=1e-4, rtol=1e-4), name
+    checkpoint, watched = load_checkpoint(recipe.output / "checkpoint.safetensors"), recipe.data / "val"
+    loader = SampleLoader(open_folder(watched, evaluation_transform(checkpoint.config)), recipe.batch_size)
+    ends = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
+    measured = measure_accuracy(checkpoint.model, loader, dict.fromkeys(ends, Scaling()))
+    top1 = [record["top1"] for record in log_of(recipe.output)]
+    assert top1 == [{str(end): measured[end].top1 for end in ends}]
