@@ -1,13 +1,13 @@
 """Safetensors files: eight bytes that say how long the header is, the header in JSON, and the weights."""
 
 import json
-import os
 from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.files.atomic import write_atomically
 from models.files.checkpoint_errors import UnreadableCheckpointError
 
 LENGTH_BYTES = 8
@@ -38,10 +38,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def write_safetensors(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write weights, and strings beside them; a crash half-way leaves whatever stood at `path`."""
-    partial = path.with_name(path.name + ".partial")
-    # Not save_file: it would leave a file that nobody but its owner may read, and so no server under another user.
-    partial.write_bytes(safetensors.torch.save(weights, metadata))
-    os.replace(partial, path)
+    # Not save_file: it would leave a file that only its owner may read, and so no server under another user.
+    write_atomically(path, safetensors.torch.save(weights, metadata))
 
 
 def _check_lengths(path: Path) -> None:

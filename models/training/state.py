@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import distributed
 
 from models.checkpoint import Header, save_checkpoint
 from models.data.datasets import is_unicode
 from models.evaluation.plots import plot_training
+from models.files.atomic import write_atomically
 from models.files.checkpoint_errors import shown
 from models.files.pickles import UNPICKLING_ERRORS
 from models.profiles import ProfileTable
@@ -156,14 +156,7 @@ def save_whole(content: object, path: Path) -> None:
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    rank = distributed.get_rank() if distributed.is_initialized() else 0  # each process may write the same
-    partial = path.with_name(f"{path.name}.{rank}.partial")
-    try:
-        partial.write_bytes(buffer.getbuffer())
-    except OSError:
-        partial.unlink(missing_ok=True)  # or it would fill the disk for those who come next
-        raise
-    partial.replace(path)
+    write_atomically(path, buffer.getbuffer())
 
 
 def prepare_folder(output: Path) -> None:
@@ -216,8 +209,5 @@ def save_weights(recipe: Recipe, state: State, class_names: tuple[str, ...]) -> 
 
 def save_log(output: Path, records: list[dict[str, Any]]) -> None:
     """Write the whole log, a line per epoch, and draw it."""
-    log = output / LOG_NAME
-    partial = log.with_name(LOG_NAME + ".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-    partial.replace(log)
+    write_atomically(output / LOG_NAME, "".join(json.dumps(record) + "\n" for record in records).encode())
     plot_training(records, output / PLOT_NAME)

@@ -4,16 +4,20 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple
+from itertools import pairwise
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
-from pydantic import AwareDatetime, BaseModel, NonNegativeFloat, PositiveFloat
+from pydantic import AwareDatetime, BaseModel, Field, NonNegativeFloat, PositiveFloat
 
 from models.checkpoint import Checkpoint
+from models.files.atomic import write_atomically
 from models.latency import LatencyTable
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
@@ -24,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # and the largest, whatever that is
+MAX_FILE_BYTES = 2**20  # of some hundred rows, 10 kB
+# A machine that others load may be this much slower now than when it was measured, and is as fast again in a moment.
+IMPLAUSIBLE_FACTOR = 10.0
+PROBES = 3
 
 
 def extended_profile(checkpoint: Checkpoint) -> ProfileTable:
@@ -90,8 +98,8 @@ def load_or_measure(
 ) -> Measurement:
     """Read the latencies that were measured before under the same conditions, or else measure and keep them.
 
-    A kept file that cannot be used is measured anew, and a folder that cannot be written to is lived with; the log
-    says so.
+    A kept file that cannot be used or that the machine contradicts is measured anew, and a folder that cannot be
+    written to is lived with; the log says so.
 
     Args:
         folder: where the files are kept, one for each set of conditions; made if there is none.
@@ -117,7 +125,11 @@ def load_or_measure(
     key = json.dumps([conditions, [(*astuple(subnetwork), batch_size) for subnetwork, batch_size in cells]])
     path = folder / f"latency-{checkpoint_version}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
     with _alone(path.with_suffix(".lock"), is_stopping):
+        _warn_of_others(folder)
         measurement = None if fresh else _read(path, conditions, cells)
+        if measurement is not None and (problem := _contradiction(measurement, run, image_side, clock)):
+            logger.warning("%s: cannot be used, measuring anew: %s", path, problem)
+            measurement = None
         if measurement is None:
             measurement = measure(run, image_side, subnetworks, batch_sizes, budget_s=budget_s, clock=clock)
             _write(path, conditions, measurement)
@@ -138,12 +150,41 @@ def _alone(lock: Path, is_stopping: Callable[[], bool]) -> Iterator[None]:
         yield
 
 
+def _warn_of_others(folder: Path) -> None:
+    """Say so where other users may write what this server believes."""
+    with suppress(OSError):  # to write there will fail, too, and say why
+        found = folder.stat()
+        if found.st_mode & stat.S_IWOTH or found.st_uid not in (0, os.geteuid()):
+            logger.warning("%s: other users may write there, and with that decide what this server expects", folder)
+
+
+def _contradiction(measurement: Measurement, run: Run, image_side: int, clock: Callable[[], float]) -> str | None:
+    """Tell what is implausible about kept latencies: among themselves, or beside a few runs of the slowest sub-network.
+
+    Batches may gain from their size, yet twice the images take longer than half of the time.
+    """
+    seconds = measurement.table.seconds
+    if any(larger < smaller / 2 for figures in seconds.values() for smaller, larger in pairwise(figures)):
+        return "a larger batch is said to take less than half as long as a smaller one"
+    slowest = max(seconds, key=lambda subnetwork: seconds[subnetwork][0])
+    images = torch.zeros(1, 3, image_side, image_side, dtype=torch.uint8)
+    took_s = []
+    for _ in range(PROBES):
+        started_at = clock()
+        run(images, slowest)
+        took_s.append(clock() - started_at)
+    kept_s, now_s = seconds[slowest][0], min(took_s)
+    if not 1 / IMPLAUSIBLE_FACTOR < kept_s / now_s < IMPLAUSIBLE_FACTOR:
+        return f"it says {1e3 * kept_s:.4g} ms where it takes {1e3 * now_s:.4g} ms now"
+    return None
+
+
 class _Cell(BaseModel):
     patch_grid: int
     keep_rate: float
     batch_size: int
-    median_ms: PositiveFloat
-    spread: NonNegativeFloat
+    median_ms: PositiveFloat = Field(allow_inf_nan=False)
+    spread: NonNegativeFloat = Field(allow_inf_nan=False)
 
 
 class _File(BaseModel):
@@ -154,7 +195,7 @@ class _File(BaseModel):
 
 def _read(path: Path, conditions: dict[str, str | int], cells: Sequence[Cell]) -> Measurement | None:
     try:
-        file = _File.model_validate_json(path.read_bytes())
+        file = _File.model_validate_json(_read_regular(path))
         rows = {(SubNetwork(row.patch_grid, row.keep_rate), row.batch_size): row for row in file.rows}
         if file.conditions != conditions or rows.keys() != set(cells):
             raise ValueError("it was measured under other conditions")
@@ -168,6 +209,23 @@ def _read(path: Path, conditions: dict[str, str | int], cells: Sequence[Cell]) -
     except (OSError, ValueError) as error:
         logger.warning("%s: cannot be used, measuring anew: %s", path, str(error).splitlines()[0])
         return None
+
+
+def _read_regular(path: Path) -> bytes:
+    """Read a file that others may have put there: no link is followed, no pipe is waited for, no memory is filled.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file, or too long.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor is no path
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is no regular file")
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"it is longer than {MAX_FILE_BYTES} bytes")
+    return content
 
 
 def _write(path: Path, conditions: dict[str, str | int], measurement: Measurement) -> None:
@@ -187,11 +245,9 @@ def _write(path: Path, conditions: dict[str, str | int], measurement: Measuremen
     ]
     head = json.dumps({"conditions": conditions, "measured_at": measurement.measured_at}, indent=2)
     text = head.removesuffix("\n}") + ',\n  "rows": [\n    ' + ",\n    ".join(rows) + "\n  ]\n}\n"
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of another process, it would be half another's
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        os.replace(partial, path)
+        write_atomically(path, text.encode())
     except OSError as error:
         logger.warning("the latencies cannot be kept: %s", error)
 

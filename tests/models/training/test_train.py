@@ -2,9 +2,7 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,6 +36,7 @@ from models.training.setup import build_model, build_optimizer, build_teacher, l
 from models.training.state import TrainingError, save_whole
 from models.training.train import run_epochs, train
 from tests.models.conftest import CLASS_NAMES
+from tests.models.files.test_atomic import files_limited_to
 from tests.models.training.two_processes import weights_after_three_steps
 
 MakeRecipe = Callable[..., Recipe]
@@ -680,15 +679,8 @@ def test_what_an_option_of_later_was_by_default_follows_the_model_of_the_run(
 def test_a_full_disk_is_an_os_error_and_costs_nothing_that_was_saved(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     save_whole({"epoch": torch.tensor(1)}, path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            save_whole({"epoch": torch.zeros(100_000)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with files_limited_to(10_000), pytest.raises(OSError, match="File too large"):
+        save_whole({"epoch": torch.zeros(100_000)}, path)
     assert torch.load(path, weights_only=True) == {"epoch": torch.tensor(1)}
     assert list(tmp_path.iterdir()) == [path]
 

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.subnetwork import SubNetwork
-from service.engines.profile_store import load_or_measure, measure_latencies
+from service.engines.profile_store import PROBES, load_or_measure, measure_latencies
 from service.engines.profiler import MIN_RUNS, SLOW_S, Measurement, measure, warm_up_shapes
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
@@ -167,7 +168,7 @@ def test_what_was_measured_is_kept_for_the_next_start(engine: FakeEngine, load: 
     first = load()
     runs = len(engine.runs)
     second = load()
-    assert len(engine.runs) == runs
+    assert engine.runs[runs:] == [(LARGE, 1)] * PROBES
     assert second.measured_at == first.measured_at
     for subnetwork in (SMALL, LARGE):
         assert second.table.seconds[subnetwork] == pytest.approx(first.table.seconds[subnetwork])
@@ -234,8 +235,78 @@ def test_a_file_that_cannot_be_used_is_measured_anew_with_one_line_in_the_log(
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert record.getMessage().startswith(f"{path}: cannot be used, measuring anew: ")
     assert "\n" not in record.getMessage()
+    runs = len(engine.runs)
     load()
-    assert len(engine.runs) == 2 * runs  # what was written anew is sound
+    assert len(engine.runs) == runs + PROBES  # what was written anew is sound
+
+
+@pytest.mark.parametrize(("factor", "is_kept"), [(0.05, False), (0.2, True), (5.0, True), (20.0, False)])
+def test_latencies_that_the_machine_contradicts_are_measured_anew(
+    engine: FakeEngine,
+    load: Callable[..., Measurement],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    factor: float,
+    is_kept: bool,
+) -> None:
+    load()
+    path = kept_file(tmp_path)
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        row["median_ms"] *= factor
+    path.write_text(json.dumps(content))
+    runs = len(engine.runs)
+    measured = load()
+    assert (len(engine.runs) == runs + PROBES) is is_kept
+    assert (measured.table.seconds[LARGE][0] == pytest.approx(seconds(LARGE, 1))) is not is_kept
+    assert ("16 ms now" in caplog.text) is not is_kept
+
+
+def test_latencies_of_which_a_batch_takes_far_less_than_a_smaller_one_are_measured_anew(
+    load: Callable[..., Measurement], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load()
+    path = kept_file(tmp_path)
+    content = json.loads(path.read_text())
+    content["rows"][1]["median_ms"] = content["rows"][0]["median_ms"] / 2.1
+    path.write_text(json.dumps(content))
+    assert load().table.seconds[SMALL] == pytest.approx([seconds(SMALL, size) for size in BATCH_SIZES])
+    assert "less than half as long as a smaller one" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "long"])
+def test_what_is_no_regular_file_of_this_kind_is_neither_followed_nor_waited_for(
+    load: Callable[..., Measurement], tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    measured = load()
+    path = kept_file(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    content = elsewhere.read_bytes()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(elsewhere)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(content.ljust(2**20 + 1))
+    assert load().table == measured.table
+    assert f"{path}: cannot be used, measuring anew: " in caplog.text
+    assert elsewhere.read_bytes() == content
+    if kind != "folder":  # which a file cannot take the place of
+        assert path.is_file()
+        assert not path.is_symlink()
+
+
+def test_a_folder_that_others_may_write_to_is_warned_of(
+    load: Callable[..., Measurement], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load()
+    assert not caplog.records
+    (tmp_path / "profiles").chmod(0o777)
+    load()
+    assert f"{tmp_path / 'profiles'}: other users may write there" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_to_is_lived_with(
@@ -258,7 +329,7 @@ def test_what_another_process_is_measuring_is_waited_for(
             ours.result(timeout=0.2)
         (tmp_path / "not yet written").rename(path)
     assert ours.result() == theirs
-    assert len(engine.runs) == runs
+    assert engine.runs[runs:] == [(LARGE, 1)] * PROBES
 
 
 def test_whoever_is_to_stop_waits_for_no_other(load: Callable[..., Measurement], tmp_path: Path) -> None:
