@@ -3,7 +3,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 import pytest
 import torch
@@ -572,3 +572,69 @@ async def test_what_is_dropped_gets_a_typed_error_and_the_rest_an_answer() -> No
     assert isinstance(shed, OverloadedError)
     assert shed.details["retry_after_s"] >= 0
     assert isinstance(answered, Result)
+
+
+async def test_failures_with_an_answer_between_them_are_not_in_a_row() -> None:
+    gate = Gate()
+    gate.open.set()
+    async with serving(gate) as batcher:
+        for value in [13] * (FAILURES_IN_A_ROW - 1) + [1] + [13] * (FAILURES_IN_A_ROW - 1):
+            await asyncio.gather(batcher.submit(image(value), named(SMALL)), return_exceptions=True)
+    assert [values for _, values in gate.batches].count([0]) == 0  # no blank image was needed to tell
+
+
+async def test_the_engine_counts_as_free_once_a_batch_has_failed() -> None:
+    minute = LatencyTable((1, 4), {SMALL: (60.0, 60.0), LARGE: (60.0, 60.0)})
+    scheduler = Scheduler(VariantCatalog.of(ProfileTable(ROWS), minute), choose_level, 4, lock=threading.RLock())
+    gate, thread = Gate(), ThreadPoolExecutor(1, "engine")
+    batcher = AdmittingBatcher(gate.run, scheduler, thread)
+    serving = asyncio.create_task(batcher.serve())
+    doomed = asyncio.create_task(batcher.submit(image(13), named(SMALL)))
+    await asyncio.to_thread(gate.entered.wait, 10)
+    assert scheduler.free_at > time.monotonic() + 50
+    gate.open.set()
+    with pytest.raises(ModelError):
+        await doomed
+    assert scheduler.free_at <= time.monotonic()
+    batcher.stop()
+    await serving
+    thread.shutdown()
+
+
+async def test_the_engine_counts_as_free_where_all_clients_of_a_batch_left_as_it_was_decided() -> None:
+    minute = LatencyTable((1, 4), {SMALL: (60.0, 60.0), LARGE: (60.0, 60.0)})
+    deciding, has_left = threading.Event(), threading.Event()
+
+    def decide(state: SchedulerState) -> BatchDecision:
+        deciding.set()
+        has_left.wait(10)
+        return choose_level(state)
+
+    scheduler = Scheduler(VariantCatalog.of(ProfileTable(ROWS), minute), decide, 4, lock=nullcontext())
+    gate, thread = Gate(), ThreadPoolExecutor(1, "engine")
+    batcher = Batcher(gate.run, scheduler, thread)
+    request = named(SMALL)
+    scheduler.admit(request, time.monotonic())
+    serving = asyncio.create_task(batcher.serve())
+    leaving = asyncio.create_task(batcher.submit(image(1), request))
+    await asyncio.to_thread(deciding.wait, 10)
+    leaving.cancel()
+    await asyncio.wait((leaving,))
+    has_left.set()
+    batcher.stop()
+    await serving
+    thread.shutdown()
+    assert gate.batches == []
+    assert scheduler.free_at <= time.monotonic()
+
+
+async def test_an_image_that_is_no_longer_wanted_leaves_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
+    batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
+    decoding: Future[DecodedImage] = Future()
+    task = asyncio.create_task(batcher.submit(decoding, named(SMALL)))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait((task,))
+    decoding.cancel()
+    assert not caplog.records

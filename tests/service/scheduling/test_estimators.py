@@ -4,13 +4,17 @@ import pytest
 
 from service.scheduling.estimators import (
     MAX_SAFETY_FACTOR,
+    REMEMBERED_REQUESTS,
     SAFETY_FACTOR_FADES_S,
     STALE_AFTER_S,
+    TIGHT_QUANTILE,
     ArrivalRate,
     Delay,
     SafetyFactor,
     Slowdown,
+    TrafficEstimator,
 )
+from service.scheduling.state import RequestConstraints
 
 
 def after(*observed: float) -> Slowdown:
@@ -111,3 +115,13 @@ def test_the_rate_of_arrivals_is_right_from_the_first_moments_and_follows() -> N
     assert rate.read(3.0) == pytest.approx(100, rel=0.03)
     assert rate.read(3.5) == pytest.approx(100 / math.e, rel=0.03)
     assert rate.read(60.0) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_budget_counts_as_long_as_it_is_recent() -> None:
+    traffic = TrafficEstimator()
+    budgets_s = [0.5] * REMEMBERED_REQUESTS + [9.0] * REMEMBERED_REQUESTS
+    for place, budget_s in enumerate(budgets_s, start=1):
+        traffic.remember(RequestConstraints(budget_s, 0))
+        recent = sorted(budgets_s[:place][-REMEMBERED_REQUESTS:])
+        assert traffic.tight_budget_s == recent[int(TIGHT_QUANTILE * len(recent))]
+    assert traffic.tight_budget_s == 9.0

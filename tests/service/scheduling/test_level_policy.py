@@ -263,6 +263,18 @@ def test_a_batch_of_those_that_are_left_is_in_time_even_if_the_machine_varies(ca
     assert len(choose_level(replace(state, tail_factor=1.25)).batch) == 3  # four may take 6.25 s, three 5
 
 
+def test_nothing_is_shed_for_what_is_only_possible_or_feared(catalog: VariantCatalog) -> None:
+    state = at_zero(catalog, [waits(5.2) for _ in range(4)])  # four at level 0 end at 5 s, at times at 6.25
+    assert choose_level(replace(state, tail_factor=1.25)).shed == ()
+    assert choose_level(replace(state, tail_factor=1.25, safety_factor=3.0)).shed == ()
+
+
+def test_what_is_shed_makes_room_for_the_rest_at_the_latencies_that_are_likely(catalog: VariantCatalog) -> None:
+    # Three batches of four end at 15 s; with one fewer, at 14. Were the likely taken for what is rare, all would fit.
+    queue = [waits(14.7) for _ in range(12)]
+    assert choose_level(replace(at_zero(catalog, queue), tail_factor=1.25)).shed == (queue[0],)
+
+
 def test_the_reason_tells_of_caution_and_of_sustained_overload(catalog: VariantCatalog) -> None:
     queue = [waits(41.0) for _ in range(8)]
     cautious = choose_level(replace(at_zero(catalog, queue), safety_factor=1.5)).reason
