@@ -1,0 +1,90 @@
+"""Latencies in seconds for batches of 1, 2, 3 and 4 (see conftest): 2 3 4 5 at level 0, 4 6 8 10 at level 1."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.feasibility import clears, clears_mixed, take_group
+from service.scheduling.state import SchedulerState
+
+
+@pytest.fixture
+def state(catalog: VariantCatalog) -> SchedulerState:
+    return SchedulerState(
+        now=0.0,
+        queue=(),
+        catalog=catalog,
+        latencies_s=[variant.latency_by_batch_s for variant in catalog.variants],
+        slowdown=1.0,
+        tail_factor=1.0,
+        overhead_factor=1.0,
+        max_batch_size=4,
+        arrival_rate=0.0,
+        recent=(),
+        tight_budget_s=math.inf,
+    )
+
+
+@pytest.mark.parametrize(("due", "is_in_time"), [(20.0, True), (19.9, False)])
+def test_two_full_batches_take_their_time_one_after_the_other(
+    state: SchedulerState, due: float, is_in_time: bool
+) -> None:
+    assert clears(state, [due] * 8, 1, 4) is is_in_time
+    assert clears_mixed(state, [due] * 8, [1] * 8, math.inf) is is_in_time
+
+
+# The first batch may take 2.5 s more, which the second has to have to spare, and a quarter of its own time.
+@pytest.mark.parametrize(("due", "is_in_time"), [(25.1, True), (24.9, False)])
+def test_room_is_left_for_batches_that_vary(state: SchedulerState, due: float, is_in_time: bool) -> None:
+    varying = replace(state, slowdown=1.25, tail_factor=1.25)
+    assert clears(varying, [due] * 8, 1, 4) is is_in_time
+    assert clears_mixed(varying, [due] * 8, [1] * 8, math.inf) is is_in_time
+
+
+@pytest.mark.parametrize(("due", "is_in_time"), [(18.8, True), (18.7, False)])
+def test_room_is_left_for_batches_that_vary_where_limits_differ(
+    state: SchedulerState, due: float, is_in_time: bool
+) -> None:
+    varying = replace(state, slowdown=1.25, tail_factor=1.25)
+    assert clears_mixed(varying, [due] * 8, [1] * 4 + [0] * 4, math.inf) is is_in_time
+
+
+def test_deviations_of_batches_in_a_row_add_up_as_the_root_of_their_squares(state: SchedulerState) -> None:
+    """Three batches of 10 s with deviations of 2.5 s: the last needs 20 + 3.54 s before it, and 12.5 s."""
+    varying = replace(state, slowdown=1.25, tail_factor=1.25)
+    assert clears(varying, [36.1] * 12, 1, 4)
+    assert not clears(varying, [36.0] * 12, 1, 4)
+    assert clears_mixed(varying, [36.1] * 12, [1] * 12, math.inf)
+    assert not clears_mixed(varying, [36.0] * 12, [1] * 12, math.inf)
+
+
+def test_what_the_engine_takes_beyond_its_batches_delays_those_behind(state: SchedulerState) -> None:
+    busy = replace(state, overhead_factor=1.5)
+    assert clears(busy, [25.0] * 8, 1, 4)
+    assert not clears(busy, [24.9] * 8, 1, 4)
+    assert clears_mixed(busy, [25.0] * 8, [1] * 8, math.inf)
+    assert not clears_mixed(busy, [24.9] * 8, [1] * 8, math.inf)
+
+
+def test_a_guard_makes_groups_smaller_and_never_smaller_than_one(state: SchedulerState) -> None:
+    # Groups of at most 6 s hold two: four of them take 24 s. Those of less than 4 s hold one all the same: 32 s.
+    assert clears_mixed(state, [24.0] * 8, [1] * 8, 6.0)
+    assert not clears_mixed(state, [23.9] * 8, [1] * 8, 6.0)
+    assert clears_mixed(state, [32.0] * 8, [1] * 8, 1.0)
+    assert not clears_mixed(state, [31.9] * 8, [1] * 8, 1.0)
+
+
+def test_those_beyond_the_targets_go_at_the_pace_of_those_before_them(state: SchedulerState) -> None:
+    # Four at level 1 in 10 s, so the next four by 20 s and the last by 30 s.
+    deadlines: Sequence[float] = [10.0] * 4 + [20.0] * 4 + [30.0]
+    assert clears_mixed(state, deadlines, [1] * 4, math.inf)
+    assert not clears_mixed(state, [10.0] * 4 + [9.9] * 4 + [30.0], [1] * 4, math.inf)
+
+
+def test_a_group_pays_for_one_batch_per_variant(state: SchedulerState) -> None:
+    assert take_group(state.latencies_s, [0, 1, 0, 1], 9.0) == ([2, 2, 0, 0], 9.0)
+    assert take_group(state.latencies_s, [0, 1, 0, 1], 8.9) == ([2, 1, 0, 0], 7.0)
+    assert take_group(state.latencies_s, [1, 0], 3.9) == ([0, 0, 0, 0], 0.0)
