@@ -160,7 +160,7 @@ def _warn_of_others(folder: Path) -> None:
 
 
 def _contradiction(measurement: Measurement, run: Run, image_side: int, clock: Callable[[], float]) -> str | None:
-    """Tell what is implausible about kept latencies: among themselves, or beside a few runs of the slowest sub-network."""
+    """Tell what is implausible about kept latencies, in themselves or beside a few runs of the slowest sub-network."""
     seconds = measurement.table.seconds
     if any(
         IMPLAUSIBLE_GAIN * larger < smaller for figures in seconds.values() for smaller, larger in pairwise(figures)
