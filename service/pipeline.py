@@ -49,7 +49,7 @@ class Pipeline:
             class_names: one per logit.
             decoder: makes images of bytes.
             batcher: runs the model.
-            max_in_flight: requests that may be in the pipeline at once.
+            max_in_flight: requests whose bodies are there that may be in the pipeline at once.
             default_budget_ms: granted to a request that names none.
             clock: monotonic, in seconds; the one that stamped `arrived_at`.
             loop_time: CPU seconds of the event loop's thread.
@@ -63,6 +63,7 @@ class Pipeline:
         self._clock = clock
         self._loop_time = loop_time
         self._in_flight = 0
+        self._slots_taken = 0  # by those of them whose bodies are there
         self._loop_s = 0.0  # of the event loop's CPU time per request, learned
         self._loop_used_s = self._idle_since_s = loop_time()
         self._unlearned = 0  # requests that have ended since
@@ -101,6 +102,20 @@ class Pipeline:
             if self._in_flight == 0:
                 self._idle_since_s = self._loop_time()
 
+    def check_room(self) -> None:
+        """See whether one more request may be in the pipeline.
+
+        Raises:
+            OverloadedError: it may not.
+        """
+        if self._slots_taken >= self._max_in_flight:
+            message = f"{self._max_in_flight} requests are in the server already; try again later"
+            raise OverloadedError(message, "full", self._scheduler.backlog_s(self._clock()))
+
+    def time_left_s(self, request: InferenceRequest) -> float:
+        """Tell how much of a request's budget is left for its body to arrive."""
+        return request.arrived_at + self._seen_s(request) - self._clock()
+
     def decide(self, request: InferenceRequest) -> Forecast:
         """Tell what would be chosen for a request that arrived now, without running anything.
 
@@ -117,19 +132,22 @@ class Pipeline:
         return Forecast(decision, preview.starts_in_s + predicted_s + self._reply.mean_s)
 
     async def _answer(self, read: Read, request: InferenceRequest) -> Classification:
-        if self._in_flight > self._max_in_flight:
-            message = f"{self._max_in_flight} requests are in the server already; try again later"
-            raise OverloadedError(message, "full", self._scheduler.backlog_s(self._clock()))
+        self.check_room()
         top_k = self._checked_top_k(request.top_k)
         queued, now = self._queued(request), self._clock()
         with self._scheduler.admitted(queued, now, self._delay(now, queued)):
             data = await read(queued.deadline_at - now)
+            self.check_room()  # not taken before: bodies that drip in would hold every slot
+            self._slots_taken += 1
             read_at = self._clock()
-            decoding = self._decoder.submit(data, queued.deadline_at, queued.priority)
             try:
-                result = await self._batcher.submit(decoding, queued)
+                decoding = self._decoder.submit(data, queued.deadline_at, queued.priority)
+                try:
+                    result = await self._batcher.submit(decoding, queued)
+                finally:
+                    self._decoder.release(decoding)
             finally:
-                self._decoder.release(decoding)
+                self._slots_taken -= 1
         predictions = self._predictions(result, top_k)
         now, decode_s = self._clock(), decoding.result().seconds
         self._reply.observe(now - result.ended_at, now)
