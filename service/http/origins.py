@@ -54,7 +54,7 @@ class OriginPolicy:
 
     def _is_welcome(self, origin: str, host: str | None) -> bool:
         # A proxy may have spoken TLS to the client, so that the scheme is not compared.
-        is_own = host is not None and origin.partition("://")[2].lower() == host.lower()
+        is_own = bool(host) and origin.partition("://")[2].lower() == (host or "").lower()
         return is_own or origin in self._origins or "*" in self._origins
 
 

@@ -7,6 +7,7 @@ say nothing would stay for good.
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,8 @@ UNAVAILABLE = (
     b"content-length: 21\r\nconnection: close\r\n\r\nToo many connections."
 )
 END_OF_HEAD = b"\r\n\r\n"  # and of a body in chunks
+# No other protocol is spoken here, and the parser would take a body for the beginning of that.
+UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*(?=\r\n)", re.IGNORECASE)
 ARRIVED_AT = "supervit.arrived_at"  # of the scope: when the first byte of the request was there to be read
 
 logger = logging.getLogger(__name__)
@@ -161,7 +164,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._unparsed:
             self._unset_keepalive_if_required()
             self._parse()
-        if self._has_ended and not self._is_answering:
+        if self._has_ended and not self._must_wait:
             self._close()
 
     def pause_writing(self) -> None:
@@ -201,7 +204,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._start_timeout(HEAD_S)
             end = self._end_of_piece(data, start)
             self._bytes += end - start
-            self._feed(data[start:end])
+            piece = data[start:end]
+            self._feed(UPGRADE.sub(b"", piece) if self._in_head else piece)
             start = end
             if self._in_head and self._bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self._refuse(f"The request's head is larger than {MAX_HEAD_BYTES} bytes.")
@@ -231,9 +235,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _feed(self, piece: bytes) -> None:
         try:
             self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade:
-            pass  # it is answered as if it had asked for none
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # the latter: of a CONNECT
             self._refuse("Invalid HTTP request received.")
 
     def _refuse(self, message: str) -> None:

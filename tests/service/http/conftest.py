@@ -16,6 +16,8 @@ from service.runtime import ServerRuntime
 from service.settings import Settings
 from tests.service.http.scripted_server import BODY_LIMIT, ScriptedEngine, serving
 
+STUCK_S = 10  # of real time
+
 
 class _Selector(selectors.DefaultSelector):
     """Finds what is ready now; where nothing is, lets the loop's time pass."""
@@ -25,7 +27,8 @@ class _Selector(selectors.DefaultSelector):
         self.now = 1000.0
 
     def select(self, timeout: float | None = None) -> Any:  # noqa: ANN401 - typeshed's
-        ready = super().select(0 if timeout is not None else None)
+        ready = super().select(STUCK_S if timeout is None else 0)
+        assert ready or timeout is not None, "everything waits for something else"
         if not ready and timeout:
             self.now += timeout
         return ready
