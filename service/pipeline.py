@@ -3,12 +3,19 @@
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from service.decoding.decoder import Decoder
 from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, Prediction, Timing
-from service.errors import BudgetTooSmallError, ClientGoneError, InvalidParameterError, ModelError, OverloadedError
+from service.errors import (
+    BudgetTooSmallError,
+    ClientGoneError,
+    DeadlineError,
+    InvalidParameterError,
+    ModelError,
+    OverloadedError,
+)
 from service.execution.batcher import Batcher
 from service.execution.results import Result
 from service.scheduling.estimators import Delay
@@ -135,19 +142,19 @@ class Pipeline:
         self.check_room()
         top_k = self._checked_top_k(request.top_k)
         queued, now = self._queued(request), self._clock()
-        with self._scheduler.admitted(queued, now, self._delay(now, queued)):
-            data = await read(queued.deadline_at - now)
-            self.check_room()  # not taken before: bodies that drip in would hold every slot
-            self._slots_taken += 1
-            read_at = self._clock()
+        self._scheduler.check(queued, now, self._delay(now, queued))
+        data = await read(queued.deadline_at - now)
+        self.check_room()
+        read_at = self._clock()
+        if read_at >= queued.deadline_at:
+            raise DeadlineError("the deadline passed before the body had come")
+        # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
+        with self._slot(), self._scheduler.admitted(queued, read_at, self._delay(read_at, queued)):
+            decoding = self._decoder.submit(data, queued.deadline_at, queued.priority)
             try:
-                decoding = self._decoder.submit(data, queued.deadline_at, queued.priority)
-                try:
-                    result = await self._batcher.submit(decoding, queued)
-                finally:
-                    self._decoder.release(decoding)
+                result = await self._batcher.submit(decoding, queued)
             finally:
-                self._slots_taken -= 1
+                self._decoder.release(decoding)
         predictions = self._predictions(result, top_k)
         now, decode_s = self._clock(), decoding.result().seconds
         self._reply.observe(now - result.ended_at, now)
@@ -157,6 +164,14 @@ class Pipeline:
         if not answer.deadline_met:
             self._scheduler.deadline_missed(now)
         return answer
+
+    @contextmanager
+    def _slot(self) -> Iterator[None]:
+        self._slots_taken += 1
+        try:
+            yield
+        finally:
+            self._slots_taken -= 1
 
     def _delay(self, now: float, queued: QueuedRequest) -> PreprocessingDelay:
         """Foretell what a new request has before it; those in the server have half of their loop time to come."""

@@ -199,7 +199,7 @@ def _shared(settings: Settings, max_connections: int, runtime: ServerRuntime) ->
         observe=metrics.closed,
         observe_number=metrics.opened,
     )
-    return {"connections": connections, "observe": metrics.closed, "log": SparingLog(logger)}
+    return {"connections": connections, "observe": metrics.closed, "log": SparingLog(logging.getLogger("service.http"))}
 
 
 def _on_hangup(stop: Callable[[int, FrameType | None], object]) -> None:

@@ -4,7 +4,14 @@ import pytest
 from pydantic import ValidationError
 
 from models.files.sources import find_checkpoint, shipped_names
-from service.settings import DEFAULT_CHECKPOINT, Settings, comma_separated, named_settings, unknown_variables, worker_environment
+from service.settings import (
+    DEFAULT_CHECKPOINT,
+    Settings,
+    comma_separated,
+    named_settings,
+    unknown_variables,
+    worker_environment,
+)
 
 
 def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPatch) -> None:
