@@ -149,7 +149,7 @@ class Pipeline:
         if read_at >= queued.deadline_at:
             raise DeadlineError("the deadline passed before the body had come")
         # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
-        with self._slot(), self._scheduler.admitted(queued, read_at, self._delay(read_at, queued)):
+        with self._scheduler.admitted(queued, read_at, self._delay(read_at, queued)), self._slot():
             decoding = self._decoder.submit(data, queued.deadline_at, queued.priority)
             try:
                 result = await self._batcher.submit(decoding, queued)
@@ -175,9 +175,8 @@ class Pipeline:
 
     def _delay(self, now: float, queued: QueuedRequest) -> PreprocessingDelay:
         """Foretell what a new request has before it; those in the server have half of their loop time to come."""
-        others = max(0, self._in_flight - 1)
         queue_s = self._decoder.queue_s(now, queued.deadline_at, queued.priority)
-        return PreprocessingDelay(self._base_s(now), others * self._loop_s / 2, queue_s)
+        return PreprocessingDelay(self._base_s(now), self._slots_taken * self._loop_s / 2, queue_s)
 
     def _base_s(self, now: float) -> float:
         return self._decoder.expected_s(now) + self._loop_s / 2
