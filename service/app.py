@@ -5,11 +5,14 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
+from service.http.classify import make_classify
 from service.http.error_responses import ErrorAnswers
-from service.http.request_ids import RequestIds
-from service.http.routes import CLASSIFY_PATH, build_router, make_classify
+from service.http.origins import OriginPolicy
+from service.http.request_ids import HEADER, RequestIds
+from service.http.routes import CLASSIFY_PATH, build_router
 from service.runtime import ServerRuntime
 
 
@@ -32,6 +35,16 @@ def create_app(runtime: ServerRuntime, *, ready_first: bool = False, names_reque
     app.include_router(build_router(runtime.context, classify))
     # Ahead of the same route of FastAPI's, which describes it and would take the event loop thrice as long.
     app.router.routes.insert(0, Route(CLASSIFY_PATH, classify, methods=["POST"], include_in_schema=False))
+    context = runtime.context
+    app.add_middleware(OriginPolicy, origins=context.cors_origins, hosts=context.allowed_hosts)
+    if context.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=context.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[HEADER, "Server-Timing", "Retry-After"],
+        )
     if names_requests:
         app.add_middleware(RequestIds)
     ErrorAnswers(runtime.context.max_body_bytes).add_to(app)

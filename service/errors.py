@@ -5,6 +5,8 @@ ServiceError
 │   ├── InvalidParameterError     a parameter is outside its range
 │   ├── BudgetTooSmallError       no sub-network is cheap enough
 │   ├── UnsupportedMediaError     the declared type is no image
+│   ├── ForeignOriginError        a page of another site sent it
+│   ├── UnknownHostError          it is addressed to a name that is not the server's
 │   ├── BodyTooLargeError         more bytes than the server reads
 │   ├── UploadTimeoutError        the body does not arrive in time
 │   ├── ClientGoneError           the client has closed its connection
@@ -19,7 +21,7 @@ ServiceError
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-OverloadReason = Literal["no_time", "backlog", "preprocessing", "shed", "full"]
+OverloadReason = Literal["no_time", "backlog", "preprocessing", "shed", "full", "address"]
 
 
 class ServiceError(Exception):
@@ -56,9 +58,21 @@ class BudgetTooSmallError(RequestError):
 
 
 class UnsupportedMediaError(RequestError):
-    """The declared content type is no image."""
+    """The declared content type is no image, or its encoding is none that the server undoes."""
 
     code = "unsupported_media_type"
+
+
+class ForeignOriginError(RequestError):
+    """A page of another site sent it, and no setting admits that site."""
+
+    code = "foreign_origin"
+
+
+class UnknownHostError(RequestError):
+    """It is addressed to a name that is not the server's."""
+
+    code = "unknown_host"
 
 
 class BodyTooLargeError(RequestError):
@@ -111,7 +125,8 @@ class OverloadedError(ServiceError):
             message: for a person.
             reason: `no_time`, the budget is shorter than an answer takes at this moment even if nothing else waits;
                 `backlog`, what waits already leaves no time; `preprocessing`, too many are being read and decoded;
-                `shed`, for the sake of others; `full`, as many requests are in the server as may be.
+                `shed`, for the sake of others; `full`, as many requests are in the server as may be; `address`, as many
+                as may be of one address.
             retry_after_s: when it may be worth another try.
         """
         super().__init__(message, reason=reason, retry_after_s=round(retry_after_s, 3))

@@ -3,12 +3,19 @@
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from service.decoding.decoder import Decoder
 from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, Prediction, Timing
-from service.errors import BudgetTooSmallError, ClientGoneError, InvalidParameterError, ModelError, OverloadedError
+from service.errors import (
+    BudgetTooSmallError,
+    ClientGoneError,
+    DeadlineError,
+    InvalidParameterError,
+    ModelError,
+    OverloadedError,
+)
 from service.execution.batcher import Batcher
 from service.execution.results import Result
 from service.scheduling.estimators import Delay
@@ -49,7 +56,7 @@ class Pipeline:
             class_names: one per logit.
             decoder: makes images of bytes.
             batcher: runs the model.
-            max_in_flight: requests that may be in the pipeline at once.
+            max_in_flight: requests whose bodies are there that may be in the pipeline at once.
             default_budget_ms: granted to a request that names none.
             clock: monotonic, in seconds; the one that stamped `arrived_at`.
             loop_time: CPU seconds of the event loop's thread.
@@ -63,6 +70,7 @@ class Pipeline:
         self._clock = clock
         self._loop_time = loop_time
         self._in_flight = 0
+        self._slots_taken = 0  # by those of them whose bodies are there
         self._loop_s = 0.0  # of the event loop's CPU time per request, learned
         self._loop_used_s = self._idle_since_s = loop_time()
         self._unlearned = 0  # requests that have ended since
@@ -101,6 +109,20 @@ class Pipeline:
             if self._in_flight == 0:
                 self._idle_since_s = self._loop_time()
 
+    def check_room(self) -> None:
+        """See whether one more request may be in the pipeline.
+
+        Raises:
+            OverloadedError: it may not.
+        """
+        if self._slots_taken >= self._max_in_flight:
+            message = f"{self._max_in_flight} requests are in the server already; try again later"
+            raise OverloadedError(message, "full", self._scheduler.backlog_s(self._clock()))
+
+    def time_left_s(self, request: InferenceRequest) -> float:
+        """Tell how much of a request's budget is left for its body to arrive."""
+        return request.arrived_at + self._seen_s(request) - self._clock()
+
     def decide(self, request: InferenceRequest) -> Forecast:
         """Tell what would be chosen for a request that arrived now, without running anything.
 
@@ -117,14 +139,17 @@ class Pipeline:
         return Forecast(decision, preview.starts_in_s + predicted_s + self._reply.mean_s)
 
     async def _answer(self, read: Read, request: InferenceRequest) -> Classification:
-        if self._in_flight > self._max_in_flight:
-            message = f"{self._max_in_flight} requests are in the server already; try again later"
-            raise OverloadedError(message, "full", self._scheduler.backlog_s(self._clock()))
+        self.check_room()
         top_k = self._checked_top_k(request.top_k)
         queued, now = self._queued(request), self._clock()
-        with self._scheduler.admitted(queued, now, self._delay(now, queued)):
-            data = await read(queued.deadline_at - now)
-            read_at = self._clock()
+        self._scheduler.check(queued, now, self._delay(now, queued))
+        data = await read(queued.deadline_at - now)
+        self.check_room()
+        read_at = self._clock()
+        if read_at >= queued.deadline_at:
+            raise DeadlineError("the deadline passed before the body had come")
+        # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
+        with self._scheduler.admitted(queued, read_at, self._delay(read_at, queued)), self._slot():
             decoding = self._decoder.submit(data, queued.deadline_at, queued.priority)
             try:
                 result = await self._batcher.submit(decoding, queued)
@@ -140,11 +165,18 @@ class Pipeline:
             self._scheduler.deadline_missed(now)
         return answer
 
+    @contextmanager
+    def _slot(self) -> Iterator[None]:
+        self._slots_taken += 1
+        try:
+            yield
+        finally:
+            self._slots_taken -= 1
+
     def _delay(self, now: float, queued: QueuedRequest) -> PreprocessingDelay:
         """Foretell what a new request has before it; those in the server have half of their loop time to come."""
-        others = max(0, self._in_flight - 1)
         queue_s = self._decoder.queue_s(now, queued.deadline_at, queued.priority)
-        return PreprocessingDelay(self._base_s(now), others * self._loop_s / 2, queue_s)
+        return PreprocessingDelay(self._base_s(now), self._slots_taken * self._loop_s / 2, queue_s)
 
     def _base_s(self, now: float) -> float:
         return self._decoder.expected_s(now) + self._loop_s / 2

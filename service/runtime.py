@@ -26,7 +26,7 @@ from service.errors import NotReadyError
 from service.execution.batcher import Batcher
 from service.execution.throttle import UtilizationLimiter
 from service.execution.watchdog import Watchdog
-from service.http.routes import ReadyServer, RouteContext
+from service.http.context import ReadyServer, RouteContext
 from service.http.schemas import describe_family
 from service.machine.monitor import Monitor
 from service.machine.snapshot import prior_slowdown
@@ -34,7 +34,7 @@ from service.pipeline import Pipeline
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.policies import find_policy
 from service.scheduling.scheduler import Scheduler
-from service.settings import Settings, environment_variable
+from service.settings import Settings, comma_separated, environment_variable
 from service.telemetry.metrics import Metrics, process_registry
 from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
 
@@ -99,6 +99,9 @@ class ServerRuntime:
             monitor=self._monitor,
             max_body_bytes=settings.max_body_bytes,
             max_upload_s=settings.max_upload_s,
+            max_in_flight_per_address=settings.max_in_flight_per_address,
+            cors_origins=comma_separated(settings.cors_origins) or (),
+            allowed_hosts=comma_separated(settings.allowed_hosts),
             state=lambda: self._state,
             server=self._require_server,
             report=self._report,

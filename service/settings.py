@@ -23,6 +23,16 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 for any free one")
+    keep_alive_s: int = Field(75, ge=1, description="how long an idle connection is kept for its next request")
+    cors_origins: str | None = Field(
+        None, description="origins whose pages may ask, separated by commas; * for any; by default none but its own"
+    )
+    allowed_hosts: str | None = Field(
+        None, description="names that requests may be addressed to, separated by commas; any by default, IPs always"
+    )
+    forwarded_allow_ips: str | None = Field(
+        None, description="proxies whose X-Forwarded-For is believed, separated by commas; none by default"
+    )
     fd: int | None = Field(None, ge=0, description="inherited socket to listen on instead of host and port")
     workers: int = Field(1, ge=1, description="servers behind the one port, each on a share of the cores")
     engine: Literal["auto", "torch", "openvino"] = Field(
@@ -45,6 +55,11 @@ class Settings(BaseSettings):
     )
     max_batch_size: int = Field(16, ge=1, le=64, description="requests that may run together")
     max_in_flight: int = Field(1024, ge=1, description="requests in the server at once; more are rejected")
+    max_in_flight_per_address: int = Field(512, ge=1, description="requests in the server at once from one address")
+    max_connections: int = Field(
+        4096, ge=1, description="connections at once; of those that wait, the oldest is closed for a new one"
+    )
+    max_connections_per_address: int = Field(2048, ge=1, description="connections at once from one address")
     drain_s: float = Field(
         30, gt=0, allow_inf_nan=False, description="longest time to answer those admitted once told to stop"
     )
@@ -59,6 +74,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least serious log lines shown; debug has a line per request"
     )
+
+
+def comma_separated(names: str | None) -> tuple[str, ...] | None:
+    """Take apart a setting of several names; None stays None."""
+    return None if names is None else tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def worker_environment(settings: Settings) -> dict[str, str]:

@@ -9,7 +9,9 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -21,15 +23,18 @@ from service.domain import ServerState
 from service.errors import CommandError
 from service.hosting.interpreter import configure_gc
 from service.hosting.workers import Supervisor, beat, bind, split_cpus
+from service.http.connections import Connections
 from service.http.protocol import BoundedProtocol
 from service.machine.monitor import Monitor
 from service.runtime import LOG_FORMAT, ServerRuntime
-from service.settings import Settings, environment_variable, unknown_variables, worker_environment
+from service.settings import Settings, comma_separated, environment_variable, unknown_variables, worker_environment
 from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
+from service.telemetry.sparing_log import SparingLog
 
 logger = logging.getLogger(__name__)
 
-OTHER_FILES = 1024  # of the process itself, and of connections that are idle or about to be rejected
+OTHER_FILES = 1024  # of the process itself, and of connections that are about to be refused
+LEAST_FREE_FILES = 64
 
 
 class _Server(uvicorn.Server):
@@ -96,26 +101,29 @@ def share_out(settings: Settings, cores: float, *, is_quota: bool, is_on_cpu: bo
 
 
 def allow_connections(
-    max_in_flight: int,
+    max_connections: int,
     limits: tuple[int, int] | None = None,
     set_limits: Callable[[int, tuple[int, int]], None] = resource.setrlimit,
-) -> None:
+) -> int:
     """Raise the limit on open files as far as it goes: every connection is one, and 1024 are soon used up.
 
+    Returns:
+        How many connections it leaves room for.
+
     Args:
-        max_in_flight: requests at once.
+        max_connections: at once.
         limits: soft and hard, as they are.
         set_limits: changes them.
     """
     soft, hard = limits or resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max_in_flight + OTHER_FILES
+    wanted = max_connections + OTHER_FILES
     if hard != resource.RLIM_INFINITY and hard < wanted:
-        logger.warning(
-            "%d open files are allowed, fewer than %d requests at once need; see ulimit -n", hard, max_in_flight
-        )
+        max_connections = max(1, hard - min(OTHER_FILES, hard // 2))
+        logger.warning("%d open files are allowed, enough for %d connections; see ulimit -n", hard, max_connections)
         wanted = hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
         set_limits(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max_connections
 
 
 def _bind(settings: Settings, *, is_shared: bool = False) -> socket.socket:
@@ -143,10 +151,11 @@ def serve(settings: Settings) -> None:
     if settings.workers > 1 and settings.fd is None:
         supervise(settings)
         return
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each broken form would be one per client
     shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
     if settings.workers > 1 and shared_folder is None:
         raise CommandError("--workers listen on sockets of their own: leave out --fd, or --workers")
-    allow_connections(settings.max_in_flight)
+    max_connections = allow_connections(settings.max_connections)
     with _bind(settings) if settings.fd is None else socket.socket(fileno=settings.fd) as opened:
         checkpoint = load_checkpoint(settings.checkpoint)
         runtime = ServerRuntime(settings, checkpoint, on_failure=stop, heartbeat=tell_supervisor)
@@ -156,12 +165,15 @@ def serve(settings: Settings) -> None:
             logger.warning("the environment variable %s is no setting of this server", name)
         config = uvicorn.Config(
             app,
-            http=BoundedProtocol,
+            http=partial(BoundedProtocol, **_shared(settings, max_connections, runtime)),  # type: ignore[arg-type] # called
             ws="none",
             log_config=None,
             log_level=settings.log_level,
             access_log=settings.log_level == "debug",
             server_header=False,
+            timeout_keep_alive=settings.keep_alive_s,
+            proxy_headers=settings.forwarded_allow_ips is not None,
+            forwarded_allow_ips=settings.forwarded_allow_ips or [],
             timeout_graceful_shutdown=math.ceil(settings.drain_s),
         )
         server = _Server(config, runtime.drain)
@@ -173,6 +185,21 @@ def serve(settings: Settings) -> None:
         os._exit(1)
     if failed.is_set():
         raise CommandError("the model cannot run; the log says why")
+
+
+def _shared(settings: Settings, max_connections: int, runtime: ServerRuntime) -> dict[str, Any]:
+    """Make what all connections share."""
+    metrics = runtime.metrics.connections
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    connections = Connections(
+        max_connections,
+        settings.max_connections_per_address,
+        None if soft == resource.RLIM_INFINITY else soft - LEAST_FREE_FILES,
+        trusted=frozenset(comma_separated(settings.forwarded_allow_ips) or ()),
+        observe=metrics.closed,
+        observe_number=metrics.opened,
+    )
+    return {"connections": connections, "observe": metrics.closed, "log": SparingLog(logging.getLogger("service.http"))}
 
 
 def _on_hangup(stop: Callable[[int, FrameType | None], object]) -> None:

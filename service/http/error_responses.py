@@ -4,13 +4,12 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from service.errors import (
@@ -18,6 +17,7 @@ from service.errors import (
     BudgetTooSmallError,
     ClientGoneError,
     DeadlineError,
+    ForeignOriginError,
     ImageTooLargeError,
     InvalidImageError,
     InvalidParameterError,
@@ -25,6 +25,7 @@ from service.errors import (
     NotReadyError,
     OverloadedError,
     ServiceError,
+    UnknownHostError,
     UnsupportedMediaError,
     UploadTimeoutError,
     invalid_parameter,
@@ -43,6 +44,8 @@ STATUS = {
     UploadTimeoutError: 408,
     ClientGoneError: 499,  # for the log of accesses
     UnsupportedMediaError: 415,
+    ForeignOriginError: 403,
+    UnknownHostError: 421,
     OverloadedError: 429,
     NotReadyError: 503,
     DeadlineError: 504,
@@ -63,49 +66,66 @@ class ErrorAnswers:
         """Answer the errors of all routes of an app."""
         app.exception_handler(ServiceError)(self._on_service_error)
         app.exception_handler(RequestValidationError)(self._on_invalid_parameter)
-        app.exception_handler(HTTPException)(_on_http_error)
+        app.exception_handler(HTTPException)(self._on_http_error)
         app.exception_handler(Exception)(_on_bug)
 
     async def _on_service_error(self, request: Request, error: ServiceError) -> Response:
-        if isinstance(error, BodyTooLargeError):
+        if isinstance(error, BodyTooLargeError) and not _waits_to_send(request):
             await _discard(request)
-        status = STATUS.get(type(error), 500)
-        if status == 500:
-            logger.error("request %s: %s", request_id(request.scope), error.message)
-        response = _error(status, error.code, error.message, error.details)
-        unread = isinstance(error, BodyTooLargeError | UploadTimeoutError) or self._may_be_long(request)
-        return _closing(response) if unread else response
+        response = make_error_response(*describe_error(error, request.scope))
+        is_unread = isinstance(error, BodyTooLargeError | UploadTimeoutError)
+        return _closing(response) if is_unread or self._may_be_long(request) else response
 
     async def _on_invalid_parameter(self, request: Request, error: RequestValidationError) -> Response:
         # FastAPI says first of all that it is the query.
         problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
         return await self._on_service_error(request, invalid_parameter(problems))
 
+    async def _on_http_error(self, request: Request, error: HTTPException) -> Response:
+        code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+        message, allowed = error.detail, (error.headers or {}).get("Allow")
+        if allowed is not None:
+            message = f"{request.url.path} takes {allowed}, not {request.method}"
+        response = make_error_response(error.status_code, _described(code, message), error.headers)
+        return _closing(response) if self._may_be_long(request) else response
+
     def _may_be_long(self, request: Request) -> bool:
-        length = request.headers.get("content-length", "0")
-        return "transfer-encoding" in request.headers or int(length) > self._max_body_bytes
+        if "transfer-encoding" in request.headers or _waits_to_send(request):
+            return True
+        return int(request.headers.get("content-length", "0")) > self._max_body_bytes
 
 
-async def _on_http_error(_: Request, error: HTTPException) -> Response:
-    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-    return _error(error.status_code, code, error.detail, {}, error.headers)
+def describe_error(error: ServiceError, scope: MutableMapping[str, Any]) -> tuple[int, ErrorAnswer]:
+    """Return the status of an error and what is said of it; the log says by which request the server failed."""
+    status = STATUS.get(type(error), 500)
+    if status == 500:
+        logger.error("request %s: %s", request_id(scope), error.message)
+    return status, _described(error.code, error.message, error.details)
+
+
+def make_error_response(status: int, answer: ErrorAnswer, headers: Mapping[str, str] | None = None) -> Response:
+    """Put an error on the wire."""
+    headers = dict(headers or {})
+    if status in (429, 503):
+        retry_after_s = math.ceil(answer.error.details.get("retry_after_s", 0))
+        headers["Retry-After"] = str(max(RETRY_AFTER_S, retry_after_s))
+    return Response(answer.model_dump_json(), status, headers, "application/json")
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     name = request_id(request.scope)
     logger.error("request %s: %r", name, error)  # uvicorn logs where it came from
     headers = {HEADER: name} if KEY in request.scope else {}  # this answer goes past the middleware
-    return _error(500, ServiceError.code, "the server failed; its log says why", {}, headers)
+    return make_error_response(500, _described(ServiceError.code, "the server failed; its log says why"), headers)
 
 
-def _error(
-    status: int, code: str, message: str, details: dict[str, Any], headers: Mapping[str, str] | None = None
-) -> Response:
-    headers = dict(headers or {})
-    if status in (429, 503):
-        headers["Retry-After"] = str(max(RETRY_AFTER_S, math.ceil(details.get("retry_after_s", 0))))
-    body = ErrorAnswer(error=ErrorDetail(code=code, message=message, details=details))
-    return JSONResponse(body.model_dump(), status, headers)
+def _described(code: str, message: str, details: dict[str, Any] | None = None) -> ErrorAnswer:
+    return ErrorAnswer(error=ErrorDetail(code=code, message=message, details=details or {}))
+
+
+def _waits_to_send(request: Request) -> bool:
+    """Tell whether the client sends its body only once it is told to go on: it is not to be told so in vain."""
+    return "expect" in request.headers
 
 
 def _closing(response: Response) -> Response:

@@ -1,59 +1,134 @@
-"""HTTP/1.1 as uvicorn speaks it, from clients whose requests begin within bounds of size and time.
+"""HTTP/1.1 as uvicorn speaks it, from clients whose requests begin within bounds of size and time, one at a time.
 
-uvicorn's parser is written in C and has neither bound: a head that never ends would be kept in memory, at some 25 times
-its size where its lines are short, and connections that say nothing would stay for good.
+uvicorn's parser is written in C and has no bound: a head that never ends would be kept in memory, at some 25 times its
+size where its lines are short, a client that sends requests and reads no answers would fill it, and connections that
+say nothing would stay for good.
 """
 
 import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.http.connections import Connections
+from service.http.sockets import waited_s, was_reset
+from service.telemetry.sparing_log import SparingLog
 
 MAX_HEAD_BYTES = 32_768
 HEAD_S = 10.0
 # Of what is left of a body after its request got an error. Most clients read no answer before they have sent all.
 REFUSED_BODY_S = 30.0
+UNREAD_S = 30.0  # an answer that the client does not take out of its socket
+# A client that has closed its sending half may have left: nothing tells but that it resets what is written to it. Most
+# have their answer before.
+PROBE_S = 0.25
+RESET_S = 0.05
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+UNAVAILABLE = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: text/plain; charset=utf-8\r\n"
+    b"content-length: 21\r\nconnection: close\r\n\r\nToo many connections."
+)
+END_OF_HEAD = b"\r\n\r\n"  # and of a body in chunks
+# No other protocol is spoken here, and the parser would take a body for the beginning of that.
+UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*(?=\r\n)", re.IGNORECASE)
+ARRIVED_AT = "supervit.arrived_at"  # of the scope: when the first byte of the request was there to be read
+
+logger = logging.getLogger(__name__)
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """Closes a connection whose next request's head is larger than MAX_HEAD_BYTES or takes longer than HEAD_S.
 
-    The time is counted from the connection's start or, on one that is kept alive, from the head's first byte; how long
-    it may be silent before that is uvicorn's to say. The rest of a body that outlasts the answer has REFUSED_BODY_S.
+    The time is counted from the head's first byte; a new connection has as long until that comes, and how long one that
+    is kept may be silent is uvicorn's to say. The rest of a body that outlasts the answer has REFUSED_BODY_S.
+    Nothing is parsed of what comes after a request before that has its answer.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - uvicorn's to say
+    def __init__(
+        self,
+        *args: Any,  # noqa: ANN401 - uvicorn's to say
+        connections: Connections,
+        observe: Callable[[str], None] = lambda _: None,
+        log: SparingLog | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        **kwargs: Any,  # noqa: ANN401 - as above
+    ) -> None:
+        """Take what uvicorn gives, and what all connections share.
+
+        Args:
+            args: uvicorn's.
+            connections: counts them.
+            observe: told why a connection is closed that its client would have kept.
+            log: of what such clients do.
+            clock: monotonic, in seconds; stamps `arrived_at`.
+            kwargs: uvicorn's.
+        """
         super().__init__(*args, **kwargs)
+        self._all, self._observe, self._log, self._clock = connections, observe, log or SparingLog(logger), clock
         self._in_head = True
         self._bytes = 0  # of this request, so far
+        self._body_left: int | None = None  # bytes; None of a body in chunks
+        self._tail = b""  # the last bytes that were parsed, with which an END_OF_HEAD may have begun
+        self._unparsed, self._start = b"", 0  # what came, and how far it is parsed
+        self._received_at = self._arrived_at = 0.0
+        self._has_ended = False  # the client sends no more
+        self._was_probed = False
         self._timeout: asyncio.TimerHandle | None = None
+        self._unread_timeout: asyncio.TimerHandle | None = None
+        self._probe_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
         """Begin to wait for the first head."""
         super().connection_made(transport)
-        self._start_timeout(HEAD_S)
+        opened = transport.get_extra_info("socket")
+        if self._all.admit(self, self.client[0] if self.client else None, opened.fileno()):
+            self._start_timeout(HEAD_S)
+        else:
+            self._log.warning("a connection was refused: there are too many; see --max-connections and ulimit -n")
+            transport.write(UNAVAILABLE)
+            self._close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer."""
+        self._all.forget(self)
         self._forget_timeout()
+        self._forget_probe()
+        if self._unread_timeout is not None:
+            self._unread_timeout.cancel()
         super().connection_lost(exc)
+        self._unparsed = b""
+
+    def give_way(self) -> None:
+        """Close, so that another may be opened."""
+        self._log.warning("a connection that waited was closed for a new one; see --max-connections")
+        self._close()
 
     def data_received(self, data: bytes) -> None:
-        """Pass on what came, in pieces so small that a head cannot grow much larger than it may before it is seen."""
-        for start in range(0, len(data), MAX_HEAD_BYTES):
-            if self.transport.is_closing():
-                return
-            piece = data[start : start + MAX_HEAD_BYTES]
-            if self._in_head and not self._bytes and self.cycle is not None and self.cycle.response_complete:
-                self._forget_timeout()  # of the silence before
-            if self._in_head:
-                self._start_timeout(HEAD_S)
-            self._bytes += len(piece)
-            super().data_received(piece)
-            if self._in_head and self._bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-                self.send_400_response(f"The request's head is larger than {MAX_HEAD_BYTES} bytes.")
-            if not self._in_head and not self._is_answering:
-                self._start_timeout(REFUSED_BODY_S)
+        """Pass on what came, as far as it belongs to one request."""
+        self._unset_keepalive_if_required()
+        self._received_at = self._clock()
+        if self._in_head and not self._bytes:
+            self._received_at -= waited_s(self.transport)
+        self._unparsed, self._start = self._unparsed[self._start :] + data, 0
+        self._parse()
+
+    def eof_received(self) -> bool:  # type: ignore[override] # asyncio's says so, uvicorn's does not
+        """Go on with what was asked already; ask nothing of what was not."""
+        self._has_ended = True
+        is_due = self._must_wait
+        if is_due:
+            self._probe_timer = self.loop.call_later(PROBE_S, self._probe)
+        return is_due
+
+    def on_message_begin(self) -> None:
+        """Stamp the request."""
+        super().on_message_begin()
+        self.scope[ARRIVED_AT] = self._arrived_at  # type: ignore[literal-required] # a key of our own
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Note a header; the trailers of a body in chunks are of no use here, and have no bound."""
@@ -64,19 +139,136 @@ class BoundedProtocol(HttpToolsProtocol):
         """Let the body come."""
         self._in_head = False
         self._forget_timeout()
+        headers = dict(self.headers)
+        self._body_left = None if b"transfer-encoding" in headers else int(headers.get(b"content-length", b"0"))
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """Look out for the next head."""
-        self._in_head, self._bytes = True, 0
+        self._in_head, self._bytes, self._tail = True, 0, b""
         self._forget_timeout()
         super().on_message_complete()
-        if not self._is_answering:  # uvicorn began to count the silence when it answered, and stopped at the next byte
+        if self._is_answering:
+            self._all.works(self)
+        else:  # uvicorn began to count the silence when it answered, and stopped at the next byte
             self._start_timeout(HEAD_S)
+
+    def on_response_complete(self) -> None:
+        """Go on with what has come in the meantime."""
+        super().on_response_complete()
+        self._forget_probe()
+        if self.transport.is_closing():
+            self._close()
+            return
+        self._all.waits(self)
+        if self._unparsed:
+            self._unset_keepalive_if_required()
+            self._parse()
+        if self._has_ended and not self._must_wait:
+            self._close()
+
+    def pause_writing(self) -> None:
+        """Let the client take out of its socket what waits for it, but not for ever."""
+        super().pause_writing()
+        self._start_unread_timeout()
+
+    def resume_writing(self) -> None:
+        """It has done so."""
+        if self._unread_timeout is not None and not self.transport.is_closing():
+            self._unread_timeout.cancel()
+            self._unread_timeout = None
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection that has been silent for too long."""
+        self._close()
 
     @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _must_wait(self) -> bool:
+        """Whether what comes next is of another request than the one that is being answered."""
+        return self._in_head and self._is_answering
+
+    def _parse(self) -> None:
+        """Parse what there is, in pieces that hold no more than the end of one request."""
+        data, start = self._unparsed, self._start
+        while start < len(data) and not self._must_wait and not self.transport.is_closing():
+            if self._in_head:
+                if not self._bytes:
+                    self._arrived_at = self._received_at
+                    self._all.waits(self)
+                    self._forget_timeout()  # of the silence before
+                self._start_timeout(HEAD_S)
+            end = self._end_of_piece(data, start)
+            self._bytes += end - start
+            piece = data[start:end]
+            self._feed(UPGRADE.sub(b"", piece) if self._in_head else piece)
+            start = end
+            if self._in_head and self._bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self._refuse(f"The request's head is larger than {MAX_HEAD_BYTES} bytes.")
+            if not self._in_head and not self._is_answering:
+                self._start_timeout(REFUSED_BODY_S)
+        if start < len(data) and self._must_wait:
+            self._start = start
+            self.flow.pause_reading()
+        else:
+            self._unparsed, self._start = b"", 0
+
+    def _end_of_piece(self, data: bytes, start: int) -> int:
+        if not self._in_head and self._body_left is not None:
+            end = min(len(data), start + self._body_left)
+            self._body_left -= end - start
+            return end
+        before = len(self._tail)
+        straddling = (self._tail + data[start : start + 3]).find(END_OF_HEAD)
+        if straddling >= 0:
+            end = start + straddling + len(END_OF_HEAD) - before
+        else:
+            found = data.find(END_OF_HEAD, start, start + MAX_HEAD_BYTES)
+            end = found + len(END_OF_HEAD) if found >= 0 else min(len(data), start + MAX_HEAD_BYTES)
+        self._tail = (self._tail + data[max(start, end - 3) : end])[-3:]
+        return end
+
+    def _feed(self, piece: bytes) -> None:
+        try:
+            self.parser.feed_data(piece)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # the latter: of a CONNECT
+            self._refuse("Invalid HTTP request received.")
+
+    def _refuse(self, message: str) -> None:
+        self._observe("bad_request")
+        self._log.warning("a request was refused that is no HTTP")
+        self.send_400_response(message)
+        self._close()
+
+    def _probe(self) -> None:
+        """See whether the client, which sends no more, still waits: one that has left resets what is written to it."""
+        self._probe_timer = None
+        if self.transport.is_closing():
+            return
+        if was_reset(self.transport):
+            self.transport.abort()
+            return
+        if not self._was_probed and not self.cycle.response_started and self.scope["http_version"] == "1.1":
+            self._was_probed = True
+            self.transport.write(CONTINUE)
+        self._probe_timer = self.loop.call_later(RESET_S, self._probe)
+
+    def _close(self) -> None:
+        """Close, but not wait for ever until what is written has been read."""
+        self.transport.close()
+        self._start_unread_timeout()
+
+    def _start_unread_timeout(self) -> None:
+        if self._unread_timeout is None:
+            self._unread_timeout = self.loop.call_later(UNREAD_S, self._abort)
+
+    def _abort(self) -> None:
+        self._observe("unread")
+        self.transport.abort()
 
     def _start_timeout(self, seconds: float) -> None:
         if self._timeout is None:
@@ -84,12 +276,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _time_out(self) -> None:
         self._timeout = None
-        if self._is_answering:  # what came is of the request after that; it can wait
-            self._start_timeout(HEAD_S)
-        else:
-            self.transport.close()
+        self._observe("slow")
+        self._close()
 
     def _forget_timeout(self) -> None:
         if self._timeout is not None:
             self._timeout.cancel()
             self._timeout = None
+
+    def _forget_probe(self) -> None:
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
+            self._probe_timer = None

@@ -1,53 +1,28 @@
-"""What goes over the wire: query parameters in, answers out, as pydantic models."""
+"""What goes over the wire as an answer, as pydantic models; what comes in is in queries."""
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field
 
 from models.checkpoint import Checkpoint
 from models.profiles import SubNetworkProfile
-from models.subnetwork import SubNetwork, SuperViTConfig
-from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast
+from models.subnetwork import SuperViTConfig
+from service.domain import Classification, Decision, Forecast
 from service.scheduling.catalog import VariantCatalog
 
-LOWEST_PRIORITY = -10  # more than a handful of classes cannot be told apart
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    code: str = Field(description="machine-readable, stable")
+    message: str = Field(description="a sentence for a person")
+    details: dict[str, Any] = Field(description="values that a program may want")
 
 
-class DecideQuery(BaseModel):
-    """Query parameters of POST /decide: what a request grants, and what it insists on."""
+class ErrorAnswer(BaseModel):
+    """The one shape of every error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    budget_ms: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="time from arrival within which the answer is wanted"
-    )
-    budget_gflops: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="most that the answer may cost, in 1e9 multiply-accumulates"
-    )
-    priority: int = Field(0, ge=LOWEST_PRIORITY, le=0, description="0 is normal; lower may be rejected or shed first")
-    patch_grid: int | None = Field(None, ge=1, description="with keep_rate: a sub-network by name, not by budget")
-    keep_rate: float | None = Field(None, gt=0, le=1, description="with patch_grid: a sub-network by name")
-
-    @model_validator(mode="after")
-    def _both_or_none(self) -> "DecideQuery":
-        if (self.patch_grid is None) != (self.keep_rate is None):
-            raise ValueError("patch_grid and keep_rate go together: give both or none")
-        return self
-
-    @property
-    def subnetwork(self) -> SubNetwork | None:
-        """The sub-network asked for by name."""
-        if self.patch_grid is None or self.keep_rate is None:
-            return None
-        return SubNetwork(self.patch_grid, self.keep_rate)
-
-
-class ClassifyQuery(DecideQuery):
-    """Query parameters of POST /classify."""
-
-    top_k: int | None = Field(
-        None, ge=1, description=f"predictions to return, up to the number of classes; {DEFAULT_TOP_K} by default"
-    )
+    error: ErrorDetail
 
 
 class PredictionAnswer(BaseModel):
@@ -105,6 +80,24 @@ class ClassifyAnswer(BaseModel):
     model: ModelAnswer
 
 
+class ResultAnswer(ClassifyAnswer):
+    """Answer to one of several images."""
+
+    status: Literal[200]
+
+
+class FailureAnswer(ErrorAnswer):
+    """Why one of several images has no answer."""
+
+    status: int = Field(description="what the image alone would have been answered with")
+
+
+class ResultsAnswer(BaseModel):
+    """Answer to POST /classify with several images."""
+
+    results: list[ResultAnswer | FailureAnswer] = Field(description="in the order of the images")
+
+
 class DecideAnswer(BaseModel):
     """Answer to POST /decide."""
 
@@ -156,35 +149,6 @@ class HealthAnswer(BaseModel):
     """Answer to the health checks."""
 
     status: str
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    code: str = Field(description="machine-readable, stable")
-    message: str = Field(description="a sentence for a person")
-    details: dict[str, Any] = Field(description="values that a program may want")
-
-
-class ErrorAnswer(BaseModel):
-    """The one shape of every error."""
-
-    error: ErrorDetail
-
-
-def describe_parameters(query: type[BaseModel]) -> list[dict[str, Any]]:
-    """Describe the fields of a query model as the parameters of an OpenAPI operation."""
-    schema = query.model_json_schema()
-    return [
-        {
-            "name": name,
-            "in": "query",
-            "required": name in schema.get("required", ()),
-            "description": field.get("description", ""),
-            "schema": {key: value for key, value in field.items() if key != "description"},
-        }
-        for name, field in schema["properties"].items()
-    ]
 
 
 def describe_model(checkpoint: Checkpoint) -> ModelAnswer:

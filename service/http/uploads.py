@@ -1,12 +1,15 @@
-"""The image out of a request's body, whether it is the body or a form's field, without reading more than is allowed."""
+"""The body of a request: what kind it is, and its bytes, without reading more or longer than is allowed."""
 
 import asyncio
+import binascii
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import Headers, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from pydantic_core import from_json
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from service.errors import (
@@ -14,54 +17,124 @@ from service.errors import (
     ClientGoneError,
     DeadlineError,
     InvalidImageError,
+    InvalidParameterError,
     UnsupportedMediaError,
     UploadTimeoutError,
 )
+from service.http.forms import UNTYPED, Form, FormReader
 
-FIELD = "file"
-MAX_FORM_PARTS = 16
 LATE_S = 0.05
-# What clients send that name no type: none at all, "some bytes", and what `curl --data-binary` says of itself.
-UNTYPED = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+# A body that comes slower holds a connection and memory for little: a phone on 2G sends some 5,000 bytes a second.
+LEAST_BYTES_PER_S = 1000
+SLOW_START_S = 5.0
+MAX_JSON_MEMBERS = 64  # base64 has none of the signs that begin one
+BASE64_PIECE = 1 << 20  # characters; the event loop goes on between two of them
+
+
+class BodyKind(Enum):
+    """How a body holds its image."""
+
+    IMAGE = "it is one"
+    FORM = "in a part of a form"
+    JSON = "as base64 in JSON"
+
+
+def kind_of_body(headers: Headers) -> BodyKind:
+    """Tell from a request's headers how its body holds the image.
+
+    Raises:
+        UnsupportedMediaError: the content type says that it holds none, or its encoding is none that is undone here.
+    """
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", ""):
+        raise UnsupportedMediaError(f"the content encoding {encoding} is not undone here; send the body as it is")
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
+        return BodyKind.FORM
+    if media_type == "application/json":
+        return BodyKind.JSON
+    if not media_type.startswith("image/") and media_type not in UNTYPED:
+        accepted = "image/*, multipart/form-data or application/json"
+        raise UnsupportedMediaError(f"the content type {media_type} is no image; send {accepted}")
+    return BodyKind.IMAGE
 
 
 async def read_image(
     request: Request, max_bytes: int, max_s: float, within_s: float = math.inf, late_s: float = LATE_S
 ) -> bytes:
-    """Read the image of a request: the multipart field `file`, or else the whole body.
+    """Read a body that is an image; arguments and errors as `receive`."""
+    chunks: list[bytes] = []
+    await receive(request, chunks.append, max_bytes, max_s, within_s, late_s)
+    return b"".join(chunks)
+
+
+async def read_form(request: Request, max_bytes: int, max_s: float, within_s: float = math.inf) -> Form:
+    """Read a body that is a form; arguments and errors as `receive`, and those of a FormReader."""
+    reader = FormReader(request.headers["content-type"])
+    await receive(request, reader.feed, max_bytes, max_s, within_s)
+    return reader.close()
+
+
+async def read_json(request: Request, max_bytes: int, max_s: float, within_s: float = math.inf) -> Form:
+    """Read a body that is JSON with an image in base64; arguments and errors as `receive`.
+
+    Raises:
+        InvalidParameterError: it is no JSON object, has no text as its `image`, or a parameter is no number.
+        InvalidImageError: the text is no base64.
+    """
+    members = _members(await read_image(request, max_bytes, max_s, within_s))
+    text = members.pop("image", None)
+    if not isinstance(text, str):
+        raise InvalidParameterError("image: base64 or a data URL is wanted", parameter="image")
+    for name, value in members.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise InvalidParameterError(f"{name}: a number is wanted", parameter=name)
+    fields = tuple((name, value) for name, value in members.items() if value is not None)
+    return Form((await _decode(text),), fields)
+
+
+async def receive(
+    request: Request,
+    feed: Callable[[bytes], object],
+    max_bytes: int,
+    max_s: float,
+    within_s: float = math.inf,
+    late_s: float = LATE_S,
+) -> None:
+    """Receive a request's body.
 
     Args:
         request: its body not yet read.
+        feed: takes each piece of it.
         max_bytes: most bytes of the body to read.
         max_s: longest time to wait for the whole body, or slow clients would fill the server.
         within_s: time after which its answer would be too late.
         late_s: of an event loop that is told of a timeout: then what the socket holds may have come in time.
 
     Raises:
-        UnsupportedMediaError: the content type says that the body is no image.
         BodyTooLargeError: the body is longer; no more than the limit was read.
-        UploadTimeoutError: the body took longer than either.
+        UploadTimeoutError: the body took longer than either, or came at less than LEAST_BYTES_PER_S.
         DeadlineError: so it may have done, but the event loop was too busy to see in time whether it was there.
-        InvalidImageError: the form is broken or has no such file.
         ClientGoneError: the client left.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    is_form = media_type == "multipart/form-data"
-    if not is_form and not media_type.startswith("image/") and media_type not in UNTYPED:
-        raise UnsupportedMediaError(f"the content type {media_type} is no image; send image/* or multipart/form-data")
-    declared_length = request.headers.get("content-length", "")
-    is_declared = declared_length.isascii() and declared_length.isdigit() and "transfer-encoding" not in request.headers
-    if is_declared and int(declared_length) > max_bytes:
+    if _declares_more(request.headers, max_bytes):
         raise _too_large(max_bytes)
-    # Of a body with a length, the HTTP parser reads no more than that.
-    chunks = request.stream() if is_declared else _limited(request.stream(), max_bytes)
+    loop, size = asyncio.get_running_loop(), 0
+    started_at = loop.time()
+    ends_at = started_at + max(0.0, min(max_s, within_s))
     try:
-        async with asyncio.timeout(max(0.0, min(max_s, within_s))) as limit:
-            if is_form:
-                return await _read_field(request.headers, chunks, max_bytes)
-            return b"".join([chunk async for chunk in chunks])
+        async with asyncio.timeout_at(min(ends_at, started_at + SLOW_START_S)) as limit:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
+                feed(chunk)
+                limit.reschedule(min(ends_at, started_at + SLOW_START_S + size / LEAST_BYTES_PER_S))
     except TimeoutError as error:
-        if within_s < max_s and asyncio.get_running_loop().time() - (limit.when() or 0.0) > late_s:
+        ended_at = limit.when() or 0.0
+        if ended_at < ends_at:
+            raise UploadTimeoutError(f"the body came slower than {LEAST_BYTES_PER_S} bytes a second") from error
+        if within_s < max_s and loop.time() - ended_at > late_s:
             raise DeadlineError("the deadline passed before the server looked at the body") from error
         allowed = "its budget" if within_s < max_s else f"{max_s:g} s"
         raise UploadTimeoutError(f"the body did not arrive within {allowed}") from error
@@ -69,32 +142,44 @@ async def read_image(
         raise ClientGoneError("the client left in the middle of its upload") from error
 
 
-async def _read_field(headers: Headers, chunks: AsyncGenerator[bytes, None], max_bytes: int) -> bytes:
-    parser = MultiPartParser(headers, chunks, max_files=MAX_FORM_PARTS, max_fields=MAX_FORM_PARTS)
-    parser.spool_max_size = max_bytes  # keep the file in memory: the disk may be read-only
-    try:
-        form = await parser.parse()
-    except (MultiPartException, LookupError, ValueError) as error:  # the latter two: a charset that is none
-        raise InvalidImageError(f"the form is broken: {error}") from error
-    try:
-        uploads = form.getlist(FIELD)
-        if len(uploads) > 1:
-            raise InvalidImageError(f"the form has {len(uploads)} fields {FIELD!r}; send one image per request")
-        if not uploads or not isinstance(uploads[0], UploadFile):
-            raise InvalidImageError(f"the form has no file in its field {FIELD!r}, or was cut off before its end")
-        return await uploads[0].read()
-    finally:
-        await form.close()
-
-
-async def _limited(chunks: AsyncGenerator[bytes, None], max_bytes: int) -> AsyncGenerator[bytes, None]:
-    size = 0
-    async for chunk in chunks:
-        size += len(chunk)
-        if size > max_bytes:
-            raise _too_large(max_bytes)
-        yield chunk
+def _declares_more(headers: Mapping[str, str], max_bytes: int) -> bool:
+    """Tell whether a body has a length over the limit; that of one in chunks proves nothing."""
+    length = headers.get("content-length", "")
+    is_declared = length.isascii() and length.isdigit() and "transfer-encoding" not in headers
+    return is_declared and int(length) > max_bytes
 
 
 def _too_large(max_bytes: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"the body is longer than {max_bytes} bytes", max_body_bytes=max_bytes)
+
+
+def _members(body: bytes) -> dict[str, Any]:
+    """Parse a JSON object with few members: one of millions would fill the memory."""
+    is_small = sum(map(body.count, (b",", b"[", b"{"))) <= MAX_JSON_MEMBERS
+    try:
+        members = from_json(body, allow_inf_nan=False) if is_small else None
+    except ValueError as error:
+        raise InvalidParameterError("the body is no JSON") from error
+    if not isinstance(members, dict):
+        raise InvalidParameterError("the body is no JSON object with an image and its parameters")
+    return members
+
+
+async def _decode(text: str) -> bytes:
+    """Decode base64, or a data URL with it."""
+    if text.startswith("data:"):
+        kind, _, text = text.partition(",")
+        media_type, *parameters = (part.strip().lower() for part in kind.removeprefix("data:").split(";"))
+        if not media_type.startswith("image/") and media_type not in UNTYPED:
+            raise UnsupportedMediaError(f"image: a data URL of the type {media_type}, which is no image")
+        if "base64" not in parameters:
+            raise InvalidImageError("image: a data URL that is not in base64")
+    text = "".join(text.split())  # tools break its lines
+    data = bytearray()
+    try:
+        for start in range(0, len(text), BASE64_PIECE):
+            data += binascii.a2b_base64(text[start : start + BASE64_PIECE], strict_mode=True)
+            await asyncio.sleep(0)
+    except ValueError as error:
+        raise InvalidImageError("image: neither base64 nor a data URL") from error
+    return bytes(data)

@@ -116,14 +116,25 @@ class Scheduler:
             OverloadedError: even the cheapest sub-network could not answer it in time, unless requests of lower
                 priority and those due later are put behind it; says when to try again.
         """
-        rejection = self._rejection(request, now, delay)
-        if rejection is None or rejection.reason != "no_time":  # all others a cheaper level may help, if to be decoded
-            self._traffic.count(now)
-        if rejection is not None:
-            if rejection.reason == "backlog":  # a cheaper level would have cured nothing else
-                self._safety_factor.observe(0, 1, now)
-            raise rejection
+        self.check(request, now, delay)
+        self._traffic.count(now)
         self._queue.admit(request)
+
+    @_locked
+    def check(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
+        """Reject what `admit` would, and admit nothing: a body that is still to come shall keep no other request out.
+
+        Raises:
+            OverloadedError: as `admit`.
+        """
+        rejection = self._rejection(request, now, delay)
+        if rejection is None:
+            return
+        if rejection.reason != "no_time":  # all others a cheaper level may help, if to be decoded
+            self._traffic.count(now)
+        if rejection.reason == "backlog":  # a cheaper level would have cured nothing else
+            self._safety_factor.observe(0, 1, now)
+        raise rejection
 
     @_locked
     def enqueue(self, request: QueuedRequest) -> None:

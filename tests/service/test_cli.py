@@ -178,23 +178,25 @@ def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "raised", "warned"),
+    ("limits", "raised", "warned", "room"),
     [
-        ((1024, 4096), (2024, 4096), False),
-        ((1024, 1500), (1500, 1500), True),
-        ((8192, 8192), None, False),
-        ((1024, resource.RLIM_INFINITY), (2024, resource.RLIM_INFINITY), False),
-        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, False),
+        ((1024, 4096), (2024, 4096), False, 1000),
+        ((1024, 1500), (1500, 1500), True, 750),
+        ((1024, 2020), (2020, 2020), True, 1010),
+        ((8192, 8192), None, False, 1000),
+        ((1024, resource.RLIM_INFINITY), (2024, resource.RLIM_INFINITY), False, 1000),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, False, 1000),
     ],
 )
-def test_as_many_connections_as_requests_are_allowed(
+def test_as_many_connections_are_allowed_as_the_limit_on_open_files_leaves_room_for(
     caplog: pytest.LogCaptureFixture,
     limits: tuple[int, int],
     raised: tuple[int, int] | None,
     warned: bool,
+    room: int,
 ) -> None:
     given: list[tuple[int, int]] = []
-    allow_connections(1000, limits, lambda _, limit: given.append(limit))
+    assert allow_connections(1000, limits, lambda _, limit: given.append(limit)) == room
     assert given == ([raised] if raised else [])
     assert ("open files are allowed" in caplog.text) == warned
 

@@ -196,6 +196,28 @@ async def test_more_than_the_limit_are_rejected_before_their_bodies_are_read(pro
         assert await pipeline.classify(read, wanted())
 
 
+async def test_a_request_whose_body_still_comes_holds_no_slot(profiles: ProfileTable) -> None:
+    arrives = asyncio.Event()
+
+    async def drip(_: float) -> bytes:
+        await arrives.wait()
+        return b"xx"
+
+    parts = Parts()
+    async with running(parts, profiles, max_in_flight=1) as pipeline:
+        early, late = [asyncio.create_task(pipeline.classify(drip, wanted())) for _ in range(2)]
+        await asyncio.sleep(0)
+        pipeline.check_room()
+        arrives.set()
+        with pytest.raises(OverloadedError, match="1 requests are in the server"):
+            await late
+        with pytest.raises(OverloadedError):
+            pipeline.check_room()
+        parts.open()
+        assert await early
+        pipeline.check_room()
+
+
 async def test_waiting_for_a_decode_thread_is_time_in_the_queue(profiles: ProfileTable) -> None:
     parts, now = Parts(), 5.0
     parts.model_gate.set()

@@ -4,7 +4,14 @@ import pytest
 from pydantic import ValidationError
 
 from models.files.sources import find_checkpoint, shipped_names
-from service.settings import DEFAULT_CHECKPOINT, Settings, named_settings, unknown_variables, worker_environment
+from service.settings import (
+    DEFAULT_CHECKPOINT,
+    Settings,
+    comma_separated,
+    named_settings,
+    unknown_variables,
+    worker_environment,
+)
 
 
 def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13,6 +20,13 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "host": "0.0.0.0",
         "port": "80",
         "fd": "3",
+        "keep_alive_s": "60",
+        "cors_origins": "https://example.org",
+        "allowed_hosts": "example.org",
+        "forwarded_allow_ips": "10.0.0.1",
+        "max_in_flight_per_address": "8",
+        "max_connections": "9",
+        "max_connections_per_address": "7",
         "workers": "2",
         "device": "cuda:1",
         "max_batch_size": "3",
@@ -53,6 +67,12 @@ def test_a_value_outside_its_range_is_rejected(monkeypatch: pytest.MonkeyPatch, 
 
 def test_every_knob_says_what_it_is() -> None:
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_a_setting_of_several_names_is_taken_apart_at_its_commas() -> None:
+    assert comma_separated(None) is None
+    assert comma_separated("") == ()
+    assert comma_separated("a.example, b.example,") == ("a.example", "b.example")
 
 
 def test_a_variable_that_is_no_knob_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

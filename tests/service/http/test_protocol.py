@@ -1,18 +1,39 @@
 import asyncio
+import logging
+import socket
+import struct
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import uvicorn
 
-from service.http import protocol as connections
-from service.http.protocol import MAX_HEAD_BYTES, BoundedProtocol
+from service.http.connections import Connections
+from service.http.protocol import (
+    ARRIVED_AT,
+    HEAD_S,
+    MAX_HEAD_BYTES,
+    PROBE_S,
+    REFUSED_BODY_S,
+    UNREAD_S,
+    BoundedProtocol,
+)
 
 pytestmark = pytest.mark.anyio
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
+KEEP_ALIVE_S = 75
+SETTLE_S = 0.001  # of virtual time, which passes once nothing else is left to do
+GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+async def answer(send: Send, content: bytes) -> None:
+    headers = [(b"content-length", b"%d" % len(content))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
 
 
 async def measure(scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -22,32 +43,78 @@ async def measure(scope: dict[str, Any], receive: Receive, send: Send) -> None:
         message = await receive()
         size += len(message.get("body", b""))
         more = message.get("more_body", False)
-    answer = f"{size} {len(scope['headers'])}".encode()
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(answer))]})
-    await send({"type": "http.response.body", "body": answer})
+    await answer(send, f"{size} {len(scope['headers'])}".encode())
 
 
-class Client:
-    """A connection to an app, to send what no HTTP client would."""
+class Held:
+    """An app that answers each request with its path once it is let, and tells what it was asked."""
 
-    def __init__(self, app: App = measure) -> None:
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+        self.asked: list[str] = []
+        self.arrived_at: list[float] = []
+        self.unanswered: list[str] = []
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        self.asked.append(scope["path"])
+        self.arrived_at.append(scope[ARRIVED_AT])
+        while (await receive()).get("more_body"):
+            pass
+        leaving = asyncio.ensure_future(receive())
+        going = asyncio.ensure_future(self.go_on.wait())
+        await asyncio.wait((leaving, going), return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done():
+            self.unanswered.append(scope["path"])
+        leaving.cancel()
+        await answer(send, scope["path"].encode())
+
+
+class Server:
+    """An app behind the protocol, on a socket of its own."""
+
+    def __init__(self, app: App = measure, max_connections: int = 9) -> None:
         self.app = app
+        self.closed: list[str] = []
+        self.connections = Connections(max_connections, 99, observe=self.closed.append)
 
-    async def __aenter__(self) -> "Client":
+    async def __aenter__(self) -> "Server":
+        loop = asyncio.get_running_loop()
+        protocol = partial(BoundedProtocol, connections=self.connections, observe=self.closed.append, clock=loop.time)
         config = uvicorn.Config(
-            self.app, port=0, http=BoundedProtocol, ws="none", lifespan="off", log_config=None, timeout_keep_alive=1
+            self.app,
+            port=0,
+            http=protocol,  # type: ignore[arg-type] # it is called as the class is
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
-        self.server = uvicorn.Server(config)
+        self._server = uvicorn.Server(config)
         config.load()
-        self.server.lifespan = config.lifespan_class(config)
-        await self.server.startup()
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", port)
+        self._server.lifespan = config.lifespan_class(config)
+        await self._server.startup()
+        self._clients: list[Client] = []
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.writer.close()
-        self.server.servers[0].close()
+        for client in self._clients:
+            client.writer.close()
+        self._server.servers[0].close()
+        await asyncio.sleep(SETTLE_S)
+
+    async def connect(self) -> "Client":
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        client = Client(*await asyncio.open_connection("127.0.0.1", port))
+        self._clients.append(client)
+        await asyncio.sleep(SETTLE_S)
+        return client
+
+
+class Client:
+    """A connection to send what no HTTP client would."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
 
     async def send(self, data: bytes) -> None:
         self.writer.write(data)
@@ -55,18 +122,28 @@ class Client:
 
     async def answer(self) -> bytes:
         """Read an answer and return its body."""
-        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 5)
+        head = await self.reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200"), head
         length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
         return await self.reader.readexactly(length)
 
-    async def rest(self, within_s: float = 5) -> bytes:
+    async def rest(self) -> bytes:
         """Read until the server closes the connection."""
-        return await asyncio.wait_for(self.reader.read(), within_s)
+        return await self.reader.read()
+
+    def reset(self) -> None:
+        """Leave as a client that is killed, so that the server knows at once."""
+        opened: socket.socket = self.writer.get_extra_info("socket")
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.close()
 
 
-def post(length: int) -> bytes:
-    return b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % length
+def post(length: int, path: str = "/") -> bytes:
+    return b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (path.encode(), length)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 @pytest.mark.parametrize(
@@ -75,17 +152,21 @@ def post(length: int) -> bytes:
         (b"GET / HTTP/1.1\r\n", b"a:\r\n"),
         (b"GET / HTTP/1.1\r\na: ", b"long"),
         (b"GET /", b"long"),
+        (b"", b"\r\n\r\n"),
     ],
-    ids=["headers", "one header", "address"],
+    ids=["headers", "one header", "address", "nothing"],
 )
 async def test_a_head_that_does_not_end_is_rejected(beginning: bytes, more: bytes) -> None:
-    async with Client() as client:
+    async with Server() as server:
+        client = await server.connect()
         await client.send(beginning + more * (3 * MAX_HEAD_BYTES // len(more)))
         assert (await client.rest()).startswith(b"HTTP/1.1 400")
+        assert server.closed == ["bad_request"]
 
 
 async def test_a_head_of_less_than_the_bound_is_taken() -> None:
-    async with Client() as client:
+    async with Server() as server:
+        client = await server.connect()
         filler = b"a: %s\r\n" % (b"x" * (MAX_HEAD_BYTES - 200))
         await client.send(b"GET / HTTP/1.1\r\nhost: x\r\n" + filler + b"\r\n")
         assert await client.answer() == b"0 2"
@@ -93,11 +174,12 @@ async def test_a_head_of_less_than_the_bound_is_taken() -> None:
 
 async def test_bodies_are_not_counted_as_heads_on_a_connection_that_is_kept() -> None:
     """Requests whose ends and beginnings come in one piece, of bodies smaller and larger than a head may be."""
-    async with Client() as client:
+    async with Server() as server:
+        client = await server.connect()
         for size in (MAX_HEAD_BYTES - 500, 10 * MAX_HEAD_BYTES, 1000):
             head, body = post(size), bytes(size)
             await client.send(head[:20])
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(SETTLE_S)
             await client.send(head[20:] + body + head[:30])
             assert await client.answer() == b"%d 2" % size
             await client.send(head[30:] + body)
@@ -105,76 +187,236 @@ async def test_bodies_are_not_counted_as_heads_on_a_connection_that_is_kept() ->
 
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"POST / HTTP/1.1\r\nhost: x\r\n", post(1) + b"x" + b"GET / HT"])
-async def test_a_connection_whose_head_does_not_come_is_closed(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.2)
-    async with Client() as client:
+async def test_a_connection_whose_head_does_not_come_is_closed(sent: bytes) -> None:
+    async with Server() as server:
+        client, started_at = await server.connect(), now()
         await client.send(sent)
         await client.rest()
+        assert now() - started_at == pytest.approx(HEAD_S, abs=0.1)
+        assert server.closed == ["slow"]
 
 
-async def test_a_head_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.2)
-    async with Client() as client:
-        dripping = asyncio.create_task(drip(client, b"a: b\r\n"))
-        assert await client.rest() == b""
-        dripping.cancel()
+async def test_a_head_that_drips_is_cut_off() -> None:
+    async with Server() as server:
+        client, started_at = await server.connect(), now()
+        await client.send(b"GET / HTTP/1.1\r\n")
+        while not client.reader.at_eof():
+            await client.send(b"a: b\r\n")
+            await asyncio.sleep(1)
+        assert now() - started_at == pytest.approx(HEAD_S, abs=1.1)
 
 
-async def test_a_body_may_take_longer_than_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.2)
-    async with Client() as client:
+async def test_a_connection_that_is_kept_may_be_silent_for_longer_than_a_head_may_take() -> None:
+    async with Server() as server:
+        client = await server.connect()
+        for _ in range(3):
+            await client.send(GET)
+            assert await client.answer() == b"0 1"
+            await asyncio.sleep(KEEP_ALIVE_S - 1)
+        await asyncio.wait_for(client.rest(), 1.1)
+        assert server.closed == []
+
+
+async def test_a_body_may_take_longer_than_a_head() -> None:
+    async with Server() as server:
+        client = await server.connect()
         await client.send(post(3))
         for _ in range(3):
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.9 * HEAD_S)
             await client.send(b"x")
         assert await client.answer() == b"3 2"
 
 
 async def test_trailers_are_left_out() -> None:
-    async with Client() as client:
-        await client.send(b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\nx: y\r\n\r\n")
-        assert await client.answer() == b"2 1"
+    async with Server() as server:
+        client = await server.connect()
+        chunked = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\nx: y\r\n\r\n"
+        await client.send(2 * chunked)
+        assert [await client.answer(), await client.answer()] == [b"2 1", b"2 1"]
 
 
-async def drip(client: Client, line: bytes) -> None:
-    await client.send(b"GET / HTTP/1.1\r\n")
-    while True:
-        await client.send(line)
-        await asyncio.sleep(0.05)
-
-
-async def test_what_comes_early_of_the_next_request_does_not_cut_off_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.1)
-    go_on = asyncio.Event()
-
-    async def slow(scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        await go_on.wait()
-        await measure(scope, receive, send)
-
-    async with Client(slow) as client:
-        await client.send(post(1) + b"x")
-        await asyncio.sleep(0.05)
-        await client.send(b"\r\n")
-        await asyncio.sleep(0.25)
-        go_on.set()
-        assert await client.answer() == b"1 2"
-        await client.rest()  # and then the head is awaited no longer than any other
+async def test_an_upgrade_is_not_made_and_the_connection_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    async with Server() as server:
+        client = await server.connect()
+        for length in (0, 3):
+            head = post(length)[:-2] + b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\n\r\n"
+            await client.send(head + bytes(length))
+            assert await client.answer() == b"%d 3" % length
+        await client.send(GET)
+        assert await client.answer() == b"0 1"
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("more", [b"x", b"x" * 999], ids=["a part of the body", "all of it"])
-async def test_a_client_that_was_rejected_cannot_keep_its_connection_by_what_it_sends_of_its_body(
-    more: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.2)
-    monkeypatch.setattr(connections, "REFUSED_BODY_S", 0.2)
-
+async def test_a_client_that_was_rejected_cannot_keep_its_connection_by_what_it_sends_of_its_body(more: bytes) -> None:
     async def refuse(_: dict[str, Any], receive: Receive, send: Send) -> None:
         del receive
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
-        await send({"type": "http.response.body", "body": b""})
+        await answer(send, b"")
 
-    async with Client(refuse) as client:
+    async with Server(refuse) as server:
+        client, started_at = await server.connect(), now()
         await client.send(post(999))
         assert await client.answer() == b""
         await client.send(more)
-        assert await client.rest(3) == b""
+        assert await client.rest() == b""
+        assert now() - started_at == pytest.approx(REFUSED_BODY_S if len(more) < 999 else HEAD_S, abs=0.1)
+
+
+async def test_nothing_is_parsed_of_what_comes_after_a_request_before_that_has_its_answer() -> None:
+    held = Held()
+    async with Server(held) as server:
+        client = await server.connect()
+        requests = b"".join(b"GET /%d HTTP/1.1\r\n\r\n" % number for number in range(20_000))
+        sending = asyncio.create_task(client.send(requests))
+        await asyncio.sleep(HEAD_S + 1)  # what waits is not cut off
+        assert held.asked == ["/0"]
+        held.go_on.set()
+        for number in range(100):
+            assert await client.answer() == b"/%d" % number
+        assert held.asked[:100] == [f"/{number}" for number in range(100)]
+        sending.cancel()
+
+
+async def test_requests_whose_ends_are_torn_apart_are_answered_one_by_one() -> None:
+    held = Held()
+    async with Server(held) as server:
+        client = await server.connect()
+        requests = b"".join(post(2, f"/{number}") + b"xx" for number in range(3)) + b"GET /3 HTTP/1.1\r\n\r\n"
+        for byte in range(len(requests)):
+            await client.send(requests[byte : byte + 1])
+            await asyncio.sleep(SETTLE_S)
+        assert held.asked == ["/0"]
+        held.go_on.set()
+        assert [await client.answer() for _ in range(4)] == [b"/0", b"/1", b"/2", b"/3"]
+
+
+async def test_a_request_is_answered_before_the_garbage_behind_it_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Server() as server:
+        clients = [await server.connect() for _ in range(3)]
+        for client in clients:
+            await client.send(GET + b"\x00garbage\r\n\r\n")
+            assert await client.answer() == b"0 1"
+            assert (await client.rest()).startswith(b"HTTP/1.1 400")
+        assert server.closed == ["bad_request"] * 3
+    assert len(caplog.records) == 3, "one for each connection's own log"
+
+
+async def test_a_client_that_reads_no_answers_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    async def long(_: dict[str, Any], receive: Receive, send: Send) -> None:
+        await receive()
+        await answer(send, bytes(20_000_000))
+
+    async with Server(long) as server:
+        client = await server.connect()
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined] # a stream's transport reads
+        await client.send(GET * 10)
+        await asyncio.sleep(UNREAD_S - 1)
+        assert len(server.connections) == 1
+        await asyncio.sleep(2)
+        assert server.closed == ["unread"]
+    assert caplog.text == ""
+
+
+async def test_a_client_that_sends_many_requests_and_hangs_up_leaves_no_trace(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    held = Held()
+    async with Server(held) as server:
+        client = await server.connect()
+        await client.send(GET * 1000)
+        await asyncio.sleep(SETTLE_S)
+        client.reset()
+        await asyncio.sleep(SETTLE_S)
+        held.go_on.set()
+        await asyncio.sleep(SETTLE_S)
+        assert held.asked == ["/"]
+        assert len(server.connections) == 0
+    assert caplog.text == ""
+
+
+async def test_a_client_that_has_closed_its_sending_half_is_answered() -> None:
+    held = Held()
+    held.go_on.set()
+    async with Server(held) as server:
+        client = await server.connect()
+        await client.send(post(1, "/first") + b"x" + post(1, "/second") + b"x" + post(9, "/third"))
+        client.writer.write_eof()
+        assert [await client.answer(), await client.answer()] == [b"/first", b"/second"]
+        assert await client.rest() == b""
+
+
+async def test_one_that_waits_for_long_is_asked_whether_it_is_still_there() -> None:
+    held = Held()
+    async with Server(held) as server:
+        client = await server.connect()
+        await client.send(post(1, "/first") + b"x")
+        client.writer.write_eof()
+        await asyncio.sleep(10 * PROBE_S)
+        held.go_on.set()
+        assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert await client.answer() == b"/first"
+        assert held.unanswered == []
+
+
+async def test_a_client_that_has_left_is_noticed() -> None:
+    held = Held()
+    async with Server(held) as server:
+        client = await server.connect()
+        await client.send(post(1, "/first") + b"x")
+        client.writer.close()
+        await asyncio.sleep(2 * PROBE_S)
+        assert held.unanswered == ["/first"]
+
+
+async def test_a_request_is_stamped_when_its_first_byte_is_read() -> None:
+    held = Held()
+    held.go_on.set()
+    async with Server(held) as server:
+        client, started_at = await server.connect(), now()
+        for _ in range(2):
+            await client.send(b"PO")
+            await asyncio.sleep(1)
+            await client.send(post(1)[2:])
+            await asyncio.sleep(1)
+            await client.send(b"x")
+            await client.answer()
+        await client.send(post(1) + b"x" + GET)
+        assert [await client.answer(), await client.answer()] == [b"/", b"/"]
+        assert [at - started_at for at in held.arrived_at] == pytest.approx([0, 2, 4, 4], abs=0.01)
+
+
+async def test_for_a_new_connection_the_one_that_has_waited_longest_is_closed() -> None:
+    held = Held()
+    async with Server(held, max_connections=3) as server:
+        busy, old, young = [await server.connect() for _ in range(3)]
+        await busy.send(GET)
+        await old.send(b"GET / HT")
+        await asyncio.sleep(SETTLE_S)
+        await young.send(b"GET / HT")
+        await asyncio.sleep(SETTLE_S)
+        new = await server.connect()
+        assert await old.rest() == b""
+        held.go_on.set()
+        await new.send(GET)
+        await young.send(b"TP/1.1\r\n\r\n")
+        assert [await client.answer() for client in (busy, young, new)] == [b"/"] * 3
+        assert server.closed == ["gave_way"]
+
+
+async def test_a_connection_that_there_is_no_room_for_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    held = Held()
+    async with Server(held, max_connections=1) as server:
+        busy = await server.connect()
+        await busy.send(GET)
+        await asyncio.sleep(SETTLE_S)
+        refused = await server.connect()
+        head, _, body = (await refused.rest()).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503")
+        assert b"content-length: %d" % len(body) in head
+        assert server.closed == ["full"]
+        held.go_on.set()
+        assert await busy.answer() == b"/"
+    assert "too many" in caplog.text

@@ -1,0 +1,129 @@
+"""POST /classify: an image, or several, however they are sent, to answers."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request, Response
+
+from service.domain import InferenceRequest
+from service.errors import InvalidParameterError, ServiceError, UploadTimeoutError
+from service.http.connections import RequestsByAddress
+from service.http.context import RouteContext
+from service.http.disconnects import ClientWatch
+from service.http.error_responses import describe_error
+from service.http.protocol import ARRIVED_AT
+from service.http.queries import parse_parameters, parse_query
+from service.http.schemas import ClassifyAnswer, describe_answer
+from service.http.uploads import BodyKind, kind_of_body, read_form, read_image, read_json
+from service.pipeline import Read
+from service.telemetry.outcomes import counted
+
+Handle = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """What was asked: how to get each image, and what is wanted of all of them."""
+
+    reads: tuple[Read, ...]
+    wanted: InferenceRequest
+
+
+def make_classify(context: RouteContext) -> Handle:
+    """Make what answers POST /classify."""
+    by_address = RequestsByAddress(context.max_in_flight_per_address)
+
+    async def classify(request: Request) -> Response:
+        """Classify an image with the best sub-network that budgets, load and machine allow at this moment.
+
+        The image comes as the body itself, as a part of a form, whose other fields are parameters, or in base64 as
+        `image` of a JSON object, likewise with its parameters. Several images of a form get an answer each.
+        """
+        watch = ClientWatch(request)
+        try:
+            upload = await _upload(context, request, watch)
+        except ServiceError:
+            with counted(context.metrics):
+                raise
+        address = request.client.host if request.client else None
+
+        async def answer(read: Read) -> ClassifyAnswer:
+            pipeline = context.open_server().pipeline
+            with counted(context.metrics) as record, by_address.counting(address) as enter:
+
+                async def read_and_enter(within_s: float) -> bytes:
+                    data = await read(within_s)
+                    enter()  # not before: what drips in shall not keep others out
+                    return data
+
+                classification = await pipeline.classify(read_and_enter, upload.wanted, watch)
+                record(classification)
+            return describe_answer(classification, context.checkpoint)
+
+        if len(upload.reads) == 1:
+            return _respond(await answer(upload.reads[0]))
+        results = await asyncio.gather(*(_result(request, answer(read)) for read in upload.reads))
+        return Response(b'{"results":[%s]}' % b",".join(results), media_type="application/json")
+
+    return classify
+
+
+async def _upload(context: RouteContext, request: Request, watch: ClientWatch) -> _Upload:
+    """Find out what is asked; of a form or JSON that takes the whole body.
+
+    Raises:
+        ServiceError: it cannot be told, or the server takes no requests.
+    """
+    query_string, clock = request.scope["query_string"], context.clock
+    arrived_at = request.scope.get(ARRIVED_AT) or clock()
+    pipeline, kind = context.open_server().pipeline, kind_of_body(request.headers)
+    limits = context.max_body_bytes, context.max_upload_s
+    if kind is BodyKind.IMAGE:
+        query = parse_query(query_string)
+
+        async def read(within_s: float) -> bytes:
+            data = await read_image(request, *limits, within_s)
+            watch.start()
+            return data
+
+        return _Upload((read,), query.request(arrived_at, query.top_k))
+
+    pipeline.check_room()
+    within_s = context.max_upload_s  # unless the query says so, it is not known yet what is granted
+    with suppress(InvalidParameterError):  # it is looked at again with what the body says
+        if (query := parse_query(query_string)).budget_ms is not None:
+            within_s = pipeline.time_left_s(query.request(arrived_at))
+    form = await (read_form if kind is BodyKind.FORM else read_json)(request, *limits, within_s)
+    parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
+    wanted = parameters.request(arrived_at, parameters.top_k)
+    if pipeline.time_left_s(wanted) <= 0:
+        raise UploadTimeoutError("the body did not arrive within its budget")
+    return _Upload(tuple(_already_read(image, watch) for image in form.images), wanted)
+
+
+def _already_read(image: bytes, watch: ClientWatch) -> Read:
+    async def read(_: float) -> bytes:
+        watch.start()
+        return image
+
+    return read
+
+
+def _respond(answer: ClassifyAnswer) -> Response:
+    stages: dict[str, Any] = answer.timing_ms.model_dump()
+    timing = ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())
+    # Made here, because FastAPI would validate the whole answer once more.
+    return Response(answer.model_dump_json(), media_type="application/json", headers={"Server-Timing": timing})
+
+
+async def _result(request: Request, answering: Awaitable[ClassifyAnswer]) -> bytes:
+    """Put one of several answers, or its own error, on the wire, with its status."""
+    try:
+        status, body = 200, (await answering).model_dump_json()
+    except ServiceError as error:
+        status, described = describe_error(error, request.scope)
+        body = described.model_dump_json()
+    return f'{{"status":{status},{body.removeprefix("{")}'.encode()

@@ -1,0 +1,67 @@
+"""What the routes call upon: what is served, what is counted, and the limits of a request."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from models.checkpoint import Checkpoint
+from service.domain import ServerState
+from service.errors import NotReadyError
+from service.http.schemas import SubNetworksAnswer
+from service.machine.monitor import Monitor
+from service.pipeline import Pipeline
+from service.scheduling.scheduler import Scheduler
+from service.telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyServer:
+    """What there is once the server is ready."""
+
+    pipeline: Pipeline
+    scheduler: Scheduler
+    family: SubNetworksAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class RouteContext:
+    """What the routes call upon.
+
+    Attributes:
+        checkpoint: what is served.
+        metrics: what is counted.
+        monitor: looks at the machine.
+        max_body_bytes: most of a body that is read.
+        max_upload_s: longest time that a body may take to arrive.
+        max_in_flight_per_address: requests of one address that may be worked on at once.
+        cors_origins: sites whose pages may ask, beside the server's own.
+        allowed_hosts: names that requests may be addressed to; None for any.
+        state: tells what the server is at.
+        server: yields what serves; raises a NotReadyError until there is one.
+        report: records the state of machine and scheduler in the metrics.
+        clock: monotonic, in seconds.
+    """
+
+    checkpoint: Checkpoint
+    metrics: Metrics
+    monitor: Monitor
+    max_body_bytes: int
+    max_upload_s: float
+    max_in_flight_per_address: int
+    cors_origins: tuple[str, ...]
+    allowed_hosts: tuple[str, ...] | None
+    state: Callable[[], ServerState]
+    server: Callable[[], ReadyServer]
+    report: Callable[[], None]
+    clock: Callable[[], float] = time.monotonic
+
+    def open_server(self) -> ReadyServer:
+        """Return what serves, where it takes requests.
+
+        Raises:
+            NotReadyError: it does not yet, or no longer.
+        """
+        server = self.server()
+        if self.state() is not ServerState.READY:
+            raise NotReadyError("the server is stopping; try again in a moment")
+        return server

@@ -1,0 +1,144 @@
+"""Forms as browsers, curl and phones send them: bytes in, images and the fields beside them out.
+
+starlette's reader takes a part for a file by its filename alone, which not every client sends.
+"""
+
+from dataclasses import dataclass, field
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from service.errors import InvalidImageError, InvalidParameterError
+
+FIELD = "file"  # whatever is in it is an image
+MAX_IMAGES = 16
+MAX_FIELDS = 16
+MAX_FIELD_BYTES = 256
+# What clients send that name no type: none at all, "some bytes", how object stores call these, and what
+# `curl --data-binary` says of itself.
+UNTYPED = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a form holds.
+
+    Attributes:
+        images: the bytes of each, in order; at least one.
+        fields: name and text of each of the others, in order.
+    """
+
+    images: tuple[bytes, ...]
+    fields: tuple[tuple[str, str], ...]
+
+
+@dataclass(slots=True)
+class _Part:
+    name: str = ""
+    is_image: bool = False
+    data: bytearray = field(default_factory=bytearray)
+
+
+class FormReader:
+    """Takes a form's bytes as they come."""
+
+    def __init__(self, content_type: str) -> None:
+        """Take the header that says where a part ends.
+
+        Raises:
+            InvalidImageError: it does not say.
+        """
+        boundary = parse_options_header(content_type)[1].get(b"boundary")
+        if not boundary:
+            raise InvalidImageError("the form is broken: its content type names no boundary")
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin_part,
+                    "on_header_field": self._take_header_name,
+                    "on_header_value": self._take_header_value,
+                    "on_header_end": self._end_header,
+                    "on_headers_finished": self._end_headers,
+                    "on_part_data": self._take_data,
+                    "on_end": self._end,
+                },
+            )
+        except FormParserError as error:
+            raise InvalidImageError("the form is broken: its boundary is too long") from error
+        self._parts: list[_Part] = []
+        self._headers: dict[str, str] = {}
+        self._header_name, self._header_value = b"", b""
+        self._num_images = 0
+        self._has_ended = False
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes.
+
+        Raises:
+            InvalidImageError: they are no form, or one of too many images.
+            InvalidParameterError: there are too many fields, or one is too long.
+        """
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise InvalidImageError("the form is broken: its parts do not begin and end as its type says") from error
+
+    def close(self) -> Form:
+        """Return what has come.
+
+        Raises:
+            InvalidImageError: the form has no end, no image, or several that do not go under one name.
+        """
+        if not self._has_ended:
+            raise InvalidImageError("the form was cut off before its end")
+        images = [part for part in self._parts if part.is_image]
+        if not images:
+            raise InvalidImageError(f"the form has no image; send it as its field {FIELD!r}")
+        if len({part.name for part in images}) > 1:
+            raise InvalidImageError(f"the form has images under several names; send all of them as {FIELD!r}")
+        fields = tuple((part.name, _text(part)) for part in self._parts if not part.is_image)
+        return Form(tuple(bytes(part.data) for part in images), fields)
+
+    def _begin_part(self) -> None:
+        self._parts.append(_Part())
+        self._headers = {}
+
+    def _take_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _take_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _end_header(self) -> None:
+        self._headers[self._header_name.decode("latin-1").lower()] = self._header_value.decode("latin-1")
+        self._header_name, self._header_value = b"", b""
+
+    def _end_headers(self) -> None:
+        part = self._parts[-1]
+        options = parse_options_header(self._headers.get("content-disposition", ""))[1]
+        part.name = options.get(b"name", b"").decode("utf-8", "replace")
+        media_type = self._headers.get("content-type", "").partition(";")[0].strip().lower()
+        is_file = b"filename" in options and media_type in UNTYPED
+        part.is_image = part.name == FIELD or media_type.startswith("image/") or is_file
+        self._num_images += part.is_image
+        if self._num_images > MAX_IMAGES:
+            raise InvalidImageError(f"the form has more than {MAX_IMAGES} images")
+        if len(self._parts) - self._num_images > MAX_FIELDS:
+            raise InvalidParameterError(f"the form has more than {MAX_FIELDS} fields")
+
+    def _take_data(self, data: bytes, start: int, end: int) -> None:
+        part = self._parts[-1]
+        part.data += memoryview(data)[start:end]
+        if not part.is_image and len(part.data) > MAX_FIELD_BYTES:
+            raise InvalidParameterError(f"{part.name}: longer than {MAX_FIELD_BYTES} bytes", parameter=part.name)
+
+    def _end(self) -> None:
+        self._has_ended = True
+
+
+def _text(part: _Part) -> str:
+    try:
+        return part.data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidParameterError(f"{part.name}: no text", parameter=part.name) from error

@@ -1,0 +1,36 @@
+"""Warnings of what clients do, which may do it without end: a line of each kind in a while, with the number of them."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+INTERVAL_S = 10.0
+
+
+@dataclass(slots=True)
+class _Kind:
+    next_at: float
+    unsaid: int = 0
+
+
+class SparingLog:
+    """Logs a message at once, and then at most once an interval; messages are few and constant."""
+
+    def __init__(
+        self, logger: logging.Logger, interval_s: float = INTERVAL_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Take where the lines go."""
+        self._logger, self._interval_s, self._clock = logger, interval_s, clock
+        self._kinds: dict[str, _Kind] = {}
+
+    def warning(self, message: str) -> None:
+        """Say it, or count that it was not said."""
+        now = self._clock()
+        kind = self._kinds.setdefault(message, _Kind(now))
+        if now < kind.next_at:
+            kind.unsaid += 1
+            return
+        more = f" ({kind.unsaid} more since the last such line)" if kind.unsaid else ""
+        self._logger.warning("%s%s", message, more)
+        kind.next_at, kind.unsaid = now + self._interval_s, 0

@@ -1,0 +1,81 @@
+"""An event loop whose clock moves on when nothing else is left to do, and a server of a tiny checkpoint."""
+
+import asyncio
+import selectors
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from models.checkpoint import Checkpoint
+from models.latency import LatencyTable
+from service.engines.profile_store import extended_profile
+from service.runtime import ServerRuntime
+from service.settings import Settings
+from tests.service.http.scripted_server import BODY_LIMIT, ScriptedEngine, serving
+
+STUCK_S = 10  # of real time
+
+
+class _Selector(selectors.DefaultSelector):
+    """Finds what is ready now; where nothing is, lets the loop's time pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+
+    def select(self, timeout: float | None = None) -> Any:  # noqa: ANN401 - typeshed's
+        ready = super().select(STUCK_S if timeout is None else 0)
+        assert ready or timeout is not None, "everything waits for something else"
+        if not ready and timeout:
+            self.now += timeout
+        return ready
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """Minutes pass in no time, and none is missed.
+
+    Sockets are real: what one end of a connection in this process sends is there at once for the other.
+    """
+
+    def __init__(self) -> None:
+        self._selector_of_time = _Selector()
+        super().__init__(self._selector_of_time)
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass as a callback does that takes long."""
+        self._selector_of_time.now += seconds
+
+    def time(self) -> float:
+        return self._selector_of_time.now
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"loop_factory": VirtualTimeLoop}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(checkpoint=str(tmp_path), max_body_bytes=BODY_LIMIT, max_image_pixels=10_000)
+
+
+@pytest.fixture
+def engine(checkpoint: Checkpoint) -> ScriptedEngine:
+    return ScriptedEngine(checkpoint)
+
+
+@pytest.fixture
+def latencies(checkpoint: Checkpoint) -> LatencyTable:
+    """A machine so fast that no budget of a test is too small."""
+    return LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (1e-06, 2e-06)))
+
+
+@pytest.fixture
+def client(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
+) -> Iterator[TestClient]:
+    with serving(ServerRuntime(settings, checkpoint, engine, latencies)) as client:
+        yield client

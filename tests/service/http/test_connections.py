@@ -1,0 +1,93 @@
+import pytest
+
+from service.errors import OverloadedError
+from service.http.connections import Connections, RequestsByAddress
+
+
+class Connection:
+    def __init__(self) -> None:
+        self.gave_way = False
+
+    def give_way(self) -> None:
+        self.gave_way = True
+
+
+def admitted(connections: Connections, address: str | None = "a") -> Connection:
+    connection = Connection()
+    assert connections.admit(connection, address)
+    return connection
+
+
+def test_the_connection_that_has_waited_longest_gives_way() -> None:
+    connections = Connections(3, 3)
+    first, second, third = [admitted(connections) for _ in range(3)]
+    connections.works(first)
+    connections.waits(second)
+    admitted(connections)
+    assert [one.gave_way for one in (first, second, third)] == [False, False, True]
+    connections.waits(first)
+    admitted(connections)
+    assert [one.gave_way for one in (first, second)] == [False, True]
+    assert len(connections) == 3
+
+
+def test_where_every_connection_works_a_new_one_is_refused_until_one_is_gone() -> None:
+    reasons: list[str] = []
+    connections = Connections(2, 2, observe=reasons.append)
+    working = [admitted(connections) for _ in range(2)]
+    for connection in working:
+        connections.works(connection)
+    assert not connections.admit(Connection(), "b")
+    connections.forget(working[0])
+    connections.forget(working[0])
+    assert connections.admit(Connection(), "b")
+    assert reasons == ["full"]
+
+
+def test_an_address_takes_only_from_itself() -> None:
+    reasons: list[str] = []
+    connections = Connections(9, 2, observe=reasons.append)
+    other = admitted(connections, "b")
+    first, second = admitted(connections), admitted(connections)
+    third = admitted(connections)
+    assert (other.gave_way, first.gave_way, second.gave_way) == (False, True, False)
+    connections.works(second)
+    connections.works(third)
+    assert not connections.admit(Connection(), "a")
+    assert reasons == ["gave_way", "address"]
+    for _ in range(2):
+        admitted(connections, None)
+    assert len(connections) == 5
+
+
+def test_a_trusted_proxy_has_as_many_connections_as_there_may_be() -> None:
+    connections = Connections(3, 1, trusted=frozenset({"proxy"}))
+    assert not any(admitted(connections, "proxy").gave_way for _ in range(3))
+
+
+def test_the_last_descriptors_are_kept() -> None:
+    reasons, numbers = list[str](), list[int]()
+    connections = Connections(9, 9, 100, observe=reasons.append, observe_number=numbers.append)
+    waiting, working = Connection(), Connection()
+    assert connections.admit(waiting, "a", 100)
+    assert connections.admit(working, "a", 101)
+    assert waiting.gave_way
+    connections.works(working)
+    assert not connections.admit(Connection(), "a", 101)
+    assert reasons == ["gave_way", "files"]
+    assert numbers == [1, 0, 1]
+
+
+def test_one_address_may_have_so_many_requests_in_flight() -> None:
+    requests = RequestsByAddress(1)
+    with requests.counting("a") as enter_first, requests.counting("a") as enter_second:
+        enter_first()
+        with pytest.raises(OverloadedError) as caught:
+            enter_second()
+        assert caught.value.reason == "address"
+        with requests.counting("b") as enter:
+            enter()
+        with requests.counting(None) as enter:
+            enter()
+    with requests.counting("a") as enter:
+        enter()

@@ -1,0 +1,20 @@
+import logging
+
+import pytest
+
+from service.telemetry.sparing_log import SparingLog
+
+
+def test_a_kind_of_line_is_said_at_once_and_then_with_the_number_of_those_unsaid(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    now = 0.0
+    log = SparingLog(logging.getLogger("test"), 10.0, lambda: now)
+    for _ in range(3):
+        log.warning("too many")
+    log.warning("too slow")
+    now = 10.0
+    log.warning("too many")
+    now = 30.0
+    log.warning("too many")
+    assert caplog.messages == ["too many", "too slow", "too many (2 more since the last such line)", "too many"]
