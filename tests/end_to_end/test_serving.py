@@ -131,6 +131,40 @@ def test_a_body_over_the_limit_is_rejected_before_it_is_sent(url: str) -> None:
     assert b"body_too_large" in answer
 
 
+def exchange(url: str, *pieces: bytes, ends: bool = False) -> bytes:
+    """Send what no HTTP client would, and return all that comes until the server closes."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        if ends:
+            connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while chunk := connection.recv(4096):
+            answer += chunk
+    return answer
+
+
+def test_a_client_that_waits_to_be_told_to_go_on_is_told_at_once_that_its_body_is_too_long(url: str) -> None:
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n"
+    assert exchange(url, head).startswith(b"HTTP/1.1 413")
+
+
+def test_a_client_that_closes_its_sending_half_is_answered(url: str) -> None:
+    body = picture(6)
+    head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    answer = exchange(url, head + body, ends=True).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"predictions" in answer
+
+
+def test_requests_that_are_sent_ahead_are_answered_before_the_garbage_behind_them_is_refused(url: str) -> None:
+    request = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    answers = exchange(url, request * 20, b"\x00garbage\r\n\r\n")
+    assert answers.count(b"HTTP/1.1 200") == 20
+    assert answers.rindex(b"HTTP/1.1 400") > answers.rindex(b"HTTP/1.1 200")
+
+
 def test_an_upload_that_outlasts_its_own_budget_is_dropped(url: str) -> None:
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:

@@ -590,7 +590,7 @@ def test_a_server_that_waits_for_another_process_to_measure_is_not_taken_to_hang
     latencies: LatencyTable,
 ) -> None:
     def wait(*_: object, is_stopping: Callable[[], bool], **__: object) -> Measurement:
-        for _ in range(60):  # three times as long as a step that hangs is let be
+        for _beat in range(60):  # three times as long as a step that hangs is let be
             assert not is_stopping()
             beats.wait(1)
         return Measurement(latencies, {}, "2026-01-02T00:00:00+00:00")
