@@ -205,7 +205,7 @@ def own_data(tmp_path: Path, pictures: Path) -> Path:
 
 @contextmanager
 def replaced_by_a_folder(path: Path) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Give a function that puts a folder where a file is, which can then be neither read nor written; undo it at last."""
+    """Yield what puts a folder in place of a file, which can then be neither read nor written; undo it in the end."""
     aside = path.with_name("aside")
 
     def replace(images: torch.Tensor) -> torch.Tensor:
@@ -606,19 +606,6 @@ def test_a_run_from_before_an_option_existed_is_one_that_left_it_out(tmp_path: P
     train(tiny_recipe(tmp_path / "run", epochs=1))
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     del state["recipe"]["freeze_batch_norm"]
-    torch.save(state, tmp_path / "run" / "state.pt")
-    train(tiny_recipe(tmp_path / "run", epochs=2, resume=True))
-    assert len(log_of(tmp_path / "run")) == 2
-
-
-def test_what_an_option_of_later_was_by_default_follows_the_model_of_the_run(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A large set's default of MixToken is that of an LV-ViT for an LV-ViT alone."""
-    monkeypatch.setattr("models.training.recipe.LARGE_DATASET_IMAGES", 48)
-    train(tiny_recipe(tmp_path / "run", epochs=1))
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    del state["recipe"]["mix_token"]
     torch.save(state, tmp_path / "run" / "state.pt")
     train(tiny_recipe(tmp_path / "run", epochs=2, resume=True))
     assert len(log_of(tmp_path / "run")) == 2
