@@ -36,13 +36,18 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def native_dtype(device: torch.device) -> torch.dtype:
-    """Tell in which type the device multiplies fastest: bfloat16, float16 on older GPUs, float32 on other CPUs."""
+def native_dtype(device: torch.device, cpuinfo: Path = CPUINFO) -> torch.dtype:
+    """Tell in which type the device multiplies fastest: bfloat16, float16 on older GPUs, float32 on other CPUs.
+
+    Args:
+        device: any.
+        cpuinfo: what Linux says of the CPU.
+    """
     if device.type == "cuda":
         has_bfloat16 = torch.version.hip or torch.cuda.get_device_capability(device)[0] >= AMPERE
         return torch.bfloat16 if has_bfloat16 else torch.float16
     # torch would emulate bfloat16 on any CPU, at half the speed of float32. Of other devices nothing is known.
-    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16(CPUINFO) else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16(cpuinfo) else torch.float32
 
 
 def training_dtype(device: torch.device, precision: str) -> torch.dtype:
@@ -51,9 +56,9 @@ def training_dtype(device: torch.device, precision: str) -> torch.dtype:
     return native_dtype(device) if precision == "auto" else named[precision]
 
 
-def autocast(device: torch.device) -> torch.autocast:
+def autocast(device: torch.device, cpuinfo: Path = CPUINFO) -> torch.autocast:
     """Let products be computed in the device's `native_dtype`; where that is float32, change nothing."""
-    dtype = native_dtype(device)
+    dtype = native_dtype(device, cpuinfo)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

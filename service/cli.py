@@ -99,7 +99,7 @@ class Supervit(BaseSettings):
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 1 for what went wrong, 2 for wrong usage, 130 for Ctrl-C."""
     try:
-        command = _parse(sys.argv[1:] if arguments is None else arguments)
+        command = parse(sys.argv[1:] if arguments is None else arguments)
     except ValidationError as error:
         return _fail(first_problem(error), 2)
     except SettingsError as error:  # a list that is none, as '[4'
@@ -138,8 +138,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: list[str]) -> object:
-    def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+def parse(arguments: list[str]) -> object:
+    """Make the options of one command, each of its own class, of the words after `supervit`.
+
+    Raises:
+        SystemExit: there is no such command or option.
+        SettingsError: a list is none.
+        ValidationError: a value is out of its range.
+    """
+
+    def read(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         namespace = parser.parse_args(arguments)
         for name, value in vars(namespace).items():
             if name.endswith("photos") and value:
@@ -147,7 +155,7 @@ def _parse(arguments: list[str]) -> object:
                 setattr(namespace, name, json.dumps(value))
         return namespace
 
-    source = CliSettingsSource[Supervit](Supervit, cli_parse_args=arguments, parse_args_method=parse)
+    source = CliSettingsSource[Supervit](Supervit, cli_parse_args=arguments, parse_args_method=read)
     return get_subcommand(Supervit(_cli_settings_source=source))
 
 

@@ -45,18 +45,26 @@ class Classify(BaseModel):
     json_lines: bool = Field(False, description="print the whole answer as a line of JSON per photo")
 
 
-def classify(command: Classify) -> None:
-    """Print the answer for each photo; the same route answers in this process and on a server."""
-    failed = asyncio.run(_classify_all(command))
+def classify(command: Classify, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    """Print the answer for each photo; the same route answers in this process and on a server.
+
+    Args:
+        command: what is asked.
+        transport: carries requests to a server; the network's by default.
+
+    Raises:
+        CommandError: a photo could not be classified, or there is no such server.
+    """
+    failed = asyncio.run(_classify_all(command, transport))
     if failed:
         raise CommandError(f"{failed} of {len(command.photos)} photos could not be classified")
 
 
-async def _classify_all(command: Classify) -> int:
+async def _classify_all(command: Classify, transport: httpx.AsyncBaseTransport | None) -> int:
     query = {"top_k": command.top_k, "budget_gflops": command.budget_gflops}
     query = {name: value for name, value in query.items() if value is not None}
     failed = 0
-    connection = _in_process(command.checkpoint) if command.url is None else _connect(command.url)
+    connection = _in_process(command.checkpoint) if command.url is None else _connect(command.url, transport)
     async with connection as client:
         for photo in command.photos:
             try:
@@ -90,9 +98,9 @@ async def _in_process(checkpoint: str | None) -> AsyncIterator[httpx.AsyncClient
 
 
 @asynccontextmanager
-async def _connect(url: str) -> AsyncIterator[httpx.AsyncClient]:
+async def _connect(url: str, transport: httpx.AsyncBaseTransport | None) -> AsyncIterator[httpx.AsyncClient]:
     try:
-        client = httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S)
+        client = httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S, transport=transport)
     except httpx.InvalidURL as error:
         raise CommandError(f"{url} is no URL: {error}") from error
     async with client:

@@ -123,13 +123,13 @@ def read_images(dataset: ImageSet, batch_size: int, workers: int) -> tuple[Tenso
     return (images[~dataset.is_bad], labels[~dataset.is_bad]) if dataset.is_bad.any() else (images, labels)
 
 
-def fits_memory(recipe: Recipe, config: SuperViTConfig) -> bool:
+def fits_memory(recipe: Recipe, config: SuperViTConfig, limit_bytes: int = MEMORY_LIMIT_BYTES) -> bool:
     """Tell whether the images are kept in memory: small, not too many, and varied alike.
 
     RandAugment and maps of token labels ask for each image by itself.
     """
     size_bytes = count_training_files(recipe.data) * 3 * config.image_side**2
-    is_small = config.image_side <= PADDED_CROP_SIDE_PX and size_bytes <= MEMORY_LIMIT_BYTES
+    is_small = config.image_side <= PADDED_CROP_SIDE_PX and size_bytes <= limit_bytes
     return is_small and not recipe.rand_augment and not recipe.token_labels
 
 

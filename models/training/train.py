@@ -6,6 +6,7 @@ seed, the epoch and the process, so a run that was cut short and resumed ends as
 
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,15 @@ from models.training.state import (
 )
 from models.training.teacher import Teacher
 
+Step = Callable[..., dict[str, float]]
 
-def train(recipe: Recipe) -> Path:
+
+def train(recipe: Recipe, step: Step = training_step) -> Path:
     """Run `recipe` to its end and return the path of the checkpoint, which holds the averaged weights.
+
+    Args:
+        recipe: what is asked for.
+        step: learns from a batch, as `training_step` does.
 
     Raises:
         DataError: the data set is unusable.
@@ -61,14 +68,14 @@ def train(recipe: Recipe) -> Path:
         raise TrainingError(f"{recipe.output}: holds a run already; go on with --resume or name another folder")
     process = join_processes(recipe.device)
     try:
-        run_epochs(recipe, process)
+        run_epochs(recipe, process, step)
     finally:
         if process.count > 1:
             distributed.destroy_process_group()
     return recipe.output / CHECKPOINT_NAME
 
 
-def run_epochs(recipe: Recipe, process: Process) -> None:
+def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> None:
     """Set up this process's part of the run and take it, epoch by epoch, to the end."""
     class_names = list_classes(recipe.data / "train")
     seed_everything(recipe.seed)  # every process starts from the same weights
@@ -88,7 +95,8 @@ def run_epochs(recipe: Recipe, process: Process) -> None:
         prepare_folder(recipe.output)
     steps = math.ceil(len(loader) / recipe.accumulate)
     schedule = learning_rate_schedule(recipe, optimizer, steps, process.count)
-    pair_loss = build_pair_loss(recipe, model, process)  # every process has read the log by now
+    # Every process has read the log by now.
+    learn = partial(step, build_pair_loss(recipe, model, process), optimizer)
     images = len(loader) * recipe.batch_size * process.count
     with Progress(recipe, steps, images, last["epoch"], is_shown=process.is_first) as progress:
         if "loss" in last and last["epoch"] not in (record["epoch"] for record in records):
@@ -98,7 +106,7 @@ def run_epochs(recipe: Recipe, process: Process) -> None:
             sampler.set_epoch(recipe.seed * 100_000 + epoch)
             started_at = time.monotonic()
             present = None if recipe.teacher_once else teacher
-            losses = train_epoch(recipe, state, pair_loss, present, schedule, loader, epoch, progress, process)
+            losses = train_epoch(recipe, state, learn, present, schedule, loader, epoch, progress, process)
             if not state.is_finite:  # the losses are those before the last update
                 raise TrainingError(
                     f"weights are no longer numbers after epoch {epoch}; {way_out(recipe.output, epoch)}"
@@ -157,7 +165,7 @@ def build_pair_loss(recipe: Recipe, model: SuperViT, process: Process) -> PairLo
 def train_epoch(
     recipe: Recipe,
     state: State,
-    pair_loss: PairLoss | DistributedDataParallel,
+    learn: Step,
     teacher: Teacher | None,
     schedule: CosineLRScheduler,
     loader: Batches,
@@ -199,9 +207,7 @@ def train_epoch(
         targets = find_targets(recipe, config, teacher, images, labels, maps)
         pairs = sample(config, recipe.seed, step)
         box = draw_box(config.patch_grids[-1], recipe.seed, step) if recipe.mix_token else None
-        losses = training_step(
-            pair_loss, state.optimizer, images, targets, pairs, autocast, box, state.scaler, recipe.clip_grad, place
-        )
+        losses = learn(images, targets, pairs, autocast, box, state.scaler, recipe.clip_grad, place)
         for name, loss in losses.items():
             if not math.isfinite(loss):
                 raise TrainingError(

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -20,9 +20,11 @@ from models.devices import resolve_device
 from models.files.sources import find_checkpoint
 from service.app import create_app
 from service.domain import ServerState
+from service.engines.base import Engine
 from service.errors import CommandError
 from service.hosting.interpreter import configure_gc
-from service.hosting.workers import Supervisor, beat, bind, split_cpus
+from service.hosting.supervisor import Supervisor
+from service.hosting.workers import beat, bind, split_cpus, start_worker
 from service.http.connections import Connections
 from service.http.protocol import BoundedProtocol
 from service.machine.monitor import Monitor
@@ -60,23 +62,25 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def supervise(settings: Settings) -> None:
-    """Serve with several workers until SIGTERM or Ctrl-C."""
-    # Workers get the path: those that are replaced later serve the same weights, whatever becomes of a name meanwhile.
-    settings = settings.model_copy(update={"checkpoint": str(find_checkpoint(settings.checkpoint))})
+def supervise(settings: Settings, cpus: Collection[int], cores: float) -> None:
+    """Serve with several workers until SIGTERM or Ctrl-C.
+
+    Args:
+        settings: of the server as a whole.
+        cpus: numbers of the CPUs that there are.
+        cores: how many of them may be kept busy: fewer under a quota.
+
+    Raises:
+        CommandError: there is no core for each, the address cannot be had, or no worker can run.
+    """
+    shares, settings = plan_workers(settings, cpus, cores)
     load_checkpoint(settings.checkpoint)  # what is wrong with it is said once
-    cpus, cores = os.sched_getaffinity(0), Monitor().latest.cores
-    try:
-        shares = split_cpus(cpus, cores, settings.workers)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-    is_on_cpu = resolve_device(settings.device).type == "cpu"
-    settings = share_out(settings, cores, is_quota=cores < len(cpus), is_on_cpu=is_on_cpu)
     if environment_variable(SHARED_FOLDER_VARIABLE) is not None:
         logger.warning("%s is not heeded: workers get a fresh folder of their own", SHARED_FOLDER_VARIABLE)
     with _bind(settings, is_shared=True) as reserved:
         command = [sys.executable, "-P", "-m", "service.cli", "serve", "--fd"]  # -P: not from the current folder
-        supervisor = Supervisor(command, worker_environment(settings), shares, reserved, settings.drain_s)
+        start = partial(start_worker, command, worker_environment(settings), reserved)
+        supervisor = Supervisor(start, shares, settings.drain_s)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, supervisor.stop)
         _on_hangup(supervisor.stop)
@@ -88,6 +92,22 @@ def supervise(settings: Settings) -> None:
     if supervisor.stopped_by is not None:  # end as its sender expects, and as a single server does
         signal.signal(supervisor.stopped_by, signal.SIG_DFL)
         signal.raise_signal(supervisor.stopped_by)
+
+
+def plan_workers(settings: Settings, cpus: Collection[int], cores: float) -> tuple[list[set[int]], Settings]:
+    """Divide the CPUs, and make the settings that each worker gets.
+
+    Raises:
+        CommandError: there is no core for each.
+    """
+    try:
+        shares = split_cpus(cpus, cores, settings.workers)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    # Workers get the path: those that are replaced later serve the same weights, whatever becomes of a name meanwhile.
+    settings = settings.model_copy(update={"checkpoint": str(find_checkpoint(settings.checkpoint))})
+    is_on_cpu = resolve_device(settings.device).type == "cpu"
+    return shares, share_out(settings, cores, is_quota=cores < len(cpus), is_on_cpu=is_on_cpu)
 
 
 def share_out(settings: Settings, cores: float, *, is_quota: bool, is_on_cpu: bool) -> Settings:
@@ -135,8 +155,16 @@ def _bind(settings: Settings, *, is_shared: bool = False) -> socket.socket:
         raise CommandError(f"{settings.host} port {settings.port} cannot be listened on: {error.strerror}") from error
 
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C; those admitted are answered before the server leaves."""
+def serve(settings: Settings, engine: Engine | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C; those admitted are answered before the server leaves.
+
+    Args:
+        settings: every knob.
+        engine: of the server in this process; the one that the settings name by default.
+
+    Raises:
+        CommandError: the address cannot be had, or the model cannot run.
+    """
     failed = threading.Event()
 
     def stop() -> None:
@@ -149,7 +177,7 @@ def serve(settings: Settings) -> None:
 
     logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
     if settings.workers > 1 and settings.fd is None:
-        supervise(settings)
+        supervise(settings, os.sched_getaffinity(0), Monitor().latest.cores)
         return
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each broken form would be one per client
     shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
@@ -158,7 +186,7 @@ def serve(settings: Settings) -> None:
     max_connections = allow_connections(settings.max_connections)
     with _bind(settings) if settings.fd is None else socket.socket(fileno=settings.fd) as opened:
         checkpoint = load_checkpoint(settings.checkpoint)
-        runtime = ServerRuntime(settings, checkpoint, on_failure=stop, heartbeat=tell_supervisor)
+        runtime = ServerRuntime(settings, checkpoint, engine, on_failure=stop, heartbeat=tell_supervisor)
         # Others may serve at the same address: this server takes no connection from them before its time.
         app = create_app(runtime, ready_first=settings.fd is not None)
         for name in unknown_variables():

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import random
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +26,8 @@ from service.settings import DEFAULT_CHECKPOINT
 
 START_LIMIT_S = 120  # the first measures its latencies
 COMMAND = [sys.executable, "-m", "service.cli"]
-PHOTOGRAPH = Path(__file__).parents[2] / "models" / "checkpoints" / "photographs" / "dalmatian.jpg"
+ROOT = Path(__file__).parents[2]
+PHOTOGRAPH = ROOT / "models" / "checkpoints" / "photographs" / "dalmatian.jpg"
 # Top-1 of the largest sub-network and of every one, bytes of the file, calibration error.
 LEAST = {"supervit-micro-cifar10": (0.90, 0.85, 16e6, 0.02), "supervit-small-caltech101": (0.94, 0.85, 48e6, 0.03)}
 SMALL_CHECKPOINT = "supervit-micro-cifar10"  # it ships, too; the default takes minutes to measure
@@ -219,6 +222,17 @@ def test_the_command_gives_the_same_answer_alone_as_from_a_server(url: str, tmp_
         assert alone[part] == served[part]
     assert alone["decision"]["reason"] == served["decision"]["reason"]
     assert [entry["label"] for entry in alone["predictions"]] == [entry["label"] for entry in served["predictions"]]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_curl_commands_of_the_readme_are_answered(url: str) -> None:
+    readme = (ROOT / "README.md").read_text()
+    commands = [line for line in readme.splitlines() if line.startswith("curl ")]
+    assert len(commands) >= 2
+    for command in commands:
+        words = shlex.split(command.replace("http://127.0.0.1:8000", url))
+        done = subprocess.run([*words, "--silent"], cwd=PHOTOGRAPH.parent, capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["deadline_met"]
 
 
 def test_a_stopping_server_answers_those_it_has_admitted(tmp_path: Path) -> None:

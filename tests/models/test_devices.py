@@ -57,13 +57,13 @@ def test_a_precision_that_is_named_is_taken_everywhere(device: str) -> None:
     ],
 )
 def test_a_cpu_is_fast_in_bfloat16_where_it_has_instructions_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, dtype: torch.dtype
+    tmp_path: Path, cpuinfo: str | None, dtype: torch.dtype
 ) -> None:
+    path = tmp_path / "cpuinfo"
     if cpuinfo:
-        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{cpuinfo}\n")
-    monkeypatch.setattr("models.devices.CPUINFO", tmp_path / "cpuinfo")
-    assert native_dtype(torch.device("cpu")) == dtype
-    with autocast(torch.device("cpu")):
+        path.write_text(f"processor\t: 0\n{cpuinfo}\n")
+    assert native_dtype(torch.device("cpu"), path) == dtype
+    with autocast(torch.device("cpu"), path):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 

@@ -1,24 +1,28 @@
 import json
 import resource
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
-from models.files import sources
+from models.files.sources import find_checkpoint
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
+from models.supervit import DEIT_SMALL, SuperViT
 from service.cli import main
-from service.hosting.serve import allow_connections, share_out
+from service.client import Classify, classify
+from service.engines.torch_engine import TorchEngine
+from service.errors import CommandError
+from service.hosting.serve import allow_connections, plan_workers, serve, share_out, supervise
 from service.hosting.workers import bind
-from service.settings import Settings
+from service.settings import Settings, worker_environment
+
+SHIPPED = "supervit-micro-cifar10"
 
 
 @pytest.fixture
@@ -27,15 +31,6 @@ def checkpoint_path(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, checkpoint.profile)
     save_checkpoint(path, checkpoint.model, header)
     return path
-
-
-@pytest.fixture
-def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a checkpoint called "shipped" would lie, which nobody is in the folder of."""
-    (tmp_path / "package").mkdir()
-    monkeypatch.setattr(sources, "SHIPPED_FOLDER", tmp_path / "package")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "package" / "shipped.safetensors"
 
 
 @pytest.fixture
@@ -95,17 +90,15 @@ def test_classify_says_that_there_is_no_such_server(
 
 
 def test_classify_goes_on_after_a_photo_on_which_the_server_hangs_up(
-    photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    photo_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def hang_up(_: httpx.Request) -> httpx.Response:
         raise httpx.WriteError("")
 
-    client = partial(httpx.AsyncClient, transport=httpx.MockTransport(hang_up))
-    monkeypatch.setattr("service.client.httpx.AsyncClient", client)
-    assert main(["classify", str(photo_path), str(photo_path), "--url", "http://server"]) == 1
-    error = capsys.readouterr().err
-    assert error.count("the server closed the connection") == 2
-    assert "2 of 2 photos" in error
+    command = Classify(photos=[photo_path, photo_path], url="http://server")
+    with pytest.raises(CommandError, match="2 of 2 photos"):
+        classify(command, httpx.MockTransport(hang_up))
+    assert capsys.readouterr().err.count("the server closed the connection") == 2
 
 
 @pytest.mark.parametrize(("name", "value"), [("PORT", "abc"), ("DEVICE", "cuda:77"), ("CHECKPOINT", "/nowhere")])
@@ -119,55 +112,55 @@ def test_classify_names_what_it_cannot_use_of_its_environment(
     assert name.lower() in error or value in error
 
 
-def test_serve_ends_when_the_model_cannot_run(
-    checkpoint_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def warm_up(_: object) -> None:
+class BrokenEngine(TorchEngine):
+    """Fails as it warms up."""
+
+    def warm_up(self) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("service.engines.openvino_engine.OpenVINOEngine.warm_up", warm_up)
-    assert main(["serve", "--checkpoint", str(checkpoint_path), "--port", "0"]) == 1
-    assert "supervit: the model cannot run" in capsys.readouterr().err
+
+def test_serve_ends_when_the_model_cannot_run(checkpoint: Checkpoint, checkpoint_path: Path) -> None:
+    with pytest.raises(CommandError, match=r"^the model cannot run"):
+        serve(Settings(checkpoint=str(checkpoint_path), port=0), BrokenEngine(checkpoint.model, "cpu", 1))
 
 
 def test_serve_rejects_a_port_that_is_in_use_in_one_line(
-    checkpoint_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    checkpoint_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("service.hosting.serve.os.sched_getaffinity", lambda _: {0, 1})
-    for is_shared, workers in ((False, "1"), (True, "2")):  # by workers, others of whom would be let in
-        with bind("127.0.0.1", 0, is_shared=is_shared) as taken:
-            taken.listen()
-            port = str(taken.getsockname()[1])
-            options = ["--checkpoint", str(checkpoint_path), "--port", port, "--workers", workers]
-            assert main(["serve", *options]) == 1
-            assert capsys.readouterr().err.splitlines()[-1].endswith("cannot be listened on: Address already in use")
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        assert main(["serve", "--checkpoint", str(checkpoint_path), "--port", str(taken.getsockname()[1])]) == 1
+        assert capsys.readouterr().err.splitlines()[-1].endswith("cannot be listened on: Address already in use")
 
 
-@pytest.mark.parametrize(("cores", "threads"), [(8, None), (4.5, 2), (1.0, None)])
+def test_workers_do_not_join_those_of_another_server(checkpoint_path: Path) -> None:
+    """The kernel would let them in."""
+    with bind("127.0.0.1", 0, is_shared=True) as taken:
+        taken.listen()
+        settings = Settings(checkpoint=str(checkpoint_path), port=taken.getsockname()[1], workers=2)
+        with pytest.raises(CommandError, match=r"cannot be listened on: Address already in use$"):
+            supervise(settings, cpus={0, 1}, cores=2)
+
+
+@pytest.mark.parametrize(("cores", "threads", "max_utilization"), [(8, None, "0.5"), (4.5, "2", "0.25")])
 def test_workers_divide_a_quota_among_their_engines(
-    checkpoint_path: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch, cores: float, threads: int | None
+    monkeypatch: pytest.MonkeyPatch, cores: float, threads: str | None, max_utilization: str
 ) -> None:
-    shipped.write_bytes(checkpoint_path.read_bytes())
-    given: list[Mapping[str, str]] = []
-
-    def supervisor(_: object, environment: Mapping[str, str], *__: object) -> SimpleNamespace:
-        given.append(environment)
-        return SimpleNamespace(stop=None, run=lambda: True, stopped_by=None)
-
     monkeypatch.delenv("SUPERVIT_THREADS", raising=False)
-    monkeypatch.setattr("service.hosting.serve.os.sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr("service.hosting.serve.Monitor", lambda: SimpleNamespace(latest=SimpleNamespace(cores=cores)))
-    monkeypatch.setattr("service.hosting.serve.Supervisor", supervisor)
-    monkeypatch.setattr("service.hosting.serve.signal.signal", lambda *_: None)
-    options = ["--checkpoint", "shipped", "--port", "0", "--workers", "2", "--max-utilization", "0.5"]
-    status = main(["serve", *options])
-    if cores < 2:
-        assert (status, given) == (1, [])
-    else:
-        assert given[0]["SUPERVIT_MAX_UTILIZATION"] == ("0.25" if cores < 8 else "0.5")
-        assert given[0].get("SUPERVIT_THREADS") == (None if threads is None else str(threads))
-        assert given[0]["SUPERVIT_WORKERS"] == "2"
-        assert given[0]["SUPERVIT_CHECKPOINT"] == str(shipped)  # found once, for all of them
+    settings = Settings(checkpoint=SHIPPED, workers=2, max_utilization=0.5, device="cpu")
+    _, shared_out = plan_workers(settings, range(8), cores)
+    environment = worker_environment(shared_out)
+    assert environment["SUPERVIT_MAX_UTILIZATION"] == max_utilization
+    assert environment.get("SUPERVIT_THREADS") == threads
+    assert environment["SUPERVIT_WORKERS"] == "2"
+    assert environment["SUPERVIT_CHECKPOINT"] == str(
+        find_checkpoint(settings.checkpoint)
+    )  # found once, for all of them
+
+
+def test_serve_rejects_more_workers_than_cores() -> None:
+    with pytest.raises(CommandError, match=r"^2 workers need a core each, and there are 1$"):
+        plan_workers(Settings(workers=2), range(8), 1.0)
 
 
 def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use() -> None:
@@ -256,13 +249,17 @@ def test_an_unknown_command_or_option_is_wrong_usage(arguments: list[str]) -> No
 
 @pytest.fixture
 def data(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    return plain_images(tmp_path / "data", checkpoint.class_names)
+
+
+def plain_images(folder: Path, class_names: Sequence[str]) -> Path:
     """Two plain images of each class to measure on."""
-    for index, name in enumerate(checkpoint.class_names):
-        folder = tmp_path / "data" / "test" / name
-        folder.mkdir(parents=True)
+    for index, name in enumerate(class_names):
+        (folder / "test" / name).mkdir(parents=True)
         for shade in (0, 1):
-            Image.new("RGB", (20, 20), (30 * index, 100 * shade, 5)).save(folder / f"{shade}.png")
-    return tmp_path / "data"
+            picture = Image.new("RGB", (20, 20), (25 * index, 100 * shade, 5))
+            picture.save(folder / "test" / name / f"{shade}.png")
+    return folder
 
 
 def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
@@ -291,30 +288,28 @@ def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
 
 
 def test_evaluate_writes_a_copy_of_what_ships_into_the_current_folder(
-    checkpoint: Checkpoint, data: Path, shipped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unmeasured = ProfileTable.unmeasured(checkpoint.config)
-    header = Header("a/b", checkpoint.config, checkpoint.class_names, unmeasured)
-    save_checkpoint(shipped, checkpoint.model, header, half=True)
-    before = shipped.read_bytes()
-    command = ["evaluate", "shipped", str(data), "--workers", "0", "--batch-size", "3"]
+    monkeypatch.chdir(tmp_path)
+    shipped = find_checkpoint(SHIPPED)
+    before = shipped.read_bytes(), set(shipped.parent.iterdir())
+    data = plain_images(tmp_path / "data", load_checkpoint(shipped).class_names)
+    command = ["evaluate", SHIPPED, str(data), "--workers", "0"]
     assert main(command) == 0
-    copy = load_checkpoint(tmp_path / "shipped.safetensors")
+    copy = load_checkpoint(tmp_path / f"{SHIPPED}.safetensors")
     assert copy.profile.is_measured
-    assert copy.is_half
-    assert shipped.read_bytes() == before
-    assert list(shipped.parent.iterdir()) == [shipped]
+    assert copy.profile != load_checkpoint(shipped).profile
+    assert (shipped.read_bytes(), set(shipped.parent.iterdir())) == before
     capsys.readouterr()
     assert main(command) == 1
-    assert capsys.readouterr().err == "supervit: shipped.safetensors: would be overwritten\n"
+    assert capsys.readouterr().err == f"supervit: {SHIPPED}.safetensors: would be overwritten\n"
 
 
 def test_a_checkpoint_that_ships_is_classified_with_by_its_name(
-    checkpoint_path: Path, shipped: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
+    photo_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shipped.write_bytes(checkpoint_path.read_bytes())
-    assert main(["classify", str(photo_path), "--checkpoint", "shipped"]) == 0
-    assert "%  thing" in capsys.readouterr().out
+    assert main(["classify", str(photo_path), "--checkpoint", SHIPPED, "--top-k", "10"]) == 0
+    assert "%  airplane" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -323,15 +318,14 @@ def test_a_checkpoint_that_ships_is_classified_with_by_its_name(
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("unknown", "no such file, and no checkpoint of that name ships; those that do: shipped"),
+        ("unknown", f"no such file, and no checkpoint of that name ships; those that do: {SHIPPED}, "),
         ("https://host/a", "a URL is not taken"),
         ("hf-hub:name", "a repository of the hub is named hf-hub:owner/name"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_found_is_named_by_every_command(
-    command: list[str], name: str, complaint: str, shipped: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], name: str, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shipped.touch()
     assert main([*command, name, *(["data"] if command == ["evaluate"] else [])]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"supervit: {name}: {complaint}")
@@ -339,13 +333,15 @@ def test_a_checkpoint_that_cannot_be_found_is_named_by_every_command(
 
 
 def test_evaluate_never_replaces_weights_that_others_named_as_it_names_its_own(
-    checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    published = replace(load_checkpoint(checkpoint_path), is_ours=False)
-    monkeypatch.setattr("service.cli.load_checkpoint", lambda _: published)
-    stranger = checkpoint_path.with_name(f"{checkpoint_path.name}.safetensors")
+    """The authors' weights are of another format, though the file's name is one of ours."""
+    published = tmp_path / "net.safetensors"
+    save_file(SuperViT(DEIT_SMALL).state_dict(), published)
+    assert not load_checkpoint(published).is_ours
+    stranger = tmp_path / "net.safetensors.safetensors"
     stranger.touch()
-    assert main(["evaluate", str(checkpoint_path), str(tmp_path)]) == 1
+    assert main(["evaluate", str(published), str(tmp_path)]) == 1
     assert f"{stranger}: would be overwritten" in capsys.readouterr().err
 
 
@@ -381,6 +377,8 @@ def test_evaluate_rounds_to_half_precision_before_it_measures(
     halved = load_checkpoint(path)
     assert halved.is_half
     assert halved.profile.is_measured
+    assert main(["evaluate", str(path), str(data), "--workers", "0"]) == 0
+    assert load_checkpoint(path).is_half  # it stays so
     for name, weight in halved.model.state_dict().items():
         original = whole.model.state_dict()[name]
         assert torch.equal(weight, original.half().float() if original.is_floating_point() else original) or (

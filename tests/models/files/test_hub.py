@@ -34,6 +34,15 @@ for name in sys.argv[1:]:
         print(error)
 """
 
+LOAD = """
+import sys
+from models.checkpoint import CheckpointError, load_checkpoint
+try:
+    load_checkpoint(sys.argv[1])
+except CheckpointError as error:
+    print(error)
+"""
+
 
 @dataclass
 class Repository:
@@ -130,7 +139,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 def find(tmp_path: Path) -> Find:
     """Find checkpoints in a fresh process: find(name, ..., VARIABLE=value) -> a line for each, of its file or error."""
 
-    def find(*names: str, **variables: str) -> list[str]:
+    def find(*names: str, script: str = FIND, **variables: str) -> list[str]:
         environment = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),
@@ -138,7 +147,7 @@ def find(tmp_path: Path) -> Find:
             "HF_HOME": str(tmp_path / "home"),
             **variables,
         }
-        command = [sys.executable, "-c", FIND, *names]
+        command = [sys.executable, "-c", script, *names]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
@@ -156,6 +165,11 @@ def test_a_repository_gives_its_usual_file_or_its_only_one(hub: type[Hub], find:
     snapshots = tmp_path / "home" / "hub" / "models--owner--net" / "snapshots"
     assert (snapshots / COMMIT / "model.safetensors").read_bytes() == b"weights"
     assert not list(tmp_path.rglob("pytorch_model.bin"))
+
+
+def test_what_is_wrong_with_a_file_is_said_of_the_name_that_was_asked_for(hub: type[Hub], find: Find) -> None:
+    hub.repositories["owner/net"] = Repository(files={COMMIT: {"model.safetensors": b""}})
+    assert find("hf-hub:owner/net", script=LOAD) == ["hf-hub:owner/net: is empty"]
 
 
 def test_what_is_cached_is_not_fetched_again_and_serves_without_a_network(hub: type[Hub], find: Find) -> None:

@@ -5,37 +5,32 @@ from pathlib import Path
 import pytest
 
 from models.checkpoint import UnreadableCheckpointError
-from models.files import sources
-from models.files.sources import bare_name, find_checkpoint, shipped_names
+from models.files.sources import SHIPPED_FOLDER, bare_name, find_checkpoint, shipped_names
+
+MICRO, SMALL = "supervit-micro-cifar10", "supervit-small-caltech101"
 
 
-@pytest.fixture
-def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two checkpoints that ship, in a folder that is not the current one."""
-    folder = tmp_path / "package"
-    folder.mkdir()
-    for name in ("small.safetensors", "micro.safetensors", "README.md"):
-        (folder / name).touch()
-    monkeypatch.setattr(sources, "SHIPPED_FOLDER", folder)
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoints that ship do not lie in the current folder."""
     monkeypatch.chdir(tmp_path)
-    return folder
 
 
-def test_a_checkpoint_that_ships_goes_by_its_name(shipped: Path) -> None:
-    assert find_checkpoint("micro") == shipped / "micro.safetensors"
-    assert shipped_names() == ("micro", "small")
+def test_a_checkpoint_that_ships_goes_by_its_name() -> None:
+    """Pictures, cards and logs that lie beside it have no names of their own."""
+    assert find_checkpoint(MICRO) == SHIPPED_FOLDER / f"{MICRO}.safetensors"
+    assert shipped_names() == (MICRO, SMALL)
 
 
-def test_a_file_of_that_name_wins_and_a_folder_does_not(shipped: Path) -> None:
-    Path("small").mkdir()
-    assert find_checkpoint("small") == shipped / "small.safetensors"
-    Path("micro").touch()
-    assert find_checkpoint("micro") == Path("micro")
+def test_a_file_of_that_name_wins_and_a_folder_does_not() -> None:
+    Path(SMALL).mkdir()
+    assert find_checkpoint(SMALL) == SHIPPED_FOLDER / f"{SMALL}.safetensors"
+    Path(MICRO).touch()
+    assert find_checkpoint(MICRO) == Path(MICRO)
 
 
-def test_an_unknown_name_lists_what_ships(shipped: Path) -> None:
-    assert shipped.is_dir()
-    with pytest.raises(UnreadableCheckpointError, match=r"^macro: no such file, .*those that do: micro, small$"):
+def test_an_unknown_name_lists_what_ships() -> None:
+    with pytest.raises(UnreadableCheckpointError, match=rf"^macro: no such file, .*those that do: {MICRO}, {SMALL}$"):
         find_checkpoint("macro")
     with pytest.raises(UnreadableCheckpointError, match=r"^runs/macro: no such file$"):
         find_checkpoint("runs/macro")

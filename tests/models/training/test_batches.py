@@ -94,12 +94,11 @@ def test_small_images_are_kept_in_memory_unless_each_is_varied_by_itself(
 
 
 def test_too_many_images_for_memory_are_read_as_they_are_needed(
-    tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig
 ) -> None:
-    monkeypatch.setattr("models.training.batches.MEMORY_LIMIT_BYTES", 48 * 3 * 16 * 16)
-    assert fits_memory(tiny_recipe(tmp_path), tiny_config)
-    monkeypatch.setattr("models.training.batches.MEMORY_LIMIT_BYTES", 48 * 3 * 16 * 16 - 1)
-    assert not fits_memory(tiny_recipe(tmp_path), tiny_config)
+    size_bytes = 48 * 3 * 16 * 16
+    assert fits_memory(tiny_recipe(tmp_path), tiny_config, size_bytes)
+    assert not fits_memory(tiny_recipe(tmp_path), tiny_config, size_bytes - 1)
 
 
 def test_images_in_memory_are_whole_and_keep_their_labels(
@@ -116,6 +115,11 @@ def test_images_in_memory_are_whole_and_keep_their_labels(
         assert torch.equal(batches.images[index], image)
         assert batches.targets[index] == label
     assert [len(labels) for _, labels in watched] == [8, 4]
+
+
+def vary(in_memory: bool) -> dict[str, object]:
+    """Options with which images are kept in memory, or varied each by itself as they are needed."""
+    return {"rand_augment": "" if in_memory else "rand-m9"}
 
 
 def ask(recipe: Recipe, config: SuperViTConfig, teacher: Teacher) -> Tensor:
@@ -139,28 +143,36 @@ def test_a_teacher_that_is_asked_once_turns_labels_into_probabilities(
     tiny_recipe: MakeRecipe,
     tiny_config: SuperViTConfig,
     teacher: Teacher,
-    monkeypatch: pytest.MonkeyPatch,
     in_memory: bool,
 ) -> None:
-    if not in_memory:
-        monkeypatch.setattr("models.training.batches.MEMORY_LIMIT_BYTES", 0)
-    monkeypatch.setattr("models.training.batches.crop_and_mirror", lambda images: images)
     config = replace(tiny_config, crop_fraction=1.0)
     options = {"teacher": "test_vit", "teacher_once": True, "teacher_weight": 0.25, "label_smoothing": 0.3}
-    recipe = tiny_recipe(tmp_path, **options)
-    plain, _, _ = open_batches(tiny_recipe(tmp_path), config, None, 0, 1, CPU)
+    varied = vary(in_memory)
+    recipe = tiny_recipe(tmp_path, **options, **varied)
+    plain, _, _ = open_batches(tiny_recipe(tmp_path, **varied), config, None, 0, 1, CPU)
     batches, _, _ = open_batches(recipe, config, teacher, 0, 1, CPU)
-    checked = 0
-    for (images, targets), (_, labels) in zip(batches, plain, strict=True):
+    for (_, targets), (_, labels) in zip(batches, plain, strict=True):
         torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
-        smooth = functional.one_hot(labels, 3) * 0.7 + 0.1
-        taught = (targets - 0.75 * smooth) / 0.25
-        assert taught.min() > -1e-5
-        if in_memory:  # where the training images are just what the teacher saw, but for crops, which are off
-            expected = (teacher(images) + teacher(images.flip(3))) / 2
-            torch.testing.assert_close(taught, expected, atol=1e-4, rtol=1e-3)
-        checked += 1
-    assert checked == 6
+        assert answers_in(targets, labels).min() > -1e-5
+    assert isinstance(batches, ImageBatches) == in_memory
+    assert len(batches) == 6
+    if isinstance(batches, ImageBatches) and isinstance(plain, ImageBatches):  # before they are cropped and mirrored
+        images = normalise(batches.images, config)
+        expected = (teacher(images) + teacher(images.flip(3))) / 2
+        torch.testing.assert_close(answers_in(batches.targets, plain.targets), expected, atol=1e-4, rtol=1e-3)
+
+
+def answers_in(targets: Tensor, labels: Tensor) -> Tensor:
+    """What the teacher says, out of targets of which it makes a quarter."""
+    smooth = functional.one_hot(labels, 3) * 0.7 + 0.1
+    return (targets - 0.75 * smooth) / 0.25
+
+
+class Silent(Teacher):
+    """Shall not be asked."""
+
+    def answer_both_ways(self, images: Tensor) -> Tensor:
+        raise AssertionError(f"asked about {len(images)} images")
 
 
 def test_a_teacher_that_has_answered_is_not_asked_again(
@@ -168,12 +180,10 @@ def test_a_teacher_that_has_answered_is_not_asked_again(
     tiny_recipe: MakeRecipe,
     tiny_config: SuperViTConfig,
     teacher: Teacher,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = tiny_recipe(tmp_path, **ASKED_ONCE)
     first, _, _ = open_batches(recipe, tiny_config, teacher, 0, 1, CPU)
-    monkeypatch.setattr(Teacher, "answer_both_ways", None)
-    second, _, _ = open_batches(recipe, tiny_config, teacher, 0, 1, CPU)
+    second, _, _ = open_batches(recipe, tiny_config, Silent(teacher.network, tiny_config), 0, 1, CPU)
     assert isinstance(first, ImageBatches)
     assert isinstance(second, ImageBatches)
     assert torch.equal(first.targets, second.targets)
@@ -253,14 +263,12 @@ def test_bad_images_are_left_out_of_full_batches(
     tiny_recipe: MakeRecipe,
     tiny_config: SuperViTConfig,
     damaged: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     in_memory: bool,
     workers: int,
 ) -> None:
-    if not in_memory:
-        monkeypatch.setattr("models.training.batches.MEMORY_LIMIT_BYTES", 0)
-    recipe = tiny_recipe(tmp_path, data=damaged, max_bad_images=0.05, workers=workers, augmentation_repeats=2)
+    options = vary(in_memory) | {"max_bad_images": 0.05, "workers": workers, "augmentation_repeats": 2}
+    recipe = tiny_recipe(tmp_path, data=damaged, **options)
     batches, sampler, _ = open_batches(recipe, tiny_config, None, 0, 1, CPU)
     sampler.set_epoch(3)
     labels = [labels for _, labels in batches]
@@ -279,12 +287,9 @@ def test_too_many_bad_images_end_the_reading(
     tiny_recipe: MakeRecipe,
     tiny_config: SuperViTConfig,
     damaged: Path,
-    monkeypatch: pytest.MonkeyPatch,
     in_memory: bool,
 ) -> None:
-    if not in_memory:
-        monkeypatch.setattr("models.training.batches.MEMORY_LIMIT_BYTES", 0)
-    recipe = tiny_recipe(tmp_path, data=damaged, max_bad_images=0.04)
+    recipe = tiny_recipe(tmp_path, data=damaged, max_bad_images=0.04, **vary(in_memory))
     with pytest.raises(DataError, match=r"2 of 48 images .* more than --max-bad-images 0\.04 allows"):
         list(open_batches(recipe, tiny_config, None, 0, 1, CPU)[0])
 
@@ -296,12 +301,10 @@ def test_what_a_teacher_says_stays_with_its_image_where_others_are_bad(
     tiny_config: SuperViTConfig,
     teacher: Teacher,
     damaged: Path,
-    monkeypatch: pytest.MonkeyPatch,
     in_memory: bool,
 ) -> None:
-    if not in_memory:
-        monkeypatch.setattr("models.training.batches.MEMORY_LIMIT_BYTES", 0)
-    recipe = tiny_recipe(tmp_path, data=damaged, max_bad_images=0.05, label_smoothing=0.0, **ASKED_ONCE)
+    options = ASKED_ONCE | vary(in_memory) | {"max_bad_images": 0.05, "label_smoothing": 0.0}
+    recipe = tiny_recipe(tmp_path, data=damaged, **options)
     batches, _, _ = open_batches(recipe, tiny_config, teacher, 0, 1, CPU)
     kept = torch.load(tmp_path / TARGETS_NAME, weights_only=True)["targets"]
     by_name = sorted(open_folder(damaged / "train", evaluation_transform(tiny_config)).files)

@@ -1,5 +1,4 @@
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,37 +11,33 @@ from models.checkpoint import Header, save_checkpoint
 from models.profiles import ProfileTable
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
-from models.training import recipe as room
-from models.training.recipe import LARGE_DATASET_IMAGES, LEARNING_RATES, Recipe
+from models.training.recipe import LARGE_DATASET_IMAGES, LEARNING_RATES, Recipe, count_training_files
 from tests.models.conftest import CLASS_NAMES
 
 
-def data_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_images: int) -> Path:
-    """Pretend that train/ holds two classes with so many images together."""
-
-    def walk(folder: Path, followlinks: bool) -> Iterator[tuple[str, list[str], list[str]]]:
-        assert followlinks
-        assert folder == tmp_path / "train"
-        yield str(folder), ["a", "b"], []
-        yield str(folder / "a"), [], ["x"] * (num_images // 2)
-        yield str(folder / "b"), [], ["x"] * (num_images - num_images // 2)
-
-    monkeypatch.setattr(os, "walk", walk)
+def data_of_size(tmp_path: Path, num_images: int) -> Path:
+    """A data set of so many images, most of them the same: folders are linked into train/ again and again."""
+    for size in (1000, num_images % 1000):
+        (tmp_path / f"{size} images").mkdir(parents=True)
+        for index in range(size):
+            (tmp_path / f"{size} images" / f"{index}.png").touch()
+    (tmp_path / "train").mkdir()
+    for index in range(num_images // 1000):
+        (tmp_path / "train" / str(index)).symlink_to(tmp_path / "1000 images", target_is_directory=True)
+    (tmp_path / "train" / "rest").symlink_to(tmp_path / f"{num_images % 1000} images", target_is_directory=True)
     return tmp_path
 
 
-def test_a_small_data_set_is_trained_long_and_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe(data=data_of_size(tmp_path, monkeypatch, LARGE_DATASET_IMAGES - 1), output=tmp_path)
+def test_a_small_data_set_is_trained_long_and_plainly(tmp_path: Path) -> None:
+    recipe = Recipe(data=data_of_size(tmp_path, LARGE_DATASET_IMAGES - 1), output=tmp_path)
     assert (recipe.epochs, recipe.batch_size, recipe.optimizer, recipe.learning_rate) == (100, 64, "muon", 4e-2)
     assert (recipe.mixup, recipe.cutmix, recipe.rand_augment, recipe.random_erasing) == (0, 0, "", 0)
     assert (recipe.drop_path, recipe.ema_decay, recipe.augmentation_repeats) == (0, 0.999, 1)
     assert (recipe.mix_token, recipe.token_label_weight) == (False, 1)
 
 
-def test_a_large_data_set_is_trained_by_the_published_recipe_of_the_deit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = data_of_size(tmp_path, monkeypatch, LARGE_DATASET_IMAGES)
+def test_a_large_data_set_is_trained_by_the_published_recipe_of_the_deit(tmp_path: Path) -> None:
+    data = data_of_size(tmp_path, LARGE_DATASET_IMAGES)
     recipe = Recipe(data=data, output=tmp_path, model="supervit_deit_small_patch16_224")
     assert (recipe.epochs, recipe.batch_size, recipe.optimizer, recipe.learning_rate) == (300, 256, "adamw", 5e-4)
     assert (recipe.mixup, recipe.cutmix, recipe.rand_augment) == (0.8, 1.0, "rand-m9-mstd0.5-inc1")
@@ -51,10 +46,8 @@ def test_a_large_data_set_is_trained_by_the_published_recipe_of_the_deit(
     assert (recipe.weight_decay, recipe.label_smoothing, recipe.warmup_epochs) == (0.05, 0.1, 5)
 
 
-def test_a_large_data_set_is_trained_by_the_published_recipe_of_the_lv_vit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = data_of_size(tmp_path, monkeypatch, LARGE_DATASET_IMAGES)
+def test_a_large_data_set_is_trained_by_the_published_recipe_of_the_lv_vit(tmp_path: Path) -> None:
+    data = data_of_size(tmp_path, LARGE_DATASET_IMAGES)
     recipe = Recipe(data=data, output=tmp_path, model="supervit_lvvit_small_patch16_224")
     assert (recipe.epochs, recipe.optimizer, recipe.learning_rate) == (300, "adamw", 1.6e-3 * 512 / 1024)
     assert (recipe.mixup, recipe.cutmix, recipe.mix_token, recipe.token_label_weight) == (0, 0, True, 1)
@@ -95,24 +88,17 @@ def test_token_labels_that_would_not_be_those_of_the_image_are_refused(
         Recipe.model_validate({"data": tmp_path, "output": tmp_path, "teacher": "resnet18"} | options)
 
 
-def test_images_are_counted_in_the_class_folders_of_train(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room.count_training_files.cache_clear()
-    monkeypatch.setattr(room, "LARGE_DATASET_IMAGES", 48)
-    assert Recipe(data=pictures, output=pictures / "out").epochs == 300
-    room.count_training_files.cache_clear()
-    monkeypatch.setattr(room, "LARGE_DATASET_IMAGES", 49)
-    assert Recipe(data=pictures, output=pictures / "out").epochs == 100
-    room.count_training_files.cache_clear()
+def test_images_are_counted_in_the_class_folders_of_train(pictures: Path, tmp_path: Path) -> None:
+    assert count_training_files(pictures) == 48
+    for size in (LARGE_DATASET_IMAGES - 1, LARGE_DATASET_IMAGES):
+        assert count_training_files(data_of_size(tmp_path / str(size), size)) == size
 
 
-def test_images_in_linked_class_folders_are_counted(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_in_linked_class_folders_are_counted(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     for folder in (pictures / "train").iterdir():
         (tmp_path / "train" / folder.name).symlink_to(folder, target_is_directory=True)
-    monkeypatch.setattr(room, "LARGE_DATASET_IMAGES", 48)
-    assert Recipe(data=tmp_path, output=tmp_path / "out").epochs == 300
+    assert count_training_files(tmp_path) == 48
 
 
 def test_what_is_given_wins_over_the_defaults(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from timm.utils import ModelEmaV3
 
 from models.evaluation.plots import plot_training
 from models.supervit import SuperViT
-from models.training.recipe import Recipe
+from models.training.recipe import LARGE_DATASET_IMAGES, Recipe
 from models.training.state import State, TrainingError, has_state, prepare_folder, read_log
 from tests.models.conftest import CLASS_NAMES
+from tests.models.training.test_recipe import data_of_size
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -70,6 +71,19 @@ def test_a_run_of_other_options_is_refused_with_every_difference_in_one_line(
         saved.load(tiny_recipe(tmp_path, **options), CLASS_NAMES)
     assert str(caught.value) == f"{tmp_path}/state.pt: was made with {difference}"
     assert all(torch.equal(tensor, before[name]) for name, tensor in saved.model.state_dict().items())
+
+
+def test_what_an_option_of_later_was_by_default_follows_the_model_of_the_run(
+    tmp_path: Path, tiny_recipe: MakeRecipe, state: State
+) -> None:
+    """A large set's default of MixToken is that of an LV-ViT for an LV-ViT alone."""
+    recipe = tiny_recipe(tmp_path, data=data_of_size(tmp_path, LARGE_DATASET_IMAGES))
+    assert Recipe(data=recipe.data, output=tmp_path).mix_token  # by default, which is not the model of this run
+    state.save(recipe, CLASS_NAMES, {"epoch": 1})
+    content = torch.load(tmp_path / "state.pt", weights_only=True)
+    del content["recipe"]["mix_token"]
+    torch.save(content, tmp_path / "state.pt")
+    assert state.load(recipe, CLASS_NAMES) == {"epoch": 1}
 
 
 def test_how_long_how_fast_and_where_it_trains_may_change(

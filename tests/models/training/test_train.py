@@ -5,9 +5,11 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import timm
 import torch
 from PIL import Image
 from timm.utils import ModelEmaV3
+from torch import distributed
 
 from models.checkpoint import CheckpointError, Header, load_checkpoint, read_weights, save_checkpoint
 from models.data.datasets import DataError, open_folder
@@ -28,13 +31,12 @@ from models.processes import Process, seed_everything
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
-from models.training import train as room
-from models.training.batches import open_batches
-from models.training.objective import PairChoice, PairLoss, Targets, sample_pairs, training_step
+from models.training.batches import TARGETS_NAME
+from models.training.objective import PairLoss, Targets, sample_pairs, training_step
 from models.training.recipe import Recipe
 from models.training.setup import build_model, build_optimizer, build_teacher, learning_rate_schedule
 from models.training.state import TrainingError, save_whole
-from models.training.train import run_epochs, train
+from models.training.train import Step, run_epochs, train
 from tests.models.conftest import CLASS_NAMES
 from tests.models.files.test_atomic import files_limited_to
 from tests.models.training.two_processes import weights_after_three_steps
@@ -53,8 +55,8 @@ EVERYTHING_RANDOM = {
 LVVIT = {"model": "supervit_lvvit_micro_patch4_32", "stem_width": 4, "num_heads": 2}
 
 
-def before_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Let `act` change the images of one step, counted from 1, or raise instead."""
+def before_step(number: int, act: Callable[[torch.Tensor], torch.Tensor]) -> Step:
+    """A training step before which `act` changes the images of one, counted from 1, or raises instead."""
     taken = 0
 
     def step(
@@ -64,7 +66,30 @@ def before_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[tor
         taken += 1
         return training_step(pair_loss, optimizer, act(images) if taken == number else images, *rest)  # type: ignore[arg-type] # passed on
 
-    monkeypatch.setattr("models.training.train.training_step", step)
+    return step
+
+
+class Notes:
+    """A step that keeps what it is given, and learns from it or not."""
+
+    def __init__(self, *, learns: bool = True) -> None:
+        self.learns = learns
+        self.images: list[torch.Tensor] = []
+        self.targets: list[Targets] = []
+        self.pairs: list[object] = []
+        self.boxes: list[object] = []
+        self.places: list[object] = []
+        self.token_weights: list[float] = []
+
+    def __call__(self, pair_loss: PairLoss, *given: Any) -> dict[str, float]:  # noqa: ANN401 - passed on
+        _, images, targets, pairs, _, box, _, _, place = given
+        self.images.append(images)
+        self.targets.append(targets)
+        self.pairs.append(pairs)
+        self.boxes.append(box)
+        self.places.append(place)
+        self.token_weights.append(getattr(pair_loss, "token_weight", math.nan))
+        return training_step(pair_loss, *given) if self.learns else {"largest grid": 0.0}
 
 
 def interrupt(images: torch.Tensor) -> torch.Tensor:
@@ -146,10 +171,8 @@ def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_unbroken_one(
 ) -> None:
     unbroken = train(tiny_recipe(tmp_path / "unbroken" / "run", **options))
     recipe = tiny_recipe(tmp_path / "broken" / "run", **options)
-    with pytest.MonkeyPatch.context() as patch:
-        before_step(patch, interrupted_at, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, before_step(interrupted_at, interrupt))
     assert len(log_of(recipe.output)) == (interrupted_at - 1) // STEPS_PER_EPOCH
     torch.manual_seed(12345)  # another process would have other generators
     resumed = train(recipe.model_copy(update={"resume": True}))
@@ -168,59 +191,64 @@ def test_a_resumed_run_is_taught_by_the_very_start_that_taught_it_before(
     options = {"init": foreign_file, "teacher_self": True, "teacher_weight": 1.0, "epochs": 2}
     unbroken = train(tiny_recipe(tmp_path / "unbroken" / "run", **options))
     recipe = tiny_recipe(tmp_path / "broken" / "run", **options)
-    with pytest.MonkeyPatch.context() as patch:
-        before_step(patch, STEPS_PER_EPOCH + 2, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, before_step(STEPS_PER_EPOCH + 2, interrupt))
     resumed = train(recipe.model_copy(update={"resume": True}))
     assert resumed.read_bytes() == unbroken.read_bytes()
 
 
-@pytest.mark.parametrize(("name", "epoch"), [("save_weights", 2), ("watch", 2), ("save_log", 3)])
+@pytest.fixture
+def own_data(tmp_path: Path, pictures: Path) -> Path:
+    """A copy of the pictures that a test may change."""
+    return shutil.copytree(pictures, tmp_path / "data")
+
+
+@contextmanager
+def replaced_by_a_folder(path: Path) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Yield what puts a folder in place of a file, which can then be neither read nor written; undo it in the end."""
+    aside = path.with_name("aside")
+
+    def replace(images: torch.Tensor) -> torch.Tensor:
+        path.rename(aside)
+        path.mkdir()
+        return images
+
+    yield replace
+    path.rmdir()
+    aside.rename(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "epoch"), [("checkpoint.safetensors", 2), ("../../data/val/red/1.png", 2), ("log.jsonl", 3)]
+)
 def test_what_fails_after_an_epoch_costs_nothing_of_it(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, name: str, epoch: int
+    tmp_path: Path, tiny_recipe: MakeRecipe, own_data: Path, name: str, epoch: int
 ) -> None:
-    unbroken = train(tiny_recipe(tmp_path / "unbroken" / "run"))
-    recipe = tiny_recipe(tmp_path / "broken" / "run")
-    real, calls = getattr(room, name), 0
-
-    def fail_once(*arguments: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == epoch:
-            raise OSError("No space left on device")
-        return real(*arguments)
-
-    monkeypatch.setattr(room, name, fail_once)
-    with pytest.raises(OSError, match="No space left"):
-        train(recipe)
+    """As the weights or the log cannot be written, or what is watched cannot be read."""
+    unbroken = train(tiny_recipe(tmp_path / "unbroken" / "run", data=own_data))
+    recipe = tiny_recipe(tmp_path / "broken" / "run", data=own_data)
+    recipe.output.mkdir(parents=True)
+    path = (recipe.output / name).resolve()
+    with replaced_by_a_folder(path) as replace, pytest.raises((OSError, DataError)):
+        train(recipe, before_step((epoch - 1) * STEPS_PER_EPOCH + 1, replace))
     assert [record["epoch"] for record in log_of(recipe.output)] == list(range(1, epoch))
-    steps = 0
-
-    def step(*arguments: object) -> dict[str, float]:
-        nonlocal steps
-        steps += 1
-        return training_step(*arguments)  # type: ignore[arg-type] # passed on
-
-    monkeypatch.setattr(room, "training_step", step)
-    resumed = train(recipe.model_copy(update={"resume": True}))
-    assert steps == (3 - epoch) * STEPS_PER_EPOCH  # a run that was trained to its end is only measured
+    notes = Notes()
+    resumed = train(recipe.model_copy(update={"resume": True}), notes)
+    assert len(notes.images) == (3 - epoch) * STEPS_PER_EPOCH  # a run that was trained to its end is only measured
     assert resumed.read_bytes() == unbroken.read_bytes()
     untimed = [[record | {"seconds": 0} for record in log_of(path.parent)] for path in (resumed, unbroken)]
     assert untimed[0] == untimed[1]
 
 
 def test_an_epoch_that_is_measured_late_is_measured_before_the_next_begins(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_recipe: MakeRecipe, own_data: Path
 ) -> None:
-    recipe = tiny_recipe(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(room, "watch", lambda *_: interrupt(torch.zeros(1)))
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe)
-    before_step(monkeypatch, 1, interrupt)
+    recipe = tiny_recipe(tmp_path / "run", data=own_data)
+    watched = own_data / "val" / "red" / "1.png"
+    with replaced_by_a_folder(watched) as replace, pytest.raises(DataError):
+        train(recipe, before_step(1, replace))
     with pytest.raises(KeyboardInterrupt):
-        train(recipe.model_copy(update={"resume": True}))
+        train(recipe.model_copy(update={"resume": True}), before_step(1, interrupt))
     assert [record["epoch"] for record in log_of(recipe.output)] == [1]
 
 
@@ -253,75 +281,76 @@ def test_products_are_computed_in_the_precision_asked_for(tmp_path: Path, tiny_r
     assert list(losses.values()) == pytest.approx([losses["float32"]] * 3, rel=0.02)
 
 
-def test_mixed_labels_are_smoothed(tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.Tensor] = []
-
-    def step(pair_loss: object, optimizer: object, images: object, targets: Targets, *_: object) -> object:
-        del pair_loss, optimizer, images
-        seen.append(targets.labels)
-        return {"largest grid": 0.0}
-
-    monkeypatch.setattr(room, "training_step", step)
-    train(tiny_recipe(tmp_path / "run", epochs=1, mixup=0.8, label_smoothing=0.3))
-    targets = torch.cat(seen)
+def test_mixed_labels_are_smoothed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    notes = Notes(learns=False)
+    train(tiny_recipe(tmp_path / "run", epochs=1, mixup=0.8, label_smoothing=0.3), notes)
+    targets = torch.cat([targets.labels for targets in notes.targets])
     assert targets.shape == (48, 3)
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(48))
     assert targets.min().item() == pytest.approx(0.3 / 3)
 
 
-def test_every_process_varies_its_images_in_its_own_way(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def joined() -> Iterator[None]:
+    """A group of one, in which this process can be any of several that nothing is heard of."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("joined")
+def test_every_process_varies_its_images_in_its_own_way_and_every_epoch_anew(
+    tmp_path: Path, tiny_recipe: MakeRecipe
 ) -> None:
-    """Given the same images in the same order."""
-    seen: list[torch.Tensor] = []
-
-    def step(pair_loss: object, optimizer: object, images: torch.Tensor, *_: object) -> object:
-        del pair_loss, optimizer
-        seen.append(images)
-        return {"largest grid": 0.0}
-
-    def open_first_share(recipe: Recipe, config: SuperViTConfig, teacher: None, *_: object) -> object:
-        return open_batches(recipe, config, teacher, 0, 1, torch.device("cpu"))
-
-    monkeypatch.setattr(room, "training_step", step)
-    monkeypatch.setattr(room, "open_batches", open_first_share)
+    """Of images that are picked twice, two processes get the same ones in the same order."""
+    seen = []
     for rank in (0, 1, 1):
-        run_epochs(tiny_recipe(tmp_path / "run", epochs=1, resume=False), Process(rank, 1, torch.device("cpu")))
-    first, second, again = torch.cat(seen).chunk(3)
+        notes = Notes(learns=False)
+        recipe = tiny_recipe(tmp_path / "run", epochs=2, augmentation_repeats=2)
+        run_epochs(recipe, Process(rank, 2, torch.device("cpu")), notes)
+        labels = torch.cat([targets.labels for targets in notes.targets])
+        seen.append((labels, *torch.cat(notes.images).chunk(2)))
+    (labels, first, _), (same_labels, second, later), (_, again, later_again) = seen
+    assert torch.equal(labels, same_labels)
     assert not torch.equal(first, second)
+    assert not torch.equal(second, later)
     assert torch.equal(second, again)
+    assert torch.equal(later, later_again)
 
 
-def test_every_epoch_shows_every_image_in_an_order_of_its_own(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
+@pytest.mark.usefixtures("joined")
+def test_every_process_takes_its_own_share(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    shares = []
+    for rank in (0, 1):
+        notes = Notes(learns=False)
+        run_epochs(tiny_recipe(tmp_path / "run", epochs=1), Process(rank, 2, torch.device("cpu")), notes)
+        shares.append(torch.cat([targets.labels for targets in notes.targets]))
+    assert [len(share) for share in shares] == [24, 24]
+    assert torch.cat(shares).bincount().tolist() == [16, 16, 16]
+    assert not torch.equal(*shares)
 
-    def step(pair_loss: object, optimizer: object, images: torch.Tensor, targets: Targets, *_: object) -> object:
-        del pair_loss, optimizer, images
-        seen.extend(targets.labels.tolist())
-        return {"largest grid": 0.0}
 
-    monkeypatch.setattr("models.training.train.training_step", step)
-    train(tiny_recipe(tmp_path / "run", epochs=2))
+def test_every_epoch_shows_every_image_in_an_order_of_its_own(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    notes = Notes(learns=False)
+    train(tiny_recipe(tmp_path / "run", epochs=2), notes)
+    seen = torch.cat([targets.labels for targets in notes.targets]).tolist()
     first, second = seen[:48], seen[48:]
     assert first != second
     assert [first.count(label) for label in range(3)] == [second.count(label) for label in range(3)] == [16, 16, 16]
 
 
-def test_steps_are_counted_on_from_epoch_to_epoch(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
+def pairs_of(recipe: Recipe, steps: Iterable[int]) -> list[object]:
+    """The sub-networks of steps; those of neighbours differ, as a test of their numbers wants it."""
+    config = build_model(recipe, CLASS_NAMES).config
+    pairs = [sample_pairs(config, recipe.seed, step) for step in steps]
+    assert len(set(pairs)) > 1
+    return list(pairs)
 
-    def choose(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoice, ...]:
-        asked.append(step)
-        return sample_pairs(config, seed, step)
 
-    monkeypatch.setattr("models.training.train.sample_pairs", choose)
-    recipe = tiny_recipe(tmp_path / "run")
-    train(recipe)
-    assert asked == list(range(3 * STEPS_PER_EPOCH))
+def test_steps_are_counted_on_from_epoch_to_epoch(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    notes, recipe = Notes(), tiny_recipe(tmp_path / "run")
+    train(recipe, notes)
+    assert notes.pairs == pairs_of(recipe, range(3 * STEPS_PER_EPOCH))
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     schedule = learning_rate_schedule(recipe, optimizer, STEPS_PER_EPOCH, 1)
     for record in log_of(recipe.output):
@@ -332,30 +361,18 @@ def test_steps_are_counted_on_from_epoch_to_epoch(
 def test_a_step_of_several_batches_is_one_step_and_the_last_takes_what_is_left(
     tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places: list[object] = []
-    asked: list[int] = []
     averaged: list[int] = []
     update = ModelEmaV3.update
-
-    def step(*arguments: object) -> dict[str, float]:
-        places.append(arguments[-1])
-        return training_step(*arguments)  # type: ignore[arg-type] # passed on
-
-    def choose(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoice, ...]:
-        asked.append(step)
-        return sample_pairs(config, seed, step)
 
     def average(average: ModelEmaV3, model: SuperViT, step: int) -> None:
         averaged.append(step)
         update(average, model, step)
 
-    monkeypatch.setattr(room, "training_step", step)
-    monkeypatch.setattr(room, "sample_pairs", choose)
     monkeypatch.setattr(ModelEmaV3, "update", average)
-    recipe = tiny_recipe(tmp_path / "run", epochs=2, accumulate=4)
-    train(recipe)
-    assert places == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 2), (2, 2)] * 2
-    assert asked == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3]
+    notes, recipe = Notes(), tiny_recipe(tmp_path / "run", epochs=2, accumulate=4)
+    train(recipe, notes)
+    assert notes.places == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 2), (2, 2)] * 2
+    assert notes.pairs == pairs_of(recipe, [0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3])
     assert averaged == [1, 2, 3, 4]
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     learning_rate_schedule(recipe, optimizer, 2, 1).step_update(3)
@@ -404,70 +421,18 @@ def test_a_resumed_run_follows_the_rate_that_it_is_given_now(tmp_path: Path, tin
     assert log_of(recipe.output)[-1]["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
-def test_every_process_takes_its_own_share(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*arguments: object) -> None:
-        raise InterruptedError(arguments[3:5])
-
-    monkeypatch.setattr("models.training.train.open_batches", stop)
-    with pytest.raises(InterruptedError, match=r"\(1, 2\)"):
-        run_epochs(tiny_recipe(tmp_path / "run"), Process(1, 2, torch.device("cpu")))
-
-
-def test_every_process_varies_its_images_in_its_own_way_and_every_epoch_anew(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draws: list[float] = []
-
-    def draw(*_: object) -> dict[str, float]:
-        draws.append(torch.rand(1).item())
-        if len(draws) % 2 == 0:
-            raise InterruptedError
-        return {"largest grid": 0.0}
-
-    monkeypatch.setattr("models.training.train.train_epoch", draw)
-    monkeypatch.setattr("models.training.train.build_pair_loss", lambda *_: None)
-    monkeypatch.setattr("models.training.train.distributed.barrier", lambda: None)
-    for rank in (0, 1, 1):
-        with pytest.raises(InterruptedError):
-            run_epochs(tiny_recipe(tmp_path / "run"), Process(rank, 2, torch.device("cpu")))
-    assert draws[2:4] == draws[4:6]
-    assert len(set(draws)) == 4
-
-
-def test_the_averaged_weights_are_watched(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    watched: list[torch.Tensor] = []
-
-    def measure(model: SuperViT, *rest: object) -> object:
-        watched.append(model.head.weight.detach().clone())
-        return measure_accuracy(model, *rest)  # type: ignore[arg-type] # passed on
-
-    monkeypatch.setattr("models.training.train.measure_accuracy", measure)
-    path = train(tiny_recipe(tmp_path / "run", epochs=1))
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert torch.equal(watched[0], read_weights(path)["head.weight"])
-    assert not torch.equal(watched[0], state["model"]["head.weight"])
-
-
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_few_bad_images_are_named_and_stop_neither_training_nor_watching(
     tmp_path: Path,
     tiny_recipe: MakeRecipe,
-    pictures: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    own_data: Path,
     capsys: pytest.CaptureFixture[str],
     in_memory: bool,
 ) -> None:
-    if not in_memory:
-        monkeypatch.setattr("models.training.batches.MEMORY_LIMIT_BYTES", 0)
-    data = tmp_path / "data"
-    shutil.copytree(pictures, data)
+    data, vary = own_data, "" if in_memory else "rand-m9"  # which varies each image by itself
     for name in ("train/red/3.png", "val/blue/1.png", "train/green/note.txt"):
         (data / name).write_text("no picture")
-    train(tiny_recipe(tmp_path / "run", data=data, epochs=2, workers=1, max_bad_images=0.1))
+    train(tiny_recipe(tmp_path / "run", data=data, epochs=2, workers=1, max_bad_images=0.1, rand_augment=vary))
     printed = capsys.readouterr().err
     assert printed.count(f"1 of 48 images of {data}/train cannot be read: red/3.png") == 1
     assert printed.count(f"1 of 12 images of {data}/val cannot be read: blue/1.png") == 1
@@ -506,50 +471,37 @@ def test_a_family_of_one_that_fuses_is_trained_saved_and_loaded(tmp_path: Path, 
     assert [str(row.subnetwork) for row in checkpoint.profile.rows] == ["grid 4 at keep rate 0.5"]
 
 
-def test_a_teacher_that_was_asked_once_is_learned_from(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_teacher_that_was_asked_once_is_learned_from(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     torch.manual_seed(11)
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "teacher.pth")
-    taught: list[torch.Tensor] = []
-
-    def step(pair_loss: object, optimizer: object, images: object, targets: Targets, *_: object) -> object:
-        del pair_loss, optimizer, images
-        taught.append(targets.labels)
-        assert targets.taught is None  # it is not asked again
-        return {"largest grid": 0.0}
-
-    monkeypatch.setattr("models.training.train.training_step", step)
     options = {"teacher": "test_vit", "teacher_checkpoint": tmp_path / "teacher.pth", "teacher_side": 32}
-    train(tiny_recipe(tmp_path / "run", epochs=1, teacher_once=True, **options))
-    assert {targets.shape for targets in taught} == {(8, 3)}
-    monkeypatch.delattr("models.training.teacher.Teacher.answer_both_ways")  # a run that is resumed asks no more
-    train(tiny_recipe(tmp_path / "run", epochs=2, teacher_once=True, resume=True, **options))
-    assert len(taught) == 2 * STEPS_PER_EPOCH
+    notes = Notes(learns=False)
+    train(tiny_recipe(tmp_path / "run", epochs=1, teacher_once=True, **options), notes)
+    assert {targets.labels.shape for targets in notes.targets} == {(8, 3)}
+    kept = torch.load(tmp_path / "run" / TARGETS_NAME, weights_only=True)
+    marked = torch.tensor([0.5, 0.25, 0.25]).expand(48, 3).contiguous()
+    torch.save(kept | {"targets": marked}, tmp_path / "run" / TARGETS_NAME)
+    later = Notes(learns=False)
+    train(tiny_recipe(tmp_path / "run", epochs=2, teacher_once=True, resume=True, **options), later)
+    assert torch.equal(torch.cat([targets.labels for targets in later.targets]), marked)  # and asks no more
+    assert all(targets.taught is None for targets in notes.targets + later.targets)  # it is not asked again
+    assert len(later.targets) == STEPS_PER_EPOCH
 
 
 @pytest.mark.parametrize("mix_token", [True, False])
 def test_every_step_of_an_lv_vit_has_its_box_and_its_token_labels(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, mix_token: bool
+    tmp_path: Path, tiny_recipe: MakeRecipe, mix_token: bool
 ) -> None:
     torch.manual_seed(11)
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "teacher.pth")
-    boxes: list[object] = []
-
-    def step(pair_loss: PairLoss, optimizer: object, images: torch.Tensor, targets: Targets, *rest: object) -> object:
-        del optimizer, images
-        assert pair_loss.token_weight == 0.25
-        assert targets.tokens is not None
-        assert targets.tokens.shape == (8, 16, 3)
-        assert targets.taught is not None
-        boxes.append(rest[2])
-        return {"largest grid": 0.0}
-
-    monkeypatch.setattr("models.training.train.training_step", step)
+    notes = Notes(learns=False)
     options = {"teacher": "test_vit", "teacher_checkpoint": tmp_path / "teacher.pth", "teacher_side": 32}
     options |= {"teacher_tokens": True, "token_label_weight": 0.25, "mix_token": mix_token, "seed": 5}
-    train(tiny_recipe(tmp_path / "run", epochs=1, **options, **LVVIT))
-    assert boxes == [draw_box(4, 5, step) if mix_token else None for step in range(STEPS_PER_EPOCH)]
+    train(tiny_recipe(tmp_path / "run", epochs=1, **options, **LVVIT), notes)
+    assert notes.boxes == [draw_box(4, 5, step) if mix_token else None for step in range(STEPS_PER_EPOCH)]
+    assert set(notes.token_weights) == {0.25}
+    assert all(targets.tokens is not None and targets.tokens.shape == (8, 16, 3) for targets in notes.targets)
+    assert all(targets.taught is not None for targets in notes.targets)
 
 
 def test_the_average_forgets_the_first_weights_however_slow_it_is(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
@@ -619,14 +571,11 @@ def test_a_run_over_renamed_classes_cannot_be_resumed(tmp_path: Path, tiny_recip
         train(tiny_recipe(tmp_path / "run", resume=True, data=tmp_path / "data"))
 
 
-def test_a_damaged_log_is_found_before_an_epoch_is_spent(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_log_is_found_before_an_epoch_is_spent(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1))
     (tmp_path / "run" / "log.jsonl").write_text("{")
-    before_step(monkeypatch, 1, interrupt)
     with pytest.raises(TrainingError, match=r"log\.jsonl: damaged"):
-        train(tiny_recipe(tmp_path / "run", resume=True))
+        train(tiny_recipe(tmp_path / "run", resume=True), before_step(1, interrupt))
 
 
 def test_a_new_run_writes_over_the_log_of_one_that_saved_nothing(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
@@ -638,12 +587,11 @@ def test_a_new_run_writes_over_the_log_of_one_that_saved_nothing(tmp_path: Path,
 
 @pytest.mark.parametrize("name", ["file/run", "x" * 300], ids=["below a file", "too long"])
 def test_an_unusable_output_folder_is_found_before_the_first_step(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, tiny_recipe: MakeRecipe, name: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    before_step(monkeypatch, 1, interrupt)
     with pytest.raises(TrainingError, match=f"{name}: cannot be written to: "):
-        train(tiny_recipe(tmp_path / name))
+        train(tiny_recipe(tmp_path / name), before_step(1, interrupt))
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04"])
@@ -658,19 +606,6 @@ def test_a_run_from_before_an_option_existed_is_one_that_left_it_out(tmp_path: P
     train(tiny_recipe(tmp_path / "run", epochs=1))
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     del state["recipe"]["freeze_batch_norm"]
-    torch.save(state, tmp_path / "run" / "state.pt")
-    train(tiny_recipe(tmp_path / "run", epochs=2, resume=True))
-    assert len(log_of(tmp_path / "run")) == 2
-
-
-def test_what_an_option_of_later_was_by_default_follows_the_model_of_the_run(
-    tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A large set's default of MixToken is that of an LV-ViT for an LV-ViT alone."""
-    monkeypatch.setattr("models.training.recipe.LARGE_DATASET_IMAGES", 48)
-    train(tiny_recipe(tmp_path / "run", epochs=1))
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    del state["recipe"]["mix_token"]
     torch.save(state, tmp_path / "run" / "state.pt")
     train(tiny_recipe(tmp_path / "run", epochs=2, resume=True))
     assert len(log_of(tmp_path / "run")) == 2
@@ -713,10 +648,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_epoch_before(
     tmp_path: Path, tiny_recipe: MakeRecipe
 ) -> None:
     recipe = tiny_recipe(tmp_path / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        before_step(patch, STEPS_PER_EPOCH + 2, lambda images: images * torch.nan)
-        with pytest.raises(TrainingError, match="became nan in step 7 of epoch 2; the state before this epoch is kept"):
-            train(recipe)
+    with pytest.raises(TrainingError, match="became nan in step 7 of epoch 2; the state before this epoch is kept"):
+        train(recipe, before_step(STEPS_PER_EPOCH + 2, lambda images: images * torch.nan))
     state = torch.load(recipe.output / "state.pt", weights_only=True)
     assert state["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in (*state["model"].values(), *state["average"].values()))
@@ -724,10 +657,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_epoch_before(
 
 
 def test_nothing_is_said_to_be_kept_when_the_first_epoch_fails(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        before_step(patch, 2, lambda images: images * torch.nan)
-        with pytest.raises(TrainingError, match="in step 1 of epoch 1; start again with a lower --learning-rate"):
-            train(tiny_recipe(tmp_path / "run"))
+    with pytest.raises(TrainingError, match="in step 1 of epoch 1; start again with a lower --learning-rate"):
+        train(tiny_recipe(tmp_path / "run"), before_step(2, lambda images: images * torch.nan))
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"tensorboard"}
 
 

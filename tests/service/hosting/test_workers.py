@@ -1,30 +1,45 @@
+import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from service.hosting import workers
-from service.hosting.workers import Supervisor, beat, bind, split_cpus
+from service.hosting.supervisor import Supervisor, WorkerTiming
+from service.hosting.workers import beat, bind, split_cpus, start_worker
 
-# Writes which CPUs it may use and where its counts go, listens, answers one connection after another with its number.
+LIMIT_S = 60.0  # for what happens at once on an idle machine
+# Listens, reports its number, which CPUs it may use and where its counts go; answers each connection with its number.
 WORKER = """
-import json, os, pathlib, signal, socket, sys
+import json, os, signal, socket, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-told = {"cpus": sorted(os.sched_getaffinity(0)), "folder": os.environ["PROMETHEUS_MULTIPROC_DIR"]}
-pathlib.Path(sys.argv[1], str(os.getpid())).write_text(json.dumps(told))
 listening = socket.socket(fileno=int(sys.argv[2]))
 listening.listen()
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as told:
+    report = {"pid": os.getpid(), "cpus": sorted(os.sched_getaffinity(0))}
+    told.sendall(json.dumps({**report, "folder": os.environ["PROMETHEUS_MULTIPROC_DIR"]}).encode())
 while True:
     connection, _ = listening.accept()
     connection.sendall(str(os.getpid()).encode())
     connection.close()
+"""
+BEATING = """
+import os, threading, time
+from service.hosting.workers import beat
+def pulse():
+    while True:
+        beat(os.environ["PROMETHEUS_MULTIPROC_DIR"], True)
+        time.sleep(0.02)
+threading.Thread(target=pulse, daemon=True).start()
 """
 
 
@@ -63,115 +78,137 @@ def opened() -> Iterator[socket.socket]:
         yield opened
 
 
+class Reports:
+    """Where workers say that they listen."""
+
+    def __init__(self, listening: socket.socket) -> None:
+        self._listening = listening
+        self.port: int = listening.getsockname()[1]
+
+    def next(self) -> dict[str, Any]:
+        """Wait for the next worker."""
+        connection, _ = self._listening.accept()
+        with connection, connection.makefile() as words:
+            told: dict[str, Any] = json.load(words)
+        return told
+
+
+@pytest.fixture
+def reports() -> Iterator[Reports]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(LIMIT_S)
+        yield Reports(listening)
+
+
 @pytest.fixture
 def supervise(
-    tmp_path: Path, opened: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., tuple[Supervisor, threading.Thread, list[bool]]]]:
-    """Start supervisors in threads of their own; stop them in the end."""
-    monkeypatch.setattr(workers, "WATCH_INTERVAL_S", 0.02)
+    opened: socket.socket, reports: Reports
+) -> Iterator[Callable[..., tuple[Supervisor, Callable[[], bool]]]]:
+    """Start supervisors in threads of their own, each with a function that waits for its end; stop them in the end."""
     started: list[tuple[Supervisor, threading.Thread]] = []
+    timing = WorkerTiming(watch_interval_s=0.02, replacement_interval_s=0.0, silence_s=2.0)
 
-    def supervise(script: str, count: int = 1) -> tuple[Supervisor, threading.Thread, list[bool]]:
-        command = [sys.executable, "-c", script, str(tmp_path)]
+    def supervise(
+        script: str, count: int = 1, forget: Callable[[int, str], None] = lambda *_: None
+    ) -> tuple[Supervisor, Callable[[], bool]]:
         cpus = sorted(os.sched_getaffinity(0))
-        shares = [{cpus[index % len(cpus)]} for index in range(count)]
-        environment: Mapping[str, str] = os.environ
-        supervisor, ended = Supervisor(command, environment, shares, opened, 5.0), list[bool]()
-        thread = threading.Thread(target=lambda: ended.append(supervisor.run()))
+        start = partial(start_worker, [sys.executable, "-c", script, str(reports.port)], os.environ, opened)
+        supervisor = Supervisor(start, [{cpus[index % len(cpus)]} for index in range(count)], 5.0, timing, forget)
+        could_run = list[bool]()
+        thread = threading.Thread(target=lambda: could_run.append(supervisor.run()))
         thread.start()
         started.append((supervisor, thread))
-        return supervisor, thread, ended
+
+        def wait() -> bool:
+            thread.join(LIMIT_S)
+            return could_run[0]
+
+        return supervisor, wait
 
     yield supervise
     for supervisor, thread in started:
         supervisor.stop()
-        thread.join(10)
+        thread.join(LIMIT_S)
         assert not thread.is_alive()
 
 
-def who_answers(opened: socket.socket) -> int:
-    """Connect until some worker listens; return its process number."""
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            with socket.create_connection(opened.getsockname(), timeout=10) as connection:
-                return int(connection.recv(100))
-        except (ConnectionError, ValueError):  # it left before it answered
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+def ask(opened: socket.socket) -> int:
+    """Connect to some worker; return its process number."""
+    with socket.create_connection(opened.getsockname(), timeout=LIMIT_S) as connection:
+        return int(connection.recv(100))
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+@contextmanager
+def ending(pid: int) -> Iterator[None]:
+    """Wait at last for the end of a process, which may be a child of another."""
+    handle = os.pidfd_open(pid)
+    try:
+        yield
+        assert select.select([handle], [], [], LIMIT_S)[0], f"{pid} still runs"
+    finally:
+        os.close(handle)
 
 
 def test_workers_share_the_address_and_a_folder_and_have_cores_of_their_own(
-    tmp_path: Path,
-    opened: socket.socket,
-    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
+    opened: socket.socket, reports: Reports, supervise: Callable[..., tuple[Supervisor, Callable[[], bool]]]
 ) -> None:
     before = os.sched_getaffinity(0)
-    supervisor, thread, ended = supervise(WORKER, 2)
-    until(lambda: len([file for file in tmp_path.iterdir() if file.stat().st_size]) == 2)
-    told = [eval(file.read_text()) for file in tmp_path.iterdir()]  # noqa: S307 - our own words
+    supervisor, wait = supervise(WORKER, 2)
+    told = [reports.next() for _ in range(2)]
     assert sorted(cpu for each in told for cpu in each["cpus"]) == sorted(
         sorted(before)[index % len(before)] for index in range(2)
     )
     (folder,) = {each["folder"] for each in told}
     assert Path(folder).is_dir()
-    assert str(who_answers(opened)) in {file.name for file in tmp_path.iterdir()}
+    assert ask(opened) in {each["pid"] for each in told}
     assert os.sched_getaffinity(0) == before
     supervisor.stop()
-    thread.join(10)
-    assert ended == [True]
+    assert wait()
     assert not Path(folder).exists()
 
 
 def test_connections_are_dealt_out_to_all_workers(
-    opened: socket.socket, supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]]
+    opened: socket.socket, reports: Reports, supervise: Callable[..., tuple[Supervisor, Callable[[], bool]]]
 ) -> None:
     supervise(WORKER, 2)
-    until(lambda: len({who_answers(opened) for _ in range(8)}) == 2)  # both listen
-    answers = [who_answers(opened) for _ in range(200)]
-    assert min(answers.count(worker) for worker in set(answers)) > 60  # by chance alone, once in 10^8 it is not
+    workers = {reports.next()["pid"] for _ in range(2)}
+    answers = [ask(opened) for _ in range(200)]
+    assert set(answers) == workers
+    assert min(answers.count(worker) for worker in workers) > 60  # by chance alone, once in 10^8 it is not
 
 
 def test_no_client_is_kept_waiting_before_a_worker_listens(
-    opened: socket.socket, supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]]
+    opened: socket.socket, reports: Reports, supervise: Callable[..., tuple[Supervisor, Callable[[], bool]]]
 ) -> None:
-    supervise("import time; time.sleep(20)")
+    supervise(WORKER.replace("listening.listen()", "").replace("while True:", "while signal.pause():"))
+    reports.next()
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(opened.getsockname(), timeout=10)
+        socket.create_connection(opened.getsockname(), timeout=LIMIT_S)
 
 
 def test_a_worker_that_hangs_is_replaced(
-    opened: socket.socket,
-    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
-    monkeypatch: pytest.MonkeyPatch,
+    opened: socket.socket, reports: Reports, supervise: Callable[..., tuple[Supervisor, Callable[[], bool]]]
 ) -> None:
-    """It would go on getting its share of the connections."""
-    monkeypatch.setattr(workers, "SILENCE_S", 0.5)
-    monkeypatch.setattr(workers, "REPLACEMENT_INTERVAL_S", 0.0)
-    monkeypatch.setattr(workers, "forget_worker", lambda *_: None)
-    beating = """
-import threading
-from service.hosting.workers import beat
-def pulse():
-    while True:
-        beat(os.environ["PROMETHEUS_MULTIPROC_DIR"], True)
-        time.sleep(0.05)
-threading.Thread(target=pulse, daemon=True).start()
-"""
-    supervise("import os, time\n" + beating + WORKER)
-    first = who_answers(opened)
-    time.sleep(1)
-    assert who_answers(opened) == first
-    os.kill(first, signal.SIGSTOP)
-    until(lambda: not is_running(first))
-    assert who_answers(opened) != first
+    supervise(BEATING + WORKER)
+    first = reports.next()["pid"]
+    assert ask(opened) == first
+    with ending(first):
+        os.kill(first, signal.SIGSTOP)
+    second = reports.next()["pid"]
+    assert second != first
+    assert ask(opened) == second
+
+
+def test_a_worker_that_is_killed_is_replaced_and_forgotten(
+    opened: socket.socket, reports: Reports, supervise: Callable[..., tuple[Supervisor, Callable[[], bool]]]
+) -> None:
+    forgotten: list[int] = []
+    supervise(WORKER, forget=lambda pid, _: forgotten.append(pid))
+    first = reports.next()["pid"]
+    os.kill(first, signal.SIGKILL)
+    second = reports.next()["pid"]
+    assert forgotten == [first]
+    assert ask(opened) == second != first
 
 
 def test_an_address_that_is_taken_is_rejected() -> None:
@@ -181,137 +218,21 @@ def test_an_address_that_is_taken_is_rejected() -> None:
             bind(*first.getsockname())
 
 
-def test_a_worker_that_is_killed_is_replaced_and_forgotten(
-    opened: socket.socket,
-    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    forgotten: list[int] = []
-    monkeypatch.setattr(workers, "REPLACEMENT_INTERVAL_S", 0.0)
-    monkeypatch.setattr(workers, "forget_worker", lambda pid, _: forgotten.append(pid))
-    supervise(WORKER)
-    first = who_answers(opened)
-    os.kill(first, signal.SIGKILL)
-    until(lambda: forgotten == [first])
-    assert who_answers(opened) != first
-
-
-def test_a_worker_that_crashes_at_once_is_not_started_over_and_over(
-    tmp_path: Path, supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]]
-) -> None:
-    crash = "import os, pathlib, sys; pathlib.Path(sys.argv[1], str(os.getpid())).touch(); os.kill(os.getpid(), 9)"
-    supervise(crash)
-    until(lambda: len(list(tmp_path.iterdir())) == 1)
-    time.sleep(0.3)  # a dozen looks
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_such_a_failure_is_a_mishap_once_a_worker_has_served(
-    tmp_path: Path,
-    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(workers, "REPLACEMENT_INTERVAL_S", 0.0)
-    monkeypatch.setattr(workers, "forget_worker", lambda *_: None)
-    first_serves = """
-import os, pathlib, sys, time
-from service.hosting.workers import beat
-folder = pathlib.Path(sys.argv[1])
-folder.joinpath(str(os.getpid())).touch()
-try:
-    folder.joinpath("serves").touch(exist_ok=False)
-except FileExistsError:
-    time.sleep(0.5)
-    sys.exit(1)
-while True:
-    beat(os.environ["PROMETHEUS_MULTIPROC_DIR"], True)
-    time.sleep(0.05)
-"""
-    supervise(first_serves, 2)
-    until(lambda: len(list(tmp_path.iterdir())) >= 5)
-
-
-def test_a_worker_that_never_beats_is_killed(
-    tmp_path: Path,
-    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(workers, "START_S", 0.3)
-    monkeypatch.setattr(workers, "REPLACEMENT_INTERVAL_S", 0.0)
-    monkeypatch.setattr(workers, "forget_worker", lambda *_: None)
-    stuck = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(60)"
-    supervise(stuck)
-    until(lambda: len(list(tmp_path.iterdir())) >= 2)
-
-
 def test_a_beat_that_cannot_be_written_is_no_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     beat(str(tmp_path / "cleaned away"), True)
     assert "the supervisor cannot be told" in caplog.text
 
 
-def test_a_worker_that_cannot_be_started_is_tried_again_and_the_others_go_on(
-    opened: socket.socket,
-    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(workers, "REPLACEMENT_INTERVAL_S", 0.0)
-    monkeypatch.setattr(workers, "forget_worker", lambda *_: None)
-    start, failures = Supervisor._start, [OSError("no processes left")]
-
-    def start_later(supervisor: Supervisor, share: set[int], folder: str) -> "subprocess.Popen[bytes]":
-        if failures:
-            raise failures.pop()
-        return start(supervisor, share, folder)
-
-    supervise(WORKER)
-    first = who_answers(opened)
-    monkeypatch.setattr(Supervisor, "_start", start_later)
-    os.kill(first, signal.SIGKILL)
-    assert who_answers(opened) != first
-    assert not failures
-
-
-def test_a_worker_that_does_not_stop_is_killed(
-    opened: socket.socket,
-    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(workers, "KILL_MARGIN_S", -4.9)
-    supervisor, thread, ended = supervise(WORKER.replace("lambda *_: sys.exit(0)", "signal.SIG_IGN"))
-    who_answers(opened)
-    supervisor.stop()
-    thread.join(10)
-    assert ended == [True]
-
-
-@pytest.mark.parametrize("status", [1, 2])
-def test_a_failure_that_the_command_itself_tells_ends_everything(
-    supervise: Callable[..., tuple[Supervisor, threading.Thread, list[bool]]], status: int
-) -> None:
-    _, thread, ended = supervise(f"import os, sys, time; sys.exit({status})", 2)
-    thread.join(10)
-    assert ended == [False]
-
-
-def test_workers_end_with_their_parent_even_if_it_is_killed(tmp_path: Path) -> None:
+def test_workers_end_with_their_parent_even_if_it_is_killed(tmp_path: Path, reports: Reports) -> None:
     script = f"""
 import os, sys
-from service.hosting.workers import Supervisor, bind
+from functools import partial
+from service.hosting.supervisor import Supervisor
+from service.hosting.workers import bind, start_worker
 opened = bind("127.0.0.1", 0, is_shared=True)
-command = [sys.executable, "-c", {WORKER!r}, {str(tmp_path)!r}]
-Supervisor(command, os.environ, [os.sched_getaffinity(0)], opened, 5.0).run()
+command = [sys.executable, "-c", {WORKER!r}, "{reports.port}"]
+Supervisor(partial(start_worker, command, os.environ, opened), [os.sched_getaffinity(0)], 5.0).run()
 """
     environment = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed parent leaves its folder behind
-    with subprocess.Popen([sys.executable, "-c", script], env=environment) as parent:
-        until(lambda: any(path.name.isdigit() and path.stat().st_size for path in tmp_path.iterdir()))
-        (worker,) = (int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
+    with subprocess.Popen([sys.executable, "-c", script], env=environment) as parent, ending(reports.next()["pid"]):
         parent.kill()
-    until(lambda: not is_running(worker))
-
-
-def is_running(pid: int) -> bool:
-    """Tell whether there is such a process; one that has ended and whom nobody has asked how is none."""
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False

@@ -1,0 +1,177 @@
+"""Every command of every page: our own parse as they stand, files they name exist, and each is run or says why not."""
+
+import importlib
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic_settings import CliApp
+
+from models.training.average import Average
+from models.training.finetune import Finetune
+from service.cli import main, parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    str(page.relative_to(ROOT))
+    for folder in (".", ".github", "service", "models", "deploy", "tests")
+    for page in (ROOT / folder).glob("*.md" if folder == "." else "**/*.md")
+    if page.name != "CHANGELOG.md"
+)
+PROGRAMS = {
+    "curl",
+    "docker",
+    "kubectl",
+    "pip",
+    "pre-commit",
+    "promtool",
+    "python",
+    "ray",
+    "serve",
+    "supervit",
+    "torchrun",
+}
+MODULES = {"models.training.average": Average, "models.training.finetune": Finetune}
+PLACEHOLDERS = {"N": "2"}
+
+# Commands, and the tests that run them.
+RUN = {
+    "supervit classify models/checkpoints/photographs/*.jpg": "tests/test_commands.py::test_the_photographs_are_known",
+    "python -m tests.benchmarks.bench_paradigm": "tests/benchmarks/test_bench_paradigm.py::"
+    "test_arms_are_trained_measured_and_laid_out",
+    "set -a; . deploy/ray/environment": "tests/test_commands.py::test_the_environment_of_ray_is_read_by_a_shell",
+    "curl ": "tests/end_to_end/test_serving.py::test_the_curl_commands_of_the_readme_are_answered",
+    "cd models/checkpoints/photographs": "tests/end_to_end/test_serving.py::"
+    "test_the_curl_commands_of_the_readme_are_answered",
+    "supervit classify *.jpg --url": "tests/end_to_end/test_serving.py::"
+    "test_the_command_gives_the_same_answer_alone_as_from_a_server",
+    "supervit classify frog.jpg --checkpoint supervit-micro-cifar10": "tests/service/test_cli.py::"
+    "test_a_checkpoint_that_ships_is_classified_with_by_its_name",
+    "promtool test rules": "tests/deploy/test_prometheus.py::",
+    "ray start": "tests/deploy/test_ray.py::test_it_is_the_same_app",
+    "serve deploy": "tests/deploy/test_ray.py::test_it_is_the_same_app",
+}
+# Beginnings of the others, and why no test runs them.
+NOT_RUN = {
+    "python3 -m venv": "installs 2 GB of packages; .ci/run does",
+    ".venv/bin/ruff": "is the other half of .ci/run",
+    "pre-commit install": "changes the reader's checkout",
+    "pip ": "downloads packages",
+    "supervit serve": "serves until it is told to stop, as in tests/end_to_end",
+    "supervit train": "takes hours, on images of the reader's; tests/models/training trains small models",
+    "torchrun": "takes hours, on images of the reader's; tests/models/training starts two processes",
+    "supervit convert": "needs weights of the reader's; tests/models/conversion makes some",
+    "supervit evaluate": "takes minutes to hours, on images of the reader's; tests/service/test_cli.py has small ones",
+    "supervit profile": "measures this machine for minutes; tests/service/engines/test_profiler.py",
+    "supervit simulate": "measures this machine for minutes first; tests/service/simulation/test_report.py",
+    "python -m models.training.": "needs the weights of a training of hours; tests/models/training",
+    "python -m tests.benchmarks.": "takes minutes to hours of a machine that does nothing else",
+    "cp runs/": "copies what a training of hours has made",
+    "docker ": "needs Docker; tests/deploy/test_container.py and test_compose.py read its files",
+    "kubectl ": "needs a cluster; tests/deploy/test_kubernetes.py renders and checks the manifests",
+}
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def commands(page: str) -> Iterator[str]:
+    """Commands of a page's blocks, with their variables filled in, and those in its sentences that have arguments."""
+    for block in blocks(page):
+        variables: dict[str, str] = {}
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+            if assigned := re.fullmatch(r"(\w+)=\"(.*)\"", line):
+                variables[assigned[1]] = assigned[2]
+            elif command := re.sub(r"(^|\s+)# .*", "", line):
+                yield re.sub(r"\$(\w+)", lambda name: variables[name[1]], command)  # noqa: B023 - called at once
+    sentences = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for quoted in re.findall(r"`([^`]+)`", sentences):
+        words = quoted.split()
+        is_name = words[:1] in (["supervit"], ["docker"], ["python"]) and len(words) == 2 + ("-m" in words)
+        if words and words[0] in PROGRAMS and len(words) > 1 and not is_name:
+            yield " ".join(words)
+
+
+def every_command() -> list[tuple[str, str]]:
+    return sorted({(page, command) for page in PAGES for command in commands(page)})
+
+
+def own_arguments(command: str) -> Iterator[tuple[str, list[str]]]:
+    """Our programs among the parts of a line, each with its arguments."""
+    for part in command.split(" && "):
+        words = [PLACEHOLDERS.get(word, word) for word in shlex.split(part)]
+        if words[0].removeprefix(".venv/bin/") == "supervit":
+            yield "service.cli", words[1:]
+        elif words[0] in ("python", "torchrun") and "-m" in words:
+            place = words.index("-m") + 1
+            further = words.index("--serve") if "--serve" in words else len(words)
+            yield words[place], words[place + 1 : further]
+            if further < len(words):  # what the benchmark hands on
+                yield "service.cli", ["serve", *words[further + 1 :]]
+
+
+@pytest.mark.parametrize(("page", "command"), every_command())
+def test_a_command_is_run_by_a_test_or_says_why_not(page: str, command: str) -> None:
+    del page
+    assert [start for start in (*RUN, *NOT_RUN) if command.startswith(start)]
+
+
+def test_what_is_said_of_commands_is_of_some_that_there_are() -> None:
+    known = [command for _, command in every_command()]
+    assert [start for start in (*RUN, *NOT_RUN) if not any(command.startswith(start) for command in known)] == []
+
+
+@pytest.mark.parametrize("test", sorted(set(RUN.values())))
+def test_the_test_that_runs_a_command_is_there(test: str) -> None:
+    path, _, name = test.partition("::")
+    assert f"def {name}" in (ROOT / path).read_text()
+
+
+@pytest.mark.parametrize(("page", "command"), every_command())
+def test_a_command_of_ours_parses_as_it_stands(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    del page
+    monkeypatch.chdir(ROOT)
+    for module, arguments in own_arguments(command):
+        if module == "service.cli":
+            parse(arguments)
+        elif module in MODULES:
+            CliApp.run(MODULES[module], cli_args=arguments)
+        else:
+            source = Path(str(importlib.import_module(module).__file__)).read_text()
+            for option in (argument for argument in arguments if argument.startswith("--")):
+                assert f'"{option}"' in source
+
+
+@pytest.mark.parametrize("arguments", [["serve", "--bogus"], ["train", "photos", "--epochs", "0"], ["classify"]])
+def test_a_command_that_would_fail_is_found(arguments: list[str]) -> None:
+    with pytest.raises((SystemExit, ValueError)):
+        parse(arguments)
+
+
+@pytest.mark.parametrize(("page", "command"), every_command())
+def test_every_file_of_ours_that_a_command_names_is_there(page: str, command: str) -> None:
+    del page
+    for word in re.split(r"[\s=;@]+", command):
+        if re.match(r"(deploy|models|service|tests)/", word):
+            assert list(ROOT.glob(word)), word
+
+
+def test_the_photographs_are_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the README has it, with whatever it takes by default."""
+    monkeypatch.chdir(ROOT)
+    (command,) = (command for command in commands("README.md") if "photographs/*.jpg" in command)
+    words = [found for word in shlex.split(command) for found in sorted(map(str, Path().glob(word))) or [word]]
+    assert main(words[1:]) == 0
+    shown = capsys.readouterr().out
+    for photograph in (word for word in words if word.endswith(".jpg")):
+        assert re.search(rf"{photograph}\n\s+\d+\.\d%  {Path(photograph).stem.rstrip('0123456789')}", shown), photograph
+
+
+def test_the_environment_of_ray_is_read_by_a_shell() -> None:
+    (command,) = (command for command in commands("deploy/ray/README.md") if "set -a" in command)
+    done = subprocess.run(["bash", "-ec", f"{command}; env"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "RAY_SERVE_HAPROXY_RETRY_ON=conn-failure empty-response\n" in done.stdout
