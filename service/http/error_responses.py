@@ -23,6 +23,7 @@ from service.errors import (
     InvalidParameterError,
     ModelError,
     NotReadyError,
+    OutOfMemoryError,
     OverloadedError,
     ServiceError,
     UnsupportedMediaError,
@@ -45,6 +46,7 @@ STATUS = {
     UnsupportedMediaError: 415,
     OverloadedError: 429,
     NotReadyError: 503,
+    OutOfMemoryError: 503,
     DeadlineError: 504,
     ModelError: 500,
 }
