@@ -95,12 +95,14 @@ class Timing:
     """Where the time went, in seconds.
 
     Attributes:
+        decode_wait_s: waiting for a thread that decodes.
         decode_s: at work on the image's bytes.
-        queue_s: waiting for a thread that decodes, and for the engine.
+        queue_s: waiting for the engine.
         inference_s: the batch in the engine.
         total_s: from arrival to the finished answer, the upload included.
     """
 
+    decode_wait_s: float
     decode_s: float
     queue_s: float
     inference_s: float

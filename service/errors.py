@@ -4,7 +4,7 @@ ServiceError
 ├── RequestError              the client's to mend
 │   ├── InvalidParameterError     a parameter is outside its range
 │   ├── BudgetTooSmallError       no sub-network is cheap enough
-│   ├── UnsupportedMediaError     the declared type is no image
+│   ├── UnsupportedMediaError     the declared type is no image, or a format that is not decoded here
 │   ├── ForeignOriginError        a page of another site sent it
 │   ├── UnknownHostError          it is addressed to a name that is not the server's
 │   ├── BodyTooLargeError         more bytes than the server reads
@@ -14,6 +14,7 @@ ServiceError
 │   └── InvalidImageError         bytes that are no image that the server reads
 ├── OverloadedError           too much is waiting already
 ├── DeadlineError             admitted, but its deadline cannot be met any more
+├── OutOfMemoryError          the machine has no memory left for it
 ├── NotReadyError             the model has not answered its first batch yet, or the server is stopping
 └── ModelError                the model failed on this batch
 """
@@ -58,7 +59,7 @@ class BudgetTooSmallError(RequestError):
 
 
 class UnsupportedMediaError(RequestError):
-    """The declared content type is no image, or its encoding is none that the server undoes."""
+    """The content type is no image, the encoding is not undone here, or the image's format is not installed."""
 
     code = "unsupported_media_type"
 
@@ -102,7 +103,7 @@ class ClientGoneError(RequestError):
 
 
 class ImageTooLargeError(RequestError):
-    """The image's header announces more pixels than the server decodes."""
+    """The image's header announces more pixels, passes over them or bytes than the server decodes."""
 
     code = "image_too_large"
 
@@ -137,6 +138,12 @@ class DeadlineError(ServiceError):
     """The request was admitted, but it can no longer be answered in time."""
 
     code = "deadline_exceeded"
+
+
+class OutOfMemoryError(ServiceError):
+    """The machine lacks the memory for it, which is no fault of the request's."""
+
+    code = "out_of_memory"
 
 
 class NotReadyError(ServiceError):

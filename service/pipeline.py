@@ -151,15 +151,21 @@ class Pipeline:
         # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
         with self._scheduler.admitted(queued, read_at, self._delay(read_at, queued)), self._slot():
             decoding = self._decoder.submit(data, queued.deadline_at, queued.priority)
+            del data  # up to the limit of bodies, and of no use once it is decoded
             try:
                 result = await self._batcher.submit(decoding, queued)
             finally:
                 self._decoder.release(decoding)
         predictions = self._predictions(result, top_k)
-        now, decode_s = self._clock(), decoding.result().seconds
+        now, decoded = self._clock(), decoding.result()
         self._reply.observe(now - result.ended_at, now)
-        queue_s = result.started_at - read_at - decode_s
-        timing = Timing(decode_s, queue_s, result.inference_s, now - request.arrived_at)
+        timing = Timing(
+            decode_wait_s=decoded.waited_s,
+            decode_s=decoded.seconds,
+            queue_s=result.started_at - read_at - decoded.waited_s - decoded.seconds,
+            inference_s=result.inference_s,
+            total_s=now - request.arrived_at,
+        )
         answer = self._classification(predictions, request, queued.constraints, result, timing)
         if not answer.deadline_met:
             self._scheduler.deadline_missed(now)

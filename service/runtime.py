@@ -15,8 +15,8 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
+from service.decoding import images
 from service.decoding.decoder import Decoder
-from service.decoding.images import decode_image
 from service.domain import ServerState
 from service.engines.base import Engine
 from service.engines.factory import engine_threads, make_engine
@@ -237,8 +237,13 @@ class ServerRuntime:
             observe_machine=partial(self._observe_machine, scheduler),
             observe_batch=self.metrics.batch_ran,
         )
-        decode = partial(decode_image, config=checkpoint.config, max_pixels=settings.max_image_pixels)
-        self._decoder = Decoder(decode, settings.decode_threads)
+        open_image = partial(
+            images.open_image,
+            config=checkpoint.config,
+            max_pixels=settings.max_image_pixels,
+            max_memory_bytes=settings.max_decode_bytes,
+        )
+        self._decoder = Decoder(open_image, settings.decode_threads, settings.max_decode_bytes)
         pipeline = Pipeline(
             scheduler=scheduler,
             class_names=checkpoint.class_names,

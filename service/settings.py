@@ -71,6 +71,9 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(
         50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="largest image that is decoded, width times height"
     )
+    max_decode_bytes: int = Field(
+        640_000_000, ge=1, description="most memory that decoding an image may take, and all large ones together"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least serious log lines shown; debug has a line per request"
     )

@@ -1,6 +1,7 @@
-"""Images are decoded here, on threads of their own, the most urgent first; how long one takes is learned.
+"""Images are decoded here, on threads of their own, the most urgent first; how long one takes is learned by kind.
 
-The queue is by priority and then by deadline: images of lower priority stand behind all others.
+The queue is by priority and then by deadline: images of lower priority stand behind all others. Whatever comes, a
+thread is kept for images of ordinary cost, and those that are dear share a budget of memory.
 """
 
 import time
@@ -14,49 +15,75 @@ from threading import Lock
 
 from torch import Tensor
 
+from service.decoding.images import OpenedImage
+from service.decoding.times import DecodeTimes
 from service.errors import DeadlineError
 from service.scheduling.estimators import Delay
 
 FADES_S = 5.0
+# A photograph of two megapixels takes 30 ms, one of twelve from a telephone 80.
+ORDINARY_COST_S = 0.05
+ORDINARY_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """A (3, S, S) uint8 image, and the seconds that it took to decode."""
+    """A (3, S, S) uint8 image, how many seconds it waited for a thread, and how many it took to decode."""
 
     image: Tensor
+    waited_s: float
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Job:
     data: bytes
     deadline_at: float
     urgency: tuple[int, float]  # the least first
+    submitted_at: float
     future: "Future[DecodedImage]" = field(default_factory=Future)
+    opened: OpenedImage | None = None
+    expected_s: float = 0.0
+    started_at: float = 0.0
+
+    @property
+    def is_dear(self) -> bool:
+        """Whether it may not hold every thread."""
+        opened = self.opened
+        return opened is not None and (opened.cost_s > ORDINARY_COST_S or opened.memory_bytes > ORDINARY_BYTES)
 
 
 _urgency = attrgetter("urgency")
+_expected_s = attrgetter("expected_s")
 
 
 class Decoder:
     """Decodes what is submitted, and foretells from what is over and what is not."""
 
     def __init__(
-        self, decode: Callable[[bytes], Tensor], threads: int, clock: Callable[[], float] = time.monotonic
+        self,
+        open_image: Callable[[bytes], OpenedImage],
+        threads: int,
+        max_memory_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the threads.
 
         Args:
-            decode: bytes to a (3, S, S) uint8 image; called on one of the threads.
+            open_image: reads the header; called on one of the threads, as is what decodes the rest.
             threads: how many there are.
+            max_memory_bytes: that dear images may take together; one that needs more is decoded alone.
             clock: monotonic, in seconds; the one that deadlines are on.
         """
-        self._decode, self._threads, self._clock = decode, threads, clock
+        self._open_image, self._threads, self._clock = open_image, threads, clock
+        self._max_memory_bytes = max_memory_bytes
         self._pool = ThreadPoolExecutor(threads, "decode")
-        self._queue: list[_Job] = []  # in order of urgency
-        self._started_at: dict[Future[DecodedImage], float] = {}  # of those that a thread is at
-        self._delay = Delay(FADES_S)  # of one image
+        self._unopened: list[_Job] = []
+        self._ordinary: list[_Job] = []  # this and the next in order of urgency
+        self._dear: list[_Job] = []
+        self._running: list[_Job] = []
+        self._times = DecodeTimes()
+        self._delay = Delay(FADES_S)  # of an ordinary image
         self._lock = Lock()
 
     def submit(self, data: bytes, deadline_at: float, priority: int = 0) -> "Future[DecodedImage]":
@@ -71,11 +98,13 @@ class Decoder:
             The image, or a DeadlineError, or the ServiceError with which it cannot be decoded. Cancelling it takes the
             image out of the queue.
         """
-        job = _Job(data, deadline_at, (-priority, deadline_at))
-        job.future.add_done_callback(partial(self._forget, job))
+        now = self._clock()
+        job = _Job(data, deadline_at, (-priority, deadline_at), now)
         with self._lock:
-            insort(self._queue, job, key=_urgency)
-        self._pool.submit(self._work)  # at whatever is the most urgent then
+            job.expected_s = self._delay.expected_s(now)
+            insort(self._unopened, job, key=_urgency)
+        job.future.add_done_callback(partial(self._forget, job))
+        self._pool.submit(self._work)
         return job.future
 
     def release(self, future: "Future[DecodedImage]") -> None:
@@ -83,61 +112,133 @@ class Decoder:
         if future.cancel():
             return
         with self._lock:
-            if future in self._started_at:  # it takes longer than its client would wait, it is not known how much
+            job = next((job for job in self._running if job.future is future), None)
+            if job is not None:  # it takes longer than its client would wait, it is not known how much
                 now = self._clock()
-                held_s = now - self._started_at[future]
-                self._delay.observe(max(held_s, self._delay.expected_s(now)), now)
+                self._learn(job, max(now - job.started_at, job.expected_s), now)
 
     def expected_s(self, now: float) -> float:
-        """How long an image will take."""
-        return self._delay.expected_s(now)
+        """How long an image of ordinary cost will take: of one that is not here yet, no more is known."""
+        with self._lock:
+            return self._delay.expected_s(now)
 
     def queue_s(self, now: float, deadline_at: float, priority: int = 0) -> float:
-        """How long an image would wait for a thread, were it submitted now.
+        """How long an image of ordinary cost would wait for a thread, were it submitted now.
 
-        Images that hold every thread for longer than images take are expected to hold them for as long again.
+        An image that takes longer than expected is expected to take as long again.
         """
+        urgency = (-priority, deadline_at)
         with self._lock:
-            before = bisect_right(self._queue, (-priority, deadline_at), key=_urgency)
-            ahead = max(0, before + len(self._started_at) + 1 - self._threads)
-            expected_s = self._delay.expected_s(now)
-            all_held = bool(ahead) and len(self._started_at) == self._threads
-            held_s = now - max(self._started_at.values()) if all_held else 0.0
-        return ahead / self._threads * expected_s + max(0.0, held_s - expected_s)
+            unopened, ordinary, dear = (
+                jobs[: bisect_right(jobs, urgency, key=_urgency)]
+                for jobs in (self._unopened, self._ordinary, self._dear)
+            )
+            running_s = [abs(job.expected_s - (now - job.started_at)) for job in self._running]
+            cheap_s = sum(map(_expected_s, unopened)) + sum(map(_expected_s, ordinary))
+            free = self._threads - len(running_s) > len(unopened) + len(ordinary)
+            if free:  # dear ones never take the last thread, except where there is but one
+                return sum(map(_expected_s, dear)) if self._threads == 1 else 0.0
+            all_s = (cheap_s + sum(map(_expected_s, dear))) / self._threads
+        return min(running_s, default=0.0) + (all_s if self._threads == 1 else min(all_s, cheap_s))
 
     def close(self) -> None:
         """Decode what was submitted, and end the threads."""
         self._pool.shutdown()
 
     def _work(self) -> None:
-        """Decode the most urgent image, if any is left: those that were cancelled are gone from the queue."""
-        with self._lock:
-            if not self._queue:
-                return
-            job = self._queue.pop(0)
-            if not job.future.set_running_or_notify_cancel():
-                return
-            started_at = self._started_at[job.future] = self._clock()
-        try:
-            if started_at > job.deadline_at:
-                raise DeadlineError("the deadline passed before the image could be decoded")
-            image = self._decode(job.data)
-        except Exception as error:  # whatever it is, the request that waits must hear of it
+        """Read the headers that came meanwhile, then decode the most urgent, until there is none that may run."""
+        while True:
             with self._lock:
-                del self._started_at[job.future]
-            job.future.set_exception(error)
+                unopened, self._unopened = self._unopened, []
+            for job in unopened:
+                self._open(job)
+            with self._lock:
+                job = self._next_job()
+            if job is None:
+                return
+            self._run(job)
+
+    def _open(self, job: _Job) -> None:
+        if job.future.cancelled():
             return
+        try:
+            job.opened = self._open_image(job.data)
+        except Exception as error:  # whatever it is, the request that waits must hear of it
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(error)
+            return
+        job.data = b""
+        with self._lock:
+            if not job.future.cancelled():  # where it is later, `_forget` finds it in the queue
+                job.expected_s = self._times.expected_s(job.opened.kind, job.opened.cost_s, self._clock())
+                insort(self._dear if job.is_dear else self._ordinary, job, key=_urgency)
+
+    def _next_job(self) -> _Job | None:
+        queues = [self._ordinary, self._dear] if self._may_run_dear() else [self._ordinary]
+        queue = min((jobs for jobs in queues if jobs), key=lambda jobs: jobs[0].urgency, default=None)
+        if queue is None:
+            return None
+        job = queue.pop(0)
+        job.started_at = self._clock()
+        self._running.append(job)
+        return job
+
+    def _may_run_dear(self) -> bool:
+        running = [job.opened.memory_bytes for job in self._running if job.opened and job.is_dear]
+        if not self._dear or not running:
+            return bool(self._dear)
+        opened = self._dear[0].opened
+        fits = opened is not None and sum(running) + opened.memory_bytes <= self._max_memory_bytes
+        return fits and len(running) < self._threads - 1
+
+    def _run(self, job: _Job) -> None:
+        image, failure = None, None
+        if job.opened is not None and job.future.set_running_or_notify_cancel():
+            try:
+                self._require_time(job)
+                image = job.opened.decode()
+            except Exception as error:  # whatever it is, the request that waits must hear of it
+                failure = error
         now = self._clock()
         with self._lock:
-            del self._started_at[job.future]
-            self._delay.observe(now - started_at, now)
-        job.future.set_result(DecodedImage(image, now - started_at))
+            self._running.remove(job)
+            if image is not None:
+                self._learn(job, now - job.started_at, now)
+        if image is not None:
+            waited_s = job.started_at - job.submitted_at
+            job.future.set_result(DecodedImage(image, waited_s, now - job.started_at))
+        elif failure is not None:
+            job.future.set_exception(failure)
+
+    def _require_time(self, job: _Job) -> None:
+        """Let nothing be decoded in vain.
+
+        Raises:
+            DeadlineError: the deadline has passed, or will have before a dear image is there were it twice as fast.
+        """
+        if job.started_at > job.deadline_at:
+            raise DeadlineError("the deadline passed before the image could be decoded")
+        if job.is_dear and job.started_at + job.expected_s / 2 > job.deadline_at:
+            raise DeadlineError("the image takes longer to decode than its deadline leaves")
+
+    def _learn(self, job: _Job, seconds: float, now: float) -> None:
+        if job.opened is not None:
+            self._times.observe(job.opened.kind, job.opened.cost_s, seconds, now)
+        if not job.is_dear:
+            self._delay.observe(seconds, now)
 
     def _forget(self, job: _Job, future: "Future[DecodedImage]") -> None:
-        if not future.cancelled():
-            return
-        with self._lock:
-            for place in range(bisect_left(self._queue, job.urgency, key=_urgency), len(self._queue)):
-                if self._queue[place] is job:
-                    del self._queue[place]
-                    return
+        if future.cancelled():
+            with self._lock:
+                for jobs in (self._unopened, self._ordinary, self._dear):
+                    if _remove(jobs, job):
+                        return
+
+
+def _remove(jobs: list[_Job], job: _Job) -> bool:
+    first, end = (bisect(jobs, job.urgency, key=_urgency) for bisect in (bisect_left, bisect_right))
+    for place in range(first, end):
+        if jobs[place] is job:
+            del jobs[place]
+            return True
+    return False

@@ -1,136 +1,229 @@
 """Untrusted bytes to a checked (3, S, S) uint8 tensor. Codecs enter here alone; runs on worker threads.
 
 What comes out is what `evaluation_transform` makes of the same picture, to within rounding; of large photos, which are
-decoded at a fraction of their size, nearly so. tests/benchmarks/bench_images.py measures both.
+decoded at a fraction of their size, nearly so. tests/benchmarks/bench_images.py measures both, and
+tests/benchmarks/bench_hostile_images.py what the files cost that are made to be dear.
 """
 
-import io
-import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from models.data.images import (
-    CODEC_ERRORS,
-    evaluation_transform,
-    flatten,
-    limit_aspect_ratio,
-    resized_side,
-    turn_upright,
-)
+from models.data.images import TURNS, evaluation_transform, flatten, limit_aspect_ratio, resized_side
 from models.subnetwork import Interpolation, SuperViTConfig
-from service.errors import ImageTooLargeError, InvalidImageError
+from service.decoding import bmp, gif, jpeg, png, tiff, webp
+from service.decoding.codecs import HAS_HEIC, codec_errors, decode, jpeg_scale
+from service.decoding.headers import ImageHeader, find_format
+from service.decoding.heif import read_heif
+from service.errors import ImageTooLargeError, InvalidImageError, UnsupportedMediaError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # A picture is decoded smaller only as long as its shorter side keeps this length and this multiple of the resized one.
 # With less, a model of 32 pixels sees another class in 3 of 100 photos of 500 x 375.
 LEAST_SIDE_PX = 512
 LEAST_MULTIPLE = 2
 
-# A JPEG's size bounds its pixels, not how often it refines them: 80 bytes more are 43 ms more for 50 million pixels.
-# Encoders write 10 scans or so.
-MAX_SCANS = 32
-# Those that have a segment, and the image's start and end; between the bytes of a scan, libjpeg passes over all others.
-MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
-START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN = 0xD8, 0xD9, 0xDA
-SLICE = 1 << 18  # bytes that are searched before other threads get the GIL
+# The largest photographs of telephones have 200 million pixels; of a JPEG, only what its scaling leaves is held.
+MAX_JPEG_PIXELS = 1 << 28
+# A row takes as long as a hundred pixels: 49.9 million rows of one took 6 s.
+MAX_SIDE_PX = 1_000_000
+# Pixels times passes over them: as many as of the largest image of before at MAX_SCANS.
+MAX_REFINED_PIXELS = jpeg.MAX_SCANS * 50_000_000
+# More than this at once are brought to RGB and averaged in strips.
+STRIP_PIXELS = 1 << 22
 
 # interpolate() takes a quarter of Pillow's time where it is vectorised for uint8, and longer than Pillow elsewhere.
 HAS_FAST_RESIZE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
+# Nanoseconds a pixel and a byte of the file, as measured on a core of 2.5 GHz; where the machine is another, the
+# decoder learns by how much.
+COSTS_NS = {
+    "JPEG": (2, 20),
+    "progressive JPEG": (12, 40),
+    "PNG": (25, 4),
+    "GIF": (20, 5),
+    "BMP": (8, 1),
+    "TIFF": (15, 4),
+    "WEBP": (20, 80),
+    "AVIF": (40, 40),
+    "HEIC": (60, 40),
+}
+LEAST_COST_S = 0.0005
+
 Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedImage:
+    """An image whose header was read and found admissible.
+
+    Attributes:
+        kind: what images that take the same time for the same size have in common.
+        cost_s: what it would take to decode on the machine of COSTS_NS.
+        memory_bytes: that it takes meanwhile, at most.
+        decode: to (3, S, S) uint8; raises an InvalidImageError where the pixels are broken.
+    """
+
+    kind: str
+    cost_s: float
+    memory_bytes: int
+    decode: Callable[[], Tensor]
 
 
 def decode_image(
     data: bytes, config: SuperViTConfig, max_pixels: int, *, fast_resize: bool = HAS_FAST_RESIZE
 ) -> Tensor:
-    """Decode the first frame of an image and bring it to the model's size.
+    """Open an image and decode it; see both."""
+    return open_image(data, config, max_pixels, fast_resize=fast_resize).decode()
+
+
+def open_image(
+    data: bytes,
+    config: SuperViTConfig,
+    max_pixels: int,
+    max_memory_bytes: int | None = None,
+    *,
+    fast_resize: bool = HAS_FAST_RESIZE,
+) -> OpenedImage:
+    """Read the header of an image. However the bytes are made, that takes some hundredths of a second at most.
 
     Args:
-        data: JPEG, PNG, WebP, GIF or BMP.
+        data: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC; of several pictures in it, the first is meant.
         config: of the model: S and how to crop.
-        max_pixels: most pixels that the header may announce.
+        max_pixels: most that are decoded; of a JPEG, that is what is left at the fraction at which it is.
+        max_memory_bytes: most memory that it may take; None for no limit.
         fast_resize: whether PyTorch resizes; otherwise Pillow does.
 
-    Returns:
-        (3, S, S) uint8.
-
     Raises:
-        InvalidImageError: the bytes are empty, no such image, a broken one, or a JPEG of too many scans.
-        ImageTooLargeError: the image has more pixels; nothing was decoded.
+        InvalidImageError: the bytes are empty, no such image, or a broken one.
+        ImageTooLargeError: it would take too many pixels, passes or bytes; nothing was decoded.
+        UnsupportedMediaError: it is HEIC, and what decodes that is not installed.
     """
     if not data:
         raise InvalidImageError("the image is empty")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            columns, rows = image.size
-            if columns * rows > max_pixels:
-                raise ImageTooLargeError(
-                    f"the image has {columns} x {rows} pixels, more than the {max_pixels} that this server decodes",
-                    max_image_pixels=max_pixels,
-                )
-            if isinstance(image, JpegImageFile) and _has_more_scans(data, MAX_SCANS):
-                raise InvalidImageError(f"the JPEG has more than {MAX_SCANS} scans")
-            picture, width, height = _load(image, max(LEAST_SIDE_PX, LEAST_MULTIPLE * resized_side(config)))
-            turn = turn_upright(image)
-    except UnidentifiedImageError as error:
-        raise InvalidImageError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
-    except Image.DecompressionBombError as error:
-        raise ImageTooLargeError("the image is far too large", max_image_pixels=max_pixels) from error
-    except CODEC_ERRORS as error:
-        raise InvalidImageError(f"the image is broken: {error}") from error
+    header, least_px = read_header(data), max(LEAST_SIDE_PX, LEAST_MULTIPLE * resized_side(config))
+    width, height = decoded_size(header, least_px)
+    check_size(header, width * height, max_pixels)
+    pixels = header.width * header.height
+    if header.format == "JPEG":
+        memory_bytes = int(4 * width * height + header.memory_per_pixel * pixels)
+    else:
+        memory_bytes = int(header.memory_per_pixel * pixels)
+    if max_memory_bytes is not None and memory_bytes > max_memory_bytes:
+        raise ImageTooLargeError(
+            f"decoding the image would take {memory_bytes} bytes of memory, more than the {max_memory_bytes} that this "
+            f"server has for it",
+            max_decode_bytes=max_memory_bytes,
+        )
+    per_pixel, per_byte = COSTS_NS[header.kind]
+    cost_s = LEAST_COST_S + 1e-9 * (per_pixel * pixels + per_byte * len(data))
+    decode = partial(_decode, header, config, least_px, fast_resize=fast_resize)
+    return OpenedImage(header.kind, cost_s, memory_bytes, decode)
+
+
+def read_header(data: bytes) -> ImageHeader:
+    """Read what an image's header says.
+
+    Raises:
+        ServiceError: as `open_image`.
+    """
+    match find_format(data):
+        case "JPEG":
+            return jpeg.read_jpeg(data)
+        case "PNG":
+            return png.read_png(data)
+        case "WEBP":
+            return webp.read_webp(data)
+        case "GIF":
+            return gif.read_gif(data)
+        case "BMP":
+            return bmp.read_bmp(data)
+        case "TIFF":
+            return tiff.read_tiff(data)
+        case "AVIF":
+            return read_heif(data, "AVIF")
+        case "HEIC" if HAS_HEIC:
+            return read_heif(data, "HEIC")
+        case "HEIC":
+            raise UnsupportedMediaError(
+                "the image is HEIC, which this server does not decode: send a JPEG, or install what decodes it, "
+                "`pip install 'supervit-serve[heif]'`"
+            )
+    formats = ", ".join((*("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF"), *(("HEIC",) if HAS_HEIC else ())))
+    raise InvalidImageError(f"not an image in one of the formats {formats}")
+
+
+def decoded_size(header: ImageHeader, least_px: int) -> tuple[int, int]:
+    """Return the width and height at which an image is decoded: its own, or of a JPEG a fraction that is enough."""
+    if header.format != "JPEG":
+        return header.width, header.height
+    scale = jpeg_scale(header, least_px)
+    return -(-header.width // scale), -(-header.height // scale)
+
+
+def check_size(header: ImageHeader, decoded_pixels: int, max_pixels: int) -> None:
+    """Tell whether an image's header announces more than is decoded.
+
+    Raises:
+        ImageTooLargeError: it does.
+    """
+    pixels, size = header.width * header.height, f"the image has {header.width} x {header.height} pixels"
+    if decoded_pixels > max_pixels:
+        raise ImageTooLargeError(
+            f"{size}, more than the {max_pixels} that this server decodes", max_image_pixels=max_pixels
+        )
+    if max(header.width, header.height) > MAX_SIDE_PX:
+        raise ImageTooLargeError(f"{size}, and no side may have more than {MAX_SIDE_PX}", max_side_pixels=MAX_SIDE_PX)
+    if header.format != "JPEG":
+        return
+    if pixels > MAX_JPEG_PIXELS:
+        raise ImageTooLargeError(f"{size}, more than the {MAX_JPEG_PIXELS} of a JPEG", max_image_pixels=MAX_JPEG_PIXELS)
+    if jpeg.has_more_scans(header.data, jpeg.MAX_SCANS):
+        raise InvalidImageError(f"the JPEG has more than {jpeg.MAX_SCANS} scans")
+    if jpeg.has_more_scans(header.data, MAX_REFINED_PIXELS // pixels):
+        raise ImageTooLargeError(
+            f"{size} in more than {MAX_REFINED_PIXELS // pixels} scans, the most that are decoded of as many",
+            max_image_pixels=MAX_REFINED_PIXELS // jpeg.MAX_SCANS,
+        )
+
+
+def _decode(header: ImageHeader, config: SuperViTConfig, least_px: int, *, fast_resize: bool) -> Tensor:
+    with codec_errors(header.format):
+        image, orientation = decode(header, least_px)
+        picture, factor = _shrink(image, least_px)
+    scale = jpeg_scale(header, least_px) if header.format == "JPEG" else 1
+    width, height = (header.width / scale, header.height / scale) if scale > 1 else image.size
+    turn = TURNS.get(orientation)
     if not fast_resize:
         return evaluation_transform(config)(picture if turn is None else picture.transpose(turn))
-    resized = _resize(picture, width, height, resized_side(config), config.interpolation)
+    resized = _resize(picture, width / factor, height / factor, resized_side(config), config.interpolation)
     return _crop(resized, turn, config.image_side)
 
 
-def _has_more_scans(data: bytes, limit: int) -> bool:
-    """Tell whether a JPEG goes over its pixels more often than `limit` times."""
-    at_most = sum(data.count(b"\xff\xda", start, start + SLICE + 1) for start in range(0, len(data), SLICE))
-    if at_most <= limit:
-        return False
-    scans, position = 0, 0
-    while scans <= limit and (marker := _next_marker(data, position)):  # what looks like one may be in a thumbnail
-        code, position = marker[0][-1], marker.end()
-        if code == END_OF_IMAGE and scans:  # what follows, as a film of the same moment, is not decoded
-            break
-        if code not in (START_OF_IMAGE, END_OF_IMAGE):
-            scans += code == START_OF_SCAN
-            position += int.from_bytes(data[position : position + 2])
-    return scans > limit
-
-
-def _next_marker(data: bytes, position: int) -> re.Match[bytes] | None:
-    for start in range(position, len(data), SLICE):
-        if marker := MARKER.search(data, start, start + SLICE + 1):
-            return marker
-    return None
-
-
-def _load(image: Image.Image, least: int) -> tuple[Image.Image, float, float]:
-    """Decode to RGB as it is stored, a large picture at a fraction of its size.
-
-    Args:
-        image: opened, not yet decoded.
-        least: what to leave of the shorter side, in pixels, where there is more.
+def _shrink(image: Image.Image, least_px: int) -> tuple[Image.Image, int]:
+    """Bring a picture to RGB, cut to MAX_ASPECT_RATIO, a large one averaged to a fraction of its size.
 
     Returns:
-        The picture, and the width and height of the whole image in its pixels: a fraction where the last row or column
-        of pixels is a part of one, and more than the picture has where that was too long and was cut.
+        The picture, and by how much it is smaller than the image: a factor on both sides, by which the last row or
+        column of pixels is maybe the average of fewer.
     """
-    draft = image.draft(None, (least, least))  # a JPEG decodes to 1/2, 1/4 or 1/8 at a fraction of the cost
-    width, height = draft[1][2:] if draft else image.size
-    picture = flatten(image)
-    factor = min(picture.size) // least
-    if factor > 1:
-        picture, width, height = picture.reduce(factor), width / factor, height / factor
-    return limit_aspect_ratio(picture), width, height
+    factor = max(1, min(image.size) // least_px)
+    image = limit_aspect_ratio(image) if factor == 1 else image
+    if image.width * image.height <= STRIP_PIXELS:
+        return (flatten(image).reduce(factor) if factor > 1 else flatten(image)), factor
+    # In strips, or as RGB it would take four times the memory that it takes as grey.
+    rows = max(1, STRIP_PIXELS // image.width // factor) * factor
+    picture = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top in range(0, image.height, rows):
+        strip = flatten(image.crop((0, top, image.width, min(top + rows, image.height))))
+        picture.paste(strip.reduce(factor) if factor > 1 else strip, (0, top // factor))
+    return limit_aspect_ratio(picture), factor
 
 
 def _resize(picture: Image.Image, width: float, height: float, shorter: int, mode: Interpolation) -> Pixels:
@@ -138,7 +231,8 @@ def _resize(picture: Image.Image, width: float, height: float, shorter: int, mod
 
     Args:
         picture: RGB.
-        width: of the whole image, in pixels of the picture; may be a fraction.
+        width: of the whole image, in pixels of the picture: a fraction where the last column of pixels is a part of
+            one, and more than the picture has where that was too long and was cut.
         height: likewise.
         shorter: the length, in pixels.
         mode: by what the pixels between are found.

@@ -23,6 +23,7 @@ from service.errors import (
     InvalidParameterError,
     ModelError,
     NotReadyError,
+    OutOfMemoryError,
     OverloadedError,
     ServiceError,
     UnknownHostError,
@@ -48,6 +49,7 @@ STATUS = {
     UnknownHostError: 421,
     OverloadedError: 429,
     NotReadyError: 503,
+    OutOfMemoryError: 503,
     DeadlineError: 504,
     ModelError: 500,
 }

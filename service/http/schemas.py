@@ -55,8 +55,9 @@ class DecisionAnswer(BaseModel):
 class TimingAnswer(BaseModel):
     """Where the time went, in milliseconds; total runs from arrival to the finished answer."""
 
+    decode_wait: float = Field(description="for a thread that decodes")
     decode: float
-    queue: float
+    queue: float = Field(description="for the engine")
     inference: float
     total: float
 
@@ -227,6 +228,7 @@ def describe_answer(answer: Classification, checkpoint: Checkpoint) -> ClassifyA
         subnetwork=describe_subnetwork(answer.decision.profile, checkpoint.config),
         decision=describe_decision(answer.decision),
         timing_ms=TimingAnswer(
+            decode_wait=_ms(timing.decode_wait_s),
             decode=_ms(timing.decode_s),
             queue=_ms(timing.queue_s),
             inference=_ms(timing.inference_s),

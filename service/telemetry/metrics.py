@@ -30,6 +30,7 @@ from service.telemetry.connection_metrics import ConnectionMetrics
 from service.telemetry.multiprocess import forget_dead, make_folder
 
 STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 5, 10, 30)
+STAGES = ("decode_wait", "decode", "queue", "inference")
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 # Outcomes that break the promise of an answer in time; what the client did wrong itself breaks none.
 MISSES = {OverloadedError.code, DeadlineError.code, ModelError.code, ServiceError.code}
@@ -102,7 +103,7 @@ class Metrics:
             "supervit_stage_duration_seconds", "Time that an answered request spent in a stage.", ["stage"]
         )
         # Bound once: to look a label up takes longer than to count.
-        self._decode, self._queue, self._inference = map(self._stages.labels, ("decode", "queue", "inference"))
+        self._decode_wait, self._decode, self._queue, self._inference = map(self._stages.labels, STAGES)
         self._subnetworks = Counter(
             "supervit_subnetwork_requests",
             "Answered requests by the sub-network that ran.",
@@ -241,6 +242,7 @@ class Metrics:
         """Record what an answer cost."""
         timing, profile = answer.timing, answer.decision.profile
         self._duration.observe(timing.total_s)
+        self._decode_wait.observe(timing.decode_wait_s)
         self._decode.observe(timing.decode_s)
         self._queue.observe(timing.queue_s)
         self._inference.observe(timing.inference_s)

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 
+import pillow_heif
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
+from service.decoding.images import OpenedImage
 from service.scheduling.catalog import VariantCatalog
 
 CONFIG = SuperViTConfig(
@@ -36,6 +38,13 @@ SECONDS = {
     SubNetwork(4, 1.0): (8.0, 12.0, 16.0, 20.0),
     SubNetwork(2, 1.0): (6.0, 9.0, 12.0, 15.0),
 }
+
+
+def opening(
+    decode: Callable[[bytes], torch.Tensor], cost_s: float = 0.05, kind: str = "picture", memory_bytes: int = 0
+) -> Callable[[bytes], OpenedImage]:
+    """Open any bytes as an image of one kind, which `decode` then decodes."""
+    return lambda data: OpenedImage(kind, cost_s, memory_bytes, lambda: decode(data))
 
 
 @pytest.fixture
@@ -77,7 +86,10 @@ def encode() -> Callable[..., bytes]:
 
     def encode(image: Image.Image, image_format: str = "PNG", **variants: object) -> bytes:
         buffer = io.BytesIO()
-        image.save(buffer, image_format, **variants)
+        if image_format == "HEIF":
+            pillow_heif.from_pillow(image).save(buffer, **variants)
+        else:
+            image.save(buffer, image_format, **variants)
         return buffer.getvalue()
 
     return encode

@@ -35,6 +35,7 @@ from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
 from service.telemetry.metrics import Metrics
 from service.telemetry.outcomes import counted
+from tests.service.conftest import opening
 
 pytestmark = pytest.mark.anyio
 
@@ -130,7 +131,7 @@ async def running(
     latencies = LatencyTable((1, 4), dict.fromkeys(profiles.by_subnetwork, seconds))
     scheduler = Scheduler(VariantCatalog.of(profiles, latencies), choose_level, 4, lock=threading.RLock())
     thread = ThreadPoolExecutor(1, "engine")
-    decoder = Decoder(parts.decode, 1, clock)
+    decoder = Decoder(opening(parts.decode), 1, 0, clock)
     batcher = Batcher(parts.run, scheduler, thread, clock=clock)
     pipeline = CountedPipeline(
         parts,
@@ -218,7 +219,7 @@ async def test_a_request_whose_body_still_comes_holds_no_slot(profiles: ProfileT
         pipeline.check_room()
 
 
-async def test_waiting_for_a_decode_thread_is_time_in_the_queue(profiles: ProfileTable) -> None:
+async def test_waiting_for_a_decode_thread_is_told_apart_from_the_queue(profiles: ProfileTable) -> None:
     parts, now = Parts(), 5.0
     parts.model_gate.set()
     async with running(parts, profiles, clock=lambda: now) as pipeline:
@@ -228,8 +229,9 @@ async def test_waiting_for_a_decode_thread_is_time_in_the_queue(profiles: Profil
         now += 0.05
         parts.decode_gate.set()
         first, second = [(await one).timing for one in requests]
-    assert first.queue_s < first.decode_s
-    assert second.decode_s < second.queue_s
+    assert (first.decode_wait_s, first.decode_s) == pytest.approx((0.0, 0.05))
+    assert (second.decode_wait_s, second.decode_s) == pytest.approx((0.05, 0.0))
+    assert first.queue_s == second.queue_s == pytest.approx(0.0)
 
 
 async def test_a_request_that_is_cancelled_while_its_image_waits_is_never_decoded(profiles: ProfileTable) -> None:

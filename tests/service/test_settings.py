@@ -43,6 +43,7 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "max_body_bytes": "6",
         "max_upload_s": "8.5",
         "max_image_pixels": "7",
+        "max_decode_bytes": "8",
         "log_level": "error",
     }
     assert set(values) == set(Settings.model_fields)

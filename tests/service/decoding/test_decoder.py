@@ -7,8 +7,10 @@ import torch
 
 from service.decoding.decoder import Decoder
 from service.errors import DeadlineError, InvalidImageError
+from tests.service.conftest import opening
 
 DUE_AT = 1000.0
+COST_S = 0.05  # the most that is ordinary
 
 
 class Slow:
@@ -19,7 +21,7 @@ class Slow:
         self.may_end = threading.Event()
         self.running = threading.Semaphore(0)
         self.order: list[bytes] = []
-        self.decoder = Decoder(self.decode, threads, lambda: self.now)
+        self.decoder = Decoder(opening(self.decode, COST_S), threads, 0, lambda: self.now)
 
     def decode(self, data: bytes) -> torch.Tensor:
         self.order.append(data)
@@ -50,7 +52,7 @@ def test_images_that_hold_all_threads_for_too_long_are_expected_to_go_on_so() ->
         futures.append(decoder.submit(b"x", DUE_AT))
         images.running.acquire()
         images.now = 100.0
-        expected = pytest.approx(40.0)
+        expected = pytest.approx(40.0, abs=0.1)
         assert decoder.queue_s(images.now, DUE_AT) == expected, "the one that took less may be the next to end"
         images.may_end.set()
         for future in futures:
@@ -71,16 +73,15 @@ def test_images_that_take_their_time_are_not_counted_twice() -> None:
     with slow() as images:
         known = images.decoder.submit(b"x", DUE_AT)
         images.running.acquire()
-        images.now = 10.0
+        images.now = 0.1  # twice what its header let expect, which makes the next by a fifth longer
         images.may_end.set()
-        assert known.result(10).seconds == 10.0
+        assert known.result(10).seconds == 0.1
         images.may_end.clear()
         for _ in range(2):
             images.decoder.submit(b"x", DUE_AT)
             images.running.acquire()
-        images.now = 10.2
-        expected_s = images.decoder.expected_s(images.now)
-        assert images.decoder.queue_s(images.now, DUE_AT) == pytest.approx(expected_s / 2)
+        images.now = 0.12
+        assert images.decoder.queue_s(images.now, DUE_AT) == pytest.approx(1.2 * COST_S - 0.02, abs=1e-4)
 
 
 def test_the_most_urgent_image_is_decoded_first_and_lower_priorities_last() -> None:
@@ -105,7 +106,7 @@ def test_an_image_is_expected_to_wait_for_the_more_urgent_ones_alone(due_at: flo
         decoder = images.decoder
         known = decoder.submit(b"x", DUE_AT)
         images.running.acquire()
-        images.now = 1.0
+        images.now = COST_S
         images.may_end.set()
         known.result(10)
         images.may_end.clear()
@@ -114,7 +115,7 @@ def test_an_image_is_expected_to_wait_for_the_more_urgent_ones_alone(due_at: flo
         for due in ((6.0, 0), (7.0, 0), (1.0, -1)):
             decoder.submit(b"x", *due)
         decoder.release(decoder.submit(b"gone", 0.1))
-        expected = pytest.approx(before * decoder.expected_s(images.now))
+        expected = pytest.approx(COST_S + (before - 1) * decoder.expected_s(images.now))
         assert decoder.queue_s(images.now, due_at, priority) == expected
 
 

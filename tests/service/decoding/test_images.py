@@ -11,10 +11,11 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 
-from models.data.images import evaluation_transform, flatten, to_rgb
+from models.data.images import evaluation_transform, to_rgb
 from models.subnetwork import SuperViTConfig
 from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL
-from service.decoding.images import HAS_FAST_RESIZE, MAX_SCANS, decode_image
+from service.decoding.images import HAS_FAST_RESIZE, decode_image, open_image
+from service.decoding.jpeg import MAX_SCANS
 from service.errors import ImageTooLargeError, InvalidImageError
 from tests.service.conftest import CONFIG
 
@@ -30,7 +31,7 @@ def mean_colour(data: bytes) -> list[float]:
     return [float(channel) for channel in decode(data).float().mean(dim=(1, 2))]
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"])
 def test_every_format_comes_out_as_the_picture_that_went_in(encode: Callable[..., bytes], image_format: str) -> None:
     image = decode(encode(Image.new("RGB", (50, 30), (200, 100, 50)), image_format))
     assert image.shape == (3, SIDE, SIDE)
@@ -40,7 +41,7 @@ def test_every_format_comes_out_as_the_picture_that_went_in(encode: Callable[...
 
 def test_an_unknown_format_is_rejected(encode: Callable[..., bytes]) -> None:
     with pytest.raises(InvalidImageError, match="not an image in one of the formats"):
-        decode(encode(Image.new("RGB", (9, 9)), "TIFF"))
+        decode(encode(Image.new("RGB", (9, 9)), "PPM"))
 
 
 def test_only_the_first_frame_of_an_animation_counts(encode: Callable[..., bytes]) -> None:
@@ -120,7 +121,7 @@ def test_what_is_no_image_is_rejected(data: bytes) -> None:
         decode(data)
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 def test_damaged_images_are_decoded_or_rejected_but_never_crash(
     encode: Callable[..., bytes], image_format: str
 ) -> None:
@@ -140,9 +141,9 @@ def test_damaged_images_are_decoded_or_rejected_but_never_crash(
     assert refused > 0
 
 
-def test_a_truncated_jpeg_is_rejected(photo: bytes) -> None:
-    with pytest.raises(InvalidImageError, match="broken"):
-        decode(photo[: len(photo) // 2])
+def test_a_truncated_jpeg_is_rejected(encode: Callable[..., bytes]) -> None:
+    with pytest.raises(InvalidImageError, match=r"^the file ends early: \d+ % of its rows are there$"):
+        decode(encode(picture(400, 300), "JPEG")[:-1000])
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -151,7 +152,7 @@ def test_a_truncated_jpeg_is_rejected_at_a_fraction_of_its_size_too(
 ) -> None:
     data = encode(picture(1500, 1100), "JPEG", progressive=progressive)
     for cut in (2, len(data) // 2, len(data) * 9 // 10):
-        with pytest.raises(InvalidImageError, match="broken: image file is truncated"):
+        with pytest.raises(InvalidImageError, match=r"^the file ends early: "):
             decode(data[:-cut], max_pixels=2_000_000)
 
 
@@ -260,22 +261,12 @@ def test_a_large_panorama_is_cut_around_its_centre(encode: Callable[..., bytes])
     ],
 )
 def test_a_large_jpeg_is_decoded_at_a_fraction_that_leaves_twice_what_is_needed(
-    encode: Callable[..., bytes],
-    monkeypatch: pytest.MonkeyPatch,
-    size: tuple[int, int],
-    config: SuperViTConfig,
-    decoded: tuple[int, int],
+    encode: Callable[..., bytes], size: tuple[int, int], config: SuperViTConfig, decoded: tuple[int, int]
 ) -> None:
-    seen = []
-
-    def record(image: Image.Image) -> Image.Image:
-        rgb = flatten(image)
-        seen.append(rgb.size)
-        return rgb
-
-    monkeypatch.setattr("service.decoding.images.flatten", record)
-    decode_image(encode(Image.new("RGB", size), "JPEG"), config, 6_000_000)
-    assert seen == [decoded]
+    data, pixels = encode(Image.new("RGB", size), "JPEG"), decoded[0] * decoded[1]
+    assert open_image(data, config, max_pixels=pixels).memory_bytes == 4 * pixels
+    with pytest.raises(ImageTooLargeError):
+        open_image(data, config, max_pixels=pixels - 1)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +294,6 @@ def test_a_processor_without_the_fast_resize_gets_the_evaluation_itself(encode: 
         assert difference(data, DEIT_SMALL, fast_resize=False).max() == 0
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize(
     "metadata", [b"Exif\x00\x00garbage", b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05", b"\xff" * 50]
 )

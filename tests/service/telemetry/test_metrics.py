@@ -10,7 +10,7 @@ from models.subnetwork import SubNetwork
 from service.domain import Classification, Decision, ReasonCode, Timing
 from service.errors import InvalidParameterError
 from service.machine.snapshot import GpuSnapshot, ResourceSnapshot
-from service.telemetry.metrics import MISSES, Metrics, process_registry
+from service.telemetry.metrics import MISSES, STAGES, Metrics, process_registry
 from service.telemetry.multiprocess import forget_dead
 
 SMALL = SubNetworkProfile(SubNetwork(8, 0.55), 500_000_000, 0.7, 0.9)
@@ -37,7 +37,7 @@ def answer(profile: SubNetworkProfile = SMALL, total_s: float = 0.3, budget_s: f
     return Classification(
         predictions=(),
         decision=Decision(profile, 4, 0.1, ReasonCode.ALONE, "because"),
-        timing=Timing(decode_s=0.01, queue_s=0.02, inference_s=0.1, total_s=total_s),
+        timing=Timing(decode_wait_s=0.005, decode_s=0.01, queue_s=0.02, inference_s=0.1, total_s=total_s),
         budget_s=budget_s,
         accuracy_loss=None if profile.top1 is None else 0.05,
         saved_gflops=1.5,
@@ -117,8 +117,9 @@ def test_an_answer_adds_up_what_it_took_and_what_it_was_worth(page: Page) -> Non
     assert page.read("expected_accuracy_total") == pytest.approx(1.4)
     assert page.read("accuracy_loss_total") == pytest.approx(0.1)
     assert page.read("request_duration_seconds_sum") == pytest.approx(0.6)
-    stages = [page.read("stage_duration_seconds_sum", stage=stage) for stage in ("decode", "queue", "inference")]
-    assert stages == pytest.approx([0.02, 0.04, 0.2])
+    stages = [page.read("stage_duration_seconds_sum", stage=stage) for stage in STAGES]
+    assert STAGES == ("decode_wait", "decode", "queue", "inference")
+    assert stages == pytest.approx([0.01, 0.02, 0.04, 0.2])
 
 
 def test_what_was_not_measured_adds_nothing_to_the_accuracy(page: Page) -> None:

@@ -1,0 +1,123 @@
+"""The codecs: what a checked header announces to a picture, and their errors to ours. Pillow and torchvision are here.
+
+They say in their own words what is wrong with a file, to their logs and as warnings as well; a client and a log get
+none of that.
+"""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
+from torchvision.io import decode_webp
+
+from models.data.images import CODEC_ERRORS
+from service.decoding import bmp, png
+from service.decoding.exif import UPRIGHT, read_orientation
+from service.decoding.headers import ImageHeader, ends_early
+from service.errors import InvalidImageError, OutOfMemoryError
+
+HAS_HEIC = find_spec("pillow_heif") is not None
+if HAS_HEIC:
+    import pillow_heif
+
+    pillow_heif.options.DECODE_THREADS = 1
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # it would take the engine's
+warnings.filterwarnings("ignore", module=r"(PIL|torchvision|pillow_heif)\b")
+warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+_OPENERS = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+}
+_ERRORS = tuple({*CODEC_ERRORS} - {MemoryError})
+
+
+def jpeg_scale(header: ImageHeader, least_px: int) -> int:
+    """Return the fraction, 8, 4, 2 or 1, at which a JPEG's shorter side keeps a length."""
+    scale = min(header.width, header.height) // least_px
+    return next(fraction for fraction in (8, 4, 2, 1) if scale >= fraction or fraction == 1)
+
+
+@contextmanager
+def codec_errors(image_format: str) -> Iterator[None]:
+    """Make errors of ours from those of the codecs.
+
+    Raises:
+        InvalidImageError: the image is broken.
+        OutOfMemoryError: there was no memory for it.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemoryError("there was not enough memory to decode the image; try again later") from error
+    except (*_ERRORS, RuntimeError, UserWarning) as error:  # the last where warnings are made errors
+        raise InvalidImageError(f"the {image_format} is broken: its pixels cannot be decoded") from error
+
+
+def decode(header: ImageHeader, least_px: int) -> tuple[Image.Image, int]:
+    """Decode an image as it is stored, of any mode, a JPEG at the fraction of `jpeg_scale`.
+
+    Returns:
+        The picture, and its orientation as in EXIF.
+
+    Raises:
+        InvalidImageError: it is broken, or ends early.
+        Exception: a codec's, see `codec_errors`.
+    """
+    if header.format == "PNG":
+        data, orientation = png.without_metadata(header.data)
+        return _load(header, data, least_px), orientation
+    if header.format == "WEBP":
+        return _decode_webp(header.data), header.orientation
+    if header.format == "HEIC":
+        return pillow_heif.open_heif(header.data, convert_hdr_to_8bit=True).to_pillow(), UPRIGHT
+    if header.format == "BMP" and (pixels := bmp.read_bitfields(header.data)) is not None:
+        return Image.fromarray(pixels), UPRIGHT
+    picture = _load(header, header.data, least_px)
+    exif = picture.info.get("exif", b"") if header.format == "AVIF" else b""
+    return picture, read_orientation(exif.removeprefix(b"Exif\0\0")) if exif else header.orientation
+
+
+def _load(header: ImageHeader, data: bytes, least_px: int) -> Image.Image:
+    """Let Pillow decode.
+
+    Raises:
+        InvalidImageError: the file ends early.
+        Exception: one of Pillow's.
+    """
+    image = _OPENERS[header.format](io.BytesIO(data))
+    if header.format != "TIFF" and image.size != (header.width, header.height):
+        raise InvalidImageError(f"the {header.format} is broken: it says in two ways what size it has")
+    if header.format == "JPEG":
+        image.draft(None, (least_px, least_px))
+    try:
+        image.load()
+    except OSError as error:
+        if "truncated" not in str(error):
+            raise
+        raise ends_early(_rows_there(image)) from error
+    return image
+
+
+def _rows_there(image: Image.Image) -> str:
+    """Say how much of a picture was decoded: rows that were not are black, as `load` leaves them."""
+    box = image.im.getbbox()
+    share = box[3] / image.height if box else 0.0
+    return f"{100 * share:.0f} % of its rows are there" if share else "none of its rows is there"
+
+
+def _decode_webp(data: bytes) -> Image.Image:
+    """Let torchvision decode: Pillow lets no other thread run meanwhile, 1.5 s of the largest."""
+    pixels = decode_webp(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))

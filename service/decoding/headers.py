@@ -1,0 +1,74 @@
+"""What the header of an image says, as one value for all formats, and the format by its first bytes."""
+
+from dataclasses import dataclass
+
+from service.decoding.exif import UPRIGHT
+from service.errors import InvalidImageError
+
+# Chunks, segments or blocks that are looked at before the pixels. Of photographs, few have a hundred; the most that one
+# body could hold would take seconds.
+MAX_BLOCKS = 50_000
+
+_SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+}
+_AVIF_BRANDS = {b"avif", b"avis"}
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What is known of an image before its pixels are decoded.
+
+    Attributes:
+        format: its name.
+        width, height: as stored, in pixels.
+        data: what a codec needs: the file, maybe without what carries no pixels.
+        memory_per_pixel: bytes that its codec and the decoded picture take together.
+        orientation: as in EXIF.
+        is_progressive: whether its pixels come in several passes, for which all of them are kept.
+    """
+
+    format: str
+    width: int
+    height: int
+    data: bytes
+    memory_per_pixel: float = 4
+    orientation: int = UPRIGHT
+    is_progressive: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What images that take the same time for the same size have in common."""
+        return f"progressive {self.format}" if self.is_progressive else self.format
+
+
+def find_format(data: bytes) -> str | None:
+    """Tell the format by a file's first bytes; None if it is none of those known."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[4:8] == b"ftyp":
+        length = min(int.from_bytes(data[:4], "big"), 256)
+        brands = {data[8:12], *(data[at : at + 4] for at in range(16, length, 4))}
+        if brands & _AVIF_BRANDS:
+            return "AVIF"
+        return "HEIC" if brands & _HEIC_BRANDS else None
+    return next((name for signature, name in _SIGNATURES.items() if data.startswith(signature)), None)
+
+
+def ends_early(what: str) -> InvalidImageError:
+    """Make the error of a file that was cut off; `what` says where."""
+    return InvalidImageError(f"the file ends early: {what}")
+
+
+def too_many_blocks(image_format: str) -> InvalidImageError:
+    """Make the error of a file of nothing but blocks."""
+    return InvalidImageError(f"the {image_format} file has more than {MAX_BLOCKS} blocks beside its pixels")

@@ -1,0 +1,53 @@
+"""The first page of a TIFF: its size, and a file of that page alone, with the tags that its pixels need."""
+
+import struct
+
+from service.decoding.exif import ORIENTATION
+from service.decoding.headers import MAX_BLOCKS, ImageHeader, ends_early
+from service.errors import InvalidImageError
+
+_WIDTH, _HEIGHT, _BITS, _SAMPLES = 256, 257, 258, 277
+_INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # by type
+# Of the TIFF 6.0 and its supplements, what says where the pixels are and what they mean.
+_NEEDED = {
+    *(_WIDTH, _HEIGHT, _BITS, _SAMPLES),
+    *(259, 262, 266, 273, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 338, 339, 347, 529, 530, 532),
+    ORIENTATION,
+}
+_LISTS = {273, 279, 324, 325, 347}  # where the pixels are, and tables
+_MAX_VALUES = 4096  # of any other; a table of colours has 768
+
+
+def read_tiff(data: bytes) -> ImageHeader:
+    """Read the directory of a TIFF's first page.
+
+    Raises:
+        InvalidImageError: there is none, or it is of no use.
+    """
+    order, is_big = "<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+")
+    head, number, entry_form, value_bytes = (16, "Q", "HHQ", 8) if is_big else (8, "H", "HHI", 4)
+    entry_bytes = struct.calcsize(f"={entry_form}") + value_bytes
+    try:
+        start: int = struct.unpack_from(order + ("Q" if is_big else "I"), data, head - value_bytes)[0]
+        count: int = struct.unpack_from(order + number, data, start)[0]
+        entries, values = {}, {}
+        first = start + struct.calcsize(f"={number}")
+        for position in range(first, first + min(count, MAX_BLOCKS) * entry_bytes, entry_bytes):
+            tag, kind, length = struct.unpack_from(order + entry_form, data, position)
+            if tag not in _NEEDED or tag in entries:
+                continue
+            if length > (MAX_BLOCKS if tag in _LISTS else _MAX_VALUES):
+                raise InvalidImageError(f"the TIFF's tag {tag} has {length} values, more than a picture needs")
+            entries[tag] = data[position : position + entry_bytes]
+            if kind in _INTEGERS and length == 1:
+                values[tag] = struct.unpack_from(order + _INTEGERS[kind], data, position + entry_bytes - value_bytes)[0]
+    except (struct.error, OverflowError) as error:
+        raise ends_early("the directory of its first page is not there") from error
+    width, height = values.get(_WIDTH, 0), values.get(_HEIGHT, 0)
+    if not width or not height:
+        raise InvalidImageError("the TIFF does not say what size it has")
+    directory = struct.pack(order + number, len(entries)) + b"".join(entries[tag] for tag in sorted(entries))
+    padded = data + bytes(-len(data) % 8)
+    page = padded[: head - value_bytes] + struct.pack(order + ("Q" if is_big else "I"), len(padded)) + padded[head:]
+    # libtiff holds a strip or a tile, which may be all of it.
+    return ImageHeader("TIFF", width, height, page + directory + bytes(value_bytes), 8)
