@@ -18,7 +18,7 @@ from service.http.protocol import ARRIVED_AT
 from service.http.queries import parse_parameters, parse_query
 from service.http.schemas import ClassifyAnswer, describe_answer
 from service.http.uploads import BodyKind, kind_of_body, read_form, read_image, read_json
-from service.pipeline import Read
+from service.pipeline import Pipeline, Read
 from service.telemetry.outcomes import counted
 
 Handle = Callable[[Request], Awaitable[Response]]
@@ -26,8 +26,9 @@ Handle = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True, slots=True)
 class _Upload:
-    """What was asked: how to get each image, and what is wanted of all of them."""
+    """What was asked, and of what: a server that is told to stop meanwhile answers what it has begun to read."""
 
+    pipeline: Pipeline
     reads: tuple[Read, ...]
     wanted: InferenceRequest
 
@@ -51,7 +52,6 @@ def make_classify(context: RouteContext) -> Handle:
         address = request.client.host if request.client else None
 
         async def answer(read: Read) -> ClassifyAnswer:
-            pipeline = context.open_server().pipeline
             with counted(context.metrics) as record, by_address.counting(address) as enter:
 
                 async def read_and_enter(within_s: float) -> bytes:
@@ -59,7 +59,7 @@ def make_classify(context: RouteContext) -> Handle:
                     enter()  # not before: what drips in shall not keep others out
                     return data
 
-                classification = await pipeline.classify(read_and_enter, upload.wanted, watch)
+                classification = await upload.pipeline.classify(read_and_enter, upload.wanted, watch)
                 record(classification)
             return describe_answer(classification, context.checkpoint)
 
@@ -89,7 +89,7 @@ async def _upload(context: RouteContext, request: Request, watch: ClientWatch) -
             watch.start()
             return data
 
-        return _Upload((read,), query.request(arrived_at, query.top_k))
+        return _Upload(pipeline, (read,), query.request(arrived_at, query.top_k))
 
     pipeline.check_room()
     within_s = context.max_upload_s  # unless the query says so, it is not known yet what is granted
@@ -101,7 +101,7 @@ async def _upload(context: RouteContext, request: Request, watch: ClientWatch) -
     wanted = parameters.request(arrived_at, parameters.top_k)
     if pipeline.time_left_s(wanted) <= 0:
         raise UploadTimeoutError("the body did not arrive within its budget")
-    return _Upload(tuple(_already_read(image, watch) for image in form.images), wanted)
+    return _Upload(pipeline, tuple(_already_read(image, watch) for image in form.images), wanted)
 
 
 def _already_read(image: bytes, watch: ClientWatch) -> Read:
