@@ -53,7 +53,7 @@ class Gate:
 def image(value: int) -> "Future[DecodedImage]":
     """An image that has been decoded already."""
     future: Future[DecodedImage] = Future()
-    future.set_result(DecodedImage(torch.full((3, 2, 2), value, dtype=torch.uint8), 0.0))
+    future.set_result(DecodedImage(torch.full((3, 2, 2), value, dtype=torch.uint8), 0.0, 0.0))
     return future
 
 
