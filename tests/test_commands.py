@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 from pydantic_settings import CliApp
 
 from models.training.average import Average
@@ -34,7 +35,7 @@ PROGRAMS = {
     "supervit",
     "torchrun",
 }
-MODULES = {"models.training.average": Average, "models.training.finetune": Finetune}
+MODULES: dict[str, type[BaseModel]] = {"models.training.average": Average, "models.training.finetune": Finetune}
 PLACEHOLDERS = {"N": "2"}
 
 # Commands, and the tests that run them.

@@ -56,5 +56,10 @@ def gather_in_turn(own: Sequence[Tensor]) -> Tensor:
     Returns:
         (M, ...), on the CPU, the same in every process.
     """
-    dealt = itertools.zip_longest(*gather([tensor.cpu() for tensor in own]))
+    return join_in_turn(gather([tensor.cpu() for tensor in own]))
+
+
+def join_in_turn(shares: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Join tensors, along their first dimension, that were dealt out in turn, a share to each process."""
+    dealt = itertools.zip_longest(*shares)
     return torch.cat([tensor for turn in dealt for tensor in turn if tensor is not None])

@@ -67,6 +67,7 @@ def evaluate(
     progress: Progress,
     process: Process,
     rates_between: bool = False,
+    calibration_images: int = CALIBRATION_IMAGES,
 ) -> Evaluation:
     """Fit the scaling of every sub-network on val/ and measure it on test/, in the device's fastest precision.
 
@@ -83,6 +84,7 @@ def evaluate(
         progress: wraps the batches to show how far the work is.
         process: which of the processes this is, and its device.
         rates_between: whether to add keep rates between those of the checkpoint's profile.
+        calibration_images: most that scalings are fitted on.
 
     Raises:
         DataError: the data set is unusable, or a class folder is none of the checkpoint's classes.
@@ -92,7 +94,7 @@ def evaluate(
         raise DataError(f"{data}: holds neither val/ nor test/")
     sets = [_open_labelled(checkpoint, folder, max_bad_images) for folder in folders]
     calibrating, measuring = sets[0], sets[-1]
-    chosen = choose_for_calibration(calibrating, is_measured_too=calibrating is measuring)
+    chosen = choose_for_calibration(calibrating, calibration_images, is_measured_too=calibrating is measuring)
     model = checkpoint.model.to(process.device)
 
     def batches(images: ImageSet, places: Sequence[int]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -135,7 +137,7 @@ def _open_labelled(checkpoint: Checkpoint, folder: Path, max_bad_images: float) 
     return images
 
 
-def choose_for_calibration(images: ImageSet, *, is_measured_too: bool) -> list[int]:
+def choose_for_calibration(images: ImageSet, limit: int, *, is_measured_too: bool) -> list[int]:
     """Choose the images to fit scalings on, the same part of every class; half at most, if the rest is measured.
 
     Raises:
@@ -145,7 +147,7 @@ def choose_for_calibration(images: ImageSet, *, is_measured_too: bool) -> list[i
     most = len(order) // 2 if is_measured_too else len(order)
     if most == 0:
         raise DataError(f"{images.folder}: a single image cannot be both calibrated and measured on")
-    return sorted(order[: min(most, CALIBRATION_IMAGES)])
+    return sorted(order[: min(most, limit)])
 
 
 def label_indices(folder: Path, folder_names: Sequence[str], class_names: tuple[str, ...]) -> list[int]:

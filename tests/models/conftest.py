@@ -4,7 +4,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from models.checkpoint import Header, save_checkpoint
+from models.devices import native_dtype
 from models.profiles import ProfileTable
 from models.subnetwork import Flavour, SuperViTConfig
 from models.supervit import SuperViT
@@ -45,6 +46,14 @@ PARITY_FILE = Path(__file__).with_name("parity.npz")
 def single_thread() -> None:
     """Compute on one thread: threads that wait for one another make tiny products 40 times slower on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fast_precision() -> Iterator[torch.dtype]:
+    """Autocast to what the CPU is not fast in, which whatever asks for the fast one does not heed; yield the fast."""
+    fast = native_dtype(torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast == torch.float32):
+        yield fast
 
 
 @pytest.fixture

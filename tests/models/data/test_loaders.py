@@ -7,7 +7,7 @@ import torch
 
 from models.data.datasets import NO_LABEL, DataError, ImageSet, TrainingSamples, open_folder
 from models.data.images import evaluation_transform
-from models.data.loaders import SampleLoader, gather_in_turn, load_in_turn
+from models.data.loaders import SampleLoader, gather_in_turn, join_in_turn, load_in_turn
 from models.subnetwork import SuperViTConfig
 
 
@@ -56,10 +56,10 @@ def test_processes_load_the_batches_of_one_in_turn(images: ImageSet, processes: 
     assert [batch for turn in dealt for batch in turn if batch is not None] == alone
 
 
-def test_what_was_made_of_batches_is_joined_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_made_of_batches_is_joined_in_their_order() -> None:
     shares = [[torch.tensor([[0], [1]]), torch.tensor([[4]])], [torch.tensor([[2], [3]])], []]
-    monkeypatch.setattr("models.data.loaders.gather", lambda own: [own, *shares[1:]])
-    assert gather_in_turn(shares[0]).tolist() == [[0], [1], [2], [3], [4]]
+    assert join_in_turn(shares).tolist() == [[0], [1], [2], [3], [4]]
+    assert gather_in_turn(shares[0]).tolist() == [[0], [1], [4]]  # of a process alone
 
 
 def test_workers_stay_for_the_next_pass(images: ImageSet) -> None:

@@ -237,7 +237,7 @@ def test_val_calibrates_and_test_is_measured_where_there_are_both(
 
 
 def test_a_few_thousand_images_from_all_over_are_enough_to_calibrate(
-    tiny_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_file: Path, pictures: Path, tmp_path: Path
 ) -> None:
     seen: list[Tensor] = []
 
@@ -246,7 +246,6 @@ def test_a_few_thousand_images_from_all_over_are_enough_to_calibrate(
             seen.append(batch[1])
             yield batch
 
-    monkeypatch.setattr("models.evaluation.evaluate.CALIBRATION_IMAGES", 6)
     (tmp_path / "val").symlink_to(pictures / "train", target_is_directory=True)
     (tmp_path / "test").symlink_to(pictures / "val", target_is_directory=True)
     evaluate(
@@ -257,6 +256,7 @@ def test_a_few_thousand_images_from_all_over_are_enough_to_calibrate(
         max_bad_images=0.0,
         progress=watch,
         process=CPU,
+        calibration_images=6,
     )
     assert [labels.tolist() for labels in seen] == [[0, 0, 1, 1, 2, 2], [0] * 4 + [1] * 4 + [2] * 4]
 
@@ -343,16 +343,13 @@ class Noting(ByTint):
         return super().forward(images, subnetwork).to(torch.get_autocast_dtype("cpu") if is_on else torch.float32)
 
 
-@pytest.mark.parametrize(("flags", "dtype"), [("avx2 avx512_bf16", torch.bfloat16), ("avx2", torch.float32)])
 def test_everything_is_measured_in_the_precision_that_the_device_is_fast_in(
-    tiny_file: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, dtype: torch.dtype
+    tiny_file: Path, pictures: Path, fast_precision: torch.dtype
 ) -> None:
-    (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags}")
-    monkeypatch.setattr("models.devices.CPUINFO", tmp_path / "cpuinfo")
     checkpoint = load_checkpoint(tiny_file)
     model = Noting(checkpoint.config)
     table = measure(replace(checkpoint, model=model.eval(), class_names=("red", "green", "blue")), pictures)
-    assert model.asked_in == {dtype}
+    assert model.asked_in == {fast_precision}
     assert table.cheapest.top1 == 1.0
 
 

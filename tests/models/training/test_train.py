@@ -291,9 +291,9 @@ def test_mixed_labels_are_smoothed(tmp_path: Path, tiny_recipe: MakeRecipe) -> N
 
 
 @pytest.fixture
-def joined() -> Iterator[None]:
+def joined(tmp_path: Path) -> Iterator[None]:
     """A group of one, in which this process can be any of several that nothing is heard of."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 

@@ -132,11 +132,22 @@ def test_a_grid_that_was_not_trained_is_rejected_and_harms_no_other(engine: Open
     assert torch.equal(engine.run(images, SubNetwork(5, 0.7)), before)
 
 
-def test_warming_up_runs_every_trained_sub_network(engine: OpenVINOEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(engine, "run", lambda images, subnetwork: seen.append((tuple(images.shape), subnetwork)))
+class Noting(OpenVINOEngine):
+    """Keeps what it is to run, and runs nothing."""
+
+    def __init__(self, model: SuperViT) -> None:
+        super().__init__(model, threads=1)
+        self.seen: list[tuple[tuple[int, ...], SubNetwork]] = []
+
+    def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        self.seen.append((tuple(images.shape), subnetwork))
+        return images
+
+
+def test_warming_up_runs_every_trained_sub_network(model: SuperViT) -> None:
+    engine = Noting(model)
     engine.warm_up()
-    assert seen == [((1, 3, 20, 20), subnetwork) for subnetwork in config_of("deit").subnetworks]
+    assert engine.seen == [((1, 3, 20, 20), subnetwork) for subnetwork in config_of("deit").subnetworks]
 
 
 def test_the_engine_names_library_cpu_precision_and_threads(engine: OpenVINOEngine) -> None:

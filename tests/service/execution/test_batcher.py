@@ -1,9 +1,10 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -60,27 +61,8 @@ def image(value: int) -> "Future[DecodedImage]":
 class AdmittingBatcher(Batcher):
     """Takes what the scheduler has admitted, and forgets it in the end, as the pipeline does."""
 
-    def __init__(
-        self,
-        run: Run,
-        scheduler: Scheduler,
-        thread: Executor,
-        *,
-        limiter: UtilizationLimiter | None = None,
-        observe_machine: Callable[[], None] = lambda: None,
-        observe_batch: Callable[[int, float, float, float], None] = lambda *_: None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        super().__init__(
-            run,
-            scheduler,
-            thread,
-            limiter=limiter,
-            observe_machine=observe_machine,
-            observe_batch=observe_batch,
-            clock=clock,
-            sleep=lambda _: None,
-        )
+    def __init__(self, run: Run, scheduler: Scheduler, thread: Executor, **others: Any) -> None:  # noqa: ANN401 - as Batcher has them
+        super().__init__(run, scheduler, thread, sleep=lambda _: None, **others)
         self.scheduler = scheduler
 
     async def submit(self, decoding: "Future[DecodedImage]", request: QueuedRequest) -> Result:
