@@ -4,11 +4,12 @@ They say in their own words what is wrong with a file, to their logs and as warn
 none of that.
 """
 
+import ctypes
 import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 
 import numpy as np
@@ -31,6 +32,10 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # it would take the engine's
 warnings.filterwarnings("ignore", module=r"(PIL|torchvision|pillow_heif)\b")
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+_imaging = ctypes.CDLL(Image.core.__file__)
+for _silenced in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):  # libtiff writes to stderr unless it is told
+    with suppress(AttributeError):  # a Pillow without it
+        getattr(_imaging, _silenced)(None)
 
 _OPENERS = {
     "JPEG": JpegImagePlugin.JpegImageFile,
@@ -112,8 +117,8 @@ def _load(header: ImageHeader, data: bytes, least_px: int) -> Image.Image:
 
 def _rows_there(image: Image.Image) -> str:
     """Say how much of a picture was decoded: rows that were not are black, as `load` leaves them."""
-    box = image.im.getbbox()
-    share = box[3] / image.height if box else 0.0
+    _, rows = image.im.getprojection()
+    share = sum(rows) / image.height
     return f"{100 * share:.0f} % of its rows are there" if share else "none of its rows is there"
 
 

@@ -122,7 +122,7 @@ def open_image(
             max_decode_bytes=max_memory_bytes,
         )
     per_pixel, per_byte = COSTS_NS[header.kind]
-    cost_s = LEAST_COST_S + 1e-9 * (per_pixel * pixels + per_byte * len(data))
+    cost_s = LEAST_COST_S + 1e-9 * (per_pixel * pixels + per_byte * len(header.data))
     decode = partial(_decode, header, config, least_px, fast_resize=fast_resize)
     return OpenedImage(header.kind, cost_s, memory_bytes, decode)
 

@@ -1,0 +1,315 @@
+"""Image files that real users send, each made here."""
+
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.decoding import images
+from service.decoding.codecs import codec_errors
+from service.decoding.headers import MAX_BLOCKS
+from service.decoding.images import decode_image, open_image
+from service.errors import ImageTooLargeError, InvalidImageError, OutOfMemoryError, ServiceError, UnsupportedMediaError
+from tests.service.conftest import CONFIG
+
+Encode = Callable[..., bytes]
+SIDE = CONFIG.image_side
+LIMIT = 1_000_000
+RED = [255, 0, 0]
+IHDR_END = 33
+
+
+def mean_colour(data: bytes, max_pixels: int = LIMIT) -> list[float]:
+    return [float(channel) for channel in decode_image(data, CONFIG, max_pixels).float().mean(dim=(1, 2))]
+
+
+def chunk(kind: bytes, body: bytes, checksum: int | None = None) -> bytes:
+    crc = zlib.crc32(kind + body) if checksum is None else checksum
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+
+def red(encode: Encode, image_format: str = "PNG", side: int = SIDE, **options: object) -> bytes:
+    return encode(Image.new("RGB", (side, side), "red"), image_format, **options)
+
+
+ZEROS = zlib.compress(bytes(3_000_000))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"zTXt", b"workflow\0\0" + ZEROS),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + ZEROS),
+        chunk(b"iCCP", b"profile\0\0" + ZEROS),
+        chunk(b"iCCP", b"profile\0\7" + b"no compression of this kind"),
+        chunk(b"tEXt", b"prompt\0" + b"x" * 1_400_000),
+        chunk(b"eXIf", b"MM\0*\0\0\0\x08" + struct.pack(">HHHII", 1, 0x0112, 5, 200_000, 26) + bytes(1_600_000)),
+        chunk(b"tEXt", b"Software\0scanner", checksum=1),
+        chunk(b"tIME", bytes(7), checksum=2),
+        chunk(b"tRNS", b"\0\1\0\1\0\1", checksum=3),
+        chunk(b"acTL", bytes(8)) + chunk(b"fcTL", bytes(26)),
+    ],
+    ids=[
+        "ztxt",
+        "itxt",
+        "iccp",
+        "iccp_unknown",
+        "text",
+        "exif",
+        "text_crc",
+        "time_crc",
+        "transparency_crc",
+        "animated",
+    ],
+)
+def test_chunks_of_a_png_that_carry_no_pixels_are_passed_over(encode: Encode, extra: bytes) -> None:
+    png = red(encode)
+    assert mean_colour(png[:IHDR_END] + extra + png[IHDR_END:]) == RED
+
+
+def test_a_wrong_checksum_of_pixels_is_an_error_that_names_the_chunk(encode: Encode) -> None:
+    png = bytearray(red(encode))
+    png[png.index(b"IDAT") + 10] ^= 1
+    with pytest.raises(InvalidImageError, match=r"the checksum of its chunk IDAT at byte 33 is wrong"):
+        mean_colour(bytes(png))
+
+
+def test_a_png_of_chunks_alone_is_rejected(encode: Encode) -> None:
+    png = red(encode)
+    with pytest.raises(InvalidImageError, match=f"more than {MAX_BLOCKS} blocks"):
+        mean_colour(png[:IHDR_END] + MAX_BLOCKS * chunk(b"tEXt", b"") + png[IHDR_END:])
+
+
+@pytest.mark.parametrize(("size", "megapixels"), [((8160, 6144), 0.8), ((12_032, 9024), 1.7), ((16_320, 12_240), 3.2)])
+def test_the_photographs_of_telephones_count_what_is_decoded_of_them(
+    encode: Encode, size: tuple[int, int], megapixels: float
+) -> None:
+    # Their headers alone: of one colour, as large a one is made quickly at a fraction of its rows.
+    jpeg = bytearray(encode(Image.new("RGB", (64, 64), "red"), "JPEG"))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", size[1], size[0])
+    assert open_image(bytes(jpeg), CONFIG, LIMIT * 50).memory_bytes == pytest.approx(4e6 * megapixels, rel=0.05)
+
+
+def test_a_photograph_over_the_limit_is_decoded_at_a_fraction_within_it(encode: Encode) -> None:
+    jpeg = encode(Image.new("RGB", (4096, 4160), "red"), "JPEG")
+    assert mean_colour(jpeg, max_pixels=600_000) == pytest.approx([254, 0, 0], abs=2)
+    with pytest.raises(ImageTooLargeError):
+        mean_colour(jpeg, max_pixels=200_000)
+
+
+def test_a_large_progressive_jpeg_counts_the_coefficients_that_are_kept(encode: Encode) -> None:
+    picture = Image.new("RGB", (2000, 2000))
+    whole, half = (
+        open_image(encode(picture, "JPEG", progressive=True, subsampling=factor), CONFIG, LIMIT * 4)
+        for factor in ("4:4:4", "4:2:0")
+    )
+    assert (whole.kind, half.kind) == ("progressive JPEG", "progressive JPEG")
+    assert whole.memory_bytes - half.memory_bytes == 3 * 4_000_000
+    with pytest.raises(ImageTooLargeError, match="bytes of memory"):
+        open_image(encode(picture, "JPEG", progressive=True), CONFIG, LIMIT * 4, half.memory_bytes - 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"compression": "tiff_lzw"}, {"compression": "tiff_deflate"}, {}, {"big_tiff": True}]
+)
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L", "RGBA", "1"])
+def test_of_a_tiff_the_first_page_is_decoded(encode: Encode, mode: str, options: dict[str, str]) -> None:
+    white, red_page = Image.new("RGB", (20, 30), "white").convert(mode), Image.new("RGB", (9, 9), "red")
+    data = encode(white, "TIFF", save_all=True, append_images=[red_page], **options)
+    assert mean_colour(data) == pytest.approx([255, 255, 255], abs=1)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_tiff_is_turned_upright_once(encode: Encode, orientation: int) -> None:
+    upright = Image.new("L", (SIDE, SIDE), "black")
+    upright.paste("white", (0, 0, SIDE, SIDE // 2))
+    stored = upright.rotate({1: 0, 3: 180, 6: 90}[orientation])
+    data = encode(stored, "TIFF", tiffinfo={0x0112: orientation})
+    rows = decode_image(data, CONFIG, LIMIT).float().mean(dim=(0, 2))
+    assert rows[: SIDE // 2].mean() > 200 > 50 > rows[SIDE // 2 :].mean()
+
+
+def test_a_tiff_that_lists_millions_of_strips_is_rejected(encode: Encode) -> None:
+    tiff = bytearray(encode(Image.new("RGB", (20, 20)), "TIFF"))
+    start = tiff.index(struct.pack("<HHI", 273, 4, 1)) if struct.pack("<HHI", 273, 4, 1) in tiff else -1
+    assert start > 0
+    tiff[start + 4 : start + 8] = struct.pack("<I", 5_000_000)
+    with pytest.raises(InvalidImageError, match="5000000 values"):
+        mean_colour(bytes(tiff))
+
+
+def test_avif_and_heic_are_decoded(encode: Encode) -> None:
+    for image_format in ("AVIF", "HEIF"):
+        assert mean_colour(red(encode, image_format, 64)) == pytest.approx(RED, abs=6)
+
+
+def test_heic_without_its_extra_says_how_to_enable_it(encode: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "HAS_HEIC", False)
+    with pytest.raises(UnsupportedMediaError, match=r"HEIC.*pip install 'supervit-serve\[heif\]'"):
+        open_image(red(encode, "HEIF", 64), CONFIG, LIMIT)
+
+
+def test_avif_whose_orientation_is_a_list_is_rejected(encode: Encode) -> None:
+    avif = red(encode, "AVIF", 64)
+    one, many = (b"MM\0*\0\0\0\x08" + struct.pack(">HHHII", 1, 0x0112, 3, count, 1 << 16) for count in (1, 2_000_000))
+    assert open_image(avif + one, CONFIG, LIMIT).kind == "AVIF"
+    with pytest.raises(InvalidImageError, match="how its camera was held"):
+        open_image(avif + many, CONFIG, LIMIT)
+
+
+def bitfields(pixels: np.ndarray, masks: tuple[int, ...], *, is_flipped: bool = True, header_bytes: int = 40) -> bytes:
+    """A BMP of (height, width) numbers of 16 or 32 bits."""
+    height, width = pixels.shape
+    body = b"".join(row.tobytes() + bytes(-row.nbytes % 4) for row in (pixels[::-1] if is_flipped else pixels))
+    bits = pixels.itemsize * 8
+    info = struct.pack(
+        "<IiiHHIIiiII", header_bytes, width, height if is_flipped else -height, 1, bits, 3, len(body), 2835, 2835, 0, 0
+    )
+    header = (info + struct.pack(f"<{len(masks)}I", *masks)).ljust(header_bytes, b"\0")
+    return b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + len(header)) + header + body
+
+
+@pytest.mark.parametrize("is_flipped", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "masks", "red_half"),
+    [
+        ("<u4", (0xFF, 0xFF00, 0xFF0000), 0xFF),
+        ("<u4", (0xFF0000, 0xFF00, 0xFF), 0xFF0000),
+        ("<u4", (0x3FF00000, 0xFFC00, 0x3FF), 0x3FF00000),
+        ("<u2", (0xF800, 0x7E0, 0x1F), 0xF800),
+        ("<u2", (0x1F, 0x7E0, 0xF800), 0x1F),
+    ],
+)
+def test_a_bmp_may_say_in_which_bits_each_colour_lies(
+    kind: str, masks: tuple[int, ...], red_half: int, is_flipped: bool
+) -> None:
+    pixels = np.zeros((SIDE, SIDE), kind)
+    pixels[: SIDE // 2] = red_half
+    image = decode_image(bitfields(pixels, masks, is_flipped=is_flipped), CONFIG, LIMIT).float()
+    assert image[:, : SIDE // 2].mean(dim=(1, 2)).tolist() == RED
+    assert image[:, SIDE // 2 :].max() == 0
+
+
+def test_transparency_of_a_bmp_shows_white_unless_all_of_it_is_empty() -> None:
+    masks = (0xFF, 0xFF00, 0xFF0000, 0xFF000000)
+    pixels = np.full((SIDE, SIDE), 0x000000FF, "<u4")
+    assert mean_colour(bitfields(pixels, masks, header_bytes=56)) == RED
+    pixels[: SIDE // 2] |= 0xFF000000
+    assert mean_colour(bitfields(pixels, masks, header_bytes=56)) == [255, 127.5, 127.5]
+
+
+def shapes(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)).resize((width, height))
+
+
+@pytest.mark.parametrize(("image_format", "options"), [("JPEG", {"quality": 85}), ("PNG", {}), ("GIF", {})])
+def test_a_file_that_ends_early_says_at_which_share_of_its_rows(
+    encode: Encode, image_format: str, options: dict[str, int]
+) -> None:
+    data = encode(shapes(640, 480), image_format, **options)
+    with pytest.raises(InvalidImageError) as caught:
+        mean_colour(data[: len(data) // 2])
+    found = re.fullmatch(r"the file ends early: (\d+) % of its rows are there", caught.value.message)
+    assert found is not None
+    assert 35 < int(found[1]) < 65
+
+
+def complaint(data: bytes) -> str | None:
+    try:
+        mean_colour(data)
+    except ServiceError as error:
+        return error.message
+    return None
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"])
+def test_no_error_has_a_librarys_words_and_no_library_writes_to_the_log(encode: Encode, image_format: str) -> None:
+    data = encode(shapes(64, 48), image_format)
+    cuts = [data[: len(data) * part // 8] for part in range(1, 8)]
+    places = range(0, len(data), max(1, len(data) // 40))
+    broken = [data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :] for at in places]
+    said = re.compile(r"the (file|image|\w+) (ends early|is broken|does not say|has|says)|not an image in")
+    messages = [message for spoilt in (*cuts, *broken) if (message := complaint(spoilt)) is not None]
+    assert messages
+    assert [message for message in messages if not said.match(message)] == []
+
+
+def test_nothing_is_written_to_stderr() -> None:
+    program = (
+        "import io, sys\n"
+        "from PIL import Image\n"
+        "from tests.service.conftest import CONFIG\n"
+        "from service.decoding.images import decode_image\n"
+        "for name in ('JPEG', 'PNG', 'WEBP', 'GIF', 'TIFF', 'AVIF'):\n"
+        "    buffer = io.BytesIO()\n"
+        "    options = {'compression': 'tiff_lzw'} if name == 'TIFF' else {}\n"
+        "    Image.effect_noise((64, 48), 50).convert('RGB').save(buffer, name, **options)\n"
+        "    data = bytearray(buffer.getvalue())\n"
+        "    for at in range(0, len(data), len(data) // 50):\n"
+        "        data[at] ^= 255\n"
+        "        try:\n"
+        "            decode_image(bytes(data), CONFIG, 10 ** 6)\n"
+        "        except Exception as error:\n"
+        "            assert type(error).__module__ == 'service.errors', repr(error)\n"
+        "        data[at] ^= 255\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_jpeg_of_fill_bytes_or_comments_costs_no_more_than_one_without(encode: Encode) -> None:
+    jpeg = red(encode, "JPEG", 64)
+    for filling in (b"\xff" * 2_000_000, b"\x01" * 2_000_000, 1000 * b"\xff\xfe\x00\x04ab"):
+        opened = open_image(jpeg[:20] + filling + jpeg[20:], CONFIG, LIMIT)
+        assert opened.cost_s == open_image(jpeg, CONFIG, LIMIT).cost_s
+        assert opened.decode().float().mean(dim=(1, 2)).tolist() == pytest.approx(RED, abs=3)
+    with pytest.raises(InvalidImageError, match=f"more than {MAX_BLOCKS} blocks"):
+        open_image(jpeg[:2] + MAX_BLOCKS * b"\xff\xfe\x00\x02" + jpeg[2:], CONFIG, LIMIT)
+
+
+def test_comments_of_a_gif_are_skipped_and_bounded(encode: Encode) -> None:
+    gif = red(encode, "GIF")
+    start = gif.index(b",", 13)
+
+    def commented(blocks: int) -> bytes:
+        return gif[:start] + b"!\xfe" + blocks * b"\x01x" + b"\0" + gif[start:]
+
+    assert mean_colour(commented(1000)) == pytest.approx(RED, abs=1)
+    with pytest.raises(InvalidImageError, match=f"more than {MAX_BLOCKS} blocks"):
+        mean_colour(commented(MAX_BLOCKS + 1))
+
+
+def test_no_side_is_longer_than_a_million_pixels() -> None:
+    body = b"IHDR" + struct.pack(">IIBBBBB", 1, 1_000_001, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    with pytest.raises(ImageTooLargeError, match="no side"):
+        open_image(png, CONFIG, 50 * LIMIT)
+
+
+@pytest.mark.parametrize(("image_format", "per_pixel"), [("PNG", 4), ("WEBP", 8), ("AVIF", 12), ("GIF", 1)])
+def test_memory_is_bounded_by_what_the_codec_takes(encode: Encode, image_format: str, per_pixel: int) -> None:
+    data = encode(Image.new("RGB", (100, 80)), image_format)
+    assert open_image(data, CONFIG, LIMIT, 8000 * per_pixel).memory_bytes == 8000 * per_pixel
+    with pytest.raises(ImageTooLargeError, match="bytes of memory") as caught:
+        open_image(data, CONFIG, LIMIT, 8000 * per_pixel - 1)
+    assert caught.value.details == {"max_decode_bytes": 8000 * per_pixel - 1}
+
+
+def test_a_frame_of_an_animated_webp_is_its_first(encode: Encode) -> None:
+    frames = [Image.new("RGBA", (20, 20), colour) for colour in ("red", "blue")]
+    for options in ({"lossless": True}, {"quality": 90}):
+        data = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], **options)
+        assert mean_colour(data) == pytest.approx(RED, abs=4)
+
+
+def test_a_codec_without_memory_is_no_fault_of_the_image() -> None:
+    with pytest.raises(OutOfMemoryError), codec_errors("PNG"):
+        raise MemoryError
