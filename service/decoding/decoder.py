@@ -134,12 +134,14 @@ class Decoder:
                 for jobs in (self._unopened, self._ordinary, self._dear)
             )
             running_s = [abs(job.expected_s - (now - job.started_at)) for job in self._running]
-            cheap_s = sum(map(_expected_s, unopened)) + sum(map(_expected_s, ordinary))
-            free = self._threads - len(running_s) > len(unopened) + len(ordinary)
-            if free:  # dear ones never take the last thread, except where there is but one
-                return sum(map(_expected_s, dear)) if self._threads == 1 else 0.0
-            all_s = (cheap_s + sum(map(_expected_s, dear))) / self._threads
-        return min(running_s, default=0.0) + (all_s if self._threads == 1 else min(all_s, cheap_s))
+            dear_s, cheap_s = sum(map(_expected_s, dear)), sum(map(_expected_s, [*unopened, *ordinary]))
+            num_cheap = len(unopened) + len(ordinary)
+        idle = self._threads - len(running_s)
+        if self._threads == 1:
+            return sum(running_s) + cheap_s + dear_s
+        if idle > num_cheap:  # dear ones never take the last thread
+            return 0.0
+        return (0.0 if idle else min(running_s)) + min((cheap_s + dear_s) / self._threads, cheap_s)
 
     def close(self) -> None:
         """Decode what was submitted, and end the threads."""

@@ -180,20 +180,31 @@ def check_size(header: ImageHeader, decoded_pixels: int, max_pixels: int) -> Non
         )
     if max(header.width, header.height) > MAX_SIDE_PX:
         raise ImageTooLargeError(f"{size}, and no side may have more than {MAX_SIDE_PX}", max_side_pixels=MAX_SIDE_PX)
-    if header.format != "JPEG":
-        return
     if pixels > MAX_JPEG_PIXELS:
         raise ImageTooLargeError(f"{size}, more than the {MAX_JPEG_PIXELS} of a JPEG", max_image_pixels=MAX_JPEG_PIXELS)
+
+
+def check_scans(header: ImageHeader) -> None:
+    """Tell whether a JPEG goes over its pixels more often than is decoded; it takes a look at all of its bytes.
+
+    Raises:
+        InvalidImageError: more often than any should.
+        ImageTooLargeError: more often than one of its size may.
+    """
+    pixels = header.width * header.height
     if jpeg.has_more_scans(header.data, jpeg.MAX_SCANS):
         raise InvalidImageError(f"the JPEG has more than {jpeg.MAX_SCANS} scans")
     if jpeg.has_more_scans(header.data, MAX_REFINED_PIXELS // pixels):
         raise ImageTooLargeError(
-            f"{size} in more than {MAX_REFINED_PIXELS // pixels} scans, the most that are decoded of as many",
+            f"the image has {header.width} x {header.height} pixels in more than {MAX_REFINED_PIXELS // pixels} scans, "
+            "the most that are decoded of as many",
             max_image_pixels=MAX_REFINED_PIXELS // jpeg.MAX_SCANS,
         )
 
 
 def _decode(header: ImageHeader, config: SuperViTConfig, least_px: int, *, fast_resize: bool) -> Tensor:
+    if header.format == "JPEG":
+        check_scans(header)
     with codec_errors(header.format):
         image, orientation = decode(header, least_px)
         picture, factor = _shrink(image, least_px)

@@ -19,6 +19,7 @@ _PROGRESSIVE_FRAMES = {0xC2, 0xC6, 0xCA, 0xCE}
 _NEEDED = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xE0, 0xEE}
 _EXIF, _EXIF_PREFIX = 0xE1, b"Exif\0\0"
 _SLICE = 1 << 18  # bytes that are searched before other threads get the GIL
+_MAX_GAP_BYTES = 1_000_000  # fill bytes and others between two segments of a header; no encoder writes more than some
 _COEFFICIENT_BYTES = 2
 
 
@@ -30,7 +31,7 @@ def read_jpeg(data: bytes) -> ImageHeader:
     """
     parts, frame, orientation = [data[:2]], b"", UPRIGHT
     code = 0
-    for code, start, end in _segments(data):
+    for code, start, end in _segments(data, _MAX_GAP_BYTES):
         body = data[start + 4 : end]
         if code == _START_OF_SCAN:
             parts.append(data[start:])
@@ -49,7 +50,7 @@ def read_jpeg(data: bytes) -> ImageHeader:
     if not width or not height:
         raise InvalidImageError("the JPEG does not say what size it has")
     # With scans of one component each, all of it is kept as well until the last has come.
-    is_progressive = frame[0] in _PROGRESSIVE_FRAMES or data[start + 4] < components
+    is_progressive = frame[0] in _PROGRESSIVE_FRAMES or data[start + 4 : start + 5] < bytes([components])
     memory = _COEFFICIENT_BYTES * _numbers_per_pixel(frame) if is_progressive else 0
     return ImageHeader("JPEG", width, height, b"".join(parts), memory, orientation, is_progressive)
 
@@ -60,18 +61,25 @@ def has_more_scans(data: bytes, limit: int) -> bool:
     if at_most <= limit:
         return False
     scans = 0
-    for code, _, _ in _segments(data):  # what looks like one may be in a thumbnail
+    for code, _, _ in _segments(data, len(data)):  # what looks like one may be in a thumbnail
         scans += code == _START_OF_SCAN
         if scans > limit or (code == _END_OF_IMAGE and scans):  # what follows, as a film of the moment, is not decoded
             break
     return scans > limit
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield each marker's code, where it starts, and where its segment ends."""
+def _segments(data: bytes, max_gap_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Yield each marker's code, where it starts, and where its segment ends.
+
+    Raises:
+        InvalidImageError: there is more between two of them, or there are far too many.
+    """
     position = 0
     for _ in range(MAX_BLOCKS):
-        marker = _next_marker(data, position)
+        limit = min(len(data), position + max_gap_bytes)
+        marker = _next_marker(data, position, limit)
+        if marker is None and limit < len(data):
+            raise InvalidImageError(f"the JPEG has more than {max_gap_bytes} bytes between two of its segments")
         if marker is None:
             return
         code, position = marker[0][-1], marker.end()
@@ -81,8 +89,8 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     raise too_many_blocks("JPEG")
 
 
-def _next_marker(data: bytes, position: int) -> re.Match[bytes] | None:
-    for start in range(position, len(data), _SLICE):
+def _next_marker(data: bytes, position: int, limit: int) -> re.Match[bytes] | None:
+    for start in range(position, limit, _SLICE):
         if marker := _MARKER.search(data, start, start + _SLICE + 1):
             return marker
     return None

@@ -1,11 +1,17 @@
+import random
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from service.decoding.decoder import Decoder
+from service.decoding.decoder import DecodedImage, Decoder
+from service.decoding.images import OpenedImage
+from service.decoding.times import DecodeTimes
 from service.errors import DeadlineError, InvalidImageError
 from tests.service.conftest import opening
 
@@ -148,3 +154,174 @@ def test_an_image_that_cannot_be_decoded_says_why_and_is_not_learned_from() -> N
         with pytest.raises(InvalidImageError, match="broken"):
             images.decoder.submit(b"broken", DUE_AT).result(10)
         assert images.decoder.expected_s(images.now) == 0.0
+
+
+class Mixed:
+    """Images of ordinary cost and dear ones, which end when they are told to; the former begin with a small letter."""
+
+    def __init__(self, threads: int, max_memory_bytes: int) -> None:
+        self.now = 0.0
+        self.gates: dict[bytes, threading.Event] = {}
+        self.started = threading.Semaphore(0)
+        self.order: list[bytes] = []
+        self.decoder = Decoder(self.open, threads, max_memory_bytes, lambda: self.now)
+
+    def submit(self, data: bytes, deadline_at: float = DUE_AT, priority: int = 0) -> "Future[DecodedImage]":
+        self.gates[data] = threading.Event()
+        return self.decoder.submit(data, deadline_at, priority)
+
+    def open(self, data: bytes) -> OpenedImage:
+        is_dear = data.isupper()
+        return OpenedImage(
+            "dear" if is_dear else "ordinary",
+            20 * COST_S if is_dear else COST_S,
+            100 if is_dear else 1,
+            lambda: self.decode(data),
+        )
+
+    def decode(self, data: bytes) -> torch.Tensor:
+        self.order.append(data)
+        self.started.release()
+        self.gates[data].wait(10)
+        return torch.zeros(1)
+
+    def await_started(self, count: int) -> None:
+        for _ in range(count):
+            assert self.started.acquire(timeout=10)
+
+
+@contextmanager
+def mixed(threads: int, max_memory_bytes: int = 1000) -> Iterator[Mixed]:
+    images = Mixed(threads, max_memory_bytes)
+    try:
+        yield images
+    finally:
+        for gate in images.gates.values():
+            gate.set()
+        images.decoder.close()
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_dear_images_never_hold_every_thread(threads: int) -> None:
+    with mixed(threads) as images:
+        for data in (b"A", b"B", b"C", b"D"):
+            images.submit(data, 1.0)
+        images.await_started(threads - 1)
+        ordinary = images.submit(b"a", DUE_AT)
+        images.await_started(1)
+        assert images.order[-1] == b"a"
+        images.gates[b"a"].set()
+        assert ordinary.result(10).waited_s == 0.0
+        images.gates[b"A"].set()
+        images.await_started(1)
+        assert images.order[-1].isupper(), "the next dear one, once another has ended"
+        assert len(images.order) == threads + 1
+
+
+def test_of_one_thread_dear_images_wait_for_each_other() -> None:
+    with mixed(1) as images:
+        futures = [images.submit(data) for data in (b"A", b"B")]
+        for gate in images.gates.values():
+            gate.set()
+        assert [future.result(10).image.shape for future in futures] == [(1,), (1,)]
+
+
+def test_dear_images_share_a_budget_of_memory() -> None:
+    with mixed(4, max_memory_bytes=250) as images:
+        for data in (b"A", b"B", b"C"):
+            images.submit(data)
+        images.await_started(2)
+        images.submit(b"a")
+        images.await_started(1)
+        assert images.order[-1] == b"a", "a third dear one would take 300"
+        images.gates[b"A"].set()
+        images.await_started(1)
+        assert images.order[-1] == b"C"
+
+
+def test_an_image_over_the_budget_of_memory_is_decoded_alone() -> None:
+    with mixed(2, max_memory_bytes=10) as images:
+        images.gates[b"A"] = threading.Event()
+        future = images.submit(b"A")
+        images.gates[b"A"].set()
+        assert future.result(10)
+
+
+def test_an_ordinary_image_is_not_expected_to_wait_for_dear_ones_where_a_thread_is_kept() -> None:
+    for threads, waits in ((1, True), (2, False)):
+        with mixed(threads) as images:
+            for data in (b"A", b"B", b"C"):
+                images.submit(data)
+            images.await_started(1)
+            assert (images.decoder.queue_s(images.now, DUE_AT) > 0) == waits
+
+
+def test_how_long_an_image_takes_is_learned_by_kind() -> None:
+    times = DecodeTimes()
+    assert times.expected_s("PNG", 2.0, 0.0) == 2.0
+    for _ in range(50):
+        times.observe("PNG", 0.1, 0.3, 1.0)
+    assert times.expected_s("PNG", 2.0, 1.0) == pytest.approx(6.0, rel=1e-3)
+    assert times.expected_s("JPEG", 2.0, 1.0) == 2.0
+    assert times.expected_s("PNG", 2.0, 1000.0) == pytest.approx(2.0), "without news it is as its header says"
+
+
+def test_a_dear_image_that_cannot_be_there_in_time_is_not_decoded() -> None:
+    with mixed(2) as images:
+        with pytest.raises(DeadlineError, match="takes longer to decode"):
+            images.submit(b"A", 20 * COST_S / 2 - 0.01).result(10)
+        assert images.order == []
+        future = images.submit(b"B", 20 * COST_S / 2 + 0.01)
+        images.await_started(1)
+        images.gates[b"B"].set()
+        assert future.result(10)
+
+
+def test_dear_images_do_not_make_ordinary_ones_be_expected_to_take_longer() -> None:
+    with mixed(2) as images:
+        future = images.submit(b"A")
+        images.await_started(1)
+        images.now = 1.0
+        images.gates[b"A"].set()
+        assert future.result(10).seconds == 1.0
+        assert images.decoder.expected_s(images.now) == 0.0
+
+
+def test_counting_from_many_threads_never_meets_a_count_that_changes() -> None:
+    """Requests come, are looked ahead for, and leave, all at once, while images are decoded."""
+    kinds = {b"a": COST_S, b"A": 20 * COST_S}
+    decoder = Decoder(
+        lambda data: OpenedImage(data.decode(), kinds[data], 1, lambda: torch.zeros(1)), 4, 2, time.monotonic
+    )
+    wrong: list[BaseException] = []
+    begin = threading.Barrier(8)
+
+    def hammer(seed: int) -> None:
+        rng = random.Random(seed)
+        begin.wait(10)
+        try:
+            for _ in range(300):
+                now = time.monotonic()
+                future = decoder.submit(rng.choice([b"a", b"A"]), now + 1000 * rng.random(), -rng.randrange(2))
+                assert decoder.queue_s(now, now + 1000 * rng.random(), -rng.randrange(2)) >= 0
+                assert decoder.expected_s(now) >= 0
+                if rng.random() < 0.5:
+                    decoder.release(future)
+                else:
+                    future.result(30)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=hammer, args=(seed,)) for seed in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+        decoder.close()
+    assert wrong == []
+    assert decoder.queue_s(time.monotonic(), 0.0) == 0.0, "none is left behind"

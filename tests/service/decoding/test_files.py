@@ -267,10 +267,12 @@ def test_nothing_is_written_to_stderr() -> None:
 
 def test_a_jpeg_of_fill_bytes_or_comments_costs_no_more_than_one_without(encode: Encode) -> None:
     jpeg = red(encode, "JPEG", 64)
-    for filling in (b"\xff" * 2_000_000, b"\x01" * 2_000_000, 1000 * b"\xff\xfe\x00\x04ab"):
+    for filling in (b"\xff" * 900_000, b"\x01" * 900_000, 1000 * b"\xff\xfe\x00\x04ab"):
         opened = open_image(jpeg[:20] + filling + jpeg[20:], CONFIG, LIMIT)
         assert opened.cost_s == open_image(jpeg, CONFIG, LIMIT).cost_s
         assert opened.decode().float().mean(dim=(1, 2)).tolist() == pytest.approx(RED, abs=3)
+    with pytest.raises(InvalidImageError, match="more than 1000000 bytes between two of its segments"):
+        open_image(jpeg[:20] + b"\xff" * 2_000_000 + jpeg[20:], CONFIG, LIMIT)
     with pytest.raises(InvalidImageError, match=f"more than {MAX_BLOCKS} blocks"):
         open_image(jpeg[:2] + MAX_BLOCKS * b"\xff\xfe\x00\x02" + jpeg[2:], CONFIG, LIMIT)
 
@@ -313,3 +315,14 @@ def test_a_frame_of_an_animated_webp_is_its_first(encode: Encode) -> None:
 def test_a_codec_without_memory_is_no_fault_of_the_image() -> None:
     with pytest.raises(OutOfMemoryError), codec_errors("PNG"):
         raise MemoryError
+
+
+def test_a_jpeg_may_go_over_many_pixels_less_often(encode: Encode) -> None:
+    jpeg = bytearray(encode(Image.new("L", (64, 64)), "JPEG", progressive=True))
+    frame = jpeg.index(b"\xff\xc2")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 16_000, 16_000)  # which is 6 times
+    scans = jpeg.count(b"\xff\xda")
+    last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    opened = open_image(bytes(jpeg[:-2] + last * (7 - scans) + jpeg[-2:]), CONFIG, 50 * LIMIT)
+    with pytest.raises(ImageTooLargeError, match="in more than 6 scans"):
+        opened.decode()
