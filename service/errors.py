@@ -162,11 +162,30 @@ class CommandError(Exception):
     """A command cannot do what it was asked; the message says why."""
 
 
+# What pydantic finds wrong with a value, by its own name for it, in our words; `%(name)` is a bound of the field's.
+PROBLEMS = {
+    "extra_forbidden": "there is no parameter of that name",
+    "finite_number": "a finite number is wanted",
+    "float_parsing": "a number is wanted",
+    "float_type": "a number is wanted",
+    "greater_than": "more than %(gt)g is wanted",
+    "greater_than_equal": "at least %(ge)g is wanted",
+    "int_from_float": "a whole number is wanted",
+    "int_parsing": "a whole number is wanted",
+    "int_parsing_size": "a smaller number is wanted",
+    "int_type": "a whole number is wanted",
+    "less_than": "less than %(lt)g is wanted",
+    "less_than_equal": "at most %(le)g is wanted",
+}
+
+
 def first_problem(problems: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
     """Return where pydantic found the first problem, and what it is."""
     problem = problems[0]
+    known = PROBLEMS.get(problem["type"])
     # pydantic puts a prefix to our own sentences.
-    return [str(part) for part in problem["loc"]], str(problem["msg"]).removeprefix("Value error, ")
+    what = str(problem["msg"]).removeprefix("Value error, ") if known is None else known % problem.get("ctx", {})
+    return [str(part) for part in problem["loc"]], what
 
 
 def invalid_parameter(problems: Sequence[Mapping[str, Any]]) -> InvalidParameterError:

@@ -1,0 +1,33 @@
+import pytest
+
+from service.errors import InvalidParameterError
+from service.http.queries import parse_parameters, parse_query
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (b"x=1", "x: there is no parameter of that name"),
+        (b"budget_ms=soon", "budget_ms: a number is wanted"),
+        (b"budget_ms=nan", "budget_ms: a finite number is wanted"),
+        (b"budget_gflops=0", "budget_gflops: more than 0 is wanted"),
+        (b"priority=1", "priority: at most 0 is wanted"),
+        (b"priority=-11", "priority: at least -10 is wanted"),
+        (b"top_k=1.5", "top_k: a whole number is wanted"),
+        (b"top_k=" + 5000 * b"9", "top_k: a smaller number is wanted"),
+        (b"keep_rate=1.01&patch_grid=14", "keep_rate: at most 1 is wanted"),
+        (b"keep_rate=0.5", "patch_grid and keep_rate go together: give both or none"),
+        (b"top_k=1&top_k=1", "top_k: it is given twice"),
+    ],
+)
+def test_what_is_wrong_with_a_parameter_is_said_in_our_own_words(query: bytes, message: str) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        parse_query(query)
+    assert caught.value.message == message
+
+
+def test_what_stands_beside_an_image_is_read_like_the_query() -> None:
+    assert parse_parameters(b"top_k=2", [("budget_ms", "7")]) == parse_query(b"budget_ms=7&top_k=2")
+    assert parse_parameters(b"", [("budget_ms", 7.5)]).budget_ms == 7.5  # of JSON
+    with pytest.raises(InvalidParameterError, match="budget_ms: it is given twice"):
+        parse_parameters(b"budget_ms=7", [("budget_ms", "7")])
