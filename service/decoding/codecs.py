@@ -8,13 +8,23 @@ import ctypes
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 
 import numpy as np
 import torch
-from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+)
+from PIL import _imaging as _pillow
 from torchvision.io import decode_webp
 
 from models.data.images import CODEC_ERRORS
@@ -32,12 +42,12 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # it would take the engine's
 warnings.filterwarnings("ignore", module=r"(PIL|torchvision|pillow_heif)\b")
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-_imaging = ctypes.CDLL(Image.core.__file__)
+_imaging = ctypes.CDLL(str(_pillow.__file__))
 for _silenced in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):  # libtiff writes to stderr unless it is told
     with suppress(AttributeError):  # a Pillow without it
         getattr(_imaging, _silenced)(None)
 
-_OPENERS = {
+_OPENERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
     "GIF": GifImagePlugin.GifImageFile,
@@ -45,7 +55,12 @@ _OPENERS = {
     "TIFF": TiffImagePlugin.TiffImageFile,
     "AVIF": AvifImagePlugin.AvifImageFile,
 }
-_ERRORS = tuple({*CODEC_ERRORS} - {MemoryError})
+# The last where warnings are made errors.
+_ERRORS: tuple[type[Exception], ...] = (
+    *(error for error in CODEC_ERRORS if error is not MemoryError),
+    RuntimeError,
+    UserWarning,
+)
 
 
 def jpeg_scale(header: ImageHeader, least_px: int) -> int:
@@ -66,7 +81,7 @@ def codec_errors(image_format: str) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise OutOfMemoryError("there was not enough memory to decode the image; try again later") from error
-    except (*_ERRORS, RuntimeError, UserWarning) as error:  # the last where warnings are made errors
+    except _ERRORS as error:
         raise InvalidImageError(f"the {image_format} is broken: its pixels cannot be decoded") from error
 
 

@@ -54,7 +54,6 @@ class _Job:
 
 
 _urgency = attrgetter("urgency")
-_expected_s = attrgetter("expected_s")
 
 
 class Decoder:
@@ -134,7 +133,7 @@ class Decoder:
                 for jobs in (self._unopened, self._ordinary, self._dear)
             )
             running_s = [abs(job.expected_s - (now - job.started_at)) for job in self._running]
-            dear_s, cheap_s = sum(map(_expected_s, dear)), sum(map(_expected_s, [*unopened, *ordinary]))
+            dear_s, cheap_s = sum(job.expected_s for job in dear), sum(job.expected_s for job in [*unopened, *ordinary])
             num_cheap = len(unopened) + len(ordinary)
         idle = self._threads - len(running_s)
         if self._threads == 1:
@@ -155,10 +154,10 @@ class Decoder:
             for job in unopened:
                 self._open(job)
             with self._lock:
-                job = self._next_job()
-            if job is None:
+                most_urgent = self._next_job()
+            if most_urgent is None:
                 return
-            self._run(job)
+            self._run(most_urgent)
 
     def _open(self, job: _Job) -> None:
         if job.future.cancelled():
