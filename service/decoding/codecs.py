@@ -24,7 +24,6 @@ from PIL import (
     PngImagePlugin,
     TiffImagePlugin,
 )
-from PIL import _imaging as _pillow
 from torchvision.io import decode_webp
 
 from models.data.images import CODEC_ERRORS
@@ -42,7 +41,7 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # it would take the engine's
 warnings.filterwarnings("ignore", module=r"(PIL|torchvision|pillow_heif)\b")
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-_imaging = ctypes.CDLL(str(_pillow.__file__))
+_imaging = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined] # its C extension, which links libtiff
 for _silenced in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):  # libtiff writes to stderr unless it is told
     with suppress(AttributeError):  # a Pillow without it
         getattr(_imaging, _silenced)(None)
@@ -55,12 +54,13 @@ _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "TIFF": TiffImagePlugin.TiffImageFile,
     "AVIF": AvifImagePlugin.AvifImageFile,
 }
-# The last where warnings are made errors.
 _ERRORS: tuple[type[Exception], ...] = (
     *(error for error in CODEC_ERRORS if error is not MemoryError),
     RuntimeError,
-    UserWarning,
+    UserWarning,  # where warnings are made errors
 )
+_NO_MEMORY = "there was not enough memory to decode the image; try again later"
+_TORCH_NO_MEMORY = "can't allocate memory"  # PyTorch's way to say so
 
 
 def jpeg_scale(header: ImageHeader, least_px: int) -> int:
@@ -80,8 +80,10 @@ def codec_errors(image_format: str) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise OutOfMemoryError("there was not enough memory to decode the image; try again later") from error
+        raise OutOfMemoryError(_NO_MEMORY) from error
     except _ERRORS as error:
+        if _TORCH_NO_MEMORY in str(error):
+            raise OutOfMemoryError(_NO_MEMORY) from error
         raise InvalidImageError(f"the {image_format} is broken: its pixels cannot be decoded") from error
 
 

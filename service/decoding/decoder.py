@@ -133,7 +133,8 @@ class Decoder:
                 for jobs in (self._unopened, self._ordinary, self._dear)
             )
             running_s = [abs(job.expected_s - (now - job.started_at)) for job in self._running]
-            dear_s, cheap_s = sum(job.expected_s for job in dear), sum(job.expected_s for job in [*unopened, *ordinary])
+            dear_s = sum(job.expected_s for job in dear)
+            cheap_s = sum(job.expected_s for job in (*unopened, *ordinary))
             num_cheap = len(unopened) + len(ordinary)
         idle = self._threads - len(running_s)
         if self._threads == 1:
@@ -154,10 +155,10 @@ class Decoder:
             for job in unopened:
                 self._open(job)
             with self._lock:
-                most_urgent = self._next_job()
-            if most_urgent is None:
+                next_job = self._next_job()
+            if next_job is None:
                 return
-            self._run(most_urgent)
+            self._run(next_job)
 
     def _open(self, job: _Job) -> None:
         if job.future.cancelled():
