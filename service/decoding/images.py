@@ -191,15 +191,16 @@ def check_scans(header: ImageHeader) -> None:
         InvalidImageError: more often than any should.
         ImageTooLargeError: more often than one of its size may.
     """
-    pixels = header.width * header.height
-    if jpeg.has_more_scans(header.data, jpeg.MAX_SCANS):
+    most = MAX_REFINED_PIXELS // (header.width * header.height)
+    if not jpeg.has_more_scans(header.data, min(most, jpeg.MAX_SCANS)):
+        return
+    if most >= jpeg.MAX_SCANS:
         raise InvalidImageError(f"the JPEG has more than {jpeg.MAX_SCANS} scans")
-    if jpeg.has_more_scans(header.data, MAX_REFINED_PIXELS // pixels):
-        raise ImageTooLargeError(
-            f"the image has {header.width} x {header.height} pixels in more than {MAX_REFINED_PIXELS // pixels} scans, "
-            "the most that are decoded of as many",
-            max_image_pixels=MAX_REFINED_PIXELS // jpeg.MAX_SCANS,
-        )
+    raise ImageTooLargeError(
+        f"the image has {header.width} x {header.height} pixels in more than {most} scans, the most that are decoded "
+        "of as many",
+        max_scans=most,
+    )
 
 
 def _decode(header: ImageHeader, config: SuperViTConfig, least_px: int, *, fast_resize: bool) -> Tensor:

@@ -20,7 +20,7 @@ from models.data.images import evaluation_transform, normalise, to_rgb
 from models.subnetwork import SubNetwork
 from service.decoding.images import decode_image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 MAX_PIXELS = 100_000_000
 ROUNDS = 5
 PASSES = 5
