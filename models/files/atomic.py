@@ -26,7 +26,7 @@ def write_atomically(path: Path, content: "ReadableBuffer") -> None:
             file.flush()
             os.fsync(descriptor)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException:  # Ctrl-C among them: whatever ends the writing, what is half written must go
         with suppress(OSError):  # the first error is the one to tell of
             partial.unlink()
         raise

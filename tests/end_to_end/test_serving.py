@@ -224,7 +224,8 @@ def test_the_command_gives_the_same_answer_alone_as_from_a_server(url: str, tmp_
     assert [entry["label"] for entry in alone["predictions"]] == [entry["label"] for entry in served["predictions"]]
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+# Where the suite decides over a change it must not pass by skipping.
+@pytest.mark.skipif(shutil.which("curl") is None and "CI" not in os.environ, reason="curl is not installed")
 def test_the_curl_commands_of_the_readme_are_answered(url: str) -> None:
     readme = (ROOT / "README.md").read_text()
     commands = [line for line in readme.splitlines() if line.startswith("curl ")]

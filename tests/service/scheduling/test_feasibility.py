@@ -9,23 +9,12 @@ import pytest
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.feasibility import clears, clears_mixed, take_group
 from service.scheduling.state import SchedulerState
+from tests.service.scheduling.test_level_policy import at_zero
 
 
 @pytest.fixture
 def state(catalog: VariantCatalog) -> SchedulerState:
-    return SchedulerState(
-        now=0.0,
-        queue=(),
-        catalog=catalog,
-        latencies_s=[variant.latency_by_batch_s for variant in catalog.variants],
-        slowdown=1.0,
-        tail_factor=1.0,
-        overhead_factor=1.0,
-        max_batch_size=4,
-        arrival_rate=0.0,
-        recent=(),
-        tight_budget_s=math.inf,
-    )
+    return at_zero(catalog, ())
 
 
 @pytest.mark.parametrize(("due", "is_in_time"), [(20.0, True), (19.9, False)])
