@@ -32,6 +32,7 @@ TRANSPORT_S = 0.003
 TRANSPORT_SHARE = 0.1  # at most, of tight budgets
 LEARNED_EVERY = 32  # requests; it takes a system call
 LEARNING_GAIN = 0.5
+EARLY_REJECTION = 0.1  # of what an answer takes of the event loop's time
 
 
 class Pipeline:
@@ -73,11 +74,15 @@ class Pipeline:
         self._slots_taken = 0  # by those of them whose bodies are there
         self._loop_s = 0.0  # of the event loop's CPU time per request, learned
         self._loop_used_s = self._idle_since_s = loop_time()
-        self._unlearned = 0  # requests that have ended since
+        self._unlearned = 0.0  # requests that have ended since
         self._reply = Delay()  # from the end of a batch to the finished answer
 
     async def classify(
-        self, read: Read, request: InferenceRequest, watch: AbstractContextManager[object] | None = None
+        self,
+        read: Read,
+        request: InferenceRequest,
+        watch: AbstractContextManager[object] | None = None,
+        reserved: QueuedRequest | None = None,
     ) -> Classification:
         """Answer one request.
 
@@ -85,6 +90,7 @@ class Pipeline:
             read: yields the image's bytes, if they arrive within so many seconds; called once the request is admitted.
             request: what the client asks for.
             watch: raises a ClientGoneError out of its block once the client has left.
+            reserved: what `reserve` returned for it, where that was called already.
 
         Raises:
             ServiceError: the request is rejected, or fails.
@@ -96,7 +102,7 @@ class Pipeline:
         self._in_flight += 1
         try:
             with watch or nullcontext():
-                return await self._answer(read, request)
+                return await self._answer(read, request, reserved)
         except ClientGoneError as error:
             now = self._clock()
             if now - request.arrived_at <= self._seen_s(request):
@@ -108,6 +114,26 @@ class Pipeline:
             self._learn_loop_cost()
             if self._in_flight == 0:
                 self._idle_since_s = self._loop_time()
+
+    def reserve(self, request: InferenceRequest) -> QueuedRequest:
+        """Reject what cannot be answered before anything is spent on it, and keep a place for the others for a moment.
+
+        Raises:
+            ServiceError: it is rejected, or asks for what there is not.
+        """
+        try:
+            self.check_room()
+            queued, now = self._queued(request), self._clock()
+            self._scheduler.reserve(queued, now, self._delay(now, queued))
+        except OverloadedError:
+            self._learn_loop_cost(EARLY_REJECTION)
+            raise
+        return queued
+
+    def reject_again(self, error: OverloadedError) -> None:
+        """Take note that one more request was rejected for the same reason."""
+        self._scheduler.rejected(error.reason, self._clock())
+        self._learn_loop_cost(EARLY_REJECTION)
 
     def check_room(self) -> None:
         """See whether one more request may be in the pipeline.
@@ -138,24 +164,26 @@ class Pipeline:
         decision = Decision(variant.profile, preview.batch_size, predicted_s, reason.code, sentence)
         return Forecast(decision, preview.starts_in_s + predicted_s + self._reply.mean_s)
 
-    async def _answer(self, read: Read, request: InferenceRequest) -> Classification:
-        self.check_room()
+    async def _answer(self, read: Read, request: InferenceRequest, reserved: QueuedRequest | None) -> Classification:
         top_k = self._checked_top_k(request.top_k)
-        queued, now = self._queued(request), self._clock()
-        self._scheduler.check(queued, now, self._delay(now, queued))
-        data = await read(queued.deadline_at - now)
-        self.check_room()
-        read_at = self._clock()
-        if read_at >= queued.deadline_at:
-            raise DeadlineError("the deadline passed before the body had come")
-        # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
-        with self._scheduler.admitted(queued, read_at, self._delay(read_at, queued)), self._slot():
-            decoding = self._decoder.submit(data, queued.deadline_at, queued.priority)
-            del data  # up to the limit of bodies, and of no use once it is decoded
-            try:
-                result = await self._batcher.submit(decoding, queued)
-            finally:
-                self._decoder.release(decoding)
+        queued = reserved or self.reserve(request)
+        try:
+            data = await read(queued.deadline_at - self._clock())
+            self.check_room()
+            read_at = self._clock()
+            if read_at >= queued.deadline_at:
+                raise DeadlineError("the deadline passed before the body had come")
+            # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
+            self._scheduler.admit(queued, read_at, self._delay(read_at, queued))
+            with self._slot():
+                decoding = self._decoder.submit(data, queued.deadline_at, queued.priority)
+                del data  # up to the limit of bodies, and of no use once it is decoded
+                try:
+                    result = await self._batcher.submit(decoding, queued)
+                finally:
+                    self._decoder.release(decoding)
+        finally:
+            self._scheduler.withdraw(queued)
         predictions = self._predictions(result, top_k)
         now, decoded = self._clock(), decoding.result()
         self._reply.observe(now - result.ended_at, now)
@@ -180,25 +208,26 @@ class Pipeline:
             self._slots_taken -= 1
 
     def _delay(self, now: float, queued: QueuedRequest) -> PreprocessingDelay:
-        """Foretell what a new request has before it; those in the server have half of their loop time to come."""
+        """Foretell what a new request has before it; of their loop time, those in the server have half to come."""
         queue_s = self._decoder.queue_s(now, queued.deadline_at, queued.priority)
-        return PreprocessingDelay(self._base_s(now), self._slots_taken * self._loop_s / 2, queue_s)
+        loop_s = (self._slots_taken / 2 + self._scheduler.num_reserved) * self._loop_s
+        return PreprocessingDelay(self._base_s(now), loop_s, queue_s)
 
     def _base_s(self, now: float) -> float:
         return self._decoder.expected_s(now) + self._loop_s / 2
 
-    def _learn_loop_cost(self) -> None:
+    def _learn_loop_cost(self, requests: float = 1.0) -> None:
         """Learn how much of the event loop's CPU time a request takes.
 
         Rejected ones count as well: were their cost put on those answered, a server that rejects many would soon reject
         all and never learn better.
         """
-        self._unlearned += 1
+        self._unlearned += requests
         if self._unlearned < LEARNED_EVERY:
             return
         used_s = self._loop_time()
         self._loop_s += LEARNING_GAIN * ((used_s - self._loop_used_s) / self._unlearned - self._loop_s)
-        self._loop_used_s, self._unlearned = used_s, 0
+        self._loop_used_s, self._unlearned = used_s, 0.0
 
     def _queued(self, request: InferenceRequest) -> QueuedRequest:
         """Translate what the client asks for into what the policy works with.

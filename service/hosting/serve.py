@@ -26,7 +26,8 @@ from service.hosting.interpreter import configure_gc
 from service.hosting.supervisor import Supervisor
 from service.hosting.workers import beat, bind, split_cpus, start_worker
 from service.http.connections import Connections
-from service.http.protocol import BoundedProtocol
+from service.http.early_rejection import EarlyRejection, RejectingProtocol
+from service.http.routes import CLASSIFY_PATH
 from service.machine.monitor import Monitor
 from service.runtime import LOG_FORMAT, ServerRuntime
 from service.settings import Settings, comma_separated, environment_variable, unknown_variables, worker_environment
@@ -193,7 +194,7 @@ def serve(settings: Settings, engine: Engine | None = None) -> None:
             logger.warning("the environment variable %s is no setting of this server", name)
         config = uvicorn.Config(
             app,
-            http=partial(BoundedProtocol, **_shared(settings, max_connections, runtime)),  # type: ignore[arg-type] # called
+            http=partial(RejectingProtocol, **_shared(settings, max_connections, runtime)),  # type: ignore[arg-type] # called
             ws="none",
             log_config=None,
             log_level=settings.log_level,
@@ -227,7 +228,12 @@ def _shared(settings: Settings, max_connections: int, runtime: ServerRuntime) ->
         observe=metrics.closed,
         observe_number=metrics.opened,
     )
-    return {"connections": connections, "observe": metrics.closed, "log": SparingLog(logging.getLogger("service.http"))}
+    return {
+        "connections": connections,
+        "observe": metrics.closed,
+        "log": SparingLog(logging.getLogger("service.http")),
+        "reject": EarlyRejection(runtime.context, CLASSIFY_PATH).answer,
+    }
 
 
 def _on_hangup(stop: Callable[[int, FrameType | None], object]) -> None:

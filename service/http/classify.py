@@ -13,12 +13,14 @@ from service.errors import InvalidParameterError, ServiceError, UploadTimeoutErr
 from service.http.connections import RequestsByAddress
 from service.http.context import RouteContext
 from service.http.disconnects import ClientWatch
+from service.http.early_rejection import RESERVED
 from service.http.error_responses import describe_error
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import parse_parameters, parse_query
 from service.http.schemas import ClassifyAnswer, describe_answer
 from service.http.uploads import BodyKind, kind_of_body, read_form, read_image, read_json
 from service.pipeline import Pipeline, Read
+from service.scheduling.state import QueuedRequest
 from service.telemetry.outcomes import counted
 
 Handle = Callable[[Request], Awaitable[Response]]
@@ -31,6 +33,7 @@ class _Upload:
     pipeline: Pipeline
     reads: tuple[Read, ...]
     wanted: InferenceRequest
+    reserved: QueuedRequest | None = None
 
 
 def make_classify(context: RouteContext) -> Handle:
@@ -59,7 +62,7 @@ def make_classify(context: RouteContext) -> Handle:
                     enter()  # not before: what drips in shall not keep others out
                     return data
 
-                classification = await upload.pipeline.classify(read_and_enter, upload.wanted, watch)
+                classification = await upload.pipeline.classify(read_and_enter, upload.wanted, watch, upload.reserved)
                 record(classification)
             return describe_answer(classification, context.checkpoint)
 
@@ -89,7 +92,8 @@ async def _upload(context: RouteContext, request: Request, watch: ClientWatch) -
             watch.start()
             return data
 
-        return _Upload(pipeline, (read,), query.request(arrived_at, query.top_k))
+        reserved = request.scope.get(RESERVED)
+        return _Upload(pipeline, (read,), query.request(arrived_at, query.top_k), reserved)
 
     pipeline.check_room()
     within_s = context.max_upload_s  # unless the query says so, it is not known yet what is granted

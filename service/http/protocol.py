@@ -137,16 +137,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Let the body come."""
-        self._in_head = False
-        self._forget_timeout()
-        headers = dict(self.headers)
-        self._body_left = None if b"transfer-encoding" in headers else int(headers.get(b"content-length", b"0"))
+        self._begin_body()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """Look out for the next head."""
-        self._in_head, self._bytes, self._tail = True, 0, b""
-        self._forget_timeout()
+        self._await_head()
         super().on_message_complete()
         if self._is_answering:
             self._all.works(self)
@@ -192,6 +188,16 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whether what comes next is of another request than the one that is being answered."""
         return self._in_head and self._is_answering
 
+    def _begin_body(self) -> None:
+        self._in_head = False
+        self._forget_timeout()
+        headers = dict(self.headers)
+        self._body_left = None if b"transfer-encoding" in headers else int(headers.get(b"content-length", b"0"))
+
+    def _await_head(self) -> None:
+        self._in_head, self._bytes, self._tail = True, 0, b""
+        self._forget_timeout()
+
     def _parse(self) -> None:
         """Parse what there is, in pieces that hold no more than the end of one request."""
         data, start = self._unparsed, self._start
@@ -201,6 +207,7 @@ class BoundedProtocol(HttpToolsProtocol):
                     self._arrived_at = self._received_at
                     self._all.waits(self)
                     self._forget_timeout()  # of the silence before
+                    self._unset_keepalive_if_required()
                 self._start_timeout(HEAD_S)
             end = self._end_of_piece(data, start)
             self._bytes += end - start

@@ -22,6 +22,12 @@ def _brought(scope: MutableMapping[str, Any]) -> bytes:
     return next((value for name, value in scope["headers"] if name == RAW_HEADER), b"")
 
 
+def name_request(brought: bytes) -> bytes:
+    """Return the name that a request brings, or one that is made for it."""
+    # Not of uuid4, which asks the system for its randomness and would give the GIL away for that.
+    return brought if FIT.fullmatch(brought) else b"%032x" % random.getrandbits(128)
+
+
 class RequestIds:
     """Middleware that keeps the name a request brings in its header, or gives it one, and sends it back."""
 
@@ -34,9 +40,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        brought = _brought(scope)
-        # Not of uuid4, which asks the system for its randomness and would give the GIL away for that.
-        name = brought if FIT.fullmatch(brought) else b"%032x" % random.getrandbits(128)
+        name = name_request(_brought(scope))
         scope[KEY] = name.decode()
 
         async def send_named(message: Message) -> None:

@@ -16,6 +16,7 @@ class RequestQueue:
     def __init__(self) -> None:
         self._queued: list[QueuedRequest] = []
         self._admitted: set[QueuedRequest] = set()
+        self._reserved: dict[QueuedRequest, float] = {}  # until when, ascending; in _admitted as well
         self._deadlines: dict[int, list[float]] = {}  # of all that are admitted, by priority, ascending
 
     def __len__(self) -> int:
@@ -37,6 +38,24 @@ class RequestQueue:
         """The priorities of the admitted requests."""
         return frozenset(self._deadlines)
 
+    @property
+    def num_reserved(self) -> int:
+        """How many of them have only reserved their place."""
+        return len(self._reserved)
+
+    def reserve(self, request: QueuedRequest, until: float) -> None:
+        """Count a request in for a while; one that is not admitted by then has lost its place."""
+        self.admit(request)
+        self._reserved[request] = until
+
+    def expire_reserved(self, now: float) -> None:
+        """Forget those whose while is over."""
+        while self._reserved:
+            request, until = next(iter(self._reserved.items()))
+            if until > now:
+                return
+            self.remove(request)
+
     def admit(self, request: QueuedRequest) -> None:
         """Count a request in."""
         self._admitted.add(request)
@@ -54,6 +73,7 @@ class RequestQueue:
         if request not in self._admitted:
             return
         self._admitted.remove(request)
+        self._reserved.pop(request, None)
         deadlines = self._deadlines[request.priority]
         del deadlines[bisect_left(deadlines, request.deadline_at)]
         if not deadlines:

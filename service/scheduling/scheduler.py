@@ -6,12 +6,12 @@ loop, the threads that decode and the engine's share it, so each public method h
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from service.errors import OverloadedError
+from service.errors import OverloadedError, OverloadReason
 from service.scheduling.admission import Admission
 from service.scheduling.catalog import Variant, VariantCatalog
 from service.scheduling.estimators import TAIL_SPREADS, SafetyFactor, TrafficEstimator
@@ -27,6 +27,7 @@ from service.scheduling.state import (
     target,
 )
 
+RESERVED_S = 0.05  # that it may take the event loop to come back to a request
 MAX_PREVIEWED = 8  # decisions; a longer queue is taken to go on as it began
 
 P = ParamSpec("P")
@@ -88,21 +89,6 @@ class Scheduler:
         """Count what waits for the engine."""
         return len(self._queue)
 
-    @contextmanager
-    def admitted(
-        self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY
-    ) -> Iterator[QueuedRequest]:
-        """Admit a request, and forget it in the end, whatever became of it.
-
-        Raises:
-            OverloadedError: as `admit`.
-        """
-        self.admit(request, now, delay)
-        try:
-            yield request
-        finally:
-            self.withdraw(request)
-
     @_locked
     def admit(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
         """Take note of a request before anything is spent on it.
@@ -116,25 +102,31 @@ class Scheduler:
             OverloadedError: even the cheapest sub-network could not answer it in time, unless requests of lower
                 priority and those due later are put behind it; says when to try again.
         """
-        self.check(request, now, delay)
+        self._queue.remove(request)  # what it has reserved
+        self._check(request, now, delay)
         self._traffic.count(now)
         self._queue.admit(request)
 
     @_locked
-    def check(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
-        """Reject what `admit` would, and admit nothing: a body that is still to come shall keep no other request out.
+    def reserve(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
+        """Reject what `admit` would; keep a place for the others, but not for long.
+
+        Most bodies are there already, and are read once those before them are. Of one that is still to come it is not
+        known whether it will be, and it shall keep no other request out.
 
         Raises:
             OverloadedError: as `admit`.
         """
-        rejection = self._rejection(request, now, delay)
-        if rejection is None:
-            return
-        if rejection.reason != "no_time":  # all others a cheaper level may help, if to be decoded
+        self._check(request, now, delay)
+        self._queue.reserve(request, now + RESERVED_S)
+
+    @_locked
+    def rejected(self, reason: OverloadReason, now: float) -> None:
+        """Take note of a request that was rejected before it was admitted."""
+        if reason != "no_time":  # all others a cheaper level may help, if to be decoded
             self._traffic.count(now)
-        if rejection.reason == "backlog":  # a cheaper level would have cured nothing else
+        if reason == "backlog":  # a cheaper level would have cured nothing else
             self._safety_factor.observe(0, 1, now)
-        raise rejection
 
     @_locked
     def enqueue(self, request: QueuedRequest) -> None:
@@ -267,6 +259,11 @@ class Scheduler:
         )
 
     @property
+    def num_reserved(self) -> int:
+        """How many requests have reserved a place and are still to be read."""
+        return self._queue.num_reserved
+
+    @property
     def free_at(self) -> float:
         """When the batch that runs will probably have ended, with what follows it."""
         return self._free_at
@@ -275,6 +272,13 @@ class Scheduler:
     def prior_slowdown(self) -> float:
         """What others' load lets expect, over the profile."""
         return self._latency_model.prior_slowdown
+
+    def _check(self, request: QueuedRequest, now: float, delay: PreprocessingDelay) -> None:
+        self._queue.expire_reserved(now)
+        rejection = self._rejection(request, now, delay)
+        if rejection is not None:
+            self.rejected(rejection.reason, now)
+            raise rejection
 
     def _rejection(self, request: QueuedRequest, now: float, delay: PreprocessingDelay) -> OverloadedError | None:
         if not self._rejects_early:

@@ -29,10 +29,11 @@ from service.errors import (
     ServiceError,
 )
 from service.execution.batcher import Batcher
-from service.pipeline import LEARNED_EVERY, Pipeline, Read
+from service.pipeline import EARLY_REJECTION, LEARNED_EVERY, Pipeline, Read
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
+from service.scheduling.state import QueuedRequest
 from service.telemetry.metrics import Metrics
 from service.telemetry.outcomes import counted
 from tests.service.conftest import opening
@@ -111,10 +112,14 @@ class CountedPipeline(Pipeline):
         self._metrics = Metrics(parts.registry)
 
     async def classify(
-        self, read: Read, request: InferenceRequest, watch: AbstractContextManager[object] | None = None
+        self,
+        read: Read,
+        request: InferenceRequest,
+        watch: AbstractContextManager[object] | None = None,
+        reserved: QueuedRequest | None = None,
     ) -> Classification:
         with counted(self._metrics) as record:
-            answer = await super().classify(read, request, watch)
+            answer = await super().classify(read, request, watch, reserved)
             record(answer)
         return answer
 
@@ -530,6 +535,34 @@ async def test_a_request_that_a_busy_loop_would_answer_too_late_is_rejected(prof
             await pipeline.classify(loop.read, InferenceRequest(5.0, 60_000))
         with pytest.raises(OverloadedError):
             await pipeline.classify(never, InferenceRequest(5.0, 1000))
+
+
+async def test_what_is_rejected_early_costs_a_tenth(profiles: ProfileTable) -> None:
+    """A server that put all of it on the others would reject the more, the more it rejects."""
+    loop, request = BusyLoop(), InferenceRequest(5.0, 60_000)
+    async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
+        for _ in range(3 * LEARNED_EVERY):
+            await pipeline.classify(loop.read, request)
+        for _ in range(3 * LEARNED_EVERY):
+            loop.spent_s += 4.0 * EARLY_REJECTION
+            with pytest.raises(OverloadedError):
+                pipeline.reserve(replace(request, budget_ms=2))
+        with pytest.raises(OverloadedError):
+            pipeline.reserve(replace(request, budget_ms=1500))
+        pipeline.scheduler.withdraw(pipeline.reserve(replace(request, budget_ms=2500)))
+
+
+async def test_a_place_that_was_reserved_is_taken(profiles: ProfileTable) -> None:
+    parts = Parts()
+    async with running(parts, profiles) as pipeline:
+        reserved = pipeline.reserve(wanted())
+        one_s = pipeline.scheduler.backlog_s(time.monotonic())
+        request = asyncio.create_task(pipeline.classify(two_bytes, wanted(), reserved=reserved))
+        await asyncio.to_thread(parts.decoding.wait, 10)
+        assert pipeline.scheduler.num_reserved == 0
+        assert pipeline.scheduler.backlog_s(time.monotonic()) == pytest.approx(one_s)
+        parts.open()
+        await request
 
 
 async def test_what_the_loop_does_while_it_is_idle_is_charged_to_no_request(profiles: ProfileTable) -> None:

@@ -66,8 +66,11 @@ class AdmittingBatcher(Batcher):
         self.scheduler = scheduler
 
     async def submit(self, decoding: "Future[DecodedImage]", request: QueuedRequest) -> Result:
-        with self.scheduler.admitted(request, 0.0):
+        self.scheduler.admit(request, 0.0)
+        try:
             return await super().submit(decoding, request)
+        finally:
+            self.scheduler.withdraw(request)
 
 
 @asynccontextmanager

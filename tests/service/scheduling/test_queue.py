@@ -55,3 +55,17 @@ def test_higher_priorities_and_earlier_deadlines_come_before() -> None:
         queue.admit(request)
     assert queue.deadlines_before(due(2.0, -1)) == [1.0, 2.0]
     assert queue.deadlines_before(due(9.0)) == [1.0, 3.0]
+
+
+def test_a_place_that_was_reserved_is_kept_for_a_while() -> None:
+    queue, first, second = RequestQueue(), due(1.0), due(2.0, -1)
+    queue.reserve(first, 0.5)
+    queue.reserve(second, 0.6)
+    assert queue.deadlines_before(due(9.0, -1)) == [1.0, 2.0]
+    queue.expire_reserved(0.4)
+    assert (queue.num_reserved, queue.num_admitted) == (2, 2)
+    queue.expire_reserved(0.5)
+    assert (queue.num_reserved, queue.num_admitted, queue.priorities) == (1, 1, frozenset((-1,)))
+    queue.remove(second)
+    queue.expire_reserved(0.6)
+    assert (queue.num_reserved, queue.num_admitted) == (0, 0)

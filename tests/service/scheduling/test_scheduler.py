@@ -16,7 +16,7 @@ from service.errors import OverloadedError
 from service.scheduling.catalog import Variant, VariantCatalog
 from service.scheduling.estimators import REMEMBERED_REQUESTS, SUSTAINED_TIME_S
 from service.scheduling.level_policy import choose_level
-from service.scheduling.scheduler import Scheduler
+from service.scheduling.scheduler import RESERVED_S, Scheduler
 from service.scheduling.state import (
     NO_DELAY,
     BatchDecision,
@@ -291,6 +291,27 @@ def test_rejections_leave_nothing_behind(scheduler: Scheduler) -> None:
         with pytest.raises(OverloadedError):
             scheduler.admit(waits(0.001, priority=-1000 * number), 0.0)
     assert scheduler.backlog_s(0.0) == 0.0
+
+
+def test_a_place_is_reserved_until_it_is_taken_or_its_while_is_over(fast_catalog: VariantCatalog) -> None:
+    scheduler = Scheduler(fast_catalog, choose_level, 1)
+    first, second = waits(0.03), waits(0.031)
+    scheduler.reserve(first, 0.0)
+    with pytest.raises(OverloadedError):
+        scheduler.reserve(second, 0.0)
+    scheduler.admit(first, 0.001)  # not behind itself
+    assert scheduler.num_reserved == 0
+    scheduler.withdraw(first)
+    scheduler.reserve(waits(RESERVED_S + 0.03), 0.0)
+    with pytest.raises(OverloadedError):
+        scheduler.reserve(waits(RESERVED_S + 0.031), RESERVED_S - 0.001)
+    scheduler.reserve(waits(RESERVED_S + 0.031), RESERVED_S)
+
+
+def test_what_only_reserves_is_no_traffic_yet(scheduler: Scheduler) -> None:
+    for _ in range(10):
+        scheduler.reserve(waits(9.0), 1.0)
+    assert scheduler.state(1.0).arrival_rate == 0.0
 
 
 # What a policy is told

@@ -1,0 +1,269 @@
+"""More requests than the server carries, by the client's clock: what is answered in time, and what a refusal takes.
+
+    python -m tests.benchmarks.bench_overload PHOTOGRAPHS --budget-ms 100 --serve --checkpoint supervit-micro-cifar10
+
+First a closed loop finds what the server carries with its cheapest sub-network: as many clients as keep it busy, each
+waiting for its answer. Then requests arrive at multiples of that, by Poisson, however many still wait. Goodput is what
+was answered in time over what the closed loop was. A request counts from the instant at which it was to be sent, so
+that a client that falls behind hides nothing; how far it fell behind is printed.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+import uvloop
+
+from tests.benchmarks.bench_live import read_pictures, resident_mb, server
+
+LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
+CLOSED_LOOP_S = 10.0
+PATIENCE_S = 10.0
+RECOVERY_LIMIT_S = 30.0
+CPU_TICK_S = 0.01
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection that asks one thing at a time and parses no more of an answer than its length."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._answered: asyncio.Future[tuple[int, bytes]] | None = None
+        self._transport: asyncio.Transport | None = None
+        self.is_open = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # a socket's is one
+        self._transport, self.is_open = transport, True
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        end = self._buffer.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        head = self._buffer[:end]
+        found = LENGTH.search(head)
+        length = int(found.group(1)) if found else 0
+        if len(self._buffer) < end + 4 + length:
+            return
+        body, self._buffer = self._buffer[end + 4 : end + 4 + length], self._buffer[end + 4 + length :]
+        answered, self._answered = self._answered, None
+        if answered is not None and not answered.done():
+            answered.set_result((int(head[9:12]), body))
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.is_open = False
+        if self._answered is not None and not self._answered.done():
+            self._answered.set_result((0, b""))
+
+    def ask(self, request: bytes) -> "asyncio.Future[tuple[int, bytes]]":
+        assert self._transport is not None
+        self._answered = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return self._answered
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+
+class Clients:
+    """Keeps the connections that are free, and opens one more where none is."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
+        self._free: deque[Connection] = deque()
+
+    async def ask(self, request: bytes) -> tuple[int, bytes]:
+        while self._free:
+            connection = self._free.pop()
+            if connection.is_open:
+                break
+        else:
+            loop = asyncio.get_running_loop()
+            _, connection = await loop.create_connection(Connection, self._host, self._port)
+        try:
+            answer = await connection.ask(request)
+        except asyncio.CancelledError:
+            connection.close()
+            raise
+        self._free.append(connection)
+        return answer
+
+    def close(self) -> None:
+        for connection in self._free:
+            connection.close()
+
+
+@dataclass
+class Tally:
+    """What became of the requests of a phase; times in seconds."""
+
+    sent: int = 0
+    in_time: int = 0
+    statuses: Counter[int] = field(default_factory=Counter)
+    refusals_s: list[float] = field(default_factory=list)
+    rejected_s: dict[str, list[float]] = field(default_factory=dict)
+    answers_s: list[float] = field(default_factory=list)
+    behind_s: list[float] = field(default_factory=list)
+    counted_met: float = 0
+
+
+def post(image: bytes, query: str) -> bytes:
+    head = f"POST /classify?top_k=1{query} HTTP/1.1\r\nHost: server\r\nContent-Type: image/jpeg\r\n"
+    return f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image
+
+
+async def closed_loop(url: str, requests: Sequence[bytes], concurrency: int, seconds: float) -> float:
+    """Return how many requests per second are answered when clients wait for their answers."""
+    clients, answered = Clients(url), 0
+    started = time.perf_counter()
+
+    async def client(number: int) -> None:
+        nonlocal answered
+        while time.perf_counter() < started + seconds:
+            status, _ = await clients.ask(requests[(number + answered) % len(requests)])
+            answered += status == 200
+
+    await asyncio.gather(*(client(number) for number in range(concurrency)))
+    clients.close()
+    return answered / (time.perf_counter() - started)
+
+
+async def open_loop(url: str, requests: Sequence[bytes], rate: float, seconds: float, budget_s: float) -> Tally:
+    """Send at Poisson instants; none waits for another."""
+    clients, tally, rng = Clients(url), Tally(), random.Random(0)
+    tasks: set[asyncio.Task[None]] = set()
+    started = at = time.perf_counter()
+
+    async def one(request: bytes, due_at: float) -> None:
+        tally.behind_s.append(time.perf_counter() - due_at)
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                status, body = await clients.ask(request)
+        except (OSError, TimeoutError):
+            status, body = 0, b""
+        took_s = time.perf_counter() - due_at
+        tally.statuses[status] += 1
+        if status == 200:
+            tally.answers_s.append(took_s)
+            tally.in_time += took_s <= budget_s
+        elif status == 429:
+            tally.refusals_s.append(took_s)
+            tally.rejected_s.setdefault(json.loads(body)["error"]["details"]["reason"], []).append(took_s)
+
+    while (at := at + rng.expovariate(rate)) < started + seconds:
+        if (wait := at - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        tally.sent += 1
+        task = asyncio.create_task(one(requests[tally.sent % len(requests)], at))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)
+    clients.close()
+    return tally
+
+
+async def metric(url: str, name: str) -> float:
+    """Sum the samples of a metric whose name and labels begin like that."""
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+async def least_gflops(url: str) -> float:
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/subnetworks") as response:
+        return min(float(each["gflops"]) for each in (await response.json())["subnetworks"])
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * CPU_TICK_S
+
+
+def at_share(values: Sequence[float], share: float) -> float | None:
+    """Return a quantile in milliseconds."""
+    return round(1000 * sorted(values)[min(len(values) - 1, int(share * len(values)))], 2) if values else None
+
+
+async def phase(
+    url: str, pid: int, requests: Sequence[bytes], load: float, carried: float, options: argparse.Namespace
+) -> dict[str, object]:
+    seconds = options.seconds
+    used_s, met = cpu_s(pid), await metric(url, 'supervit_deadlines_total{result="met"}')
+    tally = await open_loop(url, requests, load * carried, seconds, options.budget_ms / 1000)
+    used_s = cpu_s(pid) - used_s
+    counted = await metric(url, 'supervit_deadlines_total{result="met"}') - met
+    return {
+        "load": load,
+        "sent": tally.sent,
+        "goodput over the closed loop's": round(tally.in_time / seconds / carried, 3),
+        "in time": tally.in_time,
+        "counted as met": counted,
+        "statuses": dict(tally.statuses),
+        "answers p50, p99 ms": [at_share(tally.answers_s, share) for share in (0.5, 0.99)],
+        "refusals p50, p99 ms": [at_share(tally.refusals_s, share) for share in (0.5, 0.99)],
+        "by reason": {
+            reason: [len(times_s), *(at_share(times_s, share) for share in (0.5, 0.99))]
+            for reason, times_s in tally.rejected_s.items()
+        },
+        "client behind p50, p99 ms": [at_share(tally.behind_s, share) for share in (0.5, 0.99)],
+        "server CPU ms per request": round(1000 * used_s / max(1, tally.sent), 3),
+        "resident MB": round(resident_mb(pid)),
+    }
+
+
+async def subnetwork(clients: Clients, request: bytes) -> dict[str, float] | None:
+    status, body = await clients.ask(request)
+    return json.loads(body)["subnetwork"] if status == 200 else None
+
+
+async def seconds_to_full_quality(url: str, request: bytes, full: dict[str, float] | None) -> float | None:
+    """Ask one thing after another until the answer is as on the idle server; None if that takes too long."""
+    clients, started = Clients(url), time.perf_counter()
+    while (took_s := time.perf_counter() - started) < RECOVERY_LIMIT_S:
+        if await subnetwork(clients, request) == full:
+            clients.close()
+            return round(took_s, 2)
+        await asyncio.sleep(0.1)
+    clients.close()
+    return None
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, help="folder of photographs")
+    parser.add_argument("--budget-ms", type=float, default=100)
+    parser.add_argument("--loads", type=float, nargs="+", default=[1, 3])
+    parser.add_argument("--seconds", type=float, default=20, help="of each load")
+    parser.add_argument("--concurrency", type=int, default=16, help="clients of the closed loop")
+    parser.add_argument("--carried", type=float, help="requests per second that stand for 1; measured by default")
+    parser.add_argument("--policy", default="level")
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="further options of supervit serve")
+    options = parser.parse_args()
+    images = [picture.data for picture in read_pictures(options.images, 200)]
+    requests = [post(image, f"&budget_ms={options.budget_ms:g}") for image in images]
+    async with server(options.policy, options.serve) as (url, pid):
+        cheapest = [post(image, f"&budget_ms=60000&budget_gflops={await least_gflops(url)}") for image in images]
+        await closed_loop(url, cheapest, 4, 1)
+        await asyncio.sleep(1)
+        full = await subnetwork(Clients(url), requests[0])
+        carried = options.carried or await closed_loop(url, cheapest, options.concurrency, CLOSED_LOOP_S)
+        print(json.dumps({"closed loop, requests/s": round(carried, 1)}), flush=True)
+        for load in options.loads:
+            found = await phase(url, pid, requests, load, carried, options)
+            found["full quality again after s"] = await seconds_to_full_quality(url, requests[0], full)
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

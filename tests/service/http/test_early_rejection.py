@@ -1,0 +1,225 @@
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import pytest
+from fastapi.testclient import TestClient
+
+from models.checkpoint import Checkpoint
+from models.latency import LatencyTable
+from service.domain import InferenceRequest, ServerState
+from service.engines.profile_store import extended_profile
+from service.errors import OverloadedError
+from service.http.context import ReadyServer, RouteContext
+from service.http.early_rejection import REPEATED_S, RESERVED, EarlyRejection, RejectingProtocol
+from service.http.protocol import ARRIVED_AT
+from service.pipeline import Pipeline
+from service.runtime import ServerRuntime
+from service.settings import Settings
+from tests.service.http.raw_server import KEEP_ALIVE_S, Held, Receive, Send, Server, measure, now, post
+from tests.service.http.scripted_server import BODY_LIMIT, ScriptedEngine, sample, serving
+
+HEADERS = {b"content-type": b"image/png", b"content-length": b"9"}
+REJECTION = b"content-length: 2\r\nx-request-id: 1\r\n\r\nno"
+
+
+@pytest.fixture
+def overloaded(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes
+) -> Iterator[tuple[TestClient, RouteContext]]:
+    """A server that has work for longer than half a second."""
+    slow = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (0.4, 0.5)))
+    runtime = ServerRuntime(settings, checkpoint, engine, slow)
+    with serving(runtime) as client, ThreadPoolExecutor(1) as other:
+        engine.running.clear()
+        engine.may_run.clear()
+        first = other.submit(client.post, "/classify?budget_ms=9000", content=photo)
+        assert engine.running.wait(10)
+        yield client, runtime.context
+        engine.may_run.set()
+        assert first.result().status_code == 200
+
+
+class ScriptedPipeline:
+    """Rejects everything; tells what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[InferenceRequest] = []
+        self.rejected_again = 0
+
+    def reserve(self, request: InferenceRequest) -> None:
+        self.asked.append(request)
+        raise OverloadedError("100 % of it is taken", "backlog", 0.2)
+
+    def reject_again(self, error: OverloadedError) -> None:
+        assert error.reason == "backlog"
+        self.rejected_again += 1
+
+
+class Rejecting:
+    """Over a scripted pipeline, at a time of the test's."""
+
+    def __init__(self, context: RouteContext) -> None:
+        self.pipeline, self.now = ScriptedPipeline(), 1000.0
+        server = ReadyServer(cast(Pipeline, self.pipeline), cast(Any, None), cast(Any, None))
+        context = replace(context, server=lambda: server, state=lambda: ServerState.READY, clock=lambda: self.now)
+        self.rejection = EarlyRejection(context, "/classify")
+
+    def answer(self, query: bytes = b"", arrived_at: float = 1000.0) -> bytes | None:
+        return self.rejection.answer(b"/classify" + query, HEADERS, {ARRIVED_AT: arrived_at})
+
+
+@pytest.fixture
+def rejecting(settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine) -> Rejecting:
+    return Rejecting(ServerRuntime(settings, checkpoint, engine).context)
+
+
+def test_a_rejection_is_the_one_that_the_route_would_give(overloaded: tuple[TestClient, RouteContext]) -> None:
+    client, context = overloaded
+    query = b"?budget_ms=500"
+    headers = {**HEADERS, b"x-request-id": b"mine"}
+    answer = EarlyRejection(context, "/classify").answer(b"/classify" + query, headers, {ARRIVED_AT: time.monotonic()})
+    assert answer is not None
+    head, body = answer.split(b"\r\n\r\n")
+    route = client.post("/classify?budget_ms=500", content=b"never read", headers={"X-Request-ID": "mine"})
+    assert route.status_code == 429
+    early = dict(line.split(": ") for line in head.decode().split("\r\n"))
+    assert early | {"content-length": ""} == dict(route.headers) | {"content-length": ""}
+    assert int(early["content-length"]) == len(body)
+    error, expected = (json.loads(text)["error"] for text in (body, route.content))
+    assert error["details"].pop("retry_after_s") == pytest.approx(expected["details"].pop("retry_after_s"), abs=0.2)
+    assert error == expected
+
+
+def test_a_rejection_is_counted(overloaded: tuple[TestClient, RouteContext]) -> None:
+    client, context = overloaded
+    rejection = EarlyRejection(context, "/classify")
+    for _ in range(2):
+        assert rejection.answer(b"/classify?budget_ms=500", HEADERS, {ARRIVED_AT: time.monotonic()})
+    assert sample(client, 'supervit_requests_total{outcome="overloaded"}') == 2
+    assert sample(client, "supervit_requests_in_flight") == 1
+    assert sample(client, 'supervit_deadlines_total{result="missed"}') == 2
+
+
+def test_what_can_be_answered_finds_its_place_reserved(overloaded: tuple[TestClient, RouteContext]) -> None:
+    _, context = overloaded
+    scope: dict[str, Any] = {ARRIVED_AT: time.monotonic()}
+    assert EarlyRejection(context, "/classify").answer(b"/classify?budget_ms=9000", HEADERS, scope) is None
+    assert scope[RESERVED].priority == 0
+    assert context.server().scheduler.num_reserved == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "headers"),
+    [
+        (b"/classify/", {}),
+        (b"/decide", {}),
+        (b"/classify?budget_ms=x", {}),
+        (b"/classify", {b"content-type": b"multipart/form-data; boundary=x"}),
+        (b"/classify", {b"content-type": b"application/json"}),
+        (b"/classify", {b"content-type": b"text/plain"}),
+        (b"/classify", {b"content-encoding": b"gzip"}),
+        (b"/classify", {b"transfer-encoding": b"chunked"}),
+        (b"/classify", {b"expect": b"100-continue"}),
+        (b"/classify", {b"origin": b"http://example.org"}),
+        (b"/classify", {b"content-length": b"%d" % (BODY_LIMIT + 1)}),
+    ],
+)
+def test_what_others_have_a_say_in_is_the_routes(rejecting: Rejecting, url: bytes, headers: dict[bytes, bytes]) -> None:
+    scope: dict[str, Any] = {ARRIVED_AT: 1000.0}
+    assert rejecting.rejection.answer(url, HEADERS | headers, scope) is None
+    assert RESERVED not in scope
+    assert not rejecting.pipeline.asked
+
+
+def test_a_rejection_holds_for_those_that_ask_the_same_and_have_no_more_time_left(rejecting: Rejecting) -> None:
+    first = rejecting.answer()
+    assert first is not None
+    again = rejecting.answer(arrived_at=1000.2)
+    assert again is not None
+    assert b'"100 % of it is taken"' in again
+    assert first.split(b"x-request-id: ")[0] == again.split(b"x-request-id: ")[0]
+    assert first != again, "each has a name of its own"
+    assert (len(rejecting.pipeline.asked), rejecting.pipeline.rejected_again) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("query", "arrived_at", "later_s"),
+    [(b"?budget_ms=9000", 1000.0, 0.0), (b"", 1000.21, 0.0), (b"", 1000.0, REPEATED_S + 0.001)],
+    ids=["it asks for something else", "it came later than the other was late", "some time has passed"],
+)
+def test_otherwise_the_pipeline_is_asked_anew(
+    rejecting: Rejecting, query: bytes, arrived_at: float, later_s: float
+) -> None:
+    rejecting.answer()
+    rejecting.now += later_s
+    rejecting.answer(query, arrived_at)
+    assert (len(rejecting.pipeline.asked), rejecting.pipeline.rejected_again) == (2, 0)
+
+
+# On the wire
+
+
+def server(app: Any = measure) -> Server:  # noqa: ANN401 - an ASGI app
+    """A server that rejects what asks for /no."""
+    return Server(app, protocol=partial(RejectingProtocol, reject=lambda url, *_: REJECTION if url == b"/no" else None))
+
+
+async def rejected(client: Any) -> bytes:  # noqa: ANN401 - a raw client
+    head = await client.reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 429 Too Many Requests\r\n")
+    assert b"date: " in head
+    return bytes(await client.reader.readexactly(2))
+
+
+@pytest.mark.anyio
+async def test_a_connection_goes_on_after_a_rejection_whose_body_is_thrown_away() -> None:
+    async with server() as running:
+        client = await running.connect()
+        await client.send(post(5, "/no") + b"gar")
+        assert await rejected(client) == b"no"
+        await client.send(b"ge" + post(3) + b"abc" + post(2, "/no") + b"xx" + post(4) + b"abcd")
+        assert (await client.answer()).startswith(b"3 ")
+        assert await rejected(client) == b"no"
+        assert (await client.answer()).startswith(b"4 ")
+
+
+@pytest.mark.anyio
+async def test_a_connection_that_is_silent_after_a_rejection_is_closed_as_any_other() -> None:
+    async with server() as running:
+        client = await running.connect()
+        await client.send(post(0, "/no"))
+        await rejected(client)
+        started_at = now()
+        assert await client.rest() == b""
+        assert now() - started_at == pytest.approx(KEEP_ALIVE_S, abs=0.1)
+
+
+@pytest.mark.anyio
+async def test_a_client_that_wants_no_further_answers_goes_to_the_application() -> None:
+    async with server() as running:
+        for version, header in ((b"1.1", b"connection: close\r\n"), (b"1.0", b"")):
+            client = await running.connect()
+            await client.send(b"POST /no HTTP/%b\r\nhost: x\r\n%bcontent-length: 0\r\n\r\n" % (version, header))
+            assert (await client.answer()).startswith(b"0 ")
+
+
+@pytest.mark.anyio
+async def test_a_client_that_reads_no_rejections_is_made_to_wait() -> None:
+    asked: list[str] = []
+
+    async def note(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        asked.append(scope["path"])
+        await Held()(scope, receive, send)
+
+    async with server(note) as running:
+        client = await running.connect()
+        client.reader._transport.pause_reading()  # type: ignore[attr-defined] # a stream's has it
+        client.writer.write(post(0, "/no") * 200_000)
+        await asyncio.sleep(1)
+        assert asked == ["/no"], "from then on it waits for the application, and that for the client"
