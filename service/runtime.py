@@ -132,6 +132,7 @@ class ServerRuntime:
         """Serve as long as the block lasts; `ready_first` waits with it until the first request can be answered."""
         reporting = asyncio.create_task(self._report_regularly())
         watching = asyncio.create_task(self._monitor.run(self._settings.monitor_interval_s))
+        measuring = asyncio.create_task(self.metrics.loop_delay.watch())
         guarding = asyncio.create_task(self._guard())
         serving = asyncio.create_task(self._serve())
         serving.add_done_callback(self._on_end)
@@ -148,7 +149,7 @@ class ServerRuntime:
             if self._batcher is not None:
                 self._batcher.stop()
             await asyncio.wait((serving, guarding), return_when=asyncio.FIRST_COMPLETED)
-            for task in (watching, reporting, guarding):
+            for task in (watching, reporting, measuring, guarding):
                 task.cancel()
             self._monitor.close()
 

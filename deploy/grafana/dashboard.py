@@ -240,36 +240,47 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
                 "CPU, {{by}}, {{instance}} {{pid}}": f"supervit_cpu_utilization_ratio{ONES}",
                 "GPU {{gpu}}, {{instance}}": f"supervit_gpu_utilization_ratio{ONES}",
             },
+            span=THIRD,
         ),
         lines(
             "Pressure",
             "Share of the time in which a process had to wait for it (Linux PSI); cpu_quota: in which it had run out.",
             "percentunit",
             {"{{resource}}, {{instance}}": f"supervit_pressure_ratio{ONES}"},
+            span=THIRD,
         ),
         lines(
             "Slowdown and safety factor",
-            "Slowdown: how many times slower batches are than in the profile. Prudence: by how much more the "
+            "Slowdown: how many times slower batches are than in the profile. Safety factor: by how much more the "
             "levels above the cheapest count, because deadlines were missed of late.",
             "short",
             {
                 "slowdown, {{instance}} {{pid}}": f"supervit_slowdown_ratio{ONES}",
                 "safety factor, {{instance}} {{pid}}": f"supervit_safety_factor_ratio{ONES}",
             },
+            span=THIRD,
+        ),
+        lines(
+            "Delay of the event loop",
+            "How late the loop that reads requests and writes answers comes to what is due: above some 50 ms it has "
+            "more to do than it can.",
+            "s",
+            {f"{100 * share:g} %": quantile(share, "supervit_event_loop_delay_seconds") for share in (0.5, 0.99)},
+            span=THIRD,
         ),
         lines(
             "Memory",
             "Memory that the server holds.",
             "bytes",
             {"{{instance}}": f"supervit_resident_memory_bytes{ONES}"},
-            span=QUARTER,
+            span=THIRD,
         ),
         lines(
             "Age of the profile",
             "Time since the latencies that the policy works with were measured on this machine.",
             "s",
             {"{{instance}}": f"time() - supervit_profile_timestamp_seconds{ONES}"},
-            span=QUARTER,
+            span=THIRD,
         ),
     ],
 }

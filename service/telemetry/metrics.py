@@ -27,6 +27,7 @@ from service.domain import Classification
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, OverloadReason, ServiceError
 from service.machine.snapshot import ResourceSnapshot
 from service.telemetry.connection_metrics import ConnectionMetrics
+from service.telemetry.loop_delay import LoopDelay
 from service.telemetry.multiprocess import forget_dead, make_folder
 
 STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 5, 10, 30)
@@ -75,7 +76,7 @@ class Metrics:
         """
         if shared_folder is not None:
             make_folder(shared_folder)
-        self.connections = ConnectionMetrics(registry)
+        self.connections, self.loop_delay = ConnectionMetrics(registry), LoopDelay(registry)
         self._registry = registry
         self._shared_folder = shared_folder
 

@@ -1,0 +1,36 @@
+"""How late the event loop comes to what is due: every request waits for that, and no queue shows it."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Histogram
+
+INTERVAL_S = 0.25
+BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class LoopDelay:
+    """Measures it by a timer."""
+
+    def __init__(self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic) -> None:
+        """Declare the metric.
+
+        Args:
+            registry: the metric's.
+            clock: in seconds. Not the loop's, which may stand still while a callback runs.
+        """
+        self._clock = clock
+        self._delay = Histogram(
+            "supervit_event_loop_delay_seconds",
+            "How late the event loop came to a timer that was due: above some 50 ms it does more than it can.",
+            buckets=BUCKETS_S,
+            registry=registry,
+        )
+
+    async def watch(self) -> None:
+        """Observe until cancelled."""
+        while True:
+            due_at = self._clock() + INTERVAL_S
+            await asyncio.sleep(INTERVAL_S)
+            self._delay.observe(max(0.0, self._clock() - due_at))

@@ -1,0 +1,29 @@
+import asyncio
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service.telemetry.loop_delay import INTERVAL_S, LoopDelay
+from tests.service.http.conftest import VirtualTimeLoop
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, object]]:
+    return "asyncio", {"loop_factory": VirtualTimeLoop}
+
+
+async def test_a_callback_that_takes_long_makes_the_loop_late() -> None:
+    loop, registry = asyncio.get_running_loop(), CollectorRegistry()
+    assert isinstance(loop, VirtualTimeLoop)
+    watching = asyncio.create_task(LoopDelay(registry, loop.time).watch())
+    await asyncio.sleep(2.5 * INTERVAL_S)
+    loop.pass_time(INTERVAL_S)  # half of it after the timer was due
+    await asyncio.sleep(INTERVAL_S / 4)
+    watching.cancel()
+    counts = [
+        registry.get_sample_value("supervit_event_loop_delay_seconds_bucket", {"le": le}) for le in ("0.1", "0.2")
+    ]
+    assert counts == [2, 3]
+    assert registry.get_sample_value("supervit_event_loop_delay_seconds_sum") == pytest.approx(INTERVAL_S / 2)
