@@ -55,7 +55,11 @@ def make_classify(context: RouteContext) -> Handle:
         address = request.client.host if request.client else None
 
         async def answer(read: Read) -> ClassifyAnswer:
-            with counted(context.metrics) as record, by_address.counting(address) as enter:
+            with (
+                counted(context.metrics) as record,
+                context.failures.counting(),
+                by_address.counting(address) as enter,
+            ):
 
                 async def read_and_enter(within_s: float) -> bytes:
                     data = await read(within_s)

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from models.checkpoint import Checkpoint
 from service.domain import ServerState
 from service.errors import NotReadyError
+from service.http.health import OwnFailures
 from service.http.schemas import SubNetworksAnswer
 from service.machine.monitor import Monitor
 from service.pipeline import Pipeline
@@ -40,6 +41,7 @@ class RouteContext:
         server: yields what serves; raises a NotReadyError until there is one.
         report: records the state of machine and scheduler in the metrics.
         clock: monotonic, in seconds.
+        failures: counts the server's own.
     """
 
     checkpoint: Checkpoint
@@ -54,6 +56,7 @@ class RouteContext:
     server: Callable[[], ReadyServer]
     report: Callable[[], None]
     clock: Callable[[], float] = time.monotonic
+    failures: OwnFailures = field(default_factory=OwnFailures)
 
     def open_server(self) -> ReadyServer:
         """Return what serves, where it takes requests.

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import PlainTextResponse
 
 from service.domain import InferenceRequest
-from service.errors import ServiceError
+from service.errors import NotReadyError, ServiceError
 from service.http.classify import Handle
 from service.http.context import RouteContext
 from service.http.forms import FIELD, MAX_IMAGES
@@ -134,8 +134,10 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     @router.head("/health/ready", include_in_schema=False)
     @router.get("/health/ready", responses={503: RESPONSES[503]})
     async def ready() -> HealthAnswer:
-        """Tell whether the model has answered its first batch and requests are welcome."""
+        """Tell whether the model has answered its first batch, and requests are welcome and do not all fail."""
         context.open_server()
+        if context.failures.are_all:
+            raise NotReadyError("every request fails of late for reasons of the server's own; its log says which")
         return HealthAnswer(status="ready")
 
     @router.head("/metrics", include_in_schema=False)

@@ -1,0 +1,72 @@
+from contextlib import suppress
+
+import pytest
+
+from models.checkpoint import Checkpoint
+from models.latency import LatencyTable
+from service.decoding import images
+from service.errors import InvalidImageError, ModelError, OutOfMemoryError, OverloadedError
+from service.http.health import FAILURES_IN_A_ROW, PAUSE_S, OwnFailures
+from service.runtime import ServerRuntime
+from service.settings import Settings
+from tests.service.http.scripted_server import ScriptedEngine, error_code, serving
+
+
+def fail(failures: OwnFailures, error: Exception, times: int = 1) -> None:
+    for _ in range(times):
+        with suppress(type(error)), failures.counting():
+            raise error
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("none left"), RuntimeError("a bug")])
+def test_own_failures_in_a_row_are_told_until_one_request_is_answered(error: Exception) -> None:
+    failures = OwnFailures(clock=lambda: 5.0)
+    fail(failures, error, FAILURES_IN_A_ROW - 1)
+    assert not failures.are_all
+    fail(failures, error)
+    assert failures.are_all
+    with failures.counting():
+        pass
+    assert not failures.are_all
+
+
+@pytest.mark.parametrize("error", [InvalidImageError("x"), OverloadedError("x", "full", 1.0), ModelError("x")])
+def test_what_clients_send_neither_makes_nor_ends_a_row(error: Exception) -> None:
+    failures = OwnFailures(clock=lambda: 5.0)
+    fail(failures, error, 2 * FAILURES_IN_A_ROW)
+    assert not failures.are_all
+    fail(failures, OutOfMemoryError("x"), FAILURES_IN_A_ROW)
+    fail(failures, error)
+    assert failures.are_all
+
+
+def test_after_a_pause_it_is_worth_another_try() -> None:
+    now = 5.0
+    failures = OwnFailures(clock=lambda: now)
+    fail(failures, OutOfMemoryError("x"), FAILURES_IN_A_ROW)
+    now += PAUSE_S
+    assert not failures.are_all
+    fail(failures, OutOfMemoryError("x"))
+    assert failures.are_all
+
+
+def test_a_server_that_lacks_memory_for_every_request_is_ready_for_none(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    photo: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lack(*_: object, **__: object) -> None:
+        raise OutOfMemoryError("there is no memory left for this image")
+
+    monkeypatch.setattr(images, "open_image", lack)
+    with serving(ServerRuntime(settings, checkpoint, engine, latencies)) as client:
+        for _ in range(FAILURES_IN_A_ROW):
+            assert client.get("/health/ready").status_code == 200
+            assert error_code(client.post("/classify", content=photo), 503) == "out_of_memory"
+        answer = client.get("/health/ready")
+        assert error_code(answer, 503) == "not_ready"
+        assert "its log says which" in answer.json()["error"]["message"]
+        assert client.get("/health/live").status_code == 200
