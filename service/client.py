@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import CliPositionalArg
 
 from models.checkpoint import load_checkpoint
+from models.files.checkpoint_errors import MESSAGE_CHARACTERS, shown
 from service.app import create_app
 from service.engines.profile_store import extended_profile, nominal_latencies
 from service.errors import CommandError
@@ -71,7 +72,7 @@ async def _classify_all(command: Classify, transport: httpx.AsyncBaseTransport |
                 answer = await _ask(client, photo, query)
             except (RefusedError, OSError) as error:
                 failed += 1
-                print(f"supervit: {photo}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+                print(f"supervit: {_text(photo)}: {_text(getattr(error, 'strerror', None) or error)}", file=sys.stderr)
                 continue
             print(json.dumps({"photo": str(photo)} | answer) if command.json_lines else _show(photo, answer))
     return failed
@@ -114,9 +115,10 @@ async def _ask(client: httpx.AsyncClient, photo: Path, query: dict[str, Any]) ->
         answer: dict[str, Any] = response.json()
         if response.status_code != HTTPStatus.OK:
             raise RefusedError(answer["error"]["message"])
+        _show(photo, answer)
     except (httpx.WriteError, httpx.ReadError) as error:  # a server may refuse by closing; the next photo may pass
         raise RefusedError("the server closed the connection, as it does on files larger than it reads") from error
-    except (httpx.HTTPError, json.JSONDecodeError, LookupError, TypeError) as error:
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         reason = str(error) or type(error).__name__
         raise CommandError(f"{client.base_url} does not answer as a SuperViT server does: {reason}") from error
     return answer
@@ -135,9 +137,15 @@ def make_settings(**given: Any) -> Settings:  # noqa: ANN401 - whatever the fiel
 
 
 def _show(photo: Path, answer: dict[str, Any]) -> str:
-    best = "\n".join(f"  {entry['probability']:6.1%}  {entry['label']}" for entry in answer["predictions"])
+    """Put an answer on lines; raises a LookupError, TypeError or ValueError where it is none of a SuperViT server's."""
+    best = "\n".join(f"  {entry['probability']:6.1%}  {_text(entry['label'])}" for entry in answer["predictions"])
     milliseconds = answer["timing_ms"]["total"]
-    return f"{photo}\n{best}\n  {answer['decision']['reason']} ({milliseconds:.1f} ms)"
+    return f"{_text(photo)}\n{best}\n  {_text(answer['decision']['reason'])} ({milliseconds:.1f} ms)"
+
+
+def _text(text: object) -> str:
+    """Make what a server or a file's name says fit for a terminal, which obeys control characters."""
+    return shown(text, MESSAGE_CHARACTERS)
 
 
 def first_problem(error: ValidationError) -> str:

@@ -101,6 +101,39 @@ def test_classify_goes_on_after_a_photo_on_which_the_server_hangs_up(
     assert capsys.readouterr().err.count("the server closed the connection") == 2
 
 
+TITLE = "\x1b]0;mine\x07"  # a terminal would take it for its window's title
+
+
+@pytest.mark.parametrize("status", [200, 422])
+def test_classify_shows_no_control_characters_of_a_server(
+    photo_path: Path, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    answer = {
+        "predictions": [{"label": TITLE, "probability": 0.5}],
+        "timing_ms": {"total": 1.0},
+        "decision": {"reason": f"r\n{TITLE}"},
+        "error": {"message": f"m{TITLE}"},
+    }
+    transport = httpx.MockTransport(lambda _: httpx.Response(status, json=answer))
+    photo = photo_path.rename(photo_path.with_name("\x1b.jpg"))
+    if status == 200:
+        classify(Classify(photos=[photo], url="http://server"), transport)
+    else:
+        with pytest.raises(CommandError):
+            classify(Classify(photos=[photo], url="http://server"), transport)
+    shown = "".join(capsys.readouterr())
+    assert not set(shown) & {"\x1b", "\x07"}
+    assert r"\x1b]0;mine\x07" in shown
+    assert shown.count("\n") == (3 if status == 200 else 1)
+
+
+@pytest.mark.parametrize("answer", [{}, [], {"predictions": [{"label": "a", "probability": "x"}]}, {"predictions": 1}])
+def test_classify_says_that_an_answer_is_none_of_such_a_server(photo_path: Path, answer: object) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json=answer))
+    with pytest.raises(CommandError, match="does not answer as a SuperViT server does"):
+        classify(Classify(photos=[photo_path], url="http://server"), transport)
+
+
 @pytest.mark.parametrize(("name", "value"), [("PORT", "abc"), ("DEVICE", "cuda:77"), ("CHECKPOINT", "/nowhere")])
 def test_classify_names_what_it_cannot_use_of_its_environment(
     photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, value: str
