@@ -118,7 +118,7 @@ async def _ask(client: httpx.AsyncClient, photo: Path, query: dict[str, Any]) ->
         _show(photo, answer)
     except (httpx.WriteError, httpx.ReadError) as error:  # a server may refuse by closing; the next photo may pass
         raise RefusedError("the server closed the connection, as it does on files larger than it reads") from error
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise CommandError(f"{client.base_url} does not answer as a SuperViT server does: {reason}") from error
     return answer

@@ -132,7 +132,6 @@ class OverloadedError(ServiceError):
         """
         super().__init__(message, reason=reason, retry_after_s=round(retry_after_s, 3))
         self.reason = reason
-        self.late_s = retry_after_s
 
 
 class DeadlineError(ServiceError):

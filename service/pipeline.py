@@ -15,6 +15,7 @@ from service.errors import (
     InvalidParameterError,
     ModelError,
     OverloadedError,
+    OverloadReason,
 )
 from service.execution.batcher import Batcher
 from service.execution.results import Result
@@ -32,7 +33,7 @@ TRANSPORT_S = 0.003
 TRANSPORT_SHARE = 0.1  # at most, of tight budgets
 LEARNED_EVERY = 32  # requests; it takes a system call
 LEARNING_GAIN = 0.5
-EARLY_REJECTION = 0.1  # of what an answer takes of the event loop's time
+REJECTION_COST = 0.1  # of what an answer takes of the event loop's time
 
 
 class Pipeline:
@@ -87,7 +88,7 @@ class Pipeline:
         """Answer one request.
 
         Args:
-            read: yields the image's bytes, if they arrive within so many seconds; called once the request is admitted.
+            read: yields the image's bytes, if they arrive within so many seconds; called once it has a place.
             request: what the client asks for.
             watch: raises a ClientGoneError out of its block once the client has left.
             reserved: what `reserve` returned for it, where that was called already.
@@ -116,24 +117,22 @@ class Pipeline:
                 self._idle_since_s = self._loop_time()
 
     def reserve(self, request: InferenceRequest) -> QueuedRequest:
-        """Reject what cannot be answered before anything is spent on it, and keep a place for the others for a moment.
+        """Reject a request before its body is read, or keep a place for it for a moment, which `classify` takes.
 
         Raises:
             ServiceError: it is rejected, or asks for what there is not.
         """
+        self._checked_top_k(request.top_k)
         try:
-            self.check_room()
-            queued, now = self._queued(request), self._clock()
-            self._scheduler.reserve(queued, now, self._delay(now, queued))
+            return self._reserve(request)
         except OverloadedError:
-            self._learn_loop_cost(EARLY_REJECTION)
+            self._learn_rejection()
             raise
-        return queued
 
-    def reject_again(self, error: OverloadedError) -> None:
+    def reject_again(self, reason: OverloadReason) -> None:
         """Take note that one more request was rejected for the same reason."""
-        self._scheduler.rejected(error.reason, self._clock())
-        self._learn_loop_cost(EARLY_REJECTION)
+        self._scheduler.rejected(reason, self._clock())
+        self._learn_rejection()
 
     def check_room(self) -> None:
         """See whether one more request may be in the pipeline.
@@ -166,9 +165,10 @@ class Pipeline:
 
     async def _answer(self, read: Read, request: InferenceRequest, reserved: QueuedRequest | None) -> Classification:
         top_k = self._checked_top_k(request.top_k)
-        queued = reserved or self.reserve(request)
+        queued = reserved or self._reserve(request)
         try:
             data = await read(queued.deadline_at - self._clock())
+            self._scheduler.withdraw(queued)  # its own place is not before it
             self.check_room()
             read_at = self._clock()
             if read_at >= queued.deadline_at:
@@ -199,6 +199,12 @@ class Pipeline:
             self._scheduler.deadline_missed(now)
         return answer
 
+    def _reserve(self, request: InferenceRequest) -> QueuedRequest:
+        self.check_room()
+        queued, now = self._queued(request), self._clock()
+        self._scheduler.reserve(queued, now, self._delay(now, queued))
+        return queued
+
     @contextmanager
     def _slot(self) -> Iterator[None]:
         self._slots_taken += 1
@@ -210,11 +216,15 @@ class Pipeline:
     def _delay(self, now: float, queued: QueuedRequest) -> PreprocessingDelay:
         """Foretell what a new request has before it; of their loop time, those in the server have half to come."""
         queue_s = self._decoder.queue_s(now, queued.deadline_at, queued.priority)
-        loop_s = (self._slots_taken / 2 + self._scheduler.num_reserved) * self._loop_s
+        loop_s = (self._slots_taken / 2 + self._scheduler.num_reserved(now)) * self._loop_s
         return PreprocessingDelay(self._base_s(now), loop_s, queue_s)
 
     def _base_s(self, now: float) -> float:
         return self._decoder.expected_s(now) + self._loop_s / 2
+
+    def _learn_rejection(self) -> None:
+        if self._in_flight:  # otherwise its time is that of an idle loop
+            self._learn_loop_cost(REJECTION_COST)
 
     def _learn_loop_cost(self, requests: float = 1.0) -> None:
         """Learn how much of the event loop's CPU time a request takes.

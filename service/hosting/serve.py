@@ -232,7 +232,7 @@ def _shared(settings: Settings, max_connections: int, runtime: ServerRuntime) ->
         "connections": connections,
         "observe": metrics.closed,
         "log": SparingLog(logging.getLogger("service.http")),
-        "reject": EarlyRejection(runtime.context, CLASSIFY_PATH).answer,
+        "early": EarlyRejection(runtime.context, CLASSIFY_PATH),
     }
 
 

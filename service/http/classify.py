@@ -55,11 +55,7 @@ def make_classify(context: RouteContext) -> Handle:
         address = request.client.host if request.client else None
 
         async def answer(read: Read) -> ClassifyAnswer:
-            with (
-                counted(context.metrics) as record,
-                context.failures.counting(),
-                by_address.counting(address) as enter,
-            ):
+            with counted(context.metrics) as record, by_address.counting(address) as enter:
 
                 async def read_and_enter(within_s: float) -> bytes:
                     data = await read(within_s)
@@ -71,7 +67,8 @@ def make_classify(context: RouteContext) -> Handle:
             return describe_answer(classification, context.checkpoint)
 
         if len(upload.reads) == 1:
-            return _respond(await answer(upload.reads[0]))
+            with context.failures.counting():
+                return _respond(await answer(upload.reads[0]))
         results = await asyncio.gather(*(_result(request, answer(read)) for read in upload.reads))
         return Response(b'{"results":[%s]}' % b",".join(results), media_type="application/json")
 

@@ -4,13 +4,14 @@ The event loop is one thread. A server that spent on a rejection what it spends 
 more is asked of it.
 """
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
-from service.errors import OverloadedError, ServiceError
+from service.errors import OverloadedError, OverloadReason, ServiceError
 from service.http.context import RouteContext
 from service.http.error_responses import describe_error, make_error_response
 from service.http.forms import UNTYPED
+from service.http.origins import is_known_host
 from service.http.protocol import ARRIVED_AT, BoundedProtocol
 from service.http.queries import ClassifyQuery, parse_query
 from service.http.request_ids import RAW_HEADER, name_request
@@ -23,22 +24,24 @@ RESERVED = "supervit.reserved"  # of the scope: what the pipeline returned
 PLAIN_TYPES = frozenset(media_type.encode() for media_type in UNTYPED)
 
 
-Headers = dict[bytes, bytes]  # by their names in lower case
 Scope = MutableMapping[str, Any]
 
 
-class _Repeated(NamedTuple):
-    """A rejection that holds for every request that asks the same and has no more time left."""
+class _Rejection(NamedTuple):
+    """A rejection that holds for a moment for every request that asks the same at nearly the same time."""
 
     parameters: ClassifyQuery
-    arrived_before: float  # one that came later may have time enough
-    until: float  # what waits may be less by then
-    error: OverloadedError
+    arrived_at: float
+    retry_after_s: float  # one that came so much later may have time enough
+    made_at: float  # what waits may soon be less
+    reason: OverloadReason
     lines: bytes
 
     def holds_for(self, parameters: ClassifyQuery, arrived_at: float, now: float) -> bool:
-        """Tell whether another request would be rejected as well."""
-        return parameters is self.parameters and arrived_at <= self.arrived_before and now <= self.until
+        """Tell whether another request would be rejected as well; a slot of a full server may be free by now."""
+        if parameters is not self.parameters or now > self.made_at + REPEATED_S or self.reason == "full":
+            return False
+        return -REPEATED_S <= arrived_at - self.arrived_at <= self.retry_after_s
 
 
 class EarlyRejection:
@@ -47,18 +50,19 @@ class EarlyRejection:
     def __init__(self, context: RouteContext, path: str) -> None:
         """Take what the route calls upon, and its path."""
         self._context, self._path = context, path.encode()
-        self._last: _Repeated | None = None
+        self._last: _Rejection | None = None
 
-    def answer(self, url: bytes, headers: Headers, scope: Scope) -> bytes | None:
-        """Return what follows the status line of a rejection; None for the app, which finds in the scope its place.
+    def answer(self, url: bytes, headers: Sequence[tuple[bytes, bytes]], scope: Scope) -> bytes | None:
+        """Return what follows the status line of a rejection; None for the app, which finds its place in the scope.
 
         Args:
             url: path and query, of a POST.
-            headers: of it.
+            headers: of it, names in lower case.
             scope: of the request, as the protocol began it.
         """
         path, _, query = url.partition(b"?")
-        if path != self._path or not self._is_plain(headers):
+        named = dict(headers)
+        if path != self._path or len(named) < len(headers) or not self._is_plain(named):
             return None
         try:
             parameters, pipeline = parse_query(query), self._context.open_server().pipeline
@@ -66,22 +70,30 @@ class EarlyRejection:
             if last is None or not last.holds_for(parameters, arrived_at, now):
                 scope[RESERVED] = pipeline.reserve(parameters.request(arrived_at, parameters.top_k))
                 return None
-            pipeline.reject_again(last.error)
+            pipeline.reject_again(last.reason)
         except OverloadedError as error:
-            lines = _describe(error)
-            last = _Repeated(parameters, arrived_at + error.late_s, now + REPEATED_S, error, lines)
+            retry_after_s = error.details["retry_after_s"]
+            last = _Rejection(parameters, arrived_at, retry_after_s, now, error.reason, _describe(error))
             self._last = last
         except ServiceError:  # the route says so
             return None
         metrics = self._context.metrics
         metrics.request_started()
-        metrics.request_finished(last.error.code, last.error.reason)
-        return last.lines % name_request(headers.get(RAW_HEADER, b""))
+        metrics.request_finished(OverloadedError.code, last.reason)
+        return last.lines % name_request(named.get(RAW_HEADER, b""))
 
-    def _is_plain(self, headers: Headers) -> bool:
+    def forget(self, scope: Scope) -> None:
+        """Give up the place of a request that has its answer: the app may have refused it before it came to that."""
+        if (reserved := scope.pop(RESERVED, None)) is not None:
+            self._context.server().scheduler.withdraw(reserved)
+
+    def _is_plain(self, headers: dict[bytes, bytes]) -> bool:
         """Tell whether the body is an image by itself that the route would read; a form may grant more time."""
-        media_type = headers.get(b"content-type", b"")
+        media_type = headers.get(b"content-type", b"").lower()
         if not ROUTED.isdisjoint(headers) or not (media_type.startswith(b"image/") or media_type in PLAIN_TYPES):
+            return False
+        hosts = self._context.allowed_hosts
+        if hosts is not None and not is_known_host(headers.get(b"host", b"").decode("latin-1"), hosts):
             return False
         return int(headers.get(b"content-length", b"0")) <= self._context.max_body_bytes
 
@@ -100,13 +112,14 @@ class RejectingProtocol(BoundedProtocol):
     def __init__(
         self,
         *args: Any,  # noqa: ANN401 - uvicorn's to say
-        reject: Callable[[bytes, Headers, Scope], bytes | None],
+        early: EarlyRejection,
         **kwargs: Any,  # noqa: ANN401 - as above
     ) -> None:
-        """Take what is asked before the application is, as EarlyRejection's `answer`; the others as its base."""
+        """Take what is asked before the application is; the others as its base."""
         super().__init__(*args, **kwargs)
-        self._reject = reject
+        self._early = early
         self._is_rejected = False  # the request whose body comes
+        self._is_pausing = False
 
     def on_headers_complete(self) -> None:
         """Reject the request or let it come."""
@@ -132,6 +145,22 @@ class RejectingProtocol(BoundedProtocol):
         self._is_rejected = False
         self._await_head()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self._is_pausing = True  # a client that sends thousands at once takes its turn with the others
+        self.loop.call_soon(self._go_on)
+
+    def on_response_complete(self) -> None:
+        """Give up what was reserved."""
+        self._early.forget(self.scope)  # type: ignore[arg-type] # as below
+        super().on_response_complete()
+
+    @property
+    def _must_wait(self) -> bool:
+        return self._is_pausing or super()._must_wait
+
+    def _go_on(self) -> None:
+        self._is_pausing = False
+        if not self.transport.is_closing():
+            self._parse_rest()
 
     def _rejection(self) -> bytes | None:
         # The log of accesses is the application's; so is to wait for a client that does not read.
@@ -139,4 +168,4 @@ class RejectingProtocol(BoundedProtocol):
             return None
         if self.parser.get_http_version() != "1.1" or not self.parser.should_keep_alive():
             return None
-        return self._reject(self.url, dict(self.headers), self.scope)  # type: ignore[arg-type] # one
+        return self._early.answer(self.url, self.headers, self.scope)  # type: ignore[arg-type] # uvicorn's is one

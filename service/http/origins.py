@@ -47,7 +47,7 @@ class OriginPolicy:
                 host = value.decode("latin-1")
             elif name == b"origin":
                 origin = value.decode("latin-1")
-        if self._hosts is not None and not _is_known(host, self._hosts):
+        if self._hosts is not None and not is_known_host(host, self._hosts):
             raise UnknownHostError("the host that the request is addressed to is none of this server's")
         if origin is not None and scope["method"] not in SAFE_METHODS and not self._is_welcome(origin, host):
             raise ForeignOriginError("a page of another site sent this; --cors-origins says which of them may")
@@ -58,7 +58,7 @@ class OriginPolicy:
         return is_own or origin in self._origins or "*" in self._origins
 
 
-def _is_known(host: str | None, names: Collection[str]) -> bool:
+def is_known_host(host: str | None, names: Collection[str]) -> bool:
     """Tell whether a Host header names this server; an address always does: no foreign name leads to it."""
     try:
         name = urlsplit(f"//{host or ''}").hostname or ""

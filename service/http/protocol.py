@@ -1,8 +1,7 @@
 """HTTP/1.1 as uvicorn speaks it, from clients whose requests begin within bounds of size and time, one at a time.
 
-uvicorn's parser is written in C and has no bound: a head that never ends would be kept in memory, at some 25 times its
-size where its lines are short, a client that sends requests and reads no answers would fill it, and connections that
-say nothing would stay for good.
+uvicorn's parser has no bound: a head that never ends would be kept in memory, at some 25 times its size where its lines
+are short, a client that reads no answers would fill it, and connections that say nothing would stay for good.
 """
 
 import asyncio
@@ -24,8 +23,7 @@ HEAD_S = 10.0
 # Of what is left of a body after its request got an error. Most clients read no answer before they have sent all.
 REFUSED_BODY_S = 30.0
 UNREAD_S = 30.0  # an answer that the client does not take out of its socket
-# A client that has closed its sending half may have left: nothing tells but that it resets what is written to it. Most
-# have their answer before.
+# A client that has closed its sending half may have left: nothing tells but that it resets what is written to it.
 PROBE_S = 0.25
 RESET_S = 0.05
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -66,12 +64,11 @@ class BoundedProtocol(HttpToolsProtocol):
             observe: told why a connection is closed that its client would have kept.
             log: of what such clients do.
             clock: monotonic, in seconds; stamps `arrived_at`.
-            kwargs: uvicorn's.
+            kwargs: uvicorn's, too.
         """
         super().__init__(*args, **kwargs)
         self._all, self._observe, self._log, self._clock = connections, observe, log or SparingLog(logger), clock
-        self._in_head = True
-        self._bytes = 0  # of this request, so far
+        self._in_head, self._bytes = True, 0  # of this request, so far
         self._body_left: int | None = None  # bytes; None of a body in chunks
         self._tail = b""  # the last bytes that were parsed, with which an END_OF_HEAD may have begun
         self._unparsed, self._start = b"", 0  # what came, and how far it is parsed
@@ -101,6 +98,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._unread_timeout is not None:
             self._unread_timeout.cancel()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # after a reset uvicorn leaves it
         self._unparsed = b""
 
     def give_way(self) -> None:
@@ -121,7 +119,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Go on with what was asked already; ask nothing of what was not."""
         self._has_ended = True
         is_due = self._must_wait
-        if is_due:
+        if is_due and self._is_answering:
             self._probe_timer = self.loop.call_later(PROBE_S, self._probe)
         return is_due
 
@@ -157,14 +155,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close()
             return
         self._all.waits(self)
-        if self._unparsed:
-            self._unset_keepalive_if_required()
-            self._parse()
-        if self._has_ended and not self._must_wait:
-            self._close()
+        self._parse_rest()
 
     def pause_writing(self) -> None:
-        """Let the client take out of its socket what waits for it, but not for ever."""
+        """Let the client read what waits for it, but not for ever."""
         super().pause_writing()
         self._start_unread_timeout()
 
@@ -188,6 +182,15 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whether what comes next is of another request than the one that is being answered."""
         return self._in_head and self._is_answering
 
+    def _parse_rest(self) -> None:
+        """Go on with what has come while a request was being answered."""
+        self.flow.resume_reading()
+        if self._unparsed:
+            self._unset_keepalive_if_required()
+            self._parse()
+        if self._has_ended and not self._must_wait:
+            self._close()
+
     def _begin_body(self) -> None:
         self._in_head = False
         self._forget_timeout()
@@ -206,7 +209,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 if not self._bytes:
                     self._arrived_at = self._received_at
                     self._all.waits(self)
-                    self._forget_timeout()  # of the silence before
+                    self._forget_timeout()  # of the silence before, as uvicorn's own
                     self._unset_keepalive_if_required()
                 self._start_timeout(HEAD_S)
             end = self._end_of_piece(data, start)

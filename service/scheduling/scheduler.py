@@ -91,7 +91,7 @@ class Scheduler:
 
     @_locked
     def admit(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
-        """Take note of a request before anything is spent on it.
+        """Take note of a request whose body is there, before anything is spent on its image.
 
         Args:
             request: to be admitted.
@@ -102,17 +102,16 @@ class Scheduler:
             OverloadedError: even the cheapest sub-network could not answer it in time, unless requests of lower
                 priority and those due later are put behind it; says when to try again.
         """
-        self._queue.remove(request)  # what it has reserved
         self._check(request, now, delay)
         self._traffic.count(now)
         self._queue.admit(request)
 
     @_locked
     def reserve(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
-        """Reject what `admit` would; keep a place for the others, but not for long.
+        """Reject what `admit` would; keep a place for the others until they are withdrawn, but not for long.
 
         Most bodies are there already, and are read once those before them are. Of one that is still to come it is not
-        known whether it will be, and it shall keep no other request out.
+        known whether it will be, and it shall keep no other request out. What is more urgent may still come before it.
 
         Raises:
             OverloadedError: as `admit`.
@@ -233,8 +232,15 @@ class Scheduler:
         return self._latency_model.predict(variant.index, size, now)
 
     @_locked
+    def num_reserved(self, now: float) -> int:
+        """Return how many requests have reserved a place and are still to be read."""
+        self._queue.expire_reserved(now)
+        return self._queue.num_reserved
+
+    @_locked
     def backlog_s(self, now: float) -> float:
         """Return the seconds that all admitted requests take at the cheapest level."""
+        self._queue.expire_reserved(now)
         full_s = self._latency_model.predict(0, self._max_batch_size, now)
         return self._queue.num_admitted / self._max_batch_size * full_s * self._latency_model.overhead_factor
 
@@ -259,11 +265,6 @@ class Scheduler:
         )
 
     @property
-    def num_reserved(self) -> int:
-        """How many requests have reserved a place and are still to be read."""
-        return self._queue.num_reserved
-
-    @property
     def free_at(self) -> float:
         """When the batch that runs will probably have ended, with what follows it."""
         return self._free_at
@@ -274,13 +275,13 @@ class Scheduler:
         return self._latency_model.prior_slowdown
 
     def _check(self, request: QueuedRequest, now: float, delay: PreprocessingDelay) -> None:
-        self._queue.expire_reserved(now)
         rejection = self._rejection(request, now, delay)
         if rejection is not None:
             self.rejected(rejection.reason, now)
             raise rejection
 
     def _rejection(self, request: QueuedRequest, now: float, delay: PreprocessingDelay) -> OverloadedError | None:
+        self._queue.expire_reserved(now)
         if not self._rejects_early:
             return None
         return self._admission.rejection(request, now, delay, self._free_at, self._max_batch_size)

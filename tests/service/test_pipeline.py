@@ -29,10 +29,10 @@ from service.errors import (
     ServiceError,
 )
 from service.execution.batcher import Batcher
-from service.pipeline import EARLY_REJECTION, LEARNED_EVERY, Pipeline, Read
+from service.pipeline import LEARNED_EVERY, REJECTION_COST, Pipeline, Read
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.level_policy import choose_level
-from service.scheduling.scheduler import Scheduler
+from service.scheduling.scheduler import RESERVED_S, Scheduler
 from service.scheduling.state import QueuedRequest
 from service.telemetry.metrics import Metrics
 from service.telemetry.outcomes import counted
@@ -539,17 +539,68 @@ async def test_a_request_that_a_busy_loop_would_answer_too_late_is_rejected(prof
 
 async def test_what_is_rejected_early_costs_a_tenth(profiles: ProfileTable) -> None:
     """A server that put all of it on the others would reject the more, the more it rejects."""
-    loop, request = BusyLoop(), InferenceRequest(5.0, 60_000)
-    async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
+    loop, request, parts = BusyLoop(), InferenceRequest(5.0, 60_000), Parts().open()
+    async with running(parts, profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for _ in range(3 * LEARNED_EVERY):
             await pipeline.classify(loop.read, request)
-        for _ in range(3 * LEARNED_EVERY):
-            loop.spent_s += 4.0 * EARLY_REJECTION
+        parts.decode_gate.clear()
+        waiting = asyncio.create_task(pipeline.classify(two_bytes, request))
+        await asyncio.sleep(0)
+        for _ in range(12 * LEARNED_EVERY):
+            loop.spent_s += 4.0 * REJECTION_COST
             with pytest.raises(OverloadedError):
                 pipeline.reserve(replace(request, budget_ms=2))
         with pytest.raises(OverloadedError):
-            pipeline.reserve(replace(request, budget_ms=1500))
-        pipeline.scheduler.withdraw(pipeline.reserve(replace(request, budget_ms=2500)))
+            pipeline.reserve(replace(request, budget_ms=3500))
+        pipeline.scheduler.withdraw(pipeline.reserve(replace(request, budget_ms=4500)))
+        parts.open()
+        await waiting
+
+
+async def test_rejections_of_an_idle_server_teach_nothing(profiles: ProfileTable) -> None:
+    loop, request = BusyLoop(), InferenceRequest(5.0, 60_000)
+    async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
+        for turn in range(3):
+            for _ in range(3 * LEARNED_EVERY):
+                await pipeline.classify(loop.read, request)
+            for _ in range(20 * LEARNED_EVERY * turn):
+                loop.spent_s += 4.0 * REJECTION_COST
+                with pytest.raises(OverloadedError):
+                    pipeline.reserve(replace(request, budget_ms=2))
+            with pytest.raises(OverloadedError):
+                pipeline.reserve(replace(request, budget_ms=1500))
+            pipeline.scheduler.withdraw(pipeline.reserve(replace(request, budget_ms=2500)))
+
+
+async def test_a_request_has_not_its_own_place_before_it(profiles: ProfileTable) -> None:
+    loop = BusyLoop()
+    async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
+        for _ in range(3 * LEARNED_EVERY):
+            await pipeline.classify(loop.read, InferenceRequest(5.0, 60_000))
+        request = InferenceRequest(5.0, 2500)  # half of 4 s come before it is decoded
+        assert await pipeline.classify(two_bytes, request, reserved=pipeline.reserve(request))
+
+
+async def test_what_asks_for_too_many_predictions_reserves_nothing(profiles: ProfileTable) -> None:
+    async with running(Parts(), profiles) as pipeline:
+        with pytest.raises(InvalidParameterError):
+            pipeline.reserve(wanted(top_k=4))
+        assert pipeline.scheduler.num_reserved(time.monotonic()) == 0
+
+
+async def test_places_of_bodies_that_do_not_come_are_soon_given_to_others(profiles: ProfileTable) -> None:
+    loop, now = BusyLoop(), 5.0
+    async with running(Parts().open(), profiles, clock=lambda: now, loop_time=loop) as pipeline:
+        for _ in range(3 * LEARNED_EVERY):
+            await pipeline.classify(loop.read, InferenceRequest(now, 60_000))
+        for _ in range(10):
+            pipeline.reserve(InferenceRequest(now, 60_000))
+        for ask in (pipeline.decide, pipeline.reserve):
+            with pytest.raises(OverloadedError):
+                ask(InferenceRequest(now, 6000))
+        now += RESERVED_S
+        assert pipeline.decide(InferenceRequest(now, 6000))
+        assert await pipeline.classify(two_bytes, InferenceRequest(now, 6000))
 
 
 async def test_a_place_that_was_reserved_is_taken(profiles: ProfileTable) -> None:
@@ -559,7 +610,7 @@ async def test_a_place_that_was_reserved_is_taken(profiles: ProfileTable) -> Non
         one_s = pipeline.scheduler.backlog_s(time.monotonic())
         request = asyncio.create_task(pipeline.classify(two_bytes, wanted(), reserved=reserved))
         await asyncio.to_thread(parts.decoding.wait, 10)
-        assert pipeline.scheduler.num_reserved == 0
+        assert pipeline.scheduler.num_reserved(time.monotonic()) == 0
         assert pipeline.scheduler.backlog_s(time.monotonic()) == pytest.approx(one_s)
         parts.open()
         await request

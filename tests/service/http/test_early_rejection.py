@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -14,17 +15,17 @@ from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from service.domain import InferenceRequest, ServerState
 from service.engines.profile_store import extended_profile
-from service.errors import OverloadedError
+from service.errors import OverloadedError, OverloadReason
 from service.http.context import ReadyServer, RouteContext
 from service.http.early_rejection import REPEATED_S, RESERVED, EarlyRejection, RejectingProtocol
-from service.http.protocol import ARRIVED_AT
+from service.http.protocol import ARRIVED_AT, UNREAD_S
 from service.pipeline import Pipeline
 from service.runtime import ServerRuntime
 from service.settings import Settings
 from tests.service.http.raw_server import KEEP_ALIVE_S, Held, Receive, Send, Server, measure, now, post
 from tests.service.http.scripted_server import BODY_LIMIT, ScriptedEngine, sample, serving
 
-HEADERS = {b"content-type": b"image/png", b"content-length": b"9"}
+HEADERS = [(b"content-type", b"image/png"), (b"content-length", b"9")]
 REJECTION = b"content-length: 2\r\nx-request-id: 1\r\n\r\nno"
 
 
@@ -51,13 +52,14 @@ class ScriptedPipeline:
     def __init__(self) -> None:
         self.asked: list[InferenceRequest] = []
         self.rejected_again = 0
+        self.reason: OverloadReason = "backlog"
 
     def reserve(self, request: InferenceRequest) -> None:
         self.asked.append(request)
-        raise OverloadedError("100 % of it is taken", "backlog", 0.2)
+        raise OverloadedError("100 % of it is taken", self.reason, 0.2)
 
-    def reject_again(self, error: OverloadedError) -> None:
-        assert error.reason == "backlog"
+    def reject_again(self, reason: str) -> None:
+        assert reason == "backlog"
         self.rejected_again += 1
 
 
@@ -68,7 +70,7 @@ class Rejecting:
         self.pipeline, self.now = ScriptedPipeline(), 1000.0
         server = ReadyServer(cast(Pipeline, self.pipeline), cast(Any, None), cast(Any, None))
         context = replace(context, server=lambda: server, state=lambda: ServerState.READY, clock=lambda: self.now)
-        self.rejection = EarlyRejection(context, "/classify")
+        self.context, self.rejection = context, EarlyRejection(context, "/classify")
 
     def answer(self, query: bytes = b"", arrived_at: float = 1000.0) -> bytes | None:
         return self.rejection.answer(b"/classify" + query, HEADERS, {ARRIVED_AT: arrived_at})
@@ -82,7 +84,7 @@ def rejecting(settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine
 def test_a_rejection_is_the_one_that_the_route_would_give(overloaded: tuple[TestClient, RouteContext]) -> None:
     client, context = overloaded
     query = b"?budget_ms=500"
-    headers = {**HEADERS, b"x-request-id": b"mine"}
+    headers = [*HEADERS, (b"x-request-id", b"mine")]
     answer = EarlyRejection(context, "/classify").answer(b"/classify" + query, headers, {ARRIVED_AT: time.monotonic()})
     assert answer is not None
     head, body = answer.split(b"\r\n\r\n")
@@ -109,9 +111,12 @@ def test_a_rejection_is_counted(overloaded: tuple[TestClient, RouteContext]) -> 
 def test_what_can_be_answered_finds_its_place_reserved(overloaded: tuple[TestClient, RouteContext]) -> None:
     _, context = overloaded
     scope: dict[str, Any] = {ARRIVED_AT: time.monotonic()}
-    assert EarlyRejection(context, "/classify").answer(b"/classify?budget_ms=9000", HEADERS, scope) is None
+    rejection = EarlyRejection(context, "/classify")
+    assert rejection.answer(b"/classify?budget_ms=9000", HEADERS, scope) is None
     assert scope[RESERVED].priority == 0
-    assert context.server().scheduler.num_reserved == 1
+    assert context.server().scheduler.num_reserved(time.monotonic()) == 1
+    rejection.forget(scope)
+    assert context.server().scheduler.num_reserved(time.monotonic()) == 0
 
 
 @pytest.mark.parametrize(
@@ -132,7 +137,7 @@ def test_what_can_be_answered_finds_its_place_reserved(overloaded: tuple[TestCli
 )
 def test_what_others_have_a_say_in_is_the_routes(rejecting: Rejecting, url: bytes, headers: dict[bytes, bytes]) -> None:
     scope: dict[str, Any] = {ARRIVED_AT: 1000.0}
-    assert rejecting.rejection.answer(url, HEADERS | headers, scope) is None
+    assert rejecting.rejection.answer(url, [*(dict(HEADERS) | headers).items()], scope) is None
     assert RESERVED not in scope
     assert not rejecting.pipeline.asked
 
@@ -140,7 +145,7 @@ def test_what_others_have_a_say_in_is_the_routes(rejecting: Rejecting, url: byte
 def test_a_rejection_holds_for_those_that_ask_the_same_and_have_no_more_time_left(rejecting: Rejecting) -> None:
     first = rejecting.answer()
     assert first is not None
-    again = rejecting.answer(arrived_at=1000.2)
+    again = rejecting.answer(arrived_at=1000.19)
     assert again is not None
     assert b'"100 % of it is taken"' in again
     assert first.split(b"x-request-id: ")[0] == again.split(b"x-request-id: ")[0]
@@ -150,8 +155,13 @@ def test_a_rejection_holds_for_those_that_ask_the_same_and_have_no_more_time_lef
 
 @pytest.mark.parametrize(
     ("query", "arrived_at", "later_s"),
-    [(b"?budget_ms=9000", 1000.0, 0.0), (b"", 1000.21, 0.0), (b"", 1000.0, REPEATED_S + 0.001)],
-    ids=["it asks for something else", "it came later than the other was late", "some time has passed"],
+    [
+        (b"?budget_ms=9000", 1000.0, 0.0),
+        (b"", 1000.21, 0.0),
+        (b"", 999.9, 0.0),
+        (b"", 1000.0, REPEATED_S + 0.001),
+    ],
+    ids=["something else", "later than the other was late", "due before what waits", "some time has passed"],
 )
 def test_otherwise_the_pipeline_is_asked_anew(
     rejecting: Rejecting, query: bytes, arrived_at: float, later_s: float
@@ -162,12 +172,51 @@ def test_otherwise_the_pipeline_is_asked_anew(
     assert (len(rejecting.pipeline.asked), rejecting.pipeline.rejected_again) == (2, 0)
 
 
+def test_a_slot_may_be_free_again_at_any_time(rejecting: Rejecting) -> None:
+    rejecting.pipeline.reason = "full"
+    for _ in range(2):
+        assert rejecting.answer()
+    assert (len(rejecting.pipeline.asked), rejecting.pipeline.rejected_again) == (2, 0)
+
+
+def test_a_foreign_host_and_a_header_that_comes_twice_are_the_routes(rejecting: Rejecting) -> None:
+    twice = [*HEADERS, (b"content-type", b"text/plain")]
+    assert rejecting.rejection.answer(b"/classify", twice, {ARRIVED_AT: 1000.0}) is None
+    known = Rejecting(replace(rejecting.context, allowed_hosts=("here",)))
+    for host, is_known in ((b"here:80", True), (b"there", False)):
+        answer = known.rejection.answer(b"/classify", [*HEADERS, (b"host", host)], {ARRIVED_AT: 1000.0})
+        assert (answer is not None) == is_known
+
+
+def test_no_rejection_keeps_the_stack_that_raised_it(rejecting: Rejecting) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(100):
+            rejecting.answer(b"?budget_ms=%d" % (number + 1))
+        assert gc.collect() < 100
+    finally:
+        gc.enable()
+
+
 # On the wire
 
 
-def server(app: Any = measure) -> Server:  # noqa: ANN401 - an ASGI app
-    """A server that rejects what asks for /no."""
-    return Server(app, protocol=partial(RejectingProtocol, reject=lambda url, *_: REJECTION if url == b"/no" else None))
+class Scripted:
+    """Rejects what asks for /no; tells whose places were given up."""
+
+    def __init__(self) -> None:
+        self.forgotten: list[str] = []
+
+    def answer(self, url: bytes, *_: object) -> bytes | None:
+        return REJECTION if url == b"/no" else None
+
+    def forget(self, scope: dict[str, Any]) -> None:
+        self.forgotten.append(scope["path"])
+
+
+def server(app: Any = measure, early: Scripted | None = None) -> Server:  # noqa: ANN401 - an ASGI app
+    return Server(app, protocol=partial(RejectingProtocol, early=early or Scripted()))  # type: ignore[arg-type] # it has what is called
 
 
 async def rejected(client: Any) -> bytes:  # noqa: ANN401 - a raw client
@@ -223,3 +272,49 @@ async def test_a_client_that_reads_no_rejections_is_made_to_wait() -> None:
         client.writer.write(post(0, "/no") * 200_000)
         await asyncio.sleep(1)
         assert asked == ["/no"], "from then on it waits for the application, and that for the client"
+
+
+@pytest.mark.anyio
+async def test_a_client_that_sends_many_at_once_takes_its_turn_with_the_others() -> None:
+    async with server() as running:
+        greedy, modest = await running.connect(), await running.connect()
+        greedy.writer.write(post(0, "/no") * 1000)
+        await modest.send(post(0, "/no"))
+        await rejected(modest)
+        pending = len(greedy.reader._buffer)  # type: ignore[attr-defined] # what has come of the greedy one's answers
+        for _ in range(1000):
+            await rejected(greedy)
+        assert pending < 20 * 150, "a few of them"
+
+
+@pytest.mark.anyio
+async def test_what_the_application_has_answered_gives_up_its_place() -> None:
+    early = Scripted()
+    async with server(early=early) as running:
+        client = await running.connect()
+        await client.send(post(0, "/yes"))
+        await client.answer()
+        assert early.forgotten == ["/yes"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("path", ["/no", "/yes"])
+async def test_a_client_that_resets_its_connection_later_leaves_nothing_behind(path: str) -> None:
+    async with server() as running:
+        client = await running.connect()
+        await client.send(post(0, path))
+        await client.reader.readuntil(b"\r\n\r\n")
+        client.reset()
+        await asyncio.sleep(KEEP_ALIVE_S + UNREAD_S + 1)
+        assert running.closed == []
+        assert len(running.connections) == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("count", [1, 3])
+async def test_a_client_that_sends_no_more_has_all_its_rejections(count: int) -> None:
+    async with server() as running:
+        client = await running.connect()
+        await client.send(post(0, "/no") * count)
+        client.writer.write_eof()
+        assert (await client.rest()).count(b"HTTP/1.1 429") == count

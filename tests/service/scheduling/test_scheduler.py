@@ -299,9 +299,8 @@ def test_a_place_is_reserved_until_it_is_taken_or_its_while_is_over(fast_catalog
     scheduler.reserve(first, 0.0)
     with pytest.raises(OverloadedError):
         scheduler.reserve(second, 0.0)
-    scheduler.admit(first, 0.001)  # not behind itself
-    assert scheduler.num_reserved == 0
     scheduler.withdraw(first)
+    assert scheduler.num_reserved(0.0) == 0
     scheduler.reserve(waits(RESERVED_S + 0.03), 0.0)
     with pytest.raises(OverloadedError):
         scheduler.reserve(waits(RESERVED_S + 0.031), RESERVED_S - 0.001)
