@@ -19,7 +19,7 @@ from service.errors import (
 )
 from service.execution.batcher import Batcher
 from service.execution.results import Result
-from service.scheduling.estimators import Delay
+from service.scheduling.estimators import Delay, LoopCost
 from service.scheduling.reasons import explain, reason_of
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.state import PreprocessingDelay, QueuedRequest, RequestConstraints, target
@@ -31,9 +31,6 @@ Read = Callable[[float], Awaitable[bytes]]
 # What the sockets and the client take of a budget before the request is stamped and after it is answered.
 TRANSPORT_S = 0.003
 TRANSPORT_SHARE = 0.1  # at most, of tight budgets
-LEARNED_EVERY = 32  # requests; it takes a system call
-LEARNING_GAIN = 0.5
-REJECTION_COST = 0.1  # of what an answer takes of the event loop's time
 
 
 class Pipeline:
@@ -70,12 +67,8 @@ class Pipeline:
         self._max_in_flight = max_in_flight
         self._default_budget_ms = default_budget_ms
         self._clock = clock
-        self._loop_time = loop_time
-        self._in_flight = 0
-        self._slots_taken = 0  # by those of them whose bodies are there
-        self._loop_s = 0.0  # of the event loop's CPU time per request, learned
-        self._loop_used_s = self._idle_since_s = loop_time()
-        self._unlearned = 0.0  # requests that have ended since
+        self._loop_cost = LoopCost(loop_time)
+        self._slots_taken = 0  # by requests whose bodies are there
         self._reply = Delay()  # from the end of a batch to the finished answer
 
     async def classify(
@@ -98,11 +91,8 @@ class Pipeline:
 
         Cancelling it takes the request out of whatever queue it stands in.
         """
-        if self._in_flight == 0:  # what the loop has used since the last request is none's
-            self._loop_used_s += self._loop_time() - self._idle_since_s
-        self._in_flight += 1
         try:
-            with watch or nullcontext():
+            with self._loop_cost.counting(), watch or nullcontext():
                 return await self._answer(read, request, reserved)
         except ClientGoneError as error:
             now = self._clock()
@@ -110,11 +100,6 @@ class Pipeline:
                 raise
             self._scheduler.deadline_missed(now)  # it left because of that, and had not left had it been answered
             raise ClientGoneError(error.message, deadline_passed=True) from None
-        finally:
-            self._in_flight -= 1
-            self._learn_loop_cost()
-            if self._in_flight == 0:
-                self._idle_since_s = self._loop_time()
 
     def reserve(self, request: InferenceRequest) -> QueuedRequest:
         """Reject a request before its body is read, or keep a place for it for a moment, which `classify` takes.
@@ -126,13 +111,13 @@ class Pipeline:
         try:
             return self._reserve(request)
         except OverloadedError:
-            self._learn_rejection()
+            self._loop_cost.rejected()
             raise
 
     def reject_again(self, reason: OverloadReason) -> None:
         """Take note that one more request was rejected for the same reason."""
         self._scheduler.rejected(reason, self._clock())
-        self._learn_rejection()
+        self._loop_cost.rejected()
 
     def check_room(self) -> None:
         """See whether one more request may be in the pipeline.
@@ -216,28 +201,11 @@ class Pipeline:
     def _delay(self, now: float, queued: QueuedRequest) -> PreprocessingDelay:
         """Foretell what a new request has before it; of their loop time, those in the server have half to come."""
         queue_s = self._decoder.queue_s(now, queued.deadline_at, queued.priority)
-        loop_s = (self._slots_taken / 2 + self._scheduler.num_reserved(now)) * self._loop_s
+        loop_s = (self._slots_taken / 2 + self._scheduler.num_reserved(now)) * self._loop_cost.mean_s
         return PreprocessingDelay(self._base_s(now), loop_s, queue_s)
 
     def _base_s(self, now: float) -> float:
-        return self._decoder.expected_s(now) + self._loop_s / 2
-
-    def _learn_rejection(self) -> None:
-        if self._in_flight:  # otherwise its time is that of an idle loop
-            self._learn_loop_cost(REJECTION_COST)
-
-    def _learn_loop_cost(self, requests: float = 1.0) -> None:
-        """Learn how much of the event loop's CPU time a request takes.
-
-        Rejected ones count as well: were their cost put on those answered, a server that rejects many would soon reject
-        all and never learn better.
-        """
-        self._unlearned += requests
-        if self._unlearned < LEARNED_EVERY:
-            return
-        used_s = self._loop_time()
-        self._loop_s += LEARNING_GAIN * ((used_s - self._loop_used_s) / self._unlearned - self._loop_s)
-        self._loop_used_s, self._unlearned = used_s, 0.0
+        return self._decoder.expected_s(now) + self._loop_cost.mean_s / 2
 
     def _queued(self, request: InferenceRequest) -> QueuedRequest:
         """Translate what the client asks for into what the policy works with.

@@ -1,34 +1,17 @@
-"""Builds the dashboard: `python deploy/grafana/dashboard.py` writes dashboards/supervit.json anew.
+"""Builds the dashboard: `python -m deploy.grafana.dashboard` writes dashboards/supervit.json anew.
 
 Four rows, from what operators promise to what they have: the promise, the choice, the load, the machine.
 """
 
 from pathlib import Path
 
-from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, timeseries
+from grafana_foundation_sdk.builders import dashboard, stat, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models import common as options
 from grafana_foundation_sdk.models import dashboard as models
 
+from deploy.grafana.panels import ONES, THIRD, each, lines, mean, number, quantile, rate, variable
+
 OUTPUT = Path(__file__).with_name("dashboards") / "supervit.json"
-SOURCE = models.DataSourceRef(type_val="prometheus", uid="prometheus")
-HALF, THIRD, QUARTER = 12, 8, 6  # of Grafana's 24 columns
-
-ONES = '{job=~"$job", instance=~"$instance"}'
-RATE = "[$__rate_interval]"
-
-
-def rate(metric: str, *labels: str, by: str = "") -> str:
-    """Write the summed rate of a counter."""
-    chosen = ", ".join(['job=~"$job"', 'instance=~"$instance"', *labels])
-    return f"sum{f' by ({by})' if by else ''} (rate({metric}{{{chosen}}}{RATE}))"
-
-
-def quantile(share: float, histogram: str, by: str = "") -> str:
-    """Write a quantile over all servers."""
-    return f"histogram_quantile({share}, {rate(f'{histogram}_bucket', by=f'le, {by}' if by else 'le')})"
-
-
 MET, ALL = rate("supervit_deadlines_total", 'result="met"'), rate("supervit_deadlines_total")
 ANSWERS = rate("supervit_requests_total", 'outcome="ok"')
 EXPECTED = rate("supervit_expected_accuracy_total")
@@ -36,72 +19,6 @@ EXPECTED = rate("supervit_expected_accuracy_total")
 ATTAINMENT = f"{MET} / ({ALL} > 0)"
 ACCURACY = f"({EXPECTED} > 0) / ({ANSWERS} > 0)"
 ACCURACY_LOSS = f"({rate('supervit_accuracy_loss_total')} and {EXPECTED} > 0) / ({ANSWERS} > 0)"
-
-
-def query(expression: str, legend: str) -> prometheus.Dataquery:
-    """Make a query."""
-    return prometheus.Dataquery().expr(expression).legend_format(legend)
-
-
-def number(title: str, description: str, expression: str, unit: str = "percentunit", decimals: int = 2) -> stat.Panel:
-    """Make a panel of one number, that of this moment."""
-    return (
-        stat.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .unit(unit)
-        .decimals(decimals)
-        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-        .span(QUARTER)
-        .height(4)
-        .with_target(query(expression, title).instant())
-    )
-
-
-def lines(
-    title: str, description: str, unit: str, queries: dict[str, str], *, stacked: bool = False, span: int = HALF
-) -> timeseries.Panel:
-    """Make a panel of lines over time, from expressions by their legend."""
-    panel = (
-        timeseries.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .unit(unit)
-        .min(0)
-        .span(span)
-        .height(8)
-        .show_points(options.VisibilityMode.NEVER)
-        .legend(
-            common.VizLegendOptions()
-            .display_mode(options.LegendDisplayMode.TABLE)
-            .placement(options.LegendPlacement.RIGHT)
-            .show_legend(True)
-            .calcs(["lastNotNull"])
-        )
-        .tooltip(common.VizTooltipOptions().mode(options.TooltipDisplayMode.MULTI))
-    )
-    if stacked:
-        panel = panel.stacking(common.StackingConfig().mode(options.StackingMode.NORMAL)).fill_opacity(40)
-    for letter, (legend, expression) in zip("ABCDEFGH", queries.items(), strict=False):
-        panel = panel.with_target(query(expression, legend).range().ref_id(letter))
-    return panel
-
-
-def variable(name: str, label: str, of: str) -> dashboard.QueryVariable:
-    """Make a menu of the values of a label, all of them chosen at first."""
-    return (
-        dashboard.QueryVariable(name)
-        .label(label)
-        .datasource(SOURCE)
-        .query(f"label_values({of}, {name})")
-        .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
-        .multi(True)
-        .include_all(True)
-        .all_value(".+")
-    )
-
 
 ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
     "The promise: is every request answered in time?": [
@@ -204,28 +121,21 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             "Time by stage",
             "Mean of answered requests: decoding the image, waiting in queues, in the engine.",
             "s",
-            {
-                "{{stage}}": f"{rate('supervit_stage_duration_seconds_sum', by='stage')} / "
-                f"{rate('supervit_stage_duration_seconds_count', by='stage')}"
-            },
+            {"{{stage}}": mean("supervit_stage_duration_seconds", by="stage")},
             stacked=True,
         ),
         lines(
             "Batch size",
             "Images that run together: the mean, and the size that 95 % of the batches stay within.",
             "short",
-            {
-                "mean": f"{rate('supervit_batch_size_images_sum')} / {rate('supervit_batch_size_images_count')}",
-                "95 %": quantile(0.95, "supervit_batch_size_images"),
-            },
+            {"mean": mean("supervit_batch_size_images"), "95 %": quantile(0.95, "supervit_batch_size_images")},
         ),
         lines(
             "Time of a batch",
             "Mean time in the engine, and what the policy had expected of those very batches.",
             "s",
             {
-                "took": f"{rate('supervit_batch_duration_seconds_sum')} / "
-                f"{rate('supervit_batch_duration_seconds_count')}",
+                "took": mean("supervit_batch_duration_seconds"),
                 "expected": f"{rate('supervit_predicted_inference_seconds_total')} / "
                 f"{rate('supervit_batch_duration_seconds_count')}",
             },
@@ -246,7 +156,7 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             "Pressure",
             "Share of the time in which a process had to wait for it (Linux PSI); cpu_quota: in which it had run out.",
             "percentunit",
-            {"{{resource}}, {{instance}}": f"supervit_pressure_ratio{ONES}"},
+            each("supervit_pressure_ratio", "{{resource}}, "),
             span=THIRD,
         ),
         lines(
@@ -268,18 +178,12 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             {f"{100 * share:g} %": quantile(share, "supervit_event_loop_delay_seconds") for share in (0.5, 0.99)},
             span=THIRD,
         ),
-        lines(
-            "Memory",
-            "Memory that the server holds.",
-            "bytes",
-            {"{{instance}}": f"supervit_resident_memory_bytes{ONES}"},
-            span=THIRD,
-        ),
+        lines("Memory", "Memory that the server holds.", "bytes", each("supervit_resident_memory_bytes"), span=THIRD),
         lines(
             "Age of the profile",
             "Time since the latencies that the policy works with were measured on this machine.",
             "s",
-            {"{{instance}}": f"time() - supervit_profile_timestamp_seconds{ONES}"},
+            each("time() - supervit_profile_timestamp_seconds"),
             span=THIRD,
         ),
     ],

@@ -33,7 +33,7 @@ class OwnFailures:
         """
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # a bug raises anything, and is what is to be counted; it goes on
             if not isinstance(error, ServiceError) or isinstance(error, OutOfMemoryError):
                 self._in_a_row += 1
                 self._last_at = self._clock()

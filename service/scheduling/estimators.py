@@ -7,7 +7,8 @@ whatever slows one sub-network down slows the others as well.
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from service.scheduling.state import RequestConstraints
@@ -28,6 +29,9 @@ MISS_STEP = 0.3
 TOLERATED_MISSES = 0.01  # of the requests: about what running a level lower costs in accuracy
 MAX_SAFETY_FACTOR = 10.0
 SAFETY_FACTOR_FADES_S = 15.0
+LEARNED_EVERY = 32  # requests; to look at a thread's time takes a system call
+LOOP_GAIN = 0.5
+REJECTION_COST = 0.1  # of what an answer takes of the event loop's time
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,3 +189,49 @@ class TrafficEstimator:
     def sustained_rate(self, now: float) -> float:
         """Return the arrivals per second over a longer time, which leaves out what is only a burst."""
         return self._sustained_rate.read(now)
+
+
+class LoopCost:
+    """How much of its CPU time the event loop spends on a request.
+
+    Rejected ones count as well: were their cost put on those answered, a server that rejects many would soon reject all
+    and never learn better.
+
+    Attributes:
+        mean_s: seconds per request that is answered, learned.
+    """
+
+    def __init__(self, used_s: Callable[[], float]) -> None:
+        """Take what tells the CPU seconds that the loop's thread has used."""
+        self.mean_s = 0.0
+        self._used_s = used_s
+        self._counted_until_s = self._idle_since_s = used_s()
+        self._in_flight = 0
+        self._uncounted = 0.0  # requests that have ended since
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count a request that the block stands for."""
+        if self._in_flight == 0:  # what the loop has used since the last request is none's
+            self._counted_until_s += self._used_s() - self._idle_since_s
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            self._count(1.0)
+            if self._in_flight == 0:
+                self._idle_since_s = self._used_s()
+
+    def rejected(self) -> None:
+        """Count a request that was rejected before it came to `counting`."""
+        if self._in_flight:  # otherwise its time is that of an idle loop
+            self._count(REJECTION_COST)
+
+    def _count(self, requests: float) -> None:
+        self._uncounted += requests
+        if self._uncounted < LEARNED_EVERY:
+            return
+        used_s = self._used_s()
+        self.mean_s += LOOP_GAIN * ((used_s - self._counted_until_s) / self._uncounted - self.mean_s)
+        self._counted_until_s, self._uncounted = used_s, 0.0

@@ -1,25 +1,16 @@
 """The dashboard that ships is the one that its builder builds, and it is provisioned without a click."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+from deploy.grafana import dashboard as builder
 
 GRAFANA = Path(__file__).parents[2] / "deploy" / "grafana"
-
-
-@pytest.fixture(scope="module")
-def builder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("dashboard", GRAFANA / "dashboard.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -28,8 +19,8 @@ def dashboard() -> dict[str, Any]:
     return read
 
 
-def test_the_dashboard_is_what_its_builder_builds(builder: ModuleType, dashboard: dict[str, Any]) -> None:
-    assert json.loads(builder.JSONEncoder().encode(builder.build().build())) == dashboard
+def test_the_dashboard_is_what_its_builder_builds(dashboard: dict[str, Any]) -> None:
+    assert json.loads(JSONEncoder().encode(builder.build().build())) == dashboard
 
 
 def test_every_panel_has_a_title_a_unit_a_description_and_a_place_of_its_own(dashboard: dict[str, Any]) -> None:

@@ -29,8 +29,9 @@ from service.errors import (
     ServiceError,
 )
 from service.execution.batcher import Batcher
-from service.pipeline import LEARNED_EVERY, REJECTION_COST, Pipeline, Read
+from service.pipeline import Pipeline, Read
 from service.scheduling.catalog import VariantCatalog
+from service.scheduling.estimators import LEARNED_EVERY, REJECTION_COST
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import RESERVED_S, Scheduler
 from service.scheduling.state import QueuedRequest
@@ -517,6 +518,12 @@ class BusyLoop:
         return self.spent_s
 
 
+def reject_early(pipeline: Pipeline, loop: BusyLoop) -> None:
+    loop.spent_s += 4.0 * REJECTION_COST
+    with pytest.raises(OverloadedError):
+        pipeline.reserve(InferenceRequest(5.0, budget_ms=2))
+
+
 async def test_an_event_loop_that_is_busy_is_reckoned_with_at_admission(profiles: ProfileTable) -> None:
     loop, request = BusyLoop(), InferenceRequest(5.0, budget_ms=1000)
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
@@ -547,9 +554,7 @@ async def test_what_is_rejected_early_costs_a_tenth(profiles: ProfileTable) -> N
         waiting = asyncio.create_task(pipeline.classify(two_bytes, request))
         await asyncio.sleep(0)
         for _ in range(12 * LEARNED_EVERY):
-            loop.spent_s += 4.0 * REJECTION_COST
-            with pytest.raises(OverloadedError):
-                pipeline.reserve(replace(request, budget_ms=2))
+            reject_early(pipeline, loop)
         with pytest.raises(OverloadedError):
             pipeline.reserve(replace(request, budget_ms=3500))
         pipeline.scheduler.withdraw(pipeline.reserve(replace(request, budget_ms=4500)))
@@ -564,9 +569,7 @@ async def test_rejections_of_an_idle_server_teach_nothing(profiles: ProfileTable
             for _ in range(3 * LEARNED_EVERY):
                 await pipeline.classify(loop.read, request)
             for _ in range(20 * LEARNED_EVERY * turn):
-                loop.spent_s += 4.0 * REJECTION_COST
-                with pytest.raises(OverloadedError):
-                    pipeline.reserve(replace(request, budget_ms=2))
+                reject_early(pipeline, loop)
             with pytest.raises(OverloadedError):
                 pipeline.reserve(replace(request, budget_ms=1500))
             pipeline.scheduler.withdraw(pipeline.reserve(replace(request, budget_ms=2500)))

@@ -1,15 +1,12 @@
 from contextlib import suppress
 
 import pytest
+from fastapi.testclient import TestClient
 
-from models.checkpoint import Checkpoint
-from models.latency import LatencyTable
 from service.decoding import images
 from service.errors import InvalidImageError, ModelError, OutOfMemoryError, OverloadedError
 from service.http.health import FAILURES_IN_A_ROW, PAUSE_S, OwnFailures
-from service.runtime import ServerRuntime
-from service.settings import Settings
-from tests.service.http.scripted_server import ScriptedEngine, error_code, serving
+from tests.service.http.scripted_server import error_code
 
 
 def fail(failures: OwnFailures, error: Exception, times: int = 1) -> None:
@@ -50,23 +47,20 @@ def test_after_a_pause_it_is_worth_another_try() -> None:
     assert failures.are_all
 
 
-def test_a_server_that_lacks_memory_for_every_request_is_ready_for_none(
-    settings: Settings,
-    checkpoint: Checkpoint,
-    engine: ScriptedEngine,
-    latencies: LatencyTable,
-    photo: bytes,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def lack(*_: object, **__: object) -> None:
         raise OutOfMemoryError("there is no memory left for this image")
 
     monkeypatch.setattr(images, "open_image", lack)
-    with serving(ServerRuntime(settings, checkpoint, engine, latencies)) as client:
-        for _ in range(FAILURES_IN_A_ROW):
-            assert client.get("/health/ready").status_code == 200
-            assert error_code(client.post("/classify", content=photo), 503) == "out_of_memory"
-        answer = client.get("/health/ready")
-        assert error_code(answer, 503) == "not_ready"
-        assert "its log says which" in answer.json()["error"]["message"]
-        assert client.get("/health/live").status_code == 200
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_a_server_that_lacks_memory_for_every_request_is_ready_for_none(client: TestClient, photo: bytes) -> None:
+    for _ in range(FAILURES_IN_A_ROW):
+        assert client.get("/health/ready").status_code == 200
+        assert error_code(client.post("/classify", content=photo), 503) == "out_of_memory"
+    answer = client.get("/health/ready")
+    assert error_code(answer, 503) == "not_ready"
+    assert "its log says which" in answer.json()["error"]["message"]
+    assert client.get("/health/live").status_code == 200
