@@ -1,14 +1,15 @@
 """Whether a request can still be answered in time, before anything is spent on it."""
 
+import math
 from bisect import bisect_right
 
 from service.errors import OverloadedError
-from service.scheduling.estimators import TrafficEstimator
+from service.scheduling.estimators import TAIL_SPREADS, TrafficEstimator
 from service.scheduling.latency_model import LatencyModel
 from service.scheduling.queue import RequestQueue
 from service.scheduling.state import PreprocessingDelay, QueuedRequest, target
 
-SUSTAINED_MARGIN = 0.3  # of a full batch; a whole one rejects every tight budget
+ROOM_SHARE = 0.4  # of a budget, at most, that is kept for the batch that a request will be part of under overload
 
 
 class Admission:
@@ -53,17 +54,23 @@ class Admission:
         return OverloadedError(message, "backlog", late_s)
 
     def _expected_end(self, request: QueuedRequest, now: float, start_at: float, max_batch_size: int) -> float:
-        """When a request would be answered if all before it ran at the cheapest level, in the largest batches."""
-        latencies_s, slowdown = self._latency_model.latencies_s, self._latency_model.slowdown(now)
-        cheapest_s, overhead_factor = latencies_s[0], self._latency_model.overhead_factor
+        """When a request would be answered if all before it ran at the cheapest level, in the largest batches.
+
+        Under sustained overload requests that come after this one fill its batch up, which then takes the longer, and
+        what waits grows until no batch may take longer than expected. Better rejected now than shed later: so there it
+        is the end before which it will be in all likelihood.
+        """
+        latency_model = self._latency_model
+        latencies_s, slowdown = latency_model.latencies_s, latency_model.slowdown(now)
+        cheapest_s, overhead_factor = latencies_s[0], latency_model.overhead_factor
         full_s = cheapest_s[max_batch_size - 1] * slowdown * overhead_factor
         ahead = self._queue.deadlines_before(request)
-        time, index = start_at, 0
+        time, index, spread, squares = start_at, 0, 0.0, 0.0
         if self._traffic.sustained_rate(now) * full_s > max_batch_size:
-            # What comes after this one presses, too: better rejected now than later. A request whose budget holds no
-            # two full batches, one to wait for and its own, meets no full ones.
-            usual = max(1, bisect_right(cheapest_s, request.constraints.budget_s / 2 / slowdown, 0, max_batch_size))
-            time += SUSTAINED_MARGIN * cheapest_s[usual - 1] * slowdown * overhead_factor
+            room_s = ROOM_SHARE * request.constraints.budget_s / slowdown
+            usual = max(1, bisect_right(cheapest_s, room_s, 0, max_batch_size))
+            time += cheapest_s[usual - 1] * slowdown * overhead_factor
+            spread = latency_model.slowdown(now, TAIL_SPREADS) - slowdown
         while index < len(ahead):
             if ahead[index] < time + cheapest_s[0] * slowdown:
                 index += 1  # it will expire or be shed
@@ -73,6 +80,7 @@ class Admission:
             if index == len(ahead) and size < max_batch_size and request.constraints.pinned is None:
                 together = time + cheapest_s[size] * slowdown
                 if together <= ahead[index - size]:
-                    return together
+                    return together + math.sqrt(squares)
             time += cheapest_s[size - 1] * slowdown * overhead_factor
-        return time + latencies_s[target(request.constraints, 0)][0] * slowdown
+            squares += (cheapest_s[size - 1] * spread) ** 2  # of batches one by one, independent of each other
+        return time + latencies_s[target(request.constraints, 0)][0] * slowdown + math.sqrt(squares)

@@ -268,17 +268,37 @@ def test_coming_back_after_the_time_named_helps(fast_catalog: VariantCatalog) ->
     assert refusal_s(scheduler, waits(0.109 + 0.0111), 0.0111) is None
 
 
-def test_under_sustained_overload_a_new_request_is_rejected_sooner(scheduler: Scheduler) -> None:
-    # Level 0 answers 80 a second; 100 come. Three tenths of a full batch are added: 15 ms.
+def overloaded(scheduler: Scheduler) -> float:
+    """Let 100 requests a second come for long, of which level 0 answers 80; returns when."""
     at = 0.0
     while at < 4 * SUSTAINED_TIME_S:
         scheduler.admit(waits(at + 1e6), at)
         at += 0.01
-    assert refusal_s(scheduler, waits(at + 0.034), at) == pytest.approx(0.001)
-    assert refusal_s(scheduler, waits(at + 0.036), at) is None
-    # A budget of 50 ms holds two batches of one, 20 ms each, and none of four: 6 ms are added.
-    assert refusal_s(scheduler, waits(at + 0.025, budget_s=0.05), at) == pytest.approx(0.001)
-    assert refusal_s(scheduler, waits(at + 0.027, budget_s=0.05), at) is None
+    return at
+
+
+def test_under_sustained_overload_a_request_is_rejected_that_a_full_batch_would_make_late(scheduler: Scheduler) -> None:
+    at = overloaded(scheduler)
+    # Its own 20 ms, and 50 of a full batch.
+    assert refusal_s(scheduler, waits(at + 0.069), at) == pytest.approx(0.001)
+    assert refusal_s(scheduler, waits(at + 0.071), at) is None
+    # Two fifths of a budget of 50 ms hold a batch of one, of 20 ms.
+    assert refusal_s(scheduler, waits(at + 0.039, budget_s=0.05), at) == pytest.approx(0.001)
+    assert refusal_s(scheduler, waits(at + 0.041, budget_s=0.05), at) is None
+
+
+def test_under_sustained_overload_what_is_ahead_may_take_longer_than_expected(scheduler: Scheduler) -> None:
+    at = overloaded(scheduler)
+    for number in range(8):
+        completed(scheduler, 0, 4, 0.04 if number % 2 else 0.06, at)
+    state = scheduler.state(at)
+    full_s = predicted(scheduler, 0, 4, at)
+    fill(scheduler, *(waits(at + 0.19) for _ in range(8)), now=at)  # two batches
+    steady_s = predicted(scheduler, 0, 1, at) + 3 * full_s
+    spread_s = full_s * (state.tail_factor - 1) * math.sqrt(2)
+    assert spread_s > 0.02
+    assert refusal_s(scheduler, waits(at + steady_s + spread_s - 0.001), at) is not None
+    assert refusal_s(scheduler, waits(at + steady_s + spread_s + 0.001), at) is None
 
 
 def test_a_scheduler_for_a_policy_that_drops_later_rejects_nothing(fast_catalog: VariantCatalog) -> None:
