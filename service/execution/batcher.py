@@ -169,7 +169,7 @@ class Batcher:
                 self._free_at = self._clock()
             else:
                 for outcomes in self._serve_batch():
-                    call_on_loop(self._settle, outcomes)
+                    call_on_loop(self._settle_one_by_one, outcomes)
 
     def _await_arrival(self) -> None:
         self._arrival.clear()
@@ -276,6 +276,12 @@ class Batcher:
             self._timed_run([blank], profile, 0.0)
         except Exception as error:  # whatever the model raises, that it raises is what counts
             raise RuntimeError("the model fails whatever the image") from error
+
+    def _settle_one_by_one(self, outcomes: Outcomes) -> None:
+        """Answer a request a turn of the event loop: those of a whole batch would keep it from its sockets for long."""
+        self._settle(outcomes[:1])
+        if rest := outcomes[1:]:
+            asyncio.get_running_loop().call_soon(self._settle_one_by_one, rest)
 
     def _settle(self, outcomes: Outcomes) -> None:
         """Answer requests, on the event loop."""

@@ -15,7 +15,8 @@ import random
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -33,12 +34,15 @@ PROBE_S = 0.5
 CPU_TICK_S = 0.01
 
 
+Answered = Callable[[int, bytes], None]  # told the status and the body; 0 where the connection was lost
+
+
 class Connection(asyncio.Protocol):
     """One keep-alive connection that asks one thing at a time and parses no more of an answer than its length."""
 
     def __init__(self) -> None:
         self._buffer = b""
-        self._answered: asyncio.Future[tuple[int, bytes]] | None = None
+        self._answered: Answered | None = None
         self._transport: asyncio.Transport | None = None
         self.is_open = False
 
@@ -46,63 +50,101 @@ class Connection(asyncio.Protocol):
         self._transport, self.is_open = transport, True
 
     def data_received(self, data: bytes) -> None:
-        self._buffer += data
+        self._buffer = self._buffer + data if self._buffer else data
         end = self._buffer.find(b"\r\n\r\n")
         if end < 0:
             return
-        head = self._buffer[:end]
-        found = LENGTH.search(head)
+        found = LENGTH.search(self._buffer, 0, end)
         length = int(found.group(1)) if found else 0
         if len(self._buffer) < end + 4 + length:
             return
-        body, self._buffer = self._buffer[end + 4 : end + 4 + length], self._buffer[end + 4 + length :]
-        answered, self._answered = self._answered, None
-        if answered is not None and not answered.done():
-            answered.set_result((int(head[9:12]), body))
+        status, body = int(self._buffer[9:12]), self._buffer[end + 4 : end + 4 + length]
+        self._buffer = self._buffer[end + 4 + length :]
+        self._tell(status, body)
 
     def connection_lost(self, _: Exception | None) -> None:
         self.is_open = False
-        if self._answered is not None and not self._answered.done():
-            self._answered.set_result((0, b""))
+        self._tell(0, b"")
 
-    def ask(self, request: bytes) -> "asyncio.Future[tuple[int, bytes]]":
+    def ask(self, request: bytes, answered: Answered) -> None:
         assert self._transport is not None
-        self._answered = asyncio.get_running_loop().create_future()
+        self._answered = answered
         self._transport.write(request)
-        return self._answered
 
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
 
+    def _tell(self, status: int, body: bytes) -> None:
+        answered, self._answered = self._answered, None
+        if answered is not None:
+            answered(status, body)
+
 
 class Clients:
-    """Keeps the connections that are free, and opens one more where none is."""
+    """Keeps the connections that are free, and opens one more where none is.
+
+    The clients have the server's cores, so what they spend on a request is kept small: no task and no future.
+    """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
         self._free: deque[Connection] = deque()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._num_asked, self._all_answered = 0, asyncio.Event()
+        self._all_answered.set()
 
-    async def ask(self, request: bytes) -> tuple[int, bytes]:
+    def start(self, request: bytes, answered: Answered) -> None:
+        """Send a request, at once where a connection is free."""
+        self._num_asked += 1
+        self._all_answered.clear()
         while self._free:
             connection = self._free.pop()
             if connection.is_open:
-                break
-        else:
-            loop = asyncio.get_running_loop()
-            _, connection = await loop.create_connection(Connection, self._host, self._port)
-        try:
-            answer = await connection.ask(request)
-        except asyncio.CancelledError:
-            connection.close()
-            raise
-        self._free.append(connection)
-        return answer
+                self._send(connection, request, answered)
+                return
+        opening = asyncio.create_task(self._open(request, answered))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opening.discard)
+
+    async def ask(self, request: bytes) -> tuple[int, bytes]:
+        """Send a request and wait for its answer."""
+        future: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
+        self.start(request, lambda status, body: future.set_result((status, body)))
+        return await future
+
+    async def rest(self, within_s: float) -> None:
+        """Wait until all have their answers, for so long at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._all_answered.wait()
 
     def close(self) -> None:
         for connection in self._free:
             connection.close()
+
+    async def _open(self, request: bytes, answered: Answered) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+            _, connection = await loop.create_connection(Connection, self._host, self._port)
+        except OSError:
+            self._end(answered, 0, b"")
+        else:
+            self._send(connection, request, answered)
+
+    def _send(self, connection: Connection, request: bytes, answered: Answered) -> None:
+        def free(status: int, body: bytes) -> None:
+            self._free.append(connection)
+            self._end(answered, status, body)
+
+        connection.ask(request, free)
+
+    def _end(self, answered: Answered, status: int, body: bytes) -> None:
+        self._num_asked -= 1
+        if not self._num_asked:
+            self._all_answered.set()
+        answered(status, body)
 
 
 @dataclass
@@ -112,11 +154,16 @@ class Tally:
     sent: int = 0
     in_time: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
-    refusals_s: list[float] = field(default_factory=list)
-    rejected_s: dict[str, list[float]] = field(default_factory=dict)
+    refused: list[tuple[float, bytes]] = field(default_factory=list)  # after how long, and how it was put
     answers_s: list[float] = field(default_factory=list)
     behind_s: list[float] = field(default_factory=list)
-    counted_met: float = 0
+
+    @property
+    def rejected_s(self) -> dict[str, list[float]]:
+        by_reason: dict[str, list[float]] = {}
+        for took_s, body in self.refused:
+            by_reason.setdefault(json.loads(body)["error"]["details"]["reason"], []).append(took_s)
+        return by_reason
 
 
 def post(image: bytes, query: str) -> bytes:
@@ -143,33 +190,29 @@ async def closed_loop(url: str, requests: Sequence[bytes], concurrency: int, sec
 async def open_loop(url: str, requests: Sequence[bytes], rate: float, seconds: float, budget_s: float) -> Tally:
     """Send at Poisson instants; none waits for another."""
     clients, tally, rng = Clients(url), Tally(), random.Random(0)
-    tasks: set[asyncio.Task[None]] = set()
-    started = at = time.perf_counter()
+    clock = time.perf_counter
 
-    async def one(request: bytes, due_at: float) -> None:
-        tally.behind_s.append(time.perf_counter() - due_at)
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                status, body = await clients.ask(request)
-        except (OSError, TimeoutError):
-            status, body = 0, b""
-        took_s = time.perf_counter() - due_at
-        tally.statuses[status] += 1
-        if status == 200:
-            tally.answers_s.append(took_s)
-            tally.in_time += took_s <= budget_s
-        elif status == 429:
-            tally.refusals_s.append(took_s)
-            tally.rejected_s.setdefault(json.loads(body)["error"]["details"]["reason"], []).append(took_s)
+    def sent(due_at: float) -> Answered:
+        def answered(status: int, body: bytes) -> None:
+            took_s = clock() - due_at
+            tally.statuses[status] += 1
+            if status == 200:
+                tally.answers_s.append(took_s)
+                tally.in_time += took_s <= budget_s
+            elif status == 429:
+                tally.refused.append((took_s, body))
 
+        return answered
+
+    started = at = clock()
     while (at := at + rng.expovariate(rate)) < started + seconds:
-        if (wait := at - time.perf_counter()) > 0:
+        if (wait := at - clock()) > 0:
             await asyncio.sleep(wait)
         tally.sent += 1
-        task = asyncio.create_task(one(requests[tally.sent % len(requests)], at))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-    await asyncio.gather(*tasks)
+        tally.behind_s.append(clock() - at)
+        clients.start(requests[tally.sent % len(requests)], sent(at))
+    await clients.rest(PATIENCE_S)
+    tally.statuses[0] += tally.sent - tally.statuses.total()  # without an answer
     clients.close()
     return tally
 
@@ -200,9 +243,9 @@ async def phase(
     url: str, pid: int, requests: Sequence[bytes], load: float, carried: float, options: argparse.Namespace
 ) -> dict[str, object]:
     seconds = options.seconds
-    used_s, met = cpu_s(pid), await metric(url, 'supervit_deadlines_total{result="met"}')
+    used_s, own_s, met = cpu_s(pid), time.process_time(), await metric(url, 'supervit_deadlines_total{result="met"}')
     tally = await open_loop(url, requests, load * carried, seconds, options.budget_ms / 1000)
-    used_s = cpu_s(pid) - used_s
+    used_s, own_s = cpu_s(pid) - used_s, time.process_time() - own_s
     counted = await metric(url, 'supervit_deadlines_total{result="met"}') - met
     return {
         "load": load,
@@ -212,13 +255,14 @@ async def phase(
         "counted as met": counted,
         "statuses": dict(tally.statuses),
         "answers p50, p99 ms": [at_share(tally.answers_s, share) for share in (0.5, 0.99)],
-        "refusals p50, p99 ms": [at_share(tally.refusals_s, share) for share in (0.5, 0.99)],
+        "refusals p50, p99 ms": [at_share([took_s for took_s, _ in tally.refused], share) for share in (0.5, 0.99)],
         "by reason": {
             reason: [len(times_s), *(at_share(times_s, share) for share in (0.5, 0.99))]
             for reason, times_s in tally.rejected_s.items()
         },
         "client behind p50, p99 ms": [at_share(tally.behind_s, share) for share in (0.5, 0.99)],
         "server CPU ms per request": round(1000 * used_s / max(1, tally.sent), 3),
+        "client CPU ms per request": round(1000 * own_s / max(1, tally.sent), 3),
         "resident MB": round(resident_mb(pid)),
     }
 
