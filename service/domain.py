@@ -44,6 +44,7 @@ class InferenceRequest:
         subnetwork: the one asked for by name; None leaves the choice to the policy.
         top_k: how many predictions to return; None for DEFAULT_TOP_K, or all classes if there are fewer.
         priority: 0 is normal; lower may be rejected or shed first.
+        address: that it came from; None where that is not known.
     """
 
     arrived_at: float
@@ -52,6 +53,7 @@ class InferenceRequest:
     subnetwork: SubNetwork | None = None
     top_k: int | None = None
     priority: int = 0
+    address: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

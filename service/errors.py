@@ -127,7 +127,7 @@ class OverloadedError(ServiceError):
             reason: `no_time`, the budget is shorter than an answer takes at this moment even if nothing else waits;
                 `backlog`, what waits already leaves no time; `preprocessing`, too many are being read and decoded;
                 `shed`, for the sake of others; `full`, as many requests are in the server as may be; `address`, as many
-                as may be of one address.
+                as may be of one address, or as much is to be decoded for it.
             retry_after_s: when it may be worth another try.
         """
         super().__init__(message, reason=reason, retry_after_s=round(retry_after_s, 3))

@@ -161,7 +161,7 @@ class Pipeline:
             # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
             self._scheduler.admit(queued, read_at, self._delay(read_at, queued))
             with self._slot():
-                decoding = self._decoder.submit(data, queued.deadline_at, queued.priority)
+                decoding = self._decoder.submit(data, queued.deadline_at, queued.priority, request.address)
                 del data  # up to the limit of bodies, and of no use once it is decoded
                 try:
                     result = await self._batcher.submit(decoding, queued)

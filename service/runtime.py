@@ -244,7 +244,9 @@ class ServerRuntime:
             max_pixels=settings.max_image_pixels,
             max_memory_bytes=settings.max_decode_bytes,
         )
-        self._decoder = Decoder(open_image, settings.decode_threads, settings.max_decode_bytes)
+        self._decoder = Decoder(
+            open_image, settings.decode_threads, settings.max_decode_bytes, settings.max_decode_s_per_address
+        )
         pipeline = Pipeline(
             scheduler=scheduler,
             class_names=checkpoint.class_names,
@@ -273,7 +275,7 @@ class ServerRuntime:
             state = self._server.scheduler.state(time.monotonic())
             queued = len(self._server.scheduler)
             self.metrics.machine(self._monitor.latest, queued, state.slowdown, state.safety_factor)
-            self.metrics.ready(self._state is ServerState.READY)
+            self.metrics.ready(self._state is ServerState.READY and not self.context.failures.are_all)
 
     async def _report_regularly(self) -> None:
         """Report until cancelled: where there are several workers, only one of them is asked for the metrics."""

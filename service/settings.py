@@ -56,6 +56,12 @@ class Settings(BaseSettings):
     max_batch_size: int = Field(16, ge=1, le=64, description="requests that may run together")
     max_in_flight: int = Field(1024, ge=1, description="requests in the server at once; more are rejected")
     max_in_flight_per_address: int = Field(512, ge=1, description="requests in the server at once from one address")
+    max_decode_s_per_address: float = Field(
+        30,
+        gt=0,
+        allow_inf_nan=False,
+        description="most decoding that the large images of one address may be waiting for",
+    )
     max_connections: int = Field(
         4096, ge=1, description="connections at once; of those that wait, the oldest is closed for a new one"
     )

@@ -4,6 +4,7 @@ The queue is by priority and then by deadline: images of lower priority stand be
 thread is kept for images of ordinary cost, and those that are dear share a budget of memory.
 """
 
+import math
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from service.decoding.images import OpenedImage
 from service.decoding.times import DecodeTimes
-from service.errors import DeadlineError
+from service.errors import DeadlineError, OverloadedError
 from service.scheduling.estimators import Delay
 
 FADES_S = 5.0
@@ -41,6 +42,7 @@ class _Job:
     deadline_at: float
     urgency: tuple[int, float]  # the least first
     submitted_at: float
+    address: str | None
     future: "Future[DecodedImage]" = field(default_factory=Future)
     opened: OpenedImage | None = None
     expected_s: float = 0.0
@@ -64,6 +66,7 @@ class Decoder:
         open_image: Callable[[bytes], OpenedImage],
         threads: int,
         max_memory_bytes: int,
+        max_s_per_address: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the threads.
@@ -72,10 +75,11 @@ class Decoder:
             open_image: reads the header; called on one of the threads, as is what decodes the rest.
             threads: how many there are.
             max_memory_bytes: that dear images may take together; one that needs more is decoded alone.
+            max_s_per_address: that the dear images of one address may need together.
             clock: monotonic, in seconds; the one that deadlines are on.
         """
         self._open_image, self._threads, self._clock = open_image, threads, clock
-        self._max_memory_bytes = max_memory_bytes
+        self._max_memory_bytes, self._max_s_per_address = max_memory_bytes, max_s_per_address
         self._pool = ThreadPoolExecutor(threads, "decode")
         self._unopened: list[_Job] = []
         self._ordinary: list[_Job] = []  # this and the next in order of urgency
@@ -85,20 +89,23 @@ class Decoder:
         self._delay = Delay(FADES_S)  # of an ordinary image
         self._lock = Lock()
 
-    def submit(self, data: bytes, deadline_at: float, priority: int = 0) -> "Future[DecodedImage]":
+    def submit(
+        self, data: bytes, deadline_at: float, priority: int = 0, address: str | None = None
+    ) -> "Future[DecodedImage]":
         """Decode an image as soon as a thread is free of more urgent ones.
 
         Args:
             data: its bytes.
             deadline_at: when its answer is due; after it, decoding would be in vain.
             priority: 0 is normal; lower ones stand behind.
+            address: whose it is; None for no bound.
 
         Returns:
-            The image, or a DeadlineError, or the ServiceError with which it cannot be decoded. Cancelling it takes the
-            image out of the queue.
+            The image, or a DeadlineError, or an OverloadedError where too much is to be decoded for that address, or
+            the ServiceError with which it cannot be decoded. Cancelling it takes the image out of the queue.
         """
         now = self._clock()
-        job = _Job(data, deadline_at, (-priority, deadline_at), now)
+        job = _Job(data, deadline_at, (-priority, deadline_at), now, address)
         with self._lock:
             job.expected_s = self._delay.expected_s(now)
             insort(self._unopened, job, key=_urgency)
@@ -165,15 +172,31 @@ class Decoder:
             return
         try:
             job.opened = self._open_image(job.data)
+            job.data = b""
+            with self._lock:
+                job.expected_s = self._times.expected_s(job.opened.kind, job.opened.cost_s, self._clock())
+                if job.is_dear:
+                    self._require_share(job)
+                if not job.future.cancelled():  # where it is later, `_forget` finds it in the queue
+                    insort(self._dear if job.is_dear else self._ordinary, job, key=_urgency)
         except Exception as error:  # whatever it is, the request that waits must hear of it
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(error)
+
+    def _require_share(self, job: _Job) -> None:
+        """Let no address have all others with dear images wait for its own.
+
+        Raises:
+            OverloadedError: too much is to be decoded for it already.
+        """
+        if job.address is None:
             return
-        job.data = b""
-        with self._lock:
-            if not job.future.cancelled():  # where it is later, `_forget` finds it in the queue
-                job.expected_s = self._times.expected_s(job.opened.kind, job.opened.cost_s, self._clock())
-                insort(self._dear if job.is_dear else self._ordinary, job, key=_urgency)
+        others = (other for other in (*self._dear, *self._running) if other.is_dear and other.address == job.address)
+        before_s = sum(other.expected_s for other in others)
+        over_s = before_s + job.expected_s - self._max_s_per_address
+        if before_s and over_s > 0:  # one alone is for its deadline to stop
+            message = f"the images of this address take {before_s:.3g} s to be decoded already; try again later"
+            raise OverloadedError(message, "address", over_s / self._threads)
 
     def _next_job(self) -> _Job | None:
         queues = [self._ordinary, self._dear] if self._may_run_dear() else [self._ordinary]

@@ -52,10 +52,9 @@ def make_classify(context: RouteContext) -> Handle:
         except ServiceError:
             with counted(context.metrics):
                 raise
-        address = request.client.host if request.client else None
 
         async def answer(read: Read) -> ClassifyAnswer:
-            with counted(context.metrics) as record, by_address.counting(address) as enter:
+            with counted(context.metrics) as record, by_address.counting(upload.wanted.address) as enter:
 
                 async def read_and_enter(within_s: float) -> bytes:
                     data = await read(within_s)
@@ -82,6 +81,7 @@ async def _upload(context: RouteContext, request: Request, watch: ClientWatch) -
         ServiceError: it cannot be told, or the server takes no requests.
     """
     query_string, clock = request.scope["query_string"], context.clock
+    address = request.client.host if request.client else None
     arrived_at = request.scope.get(ARRIVED_AT) or clock()
     pipeline, kind = context.open_server().pipeline, kind_of_body(request.headers)
     limits = context.max_body_bytes, context.max_upload_s
@@ -94,7 +94,7 @@ async def _upload(context: RouteContext, request: Request, watch: ClientWatch) -
             return data
 
         reserved = request.scope.get(RESERVED)
-        return _Upload(pipeline, (read,), query.request(arrived_at, query.top_k), reserved)
+        return _Upload(pipeline, (read,), query.request(arrived_at, query.top_k, address), reserved)
 
     pipeline.check_room()
     within_s = context.max_upload_s  # unless the query says so, it is not known yet what is granted
@@ -103,7 +103,7 @@ async def _upload(context: RouteContext, request: Request, watch: ClientWatch) -
             within_s = pipeline.time_left_s(query.request(arrived_at))
     form = await (read_form if kind is BodyKind.FORM else read_json)(request, *limits, within_s)
     parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
-    wanted = parameters.request(arrived_at, parameters.top_k)
+    wanted = parameters.request(arrived_at, parameters.top_k, address)
     if pipeline.time_left_s(wanted) <= 0:
         raise UploadTimeoutError("the body did not arrive within its budget")
     return _Upload(pipeline, tuple(_already_read(image, watch) for image in form.images), wanted)

@@ -44,10 +44,10 @@ class DecideQuery(BaseModel):
             return None
         return SubNetwork(self.patch_grid, self.keep_rate)
 
-    def request(self, arrived_at: float, top_k: int | None = None) -> InferenceRequest:
+    def request(self, arrived_at: float, top_k: int | None = None, address: str | None = None) -> InferenceRequest:
         """Make what the pipeline takes."""
         return InferenceRequest(
-            arrived_at, self.budget_ms, self.budget_gflops, self.subnetwork, top_k, priority=self.priority
+            arrived_at, self.budget_ms, self.budget_gflops, self.subnetwork, top_k, self.priority, address
         )
 
 

@@ -137,7 +137,7 @@ async def running(
     latencies = LatencyTable((1, 4), dict.fromkeys(profiles.by_subnetwork, seconds))
     scheduler = Scheduler(VariantCatalog.of(profiles, latencies), choose_level, 4, lock=threading.RLock())
     thread = ThreadPoolExecutor(1, "engine")
-    decoder = Decoder(opening(parts.decode), 1, 0, clock)
+    decoder = Decoder(opening(parts.decode), 1, 0, clock=clock)
     batcher = Batcher(parts.run, scheduler, thread, clock=clock)
     pipeline = CountedPipeline(
         parts,

@@ -25,6 +25,7 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "allowed_hosts": "example.org",
         "forwarded_allow_ips": "10.0.0.1",
         "max_in_flight_per_address": "8",
+        "max_decode_s_per_address": "7.5",
         "max_connections": "9",
         "max_connections_per_address": "7",
         "workers": "2",

@@ -12,7 +12,7 @@ import torch
 from service.decoding.decoder import DecodedImage, Decoder
 from service.decoding.images import OpenedImage
 from service.decoding.times import DecodeTimes
-from service.errors import DeadlineError, InvalidImageError
+from service.errors import DeadlineError, InvalidImageError, OverloadedError
 from tests.service.conftest import opening
 
 DUE_AT = 1000.0
@@ -27,7 +27,7 @@ class Slow:
         self.may_end = threading.Event()
         self.running = threading.Semaphore(0)
         self.order: list[bytes] = []
-        self.decoder = Decoder(opening(self.decode, COST_S), threads, 0, lambda: self.now)
+        self.decoder = Decoder(opening(self.decode, COST_S), threads, 0, clock=lambda: self.now)
 
     def decode(self, data: bytes) -> torch.Tensor:
         self.order.append(data)
@@ -159,16 +159,18 @@ def test_an_image_that_cannot_be_decoded_says_why_and_is_not_learned_from() -> N
 class Mixed:
     """Images of ordinary cost and dear ones, which end when they are told to; the former begin with a small letter."""
 
-    def __init__(self, threads: int, max_memory_bytes: int) -> None:
+    def __init__(self, threads: int, max_memory_bytes: int, max_s_per_address: float) -> None:
         self.now = 0.0
         self.gates: dict[bytes, threading.Event] = {}
         self.started = threading.Semaphore(0)
         self.order: list[bytes] = []
-        self.decoder = Decoder(self.open, threads, max_memory_bytes, lambda: self.now)
+        self.decoder = Decoder(self.open, threads, max_memory_bytes, max_s_per_address, lambda: self.now)
 
-    def submit(self, data: bytes, deadline_at: float = DUE_AT, priority: int = 0) -> "Future[DecodedImage]":
+    def submit(
+        self, data: bytes, deadline_at: float = DUE_AT, priority: int = 0, address: str | None = None
+    ) -> "Future[DecodedImage]":
         self.gates[data] = threading.Event()
-        return self.decoder.submit(data, deadline_at, priority)
+        return self.decoder.submit(data, deadline_at, priority, address)
 
     def open(self, data: bytes) -> OpenedImage:
         is_dear = data.isupper()
@@ -191,14 +193,37 @@ class Mixed:
 
 
 @contextmanager
-def mixed(threads: int, max_memory_bytes: int = 1000) -> Iterator[Mixed]:
-    images = Mixed(threads, max_memory_bytes)
+def mixed(threads: int, max_memory_bytes: int = 1000, max_s_per_address: float = DUE_AT) -> Iterator[Mixed]:
+    images = Mixed(threads, max_memory_bytes, max_s_per_address)
     try:
         yield images
     finally:
         for gate in images.gates.values():
             gate.set()
         images.decoder.close()
+
+
+def test_an_address_has_no_more_dear_images_decoded_than_is_its_share() -> None:
+    with mixed(2, max_s_per_address=2.5) as images:
+        running, waiting = (images.submit(data, address="1.2.3.4") for data in (b"A", b"B"))  # a second each
+        images.await_started(1)
+        with pytest.raises(OverloadedError, match="this address") as caught:
+            images.submit(b"C", address="1.2.3.4").result(10)
+        assert caught.value.details == {"reason": "address", "retry_after_s": 0.25}
+        others = [images.submit(b"D", address="5.6.7.8"), images.submit(b"E"), images.submit(b"a", address="1.2.3.4")]
+        for gate in images.gates.values():
+            gate.set()
+        for future in (running, waiting, *others):
+            future.result(10)
+        images.submit(b"C", address="1.2.3.4")
+        images.gates[b"C"].set()
+
+
+def test_an_image_that_takes_more_than_its_address_share_is_decoded_by_itself() -> None:
+    with mixed(2, max_s_per_address=0.5) as images:
+        alone = images.submit(b"A", address="1.2.3.4")
+        images.gates[b"A"].set()
+        alone.result(10)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -291,7 +316,7 @@ def test_counting_from_many_threads_never_meets_a_count_that_changes() -> None:
     """Requests come, are looked ahead for, and leave, all at once, while images are decoded."""
     kinds = {b"a": COST_S, b"A": 20 * COST_S}
     decoder = Decoder(
-        lambda data: OpenedImage(data.decode(), kinds[data], 1, lambda: torch.zeros(1)), 4, 2, time.monotonic
+        lambda data: OpenedImage(data.decode(), kinds[data], 1, lambda: torch.zeros(1)), 4, 2, clock=time.monotonic
     )
     wrong: list[BaseException] = []
     begin = threading.Barrier(8)

@@ -64,3 +64,4 @@ def test_a_server_that_lacks_memory_for_every_request_is_ready_for_none(client: 
     assert error_code(answer, 503) == "not_ready"
     assert "its log says which" in answer.json()["error"]["message"]
     assert client.get("/health/live").status_code == 200
+    assert "supervit_ready 0.0" in client.get("/metrics").text
