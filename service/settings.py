@@ -60,7 +60,7 @@ class Settings(BaseSettings):
         30,
         gt=0,
         allow_inf_nan=False,
-        description="most decoding that the large images of one address may be waiting for",
+        description="seconds of decoding that the large images of an address may wait for beside others'",
     )
     max_connections: int = Field(
         4096, ge=1, description="connections at once; of those that wait, the oldest is closed for a new one"

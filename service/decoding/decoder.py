@@ -75,7 +75,7 @@ class Decoder:
             open_image: reads the header; called on one of the threads, as is what decodes the rest.
             threads: how many there are.
             max_memory_bytes: that dear images may take together; one that needs more is decoded alone.
-            max_s_per_address: that the dear images of one address may need together.
+            max_s_per_address: that the dear images of one address may need together while others have some, too.
             clock: monotonic, in seconds; the one that deadlines are on.
         """
         self._open_image, self._threads, self._clock = open_image, threads, clock
@@ -184,19 +184,19 @@ class Decoder:
                 job.future.set_exception(error)
 
     def _require_share(self, job: _Job) -> None:
-        """Let no address have all others with dear images wait for its own.
+        """Let no address have others with dear images wait for more of its own than is its share.
 
         Raises:
             OverloadedError: too much is to be decoded for it already.
         """
         if job.address is None:
             return
-        others = (other for other in (*self._dear, *self._running) if other.is_dear and other.address == job.address)
-        before_s = sum(other.expected_s for other in others)
-        over_s = before_s + job.expected_s - self._max_s_per_address
-        if before_s and over_s > 0:  # one alone is for its deadline to stop
-            message = f"the images of this address take {before_s:.3g} s to be decoded already; try again later"
-            raise OverloadedError(message, "address", over_s / self._threads)
+        dear = [other for other in (*self._dear, *self._running) if other.is_dear]
+        own_s = [other.expected_s for other in dear if other.address == job.address]
+        over_s = sum(own_s) + job.expected_s - self._max_s_per_address
+        if 0 < len(own_s) < len(dear) and over_s > 0:  # one alone is for its deadline to stop
+            message = f"the images of this address take {sum(own_s):.3g} s to be decoded already; try again later"
+            raise OverloadedError(message, "address", over_s / max(1, self._threads - 1))
 
     def _next_job(self) -> _Job | None:
         queues = [self._ordinary, self._dear] if self._may_run_dear() else [self._ordinary]

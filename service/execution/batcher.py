@@ -20,9 +20,10 @@ from torch import Tensor
 from models.profiles import SubNetworkProfile
 from service.decoding.decoder import DecodedImage
 from service.engines.base import Run
-from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError
+from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, ServiceError
 from service.execution.results import Ranked, Result, rank
 from service.execution.throttle import UtilizationLimiter
+from service.execution.turns import InTurns
 from service.scheduling.catalog import Variant
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.state import BatchDecision, QueuedRequest
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 FAILURES_IN_A_ROW = 8
 
 CallOnLoop = Callable[..., object]
-Outcomes = Sequence[tuple[QueuedRequest, Result | BaseException]]
+Outcome = tuple[QueuedRequest, Result | BaseException]
+Outcomes = Sequence[Outcome]
 
 
 @dataclass(slots=True)
@@ -77,6 +79,7 @@ class Batcher:
         self._observe_batch = observe_batch
         self._clock, self._sleep = clock, sleep
         self._pending: dict[QueuedRequest, _Pending] = {}
+        self._answers = InTurns(self._settle)
         self._arrival = threading.Event()
         self._thread = thread
         self._stopping = False
@@ -118,7 +121,7 @@ class Batcher:
     def _expire(self, request: QueuedRequest, pending: _Pending) -> None:
         """Answer a request whose image was not decoded by its deadline, maybe because others' take so long."""
         if pending.image is None:
-            self._settle([(request, DeadlineError("the deadline passed before the image was decoded"))])
+            self._settle((request, DeadlineError("the deadline passed before the image was decoded")))
 
     def _enqueue(
         self, request: QueuedRequest, pending: _Pending, call_on_loop: CallOnLoop, decoding: "Future[DecodedImage]"
@@ -127,7 +130,7 @@ class Batcher:
         if request not in self._pending:
             return  # its client has left
         if error := decoding.exception():
-            call_on_loop(self._settle, [(request, error)])
+            call_on_loop(self._settle, (request, error))
             return
         pending.image = decoding.result().image
         self._scheduler.enqueue(request)
@@ -142,14 +145,13 @@ class Batcher:
         try:
             await loop.run_in_executor(self._thread, self._dispatch, loop.call_soon_threadsafe)
         finally:
-            self._settle([(request, NotReadyError("the server is stopping")) for request in self._pending])
+            self._answer_all(NotReadyError("the server is stopping"))
             self._pending.clear()
             self.stop()
 
     def abandon(self) -> None:
         """Answer all requests with an error, on the event loop, because the engine never will."""
-        error = ModelError("the model does not come back from a batch; the server ends")
-        self._settle([(request, error) for request in self._pending])
+        self._answer_all(ModelError("the model does not come back from a batch; the server ends"))
         self.stop()
 
     def stop(self) -> None:
@@ -169,7 +171,7 @@ class Batcher:
                 self._free_at = self._clock()
             else:
                 for outcomes in self._serve_batch():
-                    call_on_loop(self._settle_one_by_one, outcomes)
+                    call_on_loop(self._answers.add, outcomes)
 
     def _await_arrival(self) -> None:
         self._arrival.clear()
@@ -277,19 +279,19 @@ class Batcher:
         except Exception as error:  # whatever the model raises, that it raises is what counts
             raise RuntimeError("the model fails whatever the image") from error
 
-    def _settle_one_by_one(self, outcomes: Outcomes) -> None:
-        """Answer a request a turn of the event loop: those of a whole batch would keep it from its sockets for long."""
-        self._settle(outcomes[:1])
-        if rest := outcomes[1:]:
-            asyncio.get_running_loop().call_soon(self._settle_one_by_one, rest)
+    def _answer_all(self, error: ServiceError) -> None:
+        """Give every request its answer, where there is one, or else an error."""
+        self._answers.finish()
+        for request in self._pending:
+            self._settle((request, error))
 
-    def _settle(self, outcomes: Outcomes) -> None:
-        """Answer requests, on the event loop."""
-        for request, outcome in outcomes:
-            pending = self._pending.get(request)
-            if pending is None or pending.result.done():
-                continue  # its client has left meanwhile
-            if isinstance(outcome, Result):
-                pending.result.set_result(outcome)
-            else:
-                pending.result.set_exception(outcome)
+    def _settle(self, outcome: Outcome) -> None:
+        """Answer a request, on the event loop."""
+        request, result = outcome
+        pending = self._pending.get(request)
+        if pending is None or pending.result.done():
+            return  # its client has left meanwhile
+        if isinstance(result, Result):
+            pending.result.set_result(result)
+        else:
+            pending.result.set_exception(result)

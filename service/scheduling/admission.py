@@ -9,11 +9,11 @@ from service.scheduling.latency_model import LatencyModel
 from service.scheduling.queue import RequestQueue
 from service.scheduling.state import PreprocessingDelay, QueuedRequest, target
 
-ROOM_SHARE = 0.4  # of a budget, at most, that is kept for the batch that a request will be part of under overload
+ROOM_SHARE = 0.3  # of a budget, at most, that is kept for the batch that a request will be part of under overload
 
 
 class Admission:
-    """Rejects what not even the cheapest level could answer in time."""
+    """Rejects what not even the cheapest level could answer in time, or what sustained overload would have shed."""
 
     def __init__(self, queue: RequestQueue, latency_model: LatencyModel, traffic: TrafficEstimator) -> None:
         """Take what it looks at, and changes nothing of.
@@ -57,19 +57,20 @@ class Admission:
         """When a request would be answered if all before it ran at the cheapest level, in the largest batches.
 
         Under sustained overload requests that come after this one fill its batch up, which then takes the longer, and
-        what waits grows until no batch may take longer than expected. Better rejected now than shed later: so there it
-        is the end before which it will be in all likelihood.
+        what waits grows until no batch may take longer than expected. Better rejected now than shed later: so there,
+        if anything is before it, this is the end before which it will be in all likelihood.
         """
         latency_model = self._latency_model
         latencies_s, slowdown = latency_model.latencies_s, latency_model.slowdown(now)
         cheapest_s, overhead_factor = latencies_s[0], latency_model.overhead_factor
-        full_s = cheapest_s[max_batch_size - 1] * slowdown * overhead_factor
         ahead = self._queue.deadlines_before(request)
-        time, index, spread, squares = start_at, 0, 0.0, 0.0
-        if self._traffic.sustained_rate(now) * full_s > max_batch_size:
+        time, index, extra_s, spread, squares = start_at, 0, 0.0, 0.0, 0.0
+        if ahead and self._is_overloaded(
+            now, cheapest_s[max_batch_size - 1] * slowdown * overhead_factor / max_batch_size
+        ):
             room_s = ROOM_SHARE * request.constraints.budget_s / slowdown
-            usual = max(1, bisect_right(cheapest_s, room_s, 0, max_batch_size))
-            time += cheapest_s[usual - 1] * slowdown * overhead_factor
+            fitting = bisect_right(cheapest_s, room_s, 0, max_batch_size)
+            extra_s = cheapest_s[fitting - 1] * slowdown if fitting else 0.0
             spread = latency_model.slowdown(now, TAIL_SPREADS) - slowdown
         while index < len(ahead):
             if ahead[index] < time + cheapest_s[0] * slowdown:
@@ -80,7 +81,11 @@ class Admission:
             if index == len(ahead) and size < max_batch_size and request.constraints.pinned is None:
                 together = time + cheapest_s[size] * slowdown
                 if together <= ahead[index - size]:
-                    return together + math.sqrt(squares)
+                    return together + extra_s + math.sqrt(squares)
             time += cheapest_s[size - 1] * slowdown * overhead_factor
             squares += (cheapest_s[size - 1] * spread) ** 2  # of batches one by one, independent of each other
-        return time + latencies_s[target(request.constraints, 0)][0] * slowdown + math.sqrt(squares)
+        return time + latencies_s[target(request.constraints, 0)][0] * slowdown + extra_s + math.sqrt(squares)
+
+    def _is_overloaded(self, now: float, least_s: float) -> bool:
+        """Whether for long more has come, and still comes, than is answered where a request takes so long at least."""
+        return least_s * min(self._traffic.rate(now), self._traffic.sustained_rate(now)) > 1

@@ -99,8 +99,8 @@ class Scheduler:
             delay: what it has before it until it is ready for the engine; by default nothing.
 
         Raises:
-            OverloadedError: even the cheapest sub-network could not answer it in time, unless requests of lower
-                priority and those due later are put behind it; says when to try again.
+            OverloadedError: even the cheapest sub-network could not answer it in time, or probably not, unless requests
+                of lower priority and those due later are put behind it; says when to try again.
         """
         self._check(request, now, delay)
         self._traffic.count(now)

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.anyio
 
 
 def wanted(
-    budget_ms: float | None = 600_000, budget_gflops: float | None = None, **changes: int | SubNetwork
+    budget_ms: float | None = 600_000, budget_gflops: float | None = None, **changes: int | str | SubNetwork
 ) -> InferenceRequest:
     return replace(InferenceRequest(time.monotonic(), budget_ms, budget_gflops, top_k=2), **changes)  # type: ignore[arg-type] # the names are the attributes'
 
@@ -133,11 +133,12 @@ async def running(
     seconds: tuple[float, float] = (0.001, 0.002),
     clock: Callable[[], float] = time.monotonic,
     loop_time: Callable[[], float] = lambda: 0.0,
+    decoder: Decoder | None = None,
 ) -> AsyncIterator["CountedPipeline"]:
     latencies = LatencyTable((1, 4), dict.fromkeys(profiles.by_subnetwork, seconds))
     scheduler = Scheduler(VariantCatalog.of(profiles, latencies), choose_level, 4, lock=threading.RLock())
     thread = ThreadPoolExecutor(1, "engine")
-    decoder = Decoder(opening(parts.decode), 1, 0, clock=clock)
+    decoder = decoder or Decoder(opening(parts.decode), 1, 0, clock=clock)
     batcher = Batcher(parts.run, scheduler, thread, clock=clock)
     pipeline = CountedPipeline(
         parts,
@@ -166,6 +167,20 @@ async def two_bytes(_: float) -> bytes:
 
 async def never(_: float) -> bytes:
     raise AssertionError("the body was read")
+
+
+async def test_what_is_decoded_counts_for_the_address_that_asked(profiles: ProfileTable) -> None:
+    parts = Parts()
+    decoder = Decoder(opening(parts.decode, 1.0), 2, 0, 1.5)  # a second each
+    async with running(parts, profiles, decoder=decoder) as pipeline:
+        first = asyncio.create_task(pipeline.classify(two_bytes, wanted(address="1.2.3.4")))
+        assert await asyncio.to_thread(parts.decoding.wait, 10)
+        other = asyncio.create_task(pipeline.classify(two_bytes, wanted(address="5.6.7.8")))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="of this address"):
+            await pipeline.classify(two_bytes, wanted(address="1.2.3.4"))
+        parts.open()
+        await asyncio.gather(first, other)
 
 
 async def test_the_event_loop_goes_on_while_images_are_decoded_and_models_run(profiles: ProfileTable) -> None:

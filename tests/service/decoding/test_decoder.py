@@ -203,27 +203,34 @@ def mixed(threads: int, max_memory_bytes: int = 1000, max_s_per_address: float =
         images.decoder.close()
 
 
-def test_an_address_has_no_more_dear_images_decoded_than_is_its_share() -> None:
-    with mixed(2, max_s_per_address=2.5) as images:
-        running, waiting = (images.submit(data, address="1.2.3.4") for data in (b"A", b"B"))  # a second each
+def test_beside_others_an_address_has_no_more_dear_images_decoded_than_is_its_share() -> None:
+    with mixed(2, max_s_per_address=1.5) as images:
+        own = [images.submit(data, address="1.2.3.4") for data in (b"A", b"B")]  # a second each
         images.await_started(1)
-        with pytest.raises(OverloadedError, match="this address") as caught:
+        others = [images.submit(b"D", address="5.6.7.8"), images.submit(b"E")]
+        with pytest.raises(OverloadedError, match="take 2 s to be decoded") as caught:
             images.submit(b"C", address="1.2.3.4").result(10)
-        assert caught.value.details == {"reason": "address", "retry_after_s": 0.25}
-        others = [images.submit(b"D", address="5.6.7.8"), images.submit(b"E"), images.submit(b"a", address="1.2.3.4")]
+        assert caught.value.details == {"reason": "address", "retry_after_s": 1.5}
+        others.append(images.submit(b"a", address="1.2.3.4"))
         for gate in images.gates.values():
             gate.set()
-        for future in (running, waiting, *others):
+        for future in (*own, *others):
             future.result(10)
-        images.submit(b"C", address="1.2.3.4")
-        images.gates[b"C"].set()
+        images.submit(b"E")
+        again = images.submit(b"C", address="1.2.3.4")
+        for gate in images.gates.values():
+            gate.set()
+        again.result(10)
 
 
-def test_an_image_that_takes_more_than_its_address_share_is_decoded_by_itself() -> None:
+def test_an_address_alone_has_all_its_images_decoded_and_one_that_takes_more_than_its_share() -> None:
     with mixed(2, max_s_per_address=0.5) as images:
-        alone = images.submit(b"A", address="1.2.3.4")
-        images.gates[b"A"].set()
-        alone.result(10)
+        futures = [images.submit(data, address="1.2.3.4") for data in (b"A", b"B", b"C")]
+        futures.append(images.submit(b"D", address="5.6.7.8"))
+        for gate in images.gates.values():
+            gate.set()
+        for future in futures:
+            future.result(10)
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -108,28 +108,6 @@ async def behind_a_running_batch(batcher: Batcher, gate: Gate) -> "asyncio.Task[
     return first
 
 
-async def test_the_event_loop_gets_a_turn_between_the_answers_of_a_batch() -> None:
-    gate, turns = Gate(), 0
-    answered_in: list[int] = []
-
-    def turn() -> None:
-        nonlocal turns
-        turns += 1
-        asyncio.get_running_loop().call_soon(turn)
-
-    async with serving(gate) as batcher:
-        first = await behind_a_running_batch(batcher, gate)
-        rest = await line_up(batcher, (1, SMALL), (2, SMALL), (3, SMALL))
-        for task in rest:
-            task.add_done_callback(lambda _: answered_in.append(turns))
-        turn()
-        gate.open.set()
-        await asyncio.gather(first, *rest)
-        await asyncio.sleep(0)
-    assert [len(values) for _, values in gate.batches] == [1, 3]
-    assert len(set(answered_in)) == 3
-
-
 class Listener(Scheduler):
     """Notes how long the engine stood still before each batch."""
 

@@ -230,25 +230,6 @@ def test_one_address_cannot_have_every_request_in_flight(
         assert client.post("/classify", content=photo).status_code == 200
 
 
-def test_one_address_cannot_have_every_thread_decode_for_it(
-    settings: Settings,
-    checkpoint: Checkpoint,
-    engine: ScriptedEngine,
-    latencies: LatencyTable,
-    encode: Callable[..., bytes],
-) -> None:
-    dear = encode(Image.new("RGB", (3000, 3000)), "PNG")
-    settings = settings.model_copy(
-        update={"max_decode_s_per_address": 0.1, "max_image_pixels": 9_000_000, "max_body_bytes": 99_999}
-    )
-    with serving(ServerRuntime(settings, checkpoint, engine, latencies)) as client:
-        form = [part(dear, 'name="file"; filename="a"')] * 2
-        results = post_form(client, *form, query="?budget_ms=60000").json()["results"]
-        assert sorted(result["status"] for result in results) == [200, 429]
-        refused = next(result for result in results if result["status"] == 429)
-        assert refused["error"]["details"]["reason"] == "address"
-
-
 def test_the_documentation_describes_forms_json_and_several_answers(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     operation = document["paths"]["/classify"]["post"]

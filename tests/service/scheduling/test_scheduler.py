@@ -279,12 +279,34 @@ def overloaded(scheduler: Scheduler) -> float:
 
 def test_under_sustained_overload_a_request_is_rejected_that_a_full_batch_would_make_late(scheduler: Scheduler) -> None:
     at = overloaded(scheduler)
-    # Its own 20 ms, and 50 of a full batch.
-    assert refusal_s(scheduler, waits(at + 0.069), at) == pytest.approx(0.001)
-    assert refusal_s(scheduler, waits(at + 0.071), at) is None
-    # Two fifths of a budget of 50 ms hold a batch of one, of 20 ms.
-    assert refusal_s(scheduler, waits(at + 0.039, budget_s=0.05), at) == pytest.approx(0.001)
-    assert refusal_s(scheduler, waits(at + 0.041, budget_s=0.05), at) is None
+    scheduler.admit(waits(at + 0.05), at)
+    scheduler.throttled(3.0)  # a pause delays only what comes after it
+    # The one ahead and it take 30 ms together; a full batch 50 more.
+    assert refusal_s(scheduler, waits(at + 0.079), at) == pytest.approx(0.001)
+    assert refusal_s(scheduler, waits(at + 0.081), at) is None
+
+
+@pytest.mark.parametrize(("budget_s", "end_s"), [(0.07, 0.06), (0.05, 0.04)])
+def test_under_sustained_overload_little_of_a_tight_budget_is_kept_for_others(
+    scheduler: Scheduler, budget_s: float, end_s: float
+) -> None:
+    at = overloaded(scheduler)
+    scheduler.admit(waits(at + 0.025), at)
+    # In turns two take 40 ms. Three tenths of 70 ms hold one more, of 20 ms; of 50 ms none.
+    assert refusal_s(scheduler, waits(at + end_s - 0.001, budget_s=budget_s), at) == pytest.approx(0.001)
+    assert refusal_s(scheduler, waits(at + end_s + 0.001, budget_s=budget_s), at) is None
+
+
+@pytest.mark.parametrize("budget_s", [0.021, 0.039, 0.1, 9.0])
+def test_an_idle_engine_rejects_nothing_however_much_has_come(scheduler: Scheduler, budget_s: float) -> None:
+    at = overloaded(scheduler)
+    assert refusal_s(scheduler, waits(at + budget_s, budget_s=budget_s), at) is None
+
+
+def test_once_an_overload_is_over_requests_are_admitted_as_before(scheduler: Scheduler) -> None:
+    at = overloaded(scheduler) + 2.0  # most of the last two seconds still counts
+    scheduler.admit(waits(at + 0.05), at)
+    assert refusal_s(scheduler, waits(at + 0.0501), at) is None
 
 
 def test_under_sustained_overload_what_is_ahead_may_take_longer_than_expected(scheduler: Scheduler) -> None:
