@@ -57,7 +57,7 @@ class _Plan:
         self.cautious = replace(state, slowdown=state.slowdown * state.safety_factor)
         self.queue = queue
         self.guard_s = guard_s
-        self.coming = _decoding(state) + _expected(state)
+        self.coming = _expected(state)
         granted = [request.constraints for request in queue]
         granted += [constraints for _, constraints in self.coming]
         self.lowest_limit = min([each.highest_level if each.pinned is None else -1 for each in granted])
@@ -116,13 +116,6 @@ def _expired(state: SchedulerState) -> tuple[QueuedRequest, ...]:
         if request.deadline_at < ends[target(request.constraints, 0)]:
             expired.append(request)
     return tuple(expired)
-
-
-def _decoding(state: SchedulerState) -> list[tuple[float, RequestConstraints]]:
-    """What has arrived and will soon wait, unless it will be too late by then."""
-    earliest = state.now + state.latency_s(0, 1)
-    first = islice(state.decoding, MAX_PLANNED)
-    return [(request.deadline_at, request.constraints) for request in first if request.deadline_at >= earliest]
 
 
 def _expected(state: SchedulerState) -> list[tuple[float, RequestConstraints]]:

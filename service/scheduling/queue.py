@@ -15,7 +15,6 @@ class RequestQueue:
 
     def __init__(self) -> None:
         self._queued: list[QueuedRequest] = []
-        self._decoding: list[QueuedRequest] = []
         self._admitted: set[QueuedRequest] = set()
         self._reserved: dict[QueuedRequest, float] = {}  # until when, ascending; in _admitted as well
         self._deadlines: dict[int, list[float]] = {}  # of all that are admitted, by priority, ascending
@@ -28,11 +27,6 @@ class RequestQueue:
     def queued(self) -> Sequence[QueuedRequest]:
         """What waits for the engine, earliest deadline first, equals in order of arrival."""
         return self._queued
-
-    @property
-    def decoding(self) -> Sequence[QueuedRequest]:
-        """What is admitted and not ready for the engine yet, in the same order."""
-        return self._decoding
 
     @property
     def num_admitted(self) -> int:
@@ -51,7 +45,7 @@ class RequestQueue:
 
     def reserve(self, request: QueuedRequest, until: float) -> None:
         """Count a request in for a while; one that is not admitted by then has lost its place."""
-        self._count(request)
+        self.admit(request)
         self._reserved[request] = until
 
     def expire_reserved(self, now: float) -> None:
@@ -63,15 +57,14 @@ class RequestQueue:
             self.remove(request)
 
     def admit(self, request: QueuedRequest) -> None:
-        """Count a request in, whose image is to be decoded."""
-        self._count(request)
-        insort(self._decoding, request, key=_deadline)
+        """Count a request in."""
+        self._admitted.add(request)
+        insort(self._deadlines.setdefault(request.priority, []), request.deadline_at)
 
     def enqueue(self, request: QueuedRequest) -> bool:
         """Let an admitted request wait for the engine; one that has left meanwhile stays out, which is told."""
         if request not in self._admitted:
             return False
-        _take_out(self._decoding, request)
         insort(self._queued, request, key=_deadline)
         return True
 
@@ -85,8 +78,13 @@ class RequestQueue:
         del deadlines[bisect_left(deadlines, request.deadline_at)]
         if not deadlines:
             del self._deadlines[request.priority]
-        if not _take_out(self._queued, request):
-            _take_out(self._decoding, request)
+        start = bisect_left(self._queued, request.deadline_at, key=_deadline)
+        for index in range(start, len(self._queued)):
+            if self._queued[index] is request:
+                del self._queued[index]
+                return
+            if self._queued[index].deadline_at != request.deadline_at:
+                return
 
     def deadlines_before(self, request: QueuedRequest) -> list[float]:
         """Return the deadlines of the admitted requests that are served before another, ascending."""
@@ -100,17 +98,3 @@ class RequestQueue:
     def with_request(self, request: QueuedRequest) -> list[QueuedRequest]:
         """Return what would wait for the engine if another request did as well."""
         return sorted([*self._queued, request], key=_deadline)
-
-    def _count(self, request: QueuedRequest) -> None:
-        self._admitted.add(request)
-        insort(self._deadlines.setdefault(request.priority, []), request.deadline_at)
-
-
-def _take_out(requests: list[QueuedRequest], request: QueuedRequest) -> bool:
-    """Remove a request from a list in order of deadline; tell whether it was there."""
-    first, end = (bisect(requests, request.deadline_at, key=_deadline) for bisect in (bisect_left, bisect_right))
-    for index in range(first, end):
-        if requests[index] is request:
-            del requests[index]
-            return True
-    return False

@@ -262,7 +262,6 @@ class Scheduler:
             recent=self._traffic.recent,
             tight_budget_s=self._traffic.tight_budget_s,
             safety_factor=self._safety_factor.read(now),
-            decoding=self._queue.decoding,
         )
 
     @property

@@ -92,7 +92,6 @@ class SchedulerState:
         tight_budget_s: a budget that few of the recent ones undercut.
         sustained_rate: the arrival rate over a longer time, which leaves out what is only a burst.
         safety_factor: factor on the times of every level but the cheapest, at least 1: deadlines were missed of late.
-        decoding: what will soon wait as well, earliest deadline first: its image is being decoded, or waits for that.
     """
 
     now: float
@@ -108,7 +107,6 @@ class SchedulerState:
     tight_budget_s: float
     sustained_rate: float = 0.0
     safety_factor: float = 1.0
-    decoding: Sequence[QueuedRequest] = ()
 
     def latency_s(self, index: int, size: int) -> float:
         """Predict the latency of a batch of the variant at `index`."""

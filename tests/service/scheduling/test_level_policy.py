@@ -105,16 +105,6 @@ def test_arrivals_that_are_expected_lower_the_level(catalog: VariantCatalog) -> 
     assert index(choose_level(replace(state, arrival_rate=1.0))) == 2  # a quarter of an arrival is none
 
 
-def test_what_is_being_decoded_lowers_the_level_unless_it_will_be_late_anyway(catalog: VariantCatalog) -> None:
-    # Fourteen in fours and a two end at 56 s at level 2, at 28 s at level 1.
-    decoding = [waits(50.0) for _ in range(13)]
-    state = replace(at_zero(catalog, (waits(50.0),)), decoding=decoding)
-    decision = choose_level(state)
-    assert (index(decision), decision.removed) == (1, state.queue)
-    assert index(choose_level(replace(state, decoding=decoding[:3]))) == 2
-    assert index(choose_level(replace(state, decoding=[waits(0.9)]))) == 2  # it takes a second by itself
-
-
 def test_arrivals_beyond_what_the_cheapest_level_carries_for_long_get_it(catalog: VariantCatalog) -> None:
     # Four in 5 s are 0.8 a second. The one that waits could have level 2, but its time will be missed.
     crowd = replace(at_zero(catalog, (waits(50.0),)), arrival_rate=0.85)

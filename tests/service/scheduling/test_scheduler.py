@@ -539,6 +539,7 @@ def test_a_preview_tells_what_then_happens(fast_catalog: VariantCatalog) -> None
         others = [waits(rng.uniform(0.02, 0.9)) for _ in range(rng.randrange(12))]
         request = waits(rng.uniform(0.03, 0.9), priority=-rng.randrange(2))
         foreseeing, scheduler = (Scheduler(fast_catalog, choose_level, 4) for _ in range(2))
+        scheduler.admit(request, -LONG_S)  # it is no arrival that others are expected to follow
         for one in (foreseeing, scheduler):
             settled(one, *others)
             one.next_batch(0.0)  # so that the engine may be busy
@@ -547,7 +548,6 @@ def test_a_preview_tells_what_then_happens(fast_catalog: VariantCatalog) -> None
             variant, size, start_s, foretold = foreseeing.preview(request, 0.0)
         except OverloadedError:
             continue
-        scheduler.reserve(request, 0.0)  # it is no arrival that others are expected to follow
         scheduler.enqueue(request)
         now, decision = free_at, scheduler.next_batch(free_at)
         while request not in decision.batch:
