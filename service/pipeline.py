@@ -199,9 +199,14 @@ class Pipeline:
             self._slots_taken -= 1
 
     def _delay(self, now: float, queued: QueuedRequest) -> PreprocessingDelay:
-        """Foretell what a new request has before it; of their loop time, those in the server have half to come."""
+        """Foretell what a new request has before it.
+
+        Of the event loop's time, what is served before it has half to come, and what is still to be read the other
+        half; what is served later waits for a decoder or the engine meanwhile.
+        """
         queue_s = self._decoder.queue_s(now, queued.deadline_at, queued.priority)
-        loop_s = (self._slots_taken / 2 + self._scheduler.num_reserved(now)) * self._loop_cost.mean_s
+        num_halves = self._scheduler.num_before(queued, now) + self._scheduler.num_reserved(now)
+        loop_s = num_halves / 2 * self._loop_cost.mean_s
         return PreprocessingDelay(self._base_s(now), loop_s, queue_s)
 
     def _base_s(self, now: float) -> float:

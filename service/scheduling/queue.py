@@ -95,6 +95,14 @@ class RequestQueue:
         ]
         return before[0] if len(before) == 1 else sorted(chain.from_iterable(before))
 
+    def count_before(self, request: QueuedRequest) -> int:
+        """Count the admitted requests that are served before another."""
+        return sum(
+            bisect_right(deadlines, request.deadline_at)
+            for priority, deadlines in self._deadlines.items()
+            if priority >= request.priority
+        )
+
     def with_request(self, request: QueuedRequest) -> list[QueuedRequest]:
         """Return what would wait for the engine if another request did as well."""
         return sorted([*self._queued, request], key=_deadline)

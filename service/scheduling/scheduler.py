@@ -232,6 +232,12 @@ class Scheduler:
         return self._latency_model.predict(variant.index, size, now)
 
     @_locked
+    def num_before(self, request: QueuedRequest, now: float) -> int:
+        """Return how many admitted requests are served before another."""
+        self._queue.expire_reserved(now)
+        return self._queue.count_before(request)
+
+    @_locked
     def num_reserved(self, now: float) -> int:
         """Return how many requests have reserved a place and are still to be read."""
         self._queue.expire_reserved(now)

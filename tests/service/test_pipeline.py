@@ -566,7 +566,7 @@ async def test_what_is_rejected_early_costs_a_tenth(profiles: ProfileTable) -> N
         for _ in range(3 * LEARNED_EVERY):
             await pipeline.classify(loop.read, request)
         parts.decode_gate.clear()
-        waiting = asyncio.create_task(pipeline.classify(two_bytes, request))
+        waiting = asyncio.create_task(pipeline.classify(two_bytes, replace(request, budget_ms=3000)))
         await asyncio.sleep(0)
         for _ in range(12 * LEARNED_EVERY):
             reject_early(pipeline, loop)
@@ -575,6 +575,21 @@ async def test_what_is_rejected_early_costs_a_tenth(profiles: ProfileTable) -> N
         pipeline.scheduler.withdraw(pipeline.reserve(replace(request, budget_ms=4500)))
         parts.open()
         await waiting
+
+
+async def test_those_that_are_served_later_do_not_make_the_loop_busy_before(profiles: ProfileTable) -> None:
+    """Many clients with large images and all the time in the world keep no urgent request out."""
+    loop, parts = BusyLoop(), Parts().open()
+    async with running(parts, profiles, max_in_flight=99, clock=lambda: 5.0, loop_time=loop) as pipeline:
+        for _ in range(3 * LEARNED_EVERY):
+            await pipeline.classify(loop.read, InferenceRequest(5.0, 60_000))
+        parts.decode_gate.clear()
+        later = [InferenceRequest(5.0, 900_000), InferenceRequest(5.0, 2200, priority=-1)]
+        waiting = [asyncio.create_task(pipeline.classify(two_bytes, request)) for request in later * 10]
+        await asyncio.sleep(0)
+        pipeline.scheduler.withdraw(pipeline.reserve(InferenceRequest(5.0, 2500)))
+        parts.open()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def test_rejections_of_an_idle_server_teach_nothing(profiles: ProfileTable) -> None:
