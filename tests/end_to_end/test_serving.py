@@ -29,7 +29,7 @@ COMMAND = [sys.executable, "-m", "service.cli"]
 ROOT = Path(__file__).parents[2]
 PHOTOGRAPH = ROOT / "models" / "checkpoints" / "photographs" / "dalmatian.jpg"
 # Top-1 of the largest sub-network and of every one, bytes of the file, calibration error.
-LEAST = {"supervit-micro-cifar10": (0.90, 0.85, 16e6, 0.02), "supervit-small-caltech101": (0.94, 0.85, 48e6, 0.03)}
+LEAST = {"supervit-micro-cifar10": (0.90, 0.85, 16e6, 0.02), "supervit-small-caltech101": (0.95, 0.90, 48e6, 0.02)}
 SMALL_CHECKPOINT = "supervit-micro-cifar10"  # it ships, too; the default takes minutes to measure
 
 
