@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from models import devices
 from models.checkpoint import Header, save_checkpoint
 from models.devices import native_dtype
 from models.profiles import ProfileTable
@@ -227,3 +228,9 @@ def parity_logits() -> dict[str, Tensor]:
     """The reference's logits by flavour, and the `classes` that they belong to."""
     with np.load(PARITY_FILE) as file:
         return {name: torch.from_numpy(file[name]) for name in file}
+
+
+@pytest.fixture
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For comparisons of more digits than bfloat16 has, which some CPUs take by themselves."""
+    monkeypatch.setattr(devices, "native_dtype", lambda *_: torch.float32)

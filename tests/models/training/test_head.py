@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pytest
 import torch
 
 from models.data.datasets import open_folder
@@ -34,6 +35,7 @@ def test_the_fitted_head_is_the_logistic_regression_that_no_change_makes_better(
     assert bias.grad.abs().max() < 1e-4
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_features_are_what_the_head_of_the_largest_sub_network_reads(deit: SuperViT, pictures: Path) -> None:
     images = open_folder(pictures / "val", evaluation_transform(deit.config))
     deit.train()

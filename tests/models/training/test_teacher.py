@@ -20,6 +20,7 @@ def teacher_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_a_teacher_sees_the_same_pictures_at_its_own_size_and_normalisation(
     teacher_file: Path, tiny_config: SuperViTConfig
 ) -> None:
@@ -40,6 +41,7 @@ def test_a_teacher_sees_the_same_pictures_at_its_own_size_and_normalisation(
     torch.testing.assert_close(teacher(torch.zeros(5, 3, 16, 16)).sum(dim=1), torch.ones(5))
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_a_supervit_teaches_as_its_largest_sub_network_answers(tmp_path: Path) -> None:
     network = timm.create_model("supervit_lvvit_micro_patch4_32", num_classes=3).eval()
     torch.save(network.state_dict(), tmp_path / "teacher.pth")
@@ -87,6 +89,7 @@ def test_a_network_whose_channels_come_last_answers_at_every_place(tiny_config: 
     torch.testing.assert_close(places.mean(dim=(2, 3)), logits)
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_answers_at_every_place_are_probabilities_on_the_grid_of_the_student(
     teacher_file: Path, tiny_config: SuperViTConfig
 ) -> None:

@@ -834,6 +834,7 @@ def test_layer_decay_slows_the_blocks_near_the_images(tmp_path: Path, tiny_recip
         assert rates[stem] == pytest.approx(head / 16)
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_the_largest_sub_network_of_the_start_can_teach_all_others(
     tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT]
 ) -> None:
