@@ -1,7 +1,7 @@
 """The requests that have been admitted and not yet been answered, and those of them that wait for the engine."""
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
 
@@ -88,21 +88,19 @@ class RequestQueue:
 
     def deadlines_before(self, request: QueuedRequest) -> list[float]:
         """Return the deadlines of the admitted requests that are served before another, ascending."""
-        before = [
-            deadlines[: bisect_right(deadlines, request.deadline_at)]
-            for priority, deadlines in self._deadlines.items()
-            if priority >= request.priority
-        ]
+        before = [deadlines[:count] for deadlines, count in self._before(request)]
         return before[0] if len(before) == 1 else sorted(chain.from_iterable(before))
 
     def count_before(self, request: QueuedRequest) -> int:
         """Count the admitted requests that are served before another."""
-        return sum(
-            bisect_right(deadlines, request.deadline_at)
-            for priority, deadlines in self._deadlines.items()
-            if priority >= request.priority
-        )
+        return sum(count for _, count in self._before(request))
 
     def with_request(self, request: QueuedRequest) -> list[QueuedRequest]:
         """Return what would wait for the engine if another request did as well."""
         return sorted([*self._queued, request], key=_deadline)
+
+    def _before(self, request: QueuedRequest) -> Iterator[tuple[list[float], int]]:
+        """Yield the deadlines of each priority that is not lower, and how many of them are served before."""
+        for priority, deadlines in self._deadlines.items():
+            if priority >= request.priority:
+                yield deadlines, bisect_right(deadlines, request.deadline_at)

@@ -243,7 +243,8 @@ async def phase(
     url: str, pid: int, requests: Sequence[bytes], load: float, carried: float, options: argparse.Namespace
 ) -> dict[str, object]:
     seconds = options.seconds
-    used_s, own_s, met = cpu_s(pid), time.process_time(), await metric(url, 'supervit_deadlines_total{result="met"}')
+    met = await metric(url, 'supervit_deadlines_total{result="met"}')
+    used_s, own_s = cpu_s(pid), time.process_time()
     tally = await open_loop(url, requests, load * carried, seconds, options.budget_ms / 1000)
     used_s, own_s = cpu_s(pid) - used_s, time.process_time() - own_s
     counted = await metric(url, 'supervit_deadlines_total{result="met"}') - met

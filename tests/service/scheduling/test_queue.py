@@ -55,6 +55,7 @@ def test_higher_priorities_and_earlier_deadlines_come_before() -> None:
         queue.admit(request)
     assert queue.deadlines_before(due(2.0, -1)) == [1.0, 2.0]
     assert queue.deadlines_before(due(9.0)) == [1.0, 3.0]
+    assert [queue.count_before(due(*request)) for request in ((2.0, -1), (9.0, 0), (9.0, -2))] == [2, 2, 4]
 
 
 def test_a_place_that_was_reserved_is_kept_for_a_while() -> None:
