@@ -6,9 +6,8 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from starlette.routing import Route
 
-from service.http.classify import make_classify
+from service.http.classify import DirectRoute, make_classify
 from service.http.error_responses import ErrorAnswers
 from service.http.origins import OriginPolicy
 from service.http.request_ids import HEADER, RequestIds
@@ -32,10 +31,10 @@ def create_app(runtime: ServerRuntime, *, ready_first: bool = False, names_reque
 
     app = FastAPI(title="SuperViT Serve", version=version("supervit-serve"), lifespan=lifespan, redoc_url=None)
     classify = make_classify(runtime.context)
-    app.include_router(build_router(runtime.context, classify))
-    # Ahead of the same route of FastAPI's, which describes it and would take the event loop thrice as long.
-    app.router.routes.insert(0, Route(CLASSIFY_PATH, classify, methods=["POST"], include_in_schema=False))
-    context = runtime.context
+    context, errors = runtime.context, ErrorAnswers(runtime.context.max_body_bytes)
+    app.include_router(build_router(context, classify))
+    errors.add_to(app)
+    app.add_middleware(DirectRoute, path=CLASSIFY_PATH, handle=classify, errors=errors)
     app.add_middleware(OriginPolicy, origins=context.cors_origins, hosts=context.allowed_hosts)
     if context.cors_origins:
         app.add_middleware(
@@ -47,5 +46,4 @@ def create_app(runtime: ServerRuntime, *, ready_first: bool = False, names_reque
         )
     if names_requests:
         app.add_middleware(RequestIds)
-    ErrorAnswers(runtime.context.max_body_bytes).add_to(app)
     return app

@@ -1,10 +1,11 @@
 """The walk of one request: admit, read, decode, wait, infer, answer. HTTP is above, every stage below."""
 
+import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from service.decoding.decoder import Decoder
 from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, Prediction, Timing
@@ -153,25 +154,26 @@ class Pipeline:
         queued = reserved or self._reserve(request)
         try:
             data = await read(queued.deadline_at - self._clock())
-            self._scheduler.withdraw(queued)  # its own place is not before it
             self.check_room()
             read_at = self._clock()
             if read_at >= queued.deadline_at:
                 raise DeadlineError("the deadline passed before the body had come")
             # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
-            self._scheduler.admit(queued, read_at, self._delay(read_at, queued))
-            with self._slot():
-                decoding = self._decoder.submit(data, queued.deadline_at, queued.priority, request.address)
-                del data  # up to the limit of bodies, and of no use once it is decoded
-                try:
-                    result = await self._batcher.submit(decoding, queued)
-                finally:
-                    self._decoder.release(decoding)
+            if not self._scheduler.claim(queued, read_at):
+                self._scheduler.admit(queued, read_at, self._delay(read_at, queued))
+            decoding = self._decoder.submit(data, queued.deadline_at, queued.priority, request.address)
+            del data  # up to the limit of bodies, and of no use once it is decoded
+            self._slots_taken += 1
+            try:
+                result = await self._batcher.submit(decoding, queued)
+            finally:
+                self._slots_taken -= 1
+                self._decoder.release(decoding)
         finally:
             self._scheduler.withdraw(queued)
         predictions = self._predictions(result, top_k)
         now, decoded = self._clock(), decoding.result()
-        self._reply.observe(now - result.ended_at, now)
+        asyncio.get_running_loop().call_soon(self._replied, result.ended_at)
         timing = Timing(
             decode_wait_s=decoded.waited_s,
             decode_s=decoded.seconds,
@@ -184,19 +186,16 @@ class Pipeline:
             self._scheduler.deadline_missed(now)
         return answer
 
+    def _replied(self, ended_at: float) -> None:
+        """Learn what a reply takes, a turn of the event loop later: what is written leaves at the end of its turn."""
+        now = self._clock()
+        self._reply.observe(now - ended_at, now)
+
     def _reserve(self, request: InferenceRequest) -> QueuedRequest:
         self.check_room()
         queued, now = self._queued(request), self._clock()
         self._scheduler.reserve(queued, now, self._delay(now, queued))
         return queued
-
-    @contextmanager
-    def _slot(self) -> Iterator[None]:
-        self._slots_taken += 1
-        try:
-            yield
-        finally:
-            self._slots_taken -= 1
 
     def _delay(self, now: float, queued: QueuedRequest) -> PreprocessingDelay:
         """Foretell what a new request has before it.
@@ -205,8 +204,7 @@ class Pipeline:
         half; what is served later waits for a decoder or the engine meanwhile.
         """
         queue_s = self._decoder.queue_s(now, queued.deadline_at, queued.priority)
-        num_halves = self._scheduler.num_before(queued, now) + self._scheduler.num_reserved(now)
-        loop_s = num_halves / 2 * self._loop_cost.mean_s
+        loop_s = sum(self._scheduler.num_before(queued, now)) / 2 * self._loop_cost.mean_s
         return PreprocessingDelay(self._base_s(now), loop_s, queue_s)
 
     def _base_s(self, now: float) -> float:

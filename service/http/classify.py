@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.domain import InferenceRequest
 from service.errors import InvalidParameterError, ServiceError, UploadTimeoutError
@@ -14,7 +15,7 @@ from service.http.connections import RequestsByAddress
 from service.http.context import RouteContext
 from service.http.disconnects import ClientWatch
 from service.http.early_rejection import RESERVED
-from service.http.error_responses import describe_error
+from service.http.error_responses import ErrorAnswers, describe_error
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import parse_parameters, parse_query
 from service.http.schemas import ClassifyAnswer, describe_answer
@@ -24,6 +25,37 @@ from service.scheduling.state import QueuedRequest
 from service.telemetry.outcomes import counted
 
 Handle = Callable[[Request], Awaitable[Response]]
+
+
+class DirectRoute:
+    """Middleware that answers POST on one path and hands everything else on to FastAPI, which describes it, too.
+
+    To find the route and to wrap what answers it takes FastAPI and Starlette a tenth of the time that the event loop
+    spends on a classification.
+    """
+
+    def __init__(self, app: ASGIApp, path: str, handle: Handle, errors: ErrorAnswers) -> None:
+        """Take the route.
+
+        Args:
+            app: what everything else goes to.
+            path: of the route.
+            handle: answers it.
+            errors: answers where that raises a ServiceError.
+        """
+        self._app, self._path, self._handle, self._errors = app, path, handle, errors
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or hand on."""
+        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive, send)
+        try:
+            response = await self._handle(request)
+        except ServiceError as error:
+            response = await self._errors.on_service_error(request, error)
+        await response(scope, receive, send)
 
 
 @dataclass(frozen=True, slots=True)

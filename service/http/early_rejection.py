@@ -20,6 +20,8 @@ from service.http.request_ids import RAW_HEADER, name_request
 ROUTED = frozenset((b"transfer-encoding", b"expect", b"origin", b"content-encoding"))
 STATUS_LINE = b"HTTP/1.1 429 Too Many Requests\r\n"
 REPEATED_S = 0.005  # for which a rejection holds for others
+SHARE = 0.15  # of the event loop's time, for rejections; the rest is for what is answered
+BURST_S = 0.05  # of it, that may be spent at once
 RESERVED = "supervit.reserved"  # of the scope: what the pipeline returned
 PLAIN_TYPES = frozenset(media_type.encode() for media_type in UNTYPED)
 
@@ -51,6 +53,7 @@ class EarlyRejection:
         """Take what the route calls upon, and its path."""
         self._context, self._path = context, path.encode()
         self._last: _Rejection | None = None
+        self._spent_s, self._spent_at = 0.0, 0.0
 
     def answer(self, url: bytes, headers: Sequence[tuple[bytes, bytes]], scope: Scope) -> bytes | None:
         """Return what follows the status line of a rejection; None for the app, which finds its place in the scope.
@@ -81,6 +84,16 @@ class EarlyRejection:
         metrics.request_started()
         metrics.request_finished(OverloadedError.code, last.reason)
         return last.lines % name_request(named.get(RAW_HEADER, b""))
+
+    def pause_s(self, took_s: float) -> float:
+        """Tell how long a rejection that took so long is to be held back, where too much time goes to rejections.
+
+        Clients that ask again as soon as they are rejected would leave none for the others.
+        """
+        now = self._context.clock()
+        self._spent_s = max(0.0, self._spent_s - SHARE * (now - self._spent_at)) + took_s
+        self._spent_at = now
+        return max(0.0, self._spent_s - BURST_S) / SHARE
 
     def forget(self, scope: Scope) -> None:
         """Give up the place of a request that has its answer: the app may have refused it before it came to that."""
@@ -119,7 +132,9 @@ class RejectingProtocol(BoundedProtocol):
         super().__init__(*args, **kwargs)
         self._early = early
         self._is_rejected = False  # the request whose body comes
-        self._is_pausing = False
+        self._is_held_back = False  # the answer to it
+        self._is_pausing = False  # all of it has come
+        self._parsed_from = 0.0
 
     def on_headers_complete(self) -> None:
         """Reject the request or let it come."""
@@ -129,8 +144,12 @@ class RejectingProtocol(BoundedProtocol):
             return
         self._begin_body()
         self._is_rejected = True
-        defaults = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
-        self.transport.write(STATUS_LINE + defaults + answer)
+        pause_s = self._early.pause_s(self._clock() - self._parsed_from)
+        if pause_s:
+            self._is_held_back = True
+            self.loop.call_later(pause_s, self._reject, answer)
+        else:
+            self._reject(answer)
 
     def on_body(self, body: bytes) -> None:
         """Throw away the body of a request that has its answer."""
@@ -144,9 +163,9 @@ class RejectingProtocol(BoundedProtocol):
             return
         self._is_rejected = False
         self._await_head()
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
-        self._is_pausing = True  # a client that sends thousands at once takes its turn with the others
-        self.loop.call_soon(self._go_on)
+        self._is_pausing = True
+        if not self._is_held_back:
+            self._await_turn()
 
     def on_response_complete(self) -> None:
         """Give up what was reserved."""
@@ -156,6 +175,24 @@ class RejectingProtocol(BoundedProtocol):
     @property
     def _must_wait(self) -> bool:
         return self._is_pausing or super()._must_wait
+
+    def _parse(self) -> None:
+        self._parsed_from = self._clock()
+        super()._parse()
+
+    def _reject(self, answer: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self._is_held_back = False
+        defaults = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
+        self.transport.write(STATUS_LINE + defaults + answer)
+        if self._is_pausing:
+            self._await_turn()
+
+    def _await_turn(self) -> None:
+        """Let a client that sends thousands at once take its turn with the others."""
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self.loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
         self._is_pausing = False

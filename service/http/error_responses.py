@@ -66,12 +66,13 @@ class ErrorAnswers:
 
     def add_to(self, app: FastAPI) -> None:
         """Answer the errors of all routes of an app."""
-        app.exception_handler(ServiceError)(self._on_service_error)
+        app.exception_handler(ServiceError)(self.on_service_error)
         app.exception_handler(RequestValidationError)(self._on_invalid_parameter)
         app.exception_handler(HTTPException)(self._on_http_error)
         app.exception_handler(Exception)(_on_bug)
 
-    async def _on_service_error(self, request: Request, error: ServiceError) -> Response:
+    async def on_service_error(self, request: Request, error: ServiceError) -> Response:
+        """Answer a request that fails."""
         if isinstance(error, BodyTooLargeError) and not _waits_to_send(request):
             await _discard(request)
         response = make_error_response(*describe_error(error, request.scope))
@@ -81,7 +82,7 @@ class ErrorAnswers:
     async def _on_invalid_parameter(self, request: Request, error: RequestValidationError) -> Response:
         # FastAPI says first of all that it is the query.
         problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
-        return await self._on_service_error(request, invalid_parameter(problems))
+        return await self.on_service_error(request, invalid_parameter(problems))
 
     async def _on_http_error(self, request: Request, error: HTTPException) -> Response:
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")

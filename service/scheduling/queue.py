@@ -1,5 +1,6 @@
 """The requests that have been admitted and not yet been answered, and those of them that wait for the engine."""
 
+import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -47,6 +48,13 @@ class RequestQueue:
         """Count a request in for a while; one that is not admitted by then has lost its place."""
         self.admit(request)
         self._reserved[request] = until
+
+    def claim(self, request: QueuedRequest, at_least_until: float) -> bool:
+        """Keep a place for good that is reserved until then or longer; tells whether there is one."""
+        if self._reserved.get(request, -math.inf) < at_least_until:
+            return False
+        del self._reserved[request]
+        return True
 
     def expire_reserved(self, now: float) -> None:
         """Forget those whose while is over."""

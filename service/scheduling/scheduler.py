@@ -28,6 +28,7 @@ from service.scheduling.state import (
 )
 
 RESERVED_S = 0.05  # that it may take the event loop to come back to a request
+STILL_TRUE_S = 0.005  # for which what was found when a place was reserved holds
 MAX_PREVIEWED = 8  # decisions; a longer queue is taken to go on as it began
 
 P = ParamSpec("P")
@@ -107,11 +108,24 @@ class Scheduler:
         self._queue.admit(request)
 
     @_locked
+    def claim(self, request: QueuedRequest, now: float) -> bool:
+        """Admit a request whose body is there by the place that it has just reserved.
+
+        Returns:
+            False where that was longer ago: the place is given up, and `admit` is to say what its chances are now.
+        """
+        if self._queue.claim(request, now + RESERVED_S - STILL_TRUE_S):
+            self._traffic.count(now)
+            return True
+        self._queue.remove(request)
+        return False
+
+    @_locked
     def reserve(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
-        """Reject what `admit` would; keep a place for the others until they are withdrawn, but not for long.
+        """Reject what `admit` would; keep a place for the others until they claim it or leave, but not for long.
 
         Most bodies are there already, and are read once those before them are. Of one that is still to come it is not
-        known whether it will be, and it shall keep no other request out. What is more urgent may still come before it.
+        known whether it will be, and it shall keep no other request out.
 
         Raises:
             OverloadedError: as `admit`.
@@ -232,16 +246,10 @@ class Scheduler:
         return self._latency_model.predict(variant.index, size, now)
 
     @_locked
-    def num_before(self, request: QueuedRequest, now: float) -> int:
-        """Return how many admitted requests are served before another."""
+    def num_before(self, request: QueuedRequest, now: float) -> tuple[int, int]:
+        """Return how many admitted requests are served before another, and how many are still to be read."""
         self._queue.expire_reserved(now)
-        return self._queue.count_before(request)
-
-    @_locked
-    def num_reserved(self, now: float) -> int:
-        """Return how many requests have reserved a place and are still to be read."""
-        self._queue.expire_reserved(now)
-        return self._queue.num_reserved
+        return self._queue.count_before(request), self._queue.num_reserved
 
     @_locked
     def backlog_s(self, now: float) -> float:

@@ -618,7 +618,7 @@ async def test_what_asks_for_too_many_predictions_reserves_nothing(profiles: Pro
     async with running(Parts(), profiles) as pipeline:
         with pytest.raises(InvalidParameterError):
             pipeline.reserve(wanted(top_k=4))
-        assert pipeline.scheduler.num_reserved(time.monotonic()) == 0
+        assert pipeline.scheduler.backlog_s(time.monotonic()) == 0
 
 
 async def test_places_of_bodies_that_do_not_come_are_soon_given_to_others(profiles: ProfileTable) -> None:
@@ -643,7 +643,7 @@ async def test_a_place_that_was_reserved_is_taken(profiles: ProfileTable) -> Non
         one_s = pipeline.scheduler.backlog_s(time.monotonic())
         request = asyncio.create_task(pipeline.classify(two_bytes, wanted(), reserved=reserved))
         await asyncio.to_thread(parts.decoding.wait, 10)
-        assert pipeline.scheduler.num_reserved(time.monotonic()) == 0
+        assert pipeline.scheduler.num_before(reserved, time.monotonic())[1] == 0
         assert pipeline.scheduler.backlog_s(time.monotonic()) == pytest.approx(one_s)
         parts.open()
         await request

@@ -2,23 +2,21 @@ import asyncio
 
 import pytest
 
-from service.execution.turns import TURNS, InTurns
+from service.execution.turns import AT_ONCE, InTurns
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_many_items_are_handled_in_order_over_some_turns_of_the_event_loop() -> None:
-    turn, handled = 0, list[tuple[int, int]]()
-    in_turns = InTurns[int](lambda item: handled.append((item, turn)))
-    in_turns.add(range(16))
-    in_turns.add(range(16, 20))  # while it is at it
-    assert len(handled) == 2
-    while len(handled) < 20:
-        turn += 1
+    handled, counts = list[int](), list[int]()
+    in_turns = InTurns(handled.append)
+    in_turns.add(range(2 * AT_ONCE))
+    in_turns.add(range(2 * AT_ONCE, 2 * AT_ONCE + 4))  # while it is at it
+    for _ in range(4):
+        counts.append(len(handled))
         await asyncio.sleep(0)
-    assert [item for item, _ in handled] == list(range(20))
-    assert max(sum(at == each for _, at in handled) for each in range(turn + 1)) <= 3
-    assert turn <= 2 * TURNS
+    assert handled == list(range(2 * AT_ONCE + 4))
+    assert counts == [AT_ONCE, 2 * AT_ONCE, len(handled), len(handled)]
 
 
 async def test_one_item_is_handled_at_once() -> None:

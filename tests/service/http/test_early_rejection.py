@@ -17,7 +17,7 @@ from service.domain import InferenceRequest, ServerState
 from service.engines.profile_store import extended_profile
 from service.errors import OverloadedError, OverloadReason
 from service.http.context import ReadyServer, RouteContext
-from service.http.early_rejection import REPEATED_S, RESERVED, EarlyRejection, RejectingProtocol
+from service.http.early_rejection import BURST_S, REPEATED_S, RESERVED, SHARE, EarlyRejection, RejectingProtocol
 from service.http.protocol import ARRIVED_AT, UNREAD_S
 from service.pipeline import Pipeline
 from service.runtime import ServerRuntime
@@ -113,10 +113,10 @@ def test_what_can_be_answered_finds_its_place_reserved(overloaded: tuple[TestCli
     scope: dict[str, Any] = {ARRIVED_AT: time.monotonic()}
     rejection = EarlyRejection(context, "/classify")
     assert rejection.answer(b"/classify?budget_ms=9000", HEADERS, scope) is None
-    assert scope[RESERVED].priority == 0
-    assert context.server().scheduler.num_reserved(time.monotonic()) == 1
+    reserved = scope[RESERVED]
+    assert context.server().scheduler.num_before(reserved, time.monotonic())[1] == 1
     rejection.forget(scope)
-    assert context.server().scheduler.num_reserved(time.monotonic()) == 0
+    assert context.server().scheduler.num_before(reserved, time.monotonic())[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -199,6 +199,16 @@ def test_no_rejection_keeps_the_stack_that_raised_it(rejecting: Rejecting) -> No
         gc.enable()
 
 
+def test_rejections_have_a_share_of_the_loops_time(rejecting: Rejecting) -> None:
+    rejection = rejecting.rejection
+    assert rejection.pause_s(BURST_S) == 0
+    assert rejection.pause_s(0.001) == pytest.approx(0.001 / SHARE)
+    rejecting.now += 0.001 / SHARE
+    assert rejection.pause_s(0.0) == pytest.approx(0)
+    rejecting.now += 1000
+    assert rejection.pause_s(BURST_S + 0.001) == pytest.approx(0.001 / SHARE), "no more than a burst is saved up"
+
+
 # On the wire
 
 
@@ -207,6 +217,11 @@ class Scripted:
 
     def __init__(self) -> None:
         self.forgotten: list[str] = []
+        self.pauses_s = 0.0
+
+    def pause_s(self, took_s: float) -> float:
+        assert 0 <= took_s < 1
+        return self.pauses_s
 
     def answer(self, url: bytes, *_: object) -> bytes | None:
         return REJECTION if url == b"/no" else None
@@ -285,6 +300,46 @@ async def test_a_client_that_sends_many_at_once_takes_its_turn_with_the_others()
         for _ in range(1000):
             await rejected(greedy)
         assert pending < 20 * 150, "a few of them"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("length", [0, 3], ids=["all of it is there", "its body comes later"])
+async def test_a_rejection_that_is_held_back_is_answered_before_what_comes_after_it(length: int) -> None:
+    early = Scripted()
+    async with server(early=early) as running:
+        client = await running.connect()
+        early.pauses_s, started_at = 0.1, now()
+        await client.send(post(length, "/no"))
+        await client.send(length * b"x" + post(3) + b"abc")
+        assert await rejected(client) == b"no"
+        assert 0.09 < now() - started_at < 1
+        assert (await client.answer()).startswith(b"3 ")
+
+
+@pytest.mark.anyio
+async def test_a_body_that_comes_after_a_rejection_that_was_held_back_is_thrown_away() -> None:
+    early = Scripted()
+    async with server(early=early) as running:
+        client = await running.connect()
+        early.pauses_s = 0.05
+        await client.send(post(3, "/no"))
+        assert await rejected(client) == b"no"
+        await client.send(b"xyz" + post(3) + b"abc")
+        assert (await client.answer()).startswith(b"3 ")
+
+
+@pytest.mark.anyio
+async def test_a_client_that_leaves_while_its_rejection_is_held_back_leaves_nothing_behind() -> None:
+    early = Scripted()
+    async with server(early=early) as running:
+        client = await running.connect()
+        early.pauses_s = 0.1
+        await client.send(post(0, "/no"))
+        await asyncio.sleep(0.02)
+        client.reset()
+        await asyncio.sleep(0.2)
+        assert running.closed == []
+        assert len(running.connections) == 0
 
 
 @pytest.mark.anyio
