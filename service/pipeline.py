@@ -131,7 +131,13 @@ class Pipeline:
             raise OverloadedError(message, "full", self._scheduler.backlog_s(self._clock()))
 
     def time_left_s(self, request: InferenceRequest) -> float:
-        """Tell how much of a request's budget is left for its body to arrive."""
+        """Tell how much of a request's budget is left for its body to arrive.
+
+        Raises:
+            ServiceError: it asks for what there is not, whatever its body is.
+        """
+        self._checked_top_k(request.top_k)
+        self._queued(request)
         return request.arrived_at + self._seen_s(request) - self._clock()
 
     def decide(self, request: InferenceRequest) -> Forecast:

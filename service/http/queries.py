@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from service.domain import DEFAULT_TOP_K, InferenceRequest
 from service.errors import InvalidParameterError, invalid_parameter
@@ -14,6 +15,10 @@ from service.errors import InvalidParameterError, invalid_parameter
 LOWEST_PRIORITY = -10  # more than a handful of classes cannot be told apart
 # Most clients ask the same again and again, and to parse it takes 6 % of the loop's time for a request.
 QUERIES_KEPT = 128
+
+LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+
+Schema = dict[str, Any]
 
 
 class DecideQuery(BaseModel):
@@ -59,20 +64,22 @@ class ClassifyQuery(DecideQuery):
     )
 
 
-class ClassifyBody(ClassifyQuery):
-    """JSON body of POST /classify; the parameters may stand in the query instead."""
-
-    image: str = Field(description="the bytes of the file in base64, or a data URL with them")
+Query = TypeVar("Query", bound=DecideQuery)
 
 
 @lru_cache(QUERIES_KEPT)
 def parse_query(query: bytes) -> ClassifyQuery:
-    """Read the parameters of a query.
+    """Read the parameters of POST /classify from a query.
 
     Raises:
-        InvalidParameterError: one is unusable.
+        InvalidParameterError: one is unusable, or given twice.
     """
-    return _validated(_once(_pairs(query)))
+    return _validated(ClassifyQuery, _once(_pairs(query)))
+
+
+def parse_decide_query(query: bytes) -> DecideQuery:
+    """Read the parameters of POST /decide; errors as `parse_query`."""
+    return _validated(DecideQuery, _once(_pairs(query)))
 
 
 def parse_parameters(query: bytes, beside: Iterable[tuple[str, Any]]) -> ClassifyQuery:
@@ -81,7 +88,7 @@ def parse_parameters(query: bytes, beside: Iterable[tuple[str, Any]]) -> Classif
     Raises:
         InvalidParameterError: one is unusable, or given twice.
     """
-    return _validated(_once([*_pairs(query), *beside]))
+    return _validated(ClassifyQuery, _once([*_pairs(query), *beside]))
 
 
 def _pairs(query: bytes) -> list[tuple[str, str]]:
@@ -97,23 +104,42 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _validated(values: Mapping[str, Any]) -> ClassifyQuery:
+def _validated(model: type[Query], values: Mapping[str, Any]) -> Query:
     try:
-        return ClassifyQuery.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         raise invalid_parameter(error.errors()) from error
 
 
-def describe_parameters(query: type[BaseModel]) -> list[dict[str, Any]]:
-    """Describe the fields of a query model as the parameters of an OpenAPI operation."""
-    schema = query.model_json_schema()
+def describe_parameters(model: type[DecideQuery], profiles: ProfileTable, num_classes: int) -> dict[str, Schema]:
+    """Describe parameters in OpenAPI's words, with the values that they may have for a checkpoint.
+
+    Args:
+        model: of the query.
+        profiles: every sub-network that can be had by name.
+        num_classes: of the checkpoint.
+
+    Returns:
+        The schema of each parameter by its name.
+    """
+    known: dict[str, Schema] = {
+        "budget_gflops": {"minimum": profiles.cheapest.gflops},
+        "patch_grid": {"enum": sorted({profile.subnetwork.patch_grid for profile in profiles.rows})},
+        "keep_rate": {"enum": sorted({profile.subnetwork.keep_rate for profile in profiles.rows})},
+        "top_k": {"maximum": num_classes},
+    }
+    described = {}
+    for name, field in model.model_json_schema()["properties"].items():
+        value = field.get("anyOf", [field])[0]  # the other is null, which means that it is left out
+        bounds = known.get(name, {})
+        described[name] = {"type": value["type"], "description": field["description"]}
+        described[name] |= bounds if "enum" in bounds else {key: value[key] for key in LIMITS if key in value} | bounds
+    return described
+
+
+def describe_query(schemas: Mapping[str, Schema]) -> list[Schema]:
+    """Describe parameters as those of an OpenAPI operation's query."""
     return [
-        {
-            "name": name,
-            "in": "query",
-            "required": name in schema.get("required", ()),
-            "description": field.get("description", ""),
-            "schema": {key: value for key, value in field.items() if key != "description"},
-        }
-        for name, field in schema["properties"].items()
+        {"name": name, "in": "query", "required": False, "description": schema["description"], "schema": schema}
+        for name, schema in schemas.items()
     ]

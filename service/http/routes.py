@@ -1,10 +1,11 @@
 """The HTTP routes: requests in, answers out."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from service.domain import InferenceRequest
@@ -12,7 +13,14 @@ from service.errors import NotReadyError, ServiceError
 from service.http.classify import Handle
 from service.http.context import RouteContext
 from service.http.forms import FIELD, MAX_IMAGES
-from service.http.queries import ClassifyBody, ClassifyQuery, DecideQuery, describe_parameters
+from service.http.queries import (
+    ClassifyQuery,
+    DecideQuery,
+    Schema,
+    describe_parameters,
+    describe_query,
+    parse_decide_query,
+)
 from service.http.request_ids import HEADER
 from service.http.schemas import (
     ClassifyAnswer,
@@ -27,34 +35,8 @@ from service.http.schemas import (
 from service.telemetry.metrics import CONTENT_TYPE
 
 CLASSIFY_PATH = "/classify"
-BYTES = {"type": "string", "format": "binary"}
-PARAMETERS = {
-    name: schema for name, schema in ClassifyBody.model_json_schema()["properties"].items() if name != "image"
-}
-IMAGE_BODY = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": [FIELD],
-                "properties": {
-                    FIELD: {
-                        "description": "an image, or several",
-                        "anyOf": [BYTES, {"type": "array", "items": BYTES, "minItems": 1, "maxItems": MAX_IMAGES}],
-                    },
-                    **PARAMETERS,
-                },
-                "additionalProperties": False,
-            }
-        },
-        "image/*": {"schema": BYTES},
-        "application/octet-stream": {"schema": BYTES},
-        "application/json": {"schema": ClassifyBody.model_json_schema()},
-    },
-}
-# The route reads its query itself, at a tenth of what FastAPI takes for it, so it describes it itself as well.
-CLASSIFY_INPUT = {"requestBody": IMAGE_BODY, "parameters": describe_parameters(ClassifyQuery)}
+BYTES: Schema = {"type": "string", "format": "binary"}
+MANY: Schema = {"type": "array", "items": BYTES, "minItems": 1, "maxItems": MAX_IMAGES}
 SERVER_TIMING = {"description": "the times of timing_ms, in milliseconds", "schema": {"type": "string"}}
 REQUEST_ID = {"description": "the request's own, or one that was made for it", "schema": {"type": "string"}}
 RETRY_AFTER = {"Retry-After": {"description": "seconds to wait before the next try", "schema": {"type": "integer"}}}
@@ -78,23 +60,49 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (422, 429, 503)}
 
 
+def describe_body(parameters: Mapping[str, Schema]) -> Schema:
+    """Describe the body of POST /classify, which may hold the parameters of the query instead, in OpenAPI's words."""
+    form: Schema = {FIELD: {"description": "an image, or several", "anyOf": [BYTES, MANY]}, **parameters}
+    members: Schema = {"image": {"type": "string", "description": "base64 of an image's file, or a data URL of it"}}
+    members |= {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in parameters.items()}
+    return {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": _object(form, FIELD)},
+            "image/*": {"schema": BYTES},
+            "application/octet-stream": {"schema": BYTES},
+            "application/json": {"schema": _object(members, "image")},
+        },
+    }
+
+
+def _object(properties: Schema, required: str) -> Schema:
+    return {"type": "object", "required": [required], "properties": properties, "additionalProperties": False}
+
+
 def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     """Make the routes over `context`."""
     router = APIRouter()
     config = context.checkpoint.config
+    profiles = context.checkpoint.profile.with_rates_between(config)
+    # The routes read their queries themselves, at a tenth of what FastAPI takes for it, so they describe them as well.
+    of_classify, of_decide = (
+        describe_parameters(model, profiles, len(context.checkpoint.class_names))
+        for model in (ClassifyQuery, DecideQuery)
+    )
     router.add_api_route(
         CLASSIFY_PATH,
         classify,
         methods=["POST"],
         response_model=ClassifyAnswer | ResultsAnswer,
         responses=RESPONSES,
-        openapi_extra=CLASSIFY_INPUT,
+        openapi_extra={"requestBody": describe_body(of_classify), "parameters": describe_query(of_classify)},
     )
 
-    @router.post("/decide", responses=DECIDE_RESPONSES)
-    async def decide(query: Annotated[DecideQuery, Query()]) -> DecideAnswer:
+    @router.post("/decide", responses=DECIDE_RESPONSES, openapi_extra={"parameters": describe_query(of_decide)})
+    async def decide(request: Request) -> DecideAnswer:
         """Tell what would be chosen for a request at this moment, without running anything."""
-        pipeline = context.open_server().pipeline
+        query, pipeline = parse_decide_query(request.scope["query_string"]), context.open_server().pipeline
         return describe_forecast(pipeline.decide(query.request(context.clock())), config)
 
     @router.get("/subnetworks", responses={503: RESPONSES[503]})

@@ -671,6 +671,7 @@ async def test_those_that_wait_to_be_decoded_are_reckoned_with_at_admission(prof
     async with running(parts, profiles, clock=lambda: now) as pipeline:
         for _ in range(40):
             await pipeline.classify(two_bytes, InferenceRequest(now, 60_000))
+            await asyncio.sleep(0)  # what the reply took is learned before the next image lets time pass
         parts.decode_gate.clear()
         decoding = [asyncio.create_task(pipeline.classify(two_bytes, InferenceRequest(now, 4500))) for _ in range(4)]
         while parts.decodes < 41:  # noqa: ASYNC110 - it does not tell

@@ -193,6 +193,21 @@ def test_other_json_is_refused(client: TestClient, body: bytes, status: int, cod
     assert error_code(client.post("/classify", content=body, headers=JSON), status) == code
 
 
+def test_a_budget_that_nothing_meets_is_refused_whatever_the_body_is(client: TestClient, photo: bytes) -> None:
+    for body in (b"{", json.dumps({"image": base64.b64encode(photo).decode()})):
+        response = client.post("/classify?budget_ms=5e-324", content=body, headers=JSON)
+        assert error_code(response, 422) == "budget_too_small"
+    assert error_code(post_form(client, part(photo, 'name="file"'), query="?budget_ms=1e-9"), 422) == "budget_too_small"
+
+
+@pytest.mark.parametrize("query", ["top_k=99", "patch_grid=3&keep_rate=1", "budget_gflops=1e-9"])
+def test_what_no_image_can_have_is_refused_once_for_all_of_a_form(client: TestClient, photo: bytes, query: str) -> None:
+    images = [part(photo, 'name="file"; filename="a.jpg"')] * 2
+    response = post_form(client, *images, query=f"?{query}")
+    assert response.status_code == 422
+    assert "results" not in response.json()
+
+
 def test_json_and_the_query_may_not_say_the_same(client: TestClient, photo: bytes) -> None:
     body = json.dumps({"image": base64.b64encode(photo).decode(), "top_k": 2})
     assert error_code(client.post("/classify?top_k=2", content=body, headers=JSON), 422) == "invalid_parameter"

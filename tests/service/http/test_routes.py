@@ -440,17 +440,33 @@ def test_the_documentation_describes_body_parameters_and_errors(client: TestClie
         "application/octet-stream",
         "application/json",
     }
-    assert {entry["name"] for entry in operation["parameters"]} == {
-        "budget_ms",
-        "budget_gflops",
-        "priority",
-        "top_k",
-        "patch_grid",
-        "keep_rate",
-    }
+    names = {"budget_ms", "budget_gflops", "priority", "top_k", "patch_grid", "keep_rate"}
+    assert {entry["name"] for entry in operation["parameters"]} == names
     assert {"200", "408", "413", "415", "422", "429", "500", "503", "504"} <= set(operation["responses"])
     problem = operation["responses"]["422"]["content"]["application/json"]["schema"]["$ref"]
     assert problem.endswith("ErrorAnswer")
+
+
+def test_the_documentation_names_the_values_that_the_model_has(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    rows = client.get("/subnetworks").json()["subnetworks"]
+    for path in ("/classify", "/decide"):
+        schemas = {entry["name"]: entry["schema"] for entry in paths[path]["post"]["parameters"]}
+        assert schemas["patch_grid"]["enum"] == sorted({row["patch_grid"] for row in rows})
+        assert schemas["keep_rate"]["enum"] == sorted({row["keep_rate"] for row in rows})
+        assert schemas["budget_gflops"]["minimum"] == min(row["gflops"] for row in rows)
+        assert schemas["budget_ms"]["exclusiveMinimum"] == 0
+        assert (schemas["priority"]["minimum"], schemas["priority"]["maximum"]) == (-10, 0)
+    content = paths["/classify"]["post"]["requestBody"]["content"]
+    for kind, name in (("multipart/form-data", "file"), ("application/json", "image")):
+        assert set(content[kind]["schema"]["properties"]) == {name, "top_k", *schemas}
+
+
+@pytest.mark.parametrize("query", ["budget_ms=1&budget_ms=2", "top_k=1", "budget_ms=soon"])
+def test_what_is_wrong_with_a_parameter_of_decide_is_said(client: TestClient, query: str) -> None:
+    response = client.post(f"/decide?{query}")
+    assert error_code(response, 422) == "invalid_parameter"
+    assert response.json()["error"]["details"]["parameter"] == query.partition("=")[0]
 
 
 def test_a_time_budget_that_no_sub_network_can_ever_meet_names_the_smallest_possible_one(
