@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 from service.decoding.decoder import Decoder
 from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, Prediction, Timing
@@ -130,14 +131,17 @@ class Pipeline:
             message = f"{self._max_in_flight} requests are in the server already; try again later"
             raise OverloadedError(message, "full", self._scheduler.backlog_s(self._clock()))
 
-    def time_left_s(self, request: InferenceRequest) -> float:
-        """Tell how much of a request's budget is left for its body to arrive.
+    def check(self, request: InferenceRequest) -> None:
+        """See whether there is what a request asks for; one that names no time may still be granted any.
 
         Raises:
-            ServiceError: it asks for what there is not, whatever its body is.
+            ServiceError: there is not, whatever its body holds.
         """
         self._checked_top_k(request.top_k)
-        self._queued(request)
+        self._queued(request if request.budget_ms is not None else replace(request, budget_ms=math.inf))
+
+    def time_left_s(self, request: InferenceRequest) -> float:
+        """Tell how much of a request's budget is left for its body to arrive."""
         return request.arrived_at + self._seen_s(request) - self._clock()
 
     def decide(self, request: InferenceRequest) -> Forecast:
@@ -193,7 +197,7 @@ class Pipeline:
         return answer
 
     def _replied(self, ended_at: float) -> None:
-        """Learn what a reply takes, a turn of the event loop later: what is written leaves at the end of its turn."""
+        """Learn what a reply takes, a turn of the event loop later: uvloop writes at the end of a turn."""
         now = self._clock()
         self._reply.observe(now - ended_at, now)
 

@@ -1,6 +1,7 @@
 """Work for the event loop that would keep it from its sockets for long, were it done at once."""
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
@@ -8,6 +9,7 @@ from typing import Generic, TypeVar
 # Answers that leave together are followed by requests that come together; one by one, both would cost half as much
 # again of the loop's time.
 AT_ONCE = 4
+SHARE = 1 / 8  # of what waits, where that is more: under load a turn takes milliseconds, and the last would be late
 
 T = TypeVar("T")
 
@@ -33,7 +35,7 @@ class InTurns(Generic[T]):
             self._handle(self._waiting.popleft())
 
     def _handle_some(self) -> None:
-        for _ in range(min(AT_ONCE, len(self._waiting))):
+        for _ in range(min(len(self._waiting), max(AT_ONCE, math.ceil(SHARE * len(self._waiting))))):
             self._handle(self._waiting.popleft())
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._handle_some)

@@ -17,7 +17,7 @@ from service.http.disconnects import ClientWatch
 from service.http.early_rejection import RESERVED
 from service.http.error_responses import ErrorAnswers, describe_error
 from service.http.protocol import ARRIVED_AT
-from service.http.queries import parse_parameters, parse_query
+from service.http.queries import ClassifyQuery, parse_parameters, parse_query
 from service.http.schemas import ClassifyAnswer, describe_answer
 from service.http.uploads import BodyKind, kind_of_body, read_form, read_image, read_json
 from service.pipeline import Pipeline, Read
@@ -130,12 +130,18 @@ async def _upload(context: RouteContext, request: Request, watch: ClientWatch) -
 
     pipeline.check_room()
     within_s = context.max_upload_s  # unless the query says so, it is not known yet what is granted
+    known: ClassifyQuery | None = None
     with suppress(InvalidParameterError):  # it is looked at again with what the body says
-        if (query := parse_query(query_string)).budget_ms is not None:
-            within_s = pipeline.time_left_s(query.request(arrived_at))
+        known = parse_query(query_string)
+    if known is not None:
+        alone = known.request(arrived_at, known.top_k)
+        pipeline.check(alone)
+        if alone.budget_ms is not None:
+            within_s = pipeline.time_left_s(alone)
     form = await (read_form if kind is BodyKind.FORM else read_json)(request, *limits, within_s)
     parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
     wanted = parameters.request(arrived_at, parameters.top_k, address)
+    pipeline.check(wanted)
     if pipeline.time_left_s(wanted) <= 0:
         raise UploadTimeoutError("the body did not arrive within its budget")
     return _Upload(pipeline, tuple(_already_read(image, watch) for image in form.images), wanted)

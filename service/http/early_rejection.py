@@ -4,7 +4,9 @@ The event loop is one thread. A server that spent on a rejection what it spends 
 more is asked of it.
 """
 
-from collections.abc import MutableMapping, Sequence
+import asyncio
+import time
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 from service.errors import OverloadedError, OverloadReason, ServiceError
@@ -20,8 +22,9 @@ from service.http.request_ids import RAW_HEADER, name_request
 ROUTED = frozenset((b"transfer-encoding", b"expect", b"origin", b"content-encoding"))
 STATUS_LINE = b"HTTP/1.1 429 Too Many Requests\r\n"
 REPEATED_S = 0.005  # for which a rejection holds for others
-SHARE = 0.15  # of the event loop's time, for rejections; the rest is for what is answered
+REJECTION_SHARE = 0.15  # of the event loop's CPU time, for parsing and rejecting; what the sockets take comes on top
 BURST_S = 0.05  # of it, that may be spent at once
+MAX_PAUSE_S = 0.5  # a rejection is worth nothing to a client that has given up
 RESERVED = "supervit.reserved"  # of the scope: what the pipeline returned
 PLAIN_TYPES = frozenset(media_type.encode() for media_type in UNTYPED)
 
@@ -49,9 +52,15 @@ class _Rejection(NamedTuple):
 class EarlyRejection:
     """Answers what POST /classify would reject for overload."""
 
-    def __init__(self, context: RouteContext, path: str) -> None:
-        """Take what the route calls upon, and its path."""
-        self._context, self._path = context, path.encode()
+    def __init__(self, context: RouteContext, path: str, loop_time: Callable[[], float] = time.thread_time) -> None:
+        """Take what the route calls upon.
+
+        Args:
+            context: that.
+            path: of the route.
+            loop_time: CPU seconds of the event loop's thread.
+        """
+        self._context, self._path, self.loop_time = context, path.encode(), loop_time
         self._last: _Rejection | None = None
         self._spent_s, self._spent_at = 0.0, 0.0
 
@@ -85,15 +94,15 @@ class EarlyRejection:
         metrics.request_finished(OverloadedError.code, last.reason)
         return last.lines % name_request(named.get(RAW_HEADER, b""))
 
-    def pause_s(self, took_s: float) -> float:
-        """Tell how long a rejection that took so long is to be held back, where too much time goes to rejections.
+    def charge(self, took_s: float) -> float:
+        """Charge a rejection's CPU time to a bucket that leaks; returns for how long it is to be held back.
 
-        Clients that ask again as soon as they are rejected would leave none for the others.
+        Clients that ask again as soon as they are rejected would leave no time for those that are answered.
         """
         now = self._context.clock()
-        self._spent_s = max(0.0, self._spent_s - SHARE * (now - self._spent_at)) + took_s
-        self._spent_at = now
-        return max(0.0, self._spent_s - BURST_S) / SHARE
+        spent_s = max(0.0, self._spent_s - REJECTION_SHARE * (now - self._spent_at)) + took_s
+        self._spent_s, self._spent_at = min(spent_s, BURST_S + REJECTION_SHARE * MAX_PAUSE_S), now
+        return max(0.0, self._spent_s - BURST_S) / REJECTION_SHARE
 
     def forget(self, scope: Scope) -> None:
         """Give up the place of a request that has its answer: the app may have refused it before it came to that."""
@@ -132,9 +141,10 @@ class RejectingProtocol(BoundedProtocol):
         super().__init__(*args, **kwargs)
         self._early = early
         self._is_rejected = False  # the request whose body comes
-        self._is_held_back = False  # the answer to it
-        self._is_pausing = False  # all of it has come
-        self._parsed_from = 0.0
+        self._rejection_lines = b""
+        self._held_back: asyncio.TimerHandle | None = None  # until then, they are not written
+        self._is_pausing = False  # nothing more is parsed before its turn has come
+        self._parsed_from_s = 0.0
 
     def on_headers_complete(self) -> None:
         """Reject the request or let it come."""
@@ -144,15 +154,33 @@ class RejectingProtocol(BoundedProtocol):
             return
         self._begin_body()
         self._is_rejected = True
-        pause_s = self._early.pause_s(self._clock() - self._parsed_from)
-        if pause_s:
-            self._is_held_back = True
-            self.loop.call_later(pause_s, self._reject, answer)
+        defaults = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
+        self._rejection_lines = STATUS_LINE + defaults + answer
+        if pause_s := self._early.charge(self._early.loop_time() - self._parsed_from_s):
+            self._all.works(self)  # it is not idle
+            self._held_back = self.loop.call_later(pause_s, self._reject)
         else:
-            self._reject(answer)
+            self._reject()
+
+    def eof_received(self) -> bool:  # type: ignore[override] # as its base
+        """Hold nothing back from a client that asks nothing more."""
+        self._flush()
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget what was held back."""
+        if self._held_back is not None:
+            self._held_back.cancel()
+            self._held_back = None
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """Hold nothing back any more."""
+        self._flush()
+        super().shutdown()
 
     def on_body(self, body: bytes) -> None:
-        """Throw away the body of a request that has its answer."""
+        """Throw away the body of a request that is rejected."""
         if not self._is_rejected:
             super().on_body(body)
 
@@ -164,7 +192,7 @@ class RejectingProtocol(BoundedProtocol):
         self._is_rejected = False
         self._await_head()
         self._is_pausing = True
-        if not self._is_held_back:
+        if self._held_back is None:
             self._await_turn()
 
     def on_response_complete(self) -> None:
@@ -177,15 +205,21 @@ class RejectingProtocol(BoundedProtocol):
         return self._is_pausing or super()._must_wait
 
     def _parse(self) -> None:
-        self._parsed_from = self._clock()
+        self._parsed_from_s = self._early.loop_time()
         super()._parse()
 
-    def _reject(self, answer: bytes) -> None:
+    def _flush(self) -> None:
+        if self._held_back is not None:
+            self._held_back.cancel()
+            self._reject()
+
+    def _reject(self) -> None:
+        if self._held_back is not None:
+            self._held_back = None
+            self._all.waits(self)
         if self.transport.is_closing():
             return
-        self._is_held_back = False
-        defaults = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
-        self.transport.write(STATUS_LINE + defaults + answer)
+        self.transport.write(self._rejection_lines)
         if self._is_pausing:
             self._await_turn()
 

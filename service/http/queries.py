@@ -34,7 +34,9 @@ class DecideQuery(BaseModel):
     )
     priority: int = Field(0, ge=LOWEST_PRIORITY, le=0, description="0 is normal; lower may be rejected or shed first")
     patch_grid: int | None = Field(None, ge=1, description="with keep_rate: a sub-network by name, not by budget")
-    keep_rate: float | None = Field(None, gt=0, le=1, description="with patch_grid: a sub-network by name")
+    keep_rate: float | None = Field(
+        None, gt=0, le=1, description="with patch_grid: a sub-network by name, of those that GET /subnetworks lists"
+    )
 
     @model_validator(mode="after")
     def _both_or_none(self) -> "DecideQuery":
@@ -133,13 +135,23 @@ def describe_parameters(model: type[DecideQuery], profiles: ProfileTable, num_cl
         value = field.get("anyOf", [field])[0]  # the other is null, which means that it is left out
         bounds = known.get(name, {})
         described[name] = {"type": value["type"], "description": field["description"]}
+        if field.get("default") is not None:
+            described[name]["default"] = field["default"]
         described[name] |= bounds if "enum" in bounds else {key: value[key] for key in LIMITS if key in value} | bounds
     return described
 
 
 def describe_query(schemas: Mapping[str, Schema]) -> list[Schema]:
     """Describe parameters as those of an OpenAPI operation's query."""
-    return [
-        {"name": name, "in": "query", "required": False, "description": schema["description"], "schema": schema}
-        for name, schema in schemas.items()
-    ]
+    return [{"name": name, "in": "query", "required": False, **_apart(schema)} for name, schema in schemas.items()]
+
+
+def nullable(schema: Schema) -> Schema:
+    """Describe a parameter that may also be null, which means that it is left out."""
+    apart = _apart(schema)
+    return {"description": apart["description"], "anyOf": [apart["schema"], {"type": "null"}]}
+
+
+def _apart(schema: Schema) -> Schema:
+    rest = {key: value for key, value in schema.items() if key != "description"}
+    return {"description": schema["description"], "schema": rest}

@@ -19,6 +19,7 @@ from service.http.queries import (
     Schema,
     describe_parameters,
     describe_query,
+    nullable,
     parse_decide_query,
 )
 from service.http.request_ids import HEADER
@@ -64,7 +65,7 @@ def describe_body(parameters: Mapping[str, Schema]) -> Schema:
     """Describe the body of POST /classify, which may hold the parameters of the query instead, in OpenAPI's words."""
     form: Schema = {FIELD: {"description": "an image, or several", "anyOf": [BYTES, MANY]}, **parameters}
     members: Schema = {"image": {"type": "string", "description": "base64 of an image's file, or a data URL of it"}}
-    members |= {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in parameters.items()}
+    members |= {name: nullable(schema) for name, schema in parameters.items()}
     return {
         "required": True,
         "content": {

@@ -5,12 +5,23 @@ import socket
 import struct
 import sys
 import time
+from contextlib import suppress
 
 # Where tcp_info of Linux says how many milliseconds ago something last came. It counts in the kernel's ticks, as does
 # CLOCK_MONOTONIC_COARSE, which Python has no name for.
 TCP_INFO_BYTES, LAST_RECEIVED_OFFSET = 56, 52
-COARSE_CLOCK = 6
-TICK_S = time.clock_getres(COARSE_CLOCK) if sys.platform == "linux" else 0.01
+CLOCK_MONOTONIC_COARSE = 6
+LONGEST_TICK_S, SHORTEST_TICK_S = 0.01, 0.001
+
+
+def _tick_s() -> float:
+    with suppress(OSError):  # a sandbox may forbid it
+        if sys.platform == "linux":
+            return min(LONGEST_TICK_S, max(SHORTEST_TICK_S, time.clock_getres(CLOCK_MONOTONIC_COARSE)))
+    return LONGEST_TICK_S
+
+
+TICK_S = _tick_s()
 
 
 def waited_s(transport: asyncio.BaseTransport) -> float:

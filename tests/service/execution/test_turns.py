@@ -19,6 +19,14 @@ async def test_many_items_are_handled_in_order_over_some_turns_of_the_event_loop
     assert counts == [AT_ONCE, 2 * AT_ONCE, len(handled), len(handled)]
 
 
+async def test_the_turns_of_many_are_larger() -> None:
+    handled = list[int]()
+    in_turns = InTurns(handled.append)
+    in_turns.add(range(16 * AT_ONCE))
+    assert len(handled) == 2 * AT_ONCE
+    in_turns.finish()
+
+
 async def test_one_item_is_handled_at_once() -> None:
     handled = list[str]()
     InTurns(handled.append).add(["only"])

@@ -203,9 +203,12 @@ def test_a_budget_that_nothing_meets_is_refused_whatever_the_body_is(client: Tes
 @pytest.mark.parametrize("query", ["top_k=99", "patch_grid=3&keep_rate=1", "budget_gflops=1e-9"])
 def test_what_no_image_can_have_is_refused_once_for_all_of_a_form(client: TestClient, photo: bytes, query: str) -> None:
     images = [part(photo, 'name="file"; filename="a.jpg"')] * 2
-    response = post_form(client, *images, query=f"?{query}")
-    assert response.status_code == 422
-    assert "results" not in response.json()
+    fields = [part(pair.partition("=")[2].encode(), f'name="{pair.partition("=")[0]}"') for pair in query.split("&")]
+    for response in (post_form(client, *images, query=f"?{query}"), post_form(client, *images, *fields)):
+        assert response.status_code == 422
+        assert "results" not in response.json()
+    before = client.post(f"/classify?{query}", content=b"no form", headers=JSON)
+    assert response.json()["error"] == before.json()["error"], "before the body is read"
 
 
 def test_json_and_the_query_may_not_say_the_same(client: TestClient, photo: bytes) -> None:

@@ -17,7 +17,15 @@ from service.domain import InferenceRequest, ServerState
 from service.engines.profile_store import extended_profile
 from service.errors import OverloadedError, OverloadReason
 from service.http.context import ReadyServer, RouteContext
-from service.http.early_rejection import BURST_S, REPEATED_S, RESERVED, SHARE, EarlyRejection, RejectingProtocol
+from service.http.early_rejection import (
+    BURST_S,
+    MAX_PAUSE_S,
+    REJECTION_SHARE,
+    REPEATED_S,
+    RESERVED,
+    EarlyRejection,
+    RejectingProtocol,
+)
 from service.http.protocol import ARRIVED_AT, UNREAD_S
 from service.pipeline import Pipeline
 from service.runtime import ServerRuntime
@@ -201,12 +209,19 @@ def test_no_rejection_keeps_the_stack_that_raised_it(rejecting: Rejecting) -> No
 
 def test_rejections_have_a_share_of_the_loops_time(rejecting: Rejecting) -> None:
     rejection = rejecting.rejection
-    assert rejection.pause_s(BURST_S) == 0
-    assert rejection.pause_s(0.001) == pytest.approx(0.001 / SHARE)
-    rejecting.now += 0.001 / SHARE
-    assert rejection.pause_s(0.0) == pytest.approx(0)
+    assert rejection.charge(BURST_S) == 0
+    assert rejection.charge(0.001) == pytest.approx(0.001 / REJECTION_SHARE)
+    rejecting.now += 0.001 / REJECTION_SHARE
+    assert rejection.charge(0.0) == pytest.approx(0)
     rejecting.now += 1000
-    assert rejection.pause_s(BURST_S + 0.001) == pytest.approx(0.001 / SHARE), "no more than a burst is saved up"
+    assert rejection.charge(BURST_S + 0.001) == pytest.approx(0.001 / REJECTION_SHARE), "no more is saved up"
+
+
+def test_no_rejection_is_held_back_for_long(rejecting: Rejecting) -> None:
+    for _ in range(1000):
+        assert rejecting.rejection.charge(0.01) <= MAX_PAUSE_S + 1e-9
+    rejecting.now += MAX_PAUSE_S
+    assert rejecting.rejection.charge(0.0) == pytest.approx(0.0), "what was over is not remembered"
 
 
 # On the wire
@@ -219,8 +234,11 @@ class Scripted:
         self.forgotten: list[str] = []
         self.pauses_s = 0.0
 
-    def pause_s(self, took_s: float) -> float:
-        assert 0 <= took_s < 1
+    def loop_time(self) -> float:
+        return time.thread_time()
+
+    def charge(self, took_s: float) -> float:
+        assert 0 < took_s < 1
         return self.pauses_s
 
     def answer(self, url: bytes, *_: object) -> bytes | None:
@@ -326,6 +344,31 @@ async def test_a_body_that_comes_after_a_rejection_that_was_held_back_is_thrown_
         assert await rejected(client) == b"no"
         await client.send(b"xyz" + post(3) + b"abc")
         assert (await client.answer()).startswith(b"3 ")
+
+
+@pytest.mark.anyio
+async def test_a_client_that_sends_no_more_is_not_kept_waiting() -> None:
+    early = Scripted()
+    async with server(early=early) as running:
+        client = await running.connect()
+        early.pauses_s, started_at = 5.0, now()
+        await client.send(post(0, "/no"))
+        client.writer.write_eof()
+        assert (await client.rest()).count(b"HTTP/1.1 429") == 1
+        assert now() - started_at < 1
+
+
+@pytest.mark.anyio
+async def test_a_server_that_stops_holds_nothing_back() -> None:
+    early = Scripted()
+    async with server(early=early) as running:
+        client = await running.connect()
+        early.pauses_s = 5.0
+        await client.send(post(0, "/no"))
+        await asyncio.sleep(0.05)
+        for protocol in list(running.connections._addresses):
+            protocol.shutdown()  # type: ignore[attr-defined] # uvicorn's calls it
+        assert (await client.rest()).count(b"HTTP/1.1 429") == 1
 
 
 @pytest.mark.anyio
