@@ -22,7 +22,7 @@ from service.http.request_ids import RAW_HEADER, name_request
 ROUTED = frozenset((b"transfer-encoding", b"expect", b"origin", b"content-encoding"))
 STATUS_LINE = b"HTTP/1.1 429 Too Many Requests\r\n"
 REPEATED_S = 0.005  # for which a rejection holds for others
-REJECTION_SHARE = 0.1  # of the event loop's CPU time, for parsing and rejecting; what the sockets take comes on top
+REJECTION_SHARE = 0.15  # of the event loop's CPU time, for parsing and rejecting; what the sockets take comes on top
 BURST_S = 0.05  # of it, that may be spent at once
 MAX_PAUSE_S = 0.5  # a rejection is worth nothing to a client that has given up
 RESERVED = "supervit.reserved"  # of the scope: what the pipeline returned
