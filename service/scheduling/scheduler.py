@@ -109,11 +109,7 @@ class Scheduler:
 
     @_locked
     def claim(self, request: QueuedRequest, now: float) -> bool:
-        """Admit a request whose body is there by the place that it has just reserved.
-
-        Returns:
-            False where that was longer ago: the place is given up, and `admit` is to say what its chances are now.
-        """
+        """Admit a request by the place that it has just reserved; False where that was longer ago and is given up."""
         if self._queue.claim(request, now + RESERVED_S - STILL_TRUE_S):
             self._traffic.count(now)
             return True

@@ -2,8 +2,9 @@ import asyncio
 import gc
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -320,38 +321,50 @@ async def test_a_client_that_sends_many_at_once_takes_its_turn_with_the_others()
         assert pending < 20 * 150, "a few of them"
 
 
-@pytest.mark.anyio
-@pytest.mark.parametrize("length", [0, 3], ids=["all of it is there", "its body comes later"])
-async def test_a_rejection_that_is_held_back_is_answered_before_what_comes_after_it(length: int) -> None:
-    early = Scripted()
-    async with server(early=early) as running:
+@asynccontextmanager
+async def holding_back(pause_s: float) -> AsyncIterator[tuple[Server, Any, list[RejectingProtocol]]]:
+    """Yield a server that holds rejections back, a client whose request is rejected by it, and its protocols."""
+    early, protocols = Scripted(), list[RejectingProtocol]()
+    early.pauses_s = pause_s
+
+    def make_protocol(*args: Any, **options: Any) -> RejectingProtocol:  # noqa: ANN401 - uvicorn's to say
+        protocols.append(RejectingProtocol(*args, early=early, **options))  # type: ignore[arg-type] # as above
+        return protocols[-1]
+
+    async with Server(measure, protocol=make_protocol) as running:
         client = await running.connect()
-        early.pauses_s, started_at = 0.1, now()
-        await client.send(post(length, "/no"))
-        await client.send(length * b"x" + post(3) + b"abc")
+        yield running, client, protocols
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(post(0, "/no") + post(3) + b"abc", b""), (post(3, "/no"), b"xyz" + post(3) + b"abc")],
+    ids=["all of it is there", "its body comes after the answer"],
+)
+async def test_a_rejection_that_is_held_back_is_answered_before_what_comes_after_it(first: bytes, then: bytes) -> None:
+    async with holding_back(0.1) as (_, client, _):
+        started_at = now()
+        await client.send(first)
         assert await rejected(client) == b"no"
         assert 0.09 < now() - started_at < 1
+        await client.send(then)
         assert (await client.answer()).startswith(b"3 ")
 
 
 @pytest.mark.anyio
-async def test_a_body_that_comes_after_a_rejection_that_was_held_back_is_thrown_away() -> None:
-    early = Scripted()
-    async with server(early=early) as running:
-        client = await running.connect()
-        early.pauses_s = 0.05
+async def test_a_body_that_comes_while_its_rejection_is_held_back_is_thrown_away() -> None:
+    async with holding_back(0.1) as (_, client, _):
         await client.send(post(3, "/no"))
-        assert await rejected(client) == b"no"
         await client.send(b"xyz" + post(3) + b"abc")
+        assert await rejected(client) == b"no"
         assert (await client.answer()).startswith(b"3 ")
 
 
 @pytest.mark.anyio
 async def test_a_client_that_sends_no_more_is_not_kept_waiting() -> None:
-    early = Scripted()
-    async with server(early=early) as running:
-        client = await running.connect()
-        early.pauses_s, started_at = 5.0, now()
+    async with holding_back(5.0) as (_, client, _):
+        started_at = now()
         await client.send(post(0, "/no"))
         client.writer.write_eof()
         assert (await client.rest()).count(b"HTTP/1.1 429") == 1
@@ -360,23 +373,16 @@ async def test_a_client_that_sends_no_more_is_not_kept_waiting() -> None:
 
 @pytest.mark.anyio
 async def test_a_server_that_stops_holds_nothing_back() -> None:
-    early = Scripted()
-    async with server(early=early) as running:
-        client = await running.connect()
-        early.pauses_s = 5.0
+    async with holding_back(5.0) as (_, client, protocols):
         await client.send(post(0, "/no"))
         await asyncio.sleep(0.05)
-        for protocol in list(running.connections._addresses):
-            protocol.shutdown()  # type: ignore[attr-defined] # uvicorn's calls it
+        protocols[0].shutdown()
         assert (await client.rest()).count(b"HTTP/1.1 429") == 1
 
 
 @pytest.mark.anyio
 async def test_a_client_that_leaves_while_its_rejection_is_held_back_leaves_nothing_behind() -> None:
-    early = Scripted()
-    async with server(early=early) as running:
-        client = await running.connect()
-        early.pauses_s = 0.1
+    async with holding_back(0.1) as (running, client, _):
         await client.send(post(0, "/no"))
         await asyncio.sleep(0.02)
         client.reset()
