@@ -5,7 +5,7 @@ Runs without torch. Which row to serve is a policy's business, not this table's.
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from models.flops import count_macs
@@ -62,11 +62,46 @@ class SubNetworkProfile:
         return self.macs / 1e9
 
 
+@dataclass(frozen=True, slots=True)
+class CascadeProfile:
+    """Two looks at an image: the second, at a larger sub-network, only where the first was unsure.
+
+    Attributes:
+        first, second: the sub-networks; each is a row of the table, the second the dearer.
+        threshold: probability of the first's answer, calibrated, under which the second looks as well; 0..1.
+        share: fraction of images that were looked at again, 0..1.
+        top1: accuracy of what was answered in the end, a fraction 0..1.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    first: SubNetwork
+    second: SubNetwork
+    threshold: float
+    share: float
+    top1: float
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "share", "top1"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} of a cascade must be in 0..1, not {getattr(self, name)}")
+
+
 @dataclass(frozen=True)
 class ProfileTable:
-    """The rows of one checkpoint, cheapest first."""
+    """What is known of one checkpoint.
+
+    Attributes:
+        rows: of its sub-networks, cheapest first.
+        cascades: worthwhile ones.
+
+    Raises:
+        ValueError: there are no rows, or two of a sub-network; or a cascade is none of two of them, the first cheaper.
+    """
 
     rows: tuple[SubNetworkProfile, ...]
+    cascades: tuple[CascadeProfile, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -74,6 +109,10 @@ class ProfileTable:
         object.__setattr__(self, "rows", tuple(sorted(self.rows, key=lambda row: (row.macs, row.subnetwork))))
         if len(self.by_subnetwork) != len(self.rows):
             raise ValueError("a profile has at most one row per sub-network")
+        for cascade in self.cascades:
+            first, second = (self.by_subnetwork.get(look) for look in (cascade.first, cascade.second))
+            if first is None or second is None or first.macs >= second.macs:
+                raise ValueError(f"{cascade.first} and then {cascade.second} are no cascade of this profile")
 
     @cached_property
     def by_subnetwork(self) -> dict[SubNetwork, SubNetworkProfile]:
@@ -124,7 +163,11 @@ class ProfileTable:
                     if row.macs not in costs:
                         between.append(row)
                         costs.add(row.macs)
-        return ProfileTable((*self.rows, *between))
+        return replace(self, rows=(*self.rows, *between))
+
+    def expected_gflops(self, cascade: CascadeProfile) -> float:
+        """Cost of a cascade in 1e9 multiply-accumulates, averaged over images."""
+        return self.by_subnetwork[cascade.first].gflops + cascade.share * self.by_subnetwork[cascade.second].gflops
 
     @classmethod
     def unmeasured(cls, config: SuperViTConfig) -> "ProfileTable":

@@ -26,7 +26,8 @@ from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoi
 from models.conversion.convert import Convert, convert
 from models.data.datasets import MAX_BAD_IMAGES, DataError
 from models.devices import DeviceError
-from models.evaluation.evaluate import accuracy_table, calibration_summary, evaluate
+from models.evaluation.evaluate import evaluate
+from models.evaluation.tables import accuracy_table, calibration_summary, cascade_table
 from models.files.sources import bare_name, find_checkpoint
 from models.processes import default_workers, joined_processes
 from models.profiles import ProfileTable
@@ -222,6 +223,7 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, found.profile)
     picture = path.with_suffix(".png")
     print(accuracy_table(found.profile))
+    print(cascade_table(found.profile))
     print(calibration_summary(found.profile))
     print(found.basis)
     save_checkpoint(path, checkpoint.model, header, half=is_half)

@@ -24,6 +24,17 @@ class ReasonCode(StrEnum):
     NOTHING_TO_RUN = "nothing_to_run"
 
 
+class LookCode(StrEnum):
+    """Why an image was not looked at again."""
+
+    SURE = "sure"  # the last look was
+    NONE_BETTER = "none_better"  # it was at the most accurate sub-network
+    BUDGET = "budget"  # it would cost more than the request may
+    DEADLINE = "deadline"  # it would be late
+    OVERLOAD = "overload"  # others need the time
+    FAILED = "failed"  # the model could not
+
+
 class ServerState(Enum):
     """What a server is at."""
 
@@ -42,6 +53,7 @@ class InferenceRequest:
         budget_ms: time from then on within which its answer is wanted; None for the server's default.
         budget_gflops: most that its sub-network may cost, in 1e9 multiply-accumulates; None for no limit.
         subnetwork: the one asked for by name; None leaves the choice to the policy.
+        min_confidence: probability of the answer, 0..1, under which it wants the image looked at again.
         top_k: how many predictions to return; None for DEFAULT_TOP_K, or all classes if there are fewer.
         priority: 0 is normal; lower may be rejected or shed first.
         address: that it came from; None where that is not known.
@@ -51,9 +63,42 @@ class InferenceRequest:
     budget_ms: float | None = None
     budget_gflops: float | None = None
     subnetwork: SubNetwork | None = None
+    min_confidence: float = 0.0
     top_k: int | None = None
     priority: int = 0
     address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at an image.
+
+    Attributes:
+        profile: of the sub-network that looked.
+        answer: index of the class that it took for the most probable.
+        confidence: calibrated probability of that, 0..1.
+        inference_s: the batch in the engine.
+    """
+
+    profile: SubNetworkProfile
+    answer: int
+    confidence: float
+    inference_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLook:
+    """A second look that depends on the first.
+
+    Attributes:
+        profile: of the sub-network that would look.
+        threshold: probability of the first answer, 0..1, under which it does.
+        share: fraction of images, 0..1, for which that was so where it was measured.
+    """
+
+    profile: SubNetworkProfile
+    threshold: float
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +111,7 @@ class Decision:
         predicted_s: what the batch was expected to take in the engine.
         code: why.
         reason: the same in a sentence.
+        second_look: what follows where the first look is unsure, as far as is known beforehand.
     """
 
     profile: SubNetworkProfile
@@ -73,6 +119,7 @@ class Decision:
     predicted_s: float
     code: ReasonCode
     reason: str
+    second_look: PlannedLook | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,19 +164,30 @@ class Classification:
 
     Attributes:
         predictions: the best first.
-        decision: what ran.
+        looks: at the image, in their order; the last one gave the answer.
+        stopped: why no other followed.
+        decision: what ran last, and why it came to that.
         timing: where the time went.
         budget_s: what was granted.
-        accuracy_loss: top-1 accuracy, 0..1, that the most accurate variant would have had more; None where unmeasured.
-        saved_gflops: what that sub-network would have cost more; 0 where it costs less than one asked for by name.
+        expected_top1: accuracy, 0..1, of what was chosen for it; None where unmeasured.
+        accuracy_loss: how much more the most accurate variant would have had; None where unmeasured.
+        saved_gflops: what the most accurate sub-network would have cost more; 0 where it would have cost less.
     """
 
     predictions: tuple[Prediction, ...]
+    looks: tuple[Look, ...]
+    stopped: LookCode
     decision: Decision
     timing: Timing
     budget_s: float
+    expected_top1: float | None
     accuracy_loss: float | None
     saved_gflops: float
+
+    @property
+    def gflops(self) -> float:
+        """What all looks cost, in 1e9 multiply-accumulates."""
+        return sum(look.profile.macs for look in self.looks) / 1e9
 
     @property
     def deadline_met(self) -> bool:

@@ -1,32 +1,28 @@
 """The walk of one request: admit, read, decode, wait, infer, answer. HTTP is above, every stage below."""
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
+from service.answers import classification_of, predictions_of
 from service.decoding.decoder import Decoder
-from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, Prediction, Timing
+from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, PlannedLook, Timing
 from service.errors import (
     BudgetTooSmallError,
     ClientGoneError,
     DeadlineError,
     InvalidParameterError,
-    ModelError,
     OverloadedError,
     OverloadReason,
 )
 from service.execution.batcher import Batcher
-from service.execution.results import Result
 from service.scheduling.estimators import Delay, LoopCost
 from service.scheduling.reasons import explain, reason_of
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.state import PreprocessingDelay, QueuedRequest, RequestConstraints, target
-
-logger = logging.getLogger(__name__)
 
 Read = Callable[[float], Awaitable[bytes]]
 
@@ -156,7 +152,9 @@ class Pipeline:
         predicted_s = self._scheduler.predict(variant, preview.batch_size, now)
         reason = reason_of(queued.constraints, request.budget_gflops, variant, preview.decision)
         sentence = explain(reason, catalog, variant, request.budget_gflops)
-        decision = Decision(variant.profile, preview.batch_size, predicted_s, reason.code, sentence)
+        second = variant.second_look
+        planned = None if second is None else PlannedLook(second.profile, second.threshold, second.share)
+        decision = Decision(variant.profile, preview.batch_size, predicted_s, reason.code, sentence, planned)
         return Forecast(decision, preview.starts_in_s + predicted_s + self._reply.mean_s)
 
     async def _answer(self, read: Read, request: InferenceRequest, reserved: QueuedRequest | None) -> Classification:
@@ -181,17 +179,21 @@ class Pipeline:
                 self._decoder.release(decoding)
         finally:
             self._scheduler.withdraw(queued)
-        predictions = self._predictions(result, top_k)
-        now, decoded = self._clock(), decoding.result()
-        asyncio.get_running_loop().call_soon(self._replied, result.ended_at)
+        predictions = predictions_of(result, self._class_names, top_k)
+        now, decoded, inference_s = self._clock(), decoding.result(), sum(look.inference_s for look in result.looks)
+        if not result.waited_in_vain:
+            asyncio.get_running_loop().call_soon(self._replied, result.ended_at)
+        until = now if result.waited_in_vain else result.ended_at
         timing = Timing(
             decode_wait_s=decoded.waited_s,
             decode_s=decoded.seconds,
-            queue_s=result.started_at - read_at - decoded.waited_s - decoded.seconds,
-            inference_s=result.inference_s,
+            queue_s=until - read_at - decoded.waited_s - decoded.seconds - inference_s,
+            inference_s=inference_s,
             total_s=now - request.arrived_at,
         )
-        answer = self._classification(predictions, request, queued.constraints, result, timing)
+        constraints, budget_s = queued.constraints, self._budget_s(request)
+        catalog = self._scheduler.catalog
+        answer = classification_of(result, request, constraints, catalog, predictions, timing, budget_s)
         if not answer.deadline_met:
             self._scheduler.deadline_missed(now)
         return answer
@@ -230,11 +232,11 @@ class Pipeline:
         catalog, now, seen_s = self._scheduler.catalog, self._clock(), self._seen_s(request)
         granted_s = seen_s - self._reply.margin_s(now)
         if request.subnetwork is None:
-            level, over_limit = catalog.best_within(request.budget_gflops)
-            constraints = RequestConstraints(granted_s, level, over_limit=over_limit)
+            grant = catalog.grant_within(request.budget_gflops)
         else:
-            pinned = catalog.find(request.subnetwork, request.budget_gflops)
-            constraints = RequestConstraints(granted_s, 0, pinned)
+            grant = catalog.grant_named(request.subnetwork, request.budget_gflops)
+        max_gflops = math.inf if request.budget_gflops is None else request.budget_gflops
+        constraints = RequestConstraints(granted_s, grant, max_gflops, request.min_confidence)
         fastest_s = catalog.variants[target(constraints, 0)].latency_by_batch_s[0]
         if not seen_s >= fastest_s:  # so that no NaN passes
             needed_s = fastest_s + self._base_s(now) + self._reply.margin_s(now)
@@ -257,28 +259,6 @@ class Pipeline:
         budget_s = self._budget_s(request)
         return budget_s - min(TRANSPORT_S, TRANSPORT_SHARE * budget_s)
 
-    def _classification(
-        self,
-        predictions: tuple[Prediction, ...],
-        request: InferenceRequest,
-        constraints: RequestConstraints,
-        result: Result,
-        timing: Timing,
-    ) -> Classification:
-        catalog, variant, profile = self._scheduler.catalog, result.variant, result.variant.profile
-        best = catalog.best.profile
-        reason = reason_of(constraints, request.budget_gflops, variant, result.decision)
-        sentence = explain(reason, catalog, variant, request.budget_gflops)
-        return Classification(
-            predictions,
-            Decision(profile, result.batch_size, result.predicted_s, reason.code, sentence),
-            timing,
-            budget_s=self._budget_s(request),
-            # One between the trained ones that was asked for by name may have measured better.
-            accuracy_loss=None if best.top1 is None or profile.top1 is None else max(0.0, best.top1 - profile.top1),
-            saved_gflops=max(0.0, best.gflops - profile.gflops),
-        )
-
     def _checked_top_k(self, top_k: int | None) -> int:
         num_classes = len(self._class_names)
         if top_k is None:
@@ -287,14 +267,3 @@ class Pipeline:
             message = f"top_k: this model has {num_classes} classes, fewer than {top_k}"
             raise InvalidParameterError(message, parameter="top_k")
         return top_k
-
-    def _predictions(self, result: Result, top_k: int) -> tuple[Prediction, ...]:
-        best = result.ranking[:top_k]
-        probabilities = result.probabilities[best].tolist()
-        if not math.isfinite(probabilities[0]):  # one NaN makes the sum NaN, and so all of them
-            logger.error("the model answered an image with %s", result.logits.tolist()[:top_k])
-            raise ModelError("the model's answer to this image is not a number")
-        return tuple(
-            Prediction(index, self._class_names[index], probability)
-            for index, probability in zip(best.tolist(), probabilities, strict=True)
-        )

@@ -27,7 +27,7 @@ from service.execution.batcher import Batcher
 from service.execution.throttle import UtilizationLimiter
 from service.execution.watchdog import Watchdog
 from service.http.context import ReadyServer, RouteContext
-from service.http.schemas import describe_family
+from service.http.family import describe_family
 from service.machine.monitor import Monitor
 from service.machine.snapshot import prior_slowdown
 from service.pipeline import Pipeline
@@ -89,7 +89,8 @@ class ServerRuntime:
         self._engine = engine or make_engine(settings.engine, checkpoint.model, settings.device, self._threads)
         self._profile = extended_profile(checkpoint)
         # A wrong name fails at once.
-        find_policy(settings.policy, VariantCatalog.of(self._profile, nominal_latencies(self._profile)))
+        nominal = nominal_latencies(self._profile)
+        find_policy(settings.policy, VariantCatalog.of(self._profile, nominal, cascades=settings.cascades))
         self.metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
         subnetworks = list(self._profile.by_subnetwork)
         self.metrics.describe(subnetworks, checkpoint.name, checkpoint.version, settings.workers)
@@ -203,7 +204,7 @@ class ServerRuntime:
             max_batch_size=settings.max_batch_size,
             is_stopping=lambda: not self._goes_on(),
         )
-        best = VariantCatalog.of(self._profile, measured.table).best.profile
+        best = VariantCatalog.of(self._profile, measured.table, cascades=settings.cascades).best
         self.metrics.profiled(checkpoint.name, datetime.fromisoformat(measured.measured_at), best.top1)
         warm_up_shapes(run, checkpoint.config.image_side, checkpoint.config.subnetworks, settings.max_batch_size)
         return measured.table, measured.measured_at
@@ -220,7 +221,7 @@ class ServerRuntime:
 
     def _assemble(self, latencies: LatencyTable, measured_at: str) -> Batcher:
         settings, checkpoint = self._settings, self._checkpoint
-        catalog = VariantCatalog.of(self._profile, latencies)
+        catalog = VariantCatalog.of(self._profile, latencies, cascades=settings.cascades)
         policy = find_policy(settings.policy, catalog)
         scheduler = Scheduler(
             catalog,

@@ -43,6 +43,9 @@ class Settings(BaseSettings):
         None, ge=1, description="threads of the engine on a CPU; every core by default, or all but one"
     )
     policy: str = Field("level", description="what chooses the sub-network and the batch; others are for comparison")
+    cascades: bool = Field(
+        True, description="look again, at a larger sub-network, where the first look at an image was unsure"
+    )
     default_budget_ms: float = Field(
         1000, gt=0, allow_inf_nan=False, description="time granted to a request that names no budget_ms"
     )

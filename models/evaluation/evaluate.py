@@ -1,6 +1,7 @@
 """Every sub-network on labelled images: the accuracy table of a checkpoint, and how far its probabilities are right."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from models.data.images import evaluation_transform, normalise
 from models.data.loaders import gather_in_turn, load_in_turn
 from models.devices import autocast
 from models.evaluation.calibration import Scaling, expected_calibration_error, fit_scaling
+from models.evaluation.cascades import choose_cascades, measure_cascade
 from models.processes import Process, gather
-from models.profiles import ProfileTable, SubNetworkProfile
+from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 
@@ -101,9 +103,17 @@ def evaluate(
         return progress(load_in_turn(images, places, batch_size, workers, process.rank, process.count))
 
     profile = checkpoint.profile.with_rates_between(checkpoint.config) if rates_between else checkpoint.profile
-    scalings = fit_scalings(model, batches(calibrating, chosen), profile.by_subnetwork, process.rank, process.count)
+    scalings, confidences = fit_scalings(
+        model, batches(calibrating, chosen), profile.by_subnetwork, process.rank, process.count
+    )
+    chosen_cascades = choose_cascades([row for row in profile.rows if row.is_trained], confidences)
     fitted_on = chosen if calibrating is measuring else ()
-    measured = measure_accuracy(model, batches(measuring, range(len(measuring))), scalings, fitted_on)
+    judged = judge_images(model, batches(measuring, range(len(measuring))), scalings)
+    is_unseen = torch.ones(len(measuring), dtype=torch.bool)
+    is_unseen[list(fitted_on)] = False
+    unseen = {subnetwork: its_answers[is_unseen] for subnetwork, its_answers in judged.items()}
+    measured = {subnetwork: _summary(judged[subnetwork], unseen[subnetwork]) for subnetwork in judged}
+    cascades = tuple(measure_cascade(cascade, unseen) for cascade in chosen_cascades)
     rows = tuple(
         replace(
             row,
@@ -125,7 +135,7 @@ def evaluate(
         f"scalings fitted on {num_fitted} images of {calibrating.folder.name}/, calibration error from {error_from}, "
         f"accuracy from all {num_measured} of {measuring.folder.name}/"
     )
-    return Evaluation(ProfileTable(rows), basis)
+    return Evaluation(ProfileTable(rows, cascades), basis)
 
 
 def _open_labelled(checkpoint: Checkpoint, folder: Path, max_bad_images: float) -> ImageSet:
@@ -175,7 +185,7 @@ def fit_scalings(
     subnetworks: Iterable[SubNetwork],
     rank: int = 0,
     processes: int = 1,
-) -> dict[SubNetwork, Scaling]:
+) -> tuple[dict[SubNetwork, Scaling], dict[SubNetwork, Tensor]]:
     """Find the scaling of each sub-network on images that its weights were not trained on.
 
     Args:
@@ -184,6 +194,9 @@ def fit_scalings(
         subnetworks: those to calibrate.
         rank: of this process; each fits some of the sub-networks, and all get all scalings.
         processes: how many there are.
+
+    Returns:
+        By sub-network, the scalings, and the (M,) probabilities that each then gives to its answers.
     """
     answers: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in subnetworks}
     all_labels = []
@@ -199,52 +212,68 @@ def fit_scalings(
     for number, (subnetwork, its_answers) in enumerate(answers.items()):
         logits = gather_in_turn(its_answers)
         if number % processes == rank:
-            own[subnetwork] = fit_scaling(logits[has_label], labels[has_label])
-    fitted = {subnetwork: scaling for share in gather(own) for subnetwork, scaling in share.items()}
-    return {subnetwork: fitted[subnetwork] for subnetwork in answers}
+            scaling = fit_scaling(logits[has_label], labels[has_label])
+            own[subnetwork] = scaling, scaling.probabilities(logits[has_label].double()).max(dim=1).values
+    fitted = {subnetwork: found for share in gather(own) for subnetwork, found in share.items()}
+    return {each: fitted[each][0] for each in answers}, {each: fitted[each][1] for each in answers}
 
 
-@torch.inference_mode()
 def measure_accuracy(
     model: SuperViT,
     batches: Iterable[tuple[Tensor, Tensor]],
     scalings: Mapping[SubNetwork, Scaling],
-    fitted_on: Collection[int] = (),
 ) -> dict[SubNetwork, Measured]:
-    """Measure top-1, top-5 and the calibration error of each sub-network.
+    """Measure top-1, top-5 and the calibration error of each sub-network; takes what `judge_images` takes.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    judged = judge_images(model, batches, scalings)
+    return {subnetwork: _summary(its_answers, its_answers) for subnetwork, its_answers in judged.items()}
+
+
+@torch.inference_mode()
+def judge_images(
+    model: SuperViT, batches: Iterable[tuple[Tensor, Tensor]], scalings: Mapping[SubNetwork, Scaling]
+) -> dict[SubNetwork, Tensor]:
+    """Judge what each sub-network answers to each image.
 
     Args:
         model: in eval mode, on the device where it shall run.
         batches: this process's (B, 3, S, S) uint8 images with their (B,) labels, dealt out in turn; read once.
         scalings: by sub-network.
-        fitted_on: places of the images that the scalings were fitted on, which say nothing of the calibration error.
 
     Returns:
-        In every process, what was measured on the images of all processes.
+        In every process, by sub-network, (M, 3) of all images in their order as `judge` returns; NaN where an image has
+        no label.
 
     Raises:
         ValueError: there are no images.
     """
     answers: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in scalings}
-    all_labels = []
+    num_images = 0
     for images, labels in batches:
         normalised = normalise(images.to(model.cls_token.device), model.config)
         for subnetwork, scaling in scalings.items():
             logits = _logits(model, normalised, subnetwork)
-            answers[subnetwork].append(judge(logits, labels.to(logits.device), scaling))
-        all_labels.append(labels)
-    if not any(gather(len(all_labels))):
+            judged = judge(logits, labels.to(logits.device), scaling)
+            judged[labels == NO_LABEL] = math.nan
+            answers[subnetwork].append(judged)
+        num_images += len(labels)
+    if not any(gather(num_images)):
         raise ValueError("no images to measure on")
-    has_label = gather_in_turn(all_labels) != NO_LABEL
-    counts_for_error = has_label.clone()
-    counts_for_error[list(fitted_on)] = False
-    measured = {}
-    for subnetwork, its_answers in answers.items():
-        judged = gather_in_turn(its_answers)
-        top1, top5, _ = judged[has_label].mean(dim=0).tolist()
-        is_right, _, confidence = judged[counts_for_error].unbind(dim=1)
-        measured[subnetwork] = Measured(top1, top5, expected_calibration_error(confidence, is_right.bool()))
-    return measured
+    return {subnetwork: gather_in_turn(its_answers) for subnetwork, its_answers in answers.items()}
+
+
+def _summary(judged: Tensor, unseen: Tensor) -> Measured:
+    """Sum up what was judged; the calibration error is that of the images on which nothing was fitted."""
+    top1, top5, _ = _labelled(judged).mean(dim=0).tolist()
+    is_right, _, confidence = _labelled(unseen).unbind(dim=1)
+    return Measured(top1, top5, expected_calibration_error(confidence, is_right.bool()))
+
+
+def _labelled(judged: Tensor) -> Tensor:
+    return judged[~judged[:, 0].isnan()]
 
 
 def _logits(model: SuperViT, normalised: Tensor, subnetwork: SubNetwork) -> Tensor:
@@ -268,32 +297,3 @@ def judge(logits: Tensor, labels: Tensor, scaling: Scaling) -> Tensor:
     five = logits.topk(min(5, logits.shape[1]), dim=1).indices
     judged = torch.stack([best == labels, (five == labels[:, None]).any(dim=1), confidence], dim=1)
     return judged.cpu().double()
-
-
-def accuracy_table(profile: ProfileTable) -> str:
-    """Lay out top-1 in percent with the GFLOPs beside it: a row per keep rate, a column per patch grid."""
-    rows = profile.by_subnetwork
-    grids = sorted({subnetwork.patch_grid for subnetwork in rows})
-    rates = sorted({subnetwork.keep_rate for subnetwork in rows})
-    lines = ["keep rate" + "".join(f"{f'grid {grid}':>20}" for grid in grids)]
-    for rate in rates:
-        cells = [rows.get(SubNetwork(grid, rate)) for grid in grids]
-        lines.append(f"{rate:9.4g}" + "".join(f"{_cell(cell):>20}" for cell in cells))
-    return "\n".join(lines)
-
-
-def calibration_summary(profile: ProfileTable) -> str:
-    """Say in a line how far the probabilities of a measured profile can be believed."""
-    temperatures = [row.temperature for row in profile.rows]
-    errors = [row.calibration_error for row in profile.rows if row.calibration_error is not None]
-    return (
-        f"expected calibration error {100 * min(errors):.2f} to {100 * max(errors):.2f} % "
-        f"at temperatures of {min(temperatures):.3f} to {max(temperatures):.3f}"
-    )
-
-
-def _cell(row: SubNetworkProfile | None) -> str:
-    if row is None:
-        return "-"
-    accuracy = "?" if row.top1 is None else f"{100 * row.top1:.2f} %"
-    return f"{accuracy} {row.gflops:.4g} G"

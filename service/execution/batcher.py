@@ -8,9 +8,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,14 +19,17 @@ from torch import Tensor
 
 from models.profiles import SubNetworkProfile
 from service.decoding.decoder import DecodedImage
+from service.domain import LookCode
 from service.engines.base import Run
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, ServiceError
+from service.execution.pending import Outcome, Pending, PendingRequests
 from service.execution.results import Ranked, Result, rank
 from service.execution.throttle import UtilizationLimiter
 from service.execution.turns import InTurns
-from service.scheduling.catalog import Variant
 from service.scheduling.scheduler import Scheduler
+from service.scheduling.second_look import Looked
 from service.scheduling.state import BatchDecision, QueuedRequest
+from service.scheduling.variants import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +37,7 @@ logger = logging.getLogger(__name__)
 FAILURES_IN_A_ROW = 8
 
 CallOnLoop = Callable[..., object]
-Outcome = tuple[QueuedRequest, Result | BaseException]
 Outcomes = Sequence[Outcome]
-
-
-@dataclass(slots=True)
-class _Pending:
-    result: "asyncio.Future[Result]"
-    image: Tensor | None = None
 
 
 class Batcher:
@@ -78,8 +74,8 @@ class Batcher:
         self._observe_machine = observe_machine
         self._observe_batch = observe_batch
         self._clock, self._sleep = clock, sleep
-        self._pending: dict[QueuedRequest, _Pending] = {}
-        self._answers = InTurns(self._settle)
+        self._pending = PendingRequests()
+        self._answers = InTurns(self._pending.settle)
         self._arrival = threading.Event()
         self._thread = thread
         self._stopping = False
@@ -106,7 +102,7 @@ class Batcher:
         if self._stopping:
             raise NotReadyError("the server is stopping")
         loop = asyncio.get_running_loop()
-        pending = self._pending[request] = _Pending(loop.create_future())
+        pending = self._pending.add(request)
         decoding.add_done_callback(partial(self._enqueue, request, pending, loop.call_soon_threadsafe))
         # Once the image is there, it is the scheduler that finds out.
         deadline = loop.call_later(request.deadline_at - self._clock(), self._expire, request, pending)
@@ -114,23 +110,24 @@ class Batcher:
             return await pending.result
         finally:
             deadline.cancel()
-            self._pending.pop(request, None)
+            self._pending.discard(request)
             if self._stopping:
                 self._arrival.set()  # it may have been the last one
 
-    def _expire(self, request: QueuedRequest, pending: _Pending) -> None:
-        """Answer a request whose image was not decoded by its deadline, maybe because others' take so long."""
-        if pending.image is None:
-            self._settle((request, DeadlineError("the deadline passed before the image was decoded")))
+    def _expire(self, request: QueuedRequest, pending: Pending) -> None:
+        """Answer a request at its deadline whose image is not decoded, or that only waits for another look."""
+        if pending.image is None or pending.answer is not None:
+            error = DeadlineError("the deadline passed before the image was decoded")
+            self._pending.settle(self._pending.in_place_of(error, request, LookCode.DEADLINE))
 
     def _enqueue(
-        self, request: QueuedRequest, pending: _Pending, call_on_loop: CallOnLoop, decoding: "Future[DecodedImage]"
+        self, request: QueuedRequest, pending: Pending, call_on_loop: CallOnLoop, decoding: "Future[DecodedImage]"
     ) -> None:
         """Put a decoded request into the queue, on the thread that decoded it: the event loop need not hear of it."""
-        if request not in self._pending:
+        if self._pending.find(request) is None:
             return  # its client has left
         if error := decoding.exception():
-            call_on_loop(self._settle, (request, error))
+            call_on_loop(self._pending.settle, (request, error))
             return
         pending.image = decoding.result().image
         self._scheduler.enqueue(request)
@@ -146,7 +143,6 @@ class Batcher:
             await loop.run_in_executor(self._thread, self._dispatch, loop.call_soon_threadsafe)
         finally:
             self._answer_all(NotReadyError("the server is stopping"))
-            self._pending.clear()
             self.stop()
 
     def abandon(self) -> None:
@@ -186,18 +182,25 @@ class Batcher:
         now = self._clock()
         decision = self._scheduler.next_batch(now)
         if decision.expired:
-            yield [(request, DeadlineError("the deadline cannot be met any more")) for request in decision.expired]
+            message = "the deadline cannot be met any more"
+            yield [
+                self._pending.in_place_of(DeadlineError(message), request, LookCode.DEADLINE)
+                for request in decision.expired
+            ]
         if decision.shed:
             message = "shed so that others can be answered in time; try again later"
             retry_after_s = self._scheduler.backlog_s(now)
-            yield [(request, OverloadedError(message, "shed", retry_after_s)) for request in decision.shed]
+            yield [
+                self._pending.in_place_of(OverloadedError(message, "shed", retry_after_s), request, LookCode.OVERLOAD)
+                for request in decision.shed
+            ]
         if decision.variant is not None:
             yield from self._run_batch(decision, decision.variant, decision.batch)
 
     def _run_batch(
         self, decision: BatchDecision, variant: Variant, batch: Sequence[QueuedRequest]
     ) -> Iterator[Outcomes]:
-        pending = ((request, self._pending.get(request)) for request in batch)
+        pending = ((request, self._pending.find(request)) for request in batch)
         images = {request: one.image for request, one in pending if one is not None and one.image is not None}
         if not images:
             self._scheduler.batch_failed(self._clock())
@@ -217,24 +220,37 @@ class Batcher:
         self._failures_in_a_row = 0
         self._limiter.batch_ran(inference_s)
         self._observe_batch(len(answered), predicted_s, inference_s, inference_s * self._limiter.throttle_factor)
-        yield [
-            (
-                request,
-                Result(
-                    logits=one.logits,
-                    probabilities=one.probabilities,
-                    ranking=one.ranking,
-                    variant=variant,
-                    decision=decision,
-                    batch_size=len(answered),
-                    predicted_s=predicted_s,
-                    inference_s=inference_s,
-                    started_at=started_at,
-                    ended_at=ended_at,
-                ),
+        results = {
+            request: Result(
+                logits=one.logits,
+                probabilities=one.probabilities,
+                ranking=one.ranking,
+                variant=variant,
+                decision=decision,
+                batch_size=len(answered),
+                predicted_s=predicted_s,
+                inference_s=inference_s,
+                started_at=started_at,
+                ended_at=ended_at,
+                before=self._pending.answer_of(request),
             )
             for request, one in answered
-        ]
+        }
+        yield self._final(results, variant, ended_at)
+
+    def _final(self, results: Mapping[QueuedRequest, Result], variant: Variant, now: float) -> Outcomes:
+        """Return what a batch answered, but for the requests whose images wait now for another look."""
+        if variant.second_look is None and not any(map(_may_look_again, results)):
+            return list(results.items())
+        looked = [Looked(request, result.confidence, result.spent_macs) for request, result in results.items()]
+        followed = zip(results.items(), self._scheduler.look_again(looked, variant, now), strict=True)
+        outcomes = []
+        for (request, result), following in followed:
+            if isinstance(following, LookCode):
+                outcomes.append((request.admitted, replace(result, stopped=following)))
+            elif not self._pending.keep(request, result):
+                self._scheduler.withdraw(following)  # its client has left
+        return outcomes
 
     def _timed_run(
         self, images: Sequence[Tensor], profile: SubNetworkProfile, predicted_s: float
@@ -258,7 +274,8 @@ class Batcher:
         batch = list(images)
         if len(batch) == 1:
             logger.exception("the model failed on an image at %s", variant.profile.subnetwork)
-            yield [(batch[0], ModelError("the model failed on this image; the server's log says why"))]
+            failure = ModelError("the model failed on this image; the server's log says why")
+            yield [self._pending.in_place_of(failure, batch[0], LookCode.FAILED)]
             self._failures_in_a_row += 1
             if self._failures_in_a_row == FAILURES_IN_A_ROW:
                 self._failures_in_a_row = 0
@@ -283,15 +300,9 @@ class Batcher:
         """Give every request its answer, where there is one, or else an error."""
         self._answers.finish()
         for request in self._pending:
-            self._settle((request, error))
+            self._pending.settle(self._pending.in_place_of(error, request, LookCode.FAILED))
 
-    def _settle(self, outcome: Outcome) -> None:
-        """Answer a request, on the event loop."""
-        request, result = outcome
-        pending = self._pending.get(request)
-        if pending is None or pending.result.done():
-            return  # its client has left meanwhile
-        if isinstance(result, Result):
-            pending.result.set_result(result)
-        else:
-            pending.result.set_exception(result)
+
+def _may_look_again(request: QueuedRequest) -> bool:
+    """Whether a request has looked twice already, or may want to whatever the variant."""
+    return request.looks_again_for is not None or request.constraints.min_confidence > 0

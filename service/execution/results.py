@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from models.profiles import LOWEST_ENTROPY
-from service.scheduling.catalog import Variant
+from service.domain import LookCode
 from service.scheduling.state import BatchDecision
+from service.scheduling.variants import Variant
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -25,19 +26,22 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the engine answered to one request.
+    """What a look at the image of one request said.
 
     Attributes:
         logits: (classes,).
         probabilities: (classes,), their softmax at the sub-network's temperature; all NaN where some logit is NaN.
         ranking: (classes,), the indices of the classes, the most probable first.
-        variant: what ran.
+        variant: what ran; of a cascade its first look.
         decision: the whole of it, its reason included.
         batch_size: images that ran together.
         predicted_s: what the batch was expected to take.
         inference_s: what it took.
         started_at: when it began, on the monotonic clock.
         ended_at: when it ended.
+        before: the look before this one, which was not sure enough.
+        stopped: why no other follows.
+        waited_in_vain: whether it waited for another look that did not come.
     """
 
     logits: Floats
@@ -50,6 +54,24 @@ class Result:
     inference_s: float
     started_at: float
     ended_at: float
+    before: "Result | None" = None
+    stopped: LookCode = LookCode.SURE
+    waited_in_vain: bool = False
+
+    @property
+    def looks(self) -> "tuple[Result, ...]":
+        """All looks at the image, the first first."""
+        return (self,) if self.before is None else (*self.before.looks, self)
+
+    @property
+    def confidence(self) -> float:
+        """The calibrated probability of the answer; NaN where some logit is NaN."""
+        return float(self.probabilities[self.ranking[0]])
+
+    @property
+    def spent_macs(self) -> int:
+        """Multiply-accumulates of all looks."""
+        return sum(look.variant.profile.macs for look in self.looks)
 
 
 def rank(logits: Floats, temperature: float, entropy_exponent: float) -> list[Ranked]:

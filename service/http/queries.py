@@ -32,6 +32,9 @@ class DecideQuery(BaseModel):
     budget_gflops: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="most that the answer may cost, in 1e9 multiply-accumulates"
     )
+    min_confidence: float = Field(
+        0, ge=0, lt=1, description="probability of the answer under which it is looked at again, if budgets allow it"
+    )
     priority: int = Field(0, ge=LOWEST_PRIORITY, le=0, description="0 is normal; lower may be rejected or shed first")
     patch_grid: int | None = Field(None, ge=1, description="with keep_rate: a sub-network by name, not by budget")
     keep_rate: float | None = Field(
@@ -42,6 +45,8 @@ class DecideQuery(BaseModel):
     def _both_or_none(self) -> "DecideQuery":
         if (self.patch_grid is None) != (self.keep_rate is None):
             raise ValueError("patch_grid and keep_rate go together: give both or none")
+        if self.patch_grid is not None and self.min_confidence > 0:
+            raise ValueError("min_confidence: a sub-network that is asked for by name looks once")
         return self
 
     @property
@@ -54,7 +59,14 @@ class DecideQuery(BaseModel):
     def request(self, arrived_at: float, top_k: int | None = None, address: str | None = None) -> InferenceRequest:
         """Make what the pipeline takes."""
         return InferenceRequest(
-            arrived_at, self.budget_ms, self.budget_gflops, self.subnetwork, top_k, self.priority, address
+            arrived_at,
+            budget_ms=self.budget_ms,
+            budget_gflops=self.budget_gflops,
+            subnetwork=self.subnetwork,
+            min_confidence=self.min_confidence,
+            top_k=top_k,
+            priority=self.priority,
+            address=address,
         )
 
 

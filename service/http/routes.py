@@ -12,6 +12,7 @@ from service.domain import InferenceRequest
 from service.errors import NotReadyError, ServiceError
 from service.http.classify import Handle
 from service.http.context import RouteContext
+from service.http.family import SubNetworksAnswer
 from service.http.forms import FIELD, MAX_IMAGES
 from service.http.queries import (
     ClassifyQuery,
@@ -30,7 +31,6 @@ from service.http.schemas import (
     HealthAnswer,
     ResourcesAnswer,
     ResultsAnswer,
-    SubNetworksAnswer,
     describe_forecast,
 )
 from service.telemetry.metrics import CONTENT_TYPE

@@ -7,8 +7,7 @@ from pydantic import BaseModel, Field
 from models.checkpoint import Checkpoint
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SuperViTConfig
-from service.domain import Classification, Decision, Forecast
-from service.scheduling.catalog import VariantCatalog
+from service.domain import Classification, Decision, Forecast, LookCode, PlannedLook
 
 
 class ErrorDetail(BaseModel):
@@ -52,6 +51,26 @@ class DecisionAnswer(BaseModel):
     predicted_inference_ms: float = Field(description="what the batch was expected to take in the engine")
 
 
+class LookAnswer(BaseModel):
+    """One look at the image."""
+
+    patch_grid: int
+    keep_rate: float
+    gflops: float = Field(description="its cost, in 1e9 multiply-accumulates")
+    confidence: float = Field(description="probability that it gave to its answer, 0..1, calibrated")
+    inference_ms: float = Field(description="its batch in the engine")
+
+
+class PlannedLookAnswer(BaseModel):
+    """A second look, where the first is unsure."""
+
+    patch_grid: int
+    keep_rate: float
+    gflops: float = Field(description="its cost, in 1e9 multiply-accumulates")
+    threshold: float = Field(description="probability of the first answer, 0..1, under which it follows")
+    share: float = Field(description="fraction of images, 0..1, that it followed for where it was measured")
+
+
 class TimingAnswer(BaseModel):
     """Where the time went, in milliseconds; total runs from arrival to the finished answer."""
 
@@ -73,7 +92,10 @@ class ClassifyAnswer(BaseModel):
     """Answer to POST /classify."""
 
     predictions: list[PredictionAnswer]
-    subnetwork: SubNetworkAnswer
+    subnetwork: SubNetworkAnswer = Field(description="that gave the answer")
+    looks: list[LookAnswer] = Field(description="at the image; another follows where one was not sure enough")
+    stopped: LookCode = Field(description="why no other look followed")
+    gflops: float = Field(description="what all looks cost, in 1e9 multiply-accumulates")
     decision: DecisionAnswer
     timing_ms: TimingAnswer
     budget_ms: float = Field(description="time that was granted")
@@ -103,6 +125,7 @@ class DecideAnswer(BaseModel):
     """Answer to POST /decide."""
 
     subnetwork: SubNetworkAnswer
+    second_look: PlannedLookAnswer | None = Field(description="null where one look is all that is planned")
     decision: DecisionAnswer
     answered_in_ms: float = Field(description="until the answer, upload left out")
 
@@ -120,30 +143,6 @@ class ResourcesAnswer(BaseModel):
     safety_factor: float = Field(description="factor on the times of all but the cheapest, for requests missed of late")
     max_batch_size: int = Field(description="most that may run together now")
     next_without_budget: DecideAnswer | None = Field(description="what a request would get; null if it were rejected")
-
-
-class SubNetworkRow(SubNetworkAnswer):
-    """One row of the table."""
-
-    expected_top5_accuracy: float | None
-    is_trained: bool = Field(description="whether the weights were trained at this keep rate")
-    is_interpolated: bool = Field(description="whether the accuracy lies between two measured ones")
-    temperature: float = Field(description="logits are divided by temperature * H ** entropy_exponent for the softmax")
-    entropy_exponent: float = Field(description="0..1; H is the entropy of softmax(logits) over log(classes), 1e-6..1")
-    calibration_error: float | None = Field(description="expected, 0..1, as measured; null where not measured")
-    on_frontier: bool = Field(description="whether no cheaper sub-network is as accurate; others run only by name")
-    latency_ms: dict[int, float] = Field(description="profiled latency on this machine by batch size")
-
-
-class SubNetworksAnswer(BaseModel):
-    """Answer to GET /subnetworks."""
-
-    model: ModelAnswer
-    image_side_px: int
-    num_classes: int
-    engine: str
-    profiled_at: str = Field(description="when the latencies were measured")
-    subnetworks: list[SubNetworkRow] = Field(description="cheapest first")
 
 
 class HealthAnswer(BaseModel):
@@ -170,41 +169,25 @@ def describe_subnetwork(row: SubNetworkProfile, config: SuperViTConfig) -> SubNe
     )
 
 
-def describe_family(
-    checkpoint: Checkpoint, catalog: VariantCatalog, engine: str, profiled_at: str, batch_sizes: tuple[int, ...]
-) -> SubNetworksAnswer:
-    """List every variant, cheapest first."""
-    config = checkpoint.config
-    rows = [
-        SubNetworkRow(
-            **describe_subnetwork(variant.profile, config).model_dump(),
-            expected_top5_accuracy=variant.profile.top5,
-            is_trained=variant.profile.is_trained,
-            is_interpolated=variant.profile.is_interpolated,
-            temperature=variant.profile.temperature,
-            entropy_exponent=variant.profile.entropy_exponent,
-            calibration_error=variant.profile.calibration_error,
-            on_frontier=variant in catalog.frontier,
-            latency_ms={size: _ms(variant.latency_by_batch_s[size - 1]) for size in batch_sizes},
-        )
-        for variant in sorted(catalog.variants, key=lambda variant: variant.profile.macs)
-    ]
-    return SubNetworksAnswer(
-        model=describe_model(checkpoint),
-        image_side_px=config.image_side,
-        num_classes=config.num_classes,
-        engine=engine,
-        profiled_at=profiled_at,
-        subnetworks=rows,
-    )
-
-
 def describe_decision(decision: Decision) -> DecisionAnswer:
     """Put a decision on the wire."""
     return DecisionAnswer(
         reason=decision.reason,
         batch_size=decision.batch_size,
-        predicted_inference_ms=_ms(decision.predicted_s),
+        predicted_inference_ms=ms(decision.predicted_s),
+    )
+
+
+def describe_planned(look: PlannedLook | None) -> PlannedLookAnswer | None:
+    """Put a second look that may follow on the wire."""
+    if look is None:
+        return None
+    return PlannedLookAnswer(
+        patch_grid=look.profile.subnetwork.patch_grid,
+        keep_rate=look.profile.subnetwork.keep_rate,
+        gflops=look.profile.gflops,
+        threshold=look.threshold,
+        share=look.share,
     )
 
 
@@ -212,8 +195,9 @@ def describe_forecast(forecast: Forecast, config: SuperViTConfig) -> DecideAnswe
     """Put a forecast on the wire."""
     return DecideAnswer(
         subnetwork=describe_subnetwork(forecast.decision.profile, config),
+        second_look=describe_planned(forecast.decision.second_look),
         decision=describe_decision(forecast.decision),
-        answered_in_ms=_ms(forecast.answered_in_s),
+        answered_in_ms=ms(forecast.answered_in_s),
     )
 
 
@@ -226,19 +210,32 @@ def describe_answer(answer: Classification, checkpoint: Checkpoint) -> ClassifyA
             for prediction in answer.predictions
         ],
         subnetwork=describe_subnetwork(answer.decision.profile, checkpoint.config),
+        looks=[
+            LookAnswer(
+                patch_grid=look.profile.subnetwork.patch_grid,
+                keep_rate=look.profile.subnetwork.keep_rate,
+                gflops=look.profile.gflops,
+                confidence=look.confidence,
+                inference_ms=ms(look.inference_s),
+            )
+            for look in answer.looks
+        ],
+        stopped=answer.stopped,
+        gflops=answer.gflops,
         decision=describe_decision(answer.decision),
         timing_ms=TimingAnswer(
-            decode_wait=_ms(timing.decode_wait_s),
-            decode=_ms(timing.decode_s),
-            queue=_ms(timing.queue_s),
-            inference=_ms(timing.inference_s),
-            total=_ms(timing.total_s),
+            decode_wait=ms(timing.decode_wait_s),
+            decode=ms(timing.decode_s),
+            queue=ms(timing.queue_s),
+            inference=ms(timing.inference_s),
+            total=ms(timing.total_s),
         ),
-        budget_ms=_ms(answer.budget_s),
+        budget_ms=ms(answer.budget_s),
         deadline_met=answer.deadline_met,
         model=describe_model(checkpoint),
     )
 
 
-def _ms(seconds: float) -> float:
+def ms(seconds: float) -> float:
+    """Put seconds on the wire, in milliseconds."""
     return round(1000 * seconds, 3)

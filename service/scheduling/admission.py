@@ -78,7 +78,7 @@ class Admission:
                 continue
             size = min(max_batch_size, len(ahead) - index)
             index += size
-            if index == len(ahead) and size < max_batch_size and request.constraints.pinned is None:
+            if index == len(ahead) and size < max_batch_size and not request.constraints.grant.is_pinned:
                 together = time + cheapest_s[size] * slowdown
                 if together <= ahead[index - size]:
                     return together + extra_s + math.sqrt(squares)

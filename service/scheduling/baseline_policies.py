@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 
 from service.domain import ReasonCode
-from service.scheduling.catalog import Latencies, Variant, VariantCatalog
+from service.scheduling.catalog import VariantCatalog
 from service.scheduling.state import BatchDecision, QueuedRequest, Reason, RequestConstraints, SchedulerState, target
+from service.scheduling.variants import Latencies, Variant
 
 NUM_BUCKETS = 32
 PLAN_PERIOD_S = 5.0
@@ -94,10 +95,11 @@ def granted(catalog: VariantCatalog, constraints: RequestConstraints, wanted: in
 
     One that costs more than the request surely admits becomes the best that it does: no policy ever exceeds a budget.
     """
-    if wanted < catalog.num_levels or constraints.pinned is not None:
+    grant = constraints.grant
+    if wanted < catalog.num_levels:
         return target(constraints, wanted)
-    most = target(constraints, catalog.num_levels)
-    return wanted if catalog.variants[wanted].profile.macs <= catalog.variants[most].profile.macs else most
+    is_within = catalog.variants[wanted].most_gflops <= grant.best.most_gflops
+    return wanted if is_within and not grant.is_pinned else grant.best.index
 
 
 def largest_batch(latencies_s: Latencies, num_levels: int, room_s: float, most: int) -> tuple[int, int]:

@@ -3,31 +3,20 @@
 Runs without torch. Chooses nothing.
 """
 
+import itertools
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import TypeVar
 
 from models.latency import LatencyTable
-from models.profiles import ProfileTable, SubNetworkProfile
+from models.profiles import CascadeProfile, ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.errors import BudgetTooSmallError, InvalidParameterError
+from service.scheduling.variants import Grant, SecondLook, Variant, with_second_look
 
-Latencies = Sequence[Sequence[float]]  # seconds by variant and then by batch size, less one
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """What a policy can choose: a sub-network with its accuracy, cost and latency here.
-
-    Attributes:
-        index: its place in the catalog.
-        profile: its cost and accuracy.
-        latency_by_batch_s: profiled latency of batches of 1, 2, 3, ..., never falling.
-    """
-
-    index: int
-    profile: SubNetworkProfile
-    latency_by_batch_s: tuple[float, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +24,12 @@ class VariantCatalog:
     """Every variant that can be had.
 
     Attributes:
-        variants: first the levels: the accuracy frontier of the trained sub-networks, cheapest first, along which the
-            policy moves. Then those between them, which serve to hit a budget closely, and those that a cheaper one
-            equals, which can be had by name only. As levels, the former would divide the queue among more
-            sub-networks, hence smaller batches, for next to no accuracy.
+        variants: first the levels: the accuracy frontier over expected cost of the trained sub-networks and their
+            cascades, cheapest first, along which the policy moves. Then those between them, which serve to hit a budget
+            closely, and those that a cheaper one equals, which can be had by name only. As levels, the former would
+            divide the queue among more sub-networks, hence smaller batches, for next to no accuracy.
         num_levels: how many of the variants are levels.
-        frontier: the variants that no cheaper one equals, cheapest first; every level is one of them.
+        frontier: what a budget chooses from: the variants that none of lower highest cost equals, cheapest first.
         is_measured: whether the accuracies are known.
     """
 
@@ -48,28 +37,44 @@ class VariantCatalog:
     num_levels: int
     frontier: tuple[Variant, ...]
     is_measured: bool
+    _caps: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    _grants: tuple[Grant, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        granted = {variant.index: variant for variant in (*self.levels, *self.frontier)}.values()
+        caps = sorted({variant.most_gflops for variant in granted})
+        object.__setattr__(self, "_caps", tuple(caps))
+        object.__setattr__(self, "_grants", tuple(map(self._grant, caps)))
 
     @classmethod
-    def of(cls, profiles: ProfileTable, latencies: LatencyTable) -> "VariantCatalog":
+    def of(cls, profiles: ProfileTable, latencies: LatencyTable, *, cascades: bool = True) -> "VariantCatalog":
         """Join accuracy and latency; a level never counts as faster than a lower one, because that would be noise.
+
+        Args:
+            profiles: of the checkpoint.
+            latencies: of each of its sub-networks here.
+            cascades: whether to take those of the profile.
 
         Raises:
             KeyError: a sub-network of the profile has no latency.
         """
-        trained = ProfileTable(tuple(profile for profile in profiles.rows if profile.is_trained)).frontier
-        levels: list[Variant] = []
-        for profile in trained:
-            latency_by_batch_s = latencies.row(profile.subnetwork)
-            if levels:
-                latency_by_batch_s = tuple(map(max, latency_by_batch_s, levels[-1].latency_by_batch_s))
-            levels.append(Variant(len(levels), profile, latency_by_batch_s))
-        others = [profile for profile in profiles.rows if profile not in trained]
-        numbered = enumerate(others, start=len(levels))
-        variants = (*levels, *(Variant(index, one, latencies.row(one.subnetwork)) for index, one in numbered))
-        variant_of = {variant.profile: variant for variant in variants}
-        eligible = [profile for profile in others if not profile.is_trained and _is_below_dearer(profile, trained)]
-        frontier = ProfileTable((*trained, *eligible)).frontier
-        return cls(variants, len(levels), tuple(variant_of[one] for one in frontier), profiles.is_measured)
+        levels = _levels(profiles, profiles.cascades if cascades else ())
+        ordered = [*levels, *(profile for profile in profiles.rows if profile not in levels)]
+        indices = {each.subnetwork: index for index, each in enumerate(ordered) if isinstance(each, SubNetworkProfile)}
+        variants: list[Variant] = []
+        for index, each in enumerate(ordered):
+            variant = _variant(index, each, indices, profiles, latencies)
+            if 0 < index < len(levels):
+                never_falling = map(max, variant.latency_by_batch_s, variants[-1].latency_by_batch_s)
+                variant = replace(variant, latency_by_batch_s=tuple(never_falling))
+            variants.append(variant)
+        frontier = _affordable(variants[: len(levels)], variants[len(levels) :])
+        return cls(tuple(variants), len(levels), frontier, profiles.is_measured)
+
+    @property
+    def levels(self) -> tuple[Variant, ...]:
+        """The variants along which the policy moves, cheapest first."""
+        return self.variants[: self.num_levels]
 
     @property
     def max_batch_size(self) -> int:
@@ -86,49 +91,114 @@ class VariantCatalog:
         """The most accurate level."""
         return self.variants[self.num_levels - 1]
 
-    def best_within(self, budget_gflops: float | None) -> tuple[int, Variant]:
-        """Find what a budget admits, compared in the number that clients are shown.
+    @property
+    def best_alone(self) -> Variant:
+        """The most accurate of the trained sub-networks, with one look."""
+        alone = (one for one in self.variants if one.second_look is None and one.profile.is_trained)
+        return max(alone, key=lambda one: (one.worth, -one.profile.macs))
 
-        Returns:
-            The highest level whose cost is within the budget, and the most accurate variant that is.
+    def grant_within(self, budget_gflops: float | None) -> Grant:
+        """Find what a budget admits, compared in the number that clients are shown.
 
         Raises:
             BudgetTooSmallError: nothing fits; names the smallest budget that would do.
         """
         if budget_gflops is None:
-            return self.num_levels - 1, self.best
+            return self._grants[-1]
         _require_budget(budget_gflops, self.cheapest.profile, "the cheapest sub-network costs")
-        levels = self.variants[: self.num_levels]  # costs ascend, as they do along the frontier
-        level = bisect_right(levels, budget_gflops, key=lambda variant: variant.profile.gflops) - 1
-        place = bisect_right(self.frontier, budget_gflops, key=lambda variant: variant.profile.gflops) - 1
-        return level, self.frontier[place]
+        return self._grants[bisect_right(self._caps, budget_gflops) - 1]
 
-    def next_better(self, variant: Variant) -> Variant | None:
-        """Return the next variant on the frontier, None behind the best."""
-        place = self.frontier.index(variant) + 1
-        return self.frontier[place] if place < len(self.frontier) else None
-
-    def find(self, subnetwork: SubNetwork, budget_gflops: float | None = None) -> Variant:
-        """Find the variant of a sub-network.
+    def grant_named(self, subnetwork: SubNetwork, budget_gflops: float | None = None) -> Grant:
+        """Grant one sub-network, and one look.
 
         Raises:
             BudgetTooSmallError: it costs more than the budget.
             InvalidParameterError: there is no such variant.
         """
         for variant in self.variants:
-            if variant.profile.subnetwork == subnetwork:
+            if variant.profile.subnetwork == subnetwork and variant.second_look is None:
                 _require_budget(budget_gflops, variant.profile, f"{subnetwork} costs")
-                return variant
+                return self.grant_alone(variant)
         raise InvalidParameterError(
             f"{subnetwork} is not one of this model's sub-networks; GET /subnetworks lists them",
             parameter="patch_grid, keep_rate",
         )
 
+    def grant_alone(self, variant: Variant) -> Grant:
+        """Grant one variant at every level."""
+        return Grant((variant.index,) * self.num_levels, -1, variant, is_pinned=True)
 
-def _is_below_dearer(profile: SubNetworkProfile, levels: Sequence[SubNetworkProfile]) -> bool:
-    """Tell whether the next dearer level is more accurate: an untrained rate that measures better does so by chance."""
-    dearer = next((level for level in levels if level.macs > profile.macs), None)
-    return dearer is not None and (profile.top1 is None or dearer.top1 is None or profile.top1 < dearer.top1)
+    def next_better(self, variant: Variant) -> Variant | None:
+        """Return the next variant on the frontier, None behind the best."""
+        place = self.frontier.index(variant) + 1
+        return self.frontier[place] if place < len(self.frontier) else None
+
+    def _grant(self, cap: float) -> Grant:
+        """Find, for each level, the most accurate variant within the cap that is expected to cost no more."""
+        affordable = [variant for variant in (*self.levels, *self.frontier) if variant.most_gflops <= cap]
+        best = [variant for variant in self.frontier if variant.most_gflops <= cap][-1]
+
+        by_level = [
+            max((variant for variant in affordable if variant.gflops <= level.gflops), key=attrgetter("worth")).index
+            for level in self.levels
+        ]
+        by_level[-1] = best.index
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], enumerate(by_level))
+        return Grant(tuple(by_level), sum(1 for _ in same) - 1, best)
+
+
+def _frontier(items: Iterable[T], cost: Callable[[T], float], worth: Callable[[T], float]) -> tuple[T, ...]:
+    """Return what nothing of lower cost equals in worth, cheapest first."""
+    best, frontier = -1.0, []
+    for item in sorted(items, key=cost):
+        if worth(item) > best:
+            best = worth(item)
+            frontier.append(item)
+    return tuple(frontier)
+
+
+def _levels(
+    profiles: ProfileTable, cascades: Iterable[CascadeProfile]
+) -> tuple[SubNetworkProfile | CascadeProfile, ...]:
+    trained = ProfileTable(tuple(profile for profile in profiles.rows if profile.is_trained)).frontier
+    if not profiles.is_measured:
+        return trained
+
+    def cost(each: SubNetworkProfile | CascadeProfile) -> float:
+        return each.gflops if isinstance(each, SubNetworkProfile) else profiles.expected_gflops(each)
+
+    return _frontier((*trained, *cascades), cost, lambda each: each.top1 or 0.0)
+
+
+def _variant(
+    index: int,
+    each: SubNetworkProfile | CascadeProfile,
+    indices: Mapping[SubNetwork, int],
+    profiles: ProfileTable,
+    latencies: LatencyTable,
+) -> Variant:
+    if isinstance(each, SubNetworkProfile):
+        return Variant(index, each, latencies.row(each.subnetwork), index)
+    first, second = profiles.by_subnetwork[each.first], profiles.by_subnetwork[each.second]
+    expected_s = with_second_look(latencies.row(each.first), latencies.row(each.second), each.share)
+    second_look = SecondLook(indices[each.second], second, each.threshold, each.share, each.top1)
+    return Variant(index, first, tuple(expected_s), indices[each.first], second_look)
+
+
+def _affordable(levels: Sequence[Variant], others: Sequence[Variant]) -> tuple[Variant, ...]:
+    """Return what a budget chooses from: the frontier over the highest cost, untrained keep rates included."""
+    looks = [variant for variant in (*levels, *others) if variant.second_look is None]
+    trained = _frontier(
+        (one for one in looks if one.profile.is_trained), attrgetter("most_gflops"), attrgetter("worth")
+    )
+    between = [one for one in looks if not one.profile.is_trained and _is_below_dearer(one, trained)]
+    return _frontier((*levels, *trained, *between), attrgetter("most_gflops"), attrgetter("worth"))
+
+
+def _is_below_dearer(variant: Variant, trained: Sequence[Variant]) -> bool:
+    """Tell whether the next dearer one is more accurate: an untrained rate that measures better does so by chance."""
+    dearer = next((one for one in trained if one.profile.macs > variant.profile.macs), None)
+    return dearer is not None and variant.worth < dearer.worth
 
 
 def fits(profile: SubNetworkProfile, budget_gflops: float | None) -> bool:

@@ -4,8 +4,8 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from service.scheduling.catalog import Latencies
 from service.scheduling.state import SchedulerState
+from service.scheduling.variants import Latencies
 
 
 def clears(state: SchedulerState, deadlines: Sequence[float], variant: int, max_size: int) -> bool:
@@ -52,6 +52,17 @@ def clears_mixed(state: SchedulerState, deadlines: Sequence[float], targets: Seq
         index += sum(sizes)
     pace = (time - state.now) / count
     return all(time + pace * (index - count) <= deadlines[index] for index in range(count, len(deadlines), max_size))
+
+
+def exceeds_capacity(state: SchedulerState, rate: float) -> bool:
+    """Whether more would arrive at this rate than even the cheapest level carries in full batches."""
+    full_s = state.latency_s(0, state.max_batch_size) * state.overhead_factor
+    return rate * full_s > state.max_batch_size
+
+
+def is_sustained_overload(state: SchedulerState) -> bool:
+    """Whether for long more has come, and still comes, than even the cheapest level carries."""
+    return exceeds_capacity(state, min(state.arrival_rate, state.sustained_rate))
 
 
 def take_group(latencies_s: Latencies, targets: Sequence[int], room: float) -> tuple[list[int], float]:

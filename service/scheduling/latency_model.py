@@ -1,7 +1,8 @@
 """What a batch takes: the profile, corrected by what was observed and by what others do on the machine."""
 
-from service.scheduling.catalog import Latencies, VariantCatalog
+from service.scheduling.catalog import VariantCatalog
 from service.scheduling.estimators import Slowdown
+from service.scheduling.variants import Latencies, with_second_look
 
 TURNAROUND_GAIN = 0.1
 MAX_TURNAROUND = 2.0
@@ -50,7 +51,7 @@ class LatencyModel:
         """Learn from a batch.
 
         Args:
-            index: of the variant that ran.
+            index: of the variant that ran, alone.
             size: of the batch.
             seconds: that it took.
             now: when it ended.
@@ -64,3 +65,8 @@ class LatencyModel:
         drift = self._drift[index] * (1 + DRIFT_GAIN * max(-MAX_DRIFT, min(MAX_DRIFT, surprise)))
         drift = self._drift[index] = max(1 - MAX_DRIFT, min(1 + MAX_DRIFT, drift))
         self._latencies_s[index] = [drift * profiled for profiled in self._catalog.variants[index].latency_by_batch_s]
+        for variant in self._catalog.levels:
+            second = variant.second_look
+            if second is not None and index in (variant.first_index, second.index):
+                first_s, second_s = self._latencies_s[variant.first_index], self._latencies_s[second.index]
+                self._latencies_s[variant.index] = with_second_look(first_s, second_s, second.share)

@@ -15,7 +15,13 @@ from itertools import accumulate, cycle, islice
 from operator import attrgetter, itemgetter
 
 from service.domain import ReasonCode
-from service.scheduling.feasibility import clears, clears_mixed, take_group
+from service.scheduling.feasibility import (
+    clears,
+    clears_mixed,
+    exceeds_capacity,
+    is_sustained_overload,
+    take_group,
+)
 from service.scheduling.state import BatchDecision, QueuedRequest, Reason, RequestConstraints, SchedulerState, target
 
 FORECAST_S = 0.25
@@ -24,20 +30,34 @@ MAX_EXPECTED = 96
 MAX_PLANNED = 128  # the most urgent, where each must be looked at; the others' turn comes
 MARGIN = 1.05
 TIGHT_SHARE = 0.8  # of a tight budget: a batch that takes longer has no place for requests with such a budget
+OVERLOADED = (ReasonCode.SUSTAINED_OVERLOAD, ReasonCode.BURST_OVERLOAD)
 BUSY = 0.3  # arrivals per longest single inference from which on the plan leaves room for the next one
 
 
 def choose_level(state: SchedulerState) -> BatchDecision:
-    """Choose the highest level that clears the queue, and its first batch."""
+    """Choose the highest level that clears the queue, and its first batch.
+
+    Where none does, no image is looked at again: those that wait for that have an answer already.
+    """
     expired = _expired(state)
     gone = set(expired)
     queue = [request for request in state.queue if request not in gone] if gone else list(state.queue)
     if not queue:
         return BatchDecision(None, expired=expired)
+    decision = _choose(state, queue, expired)
+    again = tuple(request for request in queue if request.looks_again_for is not None)
+    if not again or decision.reason.code not in OVERLOADED:
+        return decision
+    rest = [request for request in queue if request.looks_again_for is None]
+    decision = _choose(state, rest, expired) if rest else BatchDecision(None, expired=expired)
+    return replace(decision, shed=(*again, *decision.shed))
+
+
+def _choose(state: SchedulerState, queue: Sequence[QueuedRequest], expired: tuple[QueuedRequest, ...]) -> BatchDecision:
     careful = replace(state, slowdown=state.slowdown * state.tail_factor)
     # With a guard, batches would be too small to carry what comes.
-    plan = _Plan(careful, queue, math.inf if _exceeds_capacity(state, state.arrival_rate) else _guard_s(careful))
-    is_sustained = _exceeds_capacity(state, min(state.arrival_rate, state.sustained_rate))
+    plan = _Plan(careful, queue, math.inf if exceeds_capacity(state, state.arrival_rate) else _guard_s(careful))
+    is_sustained = is_sustained_overload(state)
     # Time that a better level took now would be missed sooner or later.
     highest = 0 if is_sustained else state.catalog.num_levels - 1
     level = plan.highest_clearing(highest)
@@ -60,7 +80,7 @@ class _Plan:
         self.coming = _expected(state)
         granted = [request.constraints for request in queue]
         granted += [constraints for _, constraints in self.coming]
-        self.lowest_limit = min([each.highest_level if each.pinned is None else -1 for each in granted])
+        self.lowest_limit = min([each.grant.highest_level for each in granted])
         self.deadlines = [request.deadline_at for request in queue]
         self.deadlines += [deadline for deadline, _ in self.coming]
         self.deadlines.sort()
@@ -99,6 +119,12 @@ class _Plan:
         sizes, cost = take_group(state.latencies_s, targets, room)
         own_s = by_batch_s[sizes[index] - 1] if sizes[index] else 0.0
         return max(sizes[index], bisect_right(by_batch_s, room - cost + own_s))
+
+    def is_too_long(self, index: int, size: int) -> bool:
+        """Whether a batch, and the second looks that it will want, leave the head or a new request too little time."""
+        state = self.state
+        batch_s, all_s = state.batch_s(index, size), state.longest_s(index, size)
+        return batch_s * MARGIN > self.guard_s or all_s * MARGIN > self.queue[0].deadline_at - state.now
 
     def batch_limit(self, index: int) -> int:
         """The largest batch that a new request with a tight budget can wait for; at least one."""
@@ -150,7 +176,6 @@ def _first_batch(plan: _Plan, level: int, expired: tuple[QueuedRequest, ...]) ->
     """Take the first batch of the plan, with a little margin: a variant that only just fits is lowered."""
     state, queue, head = plan.state, plan.queue, plan.queue[0]
     room = head.deadline_at - state.now
-    tight = min(room, plan.guard_s)
     index = target(head.constraints, level)
     if plan.lowest_limit >= level:
         together, size = queue, plan.batch_limit(index)
@@ -158,13 +183,13 @@ def _first_batch(plan: _Plan, level: int, expired: tuple[QueuedRequest, ...]) ->
         together = [request for request in queue[:MAX_PLANNED] if target(request.constraints, level) == index]
         size = min(plan.share(level, index), plan.batch_limit(index))
     size = max(1, min(state.fitting(index, room, len(together)), size))
-    lower = index if index < state.catalog.num_levels else head.constraints.highest_level + 1
-    while head.constraints.pinned is None and lower > 0 and state.latency_s(index, size) * MARGIN > tight:
-        index = lower = lower - 1
-    while size > 1 and state.latency_s(index, size) * MARGIN > tight:
+    while level > 0 and not head.constraints.grant.is_pinned and plan.is_too_long(index, size):
+        level -= 1
+        index = target(head.constraints, level)
+    while size > 1 and plan.is_too_long(index, size):
         size -= 1
     # Not all of them grant it, if it was lowered.
-    granting = (request for request in together if target(request.constraints, index) == index)
+    granting = (request for request in together if target(request.constraints, level) == index)
     if len(queue) > 1:
         code = ReasonCode.ALL_IN_TIME
     elif index == state.catalog.best.index:
@@ -186,7 +211,7 @@ def _to_shed(state: SchedulerState, queue: Sequence[QueuedRequest]) -> tuple[Que
     Those of them that are due so late that no other gains from it stay.
     """
     order = sorted(queue[:MAX_PLANNED], key=attrgetter("priority"))  # stable: by deadline within each priority
-    if _exceeds_capacity(state, state.arrival_rate):
+    if exceeds_capacity(state, state.arrival_rate):
         count = _too_urgent(state, [request.deadline_at for request in order])
         latest = max(
             request.deadline_at for request in order[count:]
@@ -210,12 +235,6 @@ def _clears_cheapest(state: SchedulerState, queue: Sequence[QueuedRequest]) -> b
     if any(targets):
         return clears_mixed(state, deadlines, targets, math.inf)
     return clears(state, deadlines, 0, state.max_batch_size)
-
-
-def _exceeds_capacity(state: SchedulerState, rate: float) -> bool:
-    """Whether more would arrive at this rate than even the cheapest level carries in full batches."""
-    full_s = state.latency_s(0, state.max_batch_size) * state.overhead_factor
-    return rate * full_s > state.max_batch_size
 
 
 def _too_urgent(state: SchedulerState, deadlines: Sequence[float]) -> int:

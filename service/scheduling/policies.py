@@ -15,9 +15,10 @@ from service.scheduling.baseline_policies import (
     min_cost,
     step_down,
 )
-from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.catalog import VariantCatalog
 from service.scheduling.level_policy import choose_level
 from service.scheduling.state import Decide
+from service.scheduling.variants import Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +57,26 @@ POLICIES = (
 )
 
 
-def fixed_name(subnetwork: SubNetwork) -> str:
-    """Name the policy that always runs `subnetwork`, e.g. fixed-14-0.5."""
-    return f"fixed-{subnetwork.patch_grid}-{subnetwork.keep_rate:.10g}"
+def variant_name(variant: Variant) -> str:
+    """Name a variant briefly: 14-0.5, or 8-0.5+14-1@0.85 where grid 14 looks again at what grid 8 is not so sure of."""
+    second = variant.second_look
+    looks = _grid_and_rate(variant.profile.subnetwork)
+    return looks if second is None else f"{looks}+{_grid_and_rate(second.profile.subnetwork)}@{second.threshold:.10g}"
+
+
+def fixed_name(variant: Variant) -> str:
+    """Name the policy that always runs a variant, e.g. fixed-14-0.5."""
+    return f"fixed-{variant_name(variant)}"
+
+
+def _grid_and_rate(subnetwork: SubNetwork) -> str:
+    return f"{subnetwork.patch_grid}-{subnetwork.keep_rate:.10g}"
 
 
 def policy_names(catalog: VariantCatalog) -> tuple[str, ...]:
     """Name every policy for this catalog; keep rates at which nothing was trained can be fixed as well."""
-    trained = sorted(one.profile.subnetwork for one in catalog.variants if one.profile.is_trained)
+    trained = [one for one in catalog.variants if one.profile.is_trained]
+    trained.sort(key=lambda one: (one.second_look is not None, one.profile.subnetwork))
     return (*(policy.name for policy in POLICIES), *map(fixed_name, trained))
 
 
@@ -77,7 +90,7 @@ def find_policy(name: str, catalog: VariantCatalog) -> Policy:
         if policy.name == name:
             return policy
     for variant in catalog.variants:
-        if fixed_name(variant.profile.subnetwork) == name:
+        if fixed_name(variant) == name:
             return _fixed_policy(name, variant)
     message = f"{name} is no policy; there are {', '.join(policy_names(catalog))}"
     raise InvalidParameterError(message, parameter="policy")

@@ -18,6 +18,7 @@ class RequestQueue:
         self._queued: list[QueuedRequest] = []
         self._admitted: set[QueuedRequest] = set()
         self._reserved: dict[QueuedRequest, float] = {}  # until when, ascending; in _admitted as well
+        self._again: dict[QueuedRequest, QueuedRequest] = {}  # by what was admitted, what waits for another look
         self._deadlines: dict[int, list[float]] = {}  # of all that are admitted, by priority, ascending
 
     def __len__(self) -> int:
@@ -76,8 +77,16 @@ class RequestQueue:
         insort(self._queued, request, key=_deadline)
         return True
 
+    def enqueue_again(self, again: QueuedRequest) -> None:
+        """Let a request that has an answer wait for another look; no other has to wait for it, so it is not counted."""
+        self._again[again.admitted] = again
+        insort(self._queued, again, key=_deadline)
+
     def remove(self, request: QueuedRequest) -> None:
-        """Forget an admitted request, wherever it is; one that is gone already is no error."""
+        """Forget a request, wherever it or its other look waits; one that is gone already is no error."""
+        again = self._again.pop(request.admitted, None)
+        if again is not None:
+            self._take_out(again)
         if request not in self._admitted:
             return
         self._admitted.remove(request)
@@ -86,13 +95,7 @@ class RequestQueue:
         del deadlines[bisect_left(deadlines, request.deadline_at)]
         if not deadlines:
             del self._deadlines[request.priority]
-        start = bisect_left(self._queued, request.deadline_at, key=_deadline)
-        for index in range(start, len(self._queued)):
-            if self._queued[index] is request:
-                del self._queued[index]
-                return
-            if self._queued[index].deadline_at != request.deadline_at:
-                return
+        self._take_out(request)
 
     def deadlines_before(self, request: QueuedRequest) -> list[float]:
         """Return the deadlines of the admitted requests that are served before another, ascending."""
@@ -112,3 +115,12 @@ class RequestQueue:
         for priority, deadlines in self._deadlines.items():
             if priority >= request.priority:
                 yield deadlines, bisect_right(deadlines, request.deadline_at)
+
+    def _take_out(self, request: QueuedRequest) -> None:
+        start = bisect_left(self._queued, request.deadline_at, key=_deadline)
+        for index in range(start, len(self._queued)):
+            if self._queued[index] is request:
+                del self._queued[index]
+                return
+            if self._queued[index].deadline_at != request.deadline_at:
+                return

@@ -1,9 +1,21 @@
 """Why a decision was made, in a sentence for a person. Decides nothing."""
 
-from service.domain import ReasonCode
-from service.scheduling.catalog import Variant, VariantCatalog
-from service.scheduling.state import BatchDecision, Reason, RequestConstraints
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 
+from service.domain import Look, LookCode, ReasonCode
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.state import BatchDecision, Reason, RequestConstraints
+from service.scheduling.variants import Variant
+
+WHY_NOT_AGAIN = {
+    LookCode.NONE_BETTER: "no sub-network is more accurate",
+    LookCode.BUDGET: "another look would cost more than is granted",
+    LookCode.DEADLINE: "there was no time for another look",
+    LookCode.OVERLOAD: "others needed the time for another look",
+    LookCode.FAILED: "the model failed at another look",
+}
 NOTEWORTHY = 1.05  # safety factor that a person should hear of
 
 
@@ -18,10 +30,10 @@ def reason_of(
         variant: what it got.
         decision: what it ran with.
     """
-    if constraints.pinned is not None:
+    if constraints.grant.is_pinned:
         return Reason(ReasonCode.PINNED)
-    limit = constraints.highest_level if constraints.over_limit is None else constraints.over_limit.index
-    return decision.reason if budget_gflops is None or variant.index != limit else Reason(ReasonCode.GFLOPS_BUDGET)
+    uses_up = budget_gflops is not None and variant.index == constraints.grant.best.index
+    return Reason(ReasonCode.GFLOPS_BUDGET) if uses_up else decision.reason
 
 
 def explain(reason: Reason, catalog: VariantCatalog, variant: Variant, budget_gflops: float | None = None) -> str:
@@ -33,7 +45,7 @@ def explain(reason: Reason, catalog: VariantCatalog, variant: Variant, budget_gf
         variant: what was chosen.
         budget_gflops: what the request named, for the reason that it is.
     """
-    chosen, quality = variant.profile.subnetwork, "the most accurate" if catalog.is_measured else "the largest"
+    chosen, quality = str(variant), "the most accurate" if catalog.is_measured else "the largest"
     match reason.code:
         case ReasonCode.PINNED:
             return f"{chosen} was asked for by name"
@@ -42,22 +54,22 @@ def explain(reason: Reason, catalog: VariantCatalog, variant: Variant, budget_gf
         case ReasonCode.BASELINE:
             return f"{reason.policy}: {chosen}, {1000 * reason.slack_s:.0f} ms left to the most urgent"
         case ReasonCode.SUSTAINED_OVERLOAD:
-            cheapest = catalog.cheapest.profile.subnetwork
+            cheapest = catalog.cheapest
             return f"{reason.queued} waiting and, for seconds now, more coming than even {cheapest} carries for long"
         case ReasonCode.BURST_OVERLOAD:
             return f"{reason.queued} waiting and more expected than can be answered in time: {chosen} answers the most"
         case ReasonCode.NOTHING_TO_RUN:
             return "nothing that waits can be answered in time"
         case ReasonCode.ALONE:
-            return f"nothing else waits: {chosen} is {quality} sub-network"
+            return f"nothing else waits: {chosen} is {quality} {_kind(variant)}"
         case _:
             return _explain_deadlines(reason, catalog, variant, quality)
 
 
 def _explain_deadlines(reason: Reason, catalog: VariantCatalog, variant: Variant, quality: str) -> str:
-    chosen = variant.profile.subnetwork
+    chosen = str(variant)
     if variant is catalog.best:
-        return f"{reason.queued} waiting: {chosen}, {quality} sub-network, answers all of them in time"
+        return f"{reason.queued} waiting: {chosen}, {quality} {_kind(variant)}, answers all of them in time"
     cautiously = ""
     if reason.safety_factor > NOTEWORTHY:
         cautiously = f" if better ones take {reason.safety_factor:.1f} times as long (requests were missed of late)"
@@ -69,10 +81,34 @@ def _explain_deadlines(reason: Reason, catalog: VariantCatalog, variant: Variant
 
 
 def _explain_budget(catalog: VariantCatalog, variant: Variant, budget_gflops: float, quality: str) -> str:
-    chosen, dearer = variant.profile.subnetwork, catalog.next_better(variant)
+    dearer = catalog.next_better(variant)
     if dearer is None:
-        return f"{budget_gflops:.12g} GFLOPs admit {quality} sub-network, {chosen}"
+        return f"{budget_gflops:.12g} GFLOPs admit {quality} {_kind(variant)}, {variant}"
     return (
-        f"{chosen} is {quality} within {budget_gflops:.12g} GFLOPs; the next better one, {dearer.profile.subnetwork}, "
-        f"costs {dearer.profile.gflops}"
+        f"{variant} is {quality} within {budget_gflops:.12g} GFLOPs; the next better one, {dearer}, "
+        f"costs {dearer.most_gflops}"
     )
+
+
+def _kind(variant: Variant) -> str:
+    return "sub-network" if variant.second_look is None else "cascade"
+
+
+def explain_looks(looks: Sequence[Look], stopped: LookCode) -> str:
+    """Say of an answer that was less sure than wanted, in half a sentence, what came of that; empty for any other.
+
+    Args:
+        looks: at the image, in their order.
+        stopped: why no other followed.
+    """
+    again = [
+        f"; {_percent(before.confidence)} sure, so {look.profile.subnetwork} looked again"
+        for before, look in pairwise(looks)
+    ]
+    if stopped is LookCode.SURE:
+        return "".join(again)
+    return "".join(again) + f"; only {_percent(looks[-1].confidence)} sure, but {WHY_NOT_AGAIN[stopped]}"
+
+
+def _percent(confidence: float) -> str:
+    return f"{math.floor(100 * confidence)} %"  # what is under a threshold must not read as if it reached it

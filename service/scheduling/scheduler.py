@@ -6,17 +6,20 @@ loop, the threads that decode and the engine's share it, so each public method h
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
+from service.domain import LookCode
 from service.errors import OverloadedError, OverloadReason
 from service.scheduling.admission import Admission
-from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.catalog import VariantCatalog
 from service.scheduling.estimators import TAIL_SPREADS, SafetyFactor, TrafficEstimator
 from service.scheduling.latency_model import LatencyModel
+from service.scheduling.preview import Preview, preview
 from service.scheduling.queue import RequestQueue
+from service.scheduling.second_look import Looked, next_look
 from service.scheduling.state import (
     NO_DELAY,
     BatchDecision,
@@ -24,12 +27,11 @@ from service.scheduling.state import (
     PreprocessingDelay,
     QueuedRequest,
     SchedulerState,
-    target,
 )
+from service.scheduling.variants import Variant
 
 RESERVED_S = 0.05  # that it may take the event loop to come back to a request
 STILL_TRUE_S = 0.005  # for which what was found when a place was reserved holds
-MAX_PREVIEWED = 8  # decisions; a longer queue is taken to go on as it began
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,15 +44,6 @@ def _locked(method: "Callable[Concatenate[Scheduler, P], R]") -> "Callable[Conca
             return method(self, *args, **kwargs)
 
     return one_at_a_time
-
-
-class Preview(NamedTuple):
-    """What would become of a request: its variant, the size of its batch, seconds until that starts, the decision."""
-
-    variant: Variant
-    batch_size: int
-    starts_in_s: float
-    decision: BatchDecision
 
 
 class Scheduler:
@@ -157,10 +150,11 @@ class Scheduler:
         decision = self._decide(state)
         for request in decision.removed:
             self._queue.remove(request)
-        self._safety_factor.observe(len(decision.batch), len(decision.expired) + len(decision.shed), now)
+        failed = _without_answer(decision.expired) + _without_answer(decision.shed)
+        self._safety_factor.observe(_without_answer(decision.batch), failed, now)
         if decision.variant is not None:
-            latency_s = state.latency_s(decision.variant.index, len(decision.batch))
-            self._free_at = now + latency_s * self._latency_model.overhead_factor
+            batch_s = state.batch_s(decision.variant.index, len(decision.batch))
+            self._free_at = now + batch_s * self._latency_model.overhead_factor
         return decision
 
     @_locked
@@ -170,14 +164,33 @@ class Scheduler:
         """Learn from a batch: the machine's slowdown, and how far off the profile of its variant is.
 
         Args:
-            variant: that ran.
+            variant: that ran; of a cascade the first look.
             size: of the batch.
             seconds: that it took.
             now: when it ended.
             turnaround_s: from when the engine was free, and a request waited, until the batch began.
         """
-        self._latency_model.observe(variant.index, size, seconds, now, turnaround_s)
+        self._latency_model.observe(variant.first_index, size, seconds, now, turnaround_s)
         self._free_at = now
+
+    @_locked
+    def look_again(self, looked: Sequence[Looked], variant: Variant, now: float) -> list[QueuedRequest | LookCode]:
+        """Put those of a batch into the queue once more whose answers are not sure enough, as far as there is time.
+
+        Args:
+            looked: what came of the batch.
+            variant: that ran.
+            now: the instant.
+
+        Returns:
+            For each what waits now for another look, or why nothing does.
+        """
+        state = self.state(now)
+        found = [next_look(one, variant, state) for one in looked]
+        for again in found:
+            if isinstance(again, QueuedRequest):
+                self._queue.enqueue_again(again)
+        return found
 
     @_locked
     def batch_failed(self, now: float) -> None:
@@ -214,32 +227,13 @@ class Scheduler:
         """
         if rejection := self._rejection(request, now, delay):
             raise rejection
-        state, queue = self.state(now), self._queue.with_request(request)
-        start = time = max(now + delay.total_s, self._free_at)
-        queued = len(queue)
-        for _ in range(MAX_PREVIEWED):
-            decision = self._decide(replace(state, now=time, queue=queue))
-            if request in decision.batch and decision.variant is not None:
-                return Preview(decision.variant, len(decision.batch), time - now, decision)
-            gone = set(decision.removed)
-            if request in gone or not gone:
-                break
-            queue = [other for other in queue if other not in gone]
-            if decision.variant is not None:
-                latency_s = state.latency_s(decision.variant.index, len(decision.batch))
-                time += latency_s * self._latency_model.overhead_factor
-        else:
-            time += (time - start) / (queued - len(queue)) * queue.index(request)
-            level = 0 if decision.variant is None else min(decision.variant.index, self.catalog.num_levels - 1)
-            variant = self.catalog.variants[target(request.constraints, level)]
-            if time + state.latency_s(variant.index, 1) <= request.deadline_at:
-                return Preview(variant, max(1, len(decision.batch)), time - now, decision)
-        raise OverloadedError("it would be shed so that others can be answered in time", "shed", 0.0)
+        state = replace(self.state(now), queue=self._queue.with_request(request))
+        return preview(request, state, self._decide, max(now + delay.total_s, self._free_at))
 
     @_locked
     def predict(self, variant: Variant, size: int, now: float) -> float:
-        """Return the seconds that a batch will probably take."""
-        return self._latency_model.predict(variant.index, size, now)
+        """Return the seconds that a batch will probably take, of a cascade the first look."""
+        return self._latency_model.predict(variant.first_index, size, now)
 
     @_locked
     def num_before(self, request: QueuedRequest, now: float) -> tuple[int, int]:
@@ -295,3 +289,8 @@ class Scheduler:
         if not self._rejects_early:
             return None
         return self._admission.rejection(request, now, delay, self._free_at, self._max_batch_size)
+
+
+def _without_answer(requests: Iterable[QueuedRequest]) -> int:
+    """Count those that do not only wait for another look."""
+    return sum(request.looks_again_for is None for request in requests)

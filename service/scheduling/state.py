@@ -1,11 +1,13 @@
 """The nouns of a decision: what a request grants, what a policy may look at, and what it answers. Pure values."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from service.domain import ReasonCode
-from service.scheduling.catalog import Latencies, Variant, VariantCatalog
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.variants import Grant, Latencies, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,25 +16,20 @@ class RequestConstraints:
 
     Attributes:
         budget_s: from arrival until its batch must have ended.
-        highest_level: the highest level that its GFLOPs admit.
-        pinned: the variant asked for by name.
-        over_limit: the variant to take where the level is above the highest: one between that level and the next,
-            which uses the GFLOPs up; None for the highest level itself.
+        grant: the variants that it may get.
+        max_gflops: most that all its looks together may cost.
+        min_confidence: probability of its answer, 0..1, under which it wants a more accurate look.
     """
 
     budget_s: float
-    highest_level: int
-    pinned: Variant | None = None
-    over_limit: Variant | None = None
+    grant: Grant
+    max_gflops: float = math.inf
+    min_confidence: float = 0.0
 
 
 def target(constraints: RequestConstraints, level: int) -> int:
     """Return the index of the variant that a request gets at `level`."""
-    if constraints.pinned is not None:
-        return constraints.pinned.index
-    if level <= constraints.highest_level:
-        return level
-    return constraints.highest_level if constraints.over_limit is None else constraints.over_limit.index
+    return constraints.grant.by_level[level]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,11 +40,19 @@ class QueuedRequest:
         deadline_at: when its batch must have ended, in seconds on the monotonic clock.
         constraints: what it grants.
         priority: 0 is normal; lower may be shed first.
+        looks_again_for: the request as it was admitted, where this is another look at its image: it has an answer
+            already, and gets that one where this is not to be.
     """
 
     deadline_at: float
     constraints: RequestConstraints
     priority: int = 0
+    looks_again_for: "QueuedRequest | None" = None
+
+    @property
+    def admitted(self) -> "QueuedRequest":
+        """The request as it was admitted."""
+        return self.looks_again_for or self
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +114,18 @@ class SchedulerState:
     safety_factor: float = 1.0
 
     def latency_s(self, index: int, size: int) -> float:
-        """Predict the latency of a batch of the variant at `index`."""
+        """Predict the time that a batch of the variant at `index` costs, with the second looks that it will want."""
         return self.latencies_s[index][size - 1] * self.slowdown
+
+    def batch_s(self, index: int, size: int) -> float:
+        """Predict how long the batch itself takes, a cascade's first look."""
+        return self.latency_s(self.catalog.variants[index].first_index, size)
+
+    def longest_s(self, index: int, size: int) -> float:
+        """Predict how long it takes until the last of a batch is answered, second looks included."""
+        second = self.catalog.variants[index].second_look
+        again = 0 if second is None else math.ceil(second.share * size)
+        return self.batch_s(index, size) + (self.latency_s(second.index, again) if second and again else 0.0)
 
     def fitting(self, index: int, room_s: float, queued: int) -> int:
         """Find the largest batch of a variant that ends within the room: at most `queued`, 0 if not even one fits."""

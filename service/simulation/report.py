@@ -26,6 +26,7 @@ class Simulate(Traffic):
 
     policy: str = Field("level", description="what chooses sub-network and batch, as for `serve`")
     compare: tuple[str, ...] = Field((), description="policies to replay the same arrivals with")
+    cascades: bool = Field(True, description="look again where a first look was unsure, as for `serve`")
     machines: int = Field(1, ge=1, le=1000, description="alike; requests are dealt out to them in turn")
     max_batch_size: int | None = Field(
         None, ge=1, le=64, description="requests for one sub-network that may run together; by default as for `serve`"
@@ -49,7 +50,7 @@ def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable)
     """
     for path in filter(None, (command.json_file, command.plot_file)):
         path.touch()  # fails now rather than after the simulation
-    catalog = VariantCatalog.of(profiles, latencies)
+    catalog = VariantCatalog.of(profiles, latencies, cascades=command.cascades)
     largest = command.max_batch_size or catalog.max_batch_size
     capacity, cheapest = (
         command.machines * throughput(variant, largest) for variant in (catalog.best, catalog.variants[0])

@@ -12,11 +12,14 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from service.domain import LookCode
 from service.errors import OverloadedError
-from service.scheduling.catalog import Variant, VariantCatalog
-from service.scheduling.policies import Policy, find_policy, fixed_name
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.policies import Policy, find_policy, variant_name
 from service.scheduling.scheduler import Scheduler
+from service.scheduling.second_look import Looked
 from service.scheduling.state import QueuedRequest, RequestConstraints
+from service.scheduling.variants import Variant
 from service.simulation.arrivals import Arrival, SlowdownScript
 
 AS_PROFILED = SlowdownScript()
@@ -33,12 +36,28 @@ class Fate(NamedTuple):
         arrived_at, ended_at: in seconds from the start.
         outcome: "expired" could no longer be answered in time, "shed" would have kept others from it.
         variant: that answered.
+        top1: expected accuracy of the answer; None where unmeasured, or without one.
+        looks: at the image.
     """
 
     arrived_at: float
     ended_at: float
     outcome: Outcome
     variant: Variant | None = None
+    top1: float | None = None
+    looks: int = 0
+
+
+class _Waiting(NamedTuple):
+    """A request without an answer in the end: when it arrived, how hard its image is, and what a look would answer.
+
+    An image is harder than the fraction `difficulty` of all images; where that is more than the share of those of which
+    a first look is sure, it wants another.
+    """
+
+    arrived_at: float
+    difficulty: float
+    answered_by: Variant | None = None
 
 
 class Batch(NamedTuple):
@@ -91,7 +110,8 @@ class Replay:
         decide = policy.make(machine.catalog, machine.max_batch_size)
         self._scheduler = Scheduler(machine.catalog, decide, machine.max_batch_size, rejects_early=policy.rejects_early)
         self._rng = np.random.default_rng(machine.seed)
-        self._arrived: dict[QueuedRequest, float] = {}
+        self._difficulties = np.random.default_rng([machine.seed, 1])
+        self._waiting: dict[QueuedRequest, _Waiting] = {}
         self._coming = list(reversed(arrivals))
         now = 0.0
         while self._coming or len(self._scheduler):
@@ -104,22 +124,25 @@ class Replay:
     def _take_in(self, until: float) -> None:
         while self._coming and self._coming[-1].at <= until:
             arrival = self._coming.pop()
-            highest_level, over_limit = self._machine.catalog.best_within(arrival.budget_gflops)
-            constraints = RequestConstraints(arrival.budget_s, highest_level, over_limit=over_limit)
+            grant = self._machine.catalog.grant_within(arrival.budget_gflops)
+            max_gflops = math.inf if arrival.budget_gflops is None else arrival.budget_gflops
+            constraints = RequestConstraints(arrival.budget_s, grant, max_gflops)
             request = QueuedRequest(arrival.at + arrival.budget_s, constraints, arrival.priority)
-            self._arrived[request] = arrival.at
+            self._waiting[request] = _Waiting(arrival.at, self._difficulties.random())
             try:
                 self._scheduler.admit(request, arrival.at)
             except OverloadedError:
-                self._end((request,), arrival.at, "rejected")
+                self._end(request, arrival.at, "rejected")
             else:
                 self._scheduler.enqueue(request)
 
     def _serve(self, now: float) -> float:
         """Do what the policy chooses, and return when the engine is free again."""
         decision = self._scheduler.next_batch(now)
-        self._end(decision.expired, now, "expired")
-        self._end(decision.shed, now, "shed")
+        for request in decision.expired:
+            self._end_without(request, now, "expired")
+        for request in decision.shed:
+            self._end_without(request, now, "shed")
         if decision.variant is None:
             if not decision.removed:
                 raise RuntimeError("the policy neither serves nor drops a request")
@@ -130,23 +153,59 @@ class Replay:
         now += seconds
         self._take_in(now)
         self._scheduler.batch_completed(decision.variant, size, seconds, now)
-        for request in decision.batch:
-            if now <= request.deadline_at + ROUNDING_S:
-                self._end((request,), now, "in_time", decision.variant)
+        looked = [self._looked(request, decision.variant) for request in decision.batch]
+        for one, following in zip(looked, self._scheduler.look_again(looked, decision.variant, now), strict=True):
+            if isinstance(following, LookCode):
+                self._answer(one.request, decision.variant, now, is_complete=following is LookCode.SURE)
             else:
-                self._scheduler.deadline_missed(now)
-                self._end((request,), now, "overdue", decision.variant)
+                waiting = self._waiting[one.request.admitted]
+                self._waiting[one.request.admitted] = waiting._replace(answered_by=decision.variant)
         return now
+
+    def _looked(self, request: QueuedRequest, variant: Variant) -> Looked:
+        """Tell how sure a look is: fully, or not at all where the image is one of those that want another."""
+        waiting, second = self._waiting[request.admitted], variant.second_look
+        is_unsure = second is not None and waiting.difficulty >= 1 - second.share
+        before = 0 if waiting.answered_by is None else waiting.answered_by.profile.macs
+        return Looked(request, 0.0 if is_unsure else 1.0, before + variant.profile.macs)
+
+    def _answer(self, request: QueuedRequest, variant: Variant, now: float, *, is_complete: bool) -> None:
+        if now <= request.deadline_at + ROUNDING_S:
+            first = self._waiting[request.admitted].answered_by
+            looks, chosen = (1, variant) if first is None else (2, first)
+            top1 = chosen.top1 if is_complete else chosen.top1_of_one_look
+            self._end(request.admitted, now, "in_time", chosen, top1, looks)
+        elif request.looks_again_for is not None:
+            self._end_without(request, now, "overdue")
+        else:
+            self._scheduler.deadline_missed(now)
+            self._end(request, now, "overdue", variant, variant.top1, 1)
+
+    def _end_without(self, request: QueuedRequest, now: float, outcome: Outcome) -> None:
+        """End a request that fails, or, where it only waited for another look, with the answer of the first."""
+        first = self._waiting[request.admitted].answered_by
+        if first is None:
+            self._end(request, now, outcome)
+        else:
+            at = min(now, request.deadline_at)
+            self._end(request.admitted, at, "in_time", first, first.top1_of_one_look, 1)
 
     def _seconds(self, variant: Variant, size: int, now: float) -> float:
         machine = self._machine
-        seconds = variant.latency_by_batch_s[size - 1] * machine.slowdown.factor(now) + machine.overhead_s
+        alone = machine.catalog.variants[variant.first_index]
+        seconds = alone.latency_by_batch_s[size - 1] * machine.slowdown.factor(now) + machine.overhead_s
         return seconds * (1 + machine.noise * abs(self._rng.standard_normal()))
 
     def _end(
-        self, requests: Iterable[QueuedRequest], now: float, outcome: Outcome, variant: Variant | None = None
+        self,
+        request: QueuedRequest,
+        now: float,
+        outcome: Outcome,
+        variant: Variant | None = None,
+        top1: float | None = None,
+        looks: int = 0,
     ) -> None:
-        self.fates.extend(Fate(self._arrived.pop(request), now, outcome, variant) for request in requests)
+        self.fates.append(Fate(self._waiting.pop(request).arrived_at, now, outcome, variant, top1, looks))
 
 
 def replay(arrivals: Sequence[Arrival], machine: Machine, policy: str) -> Replay:
@@ -172,7 +231,8 @@ class Figures:
         mean_batch_size: requests per batch; None without any.
         utilization: share of the time in which the engines were busy.
         changes_per_s: how often a machine ran another sub-network than in the batch before.
-        mix: share of the answers by sub-network, the largest first.
+        looked_again: share of the answers that took two looks.
+        mix: share of the answers by variant, the largest first.
     """
 
     outcomes: dict[str, int]
@@ -183,6 +243,7 @@ class Figures:
     mean_batch_size: float | None
     utilization: float
     changes_per_s: float
+    looked_again: float
     mix: dict[str, float]
 
     @classmethod
@@ -191,37 +252,33 @@ class Figures:
         fates = [fate for one in replays for fate in one.fates]
         batches = [batch for one in replays for batch in one.batches]
         outcomes = Counter(fate.outcome for fate in fates)
-        correct = sum(accuracy for _, _, accuracy in answers_in_time(fates) if accuracy is not None)
+        correct = sum(fate.top1 for fate in fates if fate.outcome == "in_time" and fate.top1 is not None)
         seconds = max(fate.ended_at for fate in fates) * len(replays) or math.inf
         latencies = [1000 * (fate.ended_at - fate.arrived_at) for fate in fates if fate.variant is not None]
         changes = sum(before.variant != after.variant for one in replays for before, after in pairwise(one.batches))
-        mix = Counter(grid_and_rate(fate.variant) for fate in fates if fate.variant is not None)
+        mix = Counter(variant_name(fate.variant) for fate in fates if fate.variant is not None)
         return cls(
             outcomes={outcome: outcomes[outcome] for outcome in get_args(Outcome)},
             slo_attainment=outcomes["in_time"] / len(fates),
             mean_accuracy=correct / outcomes["in_time"] if catalog.is_measured and outcomes["in_time"] else None,
             effective_accuracy=correct / len(fates) if catalog.is_measured else None,
             latency_ms={f"p{n}": float(np.percentile(latencies, n)) if latencies else None for n in PERCENTILES},
-            mean_batch_size=len(latencies) / len(batches) if batches else None,
+            mean_batch_size=sum(batch.size for batch in batches) / len(batches) if batches else None,
             utilization=sum(batch.seconds for batch in batches) / seconds,
             changes_per_s=changes / seconds,
+            looked_again=sum(fate.looks > 1 for fate in fates) / max(1, len(latencies)),
             mix={name: count / len(latencies) for name, count in mix.most_common()},
         )
 
 
 def answers_in_time(fates: Iterable[Fate]) -> list[tuple[float, str | None, float | None]]:
-    """List when each request arrived, which sub-network answered it in time if one did, and its expected top-1."""
+    """List when each request arrived, which variant answered it in time if one did, and its expected top-1."""
     answers: list[tuple[float, str | None, float | None]] = []
     for fate in fates:
         variant = fate.variant if fate.outcome == "in_time" else None
-        answered_by = (grid_and_rate(variant), variant.profile.top1) if variant else (None, None)
+        answered_by = (variant_name(variant), fate.top1) if variant else (None, None)
         answers.append((fate.arrived_at, *answered_by))
     return answers
-
-
-def grid_and_rate(variant: Variant) -> str:
-    """Name a variant briefly, e.g. 14-0.5."""
-    return fixed_name(variant.profile.subnetwork).removeprefix("fixed-")
 
 
 def throughput(variant: Variant, max_batch_size: int) -> float:

@@ -27,6 +27,7 @@ from service.domain import Classification
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, OverloadReason, ServiceError
 from service.machine.snapshot import ResourceSnapshot
 from service.telemetry.connection_metrics import ConnectionMetrics
+from service.telemetry.look_metrics import LookMetrics
 from service.telemetry.loop_delay import LoopDelay
 from service.telemetry.multiprocess import forget_dead, make_folder
 
@@ -77,6 +78,7 @@ class Metrics:
         if shared_folder is not None:
             make_folder(shared_folder)
         self.connections, self.loop_delay = ConnectionMetrics(registry), LoopDelay(registry)
+        self._looks = LookMetrics(registry)
         self._registry = registry
         self._shared_folder = shared_folder
 
@@ -148,7 +150,7 @@ class Metrics:
         )
         self._accuracy_loss = Counter(
             "supervit_accuracy_loss",
-            "Top-1 accuracy, 0..1, that the most accurate sub-network would have had more, summed over the answers.",
+            "Top-1 accuracy, 0..1, that the most accurate variant would have had more, summed over the answers.",
             registry=registry,
         )
         self._saved = Counter(
@@ -248,11 +250,12 @@ class Metrics:
         self._queue.observe(timing.queue_s)
         self._inference.observe(timing.inference_s)
         self._count_of(profile.subnetwork).inc()
-        self._gflops.inc(profile.gflops)
+        self._gflops.inc(answer.gflops)
         self._saved.inc(answer.saved_gflops)
         (self._met if answer.deadline_met else self._missed).inc()
-        if profile.top1 is not None and answer.accuracy_loss is not None:
-            self._accuracy.inc(profile.top1)
+        self._looks.answered(answer)
+        if answer.expected_top1 is not None and answer.accuracy_loss is not None:
+            self._accuracy.inc(answer.expected_top1)
             self._accuracy_loss.inc(answer.accuracy_loss)
 
     def batch_ran(self, size: int, predicted_s: float, inference_s: float, taken_s: float) -> None:

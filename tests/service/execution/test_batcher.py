@@ -22,7 +22,8 @@ from service.execution.throttle import UtilizationLimiter
 from service.scheduling.catalog import Variant, VariantCatalog
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
-from service.scheduling.state import BatchDecision, QueuedRequest, RequestConstraints, SchedulerState
+from service.scheduling.state import BatchDecision, QueuedRequest, SchedulerState
+from tests.service.granting import constraints_for
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
 ROWS = tuple(SubNetworkProfile(sub, macs, top1) for sub, macs, top1 in ((SMALL, 1, 0.5), (LARGE, 2, 0.8)))
@@ -89,7 +90,7 @@ async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]
 
 
 def named(subnetwork: SubNetwork, budget_s: float = 100.0) -> QueuedRequest:
-    return QueuedRequest(time.monotonic() + budget_s, RequestConstraints(budget_s, 1, CATALOG.find(subnetwork)))
+    return QueuedRequest(time.monotonic() + budget_s, constraints_for(budget_s, 1, CATALOG.find(subnetwork)))
 
 
 async def line_up(batcher: Batcher, *asked: tuple[int, SubNetwork]) -> "list[asyncio.Task[Result]]":
@@ -171,11 +172,11 @@ async def test_the_limiter_hears_when_nothing_waits() -> None:
         await asyncio.to_thread(limiter.is_idle.wait, 10)
         limiter.is_idle.clear()
         with pytest.raises(DeadlineError):
-            await batcher.submit(image(0), QueuedRequest(-1.0, RequestConstraints(1.0, 1)))
+            await batcher.submit(image(0), QueuedRequest(-1.0, constraints_for(1.0, 1)))
         await asyncio.to_thread(limiter.is_idle.wait, 10)
         limiter.used_s += 300.0  # while an hour goes by
         hours.now += 3600.0
-        await batcher.submit(image(0), QueuedRequest(1e9, RequestConstraints(1e9, 1)))
+        await batcher.submit(image(0), QueuedRequest(1e9, constraints_for(1e9, 1)))
         batcher.stop()
     thread.shutdown()
     assert limiter.throttle_factor == 1.0
@@ -190,7 +191,7 @@ async def test_neither_idleness_nor_a_pause_nor_a_failure_counts_as_time_between
     batcher = AdmittingBatcher(hours.run, scheduler, thread, limiter=limiter, clock=lambda: hours.now)
 
     def waits(subnetwork: SubNetwork) -> QueuedRequest:
-        return QueuedRequest(1e9, RequestConstraints(1e9, 1, CATALOG.find(subnetwork)))
+        return QueuedRequest(1e9, constraints_for(1e9, 1, CATALOG.find(subnetwork)))
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())
@@ -526,7 +527,7 @@ async def test_each_batch_waits_for_its_pause_and_knows_the_machine() -> None:
         observe_batch=observe_batch,
         clock=lambda: now,
     )
-    task = asyncio.create_task(batcher.submit(image(1), QueuedRequest(now + 9, RequestConstraints(9.0, 1))))
+    task = asyncio.create_task(batcher.submit(image(1), QueuedRequest(now + 9, constraints_for(9.0, 1))))
     serving = asyncio.create_task(batcher.serve())
     result = await task
     batcher.stop()

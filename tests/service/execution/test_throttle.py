@@ -8,7 +8,8 @@ from service.execution.throttle import BURST_S, UtilizationLimiter
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
-from service.scheduling.state import QueuedRequest, RequestConstraints
+from service.scheduling.state import QueuedRequest
+from tests.service.granting import constraints_for
 
 MINUTE_S = 60.0
 ROUNDING_S = 1e-9
@@ -166,7 +167,7 @@ def serve_a_minute(catalog: VariantCatalog, machine: Machine, gaps_s: Sequence[f
     def take_in() -> None:
         nonlocal next_at, count
         while next_at <= min(machine.now, start_at + MINUTE_S):
-            request = QueuedRequest(next_at + 0.5, RequestConstraints(0.5, 2))
+            request = QueuedRequest(next_at + 0.5, constraints_for(0.5, 2))
             count += 1
             try:
                 scheduler.admit(request, next_at)

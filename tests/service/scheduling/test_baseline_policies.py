@@ -14,7 +14,8 @@ from service.scheduling.baseline_policies import granted
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.level_policy import choose_level
 from service.scheduling.policies import POLICIES, find_policy, policy_names
-from service.scheduling.state import BatchDecision, QueuedRequest, RequestConstraints, SchedulerState, target
+from service.scheduling.state import BatchDecision, QueuedRequest, SchedulerState, target
+from tests.service.granting import constraints_for
 
 # Milliseconds of batches of 1 to 4, MACs and top-1. The second is dominated: it can be had by name only.
 ROWS = {
@@ -37,7 +38,7 @@ def index(decision: BatchDecision) -> int | None:
 
 def request(deadline_ms: float, highest_level: int = BEST, pinned: int | None = None) -> QueuedRequest:
     named = None if pinned is None else CATALOG.variants[pinned]
-    return QueuedRequest(deadline_ms / 1000, RequestConstraints(0.1, highest_level, named))
+    return QueuedRequest(deadline_ms / 1000, constraints_for(0.1, highest_level, named))
 
 
 def moment(
@@ -182,14 +183,14 @@ def test_what_is_granted_of_a_level_is_what_our_own_policy_would_run(level: int)
     named = CATALOG.variants[NAMED]
     for highest_level in (CHEAP, MIDDLE, BEST):
         for pinned, over_limit in ((None, None), (named, None), (None, named)):
-            constraints = RequestConstraints(0.1, highest_level, pinned, over_limit)
+            constraints = constraints_for(0.1, highest_level, pinned, over_limit)
             assert granted(CATALOG, constraints, level) == target(constraints, level)
 
 
 def test_a_variant_between_two_levels_is_granted_where_the_limit_admits_it() -> None:
-    assert granted(CATALOG, RequestConstraints(0.1, CHEAP, over_limit=CATALOG.variants[NAMED]), NAMED) == NAMED
-    assert granted(CATALOG, RequestConstraints(0.1, CHEAP), NAMED) == CHEAP
-    assert granted(CATALOG, RequestConstraints(0.1, BEST, pinned=CATALOG.cheapest), NAMED) == CHEAP
+    assert granted(CATALOG, constraints_for(0.1, CHEAP, over_limit=CATALOG.variants[NAMED]), NAMED) == NAMED
+    assert granted(CATALOG, constraints_for(0.1, CHEAP), NAMED) == CHEAP
+    assert granted(CATALOG, constraints_for(0.1, BEST, pinned=CATALOG.cheapest), NAMED) == CHEAP
 
 
 def random_moment(rng: random.Random) -> SchedulerState:

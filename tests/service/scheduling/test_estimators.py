@@ -14,7 +14,7 @@ from service.scheduling.estimators import (
     Slowdown,
     TrafficEstimator,
 )
-from service.scheduling.state import RequestConstraints
+from tests.service.granting import constraints_for
 
 
 def after(*observed: float) -> Slowdown:
@@ -121,7 +121,7 @@ def test_a_budget_counts_as_long_as_it_is_recent() -> None:
     traffic = TrafficEstimator()
     budgets_s = [0.5] * REMEMBERED_REQUESTS + [9.0] * REMEMBERED_REQUESTS
     for place, budget_s in enumerate(budgets_s, start=1):
-        traffic.remember(RequestConstraints(budget_s, 0))
+        traffic.remember(constraints_for(budget_s, 0))
         recent = sorted(budgets_s[:place][-REMEMBERED_REQUESTS:])
         assert traffic.tight_budget_s == recent[int(TIGHT_QUANTILE * len(recent))]
     assert traffic.tight_budget_s == 9.0

@@ -19,6 +19,7 @@ from service.domain import ReasonCode
 from service.scheduling.catalog import Variant, VariantCatalog
 from service.scheduling.level_policy import MAX_PLANNED, choose_level
 from service.scheduling.state import BatchDecision, QueuedRequest, RequestConstraints, SchedulerState
+from tests.service.granting import constraints_for
 
 
 def stand_in(index: int | None) -> Variant | None:
@@ -38,7 +39,7 @@ def waits(
     over_limit: int | None = None,
     priority: int = 0,
 ) -> QueuedRequest:
-    constraints = RequestConstraints(deadline_at, highest_level, stand_in(pinned), stand_in(over_limit))
+    constraints = constraints_for(deadline_at, highest_level, stand_in(pinned), stand_in(over_limit))
     return QueuedRequest(deadline_at, constraints, priority)
 
 
@@ -98,7 +99,7 @@ def test_those_behind_the_head_lower_its_level(catalog: VariantCatalog) -> None:
 def test_arrivals_that_are_expected_lower_the_level(catalog: VariantCatalog) -> None:
     # 40 a second: ten more in the next quarter of a second and three for chance, due 50 s after. Fourteen in fours and
     # a two end at 56 s at level 2, at 28 s at level 1.
-    state = replace(at_zero(catalog, (waits(50.0),)), arrival_rate=40.0, recent=(RequestConstraints(50.0, 2),))
+    state = replace(at_zero(catalog, (waits(50.0),)), arrival_rate=40.0, recent=(constraints_for(50.0, 2),))
     decision = choose_level(state)
     assert (index(decision), len(decision.batch)) == (1, 1)
     assert (decision.reason.code, decision.reason.slack_s) == (ReasonCode.FORECAST, 50.0)
@@ -116,7 +117,7 @@ def test_arrivals_beyond_what_the_cheapest_level_carries_for_long_get_it(catalog
 
 def test_expected_arrivals_have_the_limits_of_the_recent_ones(catalog: VariantCatalog) -> None:
     # As above; but those expected are content with level 0, so that one batch of level 2, then of 0, clears them all.
-    state = replace(at_zero(catalog, (waits(50.0),)), arrival_rate=40.0, recent=(RequestConstraints(50.0, 0),))
+    state = replace(at_zero(catalog, (waits(50.0),)), arrival_rate=40.0, recent=(constraints_for(50.0, 0),))
     assert index(choose_level(state)) == 2
 
 
@@ -222,12 +223,12 @@ def test_low_priorities_are_not_shed_where_no_other_gains_from_it(catalog: Varia
     decision = choose(catalog, *urgent, *low)
     assert (decision.shed, decision.batch) == ((urgent[0],), tuple(urgent[1:]))
     queue = [*(waits(due) for due in (3.5, 6.0, 6.0, 6.0, 9.0, 9.0)), *low]
-    overloaded = replace(at_zero(catalog, queue), arrival_rate=16.0, recent=(RequestConstraints(9.0, 2),))
+    overloaded = replace(at_zero(catalog, queue), arrival_rate=16.0, recent=(constraints_for(9.0, 2),))
     assert choose_level(overloaded).shed == (queue[0],)
     # But where they are due before others, each of them takes a place.
     queue = [waits(3.5), *(waits(6.0, priority=-5) for _ in range(4)), *(waits(9.0) for _ in range(4))]
     overloaded = replace(
-        at_zero(catalog, queue), arrival_rate=16.0, recent=(RequestConstraints(12.0, 2),), tight_budget_s=12.0
+        at_zero(catalog, queue), arrival_rate=16.0, recent=(constraints_for(12.0, 2),), tight_budget_s=12.0
     )
     decision = choose_level(overloaded)
     assert (set(decision.shed), decision.batch) == (set(queue[:5]), tuple(queue[5:]))
@@ -237,9 +238,9 @@ def test_under_sustained_overload_the_batch_is_as_large_as_can_be(catalog: Varia
     # 16 a second come, and level 0 answers four in 5 s. For the sake of the head, which has 3.5 s, only two could run.
     queue = [waits(due) for due in (3.5, 6.0, 6.0, 6.0, 9.0, 9.0)]
     state = at_zero(catalog, queue)
-    lasting = choose_level(replace(state, arrival_rate=16.0, recent=(RequestConstraints(9.0, 2),)))
+    lasting = choose_level(replace(state, arrival_rate=16.0, recent=(constraints_for(9.0, 2),)))
     assert (index(lasting), lasting.shed, lasting.batch) == (0, (queue[0],), tuple(queue[1:5]))
-    for_long = replace(state, arrival_rate=16.0, sustained_rate=16.0, recent=(RequestConstraints(9.0, 2),))
+    for_long = replace(state, arrival_rate=16.0, sustained_rate=16.0, recent=(constraints_for(9.0, 2),))
     assert choose_level(for_long) == lasting  # that even this level is overloaded does not mean that it clears the line
     passing = choose_level(state)  # two end at 3, two at 6, two at 9
     assert (index(passing), passing.shed, passing.batch) == (0, (), tuple(queue[:2]))
@@ -251,7 +252,7 @@ def test_under_sustained_overload_no_batch_grows_beyond_what_tight_budgets_leave
     # Of a tight budget of 5 s, four fifths are 4: three at level 0, and the head has time for as many.
     queue = [waits(due) for due in (4.5, 6.0, 6.0, 6.0, 9.0, 9.0)]
     overloaded = replace(
-        at_zero(catalog, queue), arrival_rate=16.0, recent=(RequestConstraints(5.0, 2),), tight_budget_s=5.0
+        at_zero(catalog, queue), arrival_rate=16.0, recent=(constraints_for(5.0, 2),), tight_budget_s=5.0
     )
     decision = choose_level(overloaded)
     assert (index(decision), decision.shed, decision.batch) == (0, (), tuple(queue[:3]))
@@ -355,12 +356,12 @@ def random_state(catalog: VariantCatalog, seed: int) -> SchedulerState:
         budget_s = rng.uniform(0, longest)
         match rng.choice(("free", "free", "limit", "beyond", "name") if seed % 3 else ("free",)):
             case "limit":
-                return RequestConstraints(budget_s, rng.randrange(3))
+                return constraints_for(budget_s, rng.randrange(3))
             case "beyond":
-                return RequestConstraints(budget_s, 1, over_limit=catalog.variants[3])
+                return constraints_for(budget_s, 1, over_limit=catalog.variants[3])
             case "name":
-                return RequestConstraints(budget_s, 0, pinned=catalog.variants[rng.randrange(4)])
-        return RequestConstraints(budget_s, 2)
+                return constraints_for(budget_s, 0, pinned=catalog.variants[rng.randrange(4)])
+        return constraints_for(budget_s, 2)
 
     all_constraints = [constraints() for _ in range(rng.choice((1, 2, 5, 30, 300)))]
     queue = [QueuedRequest(now + each.budget_s, each, -rng.randrange(num_priorities)) for each in all_constraints]

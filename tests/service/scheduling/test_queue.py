@@ -1,11 +1,12 @@
 import random
 
 from service.scheduling.queue import RequestQueue
-from service.scheduling.state import QueuedRequest, RequestConstraints
+from service.scheduling.state import QueuedRequest
+from tests.service.granting import constraints_for
 
 
 def due(deadline_at: float, priority: int = 0) -> QueuedRequest:
-    return QueuedRequest(deadline_at, RequestConstraints(9.0, 2), priority)
+    return QueuedRequest(deadline_at, constraints_for(9.0, 2), priority)
 
 
 def test_a_request_that_has_left_can_no_longer_be_enqueued() -> None:

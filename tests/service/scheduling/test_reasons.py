@@ -5,7 +5,8 @@ import pytest
 from service.domain import ReasonCode
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.reasons import explain, reason_of
-from service.scheduling.state import BatchDecision, Reason, RequestConstraints
+from service.scheduling.state import BatchDecision, Reason
+from tests.service.granting import constraints_for
 
 
 @pytest.mark.parametrize(
@@ -86,11 +87,11 @@ def test_the_reason_is_the_constraint_where_it_decided_and_the_queue_where_the_q
 ) -> None:
     cheapest, middle, best, dominated = catalog.variants[:4]
     by_queue = BatchDecision(middle, reason=Reason(ReasonCode.ALL_IN_TIME, 2))
-    pinned = RequestConstraints(1.0, 0, pinned=dominated)
+    pinned = constraints_for(1.0, 0, pinned=dominated)
     assert reason_of(pinned, None, dominated, by_queue).code is ReasonCode.PINNED
-    assert reason_of(RequestConstraints(1.0, 2), None, best, by_queue) is by_queue.reason
-    assert reason_of(RequestConstraints(1.0, 1), 0.5, cheapest, by_queue) is by_queue.reason  # lower than its limit
-    assert reason_of(RequestConstraints(1.0, 1), 0.000122, middle, by_queue).code is ReasonCode.GFLOPS_BUDGET
-    between = RequestConstraints(1.0, 0, over_limit=middle)
+    assert reason_of(constraints_for(1.0, 2), None, best, by_queue) is by_queue.reason
+    assert reason_of(constraints_for(1.0, 1), 0.5, cheapest, by_queue) is by_queue.reason  # lower than its limit
+    assert reason_of(constraints_for(1.0, 1), 0.000122, middle, by_queue).code is ReasonCode.GFLOPS_BUDGET
+    between = constraints_for(1.0, 0, over_limit=middle)
     assert reason_of(between, 0.000122, middle, by_queue).code is ReasonCode.GFLOPS_BUDGET
     assert reason_of(between, 0.000122, cheapest, by_queue) is by_queue.reason

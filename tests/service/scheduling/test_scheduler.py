@@ -22,9 +22,9 @@ from service.scheduling.state import (
     BatchDecision,
     PreprocessingDelay,
     QueuedRequest,
-    RequestConstraints,
     SchedulerState,
 )
+from tests.service.granting import constraints_for
 
 LONG_S = 1000.0  # after it, the arrivals before are no news any more
 
@@ -49,7 +49,7 @@ def predicted(scheduler: Scheduler, level: int, size: int, now: float) -> float:
 
 
 def waits(deadline_at: float, *, budget_s: float = 9.0, pinned: int | None = None, priority: int = 0) -> QueuedRequest:
-    constraints = RequestConstraints(budget_s, 2 if pinned is None else 0, stand_in(pinned))
+    constraints = constraints_for(budget_s, 2 if pinned is None else 0, stand_in(pinned))
     return QueuedRequest(deadline_at, constraints, priority)
 
 

@@ -4,6 +4,7 @@ from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.scheduling.catalog import Variant, VariantCatalog
 from service.scheduling.state import QueuedRequest, RequestConstraints, SchedulerState, target
+from tests.service.granting import constraints_for
 
 
 def stand_in(index: int) -> Variant:
@@ -14,11 +15,11 @@ def stand_in(index: int) -> Variant:
 @pytest.mark.parametrize(
     ("constraints", "expected"),
     [
-        (RequestConstraints(1.0, 2), [0, 1, 2]),
-        (RequestConstraints(1.0, 1), [0, 1, 1]),
-        (RequestConstraints(1.0, 0), [0, 0, 0]),
-        (RequestConstraints(1.0, 1, over_limit=stand_in(5)), [0, 1, 5]),
-        (RequestConstraints(1.0, 0, pinned=stand_in(7)), [7, 7, 7]),
+        (constraints_for(1.0, 2), [0, 1, 2]),
+        (constraints_for(1.0, 1), [0, 1, 1]),
+        (constraints_for(1.0, 0), [0, 0, 0]),
+        (constraints_for(1.0, 1, over_limit=stand_in(5)), [0, 1, 5]),
+        (constraints_for(1.0, 0, pinned=stand_in(7)), [7, 7, 7]),
     ],
 )
 def test_a_request_gets_the_level_up_to_its_limit_what_uses_its_budget_up_above_and_its_name_always(
@@ -28,7 +29,7 @@ def test_a_request_gets_the_level_up_to_its_limit_what_uses_its_budget_up_above_
 
 
 def test_two_requests_that_grant_the_same_are_still_two() -> None:
-    first, second = QueuedRequest(1.0, RequestConstraints(1.0, 2)), QueuedRequest(1.0, RequestConstraints(1.0, 2))
+    first, second = QueuedRequest(1.0, constraints_for(1.0, 2)), QueuedRequest(1.0, constraints_for(1.0, 2))
     assert first != second
     assert len({first, second}) == 2
 

@@ -1,0 +1,83 @@
+"""The answer to a request, made of what the looks at its image said."""
+
+import logging
+import math
+
+from service.domain import Classification, Decision, InferenceRequest, Look, LookCode, Prediction, Timing
+from service.errors import ModelError
+from service.execution.results import Result
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.reasons import explain, explain_looks, reason_of
+from service.scheduling.state import RequestConstraints
+
+logger = logging.getLogger(__name__)
+
+# Reasons to stop with which an image got all the looks that its variant has for it.
+COMPLETE = (LookCode.SURE, LookCode.NONE_BETTER)
+
+
+def classification_of(
+    result: Result,
+    request: InferenceRequest,
+    constraints: RequestConstraints,
+    catalog: VariantCatalog,
+    predictions: tuple[Prediction, ...],
+    timing: Timing,
+    budget_s: float,
+) -> Classification:
+    """Put together what a client is told.
+
+    Args:
+        result: of the last look, with those before.
+        request: as the client asked.
+        constraints: the same for the scheduler.
+        catalog: what could be chosen.
+        predictions: as `predictions_of` makes them.
+        timing: where the time went.
+        budget_s: what was granted.
+    """
+    first = result.looks[0]
+    looks = tuple(
+        Look(look.variant.profile, int(look.ranking[0]), look.confidence, look.inference_s) for look in result.looks
+    )
+    reason = reason_of(constraints, request.budget_gflops, first.variant, first.decision)
+    sentence = explain(reason, catalog, first.variant, request.budget_gflops) + explain_looks(looks, result.stopped)
+    expected_top1, best = _expected_top1(result), catalog.best.top1
+    return Classification(
+        predictions,
+        looks,
+        result.stopped,
+        Decision(looks[-1].profile, result.batch_size, result.predicted_s, reason.code, sentence),
+        timing,
+        budget_s=budget_s,
+        expected_top1=expected_top1,
+        # One between the trained ones that was asked for by name may have measured better.
+        accuracy_loss=None if best is None or expected_top1 is None else max(0.0, best - expected_top1),
+        saved_gflops=max(0.0, catalog.best_alone.gflops - result.spent_macs / 1e9),
+    )
+
+
+def predictions_of(result: Result, class_names: tuple[str, ...], top_k: int) -> tuple[Prediction, ...]:
+    """List the most probable classes, the best first.
+
+    Raises:
+        ModelError: the model's answer is not a number.
+    """
+    best = result.ranking[:top_k]
+    probabilities = result.probabilities[best].tolist()
+    if not math.isfinite(probabilities[0]):  # one NaN makes the sum NaN, and so all of them
+        logger.error("the model answered an image with %s", result.logits.tolist()[:top_k])
+        raise ModelError("the model's answer to this image is not a number")
+    return tuple(
+        Prediction(index, class_names[index], probability)
+        for index, probability in zip(best.tolist(), probabilities, strict=True)
+    )
+
+
+def _expected_top1(result: Result) -> float | None:
+    """Return the accuracy of what was chosen, less where a cascade was cut short, or of a better look than chosen."""
+    first = result.looks[0].variant
+    if len(result.looks) == 1:
+        return first.top1 if result.stopped in COMPLETE else first.top1_of_one_look
+    measured = [look.variant.profile.top1 for look in result.looks if look.variant.profile.top1 is not None]
+    return max((top1 for top1 in (first.top1, *measured) if top1 is not None), default=None)

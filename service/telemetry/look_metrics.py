@@ -1,0 +1,46 @@
+"""What is counted of looks at images, where one that was unsure may be followed by another."""
+
+from itertools import pairwise
+
+from prometheus_client import CollectorRegistry, Counter
+
+from service.domain import Classification, Look, LookCode
+
+
+class LookMetrics:
+    """Counts looks."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        """Declare the metrics, and start every count at zero."""
+        self._looks = Counter("supervit_looks", "Looks at the images of answered requests.", registry=registry)
+        self._again = Counter(
+            "supervit_second_looks",
+            "Looks that followed one that was not sure enough, by both sub-networks (grid-keep rate).",
+            ["first", "second"],
+            registry=registry,
+        )
+        self._agreements = Counter(
+            "supervit_second_look_agreements", "Second looks that gave the answer of the first.", registry=registry
+        )
+        self._stopped = Counter(
+            "supervit_last_looks",
+            "Answered requests by why no other look followed: sure, none_better, or that it was forbidden by budget, "
+            "deadline, overload, failed.",
+            ["reason"],
+            registry=registry,
+        )
+        for code in LookCode:
+            self._stopped.labels(code.value)
+
+    def answered(self, answer: Classification) -> None:
+        """Count the looks of an answer."""
+        self._looks.inc(len(answer.looks))
+        self._stopped.labels(answer.stopped.value).inc()
+        for before, after in pairwise(answer.looks):
+            self._again.labels(_name(before), _name(after)).inc()
+            if before.answer == after.answer:
+                self._agreements.inc()
+
+
+def _name(look: Look) -> str:
+    return f"{look.profile.subnetwork.patch_grid}-{look.profile.subnetwork.keep_rate:g}"
