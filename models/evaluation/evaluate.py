@@ -1,7 +1,6 @@
 """Every sub-network on labelled images: the accuracy table of a checkpoint, and how far its probabilities are right."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +22,9 @@ from models.data.datasets import (
 )
 from models.data.images import evaluation_transform, normalise
 from models.data.loaders import gather_in_turn, load_in_turn
-from models.devices import autocast
-from models.evaluation.calibration import Scaling, expected_calibration_error, fit_scaling
+from models.evaluation.calibration import Scaling, fit_scaling
 from models.evaluation.cascades import choose_cascades, measure_cascade
+from models.evaluation.judging import all_but, judge_images, logits_of, summarise
 from models.processes import Process, gather
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
@@ -35,15 +34,6 @@ Progress = Callable[[DataLoader[Sample]], Iterable[tuple[Tensor, Tensor]]]
 
 # Enough for the two numbers that are fitted, and few enough to keep all their logits over a thousand classes.
 CALIBRATION_IMAGES = 5000
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What one sub-network was found to do: fractions 0..1."""
-
-    top1: float
-    top5: float
-    calibration_error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +99,8 @@ def evaluate(
     chosen_cascades = choose_cascades([row for row in profile.rows if row.is_trained], confidences)
     fitted_on = chosen if calibrating is measuring else ()
     judged = judge_images(model, batches(measuring, range(len(measuring))), scalings)
-    is_unseen = torch.ones(len(measuring), dtype=torch.bool)
-    is_unseen[list(fitted_on)] = False
-    unseen = {subnetwork: its_answers[is_unseen] for subnetwork, its_answers in judged.items()}
-    measured = {subnetwork: _summary(judged[subnetwork], unseen[subnetwork]) for subnetwork in judged}
+    measured = {subnetwork: summarise(its_answers, fitted_on) for subnetwork, its_answers in judged.items()}
+    unseen = {subnetwork: all_but(its_answers, fitted_on) for subnetwork, its_answers in judged.items()}
     cascades = tuple(measure_cascade(cascade, unseen) for cascade in chosen_cascades)
     rows = tuple(
         replace(
@@ -204,7 +192,7 @@ def fit_scalings(
         for images, labels in batches:
             normalised = normalise(images.to(model.cls_token.device), model.config)
             for subnetwork, its_answers in answers.items():
-                its_answers.append(_logits(model, normalised, subnetwork).cpu())
+                its_answers.append(logits_of(model, normalised, subnetwork).cpu())
             all_labels.append(labels)
     labels = gather_in_turn(all_labels)
     has_label = labels != NO_LABEL
@@ -216,84 +204,3 @@ def fit_scalings(
             own[subnetwork] = scaling, scaling.probabilities(logits[has_label].double()).max(dim=1).values
     fitted = {subnetwork: found for share in gather(own) for subnetwork, found in share.items()}
     return {each: fitted[each][0] for each in answers}, {each: fitted[each][1] for each in answers}
-
-
-def measure_accuracy(
-    model: SuperViT,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    scalings: Mapping[SubNetwork, Scaling],
-) -> dict[SubNetwork, Measured]:
-    """Measure top-1, top-5 and the calibration error of each sub-network; takes what `judge_images` takes.
-
-    Raises:
-        ValueError: there are no images.
-    """
-    judged = judge_images(model, batches, scalings)
-    return {subnetwork: _summary(its_answers, its_answers) for subnetwork, its_answers in judged.items()}
-
-
-@torch.inference_mode()
-def judge_images(
-    model: SuperViT, batches: Iterable[tuple[Tensor, Tensor]], scalings: Mapping[SubNetwork, Scaling]
-) -> dict[SubNetwork, Tensor]:
-    """Judge what each sub-network answers to each image.
-
-    Args:
-        model: in eval mode, on the device where it shall run.
-        batches: this process's (B, 3, S, S) uint8 images with their (B,) labels, dealt out in turn; read once.
-        scalings: by sub-network.
-
-    Returns:
-        In every process, by sub-network, (M, 3) of all images in their order as `judge` returns; NaN where an image has
-        no label.
-
-    Raises:
-        ValueError: there are no images.
-    """
-    answers: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in scalings}
-    num_images = 0
-    for images, labels in batches:
-        normalised = normalise(images.to(model.cls_token.device), model.config)
-        for subnetwork, scaling in scalings.items():
-            logits = _logits(model, normalised, subnetwork)
-            judged = judge(logits, labels.to(logits.device), scaling)
-            judged[labels == NO_LABEL] = math.nan
-            answers[subnetwork].append(judged)
-        num_images += len(labels)
-    if not any(gather(num_images)):
-        raise ValueError("no images to measure on")
-    return {subnetwork: gather_in_turn(its_answers) for subnetwork, its_answers in answers.items()}
-
-
-def _summary(judged: Tensor, unseen: Tensor) -> Measured:
-    """Sum up what was judged; the calibration error is that of the images on which nothing was fitted."""
-    top1, top5, _ = _labelled(judged).mean(dim=0).tolist()
-    is_right, _, confidence = _labelled(unseen).unbind(dim=1)
-    return Measured(top1, top5, expected_calibration_error(confidence, is_right.bool()))
-
-
-def _labelled(judged: Tensor) -> Tensor:
-    return judged[~judged[:, 0].isnan()]
-
-
-def _logits(model: SuperViT, normalised: Tensor, subnetwork: SubNetwork) -> Tensor:
-    with autocast(normalised.device):
-        logits: Tensor = model(normalised, subnetwork)
-    return logits.float()
-
-
-def judge(logits: Tensor, labels: Tensor, scaling: Scaling) -> Tensor:
-    """Tell whether answers are right and how sure of it.
-
-    Args:
-        logits: (B, classes).
-        labels: (B,) class indices.
-        scaling: what makes probabilities of the logits.
-
-    Returns:
-        (B, 3) float64 on the CPU: whether the best class is the label, whether one of the best five is, confidence.
-    """
-    confidence, best = scaling.probabilities(logits).max(dim=1)
-    five = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    judged = torch.stack([best == labels, (five == labels[:, None]).any(dim=1), confidence], dim=1)
-    return judged.cpu().double()

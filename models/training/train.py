@@ -22,7 +22,7 @@ from models.data.datasets import list_classes
 from models.data.loaders import SampleLoader
 from models.devices import training_dtype
 from models.evaluation.calibration import Scaling
-from models.evaluation.evaluate import measure_accuracy
+from models.evaluation.judging import measure_accuracy
 from models.mix_token import draw_box
 from models.processes import Process, join_processes, seed_everything, share_buffers
 from models.profiles import ProfileTable

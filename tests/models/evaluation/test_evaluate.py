@@ -13,18 +13,10 @@ from torch import Tensor
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.data.datasets import NO_LABEL, DataError
 from models.evaluation.calibration import HIGHEST_EXPONENT, LOWEST_EXPONENT, Scaling, fit_scaling
-from models.evaluation.evaluate import (
-    Evaluation,
-    accuracy_table,
-    calibration_summary,
-    evaluate,
-    fit_scalings,
-    judge,
-    label_indices,
-    measure_accuracy,
-)
+from models.evaluation.evaluate import Evaluation, evaluate, fit_scalings, label_indices
+from models.evaluation.judging import judge, measure_accuracy
 from models.processes import Process
-from models.profiles import ProfileTable, SubNetworkProfile
+from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 
@@ -93,9 +85,11 @@ def test_scalings_are_fitted_for_each_subnetwork(
 ) -> None:
     whole, pruned = SubNetwork(4, 1.0), SubNetwork(2, 0.5)
     images, labels = batches[0][0][[0, 1, 1, 1]], torch.tensor([0, 1, 1, 2])
-    scalings = fit_scalings(ByBrightness(tiny_config), iter([(images, labels)]), [whole, pruned])
+    scalings, confidences = fit_scalings(ByBrightness(tiny_config), iter([(images, labels)]), [whole, pruned])
     for subnetwork, scaling in scalings.items():
-        assert scaling == fit_scaling(ByBrightness(tiny_config)(images.float() - 100, subnetwork), labels)
+        logits = ByBrightness(tiny_config)(images.float() - 100, subnetwork)
+        assert scaling == fit_scaling(logits, labels)
+        assert torch.equal(confidences[subnetwork], scaling.probabilities(logits.double()).max(dim=1).values)
     assert scalings[whole].temperature < scalings[pruned].temperature
 
 
@@ -326,7 +320,7 @@ def test_scalings_are_fitted_without_images_that_have_no_label(
     whole, (images, labels) = SubNetwork(4, 1.0), batches[0]
     blank = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     with_blank = [(torch.cat([images, blank]), torch.cat([labels, torch.tensor([NO_LABEL])]))]
-    fitted = [fit_scalings(ByBrightness(tiny_config), given, [whole]) for given in (batches[:1], with_blank)]
+    fitted = [fit_scalings(ByBrightness(tiny_config), given, [whole])[0] for given in (batches[:1], with_blank)]
     assert fitted[0] == fitted[1]
 
 
@@ -362,25 +356,3 @@ def test_two_processes_find_what_one_finds(
     assert together["profiles"] == [repr(found.profile)] * 2
     assert together["basis"] == found.basis
     assert together["num_seen"] == [5 + 5 + 2, 1 + 5]  # in batches of five, of the six to fit on and of all twelve
-
-
-def test_the_table_has_a_row_per_keep_rate_and_a_column_per_grid() -> None:
-    rows = (
-        SubNetworkProfile(SubNetwork(8, 0.5), 742_000_000, 0.7375),
-        SubNetworkProfile(SubNetwork(8, 1.0), 1_438_000_000, 0.7579),
-        SubNetworkProfile(SubNetwork(14, 1.0), 4_599_000_000),
-    )
-    assert accuracy_table(ProfileTable(rows)).splitlines() == [
-        "keep rate              grid 8             grid 14",
-        "      0.5     73.75 % 0.742 G                   -",
-        "        1     75.79 % 1.438 G           ? 4.599 G",
-    ]
-
-
-def test_the_summary_tells_the_extremes() -> None:
-    rows = (
-        SubNetworkProfile(SubNetwork(8, 0.5), 1, 0.7, temperature=0.9, calibration_error=0.0123),
-        SubNetworkProfile(SubNetwork(8, 1.0), 2, 0.8, temperature=1.25, calibration_error=0.007),
-    )
-    summary = "expected calibration error 0.70 to 1.23 % at temperatures of 0.900 to 1.250"
-    assert calibration_summary(ProfileTable(rows)) == summary

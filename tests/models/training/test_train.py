@@ -25,7 +25,7 @@ from models.data.images import evaluation_transform
 from models.data.loaders import SampleLoader
 from models.devices import DeviceError
 from models.evaluation.calibration import Scaling
-from models.evaluation.evaluate import measure_accuracy
+from models.evaluation.judging import measure_accuracy
 from models.mix_token import draw_box
 from models.processes import Process, seed_everything
 from models.profiles import ProfileTable

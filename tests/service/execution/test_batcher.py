@@ -90,7 +90,9 @@ async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]
 
 
 def named(subnetwork: SubNetwork, budget_s: float = 100.0) -> QueuedRequest:
-    return QueuedRequest(time.monotonic() + budget_s, constraints_for(budget_s, 1, CATALOG.find(subnetwork)))
+    return QueuedRequest(
+        time.monotonic() + budget_s, constraints_for(budget_s, 1, CATALOG.grant_named(subnetwork).best)
+    )
 
 
 async def line_up(batcher: Batcher, *asked: tuple[int, SubNetwork]) -> "list[asyncio.Task[Result]]":
@@ -191,7 +193,7 @@ async def test_neither_idleness_nor_a_pause_nor_a_failure_counts_as_time_between
     batcher = AdmittingBatcher(hours.run, scheduler, thread, limiter=limiter, clock=lambda: hours.now)
 
     def waits(subnetwork: SubNetwork) -> QueuedRequest:
-        return QueuedRequest(1e9, constraints_for(1e9, 1, CATALOG.find(subnetwork)))
+        return QueuedRequest(1e9, constraints_for(1e9, 1, CATALOG.grant_named(subnetwork).best))
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())

@@ -21,7 +21,7 @@ from service.engines.profile_store import extended_profile
 from service.engines.profiler import Measurement
 from service.errors import InvalidParameterError
 from service.execution.watchdog import Watchdog
-from service.http.schemas import describe_family
+from service.http.family import describe_family
 from service.machine.monitor import Monitor
 from service.machine.snapshot import ResourceSnapshot
 from service.runtime import ServerRuntime
@@ -440,7 +440,7 @@ def test_the_documentation_describes_body_parameters_and_errors(client: TestClie
         "application/octet-stream",
         "application/json",
     }
-    names = {"budget_ms", "budget_gflops", "priority", "top_k", "patch_grid", "keep_rate"}
+    names = {"budget_ms", "budget_gflops", "min_confidence", "priority", "top_k", "patch_grid", "keep_rate"}
     assert {entry["name"] for entry in operation["parameters"]} == names
     assert {"200", "408", "413", "415", "422", "429", "500", "503", "504"} <= set(operation["responses"])
     problem = operation["responses"]["422"]["content"]["application/json"]["schema"]["$ref"]

@@ -38,7 +38,9 @@ def index(decision: BatchDecision) -> int | None:
 
 def request(deadline_ms: float, highest_level: int = BEST, pinned: int | None = None) -> QueuedRequest:
     named = None if pinned is None else CATALOG.variants[pinned]
-    return QueuedRequest(deadline_ms / 1000, constraints_for(0.1, highest_level, named))
+    return QueuedRequest(
+        deadline_ms / 1000, constraints_for(0.1, highest_level, named, CATALOG.variants[highest_level])
+    )
 
 
 def moment(
@@ -189,7 +191,7 @@ def test_what_is_granted_of_a_level_is_what_our_own_policy_would_run(level: int)
 
 def test_a_variant_between_two_levels_is_granted_where_the_limit_admits_it() -> None:
     assert granted(CATALOG, constraints_for(0.1, CHEAP, over_limit=CATALOG.variants[NAMED]), NAMED) == NAMED
-    assert granted(CATALOG, constraints_for(0.1, CHEAP), NAMED) == CHEAP
+    assert granted(CATALOG, constraints_for(0.1, CHEAP, over_limit=CATALOG.cheapest), NAMED) == CHEAP
     assert granted(CATALOG, constraints_for(0.1, BEST, pinned=CATALOG.cheapest), NAMED) == CHEAP
 
 
@@ -228,10 +230,11 @@ def test_no_policy_ever_exceeds_what_a_request_grants(name: str) -> None:
         decision = policy(random_moment(rng))
         for one in decision.batch:
             assert decision.variant is not None
-            if one.constraints.pinned is not None:
-                assert decision.variant == one.constraints.pinned
+            grant = one.constraints.grant
+            if grant.is_pinned:
+                assert decision.variant == grant.best
             else:
-                assert decision.variant.profile.macs <= CATALOG.variants[one.constraints.highest_level].profile.macs
+                assert decision.variant.most_gflops <= grant.best.most_gflops
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"level"}))

@@ -4,7 +4,7 @@ import pytest
 
 from models.flops import count_macs
 from models.latency import LatencyTable
-from models.profiles import ProfileTable, SubNetworkProfile
+from models.profiles import CascadeProfile, ProfileTable, SubNetworkProfile
 from models.published import PUBLISHED
 from models.subnetwork import SubNetwork
 from service.errors import BudgetTooSmallError, InvalidParameterError
@@ -27,7 +27,7 @@ def catalog_of(profiles: ProfileTable) -> VariantCatalog:
 
 def chosen(profiles: ProfileTable, budget_gflops: float | None) -> SubNetwork:
     catalog = catalog_of(profiles)
-    return catalog.best_within(budget_gflops)[1].profile.subnetwork
+    return catalog.grant_within(budget_gflops).best.profile.subnetwork
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ def test_a_budget_admits_the_most_accurate_that_fits_and_the_cheapest_on_a_tie(
 
 def test_a_budget_under_the_cheapest_is_rejected_with_the_smallest_that_would_do() -> None:
     with pytest.raises(BudgetTooSmallError, match=r"0\.742") as caught:
-        catalog_of(PROFILES).best_within(0.7419)
+        catalog_of(PROFILES).grant_within(0.7419)
     assert chosen(PROFILES, caught.value.details["smallest_budget_gflops"]) == SubNetwork(8, 0.5)
 
 
 def test_a_dominated_sub_network_is_no_level_but_can_be_had_by_name() -> None:
     catalog = catalog_of(PROFILES)
-    variant = catalog.find(SubNetwork(8, 1.0))
+    variant = catalog.grant_named(SubNetwork(8, 1.0)).best
     assert variant.profile.subnetwork == SubNetwork(8, 1.0)
     assert variant.index >= catalog.num_levels == 3
     assert catalog.variants[variant.index] is variant
@@ -65,13 +65,13 @@ def test_a_dominated_sub_network_is_no_level_but_can_be_had_by_name() -> None:
 
 def test_a_named_sub_network_over_the_budget_is_rejected_with_its_cost() -> None:
     with pytest.raises(BudgetTooSmallError) as caught:
-        catalog_of(PROFILES).find(SubNetwork(14, 0.5), 1.0)
+        catalog_of(PROFILES).grant_named(SubNetwork(14, 0.5), 1.0)
     assert caught.value.details["smallest_budget_gflops"] == 2.298
 
 
 def test_a_sub_network_outside_the_family_is_rejected() -> None:
     with pytest.raises(InvalidParameterError, match=r"grid 9 at keep rate 0\.5"):
-        catalog_of(PROFILES).find(SubNetwork(9, 0.5))
+        catalog_of(PROFILES).grant_named(SubNetwork(9, 0.5))
 
 
 def test_without_measured_accuracy_the_largest_that_fits_is_the_best() -> None:
@@ -88,8 +88,13 @@ def test_keep_rates_between_use_a_budget_up_and_are_no_levels() -> None:
     )
     profiles = ProfileTable(rows).with_rates_between(config, 0.05)
     catalog = catalog_of(profiles)
-    level, over_limit = catalog.best_within(2.0)
-    assert catalog.variants[level].profile.subnetwork == SubNetwork(12, 0.5)
+    grant = catalog.grant_within(2.0)
+    over_limit = grant.best
+    assert catalog.variants[grant.highest_level].profile.subnetwork == SubNetwork(12, 0.5)
+    assert [catalog.variants[index] for index in grant.by_level] == [
+        *catalog.levels[: grant.highest_level + 1],
+        *[over_limit] * (catalog.num_levels - grant.highest_level - 1),
+    ]
     assert over_limit.profile.subnetwork == SubNetwork(12, 0.6)
     assert over_limit.profile.gflops <= 2.0 < (catalog.next_better(over_limit) or catalog.cheapest).profile.gflops
     assert all(variant.profile.is_trained for variant in catalog.variants[: catalog.num_levels])
@@ -105,8 +110,8 @@ def test_a_rate_between_that_measured_better_than_a_dearer_level_displaces_nothi
     catalog = catalog_of(ProfileTable((cheap, useful, lucky, dear)))
     assert [variant.profile for variant in catalog.frontier] == [cheap, useful, dear]
     assert catalog.best.profile == dear
-    assert catalog.best_within(lucky.gflops)[1].profile == useful
-    assert catalog.find(lucky.subnetwork).index >= catalog.num_levels
+    assert catalog.grant_within(lucky.gflops).best.profile == useful
+    assert catalog.grant_named(lucky.subnetwork).best.index >= catalog.num_levels
     assert catalog.next_better(catalog.best) is None
 
 
@@ -115,3 +120,79 @@ def test_a_level_never_counts_as_faster_than_a_cheaper_one() -> None:
     figures = dict(zip((profile.subnetwork for profile in rows), ((0.03,), (0.02,), (0.05,)), strict=True))
     catalog = VariantCatalog.of(ProfileTable(rows), LatencyTable((1,), figures))
     assert [variant.latency_by_batch_s for variant in catalog.variants] == [(0.03,), (0.03,), (0.05,)]
+
+
+# Expected cost of the first: 0.742 + 0.5 * 1.155 = 1.3195 GFLOPs; of the second 0.742 + 0.4 * 2.298 = 1.6612.
+TO_MIDDLE = CascadeProfile(SubNetwork(8, 0.5), SubNetwork(10, 0.5), threshold=0.7, share=0.5, top1=0.75)
+TO_BEST = CascadeProfile(SubNetwork(8, 0.5), SubNetwork(14, 0.5), threshold=0.8, share=0.4, top1=0.79)
+USELESS = CascadeProfile(SubNetwork(10, 0.5), SubNetwork(14, 0.5), threshold=0.4, share=0.9, top1=0.795)
+CASCADING = replace(PROFILES, cascades=(TO_MIDDLE, TO_BEST, USELESS))
+
+
+def test_cascades_are_levels_between_sub_networks_where_they_give_more_for_what_they_are_expected_to_cost() -> None:
+    catalog = catalog_of(CASCADING)
+    assert [str(variant) for variant in catalog.levels] == [
+        "grid 8 at keep rate 0.5",
+        "grid 10 at keep rate 0.5",
+        "grid 8 at keep rate 0.5, then grid 10 at keep rate 0.5 where under 70% sure",
+        "grid 8 at keep rate 0.5, then grid 14 at keep rate 0.5 where under 80% sure",
+        "grid 14 at keep rate 0.5",
+    ]
+    assert catalog_of(CASCADING).num_levels == 5
+    assert [variant.gflops for variant in catalog.levels][2:4] == pytest.approx([1.3195, 1.6612])
+    assert all(variant.index == index for index, variant in enumerate(catalog.variants))
+
+
+def test_both_looks_of_a_cascade_lead_to_the_variants_that_are_these_looks_alone() -> None:
+    catalog = catalog_of(CASCADING)
+    for variant in catalog.levels:
+        first = catalog.variants[variant.first_index]
+        assert (first.profile, first.second_look) == (variant.profile, None)
+        if variant.second_look is not None:
+            second = catalog.variants[variant.second_look.index]
+            assert (second.profile, second.second_look) == (variant.second_look.profile, None)
+
+
+@pytest.mark.parametrize(
+    ("budget", "by_level", "best"),
+    [
+        (None, [0, 1, 2, 3, 4], 4),
+        (3.04, [0, 1, 2, 3, 4], 4),  # 0.742 + 2.298
+        (3.0399, [0, 1, 2, 2, 4], 4),  # the cascade to the best might cost more, the best alone does not
+        (2.297, [0, 1, 2, 2, 2], 2),
+        (1.897, [0, 1, 2, 2, 2], 2),  # 0.742 + 1.155
+        (1.8969, [0, 1, 1, 1, 1], 1),
+        (0.742, [0, 0, 0, 0, 0], 0),
+    ],
+)
+def test_a_budget_is_held_against_the_cost_of_both_looks(budget: float | None, by_level: list[int], best: int) -> None:
+    catalog = catalog_of(CASCADING)
+    grant = catalog.grant_within(budget)
+    assert (list(grant.by_level), grant.best.index) == (by_level, best)
+    assert grant.highest_level == next((level - 1 for level in range(5) if by_level[level] != level), 4)
+
+
+def test_a_sub_network_by_name_looks_once() -> None:
+    catalog = catalog_of(CASCADING)
+    grant = catalog.grant_named(SubNetwork(8, 0.5))
+    assert (grant.best, grant.is_pinned, set(grant.by_level)) == (catalog.cheapest, True, {0})
+
+
+def test_there_are_no_cascades_where_they_are_not_wanted_or_accuracy_is_not_measured() -> None:
+    table = LatencyTable((1,), dict.fromkeys(PROFILES.by_subnetwork, (0.01,)))
+    assert VariantCatalog.of(CASCADING, table, cascades=False) == VariantCatalog.of(PROFILES, table)
+    unmeasured = tuple(replace(profile, top1=None) for profile in PROFILES.rows)
+    assert catalog_of(replace(CASCADING, rows=unmeasured)) == catalog_of(ProfileTable(unmeasured))
+
+
+def test_a_cascade_is_expected_to_take_both_looks_for_its_share() -> None:
+    seconds = {subnetwork: (0.01 * place, 0.02 * place) for place, subnetwork in enumerate(PROFILES.by_subnetwork, 1)}
+    catalog = VariantCatalog.of(CASCADING, LatencyTable((1, 2), seconds))
+    by_name = {str(variant): variant for variant in catalog.levels}
+    to_best = by_name["grid 8 at keep rate 0.5, then grid 14 at keep rate 0.5 where under 80% sure"]
+    assert to_best.latency_by_batch_s == pytest.approx((0.01 + 0.4 * 0.05, 0.02 + 0.8 * 0.05))
+
+
+def test_the_best_with_one_look_is_the_most_accurate_trained_sub_network_and_the_cheaper_of_two() -> None:
+    assert catalog_of(CASCADING).best_alone.profile.subnetwork == SubNetwork(14, 0.5)
+    assert catalog_of(ProfileTable(PROFILES.rows[:4])).best_alone.profile.subnetwork == SubNetwork(10, 0.5)

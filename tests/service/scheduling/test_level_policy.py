@@ -13,18 +13,16 @@ from dataclasses import replace
 
 import pytest
 
-from models.profiles import SubNetworkProfile
-from models.subnetwork import SubNetwork
 from service.domain import ReasonCode
-from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.catalog import VariantCatalog
 from service.scheduling.level_policy import MAX_PLANNED, choose_level
 from service.scheduling.state import BatchDecision, QueuedRequest, RequestConstraints, SchedulerState
-from tests.service.granting import constraints_for
+from service.scheduling.variants import Variant
+from tests.service.granting import constraints_for, stand_in
 
 
-def stand_in(index: int | None) -> Variant | None:
-    """Name a variant of the catalog by its place."""
-    return None if index is None else Variant(index, SubNetworkProfile(SubNetwork(2, 0.5), 1), ())
+def named(index: int | None) -> Variant | None:
+    return None if index is None else stand_in(index)
 
 
 def index(decision: BatchDecision) -> int | None:
@@ -39,7 +37,7 @@ def waits(
     over_limit: int | None = None,
     priority: int = 0,
 ) -> QueuedRequest:
-    constraints = constraints_for(deadline_at, highest_level, stand_in(pinned), stand_in(over_limit))
+    constraints = constraints_for(deadline_at, highest_level, named(pinned), named(over_limit))
     return QueuedRequest(deadline_at, constraints, priority)
 
 
@@ -385,9 +383,7 @@ def random_state(catalog: VariantCatalog, seed: int) -> SchedulerState:
 
 
 def grants(constraints: RequestConstraints, variant: Variant) -> bool:
-    if constraints.pinned is not None:
-        return variant == constraints.pinned
-    return variant.index <= constraints.highest_level or variant == constraints.over_limit
+    return variant.index in constraints.grant.by_level
 
 
 def test_whatever_waits_each_gets_what_it_grants_or_is_shed_in_order(catalog: VariantCatalog) -> None:

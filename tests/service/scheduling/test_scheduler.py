@@ -31,7 +31,7 @@ LONG_S = 1000.0  # after it, the arrivals before are no news any more
 
 def stand_in(index: int | None) -> Variant | None:
     """Name a variant of the catalog by its place."""
-    return None if index is None else Variant(index, SubNetworkProfile(SubNetwork(2, 0.5), 1), ())
+    return None if index is None else Variant(index, SubNetworkProfile(SubNetwork(2, 0.5), 1), (), index)
 
 
 def index(decision: BatchDecision) -> int | None:

@@ -1,15 +1,8 @@
 import pytest
 
-from models.profiles import SubNetworkProfile
-from models.subnetwork import SubNetwork
-from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.catalog import VariantCatalog
 from service.scheduling.state import QueuedRequest, RequestConstraints, SchedulerState, target
-from tests.service.granting import constraints_for
-
-
-def stand_in(index: int) -> Variant:
-    """Name a variant of the catalog by its place."""
-    return Variant(index, SubNetworkProfile(SubNetwork(2, 0.5), 1), ())
+from tests.service.granting import constraints_for, stand_in
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry
 
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
-from service.domain import Classification, Decision, ReasonCode, Timing
+from service.domain import Classification, Decision, Look, LookCode, ReasonCode, Timing
 from service.errors import InvalidParameterError
 from service.machine.snapshot import GpuSnapshot, ResourceSnapshot
 from service.telemetry.metrics import MISSES, STAGES, Metrics, process_registry
@@ -36,9 +36,12 @@ def page() -> Page:
 def answer(profile: SubNetworkProfile = SMALL, total_s: float = 0.3, budget_s: float = 0.5) -> Classification:
     return Classification(
         predictions=(),
+        looks=(Look(profile, 0, 0.9, 0.1),),
+        stopped=LookCode.SURE,
         decision=Decision(profile, 4, 0.1, ReasonCode.ALONE, "because"),
         timing=Timing(decode_wait_s=0.005, decode_s=0.01, queue_s=0.02, inference_s=0.1, total_s=total_s),
         budget_s=budget_s,
+        expected_top1=profile.top1,
         accuracy_loss=None if profile.top1 is None else 0.05,
         saved_gflops=1.5,
     )

@@ -1,0 +1,119 @@
+"""Whether sub-networks answer labelled images rightly, how sure of it they are, and what that comes to."""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.data.datasets import NO_LABEL
+from models.data.images import normalise
+from models.data.loaders import gather_in_turn
+from models.devices import autocast
+from models.evaluation.calibration import Scaling, expected_calibration_error
+from models.processes import gather
+from models.subnetwork import SubNetwork
+from models.supervit import SuperViT
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one sub-network was found to do: fractions 0..1."""
+
+    top1: float
+    top5: float
+    calibration_error: float
+
+
+def measure_accuracy(
+    model: SuperViT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    scalings: Mapping[SubNetwork, Scaling],
+    fitted_on: Collection[int] = (),
+) -> dict[SubNetwork, Measured]:
+    """Measure top-1, top-5 and the calibration error of each sub-network.
+
+    Args:
+        model: in eval mode, on the device where it shall run.
+        batches: as `judge_images` takes them.
+        scalings: by sub-network.
+        fitted_on: places of the images that the scalings were fitted on, which say nothing of the calibration error.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    judged = judge_images(model, batches, scalings)
+    return {subnetwork: summarise(its_answers, fitted_on) for subnetwork, its_answers in judged.items()}
+
+
+@torch.inference_mode()
+def judge_images(
+    model: SuperViT, batches: Iterable[tuple[Tensor, Tensor]], scalings: Mapping[SubNetwork, Scaling]
+) -> dict[SubNetwork, Tensor]:
+    """Judge what each sub-network answers to each image.
+
+    Args:
+        model: in eval mode, on the device where it shall run.
+        batches: this process's (B, 3, S, S) uint8 images with their (B,) labels, dealt out in turn; read once.
+        scalings: by sub-network.
+
+    Returns:
+        In every process, by sub-network, (M, 3) of all images in their order as `judge` returns; NaN where an image has
+        no label.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    answers: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in scalings}
+    num_images = 0
+    for images, labels in batches:
+        normalised = normalise(images.to(model.cls_token.device), model.config)
+        for subnetwork, scaling in scalings.items():
+            logits = logits_of(model, normalised, subnetwork)
+            judged = judge(logits, labels.to(logits.device), scaling)
+            judged[labels == NO_LABEL] = math.nan
+            answers[subnetwork].append(judged)
+        num_images += len(labels)
+    if not any(gather(num_images)):
+        raise ValueError("no images to measure on")
+    return {subnetwork: gather_in_turn(its_answers) for subnetwork, its_answers in answers.items()}
+
+
+def summarise(judged: Tensor, fitted_on: Collection[int]) -> Measured:
+    """Sum up what `judge_images` said of one sub-network; the calibration error leaves `fitted_on` out."""
+    top1, top5, _ = judged.nanmean(dim=0).tolist()
+    unseen = all_but(judged, fitted_on)
+    is_right, _, confidence = unseen[~unseen[:, 0].isnan()].unbind(dim=1)
+    return Measured(top1, top5, expected_calibration_error(confidence, is_right.bool()))
+
+
+def all_but(judged: Tensor, places: Collection[int]) -> Tensor:
+    """Leave some rows out."""
+    is_kept = torch.ones(len(judged), dtype=torch.bool)
+    is_kept[list(places)] = False
+    return judged[is_kept]
+
+
+def logits_of(model: SuperViT, normalised: Tensor, subnetwork: SubNetwork) -> Tensor:
+    """Map (B, 3, S, S) normalised images to (B, classes) float32 logits, in the device's fastest precision."""
+    with autocast(normalised.device):
+        logits: Tensor = model(normalised, subnetwork)
+    return logits.float()
+
+
+def judge(logits: Tensor, labels: Tensor, scaling: Scaling) -> Tensor:
+    """Tell whether answers are right and how sure of it.
+
+    Args:
+        logits: (B, classes).
+        labels: (B,) class indices.
+        scaling: what makes probabilities of the logits.
+
+    Returns:
+        (B, 3) float64 on the CPU: whether the best class is the label, whether one of the best five is, confidence.
+    """
+    confidence, best = scaling.probabilities(logits).max(dim=1)
+    five = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    judged = torch.stack([best == labels, (five == labels[:, None]).any(dim=1), confidence], dim=1)
+    return judged.cpu().double()
