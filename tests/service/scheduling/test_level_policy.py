@@ -13,11 +13,15 @@ from dataclasses import replace
 
 import pytest
 
+from models.latency import LatencyTable
+from models.profiles import CascadeProfile, ProfileTable
+from models.subnetwork import SubNetwork
 from service.domain import ReasonCode
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.level_policy import MAX_PLANNED, choose_level
 from service.scheduling.state import BatchDecision, QueuedRequest, RequestConstraints, SchedulerState
 from service.scheduling.variants import Variant
+from tests.service.conftest import SECONDS
 from tests.service.granting import constraints_for, stand_in
 
 
@@ -433,3 +437,70 @@ def test_what_was_planned_for_is_answered_in_time_when_all_goes_as_predicted(cat
             now += state.latency_s(decision.variant.index, len(decision.batch)) * state.overhead_factor
             queue = [request for request in queue if request not in decision.batch]
     assert checked > 10
+
+
+def looks_again(deadline_at: float, pinned: int, priority: int = 0) -> QueuedRequest:
+    first = waits(deadline_at, priority=priority)
+    return replace(waits(deadline_at, pinned=pinned, priority=priority), looks_again_for=first)
+
+
+def test_another_look_runs_in_order_of_deadline_as_any_other(catalog: VariantCatalog) -> None:
+    again, new = looks_again(30.0, pinned=2), waits(60.0)
+    decision = choose(catalog, again, new)
+    assert (index(decision), decision.batch) == (2, (again, new))  # both fit: 12 s
+    due_later = looks_again(60.0, pinned=1)
+    decision = choose(catalog, waits(30.0), due_later)
+    assert (index(decision), due_later in decision.batch) == (2, False)
+
+
+def test_where_not_all_can_be_answered_those_that_have_an_answer_already_give_way(catalog: VariantCatalog) -> None:
+    """The two new ones take 3 s at the cheapest level and are due in 3.2; another look takes 8."""
+    again, new = looks_again(9.0, pinned=2), (waits(3.2), waits(3.2))
+    decision = choose(catalog, *new, again)
+    assert decision.shed == (again,)
+    assert (index(decision), decision.batch) == (0, new)
+
+
+def test_other_looks_are_given_up_before_any_request_is_shed_for_a_later_one(catalog: VariantCatalog) -> None:
+    again = looks_again(9.0, pinned=2)
+    crowd = [waits(3.1), waits(3.1), waits(3.1)]
+    decision = choose(catalog, *crowd, again)
+    assert again in decision.shed
+    assert len(decision.batch) == 2, "as if there were no other look"
+    assert decision.batch == choose(catalog, *crowd).batch
+
+
+def test_under_sustained_overload_every_other_look_is_given_up(catalog: VariantCatalog) -> None:
+    again = looks_again(500.0, pinned=2)
+    state = replace(at_zero(catalog, (again,)), arrival_rate=16.0, sustained_rate=16.0)
+    assert choose_level(state) == BatchDecision(None, shed=(again,))
+    burst = choose_level(replace(state, sustained_rate=0.0))
+    assert burst.batch == (again,)
+
+
+def test_another_look_that_would_be_late_expires(catalog: VariantCatalog) -> None:
+    assert choose(catalog, looks_again(7.9, pinned=2)).expired != ()
+    assert choose(catalog, looks_again(8.5, pinned=2)).batch != ()
+
+
+@pytest.fixture
+def cascading(profiles: ProfileTable) -> VariantCatalog:
+    """Adds a level: (2, 0.5) and, for a quarter of the images, (4, 1); one is expected to take 2 + 8 / 4 = 4 s."""
+    cascade = CascadeProfile(SubNetwork(2, 0.5), SubNetwork(4, 1.0), threshold=0.8, share=0.25, top1=0.75)
+    return VariantCatalog.of(replace(profiles, cascades=(cascade,)), LatencyTable((1, 2, 3, 4), SECONDS))
+
+
+def test_a_cascade_is_taken_alone_only_where_both_looks_fit(cascading: VariantCatalog) -> None:
+    """Both take 10 s; the next level down is (4, 0.5) at 4, the one above (4, 1) alone at 8."""
+    names = [str(variant) for variant in cascading.levels]
+    cascade = next(index for index, name in enumerate(names) if "then" in name)
+
+    def chosen(due: float) -> str:
+        decision = choose_level(at_zero(cascading, (waits(due, highest_level=cascading.num_levels - 1),)))
+        assert decision.variant is not None
+        return str(decision.variant)
+
+    within = replace(at_zero(cascading, (waits(9.0, highest_level=cascade),)))
+    assert chosen(100.0) == names[-1]
+    assert index(choose_level(within)) == cascade - 1
+    assert index(choose_level(at_zero(cascading, (waits(11.0, highest_level=cascade),)))) == cascade

@@ -1,5 +1,7 @@
 import random
 
+import pytest
+
 from service.scheduling.queue import RequestQueue
 from service.scheduling.state import QueuedRequest
 from tests.service.granting import constraints_for
@@ -71,3 +73,42 @@ def test_a_place_that_was_reserved_is_kept_for_a_while() -> None:
     queue.remove(second)
     queue.expire_reserved(0.6)
     assert (queue.num_reserved, queue.num_admitted) == (0, 0)
+
+
+def again(request: QueuedRequest) -> QueuedRequest:
+    return QueuedRequest(request.deadline_at, request.constraints, request.priority, looks_again_for=request)
+
+
+def test_another_look_waits_by_its_deadline_and_is_no_request_of_its_own() -> None:
+    queue, first, other = RequestQueue(), due(1.0), due(2.0)
+    for request in (first, other):
+        queue.admit(request)
+    queue.enqueue(other)
+    queue.remove(first)  # it ran
+    second = again(first)
+    queue.enqueue_again(second)
+    assert list(queue.queued) == [second, other]
+    assert queue.num_admitted == 1
+    assert queue.count_before(due(3.0)) == 1, "a request that has an answer keeps none out"
+
+
+@pytest.mark.parametrize("by", ["the request", "the look"])
+def test_another_look_leaves_with_its_request(by: str) -> None:
+    queue, first = RequestQueue(), due(1.0)
+    second = again(first)
+    queue.enqueue_again(second)
+    queue.remove(first if by == "the request" else second)
+    assert list(queue.queued) == []
+    queue.remove(second)
+    queue.remove(first)
+    assert (len(queue), queue.num_admitted) == (0, 0)
+
+
+def test_a_third_look_takes_the_place_of_the_second() -> None:
+    queue, first = RequestQueue(), due(1.0)
+    second, third = again(first), again(first)
+    queue.enqueue_again(second)
+    queue.remove(second)  # it ran
+    queue.enqueue_again(third)
+    queue.remove(first)
+    assert list(queue.queued) == []

@@ -7,16 +7,20 @@ level 2: 80 120 160 200 ms
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
-from models.profiles import SubNetworkProfile
+from models.latency import LatencyTable
+from models.profiles import CascadeProfile, ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
+from service.domain import LookCode
 from service.errors import OverloadedError
-from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.catalog import VariantCatalog
 from service.scheduling.estimators import REMEMBERED_REQUESTS, SUSTAINED_TIME_S
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import RESERVED_S, STILL_TRUE_S, Scheduler
+from service.scheduling.second_look import Looked
 from service.scheduling.state import (
     NO_DELAY,
     BatchDecision,
@@ -24,6 +28,8 @@ from service.scheduling.state import (
     QueuedRequest,
     SchedulerState,
 )
+from service.scheduling.variants import Variant
+from tests.service.conftest import SECONDS
 from tests.service.granting import constraints_for
 
 LONG_S = 1000.0  # after it, the arrivals before are no news any more
@@ -624,3 +630,71 @@ def test_what_is_missed_makes_the_next_decisions_cautious(scheduler: Scheduler) 
     refused = scheduler.state(0.0).safety_factor
     scheduler.deadline_missed(0.0)
     assert scheduler.state(0.0).safety_factor > refused > 1.0
+
+
+@pytest.fixture
+def cascading(profiles: ProfileTable) -> Scheduler:
+    """Adds a level to fast_catalog: (2, 0.5) and, for half of the images, (4, 1): 20 ms, and then 80."""
+    cascade = CascadeProfile(SubNetwork(2, 0.5), SubNetwork(4, 1.0), threshold=0.8, share=0.5, top1=0.75)
+    seconds = {subnetwork: tuple(each / 100 for each in row) for subnetwork, row in SECONDS.items()}
+    table = LatencyTable((1, 2, 3, 4), seconds)
+    return Scheduler(VariantCatalog.of(replace(profiles, cascades=(cascade,)), table), choose_level, 4)
+
+
+def cascade_of(scheduler: Scheduler) -> Variant:
+    return next(variant for variant in scheduler.catalog.levels if variant.second_look is not None)
+
+
+def run_first_look(scheduler: Scheduler, confidence: float, deadline_at: float = 5.0) -> QueuedRequest | LookCode:
+    cascade = cascade_of(scheduler)
+    (request,) = fill(scheduler, waits(deadline_at))
+    scheduler.withdraw(request)  # as the batch does in which it runs
+    (found,) = scheduler.look_again([Looked(request, confidence, cascade.profile.macs)], cascade, 0.0)
+    return found
+
+
+def test_an_unsure_look_waits_for_another_and_a_sure_one_does_not(cascading: Scheduler) -> None:
+    assert run_first_look(cascading, 0.9) is LookCode.SURE
+    assert len(cascading) == 0
+    again = run_first_look(cascading, 0.5)
+    assert list(cascading.state(0.0).queue) == [again]
+    decision = cascading.next_batch(0.0)
+    assert decision.variant is not None
+    assert (decision.batch, decision.variant.profile.subnetwork) == ((again,), SubNetwork(4, 1.0))
+    assert len(cascading) == 0
+
+
+def test_withdrawing_a_request_takes_its_other_look_out(cascading: Scheduler) -> None:
+    again = run_first_look(cascading, 0.5)
+    assert isinstance(again, QueuedRequest)
+    cascading.withdraw(again.admitted)
+    assert len(cascading) == 0
+
+
+def test_another_look_that_is_given_up_makes_the_server_no_more_careful(cascading: Scheduler) -> None:
+    run_first_look(cascading, 0.5, deadline_at=0.09)
+    for _ in range(50):
+        run_first_look(cascading, 0.5, deadline_at=0.09)
+        assert cascading.next_batch(0.05).expired != ()
+    assert cascading.state(0.05).safety_factor == 1.0
+
+
+def test_a_batch_of_a_cascade_is_predicted_and_learned_from_as_its_first_look(cascading: Scheduler) -> None:
+    cascade, catalog = cascade_of(cascading), cascading.catalog
+    assert cascading.predict(cascade, 4, 0.0) == 0.05
+    expected_s = cascading.state(0.0).latencies_s[cascade.index][3]
+    assert expected_s == pytest.approx(0.05 + 0.12)  # two of four are looked at again
+    cascading.batch_completed(cascade, 4, 0.06, 0.0)
+    state = cascading.state(0.0)
+    assert state.slowdown > 1
+    assert state.latencies_s[0][3] > 0.05
+    assert state.latencies_s[cascade.index][3] == pytest.approx(state.latencies_s[0][3] + 0.12)
+    assert state.latencies_s[catalog.best.index][3] == 0.2
+
+
+def test_the_engine_is_free_after_the_first_look(cascading: Scheduler) -> None:
+    cascade = cascade_of(cascading)
+    always = Scheduler(cascading.catalog, lambda state: BatchDecision(cascade, tuple(state.queue)), 4)
+    fill(always, waits(5.0))
+    always.next_batch(1.0)
+    assert always.free_at == pytest.approx(1.02)

@@ -1,9 +1,11 @@
 """One machine with two levels, 10 and 40 ms for one request and 5 and 15 more for each further, to work by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from models.latency import LatencyTable
-from models.profiles import ProfileTable, SubNetworkProfile
+from models.profiles import CascadeProfile, ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.errors import BudgetTooSmallError
 from service.scheduling.catalog import VariantCatalog
@@ -167,3 +169,54 @@ def test_when_nothing_is_answered_the_figures_say_so() -> None:
 def test_capacity_is_that_of_the_best_batch_size() -> None:
     assert throughput(CATALOG.best, 4) == pytest.approx(4 / 0.085)
     assert throughput(CATALOG.best, 2) == pytest.approx(2 / 0.055)
+
+
+CASCADE = CascadeProfile(CHEAP, BEST, threshold=0.9, share=0.25, top1=0.79)
+CASCADING = VariantCatalog.of(replace(PROFILES, cascades=(CASCADE,)), LATENCIES)
+PAIR = "fixed-8-0.5+14-1@0.9"
+
+
+def test_a_cascade_looks_again_at_its_share_of_the_images_and_counts_its_accuracy() -> None:
+    """One at a time: 10 ms, and 40 more for a quarter of them."""
+    apart = [Arrival(number / 10, 1.0) for number in range(2000)]
+    replayed = replay(apart, Machine(CASCADING), PAIR)
+    figures = Figures.of([replayed], CASCADING)
+    assert figures.looked_again == pytest.approx(0.25, abs=0.03)
+    assert len(replayed.batches) == round(2000 * (1 + figures.looked_again))
+    assert figures.mean_accuracy == pytest.approx(0.79)
+    assert {round(fate.ended_at - fate.arrived_at, 6) for fate in replayed.fates} == {0.01, 0.05}
+    assert figures.mix == {"8-0.5+14-1@0.9": 1.0}
+
+
+def test_an_unsure_image_without_time_for_another_look_keeps_its_answer_and_costs_accuracy() -> None:
+    """10 ms are enough for the first look, and 45 not for both; without any second the first's 70 % are left."""
+    hurried = [Arrival(number / 10, 0.045) for number in range(2000)]
+    figures = Figures.of([replay(hurried, Machine(CASCADING), PAIR)], CASCADING)
+    assert (figures.slo_attainment, figures.looked_again) == (1.0, 0.0)
+    assert figures.mean_accuracy == pytest.approx(0.7, abs=0.015)
+
+
+def test_a_second_look_that_comes_too_late_leaves_the_first_answer_at_the_deadline() -> None:
+    """The machine becomes four times as slow after the first look, which nothing foresees."""
+    machines = [Machine(CASCADING, slowdown=SlowdownScript.parse("0.005:4"), seed=seed) for seed in range(20)]
+    fates = [replay([Arrival(0.0, 0.06)], machine, PAIR).fates[0] for machine in machines]
+    assert {(fate.outcome, round(fate.ended_at, 6), fate.looks) for fate in fates} == {
+        ("in_time", 0.01, 1),
+        ("in_time", 0.06, 1),
+    }
+
+
+def test_our_policy_looks_twice_where_there_is_time_and_once_under_overload() -> None:
+    catalog = VariantCatalog.of(replace(PROFILES, cascades=(replace(CASCADE, top1=0.81),)), LATENCIES)
+    assert catalog.best.second_look is not None
+    calm = Figures.of([replay(flow(5, 40, budget_s=0.2), Machine(catalog), "level")], catalog)
+    assert calm.looked_again == pytest.approx(0.25, abs=0.08)
+    assert calm.mean_accuracy == pytest.approx(0.81)
+    crowded = Figures.of([replay(flow(400, 10), Machine(catalog), "level")], catalog)
+    assert crowded.looked_again < 0.01
+
+
+def test_a_budget_is_never_exceeded_by_both_looks() -> None:
+    capped = [Arrival(number / 10, 1.0, budget_gflops=4.9) for number in range(100)]
+    replayed = replay(capped, Machine(CASCADING), PAIR)  # both looks cost 5
+    assert {fate.looks for fate in replayed.fates} == {1}
