@@ -111,4 +111,5 @@ def explain_looks(looks: Sequence[Look], stopped: LookCode) -> str:
 
 
 def _percent(confidence: float) -> str:
-    return f"{math.floor(100 * confidence)} %"  # what is under a threshold must not read as if it reached it
+    # What is under a threshold must not read as if it reached it; a float32 lies up to 6e-8 beside what it stands for.
+    return f"{math.floor(100 * confidence + 1e-5)} %"
