@@ -20,6 +20,7 @@ class ReasonCode(StrEnum):
     ALL_IN_TIME = "all_in_time"  # the most accurate that answers the whole queue in time
     SUSTAINED_OVERLOAD = "sustained_overload"  # arrivals have exceeded all capacity for seconds: the cheapest
     BURST_OVERLOAD = "burst_overload"  # not even the cheapest answers all of the queue in time
+    UNSURE = "unsure"  # an earlier look was not sure enough of the answer
     BASELINE = "baseline"  # by the rule of a policy that is not ours
     NOTHING_TO_RUN = "nothing_to_run"
 

@@ -3,10 +3,10 @@
 Runs without torch. Chooses nothing.
 """
 
-import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, takewhile
 from operator import attrgetter
 from typing import TypeVar
 
@@ -24,10 +24,10 @@ class VariantCatalog:
     """Every variant that can be had.
 
     Attributes:
-        variants: first the levels: the accuracy frontier over expected cost of the trained sub-networks and their
-            cascades, cheapest first, along which the policy moves. Then those between them, which serve to hit a budget
-            closely, and those that a cheaper one equals, which can be had by name only. As levels, the former would
-            divide the queue among more sub-networks, hence smaller batches, for next to no accuracy.
+        variants: first the levels: the accuracy frontier of the trained sub-networks and their cascades, cheapest
+            first, along which the policy moves. Then those between them, which serve to hit a budget closely, and those
+            that a cheaper one equals, which can be had by name only. As levels, the former would divide the queue among
+            more sub-networks, hence smaller batches, for next to no accuracy.
         num_levels: how many of the variants are levels.
         frontier: what a budget chooses from: the variants that none of lower highest cost equals, cheapest first.
         is_measured: whether the accuracies are known.
@@ -58,7 +58,7 @@ class VariantCatalog:
         Raises:
             KeyError: a sub-network of the profile has no latency.
         """
-        levels = _levels(profiles, profiles.cascades if cascades else ())
+        levels = _levels(profiles, profiles.cascades if cascades else (), latencies)
         ordered = [*levels, *(profile for profile in profiles.rows if profile not in levels)]
         indices = {each.subnetwork: index for index, each in enumerate(ordered) if isinstance(each, SubNetworkProfile)}
         variants: list[Variant] = []
@@ -138,12 +138,13 @@ class VariantCatalog:
         affordable = [variant for variant in (*self.levels, *self.frontier) if variant.most_gflops <= cap]
         best = [variant for variant in self.frontier if variant.most_gflops <= cap][-1]
 
+        limits = accumulate((level.gflops for level in self.levels), max)
         by_level = [
-            max((variant for variant in affordable if variant.gflops <= level.gflops), key=attrgetter("worth")).index
-            for level in self.levels
+            max((variant for variant in affordable if variant.gflops <= limit), key=attrgetter("worth")).index
+            for limit in limits
         ]
         by_level[-1] = best.index
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], enumerate(by_level))
+        same = takewhile(lambda pair: pair[0] == pair[1], enumerate(by_level))
         return Grant(tuple(by_level), sum(1 for _ in same) - 1, best)
 
 
@@ -158,16 +159,24 @@ def _frontier(items: Iterable[T], cost: Callable[[T], float], worth: Callable[[T
 
 
 def _levels(
-    profiles: ProfileTable, cascades: Iterable[CascadeProfile]
+    profiles: ProfileTable, cascades: Iterable[CascadeProfile], latencies: LatencyTable
 ) -> tuple[SubNetworkProfile | CascadeProfile, ...]:
+    """Return the accuracy frontier: of sub-networks over their cost, with the cascades that save time here.
+
+    Two looks save less time than multiply-accumulates, because small batches take longer for each image.
+    """
     trained = ProfileTable(tuple(profile for profile in profiles.rows if profile.is_trained)).frontier
     if not profiles.is_measured:
         return trained
+    usual = (latencies.max_batch_size - 1) // 2  # of a batch, less one
+    slowest = accumulate((latencies.row(profile.subnetwork)[usual] for profile in trained), max)
+    seconds: dict[SubNetworkProfile | CascadeProfile, float] = dict(zip(trained, slowest, strict=True))
+    seconds |= {each: _expected_s(each, latencies)[usual] for each in cascades}
+    return _frontier(seconds, seconds.__getitem__, lambda each: each.top1 or 0.0)
 
-    def cost(each: SubNetworkProfile | CascadeProfile) -> float:
-        return each.gflops if isinstance(each, SubNetworkProfile) else profiles.expected_gflops(each)
 
-    return _frontier((*trained, *cascades), cost, lambda each: each.top1 or 0.0)
+def _expected_s(cascade: CascadeProfile, latencies: LatencyTable) -> tuple[float, ...]:
+    return with_second_look(latencies.row(cascade.first), latencies.row(cascade.second), cascade.share)
 
 
 def _variant(
@@ -180,9 +189,8 @@ def _variant(
     if isinstance(each, SubNetworkProfile):
         return Variant(index, each, latencies.row(each.subnetwork), index)
     first, second = profiles.by_subnetwork[each.first], profiles.by_subnetwork[each.second]
-    expected_s = with_second_look(latencies.row(each.first), latencies.row(each.second), each.share)
     second_look = SecondLook(indices[each.second], second, each.threshold, each.share, each.top1)
-    return Variant(index, first, tuple(expected_s), indices[each.first], second_look)
+    return Variant(index, first, _expected_s(each, latencies), indices[each.first], second_look)
 
 
 def _affordable(levels: Sequence[Variant], others: Sequence[Variant]) -> tuple[Variant, ...]:

@@ -25,7 +25,7 @@ class LatencyModel:
         self.throttle_factor = 1.0
         self._catalog = catalog
         self._slowdown = Slowdown()
-        self._latencies_s = [list(variant.latency_by_batch_s) for variant in catalog.variants]
+        self._latencies_s = [tuple(variant.latency_by_batch_s) for variant in catalog.variants]
         self._drift = [1.0] * len(catalog.variants)
         self._turnaround = 1.0  # what the engine is occupied for a batch, over the batch itself
 
@@ -64,7 +64,9 @@ class LatencyModel:
         self._slowdown = self._slowdown.updated(seconds / expected, now)
         drift = self._drift[index] * (1 + DRIFT_GAIN * max(-MAX_DRIFT, min(MAX_DRIFT, surprise)))
         drift = self._drift[index] = max(1 - MAX_DRIFT, min(1 + MAX_DRIFT, drift))
-        self._latencies_s[index] = [drift * profiled for profiled in self._catalog.variants[index].latency_by_batch_s]
+        self._latencies_s[index] = tuple(
+            drift * profiled for profiled in self._catalog.variants[index].latency_by_batch_s
+        )
         for variant in self._catalog.levels:
             second = variant.second_look
             if second is not None and index in (variant.first_index, second.index):

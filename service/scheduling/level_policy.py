@@ -30,43 +30,59 @@ MAX_EXPECTED = 96
 MAX_PLANNED = 128  # the most urgent, where each must be looked at; the others' turn comes
 MARGIN = 1.05
 TIGHT_SHARE = 0.8  # of a tight budget: a batch that takes longer has no place for requests with such a budget
-OVERLOADED = (ReasonCode.SUSTAINED_OVERLOAD, ReasonCode.BURST_OVERLOAD)
 BUSY = 0.3  # arrivals per longest single inference from which on the plan leaves room for the next one
 
 
 def choose_level(state: SchedulerState) -> BatchDecision:
     """Choose the highest level that clears the queue, and its first batch.
 
-    Where none does, no image is looked at again: those that wait for that have an answer already.
+    Other looks at images that have an answer already are put off as long as their deadlines allow, so that they form
+    large batches. They then come before the level of the others, whom they may lower, but never make late.
     """
     expired = _expired(state)
     gone = set(expired)
-    queue = [request for request in state.queue if request not in gone] if gone else list(state.queue)
-    if not queue:
-        return BatchDecision(None, expired=expired)
-    decision = _choose(state, queue, expired)
-    again = tuple(request for request in queue if request.looks_again_for is not None)
-    if not again or decision.reason.code not in OVERLOADED:
-        return decision
-    rest = [request for request in queue if request.looks_again_for is None]
-    decision = _choose(state, rest, expired) if rest else BatchDecision(None, expired=expired)
-    return replace(decision, shed=(*again, *decision.shed))
-
-
-def _choose(state: SchedulerState, queue: Sequence[QueuedRequest], expired: tuple[QueuedRequest, ...]) -> BatchDecision:
+    queue = [request for request in state.queue if request not in gone] if gone else state.queue
+    again = [request for request in queue if request.looks_again_for is not None]
+    first = [request for request in queue if request.looks_again_for is None] if again else list(queue)
     careful = replace(state, slowdown=state.slowdown * state.tail_factor)
+    is_short = exceeds_capacity(state, state.arrival_rate)
     # With a guard, batches would be too small to carry what comes.
-    plan = _Plan(careful, queue, math.inf if exceeds_capacity(state, state.arrival_rate) else _guard_s(careful))
+    plan = _Plan(careful, first, math.inf if is_short else _guard_s(careful))
+    decision = replace(_choose(state, plan), expired=expired) if first else BatchDecision(None, expired=expired)
+    if not again:
+        return decision
+    if is_sustained_overload(state) or decision.reason.code is ReasonCode.BURST_OVERLOAD:
+        return replace(decision, shed=(*again, *decision.shed))
+    return _look_again(plan, again, decision) or decision
+
+
+def _choose(state: SchedulerState, plan: "_Plan") -> BatchDecision:
     is_sustained = is_sustained_overload(state)
     # Time that a better level took now would be missed sooner or later.
     highest = 0 if is_sustained else state.catalog.num_levels - 1
     level = plan.highest_clearing(highest)
     if level is not None:
-        decision = _first_batch(plan, level, expired)
+        decision = _first_batch(plan, level)
         return replace(decision, reason=_reason(ReasonCode.SUSTAINED_OVERLOAD, plan)) if is_sustained else decision
-    shed = _to_shed(replace(state, tail_factor=1.0), queue)  # nothing is shed for what is only possible
+    shed = _to_shed(replace(state, tail_factor=1.0), plan.queue)  # nothing is shed for what is only possible
     dropped = set(shed)
-    return _cheapest_batch(careful, [request for request in queue if request not in dropped], expired, shed)
+    return _cheapest_batch(plan.state, [request for request in plan.queue if request not in dropped], shed)
+
+
+def _look_again(plan: "_Plan", again: Sequence[QueuedRequest], instead: BatchDecision) -> BatchDecision | None:
+    """Take the most urgent other looks, if they can wait for no batch more and keep no request from its answer."""
+    state, head = plan.state, again[0]
+    index = target(head.constraints, 0)
+    together = [request for request in again if target(request.constraints, 0) == index]
+    size = max(1, min(state.fitting(index, head.deadline_at - state.now, len(together)), plan.batch_limit(index)))
+    seconds = state.latency_s(index, size) * MARGIN
+    if instead.variant is not None:
+        ends_at = state.now + state.batch_s(instead.variant.index, len(instead.batch)) * state.overhead_factor
+        can_wait = size < state.max_batch_size and ends_at + seconds <= head.deadline_at
+        if can_wait or not plan.clears(0, after_s=seconds):
+            return None
+    reason = Reason(ReasonCode.UNSURE, len(again), head.deadline_at - state.now, state.safety_factor)
+    return BatchDecision(state.catalog.variants[index], tuple(together[:size]), instead.expired, reason=reason)
 
 
 class _Plan:
@@ -80,7 +96,7 @@ class _Plan:
         self.coming = _expected(state)
         granted = [request.constraints for request in queue]
         granted += [constraints for _, constraints in self.coming]
-        self.lowest_limit = min([each.grant.highest_level for each in granted])
+        self.lowest_limit = min([each.grant.highest_level for each in granted], default=0)
         self.deadlines = [request.deadline_at for request in queue]
         self.deadlines += [deadline for deadline, _ in self.coming]
         self.deadlines.sort()
@@ -103,8 +119,10 @@ class _Plan:
                 high = middle - 1
         return low if low >= 0 else None
 
-    def clears(self, level: int) -> bool:
+    def clears(self, level: int, after_s: float = 0.0) -> bool:
         state = self.cautious if level else self.state  # caution costs accuracy, never a request
+        if after_s:
+            state = replace(state, now=state.now + after_s)
         if level <= self.lowest_limit:
             return clears(state, self.deadlines, level, self.batch_limit(level))
         targets = [target(constraints, level) for constraints in self.first_constraints]
@@ -172,7 +190,7 @@ def _guard_s(state: SchedulerState) -> float:
     return max(most / rate, tight_s / (1 + rate * state.latency_s(0, most) / most))  # more than a batch of them
 
 
-def _first_batch(plan: _Plan, level: int, expired: tuple[QueuedRequest, ...]) -> BatchDecision:
+def _first_batch(plan: _Plan, level: int) -> BatchDecision:
     """Take the first batch of the plan, with a little margin: a variant that only just fits is lowered."""
     state, queue, head = plan.state, plan.queue, plan.queue[0]
     room = head.deadline_at - state.now
@@ -197,7 +215,7 @@ def _first_batch(plan: _Plan, level: int, expired: tuple[QueuedRequest, ...]) ->
     else:
         code = ReasonCode.FORECAST if plan.coming else ReasonCode.DEADLINE
     variant = state.catalog.variants[index]
-    return BatchDecision(variant, tuple(islice(granting, size)), expired, reason=_reason(code, plan))
+    return BatchDecision(variant, tuple(islice(granting, size)), reason=_reason(code, plan))
 
 
 def _reason(code: ReasonCode, plan: _Plan) -> Reason:
@@ -258,13 +276,10 @@ def _too_urgent(state: SchedulerState, deadlines: Sequence[float]) -> int:
 
 
 def _cheapest_batch(
-    state: SchedulerState,
-    queue: Sequence[QueuedRequest],
-    expired: tuple[QueuedRequest, ...],
-    shed: tuple[QueuedRequest, ...],
+    state: SchedulerState, queue: Sequence[QueuedRequest], shed: tuple[QueuedRequest, ...]
 ) -> BatchDecision:
     index, slack_s = target(queue[0].constraints, 0), queue[0].deadline_at - state.now
     together = [request for request in queue[:MAX_PLANNED] if target(request.constraints, 0) == index]
     size = max(1, state.fitting(index, slack_s, len(together)))
     reason = Reason(ReasonCode.BURST_OVERLOAD, len(queue) + len(shed), slack_s)
-    return BatchDecision(state.catalog.variants[index], tuple(together[:size]), expired, shed, reason)
+    return BatchDecision(state.catalog.variants[index], tuple(together[:size]), shed=shed, reason=reason)

@@ -60,6 +60,8 @@ def explain(reason: Reason, catalog: VariantCatalog, variant: Variant, budget_gf
             return f"{reason.queued} waiting and more expected than can be answered in time: {chosen} answers the most"
         case ReasonCode.NOTHING_TO_RUN:
             return "nothing that waits can be answered in time"
+        case ReasonCode.UNSURE:
+            return f"{reason.queued} unsure of their answers: {chosen} looks again"
         case ReasonCode.ALONE:
             return f"nothing else waits: {chosen} is {quality} {_kind(variant)}"
         case _:

@@ -106,7 +106,7 @@ class Grant:
     is_pinned: bool = False
 
 
-def with_second_look(first_s: Sequence[float], second_s: Sequence[float], share: float) -> list[float]:
+def with_second_look(first_s: Sequence[float], second_s: Sequence[float], share: float) -> tuple[float, ...]:
     """Return the expected seconds of a cascade by batch size, of those of its looks.
 
     The second looks of a batch are due before others and so form a batch of their own, of fractional size.
@@ -117,4 +117,4 @@ def with_second_look(first_s: Sequence[float], second_s: Sequence[float], share:
         lower = second_s[whole - 1] if whole else 0.0
         return lower + (size - whole) * (second_s[min(whole, len(second_s) - 1)] - lower)
 
-    return [seconds + second(share * size) for size, seconds in enumerate(first_s, start=1)]
+    return tuple(seconds + second(share * size) for size, seconds in enumerate(first_s, start=1))

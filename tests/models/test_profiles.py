@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from models.flops import count_macs
-from models.profiles import ProfileTable, SubNetworkProfile
+from models.profiles import CascadeProfile, ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig
 
 CHEAP, FAIR, POOR, BEST = (SubNetwork(grid, rate) for grid, rate in ((8, 0.5), (8, 1.0), (10, 0.5), (14, 1.0)))
@@ -153,3 +153,37 @@ def test_a_rate_that_keeps_as_many_tokens_as_another_is_left_out() -> None:
     costs = [row.macs for row in extended.rows]
     assert len(set(costs)) == len(costs)
     assert len(costs) < 5
+
+
+CASCADE = CascadeProfile(CHEAP, BEST, threshold=0.85, share=0.25, top1=0.79)
+
+
+def test_a_cascade_costs_its_first_look_and_its_share_of_second_ones() -> None:
+    table = replace(measured(), cascades=(CASCADE,))
+    first, second = table.by_subnetwork[CHEAP].gflops, table.by_subnetwork[BEST].gflops
+    assert table.expected_gflops(CASCADE) == pytest.approx(first + second / 4)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        replace(CASCADE, first=BEST, second=CHEAP),
+        replace(CASCADE, second=CHEAP),
+        replace(CASCADE, first=SubNetwork(9, 0.5)),
+    ],
+)
+def test_a_cascade_is_of_two_rows_the_first_cheaper(wrong: CascadeProfile) -> None:
+    with pytest.raises(ValueError, match="no cascade of this profile"):
+        replace(measured(), cascades=(wrong,))
+
+
+@pytest.mark.parametrize("name", ["threshold", "share", "top1"])
+def test_what_is_said_of_a_cascade_are_fractions(name: str) -> None:
+    for value in (-0.01, 1.01, float("nan")):
+        with pytest.raises(ValueError, match=f"{name} of a cascade"):
+            replace(CASCADE, **{name: value})
+
+
+def test_rates_between_leave_the_cascades() -> None:
+    cascade = CascadeProfile(SubNetwork(8, 0.5), SubNetwork(14, 1.0), threshold=0.85, share=0.25, top1=0.79)
+    assert replace(with_rates(), cascades=(cascade,)).with_rates_between(CONFIG, 0.05).cascades == (cascade,)

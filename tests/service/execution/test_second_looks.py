@@ -104,6 +104,12 @@ async def answering(model: Model, decide: Decide = choose_level) -> AsyncIterato
     assert (len(scheduler), scheduler.backlog_s(time.monotonic())) == (0, 0.0)
 
 
+async def queued(parts: Parts, number: int) -> None:
+    """Let the decoder's thread put so many requests into the queue."""
+    while len(parts.scheduler) < number:  # noqa: ASYNC110 - the scheduler has no event for it
+        await asyncio.sleep(0)
+
+
 async def ask(parts: Parts, percent_sure: int, **changes: float | SubNetwork) -> Classification:
     async def read(_: float) -> bytes:
         return b"%d" % percent_sure
@@ -136,8 +142,7 @@ async def test_only_the_unsure_of_a_batch_are_looked_at_again() -> None:
         running = asyncio.create_task(ask(parts, 90))
         await asyncio.to_thread(model.entered[SMALL].wait, 10)
         others = [asyncio.create_task(ask(parts, percent)) for percent in (95, 50, 60)]
-        while len(parts.scheduler) < len(others):
-            await asyncio.sleep(0)
+        await queued(parts, len(others))
         model.open()
         answers = await asyncio.gather(running, *others)
     assert [len(answer.looks) for answer in answers] == [1, 1, 2, 2]
@@ -164,7 +169,11 @@ async def test_a_second_look_that_is_given_up_leaves_the_first_answer() -> None:
     model = Model().open()
     async with answering(model, impatient) as parts:
         answer = await ask(parts, 70)
-    assert (looks(answer), answer.predictions[0].label, answer.stopped) == ([SMALL], "at first sight", LookCode.OVERLOAD)
+    assert (looks(answer), answer.predictions[0].label, answer.stopped) == (
+        [SMALL],
+        "at first sight",
+        LookCode.OVERLOAD,
+    )
 
 
 async def test_a_second_look_that_fails_leaves_the_first_answer() -> None:
@@ -182,8 +191,7 @@ async def test_a_client_that_leaves_takes_its_second_look_along() -> None:
         blocking = asyncio.create_task(ask(parts, 90, subnetwork=LARGE))
         await asyncio.to_thread(model.entered[LARGE].wait, 10)
         leaving = asyncio.create_task(ask(parts, 70))
-        while not len(parts.scheduler):
-            await asyncio.sleep(0)
+        await queued(parts, 1)
         model.open(SMALL)
         leaving.cancel()
         await asyncio.wait((leaving,))

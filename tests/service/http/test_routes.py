@@ -12,7 +12,7 @@ from PIL import Image
 
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
-from models.profiles import ProfileTable
+from models.profiles import CascadeProfile, ProfileTable
 from models.subnetwork import SubNetwork
 from service.app import create_app
 from service.decoding.images import decode_image
@@ -659,3 +659,46 @@ def test_a_server_that_is_told_to_stop_takes_no_new_request(
         assert client.get("/subnetworks").status_code == client.get("/health/live").status_code == 200
         assert client.get("/resources").json()["next_without_budget"] is None
         assert sample(client, 'supervit_requests_total{outcome="not_ready"}') == 1
+
+
+def test_an_answer_lists_its_looks_and_what_they_cost(client: TestClient, photo: bytes) -> None:
+    answer = client.post("/classify?top_k=1", content=photo).json()
+    (look,) = answer["looks"]
+    assert (look["patch_grid"], look["keep_rate"], look["gflops"]) == (4, 1.0, answer["subnetwork"]["gflops"])
+    assert look["confidence"] == answer["predictions"][0]["probability"]
+    assert look["inference_ms"] == answer["timing_ms"]["inference"]
+    assert (answer["gflops"], answer["stopped"]) == (look["gflops"], "sure")
+    unsure = client.post("/classify?min_confidence=0.999", content=photo).json()
+    assert (len(unsure["looks"]), unsure["stopped"]) == (1, "none_better")
+    assert "no sub-network is more accurate" in unsure["decision"]["reason"]
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["min_confidence=1", "min_confidence=-0.1", "min_confidence=nan", "min_confidence=0.9&patch_grid=2&keep_rate=1"],
+)
+def test_a_confidence_is_a_probability_and_goes_with_no_sub_network_by_name(
+    client: TestClient, photo: bytes, query: str
+) -> None:
+    assert error_code(client.post(f"/classify?{query}", content=photo), 422) == "invalid_parameter"
+
+
+def test_cascades_are_listed_and_can_be_switched_off(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
+) -> None:
+    first, second = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
+    cascade = CascadeProfile(first, second, threshold=0.999, share=0.5, top1=0.85)
+    cascading = replace(checkpoint, profile=replace(checkpoint.profile, cascades=(cascade,)))
+    with serving(ServerRuntime(settings, cascading, engine, latencies)) as client:
+        (row,) = client.get("/subnetworks").json()["cascades"]
+        assert (row["first"]["patch_grid"], row["second"]["patch_grid"], row["threshold"]) == (2, 4, 0.999)
+        assert row["most_gflops"] == pytest.approx(row["first"]["gflops"] + row["second"]["gflops"])
+        assert row["gflops"] == pytest.approx(row["first"]["gflops"] + 0.5 * row["second"]["gflops"])
+        planned = client.post("/decide").json()
+        assert (planned["subnetwork"]["patch_grid"], planned["second_look"]["patch_grid"]) == (2, 4)
+        assert len(client.post("/classify", content=photo).json()["looks"]) == 2
+    settings = settings.model_copy(update={"cascades": False})
+    with serving(ServerRuntime(settings, cascading, ScriptedEngine(cascading), latencies)) as client:
+        assert client.get("/subnetworks").json()["cascades"] == []
+        assert client.post("/decide").json()["second_look"] is None
+        assert len(client.post("/classify", content=photo).json()["looks"]) == 1

@@ -22,7 +22,8 @@ PROFILES = ProfileTable(tuple(SubNetworkProfile(SubNetwork(grid, rate), macs, to
 
 
 def catalog_of(profiles: ProfileTable) -> VariantCatalog:
-    return VariantCatalog.of(profiles, LatencyTable((1,), dict.fromkeys(profiles.by_subnetwork, (0.01,))))
+    seconds = {profile.subnetwork: (profile.gflops / 100,) for profile in profiles.rows}
+    return VariantCatalog.of(profiles, LatencyTable((1,), seconds))
 
 
 def chosen(profiles: ProfileTable, budget_gflops: float | None) -> SubNetwork:
@@ -178,8 +179,21 @@ def test_a_sub_network_by_name_looks_once() -> None:
     assert (grant.best, grant.is_pinned, set(grant.by_level)) == (catalog.cheapest, True, {0})
 
 
+def test_a_cascade_that_saves_compute_and_no_time_is_no_level() -> None:
+    """Where every batch takes 10 ms and another 10 for each second look, none is worth it."""
+    seconds = dict.fromkeys(PROFILES.by_subnetwork, (0.01,))
+    assert VariantCatalog.of(CASCADING, LatencyTable((1,), seconds)).levels == catalog_like(seconds).levels
+    to_best = {**seconds, SubNetwork(14, 0.5): (0.03,)}
+    catalog = VariantCatalog.of(CASCADING, LatencyTable((1,), to_best))  # 10 + 0.5 * 10 ms, 10 + 0.4 * 30
+    assert [variant.second_look is not None for variant in catalog.levels] == [False, False, True, True, False]
+
+
+def catalog_like(seconds: dict[SubNetwork, tuple[float, ...]]) -> VariantCatalog:
+    return VariantCatalog.of(PROFILES, LatencyTable((1,), seconds))
+
+
 def test_there_are_no_cascades_where_they_are_not_wanted_or_accuracy_is_not_measured() -> None:
-    table = LatencyTable((1,), dict.fromkeys(PROFILES.by_subnetwork, (0.01,)))
+    table = LatencyTable((1,), {profile.subnetwork: (profile.gflops / 100,) for profile in PROFILES.rows})
     assert VariantCatalog.of(CASCADING, table, cascades=False) == VariantCatalog.of(PROFILES, table)
     unmeasured = tuple(replace(profile, top1=None) for profile in PROFILES.rows)
     assert catalog_of(replace(CASCADING, rows=unmeasured)) == catalog_of(ProfileTable(unmeasured))

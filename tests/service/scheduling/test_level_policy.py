@@ -444,21 +444,31 @@ def looks_again(deadline_at: float, pinned: int, priority: int = 0) -> QueuedReq
     return replace(waits(deadline_at, pinned=pinned, priority=priority), looks_again_for=first)
 
 
-def test_another_look_runs_in_order_of_deadline_as_any_other(catalog: VariantCatalog) -> None:
-    again, new = looks_again(30.0, pinned=2), waits(60.0)
+@pytest.mark.parametrize(("due", "runs"), [(16.5, "new"), (16.3, "again")])
+def test_another_look_waits_as_long_as_its_deadline_allows(catalog: VariantCatalog, due: float, runs: str) -> None:
+    """The new one takes 8 s, the other look likewise and a twentieth for safety."""
+    again, new = looks_again(due, pinned=2), waits(60.0)
     decision = choose(catalog, again, new)
-    assert (index(decision), decision.batch) == (2, (again, new))  # both fit: 12 s
-    due_later = looks_again(60.0, pinned=1)
-    decision = choose(catalog, waits(30.0), due_later)
-    assert (index(decision), due_later in decision.batch) == (2, False)
+    assert decision.batch == ((new,) if runs == "new" else (again,))
+    assert decision.reason.code is (ReasonCode.ALONE if runs == "new" else ReasonCode.UNSURE)
 
 
-def test_where_not_all_can_be_answered_those_that_have_an_answer_already_give_way(catalog: VariantCatalog) -> None:
-    """The two new ones take 3 s at the cheapest level and are due in 3.2; another look takes 8."""
+def test_other_looks_run_at_once_in_full_batches_and_where_nothing_else_waits(catalog: VariantCatalog) -> None:
+    again = tuple(looks_again(100.0 + place, pinned=2) for place in range(5))
+    assert choose(catalog, again[0]).batch == again[:1]
+    assert choose(catalog, *again[:3], waits(200.0)).batch != again[:3]
+    assert choose(catalog, *again, waits(200.0)).batch == again[:4]
+    mixed = choose(catalog, looks_again(90.0, pinned=1), *again)
+    assert (index(mixed), len(mixed.batch)) == (1, 1), "another variant is another batch"
+
+
+def test_no_request_misses_its_first_look_for_another_one(catalog: VariantCatalog) -> None:
+    """The two new ones take 3 s at the cheapest level and are due in 3.2; the other look takes 8 and cannot wait."""
     again, new = looks_again(9.0, pinned=2), (waits(3.2), waits(3.2))
     decision = choose(catalog, *new, again)
-    assert decision.shed == (again,)
-    assert (index(decision), decision.batch) == (0, new)
+    assert (index(decision), decision.batch, decision.shed) == (0, new, ())
+    later = tuple(waits(13.0) for _ in new)  # at the cheapest level, they still come in time behind it
+    assert choose(catalog, *later, again).batch == (again,)
 
 
 def test_other_looks_are_given_up_before_any_request_is_shed_for_a_later_one(catalog: VariantCatalog) -> None:

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -254,3 +255,24 @@ def test_an_autoscaler_is_told_what_was_counted(page: Page) -> None:
     assert totals["spent_gflops"] == page.read("spent_gflops_total") == 0.5
     assert totals["saved_gflops"] == page.read("saved_gflops_total") == 1.5
     assert totals["accuracy_loss"] == page.read("accuracy_loss_total") == 0.05
+
+
+def test_looks_are_counted_by_both_sub_networks_and_by_whether_they_agree(page: Page) -> None:
+    first, second = SubNetworkProfile(SubNetwork(8, 0.5), 1), SubNetworkProfile(SubNetwork(14, 1.0), 2)
+    for answers in ((3, 3), (3, 4)):
+        looked = tuple(Look(one, each, 0.6, 0.1) for one, each in zip((first, second), answers, strict=True))
+        page.metrics.answered(replace(answer(), looks=looked))
+    page.metrics.answered(replace(answer(), stopped=LookCode.DEADLINE))
+    assert page.read("looks_total") == 5
+    assert page.read("second_looks_total", first="8-0.5", second="14-1") == 2
+    assert page.read("second_look_agreements_total") == 1
+    assert page.read("last_looks_total", reason="sure") == 2
+    assert page.read("last_looks_total", reason="deadline") == 1
+    assert page.read("last_looks_total", reason="overload") == 0
+
+
+def test_an_answer_spends_what_all_its_looks_cost(page: Page) -> None:
+    looked = tuple(Look(SMALL, 0, 0.6, 0.1) for _ in range(2))
+    page.metrics.answered(replace(answer(), looks=looked, expected_top1=0.75))
+    assert page.read("spent_gflops_total") == 1.0
+    assert page.read("expected_accuracy_total") == 0.75
