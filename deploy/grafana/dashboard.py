@@ -97,6 +97,19 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             stacked=True,
         ),
         lines(
+            "Second looks",
+            "Of the answers, how many took another look at the image, in how many of these it gave the answer of the "
+            "first, and how many were unsure and got no other look, by what forbade it.",
+            "percentunit",
+            {
+                "looked again": f"{rate('supervit_looks_total')} / {rate('supervit_last_looks_total')} - 1",
+                "of these agreed": f"{rate('supervit_second_look_agreements_total')}"
+                f" / {rate('supervit_last_looks_total')}",
+                "not again: {{reason}}": rate("supervit_last_looks_total", 'reason!="sure"', by="reason")
+                + f" / on() group_left() {rate('supervit_last_looks_total')}",
+            },
+        ),
+        lines(
             "Dropped requests",
             "Requests per second without an answer, by reason. no_time: the budget is shorter than an answer takes "
             "now; backlog: what waits leaves no time; preprocessing: too many are being read and decoded; shed: for "

@@ -29,6 +29,14 @@ def plot_frontier(profile: ProfileTable, title: str, path: Path) -> None:
         alpha=0.15,
         label="frontier",
     )
+    if profile.cascades:
+        axes.plot(
+            [profile.expected_gflops(cascade) for cascade in profile.cascades],
+            [100 * cascade.top1 for cascade in profile.cascades],
+            "k.--",
+            linewidth=1,
+            label="two looks, the second where unsure",
+        )
     axes.set(xlabel="GFLOPs (1e9 multiply-accumulates) per image", ylabel="top-1 accuracy (%)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
