@@ -220,22 +220,17 @@ class Batcher:
         self._failures_in_a_row = 0
         self._limiter.batch_ran(inference_s)
         self._observe_batch(len(answered), predicted_s, inference_s, inference_s * self._limiter.throttle_factor)
-        results = {
-            request: Result(
-                logits=one.logits,
-                probabilities=one.probabilities,
-                ranking=one.ranking,
-                variant=variant,
-                decision=decision,
-                batch_size=len(answered),
-                predicted_s=predicted_s,
-                inference_s=inference_s,
-                started_at=started_at,
-                ended_at=ended_at,
-                before=self._pending.answer_of(request),
-            )
-            for request, one in answered
-        }
+        result = partial(
+            Result,
+            variant=variant,
+            decision=decision,
+            batch_size=len(answered),
+            predicted_s=predicted_s,
+            inference_s=inference_s,
+            started_at=started_at,
+            ended_at=ended_at,
+        )
+        results = {request: result(*one, before=self._pending.answer_of(request)) for request, one in answered}
         yield self._final(results, variant, ended_at)
 
     def _final(self, results: Mapping[QueuedRequest, Result], variant: Variant, now: float) -> Outcomes:
