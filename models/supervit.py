@@ -212,7 +212,7 @@ class SuperViT(nn.Module):
         origins = torch.arange(subnetwork.patch_grid**2, device=tokens.device).expand(len(images), -1)
         traces = []
         for index in range(self.config.depth):
-            block: Block = self.blocks[index]
+            block: Block = self.blocks[index]  # type: ignore[assignment] # a ModuleList does not say of what
             tokens, pruning = block.attend(tokens, self._rate_of(index, subnetwork.keep_rate))
             if pruning is not None:
                 scores, kept = pruning

@@ -12,6 +12,7 @@ from service.domain import InferenceRequest
 from service.errors import NotReadyError, ServiceError
 from service.http.classify import Handle
 from service.http.context import RouteContext
+from service.http.explain import make_explain
 from service.http.forms import FIELD, MAX_IMAGES
 from service.http.queries import (
     ClassifyQuery,
@@ -27,6 +28,7 @@ from service.http.schemas import (
     ClassifyAnswer,
     DecideAnswer,
     ErrorAnswer,
+    ExplainAnswer,
     HealthAnswer,
     ResourcesAnswer,
     ResultsAnswer,
@@ -96,6 +98,15 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         classify,
         methods=["POST"],
         response_model=ClassifyAnswer | ResultsAnswer,
+        responses=RESPONSES,
+        openapi_extra={"requestBody": describe_body(of_classify), "parameters": describe_query(of_classify)},
+    )
+
+    router.add_api_route(
+        "/explain",
+        make_explain(context),
+        methods=["POST"],
+        response_model=ExplainAnswer,
         responses=RESPONSES,
         openapi_extra={"requestBody": describe_body(of_classify), "parameters": describe_query(of_classify)},
     )
