@@ -15,7 +15,7 @@ const STAGES = [
 export function showNothing() {
   byId("bars").replaceChildren(...Array.from({ length: CLASSES }, () => bar(" ", 0)));
   byId("legend").replaceChildren(...STAGES.map(([key, name]) => stage(key, name)));
-  byId("chosen").replaceChildren(el("span", { class: "chip" }, "waiting for a photo"));
+  byId("chosen").textContent = "waiting for a photo";
 }
 
 /** Show an answer of POST /classify. */
@@ -27,11 +27,8 @@ export function showAnswer(answer) {
   byId("bars").replaceChildren(...rows);
   byId("spoken").textContent = `${words(best.label)}, ${percent(best.probability)}, by ${nameOf(subnetwork)}`;
   const accuracy = subnetwork.expected_accuracy;
-  byId("chosen").replaceChildren(
-    el("span", { class: "chip strong" }, nameOf(subnetwork)),
-    el("span", { class: "chip" }, `${gflops(subnetwork.gflops)} GFLOPs`),
-    accuracy === null ? "" : el("span", { class: "chip" }, `${percent(accuracy, 1)} expected`),
-  );
+  const worth = accuracy === null ? "" : ` · ${percent(accuracy, 1)} top-1`;
+  byId("chosen").replaceChildren(el("b", {}, nameOf(subnetwork)), `${gflops(subnetwork.gflops)} GFLOPs${worth}`);
   byId("reason").textContent = sentence(decision.reason);
   showLooks(answer.looks ?? []);
   showTiming(timing, answer.budget_ms, answer.deadline_met);

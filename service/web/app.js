@@ -3,7 +3,7 @@
 import { showAnswer, showNothing } from "./answer.js";
 import { Budgets } from "./budgets.js";
 import { Comparison } from "./compare.js";
-import { byId, debounced } from "./dom.js";
+import { byId, debounced, el } from "./dom.js";
 import { Live } from "./live.js";
 import { VariantMap } from "./map.js";
 import { PatchView } from "./patches.js";
@@ -28,14 +28,14 @@ const live = new Live({
     retry();
   },
   budgetMs: () => budgets.ms,
-  settled: failed,
+  failed,
 });
 
 function setStatus(state, text) {
   const status = byId("status");
-  if (status.dataset.state === state && status.lastChild.textContent === text) return;
+  if (status.dataset.state === state && status.textContent === text) return;
   status.dataset.state = state;
-  status.lastChild.textContent = text;
+  status.replaceChildren(el("span", {}, text)); // anew, or what is as long as its text would shift
 }
 
 function toast(title, message, kind = "error") {

@@ -39,7 +39,8 @@ export class Budgets {
   /** The most that an answer may cost, in GFLOPs; null for no limit. */
   get gflops() {
     const share = this.compute.value / this.compute.max;
-    return share === 1 ? null : this.#cheapest + share * (this.#dearest - this.#cheapest);
+    if (share === 1) return null;
+    return Math.max(this.#cheapest, Number((this.#cheapest + share * (this.#dearest - this.#cheapest)).toPrecision(3)));
   }
 
   /** The time that an answer may take, in milliseconds. */

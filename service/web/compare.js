@@ -75,8 +75,8 @@ export class Comparison {
     const cheapest = agreeing.reduce((a, b) => (b.row.gflops < a.row.gflops ? b : a));
     const times = largest.row.gflops / cheapest.row.gflops;
     byId("compare-note").textContent =
-      `${agreeing.length} of ${answers.length} say ${words(largest.label)}; the cheapest that does costs ` +
-      (times > 1.05 ? `${times.toFixed(1)} times less than the largest` : "as much as the largest");
+      `${agreeing.length} of ${answers.length} say ${words(largest.label)}` +
+      (times > 1.05 ? `, the cheapest for ${times.toFixed(1)} times less compute than the largest` : "");
   }
 
   #cell(grid, rate) {

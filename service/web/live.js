@@ -4,19 +4,21 @@ import { byId, el, onWidth, percent, setVar, svg } from "./dom.js";
 import { classifyMany, ServerError } from "./server.js";
 import { sample } from "./photo.js";
 
-const WINDOW_S = 180;
+const [SHORTEST_S, WINDOW_S] = [60, 180]; // that are shown: as many as there are
 const SMOOTH = 5; // samples that a figure is the mean of
 const SPARK_HEIGHT = 36;
 const MIX_HEIGHT = 120;
+const SHOWN = 4; // sub-networks in the legend
 const REOPEN_MS = 3000;
-const BURST = { loops: 3, images: 16, seconds: 10, most: 2400 };
+// At most so much, each image in six times what the largest sub-network takes for one: too little to let that run.
+const BURST = { loops: 3, images: 16, seconds: 10, most: 2400, leastMs: 100, times: 6 };
 
 const TILES = [
   { key: "rate", name: "Requests / s", show: (value) => value.toFixed(value < 10 ? 1 : 0) },
   { key: "attainment", name: "In time", show: (value) => percent(value, 1), top: 1 },
   { key: "loss", name: "Accuracy loss", show: (value) => `${(100 * value).toFixed(1)} pts` },
   { key: "queued", name: "Queue", show: (value) => value.toFixed(0) },
-  { key: "cpu", name: "CPU", show: (value) => percent(value), top: 1 },
+  { key: "utilization", name: "Utilization", show: (value) => percent(value), top: 1 },
 ];
 
 export class Live {
@@ -26,9 +28,10 @@ export class Live {
   #costs = new Map(); // GFLOPs by "grid@rate"
   #source = null;
   #burst = null;
+  #burstMs = BURST.leastMs;
 
-  constructor({ gone, budgetMs, settled }) {
-    Object.assign(this, { gone, budgetMs, settled });
+  constructor({ gone, budgetMs, failed }) {
+    Object.assign(this, { gone, budgetMs, failed });
     for (const tile of TILES) this.#tiles.set(tile.key, makeTile(tile));
     byId("tiles").append(...[...this.#tiles.values()].map(({ node }) => node));
     onWidth(byId("mix"), () => this.#draw());
@@ -38,6 +41,7 @@ export class Live {
   /** Take the sub-networks of GET /subnetworks, and listen. */
   describe(rows) {
     this.#costs = new Map(rows.map((row) => [`${row.patch_grid}@${+row.keep_rate.toPrecision(6)}`, row.gflops]));
+    this.#burstMs = Math.max(BURST.leastMs, Math.round(BURST.times * rows.at(-1).latency_ms[1]));
     byId("burst").disabled = false;
     this.#listen();
   }
@@ -64,20 +68,21 @@ export class Live {
   }
 
   #draw() {
-    const now = this.#last?.at;
     if (!this.#points.length) return;
-    for (const tile of TILES) this.#tiles.get(tile.key).update(this.#points, now);
-    this.#drawMix(now);
+    const now = this.#last.at;
+    const shownS = Math.min(WINDOW_S, Math.max(SHORTEST_S, now - this.#points[0].at));
+    for (const tile of TILES) this.#tiles.get(tile.key).update(this.#points, now, shownS);
+    this.#drawMix(now, shownS);
   }
 
-  #drawMix(now) {
+  #drawMix(now, shownS) {
     const width = byId("mix").clientWidth;
     if (!width) return;
     const used = new Set(this.#points.flatMap((point) => Object.keys(point.mix)));
     const names = [...used].sort((a, b) => (this.#costs.get(a) ?? 0) - (this.#costs.get(b) ?? 0));
     const tops = this.#points.map((point) => sum(point.mix));
     const most = Math.max(1, ...tops);
-    const x = (at) => width * (1 - (now - at) / WINDOW_S);
+    const x = (at) => width * (1 - (now - at) / shownS);
     const y = (value) => MIX_HEIGHT - (MIX_HEIGHT - 18) * (value / most);
     const base = this.#points.map(() => 0);
     const areas = names.map((name) => {
@@ -96,10 +101,10 @@ export class Live {
   #legend(names) {
     const counts = names.map((name) => [name, this.#points.reduce((total, point) => total + (point.mix[name] ?? 0), 0)]);
     const all = counts.reduce((total, [, count]) => total + count, 0);
-    const most = counts.sort((a, b) => b[1] - a[1]).slice(0, 5);
+    const most = counts.sort((a, b) => b[1] - a[1]).slice(0, SHOWN);
     byId("mix-legend").replaceChildren(
       ...most.map(([name, count]) =>
-        el("li", {}, this.#coloured(el("i"), name), `grid ${name.replace("@", " · keep ")}`, el("b", {}, percent(count / all))),
+        el("li", {}, this.#coloured(el("i"), name), `grid ${name.replace("@", " · keep ")}`, el("b", {}, count / all < 0.01 ? "< 1 %" : percent(count / all))),
       ),
     );
   }
@@ -115,11 +120,12 @@ export class Live {
   async #sendBurst() {
     const burst = (this.#burst = new AbortController());
     const button = byId("burst");
+    const budgetMs = Math.min(this.budgetMs(), this.#burstMs);
     const counts = { sent: 0, met: 0, late: 0, rejected: 0 };
     const endsAt = performance.now() + 1000 * BURST.seconds;
     const say = (more) => {
       const left = [`${counts.met} in time`, counts.late && `${counts.late} late`, counts.rejected && `${counts.rejected} rejected`];
-      byId("live-note").textContent = `${more}: ${left.filter(Boolean).join(", ")}`;
+      byId("live-note").textContent = `${more} with ${budgetMs} ms each: ${left.filter(Boolean).join(", ")}`;
     };
     button.textContent = "Stop";
     try {
@@ -127,7 +133,7 @@ export class Live {
       const loop = async () => {
         while (performance.now() < endsAt && counts.sent < BURST.most && !burst.signal.aborted) {
           counts.sent += BURST.images;
-          await sendOnce(image, this.budgetMs(), burst.signal, counts);
+          await sendOnce(image, budgetMs, burst.signal, counts);
           say("Sending");
         }
       };
@@ -135,8 +141,8 @@ export class Live {
       say(`Sent ${counts.sent}`);
     } catch (error) {
       burst.abort();
-      if (error.name !== "AbortError") this.settled(error);
-      say("Stopped");
+      if (error.name !== "AbortError") this.failed(error);
+      say(`Stopped after ${counts.sent}`);
     }
     this.#burst = null;
     button.textContent = "Send a burst";
@@ -176,7 +182,7 @@ function difference(last, sample) {
     attainment: promised ? grown("met") / promised : null,
     loss: answers ? grown("accuracy_loss") / answers : null,
     queued: sample.queued,
-    cpu: sample.gpu ?? Math.min(1, sample.own_cpu),
+    utilization: sample.gpu ?? Math.min(1, sample.own_cpu),
   };
 }
 
@@ -184,13 +190,13 @@ function makeTile({ key, name, show, top }) {
   const value = el("b", {}, "–");
   const spark = el("div", { class: "spark" });
   const node = el("div", { class: "tile" }, el("h3", {}, name), value, spark);
-  const update = (points, now) => {
+  const update = (points, now, shownS) => {
     const known = points.filter((point) => point[key] !== null);
     const recent = known.filter((point) => point.at > now - SMOOTH);
     value.textContent = recent.length ? show(recent.reduce((total, point) => total + point[key], 0) / recent.length) : "–";
     const width = spark.clientWidth;
     const most = top ?? Math.max(1e-9, ...known.map((point) => point[key]));
-    const place = (point) => [width * (1 - (now - point.at) / WINDOW_S), SPARK_HEIGHT - 1 - (SPARK_HEIGHT - 3) * (point[key] / most)];
+    const place = (point) => [width * (1 - (now - point.at) / shownS), SPARK_HEIGHT - 1 - (SPARK_HEIGHT - 3) * (point[key] / most)];
     const line = known.map((point) => place(point).map((at) => at.toFixed(1)).join(",")).join(" ");
     spark.replaceChildren(svg("svg", { width, height: SPARK_HEIGHT, "aria-hidden": "true" }, svg("polyline", { points: line })));
   };

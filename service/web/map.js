@@ -2,7 +2,7 @@
 
 import { byId, gflops, nameOf, onWidth, percent, svg } from "./dom.js";
 
-const HEIGHT = 216;
+const HEIGHT = 248;
 const MARGIN = { left: 40, right: 14, top: 12, bottom: 34 };
 
 export class VariantMap {

@@ -73,7 +73,7 @@ export class PatchView {
     } else if (this.grid && this.step === 0) text = `Cut into ${this.grid} × ${this.grid} patches.`;
     else if (this.grid) {
       const { block, kept } = this.prunings[this.step - 1];
-      text = `Block ${block} keeps the ${kept.length} of ${this.grid ** 2} patches that matter most to the answer.`;
+      text = `Block ${block} keeps ${kept.length} of ${this.grid ** 2} patches, those that its class token attends to most.`;
     }
     this.say(text);
     this.canvas.setAttribute("aria-label", this.photo ? `${this.photo.file.name}. ${text}` : "No photo yet");

@@ -1,13 +1,13 @@
 // Where photos come from: a sample, a file, the camera, a drop or the clipboard.
 
-import { byId, el, words } from "./dom.js";
+import { byId } from "./dom.js";
 
-const SAMPLES = ["dalmatian", "hedgehog", "sunflower", "starfish", "grand_piano", "umbrella"];
+const FIRST_SAMPLE = "dalmatian";
 const LARGEST_PX = 1024; // what is longer is sent smaller: the model sees a few hundred pixels, and a slider asks often
 const LARGEST_BYTES = 400_000;
 
 /** Fetch a sample as a file. */
-export async function sample(name = SAMPLES[0]) {
+export async function sample(name = FIRST_SAMPLE) {
   const response = await fetch(`web/samples/${name}.jpg`);
   return new File([await response.blob()], `${name}.jpg`, { type: "image/jpeg" });
 }
@@ -31,7 +31,7 @@ async function prepare(file) {
   return { file, bitmap, body: await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 }) };
 }
 
-/** Hand every photo that is given to `take`. */
+/** Hand every photo that is given to `take`; returns what takes the first sample. */
 export function watchPhotos(take) {
   let latest = 0;
   const give = async (file) => {
@@ -52,15 +52,7 @@ export function watchPhotos(take) {
     give(await sample(name));
   };
 
-  byId("samples").append(
-    ...SAMPLES.map((name) =>
-      el(
-        "button",
-        { type: "button", "aria-pressed": "false", "data-name": name, "aria-label": words(name), onclick: () => pick(name) },
-        el("img", { src: `web/samples/${name}.jpg`, width: 64, height: 64, alt: "" }),
-      ),
-    ),
-  );
+  for (const button of byId("samples").children) button.addEventListener("click", () => pick(button.dataset.name));
   for (const id of ["file", "camera"]) {
     byId(id).addEventListener("change", ({ target }) => {
       own(target.files);
@@ -83,5 +75,5 @@ export function watchPhotos(take) {
     drop.hidden = true;
     own(event.dataTransfer.files);
   });
-  return pick.bind(null, SAMPLES[0]);
+  return () => pick(FIRST_SAMPLE);
 }
