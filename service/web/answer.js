@@ -28,7 +28,7 @@ export function showAnswer(answer) {
   byId("spoken").textContent = `${words(best.label)}, ${percent(best.probability)}, by ${nameOf(subnetwork)}`;
   const accuracy = subnetwork.expected_accuracy;
   const worth = accuracy === null ? "" : ` · ${percent(accuracy, 1)} top-1`;
-  byId("chosen").replaceChildren(el("b", {}, nameOf(subnetwork)), `${gflops(subnetwork.gflops)} GFLOPs${worth}`);
+  byId("chosen").replaceChildren(el("b", {}, nameOf(subnetwork)), ` ${gflops(subnetwork.gflops)} GFLOPs${worth}`);
   byId("reason").textContent = sentence(decision.reason);
   showLooks(answer.looks ?? []);
   showTiming(timing, answer.budget_ms, answer.deadline_met);
@@ -50,9 +50,10 @@ function showTiming(timing, budgetMs, isMet) {
     ...STAGES.map(([key]) => setVar(el("i", { class: `stage-${key}` }), "--share", times[key] / timing.total)),
   );
   const spoken = STAGES.map(([key, name]) => `${name} ${ms(times[key])} ms`).join(", ");
-  byId("timing").setAttribute("aria-label", `${ms(timing.total)} ms: ${spoken}`);
+  byId("timing").setAttribute("aria-label", `${ms(timing.total)} ms${isMet ? "" : ", too late"}: ${spoken}`);
   byId("legend").replaceChildren(...STAGES.map(([key, name]) => stage(key, name, times[key])));
-  byId("total").textContent = `${ms(timing.total)} of ${ms(budgetMs)} ms${isMet ? "" : ", late"}`;
+  byId("total").textContent = `${ms(timing.total)} / ${ms(budgetMs)} ms`;
+  byId("total").classList.toggle("late", !isMet);
 }
 
 function bar(label, probability) {
