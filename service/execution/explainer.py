@@ -59,15 +59,19 @@ class Explainer:
         self._thread = ThreadPoolExecutor(1, "explain", initializer=_give_way)
         self._is_taken = False
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Have the explainer for oneself as long as the block lasts.
+    def check_room(self) -> None:
+        """See whether an image can be explained.
 
         Raises:
-            OverloadedError: another has it.
+            OverloadedError: another is.
         """
         if self._is_taken:
             raise OverloadedError("another image is being explained; try again in a moment", "full", RETRY_AFTER_S)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have the explainer for oneself as long as the block lasts; errors as `check_room`."""
+        self.check_room()
         self._is_taken = True
         try:
             yield

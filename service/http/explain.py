@@ -25,6 +25,7 @@ def make_explain(context: RouteContext) -> Handle:
         with ExitStack() as turn, context.failures.counting():
             data = b""
             with counted(context.metrics) as record:
+                explainer.check_room()  # before a body is read in vain
                 upload = await read_upload(context, request, watch)
                 if len(upload.reads) > 1:
                     raise InvalidParameterError("one image at a time is explained")

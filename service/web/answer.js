@@ -15,7 +15,7 @@ const STAGES = [
 export function showNothing() {
   byId("bars").replaceChildren(...Array.from({ length: CLASSES }, () => bar(" ", 0)));
   byId("legend").replaceChildren(...STAGES.map(([key, name]) => stage(key, name)));
-  byId("chosen").textContent = "waiting for a photo";
+  byId("chosen").textContent = "What it picks shows here";
 }
 
 /** Show an answer of POST /classify. */

@@ -12,11 +12,13 @@ import { classify, explain, GoneError, ServerError, subnetworks, untilReady } fr
 
 const DEBOUNCE_MS = 120;
 const EXPLAIN_TRIES = 5;
+const MOST_BREAKS = 3; // connections that break off with a photo, in a row
 
 let photo = null;
 let asking = null; // the request whose answer is wanted
 let explanations = new Map(); // of this photo, by sub-network
 let isOnline = false;
+let hasBeenOnline = false;
 
 const map = new VariantMap();
 const patches = new PatchView();
@@ -39,12 +41,13 @@ function setStatus(state, text) {
 }
 
 function toast(title, message, kind = "error") {
-  const box = byId("toast");
+  const [box, text] = [byId("toast"), message ? `${title}: ${message}` : title];
+  const paragraph = box.querySelector("p");
+  if (box.hidden || paragraph.textContent !== text) paragraph.textContent = text; // or it would be read out again
   box.hidden = false;
   box.dataset.kind = kind;
-  box.querySelector("p").textContent = message ? `${title}: ${message}` : title;
   clearTimeout(toast.timer);
-  if (kind !== "error") toast.timer = setTimeout(hideToast, 3000);
+  if (kind === "good") toast.timer = setTimeout(hideToast, 3000);
 }
 
 function hideToast() {
@@ -54,7 +57,12 @@ function hideToast() {
 /** Say what went wrong, and do about it what can be done. */
 function failed(error) {
   if (error instanceof GoneError || error.code === "not_ready") {
-    connect();
+    // What breaks off the connection every time would be sent for ever.
+    if (photo && ++photo.breaks > MOST_BREAKS) toast("The server does not take this photo", "try another one");
+    else {
+      isOnline = false;
+      connect();
+    }
     return;
   }
   if (!(error instanceof ServerError)) throw error;
@@ -72,22 +80,22 @@ function failed(error) {
 let connecting = null;
 function connect() {
   connecting ??= (async () => {
-    let wasGone = false;
     await untilReady((error) => {
-      wasGone = isOnline || wasGone;
+      isOnline = false;
       const isThere = error instanceof ServerError;
       setStatus(isThere ? "wait" : "gone", isThere ? "getting ready" : "offline");
-      toast(error.title, error.message);
+      if (isThere) toast("Getting ready", `${error.message.split(";")[0]}. This page goes on by itself.`, "wait");
+      else toast(error.title, error.message);
     });
-    if (isOnline && !wasGone) return;
+    if (isOnline) return;
     const family = await subnetworks();
     setStatus("ready", family.model.name);
     byId("about").textContent = `${family.model.name} ${family.model.version} · ${family.num_classes} classes · ${family.engine}`;
     for (const part of [budgets, map, comparison]) part.describe(family.subnetworks);
     live.describe(family.subnetworks);
-    if (wasGone) toast("Back online", "", "good");
+    if (hasBeenOnline) toast("Back online", "", "good");
     else hideToast();
-    isOnline = true;
+    isOnline = hasBeenOnline = true;
     explanations = new Map();
     ask();
   })()
@@ -109,9 +117,10 @@ async function ask() {
   try {
     const answer = await classify(photo.body, budgets.parameters, wanted.signal);
     if (asking !== wanted) return;
+    photo.breaks = 0;
     showAnswer(answer);
     map.mark(answer.subnetwork, limit);
-    if (byId("toast").dataset.kind === "error") hideToast();
+    if (byId("toast").dataset.kind !== "good") hideToast();
     await look(answer.subnetwork, wanted);
   } catch (error) {
     if (error.name !== "AbortError" && asking === wanted) failed(error);
@@ -141,7 +150,7 @@ async function look({ patch_grid, keep_rate }, wanted) {
 showNothing();
 byId("toast").querySelector("button").addEventListener("click", hideToast);
 const takeFirst = watchPhotos((given) => {
-  photo = given;
+  photo = { ...given, breaks: 0 };
   explanations = new Map();
   patches.show(given);
   comparison.forget();

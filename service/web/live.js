@@ -38,9 +38,10 @@ export class Live {
     byId("burst").addEventListener("click", () => (this.#burst ? this.#burst.abort() : this.#sendBurst()));
   }
 
-  /** Take the sub-networks of GET /subnetworks, and listen. */
+  /** Take the sub-networks of GET /subnetworks, and listen while the page is seen: a browser has six connections. */
   describe(rows) {
     this.#costs = new Map(rows.map((row) => [`${row.patch_grid}@${+row.keep_rate.toPrecision(6)}`, row.gflops]));
+    document.onvisibilitychange = () => (document.hidden ? this.#source?.close() : this.#listen());
     this.#burstMs = Math.max(BURST.leastMs, Math.round(BURST.times * rows.at(-1).latency_ms[1]));
     byId("burst").disabled = false;
     this.#listen();

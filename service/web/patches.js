@@ -66,7 +66,7 @@ export class PatchView {
   }
 
   #caption() {
-    let text = " ";
+    let text = this.photo ? "What the sub-network looks at shows here." : " ";
     if (this.photo && !this.photo.bitmap) text = "This browser cannot show the file; the server may still read it.";
     else if (this.grid && !this.prunings.length) {
       text = `Grid ${this.grid} at keep rate 1: all ${this.grid ** 2} patches are used to the end.`;
