@@ -27,8 +27,9 @@ export function showAnswer(answer) {
   byId("bars").replaceChildren(...rows);
   byId("spoken").textContent = `${words(best.label)}, ${percent(best.probability)}, by ${nameOf(subnetwork)}`;
   const accuracy = subnetwork.expected_accuracy;
-  const worth = accuracy === null ? "" : ` · ${percent(accuracy, 1)} top-1`;
-  byId("chosen").replaceChildren(el("b", {}, nameOf(subnetwork)), ` ${gflops(subnetwork.gflops)} GFLOPs${worth}`);
+  const worth = accuracy === null ? "" : ` · ${percent(accuracy, 1)}`;
+  const of = accuracy === null ? "" : el("span", { class: "sr" }, " top-1"); // the map says so
+  byId("chosen").replaceChildren(el("b", {}, nameOf(subnetwork)), ` ${gflops(subnetwork.gflops)} GFLOPs${worth}`, of);
   byId("reason").textContent = sentence(decision.reason);
   showLooks(answer.looks ?? []);
   showTiming(timing, answer.budget_ms, answer.deadline_met);
@@ -40,7 +41,8 @@ function showLooks(looks) {
     const sure = look.confidence == null ? "" : `, ${percent(look.confidence)} sure`;
     return `${nameOf(look)}${sure}`;
   });
-  byId("looks").textContent = parts.length > 1 ? `Looked ${parts.length === 2 ? "twice" : `${parts.length} times`}: ${parts.join(" → ")}` : "";
+  const times = parts.length === 2 ? "twice" : `${parts.length} times`;
+  byId("looks").textContent = parts.length > 1 ? `Looked ${times}: ${parts.join(" → ")}` : "";
 }
 
 function showTiming(timing, budgetMs, isMet) {

@@ -95,7 +95,8 @@ export class Live {
     });
     const peak = svg("text", { x: 0, y: 12 }, tops.some(Boolean) ? `peak ${most.toFixed(0)} / s` : "No answers in the last three minutes");
     const frame = { width, height: MIX_HEIGHT, role: "img", "aria-label": `Answers per second, at most ${most.toFixed(0)}` };
-    byId("mix").replaceChildren(svg("svg", frame, ...areas, svg("line", { class: "rule", x1: 0, x2: width, y1: MIX_HEIGHT, y2: MIX_HEIGHT }), peak));
+    const ground = svg("line", { class: "rule", x1: 0, x2: width, y1: MIX_HEIGHT, y2: MIX_HEIGHT });
+    byId("mix").replaceChildren(svg("svg", frame, ...areas, ground, peak));
     this.#legend(names);
   }
 
@@ -104,9 +105,10 @@ export class Live {
     const all = counts.reduce((total, [, count]) => total + count, 0);
     const most = counts.sort((a, b) => b[1] - a[1]).slice(0, SHOWN);
     byId("mix-legend").replaceChildren(
-      ...most.map(([name, count]) =>
-        el("li", {}, this.#coloured(el("i"), name), `grid ${name.replace("@", " · keep ")}`, el("b", {}, count / all < 0.01 ? "< 1 %" : percent(count / all))),
-      ),
+      ...most.map(([name, count]) => {
+        const share = count / all < 0.01 ? "< 1 %" : percent(count / all);
+        return el("li", {}, this.#coloured(el("i"), name), `grid ${name.replace("@", " · keep ")}`, el("b", {}, share));
+      }),
     );
   }
 
