@@ -22,6 +22,7 @@ def test_the_page_is_served_and_so_is_whatever_it_names(client: TestClient) -> N
     assert page.headers["Content-Type"].startswith("text/html")
     named = {target for target in re.findall(r'(?:src|href)="([^"#]+)"', page.text) if not target.startswith("http")}
     assert {"web/app.js", "web/style.css", "web/samples/dalmatian.jpg", "docs", "metrics"} <= named
+    assert 'accept="image/*" capture="environment"' in page.text  # a telephone opens its camera
     for target in named:
         assert client.get(f"/{target}").status_code == 200, target
     imported = {name for path in WEB.glob("*.js") for name in re.findall(r'from "\./([^"]+)"', path.read_text())}
