@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.subnetwork import Activation, num_kept_patch_tokens
-from models.tokens import class_attention_scores, keep_top_tokens
+from models.tokens import Pruning, class_attention_scores, keep_tokens, prune_by_scores
 
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
@@ -98,8 +98,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, keep_rate: float) -> Tensor:
         """Map (B, N, D) tokens to (B, N', D), where N' < N if the keep rate is under 1 and N' = N at 1."""
+        x, _ = self.attend(x, keep_rate)
+        return self.feed_forward(x)
+
+    def attend(self, x: Tensor, keep_rate: float) -> tuple[Tensor, Pruning | None]:
+        """Attend, and prune if the keep rate is under 1; return (B, N', D) tokens and what was pruned."""
         attended, scores = self.attn(self.norm1(x), with_scores=keep_rate < 1)
         x = torch.add(x, self.drop_path(attended), alpha=1 / self.skip_divisor)
-        if scores is not None:
-            x = keep_top_tokens(x, scores, num_kept_patch_tokens(scores.shape[1], keep_rate), self.fuse_pruned)
+        if scores is None:
+            return x, None
+        pruning = prune_by_scores(scores, num_kept_patch_tokens(scores.shape[1], keep_rate))
+        return keep_tokens(x, pruning, self.fuse_pruned), pruning
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, D) tokens to as many by the MLP."""
         return torch.add(x, self.drop_path(self.mlp(self.norm2(x))), alpha=1 / self.skip_divisor)

@@ -4,7 +4,7 @@ The forward pass takes its sub-network as an argument and remembers nothing betw
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import PatchEmbed, trunc_normal_
@@ -15,6 +15,7 @@ from torch.nn import functional
 from models.layers import Block, ConvStem
 from models.mix_token import TokenBox, exchange_tokens
 from models.subnetwork import SubNetwork, SuperViTConfig
+from models.tokens import keep_origins
 
 DEIT_SMALL = SuperViTConfig()
 LVVIT_SMALL = SuperViTConfig(flavour="lvvit", depth=16, mlp_ratio=3.0, crop_fraction=0.9)
@@ -45,6 +46,21 @@ LVVIT_MICRO = SuperViTConfig(
 
 # Facts of the published backbones that no checkpoint varies.
 SKIP_DIVISOR = {"deit": 1.0, "lvvit": 2.0}
+
+
+class PatchTrace(NamedTuple):
+    """Which tokens a block that prunes has kept.
+
+    Attributes:
+        block: its index.
+        kept: (B, K) numbers of patches, row by row from 0, in no particular order; FUSED is the token that those pruned
+            before were fused into.
+        scores: (B, K), the class attention that each was kept for.
+    """
+
+    block: int
+    kept: Tensor
+    scores: Tensor
 
 
 class SuperViT(nn.Module):
@@ -183,8 +199,30 @@ class SuperViT(nn.Module):
     def transform(self, tokens: Tensor, keep_rate: float, start: int, stop: int) -> Tensor:
         """Run blocks start..stop-1 over (B, N, D) tokens; those that prune leave fewer of them."""
         for index in range(start, stop):
-            tokens = self.blocks[index](tokens, keep_rate if index in self.config.prune_blocks else 1.0)
+            tokens = self.blocks[index](tokens, self._rate_of(index, keep_rate))
         return tokens
+
+    def trace(self, images: Tensor, subnetwork: SubNetwork) -> tuple[Tensor, tuple[PatchTrace, ...]]:
+        """Classify as `forward` does, and tell which patches each block that prunes has kept.
+
+        Returns:
+            (B, classes) logits, and a trace for each block that prunes; none where the keep rate is 1.
+        """
+        tokens = self.embed(images, subnetwork.patch_grid)
+        origins = torch.arange(subnetwork.patch_grid**2, device=tokens.device).expand(len(images), -1)
+        traces = []
+        for index in range(self.config.depth):
+            block: Block = self.blocks[index]  # type: ignore[assignment] # a ModuleList does not say of what
+            tokens, pruning = block.attend(tokens, self._rate_of(index, subnetwork.keep_rate))
+            if pruning is not None:
+                scores, kept = pruning
+                traces.append(PatchTrace(index, origins.gather(1, kept), scores.gather(1, kept)))
+                origins = keep_origins(origins, pruning, self.config.fuse_pruned)
+            tokens = block.feed_forward(tokens)
+        return self.classify(tokens), tuple(traces)
+
+    def _rate_of(self, block: int, keep_rate: float) -> float:
+        return keep_rate if block in self.config.prune_blocks else 1.0
 
     def classify(self, tokens: Tensor) -> Tensor:
         """Map the (B, N, D) tokens that the last block left to (B, classes) logits.

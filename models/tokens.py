@@ -3,8 +3,25 @@
 Legend for this package: B batch, N tokens with the class token, D width, H heads, S image side in pixels.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+FUSED = -1  # instead of a patch's number: a token that is the sum of several
+
+
+class Pruning(NamedTuple):
+    """What a block that prunes saw and kept, among the M tokens after the prefix that came to it.
+
+    Attributes:
+        scores: (B, M), as of `class_attention_scores`.
+        kept: (B, K) indices of those that it keeps, in no particular order.
+    """
+
+    scores: Tensor
+    kept: Tensor
 
 
 def class_attention_scores(query: Tensor, key: Tensor, scale: float, num_prefix: int = 1) -> Tensor:
@@ -25,25 +42,36 @@ def class_attention_scores(query: Tensor, key: Tensor, scale: float, num_prefix:
     return row.softmax(dim=-1)[:, :, 0, num_prefix:].mean(dim=1)
 
 
-def keep_top_tokens(tokens: Tensor, scores: Tensor, keep: int, fuse: bool = False) -> Tensor:
-    """Keep the prefix tokens and the best-scored patch tokens.
+def prune_by_scores(scores: Tensor, keep: int) -> Pruning:
+    """Choose which patch tokens stay: the `keep` best of (B, M) scores, 1 <= keep <= M."""
+    return Pruning(scores, scores.topk(keep, dim=1, sorted=False).indices)
+
+
+def keep_tokens(tokens: Tensor, pruning: Pruning, fuse: bool = False) -> Tensor:
+    """Keep the prefix tokens and the chosen patch tokens.
 
     Args:
         tokens: (B, P + M, D), P prefix tokens first, of which one is the class token.
-        scores: (B, M), one per patch token.
-        keep: patch tokens to keep, 1 <= keep <= M.
+        pruning: of the M patch tokens.
         fuse: whether the sum of the others, weighted by their scores, stays as one token (EViT, section 3.2).
 
     Returns:
-        (B, P + keep, D), prefix tokens first, the others in no particular order; or (B, P + keep + 1, D), the fused
+        (B, P + K, D), prefix tokens first, the others in the order of `pruning.kept`; or (B, P + K + 1, D), the fused
         token last, where there was something to fuse.
     """
+    scores, kept = pruning
     num_prefix = tokens.shape[1] - scores.shape[1]
     prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
-    kept = scores.topk(keep, dim=1, sorted=False).indices  # (B, keep)
-    index = kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    index = kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])  # (B, K, D)
     parts = [prefix, patches.gather(1, index)]
-    if fuse and keep < scores.shape[1]:
+    if fuse and kept.shape[1] < scores.shape[1]:
         weights = scores.scatter(1, kept, 0.0).unsqueeze(-1)  # (B, M, 1)
         parts.append((weights * patches).sum(dim=1, keepdim=True))
     return torch.cat(parts, dim=1)
+
+
+def keep_origins(origins: Tensor, pruning: Pruning, fuse: bool = False) -> Tensor:
+    """Follow (B, M) numbers of patches through `keep_tokens`, whose arguments these are; a fused token gets FUSED."""
+    kept = origins.gather(1, pruning.kept)
+    is_fused = fuse and kept.shape[1] < origins.shape[1]
+    return functional.pad(kept, (0, 1), value=FUSED) if is_fused else kept

@@ -10,6 +10,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from service.http.classify import DirectRoute, make_classify
 from service.http.error_responses import ErrorAnswers
 from service.http.origins import OriginPolicy
+from service.http.pages import add_pages
 from service.http.request_ids import HEADER, RequestIds
 from service.http.routes import CLASSIFY_PATH, build_router
 from service.runtime import ServerRuntime
@@ -29,10 +30,13 @@ def create_app(runtime: ServerRuntime, *, ready_first: bool = False, names_reque
         async with runtime.running(ready_first=ready_first):
             yield
 
-    app = FastAPI(title="SuperViT Serve", version=version("supervit-serve"), lifespan=lifespan, redoc_url=None)
+    app = FastAPI(
+        title="SuperViT Serve", version=version("supervit-serve"), lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     classify = make_classify(runtime.context)
     context, errors = runtime.context, ErrorAnswers(runtime.context.max_body_bytes)
     app.include_router(build_router(context, classify))
+    add_pages(app)
     errors.add_to(app)
     app.add_middleware(DirectRoute, path=CLASSIFY_PATH, handle=classify, errors=errors)
     app.add_middleware(OriginPolicy, origins=context.cors_origins, hosts=context.allowed_hosts)

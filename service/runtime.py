@@ -24,6 +24,7 @@ from service.engines.profile_store import extended_profile, measure_latencies, n
 from service.engines.profiler import Measurement, warm_up_shapes
 from service.errors import NotReadyError
 from service.execution.batcher import Batcher
+from service.execution.explainer import Explainer
 from service.execution.throttle import UtilizationLimiter
 from service.execution.watchdog import Watchdog
 from service.http.context import ReadyServer, RouteContext
@@ -169,6 +170,8 @@ class ServerRuntime:
             logger.info("stopped before the first request")
         finally:
             self._engine_thread.shutdown(wait=self._state is not ServerState.HUNG)
+            if self._server is not None:
+                self._server.explainer.close()
             if self._decoder is not None:
                 self._decoder.close()
 
@@ -257,7 +260,8 @@ class ServerRuntime:
             default_budget_ms=settings.default_budget_ms,
         )
         family = describe_family(checkpoint, catalog, self._engine.describe(), measured_at, latencies.batch_sizes)
-        self._server = ReadyServer(pipeline, scheduler, family)
+        explainer = Explainer(checkpoint.model, self._decoder)
+        self._server = ReadyServer(pipeline, scheduler, family, explainer)
         return batcher
 
     def _observe_machine(self, scheduler: Scheduler) -> None:

@@ -1,5 +1,6 @@
 """Serves until told to stop: one server in this process, or several workers that it looks after."""
 
+import ipaddress
 import logging
 import math
 import os
@@ -56,11 +57,19 @@ class _Server(uvicorn.Server):
             else:
                 host, port, *_ = opened.getsockname()
                 logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+                logger.info("see what it does at %s", _page_url(host, port))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take note of the signal."""
         self._drain()
         super().handle_exit(sig, frame)
+
+
+def _page_url(host: str, port: int) -> str:
+    """Name the page as a browser on this machine finds it: the address for every interface is none to go to."""
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "localhost"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 def supervise(settings: Settings, cpus: Collection[int], cores: float) -> None:

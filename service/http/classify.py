@@ -59,7 +59,7 @@ class DirectRoute:
 
 
 @dataclass(frozen=True, slots=True)
-class _Upload:
+class Upload:
     """What was asked, and of what: a server that is told to stop meanwhile answers what it has begun to read."""
 
     pipeline: Pipeline
@@ -80,7 +80,7 @@ def make_classify(context: RouteContext) -> Handle:
         """
         watch = ClientWatch(request)
         try:
-            upload = await _upload(context, request, watch)
+            upload = await read_upload(context, request, watch)
         except ServiceError:
             with counted(context.metrics):
                 raise
@@ -99,14 +99,14 @@ def make_classify(context: RouteContext) -> Handle:
 
         if len(upload.reads) == 1:
             with context.failures.counting():
-                return _respond(await answer(upload.reads[0]))
+                return respond(await answer(upload.reads[0]))
         results = await asyncio.gather(*(_result(request, answer(read)) for read in upload.reads))
         return Response(b'{"results":[%s]}' % b",".join(results), media_type="application/json")
 
     return classify
 
 
-async def _upload(context: RouteContext, request: Request, watch: ClientWatch) -> _Upload:
+async def read_upload(context: RouteContext, request: Request, watch: ClientWatch) -> Upload:
     """Find out what is asked; of a form or JSON that takes the whole body.
 
     Raises:
@@ -126,7 +126,7 @@ async def _upload(context: RouteContext, request: Request, watch: ClientWatch) -
             return data
 
         reserved = request.scope.get(RESERVED)
-        return _Upload(pipeline, (read,), query.request(arrived_at, query.top_k, address), reserved)
+        return Upload(pipeline, (read,), query.request(arrived_at, query.top_k, address), reserved)
 
     pipeline.check_room()
     within_s = context.max_upload_s  # unless the query says so, it is not known yet what is granted
@@ -144,7 +144,7 @@ async def _upload(context: RouteContext, request: Request, watch: ClientWatch) -
     pipeline.check(wanted)
     if pipeline.time_left_s(wanted) <= 0:
         raise UploadTimeoutError("the body did not arrive within its budget")
-    return _Upload(pipeline, tuple(_already_read(image, watch) for image in form.images), wanted)
+    return Upload(pipeline, tuple(_already_read(image, watch) for image in form.images), wanted)
 
 
 def _already_read(image: bytes, watch: ClientWatch) -> Read:
@@ -155,7 +155,8 @@ def _already_read(image: bytes, watch: ClientWatch) -> Read:
     return read
 
 
-def _respond(answer: ClassifyAnswer) -> Response:
+def respond(answer: ClassifyAnswer) -> Response:
+    """Put an answer on the wire."""
     stages: dict[str, Any] = answer.timing_ms.model_dump()
     timing = ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())
     # Made here, because FastAPI would validate the whole answer once more.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from models.checkpoint import Checkpoint
 from service.domain import ServerState
 from service.errors import NotReadyError
+from service.execution.explainer import Explainer
 from service.http.family import SubNetworksAnswer
 from service.http.health import OwnFailures
 from service.machine.monitor import Monitor
@@ -22,6 +23,7 @@ class ReadyServer:
     pipeline: Pipeline
     scheduler: Scheduler
     family: SubNetworksAnswer
+    explainer: Explainer
 
 
 @dataclass(frozen=True, slots=True)

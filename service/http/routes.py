@@ -12,6 +12,9 @@ from service.domain import InferenceRequest
 from service.errors import NotReadyError, ServiceError
 from service.http.classify import Handle
 from service.http.context import RouteContext
+from service.http.events import HEADERS as EVENTS_HEADERS
+from service.http.events import EventStream, LiveFeed, describe_events, is_stopping
+from service.http.explain import make_explain
 from service.http.family import SubNetworksAnswer
 from service.http.forms import FIELD, MAX_IMAGES
 from service.http.queries import (
@@ -28,11 +31,13 @@ from service.http.schemas import (
     ClassifyAnswer,
     DecideAnswer,
     ErrorAnswer,
+    ExplainAnswer,
     HealthAnswer,
     ResourcesAnswer,
     ResultsAnswer,
     describe_forecast,
 )
+from service.telemetry.live import read_sample
 from service.telemetry.metrics import CONTENT_TYPE
 
 CLASSIFY_PATH = "/classify"
@@ -58,6 +63,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorAnswer, "description": "not ready yet, or stopping", "headers": RETRY_AFTER},
     504: {"model": ErrorAnswer, "description": "admitted, but the deadline can no longer be met"},
 }
+EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {200: describe_events(), 429: RESPONSES[429]}
 DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (422, 429, 503)}
 
 
@@ -96,6 +102,15 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         classify,
         methods=["POST"],
         response_model=ClassifyAnswer | ResultsAnswer,
+        responses=RESPONSES,
+        openapi_extra={"requestBody": describe_body(of_classify), "parameters": describe_query(of_classify)},
+    )
+
+    router.add_api_route(
+        "/explain",
+        make_explain(context),
+        methods=["POST"],
+        response_model=ExplainAnswer,
         responses=RESPONSES,
         openapi_extra={"requestBody": describe_body(of_classify), "parameters": describe_query(of_classify)},
     )
@@ -148,6 +163,13 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         if context.failures.are_all:
             raise NotReadyError("every request fails of late for reasons of the server's own; its log says which")
         return HealthAnswer(status="ready")
+
+    feed = LiveFeed(lambda: read_sample(context.metrics.registry()), lambda: is_stopping(context.state()))
+
+    @router.get("/events", response_class=EventStream, responses=EVENTS_RESPONSES)
+    async def events() -> EventStream:
+        """Send the metrics that a person wants to see, once a second: counts that only grow, and how things are."""
+        return EventStream(feed.listen(), headers=EVENTS_HEADERS)
 
     @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=PlainTextResponse)

@@ -1,13 +1,16 @@
 """What goes over the wire as an answer, as pydantic models; what comes in is in queries."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from models.checkpoint import Checkpoint
+from models.data.images import resized_side
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SuperViTConfig
 from service.domain import Classification, Decision, Forecast, LookCode, PlannedLook
+from service.execution.explainer import KeptPatches
 
 
 class ErrorDetail(BaseModel):
@@ -101,6 +104,30 @@ class ClassifyAnswer(BaseModel):
     budget_ms: float = Field(description="time that was granted")
     deadline_met: bool = Field(description="whether the answer was finished within it")
     model: ModelAnswer
+
+
+class PruningAnswer(BaseModel):
+    """What a block that prunes kept."""
+
+    block: int = Field(description="its index, from 0")
+    kept: list[int] = Field(description="numbers of the patches that it kept, row by row from 0, ascending")
+    scores: list[float] = Field(description="of each of them: the attention that the class token paid to it, 0..1")
+    keeps_fused: bool = Field(description="whether it also kept the sum of those pruned before; some models have one")
+
+
+class ExplanationAnswer(BaseModel):
+    """What the sub-network looked at."""
+
+    seen_share: float = Field(
+        description="side of the square in the middle of the image that the model sees, over the image's shorter side"
+    )
+    prunings: list[PruningAnswer] = Field(description="of each block that prunes; none at a keep rate of 1")
+
+
+class ExplainAnswer(ClassifyAnswer):
+    """Answer to POST /explain."""
+
+    explanation: ExplanationAnswer
 
 
 class ResultAnswer(ClassifyAnswer):
@@ -234,6 +261,22 @@ def describe_answer(answer: Classification, checkpoint: Checkpoint) -> ClassifyA
         deadline_met=answer.deadline_met,
         model=describe_model(checkpoint),
     )
+
+
+def describe_explanation(answer: Classification, kept: Sequence[KeptPatches], checkpoint: Checkpoint) -> ExplainAnswer:
+    """Put a classification and what was kept for it on the wire."""
+    config = checkpoint.config
+    prunings = [
+        PruningAnswer(
+            block=each.block,
+            kept=list(each.patches),
+            scores=[round(score, 6) for score in each.scores],
+            keeps_fused=each.keeps_fused,
+        )
+        for each in kept
+    ]
+    explanation = ExplanationAnswer(seen_share=config.image_side / resized_side(config), prunings=prunings)
+    return ExplainAnswer(**describe_answer(answer, checkpoint).model_dump(), explanation=explanation)
 
 
 def ms(seconds: float) -> float:

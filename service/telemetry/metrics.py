@@ -18,7 +18,6 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
-    multiprocess,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -29,7 +28,7 @@ from service.machine.snapshot import ResourceSnapshot
 from service.telemetry.connection_metrics import ConnectionMetrics
 from service.telemetry.look_metrics import LookMetrics
 from service.telemetry.loop_delay import LoopDelay
-from service.telemetry.multiprocess import forget_dead, make_folder
+from service.telemetry.multiprocess import make_folder, merged_registry
 
 STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 5, 10, 30)
 STAGES = ("decode_wait", "decode", "queue", "inference")
@@ -295,9 +294,8 @@ class Metrics:
 
     def page(self) -> bytes:
         """Return all metrics in the Prometheus text format."""
-        if self._shared_folder is None:
-            return generate_latest(self._registry)
-        forget_dead(self._shared_folder)
-        merged = CollectorRegistry()
-        multiprocess.MultiProcessCollector(merged, self._shared_folder)  # type: ignore[no-untyped-call] # as above
-        return generate_latest(merged)
+        return generate_latest(self.registry())
+
+    def registry(self) -> CollectorRegistry:
+        """Return where all metrics can be read: those of every worker, as they are now, where there are several."""
+        return self._registry if self._shared_folder is None else merged_registry(self._shared_folder)

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-from prometheus_client import multiprocess
+from prometheus_client import CollectorRegistry, multiprocess
 
 from service.errors import InvalidParameterError
 
@@ -37,3 +37,11 @@ def forget_dead(folder: str) -> None:
         if not Path("/proc", pid).exists():
             with suppress(FileNotFoundError):  # another process does the same
                 forget_worker(int(pid), folder)
+
+
+def merged_registry(folder: str) -> CollectorRegistry:
+    """Read the counts of all processes of a folder that still run, and what the others have counted."""
+    forget_dead(folder)
+    merged = CollectorRegistry()
+    multiprocess.MultiProcessCollector(merged, folder)  # type: ignore[no-untyped-call] # as above
+    return merged

@@ -81,6 +81,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     process = start(port, log)
     wait_until_ready(process, f"http://127.0.0.1:{port}", log)
+    assert f"see what it does at http://127.0.0.1:{port}/" in log.read_text()
     yield f"http://127.0.0.1:{port}"
     process.terminate()
     assert process.wait(20) == -signal.SIGTERM, log.read_text()  # uvicorn ends of the signal, after its work

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.subnetwork import SubNetwork, SuperViTConfig
+from models.subnetwork import SubNetwork, SuperViTConfig, num_kept_patch_tokens
 from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL, SuperViT
+from models.tokens import FUSED
 
 
 @pytest.mark.parametrize("config", [DEIT_SMALL, LVVIT_SMALL], ids=["deit", "lvvit"])
@@ -227,3 +228,61 @@ def test_timm_builds_every_registered_model(name: str, config: SuperViTConfig) -
 def test_timm_is_told_that_no_weights_are_hosted() -> None:
     with pytest.raises(ValueError, match="no weights are hosted"):
         timm.create_model("supervit_lvvit_micro_patch4_32", pretrained=True)
+
+
+@pytest.mark.parametrize("fuse_pruned", [False, True])
+def test_a_trace_answers_as_forward_does_and_keeps_as_many_as_the_token_rule_says(
+    config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT], images: Tensor, fuse_pruned: bool
+) -> None:
+    prefix = 3 if config.flavour == "deit" else 1  # an lvvit has one
+    model = build(replace(config, fuse_pruned=fuse_pruned, num_prefix_tokens=prefix))
+    for subnetwork in (*config.subnetworks, SubNetwork(4, 0.33)):
+        logits, traces = model.trace(images, subnetwork)
+        torch.testing.assert_close(logits, model(images, subnetwork))
+        assert [trace.block for trace in traces] == ([1, 2] if subnetwork.keep_rate < 1 else [])
+        counts = model.config.tokens_per_block(subnetwork)
+        alive = [set(range(subnetwork.patch_grid**2)) for _ in images]
+        for trace in traces:
+            before, after = (count - prefix for count in counts[trace.block])
+            num_kept = num_kept_patch_tokens(before, subnetwork.keep_rate)
+            assert after == num_kept + (fuse_pruned and num_kept < before)
+            assert trace.kept.shape == trace.scores.shape == (len(images), num_kept)
+            for index, row in enumerate(trace.kept.tolist()):
+                patches = [patch for patch in row if patch != FUSED]
+                assert len(set(patches)) == len(patches) >= len(row) - fuse_pruned
+                assert set(patches) <= alive[index]
+                alive[index] = set(patches)
+
+
+def looking_at(patches: tuple[int, ...], config: SuperViTConfig) -> SuperViT:
+    """A model of known attention: all its class token looks at is in `patches` of the largest grid, the first most.
+
+    Attention reads its keys from one channel, where the position embeddings alone put something, and its values and
+    the MLP add nothing.
+    """
+    model = SuperViT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+            norm.weight.fill_(1)
+        for block in model.blocks:
+            qkv = block.get_submodule("attn.qkv")
+            qkv.get_parameter("bias")[: config.width] = 1.0  # every query is the same
+            qkv.get_parameter("weight")[config.width : 2 * config.width, 0] = 5.0
+        positions = model.pos_embed_list[-1]
+        positions[0, :, 1] = 1.0  # or the norm would scale what little there is up to as much for every token
+        for rank, patch in enumerate(patches):
+            positions[0, config.num_prefix_tokens + patch, 0] = 3.0 - rank
+    return model
+
+
+def test_a_trace_names_the_patches_that_the_class_token_looks_at(tiny_config: SuperViTConfig) -> None:
+    config = replace(tiny_config, num_prefix_tokens=2)
+    model = looking_at((9, 2, 14), config)
+    _, (first, second) = model.trace(torch.zeros(1, 3, 16, 16), SubNetwork(4, 0.17))
+    assert (first.block, second.block) == (1, 2)
+    assert set(first.kept[0].tolist()) == {9, 2, 14}  # ceil(0.17 * 17)
+    assert second.kept.tolist() == [[9]]  # ceil(0.17 * 4)
+    by_patch = dict(zip(first.kept[0].tolist(), first.scores[0].tolist(), strict=True))
+    assert by_patch[9] > by_patch[2] > by_patch[14]

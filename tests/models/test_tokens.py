@@ -1,8 +1,13 @@
 import math
 
 import torch
+from torch import Tensor
 
-from models.tokens import class_attention_scores, keep_top_tokens
+from models.tokens import FUSED, Pruning, class_attention_scores, keep_origins, keep_tokens, prune_by_scores
+
+
+def keep_top_tokens(tokens: Tensor, scores: Tensor, keep: int, fuse: bool = False) -> Tensor:
+    return keep_tokens(tokens, prune_by_scores(scores, keep), fuse)
 
 
 def test_scores_are_the_class_row_of_softmax_attention_averaged_over_heads() -> None:
@@ -55,3 +60,12 @@ def test_gradients_reach_kept_tokens_alone() -> None:
     kept = keep_top_tokens(tokens, torch.tensor([[0.2, 0.5, 0.3]]), keep=1)
     (gradient,) = torch.autograd.grad(kept.sum(), tokens)
     assert gradient[0, :, 0].tolist() == [1, 0, 1, 0]
+
+
+def test_the_numbers_of_patches_go_the_way_of_their_tokens() -> None:
+    origins = torch.tensor([[4, 7, 9, FUSED]])
+    pruning = Pruning(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), torch.tensor([[3, 1]]))
+    assert keep_origins(origins, pruning).tolist() == [[FUSED, 7]]
+    assert keep_origins(origins, pruning, fuse=True).tolist() == [[FUSED, 7, FUSED]]
+    everything = Pruning(pruning.scores, torch.tensor([[3, 1, 0, 2]]))
+    assert keep_origins(origins, everything, fuse=True).tolist() == [[FUSED, 7, 4, 9]]

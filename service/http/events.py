@@ -1,0 +1,98 @@
+"""GET /events: the metrics once a second, as server-sent events, for a page that a person looks at."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from pydantic import TypeAdapter
+from starlette.responses import StreamingResponse
+
+from service.domain import ServerState
+from service.errors import OverloadedError
+from service.telemetry.live import LiveSample
+
+INTERVAL_S = 1.0
+SAMPLES_KEPT = 180  # a listener gets those first
+MAX_LISTENERS = 32
+RETRY_AFTER_S = 5.0
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter: nginx would hold events back
+
+_SAMPLE = TypeAdapter(LiveSample)
+
+
+class LiveFeed:
+    """Reads the metrics for as many as listen, once a second for all of them, and not at all where none does."""
+
+    def __init__(
+        self,
+        read: Callable[[], LiveSample],
+        is_over: Callable[[], bool],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """Take what it works with.
+
+        Args:
+            read: reads the metrics; called on a thread, for it takes some milliseconds.
+            is_over: whether the server stops, so that it would wait for its listeners.
+            sleep: lets seconds pass.
+        """
+        self._read, self._is_over, self._sleep = read, is_over, sleep
+        self._samples: deque[LiveSample] = deque(maxlen=SAMPLES_KEPT)
+        self._lock = asyncio.Lock()
+        self._listeners = 0
+        self._number = 0  # of samples, ever
+
+    def listen(self) -> AsyncIterator[bytes]:
+        """Yield events until the server stops: those of the last minutes, then one a second.
+
+        Raises:
+            OverloadedError: there are enough listeners; at once, not at the first event.
+        """
+        if self._listeners >= MAX_LISTENERS:
+            raise OverloadedError(f"{MAX_LISTENERS} listen already; try again later", "full", RETRY_AFTER_S)
+        return self._events()
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        self._listeners += 1
+        try:
+            sent = self._number - len(self._samples)
+            while not self._is_over():
+                if sent == self._number:
+                    await self._take_sample(sent)
+                missed = min(self._number - sent, len(self._samples))
+                yield b"".join(map(_event, list(self._samples)[len(self._samples) - missed :]))
+                sent = self._number
+                await self._sleep(INTERVAL_S)
+        finally:
+            self._listeners -= 1
+
+    async def _take_sample(self, number: int) -> None:
+        """Take the next sample, unless another listener has done so meanwhile."""
+        async with self._lock:
+            if self._number == number:
+                self._samples.append(await asyncio.to_thread(self._read))
+                self._number += 1
+
+
+def is_stopping(state: ServerState) -> bool:
+    """Tell whether a server in this state answers what it has admitted and no more."""
+    return state in (ServerState.DRAINING, ServerState.HUNG)
+
+
+class EventStream(StreamingResponse):
+    """Events to a listener, as a page's EventSource takes them."""
+
+    media_type = "text/event-stream"
+
+
+def describe_events() -> dict[str, Any]:
+    """Describe the stream in OpenAPI's words."""
+    return {
+        "description": "an event a second, whose data is JSON: those of the last minutes first",
+        "content": {EventStream.media_type: {"schema": {**_SAMPLE.json_schema(), "title": "LiveSample"}}},
+    }
+
+
+def _event(sample: LiveSample) -> bytes:
+    return b"data: %b\n\n" % _SAMPLE.dump_json(sample)

@@ -1,0 +1,45 @@
+"""POST /explain: a classification, and which patches the sub-network kept on its way to it."""
+
+from contextlib import ExitStack
+
+from fastapi import Request, Response
+
+from service.errors import InvalidParameterError
+from service.http.classify import Handle, read_upload, respond
+from service.http.context import RouteContext
+from service.http.disconnects import ClientWatch
+from service.http.schemas import describe_explanation
+from service.telemetry.outcomes import counted
+
+
+def make_explain(context: RouteContext) -> Handle:
+    """Make what answers POST /explain."""
+
+    async def explain(request: Request) -> Response:
+        """Classify an image as POST /classify does, and tell which patches each block that prunes has kept.
+
+        One image is explained at a time, when nothing else needs the cores: this is to look at, not to build on.
+        """
+        watch = ClientWatch(request)
+        explainer = context.open_server().explainer
+        with ExitStack() as turn, context.failures.counting():
+            data = b""
+            with counted(context.metrics) as record:
+                explainer.check_room()  # before a body is read in vain
+                upload = await read_upload(context, request, watch)
+                if len(upload.reads) > 1:
+                    raise InvalidParameterError("one image at a time is explained")
+
+                async def read_and_enter(within_s: float) -> bytes:
+                    nonlocal data
+                    data = await upload.reads[0](within_s)
+                    turn.enter_context(explainer.turn())  # not before: what drips in shall not keep others out
+                    return data
+
+                classification = await upload.pipeline.classify(read_and_enter, upload.wanted, watch)
+                record(classification)
+            subnetwork = classification.decision.profile.subnetwork
+            kept = await explainer.explain(data, subnetwork, upload.wanted.address)
+        return respond(describe_explanation(classification, kept, context.checkpoint))
+
+    return explain

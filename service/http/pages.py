@@ -1,0 +1,60 @@
+"""The page at / and the documentation at /docs: files of installed packages, and nothing from anywhere else."""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+from fastapi import FastAPI, Response
+from fastapi.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+WEB = Path(str(files("service") / "web"))
+SAMPLES = Path(str(files("models") / "checkpoints" / "photographs"))
+DOCUMENTATION = Path(str(files("fastapi_offline") / "static"))
+# Styles are set by script, property by property, which needs no permission; Swagger UI writes style attributes.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'{styles}; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY.format(styles=""),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+ASK_FIRST = "no-cache"  # the browser asks whether a file is still the same, by its ETag
+SELDOM_CHANGES = "max-age=86400"
+
+
+class _Files(StaticFiles):
+    """The files of a folder, with our headers."""
+
+    def __init__(self, folder: Path, caching: str) -> None:
+        super().__init__(directory=folder)
+        self._headers = {**HEADERS, "Cache-Control": caching}
+
+    def file_response(
+        self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Scope, status_code: int = 200
+    ) -> Response:
+        response = super().file_response(full_path, stat_result, scope, status_code)
+        response.headers.update(self._headers)
+        return response
+
+
+def add_pages(app: FastAPI) -> None:
+    """Serve the page at /, the documentation at /docs and what both are made of under /web."""
+    page = {**HEADERS, "Cache-Control": ASK_FIRST}
+    documentation = {**page, "Content-Security-Policy": POLICY.format(styles=" 'unsafe-inline'")}
+
+    @app.head("/", include_in_schema=False)
+    @app.get("/", include_in_schema=False)
+    async def index() -> FileResponse:
+        return FileResponse(WEB / "index.html", headers=page)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(WEB / "docs.html", headers=documentation)
+
+    app.mount("/web/samples", _Files(SAMPLES, SELDOM_CHANGES))
+    app.mount("/web/docs", _Files(DOCUMENTATION, SELDOM_CHANGES))
+    app.mount("/web", _Files(WEB, ASK_FIRST))

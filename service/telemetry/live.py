@@ -1,0 +1,84 @@
+"""What a person wants to see of the last minutes, read from the metrics: counts that only grow, and how things are."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from prometheus_client import CollectorRegistry
+
+PREFIX = "supervit_"
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSample:
+    """The metrics at one instant; of several workers, those of all of them.
+
+    Attributes:
+        at: Unix time in seconds.
+        requests: that have ended, by outcome: "ok" or an error code.
+        subnetworks: answered requests by what ran, as "8@0.5" for grid 8 at keep rate 0.5.
+        met, missed: deadlines.
+        accuracy_loss: top-1 accuracy, 0..1, that the most accurate sub-network would have had more, summed.
+        spent_gflops, saved_gflops: in 1e9 multiply-accumulates.
+        queued: requests that wait for the engine.
+        in_flight: requests that are being worked on.
+        own_cpu, others_cpu: fractions of the usable cores in use, by this server and by others.
+        gpu: fraction of time in which the GPUs were busy; None where there is none.
+    """
+
+    at: float
+    requests: dict[str, float] = field(default_factory=dict)
+    subnetworks: dict[str, float] = field(default_factory=dict)
+    met: float = 0.0
+    missed: float = 0.0
+    accuracy_loss: float = 0.0
+    spent_gflops: float = 0.0
+    saved_gflops: float = 0.0
+    queued: float = 0.0
+    in_flight: float = 0.0
+    own_cpu: float = 0.0
+    others_cpu: float = 0.0
+    gpu: float | None = None
+
+
+def read_sample(registry: CollectorRegistry, clock: Callable[[], float] = time.time) -> LiveSample:
+    """Read the metrics.
+
+    Args:
+        registry: that holds them.
+        clock: Unix time in seconds.
+    """
+    values: dict[str, dict[tuple[str, ...], list[float]]] = {}
+    for family in registry.collect():
+        if family.name.startswith(PREFIX) and family.type in ("counter", "gauge"):
+            for sample in family.samples:
+                labels = tuple(value for name, value in sample.labels.items() if name != "pid")
+                values.setdefault(sample.name.removeprefix(PREFIX), {}).setdefault(labels, []).append(sample.value)
+
+    def total(name: str, *labels: str) -> float:
+        return sum(values.get(name, {}).get(labels, ()))
+
+    def mean(name: str, *labels: str) -> float:
+        return fmean(values.get(name, {}).get(labels) or [0.0])
+
+    gpus = [value for found in values.get("gpu_utilization_ratio", {}).values() for value in found]
+    return LiveSample(
+        at=clock(),
+        requests={labels[0]: sum(found) for labels, found in values.get("requests_total", {}).items()},
+        subnetworks={
+            "@".join(labels): count
+            for labels, found in values.get("subnetwork_requests_total", {}).items()
+            if (count := sum(found))
+        },
+        met=total("deadlines_total", "met"),
+        missed=total("deadlines_total", "missed"),
+        accuracy_loss=total("accuracy_loss_total"),
+        spent_gflops=total("spent_gflops_total"),
+        saved_gflops=total("saved_gflops_total"),
+        queued=total("queued_requests"),
+        in_flight=total("requests_in_flight"),
+        own_cpu=mean("cpu_utilization_ratio", "own"),
+        others_cpu=mean("cpu_utilization_ratio", "others"),
+        gpu=fmean(gpus) if gpus else None,
+    )

@@ -1,0 +1,160 @@
+// Wires the page: a photo and two budgets in, everything that is shown out.
+
+import { showAnswer, showNothing } from "./answer.js";
+import { Budgets } from "./budgets.js";
+import { Comparison } from "./compare.js";
+import { byId, debounced, el } from "./dom.js";
+import { Live } from "./live.js";
+import { VariantMap } from "./map.js";
+import { PatchView } from "./patches.js";
+import { watchPhotos } from "./photo.js";
+import { classify, explain, GoneError, ServerError, subnetworks, untilReady } from "./server.js";
+
+const DEBOUNCE_MS = 120;
+const EXPLAIN_TRIES = 5;
+const MOST_BREAKS = 3; // connections that break off with a photo, in a row
+
+let photo = null;
+let asking = null; // the request whose answer is wanted
+let explanations = new Map(); // of this photo, by sub-network
+let isOnline = false;
+let hasBeenOnline = false;
+
+const map = new VariantMap();
+const patches = new PatchView();
+const budgets = new Budgets(debounced(() => ask(), DEBOUNCE_MS));
+const comparison = new Comparison(() => photo, failed);
+const live = new Live({
+  gone: async (retry) => {
+    await connect();
+    retry();
+  },
+  budgetMs: () => budgets.ms,
+  failed,
+});
+
+function setStatus(state, text) {
+  const status = byId("status");
+  if (status.dataset.state === state && status.textContent === text) return;
+  status.dataset.state = state;
+  status.replaceChildren(el("span", {}, text)); // anew, or what is as long as its text would shift
+}
+
+function toast(title, message, kind = "error") {
+  const [box, text] = [byId("toast"), message ? `${title}: ${message}` : title];
+  const paragraph = box.querySelector("p");
+  if (box.hidden || paragraph.textContent !== text) paragraph.textContent = text; // or it would be read out again
+  box.hidden = false;
+  box.dataset.kind = kind;
+  clearTimeout(toast.timer);
+  if (kind === "good") toast.timer = setTimeout(hideToast, 3000);
+}
+
+function hideToast() {
+  byId("toast").hidden = true;
+}
+
+/** Say what went wrong, and do about it what can be done. */
+function failed(error) {
+  if (error instanceof GoneError || error.code === "not_ready") {
+    // What breaks off the connection every time would be sent for ever.
+    if (photo && ++photo.breaks > MOST_BREAKS) toast("The server does not take this photo", "try another one");
+    else {
+      isOnline = false;
+      connect();
+    }
+    return;
+  }
+  if (!(error instanceof ServerError)) throw error;
+  if (error.status === 429) {
+    const seconds = error.retryAfterS ?? 1;
+    toast(error.title, `${error.message} (trying again in ${seconds} s)`);
+    const wanted = asking;
+    setTimeout(() => asking === wanted && ask(), 1000 * seconds);
+    return;
+  }
+  toast(error.title, error.message);
+}
+
+/** Wait for the server, learn what it serves, and go on where the page stood. */
+let connecting = null;
+function connect() {
+  connecting ??= (async () => {
+    await untilReady((error) => {
+      isOnline = false;
+      const isThere = error instanceof ServerError;
+      setStatus(isThere ? "wait" : "gone", isThere ? "getting ready" : "offline");
+      if (isThere) toast("Getting ready", `${error.message.split(";")[0]}. This page goes on by itself.`, "wait");
+      else toast(error.title, error.message);
+    });
+    if (isOnline) return;
+    const family = await subnetworks();
+    setStatus("ready", family.model.name);
+    byId("about").textContent = `${family.model.name} ${family.model.version} · ${family.num_classes} classes · ${family.engine}`;
+    for (const part of [budgets, map, comparison]) part.describe(family.subnetworks);
+    live.describe(family.subnetworks);
+    if (hasBeenOnline) toast("Back online", "", "good");
+    else hideToast();
+    isOnline = hasBeenOnline = true;
+    explanations = new Map();
+    ask();
+  })()
+    .catch((error) => {
+      if (!(error instanceof GoneError) && !(error instanceof ServerError)) throw error;
+      setTimeout(connect, 1000); // it went between two questions
+    })
+    .finally(() => (connecting = null));
+  return connecting;
+}
+
+/** Classify the photo under the budgets, and show what the sub-network that answered looks at. */
+async function ask() {
+  if (!photo || !isOnline) return;
+  asking?.abort();
+  const wanted = (asking = new AbortController());
+  const limit = budgets.gflops;
+  document.body.classList.add("busy");
+  try {
+    const answer = await classify(photo.body, budgets.parameters, wanted.signal);
+    if (asking !== wanted) return;
+    photo.breaks = 0;
+    showAnswer(answer);
+    map.mark(answer.subnetwork, limit);
+    if (byId("toast").dataset.kind !== "good") hideToast();
+    await look(answer.subnetwork, wanted);
+  } catch (error) {
+    if (error.name !== "AbortError" && asking === wanted) failed(error);
+  } finally {
+    if (asking === wanted) document.body.classList.remove("busy");
+  }
+}
+
+/** Show which patches a sub-network keeps; one image at a time is explained, so that it may take some tries. */
+async function look({ patch_grid, keep_rate }, wanted) {
+  const key = `${patch_grid}@${keep_rate}`;
+  for (let tries = 0; tries < EXPLAIN_TRIES && asking === wanted; tries++) {
+    try {
+      if (!explanations.has(key)) {
+        explanations.set(key, await explain(photo.body, { patch_grid, keep_rate, top_k: 1 }, wanted.signal));
+      }
+      if (asking === wanted) patches.explain(explanations.get(key));
+      return;
+    } catch (error) {
+      if (!(error instanceof ServerError) || ![429, 504].includes(error.status)) throw error;
+      patches.say("What it looks at is shown once the server has time to explain.");
+      await new Promise((resolve) => setTimeout(resolve, 1000 * (error.retryAfterS ?? 1)));
+    }
+  }
+}
+
+showNothing();
+byId("toast").querySelector("button").addEventListener("click", hideToast);
+const takeFirst = watchPhotos((given) => {
+  photo = { ...given, breaks: 0 };
+  explanations = new Map();
+  patches.show(given);
+  comparison.forget();
+  ask();
+});
+takeFirst().catch(() => {}); // where the server has gone again meanwhile, `connect` says so
+connect();

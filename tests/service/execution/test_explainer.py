@@ -1,0 +1,82 @@
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.checkpoint import Checkpoint
+from models.subnetwork import SubNetwork
+from models.supervit import PatchTrace, SuperViT
+from models.tokens import FUSED
+from service.decoding.decoder import Decoder
+from service.errors import OverloadedError
+from service.execution.explainer import NICENESS, Explainer
+from tests.service.conftest import opening
+
+pytestmark = pytest.mark.anyio
+
+
+class Traced(SuperViT):
+    """Says what a test tells it, and remembers on which thread it was asked."""
+
+    traces: tuple[PatchTrace, ...] = ()
+    niceness: int | None = None
+
+    def trace(self, images: Tensor, subnetwork: SubNetwork) -> tuple[Tensor, tuple[PatchTrace, ...]]:
+        self.niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        assert images.shape == (1, 3, 16, 16)
+        assert subnetwork == SubNetwork(4, 0.5)
+        return torch.zeros(1, 7), self.traces
+
+
+@pytest.fixture
+def model(checkpoint: Checkpoint) -> Traced:
+    return Traced(checkpoint.config).eval()
+
+
+@pytest.fixture
+def decoder() -> Iterator[Decoder]:
+    decoder = Decoder(opening(lambda _: torch.zeros(3, 16, 16, dtype=torch.uint8)), 1, 10**9)
+    yield decoder
+    decoder.close()
+
+
+@pytest.fixture
+def explainer(model: Traced, decoder: Decoder) -> Iterator[Explainer]:
+    explainer = Explainer(model, decoder)
+    yield explainer
+    explainer.close()
+
+
+async def test_patches_come_in_order_with_their_scores_and_the_fused_token_apart(
+    explainer: Explainer, model: Traced
+) -> None:
+    model.traces = (
+        PatchTrace(1, torch.tensor([[9, 2, 14]]), torch.tensor([[0.5, 0.25, 0.125]])),
+        PatchTrace(2, torch.tensor([[14, FUSED]]), torch.tensor([[0.5, 0.25]])),
+    )
+    first, second = await explainer.explain(b"", SubNetwork(4, 0.5))
+    assert (first.block, first.patches, first.scores, first.keeps_fused) == (1, (2, 9, 14), (0.25, 0.5, 0.125), False)
+    assert (second.block, second.patches, second.scores, second.keeps_fused) == (2, (14,), (0.5,), True)
+
+
+async def test_its_thread_gives_way_to_the_others_and_they_stay_as_they_are(
+    explainer: Explainer, model: Traced
+) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    await explainer.explain(b"", SubNetwork(4, 0.5))
+    assert model.niceness == NICENESS
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own < NICENESS
+
+
+async def test_there_is_one_turn_which_is_given_back_even_by_what_fails(explainer: Explainer) -> None:
+    with suppress(ZeroDivisionError), explainer.turn():
+        with pytest.raises(OverloadedError) as refused, explainer.turn():
+            raise AssertionError("there are two")
+        assert refused.value.reason == "full"
+        raise ZeroDivisionError
+    with explainer.turn():
+        pass

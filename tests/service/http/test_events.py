@@ -1,0 +1,107 @@
+import asyncio
+import json
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.domain import ServerState
+from service.errors import OverloadedError
+from service.http.events import MAX_LISTENERS, SAMPLES_KEPT, LiveFeed, is_stopping
+from service.telemetry.live import LiveSample
+from tests.service.http.raw_server import now
+
+pytestmark = pytest.mark.anyio
+
+
+class Server:
+    """Whose metrics are read, and how often."""
+
+    def __init__(self) -> None:
+        self.numbers: Iterator[int] = count(1)
+        self.reads = 0
+        self.is_over = False
+        self.feed = LiveFeed(self.read, lambda: self.is_over)
+
+    def read(self) -> LiveSample:
+        self.reads += 1
+        return LiveSample(at=float(next(self.numbers)), requests={"ok": 3.0})
+
+
+def times(events: bytes) -> list[float]:
+    lines = events.decode().split("\n\n")
+    assert lines.pop() == ""
+    return [json.loads(line.removeprefix("data: "))["at"] for line in lines]
+
+
+async def test_a_listener_hears_of_the_metrics_once_a_second() -> None:
+    server, started_at = Server(), now()
+    events = server.feed.listen()
+    heard = [times(await anext(events)) for _ in range(4)]
+    assert heard == [[1], [2], [3], [4]]
+    assert now() - started_at == pytest.approx(3, abs=0.01)
+    await events.aclose()  # type: ignore[attr-defined] # it is a generator
+
+
+async def test_what_is_sent_is_the_whole_sample() -> None:
+    event = await anext(Server().feed.listen())
+    sent = json.loads(event.removeprefix(b"data: "))
+    assert LiveSample(**sent) == LiveSample(at=1.0, requests={"ok": 3.0})
+
+
+async def test_a_second_listener_gets_the_last_minutes_and_costs_no_second_reading() -> None:
+    server = Server()
+    first = server.feed.listen()
+    for _ in range(3):
+        await anext(first)
+    second = server.feed.listen()
+    assert times(await anext(second)) == [1, 2, 3]
+    await asyncio.gather(anext(first), anext(second))
+    assert server.reads == 4
+
+
+async def test_only_the_last_minutes_are_kept() -> None:
+    server = Server()
+    events = server.feed.listen()
+    for _ in range(SAMPLES_KEPT + 5):
+        await anext(events)
+    heard = times(await anext(server.feed.listen()))
+    assert (len(heard), heard[0], heard[-1]) == (SAMPLES_KEPT, 6, SAMPLES_KEPT + 5)
+
+
+async def test_where_nothing_listens_nothing_is_read() -> None:
+    server = Server()
+    await asyncio.sleep(10)
+    assert server.reads == 0
+
+
+async def test_there_is_a_bound_on_listeners_and_one_that_leaves_makes_room() -> None:
+    server = Server()
+    listeners = [server.feed.listen() for _ in range(MAX_LISTENERS)]
+    for each in listeners:
+        await anext(each)
+    with pytest.raises(OverloadedError, match="32 listen already"):
+        server.feed.listen()
+    await listeners[0].aclose()  # type: ignore[attr-defined] # it is a generator
+    assert times(await anext(server.feed.listen())) == [1]
+
+
+async def test_events_end_when_the_server_stops() -> None:
+    server = Server()
+    events = server.feed.listen()
+    await anext(events)
+    server.is_over = True
+    with pytest.raises(StopAsyncIteration):
+        await anext(events)
+
+
+def test_a_server_that_starts_is_not_taken_to_stop() -> None:
+    assert [state for state in ServerState if is_stopping(state)] == [ServerState.DRAINING, ServerState.HUNG]
+
+
+def test_the_documentation_describes_the_stream(client: TestClient) -> None:
+    responses = client.get("/openapi.json").json()["paths"]["/events"]["get"]["responses"]
+    assert set(responses) == {"200", "429"}
+    schema = responses["200"]["content"]["text/event-stream"]["schema"]
+    assert {"at", "requests", "subnetworks", "met", "missed", "queued", "own_cpu"} <= set(schema["properties"])
