@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from models.profiles import ProfileTable
-from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.catalog import VariantCatalog
 from service.scheduling.policies import Policy, find_policy
+from service.scheduling.variants import Variant
 from service.simulation.simulator import Figures, Machine, Replay
 from tests.benchmarks.bench_policies import Draw, Timed, effective, read_profile
 

@@ -181,7 +181,7 @@ def test_a_cascade_is_of_two_rows_the_first_cheaper(wrong: CascadeProfile) -> No
 def test_what_is_said_of_a_cascade_are_fractions(name: str) -> None:
     for value in (-0.01, 1.01, float("nan")):
         with pytest.raises(ValueError, match=f"{name} of a cascade"):
-            replace(CASCADE, **{name: value})
+            replace(CASCADE, **{name: value})  # type: ignore[arg-type] # the names are the attributes'
 
 
 def test_rates_between_leave_the_cascades() -> None:

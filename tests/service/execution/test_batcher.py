@@ -19,10 +19,11 @@ from service.errors import DeadlineError, InvalidImageError, ModelError, NotRead
 from service.execution.batcher import FAILURES_IN_A_ROW, Batcher
 from service.execution.results import Result
 from service.execution.throttle import UtilizationLimiter
-from service.scheduling.catalog import Variant, VariantCatalog
+from service.scheduling.catalog import VariantCatalog
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.state import BatchDecision, QueuedRequest, SchedulerState
+from service.scheduling.variants import Variant
 from tests.service.granting import constraints_for
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)

@@ -181,7 +181,7 @@ def test_a_sub_network_by_name_looks_once() -> None:
 
 def test_a_cascade_that_saves_compute_and_no_time_is_no_level() -> None:
     """Where every batch takes 10 ms and another 10 for each second look, none is worth it."""
-    seconds = dict.fromkeys(PROFILES.by_subnetwork, (0.01,))
+    seconds: dict[SubNetwork, tuple[float, ...]] = dict.fromkeys(PROFILES.by_subnetwork, (0.01,))
     assert VariantCatalog.of(CASCADING, LatencyTable((1,), seconds)).levels == catalog_like(seconds).levels
     to_best = {**seconds, SubNetwork(14, 0.5): (0.03,)}
     catalog = VariantCatalog.of(CASCADING, LatencyTable((1,), to_best))  # 10 + 0.5 * 10 ms, 10 + 0.4 * 30

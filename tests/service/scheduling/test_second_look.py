@@ -49,7 +49,7 @@ def now(**changes: float) -> SchedulerState:
         recent=(),
         tight_budget_s=100.0,
     )
-    return replace(state, **changes)
+    return replace(state, **changes)  # type: ignore[arg-type] # the names are the attributes'
 
 
 def looks_next(found: QueuedRequest | LookCode) -> SubNetwork | LookCode:
