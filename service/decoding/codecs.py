@@ -72,7 +72,7 @@ def _load_webp_codec() -> Callable[[torch.Tensor], torch.Tensor]:
     folder = Path(found.origin).parent if found and found.origin else None
     for library in sorted(folder.glob("image*.so")) if folder else ():
         with suppress(OSError):  # one of another PyTorch
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call] # it has no annotations
     if not hasattr(torch.ops.image, "decode_webp"):  # it lies elsewhere, as on other systems
         from torchvision.io import decode_webp
 

@@ -21,6 +21,7 @@ from models.profiles import SubNetworkProfile
 from service.decoding.decoder import DecodedImage
 from service.engines.base import Run
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, ServiceError
+from service.execution.idle_profiling import IdleProfiler
 from service.execution.results import Ranked, Result, rank
 from service.execution.throttle import UtilizationLimiter
 from service.execution.turns import InTurns
@@ -54,6 +55,7 @@ class Batcher:
         thread: Executor,
         *,
         limiter: UtilizationLimiter | None = None,
+        idle: IdleProfiler | None = None,
         observe_machine: Callable[[], None] = lambda: None,
         observe_batch: Callable[[int, float, float, float], None] = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
@@ -66,6 +68,7 @@ class Batcher:
             scheduler: decides what to run.
             thread: the engine's own; the loop lives there, and what it calls is called there.
             limiter: holds batches back for the sake of a ceiling.
+            idle: what the engine does when nothing waits, and what learns from batches.
             observe_machine: called before each decision, to tell the scheduler of the machine's state.
             observe_batch: told of each batch that ran: its size, its predicted and its real seconds, and those with the
                 pause that follows for the ceiling's sake.
@@ -74,7 +77,7 @@ class Batcher:
         """
         self._run = run
         self._scheduler = scheduler
-        self._limiter = limiter or UtilizationLimiter(None, None)
+        self._limiter, self._idle = limiter or UtilizationLimiter(None, None), idle
         self._observe_machine = observe_machine
         self._observe_batch = observe_batch
         self._clock, self._sleep = clock, sleep
@@ -176,8 +179,11 @@ class Batcher:
     def _await_arrival(self) -> None:
         self._arrival.clear()
         # What came before the clearing may not have been seen.
-        if not len(self._scheduler) and (self._pending or not self._stopping):
-            self._arrival.wait()
+        if len(self._scheduler) or (self._stopping and not self._pending):
+            return
+        wait_s = None if self._idle is None else self._idle.wait_s(is_expecting=bool(self._pending))
+        if not self._arrival.wait(wait_s) and self._idle is not None and not (self._pending or self._stopping):
+            self._idle.take_turn()
 
     def _serve_batch(self) -> Iterator[Outcomes]:
         """Do what the policy decides; yields what became of each request, as soon as it is known."""
@@ -235,6 +241,8 @@ class Batcher:
             )
             for request, one in answered
         ]
+        if self._idle is not None:  # after the answers, which should not wait for it
+            self._idle.batch_ran(variant.profile.subnetwork, len(answered), inference_s, ended_at)
 
     def _timed_run(
         self, images: Sequence[Tensor], profile: SubNetworkProfile, predicted_s: float

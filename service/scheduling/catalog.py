@@ -5,7 +5,7 @@ Runs without torch. Chooses nothing.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
@@ -22,12 +22,13 @@ class Variant:
     Attributes:
         index: its place in the catalog.
         profile: its cost and accuracy.
-        latency_by_batch_s: profiled latency of batches of 1, 2, 3, ..., never falling.
+        latency_by_batch_s: profiled latency of batches of 1, 2, 3, ..., never falling. A better profile makes no other
+            variant.
     """
 
     index: int
     profile: SubNetworkProfile
-    latency_by_batch_s: tuple[float, ...]
+    latency_by_batch_s: tuple[float, ...] = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)

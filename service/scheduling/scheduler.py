@@ -185,6 +185,17 @@ class Scheduler:
         self._free_at = now
 
     @_locked
+    def engine_taken(self, until: float) -> None:
+        """Take note that the engine runs something else until then."""
+        self._free_at = until
+
+    @_locked
+    def profile_refined(self, catalog: VariantCatalog, cautious: VariantCatalog) -> None:
+        """Take over a better profile of the same variants: what is likely, and what to plan with."""
+        self.catalog = catalog
+        self._latency_model.refine(catalog, cautious)
+
+    @_locked
     def deadline_missed(self, now: float) -> None:
         """Take note that an answer came after its deadline in spite of all."""
         self._safety_factor.observe(0, 1, now)
