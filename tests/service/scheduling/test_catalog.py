@@ -115,3 +115,11 @@ def test_a_level_never_counts_as_faster_than_a_cheaper_one() -> None:
     figures = dict(zip((profile.subnetwork for profile in rows), ((0.03,), (0.02,), (0.05,)), strict=True))
     catalog = VariantCatalog.of(ProfileTable(rows), LatencyTable((1,), figures))
     assert [variant.latency_by_batch_s for variant in catalog.variants] == [(0.03,), (0.03,), (0.05,)]
+
+
+def test_a_variant_of_an_older_profile_is_still_found(catalog: VariantCatalog, fast_catalog: VariantCatalog) -> None:
+    """A request may have been granted it before its latency was measured."""
+    for older, newer in zip(catalog.variants, fast_catalog.variants, strict=True):
+        assert older == newer
+        assert older.latency_by_batch_s != newer.latency_by_batch_s
+    assert fast_catalog.next_better(catalog.cheapest) == fast_catalog.variants[1]
