@@ -75,19 +75,14 @@ class Batcher:
             clock: monotonic, in seconds; the one that deadlines are on.
             sleep: lets a pause go by.
         """
-        self._run = run
-        self._scheduler = scheduler
+        self._run, self._scheduler = run, scheduler
         self._limiter, self._idle = limiter or UtilizationLimiter(None, None), idle
-        self._observe_machine = observe_machine
-        self._observe_batch = observe_batch
+        self._observe_machine, self._observe_batch = observe_machine, observe_batch
         self._clock, self._sleep = clock, sleep
         self._pending: dict[QueuedRequest, _Pending] = {}
-        self._answers = InTurns(self._settle)
-        self._arrival = threading.Event()
-        self._thread = thread
-        self._stopping = False
-        self._failures_in_a_row = 0
-        self._free_at = 0.0  # since when the engine could have run a batch
+        self._answers, self._arrival = InTurns(self._settle), threading.Event()
+        self._thread, self._stopping = thread, False
+        self._failures_in_a_row, self._free_at = 0, 0.0  # the latter: since when the engine could have run a batch
         self.running: tuple[float, float] | None = None  # when the batch that runs began, and what it should take
 
     async def submit(self, decoding: "Future[DecodedImage]", request: QueuedRequest) -> Result:
@@ -206,7 +201,7 @@ class Batcher:
         pending = ((request, self._pending.get(request)) for request in batch)
         images = {request: one.image for request, one in pending if one is not None and one.image is not None}
         if not images:
-            self._scheduler.batch_failed(self._clock())
+            self._scheduler.engine_taken(self._clock())
             return  # all their clients have left meanwhile
         predicted_s = self._scheduler.predict(variant, len(images), self._clock())
         try:
@@ -214,7 +209,7 @@ class Batcher:
             answered = list(zip(images, ranked, strict=True))
         except Exception:  # whatever the model raises, its requests must be released and the next batch run
             self._free_at = self._clock()
-            self._scheduler.batch_failed(self._free_at)
+            self._scheduler.engine_taken(self._free_at)
             yield from self._run_apart(decision, variant, images)
             return
         inference_s = ended_at - started_at

@@ -201,7 +201,7 @@ def test_the_batch_that_runs_delays_a_new_request_until_it_has_ended(scheduler: 
     if how == "ended":
         completed(scheduler, 0, 4, 0.05, 0.03)
     else:
-        scheduler.batch_failed(0.03)
+        scheduler.engine_taken(0.03)
     assert refusal_s(scheduler, waits(0.069), 0.03) is None
 
 
