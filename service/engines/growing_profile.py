@@ -137,16 +137,18 @@ class GrowingProfile:
         subnetwork, batch_size = cell
         return self._likely.row(subnetwork)[batch_size - 1]
 
-    def due(self, fits: Callable[[float], bool]) -> tuple[Cell, float] | None:
+    def due(self, fits: Callable[[Cell, float], bool]) -> tuple[Cell, float] | None:
         """Choose what to run next, round by round: the trained sub-networks first, cheap batches before dear ones.
 
         Args:
-            fits: whether there is time for a batch of so many seconds.
+            fits: whether there is room for a cell, and time for the seconds that it will take.
 
         Returns:
             The cell and the seconds that it will take; None where nothing is left that fits.
         """
-        left = [(cell, runs) for cell, runs in self._runs.items() if runs.done < 1 and fits(self._expected_s[cell])]
+        left = [
+            (cell, runs) for cell, runs in self._runs.items() if runs.done < 1 and fits(cell, self._expected_s[cell])
+        ]
         if not left:
             return None
         expected_s = self._expected_s

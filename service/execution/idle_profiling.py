@@ -168,10 +168,11 @@ class IdleProfiler:
         """Find what to run at this moment."""
         if self._scheduler.prior_slowdown > BUSY or self._is_over:
             return None
-        tight_s = min(self._scheduler.state(now).tight_budget_s, self._default_budget_s)
+        state = self._scheduler.state(now)
+        tight_s = min(state.tight_budget_s, self._default_budget_s)
         room_s = max(BUDGET_SHARE * tight_s, QUIET_SHARE * (now - self._active_at))
         if self._has_claim and not self._profile.is_complete:
-            return self._profile.due(lambda seconds: seconds <= room_s)
+            return self._profile.due(lambda cell, seconds: seconds <= room_s and cell[1] <= state.max_batch_size)
         if self._shapes and self._profile.row_s(self._shapes[0]) <= room_s:
             cell = self._shapes.popleft()
             self._warming_s += self._profile.row_s(cell)
@@ -206,4 +207,6 @@ class IdleProfiler:
 
     def _keep(self) -> None:
         self._num_kept = self._num_news
+        if found := self._keeper.read_if_changed():  # as `supervit profile` may have measured
+            self._profile.merge(found)
         self._keeper.write(self._profile.figures)

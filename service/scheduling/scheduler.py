@@ -184,7 +184,7 @@ class Scheduler:
 
     @_locked
     def profile_refined(self, catalog: VariantCatalog, cautious: VariantCatalog) -> None:
-        """Take over a better profile of the same variants: what is likely, and what to plan with."""
+        """Take over a better profile: what is likely, and what to plan with. Policies that prepared keep their plans."""
         self.catalog = catalog
         self._latency_model.refine(catalog, cautious)
 

@@ -65,7 +65,7 @@ def test_the_share_that_is_measured_grows_with_every_run(profile: GrowingProfile
             shares.append(profile.measured_share)
     assert shares == pytest.approx([count / 12 for count in range(13)])
     assert profile.is_complete
-    assert profile.due(lambda _: True) is None
+    assert profile.due(lambda *_: True) is None
 
 
 def test_what_is_not_measured_is_estimated_with_caution(profile: GrowingProfile, profiles: ProfileTable) -> None:
@@ -96,7 +96,7 @@ def test_what_fits_is_due_round_by_round_trained_and_cheap_cells_first(profiles:
         measure(profile, (row.subnetwork, 1), 1e-7 * row.macs)
     costs = profile.predict().likely.seconds
     order = []
-    while (due := profile.due(lambda seconds: seconds < costs[DEAREST][1])) is not None:
+    while (due := profile.due(lambda _, seconds: seconds < costs[DEAREST][1])) is not None:
         cell, seconds = due
         assert seconds == costs[cell[0]][1]
         order.append(cell)
@@ -104,7 +104,7 @@ def test_what_fits_is_due_round_by_round_trained_and_cheap_cells_first(profiles:
     in_turn = [(row.subnetwork, 2) for row in (*trained[:-1], untrained)]
     # The first time, which does not count, another one at once, and two rounds.
     assert order == [cell for cell in in_turn for _ in range(2)] + 2 * in_turn
-    assert profile.due(lambda _: True) == ((DEAREST, 2), costs[DEAREST][1])
+    assert profile.due(lambda *_: True) == ((DEAREST, 2), costs[DEAREST][1])
 
 
 def test_what_was_kept_or_found_by_others_is_taken_over_and_never_replaced(profiles: ProfileTable) -> None:

@@ -79,6 +79,7 @@ class Idle:
         catalog = VariantCatalog.of(profiles, self.profile.predict().likely)
         self.scheduler = Scheduler(catalog, choose_level, SIZES[-1])
         self.load = 1.0
+        self.most: int | None = None
         self.profiler = IdleProfiler(
             self.profile,
             self.folder,
@@ -88,7 +89,7 @@ class Idle:
             BUDGET_S,
             shapes,
             self.limiter,
-            lambda: self.scheduler.machine_observed(self.load),
+            lambda: self.scheduler.machine_observed(self.load, self.most),
             clock=lambda: self.now,
         )
 
@@ -118,6 +119,10 @@ class Idle:
             assert self.wait()
             assert self.now < 10_000
 
+    def finish(self) -> None:
+        while self.wait():
+            assert self.now < 10_000
+
 
 @pytest.fixture
 def idle(profiles: ProfileTable) -> Idle:
@@ -126,7 +131,7 @@ def idle(profiles: ProfileTable) -> Idle:
 
 def test_an_idle_engine_completes_the_profile_and_then_waits_for_ever(idle: Idle) -> None:
     assert 0 < idle.profiler.measured_share < 0.5
-    idle.wait_until(lambda: not idle.wait())
+    idle.finish()
     assert idle.profiler.measured_share == 1
     for cell, seconds in idle.profile.figures.seconds.items():
         assert seconds == pytest.approx(idle.seconds(cell))
@@ -199,6 +204,16 @@ def test_nothing_is_measured_while_others_load_the_machine(idle: Idle) -> None:
     assert idle.ran
 
 
+def test_no_batch_is_larger_than_what_the_memory_holds(idle: Idle) -> None:
+    idle.most = 2
+    for _ in range(200):
+        idle.wait()
+    assert {size for _, size in idle.ran} == {1, 2}
+    idle.most = None
+    idle.finish()
+    assert idle.profile.is_complete
+
+
 def test_a_ceiling_of_utilization_holds_for_cells_as_well(profiles: ProfileTable) -> None:
     idle = Idle(profiles)
     idle.profiler = IdleProfiler(
@@ -252,6 +267,13 @@ def test_where_another_process_measures_its_figures_are_taken_over(idle: Idle) -
     assert not idle.folder.written  # that is for the one that measures
 
 
+def test_what_a_command_measured_meanwhile_is_not_overwritten(idle: Idle) -> None:
+    idle.wait_until(lambda: bool(idle.ran))
+    idle.folder.by_others = Figures({(DEAREST, 4): 0.123}, {(DEAREST, 4): 0.0}, BEGAN_AT)
+    idle.profiler.close()
+    assert idle.folder.written[-1].seconds[DEAREST, 4] == 0.123
+
+
 def test_another_process_goes_on_where_the_one_that_measured_has_ended(idle: Idle) -> None:
     idle.folder.is_free = False
     for _ in range(4):
@@ -295,7 +317,7 @@ def test_batches_of_requests_tell_nothing_where_no_measured_cell_ran_beside_them
 def test_other_shapes_run_once_behind_the_profile_for_some_seconds(profiles: ProfileTable) -> None:
     shapes = ((CHEAPEST, 3), (DEAREST, 3)) * 200
     idle = Idle(profiles, shapes)
-    idle.wait_until(lambda: not idle.wait())
+    idle.finish()
     first = idle.ran.index((CHEAPEST, 3))
     assert idle.profile.is_complete
     assert set(idle.ran[first:]) == {(CHEAPEST, 3), (DEAREST, 3)}
