@@ -78,10 +78,12 @@ def assemble(
     )
     limiter = UtilizationLimiter(settings.max_utilization, None if engine.is_on_gpu else monitor.latest.cores)
 
-    def observe_machine() -> None:
-        """Tell the scheduler what others' load and the GPU's free memory mean for it."""
-        load = 1.0 if engine.is_on_gpu else prior_slowdown(monitor.latest, threads)
+    def observe_machine() -> float:
+        """Tell the scheduler what others' load and the GPU's free memory mean for it; return the load on the CPUs."""
+        latest = monitor.latest
+        load = 1.0 if engine.is_on_gpu else prior_slowdown(latest, threads)
         scheduler.machine_observed(load, engine.fitting_images())
+        return 0.0 if engine.is_on_gpu else (latest.others_cores or 0.0) / (latest.cpus or latest.cores)
 
     idle, measured_at = None, "not measured here"
     if not isinstance(known, LatencyTable):
@@ -132,7 +134,7 @@ def _make_idle(
     profile: GrowingProfile,
     file: ProfileFile,
     limiter: UtilizationLimiter,
-    observe_machine: Callable[[], None],
+    observe_machine: Callable[[], float],
 ) -> IdleProfiler:
     """Make what completes a profile, and tells the scheduler and the metrics of it."""
     profiles = extended_profile(checkpoint)

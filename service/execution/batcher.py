@@ -56,7 +56,7 @@ class Batcher:
         *,
         limiter: UtilizationLimiter | None = None,
         idle: IdleProfiler | None = None,
-        observe_machine: Callable[[], None] = lambda: None,
+        observe_machine: Callable[[], object] = lambda: None,
         observe_batch: Callable[[int, float, float, float], None] = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,

@@ -20,11 +20,11 @@ from service.scheduling.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 QUIET_S = 0.05  # without a request, after which the engine counts as idle
-# A request that comes while a cell runs waits for its end. So a cell takes at most this share of a tight budget, ...
-BUDGET_SHARE = 0.25
-# ... or of the time for which no request has come: as likely as that is, one will come before its end.
-QUIET_SHARE = 0.1
-BUSY = 1.1  # slowdown by others from which on they would be measured, too
+# A request that comes while a cell runs waits for its end. So that is this rare, at the rate at which they come, ...
+ARRIVALS = 0.1
+BUDGET_SHARE = 0.25  # ... and takes no more than this of a tight budget, ...
+QUIET_SHARE = 0.1  # ... unless none has come for so long that a cell takes only this share of that time.
+BUSY = 0.15  # share of the CPUs that others use from which on they would be measured, too
 RECHECK_S = 0.25  # until another look, where others' load, another process or too dear a cell stood in the way
 PUBLISH_S = 2.0  # between two updates of what the scheduler plans with
 KEEP_S = 10.0  # between two versions of the file
@@ -68,7 +68,7 @@ class IdleProfiler:
         default_budget_s: float,
         shapes: Iterable[Cell] = (),
         limiter: UtilizationLimiter | None = None,
-        observe_machine: Callable[[], None] = lambda: None,
+        observe_machine: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take what to complete, and publish what is known of it.
@@ -82,7 +82,8 @@ class IdleProfiler:
             default_budget_s: granted to a request that names none.
             shapes: other batches to run once, because a library prepares itself for the first of a shape.
             limiter: holds cells back for the sake of a ceiling, as it does batches.
-            observe_machine: called before each look, to tell the scheduler of others' load.
+            observe_machine: called before each look; tells the scheduler of the machine, and returns the share of what
+                this engine computes on that others use, 0..1.
             clock: monotonic, in seconds; the scheduler's.
         """
         self.running: tuple[float, float] | None = None
@@ -117,11 +118,11 @@ class IdleProfiler:
 
     def take_turn(self) -> None:
         """Run a batch, where there is time for one. Only where no request waits for the engine or a decoder."""
-        self._observe_machine()
+        others = self._observe_machine()
         now = self._clock()
         self._share(now)
         pause_s = self._limiter.pause_s(now)
-        due = None if pause_s else self._due(now)
+        due = None if pause_s or others > BUSY or self._is_over else self._due(now)
         if due is None:
             self._limiter.idle()
             self._look_at = now + max(pause_s, RECHECK_S)
@@ -166,11 +167,11 @@ class IdleProfiler:
 
     def _due(self, now: float) -> tuple[Cell, float] | None:
         """Find what to run at this moment."""
-        if self._scheduler.prior_slowdown > BUSY or self._is_over:
-            return None
         state = self._scheduler.state(now)
-        tight_s = min(state.tight_budget_s, self._default_budget_s)
-        room_s = max(BUDGET_SHARE * tight_s, QUIET_SHARE * (now - self._active_at))
+        rate = max(state.arrival_rate, state.sustained_rate)
+        unhurried_s = BUDGET_SHARE * min(state.tight_budget_s, self._default_budget_s)
+        unmet_s = ARRIVALS / rate if rate else unhurried_s
+        room_s = max(min(unhurried_s, unmet_s), QUIET_SHARE * (now - self._active_at))
         if self._has_claim and not self._profile.is_complete:
             return self._profile.due(lambda cell, seconds: seconds <= room_s and cell[1] <= state.max_batch_size)
         if self._shapes and self._profile.row_s(self._shapes[0]) <= room_s:

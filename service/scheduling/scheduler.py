@@ -184,7 +184,7 @@ class Scheduler:
 
     @_locked
     def profile_refined(self, catalog: VariantCatalog, cautious: VariantCatalog) -> None:
-        """Take over a better profile: what is likely, and what to plan with. Policies that prepared keep their plans."""
+        """Take over a better profile: what is likely, and what to plan with. Plans that a policy has made stay."""
         self.catalog = catalog
         self._latency_model.refine(catalog, cautious)
 

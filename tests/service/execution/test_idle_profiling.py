@@ -11,6 +11,7 @@ from models.subnetwork import SubNetwork
 from service.engines.growing_profile import GrowingProfile, Prediction
 from service.engines.profiler import MIN_RUNS, Figures
 from service.execution.idle_profiling import (
+    ARRIVALS,
     BUDGET_SHARE,
     BUSY,
     KEEP_S,
@@ -27,7 +28,7 @@ from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.state import QueuedRequest, RequestConstraints
 
-CHEAPEST, DEAREST = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
+CHEAPEST, MIDDLE, DEAREST = SubNetwork(2, 0.5), SubNetwork(4, 0.5), SubNetwork(4, 1.0)
 SIZES = (1, 2, 4)
 BUDGET_S = 1.0
 BEGAN_AT = datetime(2026, 1, 2, tzinfo=UTC)
@@ -78,7 +79,7 @@ class Idle:
                 self.profile.record((row.subnetwork, 1), self.seconds((row.subnetwork, 1)))
         catalog = VariantCatalog.of(profiles, self.profile.predict().likely)
         self.scheduler = Scheduler(catalog, choose_level, SIZES[-1])
-        self.load = 1.0
+        self.others = 0.0
         self.most: int | None = None
         self.profiler = IdleProfiler(
             self.profile,
@@ -89,9 +90,13 @@ class Idle:
             BUDGET_S,
             shapes,
             self.limiter,
-            lambda: self.scheduler.machine_observed(self.load, self.most),
+            self.observe_machine,
             clock=lambda: self.now,
         )
+
+    def observe_machine(self) -> float:
+        self.scheduler.machine_observed(1.0, self.most)
+        return self.others
 
     def seconds(self, cell: Cell) -> float:
         return 5e-7 * self.slowness * self.macs[cell[0]] * cell[1]
@@ -156,7 +161,7 @@ def test_nothing_is_measured_before_the_engine_has_been_quiet_for_a_moment(idle:
 def test_a_cell_takes_no_more_than_a_part_of_a_tight_budget_until_it_has_been_quiet_for_long(idle: Idle) -> None:
     budget_s = 1.2 * idle.seconds((CHEAPEST, 2)) / BUDGET_SHARE
     request = QueuedRequest(idle.now + budget_s, RequestConstraints(budget_s, 2))
-    idle.scheduler.admit(request, idle.now)
+    idle.scheduler.admit(request, idle.now - 60)
     idle.scheduler.enqueue(request)
     idle.scheduler.withdraw(request)
     idle.profiler.batch_ran(CHEAPEST, 1, 0.01, idle.now)
@@ -171,6 +176,25 @@ def test_a_cell_takes_no_more_than_a_part_of_a_tight_budget_until_it_has_been_qu
     dearest_s = idle.seconds((DEAREST, 4))
     assert dearest_s > BUDGET_SHARE * budget_s
     assert (DEAREST, 4) in idle.ran
+
+
+def test_the_more_requests_come_the_less_is_measured_between_them(profiles: ProfileTable) -> None:
+    busy_s = {}
+    for rate in (1, 10):
+        idle = Idle(profiles)
+        waits_s = 1 / rate - 0.001
+        for _ in range(30 * rate):
+            idle.scheduler.admit(QueuedRequest(idle.now + 1, RequestConstraints(1.0, 2)), idle.now)
+            idle.profiler.batch_ran(MIDDLE, 3, 0.001, idle.now)
+            until = idle.now + waits_s
+            while idle.now < until and idle.wait():
+                pass
+            idle.now = until
+        # The rate that the scheduler knows falls from one request to the next.
+        assert all(idle.seconds(cell) <= 2 * ARRIVALS / rate for cell in idle.ran)
+        busy_s[rate] = sum(idle.seconds(cell) for cell in idle.ran)
+    assert busy_s[1] > 0
+    assert busy_s[10] == 0  # not even the cheapest cell is that short
 
 
 def test_a_request_that_names_no_budget_counts_before_the_first_has_come(idle: Idle) -> None:
@@ -194,12 +218,12 @@ def test_the_scheduler_and_the_watchdog_know_of_a_cell_that_runs(idle: Idle) -> 
 
 
 def test_nothing_is_measured_while_others_load_the_machine(idle: Idle) -> None:
-    idle.load = BUSY + 0.01
+    idle.others = BUSY + 0.01
     for _ in range(20):
         idle.wait()
     assert not idle.ran
     assert idle.now == pytest.approx(100 + QUIET_S + 19 * RECHECK_S)
-    idle.load = 1.0
+    idle.others = BUSY
     idle.wait()
     assert idle.ran
 
