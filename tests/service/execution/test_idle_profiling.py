@@ -184,7 +184,9 @@ def test_the_more_requests_come_the_less_is_measured_between_them(profiles: Prof
         idle = Idle(profiles)
         waits_s = 1 / rate - 0.001
         for _ in range(30 * rate):
-            idle.scheduler.admit(QueuedRequest(idle.now + 1, RequestConstraints(1.0, 2)), idle.now)
+            request = QueuedRequest(idle.now + 1, RequestConstraints(1.0, 2))
+            idle.scheduler.admit(request, idle.now)
+            idle.scheduler.withdraw(request)
             idle.profiler.batch_ran(MIDDLE, 3, 0.001, idle.now)
             until = idle.now + waits_s
             while idle.now < until and idle.wait():
