@@ -64,7 +64,7 @@ ENV HOME=/tmp \
     SUPERVIT_PROFILE_FOLDER=/var/cache/supervit
 USER 10001:10001
 EXPOSE 8000
-# A first start measures the machine before it is ready. There is no curl in the image.
+# A start takes seconds, and minutes where others keep the CPUs busy. There is no curl in the image.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=3m --retries=3 \
     CMD ["python", "-c", "import http.client, os, sys; \
         server = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('SUPERVIT_PORT', 8000)), timeout=4); \

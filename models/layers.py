@@ -1,17 +1,38 @@
-"""The parts of a SuperViT: the convolutional stem, attention that can tell its class row, and the pruning block.
+"""The parts of a SuperViT: the embeddings of patches, attention that can tell its class row, and the pruning block.
 
-The plain patch embedding, the MLP and drop path are timm's.
+They draw and compute as timm's of the same names do; to import timm would double the time that a server takes to start.
 """
 
 import torch
-from timm.layers import DropPath, Mlp, QuickGELU
 from torch import Tensor, nn
 from torch.nn import functional
 
 from models.subnetwork import Activation, num_kept_patch_tokens
 from models.tokens import Pruning, class_attention_scores, keep_tokens, prune_by_scores
 
+
+class QuickGELU(nn.Module):
+    """An approximation of GELU, with which CLIP was trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to each number."""
+        return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+class PatchEmbed(nn.Module):
+    """The patch embedding of a plain ViT: each patch is multiplied by the same matrix."""
+
+    def __init__(self, patch_kernel: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_kernel, stride=patch_kernel)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed (B, 3, side, side) images as (B, patches, D) tokens, row by row."""
+        tokens: Tensor = self.proj(images).flatten(2).transpose(1, 2)
+        return tokens
 
 
 class ConvStem(nn.Module):
@@ -70,6 +91,37 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, width)), scores
 
 
+class Mlp(nn.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, width: int, hidden_width: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.act = activation()
+        self.fc2 = nn.Linear(hidden_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        hidden: Tensor = self.fc2(self.act(self.fc1(x)))
+        return hidden
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., ECCV 2016): while training, a branch is left out for some images of a batch."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, N, D) to (B, N, D): zeros for the images that are left out, the others scaled up for them."""
+        if self.drop_prob == 0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        kept = x.new_empty(x.shape[0], 1, 1).bernoulli_(keep)
+        return x * (kept.div_(keep) if keep > 0 else kept)
+
+
 class Block(nn.Module):
     """A pre-norm transformer block that can drop its least attended tokens between attention and MLP."""
 
@@ -93,7 +145,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads, qkv_bias, num_prefix)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = Mlp(width, mlp_width, act_layer=ACTIVATIONS[activation])
+        self.mlp = Mlp(width, mlp_width, ACTIVATIONS[activation])
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, keep_rate: float) -> Tensor:

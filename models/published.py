@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 from models.flops import count_macs
@@ -37,6 +36,8 @@ def describe_published(weights: dict[str, Tensor]) -> tuple[str, SuperViTConfig,
         config = replace(config, num_classes=head.shape[0])
         class_names = tuple(f"class {index}" for index in range(config.num_classes))
         return name, config, class_names, ProfileTable.unmeasured(config)
+    from timm.data import ImageNetInfo  # its import takes seconds, and a checkpoint of ours does without
+
     rows = tuple(
         SubNetworkProfile(subnetwork, count_macs(config, subnetwork), top1=round(percent / 100, 4))
         for subnetwork, percent in zip(config.subnetworks, top1, strict=True)

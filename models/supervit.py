@@ -3,16 +3,14 @@
 The forward pass takes its sub-network as an argument and remembers nothing between calls.
 """
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import PatchEmbed, trunc_normal_
-from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.init import trunc_normal_
 
-from models.layers import Block, ConvStem
+from models.layers import Block, ConvStem, PatchEmbed
 from models.mix_token import TokenBox, exchange_tokens
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.tokens import keep_origins
@@ -90,7 +88,7 @@ class SuperViT(nn.Module):
         deit = config.flavour == "deit"
         self.cls_token = nn.Parameter(torch.zeros(1, config.num_prefix_tokens, config.width))
         self.patch_embed: nn.Module = (
-            PatchEmbed(None, config.patch_kernel, embed_dim=config.width)
+            PatchEmbed(config.patch_kernel, config.width)
             if deit
             else ConvStem(config.patch_kernel, config.stem_width, config.width)
         )
@@ -262,36 +260,3 @@ def _init_convolution(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _build(config: SuperViTConfig, pretrained: bool, options: dict[str, Any]) -> SuperViT:
-    if pretrained:
-        raise ValueError("no weights are hosted for this model; use models.checkpoint.load_checkpoint(path)")
-    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # create_model passes them to every model
-        options.pop(name, None)
-    drop_path_rate = options.pop("drop_path_rate", 0.0)
-    return SuperViT(replace(config, **options), drop_path_rate)
-
-
-@register_model  # type: ignore[untyped-decorator] # timm's
-def supervit_deit_small_patch16_224(pretrained: bool = False, **options: Any) -> SuperViT:  # noqa: ANN401 - timm's signature
-    """Build the published DeiT-S backbone; `options` are fields of SuperViTConfig and `drop_path_rate`."""
-    return _build(DEIT_SMALL, pretrained, options)
-
-
-@register_model  # type: ignore[untyped-decorator] # timm's
-def supervit_lvvit_small_patch16_224(pretrained: bool = False, **options: Any) -> SuperViT:  # noqa: ANN401 - timm's signature
-    """Build the published LV-ViT-S backbone; `options` are fields of SuperViTConfig and `drop_path_rate`."""
-    return _build(LVVIT_SMALL, pretrained, options)
-
-
-@register_model  # type: ignore[untyped-decorator] # timm's
-def supervit_deit_micro_patch4_32(pretrained: bool = False, **options: Any) -> SuperViT:  # noqa: ANN401 - timm's signature
-    """Build a DeiT for 32 px images; `options` are fields of SuperViTConfig and `drop_path_rate`."""
-    return _build(DEIT_MICRO, pretrained, options)
-
-
-@register_model  # type: ignore[untyped-decorator] # timm's
-def supervit_lvvit_micro_patch4_32(pretrained: bool = False, **options: Any) -> SuperViT:  # noqa: ANN401 - timm's signature
-    """Build the small default for 32 px images; `options` are fields of SuperViTConfig and `drop_path_rate`."""
-    return _build(LVVIT_MICRO, pretrained, options)

@@ -1,4 +1,7 @@
-"""The `supervit` command: parses, calls, prints. What can be expected to go wrong ends in one line on stderr."""
+"""The `supervit` command: parses, calls, prints. What can be expected to go wrong ends in one line on stderr.
+
+What one command alone needs is imported when it runs: timm takes as long as PyTorch, and `serve` should start soon.
+"""
 
 import importlib
 import json
@@ -23,11 +26,9 @@ from pydantic_settings import (
 )
 
 from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoint, round_to_half, save_checkpoint
-from models.conversion.convert import Convert, convert
+from models.conversion.options import Convert
 from models.data.datasets import MAX_BAD_IMAGES, DataError
 from models.devices import DeviceError
-from models.evaluation.evaluate import evaluate
-from models.evaluation.tables import accuracy_table, calibration_summary, cascade_table
 from models.files.sources import bare_name, find_checkpoint
 from models.processes import default_workers, joined_processes
 from models.profiles import ProfileTable
@@ -172,6 +173,8 @@ def train(recipe: Recipe) -> None:
 
 def convert_vit(command: Convert) -> None:
     """Convert, and say what images the result takes and what is to be done next."""
+    from models.conversion.convert import convert
+
     config = convert(command)
     profile = ProfileTable.unmeasured(config)
     told = command.mean or command.name or not command.vit.exists()
@@ -192,6 +195,9 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     A file of another format is left as it is: a copy in our own format, beside it, gets the accuracies. Of a checkpoint
     that is named, not given as a path, the copy is written into the current folder.
     """
+    from models.evaluation.evaluate import evaluate
+    from models.evaluation.tables import accuracy_table, calibration_summary, cascade_table
+
     plots, tqdm = _import_extra("models.evaluation.plots"), _import_extra("tqdm").tqdm
     path = find_checkpoint(command.checkpoint)
     checkpoint = load_checkpoint(path)

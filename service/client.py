@@ -7,9 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import CliPositionalArg
 
@@ -21,6 +20,9 @@ from service.errors import CommandError
 from service.errors import first_problem as first_of
 from service.runtime import ServerRuntime
 from service.settings import Settings
+
+if TYPE_CHECKING:  # imported where it is called: the `supervit` command knows this module, and a server asks no other
+    import httpx
 
 REQUEST_TIMEOUT_S = 60
 READINESS_POLL_S = 0.01
@@ -46,7 +48,7 @@ class Classify(BaseModel):
     json_lines: bool = Field(False, description="print the whole answer as a line of JSON per photo")
 
 
-def classify(command: Classify, transport: httpx.AsyncBaseTransport | None = None) -> None:
+def classify(command: Classify, transport: "httpx.AsyncBaseTransport | None" = None) -> None:
     """Print the answer for each photo; the same route answers in this process and on a server.
 
     Args:
@@ -61,7 +63,7 @@ def classify(command: Classify, transport: httpx.AsyncBaseTransport | None = Non
         raise CommandError(f"{failed} of {len(command.photos)} photos could not be classified")
 
 
-async def _classify_all(command: Classify, transport: httpx.AsyncBaseTransport | None) -> int:
+async def _classify_all(command: Classify, transport: "httpx.AsyncBaseTransport | None") -> int:
     query = {"top_k": command.top_k, "budget_gflops": command.budget_gflops}
     query = {name: value for name, value in query.items() if value is not None}
     failed = 0
@@ -79,8 +81,10 @@ async def _classify_all(command: Classify, transport: httpx.AsyncBaseTransport |
 
 
 @asynccontextmanager
-async def _in_process(checkpoint: str | None) -> AsyncIterator[httpx.AsyncClient]:
+async def _in_process(checkpoint: str | None) -> "AsyncIterator[httpx.AsyncClient]":
     """Start the service in this process, and yield a client of it once it is ready."""
+    import httpx
+
     given = {"checkpoint": checkpoint} if checkpoint is not None else {}
     settings = make_settings(default_budget_ms=UNHURRIED_MS, **given)
     failed = asyncio.Event()
@@ -99,7 +103,9 @@ async def _in_process(checkpoint: str | None) -> AsyncIterator[httpx.AsyncClient
 
 
 @asynccontextmanager
-async def _connect(url: str, transport: httpx.AsyncBaseTransport | None) -> AsyncIterator[httpx.AsyncClient]:
+async def _connect(url: str, transport: "httpx.AsyncBaseTransport | None") -> "AsyncIterator[httpx.AsyncClient]":
+    import httpx
+
     try:
         client = httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S, transport=transport)
     except httpx.InvalidURL as error:
@@ -108,7 +114,9 @@ async def _connect(url: str, transport: httpx.AsyncBaseTransport | None) -> Asyn
         yield client
 
 
-async def _ask(client: httpx.AsyncClient, photo: Path, query: dict[str, Any]) -> dict[str, Any]:
+async def _ask(client: "httpx.AsyncClient", photo: Path, query: dict[str, Any]) -> dict[str, Any]:
+    import httpx
+
     data = await asyncio.to_thread(photo.read_bytes)
     try:
         response = await client.post("/classify", params=query, content=data)

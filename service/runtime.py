@@ -2,39 +2,30 @@
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from datetime import datetime
-from functools import partial
 
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
-from service.decoding import images
+from service.assembly import Profiled, assemble
 from service.decoding.decoder import Decoder
 from service.domain import ServerState
 from service.engines.base import Engine
 from service.engines.factory import engine_threads, make_engine
-from service.engines.profile_store import extended_profile, measure_latencies, nominal_latencies
-from service.engines.profiler import Measurement, warm_up_shapes
+from service.engines.profile_store import begin_profile, extended_profile, nominal_latencies
 from service.errors import NotReadyError
 from service.execution.batcher import Batcher
-from service.execution.explainer import Explainer
-from service.execution.throttle import UtilizationLimiter
+from service.execution.idle_profiling import IdleProfiler
 from service.execution.watchdog import Watchdog
 from service.http.context import ReadyServer, RouteContext
-from service.http.family import describe_family
 from service.machine.monitor import Monitor
-from service.machine.snapshot import prior_slowdown
-from service.pipeline import Pipeline
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.policies import find_policy
-from service.scheduling.scheduler import Scheduler
 from service.settings import Settings, comma_separated, environment_variable
 from service.telemetry.metrics import Metrics, process_registry
 from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
@@ -61,7 +52,7 @@ class ServerRuntime:
         *,
         on_failure: Callable[[], None] = lambda: None,
         heartbeat: Callable[[bool], None] = lambda _: None,
-        measure: Callable[..., Measurement] = measure_latencies,
+        begin: Callable[..., Profiled] = begin_profile,
         monitor: Monitor | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
@@ -71,11 +62,11 @@ class ServerRuntime:
             settings: every knob.
             checkpoint: what to serve.
             engine: runs the batches; the one that the settings name by default.
-            latencies: of every sub-network on this machine; measured by default.
+            latencies: of every sub-network on this machine; by default some are measured now and the rest when idle.
             on_failure: called once the model cannot run at all, as after a failed warm-up, or when a batch never ends;
                 the server should then end. In the latter case it is HUNG, and a thread of it never ends.
             heartbeat: called at every look of the watchdog on the event loop, with whether requests are served.
-            measure: measures the latencies, or reads those measured before.
+            begin: reads the latencies measured before, and measures what a start needs.
             monitor: looks at the machine.
             watchdog: when a batch is taken to hang.
 
@@ -84,7 +75,7 @@ class ServerRuntime:
             InvalidParameterError: there is no policy of that name.
         """
         self._settings, self._checkpoint, self._latencies = settings, checkpoint, latencies
-        self._on_failure, self._heartbeat, self._measure = on_failure, heartbeat, measure
+        self._on_failure, self._heartbeat, self._begin = on_failure, heartbeat, begin
         self._monitor, self._watchdog = monitor or Monitor(), watchdog or Watchdog()
         self._threads = settings.threads or engine_threads(checkpoint, self._monitor.latest.cores)
         self._engine = engine or make_engine(settings.engine, checkpoint.model, settings.device, self._threads)
@@ -111,6 +102,7 @@ class ServerRuntime:
         self._state = ServerState.STARTING
         self._server: ReadyServer | None = None
         self._batcher: Batcher | None = None
+        self._idle: IdleProfiler | None = None
         self._decoder: Decoder | None = None
         self._engine_thread = ThreadPoolExecutor(1, "engine")
         self._preparing: tuple[float, float] | None = None
@@ -159,13 +151,15 @@ class ServerRuntime:
         """Warm up, learn the latencies, and run batches until told to stop and all that was admitted has an answer."""
         try:
             loop = asyncio.get_running_loop()
-            latencies, measured_at = await loop.run_in_executor(self._engine_thread, self._prepare)
+            known = await loop.run_in_executor(self._engine_thread, self._prepare)
             if self._state is ServerState.STARTING:
-                batcher = self._batcher = self._assemble(latencies, measured_at)
+                batcher = self._batcher = self._assemble(known)
                 self._state = ServerState.READY
                 self.metrics.ready(True)
                 self._became_ready.set()
                 await batcher.serve()
+                if self._idle is not None:
+                    await loop.run_in_executor(self._engine_thread, self._idle.close)
         except NotReadyError:
             logger.info("stopped before the first request")
         finally:
@@ -178,7 +172,7 @@ class ServerRuntime:
     async def _guard(self) -> None:
         """End without an engine that hangs."""
         expected_s = await self._watchdog.until_hung(
-            lambda: self._preparing if self._batcher is None else self._batcher.running,
+            self._running,
             lambda: self._heartbeat(self._state is ServerState.READY),
         )
         logger.critical("a batch that should take %.3g s does not end; ending without it", expected_s)
@@ -193,24 +187,25 @@ class ServerRuntime:
             self.drain()
             self._on_failure()
 
-    def _prepare(self) -> tuple[LatencyTable, str]:
+    def _running(self) -> tuple[float, float] | None:
+        """Tell what the engine is at: a step of the preparation, a batch, or a measurement in an idle moment."""
+        if self._batcher is None:
+            return self._preparing
+        return self._batcher.running or (None if self._idle is None else self._idle.running)
+
+    def _prepare(self) -> Profiled | LatencyTable:
         self._goes_on()
         self._engine.warm_up()
         if self._latencies is not None:
-            return self._latencies, "not measured here"
-        settings, checkpoint, run = self._settings, self._checkpoint, self._run_unless_stopping
-        measured = self._measure(
-            checkpoint,
+            return self._latencies
+        return self._begin(
+            self._checkpoint,
             self._engine.describe(),
-            run,
-            folder=settings.profile_folder,
-            max_batch_size=settings.max_batch_size,
+            self._run_unless_stopping,
+            folder=self._settings.profile_folder,
+            max_batch_size=self._settings.max_batch_size,
             is_stopping=lambda: not self._goes_on(),
         )
-        best = VariantCatalog.of(self._profile, measured.table, cascades=settings.cascades).best
-        self.metrics.profiled(checkpoint.name, datetime.fromisoformat(measured.measured_at), best.top1)
-        warm_up_shapes(run, checkpoint.config.image_side, checkpoint.config.subnetworks, settings.max_batch_size)
-        return measured.table, measured.measured_at
 
     def _run_unless_stopping(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         if not self._goes_on():
@@ -222,52 +217,19 @@ class ServerRuntime:
         self._preparing = time.monotonic(), self._watchdog.preparation_s
         return self._state is ServerState.STARTING
 
-    def _assemble(self, latencies: LatencyTable, measured_at: str) -> Batcher:
-        settings, checkpoint = self._settings, self._checkpoint
-        catalog = VariantCatalog.of(self._profile, latencies, cascades=settings.cascades)
-        policy = find_policy(settings.policy, catalog)
-        scheduler = Scheduler(
-            catalog,
-            policy.make(catalog, settings.max_batch_size),
-            settings.max_batch_size,
-            rejects_early=policy.rejects_early,
-            lock=threading.RLock(),
-        )
-        cores = None if self._engine.is_on_gpu else self._monitor.latest.cores
-        batcher = Batcher(
-            self._engine.run,
-            scheduler,
+    def _assemble(self, known: Profiled | LatencyTable) -> Batcher:
+        ready = assemble(
+            self._settings,
+            self._checkpoint,
+            self._engine,
             self._engine_thread,
-            limiter=UtilizationLimiter(settings.max_utilization, cores),
-            observe_machine=partial(self._observe_machine, scheduler),
-            observe_batch=self.metrics.batch_ran,
+            metrics=self.metrics,
+            monitor=self._monitor,
+            threads=self._threads,
+            known=known,
         )
-        open_image = partial(
-            images.open_image,
-            config=checkpoint.config,
-            max_pixels=settings.max_image_pixels,
-            max_memory_bytes=settings.max_decode_bytes,
-        )
-        self._decoder = Decoder(
-            open_image, settings.decode_threads, settings.max_decode_bytes, settings.max_decode_s_per_address
-        )
-        pipeline = Pipeline(
-            scheduler=scheduler,
-            class_names=checkpoint.class_names,
-            decoder=self._decoder,
-            batcher=batcher,
-            max_in_flight=settings.max_in_flight,
-            default_budget_ms=settings.default_budget_ms,
-        )
-        family = describe_family(checkpoint, catalog, self._engine.describe(), measured_at, latencies.batch_sizes)
-        explainer = Explainer(checkpoint.model, self._decoder)
-        self._server = ReadyServer(pipeline, scheduler, family, explainer)
-        return batcher
-
-    def _observe_machine(self, scheduler: Scheduler) -> None:
-        """Tell the scheduler what others' load and the GPU's free memory mean for it."""
-        load = 1.0 if self._engine.is_on_gpu else prior_slowdown(self._monitor.latest, self._threads)
-        scheduler.machine_observed(load, self._engine.fitting_images())
+        self._decoder, self._idle, self._server = ready.decoder, ready.idle, ready.server
+        return ready.batcher
 
     def _require_server(self) -> ReadyServer:
         if self._server is None:

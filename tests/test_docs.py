@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from models.conversion.convert import Convert
+from models.conversion.options import Convert
 from models.training.recipe import Recipe
 from service.cli import Evaluate, Profile
 from service.client import Classify

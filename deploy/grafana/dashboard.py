@@ -199,6 +199,13 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             each("time() - supervit_profile_timestamp_seconds"),
             span=THIRD,
         ),
+        lines(
+            "Measured part of the profile",
+            "How much of these latencies is measured; the rest is estimated until the engine has nothing else to do.",
+            "percentunit",
+            each("supervit_profile_measured_ratio"),
+            span=THIRD,
+        ),
     ],
 }
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import timm
 import torch
-from pydantic import BaseModel, Field, PositiveInt
-from pydantic_settings import CliPositionalArg
 from timm.data import ImageNetInfo
 from timm.layers import PatchEmbed, QuickGELU
 from timm.layers.attention import Attention
@@ -22,10 +20,11 @@ from torch import Tensor, nn
 from models.checkpoint import CheckpointMismatchError, Header, read_described_weights, save_checkpoint
 from models.conversion.initial import InitialWeights, split_positions
 from models.conversion.onnx_weights import read_onnx_weights
+from models.conversion.options import Convert
 from models.conversion.plain_vit import HEAD_DIM, PlainViT, build_plain_vit, create_timm, is_lvvit, preprocessing_of
 from models.profiles import ProfileTable
 from models.published import published_config
-from models.subnetwork import Interpolation, SuperViTConfig
+from models.subnetwork import SuperViTConfig
 from models.supervit import LVVIT_SMALL, SuperViT
 
 # The published grids, as shares of the largest.
@@ -35,29 +34,6 @@ LVVIT_AUX_WEIGHT = 0.5
 LVVIT_DEPTHS = (16, 20)
 IMAGENET_CLASSES = 1000
 UNTRAINED = "untrained"  # the one class of a ViT that came without a head
-
-
-class Convert(BaseModel):
-    """Make a SuperViT of a plain ViT, without training."""
-
-    vit: CliPositionalArg[Path] = Field(
-        description="weights of a plain ViT (.pth, .safetensors, .onnx), or timm's name of some that it can download"
-    )
-    output: Path = Field(description=".safetensors file for the SuperViT")
-    name: str | None = Field(
-        None, description="timm's name of the architecture in the file, e.g. vit_small_patch16_224.augreg_in1k"
-    )
-    num_heads: PositiveInt | None = Field(None, description="attention heads, where neither name nor width tells")
-    patch_kernel: PositiveInt | None = Field(None, description="patch side in pixels instead of the ViT's")
-    patch_grids: tuple[int, ...] | None = Field(
-        None, description="patch grids; by default 8/14 to all of the ViT's own"
-    )
-    keep_rates: tuple[float, ...] | None = Field(None, description="keep rates; by default 0.5,0.7,1")
-    prune_blocks: tuple[int, ...] | None = Field(None, description="blocks that prune; by default three, evenly apart")
-    mean: tuple[float, float, float] | None = Field(None, description="of RGB in [0, 1], that images are normalised by")
-    std: tuple[float, float, float] | None = Field(None, description="likewise")
-    interpolation: Interpolation | None = Field(None, description="by which images are resized")
-    crop_fraction: float | None = Field(None, description="side of the evaluation crop over the resized shorter side")
 
 
 def convert(options: Convert) -> SuperViTConfig:

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from models.data.images import BLANK, Transform, UnreadableImageError, evaluation_transform, load_rgb
 from models.processes import gather, is_first
@@ -163,6 +162,8 @@ def list_classes(folder: Path) -> tuple[str, ...]:
     Raises:
         DataError: there is no such folder, it holds no class folders, or the name of one is not UTF-8.
     """
+    from torchvision.datasets.folder import find_classes  # its import takes seconds, which no server needs to wait
+
     try:
         names = tuple(find_classes(folder)[0])
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -205,6 +206,8 @@ def open_folder(folder: Path, transform: Transform, max_bad_images: float = MAX_
     Raises:
         DataError: there is none, or one of the classes has no images.
     """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
     classes = list_classes(folder)
     skipped: Counter[str] = Counter()
 

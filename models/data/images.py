@@ -1,4 +1,4 @@
-"""Images as numbers: RGB conversion, the evaluation transform, the training augmentation. Knows no labels.
+"""Images as numbers: RGB conversion, the evaluation transform, normalisation. Knows no labels.
 
 Training, evaluation and serving share `to_rgb`, `evaluation_transform` and `normalise`, so that what a checkpoint was
 measured on is what it is served with.
@@ -7,23 +7,15 @@ measured on is what it is served with.
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
-from timm.data.auto_augment import rand_augment_transform
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 
-from models.data.crops import RandomCrop
 from models.subnetwork import Interpolation, SuperViTConfig
 
-# The strongest posterization that keeps a bit of each channel: at 10 none is left, which Pillow refuses.
-MAX_POSTERIZE = 9.9
 # A longer picture is cut to this ratio around its centre before resizing, or a 1 x 100,000 px one would fill memory.
 MAX_ASPECT_RATIO = 8
 
@@ -62,21 +54,6 @@ BLANK = Image.new("RGB", (1, 1))
 
 class UnreadableImageError(Exception):
     """A file is no picture, or a broken one; the message names it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Augmentation:
-    """How training images are varied.
-
-    Attributes:
-        rand_augment: timm's RandAugment description such as "rand-m9-mstd0.5-inc1"; None for none.
-        random_erasing: probability of erasing a rectangle.
-        smallest_crop: share of the picture's area that a random crop shows at least; small pictures are not cropped so.
-    """
-
-    rand_augment: str | None
-    random_erasing: float
-    smallest_crop: float = 0.08
 
 
 def load_rgb(path: str) -> Image.Image:
@@ -151,45 +128,19 @@ def evaluation_transform(config: SuperViTConfig) -> Transform:
 
 def square_transform(resized: int, side: int, interpolation: Interpolation = "bicubic") -> Transform:
     """Map an RGB picture of any size to (3, side, side) uint8: its shorter side to `resized`, then the centre."""
-    steps: list[Callable[..., Any]] = [
-        limit_aspect_ratio,
-        transforms.Resize(resized, InterpolationMode(interpolation)),
-        transforms.CenterCrop(side),
-        transforms.PILToTensor(),
-    ]
-    composed: Transform = transforms.Compose(steps)
-    return composed
+    return partial(_to_square, resized=resized, side=side, resampling=Image.Resampling[interpolation.upper()])
 
 
-def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Transform:
-    """Map an RGB picture of any size to a random (3, S, S) float32 variation of it, normalised."""
-    crop = training_crop(config, augmentation)
-    composed: Transform = transforms.Compose([crop, variation(config, augmentation)])
-    return composed
-
-
-def training_crop(config: SuperViTConfig, augmentation: Augmentation) -> RandomCrop:
-    """Take a random part of an RGB picture of any size, as a square of S pixels."""
-    return RandomCrop(config.image_side, augmentation.smallest_crop, config.interpolation)
-
-
-def variation(config: SuperViTConfig, augmentation: Augmentation) -> Transform:
-    """Map a square that was cropped for training to a random (3, S, S) float32 variation of it, normalised."""
-    steps: list[Callable[..., Any]] = []
-    if augmentation.rand_augment:
-        fill = tuple(round(255 * channel) for channel in config.mean)
-        augment = rand_augment_transform(
-            augmentation.rand_augment, {"translate_const": config.image_side // 2, "img_mean": fill}
-        )
-        for op in augment.ops:
-            if op.name == "PosterizeIncreasing":
-                op.magnitude_max = min(op.magnitude_max or MAX_POSTERIZE, MAX_POSTERIZE)
-        steps += [augment]
-    steps += [transforms.ToTensor(), transforms.Normalize(config.mean, config.std)]
-    if augmentation.random_erasing:
-        steps += [RandomErasing(augmentation.random_erasing, mode="pixel", device="cpu")]
-    composed: Transform = transforms.Compose(steps)
-    return composed
+def _to_square(image: Image.Image, *, resized: int, side: int, resampling: Image.Resampling) -> Tensor:
+    """Do what torchvision's Resize, CenterCrop and PILToTensor do, without its import of some seconds."""
+    image = limit_aspect_ratio(image)
+    width, height = image.size
+    shorter = min(width, height)
+    if shorter != resized:
+        image = image.resize((int(resized * width / shorter), int(resized * height / shorter)), resampling)
+    left, top = (round((length - side) / 2) for length in image.size)
+    pixels = np.array(image.crop((left, top, left + side, top + side)))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def normalise(images: Tensor, config: SuperViTConfig) -> Tensor:

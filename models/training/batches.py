@@ -16,15 +16,10 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from models.checkpoint import digest
+from models.data.augmentation import Augmentation, training_transform
 from models.data.crops import PADDED_CROP_SIDE_PX, crop_padding
 from models.data.datasets import ImageSet, TrainingSamples, digest_samples, open_training_data
-from models.data.images import (
-    Augmentation,
-    evaluation_transform,
-    normalise,
-    square_transform,
-    training_transform,
-)
+from models.data.images import evaluation_transform, normalise, square_transform
 from models.data.loaders import SampleLoader, gather_in_turn, load_in_turn
 from models.files.pickles import UNPICKLING_ERRORS
 from models.processes import gather

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from pydantic_settings import CliPositionalArg
 
 from models.checkpoint import CheckpointError
-from models.conversion.convert import open_initial
 from models.data.datasets import MAX_BAD_IMAGES, DataError, list_classes
 from models.processes import default_workers
 from models.subnetwork import Interpolation, SuperViTConfig
@@ -87,6 +86,8 @@ def count_training_files(data: Path) -> int:
 @cache
 def flavour_of(model: str, init: Path | None) -> str:
     """Tell the flavour of a run's model: that of the weights to start from, where they say, or of its name."""
+    from models.conversion.convert import open_initial  # imports timm, which only a run that starts from weights needs
+
     with suppress(CheckpointError):  # the run will say so
         if init and (config := open_initial(init, num_heads=1).config):
             return config.flavour
@@ -108,6 +109,8 @@ def _fine_tunes(fields: dict[str, Any]) -> bool:
 @cache
 def meets_new_classes(init: Path, data: Path) -> bool:
     """Tell whether the head of `init` is not one for the classes under `data`/train; False where either is unusable."""
+    from models.conversion.convert import open_initial
+
     try:
         return not open_initial(init, num_heads=1).has_head_for(list_classes(data / "train"))
     except (CheckpointError, DataError):  # the run will say so

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import models.registered  # noqa: F401 - so that timm knows the SuperViTs by name
 from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError, check_weights, read_weights
 from models.data.images import normalise
 from models.devices import autocast

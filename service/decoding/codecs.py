@@ -10,7 +10,10 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,7 +27,6 @@ from PIL import (
     PngImagePlugin,
     TiffImagePlugin,
 )
-from torchvision.io import decode_webp
 
 from models.data.images import CODEC_ERRORS
 from service.decoding import bmp, png
@@ -59,8 +61,26 @@ _ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     UserWarning,  # where warnings are made errors
 )
+_UNCHANGED = 0  # torchvision's mode: alpha stays
 _NO_MEMORY = "there was not enough memory to decode the image; try again later"
 _TORCH_NO_MEMORY = "can't allocate memory"  # PyTorch's way to say so
+
+
+def _load_webp_codec() -> Callable[[torch.Tensor], torch.Tensor]:
+    """Load torchvision's library of codecs without torchvision, whose import takes as long as PyTorch's."""
+    found = find_spec("torchvision")
+    folder = Path(found.origin).parent if found and found.origin else None
+    for library in sorted(folder.glob("image*.so")) if folder else ():
+        with suppress(OSError):  # one of another PyTorch
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call] # it has no annotations
+    if not hasattr(torch.ops.image, "decode_webp"):  # it lies elsewhere, as on other systems
+        from torchvision.io import decode_webp
+
+        return cast("Callable[[torch.Tensor], torch.Tensor]", decode_webp)
+    return partial(torch.ops.image.decode_webp, mode=_UNCHANGED)
+
+
+_decode_webp_pixels = _load_webp_codec()
 
 
 def jpeg_scale(header: ImageHeader, least_px: int) -> int:
@@ -141,5 +161,5 @@ def _rows_there(image: Image.Image) -> str:
 
 def _decode_webp(data: bytes) -> Image.Image:
     """Let torchvision decode: Pillow lets no other thread run meanwhile, 1.5 s of the largest."""
-    pixels = decode_webp(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    pixels = _decode_webp_pixels(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))

@@ -5,16 +5,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import product
 from statistics import median, median_low
 
 import torch
 
 from models.latency import LatencyTable
+from models.latency_estimate import Cell
 from models.subnetwork import SubNetwork
 from service.engines.base import Run
-
-Cell = tuple[SubNetwork, int]
 
 BUDGET_S = 15.0
 MIN_RUNS = 3
@@ -22,12 +20,26 @@ MIN_RUNS = 3
 # matters little to it, and the lower of two figures is without it.
 SLOW_S = 0.1
 MIN_SLOW_RUNS = 2
-WARM_UP_S = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What was measured, which may be a part.
+
+    Attributes:
+        seconds: median by cell.
+        spread: by cell, median distance from the median, as a fraction of it.
+        measured_at: when it began.
+    """
+
+    seconds: Mapping[Cell, float]
+    spread: Mapping[Cell, float]
+    measured_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What was measured.
+    """A whole profile.
 
     Attributes:
         table: median seconds by sub-network and batch size.
@@ -48,7 +60,7 @@ def measure(
     *,
     budget_s: float = BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,
-) -> Measurement:
+) -> Figures:
     """Time every sub-network at every batch size, round by round, so that a disturbance does not hit one of them alone.
 
     Goes on until the budget is spent, and at least until each batch has run three times, or twice if it is slow. The
@@ -63,14 +75,7 @@ def measure(
         clock: monotonic, in seconds.
     """
     began_at = datetime.now(UTC)
-    images = torch.randint(0, 256, (max(batch_sizes), 3, image_side, image_side), dtype=torch.uint8)
-
-    def time_once(cell: Cell) -> float:
-        subnetwork, batch_size = cell
-        started_at = clock()
-        run(images[:batch_size], subnetwork)
-        return clock() - started_at
-
+    time_once = stopwatch(run, image_side, max(batch_sizes), clock)
     ends_at = clock() + budget_s
     first = {cell: time_once(cell) for cell in cells_of(subnetworks, batch_sizes)}
     needed = {cell: MIN_SLOW_RUNS if seconds >= SLOW_S else MIN_RUNS for cell, seconds in first.items()}
@@ -79,42 +84,42 @@ def measure(
     while due := [cell for cell in runs if clock() < ends_at or len(runs[cell]) < needed[cell]]:
         for cell in order.sample(due, len(due)):
             runs[cell].append(time_once(cell))
-    medians = {cell: median_low(figures) for cell, figures in runs.items()}
-    spread = {cell: median(abs(s - medians[cell]) for s in figures) / medians[cell] for cell, figures in runs.items()}
-    return measurement_of(medians, spread, began_at)
+    middle = {cell: middle_of(figures) for cell, figures in runs.items()}
+    seconds, spread = ({cell: pair[part] for cell, pair in middle.items()} for part in (0, 1))
+    return Figures(seconds, spread, began_at)
 
 
-def warm_up_shapes(
-    run: Run,
-    image_side: int,
-    subnetworks: Sequence[SubNetwork],
-    max_batch_size: int,
-    *,
-    budget_s: float = WARM_UP_S,
-    clock: Callable[[], float] = time.perf_counter,
-) -> None:
-    """Run batches of every size once, small ones first, as far as the time allows.
+def stopwatch(
+    run: Run, image_side: int, max_batch_size: int, clock: Callable[[], float] = time.perf_counter
+) -> Callable[[Cell], float]:
+    """Make what runs a cell once, on noise, and returns the seconds that it took."""
+    images = torch.randint(0, 256, (max_batch_size, 3, image_side, image_side), dtype=torch.uint8)
 
-    The first batch of a shape takes some milliseconds longer, and the first to be asked for by clients would be late.
-    """
-    ends_at = clock() + budget_s
-    images = torch.zeros(max_batch_size, 3, image_side, image_side, dtype=torch.uint8)
-    for batch_size, subnetwork in product(range(1, max_batch_size + 1), subnetworks):
-        if clock() >= ends_at:
-            return
+    def time_once(cell: Cell) -> float:
+        subnetwork, batch_size = cell
+        started_at = clock()
         run(images[:batch_size], subnetwork)
+        return clock() - started_at
+
+    return time_once
 
 
-def measurement_of(seconds: Mapping[Cell, float], spread: Mapping[Cell, float], measured_at: datetime) -> Measurement:
-    """Arrange figures by sub-network and batch size."""
-    subnetworks = dict.fromkeys(subnetwork for subnetwork, _ in seconds)
-    batch_sizes = tuple(dict.fromkeys(batch_size for _, batch_size in seconds))
+def middle_of(figures: Sequence[float]) -> tuple[float, float]:
+    """Return the lower median of some seconds, and their median distance from it as a fraction of it."""
+    middle = median_low(figures)
+    return middle, median(abs(seconds - middle) for seconds in figures) / middle
 
-    def by_subnetwork(figures: Mapping[Cell, float]) -> dict[SubNetwork, tuple[float, ...]]:
-        return {subnetwork: tuple(figures[subnetwork, size] for size in batch_sizes) for subnetwork in subnetworks}
 
-    table = LatencyTable(batch_sizes, by_subnetwork(seconds))
-    return Measurement(table, by_subnetwork(spread), measured_at.isoformat(timespec="seconds"))
+def measurement_of(figures: Figures) -> Measurement:
+    """Arrange the figures of a whole profile by sub-network and batch size."""
+    subnetworks = dict.fromkeys(subnetwork for subnetwork, _ in figures.seconds)
+    batch_sizes = tuple(dict.fromkeys(batch_size for _, batch_size in figures.seconds))
+
+    def by_subnetwork(by_cell: Mapping[Cell, float]) -> dict[SubNetwork, tuple[float, ...]]:
+        return {subnetwork: tuple(by_cell[subnetwork, size] for size in batch_sizes) for subnetwork in subnetworks}
+
+    table = LatencyTable(batch_sizes, by_subnetwork(figures.seconds))
+    return Measurement(table, by_subnetwork(figures.spread), figures.measured_at.isoformat(timespec="seconds"))
 
 
 def cells_of(subnetworks: Sequence[SubNetwork], batch_sizes: Sequence[int]) -> list[Cell]:

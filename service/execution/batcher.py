@@ -22,12 +22,13 @@ from service.decoding.decoder import DecodedImage
 from service.domain import LookCode
 from service.engines.base import Run
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, ServiceError
+from service.execution.idle_profiling import IdleProfiler
 from service.execution.pending import Outcome, Pending, PendingRequests
 from service.execution.results import Ranked, Result, rank
 from service.execution.throttle import UtilizationLimiter
 from service.execution.turns import InTurns
 from service.scheduling.scheduler import Scheduler
-from service.scheduling.second_look import Looked
+from service.scheduling.second_look import Looked, may_look_again
 from service.scheduling.state import BatchDecision, QueuedRequest
 from service.scheduling.variants import Variant
 
@@ -50,7 +51,8 @@ class Batcher:
         thread: Executor,
         *,
         limiter: UtilizationLimiter | None = None,
-        observe_machine: Callable[[], None] = lambda: None,
+        idle: IdleProfiler | None = None,
+        observe_machine: Callable[[], object] = lambda: None,
         observe_batch: Callable[[int, float, float, float], None] = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -62,25 +64,21 @@ class Batcher:
             scheduler: decides what to run.
             thread: the engine's own; the loop lives there, and what it calls is called there.
             limiter: holds batches back for the sake of a ceiling.
+            idle: what the engine does when nothing waits, and what learns from batches.
             observe_machine: called before each decision, to tell the scheduler of the machine's state.
             observe_batch: told of each batch that ran: its size, its predicted and its real seconds, and those with the
                 pause that follows for the ceiling's sake.
             clock: monotonic, in seconds; the one that deadlines are on.
             sleep: lets a pause go by.
         """
-        self._run = run
-        self._scheduler = scheduler
-        self._limiter = limiter or UtilizationLimiter(None, None)
-        self._observe_machine = observe_machine
-        self._observe_batch = observe_batch
+        self._run, self._scheduler = run, scheduler
+        self._limiter, self._idle = limiter or UtilizationLimiter(None, None), idle
+        self._observe_machine, self._observe_batch = observe_machine, observe_batch
         self._clock, self._sleep = clock, sleep
         self._pending = PendingRequests()
-        self._answers = InTurns(self._pending.settle)
-        self._arrival = threading.Event()
-        self._thread = thread
-        self._stopping = False
-        self._failures_in_a_row = 0
-        self._free_at = 0.0  # since when the engine could have run a batch
+        self._answers, self._arrival = InTurns(self._pending.settle), threading.Event()
+        self._thread, self._stopping = thread, False
+        self._failures_in_a_row, self._free_at = 0, 0.0  # the latter: since when the engine could have run a batch
         self.running: tuple[float, float] | None = None  # when the batch that runs began, and what it should take
 
     async def submit(self, decoding: "Future[DecodedImage]", request: QueuedRequest) -> Result:
@@ -172,8 +170,11 @@ class Batcher:
     def _await_arrival(self) -> None:
         self._arrival.clear()
         # What came before the clearing may not have been seen.
-        if not len(self._scheduler) and (self._pending or not self._stopping):
-            self._arrival.wait()
+        if len(self._scheduler) or (self._stopping and not self._pending):
+            return
+        wait_s = None if self._idle is None else self._idle.wait_s(is_expecting=bool(self._pending))
+        if not self._arrival.wait(wait_s) and self._idle is not None and not (self._pending or self._stopping):
+            self._idle.take_turn()
 
     def _serve_batch(self) -> Iterator[Outcomes]:
         """Do what the policy decides; yields what became of each request, as soon as it is known."""
@@ -203,7 +204,7 @@ class Batcher:
         pending = ((request, self._pending.find(request)) for request in batch)
         images = {request: one.image for request, one in pending if one is not None and one.image is not None}
         if not images:
-            self._scheduler.batch_failed(self._clock())
+            self._scheduler.engine_taken(self._clock())
             return  # all their clients have left meanwhile
         predicted_s = self._scheduler.predict(variant, len(images), self._clock())
         try:
@@ -211,7 +212,7 @@ class Batcher:
             answered = list(zip(images, ranked, strict=True))
         except Exception:  # whatever the model raises, its requests must be released and the next batch run
             self._free_at = self._clock()
-            self._scheduler.batch_failed(self._free_at)
+            self._scheduler.engine_taken(self._free_at)
             yield from self._run_apart(decision, variant, images)
             return
         inference_s = ended_at - started_at
@@ -232,10 +233,12 @@ class Batcher:
         )
         results = {request: result(*one, before=self._pending.answer_of(request)) for request, one in answered}
         yield self._final(results, variant, ended_at)
+        if self._idle is not None:  # after the answers, which should not wait for it
+            self._idle.batch_ran(variant.profile.subnetwork, len(answered), inference_s, ended_at)
 
     def _final(self, results: Mapping[QueuedRequest, Result], variant: Variant, now: float) -> Outcomes:
         """Return what a batch answered, but for the requests whose images wait now for another look."""
-        if variant.second_look is None and not any(map(_may_look_again, results)):
+        if variant.second_look is None and not any(map(may_look_again, results)):
             return list(results.items())
         looked = [Looked(request, result.confidence, result.spent_macs) for request, result in results.items()]
         followed = zip(results.items(), self._scheduler.look_again(looked, variant, now), strict=True)
@@ -296,8 +299,3 @@ class Batcher:
         self._answers.finish()
         for request in self._pending:
             self._pending.settle(self._pending.in_place_of(error, request, LookCode.FAILED))
-
-
-def _may_look_again(request: QueuedRequest) -> bool:
-    """Whether a request has looked twice already, or may want to whatever the variant."""
-    return request.looks_again_for is not None or request.constraints.min_confidence > 0

@@ -14,6 +14,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+import torch
 import uvicorn
 
 from models.checkpoint import load_checkpoint
@@ -195,6 +196,9 @@ def serve(settings: Settings, engine: Engine | None = None) -> None:
         raise CommandError("--workers listen on sockets of their own: leave out --fd, or --workers")
     max_connections = allow_connections(settings.max_connections)
     with _bind(settings) if settings.fd is None else socket.socket(fileno=settings.fd) as opened:
+        # Reading weights is over before threads have found each other, on a busy machine long before. The engine sets
+        # the number that it computes with.
+        torch.set_num_threads(1)
         checkpoint = load_checkpoint(settings.checkpoint)
         runtime = ServerRuntime(settings, checkpoint, engine, on_failure=stop, heartbeat=tell_supervisor)
         # Others may serve at the same address: this server takes no connection from them before its time.

@@ -18,11 +18,19 @@ from service.telemetry.metrics import Metrics
 
 @dataclass(frozen=True, slots=True)
 class ReadyServer:
-    """What there is once the server is ready."""
+    """What there is once the server is ready.
+
+    Attributes:
+        pipeline: takes requests to answers.
+        scheduler: what they wait in.
+        describe_family: lists the sub-networks with their latencies as known by now.
+        measured_share: tells how much of these is measured, 0..1.
+    """
 
     pipeline: Pipeline
     scheduler: Scheduler
-    family: SubNetworksAnswer
+    describe_family: Callable[[], SubNetworksAnswer]
+    measured_share: Callable[[], float]
     explainer: Explainer
 
 

@@ -33,6 +33,7 @@ from service.http.schemas import (
     ErrorAnswer,
     ExplainAnswer,
     HealthAnswer,
+    ReadyAnswer,
     ResourcesAnswer,
     ResultsAnswer,
     describe_forecast,
@@ -124,7 +125,7 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     @router.get("/subnetworks", responses={503: RESPONSES[503]})
     async def subnetworks() -> SubNetworksAnswer:
         """List every sub-network with its cost, its accuracy and its latency on this machine."""
-        return context.server().family
+        return context.server().describe_family()
 
     @router.get("/resources", responses={503: RESPONSES[503]})
     async def resources() -> ResourcesAnswer:
@@ -157,12 +158,12 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
 
     @router.head("/health/ready", include_in_schema=False)
     @router.get("/health/ready", responses={503: RESPONSES[503]})
-    async def ready() -> HealthAnswer:
+    async def ready() -> ReadyAnswer:
         """Tell whether the model has answered its first batch, and requests are welcome and do not all fail."""
-        context.open_server()
+        server = context.open_server()
         if context.failures.are_all:
             raise NotReadyError("every request fails of late for reasons of the server's own; its log says which")
-        return HealthAnswer(status="ready")
+        return ReadyAnswer(status="ready", profile_measured=round(server.measured_share(), 3))
 
     feed = LiveFeed(lambda: read_sample(context.metrics.registry()), lambda: is_stopping(context.state()))
 

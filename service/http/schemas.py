@@ -178,6 +178,14 @@ class HealthAnswer(BaseModel):
     status: str
 
 
+class ReadyAnswer(HealthAnswer):
+    """Answer to the check for readiness."""
+
+    profile_measured: float = Field(
+        description="how much of the latencies in use is measured on this machine, 0..1; the rest is estimated"
+    )
+
+
 def describe_model(checkpoint: Checkpoint) -> ModelAnswer:
     """Name the checkpoint."""
     return ModelAnswer(name=checkpoint.name, version=checkpoint.version)

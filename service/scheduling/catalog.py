@@ -61,15 +61,16 @@ class VariantCatalog:
         levels = _levels(profiles, profiles.cascades if cascades else (), latencies)
         ordered = [*levels, *(profile for profile in profiles.rows if profile not in levels)]
         indices = {each.subnetwork: index for index, each in enumerate(ordered) if isinstance(each, SubNetworkProfile)}
-        variants: list[Variant] = []
-        for index, each in enumerate(ordered):
-            variant = _variant(index, each, indices, profiles, latencies)
-            if 0 < index < len(levels):
-                never_falling = map(max, variant.latency_by_batch_s, variants[-1].latency_by_batch_s)
-                variant = replace(variant, latency_by_batch_s=tuple(never_falling))
-            variants.append(variant)
+        variants = [_variant(index, each, indices, profiles) for index, each in enumerate(ordered)]
+        variants = _timed(variants, len(levels), latencies)
         frontier = _affordable(variants[: len(levels)], variants[len(levels) :])
         return cls(tuple(variants), len(levels), frontier, profiles.is_measured)
+
+    def with_latencies(self, latencies: LatencyTable) -> "VariantCatalog":
+        """Return the same variants with a better profile: what is a level stays one, as requests were granted it."""
+        variants = _timed(self.variants, self.num_levels, latencies)
+        frontier = tuple(variants[variant.index] for variant in self.frontier)
+        return replace(self, variants=tuple(variants), frontier=frontier)
 
     @property
     def levels(self) -> tuple[Variant, ...]:
@@ -184,13 +185,25 @@ def _variant(
     each: SubNetworkProfile | CascadeProfile,
     indices: Mapping[SubNetwork, int],
     profiles: ProfileTable,
-    latencies: LatencyTable,
 ) -> Variant:
+    """Make a variant that does not know yet what it takes."""
     if isinstance(each, SubNetworkProfile):
-        return Variant(index, each, latencies.row(each.subnetwork), index)
+        return Variant(index, each, (), index)
     first, second = profiles.by_subnetwork[each.first], profiles.by_subnetwork[each.second]
     second_look = SecondLook(indices[each.second], second, each.threshold, each.share, each.top1)
-    return Variant(index, first, _expected_s(each, latencies), indices[each.first], second_look)
+    return Variant(index, first, (), indices[each.first], second_look)
+
+
+def _timed(variants: Sequence[Variant], num_levels: int, latencies: LatencyTable) -> list[Variant]:
+    timed: list[Variant] = []
+    for variant in variants:
+        seconds, second = latencies.row(variant.profile.subnetwork), variant.second_look
+        if second is not None:
+            seconds = with_second_look(seconds, latencies.row(second.profile.subnetwork), second.share)
+        if 0 < variant.index < num_levels:
+            seconds = tuple(map(max, seconds, timed[-1].latency_by_batch_s))
+        timed.append(replace(variant, latency_by_batch_s=seconds))
+    return timed
 
 
 def _affordable(levels: Sequence[Variant], others: Sequence[Variant]) -> tuple[Variant, ...]:

@@ -1,5 +1,7 @@
 """What a batch takes: the profile, corrected by what was observed and by what others do on the machine."""
 
+from collections.abc import Collection
+
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.estimators import Slowdown
 from service.scheduling.variants import Latencies, with_second_look
@@ -23,9 +25,9 @@ class LatencyModel:
         """Begin with the profile."""
         self.prior_slowdown = 1.0
         self.throttle_factor = 1.0
-        self._catalog = catalog
+        self._catalog = self._cautious = catalog
         self._slowdown = Slowdown()
-        self._latencies_s = [tuple(variant.latency_by_batch_s) for variant in catalog.variants]
+        self._latencies_s = [variant.latency_by_batch_s for variant in catalog.variants]
         self._drift = [1.0] * len(catalog.variants)
         self._turnaround = 1.0  # what the engine is occupied for a batch, over the batch itself
 
@@ -38,6 +40,20 @@ class LatencyModel:
     def overhead_factor(self) -> float:
         """How much longer than its batches the engine is occupied."""
         return max(self.throttle_factor, self._turnaround)  # what lies between batches goes by within a pause
+
+    def refine(self, catalog: VariantCatalog, cautious: VariantCatalog) -> None:
+        """Take over a better profile of the same variants.
+
+        Args:
+            catalog: what batches are now said to take; what was learned against another figure is forgotten.
+            cautious: the same, with the error of those that are estimates: what to plan with.
+        """
+        pairs = zip(catalog.variants, self._catalog.variants, strict=True)
+        is_kept = [new.latency_by_batch_s == old.latency_by_batch_s for new, old in pairs]
+        self._drift = [drift if kept else 1.0 for drift, kept in zip(self._drift, is_kept, strict=True)]
+        self._catalog, self._cautious = catalog, cautious
+        self._latencies_s = [self._corrected(index) for index in range(len(self._drift))]
+        self._correct_cascades(range(len(self._drift)))
 
     def slowdown(self, now: float, spreads: float = 0.0) -> float:
         """Return the factor on the latencies at `now`, with an allowance of so many standard deviations."""
@@ -59,16 +75,22 @@ class LatencyModel:
         """
         taken = min(1 + turnaround_s / max(seconds, NO_TIME_S), MAX_TURNAROUND)
         self._turnaround += TURNAROUND_GAIN * (taken - self._turnaround)
-        expected = self._latencies_s[index][size - 1]
+        # Against the estimate, not against the caution on top of it, which would look like a machine that is faster.
+        expected = self._drift[index] * self._catalog.variants[index].latency_by_batch_s[size - 1]
         surprise = seconds / (expected * max(self._slowdown.factor, 0.1)) - 1
         self._slowdown = self._slowdown.updated(seconds / expected, now)
         drift = self._drift[index] * (1 + DRIFT_GAIN * max(-MAX_DRIFT, min(MAX_DRIFT, surprise)))
-        drift = self._drift[index] = max(1 - MAX_DRIFT, min(1 + MAX_DRIFT, drift))
-        self._latencies_s[index] = tuple(
-            drift * profiled for profiled in self._catalog.variants[index].latency_by_batch_s
-        )
+        self._drift[index] = max(1 - MAX_DRIFT, min(1 + MAX_DRIFT, drift))
+        self._latencies_s[index] = self._corrected(index)
+        self._correct_cascades((index,))
+
+    def _corrected(self, index: int) -> tuple[float, ...]:
+        return tuple(self._drift[index] * profiled for profiled in self._cautious.variants[index].latency_by_batch_s)
+
+    def _correct_cascades(self, changed: Collection[int]) -> None:
+        """Expect of cascades what is now expected of their looks."""
         for variant in self._catalog.levels:
             second = variant.second_look
-            if second is not None and index in (variant.first_index, second.index):
+            if second is not None and (variant.first_index in changed or second.index in changed):
                 first_s, second_s = self._latencies_s[variant.first_index], self._latencies_s[second.index]
                 self._latencies_s[variant.index] = with_second_look(first_s, second_s, second.share)

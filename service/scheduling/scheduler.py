@@ -68,13 +68,11 @@ class Scheduler:
             lock: reentrant, where several threads call; by default there is one.
         """
         self.catalog = catalog
-        self._decide = decide
+        self._decide, self._rejects_early = decide, rejects_early
         self._max_batch_size = self._most = min(max_batch_size, catalog.max_batch_size)
-        self._rejects_early = rejects_early
         self._queue = RequestQueue()
         self._latency_model = LatencyModel(catalog)
-        self._traffic = TrafficEstimator()
-        self._safety_factor = SafetyFactor()
+        self._traffic, self._safety_factor = TrafficEstimator(), SafetyFactor()
         self._admission = Admission(self._queue, self._latency_model, self._traffic)
         self._free_at = -math.inf
         self._lock = nullcontext() if lock is None else lock
@@ -193,9 +191,15 @@ class Scheduler:
         return found
 
     @_locked
-    def batch_failed(self, now: float) -> None:
-        """Take note that the batch has ended without an answer: nothing is learned from its time."""
-        self._free_at = now
+    def engine_taken(self, until: float) -> None:
+        """Take note that until then the engine is at something of whose time nothing is learned."""
+        self._free_at = until
+
+    @_locked
+    def profile_refined(self, catalog: VariantCatalog, cautious: VariantCatalog) -> None:
+        """Take over a better profile: what is likely, and what to plan with. Plans that a policy has made stay."""
+        self.catalog = catalog
+        self._latency_model.refine(catalog, cautious)
 
     @_locked
     def deadline_missed(self, now: float) -> None:
@@ -279,8 +283,7 @@ class Scheduler:
         return self._latency_model.prior_slowdown
 
     def _check(self, request: QueuedRequest, now: float, delay: PreprocessingDelay) -> None:
-        rejection = self._rejection(request, now, delay)
-        if rejection is not None:
+        if rejection := self._rejection(request, now, delay):
             self.rejected(rejection.reason, now)
             raise rejection
 

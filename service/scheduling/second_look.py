@@ -23,6 +23,11 @@ class Looked:
     spent_macs: int
 
 
+def may_look_again(request: QueuedRequest) -> bool:
+    """Whether a request has looked again already, or may want to whatever the variant."""
+    return request.looks_again_for is not None or request.constraints.min_confidence > 0
+
+
 def next_look(looked: Looked, variant: Variant, state: SchedulerState) -> QueuedRequest | LookCode:
     """Return what shall wait for another look, or why nothing shall.
 

@@ -4,7 +4,7 @@ Runs without torch. Chooses nothing.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from models.profiles import SubNetworkProfile
 
@@ -38,13 +38,14 @@ class Variant:
         index: its place in the catalog.
         profile: of the sub-network that looks first, its cost and accuracy.
         latency_by_batch_s: profiled latency of batches of 1, 2, 3, ..., never falling; of a cascade the expected one.
+            A better profile makes no other variant.
         first_index: place of the variant that is the first look alone; its own where there is no second.
         second_look: of a cascade.
     """
 
     index: int
     profile: SubNetworkProfile
-    latency_by_batch_s: tuple[float, ...]
+    latency_by_batch_s: tuple[float, ...] = field(compare=False)
     first_index: int
     second_look: SecondLook | None = None
 

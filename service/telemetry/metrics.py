@@ -5,7 +5,6 @@ page then answers for all of them.
 """
 
 from collections.abc import Sequence
-from datetime import datetime
 from functools import cache
 from typing import get_args
 
@@ -29,6 +28,7 @@ from service.telemetry.connection_metrics import ConnectionMetrics
 from service.telemetry.look_metrics import LookMetrics
 from service.telemetry.loop_delay import LoopDelay
 from service.telemetry.multiprocess import make_folder, merged_registry
+from service.telemetry.profile_metrics import ProfileMetrics
 
 STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 5, 10, 30)
 STAGES = ("decode_wait", "decode", "queue", "inference")
@@ -183,18 +183,7 @@ class Metrics:
         self._memory = gauge(
             "supervit_resident_memory_bytes", "Memory that the server holds, shared pages included.", "livesum"
         )
-        self._profiled_at = gauge(
-            "supervit_profile_timestamp_seconds",
-            "When the latencies that the policy works with were measured on this machine, in Unix time.",
-            "livemostrecent",
-            ["model"],
-        )
-        self._best_accuracy = gauge(
-            "supervit_best_accuracy_ratio",
-            "Top-1 accuracy of the most accurate sub-network, 0..1.",
-            "livemostrecent",
-            ["model"],
-        )
+        self.profile = ProfileMetrics(gauge)
         self._ready = gauge(
             "supervit_ready",
             "How many engines welcome requests: 1 or 0, or as many as share this page.",
@@ -213,12 +202,6 @@ class Metrics:
             self._dropped.labels(reason)
         for subnetwork in subnetworks:
             self._count_of(subnetwork)
-
-    def profiled(self, model: str, measured_at: datetime, best_accuracy: float | None) -> None:
-        """Record when the latencies in use were measured, and the accuracy that is given where there is time for it."""
-        self._profiled_at.labels(model).set(measured_at.timestamp())
-        if best_accuracy is not None:
-            self._best_accuracy.labels(model).set(best_accuracy)
 
     def request_started(self) -> None:
         """Count a request in."""

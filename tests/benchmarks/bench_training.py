@@ -18,8 +18,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.profiler import ProfilerActivity, profile
 
+from models.data.augmentation import Augmentation, training_transform
 from models.data.datasets import open_training_data
-from models.data.images import Augmentation, training_transform
 from models.data.loaders import SampleLoader
 from models.training.batches import open_batches
 from models.training.objective import PairLoss, Targets, sample_pairs, training_step

@@ -1,8 +1,12 @@
+from collections.abc import Callable
+from functools import partial
+
 import pytest
+import timm.layers
 import torch
 from torch import Tensor, nn
 
-from models.layers import Attention, Block, ConvStem
+from models.layers import Attention, Block, ConvStem, DropPath, Mlp, PatchEmbed, QuickGELU
 
 
 @pytest.fixture
@@ -126,3 +130,32 @@ def test_the_stem_halves_the_side_and_then_cuts_patches_row_by_row() -> None:
     changed = (stem(images) != plain).any(dim=2)[0].nonzero().flatten().tolist()
     assert 2 * 6 + 4 in changed
     assert all(index // 6 <= 4 and 3 <= index % 6 <= 5 for index in changed)  # the stem sees 15 px
+
+
+@pytest.mark.parametrize(
+    ("ours", "timms"),
+    [
+        (partial(Mlp, 8, 12, QuickGELU), partial(timm.layers.Mlp, 8, 12, act_layer=timm.layers.QuickGELU)),
+        (partial(DropPath, 0.4), partial(timm.layers.DropPath, 0.4)),
+        (partial(DropPath, 1.0), partial(timm.layers.DropPath, 1.0)),
+    ],
+)
+def test_the_parts_compute_what_timms_do(
+    tokens: Tensor, ours: Callable[[], nn.Module], timms: Callable[[], nn.Module]
+) -> None:
+    parts = ours(), timms()
+    for part in parts:
+        spread(part)
+    for is_training in (False, True):
+        outputs = []
+        for part in parts:
+            torch.manual_seed(7)
+            outputs.append(part.train(is_training)(tokens))
+        assert torch.equal(*outputs)
+
+
+def test_patches_are_embedded_as_by_timm() -> None:
+    ours, timms = PatchEmbed(4, 8), timm.layers.PatchEmbed(None, 4, embed_dim=8)
+    timms.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 12, 12)
+    assert torch.equal(ours(images), timms(images))

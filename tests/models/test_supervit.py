@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import models.registered  # noqa: F401 - so that timm knows the SuperViTs by name
 from models.subnetwork import SubNetwork, SuperViTConfig, num_kept_patch_tokens
 from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL, SuperViT
 from models.tokens import FUSED

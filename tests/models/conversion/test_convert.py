@@ -10,8 +10,9 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
+import models.registered  # noqa: F401 - so that timm knows the SuperViTs by name
 from models.checkpoint import CheckpointError, CheckpointMismatchError, UnreadableCheckpointError, load_checkpoint
-from models.conversion import convert as room
+from models.conversion import options as room
 from models.conversion.convert import convert, from_plain_vit, open_initial
 from models.conversion.plain_vit import PlainViT
 from models.subnetwork import IMAGENET_MEAN, SubNetwork

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.data.augmentation import Augmentation, training_transform
 from models.data.datasets import (
     NO_LABEL,
     DataError,
@@ -18,7 +19,7 @@ from models.data.datasets import (
     open_training_data,
     stratified_order,
 )
-from models.data.images import Augmentation, Transform, evaluation_transform, training_transform
+from models.data.images import Transform, evaluation_transform
 from models.subnetwork import SuperViTConfig
 
 

@@ -12,15 +12,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from models.data.images import (
-    Augmentation,
-    UnreadableImageError,
-    evaluation_transform,
-    load_rgb,
-    normalise,
-    to_rgb,
-    training_transform,
-)
+from models.data.augmentation import Augmentation, training_transform
+from models.data.images import UnreadableImageError, evaluation_transform, load_rgb, normalise, to_rgb
 from models.subnetwork import SuperViTConfig
 from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL
 

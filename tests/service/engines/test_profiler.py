@@ -16,7 +16,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.subnetwork import SubNetwork
 from service.engines.profile_store import PROBES, load_or_measure, measure_latencies
-from service.engines.profiler import MIN_RUNS, SLOW_S, Measurement, measure, warm_up_shapes
+from service.engines.profiler import MIN_RUNS, SLOW_S, Measurement, measure, measurement_of
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
 BATCH_SIZES = (1, 2, 4)
@@ -48,7 +48,8 @@ class FakeEngine:
         return self.runs.count(cell)
 
     def measure(self, budget_s: float) -> Measurement:
-        return measure(self.run, 16, (SMALL, LARGE), BATCH_SIZES, budget_s=budget_s, clock=lambda: self.now)
+        figures = measure(self.run, 16, (SMALL, LARGE), BATCH_SIZES, budget_s=budget_s, clock=lambda: self.now)
+        return measurement_of(figures)
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_a_disturbance_of_a_whole_round_leaves_no_trace_in_the_medians(engine: F
 def test_the_spread_is_the_median_distance_from_the_median() -> None:
     figures = {1: iter([0.05, 0.010, 0.011, 0.013]), 2: iter([0.05, 0.02, 0.02, 0.02])}
     engine = FakeEngine(lambda _, batch_size: next(figures[batch_size]))
-    measurement = measure(engine.run, 16, (SMALL,), (1, 2), budget_s=0, clock=lambda: engine.now)
+    measurement = measurement_of(measure(engine.run, 16, (SMALL,), (1, 2), budget_s=0, clock=lambda: engine.now))
     assert measurement.table.seconds[SMALL] == pytest.approx((0.011, 0.02))
     assert measurement.spread[SMALL] == pytest.approx((0.001 / 0.011, 0))
 
@@ -152,16 +153,6 @@ def test_a_slow_batch_runs_twice_and_the_lower_figure_counts() -> None:
     assert [slow.count((LARGE, size)) for size in BATCH_SIZES] == [2, 2, 2]
     assert [slow.count((SMALL, size)) for size in BATCH_SIZES] == [MIN_RUNS + 1] * 3
     assert measurement.table.seconds[LARGE] == pytest.approx([1.5 * SLOW_S] * 3)
-
-
-def test_a_rehearsal_runs_every_shape_once_the_small_ones_first(engine: FakeEngine) -> None:
-    warm_up_shapes(engine.run, 16, (SMALL, LARGE), 3, budget_s=10, clock=lambda: engine.now)
-    assert engine.runs == [(subnetwork, size) for size in (1, 2, 3) for subnetwork in (SMALL, LARGE)]
-
-
-def test_a_rehearsal_ends_when_its_time_is_spent(engine: FakeEngine) -> None:
-    warm_up_shapes(engine.run, 16, (SMALL, LARGE), 64, budget_s=0.05, clock=lambda: engine.now)  # 4 + 16 + 6 + 24 ms
-    assert engine.runs == [(SMALL, 1), (LARGE, 1), (SMALL, 2), (LARGE, 2)]
 
 
 def test_what_was_measured_is_kept_for_the_next_start(engine: FakeEngine, load: Callable[..., Measurement]) -> None:
@@ -238,6 +229,18 @@ def test_a_file_that_cannot_be_used_is_measured_anew_with_one_line_in_the_log(
     runs = len(engine.runs)
     load()
     assert len(engine.runs) == runs + PROBES  # what was written anew is sound
+
+
+def test_a_part_of_a_profile_is_measured_anew_as_a_whole(
+    engine: FakeEngine, load: Callable[..., Measurement], tmp_path: Path
+) -> None:
+    """A server goes on from it in its idle moments; who asks for a profile wants all of it now."""
+    whole = load()
+    path = kept_file(tmp_path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"rows": content["rows"][1:]}))
+    assert load().table == whole.table
+    assert engine.count((SMALL, 1)) == 2 * (MIN_RUNS + 1)
 
 
 @pytest.mark.parametrize(("factor", "is_kept"), [(0.05, False), (0.2, True), (5.0, True), (20.0, False)])

@@ -1,4 +1,5 @@
 import asyncio
+import queue
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -627,3 +628,50 @@ async def test_an_image_that_is_no_longer_wanted_leaves_without_a_word(caplog: p
     await asyncio.wait((task,))
     decoding.cancel()
     assert not caplog.records
+
+
+class Turns:
+    """What an engine does that has nothing else to do; hears of batches."""
+
+    def __init__(self) -> None:
+        self.taken = threading.Semaphore(0)
+        self.looks: queue.SimpleQueue[bool] = queue.SimpleQueue()  # whether a request is on its way
+        self.batches: list[tuple[SubNetwork, int]] = []
+
+    def wait_s(self, *, is_expecting: bool) -> float | None:
+        self.looks.put(is_expecting)
+        return 0.001
+
+    def take_turn(self) -> None:
+        self.taken.release()
+
+    def batch_ran(self, subnetwork: SubNetwork, size: int, seconds: float, now: float) -> None:
+        assert seconds >= 0
+        assert now <= time.monotonic()
+        self.batches.append((subnetwork, size))
+
+
+async def test_an_engine_with_nothing_to_do_takes_turns_and_none_while_an_image_is_decoded() -> None:
+    gate, turns, thread = Gate(), Turns(), ThreadPoolExecutor(1, "engine")
+    gate.open.set()
+    scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
+    batcher = AdmittingBatcher(gate.run, scheduler, thread, idle=turns)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(batcher.serve())
+        assert await asyncio.to_thread(turns.taken.acquire, timeout=10)
+        decoding: Future[DecodedImage] = Future()
+        answer = tasks.create_task(batcher.submit(decoding, named(SMALL)))
+        await asyncio.sleep(0)
+        while not await asyncio.to_thread(turns.looks.get, timeout=10):
+            pass
+        while turns.taken.acquire(blocking=False):
+            pass  # one may have begun before
+        for _ in range(5):
+            assert await asyncio.to_thread(turns.looks.get, timeout=10)
+        assert not turns.taken.acquire(blocking=False)
+        decoding.set_result(image(1).result())
+        await answer
+        assert await asyncio.to_thread(turns.taken.acquire, timeout=10)
+        batcher.stop()
+    thread.shutdown()
+    assert turns.batches == [(SMALL, 1)]

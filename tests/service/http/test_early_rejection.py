@@ -77,7 +77,7 @@ class Rejecting:
 
     def __init__(self, context: RouteContext) -> None:
         self.pipeline, self.now = ScriptedPipeline(), 1000.0
-        server = ReadyServer(cast(Pipeline, self.pipeline), *cast(Any, (None, None, None)))
+        server = ReadyServer(cast(Pipeline, self.pipeline), *(cast(Any, None),) * 4)
         context = replace(context, server=lambda: server, state=lambda: ServerState.READY, clock=lambda: self.now)
         self.context, self.rejection = context, EarlyRejection(context, "/classify")
 

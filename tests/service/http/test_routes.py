@@ -3,7 +3,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Never
+from pathlib import Path
+from typing import Any, Never
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from models.latency import LatencyTable
 from models.profiles import CascadeProfile, ProfileTable
 from models.subnetwork import SubNetwork
 from service.app import create_app
+from service.assembly import Profiled
 from service.decoding.images import decode_image
 from service.domain import ServerState
-from service.engines.profile_store import extended_profile
-from service.engines.profiler import Measurement
+from service.engines.profile_store import begin_profile, extended_profile
 from service.errors import InvalidParameterError
 from service.execution.watchdog import Watchdog
 from service.http.family import describe_family
@@ -344,16 +345,25 @@ def test_a_path_that_only_looks_like_it_is_not_classified(client: TestClient, ph
     assert client.post(path, content=photo, follow_redirects=False).status_code in (307, 404)
 
 
-def test_before_the_server_is_ready_batches_of_every_size_have_run(
-    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
+def test_before_the_server_is_ready_a_little_is_measured_and_the_rest_while_it_idles(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes, tmp_path: Path
 ) -> None:
-    def measured(*_: object, **__: object) -> Measurement:
-        return Measurement(latencies, {}, "2026-01-02T00:00:00+00:00")
-
-    runtime = ServerRuntime(settings.model_copy(update={"max_batch_size": 5}), checkpoint, engine, measure=measured)
-    with serving(runtime):
-        pass
-    assert set(engine.sizes) == {1, 2, 3, 4, 5}
+    settings = settings.model_copy(update={"max_batch_size": 3, "profile_folder": tmp_path})
+    with serving(ServerRuntime(settings, checkpoint, engine, monitor=Monitor(root=tmp_path, nvml=None))) as client:
+        began = client.get("/health/ready").json()["profile_measured"]
+        assert 0 < began <= 1
+        assert client.post("/classify", content=photo).status_code == 200
+        for _ in range(5000):  # each takes a millisecond or more
+            if (answer := client.get("/health/ready").json())["profile_measured"] == 1.0:
+                break
+        assert answer == {"status": "ready", "profile_measured": 1.0}
+        assert sample(client, "supervit_profile_measured_ratio") == 1.0
+        assert sample(client, "supervit_profile_timestamp_seconds") > 1.7e9
+        rows = client.get("/subnetworks").json()["subnetworks"]
+        assert all(list(row["latency_ms"]) == ["1", "2", "3"] for row in rows)
+    assert set(engine.sizes) == {1, 2, 3}
+    (kept,) = tmp_path.glob("latency-*.json")
+    assert kept.read_text().count("median_ms") == 3 * len(rows)
 
 
 def test_a_model_that_cannot_even_warm_up_ends_the_server(
@@ -603,17 +613,16 @@ def test_a_server_that_waits_for_another_process_to_measure_is_not_taken_to_hang
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
-    latencies: LatencyTable,
 ) -> None:
-    def wait(*_: object, is_stopping: Callable[[], bool], **__: object) -> Measurement:
+    def wait(*arguments: Any, is_stopping: Callable[[], bool], **options: Any) -> Profiled:  # noqa: ANN401 - as they are
         for _beat in range(60):  # three times as long as a step that hangs is let be
             assert not is_stopping()
             beats.wait(1)
-        return Measurement(latencies, {}, "2026-01-02T00:00:00+00:00")
+        return begin_profile(*arguments, is_stopping=is_stopping, budget_s=0.0, **options)
 
     beats = Beats()
     watchdog = Watchdog(interval_s=0.02, hang_s=0.4, preparation_s=0.01)
-    runtime = ServerRuntime(settings, checkpoint, engine, measure=wait, heartbeat=beats, watchdog=watchdog)
+    runtime = ServerRuntime(settings, checkpoint, engine, begin=wait, heartbeat=beats, watchdog=watchdog)
     with serving(runtime):
         assert runtime.state is ServerState.READY
 

@@ -210,3 +210,11 @@ def test_a_cascade_is_expected_to_take_both_looks_for_its_share() -> None:
 def test_the_best_with_one_look_is_the_most_accurate_trained_sub_network_and_the_cheaper_of_two() -> None:
     assert catalog_of(CASCADING).best_alone.profile.subnetwork == SubNetwork(14, 0.5)
     assert catalog_of(ProfileTable(PROFILES.rows[:4])).best_alone.profile.subnetwork == SubNetwork(10, 0.5)
+
+
+def test_a_variant_of_an_older_profile_is_still_found(catalog: VariantCatalog, fast_catalog: VariantCatalog) -> None:
+    """A request may have been granted it before its latency was measured."""
+    for older, newer in zip(catalog.variants, fast_catalog.variants, strict=True):
+        assert older == newer
+        assert older.latency_by_batch_s != newer.latency_by_batch_s
+    assert fast_catalog.next_better(catalog.cheapest) == fast_catalog.variants[1]

@@ -207,7 +207,7 @@ def test_the_batch_that_runs_delays_a_new_request_until_it_has_ended(scheduler: 
     if how == "ended":
         completed(scheduler, 0, 4, 0.05, 0.03)
     else:
-        scheduler.batch_failed(0.03)
+        scheduler.engine_taken(0.03)
     assert refusal_s(scheduler, waits(0.069), 0.03) is None
 
 
@@ -698,3 +698,24 @@ def test_the_engine_is_free_after_the_first_look(cascading: Scheduler) -> None:
     fill(always, waits(5.0))
     always.next_batch(1.0)
     assert always.free_at == pytest.approx(1.02)
+
+
+def test_what_the_engine_runs_beside_requests_delays_a_new_one_until_it_has_ended(scheduler: Scheduler) -> None:
+    scheduler.engine_taken(0.1)
+    assert refusal_s(scheduler, waits(0.11), now=0.0) == pytest.approx(0.01)
+    scheduler.admit(waits(0.13), 0.0)
+    scheduler.engine_taken(0.05)
+    scheduler.admit(waits(0.11), 0.05)
+
+
+def test_a_better_profile_is_planned_with_from_then_on(scheduler: Scheduler, catalog: VariantCatalog) -> None:
+    request = waits(1.0)
+    scheduler.admit(request, 0.0)
+    scheduler.enqueue(request)
+    (before, *_), after = scheduler.catalog.variants, catalog.variants[0]
+    assert scheduler.preview(waits(2.0), 0.0).variant == scheduler.catalog.best
+    scheduler.profile_refined(catalog, catalog)  # a hundred times slower
+    assert scheduler.catalog is catalog
+    assert scheduler.state(0.0).latency_s(0, 1) == pytest.approx(after.latency_by_batch_s[0])
+    assert scheduler.predict(before, 1, 0.0) == pytest.approx(after.latency_by_batch_s[0])
+    assert scheduler.next_batch(0.0).expired == (request,)

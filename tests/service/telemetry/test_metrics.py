@@ -85,10 +85,10 @@ def test_what_the_client_did_wrong_drops_nothing(page: Page) -> None:
 
 def test_the_age_of_the_profile_and_the_best_accuracy_are_absent_until_known(page: Page) -> None:
     assert page.read("profile_timestamp_seconds", model="tiny") is None
-    page.metrics.profiled("tiny", datetime(2026, 1, 2, tzinfo=UTC), None)
+    page.metrics.profile.began("tiny", datetime(2026, 1, 2, tzinfo=UTC), None)
     assert page.read("profile_timestamp_seconds", model="tiny") == 1767312000
     assert page.read("best_accuracy_ratio", model="tiny") is None
-    page.metrics.profiled("tiny", datetime(2026, 1, 2, tzinfo=UTC), 0.9)
+    page.metrics.profile.began("tiny", datetime(2026, 1, 2, tzinfo=UTC), 0.9)
     assert page.read("best_accuracy_ratio", model="tiny") == 0.9
 
 

@@ -1,0 +1,31 @@
+"""The options of `supervit convert`. Holds values: what reads them imports timm, which takes seconds."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, Field, PositiveInt
+from pydantic_settings import CliPositionalArg
+
+from models.subnetwork import Interpolation
+
+
+class Convert(BaseModel):
+    """Make a SuperViT of a plain ViT, without training."""
+
+    vit: CliPositionalArg[Path] = Field(
+        description="weights of a plain ViT (.pth, .safetensors, .onnx), or timm's name of some that it can download"
+    )
+    output: Path = Field(description=".safetensors file for the SuperViT")
+    name: str | None = Field(
+        None, description="timm's name of the architecture in the file, e.g. vit_small_patch16_224.augreg_in1k"
+    )
+    num_heads: PositiveInt | None = Field(None, description="attention heads, where neither name nor width tells")
+    patch_kernel: PositiveInt | None = Field(None, description="patch side in pixels instead of the ViT's")
+    patch_grids: tuple[int, ...] | None = Field(
+        None, description="patch grids; by default 8/14 to all of the ViT's own"
+    )
+    keep_rates: tuple[float, ...] | None = Field(None, description="keep rates; by default 0.5,0.7,1")
+    prune_blocks: tuple[int, ...] | None = Field(None, description="blocks that prune; by default three, evenly apart")
+    mean: tuple[float, float, float] | None = Field(None, description="of RGB in [0, 1], that images are normalised by")
+    std: tuple[float, float, float] | None = Field(None, description="likewise")
+    interpolation: Interpolation | None = Field(None, description="by which images are resized")
+    crop_fraction: float | None = Field(None, description="side of the evaluation crop over the resized shorter side")

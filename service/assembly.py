@@ -1,0 +1,160 @@
+"""Wires the rooms of a server that is about to take requests: scheduler, batcher, decoder, pipeline."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+
+from models.checkpoint import Checkpoint
+from models.latency import LatencyTable
+from service.decoding import images
+from service.decoding.decoder import Decoder
+from service.engines.base import Engine
+from service.engines.growing_profile import GrowingProfile, Prediction, untimed_shapes
+from service.engines.profile_files import ProfileFile
+from service.engines.profile_store import extended_profile
+from service.engines.profiler import stopwatch
+from service.execution.batcher import Batcher
+from service.execution.explainer import Explainer
+from service.execution.idle_profiling import IdleProfiler
+from service.execution.throttle import UtilizationLimiter
+from service.http.context import ReadyServer
+from service.http.family import SubNetworksAnswer, describe_family
+from service.machine.monitor import Monitor
+from service.machine.snapshot import prior_slowdown
+from service.pipeline import Pipeline
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.policies import find_policy
+from service.scheduling.scheduler import Scheduler
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+
+Profiled = tuple[GrowingProfile, ProfileFile]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """What a server consists of once it is ready; `idle` is None where there is nothing to measure."""
+
+    server: ReadyServer
+    batcher: Batcher
+    decoder: Decoder
+    idle: IdleProfiler | None
+
+
+def assemble(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: Engine,
+    engine_thread: Executor,
+    *,
+    metrics: Metrics,
+    monitor: Monitor,
+    threads: int,
+    known: Profiled | LatencyTable,
+) -> Assembled:
+    """Make all of it.
+
+    Args:
+        settings: every knob.
+        checkpoint: what is served.
+        engine: runs the batches.
+        engine_thread: its own.
+        metrics: what is counted.
+        monitor: looks at the machine.
+        threads: of the engine, on a CPU.
+        known: the latencies here: a profile that is to be completed and where it is kept, or a table to be believed.
+    """
+    latencies = known if isinstance(known, LatencyTable) else known[0].predict().likely
+    catalog = VariantCatalog.of(extended_profile(checkpoint), latencies, cascades=settings.cascades)
+    policy = find_policy(settings.policy, catalog)
+    scheduler = Scheduler(
+        catalog,
+        policy.make(catalog, settings.max_batch_size),
+        settings.max_batch_size,
+        rejects_early=policy.rejects_early,
+        lock=threading.RLock(),
+    )
+    limiter = UtilizationLimiter(settings.max_utilization, None if engine.is_on_gpu else monitor.latest.cores)
+
+    def observe_machine() -> float:
+        """Tell the scheduler what others' load and the GPU's free memory mean for it; return the load on the CPUs."""
+        latest = monitor.latest
+        load = 1.0 if engine.is_on_gpu else prior_slowdown(latest, threads)
+        scheduler.machine_observed(load, engine.fitting_images())
+        return 0.0 if engine.is_on_gpu else (latest.others_cores or 0.0) / (latest.cpus or latest.cores)
+
+    idle, measured_at = None, "not measured here"
+    if not isinstance(known, LatencyTable):
+        idle = _make_idle(settings, checkpoint, engine, metrics, scheduler, *known, limiter, observe_machine)
+        measured_at = known[0].began_at.isoformat(timespec="seconds")
+    batcher = Batcher(
+        engine.run,
+        scheduler,
+        engine_thread,
+        limiter=limiter,
+        idle=idle,
+        observe_machine=observe_machine,
+        observe_batch=metrics.batch_ran,
+    )
+    decoder = _make_decoder(settings, checkpoint)
+    pipeline = Pipeline(
+        scheduler=scheduler,
+        class_names=checkpoint.class_names,
+        decoder=decoder,
+        batcher=batcher,
+        max_in_flight=settings.max_in_flight,
+        default_budget_ms=settings.default_budget_ms,
+    )
+
+    def describe() -> SubNetworksAnswer:
+        return describe_family(checkpoint, scheduler.catalog, engine.describe(), measured_at, latencies.batch_sizes)
+
+    explainer = Explainer(checkpoint.model, decoder)
+    server = ReadyServer(pipeline, scheduler, describe, lambda: 1.0 if idle is None else idle.measured_share, explainer)
+    return Assembled(server, batcher, decoder, idle)
+
+
+def _make_decoder(settings: Settings, checkpoint: Checkpoint) -> Decoder:
+    open_image = partial(
+        images.open_image,
+        config=checkpoint.config,
+        max_pixels=settings.max_image_pixels,
+        max_memory_bytes=settings.max_decode_bytes,
+    )
+    return Decoder(open_image, settings.decode_threads, settings.max_decode_bytes, settings.max_decode_s_per_address)
+
+
+def _make_idle(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: Engine,
+    metrics: Metrics,
+    scheduler: Scheduler,
+    profile: GrowingProfile,
+    file: ProfileFile,
+    limiter: UtilizationLimiter,
+    observe_machine: Callable[[], float],
+) -> IdleProfiler:
+    """Make what completes a profile, and tells the scheduler and the metrics of it."""
+    catalog = scheduler.catalog
+    metrics.profile.began(checkpoint.name, profile.began_at, catalog.best.top1)
+
+    def publish(latencies: Prediction) -> None:
+        likely, cautious = latencies.likely, latencies.cautious
+        scheduler.profile_refined(catalog.with_latencies(likely), catalog.with_latencies(cautious))
+        metrics.profile.measured(checkpoint.name, profile.measured_share)
+
+    return IdleProfiler(
+        profile,
+        file,
+        stopwatch(engine.run, checkpoint.config.image_side, settings.max_batch_size, time.monotonic),
+        scheduler,
+        publish,
+        settings.default_budget_ms / 1000,
+        shapes=untimed_shapes(checkpoint.config.subnetworks, profile.batch_sizes),
+        limiter=limiter,
+        observe_machine=observe_machine,
+    )

@@ -1,0 +1,56 @@
+import pytest
+
+from models.latency_estimate import LEAST_ERROR, UNKNOWN_ERROR, Cell, LatencyEstimate
+from models.subnetwork import SubNetwork
+
+SUBNETWORKS = [SubNetwork(grid, 1.0) for grid in (2, 3, 4, 5)]
+MACS = dict(zip(SUBNETWORKS, (100, 200, 400, 800), strict=True))
+CHEAPEST, SECOND, THIRD, DEAREST = SUBNETWORKS
+CELLS = [(subnetwork, size) for subnetwork in SUBNETWORKS for size in (1, 2, 4, 8)]
+
+
+def seconds(cell: Cell) -> float:
+    """A batch costs 10 ms, an image 1 ms, and a multiply-accumulate 0.1 ms."""
+    subnetwork, size = cell
+    return 0.010 + 0.001 * size + 1e-4 * MACS[subnetwork] * size
+
+
+def measured(*cells: Cell) -> dict[Cell, float]:
+    return {cell: seconds(cell) for cell in cells}
+
+
+def test_what_costs_a_part_each_for_batch_image_and_arithmetic_is_foretold_exactly() -> None:
+    estimate = LatencyEstimate(measured((CHEAPEST, 1), (CHEAPEST, 8), (DEAREST, 1), (DEAREST, 4)), MACS)
+    assert estimate.seconds(CELLS) == pytest.approx([seconds(cell) for cell in CELLS])
+    assert estimate.error == LEAST_ERROR
+
+
+def test_one_cell_tells_the_order_of_magnitude_of_all_others() -> None:
+    estimate = LatencyEstimate({(SECOND, 2): 0.04}, MACS)
+    assert estimate.seconds([(SECOND, 2)]) == pytest.approx([0.04])
+    assert all(0.005 < found < 1 for found in estimate.seconds(CELLS))
+    assert estimate.error == UNKNOWN_ERROR
+
+
+def test_no_part_of_the_cost_is_negative() -> None:
+    """Where dear batches measured faster than cheap ones, the rest is not said to take no time at all."""
+    estimate = LatencyEstimate({(CHEAPEST, 1): 0.03, (THIRD, 1): 0.02, (SECOND, 2): 0.025, (THIRD, 4): 0.02}, MACS)
+    assert min(estimate.seconds(CELLS)) >= 0.015
+
+
+def test_a_cell_near_one_that_is_off_is_off_as_well() -> None:
+    known = measured((CHEAPEST, 1), (CHEAPEST, 8), (DEAREST, 1), (DEAREST, 8))
+    plain, odd = LatencyEstimate(known, MACS), LatencyEstimate(known | {(SECOND, 1): 2 * seconds((SECOND, 1))}, MACS)
+    near, far = [(SECOND, 2)], [(CHEAPEST, 8)]
+    assert odd.seconds(near)[0] > 1.1 * plain.seconds(near)[0]
+    assert odd.seconds(far) == pytest.approx(plain.seconds(far), rel=0.05)
+    assert odd.error > 2 * LEAST_ERROR
+
+
+def test_no_estimate_lies_beyond_what_was_measured_of_cheaper_and_dearer_batches() -> None:
+    known = measured((CHEAPEST, 1), (CHEAPEST, 8), (DEAREST, 1), (DEAREST, 8)) | {(SECOND, 2): 0.08, (THIRD, 2): 0.081}
+    estimate = LatencyEstimate(known, MACS)
+    between = MACS | {SubNetwork(9, 1.0): 300}
+    (found,) = LatencyEstimate(known, between).seconds([(SubNetwork(9, 1.0), 2)])
+    assert 0.08 <= found <= 0.081
+    assert estimate.seconds([(SECOND, 4)])[0] >= 0.08

@@ -1,0 +1,130 @@
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from models.latency_estimate import LEAST_ERROR, Cell
+from models.profiles import ProfileTable
+from models.subnetwork import SubNetwork
+from service.engines.growing_profile import SERVED_WORTH, GrowingProfile, first_cells, untimed_shapes
+from service.engines.profiler import MIN_RUNS, MIN_SLOW_RUNS, SLOW_S, Figures
+
+CHEAPEST, MIDDLE, DEAREST = SubNetwork(2, 0.5), SubNetwork(4, 0.5), SubNetwork(4, 1.0)
+SIZES = (1, 2, 4)
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+@pytest.fixture
+def profile(profiles: ProfileTable) -> GrowingProfile:
+    return GrowingProfile(profiles, SIZES)
+
+
+def measure(profile: GrowingProfile, cell: Cell, seconds: float) -> None:
+    """Run it as often as it takes, the first time included."""
+    for _ in range(MIN_RUNS + 1):
+        profile.record(cell, seconds)
+
+
+def test_a_cell_is_measured_after_some_runs_the_first_left_out(profile: GrowingProfile) -> None:
+    for place, seconds in enumerate((0.09, 0.010, 0.030, 0.012)):
+        assert profile.seconds((CHEAPEST, 1)) is None, place
+        profile.record((CHEAPEST, 1), seconds)
+    assert profile.seconds((CHEAPEST, 1)) == 0.012
+    profile.record((CHEAPEST, 1), 0.5)
+    assert profile.figures.seconds == {(CHEAPEST, 1): 0.012}
+    assert profile.figures.spread == {(CHEAPEST, 1): pytest.approx(1 / 6)}
+
+
+def test_a_slow_cell_takes_fewer_runs_and_its_first_counts(profile: GrowingProfile) -> None:
+    for _ in range(MIN_SLOW_RUNS):
+        assert profile.seconds((DEAREST, 4)) is None
+        profile.record((DEAREST, 4), 2 * SLOW_S)
+    assert profile.seconds((DEAREST, 4)) == 2 * SLOW_S
+
+
+def test_a_batch_of_requests_counts_less_than_a_run_of_an_idle_engine(profile: GrowingProfile) -> None:
+    for _ in range(round(MIN_RUNS / SERVED_WORTH)):
+        profile.record((CHEAPEST, 1), 0.01, SERVED_WORTH)
+    assert profile.seconds((CHEAPEST, 1)) is None  # the first was of a new shape
+    profile.record((CHEAPEST, 1), 0.01, SERVED_WORTH)
+    assert profile.seconds((CHEAPEST, 1)) == 0.01
+
+
+def test_what_is_no_cell_tells_nothing(profile: GrowingProfile) -> None:
+    profile.record((CHEAPEST, 3), 0.01)
+    profile.record((SubNetwork(9, 1.0), 1), 0.01)
+    assert profile.seconds((CHEAPEST, 3)) is None
+    assert profile.measured_share == 0
+
+
+def test_the_share_that_is_measured_grows_with_every_run(profile: GrowingProfile, profiles: ProfileTable) -> None:
+    shares = [profile.measured_share]
+    for row in profiles.rows:
+        for size in SIZES:
+            measure(profile, (row.subnetwork, size), 0.01)
+            shares.append(profile.measured_share)
+    assert shares == pytest.approx([count / 12 for count in range(13)])
+    assert profile.is_complete
+    assert profile.due(lambda *_: True) is None
+
+
+def test_what_is_not_measured_is_estimated_with_caution(profile: GrowingProfile, profiles: ProfileTable) -> None:
+    for row in (profiles.rows[0], profiles.rows[-1]):
+        for size in (1, 4):
+            measure(profile, (row.subnetwork, size), 1e-7 * row.macs * size)
+    found = profile.predict()
+    assert found.error == LEAST_ERROR
+    for row in profiles.rows:
+        likely = [1e-7 * row.macs * size for size in SIZES]
+        assert found.likely.seconds[row.subnetwork] == pytest.approx(likely, rel=1e-6)
+        is_measured = row in (profiles.rows[0], profiles.rows[-1])
+        cautions = (1, 1.1, 1) if is_measured else (1.1, 1.1, 1.1)
+        cautious = [seconds * factor for seconds, factor in zip(likely, cautions, strict=True)]
+        assert found.cautious.seconds[row.subnetwork] == pytest.approx(cautious, rel=1e-6)
+
+
+def test_nothing_can_be_estimated_from_nothing(profile: GrowingProfile) -> None:
+    with pytest.raises(ValueError, match="nothing is measured"):
+        profile.predict()
+
+
+def test_what_fits_is_due_round_by_round_trained_and_cheap_cells_first(profiles: ProfileTable) -> None:
+    untrained, *trained = profiles.rows
+    profiles = ProfileTable((replace(untrained, is_trained=False), *trained))
+    profile = GrowingProfile(profiles, (1, 2))
+    for row in profiles.rows:
+        measure(profile, (row.subnetwork, 1), 1e-7 * row.macs)
+    costs = profile.predict().likely.seconds
+    order = []
+    while (due := profile.due(lambda _, seconds: seconds < costs[DEAREST][1])) is not None:
+        cell, seconds = due
+        assert seconds == costs[cell[0]][1]
+        order.append(cell)
+        profile.record(cell, seconds)
+    in_turn = [(row.subnetwork, 2) for row in (*trained[:-1], untrained)]
+    # The first time, which does not count, another one at once, and two rounds.
+    assert order == [cell for cell in in_turn for _ in range(2)] + 2 * in_turn
+    assert profile.due(lambda *_: True) == ((DEAREST, 2), costs[DEAREST][1])
+
+
+def test_what_was_kept_or_found_by_others_is_taken_over_and_never_replaced(profiles: ProfileTable) -> None:
+    kept = Figures({(CHEAPEST, 1): 0.01, (DEAREST, 1): 0.05}, {(CHEAPEST, 1): 0.2, (DEAREST, 1): 0.1}, NOW)
+    profile = GrowingProfile(profiles, SIZES, kept)
+    assert profile.measured_share == pytest.approx(2 / 12)
+    assert profile.figures == kept
+    profile.merge(Figures({(CHEAPEST, 1): 9.0, (MIDDLE, 1): 0.02}, {(CHEAPEST, 1): 0.0, (MIDDLE, 1): 0.0}, NOW))
+    assert profile.figures.seconds == {(CHEAPEST, 1): 0.01, (DEAREST, 1): 0.05, (MIDDLE, 1): 0.02}
+    assert profile.figures.spread[CHEAPEST, 1] == 0.2
+
+
+def test_the_first_cells_span_costs_and_sizes_the_most_telling_first(profiles: ProfileTable) -> None:
+    cells = first_cells(profiles, (1, 2, 4, 8, 16))
+    assert [size for _, size in cells] == [1, 1, 1, 4, 4, 4, 16, 16, 16]
+    assert cells[:2] == [(CHEAPEST, 1), (DEAREST, 1)]
+    assert len(set(cells)) == 9
+    assert [size for _, size in first_cells(profiles, (1,))] == [1, 1, 1]
+
+
+def test_sizes_between_the_measured_ones_have_shapes_of_their_own() -> None:
+    assert untimed_shapes([CHEAPEST, DEAREST], (1, 2, 4)) == [(CHEAPEST, 3), (DEAREST, 3)]
+    assert untimed_shapes([CHEAPEST], (1, 2, 4, 7)) == [(CHEAPEST, 3), (CHEAPEST, 5), (CHEAPEST, 6)]

@@ -1,0 +1,346 @@
+import logging
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import pytest
+
+from models.latency_estimate import Cell
+from models.profiles import ProfileTable
+from models.subnetwork import SubNetwork
+from service.engines.growing_profile import GrowingProfile, Prediction
+from service.engines.profiler import MIN_RUNS, Figures
+from service.execution.idle_profiling import (
+    ARRIVALS,
+    BUDGET_SHARE,
+    BUSY,
+    KEEP_S,
+    PUBLISH_S,
+    QUIET_S,
+    QUIET_SHARE,
+    RECHECK_S,
+    WARM_UP_S,
+    IdleProfiler,
+)
+from service.execution.throttle import UtilizationLimiter
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.level_policy import choose_level
+from service.scheduling.scheduler import Scheduler
+from service.scheduling.state import QueuedRequest
+from tests.service.granting import constraints_for
+
+CHEAPEST, MIDDLE, DEAREST = SubNetwork(2, 0.5), SubNetwork(4, 0.5), SubNetwork(4, 1.0)
+SIZES = (1, 2, 4)
+BUDGET_S = 1.0
+BEGAN_AT = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+class Folder:
+    """Keeps a profile that another process may hold, and may have changed."""
+
+    def __init__(self) -> None:
+        self.is_free = True
+        self.is_held = False
+        self.written: list[Figures] = []
+        self.by_others: Figures | None = None
+
+    def claim(self) -> bool:
+        self.is_held = self.is_free
+        return self.is_held
+
+    def release(self) -> None:
+        assert self.is_held
+        self.is_held = False
+
+    def read_if_changed(self) -> Figures | None:
+        found, self.by_others = self.by_others, None
+        return found
+
+    def write(self, figures: Figures) -> None:
+        assert self.is_held
+        self.written.append(figures)
+
+
+class Idle:
+    """An engine with nothing to do, in virtual time: an image takes half a microsecond for each operation."""
+
+    def __init__(self, profiles: ProfileTable, shapes: tuple[Cell, ...] = (), slowness: float = 1.0) -> None:
+        self.now, self.slowness = 100.0, slowness
+        self.macs = {row.subnetwork: row.macs for row in profiles.rows}
+        self.ran: list[Cell] = []
+        self.published: list[Prediction] = []
+        self.folder = Folder()
+        self.taken_until: list[float] = []
+        self.watched: list[tuple[float, float] | None] = []
+        self.error: Exception | None = None
+        self.limiter = UtilizationLimiter(None, None)
+        self.profile = GrowingProfile(profiles, SIZES)
+        for row in (profiles.rows[0], profiles.rows[-1]):
+            for _ in range(MIN_RUNS + 1):
+                self.profile.record((row.subnetwork, 1), self.seconds((row.subnetwork, 1)))
+        catalog = VariantCatalog.of(profiles, self.profile.predict().likely)
+        self.scheduler = Scheduler(catalog, choose_level, SIZES[-1])
+        self.others = 0.0
+        self.most: int | None = None
+        self.profiler = IdleProfiler(
+            self.profile,
+            self.folder,
+            self.time_once,
+            self.scheduler,
+            self.published.append,
+            BUDGET_S,
+            shapes,
+            self.limiter,
+            self.observe_machine,
+            clock=lambda: self.now,
+        )
+
+    def observe_machine(self) -> float:
+        self.scheduler.machine_observed(1.0, self.most)
+        return self.others
+
+    def seconds(self, cell: Cell) -> float:
+        return 5e-7 * self.slowness * self.macs[cell[0]] * cell[1]
+
+    def time_once(self, cell: Cell) -> float:
+        self.watched.append(self.profiler.running)
+        self.taken_until.append(self.scheduler.free_at)
+        if self.error:
+            raise self.error
+        self.ran.append(cell)
+        self.now += self.seconds(cell)
+        return self.seconds(cell)
+
+    def wait(self) -> bool:
+        """Let the engine's thread wait for a request and take its turn; False once it would wait for ever."""
+        wait_s = self.profiler.wait_s(is_expecting=False)
+        if wait_s is None:
+            return False
+        self.now += wait_s
+        self.profiler.take_turn()
+        return True
+
+    def wait_until(self, is_done: Callable[[], bool]) -> None:
+        while not is_done():
+            assert self.wait()
+            assert self.now < 10_000
+
+    def finish(self) -> None:
+        while self.wait():
+            assert self.now < 10_000
+
+
+@pytest.fixture
+def idle(profiles: ProfileTable) -> Idle:
+    return Idle(profiles)
+
+
+def test_an_idle_engine_completes_the_profile_and_then_waits_for_ever(idle: Idle) -> None:
+    assert 0 < idle.profiler.measured_share < 0.5
+    idle.finish()
+    assert idle.profiler.measured_share == 1
+    for cell, seconds in idle.profile.figures.seconds.items():
+        assert seconds == pytest.approx(idle.seconds(cell))
+    assert idle.published[-1].cautious == idle.published[-1].likely
+    assert idle.folder.written[-1] == idle.profile.figures
+    assert not idle.folder.is_held
+    assert idle.profiler.wait_s(is_expecting=False) is None
+
+
+def test_nothing_is_measured_before_the_engine_has_been_quiet_for_a_moment(idle: Idle) -> None:
+    assert idle.profiler.wait_s(is_expecting=False) == pytest.approx(QUIET_S)
+    idle.now += 10
+    idle.profiler.batch_ran(CHEAPEST, 1, 0.01, idle.now)
+    assert idle.profiler.wait_s(is_expecting=False) == pytest.approx(QUIET_S)
+    idle.now += 10
+    assert idle.profiler.wait_s(is_expecting=True) == pytest.approx(QUIET_S)
+    assert idle.profiler.wait_s(is_expecting=False) == pytest.approx(QUIET_S)
+    idle.now += QUIET_S
+    assert idle.profiler.wait_s(is_expecting=False) == 0
+
+
+def test_a_cell_takes_no_more_than_a_part_of_a_tight_budget_until_it_has_been_quiet_for_long(idle: Idle) -> None:
+    budget_s = 1.2 * idle.seconds((CHEAPEST, 2)) / BUDGET_SHARE
+    request = QueuedRequest(idle.now + budget_s, constraints_for(budget_s, 2))
+    idle.scheduler.admit(request, idle.now - 60)
+    idle.scheduler.enqueue(request)
+    idle.scheduler.withdraw(request)
+    idle.profiler.batch_ran(CHEAPEST, 1, 0.01, idle.now)
+    quiet_from = idle.now
+    count, is_going_on = 0, True
+    while is_going_on:
+        is_going_on = idle.wait()
+        for cell in idle.ran[count:]:
+            room_s = max(BUDGET_SHARE * budget_s, QUIET_SHARE * (idle.now - quiet_from))
+            assert idle.seconds(cell) <= 1.01 * room_s
+        count = len(idle.ran)
+    dearest_s = idle.seconds((DEAREST, 4))
+    assert dearest_s > BUDGET_SHARE * budget_s
+    assert (DEAREST, 4) in idle.ran
+
+
+@pytest.mark.parametrize("rate", [1, 10])
+def test_the_more_requests_come_the_shorter_is_what_is_measured_between_them(idle: Idle, rate: int) -> None:
+    for number in range(30 * rate):
+        if number == rate:
+            idle.ran.clear()  # by now it is known how many come
+        idle.scheduler.rejected("full", idle.now)  # which counts as an arrival
+        idle.profiler.batch_ran(MIDDLE, 3, 0.001, idle.now)
+        until = idle.now + 0.99 / rate
+        while idle.now < until and idle.wait():
+            pass
+        idle.now = max(idle.now, until)
+    assert bool(idle.ran) == (rate == 1)  # of a tenth of 100 ms not even the cheapest batch makes use
+    assert all(idle.seconds(cell) <= 2 * ARRIVALS / rate for cell in idle.ran)
+
+
+def test_a_request_that_names_no_budget_counts_before_the_first_has_come(idle: Idle) -> None:
+    dear_s = BUDGET_SHARE * BUDGET_S
+    while idle.now < 100 + dear_s / QUIET_SHARE and idle.wait():
+        pass
+    assert idle.ran
+    assert all(idle.seconds(cell) <= dear_s for cell in idle.ran)
+
+
+def test_the_scheduler_and_the_watchdog_know_of_a_cell_that_runs(idle: Idle) -> None:
+    idle.wait_until(lambda: bool(idle.ran))
+    began = idle.now - idle.seconds(idle.ran[0])
+    (running,) = idle.watched
+    assert running is not None
+    assert running[0] == pytest.approx(began)
+    assert running[1] == pytest.approx(idle.seconds(idle.ran[0]), rel=0.3)
+    assert idle.taken_until == [pytest.approx(sum(running))]
+    assert idle.profiler.running is None
+    assert idle.scheduler.free_at == idle.now
+
+
+def test_nothing_is_measured_while_others_load_the_machine(idle: Idle) -> None:
+    idle.others = BUSY + 0.01
+    for _ in range(20):
+        idle.wait()
+    assert not idle.ran
+    assert idle.now == pytest.approx(100 + QUIET_S + 19 * RECHECK_S)
+    idle.others = BUSY
+    idle.wait()
+    assert idle.ran
+
+
+def test_no_batch_is_larger_than_what_the_memory_holds(idle: Idle) -> None:
+    idle.most = 2
+    for _ in range(200):
+        idle.wait()
+    assert {size for _, size in idle.ran} == {1, 2}
+    idle.most = None
+    idle.finish()
+    assert idle.profile.is_complete
+
+
+def test_a_ceiling_of_utilization_holds_for_cells_as_well(profiles: ProfileTable) -> None:
+    idle = Idle(profiles)
+    idle.profiler = IdleProfiler(
+        idle.profile,
+        idle.folder,
+        idle.time_once,
+        idle.scheduler,
+        idle.published.append,
+        BUDGET_S,
+        limiter=UtilizationLimiter(0.1, None),
+        clock=lambda: idle.now,
+    )
+    while idle.now < 130 and idle.wait():
+        pass
+    busy_s = sum(idle.seconds(cell) for cell in idle.ran)
+    assert 0.05 * 30 < busy_s < 0.12 * 30
+
+
+def test_the_scheduler_gets_what_is_new_every_now_and_then(idle: Idle) -> None:
+    assert len(idle.published) == 1  # at the start
+    until = idle.now + 5 * PUBLISH_S
+    while idle.now < until and idle.wait():
+        pass
+    assert 3 <= len(idle.published) <= 6
+
+
+def test_what_is_measured_is_kept_as_it_grows_and_once_more_at_the_end(profiles: ProfileTable) -> None:
+    idle = Idle(profiles, slowness=20)
+    while idle.now < 100 + 2.5 * KEEP_S:
+        assert idle.wait()
+    kept = len(idle.folder.written)
+    assert kept == 2
+    idle.profiler.close()
+    assert len(idle.folder.written) == kept + 1
+    assert not idle.folder.is_held
+    assert idle.profiler.wait_s(is_expecting=False) is None
+
+
+def test_where_another_process_measures_its_figures_are_taken_over(idle: Idle) -> None:
+    idle.folder.is_free = False
+    for _ in range(4):
+        idle.wait()
+    assert not idle.ran
+    shares = [idle.profiler.measured_share]
+    idle.folder.by_others = Figures({(DEAREST, 4): 0.123}, {(DEAREST, 4): 0.0}, BEGAN_AT)
+    for _ in range(math.ceil(PUBLISH_S / RECHECK_S) + 1):
+        idle.wait()
+    assert idle.profiler.measured_share > shares[0]
+    assert idle.published[-1].likely.seconds[DEAREST][-1] == 0.123
+    idle.profiler.close()
+    assert not idle.folder.written  # that is for the one that measures
+
+
+def test_what_a_command_measured_meanwhile_is_not_overwritten(idle: Idle) -> None:
+    idle.wait_until(lambda: bool(idle.ran))
+    idle.folder.by_others = Figures({(DEAREST, 4): 0.123}, {(DEAREST, 4): 0.0}, BEGAN_AT)
+    idle.profiler.close()
+    assert idle.folder.written[-1].seconds[DEAREST, 4] == 0.123
+
+
+def test_another_process_goes_on_where_the_one_that_measured_has_ended(idle: Idle) -> None:
+    idle.folder.is_free = False
+    for _ in range(4):
+        idle.wait()
+    idle.folder.is_free = True
+    idle.wait_until(lambda: bool(idle.ran))
+    assert idle.folder.is_held
+
+
+def test_an_engine_that_fails_is_measured_no_more(idle: Idle, caplog: pytest.LogCaptureFixture) -> None:
+    idle.error = RuntimeError("out of memory")
+    with caplog.at_level(logging.ERROR):
+        idle.wait_until(lambda: bool(idle.watched))
+    assert "the rest of the profile stays an estimate" in caplog.text
+    assert idle.profiler.running is None
+    assert idle.profiler.wait_s(is_expecting=False) is None
+    assert idle.profiler.measured_share < 1
+
+
+def test_batches_of_requests_tell_of_their_cells_beside_those_of_measured_ones(idle: Idle) -> None:
+    """The machine is half as fast as it was, which is known from the cells that are measured."""
+    cell = (CHEAPEST, 2)
+    for _ in range(40):
+        idle.now += 0.1
+        idle.profiler.batch_ran(CHEAPEST, 1, 2 * idle.seconds((CHEAPEST, 1)), idle.now)
+        idle.now += 0.1
+        idle.profiler.batch_ran(*cell, 2 * idle.seconds(cell), idle.now)
+    assert idle.profile.seconds(cell) == pytest.approx(idle.seconds(cell), rel=0.05)
+    assert not idle.ran
+
+
+def test_batches_of_requests_tell_nothing_where_no_measured_cell_ran_beside_them(idle: Idle) -> None:
+    cell, share = (CHEAPEST, 2), idle.profiler.measured_share
+    idle.profiler.batch_ran(CHEAPEST, 1, 2 * idle.seconds((CHEAPEST, 1)), idle.now)
+    for _ in range(40):
+        idle.now += 2.0
+        idle.profiler.batch_ran(*cell, 2 * idle.seconds(cell), idle.now)
+    assert idle.profiler.measured_share == share
+
+
+def test_other_shapes_run_once_behind_the_profile_for_some_seconds(profiles: ProfileTable) -> None:
+    shapes = ((CHEAPEST, 3), (DEAREST, 3)) * 200
+    idle = Idle(profiles, shapes)
+    idle.finish()
+    first = idle.ran.index((CHEAPEST, 3))
+    assert idle.profile.is_complete
+    assert set(idle.ran[first:]) == {(CHEAPEST, 3), (DEAREST, 3)}
+    spent_s = sum(idle.seconds(cell) for cell in idle.ran[first:])
+    assert WARM_UP_S <= spent_s < WARM_UP_S + idle.seconds((DEAREST, 3)) * 1.1
