@@ -24,6 +24,7 @@ from models.files.torch_files import read_torch_file
 from models.flops import count_macs
 from models.profiles import ProfileTable
 from models.published import describe_published, is_plain_vit
+from models.quantization import Quantization
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 
@@ -56,19 +57,28 @@ class Header:
     config: SuperViTConfig
     class_names: tuple[str, ...]
     profile: ProfileTable
+    int8: Quantization | None = None
 
     def __post_init__(self) -> None:
         if len(self.class_names) != self.config.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.config.num_classes} classes")
-        missing = set(self.config.subnetworks) - self.profile.by_subnetwork.keys()
-        if missing:
-            raise ValueError(f"the profile lacks {min(missing)}")
-        strange = {row.subnetwork.patch_grid for row in self.profile.rows} - set(self.config.patch_grids)
-        if strange:
-            raise ValueError(f"the profile has grid {min(strange)}, which was not trained")
-        for row in self.profile.rows:
-            if row.is_trained != (row.subnetwork in self.config.subnetworks):
-                raise ValueError(f"the profile is wrong about whether {row.subnetwork} was trained")
+        _check_profile(self.profile, self.config)
+        if self.int8 is not None:
+            _check_profile(self.int8.profile, self.config)
+            if len(self.int8.ranges) != self.config.depth:
+                raise ValueError(f"{len(self.int8.ranges)} blocks are quantised of {self.config.depth}")
+
+
+def _check_profile(profile: ProfileTable, config: SuperViTConfig) -> None:
+    missing = set(config.subnetworks) - profile.by_subnetwork.keys()
+    if missing:
+        raise ValueError(f"the profile lacks {min(missing)}")
+    strange = {row.subnetwork.patch_grid for row in profile.rows} - set(config.patch_grids)
+    if strange:
+        raise ValueError(f"the profile has grid {min(strange)}, which was not trained")
+    for row in profile.rows:
+        if row.is_trained != (row.subnetwork in config.subnetworks):
+            raise ValueError(f"the profile is wrong about whether {row.subnetwork} was trained")
 
 
 _HEADER = TypeAdapter(Header)
@@ -87,6 +97,7 @@ class Checkpoint:
         profile: cost and, where known, accuracy of each sub-network.
         is_ours: whether the file is in our own format.
         is_half: whether the file holds its weights in half precision.
+        int8: what it takes to run it in 8 bits; None where nobody quantised it.
     """
 
     name: str
@@ -97,6 +108,7 @@ class Checkpoint:
     profile: ProfileTable
     is_ours: bool = True
     is_half: bool = False
+    int8: Quantization | None = None
 
 
 def load_checkpoint(name: str | Path) -> Checkpoint:
@@ -118,7 +130,8 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
         header = Header(*describe_published(weights)) if own_header is None else _own_header(own_header, len(weights))
         model = _blank_model(header.config)
         check_weights(weights, model.state_dict())
-        wrong = [row for row in header.profile.rows if row.macs != count_macs(header.config, row.subnetwork)]
+        rows = (*header.profile.rows, *(header.int8.profile.rows if header.int8 else ()))
+        wrong = [row for row in rows if row.macs != count_macs(header.config, row.subnetwork)]
         if wrong:
             raise UnreadableCheckpointError(f"{wrong[0].macs} MACs are not the cost of {wrong[0].subnetwork}")
         version = digest(path)
@@ -132,6 +145,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
         header.profile,
         is_ours=own_header is not None,
         is_half=_is_half(stored, weights),
+        int8=header.int8,
     )
 
 

@@ -1,0 +1,144 @@
+"""Products of tokens and weights as OpenVINO nodes: in floating point, or in 8 bits as this CPU is fastest at them.
+
+A product in 8 bits has its activations quantised between two values for a whole tensor, which calibration found, and
+its weights evenly on both sides of zero for each output (FakeQuantize, which OpenVINO makes integers of).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov  # type: ignore[import-untyped] # it publishes no types
+from openvino import opset15 as op
+
+from models.quantization import STEPS, BlockRanges, Place, Range
+
+Floats = npt.NDArray[np.float32]
+
+VNNI_CAPABILITIES = ("avx512_vnni", "avx_vnni")
+WEIGHT_LEVELS = 255  # -127 to 127
+
+
+class Products:
+    """In floating point.
+
+    A product takes what `enter` or `stay` made of its input, and `leave` makes tokens of what the last one gave.
+    """
+
+    @property
+    def notes(self) -> list[ov.Node]:
+        """What else the graph shall return."""
+        return []
+
+    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:  # noqa: ARG002 - others tell places apart
+        """Make the input of products of (B, N, D) tokens."""
+        return tokens
+
+    def stay(self, hidden: ov.Node, place: Place) -> ov.Node:
+        """Make the input of a product of what another product gave, elementwise changed."""
+        return self.enter(hidden, place)
+
+    def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
+        """Multiply by a (outputs, inputs) weight and add a bias."""
+        return linear(entered, weight, bias)
+
+    def leave(self, given: ov.Node) -> ov.Node:
+        """Return (B, N, D) tokens."""
+        return given
+
+
+class ObservedProducts(Products):
+    """In floating point, noting between which values lies what enters.
+
+    Attributes:
+        places: where, in the order of the notes: for each, the lowest and the highest value of each image, (B,) both.
+    """
+
+    def __init__(self) -> None:
+        self.places: list[Place] = []
+        self._notes: list[ov.Node] = []
+
+    @property
+    def notes(self) -> list[ov.Node]:
+        """Two for each place."""
+        return self._notes
+
+    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
+        """Note the tokens, unless some of the same place are noted, and return them."""
+        if place not in self.places:
+            self.places.append(place)
+            self._notes += [op.reduce_min(tokens, _ints(1, 2)), op.reduce_max(tokens, _ints(1, 2))]
+        return tokens
+
+
+class IntegerProducts(Products):
+    """In 8 bits, as products of matrices: for CPUs with instructions for sums of four such products (VNNI)."""
+
+    def __init__(self, ranges: Sequence[BlockRanges]) -> None:
+        self._ranges = ranges
+
+    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
+        """Quantise (B, N, D) tokens."""
+        found: Range = getattr(self._ranges[place.block], place.layer)
+        low, high = (op.constant(np.float32(value)) for value in (found.low, found.high))
+        return op.fake_quantize(tokens, low, high, low, high, STEPS + 1)
+
+    def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
+        """Multiply by a quantised weight."""
+        return op.add(op.matmul(entered, quantised(weight), False, True), op.constant(bias))
+
+
+class ConvolvedProducts(IntegerProducts):
+    """In 8 bits, as convolutions of (B, D, N, 1) tokens: for CPUs without VNNI.
+
+    On those, OpenVINO's integer products of matrices take as long as its float ones; its convolutions of one pixel
+    take half as long on AVX2. They halve the weights there: a sum of two products of 8 bits may be too large for 16.
+    """
+
+    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
+        """Quantise tokens, then put the channels first."""
+        rows = op.reshape(super().enter(tokens, place), _ints(0, 0, 1, -1), True)
+        return op.transpose(rows, _ints(0, 3, 1, 2))
+
+    def stay(self, hidden: ov.Node, place: Place) -> ov.Node:
+        """Quantise what has its channels first."""
+        return super().enter(hidden, place)
+
+    def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
+        """Convolve with a quantised kernel of one pixel."""
+        kernel = quantised(weight[:, :, None, None])
+        moved = op.convolution(entered, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
+        return op.add(moved, op.constant(bias[None, :, None, None]))
+
+    def leave(self, given: ov.Node) -> ov.Node:
+        """Put the channels last again."""
+        return op.reshape(op.transpose(given, _ints(0, 2, 3, 1)), _ints(0, 0, -1), True)
+
+
+def integer_products(ranges: Sequence[BlockRanges], capabilities: Mapping[str, object]) -> IntegerProducts | None:
+    """Choose how a CPU computes in 8 bits; None for one that would gain nothing.
+
+    Args:
+        ranges: of the activations.
+        capabilities: of the CPU, as torch names them.
+    """
+    if any(capabilities.get(name) for name in VNNI_CAPABILITIES):
+        return IntegerProducts(ranges)
+    return ConvolvedProducts(ranges) if capabilities.get("avx2") else None
+
+
+def linear(tokens: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
+    """Multiply (..., inputs) by a (outputs, inputs) weight and add a bias, in floating point."""
+    return op.add(op.matmul(tokens, op.constant(weight), False, True), op.constant(bias))
+
+
+def quantised(weight: Floats) -> ov.Node:
+    """Quantise (outputs, ...) weights evenly on both sides of zero, each output by its largest."""
+    largest = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True)
+    largest = np.maximum(largest, np.finfo(np.float32).tiny)  # of an output without weights
+    low, high = op.constant(-largest), op.constant(largest)
+    return op.fake_quantize(op.constant(weight), low, high, low, high, WEIGHT_LEVELS)
+
+
+def _ints(*values: int) -> ov.Node:
+    return op.constant(np.array(values, np.int32))
