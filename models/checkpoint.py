@@ -22,6 +22,7 @@ from models.files.safetensors_files import is_safetensors, read_safetensors, wri
 from models.files.sources import find_checkpoint
 from models.files.torch_files import read_torch_file
 from models.flops import count_macs
+from models.header import Header
 from models.profiles import ProfileTable
 from models.published import describe_published, is_plain_vit
 from models.quantization import Quantization
@@ -47,38 +48,6 @@ HEADER_KEY = "supervit"
 NAMES_SHOWN = 4
 STATISTICS = (".running_mean", ".running_var")
 SMALLEST_NORMAL_HALF, LARGEST_HALF = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What our own format says of its weights."""
-
-    name: str
-    config: SuperViTConfig
-    class_names: tuple[str, ...]
-    profile: ProfileTable
-    int8: Quantization | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.class_names) != self.config.num_classes:
-            raise ValueError(f"{len(self.class_names)} class names for {self.config.num_classes} classes")
-        _check_profile(self.profile, self.config)
-        if self.int8 is not None:
-            _check_profile(self.int8.profile, self.config)
-            if len(self.int8.ranges) != self.config.depth:
-                raise ValueError(f"{len(self.int8.ranges)} blocks are quantised of {self.config.depth}")
-
-
-def _check_profile(profile: ProfileTable, config: SuperViTConfig) -> None:
-    missing = set(config.subnetworks) - profile.by_subnetwork.keys()
-    if missing:
-        raise ValueError(f"the profile lacks {min(missing)}")
-    strange = {row.subnetwork.patch_grid for row in profile.rows} - set(config.patch_grids)
-    if strange:
-        raise ValueError(f"the profile has grid {min(strange)}, which was not trained")
-    for row in profile.rows:
-        if row.is_trained != (row.subnetwork in config.subnetworks):
-            raise ValueError(f"the profile is wrong about whether {row.subnetwork} was trained")
 
 
 _HEADER = TypeAdapter(Header)

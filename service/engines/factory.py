@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -26,7 +26,12 @@ NO_INSTRUCTIONS = "this CPU has neither AVX2 nor VNNI"
 
 
 def open_engine(
-    checkpoint: Checkpoint, kind: Kind, device: str, precision: Literal["auto", "int8"] | Precision, threads: int
+    checkpoint: Checkpoint,
+    kind: Kind,
+    device: str,
+    precision: Literal["auto", "int8"] | Precision,
+    threads: int,
+    capabilities: Mapping[str, object] | None = None,
 ) -> tuple[Engine, Checkpoint]:
     """Build the engine that was asked for, and say what it serves.
 
@@ -37,6 +42,7 @@ def open_engine(
         precision: by default 8 bits where the checkpoint is prepared for them, loses at most TOLERATED_LOSS at each
             sub-network and OpenVINO serves it on a CPU that gains by them, and else what the engine is fastest in.
         threads: of the engine, on a CPU.
+        capabilities: of the CPU, as torch names them; by default what torch says.
 
     Returns:
         the engine, and the checkpoint with the profile of what is served.
@@ -46,7 +52,7 @@ def open_engine(
     """
     if precision != "auto" and precision != "int8":
         return make_engine(kind, checkpoint.model, device, threads, precision), checkpoint
-    int8, problem = checkpoint.int8, _problem_of_int8(checkpoint, kind, device)
+    int8, problem = checkpoint.int8, _problem_of_int8(checkpoint, kind, device, capabilities or cpu_capabilities())
     if precision == "int8" and problem is not None:
         raise DeviceError(f"precision int8 cannot be had: {problem}")
     if int8 is None or problem is not None or (precision == "auto" and _loses_too_much(checkpoint)):
@@ -109,13 +115,13 @@ def _is_openvino(kind: Kind, model: SuperViT, device: str) -> bool:
     return kind == "openvino" or (kind == "auto" and is_cpu and not model.config.fuse_pruned)
 
 
-def _problem_of_int8(checkpoint: Checkpoint, kind: Kind, device: str) -> str | None:
+def _problem_of_int8(checkpoint: Checkpoint, kind: Kind, device: str, capabilities: Mapping[str, object]) -> str | None:
     """Say why a checkpoint cannot be served in 8 bits; None where it can."""
     if resolve_device(device).type != "cpu" or not _is_openvino(kind, checkpoint.model, device):
         return "it takes the OpenVINO engine on a CPU"
     if checkpoint.int8 is None:
         return "the checkpoint is not prepared for it; `supervit quantize` does that"
-    return None if integer_products(checkpoint.int8.ranges, cpu_capabilities()) else NO_INSTRUCTIONS
+    return None if integer_products(checkpoint.int8.ranges, capabilities) else NO_INSTRUCTIONS
 
 
 def _loses_too_much(checkpoint: Checkpoint) -> bool:
