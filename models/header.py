@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from models.profiles import ProfileTable
-from models.quantization import Quantization
+from models.quantization import LAYERS, Quantization
 from models.subnetwork import SuperViTConfig
 
 
@@ -36,6 +36,11 @@ class Header:
             _check_profile(self.int8.profile, self.config)
             if len(self.int8.ranges) != self.config.depth:
                 raise ValueError(f"{len(self.int8.ranges)} blocks are quantised of {self.config.depth}")
+            for block in self.int8.ranges:
+                for layer in LAYERS:
+                    width = self.config.mlp_width if layer == "fc2" else self.config.width
+                    if len(getattr(block, layer).smoothing) not in (0, width):
+                        raise ValueError(f"{layer} does not smooth each of {width} channels")
 
 
 def _check_profile(profile: ProfileTable, config: SuperViTConfig) -> None:

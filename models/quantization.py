@@ -8,6 +8,8 @@ from models.profiles import ProfileTable
 
 Layer = Literal["qkv", "proj", "fc1", "fc2"]
 LAYERS: tuple[Layer, ...] = get_args(Layer)
+SMOOTHING_STEPS = 4  # of an octave
+SMOOTHING_BOUND = 20 * SMOOTHING_STEPS
 STEPS = 255  # between the least and the greatest of 256 values
 TOLERATED_LOSS = 0.003  # of top-1, of each sub-network, beside floating point
 
@@ -24,28 +26,36 @@ class Place:
 class Range:
     """Between which values activations are told apart; those beyond count as at its ends.
 
+    Attributes:
+        low, high: the ends, of smoothed activations.
+        smoothing: for each channel the n of its 2 ** (n / SMOOTHING_STEPS), by which it is divided before, and its
+            weights multiplied (Xiao et al., "SmoothQuant", ICML 2023); none for no smoothing.
+
     Raises:
-        ValueError: 0 is not in it, or an end is not finite.
+        ValueError: 0 is not in it, an end is not finite, or a channel's n is beyond SMOOTHING_BOUND.
     """
 
     low: float
     high: float
+    smoothing: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not -math.inf < self.low <= 0 < self.high < math.inf:
             raise ValueError(f"a range must be finite and end above 0, not begin there: {self.low}..{self.high}")
+        if any(abs(step) > SMOOTHING_BOUND for step in self.smoothing):
+            raise ValueError(f"a channel's smoothing must be from -{SMOOTHING_BOUND} to {SMOOTHING_BOUND}")
 
     @classmethod
-    def of(cls, low: float, high: float) -> "Range":
+    def of(cls, low: float, high: float, smoothing: tuple[int, ...] = ()) -> "Range":
         """Make a range of about these ends in which 0 is one of the 256 values that are told apart.
 
         Integers have a whole number for 0. A range for which it is not whole is rounded at serving: half of a step
-        times the sum of each output's weights, which tripled the error of logits here.
+        times the sum of each output's weights, which doubled the error of logits.
         """
         low = min(low, 0.0)
         step = max(high - low, 1e-6) / STEPS
         below = min(round(-low / step), STEPS - 1)
-        return cls(-below * step, (STEPS - below) * step)
+        return cls(-below * step, (STEPS - below) * step, smoothing)
 
 
 @dataclass(frozen=True, slots=True)

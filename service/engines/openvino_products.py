@@ -11,7 +11,7 @@ import numpy.typing as npt
 import openvino as ov  # type: ignore[import-untyped] # it publishes no types
 from openvino import opset15 as op
 
-from models.quantization import STEPS, BlockRanges, Place, Range
+from models.quantization import SMOOTHING_STEPS, STEPS, BlockRanges, Place, Range
 
 Floats = npt.NDArray[np.float32]
 
@@ -50,15 +50,19 @@ class Products:
 
 
 class ObservedProducts(Products):
-    """In floating point, noting between which values lies what enters.
+    """In floating point, noting what enters and by which weights it is multiplied.
 
     Attributes:
-        places: where, in the order of the notes: for each, the lowest and the highest value of each image, (B,) both.
+        places: where, in the order of the notes: for each, the lowest and the highest value of each channel of each
+            image's tokens, (B, D) both.
+        largest_weights: by place, the largest absolute weight of each channel, (D,).
     """
 
     def __init__(self) -> None:
         self.places: list[Place] = []
+        self.largest_weights: dict[Place, Floats] = {}
         self._notes: list[ov.Node] = []
+        self._entered = Place(0, "qkv")
 
     @property
     def notes(self) -> list[ov.Node]:
@@ -67,10 +71,17 @@ class ObservedProducts(Products):
 
     def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
         """Note the tokens, unless some of the same place are noted, and return them."""
+        self._entered = place
         if place not in self.places:
             self.places.append(place)
-            self._notes += [op.reduce_min(tokens, _ints(1, 2)), op.reduce_max(tokens, _ints(1, 2))]
+            self._notes += [op.reduce_min(tokens, _ints(1)), op.reduce_max(tokens, _ints(1))]
         return tokens
+
+    def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
+        """Note the weight of the place that was entered last, and multiply by it."""
+        largest = np.abs(weight).max(axis=0)
+        self.largest_weights[self._entered] = np.maximum(largest, self.largest_weights.get(self._entered, largest))
+        return super().linear(entered, weight, bias)
 
 
 class IntegerProducts(Products):
@@ -84,16 +95,25 @@ class IntegerProducts(Products):
 
     def __init__(self, ranges: Sequence[BlockRanges]) -> None:
         self._ranges = ranges
+        self._smoothing: Floats = np.ones(1, np.float32)
 
     def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
-        """Quantise (B, N, D) tokens."""
-        found: Range = getattr(self._ranges[place.block], place.layer)
-        low, high = (op.constant(np.float32(value)) for value in (found.low, found.high))
-        return op.fake_quantize(tokens, low, high, low, high, STEPS + 1)
+        """Smooth and quantise (B, N, D) tokens."""
+        return self._quantise(tokens, place, (1, 1, -1))
 
     def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
-        """Multiply by a quantised weight."""
-        return op.add(op.matmul(entered, quantised(weight, self.weight_max), False, True), op.constant(bias))
+        """Multiply what was entered last by a weight, smoothed likewise and quantised."""
+        smoothed = quantised(weight * self._smoothing, self.weight_max)
+        return op.add(op.matmul(entered, smoothed, False, True), op.constant(bias))
+
+    def _quantise(self, values: ov.Node, place: Place, shape: tuple[int, ...]) -> ov.Node:
+        """Smooth and quantise values whose channels lie along the -1 of `shape`."""
+        found: Range = getattr(self._ranges[place.block], place.layer)
+        self._smoothing = np.exp2(np.array(found.smoothing or (0,), np.float32) / SMOOTHING_STEPS)
+        if found.smoothing:
+            values = op.multiply(values, op.constant((1 / self._smoothing).reshape(shape)))
+        low, high = (op.constant(np.float32(value)) for value in (found.low, found.high))
+        return op.fake_quantize(values, low, high, low, high, STEPS + 1)
 
 
 class ConvolvedProducts(IntegerProducts):
@@ -112,11 +132,11 @@ class ConvolvedProducts(IntegerProducts):
 
     def stay(self, hidden: ov.Node, place: Place) -> ov.Node:
         """Quantise what has its channels first."""
-        return super().enter(hidden, place)
+        return self._quantise(hidden, place, (1, -1, 1, 1))
 
     def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
         """Convolve with a quantised kernel of one pixel."""
-        kernel = quantised(weight[:, :, None, None], self.weight_max)
+        kernel = quantised((weight * self._smoothing)[:, :, None, None], self.weight_max)
         moved = op.convolution(entered, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
         return op.add(moved, op.constant(bias[None, :, None, None]))
 

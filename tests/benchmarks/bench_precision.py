@@ -7,7 +7,7 @@ this process computed instead of the time that passed: with one thread, for a ma
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 
@@ -54,7 +54,7 @@ def open_engines(checkpoint: Checkpoint, threads: int) -> dict[str, OpenVINOEngi
 
 
 def in_turns(
-    runs: dict[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
+    runs: Mapping[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
     """Time the runs in turns, after two of each that do not count."""
     for run in (*runs.values(), *runs.values()):

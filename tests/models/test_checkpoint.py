@@ -83,7 +83,8 @@ def test_what_is_saved_is_what_is_loaded(
 
 
 def quantized(config: SuperViTConfig, blocks: int | None = None) -> Quantization:
-    block = BlockRanges(Range.of(-1.5, 2.5), Range.of(-1.0, 1.0), Range.of(-2.0, 3.0), Range.of(-0.17, 4.0))
+    smoothing = tuple(range(-8, config.width - 8))
+    block = BlockRanges(Range.of(-1.5, 2.5, smoothing), Range.of(-1.0, 1.0), Range.of(-2.0, 3.0), Range.of(-0.17, 4.0))
     return Quantization((block,) * (config.depth if blocks is None else blocks), ProfileTable.unmeasured(config))
 
 
@@ -102,6 +103,9 @@ def test_what_is_known_of_8_bits_must_be_of_this_model(tiny_header: Header) -> N
     config = tiny_header.config
     with pytest.raises(ValueError, match=f"2 blocks are quantised of {config.depth}"):
         replace(tiny_header, int8=quantized(config, blocks=2))
+    narrow = replace(quantized(config).ranges[0], fc2=Range.of(-1.0, 1.0, (1,) * config.width))
+    with pytest.raises(ValueError, match=f"fc2 does not smooth each of {config.mlp_width} channels"):
+        replace(tiny_header, int8=replace(quantized(config), ranges=(narrow,) * config.depth))
     other = ProfileTable.unmeasured(replace(config, patch_grids=config.patch_grids[1:]))
     with pytest.raises(ValueError, match="the profile lacks grid 2"):
         replace(tiny_header, int8=replace(quantized(config), profile=other))

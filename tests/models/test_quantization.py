@@ -30,6 +30,12 @@ def test_a_range_without_zero_or_an_end_is_none(low: float, high: float) -> None
         Range(low, high)
 
 
+def test_no_channel_is_smoothed_beyond_bounds() -> None:
+    assert Range.of(-1.0, 1.0, (80, -80)).smoothing == (80, -80)
+    with pytest.raises(ValueError, match="from -80 to 80"):
+        Range.of(-1.0, 1.0, (0, 81))
+
+
 def table(*top1: float | None) -> ProfileTable:
     return ProfileTable(tuple(SubNetworkProfile(SubNetwork(2 + i, 1.0), 10 + i, each) for i, each in enumerate(top1)))
 

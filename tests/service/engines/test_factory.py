@@ -110,7 +110,7 @@ def test_bfloat16_is_had_from_both_engines_or_refused_by_both(build: Callable[..
     described = []
     for kind in ("openvino", "torch"):
         try:
-            described.append("bfloat16" in make_engine(kind, build(), "cpu", 1, "bfloat16").describe())  # type: ignore[arg-type] # as listed
+            described.append("bfloat16" in make_engine(kind, build(), "cpu", 1, "bfloat16").describe())
         except DeviceError as error:
             assert "precision bfloat16 cannot be had" in str(error)  # noqa: PT017 - it depends on the CPU
             described.append(False)
@@ -119,4 +119,4 @@ def test_bfloat16_is_had_from_both_engines_or_refused_by_both(build: Callable[..
 
 def test_float32_is_had_from_both_engines(build: Callable[..., SuperViT]) -> None:
     for kind in ("openvino", "torch"):
-        assert ", float32, " in make_engine(kind, build(), "cpu", 1, "float32").describe()  # type: ignore[arg-type] # as listed
+        assert ", float32, " in make_engine(kind, build(), "cpu", 1, "float32").describe()

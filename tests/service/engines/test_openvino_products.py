@@ -7,7 +7,7 @@ import torch
 from openvino import opset15 as op
 
 from models.data.images import normalise
-from models.quantization import LAYERS, STEPS, BlockRanges, Place, Range
+from models.quantization import LAYERS, SMOOTHING_STEPS, STEPS, BlockRanges, Place, Range
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from service.engines.openvino_engine import OpenVINOEngine
@@ -24,7 +24,7 @@ CONFIG = SuperViTConfig(
     width=24, depth=3, num_heads=2, patch_kernel=4, patch_grids=(2, 4), prune_blocks=(1,), num_classes=7
 )
 WIDE = Range.of(-2.0, 3.0)
-RANGES = (BlockRanges(WIDE, Range.of(-1.0, 1.0), WIDE, WIDE),)
+RANGES = (BlockRanges(WIDE, WIDE, WIDE, WIDE),)
 KINDS: Sequence[Callable[[Sequence[BlockRanges]], IntegerProducts]] = (IntegerProducts, ConvolvedProducts)
 
 
@@ -52,25 +52,28 @@ def rounded_weight(weight: Floats, weight_max: int) -> Floats:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("smoothing", [(), tuple(range(-8, 8))])
 def test_products_in_8_bits_are_those_of_rounded_tokens_and_rounded_weights(
-    kind: Callable[[Sequence[BlockRanges]], IntegerProducts],
+    kind: Callable[[Sequence[BlockRanges]], IntegerProducts], smoothing: tuple[int, ...]
 ) -> None:
     """Weights so small beside the largest of their output that a CPU without VNNI loses no sum of two products."""
     rng = np.random.default_rng(4)
-    tokens = rng.normal(size=(3, 5, 16)).astype(np.float32)
-    weight = rng.uniform(-0.05, 0.05, size=(16, 16)).astype(np.float32)
-    weight[:, 0] = 0.3
+    factors = np.exp2(np.array(smoothing or (0,), np.float32) / SMOOTHING_STEPS)
+    tokens = (rng.normal(size=(3, 5, 16)) * factors).astype(np.float32)
+    weight = (rng.uniform(-0.05, 0.05, size=(16, 16)) / factors).astype(np.float32)
+    weight[:, 0] = 0.3 / factors[0]
     bias = rng.normal(size=16).astype(np.float32)
-    products = kind(RANGES)
-    rounded = rounded_weight(weight, products.weight_max)
-    hidden = np.maximum(rounded_tokens(tokens, WIDE) @ rounded.T + bias, 0)
-    expected = rounded_tokens(hidden, WIDE) @ rounded.T + bias
+    range_ = Range.of(-2.0, 3.0, smoothing)
+    products = kind((BlockRanges(range_, range_, range_, range_),))
+    rounded = rounded_weight(weight * factors, products.weight_max)
+    hidden = np.maximum(rounded_tokens(tokens / factors, WIDE) @ rounded.T + bias, 0)
+    expected = rounded_tokens(hidden / factors, WIDE) @ rounded.T + bias
     exact = np.maximum(tokens @ weight.T + bias, 0) @ weight.T + bias
     off = np.abs(compute(products, tokens, weight, bias) - expected)
     assert np.abs(exact - expected).mean() > 0.001
     # But for a hidden value half-way between two steps, which the order of a sum may round either way.
     assert np.median(off) < 1e-5
-    assert off.mean() < 0.05 * np.abs(exact - expected).mean()
+    assert off.mean() < 0.1 * np.abs(exact - expected).mean()
 
 
 def test_convolutions_lose_no_sum_of_products_on_a_cpu_without_vnni() -> None:
@@ -136,7 +139,7 @@ def test_what_enters_every_product_is_observed_for_each_image(model: SuperViT, i
     assert len(found) == 4 * CONFIG.depth
     for index in range(CONFIG.depth - 1):  # of the last block only the class token is read
         for layer in ("proj", "fc2"):
-            values = seen[index, layer].flatten(1)
+            values = seen[index, layer]
             lows, highs = found[Place(index, layer)]  # type: ignore[arg-type] # they are layers
             np.testing.assert_allclose(lows, values.amin(1), atol=1e-4)
             np.testing.assert_allclose(highs, values.amax(1), atol=1e-4)
