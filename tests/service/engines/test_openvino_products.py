@@ -1,6 +1,8 @@
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import openvino as ov  # type: ignore[import-untyped] # it publishes no types
 import pytest
 import torch
@@ -39,7 +41,7 @@ def compute(products: Products, tokens: Floats, weight: Floats, bias: Floats) ->
     return found
 
 
-def rounded_tokens(tokens: Floats, within: Range) -> Floats:
+def rounded_tokens(tokens: npt.NDArray[np.floating[Any]], within: Range) -> Floats:
     step = (within.high - within.low) / STEPS
     rounded: Floats = (np.round(np.clip(tokens, within.low, within.high) / step) * step).astype(np.float32)
     return rounded
