@@ -22,8 +22,10 @@ from models.files.safetensors_files import is_safetensors, read_safetensors, wri
 from models.files.sources import find_checkpoint
 from models.files.torch_files import read_torch_file
 from models.flops import count_macs
+from models.header import Header
 from models.profiles import ProfileTable
 from models.published import describe_published, is_plain_vit
+from models.quantization import Quantization
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 
@@ -48,29 +50,6 @@ STATISTICS = (".running_mean", ".running_var")
 SMALLEST_NORMAL_HALF, LARGEST_HALF = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What our own format says of its weights."""
-
-    name: str
-    config: SuperViTConfig
-    class_names: tuple[str, ...]
-    profile: ProfileTable
-
-    def __post_init__(self) -> None:
-        if len(self.class_names) != self.config.num_classes:
-            raise ValueError(f"{len(self.class_names)} class names for {self.config.num_classes} classes")
-        missing = set(self.config.subnetworks) - self.profile.by_subnetwork.keys()
-        if missing:
-            raise ValueError(f"the profile lacks {min(missing)}")
-        strange = {row.subnetwork.patch_grid for row in self.profile.rows} - set(self.config.patch_grids)
-        if strange:
-            raise ValueError(f"the profile has grid {min(strange)}, which was not trained")
-        for row in self.profile.rows:
-            if row.is_trained != (row.subnetwork in self.config.subnetworks):
-                raise ValueError(f"the profile is wrong about whether {row.subnetwork} was trained")
-
-
 _HEADER = TypeAdapter(Header)
 
 
@@ -87,6 +66,7 @@ class Checkpoint:
         profile: cost and, where known, accuracy of each sub-network.
         is_ours: whether the file is in our own format.
         is_half: whether the file holds its weights in half precision.
+        int8: what it takes to run it in 8 bits; None where nobody quantised it.
     """
 
     name: str
@@ -97,6 +77,7 @@ class Checkpoint:
     profile: ProfileTable
     is_ours: bool = True
     is_half: bool = False
+    int8: Quantization | None = None
 
 
 def load_checkpoint(name: str | Path) -> Checkpoint:
@@ -118,7 +99,8 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
         header = Header(*describe_published(weights)) if own_header is None else _own_header(own_header, len(weights))
         model = _blank_model(header.config)
         check_weights(weights, model.state_dict())
-        wrong = [row for row in header.profile.rows if row.macs != count_macs(header.config, row.subnetwork)]
+        rows = (*header.profile.rows, *(header.int8.profile.rows if header.int8 else ()))
+        wrong = [row for row in rows if row.macs != count_macs(header.config, row.subnetwork)]
         if wrong:
             raise UnreadableCheckpointError(f"{wrong[0].macs} MACs are not the cost of {wrong[0].subnetwork}")
         version = digest(path)
@@ -132,6 +114,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
         header.profile,
         is_ours=own_header is not None,
         is_half=_is_half(stored, weights),
+        int8=header.int8,
     )
 
 

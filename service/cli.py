@@ -34,12 +34,13 @@ from models.processes import default_workers, joined_processes
 from models.profiles import ProfileTable
 from models.training.recipe import Recipe
 from service.client import Classify, classify, first_problem, make_settings
-from service.engines.factory import engine_threads, make_engine
+from service.engines.factory import engine_threads, open_engine
 from service.engines.profile_store import extended_profile, measure_latencies
 from service.engines.profiler import Measurement
 from service.errors import CommandError, ServiceError
 from service.hosting.serve import serve
 from service.machine.monitor import Monitor
+from service.quantize import Quantize, quantize
 from service.settings import Settings
 from service.simulation.report import Simulate, simulate
 
@@ -71,6 +72,7 @@ class Profile(BaseModel):
     checkpoint: str | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
     engine: Literal["auto", "torch", "openvino"] | None = Field(None, description="what runs the model")
     device: str | None = Field(None, description="cpu, cuda, cuda:1, or auto")
+    precision: Literal["auto", "float32", "bfloat16", "int8"] | None = Field(None, description="of the products")
     threads: int | None = Field(None, ge=1, description="threads of the engine on a CPU; by default those of `serve`")
     max_batch_size: int | None = Field(None, ge=1, le=64, description="largest batch to measure")
     fresh: bool = Field(False, description="measure even where there is a measurement")
@@ -94,6 +96,7 @@ class Supervit(BaseSettings):
     train: CliSubCommand[Recipe] = Field(description="train a checkpoint on a folder of images")
     convert: CliSubCommand[Convert] = Field(description="make a SuperViT of a plain ViT, without training")
     evaluate: CliSubCommand[Evaluate] = Field(description="measure every sub-network of a checkpoint")
+    quantize: CliSubCommand[Quantize] = Field(description="prepare a checkpoint for CPUs that are fastest in 8 bits")
     profile: CliSubCommand[Profile] = Field(description="measure the latency of every sub-network on this machine")
     simulate: CliSubCommand[Simulate] = Field(description="replay traffic against this machine's profile")
 
@@ -118,6 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
                 convert_vit(command)
             case Evaluate():
                 evaluate_checkpoint(command)
+            case Quantize():
+                quantize(command)
             case Profile():
                 profile(command)
             case Simulate():
@@ -226,7 +231,9 @@ def evaluate_checkpoint(command: Evaluate) -> None:
         )
     if not process.is_first:
         return
-    header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, found.profile)
+    # Other weights are other ones in 8 bits, too.
+    int8 = None if command.half and not checkpoint.is_half else checkpoint.int8
+    header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, found.profile, int8)
     picture = path.with_suffix(".png")
     print(accuracy_table(found.profile))
     print(cascade_table(found.profile))
@@ -234,6 +241,8 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     print(found.basis)
     save_checkpoint(path, checkpoint.model, header, half=is_half)
     plots.plot_frontier(found.profile, checkpoint.name, picture)
+    if int8 is None and checkpoint.int8 is not None:
+        print("its weights were rounded, so it is no longer prepared for int8: `supervit quantize` does that anew")
     print(f"written into {path}, drawn in {picture}")
 
 
@@ -242,7 +251,7 @@ def profile(command: Profile) -> None:
     plots = _import_extra("models.evaluation.plots") if command.plot_file else None
     given = command.model_dump(exclude={"fresh", "plot_file"}, exclude_none=True)
     settings = make_settings(**given)
-    measurement = _measure(settings, load_checkpoint(settings.checkpoint), fresh=command.fresh)
+    measurement, _ = _measure(settings, load_checkpoint(settings.checkpoint), fresh=command.fresh)
     print(_latency_table(measurement))
     if plots and command.plot_file:
         plots.plot_latency(measurement.table, command.plot_file)
@@ -266,14 +275,17 @@ def replay(command: Simulate) -> None:
         _import_extra("models.evaluation.plots")
     settings = make_settings(**command.model_dump(include={"checkpoint", "max_batch_size"}, exclude_none=True))
     checkpoint = load_checkpoint(settings.checkpoint)
-    print(simulate(command, extended_profile(checkpoint), _measure(settings, checkpoint).table))
+    measurement, served = _measure(settings, checkpoint)
+    print(simulate(command, extended_profile(served), measurement.table))
 
 
-def _measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False) -> Measurement:
+def _measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False) -> tuple[Measurement, Checkpoint]:
+    """Return the latencies, and the checkpoint with the profile of the precision that they are of."""
     threads = settings.threads or engine_threads(checkpoint, Monitor().latest.cores)
-    engine = make_engine(settings.engine, checkpoint.model, settings.device, threads)
+    engine, served = open_engine(checkpoint, settings.engine, settings.device, settings.precision, threads)
     folder, most = settings.profile_folder, settings.max_batch_size
-    return measure_latencies(checkpoint, engine.describe(), engine.run, folder=folder, max_batch_size=most, fresh=fresh)
+    measured = measure_latencies(served, engine.describe(), engine.run, folder=folder, max_batch_size=most, fresh=fresh)
+    return measured, served
 
 
 def _import_extra(module: str) -> ModuleType:

@@ -16,7 +16,7 @@ from service.assembly import Profiled, assemble
 from service.decoding.decoder import Decoder
 from service.domain import ServerState
 from service.engines.base import Engine
-from service.engines.factory import engine_threads, make_engine
+from service.engines.factory import engine_threads, open_engine
 from service.engines.profile_store import begin_profile, extended_profile, nominal_latencies
 from service.errors import NotReadyError
 from service.execution.batcher import Batcher
@@ -74,11 +74,14 @@ class ServerRuntime:
             DeviceError: the device or the engine cannot be used.
             InvalidParameterError: there is no policy of that name.
         """
-        self._settings, self._checkpoint, self._latencies = settings, checkpoint, latencies
+        self._settings, self._latencies = settings, latencies
         self._on_failure, self._heartbeat, self._begin = on_failure, heartbeat, begin
         self._monitor, self._watchdog = monitor or Monitor(), watchdog or Watchdog()
         self._threads = settings.threads or engine_threads(checkpoint, self._monitor.latest.cores)
-        self._engine = engine or make_engine(settings.engine, checkpoint.model, settings.device, self._threads)
+        if engine is None:
+            kind, device, precision = settings.engine, settings.device, settings.precision
+            engine, checkpoint = open_engine(checkpoint, kind, device, precision, self._threads)
+        self._engine, self._checkpoint = engine, checkpoint
         self._profile = extended_profile(checkpoint)
         # A wrong name fails at once.
         nominal = nominal_latencies(self._profile)

@@ -66,6 +66,7 @@ NOT_RUN = {
     "torchrun": "takes hours, on images of the reader's; tests/models/training starts two processes",
     "supervit convert": "needs weights of the reader's; tests/models/conversion makes some",
     "supervit evaluate": "takes minutes to hours, on images of the reader's; tests/service/test_cli.py has small ones",
+    "supervit quantize": "takes minutes to hours, on images of the reader's; tests/service/test_quantize.py has some",
     "supervit profile": "measures this machine for minutes; tests/service/engines/test_profiler.py",
     "supervit simulate": "measures this machine for minutes first; tests/service/simulation/test_report.py",
     "python -m models.training.": "needs the weights of a training of hours; tests/models/training",

@@ -5,30 +5,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from models.checkpoint import Checkpoint
-from models.data.datasets import (
-    NO_LABEL,
-    DataError,
-    ImageSet,
-    Sample,
-    difference,
-    list_classes,
-    open_folder,
-    stratified_order,
-)
-from models.data.images import evaluation_transform, normalise
+from models.data.datasets import NO_LABEL, ImageSet, Sample
 from models.data.loaders import gather_in_turn, load_in_turn
 from models.evaluation.calibration import Scaling, fit_scaling
 from models.evaluation.cascades import choose_cascades, measure_cascade
-from models.evaluation.judging import all_but, judge_images, logits_of, summarise
+from models.evaluation.hold_out import open_hold_out
+from models.evaluation.judging import Answer, all_but, answers_of, judge_images, summarise
 from models.processes import Process, gather
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
-from models.supervit import SuperViT
 
 Progress = Callable[[DataLoader[Sample]], Iterable[tuple[Tensor, Tensor]]]
 
@@ -60,6 +49,7 @@ def evaluate(
     process: Process,
     rates_between: bool = False,
     calibration_images: int = CALIBRATION_IMAGES,
+    answer: Answer | None = None,
 ) -> Evaluation:
     """Fit the scaling of every sub-network on val/ and measure it on test/, in the device's fastest precision.
 
@@ -77,28 +67,24 @@ def evaluate(
         process: which of the processes this is, and its device.
         rates_between: whether to add keep rates between those of the checkpoint's profile.
         calibration_images: most that scalings are fitted on.
+        answer: what computes the logits; the checkpoint's model on the process's device by default.
 
     Raises:
         DataError: the data set is unusable, or a class folder is none of the checkpoint's classes.
     """
-    folders = [folder for folder in (data / "val", data / "test") if folder.is_dir()]
-    if not folders:
-        raise DataError(f"{data}: holds neither val/ nor test/")
-    sets = [_open_labelled(checkpoint, folder, max_bad_images) for folder in folders]
-    calibrating, measuring = sets[0], sets[-1]
-    chosen = choose_for_calibration(calibrating, calibration_images, is_measured_too=calibrating is measuring)
-    model = checkpoint.model.to(process.device)
+    calibrating, chosen, measuring = open_hold_out(checkpoint, data, max_bad_images, calibration_images)
+    answer = answer or answers_of(checkpoint.model.to(process.device))
 
     def batches(images: ImageSet, places: Sequence[int]) -> Iterable[tuple[Tensor, Tensor]]:
         return progress(load_in_turn(images, places, batch_size, workers, process.rank, process.count))
 
     profile = checkpoint.profile.with_rates_between(checkpoint.config) if rates_between else checkpoint.profile
     scalings, confidences = fit_scalings(
-        model, batches(calibrating, chosen), profile.by_subnetwork, process.rank, process.count
+        answer, batches(calibrating, chosen), profile.by_subnetwork, process.rank, process.count
     )
     chosen_cascades = choose_cascades([row for row in profile.rows if row.is_trained], confidences)
     fitted_on = chosen if calibrating is measuring else ()
-    judged = judge_images(model, batches(measuring, range(len(measuring))), scalings)
+    judged = judge_images(answer, batches(measuring, range(len(measuring))), scalings)
     measured = {subnetwork: summarise(its_answers, fitted_on) for subnetwork, its_answers in judged.items()}
     unseen = {subnetwork: all_but(its_answers, fitted_on) for subnetwork, its_answers in judged.items()}
     cascades = tuple(measure_cascade(cascade, unseen) for cascade in chosen_cascades)
@@ -126,49 +112,8 @@ def evaluate(
     return Evaluation(ProfileTable(rows, cascades), basis)
 
 
-def _open_labelled(checkpoint: Checkpoint, folder: Path, max_bad_images: float) -> ImageSet:
-    """Open the images of a folder with the checkpoint's labels."""
-    indices = label_indices(folder, list_classes(folder), checkpoint.class_names)
-    images = open_folder(folder, evaluation_transform(checkpoint.config), max_bad_images)
-    images.report_skipped_files()
-    images.files = [(path, indices[label]) for path, label in images.files]
-    return images
-
-
-def choose_for_calibration(images: ImageSet, limit: int, *, is_measured_too: bool) -> list[int]:
-    """Choose the images to fit scalings on, the same part of every class; half at most, if the rest is measured.
-
-    Raises:
-        DataError: there is only one image, which leaves none to measure.
-    """
-    order = stratified_order([label for _, label in images.files], seed=0)
-    most = len(order) // 2 if is_measured_too else len(order)
-    if most == 0:
-        raise DataError(f"{images.folder}: a single image cannot be both calibrated and measured on")
-    return sorted(order[: min(most, limit)])
-
-
-def label_indices(folder: Path, folder_names: Sequence[str], class_names: tuple[str, ...]) -> list[int]:
-    """Find the logit of each class folder, by the class name or, for ImageNet, by its WordNet number.
-
-    Some classes may have no folder.
-
-    Raises:
-        DataError: a folder is no class of the checkpoint.
-    """
-    indices = {name: index for index, name in enumerate(class_names)}
-    imagenet = ImageNetInfo()
-    if class_names == tuple(imagenet.label_descriptions()):
-        indices |= {name: index for index, name in enumerate(imagenet.label_names())}
-    if any(name not in indices for name in folder_names):
-        found = [class_names[indices[name]] if name in indices else name for name in folder_names]
-        differences = difference(class_names, found)
-        raise DataError(f"{folder}: its class folders differ from the checkpoint's classes: {differences}")
-    return [indices[name] for name in folder_names]
-
-
 def fit_scalings(
-    model: SuperViT,
+    answer: Answer,
     batches: Iterable[tuple[Tensor, Tensor]],
     subnetworks: Iterable[SubNetwork],
     rank: int = 0,
@@ -177,7 +122,7 @@ def fit_scalings(
     """Find the scaling of each sub-network on images that its weights were not trained on.
 
     Args:
-        model: in eval mode, on the device where it shall run.
+        answer: what computes the logits.
         batches: this process's (B, 3, S, S) uint8 images with their (B,) labels, dealt out in turn; read once.
         subnetworks: those to calibrate.
         rank: of this process; each fits some of the sub-networks, and all get all scalings.
@@ -190,9 +135,8 @@ def fit_scalings(
     all_labels = []
     with torch.inference_mode():
         for images, labels in batches:
-            normalised = normalise(images.to(model.cls_token.device), model.config)
             for subnetwork, its_answers in answers.items():
-                its_answers.append(logits_of(model, normalised, subnetwork).cpu())
+                its_answers.append(answer(images, subnetwork).cpu())
             all_labels.append(labels)
     labels = gather_in_turn(all_labels)
     has_label = labels != NO_LABEL

@@ -1,7 +1,7 @@
 """Whether sub-networks answer labelled images rightly, how sure of it they are, and what that comes to."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from models.processes import gather
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 
+# (B, 3, S, S) uint8 images and a sub-network to (B, classes) float32 logits.
+Answer = Callable[[Tensor, SubNetwork], Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -27,7 +30,7 @@ class Measured:
 
 
 def measure_accuracy(
-    model: SuperViT,
+    answer: Answer,
     batches: Iterable[tuple[Tensor, Tensor]],
     scalings: Mapping[SubNetwork, Scaling],
     fitted_on: Collection[int] = (),
@@ -35,7 +38,7 @@ def measure_accuracy(
     """Measure top-1, top-5 and the calibration error of each sub-network.
 
     Args:
-        model: in eval mode, on the device where it shall run.
+        answer: what computes the logits.
         batches: as `judge_images` takes them.
         scalings: by sub-network.
         fitted_on: places of the images that the scalings were fitted on, which say nothing of the calibration error.
@@ -43,18 +46,18 @@ def measure_accuracy(
     Raises:
         ValueError: there are no images.
     """
-    judged = judge_images(model, batches, scalings)
+    judged = judge_images(answer, batches, scalings)
     return {subnetwork: summarise(its_answers, fitted_on) for subnetwork, its_answers in judged.items()}
 
 
 @torch.inference_mode()
 def judge_images(
-    model: SuperViT, batches: Iterable[tuple[Tensor, Tensor]], scalings: Mapping[SubNetwork, Scaling]
+    answer: Answer, batches: Iterable[tuple[Tensor, Tensor]], scalings: Mapping[SubNetwork, Scaling]
 ) -> dict[SubNetwork, Tensor]:
     """Judge what each sub-network answers to each image.
 
     Args:
-        model: in eval mode, on the device where it shall run.
+        answer: what computes the logits.
         batches: this process's (B, 3, S, S) uint8 images with their (B,) labels, dealt out in turn; read once.
         scalings: by sub-network.
 
@@ -68,9 +71,8 @@ def judge_images(
     answers: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in scalings}
     num_images = 0
     for images, labels in batches:
-        normalised = normalise(images.to(model.cls_token.device), model.config)
         for subnetwork, scaling in scalings.items():
-            logits = logits_of(model, normalised, subnetwork)
+            logits = answer(images, subnetwork)
             judged = judge(logits, labels.to(logits.device), scaling)
             judged[labels == NO_LABEL] = math.nan
             answers[subnetwork].append(judged)
@@ -95,11 +97,16 @@ def all_but(judged: Tensor, places: Collection[int]) -> Tensor:
     return judged[is_kept]
 
 
-def logits_of(model: SuperViT, normalised: Tensor, subnetwork: SubNetwork) -> Tensor:
-    """Map (B, 3, S, S) normalised images to (B, classes) float32 logits, in the device's fastest precision."""
-    with autocast(normalised.device):
-        logits: Tensor = model(normalised, subnetwork)
-    return logits.float()
+def answers_of(model: SuperViT) -> Answer:
+    """Let a model, in eval mode on the device where it shall run, answer in the fastest precision of that."""
+
+    def answer(images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        normalised = normalise(images.to(model.cls_token.device), model.config)
+        with autocast(normalised.device):
+            logits: Tensor = model(normalised, subnetwork)
+        return logits.float()
+
+    return answer
 
 
 def judge(logits: Tensor, labels: Tensor, scaling: Scaling) -> Tensor:

@@ -22,7 +22,7 @@ from models.data.datasets import list_classes
 from models.data.loaders import SampleLoader
 from models.devices import training_dtype
 from models.evaluation.calibration import Scaling
-from models.evaluation.judging import measure_accuracy
+from models.evaluation.judging import answers_of, measure_accuracy
 from models.mix_token import draw_box
 from models.processes import Process, join_processes, seed_everything, share_buffers
 from models.profiles import ProfileTable
@@ -228,5 +228,5 @@ def watch(model: SuperViT, watched: SampleLoader) -> dict[str, float]:
     profile = ProfileTable.unmeasured(model.config)
     ends = (profile.cheapest.subnetwork, model.config.largest)
     share_buffers(model)
-    measured = measure_accuracy(model, watched, dict.fromkeys(ends, Scaling()))
+    measured = measure_accuracy(answers_of(model), watched, dict.fromkeys(ends, Scaling()))
     return {str(subnetwork): result.top1 for subnetwork, result in measured.items()}

@@ -1,40 +1,102 @@
-"""Which engine serves a model on a device, and with how many threads."""
+"""Which engine serves a model on a device, in which precision, and with how many threads."""
 
+import logging
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from models.checkpoint import Checkpoint
 from models.devices import DeviceError, resolve_device
+from models.quantization import TOLERATED_LOSS, BlockRanges
 from models.supervit import SuperViT
 from service.engines.base import Engine
-from service.engines.openvino_engine import OpenVINOEngine
-from service.engines.torch_engine import TorchEngine
+from service.engines.openvino_engine import OpenVINOEngine, has_bfloat16
+from service.engines.openvino_products import integer_products
+from service.engines.torch_engine import TorchEngine, cpu_capabilities
+
+Kind = Literal["auto", "torch", "openvino"]
+Precision = Literal["float32", "bfloat16"]
+
+logger = logging.getLogger(__name__)
 
 SMALL_GFLOPS = 0.3
+FUSES = "the OpenVINO engine cannot run a model that fuses the tokens it prunes; the torch engine can"
+NO_INSTRUCTIONS = "this CPU has neither AVX2 nor VNNI"
 
 
-def make_engine(kind: Literal["auto", "torch", "openvino"], model: SuperViT, device: str, threads: int) -> Engine:
-    """Build the engine that was asked for: by default OpenVINO on a CPU and PyTorch on a GPU.
+def open_engine(
+    checkpoint: Checkpoint,
+    kind: Kind,
+    device: str,
+    precision: Literal["auto", "int8"] | Precision,
+    threads: int,
+    capabilities: Mapping[str, object] | None = None,
+) -> tuple[Engine, Checkpoint]:
+    """Build the engine that was asked for, and say what it serves.
+
+    Args:
+        checkpoint: whose model to run.
+        kind: which.
+        device: as of `make_engine`.
+        precision: by default 8 bits where the checkpoint is prepared for them, loses at most TOLERATED_LOSS at each
+            sub-network and OpenVINO serves it on a CPU that gains by them, and else what the engine is fastest in.
+        threads: of the engine, on a CPU.
+        capabilities: of the CPU, as torch names them; by default what torch says.
+
+    Returns:
+        the engine, and the checkpoint with the profile of what is served.
+
+    Raises:
+        DeviceError: there is no such device here, or neither it nor the engine can do what was asked for.
+    """
+    if precision != "auto" and precision != "int8":
+        return make_engine(kind, checkpoint.model, device, threads, precision), checkpoint
+    int8, problem = checkpoint.int8, _problem_of_int8(checkpoint, kind, device, capabilities or cpu_capabilities())
+    if precision == "int8" and problem is not None:
+        raise DeviceError(f"precision int8 cannot be had: {problem}")
+    if int8 is None or problem is not None or (precision == "auto" and _loses_too_much(checkpoint)):
+        return make_engine(kind, checkpoint.model, device, threads), checkpoint
+    return int8_engine(checkpoint.model, int8.ranges, threads), replace(checkpoint, profile=int8.profile)
+
+
+def int8_engine(model: SuperViT, ranges: Sequence[BlockRanges], threads: int) -> OpenVINOEngine:
+    """Build the engine that computes products in 8 bits.
+
+    Raises:
+        DeviceError: this CPU has no instructions for it, or OpenVINO cannot run the model.
+    """
+    products = integer_products(ranges, cpu_capabilities())
+    if products is None:
+        raise DeviceError(NO_INSTRUCTIONS)
+    if model.config.fuse_pruned:
+        raise DeviceError(FUSES)
+    return OpenVINOEngine(model, threads, products=products)
+
+
+def make_engine(kind: Kind, model: SuperViT, device: str, threads: int, precision: Precision | None = None) -> Engine:
+    """Build an engine in floating point: by default OpenVINO on a CPU and PyTorch on a GPU.
 
     Args:
         kind: which.
         model: in eval mode, on the CPU.
         device: a torch device, or "auto" for the first GPU where there is one.
         threads: of the engine, on a CPU.
+        precision: by default the one in which the engine is fastest there.
 
     Raises:
-        DeviceError: there is no such device here, or the engine cannot use it.
+        DeviceError: there is no such device here, the engine cannot use it, or it has no such precision.
     """
     is_cpu = resolve_device(device).type == "cpu"
     if kind == "openvino" and not is_cpu:
         raise DeviceError(f"device {device!r} cannot be used: the OpenVINO engine runs on the CPU")
     if kind == "openvino" and model.config.fuse_pruned:
-        raise DeviceError(
-            "the OpenVINO engine cannot run a model that fuses the tokens it prunes; the torch engine can"
-        )
-    if kind == "openvino" or (kind == "auto" and is_cpu and not model.config.fuse_pruned):
-        return OpenVINOEngine(model, threads)
-    return TorchEngine(model, device, threads)
+        raise DeviceError(FUSES)
+    if _is_openvino(kind, model, device):
+        if precision == "bfloat16" and not has_bfloat16():
+            raise DeviceError("precision bfloat16 cannot be had: this CPU has no instructions for it")
+        return OpenVINOEngine(model, threads, precision)
+    return TorchEngine(model, device, threads, precision)
 
 
 def engine_threads(checkpoint: Checkpoint, cores: float) -> int:
@@ -46,3 +108,26 @@ def engine_threads(checkpoint: Checkpoint, cores: float) -> int:
     whole = math.ceil(cores)
     largest = checkpoint.profile.by_subnetwork[checkpoint.config.largest]
     return max(1, whole - 1) if largest.gflops < SMALL_GFLOPS else whole
+
+
+def _is_openvino(kind: Kind, model: SuperViT, device: str) -> bool:
+    is_cpu = resolve_device(device).type == "cpu"
+    return kind == "openvino" or (kind == "auto" and is_cpu and not model.config.fuse_pruned)
+
+
+def _problem_of_int8(checkpoint: Checkpoint, kind: Kind, device: str, capabilities: Mapping[str, object]) -> str | None:
+    """Say why a checkpoint cannot be served in 8 bits; None where it can."""
+    if resolve_device(device).type != "cpu" or not _is_openvino(kind, checkpoint.model, device):
+        return "it takes the OpenVINO engine on a CPU"
+    if checkpoint.int8 is None:
+        return "the checkpoint is not prepared for it; `supervit quantize` does that"
+    return None if integer_products(checkpoint.int8.ranges, capabilities) else NO_INSTRUCTIONS
+
+
+def _loses_too_much(checkpoint: Checkpoint) -> bool:
+    loss = checkpoint.int8.largest_loss(checkpoint.profile) if checkpoint.int8 else None
+    if loss is not None and loss <= TOLERATED_LOSS:
+        return False
+    told = "an unknown part" if loss is None else f"{100 * loss:.2f} points"
+    logger.info("not served in int8: %s of top-1 would be lost; --precision int8 does it all the same", told)
+    return True

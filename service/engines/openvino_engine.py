@@ -18,6 +18,7 @@ from service.engines.openvino_graph import (
     resize_inputs,
     subnetwork_inputs,
 )
+from service.engines.openvino_products import Floats, IntegerProducts, Products
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -30,13 +31,20 @@ class OpenVINOEngine:
 
     is_on_gpu = False
 
-    def __init__(self, model: SuperViT, threads: int, precision: Precision | None = None) -> None:
+    def __init__(
+        self,
+        model: SuperViT,
+        threads: int,
+        precision: Precision | None = None,
+        products: Products | None = None,
+    ) -> None:
         """Compile the model.
 
         Args:
             model: in eval mode, float32, on the CPU.
             threads: how many compute.
-            precision: of the products; by default what OpenVINO takes for the fastest on this CPU.
+            precision: of what is in floating point; by default what OpenVINO takes for the fastest on this CPU.
+            products: how the products of the blocks are computed; in floating point by default.
         """
         # A worker of torch's spins for milliseconds after its work is done, on a core that OpenVINO needs by then.
         torch.set_num_threads(1)
@@ -46,7 +54,8 @@ class OpenVINOEngine:
         options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
         exact = options | {"INFERENCE_PRECISION_HINT": "f32"}
         chosen = options if precision is None else options | {"INFERENCE_PRECISION_HINT": HINTS[precision]}
-        self._compiled = core.compile_model(build_classifier(model), "CPU", chosen)
+        self._compiled = core.compile_model(build_classifier(model, products), "CPU", chosen)
+        self._is_int8 = isinstance(products, IntegerProducts)
         self._classify = self._compiled.create_infer_request()
         self._scale, self._resize = (
             core.compile_model(build(config), "CPU", exact).create_infer_request()
@@ -67,6 +76,11 @@ class OpenVINOEngine:
         logits = _infer(self._classify, (prepared, *classifying))
         return torch.from_numpy(logits.data.copy())
 
+    def observe(self, images: Tensor, subnetwork: SubNetwork) -> list[Floats]:
+        """Run a batch, and return what the products note of it beside the logits."""
+        self.run(images, subnetwork)
+        return [self._classify.get_output_tensor(index).data.copy() for index in range(1, len(self._compiled.outputs))]
+
     def warm_up(self) -> None:
         """Run every trained sub-network once."""
         config = self._model.config
@@ -81,7 +95,7 @@ class OpenVINOEngine:
     def describe(self) -> str:
         """Name the library, the CPU, the precision and the threads."""
         hint = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-        precision = next((name for name, short in HINTS.items() if short == hint), hint)
+        precision = "int8" if self._is_int8 else next((name for name, short in HINTS.items() if short == hint), hint)
         threads = self._compiled.get_property("INFERENCE_NUM_THREADS")
         version = ov.__version__.partition("-")[0]
         return f"openvino {version} on {self._cpu}, {precision}, {threads} threads"
@@ -113,3 +127,8 @@ def _infer(request: ov.InferRequest, inputs: Iterable[ov.Tensor]) -> ov.Tensor:
         request.set_input_tensor(index, tensor)
     request.infer()
     return request.get_output_tensor(0)
+
+
+def has_bfloat16() -> bool:
+    """Tell whether this CPU computes in bfloat16."""
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.layers import Attention, Block, ConvStem
+from models.quantization import Place
 from models.subnetwork import Activation, Pooling, SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
+from service.engines.openvino_products import Floats, Products, linear
 
 Array = npt.NDArray[np.generic]
-Floats = npt.NDArray[np.float32]
 
 # Added to a prefix token's score, it outranks every patch token's: averaged softmax weights are never above 1.
 PREFIX_BONUS = 2.0
@@ -58,13 +59,13 @@ def resize_inputs(from_side: int, to_side: int) -> list[Array]:
     return [lower, np.minimum(lower + 1, from_side - 1, dtype=np.int32), place - lower.astype(np.float32)]
 
 
-def build_classifier(model: SuperViT) -> ov.Model:
-    """Build the model proper.
+def build_classifier(model: SuperViT, products: Products | None = None) -> ov.Model:
+    """Build the model proper, with the products of its blocks in floating point or as `products` makes them.
 
     Its inputs are (B, 3, side, side) normalised float32 images at the grid's own side, and `subnetwork_inputs`; its
-    output is (B, classes) float32 logits.
+    output is (B, classes) float32 logits, and what the products note.
     """
-    config = model.config
+    config, products = model.config, products or Products()
     images = op.parameter([-1, 3, -1, -1], np.float32)
     positions = op.parameter([1, -1, config.width], np.float32)
     kept = {block: op.parameter([], np.int32) for block in sorted(set(config.prune_blocks))}
@@ -79,11 +80,12 @@ def build_classifier(model: SuperViT) -> ov.Model:
     read = HEAD_TOKENS[config.pooling] if model.aux_head is None else None
     for index, block in enumerate(cast("list[Block]", model.blocks)):
         only = read if index == config.depth - 1 else None  # what becomes of the others is not read
-        tokens, query, key = _attend(block, tokens, only)
+        tokens, query, key = _attend(block, tokens, only, products, index)
         if index in kept and only is None:
             tokens = _prune(tokens, _scores(block.attn, query, key), kept[index], bonus[index])
-        tokens = _transform(block, tokens, config.activation)
-    return ov.Model([_classify(model, tokens)], [images, positions, *kept.values(), *bonus.values()], "supervit")
+        tokens = _transform(block, tokens, config.activation, products, index)
+    outputs = [_classify(model, tokens), *products.notes]
+    return ov.Model(outputs, [images, positions, *kept.values(), *bonus.values()], "supervit")
 
 
 def subnetwork_inputs(model: SuperViT, subnetwork: SubNetwork) -> list[Array]:
@@ -139,7 +141,9 @@ def _convolve(images: ov.Node, convolution: nn.Conv2d) -> ov.Node:
     return moved if convolution.bias is None else op.add(moved, op.constant(_numpy(convolution.bias[:, None, None])))
 
 
-def _attend(block: Block, tokens: ov.Node, only: list[int] | None) -> tuple[ov.Node, ov.Node, ov.Node]:
+def _attend(
+    block: Block, tokens: ov.Node, only: list[int] | None, products: Products, index: int
+) -> tuple[ov.Node, ov.Node, ov.Node]:
     """Return the (B, N, D) tokens after attention, or some of them, with the queries and keys before heads.
 
     Query, key and value are three products, not one: only so do their transposes become part of the attention kernel.
@@ -148,18 +152,22 @@ def _attend(block: Block, tokens: ov.Node, only: list[int] | None) -> tuple[ov.N
     width = attention.proj.in_features
     weight, bias = _after_norm(attention.qkv, block.norm1)
     normed = _norm(tokens, block.norm1)
-    asking = normed
+    entered = asking = products.enter(normed, Place(index, "qkv"))
     if only is not None:
-        tokens, asking = (op.gather(rows, _ints(*only), _int(1)) for rows in (tokens, normed))
+        tokens, asked = (op.gather(rows, _ints(*only), _int(1)) for rows in (tokens, normed))
+        asking = products.enter(asked, Place(index, "qkv"))
     parts = [
-        _linear(source, weight[part * width : (part + 1) * width], bias[part * width : (part + 1) * width])
-        for part, source in enumerate((asking, normed, normed))
+        products.leave(products.linear(source, weight[part * width :][:width], bias[part * width :][:width]))
+        for part, source in enumerate((asking, entered, entered))
     ]
     split = _ints(0, 0, attention.num_heads, width // attention.num_heads)
     heads = [op.transpose(op.reshape(part, split, True), _ints(0, 2, 1, 3)) for part in parts]
     mixed = op.scaled_dot_product_attention(*heads, scale=_floats(attention.scale))
     joined = op.reshape(op.transpose(mixed, _ints(0, 2, 1, 3)), _ints(0, 0, width), True)
-    return op.add(tokens, _branch_end(joined, attention.proj, block.skip_divisor)), parts[0], parts[1]
+    projected = products.linear(
+        products.enter(joined, Place(index, "proj")), *_branch_end(attention.proj, block.skip_divisor)
+    )
+    return op.add(tokens, products.leave(projected)), parts[0], parts[1]
 
 
 def _scores(attention: Attention, query: ov.Node, key: ov.Node) -> ov.Node:
@@ -184,27 +192,29 @@ def _prune(tokens: ov.Node, scores: ov.Node, kept: ov.Node, bonus: ov.Node) -> o
     return op.gather(tokens, best.output(1), _int(1), batch_dims=1)
 
 
-def _transform(block: Block, tokens: ov.Node, activation: Activation) -> ov.Node:
-    hidden = _linear(_norm(tokens, block.norm2), *_after_norm(block.mlp.fc1, block.norm2))
+def _transform(block: Block, tokens: ov.Node, activation: Activation, products: Products, index: int) -> ov.Node:
+    entered = products.enter(_norm(tokens, block.norm2), Place(index, "fc1"))
+    hidden = products.linear(entered, *_after_norm(block.mlp.fc1, block.norm2))
     if activation == "gelu":
         hidden = op.gelu(hidden, "erf")
     else:
         hidden = op.multiply(hidden, op.sigmoid(op.multiply(hidden, _floats(QUICK_GELU))))
-    return op.add(tokens, _branch_end(hidden, block.mlp.fc2, block.skip_divisor))
+    hidden = products.stay(hidden, Place(index, "fc2"))
+    return op.add(tokens, products.leave(products.linear(hidden, *_branch_end(block.mlp.fc2, block.skip_divisor))))
 
 
 def _classify(model: SuperViT, tokens: ov.Node) -> ov.Node:
     weight, bias = _after_norm(model.head, model.norm)
     if model.config.pooling == "mean":
         averaged = op.reduce_mean(_patches(model, tokens), _ints(1), False)
-        return _linear(_norm(averaged, model.norm), weight, bias)
+        return linear(_norm(averaged, model.norm), weight, bias)
     read = HEAD_TOKENS[model.config.pooling] or []
     features = op.reshape(op.gather(_norm(tokens, model.norm), _ints(*read), _int(1)), _ints(0, len(weight.T)), True)
-    logits = _linear(features, weight, bias)
+    logits = linear(features, weight, bias)
     if model.aux_head is None:
         return logits
     patches = _norm(_patches(model, tokens), model.norm)
-    auxiliary = op.reduce_max(_linear(patches, *_after_norm(model.aux_head, model.norm)), _ints(1), False)
+    auxiliary = op.reduce_max(linear(patches, *_after_norm(model.aux_head, model.norm)), _ints(1), False)
     return op.add(logits, op.multiply(auxiliary, _floats(model.config.aux_head_weight)))
 
 
@@ -227,13 +237,9 @@ def _after_norm(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Floats, Floats]:
     return weight * scale, bias if linear.bias is None else bias + _numpy(linear.bias)
 
 
-def _branch_end(tokens: ov.Node, linear: nn.Linear, skip_divisor: float) -> ov.Node:
+def _branch_end(linear: nn.Linear, skip_divisor: float) -> tuple[Floats, Floats]:
     divisor = np.float32(skip_divisor)
-    return _linear(tokens, _numpy(linear.weight) / divisor, _numpy(linear.bias) / divisor)
-
-
-def _linear(tokens: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
-    return op.add(op.matmul(tokens, op.constant(weight), False, True), op.constant(bias))
+    return _numpy(linear.weight) / divisor, _numpy(linear.bias) / divisor
 
 
 def _numpy(tensor: Tensor) -> Floats:

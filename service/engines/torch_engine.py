@@ -1,12 +1,13 @@
 """PyTorch behind the protocol of an engine."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from models.data.images import normalise
-from models.devices import resolve_device
+from models.devices import DeviceError, resolve_device
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 
@@ -18,22 +19,29 @@ BFLOAT16_COMPUTE_CAPABILITY = (8, 0)  # NVIDIA's GPUs from Ampere on; the older 
 class TorchEngine:
     """Eager PyTorch on a CPU or a GPU, in bfloat16 where the hardware has it; one copy of the weights."""
 
-    def __init__(self, model: SuperViT, device: str, threads: int) -> None:
+    def __init__(
+        self, model: SuperViT, device: str, threads: int, precision: Literal["float32", "bfloat16"] | None = None
+    ) -> None:
         """Move the model to its device and precision; the model that was given is changed.
 
         Args:
             model: in eval mode.
             device: a torch device, or "auto" for the first GPU where there is one.
             threads: how many compute on the CPU.
+            precision: by default the fastest.
 
         Raises:
-            DeviceError: there is no such device here.
+            DeviceError: there is no such device here, or it does not compute in that precision.
         """
         self._bytes_per_image = 0  # of a GPU
         self._device = resolve_device(device)
         self.is_on_gpu = self._device.type == "cuda"
         # The weights themselves, rather than autocast: that would convert every one of them anew for every batch.
         self._dtype = serving_dtype(self._device)
+        if precision == "bfloat16" and self._dtype != torch.bfloat16:
+            raise DeviceError(f"precision bfloat16 cannot be had: {device!r} has no instructions for it")
+        if precision == "float32":
+            self._dtype = torch.float32
         self._model = model.to(self._device, self._dtype)
         torch.set_num_threads(threads)
 
@@ -94,15 +102,15 @@ def serving_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.get_device_capability(device) >= BFLOAT16_COMPUTE_CAPABILITY
     else:
-        has_bfloat16 = any(_cpu_capabilities().get(name) for name in BFLOAT16_CAPABILITIES)
+        has_bfloat16 = any(cpu_capabilities().get(name) for name in BFLOAT16_CAPABILITIES)
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def _device_name(device: torch.device) -> str:
-    cpu = _cpu_capabilities().get("cpu_name", "CPU")
+    cpu = cpu_capabilities().get("cpu_name", "CPU")
     return f"{torch.cuda.get_device_name(device)} ({device}) beside {cpu}" if device.type == "cuda" else str(cpu)
 
 
-def _cpu_capabilities() -> dict[str, object]:
+def cpu_capabilities() -> dict[str, object]:
     """Ask torch for flags such as "avx512_bf16" and for the CPU's name; an older torch has no answer."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())

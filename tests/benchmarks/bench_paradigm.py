@@ -30,7 +30,7 @@ from models.data.datasets import ImageSet, list_classes, open_folder, open_train
 from models.data.images import evaluation_transform, normalise
 from models.data.loaders import SampleLoader
 from models.devices import resolve_device
-from models.evaluation.evaluate import label_indices
+from models.evaluation.hold_out import label_indices
 from models.flops import count_macs, count_macs_together
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT

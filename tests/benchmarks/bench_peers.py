@@ -103,7 +103,9 @@ async def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     images = [picture.data for picture in read_pictures(options.images, 100)]
-    config = load_checkpoint(options.checkpoint).config
+    checkpoint = load_checkpoint(options.checkpoint)
+    config = checkpoint.config
+    precisions = ("int8", "float32") if checkpoint.int8 else ("auto",)
     peers = [name for name in ENDPOINTS if importlib.util.find_spec(name)]
     ours = (config.largest, SubNetwork(config.largest.patch_grid, config.keep_rates[0]))
     rates: dict[str, list[float]] = {}
@@ -112,20 +114,31 @@ async def main() -> None:
         bodies = [encode(image) for image in images]
         taken = await closed_loop(url, bodies, options.concurrency, options.seconds)
         rates.setdefault(name, []).append(len(taken) / options.seconds)
-        print(f"{name:32}{rates[name][-1]:8.1f}/s  p50 {1000 * statistics.median(taken):7.1f} ms", flush=True)
+        print(f"{name:42}{rates[name][-1]:8.1f}/s  p50 {1000 * statistics.median(taken):7.1f} ms", flush=True)
 
     for _ in range(options.turns):
-        async with server("level", ["--checkpoint", str(options.checkpoint)]) as (url, _pid):
-            for subnetwork in ours:
-                query = f"budget_ms=60000&patch_grid={subnetwork.patch_grid}&keep_rate={subnetwork.keep_rate}"
-                await measure(f"ours, {subnetwork}", f"{url}/classify?{query}")
+        for precision in precisions:
+            arguments = ["--checkpoint", str(options.checkpoint), "--precision", precision]
+            async with server("level", arguments) as (url, _pid):
+                for subnetwork in ours:
+                    query = f"budget_ms=60000&patch_grid={subnetwork.patch_grid}&keep_rate={subnetwork.keep_rate}"
+                    await measure(f"ours, {precision}, {subnetwork}", f"{url}/classify?{query}")
         for name in peers:
             async with peer(name, options.checkpoint) as url:
                 await measure(name, url, as_json if name == "litserve" else bytes)
-    best = max(peers, key=lambda name: statistics.median(rates[name]))
-    for name in list(rates)[: len(ours)]:
-        ratio = statistics.median(a / b for a, b in zip(rates[name], rates[best], strict=True))
-        print(f"{name}: {ratio:.2f} times as many as {best}, the best of the others")
+    own = [name for name in rates if name not in peers]
+    if precisions[1:]:
+        for first, second in zip(own[: len(ours)], own[len(ours) :], strict=True):
+            print(f"{first}: {ratio(rates[first], rates[second]):.2f} times as many as {second}")
+    if peers:
+        best = max(peers, key=lambda name: statistics.median(rates[name]))
+        for name in own:
+            print(f"{name}: {ratio(rates[name], rates[best]):.2f} times as many as {best}, the best of the others")
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """Return the median of the ratios of each turn."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 if __name__ == "__main__":

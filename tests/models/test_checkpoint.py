@@ -30,6 +30,7 @@ from models.checkpoint import (
 from models.files.sources import SHIPPED_FOLDER
 from models.flops import count_macs
 from models.profiles import ProfileTable, SubNetworkProfile
+from models.quantization import BlockRanges, Quantization, Range
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import DEIT_SMALL, LVVIT_SMALL, SuperViT
 from tests.models.conftest import CLASS_NAMES
@@ -79,6 +80,35 @@ def test_what_is_saved_is_what_is_loaded(
     model.eval()
     for subnetwork in config.subnetworks:
         assert torch.equal(loaded.model(images, subnetwork), model(images, subnetwork))
+
+
+def quantized(config: SuperViTConfig, blocks: int | None = None) -> Quantization:
+    smoothing = tuple(range(-8, config.width - 8))
+    block = BlockRanges(Range.of(-1.5, 2.5, smoothing), Range.of(-1.0, 1.0), Range.of(-2.0, 3.0), Range.of(-0.17, 4.0))
+    return Quantization((block,) * (config.depth if blocks is None else blocks), ProfileTable.unmeasured(config))
+
+
+def test_what_is_known_of_8_bits_is_kept_and_a_file_without_it_loads_as_before(
+    tmp_path: Path, model: SuperViT, tiny_header: Header, tiny_file: Path
+) -> None:
+    path = tmp_path / "int8.safetensors"
+    int8 = quantized(tiny_header.config)
+    save_checkpoint(path, model, replace(tiny_header, int8=int8))
+    assert load_checkpoint(path).int8 == int8
+    rewrite(tiny_file, lambda _, header: header.pop("int8"))  # as it was written before there was any
+    assert load_checkpoint(tiny_file).int8 is None
+
+
+def test_what_is_known_of_8_bits_must_be_of_this_model(tiny_header: Header) -> None:
+    config = tiny_header.config
+    with pytest.raises(ValueError, match=f"2 blocks are quantised of {config.depth}"):
+        replace(tiny_header, int8=quantized(config, blocks=2))
+    narrow = replace(quantized(config).ranges[0], fc2=Range.of(-1.0, 1.0, (1,) * config.width))
+    with pytest.raises(ValueError, match=f"fc2 does not smooth each of {config.mlp_width} channels"):
+        replace(tiny_header, int8=replace(quantized(config), ranges=(narrow,) * config.depth))
+    other = ProfileTable.unmeasured(replace(config, patch_grids=config.patch_grids[1:]))
+    with pytest.raises(ValueError, match="the profile lacks grid 2"):
+        replace(tiny_header, int8=replace(quantized(config), profile=other))
 
 
 def test_a_file_that_is_written_over_changes_no_model_that_was_loaded_from_it(

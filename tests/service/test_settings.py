@@ -34,6 +34,7 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "max_in_flight": "4",
         "drain_s": "9.5",
         "engine": "torch",
+        "precision": "int8",
         "threads": "2",
         "policy": "slackfit",
         "cascades": "False",

@@ -13,8 +13,9 @@ from torch import Tensor
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.data.datasets import NO_LABEL, DataError
 from models.evaluation.calibration import HIGHEST_EXPONENT, LOWEST_EXPONENT, Scaling, fit_scaling
-from models.evaluation.evaluate import Evaluation, evaluate, fit_scalings, label_indices
-from models.evaluation.judging import judge, measure_accuracy
+from models.evaluation.evaluate import Evaluation, evaluate, fit_scalings
+from models.evaluation.hold_out import label_indices
+from models.evaluation.judging import answers_of, judge, measure_accuracy
 from models.processes import Process
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork, SuperViTConfig
@@ -64,7 +65,9 @@ def test_accuracy_is_counted_over_all_batches_for_each_subnetwork(
 ) -> None:
     whole, pruned = SubNetwork(4, 1.0), SubNetwork(2, 0.5)
     for chosen, top1, top1_pruned in ((batches, 2 / 4, 2 / 4), (batches[:1], 2 / 3, 2 / 3), (batches[1:], 0.0, 0.0)):
-        measured = measure_accuracy(ByBrightness(tiny_config), iter(chosen), {whole: Scaling(), pruned: Scaling()})
+        measured = measure_accuracy(
+            answers_of(ByBrightness(tiny_config)), iter(chosen), {whole: Scaling(), pruned: Scaling()}
+        )
         assert (measured[whole].top1, measured[whole].top5) == (top1, 1.0)
         assert (measured[pruned].top1, measured[pruned].top5) == (top1_pruned, 1.0)
 
@@ -74,7 +77,7 @@ def test_the_calibration_error_is_that_at_the_temperature(
 ) -> None:
     whole = SubNetwork(4, 1.0)
     for temperature in (0.5, 1.0, 2.0):
-        measured = measure_accuracy(ByBrightness(tiny_config), batches, {whole: Scaling(temperature)})
+        measured = measure_accuracy(answers_of(ByBrightness(tiny_config)), batches, {whole: Scaling(temperature)})
         # All four answers have one confidence, that of logits 1, 0 and -1, and two are right.
         weights = [math.exp(logit / temperature) for logit in (1, 0, -1)]
         assert measured[whole].calibration_error == pytest.approx(abs(weights[0] / sum(weights) - 2 / 4), rel=1e-5)
@@ -85,7 +88,8 @@ def test_scalings_are_fitted_for_each_subnetwork(
 ) -> None:
     whole, pruned = SubNetwork(4, 1.0), SubNetwork(2, 0.5)
     images, labels = batches[0][0][[0, 1, 1, 1]], torch.tensor([0, 1, 1, 2])
-    scalings, confidences = fit_scalings(ByBrightness(tiny_config), iter([(images, labels)]), [whole, pruned])
+    answer = answers_of(ByBrightness(tiny_config))
+    scalings, confidences = fit_scalings(answer, iter([(images, labels)]), [whole, pruned])
     for subnetwork, scaling in scalings.items():
         logits = ByBrightness(tiny_config)(images.float() - 100, subnetwork)
         assert scaling == fit_scaling(logits, labels)
@@ -95,7 +99,7 @@ def test_scalings_are_fitted_for_each_subnetwork(
 
 def test_nothing_to_measure_on_is_an_error(tiny_config: SuperViTConfig) -> None:
     with pytest.raises(ValueError, match="no images"):
-        measure_accuracy(SuperViT(tiny_config), [], dict.fromkeys(tiny_config.subnetworks, Scaling()))
+        measure_accuracy(answers_of(SuperViT(tiny_config)), [], dict.fromkeys(tiny_config.subnetworks, Scaling()))
 
 
 def test_class_folders_are_mapped_by_name_in_any_order() -> None:
@@ -198,7 +202,9 @@ def test_what_was_fitted_on_counts_for_accuracy_alone(
 ) -> None:
     whole = SubNetwork(4, 1.0)
     for fitted_on, share_right in (([], 2 / 4), ([2, 3], 1.0), ([0, 1, 3], 0.0)):
-        measured = measure_accuracy(ByBrightness(tiny_config), batches, {whole: Scaling()}, fitted_on)[whole]
+        measured = measure_accuracy(answers_of(ByBrightness(tiny_config)), batches, {whole: Scaling()}, fitted_on)[
+            whole
+        ]
         confidence = math.e / (math.e + 1 + 1 / math.e)
         assert measured.top1 == 2 / 4
         assert measured.calibration_error == pytest.approx(abs(confidence - share_right), rel=1e-5)
@@ -320,7 +326,8 @@ def test_scalings_are_fitted_without_images_that_have_no_label(
     whole, (images, labels) = SubNetwork(4, 1.0), batches[0]
     blank = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     with_blank = [(torch.cat([images, blank]), torch.cat([labels, torch.tensor([NO_LABEL])]))]
-    fitted = [fit_scalings(ByBrightness(tiny_config), given, [whole])[0] for given in (batches[:1], with_blank)]
+    answer = answers_of(ByBrightness(tiny_config))
+    fitted = [fit_scalings(answer, given, [whole])[0] for given in (batches[:1], with_blank)]
     assert fitted[0] == fitted[1]
 
 

@@ -25,7 +25,7 @@ from models.data.images import evaluation_transform
 from models.data.loaders import SampleLoader
 from models.devices import DeviceError
 from models.evaluation.calibration import Scaling
-from models.evaluation.judging import measure_accuracy
+from models.evaluation.judging import answers_of, measure_accuracy
 from models.mix_token import draw_box
 from models.processes import Process, seed_everything
 from models.profiles import ProfileTable
@@ -928,6 +928,6 @@ def test_two_processes_step_as_one_on_the_whole_batch(
     checkpoint, watched = load_checkpoint(recipe.output / "checkpoint.safetensors"), recipe.data / "val"
     loader = SampleLoader(open_folder(watched, evaluation_transform(checkpoint.config)), recipe.batch_size)
     ends = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
-    measured = measure_accuracy(checkpoint.model, loader, dict.fromkeys(ends, Scaling()))
+    measured = measure_accuracy(answers_of(checkpoint.model), loader, dict.fromkeys(ends, Scaling()))
     top1 = [record["top1"] for record in log_of(recipe.output)]
     assert top1 == [{str(end): measured[end].top1 for end in ends}]

@@ -4,10 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from models.checkpoint import Checkpoint
 from models.devices import DeviceError
+from models.profiles import ProfileTable
+from models.quantization import BlockRanges, Quantization, Range
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
-from service.engines.factory import make_engine
+from service.engines.factory import make_engine, open_engine
 from service.engines.openvino_engine import OpenVINOEngine
 from service.engines.torch_engine import TorchEngine
 
@@ -40,3 +43,80 @@ def test_a_model_that_fuses_what_it_prunes_runs_on_torch_alone(build: Callable[.
     assert not torch.equal(engine.run(images, subnetwork), TorchEngine(build(), "cpu", 1).run(images, subnetwork))
     with pytest.raises(DeviceError, match="cannot run a model that fuses"):
         make_engine("openvino", model, "cpu", 1)
+
+
+AVX2 = {"avx2": True}
+BLOCK = BlockRanges(Range.of(-3.0, 3.0), Range.of(-1.0, 1.0), Range.of(-3.0, 3.0), Range.of(-0.2, 3.0))
+
+
+def measured(top1: float | None) -> ProfileTable:
+    return ProfileTable(tuple(replace(row, top1=top1) for row in ProfileTable.unmeasured(CONFIG).rows))
+
+
+def checkpoint(model: SuperViT, top1_in_int8: float | None) -> Checkpoint:
+    int8 = Quantization((BLOCK,) * CONFIG.depth, measured(top1_in_int8))
+    return Checkpoint("tiny", "1", model, model.config, ("a", "b", "c"), measured(0.8), int8=int8)
+
+
+def test_8_bits_serve_where_the_checkpoint_is_prepared_for_them_and_accuracy_bears_it(
+    build: Callable[..., SuperViT],
+) -> None:
+    for top1, precision, expected in (
+        (0.7975, "auto", "int8"),
+        (0.7965, "auto", "float"),
+        (0.7965, "int8", "int8"),
+        (None, "auto", "float"),
+        (0.7975, "float32", "float32"),
+    ):
+        given = checkpoint(build(), top1)
+        engine, served = open_engine(given, "auto", "cpu", precision, 1, AVX2)  # type: ignore[arg-type] # as listed
+        assert expected in engine.describe()
+        assert ("int8" in engine.describe()) == (expected == "int8")
+        assert given.int8 is not None
+        assert served.profile == (given.int8.profile if expected == "int8" else given.profile)
+
+
+def test_auto_takes_floating_point_where_8_bits_cannot_be_had(build: Callable[..., SuperViT]) -> None:
+    given = checkpoint(build(), 0.8)
+    for kind, change, capabilities in (
+        ("torch", {}, AVX2),
+        ("auto", {"int8": None}, AVX2),
+        ("auto", {}, {"avx2": False}),
+    ):
+        offered = replace(given, **change)  # type: ignore[arg-type] # as listed
+        engine, served = open_engine(offered, kind, "cpu", "auto", 1, capabilities)  # type: ignore[arg-type] # as listed
+        assert "int8" not in engine.describe()
+        assert served is offered
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "capabilities", "problem"),
+    [
+        ("torch", {}, AVX2, "it takes the OpenVINO engine on a CPU"),
+        ("auto", {"int8": None}, AVX2, "the checkpoint is not prepared for it; `supervit quantize` does that"),
+        ("auto", {}, {"avx2": False}, "this CPU has neither AVX2 nor VNNI"),
+    ],
+)
+def test_8_bits_that_cannot_be_had_are_refused_in_a_line(
+    build: Callable[..., SuperViT], kind: str, change: dict[str, None], capabilities: dict[str, object], problem: str
+) -> None:
+    given = replace(checkpoint(build(), 0.8), **change)  # type: ignore[arg-type] # as listed
+    with pytest.raises(DeviceError) as caught:
+        open_engine(given, kind, "cpu", "int8", 1, capabilities)  # type: ignore[arg-type] # as listed
+    assert str(caught.value) == f"precision int8 cannot be had: {problem}"
+
+
+def test_bfloat16_is_had_from_both_engines_or_refused_by_both(build: Callable[..., SuperViT]) -> None:
+    described = []
+    for kind in ("openvino", "torch"):
+        try:
+            described.append("bfloat16" in make_engine(kind, build(), "cpu", 1, "bfloat16").describe())
+        except DeviceError as error:
+            assert "precision bfloat16 cannot be had" in str(error)  # noqa: PT017 - it depends on the CPU
+            described.append(False)
+    assert described[0] == described[1]
+
+
+def test_float32_is_had_from_both_engines(build: Callable[..., SuperViT]) -> None:
+    for kind in ("openvino", "torch"):
+        assert ", float32, " in make_engine(kind, build(), "cpu", 1, "float32").describe()

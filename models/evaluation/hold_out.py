@@ -1,0 +1,71 @@
+"""Which images to calibrate on and which to measure on, with the labels of a checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from timm.data import ImageNetInfo
+
+from models.checkpoint import Checkpoint
+from models.data.datasets import DataError, ImageSet, difference, list_classes, open_folder, stratified_order
+from models.data.images import evaluation_transform
+
+
+def open_hold_out(
+    checkpoint: Checkpoint, data: Path, max_bad_images: float, limit: int
+) -> tuple[ImageSet, list[int], ImageSet]:
+    """Open the images of `data`/val to calibrate on, and those of `data`/test to measure on.
+
+    Returns:
+        the images to calibrate on, the places of those that are used, at most `limit`, and the images to measure on:
+        the same set, of which at most half is used, where there is only one of the folders.
+
+    Raises:
+        DataError: the data set is unusable, or a class folder is none of the checkpoint's classes.
+    """
+    folders = [folder for folder in (data / "val", data / "test") if folder.is_dir()]
+    if not folders:
+        raise DataError(f"{data}: holds neither val/ nor test/")
+    sets = [_open_labelled(checkpoint, folder, max_bad_images) for folder in folders]
+    calibrating, measuring = sets[0], sets[-1]
+    return calibrating, choose_for_calibration(calibrating, limit, is_measured_too=len(sets) == 1), measuring
+
+
+def _open_labelled(checkpoint: Checkpoint, folder: Path, max_bad_images: float) -> ImageSet:
+    """Open the images of a folder with the checkpoint's labels."""
+    indices = label_indices(folder, list_classes(folder), checkpoint.class_names)
+    images = open_folder(folder, evaluation_transform(checkpoint.config), max_bad_images)
+    images.report_skipped_files()
+    images.files = [(path, indices[label]) for path, label in images.files]
+    return images
+
+
+def choose_for_calibration(images: ImageSet, limit: int, *, is_measured_too: bool) -> list[int]:
+    """Choose the images to fit scalings on, the same part of every class; half at most, if the rest is measured.
+
+    Raises:
+        DataError: there is only one image, which leaves none to measure.
+    """
+    order = stratified_order([label for _, label in images.files], seed=0)
+    most = len(order) // 2 if is_measured_too else len(order)
+    if most == 0:
+        raise DataError(f"{images.folder}: a single image cannot be both calibrated and measured on")
+    return sorted(order[: min(most, limit)])
+
+
+def label_indices(folder: Path, folder_names: Sequence[str], class_names: tuple[str, ...]) -> list[int]:
+    """Find the logit of each class folder, by the class name or, for ImageNet, by its WordNet number.
+
+    Some classes may have no folder.
+
+    Raises:
+        DataError: a folder is no class of the checkpoint.
+    """
+    indices = {name: index for index, name in enumerate(class_names)}
+    imagenet = ImageNetInfo()
+    if class_names == tuple(imagenet.label_descriptions()):
+        indices |= {name: index for index, name in enumerate(imagenet.label_names())}
+    if any(name not in indices for name in folder_names):
+        found = [class_names[indices[name]] if name in indices else name for name in folder_names]
+        differences = difference(class_names, found)
+        raise DataError(f"{folder}: its class folders differ from the checkpoint's classes: {differences}")
+    return [indices[name] for name in folder_names]

@@ -1,0 +1,91 @@
+"""What it takes to run a model's products in 8 bits, and how well they do then. Values; runs without torch."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from models.profiles import ProfileTable
+
+Layer = Literal["qkv", "proj", "fc1", "fc2"]
+LAYERS: tuple[Layer, ...] = get_args(Layer)
+SMOOTHING_STEPS = 4  # of an octave
+SMOOTHING_BOUND = 20 * SMOOTHING_STEPS
+STEPS = 255  # between the least and the greatest of 256 values
+TOLERATED_LOSS = 0.003  # of top-1, of each sub-network, beside floating point
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """Where activations enter products: `layer` of a block, 0-based."""
+
+    block: int
+    layer: Layer
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Between which values activations are told apart; those beyond count as at its ends.
+
+    Attributes:
+        low, high: the ends, of smoothed activations.
+        smoothing: for each channel the n of its 2 ** (n / SMOOTHING_STEPS), by which it is divided before, and its
+            weights multiplied (Xiao et al., "SmoothQuant", ICML 2023); none for no smoothing.
+
+    Raises:
+        ValueError: 0 is not in it, an end is not finite, or a channel's n is beyond SMOOTHING_BOUND.
+    """
+
+    low: float
+    high: float
+    smoothing: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.low <= 0 < self.high < math.inf:
+            raise ValueError(f"a range must be finite and end above 0, not begin there: {self.low}..{self.high}")
+        if any(abs(step) > SMOOTHING_BOUND for step in self.smoothing):
+            raise ValueError(f"a channel's smoothing must be from -{SMOOTHING_BOUND} to {SMOOTHING_BOUND}")
+
+    @classmethod
+    def of(cls, low: float, high: float, smoothing: tuple[int, ...] = ()) -> "Range":
+        """Make a range of about these ends in which 0 is one of the 256 values that are told apart.
+
+        Integers have a whole number for 0. A range for which it is not whole is rounded at serving: half of a step
+        times the sum of each output's weights, which doubled the error of logits.
+        """
+        low = min(low, 0.0)
+        step = max(high - low, 1e-6) / STEPS
+        below = min(round(-low / step), STEPS - 1)
+        return cls(-below * step, (STEPS - below) * step, smoothing)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRanges:
+    """The ranges of one block: what enters its products."""
+
+    qkv: Range
+    proj: Range
+    fc1: Range
+    fc2: Range
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """A checkpoint in 8 bits.
+
+    Attributes:
+        ranges: of each block's activations; those of weights follow from the weights.
+        profile: cost and accuracy of each sub-network in 8 bits, with scalings of its own.
+    """
+
+    ranges: tuple[BlockRanges, ...]
+    profile: ProfileTable
+
+    def largest_loss(self, profile: ProfileTable) -> float | None:
+        """Return how much top-1 a sub-network loses at most beside `profile`; None where it is not known of each."""
+        losses = []
+        for row in self.profile.rows:
+            beside = profile.by_subnetwork.get(row.subnetwork)
+            if row.top1 is None or beside is None or beside.top1 is None:
+                return None
+            losses.append(beside.top1 - row.top1)
+        return max(losses)

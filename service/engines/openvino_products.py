@@ -1,0 +1,174 @@
+"""Products of tokens and weights as OpenVINO nodes: in floating point, or in 8 bits as this CPU is fastest at them.
+
+A product in 8 bits has its activations quantised between two values for a whole tensor, which calibration found, and
+its weights evenly on both sides of zero for each output (FakeQuantize, which OpenVINO makes integers of).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov  # type: ignore[import-untyped] # it publishes no types
+from openvino import opset15 as op
+
+from models.quantization import SMOOTHING_STEPS, STEPS, BlockRanges, Place, Range
+
+Floats = npt.NDArray[np.float32]
+
+VNNI_CAPABILITIES = ("avx512_vnni", "avx_vnni")
+INT8_MAX = 127
+# Two products of 255 and this are the most that 16 bits hold: AVX2 sums two of them there, and what is more is lost.
+HALF_RANGE = 63
+
+
+class Products:
+    """In floating point.
+
+    A product takes what `enter` or `stay` made of its input, and `leave` makes tokens of what the last one gave.
+    """
+
+    @property
+    def notes(self) -> list[ov.Node]:
+        """What else the graph shall return."""
+        return []
+
+    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:  # noqa: ARG002 - others tell places apart
+        """Make the input of products of (B, N, D) tokens."""
+        return tokens
+
+    def stay(self, hidden: ov.Node, place: Place) -> ov.Node:
+        """Make the input of a product of what another product gave, elementwise changed."""
+        return self.enter(hidden, place)
+
+    def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
+        """Multiply by a (outputs, inputs) weight and add a bias."""
+        return linear(entered, weight, bias)
+
+    def leave(self, given: ov.Node) -> ov.Node:
+        """Return (B, N, D) tokens."""
+        return given
+
+
+class ObservedProducts(Products):
+    """In floating point, noting what enters and by which weights it is multiplied.
+
+    Attributes:
+        places: where, in the order of the notes: for each, the lowest and the highest value of each channel of each
+            image's tokens, (B, D) both.
+        largest_weights: by place, the largest absolute weight of each channel, (D,).
+    """
+
+    def __init__(self) -> None:
+        self.places: list[Place] = []
+        self.largest_weights: dict[Place, Floats] = {}
+        self._notes: list[ov.Node] = []
+        self._entered = Place(0, "qkv")
+
+    @property
+    def notes(self) -> list[ov.Node]:
+        """Two for each place."""
+        return self._notes
+
+    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
+        """Note the tokens, unless some of the same place are noted, and return them."""
+        self._entered = place
+        if place not in self.places:
+            self.places.append(place)
+            self._notes += [op.reduce_min(tokens, _ints(1)), op.reduce_max(tokens, _ints(1))]
+        return tokens
+
+    def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
+        """Note the weight of the place that was entered last, and multiply by it."""
+        largest = np.abs(weight).max(axis=0)
+        self.largest_weights[self._entered] = np.maximum(largest, self.largest_weights.get(self._entered, largest))
+        return super().linear(entered, weight, bias)
+
+
+class IntegerProducts(Products):
+    """In 8 bits, as products of matrices: for CPUs with instructions for sums of four such products (VNNI).
+
+    Attributes:
+        weight_max: the integer that the largest weight of an output becomes.
+    """
+
+    weight_max = INT8_MAX
+
+    def __init__(self, ranges: Sequence[BlockRanges]) -> None:
+        self._ranges = ranges
+        self._smoothing: Floats = np.ones(1, np.float32)
+
+    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
+        """Smooth and quantise (B, N, D) tokens."""
+        return self._quantise(tokens, place, (1, 1, -1))
+
+    def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
+        """Multiply what was entered last by a weight, smoothed likewise and quantised."""
+        smoothed = quantised(weight * self._smoothing, self.weight_max)
+        return op.add(op.matmul(entered, smoothed, False, True), op.constant(bias))
+
+    def _quantise(self, values: ov.Node, place: Place, shape: tuple[int, ...]) -> ov.Node:
+        """Smooth and quantise values whose channels lie along the -1 of `shape`."""
+        found: Range = getattr(self._ranges[place.block], place.layer)
+        self._smoothing = np.exp2(np.array(found.smoothing or (0,), np.float32) / SMOOTHING_STEPS)
+        if found.smoothing:
+            values = op.multiply(values, op.constant((1 / self._smoothing).reshape(shape)))
+        low, high = (op.constant(np.float32(value)) for value in (found.low, found.high))
+        return op.fake_quantize(values, low, high, low, high, STEPS + 1)
+
+
+class ConvolvedProducts(IntegerProducts):
+    """In 8 bits, as convolutions of (B, D, N, 1) tokens with weights of 7: for CPUs without VNNI.
+
+    On those, OpenVINO's integer products of matrices take as long as its float ones, and its convolutions of one pixel
+    half as long (an MLP of DeiT-S, AVX2).
+    """
+
+    weight_max = HALF_RANGE
+
+    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
+        """Quantise tokens, then put the channels first."""
+        rows = op.reshape(super().enter(tokens, place), _ints(0, 0, 1, -1), True)
+        return op.transpose(rows, _ints(0, 3, 1, 2))
+
+    def stay(self, hidden: ov.Node, place: Place) -> ov.Node:
+        """Quantise what has its channels first."""
+        return self._quantise(hidden, place, (1, -1, 1, 1))
+
+    def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
+        """Convolve with a quantised kernel of one pixel."""
+        kernel = quantised((weight * self._smoothing)[:, :, None, None], self.weight_max)
+        moved = op.convolution(entered, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
+        return op.add(moved, op.constant(bias[None, :, None, None]))
+
+    def leave(self, given: ov.Node) -> ov.Node:
+        """Put the channels last again."""
+        return op.reshape(op.transpose(given, _ints(0, 2, 3, 1)), _ints(0, 0, -1), True)
+
+
+def integer_products(ranges: Sequence[BlockRanges], capabilities: Mapping[str, object]) -> IntegerProducts | None:
+    """Choose how a CPU computes in 8 bits; None for one that would gain nothing.
+
+    Args:
+        ranges: of the activations.
+        capabilities: of the CPU, as torch names them.
+    """
+    if any(capabilities.get(name) for name in VNNI_CAPABILITIES):
+        return IntegerProducts(ranges)
+    return ConvolvedProducts(ranges) if capabilities.get("avx2") else None
+
+
+def linear(tokens: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
+    """Multiply (..., inputs) by a (outputs, inputs) weight and add a bias, in floating point."""
+    return op.add(op.matmul(tokens, op.constant(weight), False, True), op.constant(bias))
+
+
+def quantised(weight: Floats, weight_max: int) -> ov.Node:
+    """Quantise (outputs, ...) weights evenly on both sides of zero, each output's largest to `weight_max`."""
+    largest = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True)
+    end = np.maximum(largest, np.finfo(np.float32).tiny) * np.float32(INT8_MAX / weight_max)
+    low, high = op.constant(-end), op.constant(end)
+    return op.fake_quantize(op.constant(weight), low, high, low, high, 2 * INT8_MAX + 1)
+
+
+def _ints(*values: int) -> ov.Node:
+    return op.constant(np.array(values, np.int32))

@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
+from service.cli import main
+from service.quantize import make_range, verdict
+
+
+@pytest.fixture
+def data(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """Noise, tinted by class: four images of each in val/ and test/."""
+    rng = np.random.default_rng(1)
+    for part in ("val", "test"):
+        for index, name in enumerate(checkpoint.class_names):
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for number in range(4):
+                pixels = rng.integers(0, 120, (16, 16, 3)) + 20 * index
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def path(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    header = Header("tiny", checkpoint.config, checkpoint.class_names, checkpoint.profile)
+    save_checkpoint(path, checkpoint.model, header)
+    return path
+
+
+def test_quantize_prepares_a_checkpoint_that_is_then_the_same_in_floating_point(
+    path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = load_checkpoint(path)
+    output = path.with_name("int8.safetensors")
+    assert main(["quantize", str(path), str(data), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    after = load_checkpoint(output)
+    assert after.int8 is not None
+    assert after.profile == before.profile
+    assert all(after.model.state_dict()[name].equal(weight) for name, weight in before.model.state_dict().items())
+    assert after.int8.profile.by_subnetwork.keys() == before.profile.by_subnetwork.keys()
+    assert all(row.calibration_error is not None for row in after.int8.profile.rows)
+    assert len({row.temperature for row in after.int8.profile.rows}) > 1
+    # What enters after a norm has both signs and mean 0; what leaves GELU is never below -0.17.
+    assert all(block.qkv.low < -0.5 and block.qkv.high > 0.5 for block in after.int8.ranges)
+    assert all(-block.fc2.low < block.fc2.high for block in after.int8.ranges)
+    assert ", int8, " in printed
+    assert f"written into {output}" in printed
+    assert load_checkpoint(path).int8 is None
+
+
+def test_channels_are_smoothed_as_their_values_and_their_weights_ask() -> None:
+    lows, highs = (
+        torch.tensor([[-1.0, -16.0, 0.0], [-2.0, -1.0, -1.0]]),
+        torch.tensor([[2.0, 1.0, 2.0], [1.0, 1.0, 1.0]]),
+    )
+    found = make_range(lows, highs, torch.tensor([1.0, 1.0, 1.0]))
+    # Eight times as large values: 0.6 of three octaves between the channels, in quarters.
+    assert found.smoothing[1] - found.smoothing[0] == round(4 * 0.6 * 3) == 7
+    assert found.smoothing[0] == found.smoothing[2]
+    assert abs(sum(found.smoothing)) <= 1
+    by_weights = make_range(lows, highs, torch.tensor([1.0, 1.0, 32.0]))
+    assert by_weights.smoothing[2] - by_weights.smoothing[0] == -round(4 * 0.4 * 5) == -8
+    largest = 16 / 2 ** (found.smoothing[1] / 4)
+    assert -largest <= found.low < -0.8 * largest  # nine tenths of the way from the other image's to this one's
+
+
+def test_evaluate_keeps_8_bits_while_the_weights_stay(
+    path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(path), str(data)]) == 0
+    prepared = load_checkpoint(path).int8
+    assert prepared is not None
+    assert main(["evaluate", str(path), str(data), "--workers", "0"]) == 0
+    assert load_checkpoint(path).int8 == prepared
+    assert main(["evaluate", str(path), str(data), "--workers", "0", "--half"]) == 0
+    assert "no longer prepared for int8" in capsys.readouterr().out
+    assert load_checkpoint(path).int8 is None
+
+
+def test_quantize_never_replaces_a_file_that_is_not_its_own(
+    path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = path.with_name("other.safetensors")
+    other.write_bytes(b"weights of another")
+    assert main(["quantize", str(path), str(data), "--output", str(other)]) == 1
+    assert capsys.readouterr().err == f"supervit: {other}: would be overwritten\n"
+    assert other.read_bytes() == b"weights of another"
+
+
+def test_quantize_names_a_data_set_that_it_cannot_use(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(path), str(tmp_path / "none")]) == 1
+    assert "holds neither val/ nor test/" in capsys.readouterr().err
+
+
+def test_it_is_said_whether_8_bits_will_be_served() -> None:
+    assert verdict(0.003) == "at most 0.30 points of top-1 lost beside floating point"
+    assert verdict(0.0031).endswith("more than 0.3: served with --precision int8 alone")
+    assert "supervit evaluate" in verdict(None)
