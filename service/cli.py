@@ -12,12 +12,10 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
-    CliPositionalArg,
     CliSettingsSource,
     CliSubCommand,
     SettingsConfigDict,
@@ -27,56 +25,22 @@ from pydantic_settings import (
 
 from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoint, round_to_half, save_checkpoint
 from models.conversion.options import Convert
-from models.data.datasets import MAX_BAD_IMAGES, DataError
+from models.data.datasets import DataError
 from models.devices import DeviceError
 from models.files.sources import bare_name, find_checkpoint
-from models.processes import default_workers, joined_processes
+from models.processes import joined_processes
 from models.profiles import ProfileTable
 from models.training.recipe import Recipe
 from service.client import Classify, classify, first_problem, make_settings
+from service.command_options import Evaluate, Profile, Quantize
 from service.engines.factory import engine_threads, open_engine
 from service.engines.profile_store import extended_profile, measure_latencies
 from service.engines.profiler import Measurement
 from service.errors import CommandError, ServiceError
 from service.hosting.serve import serve
 from service.machine.monitor import Monitor
-from service.quantize import Quantize, quantize
 from service.settings import Settings
 from service.simulation.report import Simulate, simulate
-
-
-class Evaluate(BaseModel):
-    """Measure top-1 and top-5 of every sub-network and write them into the checkpoint's profile."""
-
-    checkpoint: CliPositionalArg[str] = Field(
-        description="SuperViT checkpoint: a path, the name of one that ships, or hf-hub:owner/name[@revision]"
-    )
-    data: CliPositionalArg[Path] = Field(
-        description="folder with val/ to calibrate on and test/ to measure on, or only one of them, of class folders"
-    )
-    batch_size: int = Field(100, ge=1, description="images per batch")
-    max_bad_images: float = Field(
-        MAX_BAD_IMAGES, ge=0, lt=1, description="part of the images that may be unreadable; they are passed over"
-    )
-    workers: int = Field(
-        default_factory=default_workers, ge=0, description="processes that decode images; by default one for each core"
-    )
-    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
-    rates_between: bool = Field(False, description="also measure keep rates in steps of 0.05 between the trained ones")
-    half: bool = Field(False, description="round the weights to half precision first, for half of the file's size")
-
-
-class Profile(BaseModel):
-    """Measure how long each sub-network takes on this machine, or show what was measured before."""
-
-    checkpoint: str | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
-    engine: Literal["auto", "torch", "openvino"] | None = Field(None, description="what runs the model")
-    device: str | None = Field(None, description="cpu, cuda, cuda:1, or auto")
-    precision: Literal["auto", "float32", "bfloat16", "int8"] | None = Field(None, description="of the products")
-    threads: int | None = Field(None, ge=1, description="threads of the engine on a CPU; by default those of `serve`")
-    max_batch_size: int | None = Field(None, ge=1, le=64, description="largest batch to measure")
-    fresh: bool = Field(False, description="measure even where there is a measurement")
-    plot_file: Path | None = Field(None, description="PNG file for the picture of it")
 
 
 class Supervit(BaseSettings):
@@ -122,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
             case Evaluate():
                 evaluate_checkpoint(command)
             case Quantize():
+                from service.quantize import quantize
+
                 quantize(command)
             case Profile():
                 profile(command)

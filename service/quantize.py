@@ -4,18 +4,16 @@ import os
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, Field
-from pydantic_settings import CliPositionalArg
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
-from models.data.datasets import MAX_BAD_IMAGES, NO_LABEL
+from models.data.datasets import NO_LABEL
 from models.data.loaders import load_in_turn
 from models.evaluation.evaluate import evaluate
 from models.evaluation.hold_out import open_hold_out
 from models.evaluation.tables import accuracy_table, calibration_summary, cascade_table
 from models.files.sources import bare_name, find_checkpoint
-from models.processes import Process, count_cores
+from models.processes import Process
 from models.quantization import (
     LAYERS,
     SMOOTHING_BOUND,
@@ -26,6 +24,7 @@ from models.quantization import (
     Quantization,
     Range,
 )
+from service.command_options import Quantize
 from service.engines.factory import int8_engine
 from service.engines.openvino_engine import OpenVINOEngine
 from service.engines.openvino_products import ObservedProducts
@@ -40,26 +39,6 @@ COVERED_SHARE = 0.9
 # the error of logits on 287 images held out is 8 % lower at the cheapest and 18 % at a middling sub-network.
 SMOOTHING = 0.6
 LEAST_SHARE = 1e-4  # of the largest that a channel counts as, where it is next to nothing
-
-
-class Quantize(BaseModel):
-    """Prepare a checkpoint for CPUs that are fastest in 8 bits: calibrate on val/, measure on test/."""
-
-    checkpoint: CliPositionalArg[str] = Field(
-        description="SuperViT checkpoint: a path, the name of one that ships, or hf-hub:owner/name[@revision]"
-    )
-    data: CliPositionalArg[Path] = Field(
-        description="folder with val/ to calibrate on and test/ to measure on, or only one of them, of class folders"
-    )
-    output: Path | None = Field(
-        None, description="file to write; the checkpoint itself by default, or one of its name here if it ships"
-    )
-    batch_size: int = Field(16, ge=1, description="images per batch")
-    max_bad_images: float = Field(
-        MAX_BAD_IMAGES, ge=0, lt=1, description="part of the images that may be unreadable; they are passed over"
-    )
-    workers: int = Field(0, ge=0, description="processes that decode images beside the engine; by default none")
-    threads: int = Field(default_factory=count_cores, ge=1, description="threads of the engine; by default every core")
 
 
 def quantize(command: Quantize) -> None:
