@@ -74,8 +74,7 @@ class Batcher:
         self._run, self._scheduler = run, scheduler
         self._limiter, self._idle = limiter or UtilizationLimiter(None, None), idle
         self._observe_machine, self._observe_batch = observe_machine, observe_batch
-        self._clock, self._sleep = clock, sleep
-        self._pending = PendingRequests()
+        self._pending, self._clock, self._sleep = PendingRequests(), clock, sleep
         self._answers, self._arrival = InTurns(self._pending.settle), threading.Event()
         self._thread, self._stopping = thread, False
         self._failures_in_a_row, self._free_at = 0, 0.0  # the latter: since when the engine could have run a batch
