@@ -10,6 +10,7 @@ Layer = Literal["qkv", "proj", "fc1", "fc2"]
 LAYERS: tuple[Layer, ...] = get_args(Layer)
 SMOOTHING_STEPS = 4  # of an octave
 SMOOTHING_BOUND = 20 * SMOOTHING_STEPS
+LEAST_WIDTH, GREATEST_END = 1e-7, 1e9
 STEPS = 255  # between the least and the greatest of 256 values
 TOLERATED_LOSS = 0.003  # of top-1, of each sub-network, beside floating point
 
@@ -42,6 +43,8 @@ class Range:
     def __post_init__(self) -> None:
         if not -math.inf < self.low <= 0 < self.high < math.inf:
             raise ValueError(f"a range must be finite and end above 0, not begin there: {self.low}..{self.high}")
+        if self.high - self.low < LEAST_WIDTH or max(-self.low, self.high) > GREATEST_END:
+            raise ValueError(f"a range must be told apart in float32, not {self.low}..{self.high}")
         if any(abs(step) > SMOOTHING_BOUND for step in self.smoothing):
             raise ValueError(f"a channel's smoothing must be from -{SMOOTHING_BOUND} to {SMOOTHING_BOUND}")
 

@@ -28,7 +28,7 @@ class ReasonCode(StrEnum):
 class LookCode(StrEnum):
     """Why an image was not looked at again."""
 
-    SURE = "sure"  # the last look was
+    SURE = "sure"  # the last look was, or none was asked to be
     NONE_BETTER = "none_better"  # it was at the most accurate sub-network
     BUDGET = "budget"  # it would cost more than the request may
     DEADLINE = "deadline"  # it would be late

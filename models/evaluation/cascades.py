@@ -58,19 +58,22 @@ def choose_cascades(rows: Sequence[SubNetworkProfile], confidences: Mapping[SubN
     return [one.cascade for one in _convex_hull(priced) if one.cascade is not None]
 
 
-def measure_cascade(cascade: Cascade, judged: Mapping[SubNetwork, Tensor]) -> CascadeProfile:
+def measure_cascade(cascade: Cascade, judged: Mapping[SubNetwork, Tensor], first_top1: float) -> CascadeProfile:
     """Measure a cascade on images that nothing was chosen on.
 
     Args:
         cascade: which.
         judged: by sub-network, (M, 3) for the same images: whether its answer is right first, its confidence last; NaN
             where an image has no label.
+        first_top1: accuracy of its first look as the profile says it, perhaps on more images: what the second look adds
+            to that is measured.
     """
     has_label = ~judged[cascade.first][:, 0].isnan()
     first, second = judged[cascade.first][has_label], judged[cascade.second][has_label]
     is_unsure = first[:, 2] < cascade.threshold
-    top1 = torch.where(is_unsure, second[:, 0], first[:, 0]).mean()
-    return CascadeProfile(*cascade, share=float(is_unsure.double().mean()), top1=float(top1))
+    gain = (torch.where(is_unsure, second[:, 0], first[:, 0]) - first[:, 0]).mean()
+    top1 = min(1.0, max(0.0, first_top1 + float(gain)))
+    return CascadeProfile(*cascade, share=float(is_unsure.double().mean()), top1=top1)
 
 
 def _convex_hull(priced: Sequence[_Priced]) -> list[_Priced]:

@@ -87,7 +87,7 @@ def evaluate(
     judged = judge_images(answer, batches(measuring, range(len(measuring))), scalings)
     measured = {subnetwork: summarise(its_answers, fitted_on) for subnetwork, its_answers in judged.items()}
     unseen = {subnetwork: all_but(its_answers, fitted_on) for subnetwork, its_answers in judged.items()}
-    cascades = tuple(measure_cascade(cascade, unseen) for cascade in chosen_cascades)
+    cascades = tuple(measure_cascade(one, unseen, measured[one.first].top1) for one in chosen_cascades)
     rows = tuple(
         replace(
             row,

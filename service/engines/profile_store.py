@@ -40,8 +40,8 @@ def extended_profile(checkpoint: Checkpoint) -> ProfileTable:
 
 
 def nominal_latencies(profiles: ProfileTable) -> LatencyTable:
-    """Pretend that every batch takes a millisecond: for where nothing queues and nothing need be measured."""
-    return LatencyTable((1,), dict.fromkeys(profiles.by_subnetwork, (0.001,)))
+    """Pretend that a GFLOP takes a millisecond: for where nothing queues and nothing need be measured."""
+    return LatencyTable((1,), {row.subnetwork: (row.gflops / 1000,) for row in profiles.rows})
 
 
 def begin_profile(

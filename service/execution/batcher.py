@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -244,7 +243,7 @@ class Batcher:
         outcomes = []
         for (request, result), following in followed:
             if isinstance(following, LookCode):
-                outcomes.append((request.admitted, replace(result, stopped=following)))
+                outcomes.append(self._pending.finished(request, result, following))
             elif not self._pending.keep(request, result):
                 self._scheduler.withdraw(following)  # its client has left
         return outcomes

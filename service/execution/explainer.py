@@ -5,6 +5,7 @@ two patches of nearly the same score may change places.
 """
 
 import asyncio
+import logging
 import math
 import os
 import threading
@@ -26,6 +27,9 @@ from service.errors import ModelError, OverloadedError
 NICENESS = 10  # a tenth of a core that others want as well
 LAST_PRIORITY = -100  # behind whatever a request may ask for
 RETRY_AFTER_S = 1.0
+LONGEST_WAIT_S = 10.0  # for a decoder, while none else can be explained
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +93,17 @@ class Explainer:
         Raises:
             ServiceError: the image cannot be decoded now, or the model fails on it.
         """
-        decoded = await asyncio.wrap_future(self._decoder.submit(data, math.inf, LAST_PRIORITY, address))
+        decoding = asyncio.wrap_future(self._decoder.submit(data, math.inf, LAST_PRIORITY, address))
+        try:
+            decoded = await asyncio.wait_for(decoding, LONGEST_WAIT_S)
+        except TimeoutError:
+            message = "others' images leave no time to decode this one again; try again in a moment"
+            raise OverloadedError(message, "full", RETRY_AFTER_S) from None
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._thread, self._trace, decoded.image, subnetwork)
         except RuntimeError as error:  # as of a GPU whose memory is taken
+            logger.exception("the model failed on an image at %s", subnetwork)
             raise ModelError("the model failed on this image; the server's log says why") from error
 
     def close(self) -> None:

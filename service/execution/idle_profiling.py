@@ -171,7 +171,7 @@ class IdleProfiler:
         rate = max(state.arrival_rate, state.sustained_rate)
         unhurried_s = BUDGET_SHARE * min(state.tight_budget_s, self._default_budget_s)
         unmet_s = ARRIVALS / rate if rate else unhurried_s
-        room_s = max(min(unhurried_s, unmet_s), QUIET_SHARE * (now - self._active_at))
+        room_s = max(min(unhurried_s, unmet_s), QUIET_SHARE * (now - max(self._active_at, state.last_arrival_at)))
         if self._has_claim and not self._profile.is_complete:
             return self._profile.due(lambda cell, seconds: seconds <= room_s and cell[1] <= state.max_batch_size)
         if self._shapes and self._profile.row_s(self._shapes[0]) <= room_s:

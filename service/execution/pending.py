@@ -4,6 +4,7 @@ Entries come and go on the event loop; the engine's thread looks at them and not
 """
 
 import asyncio
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -70,6 +71,12 @@ class PendingRequests:
         """Return what the last look at its image said, where there was one."""
         pending = self.find(request)
         return None if pending is None else pending.answer
+
+    def finished(self, request: QueuedRequest, result: Result, code: LookCode) -> Outcome:
+        """Return what a request gets that is looked at no more; where the last look is no number, the one before."""
+        if result.before is not None and not math.isfinite(result.confidence):
+            result, code = result.before, LookCode.FAILED
+        return request.admitted, replace(result, stopped=code)
 
     def in_place_of(self, error: ServiceError, request: QueuedRequest, code: LookCode) -> Outcome:
         """Return what a request gets that fails: the answer of its last look, if it only waited for another."""

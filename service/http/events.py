@@ -1,6 +1,7 @@
 """GET /events: the metrics once a second, as server-sent events, for a page that a person looks at."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -29,6 +30,7 @@ class LiveFeed:
         read: Callable[[], LiveSample],
         is_over: Callable[[], bool],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        now: Callable[[], float] = time.time,
     ) -> None:
         """Take what it works with.
 
@@ -36,8 +38,9 @@ class LiveFeed:
             read: reads the metrics; called on a thread, for it takes some milliseconds.
             is_over: whether the server stops, so that it would wait for its listeners.
             sleep: lets seconds pass.
+            now: Unix time in seconds.
         """
-        self._read, self._is_over, self._sleep = read, is_over, sleep
+        self._read, self._is_over, self._sleep, self._now = read, is_over, sleep, now
         self._samples: deque[LiveSample] = deque(maxlen=SAMPLES_KEPT)
         self._lock = asyncio.Lock()
         self._listeners = 0
@@ -54,6 +57,8 @@ class LiveFeed:
         return self._events()
 
     async def _events(self) -> AsyncIterator[bytes]:
+        if not self._listeners:  # none were taken meanwhile
+            self._forget_old()
         self._listeners += 1
         try:
             sent = self._number - len(self._samples)
@@ -66,6 +71,11 @@ class LiveFeed:
                 await self._sleep(INTERVAL_S)
         finally:
             self._listeners -= 1
+
+    def _forget_old(self) -> None:
+        since = self._now() - SAMPLES_KEPT * INTERVAL_S
+        while self._samples and self._samples[0].at < since:
+            self._samples.popleft()
 
     async def _take_sample(self, number: int) -> None:
         """Take the next sample, unless another listener has done so meanwhile."""

@@ -1,6 +1,7 @@
 """What a request says beside its image, in its query, in the fields of its form or in its JSON, as pydantic models."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -32,9 +33,6 @@ class DecideQuery(BaseModel):
     budget_gflops: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="most that the answer may cost, in 1e9 multiply-accumulates"
     )
-    min_confidence: float = Field(
-        0, ge=0, lt=1, description="probability of the answer under which it is looked at again, if budgets allow it"
-    )
     priority: int = Field(0, ge=LOWEST_PRIORITY, le=0, description="0 is normal; lower may be rejected or shed first")
     patch_grid: int | None = Field(None, ge=1, description="with keep_rate: a sub-network by name, not by budget")
     keep_rate: float | None = Field(
@@ -45,8 +43,6 @@ class DecideQuery(BaseModel):
     def _both_or_none(self) -> "DecideQuery":
         if (self.patch_grid is None) != (self.keep_rate is None):
             raise ValueError("patch_grid and keep_rate go together: give both or none")
-        if self.patch_grid is not None and self.min_confidence > 0:
-            raise ValueError("min_confidence: a sub-network that is asked for by name looks once")
         return self
 
     @property
@@ -63,7 +59,6 @@ class DecideQuery(BaseModel):
             budget_ms=self.budget_ms,
             budget_gflops=self.budget_gflops,
             subnetwork=self.subnetwork,
-            min_confidence=self.min_confidence,
             top_k=top_k,
             priority=self.priority,
             address=address,
@@ -73,9 +68,22 @@ class DecideQuery(BaseModel):
 class ClassifyQuery(DecideQuery):
     """Query parameters of POST /classify."""
 
+    min_confidence: float = Field(
+        0, ge=0, lt=1, description="probability of the answer under which it is looked at again, if budgets allow it"
+    )
     top_k: int | None = Field(
         None, ge=1, description=f"predictions to return, up to the number of classes; {DEFAULT_TOP_K} by default"
     )
+
+    @model_validator(mode="after")
+    def _one_look_by_name(self) -> "ClassifyQuery":
+        if self.patch_grid is not None and self.min_confidence > 0:
+            raise ValueError("min_confidence: a sub-network that is asked for by name looks once")
+        return self
+
+    def request(self, arrived_at: float, top_k: int | None = None, address: str | None = None) -> InferenceRequest:
+        """Make what the pipeline takes."""
+        return replace(super().request(arrived_at, top_k, address), min_confidence=self.min_confidence)
 
 
 Query = TypeVar("Query", bound=DecideQuery)

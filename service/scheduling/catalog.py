@@ -131,13 +131,14 @@ class VariantCatalog:
 
     def next_better(self, variant: Variant) -> Variant | None:
         """Return the next variant on the frontier, None behind the best."""
-        place = self.frontier.index(variant) + 1
-        return self.frontier[place] if place < len(self.frontier) else None
+        return next((one for one in self.frontier if one.worth > variant.worth), None)
 
     def _grant(self, cap: float) -> Grant:
         """Find, for each level, the most accurate variant within the cap that is expected to cost no more."""
         affordable = [variant for variant in (*self.levels, *self.frontier) if variant.most_gflops <= cap]
         best = [variant for variant in self.frontier if variant.most_gflops <= cap][-1]
+        if self.best.most_gflops <= cap and self.best.worth >= best.worth:
+            best = self.best  # as accurate, but faster
 
         limits = accumulate((level.gflops for level in self.levels), max)
         by_level = [

@@ -158,6 +158,7 @@ class TrafficEstimator:
         self._sustained_rate = ArrivalRate(SUSTAINED_TIME_S)
         self._recent: deque[RequestConstraints] = deque(maxlen=REMEMBERED_REQUESTS)
         self._budgets_s: list[float] = []  # of the recent, ascending
+        self.counted_at = -math.inf  # the last arrival
 
     @property
     def recent(self) -> Sequence[RequestConstraints]:
@@ -171,6 +172,7 @@ class TrafficEstimator:
 
     def count(self, now: float) -> None:
         """Count an arrival."""
+        self.counted_at = now
         self._rate.count(now)
         self._sustained_rate.count(now)
 

@@ -93,4 +93,6 @@ class LatencyModel:
             second = variant.second_look
             if second is not None and (variant.first_index in changed or second.index in changed):
                 first_s, second_s = self._latencies_s[variant.first_index], self._latencies_s[second.index]
-                self._latencies_s[variant.index] = with_second_look(first_s, second_s, second.share)
+                expected_s = with_second_look(first_s, second_s, second.share)
+                lower_s = self._latencies_s[max(0, variant.index - 1)]
+                self._latencies_s[variant.index] = tuple(map(max, expected_s, lower_s))

@@ -30,6 +30,7 @@ MAX_EXPECTED = 96
 MAX_PLANNED = 128  # the most urgent, where each must be looked at; the others' turn comes
 MARGIN = 1.05
 TIGHT_SHARE = 0.8  # of a tight budget: a batch that takes longer has no place for requests with such a budget
+RARE = 0.1  # arrivals during other looks up to which none is reckoned with
 BUSY = 0.3  # arrivals per longest single inference from which on the plan leaves room for the next one
 
 
@@ -70,19 +71,35 @@ def _choose(state: SchedulerState, plan: "_Plan") -> BatchDecision:
 
 
 def _look_again(plan: "_Plan", again: Sequence[QueuedRequest], instead: BatchDecision) -> BatchDecision | None:
-    """Take the most urgent other looks, if they can wait for no batch more and keep no request from its answer."""
+    """Take the most urgent other looks, if they can wait for no batch more and keep no request from its answer.
+
+    Where they would and nothing else waits, their answers are given as they are: there will be no better moment.
+    """
     state, head = plan.state, again[0]
     index = target(head.constraints, 0)
     together = [request for request in again if target(request.constraints, 0) == index]
     size = max(1, min(state.fitting(index, head.deadline_at - state.now, len(together)), plan.batch_limit(index)))
     seconds = state.latency_s(index, size) * MARGIN
+    # One that comes meanwhile waits until it has ended.
+    is_in_the_way = (
+        state.arrival_rate * seconds > RARE and seconds + state.latency_s(0, 1) > state.tight_budget_s
+    ) or not plan.clears(0, after_s=seconds)
     if instead.variant is not None:
         ends_at = state.now + state.batch_s(instead.variant.index, len(instead.batch)) * state.overhead_factor
         can_wait = size < state.max_batch_size and ends_at + seconds <= head.deadline_at
-        if can_wait or not plan.clears(0, after_s=seconds):
-            return None
+        return None if can_wait or is_in_the_way else _unsure(plan, again, together[:size], instead)
+    if is_in_the_way:
+        return replace(instead, shed=tuple(again))
+    return _unsure(plan, again, together[:size], instead)
+
+
+def _unsure(
+    plan: "_Plan", again: Sequence[QueuedRequest], batch: Sequence[QueuedRequest], instead: BatchDecision
+) -> BatchDecision:
+    state, head = plan.state, again[0]
+    variant = state.catalog.variants[target(head.constraints, 0)]
     reason = Reason(ReasonCode.UNSURE, len(again), head.deadline_at - state.now, state.safety_factor)
-    return BatchDecision(state.catalog.variants[index], tuple(together[:size]), instead.expired, reason=reason)
+    return BatchDecision(variant, tuple(batch), instead.expired, reason=reason)
 
 
 class _Plan:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
+from service.domain import ReasonCode
 from service.errors import OverloadedError
 from service.scheduling.state import BatchDecision, Decide, QueuedRequest, SchedulerState, target
 from service.scheduling.variants import Variant
@@ -44,6 +45,9 @@ def preview(request: QueuedRequest, state: SchedulerState, decide: Decide, start
         if decision.variant is not None:
             time += state.latency_s(decision.variant.index, len(decision.batch)) * state.overhead_factor
     else:
+        if decision.reason.code is ReasonCode.UNSURE:  # of others, and says nothing of this one
+            first = [other for other in queue if other.looks_again_for is None]
+            decision = decide(replace(state, now=time, queue=first))
         time += (time - start_at) / (queued - len(queue)) * queue.index(request)
         level = 0 if decision.variant is None else min(decision.variant.index, catalog.num_levels - 1)
         variant = catalog.variants[target(request.constraints, level)]

@@ -70,7 +70,7 @@ def explain(reason: Reason, catalog: VariantCatalog, variant: Variant, budget_gf
 
 def _explain_deadlines(reason: Reason, catalog: VariantCatalog, variant: Variant, quality: str) -> str:
     chosen = str(variant)
-    if variant is catalog.best:
+    if variant == catalog.best:
         return f"{reason.queued} waiting: {chosen}, {quality} {_kind(variant)}, answers all of them in time"
     cautiously = ""
     if reason.safety_factor > NOTEWORTHY:

@@ -270,6 +270,7 @@ class Scheduler:
             recent=self._traffic.recent,
             tight_budget_s=self._traffic.tight_budget_s,
             safety_factor=self._safety_factor.read(now),
+            last_arrival_at=self._traffic.counted_at,
         )
 
     @property

@@ -97,6 +97,7 @@ class SchedulerState:
         tight_budget_s: a budget that few of the recent ones undercut.
         sustained_rate: the arrival rate over a longer time, which leaves out what is only a burst.
         safety_factor: factor on the times of every level but the cheapest, at least 1: deadlines were missed of late.
+        last_arrival_at: when the last request came that might have been answered, rejected or not.
     """
 
     now: float
@@ -112,6 +113,7 @@ class SchedulerState:
     tight_budget_s: float
     sustained_rate: float = 0.0
     safety_factor: float = 1.0
+    last_arrival_at: float = -math.inf
 
     def latency_s(self, index: int, size: int) -> float:
         """Predict the time that a batch of the variant at `index` costs, with the second looks that it will want."""

@@ -64,7 +64,7 @@ class Variant:
         second = self.second_look
         if second is None or self.profile.top1 is None or not second.share:
             return self.top1
-        return second.top1 - (second.top1 - self.profile.top1) / second.share
+        return min(1.0, max(0.0, second.top1 - (second.top1 - self.profile.top1) / second.share))  # chance aside
 
     @property
     def worth(self) -> float:

@@ -47,7 +47,7 @@ def test_what_a_mixture_of_cheaper_and_dearer_ones_beats_is_left_out() -> None:
 def test_a_cascade_is_measured_by_what_both_looks_answer() -> None:
     first = torch.tensor([[1, 1, 0.9], [0, 1, 0.6], [1, 1, 0.59], [0, 0, 0.2]], dtype=torch.float64)
     second = torch.tensor([[0, 1, 0.9], [1, 1, 0.9], [0, 1, 0.9], [1, 1, 0.9]], dtype=torch.float64)
-    measured = measure_cascade(Cascade(SMALL, LARGE, 0.6), {SMALL: first, LARGE: second})
+    measured = measure_cascade(Cascade(SMALL, LARGE, 0.6), {SMALL: first, LARGE: second}, first_top1=2 / 4)
     assert (measured.first, measured.second, measured.threshold) == (SMALL, LARGE, 0.6)
     assert measured.share == 2 / 4  # 0.59 and 0.2
     assert measured.top1 == 2 / 4  # the first right at 0.9, wrong at 0.6; the second wrong, then right
@@ -56,6 +56,15 @@ def test_a_cascade_is_measured_by_what_both_looks_answer() -> None:
 def test_images_without_a_label_are_left_out() -> None:
     first = torch.tensor([[1, 1, 0.9], [torch.nan] * 3, [0, 0, 0.2]], dtype=torch.float64)
     second = torch.tensor([[1, 1, 0.9], [torch.nan] * 3, [1, 1, 0.9]], dtype=torch.float64)
-    measured = measure_cascade(Cascade(SMALL, LARGE, 0.6), {SMALL: first, LARGE: second})
+    measured = measure_cascade(Cascade(SMALL, LARGE, 0.6), {SMALL: first, LARGE: second}, first_top1=1 / 2)
     assert measured.share == pytest.approx(1 / 2)
     assert measured.top1 == 1.0
+
+
+def test_what_the_second_look_adds_counts_beside_the_first_as_the_profile_has_it() -> None:
+    """The profile may have the first's accuracy from more images, on which it does better."""
+    first = torch.tensor([[1, 1, 0.9], [0, 0, 0.2]], dtype=torch.float64)
+    second = torch.tensor([[1, 1, 0.9], [1, 1, 0.9]], dtype=torch.float64)
+    cascade = Cascade(SMALL, LARGE, 0.6)
+    assert measure_cascade(cascade, {SMALL: first, LARGE: second}, first_top1=0.4).top1 == pytest.approx(0.9)
+    assert measure_cascade(cascade, {SMALL: first, LARGE: second}, first_top1=0.7).top1 == 1.0

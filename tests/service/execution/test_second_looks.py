@@ -50,6 +50,7 @@ class Model:
         self.gates = {SMALL: threading.Event(), LARGE: threading.Event()}
         self.entered = {SMALL: threading.Event(), LARGE: threading.Event()}
         self.fails_at: SubNetwork | None = None
+        self.answers_nan = False
 
     def open(self, *subnetworks: SubNetwork) -> "Model":
         for subnetwork in subnetworks or self.gates:
@@ -63,6 +64,8 @@ class Model:
         if subnetwork == self.fails_at:
             raise RuntimeError("no second look today")
         sure = images[:, 0, 0, 0] / 100 if subnetwork == SMALL else torch.full((len(images),), 0.95)
+        if self.answers_nan and subnetwork == LARGE:
+            sure = torch.full((len(images),), torch.nan)
         chosen = torch.log(sure / (1 - sure))
         rest = torch.zeros_like(chosen)
         return torch.stack([chosen, rest] if subnetwork == SMALL else [rest, chosen], dim=1)
@@ -183,6 +186,15 @@ async def test_a_second_look_that_fails_leaves_the_first_answer() -> None:
         answer = await ask(parts, 70)
     assert (looks(answer), answer.stopped) == ([SMALL], LookCode.FAILED)
     assert "the model failed at another look" in answer.decision.reason
+
+
+async def test_a_second_look_that_is_no_number_leaves_the_first_answer() -> None:
+    model = Model().open()
+    model.answers_nan = True
+    async with answering(model) as parts:
+        answer = await ask(parts, 70)
+    assert (looks(answer), answer.stopped) == ([SMALL], LookCode.FAILED)
+    assert answer.predictions[0].label == "at first sight"
 
 
 async def test_a_client_that_leaves_takes_its_second_look_along() -> None:

@@ -173,6 +173,15 @@ def test_a_budget_is_held_against_the_cost_of_both_looks(budget: float | None, b
     assert grant.highest_level == next((level - 1 for level in range(5) if by_level[level] != level), 4)
 
 
+def test_a_cascade_as_accurate_as_the_largest_and_faster_is_what_is_granted() -> None:
+    tied = catalog_of(replace(PROFILES, cascades=(replace(TO_BEST, top1=0.8),)))
+    assert tied.best.second_look is not None
+    grant = tied.grant_within(None)
+    assert (grant.best, grant.by_level[-1]) == (tied.best, tied.best.index)
+    assert tied.next_better(grant.best) is None
+    assert tied.grant_within(2.5).best.profile.subnetwork == SubNetwork(14, 0.5)  # both looks might cost 3.04
+
+
 def test_a_sub_network_by_name_looks_once() -> None:
     catalog = catalog_of(CASCADING)
     grant = catalog.grant_named(SubNetwork(8, 0.5))

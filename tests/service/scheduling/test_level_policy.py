@@ -471,6 +471,17 @@ def test_no_request_misses_its_first_look_for_another_one(catalog: VariantCatalo
     assert choose(catalog, *later, again).batch == (again,)
 
 
+def test_where_short_budgets_are_usual_no_other_look_is_in_their_way(catalog: VariantCatalog) -> None:
+    """Another look takes 8 s, in which 0.8 requests come that want to be answered within 9; alone they take 2."""
+    again, new = looks_again(50.0, pinned=2), waits(90.0)
+    state = replace(at_zero(catalog, (again,)), arrival_rate=0.1, recent=(constraints_for(60.0, 2),))
+    assert choose_level(state).batch == (again,)
+    hurried = replace(state, tight_budget_s=9.0)
+    assert choose_level(hurried) == BatchDecision(None, shed=(again,)), "there will be no better moment"
+    assert choose_level(replace(hurried, queue=(again, new))).batch == (new,)
+    assert choose_level(replace(hurried, arrival_rate=0.01)).batch == (again,), "one in twelve"
+
+
 def test_other_looks_are_given_up_before_any_request_is_shed_for_a_later_one(catalog: VariantCatalog) -> None:
     again = looks_again(9.0, pinned=2)
     crowd = [waits(3.1), waits(3.1), waits(3.1)]

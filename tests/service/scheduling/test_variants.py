@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from models.profiles import SubNetworkProfile
@@ -21,6 +23,8 @@ def test_without_its_second_look_an_unsure_image_loses_what_that_gains_over_all(
     assert CASCADE.top1_of_one_look == pytest.approx(0.88 - 0.72)
     assert 0.75 * 0.88 + 0.25 * (CASCADE.top1_of_one_look or 0) == pytest.approx(0.7)
     assert ALONE.top1_of_one_look == 0.7
+    rare = replace(CASCADE, second_look=SecondLook(2, SECOND, 0.5, 0.002, 0.71))
+    assert rare.top1_of_one_look == 0.0, "more than chance can make of few images"
 
 
 def test_a_cascade_says_what_looks_when() -> None:
