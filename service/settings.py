@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     )
     policy: str = Field("level", description="what chooses the sub-network and the batch; others are for comparison")
     cascades: bool = Field(
-        True, description="look again, at a larger sub-network, where the first look at an image was unsure"
+        False, description="look again, at a larger sub-network, where the first look at an image was unsure"
     )
     default_budget_ms: float = Field(
         1000, gt=0, allow_inf_nan=False, description="time granted to a request that names no budget_ms"

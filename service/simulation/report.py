@@ -26,7 +26,7 @@ class Simulate(Traffic):
 
     policy: str = Field("level", description="what chooses sub-network and batch, as for `serve`")
     compare: tuple[str, ...] = Field((), description="policies to replay the same arrivals with")
-    cascades: bool = Field(True, description="look again where a first look was unsure, as for `serve`")
+    cascades: bool = Field(False, description="look again where a first look was unsure, as for `serve`")
     machines: int = Field(1, ge=1, le=1000, description="alike; requests are dealt out to them in turn")
     max_batch_size: int | None = Field(
         None, ge=1, le=64, description="requests for one sub-network that may run together; by default as for `serve`"

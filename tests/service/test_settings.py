@@ -37,7 +37,7 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "precision": "int8",
         "threads": "2",
         "policy": "slackfit",
-        "cascades": "False",
+        "cascades": "True",
         "default_budget_ms": "250.0",
         "max_utilization": "0.6",
         "profile_folder": "/var/cache/profiles",

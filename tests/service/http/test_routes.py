@@ -692,13 +692,14 @@ def test_a_confidence_is_a_probability_and_goes_with_no_sub_network_by_name(
     assert error_code(client.post(f"/classify?{query}", content=photo), 422) == "invalid_parameter"
 
 
-def test_cascades_are_listed_and_can_be_switched_off(
+def test_cascades_are_there_once_they_are_switched_on(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
 ) -> None:
     first, second = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
     cascade = CascadeProfile(first, second, threshold=0.999, share=0.5, top1=0.85)
     cascading = replace(checkpoint, profile=replace(checkpoint.profile, cascades=(cascade,)))
-    with serving(ServerRuntime(settings, cascading, engine, latencies)) as client:
+    on = settings.model_copy(update={"cascades": True})
+    with serving(ServerRuntime(on, cascading, engine, latencies)) as client:
         (row,) = client.get("/subnetworks").json()["cascades"]
         assert (row["first"]["patch_grid"], row["second"]["patch_grid"], row["threshold"]) == (2, 4, 0.999)
         assert row["most_gflops"] == pytest.approx(row["first"]["gflops"] + row["second"]["gflops"])
@@ -706,7 +707,6 @@ def test_cascades_are_listed_and_can_be_switched_off(
         planned = client.post("/decide").json()
         assert (planned["subnetwork"]["patch_grid"], planned["second_look"]["patch_grid"]) == (2, 4)
         assert len(client.post("/classify", content=photo).json()["looks"]) == 2
-    settings = settings.model_copy(update={"cascades": False})
     with serving(ServerRuntime(settings, cascading, ScriptedEngine(cascading), latencies)) as client:
         assert client.get("/subnetworks").json()["cascades"] == []
         assert client.post("/decide").json()["second_look"] is None
