@@ -469,7 +469,7 @@ def test_the_documentation_names_the_values_that_the_model_has(client: TestClien
         assert (schemas["priority"]["minimum"], schemas["priority"]["maximum"]) == (-10, 0)
     content = paths["/classify"]["post"]["requestBody"]["content"]
     for kind, name in (("multipart/form-data", "file"), ("application/json", "image")):
-        assert set(content[kind]["schema"]["properties"]) == {name, "top_k", *schemas}
+        assert set(content[kind]["schema"]["properties"]) == {name, "top_k", "min_confidence", *schemas}
 
 
 @pytest.mark.parametrize("query", ["budget_ms=1&budget_ms=2", "top_k=1", "budget_ms=soon"])
