@@ -66,7 +66,7 @@ class Checkpoint:
         profile: cost and, where known, accuracy of each sub-network.
         is_ours: whether the file is in our own format.
         is_half: whether the file holds its weights in half precision.
-        int8: what it takes to run it in 8 bits; None where nobody quantised it.
+        int8: what it takes to run it in 8 bits; None where it is not quantised.
     """
 
     name: str

@@ -16,7 +16,7 @@ class Header:
         config: the architecture, its family and its preprocessing.
         class_names: one per logit.
         profile: cost and, where known, accuracy of each sub-network.
-        int8: what it takes to run it in 8 bits; None where nobody quantised it.
+        int8: what it takes to run it in 8 bits; None where it is not quantised.
 
     Raises:
         ValueError: these contradict one another.

@@ -47,7 +47,7 @@ class LatencyTable:
         """Seconds of every batch size from 1 to the largest, never falling, the sizes between interpolated.
 
         Raises:
-            KeyError: nobody measured this sub-network.
+            KeyError: this sub-network was not measured.
         """
         figures = self.seconds[subnetwork]
         floor, row = 0.0, []

@@ -24,13 +24,13 @@ class SubNetworkProfile:
     Attributes:
         subnetwork: whose row it is.
         macs: multiply-accumulates of one image, at least 1.
-        top1, top5: measured accuracy, fractions 0..1; None where nobody measured.
+        top1, top5: measured accuracy, fractions 0..1; None where unmeasured.
         is_trained: whether the weights were trained at this keep rate.
         is_interpolated: whether the accuracy was not measured but lies between two that were.
         temperature, entropy_exponent: logits are divided by temperature * H ** entropy_exponent, so that probabilities
             mean what they say; H is the entropy of their softmax before that, over the greatest there is, at
             least LOWEST_ENTROPY.
-        calibration_error: how far they were from that on the images measured, 0..1; None where nobody measured.
+        calibration_error: how far they were from that on the images measured, 0..1; None where unmeasured.
 
     Raises:
         ValueError: a value is outside its range.

@@ -10,7 +10,6 @@ import statistics
 import sys
 from argparse import ArgumentParser, Namespace
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 
 from pydantic import Field, ValidationError
@@ -27,12 +26,12 @@ from models.checkpoint import Checkpoint, CheckpointError, Header, load_checkpoi
 from models.conversion.options import Convert
 from models.data.datasets import DataError
 from models.devices import DeviceError
-from models.files.sources import bare_name, find_checkpoint
+from models.files.sources import find_checkpoint
 from models.processes import joined_processes
 from models.profiles import ProfileTable
 from models.training.recipe import Recipe
 from service.client import Classify, classify, first_problem, make_settings
-from service.command_options import Evaluate, Profile, Quantize
+from service.command_options import Evaluate, Profile, Quantize, file_to_write
 from service.engines.factory import engine_threads, open_engine
 from service.engines.profile_store import extended_profile, measure_latencies
 from service.engines.profiler import Measurement
@@ -170,17 +169,9 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     from models.evaluation.tables import accuracy_table, calibration_summary, cascade_table
 
     plots, tqdm = _import_extra("models.evaluation.plots"), _import_extra("tqdm").tqdm
-    path = find_checkpoint(command.checkpoint)
-    checkpoint = load_checkpoint(path)
-    source = path
-    if path != Path(command.checkpoint):  # neither the installed package nor a cache is ours to write to
-        path = Path(f"{bare_name(command.checkpoint)}.safetensors")
-    elif not checkpoint.is_ours or path.suffix != ".safetensors":
-        path = path.with_name(f"{path.name}.safetensors")
-    if path != source and path.exists():
-        raise CommandError(f"{path}: would be overwritten")
-    if not os.access(path.parent, os.W_OK):
-        raise CommandError(f"{path.parent}: is not writable")
+    source = find_checkpoint(command.checkpoint)
+    checkpoint = load_checkpoint(source)
+    path = file_to_write(command.checkpoint, source, is_ours=checkpoint.is_ours)
     is_half = checkpoint.is_half or command.half
     if is_half:
         round_to_half(checkpoint.model)

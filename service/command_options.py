@@ -1,5 +1,6 @@
-"""What the commands that need the training's libraries are told; the libraries are imported once they run."""
+"""What the commands that need the training's libraries are told, and where they write; the libraries come later."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -7,7 +8,9 @@ from pydantic import BaseModel, Field
 from pydantic_settings import CliPositionalArg
 
 from models.data.datasets import MAX_BAD_IMAGES
+from models.files.sources import bare_name
 from models.processes import count_cores, default_workers
+from service.errors import CommandError
 
 
 class Evaluate(BaseModel):
@@ -62,3 +65,27 @@ class Quantize(BaseModel):
     )
     workers: int = Field(0, ge=0, description="processes that decode images beside the engine; by default none")
     threads: int = Field(default_factory=count_cores, ge=1, description="threads of the engine; by default every core")
+
+
+def file_to_write(name: str, source: Path, *, output: Path | None = None, is_ours: bool = True) -> Path:
+    """Choose the file for a checkpoint: neither the installed package nor a cache is ours to write to.
+
+    Args:
+        name: of the checkpoint, as it was given.
+        source: where it was found.
+        output: the file that was asked for.
+        is_ours: whether the source is in our own format; another one is left as it is.
+
+    Raises:
+        CommandError: another file is there, or none can be written.
+    """
+    path = output or Path(name)
+    if path != source and output is None:
+        path = Path(f"{bare_name(name)}.safetensors")
+    elif not is_ours or path.suffix != ".safetensors":
+        path = path.with_name(f"{path.name}.safetensors")
+    if path != source and path.exists():
+        raise CommandError(f"{path}: would be overwritten")
+    if not os.access(path.parent, os.W_OK):
+        raise CommandError(f"{path.parent}: is not writable")
+    return path

@@ -1,8 +1,5 @@
 """`supervit quantize`: finds where activations lie, measures every sub-network in 8 bits, and writes both down."""
 
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -12,7 +9,7 @@ from models.data.loaders import load_in_turn
 from models.evaluation.evaluate import evaluate
 from models.evaluation.hold_out import open_hold_out
 from models.evaluation.tables import accuracy_table, calibration_summary, cascade_table
-from models.files.sources import bare_name, find_checkpoint
+from models.files.sources import find_checkpoint
 from models.processes import Process
 from models.quantization import (
     LAYERS,
@@ -24,11 +21,10 @@ from models.quantization import (
     Quantization,
     Range,
 )
-from service.command_options import Quantize
+from service.command_options import Quantize, file_to_write
 from service.engines.factory import int8_engine
 from service.engines.openvino_engine import OpenVINOEngine
 from service.engines.openvino_products import ObservedProducts
-from service.errors import CommandError
 
 RANGE_IMAGES = 240  # shared out over the sub-networks
 # The share of images whose highest value lies in the range. With all of them, few outliers make every step longer;
@@ -51,7 +47,7 @@ def quantize(command: Quantize) -> None:
         DeviceError: this CPU has no instructions for it, or the model cannot be run by OpenVINO.
     """
     source = find_checkpoint(command.checkpoint)
-    path = _target(command, source)
+    path = file_to_write(command.checkpoint, source, output=command.output)
     checkpoint = load_checkpoint(source)
     ranges = find_ranges(checkpoint, command)
     engine = int8_engine(checkpoint.model, ranges, command.threads)
@@ -127,21 +123,3 @@ def verdict(largest_loss: float | None) -> str:
     if largest_loss <= TOLERATED_LOSS:
         return told
     return f"{told}, more than {100 * TOLERATED_LOSS:.2g}: served with --precision int8 alone"
-
-
-def _target(command: Quantize, source: Path) -> Path:
-    """Choose the file to write: neither the installed package nor a cache is ours to write to.
-
-    Raises:
-        CommandError: another file is there, or none can be written.
-    """
-    path = command.output or Path(command.checkpoint)
-    if path != source and command.output is None:
-        path = Path(f"{bare_name(command.checkpoint)}.safetensors")
-    if path.suffix != ".safetensors":
-        path = path.with_name(f"{path.name}.safetensors")
-    if path != source and path.exists():
-        raise CommandError(f"{path}: would be overwritten")
-    if not os.access(path.parent, os.W_OK):
-        raise CommandError(f"{path.parent}: is not writable")
-    return path

@@ -38,7 +38,7 @@ def choose_level(state: SchedulerState) -> BatchDecision:
     """Choose the highest level that clears the queue, and its first batch.
 
     Other looks at images that have an answer already are put off as long as their deadlines allow, so that they form
-    large batches. They then come before the level of the others, whom they may lower, but never make late.
+    large batches. They then come before the level of the others: they may lower it, but make none late.
     """
     expired = _expired(state)
     gone = set(expired)
@@ -54,7 +54,7 @@ def choose_level(state: SchedulerState) -> BatchDecision:
         return decision
     if is_sustained_overload(state) or decision.reason.code is ReasonCode.BURST_OVERLOAD:
         return replace(decision, shed=(*again, *decision.shed))
-    return _look_again(plan, again, decision) or decision
+    return _look_again(plan, again, decision)
 
 
 def _choose(state: SchedulerState, plan: "_Plan") -> BatchDecision:
@@ -70,7 +70,7 @@ def _choose(state: SchedulerState, plan: "_Plan") -> BatchDecision:
     return _cheapest_batch(plan.state, [request for request in plan.queue if request not in dropped], shed)
 
 
-def _look_again(plan: "_Plan", again: Sequence[QueuedRequest], instead: BatchDecision) -> BatchDecision | None:
+def _look_again(plan: "_Plan", again: Sequence[QueuedRequest], instead: BatchDecision) -> BatchDecision:
     """Take the most urgent other looks, if they can wait for no batch more and keep no request from its answer.
 
     Where they would and nothing else waits, their answers are given as they are: there will be no better moment.
@@ -80,26 +80,16 @@ def _look_again(plan: "_Plan", again: Sequence[QueuedRequest], instead: BatchDec
     together = [request for request in again if target(request.constraints, 0) == index]
     size = max(1, min(state.fitting(index, head.deadline_at - state.now, len(together)), plan.batch_limit(index)))
     seconds = state.latency_s(index, size) * MARGIN
-    # One that comes meanwhile waits until it has ended.
-    is_in_the_way = (
-        state.arrival_rate * seconds > RARE and seconds + state.latency_s(0, 1) > state.tight_budget_s
-    ) or not plan.clears(0, after_s=seconds)
     if instead.variant is not None:
         ends_at = state.now + state.batch_s(instead.variant.index, len(instead.batch)) * state.overhead_factor
-        can_wait = size < state.max_batch_size and ends_at + seconds <= head.deadline_at
-        return None if can_wait or is_in_the_way else _unsure(plan, again, together[:size], instead)
-    if is_in_the_way:
-        return replace(instead, shed=tuple(again))
-    return _unsure(plan, again, together[:size], instead)
-
-
-def _unsure(
-    plan: "_Plan", again: Sequence[QueuedRequest], batch: Sequence[QueuedRequest], instead: BatchDecision
-) -> BatchDecision:
-    state, head = plan.state, again[0]
-    variant = state.catalog.variants[target(head.constraints, 0)]
+        if size < state.max_batch_size and ends_at + seconds <= head.deadline_at:
+            return instead
+    # One that comes meanwhile waits until it has ended.
+    is_rare = state.arrival_rate * seconds <= RARE
+    if not (is_rare or seconds + state.latency_s(0, 1) <= state.tight_budget_s) or not plan.clears(0, after_s=seconds):
+        return instead if instead.variant is not None else replace(instead, shed=tuple(again))
     reason = Reason(ReasonCode.UNSURE, len(again), head.deadline_at - state.now, state.safety_factor)
-    return BatchDecision(variant, tuple(batch), instead.expired, reason=reason)
+    return BatchDecision(state.catalog.variants[index], tuple(together[:size]), instead.expired, reason=reason)
 
 
 class _Plan:

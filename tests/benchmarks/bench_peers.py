@@ -54,7 +54,7 @@ async def peer(name: str, checkpoint: Path) -> AsyncIterator[str]:
 
 
 async def closed_loop(url: str, bodies: Sequence[bytes], concurrency: int, seconds: float) -> list[float]:
-    """Return the latencies of the answers that so many clients get, each of whom waits for its own."""
+    """Return the latencies of the answers that so many clients get, each of which waits for its own."""
     taken: list[float] = []
     headers = {"Content-Type": "application/json" if bodies[0].startswith(b"{") else "application/octet-stream"}
     async with connect() as session:

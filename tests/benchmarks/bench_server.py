@@ -81,7 +81,7 @@ class Bare:
 
 
 async def served(url: str, pictures: Sequence[Picture], concurrency: int, query: str, seconds: float) -> list[float]:
-    """Return the latency of every answer of so many clients, each of whom waits for its own."""
+    """Return the latency of every answer of so many clients, each of which waits for its own."""
     taken: list[float] = []
     async with connect() as session:
         end = time.perf_counter() + seconds

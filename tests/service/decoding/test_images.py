@@ -168,7 +168,7 @@ def test_a_jpeg_that_refines_its_pixels_without_end_is_rejected(encode: Callable
     scans = beginning.count(b"\xff\xda")
     fine = beginning + (MAX_SCANS - scans) * scan + b"\xff\xd9"
     assert decode(fine).shape == (3, SIDE, SIDE)
-    assert decode(fine + 1000 * scan).shape == (3, SIDE, SIDE), "nobody decodes what follows the end"
+    assert decode(fine + 1000 * scan).shape == (3, SIDE, SIDE), "what follows the end is not decoded"
     with pytest.raises(InvalidImageError, match="scans"):
         decode(beginning + (MAX_SCANS + 1 - scans) * scan + b"\xff\xd9")
 

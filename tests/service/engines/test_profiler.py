@@ -234,7 +234,7 @@ def test_a_file_that_cannot_be_used_is_measured_anew_with_one_line_in_the_log(
 def test_a_part_of_a_profile_is_measured_anew_as_a_whole(
     engine: FakeEngine, load: Callable[..., Measurement], tmp_path: Path
 ) -> None:
-    """A server goes on from it in its idle moments; who asks for a profile wants all of it now."""
+    """A server goes on from it in its idle moments; `supervit profile` wants all of it now."""
     whole = load()
     path = kept_file(tmp_path)
     content = json.loads(path.read_text())

@@ -16,7 +16,7 @@ V1_NO_LIMIT = 9223372036854771712
 
 
 class Machine:
-    """A machine below a folder: two CPUs at work for nobody, 16 GiB, no cgroups, and a clock that tests move."""
+    """A machine below a folder: two CPUs that are idle, 16 GiB, no cgroups, and a clock that tests move."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

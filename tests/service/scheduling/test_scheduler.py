@@ -181,7 +181,7 @@ def test_what_not_even_the_cheapest_can_answer_in_time_is_rejected(
 
 
 def test_those_due_before_are_reckoned_with_at_the_cheapest_level_in_full_batches(scheduler: Scheduler) -> None:
-    fill(scheduler, *(waits(0.101) for _ in range(8)))  # the last of the eight end at 100 ms, a newcomer at 120
+    fill(scheduler, *(waits(0.101) for _ in range(8)))  # the last of the eight end at 100 ms, one more at 120
     assert refusal_s(scheduler, waits(0.115), 0.0) == pytest.approx(0.005)
     assert refusal_s(scheduler, waits(0.121), 0.0) is None
     assert refusal_s(scheduler, waits(0.1), 0.0) is None  # it is due before the eight

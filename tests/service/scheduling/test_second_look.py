@@ -9,6 +9,7 @@ from service.domain import LookCode
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.second_look import Looked, next_look
 from service.scheduling.state import QueuedRequest, RequestConstraints, SchedulerState, target
+from tests.service.scheduling.test_level_policy import at_zero
 
 SMALL, MIDDLE, LARGE = SubNetwork(2, 0.5), SubNetwork(3, 1.0), SubNetwork(4, 1.0)
 CATALOG = VariantCatalog.of(
@@ -36,19 +37,7 @@ def looked(
 
 
 def now(**changes: float) -> SchedulerState:
-    state = SchedulerState(
-        now=0.0,
-        queue=(),
-        catalog=CATALOG,
-        latencies_s=[variant.latency_by_batch_s for variant in CATALOG.variants],
-        slowdown=1.0,
-        tail_factor=1.0,
-        overhead_factor=1.0,
-        max_batch_size=1,
-        arrival_rate=0.0,
-        recent=(),
-        tight_budget_s=100.0,
-    )
+    state = replace(at_zero(CATALOG, ()), max_batch_size=1)
     return replace(state, **changes)  # type: ignore[arg-type] # the names are the attributes'
 
 
