@@ -79,7 +79,9 @@ def read_pictures(folder: Path, count: int) -> list[Picture]:
 
 @asynccontextmanager
 async def server(policy: str, arguments: Sequence[str]) -> AsyncIterator[tuple[str, int]]:
-    """Run `supervit serve` with a policy; yields its URL and process id."""
+    """Run `supervit serve` with a policy, whose name may end in "+cascades"; yields its URL and process id."""
+    policy, _, extra = policy.partition("+")
+    arguments = [f"--{extra}", *arguments] if extra else arguments
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
