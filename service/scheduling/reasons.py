@@ -88,8 +88,14 @@ def _explain_budget(catalog: VariantCatalog, variant: Variant, budget_gflops: fl
         return f"{budget_gflops:.12g} GFLOPs admit {quality} {_kind(variant)}, {variant}"
     return (
         f"{variant} is {quality} within {budget_gflops:.12g} GFLOPs; the next better one, {dearer}, "
-        f"costs {dearer.most_gflops}"
+        f"costs {_rounded_up(dearer.most_gflops):.4g}"
     )
+
+
+def _rounded_up(gflops: float) -> float:
+    """Round to four digits, up: a budget of what is read must be enough."""
+    unit = 10 ** (math.floor(math.log10(gflops)) - 3)
+    return math.ceil(gflops / unit) * unit
 
 
 def _kind(variant: Variant) -> str:

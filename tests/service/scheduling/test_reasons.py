@@ -67,7 +67,7 @@ def test_a_budget_that_decided_is_named_with_what_more_would_cost(catalog: Varia
     reason = Reason(ReasonCode.GFLOPS_BUDGET)
     assert explain(reason, catalog, catalog.variants[1], 0.000122) == (
         "grid 4 at keep rate 0.5 is the most accurate within 0.000122 GFLOPs; "
-        "the next better one, grid 4 at keep rate 1, costs 0.000135344"
+        "the next better one, grid 4 at keep rate 1, costs 0.0001354"
     )
     assert explain(reason, catalog, catalog.variants[2], 5.0) == (
         "5 GFLOPs admit the most accurate sub-network, grid 4 at keep rate 1"
