@@ -3,7 +3,7 @@
 import logging
 import math
 
-from service.domain import Classification, Decision, InferenceRequest, Look, LookCode, Prediction, Timing
+from service.domain import Classification, Decision, Look, LookCode, Prediction, Timing
 from service.errors import ModelError
 from service.execution.results import Result
 from service.scheduling.catalog import VariantCatalog
@@ -18,7 +18,6 @@ COMPLETE = (LookCode.SURE, LookCode.NONE_BETTER)
 
 def classification_of(
     result: Result,
-    request: InferenceRequest,
     constraints: RequestConstraints,
     catalog: VariantCatalog,
     predictions: tuple[Prediction, ...],
@@ -29,8 +28,7 @@ def classification_of(
 
     Args:
         result: of the last look, with those before.
-        request: as the client asked.
-        constraints: the same for the scheduler.
+        constraints: what the request granted.
         catalog: what could be chosen.
         predictions: as `predictions_of` makes them.
         timing: where the time went.
@@ -40,8 +38,8 @@ def classification_of(
     looks = tuple(
         Look(look.variant.profile, int(look.ranking[0]), look.confidence, look.inference_s) for look in result.looks
     )
-    reason = reason_of(constraints, request.budget_gflops, first.variant, first.decision)
-    sentence = explain(reason, catalog, first.variant, request.budget_gflops) + explain_looks(looks, result.stopped)
+    reason = reason_of(constraints, first.variant, first.decision)
+    sentence = explain(reason, catalog, first.variant, constraints.max_gflops) + explain_looks(looks, result.stopped)
     expected_top1, best = _expected_top1(result), catalog.best.top1
     return Classification(
         predictions,

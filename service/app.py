@@ -9,6 +9,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from service.http.classify import DirectRoute, make_classify
 from service.http.error_responses import ErrorAnswers
+from service.http.keys import KeyCheck
 from service.http.origins import OriginPolicy
 from service.http.pages import add_pages
 from service.http.request_ids import HEADER, RequestIds
@@ -39,6 +40,8 @@ def create_app(runtime: ServerRuntime, *, ready_first: bool = False, names_reque
     add_pages(app)
     errors.add_to(app)
     app.add_middleware(DirectRoute, path=CLASSIFY_PATH, handle=classify, errors=errors)
+    if context.keys is not None:
+        app.add_middleware(KeyCheck, keys=context.keys)
     app.add_middleware(OriginPolicy, origins=context.cors_origins, hosts=context.allowed_hosts)
     if context.cors_origins:
         app.add_middleware(

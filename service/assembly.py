@@ -26,6 +26,7 @@ from service.machine.monitor import Monitor
 from service.machine.snapshot import prior_slowdown
 from service.pipeline import Pipeline
 from service.scheduling.catalog import VariantCatalog
+from service.scheduling.key_ledger import KeyLedger
 from service.scheduling.policies import find_policy
 from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
@@ -107,6 +108,7 @@ def assemble(
         batcher=batcher,
         max_in_flight=settings.max_in_flight,
         default_budget_ms=settings.default_budget_ms,
+        ledger=KeyLedger(catalog.cheapest.gflops, 1 / settings.workers),
     )
 
     def describe() -> SubNetworksAnswer:

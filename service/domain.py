@@ -14,6 +14,7 @@ class ReasonCode(StrEnum):
 
     PINNED = "pinned"  # it was asked for by name
     GFLOPS_BUDGET = "gflops_budget"  # it uses the budget of compute up
+    KEY_RATE = "key_rate"  # it uses up what the rate of its key has left
     ALONE = "alone"  # nothing else waits: the most accurate
     DEADLINE = "deadline"  # the most accurate that answers the one request in time
     FORECAST = "forecast"  # likewise, with the requests that are expected
@@ -46,6 +47,29 @@ class ServerState(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ApiKey:
+    """What the holder of a key may ask of this server.
+
+    Attributes:
+        name: for logs and metrics; the key itself is in neither.
+        gflops_per_s: most work in the long run, in 1e9 multiply-accumulates per second; None for no bound.
+        burst_gflops: most work at once beyond that, after a pause; None where `gflops_per_s` is.
+        weight: of its share of the work where all keys together want more than the machine can do.
+        highest_priority: that its requests may ask for, and get where they ask for none.
+        shortest_budget_ms: that its requests may ask for; None for any.
+        max_in_flight: requests in the server at once; None for no bound of its own.
+    """
+
+    name: str
+    gflops_per_s: float | None = None
+    burst_gflops: float | None = None
+    weight: float = 1.0
+    highest_priority: int = 0
+    shortest_budget_ms: float | None = None
+    max_in_flight: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class InferenceRequest:
     """What a client asks for.
 
@@ -56,8 +80,9 @@ class InferenceRequest:
         subnetwork: the one asked for by name; None leaves the choice to the policy.
         min_confidence: probability of the answer, 0..1, under which it wants the image looked at again.
         top_k: how many predictions to return; None for DEFAULT_TOP_K, or all classes if there are fewer.
-        priority: 0 is normal; lower may be rejected or shed first.
+        priority: lower may be rejected or shed first; None for 0, or the highest that its key allows if that is lower.
         address: that it came from; None where that is not known.
+        key: that it came with; None where none is asked for.
     """
 
     arrived_at: float
@@ -66,8 +91,9 @@ class InferenceRequest:
     subnetwork: SubNetwork | None = None
     min_confidence: float = 0.0
     top_k: int | None = None
-    priority: int = 0
+    priority: int | None = None
     address: str | None = None
+    key: ApiKey | None = None
 
 
 @dataclass(frozen=True, slots=True)

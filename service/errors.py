@@ -4,6 +4,7 @@ ServiceError
 ├── RequestError              the client's to mend
 │   ├── InvalidParameterError     a parameter is outside its range
 │   ├── BudgetTooSmallError       no sub-network is cheap enough
+│   ├── UnauthorizedError         it came without a key that this server knows
 │   ├── UnsupportedMediaError     the declared type is no image, or a format that is not decoded here
 │   ├── ForeignOriginError        a page of another site sent it
 │   ├── UnknownHostError          it is addressed to a name that is not the server's
@@ -22,7 +23,7 @@ ServiceError
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-OverloadReason = Literal["no_time", "backlog", "preprocessing", "shed", "full", "address"]
+OverloadReason = Literal["no_time", "backlog", "preprocessing", "shed", "full", "address", "key"]
 
 
 class ServiceError(Exception):
@@ -56,6 +57,12 @@ class BudgetTooSmallError(RequestError):
     """No sub-network, or not the one asked for, fits the budget."""
 
     code = "budget_too_small"
+
+
+class UnauthorizedError(RequestError):
+    """It came without a key that this server knows."""
+
+    code = "unauthorized"
 
 
 class UnsupportedMediaError(RequestError):
@@ -127,7 +134,8 @@ class OverloadedError(ServiceError):
             reason: `no_time`, the budget is shorter than an answer takes at this moment even if nothing else waits;
                 `backlog`, what waits already leaves no time; `preprocessing`, too many are being read and decoded;
                 `shed`, for the sake of others; `full`, as many requests are in the server as may be; `address`, as many
-                as may be of one address, or as much is to be decoded for it.
+                as may be of one address, or as much is to be decoded for it; `key`, its key's rate of work is used up,
+                or as many as may be of that key are in the server.
             retry_after_s: when it may be worth another try.
         """
         super().__init__(message, reason=reason, retry_after_s=round(retry_after_s, 3))

@@ -19,10 +19,12 @@ from service.errors import (
     OverloadReason,
 )
 from service.execution.batcher import Batcher
+from service.grants import allow, allow_priority, allow_time_ms
 from service.scheduling.estimators import Delay, LoopCost
+from service.scheduling.key_ledger import KeyLedger
 from service.scheduling.reasons import explain, reason_of
 from service.scheduling.scheduler import Scheduler
-from service.scheduling.state import PreprocessingDelay, QueuedRequest, RequestConstraints, target
+from service.scheduling.state import PreprocessingDelay, QueuedRequest, target
 
 Read = Callable[[float], Awaitable[bytes]]
 
@@ -43,6 +45,7 @@ class Pipeline:
         batcher: Batcher,
         max_in_flight: int,
         default_budget_ms: float,
+        ledger: KeyLedger,
         clock: Callable[[], float] = time.monotonic,
         loop_time: Callable[[], float] = time.thread_time,
     ) -> None:
@@ -55,6 +58,7 @@ class Pipeline:
             batcher: runs the model.
             max_in_flight: requests whose bodies are there that may be in the pipeline at once.
             default_budget_ms: granted to a request that names none.
+            ledger: of what the holders of keys have had.
             clock: monotonic, in seconds; the one that stamped `arrived_at`.
             loop_time: CPU seconds of the event loop's thread.
         """
@@ -64,6 +68,7 @@ class Pipeline:
         self._batcher = batcher
         self._max_in_flight = max_in_flight
         self._default_budget_ms = default_budget_ms
+        self._ledger = ledger
         self._clock = clock
         self._loop_cost = LoopCost(loop_time)
         self._slots_taken = 0  # by requests whose bodies are there
@@ -99,18 +104,24 @@ class Pipeline:
             self._scheduler.deadline_missed(now)  # it left because of that, and had not left had it been answered
             raise ClientGoneError(error.message, deadline_passed=True) from None
 
-    def reserve(self, request: InferenceRequest) -> QueuedRequest:
+    def reserve(self, request: InferenceRequest) -> QueuedRequest | None:
         """Reject a request before its body is read, or keep a place for it for a moment, which `classify` takes.
+
+        No place is kept where its key has a rate of work: what is left of that may be another's by then.
 
         Raises:
             ServiceError: it is rejected, or asks for what there is not.
         """
         self._checked_top_k(request.top_k)
         try:
-            return self._reserve(request)
+            reserved = self._reserve(request)
         except OverloadedError:
             self._loop_cost.rejected()
             raise
+        if request.key is None or request.key.gflops_per_s is None:
+            return reserved
+        self._scheduler.withdraw(reserved)
+        return None
 
     def reject_again(self, reason: OverloadReason) -> None:
         """Take note that one more request was rejected for the same reason."""
@@ -148,10 +159,10 @@ class Pipeline:
         """
         queued, now = self._queued(request), self._clock()
         preview = self._scheduler.preview(queued, now, self._delay(now, queued))
-        variant, catalog = preview.variant, self._scheduler.catalog
+        variant, constraints = preview.variant, queued.constraints
         predicted_s = self._scheduler.predict(variant, preview.batch_size, now)
-        reason = reason_of(queued.constraints, request.budget_gflops, variant, preview.decision)
-        sentence = explain(reason, catalog, variant, request.budget_gflops)
+        reason = reason_of(constraints, variant, preview.decision)
+        sentence = explain(reason, self._scheduler.catalog, variant, constraints.max_gflops)
         second = variant.second_look
         planned = None if second is None else PlannedLook(second.profile, second.threshold, second.share)
         decision = Decision(variant.profile, preview.batch_size, predicted_s, reason.code, sentence, planned)
@@ -160,23 +171,26 @@ class Pipeline:
     async def _answer(self, read: Read, request: InferenceRequest, reserved: QueuedRequest | None) -> Classification:
         top_k = self._checked_top_k(request.top_k)
         queued = reserved or self._reserve(request)
+        most_gflops = queued.constraints.grant.best.most_gflops
         try:
-            data = await read(queued.deadline_at - self._clock())
-            self.check_room()
-            read_at = self._clock()
-            if read_at >= queued.deadline_at:
-                raise DeadlineError("the deadline passed before the body had come")
-            # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
-            if not self._scheduler.claim(queued, read_at):
-                self._scheduler.admit(queued, read_at, self._delay(read_at, queued))
-            decoding = self._decoder.submit(data, queued.deadline_at, queued.priority, request.address)
-            del data  # up to the limit of bodies, and of no use once it is decoded
-            self._slots_taken += 1
-            try:
-                result = await self._batcher.submit(decoding, queued)
-            finally:
-                self._slots_taken -= 1
-                self._decoder.release(decoding)
+            with self._ledger.charging(request.key, most_gflops, self._clock()) as charge:
+                data = await read(queued.deadline_at - self._clock())
+                self.check_room()
+                read_at = self._clock()
+                if read_at >= queued.deadline_at:
+                    raise DeadlineError("the deadline passed before the body had come")
+                # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
+                if not self._scheduler.claim(queued, read_at):
+                    self._scheduler.admit(queued, read_at, self._delay(read_at, queued))
+                decoding = self._decoder.submit(data, queued.deadline_at, queued.priority, request.address)
+                del data  # up to the limit of bodies, and of no use once it is decoded
+                self._slots_taken += 1
+                try:
+                    result = await self._batcher.submit(decoding, queued)
+                finally:
+                    self._slots_taken -= 1
+                    self._decoder.release(decoding)
+                charge.spent_gflops = result.spent_macs / 1e9
         finally:
             self._scheduler.withdraw(queued)
         predictions = predictions_of(result, self._class_names, top_k)
@@ -191,9 +205,8 @@ class Pipeline:
             inference_s=inference_s,
             total_s=now - request.arrived_at,
         )
-        constraints, budget_s = queued.constraints, self._budget_s(request)
-        catalog = self._scheduler.catalog
-        answer = classification_of(result, request, constraints, catalog, predictions, timing, budget_s)
+        budget_s, catalog = self._budget_s(request), self._scheduler.catalog
+        answer = classification_of(result, queued.constraints, catalog, predictions, timing, budget_s)
         if not answer.deadline_met:
             self._scheduler.deadline_missed(now)
         return answer
@@ -205,6 +218,8 @@ class Pipeline:
 
     def _reserve(self, request: InferenceRequest) -> QueuedRequest:
         self.check_room()
+        if request.key is not None:
+            self._ledger.asked(request.key, self._clock())
         queued, now = self._queued(request), self._clock()
         self._scheduler.reserve(queued, now, self._delay(now, queued))
         return queued
@@ -227,16 +242,12 @@ class Pipeline:
 
         Raises:
             BudgetTooSmallError: no sub-network fits the budget, or none is that fast even on an idle machine.
-            InvalidParameterError: the sub-network asked for by name is none of the model's.
+            InvalidParameterError: the sub-network asked for by name is none of the model's, or its priority too high.
+            OverloadedError: its key has used up its rate of work.
         """
         catalog, now, seen_s = self._scheduler.catalog, self._clock(), self._seen_s(request)
         granted_s = seen_s - self._reply.margin_s(now)
-        if request.subnetwork is None:
-            grant = catalog.grant_within(request.budget_gflops)
-        else:
-            grant = catalog.grant_named(request.subnetwork, request.budget_gflops)
-        max_gflops = math.inf if request.budget_gflops is None else request.budget_gflops
-        constraints = RequestConstraints(granted_s, grant, max_gflops, request.min_confidence)
+        constraints = allow(request, catalog, self._ledger, now).constraints(granted_s, request.min_confidence)
         fastest_s = catalog.variants[target(constraints, 0)].latency_by_batch_s[0]
         if not seen_s >= fastest_s:  # so that no NaN passes
             needed_s = fastest_s + self._base_s(now) + self._reply.margin_s(now)
@@ -246,10 +257,13 @@ class Pipeline:
                 f"takes {1000 * fastest_s:.3g} ms, and sockets and images some more",
                 smallest_budget_ms=math.ceil(1e6 * smallest_s) / 1000,
             )
-        return QueuedRequest(request.arrived_at + granted_s, constraints, request.priority)
+        priority: float = allow_priority(request)
+        if request.key is not None:
+            priority -= self._ledger.demotion(request.key, now)
+        return QueuedRequest(request.arrived_at + granted_s, constraints, priority)
 
     def _budget_s(self, request: InferenceRequest) -> float:
-        return (self._default_budget_ms if request.budget_ms is None else request.budget_ms) / 1000
+        return allow_time_ms(request, self._default_budget_ms) / 1000
 
     def _seen_s(self, request: InferenceRequest) -> float:
         """What of the budget is this server's to use.

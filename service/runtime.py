@@ -12,6 +12,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
+from service.access.key_file import KeyFile
 from service.assembly import Profiled, assemble
 from service.decoding.decoder import Decoder
 from service.domain import ServerState
@@ -98,6 +99,7 @@ class ServerRuntime:
             max_in_flight_per_address=settings.max_in_flight_per_address,
             cors_origins=comma_separated(settings.cors_origins) or (),
             allowed_hosts=comma_separated(settings.allowed_hosts),
+            keys=None if settings.keys is None else KeyFile(settings.keys),
             state=lambda: self._state,
             server=self._require_server,
             report=self._report,

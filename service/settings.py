@@ -30,6 +30,10 @@ class Settings(BaseSettings):
     allowed_hosts: str | None = Field(
         None, description="names that requests may be addressed to, separated by commas; any by default, IPs always"
     )
+    keys: Path | None = Field(
+        None,
+        description="file of API keys and of what each of them allows, read again when it changes; none by default",
+    )
     forwarded_allow_ips: str | None = Field(
         None, description="proxies whose X-Forwarded-For is believed, separated by commas; none by default"
     )

@@ -40,7 +40,7 @@ class DecodedImage:
 class _Job:
     data: bytes
     deadline_at: float
-    urgency: tuple[int, float]  # the least first
+    urgency: tuple[float, float]  # the least first
     submitted_at: float
     address: str | None
     future: "Future[DecodedImage]" = field(default_factory=Future)
@@ -90,7 +90,7 @@ class Decoder:
         self._lock = Lock()
 
     def submit(
-        self, data: bytes, deadline_at: float, priority: int = 0, address: str | None = None
+        self, data: bytes, deadline_at: float, priority: float = 0, address: str | None = None
     ) -> "Future[DecodedImage]":
         """Decode an image as soon as a thread is free of more urgent ones.
 
@@ -128,7 +128,7 @@ class Decoder:
         with self._lock:
             return self._delay.expected_s(now)
 
-    def queue_s(self, now: float, deadline_at: float, priority: int = 0) -> float:
+    def queue_s(self, now: float, deadline_at: float, priority: float = 0) -> float:
         """How long an image of ordinary cost would wait for a thread, were it submitted now.
 
         An image that takes longer than expected is expected to take as long again.

@@ -16,6 +16,7 @@ from service.http.context import RouteContext
 from service.http.disconnects import ClientWatch
 from service.http.early_rejection import RESERVED
 from service.http.error_responses import ErrorAnswers, describe_error
+from service.http.keys import key_of
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import ClassifyQuery, parse_parameters, parse_query
 from service.http.schemas import ClassifyAnswer, describe_answer
@@ -82,18 +83,19 @@ def make_classify(context: RouteContext) -> Handle:
         try:
             upload = await read_upload(context, request, watch)
         except ServiceError:
-            with counted(context.metrics):
+            with counted(context.metrics, key_of(request.scope)):
                 raise
 
         async def answer(read: Read) -> ClassifyAnswer:
-            with counted(context.metrics) as record, by_address.counting(upload.wanted.address) as enter:
+            wanted = upload.wanted
+            with counted(context.metrics, wanted.key) as record, by_address.counting(wanted.address) as enter:
 
                 async def read_and_enter(within_s: float) -> bytes:
                     data = await read(within_s)
                     enter()  # not before: what drips in shall not keep others out
                     return data
 
-                classification = await upload.pipeline.classify(read_and_enter, upload.wanted, watch, upload.reserved)
+                classification = await upload.pipeline.classify(read_and_enter, wanted, watch, upload.reserved)
                 record(classification)
             return describe_answer(classification, context.checkpoint)
 
@@ -113,7 +115,7 @@ async def read_upload(context: RouteContext, request: Request, watch: ClientWatc
         ServiceError: it cannot be told, or the server takes no requests.
     """
     query_string, clock = request.scope["query_string"], context.clock
-    address = request.client.host if request.client else None
+    address, key = request.client.host if request.client else None, key_of(request.scope)
     arrived_at = request.scope.get(ARRIVED_AT) or clock()
     pipeline, kind = context.open_server().pipeline, kind_of_body(request.headers)
     limits = context.max_body_bytes, context.max_upload_s
@@ -126,7 +128,7 @@ async def read_upload(context: RouteContext, request: Request, watch: ClientWatc
             return data
 
         reserved = request.scope.get(RESERVED)
-        return Upload(pipeline, (read,), query.request(arrived_at, query.top_k, address), reserved)
+        return Upload(pipeline, (read,), query.request(arrived_at, query.top_k, address, key), reserved)
 
     pipeline.check_room()
     within_s = context.max_upload_s  # unless the query says so, it is not known yet what is granted
@@ -134,13 +136,13 @@ async def read_upload(context: RouteContext, request: Request, watch: ClientWatc
     with suppress(InvalidParameterError):  # it is looked at again with what the body says
         known = parse_query(query_string)
     if known is not None:
-        alone = known.request(arrived_at, known.top_k)
+        alone = known.request(arrived_at, known.top_k, key=key)
         pipeline.check(alone)
         if alone.budget_ms is not None:
             within_s = pipeline.time_left_s(alone)
     form = await (read_form if kind is BodyKind.FORM else read_json)(request, *limits, within_s)
     parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
-    wanted = parameters.request(arrived_at, parameters.top_k, address)
+    wanted = parameters.request(arrived_at, parameters.top_k, address, key)
     pipeline.check(wanted)
     if pipeline.time_left_s(wanted) <= 0:
         raise UploadTimeoutError("the body did not arrive within its budget")

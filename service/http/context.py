@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from models.checkpoint import Checkpoint
+from service.access.key_file import KeyFile
 from service.domain import ServerState
 from service.errors import NotReadyError
 from service.execution.explainer import Explainer
@@ -52,6 +53,7 @@ class RouteContext:
         report: records the state of machine and scheduler in the metrics.
         clock: monotonic, in seconds.
         failures: counts the server's own.
+        keys: that requests must come with one of; None for no such thing.
     """
 
     checkpoint: Checkpoint
@@ -67,6 +69,7 @@ class RouteContext:
     report: Callable[[], None]
     clock: Callable[[], float] = time.monotonic
     failures: OwnFailures = field(default_factory=OwnFailures)
+    keys: KeyFile | None = None
 
     def open_server(self) -> ReadyServer:
         """Return what serves, where it takes requests.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
+from service.domain import ApiKey
 from service.errors import OverloadedError, OverloadReason, ServiceError
 from service.http.context import RouteContext
 from service.http.error_responses import describe_error, make_error_response
@@ -36,15 +37,21 @@ class _Rejection(NamedTuple):
     """A rejection that holds for a moment for every request that asks the same at nearly the same time."""
 
     parameters: ClassifyQuery
+    key: ApiKey | None
     arrived_at: float
     retry_after_s: float  # one that came so much later may have time enough
     made_at: float  # what waits may soon be less
     reason: OverloadReason
     lines: bytes
 
-    def holds_for(self, parameters: ClassifyQuery, arrived_at: float, now: float) -> bool:
+    def holds_for(self, parameters: ClassifyQuery, key: ApiKey | None, arrived_at: float, now: float) -> bool:
         """Tell whether another request would be rejected as well; a slot of a full server may be free by now."""
-        if parameters is not self.parameters or now > self.made_at + REPEATED_S or self.reason == "full":
+        if (
+            parameters is not self.parameters
+            or key is not self.key
+            or now > self.made_at + REPEATED_S
+            or self.reason == "full"
+        ):
             return False
         return -REPEATED_S <= arrived_at - self.arrived_at <= self.retry_after_s
 
@@ -78,20 +85,23 @@ class EarlyRejection:
             return None
         try:
             parameters, pipeline = parse_query(query), self._context.open_server().pipeline
+            key = None if self._context.keys is None else self._context.keys.find(named)
             last, arrived_at, now = self._last, scope[ARRIVED_AT], self._context.clock()
-            if last is None or not last.holds_for(parameters, arrived_at, now):
-                scope[RESERVED] = pipeline.reserve(parameters.request(arrived_at, parameters.top_k))
+            if last is None or not last.holds_for(parameters, key, arrived_at, now):
+                scope[RESERVED] = pipeline.reserve(parameters.request(arrived_at, parameters.top_k, key=key))
                 return None
             pipeline.reject_again(last.reason)
         except OverloadedError as error:
             retry_after_s = error.details["retry_after_s"]
-            last = _Rejection(parameters, arrived_at, retry_after_s, now, error.reason, _describe(error))
+            last = _Rejection(parameters, key, arrived_at, retry_after_s, now, error.reason, _describe(error))
             self._last = last
         except ServiceError:  # the route says so
             return None
         metrics = self._context.metrics
         metrics.request_started()
         metrics.request_finished(OverloadedError.code, last.reason)
+        if last.key is not None:
+            metrics.keys.finished(last.key.name, OverloadedError.code)
         return last.lines % name_request(named.get(RAW_HEADER, b""))
 
     def charge(self, took_s: float) -> float:

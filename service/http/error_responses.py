@@ -26,6 +26,7 @@ from service.errors import (
     OutOfMemoryError,
     OverloadedError,
     ServiceError,
+    UnauthorizedError,
     UnknownHostError,
     UnsupportedMediaError,
     UploadTimeoutError,
@@ -45,6 +46,7 @@ STATUS = {
     UploadTimeoutError: 408,
     ClientGoneError: 499,  # for the log of accesses
     UnsupportedMediaError: 415,
+    UnauthorizedError: 401,
     ForeignOriginError: 403,
     UnknownHostError: 421,
     OverloadedError: 429,
@@ -112,6 +114,8 @@ def make_error_response(status: int, answer: ErrorAnswer, headers: Mapping[str, 
     if status in (429, 503):
         retry_after_s = math.ceil(answer.error.details.get("retry_after_s", 0))
         headers["Retry-After"] = str(max(RETRY_AFTER_S, retry_after_s))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return Response(answer.model_dump_json(), status, headers, "application/json")
 
 

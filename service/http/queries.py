@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
-from service.domain import DEFAULT_TOP_K, InferenceRequest
+from service.access.key_file import HIGHEST_PRIORITY, LOWEST_PRIORITY
+from service.domain import DEFAULT_TOP_K, ApiKey, InferenceRequest
 from service.errors import InvalidParameterError, invalid_parameter
 
-LOWEST_PRIORITY = -10  # more than a handful of classes cannot be told apart
 # Most clients ask the same again and again, and to parse it takes 6 % of the loop's time for a request.
 QUERIES_KEPT = 128
 
@@ -33,7 +33,12 @@ class DecideQuery(BaseModel):
     budget_gflops: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="most that the answer may cost, in 1e9 multiply-accumulates"
     )
-    priority: int = Field(0, ge=LOWEST_PRIORITY, le=0, description="0 is normal; lower may be rejected or shed first")
+    priority: int | None = Field(
+        None,
+        ge=LOWEST_PRIORITY,
+        le=HIGHEST_PRIORITY,
+        description="0 is normal; lower may be rejected or shed first; only a key may allow a higher one",
+    )
     patch_grid: int | None = Field(None, ge=1, description="with keep_rate: a sub-network by name, not by budget")
     keep_rate: float | None = Field(
         None, gt=0, le=1, description="with patch_grid: a sub-network by name, of those that GET /subnetworks lists"
@@ -52,7 +57,9 @@ class DecideQuery(BaseModel):
             return None
         return SubNetwork(self.patch_grid, self.keep_rate)
 
-    def request(self, arrived_at: float, top_k: int | None = None, address: str | None = None) -> InferenceRequest:
+    def request(
+        self, arrived_at: float, top_k: int | None = None, address: str | None = None, key: ApiKey | None = None
+    ) -> InferenceRequest:
         """Make what the pipeline takes."""
         return InferenceRequest(
             arrived_at,
@@ -62,6 +69,7 @@ class DecideQuery(BaseModel):
             top_k=top_k,
             priority=self.priority,
             address=address,
+            key=key,
         )
 
 
@@ -81,9 +89,11 @@ class ClassifyQuery(DecideQuery):
             raise ValueError("min_confidence: a sub-network that is asked for by name looks once")
         return self
 
-    def request(self, arrived_at: float, top_k: int | None = None, address: str | None = None) -> InferenceRequest:
+    def request(
+        self, arrived_at: float, top_k: int | None = None, address: str | None = None, key: ApiKey | None = None
+    ) -> InferenceRequest:
         """Make what the pipeline takes."""
-        return replace(super().request(arrived_at, top_k, address), min_confidence=self.min_confidence)
+        return replace(super().request(arrived_at, top_k, address, key), min_confidence=self.min_confidence)
 
 
 Query = TypeVar("Query", bound=DecideQuery)
@@ -133,13 +143,16 @@ def _validated(model: type[Query], values: Mapping[str, Any]) -> Query:
         raise invalid_parameter(error.errors()) from error
 
 
-def describe_parameters(model: type[DecideQuery], profiles: ProfileTable, num_classes: int) -> dict[str, Schema]:
+def describe_parameters(
+    model: type[DecideQuery], profiles: ProfileTable, num_classes: int, highest_priority: int = 0
+) -> dict[str, Schema]:
     """Describe parameters in OpenAPI's words, with the values that they may have for a checkpoint.
 
     Args:
         model: of the query.
         profiles: every sub-network that can be had by name.
         num_classes: of the checkpoint.
+        highest_priority: that any request may have.
 
     Returns:
         The schema of each parameter by its name.
@@ -149,6 +162,7 @@ def describe_parameters(model: type[DecideQuery], profiles: ProfileTable, num_cl
         "patch_grid": {"enum": sorted({profile.subnetwork.patch_grid for profile in profiles.rows})},
         "keep_rate": {"enum": sorted({profile.subnetwork.keep_rate for profile in profiles.rows})},
         "top_k": {"maximum": num_classes},
+        "priority": {"maximum": highest_priority},
     }
     described = {}
     for name, field in model.model_json_schema()["properties"].items():

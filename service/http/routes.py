@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request, Response, Security
 from fastapi.responses import PlainTextResponse
+from fastapi.security import APIKeyHeader, HTTPBearer
 
+from service.access.key_file import HIGHEST_PRIORITY
 from service.domain import InferenceRequest
 from service.errors import NotReadyError, ServiceError
 from service.http.classify import Handle
@@ -17,6 +19,7 @@ from service.http.events import EventStream, LiveFeed, describe_events, is_stopp
 from service.http.explain import make_explain
 from service.http.family import SubNetworksAnswer
 from service.http.forms import FIELD, MAX_IMAGES
+from service.http.keys import key_of
 from service.http.queries import (
     ClassifyQuery,
     DecideQuery,
@@ -49,6 +52,7 @@ REQUEST_ID = {"description": "the request's own, or one that was made for it", "
 RETRY_AFTER = {"Retry-After": {"description": "seconds to wait before the next try", "schema": {"type": "integer"}}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"headers": {"Server-Timing": SERVER_TIMING, HEADER: REQUEST_ID}},
+    401: {"model": ErrorAnswer, "description": "the server asks for a key, and this is none"},
     403: {"model": ErrorAnswer, "description": "a page of another site asks"},
     408: {"model": ErrorAnswer, "description": "the body did not arrive in time"},
     413: {"model": ErrorAnswer, "description": "the body or the image is too large"},
@@ -65,7 +69,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     504: {"model": ErrorAnswer, "description": "admitted, but the deadline can no longer be met"},
 }
 EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {200: describe_events(), 429: RESPONSES[429]}
-DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (422, 429, 503)}
+DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 422, 429, 503)}
 
 
 def describe_body(parameters: Mapping[str, Schema]) -> Schema:
@@ -91,17 +95,23 @@ def _object(properties: Schema, required: str) -> Schema:
 def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     """Make the routes over `context`."""
     router = APIRouter()
+    # They describe what the middleware checks.
+    bearer, header = HTTPBearer(auto_error=False), APIKeyHeader(name="X-API-Key", auto_error=False)
+    needed = [] if context.keys is None else [Security(bearer), Security(header)]
     config = context.checkpoint.config
     profiles = context.checkpoint.profile.with_rates_between(config)
     # The routes read their queries themselves, at a tenth of what FastAPI takes for it, so they describe them as well.
     of_classify, of_decide = (
-        describe_parameters(model, profiles, len(context.checkpoint.class_names))
+        describe_parameters(
+            model, profiles, len(context.checkpoint.class_names), 0 if context.keys is None else HIGHEST_PRIORITY
+        )
         for model in (ClassifyQuery, DecideQuery)
     )
     router.add_api_route(
         CLASSIFY_PATH,
         classify,
         methods=["POST"],
+        dependencies=needed,
         response_model=ClassifyAnswer | ResultsAnswer,
         responses=RESPONSES,
         openapi_extra={"requestBody": describe_body(of_classify), "parameters": describe_query(of_classify)},
@@ -111,16 +121,23 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         "/explain",
         make_explain(context),
         methods=["POST"],
+        dependencies=needed,
         response_model=ExplainAnswer,
         responses=RESPONSES,
         openapi_extra={"requestBody": describe_body(of_classify), "parameters": describe_query(of_classify)},
     )
 
-    @router.post("/decide", responses=DECIDE_RESPONSES, openapi_extra={"parameters": describe_query(of_decide)})
+    @router.post(
+        "/decide",
+        dependencies=needed,
+        responses=DECIDE_RESPONSES,
+        openapi_extra={"parameters": describe_query(of_decide)},
+    )
     async def decide(request: Request) -> DecideAnswer:
         """Tell what would be chosen for a request at this moment, without running anything."""
         query, pipeline = parse_decide_query(request.scope["query_string"]), context.open_server().pipeline
-        return describe_forecast(pipeline.decide(query.request(context.clock())), config)
+        wanted = query.request(context.clock(), key=key_of(request.scope))
+        return describe_forecast(pipeline.decide(wanted), config)
 
     @router.get("/subnetworks", responses={503: RESPONSES[503]})
     async def subnetworks() -> SubNetworksAnswer:

@@ -19,7 +19,7 @@ class RequestQueue:
         self._admitted: set[QueuedRequest] = set()
         self._reserved: dict[QueuedRequest, float] = {}  # until when, ascending; in _admitted as well
         self._again: dict[QueuedRequest, QueuedRequest] = {}  # by what was admitted, what waits for another look
-        self._deadlines: dict[int, list[float]] = {}  # of all that are admitted, by priority, ascending
+        self._deadlines: dict[float, list[float]] = {}  # of all that are admitted, by priority, ascending
 
     def __len__(self) -> int:
         """Count what waits for the engine."""
@@ -36,7 +36,7 @@ class RequestQueue:
         return len(self._admitted)
 
     @property
-    def priorities(self) -> frozenset[int]:
+    def priorities(self) -> frozenset[float]:
         """The priorities of the admitted requests."""
         return frozenset(self._deadlines)
 

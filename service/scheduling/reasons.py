@@ -19,38 +19,39 @@ WHY_NOT_AGAIN = {
 NOTEWORTHY = 1.05  # safety factor that a person should hear of
 
 
-def reason_of(
-    constraints: RequestConstraints, budget_gflops: float | None, variant: Variant, decision: BatchDecision
-) -> Reason:
+def reason_of(constraints: RequestConstraints, variant: Variant, decision: BatchDecision) -> Reason:
     """Tell why a request got its variant: its own constraints where they decided, the queue otherwise.
 
     Args:
         constraints: what the request grants.
-        budget_gflops: what it named.
         variant: what it got.
         decision: what it ran with.
     """
     if constraints.grant.is_pinned:
         return Reason(ReasonCode.PINNED)
-    uses_up = budget_gflops is not None and variant.index == constraints.grant.best.index
-    return Reason(ReasonCode.GFLOPS_BUDGET) if uses_up else decision.reason
+    if math.isinf(constraints.max_gflops) or variant.index != constraints.grant.best.index:
+        return decision.reason
+    return Reason(ReasonCode.KEY_RATE if constraints.is_rated else ReasonCode.GFLOPS_BUDGET)
 
 
-def explain(reason: Reason, catalog: VariantCatalog, variant: Variant, budget_gflops: float | None = None) -> str:
+def explain(reason: Reason, catalog: VariantCatalog, variant: Variant, max_gflops: float = math.inf) -> str:
     """Put a reason into words.
 
     Args:
         reason: why.
         catalog: what could be chosen.
         variant: what was chosen.
-        budget_gflops: what the request named, for the reason that it is.
+        max_gflops: most that the request may cost, for the reason that it is.
     """
     chosen, quality = str(variant), "the most accurate" if catalog.is_measured else "the largest"
     match reason.code:
         case ReasonCode.PINNED:
             return f"{chosen} was asked for by name"
-        case ReasonCode.GFLOPS_BUDGET if budget_gflops is not None:
-            return _explain_budget(catalog, variant, budget_gflops, quality)
+        case ReasonCode.GFLOPS_BUDGET:
+            return _explain_budget(catalog, variant, f"{max_gflops:.12g} GFLOPs", quality)
+        case ReasonCode.KEY_RATE:
+            left = f"the {max_gflops:.4g} GFLOPs that the rate of its key has left"
+            return _explain_budget(catalog, variant, left, quality)
         case ReasonCode.BASELINE:
             return f"{reason.policy}: {chosen}, {1000 * reason.slack_s:.0f} ms left to the most urgent"
         case ReasonCode.SUSTAINED_OVERLOAD:
@@ -82,14 +83,12 @@ def _explain_deadlines(reason: Reason, catalog: VariantCatalog, variant: Variant
     return f"{before}: {chosen} is {quality} that answers all of them in time{cautiously}"
 
 
-def _explain_budget(catalog: VariantCatalog, variant: Variant, budget_gflops: float, quality: str) -> str:
+def _explain_budget(catalog: VariantCatalog, variant: Variant, budget: str, quality: str) -> str:
     dearer = catalog.next_better(variant)
     if dearer is None:
-        return f"{budget_gflops:.12g} GFLOPs admit {quality} {_kind(variant)}, {variant}"
-    return (
-        f"{variant} is {quality} within {budget_gflops:.12g} GFLOPs; the next better one, {dearer}, "
-        f"costs {_rounded_up(dearer.most_gflops):.4g}"
-    )
+        return f"{budget} admit {quality} {_kind(variant)}, {variant}"
+    costs = f"{_rounded_up(dearer.most_gflops):.4g}"
+    return f"{variant} is {quality} within {budget}; the next better one, {dearer}, costs {costs}"
 
 
 def _rounded_up(gflops: float) -> float:

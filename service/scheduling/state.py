@@ -19,12 +19,14 @@ class RequestConstraints:
         grant: the variants that it may get.
         max_gflops: most that all its looks together may cost.
         min_confidence: probability of its answer, 0..1, under which it wants a more accurate look.
+        is_rated: whether it is the rate of its key that bounds what it may cost.
     """
 
     budget_s: float
     grant: Grant
     max_gflops: float = math.inf
     min_confidence: float = 0.0
+    is_rated: bool = False
 
 
 def target(constraints: RequestConstraints, level: int) -> int:
@@ -39,14 +41,14 @@ class QueuedRequest:
     Attributes:
         deadline_at: when its batch must have ended, in seconds on the monotonic clock.
         constraints: what it grants.
-        priority: 0 is normal; lower may be shed first.
+        priority: 0 is normal; lower may be shed first. Fractions of a step are for fair shares among keys.
         looks_again_for: the request as it was admitted, where this is another look at its image: it has an answer
             already, and gets that one where this is not to be.
     """
 
     deadline_at: float
     constraints: RequestConstraints
-    priority: int = 0
+    priority: float = 0
     looks_again_for: "QueuedRequest | None" = None
 
     @property

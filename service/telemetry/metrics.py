@@ -25,6 +25,7 @@ from service.domain import Classification
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, OverloadReason, ServiceError
 from service.machine.snapshot import ResourceSnapshot
 from service.telemetry.connection_metrics import ConnectionMetrics
+from service.telemetry.key_metrics import KeyMetrics
 from service.telemetry.look_metrics import LookMetrics
 from service.telemetry.loop_delay import LoopDelay
 from service.telemetry.multiprocess import make_folder, merged_registry
@@ -77,7 +78,7 @@ class Metrics:
         if shared_folder is not None:
             make_folder(shared_folder)
         self.connections, self.loop_delay = ConnectionMetrics(registry), LoopDelay(registry)
-        self._looks = LookMetrics(registry)
+        self._looks, self.keys = LookMetrics(registry), KeyMetrics(registry)
         self._registry = registry
         self._shared_folder = shared_folder
 

@@ -3,22 +3,33 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from service.domain import Classification
+from service.domain import ApiKey, Classification
 from service.errors import ClientGoneError, OverloadedError, ServiceError
 from service.telemetry.metrics import Metrics
 
 
 @contextmanager
-def counted(metrics: Metrics) -> Iterator[Callable[[Classification], None]]:
+def counted(metrics: Metrics, key: ApiKey | None = None) -> Iterator[Callable[[Classification], None]]:
     """Count a classification in, and out by how the block ends.
+
+    Args:
+        metrics: where.
+        key: that it came with.
 
     Yields:
         What to tell of the answer.
     """
     metrics.request_started()
     outcome, reason, is_missed = ServiceError.code, None, False  # of a bug, unless something better is known
+    spent_gflops = 0.0
+
+    def record(answer: Classification) -> None:
+        nonlocal spent_gflops
+        spent_gflops = answer.gflops
+        metrics.answered(answer)
+
     try:
-        yield metrics.answered
+        yield record
         outcome = "ok"
     except ServiceError as error:
         outcome = error.code
@@ -27,3 +38,5 @@ def counted(metrics: Metrics) -> Iterator[Callable[[Classification], None]]:
         raise
     finally:
         metrics.request_finished(outcome, reason, is_missed=is_missed)
+        if key is not None:
+            metrics.keys.finished(key.name, outcome, spent_gflops)

@@ -32,6 +32,7 @@ from service.execution.batcher import Batcher
 from service.pipeline import Pipeline, Read
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.estimators import LEARNED_EVERY, REJECTION_COST
+from service.scheduling.key_ledger import KeyLedger
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import RESERVED_S, Scheduler
 from service.scheduling.state import QueuedRequest
@@ -58,6 +59,7 @@ class Parts:
         self.decodes = self.runs = 0
         self.logits = torch.eye(3)
         self.registry = CollectorRegistry()
+        self.ledger = KeyLedger(1e-6)
 
     def open(self) -> "Parts":
         self.decode_gate.set()
@@ -108,7 +110,7 @@ class CountedPipeline(Pipeline):
     """A pipeline whose requests are counted, as the route does it."""
 
     def __init__(self, parts: Parts, *, scheduler: Scheduler, **options: Any) -> None:  # noqa: ANN401 - the pipeline's
-        super().__init__(scheduler=scheduler, **options)
+        super().__init__(scheduler=scheduler, ledger=parts.ledger, **options)
         self.scheduler = scheduler
         self._metrics = Metrics(parts.registry)
 

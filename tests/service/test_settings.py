@@ -23,6 +23,7 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "keep_alive_s": "60",
         "cors_origins": "https://example.org",
         "allowed_hosts": "example.org",
+        "keys": "/etc/keys.toml",
         "forwarded_allow_ips": "10.0.0.1",
         "max_in_flight_per_address": "8",
         "max_decode_s_per_address": "7.5",

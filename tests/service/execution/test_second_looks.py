@@ -27,6 +27,7 @@ from service.errors import ServiceError
 from service.execution.batcher import Batcher
 from service.pipeline import Pipeline
 from service.scheduling.catalog import VariantCatalog
+from service.scheduling.key_ledger import KeyLedger
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.state import BatchDecision, Decide, SchedulerState
@@ -93,6 +94,7 @@ async def answering(model: Model, decide: Decide = choose_level) -> AsyncIterato
         batcher=batcher,
         max_in_flight=8,
         default_budget_ms=60_000,
+        ledger=KeyLedger(1.0),
         loop_time=lambda: 0.0,
     )
     async with asyncio.TaskGroup() as tasks:

@@ -11,7 +11,7 @@ from service.http.queries import parse_parameters, parse_query
         (b"budget_ms=soon", "budget_ms: a number is wanted"),
         (b"budget_ms=nan", "budget_ms: a finite number is wanted"),
         (b"budget_gflops=0", "budget_gflops: more than 0 is wanted"),
-        (b"priority=1", "priority: at most 0 is wanted"),
+        (b"priority=11", "priority: at most 10 is wanted"),
         (b"priority=-11", "priority: at least -10 is wanted"),
         (b"top_k=1.5", "top_k: a whole number is wanted"),
         (b"top_k=" + 5000 * b"9", "top_k: a smaller number is wanted"),

@@ -5,8 +5,12 @@ import pytest
 from service.domain import ReasonCode
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.reasons import explain, reason_of
-from service.scheduling.state import BatchDecision, Reason
+from service.scheduling.state import BatchDecision, Reason, RequestConstraints
 from tests.service.granting import constraints_for
+
+
+def capped(constraints: RequestConstraints, gflops: float) -> RequestConstraints:
+    return replace(constraints, max_gflops=gflops)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +78,17 @@ def test_a_budget_that_decided_is_named_with_what_more_would_cost(catalog: Varia
     )
 
 
+def test_what_the_rate_of_a_key_has_left_is_named_as_that(catalog: VariantCatalog) -> None:
+    assert explain(Reason(ReasonCode.KEY_RATE), catalog, catalog.variants[1], 0.000122) == (
+        "grid 4 at keep rate 0.5 is the most accurate within the 0.000122 GFLOPs that the rate of its key has left; "
+        "the next better one, grid 4 at keep rate 1, costs 0.0001354"
+    )
+    rated = replace(capped(constraints_for(1.0, 1), 0.000122), is_rated=True)
+    by_queue = BatchDecision(catalog.variants[1], reason=Reason(ReasonCode.ALL_IN_TIME, 2))
+    assert reason_of(rated, catalog.variants[1], by_queue).code is ReasonCode.KEY_RATE
+    assert reason_of(rated, catalog.variants[0], by_queue) is by_queue.reason
+
+
 def test_without_measured_accuracy_a_reason_speaks_of_size(catalog: VariantCatalog) -> None:
     unmeasured, (_, middle, best) = replace(catalog, is_measured=False), catalog.variants[:3]
     assert "is the largest within" in explain(Reason(ReasonCode.GFLOPS_BUDGET), unmeasured, middle, 0.000122)
@@ -88,10 +103,12 @@ def test_the_reason_is_the_constraint_where_it_decided_and_the_queue_where_the_q
     cheapest, middle, best, dominated = catalog.variants[:4]
     by_queue = BatchDecision(middle, reason=Reason(ReasonCode.ALL_IN_TIME, 2))
     pinned = constraints_for(1.0, 0, pinned=dominated)
-    assert reason_of(pinned, None, dominated, by_queue).code is ReasonCode.PINNED
-    assert reason_of(constraints_for(1.0, 2), None, best, by_queue) is by_queue.reason
-    assert reason_of(constraints_for(1.0, 1), 0.5, cheapest, by_queue) is by_queue.reason  # lower than its limit
-    assert reason_of(constraints_for(1.0, 1), 0.000122, middle, by_queue).code is ReasonCode.GFLOPS_BUDGET
-    between = constraints_for(1.0, 0, over_limit=middle)
-    assert reason_of(between, 0.000122, middle, by_queue).code is ReasonCode.GFLOPS_BUDGET
-    assert reason_of(between, 0.000122, cheapest, by_queue) is by_queue.reason
+    assert reason_of(pinned, dominated, by_queue).code is ReasonCode.PINNED
+    assert reason_of(constraints_for(1.0, 2), best, by_queue) is by_queue.reason
+    assert (
+        reason_of(capped(constraints_for(1.0, 1), 0.5), cheapest, by_queue) is by_queue.reason
+    )  # lower than its limit
+    assert reason_of(capped(constraints_for(1.0, 1), 0.000122), middle, by_queue).code is ReasonCode.GFLOPS_BUDGET
+    between = capped(constraints_for(1.0, 0, over_limit=middle), 0.000122)
+    assert reason_of(between, middle, by_queue).code is ReasonCode.GFLOPS_BUDGET
+    assert reason_of(between, cheapest, by_queue) is by_queue.reason

@@ -1,0 +1,191 @@
+"""The file of API keys: hashes of them, and what each allows. It is read again when it changes.
+
+A key is random and long, so that its SHA-256 cannot be turned back, and a slow hash would protect nothing more.
+"""
+
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from service.domain import ApiKey
+from service.errors import CommandError, UnauthorizedError, first_problem
+
+logger = logging.getLogger(__name__)
+
+CHECK_S = 1.0  # between two looks at whether the file has changed
+MAX_FILE_BYTES = 1_000_000
+HIGHEST_PRIORITY, LOWEST_PRIORITY = 10, -10  # more than a handful of classes cannot be told apart
+TOKEN_BYTES = 32
+HEADERS = (b"authorization", b"x-api-key")
+
+Stamp = tuple[int, int, int]  # of a file: what changes with its content
+
+
+class _Entry(BaseModel):
+    """A key as the file has it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    gflops_per_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    burst_gflops: float | None = Field(None, gt=0, allow_inf_nan=False)
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    highest_priority: int = Field(0, ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY)
+    shortest_budget_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_in_flight: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _burst_of_a_rate(self) -> "_Entry":
+        if self.burst_gflops is not None and self.gflops_per_s is None:
+            raise ValueError("burst_gflops goes with gflops_per_s")
+        return self
+
+    def key(self) -> ApiKey:
+        """Return what it allows; the burst is what a second brings unless it says otherwise."""
+        burst = self.gflops_per_s if self.burst_gflops is None else self.burst_gflops
+        return ApiKey(
+            self.name,
+            self.gflops_per_s,
+            burst,
+            self.weight,
+            self.highest_priority,
+            self.shortest_budget_ms,
+            self.max_in_flight,
+        )
+
+
+class _Entries(BaseModel):
+    """The file: a table `[[key]]` for each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: tuple[_Entry, ...]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "_Entries":
+        for what in ("name", "sha256"):
+            if len({getattr(entry, what) for entry in self.key}) < len(self.key):
+                raise ValueError(f"two keys have the same {what}")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key that was made: the secret for its holder, and what the file is to say."""
+
+    secret: str
+    entry: str
+
+
+def make_key(name: str) -> NewKey:
+    """Make a key of that name."""
+    secret = secrets.token_urlsafe(TOKEN_BYTES)
+    return NewKey(secret, f'[[key]]\nname = "{name}"\nsha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"\n')
+
+
+class KeyFile:
+    """Finds what a request's key allows, by the file as it is at that moment."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        """Read the file.
+
+        Raises:
+            CommandError: it cannot be read, or is none.
+        """
+        self._path, self._clock = path, clock
+        try:
+            self._stamp, self._keys = _stamp(path), read_keys(path)
+        except OSError as error:
+            raise CommandError(f"{path}: {error.strerror}") from error
+        except ValueError as error:
+            raise CommandError(f"{path}: {error}") from error
+        self._checked_at = clock()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the keys."""
+        return [key.name for _, key in self._keys]
+
+    def find(self, headers: Mapping[bytes, bytes]) -> ApiKey:
+        """Return the key that came in `Authorization: Bearer` or `X-API-Key`.
+
+        Args:
+            headers: of the request, names in lower case.
+
+        Raises:
+            UnauthorizedError: none came, or none that is in the file.
+        """
+        self._refresh()
+        secret = headers.get(HEADERS[1], b"")
+        scheme, _, token = headers.get(HEADERS[0], b"").partition(b" ")
+        if scheme.lower() == b"bearer":
+            secret = token.strip()
+        if not secret:
+            raise UnauthorizedError("this server asks for a key: send it as `Authorization: Bearer KEY` or `X-API-Key`")
+        digest, found = hashlib.sha256(secret).digest(), None
+        for known, key in self._keys:  # all of them, each in constant time: how long it takes tells nothing
+            if hmac.compare_digest(known, digest):
+                found = key
+        if found is None:
+            raise UnauthorizedError("this server does not know the key")
+        return found
+
+    def _refresh(self) -> None:
+        """Read the file again where it has changed; what cannot be read changes nothing, and the log says so once."""
+        now = self._clock()
+        if now < self._checked_at + CHECK_S:
+            return
+        self._checked_at = now
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._keys = read_keys(self._path)
+        except OSError as error:
+            logger.error("the keys stay as they were: %s: %s", self._path, error.strerror)
+        except ValueError as error:
+            logger.error("the keys stay as they were: %s: %s", self._path, error)
+        else:
+            logger.info("read %d keys from %s", len(self._keys), self._path)
+
+
+def read_keys(path: Path) -> tuple[tuple[bytes, ApiKey], ...]:
+    """Read a file of keys.
+
+    Returns:
+        The SHA-256 of each, and what it allows.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file; says what is wrong with it.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"a file of keys has at most {MAX_FILE_BYTES} bytes")
+    try:
+        entries = _Entries.model_validate(tomllib.loads(content.decode()))
+    except ValidationError as error:
+        where, what = first_problem(error.errors(include_input=False))
+        raise ValueError(f"{'.'.join(where)}: {what}" if where else what) from None
+    return tuple((bytes.fromhex(entry.sha256), entry.key()) for entry in entries.key)
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """Tell one state of a file from another; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -1,0 +1,86 @@
+"""What a request may cost, how long it may take and where it stands, of what it asks for and of what its key allows."""
+
+import math
+from dataclasses import dataclass
+
+from service.domain import InferenceRequest
+from service.errors import BudgetTooSmallError, InvalidParameterError, OverloadedError
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.key_ledger import KeyLedger
+from service.scheduling.state import RequestConstraints
+from service.scheduling.variants import Grant
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What a request may cost.
+
+    Attributes:
+        grant: the variants that it may get.
+        max_gflops: most that all its looks together may cost.
+        is_rated: whether that is what the rate of its key has left.
+    """
+
+    grant: Grant
+    max_gflops: float
+    is_rated: bool
+
+    def constraints(self, granted_s: float, min_confidence: float) -> RequestConstraints:
+        """Make what the scheduler works with, of a request that is granted so many seconds."""
+        return RequestConstraints(granted_s, self.grant, self.max_gflops, min_confidence, self.is_rated)
+
+
+def allow(request: InferenceRequest, catalog: VariantCatalog, ledger: KeyLedger, now: float) -> Allowance:
+    """Find what a request may cost at this moment.
+
+    Raises:
+        BudgetTooSmallError: no sub-network, or not the one that it names, fits its budget or ever fits its key.
+        InvalidParameterError: the sub-network that it names is none of the model's.
+        OverloadedError: the rate of its key is used up; says when the cheapest will fit again.
+    """
+    if request.subnetwork is None:
+        grant = catalog.grant_within(request.budget_gflops)
+    else:
+        grant = catalog.grant_named(request.subnetwork, request.budget_gflops)
+    max_gflops = math.inf if request.budget_gflops is None else request.budget_gflops
+    if request.key is None or grant.best.most_gflops <= (left := ledger.left_gflops(request.key, now)):
+        return Allowance(grant, max_gflops, is_rated=False)
+    least = catalog.variants[grant.by_level[0]].profile.gflops
+    if least <= left:
+        return Allowance(catalog.grant_within(left), left, is_rated=True)
+    wait_s = ledger.wait_s(request.key, least, now)
+    if math.isinf(wait_s):
+        raise BudgetTooSmallError(f"this costs {least} GFLOPs, more than this key may ever spend at once")
+    message = "this key has used up its rate of work, even for the cheapest sub-network that would do; try again later"
+    raise OverloadedError(message, "key", wait_s)
+
+
+def allow_time_ms(request: InferenceRequest, default_budget_ms: float) -> float:
+    """Return the latency budget of a request.
+
+    Raises:
+        BudgetTooSmallError: its key allows none that is so short.
+    """
+    shortest_ms = 0.0 if request.key is None else request.key.shortest_budget_ms or 0.0
+    if request.budget_ms is None:
+        return max(default_budget_ms, shortest_ms)
+    if request.budget_ms < shortest_ms:
+        message = (
+            f"a budget of {request.budget_ms:.6g} ms is too small: this key allows none below {shortest_ms:.6g} ms"
+        )
+        raise BudgetTooSmallError(message, smallest_budget_ms=shortest_ms)
+    return request.budget_ms
+
+
+def allow_priority(request: InferenceRequest) -> int:
+    """Return the priority of a request.
+
+    Raises:
+        InvalidParameterError: it is higher than its key allows, or than 0 without one.
+    """
+    highest = 0 if request.key is None else request.key.highest_priority
+    if request.priority is None:
+        return min(0, highest)
+    if request.priority > highest:
+        raise InvalidParameterError(f"priority: at most {highest} is wanted", parameter="priority")
+    return request.priority

@@ -1,0 +1,38 @@
+"""Asks what is posted for a key, where the server has a file of them."""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.access.key_file import HEADERS, KeyFile
+from service.domain import ApiKey
+from service.errors import ServiceError
+from service.http.error_responses import describe_error, make_error_response
+
+KEY = "supervit.key"  # of the scope
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+def key_of(scope: Scope) -> ApiKey | None:
+    """Return the key that a request came with; None where none is asked for."""
+    key: ApiKey | None = scope.get(KEY)
+    return key
+
+
+class KeyCheck:
+    """Middleware that lets through what comes with a key, and what only looks."""
+
+    def __init__(self, app: ASGIApp, keys: KeyFile) -> None:
+        """Take what every request goes to, and the keys."""
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request on with its key, or refuse it."""
+        if scope["type"] != "http" or scope["method"] in SAFE_METHODS:
+            await self._app(scope, receive, send)
+            return
+        try:
+            scope[KEY] = self._keys.find({name: value for name, value in scope["headers"] if name in HEADERS})
+        except ServiceError as error:
+            response = make_error_response(*describe_error(error, scope), {"Connection": "close"})
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)

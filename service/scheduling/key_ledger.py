@@ -1,0 +1,133 @@
+"""What the holders of keys have had, and what they may have now: a rate of work each, and fair shares of what there is.
+
+Pure: no clock, no threads. Work is counted in GFLOPs, 1e9 multiply-accumulates.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from service.domain import ApiKey
+from service.errors import OverloadedError
+
+ACTIVE_S = 1.0  # after its last request, admitted or not, for which a key counts as one that wants its share
+CREDIT_ANSWERS = 64  # answers at the cheapest variant that a key which asks for little may be behind its share
+STEPS = 8  # of demotion, within one step of priority
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(slots=True)
+class _Account:
+    tokens: float  # GFLOPs that may be spent at once; below zero where requests together spent more than was left
+    refilled_at: float
+    finish: float = 0.0  # work that it had over its weight, as if it had asked for its share ever since
+    in_flight: int = 0
+    asked_at: float = -math.inf
+
+
+@dataclass(slots=True)
+class Charge:
+    """What a request has cost."""
+
+    spent_gflops: float = 0.0
+
+
+class KeyLedger:
+    """Counts the work of each key.
+
+    Under overload, work is shared as in start-time fair queueing (Goyal et al., SIGCOMM 1996): the key that has had the
+    least for its weight comes first. Here it does so by a fraction of a step of priority, which admission, decoding
+    and shedding heed already; where there is enough for all, it changes nothing.
+    """
+
+    def __init__(self, answer_gflops: float, share: float = 1.0) -> None:
+        """Start with full buckets.
+
+        Args:
+            answer_gflops: cost of the cheapest answer.
+            share: of each key's rate and requests in flight that are this process's to grant: one of several.
+        """
+        self._answer_gflops, self._credit = answer_gflops, CREDIT_ANSWERS * answer_gflops
+        self._share = share
+        self._accounts: dict[str, _Account] = {}
+
+    def left_gflops(self, key: ApiKey, now: float) -> float:
+        """Return what a request of a key may cost now; infinite where its rate is not bounded."""
+        if key.gflops_per_s is None:
+            return math.inf
+        account, burst = self._account(key, now), self._burst(key)
+        account.tokens = min(burst, account.tokens + (now - account.refilled_at) * key.gflops_per_s * self._share)
+        account.refilled_at = now
+        return account.tokens
+
+    def wait_s(self, key: ApiKey, gflops: float, now: float) -> float:
+        """Return how long it takes until a request of that cost may come; infinite where it never may."""
+        if key.gflops_per_s is None:
+            return 0.0
+        if gflops > self._burst(key):
+            return math.inf
+        return max(0.0, gflops - self.left_gflops(key, now)) / (key.gflops_per_s * self._share)
+
+    def asked(self, key: ApiKey, now: float) -> None:
+        """Take note that a key wants something, whatever becomes of it."""
+        account = self._account(key, now)
+        if now > account.asked_at + ACTIVE_S:  # it gets no more for having asked for nothing
+            account.finish = max(account.finish, self._least(now))
+        account.asked_at = now
+
+    def demotion(self, key: ApiKey, now: float) -> float:
+        """Return the fraction of a step, 0..0.5, by which a request stands behind others of its priority."""
+        ahead = self._account(key, now).finish - self._least(now)
+        return min(STEPS, math.floor(STEPS * ahead / self._credit)) / (2 * STEPS)
+
+    @contextmanager
+    def charging(self, key: ApiKey | None, most_gflops: float, now: float) -> "Iterator[Charge]":
+        """Take what a request may cost at most until the block ends, and then what it says that it cost.
+
+        One that is broken off, as where its client leaves, is charged the cheapest answer: it may have run.
+
+        Raises:
+            OverloadedError: as many requests of this key as may be are in flight.
+        """
+        charge = Charge()
+        if key is None:
+            yield charge
+            return
+        account = self._account(key, now)
+        if key.max_in_flight is not None and account.in_flight >= math.ceil(key.max_in_flight * self._share):
+            message = f"{key.max_in_flight} requests with this key are in the server already; try again later"
+            raise OverloadedError(message, "key", RETRY_AFTER_S)
+        account.in_flight += 1
+        account.finish += self._answer_gflops / key.weight
+        account.tokens -= most_gflops
+        try:
+            yield charge
+        except Exception:
+            raise
+        except BaseException:
+            charge.spent_gflops = self._answer_gflops
+            raise
+        finally:
+            account.in_flight -= 1
+            account.tokens += most_gflops - charge.spent_gflops
+            account.finish += (charge.spent_gflops - self._answer_gflops) / key.weight
+
+    def _least(self, now: float) -> float:
+        """Return what the active key has had that has had the least; no active one is far behind another."""
+        active = [account for account in self._accounts.values() if now <= account.asked_at + ACTIVE_S]
+        if not active:
+            return max((account.finish for account in self._accounts.values()), default=0.0)
+        floor = max(account.finish for account in active) - self._credit
+        for account in active:
+            account.finish = max(account.finish, floor)
+        return min(account.finish for account in active)
+
+    def _burst(self, key: ApiKey) -> float:
+        return math.inf if key.burst_gflops is None else key.burst_gflops
+
+    def _account(self, key: ApiKey, now: float) -> _Account:
+        account = self._accounts.get(key.name)
+        if account is None:
+            account = self._accounts[key.name] = _Account(self._burst(key), now)
+        return account

@@ -1,0 +1,27 @@
+"""What is counted of each API key, by its name."""
+
+from prometheus_client import CollectorRegistry, Counter
+
+
+class KeyMetrics:
+    """Counts by key; there are no series where no keys are asked for."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        """Declare the metrics."""
+        self._requests = Counter(
+            "supervit_key_requests",
+            "Requests that ended, by the name of their API key and how: ok, or the code of the error.",
+            ["key", "outcome"],
+            registry=registry,
+        )
+        self._gflops = Counter(
+            "supervit_key_gflops",
+            "Cost of the answers, in 1e9 multiply-accumulates, by the name of the API key.",
+            ["key"],
+            registry=registry,
+        )
+
+    def finished(self, name: str, outcome: str, gflops: float = 0.0) -> None:
+        """Count a request out, and what its answer cost."""
+        self._requests.labels(name, outcome).inc()
+        self._gflops.labels(name).inc(gflops)

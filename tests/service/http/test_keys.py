@@ -1,0 +1,176 @@
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from models.checkpoint import Checkpoint
+from models.latency import LatencyTable
+from service.http.early_rejection import RESERVED, EarlyRejection
+from service.http.protocol import ARRIVED_AT
+from service.runtime import ServerRuntime
+from service.settings import Settings
+from tests.service.http.scripted_server import ScriptedEngine, error_code, sample, serving
+
+HEADERS = {"Authorization": "Bearer secret-of-a"}
+
+
+def entry(name: str, **limits: float) -> str:
+    digest = hashlib.sha256(f"secret-of-{name}".encode()).hexdigest()
+    lines = [f"{limit} = {value}" for limit, value in limits.items()]
+    return "\n".join(["[[key]]", f'name = "{name}"', f'sha256 = "{digest}"', *lines, ""])
+
+
+@pytest.fixture
+def keys(tmp_path: Path, checkpoint: Checkpoint) -> Path:
+    path = tmp_path / "keys.toml"
+    once = checkpoint.profile.rows[-1].gflops
+    path.write_text(
+        entry("a")
+        + entry("slow", gflops_per_s=1e-9, burst_gflops=1.5 * once)
+        + entry("tiny", gflops_per_s=1e-12)
+        + entry("low", highest_priority=-2, shortest_budget_ms=500)
+        + entry("high", highest_priority=3)
+    )
+    return path
+
+
+@pytest.fixture
+def runtime(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, keys: Path
+) -> ServerRuntime:
+    return ServerRuntime(settings.model_copy(update={"keys": keys}), checkpoint, engine, latencies)
+
+
+@pytest.fixture
+def asked(runtime: ServerRuntime) -> Iterator[TestClient]:
+    with serving(runtime) as client:
+        yield client
+
+
+def key(name: str) -> dict[str, str]:
+    return {"X-API-Key": f"secret-of-{name}"}
+
+
+@pytest.mark.parametrize("route", ["/classify", "/explain", "/decide"])
+def test_what_is_posted_needs_a_key(asked: TestClient, photo: bytes, route: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer another"}):
+        response = asked.post(route, content=photo if route != "/decide" else None, headers=headers)
+        assert error_code(response, 401) == "unauthorized"
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert asked.post(route, content=photo if route != "/decide" else None, headers=HEADERS).status_code == 200
+
+
+@pytest.mark.parametrize("route", ["/health/ready", "/subnetworks", "/metrics", "/", "/openapi.json"])
+def test_what_only_looks_needs_none(asked: TestClient, route: str) -> None:
+    assert asked.get(route).status_code == 200
+
+
+def test_without_a_file_no_key_is_asked_for(client: TestClient, photo: bytes) -> None:
+    assert client.post("/classify", content=photo).status_code == 200
+    assert "securitySchemes" not in client.get("/openapi.json").json()["components"]
+    assert "supervit_key_requests_total{" not in client.get("/metrics").text
+
+
+def test_the_schema_says_how_a_key_is_sent(asked: TestClient) -> None:
+    schema = asked.get("/openapi.json").json()
+    assert {
+        (each["type"], each.get("scheme"), each.get("name"))
+        for each in schema["components"]["securitySchemes"].values()
+    } == {
+        ("http", "bearer", None),
+        ("apiKey", None, "X-API-Key"),
+    }
+    assert len(schema["paths"]["/classify"]["post"]["security"]) == 2, "either will do"
+    assert "security" not in schema["paths"]["/subnetworks"]["get"]
+
+
+def test_a_rate_lets_cheaper_ones_answer_before_it_rejects_and_says_when_to_come_again(
+    asked: TestClient, photo: bytes, checkpoint: Checkpoint
+) -> None:
+    spent, answers = 0.0, []
+    while (response := asked.post("/classify", content=photo, headers=key("slow"))).status_code == 200:
+        answers.append(response.json())
+        spent += answers[-1]["gflops"]
+    assert answers[0]["subnetwork"]["gflops"] == checkpoint.profile.rows[-1].gflops
+    assert answers[1]["gflops"] < answers[0]["gflops"]
+    assert "that the rate of its key has left" in answers[1]["decision"]["reason"]
+    assert spent <= 1.5 * checkpoint.profile.rows[-1].gflops
+    assert error_code(response, 429) == "overloaded"
+    details = response.json()["error"]["details"]
+    assert details["reason"] == "key"
+    missing = checkpoint.profile.cheapest.gflops - (1.5 * checkpoint.profile.rows[-1].gflops - spent)
+    assert details["retry_after_s"] == pytest.approx(missing / 1e-9, rel=0.01)
+    assert asked.post("/classify", content=photo, headers=key("a")).status_code == 200, "others have their own"
+
+
+def test_what_a_key_may_never_spend_at_once_is_no_matter_of_waiting(asked: TestClient, photo: bytes) -> None:
+    response = asked.post("/classify", content=photo, headers=key("tiny"))
+    assert error_code(response, 422) == "budget_too_small"
+
+
+@pytest.mark.parametrize(
+    ("name", "priority", "status"),
+    [("a", 0, 200), ("a", 1, 422), ("high", 3, 200), ("high", 4, 422), ("low", -1, 422), ("low", -2, 200)],
+)
+def test_a_priority_is_at_most_what_its_key_allows(
+    asked: TestClient, photo: bytes, name: str, priority: int, status: int
+) -> None:
+    response = asked.post("/classify", params={"priority": priority}, content=photo, headers=key(name))
+    assert response.status_code == status
+    if status == 422:
+        assert response.json()["error"]["details"] == {"parameter": "priority"}
+
+
+def test_without_a_key_no_priority_is_above_zero(client: TestClient, photo: bytes) -> None:
+    response = client.post("/classify", params={"priority": 1}, content=photo)
+    assert response.json()["error"]["message"] == "priority: at most 0 is wanted"
+
+
+def test_a_budget_is_no_shorter_than_its_key_allows(asked: TestClient, photo: bytes) -> None:
+    response = asked.post("/classify", params={"budget_ms": 499}, content=photo, headers=key("low"))
+    assert error_code(response, 422) == "budget_too_small"
+    assert response.json()["error"]["details"] == {"smallest_budget_ms": 500}
+    assert asked.post("/classify", params={"budget_ms": 500}, content=photo, headers=key("low")).status_code == 200
+
+
+def test_requests_and_their_cost_are_counted_by_the_name_of_their_key(asked: TestClient, photo: bytes) -> None:
+    gflops = asked.post("/classify", content=photo, headers=key("a")).json()["gflops"]
+    asked.post("/classify", content=b"no image", headers=key("a"))
+    asked.post("/classify", params={"top_k": 0}, content=photo, headers=key("a"))
+    assert sample(asked, 'supervit_key_requests_total{key="a",outcome="ok"}') == 1
+    assert sample(asked, 'supervit_key_requests_total{key="a",outcome="invalid_image"}') == 1
+    assert sample(asked, 'supervit_key_requests_total{key="a",outcome="invalid_parameter"}') == 1
+    assert sample(asked, 'supervit_key_gflops_total{key="a"}') == pytest.approx(gflops)
+    assert "secret" not in asked.get("/metrics").text
+
+
+def early(runtime: ServerRuntime, name: str, scope: dict[str, Any]) -> bytes | None:
+    headers = [(b"host", b"here"), (b"content-length", b"4"), (b"x-api-key", f"secret-of-{name}".encode())]
+    return EarlyRejection(runtime.context, "/classify").answer(b"/classify", headers, scope)
+
+
+def test_a_rate_that_is_used_up_rejects_as_soon_as_the_head_is_there(
+    asked: TestClient, runtime: ServerRuntime, photo: bytes
+) -> None:
+    now = runtime.context.clock()
+    assert early(runtime, "slow", {ARRIVED_AT: now}) is None
+    while asked.post("/classify", content=photo, headers=key("slow")).status_code == 200:
+        pass
+    rejected = early(runtime, "slow", {ARRIVED_AT: runtime.context.clock()})
+    assert rejected is not None
+    assert b'"reason":"key"' in rejected
+    assert sample(asked, 'supervit_key_requests_total{key="slow",outcome="overloaded"}') == 2
+    assert early(runtime, "a", {ARRIVED_AT: runtime.context.clock()}) is None, "it holds for that key alone"
+
+
+def test_no_place_is_kept_for_a_key_with_a_rate_and_an_unknown_one_is_the_routes_to_refuse(
+    asked: TestClient, runtime: ServerRuntime
+) -> None:
+    assert asked.get("/health/ready").status_code == 200
+    for name, is_kept in (("a", True), ("slow", False), ("unknown", False)):
+        scope: dict[str, Any] = {ARRIVED_AT: runtime.context.clock()}
+        assert early(runtime, name, scope) is None
+        assert (scope.get(RESERVED) is not None) is is_kept

@@ -1,0 +1,187 @@
+import asyncio
+from collections import Counter, deque
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+
+import pytest
+
+from models.latency import LatencyTable
+from service.domain import ApiKey
+from service.errors import OverloadedError
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.key_ledger import ACTIVE_S, CREDIT_ANSWERS, Charge, KeyLedger
+from service.scheduling.level_policy import choose_level
+from service.scheduling.scheduler import Scheduler
+from service.scheduling.state import BatchDecision, QueuedRequest, RequestConstraints
+from tests.service.conftest import SECONDS
+
+RATED = ApiKey("rated", gflops_per_s=10.0, burst_gflops=30.0)
+SMALL, LARGE = ApiKey("small"), ApiKey("large")
+
+
+def spend(ledger: KeyLedger, key: ApiKey, gflops: float, now: float) -> None:
+    with ledger.charging(key, gflops, now) as charge:
+        charge.spent_gflops = gflops
+
+
+def test_a_key_without_a_rate_may_spend_what_it_likes() -> None:
+    ledger = KeyLedger(1.0)
+    spend(ledger, SMALL, 1e9, 0.0)
+    assert (ledger.left_gflops(SMALL, 0.0), ledger.wait_s(SMALL, 1e9, 0.0)) == (float("inf"), 0.0)
+
+
+def test_a_rate_admits_a_burst_and_then_what_comes_in() -> None:
+    ledger = KeyLedger(1.0)
+    assert ledger.left_gflops(RATED, 5.0) == 30.0
+    spend(ledger, RATED, 28.0, 5.0)
+    assert ledger.left_gflops(RATED, 5.0) == 2.0
+    assert ledger.wait_s(RATED, 7.0, 5.0) == 0.5
+    assert ledger.left_gflops(RATED, 5.5) == 7.0
+    assert ledger.left_gflops(RATED, 60.0) == 30.0, "no more than the burst is saved up"
+
+
+def test_what_costs_more_than_the_burst_never_fits() -> None:
+    assert KeyLedger(1.0).wait_s(RATED, 30.1, 0.0) == float("inf")
+
+
+def test_what_a_request_may_cost_is_taken_until_it_has_ended_and_the_rest_is_given_back() -> None:
+    ledger = KeyLedger(1.0)
+    with ledger.charging(RATED, 20.0, 0.0) as charge:
+        assert ledger.left_gflops(RATED, 0.0) == 10.0
+        charge.spent_gflops = 4.0
+    assert ledger.left_gflops(RATED, 0.0) == 26.0
+
+
+def test_what_fails_costs_nothing_and_what_is_broken_off_costs_the_cheapest_answer() -> None:
+    ledger = KeyLedger(1.5)
+    with pytest.raises(ValueError, match="failed"), ledger.charging(RATED, 20.0, 0.0):
+        raise ValueError("failed")
+    assert ledger.left_gflops(RATED, 0.0) == 30.0
+    with pytest.raises(asyncio.CancelledError), ledger.charging(RATED, 20.0, 0.0):
+        raise asyncio.CancelledError
+    assert ledger.left_gflops(RATED, 0.0) == 28.5
+
+
+def test_one_of_several_processes_grants_its_share_of_a_rate_and_of_the_requests_in_flight() -> None:
+    ledger, key = KeyLedger(1.0, 0.5), replace(RATED, max_in_flight=3)
+    spend(ledger, key, 30.0, 0.0)
+    assert ledger.left_gflops(key, 1.0) == 5.0
+    with ledger.charging(key, 0.0, 0.0), ledger.charging(key, 0.0, 0.0), pytest.raises(OverloadedError):
+        ledger.charging(key, 0.0, 0.0).__enter__()
+
+
+def test_no_more_requests_of_a_key_are_in_flight_than_it_allows() -> None:
+    ledger, key = KeyLedger(1.0), ApiKey("few", max_in_flight=1)
+    with ledger.charging(key, 1.0, 0.0):
+        with pytest.raises(OverloadedError, match="1 requests with this key") as caught:
+            ledger.charging(key, 1.0, 0.0).__enter__()
+        assert caught.value.reason == "key"
+        ledger.charging(SMALL, 1.0, 0.0).__enter__()
+    spend(ledger, key, 1.0, 0.0)
+
+
+def test_a_request_without_a_key_is_not_counted() -> None:
+    with KeyLedger(1.0).charging(None, 5.0, 0.0) as charge:
+        charge.spent_gflops = 5.0
+
+
+def test_a_key_that_had_more_than_another_that_asks_stands_behind_it_the_further_the_more() -> None:
+    ledger = KeyLedger(1.0)
+    ledger.asked(LARGE, 0.0)
+    spend(ledger, LARGE, CREDIT_ANSWERS / 4, 0.0)
+    assert ledger.demotion(LARGE, 0.0) == 0.0, "it is alone"
+    ledger.asked(SMALL, 0.0)
+    assert ledger.demotion(SMALL, 0.0) == 0.0
+    spend(ledger, LARGE, CREDIT_ANSWERS / 4, 0.1)
+    assert ledger.demotion(LARGE, 0.1) == 0.125
+    spend(ledger, LARGE, 10 * CREDIT_ANSWERS, 0.1)
+    assert ledger.demotion(LARGE, 0.1) == 0.5, "and never as far as the next lower priority"
+    assert ledger.demotion(LARGE, 0.2 + ACTIVE_S) == 0.0, "the other asks no more"
+
+
+def test_a_key_gets_nothing_later_for_having_asked_for_nothing_before() -> None:
+    ledger = KeyLedger(1.0)
+    for second in range(100):
+        ledger.asked(LARGE, second)
+        spend(ledger, LARGE, 1000.0, second)
+    ledger.asked(SMALL, 100.0)
+    ledger.asked(LARGE, 100.0)
+    assert ledger.demotion(LARGE, 100.0) == 0.0
+
+
+class Shared:
+    """Requests of several keys in virtual time, each with a budget of 0.4 s; the cheapest level carries 80/s."""
+
+    def __init__(self, catalog: VariantCatalog) -> None:
+        hundredths = {each: tuple(second / 100 for second in seconds) for each, seconds in SECONDS.items()}
+        self.catalog = catalog = catalog.with_latencies(LatencyTable((1, 2, 3, 4), hundredths))
+        self.ledger = KeyLedger(catalog.cheapest.gflops)
+        self.scheduler = Scheduler(catalog, choose_level, 4)
+        self.charges: dict[QueuedRequest, tuple[ApiKey, ExitStack, Charge]] = {}
+        self.answered, self.asked = Counter[str](), Counter[str]()
+
+    def run(self, requests_per_s: dict[ApiKey, float], seconds: float = 10.0) -> dict[str, float]:
+        """Return what share of the answers each key got, of requests that come evenly."""
+        arrivals = sorted(
+            ((n + 0.5) / rate, key.name, key)
+            for key, rate in requests_per_s.items()
+            for n in range(int(rate * seconds))
+        )
+        coming = deque((at, key) for at, _, key in arrivals)
+        now = 0.0
+        while coming:
+            while coming and coming[0][0] <= now:
+                self.arrive(*coming.popleft())
+            decision = self.scheduler.next_batch(now)
+            self.end(decision)
+            if decision.variant is not None:
+                took_s = decision.variant.latency_by_batch_s[len(decision.batch) - 1]
+                now += took_s
+                self.scheduler.batch_completed(decision.variant, len(decision.batch), took_s, now)
+            elif coming:
+                now = max(now, coming[0][0])
+        return {name: count / self.answered.total() for name, count in self.answered.items()}
+
+    def arrive(self, at: float, key: ApiKey) -> None:
+        self.asked[key.name] += 1
+        self.ledger.asked(key, at)
+        constraints = RequestConstraints(0.4, self.catalog.grant_within(None))
+        request = QueuedRequest(at + 0.4, constraints, -self.ledger.demotion(key, at))
+        with suppress(OverloadedError):
+            self.scheduler.admit(request, at)
+            self.scheduler.enqueue(request)
+            stack = ExitStack()
+            self.charges[request] = key, stack, stack.enter_context(self.ledger.charging(key, 1.0, at))
+
+    def end(self, decision: BatchDecision) -> None:
+        for request in decision.removed:
+            key, stack, charge = self.charges.pop(request)
+            if decision.variant is not None and request in decision.batch:
+                self.answered[key.name] += 1
+                charge.spent_gflops = decision.variant.gflops
+            stack.close()
+
+
+def test_at_three_times_capacity_a_key_that_asks_for_less_than_its_share_gets_all_of_it(
+    catalog: VariantCatalog,
+) -> None:
+    shared = Shared(catalog)
+    shared.run({SMALL: 240 / 11, LARGE: 2400 / 11})
+    # All but some of the first half second, when the other's filled the queue.
+    assert shared.answered["small"] >= 0.95 * shared.asked["small"]
+    assert sum(shared.answered.values()) >= 0.95 * 80 * 10, "and the other one the rest"
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_keys_that_ask_for_more_than_there_is_get_work_by_their_weights_whichever_sends_more(
+    catalog: VariantCatalog, weight: float
+) -> None:
+    heavy = replace(LARGE, weight=weight)
+    share = Shared(catalog).run({SMALL: 90.0, heavy: 900.0})
+    assert share["small"] == pytest.approx(1 / (1 + weight), rel=0.1)
+
+
+def test_without_shares_the_key_that_sends_more_would_get_more(catalog: VariantCatalog) -> None:
+    shared = Shared(catalog)
+    share = shared.run({SMALL: 90.0, replace(LARGE, weight=1e9): 900.0})
+    assert share["small"] < 0.15

@@ -1,0 +1,72 @@
+from dataclasses import replace
+
+import pytest
+
+from models.subnetwork import SubNetwork
+from service.domain import ApiKey, InferenceRequest
+from service.errors import BudgetTooSmallError, InvalidParameterError, OverloadedError
+from service.grants import allow, allow_priority, allow_time_ms
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.key_ledger import KeyLedger
+
+ANY = InferenceRequest(0.0)
+
+
+def rated(catalog: VariantCatalog, answers: float) -> InferenceRequest:
+    """Make a request whose key may spend as much at once as so many answers at the cheapest variant cost."""
+    burst = answers * catalog.cheapest.gflops
+    return replace(ANY, key=ApiKey("a", gflops_per_s=burst, burst_gflops=burst))
+
+
+def test_without_a_key_the_budget_alone_bounds_the_cost(catalog: VariantCatalog) -> None:
+    allowance = allow(ANY, catalog, KeyLedger(1.0), 0.0)
+    assert (allowance.grant.best, allowance.max_gflops, allowance.is_rated) == (catalog.best, float("inf"), False)
+    budget = catalog.variants[1].gflops
+    capped = allow(replace(ANY, budget_gflops=budget), catalog, KeyLedger(1.0), 0.0)
+    assert (capped.grant.best, capped.max_gflops, capped.is_rated) == (catalog.variants[1], budget, False)
+
+
+def test_a_rate_that_has_enough_left_bounds_nothing(catalog: VariantCatalog) -> None:
+    allowance = allow(rated(catalog, 1000.0), catalog, KeyLedger(1.0), 0.0)
+    assert (allowance.grant.best, allowance.is_rated) == (catalog.best, False)
+
+
+def test_a_rate_that_has_less_left_admits_what_that_buys(catalog: VariantCatalog) -> None:
+    request = rated(catalog, 1.5)
+    allowance = allow(request, catalog, KeyLedger(1.0), 0.0)
+    assert allowance.is_rated
+    assert allowance.grant.best.most_gflops <= allowance.max_gflops == 1.5 * catalog.cheapest.gflops
+
+
+def test_a_rate_that_has_not_even_the_cheapest_left_says_when_it_will(catalog: VariantCatalog) -> None:
+    request, ledger = rated(catalog, 2.0), KeyLedger(1.0)
+    assert request.key is not None
+    spent = ledger.charging(request.key, 1.5 * catalog.cheapest.gflops, 0.0)
+    with spent, pytest.raises(OverloadedError) as caught:
+        allow(request, catalog, ledger, 0.0)
+    assert (caught.value.reason, caught.value.details["retry_after_s"]) == ("key", 0.25)
+
+
+def test_a_sub_network_by_name_waits_for_its_own_cost(catalog: VariantCatalog) -> None:
+    request = replace(rated(catalog, 1.1), subnetwork=SubNetwork(4, 1.0))
+    with pytest.raises(BudgetTooSmallError, match="more than this key may ever spend"):
+        allow(request, catalog, KeyLedger(1.0), 0.0)
+    assert not allow(replace(request, subnetwork=SubNetwork(2, 0.5)), catalog, KeyLedger(1.0), 0.0).is_rated
+
+
+def test_a_key_says_how_short_a_budget_may_be() -> None:
+    request = replace(ANY, key=ApiKey("a", shortest_budget_ms=200.0))
+    assert allow_time_ms(replace(request, budget_ms=200.0), 1000.0) == 200.0
+    assert (allow_time_ms(request, 1000.0), allow_time_ms(request, 100.0)) == (1000.0, 200.0)
+    with pytest.raises(BudgetTooSmallError, match="allows none below 200 ms"):
+        allow_time_ms(replace(request, budget_ms=199.0), 1000.0)
+    assert allow_time_ms(replace(ANY, budget_ms=1.0), 1000.0) == 1.0
+
+
+def test_a_priority_is_0_or_what_the_key_allows_where_none_is_named() -> None:
+    low, high = (replace(ANY, key=ApiKey("a", highest_priority=highest)) for highest in (-2, 5))
+    assert [allow_priority(request) for request in (ANY, low, high)] == [0, -2, 0]
+    assert allow_priority(replace(high, priority=5)) == 5
+    for request in (replace(low, priority=-1), replace(high, priority=6), replace(ANY, priority=1)):
+        with pytest.raises(InvalidParameterError, match="priority: at most"):
+            allow_priority(request)
