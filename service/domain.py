@@ -1,12 +1,17 @@
 """The nouns that pass between the rooms of the service. All are frozen; instants are on the monotonic clock."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+
+import numpy as np
+import numpy.typing as npt
 
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 
 DEFAULT_TOP_K = 5
+HIGHEST_PRIORITY, LOWEST_PRIORITY = 10, -10  # more than a handful of classes cannot be told apart
+MAX_IMAGES = 16  # that one message may bring; each is a request of its own
 
 
 class ReasonCode(StrEnum):
@@ -190,7 +195,8 @@ class Classification:
     """The answer to an InferenceRequest.
 
     Attributes:
-        predictions: the best first.
+        predictions: the best first, as many as were asked for.
+        probabilities: (classes,), of every class.
         looks: at the image, in their order; the last one gave the answer.
         stopped: why no other followed.
         decision: what ran last, and why it came to that.
@@ -202,6 +208,7 @@ class Classification:
     """
 
     predictions: tuple[Prediction, ...]
+    probabilities: npt.NDArray[np.float32] = field(compare=False, repr=False)
     looks: tuple[Look, ...]
     stopped: LookCode
     decision: Decision

@@ -3,6 +3,8 @@
 ServiceError
 ├── RequestError              the client's to mend
 │   ├── InvalidParameterError     a parameter is outside its range
+│   ├── InvalidTensorError        a tensor whose shape, datatype or bytes are not what its name takes
+│   ├── UnknownModelError         it asks for a model, or a version, that is not served
 │   ├── BudgetTooSmallError       no sub-network is cheap enough
 │   ├── UnauthorizedError         it came without a key that this server knows
 │   ├── UnsupportedMediaError     the declared type is no image, or a format that is not decoded here
@@ -51,6 +53,18 @@ class InvalidParameterError(RequestError):
     """A parameter is outside its range or contradicts another."""
 
     code = "invalid_parameter"
+
+
+class InvalidTensorError(RequestError):
+    """A tensor's shape, datatype, bytes or values are not what its name takes."""
+
+    code = "invalid_tensor"
+
+
+class UnknownModelError(RequestError):
+    """It asks for a model, or a version of it, that is not served here."""
+
+    code = "unknown_model"
 
 
 class BudgetTooSmallError(RequestError):
@@ -172,6 +186,7 @@ class CommandError(Exception):
 
 # What pydantic finds wrong with a value, by its own name for it, in our words; `%(name)` is a bound of the field's.
 PROBLEMS = {
+    "dict_type": "an object is wanted",
     "extra_forbidden": "there is no parameter of that name",
     "finite_number": "a finite number is wanted",
     "float_parsing": "a number is wanted",
@@ -182,8 +197,14 @@ PROBLEMS = {
     "int_parsing": "a whole number is wanted",
     "int_parsing_size": "a smaller number is wanted",
     "int_type": "a whole number is wanted",
+    "json_invalid": "the body is no JSON",
+    "json_type": "the body is no JSON",
     "less_than": "less than %(lt)g is wanted",
     "less_than_equal": "at most %(le)g is wanted",
+    "list_type": "a list is wanted",
+    "missing": "it is missing",
+    "model_type": "an object is wanted",
+    "string_type": "a text is wanted",
 }
 
 

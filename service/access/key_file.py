@@ -16,14 +16,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from service.domain import ApiKey
+from service.domain import HIGHEST_PRIORITY, LOWEST_PRIORITY, ApiKey
 from service.errors import CommandError, UnauthorizedError, first_problem
 
 logger = logging.getLogger(__name__)
 
 CHECK_S = 1.0  # between two looks at whether the file has changed
 MAX_FILE_BYTES = 1_000_000
-HIGHEST_PRIORITY, LOWEST_PRIORITY = 10, -10  # more than a handful of classes cannot be told apart
 TOKEN_BYTES = 32
 HEADERS = (b"authorization", b"x-api-key")
 

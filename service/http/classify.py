@@ -1,7 +1,7 @@
 """POST /classify: an image, or several, however they are sent, to answers."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,49 +11,51 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.domain import InferenceRequest
 from service.errors import InvalidParameterError, ServiceError, UploadTimeoutError
-from service.http.connections import RequestsByAddress
 from service.http.context import RouteContext
 from service.http.disconnects import ClientWatch
 from service.http.early_rejection import RESERVED
 from service.http.error_responses import ErrorAnswers, describe_error
+from service.http.forms import FIELD
 from service.http.keys import key_of
 from service.http.protocol import ARRIVED_AT
-from service.http.queries import ClassifyQuery, parse_parameters, parse_query
-from service.http.schemas import ClassifyAnswer, describe_answer
-from service.http.uploads import BodyKind, kind_of_body, read_form, read_image, read_json
-from service.pipeline import Pipeline, Read
+from service.http.queries import parse_parameters, parse_query
+from service.http.schemas import ClassifyAnswer, TimingAnswer, describe_answer
+from service.http.uploads import BodyKind, kind_of_body, read_body, read_form, read_json
+from service.pipeline import Pipeline
+from service.request_parameters import ClassifyQuery
 from service.scheduling.state import QueuedRequest
 from service.telemetry.outcomes import counted
 
 Handle = Callable[[Request], Awaitable[Response]]
+ReadBytes = Callable[[float], Awaitable[bytes]]
 
 
-class DirectRoute:
-    """Middleware that answers POST on one path and hands everything else on to FastAPI, which describes it, too.
+class DirectRoutes:
+    """Middleware that answers POST on a few paths and hands everything else on to FastAPI, which describes them, too.
 
     To find the route and to wrap what answers it takes FastAPI and Starlette a tenth of the time that the event loop
     spends on a classification.
     """
 
-    def __init__(self, app: ASGIApp, path: str, handle: Handle, errors: ErrorAnswers) -> None:
-        """Take the route.
+    def __init__(self, app: ASGIApp, handles: Mapping[str, Handle], errors: ErrorAnswers) -> None:
+        """Take the routes.
 
         Args:
             app: what everything else goes to.
-            path: of the route.
-            handle: answers it.
+            handles: what answers each path.
             errors: answers where that raises a ServiceError.
         """
-        self._app, self._path, self._handle, self._errors = app, path, handle, errors
+        self._app, self._handles, self._errors = app, handles, errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or hand on."""
-        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
+        handle = self._handles.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if handle is None:
             await self._app(scope, receive, send)
             return
         request = Request(scope, receive, send)
         try:
-            response = await self._handle(request)
+            response = await handle(request)
         except ServiceError as error:
             response = await self._errors.on_service_error(request, error)
         await response(scope, receive, send)
@@ -64,14 +66,13 @@ class Upload:
     """What was asked, and of what: a server that is told to stop meanwhile answers what it has begun to read."""
 
     pipeline: Pipeline
-    reads: tuple[Read, ...]
+    reads: tuple[ReadBytes, ...]
     wanted: InferenceRequest
     reserved: QueuedRequest | None = None
 
 
 def make_classify(context: RouteContext) -> Handle:
     """Make what answers POST /classify."""
-    by_address = RequestsByAddress(context.max_in_flight_per_address)
 
     async def classify(request: Request) -> Response:
         """Classify an image with the best sub-network that budgets, load and machine allow at this moment.
@@ -86,17 +87,9 @@ def make_classify(context: RouteContext) -> Handle:
             with counted(context.metrics, key_of(request.scope)):
                 raise
 
-        async def answer(read: Read) -> ClassifyAnswer:
-            wanted = upload.wanted
-            with counted(context.metrics, wanted.key) as record, by_address.counting(wanted.address) as enter:
-
-                async def read_and_enter(within_s: float) -> bytes:
-                    data = await read(within_s)
-                    enter()  # not before: what drips in shall not keep others out
-                    return data
-
-                classification = await upload.pipeline.classify(read_and_enter, wanted, watch, upload.reserved)
-                record(classification)
+        async def answer(read: ReadBytes) -> ClassifyAnswer:
+            classify = context.classifier.classify
+            classification = await classify(upload.pipeline, read, upload.wanted, watch, upload.reserved)
             return describe_answer(classification, context.checkpoint)
 
         if len(upload.reads) == 1:
@@ -108,8 +101,16 @@ def make_classify(context: RouteContext) -> Handle:
     return classify
 
 
-async def read_upload(context: RouteContext, request: Request, watch: ClientWatch) -> Upload:
+async def read_upload(
+    context: RouteContext, request: Request, watch: ClientWatch, image_fields: tuple[str, ...] = (FIELD,)
+) -> Upload:
     """Find out what is asked; of a form or JSON that takes the whole body.
+
+    Args:
+        context: what the routes call upon.
+        request: its body not yet read.
+        watch: to be started once that is there.
+        image_fields: of a form, as a FormReader takes them.
 
     Raises:
         ServiceError: it cannot be told, or the server takes no requests.
@@ -123,7 +124,7 @@ async def read_upload(context: RouteContext, request: Request, watch: ClientWatc
         query = parse_query(query_string)
 
         async def read(within_s: float) -> bytes:
-            data = await read_image(request, *limits, within_s)
+            data = await read_body(request, *limits, within_s)
             watch.start()
             return data
 
@@ -140,7 +141,10 @@ async def read_upload(context: RouteContext, request: Request, watch: ClientWatc
         pipeline.check(alone)
         if alone.budget_ms is not None:
             within_s = pipeline.time_left_s(alone)
-    form = await (read_form if kind is BodyKind.FORM else read_json)(request, *limits, within_s)
+    if kind is BodyKind.FORM:
+        form = await read_form(request, *limits, within_s, image_fields)
+    else:
+        form = await read_json(request, *limits, within_s)
     parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
     wanted = parameters.request(arrived_at, parameters.top_k, address, key)
     pipeline.check(wanted)
@@ -149,7 +153,7 @@ async def read_upload(context: RouteContext, request: Request, watch: ClientWatc
     return Upload(pipeline, tuple(_already_read(image, watch) for image in form.images), wanted)
 
 
-def _already_read(image: bytes, watch: ClientWatch) -> Read:
+def _already_read(image: bytes, watch: ClientWatch) -> ReadBytes:
     async def read(_: float) -> bytes:
         watch.start()
         return image
@@ -159,10 +163,14 @@ def _already_read(image: bytes, watch: ClientWatch) -> Read:
 
 def respond(answer: ClassifyAnswer) -> Response:
     """Put an answer on the wire."""
-    stages: dict[str, Any] = answer.timing_ms.model_dump()
-    timing = ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())
     # Made here, because FastAPI would validate the whole answer once more.
-    return Response(answer.model_dump_json(), media_type="application/json", headers={"Server-Timing": timing})
+    return Response(answer.model_dump_json(), media_type="application/json", headers=timing_header(answer.timing_ms))
+
+
+def timing_header(timing_ms: TimingAnswer) -> dict[str, str]:
+    """Tell in a header where the time went."""
+    stages: dict[str, Any] = timing_ms.model_dump()
+    return {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())}
 
 
 async def _result(request: Request, answering: Awaitable[ClassifyAnswer]) -> bytes:

@@ -32,7 +32,7 @@ class KeyCheck:
         try:
             scope[KEY] = self._keys.find({name: value for name, value in scope["headers"] if name in HEADERS})
         except ServiceError as error:
-            response = make_error_response(*describe_error(error, scope), {"Connection": "close"})
+            response = make_error_response(*describe_error(error, scope), {"Connection": "close"}, scope["path"])
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)

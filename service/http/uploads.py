@@ -1,7 +1,6 @@
 """The body of a request: what kind it is, and its bytes, without reading more or longer than is allowed."""
 
 import asyncio
-import binascii
 import math
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -12,23 +11,22 @@ from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
+from service.decoding.base64_text import decode_base64
 from service.errors import (
     BodyTooLargeError,
     ClientGoneError,
     DeadlineError,
-    InvalidImageError,
     InvalidParameterError,
     UnsupportedMediaError,
     UploadTimeoutError,
 )
-from service.http.forms import UNTYPED, Form, FormReader
+from service.http.forms import FIELD, UNTYPED, Form, FormReader
 
 LATE_S = 0.05
 # A body that comes slower holds a connection and memory for little: a phone on 2G sends some 5,000 bytes a second.
 LEAST_BYTES_PER_S = 1000
 SLOW_START_S = 5.0
 MAX_JSON_MEMBERS = 64  # base64 has none of the signs that begin one
-BASE64_PIECE = 1 << 20  # characters; the event loop goes on between two of them
 
 
 class BodyKind(Enum):
@@ -59,18 +57,20 @@ def kind_of_body(headers: Headers) -> BodyKind:
     return BodyKind.IMAGE
 
 
-async def read_image(
+async def read_body(
     request: Request, max_bytes: int, max_s: float, within_s: float = math.inf, late_s: float = LATE_S
 ) -> bytes:
-    """Read a body that is an image; arguments and errors as `receive`."""
+    """Read a body as it is; arguments and errors as `receive`."""
     chunks: list[bytes] = []
     await receive(request, chunks.append, max_bytes, max_s, within_s, late_s)
     return b"".join(chunks)
 
 
-async def read_form(request: Request, max_bytes: int, max_s: float, within_s: float = math.inf) -> Form:
+async def read_form(
+    request: Request, max_bytes: int, max_s: float, within_s: float = math.inf, image_fields: tuple[str, ...] = (FIELD,)
+) -> Form:
     """Read a body that is a form; arguments and errors as `receive`, and those of a FormReader."""
-    reader = FormReader(request.headers["content-type"])
+    reader = FormReader(request.headers["content-type"], image_fields)
     await receive(request, reader.feed, max_bytes, max_s, within_s)
     return reader.close()
 
@@ -82,7 +82,7 @@ async def read_json(request: Request, max_bytes: int, max_s: float, within_s: fl
         InvalidParameterError: it is no JSON object, has no text as its `image`, or a parameter is no number.
         InvalidImageError: the text is no base64.
     """
-    members = _members(await read_image(request, max_bytes, max_s, within_s))
+    members = _members(await read_body(request, max_bytes, max_s, within_s))
     text = members.pop("image", None)
     if not isinstance(text, str):
         raise InvalidParameterError("image: base64 or a data URL is wanted", parameter="image")
@@ -90,7 +90,7 @@ async def read_json(request: Request, max_bytes: int, max_s: float, within_s: fl
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise InvalidParameterError(f"{name}: a number is wanted", parameter=name)
     fields = tuple((name, value) for name, value in members.items() if value is not None)
-    return Form((await _decode(text),), fields)
+    return Form((await decode_base64(text),), fields)
 
 
 async def receive(
@@ -163,23 +163,3 @@ def _members(body: bytes) -> dict[str, Any]:
     if not isinstance(members, dict):
         raise InvalidParameterError("the body is no JSON object with an image and its parameters")
     return members
-
-
-async def _decode(text: str) -> bytes:
-    """Decode base64, or a data URL with it."""
-    if text.startswith("data:"):
-        kind, _, text = text.partition(",")
-        media_type, *parameters = (part.strip().lower() for part in kind.removeprefix("data:").split(";"))
-        if not media_type.startswith("image/") and media_type not in UNTYPED:
-            raise UnsupportedMediaError(f"image: a data URL of the type {media_type}, which is no image")
-        if "base64" not in parameters:
-            raise InvalidImageError("image: a data URL that is not in base64")
-    text = "".join(text.split())  # tools break its lines
-    data = bytearray()
-    try:
-        for start in range(0, len(text), BASE64_PIECE):
-            data += binascii.a2b_base64(text[start : start + BASE64_PIECE], strict_mode=True)
-            await asyncio.sleep(0)
-    except ValueError as error:
-        raise InvalidImageError("image: neither base64 nor a data URL") from error
-    return bytes(data)

@@ -1,3 +1,4 @@
+import base64
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,3 +175,24 @@ def test_no_place_is_kept_for_a_key_with_a_rate_and_an_unknown_one_is_the_routes
         scope: dict[str, Any] = {ARRIVED_AT: runtime.context.clock()}
         assert early(runtime, name, scope) is None
         assert (scope.get(RESERVED) is not None) is is_kept
+
+
+@pytest.mark.parametrize("route", ["/v2/models/tiny/infer", "/predictions/tiny"])
+def test_other_protocols_need_a_key_as_well_and_hear_of_it_in_their_own_words(asked: TestClient, route: str) -> None:
+    response = asked.post(route, content=b"{}")
+    assert response.status_code == 401
+    assert "this server asks for a key" in response.text
+    assert response.json()["error" if route.startswith("/v2") else "message"].startswith("this server asks")
+
+
+def test_a_rate_holds_for_every_protocol(asked: TestClient, photo: bytes) -> None:
+    while (response := asked.post("/predictions/tiny", content=photo, headers=key("slow"))).status_code == 200:
+        pass
+    assert response.status_code == 429
+    data = base64.b64encode(photo).decode()
+    image = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [data]}
+    response = asked.post("/v2/models/tiny/infer", json={"inputs": [image]}, headers=key("slow"))
+    assert response.status_code == 429
+    assert asked.post("/v2/models/tiny/infer", json={"inputs": [image]}, headers=key("a")).status_code == 200
+    assert sample(asked, 'supervit_key_requests_total{key="a",outcome="ok"}') == 1
+    assert sample(asked, 'supervit_key_requests_total{key="slow",outcome="overloaded"}') == 2
