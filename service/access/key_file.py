@@ -16,17 +16,15 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from service.access.watched_files import WatchedFiles
 from service.domain import HIGHEST_PRIORITY, LOWEST_PRIORITY, ApiKey
 from service.errors import CommandError, UnauthorizedError, first_problem
 
 logger = logging.getLogger(__name__)
 
-CHECK_S = 1.0  # between two looks at whether the file has changed
 MAX_FILE_BYTES = 1_000_000
 TOKEN_BYTES = 32
 HEADERS = (b"authorization", b"x-api-key")
-
-Stamp = tuple[int, int, int]  # of a file: what changes with its content
 
 
 class _Entry(BaseModel):
@@ -101,14 +99,13 @@ class KeyFile:
         Raises:
             CommandError: it cannot be read, or is none.
         """
-        self._path, self._clock = path, clock
+        self._path, self._file = path, WatchedFiles([path], clock)
         try:
-            self._stamp, self._keys = _stamp(path), read_keys(path)
+            self._keys = read_keys(path)
         except OSError as error:
             raise CommandError(f"{path}: {error.strerror}") from error
         except ValueError as error:
             raise CommandError(f"{path}: {error}") from error
-        self._checked_at = clock()
 
     @property
     def names(self) -> list[str]:
@@ -141,14 +138,8 @@ class KeyFile:
 
     def _refresh(self) -> None:
         """Read the file again where it has changed; what cannot be read changes nothing, and the log says so once."""
-        now = self._clock()
-        if now < self._checked_at + CHECK_S:
+        if not self._file.have_changed():
             return
-        self._checked_at = now
-        stamp = _stamp(self._path)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
         try:
             self._keys = read_keys(self._path)
         except OSError as error:
@@ -179,12 +170,3 @@ def read_keys(path: Path) -> tuple[tuple[bytes, ApiKey], ...]:
         where, what = first_problem(error.errors(include_input=False))
         raise ValueError(f"{'.'.join(where)}: {what}" if where else what) from None
     return tuple((bytes.fromhex(entry.sha256), entry.key()) for entry in entries.key)
-
-
-def _stamp(path: Path) -> Stamp | None:
-    """Tell one state of a file from another; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from service.access.key_file import CHECK_S, MAX_FILE_BYTES, KeyFile, make_key
+from service.access.key_file import MAX_FILE_BYTES, KeyFile, make_key
+from service.access.watched_files import CHECK_S
 from service.domain import ApiKey
 from service.errors import CommandError, UnauthorizedError
 
