@@ -45,6 +45,7 @@ def classification_of(
     expected_top1, best = _expected_top1(result), catalog.best.top1
     return Classification(
         predictions,
+        result.probabilities,
         looks,
         result.stopped,
         Decision(looks[-1].profile, result.batch_size, result.predicted_s, reason.code, sentence),

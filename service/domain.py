@@ -1,12 +1,16 @@
 """The nouns that pass between the rooms of the service. All are frozen; instants are on the monotonic clock."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+
+import numpy as np
+import numpy.typing as npt
 
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 
 DEFAULT_TOP_K = 5
+MAX_IMAGES = 16  # that one message may bring; each is a request of its own
 
 
 class ReasonCode(StrEnum):
@@ -164,7 +168,8 @@ class Classification:
     """The answer to an InferenceRequest.
 
     Attributes:
-        predictions: the best first.
+        predictions: the best first, as many as were asked for.
+        probabilities: (classes,), of every class.
         looks: at the image, in their order; the last one gave the answer.
         stopped: why no other followed.
         decision: what ran last, and why it came to that.
@@ -176,6 +181,7 @@ class Classification:
     """
 
     predictions: tuple[Prediction, ...]
+    probabilities: npt.NDArray[np.float32] = field(compare=False, repr=False)
     looks: tuple[Look, ...]
     stopped: LookCode
     decision: Decision

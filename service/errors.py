@@ -3,6 +3,8 @@
 ServiceError
 ├── RequestError              the client's to mend
 │   ├── InvalidParameterError     a parameter is outside its range
+│   ├── InvalidTensorError        a tensor whose shape, datatype or bytes are not what its name takes
+│   ├── UnknownModelError         it asks for a model, or a version, that is not served
 │   ├── BudgetTooSmallError       no sub-network is cheap enough
 │   ├── UnsupportedMediaError     the declared type is no image, or a format that is not decoded here
 │   ├── ForeignOriginError        a page of another site sent it
@@ -50,6 +52,18 @@ class InvalidParameterError(RequestError):
     """A parameter is outside its range or contradicts another."""
 
     code = "invalid_parameter"
+
+
+class InvalidTensorError(RequestError):
+    """A tensor's shape, datatype, bytes or values are not what its name takes."""
+
+    code = "invalid_tensor"
+
+
+class UnknownModelError(RequestError):
+    """It asks for a model, or a version of it, that is not served here."""
+
+    code = "unknown_model"
 
 
 class BudgetTooSmallError(RequestError):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from service.answers import classification_of, predictions_of
 from service.decoding.decoder import Decoder
+from service.decoding.images import OpenedImage
 from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, PlannedLook, Timing
 from service.errors import (
     BudgetTooSmallError,
@@ -24,7 +25,8 @@ from service.scheduling.reasons import explain, reason_of
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.state import PreprocessingDelay, QueuedRequest, RequestConstraints, target
 
-Read = Callable[[float], Awaitable[bytes]]
+Image = bytes | OpenedImage  # encoded, or ready to be made pixels of
+Read = Callable[[float], Awaitable[Image]]
 
 # What the sockets and the client take of a budget before the request is stamped and after it is answered.
 TRANSPORT_S = 0.003
@@ -79,7 +81,7 @@ class Pipeline:
         """Answer one request.
 
         Args:
-            read: yields the image's bytes, if they arrive within so many seconds; called once it has a place.
+            read: yields the image, if it arrives within so many seconds; called once it has a place.
             request: what the client asks for.
             watch: raises a ClientGoneError out of its block once the client has left.
             reserved: what `reserve` returned for it, where that was called already.
@@ -161,7 +163,7 @@ class Pipeline:
         top_k = self._checked_top_k(request.top_k)
         queued = reserved or self._reserve(request)
         try:
-            data = await read(queued.deadline_at - self._clock())
+            image = await read(queued.deadline_at - self._clock())
             self.check_room()
             read_at = self._clock()
             if read_at >= queued.deadline_at:
@@ -169,8 +171,8 @@ class Pipeline:
             # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
             if not self._scheduler.claim(queued, read_at):
                 self._scheduler.admit(queued, read_at, self._delay(read_at, queued))
-            decoding = self._decoder.submit(data, queued.deadline_at, queued.priority, request.address)
-            del data  # up to the limit of bodies, and of no use once it is decoded
+            decoding = self._decoder.submit(image, queued.deadline_at, queued.priority, request.address)
+            del image  # up to the limit of bodies, and of no use once it is decoded
             self._slots_taken += 1
             try:
                 result = await self._batcher.submit(decoding, queued)

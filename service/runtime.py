@@ -13,6 +13,7 @@ from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
 from service.assembly import Profiled, assemble
+from service.classifier import Classifier
 from service.decoding.decoder import Decoder
 from service.domain import ServerState
 from service.engines.base import Engine
@@ -23,6 +24,7 @@ from service.execution.batcher import Batcher
 from service.execution.idle_profiling import IdleProfiler
 from service.execution.watchdog import Watchdog
 from service.http.context import ReadyServer, RouteContext
+from service.inference_protocol.protocol import InferenceProtocol
 from service.machine.monitor import Monitor
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.policies import find_policy
@@ -41,6 +43,7 @@ class ServerRuntime:
     Attributes:
         context: what the routes call upon.
         metrics: what is counted.
+        inference_protocol: answers the Open Inference Protocol, however it is carried.
     """
 
     def __init__(
@@ -95,12 +98,19 @@ class ServerRuntime:
             monitor=self._monitor,
             max_body_bytes=settings.max_body_bytes,
             max_upload_s=settings.max_upload_s,
-            max_in_flight_per_address=settings.max_in_flight_per_address,
+            classifier=Classifier(self.metrics, settings.max_in_flight_per_address),
             cors_origins=comma_separated(settings.cors_origins) or (),
             allowed_hosts=comma_separated(settings.allowed_hosts),
             state=lambda: self._state,
             server=self._require_server,
             report=self._report,
+        )
+        self.inference_protocol = InferenceProtocol(
+            checkpoint,
+            self.metrics,
+            self.context.classifier,
+            self.context.failures,
+            lambda: self.context.open_server().pipeline,
         )
         self._state = ServerState.STARTING
         self._server: ReadyServer | None = None

@@ -38,7 +38,7 @@ class DecodedImage:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    data: bytes
+    data: bytes | OpenedImage
     deadline_at: float
     urgency: tuple[int, float]  # the least first
     submitted_at: float
@@ -90,12 +90,12 @@ class Decoder:
         self._lock = Lock()
 
     def submit(
-        self, data: bytes, deadline_at: float, priority: int = 0, address: str | None = None
+        self, data: bytes | OpenedImage, deadline_at: float, priority: int = 0, address: str | None = None
     ) -> "Future[DecodedImage]":
         """Decode an image as soon as a thread is free of more urgent ones.
 
         Args:
-            data: its bytes.
+            data: its bytes, or what needs no codec.
             deadline_at: when its answer is due; after it, decoding would be in vain.
             priority: 0 is normal; lower ones stand behind.
             address: whose it is; None for no bound.
@@ -171,7 +171,7 @@ class Decoder:
         if job.future.cancelled():
             return
         try:
-            job.opened = self._open_image(job.data)
+            job.opened = job.data if isinstance(job.data, OpenedImage) else self._open_image(job.data)
             job.data = b""
             with self._lock:
                 job.expected_s = self._times.expected_s(job.opened.kind, job.opened.cost_s, self._clock())

@@ -11,20 +11,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.domain import InferenceRequest
 from service.errors import InvalidParameterError, ServiceError, UploadTimeoutError
-from service.http.connections import RequestsByAddress
 from service.http.context import RouteContext
 from service.http.disconnects import ClientWatch
 from service.http.early_rejection import RESERVED
 from service.http.error_responses import ErrorAnswers, describe_error
 from service.http.protocol import ARRIVED_AT
-from service.http.queries import ClassifyQuery, parse_parameters, parse_query
+from service.http.queries import parse_parameters, parse_query
 from service.http.schemas import ClassifyAnswer, describe_answer
 from service.http.uploads import BodyKind, kind_of_body, read_form, read_image, read_json
-from service.pipeline import Pipeline, Read
+from service.pipeline import Pipeline
+from service.request_parameters import ClassifyQuery
 from service.scheduling.state import QueuedRequest
 from service.telemetry.outcomes import counted
 
 Handle = Callable[[Request], Awaitable[Response]]
+ReadBytes = Callable[[float], Awaitable[bytes]]
 
 
 class DirectRoute:
@@ -63,14 +64,13 @@ class Upload:
     """What was asked, and of what: a server that is told to stop meanwhile answers what it has begun to read."""
 
     pipeline: Pipeline
-    reads: tuple[Read, ...]
+    reads: tuple[ReadBytes, ...]
     wanted: InferenceRequest
     reserved: QueuedRequest | None = None
 
 
 def make_classify(context: RouteContext) -> Handle:
     """Make what answers POST /classify."""
-    by_address = RequestsByAddress(context.max_in_flight_per_address)
 
     async def classify(request: Request) -> Response:
         """Classify an image with the best sub-network that budgets, load and machine allow at this moment.
@@ -85,16 +85,9 @@ def make_classify(context: RouteContext) -> Handle:
             with counted(context.metrics):
                 raise
 
-        async def answer(read: Read) -> ClassifyAnswer:
-            with counted(context.metrics) as record, by_address.counting(upload.wanted.address) as enter:
-
-                async def read_and_enter(within_s: float) -> bytes:
-                    data = await read(within_s)
-                    enter()  # not before: what drips in shall not keep others out
-                    return data
-
-                classification = await upload.pipeline.classify(read_and_enter, upload.wanted, watch, upload.reserved)
-                record(classification)
+        async def answer(read: ReadBytes) -> ClassifyAnswer:
+            classify = context.classifier.classify
+            classification = await classify(upload.pipeline, read, upload.wanted, watch, upload.reserved)
             return describe_answer(classification, context.checkpoint)
 
         if len(upload.reads) == 1:
@@ -147,7 +140,7 @@ async def read_upload(context: RouteContext, request: Request, watch: ClientWatc
     return Upload(pipeline, tuple(_already_read(image, watch) for image in form.images), wanted)
 
 
-def _already_read(image: bytes, watch: ClientWatch) -> Read:
+def _already_read(image: bytes, watch: ClientWatch) -> ReadBytes:
     async def read(_: float) -> bytes:
         watch.start()
         return image

@@ -1,17 +1,12 @@
-"""How many connections there are, whose they are and which of them wait; how many requests each address has in flight.
+"""How many connections there are, whose they are and which of them wait.
 
 A connection waits unless a whole request of it is being answered. Those that wait cost their client next to nothing,
 so that no number of them may keep others out: for a new connection, the one that has waited longest is closed.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Protocol
-
-from service.errors import OverloadedError
-
-RETRY_AFTER_S = 1.0
 
 
 class Connection(Protocol):
@@ -107,39 +102,3 @@ class Connections:
                 connection.give_way()
                 return True
         return False
-
-
-class RequestsByAddress:
-    """Counts the requests in flight of each address, and keeps them within bounds."""
-
-    def __init__(self, max_in_flight: int) -> None:
-        """Take how many there may be of one address."""
-        self._max_in_flight = max_in_flight
-        self._in_flight: Counter[str] = Counter()
-
-    @contextmanager
-    def counting(self, address: str | None) -> Iterator[Callable[[], None]]:
-        """Count a request of an address until the block ends.
-
-        Yields:
-            What to call once it is in flight; raises an OverloadedError where too many are.
-        """
-        has_entered = False
-
-        def enter() -> None:
-            nonlocal has_entered
-            if address is None:
-                return
-            if self._in_flight[address] >= self._max_in_flight:
-                message = f"{self._max_in_flight} requests from this address are in the server already; try again later"
-                raise OverloadedError(message, "address", RETRY_AFTER_S)
-            self._in_flight[address] += 1
-            has_entered = True
-
-        try:
-            yield enter
-        finally:
-            if has_entered and address is not None:
-                self._in_flight[address] -= 1
-                if not self._in_flight[address]:
-                    del self._in_flight[address]

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from models.checkpoint import Checkpoint
+from service.classifier import Classifier
 from service.domain import ServerState
 from service.errors import NotReadyError
 from service.execution.explainer import Explainer
+from service.health import OwnFailures
 from service.http.family import SubNetworksAnswer
-from service.http.health import OwnFailures
 from service.machine.monitor import Monitor
 from service.pipeline import Pipeline
 from service.scheduling.scheduler import Scheduler
@@ -44,7 +45,7 @@ class RouteContext:
         monitor: looks at the machine.
         max_body_bytes: most of a body that is read.
         max_upload_s: longest time that a body may take to arrive.
-        max_in_flight_per_address: requests of one address that may be worked on at once.
+        classifier: takes images to answers, and counts them.
         cors_origins: sites whose pages may ask, beside the server's own.
         allowed_hosts: names that requests may be addressed to; None for any.
         state: tells what the server is at.
@@ -59,7 +60,7 @@ class RouteContext:
     monitor: Monitor
     max_body_bytes: int
     max_upload_s: float
-    max_in_flight_per_address: int
+    classifier: Classifier
     cors_origins: tuple[str, ...]
     allowed_hosts: tuple[str, ...] | None
     state: Callable[[], ServerState]

@@ -21,12 +21,14 @@ from service.errors import (
     ImageTooLargeError,
     InvalidImageError,
     InvalidParameterError,
+    InvalidTensorError,
     ModelError,
     NotReadyError,
     OutOfMemoryError,
     OverloadedError,
     ServiceError,
     UnknownHostError,
+    UnknownModelError,
     UnsupportedMediaError,
     UploadTimeoutError,
     invalid_parameter,
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 STATUS = {
     InvalidParameterError: 422,
+    InvalidTensorError: 422,
+    UnknownModelError: 404,
     BudgetTooSmallError: 422,
     InvalidImageError: 422,
     ImageTooLargeError: 413,

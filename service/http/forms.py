@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from service.domain import MAX_IMAGES
 from service.errors import InvalidImageError, InvalidParameterError
 
 FIELD = "file"  # whatever is in it is an image
-MAX_IMAGES = 16
 MAX_FIELDS = 16
 MAX_FIELD_BYTES = 256
 # What clients send that name no type: none at all, "some bytes", how object stores call these, and what

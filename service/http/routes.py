@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from service.domain import InferenceRequest
+from service.domain import MAX_IMAGES, InferenceRequest
 from service.errors import NotReadyError, ServiceError
 from service.http.classify import Handle
 from service.http.context import RouteContext
@@ -16,10 +16,8 @@ from service.http.events import HEADERS as EVENTS_HEADERS
 from service.http.events import EventStream, LiveFeed, describe_events, is_stopping
 from service.http.explain import make_explain
 from service.http.family import SubNetworksAnswer
-from service.http.forms import FIELD, MAX_IMAGES
+from service.http.forms import FIELD
 from service.http.queries import (
-    ClassifyQuery,
-    DecideQuery,
     Schema,
     describe_parameters,
     describe_query,
@@ -38,6 +36,7 @@ from service.http.schemas import (
     ResultsAnswer,
     describe_forecast,
 )
+from service.request_parameters import ClassifyQuery, DecideQuery
 from service.telemetry.live import read_sample
 from service.telemetry.metrics import CONTENT_TYPE
 

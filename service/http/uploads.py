@@ -1,7 +1,6 @@
 """The body of a request: what kind it is, and its bytes, without reading more or longer than is allowed."""
 
 import asyncio
-import binascii
 import math
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -12,11 +11,11 @@ from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
+from service.decoding.base64_text import decode_base64
 from service.errors import (
     BodyTooLargeError,
     ClientGoneError,
     DeadlineError,
-    InvalidImageError,
     InvalidParameterError,
     UnsupportedMediaError,
     UploadTimeoutError,
@@ -28,7 +27,6 @@ LATE_S = 0.05
 LEAST_BYTES_PER_S = 1000
 SLOW_START_S = 5.0
 MAX_JSON_MEMBERS = 64  # base64 has none of the signs that begin one
-BASE64_PIECE = 1 << 20  # characters; the event loop goes on between two of them
 
 
 class BodyKind(Enum):
@@ -90,7 +88,7 @@ async def read_json(request: Request, max_bytes: int, max_s: float, within_s: fl
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise InvalidParameterError(f"{name}: a number is wanted", parameter=name)
     fields = tuple((name, value) for name, value in members.items() if value is not None)
-    return Form((await _decode(text),), fields)
+    return Form((await decode_base64(text),), fields)
 
 
 async def receive(
@@ -163,23 +161,3 @@ def _members(body: bytes) -> dict[str, Any]:
     if not isinstance(members, dict):
         raise InvalidParameterError("the body is no JSON object with an image and its parameters")
     return members
-
-
-async def _decode(text: str) -> bytes:
-    """Decode base64, or a data URL with it."""
-    if text.startswith("data:"):
-        kind, _, text = text.partition(",")
-        media_type, *parameters = (part.strip().lower() for part in kind.removeprefix("data:").split(";"))
-        if not media_type.startswith("image/") and media_type not in UNTYPED:
-            raise UnsupportedMediaError(f"image: a data URL of the type {media_type}, which is no image")
-        if "base64" not in parameters:
-            raise InvalidImageError("image: a data URL that is not in base64")
-    text = "".join(text.split())  # tools break its lines
-    data = bytearray()
-    try:
-        for start in range(0, len(text), BASE64_PIECE):
-            data += binascii.a2b_base64(text[start : start + BASE64_PIECE], strict_mode=True)
-            await asyncio.sleep(0)
-    except ValueError as error:
-        raise InvalidImageError("image: neither base64 nor a data URL") from error
-    return bytes(data)

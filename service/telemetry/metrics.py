@@ -25,6 +25,7 @@ from service.domain import Classification
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, OverloadReason, ServiceError
 from service.machine.snapshot import ResourceSnapshot
 from service.telemetry.connection_metrics import ConnectionMetrics
+from service.telemetry.inference_statistics import OK, StatisticsMetrics
 from service.telemetry.look_metrics import LookMetrics
 from service.telemetry.loop_delay import LoopDelay
 from service.telemetry.multiprocess import make_folder, merged_registry
@@ -77,7 +78,7 @@ class Metrics:
         if shared_folder is not None:
             make_folder(shared_folder)
         self.connections, self.loop_delay = ConnectionMetrics(registry), LoopDelay(registry)
-        self._looks = LookMetrics(registry)
+        self._looks, self._statistics = LookMetrics(registry), StatisticsMetrics(registry)
         self._registry = registry
         self._shared_folder = shared_folder
 
@@ -196,7 +197,7 @@ class Metrics:
         """Name the model and how many workers serve it; start every count at zero, so that rates exist at once."""
         self._model.labels(name, version).set(1)
         self._workers.set(workers)
-        for outcome in ("ok", *MISSES):
+        for outcome in (OK, *MISSES):
             self._requests.labels(outcome)
         for reason in (*DROP_REASONS.values(), *get_args(OverloadReason)):
             self._dropped.labels(reason)
@@ -207,16 +208,21 @@ class Metrics:
         """Count a request in."""
         self._in_flight.inc()
 
-    def request_finished(self, outcome: str, reason: str | None = None, *, is_missed: bool = False) -> None:
+    def request_finished(
+        self, outcome: str, reason: str | None = None, *, is_missed: bool = False, took_s: float = 0.0
+    ) -> None:
         """Count a request out.
 
         Args:
             outcome: "ok" or an error code.
             reason: that an overload gave.
             is_missed: whether its deadline has passed without an answer, where the outcome does not say so.
+            took_s: until then.
         """
         self._in_flight.dec()
         self._requests.labels(outcome).inc()
+        if outcome != OK:
+            self._statistics.failed(took_s)
         reason = reason or DROP_REASONS.get(outcome)
         if reason is not None:
             self._dropped.labels(reason).inc()
@@ -236,6 +242,7 @@ class Metrics:
         self._saved.inc(answer.saved_gflops)
         (self._met if answer.deadline_met else self._missed).inc()
         self._looks.answered(answer)
+        self._statistics.answered()
         if answer.expected_top1 is not None and answer.accuracy_loss is not None:
             self._accuracy.inc(answer.expected_top1)
             self._accuracy_loss.inc(answer.accuracy_loss)
@@ -246,6 +253,7 @@ class Metrics:
         self._batch_sizes.observe(size)
         self._batch_duration.observe(inference_s)
         self._predicted.inc(predicted_s)
+        self._statistics.batch_ran(size, inference_s)
 
     def machine(self, snapshot: ResourceSnapshot, queued: int, slowdown: float, safety_factor: float) -> None:
         """Record the machine's state and the scheduler's; what the machine does not say keeps its last value."""

@@ -1,29 +1,34 @@
 """What becomes of every classification is counted here, and here alone."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from service.domain import Classification
 from service.errors import ClientGoneError, OverloadedError, ServiceError
+from service.telemetry.inference_statistics import OK
 from service.telemetry.metrics import Metrics
 
 
 @contextmanager
-def counted(metrics: Metrics) -> Iterator[Callable[[Classification], None]]:
-    """Count a classification in, and out by how the block ends.
+def counted(
+    metrics: Metrics, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[Classification], None]]:
+    """Count a classification in, and out by how the block ends; the clock is monotonic, in seconds.
 
     Yields:
         What to tell of the answer.
     """
     metrics.request_started()
+    started_at = clock()
     outcome, reason, is_missed = ServiceError.code, None, False  # of a bug, unless something better is known
     try:
         yield metrics.answered
-        outcome = "ok"
+        outcome = OK
     except ServiceError as error:
         outcome = error.code
         reason = error.reason if isinstance(error, OverloadedError) else None
         is_missed = isinstance(error, ClientGoneError) and error.deadline_passed
         raise
     finally:
-        metrics.request_finished(outcome, reason, is_missed=is_missed)
+        metrics.request_finished(outcome, reason, is_missed=is_missed, took_s=clock() - started_at)

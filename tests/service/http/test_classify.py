@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
-from service.http.forms import MAX_IMAGES
+from service.domain import MAX_IMAGES
 from service.runtime import ServerRuntime
 from service.settings import Settings
 from tests.service.http.scripted_server import BODY_LIMIT, ScriptedEngine, error_code, sample, serving

@@ -1,7 +1,4 @@
-import pytest
-
-from service.errors import OverloadedError
-from service.http.connections import Connections, RequestsByAddress
+from service.http.connections import Connections
 
 
 class Connection:
@@ -76,18 +73,3 @@ def test_the_last_descriptors_are_kept() -> None:
     assert not connections.admit(Connection(), "a", 101)
     assert reasons == ["gave_way", "files"]
     assert numbers == [1, 0, 1]
-
-
-def test_one_address_may_have_so_many_requests_in_flight() -> None:
-    requests = RequestsByAddress(1)
-    with requests.counting("a") as enter_first, requests.counting("a") as enter_second:
-        enter_first()
-        with pytest.raises(OverloadedError) as caught:
-            enter_second()
-        assert caught.value.reason == "address"
-        with requests.counting("b") as enter:
-            enter()
-        with requests.counting(None) as enter:
-            enter()
-    with requests.counting("a") as enter:
-        enter()

@@ -17,11 +17,13 @@ from models.profiles import CascadeProfile, ProfileTable
 from models.subnetwork import SubNetwork
 from service.app import create_app
 from service.assembly import Profiled
+from service.decoding import images
 from service.decoding.images import decode_image
 from service.domain import ServerState
 from service.engines.profile_store import begin_profile, extended_profile
-from service.errors import InvalidParameterError
+from service.errors import InvalidParameterError, OutOfMemoryError
 from service.execution.watchdog import Watchdog
+from service.health import FAILURES_IN_A_ROW
 from service.http.family import describe_family
 from service.machine.monitor import Monitor
 from service.machine.snapshot import ResourceSnapshot
@@ -711,3 +713,23 @@ def test_cascades_are_there_once_they_are_switched_on(
         assert client.get("/subnetworks").json()["cascades"] == []
         assert client.post("/decide").json()["second_look"] is None
         assert len(client.post("/classify", content=photo).json()["looks"]) == 1
+
+
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack(*_: object, **__: object) -> None:
+        raise OutOfMemoryError("there is no memory left for this image")
+
+    monkeypatch.setattr(images, "open_image", lack)
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_a_server_that_lacks_memory_for_every_request_is_ready_for_none(client: TestClient, photo: bytes) -> None:
+    for _ in range(FAILURES_IN_A_ROW):
+        assert client.get("/health/ready").status_code == 200
+        assert error_code(client.post("/classify", content=photo), 503) == "out_of_memory"
+    answer = client.get("/health/ready")
+    assert error_code(answer, 503) == "not_ready"
+    assert "its log says which" in answer.json()["error"]["message"]
+    assert client.get("/health/live").status_code == 200
+    assert "supervit_ready 0.0" in client.get("/metrics").text

@@ -3,6 +3,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -37,6 +38,7 @@ def page() -> Page:
 def answer(profile: SubNetworkProfile = SMALL, total_s: float = 0.3, budget_s: float = 0.5) -> Classification:
     return Classification(
         predictions=(),
+        probabilities=np.ones(1, np.float32),
         looks=(Look(profile, 0, 0.9, 0.1),),
         stopped=LookCode.SURE,
         decision=Decision(profile, 4, 0.1, ReasonCode.ALONE, "because"),

@@ -1,12 +1,9 @@
 from contextlib import suppress
 
 import pytest
-from fastapi.testclient import TestClient
 
-from service.decoding import images
 from service.errors import InvalidImageError, ModelError, OutOfMemoryError, OverloadedError
-from service.http.health import FAILURES_IN_A_ROW, PAUSE_S, OwnFailures
-from tests.service.http.scripted_server import error_code
+from service.health import FAILURES_IN_A_ROW, PAUSE_S, OwnFailures
 
 
 def fail(failures: OwnFailures, error: Exception, times: int = 1) -> None:
@@ -45,23 +42,3 @@ def test_after_a_pause_it_is_worth_another_try() -> None:
     assert not failures.are_all
     fail(failures, OutOfMemoryError("x"))
     assert failures.are_all
-
-
-@pytest.fixture
-def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lack(*_: object, **__: object) -> None:
-        raise OutOfMemoryError("there is no memory left for this image")
-
-    monkeypatch.setattr(images, "open_image", lack)
-
-
-@pytest.mark.usefixtures("no_memory")
-def test_a_server_that_lacks_memory_for_every_request_is_ready_for_none(client: TestClient, photo: bytes) -> None:
-    for _ in range(FAILURES_IN_A_ROW):
-        assert client.get("/health/ready").status_code == 200
-        assert error_code(client.post("/classify", content=photo), 503) == "out_of_memory"
-    answer = client.get("/health/ready")
-    assert error_code(answer, 503) == "not_ready"
-    assert "its log says which" in answer.json()["error"]["message"]
-    assert client.get("/health/live").status_code == 200
-    assert "supervit_ready 0.0" in client.get("/metrics").text

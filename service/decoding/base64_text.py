@@ -1,0 +1,38 @@
+"""Images as text: base64, or a data URL with it, to bytes; in pieces, between which the event loop goes on."""
+
+import asyncio
+import binascii
+
+from service.errors import InvalidImageError, UnsupportedMediaError
+
+PIECE = 1 << 20  # characters
+UNTYPED = ("", "application/octet-stream", "binary/octet-stream")
+
+
+async def decode_base64(text: str, name: str = "image") -> bytes:
+    """Decode base64, or a data URL with it.
+
+    Args:
+        text: that.
+        name: of what holds it, for the sentences of errors.
+
+    Raises:
+        InvalidImageError: it is neither.
+        UnsupportedMediaError: it is the data URL of something that is no image.
+    """
+    if text.startswith("data:"):
+        kind, _, text = text.partition(",")
+        media_type, *parameters = (part.strip().lower() for part in kind.removeprefix("data:").split(";"))
+        if not media_type.startswith("image/") and media_type not in UNTYPED:
+            raise UnsupportedMediaError(f"{name}: a data URL of the type {media_type}, which is no image")
+        if "base64" not in parameters:
+            raise InvalidImageError(f"{name}: a data URL that is not in base64")
+    text = "".join(text.split())  # tools break its lines
+    data = bytearray()
+    try:
+        for start in range(0, len(text), PIECE):
+            data += binascii.a2b_base64(text[start : start + PIECE], strict_mode=True)
+            await asyncio.sleep(0)
+    except ValueError as error:
+        raise InvalidImageError(f"{name}: neither base64 nor a data URL") from error
+    return bytes(data)

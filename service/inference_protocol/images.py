@@ -1,0 +1,131 @@
+"""The input `image` to the images of a request: files of them, or pixels, which need no codec but wait their turn."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from service.decoding.images import LEAST_COST_S, OpenedImage
+from service.domain import MAX_IMAGES
+from service.errors import InvalidTensorError
+from service.inference_protocol.messages import InputTensor
+from service.inference_protocol.tensors import num_elements, split_elements
+
+INPUT = "image"
+CHANNELS = 3
+RAW_TYPES = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}
+# Of the layout, and of values that came as JSON or in a message's list, as measured on a core of 2.5 GHz.
+RAW_NS, VALUES_NS = 3, 40
+
+Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+# A text is base64.
+InputImage = bytes | str | OpenedImage
+
+
+def images_of(tensor: InputTensor, side: int) -> list[InputImage]:
+    """Take a request's images apart; nothing is decoded or converted yet.
+
+    Args:
+        tensor: the input `image`: (N) or (N, 1) files as BYTES, or (N, 3, S, S) pixels, RGB, as UINT8 or as FP32 from 0
+            to 1. N is at most MAX_IMAGES.
+        side: S.
+
+    Raises:
+        InvalidTensorError: it is neither.
+    """
+    if tensor.name != INPUT:
+        raise InvalidTensorError(f"{tensor.name}: there is no input of that name; the model's is {INPUT}")
+    if unknown := next((name for name in tensor.parameters if name.startswith("shared_memory")), None):
+        raise InvalidTensorError(f"{INPUT}: {unknown}: shared memory is not supported")
+    number, elements = tensor.shape[0] if tensor.shape else 0, num_elements(tensor)
+    if number > MAX_IMAGES:
+        raise InvalidTensorError(f"{INPUT}: {number} images; a request may hold {MAX_IMAGES}")
+    if tensor.datatype == "BYTES":
+        if elements != number:
+            raise InvalidTensorError(f"{INPUT}: a shape of (N) or (N, 1) is wanted for BYTES, not {tensor.shape}")
+        return list(_files(tensor, number))
+    if tensor.datatype not in RAW_TYPES:
+        raise InvalidTensorError(f"{INPUT}: the datatype {tensor.datatype} is none of BYTES, {', '.join(RAW_TYPES)}")
+    if tensor.shape[1:] != (CHANNELS, side, side):
+        wanted = f"(N, {CHANNELS}, {side}, {side})"
+        raise InvalidTensorError(f"{INPUT}: a shape of {wanted} is wanted for {tensor.datatype}, not {tensor.shape}")
+    if isinstance(tensor.contents, bytes | memoryview):
+        return _raw_images(tensor.contents, tensor.datatype, number, side)
+    return _listed_images(tensor.contents, tensor.datatype, number, side)
+
+
+def _files(tensor: InputTensor, number: int) -> Sequence[bytes | str]:
+    if isinstance(tensor.contents, bytes | memoryview):
+        return split_elements(INPUT, tensor.contents, number)
+    # (N, 1), nested
+    elements = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in tensor.contents]
+    if len(elements) != number:
+        raise InvalidTensorError(f"{INPUT}: the shape announces {number} elements, and {len(elements)} are there")
+    files = [element for element in elements if isinstance(element, bytes | str)]
+    if len(files) != number:
+        raise InvalidTensorError(f"{INPUT}: an element of BYTES is a text with base64")
+    return files
+
+
+def _raw_images(raw: bytes | memoryview, datatype: str, number: int, side: int) -> list[InputImage]:
+    dtype, values = RAW_TYPES[datatype], CHANNELS * side * side
+    wanted = number * values * dtype.itemsize
+    if len(raw) != wanted:
+        raise InvalidTensorError(f"{INPUT}: {wanted} bytes of {datatype} are wanted, and {len(raw)} are there")
+    pixels = np.frombuffer(raw, dtype).reshape(number, CHANNELS, side, side)
+    return [_opened(datatype, RAW_NS * values, partial(to_uint8, image)) for image in pixels]
+
+
+def _listed_images(values: Sequence[object], datatype: str, number: int, side: int) -> list[InputImage]:
+    each = CHANNELS * side * side
+    if len(values) == number * each:
+        images = [values[start : start + each] for start in range(0, number * each, each)]
+    elif len(values) == number:
+        images = list(values)
+    else:
+        raise InvalidTensorError(f"{INPUT}: {number * each} values are wanted, and {len(values)} are there")
+    return [_opened(datatype, VALUES_NS * each, partial(_from_list, image, datatype, side)) for image in images]
+
+
+def _opened(datatype: str, cost_ns: float, decode: "partial[Tensor]") -> OpenedImage:
+    return OpenedImage(datatype, LEAST_COST_S + 1e-9 * cost_ns, 0, decode)
+
+
+def _from_list(values: object, datatype: str, side: int) -> Tensor:
+    wanted = CHANNELS * side * side
+    try:
+        # At once to numbers: of texts, NumPy would make an array whose every element is as long as the longest.
+        pixels = np.asarray(values, np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InvalidTensorError(f"{INPUT}: numbers are wanted for {datatype}, in lists of equal lengths") from error
+    if pixels.size != wanted:
+        raise InvalidTensorError(f"{INPUT}: {wanted} values an image are wanted, and {pixels.size} are there")
+    if datatype == "FP32":
+        return to_uint8(pixels.astype(np.float32).reshape(CHANNELS, side, side))
+    converted = np.clip(np.nan_to_num(pixels), 0, 255).astype(np.uint8)
+    if (converted != pixels).any():
+        raise InvalidTensorError(f"{INPUT}: values of UINT8 are whole numbers from 0 to 255")
+    return to_uint8(converted.reshape(CHANNELS, side, side))
+
+
+def to_uint8(pixels: Pixels) -> Tensor:
+    """Make what the engine takes of the pixels of an image.
+
+    Args:
+        pixels: (3, S, S), RGB, uint8, or float32 from 0 to 1, which are rounded to the nearest of 256 steps.
+
+    Raises:
+        InvalidTensorError: a value is NaN or outside.
+    """
+    if pixels.dtype == np.uint8:
+        return torch.from_numpy(np.array(pixels))
+    lowest, highest = float(pixels.min()), float(pixels.max())
+    if not (lowest >= 0 and highest <= 1):  # so that no NaN passes
+        raise InvalidTensorError(
+            f"{INPUT}: values of FP32 are pixels scaled to 0..1, and normalised by the server; these are from "
+            f"{lowest:.4g} to {highest:.4g}"
+        )
+    return torch.from_numpy(np.rint(pixels * np.float32(255)).astype(np.uint8))

@@ -1,0 +1,104 @@
+"""Answers to the output tensors and the parameters of a reply."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.domain import Classification
+from service.errors import InvalidParameterError, InvalidTensorError
+from service.inference_protocol.messages import OutputTensor, Parameter, RequestedOutput
+
+PROBABILITIES, LABELS = "probabilities", "labels"
+OUTPUTS = (PROBABILITIES, LABELS)
+OF_OUTPUTS = frozenset(("binary_data", "classification", "content_type"))
+
+
+@dataclass(frozen=True, slots=True)
+class WantedOutput:
+    """An output that a request wants; of probabilities, `classes` of them as Triton's "value:index:label", if any."""
+
+    name: str
+    classes: int = 0
+
+
+def wanted_outputs(requested: Sequence[RequestedOutput], num_classes: int) -> tuple[WantedOutput, ...]:
+    """Find out which outputs a request wants; all where it names none.
+
+    Raises:
+        InvalidTensorError: there is none of that name, or it is named twice.
+        InvalidParameterError: one of its parameters is unusable.
+    """
+    if not requested:
+        return tuple(map(WantedOutput, OUTPUTS))
+    names = [output.name for output in requested]
+    for name in names:
+        if name not in OUTPUTS:
+            raise InvalidTensorError(f"{name}: there is no output of that name; the model has {', '.join(OUTPUTS)}")
+        if names.count(name) > 1:
+            raise InvalidTensorError(f"{name}: the output is named twice")
+    return tuple(WantedOutput(output.name, _classes(output, num_classes)) for output in requested)
+
+
+def _classes(output: RequestedOutput, num_classes: int) -> int:
+    for name in output.parameters:
+        if name.startswith("shared_memory"):
+            raise InvalidParameterError(f"{name}: shared memory is not supported", parameter=name)
+        if name not in OF_OUTPUTS:
+            raise InvalidParameterError(f"{name}: an output has no parameter of that name", parameter=name)
+    classes = output.parameters.get("classification", 0)
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:
+        raise InvalidParameterError("classification: a number of classes is wanted", parameter="classification")
+    if classes and output.name != PROBABILITIES:
+        raise InvalidParameterError(f"classification: only {PROBABILITIES} can be had so", parameter="classification")
+    return min(classes, num_classes)
+
+
+def make_output(wanted: WantedOutput, answers: Sequence[Classification], top_k: int) -> OutputTensor:
+    """Make an output tensor.
+
+    Args:
+        wanted: which one.
+        answers: one for each of N images.
+        top_k: labels of an image.
+
+    Returns:
+        `probabilities`, (N, C) as FP32, or (N, classes) texts "value:index:label" as BYTES; or `labels`, (N, top_k) as
+        BYTES, the most probable first.
+    """
+    if wanted.name == LABELS:
+        labels = [[prediction.label for prediction in answer.predictions[:top_k]] for answer in answers]
+        return OutputTensor(LABELS, "BYTES", np.array(labels, np.object_))
+    if wanted.classes:
+        rows = [_classified(answer, wanted.classes) for answer in answers]
+        return OutputTensor(PROBABILITIES, "BYTES", np.array(rows, np.object_))
+    return OutputTensor(PROBABILITIES, "FP32", np.stack([answer.probabilities for answer in answers]))
+
+
+def _classified(answer: Classification, classes: int) -> list[str]:
+    best = answer.predictions[:classes]
+    return [f"{prediction.probability:f}:{prediction.index}:{prediction.label}" for prediction in best]
+
+
+def reply_parameters(answers: Sequence[Classification]) -> Mapping[str, Parameter]:
+    """Tell what was decided: of several images, each value is a JSON list of theirs, since parameters are scalars."""
+    decisions = [_decision(answer) for answer in answers]
+    if len(decisions) == 1:
+        return {name: value for name, value in decisions[0].items() if value is not None}
+    return {name: json.dumps([decision[name] for decision in decisions]) for name in decisions[0]}
+
+
+def _decision(answer: Classification) -> dict[str, Parameter | None]:
+    subnetwork = answer.decision.profile.subnetwork
+    return {
+        "patch_grid": subnetwork.patch_grid,
+        "keep_rate": subnetwork.keep_rate,
+        "gflops": answer.gflops,
+        "expected_accuracy": answer.decision.profile.top1,
+        "reason": answer.decision.reason,
+        "looks": len(answer.looks),
+        "stopped": answer.stopped.value,
+        "deadline_met": answer.deadline_met,
+        "total_ms": round(1000 * answer.timing.total_s, 3),
+    }

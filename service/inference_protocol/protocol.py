@@ -1,0 +1,222 @@
+"""Answers the Open Inference Protocol: requests to the pipeline, its answers to replies, and what it says of itself."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from models.checkpoint import Checkpoint
+from service.classifier import Classifier
+from service.decoding.base64_text import decode_base64
+from service.domain import DEFAULT_TOP_K, Classification, InferenceRequest
+from service.errors import InvalidTensorError, NotReadyError, ServiceError, UnknownModelError
+from service.health import OwnFailures
+from service.inference_protocol.descriptions import describe_config, describe_model, describe_statistics
+from service.inference_protocol.images import INPUT, InputImage, images_of
+from service.inference_protocol.messages import InferReply, InferRequest
+from service.inference_protocol.outputs import WantedOutput, make_output, reply_parameters, wanted_outputs
+from service.inference_protocol.parameters import parameters_of
+from service.inference_protocol.together import Together
+from service.pipeline import Image, Pipeline, Read
+from service.telemetry.inference_statistics import read_statistics
+from service.telemetry.metrics import Metrics
+from service.telemetry.outcomes import counted
+
+SERVER_NAME = "supervit-serve"
+ANY_VERSION = ("", "1")  # what clients say that know of one version only
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository(index)",
+    "parameters",
+    "schedule_policy",
+    "statistics",
+)
+
+JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a request asks, of which images, and which outputs it wants."""
+
+    wanted: InferenceRequest
+    images: list[InputImage]
+    outputs: tuple[WantedOutput, ...]
+    top_k: int
+
+
+class InferenceProtocol:
+    """Answers for the one model that is served."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        metrics: Metrics,
+        classifier: Classifier,
+        failures: OwnFailures,
+        open_pipeline: Callable[[], Pipeline],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take the collaborators.
+
+        Args:
+            checkpoint: what is served.
+            metrics: what is counted.
+            classifier: takes images to answers.
+            failures: counts the server's own.
+            open_pipeline: yields what answers; raises a NotReadyError where requests are not taken.
+            clock: monotonic, in seconds.
+        """
+        self._checkpoint, self._metrics, self._classifier = checkpoint, metrics, classifier
+        self._failures, self._open_pipeline, self._clock = failures, open_pipeline, clock
+
+    def is_ready(self) -> bool:
+        """Tell whether requests are taken and do not all fail for reasons of the server's own."""
+        try:
+            self._open_pipeline()
+        except NotReadyError:
+            return False
+        return not self._failures.are_all
+
+    def require_model(self, name: str, version: str = "") -> None:
+        """See whether a model is the one that is served; its version may be left out, or 1.
+
+        Raises:
+            UnknownModelError: it is not.
+        """
+        checkpoint = self._checkpoint
+        if name != checkpoint.name:
+            raise UnknownModelError(f"there is no model {name!r}; {checkpoint.name!r} is served", model=checkpoint.name)
+        if version not in (checkpoint.version, *ANY_VERSION):
+            message = f"there is no version {version!r} of {name}; {checkpoint.version!r} is served"
+            raise UnknownModelError(message, version=checkpoint.version)
+
+    def server_metadata(self) -> JsonObject:
+        """Tell who answers, and which extensions of the protocol there are."""
+        return {"name": SERVER_NAME, "version": metadata.version(SERVER_NAME), "extensions": list(EXTENSIONS)}
+
+    def model_metadata(self, name: str, version: str = "") -> JsonObject:
+        """Describe the model's inputs and outputs; errors as `require_model`."""
+        self.require_model(name, version)
+        return describe_model(self._checkpoint)
+
+    def model_config(self, name: str, version: str = "") -> JsonObject:
+        """Describe the model as Triton's configuration does; errors as `require_model`."""
+        self.require_model(name, version)
+        return describe_config(self._checkpoint)
+
+    def statistics(self, name: str = "", version: str = "") -> JsonObject:
+        """Return Triton's statistics: of all requests, whatever protocol brought them; errors as `require_model`.
+
+        It reads every metric, which takes milliseconds, and more where there are workers: call it on a thread.
+        """
+        self.require_model(name or self._checkpoint.name, version)
+        return describe_statistics(self._checkpoint, read_statistics(self._metrics.registry()))
+
+    def repository_index(self) -> list[JsonObject]:
+        """List the models that there are."""
+        checkpoint, is_ready = self._checkpoint, self.is_ready()
+        state, reason = ("READY", "") if is_ready else ("UNAVAILABLE", "it takes no requests at this moment")
+        return [{"name": checkpoint.name, "version": checkpoint.version, "state": state, "reason": reason}]
+
+    def time_for_body_s(
+        self, arrived_at: float, query: Mapping[str, str], headers: Mapping[str, str], max_s: float
+    ) -> float:
+        """See whether a request whose body is still to come may come, and how long its body may take.
+
+        Args:
+            arrived_at: when its first byte came.
+            query: of its URL.
+            headers: by names in lower case.
+            max_s: longest time, and that of requests that do not say beforehand what they grant.
+
+        Raises:
+            ServiceError: it may not, whatever the body holds.
+        """
+        pipeline = self._open_pipeline()
+        pipeline.check_room()
+        alone = parameters_of({}, query, headers).request(arrived_at)
+        pipeline.check(alone)
+        return max_s if alone.budget_ms is None else pipeline.time_left_s(alone)
+
+    async def infer(
+        self,
+        request: InferRequest,
+        arrived_at: float,
+        *,
+        query: Mapping[str, str],
+        headers: Mapping[str, str],
+        address: str | None = None,
+        watch: AbstractContextManager[object] | None = None,
+    ) -> InferReply:
+        """Answer a request: each image of it waits, is counted and answered as a request of its own.
+
+        Args:
+            request: the whole of it has come.
+            arrived_at: when its first byte did, on the clock.
+            query: parameters beside it, of a URL.
+            headers: headers or metadata, by names in lower case.
+            address: that it came from; None where that is not known.
+            watch: raises a ClientGoneError out of its block once the client has left; it is entered by each image.
+
+        Raises:
+            ServiceError: it is rejected, or an image fails, and with that the others.
+        """
+        try:
+            pipeline = self._open_pipeline()
+            plan = self._plan(request, arrived_at, query, headers, address)
+            pipeline.check(plan.wanted)
+        except ServiceError:
+            with counted(self._metrics):
+                raise
+        with self._failures.counting():
+            answers = await self._classify(pipeline, plan, watch)
+        outputs = tuple(make_output(output, answers, plan.top_k) for output in plan.outputs)
+        name, version = self._checkpoint.name, self._checkpoint.version
+        return InferReply(name, version, request.id, reply_parameters(answers), outputs, answers)
+
+    def _plan(
+        self,
+        request: InferRequest,
+        arrived_at: float,
+        query: Mapping[str, str],
+        headers: Mapping[str, str],
+        address: str | None,
+    ) -> _Plan:
+        self.require_model(request.model_name, request.model_version)
+        if len(request.inputs) != 1:
+            raise InvalidTensorError(f"one input is wanted, {INPUT!r}, and {len(request.inputs)} are there")
+        num_classes = len(self._checkpoint.class_names)
+        parameters = parameters_of(request.parameters, query, headers)
+        outputs = wanted_outputs(request.outputs, num_classes)
+        top_k = parameters.top_k or min(DEFAULT_TOP_K, num_classes)
+        listed = max(top_k, *(output.classes for output in outputs))
+        images = images_of(request.inputs[0], self._checkpoint.config.image_side)
+        return _Plan(parameters.request(arrived_at, listed, address), images, outputs, top_k)
+
+    async def _classify(
+        self, pipeline: Pipeline, plan: _Plan, watch: AbstractContextManager[object] | None
+    ) -> tuple[Classification, ...]:
+        if len(plan.images) == 1:
+            return (await self._classifier.classify(pipeline, _reading(plan.images[0]), plan.wanted, watch),)
+        together = Together(watch)
+        answers = await asyncio.gather(
+            *(self._classifier.classify(pipeline, _reading(image), plan.wanted, together) for image in plan.images),
+            return_exceptions=True,
+        )
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        if failures:
+            raise failures[0]
+        return tuple(answer for answer in answers if not isinstance(answer, BaseException))
+
+
+def _reading(image: InputImage) -> Read:
+    async def read(_: float) -> Image:
+        return await decode_base64(image, INPUT) if isinstance(image, str) else image
+
+    return read

@@ -1,0 +1,48 @@
+"""The images of one request, which has one answer: where one fails, the others are given up for the same reason."""
+
+import asyncio
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+
+from service.errors import ServiceError
+
+
+class Together:
+    """Stands around what answers each image, in a task of its own: inside, `watch` does."""
+
+    def __init__(self, watch: AbstractContextManager[object] | None) -> None:
+        """Take what raises a ClientGoneError out of its block once the client has left."""
+        self._watch = watch or nullcontext()
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._failure: ServiceError | None = None
+
+    def __enter__(self) -> "Together":
+        """Take note of a task that answers."""
+        if task := asyncio.current_task():
+            self._tasks.add(task)
+        self._watch.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the others up where this one has failed.
+
+        Raises:
+            ServiceError: with which another failed, where it was this that cancelled the block.
+        """
+        try:
+            self._watch.__exit__(kind, error, trace)
+        except ServiceError as gone:
+            error = gone
+            raise
+        finally:
+            task = asyncio.current_task()
+            if task:
+                self._tasks.discard(task)
+            if isinstance(error, ServiceError) and self._failure is None:
+                self._failure = error
+                for other in self._tasks:
+                    other.cancel()
+        if isinstance(error, asyncio.CancelledError) and self._failure and task and not task.uncancel():
+            raise self._failure from None

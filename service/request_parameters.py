@@ -1,0 +1,92 @@
+"""What a request says beside its image, whatever protocol brings it, as pydantic models."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from models.subnetwork import SubNetwork
+from service.domain import DEFAULT_TOP_K, InferenceRequest
+from service.errors import invalid_parameter
+
+LOWEST_PRIORITY = -10  # more than a handful of classes cannot be told apart
+
+
+class DecideQuery(BaseModel):
+    """Query parameters of POST /decide: what a request grants, and what it insists on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget_ms: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="time from arrival within which the answer is wanted"
+    )
+    budget_gflops: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="most that the answer may cost, in 1e9 multiply-accumulates"
+    )
+    priority: int = Field(0, ge=LOWEST_PRIORITY, le=0, description="0 is normal; lower may be rejected or shed first")
+    patch_grid: int | None = Field(None, ge=1, description="with keep_rate: a sub-network by name, not by budget")
+    keep_rate: float | None = Field(
+        None, gt=0, le=1, description="with patch_grid: a sub-network by name, of those that GET /subnetworks lists"
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "DecideQuery":
+        if (self.patch_grid is None) != (self.keep_rate is None):
+            raise ValueError("patch_grid and keep_rate go together: give both or none")
+        return self
+
+    @property
+    def subnetwork(self) -> SubNetwork | None:
+        """The sub-network asked for by name."""
+        if self.patch_grid is None or self.keep_rate is None:
+            return None
+        return SubNetwork(self.patch_grid, self.keep_rate)
+
+    def request(self, arrived_at: float, top_k: int | None = None, address: str | None = None) -> InferenceRequest:
+        """Make what the pipeline takes."""
+        return InferenceRequest(
+            arrived_at,
+            budget_ms=self.budget_ms,
+            budget_gflops=self.budget_gflops,
+            subnetwork=self.subnetwork,
+            top_k=top_k,
+            priority=self.priority,
+            address=address,
+        )
+
+
+class ClassifyQuery(DecideQuery):
+    """Query parameters of POST /classify."""
+
+    min_confidence: float = Field(
+        0, ge=0, lt=1, description="probability of the answer under which it is looked at again, if budgets allow it"
+    )
+    top_k: int | None = Field(
+        None, ge=1, description=f"predictions to return, up to the number of classes; {DEFAULT_TOP_K} by default"
+    )
+
+    @model_validator(mode="after")
+    def _one_look_by_name(self) -> "ClassifyQuery":
+        if self.patch_grid is not None and self.min_confidence > 0:
+            raise ValueError("min_confidence: a sub-network that is asked for by name looks once")
+        return self
+
+    def request(self, arrived_at: float, top_k: int | None = None, address: str | None = None) -> InferenceRequest:
+        """Make what the pipeline takes."""
+        return replace(super().request(arrived_at, top_k, address), min_confidence=self.min_confidence)
+
+
+Query = TypeVar("Query", bound=DecideQuery)
+
+
+def validated(model: type[Query], values: Mapping[str, Any]) -> Query:
+    """Read parameters by their names.
+
+    Raises:
+        InvalidParameterError: one is unusable.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise invalid_parameter(error.errors()) from error

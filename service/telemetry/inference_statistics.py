@@ -1,0 +1,108 @@
+"""What Triton's statistics ask for: what is counted for them alone, and all of it read from the metrics."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+PREFIX = "supervit_"
+OK = "ok"
+
+
+class StatisticsMetrics:
+    """Counts what nothing else does."""
+
+    def __init__(self, registry: CollectorRegistry, wall_clock: Callable[[], float] = time.time) -> None:
+        """Declare the metrics; the clock tells Unix time in seconds."""
+        self._wall_clock = wall_clock
+        self._batches = Counter("supervit_batches", "Batches that ran, by size.", ["size"], registry=registry)
+        self._batch_seconds = Counter(
+            "supervit_batch_seconds", "Time that batches spent in the engine, by size.", ["size"], registry=registry
+        )
+        self._failed_seconds = Counter(
+            "supervit_failed_request_seconds",
+            "Time until the requests ended that got no answer, summed; those rejected at once are left out.",
+            registry=registry,
+        )
+        self._answered_at = Gauge(
+            "supervit_last_answer_timestamp_seconds",
+            "When a request was last answered, in Unix time.",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+
+    def batch_ran(self, size: int, inference_s: float) -> None:
+        """Record a batch."""
+        self._batches.labels(size).inc()
+        self._batch_seconds.labels(size).inc(inference_s)
+
+    def answered(self) -> None:
+        """Record that a request was answered now."""
+        self._answered_at.set(self._wall_clock())
+
+    def failed(self, seconds: float) -> None:
+        """Record how long a request took that got no answer."""
+        self._failed_seconds.inc(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """How often something took place, and how long it took together."""
+
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceStatistics:
+    """What has happened since the start; of several workers, to all of them.
+
+    Attributes:
+        last_inference_ms: Unix time in milliseconds at which a request was last answered; 0 before the first.
+        success: answered requests.
+        fail: those without an answer.
+        queue: what the answered ones waited, for a decoder and for the engine.
+        decode: what it took to decode them.
+        inference: what they spent in the engine, each the time of its batches.
+        by_batch_size: batches that ran, by how many images were in them.
+    """
+
+    last_inference_ms: int
+    success: Duration
+    fail: Duration
+    queue: Duration
+    decode: Duration
+    inference: Duration
+    by_batch_size: dict[int, Duration]
+
+
+def read_statistics(registry: CollectorRegistry) -> InferenceStatistics:
+    """Read the statistics out of the metrics."""
+    values: dict[str, dict[str, float]] = {}
+    for family in registry.collect():
+        if family.name.startswith(PREFIX):
+            for sample in family.samples:
+                label = next((value for name, value in sample.labels.items() if name != "pid"), "")
+                values.setdefault(sample.name.removeprefix(PREFIX), {})[label] = sample.value
+
+    def value(name: str, label: str = "") -> float:
+        return values.get(name, {}).get(label, 0.0)
+
+    success = round(value("request_duration_seconds_count"))
+    stages = values.get("stage_duration_seconds_sum", {})
+    return InferenceStatistics(
+        last_inference_ms=round(1000 * value("last_answer_timestamp_seconds")),
+        success=Duration(success, value("request_duration_seconds_sum")),
+        fail=Duration(
+            round(sum(count for outcome, count in values.get("requests_total", {}).items() if outcome != OK)),
+            value("failed_request_seconds_total"),
+        ),
+        queue=Duration(success, stages.get("queue", 0.0) + stages.get("decode_wait", 0.0)),
+        decode=Duration(success, stages.get("decode", 0.0)),
+        inference=Duration(success, stages.get("inference", 0.0)),
+        by_batch_size={
+            int(size): Duration(round(count), value("batch_seconds_total", size))
+            for size, count in values.get("batches_total", {}).items()
+        },
+    )
