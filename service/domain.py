@@ -62,6 +62,7 @@ class InferenceRequest:
         top_k: how many predictions to return; None for DEFAULT_TOP_K, or all classes if there are fewer.
         priority: 0 is normal; lower may be rejected or shed first.
         address: that it came from; None where that is not known.
+        client_waits_s: time from its arrival after which its client is gone, whatever the budget; None where it stays.
     """
 
     arrived_at: float
@@ -72,6 +73,7 @@ class InferenceRequest:
     top_k: int | None = None
     priority: int = 0
     address: str | None = None
+    client_waits_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

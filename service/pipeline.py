@@ -251,7 +251,8 @@ class Pipeline:
         return QueuedRequest(request.arrived_at + granted_s, constraints, request.priority)
 
     def _budget_s(self, request: InferenceRequest) -> float:
-        return (self._default_budget_ms if request.budget_ms is None else request.budget_ms) / 1000
+        budget_s = (self._default_budget_ms if request.budget_ms is None else request.budget_ms) / 1000
+        return budget_s if request.client_waits_s is None else min(budget_s, request.client_waits_s)
 
     def _seen_s(self, request: InferenceRequest) -> float:
         """What of the budget is this server's to use.

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -152,6 +152,7 @@ class InferenceProtocol:
         query: Mapping[str, str],
         headers: Mapping[str, str],
         address: str | None = None,
+        client_waits_s: float | None = None,
         watch: AbstractContextManager[object] | None = None,
     ) -> InferReply:
         """Answer a request: each image of it waits, is counted and answered as a request of its own.
@@ -162,6 +163,7 @@ class InferenceProtocol:
             query: parameters beside it, of a URL.
             headers: headers or metadata, by names in lower case.
             address: that it came from; None where that is not known.
+            client_waits_s: time from its arrival after which its client is gone; None where it stays.
             watch: raises a ClientGoneError out of its block once the client has left; it is entered by each image.
 
         Raises:
@@ -170,6 +172,7 @@ class InferenceProtocol:
         try:
             pipeline = self._open_pipeline()
             plan = self._plan(request, arrived_at, query, headers, address)
+            plan = replace(plan, wanted=replace(plan.wanted, client_waits_s=client_waits_s))
             pipeline.check(plan.wanted)
         except ServiceError:
             with counted(self._metrics):

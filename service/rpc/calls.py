@@ -1,7 +1,6 @@
 """One call as gRPC brings it: its name, its client, its message and how it ends. What is asked is no matter of it."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -6,12 +6,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import grpc
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from grpc.aio import ServicerContext
 
+from service.classifier import RequestsByAddress
 from service.errors import ClientGoneError, ServiceError
 from service.inference_protocol.protocol import InferenceProtocol
 from service.rpc import open_inference_pb2 as pb
@@ -37,17 +39,27 @@ class InferenceService:
     """
 
     def __init__(
-        self, protocol: InferenceProtocol, max_upload_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        protocol: InferenceProtocol,
+        max_upload_s: float,
+        max_calls_per_address: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take the core.
 
         Args:
             protocol: that.
             max_upload_s: longest time that a message may take to arrive.
+            max_calls_per_address: at once, those included whose message is still to come.
             clock: monotonic, in seconds.
         """
         self._protocol, self._max_upload_s, self._clock = protocol, max_upload_s, clock
+        self._by_address = RequestsByAddress(max_calls_per_address)
         self.in_flight = CallsInFlight()
+
+    def is_ready(self) -> bool:
+        """Tell whether requests are taken."""
+        return self._protocol.is_ready()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Make what a server of gRPC calls upon.
@@ -66,7 +78,7 @@ class InferenceService:
             "RepositoryIndex": self._repository_index,
             "ModelInfer": self._model_infer,
         }
-        handlers = {
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             method: grpc.stream_unary_rpc_method_handler(partial(self._answer, method, answer))
             for method, answer in answers.items()
         }
@@ -78,15 +90,16 @@ class InferenceService:
         named = ((REQUEST_ID, call.request_id),)
         with self.in_flight.counting():
             try:
-                response = await answer(messages, call)
+                with self._by_address.counting(call.address) as enter:
+                    enter()
+                    response = await answer(messages, call)
             except Exception as error:  # a bug raises anything, of which gRPC would tell the client
                 failure = _failure_of(error, call)
-            else:
-                logger.debug("%s %s OK", call.address, method)
-                context.set_trailing_metadata(named)
-                return response.SerializeToString()
-            logger.debug("%s %s %s", call.address, method, failure.status.name)
-            await context.abort(failure.status, failure.message, (*named, *failure.metadata))
+                logger.debug("%s %s %s", call.address, method, failure.status.name)
+                await context.abort(failure.status, failure.message, (*named, *failure.metadata))
+            logger.debug("%s %s OK", call.address, method)
+            context.set_trailing_metadata(named)
+            return response.SerializeToString()
 
     async def _answer_stream(self, messages: Messages, context: Context) -> None:
         """Answer each request of a stream as soon as it is done; one that fails ends no other."""
@@ -131,7 +144,7 @@ class InferenceService:
             query={},
             headers=call.metadata,
             address=call.address,
-            time_left_s=call.time_left_s,
+            client_waits_s=call.time_left_s,
             watch=CancellationWatch(),
         )
         return write_reply(reply, is_raw=bool(message.raw_input_contents))

@@ -69,9 +69,7 @@ def write_reply(reply: InferReply, *, is_raw: bool) -> pb.ModelInferResponse:
 
 
 def _write_tensor(tensor: OutputTensor, *, is_raw: bool) -> pb.ModelInferResponse.InferOutputTensor:
-    written = pb.ModelInferResponse.InferOutputTensor(
-        name=tensor.name, datatype=tensor.datatype, shape=tensor.shape
-    )
+    written = pb.ModelInferResponse.InferOutputTensor(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
     if not is_raw and tensor.datatype == "BYTES":
         written.contents.bytes_contents.extend(str(value).encode() for value in tensor.values)
     elif not is_raw:

@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 SEEN_READY_S = 0.1  # between two looks at whether requests are taken
 PING_S, PONG_S = 60, 20  # after which a client that has vanished is noticed
-OTHER_CALLS = 64  # beside inference, such as those of health checks
 WATCHERS_S = 1.0  # granted to calls that do not end by themselves once all requests have their answers
 
 
@@ -29,7 +28,7 @@ class Bounds:
         max_message_bytes: of one message, once it is decompressed.
         max_connections: at once.
         max_calls_per_connection: at once.
-        max_calls: at once, of inference.
+        max_calls: at once, in all.
         keep_alive_s: how long a connection without calls is kept.
     """
 
@@ -57,7 +56,6 @@ async def serving(
     service: InferenceService,
     address: tuple[str, int],
     bounds: Bounds,
-    is_ready: Callable[[], bool],
     drain_left_s: Callable[[], float],
 ) -> AsyncIterator[None]:
     """Serve as long as the block lasts, and then until what was admitted has its answer.
@@ -66,20 +64,19 @@ async def serving(
         service: answers.
         address: to listen on; other sockets of this process or its siblings may have it, too.
         bounds: of what clients may take.
-        is_ready: tells whether requests are taken.
         drain_left_s: tells, at the end, how long requests may still take.
     """
-    server = grpc.aio.server(options=bounds.options(), maximum_concurrent_rpcs=bounds.max_calls + OTHER_CALLS)
+    server = grpc.aio.server(options=bounds.options(), maximum_concurrent_rpcs=bounds.max_calls)
     server.add_generic_rpc_handlers((service.handler(),))
     readiness = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     host, port = address
-    server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-    await _tell(readiness, is_ready=is_ready())
+    port = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    await _tell(readiness, is_ready=service.is_ready())
     await server.start()
     logger.info("listening for gRPC on %s port %d", host, port)
-    following = asyncio.create_task(_follow(is_ready, readiness))
+    following = asyncio.create_task(_follow(service.is_ready, readiness))
     try:
         yield
     finally:
