@@ -21,7 +21,7 @@ def create_app(
     *,
     ready_first: bool = False,
     names_requests: bool = True,
-    beside: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    beside: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
 ) -> FastAPI:
     """Serve what a runtime runs.
 

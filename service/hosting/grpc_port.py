@@ -37,7 +37,7 @@ def reserved_port(settings: Settings) -> Iterator[Settings]:
 
 def grpc_beside(
     settings: Settings, runtime: ServerRuntime, max_connections: int
-) -> Callable[[], AbstractAsyncContextManager[None]]:
+) -> Callable[[], AbstractAsyncContextManager[object]]:
     """Make what serves gRPC as long as a block lasts, where the settings name a port for it."""
     if settings.grpc_port is None:
         return nullcontext

@@ -57,14 +57,17 @@ async def serving(
     address: tuple[str, int],
     bounds: Bounds,
     drain_left_s: Callable[[], float],
-) -> AsyncIterator[None]:
+) -> AsyncIterator[int]:
     """Serve as long as the block lasts, and then until what was admitted has its answer.
 
     Args:
         service: answers.
-        address: to listen on; other sockets of this process or its siblings may have it, too.
+        address: host and port, 0 for any free one; sockets of this process and its siblings may have it, too.
         bounds: of what clients may take.
         drain_left_s: tells, at the end, how long requests may still take.
+
+    Yields:
+        The port.
     """
     server = grpc.aio.server(options=bounds.options(), maximum_concurrent_rpcs=bounds.max_calls)
     server.add_generic_rpc_handlers((service.handler(),))
@@ -78,7 +81,7 @@ async def serving(
     logger.info("listening for gRPC on %s port %d", host, port)
     following = asyncio.create_task(_follow(service.is_ready, readiness))
     try:
-        yield
+        yield port
     finally:
         await _stop(server, service.in_flight, drain_left_s())
         following.cancel()
