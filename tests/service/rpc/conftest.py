@@ -1,7 +1,7 @@
 """A server of a tiny checkpoint that is asked over gRPC, in the process of the test."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +43,32 @@ class Served:
         request: Message | bytes,
         response_type: type[M],
         **options: Any,  # noqa: ANN401 - gRPC's
-    ) -> "grpc.aio.UnaryUnaryCall[Any, M]":
+    ) -> "grpc.aio.UnaryUnaryCall[bytes, M]":
         data = request if isinstance(request, bytes) else request.SerializeToString()
-        return self.channel.unary_unary(f"/{SERVICE_NAME}/{method}", response_deserializer=response_type.FromString)(
-            data, **options
+        ask: grpc.aio.UnaryUnaryMultiCallable[bytes, M] = self.channel.unary_unary(
+            f"/{SERVICE_NAME}/{method}", response_deserializer=response_type.FromString
         )
+        return ask(data, **options)
 
-    def infer(self, request: Message | bytes, **options: Any) -> "grpc.aio.UnaryUnaryCall[Any, pb.ModelInferResponse]":  # noqa: ANN401 - gRPC's
+    def infer(
+        self,
+        request: Message | bytes,
+        **options: Any,  # noqa: ANN401 - as above
+    ) -> "grpc.aio.UnaryUnaryCall[bytes, pb.ModelInferResponse]":
         return self.call("ModelInfer", request, pb.ModelInferResponse, **options)
+
+    def infer_piecewise(self, messages: AsyncIterator[bytes]) -> "grpc.aio.StreamUnaryCall[bytes, bytes]":
+        """Call as no client does: with as many messages as there are."""
+        ask: grpc.aio.StreamUnaryMultiCallable[bytes, bytes] = self.channel.stream_unary(f"/{SERVICE_NAME}/ModelInfer")
+        return ask(messages)
+
+    def stream(
+        self, requests: Iterator[bytes] | None = None
+    ) -> "grpc.aio.StreamStreamCall[bytes, pb.ModelStreamInferResponse]":
+        ask: grpc.aio.StreamStreamMultiCallable[bytes, pb.ModelStreamInferResponse] = self.channel.stream_stream(
+            f"/{SERVICE_NAME}/ModelStreamInfer", response_deserializer=pb.ModelStreamInferResponse.FromString
+        )
+        return ask(requests)
 
     @property
     def in_flight(self) -> float:

@@ -9,7 +9,7 @@ import pytest
 
 from models.checkpoint import Checkpoint
 from service.rpc import open_inference_pb2 as pb
-from service.rpc.inference_service import SERVICE_NAME, STREAM_AHEAD
+from service.rpc.inference_service import STREAM_AHEAD
 from service.runtime import ServerRuntime
 from tests.service.http.scripted_server import ScriptedEngine
 from tests.service.rpc.conftest import CALLS, Served, failure_of, request_for, serving_in_process, until
@@ -170,14 +170,14 @@ async def test_an_image_that_fails_is_no_client_that_left(served: Served, photo:
 
 async def test_a_message_that_does_not_come_is_not_waited_for(runtime: ServerRuntime, engine: ScriptedEngine) -> None:
     async with serving_in_process(runtime, engine, max_upload_s=0.05) as served:
-        call = served.channel.stream_unary(f"/{SERVICE_NAME}/ModelInfer")(silence())
+        call = served.infer_piecewise(silence())
         status, message, metadata = await failure_of(call)
     assert (status, metadata["error-code"]) == (grpc.StatusCode.DEADLINE_EXCEEDED, "upload_timeout")
     assert message == "the message did not arrive within 0.05 s"
 
 
 async def test_a_call_without_a_message_is_told_so(served: Served) -> None:
-    call = served.channel.stream_unary(f"/{SERVICE_NAME}/ModelInfer")(nothing())
+    call = served.infer_piecewise(nothing())
     assert (await failure_of(call))[1] == "the call ends without a message"
 
 
@@ -195,9 +195,7 @@ async def test_a_stream_is_answered_request_by_request_and_errors_end_no_other(s
     requests = [request_for(photo), request_for(b"no image"), request_for(photo)]
     for number, request in enumerate(requests):
         request.id = str(number)
-    stream = served.channel.stream_stream(
-        f"/{SERVICE_NAME}/ModelStreamInfer", response_deserializer=pb.ModelStreamInferResponse.FromString
-    )(request.SerializeToString() for request in requests)
+    stream = served.stream(request.SerializeToString() for request in requests)
     answers = {answer.infer_response.id: answer async for answer in stream}
     assert {name for name, answer in answers.items() if not answer.error_message} == {"0", "2"}
     assert answers["1"].error_message.startswith("not an image")
@@ -211,7 +209,7 @@ async def test_a_stream_that_is_cancelled_takes_its_requests_out_of_the_queue(
     first = asyncio.ensure_future(served.infer(request_for(photo, budget_ms=UNHURRIED)))
     await until(engine.running.is_set)
     scheduler = runtime.context.server().scheduler
-    stream = served.channel.stream_stream(f"/{SERVICE_NAME}/ModelStreamInfer")()
+    stream = served.stream()
     for _ in range(3):
         await stream.write(request_for(photo, budget_ms=UNHURRIED).SerializeToString())
     await until(lambda: len(scheduler) == 3)
@@ -226,7 +224,7 @@ async def test_a_stream_that_sends_ahead_is_not_read_ahead(
     served: Served, engine: ScriptedEngine, photo: bytes
 ) -> None:
     engine.may_run.clear()
-    stream = served.channel.stream_stream(f"/{SERVICE_NAME}/ModelStreamInfer")()
+    stream = served.stream()
     data = request_for(photo, budget_ms=UNHURRIED).SerializeToString()
     for _ in range(STREAM_AHEAD + 5):
         await stream.write(data)

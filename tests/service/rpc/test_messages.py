@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorProto, FileDescriptorSet
-from google.protobuf.descriptor_pool import DescriptorPool
 
 from service.errors import InvalidParameterError, InvalidTensorError
-from service.inference_protocol.messages import InferReply, OutputTensor
+from service.inference_protocol.messages import InferReply, OutputTensor, Parameters
 from service.rpc import open_inference_pb2 as pb
 from service.rpc.messages import read_request, write_reply
 
@@ -17,7 +16,6 @@ SOURCE = "service/rpc/open_inference.proto"
 # In a process of its own: one process can hold only one set of messages of these names.
 TRITONS = """
 import sys
-from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from tritonclient.grpc import model_config_pb2, service_pb2
 files = FileDescriptorSet()
@@ -45,9 +43,8 @@ def test_the_modules_are_what_protoc_makes_of_the_definition(tmp_path: Path) -> 
     command = [sys.executable, "-m", "grpc_tools.protoc", "-I", ".", f"--descriptor_set_out={made}", SOURCE]
     subprocess.run(command, cwd=ROOT, check=True)
     (file,) = FileDescriptorSet.FromString(made.read_bytes()).file
-    described = FileDescriptorProto()
-    DescriptorPool().AddSerializedFile(file.SerializeToString()).CopyToProto(described)  # without JSON's names
-    assert described == own_file()
+    lines = [line for line in str(file).splitlines() if "json_name" not in line]  # protoc alone writes these
+    assert lines == str(own_file()).splitlines()
 
 
 def test_what_is_on_the_wire_is_what_tritons_clients_say() -> None:
@@ -116,7 +113,7 @@ def test_a_reply_has_every_value_of_its_tensors_and_parameters() -> None:
         OutputTensor("probabilities", "FP32", np.array([[0.25, 0.75]], np.float32)),
         OutputTensor("labels", "BYTES", np.array([["cat", "dög"]], np.object_)),
     )
-    parameters = {"sure": True, "looks": 2, "gflops": 0.5, "reason": "so"}
+    parameters: Parameters = {"sure": True, "looks": 2, "gflops": 0.5, "reason": "so"}
     reply = InferReply("model", "1", "7", parameters, tensors, ())
     listed = write_reply(reply, is_raw=False)
     assert [list(tensor.shape) for tensor in listed.outputs] == [[1, 2], [1, 2]]

@@ -20,24 +20,39 @@ pytestmark = pytest.mark.anyio
 Status = health_pb2.HealthCheckResponse
 
 
-async def test_health_follows_readiness(served: Served, runtime: ServerRuntime) -> None:
-    watching = served.channel.unary_stream("/grpc.health.v1.Health/Watch", response_deserializer=Status.FromString)(
-        health_pb2.HealthCheckRequest(service=SERVICE_NAME).SerializeToString()
+def watch_health(channel: grpc.aio.Channel, service: str = "") -> "grpc.aio.UnaryStreamCall[bytes, Status]":
+    watch: grpc.aio.UnaryStreamMultiCallable[bytes, Status] = channel.unary_stream(
+        "/grpc.health.v1.Health/Watch", response_deserializer=Status.FromString
     )
-    assert (await watching.read()).status == Status.SERVING
+    return watch(health_pb2.HealthCheckRequest(service=service).SerializeToString())
+
+
+async def statuses_of(watching: "grpc.aio.UnaryStreamCall[bytes, Status]", number: int) -> list[int]:
+    seen = watching.__aiter__()
+    return [(await anext(seen)).status for _ in range(number)]
+
+
+@pytest.mark.parametrize("service", ["", SERVICE_NAME])
+async def test_health_follows_readiness(served: Served, runtime: ServerRuntime, service: str) -> None:
+    watching = watch_health(served.channel, service)
+    assert await statuses_of(watching, 1) == [Status.SERVING]
     runtime.drain()
-    assert (await watching.read()).status == Status.NOT_SERVING
-    check = served.channel.unary_unary("/grpc.health.v1.Health/Check", response_deserializer=Status.FromString)
-    assert (await check(health_pb2.HealthCheckRequest().SerializeToString())).status == Status.NOT_SERVING
+    assert await statuses_of(watching, 1) == [Status.NOT_SERVING]
+    check: grpc.aio.UnaryUnaryMultiCallable[bytes, Status] = served.channel.unary_unary(
+        "/grpc.health.v1.Health/Check", response_deserializer=Status.FromString
+    )
+    answer = await check(health_pb2.HealthCheckRequest(service=service).SerializeToString())
+    assert answer.status == Status.NOT_SERVING
 
 
 async def test_reflection_describes_the_service(served: Served) -> None:
+    ask: grpc.aio.StreamStreamMultiCallable[bytes, reflection_pb2.ServerReflectionResponse]
     ask = served.channel.stream_stream(
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
     request = reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE_NAME)
-    (answer,) = [each async for each in ask([request.SerializeToString()])]
+    (answer,) = [each async for each in ask(iter([request.SerializeToString()]))]
     described = FileDescriptorProto.FromString(answer.file_descriptor_response.file_descriptor_proto[0])
     assert described.service[0].name == "GRPCInferenceService"
 
@@ -97,9 +112,9 @@ async def test_the_end_waits_for_answers_and_not_for_those_that_only_watch(
         client = Served(runtime, engine, channel, served.port)
         first = asyncio.ensure_future(client.infer(request_for(photo, budget_ms=60_000.0)))
         await until(engine.running.is_set)
-        watching = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
-        stream = channel.stream_stream(f"/{SERVICE_NAME}/ModelStreamInfer")()
-        await watching.read()
+        watching = watch_health(channel)
+        stream = client.stream()
+        assert await statuses_of(watching, 1) == [Status.SERVING]
         runtime.drain()
         loop.call_later(0.1, engine.may_run.set)
         told_at = loop.time()
