@@ -7,12 +7,14 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from service.http.classify import DirectRoute, make_classify
+from service.http.classify import DirectRoutes, make_classify
 from service.http.error_responses import ErrorAnswers
 from service.http.origins import OriginPolicy
 from service.http.pages import add_pages
 from service.http.request_ids import HEADER, RequestIds
 from service.http.routes import CLASSIFY_PATH, build_router
+from service.http.torchserve import build_torchserve_router, make_predict, predict_path
+from service.http.v2 import build_v2_router, infer_path, make_infer
 from service.runtime import ServerRuntime
 
 
@@ -42,10 +44,15 @@ def create_app(
     )
     classify = make_classify(runtime.context)
     context, errors = runtime.context, ErrorAnswers(runtime.context.max_body_bytes)
+    protocol, name = runtime.inference_protocol, context.checkpoint.name
+    infer, predict = make_infer(context, protocol), make_predict(context, protocol)
+    direct = {CLASSIFY_PATH: classify, infer_path(name): infer, predict_path(name): predict}
     app.include_router(build_router(context, classify))
+    app.include_router(build_v2_router(context, protocol, infer))
+    app.include_router(build_torchserve_router(protocol, predict))
     add_pages(app)
     errors.add_to(app)
-    app.add_middleware(DirectRoute, path=CLASSIFY_PATH, handle=classify, errors=errors)
+    app.add_middleware(DirectRoutes, handles=direct, errors=errors)
     app.add_middleware(OriginPolicy, origins=context.cors_origins, hosts=context.allowed_hosts)
     if context.cors_origins:
         app.add_middleware(

@@ -178,6 +178,7 @@ class CommandError(Exception):
 
 # What pydantic finds wrong with a value, by its own name for it, in our words; `%(name)` is a bound of the field's.
 PROBLEMS = {
+    "dict_type": "an object is wanted",
     "extra_forbidden": "there is no parameter of that name",
     "finite_number": "a finite number is wanted",
     "float_parsing": "a number is wanted",
@@ -188,8 +189,14 @@ PROBLEMS = {
     "int_parsing": "a whole number is wanted",
     "int_parsing_size": "a smaller number is wanted",
     "int_type": "a whole number is wanted",
+    "json_invalid": "the body is no JSON",
+    "json_type": "the body is no JSON",
     "less_than": "less than %(lt)g is wanted",
     "less_than_equal": "at most %(le)g is wanted",
+    "list_type": "a list is wanted",
+    "missing": "it is missing",
+    "model_type": "an object is wanted",
+    "string_type": "a text is wanted",
 }
 
 

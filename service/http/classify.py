@@ -1,7 +1,7 @@
 """POST /classify: an image, or several, however they are sent, to answers."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,11 @@ from service.http.context import RouteContext
 from service.http.disconnects import ClientWatch
 from service.http.early_rejection import RESERVED
 from service.http.error_responses import ErrorAnswers, describe_error
+from service.http.forms import FIELD
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import parse_parameters, parse_query
-from service.http.schemas import ClassifyAnswer, describe_answer
-from service.http.uploads import BodyKind, kind_of_body, read_form, read_image, read_json
+from service.http.schemas import ClassifyAnswer, TimingAnswer, describe_answer
+from service.http.uploads import BodyKind, kind_of_body, read_body, read_form, read_json
 from service.pipeline import Pipeline
 from service.request_parameters import ClassifyQuery
 from service.scheduling.state import QueuedRequest
@@ -28,32 +29,32 @@ Handle = Callable[[Request], Awaitable[Response]]
 ReadBytes = Callable[[float], Awaitable[bytes]]
 
 
-class DirectRoute:
-    """Middleware that answers POST on one path and hands everything else on to FastAPI, which describes it, too.
+class DirectRoutes:
+    """Middleware that answers POST on a few paths and hands everything else on to FastAPI, which describes them, too.
 
     To find the route and to wrap what answers it takes FastAPI and Starlette a tenth of the time that the event loop
     spends on a classification.
     """
 
-    def __init__(self, app: ASGIApp, path: str, handle: Handle, errors: ErrorAnswers) -> None:
-        """Take the route.
+    def __init__(self, app: ASGIApp, handles: Mapping[str, Handle], errors: ErrorAnswers) -> None:
+        """Take the routes.
 
         Args:
             app: what everything else goes to.
-            path: of the route.
-            handle: answers it.
+            handles: what answers each path.
             errors: answers where that raises a ServiceError.
         """
-        self._app, self._path, self._handle, self._errors = app, path, handle, errors
+        self._app, self._handles, self._errors = app, handles, errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or hand on."""
-        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
+        handle = self._handles.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if handle is None:
             await self._app(scope, receive, send)
             return
         request = Request(scope, receive, send)
         try:
-            response = await self._handle(request)
+            response = await handle(request)
         except ServiceError as error:
             response = await self._errors.on_service_error(request, error)
         await response(scope, receive, send)
@@ -99,8 +100,16 @@ def make_classify(context: RouteContext) -> Handle:
     return classify
 
 
-async def read_upload(context: RouteContext, request: Request, watch: ClientWatch) -> Upload:
+async def read_upload(
+    context: RouteContext, request: Request, watch: ClientWatch, image_fields: tuple[str, ...] = (FIELD,)
+) -> Upload:
     """Find out what is asked; of a form or JSON that takes the whole body.
+
+    Args:
+        context: what the routes call upon.
+        request: its body not yet read.
+        watch: to be started once that is there.
+        image_fields: of a form, as a FormReader takes them.
 
     Raises:
         ServiceError: it cannot be told, or the server takes no requests.
@@ -114,7 +123,7 @@ async def read_upload(context: RouteContext, request: Request, watch: ClientWatc
         query = parse_query(query_string)
 
         async def read(within_s: float) -> bytes:
-            data = await read_image(request, *limits, within_s)
+            data = await read_body(request, *limits, within_s)
             watch.start()
             return data
 
@@ -131,7 +140,10 @@ async def read_upload(context: RouteContext, request: Request, watch: ClientWatc
         pipeline.check(alone)
         if alone.budget_ms is not None:
             within_s = pipeline.time_left_s(alone)
-    form = await (read_form if kind is BodyKind.FORM else read_json)(request, *limits, within_s)
+    if kind is BodyKind.FORM:
+        form = await read_form(request, *limits, within_s, image_fields)
+    else:
+        form = await read_json(request, *limits, within_s)
     parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
     wanted = parameters.request(arrived_at, parameters.top_k, address)
     pipeline.check(wanted)
@@ -150,10 +162,14 @@ def _already_read(image: bytes, watch: ClientWatch) -> ReadBytes:
 
 def respond(answer: ClassifyAnswer) -> Response:
     """Put an answer on the wire."""
-    stages: dict[str, Any] = answer.timing_ms.model_dump()
-    timing = ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())
     # Made here, because FastAPI would validate the whole answer once more.
-    return Response(answer.model_dump_json(), media_type="application/json", headers={"Server-Timing": timing})
+    return Response(answer.model_dump_json(), media_type="application/json", headers=timing_header(answer.timing_ms))
+
+
+def timing_header(timing_ms: TimingAnswer) -> dict[str, str]:
+    """Tell in a header where the time went."""
+    stages: dict[str, Any] = timing_ms.model_dump()
+    return {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())}
 
 
 async def _result(request: Request, answering: Awaitable[ClassifyAnswer]) -> bytes:

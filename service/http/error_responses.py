@@ -1,4 +1,4 @@
-"""Errors on the wire: the one table from error type to status, the one JSON shape, and when to close a connection."""
+"""Errors on the wire: the one table from error type to status, and when to close a connection."""
 
 import asyncio
 import contextlib
@@ -33,6 +33,7 @@ from service.errors import (
     UploadTimeoutError,
     invalid_parameter,
 )
+from service.http.error_shapes import shape_error
 from service.http.request_ids import HEADER, KEY, request_id
 from service.http.schemas import ErrorAnswer, ErrorDetail
 
@@ -62,7 +63,7 @@ LINGER_S = 1
 
 
 class ErrorAnswers:
-    """Answers every error in one JSON shape."""
+    """Answers every error."""
 
     def __init__(self, max_body_bytes: int) -> None:
         """Take how long a body may be: one that may be longer is not read on once its request has its error."""
@@ -79,7 +80,7 @@ class ErrorAnswers:
         """Answer a request that fails."""
         if isinstance(error, BodyTooLargeError) and not _waits_to_send(request):
             await _discard(request)
-        response = make_error_response(*describe_error(error, request.scope))
+        response = make_error_response(*describe_error(error, request.scope), path=request.scope["path"])
         is_unread = isinstance(error, BodyTooLargeError | UploadTimeoutError)
         return _closing(response) if is_unread or self._may_be_long(request) else response
 
@@ -93,7 +94,8 @@ class ErrorAnswers:
         message, allowed = error.detail, (error.headers or {}).get("Allow")
         if allowed is not None:
             message = f"{request.url.path} takes {allowed}, not {request.method}"
-        response = make_error_response(error.status_code, _described(code, message), error.headers)
+        path = request.scope["path"]
+        response = make_error_response(error.status_code, _described(code, message), error.headers, path)
         return _closing(response) if self._may_be_long(request) else response
 
     def _may_be_long(self, request: Request) -> bool:
@@ -110,20 +112,23 @@ def describe_error(error: ServiceError, scope: MutableMapping[str, Any]) -> tupl
     return status, _described(error.code, error.message, error.details)
 
 
-def make_error_response(status: int, answer: ErrorAnswer, headers: Mapping[str, str] | None = None) -> Response:
-    """Put an error on the wire."""
+def make_error_response(
+    status: int, answer: ErrorAnswer, headers: Mapping[str, str] | None = None, path: str = ""
+) -> Response:
+    """Put an error on the wire, in the shape that clients of the path know."""
     headers = dict(headers or {})
     if status in (429, 503):
         retry_after_s = math.ceil(answer.error.details.get("retry_after_s", 0))
         headers["Retry-After"] = str(max(RETRY_AFTER_S, retry_after_s))
-    return Response(answer.model_dump_json(), status, headers, "application/json")
+    return Response(shape_error(status, answer, path), status, headers, "application/json")
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     name = request_id(request.scope)
     logger.error("request %s: %r", name, error)  # uvicorn logs where it came from
     headers = {HEADER: name} if KEY in request.scope else {}  # this answer goes past the middleware
-    return make_error_response(500, _described(ServiceError.code, "the server failed; its log says why"), headers)
+    described = _described(ServiceError.code, "the server failed; its log says why")
+    return make_error_response(500, described, headers, request.scope["path"])
 
 
 def _described(code: str, message: str, details: dict[str, Any] | None = None) -> ErrorAnswer:

@@ -11,7 +11,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from service.domain import MAX_IMAGES
 from service.errors import InvalidImageError, InvalidParameterError
 
-FIELD = "file"  # whatever is in it is an image
+FIELD = "file"
 MAX_FIELDS = 16
 MAX_FIELD_BYTES = 256
 # What clients send that name no type: none at all, "some bytes", how object stores call these, and what
@@ -42,12 +42,17 @@ class _Part:
 class FormReader:
     """Takes a form's bytes as they come."""
 
-    def __init__(self, content_type: str) -> None:
-        """Take the header that says where a part ends.
+    def __init__(self, content_type: str, image_fields: tuple[str, ...] = (FIELD,)) -> None:
+        """Take what says how to read it.
+
+        Args:
+            content_type: the header, which says where a part ends.
+            image_fields: names under which there is an image whatever its part says.
 
         Raises:
             InvalidImageError: it does not say.
         """
+        self._image_fields = image_fields
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
             raise InvalidImageError("the form is broken: its content type names no boundary")
@@ -92,11 +97,11 @@ class FormReader:
         """
         if not self._has_ended:
             raise InvalidImageError("the form was cut off before its end")
-        images = [part for part in self._parts if part.is_image]
+        images, field = [part for part in self._parts if part.is_image], self._image_fields[0]
         if not images:
-            raise InvalidImageError(f"the form has no image; send it as its field {FIELD!r}")
+            raise InvalidImageError(f"the form has no image; send it as its field {field!r}")
         if len({part.name for part in images}) > 1:
-            raise InvalidImageError(f"the form has images under several names; send all of them as {FIELD!r}")
+            raise InvalidImageError(f"the form has images under several names; send all of them as {field!r}")
         fields = tuple((part.name, _text(part)) for part in self._parts if not part.is_image)
         return Form(tuple(bytes(part.data) for part in images), fields)
 
@@ -120,7 +125,7 @@ class FormReader:
         part.name = options.get(b"name", b"").decode("utf-8", "replace")
         media_type = self._headers.get("content-type", "").partition(";")[0].strip().lower()
         is_file = b"filename" in options and media_type in UNTYPED
-        part.is_image = part.name == FIELD or media_type.startswith("image/") or is_file
+        part.is_image = part.name in self._image_fields or media_type.startswith("image/") or is_file
         self._num_images += part.is_image
         if self._num_images > MAX_IMAGES:
             raise InvalidImageError(f"the form has more than {MAX_IMAGES} images")

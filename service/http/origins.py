@@ -35,7 +35,7 @@ class OriginPolicy:
             if scope["type"] == "http":
                 self._check(scope)
         except ServiceError as error:
-            response = make_error_response(*describe_error(error, scope), {"Connection": "close"})
+            response = make_error_response(*describe_error(error, scope), {"Connection": "close"}, scope["path"])
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)

@@ -41,6 +41,15 @@ def parse_parameters(query: bytes, beside: Iterable[tuple[str, Any]]) -> Classif
     return validated(ClassifyQuery, _once([*_pairs(query), *beside]))
 
 
+def read_query(query: bytes) -> dict[str, str]:
+    """Read a query by the names of its parameters.
+
+    Raises:
+        InvalidParameterError: one is given twice.
+    """
+    return _once(_pairs(query))
+
+
 def _pairs(query: bytes) -> list[tuple[str, str]]:
     return parse_qsl(query.decode("latin-1"), keep_blank_values=True)
 

@@ -9,7 +9,7 @@ from models.checkpoint import Checkpoint
 from models.data.images import resized_side
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SuperViTConfig
-from service.domain import Classification, Decision, Forecast, LookCode, PlannedLook
+from service.domain import Classification, Decision, Forecast, LookCode, PlannedLook, Timing
 from service.execution.explainer import KeptPatches
 
 
@@ -236,9 +236,19 @@ def describe_forecast(forecast: Forecast, config: SuperViTConfig) -> DecideAnswe
     )
 
 
+def describe_timing(timing: Timing) -> TimingAnswer:
+    """Put where the time went on the wire."""
+    return TimingAnswer(
+        decode_wait=ms(timing.decode_wait_s),
+        decode=ms(timing.decode_s),
+        queue=ms(timing.queue_s),
+        inference=ms(timing.inference_s),
+        total=ms(timing.total_s),
+    )
+
+
 def describe_answer(answer: Classification, checkpoint: Checkpoint) -> ClassifyAnswer:
     """Put a finished classification on the wire."""
-    timing = answer.timing
     return ClassifyAnswer(
         predictions=[
             PredictionAnswer(label=prediction.label, index=prediction.index, probability=prediction.probability)
@@ -258,13 +268,7 @@ def describe_answer(answer: Classification, checkpoint: Checkpoint) -> ClassifyA
         stopped=answer.stopped,
         gflops=answer.gflops,
         decision=describe_decision(answer.decision),
-        timing_ms=TimingAnswer(
-            decode_wait=ms(timing.decode_wait_s),
-            decode=ms(timing.decode_s),
-            queue=ms(timing.queue_s),
-            inference=ms(timing.inference_s),
-            total=ms(timing.total_s),
-        ),
+        timing_ms=describe_timing(answer.timing),
         budget_ms=ms(answer.budget_s),
         deadline_met=answer.deadline_met,
         model=describe_model(checkpoint),

@@ -20,7 +20,7 @@ from service.errors import (
     UnsupportedMediaError,
     UploadTimeoutError,
 )
-from service.http.forms import UNTYPED, Form, FormReader
+from service.http.forms import FIELD, UNTYPED, Form, FormReader
 
 LATE_S = 0.05
 # A body that comes slower holds a connection and memory for little: a phone on 2G sends some 5,000 bytes a second.
@@ -57,18 +57,20 @@ def kind_of_body(headers: Headers) -> BodyKind:
     return BodyKind.IMAGE
 
 
-async def read_image(
+async def read_body(
     request: Request, max_bytes: int, max_s: float, within_s: float = math.inf, late_s: float = LATE_S
 ) -> bytes:
-    """Read a body that is an image; arguments and errors as `receive`."""
+    """Read a body as it is; arguments and errors as `receive`."""
     chunks: list[bytes] = []
     await receive(request, chunks.append, max_bytes, max_s, within_s, late_s)
     return b"".join(chunks)
 
 
-async def read_form(request: Request, max_bytes: int, max_s: float, within_s: float = math.inf) -> Form:
+async def read_form(
+    request: Request, max_bytes: int, max_s: float, within_s: float = math.inf, image_fields: tuple[str, ...] = (FIELD,)
+) -> Form:
     """Read a body that is a form; arguments and errors as `receive`, and those of a FormReader."""
-    reader = FormReader(request.headers["content-type"])
+    reader = FormReader(request.headers["content-type"], image_fields)
     await receive(request, reader.feed, max_bytes, max_s, within_s)
     return reader.close()
 
@@ -80,7 +82,7 @@ async def read_json(request: Request, max_bytes: int, max_s: float, within_s: fl
         InvalidParameterError: it is no JSON object, has no text as its `image`, or a parameter is no number.
         InvalidImageError: the text is no base64.
     """
-    members = _members(await read_image(request, max_bytes, max_s, within_s))
+    members = _members(await read_body(request, max_bytes, max_s, within_s))
     text = members.pop("image", None)
     if not isinstance(text, str):
         raise InvalidParameterError("image: base64 or a data URL is wanted", parameter="image")

@@ -12,7 +12,7 @@ from models.checkpoint import Checkpoint
 from service.classifier import Classifier
 from service.decoding.base64_text import decode_base64
 from service.domain import DEFAULT_TOP_K, Classification, InferenceRequest
-from service.errors import InvalidTensorError, NotReadyError, ServiceError, UnknownModelError
+from service.errors import InvalidTensorError, NotReadyError, ServiceError, UnknownModelError, UploadTimeoutError
 from service.health import OwnFailures
 from service.inference_protocol.descriptions import describe_config, describe_model, describe_statistics
 from service.inference_protocol.images import INPUT, InputImage, images_of
@@ -174,6 +174,8 @@ class InferenceProtocol:
             plan = self._plan(request, arrived_at, query, headers, address)
             plan = replace(plan, wanted=replace(plan.wanted, client_waits_s=client_waits_s))
             pipeline.check(plan.wanted)
+            if pipeline.time_left_s(plan.wanted) <= 0:
+                raise UploadTimeoutError("the request did not arrive within its budget")
         except ServiceError:
             with counted(self._metrics):
                 raise

@@ -29,7 +29,7 @@ async def ask(policy: dict[str, Any], method: str, **headers: str) -> int:
 
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     policy = {"origins": (), "hosts": None} | policy
-    scope = {"type": "http", "method": method, "headers": raw}
+    scope = {"type": "http", "method": method, "path": "/classify", "headers": raw}
     await OriginPolicy(welcome, **policy)(scope, receive, send)  # type: ignore[arg-type] # an app's
     return int(statuses[0])
 

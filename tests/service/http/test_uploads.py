@@ -6,7 +6,7 @@ from fastapi import Request
 
 from service.errors import BodyTooLargeError, ClientGoneError, DeadlineError, InvalidImageError, UploadTimeoutError
 from service.http.forms import Form
-from service.http.uploads import LEAST_BYTES_PER_S, SLOW_START_S, read_form, read_image
+from service.http.uploads import LEAST_BYTES_PER_S, SLOW_START_S, read_body, read_form
 
 pytestmark = pytest.mark.anyio
 
@@ -34,7 +34,7 @@ class Client:
 
     async def upload(self, max_s: float = 10, limit: int = LIMIT, within_s: float = 20) -> bytes:
         request = Request({"type": "http", "headers": self.headers}, self.receive)
-        return await read_image(request, limit, max_s, within_s)
+        return await read_body(request, limit, max_s, within_s)
 
     async def upload_form(self, limit: int = 1000) -> Form:
         return await read_form(Request({"type": "http", "headers": self.headers}, self.receive), limit, 10)

@@ -1,0 +1,48 @@
+"""The JSON shapes of errors: ours, and on the routes of other servers the ones that their clients know."""
+
+from pydantic import BaseModel, Field
+
+from service.errors import UnknownModelError
+from service.http.schemas import ErrorAnswer
+
+V2_PREFIX = "/v2"
+TORCHSERVE_PREFIXES = ("/predictions/", "/ping")
+TORCHSERVE_TYPES = {
+    404: "ResourceNotFoundException",
+    405: "MethodNotAllowedException",
+    408: "RequestTimeoutException",
+    429: "ServiceUnavailableException",
+    503: "ServiceUnavailableException",
+    504: "RequestTimeoutException",
+}
+
+
+class InferError(BaseModel):
+    """An error as the Open Inference Protocol has it."""
+
+    error: str = Field(description="a sentence for a person")
+
+
+class TorchServeError(BaseModel):
+    """An error as TorchServe has it."""
+
+    code: int = Field(description="the status")
+    type: str
+    message: str = Field(description="a sentence for a person")
+
+
+def shape_error(status: int, answer: ErrorAnswer, path: str) -> bytes:
+    """Make the body of an error for those who asked for a path."""
+    error = answer.error
+    if path == V2_PREFIX or path.startswith(f"{V2_PREFIX}/"):
+        return InferError(error=error.message).model_dump_json().encode()
+    if path.startswith(TORCHSERVE_PREFIXES):
+        kind = _torchserve_type(status, error.code)
+        return TorchServeError(code=status, type=kind, message=error.message).model_dump_json().encode()
+    return answer.model_dump_json().encode()
+
+
+def _torchserve_type(status: int, code: str) -> str:
+    if code == UnknownModelError.code:
+        return "ModelNotFoundException"
+    return TORCHSERVE_TYPES.get(status, "BadRequestException" if status < 500 else "InternalServerException")

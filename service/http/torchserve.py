@@ -1,0 +1,65 @@
+"""The two routes by which programs ask TorchServe for an image's classes and for its health."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic_core import to_json
+
+from service.errors import InvalidParameterError, ServiceError
+from service.http.classify import Handle, read_upload, timing_header
+from service.http.context import RouteContext
+from service.http.disconnects import ClientWatch
+from service.http.error_shapes import TorchServeError
+from service.http.schemas import describe_timing
+from service.inference_protocol.protocol import InferenceProtocol
+from service.telemetry.outcomes import counted
+
+TAG = "TorchServe"
+IMAGE_FIELDS = ("data", "body")
+
+
+def predict_path(name: str) -> str:
+    """Return the path by which nearly all requests to a model come."""
+    return f"/predictions/{name}"
+
+
+def make_predict(context: RouteContext, protocol: InferenceProtocol) -> Handle:
+    """Make what answers POST /predictions/{name}."""
+
+    async def predict(request: Request) -> Response:
+        """Classify an image, the body or the field `data` of a form; its labels come with their probabilities."""
+        watch, names = ClientWatch(request), request.path_params
+        try:
+            protocol.require_model(names.get("name", context.checkpoint.name), names.get("version", ""))
+            upload = await read_upload(context, request, watch, IMAGE_FIELDS)
+            if len(upload.reads) > 1:
+                raise InvalidParameterError("one image at a time is classified here")
+        except ServiceError:
+            with counted(context.metrics):
+                raise
+        with context.failures.counting():
+            answer = await context.classifier.classify(upload.pipeline, upload.reads[0], upload.wanted, watch)
+        probabilities = {prediction.label: prediction.probability for prediction in answer.predictions}
+        timing = timing_header(describe_timing(answer.timing))
+        return Response(to_json(probabilities), headers=timing, media_type="application/json")
+
+    return predict
+
+
+def build_torchserve_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
+    """Make the routes."""
+    router = APIRouter(tags=[TAG])
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": TorchServeError} for status in (404, 408, 413, 415, 422, 429, 500, 503, 504)
+    }
+    for path in (predict_path("{name}"), predict_path("{name}/{version}")):
+        router.add_api_route(path, predict, methods=["POST", "PUT"], response_model=dict[str, float], responses=errors)
+
+    @router.get("/ping", responses={500: {"description": "not ready"}})
+    async def ping() -> JSONResponse:
+        """Tell whether requests are welcome, as TorchServe does."""
+        is_ready = protocol.is_ready()
+        return JSONResponse({"status": "Healthy" if is_ready else "Unhealthy"}, 200 if is_ready else 500)
+
+    return router

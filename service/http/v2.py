@@ -1,0 +1,155 @@
+"""The routes of the Open Inference Protocol, as Triton, KServe, MLServer and OpenVINO Model Server have them."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from service.domain import Classification
+from service.errors import ServiceError
+from service.http.classify import Handle, timing_header
+from service.http.context import RouteContext
+from service.http.disconnects import ClientWatch
+from service.http.error_shapes import V2_PREFIX, InferError
+from service.http.protocol import ARRIVED_AT
+from service.http.queries import read_query
+from service.http.schemas import describe_timing
+from service.http.uploads import read_body
+from service.http.v2_bodies import JSON_LENGTH_HEADER, InferBody, read_request, undo_encoding, write_reply
+from service.inference_protocol.messages import InferRequest
+from service.inference_protocol.protocol import InferenceProtocol
+from service.telemetry.outcomes import counted
+
+TAG = "Open Inference Protocol"
+LARGE_BYTES = 1 << 18  # to undo the encoding of more takes longer than to ask a thread
+Path = dict[str, Any]
+
+
+def infer_path(name: str) -> str:
+    """Return the path by which nearly all requests to a model come."""
+    return f"{V2_PREFIX}/models/{name}/infer"
+
+
+def make_infer(context: RouteContext, protocol: InferenceProtocol) -> Handle:
+    """Make what answers POST /v2/models/{name}/infer."""
+
+    async def infer(request: Request) -> Response:
+        """Classify one image or several, with the best sub-networks that budgets, load and machine allow now."""
+        watch = ClientWatch(request)
+        arrived_at = request.scope.get(ARRIVED_AT) or context.clock()
+        try:
+            query = read_query(request.scope["query_string"])
+            message = await read(request, arrived_at, query)
+        except ServiceError:
+            with counted(context.metrics):
+                raise
+        watch.start()
+        address = request.client.host if request.client else None
+        reply = await protocol.infer(
+            message, arrived_at, query=query, headers=request.headers, address=address, watch=watch
+        )
+        return write_reply(reply, message, _timing(reply.answers))
+
+    async def read(request: Request, arrived_at: float, query: dict[str, str]) -> InferRequest:
+        name, version = _model(request, context.checkpoint.name)
+        protocol.require_model(name, version)
+        headers, max_bytes, max_s = request.headers, context.max_body_bytes, context.max_upload_s
+        within_s = protocol.time_for_body_s(arrived_at, query, headers, max_s)
+        body = await read_body(request, max_bytes, max_s, within_s)
+        encoding = headers.get("content-encoding", "").strip().lower()
+        if encoding and len(body) > LARGE_BYTES:
+            body = await asyncio.to_thread(undo_encoding, body, encoding, max_bytes)
+        else:
+            body = undo_encoding(body, encoding, max_bytes)
+        return read_request(body, headers.get(JSON_LENGTH_HEADER), name, version)
+
+    return infer
+
+
+def build_v2_router(context: RouteContext, protocol: InferenceProtocol, infer: Handle) -> APIRouter:
+    """Make the routes."""
+    errors: dict[int | str, Path] = {
+        status: {"model": InferError} for status in (404, 408, 413, 415, 422, 429, 500, 503, 504)
+    }
+    router = APIRouter(prefix=V2_PREFIX, tags=[TAG], responses={404: {"model": InferError}})
+    models = ("/models/{name}", "/models/{name}/versions/{version}")
+    default = context.checkpoint.name
+
+    @router.get("")
+    async def server_metadata() -> dict[str, Any]:
+        """Tell who answers, and which extensions there are."""
+        return protocol.server_metadata()
+
+    @router.get("/health/live")
+    async def live() -> dict[str, bool]:
+        """Tell that the process answers."""
+        return {"live": True}
+
+    @router.get("/health/ready", responses={503: {"description": "not ready"}})
+    async def ready() -> JSONResponse:
+        """Tell whether requests are welcome and do not all fail."""
+        return _readiness(protocol)
+
+    @router.get("/models/stats")
+    async def all_statistics() -> dict[str, Any]:
+        """Count as Triton does; of all requests, whatever route brought them."""
+        return await asyncio.to_thread(protocol.statistics)
+
+    @router.post("/repository/index")
+    async def repository_index() -> list[dict[str, Any]]:
+        """List the one model that is served."""
+        return protocol.repository_index()
+
+    async def model_metadata(request: Request) -> dict[str, Any]:
+        """Describe the model's inputs and outputs."""
+        return protocol.model_metadata(*_model(request, default))
+
+    async def model_ready(request: Request) -> JSONResponse:
+        """Tell whether requests to the model are welcome."""
+        name, version = _model(request, default)
+        protocol.require_model(name, version)
+        return _readiness(protocol, {"name": name})
+
+    async def model_config(request: Request) -> dict[str, Any]:
+        """Describe the model as Triton's configuration does."""
+        return protocol.model_config(*_model(request, default))
+
+    async def model_statistics(request: Request) -> dict[str, Any]:
+        """Count as Triton does; of all requests, whatever route brought them."""
+        return await asyncio.to_thread(protocol.statistics, *_model(request, default))
+
+    for path in models:
+        described = {"parameters": _path_parameters(path)}
+        router.add_api_route(path, model_metadata, openapi_extra=described)
+        for suffix, handle in (("ready", model_ready), ("config", model_config), ("stats", model_statistics)):
+            router.add_api_route(f"{path}/{suffix}", handle, openapi_extra=described)
+        body = {"application/json": {"schema": InferBody.model_json_schema()}, "application/octet-stream": {}}
+        router.add_api_route(
+            f"{path}/infer",
+            infer,
+            methods=["POST"],
+            responses=errors,
+            openapi_extra={**described, "requestBody": {"required": True, "content": body}},
+        )
+    return router
+
+
+def _model(request: Request, default: str) -> tuple[str, str]:
+    """Return the name and the version that a path holds."""
+    names = request.path_params
+    return names.get("name", default), names.get("version", "")
+
+
+def _path_parameters(path: str) -> list[Path]:
+    names = [name for name in ("name", "version") if f"{{{name}}}" in path]
+    return [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+
+
+def _readiness(protocol: InferenceProtocol, described: dict[str, Any] | None = None) -> JSONResponse:
+    is_ready = protocol.is_ready()
+    return JSONResponse({**(described or {}), "ready": is_ready}, 200 if is_ready else 503)
+
+
+def _timing(answers: tuple[Classification, ...]) -> dict[str, str]:
+    return timing_header(describe_timing(answers[0].timing)) if len(answers) == 1 else {}

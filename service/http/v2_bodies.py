@@ -1,0 +1,161 @@
+"""Bodies of the Open Inference Protocol: JSON, and behind it the binary tensors of Triton's extension."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
+
+from service.errors import (
+    BodyTooLargeError,
+    InvalidParameterError,
+    InvalidTensorError,
+    UnsupportedMediaError,
+    invalid_parameter,
+)
+from service.inference_protocol.images import INPUT
+from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, RequestedOutput
+from service.inference_protocol.tensors import to_raw
+
+JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
+SIZE, BINARY, ALL_BINARY = "binary_data_size", "binary_data", "binary_data_output"
+WINDOW_BITS = {"gzip": 31, "deflate": 15}  # zlib's, by content encoding
+
+
+class TensorBody(BaseModel):
+    """A tensor of a request."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    datatype: str = Field(description="BYTES, UINT8 or FP32")
+    shape: list[int]
+    parameters: dict[str, Any] | None = Field(None, description=f"{SIZE}: bytes of it behind the JSON")
+    data: list[Any] | None = Field(None, description="its values, flat or nested; of BYTES base64")
+
+
+class OutputBody(BaseModel):
+    """An output that a request wants."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    parameters: dict[str, Any] | None = Field(None, description=f"{BINARY}, classification")
+
+
+class InferBody(BaseModel):
+    """Body of POST /v2/models/{name}/infer."""
+
+    model_config = ConfigDict(strict=True)
+
+    id: str | None = Field(None, description="comes back with the answer")
+    parameters: dict[str, Any] | None = Field(
+        None, description=f"as the query's; timeout in microseconds; {ALL_BINARY}"
+    )
+    inputs: list[TensorBody] = Field(description=f"one, {INPUT}")
+    outputs: list[OutputBody] | None = Field(None, description="all where none is named")
+
+
+def undo_encoding(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    """Undo the content encoding of a body.
+
+    Args:
+        body: as it came.
+        encoding: identity, gzip or deflate, the two that Triton's clients use.
+        max_bytes: most that may come out.
+
+    Raises:
+        UnsupportedMediaError: it is another encoding.
+        BodyTooLargeError: more would come out; no more than the limit was kept.
+        InvalidTensorError: it is not encoded so.
+    """
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in WINDOW_BITS:
+        raise UnsupportedMediaError(f"the content encoding {encoding} is not undone here; send gzip, deflate or none")
+    inflating = zlib.decompressobj(WINDOW_BITS[encoding])
+    try:
+        undone = inflating.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise InvalidTensorError(f"the body is not encoded with {encoding}, as its header says") from error
+    if len(undone) > max_bytes:
+        raise BodyTooLargeError(f"the body is longer than {max_bytes} bytes once decoded", max_body_bytes=max_bytes)
+    if not inflating.eof:
+        raise InvalidTensorError(f"the body was cut off: its {encoding} has no end")
+    return undone
+
+
+def read_request(body: bytes, json_length: str | None, model_name: str, model_version: str) -> InferRequest:
+    """Read the body of a request.
+
+    Args:
+        body: the whole of it.
+        json_length: the header JSON_LENGTH_HEADER; None where all is JSON. At 0 the body is one image and nothing else.
+        model_name: of the path.
+        model_version: likewise; "" for none.
+
+    Raises:
+        InvalidParameterError: it is no such JSON.
+        InvalidTensorError: the tensors behind it have not the lengths that it says.
+    """
+    length = _json_length(json_length, len(body))
+    if length == 0:
+        image = InputTensor(INPUT, "BYTES", (1,), (body,))
+        return InferRequest(model_name, model_version, "", {}, (image,))
+    try:
+        parsed = InferBody.model_validate_json(body[:length] if length < len(body) else body)
+    except ValidationError as error:
+        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
+    rest, start, inputs = memoryview(body), length, []
+    for tensor in parsed.inputs:
+        size = (tensor.parameters or {}).get(SIZE)
+        if size is not None:
+            if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(body) - start:
+                raise InvalidTensorError(f"{tensor.name}: {SIZE} is not the number of bytes that are left of it")
+            inputs.append(_input(tensor, rest[start : start + size]))
+            start += size
+        elif tensor.data is not None:
+            inputs.append(_input(tensor, tensor.data))
+        else:
+            raise InvalidTensorError(f"{tensor.name}: it has neither data nor {SIZE}")
+    if start < len(body):
+        raise InvalidTensorError(f"{len(body) - start} bytes follow the tensors of the request")
+    outputs = tuple(RequestedOutput(output.name, output.parameters or {}) for output in parsed.outputs or ())
+    return InferRequest(model_name, model_version, parsed.id or "", parsed.parameters or {}, tuple(inputs), outputs)
+
+
+def _json_length(header: str | None, body_bytes: int) -> int:
+    if header is None:
+        return body_bytes
+    if not (header.isascii() and header.isdigit()) or int(header) > body_bytes:
+        raise InvalidParameterError(f"{JSON_LENGTH_HEADER}: it is not the length of the JSON that begins the body")
+    return int(header)
+
+
+def _input(tensor: TensorBody, contents: memoryview | list[Any]) -> InputTensor:
+    return InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), contents, tensor.parameters or {})
+
+
+def write_reply(reply: InferReply, request: InferRequest, headers: Mapping[str, str] | None = None) -> Response:
+    """Put a reply on the wire: binary what the request wants so, JSON what not."""
+    wanted = {output.name: output.parameters for output in request.outputs}
+    default = request.parameters.get(ALL_BINARY, False)
+    outputs, tail = [], list[bytes]()
+    for tensor in reply.outputs:
+        described: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+        if wanted.get(tensor.name, {}).get(BINARY, default):
+            tail.append(to_raw(tensor))
+            described["parameters"] = {SIZE: len(tail[-1])}
+        else:
+            described["data"] = tensor.values
+        outputs.append(described)
+    described = {"model_name": reply.model_name, "model_version": reply.model_version}
+    if reply.id:
+        described["id"] = reply.id
+    head = to_json(described | {"parameters": reply.parameters, "outputs": outputs})
+    if not tail:
+        return Response(head, headers=dict(headers or {}), media_type="application/json")
+    headers = {**(headers or {}), JSON_LENGTH_HEADER: str(len(head))}
+    return Response(b"".join((head, *tail)), headers=headers, media_type="application/octet-stream")

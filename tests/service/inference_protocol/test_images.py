@@ -1,0 +1,99 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from service.decoding.images import OpenedImage
+from service.domain import MAX_IMAGES
+from service.errors import InvalidTensorError
+from service.inference_protocol.images import images_of
+from service.inference_protocol.messages import InputTensor
+from service.inference_protocol.tensors import join_elements
+
+SIDE = 2
+PIXELS = np.arange(2 * 3 * SIDE * SIDE, dtype=np.uint8).reshape(2, 3, SIDE, SIDE) * 10
+
+
+def decoded(datatype: str, contents: Any, shape: tuple[int, ...] = PIXELS.shape) -> torch.Tensor:  # noqa: ANN401 - lists
+    images = images_of(InputTensor("image", datatype, shape, contents), SIDE)
+    assert all(isinstance(image, OpenedImage) for image in images)
+    return torch.stack([image.decode() for image in images if isinstance(image, OpenedImage)])
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+@pytest.mark.parametrize("contents", [join_elements([b"a", b"b"]), [b"a", b"b"], [[b"a"], [b"b"]]])
+def test_files_come_out_one_by_one(contents: Any, shape: tuple[int, ...]) -> None:  # noqa: ANN401 - lists
+    assert images_of(InputTensor("image", "BYTES", shape, contents), SIDE) == [b"a", b"b"]
+
+
+def test_a_text_among_files_is_left_for_base64() -> None:
+    assert images_of(InputTensor("image", "BYTES", (1,), ["/9j/"]), SIDE) == ["/9j/"]
+
+
+@pytest.mark.parametrize(
+    "contents", [PIXELS.tobytes(), memoryview(PIXELS.tobytes()), PIXELS.ravel().tolist(), PIXELS.tolist()]
+)
+def test_pixels_come_out_as_they_are(contents: Any) -> None:  # noqa: ANN401 - lists
+    assert torch.equal(decoded("UINT8", contents), torch.from_numpy(PIXELS))
+
+
+def test_pixels_that_were_scaled_to_one_come_out_as_they_were() -> None:
+    every = np.arange(256, dtype=np.uint8)
+    pixels = np.concatenate([every] * 3).reshape(1, 3, 16, 16)
+    scaled = (pixels / np.float32(255)).astype("<f4")
+    for contents in (scaled.tobytes(), scaled.ravel().tolist(), scaled.tolist()):
+        [image] = images_of(InputTensor("image", "FP32", pixels.shape, contents), 16)
+        assert isinstance(image, OpenedImage)
+        assert torch.equal(image.decode(), torch.from_numpy(pixels[0]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.01, 1.01, 255.0])
+def test_numbers_that_are_no_pixels_scaled_to_one_are_told_what_is_expected(value: float) -> None:
+    pixels = np.full((1, 3, SIDE, SIDE), 0.5, np.float32)
+    pixels[0, 1, 0, 0] = value
+    for contents in (pixels.tobytes(), pixels.ravel().tolist()):
+        with pytest.raises(InvalidTensorError, match="normalised by the server"):
+            decoded("FP32", contents, pixels.shape)
+
+
+@pytest.mark.parametrize("value", [-1, 256, 0.5, "x", None, 2**70, float("nan"), [1], "1" * 1000])
+def test_values_that_are_no_bytes_are_told(value: object) -> None:
+    values: list[object] = [0] * (3 * SIDE * SIDE)
+    values[5] = value
+    with pytest.raises(InvalidTensorError, match=r"^image: (values of UINT8|numbers) "):
+        decoded("UINT8", values, (1, 3, SIDE, SIDE))
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "contents", "sentence"),
+    [
+        ("INT64", (1,), b"", "the datatype INT64 is none of BYTES, UINT8, FP32"),
+        ("BYTES", (1, 2), b"", r"a shape of \(N\) or \(N, 1\) is wanted for BYTES"),
+        ("BYTES", (MAX_IMAGES + 1,), b"", "17 images; a request may hold 16"),
+        ("BYTES", (2,), [b"a"], "the shape announces 2 elements, and 1 are there"),
+        ("BYTES", (1,), [7], "an element of BYTES is a text with base64"),
+        ("UINT8", (3, SIDE, SIDE), b"", r"a shape of \(N, 3, 2, 2\) is wanted for UINT8"),
+        ("FP32", (1, SIDE, SIDE, 3), b"", r"a shape of \(N, 3, 2, 2\) is wanted for FP32"),
+        ("UINT8", (1, 3, SIDE, SIDE), bytes(11), "12 bytes of UINT8 are wanted, and 11 are there"),
+        ("FP32", (1, 3, SIDE, SIDE), bytes(12), "48 bytes of FP32 are wanted, and 12 are there"),
+        ("FP32", (1, 3, SIDE, SIDE), [0.5] * 11, "12 values are wanted, and 11 are there"),
+        ("FP32", (1, 3, SIDE, SIDE), [[0.5] * 11], "12 values an image are wanted, and 11 are there"),
+        ("FP32", (1, 3, SIDE, SIDE), [[[0.5], [0.5, 0.5]]], "numbers are wanted for FP32, in lists of equal lengths"),
+    ],
+)
+def test_what_the_input_cannot_be_is_told(
+    datatype: str,
+    shape: tuple[int, ...],
+    contents: Any,  # noqa: ANN401 - lists
+    sentence: str,
+) -> None:
+    with pytest.raises(InvalidTensorError, match=f"^image: .*{sentence}"):
+        decoded(datatype, contents, shape)
+
+
+def test_there_is_one_input_and_no_shared_memory() -> None:
+    with pytest.raises(InvalidTensorError, match="INPUT0: there is no input of that name"):
+        images_of(InputTensor("INPUT0", "BYTES", (1,), [b"a"]), SIDE)
+    with pytest.raises(InvalidTensorError, match="shared memory is not supported"):
+        images_of(InputTensor("image", "BYTES", (1,), b"", {"shared_memory_region": "x"}), SIDE)

@@ -1,0 +1,235 @@
+import asyncio
+from contextlib import AbstractContextManager
+from typing import cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from models.checkpoint import Checkpoint
+from service.classifier import Classifier
+from service.domain import Classification, InferenceRequest
+from service.errors import (
+    InvalidImageError,
+    InvalidParameterError,
+    InvalidTensorError,
+    NotReadyError,
+    OutOfMemoryError,
+    OverloadedError,
+    ServiceError,
+    UnknownModelError,
+    UploadTimeoutError,
+)
+from service.health import FAILURES_IN_A_ROW, OwnFailures
+from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, Parameters, RequestedOutput
+from service.inference_protocol.protocol import InferenceProtocol
+from service.pipeline import Image, Pipeline, Read
+from service.telemetry.metrics import Metrics
+from tests.service.inference_protocol.answers import answer
+
+pytestmark = pytest.mark.anyio
+
+
+class ScriptedPipeline:
+    """Answers every image, or fails at those that a test names; tells what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[InferenceRequest] = []
+        self.images: list[Image] = []
+        self.errors: dict[Image, Exception] = {}
+        self.room: ServiceError | None = None
+        self.time_left = 0.5
+        self.holds_back: set[Image] = set()
+
+    def check_room(self) -> None:
+        if self.room is not None:
+            raise self.room
+
+    def check(self, request: InferenceRequest) -> None:
+        self.checked = request
+
+    def time_left_s(self, _: InferenceRequest) -> float:
+        return self.time_left
+
+    async def classify(
+        self, read: Read, request: InferenceRequest, watch: AbstractContextManager[object] | None, _: object
+    ) -> Classification:
+        self.asked.append(request)
+        image = await read(1.0)
+        self.images.append(image)
+        if watch is None:
+            return self._answer(image)
+        with watch:
+            if image in self.holds_back:
+                await asyncio.Event().wait()
+            await asyncio.sleep(0)
+            return self._answer(image)
+
+    def _answer(self, image: Image) -> Classification:
+        if error := self.errors.get(image):
+            raise error
+        return answer(0.25, 0.5, 0.125)
+
+
+class Protocol:
+    """A protocol over a scripted pipeline."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.pipeline, self.registry, self.failures = ScriptedPipeline(), CollectorRegistry(), OwnFailures(lambda: 1.0)
+        self.is_open = True
+        metrics = Metrics(self.registry)
+        self.protocol = InferenceProtocol(
+            checkpoint, metrics, Classifier(metrics, 100), self.failures, self.open, lambda: 1000.0
+        )
+
+    def open(self) -> Pipeline:
+        if not self.is_open:
+            raise NotReadyError("not yet")
+        return cast(Pipeline, self.pipeline)
+
+    async def infer(self, *images: bytes | str, parameters: Parameters | None = None) -> InferReply:
+        return await self.ask(InputTensor("image", "BYTES", (len(images),), images), parameters=parameters)
+
+    async def ask(
+        self,
+        *inputs: InputTensor,
+        parameters: Parameters | None = None,
+        outputs: tuple[RequestedOutput, ...] = (),
+        name: str = "tiny",
+        version: str = "",
+    ) -> InferReply:
+        request = InferRequest(name, version, "7", parameters or {}, inputs, outputs)
+        return await self.protocol.infer(
+            request, 999.0, query={"budget_ms": "50"}, headers={"x-priority": "-2"}, address="a"
+        )
+
+    def outcomes(self) -> dict[str, float]:
+        samples = [sample for family in self.registry.collect() for sample in family.samples]
+        requests = [sample for sample in samples if sample.name == "supervit_requests_total"]
+        return {sample.labels["outcome"]: sample.value for sample in requests}
+
+
+@pytest.fixture
+def served(checkpoint: Checkpoint) -> Protocol:
+    return Protocol(checkpoint)
+
+
+async def test_each_image_is_a_request_of_its_own_with_what_was_asked_anywhere(served: Protocol) -> None:
+    await served.infer(b"first", b"second", parameters={"budget_gflops": 2, "top_k": 2})
+    assert served.pipeline.images == [b"first", b"second"]
+    assert (
+        served.pipeline.asked
+        == [InferenceRequest(999.0, budget_ms=50, budget_gflops=2, top_k=2, priority=-2, address="a")] * 2
+    )
+    assert served.outcomes() == {"ok": 2}
+
+
+async def test_the_pipeline_lists_as_many_classes_as_any_output_needs(served: Protocol) -> None:
+    output = RequestedOutput("probabilities", {"classification": 6})
+    await served.ask(InputTensor("image", "BYTES", (1,), [b"a"]), outputs=(output,), parameters={"top_k": 2})
+    assert served.pipeline.asked[0].top_k == 6
+
+
+async def test_a_text_is_base64_or_a_data_url(served: Protocol) -> None:
+    await served.infer("aGk=", "data:image/png;base64,aG8=")
+    assert served.pipeline.images == [b"hi", b"ho"]
+    with pytest.raises(InvalidImageError, match="neither base64"):
+        await served.infer("???")
+
+
+async def test_where_one_image_fails_the_others_are_given_up_and_the_request_has_its_error(served: Protocol) -> None:
+    served.pipeline.errors[b"broken"] = InvalidImageError("no image")
+    served.pipeline.holds_back.add(b"slow")
+    with pytest.raises(InvalidImageError, match="no image"):
+        await served.infer(b"slow", b"broken", b"slow")
+    assert served.outcomes() == {"invalid_image": 3}
+
+
+async def test_a_reply_names_the_model_and_the_request(served: Protocol) -> None:
+    request = InferRequest("tiny", "1", "7", {}, (InputTensor("image", "BYTES", (1,), [b"a"]),))
+    reply = await served.protocol.infer(request, 999.0, query={}, headers={})
+    assert (reply.model_name, reply.model_version, reply.id) == ("tiny", "0123456789ab", "7")
+    assert [output.name for output in reply.outputs] == ["probabilities", "labels"]
+
+
+@pytest.mark.parametrize("version", ["", "1", "0123456789ab"])
+async def test_the_version_may_be_left_out_or_one(served: Protocol, version: str) -> None:
+    served.protocol.require_model("tiny", version)
+    assert served.protocol.model_metadata("tiny", version)["versions"] == ["0123456789ab"]
+
+
+@pytest.mark.parametrize(("name", "version"), [("huge", ""), ("tiny", "2"), ("", "")])
+async def test_another_model_or_version_is_unknown_to_all(served: Protocol, name: str, version: str) -> None:
+    protocol = served.protocol
+    for ask in (protocol.require_model, protocol.model_metadata, protocol.model_config):
+        with pytest.raises(UnknownModelError):
+            ask(name, version)
+    with pytest.raises(UnknownModelError):
+        await served.ask(InputTensor("image", "BYTES", (1,), [b"a"]), name=name, version=version)
+    assert served.outcomes() == {"unknown_model": 1}
+
+
+async def test_one_input_is_wanted(served: Protocol) -> None:
+    image = InputTensor("image", "BYTES", (1,), [b"a"])
+    for inputs in ((), (image, image)):
+        with pytest.raises(InvalidTensorError, match=f"and {len(inputs)} are there"):
+            await served.ask(*inputs)
+
+
+async def test_a_request_that_comes_too_late_is_told_so_once(served: Protocol) -> None:
+    served.pipeline.time_left = 0.0
+    with pytest.raises(UploadTimeoutError):
+        await served.infer(b"a", b"b")
+    assert served.outcomes() == {"upload_timeout": 1}
+
+
+async def test_before_the_body_comes_it_is_seen_whether_it_may_and_how_long_it_has(served: Protocol) -> None:
+    protocol, pipeline = served.protocol, served.pipeline
+    assert protocol.time_for_body_s(999.0, {"budget_ms": "9"}, {}, 30.0) == 0.5
+    assert protocol.time_for_body_s(999.0, {}, {}, 30.0) == 30.0
+    with pytest.raises(InvalidParameterError):
+        protocol.time_for_body_s(999.0, {"budget": "9"}, {}, 30.0)
+    pipeline.room = OverloadedError("full", "full", 1.0)
+    with pytest.raises(OverloadedError):
+        protocol.time_for_body_s(999.0, {}, {}, 30.0)
+
+
+async def test_it_is_ready_while_requests_are_taken_and_do_not_all_fail_for_its_own_reasons(served: Protocol) -> None:
+    assert served.protocol.is_ready()
+    assert served.protocol.repository_index()[0]["state"] == "READY"
+    served.pipeline.errors[b"a"] = OutOfMemoryError("none left")
+    for _ in range(FAILURES_IN_A_ROW):
+        with pytest.raises(OutOfMemoryError):
+            await served.infer(b"a")
+    assert not served.protocol.is_ready()
+    await served.infer(b"b")
+    assert served.protocol.is_ready()
+    served.is_open = False
+    assert not served.protocol.is_ready()
+    assert served.protocol.repository_index()[0]["state"] == "UNAVAILABLE"
+
+
+async def test_metadata_and_configuration_describe_the_same_tensors(served: Protocol) -> None:
+    metadata, config = served.protocol.model_metadata("tiny"), served.protocol.model_config("tiny")
+    assert config["max_batch_size"] == 16
+    for ours, tritons in (("inputs", "input"), ("outputs", "output")):
+        described = [(tensor["name"], tensor["shape"]) for tensor in metadata[ours]]
+        assert described == [(tensor["name"], [-1, *tensor["dims"]]) for tensor in config[tritons]]
+    assert [tensor["name"] for tensor in metadata["outputs"]] == ["probabilities", "labels"]
+    assert metadata["outputs"][0]["shape"] == [-1, 7]
+
+
+async def test_the_statistics_count_every_request(served: Protocol) -> None:
+    served.pipeline.errors[b"broken"] = InvalidImageError("no image")
+    await served.infer(b"a", b"b")
+    with pytest.raises(InvalidImageError):
+        await served.infer(b"broken")
+    [statistics] = served.protocol.statistics()["model_stats"]
+    assert (statistics["name"], statistics["version"]) == ("tiny", "0123456789ab")
+    assert statistics["inference_count"] == 2
+    stats = statistics["inference_stats"]
+    assert stats["success"] == {"count": 2, "ns": 500_000_000}
+    assert stats["queue"] == {"count": 2, "ns": 40_000_000}
+    assert stats["compute_infer"] == {"count": 2, "ns": 200_000_000}
+    assert stats["fail"]["count"] == 1
+    with pytest.raises(UnknownModelError):
+        served.protocol.statistics("huge")

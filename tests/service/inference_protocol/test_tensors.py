@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+
+from service.errors import InvalidTensorError
+from service.inference_protocol.messages import InputTensor, OutputTensor
+from service.inference_protocol.tensors import join_elements, num_elements, split_elements, to_raw
+
+
+def of_shape(*shape: int) -> InputTensor:
+    return InputTensor("image", "BYTES", shape, b"")
+
+
+def test_the_elements_of_a_shape_are_counted() -> None:
+    assert num_elements(of_shape(2, 3, 4, 5)) == 120
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1, 1, 1, 1), (0,), (2, -1), (0, 2**62)])
+def test_what_is_no_shape_is_told(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidTensorError, match=r"^image: "):
+        num_elements(of_shape(*shape))
+
+
+def test_each_element_stands_after_its_length_in_four_bytes() -> None:
+    assert join_elements([b"ab", b""]) == b"\x02\0\0\0ab\0\0\0\0"
+    assert split_elements("image", memoryview(b"\x02\0\0\0ab\0\0\0\0"), 2) == [b"ab", b""]
+
+
+@pytest.mark.parametrize(
+    ("raw", "number", "sentence"),
+    [
+        (b"", 1, "the shape announces 1 elements, and 0 are there"),
+        (b"\x01\0\0\0a\x01\0", 2, "the shape announces 2 elements, and 1 are there"),
+        (b"\x03\0\0\0ab", 1, "element 0 should have 3 bytes, and 2 are left"),
+        (b"\xff\xff\xff\xff", 1, "element 0 should have 4294967295 bytes, and 0 are left"),
+        (b"\x01\0\0\0abc", 1, "2 bytes follow the 1 elements of the shape"),
+    ],
+)
+def test_lengths_that_do_not_add_up_are_told(raw: bytes, number: int, sentence: str) -> None:
+    with pytest.raises(InvalidTensorError) as caught:
+        split_elements("image", raw, number)
+    assert caught.value.message == f"image: {sentence}"
+
+
+def test_a_reply_goes_row_by_row_in_little_endian_bytes() -> None:
+    numbers = OutputTensor("probabilities", "FP32", np.array([[1.0, 0.5]], ">f4"))
+    assert to_raw(numbers) == b"\0\0\x80\x3f\0\0\0\x3f"
+    assert (
+        to_raw(OutputTensor("labels", "BYTES", np.array([["ß", "b"]], np.object_))) == b"\x02\0\0\0\xc3\x9f\x01\0\0\0b"
+    )
