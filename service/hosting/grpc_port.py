@@ -44,7 +44,9 @@ def grpc_beside(
     from service.rpc.inference_service import InferenceService
     from service.rpc.server import Bounds, serving
 
-    service = InferenceService(runtime.inference_protocol, settings.max_upload_s, settings.max_connections_per_address)
+    service = InferenceService(
+        runtime.inference_protocol, runtime.metrics, settings.max_upload_s, settings.max_connections_per_address
+    )
     bounds = Bounds(
         max_message_bytes=settings.max_body_bytes,
         max_connections=max_connections,

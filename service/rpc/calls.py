@@ -16,6 +16,7 @@ from service.request_names import name_request
 
 REQUEST_ID = "x-request-id"
 NETWORKS = ("ipv4", "ipv6")
+CANCELLING_S = 0.05  # for so long, a call that is cancelled may look like one without a message
 
 M = TypeVar("M", bound=Message)
 
@@ -65,6 +66,7 @@ async def read_message(messages: AsyncIterator[bytes], message_type: type[M], wi
     except TimeoutError as error:
         raise UploadTimeoutError(f"the message did not arrive within {within_s:g} s") from error
     if data is None:
+        await asyncio.sleep(CANCELLING_S)
         raise InvalidParameterError("the call ends without a message")
     return parse_message(data, message_type)
 

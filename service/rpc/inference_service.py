@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,11 +16,14 @@ from grpc.aio import ServicerContext
 
 from service.classifier import RequestsByAddress
 from service.errors import ClientGoneError, ServiceError
+from service.inference_protocol.messages import InferRequest
 from service.inference_protocol.protocol import InferenceProtocol
 from service.rpc import open_inference_pb2 as pb
 from service.rpc.calls import REQUEST_ID, Call, CallsInFlight, CancellationWatch, parse_message, read_message
 from service.rpc.messages import read_request, write_reply
 from service.rpc.statuses import BUG, Failure, describe_failure
+from service.telemetry.metrics import Metrics
+from service.telemetry.outcomes import counted
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +45,7 @@ class InferenceService:
     def __init__(
         self,
         protocol: InferenceProtocol,
+        metrics: Metrics,
         max_upload_s: float,
         max_calls_per_address: int,
         clock: Callable[[], float] = time.monotonic,
@@ -49,11 +54,12 @@ class InferenceService:
 
         Args:
             protocol: that.
+            metrics: what is counted.
             max_upload_s: longest time that a message may take to arrive.
             max_calls_per_address: at once, those included whose message is still to come.
             clock: monotonic, in seconds.
         """
-        self._protocol, self._max_upload_s, self._clock = protocol, max_upload_s, clock
+        self._protocol, self._metrics, self._max_upload_s, self._clock = protocol, metrics, max_upload_s, clock
         self._by_address = RequestsByAddress(max_calls_per_address)
         self.in_flight = CallsInFlight()
 
@@ -123,9 +129,13 @@ class InferenceService:
         now, name = self._clock(), ""
         left_s = None if call.time_left_s is None else call.arrived_at + call.time_left_s - now
         try:
-            message = parse_message(data, pb.ModelInferRequest)
-            name = message.id
-            answer = await self._infer(message, replace(call, arrived_at=now, time_left_s=left_s))
+            with self._counting_failures():
+                message = parse_message(data, pb.ModelInferRequest)
+                name = message.id
+                request = read_request(message)
+            answer = await self._infer(
+                request, replace(call, arrived_at=now, time_left_s=left_s), is_raw=bool(message.raw_input_contents)
+            )
         except Exception as error:  # as above
             failure = _failure_of(error, call)
             return pb.ModelStreamInferResponse(
@@ -134,12 +144,24 @@ class InferenceService:
         return pb.ModelStreamInferResponse(infer_response=answer)
 
     async def _model_infer(self, messages: Messages, call: Call) -> pb.ModelInferResponse:
-        within_s = self._protocol.time_for_body_s(call.arrived_at, {}, call.metadata, self._max_upload_s)
-        return await self._infer(await read_message(messages, pb.ModelInferRequest, within_s), call)
+        with self._counting_failures(), CancellationWatch():
+            within_s = self._protocol.time_for_body_s(call.arrived_at, {}, call.metadata, self._max_upload_s)
+            message = await read_message(messages, pb.ModelInferRequest, within_s)
+            request = read_request(message)
+        return await self._infer(request, call, is_raw=bool(message.raw_input_contents))
 
-    async def _infer(self, message: pb.ModelInferRequest, call: Call) -> pb.ModelInferResponse:
+    @contextmanager
+    def _counting_failures(self) -> Iterator[None]:
+        """Count a request that fails before the protocol's core knows of it."""
+        try:
+            yield
+        except ServiceError:
+            with counted(self._metrics):
+                raise
+
+    async def _infer(self, request: InferRequest, call: Call, *, is_raw: bool) -> pb.ModelInferResponse:
         reply = await self._protocol.infer(
-            read_request(message),
+            request,
             call.arrived_at,
             query={},
             headers=call.metadata,
@@ -147,7 +169,7 @@ class InferenceService:
             client_waits_s=call.time_left_s,
             watch=CancellationWatch(),
         )
-        return write_reply(reply, is_raw=bool(message.raw_input_contents))
+        return write_reply(reply, is_raw=is_raw)
 
     async def _server_live(self, messages: Messages, _: Call) -> pb.ServerLiveResponse:
         await read_message(messages, pb.ServerLiveRequest, self._max_upload_s)

@@ -111,7 +111,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 async def serving_in_process(
     runtime: ServerRuntime, engine: ScriptedEngine, bounds: Bounds = BOUNDS, max_upload_s: float = 30
 ) -> AsyncIterator[Served]:
-    service = InferenceService(runtime.inference_protocol, max_upload_s, CALLS)
+    service = InferenceService(runtime.inference_protocol, runtime.metrics, max_upload_s, CALLS)
     async with (
         runtime.running(ready_first=True),
         serving(service, ("127.0.0.1", 0), bounds, lambda: runtime.drain_left_s) as port,

@@ -103,6 +103,7 @@ async def test_what_is_wrong_with_a_request_is_its_status_and_a_code(
     found, message, metadata = await failure_of(served.infer(request_))
     assert (found, metadata["error-code"]) == (status, code)
     assert message
+    assert served.count(code) == 1
 
 
 async def test_an_address_with_too_many_calls_is_told_when_to_come_again(
@@ -173,12 +174,20 @@ async def test_a_message_that_does_not_come_is_not_waited_for(runtime: ServerRun
         call = served.infer_piecewise(silence())
         status, message, metadata = await failure_of(call)
     assert (status, metadata["error-code"]) == (grpc.StatusCode.DEADLINE_EXCEEDED, "upload_timeout")
+    assert served.count("upload_timeout") == 1
     assert message == "the message did not arrive within 0.05 s"
 
 
 async def test_a_call_without_a_message_is_told_so(served: Served) -> None:
     call = served.infer_piecewise(nothing())
     assert (await failure_of(call))[1] == "the call ends without a message"
+
+
+async def test_a_client_that_leaves_before_its_message_is_counted_as_gone(served: Served) -> None:
+    call = served.infer_piecewise(silence())
+    await asyncio.sleep(0.05)  # until the call has come, of which nothing tells
+    call.cancel()
+    await until(lambda: served.count("client_gone") == 1)
 
 
 async def silence() -> AsyncIterator[bytes]:
