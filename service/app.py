@@ -1,7 +1,7 @@
 """The FastAPI application over a server's runtime: lifespan, routes and the answers to errors."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -19,18 +19,25 @@ from service.http.v2 import build_v2_router, infer_path, make_infer
 from service.runtime import ServerRuntime
 
 
-def create_app(runtime: ServerRuntime, *, ready_first: bool = False, names_requests: bool = True) -> FastAPI:
+def create_app(
+    runtime: ServerRuntime,
+    *,
+    ready_first: bool = False,
+    names_requests: bool = True,
+    beside: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
+) -> FastAPI:
     """Serve what a runtime runs.
 
     Args:
         runtime: not started yet; it lives as long as the app does.
         ready_first: take no request before the model can answer it, for where others answer meanwhile.
         names_requests: send back an X-Request-ID, for where no proxy does.
+        beside: serves the same runtime in another protocol, as long as its block lasts.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with runtime.running(ready_first=ready_first):
+        async with runtime.running(ready_first=ready_first), beside():
             yield
 
     app = FastAPI(

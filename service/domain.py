@@ -88,6 +88,7 @@ class InferenceRequest:
         priority: lower may be rejected or shed first; None for 0, or the highest that its key allows if that is lower.
         address: that it came from; None where that is not known.
         key: that it came with; None where none is asked for.
+        client_waits_s: time from its arrival after which its client is gone, whatever the budget; None where it stays.
     """
 
     arrived_at: float
@@ -99,6 +100,7 @@ class InferenceRequest:
     priority: int | None = None
     address: str | None = None
     key: ApiKey | None = None
+    client_waits_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

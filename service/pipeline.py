@@ -244,6 +244,7 @@ class Pipeline:
 
         Raises:
             BudgetTooSmallError: no sub-network fits the budget, or none is that fast even on an idle machine.
+            DeadlineError: none is that fast even on an idle machine, and the client waits no longer.
             InvalidParameterError: the sub-network asked for by name is none of the model's, or its priority too high.
             OverloadedError: its key has used up its rate of work.
         """
@@ -254,18 +255,22 @@ class Pipeline:
         if not seen_s >= fastest_s:  # so that no NaN passes
             needed_s = fastest_s + self._base_s(now) + self._reply.margin_s(now)
             smallest_s = min(needed_s / (1 - TRANSPORT_SHARE), needed_s + TRANSPORT_S)
-            raise BudgetTooSmallError(
-                f"a budget of {1000 * self._budget_s(request):.6g} ms is too small: even on the idle machine inference "
-                f"takes {1000 * fastest_s:.3g} ms, and sockets and images some more",
-                smallest_budget_ms=math.ceil(1e6 * smallest_s) / 1000,
+            budget_s = self._budget_s(request)
+            message = (
+                f"a budget of {1000 * budget_s:.6g} ms is too small: even on the idle machine inference "
+                f"takes {1000 * fastest_s:.3g} ms, and sockets and images some more"
             )
+            if budget_s == request.client_waits_s:
+                raise DeadlineError(message)
+            raise BudgetTooSmallError(message, smallest_budget_ms=math.ceil(1e6 * smallest_s) / 1000)
         priority: float = allow_priority(request)
         if request.key is not None:
             priority -= self._ledger.demotion(request.key, now)
         return QueuedRequest(request.arrived_at + granted_s, constraints, priority)
 
     def _budget_s(self, request: InferenceRequest) -> float:
-        return allow_time_ms(request, self._default_budget_ms) / 1000
+        budget_s = allow_time_ms(request, self._default_budget_ms) / 1000
+        return budget_s if request.client_waits_s is None else min(budget_s, request.client_waits_s)
 
     def _seen_s(self, request: InferenceRequest) -> float:
         """What of the budget is this server's to use.

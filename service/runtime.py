@@ -115,6 +115,7 @@ class ServerRuntime:
             lambda: self.context.open_server().pipeline,
         )
         self._state = ServerState.STARTING
+        self._drain_ends_at: float | None = None
         self._server: ReadyServer | None = None
         self._batcher: Batcher | None = None
         self._idle: IdleProfiler | None = None
@@ -128,13 +129,20 @@ class ServerRuntime:
         """What the server is at."""
         return self._state
 
+    @property
+    def drain_left_s(self) -> float:
+        """How long those that were admitted may still take, once no others are."""
+        if self._drain_ends_at is None:
+            return self._settings.drain_s
+        return max(0.0, self._drain_ends_at - time.monotonic())
+
     def drain(self) -> None:
         """Take no new request; where the preparation is not over, give it up.
 
         A signal handler calls it, maybe in the middle of a count that holds the lock of all counts: it counts nothing.
         """
-        if self._state is not ServerState.HUNG:
-            self._state = ServerState.DRAINING
+        if self._state not in (ServerState.HUNG, ServerState.DRAINING):
+            self._state, self._drain_ends_at = ServerState.DRAINING, time.monotonic() + self._settings.drain_s
 
     @asynccontextmanager
     async def running(self, *, ready_first: bool = False) -> AsyncIterator[None]:

@@ -23,6 +23,9 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 for any free one")
+    grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="TCP port for gRPC; 0 for any free one; by default there is none"
+    )
     keep_alive_s: int = Field(75, ge=1, description="how long an idle connection is kept for its next request")
     cors_origins: str | None = Field(
         None, description="origins whose pages may ask, separated by commas; * for any; by default none but its own"

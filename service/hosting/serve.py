@@ -24,9 +24,10 @@ from service.app import create_app
 from service.domain import ServerState
 from service.engines.base import Engine
 from service.errors import CommandError
+from service.hosting.grpc_port import grpc_beside, reserved_port
 from service.hosting.interpreter import configure_gc
 from service.hosting.supervisor import Supervisor
-from service.hosting.workers import beat, bind, split_cpus, start_worker
+from service.hosting.workers import beat, split_cpus, start_worker, take_address
 from service.http.connections import Connections
 from service.http.early_rejection import EarlyRejection, RejectingProtocol
 from service.http.routes import CLASSIFY_PATH
@@ -88,7 +89,7 @@ def supervise(settings: Settings, cpus: Collection[int], cores: float) -> None:
     load_checkpoint(settings.checkpoint)  # what is wrong with it is said once
     if environment_variable(SHARED_FOLDER_VARIABLE) is not None:
         logger.warning("%s is not heeded: workers get a fresh folder of their own", SHARED_FOLDER_VARIABLE)
-    with _bind(settings, is_shared=True) as reserved:
+    with take_address(settings.host, settings.port, is_shared=True) as reserved:
         command = [sys.executable, "-P", "-m", "service.cli", "serve", "--fd"]  # -P: not from the current folder
         start = partial(start_worker, command, worker_environment(settings), reserved)
         supervisor = Supervisor(start, shares, settings.drain_s)
@@ -157,15 +158,6 @@ def allow_connections(
     return max_connections
 
 
-def _bind(settings: Settings, *, is_shared: bool = False) -> socket.socket:
-    try:
-        if is_shared:  # among our own workers, not with those of another server
-            bind(settings.host, settings.port).close()
-        return bind(settings.host, settings.port, is_shared=is_shared)
-    except OSError as error:
-        raise CommandError(f"{settings.host} port {settings.port} cannot be listened on: {error.strerror}") from error
-
-
 def serve(settings: Settings, engine: Engine | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; those admitted are answered before the server leaves.
 
@@ -176,6 +168,15 @@ def serve(settings: Settings, engine: Engine | None = None) -> None:
     Raises:
         CommandError: the address cannot be had, or the model cannot run.
     """
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+    with reserved_port(settings) as settings:
+        if settings.workers > 1 and settings.fd is None:
+            supervise(settings, os.sched_getaffinity(0), Monitor().latest.cores)
+        else:
+            _serve_here(settings, engine)
+
+
+def _serve_here(settings: Settings, engine: Engine | None) -> None:
     failed = threading.Event()
 
     def stop() -> None:
@@ -186,23 +187,22 @@ def serve(settings: Settings, engine: Engine | None = None) -> None:
         if settings.fd is not None and shared_folder is not None:
             beat(shared_folder, is_serving)
 
-    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
-    if settings.workers > 1 and settings.fd is None:
-        supervise(settings, os.sched_getaffinity(0), Monitor().latest.cores)
-        return
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each broken form would be one per client
     shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
     if settings.workers > 1 and shared_folder is None:
         raise CommandError("--workers listen on sockets of their own: leave out --fd, or --workers")
-    max_connections = allow_connections(settings.max_connections)
-    with _bind(settings) if settings.fd is None else socket.socket(fileno=settings.fd) as opened:
+    ports = 1 if settings.grpc_port is None else 2
+    max_connections = allow_connections(ports * settings.max_connections) // ports
+    host, port, inherited = settings.host, settings.port, settings.fd
+    with take_address(host, port) if inherited is None else socket.socket(fileno=inherited) as opened:
         # Reading weights is over before threads have found each other, on a busy machine long before. The engine sets
         # the number that it computes with.
         torch.set_num_threads(1)
         checkpoint = load_checkpoint(settings.checkpoint)
         runtime = ServerRuntime(settings, checkpoint, engine, on_failure=stop, heartbeat=tell_supervisor)
         # Others may serve at the same address: this server takes no connection from them before its time.
-        app = create_app(runtime, ready_first=settings.fd is not None)
+        beside = grpc_beside(settings, runtime, max_connections)
+        app = create_app(runtime, ready_first=settings.fd is not None, beside=beside)
         for name in unknown_variables():
             logger.warning("the environment variable %s is no setting of this server", name)
         config = uvicorn.Config(

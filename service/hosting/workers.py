@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from service.errors import CommandError
 from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,20 @@ def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
         opened.close()
         raise
     return opened
+
+
+def take_address(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
+    """Take an address; one that is shared is so among our own workers, not with those of another server.
+
+    Raises:
+        CommandError: it cannot be had.
+    """
+    try:
+        if is_shared:
+            bind(host, port).close()
+        return bind(host, port, is_shared=is_shared)
+    except OSError as error:
+        raise CommandError(f"{host} port {port} cannot be listened on: {error.strerror}") from error
 
 
 def beat(folder: str, is_serving: bool) -> None:

@@ -17,7 +17,8 @@ from service.http.forms import UNTYPED
 from service.http.origins import is_known_host
 from service.http.protocol import ARRIVED_AT, BoundedProtocol
 from service.http.queries import parse_query
-from service.http.request_ids import RAW_HEADER, name_request
+from service.http.request_ids import RAW_HEADER
+from service.request_names import name_request
 from service.request_parameters import ClassifyQuery
 
 # With these the route or another layer has a say: in how the body comes, or in which pages may ask.

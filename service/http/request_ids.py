@@ -1,15 +1,14 @@
-"""A name for every request, by which its client, the proxies on its way and the log mean the same one."""
+"""The name of a request in HTTP's headers, both ways."""
 
-import random
-import re
 from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.request_names import name_request
+
 HEADER = "X-Request-ID"
 RAW_HEADER = HEADER.lower().encode()
-FIT = re.compile(rb"[!-~]{1,128}")  # what can stand in a log and a header without harm
 KEY = "supervit.request_id"
 
 
@@ -20,12 +19,6 @@ def request_id(scope: MutableMapping[str, Any]) -> str:
 
 def _brought(scope: MutableMapping[str, Any]) -> bytes:
     return next((value for name, value in scope["headers"] if name == RAW_HEADER), b"")
-
-
-def name_request(brought: bytes) -> bytes:
-    """Return the name that a request brings, or one that is made for it."""
-    # Not of uuid4, which asks the system for its randomness and would give the GIL away for that.
-    return brought if FIT.fullmatch(brought) else b"%032x" % random.getrandbits(128)
 
 
 class RequestIds:

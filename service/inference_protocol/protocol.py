@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -159,6 +159,7 @@ class InferenceProtocol:
         headers: Mapping[str, str],
         address: str | None = None,
         key: ApiKey | None = None,
+        client_waits_s: float | None = None,
         watch: AbstractContextManager[object] | None = None,
     ) -> InferReply:
         """Answer a request: each image of it waits, is counted and answered as a request of its own.
@@ -170,6 +171,7 @@ class InferenceProtocol:
             headers: headers or metadata, by names in lower case.
             address: that it came from; None where that is not known.
             key: that it came with; None where none is asked for.
+            client_waits_s: time from its arrival after which its client is gone; None where it stays.
             watch: raises a ClientGoneError out of its block once the client has left; it is entered by each image.
 
         Raises:
@@ -177,7 +179,9 @@ class InferenceProtocol:
         """
         try:
             pipeline = self._open_pipeline()
-            plan = self._plan(request, arrived_at, query, headers, (address, key))
+            plan = self._plan(request, arrived_at, query, headers)
+            asked = replace(plan.wanted, address=address, key=key, client_waits_s=client_waits_s)
+            plan = replace(plan, wanted=asked)
             pipeline.check(plan.wanted)
             if pipeline.time_left_s(plan.wanted) <= 0:
                 raise UploadTimeoutError("the request did not arrive within its budget")
@@ -196,7 +200,6 @@ class InferenceProtocol:
         arrived_at: float,
         query: Mapping[str, str],
         headers: Mapping[str, str],
-        origin: tuple[str | None, ApiKey | None],
     ) -> _Plan:
         self.require_model(request.model_name, request.model_version)
         if len(request.inputs) != 1:
@@ -207,7 +210,7 @@ class InferenceProtocol:
         top_k = parameters.top_k or min(DEFAULT_TOP_K, num_classes)
         listed = max(top_k, *(output.classes for output in outputs))
         images = images_of(request.inputs[0], self._checkpoint.config.image_side)
-        return _Plan(parameters.request(arrived_at, listed, *origin), images, outputs, top_k)
+        return _Plan(parameters.request(arrived_at, listed), images, outputs, top_k)
 
     async def _classify(
         self, pipeline: Pipeline, plan: _Plan, watch: AbstractContextManager[object] | None

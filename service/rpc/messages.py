@@ -1,0 +1,89 @@
+"""The protocol's values to and from the messages of the wire. Nothing is checked that is not gRPC's own."""
+
+from collections.abc import Mapping
+
+from service.errors import InvalidParameterError, InvalidTensorError
+from service.inference_protocol.messages import (
+    InferReply,
+    InferRequest,
+    InputTensor,
+    OutputTensor,
+    Parameter,
+    Parameters,
+    RequestedOutput,
+)
+from service.inference_protocol.tensors import to_raw
+from service.rpc import open_inference_pb2 as pb
+
+CONTENTS = {"BYTES": "bytes_contents", "UINT8": "uint_contents", "FP32": "fp32_contents"}
+
+
+def read_request(message: pb.ModelInferRequest) -> InferRequest:
+    """Read a request; its tensors stay as they came.
+
+    Raises:
+        InvalidParameterError: a parameter has no value.
+        InvalidTensorError: it cannot be told which bytes are whose.
+    """
+    raw = message.raw_input_contents
+    if raw and len(raw) != len(message.inputs):
+        raise InvalidTensorError(f"raw_input_contents: {len(raw)} for {len(message.inputs)} inputs")
+    return InferRequest(
+        message.model_name,
+        message.model_version,
+        message.id,
+        _read_parameters(message.parameters),
+        tuple(_read_tensor(tensor, raw[index] if raw else None) for index, tensor in enumerate(message.inputs)),
+        tuple(RequestedOutput(output.name, _read_parameters(output.parameters)) for output in message.outputs),
+    )
+
+
+def _read_tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> InputTensor:
+    if raw is not None and tensor.HasField("contents"):
+        raise InvalidTensorError(f"{tensor.name}: there are contents and raw_input_contents; give one of them")
+    contents = getattr(tensor.contents, CONTENTS[tensor.datatype]) if tensor.datatype in CONTENTS else ()
+    shape, parameters = tuple(tensor.shape), _read_parameters(tensor.parameters)
+    return InputTensor(tensor.name, tensor.datatype, shape, contents if raw is None else raw, parameters)
+
+
+def _read_parameters(parameters: Mapping[str, pb.InferParameter]) -> Parameters:
+    values: dict[str, Parameter] = {}
+    for name, parameter in parameters.items():
+        kind = parameter.WhichOneof("parameter_choice")
+        if kind is None:
+            raise InvalidParameterError(f"{name}: a value is wanted", parameter=name)
+        values[name] = getattr(parameter, kind)
+    return values
+
+
+def write_reply(reply: InferReply, *, is_raw: bool) -> pb.ModelInferResponse:
+    """Write a reply, with the tensors as bytes or as lists."""
+    return pb.ModelInferResponse(
+        model_name=reply.model_name,
+        model_version=reply.model_version,
+        id=reply.id,
+        parameters={name: _write_parameter(value) for name, value in reply.parameters.items()},
+        outputs=[_write_tensor(tensor, is_raw=is_raw) for tensor in reply.outputs],
+        raw_output_contents=[to_raw(tensor) for tensor in reply.outputs] if is_raw else [],
+    )
+
+
+def _write_tensor(tensor: OutputTensor, *, is_raw: bool) -> pb.ModelInferResponse.InferOutputTensor:
+    written = pb.ModelInferResponse.InferOutputTensor(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+    if not is_raw and tensor.datatype == "BYTES":
+        written.contents.bytes_contents.extend(str(value).encode() for value in tensor.values)
+    elif not is_raw:
+        written.contents.fp32_contents.extend(float(value) for value in tensor.values)
+    return written
+
+
+def _write_parameter(value: Parameter) -> pb.InferParameter:
+    match value:
+        case bool():
+            return pb.InferParameter(bool_param=value)
+        case int():
+            return pb.InferParameter(int64_param=value)
+        case float():
+            return pb.InferParameter(double_param=value)
+        case str():
+            return pb.InferParameter(string_param=value)

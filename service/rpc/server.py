@@ -1,0 +1,110 @@
+"""The gRPC server: where it listens, its bounds, its health and reflection services, and how it comes to its end."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from service.rpc.calls import CallsInFlight
+from service.rpc.inference_service import SERVICE_NAME, InferenceService
+
+logger = logging.getLogger(__name__)
+
+SEEN_READY_S = 0.1  # between two looks at whether requests are taken
+PING_S, PONG_S = 60, 20  # after which a client that has vanished is noticed
+WATCHERS_S = 1.0  # granted to calls that do not end by themselves once all requests have their answers
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What clients may take.
+
+    Attributes:
+        max_message_bytes: of one message, once it is decompressed.
+        max_connections: at once.
+        max_calls_per_connection: at once.
+        max_calls: at once, in all.
+        keep_alive_s: how long a connection without calls is kept.
+    """
+
+    max_message_bytes: int
+    max_connections: int
+    max_calls_per_connection: int
+    max_calls: int
+    keep_alive_s: float
+
+    def options(self) -> list[tuple[str, int]]:
+        """Say it in gRPC's words."""
+        return [
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.max_allowed_incoming_connections", self.max_connections),
+            ("grpc.max_concurrent_streams", self.max_calls_per_connection),
+            ("grpc.max_connection_idle_ms", round(1000 * self.keep_alive_s)),
+            ("grpc.keepalive_time_ms", 1000 * PING_S),
+            ("grpc.keepalive_timeout_ms", 1000 * PONG_S),
+            ("grpc.so_reuseport", 1),
+        ]
+
+
+@asynccontextmanager
+async def serving(
+    service: InferenceService,
+    address: tuple[str, int],
+    bounds: Bounds,
+    drain_left_s: Callable[[], float],
+) -> AsyncIterator[int]:
+    """Serve as long as the block lasts, and then until what was admitted has its answer.
+
+    Args:
+        service: answers.
+        address: host and port, 0 for any free one; sockets of this process and its siblings may have it, too.
+        bounds: of what clients may take.
+        drain_left_s: tells, at the end, how long requests may still take.
+
+    Yields:
+        The port.
+    """
+    server = grpc.aio.server(options=bounds.options(), maximum_concurrent_rpcs=bounds.max_calls)
+    server.add_generic_rpc_handlers((service.handler(),))
+    readiness = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
+    reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    host, port = address
+    port = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    await _tell(readiness, is_ready=service.is_ready())
+    await server.start()
+    logger.info("listening for gRPC on %s port %d", host, port)
+    following = asyncio.create_task(_follow(service.is_ready, readiness))
+    try:
+        yield port
+    finally:
+        await _stop(server, service.in_flight, drain_left_s())
+        following.cancel()
+
+
+async def _follow(is_ready: Callable[[], bool], readiness: "health.aio.HealthServicer") -> None:
+    """Tell the health service, until cancelled."""
+    while True:
+        await _tell(readiness, is_ready=is_ready())
+        await asyncio.sleep(SEEN_READY_S)
+
+
+async def _tell(readiness: "health.aio.HealthServicer", *, is_ready: bool) -> None:
+    status = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
+    for name in (health.OVERALL_HEALTH, SERVICE_NAME):
+        await readiness.set(name, status)
+
+
+async def _stop(server: grpc.aio.Server, in_flight: CallsInFlight, within_s: float) -> None:
+    """Take no new call and answer the others; a stream or a watcher of health that stays open is not waited for."""
+    stopping = asyncio.create_task(server.stop(within_s))
+    answered = asyncio.create_task(in_flight.none_left())
+    await asyncio.wait((stopping, answered), return_when=asyncio.FIRST_COMPLETED)
+    answered.cancel()
+    await server.stop(WATCHERS_S)
+    await stopping

@@ -1,0 +1,58 @@
+import asyncio
+
+import pytest
+
+from service.errors import ClientGoneError
+from service.rpc.calls import CallsInFlight, CancellationWatch, address_of
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:127.0.0.1:50000", "127.0.0.1"),
+        ("ipv6:%5B::1%5D:50000", "::1"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:50000", "fe80::1%eth0"),
+        ("unix:/run/socket", None),
+        ("unknown", None),
+    ],
+)
+def test_the_address_of_a_client_is_in_its_name(peer: str, address: str | None) -> None:
+    assert address_of(peer) == address
+
+
+async def test_a_call_that_is_cancelled_has_lost_its_client() -> None:
+    async def answer() -> None:
+        with CancellationWatch():
+            await asyncio.Event().wait()
+
+    answering = asyncio.create_task(answer())
+    await asyncio.sleep(0)
+    answering.cancel()
+    with pytest.raises(ClientGoneError):
+        await answering
+
+
+async def test_a_part_of_a_call_that_others_cancel_has_not_lost_its_client() -> None:
+    watch = CancellationWatch()
+
+    async def answer_part() -> None:
+        with watch:
+            await asyncio.Event().wait()
+
+    part = asyncio.create_task(answer_part())
+    await asyncio.sleep(0)
+    part.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await part
+
+
+async def test_none_is_left_once_the_last_call_has_ended() -> None:
+    calls = CallsInFlight()
+    with calls.counting():
+        with calls.counting():
+            waiting = asyncio.create_task(calls.none_left())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    await waiting

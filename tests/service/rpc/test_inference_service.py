@@ -1,0 +1,282 @@
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+
+from models.checkpoint import Checkpoint
+from service.rpc import open_inference_pb2 as pb
+from service.rpc.inference_service import STREAM_AHEAD
+from service.runtime import ServerRuntime
+from tests.service.http.scripted_server import ScriptedEngine
+from tests.service.rpc.conftest import CALLS, Served, failure_of, request_for, serving_in_process, until
+
+pytestmark = pytest.mark.anyio
+
+UNHURRIED = 60_000.0
+
+
+def parameters_of(response: pb.ModelInferResponse) -> dict[str, object]:
+    return {name: getattr(value, value.WhichOneof("parameter_choice")) for name, value in response.parameters.items()}
+
+
+async def test_lists_are_answered_with_lists_and_bytes_with_bytes(served: Served, photo: bytes) -> None:
+    listed = await served.infer(request_for(photo))
+    raw = await served.infer(request_for(photo, raw=True))
+    assert [tensor.name for tensor in listed.outputs] == ["probabilities", "labels"]
+    probabilities = np.frombuffer(raw.raw_output_contents[0], "<f4")
+    assert list(listed.outputs[0].contents.fp32_contents) == pytest.approx(probabilities.tolist(), abs=1e-6)
+    assert sum(probabilities) == pytest.approx(1)
+    assert listed.outputs[1].contents.bytes_contents[0] == f"thing {probabilities.argmax()}".encode()
+    assert not listed.raw_output_contents
+    assert not raw.outputs[0].contents.fp32_contents
+
+
+async def test_an_answer_says_who_gave_it_to_what_and_why(served: Served, photo: bytes) -> None:
+    response = await served.infer(request_for(photo))
+    assert (response.model_name, response.model_version, response.id) == ("tiny", "0123456789ab", "7")
+    parameters = parameters_of(response)
+    assert parameters["patch_grid"] == 4
+    assert parameters["deadline_met"] is True
+    assert parameters["reason"] == "nothing else waits: grid 4 at keep rate 1 is the most accurate sub-network"
+
+
+async def test_pixels_are_answered_as_lists_and_as_bytes(served: Served, checkpoint: Checkpoint) -> None:
+    side = checkpoint.config.image_side
+    pixels = np.arange(3 * side * side, dtype=np.uint8).reshape(1, 3, side, side)
+    answers = []
+    for datatype, values in (("UINT8", pixels), ("FP32", (pixels / 255).astype("<f4"))):
+        for is_raw in (True, False):
+            request = pb.ModelInferRequest(model_name="tiny")
+            tensor = request.inputs.add(name="image", datatype=datatype, shape=pixels.shape)
+            if is_raw:
+                request.raw_input_contents.append(values.tobytes())
+            elif datatype == "UINT8":
+                tensor.contents.uint_contents.extend(values.ravel().tolist())
+            else:
+                tensor.contents.fp32_contents.extend(values.ravel().tolist())
+            request.outputs.add(name="labels")
+            response = await served.infer(request)
+            answers.append(response.raw_output_contents or response.outputs[0].contents.bytes_contents)
+    assert answers[0] == answers[2]
+    assert answers[1] == answers[3]
+
+
+async def test_several_images_are_answered_in_their_order(served: Served, photo: bytes) -> None:
+    response = await served.infer(request_for(photo, photo, photo))
+    assert list(response.outputs[0].shape) == [3, 7]
+    assert served.count("ok") == 3
+
+
+async def test_budgets_come_as_parameters_or_as_metadata(served: Served, checkpoint: Checkpoint, photo: bytes) -> None:
+    cheap = min(profile.gflops for profile in checkpoint.profile.by_subnetwork.values())
+    by_parameter = await served.infer(request_for(photo, budget_gflops=cheap))
+    by_metadata = await served.infer(request_for(photo), metadata=(("x-budget-gflops", str(cheap)),))
+    assert parameters_of(by_parameter)["gflops"] == parameters_of(by_metadata)["gflops"] == cheap
+
+
+async def test_a_call_keeps_the_name_that_it_brings_and_else_gets_one(served: Served, photo: bytes) -> None:
+    call = served.infer(request_for(photo), metadata=(("x-request-id", "mine"),))
+    await call
+    assert dict(await call.trailing_metadata())["x-request-id"] == "mine"
+    _, _, metadata = await failure_of(served.infer(request_for(b"no image")))
+    assert len(metadata["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "code"),
+    [
+        (b"\xff\xff", grpc.StatusCode.INVALID_ARGUMENT, "invalid_parameter"),
+        (request_for(b"no image"), grpc.StatusCode.INVALID_ARGUMENT, "invalid_image"),
+        (request_for(b"", budget_gflops=1e-9), grpc.StatusCode.INVALID_ARGUMENT, "budget_too_small"),
+        (request_for(b"", budget="1"), grpc.StatusCode.INVALID_ARGUMENT, "invalid_parameter"),
+        (pb.ModelInferRequest(model_name="tiny"), grpc.StatusCode.INVALID_ARGUMENT, "invalid_tensor"),
+        (pb.ModelInferRequest(model_name="other"), grpc.StatusCode.NOT_FOUND, "unknown_model"),
+    ],
+)
+async def test_what_is_wrong_with_a_request_is_its_status_and_a_code(
+    served: Served, request_: pb.ModelInferRequest | bytes, status: grpc.StatusCode, code: str
+) -> None:
+    found, message, metadata = await failure_of(served.infer(request_))
+    assert (found, metadata["error-code"]) == (status, code)
+    assert message
+    assert served.count(code) == 1
+
+
+async def test_an_address_with_too_many_calls_is_told_when_to_come_again(
+    served: Served, engine: ScriptedEngine, photo: bytes
+) -> None:
+    engine.may_run.clear()
+    waiting = [asyncio.ensure_future(served.infer(request_for(photo, budget_ms=UNHURRIED))) for _ in range(CALLS)]
+    await until(lambda: served.in_flight == CALLS)
+    status, _, metadata = await failure_of(served.infer(request_for(photo)))
+    assert (status, metadata["error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
+    assert metadata["grpc-retry-pushback-ms"] == "1000"
+    engine.may_run.set()
+    await asyncio.gather(*waiting)
+
+
+async def test_a_model_that_fails_is_an_internal_error_of_which_the_log_says_more(
+    served: Served, engine: ScriptedEngine, photo: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.error = RuntimeError("secret")
+    status, message, metadata = await failure_of(served.infer(request_for(photo), metadata=(("x-request-id", "mine"),)))
+    assert (status, metadata["error-code"]) == (grpc.StatusCode.INTERNAL, "model_error")
+    assert "secret" not in message
+    assert any("mine" in record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
+
+
+async def test_the_clients_deadline_bounds_the_budget(served: Served, engine: ScriptedEngine, photo: bytes) -> None:
+    engine.may_run.clear()
+    first = asyncio.ensure_future(served.infer(request_for(photo, budget_ms=UNHURRIED)))
+    await until(engine.running.is_set)
+    late = served.infer(request_for(photo, budget_ms=UNHURRIED), timeout=0.1)
+    assert (await failure_of(late))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+    engine.may_run.set()
+    await first
+    assert engine.sizes == [1]  # the late one never ran
+
+
+async def test_a_deadline_too_near_for_any_sub_network_is_no_fault_of_the_request(served: Served, photo: bytes) -> None:
+    status, _, _ = await failure_of(served.infer(request_for(photo), timeout=1e-6))
+    assert status is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_cancelled_call_leaves_the_queue_and_is_counted_once(
+    served: Served, runtime: ServerRuntime, engine: ScriptedEngine, photo: bytes
+) -> None:
+    engine.may_run.clear()
+    first = asyncio.ensure_future(served.infer(request_for(photo, budget_ms=UNHURRIED)))
+    await until(engine.running.is_set)
+    waiting = served.infer(request_for(photo, photo, budget_ms=UNHURRIED))
+    scheduler = runtime.context.server().scheduler
+    await until(lambda: len(scheduler) == 2)
+    waiting.cancel()
+    await until(lambda: not len(scheduler))
+    assert served.count("client_gone") == 2  # one for each image
+    engine.may_run.set()
+    await first
+    assert engine.sizes == [1]
+    assert served.count("ok") == 1
+
+
+async def test_an_image_that_fails_is_no_client_that_left(served: Served, photo: bytes) -> None:
+    status, _, metadata = await failure_of(served.infer(request_for(photo, b"no image", photo)))
+    assert (status, metadata["error-code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_image")
+    assert served.count("client_gone") == 0
+
+
+async def test_a_message_that_does_not_come_is_not_waited_for(runtime: ServerRuntime, engine: ScriptedEngine) -> None:
+    async with serving_in_process(runtime, engine, max_upload_s=0.05) as served:
+        call = served.infer_piecewise(silence())
+        status, message, metadata = await failure_of(call)
+    assert (status, metadata["error-code"]) == (grpc.StatusCode.DEADLINE_EXCEEDED, "upload_timeout")
+    assert served.count("upload_timeout") == 1
+    assert message == "the message did not arrive within 0.05 s"
+
+
+async def test_a_call_without_a_message_is_told_so(served: Served) -> None:
+    call = served.infer_piecewise(nothing())
+    assert (await failure_of(call))[1] == "the call ends without a message"
+
+
+async def test_a_client_that_leaves_before_its_message_is_counted_as_gone(served: Served) -> None:
+    call = served.infer_piecewise(silence())
+    await asyncio.sleep(0.05)  # until the call has come, of which nothing tells
+    call.cancel()
+    await until(lambda: served.count("client_gone") == 1)
+
+
+async def silence() -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()
+    yield b""
+
+
+async def nothing() -> AsyncIterator[bytes]:
+    return
+    yield b""
+
+
+async def test_a_stream_is_answered_request_by_request_and_errors_end_no_other(served: Served, photo: bytes) -> None:
+    requests = [request_for(photo), request_for(b"no image"), request_for(photo)]
+    for number, request in enumerate(requests):
+        request.id = str(number)
+    stream = served.stream(request.SerializeToString() for request in requests)
+    answers = {answer.infer_response.id: answer async for answer in stream}
+    assert {name for name, answer in answers.items() if not answer.error_message} == {"0", "2"}
+    assert answers["1"].error_message.startswith("not an image")
+    assert answers["0"].infer_response.outputs[0].contents.fp32_contents
+
+
+async def test_a_stream_that_is_cancelled_takes_its_requests_out_of_the_queue(
+    served: Served, runtime: ServerRuntime, engine: ScriptedEngine, photo: bytes
+) -> None:
+    engine.may_run.clear()
+    first = asyncio.ensure_future(served.infer(request_for(photo, budget_ms=UNHURRIED)))
+    await until(engine.running.is_set)
+    scheduler = runtime.context.server().scheduler
+    stream = served.stream()
+    for _ in range(3):
+        await stream.write(request_for(photo, budget_ms=UNHURRIED).SerializeToString())
+    await until(lambda: len(scheduler) == 3)
+    stream.cancel()
+    await until(lambda: not len(scheduler))
+    assert served.count("client_gone") == 3
+    engine.may_run.set()
+    await first
+
+
+async def test_a_stream_that_sends_ahead_is_not_read_ahead(
+    served: Served, engine: ScriptedEngine, photo: bytes
+) -> None:
+    engine.may_run.clear()
+    stream = served.stream()
+    data = request_for(photo, budget_ms=UNHURRIED).SerializeToString()
+    for _ in range(STREAM_AHEAD + 5):
+        await stream.write(data)
+    await until(lambda: served.in_flight >= STREAM_AHEAD)
+    await asyncio.sleep(0.05)
+    assert served.in_flight == STREAM_AHEAD
+    engine.may_run.set()
+    await stream.done_writing()
+    answers = [answer async for answer in stream]
+    assert len(answers) == STREAM_AHEAD + 5
+
+
+async def test_the_server_and_the_model_describe_themselves(served: Served) -> None:
+    assert (await served.call("ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse)).live
+    assert (await served.call("ServerReady", pb.ServerReadyRequest(), pb.ServerReadyResponse)).ready
+    assert (await served.call("ModelReady", pb.ModelReadyRequest(name="tiny"), pb.ModelReadyResponse)).ready
+    server = await served.call("ServerMetadata", pb.ServerMetadataRequest(), pb.ServerMetadataResponse)
+    assert server.name == "supervit-serve"
+    model = await served.call("ModelMetadata", pb.ModelMetadataRequest(name="tiny"), pb.ModelMetadataResponse)
+    assert [tensor.name for tensor in model.inputs] == ["image"]
+    answer = await served.call("ModelConfig", pb.ModelConfigRequest(name="tiny"), pb.ModelConfigResponse)
+    assert answer.config.max_batch_size > 0
+    assert answer.config.input[0].data_type == pb.TYPE_STRING
+    index = await served.call("RepositoryIndex", pb.RepositoryIndexRequest(), pb.RepositoryIndexResponse)
+    assert [(model.name, model.state) for model in index.models] == [("tiny", "READY")]
+
+
+async def test_statistics_count_what_was_answered(served: Served, photo: bytes) -> None:
+    await served.infer(request_for(photo, photo))
+    request = pb.ModelStatisticsRequest(name="tiny")
+    (statistics,) = (await served.call("ModelStatistics", request, pb.ModelStatisticsResponse)).model_stats
+    assert statistics.inference_count == 2
+    assert statistics.inference_stats.success.ns > 0
+
+
+@pytest.mark.parametrize("method", ["ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics"])
+async def test_a_model_that_is_not_served_is_not_found(served: Served, method: str) -> None:
+    asked = pb.ModelReadyRequest(name="other").SerializeToString()  # all of them have the name first
+    assert (await failure_of(served.call(method, asked, pb.ModelReadyResponse)))[0] is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_server_that_stops_takes_no_new_request(served: Served, runtime: ServerRuntime, photo: bytes) -> None:
+    runtime.drain()
+    status, _, metadata = await failure_of(served.infer(request_for(photo)))
+    assert (status, metadata["error-code"]) == (grpc.StatusCode.UNAVAILABLE, "not_ready")
+    assert not (await served.call("ServerReady", pb.ServerReadyRequest(), pb.ServerReadyResponse)).ready

@@ -1,0 +1,58 @@
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from models.checkpoint import Checkpoint
+from models.latency import LatencyTable
+from service.rpc import open_inference_pb2 as pb
+from service.runtime import ServerRuntime
+from service.settings import Settings
+from tests.service.http.scripted_server import ScriptedEngine
+from tests.service.rpc.conftest import Served, failure_of, request_for, serving_in_process
+
+pytestmark = pytest.mark.anyio
+METADATA = (("authorization", "Bearer my-secret"),)
+
+
+@pytest.fixture
+async def asked(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, tmp_path: Path
+) -> AsyncIterator[Served]:
+    path = tmp_path / "keys.toml"
+    path.write_text(
+        f'[[key]]\nname = "mine"\nsha256 = "{hashlib.sha256(b"my-secret").hexdigest()}"\nmax_in_flight = 1\n'
+    )
+    runtime = ServerRuntime(settings.model_copy(update={"keys": path}), checkpoint, engine, latencies)
+    async with serving_in_process(runtime, engine) as served:
+        yield served
+
+
+async def test_a_request_needs_a_key_in_its_metadata(asked: Served, photo: bytes) -> None:
+    for metadata in (None, (("x-api-key", "another"),)):
+        status, message, _ = await failure_of(asked.infer(request_for(photo), metadata=metadata))
+        assert status is grpc.StatusCode.UNAUTHENTICATED
+        assert "key" in message
+    assert (await asked.infer(request_for(photo), metadata=METADATA)).id == "7"
+    registry = asked.runtime.metrics.registry()
+    assert registry.get_sample_value("supervit_key_requests_total", {"key": "mine", "outcome": "ok"}) == 1
+    assert asked.count("unauthorized") == 2
+
+
+async def test_so_does_each_of_a_stream(asked: Served, photo: bytes) -> None:
+    stream = asked.stream(iter([request_for(photo).SerializeToString()]))
+    answers = [answer async for answer in stream]
+    assert [answer.error_message.startswith("this server asks for a key") for answer in answers] == [True]
+
+
+async def test_what_only_looks_needs_none(asked: Served) -> None:
+    assert (await asked.call("ServerReady", pb.ServerReadyRequest(), pb.ServerReadyResponse)).ready
+
+
+async def test_what_a_key_allows_holds(asked: Served, photo: bytes) -> None:
+    status, message, metadata = await failure_of(asked.infer(request_for(photo, photo), metadata=METADATA))
+    assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert message.startswith("1 requests with this key")
+    assert metadata["error-code"] == "overloaded"
