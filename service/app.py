@@ -1,7 +1,7 @@
 """The FastAPI application over a server's runtime: lifespan, routes and the answers to errors."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -13,7 +13,7 @@ from service.http.keys import KeyCheck
 from service.http.origins import OriginPolicy
 from service.http.pages import add_pages
 from service.http.request_ids import HEADER, RequestIds
-from service.http.routes import CLASSIFY_PATH, build_router
+from service.http.routes import CLASSIFY_PATH, build_operations_router, build_router
 from service.http.torchserve import build_torchserve_router, make_predict, predict_path
 from service.http.v1 import build_v1_router, make_v1_predict
 from service.http.v2 import build_v2_router, infer_path, make_infer
@@ -25,7 +25,8 @@ def create_app(
     *,
     ready_first: bool = False,
     names_requests: bool = True,
-    beside: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
+    is_public: bool = False,
+    beside: Sequence[Callable[[], AbstractAsyncContextManager[object]]] = (),
 ) -> FastAPI:
     """Serve what a runtime runs.
 
@@ -33,16 +34,24 @@ def create_app(
         runtime: not started yet; it lives as long as the app does.
         ready_first: take no request before the model can answer it, for where others answer meanwhile.
         names_requests: send back an X-Request-ID, for where no proxy does.
-        beside: serves the same runtime in another protocol, as long as its block lasts.
+        is_public: leave out what is for those who run the server: metrics, the machine, the page and documentation.
+        beside: each serves the same runtime in another protocol or at another port, as long as its block lasts.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with runtime.running(ready_first=ready_first), beside():
+        async with runtime.running(ready_first=ready_first), AsyncExitStack() as others:
+            for serving in beside:
+                await others.enter_async_context(serving())
             yield
 
     app = FastAPI(
-        title="SuperViT Serve", version=version("supervit-serve"), lifespan=lifespan, docs_url=None, redoc_url=None
+        title="SuperViT Serve",
+        version=version("supervit-serve"),
+        lifespan=lifespan,
+        openapi_url=None if is_public else "/openapi.json",
+        docs_url=None,
+        redoc_url=None,
     )
     classify = make_classify(runtime.context)
     context, errors = runtime.context, ErrorAnswers(runtime.context.max_body_bytes)
@@ -53,7 +62,9 @@ def create_app(
     app.include_router(build_v2_router(context, protocol, infer))
     app.include_router(build_v1_router(protocol, make_v1_predict(context, protocol)))
     app.include_router(build_torchserve_router(protocol, predict))
-    add_pages(app)
+    if not is_public:
+        app.include_router(build_operations_router(context))
+        add_pages(app)
     errors.add_to(app)
     app.add_middleware(DirectRoutes, handles=direct, errors=errors)
     if context.keys is not None:

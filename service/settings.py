@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_CHECKPOINT = "supervit-small-caltech101"  # of those that ship
@@ -26,6 +26,17 @@ class Settings(BaseSettings):
     grpc_port: int | None = Field(
         None, ge=0, le=65535, description="TCP port for gRPC; 0 for any free one; by default there is none"
     )
+    admin_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="TCP port for metrics, the machine, the page and documentation, which --port has then not; "
+        "by default they are there",
+    )
+    tls_certificate: Path | None = Field(
+        None, description="PEM file with the certificate of every port, read again when it changes; no TLS by default"
+    )
+    tls_key: Path | None = Field(None, description="PEM file with the certificate's private key, without a password")
     keep_alive_s: int = Field(75, ge=1, description="how long an idle connection is kept for its next request")
     cors_origins: str | None = Field(
         None, description="origins whose pages may ask, separated by commas; * for any; by default none but its own"
@@ -98,6 +109,12 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least serious log lines shown; debug has a line per request"
     )
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> "Settings":
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together: give both or none")
+        return self
 
 
 def comma_separated(names: str | None) -> tuple[str, ...] | None:

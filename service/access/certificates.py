@@ -4,7 +4,8 @@ import asyncio
 import logging
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from service.access.watched_files import CHECK_S, WatchedFiles
@@ -14,7 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 class Certificate:
-    """A certificate with its key, and what speaks TLS with them."""
+    """A certificate with its key, and what speaks TLS with them.
+
+    Attributes:
+        context: of Python's own TLS.
+        pem: the key and the certificate, for others'.
+    """
 
     def __init__(self, certificate: Path, key: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Read both.
@@ -32,16 +38,9 @@ class Certificate:
         self.context = new_context()
         try:
             self._load(self.context)
+            self.pem = self._read()
         except OSError as error:  # what ssl raises is one, too
             raise CommandError(f"{certificate}, {key}: {_reason(error)}") from error
-
-    def read(self) -> tuple[bytes, bytes]:
-        """Return the key and the certificate, as PEM.
-
-        Raises:
-            OSError: one cannot be read.
-        """
-        return self._key.read_bytes(), self._certificate.read_bytes()
 
     def refresh(self) -> None:
         """Serve new connections with the files as they are now; where they cannot be used, as before."""
@@ -50,16 +49,28 @@ class Certificate:
         try:
             self._load(new_context())  # first: a certificate without its key would spoil the one in use
             self._load(self.context)
+            self.pem = self._read()
         except OSError as error:
             logger.error("the certificate stays as it was: %s: %s", self._certificate, _reason(error))
         else:
             logger.info("read the certificate anew from %s", self._certificate)
 
-    async def keep_fresh(self) -> None:
-        """Refresh until cancelled."""
+    @asynccontextmanager
+    async def kept_fresh(self) -> AsyncIterator[None]:
+        """Refresh as long as the block lasts."""
+        refreshing = asyncio.create_task(self._refresh_regularly())
+        try:
+            yield
+        finally:
+            refreshing.cancel()
+
+    async def _refresh_regularly(self) -> None:
         while True:
             await asyncio.sleep(CHECK_S)
             self.refresh()
+
+    def _read(self) -> tuple[bytes, bytes]:
+        return self._key.read_bytes(), self._certificate.read_bytes()
 
     def _load(self, context: ssl.SSLContext) -> None:
         context.load_cert_chain(self._certificate, self._key, _no_password)

@@ -1,42 +1,30 @@
-"""gRPC beside HTTP: its port, which workers share, and what serves there; imported only where it is asked for."""
+"""gRPC beside HTTP: what serves it; imported only where it is asked for."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 
+from service.access.certificates import Certificate
 from service.errors import CommandError
-from service.hosting.workers import take_address
 from service.runtime import ServerRuntime
 from service.settings import Settings
 
 LIBRARIES = ("grpc", "grpc_health", "grpc_reflection")
 
 
-@contextmanager
-def reserved_port(settings: Settings) -> Iterator[Settings]:
-    """Keep the port for this process and its workers, if there is to be one.
-
-    Yields:
-        The settings, with the number of a port that was free.
+def require_grpc(settings: Settings) -> None:
+    """See whether the libraries are there, where gRPC is asked for.
 
     Raises:
-        CommandError: the address cannot be had, or the libraries are not installed.
+        CommandError: they are not installed.
     """
-    if settings.grpc_port is None:
-        yield settings
-        return
-    if not all(map(find_spec, LIBRARIES)):
+    if settings.grpc_port is not None and not all(map(find_spec, LIBRARIES)):
         raise CommandError("--grpc-port: gRPC is missing; install this project with its extra, pip install '.[grpc]'")
-    if settings.fd is not None:  # a worker, whose supervisor keeps the port
-        yield settings
-        return
-    with take_address(settings.host, settings.grpc_port, is_shared=True) as reserved:
-        yield settings.model_copy(update={"grpc_port": reserved.getsockname()[1]})
 
 
 def grpc_beside(
-    settings: Settings, runtime: ServerRuntime, max_connections: int
+    settings: Settings, runtime: ServerRuntime, max_connections: int, certificate: Certificate | None
 ) -> Callable[[], AbstractAsyncContextManager[object]]:
     """Make what serves gRPC as long as a block lasts, where the settings name a port for it."""
     if settings.grpc_port is None:
@@ -59,4 +47,4 @@ def grpc_beside(
         keep_alive_s=settings.keep_alive_s,
     )
     address = settings.host, settings.grpc_port
-    return partial(serving, service, address, bounds, lambda: runtime.drain_left_s)
+    return partial(serving, service, address, bounds, lambda: runtime.drain_left_s, certificate)

@@ -1,5 +1,6 @@
 """Serves until told to stop: one server in this process, or several workers that it looks after."""
 
+import asyncio
 import ipaddress
 import logging
 import math
@@ -20,12 +21,14 @@ import uvicorn
 from models.checkpoint import load_checkpoint
 from models.devices import resolve_device
 from models.files.sources import find_checkpoint
+from service.access.certificates import Certificate
 from service.app import create_app
 from service.domain import ServerState
 from service.engines.base import Engine
 from service.errors import CommandError
-from service.hosting.grpc_port import grpc_beside, reserved_port
+from service.hosting.grpc_port import grpc_beside, require_grpc
 from service.hosting.interpreter import configure_gc
+from service.hosting.ports import reserved_ports, serving_beside
 from service.hosting.supervisor import Supervisor
 from service.hosting.workers import beat, split_cpus, start_worker, take_address
 from service.http.connections import Connections
@@ -41,14 +44,15 @@ logger = logging.getLogger(__name__)
 
 OTHER_FILES = 1024  # of the process itself, and of connections that are about to be refused
 LEAST_FREE_FILES = 64
+SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}  # of every answer
 
 
 class _Server(uvicorn.Server):
     """Says where it listens; takes no new request from the very signal on that tells it to stop."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None], *, has_page: bool) -> None:
         super().__init__(config)
-        self._drain = drain
+        self._drain, self._has_page = drain, has_page
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say where, which uvicorn does for addresses alone."""
@@ -58,8 +62,10 @@ class _Server(uvicorn.Server):
                 logger.info("listening on %s", opened.getsockname())
             else:
                 host, port, *_ = opened.getsockname()
-                logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-                logger.info("see what it does at %s", _page_url(host, port))
+                scheme = "https" if self.config.is_ssl else "http"
+                logger.info("listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
+                if self._has_page:
+                    logger.info("see what it does at %s", _page_url(scheme, host, port))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take note of the signal."""
@@ -67,11 +73,11 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def _page_url(host: str, port: int) -> str:
+def _page_url(scheme: str, host: str, port: int) -> str:
     """Name the page as a browser on this machine finds it: the address for every interface is none to go to."""
     if ipaddress.ip_address(host).is_unspecified:
         host = "localhost"
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
 def supervise(settings: Settings, cpus: Collection[int], cores: float) -> None:
@@ -169,7 +175,8 @@ def serve(settings: Settings, engine: Engine | None = None) -> None:
         CommandError: the address cannot be had, or the model cannot run.
     """
     logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
-    with reserved_port(settings) as settings:
+    require_grpc(settings)
+    with reserved_ports(settings) as settings:
         if settings.workers > 1 and settings.fd is None:
             supervise(settings, os.sched_getaffinity(0), Monitor().latest.cores)
         else:
@@ -191,6 +198,9 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
     shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
     if settings.workers > 1 and shared_folder is None:
         raise CommandError("--workers listen on sockets of their own: leave out --fd, or --workers")
+    certificate = None
+    if settings.tls_certificate is not None and settings.tls_key is not None:
+        certificate = Certificate(settings.tls_certificate, settings.tls_key)
     ports = 1 if settings.grpc_port is None else 2
     max_connections = allow_connections(ports * settings.max_connections) // ports
     host, port, inherited = settings.host, settings.port, settings.fd
@@ -201,24 +211,21 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         checkpoint = load_checkpoint(settings.checkpoint)
         runtime = ServerRuntime(settings, checkpoint, engine, on_failure=stop, heartbeat=tell_supervisor)
         # Others may serve at the same address: this server takes no connection from them before its time.
-        beside = grpc_beside(settings, runtime, max_connections)
-        app = create_app(runtime, ready_first=settings.fd is not None, beside=beside)
+        http = partial(RejectingProtocol, **_shared(settings, max_connections, runtime))
+        beside = [grpc_beside(settings, runtime, max_connections, certificate)]
+        if settings.admin_port is not None:
+            admin = _configure(settings, create_app(runtime), http, certificate)
+            admin.lifespan = "off"  # of the runtime, which is the other app's
+            beside.append(partial(serving_beside, admin, settings.host, settings.admin_port))
+        if certificate is not None:
+            beside.append(certificate.kept_fresh)
+        app = create_app(
+            runtime, ready_first=settings.fd is not None, is_public=settings.admin_port is not None, beside=beside
+        )
         for name in unknown_variables():
             logger.warning("the environment variable %s is no setting of this server", name)
-        config = uvicorn.Config(
-            app,
-            http=partial(RejectingProtocol, **_shared(settings, max_connections, runtime)),  # type: ignore[arg-type] # called
-            ws="none",
-            log_config=None,
-            log_level=settings.log_level,
-            access_log=settings.log_level == "debug",
-            server_header=False,
-            timeout_keep_alive=settings.keep_alive_s,
-            proxy_headers=settings.forwarded_allow_ips is not None,
-            forwarded_allow_ips=settings.forwarded_allow_ips or [],
-            timeout_graceful_shutdown=math.ceil(settings.drain_s),
-        )
-        server = _Server(config, runtime.drain)
+        config = _configure(settings, app, http, certificate)
+        server = _Server(config, runtime.drain, has_page=settings.admin_port is None)
         configure_gc()
         _on_hangup(server.handle_exit)
         server.run([opened])
@@ -227,6 +234,27 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         os._exit(1)
     if failed.is_set():
         raise CommandError("the model cannot run; the log says why")
+
+
+def _configure(
+    settings: Settings, app: Callable[..., Any], http: Callable[..., asyncio.Protocol], certificate: Certificate | None
+) -> uvicorn.Config:
+    """Tell uvicorn how an app is served."""
+    return uvicorn.Config(
+        app,
+        http=http,  # type: ignore[arg-type] # it is called
+        ws="none",
+        log_config=None,
+        log_level=settings.log_level,
+        access_log=settings.log_level == "debug",
+        server_header=False,
+        headers=list(SECURITY_HEADERS.items()),
+        timeout_keep_alive=settings.keep_alive_s,
+        proxy_headers=settings.forwarded_allow_ips is not None,
+        forwarded_allow_ips=settings.forwarded_allow_ips or [],
+        timeout_graceful_shutdown=math.ceil(settings.drain_s),
+        ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
+    )
 
 
 def _shared(settings: Settings, max_connections: int, runtime: ServerRuntime) -> dict[str, Any]:

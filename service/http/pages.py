@@ -17,11 +17,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'{styles}; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-HEADERS = {
-    "Content-Security-Policy": POLICY.format(styles=""),
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
+HEADERS = {"Content-Security-Policy": POLICY.format(styles="")}
 ASK_FIRST = "no-cache"  # the browser asks whether a file is still the same, by its ETag
 SELDOM_CHANGES = "max-age=86400"
 

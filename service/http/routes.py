@@ -91,7 +91,7 @@ def _object(properties: Schema, required: str) -> Schema:
 
 
 def build_router(context: RouteContext, classify: Handle) -> APIRouter:
-    """Make the routes over `context`."""
+    """Make the routes that clients ask, over `context`."""
     router = APIRouter()
     # They describe what the middleware checks.
     bearer, header = HTTPBearer(auto_error=False), APIKeyHeader(name="X-API-Key", auto_error=False)
@@ -142,6 +142,28 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         """List every sub-network with its cost, its accuracy and its latency on this machine."""
         return context.server().describe_family()
 
+    @router.head("/health/live", include_in_schema=False)
+    @router.get("/health/live")
+    async def live() -> HealthAnswer:
+        """Tell that the process answers."""
+        return HealthAnswer(status="live")
+
+    @router.head("/health/ready", include_in_schema=False)
+    @router.get("/health/ready", responses={503: RESPONSES[503]})
+    async def ready() -> ReadyAnswer:
+        """Tell whether the model has answered its first batch, and requests are welcome and do not all fail."""
+        server = context.open_server()
+        if context.failures.are_all:
+            raise NotReadyError("every request fails of late for reasons of the server's own; its log says which")
+        return ReadyAnswer(status="ready", profile_measured=round(server.measured_share(), 3))
+
+    return router
+
+
+def build_operations_router(context: RouteContext) -> APIRouter:
+    """Make the routes that tell of the server and its machine, for those who run it."""
+    router, config = APIRouter(), context.checkpoint.config
+
     @router.get("/resources", responses={503: RESPONSES[503]})
     async def resources() -> ResourcesAnswer:
         """Tell what the machine looks like, and what the policy makes of it."""
@@ -164,21 +186,6 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
             max_batch_size=state.max_batch_size,
             next_without_budget=forecast,
         )
-
-    @router.head("/health/live", include_in_schema=False)
-    @router.get("/health/live")
-    async def live() -> HealthAnswer:
-        """Tell that the process answers."""
-        return HealthAnswer(status="live")
-
-    @router.head("/health/ready", include_in_schema=False)
-    @router.get("/health/ready", responses={503: RESPONSES[503]})
-    async def ready() -> ReadyAnswer:
-        """Tell whether the model has answered its first batch, and requests are welcome and do not all fail."""
-        server = context.open_server()
-        if context.failures.are_all:
-            raise NotReadyError("every request fails of late for reasons of the server's own; its log says which")
-        return ReadyAnswer(status="ready", profile_measured=round(server.measured_share(), 3))
 
     feed = LiveFeed(lambda: read_sample(context.metrics.registry()), lambda: is_stopping(context.state()))
 

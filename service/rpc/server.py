@@ -10,6 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from service.access.certificates import Certificate
 from service.rpc.calls import CallsInFlight
 from service.rpc.inference_service import SERVICE_NAME, InferenceService
 
@@ -57,6 +58,7 @@ async def serving(
     address: tuple[str, int],
     bounds: Bounds,
     drain_left_s: Callable[[], float],
+    certificate: Certificate | None = None,
 ) -> AsyncIterator[int]:
     """Serve as long as the block lasts, and then until what was admitted has its answer.
 
@@ -65,6 +67,7 @@ async def serving(
         address: host and port, 0 for any free one; sockets of this process and its siblings may have it, too.
         bounds: of what clients may take.
         drain_left_s: tells, at the end, how long requests may still take.
+        certificate: to speak TLS with; None for no TLS.
 
     Yields:
         The port.
@@ -75,7 +78,11 @@ async def serving(
     health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     host, port = address
-    port = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if certificate is None:
+        port = server.add_insecure_port(place)
+    else:
+        port = server.add_secure_port(place, _credentials(certificate))
     await _tell(readiness, is_ready=service.is_ready())
     await server.start()
     logger.info("listening for gRPC on %s port %d", host, port)
@@ -85,6 +92,15 @@ async def serving(
     finally:
         await _stop(server, service.in_flight, drain_left_s())
         following.cancel()
+
+
+def _credentials(certificate: Certificate) -> grpc.ServerCredentials:
+    """Speak TLS with a certificate as it is when a client comes."""
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([certificate.pem])
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), configuration)
 
 
 async def _follow(is_ready: Callable[[], bool], readiness: "health.aio.HealthServicer") -> None:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,12 +62,14 @@ def start(port: int, log: Path, *options: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*COMMAND, "serve", *options], stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_until_ready(
+    process: subprocess.Popen[bytes], url: str, log: Path, get: Callable[[str], httpx.Response] = httpx.get
+) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         try:
-            if httpx.get(f"{url}/health/ready").status_code == 200:
+            if get(f"{url}/health/ready").status_code == 200:
                 return
         except httpx.TransportError:
             pass

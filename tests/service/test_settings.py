@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -24,6 +25,9 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "cors_origins": "https://example.org",
         "allowed_hosts": "example.org",
         "keys": "/etc/keys.toml",
+        "admin_port": "81",
+        "tls_certificate": "/etc/tls.crt",
+        "tls_key": "/etc/tls.key",
         "forwarded_allow_ips": "10.0.0.1",
         "max_in_flight_per_address": "8",
         "max_decode_s_per_address": "7.5",
@@ -100,3 +104,9 @@ def test_a_worker_gets_the_settings_that_were_given(monkeypatch: pytest.MonkeyPa
 def test_what_a_variable_says_as_well_was_not_given_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUPERVIT_HOST", "0.0.0.0")
     assert named_settings(Settings(host="::", port=80)) == {"port"}
+
+
+@pytest.mark.parametrize("given", ["tls_certificate", "tls_key"])
+def test_a_certificate_and_its_key_go_together(given: str) -> None:
+    with pytest.raises(ValidationError, match="give both or none"):
+        Settings(**{given: Path("tls.pem")})  # type: ignore[arg-type] # it is one of the paths

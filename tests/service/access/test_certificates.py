@@ -99,6 +99,6 @@ def test_files_that_are_no_certificate_keep_a_server_from_starting(files: Files,
 
 
 def test_the_files_are_there_for_other_protocols(files: Files) -> None:
-    key, certificate = Certificate(files.certificate, files.key).read()
+    key, certificate = Certificate(files.certificate, files.key).pem
     assert b"PRIVATE KEY" in key
     assert certificate.startswith(b"-----BEGIN CERTIFICATE")

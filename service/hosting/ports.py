@@ -1,0 +1,52 @@
+"""The ports beside the one of HTTP: kept for this process and its workers, and what serves at the one for operators."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+
+import uvicorn
+
+from service.hosting.workers import bind, take_address
+from service.settings import Settings
+
+PORTS = ("admin_port", "grpc_port")
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def reserved_ports(settings: Settings) -> Iterator[Settings]:
+    """Keep the ports beside the first, where there are to be any.
+
+    Yields:
+        The settings, with the numbers of ports that were free.
+
+    Raises:
+        CommandError: an address cannot be had.
+    """
+    with ExitStack() as kept:
+        numbers = {}
+        for name in PORTS:
+            port: int | None = getattr(settings, name)
+            if port is not None and settings.fd is None:  # else it is a worker, whose supervisor keeps them
+                opened = kept.enter_context(take_address(settings.host, port, is_shared=True))
+                numbers[name] = opened.getsockname()[1]
+        yield settings.model_copy(update=numbers)
+
+
+@asynccontextmanager
+async def serving_beside(config: uvicorn.Config, host: str, port: int) -> AsyncIterator[None]:
+    """Serve operators as long as the block lasts, in the event loop of another server, whose signals are its own."""
+    config.load()
+    server, opened = uvicorn.Server(config), bind(host, port, is_shared=True)
+    server.lifespan = config.lifespan_class(config)
+    await server.startup([opened])
+    logger.info("listening for operators on %s port %d", host, port)
+    running = asyncio.create_task(server.main_loop())
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await running
+        await server.shutdown([opened])

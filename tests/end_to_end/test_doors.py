@@ -1,0 +1,114 @@
+"""The real command with a key file, a port for operators and TLS at every port."""
+
+import hashlib
+import signal
+import ssl
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+import trustme
+
+from service.rpc import open_inference_pb2 as pb
+from tests.end_to_end.test_serving import (
+    SMALL_CHECKPOINT,
+    free_port,
+    one_measurement_for_all,
+    picture,
+    start,
+    wait_until_ready,
+)
+
+__all__ = ["one_measurement_for_all"]
+KEY = {"Authorization": "Bearer my-secret"}
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """Where a server is to be reached, and the authority that its clients trust."""
+
+    public: str
+    operators: str
+    grpc_port: int
+    trust: Path
+    log: Path
+    process: "subprocess.Popen[bytes]"
+
+    def client(self, url: str) -> httpx.Client:
+        return httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=str(self.trust)))
+
+
+@pytest.fixture(scope="module")
+def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
+    folder, authority = tmp_path_factory.mktemp("doors"), trustme.CA()
+    issued = authority.issue_cert("localhost")
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    issued.private_key_pem.write_to_path(folder / "tls.key")
+    (folder / "tls.crt").write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+    digest = hashlib.sha256(b"my-secret").hexdigest()
+    (folder / "keys.toml").write_text(f'[[key]]\nname = "mine"\nsha256 = "{digest}"\n')
+    port, admin_port, grpc_port, log = free_port(), free_port(), free_port(), folder / "log"
+    ports = ["--admin-port", str(admin_port), "--grpc-port", str(grpc_port), "--keys", str(folder / "keys.toml")]
+    tls = ["--tls-certificate", str(folder / "tls.crt"), "--tls-key", str(folder / "tls.key")]
+    process = start(port, log, "--checkpoint", SMALL_CHECKPOINT, *ports, *tls)
+    places = (f"https://localhost:{number}" for number in (port, admin_port))
+    served = Doors(*places, grpc_port, folder / "ca.pem", log, process)
+    try:
+        with served.client(served.public) as client:
+            wait_until_ready(process, served.public, log, client.get)
+        yield served
+    finally:
+        process.terminate()
+        assert process.wait(20) == -signal.SIGTERM, log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_strangers_reach_what_they_need_and_operators_the_rest(doors: Doors) -> None:
+    with doors.client(doors.public) as public, doors.client(doors.operators) as operators:
+        for path in ("/metrics", "/resources", "/events", "/docs", "/openapi.json", "/"):
+            assert public.get(path).status_code == 404, path
+        for path in ("/metrics", "/resources", "/docs", "/openapi.json", "/", "/subnetworks", "/health/ready"):
+            assert operators.get(path).status_code == 200, path
+        for client in (public, operators):
+            assert client.post("/classify", content=picture(1)).status_code == 401
+            assert client.post("/classify", content=picture(1), headers=KEY).status_code == 200
+        assert 'supervit_key_requests_total{key="mine",outcome="ok"} 2.0' in operators.get("/metrics").text
+
+
+def test_every_answer_is_what_it_says_and_tells_no_other_site(doors: Doors) -> None:
+    with doors.client(doors.operators) as client:
+        for path in ("/health/ready", "/docs", "/nothing"):
+            headers = client.get(path).headers
+            assert headers.get_list("X-Content-Type-Options") == ["nosniff"]
+            assert headers.get_list("Referrer-Policy") == ["no-referrer"]
+
+
+def test_every_port_speaks_tls_and_nothing_else(doors: Doors) -> None:
+    for url in (doors.public, doors.operators):
+        with pytest.raises(httpx.TransportError):
+            httpx.get(url.replace("https", "http"))
+    place, trusted = f"localhost:{doors.grpc_port}", grpc.ssl_channel_credentials(doors.trust.read_bytes())
+    with grpc.secure_channel(place, trusted) as channel:
+        assert is_ready(channel)
+    with grpc.insecure_channel(place) as channel, pytest.raises(grpc.RpcError):
+        is_ready(channel)
+
+
+def is_ready(channel: grpc.Channel) -> bool:
+    ask = channel.unary_unary(
+        "/inference.GRPCInferenceService/ServerReady",
+        request_serializer=pb.ServerReadyRequest.SerializeToString,
+        response_deserializer=pb.ServerReadyResponse.FromString,
+    )
+    return bool(ask(pb.ServerReadyRequest(), timeout=10).ready)
+
+
+def test_the_log_names_no_key_and_says_where_the_server_listens(doors: Doors) -> None:
+    log = doors.log.read_text()
+    assert f"listening on {doors.public.replace('localhost', '127.0.0.1')}" in log
+    assert "listening for operators on 127.0.0.1 port" in log
+    assert "my-secret" not in log
