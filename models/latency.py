@@ -46,7 +46,7 @@ class LatencyTable:
         return self.batch_sizes[-1]
 
     def row(self, subnetwork: SubNetwork) -> tuple[float, ...]:
-        """Seconds of every batch size from 1 to the largest, never falling; the sizes between are interpolated unless padded.
+        """Seconds of every batch size from 1 to the largest, never falling; those between are interpolated or padded.
 
         Raises:
             KeyError: this sub-network was not measured.

@@ -200,7 +200,8 @@ class ServerRuntime:
         self._goes_on()
         self._engine.warm_up()
         for batch_size in measured_batch_sizes(self._settings.max_batch_size):
-            for subnetwork in reversed(self._checkpoint.config.subnetworks):  # what the dear need has room for the cheap
+            # The dear ones first: in what they need, the cheap ones find room.
+            for subnetwork in reversed(self._checkpoint.config.subnetworks):
                 self._require_going_on()
                 self._engine.prepare(subnetwork, batch_size)
         if self._latencies is not None:

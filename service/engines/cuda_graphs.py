@@ -51,7 +51,7 @@ class GraphDevice(Protocol):
     total_bytes: int
 
     def buffers(self, batch_size: int, image_side: int) -> tuple[Tensor, Tensor]:
-        """Make room for (B, 3, S, S) uint8 images on the host, in memory that copies are fast from, and on the device."""
+        """Make room for (B, 3, S, S) uint8 images on the host, where copies from it are fast, and on the device."""
         ...
 
     def capture(self, forward: Callable[[], Tensor]) -> Graph:
@@ -140,10 +140,11 @@ class CudaDevice:
         """Take a GPU."""
         self._device = device
         self.total_bytes = torch.cuda.get_device_properties(device).total_memory
-        # Intermediate values of one graph lie where those of others do. That is safe in any order, because the logits of
-        # each are kept apart, are read before another is replayed, and nothing else outlives a replay.
+        # Intermediate values of one graph lie where those of others do. That is safe in any order, because nothing but
+        # the logits outlives a replay, and these are read before the next.
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # one for all, or they would not share memory
+        # One for all, or they would not share memory.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's
 
     def buffers(self, batch_size: int, image_side: int) -> tuple[Tensor, Tensor]:
         """Make (B, 3, S, S) uint8 in pinned memory, and on the GPU."""

@@ -19,7 +19,7 @@ BFLOAT16_COMPUTE_CAPABILITY = (8, 0)  # NVIDIA's GPUs from Ampere on; the older 
 
 
 class TorchEngine:
-    """PyTorch, in bfloat16 where the hardware has it: eager on a CPU, as CUDA graphs on a GPU; one copy of the weights."""
+    """PyTorch, in bfloat16 where the hardware has it; eager on a CPU, with CUDA graphs on a GPU. One copy of the weights."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class TorchEngine:
         return self._forward(images.to(self._device), subnetwork).cpu() if replayed is None else replayed
 
     def warm_up(self) -> None:
-        """Run every trained sub-network once, and on a GPU see how much memory an image takes, before any is captured."""
+        """Run every trained sub-network once, and on a GPU see how much memory an image takes; before `prepare`."""
         for subnetwork in self._model.config.subnetworks:
             self.run(self._blank_images(1), subnetwork)
         if self.is_on_gpu:
