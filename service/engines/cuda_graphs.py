@@ -130,7 +130,7 @@ class GraphCache:
         static.copy_(staging, non_blocking=True)
         graph = self._graphs[subnetwork][size]
         graph.replay()
-        return graph.logits[:count].cpu()  # waits for all of it
+        return graph.logits[:count].to("cpu", copy=True)  # waits for all of it
 
 
 class CudaDevice:
