@@ -8,7 +8,7 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -46,6 +46,7 @@ WARM_UPS = 5
 LEAST_GAIN = 0.8  # of the cheapest sub-network over the dearest, with graphs, at the largest batch
 SETTLE_S = 1.5  # NVML's utilization is of the last second at most
 MIB = 2**20
+READING_ERRORS = {"total_mib": 2.0, "free_mib": 256.0, "utilization": 0.3}
 CEILING, CEILING_ERROR, CEILING_S = 0.5, 0.1, 4.0
 STEPS = 8  # until the scale of float16's losses has come down to what gradients bear
 
@@ -64,6 +65,7 @@ class Setting:
         batch_sizes: to time, ascending.
         runs: of each that is timed.
         make_engine: makes one of a model, which it changes, in a precision; None for the fastest.
+        clock: in seconds.
     """
 
     device: torch.device
@@ -71,6 +73,7 @@ class Setting:
     batch_sizes: tuple[int, ...]
     runs: int
     make_engine: Callable[[SuperViT, Precision | None], TorchEngine]
+    clock: Callable[[], float] = time.perf_counter
 
     def engine(self, checkpoint: Checkpoint, precision: Precision | None = None) -> TorchEngine:
         """Make an engine of a copy of a checkpoint's model."""
@@ -161,15 +164,19 @@ def check_readings(setting: Setting) -> Found:
     with under_load(setting):
         time.sleep(SETTLE_S)
         monitor = Monitor()
-        ours = monitor.latest.gpus
-        theirs = read_smi()
         monitor.close()
-    found = {"monitor": [_readings(gpu) for gpu in ours], "nvidia-smi": theirs}
+        return compare_readings(monitor.latest.gpus, read_smi())
+
+
+def compare_readings(gpus: Sequence[GpuSnapshot], theirs: Sequence[Mapping[str, float]]) -> Found:
+    """Hold readings of the monitor against those of nvidia-smi, taken at nearly the same time, under load."""
+    ours = [_readings(gpu) for gpu in gpus]
+    found = {"monitor": ours, "nvidia-smi": theirs}
     require(len(ours) == len(theirs), f"other GPUs: {found}")
-    for one, other in zip(found["monitor"], theirs, strict=True):
-        for name, error in (("total_mib", 2), ("free_mib", 256), ("utilization", 0.3)):
+    for one, other in zip(ours, theirs, strict=True):
+        for name, error in READING_ERRORS.items():
             require(abs(one[name] - other[name]) <= error, f"{name} differs: {found}")
-    require(max(one["utilization"] for one in found["monitor"]) > 0, f"no load is seen: {found}")
+    require(any(one["utilization"] > 0 for one in ours), f"no load is seen: {found}")
     return found
 
 
@@ -237,7 +244,7 @@ def require_graphs(engine: TorchEngine, count: int) -> Captured:
 
 def _times(setting: Setting, checkpoint: Checkpoint, engine: TorchEngine) -> dict[int, dict[str, dict[str, float]]]:
     """Time the trained sub-networks, as the engine stands; by batch size."""
-    time_once = stopwatch(engine.run, checkpoint.config.image_side, setting.batch_sizes[-1])
+    time_once = stopwatch(engine.run, checkpoint.config.image_side, setting.batch_sizes[-1], setting.clock)
     rows: dict[int, dict[str, dict[str, float]]] = {}
     for size in setting.batch_sizes:
         seconds = {

@@ -17,10 +17,10 @@ class FakeGraph:
 class FakeGraphDevice:
     """Counts what is captured and replayed; `error` makes the next capture fail."""
 
-    total_bytes = 1000
     held_bytes = 10
 
-    def __init__(self) -> None:
+    def __init__(self, total_bytes: int = 1000) -> None:
+        self.total_bytes = total_bytes
         self.num_captures = self.num_replays = 0
         self.buffer_sizes: list[int] = []
         self.error: RuntimeError | None = None

@@ -105,6 +105,28 @@ def test_the_first_run_of_a_batch_does_not_count() -> None:
     assert max(measurement.spread[SMALL]) < 1e-9
 
 
+def test_what_prepares_a_batch_comes_before_its_run_and_its_time_does_not_count(
+    engine: FakeEngine, load: Callable[..., Measurement]
+) -> None:
+    prepared: list[Cell] = []
+
+    def prepare(subnetwork: SubNetwork, batch_size: int) -> None:
+        cell = subnetwork, batch_size
+        assert engine.count(cell) == prepared.count(cell)
+        prepared.append(cell)
+        engine.now += 10 * SLOW_S
+
+    table = load(prepare=prepare).table
+    assert set(prepared) == {(subnetwork, size) for subnetwork in (SMALL, LARGE) for size in BATCH_SIZES}
+    assert table.seconds[SMALL] == pytest.approx([seconds(SMALL, size) for size in BATCH_SIZES])
+
+
+def test_a_profile_says_that_batches_are_padded(load: Callable[..., Measurement]) -> None:
+    assert not load().table.is_padded
+    assert load(is_padded=True).table.is_padded  # measured before
+    assert load(is_padded=True, fresh=True).table.is_padded
+
+
 def test_a_disturbance_of_a_whole_round_leaves_no_trace_in_the_medians(engine: FakeEngine) -> None:
     def takes(subnetwork: SubNetwork, batch_size: int) -> float:
         return seconds(subnetwork, batch_size) * (5 if 13 <= len(disturbed.runs) <= 18 else 1)  # the second round
@@ -378,6 +400,18 @@ def test_latencies_are_measured_up_to_the_largest_batch_whatever_its_size(
         ran.add(len(images))
         return images[:, :, 0, 0].float()
 
-    kept = measure_latencies(checkpoint, "fake", run, folder=tmp_path, max_batch_size=largest, budget_s=0.0)
+    prepared: set[int] = set()
+    kept = measure_latencies(
+        checkpoint,
+        "fake",
+        run,
+        folder=tmp_path,
+        max_batch_size=largest,
+        prepare=lambda _, size: prepared.add(size),
+        is_padded=True,
+        budget_s=0.0,
+    )
     assert kept.table.batch_sizes == sizes
+    assert kept.table.is_padded
+    assert prepared == set(sizes)
     assert ran == set(sizes)

@@ -8,7 +8,9 @@ from models.checkpoint import Checkpoint
 from models.data.images import normalise
 from models.devices import DeviceError
 from models.subnetwork import SubNetwork
+from service.engines.base import Captured
 from service.engines.torch_engine import TorchEngine, growth_per_image, serving_dtype
+from tests.service.engines.fake_graphs import FakeGraphDevice
 
 
 @pytest.fixture
@@ -71,10 +73,43 @@ def test_warming_up_runs_every_trained_sub_network(checkpoint: Checkpoint) -> No
     assert not engine.is_on_gpu
 
 
+def test_a_cpu_captures_nothing(checkpoint: Checkpoint) -> None:
+    engine = TorchEngine(checkpoint.model, "cpu", 1)
+    engine.prepare(checkpoint.config.largest, 2)
+    assert engine.captured() is None
+    assert not engine.pads_batches
+
+
+@pytest.mark.usefixtures("capabilities")
+def test_what_is_prepared_runs_as_a_graph_and_all_else_kernel_by_kernel_with_the_same_answers(
+    checkpoint: Checkpoint, images: Tensor
+) -> None:
+    eager, device = TorchEngine(checkpoint.model, "cpu", 1), FakeGraphDevice()
+    engine = TorchEngine(checkpoint.model, "cpu", 1, graph_device=device)
+    assert engine.pads_batches
+    largest, *others = sorted(checkpoint.config.subnetworks, reverse=True)
+    engine.prepare(largest, 4)
+    assert engine.captured() == Captured(1, device.held_bytes)
+    torch.testing.assert_close(engine.run(images, largest), eager.run(images, largest))
+    assert device.num_replays == 1
+    for subnetwork in others:
+        assert torch.equal(engine.run(images, subnetwork), eager.run(images, subnetwork))
+    assert (device.num_captures, device.num_replays) == (1, 1)
+
+
+def test_figures_of_graphs_and_of_eager_kernels_are_kept_apart(checkpoint: Checkpoint) -> None:
+    eager = TorchEngine(checkpoint.model, "cpu", 1).describe()
+    engine = TorchEngine(checkpoint.model, "cpu", 1, graph_device=FakeGraphDevice())
+    assert engine.describe() == f"{eager}, CUDA graphs"
+    engine.prepare(checkpoint.config.largest, 1)
+    assert engine.describe() == f"{eager}, CUDA graphs"
+
+
 def test_a_gpu_bounds_batches_by_its_own_free_memory_at_the_largest_sub_network(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = TorchEngine(checkpoint.model, "cpu", 1)
+    device = FakeGraphDevice()
+    engine = TorchEngine(checkpoint.model, "cpu", 1, graph_device=device)
     peak = 0
 
     def reset(_: torch.device) -> None:
@@ -101,6 +136,15 @@ def test_a_gpu_bounds_batches_by_its_own_free_memory_at_the_largest_sub_network(
     free_bytes[gpu] = 0
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5000)
     assert engine.fitting_images() == 1  # nothing is free: a batch of one may still find its place, or fails alone
+    engine.prepare(checkpoint.config.largest, 2)
+    assert device.num_captures == 0  # what finds no place is not captured
+    free_bytes[gpu] = 750
+    engine.prepare(checkpoint.config.largest, 2)
+    assert device.num_captures == 1
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5010)
+    assert engine.fitting_images() == 2  # 750 bytes and the 10 that PyTorch keeps, which are the graph's
+    free_bytes[gpu] = 749
+    assert engine.fitting_images() == 1
 
 
 def test_what_is_set_aside_once_does_not_count_as_memory_of_an_image() -> None:
