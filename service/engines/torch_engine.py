@@ -19,7 +19,7 @@ BFLOAT16_COMPUTE_CAPABILITY = (8, 0)  # NVIDIA's GPUs from Ampere on; the older 
 
 
 class TorchEngine:
-    """PyTorch in bfloat16, where the hardware has it; eager on a CPU, with CUDA graphs on a GPU. One copy of weights."""
+    """PyTorch in bfloat16, where the hardware has it; on a GPU, with CUDA graphs. One copy of the weights."""
 
     def __init__(
         self,

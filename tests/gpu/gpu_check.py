@@ -139,7 +139,7 @@ def describe_device(device: torch.device) -> dict[str, object]:
         properties = torch.cuda.get_device_properties(device)
         capability = f"{properties.major}.{properties.minor}"
         facts |= {"name": properties.name, "capability": capability, "memory_bytes": properties.total_memory}
-        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call] # torch's
     return facts
 
 
