@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, Header, save_checkpoint
+from models.devices import DeviceError
 from models.flops import count_macs
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
@@ -82,13 +83,17 @@ def test_a_check_that_fails_or_breaks_stops_no_other(setting: Setting) -> None:
     def broken(_: Setting) -> dict[str, object]:
         raise ZeroDivisionError
 
+    def impossible(_: Setting) -> dict[str, object]:
+        raise DeviceError("it has no bfloat16")
+
     checks = {
         "wrong": Check(wrong, needs_gpu=False),
         "broken": Check(broken, needs_gpu=False),
+        "impossible": Check(impossible, needs_gpu=False),
         "right": Check(lambda _: {"figure": 1}, needs_gpu=False),
     }
     outcomes = run_checks(checks, setting)
-    assert [outcome["status"] for outcome in outcomes.values()] == ["failed", "failed", "passed"]
+    assert [outcome["status"] for outcome in outcomes.values()] == ["failed", "failed", "not run", "passed"]
     assert outcomes["wrong"]["reason"] == "it is 2"
     assert "ZeroDivisionError" in outcomes["broken"]["reason"]
     assert outcomes["right"]["found"] == {"figure": 1}
@@ -97,7 +102,11 @@ def test_a_check_that_fails_or_breaks_stops_no_other(setting: Setting) -> None:
 def test_one_check_that_fails_ends_in_status_1_with_all_of_them_written(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     options = ["--output", str(output), "--device", "cpu", "--checkpoints", "supervit-micro-cifar10"]
-    right, wrong = Check(lambda _: {}, needs_gpu=False), Check(lambda _: {}[""], needs_gpu=False)
+
+    def fail(_: Setting) -> dict[str, object]:
+        raise CheckFailedError("it is 2")
+
+    right, wrong = Check(lambda _: {}, needs_gpu=False), Check(fail, needs_gpu=False)
     assert main(options, {"wrong": wrong, "right": right}) == 1
     written = json.loads(output.read_text())["checks"]
     assert {name: outcome["status"] for name, outcome in written.items()} == {"wrong": "failed", "right": "passed"}
