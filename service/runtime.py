@@ -199,13 +199,13 @@ class ServerRuntime:
     def _prepare(self) -> Profiled | LatencyTable:
         self._goes_on()
         self._engine.warm_up()
+        if self._latencies is not None:
+            return self._latencies
         for batch_size in measured_batch_sizes(self._settings.max_batch_size):
             # The dear ones first: in what they need, the cheap ones find room.
             for subnetwork in reversed(self._checkpoint.config.subnetworks):
                 self._require_going_on()
                 self._engine.prepare(subnetwork, batch_size)
-        if self._latencies is not None:
-            return self._latencies
         return self._begin(
             self._checkpoint,
             self._engine.describe(),

@@ -119,7 +119,7 @@ class GraphCache:
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor | None:
         """Map (B, 3, S, S) uint8 images to (B, classes) float32 logits, both on the host, by the smallest graph.
 
-        None where there is no graph of less than twice their number: eager kernels then take less time.
+        None where there is no graph of less than twice their number: not half of a batch is computed in vain.
         """
         count = len(images)
         size = min((size for size in self._graphs[subnetwork] if count <= size < 2 * count), default=None)
