@@ -240,16 +240,8 @@ def _measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False)
     """Return the latencies, and the checkpoint with the profile of the precision that they are of."""
     threads = settings.threads or engine_threads(checkpoint, Monitor().latest.cores)
     engine, served = open_engine(checkpoint, settings.engine, settings.device, settings.precision, threads)
-    measured = measure_latencies(
-        served,
-        engine.describe(),
-        engine.run,
-        folder=settings.profile_folder,
-        max_batch_size=settings.max_batch_size,
-        prepare=engine.prepare,
-        is_padded=engine.pads_batches,
-        fresh=fresh,
-    )
+    folder, most = settings.profile_folder, settings.max_batch_size
+    measured = measure_latencies(served, engine, folder=folder, max_batch_size=most, fresh=fresh)
     return measured, served
 
 

@@ -11,7 +11,7 @@ from models.latency import LatencyTable
 from models.latency_estimate import Cell
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
-from service.engines.base import Prepare, Run
+from service.engines.base import Engine, Prepare, Run
 from service.engines.growing_profile import GrowingProfile, first_cells
 from service.engines.profile_files import ProfileFile
 from service.engines.profiler import (
@@ -102,13 +102,10 @@ def _measure_first(
 
 def measure_latencies(
     checkpoint: Checkpoint,
-    engine: str,
-    run: Run,
+    engine: Engine,
     *,
     folder: Path,
     max_batch_size: int,
-    prepare: Prepare = lambda *_: None,
-    is_padded: bool = False,
     fresh: bool = False,
     budget_s: float = BUDGET_S,
 ) -> Measurement:
@@ -116,25 +113,22 @@ def measure_latencies(
 
     Args:
         checkpoint: whose.
-        engine: its description of itself.
-        run: the engine's.
+        engine: runs it.
         folder: where the figures are kept.
         max_batch_size: largest batch to measure.
-        prepare: the engine's.
-        is_padded: as of a LatencyTable.
         fresh: measure even if there are figures.
         budget_s: time after which no further round begins.
     """
     return load_or_measure(
         folder,
-        run,
+        engine.run,
         image_side=checkpoint.config.image_side,
         subnetworks=tuple(extended_profile(checkpoint).by_subnetwork),
         batch_sizes=measured_batch_sizes(max_batch_size),
         checkpoint_version=checkpoint.version,
-        engine=engine,
-        prepare=prepare,
-        is_padded=is_padded,
+        engine=engine.describe(),
+        prepare=engine.prepare,
+        is_padded=engine.pads_batches,
         fresh=fresh,
         budget_s=budget_s,
     )
