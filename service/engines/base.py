@@ -51,7 +51,7 @@ class Engine(Protocol):
         ...
 
     def prepare(self, subnetwork: SubNetwork, batch_size: int) -> None:
-        """Do what makes later batches of this size fast, beyond running one; no request should wait for it."""
+        """Do what makes later batches of this size fast, beyond running one; not while requests wait."""
         ...
 
     def captured(self) -> Captured | None:

@@ -1,7 +1,7 @@
 """Runs batches as CUDA graphs: a whole forward pass is launched at once instead of kernel by kernel.
 
 A graph is of one sub-network and one batch size; a smaller batch runs in its first rows. What is captured, and when, is
-told by others: no request waits for a capture. Only `CudaDevice` touches CUDA.
+told by others; running a batch captures nothing. Only `CudaDevice` touches CUDA.
 """
 
 import logging
