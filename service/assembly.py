@@ -1,5 +1,6 @@
 """Wires the rooms of a server that is about to take requests: scheduler, batcher, decoder, pipeline."""
 
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -7,15 +8,18 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
+from models.supervit import SuperViT
 from service.decoding import images
 from service.decoding.decoder import Decoder
 from service.engines.base import Engine
 from service.engines.growing_profile import GrowingProfile, Prediction, untimed_shapes
 from service.engines.profile_files import ProfileFile
 from service.engines.profile_store import extended_profile
-from service.engines.profiler import stopwatch
+from service.engines.profiler import cells_of, stopwatch
 from service.execution.batcher import Batcher
 from service.execution.explainer import Explainer
 from service.execution.idle_profiling import IdleProfiler
@@ -114,9 +118,15 @@ def assemble(
     def describe() -> SubNetworksAnswer:
         return describe_family(checkpoint, scheduler.catalog, engine.describe(), measured_at, latencies.batch_sizes)
 
-    explainer = Explainer(checkpoint.model, decoder)
+    explainer = Explainer(_model_to_explain(checkpoint, engine), decoder)
     server = ReadyServer(pipeline, scheduler, describe, lambda: 1.0 if idle is None else idle.measured_share, explainer)
     return Assembled(server, batcher, decoder, idle)
+
+
+def _model_to_explain(checkpoint: Checkpoint, engine: Engine) -> SuperViT:
+    """Return the engine's own model, or of one on a GPU a copy: no other thread may use a GPU that captures a graph."""
+    model = checkpoint.model
+    return copy.deepcopy(model).to("cpu", torch.float32) if engine.is_on_gpu else model
 
 
 def _make_decoder(settings: Settings, checkpoint: Checkpoint) -> Decoder:
@@ -141,7 +151,12 @@ def _make_idle(
     observe_machine: Callable[[], float],
 ) -> IdleProfiler:
     """Make what completes a profile, and tells the scheduler and the metrics of it."""
-    catalog = scheduler.catalog
+    catalog, image_side = scheduler.catalog, checkpoint.config.image_side
+    if engine.pads_batches:  # the start prepares the trained sub-networks
+        untrained = [row.subnetwork for row in extended_profile(checkpoint).rows if not row.is_trained]
+        shapes = cells_of(untrained, profile.batch_sizes)
+    else:
+        shapes = untimed_shapes(checkpoint.config.subnetworks, profile.batch_sizes)
     metrics.profile.began(checkpoint.name, profile.began_at, catalog.best.top1)
 
     def publish(latencies: Prediction) -> None:
@@ -152,11 +167,11 @@ def _make_idle(
     return IdleProfiler(
         profile,
         file,
-        stopwatch(engine.run, checkpoint.config.image_side, settings.max_batch_size, time.monotonic),
+        stopwatch(engine.run, image_side, settings.max_batch_size, time.monotonic, engine.prepare),
         scheduler,
         publish,
         settings.default_budget_ms / 1000,
-        shapes=untimed_shapes(checkpoint.config.subnetworks, profile.batch_sizes),
+        shapes=shapes,
         limiter=limiter,
         observe_machine=observe_machine,
     )

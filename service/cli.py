@@ -241,7 +241,7 @@ def _measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False)
     threads = settings.threads or engine_threads(checkpoint, Monitor().latest.cores)
     engine, served = open_engine(checkpoint, settings.engine, settings.device, settings.precision, threads)
     folder, most = settings.profile_folder, settings.max_batch_size
-    measured = measure_latencies(served, engine.describe(), engine.run, folder=folder, max_batch_size=most, fresh=fresh)
+    measured = measure_latencies(served, engine, folder=folder, max_batch_size=most, fresh=fresh)
     return measured, served
 
 

@@ -71,6 +71,7 @@ NOT_RUN = {
     "supervit simulate": "measures this machine for minutes first; tests/service/simulation/test_report.py",
     "python -m models.training.": "needs the weights of a training of hours; tests/models/training",
     "python -m tests.benchmarks.": "takes minutes to hours of a machine that does nothing else",
+    "python -m tests.gpu.gpu_check": "needs a GPU; tests/gpu/test_gpu_check.py runs what needs none",
     "cp runs/": "copies what a training of hours has made",
     "docker ": "needs Docker; tests/deploy/test_container.py and test_compose.py read its files",
     "kubectl ": "needs a cluster; tests/deploy/test_kubernetes.py renders and checks the manifests",
