@@ -30,8 +30,8 @@ from models.files.sources import find_checkpoint
 from models.processes import joined_processes
 from models.profiles import ProfileTable
 from models.training.recipe import Recipe
-from service.client import Classify, classify, first_problem, make_settings
 from service.command_options import Evaluate, Profile, Quantize, file_to_write
+from service.commands.classify import Classify, classify, first_problem, make_settings
 from service.engines.factory import engine_threads, open_engine
 from service.engines.profile_store import extended_profile, measure_latencies
 from service.engines.profiler import Measurement

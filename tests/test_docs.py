@@ -7,8 +7,8 @@ import pytest
 
 from models.conversion.options import Convert
 from models.training.recipe import Recipe
-from service.client import Classify
 from service.command_options import Evaluate, Profile, Quantize
+from service.commands.classify import Classify
 from service.settings import Settings
 from service.simulation.report import Simulate
 

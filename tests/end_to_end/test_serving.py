@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -243,6 +244,13 @@ def test_the_curl_commands_of_the_readme_are_answered(url: str) -> None:
         words = shlex.split(command.replace("http://127.0.0.1:8000", url))
         done = subprocess.run([*words, "--silent"], cwd=PHOTOGRAPH.parent, capture_output=True, text=True, check=True)
         assert json.loads(done.stdout)["deadline_met"]
+
+
+def test_the_client_of_the_readme_is_answered(url: str) -> None:
+    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    program = [sys.executable, "-c", example.replace("http://127.0.0.1:8000", url).replace("budget_ms=300", "top_k=1")]
+    done = subprocess.run(program, cwd=PHOTOGRAPH.parent, capture_output=True, text=True, check=True)
+    assert "within 2.3 GFLOPs" in done.stdout or "nothing else waits" in done.stdout
 
 
 def test_a_stopping_server_answers_those_it_has_admitted(tmp_path: Path) -> None:

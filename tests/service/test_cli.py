@@ -15,7 +15,7 @@ from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from models.supervit import DEIT_SMALL, SuperViT
 from service.cli import main
-from service.client import Classify, classify
+from service.commands.classify import Classify, classify
 from service.engines.torch_engine import TorchEngine
 from service.errors import CommandError
 from service.hosting.serve import allow_connections, plan_workers, serve, share_out, supervise

@@ -1,0 +1,1 @@
+"""The commands, one module each: what a command is told, and what it does."""
