@@ -30,6 +30,7 @@ from models.files.sources import find_checkpoint
 from models.processes import joined_processes
 from models.profiles import ProfileTable
 from models.training.recipe import Recipe
+from service.bench.options import Bench
 from service.command_options import Evaluate, Profile, Quantize, file_to_write
 from service.commands.classify import Classify, classify, first_problem, make_settings
 from service.engines.factory import engine_threads, open_engine
@@ -62,6 +63,7 @@ class Supervit(BaseSettings):
     quantize: CliSubCommand[Quantize] = Field(description="prepare a checkpoint for CPUs that are fastest in 8 bits")
     profile: CliSubCommand[Profile] = Field(description="measure the latency of every sub-network on this machine")
     simulate: CliSubCommand[Simulate] = Field(description="replay traffic against this machine's profile")
+    bench: CliSubCommand[Bench] = Field(description="send a server traffic and measure how it does")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,6 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
                 profile(command)
             case Simulate():
                 replay(command)
+            case Bench():
+                send_load(command)
     except BrokenPipeError:  # the reader of our output has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its exit
         return 1
@@ -236,6 +240,15 @@ def replay(command: Simulate) -> None:
     print(simulate(command, extended_profile(served), measurement.table))
 
 
+def send_load(command: Bench) -> None:
+    """Print how a server does under traffic."""
+    from rich.console import Console
+
+    if command.plot_file:
+        _import_extra("models.evaluation.plots", "bench")
+    _import_extra("service.bench.run", "bench").bench(command, Console())
+
+
 def _measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False) -> tuple[Measurement, Checkpoint]:
     """Return the latencies, and the checkpoint with the profile of the precision that they are of."""
     threads = settings.threads or engine_threads(checkpoint, Monitor().latest.cores)
@@ -245,11 +258,11 @@ def _measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False)
     return measured, served
 
 
-def _import_extra(module: str) -> ModuleType:
+def _import_extra(module: str, extra: str = "train") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed: install this project with its extra, pip install '.[train]'"
+        message = f"{error.name} is not installed: install this project with its extra, pip install '.[{extra}]'"
         raise CommandError(message) from error
 
 
