@@ -4,7 +4,6 @@ from models.data.images import normalise
 from models.subnetwork import SuperViTConfig
 from service.decoding.images import decode_image
 
-DEFAULT_SIDE_PX = 224  # where a model takes any
 MAX_PIXELS = 50_000_000
 
 
@@ -13,7 +12,7 @@ def to_pixels(image: bytes, side: int, datatype: str) -> bytes:
 
     Args:
         image: a file.
-        side: S in pixels; -1 where the model takes any.
+        side: S in pixels.
         datatype: "UINT8", or "FP32", normalised by ImageNet's mean and standard deviation.
 
     Returns:
@@ -23,7 +22,7 @@ def to_pixels(image: bytes, side: int, datatype: str) -> bytes:
         InvalidImageError, ImageTooLargeError, UnsupportedMediaError: it cannot be decoded.
     """
     # Of a model of another kind; its side and the normalisation are all that counts here.
-    config = SuperViTConfig(patch_kernel=1, patch_grids=(side if side > 0 else DEFAULT_SIDE_PX,))
+    config = SuperViTConfig(patch_kernel=1, patch_grids=(side,))
     pixels = decode_image(image, config, MAX_PIXELS)
     if datatype == "UINT8":
         return pixels.numpy().tobytes()

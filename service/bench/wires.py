@@ -20,6 +20,8 @@ from service.http.schemas import ClassifyAnswer, ErrorAnswer
 from service.simulation.arrivals import Arrival
 
 OK = "ok"
+CHANNELS = 3
+DEFAULT_SIDE_PX = 224  # where a model takes any
 LENGTH_HEADER = "Inference-Header-Content-Length"
 
 
@@ -133,32 +135,43 @@ class V2Wire:
             raise CommandError(f"{model}: the server does not describe it as the protocol says") from error
         self._path = f"{self.path(model)}/infer"
         self._input, self._output, self._class_names = described.inputs[0], described.outputs[0], class_names
-        if self._input.datatype not in ("BYTES", "FP32", "UINT8") or len(described.inputs) > 1:
-            taken = ", ".join(f"{tensor.name} of {tensor.datatype}" for tensor in described.inputs)
-            raise CommandError(f"{model}: one input of BYTES, FP32 or UINT8 is wanted; it takes {taken}")
+        if len(described.inputs) > 1 or not (self._takes_files or self._takes_pixels):
+            taken = ", ".join(f"{tensor.name}, {tensor.datatype} of {tensor.shape}" for tensor in described.inputs)
+            raise CommandError(f"{model}: one input of files (BYTES) or (3, S, S) pixels is wanted; it takes {taken}")
+
+    @property
+    def _takes_files(self) -> bool:
+        return self._input.datatype == "BYTES"
+
+    @property
+    def _takes_pixels(self) -> bool:
+        shape = self._input.shape
+        return self._input.datatype in ("FP32", "UINT8") and len(shape) in (3, 4) and shape[-3] in (CHANNELS, -1)
+
+    @property
+    def _side_px(self) -> int:
+        return self._input.shape[-1] if self._input.shape[-1] > 0 else DEFAULT_SIDE_PX
 
     def encode(self, image: bytes) -> bytes:
         """Send the file with its length before it, or its pixels."""
-        if self._input.datatype == "BYTES":
+        if self._takes_files:
             return struct.pack("<I", len(image)) + image
         from service.bench.pixels import to_pixels  # PyTorch takes seconds, and most models take files
 
-        return to_pixels(image, self._input.shape[-1], self._input.datatype)
+        return to_pixels(image, self._side_px, self._input.datatype)
 
     def request(self, encoded: bytes, arrival: Arrival) -> Request:
         """Put the tensor behind a JSON header, with the budgets among its parameters."""
-        tensor = self._input
-        shape = [1] * len(tensor.shape) if tensor.datatype == "BYTES" else [1, 3, *tensor.shape[-2:]]
-        sizes = {"binary_data_size": len(encoded)}
-        head = json.dumps(
-            {
-                "parameters": _parameters(arrival),
-                "inputs": [
-                    {"name": tensor.name, "datatype": tensor.datatype, "shape": shape, "parameters": sizes},
-                ],
-                "outputs": [{"name": self._output.name, "parameters": {"classification": 1, "binary_data": False}}],
-            }
-        ).encode()
+        image = [] if self._takes_files else [CHANNELS, self._side_px, self._side_px]
+        tensor = {
+            "name": self._input.name,
+            "datatype": self._input.datatype,
+            "shape": [1] * (len(self._input.shape) - len(image)) + image,
+            "parameters": {"binary_data_size": len(encoded)},
+        }
+        output = {"name": self._output.name, "parameters": {"classification": 1, "binary_data": False}}
+        said = {"parameters": _parameters(arrival), "inputs": [tensor], "outputs": [output]}
+        head = json.dumps(said).encode()
         return Request(self._path, head + encoded, {LENGTH_HEADER: str(len(head))})
 
     def read(self, status: int, body: bytes) -> Reply:
