@@ -242,11 +242,9 @@ def replay(command: Simulate) -> None:
 
 def send_load(command: Bench) -> None:
     """Print how a server does under traffic."""
-    from rich.console import Console
-
     if command.plot_file:
         _import_extra("models.evaluation.plots", "bench")
-    _import_extra("service.bench.run", "bench").bench(command, Console())
+    _import_extra("service.commands.bench", "bench").bench(command)
 
 
 def _measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False) -> tuple[Measurement, Checkpoint]:

@@ -1,20 +1,66 @@
-"""The figures of a run as a table for a terminal, a column for each rate. rich enters the benchmark here."""
+"""The `bench` command: sends a server traffic, and prints, writes and draws how it did. Measures nothing itself."""
 
+import asyncio
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from models.files.checkpoint_errors import shown
+from service.bench.connections import Connections
 from service.bench.figures import Figures
+from service.bench.generator import Exchange
+from service.bench.measure import Connect, measure
+from service.bench.options import STDOUT, Bench
 
 SHOWN = 3  # sub-networks of the mix
 # Half of what is a tight budget on a fast server: a generator that is later than that measures itself.
 LATE_MS = 10.0
 
 
+def bench(command: Bench, console: Console | None = None, connect: Connect = Connections) -> None:
+    """Send a server requests at every rate, and show what it made of them.
+
+    Args:
+        command: what is sent, and where to.
+        console: that the table is printed on; stdout by default.
+        connect: see `measure`, whose errors are raised, too.
+
+    Raises:
+        OSError: a file cannot be written.
+        ModuleNotFoundError: there is no matplotlib to draw with.
+    """
+    if command.plot_file is not None:
+        from models.evaluation.plots import plot_bench  # matplotlib comes with an extra only
+    console = console or Console()
+    for path in filter(None, (command.json_file, command.plot_file)):
+        if path != STDOUT:
+            path.touch()  # fails now rather than after the measurement
+    runs = asyncio.run(measure(command, connect))
+    figures = [run.figures for run in runs]
+    options = command.model_dump(mode="json", exclude_none=True)
+    text = json.dumps({"options": options, "runs": [asdict(each) for each in figures]}, indent=2) + "\n"
+    if command.json_file == STDOUT:
+        console.out(text, end="", highlight=False)
+    else:
+        console.print(table_of(figures))
+        if command.json_file is not None:
+            command.json_file.write_text(text)
+    if command.plot_file is not None:
+        courses = {f"{run.rate:.4g}/s": [_point(exchange) for exchange in run.exchanges] for run in runs}
+        plot_bench(courses, command.plot_file)
+
+
+def _point(exchange: Exchange) -> tuple[float, float | None, bool]:
+    latency_s = exchange.latency_s if exchange.reply.is_answer else None
+    return exchange.planned.arrival.at, latency_s, exchange.is_in_time
+
+
 def table_of(figures: Sequence[Figures]) -> Table:
-    """Lay figures out; what a server has said is shown without its control characters."""
+    """Lay figures out, a column for each rate; what a server has said is shown without its control characters."""
     table = Table(title="open loop, times from when each request was due", caption=_caption(figures))
     table.add_column("requests/s")
     for each in figures:

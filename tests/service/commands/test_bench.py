@@ -8,10 +8,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from service.bench.figures import Figures
+from service.bench.generator import Exchange, Planned
 from service.bench.options import Bench
-from service.bench.run import bench
-from service.bench.wires import Request
+from service.bench.wires import Reply, Request
+from service.commands.bench import bench, table_of
 from service.errors import CommandError, ConnectionFailedError, NoAnswerError
+from service.simulation.arrivals import Arrival
 from tests.service.wire_answers import ANSWER, refusal
 
 Answer = tuple[int, bytes] | NoAnswerError
@@ -126,6 +129,14 @@ def test_a_terminal_obeys_no_server(at_once: Path) -> None:
     shown = run(FakeServer(READY, lambda _: (429, hostile)), trace=at_once)
     assert "\x1b" not in shown
     assert r"\x1b]0;mine\x07[bold]" in shown
+
+
+@pytest.mark.parametrize(("late_s", "warned"), [(0.002, False), (0.05, True)])
+def test_a_generator_that_cannot_keep_up_says_so(late_s: float, warned: bool) -> None:
+    exchange = Exchange(Planned(Arrival(0.0, 0.1), 0, None), late_s, 0.06, Reply("ok"))
+    output = io.StringIO()
+    Console(file=output).print(table_of([Figures.of(10, [exchange], 1)]))
+    assert ("could not keep up" in " ".join(output.getvalue().split())) == warned
 
 
 def test_each_rate_has_its_column() -> None:

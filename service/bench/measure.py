@@ -1,21 +1,17 @@
-"""Behind `supervit bench`: photographs are sent to a server, and how it did is printed, written and drawn."""
+"""A measurement, from the options to what became of each request: puts photographs, arrivals and a server together."""
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Protocol
-
-from rich.console import Console
 
 from service.bench.connections import Connections
 from service.bench.figures import Figures
 from service.bench.generator import Exchange, Planned, open_loop
-from service.bench.options import STDOUT, Bench
+from service.bench.options import Bench
 from service.bench.photos import Photo, read_photos
-from service.bench.table import table_of
 from service.bench.wires import Reply, Request, SupervitWire, V2Wire, Wire
 from service.errors import CommandError, NoAnswerError
 
@@ -46,44 +42,19 @@ class Run:
         return Figures.of(self.rate, self.exchanges, self.duration_s)
 
 
-def bench(command: Bench, console: Console, connect: Connect = Connections) -> None:
-    """Send a server requests at every rate, and print, write and draw what it made of them.
+async def measure(command: Bench, connect: Connect = Connections) -> list[Run]:
+    """Send the requests of every rate, one rate after the other.
 
     Args:
-        command: what is sent.
-        console: that the table is printed on.
+        command: what is sent, and where to.
         connect: opens connections to a URL, whose requests may take so many seconds.
 
     Raises:
-        CommandError: there are no photographs, or the model takes none.
+        CommandError: there are no photographs, the model takes none, or the server is not ready.
         InvalidParameterError: no request arrives, or too many.
         NoAnswerError: the server cannot be reached.
-        OSError: a file cannot be read or written.
-        ModuleNotFoundError: there is no matplotlib to draw with.
+        OSError: a file cannot be read.
     """
-    for path in filter(None, (command.json_file, command.plot_file)):
-        if path != STDOUT:
-            path.touch()  # fails now rather than after the measurement
-    runs = asyncio.run(measure(command, connect))
-    figures = [run.figures for run in runs]
-    if command.json_file is not None:
-        options = command.model_dump(mode="json", exclude_none=True)
-        text = json.dumps({"options": options, "runs": [asdict(each) for each in figures]}, indent=2) + "\n"
-        if command.json_file == STDOUT:
-            console.out(text, end="", highlight=False)
-        else:
-            command.json_file.write_text(text)
-    if command.json_file != STDOUT:
-        console.print(table_of(figures))
-    if command.plot_file is not None:
-        from models.evaluation.plots import plot_bench  # matplotlib comes with an extra only
-
-        courses = {f"{run.rate:.4g}/s": [_point(exchange) for exchange in run.exchanges] for run in runs}
-        plot_bench(courses, command.plot_file)
-
-
-async def measure(command: Bench, connect: Connect) -> list[Run]:
-    """Send the requests of every rate, one rate after the other."""
     photos = await asyncio.to_thread(read_photos, command.images, command.seed)
     drawn = list(command.draws_at(command.rates))
     longest_s = max(arrival.budget_s for _, arrivals in drawn for arrival in arrivals)
@@ -117,8 +88,3 @@ async def _wire(command: Bench, sender: Sender, photos: Sequence[Photo]) -> Wire
     if command.model is None:
         return SupervitWire()
     return V2Wire(command.model, body, sorted({photo.label for photo in photos if photo.label is not None}))
-
-
-def _point(exchange: Exchange) -> tuple[float, float | None, bool]:
-    latency_s = exchange.latency_s if exchange.reply.is_answer else None
-    return exchange.planned.arrival.at, latency_s, exchange.is_in_time
