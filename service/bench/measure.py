@@ -70,10 +70,10 @@ async def measure(command: Bench, connect: Connect = Connections) -> list[Run]:
                 return Reply(error.code)
 
         for rate, arrivals in drawn:
-            places = [number % len(photos) for number in range(len(arrivals))]
-            plan = [
-                Planned(arrival, place, photos[place].label) for arrival, place in zip(arrivals, places, strict=True)
-            ]
+            plan = []
+            for number, arrival in enumerate(arrivals):
+                place = number % len(photos)
+                plan.append(Planned(arrival, place, photos[place].label))
             duration_s = command.duration_s if command.trace is None else max(1.0, arrivals[-1].at)
             runs.append(Run(rate, await open_loop(plan, ask), duration_s))
     return runs
