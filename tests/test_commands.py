@@ -70,7 +70,7 @@ NOT_RUN = {
     "supervit evaluate": "takes minutes to hours, on images of the reader's; tests/service/test_cli.py has small ones",
     "supervit quantize": "takes minutes to hours, on images of the reader's; tests/service/test_quantize.py has some",
     "supervit profile": "measures this machine for minutes; tests/service/engines/test_profiler.py",
-    "supervit bench http://127.0.0.1:8001": "needs a server of others; tests/service/commands/test_bench.py has a fake one",
+    "supervit bench http://127.0.0.1:8001": "needs another server; tests/service/commands/test_bench.py fakes one",
     "supervit simulate": "measures this machine for minutes first; tests/service/simulation/test_report.py",
     "python -m models.training.": "needs the weights of a training of hours; tests/models/training",
     "python -m tests.benchmarks.": "takes minutes to hours of a machine that does nothing else",
