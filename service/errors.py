@@ -162,8 +162,13 @@ class CommandError(Exception):
     """A command cannot do what it was asked; the message says why."""
 
 
+class WrongUsageError(CommandError):
+    """The words of a command make no sense; the message says which."""
+
+
 # What pydantic finds wrong with a value, by its own name for it, in our words; `%(name)` is a bound of the field's.
 PROBLEMS = {
+    "bool_parsing": "true or false is wanted",
     "extra_forbidden": "there is no parameter of that name",
     "finite_number": "a finite number is wanted",
     "float_parsing": "a number is wanted",
@@ -176,6 +181,12 @@ PROBLEMS = {
     "int_type": "a whole number is wanted",
     "less_than": "less than %(lt)g is wanted",
     "less_than_equal": "at most %(le)g is wanted",
+    "literal_error": "%(expected)s is wanted",
+    "missing": "a value is missing",
+    "string_pattern_mismatch": "a text of another form is wanted",
+    "string_too_short": "a longer text is wanted",
+    "too_long": "at most %(max_length)d values are wanted",
+    "too_short": "at least %(min_length)d values are wanted",
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from service.client import Classify, classify
 
 from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
 from models.files.sources import find_checkpoint
@@ -15,7 +16,6 @@ from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from models.supervit import DEIT_SMALL, SuperViT
 from service.cli import main
-from service.client import Classify, classify
 from service.engines.torch_engine import TorchEngine
 from service.errors import CommandError
 from service.hosting.serve import allow_connections, plan_workers, serve, share_out, supervise
