@@ -1,7 +1,7 @@
 """Draws what a sub-network looked at: a photo under its patch grid, and what each block that prunes has left of it."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,12 @@ SCALE = 2  # pixels of the file for one of the layout, so that it is sharp on an
 PANEL_PX, GAP_PX, MARGIN_PX = 300, 24, 32
 MOST_COLUMNS = 4
 TITLE_PX, TEXT_PX = 26, 15
-PAPER, INK, FAINT = (252, 252, 250), (24, 26, 29), (112, 116, 122)
-BAR, TRACK = (18, 122, 112), (228, 231, 229)
-# Of the paper over what the model does not see, and over the patches that are dropped; of white in the grid's lines.
-OUTSIDE_SHARE, DROPPED_SHARE, LINE_SHARE = 0.6, 0.86, 0.3
+PAPER, INK, FAINT = (19, 21, 24), (240, 242, 243), (150, 156, 163)  # dark, or white photos would have no edge
+BAR, TRACK = (64, 196, 178), (44, 48, 53)
+# Of the paper over what the model does not see, and over the patches that are dropped.
+OUTSIDE_SHARE, DROPPED_SHARE = 0.6, 0.82
+# Of white in the lines between patches, and around those that are kept.
+LINE_SHARE, EDGE_SHARE = 0.14, 0.85
 
 Box = tuple[int, int, int, int]
 
@@ -86,7 +88,7 @@ def draw(data: bytes, answer: ExplainAnswer, path: Path) -> None:
         raise CommandError("the photo is classified, but it cannot be drawn: Pillow does not read it") from error
     view = View.of(photo, answer.explanation.seen_share, answer.subnetwork.patch_grid)
     total = view.grid**2
-    panels = [(draw_patches(view, range(total)), f"{view.grid} x {view.grid} patches", "what it begins with")]
+    panels = [(draw_patches(view, range(total)), f"{view.grid} x {view.grid} patches", "all that it sees")]
     for pruning in answer.explanation.prunings:
         left = f"{len(pruning.kept)} of {total} are left, {len(pruning.kept) / total:.0%}"
         panels.append((draw_patches(view, pruning.kept), f"Block {pruning.block}", left))
@@ -96,21 +98,33 @@ def draw(data: bytes, answer: ExplainAnswer, path: Path) -> None:
 
 
 def draw_patches(view: View, kept: Sequence[int]) -> Image.Image:
-    """Draw the photo, veiled where the model does not look and where a patch is dropped."""
-    veil = Image.new("L", view.photo.size, round(255 * OUTSIDE_SHARE))
-    pencil = ImageDraw.Draw(veil)
+    """Draw the photo, dimmed where the model does not look and where a patch is dropped."""
+    size = view.photo.size
+    veil, lines = Image.new("L", size, round(255 * OUTSIDE_SHARE)), Image.new("L", size, 0)
+    dim, line = ImageDraw.Draw(veil), ImageDraw.Draw(lines)
     for number in range(view.grid**2):
         left, top, right, bottom = view.patch(number)
-        share = 0.0 if number in kept else DROPPED_SHARE
-        pencil.rectangle((left, top, right - 1, bottom - 1), fill=round(255 * share))
-    drawn = Image.composite(Image.new("RGB", view.photo.size, PAPER), view.photo, veil)
-    lines = Image.new("L", view.photo.size, 0)
-    pencil = ImageDraw.Draw(lines)
-    for number in range(view.grid**2):
-        left, top, right, bottom = view.patch(number)
-        pencil.rectangle((left, top, right, bottom), outline=round(255 * LINE_SHARE), width=SCALE)
+        is_kept = number in kept
+        dim.rectangle((left, top, right - 1, bottom - 1), fill=0 if is_kept else round(255 * DROPPED_SHARE))
+        line.rectangle((left, top, right, bottom), outline=round(255 * LINE_SHARE), width=SCALE)
+    for number in kept:
+        for neighbour, edge in _edges(view, number):
+            if neighbour not in kept:
+                line.line(edge, fill=round(255 * EDGE_SHARE), width=SCALE)
+    drawn = Image.composite(Image.new("RGB", size, PAPER), view.photo, veil)
     drawn.paste((255, 255, 255), mask=lines)
     return drawn
+
+
+def _edges(view: View, number: int) -> Iterator[tuple[int | None, Box]]:
+    """Yield the neighbour beyond each edge of a patch, None where the square ends, and the edge as a line."""
+    left, top, right, bottom = view.patch(number)
+    row, column = divmod(number, view.grid)
+    last = view.grid - 1
+    yield number - view.grid if row else None, (left, top, right, top)
+    yield number + view.grid if row < last else None, (left, bottom, right, bottom)
+    yield number - 1 if column else None, (left, top, left, bottom)
+    yield number + 1 if column < last else None, (right, top, right, bottom)
 
 
 def _sheet(panels: Sequence[tuple[Image.Image, str, str]], answer: ExplainAnswer) -> Image.Image:
