@@ -4,11 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-from service.client import Classify
-from service.command_options import Evaluate, Profile, Quantize
 
 from models.conversion.options import Convert
 from models.training.recipe import Recipe
+from service.commands.options import Classify, Evaluate, Profile, Quantize
 from service.settings import Settings
 from service.simulation.report import Simulate
 

@@ -13,12 +13,13 @@ from service.domain import InferenceRequest
 from service.errors import InvalidParameterError, ServiceError, UploadTimeoutError
 from service.http.connections import RequestsByAddress
 from service.http.context import RouteContext
+from service.http.descriptions import describe_answer
 from service.http.disconnects import ClientWatch
 from service.http.early_rejection import RESERVED
 from service.http.error_responses import ErrorAnswers, describe_error
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import ClassifyQuery, parse_parameters, parse_query
-from service.http.schemas import ClassifyAnswer, describe_answer
+from service.http.schemas import ClassifyAnswer
 from service.http.uploads import BodyKind, kind_of_body, read_form, read_image, read_json
 from service.pipeline import Pipeline, Read
 from service.scheduling.state import QueuedRequest

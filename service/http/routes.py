@@ -12,10 +12,10 @@ from service.domain import InferenceRequest
 from service.errors import NotReadyError, ServiceError
 from service.http.classify import Handle
 from service.http.context import RouteContext
+from service.http.descriptions import describe_forecast
 from service.http.events import HEADERS as EVENTS_HEADERS
 from service.http.events import EventStream, LiveFeed, describe_events, is_stopping
 from service.http.explain import make_explain
-from service.http.family import SubNetworksAnswer
 from service.http.forms import FIELD, MAX_IMAGES
 from service.http.queries import (
     ClassifyQuery,
@@ -36,7 +36,7 @@ from service.http.schemas import (
     ReadyAnswer,
     ResourcesAnswer,
     ResultsAnswer,
-    describe_forecast,
+    SubNetworksAnswer,
 )
 from service.telemetry.live import read_sample
 from service.telemetry.metrics import CONTENT_TYPE

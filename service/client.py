@@ -1,0 +1,187 @@
+"""A client of a SuperViT server: typed answers, typed errors, and further tries as long as there is time.
+
+    with Client("http://127.0.0.1:8000") as client:
+        answer = client.classify("dalmatian.jpg", budget_gflops=2.3, budget_ms=300)
+        print(answer.predictions[0].label, answer.subnetwork.gflops)
+
+`AsyncClient` is the same to be awaited. Both only send and sleep: what is sent, when again, and what an answer says is
+decided in `tries`. Errors are those of `service.errors`, raised anew from what the server says.
+"""
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import IO, Self, Unpack
+
+import httpx
+
+from service.errors import InvalidParameterError
+from service.http.schemas import ClassifyAnswer, ExplainAnswer, ReadyAnswer, SubNetworksAnswer
+from service.tries import Answer, Call, ClassifyOptions, Clock, Patience, Pause, Reply, Tries
+
+TIMEOUT_S = 60.0
+MAX_RETRIES = 2
+
+Image = bytes | str | os.PathLike[str] | IO[bytes]
+
+
+class Client:
+    """Asks a server, and waits for its answers; to be closed, or used in a `with` block. Threads may share it."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        max_retries: int = MAX_RETRIES,
+        transport: httpx.BaseTransport | None = None,
+        clock: Clock = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        draw: Clock = random.random,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            url: of the server, such as http://127.0.0.1:8000.
+            timeout_s: longest silence of the server that is borne, and how long a request without a budget is tried.
+            max_retries: most further tries of a request.
+            transport: carries the requests; the network's by default.
+            clock: monotonic, in seconds.
+            sleep: waits for so many seconds.
+            draw: a random number of 0..1, by which clients that were rejected together do not come back together.
+
+        Raises:
+            InvalidParameterError: that is no URL of a server.
+        """
+        self._http = httpx.Client(base_url=_checked(url), timeout=timeout_s, transport=transport)
+        self._patience = Patience(timeout_s, max_retries, clock, draw)
+        self._sleep = sleep
+
+    def classify(self, image: Image, **options: Unpack[ClassifyOptions]) -> ClassifyAnswer:
+        """Ask what an image shows.
+
+        Args:
+            image: the bytes of a file, the path of one, or an open one.
+            options: see `ClassifyOptions`.
+
+        Raises:
+            ServiceError: as `service.errors` has them, such as OverloadedError, DeadlineError, InvalidImageError.
+            NoAnswerError: there is no server, or it does not answer as one.
+            OSError: the file cannot be read.
+        """
+        return self._ask(Tries.of_classify(self._patience, _read_image(image), options))
+
+    def explain(self, image: Image, **options: Unpack[ClassifyOptions]) -> ExplainAnswer:
+        """Ask what an image shows, and which patches of it were looked at; arguments and errors as `classify`."""
+        return self._ask(Tries.of_explain(self._patience, _read_image(image), options))
+
+    def subnetworks(self) -> SubNetworksAnswer:
+        """Ask what can be had, at which cost and accuracy; errors as `classify`."""
+        return self._ask(Tries(self._patience, SubNetworksAnswer, Call("GET", "/subnetworks")))
+
+    def wait_until_ready(self, within_s: float = TIMEOUT_S) -> ReadyAnswer:
+        """Wait for a server that starts; errors as `classify`, its last one if it is not ready in time."""
+        return self._ask(Tries.of_readiness(self._patience, within_s))
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, tries: Tries[Answer]) -> Answer:
+        while True:
+            call = tries.next_call()
+            try:
+                reply: Reply = self._http.request(call.method, call.path, params=call.query, content=call.body)
+            except httpx.HTTPError as error:
+                reply = error
+            outcome = tries.judge(reply)
+            if not isinstance(outcome, Pause):
+                return outcome
+            self._sleep(outcome.seconds)
+
+
+class AsyncClient:
+    """Asks a server without blocking the event loop; to be closed, or used in an `async with` block."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        max_retries: int = MAX_RETRIES,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Clock = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        draw: Clock = random.random,
+    ) -> None:
+        """Open nothing yet; arguments and errors as those of `Client`."""
+        self._http = httpx.AsyncClient(base_url=_checked(url), timeout=timeout_s, transport=transport)
+        self._patience = Patience(timeout_s, max_retries, clock, draw)
+        self._sleep = sleep
+
+    async def classify(self, image: Image, **options: Unpack[ClassifyOptions]) -> ClassifyAnswer:
+        """Ask what an image shows; arguments and errors as `Client.classify`."""
+        data = await asyncio.to_thread(_read_image, image)
+        return await self._ask(Tries.of_classify(self._patience, data, options))
+
+    async def explain(self, image: Image, **options: Unpack[ClassifyOptions]) -> ExplainAnswer:
+        """Ask what an image shows, and which patches of it were looked at; arguments and errors as `classify`."""
+        data = await asyncio.to_thread(_read_image, image)
+        return await self._ask(Tries.of_explain(self._patience, data, options))
+
+    async def subnetworks(self) -> SubNetworksAnswer:
+        """Ask what can be had, at which cost and accuracy; errors as `Client.classify`."""
+        return await self._ask(Tries(self._patience, SubNetworksAnswer, Call("GET", "/subnetworks")))
+
+    async def wait_until_ready(self, within_s: float = TIMEOUT_S) -> ReadyAnswer:
+        """Wait for a server that starts; errors as `Client.wait_until_ready`."""
+        return await self._ask(Tries.of_readiness(self._patience, within_s))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _ask(self, tries: Tries[Answer]) -> Answer:
+        while True:
+            call = tries.next_call()
+            try:
+                reply: Reply = await self._http.request(call.method, call.path, params=call.query, content=call.body)
+            except httpx.HTTPError as error:
+                reply = error
+            outcome = tries.judge(reply)
+            if not isinstance(outcome, Pause):
+                return outcome
+            await self._sleep(outcome.seconds)
+
+
+def _checked(url: str) -> httpx.URL:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise InvalidParameterError(f"{url} is no URL", parameter="url") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InvalidParameterError(f"{url} is no URL that begins with http:// or https://", parameter="url")
+    return parsed
+
+
+def _read_image(image: Image) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | os.PathLike):
+        return Path(image).read_bytes()
+    return image.read()
