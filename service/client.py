@@ -19,7 +19,7 @@ from typing import IO, Self, Unpack
 import httpx
 
 from service.errors import InvalidParameterError
-from service.http.schemas import ClassifyAnswer, ReadyAnswer, SubNetworksAnswer
+from service.http.schemas import ClassifyAnswer, ExplainAnswer, ReadyAnswer, SubNetworksAnswer
 from service.tries import Answer, Call, ClassifyOptions, Clock, Patience, Pause, Reply, Tries
 
 TIMEOUT_S = 60.0
@@ -74,6 +74,10 @@ class Client:
         """
         return self._ask(Tries.of_classify(self._patience, _read_image(image), options))
 
+    def explain(self, image: Image, **options: Unpack[ClassifyOptions]) -> ExplainAnswer:
+        """Ask what an image shows, and which patches of it were looked at; arguments and errors as `classify`."""
+        return self._ask(Tries.of_explain(self._patience, _read_image(image), options))
+
     def subnetworks(self) -> SubNetworksAnswer:
         """Ask what can be had, at which cost and accuracy; errors as `classify`."""
         return self._ask(Tries(self._patience, SubNetworksAnswer, Call("GET", "/subnetworks")))
@@ -126,8 +130,13 @@ class AsyncClient:
 
     async def classify(self, image: Image, **options: Unpack[ClassifyOptions]) -> ClassifyAnswer:
         """Ask what an image shows; arguments and errors as `Client.classify`."""
-        data = image if isinstance(image, bytes) else await asyncio.to_thread(_read_image, image)
+        data = await asyncio.to_thread(_read_image, image)
         return await self._ask(Tries.of_classify(self._patience, data, options))
+
+    async def explain(self, image: Image, **options: Unpack[ClassifyOptions]) -> ExplainAnswer:
+        """Ask what an image shows, and which patches of it were looked at; arguments and errors as `classify`."""
+        data = await asyncio.to_thread(_read_image, image)
+        return await self._ask(Tries.of_explain(self._patience, data, options))
 
     async def subnetworks(self) -> SubNetworksAnswer:
         """Ask what can be had, at which cost and accuracy; errors as `Client.classify`."""

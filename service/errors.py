@@ -20,7 +20,7 @@ ServiceError
 ├── NotReadyError             the model has not answered its first batch yet, or the server is stopping
 ├── ModelError                the model failed on this batch
 └── NoAnswerError             the client has no answer of a SuperViT server
-    ├── ConnectionFailedError     nothing listens there, or the connection broke off
+    ├── ConnectionFailedError     nothing listens there (UnreachableError), or the connection broke off
     ├── ResponseTimeoutError      nothing came for too long
     └── UnexpectedAnswerError     what answered is no SuperViT server, or one of another version
 """
@@ -178,6 +178,10 @@ class ConnectionFailedError(NoAnswerError):
     code = "connection_failed"
 
 
+class UnreachableError(ConnectionFailedError):
+    """Nothing listens at the address."""
+
+
 class ResponseTimeoutError(NoAnswerError):
     """The server was silent for longer than the client waits."""
 
@@ -192,6 +196,10 @@ class UnexpectedAnswerError(NoAnswerError):
 
 class CommandError(Exception):
     """A command cannot do what it was asked; the message says why."""
+
+
+class WrongUsageError(CommandError):
+    """The words of a command make no sense; the message says which."""
 
 
 def rebuild_error(code: str, message: str, details: Mapping[str, Any]) -> ServiceError:
@@ -213,6 +221,7 @@ def _by_code(base: type[ServiceError]) -> dict[str, type[ServiceError]]:
 
 # What pydantic finds wrong with a value, by its own name for it, in our words; `%(name)` is a bound of the field's.
 PROBLEMS = {
+    "bool_parsing": "true or false is wanted",
     "extra_forbidden": "there is no parameter of that name",
     "finite_number": "a finite number is wanted",
     "float_parsing": "a number is wanted",
@@ -225,6 +234,12 @@ PROBLEMS = {
     "int_type": "a whole number is wanted",
     "less_than": "less than %(lt)g is wanted",
     "less_than_equal": "at most %(le)g is wanted",
+    "literal_error": "%(expected)s is wanted",
+    "missing": "a value is missing",
+    "string_pattern_mismatch": "a text of another form is wanted",
+    "string_too_short": "a longer text is wanted",
+    "too_long": "at most %(max_length)d values are wanted",
+    "too_short": "at least %(min_length)d values are wanted",
 }
 
 

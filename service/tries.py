@@ -15,9 +15,10 @@ from service.errors import (
     ResponseTimeoutError,
     ServiceError,
     UnexpectedAnswerError,
+    UnreachableError,
     rebuild_error,
 )
-from service.http.schemas import ClassifyAnswer, ErrorAnswer, ReadyAnswer
+from service.http.schemas import ClassifyAnswer, ErrorAnswer, ExplainAnswer, ReadyAnswer
 
 # What the first further try waits for at most beyond what the server asks for; each one after it twice as long.
 BACKOFF_S = 0.1
@@ -58,6 +59,11 @@ class Call:
     path: str
     query: Mapping[str, Any] = field(default_factory=dict)
     body: bytes | None = None
+
+    @classmethod
+    def of(cls, path: str, image: bytes, options: ClassifyOptions) -> "Call":
+        """Send an image with what is said beside it."""
+        return cls("POST", path, {name: value for name, value in options.items() if value is not None}, image)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +111,12 @@ class Tries(Generic[Answer]):
     @classmethod
     def of_classify(cls, patience: Patience, image: bytes, options: ClassifyOptions) -> "Tries[ClassifyAnswer]":
         """Ask what an image shows."""
-        query = {name: value for name, value in options.items() if value is not None}
-        call = Call("POST", "/classify", query, image)
-        return Tries(patience, ClassifyAnswer, call, budget_ms=options.get("budget_ms"))
+        return Tries(patience, ClassifyAnswer, Call.of("/classify", image, options), budget_ms=options.get("budget_ms"))
+
+    @classmethod
+    def of_explain(cls, patience: Patience, image: bytes, options: ClassifyOptions) -> "Tries[ExplainAnswer]":
+        """Ask what an image shows, and what was looked at."""
+        return Tries(patience, ExplainAnswer, Call.of("/explain", image, options), budget_ms=options.get("budget_ms"))
 
     @classmethod
     def of_readiness(cls, patience: Patience, within_s: float) -> "Tries[ReadyAnswer]":
@@ -175,7 +184,7 @@ def _read(reply: Reply, kind: type[Answer]) -> Answer:
 def _broken(error: httpx.HTTPError) -> ServiceError:
     site = _site(error.request)
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return ConnectionFailedError(f"{site} cannot be connected to")
+        return UnreachableError(f"{site} cannot be connected to")
     if isinstance(error, httpx.TimeoutException):
         return ResponseTimeoutError(f"{site} was silent for too long")
     return ConnectionFailedError(f"{site} closed the connection before its answer")

@@ -8,8 +8,7 @@ import pytest
 from models.conversion.options import Convert
 from models.training.recipe import Recipe
 from service.bench.options import Bench
-from service.command_options import Evaluate, Profile, Quantize
-from service.commands.classify import Classify
+from service.commands.options import Classify, Evaluate, Profile, Quantize
 from service.settings import Settings
 from service.simulation.report import Simulate
 

@@ -1,1 +1,1 @@
-"""The commands, one module each: what a command is told, and what it does."""
+"""What each command of the shell does. Options and help need no torch; what runs imports what it needs."""

@@ -223,7 +223,7 @@ def test_the_command_gives_the_same_answer_alone_as_from_a_server(url: str, tmp_
     photo.write_bytes(picture(4))
     answers = []
     for where in ([], ["--url", url]):
-        arguments = ["classify", str(photo), "--budget-gflops", "0.06", "--json-lines", *where]
+        arguments = ["classify", str(photo), "--budget-gflops", "0.06", "--format", "json", *where]
         done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=True)
         answers.append(json.loads(done.stdout))
     alone, served = answers
@@ -350,7 +350,7 @@ def test_a_checkpoint_that_ships_is_as_good_as_its_card_says(name: str) -> None:
 
 def test_the_default_knows_a_photograph_at_half_of_the_costs_of_a_deit() -> None:
     """As the README asks it, in a process of its own; nothing is measured first."""
-    command = ["classify", str(PHOTOGRAPH), "--budget-gflops", "2.3", "--json-lines"]
+    command = ["classify", str(PHOTOGRAPH), "--budget-gflops", "2.3", "--format", "json"]
     environment = {name: value for name, value in os.environ.items() if name != "SUPERVIT_CHECKPOINT"}
     done = subprocess.run([*COMMAND, *command], capture_output=True, text=True, check=True, env=environment)
     answer = json.loads(done.stdout)

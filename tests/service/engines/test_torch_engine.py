@@ -6,7 +6,7 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.data.images import normalise
-from models.devices import DeviceError
+from models.errors import DeviceError
 from models.subnetwork import SubNetwork
 from service.engines.torch_engine import TorchEngine, growth_per_image, serving_dtype
 
