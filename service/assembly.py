@@ -25,7 +25,8 @@ from service.execution.explainer import Explainer
 from service.execution.idle_profiling import IdleProfiler
 from service.execution.throttle import UtilizationLimiter
 from service.http.context import ReadyServer
-from service.http.family import SubNetworksAnswer, describe_family
+from service.http.descriptions import describe_family
+from service.http.schemas import SubNetworksAnswer
 from service.machine.monitor import Monitor
 from service.machine.snapshot import prior_slowdown
 from service.pipeline import Pipeline

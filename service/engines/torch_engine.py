@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from models.data.images import Normalisation
-from models.devices import DeviceError, resolve_device
+from models.devices import resolve_device
+from models.errors import DeviceError
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 from service.engines.base import Captured

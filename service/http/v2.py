@@ -11,12 +11,12 @@ from service.domain import Classification
 from service.errors import ServiceError
 from service.http.classify import Handle, timing_header
 from service.http.context import RouteContext
+from service.http.descriptions import describe_timing
 from service.http.disconnects import ClientWatch
 from service.http.error_shapes import V2_PREFIX, InferError
 from service.http.keys import key_of
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import read_query
-from service.http.schemas import describe_timing
 from service.http.uploads import read_body
 from service.http.v2_bodies import JSON_LENGTH_HEADER, InferBody, read_request, undo_encoding, write_reply
 from service.inference_protocol.protocol import InferenceProtocol

@@ -25,7 +25,8 @@ import httpx
 import torch
 
 from models.checkpoint import load_checkpoint
-from models.devices import DeviceError, resolve_device
+from models.devices import resolve_device
+from models.errors import DeviceError
 from models.files.sources import shipped_names
 from service.engines.torch_engine import TorchEngine
 from tests.gpu.checks import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, Header, save_checkpoint
-from models.devices import DeviceError
+from models.errors import DeviceError
 from models.flops import count_macs
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork

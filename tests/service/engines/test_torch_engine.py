@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.checkpoint import Checkpoint
 from models.data.images import normalise
-from models.devices import DeviceError
+from models.errors import DeviceError
 from models.subnetwork import Flavour, SubNetwork
 from models.supervit import SuperViT
 from service.engines.base import Captured
