@@ -1,6 +1,6 @@
 """gRPC beside HTTP: its port, which workers share, and what serves there; imported only where it is asked for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -14,8 +14,8 @@ LIBRARIES = ("grpc", "grpc_health", "grpc_reflection")
 
 
 @contextmanager
-def reserved_port(settings: Settings) -> Iterator[Settings]:
-    """Keep the port for this process and its workers, if there is to be one.
+def reserved_port(settings: Settings, libraries: Sequence[str] = LIBRARIES) -> Iterator[Settings]:
+    """Keep the port for this process and its workers, if there is to be one, for which it takes the libraries.
 
     Yields:
         The settings, with the number of a port that was free.
@@ -26,7 +26,7 @@ def reserved_port(settings: Settings) -> Iterator[Settings]:
     if settings.grpc_port is None:
         yield settings
         return
-    if not all(map(find_spec, LIBRARIES)):
+    if not all(map(find_spec, libraries)):
         raise CommandError("--grpc-port: gRPC is missing; install this project with its extra, pip install '.[grpc]'")
     if settings.fd is not None:  # a worker, whose supervisor keeps the port
         yield settings
