@@ -14,6 +14,7 @@ from service.http.pages import add_pages
 from service.http.request_ids import HEADER, RequestIds
 from service.http.routes import CLASSIFY_PATH, build_router
 from service.http.torchserve import build_torchserve_router, make_predict, predict_path
+from service.http.v1 import build_v1_router, make_v1_predict
 from service.http.v2 import build_v2_router, infer_path, make_infer
 from service.runtime import ServerRuntime
 
@@ -49,6 +50,7 @@ def create_app(
     direct = {CLASSIFY_PATH: classify, infer_path(name): infer, predict_path(name): predict}
     app.include_router(build_router(context, classify))
     app.include_router(build_v2_router(context, protocol, infer))
+    app.include_router(build_v1_router(protocol, make_v1_predict(context, protocol)))
     app.include_router(build_torchserve_router(protocol, predict))
     add_pages(app)
     errors.add_to(app)

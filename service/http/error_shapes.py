@@ -5,7 +5,7 @@ from pydantic import BaseModel, Field
 from service.errors import UnknownModelError
 from service.http.schemas import ErrorAnswer
 
-V2_PREFIX = "/v2"
+V1_PREFIX, V2_PREFIX = "/v1", "/v2"
 TORCHSERVE_PREFIXES = ("/predictions/", "/ping")
 TORCHSERVE_TYPES = {
     404: "ResourceNotFoundException",
@@ -18,7 +18,7 @@ TORCHSERVE_TYPES = {
 
 
 class InferError(BaseModel):
-    """An error as the Open Inference Protocol has it."""
+    """An error as the Open Inference Protocol has it, and TensorFlow Serving."""
 
     error: str = Field(description="a sentence for a person")
 
@@ -34,7 +34,7 @@ class TorchServeError(BaseModel):
 def shape_error(status: int, answer: ErrorAnswer, path: str) -> bytes:
     """Make the body of an error for those who asked for a path."""
     error = answer.error
-    if path == V2_PREFIX or path.startswith(f"{V2_PREFIX}/"):
+    if path == V2_PREFIX or path.startswith((f"{V1_PREFIX}/", f"{V2_PREFIX}/")):
         return InferError(error=error.message).model_dump_json().encode()
     if path.startswith(TORCHSERVE_PREFIXES):
         kind = _torchserve_type(status, error.code)

@@ -54,7 +54,8 @@ def build_torchserve_router(protocol: InferenceProtocol, predict: Handle) -> API
         status: {"model": TorchServeError} for status in (404, 408, 413, 415, 422, 429, 500, 503, 504)
     }
     for path in (predict_path("{name}"), predict_path("{name}/{version}")):
-        router.add_api_route(path, predict, methods=["POST", "PUT"], response_model=dict[str, float], responses=errors)
+        router.add_api_route(path, predict, methods=["POST"], response_model=dict[str, float], responses=errors)
+        router.add_api_route(path, predict, methods=["PUT"], include_in_schema=False)  # as `curl -T` sends it
 
     @router.get("/ping", responses={500: {"description": "not ready"}})
     async def ping() -> JSONResponse:

@@ -1,6 +1,7 @@
 """The routes of the Open Inference Protocol, as Triton, KServe, MLServer and OpenVINO Model Server have them."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -17,7 +18,6 @@ from service.http.queries import read_query
 from service.http.schemas import describe_timing
 from service.http.uploads import read_body
 from service.http.v2_bodies import JSON_LENGTH_HEADER, InferBody, read_request, undo_encoding, write_reply
-from service.inference_protocol.messages import InferRequest
 from service.inference_protocol.protocol import InferenceProtocol
 from service.telemetry.outcomes import counted
 
@@ -40,7 +40,10 @@ def make_infer(context: RouteContext, protocol: InferenceProtocol) -> Handle:
         arrived_at = request.scope.get(ARRIVED_AT) or context.clock()
         try:
             query = read_query(request.scope["query_string"])
-            message = await read(request, arrived_at, query)
+            name, version = _model(request, context.checkpoint.name)
+            protocol.require_model(name, version)
+            body = await read_message(context, protocol, request, arrived_at, query)
+            message = read_request(body, request.headers.get(JSON_LENGTH_HEADER), name, version)
         except ServiceError:
             with counted(context.metrics):
                 raise
@@ -51,20 +54,24 @@ def make_infer(context: RouteContext, protocol: InferenceProtocol) -> Handle:
         )
         return write_reply(reply, message, _timing(reply.answers))
 
-    async def read(request: Request, arrived_at: float, query: dict[str, str]) -> InferRequest:
-        name, version = _model(request, context.checkpoint.name)
-        protocol.require_model(name, version)
-        headers, max_bytes, max_s = request.headers, context.max_body_bytes, context.max_upload_s
-        within_s = protocol.time_for_body_s(arrived_at, query, headers, max_s)
-        body = await read_body(request, max_bytes, max_s, within_s)
-        encoding = headers.get("content-encoding", "").strip().lower()
-        if encoding and len(body) > LARGE_BYTES:
-            body = await asyncio.to_thread(undo_encoding, body, encoding, max_bytes)
-        else:
-            body = undo_encoding(body, encoding, max_bytes)
-        return read_request(body, headers.get(JSON_LENGTH_HEADER), name, version)
-
     return infer
+
+
+async def read_message(
+    context: RouteContext, protocol: InferenceProtocol, request: Request, arrived_at: float, query: Mapping[str, str]
+) -> bytes:
+    """Read the body of a request that may come, as far as can be told before it has.
+
+    Raises:
+        ServiceError: it may not, or its body does not come, or not as its headers say.
+    """
+    headers, max_bytes, max_s = request.headers, context.max_body_bytes, context.max_upload_s
+    within_s = protocol.time_for_body_s(arrived_at, query, headers, max_s)
+    body = await read_body(request, max_bytes, max_s, within_s)
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding and len(body) > LARGE_BYTES:
+        return await asyncio.to_thread(undo_encoding, body, encoding, max_bytes)
+    return undo_encoding(body, encoding, max_bytes)
 
 
 def build_v2_router(context: RouteContext, protocol: InferenceProtocol, infer: Handle) -> APIRouter:

@@ -1,0 +1,154 @@
+"""TensorFlow Serving's REST API, which KServe calls v1 and ovmsclient speaks: JSON in and out, parameters beside it."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import to_json
+
+from service.errors import InvalidTensorError, ServiceError, invalid_parameter
+from service.http.classify import Handle
+from service.http.context import RouteContext
+from service.http.disconnects import ClientWatch
+from service.http.error_shapes import V1_PREFIX, InferError
+from service.http.protocol import ARRIVED_AT
+from service.http.queries import read_query
+from service.http.v2 import read_message
+from service.inference_protocol.images import INPUT
+from service.inference_protocol.messages import InferReply, InferRequest, InputTensor
+from service.inference_protocol.protocol import InferenceProtocol
+from service.telemetry.outcomes import counted
+
+TAG = "TensorFlow Serving"
+VERSION = "1"  # versions are numbers here
+ANY_VERSION = ("", "0", VERSION)  # 0 is what ovmsclient says of the latest
+DTYPES = {"BYTES": "DT_STRING", "FP32": "DT_FLOAT"}
+SIGNATURE = "serving_default"
+
+
+class PredictBody(BaseModel):
+    """Body of POST /v1/models/{name}:predict."""
+
+    instances: list[Any] | None = Field(None, description="images, each an answer's row: base64, or as b64 or pixels")
+    inputs: Any = Field(None, description=f"the same in columns, alone or as {INPUT}")
+
+
+def make_v1_predict(context: RouteContext, protocol: InferenceProtocol) -> Handle:
+    """Make what answers POST /v1/models/{name}:predict."""
+
+    async def predict(request: Request) -> Response:
+        """Classify one image or several; budgets and the rest are in the query or in headers."""
+        watch = ClientWatch(request)
+        arrived_at = request.scope.get(ARRIVED_AT) or context.clock()
+        try:
+            query, name = read_query(request.scope["query_string"]), _require_model(request, protocol)
+            body = _parsed(await read_message(context, protocol, request, arrived_at, query))
+            message = InferRequest(name, VERSION, "", {}, (_tensor(body),))
+        except ServiceError:
+            with counted(context.metrics):
+                raise
+        watch.start()
+        address = request.client.host if request.client else None
+        reply = await protocol.infer(
+            message, arrived_at, query=query, headers=request.headers, address=address, watch=watch
+        )
+        columns = {output.name: output.contents.tolist() for output in reply.outputs}
+        answer = {"outputs": columns} if body.instances is None else {"predictions": _rows(reply, columns)}
+        return Response(to_json(answer), media_type="application/json")
+
+    return predict
+
+
+def build_v1_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
+    """Make the routes."""
+    router = APIRouter(prefix=V1_PREFIX, tags=[TAG], responses={404: {"model": InferError}})
+
+    async def status(request: Request) -> dict[str, Any]:
+        """Tell whether requests to the model are welcome."""
+        name, is_ready = _require_model(request, protocol), protocol.is_ready()
+        state = {
+            "version": VERSION,
+            "state": "AVAILABLE" if is_ready else "LOADING",
+            "status": {"error_code": "OK", "error_message": ""},
+        }
+        return {"name": name, "ready": is_ready, "model_version_status": [state]}
+
+    async def metadata(request: Request) -> dict[str, Any]:
+        """Describe the model's inputs and outputs."""
+        name = _require_model(request, protocol)
+        described = protocol.model_metadata(name)
+        signature = {
+            kind: {each["name"]: _signature(each) for each in described[kind]} for kind in ("inputs", "outputs")
+        }
+        return {
+            "modelSpec": {"name": name, "signatureName": "", "version": VERSION},
+            "metadata": {"signature_def": {"signatureDef": {SIGNATURE: signature}}},
+        }
+
+    body = {"required": True, "content": {"application/json": {"schema": PredictBody.model_json_schema()}}}
+    errors: dict[int | str, dict[str, Any]] = {
+        status_code: {"model": InferError} for status_code in (404, 408, 413, 415, 422, 429, 500, 503, 504)
+    }
+    for path in ("/models/{name}", "/models/{name}/versions/{version}"):
+        router.add_api_route(f"{path}/metadata", metadata)
+        router.add_api_route(
+            f"{path}:predict", predict, methods=["POST"], responses=errors, openapi_extra={"requestBody": body}
+        )
+        router.add_api_route(path, status)
+    return router
+
+
+def _require_model(request: Request, protocol: InferenceProtocol) -> str:
+    """Return the name of the model that a path holds."""
+    name, version = request.path_params["name"], request.path_params.get("version", "")
+    protocol.require_model(name, "" if version in ANY_VERSION else version)
+    return str(name)
+
+
+def _parsed(body: bytes) -> PredictBody:
+    try:
+        return PredictBody.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
+
+
+def _tensor(body: PredictBody) -> InputTensor:
+    """Take the images out of their rows, or of the column that may stand alone."""
+    values = body.inputs if body.instances is None else body.instances
+    if isinstance(values, dict) and INPUT in values:
+        values = values[INPUT]
+    if not isinstance(values, list):
+        values = [values]
+    images = [_unwrapped(value) for value in values]
+    if not images or None in images:
+        raise InvalidTensorError(f"{INPUT}: images are wanted, as instances or inputs")
+    if isinstance(images[0], str):
+        return InputTensor(INPUT, "BYTES", (len(images),), images)
+    return InputTensor(INPUT, "FP32", _shape(images), images)
+
+
+def _unwrapped(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """Take an image out of the objects that rows may be, and base64 out of the one that marks it."""
+    for name in (INPUT, "b64"):
+        if isinstance(value, dict) and list(value) == [name]:
+            value = value[name]
+    return value
+
+
+def _shape(values: Any) -> tuple[int, ...]:  # noqa: ANN401 - JSON
+    """Return the shape of nested lists, as their first ones have it."""
+    shape = []
+    while isinstance(values, list) and values:
+        shape.append(len(values))
+        values = values[0]
+    return tuple(shape)
+
+
+def _rows(reply: InferReply, columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [{name: column[row] for name, column in columns.items()} for row in range(len(reply.answers))]
+
+
+def _signature(tensor: dict[str, Any]) -> dict[str, Any]:
+    # Sizes are texts, as they are in the JSON of every 64-bit number of a protocol buffer.
+    dimensions = [{"size": str(size), "name": ""} for size in tensor["shape"]]
+    return {"dtype": DTYPES[tensor["datatype"]], "tensorShape": {"dim": dimensions, "unknownRank": False}}

@@ -1,0 +1,104 @@
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from models.checkpoint import Checkpoint
+from service.decoding.images import decode_image
+
+MODEL = "/v1/models/tiny"
+PREDICT = f"{MODEL}:predict"
+
+
+def error_of(response: object, status: int) -> str:
+    assert response.status_code == status, response.text  # type: ignore[attr-defined] # httpx's or its successor's
+    body = response.json()  # type: ignore[attr-defined] # as above
+    assert list(body) == ["error"]
+    return str(body["error"])
+
+
+@pytest.fixture
+def text(photo: bytes) -> str:
+    return base64.b64encode(photo).decode()
+
+
+@pytest.fixture
+def expected(client: TestClient, photo: bytes) -> dict[str, Any]:
+    """The row of an answer that the photo should get."""
+    predictions = client.post("/classify?top_k=7", content=photo).json()["predictions"]
+    by_index = sorted(predictions, key=lambda prediction: prediction["index"])
+    probabilities = [prediction["probability"] for prediction in by_index]
+    return {"probabilities": probabilities, "labels": [prediction["label"] for prediction in predictions[:5]]}
+
+
+def test_rows_get_rows(client: TestClient, text: str, expected: dict[str, Any]) -> None:
+    instances = [text, {"b64": text}, {"image": {"b64": text}}]
+    for instance in instances:
+        assert client.post(PREDICT, json={"instances": [instance]}).json() == {"predictions": [expected]}
+    assert len(client.post(PREDICT, json={"instances": instances}).json()["predictions"]) == 3
+
+
+def test_columns_get_columns(client: TestClient, text: str, expected: dict[str, Any]) -> None:
+    columns = {name: [value] for name, value in expected.items()}
+    for inputs in ({"image": [{"b64": text}]}, {"image": {"b64": text}}, [text], {"b64": text}):
+        assert client.post(PREDICT, json={"inputs": inputs}).json() == {"outputs": columns}
+
+
+def test_numbers_are_pixels_scaled_to_one(
+    client: TestClient, checkpoint: Checkpoint, photo: bytes, expected: dict[str, Any]
+) -> None:
+    pixels = (decode_image(photo, checkpoint.config, 10_000).numpy() / np.float32(255)).tolist()
+    assert client.post(PREDICT, json={"instances": [pixels]}).json() == {"predictions": [expected]}
+
+
+def test_budgets_are_in_the_query(client: TestClient, text: str) -> None:
+    body = {"instances": [text]}
+    assert len(client.post(f"{PREDICT}?top_k=2", json=body).json()["predictions"][0]["labels"]) == 2
+    assert "too small" in error_of(client.post(f"{PREDICT}?budget_gflops=1e-9", json=body), 422)
+
+
+@pytest.mark.parametrize("version", ["0", "1", "0123456789ab"])
+def test_versions_are_numbers_of_which_zero_is_the_latest(client: TestClient, text: str, version: str) -> None:
+    path = f"{MODEL}/versions/{version}"
+    assert client.post(f"{path}:predict", json={"instances": [text]}).status_code == 200
+    for suffix in ("", "/metadata"):
+        assert client.get(path + suffix).json() == client.get(MODEL + suffix).json()
+
+
+def test_the_status_and_the_signature_are_tensorflow_servings(client: TestClient) -> None:
+    status = client.get(MODEL).json()
+    assert (status["name"], status["ready"]) == ("tiny", True)
+    assert status["model_version_status"] == [
+        {"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
+    ]
+    described = client.get(f"{MODEL}/metadata").json()
+    assert described["modelSpec"]["version"] == "1"
+    signature = described["metadata"]["signature_def"]["signatureDef"]["serving_default"]
+    assert signature["inputs"]["image"]["dtype"] == "DT_STRING"
+    assert [size["size"] for size in signature["outputs"]["probabilities"]["tensorShape"]["dim"]] == ["-1", "7"]
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({}, "images are wanted"),
+        ({"instances": []}, "images are wanted"),
+        ({"instances": [None]}, "images are wanted"),
+        ({"instances": "x"}, "instances: a list is wanted"),
+        ({"instances": ["???"]}, "neither base64 nor a data URL"),
+        ({"instances": [{"b64": "aGk=", "more": 1}]}, "image: "),
+        ({"instances": ["aGk=", 1]}, "an element of BYTES is a text with base64"),
+        ({"instances": [1, 2]}, r"(N, 3, 16, 16)"),
+        ({"instances": [[[[0.5]]]]}, r"(N, 3, 16, 16)"),
+    ],
+)
+def test_what_is_no_image_is_told(client: TestClient, body: object, sentence: str) -> None:
+    assert sentence in error_of(client.post(PREDICT, json=body), 422)
+
+
+def test_another_model_or_version_is_unknown(client: TestClient, text: str) -> None:
+    for path in ("/v1/models/huge", f"{MODEL}/versions/2"):
+        assert "is served" in error_of(client.post(f"{path}:predict", json={"instances": [text]}), 404)
+        assert "is served" in error_of(client.get(path), 404)

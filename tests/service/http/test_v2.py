@@ -1,0 +1,316 @@
+import base64
+import gzip
+import json
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from models.checkpoint import Checkpoint
+from models.latency import LatencyTable
+from service.app import create_app
+from service.decoding.images import decode_image
+from service.runtime import ServerRuntime
+from service.settings import Settings
+from tests.service.http.scripted_server import BODY_LIMIT, ScriptedEngine, sample, serving
+
+INFER = "/v2/models/tiny/infer"
+
+
+def tensor(datatype: str, shape: Sequence[object], **members: object) -> dict[str, Any]:
+    return {"name": "image", "datatype": datatype, "shape": shape, **members}
+
+
+def post(client: TestClient, body: object, raw: bytes = b"", path: str = INFER, **headers: str) -> Any:  # noqa: ANN401 - httpx's or its successor's
+    """Send JSON, and behind it the bytes of tensors."""
+    head = json.dumps(body).encode()
+    length = {"Inference-Header-Content-Length": str(len(head))} if raw else {}
+    return client.post(path, content=head + raw, headers={**length, **headers})
+
+
+def post_files(client: TestClient, *files: bytes, path: str = INFER, **members: object) -> Any:  # noqa: ANN401 - as above
+    raw = b"".join(struct.pack("<I", len(file)) + file for file in files)
+    image = tensor("BYTES", [len(files), 1], parameters={"binary_data_size": len(raw)})
+    return post(client, {"inputs": [image], **members}, raw, path)
+
+
+def error_of(response: object, status: int) -> str:
+    assert response.status_code == status, response.text  # type: ignore[attr-defined] # as above
+    body = response.json()  # type: ignore[attr-defined] # as above
+    assert list(body) == ["error"]
+    return str(body["error"])
+
+
+def outputs_of(response: object) -> dict[str, Any]:
+    assert response.status_code == 200, response.text  # type: ignore[attr-defined] # as above
+    return {output["name"]: output for output in response.json()["outputs"]}  # type: ignore[attr-defined] # as above
+
+
+def test_a_file_gets_the_answer_of_classify(client: TestClient, photo: bytes) -> None:
+    response = post_files(client, photo, id="7", parameters={"top_k": 2})
+    classified = client.post("/classify?top_k=7", content=photo).json()
+    by_index = sorted(classified["predictions"], key=lambda prediction: prediction["index"])
+    outputs = outputs_of(response)
+    assert outputs["probabilities"]["shape"] == [1, 7]
+    assert outputs["probabilities"]["data"] == [prediction["probability"] for prediction in by_index]
+    assert outputs["labels"]["data"] == [prediction["label"] for prediction in classified["predictions"][:2]]
+    answer = response.json()
+    assert (answer["model_name"], answer["model_version"], answer["id"]) == ("tiny", "0123456789ab", "7")
+    assert answer["parameters"]["patch_grid"] == classified["subnetwork"]["patch_grid"]
+    assert answer["parameters"]["reason"] == classified["decision"]["reason"]
+    assert "inference;dur=" in response.headers["Server-Timing"]
+    assert response.headers["X-Request-ID"]
+
+
+def test_pixels_get_the_answer_of_the_file_that_they_were_decoded_from(
+    client: TestClient, checkpoint: Checkpoint, photo: bytes
+) -> None:
+    expected = outputs_of(post_files(client, photo))["probabilities"]["data"]
+    pixels = decode_image(photo, checkpoint.config, 10_000).numpy()[None]
+    scaled = pixels / np.float32(255)
+    for datatype, values in (("UINT8", pixels), ("FP32", scaled)):
+        raw, shape = values.tobytes(), list(values.shape)
+        binary = post(client, {"inputs": [tensor(datatype, shape, parameters={"binary_data_size": len(raw)})]}, raw)
+        assert outputs_of(binary)["probabilities"]["data"] == expected
+        for data in (values.ravel().tolist(), values.tolist()):
+            listed = post(client, {"inputs": [tensor(datatype, shape, data=data)]})
+            assert outputs_of(listed)["probabilities"]["data"] == expected
+
+
+def test_base64_in_json_and_a_body_that_is_nothing_but_an_image_are_files_too(client: TestClient, photo: bytes) -> None:
+    expected = outputs_of(post_files(client, photo))["labels"]["data"]
+    listed = post(client, {"inputs": [tensor("BYTES", [1], data=[base64.b64encode(photo).decode()])]})
+    assert outputs_of(listed)["labels"]["data"] == expected
+    alone = client.post(INFER, content=photo, headers={"Inference-Header-Content-Length": "0"})
+    assert outputs_of(alone)["labels"]["data"] == expected
+
+
+def test_several_images_are_answered_in_order_as_requests_of_their_own(
+    client: TestClient, photo: bytes, encode: Callable[..., bytes]
+) -> None:
+    other = encode(Image.linear_gradient("L").resize((50, 50)))
+    alone = [outputs_of(post_files(client, image))["probabilities"]["data"] for image in (photo, other)]
+    before = sample(client, 'supervit_requests_total{outcome="ok"}')
+    response = post_files(client, photo, other)
+    assert outputs_of(response)["probabilities"]["shape"] == [2, 7]
+    assert outputs_of(response)["probabilities"]["data"] == pytest.approx([*alone[0], *alone[1]], abs=1e-6)
+    assert json.loads(response.json()["parameters"]["deadline_met"]) == [True, True]
+    assert sample(client, 'supervit_requests_total{outcome="ok"}') == before + 2
+
+
+def test_one_image_of_several_that_fails_fails_the_request(
+    client: TestClient, engine: ScriptedEngine, photo: bytes
+) -> None:
+    engine.may_run.clear()
+    assert "not an image" in error_of(post_files(client, photo, b"no image"), 422)
+    engine.may_run.set()
+    assert sample(client, 'supervit_requests_total{outcome="invalid_image"}') == 2
+
+
+def test_outputs_are_binary_where_that_is_wanted_and_stand_behind_the_json_in_order(
+    client: TestClient, photo: bytes
+) -> None:
+    listed = outputs_of(post_files(client, photo))
+    response = post_files(client, photo, parameters={"binary_data_output": True})
+    assert response.headers["Content-Type"] == "application/octet-stream"
+    length = int(response.headers["Inference-Header-Content-Length"])
+    probabilities, labels = json.loads(response.content[:length])["outputs"]
+    sizes = [output["parameters"]["binary_data_size"] for output in (probabilities, labels)]
+    assert len(response.content) == length + sum(sizes)
+    raw = response.content[length : length + sizes[0]]
+    assert np.frombuffer(raw, "<f4").tolist() == pytest.approx(listed["probabilities"]["data"])
+    first = listed["labels"]["data"][0].encode()
+    assert response.content[length + sizes[0] :].startswith(struct.pack("<I", len(first)) + first)
+
+
+def test_an_output_may_differ_from_the_others_in_that(client: TestClient, photo: bytes) -> None:
+    wanted = [{"name": "labels"}, {"name": "probabilities", "parameters": {"binary_data": False}}]
+    response = post_files(client, photo, outputs=wanted, parameters={"binary_data_output": True})
+    head = json.loads(response.content[: int(response.headers["Inference-Header-Content-Length"])])
+    assert ["data" in output for output in head["outputs"]] == [False, True]
+
+
+def test_classes_come_as_value_index_and_label(client: TestClient, photo: bytes) -> None:
+    wanted = [{"name": "probabilities", "parameters": {"classification": 2}}]
+    output = outputs_of(post_files(client, photo, outputs=wanted))["probabilities"]
+    best = client.post("/classify?top_k=2", content=photo).json()["predictions"]
+    assert output["data"] == [f"{each['probability']:f}:{each['index']}:{each['label']}" for each in best]
+    assert (output["datatype"], output["shape"]) == ("BYTES", [1, 2])
+
+
+def test_budgets_come_from_the_body_then_the_query_then_the_headers(client: TestClient, checkpoint: Checkpoint) -> None:
+    rows = client.get("/subnetworks").json()["subnetworks"]
+    cheap, middle, dear = (next(row["gflops"] for row in rows if row["patch_grid"] == grid) for grid in (2, 4, 4))
+    dear = checkpoint.profile.by_subnetwork[checkpoint.config.largest].gflops
+    pixels = np.zeros((1, 3, checkpoint.config.image_side, checkpoint.config.image_side), np.uint8)
+    raw = pixels.tobytes()
+    image = tensor("UINT8", list(pixels.shape), parameters={"binary_data_size": len(raw)})
+
+    def spent(query: str = "", **parameters: float) -> float:
+        body = {"inputs": [image], "parameters": parameters}
+        response = post(client, body, raw, INFER + query, **{"X-Budget-GFLOPs": str(cheap)})
+        return float(response.json()["parameters"]["gflops"])
+
+    assert spent() == cheap
+    assert spent(f"?budget_gflops={middle}") == middle
+    assert spent(f"?budget_gflops={middle}", budget_gflops=dear) == dear
+
+
+def test_a_timeout_in_microseconds_is_a_budget(client: TestClient, photo: bytes) -> None:
+    assert "too small" in error_of(post_files(client, photo, parameters={"timeout": 1}), 422)
+    assert post_files(client, photo, parameters={"timeout": 900_000}).status_code == 200
+
+
+@pytest.mark.parametrize(("encoding", "encode_body"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_bodies_that_tritons_clients_compress_are_read(
+    client: TestClient, photo: bytes, encoding: str, encode_body: Callable[[bytes], bytes]
+) -> None:
+    body = encode_body(photo)
+    headers = {"Content-Encoding": encoding, "Inference-Header-Content-Length": "0"}
+    assert client.post(INFER, content=body, headers=headers).status_code == 200
+    assert "cut off" in error_of(client.post(INFER, content=body[:-9], headers=headers), 422)
+    assert "not encoded with" in error_of(client.post(INFER, content=photo, headers=headers), 422)
+    bomb = encode_body(bytes(BODY_LIMIT + 1))
+    assert len(bomb) < BODY_LIMIT
+    assert "once decoded" in error_of(client.post(INFER, content=bomb, headers=headers), 413)
+
+
+@pytest.mark.parametrize(
+    ("body", "raw", "sentence"),
+    [
+        ("no object", b"", "an object is wanted"),
+        ({}, b"", "inputs: it is missing"),
+        ({"inputs": {}}, b"", "inputs: a list is wanted"),
+        ({"inputs": []}, b"", "one input is wanted"),
+        ({"inputs": [{"name": "image"}]}, b"", "inputs.0.datatype: it is missing"),
+        ({"inputs": [tensor("BYTES", [1])]}, b"", "image: it has neither data nor binary_data_size"),
+        ({"inputs": [tensor("BYTES", ["1"])]}, b"", "inputs.0.shape.0: a whole number is wanted"),
+        ({"inputs": [tensor("BYTES", [1], data="text")]}, b"", "inputs.0.data: a list is wanted"),
+        ({"inputs": [tensor("BYTES", [1], parameters={"binary_data_size": 9})]}, b"12345678", "number of bytes"),
+        ({"inputs": [tensor("BYTES", [1], parameters={"binary_data_size": -1})]}, b"1", "number of bytes"),
+        ({"inputs": [tensor("BYTES", [1], parameters={"binary_data_size": "8"})]}, b"12345678", "number of bytes"),
+        ({"inputs": [tensor("BYTES", [1], data=["aa=="])]}, b"12345678", "8 bytes follow the tensors"),
+        ({"inputs": [tensor("FP32", [1, 3, 4, 4], data=[])]}, b"", "(N, 3, 16, 16)"),
+        ({"inputs": [tensor("BYTES", [1], data=["aa=="])], "outputs": [{"name": "x"}]}, b"", "no output of that name"),
+        ({"inputs": [tensor("BYTES", [1], data=["aa=="])], "parameters": {"budget": 1}}, b"", "budget: there is no"),
+    ],
+)
+def test_what_cannot_be_understood_is_told_in_a_sentence(
+    client: TestClient, body: object, raw: bytes, sentence: str
+) -> None:
+    assert sentence in error_of(post(client, body, raw), 422)
+    assert sample(client, "supervit_requests_total") == 1
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "9999", "1.5"])
+def test_a_json_that_is_not_as_long_as_the_header_says_is_told(client: TestClient, length: str) -> None:
+    response = client.post(INFER, content=b"{}", headers={"Inference-Header-Content-Length": length})
+    assert "not the length of the JSON" in error_of(response, 422)
+
+
+def test_what_is_no_json_is_told_without_a_librarys_words(client: TestClient) -> None:
+    assert error_of(client.post(INFER, content=b"{"), 422) == "the body is no JSON"
+
+
+def test_a_body_is_read_up_to_the_limit(client: TestClient) -> None:
+    assert "longer than" in error_of(client.post(INFER, content=bytes(BODY_LIMIT + 1)), 413)
+
+
+@pytest.mark.parametrize("path", ["/v2/models/huge/infer", "/v2/models/tiny/versions/9/infer"])
+def test_another_model_is_unknown(client: TestClient, photo: bytes, path: str) -> None:
+    assert "is served" in error_of(post_files(client, photo, path=path), 404)
+
+
+@pytest.mark.parametrize("version", ["1", "0123456789ab"])
+def test_every_route_of_the_model_takes_its_version(client: TestClient, photo: bytes, version: str) -> None:
+    path = f"/v2/models/tiny/versions/{version}"
+    assert post_files(client, photo, path=f"{path}/infer").status_code == 200
+    for suffix in ("", "/ready", "/config", "/stats"):
+        assert client.get(path + suffix).json() == client.get(f"/v2/models/tiny{suffix}").json()
+    assert "is served" in error_of(client.get("/v2/models/tiny/versions/2"), 404)
+
+
+def test_it_tells_what_it_is_and_what_it_serves(client: TestClient) -> None:
+    assert client.get("/v2").json()["name"] == "supervit-serve"
+    assert client.get("/v2/models/tiny").json()["inputs"][0] == {"name": "image", "datatype": "BYTES", "shape": [-1, 1]}
+    assert client.get("/v2/models/tiny/config").json()["max_batch_size"] == 16
+    assert client.post("/v2/repository/index").json() == [
+        {"name": "tiny", "version": "0123456789ab", "state": "READY", "reason": ""}
+    ]
+
+
+def test_the_health_is_told_in_status_and_json(client: TestClient) -> None:
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").json() == {"ready": True}
+    assert client.get("/v2/models/tiny/ready").json() == {"name": "tiny", "ready": True}
+    assert "is served" in error_of(client.get("/v2/models/huge/ready"), 404)
+
+
+def test_the_statistics_count_requests_of_every_route(client: TestClient, photo: bytes) -> None:
+    client.post("/classify", content=photo)
+    post_files(client, photo)
+    for path in ("/v2/models/stats", "/v2/models/tiny/stats"):
+        [statistics] = client.get(path).json()["model_stats"]
+        assert statistics["inference_count"] == 2
+        assert statistics["inference_stats"]["compute_infer"]["ns"] > 0
+        assert sum(batch["compute_infer"]["count"] for batch in statistics["batch_stats"]) == 2
+
+
+@pytest.mark.parametrize("path", ["/v2/trace/setting", "/v2/logging", "/v2/systemsharedmemory/status", "/v2/nothing"])
+def test_what_is_not_supported_is_not_found_in_the_same_shape(client: TestClient, path: str) -> None:
+    assert error_of(client.get(path), 404)
+    assert error_of(client.get(INFER), 405) == f"{INFER} takes POST, not GET"
+
+
+def test_the_page_of_another_site_may_not_ask(client: TestClient, photo: bytes) -> None:
+    headers = {"Origin": "http://evil.example", "Inference-Header-Content-Length": "0"}
+    assert "another site" in error_of(client.post(INFER, content=photo, headers=headers), 403)
+
+
+def test_a_server_that_starts_is_live_and_not_ready(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
+) -> None:
+    engine.may_warm_up.clear()
+    runtime = ServerRuntime(settings, checkpoint, engine, latencies)
+    with TestClient(create_app(runtime)) as client:
+        assert client.get("/v2/health/live").status_code == 200
+        for path in ("/v2/health/ready", "/v2/models/tiny/ready"):
+            response = client.get(path)
+            assert response.status_code == 503
+            assert response.json()["ready"] is False
+        response = post_files(client, photo)
+        assert "warming up" in error_of(response, 503)
+        assert response.headers["Retry-After"] == "1"
+        engine.may_warm_up.set()
+
+
+def test_a_request_of_a_full_server_is_rejected_before_its_body_is_read(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
+) -> None:
+    settings = settings.model_copy(update={"max_in_flight": 1})
+    with serving(ServerRuntime(settings, checkpoint, engine, latencies)) as client, ThreadPoolExecutor(1) as other:
+        engine.may_run.clear()
+        engine.running.clear()
+        first = other.submit(post_files, client, photo, parameters={"budget_ms": 60_000})
+        assert engine.running.wait(10)
+        response = client.post(INFER, content=bytes(BODY_LIMIT + 1))
+        assert "1 requests are in the server already" in error_of(response, 429)
+        assert int(response.headers["Retry-After"]) >= 1
+        engine.may_run.set()
+        assert first.result().status_code == 200
+
+
+def test_the_routes_are_described(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    operation = paths["/v2/models/{name}/infer"]["post"]
+    assert set(operation["requestBody"]["content"]) == {"application/json", "application/octet-stream"}
+    assert [parameter["name"] for parameter in operation["parameters"]] == ["name"]
+    assert {"404", "422", "429"} <= set(operation["responses"])
+    for suffix in ("", "/ready", "/config", "/stats"):
+        assert f"/v2/models/{{name}}/versions/{{version}}{suffix}" in paths
