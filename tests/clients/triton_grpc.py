@@ -6,8 +6,10 @@ python triton_grpc.py ADDRESS MODEL IMAGE
 import asyncio
 import queue
 import sys
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tritonclient.grpc
@@ -35,6 +37,7 @@ def describe(client: tritonclient.grpc.InferenceServerClient, model: str) -> Non
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready(model)
+    assert not client.is_model_ready("other")
     assert client.get_server_metadata(as_json=True)["name"] == "supervit-serve"
     metadata = client.get_model_metadata(model)
     assert [(tensor.name, tensor.datatype) for tensor in metadata.inputs] == [("image", "BYTES")]
@@ -70,7 +73,7 @@ def infer(client: tritonclient.grpc.InferenceServerClient, model: str, image: by
     compressed = client.infer(model, [file_input(image)], compression_algorithm="gzip")
     assert np.allclose(compressed.as_numpy("probabilities"), probabilities, atol=1e-3)
 
-    answers: queue.Queue[tuple[object, object]] = queue.Queue()
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     client.async_infer(model, [file_input(image)], lambda result, error: answers.put((result, error)))
     _, error = answers.get(timeout=20)
     assert error is None
@@ -78,7 +81,7 @@ def infer(client: tritonclient.grpc.InferenceServerClient, model: str, image: by
 
 def stream(client: tritonclient.grpc.InferenceServerClient, model: str, image: bytes) -> None:
     """Ask over a stream, in which a request that fails ends no other."""
-    answers: queue.Queue[tuple[object, object]] = queue.Queue()
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     client.start_stream(lambda result, error: answers.put((result, error)))
     for number, data in enumerate((image, b"no image", image)):
         client.async_stream_infer(model, [file_input(data)], request_id=str(number))
@@ -114,7 +117,7 @@ async def infer_in_parallel(address: str, model: str, image: bytes) -> None:
         answers = await asyncio.gather(*(ask([file_input(image)]) for _ in range(20)))
         assert {answer.as_numpy("probabilities").shape for answer in answers} == {(1, 10)}
 
-        async def requests():  # noqa: ANN202 - the client's own kind
+        async def requests() -> AsyncIterator[dict[str, Any]]:
             for number in range(3):
                 yield {"model_name": model, "inputs": [file_input(image)], "request_id": str(number)}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from PIL import Image
 
 from service.rpc import open_inference_pb2 as pb
@@ -28,7 +28,9 @@ from tests.end_to_end.test_serving import (
     wait_until_ready,
 )
 
-METHOD = "/inference.GRPCInferenceService/ModelInfer"
+CLIENTS = ROOT / "tests" / "clients"
+Health = health_pb2.HealthCheckResponse
+CHECK = health_pb2.HealthCheckRequest().SerializeToString()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,6 +57,10 @@ class Server:
         while self.metric(line) != value:
             assert time.monotonic() < deadline, (line, self.metric(line))
             time.sleep(0.01)
+
+
+def infer_on(channel: grpc.Channel) -> "grpc.UnaryUnaryMultiCallable[bytes, bytes]":
+    return channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
 
 
 def start_server(folder: Path, *options: str) -> Server:
@@ -98,22 +104,25 @@ def request_for(image: bytes) -> bytes:
 
 def test_tritons_clients_are_answered_unchanged(server: Server) -> None:
     # In a process of its own, since one process can hold only one set of messages of these names.
-    command = [sys.executable, ROOT / "tests/clients/triton_grpc.py", server.address, SMALL_CHECKPOINT, PHOTOGRAPH]
+    script = str(CLIENTS / "triton_grpc.py")
+    command = [sys.executable, script, server.address, SMALL_CHECKPOINT, str(PHOTOGRAPH)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_probe_finds_the_server_healthy(server: Server) -> None:
     with grpc.insecure_channel(server.address) as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
-    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        check: grpc.UnaryUnaryMultiCallable[bytes, Health] = channel.unary_unary(
+            "/grpc.health.v1.Health/Check", response_deserializer=Health.FromString
+        )
+        assert check(CHECK, timeout=5).status == Health.SERVING
 
 
 def test_a_call_that_is_cancelled_costs_no_inference_and_is_counted_once(server: Server, slow_request: bytes) -> None:
     gone, answered = 'supervit_requests_total{outcome="client_gone"}', 'supervit_requests_total{outcome="ok"}'
     before, images = server.metric(gone), server.metric(answered)
     with grpc.insecure_channel(server.address) as channel:
-        calls = [channel.unary_unary(METHOD).future(slow_request) for _ in range(6)]
+        calls = [infer_on(channel).future(slow_request) for _ in range(6)]
         server.wait_for("supervit_requests_in_flight", 6)
         for call in calls[1:]:
             call.cancel()
@@ -136,14 +145,15 @@ def test_an_http_client_at_the_port_disturbs_no_other(server: Server) -> None:
 def test_a_stopping_server_answers_the_calls_it_has_admitted_and_no_others(tmp_path: Path, slow_request: bytes) -> None:
     server = start_server(tmp_path)
     with grpc.insecure_channel(server.address) as channel:
-        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        watching = watch(CHECK)
         next(watching)
-        calls = [channel.unary_unary(METHOD).future(slow_request) for _ in range(3)]
+        calls = [infer_on(channel).future(slow_request) for _ in range(3)]
         server.wait_for("supervit_requests_in_flight", 3)
         server.process.send_signal(signal.SIGTERM)
         assert all(call.result(20) for call in calls)
         with pytest.raises(grpc.RpcError) as refused:
-            channel.unary_unary(METHOD)(slow_request, timeout=10)
+            infer_on(channel)(slow_request, timeout=10)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert server.process.wait(10) == -signal.SIGTERM  # long before the 30 s of a drain, though one still watches
     assert "Traceback" not in server.log.read_text()
@@ -157,7 +167,7 @@ def test_workers_share_the_port(tmp_path: Path) -> None:
         request = request_for(PHOTOGRAPH.read_bytes())
         for _ in range(20):  # each on a connection of its own
             with grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-                assert channel.unary_unary(METHOD)(request, timeout=20)
+                assert infer_on(channel)(request, timeout=20)
         assert server.metric('supervit_requests_total{outcome="ok"}') == 20
         assert server.log.read_text().count(f"listening for gRPC on 127.0.0.1 port {server.address.split(':')[1]}") == 2
     finally:

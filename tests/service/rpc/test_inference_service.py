@@ -261,6 +261,11 @@ async def test_the_server_and_the_model_describe_themselves(served: Served) -> N
     assert [(model.name, model.state) for model in index.models] == [("tiny", "READY")]
 
 
+async def test_a_model_that_is_not_served_is_not_ready(served: Served) -> None:
+    for asked in (pb.ModelReadyRequest(name="other"), pb.ModelReadyRequest(name="tiny", version="2")):
+        assert not (await served.call("ModelReady", asked, pb.ModelReadyResponse)).ready
+
+
 async def test_statistics_count_what_was_answered(served: Served, photo: bytes) -> None:
     await served.infer(request_for(photo, photo))
     request = pb.ModelStatisticsRequest(name="tiny")
@@ -269,7 +274,7 @@ async def test_statistics_count_what_was_answered(served: Served, photo: bytes) 
     assert statistics.inference_stats.success.ns > 0
 
 
-@pytest.mark.parametrize("method", ["ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics"])
+@pytest.mark.parametrize("method", ["ModelMetadata", "ModelConfig", "ModelStatistics"])
 async def test_a_model_that_is_not_served_is_not_found(served: Served, method: str) -> None:
     asked = pb.ModelReadyRequest(name="other").SerializeToString()  # all of them have the name first
     assert (await failure_of(served.call(method, asked, pb.ModelReadyResponse)))[0] is grpc.StatusCode.NOT_FOUND
