@@ -14,14 +14,14 @@ from service.http.error_shapes import V1_PREFIX, InferError
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import read_query
 from service.http.v2 import read_message
+from service.inference_protocol.descriptions import VERSION
 from service.inference_protocol.images import INPUT
 from service.inference_protocol.messages import InferReply, InferRequest, InputTensor
 from service.inference_protocol.protocol import InferenceProtocol
 from service.telemetry.outcomes import counted
 
 TAG = "TensorFlow Serving"
-VERSION = "1"  # versions are numbers here
-ANY_VERSION = ("", "0", VERSION)  # 0 is what ovmsclient says of the latest
+LATEST_VERSION = "0"  # as ovmsclient says
 DTYPES = {"BYTES": "DT_STRING", "FP32": "DT_FLOAT"}
 SIGNATURE = "serving_default"
 
@@ -101,7 +101,7 @@ def build_v1_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
 def _require_model(request: Request, protocol: InferenceProtocol) -> str:
     """Return the name of the model that a path holds."""
     name, version = request.path_params["name"], request.path_params.get("version", "")
-    protocol.require_model(name, "" if version in ANY_VERSION else version)
+    protocol.require_model(name, "" if version == LATEST_VERSION else version)
     return str(name)
 
 

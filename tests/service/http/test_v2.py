@@ -61,7 +61,7 @@ def test_a_file_gets_the_answer_of_classify(client: TestClient, photo: bytes) ->
     assert outputs["probabilities"]["data"] == [prediction["probability"] for prediction in by_index]
     assert outputs["labels"]["data"] == [prediction["label"] for prediction in classified["predictions"][:2]]
     answer = response.json()
-    assert (answer["model_name"], answer["model_version"], answer["id"]) == ("tiny", "0123456789ab", "7")
+    assert (answer["model_name"], answer["model_version"], answer["id"]) == ("tiny", "1", "7")
     assert answer["parameters"]["patch_grid"] == classified["subnetwork"]["patch_grid"]
     assert answer["parameters"]["reason"] == classified["decision"]["reason"]
     assert "inference;dur=" in response.headers["Server-Timing"]
@@ -241,7 +241,7 @@ def test_it_tells_what_it_is_and_what_it_serves(client: TestClient) -> None:
     assert client.get("/v2/models/tiny").json()["inputs"][0] == {"name": "image", "datatype": "BYTES", "shape": [-1, 1]}
     assert client.get("/v2/models/tiny/config").json()["max_batch_size"] == 16
     assert client.post("/v2/repository/index").json() == [
-        {"name": "tiny", "version": "0123456789ab", "state": "READY", "reason": ""}
+        {"name": "tiny", "version": "1", "state": "READY", "reason": ""}
     ]
 
 
