@@ -37,7 +37,7 @@ async def test_lists_are_answered_with_lists_and_bytes_with_bytes(served: Served
 
 async def test_an_answer_says_who_gave_it_to_what_and_why(served: Served, photo: bytes) -> None:
     response = await served.infer(request_for(photo))
-    assert (response.model_name, response.model_version, response.id) == ("tiny", "0123456789ab", "7")
+    assert (response.model_name, response.model_version, response.id) == ("tiny", "1", "7")
     parameters = parameters_of(response)
     assert parameters["patch_grid"] == 4
     assert parameters["deadline_met"] is True
@@ -257,6 +257,7 @@ async def test_the_server_and_the_model_describe_themselves(served: Served) -> N
     answer = await served.call("ModelConfig", pb.ModelConfigRequest(name="tiny"), pb.ModelConfigResponse)
     assert answer.config.max_batch_size > 0
     assert answer.config.input[0].data_type == pb.TYPE_STRING
+    assert answer.config.parameters["checkpoint_version"].string_value == "0123456789ab"
     index = await served.call("RepositoryIndex", pb.RepositoryIndexRequest(), pb.RepositoryIndexResponse)
     assert [(model.name, model.state) for model in index.models] == [("tiny", "READY")]
 
