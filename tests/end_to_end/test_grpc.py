@@ -19,16 +19,15 @@ from grpc_health.v1 import health_pb2
 from PIL import Image
 
 from service.rpc import open_inference_pb2 as pb
+from tests.end_to_end.test_open_inference import CLIENTS, PYTHON, WITHOUT_ENVIRONMENT
 from tests.end_to_end.test_serving import (
     PHOTOGRAPH,
-    ROOT,
     SMALL_CHECKPOINT,
     free_port,
     start,
     wait_until_ready,
 )
 
-CLIENTS = ROOT / "tests" / "clients"
 Health = health_pb2.HealthCheckResponse
 CHECK = health_pb2.HealthCheckRequest().SerializeToString()
 
@@ -102,12 +101,20 @@ def request_for(image: bytes) -> bytes:
     return request.SerializeToString()
 
 
-def test_tritons_clients_are_answered_unchanged(server: Server) -> None:
-    # In a process of its own, since one process can hold only one set of messages of these names.
-    script = str(CLIENTS / "triton_grpc.py")
-    command = [sys.executable, script, server.address, SMALL_CHECKPOINT, str(PHOTOGRAPH)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+def run_client(python: str, script: str, server: Server) -> None:
+    """In a process of its own, since one process can hold only one set of messages of these names."""
+    command = [python, str(CLIENTS / script), server.address, SMALL_CHECKPOINT, str(PHOTOGRAPH)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_tritons_clients_are_answered_unchanged(server: Server) -> None:
+    run_client(sys.executable, "triton_grpc.py", server)
+
+
+@pytest.mark.skipif(not PYTHON.exists(), reason=WITHOUT_ENVIRONMENT)
+def test_kserves_client_is_answered_unchanged(server: Server) -> None:
+    run_client(str(PYTHON), "kserve_grpc.py", server)
 
 
 def test_a_probe_finds_the_server_healthy(server: Server) -> None:
