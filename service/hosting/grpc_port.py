@@ -1,6 +1,6 @@
 """gRPC beside HTTP: what serves it; imported only where it is asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -13,13 +13,13 @@ from service.settings import Settings
 LIBRARIES = ("grpc", "grpc_health", "grpc_reflection")
 
 
-def require_grpc(settings: Settings) -> None:
+def require_grpc(settings: Settings, libraries: Sequence[str] = LIBRARIES) -> None:
     """See whether the libraries are there, where gRPC is asked for.
 
     Raises:
         CommandError: they are not installed.
     """
-    if settings.grpc_port is not None and not all(map(find_spec, LIBRARIES)):
+    if settings.grpc_port is not None and not all(map(find_spec, libraries)):
         raise CommandError("--grpc-port: gRPC is missing; install this project with its extra, pip install '.[grpc]'")
 
 

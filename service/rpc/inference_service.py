@@ -17,7 +17,7 @@ from grpc.aio import ServicerContext
 from service.access.key_file import KeyFile
 from service.classifier import RequestsByAddress
 from service.domain import ApiKey
-from service.errors import ClientGoneError, ServiceError
+from service.errors import ClientGoneError, ServiceError, UnknownModelError
 from service.inference_protocol.messages import InferRequest
 from service.inference_protocol.protocol import InferenceProtocol
 from service.rpc import open_inference_pb2 as pb
@@ -199,7 +199,10 @@ class InferenceService:
 
     async def _model_ready(self, messages: Messages, _: Call) -> pb.ModelReadyResponse:
         asked = await read_message(messages, pb.ModelReadyRequest, self._max_upload_s)
-        self._protocol.require_model(asked.name, asked.version)
+        try:
+            self._protocol.require_model(asked.name, asked.version)
+        except UnknownModelError:  # a question that Triton answers
+            return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self._protocol.is_ready())
 
     async def _server_metadata(self, messages: Messages, _: Call) -> pb.ServerMetadataResponse:

@@ -20,6 +20,7 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "checkpoint": "/models/a.pth",
         "host": "0.0.0.0",
         "port": "80",
+        "grpc_port": "81",
         "fd": "3",
         "keep_alive_s": "60",
         "cors_origins": "https://example.org",
