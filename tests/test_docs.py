@@ -18,6 +18,7 @@ PAGES = (
     "service/README.md",
     "service/http/README.md",
     "service/rpc/README.md",
+    "service/inference_protocol/README.md",
     "service/scheduling/README.md",
     "models/README.md",
     "deploy/README.md",
