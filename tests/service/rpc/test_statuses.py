@@ -12,12 +12,14 @@ from service.errors import (
 from service.rpc.statuses import STATUS, describe_failure
 
 OF_BROWSERS = {ForeignOriginError, UnknownHostError}
-OF_CLIENTS = {NoAnswerError, *NoAnswerError.__subclasses__()}
 
 
 def kinds_of(error: type[ServiceError]) -> set[type[ServiceError]]:
     below = error.__subclasses__()
     return {error}.union(*map(kinds_of, below)) if below else {error}
+
+
+OF_CLIENTS = kinds_of(NoAnswerError)
 
 
 def test_every_error_that_a_call_can_meet_has_a_status() -> None:
