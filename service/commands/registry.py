@@ -81,7 +81,7 @@ COMMANDS = {
         run="service.commands.convert:convert",
         examples={
             "supervit convert deit_small.pth --output elastic.safetensors": "patch grids and keep rates as they suit",
-            "supervit convert dinov2.onnx --patch-grids 8,12,16 --output elastic.safetensors": "or as you want them",
+            "supervit convert dinov2.onnx --patch-grids 8,16 --output elastic.safetensors": "or as you want them",
         },
     ),
     "evaluate": Command(

@@ -1,7 +1,7 @@
 """`supervit train`: a run of the training, and what is to be done next."""
 
 from models.training.recipe import Recipe
-from models.training.train import TrainingError
+from models.training.state import TrainingError
 from models.training.train import train as run_training
 from service.errors import CommandError
 
