@@ -24,7 +24,7 @@ EXIT_CODES = """[bold]Exit codes[/bold]
   130  stopped by Ctrl-C
 
 Help on a command: [bold]supervit COMMAND --help[/bold]"""
-TRAINING_LIBRARIES = ("matplotlib", "tqdm")
+EXTRAS = {"aiohttp": "bench", "matplotlib": "train", "tqdm": "train"}  # of libraries that come with one only
 
 
 class Supervit(TyperGroup):
@@ -74,9 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its exit
         return 1
     except ModuleNotFoundError as error:
-        if error.name not in TRAINING_LIBRARIES:
+        if error.name not in EXTRAS:
             raise
-        return _fail(f"{error.name} is not installed: install this project with its extra, pip install '.[train]'", 1)
+        with_extra = f"pip install '.[{EXTRAS[error.name]}]'"
+        return _fail(f"{error.name} is not installed: install this project with its extra, {with_extra}", 1)
     except (CommandError, CheckpointError, DataError, DeviceError, ServiceError) as error:
         return _fail(str(error), 1)
     except OSError as error:  # such as a full disk

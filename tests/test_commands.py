@@ -50,6 +50,8 @@ RUN = {
     "test_the_curl_commands_of_the_readme_are_answered",
     "supervit classify *.jpg --url": "tests/end_to_end/test_serving.py::"
     "test_the_command_gives_the_same_answer_alone_as_from_a_server",
+    "supervit bench http://127.0.0.1:8000": "tests/end_to_end/test_serving.py::"
+    "test_a_benchmark_tells_what_became_of_its_requests",
     "supervit classify frog.jpg --checkpoint supervit-micro-cifar10": "tests/service/commands/test_classify.py::"
     "test_a_checkpoint_that_ships_is_classified_with_by_its_name",
     "promtool test rules": "tests/deploy/test_prometheus.py::",
@@ -69,6 +71,7 @@ NOT_RUN = {
     "supervit evaluate": "takes minutes to hours, on images of the reader's; tests/service/commands/test_evaluate.py",
     "supervit quantize": "takes minutes to hours, on images of the reader's; tests/service/commands/test_quantize.py",
     "supervit profile": "measures this machine for minutes; tests/service/engines/test_profiler.py",
+    "supervit bench http://127.0.0.1:8001": "needs another server; tests/service/commands/test_bench.py fakes one",
     "supervit simulate": "measures this machine for minutes first; tests/service/simulation/test_report.py",
     "python -m models.training.": "needs the weights of a training of hours; tests/models/training",
     "python -m tests.benchmarks.": "takes minutes to hours of a machine that does nothing else",

@@ -7,6 +7,7 @@ import pytest
 
 from models.conversion.options import Convert
 from models.training.recipe import Recipe
+from service.bench.options import Bench
 from service.commands.options import Classify, Evaluate, Profile, Quantize
 from service.settings import Settings
 from service.simulation.report import Simulate
@@ -47,7 +48,7 @@ def test_every_knob_of_the_server_has_a_line() -> None:
 def test_every_option_in_an_example_exists() -> None:
     known = {
         f"--{name.replace('_', '-')}"
-        for command in (Settings, Classify, Convert, Evaluate, Quantize, Recipe, Profile, Simulate)
+        for command in (Settings, Classify, Convert, Evaluate, Quantize, Recipe, Profile, Simulate, Bench)
         for name in command.model_fields
     }
     lines = [line for page in PAGES for line in shell_lines(page)]

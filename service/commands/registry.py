@@ -111,6 +111,16 @@ COMMANDS = {
             "supervit profile --fresh --threads 2 --max-batch-size 8": "measure anew, as for a smaller machine",
         },
     ),
+    "bench": Command(
+        "Send a server traffic, and measure how it does.",
+        options="service.bench.options:Bench",
+        run="service.commands.bench:bench",
+        examples={
+            "supervit bench http://127.0.0.1:8000 --rate 20,40": "at two rates, one after the other",
+            "supervit bench http://127.0.0.1:8000 --trace arrivals.csv --json-file -": "what was recorded, as JSON",
+            "supervit bench http://127.0.0.1:8001 --protocol v2 --model vit": "Triton, KServe and the like",
+        },
+    ),
     "simulate": Command(
         "Replay traffic against this machine's profile.",
         options="service.simulation.report:Simulate",

@@ -234,6 +234,16 @@ def test_the_command_gives_the_same_answer_alone_as_from_a_server(url: str, tmp_
     assert [entry["label"] for entry in alone["predictions"]] == [entry["label"] for entry in served["predictions"]]
 
 
+def test_a_benchmark_tells_what_became_of_its_requests(url: str) -> None:
+    command = ["bench", url, "--rate", "20", "--duration-s", "1", "--budget-ms", "20000", "--json-file", "-"]
+    done = subprocess.run([*COMMAND, *command], capture_output=True, text=True, check=True)
+    [figures] = json.loads(done.stdout)["runs"]
+    assert figures["sent"] == figures["answered"] > 10
+    assert figures["attainment"] == 1
+    assert sum(figures["mix"].values()) == pytest.approx(1)
+    assert 0 < figures["latency_ms"]["p50"] <= figures["latency_ms"]["max"]
+
+
 # Where the suite decides over a change it must not pass by skipping.
 @pytest.mark.skipif(shutil.which("curl") is None and "CI" not in os.environ, reason="curl is not installed")
 def test_the_curl_commands_of_the_readme_are_answered(url: str) -> None:
@@ -248,9 +258,9 @@ def test_the_curl_commands_of_the_readme_are_answered(url: str) -> None:
 
 def test_the_client_of_the_readme_is_answered(url: str) -> None:
     [example] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    program = [sys.executable, "-c", example.replace("http://127.0.0.1:8000", url).replace("budget_ms=300", "top_k=1")]
+    program = [sys.executable, "-c", example.replace("http://127.0.0.1:8000", url).replace("=300", "=30000")]
     done = subprocess.run(program, cwd=PHOTOGRAPH.parent, capture_output=True, text=True, check=True)
-    assert "within 2.3 GFLOPs" in done.stdout or "nothing else waits" in done.stdout
+    assert re.match(r"bird 0\.0\d+ .*grid \d+ at keep rate", done.stdout)
 
 
 def test_a_stopping_server_answers_those_it_has_admitted(tmp_path: Path) -> None:
