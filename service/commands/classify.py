@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service.bench.photos import SUFFIXES
 from service.client import AsyncClient
 from service.commands.formats import DEFAULT_TOP_K, default_format, progress, readable, showing
 from service.commands.options import STDIN, Classify
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     import httpx
 
 AT_ONCE = 4
-# Of a folder's files; one that is named is read whatever its suffix.
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 ASKED = {"budget_gflops", "budget_ms", "min_confidence", "patch_grid", "keep_rate"}
 
 Outcome = ClassifyAnswer | ServiceError | OSError
@@ -66,7 +65,7 @@ def find_photos(paths: Sequence[Path]) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and in those in it, but for what is hidden."""
+    """Yield the images in a folder and in those in it, but for what is hidden; one that is named is read regardless."""
     for place, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = (Path(place, name) for name in names if not name.startswith("."))
