@@ -100,8 +100,9 @@ def _notes(schema: Schema, item: Schema) -> str:
     default = schema.get("default")
     notes = ["|".join(item["enum"])] if "enum" in item else []
     notes += [f"{sign}{item[bound]:.10g}" for bound, sign in BOUNDS if bound in item]
-    if default not in (None, False, "", []):
-        notes.append(f"default {','.join(map(str, default)) if isinstance(default, list) else default}")
+    if default not in (None, "", []) and default is not False:  # 0 is one to be told
+        values = default if isinstance(default, list) else [default]
+        notes.append("default " + ",".join(f"{one:.10g}" if isinstance(one, float) else str(one) for one in values))
     return f" [dim]({_plain(', '.join(notes))})[/dim]" if notes else ""
 
 
