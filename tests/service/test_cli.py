@@ -1,3 +1,4 @@
+import io
 import os
 import resource
 import subprocess
@@ -251,3 +252,34 @@ def test_the_list_of_commands_waits_for_no_model_of_options() -> None:
     code = "import sys; from service.cli import main; main(['--help']); print('pydantic' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("words", "library", "extra"),
+    [
+        (["evaluate", "checkpoint", "data"], "matplotlib", "train"),
+        (["profile", "--plot-file", "out.png"], "matplotlib", "train"),
+        (["bench", "http://server"], "aiohttp", "bench"),
+    ],
+)
+def test_a_library_of_an_extra_that_is_not_installed_is_told_with_the_extra(
+    words: list[str], library: str, extra: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("models.evaluation.plots", "service.bench.connections", f"service.commands.{words[0]}"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, library, None)  # which is what makes an import fail
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert error == (
+        f"supervit: {library} is not installed: install this project with its extra, pip install '.[{extra}]'\n"
+    )
+
+
+def test_ctrl_c_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(io.BytesIO):
+        def read(self, _: int | None = -1, /) -> bytes:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Interrupted()))
+    assert main(["classify", "-", "--url", "http://server"]) == 130
+    assert capsys.readouterr().err == "\nsupervit: interrupted\n"
