@@ -57,7 +57,7 @@ COPY --from=dependencies /opt/venv /opt/venv
 RUN python -c "import sys; sys.modules['openvino_telemetry'] = None; import fastapi, grpc.aio, openvino, timm, uvicorn"
 COPY --from=application /application /opt/venv
 # The rest of it. And where an import fails, there is no image.
-RUN supervit serve --help > /dev/null
+RUN python -c "import service.hosting.serve, service.engines.torch_engine" && supervit serve --help > /dev/null
 
 # HOME is where libraries look for caches of theirs; a user of the platform's choice would have none.
 ENV HOME=/tmp \

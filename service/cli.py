@@ -24,7 +24,7 @@ EXIT_CODES = """[bold]Exit codes[/bold]
   130  stopped by Ctrl-C
 
 Help on a command: [bold]supervit COMMAND --help[/bold]"""
-EXTRAS = {"aiohttp": "bench", "matplotlib": "train", "tqdm": "train"}  # of libraries that not every command needs
+EXTRAS = {"aiohttp": "bench", "matplotlib": "train", "tqdm": "train"}  # of libraries that come with one only
 
 
 class Supervit(TyperGroup):
@@ -64,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 1 for what went wrong, 2 for wrong usage, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        parsed = parse(words or ["--help"])
-        if isinstance(parsed, int):  # it is told already
-            return parsed if words else 2
-        parsed()
+        asked = parse(words or ["--help"])
+        status = asked if isinstance(asked, int) else asked()
+        sys.stdout.flush()  # while it can still be said that the disk is full
+        return status if words else 2
     except WrongUsageError as error:
         return _fail(shown(error, MESSAGE_CHARACTERS), 2)
     except BrokenPipeError:  # the reader of our output has had enough of it
@@ -76,31 +76,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
-        extra = f"its extra, pip install '.[{EXTRAS[error.name]}]'"
-        return _fail(f"{error.name} is not installed: install this project with {extra}", 1)
-    except (
-        CommandError,
-        CheckpointError,
-        DataError,
-        DeviceError,
-        ServiceError,
-        OSError,
-    ) as error:  # the last: a full disk
+        with_extra = f"pip install '.[{EXTRAS[error.name]}]'"
+        return _fail(f"{error.name} is not installed: install this project with its extra, {with_extra}", 1)
+    except (CommandError, CheckpointError, DataError, DeviceError, ServiceError) as error:
         return _fail(str(error), 1)
+    except OSError as error:  # such as a full disk
+        return _fail(": ".join(str(part) for part in (error.filename, error.strerror or error) if part), 1)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return _fail("interrupted", 130)
-    return 0
 
 
-def parse(words: Sequence[str]) -> Callable[[], None] | int:
-    """Read the words after `supervit`: return the call that they ask for, or the exit status where they ask for help.
+def parse(words: Sequence[str]) -> Callable[[], int] | int:
+    """Read the words after `supervit`: return the call that they ask for, or the status where help was all of it.
 
     Raises:
         WrongUsageError: there is no such command or option, or a value is out of its range.
     """
     try:
-        parsed: Callable[[], None] | int = typer.main.get_command(app).main(words, "supervit", standalone_mode=False)
+        parsed: Callable[[], int] | int = typer.main.get_command(app).main(words, "supervit", standalone_mode=False)
     except typer.TyperException as error:
         message = error.format_message().rstrip(".")
         where = f"{words[0]}: " if words[0] in COMMANDS else ""

@@ -50,6 +50,12 @@ RUN = {
     "test_the_curl_commands_of_the_readme_are_answered",
     "supervit classify *.jpg --url": "tests/end_to_end/test_serving.py::"
     "test_the_command_gives_the_same_answer_alone_as_from_a_server",
+    "supervit classify photos": "tests/service/commands/test_classify.py::"
+    "test_a_folder_stands_for_its_images_and_those_of_its_folders_in_order",
+    "supervit classify cat.jpg": "tests/service/commands/test_classify.py::"
+    "test_explain_draws_what_was_looked_at_and_shows_the_answer",
+    "supervit key NAME": "tests/service/commands/test_key.py::"
+    "test_a_key_is_told_once_and_its_entry_is_ready_for_the_file",
     "supervit bench http://127.0.0.1:8000": "tests/end_to_end/test_serving.py::"
     "test_a_benchmark_tells_what_became_of_its_requests",
     "supervit classify frog.jpg --checkpoint supervit-micro-cifar10": "tests/service/commands/test_classify.py::"

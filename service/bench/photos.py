@@ -9,7 +9,7 @@ import models
 from service.errors import CommandError
 
 SHIPPED = Path(models.__file__).parent / "checkpoints" / "photographs"
-SUFFIXES = frozenset((".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+SUFFIXES = frozenset((".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 MOST = 2000  # that are kept in memory
 
 

@@ -4,11 +4,12 @@ import asyncio
 import os
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service.bench.photos import SUFFIXES
 from service.client import AsyncClient
 from service.commands.formats import DEFAULT_TOP_K, default_format, progress, readable, showing
 from service.commands.options import STDIN, Classify
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     import httpx
 
 AT_ONCE = 4
-# Of a folder's files; one that is named is read whatever its suffix.
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 ASKED = {"budget_gflops", "budget_ms", "min_confidence", "patch_grid", "keep_rate"}
 
 Outcome = ClassifyAnswer | ServiceError | OSError
@@ -39,7 +38,9 @@ def classify(command: Classify, transport: "httpx.AsyncBaseTransport | None" = N
     photos = find_photos(command.photos)
     if command.explain and len(photos) > 1:
         raise CommandError(f"--explain draws one photo, and there are {len(photos)}")
-    failed = asyncio.run(_classify_all(command, photos, transport))
+    # Here rather than in a thread, for which Ctrl-C would have to wait.
+    stdin = sys.stdin.buffer.read() if STDIN in photos else b""
+    failed = asyncio.run(_classify_all(command, photos, stdin, transport))
     if failed:
         raise CommandError(f"{failed} of {len(photos)} photos could not be classified")
 
@@ -56,19 +57,28 @@ def find_photos(paths: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             photos.append(path)
             continue
-        files = (Path(folder, name) for folder, _, names in os.walk(path, onerror=_raise) for name in names)
-        found = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+        found = sorted(_walk(path))
         if not found:
             raise CommandError(f"{readable(path)}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
         photos += found
     return photos
 
 
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the images in a folder and in those in it, but for what is hidden; one that is named is read regardless."""
+    for place, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(place, name) for name in names if not name.startswith("."))
+        yield from (file for file in files if file.suffix.lower() in SUFFIXES)
+
+
 def _raise(error: OSError) -> None:
     raise error
 
 
-async def _classify_all(command: Classify, photos: Sequence[Path], transport: "httpx.AsyncBaseTransport | None") -> int:
+async def _classify_all(
+    command: Classify, photos: Sequence[Path], stdin: bytes, transport: "httpx.AsyncBaseTransport | None"
+) -> int:
     failures = list[Path]()
     style = command.format or default_format()
     top_k = command.top_k or DEFAULT_TOP_K[style]
@@ -76,7 +86,11 @@ async def _classify_all(command: Classify, photos: Sequence[Path], transport: "h
         with showing(style) as show, progress(len(photos), style) as advance:
 
             async def ask(photo: Path) -> Outcome:
-                return await _ask(client, command, top_k, photo)
+                try:
+                    data = stdin if photo == STDIN else await asyncio.to_thread(photo.read_bytes)
+                    return await _ask(client, command, top_k, data)
+                except (ServiceError, OSError) as error:
+                    return error
 
             def take(photo: Path, outcome: Outcome) -> None:
                 advance()
@@ -120,22 +134,20 @@ async def _in_order(
         await asyncio.gather(*(outcome for _, outcome in waiting), return_exceptions=True)
 
 
-async def _ask(client: AsyncClient, command: Classify, top_k: int, photo: Path) -> Outcome:
+async def _ask(client: AsyncClient, command: Classify, top_k: int, data: bytes) -> ClassifyAnswer:
     """Ask about a photo, and draw what was looked at if that is wanted.
 
     Raises:
         CommandError: no other photo would fare better; or nothing can be drawn.
+        ServiceError: this one is not answered.
     """
     options = command.model_dump(include=ASKED)
     try:
-        data = await asyncio.to_thread(sys.stdin.buffer.read if photo == STDIN else photo.read_bytes)
         if command.explain is None:
             return await client.classify(data, top_k=top_k, **options)
         answer = await client.explain(data, top_k=top_k, **options)
     except (UnreachableError, UnexpectedAnswerError) as error:
         raise CommandError(str(error)) from error
-    except (ServiceError, OSError) as error:
-        return error
     from service.commands.drawing import draw  # imports torch
 
     draw(data, answer, command.explain)

@@ -20,6 +20,7 @@ from service.errors import WrongUsageError, first_problem
 
 _, POSITIONAL = get_args(CliPositionalArg[str])
 METAVARS = {"integer": "INT", "number": "NUMBER", "string": "TEXT", "path": "PATH", "enum": "NAME"}
+KINDS = {"array": list[str], "boolean": bool}  # for Typer; all else is text
 # As JSON Schema names them, in the order in which they are told.
 BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
 CONTEXT = {"help_option_names": ["--help", "-h"]}
@@ -31,7 +32,7 @@ def make_command(name: str, command: Command) -> Any:  # noqa: ANN401 - Typer's 
     """Make what Typer parses and completes; what it then returns is the call that the words ask for."""
     model: type[BaseModel] = resolve_name(command.options)
 
-    def read(**words: Any) -> Callable[[], None]:  # noqa: ANN401 - text, texts or a flag
+    def read(**words: Any) -> Callable[[], int]:  # noqa: ANN401 - text, texts or a flag
         return partial(_call, command.run, read_options(name, model, words))
 
     parameters = list(_parameters(model, command.panels))
@@ -78,8 +79,7 @@ def _parameters(model: type[BaseModel], panels: Mapping[str, str]) -> Iterator[i
             "show_default": False,
             "autocompletion": COMPLETIONS.get(name) or (one_of(item["enum"]) if "enum" in item else None),
         }
-        text = Path if _type(item) == "path" else str
-        kind: Any = list[text] if value["type"] == "array" else bool if value["type"] == "boolean" else text  # type: ignore[valid-type]
+        kind: Any = KINDS.get(value["type"], Path if _type(value) == "path" else str)
         if _is_positional(model, name):
             information = typer.Argument(default, metavar=name.upper(), **about)
         elif kind is bool:
@@ -100,8 +100,9 @@ def _notes(schema: Schema, item: Schema) -> str:
     default = schema.get("default")
     notes = ["|".join(item["enum"])] if "enum" in item else []
     notes += [f"{sign}{item[bound]:.10g}" for bound, sign in BOUNDS if bound in item]
-    if default not in (None, False, "", []):
-        notes.append(f"default {','.join(map(str, default)) if isinstance(default, list) else default}")
+    if default not in (None, "", []) and default is not False:  # 0 is one to be told
+        values = default if isinstance(default, list) else [default]
+        notes.append("default " + ",".join(f"{one:.10g}" if isinstance(one, float) else str(one) for one in values))
     return f" [dim]({_plain(', '.join(notes))})[/dim]" if notes else ""
 
 
@@ -129,5 +130,6 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _call(place: str, options: BaseModel) -> None:
+def _call(place: str, options: BaseModel) -> int:
     resolve_name(place)(options)
+    return 0

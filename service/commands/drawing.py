@@ -78,8 +78,7 @@ def draw(data: bytes, answer: ExplainAnswer, path: Path) -> None:
         path: of the file.
 
     Raises:
-        CommandError: Pillow cannot read the photo.
-        OSError: the file cannot be written.
+        CommandError: Pillow cannot read the photo, or the file cannot be written.
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
@@ -94,7 +93,10 @@ def draw(data: bytes, answer: ExplainAnswer, path: Path) -> None:
         panels.append((draw_patches(view, pruning.kept), f"Block {pruning.block}", left))
     written = io.BytesIO()
     _sheet(panels, answer).save(written, "PNG")
-    write_atomically(path, written.getvalue())
+    try:
+        write_atomically(path, written.getvalue())
+    except OSError as error:
+        raise CommandError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def draw_patches(view: View, kept: Sequence[int]) -> Image.Image:

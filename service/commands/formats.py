@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
+from rich.columns import Columns
 from rich.console import Console
 from rich.progress import Progress
 from rich.progress_bar import ProgressBar
@@ -22,7 +23,7 @@ Show = Callable[[Path, ClassifyAnswer], None]
 
 DEFAULT_TOP_K: dict[Format, int] = {"table": 1, "text": 5, "json": 5, "csv": 1}
 COLUMNS = ("photo", "rank", "label", "probability", "patch_grid", "keep_rate", "gflops", "total_ms", "deadline_met")
-BAR_CHARACTERS = 12
+BAR_CHARACTERS, NAME_CHARACTERS, WIDEST_TABLE = 8, 22, 100
 
 
 def default_format() -> Format:
@@ -44,8 +45,8 @@ def showing(style: Format) -> AbstractContextManager[Show]:
 def progress(photos: int, style: Format) -> Iterator[Callable[[], None]]:
     """Show on stderr how far many photos are, where no line of an answer would come between."""
     console = Console(stderr=True)
-    is_free = style == "table" or not sys.stdout.isatty()
-    with Progress(console=console, transient=True, disable=photos < 2 or not (console.is_terminal and is_free)) as bar:
+    is_off = photos < 2 or not console.is_terminal or (style != "table" and sys.stdout.isatty())
+    with Progress(console=console, transient=True, disable=is_off, redirect_stdout=False) as bar:
         task = bar.add_task("classifying", total=photos)
         yield lambda: bar.advance(task)
 
@@ -86,28 +87,30 @@ def _csv() -> Iterator[Show]:
 @contextmanager
 def _table() -> Iterator[Show]:
     """Rows are printed together, once their widths are known: at the end, be it Ctrl-C."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("photo", overflow="ellipsis", no_wrap=True, ratio=2)
-    table.add_column("answer", overflow="ellipsis", no_wrap=True, ratio=1)
-    table.add_column("", width=BAR_CHARACTERS)
-    for title in ("prob.", "grid", "keep", "GFLOPs", "ms"):
-        table.add_column(title, justify="right", no_wrap=True)
+    console = Console()
+    table = Table(box=None, pad_edge=False, expand=True, width=min(console.width, WIDEST_TABLE))
+    table.add_column("photo", overflow="ellipsis", no_wrap=True, ratio=3)
+    table.add_column("answer", overflow="ellipsis", no_wrap=True, ratio=2)
+    table.add_column("probability", width=BAR_CHARACTERS + 7)
+    for title in ("grid-keep", "GFLOPs", "ms"):
+        table.add_column(title, justify="right", no_wrap=True, style="dim")
 
     def show(photo: Path, answer: ClassifyAnswer) -> None:
-        subnetwork = answer.subnetwork
-        cost = (
-            f"{subnetwork.patch_grid}",
-            f"{subnetwork.keep_rate:g}",
-            f"{answer.gflops:.3g}",
-            f"{answer.timing_ms.total:.0f}",
-        )
+        ran = answer.subnetwork
+        beside = (f"{ran.patch_grid}-{ran.keep_rate:g}", f"{answer.gflops:.3g}", f"{answer.timing_ms.total:.0f}")
         for rank, entry in enumerate(answer.predictions):
-            bar = ProgressBar(total=1, completed=entry.probability, width=BAR_CHARACTERS)
-            beside = (Text(readable(photo)), cost) if rank == 0 else (Text(), ("",) * len(cost))
-            table.add_row(beside[0], Text(readable(entry.label)), bar, f"{entry.probability:.1%}", *beside[1])
+            bar = ProgressBar(1, entry.probability, BAR_CHARACTERS, complete_style="cyan", finished_style="cyan")
+            likely = Columns([Text(f"{entry.probability:6.1%}"), bar])
+            name, told = (_last(readable(photo)), beside) if rank == 0 else ("", ("",) * len(beside))
+            table.add_row(Text(name), Text(readable(entry.label)), likely, *told)
 
     try:
         yield show
     finally:
         if table.row_count:
-            Console().print(table)
+            console.print(table)
+
+
+def _last(name: str) -> str:
+    """Leave out the beginning of a long path: photos differ in its end."""
+    return name if len(name) <= NAME_CHARACTERS else f"…{name[1 - NAME_CHARACTERS :]}"

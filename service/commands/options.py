@@ -1,20 +1,27 @@
 """What the commands are told whose options have no better place. Holds values: help waits for no library."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_settings import CliPositionalArg
 
 from models.defaults import MAX_BAD_IMAGES, count_cores, default_workers
+from service.domain import KEY_NAME
 
 STDIN = Path("-")
+
+
+def _named(photos: Any) -> Any:  # noqa: ANN401 - whatever was given
+    if "" in photos:  # as an unset variable of a shell would be; as a path, it would be the current folder
+        raise ValueError("one of the names is empty")
+    return photos
 
 
 class Classify(BaseModel):
     """Classify photographs, in this process or by a running server; a few at a time, answered in their order."""
 
-    photos: CliPositionalArg[list[Path]] = Field(
+    photos: CliPositionalArg[Annotated[list[Path], BeforeValidator(_named)]] = Field(
         description="image files, folders of them, or - for an image from stdin", min_length=1
     )
     budget_gflops: float | None = Field(None, gt=0, description="most that each may cost, in 1e9 multiply-accumulates")
@@ -107,3 +114,11 @@ class Quantize(BaseModel):
     )
     workers: int = Field(0, ge=0, description="processes that decode images beside the engine; by default none")
     threads: int = Field(default_factory=count_cores, ge=1, description="threads of the engine; by default every core")
+
+
+class Key(BaseModel):
+    """Make an API key: its entry for a file of keys on stdout, and the key itself, which is kept nowhere, on stderr."""
+
+    name: CliPositionalArg[str] = Field(
+        pattern=KEY_NAME, description="of its holder, for metrics: letters, digits, dots, dashes and underscores"
+    )

@@ -81,7 +81,7 @@ COMMANDS = {
         run="service.commands.convert:convert",
         examples={
             "supervit convert deit_small.pth --output elastic.safetensors": "patch grids and keep rates as they suit",
-            "supervit convert dinov2.onnx --patch-grids 8,12,16 --output elastic.safetensors": "or as you want them",
+            "supervit convert dinov2.onnx --patch-grids 8,16 --output elastic.safetensors": "or as you want them",
         },
     ),
     "evaluate": Command(
@@ -111,6 +111,26 @@ COMMANDS = {
             "supervit profile --fresh --threads 2 --max-batch-size 8": "measure anew, as for a smaller machine",
         },
     ),
+    "key": Command(
+        "Make an API key, and its entry in a file of keys.",
+        options="service.commands.options:Key",
+        run="service.commands.key:key",
+        examples={
+            "supervit key doorbells >> keys.toml": "the entry into the file, the key itself onto the terminal",
+            "supervit key doorbells": "to look at both",
+        },
+    ),
+    "bench": Command(
+        "Send a server traffic, and measure how it does.",
+        options="service.bench.options:Bench",
+        run="service.commands.bench:bench",
+        examples={
+            "supervit bench http://127.0.0.1:8000 --rate 20,40": "at two rates, one after the other",
+            "supervit bench http://127.0.0.1:8000 --trace arrivals.csv --json-file -": "what was recorded, as JSON",
+            "supervit bench http://127.0.0.1:8001 --protocol v2 --model vit": "Triton, KServe and the like",
+        },
+        panels={"images": "Requests", "json_file": "Output"},
+    ),
     "simulate": Command(
         "Replay traffic against this machine's profile.",
         options="service.simulation.report:Simulate",
@@ -121,16 +141,5 @@ COMMANDS = {
             "supervit simulate --rate 300 --arrivals gamma --slowdown 10:2.5,20:1": "bursts, and a noisy neighbour",
         },
         panels={"policy": "Machines", "json_file": "Output"},
-    ),
-    "bench": Command(
-        "Send a server traffic, and measure how it does.",
-        options="service.bench.options:Bench",
-        run="service.commands.bench:bench",
-        examples={
-            "supervit bench http://127.0.0.1:8000 --rate 20,40,80 --budget-ms 300": "how much is answered in time?",
-            "supervit bench http://127.0.0.1:8000 --images my_photos/test --plot-file course.png": "how much is right?",
-            "supervit bench http://127.0.0.1:8001 --protocol v2 --model vit --json-file -": "by Triton, for a program",
-        },
-        panels={"images": "Requests", "json_file": "Output"},
     ),
 }

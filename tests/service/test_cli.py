@@ -1,4 +1,9 @@
+import io
+import os
 import resource
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -184,3 +189,97 @@ def test_a_checkpoint_that_cannot_be_found_is_named_by_every_command(
 def test_train_names_a_data_set_that_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(tmp_path), "--output", str(tmp_path / "run")]) == 1
     assert str(tmp_path / "train") in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"supervit {version('supervit-serve')}\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["serve", "--help"], ["serve", "-h", "--port", "abc"]])
+def test_help_is_no_failure(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    assert "Usage: supervit" in capsys.readouterr().out
+
+
+def test_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(command.summary in shown for command in COMMANDS.values())
+    assert all(f"\n   {code} " in shown for code in (0, 1, 2, 130))
+
+
+@pytest.mark.parametrize(("typo", "meant"), [(["srve"], "serve"), (["serve", "--prot", "9"], "--port")])
+def test_a_typo_is_answered_with_what_may_be_meant(
+    typo: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(typo) == 2
+    assert meant in capsys.readouterr().err
+
+
+def test_an_option_that_is_a_control_character_is_no_command_to_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["serve", "--\x1b[31m"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_full_disk_and_a_reader_that_has_left_are_failures() -> None:
+    command = [sys.executable, "-m", "service.cli", "--version"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with Path("/dev/full").open("w") as full, os.fdopen(writing, "w") as pipe:
+        onto_full, into_pipe = (
+            subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
+            for file in (full, pipe)
+        )
+    assert (onto_full.returncode, onto_full.stderr) == (1, "supervit: No space left on device\n")
+    assert (into_pipe.returncode, into_pipe.stderr) == (1, "")
+
+
+def test_help_completion_and_wrong_usage_wait_for_no_torch() -> None:
+    words = [["--help"], *([name, "--help"] for name in COMMANDS), ["serve", "--port", "x"], ["classify", "a", "--x"]]
+    heavy = ["torch", "timm", "matplotlib", "fastapi", "httpx", "openvino"]
+    code = f"""import sys
+from service.cli import main
+statuses = [main(words) for words in {words!r}]
+print(*statuses, *(name for name in {heavy!r} if name in sys.modules), file=sys.stderr)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1].split() == [*"0" * (1 + len(COMMANDS)), "2", "2"]
+
+
+def test_the_list_of_commands_waits_for_no_model_of_options() -> None:
+    code = "import sys; from service.cli import main; main(['--help']); print('pydantic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("words", "library", "extra"),
+    [
+        (["evaluate", "checkpoint", "data"], "matplotlib", "train"),
+        (["profile", "--plot-file", "out.png"], "matplotlib", "train"),
+        (["bench", "http://server"], "aiohttp", "bench"),
+    ],
+)
+def test_a_library_of_an_extra_that_is_not_installed_is_told_with_the_extra(
+    words: list[str], library: str, extra: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("models.evaluation.plots", "service.bench.connections", f"service.commands.{words[0]}"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, library, None)  # which is what makes an import fail
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert error == (
+        f"supervit: {library} is not installed: install this project with its extra, pip install '.[{extra}]'\n"
+    )
+
+
+def test_ctrl_c_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(io.BytesIO):
+        def read(self, _: int | None = -1, /) -> bytes:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Interrupted()))
+    assert main(["classify", "-", "--url", "http://server"]) == 130
+    assert capsys.readouterr().err == "\nsupervit: interrupted\n"

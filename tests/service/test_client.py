@@ -43,6 +43,26 @@ async def test_the_server_answers_what_was_asked(in_process: AsyncClient, photo:
 
 
 @pytest.mark.anyio
+async def test_the_server_explains_what_it_looked_at(in_process: AsyncClient, photo: bytes) -> None:
+    answer = await in_process.explain(photo, patch_grid=4, keep_rate=0.5)
+    assert [pruning.block for pruning in answer.explanation.prunings] == [1]
+    assert answer.subnetwork.patch_grid == 4
+
+
+def test_the_client_that_blocks_explains_too() -> None:
+    explanation = {"seen_share": 0.875, "prunings": []}
+    asked = list[str]()
+
+    def explain(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        return httpx.Response(200, json=ANSWER | {"explanation": explanation})
+
+    with Client("http://server", transport=httpx.MockTransport(explain)) as client:
+        assert client.explain(b"photo").explanation.seen_share == 0.875
+    assert asked == ["/explain"]
+
+
+@pytest.mark.anyio
 async def test_a_refusal_is_the_error_that_the_server_has_raised(in_process: AsyncClient, photo: bytes) -> None:
     cheapest = min(row.gflops for row in (await in_process.subnetworks()).subnetworks)
     with pytest.raises(BudgetTooSmallError, match="GFLOPs") as caught:

@@ -19,6 +19,7 @@ from service.errors import (
     ResponseTimeoutError,
     ServiceError,
     UnexpectedAnswerError,
+    UnreachableError,
 )
 from tests.service.wire_answers import ANSWER, refusal
 
@@ -124,7 +125,7 @@ def test_a_server_that_cannot_be_reached_is_tried_again(failure: type[httpx.HTTP
     server = ScriptedServer([failure, ANSWERED])
     server.client(draw=0.5).classify(b"image")
     assert server.slept_s == [pytest.approx(0.05)]
-    with pytest.raises(ConnectionFailedError, match="http://server cannot be connected to"):
+    with pytest.raises(UnreachableError, match="http://server cannot be connected to"):
         ScriptedServer([failure]).client().classify(b"image")
 
 
