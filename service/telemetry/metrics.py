@@ -1,7 +1,6 @@
 """Every Prometheus metric of the server, declared once on an injected registry.
 
-Workers of one server share a folder in which prometheus_client keeps the counts of each; the one that is asked for its
-page then answers for all of them.
+Workers of one server share a folder with the counts of each; the one that is asked for its page answers for all.
 """
 
 from collections.abc import Sequence
