@@ -29,10 +29,10 @@ def grpc_beside(
     """Make what serves gRPC as long as a block lasts, where the settings name a port for it."""
     if settings.grpc_port is None:
         return nullcontext
-    from service.rpc.inference_service import InferenceService
+    from service.rpc.answering import Answering
     from service.rpc.server import Bounds, serving
 
-    service = InferenceService(
+    answering = Answering(
         runtime.inference_protocol,
         runtime.metrics,
         settings.max_upload_s,
@@ -47,4 +47,4 @@ def grpc_beside(
         keep_alive_s=settings.keep_alive_s,
     )
     address = settings.host, settings.grpc_port
-    return partial(serving, service, address, bounds, lambda: runtime.drain_left_s, certificate)
+    return partial(serving, answering, address, bounds, lambda: runtime.drain_left_s, certificate)

@@ -113,8 +113,9 @@ def test_tritons_clients_are_answered_unchanged(server: Server) -> None:
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason=WITHOUT_ENVIRONMENT)
-def test_kserves_client_is_answered_unchanged(server: Server) -> None:
-    run_client(str(PYTHON), "kserve_grpc.py", server)
+@pytest.mark.parametrize("script", ["kserve_grpc.py", "ovmsclient_grpc.py"])
+def test_clients_in_an_environment_of_their_own_are_answered_unchanged(server: Server, script: str) -> None:
+    run_client(str(PYTHON), script, server)
 
 
 def test_a_probe_finds_the_server_healthy(server: Server) -> None:
