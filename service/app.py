@@ -9,7 +9,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from service.http.classify import DirectRoutes, make_classify
 from service.http.error_responses import ErrorAnswers
-from service.http.keys import KeyCheck
+from service.http.keys import KeyCheck, describe_keys
 from service.http.origins import OriginPolicy
 from service.http.pages import add_pages
 from service.http.request_ids import HEADER, RequestIds
@@ -68,6 +68,7 @@ def create_app(
     errors.add_to(app)
     app.add_middleware(DirectRoutes, handles=direct, errors=errors)
     if context.keys is not None:
+        describe_keys(app)
         app.add_middleware(KeyCheck, keys=context.keys)
     app.add_middleware(OriginPolicy, origins=context.cors_origins, hosts=context.allowed_hosts)
     if context.cors_origins:

@@ -1,5 +1,8 @@
 """Asks what is posted for a key, where the server has a file of them."""
 
+from typing import Any
+
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.access.key_file import HEADERS, KeyFile
@@ -9,12 +12,33 @@ from service.http.error_responses import describe_error, make_error_response
 
 KEY = "supervit.key"  # of the scope
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+# In OpenAPI's words.
+SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
 
 
 def key_of(scope: Scope) -> ApiKey | None:
     """Return the key that a request came with; None where none is asked for."""
     key: ApiKey | None = scope.get(KEY)
     return key
+
+
+def describe_keys(app: FastAPI) -> None:
+    """Have the documentation of an app say that what is posted needs a key, and how it is sent."""
+    describe = app.openapi
+
+    def describe_with_keys() -> dict[str, Any]:
+        schema = describe()
+        schema["components"]["securitySchemes"] = SCHEMES
+        for operations in schema["paths"].values():
+            for method, operation in operations.items():
+                if method.upper() not in SAFE_METHODS:
+                    operation["security"] = [{name: []} for name in SCHEMES]  # either will do
+        return schema
+
+    app.openapi = describe_with_keys  # type: ignore[method-assign] # FastAPI's way to extend it
 
 
 class KeyCheck:

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Request, Response, Security
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from fastapi.security import APIKeyHeader, HTTPBearer
 
 from service.domain import HIGHEST_PRIORITY, MAX_IMAGES, InferenceRequest
 from service.errors import NotReadyError, ServiceError
@@ -93,9 +92,6 @@ def _object(properties: Schema, required: str) -> Schema:
 def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     """Make the routes that clients ask, over `context`."""
     router = APIRouter()
-    # They describe what the middleware checks.
-    bearer, header = HTTPBearer(auto_error=False), APIKeyHeader(name="X-API-Key", auto_error=False)
-    needed = [] if context.keys is None else [Security(bearer), Security(header)]
     config = context.checkpoint.config
     profiles = context.checkpoint.profile.with_rates_between(config)
     # The routes read their queries themselves, at a tenth of what FastAPI takes for it, so they describe them as well.
@@ -109,7 +105,6 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         CLASSIFY_PATH,
         classify,
         methods=["POST"],
-        dependencies=needed,
         response_model=ClassifyAnswer | ResultsAnswer,
         responses=RESPONSES,
         openapi_extra={"requestBody": describe_body(of_classify), "parameters": describe_query(of_classify)},
@@ -119,7 +114,6 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         "/explain",
         make_explain(context),
         methods=["POST"],
-        dependencies=needed,
         response_model=ExplainAnswer,
         responses=RESPONSES,
         openapi_extra={"requestBody": describe_body(of_classify), "parameters": describe_query(of_classify)},
@@ -127,7 +121,6 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
 
     @router.post(
         "/decide",
-        dependencies=needed,
         responses=DECIDE_RESPONSES,
         openapi_extra={"parameters": describe_query(of_decide)},
     )
