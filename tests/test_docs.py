@@ -17,6 +17,7 @@ PAGES = (
     "README.md",
     "service/README.md",
     "service/http/README.md",
+    "service/inference_protocol/README.md",
     "service/rpc/README.md",
     "service/scheduling/README.md",
     "models/README.md",
