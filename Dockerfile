@@ -20,7 +20,8 @@ ENV PATH=/opt/venv/bin:$PATH
 FROM base AS requirements
 COPY pyproject.toml .
 RUN python -c "import tomllib; \
-    print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt
+    project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    print(*project['dependencies'], *project['optional-dependencies']['otel'], sep='\n')" > requirements.txt
 
 FROM base AS dependencies
 # Where PyTorch's builds for one kind of machine are. Their versions, such as 2.9.0+cpu, win over 2.9.0 of PyPI. Where

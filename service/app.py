@@ -11,6 +11,8 @@ from service.http.classify import DirectRoute, make_classify
 from service.http.error_responses import ErrorAnswers
 from service.http.origins import OriginPolicy
 from service.http.pages import add_pages
+from service.http.reports import HEADER as TRACE_HEADER
+from service.http.reports import RequestReports
 from service.http.request_ids import HEADER, RequestIds
 from service.http.routes import CLASSIFY_PATH, build_router
 from service.runtime import ServerRuntime
@@ -46,8 +48,9 @@ def create_app(runtime: ServerRuntime, *, ready_first: bool = False, names_reque
             allow_origins=context.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[HEADER, "Server-Timing", "Retry-After"],
+            expose_headers=[HEADER, TRACE_HEADER, "Server-Timing", "Retry-After"],
         )
-    if names_requests:
-        app.add_middleware(RequestIds)
+    if context.reporter is not None:
+        app.add_middleware(RequestReports, reporter=context.reporter)
+    app.add_middleware(RequestIds, sends_back=names_requests)
     return app

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -29,10 +31,14 @@ from service.scheduling.policies import find_policy
 from service.settings import Settings, comma_separated, environment_variable
 from service.telemetry.metrics import Metrics, process_registry
 from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
+from service.telemetry.reports import Reporter
+
+if TYPE_CHECKING:  # it imports opentelemetry
+    from service.telemetry.tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LEAST_FLUSH_S = 1.0  # for the last spans, where the answers took all the time there was
 
 
 class ServerRuntime:
@@ -55,6 +61,7 @@ class ServerRuntime:
         begin: Callable[..., Profiled] = begin_profile,
         monitor: Monitor | None = None,
         watchdog: Watchdog | None = None,
+        tracer: "RequestTracer | None" = None,
     ) -> None:
         """Take what to serve; nothing runs yet.
 
@@ -69,6 +76,7 @@ class ServerRuntime:
             begin: reads the latencies measured before, and measures what a start needs.
             monitor: looks at the machine.
             watchdog: when a batch is taken to hang.
+            tracer: of requests; closed when the server ends.
 
         Raises:
             DeviceError: the device or the engine cannot be used.
@@ -101,7 +109,9 @@ class ServerRuntime:
             state=lambda: self._state,
             server=self._require_server,
             report=self._report,
+            reporter=Reporter(tracer, logs_requests=settings.log_requests) if tracer or settings.log_requests else None,
         )
+        self._tracer, self._stop_by = tracer, math.inf
         self._state = ServerState.STARTING
         self._server: ReadyServer | None = None
         self._batcher: Batcher | None = None
@@ -121,6 +131,7 @@ class ServerRuntime:
 
         A signal handler calls it, maybe in the middle of a count that holds the lock of all counts: it counts nothing.
         """
+        self._stop_by = min(self._stop_by, time.monotonic() + self._settings.drain_s)
         if self._state is not ServerState.HUNG:
             self._state = ServerState.DRAINING
 
@@ -149,6 +160,9 @@ class ServerRuntime:
             for task in (watching, reporting, measuring, guarding):
                 task.cancel()
             self._monitor.close()
+            if self._tracer is not None:
+                within_s = max(LEAST_FLUSH_S, self._stop_by - time.monotonic())
+                await asyncio.to_thread(self._tracer.close, within_s)
 
     async def _serve(self) -> None:
         """Warm up, learn the latencies, and run batches until told to stop and all that was admitted has an answer."""

@@ -31,9 +31,11 @@ from service.http.connections import Connections
 from service.http.early_rejection import EarlyRejection, RejectingProtocol
 from service.http.routes import CLASSIFY_PATH
 from service.machine.monitor import Monitor
-from service.runtime import LOG_FORMAT, ServerRuntime
+from service.runtime import ServerRuntime
 from service.settings import Settings, comma_separated, environment_variable, unknown_variables, worker_environment
+from service.telemetry.logs import configure_logging
 from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
+from service.telemetry.reports import find_tracer
 from service.telemetry.sparing_log import SparingLog
 
 logger = logging.getLogger(__name__)
@@ -186,7 +188,7 @@ def serve(settings: Settings, engine: Engine | None = None) -> None:
         if settings.fd is not None and shared_folder is not None:
             beat(shared_folder, is_serving)
 
-    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+    configure_logging(settings.log_level, settings.log_format)
     if settings.workers > 1 and settings.fd is None:
         supervise(settings, os.sched_getaffinity(0), Monitor().latest.cores)
         return
@@ -200,7 +202,8 @@ def serve(settings: Settings, engine: Engine | None = None) -> None:
         # the number that it computes with.
         torch.set_num_threads(1)
         checkpoint = load_checkpoint(settings.checkpoint)
-        runtime = ServerRuntime(settings, checkpoint, engine, on_failure=stop, heartbeat=tell_supervisor)
+        tracer = find_tracer(os.environ)
+        runtime = ServerRuntime(settings, checkpoint, engine, on_failure=stop, heartbeat=tell_supervisor, tracer=tracer)
         # Others may serve at the same address: this server takes no connection from them before its time.
         app = create_app(runtime, ready_first=settings.fd is not None)
         for name in unknown_variables():
@@ -211,7 +214,7 @@ def serve(settings: Settings, engine: Engine | None = None) -> None:
             ws="none",
             log_config=None,
             log_level=settings.log_level,
-            access_log=settings.log_level == "debug",
+            access_log=False,  # --log-requests says more
             server_header=False,
             timeout_keep_alive=settings.keep_alive_s,
             proxy_headers=settings.forwarded_allow_ips is not None,

@@ -18,6 +18,7 @@ from service.http.early_rejection import RESERVED
 from service.http.error_responses import ErrorAnswers, describe_error
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import ClassifyQuery, parse_parameters, parse_query
+from service.http.reports import report_of
 from service.http.schemas import ClassifyAnswer, describe_answer
 from service.http.uploads import BodyKind, kind_of_body, read_form, read_image, read_json
 from service.pipeline import Pipeline, Read
@@ -43,13 +44,14 @@ class DirectRoute:
             handle: answers it.
             errors: answers where that raises a ServiceError.
         """
-        self._app, self._path, self._handle, self._errors = app, path, handle, errors
+        self._app, self.path, self._handle, self._errors = app, path, handle, errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or hand on."""
-        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["path"] != self.path or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
+        scope["route"] = self  # as FastAPI notes it
         request = Request(scope, receive, send)
         try:
             response = await self._handle(request)
@@ -78,7 +80,7 @@ def make_classify(context: RouteContext) -> Handle:
         The image comes as the body itself, as a part of a form, whose other fields are parameters, or in base64 as
         `image` of a JSON object, likewise with its parameters. Several images of a form get an answer each.
         """
-        watch = ClientWatch(request)
+        watch, report = ClientWatch(request), report_of(request.scope)
         try:
             upload = await read_upload(context, request, watch)
         except ServiceError:
@@ -86,7 +88,7 @@ def make_classify(context: RouteContext) -> Handle:
                 raise
 
         async def answer(read: Read) -> ClassifyAnswer:
-            with counted(context.metrics) as record, by_address.counting(upload.wanted.address) as enter:
+            with counted(context.metrics, report) as record, by_address.counting(upload.wanted.address) as enter:
 
                 async def read_and_enter(within_s: float) -> bytes:
                     data = await read(within_s)
@@ -166,8 +168,8 @@ def respond(answer: ClassifyAnswer) -> Response:
 async def _result(request: Request, answering: Awaitable[ClassifyAnswer]) -> bytes:
     """Put one of several answers, or its own error, on the wire, with its status."""
     try:
-        status, body = 200, (await answering).model_dump_json()
+        answer = (await answering).model_dump_json()
     except ServiceError as error:
-        status, described = describe_error(error, request.scope)
-        body = described.model_dump_json()
-    return f'{{"status":{status},{body.removeprefix("{")}'.encode()
+        _, described = describe_error(error, request.scope)
+        return described.model_dump_json().encode()
+    return f'{{"status":200,{answer.removeprefix("{")}'.encode()

@@ -1,4 +1,7 @@
-"""Errors on the wire: the one table from error type to status, the one JSON shape, and when to close a connection."""
+"""Errors on the wire: the one table from error type to status, the one shape, and when to close a connection.
+
+The shape is a problem of RFC 9457 with one member more, `error`.
+"""
 
 import asyncio
 import contextlib
@@ -31,7 +34,8 @@ from service.errors import (
     UploadTimeoutError,
     invalid_parameter,
 )
-from service.http.request_ids import HEADER, KEY, request_id
+from service.http.reports import note_error
+from service.http.request_ids import HEADER, KEY
 from service.http.schemas import ErrorAnswer, ErrorDetail
 
 logger = logging.getLogger(__name__)
@@ -55,10 +59,12 @@ STATUS = {
 }
 RETRY_AFTER_S = 1
 LINGER_S = 1
+PROBLEM, JSON = "application/problem+json", "application/json"
+TYPE_PREFIX = "urn:supervit:error:"  # and the code: a name for programs, nothing to be fetched
 
 
 class ErrorAnswers:
-    """Answers every error in one JSON shape."""
+    """Answers every error in one shape."""
 
     def __init__(self, max_body_bytes: int) -> None:
         """Take how long a body may be: one that may be longer is not read on once its request has its error."""
@@ -75,7 +81,8 @@ class ErrorAnswers:
         """Answer a request that fails."""
         if isinstance(error, BodyTooLargeError) and not _waits_to_send(request):
             await _discard(request)
-        response = make_error_response(*describe_error(error, request.scope))
+        accept = request.headers.get("accept", "")
+        response = make_error_response(*describe_error(error, request.scope), accept=accept)
         is_unread = isinstance(error, BodyTooLargeError | UploadTimeoutError)
         return _closing(response) if is_unread or self._may_be_long(request) else response
 
@@ -89,7 +96,9 @@ class ErrorAnswers:
         message, allowed = error.detail, (error.headers or {}).get("Allow")
         if allowed is not None:
             message = f"{request.url.path} takes {allowed}, not {request.method}"
-        response = make_error_response(error.status_code, _described(code, message), error.headers)
+        note_error(request.scope, code)
+        described, accept = _described(error.status_code, code, message), request.headers.get("accept", "")
+        response = make_error_response(error.status_code, described, error.headers, accept)
         return _closing(response) if self._may_be_long(request) else response
 
     def _may_be_long(self, request: Request) -> bool:
@@ -101,29 +110,50 @@ class ErrorAnswers:
 def describe_error(error: ServiceError, scope: MutableMapping[str, Any]) -> tuple[int, ErrorAnswer]:
     """Return the status of an error and what is said of it; the log says by which request the server failed."""
     status = STATUS.get(type(error), 500)
+    note_error(scope, error.code)
     if status == 500:
-        logger.error("request %s: %s", request_id(scope), error.message)
-    return status, _described(error.code, error.message, error.details)
+        logger.error("%s", error.message)
+    return status, _described(status, error.code, error.message, error.details)
 
 
-def make_error_response(status: int, answer: ErrorAnswer, headers: Mapping[str, str] | None = None) -> Response:
-    """Put an error on the wire."""
+def make_error_response(
+    status: int, answer: ErrorAnswer, headers: Mapping[str, str] | None = None, accept: str = ""
+) -> Response:
+    """Put an error on the wire.
+
+    Args:
+        status: of HTTP.
+        answer: the body.
+        headers: beside those that every error has.
+        accept: header of the request.
+    """
     headers = dict(headers or {})
     if status in (429, 503):
         retry_after_s = math.ceil(answer.error.details.get("retry_after_s", 0))
         headers["Retry-After"] = str(max(RETRY_AFTER_S, retry_after_s))
-    return Response(answer.model_dump_json(), status, headers, "application/json")
+    return Response(answer.model_dump_json(), status, headers, error_type(accept))
+
+
+def error_type(accept: str) -> str:
+    """Choose the media type of an error; to a client that takes plain JSON alone, the same body is that."""
+    return JSON if JSON in accept and PROBLEM not in accept and "*" not in accept else PROBLEM
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    name = request_id(request.scope)
-    logger.error("request %s: %r", name, error)  # uvicorn logs where it came from
-    headers = {HEADER: name} if KEY in request.scope else {}  # this answer goes past the middleware
-    return make_error_response(500, _described(ServiceError.code, "the server failed; its log says why"), headers)
+    logger.error("%r", error)  # uvicorn logs where it came from
+    headers = {HEADER: request.scope[KEY]} if KEY in request.scope else {}  # this answer goes past the middleware
+    described = _described(500, ServiceError.code, "the server failed; its log says why")
+    return make_error_response(500, described, headers, request.headers.get("accept", ""))
 
 
-def _described(code: str, message: str, details: dict[str, Any] | None = None) -> ErrorAnswer:
-    return ErrorAnswer(error=ErrorDetail(code=code, message=message, details=details or {}))
+def _described(status: int, code: str, message: str, details: dict[str, Any] | None = None) -> ErrorAnswer:
+    return ErrorAnswer(
+        type=f"{TYPE_PREFIX}{code}",
+        title=code.replace("_", " ").capitalize(),
+        status=status,
+        detail=message,
+        error=ErrorDetail(code=code, message=message, details=details or {}),
+    )
 
 
 def _waits_to_send(request: Request) -> bool:

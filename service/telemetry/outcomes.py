@@ -6,19 +6,30 @@ from contextlib import contextmanager
 from service.domain import Classification
 from service.errors import ClientGoneError, OverloadedError, ServiceError
 from service.telemetry.metrics import Metrics
+from service.telemetry.reports import RequestReport
 
 
 @contextmanager
-def counted(metrics: Metrics) -> Iterator[Callable[[Classification], None]]:
+def counted(metrics: Metrics, report: RequestReport | None = None) -> Iterator[Callable[[Classification], None]]:
     """Count a classification in, and out by how the block ends.
+
+    Args:
+        metrics: where it is counted.
+        report: on its request, where there is one; gets the answer too.
 
     Yields:
         What to tell of the answer.
     """
+
+    def record(answer: Classification) -> None:
+        metrics.answered(answer, None if report is None else report.exemplar)
+        if report is not None:
+            report.answers.append(answer)
+
     metrics.request_started()
     outcome, reason, is_missed = ServiceError.code, None, False  # of a bug, unless something better is known
     try:
-        yield metrics.answered
+        yield record
         outcome = "ok"
     except ServiceError as error:
         outcome = error.code

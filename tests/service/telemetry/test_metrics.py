@@ -37,10 +37,10 @@ def page() -> Page:
 def answer(profile: SubNetworkProfile = SMALL, total_s: float = 0.3, budget_s: float = 0.5) -> Classification:
     return Classification(
         predictions=(),
-        looks=(Look(profile, 0, 0.9, 0.1),),
+        looks=(Look(profile, 0, 0.9, 0.1, 5.0),),
         stopped=LookCode.SURE,
         decision=Decision(profile, 4, 0.1, ReasonCode.ALONE, "because"),
-        timing=Timing(decode_wait_s=0.005, decode_s=0.01, queue_s=0.02, inference_s=0.1, total_s=total_s),
+        timing=Timing(read_s=0.001, decode_wait_s=0.005, decode_s=0.01, queue_s=0.02, inference_s=0.1, total_s=total_s),
         budget_s=budget_s,
         expected_top1=profile.top1,
         accuracy_loss=None if profile.top1 is None else 0.05,
@@ -260,7 +260,7 @@ def test_an_autoscaler_is_told_what_was_counted(page: Page) -> None:
 def test_looks_are_counted_by_both_sub_networks_and_by_whether_they_agree(page: Page) -> None:
     first, second = SubNetworkProfile(SubNetwork(8, 0.5), 1), SubNetworkProfile(SubNetwork(14, 1.0), 2)
     for answers in ((3, 3), (3, 4)):
-        looked = tuple(Look(one, each, 0.6, 0.1) for one, each in zip((first, second), answers, strict=True))
+        looked = tuple(Look(one, each, 0.6, 0.1, 5.0) for one, each in zip((first, second), answers, strict=True))
         page.metrics.answered(replace(answer(), looks=looked))
     page.metrics.answered(replace(answer(), stopped=LookCode.DEADLINE))
     assert page.read("looks_total") == 5
@@ -272,7 +272,7 @@ def test_looks_are_counted_by_both_sub_networks_and_by_whether_they_agree(page: 
 
 
 def test_an_answer_spends_what_all_its_looks_cost(page: Page) -> None:
-    looked = tuple(Look(SMALL, 0, 0.6, 0.1) for _ in range(2))
+    looked = tuple(Look(SMALL, 0, 0.6, 0.1, 5.0) for _ in range(2))
     page.metrics.answered(replace(answer(), looks=looked, expected_top1=0.75))
     assert page.read("spent_gflops_total") == 1.0
     assert page.read("expected_accuracy_total") == 0.75

@@ -1,0 +1,157 @@
+"""What is told of each request once it has its answer: a line of the log, where that is wanted, and spans of a trace.
+
+Knows no wire: HTTP and gRPC each say how a request is called and how it ended.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from service.domain import Classification
+from service.errors import InvalidParameterError, OverloadedError
+from service.telemetry.logs import TRACE_ID
+from service.telemetry.sparing_log import SparingLog
+from service.telemetry.stages import fields_of, stages_of
+
+if TYPE_CHECKING:  # it imports opentelemetry, which is needed only where traces are asked for
+    from service.telemetry.tracing import RequestTrace, RequestTracer
+
+logger = logging.getLogger(__name__)
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+
+@dataclass(slots=True)
+class RequestReport:
+    """What becomes of a request, noted while it does.
+
+    Attributes:
+        arrived_at: on the monotonic clock, in seconds.
+        trace: that it is part of; None where it is not traced.
+        answers: to its images.
+        error_code: of what went wrong last; None where nothing did.
+    """
+
+    arrived_at: float
+    trace: "RequestTrace | None" = None
+    answers: list[Classification] = field(default_factory=list)
+    error_code: str | None = None
+
+    @property
+    def exemplar(self) -> dict[str, str] | None:
+        """What leads from a count to the trace of this request, where it was sampled."""
+        return {"trace_id": self.trace.trace_id} if self.trace is not None and self.trace.is_recorded else None
+
+
+class Reporter:
+    """Begins a report for each request, and tells it when it ends."""
+
+    def __init__(
+        self,
+        tracer: "RequestTracer | None" = None,
+        *,
+        logs_requests: bool = False,
+        log: logging.Logger = logger,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take where it is told.
+
+        Args:
+            tracer: of requests; None where they are not traced.
+            logs_requests: whether each gets a line of the log.
+            log: that gets it.
+            clock: monotonic, in seconds; the one that requests are stamped by.
+        """
+        self._tracer, self._logs_requests, self._log = tracer, logs_requests, log
+        self._sparing, self._clock = SparingLog(log, clock=clock), clock
+
+    def begin(
+        self, name: str, headers: Iterable[tuple[bytes, bytes]], arrived_at: float | None, *, is_traced: bool = True
+    ) -> RequestReport:
+        """Begin to report on the request that the running task is about.
+
+        Args:
+            name: of its kind.
+            headers: or metadata, names in lower case, in which the trace is named that it is part of.
+            arrived_at: on the monotonic clock, in seconds; None for now.
+            is_traced: whether it is worth a span.
+        """
+        arrived_at = self._clock() if arrived_at is None else arrived_at
+        trace = self._tracer.begin(name, headers, arrived_at) if is_traced and self._tracer is not None else None
+        TRACE_ID.set(None if trace is None else trace.trace_id)
+        return RequestReport(arrived_at, trace)
+
+    def end(
+        self,
+        report: RequestReport,
+        line: str,
+        name: str,
+        attributes: Callable[[], Mapping[str, str | int]],
+        *,
+        error: str | None = None,
+        is_failure: bool = False,
+    ) -> None:
+        """Tell what became of a request.
+
+        Args:
+            report: of it.
+            line: what it asked and how it ended, for the log.
+            name: of its kind, for the trace.
+            attributes: for the trace, by the names of OpenTelemetry's conventions; asked for if it was sampled.
+            error: code of what it failed of, if it did.
+            is_failure: whether that was for the server to avoid.
+        """
+        ended_at, trace = self._clock(), report.trace
+        if trace is not None and trace.is_recorded:
+            trace.end(
+                name,
+                ended_at,
+                stages=stages_of(report.answers, report.arrived_at),
+                attributes={**attributes(), **({} if error is None else {"error.type": error})},
+                fields=fields_of(report.answers),
+                is_failure=is_failure,
+            )
+        if error == OverloadedError.code:
+            self.rejected()
+        elif self._logs_requests:
+            failed = {} if error is None else {"error": error}
+            fields = {
+                "duration_ms": round(1000 * (ended_at - report.arrived_at), 3),
+                **fields_of(report.answers),
+                **failed,
+            }
+            self._log.info("%s", line, extra={"fields": fields})
+
+    def rejected(self) -> None:
+        """Tell of a request that was rejected for overload; sparingly, for those come by the thousand."""
+        if self._logs_requests:
+            self._sparing.warning("a request was rejected for overload")
+
+
+def find_tracer(environment: Mapping[str, str]) -> "RequestTracer | None":
+    """Make what traces requests, if the standard OTEL_ variables ask for it.
+
+    Raises:
+        InvalidParameterError: one of them holds what OpenTelemetry does not take.
+    """
+    if not _asks_for_traces(environment):
+        return None
+    try:
+        from service.telemetry.tracing import open_tracer
+
+        return open_tracer(environment)
+    except ModuleNotFoundError as error:
+        logger.warning("OTEL_ variables ask for traces; install the extra otel, pip install '.[otel]': %s", error)
+    except ValueError as error:
+        raise InvalidParameterError("an OTEL_ variable holds what OpenTelemetry does not take") from error
+    return None
+
+
+def _asks_for_traces(environment: Mapping[str, str]) -> bool:
+    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return False
+    if exporter := environment.get("OTEL_TRACES_EXPORTER"):
+        return exporter != "none"
+    return any(environment.get(name) for name in ENDPOINTS)
