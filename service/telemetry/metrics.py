@@ -279,7 +279,8 @@ class Metrics:
     def page(self, accept: str = "") -> tuple[bytes, str]:
         """Return all metrics in a format that a client accepts, and its media type: OpenMetrics alone has exemplars."""
         if OPENMETRICS in accept:
-            return openmetrics.generate_latest(self.registry()), openmetrics.CONTENT_TYPE_LATEST
+            page: bytes = openmetrics.generate_latest(self.registry())  # type: ignore[no-untyped-call] # no annotations
+            return page, openmetrics.CONTENT_TYPE_LATEST
         return generate_latest(self.registry()), CONTENT_TYPE_LATEST
 
     def registry(self) -> CollectorRegistry:

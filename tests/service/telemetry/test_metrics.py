@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
@@ -197,9 +198,24 @@ def test_the_page_shows_nothing_that_a_dead_process_last_said_of_itself(tmp_path
 
 def test_the_page_has_everything_in_the_text_format(page: Page) -> None:
     page.metrics.request_finished("not_ready")
-    lines = page.metrics.page().decode().splitlines()
+    text, media_type = page.metrics.page()
+    lines = text.decode().splitlines()
+    assert media_type.startswith("text/plain")
     assert 'supervit_requests_total{outcome="not_ready"} 1.0' in lines
     assert "# TYPE supervit_request_duration_seconds histogram" in lines
+
+
+def test_durations_lead_to_a_trace_in_openmetrics_which_its_own_parser_reads(page: Page) -> None:
+    page.metrics.answered(answer(), {"trace_id": "4bf9"})
+    page.metrics.answered(answer(total_s=0.4))
+    text, media_type = page.metrics.page("application/openmetrics-text;version=nonsense,text/plain;q=0.1")
+    assert media_type.startswith("application/openmetrics-text")
+    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    for name in ("supervit_request_duration_seconds", "supervit_stage_duration_seconds"):
+        exemplars = [sample.exemplar for sample in families[name].samples if sample.exemplar is not None]
+        assert exemplars
+        assert all(exemplar.labels == {"trace_id": "4bf9"} for exemplar in exemplars)
+    assert "4bf9" not in page.metrics.page()[0].decode()
 
 
 def test_a_registry_of_the_process_tells_of_it() -> None:
