@@ -7,8 +7,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError
 from service.http.protocol import ARRIVED_AT
-from service.telemetry.logs import REQUEST_ID
+from service.telemetry.logs import REQUEST_ID, Fields
 from service.telemetry.reports import Reporter, RequestReport
+from service.telemetry.stages import Outcome
 
 HEADER = "traceresponse"  # of W3C's Trace Context, level 2
 REPORT = "supervit.report"  # of the scope
@@ -17,7 +18,7 @@ REPORT = "supervit.report"  # of the scope
 class RequestReports:
     """Middleware that begins a report, which those below add to, and ends it with the answer.
 
-    A POST is traced, and its answer names the trace. What only looks at the server, as probes do, is logged alone.
+    A POST is traced; the answer to a sampled one names its span. What only looks, as probes do, is not traced.
     """
 
     def __init__(self, app: ASGIApp, reporter: Reporter) -> None:
@@ -29,17 +30,18 @@ class RequestReports:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        method, headers, arrived_at = scope["method"], scope["headers"], scope.get(ARRIVED_AT)
-        report = self._reporter.begin(method, headers, arrived_at, is_traced=method == "POST")
+        method, arrived_at = scope["method"], scope.get(ARRIVED_AT)
+        report = self._reporter.begin(method, scope["headers"], arrived_at, is_traced=method == "POST")
         scope[REPORT] = report
-        named = [] if report.trace is None else [(HEADER.encode(), report.trace.response)]
         status = 500  # unless an answer begins
 
         async def send_noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *named]
+                if report.trace is not None and report.trace.is_recorded:
+                    named = (HEADER.encode(), report.trace.response.encode())
+                    message["headers"] = [*message["headers"], named]
             await send(message)
 
         try:
@@ -48,14 +50,7 @@ class RequestReports:
             note_error(scope, ServiceError.code)
             raise
         finally:
-            self._reporter.end(
-                report,
-                f"{method} {scope['path']} {status}",
-                f"{method} {_route(scope)}".rstrip(),
-                lambda: _attributes(scope, status),
-                error=report.error_code if status >= 400 else None,
-                is_failure=status >= 500,  # by the conventions, what a client did wrong is no failure of a server
-            )
+            self._reporter.end(report, lambda: _describe(scope, status, report))
 
 
 def report_of(scope: Scope) -> RequestReport | None:
@@ -71,26 +66,29 @@ def note_error(scope: Mapping[str, Any], code: str) -> None:
         report.error_code = code
 
 
-def _route(scope: Scope) -> str:
-    """Return the path as the route has it, or nothing: paths that clients make up are without number."""
-    return getattr(scope.get("route"), "path", "")
-
-
-def _attributes(scope: Scope, status: int) -> dict[str, str | int]:
+def _describe(scope: Scope, status: int, report: RequestReport) -> Outcome:
     """Describe a request by OpenTelemetry's conventions for servers of HTTP."""
-    described: dict[str, str | int] = {
-        "http.request.method": scope["method"],
+    method, path = scope["method"], scope["path"]
+    attributes: Fields = {
+        "http.request.method": method,
         "http.response.status_code": status,
-        "url.path": scope["path"],
+        "url.path": path,
         "url.scheme": scope["scheme"],
         "network.protocol.version": scope["http_version"],
     }
-    if route := _route(scope):
-        described["http.route"] = route
+    # Only as the route has it: paths that clients make up are without number.
+    if route := getattr(scope.get("route"), "path", None):
+        attributes["http.route"] = route
     if query := scope["query_string"]:
-        described["url.query"] = query.decode("latin-1")
+        attributes["url.query"] = query.decode("latin-1")
     if scope["client"]:
-        described["client.address"] = scope["client"][0]
+        attributes["client.address"] = scope["client"][0]
     if request_id := REQUEST_ID.get():
-        described["supervit.request_id"] = request_id
-    return described
+        attributes["supervit.request_id"] = request_id
+    return Outcome(
+        f"{method} {path} {status}",
+        f"{method} {route}" if route else method,
+        attributes,
+        report.error_code if status >= 400 else None,
+        is_failure=status >= 500,  # by the conventions, what a client does wrong is no failure of a server
+    )

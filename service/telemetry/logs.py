@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 # Of the request that the task at work is about, set by the layer of the wire that names it.
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
-TRACE_ID: ContextVar[str | None] = ContextVar("trace_id", default=None)
+TRACE_ID: ContextVar[int | None] = ContextVar("trace_id", default=None)
 
 Fields = dict[str, str | bool | int | float]
 
@@ -58,9 +58,12 @@ class JsonFormatter(logging.Formatter):
 
 def _named(record: logging.LogRecord) -> Fields:
     """Return what a record tells by name: its `fields`, and what request it is about."""
-    about = {"request_id": REQUEST_ID.get(), "trace_id": TRACE_ID.get()}
-    known: Fields = {name: value for name, value in about.items() if value is not None}
-    return {**getattr(record, "fields", {}), **known}
+    named: Fields = dict(getattr(record, "fields", {}))
+    if (request_id := REQUEST_ID.get()) is not None:
+        named["request_id"] = request_id
+    if (trace_id := TRACE_ID.get()) is not None:
+        named["trace_id"] = f"{trace_id:032x}"
+    return named
 
 
 def _text(value: object) -> str:

@@ -13,7 +13,7 @@ from service.domain import Classification
 from service.errors import InvalidParameterError, OverloadedError
 from service.telemetry.logs import TRACE_ID
 from service.telemetry.sparing_log import SparingLog
-from service.telemetry.stages import fields_of, stages_of
+from service.telemetry.stages import Outcome, fields_of, stages_of
 
 if TYPE_CHECKING:  # it imports opentelemetry, which is needed only where traces are asked for
     from service.telemetry.tracing import RequestTrace, RequestTracer
@@ -42,7 +42,9 @@ class RequestReport:
     @property
     def exemplar(self) -> dict[str, str] | None:
         """What leads from a count to the trace of this request, where it was sampled."""
-        return {"trace_id": self.trace.trace_id} if self.trace is not None and self.trace.is_recorded else None
+        return (
+            {"trace_id": f"{self.trace.trace_id:032x}"} if self.trace is not None and self.trace.is_recorded else None
+        )
 
 
 class Reporter:
@@ -83,46 +85,21 @@ class Reporter:
         TRACE_ID.set(None if trace is None else trace.trace_id)
         return RequestReport(arrived_at, trace)
 
-    def end(
-        self,
-        report: RequestReport,
-        line: str,
-        name: str,
-        attributes: Callable[[], Mapping[str, str | int]],
-        *,
-        error: str | None = None,
-        is_failure: bool = False,
-    ) -> None:
-        """Tell what became of a request.
-
-        Args:
-            report: of it.
-            line: what it asked and how it ended, for the log.
-            name: of its kind, for the trace.
-            attributes: for the trace, by the names of OpenTelemetry's conventions; asked for if it was sampled.
-            error: code of what it failed of, if it did.
-            is_failure: whether that was for the server to avoid.
-        """
-        ended_at, trace = self._clock(), report.trace
-        if trace is not None and trace.is_recorded:
-            trace.end(
-                name,
-                ended_at,
-                stages=stages_of(report.answers, report.arrived_at),
-                attributes={**attributes(), **({} if error is None else {"error.type": error})},
-                fields=fields_of(report.answers),
-                is_failure=is_failure,
-            )
-        if error == OverloadedError.code:
+    def end(self, report: RequestReport, describe: Callable[[], Outcome]) -> None:
+        """Tell what became of a request, as its wire describes it where that is wanted."""
+        trace = report.trace
+        is_recorded = trace is not None and trace.is_recorded
+        if not (is_recorded or self._logs_requests):
+            return
+        ended_at, outcome, fields = self._clock(), describe(), fields_of(report.answers)
+        if trace is not None and is_recorded:
+            trace.end(ended_at, outcome, stages_of(report.answers, report.arrived_at), fields)
+        if outcome.error == OverloadedError.code:
             self.rejected()
         elif self._logs_requests:
-            failed = {} if error is None else {"error": error}
-            fields = {
-                "duration_ms": round(1000 * (ended_at - report.arrived_at), 3),
-                **fields_of(report.answers),
-                **failed,
-            }
-            self._log.info("%s", line, extra={"fields": fields})
+            failed = {} if outcome.error is None else {"error": outcome.error}
+            took_ms = round(1000 * (ended_at - report.arrived_at), 3)
+            self._log.info("%s", outcome.line, extra={"fields": {"duration_ms": took_ms, **fields, **failed}})
 
     def rejected(self) -> None:
         """Tell of a request that was rejected for overload; sparingly, for those come by the thousand."""

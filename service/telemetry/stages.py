@@ -1,10 +1,28 @@
-"""A request as an observer sees it: what was answered, by name, and its stages, from the times that were taken."""
+"""A request as an observer sees it: how it ended, what was answered, and its stages, from the times that were taken."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from service.domain import Classification, Look
 from service.telemetry.logs import Fields
+
+
+class Outcome(NamedTuple):
+    """How a request ended, as its wire says it.
+
+    Attributes:
+        line: for the log: what was asked, and the status.
+        name: for traces, of the operation: few different ones.
+        attributes: for traces, by the names of OpenTelemetry's conventions.
+        error: code of what it failed of, if it did.
+        is_failure: whether that was for the server to avoid.
+    """
+
+    line: str
+    name: str
+    attributes: Fields
+    error: str | None = None
+    is_failure: bool = False
 
 
 class Stage(NamedTuple):

@@ -25,7 +25,7 @@ from opentelemetry.sdk.trace.sampling import Sampler
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 
 from service.telemetry.logs import Fields
-from service.telemetry.stages import Stage
+from service.telemetry.stages import Outcome, Stage
 
 PREFIX = "supervit."  # of attributes that no convention names
 DEFAULT_SERVICE_NAME = "supervit-serve"
@@ -39,41 +39,35 @@ class RequestTrace:
     """The span of one request, open until `end`.
 
     Attributes:
-        trace_id: 32 hexadecimal digits.
-        is_recorded: whether it was sampled.
-        response: the value of a `traceresponse` header, by which the client finds it.
+        trace_id: a number of 128 bits.
+        is_recorded: whether it was sampled; if not, there is nothing to end.
     """
 
     def __init__(self, span: Span, tracer: Tracer, offset_ns: int) -> None:
         """Take what `RequestTracer.begin` has made."""
         self._span, self._tracer, self._offset_ns = span, tracer, offset_ns
-        context = span.get_span_context()
-        self.trace_id, self.is_recorded = f"{context.trace_id:032x}", span.is_recording()
-        self.response = f"00-{self.trace_id}-{context.span_id:016x}-{context.trace_flags & 3:02x}".encode()
+        self._context = span.get_span_context()
+        self.trace_id, self.is_recorded = self._context.trace_id, span.is_recording()
 
-    def end(
-        self,
-        name: str,
-        ended_at: float,
-        *,
-        stages: Sequence[Stage] = (),
-        attributes: Mapping[str, str | bool | int | float] | None = None,
-        fields: Fields | None = None,
-        is_failure: bool = False,
-    ) -> None:
+    @property
+    def response(self) -> str:
+        """The value of a `traceresponse` header, by which the client finds the span."""
+        return f"00-{self.trace_id:032x}-{self._context.span_id:016x}-{self._context.trace_flags & 3:02x}"
+
+    def end(self, ended_at: float, outcome: Outcome, stages: Sequence[Stage], fields: Fields) -> None:
         """Say all that is known by now, and hand it to the exporter, which sends it from a thread of its own.
 
         Args:
-            name: of the operation, few different ones.
-            ended_at: on the monotonic clock, in seconds; so are the stages' instants.
+            ended_at: on the monotonic clock, in seconds.
+            outcome: of the request.
             stages: become spans of their own.
-            attributes: by the names of conventions.
-            fields: by names of our own.
-            is_failure: whether the server did not do its part.
+            fields: what is told by names of our own.
         """
-        self._span.update_name(name)
-        self._span.set_attributes({**(attributes or {}), **_prefixed(fields or {})})
-        if is_failure:
+        self._span.update_name(outcome.name)
+        self._span.set_attributes({**outcome.attributes, **_prefixed(fields)})
+        if outcome.error is not None:
+            self._span.set_attribute("error.type", outcome.error)
+        if outcome.is_failure:
             self._span.set_status(Status(StatusCode.ERROR))
         self._add(stages, self._span)
         self._span.end(self._ns(ended_at))
