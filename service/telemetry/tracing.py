@@ -152,7 +152,8 @@ def open_tracer(environment: Mapping[str, str]) -> RequestTracer:
         ValueError: a variable holds what OpenTelemetry does not take.
     """
     names = (environment.get("OTEL_TRACES_EXPORTER") or "otlp").split(",")
-    return RequestTracer([BatchSpanProcessor(_exporter(name.strip(), environment)) for name in names])
+    exporters = [_exporter(name.strip(), environment) for name in names]
+    return RequestTracer(list(map(BatchSpanProcessor, exporters)))
 
 
 def _exporter(name: str, environment: Mapping[str, str]) -> SpanExporter:
