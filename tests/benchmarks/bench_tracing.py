@@ -74,7 +74,12 @@ async def ask(app: Any, headers: list[tuple[bytes, bytes]], times: int) -> float
 
     began_s = time.process_time()
     for _ in range(times):
-        scope = {"type": "http", "method": "POST", "path": "/classify", "query_string": b"budget_ms=500"}
+        scope: dict[str, Any] = {
+            "type": "http",
+            "method": "POST",
+            "path": "/classify",
+            "query_string": b"budget_ms=500",
+        }
         scope |= {"headers": headers, ARRIVED_AT: time.monotonic(), "scheme": "http", "http_version": "1.1"}
         await app(scope | {"client": ("127.0.0.1", 1)}, None, send)
     return time.process_time() - began_s

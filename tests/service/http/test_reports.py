@@ -17,6 +17,7 @@ from service.runtime import ServerRuntime
 from service.settings import Settings
 from service.telemetry.tracing import RequestTracer
 from tests.service.http.scripted_server import ScriptedEngine, serving
+from tests.service.telemetry.test_tracing import context_of
 
 STAGES = ["read", "decode wait", "decode", "queue", "inference"]
 
@@ -41,7 +42,7 @@ class Server:
         return [span for span in self.exporter.get_finished_spans() if span.parent is None]
 
     def parts(self, parent: ReadableSpan) -> list[ReadableSpan]:
-        number = parent.get_span_context().span_id
+        number = context_of(parent).span_id
         return [span for span in self.exporter.get_finished_spans() if span.parent and span.parent.span_id == number]
 
 
@@ -54,7 +55,7 @@ def test_a_classification_is_a_span_with_its_stages_that_the_answer_names(server
     with server.serving() as client:
         answer = client.post("/classify?top_k=1", content=photo, headers={"X-Request-ID": "mine"})
     (request,) = server.requests()
-    context, told = request.get_span_context(), request.attributes
+    context, told = context_of(request), request.attributes
     assert answer.headers["traceresponse"] == f"00-{context.trace_id:032x}-{context.span_id:016x}-03"
     assert [span.name for span in server.parts(request)] == STAGES
     assert told is not None

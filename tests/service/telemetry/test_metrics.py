@@ -210,7 +210,8 @@ def test_durations_lead_to_a_trace_in_openmetrics_which_its_own_parser_reads(pag
     page.metrics.answered(answer(total_s=0.4))
     text, media_type = page.metrics.page("application/openmetrics-text;version=nonsense,text/plain;q=0.1")
     assert media_type.startswith("application/openmetrics-text")
-    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    parsed = text_string_to_metric_families(text.decode())  # type: ignore[no-untyped-call] # no annotations
+    families = {family.name: family for family in parsed}
     for name in ("supervit_request_duration_seconds", "supervit_stage_duration_seconds"):
         exemplars = [sample.exemplar for sample in families[name].samples if sample.exemplar is not None]
         assert exemplars

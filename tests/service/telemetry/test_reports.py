@@ -31,8 +31,8 @@ def tracer() -> Iterator[RequestTracer]:
     made.close(within_s=1.0)
 
 
-def reporter(**options: bool) -> Reporter:
-    return Reporter(**options, clock=lambda: ARRIVED_AT + 0.5)
+def reporter(*, logs_requests: bool = False) -> Reporter:
+    return Reporter(logs_requests=logs_requests, clock=lambda: ARRIVED_AT + 0.5)
 
 
 def test_each_request_is_a_line_with_what_it_was_answered(log: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace import SpanContext, SpanKind, StatusCode
 
 from service.telemetry.stages import Outcome, Stage
 from service.telemetry.tracing import RequestTracer, open_tracer
@@ -38,6 +38,12 @@ def traces() -> Traces:
     return Traces()
 
 
+def context_of(span: ReadableSpan) -> SpanContext:
+    context = span.get_span_context()
+    assert context is not None
+    return context
+
+
 def wall_ns(at: float) -> int:
     return WALL_NS + round((at - NOW) * 1e9)
 
@@ -58,8 +64,8 @@ def test_stages_are_spans_within_it_and_parts_are_within_those(traces: Traces) -
     assert [decode.name, image.name] == ["decode", "image"]
     assert decode.parent is not None
     assert image.parent is not None
-    assert decode.parent.span_id == image.get_span_context().span_id
-    assert image.parent.span_id == request.get_span_context().span_id
+    assert decode.parent.span_id == context_of(image).span_id
+    assert image.parent.span_id == context_of(request).span_id
     assert (decode.start_time, decode.end_time) == (wall_ns(198.6), wall_ns(198.7))
     assert decode.attributes == {"supervit.confidence": 0.5}
 
@@ -80,7 +86,7 @@ def test_a_request_goes_on_with_the_trace_of_its_caller(traces: Traces) -> None:
     trace = traces.tracer.begin("POST", headers, 198.5)
     trace.end(199.5, OK, (), {})
     (span,) = traces.spans()
-    context = span.get_span_context()
+    context = context_of(span)
     assert span.parent is not None
     assert f"{span.parent.span_id:016x}" == "00f067aa0ba902b7"
     assert dict(context.trace_state) == {"a": "1", "b": "2"}
