@@ -4,7 +4,7 @@ import gzip
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -33,10 +33,11 @@ class Receiver:
             self.resource = attributes(each.resource.attributes)
             self.spans.extend(span for scope in each.scope_spans for span in scope.spans)
 
-    def await_spans(self, number: int) -> None:
+    def wait_for(self, is_there: Callable[[Sequence[Span]], bool]) -> None:
+        """Wait until what came is what a test is about."""
         deadline = time.monotonic() + PATIENCE_S
-        while len(self.spans) < number:
-            assert time.monotonic() < deadline, f"{len(self.spans)} of {number} spans came"
+        while not is_there(self.spans):
+            assert time.monotonic() < deadline, f"of it, no more than {len(self.spans)} spans came"
             time.sleep(0.02)
 
     def by_trace(self) -> dict[str, tuple[Span, list[Span]]]:
@@ -44,12 +45,12 @@ class Receiver:
         found: dict[str, list[Span]] = {}
         for span in sorted(self.spans, key=lambda span: (span.start_time_unix_nano, span.end_time_unix_nano)):
             found.setdefault(span.trace_id.hex(), []).append(span)
-        requests = {
-            trace: next(span for span in spans if span.name.startswith("POST")) for trace, spans in found.items()
-        }
-        return {
-            trace: (requests[trace], [s for s in spans if s is not requests[trace]]) for trace, spans in found.items()
-        }
+        return {trace: _request_and_stages(spans) for trace, spans in found.items()}
+
+
+def _request_and_stages(spans: Sequence[Span]) -> tuple[Span, list[Span]]:
+    (request,) = (span for span in spans if span.kind == Span.SPAN_KIND_SERVER)
+    return request, [span for span in spans if span is not request]
 
 
 def attributes(pairs: Iterable[KeyValue]) -> dict[str, object]:
