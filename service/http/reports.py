@@ -39,7 +39,7 @@ class RequestReports:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if report.trace is not None and report.trace.is_recorded:
+                if report.trace is not None:
                     named = (HEADER.encode(), report.trace.response.encode())
                     message["headers"] = [*message["headers"], named]
             await send(message)

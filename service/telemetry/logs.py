@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 # Of the request that the task at work is about, set by the layer of the wire that names it.
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
-TRACE_ID: ContextVar[int | None] = ContextVar("trace_id", default=None)
+TRACE_ID: ContextVar[str | None] = ContextVar("trace_id", default=None)
 
 Fields = dict[str, str | bool | int | float]
 
@@ -62,7 +62,7 @@ def _named(record: logging.LogRecord) -> Fields:
     if (request_id := REQUEST_ID.get()) is not None:
         named["request_id"] = request_id
     if (trace_id := TRACE_ID.get()) is not None:
-        named["trace_id"] = f"{trace_id:032x}"
+        named["trace_id"] = trace_id
     return named
 
 

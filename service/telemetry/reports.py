@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from service.domain import Classification
 from service.errors import InvalidParameterError, OverloadedError
-from service.telemetry.logs import TRACE_ID
 from service.telemetry.sparing_log import SparingLog
 from service.telemetry.stages import Outcome, fields_of, stages_of
 
@@ -29,7 +28,7 @@ class RequestReport:
 
     Attributes:
         arrived_at: on the monotonic clock, in seconds.
-        trace: that it is part of; None where it is not traced.
+        trace: its own; None where it is not recorded.
         answers: to its images.
         error_code: of what went wrong last; None where nothing did.
     """
@@ -41,10 +40,8 @@ class RequestReport:
 
     @property
     def exemplar(self) -> dict[str, str] | None:
-        """What leads from a count to the trace of this request, where it was sampled."""
-        return (
-            {"trace_id": f"{self.trace.trace_id:032x}"} if self.trace is not None and self.trace.is_recorded else None
-        )
+        """What leads from a count to the trace of this request, where there is one."""
+        return None if self.trace is None else {"trace_id": self.trace.trace_id}
 
 
 class Reporter:
@@ -82,17 +79,15 @@ class Reporter:
         """
         arrived_at = self._clock() if arrived_at is None else arrived_at
         trace = self._tracer.begin(name, headers, arrived_at) if is_traced and self._tracer is not None else None
-        TRACE_ID.set(None if trace is None else trace.trace_id)
         return RequestReport(arrived_at, trace)
 
     def end(self, report: RequestReport, describe: Callable[[], Outcome]) -> None:
         """Tell what became of a request, as its wire describes it where that is wanted."""
         trace = report.trace
-        is_recorded = trace is not None and trace.is_recorded
-        if not (is_recorded or self._logs_requests):
+        if trace is None and not self._logs_requests:
             return
         ended_at, outcome, fields = self._clock(), describe(), fields_of(report.answers)
-        if trace is not None and is_recorded:
+        if trace is not None:
             trace.end(ended_at, outcome, stages_of(report.answers, report.arrived_at), fields)
         if outcome.error == OverloadedError.code:
             self.rejected()

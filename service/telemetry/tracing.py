@@ -4,6 +4,8 @@ The one door of opentelemetry, imported only where traces are asked for. What is
 where spans go, the standard OTEL_ variables say.
 """
 
+import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,38 +23,34 @@ from opentelemetry.sdk.resources import (
 )
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
-from opentelemetry.sdk.trace.sampling import Sampler
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 
-from service.telemetry.logs import Fields
+from service.telemetry.logs import TRACE_ID, Fields
 from service.telemetry.stages import Outcome, Stage
 
 PREFIX = "supervit."  # of attributes that no convention names
 DEFAULT_SERVICE_NAME = "supervit-serve"
 EXPORTERS = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}  # their entry points, by protocol
 ROOT = Context()
+UNSAMPLED = re.compile(rb"00-((?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f][02468ace]")  # W3C Trace Context
 
 Headers = Iterable[tuple[bytes, bytes]]
 
 
 class RequestTrace:
-    """The span of one request, open until `end`.
-
-    Attributes:
-        trace_id: a number of 128 bits.
-        is_recorded: whether it was sampled; if not, there is nothing to end.
-    """
+    """The span of one request that is recorded, open until `end`."""
 
     def __init__(self, span: Span, tracer: Tracer, offset_ns: int) -> None:
         """Take what `RequestTracer.begin` has made."""
         self._span, self._tracer, self._offset_ns = span, tracer, offset_ns
         self._context = span.get_span_context()
-        self.trace_id, self.is_recorded = self._context.trace_id, span.is_recording()
+        self.trace_id = f"{self._context.trace_id:032x}"
 
     @property
     def response(self) -> str:
         """The value of a `traceresponse` header, by which the client finds the span."""
-        return f"00-{self.trace_id:032x}-{self._context.span_id:016x}-{self._context.trace_flags & 3:02x}"
+        return f"00-{self.trace_id}-{self._context.span_id:016x}-{self._context.trace_flags & 3:02x}"
 
     def end(self, ended_at: float, outcome: Outcome, stages: Sequence[Stage], fields: Fields) -> None:
         """Say all that is known by now, and hand it to the exporter, which sends it from a thread of its own.
@@ -91,7 +89,7 @@ class RequestTracer:
         self,
         processors: Sequence[SpanProcessor],
         *,
-        sampler: Sampler | None = None,
+        share: float | None = 1.0,
         clock: Callable[[], float] = time.monotonic,
         wall_clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -99,42 +97,52 @@ class RequestTracer:
 
         Args:
             processors: get each span once it has ended.
-            sampler: decides which requests are recorded; OTEL_TRACES_SAMPLER by default.
+            share: of the requests that are part of no trace, 0..1, that is recorded; of others, their callers decide.
+                None leaves all of it to the sampler that OTEL_TRACES_SAMPLER names, at some 10 us for each request.
             clock: monotonic, in seconds; the one that requests are stamped by.
             wall_clock_ns: nanoseconds since 1970.
         """
-        resource = Resource.create(
-            {
-                SERVICE_NAME: DEFAULT_SERVICE_NAME,
-                SERVICE_VERSION: version("supervit-serve"),
-                SERVICE_INSTANCE_ID: str(uuid4()),
-            }
-        ).merge(OTELResourceDetector().detect())
-        self._provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
+        identity = {
+            SERVICE_NAME: DEFAULT_SERVICE_NAME,
+            SERVICE_VERSION: version("supervit-serve"),
+            SERVICE_INSTANCE_ID: str(uuid4()),
+        }
+        self._provider = TracerProvider(
+            None if share is None else ParentBased(ALWAYS_ON),  # what is not recorded does not come so far
+            Resource.create(identity).merge(OTELResourceDetector().detect()),
+            shutdown_on_exit=False,
+        )
         for processor in processors:
             self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("supervit", version("supervit-serve"))
         self._propagator = get_global_textmap()
         self._names = frozenset(name.encode() for name in self._propagator.fields)
-        self._clock, self._wall_clock_ns = clock, wall_clock_ns
+        self._share, self._clock, self._wall_clock_ns = share, clock, wall_clock_ns
 
-    def begin(self, name: str, headers: Headers, arrived_at: float) -> RequestTrace:
-        """Open the span of a request.
+    def begin(self, name: str, headers: Headers, arrived_at: float) -> RequestTrace | None:
+        """Open the span of a request, if it is to be recorded; tell the log which trace it is part of.
 
         Args:
             name: for the sampler; `end` may say it more exactly.
             headers: of the request, or a gRPC call's metadata, names in lower case; `traceparent` is looked for.
             arrived_at: on the monotonic clock, in seconds.
         """
+        brought = [header for header in headers if header[0] in self._names]
+        trace_id = None
+        if self._share is not None:  # most requests are not recorded, and should cost nothing
+            unsampled = next((UNSAMPLED.fullmatch(value) for key, value in brought if key == b"traceparent"), None)
+            if unsampled is not None:
+                trace_id = unsampled[1].decode()
+            if unsampled is not None or (not brought and random.random() >= self._share):
+                TRACE_ID.set(trace_id)
+                return None
         # Once for each request, not once for all: the wall clock may be set while the server runs.
         offset_ns = self._wall_clock_ns() - round(1e9 * self._clock())
-        brought: dict[str, list[str]] = {}
-        for header, value in headers:
-            if header in self._names:
-                brought.setdefault(header.decode("latin-1"), []).append(value.decode("latin-1"))
-        parent = self._propagator.extract(brought, ROOT) if brought else ROOT
+        parent = self._propagator.extract(_by_name(brought), ROOT) if brought else ROOT
         span = self._tracer.start_span(name, parent, SpanKind.SERVER, start_time=round(1e9 * arrived_at) + offset_ns)
-        return RequestTrace(span, self._tracer, offset_ns)
+        trace = RequestTrace(span, self._tracer, offset_ns)
+        TRACE_ID.set(trace.trace_id)
+        return trace if span.is_recording() else None
 
     def close(self, within_s: float) -> None:
         """Send what is left; give up what cannot be sent in time."""
@@ -151,9 +159,21 @@ def open_tracer(environment: Mapping[str, str]) -> RequestTracer:
         ModuleNotFoundError: an exporter that is asked for is not installed.
         ValueError: a variable holds what OpenTelemetry does not take.
     """
+    share = _share(environment)
     names = (environment.get("OTEL_TRACES_EXPORTER") or "otlp").split(",")
     exporters = [_exporter(name.strip(), environment) for name in names]
-    return RequestTracer(list(map(BatchSpanProcessor, exporters)))
+    return RequestTracer(list(map(BatchSpanProcessor, exporters)), share=share)
+
+
+def _share(environment: Mapping[str, str]) -> float | None:
+    """Read which share the usual samplers record of what is part of no trace; None where the sampler is another one."""
+    name = (environment.get("OTEL_TRACES_SAMPLER") or "parentbased_always_on").strip().lower()
+    if name != "parentbased_traceidratio":
+        return {"parentbased_always_on": 1.0, "parentbased_always_off": 0.0}.get(name)
+    share = float(environment.get("OTEL_TRACES_SAMPLER_ARG") or 1)
+    if not 0 <= share <= 1:
+        raise ValueError("OTEL_TRACES_SAMPLER_ARG is no share")
+    return share
 
 
 def _exporter(name: str, environment: Mapping[str, str]) -> SpanExporter:
@@ -166,6 +186,13 @@ def _exporter(name: str, environment: Mapping[str, str]) -> SpanExporter:
         exporter: SpanExporter = found.load()()
         return exporter
     raise ModuleNotFoundError(f"no exporter {name!r} of OpenTelemetry is installed")
+
+
+def _by_name(headers: Headers) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in headers:
+        found.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+    return found
 
 
 def _prefixed(fields: Fields) -> Fields:

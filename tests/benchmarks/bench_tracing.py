@@ -20,7 +20,6 @@ from typing import Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from prometheus_client import CollectorRegistry
 
 from models.profiles import SubNetworkProfile
@@ -102,8 +101,10 @@ def receiving() -> Iterator[str]:
     command = [sys.executable, "-m", "tests.benchmarks.bench_tracing", "--receive"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1/traces"
-        process.terminate()
+        try:
+            yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1/traces"
+        finally:
+            process.terminate()
 
 
 def receive() -> None:
@@ -136,8 +137,8 @@ def main() -> None:
     with receiving() as url:
         exporters = [BatchSpanProcessor(OTLPSpanExporter(endpoint=url), max_queue_size=10 * REQUESTS) for _ in range(2)]
 
-        def traced(exporter: BatchSpanProcessor, ratio: float) -> Any:  # noqa: ANN401 - an ASGI app
-            return make_app(RequestTracer([exporter], sampler=ParentBased(TraceIdRatioBased(ratio))))
+        def traced(exporter: BatchSpanProcessor, share: float) -> Any:  # noqa: ANN401 - an ASGI app
+            return make_app(RequestTracer([exporter], share=share))
 
         plain = [(b"host", b"x"), (b"content-type", b"image/jpeg"), (b"content-length", b"12345")]
         few, every = exporters

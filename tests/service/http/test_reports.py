@@ -8,7 +8,6 @@ from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import StatusCode
 
 from models.checkpoint import Checkpoint
@@ -127,7 +126,7 @@ def test_a_request_that_is_not_sampled_leaves_no_trace_but_in_the_log(
     server: Server, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    tracer = RequestTracer([SimpleSpanProcessor(server.exporter)], sampler=ALWAYS_OFF)
+    tracer = RequestTracer([SimpleSpanProcessor(server.exporter)], share=0.0)
     with server.serving(tracer, logs_requests=True) as client:
         answer = client.post("/classify", content=photo)
         client.get("/health/live")
