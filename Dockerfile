@@ -54,7 +54,8 @@ COPY --from=dependencies /opt/venv /opt/venv
 # Bytecode, which the server's user may not write later, but only of what is imported: that of everything takes 170 MB.
 # The base image comes without the bytecode of Python's own library.
 # OpenVINO's telemetry is kept from reporting the import, as the server keeps it.
-RUN python -c "import sys; sys.modules['openvino_telemetry'] = None; import fastapi, openvino, timm, uvicorn"
+RUN python -c "import sys; sys.modules['openvino_telemetry'] = None; import fastapi, openvino, timm, uvicorn; \
+    import opentelemetry.exporter.otlp.proto.http.trace_exporter"
 COPY --from=application /application /opt/venv
 # The rest of it. And where an import fails, there is no image.
 RUN supervit serve --help > /dev/null

@@ -24,7 +24,7 @@ from opentelemetry.sdk.resources import (
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, get_current_span, set_span_in_context
 
 from service.telemetry.logs import TRACE_ID, Fields
 from service.telemetry.stages import Outcome, Stage
@@ -128,17 +128,16 @@ class RequestTracer:
             arrived_at: on the monotonic clock, in seconds.
         """
         brought = [header for header in headers if header[0] in self._names]
-        trace_id = None
-        if self._share is not None:  # most requests are not recorded, and should cost nothing
-            unsampled = next((UNSAMPLED.fullmatch(value) for key, value in brought if key == b"traceparent"), None)
-            if unsampled is not None:
-                trace_id = unsampled[1].decode()
-            if unsampled is not None or (not brought and random.random() >= self._share):
-                TRACE_ID.set(trace_id)
-                return None
+        if self._share is not None and (unsampled := _unsampled_trace(brought)):
+            TRACE_ID.set(unsampled)
+            return None
+        parent = self._propagator.extract(_by_name(brought), ROOT) if brought else ROOT
+        is_first = not (brought and get_current_span(parent).get_span_context().is_valid)
+        if self._share is not None and is_first and random.random() >= self._share:
+            TRACE_ID.set(None)
+            return None
         # Once for each request, not once for all: the wall clock may be set while the server runs.
         offset_ns = self._wall_clock_ns() - round(1e9 * self._clock())
-        parent = self._propagator.extract(_by_name(brought), ROOT) if brought else ROOT
         span = self._tracer.start_span(name, parent, SpanKind.SERVER, start_time=round(1e9 * arrived_at) + offset_ns)
         trace = RequestTrace(span, self._tracer, offset_ns)
         TRACE_ID.set(trace.trace_id)
@@ -186,6 +185,14 @@ def _exporter(name: str, environment: Mapping[str, str]) -> SpanExporter:
         exporter: SpanExporter = found.load()()
         return exporter
     raise ModuleNotFoundError(f"no exporter {name!r} of OpenTelemetry is installed")
+
+
+def _unsampled_trace(headers: Headers) -> str | None:
+    """Name the trace that a request is part of, if its caller says that it is not recorded, as most are not."""
+    for name, value in headers:
+        if name == b"traceparent" and (found := UNSAMPLED.fullmatch(value)):
+            return found[1].decode()
+    return None
 
 
 def _by_name(headers: Headers) -> dict[str, list[str]]:

@@ -102,9 +102,11 @@ def test_a_request_goes_on_with_the_trace_of_its_caller(traces: Traces) -> None:
 @pytest.mark.parametrize(
     "value", [b"", b"00-0-0-01", b"\xff", CALLER[:40], b"00-" + b"0" * 32 + b"-00f067aa0ba902b7-00"]
 )
-def test_a_name_that_is_none_begins_a_trace(traces: Traces, value: bytes) -> None:
+def test_a_name_that_is_none_begins_a_trace_and_has_it_recorded_no_sooner(traces: Traces, value: bytes) -> None:
     traces.begin((b"traceparent", value)).end(199.5, OK, (), {})
     assert traces.spans()[0].parent is None
+    for header in (b"traceparent", b"tracestate", b"baggage"):
+        assert Traces(share=0.0).tracer.begin("POST", [(header, value)], 198.5) is None
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, None])
