@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # it imports opentelemetry
 
 logger = logging.getLogger(__name__)
 
-LEAST_FLUSH_S = 1.0  # for the last spans, where the answers took all the time there was
+LEAST_FLUSH_S, MOST_FLUSH_S = 1.0, 5.0  # for the last spans, of what the answers have left of the time to stop
 
 
 class ServerRuntime:
@@ -161,7 +161,7 @@ class ServerRuntime:
                 task.cancel()
             self._monitor.close()
             if self._tracer is not None:
-                within_s = max(LEAST_FLUSH_S, self._stop_by - time.monotonic())
+                within_s = min(MOST_FLUSH_S, max(LEAST_FLUSH_S, self._stop_by - time.monotonic()))
                 await asyncio.to_thread(self._tracer.close, within_s)
 
     async def _serve(self) -> None:
