@@ -18,7 +18,6 @@ from service.http.early_rejection import RESERVED
 from service.http.error_responses import ErrorAnswers, describe_error
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import ClassifyQuery, parse_parameters, parse_query
-from service.http.reports import report_of
 from service.http.schemas import ClassifyAnswer, describe_answer
 from service.http.uploads import BodyKind, kind_of_body, read_form, read_image, read_json
 from service.pipeline import Pipeline, Read
@@ -80,7 +79,7 @@ def make_classify(context: RouteContext) -> Handle:
         The image comes as the body itself, as a part of a form, whose other fields are parameters, or in base64 as
         `image` of a JSON object, likewise with its parameters. Several images of a form get an answer each.
         """
-        watch, report = ClientWatch(request), report_of(request.scope)
+        watch = ClientWatch(request)
         try:
             upload = await read_upload(context, request, watch)
         except ServiceError:
@@ -88,7 +87,7 @@ def make_classify(context: RouteContext) -> Handle:
                 raise
 
         async def answer(read: Read) -> ClassifyAnswer:
-            with counted(context.metrics, report) as record, by_address.counting(upload.wanted.address) as enter:
+            with counted(context.metrics) as record, by_address.counting(upload.wanted.address) as enter:
 
                 async def read_and_enter(within_s: float) -> bytes:
                     data = await read(within_s)
@@ -102,7 +101,7 @@ def make_classify(context: RouteContext) -> Handle:
         if len(upload.reads) == 1:
             with context.failures.counting():
                 return respond(await answer(upload.reads[0]))
-        results = await asyncio.gather(*(_result(request, answer(read)) for read in upload.reads))
+        results = await asyncio.gather(*(_result(answer(read)) for read in upload.reads))
         return Response(b'{"results":[%s]}' % b",".join(results), media_type="application/json")
 
     return classify
@@ -165,11 +164,11 @@ def respond(answer: ClassifyAnswer) -> Response:
     return Response(answer.model_dump_json(), media_type="application/json", headers={"Server-Timing": timing})
 
 
-async def _result(request: Request, answering: Awaitable[ClassifyAnswer]) -> bytes:
+async def _result(answering: Awaitable[ClassifyAnswer]) -> bytes:
     """Put one of several answers, or its own error, on the wire, with its status."""
     try:
         answer = (await answering).model_dump_json()
     except ServiceError as error:
-        _, described = describe_error(error, request.scope)
+        _, described = describe_error(error)
         return described.model_dump_json().encode()
     return f'{{"status":200,{answer.removeprefix("{")}'.encode()

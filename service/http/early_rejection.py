@@ -125,7 +125,7 @@ class EarlyRejection:
 
 def _describe(error: OverloadedError) -> bytes:
     """Put a rejection's headers and body on the wire, with places for the media type and the request's name."""
-    response = make_error_response(*describe_error(error, {}))
+    response = make_error_response(*describe_error(error))
     others = (header for header in response.raw_headers if header[0] != b"content-type")
     head = b"".join(b"%b: %b\r\n" % header for header in others)
     answer = b"%bcontent-type: %%b\r\n%b: %%b\r\n\r\n%b"

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -34,9 +34,9 @@ from service.errors import (
     UploadTimeoutError,
     invalid_parameter,
 )
-from service.http.reports import note_error
 from service.http.request_ids import HEADER, KEY
 from service.http.schemas import ErrorAnswer, ErrorDetail
+from service.telemetry.reports import note_error
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class ErrorAnswers:
         if isinstance(error, BodyTooLargeError) and not _waits_to_send(request):
             await _discard(request)
         accept = request.headers.get("accept", "")
-        response = make_error_response(*describe_error(error, request.scope), accept=accept)
+        response = make_error_response(*describe_error(error), accept=accept)
         is_unread = isinstance(error, BodyTooLargeError | UploadTimeoutError)
         return _closing(response) if is_unread or self._may_be_long(request) else response
 
@@ -96,7 +96,7 @@ class ErrorAnswers:
         message, allowed = error.detail, (error.headers or {}).get("Allow")
         if allowed is not None:
             message = f"{request.url.path} takes {allowed}, not {request.method}"
-        note_error(request.scope, code)
+        note_error(code)
         described, accept = _described(error.status_code, code, message), request.headers.get("accept", "")
         response = make_error_response(error.status_code, described, error.headers, accept)
         return _closing(response) if self._may_be_long(request) else response
@@ -107,10 +107,10 @@ class ErrorAnswers:
         return int(request.headers.get("content-length", "0")) > self._max_body_bytes
 
 
-def describe_error(error: ServiceError, scope: MutableMapping[str, Any]) -> tuple[int, ErrorAnswer]:
+def describe_error(error: ServiceError) -> tuple[int, ErrorAnswer]:
     """Return the status of an error and what is said of it; the log says by which request the server failed."""
     status = STATUS.get(type(error), 500)
-    note_error(scope, error.code)
+    note_error(error.code)
     if status == 500:
         logger.error("%s", error.message)
     return status, _described(status, error.code, error.message, error.details)

@@ -8,7 +8,6 @@ from service.errors import InvalidParameterError
 from service.http.classify import Handle, read_upload, respond
 from service.http.context import RouteContext
 from service.http.disconnects import ClientWatch
-from service.http.reports import report_of
 from service.http.schemas import describe_explanation
 from service.telemetry.outcomes import counted
 
@@ -25,7 +24,7 @@ def make_explain(context: RouteContext) -> Handle:
         explainer = context.open_server().explainer
         with ExitStack() as turn, context.failures.counting():
             data = b""
-            with counted(context.metrics, report_of(request.scope)) as record:
+            with counted(context.metrics) as record:
                 explainer.check_room()  # before a body is read in vain
                 upload = await read_upload(context, request, watch)
                 if len(upload.reads) > 1:

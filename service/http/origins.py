@@ -37,7 +37,7 @@ class OriginPolicy:
                 self._check(scope)
         except ServiceError as error:
             accept = Headers(scope=scope).get("accept", "")
-            response = make_error_response(*describe_error(error, scope), {"Connection": "close"}, accept)
+            response = make_error_response(*describe_error(error), {"Connection": "close"}, accept)
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)

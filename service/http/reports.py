@@ -1,18 +1,14 @@
 """A report on each request that reaches the application: what HTTP knows of it, for the log and for traces."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError
 from service.http.protocol import ARRIVED_AT
 from service.telemetry.logs import REQUEST_ID, Fields
-from service.telemetry.reports import Reporter, RequestReport
+from service.telemetry.reports import Reporter
 from service.telemetry.stages import Outcome
 
 HEADER = "traceresponse"  # of W3C's Trace Context, level 2
-REPORT = "supervit.report"  # of the scope
 
 
 class RequestReports:
@@ -32,13 +28,13 @@ class RequestReports:
             return
         method, arrived_at = scope["method"], scope.get(ARRIVED_AT)
         report = self._reporter.begin(method, scope["headers"], arrived_at, is_traced=method == "POST")
-        scope[REPORT] = report
         status = 500  # unless an answer begins
+        error: str | None = None
 
         async def send_noted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, error
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, error = message["status"], report.error_code  # what is noted later is of another request
                 if report.trace is not None:
                     named = (HEADER.encode(), report.trace.response.encode())
                     message["headers"] = [*message["headers"], named]
@@ -47,26 +43,13 @@ class RequestReports:
         try:
             await self._app(scope, receive, send_noted)
         except Exception:
-            note_error(scope, ServiceError.code)
+            error = ServiceError.code
             raise
         finally:
-            self._reporter.end(report, lambda: _describe(scope, status, report))
+            self._reporter.end(report, lambda: _describe(scope, status, error))
 
 
-def report_of(scope: Scope) -> RequestReport | None:
-    """Return the report on a request, where there is one."""
-    report: RequestReport | None = scope.get(REPORT)
-    return report
-
-
-def note_error(scope: Mapping[str, Any], code: str) -> None:
-    """Note what a request fails of; the last word counts."""
-    report: RequestReport | None = scope.get(REPORT)
-    if report is not None:
-        report.error_code = code
-
-
-def _describe(scope: Scope, status: int, report: RequestReport) -> Outcome:
+def _describe(scope: Scope, status: int, error: str | None) -> Outcome:
     """Describe a request by OpenTelemetry's conventions for servers of HTTP."""
     method, path = scope["method"], scope["path"]
     attributes: Fields = {
@@ -89,6 +72,6 @@ def _describe(scope: Scope, status: int, report: RequestReport) -> Outcome:
         f"{method} {path} {status}",
         f"{method} {route}" if route else method,
         attributes,
-        report.error_code if status >= 400 else None,
+        error if status >= 400 else None,  # else it is of one of several images
         is_failure=status >= 500,  # by the conventions, what a client does wrong is no failure of a server
     )

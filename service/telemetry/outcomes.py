@@ -6,20 +6,17 @@ from contextlib import contextmanager
 from service.domain import Classification
 from service.errors import ClientGoneError, OverloadedError, ServiceError
 from service.telemetry.metrics import Metrics
-from service.telemetry.reports import RequestReport
+from service.telemetry.reports import current_report
 
 
 @contextmanager
-def counted(metrics: Metrics, report: RequestReport | None = None) -> Iterator[Callable[[Classification], None]]:
-    """Count a classification in, and out by how the block ends.
-
-    Args:
-        metrics: where it is counted.
-        report: on its request, where there is one; gets the answer too.
+def counted(metrics: Metrics) -> Iterator[Callable[[Classification], None]]:
+    """Count a classification in, and out by how the block ends; the report on its request gets the answer, too.
 
     Yields:
         What to tell of the answer.
     """
+    report = current_report()
 
     def record(answer: Classification) -> None:
         metrics.answered(answer, None if report is None else report.exemplar)

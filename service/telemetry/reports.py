@@ -6,11 +6,13 @@ Knows no wire: HTTP and gRPC each say how a request is called and how it ended.
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from service.domain import Classification
 from service.errors import InvalidParameterError, OverloadedError
+from service.telemetry.logs import TRACE_ID
 from service.telemetry.sparing_log import SparingLog
 from service.telemetry.stages import Outcome, fields_of, stages_of
 
@@ -42,6 +44,22 @@ class RequestReport:
     def exemplar(self) -> dict[str, str] | None:
         """What leads from a count to the trace of this request, where there is one."""
         return None if self.trace is None else {"trace_id": self.trace.trace_id}
+
+
+# On the request that the task at work is about, and the tasks that it has begun.
+_CURRENT: ContextVar[RequestReport | None] = ContextVar("report", default=None)
+
+
+def current_report() -> RequestReport | None:
+    """Return the report on the request that this task is about; None where none is wanted."""
+    return _CURRENT.get()
+
+
+def note_error(code: str) -> None:
+    """Note what the request at hand fails of; the last word counts."""
+    report = _CURRENT.get()
+    if report is not None:
+        report.error_code = code
 
 
 class Reporter:
@@ -78,11 +96,15 @@ class Reporter:
             is_traced: whether it is worth a span.
         """
         arrived_at = self._clock() if arrived_at is None else arrived_at
+        TRACE_ID.set(None)
         trace = self._tracer.begin(name, headers, arrived_at) if is_traced and self._tracer is not None else None
-        return RequestReport(arrived_at, trace)
+        report = RequestReport(arrived_at, trace)
+        _CURRENT.set(report)
+        return report
 
     def end(self, report: RequestReport, describe: Callable[[], Outcome]) -> None:
         """Tell what became of a request, as its wire describes it where that is wanted."""
+        _CURRENT.set(None)
         trace = report.trace
         if trace is None and not self._logs_requests:
             return

@@ -134,7 +134,6 @@ class RequestTracer:
         parent = self._propagator.extract(_by_name(brought), ROOT) if brought else ROOT
         is_first = not (brought and get_current_span(parent).get_span_context().is_valid)
         if self._share is not None and is_first and random.random() >= self._share:
-            TRACE_ID.set(None)
             return None
         # Once for each request, not once for all: the wall clock may be set while the server runs.
         offset_ns = self._wall_clock_ns() - round(1e9 * self._clock())

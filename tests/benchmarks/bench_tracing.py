@@ -27,7 +27,7 @@ from models.subnetwork import SubNetwork
 from service.domain import Classification, Decision, Look, LookCode, ReasonCode, Timing
 from service.hosting.interpreter import configure_gc
 from service.http.protocol import ARRIVED_AT
-from service.http.reports import RequestReports, report_of
+from service.http.reports import RequestReports
 from service.http.request_ids import RequestIds
 from service.telemetry.metrics import Metrics
 from service.telemetry.outcomes import counted
@@ -43,7 +43,7 @@ def make_app(tracer: RequestTracer | None) -> Any:  # noqa: ANN401 - an ASGI app
     metrics = Metrics(CollectorRegistry())
 
     async def app(scope: dict[str, Any], _: object, send: Any) -> None:  # noqa: ANN401 - ASGI's
-        with counted(metrics, report_of(scope)) as record:
+        with counted(metrics) as record:
             record(answered(scope[ARRIVED_AT]))
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})

@@ -1,6 +1,6 @@
 import threading
 from collections.abc import Sequence
-from contextvars import copy_context
+from contextvars import Context
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -117,7 +117,7 @@ def test_a_caller_decides_whether_its_requests_are_recorded(share: float | None)
         assert TRACE_ID.get() == "4bf92f3577b34da6a3ce929d0e0e4736", "the log names it all the same"
         assert traces.tracer.begin("POST", [(b"traceparent", CALLER)], 198.5) is not None
 
-    copy_context().run(ask)
+    Context().run(ask)
 
 
 def test_a_share_of_the_others_is_recorded_and_the_log_names_no_trace_that_there_is_not() -> None:
@@ -128,7 +128,7 @@ def test_a_share_of_the_others_is_recorded_and_the_log_names_no_trace_that_there
         recorded = sum(some.tracer.begin("POST", [], 198.5) is not None for _ in range(1000))
         assert 400 < recorded < 600
 
-    copy_context().run(ask)
+    Context().run(ask)
 
 
 @pytest.mark.parametrize(
