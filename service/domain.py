@@ -113,12 +113,14 @@ class Look:
         answer: index of the class that it took for the most probable.
         confidence: calibrated probability of that, 0..1.
         inference_s: the batch in the engine.
+        started_at: when that began.
     """
 
     profile: SubNetworkProfile
     answer: int
     confidence: float
     inference_s: float
+    started_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,7 @@ class Timing:
     """Where the time went, in seconds.
 
     Attributes:
+        read_s: from arrival until the whole upload was there.
         decode_wait_s: waiting for a thread that decodes.
         decode_s: at work on the image's bytes.
         queue_s: waiting for the engine.
@@ -186,6 +189,7 @@ class Timing:
         total_s: from arrival to the finished answer, the upload included.
     """
 
+    read_s: float
     decode_wait_s: float
     decode_s: float
     queue_s: float

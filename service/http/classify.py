@@ -31,6 +31,14 @@ Handle = Callable[[Request], Awaitable[Response]]
 ReadBytes = Callable[[float], Awaitable[bytes]]
 
 
+@dataclass(frozen=True, slots=True)
+class DirectRoute:
+    """What answers POST at a path."""
+
+    path: str
+    handle: Handle
+
+
 class DirectRoutes:
     """Middleware that answers POST on a few paths and hands everything else on to FastAPI, which describes them, too.
 
@@ -46,17 +54,19 @@ class DirectRoutes:
             handles: what answers each path.
             errors: answers where that raises a ServiceError.
         """
-        self._app, self._handles, self._errors = app, handles, errors
+        self._app, self._errors = app, errors
+        self._routes = {path: DirectRoute(path, handle) for path, handle in handles.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or hand on."""
-        handle = self._handles.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if handle is None:
+        route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if route is None:
             await self._app(scope, receive, send)
             return
+        scope["route"] = route  # as FastAPI notes it
         request = Request(scope, receive, send)
         try:
-            response = await handle(request)
+            response = await route.handle(request)
         except ServiceError as error:
             response = await self._errors.on_service_error(request, error)
         await response(scope, receive, send)
@@ -96,7 +106,7 @@ def make_classify(context: RouteContext) -> Handle:
         if len(upload.reads) == 1:
             with context.failures.counting():
                 return respond(await answer(upload.reads[0]))
-        results = await asyncio.gather(*(_result(request, answer(read)) for read in upload.reads))
+        results = await asyncio.gather(*(_result(answer(read)) for read in upload.reads))
         return Response(b'{"results":[%s]}' % b",".join(results), media_type="application/json")
 
     return classify
@@ -174,11 +184,11 @@ def timing_header(timing_ms: TimingAnswer) -> dict[str, str]:
     return {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())}
 
 
-async def _result(request: Request, answering: Awaitable[ClassifyAnswer]) -> bytes:
+async def _result(answering: Awaitable[ClassifyAnswer]) -> bytes:
     """Put one of several answers, or its own error, on the wire, with its status."""
     try:
-        status, body = 200, (await answering).model_dump_json()
+        answer = (await answering).model_dump_json()
     except ServiceError as error:
-        status, described = describe_error(error, request.scope)
-        body = described.model_dump_json()
-    return f'{{"status":{status},{body.removeprefix("{")}'.encode()
+        _, described = describe_error(error)
+        return described.model_dump_json().encode()
+    return f'{{"status":200,{answer.removeprefix("{")}'.encode()

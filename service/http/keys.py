@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.access.key_file import HEADERS, KeyFile
@@ -56,7 +57,9 @@ class KeyCheck:
         try:
             scope[KEY] = self._keys.find({name: value for name, value in scope["headers"] if name in HEADERS})
         except ServiceError as error:
-            response = make_error_response(*describe_error(error, scope), {"Connection": "close"}, scope["path"])
+            accept = Headers(scope=scope).get("accept", "")
+            described, closing = describe_error(error), {"Connection": "close"}
+            response = make_error_response(*described, closing, path=scope["path"], accept=accept)
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)

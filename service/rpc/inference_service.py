@@ -67,18 +67,21 @@ class InferenceService:
     async def _stream_response(self, data: bytes, call: Call) -> pb.ModelStreamInferResponse:
         now, name = self._clock(), ""
         left_s = None if call.time_left_s is None else call.arrived_at + call.time_left_s - now
-        try:
-            with self._answering.counting_failures():
-                message = parse_message(data, pb.ModelInferRequest)
-                name = message.id
-                request = read_request(message)
-            answer = await self._infer(request, replace(call, arrived_at=now, time_left_s=left_s))
-        except Exception as error:  # a bug raises anything, and shall end no other request
-            failure = failure_of(error, call)
-            return pb.ModelStreamInferResponse(
-                error_message=failure.message, infer_response=pb.ModelInferResponse(id=name)
-            )
-        return pb.ModelStreamInferResponse(infer_response=answer)
+        call = replace(call, arrived_at=now, time_left_s=left_s)
+        with self._answering.reports.reporting("ModelStreamInfer", call) as ending:
+            try:
+                with self._answering.counting_failures():
+                    message = parse_message(data, pb.ModelInferRequest)
+                    name = message.id
+                    request = read_request(message)
+                answer = await self._infer(request, call)
+            except Exception as error:  # a bug raises anything, and shall end no other request
+                ending.failure = failure = failure_of(error)
+                return pb.ModelStreamInferResponse(
+                    error_message=failure.message, infer_response=pb.ModelInferResponse(id=name)
+                )
+            ending.failure = None
+            return pb.ModelStreamInferResponse(infer_response=answer)
 
     async def _infer(self, request: InferRequest, call: Call) -> pb.ModelInferResponse:
         is_raw = any(isinstance(tensor.contents, bytes) for tensor in request.inputs)

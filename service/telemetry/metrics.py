@@ -18,6 +18,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from models.subnetwork import SubNetwork
 from service.domain import Classification
@@ -48,7 +49,7 @@ TOTALS: dict[str, tuple[str, dict[str, str]]] = {
     "taken_s": ("supervit_engine_taken_seconds_total", {}),
     "decode_s": ("supervit_stage_duration_seconds_sum", {"stage": "decode"}),
 }
-CONTENT_TYPE = CONTENT_TYPE_LATEST
+OPENMETRICS = "application/openmetrics-text"
 
 
 def process_registry() -> CollectorRegistry:
@@ -232,14 +233,14 @@ class Metrics:
         if is_missed or outcome in MISSES:
             self._missed.inc()
 
-    def answered(self, answer: Classification) -> None:
-        """Record what an answer cost."""
+    def answered(self, answer: Classification, exemplar: dict[str, str] | None = None) -> None:
+        """Record what an answer cost; an exemplar leads from its durations to its trace."""
         timing, profile = answer.timing, answer.decision.profile
-        self._duration.observe(timing.total_s)
-        self._decode_wait.observe(timing.decode_wait_s)
-        self._decode.observe(timing.decode_s)
-        self._queue.observe(timing.queue_s)
-        self._inference.observe(timing.inference_s)
+        self._duration.observe(timing.total_s, exemplar)
+        self._decode_wait.observe(timing.decode_wait_s, exemplar)
+        self._decode.observe(timing.decode_s, exemplar)
+        self._queue.observe(timing.queue_s, exemplar)
+        self._inference.observe(timing.inference_s, exemplar)
         self._count_of(profile.subnetwork).inc()
         self._gflops.inc(answer.gflops)
         self._saved.inc(answer.saved_gflops)
@@ -291,9 +292,12 @@ class Metrics:
         """Return what an autoscaler may want to know of this process: the counters of TOTALS, by their names there."""
         return {name: self._registry.get_sample_value(*sample) or 0.0 for name, sample in TOTALS.items()}
 
-    def page(self) -> bytes:
-        """Return all metrics in the Prometheus text format."""
-        return generate_latest(self.registry())
+    def page(self, accept: str = "") -> tuple[bytes, str]:
+        """Return all metrics in a format that a client accepts, and its media type: OpenMetrics alone has exemplars."""
+        if OPENMETRICS in accept:
+            page: bytes = openmetrics.generate_latest(self.registry())  # type: ignore[no-untyped-call] # no annotations
+            return page, openmetrics.CONTENT_TYPE_LATEST
+        return generate_latest(self.registry()), CONTENT_TYPE_LATEST
 
     def registry(self) -> CollectorRegistry:
         """Return where all metrics can be read: those of every worker, as they are now, where there are several."""
