@@ -22,7 +22,7 @@ from service.engines.factory import engine_threads, open_engine
 from service.engines.profile_store import begin_profile, extended_profile, nominal_latencies
 from service.errors import NotReadyError
 from service.execution.batcher import Batcher
-from service.execution.idle_profiling import IdleProfiler
+from service.execution.idle_turns import IdleTurns
 from service.execution.watchdog import Watchdog
 from service.http.context import ReadyServer, RouteContext
 from service.inference_protocol.protocol import InferenceProtocol
@@ -118,7 +118,7 @@ class ServerRuntime:
         self._drain_ends_at: float | None = None
         self._server: ReadyServer | None = None
         self._batcher: Batcher | None = None
-        self._idle: IdleProfiler | None = None
+        self._idle: IdleTurns | None = None
         self._decoder: Decoder | None = None
         self._engine_thread = ThreadPoolExecutor(1, "engine")
         self._preparing: tuple[float, float] | None = None

@@ -24,6 +24,7 @@ from models.subnetwork import SubNetwork
 from service.domain import Classification
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, OverloadReason, ServiceError
 from service.machine.snapshot import ResourceSnapshot
+from service.telemetry.audit_metrics import AuditMetrics
 from service.telemetry.connection_metrics import ConnectionMetrics
 from service.telemetry.inference_statistics import OK, StatisticsMetrics
 from service.telemetry.key_metrics import KeyMetrics
@@ -80,7 +81,7 @@ class Metrics:
             make_folder(shared_folder)
         self.connections, self.loop_delay = ConnectionMetrics(registry), LoopDelay(registry)
         self._looks, self._statistics = LookMetrics(registry), StatisticsMetrics(registry)
-        self.keys = KeyMetrics(registry)
+        self.keys, self.audits = KeyMetrics(registry), AuditMetrics(registry)
         self._registry = registry
         self._shared_folder = shared_folder
 
@@ -149,6 +150,11 @@ class Metrics:
         self._met, self._missed = self._deadlines.labels("met"), self._deadlines.labels("missed")
         self._accuracy = Counter(
             "supervit_expected_accuracy", "Expected top-1 accuracy of the answers, 0..1, summed.", registry=registry
+        )
+        self._confidence = Counter(
+            "supervit_confidence",
+            "Calibrated probability, 0..1, that the answers gave themselves, summed: the accuracy that they take for theirs.",
+            registry=registry,
         )
         self._accuracy_loss = Counter(
             "supervit_accuracy_loss",
@@ -247,6 +253,7 @@ class Metrics:
         self._statistics.answered()
         if answer.expected_top1 is not None and answer.accuracy_loss is not None:
             self._accuracy.inc(answer.expected_top1)
+            self._confidence.inc(answer.looks[-1].confidence)
             self._accuracy_loss.inc(answer.accuracy_loss)
 
     def batch_ran(self, size: int, predicted_s: float, inference_s: float, taken_s: float) -> None:
