@@ -89,6 +89,8 @@ class InferenceRequest:
         address: that it came from; None where that is not known.
         key: that it came with; None where none is asked for.
         client_waits_s: time from its arrival after which its client is gone, whatever the budget; None where it stays.
+        request_id: by which its client may come back to its answer; None where it has none.
+        image: its place among the images of that name, from 0.
     """
 
     arrived_at: float
@@ -101,6 +103,8 @@ class InferenceRequest:
     address: str | None = None
     key: ApiKey | None = None
     client_waits_s: float | None = None
+    request_id: str | None = None
+    image: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from service.execution.watchdog import Watchdog
 from service.http.context import ReadyServer, RouteContext
 from service.inference_protocol.protocol import InferenceProtocol
 from service.machine.monitor import Monitor
+from service.recent_answers import RecentAnswers
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.policies import find_policy
 from service.settings import Settings, comma_separated, environment_variable
@@ -93,13 +94,15 @@ class ServerRuntime:
         self.metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
         subnetworks = list(self._profile.by_subnetwork)
         self.metrics.describe(subnetworks, checkpoint.name, checkpoint.version, settings.workers)
+        answers = RecentAnswers()
         self.context = RouteContext(
             checkpoint=checkpoint,
             metrics=self.metrics,
             monitor=self._monitor,
             max_body_bytes=settings.max_body_bytes,
             max_upload_s=settings.max_upload_s,
-            classifier=Classifier(self.metrics, settings.max_in_flight_per_address),
+            classifier=Classifier(self.metrics, settings.max_in_flight_per_address, answers),
+            answers=answers,
             cors_origins=comma_separated(settings.cors_origins) or (),
             allowed_hosts=comma_separated(settings.allowed_hosts),
             keys=None if settings.keys is None else KeyFile(settings.keys),

@@ -117,6 +117,6 @@ def least_agreement(top1: float, other_top1: float) -> float:
 
     Where both are right they agree, and that is all of the images but those on which one is wrong (1 - top1) or the
     other (1 - other_top1), at worst never the same ones: 1 - (1 - top1) - (1 - other_top1), Boole's inequality. It is
-    low, as two sub-networks of the same weights mostly fail on the same images: less is no chance and no matter of taste.
+    low, as two sub-networks of the same weights mostly fail on the same images: so what lies below it needs a reason.
     """
     return max(0.0, top1 + other_top1 - 1)

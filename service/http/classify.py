@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -19,6 +19,7 @@ from service.http.forms import FIELD
 from service.http.keys import key_of
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import parse_parameters, parse_query
+from service.http.request_ids import request_id
 from service.http.schemas import ClassifyAnswer, TimingAnswer, describe_answer
 from service.http.uploads import BodyKind, kind_of_body, read_body, read_form, read_json
 from service.pipeline import Pipeline
@@ -87,15 +88,17 @@ def make_classify(context: RouteContext) -> Handle:
             with counted(context.metrics, key_of(request.scope)):
                 raise
 
-        async def answer(read: ReadBytes) -> ClassifyAnswer:
-            classify = context.classifier.classify
-            classification = await classify(upload.pipeline, read, upload.wanted, watch, upload.reserved)
+        async def answer(read: ReadBytes, image: int = 0) -> ClassifyAnswer:
+            classify, wanted = context.classifier.classify, replace(upload.wanted, image=image)
+            classification = await classify(upload.pipeline, read, wanted, watch, upload.reserved)
             return describe_answer(classification, context.checkpoint)
 
         if len(upload.reads) == 1:
             with context.failures.counting():
                 return respond(await answer(upload.reads[0]))
-        results = await asyncio.gather(*(_result(request, answer(read)) for read in upload.reads))
+        results = await asyncio.gather(
+            *(_result(request, answer(read, image)) for image, read in enumerate(upload.reads))
+        )
         return Response(b'{"results":[%s]}' % b",".join(results), media_type="application/json")
 
     return classify
@@ -117,6 +120,7 @@ async def read_upload(
     """
     query_string, clock = request.scope["query_string"], context.clock
     address, key = request.client.host if request.client else None, key_of(request.scope)
+    name = request_id(request.scope)
     arrived_at = request.scope.get(ARRIVED_AT) or clock()
     pipeline, kind = context.open_server().pipeline, kind_of_body(request.headers)
     limits = context.max_body_bytes, context.max_upload_s
@@ -129,7 +133,7 @@ async def read_upload(
             return data
 
         reserved = request.scope.get(RESERVED)
-        return Upload(pipeline, (read,), query.request(arrived_at, query.top_k, address, key), reserved)
+        return Upload(pipeline, (read,), query.request(arrived_at, query.top_k, address, key, name), reserved)
 
     pipeline.check_room()
     within_s = context.max_upload_s  # unless the query says so, it is not known yet what is granted
@@ -146,7 +150,7 @@ async def read_upload(
     else:
         form = await read_json(request, *limits, within_s)
     parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
-    wanted = parameters.request(arrived_at, parameters.top_k, address, key)
+    wanted = parameters.request(arrived_at, parameters.top_k, address, key, name)
     pipeline.check(wanted)
     if pipeline.time_left_s(wanted) <= 0:
         raise UploadTimeoutError("the body did not arrive within its budget")

@@ -39,6 +39,7 @@ def make_explain(context: RouteContext) -> Handle:
 
                 classification = await upload.pipeline.classify(read_and_enter, upload.wanted, watch)
                 record(classification)
+                context.answers.remember(upload.wanted, classification)
             subnetwork = classification.decision.profile.subnetwork
             kept = await explainer.explain(data, subnetwork, upload.wanted.address)
         return respond(describe_explanation(classification, kept, context.checkpoint))

@@ -14,7 +14,7 @@ KEY = "supervit.request_id"
 
 def request_id(scope: MutableMapping[str, Any]) -> str:
     """Return the name of a request; one that came through a proxy which names them itself has it in its header."""
-    return str(scope[KEY]) if KEY in scope else _brought(scope).decode("latin-1")
+    return str(scope[KEY]) if KEY in scope else name_request(_brought(scope)).decode()
 
 
 def _brought(scope: MutableMapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from service.http.error_shapes import V1_PREFIX, InferError
 from service.http.keys import key_of
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import read_query
+from service.http.request_ids import request_id
 from service.http.v2 import read_message
 from service.inference_protocol.images import INPUT
 from service.inference_protocol.messages import InferReply, InferRequest, InputTensor
@@ -58,6 +59,7 @@ def make_v1_predict(context: RouteContext, protocol: InferenceProtocol) -> Handl
             address=address,
             key=key_of(request.scope),
             watch=watch,
+            request_id=request_id(request.scope),
         )
         columns = {output.name: output.contents.tolist() for output in reply.outputs}
         answer = {"outputs": columns} if body.instances is None else {"predictions": _rows(reply, columns)}

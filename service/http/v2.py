@@ -16,6 +16,7 @@ from service.http.error_shapes import V2_PREFIX, InferError
 from service.http.keys import key_of
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import read_query
+from service.http.request_ids import request_id
 from service.http.schemas import describe_timing
 from service.http.uploads import read_body
 from service.http.v2_bodies import JSON_LENGTH_HEADER, InferBody, read_request, undo_encoding, write_reply
@@ -58,6 +59,7 @@ def make_infer(context: RouteContext, protocol: InferenceProtocol) -> Handle:
             address=address,
             key=key_of(request.scope),
             watch=watch,
+            request_id=request_id(request.scope),
         )
         return write_reply(reply, message, _timing(reply.answers))
 

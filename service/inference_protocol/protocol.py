@@ -161,6 +161,7 @@ class InferenceProtocol:
         key: ApiKey | None = None,
         client_waits_s: float | None = None,
         watch: AbstractContextManager[object] | None = None,
+        request_id: str | None = None,
     ) -> InferReply:
         """Answer a request: each image of it waits, is counted and answered as a request of its own.
 
@@ -173,6 +174,7 @@ class InferenceProtocol:
             key: that it came with; None where none is asked for.
             client_waits_s: time from its arrival after which its client is gone; None where it stays.
             watch: raises a ClientGoneError out of its block once the client has left; it is entered by each image.
+            request_id: by which its client may come back to its answers.
 
         Raises:
             ServiceError: it is rejected, or an image fails, and with that the others.
@@ -180,7 +182,7 @@ class InferenceProtocol:
         try:
             pipeline = self._open_pipeline()
             plan = self._plan(request, arrived_at, query, headers)
-            asked = replace(plan.wanted, address=address, key=key, client_waits_s=client_waits_s)
+            asked = replace(plan.wanted, address=address, key=key, client_waits_s=client_waits_s, request_id=request_id)
             plan = replace(plan, wanted=asked)
             pipeline.check(plan.wanted)
             if pipeline.time_left_s(plan.wanted) <= 0:
@@ -219,7 +221,10 @@ class InferenceProtocol:
             return (await self._classifier.classify(pipeline, _reading(plan.images[0]), plan.wanted, watch),)
         together = Together(watch)
         answers = await asyncio.gather(
-            *(self._classifier.classify(pipeline, _reading(image), plan.wanted, together) for image in plan.images),
+            *(
+                self._classifier.classify(pipeline, _reading(image), replace(plan.wanted, image=place), together)
+                for place, image in enumerate(plan.images)
+            ),
             return_exceptions=True,
         )
         failures = [answer for answer in answers if isinstance(answer, BaseException)]

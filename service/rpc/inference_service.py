@@ -20,6 +20,7 @@ from service.domain import ApiKey
 from service.errors import ClientGoneError, ServiceError
 from service.inference_protocol.messages import InferRequest
 from service.inference_protocol.protocol import InferenceProtocol
+from service.request_names import name_request
 from service.rpc import open_inference_pb2 as pb
 from service.rpc.calls import REQUEST_ID, Call, CallsInFlight, CancellationWatch, parse_message, read_message
 from service.rpc.messages import read_request, write_reply
@@ -138,7 +139,8 @@ class InferenceService:
                 message = parse_message(data, pb.ModelInferRequest)
                 name = message.id
                 request = read_request(message)
-            asked = replace(call, arrived_at=now, time_left_s=left_s)
+            request_id = name_request(name.encode()).decode() if name else call.request_id
+            asked = replace(call, request_id=request_id, arrived_at=now, time_left_s=left_s)
             answer = await self._infer(request, asked, key, is_raw=bool(message.raw_input_contents))
         except Exception as error:  # as above
             failure = _failure_of(error, call)
@@ -186,6 +188,7 @@ class InferenceService:
             key=key,
             client_waits_s=call.time_left_s,
             watch=CancellationWatch(),
+            request_id=call.request_id,
         )
         return write_reply(reply, is_raw=is_raw)
 

@@ -1,14 +1,18 @@
-"""What is promised of the answers beside what is found out about them: by audits, and by what clients say."""
+"""What is found out about the answers beside what is promised of them: by themselves, by audits and by clients."""
 
 from prometheus_client import CollectorRegistry, Counter
 
 from models.subnetwork import SubNetwork
+from service.domain import Classification
 
 LABELS = ["patch_grid", "keep_rate"]
 
 
 class AuditMetrics:
-    """Counts by the sub-network that looked first; what was promised is summed over the very same answers."""
+    """Counts answers, those that were audited or judged by the sub-network that looked first.
+
+    What was promised is summed over the very same answers. Where the accuracy is unmeasured, nothing is.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         """Declare the metrics."""
@@ -16,6 +20,11 @@ class AuditMetrics:
         def counter(name: str, text: str) -> Counter:
             return Counter(f"supervit_{name}", text, LABELS, registry=registry)
 
+        self._confidence = Counter(
+            "supervit_confidence",
+            "Calibrated probability, 0..1, that the answers gave themselves, summed.",
+            registry=registry,
+        )
         self._audits = (
             counter("audits", "Images that were run again at the most accurate sub-network."),
             counter("audit_agreements", "Those of them that got the same answer."),
@@ -26,6 +35,10 @@ class AuditMetrics:
             counter("feedback_correct", "Those of them that were."),
             counter("feedback_promised_correct", "How many of them should be, by the accuracies of the profile."),
         )
+
+    def answered(self, answer: Classification) -> None:
+        """Count how sure an answer is."""
+        self._confidence.inc(answer.looks[-1].confidence)
 
     def audited(self, subnetwork: SubNetwork, promised: float, *, agrees: bool) -> None:
         """Count an audit of an answer of a sub-network.

@@ -151,11 +151,6 @@ class Metrics:
         self._accuracy = Counter(
             "supervit_expected_accuracy", "Expected top-1 accuracy of the answers, 0..1, summed.", registry=registry
         )
-        self._confidence = Counter(
-            "supervit_confidence",
-            "Calibrated probability, 0..1, that the answers gave themselves, summed: the accuracy that they take for theirs.",
-            registry=registry,
-        )
         self._accuracy_loss = Counter(
             "supervit_accuracy_loss",
             "Top-1 accuracy, 0..1, that the most accurate variant would have had more, summed over the answers.",
@@ -253,7 +248,7 @@ class Metrics:
         self._statistics.answered()
         if answer.expected_top1 is not None and answer.accuracy_loss is not None:
             self._accuracy.inc(answer.expected_top1)
-            self._confidence.inc(answer.looks[-1].confidence)
+            self.audits.answered(answer)
             self._accuracy_loss.inc(answer.accuracy_loss)
 
     def batch_ran(self, size: int, predicted_s: float, inference_s: float, taken_s: float) -> None:

@@ -23,6 +23,7 @@ from service.health import FAILURES_IN_A_ROW, OwnFailures
 from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, Parameters, RequestedOutput
 from service.inference_protocol.protocol import InferenceProtocol
 from service.pipeline import Image, Pipeline, Read
+from service.recent_answers import RecentAnswers
 from service.telemetry.metrics import Metrics
 from tests.service.inference_protocol.answers import answer
 
@@ -78,7 +79,7 @@ class Protocol:
         self.is_open = True
         metrics = Metrics(self.registry)
         self.protocol = InferenceProtocol(
-            checkpoint, metrics, Classifier(metrics, 100), self.failures, self.open, lambda: 1000.0
+            checkpoint, metrics, Classifier(metrics, 100, RecentAnswers()), self.failures, self.open, lambda: 1000.0
         )
 
     def open(self) -> Pipeline:

@@ -211,6 +211,18 @@ async def test_a_stream_is_answered_request_by_request_and_errors_end_no_other(s
     assert answers["0"].infer_response.outputs[0].contents.fp32_contents
 
 
+async def test_answers_are_remembered_by_the_names_of_calls_and_in_a_stream_by_those_of_requests(
+    served: Served, photo: bytes
+) -> None:
+    await served.infer(request_for(photo, photo), metadata=(("x-request-id", "call"),))
+    request = request_for(photo)
+    request.id = "streamed"
+    assert [answer async for answer in served.stream(iter([request.SerializeToString()]))]
+    answers = served.runtime.context.answers
+    for name, image in (("call", 0), ("call", 1), ("streamed", 0)):
+        assert not answers.find(None, name, image).is_judged
+
+
 async def test_a_stream_that_is_cancelled_takes_its_requests_out_of_the_queue(
     served: Served, runtime: ServerRuntime, engine: ScriptedEngine, photo: bytes
 ) -> None:

@@ -7,10 +7,11 @@ from service.errors import (
     RequestError,
     ServiceError,
     UnknownHostError,
+    UnknownRequestError,
 )
 from service.rpc.statuses import STATUS, describe_failure
 
-OF_BROWSERS = {ForeignOriginError, UnknownHostError}
+OF_HTTP = {ForeignOriginError, UnknownHostError, UnknownRequestError}
 
 
 def kinds_of(error: type[ServiceError]) -> set[type[ServiceError]]:
@@ -19,7 +20,7 @@ def kinds_of(error: type[ServiceError]) -> set[type[ServiceError]]:
 
 
 def test_every_error_that_a_call_can_meet_has_a_status() -> None:
-    assert set(STATUS) == kinds_of(ServiceError) - {ServiceError, RequestError} - OF_BROWSERS
+    assert set(STATUS) == kinds_of(ServiceError) - {ServiceError, RequestError} - OF_HTTP
 
 
 def test_an_error_is_told_with_its_code_and_without_its_details() -> None:
