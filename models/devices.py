@@ -5,13 +5,11 @@ from pathlib import Path
 
 import torch
 
+from models.errors import DeviceError
+
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them; the last is Arm's
 AMPERE = 8  # the first generation of NVIDIA's GPUs, by the major number of its capability, that computes in bfloat16
-
-
-class DeviceError(Exception):
-    """A device cannot be used; the message names it and says why."""
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:

@@ -18,6 +18,7 @@ class LatencyTable:
     Attributes:
         batch_sizes: the measured ones, strictly ascending from 1.
         seconds: for each sub-network, one figure per measured batch size.
+        is_padded: whether batches of the sizes between are filled up to the next measured one, and take as long.
 
     Raises:
         ValueError: the figures do not fit the sizes, or one is not a positive number.
@@ -25,6 +26,7 @@ class LatencyTable:
 
     batch_sizes: tuple[int, ...]
     seconds: Mapping[SubNetwork, tuple[float, ...]]
+    is_padded: bool = False
 
     def __post_init__(self) -> None:
         sizes = self.batch_sizes
@@ -44,7 +46,7 @@ class LatencyTable:
         return self.batch_sizes[-1]
 
     def row(self, subnetwork: SubNetwork) -> tuple[float, ...]:
-        """Seconds of every batch size from 1 to the largest, never falling, the sizes between interpolated.
+        """Seconds of every batch size from 1 to the largest, never falling; those between are interpolated or padded.
 
         Raises:
             KeyError: this sub-network was not measured.
@@ -54,7 +56,7 @@ class LatencyTable:
         for size in range(1, self.max_batch_size + 1):
             above = bisect_left(self.batch_sizes, size)
             seconds = figures[above]
-            if self.batch_sizes[above] != size:
+            if self.batch_sizes[above] != size and not self.is_padded:
                 low, high = self.batch_sizes[above - 1], self.batch_sizes[above]
                 share = (size - low) / (high - low)
                 seconds = figures[above - 1] * (1 - share) + figures[above] * share

@@ -1,4 +1,4 @@
-"""The processes of a torchrun: which of them this is, its random numbers, what it gathers and its part of the cores."""
+"""The processes of a torchrun: which of them this is, its random numbers and what it gathers."""
 
 import os
 import random
@@ -15,8 +15,6 @@ from torch import distributed, nn
 from models.devices import resolve_device
 
 LONGEST_WAIT = timedelta(hours=6)  # of one process for another
-# Each worker holds two batches ready: of 256 float32 images of 224 pixels they take 300 MB.
-MOST_WORKERS = 16
 
 T = TypeVar("T")
 
@@ -93,15 +91,3 @@ def share_buffers(module: nn.Module) -> None:
     if distributed.is_initialized():
         for buffer in module.buffers():
             distributed.broadcast(buffer, 0)
-
-
-def default_workers() -> int:
-    """Count the workers that decode images for this process: one for each core that it may use and shares with none."""
-    return max(1, min(MOST_WORKERS, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def count_cores() -> int:
-    """Count the cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # where no process can be kept to some of them

@@ -1,20 +1,24 @@
 """Wires the rooms of a server that is about to take requests: scheduler, batcher, decoder, pipeline."""
 
+import copy
 import threading
 import time
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
+from models.supervit import SuperViT
 from service.decoding import images
 from service.decoding.decoder import Decoder
 from service.engines.base import Engine
 from service.engines.growing_profile import GrowingProfile, Prediction, untimed_shapes
 from service.engines.profile_files import ProfileFile
 from service.engines.profile_store import extended_profile
-from service.engines.profiler import stopwatch
+from service.engines.profiler import cells_of, stopwatch
 from service.execution.audit import Audit
 from service.execution.batcher import Batcher
 from service.execution.explainer import Explainer
@@ -22,7 +26,8 @@ from service.execution.idle_profiling import IdleProfiler
 from service.execution.idle_turns import IdleTurns, IdleWork
 from service.execution.throttle import UtilizationLimiter
 from service.http.context import ReadyServer
-from service.http.family import SubNetworksAnswer, describe_family
+from service.http.descriptions import describe_family
+from service.http.schemas import SubNetworksAnswer
 from service.machine.monitor import Monitor
 from service.machine.snapshot import prior_slowdown
 from service.pipeline import Pipeline
@@ -123,8 +128,15 @@ def assemble(
     def measured_share() -> float:
         return 1.0 if profiler is None else profiler.measured_share
 
-    server = ReadyServer(pipeline, scheduler, describe, measured_share, Explainer(checkpoint.model, decoder))
+    explainer = Explainer(_model_to_explain(checkpoint, engine), decoder)
+    server = ReadyServer(pipeline, scheduler, describe, measured_share, explainer)
     return Assembled(server, batcher, decoder, idle)
+
+
+def _model_to_explain(checkpoint: Checkpoint, engine: Engine) -> SuperViT:
+    """Return the engine's own model, or of one on a GPU a copy: no other thread may use a GPU that captures a graph."""
+    model = checkpoint.model
+    return copy.deepcopy(model).to("cpu", torch.float32) if engine.is_on_gpu else model
 
 
 def _make_decoder(settings: Settings, checkpoint: Checkpoint) -> Decoder:
@@ -147,7 +159,12 @@ def _make_profiler(
     file: ProfileFile,
 ) -> IdleProfiler:
     """Make what completes a profile, and tells the scheduler and the metrics of it."""
-    catalog = scheduler.catalog
+    catalog, image_side = scheduler.catalog, checkpoint.config.image_side
+    if engine.pads_batches:  # the start prepares the trained sub-networks
+        untrained = [row.subnetwork for row in extended_profile(checkpoint).rows if not row.is_trained]
+        shapes = cells_of(untrained, profile.batch_sizes)
+    else:
+        shapes = untimed_shapes(checkpoint.config.subnetworks, profile.batch_sizes)
     metrics.profile.began(checkpoint.name, profile.began_at, catalog.best.top1)
 
     def publish(latencies: Prediction) -> None:
@@ -158,7 +175,7 @@ def _make_profiler(
     return IdleProfiler(
         profile,
         file,
-        stopwatch(engine.run, checkpoint.config.image_side, settings.max_batch_size, time.monotonic),
+        stopwatch(engine.run, image_side, settings.max_batch_size, time.monotonic, engine.prepare),
         publish,
-        untimed_shapes(checkpoint.config.subnetworks, profile.batch_sizes),
+        shapes,
     )

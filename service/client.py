@@ -1,162 +1,187 @@
-"""The `classify` command: asks a server, or the same routes in this process, and shows the answers."""
+"""A client of a SuperViT server: typed answers, typed errors, and further tries as long as there is time.
+
+    with Client("http://127.0.0.1:8000") as client:
+        answer = client.classify("dalmatian.jpg", budget_gflops=2.3, budget_ms=300)
+        print(answer.predictions[0].label, answer.subnetwork.gflops)
+
+`AsyncClient` is the same to be awaited. Both only send and sleep: what is sent, when again, and what an answer says is
+decided in `tries`. Errors are those of `service.errors`, raised anew from what the server says.
+"""
 
 import asyncio
-import json
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from http import HTTPStatus
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Self, Unpack
 
-from pydantic import BaseModel, Field, ValidationError
-from pydantic_settings import CliPositionalArg
+import httpx
 
-from models.checkpoint import load_checkpoint
-from models.files.checkpoint_errors import MESSAGE_CHARACTERS, shown
-from service.app import create_app
-from service.engines.profile_store import extended_profile, nominal_latencies
-from service.errors import CommandError
-from service.errors import first_problem as first_of
-from service.runtime import ServerRuntime
-from service.settings import Settings
+from service.errors import InvalidParameterError
+from service.http.schemas import ClassifyAnswer, ExplainAnswer, ReadyAnswer, SubNetworksAnswer
+from service.tries import Answer, Call, ClassifyOptions, Clock, Patience, Pause, Reply, Tries
 
-if TYPE_CHECKING:  # imported where it is called: the `supervit` command knows this module, and a server asks no other
-    import httpx
+TIMEOUT_S = 60.0
+MAX_RETRIES = 2
 
-REQUEST_TIMEOUT_S = 60
-READINESS_POLL_S = 0.01
-UNHURRIED_MS = 600_000.0  # nothing else waits in this process
+Image = bytes | str | os.PathLike[str] | IO[bytes]
 
 
-class RefusedError(Exception):
-    """The server refused a photo; the message is the server's."""
+class Client:
+    """Asks a server, and waits for its answers; to be closed, or used in a `with` block. Threads may share it."""
 
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        max_retries: int = MAX_RETRIES,
+        transport: httpx.BaseTransport | None = None,
+        clock: Clock = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        draw: Clock = random.random,
+    ) -> None:
+        """Open nothing yet.
 
-class Classify(BaseModel):
-    """Classify photographs, in this process or by a running server."""
+        Args:
+            url: of the server, such as http://127.0.0.1:8000.
+            timeout_s: longest silence of the server that is borne, and how long a request without a budget is tried.
+            max_retries: most further tries of a request.
+            transport: carries the requests; the network's by default.
+            clock: monotonic, in seconds.
+            sleep: waits for so many seconds.
+            draw: a random number of 0..1, by which clients that were rejected together do not come back together.
 
-    photos: CliPositionalArg[list[Path]] = Field(description="image files", min_length=1)
-    budget_gflops: float | None = Field(None, gt=0, description="most that each may cost, in 1e9 multiply-accumulates")
-    top_k: int = Field(5, ge=1, description="predictions to show")
-    url: str | None = Field(
-        None, min_length=1, description="server to ask, e.g. http://127.0.0.1:8000; this process by default"
-    )
-    checkpoint: str | None = Field(
-        None, description="SuperViT checkpoint to use in this process; by default the one that `serve` would take"
-    )
-    json_lines: bool = Field(False, description="print the whole answer as a line of JSON per photo")
+        Raises:
+            InvalidParameterError: that is no URL of a server.
+        """
+        self._http = httpx.Client(base_url=_checked(url), timeout=timeout_s, transport=transport)
+        self._patience = Patience(timeout_s, max_retries, clock, draw)
+        self._sleep = sleep
 
+    def classify(self, image: Image, **options: Unpack[ClassifyOptions]) -> ClassifyAnswer:
+        """Ask what an image shows.
 
-def classify(command: Classify, transport: "httpx.AsyncBaseTransport | None" = None) -> None:
-    """Print the answer for each photo; the same route answers in this process and on a server.
+        Args:
+            image: the bytes of a file, the path of one, or an open one.
+            options: see `ClassifyOptions`.
 
-    Args:
-        command: what is asked.
-        transport: carries requests to a server; the network's by default.
+        Raises:
+            ServiceError: as `service.errors` has them, such as OverloadedError, DeadlineError, InvalidImageError.
+            NoAnswerError: there is no server, or it does not answer as one.
+            OSError: the file cannot be read.
+        """
+        return self._ask(Tries.of_classify(self._patience, _read_image(image), options))
 
-    Raises:
-        CommandError: a photo could not be classified, or there is no such server.
-    """
-    failed = asyncio.run(_classify_all(command, transport))
-    if failed:
-        raise CommandError(f"{failed} of {len(command.photos)} photos could not be classified")
+    def explain(self, image: Image, **options: Unpack[ClassifyOptions]) -> ExplainAnswer:
+        """Ask what an image shows, and which patches of it were looked at; arguments and errors as `classify`."""
+        return self._ask(Tries.of_explain(self._patience, _read_image(image), options))
 
+    def subnetworks(self) -> SubNetworksAnswer:
+        """Ask what can be had, at which cost and accuracy; errors as `classify`."""
+        return self._ask(Tries(self._patience, SubNetworksAnswer, Call("GET", "/subnetworks")))
 
-async def _classify_all(command: Classify, transport: "httpx.AsyncBaseTransport | None") -> int:
-    query = {"top_k": command.top_k, "budget_gflops": command.budget_gflops}
-    query = {name: value for name, value in query.items() if value is not None}
-    failed = 0
-    connection = _in_process(command.checkpoint) if command.url is None else _connect(command.url, transport)
-    async with connection as client:
-        for photo in command.photos:
+    def wait_until_ready(self, within_s: float = TIMEOUT_S) -> ReadyAnswer:
+        """Wait for a server that starts; errors as `classify`, its last one if it is not ready in time."""
+        return self._ask(Tries.of_readiness(self._patience, within_s))
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, tries: Tries[Answer]) -> Answer:
+        while True:
+            call = tries.next_call()
             try:
-                answer = await _ask(client, photo, query)
-            except (RefusedError, OSError) as error:
-                failed += 1
-                print(f"supervit: {_text(photo)}: {_text(getattr(error, 'strerror', None) or error)}", file=sys.stderr)
-                continue
-            print(json.dumps({"photo": str(photo)} | answer) if command.json_lines else _show(photo, answer))
-    return failed
+                reply: Reply = self._http.request(call.method, call.path, params=call.query, content=call.body)
+            except httpx.HTTPError as error:
+                reply = error
+            outcome = tries.judge(reply)
+            if not isinstance(outcome, Pause):
+                return outcome
+            self._sleep(outcome.seconds)
 
 
-@asynccontextmanager
-async def _in_process(checkpoint: str | None) -> "AsyncIterator[httpx.AsyncClient]":
-    """Start the service in this process, and yield a client of it once it is ready."""
-    import httpx
+class AsyncClient:
+    """Asks a server without blocking the event loop; to be closed, or used in an `async with` block."""
 
-    given = {"checkpoint": checkpoint} if checkpoint is not None else {}
-    settings = make_settings(default_budget_ms=UNHURRIED_MS, **given)
-    failed = asyncio.Event()
-    served = load_checkpoint(settings.checkpoint)
-    latencies = nominal_latencies(extended_profile(served))
-    app = create_app(ServerRuntime(settings, served, latencies=latencies, on_failure=failed.set))
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(base_url="http://in-process", transport=httpx.ASGITransport(app)) as client,
-    ):
-        while (await client.get("/health/ready")).status_code != HTTPStatus.OK:
-            if failed.is_set():
-                raise CommandError("the model cannot run")
-            await asyncio.sleep(READINESS_POLL_S)
-        yield client
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        max_retries: int = MAX_RETRIES,
+        transport: httpx.AsyncBaseTransport | None = None,
+        clock: Clock = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        draw: Clock = random.random,
+    ) -> None:
+        """Open nothing yet; arguments and errors as those of `Client`."""
+        self._http = httpx.AsyncClient(base_url=_checked(url), timeout=timeout_s, transport=transport)
+        self._patience = Patience(timeout_s, max_retries, clock, draw)
+        self._sleep = sleep
+
+    async def classify(self, image: Image, **options: Unpack[ClassifyOptions]) -> ClassifyAnswer:
+        """Ask what an image shows; arguments and errors as `Client.classify`."""
+        data = await asyncio.to_thread(_read_image, image)
+        return await self._ask(Tries.of_classify(self._patience, data, options))
+
+    async def explain(self, image: Image, **options: Unpack[ClassifyOptions]) -> ExplainAnswer:
+        """Ask what an image shows, and which patches of it were looked at; arguments and errors as `classify`."""
+        data = await asyncio.to_thread(_read_image, image)
+        return await self._ask(Tries.of_explain(self._patience, data, options))
+
+    async def subnetworks(self) -> SubNetworksAnswer:
+        """Ask what can be had, at which cost and accuracy; errors as `Client.classify`."""
+        return await self._ask(Tries(self._patience, SubNetworksAnswer, Call("GET", "/subnetworks")))
+
+    async def wait_until_ready(self, within_s: float = TIMEOUT_S) -> ReadyAnswer:
+        """Wait for a server that starts; errors as `Client.wait_until_ready`."""
+        return await self._ask(Tries.of_readiness(self._patience, within_s))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _ask(self, tries: Tries[Answer]) -> Answer:
+        while True:
+            call = tries.next_call()
+            try:
+                reply: Reply = await self._http.request(call.method, call.path, params=call.query, content=call.body)
+            except httpx.HTTPError as error:
+                reply = error
+            outcome = tries.judge(reply)
+            if not isinstance(outcome, Pause):
+                return outcome
+            await self._sleep(outcome.seconds)
 
 
-@asynccontextmanager
-async def _connect(url: str, transport: "httpx.AsyncBaseTransport | None") -> "AsyncIterator[httpx.AsyncClient]":
-    import httpx
-
+def _checked(url: str) -> httpx.URL:
     try:
-        client = httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S, transport=transport)
+        parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise CommandError(f"{url} is no URL: {error}") from error
-    async with client:
-        yield client
+        raise InvalidParameterError(f"{url} is no URL", parameter="url") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InvalidParameterError(f"{url} is no URL that begins with http:// or https://", parameter="url")
+    return parsed
 
 
-async def _ask(client: "httpx.AsyncClient", photo: Path, query: dict[str, Any]) -> dict[str, Any]:
-    import httpx
-
-    data = await asyncio.to_thread(photo.read_bytes)
-    try:
-        response = await client.post("/classify", params=query, content=data)
-        answer: dict[str, Any] = response.json()
-        if response.status_code != HTTPStatus.OK:
-            raise RefusedError(answer["error"]["message"])
-        _show(photo, answer)
-    except (httpx.WriteError, httpx.ReadError) as error:  # a server may refuse by closing; the next photo may pass
-        raise RefusedError("the server closed the connection, as it does on files larger than it reads") from error
-    except (httpx.HTTPError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-        reason = str(error) or type(error).__name__
-        raise CommandError(f"{client.base_url} does not answer as a SuperViT server does: {reason}") from error
-    return answer
-
-
-def make_settings(**given: Any) -> Settings:  # noqa: ANN401 - whatever the fields are
-    """Read the environment's settings, and those given.
-
-    Raises:
-        CommandError: one is out of its range.
-    """
-    try:
-        return Settings(**given)
-    except ValidationError as error:
-        raise CommandError(f"a SUPERVIT_ variable of the environment: {first_problem(error)}") from error
-
-
-def _show(photo: Path, answer: dict[str, Any]) -> str:
-    """Put an answer on lines; raises a LookupError, TypeError or ValueError where it is none of a SuperViT server's."""
-    best = "\n".join(f"  {entry['probability']:6.1%}  {_text(entry['label'])}" for entry in answer["predictions"])
-    milliseconds = answer["timing_ms"]["total"]
-    return f"{_text(photo)}\n{best}\n  {_text(answer['decision']['reason'])} ({milliseconds:.1f} ms)"
-
-
-def _text(text: object) -> str:
-    """Make what a server or a file's name says fit for a terminal, which obeys control characters."""
-    return shown(text, MESSAGE_CHARACTERS)
-
-
-def first_problem(error: ValidationError) -> str:
-    """Say in a line where the first problem is and what it is."""
-    where, what = first_of(error.errors())
-    return f"{' '.join(where).replace('_', '-')}: {what}"
+def _read_image(image: Image) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | os.PathLike):
+        return Path(image).read_bytes()
+    return image.read()

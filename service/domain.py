@@ -10,6 +10,7 @@ from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 
 DEFAULT_TOP_K = 5
+KEY_NAME = r"^[A-Za-z0-9._-]{1,64}$"  # fit for a log and a label
 HIGHEST_PRIORITY, LOWEST_PRIORITY = 10, -10  # more than a handful of classes cannot be told apart
 MAX_IMAGES = 16  # that one message may bring; each is a request of its own
 

@@ -1,5 +1,7 @@
 """What can go wrong with a request, as types. Knows nothing of HTTP; `http.error_responses` maps each to a status.
 
+A server raises them, and a client raises them anew from what the server has said; the last are the client's own.
+
 ServiceError
 ├── RequestError              the client's to mend
 │   ├── InvalidParameterError     a parameter is outside its range
@@ -20,7 +22,11 @@ ServiceError
 ├── DeadlineError             admitted, but its deadline cannot be met any more
 ├── OutOfMemoryError          the machine has no memory left for it
 ├── NotReadyError             the model has not answered its first batch yet, or the server is stopping
-└── ModelError                the model failed on this batch
+├── ModelError                the model failed on this batch
+└── NoAnswerError             the client has no answer of a SuperViT server
+    ├── ConnectionFailedError     nothing listens there (UnreachableError), or the connection broke off
+    ├── ResponseTimeoutError      nothing came for too long
+    └── UnexpectedAnswerError     what answered is no SuperViT server, or one of another version
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +46,7 @@ class ServiceError(Exception):
 
     code = "internal_error"
 
-    def __init__(self, message: str, **details: Any) -> None:  # noqa: ANN401 - any JSON value
+    def __init__(self, message: str, /, **details: Any) -> None:  # noqa: ANN401 - any JSON value
         super().__init__(message)
         self.message = message
         self.details = details
@@ -147,7 +153,7 @@ class OverloadedError(ServiceError):
 
     code = "overloaded"
 
-    def __init__(self, message: str, reason: OverloadReason, retry_after_s: float) -> None:
+    def __init__(self, message: str, /, reason: OverloadReason, retry_after_s: float, **details: Any) -> None:  # noqa: ANN401 - any JSON value
         """Say why, in a sentence and in a word.
 
         Args:
@@ -158,9 +164,11 @@ class OverloadedError(ServiceError):
                 as may be of one address, or as much is to be decoded for it; `key`, its key's rate of work is used up,
                 or as many as may be of that key are in the server.
             retry_after_s: when it may be worth another try.
+            details: what a server of another version says beside it.
         """
-        super().__init__(message, reason=reason, retry_after_s=round(retry_after_s, 3))
         self.reason = reason
+        self.retry_after_s = round(retry_after_s, 3)
+        super().__init__(message, reason=reason, retry_after_s=self.retry_after_s, **details)
 
 
 class DeadlineError(ServiceError):
@@ -187,12 +195,62 @@ class ModelError(ServiceError):
     code = "model_error"
 
 
+class NoAnswerError(ServiceError):
+    """The client has no answer of a SuperViT server."""
+
+    code = "no_answer"
+
+
+class ConnectionFailedError(NoAnswerError):
+    """Nothing listens at the address, or the connection broke off before the answer."""
+
+    code = "connection_failed"
+
+
+class UnreachableError(ConnectionFailedError):
+    """Nothing listens at the address."""
+
+
+class ResponseTimeoutError(NoAnswerError):
+    """The server was silent for longer than the client waits."""
+
+    code = "response_timeout"
+
+
+class UnexpectedAnswerError(NoAnswerError):
+    """What answered is no SuperViT server, or one of another version."""
+
+    code = "unexpected_answer"
+
+
 class CommandError(Exception):
     """A command cannot do what it was asked; the message says why."""
 
 
+class WrongUsageError(CommandError):
+    """The words of a command make no sense; the message says which."""
+
+
+def rebuild_error(code: str, message: str, details: Mapping[str, Any]) -> ServiceError:
+    """Make the error anew that a server has described; one of a code that is not known here keeps that code."""
+    try:
+        error = _by_code(ServiceError).get(code, ServiceError)(message, **details)
+    except TypeError:  # the details of another version
+        error = ServiceError(message, **details)
+    error.code = code
+    return error
+
+
+def _by_code(base: type[ServiceError]) -> dict[str, type[ServiceError]]:
+    found = {base.code: base} if "code" in vars(base) else {}
+    for kind in base.__subclasses__():
+        found |= _by_code(kind)
+    return found
+
+
 # What pydantic finds wrong with a value, by its own name for it, in our words; `%(name)` is a bound of the field's.
 PROBLEMS = {
+    "bool_parsing": "true or false is wanted",
     "dict_type": "an object is wanted",
     "extra_forbidden": "there is no parameter of that name",
     "finite_number": "a finite number is wanted",
@@ -209,10 +267,14 @@ PROBLEMS = {
     "less_than": "less than %(lt)g is wanted",
     "less_than_equal": "at most %(le)g is wanted",
     "list_type": "a list is wanted",
+    "literal_error": "%(expected)s is wanted",
     "missing": "it is missing",
     "model_type": "an object is wanted",
-    "string_too_short": "a text is wanted",
+    "string_pattern_mismatch": "a text of another form is wanted",
+    "string_too_short": "a longer text is wanted",
     "string_type": "a text is wanted",
+    "too_long": "at most %(max_length)d values are wanted",
+    "too_short": "at least %(min_length)d values are wanted",
 }
 
 

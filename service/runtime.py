@@ -19,7 +19,7 @@ from service.decoding.decoder import Decoder
 from service.domain import ServerState
 from service.engines.base import Engine
 from service.engines.factory import engine_threads, open_engine
-from service.engines.profile_store import begin_profile, extended_profile, nominal_latencies
+from service.engines.profile_store import begin_profile, extended_profile, measured_batch_sizes, nominal_latencies
 from service.errors import NotReadyError
 from service.execution.batcher import Batcher
 from service.execution.idle_turns import IdleTurns
@@ -224,19 +224,28 @@ class ServerRuntime:
         self._engine.warm_up()
         if self._latencies is not None:
             return self._latencies
+        for batch_size in measured_batch_sizes(self._settings.max_batch_size):
+            # The dear ones first: in what they need, the cheap ones find room.
+            for subnetwork in reversed(self._checkpoint.config.subnetworks):
+                self._require_going_on()
+                self._engine.prepare(subnetwork, batch_size)
         return self._begin(
             self._checkpoint,
             self._engine.describe(),
             self._run_unless_stopping,
             folder=self._settings.profile_folder,
             max_batch_size=self._settings.max_batch_size,
+            is_padded=self._engine.pads_batches,
             is_stopping=lambda: not self._goes_on(),
         )
 
     def _run_unless_stopping(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        self._require_going_on()
+        return self._engine.run(images, subnetwork)
+
+    def _require_going_on(self) -> None:
         if not self._goes_on():
             raise NotReadyError("the server is stopping")
-        return self._engine.run(images, subnetwork)
 
     def _goes_on(self) -> bool:
         """Note that the preparation gets on, if only with waiting for another process, and tell whether it should."""
@@ -269,6 +278,8 @@ class ServerRuntime:
             queued = len(self._server.scheduler)
             self.metrics.machine(self._monitor.latest, queued, state.slowdown, state.safety_factor)
             self.metrics.ready(self._state is ServerState.READY and not self.context.failures.are_all)
+            if captured := self._engine.captured():
+                self.metrics.captured(captured.num_graphs, captured.held_bytes)
 
     async def _report_regularly(self) -> None:
         """Report until cancelled: where there are several workers, only one of them is asked for the metrics."""

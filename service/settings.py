@@ -2,10 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import CommandError, first_problem
 
 DEFAULT_CHECKPOINT = "supervit-small-caltech101"  # of those that ship
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "supervit"
@@ -13,7 +15,7 @@ PILLOW_LIMIT_PIXELS = 89_000_000  # above it, the decoder has objections of its 
 
 
 class Settings(BaseSettings):
-    """Serve a checkpoint over HTTP. Each option can also be set as an environment variable, e.g. SUPERVIT_PORT."""
+    """Serve a checkpoint over HTTP. Each option is an environment variable, too: --log-level is SUPERVIT_LOG_LEVEL."""
 
     model_config = SettingsConfigDict(env_prefix="SUPERVIT_", extra="forbid", frozen=True)
 
@@ -118,6 +120,20 @@ class Settings(BaseSettings):
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key go together: give both or none")
         return self
+
+
+def read_settings(**given: Any) -> Settings:  # noqa: ANN401 - whatever the fields are
+    """Read the environment's settings, beside those given, which are in their range.
+
+    Raises:
+        CommandError: one of the environment is out of its range.
+    """
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        where, what = first_problem(error.errors())
+        name = "".join(f"{Settings.model_config['env_prefix']}{part.upper()}: " for part in where[:1])
+        raise CommandError(f"{name}{what}") from error
 
 
 def comma_separated(names: str | None) -> tuple[str, ...] | None:

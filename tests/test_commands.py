@@ -14,6 +14,7 @@ from pydantic_settings import CliApp
 from models.training.average import Average
 from models.training.finetune import Finetune
 from service.cli import main, parse
+from service.errors import WrongUsageError
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -49,7 +50,15 @@ RUN = {
     "test_the_curl_commands_of_the_readme_are_answered",
     "supervit classify *.jpg --url": "tests/end_to_end/test_serving.py::"
     "test_the_command_gives_the_same_answer_alone_as_from_a_server",
-    "supervit classify frog.jpg --checkpoint supervit-micro-cifar10": "tests/service/test_cli.py::"
+    "supervit classify photos": "tests/service/commands/test_classify.py::"
+    "test_a_folder_stands_for_its_images_and_those_of_its_folders_in_order",
+    "supervit classify cat.jpg": "tests/service/commands/test_classify.py::"
+    "test_explain_draws_what_was_looked_at_and_shows_the_answer",
+    "supervit key NAME": "tests/service/commands/test_key.py::"
+    "test_a_key_is_told_once_and_its_entry_is_ready_for_the_file",
+    "supervit bench http://127.0.0.1:8000": "tests/end_to_end/test_serving.py::"
+    "test_a_benchmark_tells_what_became_of_its_requests",
+    "supervit classify frog.jpg --checkpoint supervit-micro-cifar10": "tests/service/commands/test_classify.py::"
     "test_a_checkpoint_that_ships_is_classified_with_by_its_name",
     "promtool test rules": "tests/deploy/test_prometheus.py::",
     "ray start": "tests/deploy/test_ray.py::test_it_is_the_same_app",
@@ -65,12 +74,14 @@ NOT_RUN = {
     "supervit train": "takes hours, on images of the reader's; tests/models/training trains small models",
     "torchrun": "takes hours, on images of the reader's; tests/models/training starts two processes",
     "supervit convert": "needs weights of the reader's; tests/models/conversion makes some",
-    "supervit evaluate": "takes minutes to hours, on images of the reader's; tests/service/test_cli.py has small ones",
-    "supervit quantize": "takes minutes to hours, on images of the reader's; tests/service/test_quantize.py has some",
+    "supervit evaluate": "takes minutes to hours, on images of the reader's; tests/service/commands/test_evaluate.py",
+    "supervit quantize": "takes minutes to hours, on images of the reader's; tests/service/commands/test_quantize.py",
     "supervit profile": "measures this machine for minutes; tests/service/engines/test_profiler.py",
+    "supervit bench http://127.0.0.1:8001": "needs another server; tests/service/commands/test_bench.py fakes one",
     "supervit simulate": "measures this machine for minutes first; tests/service/simulation/test_report.py",
     "python -m models.training.": "needs the weights of a training of hours; tests/models/training",
     "python -m tests.benchmarks.": "takes minutes to hours of a machine that does nothing else",
+    "python -m tests.gpu.gpu_check": "needs a GPU; tests/gpu/test_gpu_check.py runs what needs none",
     "cp runs/": "copies what a training of hours has made",
     "docker ": "needs Docker; tests/deploy/test_container.py and test_compose.py read its files",
     "kubectl ": "needs a cluster; tests/deploy/test_kubernetes.py renders and checks the manifests",
@@ -150,7 +161,7 @@ def test_a_command_of_ours_parses_as_it_stands(page: str, command: str, monkeypa
 
 @pytest.mark.parametrize("arguments", [["serve", "--bogus"], ["train", "photos", "--epochs", "0"], ["classify"]])
 def test_a_command_that_would_fail_is_found(arguments: list[str]) -> None:
-    with pytest.raises((SystemExit, ValueError)):
+    with pytest.raises(WrongUsageError):
         parse(arguments)
 
 

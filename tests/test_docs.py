@@ -7,8 +7,8 @@ import pytest
 
 from models.conversion.options import Convert
 from models.training.recipe import Recipe
-from service.client import Classify
-from service.command_options import Evaluate, Profile, Quantize
+from service.bench.options import Bench
+from service.commands.options import Classify, Evaluate, Profile, Quantize
 from service.settings import Settings
 from service.simulation.report import Simulate
 
@@ -17,6 +17,8 @@ PAGES = (
     "README.md",
     "service/README.md",
     "service/http/README.md",
+    "service/rpc/README.md",
+    "service/inference_protocol/README.md",
     "service/scheduling/README.md",
     "models/README.md",
     "deploy/README.md",
@@ -48,7 +50,7 @@ def test_every_knob_of_the_server_has_a_line() -> None:
 def test_every_option_in_an_example_exists() -> None:
     known = {
         f"--{name.replace('_', '-')}"
-        for command in (Settings, Classify, Convert, Evaluate, Quantize, Recipe, Profile, Simulate)
+        for command in (Settings, Classify, Convert, Evaluate, Quantize, Recipe, Profile, Simulate, Bench)
         for name in command.model_fields
     }
     lines = [line for page in PAGES for line in shell_lines(page)]

@@ -19,18 +19,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from models.data.images import BLANK, Transform, UnreadableImageError, evaluation_transform, load_rgb
+from models.defaults import MAX_BAD_IMAGES
+from models.errors import DataError
 from models.processes import gather, is_first
 from models.subnetwork import SuperViTConfig
 
 NO_LABEL = -100  # the label that torch's cross_entropy passes over
-MAX_BAD_IMAGES = 0.01
 MOST_NAMES = 3
 
 Sample = tuple[Tensor, int]
-
-
-class DataError(Exception):
-    """A data set cannot be used; the message names the folder or file and what is wrong with it."""
 
 
 class ImageSet(Dataset[Sample]):

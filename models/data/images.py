@@ -143,7 +143,20 @@ def _to_square(image: Image.Image, *, resized: int, side: int, resampling: Image
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+class Normalisation:
+    """What images of a model are normalised by, made once: a CUDA graph may copy no numbers from the host."""
+
+    def __init__(self, config: SuperViTConfig, device: torch.device) -> None:
+        """Put the constants on the device that the images will be on."""
+        self._mean, self._std = (
+            torch.tensor(values, device=device).view(3, 1, 1) for values in (config.mean, config.std)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Scale (B, 3, S, S) uint8 images to [0, 1] and normalise them, float32."""
+        return (images.float() / 255 - self._mean) / self._std
+
+
 def normalise(images: Tensor, config: SuperViTConfig) -> Tensor:
     """Scale (B, 3, S, S) uint8 images to [0, 1] and normalise them, float32, on their own device."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (config.mean, config.std))
-    return (images.float() / 255 - mean) / std
+    return Normalisation(config, images.device)(images)

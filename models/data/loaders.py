@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from models.data.datasets import DataError, ImageSet, Sample, TrainingSamples
+from models.data.datasets import ImageSet, Sample, TrainingSamples
+from models.errors import DataError
 from models.processes import gather
 
 

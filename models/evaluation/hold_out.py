@@ -6,8 +6,9 @@ from pathlib import Path
 from timm.data import ImageNetInfo
 
 from models.checkpoint import Checkpoint
-from models.data.datasets import DataError, ImageSet, difference, list_classes, open_folder, stratified_order
+from models.data.datasets import ImageSet, difference, list_classes, open_folder, stratified_order
 from models.data.images import evaluation_transform
+from models.errors import DataError
 
 
 def open_hold_out(

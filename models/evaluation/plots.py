@@ -100,6 +100,33 @@ def plot_simulation(courses: Mapping[str, Sequence[tuple[float, str | None, floa
     figure.savefig(path, dpi=120)
 
 
+def plot_bench(courses: Mapping[str, Sequence[tuple[float, float | None, bool]]], path: Path) -> None:
+    """Draw how long answers took and which share was in time, over the instants at which requests were due.
+
+    Args:
+        courses: by title, for each request its instant in seconds, how long its answer took, None if none came, and
+            whether that was in time.
+        path: the PNG file.
+    """
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    latency_axes, attainment_axes = figure.subplots(2, 1, sharex=True)
+    width_s = max(at for course in courses.values() for at, _, _ in course) / 60 or 1.0
+    for name, course in courses.items():
+        answers = [(at, 1000 * took_s) for at, took_s, _ in course if took_s is not None]
+        latency_axes.plot([at for at, _ in answers], [took_ms for _, took_ms in answers], ".", markersize=3)
+        bins: dict[int, list[bool]] = {}
+        for at, _, in_time in course:
+            bins.setdefault(int(at / width_s), []).append(in_time)
+        shares = [100 * sum(bins[index]) / len(bins[index]) for index in sorted(bins)]
+        attainment_axes.plot([(index + 0.5) * width_s for index in sorted(bins)], shares, label=name)
+    latency_axes.set(ylabel="latency of answers (ms)", yscale="log")
+    attainment_axes.set(xlabel="due (s)", ylabel="answered in time (%)", ylim=(0, 101))
+    for axes in (latency_axes, attainment_axes):
+        axes.grid(alpha=0.3)
+    attainment_axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def plot_latency(table: LatencyTable, path: Path) -> None:
     """Draw the time per image over the batch size as it was measured: a panel per patch grid, a line per keep rate."""
     grids = sorted({subnetwork.patch_grid for subnetwork in table.seconds})

@@ -1,4 +1,7 @@
-"""The options of a training run, with defaults that follow the size of the data set. Holds values, trains nothing."""
+"""The options of a training run, with defaults that follow the size of the data set. Holds values, trains nothing.
+
+What looks at weights and images imports torch, and is imported once that is to be done: help needs neither.
+"""
 
 import os
 from contextlib import suppress
@@ -9,9 +12,9 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from pydantic_settings import CliPositionalArg
 
-from models.checkpoint import CheckpointError
-from models.data.datasets import MAX_BAD_IMAGES, DataError, list_classes
-from models.processes import default_workers
+from models.defaults import MAX_BAD_IMAGES, default_workers
+from models.errors import DataError
+from models.files.checkpoint_errors import CheckpointError
 from models.subnetwork import Interpolation, SuperViTConfig
 
 # Between CIFAR (50,000) and ImageNet (1.28 million): above it, the strong augmentation of DeiT pays.
@@ -110,6 +113,7 @@ def _fine_tunes(fields: dict[str, Any]) -> bool:
 def meets_new_classes(init: Path, data: Path) -> bool:
     """Tell whether the head of `init` is not one for the classes under `data`/train; False where either is unusable."""
     from models.conversion.convert import open_initial
+    from models.data.datasets import list_classes
 
     try:
         return not open_initial(init, num_heads=1).has_head_for(list_classes(data / "train"))
@@ -127,7 +131,7 @@ def _by_size(name: str, **constraints: Any) -> Any:  # noqa: ANN401 - as pydanti
 
 
 class Recipe(BaseModel):
-    """Options of `supervit train`. What is left out follows the size of the training set."""
+    """Train a SuperViT on a folder of images. What is left out follows the size of the training set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 
 from models.data.augmentation import Augmentation, training_crop, variation
 from models.data.crops import crop_maps
-from models.data.datasets import DataError, TrainingSamples
+from models.data.datasets import TrainingSamples
 from models.data.images import CODEC_ERRORS
+from models.errors import DataError
 from models.subnetwork import SuperViTConfig
 
 ROUNDING = 1e-2  # by which half-precision weights may add up to more than 1

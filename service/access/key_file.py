@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from service.access.watched_files import WatchedFiles
-from service.domain import HIGHEST_PRIORITY, LOWEST_PRIORITY, ApiKey
+from service.domain import HIGHEST_PRIORITY, KEY_NAME, LOWEST_PRIORITY, ApiKey
 from service.errors import CommandError, UnauthorizedError, first_problem
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class _Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    name: Annotated[str, StringConstraints(pattern=KEY_NAME)]
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     gflops_per_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     burst_gflops: float | None = Field(None, gt=0, allow_inf_nan=False)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Literal
 
 from models.checkpoint import Checkpoint
-from models.devices import DeviceError, resolve_device
+from models.devices import resolve_device
+from models.errors import DeviceError
 from models.quantization import TOLERATED_LOSS, BlockRanges
 from models.supervit import SuperViT
 from service.engines.base import Engine

@@ -61,15 +61,23 @@ class Prediction:
 class GrowingProfile:
     """What is known of every sub-network at every batch size."""
 
-    def __init__(self, profiles: ProfileTable, batch_sizes: tuple[int, ...], kept: Figures | None = None) -> None:
+    def __init__(
+        self,
+        profiles: ProfileTable,
+        batch_sizes: tuple[int, ...],
+        kept: Figures | None = None,
+        *,
+        is_padded: bool = False,
+    ) -> None:
         """Begin with what was kept, which may be nothing.
 
         Args:
             profiles: the sub-networks and their cost.
             batch_sizes: ascending from 1.
             kept: of a part of them, or of all.
+            is_padded: as of a LatencyTable.
         """
-        self.batch_sizes = batch_sizes
+        self.batch_sizes, self._is_padded = batch_sizes, is_padded
         self._macs = {row.subnetwork: row.macs for row in profiles.rows}
         self._trained = {row.subnetwork for row in profiles.rows if row.is_trained}
         self._runs = {cell: _Runs() for cell in cells_of(list(self._macs), batch_sizes)}
@@ -177,7 +185,7 @@ class GrowingProfile:
 
     def _table(self, seconds: Mapping[Cell, float]) -> LatencyTable:
         rows = {sub: tuple(seconds[sub, size] for size in self.batch_sizes) for sub in self._macs}
-        return LatencyTable(self.batch_sizes, rows)
+        return LatencyTable(self.batch_sizes, rows, self._is_padded)
 
 
 def untimed_shapes(subnetworks: Sequence[SubNetwork], batch_sizes: tuple[int, ...]) -> list[Cell]:

@@ -30,6 +30,7 @@ class OpenVINOEngine:
     """OpenVINO on a CPU, in the precision that it takes for the fastest there."""
 
     is_on_gpu = False
+    pads_batches = False
 
     def __init__(
         self,
@@ -87,6 +88,12 @@ class OpenVINOEngine:
         images = torch.zeros(1, 3, config.image_side, config.image_side, dtype=torch.uint8)
         for subnetwork in config.subnetworks:
             self.run(images, subnetwork)
+
+    def prepare(self, subnetwork: SubNetwork, batch_size: int) -> None:
+        """Do nothing: what OpenVINO does for a new size, it does as it runs one."""
+
+    def captured(self) -> None:
+        """Tell that there are no CUDA graphs."""
 
     def fitting_images(self) -> int | None:
         """Tell that memory is no bound."""

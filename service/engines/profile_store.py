@@ -11,7 +11,7 @@ from models.latency import LatencyTable
 from models.latency_estimate import Cell
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
-from service.engines.base import Run
+from service.engines.base import Engine, Prepare, Run
 from service.engines.growing_profile import GrowingProfile, first_cells
 from service.engines.profile_files import ProfileFile
 from service.engines.profiler import (
@@ -51,6 +51,7 @@ def begin_profile(
     *,
     folder: Path,
     max_batch_size: int,
+    is_padded: bool = False,
     is_stopping: Callable[[], bool] = lambda: False,
     budget_s: float = FIRST_S,
     clock: Callable[[], float] = time.perf_counter,
@@ -63,6 +64,7 @@ def begin_profile(
         run: the engine's.
         folder: where the figures are kept.
         max_batch_size: largest batch to be measured.
+        is_padded: as of a LatencyTable.
         is_stopping: whether to wait no longer for another process that measures; `run` may then refuse to run.
         budget_s: time after which no further batch begins, once two sub-networks are known.
         clock: monotonic, in seconds.
@@ -70,11 +72,11 @@ def begin_profile(
     Returns:
         The profile, which grows, and where it is kept.
     """
-    profiles, batch_sizes = extended_profile(checkpoint), _batch_sizes(max_batch_size)
+    profiles, batch_sizes = extended_profile(checkpoint), measured_batch_sizes(max_batch_size)
     time_once = stopwatch(run, checkpoint.config.image_side, max_batch_size, clock)
     file = ProfileFile(folder, checkpoint.version, engine, cells_of(list(profiles.by_subnetwork), batch_sizes))
     with file.alone(is_stopping):
-        profile = GrowingProfile(profiles, batch_sizes, _plausible(file, time_once))
+        profile = GrowingProfile(profiles, batch_sizes, _plausible(file, time_once), is_padded=is_padded)
         if profile.measured_share == 0:
             _measure_first(profile, first_cells(profiles, batch_sizes), time_once, budget_s, clock)
             if profile.figures.seconds:
@@ -100,8 +102,7 @@ def _measure_first(
 
 def measure_latencies(
     checkpoint: Checkpoint,
-    engine: str,
-    run: Run,
+    engine: Engine,
     *,
     folder: Path,
     max_batch_size: int,
@@ -112,8 +113,7 @@ def measure_latencies(
 
     Args:
         checkpoint: whose.
-        engine: its description of itself.
-        run: the engine's.
+        engine: runs it.
         folder: where the figures are kept.
         max_batch_size: largest batch to measure.
         fresh: measure even if there are figures.
@@ -121,12 +121,14 @@ def measure_latencies(
     """
     return load_or_measure(
         folder,
-        run,
+        engine.run,
         image_side=checkpoint.config.image_side,
         subnetworks=tuple(extended_profile(checkpoint).by_subnetwork),
-        batch_sizes=_batch_sizes(max_batch_size),
+        batch_sizes=measured_batch_sizes(max_batch_size),
         checkpoint_version=checkpoint.version,
-        engine=engine,
+        engine=engine.describe(),
+        prepare=engine.prepare,
+        is_padded=engine.pads_batches,
         fresh=fresh,
         budget_s=budget_s,
     )
@@ -141,6 +143,8 @@ def load_or_measure(
     batch_sizes: Sequence[int],
     checkpoint_version: str,
     engine: str,
+    prepare: Prepare = lambda *_: None,
+    is_padded: bool = False,
     fresh: bool = False,
     is_stopping: Callable[[], bool] = lambda: False,
     budget_s: float = BUDGET_S,
@@ -160,6 +164,8 @@ def load_or_measure(
         batch_sizes: ascending from 1.
         checkpoint_version: of the weights.
         engine: its description of itself: library, device, precision, threads.
+        prepare: the engine's.
+        is_padded: as of a LatencyTable.
         fresh: measure even if there is a file.
         is_stopping: whether to wait no longer for another process that measures; `run` may then refuse to run.
         budget_s: time after which no further round begins.
@@ -171,13 +177,14 @@ def load_or_measure(
     with file.alone(is_stopping):
         kept = None if fresh else _plausible(file, stopwatch(run, image_side, 1, clock))
         if kept is not None and len(kept.seconds) == len(cells):
-            return measurement_of(kept)
-        figures = measure(run, image_side, subnetworks, batch_sizes, budget_s=budget_s, clock=clock)
+            return measurement_of(kept, is_padded=is_padded)
+        figures = measure(run, image_side, subnetworks, batch_sizes, prepare=prepare, budget_s=budget_s, clock=clock)
         file.write(figures)
-    return measurement_of(figures)
+    return measurement_of(figures, is_padded=is_padded)
 
 
-def _batch_sizes(largest: int) -> tuple[int, ...]:
+def measured_batch_sizes(largest: int) -> tuple[int, ...]:
+    """List the sizes that are measured, of batches of up to so many."""
     return (*(size for size in BATCH_SIZES if size < largest), largest)
 
 

@@ -12,7 +12,7 @@ import torch
 from models.latency import LatencyTable
 from models.latency_estimate import Cell
 from models.subnetwork import SubNetwork
-from service.engines.base import Run
+from service.engines.base import Prepare, Run
 
 BUDGET_S = 15.0
 MIN_RUNS = 3
@@ -58,6 +58,7 @@ def measure(
     subnetworks: Sequence[SubNetwork],
     batch_sizes: Sequence[int],
     *,
+    prepare: Prepare = lambda *_: None,
     budget_s: float = BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Figures:
@@ -71,11 +72,12 @@ def measure(
         image_side: S, of the images that it takes, in pixels.
         subnetworks: what to time.
         batch_sizes: ascending from 1.
+        prepare: the engine's; its time does not count.
         budget_s: time after which no further round begins.
         clock: monotonic, in seconds.
     """
     began_at = datetime.now(UTC)
-    time_once = stopwatch(run, image_side, max(batch_sizes), clock)
+    time_once = stopwatch(run, image_side, max(batch_sizes), clock, prepare)
     ends_at = clock() + budget_s
     first = {cell: time_once(cell) for cell in cells_of(subnetworks, batch_sizes)}
     needed = {cell: MIN_SLOW_RUNS if seconds >= SLOW_S else MIN_RUNS for cell, seconds in first.items()}
@@ -90,13 +92,18 @@ def measure(
 
 
 def stopwatch(
-    run: Run, image_side: int, max_batch_size: int, clock: Callable[[], float] = time.perf_counter
+    run: Run,
+    image_side: int,
+    max_batch_size: int,
+    clock: Callable[[], float] = time.perf_counter,
+    prepare: Prepare = lambda *_: None,
 ) -> Callable[[Cell], float]:
-    """Make what runs a cell once, on noise, and returns the seconds that it took."""
+    """Make what prepares a cell, runs it once, on noise, and returns the seconds that the run took."""
     images = torch.randint(0, 256, (max_batch_size, 3, image_side, image_side), dtype=torch.uint8)
 
     def time_once(cell: Cell) -> float:
         subnetwork, batch_size = cell
+        prepare(subnetwork, batch_size)
         started_at = clock()
         run(images[:batch_size], subnetwork)
         return clock() - started_at
@@ -110,15 +117,15 @@ def middle_of(figures: Sequence[float]) -> tuple[float, float]:
     return middle, median(abs(seconds - middle) for seconds in figures) / middle
 
 
-def measurement_of(figures: Figures) -> Measurement:
-    """Arrange the figures of a whole profile by sub-network and batch size."""
+def measurement_of(figures: Figures, *, is_padded: bool = False) -> Measurement:
+    """Arrange the figures of a whole profile by sub-network and batch size; `is_padded` as of a LatencyTable."""
     subnetworks = dict.fromkeys(subnetwork for subnetwork, _ in figures.seconds)
     batch_sizes = tuple(dict.fromkeys(batch_size for _, batch_size in figures.seconds))
 
     def by_subnetwork(by_cell: Mapping[Cell, float]) -> dict[SubNetwork, tuple[float, ...]]:
         return {subnetwork: tuple(by_cell[subnetwork, size] for size in batch_sizes) for subnetwork in subnetworks}
 
-    table = LatencyTable(batch_sizes, by_subnetwork(figures.seconds))
+    table = LatencyTable(batch_sizes, by_subnetwork(figures.seconds), is_padded)
     return Measurement(table, by_subnetwork(figures.spread), figures.measured_at.isoformat(timespec="seconds"))
 
 

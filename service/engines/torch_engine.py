@@ -6,10 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models.data.images import normalise
-from models.devices import DeviceError, resolve_device
+from models.data.images import Normalisation
+from models.devices import resolve_device
+from models.errors import DeviceError
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
+from service.engines.base import Captured
+from service.engines.cuda_graphs import CudaDevice, GraphCache, GraphDevice
 
 BFLOAT16_CAPABILITIES = ("avx512_bf16", "amx_bf16")
 USABLE_SHARE = 0.8  # of the GPU memory that is free; allocators round up
@@ -17,10 +20,15 @@ BFLOAT16_COMPUTE_CAPABILITY = (8, 0)  # NVIDIA's GPUs from Ampere on; the older 
 
 
 class TorchEngine:
-    """Eager PyTorch on a CPU or a GPU, in bfloat16 where the hardware has it; one copy of the weights."""
+    """PyTorch in bfloat16, where the hardware has it; on a GPU, with CUDA graphs. One copy of the weights."""
 
     def __init__(
-        self, model: SuperViT, device: str, threads: int, precision: Literal["float32", "bfloat16"] | None = None
+        self,
+        model: SuperViT,
+        device: str,
+        threads: int,
+        precision: Literal["float32", "bfloat16"] | None = None,
+        graph_device: GraphDevice | None = None,
     ) -> None:
         """Move the model to its device and precision; the model that was given is changed.
 
@@ -29,6 +37,7 @@ class TorchEngine:
             device: a torch device, or "auto" for the first GPU where there is one.
             threads: how many compute on the CPU.
             precision: by default the fastest.
+            graph_device: captures what is prepared; by default the GPU, and nothing on a CPU.
 
         Raises:
             DeviceError: there is no such device here, or it does not compute in that precision.
@@ -43,6 +52,12 @@ class TorchEngine:
         if precision == "float32":
             self._dtype = torch.float32
         self._model = model.to(self._device, self._dtype)
+        self._normalise = Normalisation(model.config, self._device)
+        if graph_device is None and self.is_on_gpu:
+            graph_device = CudaDevice(self._device)
+        image_side = model.config.image_side
+        self._graphs = None if graph_device is None else GraphCache(self._forward, image_side, graph_device)
+        self.pads_batches = self._graphs is not None
         torch.set_num_threads(threads)
 
     @torch.inference_mode()
@@ -52,31 +67,49 @@ class TorchEngine:
         Raises:
             ValueError: the patch grid was not trained.
         """
-        normalised = normalise(images.to(self._device, non_blocking=True), self._model.config)
-        logits: Tensor = self._model(normalised.to(self._dtype), subnetwork)
-        return logits.float().cpu()
+        replayed = None if self._graphs is None else self._graphs.run(images, subnetwork)
+        return self._forward(images.to(self._device), subnetwork).cpu() if replayed is None else replayed
 
     def warm_up(self) -> None:
-        """Run every trained sub-network once, and on a GPU see how much memory an image takes."""
+        """Run every trained sub-network once, and on a GPU see how much memory an image takes; before `prepare`."""
         for subnetwork in self._model.config.subnetworks:
             self.run(self._blank_images(1), subnetwork)
         if self.is_on_gpu:
             self._bytes_per_image = growth_per_image(self._peak_bytes)
+
+    @torch.inference_mode()
+    def prepare(self, subnetwork: SubNetwork, batch_size: int) -> None:
+        """Capture batches of this size as a CUDA graph, where there is room for them."""
+        fitting = self.fitting_images()
+        if self._graphs is not None and (fitting is None or batch_size <= fitting):
+            self._graphs.prepare(subnetwork, batch_size)
+
+    def captured(self) -> Captured | None:
+        """Tell how many CUDA graphs there are; None on a CPU."""
+        return None if self._graphs is None else self._graphs.captured
 
     def fitting_images(self) -> int | None:
         """Tell how many images the memory that is free on this engine's own GPU holds; None on a CPU."""
         if not self._bytes_per_image:
             return None
         free_bytes, _ = torch.cuda.mem_get_info(self._device)
-        # What PyTorch keeps for its next batch counts as taken there.
+        # What PyTorch keeps for its next batch counts as taken there; what it keeps for graphs is for nothing else.
         kept_bytes = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return max(1, int(USABLE_SHARE * (free_bytes + kept_bytes) / self._bytes_per_image))
+        for_graphs_bytes = 0 if self._graphs is None else self._graphs.captured.held_bytes
+        usable_bytes = free_bytes + max(0, kept_bytes - for_graphs_bytes)
+        return max(1, int(USABLE_SHARE * usable_bytes / self._bytes_per_image))
 
     def describe(self) -> str:
-        """Name library, device, precision and threads."""
+        """Name library, device, precision, threads and whether there are CUDA graphs."""
         precision = str(self._dtype).removeprefix("torch.")
         where = f"torch {torch.__version__} on {_device_name(self._device)}"
-        return f"{where}, {precision}, {torch.get_num_threads()} threads"
+        graphs = "" if self._graphs is None else ", CUDA graphs"
+        return f"{where}, {precision}, {torch.get_num_threads()} threads{graphs}"
+
+    def _forward(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        """Map (B, 3, S, S) uint8 images to (B, classes) float32 logits, both on the device."""
+        logits: Tensor = self._model(self._normalise(images).to(self._dtype), subnetwork)
+        return logits.float()
 
     def _blank_images(self, count: int) -> Tensor:
         side = self._model.config.image_side

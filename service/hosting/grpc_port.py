@@ -1,6 +1,6 @@
 """gRPC beside HTTP: what serves it; imported only where it is asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -13,13 +13,13 @@ from service.settings import Settings
 LIBRARIES = ("grpc", "grpc_health", "grpc_reflection")
 
 
-def require_grpc(settings: Settings) -> None:
+def require_grpc(settings: Settings, libraries: Sequence[str] = LIBRARIES) -> None:
     """See whether the libraries are there, where gRPC is asked for.
 
     Raises:
         CommandError: they are not installed.
     """
-    if settings.grpc_port is not None and not all(map(find_spec, LIBRARIES)):
+    if settings.grpc_port is not None and not all(map(find_spec, libraries)):
         raise CommandError("--grpc-port: gRPC is missing; install this project with its extra, pip install '.[grpc]'")
 
 
@@ -29,10 +29,10 @@ def grpc_beside(
     """Make what serves gRPC as long as a block lasts, where the settings name a port for it."""
     if settings.grpc_port is None:
         return nullcontext
-    from service.rpc.inference_service import InferenceService
+    from service.rpc.answering import Answering
     from service.rpc.server import Bounds, serving
 
-    service = InferenceService(
+    answering = Answering(
         runtime.inference_protocol,
         runtime.metrics,
         settings.max_upload_s,
@@ -47,4 +47,4 @@ def grpc_beside(
         keep_alive_s=settings.keep_alive_s,
     )
     address = settings.host, settings.grpc_port
-    return partial(serving, service, address, bounds, lambda: runtime.drain_left_s, certificate)
+    return partial(serving, answering, address, bounds, lambda: runtime.drain_left_s, certificate)

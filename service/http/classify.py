@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.domain import InferenceRequest
 from service.errors import InvalidParameterError, ServiceError, UploadTimeoutError
 from service.http.context import RouteContext
+from service.http.descriptions import describe_answer
 from service.http.disconnects import ClientWatch
 from service.http.early_rejection import RESERVED
 from service.http.error_responses import ErrorAnswers, describe_error
@@ -20,7 +21,7 @@ from service.http.keys import key_of
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import parse_parameters, parse_query
 from service.http.request_ids import request_id
-from service.http.schemas import ClassifyAnswer, TimingAnswer, describe_answer
+from service.http.schemas import ClassifyAnswer, TimingAnswer
 from service.http.uploads import BodyKind, kind_of_body, read_body, read_form, read_json
 from service.pipeline import Pipeline
 from service.request_parameters import ClassifyQuery

@@ -11,7 +11,7 @@ from service.domain import ServerState
 from service.errors import NotReadyError
 from service.execution.explainer import Explainer
 from service.health import OwnFailures
-from service.http.family import SubNetworksAnswer
+from service.http.schemas import SubNetworksAnswer
 from service.machine.monitor import Monitor
 from service.pipeline import Pipeline
 from service.recent_answers import RecentAnswers

@@ -7,9 +7,9 @@ from fastapi import Request, Response
 from service.errors import InvalidParameterError
 from service.http.classify import Handle, read_upload, respond
 from service.http.context import RouteContext
+from service.http.descriptions import describe_explanation
 from service.http.disconnects import ClientWatch
 from service.http.keys import key_of
-from service.http.schemas import describe_explanation
 from service.telemetry.outcomes import counted
 
 

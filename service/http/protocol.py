@@ -121,8 +121,7 @@ class BoundedProtocol(HttpToolsProtocol):
         is_due = self._must_wait
         if is_due and self._is_answering:
             self._probe_timer = self.loop.call_later(PROBE_S, self._probe)
-        # A client that ends TLS reads no more, and what this returns is not heeded there.
-        return is_due and self.transport.get_extra_info("sslcontext") is None
+        return is_due and self.transport.get_extra_info("sslcontext") is None  # of TLS there is no half an end
 
     def on_message_begin(self) -> None:
         """Stamp the request."""

@@ -13,10 +13,10 @@ from service.domain import HIGHEST_PRIORITY, MAX_IMAGES, InferenceRequest
 from service.errors import NotReadyError, ServiceError
 from service.http.classify import Handle
 from service.http.context import RouteContext
+from service.http.descriptions import describe_forecast
 from service.http.events import HEADERS as EVENTS_HEADERS
 from service.http.events import EventStream, LiveFeed, describe_events, is_stopping
 from service.http.explain import make_explain
-from service.http.family import SubNetworksAnswer
 from service.http.feedback import BODY as FEEDBACK_BODY
 from service.http.feedback import FeedbackAnswer, make_feedback
 from service.http.forms import FIELD
@@ -38,7 +38,7 @@ from service.http.schemas import (
     ReadyAnswer,
     ResourcesAnswer,
     ResultsAnswer,
-    describe_forecast,
+    SubNetworksAnswer,
 )
 from service.request_parameters import ClassifyQuery, DecideQuery
 from service.telemetry.live import read_sample

@@ -1,16 +1,13 @@
-"""What goes over the wire as an answer, as pydantic models; what comes in is in queries."""
+"""What goes over the wire as an answer, as pydantic models; what comes in is in queries.
 
-from collections.abc import Sequence
+The client reads answers with the same models, so nothing here needs PyTorch; `descriptions` makes them.
+"""
+
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from models.checkpoint import Checkpoint
-from models.data.images import resized_side
-from models.profiles import SubNetworkProfile
-from models.subnetwork import SuperViTConfig
-from service.domain import Classification, Decision, Forecast, LookCode, PlannedLook, Timing
-from service.execution.explainer import KeptPatches
+from service.domain import LookCode
 
 
 class ErrorDetail(BaseModel):
@@ -157,6 +154,43 @@ class DecideAnswer(BaseModel):
     answered_in_ms: float = Field(description="until the answer, upload left out")
 
 
+class SubNetworkRow(SubNetworkAnswer):
+    """One row of the table."""
+
+    expected_top5_accuracy: float | None
+    is_trained: bool = Field(description="whether the weights were trained at this keep rate")
+    is_interpolated: bool = Field(description="whether the accuracy lies between two measured ones")
+    temperature: float = Field(description="logits are divided by temperature * H ** entropy_exponent for the softmax")
+    entropy_exponent: float = Field(description="0..1; H is the entropy of softmax(logits) over log(classes), 1e-6..1")
+    calibration_error: float | None = Field(description="expected, 0..1, as measured; null where not measured")
+    on_frontier: bool = Field(description="whether no cheaper sub-network is as accurate; others run only by name")
+    latency_ms: dict[int, float] = Field(description="profiled latency on this machine by batch size")
+
+
+class CascadeRow(BaseModel):
+    """Two looks, the second only where the first is unsure."""
+
+    first: SubNetworkAnswer
+    second: SubNetworkAnswer
+    threshold: float = Field(description="probability of the first answer, 0..1, under which the second looks")
+    share: float = Field(description="fraction of images, 0..1, that were looked at again where it was measured")
+    gflops: float = Field(description="expected cost, in 1e9 multiply-accumulates")
+    most_gflops: float = Field(description="cost of both looks; budget_gflops is held against it")
+    expected_accuracy: float = Field(description="top-1, 0..1")
+
+
+class SubNetworksAnswer(BaseModel):
+    """Answer to GET /subnetworks."""
+
+    model: ModelAnswer
+    image_side_px: int
+    num_classes: int
+    engine: str
+    profiled_at: str = Field(description="when the latencies were measured")
+    subnetworks: list[SubNetworkRow] = Field(description="cheapest first")
+    cascades: list[CascadeRow] = Field(description="that the policy chooses from, cheapest first")
+
+
 class ResourcesAnswer(BaseModel):
     """Answer to GET /resources: the machine, the traffic, and what the policy makes of them."""
 
@@ -184,113 +218,3 @@ class ReadyAnswer(HealthAnswer):
     profile_measured: float = Field(
         description="how much of the latencies in use is measured on this machine, 0..1; the rest is estimated"
     )
-
-
-def describe_model(checkpoint: Checkpoint) -> ModelAnswer:
-    """Name the checkpoint."""
-    return ModelAnswer(name=checkpoint.name, version=checkpoint.version)
-
-
-def describe_subnetwork(row: SubNetworkProfile, config: SuperViTConfig) -> SubNetworkAnswer:
-    """Describe one row of a profile."""
-    subnetwork = row.subnetwork
-    return SubNetworkAnswer(
-        patch_grid=subnetwork.patch_grid,
-        patch_size_px=config.patch_size_px(subnetwork),
-        keep_rate=subnetwork.keep_rate,
-        num_tokens=config.num_tokens(subnetwork),
-        gflops=row.gflops,
-        expected_accuracy=row.top1,
-    )
-
-
-def describe_decision(decision: Decision) -> DecisionAnswer:
-    """Put a decision on the wire."""
-    return DecisionAnswer(
-        reason=decision.reason,
-        batch_size=decision.batch_size,
-        predicted_inference_ms=ms(decision.predicted_s),
-    )
-
-
-def describe_planned(look: PlannedLook | None) -> PlannedLookAnswer | None:
-    """Put a second look that may follow on the wire."""
-    if look is None:
-        return None
-    return PlannedLookAnswer(
-        patch_grid=look.profile.subnetwork.patch_grid,
-        keep_rate=look.profile.subnetwork.keep_rate,
-        gflops=look.profile.gflops,
-        threshold=look.threshold,
-        share=look.share,
-    )
-
-
-def describe_forecast(forecast: Forecast, config: SuperViTConfig) -> DecideAnswer:
-    """Put a forecast on the wire."""
-    return DecideAnswer(
-        subnetwork=describe_subnetwork(forecast.decision.profile, config),
-        second_look=describe_planned(forecast.decision.second_look),
-        decision=describe_decision(forecast.decision),
-        answered_in_ms=ms(forecast.answered_in_s),
-    )
-
-
-def describe_timing(timing: Timing) -> TimingAnswer:
-    """Put where the time went on the wire."""
-    return TimingAnswer(
-        decode_wait=ms(timing.decode_wait_s),
-        decode=ms(timing.decode_s),
-        queue=ms(timing.queue_s),
-        inference=ms(timing.inference_s),
-        total=ms(timing.total_s),
-    )
-
-
-def describe_answer(answer: Classification, checkpoint: Checkpoint) -> ClassifyAnswer:
-    """Put a finished classification on the wire."""
-    return ClassifyAnswer(
-        predictions=[
-            PredictionAnswer(label=prediction.label, index=prediction.index, probability=prediction.probability)
-            for prediction in answer.predictions
-        ],
-        subnetwork=describe_subnetwork(answer.decision.profile, checkpoint.config),
-        looks=[
-            LookAnswer(
-                patch_grid=look.profile.subnetwork.patch_grid,
-                keep_rate=look.profile.subnetwork.keep_rate,
-                gflops=look.profile.gflops,
-                confidence=look.confidence,
-                inference_ms=ms(look.inference_s),
-            )
-            for look in answer.looks
-        ],
-        stopped=answer.stopped,
-        gflops=answer.gflops,
-        decision=describe_decision(answer.decision),
-        timing_ms=describe_timing(answer.timing),
-        budget_ms=ms(answer.budget_s),
-        deadline_met=answer.deadline_met,
-        model=describe_model(checkpoint),
-    )
-
-
-def describe_explanation(answer: Classification, kept: Sequence[KeptPatches], checkpoint: Checkpoint) -> ExplainAnswer:
-    """Put a classification and what was kept for it on the wire."""
-    config = checkpoint.config
-    prunings = [
-        PruningAnswer(
-            block=each.block,
-            kept=list(each.patches),
-            scores=[round(score, 6) for score in each.scores],
-            keeps_fused=each.keeps_fused,
-        )
-        for each in kept
-    ]
-    explanation = ExplanationAnswer(seen_share=config.image_side / resized_side(config), prunings=prunings)
-    return ExplainAnswer(**describe_answer(answer, checkpoint).model_dump(), explanation=explanation)
-
-
-def ms(seconds: float) -> float:
-    """Put seconds on the wire, in milliseconds."""
-    return round(1000 * seconds, 3)

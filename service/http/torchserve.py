@@ -9,10 +9,10 @@ from pydantic_core import to_json
 from service.errors import InvalidParameterError, ServiceError
 from service.http.classify import Handle, read_upload, timing_header
 from service.http.context import RouteContext
+from service.http.descriptions import describe_timing
 from service.http.disconnects import ClientWatch
 from service.http.error_shapes import TorchServeError
 from service.http.keys import key_of
-from service.http.schemas import describe_timing
 from service.inference_protocol.protocol import InferenceProtocol
 from service.telemetry.outcomes import counted
 

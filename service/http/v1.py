@@ -12,18 +12,19 @@ from service.http.context import RouteContext
 from service.http.disconnects import ClientWatch
 from service.http.error_shapes import V1_PREFIX, InferError
 from service.http.keys import key_of
+from service.http.large_json import LARGE_BYTES, take_numbers
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import read_query
 from service.http.request_ids import request_id
 from service.http.v2 import read_message
-from service.inference_protocol.images import INPUT
-from service.inference_protocol.messages import InferReply, InferRequest, InputTensor
+from service.inference_protocol.descriptions import VERSION
+from service.inference_protocol.images import CHANNELS, INPUT
+from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, Values
 from service.inference_protocol.protocol import InferenceProtocol
 from service.telemetry.outcomes import counted
 
 TAG = "TensorFlow Serving"
-VERSION = "1"  # versions are numbers here
-ANY_VERSION = ("", "0", VERSION)  # 0 is what ovmsclient says of the latest
+LATEST_VERSION = "0"  # as ovmsclient says
 DTYPES = {"BYTES": "DT_STRING", "FP32": "DT_FLOAT"}
 SIGNATURE = "serving_default"
 
@@ -44,8 +45,9 @@ def make_v1_predict(context: RouteContext, protocol: InferenceProtocol) -> Handl
         arrived_at = request.scope.get(ARRIVED_AT) or context.clock()
         try:
             query, name = read_query(request.scope["query_string"]), _require_model(request, protocol)
-            body = _parsed(await read_message(context, protocol, request, arrived_at, query))
-            message = InferRequest(name, VERSION, "", {}, (_tensor(body),))
+            body, numbers = await _parsed(await read_message(context, protocol, request, arrived_at, query))
+            image = _tensor(body, numbers, context.checkpoint.config.image_side)
+            message = InferRequest(name, VERSION, "", {}, (image,))
         except ServiceError:
             with counted(context.metrics, key_of(request.scope)):
                 raise
@@ -110,22 +112,29 @@ def build_v1_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
 def _require_model(request: Request, protocol: InferenceProtocol) -> str:
     """Return the name of the model that a path holds."""
     name, version = request.path_params["name"], request.path_params.get("version", "")
-    protocol.require_model(name, "" if version in ANY_VERSION else version)
+    protocol.require_model(name, "" if version == LATEST_VERSION else version)
     return str(name)
 
 
-def _parsed(body: bytes) -> PredictBody:
+async def _parsed(body: bytes) -> tuple[PredictBody, list[Values]]:
+    """Parse a body; of a large one, the pixels of the list that is left empty come apart."""
+    numbers = list[Values]()
+    if len(body) > LARGE_BYTES:
+        body, numbers = await take_numbers(body, ("instances", "inputs", INPUT))
     try:
-        return PredictBody.model_validate_json(body)
+        return PredictBody.model_validate_json(body), numbers
     except ValidationError as error:
         raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
 
 
-def _tensor(body: PredictBody) -> InputTensor:
+def _tensor(body: PredictBody, numbers: list[Values], side: int) -> InputTensor:
     """Take the images out of their rows, or of the column that may stand alone."""
     values = body.inputs if body.instances is None else body.instances
     if isinstance(values, dict) and INPUT in values:
         values = values[INPUT]
+    if values == [] and len(numbers) == 1:
+        number = max(1, len(numbers[0]) // (CHANNELS * side * side))
+        return InputTensor(INPUT, "FP32", (number, CHANNELS, side, side), numbers[0])
     if not isinstance(values, list):
         values = [values]
     images = [_unwrapped(value) for value in values]

@@ -11,20 +11,20 @@ from service.domain import Classification
 from service.errors import ServiceError
 from service.http.classify import Handle, timing_header
 from service.http.context import RouteContext
+from service.http.descriptions import describe_timing
 from service.http.disconnects import ClientWatch
 from service.http.error_shapes import V2_PREFIX, InferError
 from service.http.keys import key_of
+from service.http.large_json import LARGE_BYTES
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import read_query
 from service.http.request_ids import request_id
-from service.http.schemas import describe_timing
 from service.http.uploads import read_body
 from service.http.v2_bodies import JSON_LENGTH_HEADER, InferBody, read_request, undo_encoding, write_reply
 from service.inference_protocol.protocol import InferenceProtocol
 from service.telemetry.outcomes import counted
 
 TAG = "Open Inference Protocol"
-LARGE_BYTES = 1 << 18  # to undo the encoding of more takes longer than to ask a thread
 Path = dict[str, Any]
 
 
@@ -45,7 +45,7 @@ def make_infer(context: RouteContext, protocol: InferenceProtocol) -> Handle:
             name, version = _model(request, context.checkpoint.name)
             protocol.require_model(name, version)
             body = await read_message(context, protocol, request, arrived_at, query)
-            message = read_request(body, request.headers.get(JSON_LENGTH_HEADER), name, version)
+            message = await read_request(body, request.headers.get(JSON_LENGTH_HEADER), name, version)
         except ServiceError:
             with counted(context.metrics, key_of(request.scope)):
                 raise

@@ -15,8 +15,9 @@ from service.errors import (
     UnsupportedMediaError,
     invalid_parameter,
 )
+from service.http.large_json import LARGE_BYTES, take_numbers
 from service.inference_protocol.images import INPUT
-from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, RequestedOutput
+from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, RequestedOutput, Values
 from service.inference_protocol.tensors import to_raw
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
@@ -87,7 +88,7 @@ def undo_encoding(body: bytes, encoding: str, max_bytes: int) -> bytes:
     return undone
 
 
-def read_request(body: bytes, json_length: str | None, model_name: str, model_version: str) -> InferRequest:
+async def read_request(body: bytes, json_length: str | None, model_name: str, model_version: str) -> InferRequest:
     """Read the body of a request.
 
     Args:
@@ -104,11 +105,8 @@ def read_request(body: bytes, json_length: str | None, model_name: str, model_ve
     if length == 0:
         image = InputTensor(INPUT, "BYTES", (1,), (body,))
         return InferRequest(model_name, model_version, "", {}, (image,))
-    try:
-        parsed = InferBody.model_validate_json(body[:length] if length < len(body) else body)
-    except ValidationError as error:
-        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
     rest, start, inputs = memoryview(body), length, []
+    parsed, numbers = await _parsed(rest[:length])
     for tensor in parsed.inputs:
         size = (tensor.parameters or {}).get(SIZE)
         if size is not None:
@@ -117,13 +115,26 @@ def read_request(body: bytes, json_length: str | None, model_name: str, model_ve
             inputs.append(_input(tensor, rest[start : start + size]))
             start += size
         elif tensor.data is not None:
-            inputs.append(_input(tensor, tensor.data))
+            inputs.append(_input(tensor, numbers.pop(0) if numbers and not tensor.data else tensor.data))
         else:
             raise InvalidTensorError(f"{tensor.name}: it has neither data nor {SIZE}")
+    if numbers:
+        raise InvalidParameterError("there are numbers as `data` elsewhere than in the inputs")
     if start < len(body):
         raise InvalidTensorError(f"{len(body) - start} bytes follow the tensors of the request")
     outputs = tuple(RequestedOutput(output.name, output.parameters or {}) for output in parsed.outputs or ())
     return InferRequest(model_name, model_version, parsed.id or "", parsed.parameters or {}, tuple(inputs), outputs)
+
+
+async def _parsed(text: memoryview) -> tuple[InferBody, list[Values]]:
+    """Parse the JSON; of a large one, the numbers of the tensors whose data is left empty come apart."""
+    rest, numbers = bytes(text), list[Values]()
+    if len(rest) > LARGE_BYTES:
+        rest, numbers = await take_numbers(rest, ("data",))
+    try:
+        return InferBody.model_validate_json(rest), numbers
+    except ValidationError as error:
+        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
 
 
 def _json_length(header: str | None, body_bytes: int) -> int:
@@ -134,7 +145,7 @@ def _json_length(header: str | None, body_bytes: int) -> int:
     return int(header)
 
 
-def _input(tensor: TensorBody, contents: memoryview | list[Any]) -> InputTensor:
+def _input(tensor: TensorBody, contents: memoryview | Values) -> InputTensor:
     return InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), contents, tensor.parameters or {})
 
 

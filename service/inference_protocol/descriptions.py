@@ -9,6 +9,8 @@ from service.inference_protocol.outputs import LABELS, PROBABILITIES
 from service.telemetry.inference_statistics import Duration, InferenceStatistics
 
 PLATFORM = "supervit"
+# There is one. Triton's versions are whole numbers, and perf_analyzer ends of one that is none.
+VERSION = "1"
 
 
 def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -16,7 +18,7 @@ def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
     num_classes = checkpoint.config.num_classes
     return {
         "name": checkpoint.name,
-        "versions": [checkpoint.version],
+        "versions": [VERSION],
         "platform": PLATFORM,
         "inputs": [{"name": INPUT, "datatype": "BYTES", "shape": [-1, 1]}],
         "outputs": [
@@ -40,6 +42,7 @@ def describe_config(checkpoint: Checkpoint) -> dict[str, Any]:
             {"name": LABELS, "data_type": "TYPE_STRING", "dims": [-1]},
         ],
         "dynamic_batching": {},
+        "parameters": {"checkpoint_version": {"string_value": checkpoint.version}},
     }
 
 
@@ -49,7 +52,7 @@ def describe_statistics(checkpoint: Checkpoint, statistics: InferenceStatistics)
         "model_stats": [
             {
                 "name": checkpoint.name,
-                "version": checkpoint.version,
+                "version": VERSION,
                 "last_inference": statistics.last_inference_ms,
                 "inference_count": statistics.success.count,
                 "execution_count": sum(batches.count for batches in statistics.by_batch_size.values()),

@@ -12,7 +12,7 @@ from torch import Tensor
 from service.decoding.images import LEAST_COST_S, OpenedImage
 from service.domain import MAX_IMAGES
 from service.errors import InvalidTensorError
-from service.inference_protocol.messages import InputTensor
+from service.inference_protocol.messages import InputTensor, Values
 from service.inference_protocol.tensors import num_elements, split_elements
 
 INPUT = "image"
@@ -80,10 +80,10 @@ def _raw_images(raw: bytes | memoryview, datatype: str, number: int, side: int) 
     return [_opened(datatype, RAW_NS * values, partial(to_uint8, image)) for image in pixels]
 
 
-def _listed_images(values: Sequence[object], datatype: str, number: int, side: int) -> list[InputImage]:
+def _listed_images(values: Values, datatype: str, number: int, side: int) -> list[InputImage]:
     each = CHANNELS * side * side
     if len(values) == number * each:
-        images: Sequence[object] = [values[start : start + each] for start in range(0, number * each, each)]
+        images: Values = [values[start : start + each] for start in range(0, number * each, each)]
     elif len(values) == number:
         images = values
     else:

@@ -10,6 +10,7 @@ from service.domain import Classification
 
 Parameter = bool | int | float | str
 Parameters = Mapping[str, Parameter]
+Values = Sequence[object] | npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class InputTensor:
     name: str
     datatype: str
     shape: tuple[int, ...]
-    contents: bytes | memoryview | Sequence[object]
+    contents: bytes | memoryview | Values
     parameters: Parameters = field(default_factory=dict)
 
 

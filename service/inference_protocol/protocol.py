@@ -14,7 +14,7 @@ from service.decoding.base64_text import decode_base64
 from service.domain import DEFAULT_TOP_K, ApiKey, Classification, InferenceRequest
 from service.errors import InvalidTensorError, NotReadyError, ServiceError, UnknownModelError, UploadTimeoutError
 from service.health import OwnFailures
-from service.inference_protocol.descriptions import describe_config, describe_model, describe_statistics
+from service.inference_protocol.descriptions import VERSION, describe_config, describe_model, describe_statistics
 from service.inference_protocol.images import INPUT, InputImage, images_of
 from service.inference_protocol.messages import InferReply, InferRequest
 from service.inference_protocol.outputs import WantedOutput, make_output, reply_parameters, wanted_outputs
@@ -26,7 +26,6 @@ from service.telemetry.metrics import Metrics
 from service.telemetry.outcomes import counted
 
 SERVER_NAME = "supervit-serve"
-ANY_VERSION = ("", "1")  # what clients say that know of one version only
 EXTENSIONS = (
     "binary_tensor_data",
     "classification",
@@ -84,7 +83,7 @@ class InferenceProtocol:
         return not self._failures.are_all
 
     def require_model(self, name: str, version: str = "") -> None:
-        """See whether a model is the one that is served; its version may be left out, or 1.
+        """See whether a model is the one that is served; its version may be left out, 1 or the checkpoint's.
 
         Raises:
             UnknownModelError: it is not.
@@ -92,9 +91,10 @@ class InferenceProtocol:
         checkpoint = self._checkpoint
         if name != checkpoint.name:
             raise UnknownModelError(f"there is no model {name!r}; {checkpoint.name!r} is served", model=checkpoint.name)
-        if version not in (checkpoint.version, *ANY_VERSION):
-            message = f"there is no version {version!r} of {name}; {checkpoint.version!r} is served"
-            raise UnknownModelError(message, version=checkpoint.version)
+        if version not in ("", VERSION, checkpoint.version):
+            raise UnknownModelError(
+                f"there is no version {version!r} of {name}; {VERSION!r} is served", version=VERSION
+            )
 
     def server_metadata(self) -> JsonObject:
         """Tell who answers, and which extensions of the protocol there are."""
@@ -122,7 +122,7 @@ class InferenceProtocol:
         """List the models that there are."""
         checkpoint, is_ready = self._checkpoint, self.is_ready()
         state, reason = ("READY", "") if is_ready else ("UNAVAILABLE", "it takes no requests at this moment")
-        return [{"name": checkpoint.name, "version": checkpoint.version, "state": state, "reason": reason}]
+        return [{"name": checkpoint.name, "version": VERSION, "state": state, "reason": reason}]
 
     def time_for_body_s(
         self,
@@ -193,8 +193,7 @@ class InferenceProtocol:
         with self._failures.counting():
             answers = await self._classify(pipeline, plan, watch)
         outputs = tuple(make_output(output, answers, plan.top_k) for output in plan.outputs)
-        name, version = self._checkpoint.name, self._checkpoint.version
-        return InferReply(name, version, request.id, reply_parameters(answers), outputs, answers)
+        return InferReply(self._checkpoint.name, VERSION, request.id, reply_parameters(answers), outputs, answers)
 
     def _plan(
         self,

@@ -11,11 +11,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service.access.certificates import Certificate
+from service.rpc.answering import Answering
 from service.rpc.calls import CallsInFlight
 from service.rpc.inference_service import SERVICE_NAME, InferenceService
+from service.rpc.tensorflow_service import MODEL_SERVICE, PREDICTION_SERVICE, TensorflowService
 
 logger = logging.getLogger(__name__)
 
+SERVICES = (SERVICE_NAME, PREDICTION_SERVICE, MODEL_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
 SEEN_READY_S = 0.1  # between two looks at whether requests are taken
 PING_S, PONG_S = 60, 20  # after which a client that has vanished is noticed
 WATCHERS_S = 1.0  # granted to calls that do not end by themselves once all requests have their answers
@@ -54,7 +57,7 @@ class Bounds:
 
 @asynccontextmanager
 async def serving(
-    service: InferenceService,
+    answering: Answering,
     address: tuple[str, int],
     bounds: Bounds,
     drain_left_s: Callable[[], float],
@@ -63,7 +66,7 @@ async def serving(
     """Serve as long as the block lasts, and then until what was admitted has its answer.
 
     Args:
-        service: answers.
+        answering: what all services share.
         address: host and port, 0 for any free one; sockets of this process and its siblings may have it, too.
         bounds: of what clients may take.
         drain_left_s: tells, at the end, how long requests may still take.
@@ -73,24 +76,24 @@ async def serving(
         The port.
     """
     server = grpc.aio.server(options=bounds.options(), maximum_concurrent_rpcs=bounds.max_calls)
-    server.add_generic_rpc_handlers((service.handler(),))
+    server.add_generic_rpc_handlers((InferenceService(answering).handler(), *TensorflowService(answering).handlers()))
     readiness = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
-    reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection(SERVICES, server)
     host, port = address
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if certificate is None:
         port = server.add_insecure_port(place)
     else:
         port = server.add_secure_port(place, _credentials(certificate))
-    await _tell(readiness, is_ready=service.is_ready())
+    await _tell(readiness, is_ready=answering.protocol.is_ready())
     await server.start()
     logger.info("listening for gRPC on %s port %d", host, port)
-    following = asyncio.create_task(_follow(service.is_ready, readiness))
+    following = asyncio.create_task(_follow(answering.protocol.is_ready, readiness))
     try:
         yield port
     finally:
-        await _stop(server, service.in_flight, drain_left_s())
+        await _stop(server, answering.in_flight, drain_left_s())
         following.cancel()
 
 

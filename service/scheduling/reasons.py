@@ -93,7 +93,7 @@ def _explain_budget(catalog: VariantCatalog, variant: Variant, budget: str, qual
 
 def _rounded_up(gflops: float) -> float:
     """Round to four digits, up: a budget of what is read must be enough."""
-    unit = 10 ** (math.floor(math.log10(gflops)) - 3)
+    unit: float = 10.0 ** (math.floor(math.log10(gflops)) - 3)
     return math.ceil(gflops / unit) * unit
 
 

@@ -1,4 +1,6 @@
-"""What a simulation replays: requests drawn at random or read from a trace, and a script of how slow the machine is.
+"""What a simulation replays and a load generator sends: requests drawn at random or read from a trace.
+
+Of a simulation also a script of how slow the machine is.
 
 Every draw is seeded: the same options give the same requests.
 """
@@ -7,6 +9,7 @@ import csv
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -96,8 +99,8 @@ class SlowdownScript:
         return self.steps[index - 1][1] if index else 1.0
 
 
-class Traffic(BaseModel):
-    """Options that say what arrives."""
+class Arrivals(BaseModel):
+    """Options that say what arrives, at rates that someone else knows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -107,21 +110,16 @@ class Traffic(BaseModel):
         "bursts: at the peak every other burst-s",
     )
     rate: tuple[Positive, ...] | None = Field(
-        None, min_length=1, description="requests per second, before any peak; several are simulated one by one"
+        None, min_length=1, description="requests per second, before any peak; several are taken one by one"
     )
-    load: tuple[Positive, ...] | None = Field(
-        None,
-        min_length=1,
-        description="rates as multiples of what the most accurate sub-network carries on all machines; 1 by default",
-    )
-    duration_s: float = Field(60, gt=0, le=MAX_TRACE_S, description="virtual time in which requests arrive")
+    duration_s: float = Field(60, gt=0, le=MAX_TRACE_S, description="time in which requests arrive")
     cv2: float = Field(4, ge=0.01, le=100, description="gamma: squared coefficient of variation of the gaps")
     peak: float = Field(3, gt=0, le=1000, description="step, ramp and bursts: their peak as a multiple of the rate")
     burst_s: float = Field(1, gt=0, description="bursts: seconds of each burst and of each pause between two")
     trace: Path | None = Field(
         None,
-        description="CSV file of requests to replay instead: a column seconds (from the start) and, where wanted, "
-        "budget_ms, budget_gflops and priority",
+        description="file of requests to replay instead: seconds from the start, one a line, or a CSV file with a "
+        "column seconds and, where wanted, budget_ms, budget_gflops and priority",
     )
     budget_ms: tuple[Positive, ...] = Field(
         (100,), min_length=1, description="latency budgets; of several, each request draws one"
@@ -129,19 +127,19 @@ class Traffic(BaseModel):
     budget_gflops: tuple[Positive, ...] | None = Field(
         None, min_length=1, description="most that each may cost; of several, each draws one; no limit by default"
     )
-    slowdown: Script = Field(
-        "", description="seconds:factor, e.g. 10:2.5,20:1: from 10 s to 20 s batches take 2.5 times their profile"
+    priority: tuple[Annotated[int, Field(le=0)], ...] = Field(
+        (0,), min_length=1, description="0 is normal; lower may be rejected or shed first; of several, each draws one"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of all that is random")
 
     @model_validator(mode="after")
     def _has_one_source_of_rates(self) -> Self:
-        given = [name for name in ("rate", "load", "trace") if getattr(self, name) is not None]
+        given = [name for name in ("rate", "load", "trace") if getattr(self, name, None) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other")
         return self
 
-    def draws(self, capacity: float) -> Iterator[tuple[float, list[Arrival]]]:
+    def draws_at(self, rates: Sequence[float]) -> Iterator[tuple[float, list[Arrival]]]:
         """Yield each rate, per second, with the requests drawn at it; for a trace, its mean rate and its requests.
 
         Raises:
@@ -153,7 +151,7 @@ class Traffic(BaseModel):
             rows = read_trace(self.trace)
             yield len(rows) / max(1.0, rows[-1]["seconds"]), self._with_budgets(rows)
             return
-        for rate in self.rate or [load * capacity for load in self.load or (1.0,)]:
+        for rate in rates:
             rows = [{"seconds": at} for at in self._draw(rate)]
             if not rows:
                 raise InvalidParameterError(f"no request arrives at {rate:g} per second", parameter="rate")
@@ -176,15 +174,36 @@ class Traffic(BaseModel):
 
     def _with_budgets(self, rows: Sequence[Row]) -> list[Arrival]:
         rng = np.random.default_rng([self.seed, 1])
-        budgets = rng.choice(self.budget_ms, len(rows)).tolist()
-        gflops = rng.choice(self.budget_gflops or (math.inf,), len(rows)).tolist()
-        drawn = ({"budget_ms": ms, "budget_gflops": limit} for ms, limit in zip(budgets, gflops, strict=True))
-        return [_arrival(draw | row) for draw, row in zip(drawn, rows, strict=True)]
+        drawn = zip(
+            rng.choice(self.budget_ms, len(rows)).tolist(),
+            rng.choice(self.budget_gflops or (math.inf,), len(rows)).tolist(),
+            rng.choice(self.priority, len(rows)).tolist(),
+            strict=True,
+        )
+        names = ("budget_ms", "budget_gflops", "priority")
+        return [_arrival(dict(zip(names, values, strict=True)) | row) for values, row in zip(drawn, rows, strict=True)]
+
+
+class Traffic(Arrivals):
+    """Options that say what arrives, beside machines whose capacity is known, and how slow these get."""
+
+    load: tuple[Positive, ...] | None = Field(
+        None,
+        min_length=1,
+        description="rates as multiples of what the most accurate sub-network carries on all machines; 1 by default",
+    )
+    slowdown: Script = Field(
+        "", description="seconds:factor, e.g. 10:2.5,20:1: from 10 s to 20 s batches take 2.5 times their profile"
+    )
+
+    def draws(self, capacity: float) -> Iterator[tuple[float, list[Arrival]]]:
+        """Yield what `draws_at` does, at the rates or at multiples of a capacity, in requests per second."""
+        return self.draws_at(self.rate or [load * capacity for load in self.load or (1.0,)])
 
 
 def _arrival(row: Row) -> Arrival:
     limit = row["budget_gflops"] if row["budget_gflops"] < math.inf else None
-    return Arrival(row["seconds"], row["budget_ms"] / 1000, limit, int(row.get("priority", 0)))
+    return Arrival(row["seconds"], row["budget_ms"] / 1000, limit, int(row["priority"]))
 
 
 def gamma(rate: float, cv2: float, duration_s: float, rng: Rng) -> list[float]:
@@ -221,7 +240,8 @@ def read_trace(path: Path) -> list[Row]:
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, ["seconds"] if _is_number(file.readline()) else None, strict=True)
+            file.seek(0)
             columns = list(reader.fieldnames or ())
             if "seconds" not in columns or len(set(columns)) != len(columns) or not set(columns) <= set(COLUMNS):
                 raise TraceError(f"{path}, line 1: the columns are seconds and any of {', '.join(COLUMNS)}, each once")
@@ -231,6 +251,13 @@ def read_trace(path: Path) -> list[Row]:
     if not 0 < len(rows) <= MAX_REQUESTS:
         raise TraceError(f"{path} holds {len(rows):,} requests; 1 to {MAX_REQUESTS:,} can be replayed")
     return sorted(rows, key=lambda row: row["seconds"])
+
+
+def _is_number(line: str) -> bool:
+    with suppress(ValueError):
+        float(line)
+        return True
+    return False
 
 
 def _read_row(where: str, cells: dict[str, str]) -> Row:

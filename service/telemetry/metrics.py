@@ -1,7 +1,6 @@
 """Every Prometheus metric of the server, declared once on an injected registry.
 
-Workers of one server share a folder in which prometheus_client keeps the counts of each; the one that is asked for its
-page then answers for all of them.
+Workers of one server share a folder with the counts of each; the one that is asked for its page answers for all.
 """
 
 from collections.abc import Sequence
@@ -184,6 +183,8 @@ class Metrics:
         self._gpu = gauge(
             "supervit_gpu_utilization_ratio", "Fraction of time in which the GPU was busy.", "livemostrecent", ["gpu"]
         )
+        self._graphs = gauge("supervit_cuda_graphs", "Forward passes that the engine holds as CUDA graphs.", "livesum")
+        self._graph_memory = gauge("supervit_cuda_graph_memory_bytes", "GPU memory that these take.", "livesum")
         self._memory = gauge(
             "supervit_resident_memory_bytes", "Memory that the server holds, shared pages included.", "livesum"
         )
@@ -282,6 +283,11 @@ class Metrics:
     def ready(self, is_ready: bool) -> None:
         """Record whether requests are welcome."""
         self._ready.set(is_ready)
+
+    def captured(self, num_graphs: int, held_bytes: int) -> None:
+        """Record what the engine holds of CUDA graphs."""
+        self._graphs.set(num_graphs)
+        self._graph_memory.set(held_bytes)
 
     def totals(self) -> dict[str, float]:
         """Return what an autoscaler may want to know of this process: the counters of TOTALS, by their names there."""

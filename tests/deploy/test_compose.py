@@ -107,7 +107,8 @@ def test_every_port_is_for_this_machine_alone_unless_told_otherwise() -> None:
     for service in services().values():
         for port in service["ports"]:
             assert re.fullmatch(r"127\.0\.0\.1:(\d+):\1", port)
-    assert services(SERVER_ADDRESS="0.0.0.0:80")["supervit"]["ports"] == ["0.0.0.0:80:8000"]
+    http, grpc = services(SERVER_ADDRESS="0.0.0.0:80", GRPC_ADDRESS="0.0.0.0:81")["supervit"]["ports"]
+    assert (http, grpc) == ("0.0.0.0:80:8000", "0.0.0.0:81:8001")
 
 
 def test_every_knob_of_the_server_can_be_set_except_those_that_belong_to_the_image() -> None:

@@ -55,8 +55,8 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
     ports = ["--admin-port", str(admin_port), "--grpc-port", str(grpc_port), "--keys", str(folder / "keys.toml")]
     tls = ["--tls-certificate", str(folder / "tls.crt"), "--tls-key", str(folder / "tls.key")]
     process = start(port, log, "--checkpoint", SMALL_CHECKPOINT, *ports, *tls)
-    places = (f"https://localhost:{number}" for number in (port, admin_port))
-    served = Doors(*places, grpc_port, folder / "ca.pem", log, process)
+    public, operators = (f"https://localhost:{number}" for number in (port, admin_port))
+    served = Doors(public, operators, grpc_port, folder / "ca.pem", log, process)
     try:
         with served.client(served.public) as client:
             wait_until_ready(process, served.public, log, client.get)

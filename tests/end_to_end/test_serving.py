@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -224,7 +225,7 @@ def test_the_command_gives_the_same_answer_alone_as_from_a_server(url: str, tmp_
     photo.write_bytes(picture(4))
     answers = []
     for where in ([], ["--url", url]):
-        arguments = ["classify", str(photo), "--budget-gflops", "0.06", "--json-lines", *where]
+        arguments = ["classify", str(photo), "--budget-gflops", "0.06", "--format", "json", *where]
         done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=True)
         answers.append(json.loads(done.stdout))
     alone, served = answers
@@ -233,6 +234,16 @@ def test_the_command_gives_the_same_answer_alone_as_from_a_server(url: str, tmp_
         assert alone[part] == served[part]
     assert alone["decision"]["reason"] == served["decision"]["reason"]
     assert [entry["label"] for entry in alone["predictions"]] == [entry["label"] for entry in served["predictions"]]
+
+
+def test_a_benchmark_tells_what_became_of_its_requests(url: str) -> None:
+    command = ["bench", url, "--rate", "20", "--duration-s", "1", "--budget-ms", "20000", "--json-file", "-"]
+    done = subprocess.run([*COMMAND, *command], capture_output=True, text=True, check=True)
+    [figures] = json.loads(done.stdout)["runs"]
+    assert figures["sent"] == figures["answered"] > 10
+    assert figures["attainment"] == 1
+    assert sum(figures["mix"].values()) == pytest.approx(1)
+    assert 0 < figures["latency_ms"]["p50"] <= figures["latency_ms"]["max"]
 
 
 # Where the suite decides over a change it must not pass by skipping.
@@ -245,6 +256,13 @@ def test_the_curl_commands_of_the_readme_are_answered(url: str) -> None:
         words = shlex.split(command.replace("http://127.0.0.1:8000", url))
         done = subprocess.run([*words, "--silent"], cwd=PHOTOGRAPH.parent, capture_output=True, text=True, check=True)
         assert json.loads(done.stdout)["deadline_met"]
+
+
+def test_the_client_of_the_readme_is_answered(url: str) -> None:
+    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    program = [sys.executable, "-c", example.replace("http://127.0.0.1:8000", url).replace("=300", "=30000")]
+    done = subprocess.run(program, cwd=PHOTOGRAPH.parent, capture_output=True, text=True, check=True)
+    assert re.match(r"bird 0\.0\d+ .*grid \d+ at keep rate", done.stdout)
 
 
 def test_a_stopping_server_answers_those_it_has_admitted(tmp_path: Path) -> None:
@@ -334,7 +352,7 @@ def test_a_checkpoint_that_ships_is_as_good_as_its_card_says(name: str) -> None:
 
 def test_the_default_knows_a_photograph_at_half_of_the_costs_of_a_deit() -> None:
     """As the README asks it, in a process of its own; nothing is measured first."""
-    command = ["classify", str(PHOTOGRAPH), "--budget-gflops", "2.3", "--json-lines"]
+    command = ["classify", str(PHOTOGRAPH), "--budget-gflops", "2.3", "--format", "json"]
     environment = {name: value for name, value in os.environ.items() if name != "SUPERVIT_CHECKPOINT"}
     done = subprocess.run([*COMMAND, *command], capture_output=True, text=True, check=True, env=environment)
     answer = json.loads(done.stdout)

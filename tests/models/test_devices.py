@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.devices import DeviceError, autocast, native_dtype, resolve_device, training_dtype
+from models.devices import autocast, native_dtype, resolve_device, training_dtype
+from models.errors import DeviceError
 
 
 @pytest.fixture

@@ -24,6 +24,11 @@ def test_a_single_batch_size_is_a_table() -> None:
     assert LatencyTable((1,), {SMALL: (0.5,)}).row(SMALL) == (0.5,)
 
 
+def test_batches_that_are_padded_take_as_long_as_those_that_they_are_filled_up_to() -> None:
+    table = LatencyTable((1, 2, 4, 7), {SMALL: (0.01, 0.02, 0.04, 0.08)}, is_padded=True)
+    assert table.row(SMALL) == (0.01, 0.02, 0.04, 0.04, 0.08, 0.08, 0.08)
+
+
 def test_a_sub_network_that_nobody_measured_has_no_row() -> None:
     with pytest.raises(KeyError):
         LatencyTable((1,), {SMALL: (0.5,)}).row(LARGE)

@@ -2,13 +2,14 @@
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import pillow_heif
 import pytest
 import torch
 from PIL import Image
 
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, Header, save_checkpoint
 from models.flops import count_macs
 from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
@@ -100,3 +101,18 @@ def photo(encode: Callable[..., bytes]) -> bytes:
     """A JPEG with some structure."""
     gradient = Image.linear_gradient("L").resize((60, 40))
     return encode(Image.merge("RGB", (gradient, gradient.rotate(90, expand=False), gradient)), "JPEG")
+
+
+@pytest.fixture
+def checkpoint_path(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, checkpoint.profile)
+    save_checkpoint(path, checkpoint.model, header)
+    return path
+
+
+@pytest.fixture
+def photo_path(photo: bytes, tmp_path: Path) -> Path:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(photo)
+    return path

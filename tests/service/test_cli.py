@@ -1,21 +1,17 @@
-import json
+import io
+import os
 import resource
-from collections.abc import Sequence
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
-import httpx
 import pytest
-import torch
-from PIL import Image
-from safetensors.torch import save_file
 
-from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint
 from models.files.sources import find_checkpoint
-from models.profiles import ProfileTable
-from models.subnetwork import SubNetwork
-from models.supervit import DEIT_SMALL, SuperViT
 from service.cli import main
-from service.client import Classify, classify
+from service.commands.registry import COMMANDS
 from service.engines.torch_engine import TorchEngine
 from service.errors import CommandError
 from service.hosting.serve import allow_connections, plan_workers, serve, share_out, supervise
@@ -23,126 +19,6 @@ from service.hosting.workers import bind
 from service.settings import Settings, worker_environment
 
 SHIPPED = "supervit-micro-cifar10"
-
-
-@pytest.fixture
-def checkpoint_path(checkpoint: Checkpoint, tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.safetensors"
-    header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, checkpoint.profile)
-    save_checkpoint(path, checkpoint.model, header)
-    return path
-
-
-@pytest.fixture
-def photo_path(photo: bytes, tmp_path: Path) -> Path:
-    path = tmp_path / "photo.jpg"
-    path.write_bytes(photo)
-    return path
-
-
-def test_classify_shows_the_best_classes_and_the_reason(
-    checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["classify", str(photo_path), "--checkpoint", str(checkpoint_path), "--top-k", "2"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("%  thing") == 2
-    assert "nothing else waits" in shown
-
-
-@pytest.mark.parametrize("name", ["a, b.jpg", 'it"s.jpg', "[1].jpg", "{x}.jpg", '"q".jpg', "007", "a\\b.jpg", " ü.jpg"])
-def test_classify_takes_file_names_as_they_are(
-    name: str, checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    named = photo_path.rename(photo_path.with_name(name))
-    arguments = [str(named), "--checkpoint", str(checkpoint_path), "--json-lines"]
-    assert main(["classify", str(named), *arguments]) == 0
-    assert [json.loads(line)["photo"] for line in capsys.readouterr().out.splitlines()] == [str(named)] * 2
-
-
-def test_classify_is_in_no_hurry(
-    checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SUPERVIT_DEFAULT_BUDGET_MS", "5")  # of servers, for which somebody waits
-    assert main(["classify", str(photo_path), "--checkpoint", str(checkpoint_path), "--json-lines"]) == 0
-    assert json.loads(capsys.readouterr().out)["budget_ms"] >= 600_000
-
-
-def test_classify_goes_on_after_a_photo_that_it_cannot_read(
-    checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photos = ["/does/not/exist.jpg", str(checkpoint_path), str(photo_path)]
-    assert main(["classify", *photos, "--checkpoint", str(checkpoint_path), "--json-lines"]) == 1
-    printed = capsys.readouterr()
-    assert json.loads(printed.out)["photo"] == str(photo_path)
-    assert "/does/not/exist.jpg: No such file" in printed.err
-    assert "tiny.safetensors: not an image" in printed.err
-    assert "2 of 3 photos" in printed.err
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[::1"])
-def test_classify_says_that_there_is_no_such_server(
-    photo_path: Path, capsys: pytest.CaptureFixture[str], url: str
-) -> None:
-    assert main(["classify", str(photo_path), "--url", url]) == 1
-    error = capsys.readouterr().err
-    assert "does not answer" in error or "is no URL" in error
-    assert error.count("\n") == 1
-
-
-def test_classify_goes_on_after_a_photo_on_which_the_server_hangs_up(
-    photo_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def hang_up(_: httpx.Request) -> httpx.Response:
-        raise httpx.WriteError("")
-
-    command = Classify(photos=[photo_path, photo_path], url="http://server")
-    with pytest.raises(CommandError, match="2 of 2 photos"):
-        classify(command, httpx.MockTransport(hang_up))
-    assert capsys.readouterr().err.count("the server closed the connection") == 2
-
-
-TITLE = "\x1b]0;mine\x07"  # a terminal would take it for its window's title
-
-
-@pytest.mark.parametrize("status", [200, 422])
-def test_classify_shows_no_control_characters_of_a_server(
-    photo_path: Path, capsys: pytest.CaptureFixture[str], status: int
-) -> None:
-    answer = {
-        "predictions": [{"label": TITLE, "probability": 0.5}],
-        "timing_ms": {"total": 1.0},
-        "decision": {"reason": f"r\n{TITLE}"},
-        "error": {"message": f"m{TITLE}"},
-    }
-    transport = httpx.MockTransport(lambda _: httpx.Response(status, json=answer))
-    photo = photo_path.rename(photo_path.with_name("\x1b.jpg"))
-    if status == 200:
-        classify(Classify(photos=[photo], url="http://server"), transport)
-    else:
-        with pytest.raises(CommandError):
-            classify(Classify(photos=[photo], url="http://server"), transport)
-    shown = "".join(capsys.readouterr())
-    assert not set(shown) & {"\x1b", "\x07"}
-    assert r"\x1b]0;mine\x07" in shown
-    assert shown.count("\n") == (3 if status == 200 else 1)
-
-
-@pytest.mark.parametrize("answer", [{}, [], {"predictions": [{"label": "a", "probability": "x"}]}, {"predictions": 1}])
-def test_classify_says_that_an_answer_is_none_of_such_a_server(photo_path: Path, answer: object) -> None:
-    transport = httpx.MockTransport(lambda _: httpx.Response(200, json=answer))
-    with pytest.raises(CommandError, match="does not answer as a SuperViT server does"):
-        classify(Classify(photos=[photo_path], url="http://server"), transport)
-
-
-@pytest.mark.parametrize(("name", "value"), [("PORT", "abc"), ("DEVICE", "cuda:77"), ("CHECKPOINT", "/nowhere")])
-def test_classify_names_what_it_cannot_use_of_its_environment(
-    photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, value: str
-) -> None:
-    monkeypatch.setenv(f"SUPERVIT_{name}", value)
-    assert main(["classify", str(photo_path)]) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert name.lower() in error or value in error
 
 
 class BrokenEngine(TorchEngine):
@@ -273,76 +149,21 @@ def test_a_value_outside_its_range_is_wrong_usage(arguments: list[str], capsys: 
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["bogus"], ["serve", "--bogus"], []])
-def test_an_unknown_command_or_option_is_wrong_usage(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code
-
-
-@pytest.fixture
-def data(checkpoint: Checkpoint, tmp_path: Path) -> Path:
-    return plain_images(tmp_path / "data", checkpoint.class_names)
-
-
-def plain_images(folder: Path, class_names: Sequence[str]) -> Path:
-    """Two plain images of each class to measure on."""
-    for index, name in enumerate(class_names):
-        (folder / "test" / name).mkdir(parents=True)
-        for shade in (0, 1):
-            picture = Image.new("RGB", (20, 20), (25 * index, 100 * shade, 5))
-            picture.save(folder / "test" / name / f"{shade}.png")
-    return folder
-
-
-def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
-    checkpoint: Checkpoint, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("arguments", [["bogus"], ["serve", "--bogus"], ["serve", "extra"]])
+def test_an_unknown_command_or_option_is_wrong_usage_and_told_in_a_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "tiny.safetensors"
-    unmeasured = ProfileTable.unmeasured(checkpoint.config)
-    save_checkpoint(path, checkpoint.model, Header("tiny", checkpoint.config, checkpoint.class_names, unmeasured))
-    command = ["evaluate", str(path), str(data), "--workers", "0", "--batch-size", "3"]
-    (data / "test" / checkpoint.class_names[0] / "2.png").write_text("no picture")
-    assert main([*command, "--rates-between"]) == 1
-    assert "more than --max-bad-images 0.01 allows" in capsys.readouterr().err
-    assert main([*command, "--rates-between", "--max-bad-images", "0.2"]) == 0
-    printed = capsys.readouterr().out
-    assert "images of test/, calibration error from the other " in printed
-    assert f"accuracy from all {2 * len(checkpoint.class_names)} of test/" in printed
-    measured = load_checkpoint(path)
-    assert measured.profile.is_measured
-    assert SubNetwork(4, 0.75) in measured.profile.by_subnetwork
-    assert "expected calibration error" in printed
-    assert all(row.temperature != 1 and row.calibration_error is not None for row in measured.profile.rows)
-    assert all(0 < (row.top5 or 0) <= 1 for row in measured.profile.rows)
-    assert all(f"{100 * (row.top1 or 0):.2f} %" in printed for row in measured.profile.rows)
-    assert torch.equal(measured.model.head.weight, checkpoint.model.head.weight)
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("supervit: ")
+    assert arguments[-1] in error
+    assert error.count("\n") == 1
 
 
-def test_evaluate_writes_a_copy_of_what_ships_into_the_current_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shipped = find_checkpoint(SHIPPED)
-    before = shipped.read_bytes(), set(shipped.parent.iterdir())
-    data = plain_images(tmp_path / "data", load_checkpoint(shipped).class_names)
-    command = ["evaluate", SHIPPED, str(data), "--workers", "0"]
-    assert main(command) == 0
-    copy = load_checkpoint(tmp_path / f"{SHIPPED}.safetensors")
-    assert copy.profile.is_measured
-    assert copy.profile != load_checkpoint(shipped).profile
-    assert (shipped.read_bytes(), set(shipped.parent.iterdir())) == before
-    capsys.readouterr()
-    assert main(command) == 1
-    assert capsys.readouterr().err == f"supervit: {SHIPPED}.safetensors: would be overwritten\n"
-
-
-def test_a_checkpoint_that_ships_is_classified_with_by_its_name(
-    photo_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["classify", str(photo_path), "--checkpoint", SHIPPED, "--top-k", "10"]) == 0
-    assert "%  airplane" in capsys.readouterr().out
+def test_no_command_at_all_is_wrong_usage_and_shows_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr().out
+    assert all(f" {name} " in shown for name in COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -365,55 +186,100 @@ def test_a_checkpoint_that_cannot_be_found_is_named_by_every_command(
     assert error.count("\n") == 1
 
 
-def test_evaluate_never_replaces_weights_that_others_named_as_it_names_its_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The authors' weights are of another format, though the file's name is one of ours."""
-    published = tmp_path / "net.safetensors"
-    save_file(SuperViT(DEIT_SMALL).state_dict(), published)
-    assert not load_checkpoint(published).is_ours
-    stranger = tmp_path / "net.safetensors.safetensors"
-    stranger.touch()
-    assert main(["evaluate", str(published), str(tmp_path)]) == 1
-    assert f"{stranger}: would be overwritten" in capsys.readouterr().err
-
-
-def test_evaluate_never_replaces_a_file_that_is_not_its_own(
-    checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    unrelated = checkpoint_path.rename(tmp_path / "net.pth.safetensors")
-    (tmp_path / "net.pth").write_bytes(unrelated.read_bytes())
-    assert main(["evaluate", str(tmp_path / "net.pth"), str(tmp_path)]) == 1
-    assert f"{unrelated}: would be overwritten" in capsys.readouterr().err
-
-
-def test_evaluate_names_a_data_set_that_it_cannot_use(
-    checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["evaluate", str(checkpoint_path), str(tmp_path)]) == 1
-    assert "neither val/ nor test/" in capsys.readouterr().err
-
-
 def test_train_names_a_data_set_that_it_cannot_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(tmp_path), "--output", str(tmp_path / "run")]) == 1
     assert str(tmp_path / "train") in capsys.readouterr().err
 
 
-def test_evaluate_rounds_to_half_precision_before_it_measures(
-    checkpoint: Checkpoint, data: Path, tmp_path: Path
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"supervit {version('supervit-serve')}\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["serve", "--help"], ["serve", "-h", "--port", "abc"]])
+def test_help_is_no_failure(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    assert "Usage: supervit" in capsys.readouterr().out
+
+
+def test_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(command.summary in shown for command in COMMANDS.values())
+    assert all(f"\n   {code} " in shown for code in (0, 1, 2, 130))
+
+
+@pytest.mark.parametrize(("typo", "meant"), [(["srve"], "serve"), (["serve", "--prot", "9"], "--port")])
+def test_a_typo_is_answered_with_what_may_be_meant(
+    typo: list[str], meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "tiny.safetensors"
-    unmeasured = ProfileTable.unmeasured(checkpoint.config)
-    save_checkpoint(path, checkpoint.model, Header("tiny", checkpoint.config, checkpoint.class_names, unmeasured))
-    whole = load_checkpoint(path)
-    assert main(["evaluate", str(path), str(data), "--workers", "0", "--half"]) == 0
-    halved = load_checkpoint(path)
-    assert halved.is_half
-    assert halved.profile.is_measured
-    assert main(["evaluate", str(path), str(data), "--workers", "0"]) == 0
-    assert load_checkpoint(path).is_half  # it stays so
-    for name, weight in halved.model.state_dict().items():
-        original = whole.model.state_dict()[name]
-        assert torch.equal(weight, original.half().float() if original.is_floating_point() else original) or (
-            "running" in name
+    assert main(typo) == 2
+    assert meant in capsys.readouterr().err
+
+
+def test_an_option_that_is_a_control_character_is_no_command_to_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["serve", "--\x1b[31m"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_full_disk_and_a_reader_that_has_left_are_failures() -> None:
+    command = [sys.executable, "-m", "service.cli", "--version"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with Path("/dev/full").open("w") as full, os.fdopen(writing, "w") as pipe:
+        onto_full, into_pipe = (
+            subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
+            for file in (full, pipe)
         )
+    assert (onto_full.returncode, onto_full.stderr) == (1, "supervit: No space left on device\n")
+    assert (into_pipe.returncode, into_pipe.stderr) == (1, "")
+
+
+def test_help_completion_and_wrong_usage_wait_for_no_torch() -> None:
+    words = [["--help"], *([name, "--help"] for name in COMMANDS), ["serve", "--port", "x"], ["classify", "a", "--x"]]
+    heavy = ["torch", "timm", "matplotlib", "fastapi", "httpx", "openvino"]
+    code = f"""import sys
+from service.cli import main
+statuses = [main(words) for words in {words!r}]
+print(*statuses, *(name for name in {heavy!r} if name in sys.modules), file=sys.stderr)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1].split() == [*"0" * (1 + len(COMMANDS)), "2", "2"]
+
+
+def test_the_list_of_commands_waits_for_no_model_of_options() -> None:
+    code = "import sys; from service.cli import main; main(['--help']); print('pydantic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("words", "library", "extra"),
+    [
+        (["evaluate", "checkpoint", "data"], "matplotlib", "train"),
+        (["profile", "--plot-file", "out.png"], "matplotlib", "train"),
+        (["bench", "http://server"], "aiohttp", "bench"),
+    ],
+)
+def test_a_library_of_an_extra_that_is_not_installed_is_told_with_the_extra(
+    words: list[str], library: str, extra: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("models.evaluation.plots", "service.bench.connections", f"service.commands.{words[0]}"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, library, None)  # which is what makes an import fail
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert error == (
+        f"supervit: {library} is not installed: install this project with its extra, pip install '.[{extra}]'\n"
+    )
+
+
+def test_ctrl_c_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(io.BytesIO):
+        def read(self, _: int | None = -1, /) -> bytes:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Interrupted()))
+    assert main(["classify", "-", "--url", "http://server"]) == 130
+    assert capsys.readouterr().err == "\nsupervit: interrupted\n"

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.anyio
 
 
 def wanted(
-    budget_ms: float | None = 600_000, budget_gflops: float | None = None, **changes: int | str | SubNetwork
+    budget_ms: float | None = 600_000, budget_gflops: float | None = None, **changes: float | str | SubNetwork
 ) -> InferenceRequest:
     return replace(InferenceRequest(time.monotonic(), budget_ms, budget_gflops, top_k=2), **changes)  # type: ignore[arg-type] # the names are the attributes'
 
@@ -113,6 +113,11 @@ class CountedPipeline(Pipeline):
         super().__init__(scheduler=scheduler, ledger=parts.ledger, **options)
         self.scheduler = scheduler
         self._metrics = Metrics(parts.registry)
+
+    def reserve(self, request: InferenceRequest) -> QueuedRequest:
+        reserved = super().reserve(request)
+        assert reserved is not None, "its key has no rate"
+        return reserved
 
     async def classify(
         self,
@@ -390,6 +395,19 @@ async def test_a_request_without_a_budget_gets_the_servers_default(profiles: Pro
     assert answer.budget_s == 60.0
     assert answer.decision.profile is profiles.frontier[-1]
     assert answer.decision.code is ReasonCode.ALONE
+
+
+async def test_a_client_that_waits_less_than_the_budget_shortens_it(profiles: ProfileTable) -> None:
+    async with running(Parts().open(), profiles) as pipeline:
+        default = await pipeline.classify(two_bytes, wanted(budget_ms=None, client_waits_s=20.0))
+        patient = await pipeline.classify(two_bytes, wanted(budget_ms=30_000, client_waits_s=120.0))
+    assert (default.budget_s, patient.budget_s) == (20.0, 30.0)
+
+
+async def test_a_client_that_waits_for_no_sub_network_has_asked_for_nothing_wrong(profiles: ProfileTable) -> None:
+    async with running(Parts(), profiles) as pipeline:
+        with pytest.raises(DeadlineError, match="even on the idle machine"):
+            await pipeline.classify(never, wanted(client_waits_s=1e-9))
 
 
 async def test_what_cannot_be_answered_in_time_is_rejected_before_its_body_is_read(profiles: ProfileTable) -> None:

@@ -5,11 +5,13 @@ import pytest
 from pydantic import ValidationError
 
 from models.files.sources import find_checkpoint, shipped_names
+from service.errors import CommandError
 from service.settings import (
     DEFAULT_CHECKPOINT,
     Settings,
     comma_separated,
     named_settings,
+    read_settings,
     unknown_variables,
     worker_environment,
 )
@@ -20,6 +22,7 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "checkpoint": "/models/a.pth",
         "host": "0.0.0.0",
         "port": "80",
+        "grpc_port": "81",
         "fd": "3",
         "keep_alive_s": "60",
         "cors_origins": "https://example.org",
@@ -72,6 +75,13 @@ def test_a_value_outside_its_range_is_rejected(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv(f"SUPERVIT_{name}", value)
     with pytest.raises(ValidationError):
         Settings()
+
+
+def test_a_variable_outside_its_range_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUPERVIT_MAX_BATCH_SIZE", "0")
+    with pytest.raises(CommandError, match=r"^SUPERVIT_MAX_BATCH_SIZE: at least 1 is wanted$"):
+        read_settings(port=80)
+    assert read_settings(port=80, max_batch_size=2).port == 80
 
 
 def test_every_knob_says_what_it_is() -> None:

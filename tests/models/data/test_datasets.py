@@ -9,7 +9,6 @@ import torch
 from models.data.augmentation import Augmentation, training_transform
 from models.data.datasets import (
     NO_LABEL,
-    DataError,
     ImageSet,
     TrainingSamples,
     digest_samples,
@@ -20,6 +19,7 @@ from models.data.datasets import (
     stratified_order,
 )
 from models.data.images import Transform, evaluation_transform
+from models.errors import DataError
 from models.subnetwork import SuperViTConfig
 
 

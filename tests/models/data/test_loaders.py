@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.data.datasets import NO_LABEL, DataError, ImageSet, TrainingSamples, open_folder
+from models.data.datasets import NO_LABEL, ImageSet, TrainingSamples, open_folder
 from models.data.images import evaluation_transform
 from models.data.loaders import SampleLoader, gather_in_turn, join_in_turn, load_in_turn
+from models.errors import DataError
 from models.subnetwork import SuperViTConfig
 
 

@@ -11,7 +11,8 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, load_checkpoint
-from models.data.datasets import NO_LABEL, DataError
+from models.data.datasets import NO_LABEL
+from models.errors import DataError
 from models.evaluation.calibration import HIGHEST_EXPONENT, LOWEST_EXPONENT, Scaling, fit_scaling
 from models.evaluation.evaluate import Evaluation, evaluate, fit_scalings
 from models.evaluation.hold_out import label_indices

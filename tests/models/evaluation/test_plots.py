@@ -2,7 +2,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from models.evaluation.plots import plot_frontier, plot_latency, plot_training
+from models.evaluation.plots import plot_bench, plot_frontier, plot_latency, plot_training
 from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
@@ -22,6 +22,15 @@ def test_the_frontier_is_a_png(tmp_path: Path) -> None:
     ]
     plot_frontier(ProfileTable(tuple(rows)), "tiny", tmp_path / "frontier.png")
     assert is_png(tmp_path / "frontier.png")
+
+
+def test_the_course_of_a_benchmark_is_a_png(tmp_path: Path) -> None:
+    answered = [(0.1 * number, 0.05 + 0.001 * number, number < 80) for number in range(100)]
+    none_answered = [(0.0, None, False)]
+    plot_bench({"10/s": answered, "20/s": none_answered}, tmp_path / "course.png")
+    assert is_png(tmp_path / "course.png")
+    plot_bench({"20/s": none_answered}, tmp_path / "none.png")
+    assert is_png(tmp_path / "none.png")
 
 
 def test_a_training_run_of_one_epoch_and_of_several_is_a_png(tmp_path: Path) -> None:

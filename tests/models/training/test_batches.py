@@ -12,9 +12,10 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.nn import functional
 
-from models.data.datasets import DataError, open_folder, open_training_data
+from models.data.datasets import open_folder, open_training_data
 from models.data.images import evaluation_transform, normalise
 from models.data.loaders import SampleLoader
+from models.errors import DataError
 from models.subnetwork import SuperViTConfig
 from models.training.batches import TARGETS_NAME, ImageBatches, crop_and_mirror, fits_memory, open_batches, soft_targets
 from models.training.recipe import Recipe

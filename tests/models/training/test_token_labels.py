@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.data.datasets import DataError
+from models.errors import DataError
 from models.subnetwork import SuperViTConfig
 from models.training.batches import find_targets, open_batches
 from models.training.recipe import Recipe

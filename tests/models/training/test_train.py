@@ -20,10 +20,10 @@ from timm.utils import ModelEmaV3
 from torch import distributed
 
 from models.checkpoint import CheckpointError, Header, load_checkpoint, read_weights, save_checkpoint
-from models.data.datasets import DataError, open_folder
+from models.data.datasets import open_folder
 from models.data.images import evaluation_transform
 from models.data.loaders import SampleLoader
-from models.devices import DeviceError
+from models.errors import DataError, DeviceError
 from models.evaluation.calibration import Scaling
 from models.evaluation.judging import answers_of, measure_accuracy
 from models.mix_token import draw_box

@@ -85,7 +85,7 @@ def test_what_a_key_allows_is_what_the_file_says(path: Path) -> None:
         "shortest_budget_ms": 50.0,
         "max_in_flight": 64,
     }
-    path.write_text(entry(**limits))
+    path.write_text(entry("camera", SECRET, **limits))
     assert KeyFile(path).find(bearer(SECRET)) == ApiKey("camera", **limits)  # type: ignore[arg-type] # names are given
 
 

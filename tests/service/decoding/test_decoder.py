@@ -66,6 +66,17 @@ def test_images_that_hold_all_threads_for_too_long_are_expected_to_go_on_so() ->
         assert decoder.queue_s(images.now, DUE_AT) == 0.0
 
 
+def test_pixels_that_need_no_codec_wait_their_turn_like_files() -> None:
+    with slow(threads=1) as images:
+        images.decoder.submit(b"first", DUE_AT)
+        images.running.acquire()
+        pixels = OpenedImage("UINT8", COST_S, 0, lambda: images.decode(b"pixels"))
+        ends = [images.decoder.submit(data, DUE_AT + later) for data, later in ((pixels, 2), (b"file", 1))]
+        images.may_end.set()
+        assert [isinstance(end.result(10), DecodedImage) for end in ends] == [True, True]
+        assert images.order == [b"first", b"file", b"pixels"]
+
+
 def test_images_that_outlast_their_clients_are_learned_from() -> None:
     with slow() as images:
         future = images.decoder.submit(b"x", DUE_AT)

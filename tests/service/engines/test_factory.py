@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from models.checkpoint import Checkpoint
-from models.devices import DeviceError
+from models.errors import DeviceError
 from models.profiles import ProfileTable
 from models.quantization import BlockRanges, Quantization, Range
 from models.subnetwork import SuperViTConfig

@@ -54,6 +54,13 @@ def test_a_first_start_measures_few_cells_and_estimates_the_others(engine: Engin
     assert 0 < profile.measured_share <= 0.2
 
 
+def test_a_profile_of_an_engine_that_pads_batches_says_so(engine: Engine) -> None:
+    for is_padded in (True, False):
+        latencies = engine.begin(is_padded=is_padded)[0].predict()
+        assert latencies.likely.is_padded is is_padded
+        assert latencies.cautious.is_padded is is_padded
+
+
 def test_a_first_start_ends_with_its_time_but_knows_two_sub_networks(engine: Engine) -> None:
     profile, _ = engine.begin(budget_s=0.0)
     cheapest, dearest = first_cells(extended_profile(engine.checkpoint), SIZES)[:2]

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint
 from models.subnetwork import SubNetwork
+from service.engines.base import Captured
 from service.engines.profile_store import PROBES, load_or_measure, measure_latencies
 from service.engines.profiler import MIN_RUNS, SLOW_S, Measurement, measure, measurement_of
+from service.engines.torch_engine import TorchEngine
+from tests.service.engines.fake_graphs import FakeGraphDevice
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
 BATCH_SIZES = (1, 2, 4)
@@ -103,6 +106,28 @@ def test_the_first_run_of_a_batch_does_not_count() -> None:
     measurement = FakeEngine(takes).measure(budget_s=0)
     assert measurement.table.seconds[SMALL] == pytest.approx([seconds(SMALL, size) for size in BATCH_SIZES])
     assert max(measurement.spread[SMALL]) < 1e-9
+
+
+def test_what_prepares_a_batch_comes_before_its_run_and_its_time_does_not_count(
+    engine: FakeEngine, load: Callable[..., Measurement]
+) -> None:
+    prepared: list[Cell] = []
+
+    def prepare(subnetwork: SubNetwork, batch_size: int) -> None:
+        cell = subnetwork, batch_size
+        assert engine.count(cell) == prepared.count(cell)
+        prepared.append(cell)
+        engine.now += 10 * SLOW_S
+
+    table = load(prepare=prepare).table
+    assert set(prepared) == {(subnetwork, size) for subnetwork in (SMALL, LARGE) for size in BATCH_SIZES}
+    assert table.seconds[SMALL] == pytest.approx([seconds(SMALL, size) for size in BATCH_SIZES])
+
+
+def test_a_profile_says_that_batches_are_padded(load: Callable[..., Measurement]) -> None:
+    assert not load().table.is_padded
+    assert load(is_padded=True).table.is_padded  # measured before
+    assert load(is_padded=True, fresh=True).table.is_padded
 
 
 def test_a_disturbance_of_a_whole_round_leaves_no_trace_in_the_medians(engine: FakeEngine) -> None:
@@ -372,12 +397,19 @@ def test_the_file_is_one_that_people_can_read(load: Callable[..., Measurement], 
 def test_latencies_are_measured_up_to_the_largest_batch_whatever_its_size(
     checkpoint: Checkpoint, tmp_path: Path, largest: int, sizes: tuple[int, ...]
 ) -> None:
+    class Engine(TorchEngine):
+        """Answers at once."""
+
+        def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+            del subnetwork
+            ran.add(len(images))
+            return images[:, :, 0, 0].float()
+
     ran: set[int] = set()
-
-    def run(images: Tensor, _: SubNetwork) -> Tensor:
-        ran.add(len(images))
-        return images[:, :, 0, 0].float()
-
-    kept = measure_latencies(checkpoint, "fake", run, folder=tmp_path, max_batch_size=largest, budget_s=0.0)
+    engine = Engine(checkpoint.model, "cpu", 1, graph_device=FakeGraphDevice(total_bytes=100_000))
+    kept = measure_latencies(checkpoint, engine, folder=tmp_path, max_batch_size=largest, budget_s=0.0)
     assert kept.table.batch_sizes == sizes
     assert ran == set(sizes)
+    assert kept.table.is_padded
+    count = len(kept.table.seconds) * len(sizes)
+    assert engine.captured() == Captured(count, 10 * count)

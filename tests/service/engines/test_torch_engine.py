@@ -1,14 +1,21 @@
+from collections.abc import Callable
+from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.checkpoint import Checkpoint
 from models.data.images import normalise
-from models.devices import DeviceError
-from models.subnetwork import SubNetwork
+from models.errors import DeviceError
+from models.subnetwork import Flavour, SubNetwork
+from models.supervit import SuperViT
+from service.engines.base import Captured
 from service.engines.torch_engine import TorchEngine, growth_per_image, serving_dtype
+from tests.service.engines.fake_graphs import FakeGraph, FakeGraphDevice
 
 
 @pytest.fixture
@@ -71,10 +78,92 @@ def test_warming_up_runs_every_trained_sub_network(checkpoint: Checkpoint) -> No
     assert not engine.is_on_gpu
 
 
+def test_a_cpu_captures_nothing(checkpoint: Checkpoint) -> None:
+    engine = TorchEngine(checkpoint.model, "cpu", 1)
+    engine.prepare(checkpoint.config.largest, 2)
+    assert engine.captured() is None
+    assert not engine.pads_batches
+
+
+@pytest.mark.usefixtures("capabilities")
+def test_what_is_prepared_runs_as_a_graph_and_all_else_kernel_by_kernel_with_the_same_answers(
+    checkpoint: Checkpoint, images: Tensor
+) -> None:
+    eager, device = TorchEngine(checkpoint.model, "cpu", 1), FakeGraphDevice()
+    engine = TorchEngine(checkpoint.model, "cpu", 1, graph_device=device)
+    assert engine.pads_batches
+    largest, *others = sorted(checkpoint.config.subnetworks, reverse=True)
+    engine.prepare(largest, 4)
+    assert engine.captured() == Captured(1, device.held_bytes)
+    torch.testing.assert_close(engine.run(images, largest), eager.run(images, largest))
+    assert device.num_replays == 1
+    for subnetwork in others:
+        assert torch.equal(engine.run(images, subnetwork), eager.run(images, subnetwork))
+    assert (device.num_captures, device.num_replays) == (1, 1)
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
+    """Notes by name what torch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 - torch's
+        self.names.append(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+# Numbers of Python made a tensor, a tensor made numbers of Python, a shape that depends on values.
+NOT_CAPTURED = {"lift_fresh", "item", "_local_scalar_dense", "nonzero"}
+
+
+class Noting(FakeGraphDevice):
+    """Notes of each capture the operations that it would hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.captured: list[list[str]] = []
+
+    def capture(self, forward: Callable[[], Tensor]) -> FakeGraph:
+        with Operations() as operations:
+            forward()
+        self.captured.append(operations.names)
+        return super().capture(forward)
+
+
+@pytest.mark.parametrize("fuse_pruned", [False, True])
+@pytest.mark.parametrize("flavour", ["deit", "lvvit"])
+def test_what_is_captured_makes_no_tensor_of_numbers_no_number_of_tensors_and_is_the_same_for_any_batch(
+    checkpoint: Checkpoint, images: Tensor, flavour: Flavour, fuse_pruned: bool
+) -> None:
+    config = replace(checkpoint.config, flavour=flavour, stem_width=4, fuse_pruned=fuse_pruned)
+    device = Noting()
+    engine = TorchEngine(SuperViT(config).eval(), "cpu", 1, graph_device=device)
+    for subnetwork in config.subnetworks:
+        for size in (1, 3):
+            engine.prepare(subnetwork, size)
+    assert len(device.captured) == 8
+    assert all(NOT_CAPTURED.isdisjoint(names) for names in device.captured)
+    assert all(device.captured[number] == device.captured[number + 1] for number in range(0, 8, 2))
+    with torch.inference_mode(), Operations() as operations:
+        normalise(images, config).sum().item()
+    assert {"lift_fresh", "item"} <= set(operations.names)  # which is why the engine makes its constants once
+
+
+def test_figures_of_graphs_and_of_eager_kernels_are_kept_apart(checkpoint: Checkpoint) -> None:
+    eager = TorchEngine(checkpoint.model, "cpu", 1).describe()
+    engine = TorchEngine(checkpoint.model, "cpu", 1, graph_device=FakeGraphDevice())
+    assert engine.describe() == f"{eager}, CUDA graphs"
+    engine.prepare(checkpoint.config.largest, 1)
+    assert engine.describe() == f"{eager}, CUDA graphs"
+
+
 def test_a_gpu_bounds_batches_by_its_own_free_memory_at_the_largest_sub_network(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = TorchEngine(checkpoint.model, "cpu", 1)
+    device = FakeGraphDevice()
+    engine = TorchEngine(checkpoint.model, "cpu", 1, graph_device=device)
     peak = 0
 
     def reset(_: torch.device) -> None:
@@ -101,6 +190,15 @@ def test_a_gpu_bounds_batches_by_its_own_free_memory_at_the_largest_sub_network(
     free_bytes[gpu] = 0
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5000)
     assert engine.fitting_images() == 1  # nothing is free: a batch of one may still find its place, or fails alone
+    engine.prepare(checkpoint.config.largest, 2)
+    assert device.num_captures == 0  # what finds no place is not captured
+    free_bytes[gpu] = 750
+    engine.prepare(checkpoint.config.largest, 2)
+    assert device.num_captures == 1
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5010)
+    assert engine.fitting_images() == 2  # 750 bytes and the 10 that PyTorch keeps, which are the graph's
+    free_bytes[gpu] = 749
+    assert engine.fitting_images() == 1
 
 
 def test_what_is_set_aside_once_does_not_count_as_memory_of_an_image() -> None:

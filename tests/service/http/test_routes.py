@@ -24,7 +24,7 @@ from service.engines.profile_store import begin_profile, extended_profile
 from service.errors import InvalidParameterError, OutOfMemoryError
 from service.execution.watchdog import Watchdog
 from service.health import FAILURES_IN_A_ROW
-from service.http.family import describe_family
+from service.http.descriptions import describe_family
 from service.machine.monitor import Monitor
 from service.machine.snapshot import ResourceSnapshot
 from service.runtime import ServerRuntime

@@ -6,7 +6,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 from models.checkpoint import Checkpoint
+from models.latency import LatencyTable
 from service.decoding.images import decode_image
+from service.http.large_json import LARGE_BYTES
+from service.runtime import ServerRuntime
+from service.settings import Settings
+from tests.service.http.scripted_server import ScriptedEngine, serving
 
 MODEL = "/v1/models/tiny"
 PREDICT = f"{MODEL}:predict"
@@ -51,6 +56,20 @@ def test_numbers_are_pixels_scaled_to_one(
 ) -> None:
     pixels = (decode_image(photo, checkpoint.config, 10_000).numpy() / np.float32(255)).tolist()
     assert client.post(PREDICT, json={"instances": [pixels]}).json() == {"predictions": [expected]}
+
+
+def test_large_json_is_read_as_small_is(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
+) -> None:
+    settings = settings.model_copy(update={"max_body_bytes": 10_000_000})
+    pixels = np.random.default_rng(0).random((16, 3, 16, 16), np.float32).astype(np.float64).tolist()
+    with serving(ServerRuntime(settings, checkpoint, engine, latencies)) as client:
+        small = [client.post(PREDICT, json={"inputs": [image]}).json()["outputs"] for image in pixels]
+        for inputs in (pixels, {"image": pixels}):
+            body = {"inputs": inputs, "signature_name": "x" * LARGE_BYTES}
+            outputs = client.post(PREDICT, json=body).json()["outputs"]
+            for row, alone in zip(outputs["probabilities"], small, strict=True):
+                assert row == pytest.approx(alone["probabilities"][0], abs=1e-5)
 
 
 def test_budgets_are_in_the_query(client: TestClient, text: str) -> None:

@@ -3,7 +3,7 @@ import gzip
 import json
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +16,7 @@ from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from service.app import create_app
 from service.decoding.images import decode_image
+from service.http.large_json import LARGE_BYTES
 from service.runtime import ServerRuntime
 from service.settings import Settings
 from tests.service.http.scripted_server import BODY_LIMIT, ScriptedEngine, sample, serving
@@ -61,7 +62,7 @@ def test_a_file_gets_the_answer_of_classify(client: TestClient, photo: bytes) ->
     assert outputs["probabilities"]["data"] == [prediction["probability"] for prediction in by_index]
     assert outputs["labels"]["data"] == [prediction["label"] for prediction in classified["predictions"][:2]]
     answer = response.json()
-    assert (answer["model_name"], answer["model_version"], answer["id"]) == ("tiny", "0123456789ab", "7")
+    assert (answer["model_name"], answer["model_version"], answer["id"]) == ("tiny", "1", "7")
     assert answer["parameters"]["patch_grid"] == classified["subnetwork"]["patch_grid"]
     assert answer["parameters"]["reason"] == classified["decision"]["reason"]
     assert "inference;dur=" in response.headers["Server-Timing"]
@@ -81,6 +82,29 @@ def test_pixels_get_the_answer_of_the_file_that_they_were_decoded_from(
         for data in (values.ravel().tolist(), values.tolist()):
             listed = post(client, {"inputs": [tensor(datatype, shape, data=data)]})
             assert outputs_of(listed)["probabilities"]["data"] == expected
+
+
+@pytest.fixture
+def roomy(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
+) -> Iterator[TestClient]:
+    settings = settings.model_copy(update={"max_body_bytes": 10_000_000})
+    with serving(ServerRuntime(settings, checkpoint, engine, latencies)) as client:
+        yield client
+
+
+def test_large_json_is_read_as_small_is(roomy: TestClient) -> None:
+    pixels = np.random.default_rng(0).random((16, 3, 16, 16), np.float32)
+    shape = [1, 3, 16, 16]
+    alone = [post(roomy, {"inputs": [tensor("FP32", shape, data=[each.tolist()])]}) for each in pixels]
+    expected = [value for response in alone for value in outputs_of(response)["probabilities"]["data"]]
+    for data in (pixels.ravel().tolist(), pixels.tolist()):
+        body = {"inputs": [tensor("FP32", [16, 3, 16, 16], data=data)]}
+        assert len(json.dumps(body)) > LARGE_BYTES / 2
+        padded = {**body, "id": "x" * LARGE_BYTES}
+        assert outputs_of(post(roomy, padded))["probabilities"]["data"] == pytest.approx(expected, abs=1e-5)
+        elsewhere = {**padded, "parameters": {"data": [1, 2]}}
+        assert "elsewhere than in the inputs" in error_of(post(roomy, elsewhere), 422)
 
 
 def test_base64_in_json_and_a_body_that_is_nothing_but_an_image_are_files_too(client: TestClient, photo: bytes) -> None:
@@ -241,7 +265,7 @@ def test_it_tells_what_it_is_and_what_it_serves(client: TestClient) -> None:
     assert client.get("/v2/models/tiny").json()["inputs"][0] == {"name": "image", "datatype": "BYTES", "shape": [-1, 1]}
     assert client.get("/v2/models/tiny/config").json()["max_batch_size"] == 16
     assert client.post("/v2/repository/index").json() == [
-        {"name": "tiny", "version": "0123456789ab", "state": "READY", "reason": ""}
+        {"name": "tiny", "version": "1", "state": "READY", "reason": ""}
     ]
 
 

@@ -1,5 +1,6 @@
 import asyncio
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -100,7 +101,7 @@ class Protocol:
     ) -> InferReply:
         request = InferRequest(name, version, "7", parameters or {}, inputs, outputs)
         return await self.protocol.infer(
-            request, 999.0, query={"budget_ms": "50"}, headers={"x-priority": "-2"}, address="a"
+            request, 999.0, query={"budget_ms": "50"}, headers={"x-priority": "-2"}, address="a", request_id="named"
         )
 
     def outcomes(self) -> dict[str, float]:
@@ -117,10 +118,8 @@ def served(checkpoint: Checkpoint) -> Protocol:
 async def test_each_image_is_a_request_of_its_own_with_what_was_asked_anywhere(served: Protocol) -> None:
     await served.infer(b"first", b"second", parameters={"budget_gflops": 2, "top_k": 2})
     assert served.pipeline.images == [b"first", b"second"]
-    assert (
-        served.pipeline.asked
-        == [InferenceRequest(999.0, budget_ms=50, budget_gflops=2, top_k=2, priority=-2, address="a")] * 2
-    )
+    asked = InferenceRequest(999.0, 50, budget_gflops=2, top_k=2, priority=-2, address="a", request_id="named")
+    assert served.pipeline.asked == [asked, replace(asked, image=1)]
     assert served.outcomes() == {"ok": 2}
 
 
@@ -148,14 +147,14 @@ async def test_where_one_image_fails_the_others_are_given_up_and_the_request_has
 async def test_a_reply_names_the_model_and_the_request(served: Protocol) -> None:
     request = InferRequest("tiny", "1", "7", {}, (InputTensor("image", "BYTES", (1,), [b"a"]),))
     reply = await served.protocol.infer(request, 999.0, query={}, headers={})
-    assert (reply.model_name, reply.model_version, reply.id) == ("tiny", "0123456789ab", "7")
+    assert (reply.model_name, reply.model_version, reply.id) == ("tiny", "1", "7")
     assert [output.name for output in reply.outputs] == ["probabilities", "labels"]
 
 
 @pytest.mark.parametrize("version", ["", "1", "0123456789ab"])
-async def test_the_version_may_be_left_out_or_one(served: Protocol, version: str) -> None:
+async def test_the_version_may_be_left_out_or_one_or_the_checkpoints(served: Protocol, version: str) -> None:
     served.protocol.require_model("tiny", version)
-    assert served.protocol.model_metadata("tiny", version)["versions"] == ["0123456789ab"]
+    assert served.protocol.model_metadata("tiny", version)["versions"] == ["1"]
 
 
 @pytest.mark.parametrize(("name", "version"), [("huge", ""), ("tiny", "2"), ("", "")])
@@ -212,6 +211,7 @@ async def test_it_is_ready_while_requests_are_taken_and_do_not_all_fail_for_its_
 async def test_metadata_and_configuration_describe_the_same_tensors(served: Protocol) -> None:
     metadata, config = served.protocol.model_metadata("tiny"), served.protocol.model_config("tiny")
     assert config["max_batch_size"] == 16
+    assert config["parameters"]["checkpoint_version"] == {"string_value": "0123456789ab"}
     for ours, tritons in (("inputs", "input"), ("outputs", "output")):
         described = [(tensor["name"], tensor["shape"]) for tensor in metadata[ours]]
         assert described == [(tensor["name"], [-1, *tensor["dims"]]) for tensor in config[tritons]]
@@ -225,7 +225,7 @@ async def test_the_statistics_count_every_request(served: Protocol) -> None:
     with pytest.raises(InvalidImageError):
         await served.infer(b"broken")
     [statistics] = served.protocol.statistics()["model_stats"]
-    assert (statistics["name"], statistics["version"]) == ("tiny", "0123456789ab")
+    assert (statistics["name"], statistics["version"]) == ("tiny", "1")
     assert statistics["inference_count"] == 2
     stats = statistics["inference_stats"]
     assert stats["success"] == {"count": 2, "ns": 500_000_000}

@@ -15,7 +15,8 @@ from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from service.engines.profile_store import extended_profile
 from service.rpc import open_inference_pb2 as pb
-from service.rpc.inference_service import SERVICE_NAME, InferenceService
+from service.rpc.answering import Answering
+from service.rpc.inference_service import SERVICE_NAME
 from service.rpc.server import Bounds, serving
 from service.runtime import ServerRuntime
 from service.settings import Settings
@@ -42,11 +43,12 @@ class Served:
         method: str,
         request: Message | bytes,
         response_type: type[M],
+        service: str = SERVICE_NAME,
         **options: Any,  # noqa: ANN401 - gRPC's
     ) -> "grpc.aio.UnaryUnaryCall[bytes, M]":
         data = request if isinstance(request, bytes) else request.SerializeToString()
         ask: grpc.aio.UnaryUnaryMultiCallable[bytes, M] = self.channel.unary_unary(
-            f"/{SERVICE_NAME}/{method}", response_deserializer=response_type.FromString
+            f"/{service}/{method}", response_deserializer=response_type.FromString
         )
         return ask(data, **options)
 
@@ -111,11 +113,11 @@ async def until(is_so: Callable[[], bool]) -> None:
 async def serving_in_process(
     runtime: ServerRuntime, engine: ScriptedEngine, bounds: Bounds = BOUNDS, max_upload_s: float = 30
 ) -> AsyncIterator[Served]:
-    keys = runtime.context.keys
-    service = InferenceService(runtime.inference_protocol, runtime.metrics, max_upload_s, CALLS, keys)
+    protocol, keys = runtime.inference_protocol, runtime.context.keys
+    answering = Answering(protocol, runtime.metrics, max_upload_s, CALLS, keys)
     async with (
         runtime.running(ready_first=True),
-        serving(service, ("127.0.0.1", 0), bounds, lambda: runtime.drain_left_s) as port,
+        serving(answering, ("127.0.0.1", 0), bounds, lambda: runtime.drain_left_s) as port,
         grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
         engine.sizes.clear()  # of the warm-up

@@ -1,6 +1,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 
 from models.checkpoint import Checkpoint
+from models.latency import LatencyTable
+from service.engines.profile_store import extended_profile
 from service.rpc import open_inference_pb2 as pb
 from service.rpc.inference_service import STREAM_AHEAD
 from service.runtime import ServerRuntime
+from service.settings import Settings
 from tests.service.http.scripted_server import ScriptedEngine
 from tests.service.rpc.conftest import CALLS, Served, failure_of, request_for, serving_in_process, until
 
@@ -37,7 +41,7 @@ async def test_lists_are_answered_with_lists_and_bytes_with_bytes(served: Served
 
 async def test_an_answer_says_who_gave_it_to_what_and_why(served: Served, photo: bytes) -> None:
     response = await served.infer(request_for(photo))
-    assert (response.model_name, response.model_version, response.id) == ("tiny", "0123456789ab", "7")
+    assert (response.model_name, response.model_version, response.id) == ("tiny", "1", "7")
     parameters = parameters_of(response)
     assert parameters["patch_grid"] == 4
     assert parameters["deadline_met"] is True
@@ -129,7 +133,9 @@ async def test_a_model_that_fails_is_an_internal_error_of_which_the_log_says_mor
     assert any("mine" in record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
 
 
-async def test_the_clients_deadline_bounds_the_budget(served: Served, engine: ScriptedEngine, photo: bytes) -> None:
+async def test_what_is_not_answered_by_the_clients_deadline_never_runs(
+    served: Served, engine: ScriptedEngine, photo: bytes
+) -> None:
     engine.may_run.clear()
     first = asyncio.ensure_future(served.infer(request_for(photo, budget_ms=UNHURRIED)))
     await until(engine.running.is_set)
@@ -140,9 +146,15 @@ async def test_the_clients_deadline_bounds_the_budget(served: Served, engine: Sc
     assert engine.sizes == [1]  # the late one never ran
 
 
-async def test_a_deadline_too_near_for_any_sub_network_is_no_fault_of_the_request(served: Served, photo: bytes) -> None:
-    status, _, _ = await failure_of(served.infer(request_for(photo), timeout=1e-6))
-    assert status is grpc.StatusCode.DEADLINE_EXCEEDED
+async def test_a_deadline_before_which_nothing_can_be_answered_is_told_at_once(
+    checkpoint: Checkpoint, engine: ScriptedEngine, tmp_path: Path, photo: bytes
+) -> None:
+    slow = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (60.0, 240.0)))
+    runtime = ServerRuntime(Settings(checkpoint=str(tmp_path)), checkpoint, engine, slow)
+    async with serving_in_process(runtime, engine) as served:
+        request = request_for(photo, budget_ms=600_000.0)
+        status, _, metadata = await failure_of(served.infer(request, timeout=30))
+    assert (status, metadata["error-code"]) == (grpc.StatusCode.DEADLINE_EXCEEDED, "deadline_exceeded")
 
 
 async def test_a_cancelled_call_leaves_the_queue_and_is_counted_once(
@@ -269,8 +281,14 @@ async def test_the_server_and_the_model_describe_themselves(served: Served) -> N
     answer = await served.call("ModelConfig", pb.ModelConfigRequest(name="tiny"), pb.ModelConfigResponse)
     assert answer.config.max_batch_size > 0
     assert answer.config.input[0].data_type == pb.TYPE_STRING
+    assert answer.config.parameters["checkpoint_version"].string_value == "0123456789ab"
     index = await served.call("RepositoryIndex", pb.RepositoryIndexRequest(), pb.RepositoryIndexResponse)
     assert [(model.name, model.state) for model in index.models] == [("tiny", "READY")]
+
+
+async def test_a_model_that_is_not_served_is_not_ready(served: Served) -> None:
+    for asked in (pb.ModelReadyRequest(name="other"), pb.ModelReadyRequest(name="tiny", version="2")):
+        assert not (await served.call("ModelReady", asked, pb.ModelReadyResponse)).ready
 
 
 async def test_statistics_count_what_was_answered(served: Served, photo: bytes) -> None:
@@ -281,7 +299,7 @@ async def test_statistics_count_what_was_answered(served: Served, photo: bytes) 
     assert statistics.inference_stats.success.ns > 0
 
 
-@pytest.mark.parametrize("method", ["ModelReady", "ModelMetadata", "ModelConfig", "ModelStatistics"])
+@pytest.mark.parametrize("method", ["ModelMetadata", "ModelConfig", "ModelStatistics"])
 async def test_a_model_that_is_not_served_is_not_found(served: Served, method: str) -> None:
     asked = pb.ModelReadyRequest(name="other").SerializeToString()  # all of them have the name first
     assert (await failure_of(served.call(method, asked, pb.ModelReadyResponse)))[0] is grpc.StatusCode.NOT_FOUND

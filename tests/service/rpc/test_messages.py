@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorProto,
 from service.errors import InvalidParameterError, InvalidTensorError
 from service.inference_protocol.messages import InferReply, OutputTensor, Parameters
 from service.rpc import open_inference_pb2 as pb
+from service.rpc import tensorflow_serving_pb2
 from service.rpc.messages import read_request, write_reply
 
 ROOT = Path(__file__).parents[3]
-SOURCE = "service/rpc/open_inference.proto"
 # In a process of its own: one process can hold only one set of messages of these names.
 TRITONS = """
 import sys
@@ -38,13 +39,15 @@ def fields_of(message: DescriptorProto, prefix: str = "") -> set[tuple[str, str,
     return fields.union(*(fields_of(nested, f"{name}.") for nested in message.nested_type))
 
 
-def test_the_modules_are_what_protoc_makes_of_the_definition(tmp_path: Path) -> None:
-    made = tmp_path / "set"
-    command = [sys.executable, "-m", "grpc_tools.protoc", "-I", ".", f"--descriptor_set_out={made}", SOURCE]
+@pytest.mark.parametrize("module", [pb, tensorflow_serving_pb2])
+def test_the_modules_are_what_protoc_makes_of_the_definitions(module: ModuleType, tmp_path: Path) -> None:
+    made, described = tmp_path / "set", FileDescriptorProto()
+    module.DESCRIPTOR.CopyToProto(described)
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-I", ".", f"--descriptor_set_out={made}", described.name]
     subprocess.run(command, cwd=ROOT, check=True)
     (file,) = FileDescriptorSet.FromString(made.read_bytes()).file
     lines = [line for line in str(file).splitlines() if "json_name" not in line]  # protoc alone writes these
-    assert lines == str(own_file()).splitlines()
+    assert lines == str(described).splitlines()
 
 
 def test_what_is_on_the_wire_is_what_tritons_clients_say() -> None:

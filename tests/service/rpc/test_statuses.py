@@ -2,6 +2,7 @@ import grpc
 
 from service.errors import (
     ForeignOriginError,
+    NoAnswerError,
     NotReadyError,
     OverloadedError,
     RequestError,
@@ -19,8 +20,12 @@ def kinds_of(error: type[ServiceError]) -> set[type[ServiceError]]:
     return {error}.union(*map(kinds_of, below)) if below else {error}
 
 
+OF_CLIENTS = kinds_of(NoAnswerError)
+
+
 def test_every_error_that_a_call_can_meet_has_a_status() -> None:
-    assert set(STATUS) == kinds_of(ServiceError) - {ServiceError, RequestError} - OF_HTTP
+    kinds = {kind for kind in kinds_of(ServiceError) if kind.__module__ == ServiceError.__module__}
+    assert set(STATUS) == kinds - {ServiceError, RequestError} - OF_HTTP - OF_CLIENTS
 
 
 def test_an_error_is_told_with_its_code_and_without_its_details() -> None:

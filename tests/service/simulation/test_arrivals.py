@@ -74,6 +74,20 @@ def test_budgets_and_limits_are_drawn_evenly_and_leave_the_instants_alone() -> N
     assert {arrival.budget_gflops for arrival in arrivals} == {1, 1000}
 
 
+def test_priorities_are_drawn_evenly() -> None:
+    [(_, arrivals)] = Traffic(rate=(100,), priority=(0, -5)).draws(1.0)
+    priorities = [arrival.priority for arrival in arrivals]
+    assert set(priorities) == {0, -5}
+    assert priorities.count(-5) == pytest.approx(len(arrivals) / 2, rel=0.1)
+
+
+def test_a_trace_may_be_nothing_but_instants(tmp_path: Path) -> None:
+    [(_, arrivals)] = Traffic(trace=written(tmp_path / "trace", "2.5\n0\n1e0\n"), budget_ms=(75,)).draws(80.0)
+    assert [(arrival.at, arrival.budget_s) for arrival in arrivals] == [(0, 0.075), (1, 0.075), (2.5, 0.075)]
+    with pytest.raises(TraceError, match="line 2"):
+        read_trace(written(tmp_path / "trace", "2.5\nthree\n"))
+
+
 def test_without_limits_there_is_none() -> None:
     [(_, arrivals)] = Traffic(rate=(10,)).draws(1.0)
     assert {(arrival.budget_s, arrival.budget_gflops, arrival.priority) for arrival in arrivals} == {(0.1, None, 0)}

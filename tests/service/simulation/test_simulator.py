@@ -99,7 +99,7 @@ def test_no_batch_is_larger_than_allowed() -> None:
 
 
 def test_priority_reaches_the_policy() -> None:
-    seen: list[int] = []
+    seen: list[float] = []
 
     def watch(state: SchedulerState) -> BatchDecision:
         seen.extend(request.priority for request in state.queue)

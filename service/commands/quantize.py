@@ -21,7 +21,8 @@ from models.quantization import (
     Quantization,
     Range,
 )
-from service.command_options import Quantize, file_to_write
+from service.commands.options import Quantize
+from service.commands.output import file_to_write
 from service.engines.factory import int8_engine
 from service.engines.openvino_engine import OpenVINOEngine
 from service.engines.openvino_products import ObservedProducts

@@ -7,7 +7,7 @@ from PIL import Image
 
 from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
 from service.cli import main
-from service.quantize import make_range, verdict
+from service.commands.quantize import make_range, verdict
 
 
 @pytest.fixture

@@ -1,16 +1,65 @@
-"""What the commands that need the training's libraries are told, and where they write; the libraries come later."""
+"""What the commands are told whose options have no better place. Holds values: help waits for no library."""
 
-import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_settings import CliPositionalArg
 
-from models.data.datasets import MAX_BAD_IMAGES
-from models.files.sources import bare_name
-from models.processes import count_cores, default_workers
-from service.errors import CommandError
+from models.defaults import MAX_BAD_IMAGES, count_cores, default_workers
+from service.domain import KEY_NAME
+
+STDIN = Path("-")
+
+
+def _named(photos: Any) -> Any:  # noqa: ANN401 - whatever was given
+    if "" in photos:  # as an unset variable of a shell would be; as a path, it would be the current folder
+        raise ValueError("one of the names is empty")
+    return photos
+
+
+class Classify(BaseModel):
+    """Classify photographs, in this process or by a running server; a few at a time, answered in their order."""
+
+    photos: CliPositionalArg[Annotated[list[Path], BeforeValidator(_named)]] = Field(
+        description="image files, folders of them, or - for an image from stdin", min_length=1
+    )
+    budget_gflops: float | None = Field(None, gt=0, description="most that each may cost, in 1e9 multiply-accumulates")
+    budget_ms: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="time for each; of a server by default what it grants, else no end"
+    )
+    min_confidence: float | None = Field(
+        None, ge=0, lt=1, description="probability of an answer under which the photo is looked at again"
+    )
+    patch_grid: int | None = Field(None, ge=1, description="a sub-network by name instead of a budget")
+    keep_rate: float | None = Field(None, gt=0, le=1, description="with --patch-grid")
+    url: str | None = Field(
+        None, min_length=1, description="server to ask, e.g. http://127.0.0.1:8000; this process by default"
+    )
+    checkpoint: str | None = Field(
+        None, description="SuperViT checkpoint to use in this process; by default the one that `serve` would take"
+    )
+    format: Literal["table", "text", "json", "csv"] | None = Field(
+        None,
+        description="table; text, with the reasons; json, a line with the whole answer per photo; csv, with a header. "
+        "By default a table on a terminal, and text elsewhere",
+    )
+    top_k: int | None = Field(
+        None, ge=1, description="predictions to show; by default 1 in table and csv, and 5 in text and json"
+    )
+    explain: Path | None = Field(
+        None, description="PNG file for a drawing of what was looked at, block by block, of one photo"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.photos.count(STDIN) > 1:
+            raise ValueError("stdin holds one image: name - once")
+        if (self.patch_grid is None) != (self.keep_rate is None):
+            raise ValueError("--patch-grid and --keep-rate go together: give both or none")
+        if self.explain and len(self.photos) > 1:
+            raise ValueError("--explain draws one photo")
+        return self
 
 
 class Evaluate(BaseModel):
@@ -67,25 +116,9 @@ class Quantize(BaseModel):
     threads: int = Field(default_factory=count_cores, ge=1, description="threads of the engine; by default every core")
 
 
-def file_to_write(name: str, source: Path, *, output: Path | None = None, is_ours: bool = True) -> Path:
-    """Choose the file for a checkpoint: neither the installed package nor a cache is ours to write to.
+class Key(BaseModel):
+    """Make an API key: its entry for a file of keys on stdout, and the key itself, which is kept nowhere, on stderr."""
 
-    Args:
-        name: of the checkpoint, as it was given.
-        source: where it was found.
-        output: the file that was asked for.
-        is_ours: whether the source is in our own format; another one is left as it is.
-
-    Raises:
-        CommandError: another file is there, or none can be written.
-    """
-    path = output or Path(name)
-    if path != source and output is None:
-        path = Path(f"{bare_name(name)}.safetensors")
-    elif not is_ours or path.suffix != ".safetensors":
-        path = path.with_name(f"{path.name}.safetensors")
-    if path != source and path.exists():
-        raise CommandError(f"{path}: would be overwritten")
-    if not os.access(path.parent, os.W_OK):
-        raise CommandError(f"{path.parent}: is not writable")
-    return path
+    name: CliPositionalArg[str] = Field(
+        pattern=KEY_NAME, description="of its holder, for metrics: letters, digits, dots, dashes and underscores"
+    )

@@ -1,0 +1,90 @@
+"""A measurement, from the options to what became of each request: puts photographs, arrivals and a server together."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Protocol
+
+from service.bench.connections import Connections
+from service.bench.figures import Figures
+from service.bench.generator import Exchange, Planned, open_loop
+from service.bench.options import Bench
+from service.bench.photos import Photo, read_photos
+from service.bench.wires import Reply, Request, SupervitWire, V2Wire, Wire
+from service.errors import CommandError, NoAnswerError
+
+PATIENCE_S = 10.0  # after the longest budget: an answer that comes later still counts among the latencies
+
+
+class Sender(Protocol):
+    """What carries requests to a server and answers back, as `Connections` do."""
+
+    async def send(self, request: Request) -> tuple[int, bytes]:
+        """Send a request; returns the status and the body of the answer."""
+
+
+Connect = Callable[[str, float], AbstractAsyncContextManager[Sender]]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One rate, per second, and what became of its requests in so many seconds."""
+
+    rate: float
+    exchanges: list[Exchange]
+    duration_s: float
+
+    @property
+    def figures(self) -> Figures:
+        """What the run says."""
+        return Figures.of(self.rate, self.exchanges, self.duration_s)
+
+
+async def measure(command: Bench, connect: Connect = Connections) -> list[Run]:
+    """Send the requests of every rate, one rate after the other.
+
+    Args:
+        command: what is sent, and where to.
+        connect: opens connections to a URL, whose requests may take so many seconds.
+
+    Raises:
+        CommandError: there are no photographs, the model takes none, or the server is not ready.
+        InvalidParameterError: no request arrives, or too many.
+        NoAnswerError: the server cannot be reached.
+        OSError: a file cannot be read.
+    """
+    photos = await asyncio.to_thread(read_photos, command.images, command.seed)
+    drawn = list(command.draws_at(command.rates))
+    longest_s = max(arrival.budget_s for _, arrivals in drawn for arrival in arrivals)
+    runs = []
+    async with connect(command.url, longest_s + PATIENCE_S) as sender:
+        wire = await _wire(command, sender, photos)
+        encoded = await asyncio.to_thread(lambda: [wire.encode(photo.data) for photo in photos])
+
+        async def ask(planned: Planned) -> Reply:
+            try:
+                return wire.read(*await sender.send(wire.request(encoded[planned.photo], planned.arrival)))
+            except NoAnswerError as error:
+                return Reply(error.code)
+
+        for rate, arrivals in drawn:
+            plan = []
+            for number, arrival in enumerate(arrivals):
+                place = number % len(photos)
+                plan.append(Planned(arrival, place, photos[place].label))
+            duration_s = command.duration_s if command.trace is None else max(1.0, arrivals[-1].at)
+            runs.append(Run(rate, await open_loop(plan, ask), duration_s))
+    return runs
+
+
+async def _wire(command: Bench, sender: Sender, photos: Sequence[Photo]) -> Wire:
+    """Find the server, so that no load is sent to nobody, and what it takes."""
+    path = "/health/ready" if command.model is None else V2Wire.path(command.model)
+    status, body = await sender.send(Request(path))
+    if status != HTTPStatus.OK:
+        raise CommandError(f"{command.url}{path} answers with status {status}, so nothing can be asked there")
+    if command.model is None:
+        return SupervitWire()
+    return V2Wire(command.model, body, sorted({photo.label for photo in photos if photo.label is not None}))

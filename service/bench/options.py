@@ -1,0 +1,43 @@
+"""What `supervit bench` is told. Imports no HTTP client, so that the command line starts soon."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import CliPositionalArg
+
+from service.simulation.arrivals import Arrivals, Positive
+
+DEFAULT_RATE = 10.0
+STDOUT = Path("-")
+
+
+class Bench(Arrivals):
+    """Send requests to a server at random instants, whatever becomes of those before, and tell how it does."""
+
+    url: CliPositionalArg[str] = Field(description="of the server, e.g. http://127.0.0.1:8000")
+    images: tuple[Path, ...] = Field(
+        (),
+        description="photographs, or folders of them; class folders name what theirs show; by default a few that ship",
+    )
+    duration_s: float = Field(10, gt=0, le=86_400, description="time in which requests are sent")
+    budget_ms: tuple[Positive, ...] = Field(
+        (1000,), min_length=1, description="latency budgets; of several, each request draws one"
+    )
+    protocol: Literal["supervit", "v2"] = Field(
+        "supervit", description="v2: the Open Inference Protocol, of Triton, KServe and others"
+    )
+    model: Annotated[str, Field(min_length=1)] | None = Field(None, description="v2: the model to ask")
+    json_file: Path | None = Field(None, description="file for all figures; - prints them instead of the table")
+    plot_file: Path | None = Field(None, description="PNG file for latencies and attainment over time")
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> Self:
+        if (self.protocol == "v2") != (self.model is not None):
+            raise ValueError("protocol v2 and a model go together: give both or none")
+        return self
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Requests per second, one after the other."""
+        return self.rate or (DEFAULT_RATE,)

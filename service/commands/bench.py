@@ -1,0 +1,105 @@
+"""The `bench` command: sends a server traffic, and prints, writes and draws how it did. Measures nothing itself."""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from models.files.checkpoint_errors import shown
+from service.bench.connections import Connections
+from service.bench.figures import Figures
+from service.bench.generator import Exchange
+from service.bench.measure import Connect, measure
+from service.bench.options import STDOUT, Bench
+
+SHOWN = 3  # sub-networks of the mix
+# Half of what is a tight budget on a fast server: a generator that is later than that measures itself.
+LATE_MS = 10.0
+
+
+def bench(command: Bench, console: Console | None = None, connect: Connect = Connections) -> None:
+    """Send a server requests at every rate, and show what it made of them.
+
+    Args:
+        command: what is sent, and where to.
+        console: that the table is printed on; stdout by default.
+        connect: see `measure`, whose errors are raised, too.
+
+    Raises:
+        OSError: a file cannot be written.
+        ModuleNotFoundError: there is no matplotlib to draw with.
+    """
+    if command.plot_file is not None:
+        from models.evaluation.plots import plot_bench  # matplotlib comes with an extra only
+    console = console or Console()
+    for path in filter(None, (command.json_file, command.plot_file)):
+        if path != STDOUT:
+            path.touch()  # fails now rather than after the measurement
+    runs = asyncio.run(measure(command, connect))
+    figures = [run.figures for run in runs]
+    options = command.model_dump(mode="json", exclude_none=True)
+    text = json.dumps({"options": options, "runs": [asdict(each) for each in figures]}, indent=2) + "\n"
+    if command.json_file == STDOUT:
+        console.out(text, end="", highlight=False)
+    else:
+        console.print(table_of(figures))
+        if command.json_file is not None:
+            command.json_file.write_text(text)
+    if command.plot_file is not None:
+        courses = {f"{run.rate:.4g}/s": [_point(exchange) for exchange in run.exchanges] for run in runs}
+        plot_bench(courses, command.plot_file)
+
+
+def _point(exchange: Exchange) -> tuple[float, float | None, bool]:
+    latency_s = exchange.latency_s if exchange.reply.is_answer else None
+    return exchange.planned.arrival.at, latency_s, exchange.is_in_time
+
+
+def table_of(figures: Sequence[Figures]) -> Table:
+    """Lay figures out, a column for each rate; what a server has said is shown without its control characters."""
+    table = Table(title="open loop, times from when each request was due", caption=_caption(figures))
+    table.add_column("requests/s")
+    for each in figures:
+        table.add_column(f"{each.rate:.4g}", justify="right")
+    columns = [_cells(each) for each in figures]
+    for name in columns[0]:
+        if any(column[name] for column in columns):
+            table.add_row(name, *(Text(column[name] or "-") for column in columns))
+    return table
+
+
+def _cells(figures: Figures) -> dict[str, str]:
+    latencies = figures.latency_ms or {}
+    return {
+        "sent": f"{figures.sent}",
+        "answered": f"{figures.answered}",
+        "in time": f"{figures.attainment:.2%}",
+        "in time per second": f"{figures.goodput_per_s:.4g}",
+        **{
+            f"{name} ms": f"{latencies[name]:.1f}" if latencies else "" for name in ("mean", "p50", "p90", "p99", "max")
+        },
+        "right, of those answered": _share(figures.accuracy),
+        "right and in time, of all": _share(figures.effective_accuracy),
+        "GFLOPs each": "" if figures.mean_gflops is None else f"{figures.mean_gflops:.3g}",
+        "answered by": "\n".join(f"{shown(name)} {share:.0%}" for name, share in list(figures.mix.items())[:SHOWN]),
+        "not answered": _counts(figures.failures),
+        "sent late by, p99 ms": f"{figures.late_p99_ms:.1f}",
+    }
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
+
+
+def _counts(failures: Mapping[str, int]) -> str:
+    return "\n".join(f"{shown(code)} {count}" for code, count in failures.items())
+
+
+def _caption(figures: Sequence[Figures]) -> str | None:
+    if max(each.late_p99_ms for each in figures) <= LATE_MS:
+        return None
+    return "The load generator could not keep up: latencies are its own in part. Send less, or from another machine."

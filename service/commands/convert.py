@@ -1,0 +1,26 @@
+"""`supervit convert`: a SuperViT of a plain ViT, what images it takes, and what is to be done next."""
+
+from models.conversion.convert import convert as convert_vit
+from models.conversion.options import Convert
+from models.profiles import ProfileTable
+
+
+def convert(command: Convert) -> None:
+    """Convert, and say what has come of it.
+
+    Raises:
+        CheckpointError: the file holds no plain ViT.
+        OSError: the other cannot be written.
+    """
+    config = convert_vit(command)
+    profile = ProfileTable.unmeasured(config)
+    told = command.mean or command.name or not command.vit.exists()
+    print(
+        f"{command.output}: {len(profile.rows)} sub-networks of {profile.cheapest.gflops:.3g} to "
+        f"{profile.rows[-1].gflops:.3g} GFLOPs, for images normalised by mean {config.mean} and std {config.std}"
+        + ("" if told else " (ImageNet's, unless the file says otherwise: give --name, or --mean and --std)")
+    )
+    if config.num_classes == 1:
+        print(f"it came without a head: give it one with `supervit train DATA --init {command.output}`")
+    else:
+        print(f"measure it with `supervit evaluate {command.output} DATA`")

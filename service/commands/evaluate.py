@@ -1,0 +1,58 @@
+"""`supervit evaluate`: what every sub-network of a checkpoint is worth, printed, written into it and drawn."""
+
+from functools import partial
+
+from tqdm import tqdm
+
+from models.checkpoint import Header, load_checkpoint, round_to_half, save_checkpoint
+from models.evaluation.evaluate import evaluate as evaluate_subnetworks
+from models.evaluation.plots import plot_frontier
+from models.evaluation.tables import accuracy_table, calibration_summary, cascade_table
+from models.files.sources import find_checkpoint
+from models.processes import joined_processes
+from service.commands.options import Evaluate
+from service.commands.output import file_to_write
+
+
+def evaluate(command: Evaluate) -> None:
+    """Measure, print the table, write the accuracies into the checkpoint and draw the frontier beside it.
+
+    A file of another format is left as it is: a copy in our own format, beside it, gets the accuracies. Of a checkpoint
+    that is named, not given as a path, the copy is written into the current folder.
+
+    Raises:
+        CheckpointError, DataError, DeviceError: what is named cannot be used.
+        CommandError: there is no file to write.
+    """
+    source = find_checkpoint(command.checkpoint)
+    checkpoint = load_checkpoint(source)
+    path = file_to_write(command.checkpoint, source, is_ours=checkpoint.is_ours)
+    is_half = checkpoint.is_half or command.half
+    if is_half:
+        round_to_half(checkpoint.model)
+    with joined_processes(command.device) as process:
+        found = evaluate_subnetworks(
+            checkpoint,
+            command.data,
+            batch_size=command.batch_size,
+            workers=command.workers,
+            max_bad_images=command.max_bad_images,
+            process=process,
+            rates_between=command.rates_between,
+            progress=partial(tqdm, desc="evaluating", disable=not process.is_first, mininterval=1),
+        )
+    if not process.is_first:
+        return
+    # Other weights are other ones in 8 bits, too.
+    int8 = None if command.half and not checkpoint.is_half else checkpoint.int8
+    header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, found.profile, int8)
+    picture = path.with_suffix(".png")
+    print(accuracy_table(found.profile))
+    print(cascade_table(found.profile))
+    print(calibration_summary(found.profile))
+    print(found.basis)
+    save_checkpoint(path, checkpoint.model, header, half=is_half)
+    plot_frontier(found.profile, checkpoint.name, picture)
+    if int8 is None and checkpoint.int8 is not None:
+        print("its weights were rounded, so it is no longer prepared for int8: `supervit quantize` does that anew")
+    print(f"written into {path}, drawn in {picture}")

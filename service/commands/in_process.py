@@ -1,0 +1,50 @@
+"""A server in this process and without a socket, for a command that is given no URL."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+
+from models.checkpoint import load_checkpoint
+from service.app import create_app
+from service.client import AsyncClient
+from service.engines.profile_store import extended_profile, nominal_latencies
+from service.errors import CommandError
+from service.runtime import ServerRuntime
+from service.settings import read_settings
+
+UNHURRIED_MS = 600_000.0  # nothing else waits in this process
+
+
+@asynccontextmanager
+async def serve_in_process(checkpoint: str | None) -> AsyncIterator[AsyncClient]:
+    """Start the service, and yield a client of it once it is ready.
+
+    Args:
+        checkpoint: to serve; the one of the environment's settings by default.
+
+    Raises:
+        CommandError: the settings of the environment are unusable, or the model cannot run.
+        CheckpointError: there is no such checkpoint.
+    """
+    settings = read_settings(
+        default_budget_ms=UNHURRIED_MS, **({} if checkpoint is None else {"checkpoint": checkpoint})
+    )
+    failed = threading.Event()
+    served = load_checkpoint(settings.checkpoint)
+    latencies = nominal_latencies(extended_profile(served))
+    app = create_app(ServerRuntime(settings, served, latencies=latencies, on_failure=failed.set))
+
+    async def sleep(seconds: float) -> None:
+        if failed.is_set():
+            raise CommandError("the model cannot run")
+        await asyncio.sleep(seconds)
+
+    async with (
+        app.router.lifespan_context(app),
+        AsyncClient("http://in-process", transport=httpx.ASGITransport(app), sleep=sleep) as client,
+    ):
+        await client.wait_until_ready(UNHURRIED_MS / 1000)
+        yield client

@@ -1,0 +1,46 @@
+"""`supervit profile`: how long each sub-network takes on this machine."""
+
+import statistics
+
+from models.checkpoint import Checkpoint, load_checkpoint
+from service.commands.options import Profile
+from service.engines.factory import engine_threads, open_engine
+from service.engines.profile_store import measure_latencies
+from service.engines.profiler import Measurement
+from service.machine.monitor import Monitor
+from service.settings import Settings, read_settings
+
+
+def profile(command: Profile) -> None:
+    """Print the latencies of this machine, measured now or before, and draw them."""
+    if command.plot_file:
+        from models.evaluation.plots import (
+            plot_latency,  # matplotlib comes with an extra only; known before it is measured
+        )
+    given = command.model_dump(exclude={"fresh", "plot_file"}, exclude_none=True)
+    settings = read_settings(**given)
+    measurement, _ = measure(settings, load_checkpoint(settings.checkpoint), fresh=command.fresh)
+    print(_latency_table(measurement))
+    if command.plot_file:
+        plot_latency(measurement.table, command.plot_file)
+        print(f"drawn in {command.plot_file}")
+
+
+def _latency_table(measurement: Measurement) -> str:
+    table = measurement.table
+    head = f"{'ms per batch of':28s}" + "".join(f"{size:9d}" for size in table.batch_sizes)
+    rows = [
+        f"{subnetwork!s:28s}" + "".join(f"{1000 * seconds:9.2f}" for seconds in table.seconds[subnetwork])
+        for subnetwork in sorted(table.seconds)
+    ]
+    spread = statistics.median(share for shares in measurement.spread.values() for share in shares)
+    return "\n".join([head, *rows, f"measured {measurement.measured_at}, median spread {spread:.1%}"])
+
+
+def measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False) -> tuple[Measurement, Checkpoint]:
+    """Return the latencies, and the checkpoint with the profile of the precision that they are of."""
+    threads = settings.threads or engine_threads(checkpoint, Monitor().latest.cores)
+    engine, served = open_engine(checkpoint, settings.engine, settings.device, settings.precision, threads)
+    folder, most = settings.profile_folder, settings.max_batch_size
+    measured = measure_latencies(served, engine, folder=folder, max_batch_size=most, fresh=fresh)
+    return measured, served

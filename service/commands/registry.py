@@ -1,0 +1,145 @@
+"""Every command by its name: what it is for, where its options and what it does are, and how it is used.
+
+Imports nothing: the list of commands is shown, and completed, at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What a command takes, and what it does.
+
+    Attributes:
+        summary: its line in the list of commands.
+        options: where the model of its options is, as module:name; help imports that module.
+        run: where the function is that is given them; its module is imported once they are read.
+        examples: lines of a shell, each with what it does.
+        panels: names of the parts of its help, each under the option that it begins with.
+    """
+
+    summary: str
+    options: str
+    run: str
+    examples: Mapping[str, str]
+    panels: Mapping[str, str] = field(default_factory=dict)
+
+
+COMMANDS = {
+    "serve": Command(
+        "Serve a checkpoint over HTTP.",
+        options="service.settings:Settings",
+        run="service.hosting.serve:serve",
+        examples={
+            "supervit serve": "the default checkpoint, on http://127.0.0.1:8000",
+            "supervit serve --checkpoint supervit-micro-cifar10 --port 9000 --cascades": "a small one, looking twice",
+            "supervit serve --host 0.0.0.0 --max-utilization 0.6": "for others, with 60 % of this machine",
+            "SUPERVIT_PORT=9000 supervit serve": "every option is a variable of the environment, too",
+        },
+        panels={
+            "host": "Network",
+            "workers": "Engine",
+            "policy": "Scheduling",
+            "max_in_flight": "Limits",
+            "log_level": "Log",
+        },
+    ),
+    "classify": Command(
+        "Classify photographs, here or by a server.",
+        options="service.commands.options:Classify",
+        run="service.commands.classify:classify",
+        examples={
+            "supervit classify cat.jpg dog.jpg --budget-gflops 2.3": "two photos, each within a budget",
+            "supervit classify photos --format csv > answers.csv": "every photo of a folder, for a spreadsheet",
+            "curl -s https://example.org/cat.jpg | supervit classify -": "whatever comes through a pipe",
+            "supervit classify cat.jpg --explain cat.png": "which patches of it the sub-network looked at",
+            "supervit classify *.jpg --url http://127.0.0.1:8000 --format json": "by a server, for a program",
+        },
+        panels={"url": "Where", "format": "Output"},
+    ),
+    "train": Command(
+        "Train a checkpoint on a folder of images.",
+        options="models.training.recipe:Recipe",
+        run="service.commands.train:train",
+        examples={
+            "supervit train my_photos --output runs/mine --epochs 100": "from scratch",
+            "supervit train my_photos --output runs/mine --epochs 100 --resume": "go on where it stopped",
+            "supervit train my_photos --output runs/tuned --init vit.pth": "from the weights of any plain ViT",
+        },
+        panels={
+            "model": "Model",
+            "teacher": "Teacher",
+            "epochs": "Optimization",
+            "label_smoothing": "Regularization and augmentation",
+            "holdout": "Data and machine",
+        },
+    ),
+    "convert": Command(
+        "Make a SuperViT of a plain ViT, without training.",
+        options="models.conversion.options:Convert",
+        run="service.commands.convert:convert",
+        examples={
+            "supervit convert deit_small.pth --output elastic.safetensors": "patch grids and keep rates as they suit",
+            "supervit convert dinov2.onnx --patch-grids 8,16 --output elastic.safetensors": "or as you want them",
+        },
+    ),
+    "evaluate": Command(
+        "Measure every sub-network of a checkpoint.",
+        options="service.commands.options:Evaluate",
+        run="service.commands.evaluate:evaluate",
+        examples={
+            "supervit evaluate runs/mine/checkpoint.safetensors my_photos": "into the checkpoint, drawn beside it",
+            "supervit evaluate elastic.safetensors my_photos --rates-between --half": "more keep rates, half the file",
+        },
+    ),
+    "quantize": Command(
+        "Prepare a checkpoint for CPUs that are fastest in 8 bits.",
+        options="service.commands.options:Quantize",
+        run="service.commands.quantize:quantize",
+        examples={
+            "supervit quantize elastic.safetensors my_photos": "calibrate on val/, measure on test/",
+            "supervit quantize elastic.safetensors my_photos --output int8.safetensors": "into another file",
+        },
+    ),
+    "profile": Command(
+        "Measure the latency of every sub-network on this machine.",
+        options="service.commands.options:Profile",
+        run="service.commands.profile:profile",
+        examples={
+            "supervit profile --plot-file profile.png": "measure, or show what was measured, and draw it",
+            "supervit profile --fresh --threads 2 --max-batch-size 8": "measure anew, as for a smaller machine",
+        },
+    ),
+    "key": Command(
+        "Make an API key, and its entry in a file of keys.",
+        options="service.commands.options:Key",
+        run="service.commands.key:key",
+        examples={
+            "supervit key doorbells >> keys.toml": "the entry into the file, the key itself onto the terminal",
+            "supervit key doorbells": "to look at both",
+        },
+    ),
+    "bench": Command(
+        "Send a server traffic, and measure how it does.",
+        options="service.bench.options:Bench",
+        run="service.commands.bench:bench",
+        examples={
+            "supervit bench http://127.0.0.1:8000 --rate 20,40": "at two rates, one after the other",
+            "supervit bench http://127.0.0.1:8000 --trace arrivals.csv --json-file -": "what was recorded, as JSON",
+            "supervit bench http://127.0.0.1:8001 --protocol v2 --model vit": "Triton, KServe and the like",
+        },
+        panels={"images": "Requests", "json_file": "Output"},
+    ),
+    "simulate": Command(
+        "Replay traffic against this machine's profile.",
+        options="service.simulation.report:Simulate",
+        run="service.commands.simulate:simulate",
+        examples={
+            "supervit simulate --rate 300 --budget-ms 100 --machines 2": "how many answers would be in time?",
+            "supervit simulate --load 0.5,1,2 --compare slackfit --plot-file load.png": "against another policy, drawn",
+            "supervit simulate --rate 300 --arrivals gamma --slowdown 10:2.5,20:1": "bursts, and a noisy neighbour",
+        },
+        panels={"policy": "Machines", "json_file": "Output"},
+    ),
+}

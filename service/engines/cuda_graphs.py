@@ -1,0 +1,179 @@
+"""Runs batches as CUDA graphs: a whole forward pass is launched at once instead of kernel by kernel.
+
+A graph is of one sub-network and one batch size; a smaller batch runs in its first rows. What is captured, and when, is
+told by others; running a batch captures nothing. Only `CudaDevice` touches CUDA.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from models.subnetwork import SubNetwork
+from service.engines.base import Captured
+
+logger = logging.getLogger(__name__)
+
+# (B, 3, S, S) uint8 images and what to run to (B, classes) float32 logits, both on the device.
+Forward = Callable[[Tensor, SubNetwork], Tensor]
+
+MEMORY_SHARE = 0.1  # of the GPU, for graphs; the rest is for weights, batches that are none, and others
+WARM_UPS = 3  # as torch's make_graphed_callables: libraries choose their kernels and take their workspaces
+
+
+class Graph(Protocol):
+    """A captured forward pass.
+
+    Attributes:
+        logits: (B, classes) float32 on the device; a replay writes them anew.
+        held_bytes: memory of the device that it takes.
+    """
+
+    logits: Tensor
+    held_bytes: int
+
+    def replay(self) -> None:
+        """Launch it, behind all that was asked of the device before."""
+        ...
+
+
+class GraphDevice(Protocol):
+    """What captures.
+
+    Attributes:
+        total_bytes: its memory.
+    """
+
+    total_bytes: int
+
+    def buffers(self, batch_size: int, image_side: int) -> tuple[Tensor, Tensor]:
+        """Make room for (B, 3, S, S) uint8 images on the host, where copies from it are fast, and on the device."""
+        ...
+
+    def capture(self, forward: Callable[[], Tensor]) -> Graph:
+        """Capture what returns logits.
+
+        Raises:
+            RuntimeError: it cannot be captured, or memory is short.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class _CudaGraph:
+    """The parts of a graph."""
+
+    logits: Tensor
+    held_bytes: int
+    replay: Callable[[], None]
+
+
+class GraphCache:
+    """The graphs of a network; each that is captured stays, so that what was measured of it stays true."""
+
+    def __init__(self, forward: Forward, image_side: int, device: GraphDevice) -> None:
+        """Capture nothing yet.
+
+        Args:
+            forward: to capture; it must neither wait for the device nor make tensors of numbers.
+            image_side: S, in pixels.
+            device: captures.
+        """
+        self._forward, self._image_side, self._device = forward, image_side, device
+        self._graphs: defaultdict[SubNetwork, dict[int, Graph]] = defaultdict(dict)
+        # For all graphs of a batch size, as no two run at once: each run ends with its logits on the host. That is also
+        # why copies need no second buffer and no stream of their own: there is nothing that they could overlap with.
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._captured = Captured(0, 0)
+        self._is_closed = False
+
+    @property
+    def captured(self) -> Captured:
+        """How much there is."""
+        return self._captured
+
+    def prepare(self, subnetwork: SubNetwork, batch_size: int) -> None:
+        """Capture batches of a size, unless they are; nothing once a capture has failed or memory is spent."""
+        if self._is_closed or batch_size in self._graphs[subnetwork]:
+            return
+        try:
+            if batch_size not in self._buffers:
+                self._buffers[batch_size] = self._device.buffers(batch_size, self._image_side)
+            _, images = self._buffers[batch_size]
+            graph = self._device.capture(lambda: self._forward(images, subnetwork))
+        except RuntimeError:  # torch's, whatever the reason; an allocator that failed in a capture captures no more
+            logger.warning("batches that are not captured yet run without CUDA graphs", exc_info=True)
+            self._is_closed = True
+            return
+        self._graphs[subnetwork][batch_size] = graph
+        held_bytes = self._captured.held_bytes + graph.held_bytes
+        self._captured = Captured(self._captured.num_graphs + 1, held_bytes)
+        if held_bytes > MEMORY_SHARE * self._device.total_bytes:
+            logger.info("%d CUDA graphs take %d bytes; there will be no more", self._captured.num_graphs, held_bytes)
+            self._is_closed = True
+
+    def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor | None:
+        """Map (B, 3, S, S) uint8 images to (B, classes) float32 logits, both on the host, by the smallest graph.
+
+        None where there is no graph of less than twice their number: not half of a batch is computed in vain.
+        """
+        count = len(images)
+        size = min((size for size in self._graphs[subnetwork] if count <= size < 2 * count), default=None)
+        if size is None:
+            return None
+        staging, static = self._buffers[size]
+        staging[:count].copy_(images)  # the rows behind hold an earlier batch, whose logits nothing reads
+        static.copy_(staging, non_blocking=True)
+        graph = self._graphs[subnetwork][size]
+        graph.replay()
+        return graph.logits[:count].to("cpu", copy=True)  # waits for all of it
+
+
+class CudaDevice:
+    """A GPU that captures; one thread at a time, while no other of this process gives it work."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Take a GPU."""
+        self._device = device
+        self.total_bytes = torch.cuda.get_device_properties(device).total_memory
+        # Intermediate values of one graph lie where those of others do. That is safe in any order, because nothing but
+        # the logits outlives a replay, and these are read before the next.
+        self._pool = torch.cuda.graph_pool_handle()
+        # One for all, or they would not share memory.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's
+
+    def buffers(self, batch_size: int, image_side: int) -> tuple[Tensor, Tensor]:
+        """Make (B, 3, S, S) uint8 in pinned memory, and on the GPU."""
+        shape = batch_size, 3, image_side, image_side
+        with torch.cuda.device(self._device):  # or the first GPU would get a context to pin memory in
+            pinned = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
+        return pinned, torch.zeros(shape, dtype=torch.uint8, device=self._device)
+
+    def capture(self, forward: Callable[[], Tensor]) -> Graph:
+        """Warm up, capture, and replay once, which puts the graph itself on the GPU.
+
+        Raises:
+            RuntimeError: it cannot be captured, or memory is short.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        # Entered here as well as by `graph`, which leaves its stream set where a capture fails.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                forward()
+            graph = torch.cuda.CUDAGraph()
+            free_bytes = self._free_bytes()
+            # What another thread asks of CUDA meanwhile should not spoil the capture.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                logits = forward()
+            graph.replay()
+            return _CudaGraph(logits, max(0, free_bytes - self._free_bytes()), graph.replay)
+
+    def _free_bytes(self) -> int:
+        """Tell what is free for everyone: beside torch's own memory, the driver keeps some for each graph."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]

@@ -1,0 +1,72 @@
+"""Large JSON that does not hold the event loop up: the numbers of tensors are parsed in pieces, the rest is small.
+
+A parser of JSON holds the interpreter until it is done, on whatever thread, and makes an object of every number: 40 ms
+for the pixels of one photograph.
+"""
+
+import asyncio
+import re
+
+import numpy as np
+import numpy.typing as npt
+from pydantic_core import from_json
+
+from service.domain import MAX_IMAGES
+from service.errors import InvalidParameterError
+from service.inference_protocol.messages import Values
+
+LARGE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 16
+MAX_LISTS = MAX_IMAGES + 1  # each is looked through for its end
+MAX_MEMBERS = 1024  # beside the numbers; base64 has none of the signs that begin one
+
+
+async def take_numbers(text: bytes, names: tuple[str, ...]) -> tuple[bytes, list[Values]]:
+    """Take the lists of numbers out of a JSON object.
+
+    Args:
+        text: the object.
+        names: of the members that may hold such lists, in it or below.
+
+    Returns:
+        The object, each such list empty, and the numbers of each, flat, in order.
+
+    Raises:
+        InvalidParameterError: a list holds something else, or the rest is not small.
+    """
+    opens = re.compile(rb'"(?:%b)"\s*:\s*(\[[\[\s]*)' % "|".join(names).encode())
+    kept, taken, start = list[bytes](), list[Values](), 0
+    for _ in range(MAX_LISTS):
+        opening = opens.search(text, start)
+        if opening is None:
+            break
+        brackets = b"]" * opening[1].count(b"[")
+        end = text.find(brackets, opening.end())
+        if end < 0 or text.find(b'"', opening.end(), end) >= 0:  # texts, or no end: the parser sees to it
+            kept.append(text[start : opening.end()])
+            start = opening.end()
+            continue
+        kept.append(text[start : opening.start(1)] + b"[]")
+        taken.append(await _parse_numbers(text, opening.end(), end))
+        start = end + len(brackets)
+    rest = b"".join((*kept, text[start:]))
+    if sum(map(rest.count, (b",", b"[", b"{"))) > MAX_MEMBERS:
+        message = f"the JSON is large and holds more than {MAX_MEMBERS} members beside lists of numbers"
+        raise InvalidParameterError(message)  # millions would fill the memory
+    return rest, taken
+
+
+async def _parse_numbers(text: bytes, start: int, end: int) -> npt.NDArray[np.float64]:
+    """Parse what stands between the outermost brackets of a list, in pieces that end before a comma."""
+    pieces = []
+    while start < end:
+        comma = text.find(b",", min(end, start + PIECE_BYTES), end)
+        stop = end if comma < 0 else comma
+        piece = text[start:stop].translate(None, b"[]")  # lists in lists are read row by row
+        try:
+            pieces.append(np.array(from_json(b"[%b]" % piece, allow_inf_nan=False), np.float64))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InvalidParameterError("numbers are wanted, as JSON has them") from error
+        start = stop + 1
+        await asyncio.sleep(0)
+    return np.concatenate(pieces) if pieces else np.empty(0)

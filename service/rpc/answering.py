@@ -1,0 +1,161 @@
+"""How every call is answered, whatever it asks: counted, within bounds, and what fails in a status of gRPC's."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from grpc.aio import ServicerContext
+
+from service.access.key_file import KeyFile
+from service.classifier import RequestsByAddress
+from service.domain import ApiKey
+from service.errors import ClientGoneError, ServiceError
+from service.inference_protocol.messages import InferReply, InferRequest
+from service.inference_protocol.protocol import InferenceProtocol
+from service.rpc.calls import REQUEST_ID, Call, CallsInFlight, CancellationWatch, read_message
+from service.rpc.statuses import BUG, Failure, describe_failure
+from service.telemetry.metrics import Metrics
+from service.telemetry.outcomes import counted
+
+logger = logging.getLogger(__name__)
+
+Messages = AsyncIterator[bytes]
+Context = ServicerContext[bytes, bytes]
+Answer = Callable[[Messages, Call], Awaitable[Message]]
+M = TypeVar("M", bound=Message)
+
+
+class Answering:
+    """What the services share.
+
+    Attributes:
+        protocol: the core.
+        in_flight: counts what is being answered.
+    """
+
+    def __init__(
+        self,
+        protocol: InferenceProtocol,
+        metrics: Metrics,
+        max_upload_s: float,
+        max_calls_per_address: int,
+        keys: KeyFile | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take the core.
+
+        Args:
+            protocol: that.
+            metrics: what is counted.
+            max_upload_s: longest time that a message may take to arrive.
+            max_calls_per_address: at once, those included whose message is still to come.
+            keys: that requests for inference must come with one of; None for no such thing.
+            clock: monotonic, in seconds.
+        """
+        self.protocol = protocol
+        self.in_flight = CallsInFlight()
+        self._metrics, self._max_upload_s, self._clock = metrics, max_upload_s, clock
+        self._by_address, self._keys = RequestsByAddress(max_calls_per_address), keys
+
+    def method(self, name: str, answer: Answer) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        """Make what a server of gRPC calls upon for a method that takes one message.
+
+        The call is taken as a stream of one: it can then be refused before its message has come, which is waited for no
+        longer than it may take, and what is wrong with it is said in our own words.
+        """
+        return grpc.stream_unary_rpc_method_handler(partial(self._answer, name, answer))
+
+    def begin(self, context: Context) -> Call:
+        """Take note of a call, whose client is told its name at the end."""
+        call = Call.of(context, self._clock())
+        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+        return call
+
+    async def read(self, messages: Messages, message_type: type[M]) -> M:
+        """Wait for the message of a call; errors as `read_message`."""
+        return await read_message(messages, message_type, self._max_upload_s)
+
+    async def read_request(
+        self, messages: Messages, call: Call, message_type: type[M], translate: Callable[[M], InferRequest]
+    ) -> InferRequest:
+        """Wait for a request for inference, unless it is to be refused before it comes.
+
+        Raises:
+            ServiceError: it is, or it cannot be read; that is counted.
+        """
+        with self.counting_failures(), CancellationWatch():
+            key = self._key_of(call)
+            within_s = self.protocol.time_for_body_s(call.arrived_at, {}, call.metadata, self._max_upload_s, key)
+            return translate(await read_message(messages, message_type, within_s))
+
+    @contextmanager
+    def counting_failures(self) -> Iterator[None]:
+        """Count a request that fails before the protocol's core knows of it."""
+        try:
+            yield
+        except ServiceError:
+            with counted(self._metrics):
+                raise
+
+    async def infer(self, request: InferRequest, call: Call) -> InferReply:
+        """Answer a request for inference; errors as the core's.
+
+        Raises:
+            UnauthorizedError: it came without a key that is known.
+        """
+        with self.counting_failures():
+            key = self._key_of(call)
+        return await self.protocol.infer(
+            request,
+            call.arrived_at,
+            query={},
+            headers=call.metadata,
+            address=call.address,
+            key=key,
+            client_waits_s=call.time_left_s,
+            watch=CancellationWatch(),
+            request_id=call.request_id,
+        )
+
+    def _key_of(self, call: Call) -> ApiKey | None:
+        if self._keys is None:
+            return None
+        return self._keys.find({name.encode(): value.encode() for name, value in call.metadata.items()})
+
+    async def _answer(self, name: str, answer: Answer, messages: Messages, context: Context) -> bytes:
+        call = self.begin(context)
+        with self.in_flight.counting():
+            try:
+                with self._by_address.counting(call.address) as enter:
+                    enter()
+                    response = await answer(messages, call)
+            except Exception as error:  # a bug raises anything, of which gRPC would tell the client
+                failure = failure_of(error, call)
+                logger.debug("%s %s %s", call.address, name, failure.status.name)
+                metadata = ((REQUEST_ID, call.request_id), *failure.metadata)
+                await context.abort(failure.status, failure.message, metadata)
+            logger.debug("%s %s OK", call.address, name)
+            return response.SerializeToString()
+
+
+def failure_of(error: Exception, call: Call) -> Failure:
+    """Say how a call ends; the log says by which one the server failed.
+
+    Raises:
+        CancelledError: its client has gone, and is told nothing.
+    """
+    if isinstance(error, ClientGoneError):
+        raise asyncio.CancelledError from None
+    if not isinstance(error, ServiceError):
+        logger.error("request %s: %r", call.request_id, error, exc_info=error)
+        return BUG
+    failure = describe_failure(error)
+    if failure.status is grpc.StatusCode.INTERNAL:
+        logger.error("request %s: %s", call.request_id, error.message)
+    return failure

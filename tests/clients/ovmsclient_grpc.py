@@ -1,0 +1,34 @@
+"""What ovmsclient does over gRPC with a server of ours, unchanged; it speaks TensorFlow Serving's services.
+
+python ovmsclient_grpc.py ADDRESS MODEL IMAGE
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from ovmsclient import make_grpc_client
+
+
+def ask(address: str, model: str, image: bytes) -> None:
+    """Ask everything that the client can ask; an assertion fails where the answer is another than is expected."""
+    client = make_grpc_client(address)
+    assert client.get_model_status(model) == {1: {"state": "AVAILABLE", "error_code": 0, "error_message": ""}}
+    metadata = client.get_model_metadata(model)
+    assert metadata["inputs"] == {"image": {"dtype": "DT_STRING", "shape": [-1, 1]}}
+    assert metadata["outputs"]["probabilities"] == {"dtype": "DT_FLOAT", "shape": [-1, 10]}
+    for value, number in ((image, 1), ([image, image], 2), (np.full((2, 3, 32, 32), 0.5, np.float32), 2)):
+        outputs = client.predict({"image": value}, model)
+        assert outputs["probabilities"].shape == (number, 10)
+        assert np.abs(outputs["probabilities"].sum(axis=1) - 1).max() < 1e-3
+        assert outputs["labels"].shape == (number, 5)
+    message = ""
+    try:
+        client.predict({"image": image}, "huge")
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    assert message.startswith("ModelNotFoundError")
+    assert "there is no model 'huge'" in message
+
+
+ask(sys.argv[1], sys.argv[2], Path(sys.argv[3]).read_bytes())

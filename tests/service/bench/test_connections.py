@@ -1,0 +1,67 @@
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from service.bench.connections import Connections
+from service.bench.wires import Request
+from service.errors import ConnectionFailedError, ResponseTimeoutError
+
+pytestmark = pytest.mark.anyio
+Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def asked(answer: Answer, request: Request, timeout_s: float = 5) -> tuple[int, bytes]:
+    """Send a request to a server that answers like that."""
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+    async with server, Connections(url, timeout_s) as connections:
+        return await connections.send(request)
+
+
+async def test_a_body_is_posted_and_the_answer_handed_on_whatever_its_status() -> None:
+    heads = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        assert await reader.readexactly(5) == b"image"
+        writer.write(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 4\r\n\r\nbusy")
+        writer.close()
+
+    assert await asked(answer, Request("/classify?top_k=1", b"image", {"X-Mine": "1"})) == (429, b"busy")
+    assert heads[0].startswith(b"POST /classify?top_k=1 HTTP/1.1\r\n")
+    assert b"X-Mine: 1\r\n" in heads[0]
+
+
+async def test_what_has_no_body_is_fetched() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"GET /v2/models/a%2Fb HTTP/1.1\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    assert await asked(answer, Request("/v2/models/a%2Fb")) == (200, b"")
+
+
+async def test_a_connection_that_is_closed_is_no_answer() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    with pytest.raises(ConnectionFailedError):
+        await asked(answer, Request("/"))
+
+
+async def test_a_server_that_stays_silent_is_given_up() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    with pytest.raises(ResponseTimeoutError):
+        await asked(answer, Request("/"), timeout_s=0.01)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[::1"])
+async def test_where_nothing_listens_there_is_no_connection(url: str) -> None:
+    async with Connections(url, 5) as connections:
+        with pytest.raises(ConnectionFailedError):
+            await connections.send(Request("/"))

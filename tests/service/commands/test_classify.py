@@ -1,0 +1,274 @@
+import asyncio
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from service.cli import main
+from service.commands.classify import AT_ONCE, classify, find_photos
+from service.commands.formats import Format
+from service.commands.options import Classify
+from service.errors import CommandError
+from tests.service.wire_answers import ANSWER
+
+SHIPPED = "supervit-micro-cifar10"
+
+
+def test_classify_shows_the_best_classes_and_the_reason(
+    checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["classify", str(photo_path), "--checkpoint", str(checkpoint_path), "--top-k", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("%  thing") == 2
+    assert "nothing else waits" in shown
+
+
+@pytest.mark.parametrize("name", ["a, b.jpg", 'it"s.jpg', "[1].jpg", "{x}.jpg", '"q".jpg', "007", "a\\b.jpg", " ü.jpg"])
+def test_classify_takes_file_names_as_they_are(
+    name: str, checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = photo_path.rename(photo_path.with_name(name))
+    arguments = [str(named), "--checkpoint", str(checkpoint_path), "--format", "json"]
+    assert main(["classify", str(named), *arguments]) == 0
+    assert [json.loads(line)["photo"] for line in capsys.readouterr().out.splitlines()] == [str(named)] * 2
+
+
+def test_classify_is_in_no_hurry(
+    checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUPERVIT_DEFAULT_BUDGET_MS", "5")  # of servers, for which somebody waits
+    assert main(["classify", str(photo_path), "--checkpoint", str(checkpoint_path), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["budget_ms"] >= 600_000
+
+
+def test_classify_goes_on_after_a_photo_that_it_cannot_read(
+    checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = ["/does/not/exist.jpg", str(checkpoint_path), str(photo_path)]
+    assert main(["classify", *photos, "--checkpoint", str(checkpoint_path), "--format", "json"]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["photo"] == str(photo_path)
+    assert "/does/not/exist.jpg: No such file" in printed.err
+    assert "tiny.safetensors: not an image" in printed.err
+    assert "2 of 3 photos" in printed.err
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[::1"])
+def test_classify_says_that_there_is_no_such_server(
+    photo_path: Path, capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    assert main(["classify", str(photo_path), "--url", url]) == 1
+    error = capsys.readouterr().err
+    assert "cannot be connected to" in error or "is no URL" in error
+    assert error.count("\n") == 1
+
+
+def test_classify_goes_on_after_a_photo_on_which_the_server_hangs_up(
+    photo_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hang_up(_: httpx.Request) -> httpx.Response:
+        raise httpx.WriteError("")
+
+    command = Classify(photos=[photo_path, photo_path], url="http://server")
+    with pytest.raises(CommandError, match="2 of 2 photos"):
+        classify(command, httpx.MockTransport(hang_up))
+    assert capsys.readouterr().err.count("http://server closed the connection") == 2
+
+
+TITLE = "\x1b]0;mine\x07"  # a terminal would take it for its window's title
+
+
+@pytest.mark.parametrize("status", [200, 422])
+def test_classify_shows_no_control_characters_of_a_server(
+    photo_path: Path, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    answer = ANSWER | {
+        "predictions": [{"label": TITLE, "index": 0, "probability": 0.5}],
+        "decision": ANSWER["decision"] | {"reason": f"r\n{TITLE}"},
+    }
+    error = {"error": {"code": "invalid_image", "message": f"m{TITLE}", "details": {}}}
+    transport = httpx.MockTransport(lambda _: httpx.Response(status, json=answer if status == 200 else error))
+    photo = photo_path.rename(photo_path.with_name("\x1b.jpg"))
+    if status == 200:
+        classify(Classify(photos=[photo], url="http://server"), transport)
+    else:
+        with pytest.raises(CommandError):
+            classify(Classify(photos=[photo], url="http://server"), transport)
+    shown = "".join(capsys.readouterr())
+    assert not set(shown) & {"\x1b", "\x07"}
+    assert r"\x1b]0;mine\x07" in shown
+    assert shown.count("\n") == (3 if status == 200 else 1)
+
+
+@pytest.mark.parametrize("answer", [{}, [], {"predictions": [{"label": "a", "probability": "x"}]}, {"predictions": 1}])
+def test_classify_says_that_an_answer_is_none_of_such_a_server(photo_path: Path, answer: object) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json=answer))
+    with pytest.raises(CommandError, match="does not answer as a SuperViT server does"):
+        classify(Classify(photos=[photo_path], url="http://server"), transport)
+
+
+@pytest.mark.parametrize(("name", "value"), [("PORT", "abc"), ("DEVICE", "cuda:77"), ("CHECKPOINT", "/nowhere")])
+def test_classify_names_what_it_cannot_use_of_its_environment(
+    photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"SUPERVIT_{name}", value)
+    assert main(["classify", str(photo_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"SUPERVIT_{name}" in error or value in error
+
+
+def test_a_checkpoint_that_ships_is_classified_with_by_its_name(
+    photo_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["classify", str(photo_path), "--checkpoint", SHIPPED, "--top-k", "10"]) == 0
+    assert "%  airplane" in capsys.readouterr().out
+
+
+def server(
+    answer: Callable[[httpx.Request], Awaitable[httpx.Response] | httpx.Response],
+) -> httpx.AsyncBaseTransport:
+    return httpx.MockTransport(answer)  # type: ignore[arg-type] # it also takes what is to be awaited
+
+
+def answered(request: httpx.Request) -> httpx.Response:
+    """Say what was sent, as the label."""
+    label = request.content.decode()
+    return httpx.Response(200, json=ANSWER | {"predictions": [{"label": label, "index": 0, "probability": 0.5}]})
+
+
+def files(folder: Path, *names: str) -> list[Path]:
+    """Write files, each with its name in it."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return [folder / name for name in names]
+
+
+def test_a_folder_stands_for_its_images_and_those_of_its_folders_in_order(tmp_path: Path) -> None:
+    files(tmp_path, "b.JPG", "a/z.png", "a/c.webp", "notes.txt", ".hidden.jpg", ".git/x.jpg", "a.avif")
+    (single,) = files(tmp_path, "named.dat")
+    found = [tmp_path / name for name in ("a/c.webp", "a/z.png", "a.avif", "b.JPG")]
+    assert find_photos([single, tmp_path, Path("missing.jpg")]) == [single, *sorted(found), Path("missing.jpg")]
+
+
+def test_a_folder_without_images_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files(tmp_path, "notes.txt")
+    assert main(["classify", str(tmp_path)]) == 1
+    assert f"{tmp_path}: no images in this folder" in capsys.readouterr().err
+
+
+def test_an_image_may_come_from_stdin(
+    checkpoint_path: Path, photo: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(photo)))
+    assert main(["classify", "-", "--checkpoint", str(checkpoint_path), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["photo"] == "-"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["-", "-"], "stdin holds one image"),
+        ([""], "one of the names is empty"),  # or an unset variable of a shell would be the current folder
+        (["a.jpg", "--patch-grid", "4"], "go together"),
+        (["a.jpg", "b.jpg", "--explain", "out.png"], "--explain draws one photo"),
+    ],
+)
+def test_what_makes_no_sense_is_wrong_usage(
+    words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["classify", *words]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+def test_a_few_photos_are_asked_about_at_a_time_and_answered_in_their_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first is answered last of those that are asked about at once."""
+    names = [f"{number}.jpg" for number in range(9)]
+    asked, asked_before_the_first_answer = list[str](), list[str]()
+    last_of_the_first = asyncio.Event()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.content.decode())
+        if len(asked) == AT_ONCE:
+            last_of_the_first.set()
+        if asked[-1] == names[0]:
+            await last_of_the_first.wait()
+            asked_before_the_first_answer.extend(asked)
+        return answered(request)
+
+    classify(Classify(photos=files(tmp_path, *names), url="http://server", format="csv"), server(answer))
+    rows = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert [row["label"] for row in rows] == names
+    assert sorted(asked_before_the_first_answer) == names[:AT_ONCE]
+
+
+def test_a_server_is_asked_for_what_the_options_say(tmp_path: Path) -> None:
+    asked: dict[str, str] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.update(request.url.params)
+        return answered(request)
+
+    limits = {"budget_gflops": 2.0, "budget_ms": 300.0, "min_confidence": 0.5}
+    classify(Classify(photos=files(tmp_path, "a.jpg"), url="http://server", top_k=3, **limits), server(answer))
+    assert {name: float(value) for name, value in asked.items()} == {**limits, "top_k": 3}
+
+
+@pytest.mark.parametrize(("style", "top_k"), [("table", 1), ("text", 5), ("json", 5), ("csv", 1)])
+def test_a_format_has_as_many_predictions_as_suit_it(style: Format, top_k: int, tmp_path: Path) -> None:
+    asked = list[str]()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.params["top_k"])
+        return answered(request)
+
+    classify(Classify(photos=files(tmp_path, "a.jpg"), url="http://server", format=style), server(answer))
+    assert asked == [str(top_k)]
+
+
+def test_a_server_that_is_not_there_is_told_once_and_ends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("")
+
+    photos = files(tmp_path, *(f"{number}.jpg" for number in range(20)))
+    with pytest.raises(CommandError, match=r"^http://server cannot be connected to$"):
+        classify(Classify(photos=photos, url="http://server"), server(refuse))
+    assert capsys.readouterr().err == ""
+
+
+def test_explain_draws_what_was_looked_at_and_shows_the_answer(
+    checkpoint_path: Path, photo_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawing = tmp_path / "out.png"
+    words = ["--checkpoint", str(checkpoint_path), "--patch-grid", "4", "--keep-rate", "0.5", "--format", "json"]
+    assert main(["classify", str(photo_path), "--explain", str(drawing), *words]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["explanation"]["prunings"]) == 1
+    with Image.open(drawing) as drawn:
+        assert drawn.format == "PNG"
+
+
+def test_explain_draws_none_of_the_many_photos_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files(tmp_path, "a.jpg", "b.jpg")
+    assert main(["classify", str(tmp_path), "--explain", str(tmp_path / "out.png")]) == 1
+    assert "--explain draws one photo, and there are 2" in capsys.readouterr().err
+
+
+def test_asking_a_server_imports_no_torch() -> None:
+    found = "import sys, service.commands.classify; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

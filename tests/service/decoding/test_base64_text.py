@@ -1,0 +1,32 @@
+import base64
+
+import pytest
+
+from service.decoding.base64_text import PIECE, decode_base64
+from service.errors import InvalidImageError, UnsupportedMediaError
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize("text", ["aGk=", "aG\n k=\r\n", "data:image/png;base64,aGk=", "data:;base64,aGk="])
+async def test_base64_is_decoded_in_whatever_lines_and_as_a_data_url(text: str) -> None:
+    assert await decode_base64(text) == b"hi"
+
+
+async def test_what_takes_many_pieces_is_whole_again() -> None:
+    data = bytes(range(256)) * (PIECE // 128)
+    assert await decode_base64(base64.b64encode(data).decode()) == data
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "sentence"),
+    [
+        ("???", InvalidImageError, "instances: neither base64 nor a data URL"),
+        ("aGk", InvalidImageError, "instances: neither base64 nor a data URL"),
+        ("data:image/png,aGk=", InvalidImageError, "instances: a data URL that is not in base64"),
+        ("data:text/html;base64,aGk=", UnsupportedMediaError, "text/html, which is no image"),
+    ],
+)
+async def test_what_is_none_is_told_by_its_name(text: str, error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        await decode_base64(text, "instances")

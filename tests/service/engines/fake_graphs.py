@@ -1,0 +1,43 @@
+"""A device without a GPU whose graphs compute what was captured anew from what their input holds by then."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class FakeGraph:
+    logits: Tensor
+    held_bytes: int
+    replay: Callable[[], None]
+
+
+class FakeGraphDevice:
+    """Counts what is captured and replayed; `error` makes the next capture fail."""
+
+    held_bytes = 10
+
+    def __init__(self, total_bytes: int = 1000) -> None:
+        self.total_bytes = total_bytes
+        self.num_captures = self.num_replays = 0
+        self.buffer_sizes: list[int] = []
+        self.error: RuntimeError | None = None
+
+    def buffers(self, batch_size: int, image_side: int) -> tuple[Tensor, Tensor]:
+        self.buffer_sizes.append(batch_size)
+        shape = batch_size, 3, image_side, image_side
+        return torch.zeros(shape, dtype=torch.uint8), torch.zeros(shape, dtype=torch.uint8)
+
+    def capture(self, forward: Callable[[], Tensor]) -> FakeGraph:
+        logits = forward().clone()
+        if self.error:
+            raise self.error
+        self.num_captures += 1
+
+        def replay() -> None:
+            self.num_replays += 1
+            logits.copy_(forward())
+
+        return FakeGraph(logits, self.held_bytes, replay)

@@ -1,0 +1,40 @@
+import socket
+
+import pytest
+
+from service.errors import CommandError
+from service.hosting.ports import reserved_ports
+from service.settings import Settings
+
+
+def test_without_ports_beside_the_first_none_is_kept() -> None:
+    with reserved_ports(Settings()) as settings:
+        assert (settings.admin_port, settings.grpc_port) == (None, None)
+
+
+def test_any_free_port_gets_a_number() -> None:
+    with reserved_ports(Settings(admin_port=0, grpc_port=0)) as settings:
+        assert settings.admin_port
+        assert settings.grpc_port
+        assert settings.admin_port != settings.grpc_port
+        for port in (settings.admin_port, settings.grpc_port):
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind((settings.host, port))
+
+
+@pytest.mark.parametrize("name", ["admin_port", "grpc_port"])
+def test_a_port_where_another_server_listens_cannot_be_had(name: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(CommandError, match=f"127.0.0.1 port {port} cannot be listened on"),
+            reserved_ports(Settings(**{name: port})),
+        ):
+            pass
+
+
+def test_a_worker_takes_the_ports_that_its_supervisor_keeps() -> None:
+    with reserved_ports(Settings(admin_port=0, grpc_port=0)) as settings:
+        of_worker = settings.model_copy(update={"fd": 3})
+        with reserved_ports(of_worker) as same:
+            assert (same.admin_port, same.grpc_port) == (settings.admin_port, settings.grpc_port)

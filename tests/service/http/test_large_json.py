@@ -1,0 +1,74 @@
+import asyncio
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.errors import InvalidParameterError
+from service.http.large_json import MAX_LISTS, MAX_MEMBERS, PIECE_BYTES, take_numbers
+
+pytestmark = pytest.mark.anyio
+
+PIXELS = np.linspace(0, 1, 24).reshape(2, 3, 2, 2)
+
+
+async def taken(value: object, **options: Any) -> tuple[Any, list[list[float]]]:  # noqa: ANN401 - JSON
+    rest, numbers = await take_numbers(json.dumps(value, **options).encode(), ("data", "values"))
+    return json.loads(rest), [np.asarray(each).tolist() for each in numbers]
+
+
+@pytest.mark.parametrize("data", [PIXELS.ravel().tolist(), PIXELS.tolist()])
+async def test_numbers_come_apart_flat_and_in_order(data: object) -> None:
+    rest, numbers = await taken({"a": 1, "data": data, "b": [{"values": [1, -2.5e3]}]})
+    assert rest == {"a": 1, "data": [], "b": [{"values": []}]}
+    assert numbers == [PIXELS.ravel().tolist(), [1, -2500]]
+
+
+async def test_numbers_of_many_pieces_are_all_there() -> None:
+    many = [index / 7 for index in range(PIECE_BYTES)]
+    assert (await taken({"data": many}))[1] == [many]
+
+
+async def test_between_two_pieces_the_event_loop_goes_on() -> None:
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    await taken({"data": [0.125] * PIECE_BYTES})
+    counting.cancel()
+    assert turns >= 7  # a number and its comma take 7 bytes
+
+
+@pytest.mark.parametrize(
+    "value", [{"data": ["text, [1"]}, {"other": [1, 2]}, {"x": '"data": [1]'}, {"data": {"data": 7}}]
+)
+async def test_what_is_no_list_of_numbers_stays(value: object) -> None:
+    assert await taken(value) == (value, [])
+
+
+@pytest.mark.parametrize("text", [b'{"data": [1, x]}', b'{"data": [1,,2]}', b'{"data": [NaN]}', b'{"data": [{}]}'])
+async def test_what_is_no_number_is_told(text: bytes) -> None:
+    with pytest.raises(InvalidParameterError, match="numbers are wanted"):
+        await take_numbers(text, ("data",))
+
+
+async def test_beside_them_there_is_not_much() -> None:
+    every: tuple[list[Any], ...] = ([[]] * MAX_MEMBERS, [{}] * MAX_MEMBERS, [1] * (MAX_MEMBERS + 1))
+    for many in every:
+        with pytest.raises(InvalidParameterError, match="holds more than 1024 members"):
+            await taken({"other": many})
+
+
+async def test_lists_without_an_end_are_not_looked_for_again_and_again() -> None:
+    searched = b'{"data":["' * 200_000  # each of them would be looked for to the end of them all
+    with pytest.raises(InvalidParameterError):
+        await asyncio.wait_for(take_numbers(searched, ("data",)), 5)
+    rest, numbers = await taken([{"data": [1]}] * (MAX_LISTS + 1))
+    assert len(numbers) == MAX_LISTS
+    assert rest[-1] == {"data": [1]}

@@ -1,0 +1,218 @@
+"""Further tries, by a clock that moves only where the client sleeps or a server takes its time."""
+
+import io
+import json
+import math
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+
+from service.client import Client
+from service.errors import (
+    BudgetTooSmallError,
+    ConnectionFailedError,
+    DeadlineError,
+    InvalidImageError,
+    NotReadyError,
+    OverloadedError,
+    ResponseTimeoutError,
+    ServiceError,
+    UnexpectedAnswerError,
+    UnreachableError,
+)
+from tests.service.wire_answers import ANSWER, refusal
+
+Script = list[httpx.Response | type[httpx.HTTPError]]
+OVERLOADED = refusal(429, "overloaded", reason="backlog", retry_after_s=0.1)
+ANSWERED = httpx.Response(200, json=ANSWER)
+
+
+@dataclass
+class ScriptedServer:
+    """Plays its answers one by one, each after so long, and keeps what it was asked."""
+
+    script: Script
+    takes_s: float = 0.0
+    oversleeps_s: float = 0.0
+    now: float = 1000.0
+    budgets_ms: list[float] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
+    slept_s: list[float] = field(default_factory=list)
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.now += self.takes_s
+        self.budgets_ms.append(float(request.url.params.get("budget_ms", "nan")))
+        self.bodies.append(request.content)
+        answer = self.script[min(len(self.bodies), len(self.script)) - 1]
+        if isinstance(answer, type):
+            raise answer("")
+        return answer
+
+    def sleep(self, seconds: float) -> None:
+        self.slept_s.append(seconds)
+        self.now += seconds + self.oversleeps_s
+
+    def client(self, draw: float = 0.0, timeout_s: float = 60, max_retries: int = 2) -> Client:
+        transport = httpx.MockTransport(self)
+        return Client(
+            "http://server",
+            transport=transport,
+            clock=lambda: self.now,
+            sleep=self.sleep,
+            draw=lambda: draw,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+        )
+
+
+def test_what_is_rejected_for_overload_is_tried_again_after_as_long_as_the_server_asks_for() -> None:
+    server = ScriptedServer([OVERLOADED, ANSWERED])
+    assert server.client().classify(b"image", budget_ms=1000).predictions[0].label == "dalmatian"
+    assert server.slept_s == [pytest.approx(0.1)]
+
+
+def test_each_try_grants_what_is_left_of_the_budget_since_the_first() -> None:
+    server = ScriptedServer([OVERLOADED, OVERLOADED, ANSWERED], takes_s=0.05)
+    server.client().classify(b"image", budget_ms=1000)
+    assert server.budgets_ms == [1000, pytest.approx(850), pytest.approx(700)]
+
+
+def test_a_file_is_sent_again_whole() -> None:
+    server = ScriptedServer([OVERLOADED, ANSWERED])
+    server.client().classify(io.BytesIO(b"image"))
+    assert server.bodies == [b"image", b"image"]
+
+
+def test_no_try_is_made_that_could_not_begin_before_the_deadline() -> None:
+    server = ScriptedServer([OVERLOADED, ANSWERED])
+    with pytest.raises(OverloadedError) as caught:
+        server.client().classify(b"image", budget_ms=100)
+    assert caught.value.retry_after_s == 0.1
+    assert server.slept_s == []
+
+
+def test_a_pause_that_outlasts_the_budget_ends_in_the_error_before_it() -> None:
+    server = ScriptedServer([OVERLOADED, ANSWERED], oversleeps_s=1.0)
+    with pytest.raises(OverloadedError):
+        server.client().classify(b"image", budget_ms=500)
+    assert len(server.bodies) == 1
+
+
+def test_without_a_budget_the_timeout_bounds_the_tries() -> None:
+    server = ScriptedServer([refusal(503, "not_ready", headers={"Retry-After": "4"})])
+    with pytest.raises(NotReadyError):
+        server.client(timeout_s=10, max_retries=99).classify(b"image")
+    assert server.slept_s == [4, 4]
+    assert all(math.isnan(budget) for budget in server.budgets_ms)
+
+
+def test_no_more_tries_are_made_than_allowed() -> None:
+    server = ScriptedServer([OVERLOADED])
+    with pytest.raises(OverloadedError):
+        server.client(max_retries=3).classify(b"image")
+    assert len(server.bodies) == 1 + 3
+
+
+def test_pauses_are_spread_over_times_that_double() -> None:
+    server = ScriptedServer([OVERLOADED, OVERLOADED, OVERLOADED, ANSWERED])
+    server.client(draw=0.5, max_retries=3).classify(b"image")
+    assert server.slept_s == [pytest.approx(0.1 + 0.05), pytest.approx(0.1 + 0.1), pytest.approx(0.1 + 0.2)]
+
+
+@pytest.mark.parametrize("failure", [httpx.ConnectError, httpx.ConnectTimeout])
+def test_a_server_that_cannot_be_reached_is_tried_again(failure: type[httpx.HTTPError]) -> None:
+    server = ScriptedServer([failure, ANSWERED])
+    server.client(draw=0.5).classify(b"image")
+    assert server.slept_s == [pytest.approx(0.05)]
+    with pytest.raises(UnreachableError, match="http://server cannot be connected to"):
+        ScriptedServer([failure]).client().classify(b"image")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (refusal(504, "deadline_exceeded"), DeadlineError),
+        (refusal(422, "invalid_image"), InvalidImageError),
+        (refusal(422, "budget_too_small", smallest=1), BudgetTooSmallError),
+        (refusal(500, "internal_error"), ServiceError),
+        (refusal(503, "not_ready"), NotReadyError),  # nor does it say when
+        (httpx.Response(502, text="<html>"), UnexpectedAnswerError),
+        (
+            httpx.Response(503, text="<html>", headers={"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}),
+            UnexpectedAnswerError,
+        ),
+        (httpx.ReadTimeout, ResponseTimeoutError),
+        (httpx.WriteError, ConnectionFailedError),  # it may be at work on it
+        (httpx.RemoteProtocolError, ConnectionFailedError),
+    ],
+)
+def test_what_another_try_would_not_mend_is_tried_once(
+    answer: httpx.Response | type[httpx.HTTPError], kind: type[ServiceError]
+) -> None:
+    server = ScriptedServer([answer])
+    with pytest.raises(kind) as caught:
+        server.client().classify(b"image")
+    assert type(caught.value) is kind
+    assert server.slept_s == []
+
+
+def test_a_proxy_that_asks_for_another_try_gets_one() -> None:
+    busy = httpx.Response(503, text="<html>", headers={"Retry-After": "2"})
+    server = ScriptedServer([busy, ANSWERED])
+    server.client().classify(b"image")
+    assert server.slept_s == [2]
+
+
+def test_a_nonsensical_time_to_wait_is_not_waited_for() -> None:
+    answer = refusal(429, "overloaded", reason="backlog", retry_after_s=float("nan"))
+    with pytest.raises(OverloadedError):
+        ScriptedServer([answer]).client().classify(b"image")
+
+
+@pytest.mark.parametrize("waits", [refusal(503, "not_ready", headers={"Retry-After": "1"}), httpx.ConnectError])
+def test_a_server_that_starts_is_asked_until_it_is_ready(waits: httpx.Response | type[httpx.HTTPError]) -> None:
+    ready = httpx.Response(200, json={"status": "ready", "profile_measured": 0.25})
+    server = ScriptedServer([waits, waits, waits, waits, ready])
+    assert server.client(max_retries=0).wait_until_ready().profile_measured == 0.25
+    assert sum(server.slept_s) < 1
+
+
+def test_a_server_that_is_not_ready_in_time_says_why() -> None:
+    server = ScriptedServer([refusal(503, "not_ready", headers={"Retry-After": "1"})])
+    with pytest.raises(NotReadyError):
+        server.client().wait_until_ready(within_s=3)
+    assert 2.5 < sum(server.slept_s) < 3
+
+
+def test_the_error_of_an_unknown_code_keeps_it_and_what_it_says() -> None:
+    server = ScriptedServer([refusal(418, "teapot", message="short", self="stout")])
+    with pytest.raises(ServiceError, match="it says so") as caught:
+        server.client().classify(b"image")
+    assert caught.value.code == "teapot"
+    assert caught.value.details == {"message": "short", "self": "stout"}
+
+
+def test_an_overload_of_another_version_is_one_still() -> None:
+    more = refusal(429, "overloaded", reason="moon", retry_after_s=1e9, phase="full")
+    with pytest.raises(OverloadedError) as caught:
+        ScriptedServer([more]).client().classify(b"image")
+    assert caught.value.details == {"reason": "moon", "retry_after_s": 1e9, "phase": "full"}
+    with pytest.raises(ServiceError) as plain:
+        ScriptedServer([refusal(429, "overloaded", retry_after_s="soon")]).client().classify(b"image")
+    assert plain.value.code == "overloaded"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b"\xff", b"[" * 100_000, json.dumps({"predictions": 1}).encode()]
+)
+def test_an_answer_of_something_else_is_told_apart(content: bytes) -> None:
+    answer = httpx.Response(200, content=content)
+    with pytest.raises(UnexpectedAnswerError, match=r"^http://server does not answer as a SuperViT server does$"):
+        ScriptedServer([answer]).client().classify(b"image")
+
+
+def test_members_of_a_newer_server_are_passed_over() -> None:
+    newer = ANSWER | {"mood": "fine", "model": {**ANSWER["model"], "colour": "red"}}
+    server = ScriptedServer([httpx.Response(200, json=newer)])
+    assert server.client().classify(b"image").model.name == "small"
