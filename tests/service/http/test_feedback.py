@@ -2,6 +2,7 @@
 
 import base64
 import threading
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -12,6 +13,7 @@ from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
 from service.http.feedback import MAX_BYTES
 from service.http.request_ids import HEADER
+from service.machine.monitor import Monitor
 from service.runtime import ServerRuntime
 from service.settings import Settings
 from tests.service.http.scripted_server import ScriptedEngine, error_code, sample, serving
@@ -146,10 +148,11 @@ class Watched(ScriptedEngine):
 
 
 def test_in_an_idle_moment_an_answer_is_audited_and_the_metrics_show_it(
-    settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, photo: bytes
+    settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, photo: bytes, tmp_path: Path
 ) -> None:
-    engine = Watched(checkpoint)
-    runtime = ServerRuntime(settings.model_copy(update={"audit": True}), checkpoint, engine, latencies)
+    engine, unobserved = Watched(checkpoint), Monitor(root=tmp_path, nvml=None)  # others would keep it from audits
+    audits = settings.model_copy(update={"audit": True})
+    runtime = ServerRuntime(audits, checkpoint, engine, latencies, monitor=unobserved)
     with serving(runtime) as client:
         best = classify(client, photo, patch_grid=4, keep_rate=1)
         engine.at_best.clear()
