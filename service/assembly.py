@@ -93,14 +93,13 @@ def assemble(
         scheduler.machine_observed(load, engine.fitting_images())
         return 0.0 if engine.is_on_gpu else (latest.others_cores or 0.0) / (latest.cpus or latest.cores)
 
-    works: list[IdleWork] = []
+    # Audits first: they are bounded, and the rest of a profile may take hours.
+    works: list[IdleWork] = [Audit(engine.run, scheduler, metrics.audits.audited)] if settings.audit else []
     profiler, measured_at = None, "not measured here"
     if not isinstance(known, LatencyTable):
         profiler = _make_profiler(settings, checkpoint, engine, metrics, scheduler, *known)
         measured_at = known[0].began_at.isoformat(timespec="seconds")
         works.append(profiler)
-    if settings.audit:
-        works.append(Audit(engine.run, scheduler, metrics.audits.audited))
     idle = IdleTurns(works, scheduler, settings.default_budget_ms / 1000, limiter, observe_machine)
     batcher = Batcher(
         engine.run,

@@ -93,7 +93,7 @@ class IdleTurns:
         """Take what there is to do.
 
         Args:
-            works: the most important first.
+            works: in the order in which they are asked for a batch.
             scheduler: knows the load, and plans around a batch that runs.
             default_budget_s: granted to a request that names none.
             limiter: holds these batches back for the sake of a ceiling, as it does those of requests.

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.execution.audit import KEPT, SHARE, Audit, least_agreement
-from service.execution.idle_turns import IdleTurns, Room
+from service.execution.idle_turns import IdleBatch, IdleTurns, Room
+from service.execution.results import Result
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
@@ -62,6 +64,30 @@ class Idle:
             assert self.now < 10_000
 
 
+class EndlessWork:
+    """What always has a batch to run."""
+
+    def __init__(self, idle: Idle) -> None:
+        self.idle, self.num_runs = idle, 0
+
+    def starts_at(self) -> float | None:
+        return -math.inf
+
+    def due(self, _: float, room: Room) -> IdleBatch | None:
+        return IdleBatch(0.01, self.run, "") if room.seconds >= 0.01 else None
+
+    def run(self) -> float:
+        self.num_runs += 1
+        self.idle.now += 0.01
+        return 0.01
+
+    def batch_ran(self, images: Sequence[Tensor], results: Sequence[Result]) -> None:
+        """Learn nothing."""
+
+    def close(self) -> None:
+        """Go on."""
+
+
 @pytest.fixture
 def idle(fast_catalog: VariantCatalog) -> Idle:
     return Idle(fast_catalog)
@@ -96,6 +122,18 @@ def test_audits_take_a_hundredth_of_the_engine_at_most(idle: Idle) -> None:
         idle.serve(SMALL, 0)
         idle.wait()
     assert 0.5 * SHARE * 2000 < BEST_S * len(idle.ran) <= SHARE * 2000 + 2 * BEST_S
+
+
+def test_audits_leave_the_rest_of_the_idle_time_to_the_work_behind_them(idle: Idle) -> None:
+    profiler = EndlessWork(idle)
+    idle.turns = IdleTurns([idle.audit, profiler], idle.scheduler, 1.0, clock=lambda: idle.now)
+    began = idle.now
+    while idle.now < began + 100:
+        idle.serve(SMALL, 0)
+        idle.wait()
+        idle.wait()
+    assert len(idle.ran) >= 5
+    assert profiler.num_runs >= 10 * len(idle.ran)
 
 
 def test_few_images_wait_for_their_audit_and_those_that_find_no_room_are_left_out(idle: Idle) -> None:
