@@ -21,7 +21,8 @@ FROM base AS requirements
 COPY pyproject.toml .
 RUN python -c "import tomllib; \
     project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    print(*project['dependencies'], *project['optional-dependencies']['grpc'], sep='\n')" > requirements.txt
+    extras = project['optional-dependencies']; \
+    print(*project['dependencies'], *extras['grpc'], *extras['otel'], sep='\n')" > requirements.txt
 
 FROM base AS dependencies
 # Where PyTorch's builds for one kind of machine are. Their versions, such as 2.9.0+cpu, win over 2.9.0 of PyPI. Where
@@ -54,7 +55,8 @@ COPY --from=dependencies /opt/venv /opt/venv
 # Bytecode, which the server's user may not write later, but only of what is imported: that of everything takes 170 MB.
 # The base image comes without the bytecode of Python's own library.
 # OpenVINO's telemetry is kept from reporting the import, as the server keeps it.
-RUN python -c "import sys; sys.modules['openvino_telemetry'] = None; import fastapi, grpc.aio, openvino, timm, uvicorn"
+RUN python -c "import sys; sys.modules['openvino_telemetry'] = None; import fastapi, grpc.aio, openvino, timm, uvicorn; \
+    import opentelemetry.exporter.otlp.proto.http.trace_exporter"
 COPY --from=application /application /opt/venv
 # The rest of it. And where an import fails, there is no image.
 RUN python -c "import service.hosting.serve, service.engines.torch_engine" && supervit serve --help > /dev/null

@@ -36,7 +36,8 @@ def classification_of(
     """
     first = result.looks[0]
     looks = tuple(
-        Look(look.variant.profile, int(look.ranking[0]), look.confidence, look.inference_s) for look in result.looks
+        Look(look.variant.profile, int(look.ranking[0]), look.confidence, look.inference_s, look.started_at)
+        for look in result.looks
     )
     reason = reason_of(constraints, first.variant, first.decision)
     sentence = explain(reason, catalog, first.variant, constraints.max_gflops) + explain_looks(looks, result.stopped)

@@ -9,9 +9,11 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from service.http.classify import DirectRoutes, make_classify
 from service.http.error_responses import ErrorAnswers
-from service.http.keys import KeyCheck
+from service.http.keys import KeyCheck, describe_keys
 from service.http.origins import OriginPolicy
 from service.http.pages import add_pages
+from service.http.reports import HEADER as TRACE_HEADER
+from service.http.reports import RequestReports
 from service.http.request_ids import HEADER, RequestIds
 from service.http.routes import CLASSIFY_PATH, build_operations_router, build_router
 from service.http.torchserve import build_torchserve_router, make_predict, predict_path
@@ -68,6 +70,7 @@ def create_app(
     errors.add_to(app)
     app.add_middleware(DirectRoutes, handles=direct, errors=errors)
     if context.keys is not None:
+        describe_keys(app)
         app.add_middleware(KeyCheck, keys=context.keys)
     app.add_middleware(OriginPolicy, origins=context.cors_origins, hosts=context.allowed_hosts)
     if context.cors_origins:
@@ -76,8 +79,9 @@ def create_app(
             allow_origins=context.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[HEADER, "Server-Timing", "Retry-After"],
+            expose_headers=[HEADER, TRACE_HEADER, "Server-Timing", "Retry-After"],
         )
-    if names_requests:
-        app.add_middleware(RequestIds)
+    if context.reporter is not None:
+        app.add_middleware(RequestReports, reporter=context.reporter)
+    app.add_middleware(RequestIds, sends_back=names_requests)
     return app

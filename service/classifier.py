@@ -12,6 +12,7 @@ from service.errors import OverloadedError
 from service.pipeline import Image, Pipeline, Read
 from service.recent_answers import RecentAnswers
 from service.scheduling.state import QueuedRequest
+from service.telemetry.logs import REQUEST_ID
 from service.telemetry.metrics import Metrics
 from service.telemetry.outcomes import counted
 
@@ -47,7 +48,7 @@ class Classifier:
 
             classification = await pipeline.classify(read_and_enter, wanted, watch, reserved)
             record(classification)
-            self._answers.remember(wanted, classification)
+            self._answers.remember(REQUEST_ID.get(), wanted, classification)
         return classification
 
 

@@ -90,8 +90,7 @@ class InferenceRequest:
         address: that it came from; None where that is not known.
         key: that it came with; None where none is asked for.
         client_waits_s: time from its arrival after which its client is gone, whatever the budget; None where it stays.
-        request_id: by which its client may come back to its answer; None where it has none.
-        image: its place among the images of that name, from 0.
+        image: its place among those that came with one message, from 0.
     """
 
     arrived_at: float
@@ -104,7 +103,6 @@ class InferenceRequest:
     address: str | None = None
     key: ApiKey | None = None
     client_waits_s: float | None = None
-    request_id: str | None = None
     image: int = 0
 
 
@@ -117,12 +115,14 @@ class Look:
         answer: index of the class that it took for the most probable.
         confidence: calibrated probability of that, 0..1.
         inference_s: the batch in the engine.
+        started_at: when that began.
     """
 
     profile: SubNetworkProfile
     answer: int
     confidence: float
     inference_s: float
+    started_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +183,7 @@ class Timing:
     """Where the time went, in seconds.
 
     Attributes:
+        read_s: from arrival until the whole upload was there.
         decode_wait_s: waiting for a thread that decodes.
         decode_s: at work on the image's bytes.
         queue_s: waiting for the engine.
@@ -190,6 +191,7 @@ class Timing:
         total_s: from arrival to the finished answer, the upload included.
     """
 
+    read_s: float
     decode_wait_s: float
     decode_s: float
     queue_s: float

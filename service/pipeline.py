@@ -201,6 +201,7 @@ class Pipeline:
             asyncio.get_running_loop().call_soon(self._replied, result.ended_at)
         until = now if result.waited_in_vain else result.ended_at
         timing = Timing(
+            read_s=read_at - request.arrived_at,
             decode_wait_s=decoded.waited_s,
             decode_s=decoded.seconds,
             queue_s=until - read_at - decoded.waited_s - decoded.seconds - inference_s,

@@ -38,11 +38,11 @@ class RecentAnswers:
         self._kept = kept
         self._answers: OrderedDict[tuple[str | None, str, int], RecentAnswer] = OrderedDict()
 
-    def remember(self, request: InferenceRequest, answer: Classification) -> None:
-        """Remember an answer, unless its request has no name."""
-        if not request.request_id:
+    def remember(self, request_id: str | None, request: InferenceRequest, answer: Classification) -> None:
+        """Remember the answer to a request, unless it has no name."""
+        if request_id is None:
             return
-        place = _key_name(request.key), request.request_id, request.image
+        place = _key_name(request.key), request_id, request.image
         self._answers.pop(place, None)
         first = answer.looks[0].profile.subnetwork
         self._answers[place] = RecentAnswer(answer.predictions[0].index, first, answer.expected_top1)

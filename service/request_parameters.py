@@ -47,12 +47,7 @@ class DecideQuery(BaseModel):
         return SubNetwork(self.patch_grid, self.keep_rate)
 
     def request(
-        self,
-        arrived_at: float,
-        top_k: int | None = None,
-        address: str | None = None,
-        key: ApiKey | None = None,
-        request_id: str | None = None,
+        self, arrived_at: float, top_k: int | None = None, address: str | None = None, key: ApiKey | None = None
     ) -> InferenceRequest:
         """Make what the pipeline takes."""
         return InferenceRequest(
@@ -64,7 +59,6 @@ class DecideQuery(BaseModel):
             priority=self.priority,
             address=address,
             key=key,
-            request_id=request_id,
         )
 
 
@@ -85,15 +79,10 @@ class ClassifyQuery(DecideQuery):
         return self
 
     def request(
-        self,
-        arrived_at: float,
-        top_k: int | None = None,
-        address: str | None = None,
-        key: ApiKey | None = None,
-        request_id: str | None = None,
+        self, arrived_at: float, top_k: int | None = None, address: str | None = None, key: ApiKey | None = None
     ) -> InferenceRequest:
         """Make what the pipeline takes."""
-        return replace(super().request(arrived_at, top_k, address, key, request_id), min_confidence=self.min_confidence)
+        return replace(super().request(arrived_at, top_k, address, key), min_confidence=self.min_confidence)
 
 
 Query = TypeVar("Query", bound=DecideQuery)

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -33,10 +34,14 @@ from service.scheduling.policies import find_policy
 from service.settings import Settings, comma_separated, environment_variable
 from service.telemetry.metrics import Metrics, process_registry
 from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
+from service.telemetry.reports import Reporter
+
+if TYPE_CHECKING:  # it imports opentelemetry
+    from service.telemetry.tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LEAST_FLUSH_S, MOST_FLUSH_S = 1.0, 5.0  # for the last spans, of what the answers have left of the time to stop
 
 
 class ServerRuntime:
@@ -60,6 +65,7 @@ class ServerRuntime:
         begin: Callable[..., Profiled] = begin_profile,
         monitor: Monitor | None = None,
         watchdog: Watchdog | None = None,
+        tracer: "RequestTracer | None" = None,
     ) -> None:
         """Take what to serve; nothing runs yet.
 
@@ -74,6 +80,7 @@ class ServerRuntime:
             begin: reads the latencies measured before, and measures what a start needs.
             monitor: looks at the machine.
             watchdog: when a batch is taken to hang.
+            tracer: of requests; closed when the server ends.
 
         Raises:
             DeviceError: the device or the engine cannot be used.
@@ -109,6 +116,7 @@ class ServerRuntime:
             state=lambda: self._state,
             server=self._require_server,
             report=self._report,
+            reporter=Reporter(tracer, logs_requests=settings.log_requests) if tracer or settings.log_requests else None,
         )
         self.inference_protocol = InferenceProtocol(
             checkpoint,
@@ -117,6 +125,7 @@ class ServerRuntime:
             self.context.failures,
             lambda: self.context.open_server().pipeline,
         )
+        self._tracer = tracer
         self._state = ServerState.STARTING
         self._drain_ends_at: float | None = None
         self._server: ReadyServer | None = None
@@ -172,6 +181,9 @@ class ServerRuntime:
             for task in (watching, reporting, measuring, guarding):
                 task.cancel()
             self._monitor.close()
+            if self._tracer is not None:
+                within_s = min(MOST_FLUSH_S, max(LEAST_FLUSH_S, self.drain_left_s))
+                await asyncio.to_thread(self._tracer.close, within_s)
 
     async def _serve(self) -> None:
         """Warm up, learn the latencies, and run batches until told to stop and all that was admitted has an answer."""

@@ -111,9 +111,9 @@ class Settings(BaseSettings):
     max_decode_bytes: int = Field(
         640_000_000, ge=1, description="most memory that decoding an image may take, and all large ones together"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least serious log lines shown; debug has a line per request"
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least serious log lines shown")
+    log_format: Literal["text", "json"] = Field("text", description="of the log's lines, on stderr")
+    log_requests: bool = Field(False, description="log a line per request, and sparingly that some were rejected")
 
     @model_validator(mode="after")
     def _certificate_and_key(self) -> "Settings":

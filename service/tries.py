@@ -18,7 +18,7 @@ from service.errors import (
     UnreachableError,
     rebuild_error,
 )
-from service.http.schemas import ClassifyAnswer, ErrorAnswer, ExplainAnswer, ReadyAnswer
+from service.http.schemas import ClassifyAnswer, ErrorBody, ExplainAnswer, ReadyAnswer
 
 # What the first further try waits for at most beyond what the server asks for; each one after it twice as long.
 BACKOFF_S = 0.1
@@ -174,7 +174,7 @@ def _read(reply: Reply, kind: type[Answer]) -> Answer:
     try:
         if reply.status_code == HTTPStatus.OK:
             return kind.model_validate_json(reply.content)
-        problem = ErrorAnswer.model_validate_json(reply.content).error
+        problem = ErrorBody.model_validate_json(reply.content).error
     except ValidationError as error:
         what = f"{_site(reply.request)} does not answer as a SuperViT server does"
         raise UnexpectedAnswerError(what, status=reply.status_code) from error

@@ -60,6 +60,8 @@ RUN = {
     "test_a_benchmark_tells_what_became_of_its_requests",
     "supervit classify frog.jpg --checkpoint supervit-micro-cifar10": "tests/service/commands/test_classify.py::"
     "test_a_checkpoint_that_ships_is_classified_with_by_its_name",
+    "export OTEL_": "tests/end_to_end/test_tracing.py::"
+    "test_every_request_arrives_as_a_span_with_a_part_for_each_of_its_stages",
     "promtool test rules": "tests/deploy/test_prometheus.py::",
     "ray start": "tests/deploy/test_ray.py::test_it_is_the_same_app",
     "serve deploy": "tests/deploy/test_ray.py::test_it_is_the_same_app",

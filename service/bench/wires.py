@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from service.errors import CommandError, UnexpectedAnswerError
-from service.http.schemas import ClassifyAnswer, ErrorAnswer
+from service.http.schemas import ClassifyAnswer, ErrorBody
 from service.simulation.arrivals import Arrival
 
 OK = "ok"
@@ -84,7 +84,7 @@ class SupervitWire:
         """Read an answer or the code of an error."""
         try:
             if status != HTTPStatus.OK:
-                return Reply(ErrorAnswer.model_validate_json(body).error.code)
+                return Reply(ErrorBody.model_validate_json(body).error.code)
             answer = ClassifyAnswer.model_validate_json(body)
         except ValidationError:
             return Reply(UnexpectedAnswerError.code if status == HTTPStatus.OK else f"http_{status}")

@@ -38,6 +38,7 @@ def grpc_beside(
         settings.max_upload_s,
         settings.max_connections_per_address,
         runtime.context.keys,
+        runtime.context.reporter,
     )
     bounds = Bounds(
         max_message_bytes=settings.max_body_bytes,

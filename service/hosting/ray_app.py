@@ -3,8 +3,8 @@
 `build` is what the `import_path` of a Serve config names; its arguments are the server's settings.
 """
 
-import logging
 import math
+import os
 import time
 
 import ray
@@ -18,8 +18,10 @@ from service.engines.factory import engine_threads
 from service.errors import InvalidParameterError
 from service.hosting.interpreter import configure_gc
 from service.machine.monitor import Monitor
-from service.runtime import LOG_FORMAT, ServerRuntime
+from service.runtime import ServerRuntime
 from service.settings import Settings, named_settings
+from service.telemetry.logs import configure_logging
+from service.telemetry.reports import find_tracer
 
 # What Ray decides.
 NOT_FOR_RAY = {"host", "port", "fd", "workers"}
@@ -36,13 +38,13 @@ class Replica:
     """
 
     def __init__(self, settings: Settings) -> None:
-        logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+        configure_logging(settings.log_level, settings.log_format)
         self._has_failed = False
         self._decode_threads = settings.decode_threads
         checkpoint = load_checkpoint(settings.checkpoint)
         threads = settings.threads or min(engine_threads(checkpoint, Monitor().latest.cores), _assigned_cpus())
         settings = settings.model_copy(update={"threads": threads, "workers": 1})  # Ray has replicas
-        runtime = ServerRuntime(settings, checkpoint, on_failure=self._fail)
+        runtime = ServerRuntime(settings, checkpoint, on_failure=self._fail, tracer=find_tracer(os.environ))
         self._app = create_app(runtime, ready_first=True, names_requests=False)  # Ray's proxy names them
         self._read_totals = runtime.metrics.totals
         self._totals, self._told_at = self._read_totals(), time.monotonic()

@@ -35,9 +35,11 @@ from service.http.connections import Connections
 from service.http.early_rejection import EarlyRejection, RejectingProtocol
 from service.http.routes import CLASSIFY_PATH
 from service.machine.monitor import Monitor
-from service.runtime import LOG_FORMAT, ServerRuntime
+from service.runtime import ServerRuntime
 from service.settings import Settings, comma_separated, environment_variable, unknown_variables, worker_environment
+from service.telemetry.logs import configure_logging
 from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
+from service.telemetry.reports import find_tracer
 from service.telemetry.sparing_log import SparingLog
 
 logger = logging.getLogger(__name__)
@@ -174,7 +176,7 @@ def serve(settings: Settings, engine: Engine | None = None) -> None:
     Raises:
         CommandError: the address cannot be had, or the model cannot run.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+    configure_logging(settings.log_level, settings.log_format)
     require_grpc(settings)
     with reserved_ports(settings) as settings:
         if settings.workers > 1 and settings.fd is None:
@@ -209,7 +211,8 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         # the number that it computes with.
         torch.set_num_threads(1)
         checkpoint = load_checkpoint(settings.checkpoint)
-        runtime = ServerRuntime(settings, checkpoint, engine, on_failure=stop, heartbeat=tell_supervisor)
+        tracer = find_tracer(os.environ)
+        runtime = ServerRuntime(settings, checkpoint, engine, on_failure=stop, heartbeat=tell_supervisor, tracer=tracer)
         # Others may serve at the same address: this server takes no connection from them before its time.
         http = partial(RejectingProtocol, **_shared(settings, max_connections, runtime))
         beside = [grpc_beside(settings, runtime, max_connections, certificate)]
@@ -246,7 +249,7 @@ def _configure(
         ws="none",
         log_config=None,
         log_level=settings.log_level,
-        access_log=settings.log_level == "debug",
+        access_log=False,  # --log-requests says more
         server_header=False,
         headers=list(SECURITY_HEADERS.items()),
         timeout_keep_alive=settings.keep_alive_s,

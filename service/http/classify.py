@@ -20,7 +20,6 @@ from service.http.forms import FIELD
 from service.http.keys import key_of
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import parse_parameters, parse_query
-from service.http.request_ids import request_id
 from service.http.schemas import ClassifyAnswer, TimingAnswer
 from service.http.uploads import BodyKind, kind_of_body, read_body, read_form, read_json
 from service.pipeline import Pipeline
@@ -30,6 +29,14 @@ from service.telemetry.outcomes import counted
 
 Handle = Callable[[Request], Awaitable[Response]]
 ReadBytes = Callable[[float], Awaitable[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class DirectRoute:
+    """What answers POST at a path."""
+
+    path: str
+    handle: Handle
 
 
 class DirectRoutes:
@@ -47,17 +54,19 @@ class DirectRoutes:
             handles: what answers each path.
             errors: answers where that raises a ServiceError.
         """
-        self._app, self._handles, self._errors = app, handles, errors
+        self._app, self._errors = app, errors
+        self._routes = {path: DirectRoute(path, handle) for path, handle in handles.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or hand on."""
-        handle = self._handles.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if handle is None:
+        route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if route is None:
             await self._app(scope, receive, send)
             return
+        scope["route"] = route  # as FastAPI notes it
         request = Request(scope, receive, send)
         try:
-            response = await handle(request)
+            response = await route.handle(request)
         except ServiceError as error:
             response = await self._errors.on_service_error(request, error)
         await response(scope, receive, send)
@@ -97,9 +106,7 @@ def make_classify(context: RouteContext) -> Handle:
         if len(upload.reads) == 1:
             with context.failures.counting():
                 return respond(await answer(upload.reads[0]))
-        results = await asyncio.gather(
-            *(_result(request, answer(read, image)) for image, read in enumerate(upload.reads))
-        )
+        results = await asyncio.gather(*(_result(answer(read, image)) for image, read in enumerate(upload.reads)))
         return Response(b'{"results":[%s]}' % b",".join(results), media_type="application/json")
 
     return classify
@@ -121,7 +128,6 @@ async def read_upload(
     """
     query_string, clock = request.scope["query_string"], context.clock
     address, key = request.client.host if request.client else None, key_of(request.scope)
-    name = request_id(request.scope)
     arrived_at = request.scope.get(ARRIVED_AT) or clock()
     pipeline, kind = context.open_server().pipeline, kind_of_body(request.headers)
     limits = context.max_body_bytes, context.max_upload_s
@@ -134,7 +140,7 @@ async def read_upload(
             return data
 
         reserved = request.scope.get(RESERVED)
-        return Upload(pipeline, (read,), query.request(arrived_at, query.top_k, address, key, name), reserved)
+        return Upload(pipeline, (read,), query.request(arrived_at, query.top_k, address, key), reserved)
 
     pipeline.check_room()
     within_s = context.max_upload_s  # unless the query says so, it is not known yet what is granted
@@ -151,7 +157,7 @@ async def read_upload(
     else:
         form = await read_json(request, *limits, within_s)
     parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
-    wanted = parameters.request(arrived_at, parameters.top_k, address, key, name)
+    wanted = parameters.request(arrived_at, parameters.top_k, address, key)
     pipeline.check(wanted)
     if pipeline.time_left_s(wanted) <= 0:
         raise UploadTimeoutError("the body did not arrive within its budget")
@@ -178,11 +184,11 @@ def timing_header(timing_ms: TimingAnswer) -> dict[str, str]:
     return {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())}
 
 
-async def _result(request: Request, answering: Awaitable[ClassifyAnswer]) -> bytes:
+async def _result(answering: Awaitable[ClassifyAnswer]) -> bytes:
     """Put one of several answers, or its own error, on the wire, with its status."""
     try:
-        status, body = 200, (await answering).model_dump_json()
+        answer = (await answering).model_dump_json()
     except ServiceError as error:
-        status, described = describe_error(error, request.scope)
-        body = described.model_dump_json()
-    return f'{{"status":{status},{body.removeprefix("{")}'.encode()
+        _, described = describe_error(error)
+        return described.model_dump_json().encode()
+    return f'{{"status":200,{answer.removeprefix("{")}'.encode()

@@ -17,6 +17,7 @@ from service.pipeline import Pipeline
 from service.recent_answers import RecentAnswers
 from service.scheduling.scheduler import Scheduler
 from service.telemetry.metrics import Metrics
+from service.telemetry.reports import Reporter
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class RouteContext:
         state: tells what the server is at.
         server: yields what serves; raises a NotReadyError until there is one.
         report: records the state of machine and scheduler in the metrics.
+        reporter: tells of each request; None where nothing but the metrics does.
         clock: monotonic, in seconds.
         failures: counts the server's own.
         keys: that requests must come with one of; None for no such thing.
@@ -71,6 +73,7 @@ class RouteContext:
     state: Callable[[], ServerState]
     server: Callable[[], ReadyServer]
     report: Callable[[], None]
+    reporter: Reporter | None = None
     clock: Callable[[], float] = time.monotonic
     failures: OwnFailures = field(default_factory=OwnFailures)
     keys: KeyFile | None = None

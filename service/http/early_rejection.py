@@ -13,6 +13,7 @@ from service.domain import ApiKey
 from service.errors import OverloadedError, OverloadReason, ServiceError
 from service.http.context import RouteContext
 from service.http.error_responses import describe_error, make_error_response
+from service.http.error_shapes import error_type
 from service.http.forms import UNTYPED
 from service.http.origins import is_known_host
 from service.http.protocol import ARRIVED_AT, BoundedProtocol
@@ -104,7 +105,10 @@ class EarlyRejection:
         metrics.request_finished(OverloadedError.code, last.reason)
         if last.key is not None:
             metrics.keys.finished(last.key.name, OverloadedError.code)
-        return last.lines % name_request(named.get(RAW_HEADER, b""))
+        if self._context.reporter is not None:
+            self._context.reporter.rejected()
+        media_type = error_type(named.get(b"accept", b"").decode("latin-1"))
+        return last.lines % (media_type.encode(), name_request(named.get(RAW_HEADER, b"")))
 
     def charge(self, took_s: float) -> float:
         """Charge a rejection's CPU time to a bucket that leaks; returns for how long it is to be held back.
@@ -133,10 +137,11 @@ class EarlyRejection:
 
 
 def _describe(error: OverloadedError) -> bytes:
-    """Put a rejection's headers and body on the wire, with a place for the request's name."""
-    response = make_error_response(*describe_error(error, {}))
-    head = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)
-    answer = b"%b%b: %%b\r\n\r\n%b"
+    """Put a rejection's headers and body on the wire, with places for the media type and the request's name."""
+    response = make_error_response(*describe_error(error))
+    others = (header for header in response.raw_headers if header[0] != b"content-type")
+    head = b"".join(b"%b: %b\r\n" % header for header in others)
+    answer = b"%bcontent-type: %%b\r\n%b: %%b\r\n\r\n%b"
     return answer % (head.replace(b"%", b"%%"), RAW_HEADER, bytes(response.body).replace(b"%", b"%%"))
 
 
@@ -246,8 +251,8 @@ class RejectingProtocol(BoundedProtocol):
             self._parse_rest()
 
     def _rejection(self) -> bytes | None:
-        # The log of accesses is the application's; so is to wait for a client that does not read.
-        if self.access_log or self.flow.write_paused or self.parser.get_method() != b"POST":
+        # To wait for a client that does not read is the application's.
+        if self.flow.write_paused or self.parser.get_method() != b"POST":
             return None
         if self.parser.get_http_version() != "1.1" or not self.parser.should_keep_alive():
             return None

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -36,8 +36,9 @@ from service.errors import (
     invalid_parameter,
 )
 from service.http.error_shapes import shape_error
-from service.http.request_ids import HEADER, KEY, request_id
+from service.http.request_ids import HEADER, KEY
 from service.http.schemas import ErrorAnswer, ErrorDetail
+from service.telemetry.reports import note_error
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ STATUS = {
 }
 RETRY_AFTER_S = 1
 LINGER_S = 1
+TYPE_PREFIX = "urn:supervit:error:"  # and the code: a name for programs, nothing to be fetched
 
 
 class ErrorAnswers:
@@ -84,7 +86,8 @@ class ErrorAnswers:
         """Answer a request that fails."""
         if isinstance(error, BodyTooLargeError) and not _waits_to_send(request):
             await _discard(request)
-        response = make_error_response(*describe_error(error, request.scope), path=request.scope["path"])
+        accept = request.headers.get("accept", "")
+        response = make_error_response(*describe_error(error), path=request.scope["path"], accept=accept)
         is_unread = isinstance(error, BodyTooLargeError | UploadTimeoutError)
         return _closing(response) if is_unread or self._may_be_long(request) else response
 
@@ -98,8 +101,10 @@ class ErrorAnswers:
         message, allowed = error.detail, (error.headers or {}).get("Allow")
         if allowed is not None:
             message = f"{request.url.path} takes {allowed}, not {request.method}"
-        path = request.scope["path"]
-        response = make_error_response(error.status_code, _described(code, message), error.headers, path)
+        note_error(code)
+        described, path = _described(error.status_code, code, message), request.scope["path"]
+        accept = request.headers.get("accept", "")
+        response = make_error_response(error.status_code, described, error.headers, path=path, accept=accept)
         return _closing(response) if self._may_be_long(request) else response
 
     def _may_be_long(self, request: Request) -> bool:
@@ -108,37 +113,53 @@ class ErrorAnswers:
         return int(request.headers.get("content-length", "0")) > self._max_body_bytes
 
 
-def describe_error(error: ServiceError, scope: MutableMapping[str, Any]) -> tuple[int, ErrorAnswer]:
+def describe_error(error: ServiceError) -> tuple[int, ErrorAnswer]:
     """Return the status of an error and what is said of it; the log says by which request the server failed."""
     status = STATUS.get(type(error), 500)
+    note_error(error.code)
     if status == 500:
-        logger.error("request %s: %s", request_id(scope), error.message)
-    return status, _described(error.code, error.message, error.details)
+        logger.error("%s", error.message)
+    return status, _described(status, error.code, error.message, error.details)
 
 
 def make_error_response(
-    status: int, answer: ErrorAnswer, headers: Mapping[str, str] | None = None, path: str = ""
+    status: int, answer: ErrorAnswer, headers: Mapping[str, str] | None = None, *, path: str = "", accept: str = ""
 ) -> Response:
-    """Put an error on the wire, in the shape that clients of the path know."""
+    """Put an error on the wire, in the shape that clients of the path know.
+
+    Args:
+        status: of HTTP.
+        answer: what is said.
+        headers: beside those that every error has.
+        path: of the request.
+        accept: header of the request.
+    """
     headers = dict(headers or {})
     if status in (429, 503):
         retry_after_s = math.ceil(answer.error.details.get("retry_after_s", 0))
         headers["Retry-After"] = str(max(RETRY_AFTER_S, retry_after_s))
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(shape_error(status, answer, path), status, headers, "application/json")
+    body, media_type = shape_error(status, answer, path, accept)
+    return Response(body, status, headers, media_type)
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    name = request_id(request.scope)
-    logger.error("request %s: %r", name, error)  # uvicorn logs where it came from
-    headers = {HEADER: name} if KEY in request.scope else {}  # this answer goes past the middleware
-    described = _described(ServiceError.code, "the server failed; its log says why")
-    return make_error_response(500, described, headers, request.scope["path"])
+    logger.error("%r", error)  # uvicorn logs where it came from
+    headers = {HEADER: request.scope[KEY]} if KEY in request.scope else {}  # this answer goes past the middleware
+    described = _described(500, ServiceError.code, "the server failed; its log says why")
+    path, accept = request.scope["path"], request.headers.get("accept", "")
+    return make_error_response(500, described, headers, path=path, accept=accept)
 
 
-def _described(code: str, message: str, details: dict[str, Any] | None = None) -> ErrorAnswer:
-    return ErrorAnswer(error=ErrorDetail(code=code, message=message, details=details or {}))
+def _described(status: int, code: str, message: str, details: dict[str, Any] | None = None) -> ErrorAnswer:
+    return ErrorAnswer(
+        type=f"{TYPE_PREFIX}{code}",
+        title=code.replace("_", " ").capitalize(),
+        status=status,
+        detail=message,
+        error=ErrorDetail(code=code, message=message, details=details or {}),
+    )
 
 
 def _waits_to_send(request: Request) -> bool:

@@ -1,10 +1,14 @@
-"""The JSON shapes of errors: ours, and on the routes of other servers the ones that their clients know."""
+"""The JSON shapes of errors: ours, and on the routes of other servers the ones that their clients know.
+
+Ours is a problem of RFC 9457 with one member more, `error`.
+"""
 
 from pydantic import BaseModel, Field
 
 from service.errors import UnknownModelError
 from service.http.schemas import ErrorAnswer
 
+PROBLEM, JSON = "application/problem+json", "application/json"
 V1_PREFIX, V2_PREFIX = "/v1", "/v2"
 TORCHSERVE_PREFIXES = ("/predictions/", "/ping")
 TORCHSERVE_TYPES = {
@@ -31,15 +35,20 @@ class TorchServeError(BaseModel):
     message: str = Field(description="a sentence for a person")
 
 
-def shape_error(status: int, answer: ErrorAnswer, path: str) -> bytes:
-    """Make the body of an error for those who asked for a path."""
+def shape_error(status: int, answer: ErrorAnswer, path: str, accept: str) -> tuple[bytes, str]:
+    """Make the body of an error for a request to a path, and name its media type."""
     error = answer.error
     if path == V2_PREFIX or path.startswith((f"{V1_PREFIX}/", f"{V2_PREFIX}/")):
-        return InferError(error=error.message).model_dump_json().encode()
+        return InferError(error=error.message).model_dump_json().encode(), JSON
     if path.startswith(TORCHSERVE_PREFIXES):
         kind = _torchserve_type(status, error.code)
-        return TorchServeError(code=status, type=kind, message=error.message).model_dump_json().encode()
-    return answer.model_dump_json().encode()
+        return TorchServeError(code=status, type=kind, message=error.message).model_dump_json().encode(), JSON
+    return answer.model_dump_json().encode(), error_type(accept)
+
+
+def error_type(accept: str) -> str:
+    """Choose the media type of an error; to a client that takes plain JSON alone, the same body is that."""
+    return JSON if JSON in accept and PROBLEM not in accept and "*" not in accept else PROBLEM
 
 
 def _torchserve_type(status: int, code: str) -> str:

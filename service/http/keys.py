@@ -1,5 +1,9 @@
 """Asks what is posted for a key, where the server has a file of them."""
 
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.access.key_file import HEADERS, KeyFile
@@ -9,12 +13,33 @@ from service.http.error_responses import describe_error, make_error_response
 
 KEY = "supervit.key"  # of the scope
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+# In OpenAPI's words.
+SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
 
 
 def key_of(scope: Scope) -> ApiKey | None:
     """Return the key that a request came with; None where none is asked for."""
     key: ApiKey | None = scope.get(KEY)
     return key
+
+
+def describe_keys(app: FastAPI) -> None:
+    """Have the documentation of an app say that what is posted needs a key, and how it is sent."""
+    describe = app.openapi
+
+    def describe_with_keys() -> dict[str, Any]:
+        schema = describe()
+        schema["components"]["securitySchemes"] = SCHEMES
+        for operations in schema["paths"].values():
+            for method, operation in operations.items():
+                if method.upper() not in SAFE_METHODS:
+                    operation["security"] = [{name: []} for name in SCHEMES]  # either will do
+        return schema
+
+    app.openapi = describe_with_keys  # type: ignore[method-assign] # FastAPI's way to extend it
 
 
 class KeyCheck:
@@ -32,7 +57,9 @@ class KeyCheck:
         try:
             scope[KEY] = self._keys.find({name: value for name, value in scope["headers"] if name in HEADERS})
         except ServiceError as error:
-            response = make_error_response(*describe_error(error, scope), {"Connection": "close"}, scope["path"])
+            accept = Headers(scope=scope).get("accept", "")
+            described, closing = describe_error(error), {"Connection": "close"}
+            response = make_error_response(*described, closing, path=scope["path"], accept=accept)
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)

@@ -8,6 +8,7 @@ import ipaddress
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import ForeignOriginError, ServiceError, UnknownHostError
@@ -35,7 +36,9 @@ class OriginPolicy:
             if scope["type"] == "http":
                 self._check(scope)
         except ServiceError as error:
-            response = make_error_response(*describe_error(error, scope), {"Connection": "close"}, scope["path"])
+            accept = Headers(scope=scope).get("accept", "")
+            described, closing = describe_error(error), {"Connection": "close"}
+            response = make_error_response(*described, closing, path=scope["path"], accept=accept)
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)

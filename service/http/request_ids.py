@@ -6,15 +6,11 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.request_names import name_request
+from service.telemetry.logs import REQUEST_ID
 
 HEADER = "X-Request-ID"
 RAW_HEADER = HEADER.lower().encode()
-KEY = "supervit.request_id"
-
-
-def request_id(scope: MutableMapping[str, Any]) -> str:
-    """Return the name of a request; one that came through a proxy which names them itself has it in its header."""
-    return str(scope[KEY]) if KEY in scope else name_request(_brought(scope)).decode()
+KEY = "supervit.request_id"  # of the scope, where the answer is to say it
 
 
 def _brought(scope: MutableMapping[str, Any]) -> bytes:
@@ -22,11 +18,11 @@ def _brought(scope: MutableMapping[str, Any]) -> bytes:
 
 
 class RequestIds:
-    """Middleware that keeps the name a request brings in its header, or gives it one, and sends it back."""
+    """Middleware that keeps the name a request brings in its header, or gives it one, and tells log and client."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        """Take what every request goes to."""
-        self._app = app
+    def __init__(self, app: ASGIApp, *, sends_back: bool = True) -> None:
+        """Take what every request goes to, and whether its name is sent back, which a proxy may do itself."""
+        self._app, self._sends_back = app, sends_back
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Name the request and hand it on."""
@@ -34,6 +30,10 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         name = name_request(_brought(scope))
+        REQUEST_ID.set(name.decode())
+        if not self._sends_back:
+            await self._app(scope, receive, send)
+            return
         scope[KEY] = name.decode()
 
         async def send_named(message: Message) -> None:

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Request, Response, Security
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from fastapi.security import APIKeyHeader, HTTPBearer
 
 from service.domain import HIGHEST_PRIORITY, MAX_IMAGES, InferenceRequest
 from service.errors import NotReadyError, ServiceError
 from service.http.classify import Handle
 from service.http.context import RouteContext
 from service.http.descriptions import describe_forecast
+from service.http.error_shapes import PROBLEM
 from service.http.events import HEADERS as EVENTS_HEADERS
 from service.http.events import EventStream, LiveFeed, describe_events, is_stopping
 from service.http.explain import make_explain
@@ -32,7 +32,6 @@ from service.http.request_ids import HEADER
 from service.http.schemas import (
     ClassifyAnswer,
     DecideAnswer,
-    ErrorAnswer,
     ExplainAnswer,
     HealthAnswer,
     ReadyAnswer,
@@ -42,7 +41,6 @@ from service.http.schemas import (
 )
 from service.request_parameters import ClassifyQuery, DecideQuery
 from service.telemetry.live import read_sample
-from service.telemetry.metrics import CONTENT_TYPE
 
 CLASSIFY_PATH = "/classify"
 BYTES: Schema = {"type": "string", "format": "binary"}
@@ -50,27 +48,31 @@ MANY: Schema = {"type": "array", "items": BYTES, "minItems": 1, "maxItems": MAX_
 SERVER_TIMING = {"description": "the times of timing_ms, in milliseconds", "schema": {"type": "string"}}
 REQUEST_ID = {"description": "the request's own, or one that was made for it", "schema": {"type": "string"}}
 RETRY_AFTER = {"Retry-After": {"description": "seconds to wait before the next try", "schema": {"type": "integer"}}}
+
+
+def _failing(description: str, headers: dict[str, Any] | None = None) -> dict[str, Any]:
+    # FastAPI would call a model's media type that of the route, and ErrorAnswer is among the components as it is.
+    content = {PROBLEM: {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
+    return {"description": description, "content": content, "headers": headers or {}}
+
+
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"headers": {"Server-Timing": SERVER_TIMING, HEADER: REQUEST_ID}},
-    401: {"model": ErrorAnswer, "description": "the server asks for a key, and this is none"},
-    403: {"model": ErrorAnswer, "description": "a page of another site asks"},
-    408: {"model": ErrorAnswer, "description": "the body did not arrive in time"},
-    413: {"model": ErrorAnswer, "description": "the body or the image is too large"},
-    415: {"model": ErrorAnswer, "description": "the content type is no image, or the encoding is not undone"},
-    421: {"model": ErrorAnswer, "description": "it is addressed to a host that is not the server's"},
-    422: {"model": ErrorAnswer, "description": "a parameter, the budget or the image is unusable"},
-    429: {
-        "model": ErrorAnswer,
-        "description": "it could not be answered in time, or too much waits",
-        "headers": RETRY_AFTER,
-    },
-    500: {"model": ErrorAnswer, "description": "the model failed"},
-    503: {"model": ErrorAnswer, "description": "not ready yet, or stopping", "headers": RETRY_AFTER},
-    504: {"model": ErrorAnswer, "description": "admitted, but the deadline can no longer be met"},
+    401: _failing("the server asks for a key, and this is none"),
+    403: _failing("a page of another site asks"),
+    408: _failing("the body did not arrive in time"),
+    413: _failing("the body or the image is too large"),
+    415: _failing("the content type is no image, or the encoding is not undone"),
+    421: _failing("it is addressed to a host that is not the server's"),
+    422: _failing("a parameter, the budget or the image is unusable"),
+    429: _failing("it could not be answered in time, or too much waits", RETRY_AFTER),
+    500: _failing("the model failed"),
+    503: _failing("not ready yet, or stopping", RETRY_AFTER),
+    504: _failing("admitted, but the deadline can no longer be met"),
 }
 EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {200: describe_events(), 429: RESPONSES[429]}
 FEEDBACK_RESPONSES: dict[int | str, dict[str, Any]] = {
-    404: {"model": ErrorAnswer, "description": "no answer to such a request is remembered"},
+    404: _failing("no answer to such a request is remembered"),
     **{status: RESPONSES[status] for status in (401, 403, 408, 413, 421, 422)},
 }
 DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 422, 429, 503)}
@@ -99,9 +101,6 @@ def _object(properties: Schema, required: str) -> Schema:
 def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     """Make the routes that clients ask, over `context`."""
     router = APIRouter()
-    # They describe what the middleware checks.
-    bearer, header = HTTPBearer(auto_error=False), APIKeyHeader(name="X-API-Key", auto_error=False)
-    needed = [] if context.keys is None else [Security(bearer), Security(header)]
     config = context.checkpoint.config
     profiles = context.checkpoint.profile.with_rates_between(config)
     # The routes read their queries themselves, at a tenth of what FastAPI takes for it, so they describe them as well.
@@ -115,7 +114,6 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         CLASSIFY_PATH,
         classify,
         methods=["POST"],
-        dependencies=needed,
         response_model=ClassifyAnswer | ResultsAnswer,
         responses=RESPONSES,
         openapi_extra={"requestBody": describe_body(of_classify), "parameters": describe_query(of_classify)},
@@ -125,7 +123,6 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         "/explain",
         make_explain(context),
         methods=["POST"],
-        dependencies=needed,
         response_model=ExplainAnswer,
         responses=RESPONSES,
         openapi_extra={"requestBody": describe_body(of_classify), "parameters": describe_query(of_classify)},
@@ -133,7 +130,6 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
 
     @router.post(
         "/decide",
-        dependencies=needed,
         responses=DECIDE_RESPONSES,
         openapi_extra={"parameters": describe_query(of_decide)},
     )
@@ -147,7 +143,6 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         "/feedback",
         make_feedback(context),
         methods=["POST"],
-        dependencies=needed,
         response_model=FeedbackAnswer,
         responses=FEEDBACK_RESPONSES,
         openapi_extra={"requestBody": FEEDBACK_BODY},
@@ -212,11 +207,11 @@ def build_operations_router(context: RouteContext) -> APIRouter:
 
     @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """Give all metrics in the Prometheus text format."""
+    async def metrics(request: Request) -> Response:
+        """Give all metrics in the Prometheus text format, or in OpenMetrics, whose durations lead to traces."""
         context.report()
-        return Response(
-            await asyncio.to_thread(context.metrics.page), media_type=CONTENT_TYPE
-        )  # of many processes, slow
+        # Of many processes, slow.
+        page, media_type = await asyncio.to_thread(context.metrics.page, request.headers.get("accept", ""))
+        return Response(page, media_type=media_type)
 
     return router

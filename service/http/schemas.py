@@ -18,10 +18,19 @@ class ErrorDetail(BaseModel):
     details: dict[str, Any] = Field(description="values that a program may want")
 
 
-class ErrorAnswer(BaseModel):
-    """The one shape of every error."""
+class ErrorBody(BaseModel):
+    """What a client needs of an error; servers before 0.2 say no more."""
 
     error: ErrorDetail
+
+
+class ErrorAnswer(ErrorBody):
+    """The one shape of every error: a problem of RFC 9457, and `error` beside its members."""
+
+    type: str = Field(description="urn:supervit:error: and the code")
+    title: str = Field(description="the code in words")
+    status: int = Field(description="of HTTP; of one of several images, what it alone would have been answered with")
+    detail: str = Field(description="a sentence for a person, the message of `error`")
 
 
 class PredictionAnswer(BaseModel):
@@ -133,16 +142,10 @@ class ResultAnswer(ClassifyAnswer):
     status: Literal[200]
 
 
-class FailureAnswer(ErrorAnswer):
-    """Why one of several images has no answer."""
-
-    status: int = Field(description="what the image alone would have been answered with")
-
-
 class ResultsAnswer(BaseModel):
     """Answer to POST /classify with several images."""
 
-    results: list[ResultAnswer | FailureAnswer] = Field(description="in the order of the images")
+    results: list[ResultAnswer | ErrorAnswer] = Field(description="in the order of the images")
 
 
 class DecideAnswer(BaseModel):

@@ -6,22 +6,16 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 
-from service.errors import InvalidTensorError, ServiceError, invalid_parameter
+from service.errors import InvalidTensorError, invalid_parameter
 from service.http.classify import Handle
 from service.http.context import RouteContext
-from service.http.disconnects import ClientWatch
 from service.http.error_shapes import V1_PREFIX, InferError
-from service.http.keys import key_of
+from service.http.inference import InferenceOverHttp
 from service.http.large_json import LARGE_BYTES, take_numbers
-from service.http.protocol import ARRIVED_AT
-from service.http.queries import read_query
-from service.http.request_ids import request_id
-from service.http.v2 import read_message
 from service.inference_protocol.descriptions import VERSION
 from service.inference_protocol.images import CHANNELS, INPUT
 from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, Values
 from service.inference_protocol.protocol import InferenceProtocol
-from service.telemetry.outcomes import counted
 
 TAG = "TensorFlow Serving"
 LATEST_VERSION = "0"  # as ovmsclient says
@@ -38,33 +32,22 @@ class PredictBody(BaseModel):
 
 def make_v1_predict(context: RouteContext, protocol: InferenceProtocol) -> Handle:
     """Make what answers POST /v1/models/{name}:predict."""
+    over_http = InferenceOverHttp(context, protocol)
 
     async def predict(request: Request) -> Response:
         """Classify one image or several; budgets and the rest are in the query or in headers."""
-        watch = ClientWatch(request)
-        arrived_at = request.scope.get(ARRIVED_AT) or context.clock()
-        try:
-            query, name = read_query(request.scope["query_string"]), _require_model(request, protocol)
-            body, numbers = await _parsed(await read_message(context, protocol, request, arrived_at, query))
+        model, is_by_row = _model(request), False
+
+        async def parse(data: bytes) -> InferRequest:
+            nonlocal is_by_row
+            body, numbers = await _parsed(data)
+            is_by_row = body.instances is not None
             image = _tensor(body, numbers, context.checkpoint.config.image_side)
-            message = InferRequest(name, VERSION, "", {}, (image,))
-        except ServiceError:
-            with counted(context.metrics, key_of(request.scope)):
-                raise
-        watch.start()
-        address = request.client.host if request.client else None
-        reply = await protocol.infer(
-            message,
-            arrived_at,
-            query=query,
-            headers=request.headers,
-            address=address,
-            key=key_of(request.scope),
-            watch=watch,
-            request_id=request_id(request.scope),
-        )
+            return InferRequest(*model, "", {}, (image,))
+
+        _, reply = await over_http.answer(request, model, parse)
         columns = {output.name: output.contents.tolist() for output in reply.outputs}
-        answer = {"outputs": columns} if body.instances is None else {"predictions": _rows(reply, columns)}
+        answer = {"predictions": _rows(reply, columns)} if is_by_row else {"outputs": columns}
         return Response(to_json(answer), media_type="application/json")
 
     return predict
@@ -76,7 +59,8 @@ def build_v1_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
 
     async def status(request: Request) -> dict[str, Any]:
         """Tell whether requests to the model are welcome."""
-        name, is_ready = _require_model(request, protocol), protocol.is_ready()
+        (name, version), is_ready = _model(request), protocol.is_ready()
+        protocol.require_model(name, version)
         state = {
             "version": VERSION,
             "state": "AVAILABLE" if is_ready else "LOADING",
@@ -86,13 +70,12 @@ def build_v1_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
 
     async def metadata(request: Request) -> dict[str, Any]:
         """Describe the model's inputs and outputs."""
-        name = _require_model(request, protocol)
-        described = protocol.model_metadata(name)
+        tensors = protocol.model_metadata(*_model(request))
         signature = {
-            kind: {each["name"]: _signature(each) for each in described[kind]} for kind in ("inputs", "outputs")
+            kind: {tensor["name"]: _signature(tensor) for tensor in tensors[kind]} for kind in ("inputs", "outputs")
         }
         return {
-            "modelSpec": {"name": name, "signatureName": "", "version": VERSION},
+            "modelSpec": {"name": tensors["name"], "signatureName": "", "version": VERSION},
             "metadata": {"signature_def": {"signatureDef": {SIGNATURE: signature}}},
         }
 
@@ -109,11 +92,10 @@ def build_v1_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
     return router
 
 
-def _require_model(request: Request, protocol: InferenceProtocol) -> str:
-    """Return the name of the model that a path holds."""
-    name, version = request.path_params["name"], request.path_params.get("version", "")
-    protocol.require_model(name, "" if version == LATEST_VERSION else version)
-    return str(name)
+def _model(request: Request) -> tuple[str, str]:
+    """Return the name and the version that a path holds."""
+    version = request.path_params.get("version", "")
+    return request.path_params["name"], "" if version == LATEST_VERSION else version
 
 
 async def _parsed(body: bytes) -> tuple[PredictBody, list[Values]]:

@@ -1,28 +1,19 @@
 """The routes of the Open Inference Protocol, as Triton, KServe, MLServer and OpenVINO Model Server have them."""
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from service.domain import Classification
-from service.errors import ServiceError
 from service.http.classify import Handle, timing_header
 from service.http.context import RouteContext
 from service.http.descriptions import describe_timing
-from service.http.disconnects import ClientWatch
 from service.http.error_shapes import V2_PREFIX, InferError
-from service.http.keys import key_of
-from service.http.large_json import LARGE_BYTES
-from service.http.protocol import ARRIVED_AT
-from service.http.queries import read_query
-from service.http.request_ids import request_id
-from service.http.uploads import read_body
-from service.http.v2_bodies import JSON_LENGTH_HEADER, InferBody, read_request, undo_encoding, write_reply
+from service.http.inference import InferenceOverHttp
+from service.http.v2_bodies import JSON_LENGTH_HEADER, InferBody, read_request, write_reply
 from service.inference_protocol.protocol import InferenceProtocol
-from service.telemetry.outcomes import counted
 
 TAG = "Open Inference Protocol"
 Path = dict[str, Any]
@@ -35,52 +26,18 @@ def infer_path(name: str) -> str:
 
 def make_infer(context: RouteContext, protocol: InferenceProtocol) -> Handle:
     """Make what answers POST /v2/models/{name}/infer."""
+    over_http = InferenceOverHttp(context, protocol)
 
     async def infer(request: Request) -> Response:
         """Classify one image or several, with the best sub-networks that budgets, load and machine allow now."""
-        watch = ClientWatch(request)
-        arrived_at = request.scope.get(ARRIVED_AT) or context.clock()
-        try:
-            query = read_query(request.scope["query_string"])
-            name, version = _model(request, context.checkpoint.name)
-            protocol.require_model(name, version)
-            body = await read_message(context, protocol, request, arrived_at, query)
-            message = await read_request(body, request.headers.get(JSON_LENGTH_HEADER), name, version)
-        except ServiceError:
-            with counted(context.metrics, key_of(request.scope)):
-                raise
-        watch.start()
-        address = request.client.host if request.client else None
-        reply = await protocol.infer(
-            message,
-            arrived_at,
-            query=query,
-            headers=request.headers,
-            address=address,
-            key=key_of(request.scope),
-            watch=watch,
-            request_id=request_id(request.scope),
+        name, version = _model(request, context.checkpoint.name)
+        json_length = request.headers.get(JSON_LENGTH_HEADER)
+        message, reply = await over_http.answer(
+            request, (name, version), lambda body: read_request(body, json_length, name, version)
         )
         return write_reply(reply, message, _timing(reply.answers))
 
     return infer
-
-
-async def read_message(
-    context: RouteContext, protocol: InferenceProtocol, request: Request, arrived_at: float, query: Mapping[str, str]
-) -> bytes:
-    """Read the body of a request that may come, as far as can be told before it has.
-
-    Raises:
-        ServiceError: it may not, or its body does not come, or not as its headers say.
-    """
-    headers, max_bytes, max_s = request.headers, context.max_body_bytes, context.max_upload_s
-    within_s = protocol.time_for_body_s(arrived_at, query, headers, max_s, key_of(request.scope))
-    body = await read_body(request, max_bytes, max_s, within_s)
-    encoding = headers.get("content-encoding", "").strip().lower()
-    if encoding and len(body) > LARGE_BYTES:
-        return await asyncio.to_thread(undo_encoding, body, encoding, max_bytes)
-    return undo_encoding(body, encoding, max_bytes)
 
 
 def build_v2_router(context: RouteContext, protocol: InferenceProtocol, infer: Handle) -> APIRouter:

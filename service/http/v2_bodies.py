@@ -22,6 +22,7 @@ from service.inference_protocol.tensors import to_raw
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 SIZE, BINARY, ALL_BINARY = "binary_data_size", "binary_data", "binary_data_output"
+MAX_DIGITS = 18  # Python refuses to read numbers of thousands
 WINDOW_BITS = {"gzip": 31, "deflate": 15}  # zlib's, by content encoding
 
 
@@ -102,7 +103,7 @@ async def read_request(body: bytes, json_length: str | None, model_name: str, mo
         InvalidTensorError: the tensors behind it have not the lengths that it says.
     """
     length = _json_length(json_length, len(body))
-    if length == 0:
+    if json_length is not None and length == 0:
         image = InputTensor(INPUT, "BYTES", (1,), (body,))
         return InferRequest(model_name, model_version, "", {}, (image,))
     rest, start, inputs = memoryview(body), length, []
@@ -140,7 +141,8 @@ async def _parsed(text: memoryview) -> tuple[InferBody, list[Values]]:
 def _json_length(header: str | None, body_bytes: int) -> int:
     if header is None:
         return body_bytes
-    if not (header.isascii() and header.isdigit()) or int(header) > body_bytes:
+    is_number = header.isascii() and header.isdigit() and len(header) <= MAX_DIGITS
+    if not is_number or int(header) > body_bytes:
         raise InvalidParameterError(f"{JSON_LENGTH_HEADER}: it is not the length of the JSON that begins the body")
     return int(header)
 

@@ -161,7 +161,6 @@ class InferenceProtocol:
         key: ApiKey | None = None,
         client_waits_s: float | None = None,
         watch: AbstractContextManager[object] | None = None,
-        request_id: str | None = None,
     ) -> InferReply:
         """Answer a request: each image of it waits, is counted and answered as a request of its own.
 
@@ -174,7 +173,6 @@ class InferenceProtocol:
             key: that it came with; None where none is asked for.
             client_waits_s: time from its arrival after which its client is gone; None where it stays.
             watch: raises a ClientGoneError out of its block once the client has left; it is entered by each image.
-            request_id: by which its client may come back to its answers.
 
         Raises:
             ServiceError: it is rejected, or an image fails, and with that the others.
@@ -182,7 +180,7 @@ class InferenceProtocol:
         try:
             pipeline = self._open_pipeline()
             plan = self._plan(request, arrived_at, query, headers)
-            asked = replace(plan.wanted, address=address, key=key, client_waits_s=client_waits_s, request_id=request_id)
+            asked = replace(plan.wanted, address=address, key=key, client_waits_s=client_waits_s)
             plan = replace(plan, wanted=asked)
             pipeline.check(plan.wanted)
             if pipeline.time_left_s(plan.wanted) <= 0:

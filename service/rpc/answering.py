@@ -19,11 +19,15 @@ from service.errors import ClientGoneError, ServiceError
 from service.inference_protocol.messages import InferReply, InferRequest
 from service.inference_protocol.protocol import InferenceProtocol
 from service.rpc.calls import REQUEST_ID, Call, CallsInFlight, CancellationWatch, read_message
+from service.rpc.reports import CallReports
 from service.rpc.statuses import BUG, Failure, describe_failure
 from service.telemetry.metrics import Metrics
 from service.telemetry.outcomes import counted
+from service.telemetry.reports import Reporter
 
 logger = logging.getLogger(__name__)
+
+TRACED = ("ModelInfer", "Predict")  # what only looks, as probes do, is not
 
 Messages = AsyncIterator[bytes]
 Context = ServicerContext[bytes, bytes]
@@ -37,6 +41,7 @@ class Answering:
     Attributes:
         protocol: the core.
         in_flight: counts what is being answered.
+        reports: on what is asked.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class Answering:
         max_upload_s: float,
         max_calls_per_address: int,
         keys: KeyFile | None = None,
+        reporter: Reporter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take the core.
@@ -56,12 +62,14 @@ class Answering:
             max_upload_s: longest time that a message may take to arrive.
             max_calls_per_address: at once, those included whose message is still to come.
             keys: that requests for inference must come with one of; None for no such thing.
+            reporter: is told of each call; None where nothing is told.
             clock: monotonic, in seconds.
         """
         self.protocol = protocol
         self.in_flight = CallsInFlight()
         self._metrics, self._max_upload_s, self._clock = metrics, max_upload_s, clock
         self._by_address, self._keys = RequestsByAddress(max_calls_per_address), keys
+        self.reports = CallReports(reporter)
 
     def method(self, name: str, answer: Answer) -> "grpc.RpcMethodHandler[bytes, bytes]":
         """Make what a server of gRPC calls upon for a method that takes one message.
@@ -120,7 +128,6 @@ class Answering:
             key=key,
             client_waits_s=call.time_left_s,
             watch=CancellationWatch(),
-            request_id=call.request_id,
         )
 
     def _key_of(self, call: Call) -> ApiKey | None:
@@ -130,22 +137,23 @@ class Answering:
 
     async def _answer(self, name: str, answer: Answer, messages: Messages, context: Context) -> bytes:
         call = self.begin(context)
-        with self.in_flight.counting():
+        is_traced = name in TRACED
+        with self.in_flight.counting(), self.reports.reporting(name, call, is_traced=is_traced) as ending:
+            named = ((REQUEST_ID, call.request_id), *ending.metadata)
+            context.set_trailing_metadata(named)
             try:
                 with self._by_address.counting(call.address) as enter:
                     enter()
                     response = await answer(messages, call)
             except Exception as error:  # a bug raises anything, of which gRPC would tell the client
-                failure = failure_of(error, call)
-                logger.debug("%s %s %s", call.address, name, failure.status.name)
-                metadata = ((REQUEST_ID, call.request_id), *failure.metadata)
-                await context.abort(failure.status, failure.message, metadata)
-            logger.debug("%s %s OK", call.address, name)
+                ending.failure = failure = failure_of(error)
+                await context.abort(failure.status, failure.message, (*named, *failure.metadata))
+            ending.failure = None
             return response.SerializeToString()
 
 
-def failure_of(error: Exception, call: Call) -> Failure:
-    """Say how a call ends; the log says by which one the server failed.
+def failure_of(error: Exception) -> Failure:
+    """Say how a call ends; the log says where the server failed.
 
     Raises:
         CancelledError: its client has gone, and is told nothing.
@@ -153,9 +161,9 @@ def failure_of(error: Exception, call: Call) -> Failure:
     if isinstance(error, ClientGoneError):
         raise asyncio.CancelledError from None
     if not isinstance(error, ServiceError):
-        logger.error("request %s: %r", call.request_id, error, exc_info=error)
+        logger.error("%r", error, exc_info=error)
         return BUG
     failure = describe_failure(error)
     if failure.status is grpc.StatusCode.INTERNAL:
-        logger.error("request %s: %s", call.request_id, error.message)
+        logger.error("%s", error.message)
     return failure

@@ -10,7 +10,6 @@ from google.protobuf.json_format import ParseDict
 
 from service.errors import UnknownModelError
 from service.inference_protocol.messages import InferRequest
-from service.request_names import name_request
 from service.rpc import open_inference_pb2 as pb
 from service.rpc.answering import Answering, Context, Messages, failure_of
 from service.rpc.calls import Call, parse_message
@@ -68,20 +67,21 @@ class InferenceService:
     async def _stream_response(self, data: bytes, call: Call) -> pb.ModelStreamInferResponse:
         now, name = self._clock(), ""
         left_s = None if call.time_left_s is None else call.arrived_at + call.time_left_s - now
-        try:
-            with self._answering.counting_failures():
-                message = parse_message(data, pb.ModelInferRequest)
-                name = message.id
-                request = read_request(message)
-            request_id = name_request(name.encode()).decode() if name else call.request_id
-            asked = replace(call, request_id=request_id, arrived_at=now, time_left_s=left_s)
-            answer = await self._infer(request, asked)
-        except Exception as error:  # a bug raises anything, and shall end no other request
-            failure = failure_of(error, call)
-            return pb.ModelStreamInferResponse(
-                error_message=failure.message, infer_response=pb.ModelInferResponse(id=name)
-            )
-        return pb.ModelStreamInferResponse(infer_response=answer)
+        call = replace(call, arrived_at=now, time_left_s=left_s)
+        with self._answering.reports.reporting("ModelStreamInfer", call) as ending:
+            try:
+                with self._answering.counting_failures():
+                    message = parse_message(data, pb.ModelInferRequest)
+                    name = message.id
+                    request = read_request(message)
+                answer = await self._infer(request, call)
+            except Exception as error:  # a bug raises anything, and shall end no other request
+                ending.failure = failure = failure_of(error)
+                return pb.ModelStreamInferResponse(
+                    error_message=failure.message, infer_response=pb.ModelInferResponse(id=name)
+                )
+            ending.failure = None
+            return pb.ModelStreamInferResponse(infer_response=answer)
 
     async def _infer(self, request: InferRequest, call: Call) -> pb.ModelInferResponse:
         is_raw = any(isinstance(tensor.contents, bytes) for tensor in request.inputs)

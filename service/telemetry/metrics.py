@@ -18,6 +18,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from models.subnetwork import SubNetwork
 from service.domain import Classification
@@ -29,6 +30,7 @@ from service.telemetry.inference_statistics import OK, StatisticsMetrics
 from service.telemetry.key_metrics import KeyMetrics
 from service.telemetry.look_metrics import LookMetrics
 from service.telemetry.loop_delay import LoopDelay
+from service.telemetry.machine_metrics import MachineMetrics
 from service.telemetry.multiprocess import make_folder, merged_registry
 from service.telemetry.profile_metrics import ProfileMetrics
 
@@ -49,7 +51,7 @@ TOTALS: dict[str, tuple[str, dict[str, str]]] = {
     "taken_s": ("supervit_engine_taken_seconds_total", {}),
     "decode_s": ("supervit_stage_duration_seconds_sum", {"stage": "decode"}),
 }
-CONTENT_TYPE = CONTENT_TYPE_LATEST
+OPENMETRICS = "application/openmetrics-text"
 
 
 def process_registry() -> CollectorRegistry:
@@ -168,26 +170,7 @@ class Metrics:
             "Factor on the times of all sub-networks but the cheapest, because deadlines were missed of late.",
             "liveall",
         )
-        self._cpu = gauge(
-            "supervit_cpu_utilization_ratio",
-            "Fraction of the usable cores in use over the last interval, by this process and by others.",
-            "liveall",
-            ["by"],
-        )
-        self._pressure = gauge(
-            "supervit_pressure_ratio",
-            "Share of the last interval in which some task waited for the resource, or of the quota's periods.",
-            "livemostrecent",
-            ["resource"],
-        )
-        self._gpu = gauge(
-            "supervit_gpu_utilization_ratio", "Fraction of time in which the GPU was busy.", "livemostrecent", ["gpu"]
-        )
-        self._graphs = gauge("supervit_cuda_graphs", "Forward passes that the engine holds as CUDA graphs.", "livesum")
-        self._graph_memory = gauge("supervit_cuda_graph_memory_bytes", "GPU memory that these take.", "livesum")
-        self._memory = gauge(
-            "supervit_resident_memory_bytes", "Memory that the server holds, shared pages included.", "livesum"
-        )
+        self._machine = MachineMetrics(gauge)
         self.profile = ProfileMetrics(gauge)
         self._ready = gauge(
             "supervit_ready",
@@ -233,14 +216,14 @@ class Metrics:
         if is_missed or outcome in MISSES:
             self._missed.inc()
 
-    def answered(self, answer: Classification) -> None:
-        """Record what an answer cost."""
+    def answered(self, answer: Classification, exemplar: dict[str, str] | None = None) -> None:
+        """Record what an answer cost; an exemplar leads from its durations to its trace."""
         timing, profile = answer.timing, answer.decision.profile
-        self._duration.observe(timing.total_s)
-        self._decode_wait.observe(timing.decode_wait_s)
-        self._decode.observe(timing.decode_s)
-        self._queue.observe(timing.queue_s)
-        self._inference.observe(timing.inference_s)
+        self._duration.observe(timing.total_s, exemplar)
+        self._decode_wait.observe(timing.decode_wait_s, exemplar)
+        self._decode.observe(timing.decode_s, exemplar)
+        self._queue.observe(timing.queue_s, exemplar)
+        self._inference.observe(timing.inference_s, exemplar)
         self._count_of(profile.subnetwork).inc()
         self._gflops.inc(answer.gflops)
         self._saved.inc(answer.saved_gflops)
@@ -265,20 +248,7 @@ class Metrics:
         self._queued.set(queued)
         self._slowdown.set(slowdown)
         self._safety_factor.set(safety_factor)
-        cpus = snapshot.cpus or snapshot.cores  # a quota of ours does not bound what others use
-        others = None if snapshot.others_cores is None else snapshot.others_cores / cpus
-        gauges = [
-            (self._cpu.labels("own"), snapshot.own_cpu_utilization),
-            (self._cpu.labels("others"), others),
-            (self._pressure.labels("cpu"), snapshot.cpu_pressure),
-            (self._pressure.labels("cpu_quota"), snapshot.cgroup_throttled_fraction),
-            (self._pressure.labels("memory"), snapshot.memory_pressure),
-            (self._memory, snapshot.process_rss_bytes),
-            *((self._gpu.labels(gpu.index), gpu.utilization) for gpu in snapshot.gpus),
-        ]
-        for gauge, value in gauges:
-            if value is not None:
-                gauge.set(value)
+        self._machine.observed(snapshot)
 
     def ready(self, is_ready: bool) -> None:
         """Record whether requests are welcome."""
@@ -286,16 +256,18 @@ class Metrics:
 
     def captured(self, num_graphs: int, held_bytes: int) -> None:
         """Record what the engine holds of CUDA graphs."""
-        self._graphs.set(num_graphs)
-        self._graph_memory.set(held_bytes)
+        self._machine.captured(num_graphs, held_bytes)
 
     def totals(self) -> dict[str, float]:
         """Return what an autoscaler may want to know of this process: the counters of TOTALS, by their names there."""
         return {name: self._registry.get_sample_value(*sample) or 0.0 for name, sample in TOTALS.items()}
 
-    def page(self) -> bytes:
-        """Return all metrics in the Prometheus text format."""
-        return generate_latest(self.registry())
+    def page(self, accept: str = "") -> tuple[bytes, str]:
+        """Return all metrics in a format that a client accepts, and its media type: OpenMetrics alone has exemplars."""
+        if OPENMETRICS in accept:
+            page: bytes = openmetrics.generate_latest(self.registry())  # type: ignore[no-untyped-call] # no annotations
+            return page, openmetrics.CONTENT_TYPE_LATEST
+        return generate_latest(self.registry()), CONTENT_TYPE_LATEST
 
     def registry(self) -> CollectorRegistry:
         """Return where all metrics can be read: those of every worker, as they are now, where there are several."""

@@ -8,13 +8,14 @@ from service.domain import ApiKey, Classification
 from service.errors import ClientGoneError, OverloadedError, ServiceError
 from service.telemetry.inference_statistics import OK
 from service.telemetry.metrics import Metrics
+from service.telemetry.reports import current_report
 
 
 @contextmanager
 def counted(
     metrics: Metrics, key: ApiKey | None = None, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[Classification], None]]:
-    """Count a classification in, and out by how the block ends.
+    """Count a classification in, and out by how the block ends; the report on its request gets the answer, too.
 
     Args:
         metrics: where.
@@ -24,6 +25,7 @@ def counted(
     Yields:
         What to tell of the answer.
     """
+    report = current_report()
     metrics.request_started()
     started_at = clock()
     outcome, reason, is_missed = ServiceError.code, None, False  # of a bug, unless something better is known
@@ -32,7 +34,9 @@ def counted(
     def record(answer: Classification) -> None:
         nonlocal spent_gflops
         spent_gflops = answer.gflops
-        metrics.answered(answer)
+        metrics.answered(answer, None if report is None else report.exemplar)
+        if report is not None:
+            report.answers.append(answer)
 
     try:
         yield record

@@ -96,13 +96,14 @@ def test_nothing_but_the_signal_forwarder_is_added_to_the_system() -> None:
     assert "pip" not in " ".join(values("RUN", FINAL))
 
 
-def test_what_is_installed_is_what_serving_needs_over_http_and_grpc(tmp_path: Path) -> None:
+def test_what_is_installed_is_what_serving_and_tracing_need_over_http_and_grpc(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
     (command,) = values("RUN", stage_named("requirements"))
     subprocess.run(["sh", "-c", command.replace("python", sys.executable, 1)], cwd=tmp_path, check=True)
     requirements = (tmp_path / "requirements.txt").read_text().splitlines()
-    assert requirements == PROJECT["dependencies"] + PROJECT["optional-dependencies"]["grpc"]
-    assert not set(requirements) & set(PROJECT["optional-dependencies"]["train"])
+    extras = PROJECT["optional-dependencies"]
+    assert requirements == PROJECT["dependencies"] + extras["grpc"] + extras["otel"]
+    assert not set(requirements) & set(extras["train"])
     installs = [command for stage in STAGES for command in values("RUN", stage) if " install " in command]
     assert not [command for command in installs if re.search(r"\[\w+\]|\s-e\s", command)]
 

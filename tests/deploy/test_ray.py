@@ -15,6 +15,7 @@ from PIL import Image
 from service.errors import InvalidParameterError
 from service.settings import Settings
 from tests.deploy.ray_cluster import Answer, Cluster, environment, load_and_kill, ray_cluster, serve_config
+from tests.end_to_end.otlp_receiver import Receiver, receiving
 
 if not os.environ.get("CI"):  # there, a missing Ray is a failure
     pytest.importorskip("ray", reason="Ray is not installed")
@@ -26,13 +27,21 @@ SECONDS, KILL_AT_S, RATE = 9, 3, 40
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, profile_folder: Path) -> Iterator[Cluster]:
+def receiver() -> Receiver:
+    return Receiver()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, profile_folder: Path, receiver: Receiver) -> Iterator[Cluster]:
     config = serve_config(PORT, replicas=2, profile_folder=str(profile_folder), checkpoint="supervit-micro-cifar10")
     counts = str(tmp_path_factory.mktemp("counts"))
-    config["applications"][0]["runtime_env"]["env_vars"]["PROMETHEUS_MULTIPROC_DIR"] = counts
-    # In the end, no client is left to be told of it.
-    with ray_cluster(config, environment() | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}) as cluster:
-        yield cluster
+    variables = config["applications"][0]["runtime_env"]["env_vars"]
+    variables |= {"PROMETHEUS_MULTIPROC_DIR": counts, "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    with receiving(receiver) as collector:
+        variables["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector
+        # In the end, no client is left to be told of it.
+        with ray_cluster(config, environment() | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}) as cluster:
+            yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +64,17 @@ def test_it_is_the_same_app(cluster: Cluster, picture: bytes) -> None:
     assert answer.json()["subnetwork"]["gflops"] <= 0.05
     refusal = httpx.post(f"{cluster.url}/classify", content=b"no image")
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (422, "invalid_image")
+
+
+def test_a_request_goes_on_with_its_callers_trace(cluster: Cluster, picture: bytes, receiver: Receiver) -> None:
+    trace, caller = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    headers = {"traceparent": f"00-{trace}-{caller}-01"}
+    answer = httpx.post(f"{cluster.url}/classify", content=picture, headers=headers)
+    assert answer.headers["traceresponse"].startswith(f"00-{trace}-")
+    receiver.wait_for(lambda spans: any(span.parent_span_id.hex() == caller for span in spans))
+    request, stages = receiver.by_trace()[trace]
+    assert request.parent_span_id.hex() == caller
+    assert "inference" in {stage.name for stage in stages}
 
 
 def test_every_request_has_one_answer_though_a_replica_was_killed(answers: list[Answer]) -> None:

@@ -57,6 +57,8 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "max_image_pixels": "7",
         "max_decode_bytes": "8",
         "log_level": "error",
+        "log_format": "json",
+        "log_requests": "True",
     }
     assert set(values) == set(Settings.model_fields)
     for name, value in values.items():

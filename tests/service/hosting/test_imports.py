@@ -3,7 +3,7 @@ import sys
 
 # What takes seconds to import and no request needs. The first imports torch._dynamo, which is a second PyTorch.
 NEEDLESS = """torchvision timm torch._dynamo torch._inductor huggingface_hub httpx matplotlib onnx pandas scipy sklearn
-sympy tensorboard ray aiohttp grpc google.protobuf pytest rich""".split()  # noqa: SIM905
+sympy tensorboard ray aiohttp grpc google.protobuf opentelemetry.sdk pytest rich""".split()  # noqa: SIM905
 
 
 def test_a_server_imports_nothing_that_it_does_not_need() -> None:

@@ -128,7 +128,7 @@ def test_several_images_of_a_form_get_an_answer_or_an_error_each_in_order(
     assert [first["status"], second["status"], third["status"]] == [200, 422, 200]
     assert [first["predictions"], third["predictions"]] == alone
     assert second["error"]["code"] == "invalid_image"
-    assert set(second) == {"status", "error"}
+    assert set(second) == {"type", "title", "status", "detail", "error"}
     assert set(first) == {"status", *client.post("/classify", content=photo).json()}
     assert sample(client, 'supervit_requests_total{outcome="ok"}') == 5
     assert sample(client, 'supervit_requests_total{outcome="invalid_image"}') == 1

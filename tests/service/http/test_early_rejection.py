@@ -31,6 +31,7 @@ from service.http.protocol import ARRIVED_AT, UNREAD_S
 from service.pipeline import Pipeline
 from service.runtime import ServerRuntime
 from service.settings import Settings
+from service.telemetry.reports import Reporter
 from tests.service.http.raw_server import KEEP_ALIVE_S, Held, Receive, Send, Server, measure, now, post
 from tests.service.http.scripted_server import BODY_LIMIT, ScriptedEngine, sample, serving
 
@@ -102,9 +103,10 @@ def test_a_rejection_is_the_one_that_the_route_would_give(overloaded: tuple[Test
     early = dict(line.split(": ") for line in head.decode().split("\r\n"))
     assert early | {"content-length": ""} == dict(route.headers) | {"content-length": ""}
     assert int(early["content-length"]) == len(body)
-    error, expected = (json.loads(text)["error"] for text in (body, route.content))
-    assert error["details"].pop("retry_after_s") == pytest.approx(expected["details"].pop("retry_after_s"), abs=0.2)
-    assert error == expected
+    problem, expected = (json.loads(text) for text in (body, route.content))
+    waits = [each["error"]["details"].pop("retry_after_s") for each in (problem, expected)]
+    assert waits[0] == pytest.approx(waits[1], abs=0.2)
+    assert problem == expected
 
 
 def test_a_rejection_is_counted(overloaded: tuple[TestClient, RouteContext]) -> None:
@@ -115,6 +117,26 @@ def test_a_rejection_is_counted(overloaded: tuple[TestClient, RouteContext]) -> 
     assert sample(client, 'supervit_requests_total{outcome="overloaded"}') == 2
     assert sample(client, "supervit_requests_in_flight") == 1
     assert sample(client, 'supervit_deadlines_total{result="missed"}') == 2
+
+
+def test_a_rejection_is_plain_json_to_a_client_that_takes_nothing_else(rejecting: Rejecting) -> None:
+    scope = {ARRIVED_AT: 1000.0}
+    plain = rejecting.rejection.answer(b"/classify", [*HEADERS, (b"accept", b"application/json")], scope)
+    assert plain is not None
+    assert b"\r\ncontent-type: application/json\r\n" in plain
+    assert b"\r\ncontent-type: application/problem+json\r\n" in (rejecting.answer() or b"")
+
+
+def test_rejections_are_told_of_once_in_a_while_where_requests_are_logged(
+    rejecting: Rejecting, caplog: pytest.LogCaptureFixture
+) -> None:
+    rejecting.answer()
+    assert caplog.messages == []
+    context = replace(rejecting.context, reporter=Reporter(logs_requests=True))
+    rejection = EarlyRejection(context, "/classify")
+    for _ in range(3):
+        rejection.answer(b"/classify", HEADERS, {ARRIVED_AT: 1000.0})
+    assert caplog.messages == ["a request was rejected for overload"]
 
 
 def test_what_can_be_answered_finds_its_place_reserved(overloaded: tuple[TestClient, RouteContext]) -> None:

@@ -3,13 +3,19 @@ import json
 import pytest
 
 from service.errors import InvalidParameterError, UnknownModelError
-from service.http.error_shapes import shape_error
+from service.http.error_shapes import JSON, PROBLEM, shape_error
 from service.http.schemas import ErrorAnswer, ErrorDetail
 
 
 def shaped(path: str, status: int = 422, code: str = InvalidParameterError.code) -> object:
-    answer = ErrorAnswer(error=ErrorDetail(code=code, message="a sentence", details={"parameter": "x"}))
-    return json.loads(shape_error(status, answer, path))
+    body, media_type = shape_error(status, problem(status, code), path, "")
+    assert media_type == JSON
+    return json.loads(body)
+
+
+def problem(status: int, code: str) -> ErrorAnswer:
+    detail = ErrorDetail(code=code, message="a sentence", details={"parameter": "x"})
+    return ErrorAnswer(type=f"urn:{code}", title=code, status=status, detail="a sentence", error=detail)
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/models/tiny/infer", "/v1/models/tiny:predict"])
@@ -35,6 +41,20 @@ def test_on_those_of_torchserve_it_has_the_type_that_torchserve_gives_it(status:
 
 
 @pytest.mark.parametrize("path", ["/classify", "/v2x", "/", "/v20/models"])
-def test_everywhere_else_it_has_a_code_and_details_too(path: str) -> None:
-    detail = {"code": "invalid_parameter", "message": "a sentence", "details": {"parameter": "x"}}
-    assert shaped(path) == {"error": detail}
+def test_everywhere_else_it_is_a_problem_with_a_code_and_details_too(path: str) -> None:
+    answer = problem(422, "invalid_parameter")
+    assert shape_error(422, answer, path, "*/*") == (answer.model_dump_json().encode(), PROBLEM)
+
+
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("", PROBLEM),
+        ("application/json", JSON),
+        ("application/json, */*", PROBLEM),
+        (f"application/json, {PROBLEM}", PROBLEM),
+        ("text/html", PROBLEM),
+    ],
+)
+def test_a_client_that_takes_json_alone_gets_the_same_as_json(accept: str, media_type: str) -> None:
+    assert shape_error(422, problem(422, "invalid_parameter"), "/classify", accept)[1] == media_type

@@ -30,6 +30,7 @@ from service.machine.snapshot import ResourceSnapshot
 from service.runtime import ServerRuntime
 from service.scheduling.catalog import VariantCatalog
 from service.settings import Settings
+from service.telemetry.logs import TextFormatter
 from tests.service.http.scripted_server import BODY_LIMIT, ScriptedEngine, error_code, sample, serving
 
 
@@ -275,13 +276,14 @@ def test_the_log_calls_a_request_that_the_server_failed_by_its_name(
     buggy: TestClient, engine: ScriptedEngine, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = buggy
+    caplog.handler.setFormatter(TextFormatter())
     engine.error = RuntimeError("out of memory")
     client.post("/classify", content=photo, headers={"X-Request-ID": "first"})
-    assert "request first: the model failed on this image" in caplog.text
+    assert "the model failed on this image; the server's log says why request_id=first" in caplog.text
     engine.error = None
     response = client.post("/classify", content=photo, headers={"X-Request-ID": "second"})
     assert response.headers["x-request-id"] == "second"
-    assert "request second: ZeroDivisionError" in caplog.text
+    assert "ZeroDivisionError('secret') request_id=second" in caplog.text
     client.post("/classify?top_k=0", content=photo, headers={"X-Request-ID": "third"})
     assert "third" not in caplog.text
 
@@ -445,7 +447,8 @@ def test_probes_may_ask_for_the_head_alone(client: TestClient, path: str) -> Non
 
 def test_the_documentation_describes_body_parameters_and_errors(client: TestClient) -> None:
     assert client.get("/docs").status_code == 200
-    operation = client.get("/openapi.json").json()["paths"]["/classify"]["post"]
+    document = client.get("/openapi.json").json()
+    operation = document["paths"]["/classify"]["post"]
     assert set(operation["requestBody"]["content"]) == {
         "multipart/form-data",
         "image/*",
@@ -455,8 +458,9 @@ def test_the_documentation_describes_body_parameters_and_errors(client: TestClie
     names = {"budget_ms", "budget_gflops", "min_confidence", "priority", "top_k", "patch_grid", "keep_rate"}
     assert {entry["name"] for entry in operation["parameters"]} == names
     assert {"200", "408", "413", "415", "422", "429", "500", "503", "504"} <= set(operation["responses"])
-    problem = operation["responses"]["422"]["content"]["application/json"]["schema"]["$ref"]
+    problem = operation["responses"]["422"]["content"]["application/problem+json"]["schema"]["$ref"]
     assert problem.endswith("ErrorAnswer")
+    assert "ErrorAnswer" in document["components"]["schemas"]
 
 
 def test_the_documentation_names_the_values_that_the_model_has(client: TestClient) -> None:

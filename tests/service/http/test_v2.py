@@ -232,14 +232,15 @@ def test_what_cannot_be_understood_is_told_in_a_sentence(
     assert sample(client, "supervit_requests_total") == 1
 
 
-@pytest.mark.parametrize("length", ["-1", "x", "9999", "1.5"])
+@pytest.mark.parametrize("length", ["-1", "x", "9999", "1.5", "9" * 5000, ""])
 def test_a_json_that_is_not_as_long_as_the_header_says_is_told(client: TestClient, length: str) -> None:
     response = client.post(INFER, content=b"{}", headers={"Inference-Header-Content-Length": length})
     assert "not the length of the JSON" in error_of(response, 422)
 
 
 def test_what_is_no_json_is_told_without_a_librarys_words(client: TestClient) -> None:
-    assert error_of(client.post(INFER, content=b"{"), 422) == "the body is no JSON"
+    for body in (b"{", b""):
+        assert error_of(client.post(INFER, content=body), 422) == "the body is no JSON"
 
 
 def test_a_body_is_read_up_to_the_limit(client: TestClient) -> None:

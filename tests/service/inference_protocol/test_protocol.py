@@ -101,7 +101,7 @@ class Protocol:
     ) -> InferReply:
         request = InferRequest(name, version, "7", parameters or {}, inputs, outputs)
         return await self.protocol.infer(
-            request, 999.0, query={"budget_ms": "50"}, headers={"x-priority": "-2"}, address="a", request_id="named"
+            request, 999.0, query={"budget_ms": "50"}, headers={"x-priority": "-2"}, address="a"
         )
 
     def outcomes(self) -> dict[str, float]:
@@ -118,7 +118,7 @@ def served(checkpoint: Checkpoint) -> Protocol:
 async def test_each_image_is_a_request_of_its_own_with_what_was_asked_anywhere(served: Protocol) -> None:
     await served.infer(b"first", b"second", parameters={"budget_gflops": 2, "top_k": 2})
     assert served.pipeline.images == [b"first", b"second"]
-    asked = InferenceRequest(999.0, 50, budget_gflops=2, top_k=2, priority=-2, address="a", request_id="named")
+    asked = InferenceRequest(999.0, 50, budget_gflops=2, top_k=2, priority=-2, address="a")
     assert served.pipeline.asked == [asked, replace(asked, image=1)]
     assert served.outcomes() == {"ok": 2}
 

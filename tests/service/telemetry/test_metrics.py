@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
@@ -39,10 +40,10 @@ def answer(profile: SubNetworkProfile = SMALL, total_s: float = 0.3, budget_s: f
     return Classification(
         predictions=(),
         probabilities=np.ones(1, np.float32),
-        looks=(Look(profile, 0, 0.9, 0.1),),
+        looks=(Look(profile, 0, 0.9, 0.1, 5.0),),
         stopped=LookCode.SURE,
         decision=Decision(profile, 4, 0.1, ReasonCode.ALONE, "because"),
-        timing=Timing(decode_wait_s=0.005, decode_s=0.01, queue_s=0.02, inference_s=0.1, total_s=total_s),
+        timing=Timing(read_s=0.001, decode_wait_s=0.005, decode_s=0.01, queue_s=0.02, inference_s=0.1, total_s=total_s),
         budget_s=budget_s,
         expected_top1=profile.top1,
         accuracy_loss=None if profile.top1 is None else 0.05,
@@ -199,9 +200,25 @@ def test_the_page_shows_nothing_that_a_dead_process_last_said_of_itself(tmp_path
 
 def test_the_page_has_everything_in_the_text_format(page: Page) -> None:
     page.metrics.request_finished("not_ready")
-    lines = page.metrics.page().decode().splitlines()
+    text, media_type = page.metrics.page()
+    lines = text.decode().splitlines()
+    assert media_type.startswith("text/plain")
     assert 'supervit_requests_total{outcome="not_ready"} 1.0' in lines
     assert "# TYPE supervit_request_duration_seconds histogram" in lines
+
+
+def test_durations_lead_to_a_trace_in_openmetrics_which_its_own_parser_reads(page: Page) -> None:
+    page.metrics.answered(answer(), {"trace_id": "4bf9"})
+    page.metrics.answered(answer(total_s=0.4))
+    text, media_type = page.metrics.page("application/openmetrics-text;version=nonsense,text/plain;q=0.1")
+    assert media_type.startswith("application/openmetrics-text")
+    parsed = text_string_to_metric_families(text.decode())  # type: ignore[no-untyped-call] # no annotations
+    families = {family.name: family for family in parsed}
+    for name in ("supervit_request_duration_seconds", "supervit_stage_duration_seconds"):
+        exemplars = [sample.exemplar for sample in families[name].samples if sample.exemplar is not None]
+        assert exemplars
+        assert all(exemplar.labels == {"trace_id": "4bf9"} for exemplar in exemplars)
+    assert "4bf9" not in page.metrics.page()[0].decode()
 
 
 def test_a_registry_of_the_process_tells_of_it() -> None:
@@ -262,7 +279,7 @@ def test_an_autoscaler_is_told_what_was_counted(page: Page) -> None:
 def test_looks_are_counted_by_both_sub_networks_and_by_whether_they_agree(page: Page) -> None:
     first, second = SubNetworkProfile(SubNetwork(8, 0.5), 1), SubNetworkProfile(SubNetwork(14, 1.0), 2)
     for answers in ((3, 3), (3, 4)):
-        looked = tuple(Look(one, each, 0.6, 0.1) for one, each in zip((first, second), answers, strict=True))
+        looked = tuple(Look(one, each, 0.6, 0.1, 5.0) for one, each in zip((first, second), answers, strict=True))
         page.metrics.answered(replace(answer(), looks=looked))
     page.metrics.answered(replace(answer(), stopped=LookCode.DEADLINE))
     assert page.read("looks_total") == 5
@@ -274,7 +291,7 @@ def test_looks_are_counted_by_both_sub_networks_and_by_whether_they_agree(page: 
 
 
 def test_an_answer_spends_what_all_its_looks_cost(page: Page) -> None:
-    looked = tuple(Look(SMALL, 0, 0.6, 0.1) for _ in range(2))
+    looked = tuple(Look(SMALL, 0, 0.6, 0.1, 5.0) for _ in range(2))
     page.metrics.answered(replace(answer(), looks=looked, expected_top1=0.75))
     assert page.read("spent_gflops_total") == 1.0
     assert page.read("expected_accuracy_total") == 0.75

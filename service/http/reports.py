@@ -1,0 +1,77 @@
+"""A report on each request that reaches the application: what HTTP knows of it, for the log and for traces."""
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import ServiceError
+from service.http.protocol import ARRIVED_AT
+from service.telemetry.logs import REQUEST_ID, Fields
+from service.telemetry.reports import Reporter
+from service.telemetry.stages import Outcome
+
+HEADER = "traceresponse"  # of W3C's Trace Context, level 2
+
+
+class RequestReports:
+    """Middleware that begins a report, which those below add to, and ends it with the answer.
+
+    A POST is traced; the answer to a sampled one names its span. What only looks, as probes do, is not traced.
+    """
+
+    def __init__(self, app: ASGIApp, reporter: Reporter) -> None:
+        """Take what every request goes to, and what is told of it."""
+        self._app, self._reporter = app, reporter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request on, and report."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        method, arrived_at = scope["method"], scope.get(ARRIVED_AT)
+        report = self._reporter.begin(method, scope["headers"], arrived_at, is_traced=method == "POST")
+        status = 500  # unless an answer begins
+        error: str | None = None
+
+        async def send_noted(message: Message) -> None:
+            nonlocal status, error
+            if message["type"] == "http.response.start":
+                status, error = message["status"], report.error_code  # what is noted later is of another request
+                if report.trace is not None:
+                    named = (HEADER.encode(), report.trace.response.encode())
+                    message["headers"] = [*message["headers"], named]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noted)
+        except Exception:
+            error = ServiceError.code
+            raise
+        finally:
+            self._reporter.end(report, lambda: _describe(scope, status, error))
+
+
+def _describe(scope: Scope, status: int, error: str | None) -> Outcome:
+    """Describe a request by OpenTelemetry's conventions for servers of HTTP."""
+    method, path = scope["method"], scope["path"]
+    attributes: Fields = {
+        "http.request.method": method,
+        "http.response.status_code": status,
+        "url.path": path,
+        "url.scheme": scope["scheme"],
+        "network.protocol.version": scope["http_version"],
+    }
+    # Only as the route has it: paths that clients make up are without number.
+    if route := getattr(scope.get("route"), "path", None):
+        attributes["http.route"] = route
+    if query := scope["query_string"]:
+        attributes["url.query"] = query.decode("latin-1")
+    if scope["client"]:
+        attributes["client.address"] = scope["client"][0]
+    if request_id := REQUEST_ID.get():
+        attributes["supervit.request_id"] = request_id
+    return Outcome(
+        f"{method} {path} {status}",
+        f"{method} {route}" if route else method,
+        attributes,
+        error if status >= 400 else None,  # else it is of one of several images
+        is_failure=status >= 500,  # by the conventions, what a client does wrong is no failure of a server
+    )

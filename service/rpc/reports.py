@@ -1,0 +1,76 @@
+"""A report on each request that comes over gRPC: what is known of it here, for the log and for traces."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import grpc
+
+from service.rpc.calls import Call
+from service.rpc.statuses import CODE, Failure
+from service.telemetry.logs import REQUEST_ID, Fields
+from service.telemetry.reports import Reporter
+from service.telemetry.stages import Outcome
+
+TRACE_RESPONSE = "traceresponse"  # of W3C's Trace Context, level 2
+CANCELLED = Failure(grpc.StatusCode.CANCELLED, "its client has gone", ((CODE, "client_gone"),))
+
+
+@dataclass(slots=True)
+class Ending:
+    """How a request ends, and what its client is told at the end beside its answer.
+
+    Attributes:
+        failure: None where there is an answer.
+        metadata: that names its span, where it is traced.
+    """
+
+    failure: Failure | None = CANCELLED
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+class CallReports:
+    """Begins a report for a request, and ends it with its answer."""
+
+    def __init__(self, reporter: Reporter | None) -> None:
+        """Take what is told; None where nothing is."""
+        self._reporter = reporter
+
+    @contextmanager
+    def reporting(self, method: str, call: Call, *, is_traced: bool = True) -> Iterator[Ending]:
+        """Report on what a block does for a call; unless the ending says otherwise, its client has gone.
+
+        Args:
+            method: of the service.
+            call: as it was begun.
+            is_traced: whether it is worth a span.
+        """
+        REQUEST_ID.set(call.request_id)
+        ending = Ending()
+        if self._reporter is None:
+            yield ending
+            return
+        headers = [(name.encode(), value.encode()) for name, value in call.metadata.items()]
+        report = self._reporter.begin(method, headers, call.arrived_at, is_traced=is_traced)
+        if report.trace is not None:
+            ending.metadata = ((TRACE_RESPONSE, report.trace.response),)
+        try:
+            yield ending
+        finally:
+            self._reporter.end(report, lambda: _describe(method, call, ending.failure))
+
+
+def _describe(method: str, call: Call, failure: Failure | None) -> Outcome:
+    """Describe a request by OpenTelemetry's conventions for servers of gRPC."""
+    status = grpc.StatusCode.OK if failure is None else failure.status
+    attributes: Fields = {
+        "rpc.system": "grpc",
+        "rpc.method": method,
+        "rpc.grpc.status_code": status.value[0],
+        "supervit.request_id": call.request_id,
+    }
+    if call.address is not None:
+        attributes["client.address"] = call.address
+    error = None if failure is None else dict(failure.metadata)[CODE]
+    is_failure = status in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    return Outcome(f"{method} {status.name}", method, attributes, error, is_failure)

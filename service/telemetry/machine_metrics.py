@@ -1,0 +1,56 @@
+"""What is told of the machine: processors, memory, pressure, GPUs and what the engine holds of their memory."""
+
+from collections.abc import Callable
+
+from prometheus_client import Gauge
+
+from service.machine.snapshot import ResourceSnapshot
+
+
+class MachineMetrics:
+    """Gauges of the machine."""
+
+    def __init__(self, gauge: Callable[..., Gauge]) -> None:
+        """Declare them, by what declares a gauge."""
+        self._cpu = gauge(
+            "supervit_cpu_utilization_ratio",
+            "Fraction of the usable cores in use over the last interval, by this process and by others.",
+            "liveall",
+            ["by"],
+        )
+        self._pressure = gauge(
+            "supervit_pressure_ratio",
+            "Share of the last interval in which some task waited for the resource, or of the quota's periods.",
+            "livemostrecent",
+            ["resource"],
+        )
+        self._gpu = gauge(
+            "supervit_gpu_utilization_ratio", "Fraction of time in which the GPU was busy.", "livemostrecent", ["gpu"]
+        )
+        self._graphs = gauge("supervit_cuda_graphs", "Forward passes that the engine holds as CUDA graphs.", "livesum")
+        self._graph_memory = gauge("supervit_cuda_graph_memory_bytes", "GPU memory that these take.", "livesum")
+        self._memory = gauge(
+            "supervit_resident_memory_bytes", "Memory that the server holds, shared pages included.", "livesum"
+        )
+
+    def observed(self, snapshot: ResourceSnapshot) -> None:
+        """Record a look at the machine; what it does not say keeps its last value."""
+        cpus = snapshot.cpus or snapshot.cores  # a quota of ours does not bound what others use
+        others = None if snapshot.others_cores is None else snapshot.others_cores / cpus
+        gauges = [
+            (self._cpu.labels("own"), snapshot.own_cpu_utilization),
+            (self._cpu.labels("others"), others),
+            (self._pressure.labels("cpu"), snapshot.cpu_pressure),
+            (self._pressure.labels("cpu_quota"), snapshot.cgroup_throttled_fraction),
+            (self._pressure.labels("memory"), snapshot.memory_pressure),
+            (self._memory, snapshot.process_rss_bytes),
+            *((self._gpu.labels(gpu.index), gpu.utilization) for gpu in snapshot.gpus),
+        ]
+        for gauge, value in gauges:
+            if value is not None:
+                gauge.set(value)
+
+    def captured(self, num_graphs: int, held_bytes: int) -> None:
+        """Record what the engine holds of CUDA graphs."""
+        self._graphs.set(num_graphs)
+        self._graph_memory.set(held_bytes)

@@ -1,0 +1,68 @@
+from service.telemetry.stages import fields_of, stages_of
+from tests.service.telemetry.answers import ARRIVED_AT, LARGE, ONE_LOOK, SMALL, answer
+
+
+def test_an_answer_is_told_by_name() -> None:
+    assert fields_of([ONE_LOOK]) == {
+        "patch_grid": 8,
+        "keep_rate": 0.5,
+        "gflops": 0.5,
+        "reason": "alone",
+        "looks": 1,
+        "stopped": "sure",
+        "batch_size": 4,
+        "budget_ms": 1000.0,
+        "slack_ms": 500.0,
+        "deadline_met": True,
+    }
+
+
+def test_what_came_too_late_has_a_negative_slack() -> None:
+    late = fields_of([answer((SMALL, 100.375, 0.0625), budget_s=0.25)])
+    assert (late["slack_ms"], late["deadline_met"]) == (-250.0, False)
+
+
+def test_of_several_images_only_what_they_have_in_common_is_told() -> None:
+    answers = [ONE_LOOK, answer((LARGE, 100.375, 0.0625), budget_s=0.25)]
+    assert fields_of(answers) == {"images": 2, "gflops": 2.5, "deadline_met": False}
+
+
+def test_what_failed_has_nothing_to_tell() -> None:
+    assert fields_of([]) == {}
+    assert stages_of([], ARRIVED_AT) == ()
+
+
+def test_stages_follow_each_other_from_the_arrival_on() -> None:
+    stages = stages_of([ONE_LOOK], ARRIVED_AT)
+    assert [(stage.name, stage.began_at, stage.ended_at) for stage in stages] == [
+        ("read", 100.0, 100.125),
+        ("decode wait", 100.125, 100.1875),
+        ("decode", 100.1875, 100.25),
+        ("queue", 100.25, 100.375),
+        ("inference", 100.375, 100.4375),
+    ]
+    assert stages[-1].fields == {"patch_grid": 8, "keep_rate": 0.5, "gflops": 0.5, "confidence": 0.75}
+
+
+def test_each_look_has_a_wait_and_an_inference_of_its_own() -> None:
+    twice = answer((SMALL, 100.25, 0.0625), (LARGE, 100.375, 0.125))
+    stages = stages_of([twice], ARRIVED_AT)[3:]
+    assert [(stage.name, stage.began_at, stage.ended_at) for stage in stages] == [
+        ("queue", 100.25, 100.25),
+        ("inference", 100.25, 100.3125),
+        ("queue", 100.3125, 100.375),
+        ("inference", 100.375, 100.5),
+    ]
+    assert [stage.fields["gflops"] for stage in stages if stage.fields] == [0.5, 2.0]
+
+
+def test_a_wait_never_ends_before_it_began_whatever_the_clocks_of_two_threads_say() -> None:
+    queue = stages_of([answer((SMALL, 100.2499, 0.0625))], ARRIVED_AT)[3]
+    assert queue.began_at == queue.ended_at == 100.2499
+
+
+def test_several_images_are_parts_with_stages_of_their_own() -> None:
+    images = stages_of([ONE_LOOK, ONE_LOOK], ARRIVED_AT)
+    assert [(image.name, image.began_at, image.ended_at) for image in images] == [("image", 100.0, 100.5)] * 2
+    assert images[0].parts == stages_of([ONE_LOOK], ARRIVED_AT)
+    assert images[0].fields == fields_of([ONE_LOOK])
