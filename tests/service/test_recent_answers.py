@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from models.subnetwork import SubNetwork
@@ -61,3 +63,11 @@ def test_what_was_asked_with_one_key_is_not_found_with_another() -> None:
     for other in (None, ApiKey("another")):
         with pytest.raises(UnknownRequestError):
             answers.find(other, "a", 0)
+
+
+def test_of_a_request_with_two_looks_the_last_answer_is_remembered_and_the_first_sub_network() -> None:
+    answers, last = RecentAnswers(), answer(0.2, 0.7, 0.1, grid=8)
+    first = answer(0.7, 0.2, 0.1, grid=2).looks[0]
+    answers.remember("a", asked(), replace(last, looks=(first, *last.looks)))
+    found = answers.find(None, "a", 0)
+    assert (found.index, found.subnetwork) == (1, SubNetwork(2, 0.5))
