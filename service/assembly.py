@@ -3,7 +3,6 @@
 import copy
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +19,11 @@ from service.engines.growing_profile import GrowingProfile, Prediction, untimed_
 from service.engines.profile_files import ProfileFile
 from service.engines.profile_store import extended_profile
 from service.engines.profiler import cells_of, stopwatch
+from service.execution.audit import Audit
 from service.execution.batcher import Batcher
 from service.execution.explainer import Explainer
 from service.execution.idle_profiling import IdleProfiler
+from service.execution.idle_turns import IdleTurns, IdleWork
 from service.execution.throttle import UtilizationLimiter
 from service.http.context import ReadyServer
 from service.http.descriptions import describe_family
@@ -42,12 +43,12 @@ Profiled = tuple[GrowingProfile, ProfileFile]
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """What a server consists of once it is ready; `idle` is None where there is nothing to measure."""
+    """What a server consists of once it is ready; `idle` is what the engine does when nothing waits."""
 
     server: ReadyServer
     batcher: Batcher
     decoder: Decoder
-    idle: IdleProfiler | None
+    idle: IdleTurns
 
 
 def assemble(
@@ -92,10 +93,14 @@ def assemble(
         scheduler.machine_observed(load, engine.fitting_images())
         return 0.0 if engine.is_on_gpu else (latest.others_cores or 0.0) / (latest.cpus or latest.cores)
 
-    idle, measured_at = None, "not measured here"
+    # Audits first: they are bounded, and the rest of a profile may take hours.
+    works: list[IdleWork] = [Audit(engine.run, scheduler, metrics.audits.audited)] if settings.audit else []
+    profiler, measured_at = None, "not measured here"
     if not isinstance(known, LatencyTable):
-        idle = _make_idle(settings, checkpoint, engine, metrics, scheduler, *known, limiter, observe_machine)
+        profiler = _make_profiler(settings, checkpoint, engine, metrics, scheduler, *known)
         measured_at = known[0].began_at.isoformat(timespec="seconds")
+        works.append(profiler)
+    idle = IdleTurns(works, scheduler, settings.default_budget_ms / 1000, limiter, observe_machine)
     batcher = Batcher(
         engine.run,
         scheduler,
@@ -119,8 +124,11 @@ def assemble(
     def describe() -> SubNetworksAnswer:
         return describe_family(checkpoint, scheduler.catalog, engine.describe(), measured_at, latencies.batch_sizes)
 
+    def measured_share() -> float:
+        return 1.0 if profiler is None else profiler.measured_share
+
     explainer = Explainer(_model_to_explain(checkpoint, engine), decoder)
-    server = ReadyServer(pipeline, scheduler, describe, lambda: 1.0 if idle is None else idle.measured_share, explainer)
+    server = ReadyServer(pipeline, scheduler, describe, measured_share, explainer)
     return Assembled(server, batcher, decoder, idle)
 
 
@@ -140,7 +148,7 @@ def _make_decoder(settings: Settings, checkpoint: Checkpoint) -> Decoder:
     return Decoder(open_image, settings.decode_threads, settings.max_decode_bytes, settings.max_decode_s_per_address)
 
 
-def _make_idle(
+def _make_profiler(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: Engine,
@@ -148,8 +156,6 @@ def _make_idle(
     scheduler: Scheduler,
     profile: GrowingProfile,
     file: ProfileFile,
-    limiter: UtilizationLimiter,
-    observe_machine: Callable[[], float],
 ) -> IdleProfiler:
     """Make what completes a profile, and tells the scheduler and the metrics of it."""
     catalog, image_side = scheduler.catalog, checkpoint.config.image_side
@@ -169,10 +175,6 @@ def _make_idle(
         profile,
         file,
         stopwatch(engine.run, image_side, settings.max_batch_size, time.monotonic, engine.prepare),
-        scheduler,
         publish,
-        settings.default_budget_ms / 1000,
-        shapes=shapes,
-        limiter=limiter,
-        observe_machine=observe_machine,
+        shapes,
     )

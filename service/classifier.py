@@ -1,4 +1,7 @@
-"""Classifies images for every protocol alike: each is counted, and those of one address are kept within bounds."""
+"""Classifies images for every protocol alike.
+
+Each is counted and its answer remembered, and those of one address are kept within bounds.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -7,7 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from service.domain import Classification, InferenceRequest
 from service.errors import OverloadedError
 from service.pipeline import Image, Pipeline, Read
+from service.recent_answers import RecentAnswers
 from service.scheduling.state import QueuedRequest
+from service.telemetry.logs import REQUEST_ID
 from service.telemetry.metrics import Metrics
 from service.telemetry.outcomes import counted
 
@@ -17,9 +22,10 @@ RETRY_AFTER_S = 1.0
 class Classifier:
     """What the protocols share on the way to the pipeline."""
 
-    def __init__(self, metrics: Metrics, max_in_flight_per_address: int) -> None:
-        """Take what counts, and how many requests of one address may be worked on at once."""
+    def __init__(self, metrics: Metrics, max_in_flight_per_address: int, answers: RecentAnswers) -> None:
+        """Take what counts, how many requests of one address may be worked on at once, and what remembers answers."""
         self._metrics, self._by_address = metrics, RequestsByAddress(max_in_flight_per_address)
+        self._answers = answers
 
     async def classify(
         self,
@@ -29,7 +35,10 @@ class Classifier:
         watch: AbstractContextManager[object] | None = None,
         reserved: QueuedRequest | None = None,
     ) -> Classification:
-        """Answer one request and count it; arguments beside the pipeline and errors as `Pipeline.classify`."""
+        """Answer one request, count it and remember the answer.
+
+        Arguments beside the pipeline and errors as `Pipeline.classify`.
+        """
         with counted(self._metrics, wanted.key) as record, self._by_address.counting(wanted.address) as enter:
 
             async def read_and_enter(within_s: float) -> Image:
@@ -39,6 +48,7 @@ class Classifier:
 
             classification = await pipeline.classify(read_and_enter, wanted, watch, reserved)
             record(classification)
+            self._answers.remember(REQUEST_ID.get(), wanted, classification)
         return classification
 
 

@@ -90,6 +90,7 @@ class InferenceRequest:
         address: that it came from; None where that is not known.
         key: that it came with; None where none is asked for.
         client_waits_s: time from its arrival after which its client is gone, whatever the budget; None where it stays.
+        image: its place among those that came with one message, from 0.
     """
 
     arrived_at: float
@@ -102,6 +103,7 @@ class InferenceRequest:
     address: str | None = None
     key: ApiKey | None = None
     client_waits_s: float | None = None
+    image: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ ServiceError
 │   ├── InvalidParameterError     a parameter is outside its range
 │   ├── InvalidTensorError        a tensor whose shape, datatype or bytes are not what its name takes
 │   ├── UnknownModelError         it asks for a model, or a version, that is not served
+│   ├── UnknownRequestError       it speaks of a request to which no answer is remembered
 │   ├── BudgetTooSmallError       no sub-network is cheap enough
 │   ├── UnauthorizedError         it came without a key that this server knows
 │   ├── UnsupportedMediaError     the declared type is no image, or a format that is not decoded here
@@ -71,6 +72,12 @@ class UnknownModelError(RequestError):
     """It asks for a model, or a version of it, that is not served here."""
 
     code = "unknown_model"
+
+
+class UnknownRequestError(RequestError):
+    """It speaks of another request, to which no answer is remembered."""
+
+    code = "unknown_request"
 
 
 class BudgetTooSmallError(RequestError):

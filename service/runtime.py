@@ -23,11 +23,12 @@ from service.engines.factory import engine_threads, open_engine
 from service.engines.profile_store import begin_profile, extended_profile, measured_batch_sizes, nominal_latencies
 from service.errors import NotReadyError
 from service.execution.batcher import Batcher
-from service.execution.idle_profiling import IdleProfiler
+from service.execution.idle_turns import IdleTurns
 from service.execution.watchdog import Watchdog
 from service.http.context import ReadyServer, RouteContext
 from service.inference_protocol.protocol import InferenceProtocol
 from service.machine.monitor import Monitor
+from service.recent_answers import RecentAnswers
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.policies import find_policy
 from service.settings import Settings, comma_separated, environment_variable
@@ -100,13 +101,15 @@ class ServerRuntime:
         self.metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
         subnetworks = list(self._profile.by_subnetwork)
         self.metrics.describe(subnetworks, checkpoint.name, checkpoint.version, settings.workers)
+        answers = RecentAnswers()
         self.context = RouteContext(
             checkpoint=checkpoint,
             metrics=self.metrics,
             monitor=self._monitor,
             max_body_bytes=settings.max_body_bytes,
             max_upload_s=settings.max_upload_s,
-            classifier=Classifier(self.metrics, settings.max_in_flight_per_address),
+            classifier=Classifier(self.metrics, settings.max_in_flight_per_address, answers),
+            answers=answers,
             cors_origins=comma_separated(settings.cors_origins) or (),
             allowed_hosts=comma_separated(settings.allowed_hosts),
             keys=None if settings.keys is None else KeyFile(settings.keys),
@@ -127,7 +130,7 @@ class ServerRuntime:
         self._drain_ends_at: float | None = None
         self._server: ReadyServer | None = None
         self._batcher: Batcher | None = None
-        self._idle: IdleProfiler | None = None
+        self._idle: IdleTurns | None = None
         self._decoder: Decoder | None = None
         self._engine_thread = ThreadPoolExecutor(1, "engine")
         self._preparing: tuple[float, float] | None = None

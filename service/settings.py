@@ -71,6 +71,9 @@ class Settings(BaseSettings):
     cascades: bool = Field(
         False, description="look again, at a larger sub-network, where the first look at an image was unsure"
     )
+    audit: bool = Field(
+        True, description="run some answered images again at the best sub-network when idle, and count agreement"
+    )
     default_budget_ms: float = Field(
         1000, gt=0, allow_inf_nan=False, description="time granted to a request that names no budget_ms"
     )

@@ -9,7 +9,7 @@ from grafana_foundation_sdk.builders import dashboard, stat, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as models
 
-from deploy.grafana.panels import ONES, THIRD, each, lines, mean, number, quantile, rate, variable
+from deploy.grafana.panels import ONES, THIRD, each, growth, lines, mean, number, quantile, rate, variable
 
 OUTPUT = Path(__file__).with_name("dashboards") / "supervit.json"
 MET, ALL = rate("supervit_deadlines_total", 'result="met"'), rate("supervit_deadlines_total")
@@ -18,7 +18,18 @@ EXPECTED = rate("supervit_expected_accuracy_total")
 # Without traffic there is nothing to show, and without a measured accuracy none.
 ATTAINMENT = f"{MET} / ({ALL} > 0)"
 ACCURACY = f"({EXPECTED} > 0) / ({ANSWERS} > 0)"
+CONFIDENCE = f"({rate('supervit_confidence_total')} and {EXPECTED} > 0) / ({ANSWERS} > 0)"
 ACCURACY_LOSS = f"({rate('supervit_accuracy_loss_total')} and {EXPECTED} > 0) / ({ANSWERS} > 0)"
+
+
+def beside_promise(total: str, held: str, promised: str) -> dict[str, str]:
+    """Write which share of something held, of each sub-network, and what of the very same was promised."""
+    by = "patch_grid, keep_rate"
+    return {
+        f"{legend}{{{{patch_grid}}}} at {{{{keep_rate}}}}": f"{growth(metric, by)} / ({growth(total, by)} > 0)"
+        for legend, metric in (("", held), ("promised: ", promised))
+    }
+
 
 ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
     "The promise: is every request answered in time?": [
@@ -72,9 +83,15 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
     "The choice: what is lost, and why?": [
         lines(
             "Accuracy",
-            "Of the answers, and of the most accurate sub-network; what lies between is lost.",
+            "Of the answers, and of the most accurate sub-network; what lies between is lost. And how sure the answers "
+            "are of themselves: where that is much less than their accuracy, the images are harder than those that it "
+            "was measured on.",
             "percentunit",
-            {"of the answers": ACCURACY, "best": f"max(supervit_best_accuracy_ratio{ONES})"},
+            {
+                "of the answers": ACCURACY,
+                "best": f"max(supervit_best_accuracy_ratio{ONES})",
+                "how sure they are": CONFIDENCE,
+            },
         ),
         lines(
             "Sub-networks",
@@ -108,6 +125,26 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
                 "not again: {{reason}}": rate("supervit_last_looks_total", 'reason!="sure"', by="reason")
                 + f" / on() group_left() {rate('supervit_last_looks_total')}",
             },
+        ),
+        lines(
+            "Agreement with the best sub-network",
+            "Of the images that were run again in idle moments over six hours, how many got the same answer, by the "
+            "sub-network that had looked first, and how many of them must, at least, by the accuracies of both.",
+            "percentunit",
+            beside_promise(
+                "supervit_audits_total", "supervit_audit_agreements_total", "supervit_audit_promised_agreements_total"
+            ),
+        ),
+        lines(
+            "Accuracy by feedback",
+            "Of the answers of which clients have said over six hours what was right, how many were, by the "
+            "sub-network that had looked first, and how many of them should be by its accuracy.",
+            "percentunit",
+            beside_promise(
+                "supervit_feedback_total",
+                "supervit_feedback_correct_total",
+                "supervit_feedback_promised_correct_total",
+            ),
         ),
         lines(
             "Dropped requests",

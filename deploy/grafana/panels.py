@@ -17,6 +17,11 @@ def rate(metric: str, *labels: str, by: str = "") -> str:
     return f"sum{f' by ({by})' if by else ''} (rate({metric}{{{chosen}}}{RATE}))"
 
 
+def growth(metric: str, by: str) -> str:
+    """Write by how much a counter grew in six hours, as the alerts have it of what happens seldom."""
+    return f"sum by ({by}) (increase({metric}{ONES}[6h]))"
+
+
 def quantile(share: float, histogram: str, by: str = "") -> str:
     """Write a quantile over all servers."""
     return f"histogram_quantile({share}, {rate(f'{histogram}_bucket', by=f'le, {by}' if by else 'le')})"

@@ -21,7 +21,7 @@ from service.decoding.decoder import DecodedImage
 from service.domain import LookCode
 from service.engines.base import Run
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, ServiceError
-from service.execution.idle_profiling import IdleProfiler
+from service.execution.idle_turns import IdleTurns
 from service.execution.pending import Outcome, Pending, PendingRequests
 from service.execution.results import Ranked, Result, rank
 from service.execution.throttle import UtilizationLimiter
@@ -50,7 +50,7 @@ class Batcher:
         thread: Executor,
         *,
         limiter: UtilizationLimiter | None = None,
-        idle: IdleProfiler | None = None,
+        idle: IdleTurns | None = None,
         observe_machine: Callable[[], object] = lambda: None,
         observe_batch: Callable[[int, float, float, float], None] = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
@@ -232,7 +232,7 @@ class Batcher:
         results = {request: result(*one, before=self._pending.answer_of(request)) for request, one in answered}
         yield self._final(results, variant, ended_at)
         if self._idle is not None:  # after the answers, which should not wait for it
-            self._idle.batch_ran(variant.profile.subnetwork, len(answered), inference_s, ended_at)
+            self._idle.batch_ran(list(images.values()), list(results.values()))
 
     def _final(self, results: Mapping[QueuedRequest, Result], variant: Variant, now: float) -> Outcomes:
         """Return what a batch answered, but for the requests whose images wait now for another look."""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -98,15 +98,15 @@ def make_classify(context: RouteContext) -> Handle:
             with counted(context.metrics, key_of(request.scope)):
                 raise
 
-        async def answer(read: ReadBytes) -> ClassifyAnswer:
-            classify = context.classifier.classify
-            classification = await classify(upload.pipeline, read, upload.wanted, watch, upload.reserved)
+        async def answer(read: ReadBytes, image: int = 0) -> ClassifyAnswer:
+            classify, wanted = context.classifier.classify, replace(upload.wanted, image=image)
+            classification = await classify(upload.pipeline, read, wanted, watch, upload.reserved)
             return describe_answer(classification, context.checkpoint)
 
         if len(upload.reads) == 1:
             with context.failures.counting():
                 return respond(await answer(upload.reads[0]))
-        results = await asyncio.gather(*(_result(answer(read)) for read in upload.reads))
+        results = await asyncio.gather(*(_result(answer(read, image)) for image, read in enumerate(upload.reads)))
         return Response(b'{"results":[%s]}' % b",".join(results), media_type="application/json")
 
     return classify

@@ -14,6 +14,7 @@ from service.health import OwnFailures
 from service.http.schemas import SubNetworksAnswer
 from service.machine.monitor import Monitor
 from service.pipeline import Pipeline
+from service.recent_answers import RecentAnswers
 from service.scheduling.scheduler import Scheduler
 from service.telemetry.metrics import Metrics
 from service.telemetry.reports import Reporter
@@ -48,6 +49,7 @@ class RouteContext:
         max_body_bytes: most of a body that is read.
         max_upload_s: longest time that a body may take to arrive.
         classifier: takes images to answers, and counts them.
+        answers: those that clients may still come back to.
         cors_origins: sites whose pages may ask, beside the server's own.
         allowed_hosts: names that requests may be addressed to; None for any.
         state: tells what the server is at.
@@ -65,6 +67,7 @@ class RouteContext:
     max_body_bytes: int
     max_upload_s: float
     classifier: Classifier
+    answers: RecentAnswers
     cors_origins: tuple[str, ...]
     allowed_hosts: tuple[str, ...] | None
     state: Callable[[], ServerState]

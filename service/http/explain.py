@@ -10,6 +10,7 @@ from service.http.context import RouteContext
 from service.http.descriptions import describe_explanation
 from service.http.disconnects import ClientWatch
 from service.http.keys import key_of
+from service.telemetry.logs import REQUEST_ID
 from service.telemetry.outcomes import counted
 
 
@@ -39,6 +40,7 @@ def make_explain(context: RouteContext) -> Handle:
 
                 classification = await upload.pipeline.classify(read_and_enter, upload.wanted, watch)
                 record(classification)
+                context.answers.remember(REQUEST_ID.get(), upload.wanted, classification)
             subnetwork = classification.decision.profile.subnetwork
             kept = await explainer.explain(data, subnetwork, upload.wanted.address)
         return respond(describe_explanation(classification, kept, context.checkpoint))

@@ -17,6 +17,8 @@ from service.http.error_shapes import PROBLEM
 from service.http.events import HEADERS as EVENTS_HEADERS
 from service.http.events import EventStream, LiveFeed, describe_events, is_stopping
 from service.http.explain import make_explain
+from service.http.feedback import BODY as FEEDBACK_BODY
+from service.http.feedback import FeedbackAnswer, make_feedback
 from service.http.forms import FIELD
 from service.http.keys import key_of
 from service.http.queries import (
@@ -69,6 +71,10 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     504: _failing("admitted, but the deadline can no longer be met"),
 }
 EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {200: describe_events(), 429: RESPONSES[429]}
+FEEDBACK_RESPONSES: dict[int | str, dict[str, Any]] = {
+    404: _failing("no answer to such a request is remembered"),
+    **{status: RESPONSES[status] for status in (401, 403, 408, 413, 421, 422)},
+}
 DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 422, 429, 503)}
 
 
@@ -132,6 +138,15 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         query, pipeline = parse_decide_query(request.scope["query_string"]), context.open_server().pipeline
         wanted = query.request(context.clock(), key=key_of(request.scope))
         return describe_forecast(pipeline.decide(wanted), config)
+
+    router.add_api_route(
+        "/feedback",
+        make_feedback(context),
+        methods=["POST"],
+        response_model=FeedbackAnswer,
+        responses=FEEDBACK_RESPONSES,
+        openapi_extra={"requestBody": FEEDBACK_BODY},
+    )
 
     @router.get("/subnetworks", responses={503: RESPONSES[503]})
     async def subnetworks() -> SubNetworksAnswer:

@@ -218,7 +218,10 @@ class InferenceProtocol:
             return (await self._classifier.classify(pipeline, _reading(plan.images[0]), plan.wanted, watch),)
         together = Together(watch)
         answers = await asyncio.gather(
-            *(self._classifier.classify(pipeline, _reading(image), plan.wanted, together) for image in plan.images),
+            *(
+                self._classifier.classify(pipeline, _reading(image), replace(plan.wanted, image=place), together)
+                for place, image in enumerate(plan.images)
+            ),
             return_exceptions=True,
         )
         failures = [answer for answer in answers if isinstance(answer, BaseException)]

@@ -24,6 +24,7 @@ from models.subnetwork import SubNetwork
 from service.domain import Classification
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, OverloadReason, ServiceError
 from service.machine.snapshot import ResourceSnapshot
+from service.telemetry.audit_metrics import AuditMetrics
 from service.telemetry.connection_metrics import ConnectionMetrics
 from service.telemetry.inference_statistics import OK, StatisticsMetrics
 from service.telemetry.key_metrics import KeyMetrics
@@ -81,7 +82,7 @@ class Metrics:
             make_folder(shared_folder)
         self.connections, self.loop_delay = ConnectionMetrics(registry), LoopDelay(registry)
         self._looks, self._statistics = LookMetrics(registry), StatisticsMetrics(registry)
-        self.keys = KeyMetrics(registry)
+        self.keys, self.audits = KeyMetrics(registry), AuditMetrics(registry)
         self._registry = registry
         self._shared_folder = shared_folder
 
@@ -231,6 +232,7 @@ class Metrics:
         self._statistics.answered()
         if answer.expected_top1 is not None and answer.accuracy_loss is not None:
             self._accuracy.inc(answer.expected_top1)
+            self.audits.answered(answer)
             self._accuracy_loss.inc(answer.accuracy_loss)
 
     def batch_ran(self, size: int, predicted_s: float, inference_s: float, taken_s: float) -> None:

@@ -46,6 +46,7 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "threads": "2",
         "policy": "slackfit",
         "cascades": "True",
+        "audit": "False",
         "default_budget_ms": "250.0",
         "max_utilization": "0.6",
         "profile_folder": "/var/cache/profiles",

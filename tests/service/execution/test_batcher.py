@@ -2,7 +2,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
@@ -636,7 +636,7 @@ class Turns:
     def __init__(self) -> None:
         self.taken = threading.Semaphore(0)
         self.looks: queue.SimpleQueue[bool] = queue.SimpleQueue()  # whether a request is on its way
-        self.batches: list[tuple[SubNetwork, int]] = []
+        self.batches: list[tuple[SubNetwork, list[int]]] = []
 
     def wait_s(self, *, is_expecting: bool) -> float | None:
         self.looks.put(is_expecting)
@@ -645,10 +645,10 @@ class Turns:
     def take_turn(self) -> None:
         self.taken.release()
 
-    def batch_ran(self, subnetwork: SubNetwork, size: int, seconds: float, now: float) -> None:
-        assert seconds >= 0
-        assert now <= time.monotonic()
-        self.batches.append((subnetwork, size))
+    def batch_ran(self, images: Sequence[Tensor], results: Sequence[Result]) -> None:
+        pixels = [int(image[0, 0, 0]) for image in images]
+        assert [result.logits[0] for result in results] == pixels
+        self.batches.append((results[0].variant.profile.subnetwork, pixels))
 
 
 async def test_an_engine_with_nothing_to_do_takes_turns_and_none_while_an_image_is_decoded() -> None:
@@ -674,4 +674,4 @@ async def test_an_engine_with_nothing_to_do_takes_turns_and_none_while_an_image_
         assert await asyncio.to_thread(turns.taken.acquire, timeout=10)
         batcher.stop()
     thread.shutdown()
-    assert turns.batches == [(SMALL, 1)]
+    assert turns.batches == [(SMALL, [1])]

@@ -10,24 +10,12 @@ from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from service.engines.growing_profile import GrowingProfile, Prediction
 from service.engines.profiler import MIN_RUNS, Figures
-from service.execution.idle_profiling import (
-    ARRIVALS,
-    BUDGET_SHARE,
-    BUSY,
-    KEEP_S,
-    PUBLISH_S,
-    QUIET_S,
-    QUIET_SHARE,
-    RECHECK_S,
-    WARM_UP_S,
-    IdleProfiler,
-)
-from service.execution.throttle import UtilizationLimiter
+from service.execution.idle_profiling import KEEP_S, PUBLISH_S, WARM_UP_S, IdleProfiler
+from service.execution.idle_turns import BUSY, RECHECK_S, IdleTurns
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
-from service.scheduling.state import QueuedRequest
-from tests.service.granting import constraints_for
+from tests.service.execution.looks import IMAGE, looks_of
 
 CHEAPEST, MIDDLE, DEAREST = SubNetwork(2, 0.5), SubNetwork(4, 0.5), SubNetwork(4, 1.0)
 SIZES = (1, 2, 4)
@@ -70,10 +58,8 @@ class Idle:
         self.ran: list[Cell] = []
         self.published: list[Prediction] = []
         self.folder = Folder()
-        self.taken_until: list[float] = []
-        self.watched: list[tuple[float, float] | None] = []
+        self.num_tried = 0
         self.error: Exception | None = None
-        self.limiter = UtilizationLimiter(None, None)
         self.profile = GrowingProfile(profiles, SIZES)
         for row in (profiles.rows[0], profiles.rows[-1]):
             for _ in range(MIN_RUNS + 1):
@@ -82,17 +68,12 @@ class Idle:
         self.scheduler = Scheduler(catalog, choose_level, SIZES[-1])
         self.others = 0.0
         self.most: int | None = None
+        clock = lambda: self.now  # noqa: E731 - of both
         self.profiler = IdleProfiler(
-            self.profile,
-            self.folder,
-            self.time_once,
-            self.scheduler,
-            self.published.append,
-            BUDGET_S,
-            shapes,
-            self.limiter,
-            self.observe_machine,
-            clock=lambda: self.now,
+            self.profile, self.folder, self.time_once, self.published.append, shapes, clock=clock
+        )
+        self.turns = IdleTurns(
+            [self.profiler], self.scheduler, BUDGET_S, observe_machine=self.observe_machine, clock=clock
         )
 
     def observe_machine(self) -> float:
@@ -103,21 +84,25 @@ class Idle:
         return 5e-7 * self.slowness * self.macs[cell[0]] * cell[1]
 
     def time_once(self, cell: Cell) -> float:
-        self.watched.append(self.profiler.running)
-        self.taken_until.append(self.scheduler.free_at)
+        self.num_tried += 1
         if self.error:
             raise self.error
         self.ran.append(cell)
         self.now += self.seconds(cell)
         return self.seconds(cell)
 
+    def serve(self, subnetwork: SubNetwork, size: int, seconds: float) -> None:
+        """Let a batch of requests end now."""
+        variant = next(one for one in self.scheduler.catalog.variants if one.profile.subnetwork == subnetwork)
+        self.turns.batch_ran([IMAGE] * size, looks_of(variant, [0] * size, seconds, self.now))
+
     def wait(self) -> bool:
         """Let the engine's thread wait for a request and take its turn; False once it would wait for ever."""
-        wait_s = self.profiler.wait_s(is_expecting=False)
+        wait_s = self.turns.wait_s(is_expecting=False)
         if wait_s is None:
             return False
         self.now += wait_s
-        self.profiler.take_turn()
+        self.turns.take_turn()
         return True
 
     def wait_until(self, is_done: Callable[[], bool]) -> None:
@@ -144,74 +129,7 @@ def test_an_idle_engine_completes_the_profile_and_then_waits_for_ever(idle: Idle
     assert idle.published[-1].cautious == idle.published[-1].likely
     assert idle.folder.written[-1] == idle.profile.figures
     assert not idle.folder.is_held
-    assert idle.profiler.wait_s(is_expecting=False) is None
-
-
-def test_nothing_is_measured_before_the_engine_has_been_quiet_for_a_moment(idle: Idle) -> None:
-    assert idle.profiler.wait_s(is_expecting=False) == pytest.approx(QUIET_S)
-    idle.now += 10
-    idle.profiler.batch_ran(CHEAPEST, 1, 0.01, idle.now)
-    assert idle.profiler.wait_s(is_expecting=False) == pytest.approx(QUIET_S)
-    idle.now += 10
-    assert idle.profiler.wait_s(is_expecting=True) == pytest.approx(QUIET_S)
-    assert idle.profiler.wait_s(is_expecting=False) == pytest.approx(QUIET_S)
-    idle.now += QUIET_S
-    assert idle.profiler.wait_s(is_expecting=False) == 0
-
-
-def test_a_cell_takes_no_more_than_a_part_of_a_tight_budget_until_it_has_been_quiet_for_long(idle: Idle) -> None:
-    budget_s = 1.2 * idle.seconds((CHEAPEST, 2)) / BUDGET_SHARE
-    request = QueuedRequest(idle.now + budget_s, constraints_for(budget_s, 2))
-    idle.scheduler.admit(request, idle.now - 60)
-    idle.scheduler.enqueue(request)
-    idle.scheduler.withdraw(request)
-    idle.profiler.batch_ran(CHEAPEST, 1, 0.01, idle.now)
-    quiet_from = idle.now
-    count, is_going_on = 0, True
-    while is_going_on:
-        is_going_on = idle.wait()
-        for cell in idle.ran[count:]:
-            room_s = max(BUDGET_SHARE * budget_s, QUIET_SHARE * (idle.now - quiet_from))
-            assert idle.seconds(cell) <= 1.01 * room_s
-        count = len(idle.ran)
-    dearest_s = idle.seconds((DEAREST, 4))
-    assert dearest_s > BUDGET_SHARE * budget_s
-    assert (DEAREST, 4) in idle.ran
-
-
-@pytest.mark.parametrize("rate", [1, 10])
-def test_the_more_requests_come_the_shorter_is_what_is_measured_between_them(idle: Idle, rate: int) -> None:
-    for number in range(30 * rate):
-        if number == rate:
-            idle.ran.clear()  # by now it is known how many come
-        idle.scheduler.rejected("full", idle.now)  # which counts as an arrival
-        idle.profiler.batch_ran(MIDDLE, 3, 0.001, idle.now)
-        until = idle.now + 0.99 / rate
-        while idle.now < until and idle.wait():
-            pass
-        idle.now = max(idle.now, until)
-    assert bool(idle.ran) == (rate == 1)  # of a tenth of 100 ms not even the cheapest batch makes use
-    assert all(idle.seconds(cell) <= 2 * ARRIVALS / rate for cell in idle.ran)
-
-
-def test_a_request_that_names_no_budget_counts_before_the_first_has_come(idle: Idle) -> None:
-    dear_s = BUDGET_SHARE * BUDGET_S
-    while idle.now < 100 + dear_s / QUIET_SHARE and idle.wait():
-        pass
-    assert idle.ran
-    assert all(idle.seconds(cell) <= dear_s for cell in idle.ran)
-
-
-def test_the_scheduler_and_the_watchdog_know_of_a_cell_that_runs(idle: Idle) -> None:
-    idle.wait_until(lambda: bool(idle.ran))
-    began = idle.now - idle.seconds(idle.ran[0])
-    (running,) = idle.watched
-    assert running is not None
-    assert running[0] == pytest.approx(began)
-    assert running[1] == pytest.approx(idle.seconds(idle.ran[0]), rel=0.3)
-    assert idle.taken_until == [pytest.approx(sum(running))]
-    assert idle.profiler.running is None
-    assert idle.scheduler.free_at == idle.now
+    assert idle.turns.wait_s(is_expecting=False) is None
 
 
 def test_nothing_is_measured_while_others_load_the_machine(idle: Idle) -> None:
@@ -219,7 +137,7 @@ def test_nothing_is_measured_while_others_load_the_machine(idle: Idle) -> None:
     for _ in range(20):
         idle.wait()
     assert not idle.ran
-    assert idle.now == pytest.approx(100 + QUIET_S + 19 * RECHECK_S)
+    assert idle.now == pytest.approx(100 + 20 * RECHECK_S, abs=RECHECK_S)
     idle.others = BUSY
     idle.wait()
     assert idle.ran
@@ -233,24 +151,6 @@ def test_no_batch_is_larger_than_what_the_memory_holds(idle: Idle) -> None:
     idle.most = None
     idle.finish()
     assert idle.profile.is_complete
-
-
-def test_a_ceiling_of_utilization_holds_for_cells_as_well(profiles: ProfileTable) -> None:
-    idle = Idle(profiles)
-    idle.profiler = IdleProfiler(
-        idle.profile,
-        idle.folder,
-        idle.time_once,
-        idle.scheduler,
-        idle.published.append,
-        BUDGET_S,
-        limiter=UtilizationLimiter(0.1, None),
-        clock=lambda: idle.now,
-    )
-    while idle.now < 130 and idle.wait():
-        pass
-    busy_s = sum(idle.seconds(cell) for cell in idle.ran)
-    assert 0.05 * 30 < busy_s < 0.12 * 30
 
 
 def test_the_scheduler_gets_what_is_new_every_now_and_then(idle: Idle) -> None:
@@ -270,7 +170,7 @@ def test_what_is_measured_is_kept_as_it_grows_and_once_more_at_the_end(profiles:
     idle.profiler.close()
     assert len(idle.folder.written) == kept + 1
     assert not idle.folder.is_held
-    assert idle.profiler.wait_s(is_expecting=False) is None
+    assert idle.turns.wait_s(is_expecting=False) is None
 
 
 def test_where_another_process_measures_its_figures_are_taken_over(idle: Idle) -> None:
@@ -307,10 +207,9 @@ def test_another_process_goes_on_where_the_one_that_measured_has_ended(idle: Idl
 def test_an_engine_that_fails_is_measured_no_more(idle: Idle, caplog: pytest.LogCaptureFixture) -> None:
     idle.error = RuntimeError("out of memory")
     with caplog.at_level(logging.ERROR):
-        idle.wait_until(lambda: bool(idle.watched))
+        idle.wait_until(lambda: bool(idle.num_tried))
     assert "the rest of the profile stays an estimate" in caplog.text
-    assert idle.profiler.running is None
-    assert idle.profiler.wait_s(is_expecting=False) is None
+    assert idle.turns.wait_s(is_expecting=False) is None
     assert idle.profiler.measured_share < 1
 
 
@@ -319,19 +218,19 @@ def test_batches_of_requests_tell_of_their_cells_beside_those_of_measured_ones(i
     cell = (CHEAPEST, 2)
     for _ in range(40):
         idle.now += 0.1
-        idle.profiler.batch_ran(CHEAPEST, 1, 2 * idle.seconds((CHEAPEST, 1)), idle.now)
+        idle.serve(CHEAPEST, 1, 2 * idle.seconds((CHEAPEST, 1)))
         idle.now += 0.1
-        idle.profiler.batch_ran(*cell, 2 * idle.seconds(cell), idle.now)
+        idle.serve(*cell, 2 * idle.seconds(cell))
     assert idle.profile.seconds(cell) == pytest.approx(idle.seconds(cell), rel=0.05)
     assert not idle.ran
 
 
 def test_batches_of_requests_tell_nothing_where_no_measured_cell_ran_beside_them(idle: Idle) -> None:
     cell, share = (CHEAPEST, 2), idle.profiler.measured_share
-    idle.profiler.batch_ran(CHEAPEST, 1, 2 * idle.seconds((CHEAPEST, 1)), idle.now)
+    idle.serve(CHEAPEST, 1, 2 * idle.seconds((CHEAPEST, 1)))
     for _ in range(40):
         idle.now += 2.0
-        idle.profiler.batch_ran(*cell, 2 * idle.seconds(cell), idle.now)
+        idle.serve(*cell, 2 * idle.seconds(cell))
     assert idle.profiler.measured_share == share
 
 

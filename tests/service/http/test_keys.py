@@ -197,3 +197,11 @@ def test_a_rate_holds_for_every_protocol(asked: TestClient, photo: bytes) -> Non
     assert asked.post("/v2/models/tiny/infer", json={"inputs": [image]}, headers=key("a")).status_code == 200
     assert sample(asked, 'supervit_key_requests_total{key="a",outcome="ok"}') == 1
     assert sample(asked, 'supervit_key_requests_total{key="slow",outcome="overloaded"}') == 2
+
+
+def test_feedback_is_given_with_the_key_of_the_request_that_it_is_on(asked: TestClient, photo: bytes) -> None:
+    asked.post("/classify", content=photo, headers={**key("a"), "X-Request-ID": "mine"})
+    feedback = {"request_id": "mine", "index": 0}
+    assert error_code(asked.post("/feedback", json=feedback), 401) == "unauthorized"
+    assert error_code(asked.post("/feedback", json=feedback, headers=key("high")), 404) == "unknown_request"
+    assert asked.post("/feedback", json=feedback, headers=key("a")).json()["counted"]

@@ -225,6 +225,12 @@ async def test_a_stream_is_answered_request_by_request_and_errors_end_no_other(s
     assert answers["0"].infer_response.outputs[0].contents.fp32_contents
 
 
+async def test_answers_are_remembered_by_the_names_of_their_calls(served: Served, photo: bytes) -> None:
+    await served.infer(request_for(photo, photo), metadata=(("x-request-id", "mine"),))
+    for image in (0, 1):
+        assert not served.runtime.context.answers.find(None, "mine", image).is_judged
+
+
 async def test_a_stream_that_is_cancelled_takes_its_requests_out_of_the_queue(
     served: Served, runtime: ServerRuntime, engine: ScriptedEngine, photo: bytes
 ) -> None:

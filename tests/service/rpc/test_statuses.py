@@ -9,17 +9,18 @@ from service.errors import (
     RequestError,
     ServiceError,
     UnknownHostError,
+    UnknownRequestError,
 )
 from service.rpc.statuses import STATUS, describe_failure
 
-OF_BROWSERS = {ForeignOriginError, UnknownHostError}
+OF_HTTP = {ForeignOriginError, UnknownHostError, UnknownRequestError}
 ABSTRACT = {ServiceError, RequestError}
 
 
 def test_every_error_that_a_call_can_meet_has_a_status() -> None:
     kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ServiceError)}
     of_clients = {kind for kind in kinds if issubclass(kind, NoAnswerError)}
-    assert set(STATUS) == kinds - ABSTRACT - OF_BROWSERS - of_clients
+    assert set(STATUS) == kinds - ABSTRACT - OF_HTTP - of_clients
 
 
 def test_an_error_is_told_with_its_code_and_without_its_details() -> None:

@@ -133,6 +133,7 @@ def test_what_was_not_measured_adds_nothing_to_the_accuracy(page: Page) -> None:
     page.metrics.answered(answer(UNMEASURED))
     assert page.read("expected_accuracy_total") == 0.0
     assert page.read("accuracy_loss_total") == 0.0
+    assert page.read("confidence_total") == 0.0
     assert page.read("spent_gflops_total") == 0.4
 
 

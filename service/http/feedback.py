@@ -1,0 +1,82 @@
+"""POST /feedback: whether an answer was right, from those that know."""
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from service.errors import InvalidParameterError, invalid_parameter
+from service.http.context import RouteContext
+from service.http.keys import key_of
+from service.http.queries import Schema
+from service.http.uploads import read_body
+
+MAX_BYTES = 10_000
+
+
+class FeedbackBody(BaseModel):
+    """Body of POST /feedback."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    request_id: str = Field(min_length=1, description="X-Request-ID of the request that was answered")
+    image: int = Field(0, ge=0, description="which of its images, from 0, where it brought several")
+    label: str | None = Field(None, description="the class that it should have been, by name")
+    index: int | None = Field(None, ge=0, description="the same by number")
+
+    @model_validator(mode="after")
+    def _one_class(self) -> "FeedbackBody":
+        if (self.label is None) == (self.index is None):
+            raise ValueError("label or index: one of them is wanted")
+        return self
+
+
+class FeedbackAnswer(BaseModel):
+    """What became of it."""
+
+    correct: bool = Field(description="whether the answer was right, if this is")
+    counted: bool = Field(description="whether it was the first to be said of this answer, which alone counts")
+
+
+BODY: Schema = {"required": True, "content": {"application/json": {"schema": FeedbackBody.model_json_schema()}}}
+
+
+def make_feedback(context: RouteContext) -> Callable[[Request], Awaitable[FeedbackAnswer]]:
+    """Make what answers POST /feedback."""
+
+    async def feedback(request: Request) -> FeedbackAnswer:
+        """Say what an answer should have been. Of several such words on one answer the first counts."""
+        body = _parsed(await read_body(request, MAX_BYTES, context.max_upload_s))
+        true_indices = _indices_of(body, context.checkpoint.class_names)
+        answer = context.answers.find(key_of(request.scope), body.request_id, body.image)
+        is_correct, is_first = answer.index in true_indices, not answer.is_judged
+        answer.is_judged = True
+        if is_first and answer.expected_top1 is not None:
+            context.metrics.audits.judged(answer.subnetwork, answer.expected_top1, is_correct=is_correct)
+        return FeedbackAnswer(correct=is_correct, counted=is_first)
+
+    return feedback
+
+
+def _parsed(body: bytes) -> FeedbackBody:
+    try:
+        return FeedbackBody.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
+
+
+def _indices_of(body: FeedbackBody, class_names: Sequence[str]) -> list[int]:
+    """Find the class that is meant; several classes may go by one name.
+
+    Raises:
+        InvalidParameterError: there is none.
+    """
+    if body.label is None:
+        if body.index is None or body.index >= len(class_names):
+            message = f"index: this model has {len(class_names)} classes, counted from 0"
+            raise InvalidParameterError(message, parameter="index")
+        return [body.index]
+    found = [index for index, name in enumerate(class_names) if name == body.label]
+    if not found:
+        raise InvalidParameterError("label: this model knows no class of that name", parameter="label")
+    return found

@@ -1,0 +1,208 @@
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.flops import count_macs
+from models.latency import LatencyTable
+from models.profiles import ProfileTable, SubNetworkProfile
+from models.subnetwork import SubNetwork
+from service.execution.audit import KEPT, SHARE, Audit, least_agreement
+from service.execution.idle_turns import IdleBatch, IdleTurns, Room
+from service.execution.results import Result
+from service.scheduling.catalog import VariantCatalog
+from service.scheduling.level_policy import choose_level
+from service.scheduling.scheduler import Scheduler
+from tests.service.conftest import CONFIG
+from tests.service.execution.looks import IMAGE, NUM_CLASSES, looks_of
+
+SMALL, MIDDLE, BEST = SubNetwork(2, 0.5), SubNetwork(4, 0.5), SubNetwork(4, 1.0)
+BEST_S = 0.08
+ROOM = Room(10.0, 4)
+
+
+class Idle:
+    """An engine whose best sub-network answers every image with the value of its first pixel, in virtual time."""
+
+    def __init__(self, catalog: VariantCatalog) -> None:
+        self.now, self.catalog = 100.0, catalog
+        self.scheduler = Scheduler(catalog, choose_level, 4)
+        self.ran: list[tuple[SubNetwork, tuple[int, ...]]] = []
+        self.counted: list[tuple[SubNetwork, bool]] = []
+        self.promised: list[float] = []
+        self.audit = Audit(self.run, self.scheduler, self.count, lambda: self.now)
+        self.turns = IdleTurns([self.audit], self.scheduler, 1.0, clock=lambda: self.now)
+
+    def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        self.ran.append((subnetwork, tuple(images.shape)))
+        self.now += BEST_S
+        return torch.nn.functional.one_hot(images[:, 0, 0, 0].long(), NUM_CLASSES).float()
+
+    def count(self, subnetwork: SubNetwork, promised: float, *, agrees: bool) -> None:
+        self.counted.append((subnetwork, agrees))
+        self.promised.append(promised)
+
+    def serve(self, subnetwork: SubNetwork, answer: int, truth: int = 0, *, confidence: float = 0.9) -> Tensor:
+        """Let a sub-network have answered an image, whose class at the best one is the truth."""
+        variant = self.catalog.grant_named(subnetwork).best
+        image = torch.full_like(IMAGE, truth)
+        self.turns.batch_ran([image], looks_of(variant, [answer], ended_at=self.now, confidence=confidence))
+        return image
+
+    def wait(self) -> bool:
+        wait_s = self.turns.wait_s(is_expecting=False)
+        if wait_s is None:
+            return False
+        self.now += wait_s
+        self.turns.take_turn()
+        return True
+
+    def finish(self) -> None:
+        while self.wait():
+            assert self.now < 10_000
+
+
+class EndlessWork:
+    """What always has a batch to run."""
+
+    def __init__(self, idle: Idle) -> None:
+        self.idle, self.num_runs = idle, 0
+
+    def starts_at(self) -> float | None:
+        return -math.inf
+
+    def due(self, _: float, room: Room) -> IdleBatch | None:
+        return IdleBatch(0.01, self.run, "") if room.seconds >= 0.01 else None
+
+    def run(self) -> float:
+        self.num_runs += 1
+        self.idle.now += 0.01
+        return 0.01
+
+    def batch_ran(self, images: Sequence[Tensor], results: Sequence[Result]) -> None:
+        """Learn nothing."""
+
+    def close(self) -> None:
+        """Go on."""
+
+
+@pytest.fixture
+def idle(fast_catalog: VariantCatalog) -> Idle:
+    return Idle(fast_catalog)
+
+
+def test_an_image_is_run_once_more_at_the_best_sub_network_and_its_answer_compared(idle: Idle) -> None:
+    idle.serve(SMALL, 3, truth=3)
+    idle.finish()
+    assert idle.ran == [(BEST, (1, *IMAGE.shape))]
+    assert idle.counted == [(SMALL, True)]
+    idle.serve(MIDDLE, 3, truth=4)
+    idle.finish()
+    assert idle.counted[1:] == [(MIDDLE, False)]
+    assert idle.promised == pytest.approx([0.5 + 0.8 - 1, 0.7 + 0.8 - 1])
+
+
+def test_each_image_is_audited_at_most_once(idle: Idle) -> None:
+    for answer in range(2):
+        idle.serve(SMALL, answer)
+    idle.finish()
+    assert len(idle.ran) == len(idle.counted) == 2
+
+
+def test_the_best_sub_network_is_not_audited_with_itself(idle: Idle) -> None:
+    idle.serve(BEST, 3)
+    assert idle.turns.wait_s(is_expecting=False) is None
+
+
+def test_audits_take_a_hundredth_of_the_engine_at_most(idle: Idle) -> None:
+    began = idle.now
+    while idle.now < began + 2000:
+        idle.serve(SMALL, 0)
+        idle.wait()
+    assert 0.5 * SHARE * 2000 < BEST_S * len(idle.ran) <= SHARE * 2000 + 2 * BEST_S
+
+
+def test_audits_leave_the_rest_of_the_idle_time_to_the_work_behind_them(idle: Idle) -> None:
+    profiler = EndlessWork(idle)
+    idle.turns = IdleTurns([idle.audit, profiler], idle.scheduler, 1.0, clock=lambda: idle.now)
+    began = idle.now
+    while idle.now < began + 100:
+        idle.serve(SMALL, 0)
+        idle.wait()
+        idle.wait()
+    assert len(idle.ran) >= 5
+    assert profiler.num_runs >= 10 * len(idle.ran)
+
+
+def test_few_images_wait_for_their_audit_and_those_that_find_no_room_are_left_out(idle: Idle) -> None:
+    for answer in range(10):
+        idle.serve(SMALL, answer % NUM_CLASSES)
+    idle.finish()
+    assert len(idle.ran) == KEPT
+
+
+def test_an_image_that_waits_is_a_copy_and_keeps_no_message_that_it_came_in(idle: Idle) -> None:
+    image = idle.serve(SMALL, 3, truth=3)
+    image.fill_(5)
+    idle.finish()
+    assert idle.counted == [(SMALL, True)]
+
+
+def test_the_sub_network_that_was_audited_least_is_next(idle: Idle) -> None:
+    for _ in range(3):
+        idle.serve(SMALL, 0)
+    idle.wait()
+    idle.wait()
+    idle.serve(MIDDLE, 0)
+    idle.serve(SMALL, 0)
+    idle.finish()
+    assert [subnetwork for subnetwork, *_ in idle.counted] == [SMALL, SMALL, MIDDLE, SMALL, SMALL]
+
+
+def test_a_second_look_is_not_audited_because_it_sees_the_hard_images_only(idle: Idle) -> None:
+    first = looks_of(idle.catalog.grant_named(SMALL).best, [0])[0]
+    second = looks_of(idle.catalog.grant_named(MIDDLE).best, [1], before=first)
+    idle.turns.batch_ran([IMAGE], second)
+    assert idle.turns.wait_s(is_expecting=False) is None
+
+
+def test_an_answer_that_is_no_number_is_not_audited(idle: Idle) -> None:
+    idle.serve(SMALL, 0, confidence=math.nan)
+    assert idle.turns.wait_s(is_expecting=False) is None
+
+
+def test_nothing_is_audited_where_there_is_no_room_for_it_and_the_image_waits_on(idle: Idle) -> None:
+    idle.serve(SMALL, 0)
+    assert idle.audit.due(idle.now, Room(0.9 * BEST_S, 4)) is None
+    assert idle.audit.due(idle.now, Room(1.1 * BEST_S, 4)) is not None
+
+
+def test_what_is_not_measured_promises_nothing_and_is_not_audited() -> None:
+    rows = tuple(SubNetworkProfile(sub, count_macs(CONFIG, sub)) for sub in (SMALL, BEST))
+    idle = Idle(VariantCatalog.of(ProfileTable(rows), LatencyTable((1,), {SMALL: (0.02,), BEST: (0.08,)})))
+    idle.serve(SMALL, 0)
+    assert idle.turns.wait_s(is_expecting=False) is None
+
+
+def test_once_it_is_closed_nothing_is_kept_or_run(idle: Idle) -> None:
+    idle.serve(SMALL, 0)
+    idle.turns.close()
+    assert idle.audit.due(idle.now, ROOM) is None
+    idle.serve(SMALL, 0)
+    assert idle.turns.wait_s(is_expecting=False) is None
+
+
+@pytest.mark.parametrize(("first", "second", "least"), [(0.9, 0.8, 0.7), (0.3, 0.4, 0.0), (1.0, 0.8, 0.8)])
+def test_two_classifiers_agree_at_least_where_neither_is_wrong(first: float, second: float, least: float) -> None:
+    assert least_agreement(first, second) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("shift", range(10))
+def test_the_bound_holds_however_the_errors_of_both_fall_together(shift: int) -> None:
+    """Of ten images, one classifier is wrong on three and the other on two, at every shift of these to those."""
+    first = [image not in (0, 1, 2) for image in range(10)]
+    second = [(image + shift) % 10 not in (0, 1) for image in range(10)]
+    agreement = sum(one and other for one, other in zip(first, second, strict=True)) / 10
+    assert agreement >= least_agreement(0.7, 0.8) - 1e-9
