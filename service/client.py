@@ -20,7 +20,7 @@ import httpx
 
 from service.errors import InvalidParameterError
 from service.http.schemas import ClassifyAnswer, ExplainAnswer, ReadyAnswer, SubNetworksAnswer
-from service.tries import Answer, Call, ClassifyOptions, Clock, Patience, Pause, Reply, Tries
+from service.tries import Answer, Call, ClassifyOptions, Clock, Patience, Pause, Reply, Tries, bearer
 
 TIMEOUT_S = 60.0
 MAX_RETRIES = 2
@@ -35,6 +35,7 @@ class Client:
         self,
         url: str,
         *,
+        api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
         max_retries: int = MAX_RETRIES,
         transport: httpx.BaseTransport | None = None,
@@ -46,6 +47,7 @@ class Client:
 
         Args:
             url: of the server, such as http://127.0.0.1:8000.
+            api_key: where the server asks for one.
             timeout_s: longest silence of the server that is borne, and how long a request without a budget is tried.
             max_retries: most further tries of a request.
             transport: carries the requests; the network's by default.
@@ -56,7 +58,8 @@ class Client:
         Raises:
             InvalidParameterError: that is no URL of a server.
         """
-        self._http = httpx.Client(base_url=_checked(url), timeout=timeout_s, transport=transport)
+        headers = bearer(api_key)
+        self._http = httpx.Client(base_url=_checked(url), headers=headers, timeout=timeout_s, transport=transport)
         self._patience = Patience(timeout_s, max_retries, clock, draw)
         self._sleep = sleep
 
@@ -116,6 +119,7 @@ class AsyncClient:
         self,
         url: str,
         *,
+        api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
         max_retries: int = MAX_RETRIES,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -124,7 +128,8 @@ class AsyncClient:
         draw: Clock = random.random,
     ) -> None:
         """Open nothing yet; arguments and errors as those of `Client`."""
-        self._http = httpx.AsyncClient(base_url=_checked(url), timeout=timeout_s, transport=transport)
+        headers = bearer(api_key)
+        self._http = httpx.AsyncClient(base_url=_checked(url), headers=headers, timeout=timeout_s, transport=transport)
         self._patience = Patience(timeout_s, max_retries, clock, draw)
         self._sleep = sleep
 

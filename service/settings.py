@@ -11,6 +11,8 @@ from service.errors import CommandError, first_problem
 
 DEFAULT_CHECKPOINT = "supervit-small-caltech101"  # of those that ship
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "supervit"
+# Of commands that ask a server: what stands in their words is there for all to see.
+API_KEY_VARIABLE = "SUPERVIT_API_KEY"
 PILLOW_LIMIT_PIXELS = 89_000_000  # above it, the decoder has objections of its own
 
 
@@ -162,5 +164,5 @@ def environment_variable(name: str) -> str | None:
 def unknown_variables() -> list[str]:
     """Name the environment variables that look like knobs and are none: a misspelt knob would be ignored silently."""
     prefix = str(Settings.model_config["env_prefix"])
-    known = {f"{prefix}{name.upper()}" for name in Settings.model_fields}
+    known = {API_KEY_VARIABLE, *(f"{prefix}{name.upper()}" for name in Settings.model_fields)}
     return sorted(name for name in os.environ if name.upper().startswith(prefix) and name.upper() not in known)

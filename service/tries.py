@@ -51,6 +51,11 @@ class ClassifyOptions(TypedDict, total=False):
     keep_rate: float | None
 
 
+def bearer(api_key: str | None) -> dict[str, str]:
+    """Return the headers in which a key is sent."""
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """What is to be sent."""

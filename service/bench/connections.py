@@ -10,21 +10,24 @@ import aiohttp
 
 from service.bench.wires import Request
 from service.errors import ConnectionFailedError, ResponseTimeoutError
+from service.tries import bearer
 
 
 class Connections:
     """Sends requests; to be used in an `async with` block."""
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, timeout_s: float, api_key: str | None = None) -> None:
         """Open nothing yet.
 
         Args:
             url: of the server.
             timeout_s: longest time that a request may take in all.
+            api_key: where the server asks for one.
         """
         self._url = url.rstrip("/")
         connector = aiohttp.TCPConnector(limit=0)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=timeout_s))
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=bearer(api_key))
 
     async def send(self, request: Request) -> tuple[int, bytes]:
         """Send a request, with POST where it has a body, and return the status and the body of the answer.

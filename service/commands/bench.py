@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
@@ -15,19 +16,20 @@ from service.bench.figures import Figures
 from service.bench.generator import Exchange
 from service.bench.measure import Connect, measure
 from service.bench.options import STDOUT, Bench
+from service.settings import API_KEY_VARIABLE, environment_variable
 
 SHOWN = 3  # sub-networks of the mix
 # Half of what is a tight budget on a fast server: a generator that is later than that measures itself.
 LATE_MS = 10.0
 
 
-def bench(command: Bench, console: Console | None = None, connect: Connect = Connections) -> None:
+def bench(command: Bench, console: Console | None = None, connect: Connect | None = None) -> None:
     """Send a server requests at every rate, and show what it made of them.
 
     Args:
         command: what is sent, and where to.
         console: that the table is printed on; stdout by default.
-        connect: see `measure`, whose errors are raised, too.
+        connect: see `measure`, whose errors are raised, too; with the key of SUPERVIT_API_KEY by default.
 
     Raises:
         OSError: a file cannot be written.
@@ -36,6 +38,7 @@ def bench(command: Bench, console: Console | None = None, connect: Connect = Con
     if command.plot_file is not None:
         from models.evaluation.plots import plot_bench  # matplotlib comes with an extra only
     console = console or Console()
+    connect = connect or partial(Connections, api_key=environment_variable(API_KEY_VARIABLE))
     for path in filter(None, (command.json_file, command.plot_file)):
         if path != STDOUT:
             path.touch()  # fails now rather than after the measurement

@@ -15,6 +15,7 @@ from service.commands.formats import DEFAULT_TOP_K, default_format, progress, re
 from service.commands.options import STDIN, Classify
 from service.errors import CommandError, ServiceError, UnexpectedAnswerError, UnreachableError
 from service.http.schemas import ClassifyAnswer
+from service.settings import API_KEY_VARIABLE, environment_variable
 
 if TYPE_CHECKING:
     import httpx
@@ -109,7 +110,7 @@ def _connected(
     command: Classify, transport: "httpx.AsyncBaseTransport | None"
 ) -> AbstractAsyncContextManager[AsyncClient]:
     if command.url is not None:
-        return AsyncClient(command.url, transport=transport)
+        return AsyncClient(command.url, api_key=environment_variable(API_KEY_VARIABLE), transport=transport)
     from service.commands.in_process import serve_in_process  # imports torch, which asking a server does without
 
     return serve_in_process(command.checkpoint)

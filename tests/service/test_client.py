@@ -110,6 +110,24 @@ def test_only_what_was_given_is_in_the_query() -> None:
         client.classify(b"image", budget_gflops=2.3, priority=-1, budget_ms=None)
 
 
+@pytest.mark.anyio
+async def test_a_key_goes_with_every_request() -> None:
+    sent = list[str | None]()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(request.headers.get("Authorization"))
+        return httpx.Response(200, json=ANSWER)
+
+    transport = httpx.MockTransport(answer)
+    with Client("http://server", api_key="mine", transport=transport) as client:
+        client.classify(b"image")
+    async with AsyncClient("http://server", api_key="mine", transport=transport) as asynchronous:
+        await asynchronous.classify(b"image")
+    with Client("http://server", transport=transport) as client:
+        client.classify(b"image")
+    assert sent == ["Bearer mine", "Bearer mine", None]
+
+
 def test_a_client_without_retries_raises_at_once() -> None:
     transport = httpx.MockTransport(lambda _: refusal(429, "overloaded", reason="full", retry_after_s=0))
     with Client("http://server", transport=transport, max_retries=0) as client, pytest.raises(OverloadedError):

@@ -100,6 +100,7 @@ def test_a_setting_of_several_names_is_taken_apart_at_its_commas() -> None:
 def test_a_variable_that_is_no_knob_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUPERVIT_PORT", "80")
     monkeypatch.setenv("SUPERVIT_MAX_WAITNG", "4")
+    monkeypatch.setenv("SUPERVIT_API_KEY", "of the commands that ask a server")
     assert unknown_variables() == ["SUPERVIT_MAX_WAITNG"]
 
 

@@ -15,7 +15,7 @@ async def asked(answer: Answer, request: Request, timeout_s: float = 5) -> tuple
     """Send a request to a server that answers like that."""
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-    async with server, Connections(url, timeout_s) as connections:
+    async with server, Connections(url, timeout_s, "my-key") as connections:
         return await connections.send(request)
 
 
@@ -31,6 +31,7 @@ async def test_a_body_is_posted_and_the_answer_handed_on_whatever_its_status() -
     assert await asked(answer, Request("/classify?top_k=1", b"image", {"X-Mine": "1"})) == (429, b"busy")
     assert heads[0].startswith(b"POST /classify?top_k=1 HTTP/1.1\r\n")
     assert b"X-Mine: 1\r\n" in heads[0]
+    assert b"Authorization: Bearer my-key\r\n" in heads[0]
 
 
 async def test_what_has_no_body_is_fetched() -> None:

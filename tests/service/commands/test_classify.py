@@ -272,3 +272,15 @@ def test_asking_a_server_imports_no_torch() -> None:
     found = "import sys, service.commands.classify; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_server_is_sent_the_key_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = list[str | None]()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        keys.append(request.headers.get("Authorization"))
+        return answered(request)
+
+    monkeypatch.setenv("SUPERVIT_API_KEY", "mine")
+    classify(Classify(photos=files(tmp_path, "cat.jpg"), url="http://server"), server(answer))
+    assert keys == ["Bearer mine"]
