@@ -8,7 +8,7 @@ import { Live } from "./live.js";
 import { VariantMap } from "./map.js";
 import { PatchView } from "./patches.js";
 import { watchPhotos } from "./photo.js";
-import { classify, explain, GoneError, ServerError, subnetworks, untilReady } from "./server.js";
+import { classify, explain, GoneError, onKeyWanted, ServerError, subnetworks, untilReady } from "./server.js";
 
 const DEBOUNCE_MS = 120;
 const EXPLAIN_TRIES = 5;
@@ -147,7 +147,18 @@ async function look({ patch_grid, keep_rate }, wanted) {
   }
 }
 
+function askForKey() {
+  const [dialog, input] = [byId("key"), byId("key-value")];
+  input.value = "";
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "use" ? input.value.trim() : null), { once: true });
+  });
+}
+
 showNothing();
+onKeyWanted(askForKey);
 byId("toast").querySelector("button").addEventListener("click", hideToast);
 const takeFirst = watchPhotos((given) => {
   photo = { ...given, breaks: 0 };

@@ -1,6 +1,7 @@
 // The server as this page knows it: what it asks, what it makes of errors, and whether anything answers at all.
 
 const RETRY_MS = 1000;
+const KEY = "api-key"; // kept as long as the tab is open
 const TITLES = {
   invalid_image: "That is no image the server can read",
   unsupported_media_type: "That is no image the server can read",
@@ -11,6 +12,7 @@ const TITLES = {
   overloaded: "The server is full",
   deadline_exceeded: "Too late",
   not_ready: "The server is not ready",
+  unauthorized: "The server asks for a key",
   out_of_memory: "The server is out of memory",
 };
 
@@ -33,15 +35,35 @@ export class GoneError extends Error {
   }
 }
 
+let askForKey = async () => null;
+let asking = null;
+
+/** Say how a person is asked for an API key; yields it, or null where there is none to be had. */
+export function onKeyWanted(ask) {
+  askForKey = ask;
+}
+
+/** Ask for a key once, however many requests want it. */
+async function newKey() {
+  asking ??= askForKey().finally(() => (asking = null));
+  const key = await asking;
+  if (key) sessionStorage.setItem(KEY, key);
+  return key;
+}
+
 async function ask(path, options = {}) {
   let response;
+  const key = sessionStorage.getItem(KEY);
+  const headers = key ? { "X-API-Key": key } : {};
   try {
-    response = await fetch(path, { cache: "no-store", ...options });
+    response = await fetch(path, { cache: "no-store", headers, ...options });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new GoneError();
   }
   if (response.ok) return response.json();
+  // Another request may have got one meanwhile.
+  if (response.status === 401 && (key !== sessionStorage.getItem(KEY) || (await newKey()))) return ask(path, options);
   let error = { code: "unknown", message: `it answered ${response.status}` };
   try {
     ({ error } = await response.json());

@@ -19,6 +19,7 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sync_playwright
 
 from models.checkpoint import Checkpoint, load_checkpoint
+from service.access.key_file import make_key
 from service.app import create_app
 from service.engines.profile_store import extended_profile, nominal_latencies
 from service.http.connections import Connections
@@ -63,10 +64,10 @@ def checkpoint() -> Checkpoint:
 
 
 @contextmanager
-def serving(checkpoint: Checkpoint, port: int) -> Iterator[str]:
+def serving(checkpoint: Checkpoint, port: int, keys: Path | None = None) -> Iterator[str]:
     """Serve as `supervit serve` does, but for the measurement of the machine."""
     latencies = nominal_latencies(extended_profile(checkpoint))
-    runtime = ServerRuntime(Settings(checkpoint=SMALL_CHECKPOINT), checkpoint, latencies=latencies)
+    runtime = ServerRuntime(Settings(checkpoint=SMALL_CHECKPOINT, keys=keys), checkpoint, latencies=latencies)
     protocol = partial(
         RejectingProtocol, connections=Connections(99, 99), early=EarlyRejection(runtime.context, CLASSIFY_PATH)
     )
@@ -434,3 +435,42 @@ def test_the_documentation_is_shown_without_anything_from_elsewhere(browser: Bro
     visit = Visit(browser, f"{url}/docs")
     visit.page.get_by_text("/explain").first.wait_for()
     visit.close()
+
+
+def test_a_key_is_asked_for_once_and_used_from_then_on(
+    browser: Browser, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    made = make_key("page")
+    (tmp_path / "keys.toml").write_text(made.entry)
+    with serving(checkpoint, free_port(), tmp_path / "keys.toml") as url:
+        visit = Visit(browser, url)
+        page, dialog = visit.page, visit.page.get_by_role("dialog")
+        expect(dialog).to_contain_text("asks for a key")
+        assert Axe().run(page).violations_count == 0
+        dialog.get_by_label("API key").fill("another one")
+        dialog.get_by_role("button", name="Use it").click()
+        expect(dialog).to_be_visible()  # it was not the right one
+        dialog.get_by_label("API key").fill(made.secret)
+        page.keyboard.press("Enter")
+        answered(page)
+        expect(dialog).not_to_be_visible()
+        page.locator("#compare").click()
+        expect(page.locator("#compare-note")).to_contain_text("of 12 say")
+        expect(dialog).not_to_be_visible()
+        page.reload()
+        answered(page)
+        expect(dialog).not_to_be_visible()
+        visit.forgive_errors()
+        visit.close()
+
+
+def test_without_the_key_the_page_says_what_is_missing(
+    browser: Browser, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "keys.toml").write_text(make_key("page").entry)
+    with serving(checkpoint, free_port(), tmp_path / "keys.toml") as url:
+        visit = Visit(browser, url)
+        visit.page.get_by_role("button", name="Go without").click()
+        expect(visit.page.get_by_role("alert")).to_contain_text("The server asks for a key")
+        visit.forgive_errors()
+        visit.close()
