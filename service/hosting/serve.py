@@ -34,6 +34,7 @@ from service.hosting.workers import beat, split_cpus, start_worker, take_address
 from service.http.connections import Connections
 from service.http.early_rejection import EarlyRejection, RejectingProtocol
 from service.http.routes import CLASSIFY_PATH
+from service.http.tls import TlsGate
 from service.machine.monitor import Monitor
 from service.runtime import ServerRuntime
 from service.settings import Settings, comma_separated, environment_variable, unknown_variables, worker_environment
@@ -52,9 +53,9 @@ SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-
 class _Server(uvicorn.Server):
     """Says where it listens; takes no new request from the very signal on that tells it to stop."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], None], *, has_page: bool) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None], scheme: str, *, has_page: bool) -> None:
         super().__init__(config)
-        self._drain, self._has_page = drain, has_page
+        self._drain, self._scheme, self._has_page = drain, scheme, has_page
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say where, which uvicorn does for addresses alone."""
@@ -64,10 +65,9 @@ class _Server(uvicorn.Server):
                 logger.info("listening on %s", opened.getsockname())
             else:
                 host, port, *_ = opened.getsockname()
-                scheme = "https" if self.config.is_ssl else "http"
-                logger.info("listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
+                logger.info("listening on %s://%s:%d", self._scheme, f"[{host}]" if ":" in host else host, port)
                 if self._has_page:
-                    logger.info("see what it does at %s", _page_url(scheme, host, port))
+                    logger.info("see what it does at %s", _page_url(self._scheme, host, port))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take note of the signal."""
@@ -214,10 +214,14 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         tracer = find_tracer(os.environ)
         runtime = ServerRuntime(settings, checkpoint, engine, on_failure=stop, heartbeat=tell_supervisor, tracer=tracer)
         # Others may serve at the same address: this server takes no connection from them before its time.
-        http = partial(RejectingProtocol, **_shared(settings, max_connections, runtime))
+        shared = _shared(settings, max_connections, runtime)
+        http: Callable[..., asyncio.Protocol] = partial(RejectingProtocol, **shared)
+        if certificate is not None:
+            context, connections = certificate.context, shared["connections"]
+            http = partial(TlsGate, protocol=http, context=context, connections=connections)
         beside = [grpc_beside(settings, runtime, max_connections, certificate)]
         if settings.admin_port is not None:
-            admin = _configure(settings, create_app(runtime), http, certificate)
+            admin = _configure(settings, create_app(runtime), http)
             admin.lifespan = "off"  # of the runtime, which is the other app's
             beside.append(partial(serving_beside, admin, settings.host, settings.admin_port))
         if certificate is not None:
@@ -227,8 +231,9 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         )
         for name in unknown_variables():
             logger.warning("the environment variable %s is no setting of this server", name)
-        config = _configure(settings, app, http, certificate)
-        server = _Server(config, runtime.drain, has_page=settings.admin_port is None)
+        config = _configure(settings, app, http)
+        scheme = "http" if certificate is None else "https"
+        server = _Server(config, runtime.drain, scheme, has_page=settings.admin_port is None)
         configure_gc()
         _on_hangup(server.handle_exit)
         server.run([opened])
@@ -239,9 +244,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         raise CommandError("the model cannot run; the log says why")
 
 
-def _configure(
-    settings: Settings, app: Callable[..., Any], http: Callable[..., asyncio.Protocol], certificate: Certificate | None
-) -> uvicorn.Config:
+def _configure(settings: Settings, app: Callable[..., Any], http: Callable[..., asyncio.Protocol]) -> uvicorn.Config:
     """Tell uvicorn how an app is served."""
     return uvicorn.Config(
         app,
@@ -256,7 +259,6 @@ def _configure(
         proxy_headers=settings.forwarded_allow_ips is not None,
         forwarded_allow_ips=settings.forwarded_allow_ips or [],
         timeout_graceful_shutdown=math.ceil(settings.drain_s),
-        ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
     )
 
 

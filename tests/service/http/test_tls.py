@@ -1,0 +1,104 @@
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+import trustme
+
+from service.http.connections import Connections
+from service.http.protocol import HEAD_S
+from service.http.tls import TlsGate
+
+pytestmark = pytest.mark.anyio
+
+
+class Echo(asyncio.Protocol):
+    """Says back what it hears, once the connection is made."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # of TCP
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._transport.write(data)
+
+
+class Served:
+    """A server behind a gate, and the connections that it counts."""
+
+    def __init__(self, most: int = 2) -> None:
+        authority = trustme.CA()
+        self.context, self.trust = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+        authority.issue_cert("localhost").configure_cert(self.context)
+        authority.configure_trust(self.trust)
+        self.closed: list[str] = []
+        self.connections = Connections(most, most, observe=self.closed.append)
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[int]:
+        def gate() -> TlsGate:
+            return TlsGate(protocol=Echo, context=self.context, connections=self.connections)
+
+        server = await asyncio.get_running_loop().create_server(gate, "127.0.0.1", 0)
+        async with server:
+            yield server.sockets[0].getsockname()[1]
+
+
+@pytest.fixture
+def served() -> Served:
+    return Served()
+
+
+async def until_counted(connections: Connections, number: int) -> None:
+    while len(connections) != number:  # noqa: ASYNC110 - the loop's time passes by itself
+        await asyncio.sleep(0.01)
+
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@asynccontextmanager
+async def connected(port: int, trust: ssl.SSLContext | None = None) -> AsyncIterator[Streams]:
+    name = None if trust is None else "localhost"
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trust, server_hostname=name)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+
+async def test_what_speaks_tls_is_handed_on(served: Served) -> None:
+    async with served.serving() as port, connected(port, served.trust) as (reader, writer):
+        writer.write(b"hello")
+        assert await reader.readexactly(5) == b"hello"
+        assert len(served.connections) == 0, "it is counted by what follows"
+
+
+async def test_what_says_nothing_is_counted_and_closed_after_a_while(served: Served) -> None:
+    loop = asyncio.get_running_loop()
+    async with served.serving() as port, connected(port) as (reader, _):
+        await until_counted(served.connections, 1)
+        began_at = loop.time()
+        assert await reader.read() == b""
+        assert loop.time() - began_at == pytest.approx(HEAD_S, abs=1)
+        await until_counted(served.connections, 0)
+
+
+async def test_the_oldest_that_says_nothing_gives_way(served: Served) -> None:
+    async with served.serving() as port, connected(port) as (first, _), connected(port):
+        await until_counted(served.connections, 2)
+        async with connected(port):
+            with suppress(ConnectionError):
+                assert await first.read() == b""
+            assert served.closed == ["gave_way"]
+            assert len(served.connections) == 2
+
+
+async def test_what_speaks_something_else_is_closed(served: Served) -> None:
+    async with served.serving() as port, connected(port) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        with suppress(ConnectionError):
+            assert b"HTTP" not in await reader.read()
+        await until_counted(served.connections, 0)
