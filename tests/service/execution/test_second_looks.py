@@ -9,7 +9,6 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from service.decoding.decoder import Decoder
 from service.domain import Classification, InferenceRequest, LookCode
 from service.errors import ServiceError
 from service.execution.batcher import Batcher
+from service.execution.engine_thread import EngineThread
 from service.pipeline import Pipeline
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.key_ledger import KeyLedger
@@ -84,7 +84,7 @@ class Parts(NamedTuple):
 async def answering(model: Model, decide: Decide = choose_level) -> AsyncIterator[Parts]:
     catalog = VariantCatalog.of(PROFILES, LATENCIES)
     scheduler = Scheduler(catalog, decide, 4, rejects_early=False, lock=threading.RLock())
-    thread = ThreadPoolExecutor(1, "engine")
+    thread = EngineThread()
     decoder = Decoder(opening(lambda data: torch.full((3, 2, 2), int(data), dtype=torch.uint8)), 1, 0)
     batcher = Batcher(model.run, scheduler, thread)
     pipeline = Pipeline(
@@ -104,7 +104,7 @@ async def answering(model: Model, decide: Decide = choose_level) -> AsyncIterato
         finally:
             model.open()
             batcher.stop()
-    thread.shutdown()
+    thread.shutdown(wait=True)
     decoder.close()
     assert (len(scheduler), scheduler.backlog_s(time.monotonic())) == (0, 0.0)
 
