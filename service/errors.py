@@ -19,6 +19,7 @@ ServiceError
 ├── DeadlineError             admitted, but its deadline cannot be met any more
 ├── OutOfMemoryError          the machine has no memory left for it
 ├── NotReadyError             the model has not answered its first batch yet, or the server is stopping
+├── ModelChangeError          the model is not changed: another change is under way, or the new one is not fit
 └── ModelError                the model failed on this batch
 """
 
@@ -172,6 +173,12 @@ class NotReadyError(ServiceError):
     """The server cannot answer yet, or no longer."""
 
     code = "not_ready"
+
+
+class ModelChangeError(ServiceError):
+    """The model that is served stays: another change is under way, none may be asked for, or the new one is not fit."""
+
+    code = "model_change_refused"
 
 
 class ModelError(ServiceError):

@@ -28,7 +28,7 @@ from service.engines.base import Engine
 from service.errors import CommandError
 from service.hosting.grpc_port import grpc_beside, require_grpc
 from service.hosting.interpreter import configure_gc
-from service.hosting.ports import reserved_ports, serving_beside
+from service.hosting.ports import reserved_ports, serving_beside, why_no_changes
 from service.hosting.supervisor import Supervisor
 from service.hosting.workers import beat, split_cpus, start_worker, take_address
 from service.http.connections import Connections
@@ -209,7 +209,14 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         # the number that it computes with.
         torch.set_num_threads(1)
         checkpoint = load_checkpoint(settings.checkpoint)
-        runtime = ServerRuntime(settings, checkpoint, engine, on_failure=stop, heartbeat=tell_supervisor)
+        runtime = ServerRuntime(
+            settings,
+            checkpoint,
+            engine,
+            on_failure=stop,
+            heartbeat=tell_supervisor,
+            changes_refused=why_no_changes(settings),
+        )
         # Others may serve at the same address: this server takes no connection from them before its time.
         http = partial(RejectingProtocol, **_shared(settings, max_connections, runtime))
         beside = [grpc_beside(settings, runtime, max_connections, certificate)]

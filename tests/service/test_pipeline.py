@@ -38,7 +38,7 @@ from service.scheduling.scheduler import RESERVED_S, Scheduler
 from service.scheduling.state import QueuedRequest
 from service.telemetry.metrics import Metrics
 from service.telemetry.outcomes import counted
-from tests.service.conftest import opening
+from tests.service.conftest import opening, stand_in
 
 pytestmark = pytest.mark.anyio
 
@@ -145,7 +145,7 @@ async def running(
     pipeline = CountedPipeline(
         parts,
         scheduler=scheduler,
-        class_names=("a", "b", "c"),
+        checkpoint=stand_in("a", "b", "c"),
         decoder=decoder,
         batcher=batcher,
         max_in_flight=max_in_flight,

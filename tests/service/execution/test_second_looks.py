@@ -31,7 +31,7 @@ from service.scheduling.key_ledger import KeyLedger
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.state import BatchDecision, Decide, SchedulerState
-from tests.service.conftest import opening
+from tests.service.conftest import opening, stand_in
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
 PROFILES = ProfileTable(
@@ -89,7 +89,7 @@ async def answering(model: Model, decide: Decide = choose_level) -> AsyncIterato
     batcher = Batcher(model.run, scheduler, thread)
     pipeline = Pipeline(
         scheduler=scheduler,
-        class_names=("at first sight", "at second sight"),
+        checkpoint=stand_in("at first sight", "at second sight"),
         decoder=decoder,
         batcher=batcher,
         max_in_flight=8,

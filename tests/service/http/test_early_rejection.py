@@ -78,7 +78,7 @@ class Rejecting:
     def __init__(self, context: RouteContext) -> None:
         self.pipeline, self.now = ScriptedPipeline(), 1000.0
         server = ReadyServer(cast(Pipeline, self.pipeline), *(cast(Any, None),) * 4)
-        context = replace(context, server=lambda: server, state=lambda: ServerState.READY, clock=lambda: self.now)
+        context = replace(context, servers=lambda: [server], state=lambda: ServerState.READY, clock=lambda: self.now)
         self.context, self.rejection = context, EarlyRejection(context, "/classify")
 
     def answer(self, query: bytes = b"", arrived_at: float = 1000.0) -> bytes | None:
@@ -122,7 +122,7 @@ def test_what_can_be_answered_finds_its_place_reserved(overloaded: tuple[TestCli
     scope: dict[str, Any] = {ARRIVED_AT: time.monotonic()}
     rejection = EarlyRejection(context, "/classify")
     assert rejection.answer(b"/classify?budget_ms=9000", HEADERS, scope) is None
-    reserved = scope[RESERVED]
+    reserved = scope[RESERVED].request
     assert context.server().scheduler.num_before(reserved, time.monotonic())[1] == 1
     rejection.forget(scope)
     assert context.server().scheduler.num_before(reserved, time.monotonic())[1] == 0

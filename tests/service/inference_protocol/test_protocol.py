@@ -32,7 +32,8 @@ pytestmark = pytest.mark.anyio
 class ScriptedPipeline:
     """Answers every image, or fails at those that a test names; tells what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
         self.asked: list[InferenceRequest] = []
         self.images: list[Image] = []
         self.errors: dict[Image, Exception] = {}
@@ -74,17 +75,21 @@ class Protocol:
     """A protocol over a scripted pipeline."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.pipeline, self.registry, self.failures = ScriptedPipeline(), CollectorRegistry(), OwnFailures(lambda: 1.0)
+        self.pipeline, self.registry, self.failures = (
+            ScriptedPipeline(checkpoint),
+            CollectorRegistry(),
+            OwnFailures(lambda: 1.0),
+        )
         self.is_open = True
         metrics = Metrics(self.registry)
         self.protocol = InferenceProtocol(
-            checkpoint, metrics, Classifier(metrics, 100), self.failures, self.open, lambda: 1000.0
+            lambda: [checkpoint], metrics, Classifier(metrics, 100), self.failures, self.open, lambda: 1000.0
         )
 
-    def open(self) -> Pipeline:
+    def open(self) -> list[Pipeline]:
         if not self.is_open:
             raise NotReadyError("not yet")
-        return cast(Pipeline, self.pipeline)
+        return [cast(Pipeline, self.pipeline)]
 
     async def infer(self, *images: bytes | str, parameters: Parameters | None = None) -> InferReply:
         return await self.ask(InputTensor("image", "BYTES", (len(images),), images), parameters=parameters)

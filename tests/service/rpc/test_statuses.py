@@ -2,6 +2,7 @@ import grpc
 
 from service.errors import (
     ForeignOriginError,
+    ModelChangeError,
     NotReadyError,
     OverloadedError,
     RequestError,
@@ -19,7 +20,7 @@ def kinds_of(error: type[ServiceError]) -> set[type[ServiceError]]:
 
 
 def test_every_error_that_a_call_can_meet_has_a_status() -> None:
-    assert set(STATUS) == kinds_of(ServiceError) - {ServiceError, RequestError} - OF_BROWSERS
+    assert set(STATUS) == kinds_of(ServiceError) - {ServiceError, RequestError} - OF_BROWSERS - {ModelChangeError}
 
 
 def test_an_error_is_told_with_its_code_and_without_its_details() -> None:
