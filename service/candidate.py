@@ -1,7 +1,6 @@
 """Prepares a model beside the one that is served: what computes is given to the engine's thread an image at a time."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from service.engines.profile_store import begin_profile, extended_profile, inher
 from service.errors import ModelChangeError
 from service.execution.comparison import require_numbers
 from service.execution.engine_thread import EngineThread
-from service.execution.explainer import give_way
 from service.machine.monitor import Monitor
 from service.scheduling.key_ledger import KeyLedger
 from service.settings import Settings
@@ -34,7 +32,11 @@ OpenEngine = Callable[..., tuple[Engine, Checkpoint]]
 
 
 class CandidateMaker:
-    """Makes models ready to be served; its methods wait, and are for a thread of their own."""
+    """Makes models ready to be served; its methods wait, and are for a thread of their own.
+
+    That does not give way to others: the threads that an engine starts would do so for good, and a thread that holds the
+    interpreter while others have the cores keeps the event loop waiting.
+    """
 
     def __init__(
         self,
@@ -64,19 +66,21 @@ class CandidateMaker:
         self._ledger, self._load, self._open_engine, self._begin = ledger, load, open_engine, begin
 
     def load(self, name: str) -> Checkpoint:
-        """Load a checkpoint, on a thread that gives way to all others.
+        """Load a checkpoint.
 
         Raises:
             CheckpointError: there is none of that name, or it is broken.
             ModelChangeError: the memory that is free holds no second model of its size.
         """
-        with ThreadPoolExecutor(1, "load", initializer=give_way) as thread:
-            return thread.submit(self._load_within_memory, name).result()
+        path = find_checkpoint(name)
+        needed, free = MEMORY_OF_FILE * path.stat().st_size + MEMORY_BYTES, self._monitor.latest.memory_available_bytes
+        if free is not None and needed > free:
+            message = f"a second model of this size may take {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
+            raise ModelChangeError(message)
+        return self._load(path)
 
     def prepare(self, checkpoint: Checkpoint, beside: ServedModel) -> ServedModel:
         """Compile a model, run each sub-network once, and find out or measure how long it takes.
-
-        The thread does not give way: those that the engine starts would do so for good.
 
         Raises:
             DeviceError: no engine can run it here.
@@ -110,14 +114,6 @@ class CandidateMaker:
             return self._thread.work(partial(engine.run, images, subnetwork)).result()
 
         return run
-
-    def _load_within_memory(self, name: str) -> Checkpoint:
-        path = find_checkpoint(name)
-        needed, free = MEMORY_OF_FILE * path.stat().st_size + MEMORY_BYTES, self._monitor.latest.memory_available_bytes
-        if free is not None and needed > free:
-            message = f"a second model of this size may take {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
-            raise ModelChangeError(message)
-        return self._load(path)
 
     def _latencies(
         self, checkpoint: Checkpoint, engine: Engine, run: Run, beside: ServedModel

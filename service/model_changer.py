@@ -19,6 +19,7 @@ from service.assembly import ServedModel
 from service.candidate import CandidateMaker
 from service.errors import ModelChangeError, NotReadyError
 from service.execution.comparison import Comparer, Comparison, Contender
+from service.execution.live_sample import KEPT_IMAGES
 from service.model_change import ChangeOutcome, ChangeReport, ChangeStep, ModelChange, Trial
 from service.served_models import ServedModels
 from service.telemetry.metrics import Metrics
@@ -155,7 +156,8 @@ class ModelChanger:
         comparer, shadow, began_at = Comparer(before, after), change.shadow, self._clock()
         shadow_ends_at = began_at + (0.0 if shadow is None else shadow.seconds)
         while self._clock() < max(shadow_ends_at, began_at + COMPARE_S):
-            image = old.sample.take()
+            is_enough = self._clock() >= shadow_ends_at and comparer.found.num_images >= KEPT_IMAGES
+            image = None if is_enough else old.sample.take()
             if image is None:
                 if self._clock() >= shadow_ends_at:
                     break

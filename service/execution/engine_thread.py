@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from service.errors import NotReadyError
 
-WORK_SHARE = 0.2  # of the engine's time that work beside batches may take while requests come ...
+WORK_SHARE = 0.1  # of the engine's time that work beside batches may take while requests come ...
 QUIET_S = 0.05  # ... and after which without a batch it may take all of it
 WORK_S = 1.0  # that a piece of it should take, for the watchdog
 
@@ -130,15 +130,17 @@ class EngineThread:
     def _give_turns(self) -> None:
         while served := self._still_served():
             wanting = [each for each in served if each.has_work]
-            if self._work and self._work_wait_s() <= 0:
+            if self._work and self._work_wait_s(is_quiet=not wanting) <= 0:
                 self._do_work()
-                self._freed(served)
             elif wanting:
                 for each in wanting:
                     self._give_turn(each)
-                    self._freed([other for other in served if other is not each])
             else:
                 self._rest(served)
+            # For those that wait, what others take is time that goes by between their batches, and is planned with.
+            for each in served:
+                if each not in wanting:
+                    each.engine_freed()
 
     def _still_served(self) -> list[Served]:
         """Let go of those that are over, and return the others; with the last, work has no one to wait for."""
@@ -179,16 +181,16 @@ class EngineThread:
         # What came before the clearing may not have been seen.
         if list(self._served) != served or any(each.has_work or each.is_over for each in served):
             return
-        wait_s = min(due_s, self._work_wait_s())
+        wait_s = min(due_s, self._work_wait_s(is_quiet=True))
         if not self._wake.wait(None if wait_s == math.inf else max(0.0, wait_s)) and due_s <= wait_s:
             idler.take_idle_turn()
-        self._freed(served)
 
-    def _work_wait_s(self) -> float:
+    def _work_wait_s(self, *, is_quiet: bool) -> float:
         """Tell how long it is until a piece of work may run; infinite where there is none."""
         if not self._work:
             return math.inf
-        return min(self._work_due_at, self._batch_at + QUIET_S) - self._clock()
+        due_at = min(self._work_due_at, self._batch_at + QUIET_S) if is_quiet else self._work_due_at
+        return due_at - self._clock()
 
     def _do_work(self) -> None:
         function, done = self._work.popleft()
@@ -206,7 +208,3 @@ class EngineThread:
             self._working = None
             now = self._clock()
             self._work_due_at = now + (now - began_at) * (1 / WORK_SHARE - 1)
-
-    def _freed(self, served: Sequence[Served]) -> None:
-        for each in served:
-            each.engine_freed()

@@ -60,7 +60,7 @@ class Explainer:
             decoder: makes images of bytes.
         """
         self._model, self._decoder = model, decoder
-        self._thread = ThreadPoolExecutor(1, "explain", initializer=give_way)
+        self._thread = ThreadPoolExecutor(1, "explain", initializer=_give_way)
         self._is_taken = False
 
     @property
@@ -128,6 +128,6 @@ def _kept(block: int, numbers: list[int], scores: list[float]) -> KeptPatches:
     return KeptPatches(block, tuple(n for n, _ in ranked), tuple(s for _, s in ranked), FUSED in numbers)
 
 
-def give_way() -> None:
+def _give_way() -> None:
     """Let every other thread of the machine go before this one, and those of PyTorch that it starts."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # on Linux, of the thread alone
