@@ -34,8 +34,8 @@ OpenEngine = Callable[..., tuple[Engine, Checkpoint]]
 class CandidateMaker:
     """Makes models ready to be served; its methods wait, and are for a thread of their own.
 
-    That does not give way to others: the threads that an engine starts would do so for good, and a thread that holds the
-    interpreter while others have the cores keeps the event loop waiting.
+    It does not give way to others: the threads that an engine starts would do so for good, and one that holds Python's
+    lock while others have the cores would keep the event loop waiting.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ class ChangeReport:
         version: of it.
         num_compared: images that both models have answered.
         agreement: share of them on which they agree, 0..1; None where there are none.
-        latency_ratio: median of the new one's latency over the old one's, each image alone; None where there are none.
+        latency_ratio: median of the new one's latency over the old one's, one image each; None where there are too few.
         seconds: that it has taken.
     """
 

@@ -153,7 +153,7 @@ class ModelChanger:
             ModelChangeError: they agree on too few, the new one is too slow, or it answers what is no number.
         """
         before, after = (Contender(self._maker.run_of(each.engine), each.checkpoint.class_names) for each in (old, new))
-        comparer, shadow, began_at = Comparer(before, after), change.shadow, self._clock()
+        comparer, shadow, began_at = Comparer(before, after, self._clock), change.shadow, self._clock()
         shadow_ends_at = began_at + (0.0 if shadow is None else shadow.seconds)
         while self._clock() < max(shadow_ends_at, began_at + COMPARE_S):
             is_enough = self._clock() >= shadow_ends_at and comparer.found.num_images >= KEPT_IMAGES

@@ -95,14 +95,14 @@ class ServerRuntime:
         if engine is None:
             kind, device, precision = settings.engine, settings.device, settings.precision
             engine, checkpoint = open_engine(checkpoint, kind, device, precision, self._threads)
-        self._engine, self._checkpoint = engine, checkpoint
-        self._profile = extended_profile(checkpoint)
+        self._first: tuple[Engine, Checkpoint] | None = engine, checkpoint  # until it is served: others may follow
+        profile = extended_profile(checkpoint)
         # A wrong name fails at once.
-        nominal = nominal_latencies(self._profile)
-        catalog = VariantCatalog.of(self._profile, nominal, cascades=settings.cascades)
+        nominal = nominal_latencies(profile)
+        catalog = VariantCatalog.of(profile, nominal, cascades=settings.cascades)
         find_policy(settings.policy, catalog)
         self.metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
-        subnetworks = list(self._profile.by_subnetwork)
+        subnetworks = list(profile.by_subnetwork)
         self.metrics.describe(subnetworks, checkpoint.name, checkpoint.version, settings.workers)
         self.context = RouteContext(
             checkpoints=self._checkpoints,
@@ -174,8 +174,7 @@ class ServerRuntime:
         serving = asyncio.create_task(self._serve())
         serving.add_done_callback(self._on_end)
         following = asyncio.create_task(self._follow_checkpoint())
-        checkpoint = self._checkpoint
-        logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, self._engine.describe())
+        self._say_what_is_served()
         try:
             if ready_first:
                 waiting = asyncio.create_task(self._became_ready.wait())
@@ -196,11 +195,12 @@ class ServerRuntime:
         try:
             known = await asyncio.wrap_future(self._engine_thread.submit(self._prepare))
             if self._state is ServerState.STARTING:
-                serving = asyncio.create_task(self._models.serve(self._assemble(known)))
+                self._models.start(self._assemble(known))
+                self._first = None
                 self._state = ServerState.READY
                 self.metrics.ready(True)
                 self._became_ready.set()
-                await serving
+                await self._models.run()
         except NotReadyError:
             logger.info("stopped before the first request")
         finally:
@@ -229,12 +229,13 @@ class ServerRuntime:
 
     def _prepare(self) -> Profiled | LatencyTable:
         self._goes_on()
-        self._engine.warm_up()
+        engine, checkpoint = self._require_first()
+        engine.warm_up()
         if self._latencies is not None:
             return self._latencies
         return self._begin(
-            self._checkpoint,
-            self._engine.describe(),
+            checkpoint,
+            engine.describe(),
             self._run_unless_stopping,
             folder=self._settings.profile_folder,
             max_batch_size=self._settings.max_batch_size,
@@ -244,7 +245,7 @@ class ServerRuntime:
     def _run_unless_stopping(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         if not self._goes_on():
             raise NotReadyError("the server is stopping")
-        return self._engine.run(images, subnetwork)
+        return self._require_first()[0].run(images, subnetwork)
 
     def _goes_on(self) -> bool:
         """Note that the preparation gets on, if only with waiting for another process, and tell whether it should."""
@@ -252,10 +253,11 @@ class ServerRuntime:
         return self._state is ServerState.STARTING
 
     def _assemble(self, known: Profiled | LatencyTable) -> ServedModel:
+        engine, checkpoint = self._require_first()
         return assemble(
             self._settings,
-            self._checkpoint,
-            self._engine,
+            checkpoint,
+            engine,
             self._engine_thread,
             metrics=self.metrics,
             monitor=self._monitor,
@@ -265,7 +267,16 @@ class ServerRuntime:
         )
 
     def _checkpoints(self) -> list[Checkpoint]:
-        return [self._checkpoint] if self._models.is_empty else [each.checkpoint for each in self._models.all]
+        return [self._require_first()[1]] if self._models.is_empty else [each.checkpoint for each in self._models.all]
+
+    def _require_first(self) -> tuple[Engine, Checkpoint]:
+        if self._first is None:
+            raise NotReadyError("the server has stopped")
+        return self._first
+
+    def _say_what_is_served(self) -> None:
+        engine, checkpoint = self._require_first()
+        logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
 
     async def _follow_checkpoint(self) -> None:
         if self._settings.watch_checkpoint:

@@ -60,14 +60,17 @@ class ServedModels:
         """Let a model take turns on the engine's thread."""
         self._serving[model] = asyncio.create_task(model.serve())
 
-    async def serve(self, first: ServedModel) -> None:
-        """Serve a model and what takes its place, until `stop`, and until all that came is answered.
+    def start(self, first: ServedModel) -> None:
+        """Begin to serve the first model."""
+        self._current = first
+        self.begin(first)
+
+    async def run(self) -> None:
+        """Serve on, whatever takes the first one's place, until `stop`, and until all that came is answered.
 
         Raises:
             Exception: that which ended the model that is served.
         """
-        self._current = first
-        self.begin(first)
         try:
             model: ServedModel | None = None
             while model is not self._current:

@@ -3,7 +3,6 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from service.engines.base import Run
 from service.errors import ModelChangeError
 from service.execution.live_sample import SampledImage
 
+TIMED_IMAGES = 8  # fewer say nothing of latency: one batch beside a neighbour's burst takes three times as long
 NO_NUMBERS = "the new model answers what is no number"
 
 
@@ -44,8 +44,8 @@ class Comparison:
 
     @property
     def latency_ratio(self) -> float | None:
-        """Median of the new one's latency over the old one's; None where there are none."""
-        return statistics.median(self._ratios) if self._ratios else None
+        """Median of the new one's latency over the old one's; None where there are too few to tell."""
+        return statistics.median(self._ratios) if len(self._ratios) >= TIMED_IMAGES else None
 
     def add(self, *, agrees: bool, ratio: float) -> None:
         """Count an image."""
@@ -57,7 +57,7 @@ class Comparison:
 class Comparer:
     """Lets two models answer the same images with the same sub-networks, one after the other."""
 
-    def __init__(self, old: Contender, new: Contender, clock: Callable[[], float] = perf_counter) -> None:
+    def __init__(self, old: Contender, new: Contender, clock: Callable[[], float]) -> None:
         """Take both, and the clock to time them by."""
         self._old, self._new, self._clock = old, new, clock
         self._prepared: set[SubNetwork] = set()

@@ -133,14 +133,11 @@ class EngineThread:
             if self._work and self._work_wait_s(is_quiet=not wanting) <= 0:
                 self._do_work()
             elif wanting:
-                for each in wanting:
-                    self._give_turn(each)
+                self._give_each_a_turn(wanting)
             else:
                 self._rest(served)
             # For those that wait, what others take is time that goes by between their batches, and is planned with.
-            for each in served:
-                if each not in wanting:
-                    each.engine_freed()
+            _tell_freed([each for each in served if each not in wanting])
 
     def _still_served(self) -> list[Served]:
         """Let go of those that are over, and return the others; with the last, work has no one to wait for."""
@@ -158,12 +155,13 @@ class EngineThread:
             done.set_exception(NotReadyError("the server is stopping"))
         return []
 
-    def _give_turn(self, served: Served) -> None:
-        try:
-            served.take_turn()
-        except Exception as error:  # whatever a policy or a model raises, the other models must go on
-            self._end(served, error)
-        self._batch_at = self._clock()
+    def _give_each_a_turn(self, wanting: Sequence[Served]) -> None:
+        for each in wanting:
+            try:
+                each.take_turn()
+            except Exception as error:  # whatever a policy or a model raises, the other models must go on
+                self._end(each, error)
+            self._batch_at = self._clock()
 
     def _end(self, served: Served, error: Exception | None = None) -> None:
         served.close()
@@ -208,3 +206,8 @@ class EngineThread:
             self._working = None
             now = self._clock()
             self._work_due_at = now + (now - began_at) * (1 / WORK_SHARE - 1)
+
+
+def _tell_freed(served: Sequence[Served]) -> None:
+    for each in served:
+        each.engine_freed()

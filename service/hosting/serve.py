@@ -208,10 +208,9 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         # Reading weights is over before threads have found each other, on a busy machine long before. The engine sets
         # the number that it computes with.
         torch.set_num_threads(1)
-        checkpoint = load_checkpoint(settings.checkpoint)
         runtime = ServerRuntime(
             settings,
-            checkpoint,
+            load_checkpoint(settings.checkpoint),  # nothing here keeps it: another may be served in its place
             engine,
             on_failure=stop,
             heartbeat=tell_supervisor,

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from models.subnetwork import SubNetwork
 from service.errors import ModelChangeError
-from service.execution.comparison import Comparer, Comparison, Contender, require_numbers
+from service.execution.comparison import TIMED_IMAGES, Comparer, Comparison, Contender, require_numbers
 from service.execution.live_sample import SampledImage
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
@@ -50,9 +50,11 @@ def test_nothing_is_known_before_the_first_image() -> None:
 
 def test_two_that_say_the_same_agree_and_the_first_run_of_a_shape_is_not_timed() -> None:
     both = Both()
-    both.compare(0, 1, 2)
+    both.compare(*[0, 1, 2] * 2)
     found = both.compare(1, subnetwork=LARGE)
-    assert (found.num_images, found.agreement) == (4, 1.0)
+    assert (found.num_images, found.agreement) == (TIMED_IMAGES - 1, 1.0)
+    assert found.latency_ratio is None
+    both.compare(1)
     assert found.latency_ratio == pytest.approx(1.5)
 
 

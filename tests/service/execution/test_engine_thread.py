@@ -2,6 +2,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -156,7 +157,7 @@ def test_work_gets_its_share_while_requests_come(stage: Stage) -> None:
         each.result(WAIT_S)
     places = [place for place, name in enumerate(stage.ran) if name == "work"]
     between = round(1 / WORK_SHARE) - 1
-    assert [after - before - 1 for before, after in zip(places, places[1:], strict=False)] == [between] * (pieces - 1)
+    assert [after - before - 1 for before, after in pairwise(places)] == [between] * (pieces - 1)
 
 
 def test_work_that_fails_fails_for_those_who_asked_and_the_next_piece_runs(stage: Stage) -> None:
