@@ -101,9 +101,10 @@ class EngineThread:
         """
         done: Future[T] = Future()
         with self._lock:
-            if self._is_looping:
+            is_served = self._is_looping
+            if is_served:
                 self._work.append((function, done))
-        if not self._is_looping:
+        if not is_served:
             done.set_exception(NotReadyError("the server is stopping"))
         self._wake.set()
         return done
@@ -121,8 +122,10 @@ class EngineThread:
             self._give_turns()
         except BaseException as error:  # a bug: those who wait for the end must hear of it
             with self._lock:
-                ends, self._is_looping = list(self._served.values()), False
+                ends = [*self._served.values(), *(done for _, done in self._work)]
+                self._is_looping = False
                 self._served.clear()
+                self._work.clear()
             for done in ends:
                 done.set_exception(error)
             raise

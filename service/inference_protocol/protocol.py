@@ -195,6 +195,7 @@ class InferenceProtocol:
     def _open(self, request: InferRequest) -> Pipeline:
         """Return what answers a request: what was drawn for it, if it does not name another; errors as `infer`."""
         pipelines = self._open_pipelines()
+        self.require_model(request.model_name, request.model_version)
         named = _named([each.checkpoint for each in pipelines], request.model_name, request.model_version)
         return next(pipeline for pipeline in pipelines if pipeline.checkpoint is named)
 

@@ -1,8 +1,8 @@
 """What clients see while the model changes under load: `python -m tests.benchmarks.bench_swaps --images cifar10/test`.
 
 Two checkpoints of the same weights under different names take each other's place, again and again, by PUT /admin/model,
-under Poisson arrivals at a multiple of what the largest sub-network carries in a closed loop. Before that, the same load
-for a while without a change. A request is lost if it has another answer than 200, 429 or 504.
+under Poisson arrivals at a multiple of what the largest sub-network carries in a closed loop. Before that, the same
+load for a while without a change. A request is lost if it has another answer than 200, 429 or 504.
 """
 
 import argparse
@@ -142,9 +142,8 @@ async def main() -> None:
         print(f"{step or 'at first'}: {load.describe(step)}")
     print(f"a change took {median(report['seconds'] for report in reports):.1f} s at the median")
     fifth = max(1, len(resident) // 5)
-    print(
-        f"resident: {median(resident[:fifth]):.0f} MB after the first changes, {median(resident[-fifth:]):.0f} MB after the last"
-    )
+    first, last = median(resident[:fifth]), median(resident[-fifth:])
+    print(f"resident: {first:.0f} MB after the first {fifth} changes, {last:.0f} MB after the last")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,30 @@ def rejecting(settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine
     return Rejecting(ServerRuntime(settings, checkpoint, engine).context)
 
 
+class Keeping:
+    """A pipeline and its scheduler that keep a place for every request."""
+
+    def __init__(self) -> None:
+        self.given_up: list[object] = []
+
+    def reserve(self, request: InferenceRequest) -> InferenceRequest:
+        return request
+
+    def withdraw(self, place: object) -> None:
+        self.given_up.append(place)
+
+
+def test_a_place_is_given_up_where_it_was_kept_whichever_model_is_served_by_then(rejecting: Rejecting) -> None:
+    kept = [Keeping(), Keeping()]
+    servers = [ReadyServer(cast(Pipeline, each), cast(Any, each), *(cast(Any, None),) * 3) for each in kept]
+    context = replace(rejecting.context, servers=lambda: servers)
+    rejection, scope = EarlyRejection(context, "/classify"), {ARRIVED_AT: 1000.0}
+    assert rejection.answer(b"/classify", HEADERS, scope) is None
+    servers.reverse()  # the other one answers from now on
+    rejection.forget(scope)
+    assert [len(each.given_up) for each in kept] == [1, 0]
+
+
 def test_a_rejection_is_the_one_that_the_route_would_give(overloaded: tuple[TestClient, RouteContext]) -> None:
     client, context = overloaded
     query = b"?budget_ms=500"
