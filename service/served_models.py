@@ -72,11 +72,11 @@ class ServedModels:
             Exception: that which ended the model that is served.
         """
         try:
-            model: ServedModel | None = None
-            while model is not self._current:
-                model = self._current
-                await asyncio.wait([self._serving[model]])
-            await self._serving[model]
+            while (model := self._current) is not None:
+                serving = self._serving[model]
+                await asyncio.wait([serving])
+                if model is self._current:
+                    return serving.result()
         finally:
             self.stop()
             await asyncio.gather(*self._serving.values(), return_exceptions=True)

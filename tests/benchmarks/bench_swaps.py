@@ -46,7 +46,8 @@ class Load:
         self.replies: list[tuple[str, Reply]] = []
 
     async def run(self) -> None:
-        rng, at, started, tasks = random.Random(0), 0.0, time.perf_counter(), []
+        rng, at, started = random.Random(0), 0.0, time.perf_counter()
+        tasks: list[asyncio.Task[tuple[str, Reply]]] = []
         async with connect() as session:
             while not self._is_over:
                 at += rng.expovariate(self._rate)

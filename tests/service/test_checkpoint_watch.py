@@ -16,8 +16,8 @@ class Watch:
     """Looks at a file whenever a test lets time go by."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.now, self.asked, self.error = path, 0.0, list[ModelChange](), None
-        self.error: Exception | None
+        self.path, self.now, self.asked = path, 0.0, list[ModelChange]()
+        self.error: Exception | None = None
         self.looks = asyncio.Semaphore(0)
         self.has_looked = asyncio.Event()
         path.write_text("first")
