@@ -101,8 +101,11 @@ class ModelChanger:
     async def _change(self, change: ModelChange) -> None:
         began_at, message = self._clock(), None
         outcome: ChangeOutcome = "stopped"
+        leaving: list[object] = []
         try:
-            outcome, message = await self._outcome_of(change)
+            outcome, message = await self._outcome_of(change, leaving)
+            await self._sleep(LOOK_S)  # by then nothing else keeps it
+            await asyncio.to_thread(leaving.clear)  # a tenth of a second, in which the event loop would stand still
         finally:
             seconds = round(self._clock() - began_at, 3)
             self._note(outcome=outcome, message=message, seconds=seconds)
@@ -111,9 +114,9 @@ class ModelChanger:
                 "change of the model to %s: %s%s", change.checkpoint, outcome, f", {message}" if message else ""
             )
 
-    async def _outcome_of(self, change: ModelChange) -> tuple[ChangeOutcome, str | None]:
+    async def _outcome_of(self, change: ModelChange, leaving: list[object]) -> tuple[ChangeOutcome, str | None]:
         try:
-            return await self._take_steps(change)
+            return await self._take_steps(change, leaving)
         except _WentBackError as error:
             return "went_back", str(error)
         except (ModelChangeError, CheckpointError, DeviceError) as error:
@@ -124,7 +127,8 @@ class ModelChanger:
             logger.exception("the change of the model to %s failed", change.checkpoint)
             return "failed", "the new model cannot be prepared; the server's log says why"
 
-    async def _take_steps(self, change: ModelChange) -> tuple[ChangeOutcome, str | None]:
+    async def _take_steps(self, change: ModelChange, leaving: list[object]) -> tuple[ChangeOutcome, str | None]:
+        """Change the model; `leaving` then holds the parts of the one that is not served, which take time to free."""
         old = self._models.main
         checkpoint = await asyncio.to_thread(self._maker.load, change.checkpoint)
         self._note(name=checkpoint.name, version=checkpoint.version)
@@ -134,6 +138,7 @@ class ModelChanger:
             _require_comparable(checkpoint, old.checkpoint, change)
         self._at("prepare")
         new = await asyncio.to_thread(self._maker.prepare, checkpoint, old)
+        leaving += (new.engine, new.checkpoint)
         try:
             if _can_compare(checkpoint, old.checkpoint):
                 self._at("compare")
@@ -144,6 +149,7 @@ class ModelChanger:
             raise
         self._at("retire")
         await self._models.retire(old, self._sleep)
+        leaving[:] = (old.engine, old.checkpoint)
         return "done", None
 
     async def _compare(self, change: ModelChange, old: ServedModel, new: ServedModel) -> None:
