@@ -125,24 +125,25 @@ def test_no_request_is_lost_while_the_model_changes_again_and_again(served: Serv
 def test_what_the_old_model_has_begun_to_read_it_answers(served: Served) -> None:
     """The change is not over before, though the new one answers all others."""
     image = PHOTOGRAPH.read_bytes()
-    head = f"POST /classify?budget_ms=29000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(image)}\r\n\r\n".encode()
+    size = len(image)
+    head = f"POST /classify?budget_ms=29000 HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n"
     name = httpx.get(f"{served.url}/admin/model").json()["model"]["name"]
     with socket.create_connection(("127.0.0.1", served.port)) as late:
-        late.sendall(head)
+        late.sendall(head.encode())
         with Clients(served.url):
             served.put(served.other if name == SMALL_CHECKPOINT else served.copy)
             sent = 0
             while (change := served.change()) is not None and change["step"] != "retire":
                 late.sendall(image[sent : sent + DRIP_BYTES])
                 sent += DRIP_BYTES
-                assert sent < len(image), change
+                assert sent < size, change
                 time.sleep(DRIP_S)
         assert httpx.get(f"{served.url}/admin/model").json()["model"]["name"] != name
         assert change is not None
         assert change["outcome"] is None
         late.sendall(image[sent:])
         late.settimeout(LIMIT_S)
-        answer = late.recv(65536)
+        answer = b"".join(iter(lambda: late.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 200")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["model"]["name"] == name
     assert served.outcome()["outcome"] == "done"
