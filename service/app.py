@@ -7,7 +7,8 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from service.http.classify import DirectRoutes, make_classify
+from service.http.admin import build_admin_router
+from service.http.classify import DirectRoutes, Handle, make_classify
 from service.http.error_responses import ErrorAnswers
 from service.http.keys import KeyCheck, describe_keys
 from service.http.origins import OriginPolicy
@@ -57,18 +58,23 @@ def create_app(
     )
     classify = make_classify(runtime.context)
     context, errors = runtime.context, ErrorAnswers(runtime.context.max_body_bytes)
-    protocol, name = runtime.inference_protocol, context.checkpoint.name
+    protocol = runtime.inference_protocol
     infer, predict = make_infer(context, protocol), make_predict(context, protocol)
-    direct = {CLASSIFY_PATH: classify, infer_path(name): infer, predict_path(name): predict}
+
+    def find_direct(path: str) -> Handle | None:
+        name = context.checkpoint.name
+        return {CLASSIFY_PATH: classify, infer_path(name): infer, predict_path(name): predict}.get(path)
+
     app.include_router(build_router(context, classify))
     app.include_router(build_v2_router(context, protocol, infer))
     app.include_router(build_v1_router(protocol, make_v1_predict(context, protocol)))
     app.include_router(build_torchserve_router(protocol, predict))
     if not is_public:
         app.include_router(build_operations_router(context))
+        app.include_router(build_admin_router(context, runtime.changer))
         add_pages(app)
     errors.add_to(app)
-    app.add_middleware(DirectRoutes, handles=direct, errors=errors)
+    app.add_middleware(DirectRoutes, find=find_direct, errors=errors)
     if context.keys is not None:
         describe_keys(app)
         app.add_middleware(KeyCheck, keys=context.keys)

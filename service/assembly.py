@@ -1,9 +1,8 @@
-"""Wires the rooms of a server that is about to take requests: scheduler, batcher, decoder, pipeline."""
+"""Wires the rooms of a model that is about to take requests: scheduler, batcher, decoder, pipeline."""
 
 import copy
 import threading
 import time
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,9 +20,11 @@ from service.engines.profile_store import extended_profile
 from service.engines.profiler import cells_of, stopwatch
 from service.execution.audit import Audit
 from service.execution.batcher import Batcher
+from service.execution.engine_thread import EngineThread
 from service.execution.explainer import Explainer
 from service.execution.idle_profiling import IdleProfiler
 from service.execution.idle_turns import IdleTurns, IdleWork
+from service.execution.live_sample import LiveSample
 from service.execution.throttle import UtilizationLimiter
 from service.http.context import ReadyServer
 from service.http.descriptions import describe_family
@@ -41,37 +42,69 @@ from service.telemetry.metrics import Metrics
 Profiled = tuple[GrowingProfile, ProfileFile]
 
 
-@dataclass(frozen=True, slots=True)
-class Assembled:
-    """What a server consists of once it is ready; `idle` is what the engine does when nothing waits."""
+@dataclass(frozen=True, slots=True, eq=False)
+class ServedModel:
+    """A model that can answer, and all that takes requests to it.
 
+    Attributes:
+        checkpoint: the model.
+        engine: runs its batches.
+        known: its latencies here.
+        server: what the routes see of it.
+        batcher: takes turns on the engine's thread.
+        decoder: makes its images.
+        sample: of what it answered of late.
+    """
+
+    checkpoint: Checkpoint
+    engine: Engine
+    known: Profiled | LatencyTable
     server: ReadyServer
     batcher: Batcher
     decoder: Decoder
-    idle: IdleTurns
+    sample: LiveSample
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether it has done with every request that came to it."""
+        return not self.server.pipeline.num_at_work and not self.server.explainer.is_taken
+
+    async def serve(self) -> None:
+        """Answer requests until its batcher is stopped and all that came to it is answered; errors as the batcher's."""
+        try:
+            await self.batcher.serve()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End its threads."""
+        self.server.explainer.close()
+        self.decoder.close()
 
 
 def assemble(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: Engine,
-    engine_thread: Executor,
+    engine_thread: EngineThread,
     *,
     metrics: Metrics,
     monitor: Monitor,
     threads: int,
+    ledger: KeyLedger,
     known: Profiled | LatencyTable,
-) -> Assembled:
+) -> ServedModel:
     """Make all of it.
 
     Args:
         settings: every knob.
         checkpoint: what is served.
         engine: runs the batches.
-        engine_thread: its own.
+        engine_thread: where it computes.
         metrics: what is counted.
         monitor: looks at the machine.
         threads: of the engine, on a CPU.
+        ledger: of what the holders of keys have had.
         known: the latencies here: a profile that is to be completed and where it is kept, or a table to be believed.
     """
     latencies = known if isinstance(known, LatencyTable) else known[0].predict().likely
@@ -101,24 +134,26 @@ def assemble(
         measured_at = known[0].began_at.isoformat(timespec="seconds")
         works.append(profiler)
     idle = IdleTurns(works, scheduler, settings.default_budget_ms / 1000, limiter, observe_machine)
+    sample = LiveSample()
     batcher = Batcher(
         engine.run,
         scheduler,
         engine_thread,
         limiter=limiter,
         idle=idle,
+        sample=sample,
         observe_machine=observe_machine,
         observe_batch=metrics.batch_ran,
     )
     decoder = _make_decoder(settings, checkpoint)
     pipeline = Pipeline(
         scheduler=scheduler,
-        class_names=checkpoint.class_names,
+        checkpoint=checkpoint,
         decoder=decoder,
         batcher=batcher,
         max_in_flight=settings.max_in_flight,
         default_budget_ms=settings.default_budget_ms,
-        ledger=KeyLedger(catalog.cheapest.gflops, 1 / settings.workers),
+        ledger=ledger,
     )
 
     def describe() -> SubNetworksAnswer:
@@ -129,7 +164,7 @@ def assemble(
 
     explainer = Explainer(_model_to_explain(checkpoint, engine), decoder)
     server = ReadyServer(pipeline, scheduler, describe, measured_share, explainer)
-    return Assembled(server, batcher, decoder, idle)
+    return ServedModel(checkpoint, engine, known, server, batcher, decoder, sample)
 
 
 def _model_to_explain(checkpoint: Checkpoint, engine: Engine) -> SuperViT:

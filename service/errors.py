@@ -22,6 +22,7 @@ ServiceError
 ├── DeadlineError             admitted, but its deadline cannot be met any more
 ├── OutOfMemoryError          the machine has no memory left for it
 ├── NotReadyError             the model has not answered its first batch yet, or the server is stopping
+├── ModelChangeError          the model is not changed: another change is under way, or the new one is not fit
 ├── ModelError                the model failed on this batch
 └── NoAnswerError             the client has no answer of a SuperViT server
     ├── ConnectionFailedError     nothing listens there (UnreachableError), or the connection broke off
@@ -187,6 +188,12 @@ class NotReadyError(ServiceError):
     """The server cannot answer yet, or no longer."""
 
     code = "not_ready"
+
+
+class ModelChangeError(ServiceError):
+    """The model that is served stays: another change is under way, none may be asked for, or the new one is not fit."""
+
+    code = "model_change_refused"
 
 
 class ModelError(ServiceError):

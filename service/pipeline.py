@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
+from models.checkpoint import Checkpoint
 from service.answers import classification_of, predictions_of
 from service.decoding.decoder import Decoder
 from service.decoding.images import OpenedImage
@@ -36,13 +37,18 @@ TRANSPORT_SHARE = 0.1  # at most, of tight budgets
 
 
 class Pipeline:
-    """Takes requests to answers."""
+    """Takes requests to answers.
+
+    Attributes:
+        checkpoint: that answers.
+        num_at_work: requests that it has not done with.
+    """
 
     def __init__(
         self,
         *,
         scheduler: Scheduler,
-        class_names: tuple[str, ...],
+        checkpoint: Checkpoint,
         decoder: Decoder,
         batcher: Batcher,
         max_in_flight: int,
@@ -55,7 +61,7 @@ class Pipeline:
 
         Args:
             scheduler: admits, and previews.
-            class_names: one per logit.
+            checkpoint: that the batcher runs.
             decoder: makes images of bytes.
             batcher: runs the model.
             max_in_flight: requests whose bodies are there that may be in the pipeline at once.
@@ -65,7 +71,7 @@ class Pipeline:
             loop_time: CPU seconds of the event loop's thread.
         """
         self._scheduler = scheduler
-        self._class_names = class_names
+        self.checkpoint, self.num_at_work = checkpoint, 0
         self._decoder = decoder
         self._batcher = batcher
         self._max_in_flight = max_in_flight
@@ -96,6 +102,7 @@ class Pipeline:
 
         Cancelling it takes the request out of whatever queue it stands in.
         """
+        self.num_at_work += 1
         try:
             with self._loop_cost.counting(), watch or nullcontext():
                 return await self._answer(read, request, reserved)
@@ -105,6 +112,8 @@ class Pipeline:
                 raise
             self._scheduler.deadline_missed(now)  # it left because of that, and had not left had it been answered
             raise ClientGoneError(error.message, deadline_passed=True) from None
+        finally:
+            self.num_at_work -= 1
 
     def reserve(self, request: InferenceRequest) -> QueuedRequest | None:
         """Reject a request before its body is read, or keep a place for it for a moment, which `classify` takes.
@@ -195,7 +204,7 @@ class Pipeline:
                 charge.spent_gflops = result.spent_macs / 1e9
         finally:
             self._scheduler.withdraw(queued)
-        predictions = predictions_of(result, self._class_names, top_k)
+        predictions = predictions_of(result, self.checkpoint.class_names, top_k)
         now, decoded, inference_s = self._clock(), decoding.result(), sum(look.inference_s for look in result.looks)
         if not result.waited_in_vain:
             asyncio.get_running_loop().call_soon(self._replied, result.ended_at)
@@ -282,7 +291,7 @@ class Pipeline:
         return budget_s - min(TRANSPORT_S, TRANSPORT_SHARE * budget_s)
 
     def _checked_top_k(self, top_k: int | None) -> int:
-        num_classes = len(self._class_names)
+        num_classes = len(self.checkpoint.class_names)
         if top_k is None:
             return min(DEFAULT_TOP_K, num_classes)
         if top_k > num_classes:

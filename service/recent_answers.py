@@ -18,13 +18,15 @@ class RecentAnswer:
     """What is remembered of an answer.
 
     Attributes:
-        index: of the class that it took for the most probable.
+        index: of the class that it took for the most probable, of the model that it came from.
+        label: of that class.
         subnetwork: that looked first.
         expected_top1: accuracy, 0..1, of what was chosen for it; None where unmeasured.
         is_judged: whether it is known if it was right.
     """
 
     index: int
+    label: str
     subnetwork: SubNetwork
     expected_top1: float | None
     is_judged: bool = False
@@ -45,7 +47,8 @@ class RecentAnswers:
         place = _key_name(request.key), request_id, request.image
         self._answers.pop(place, None)
         first = answer.looks[0].profile.subnetwork
-        self._answers[place] = RecentAnswer(answer.predictions[0].index, first, answer.expected_top1)
+        best = answer.predictions[0]
+        self._answers[place] = RecentAnswer(best.index, best.label, first, answer.expected_top1)
         if len(self._answers) > self._kept:
             self._answers.popitem(last=False)
 

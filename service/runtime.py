@@ -4,33 +4,36 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint
+from models.files.sources import find_checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
 from service.access.key_file import KeyFile
-from service.assembly import Profiled, assemble
+from service.assembly import Profiled, ServedModel, assemble
+from service.candidate import CandidateMaker, Load, OpenEngine
+from service.checkpoint_watch import follow
 from service.classifier import Classifier
-from service.decoding.decoder import Decoder
 from service.domain import ServerState
 from service.engines.base import Engine
 from service.engines.factory import engine_threads, open_engine
 from service.engines.profile_store import begin_profile, extended_profile, measured_batch_sizes, nominal_latencies
 from service.errors import NotReadyError
-from service.execution.batcher import Batcher
-from service.execution.idle_turns import IdleTurns
+from service.execution.engine_thread import EngineThread
 from service.execution.watchdog import Watchdog
-from service.http.context import ReadyServer, RouteContext
+from service.http.context import RouteContext
 from service.inference_protocol.protocol import InferenceProtocol
 from service.machine.monitor import Monitor
+from service.model_changer import ModelChanger
 from service.recent_answers import RecentAnswers
 from service.scheduling.catalog import VariantCatalog
+from service.scheduling.key_ledger import KeyLedger
 from service.scheduling.policies import find_policy
+from service.served_models import ServedModels
 from service.settings import Settings, comma_separated, environment_variable
 from service.telemetry.metrics import Metrics, process_registry
 from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
@@ -51,6 +54,7 @@ class ServerRuntime:
         context: what the routes call upon.
         metrics: what is counted.
         inference_protocol: answers the Open Inference Protocol, however it is carried.
+        changer: puts another model in the place of the one that is served.
     """
 
     def __init__(
@@ -63,6 +67,9 @@ class ServerRuntime:
         on_failure: Callable[[], None] = lambda: None,
         heartbeat: Callable[[bool], None] = lambda _: None,
         begin: Callable[..., Profiled] = begin_profile,
+        load: Load = load_checkpoint,
+        open_engine: OpenEngine = open_engine,
+        changes_refused: str | None = None,
         monitor: Monitor | None = None,
         watchdog: Watchdog | None = None,
         tracer: "RequestTracer | None" = None,
@@ -78,6 +85,9 @@ class ServerRuntime:
                 the server should then end. In the latter case it is HUNG, and a thread of it never ends.
             heartbeat: called at every look of the watchdog on the event loop, with whether requests are served.
             begin: reads the latencies measured before, and measures what a start needs.
+            load: reads the checkpoints that come later.
+            open_engine: makes the engines of these, and the first where none is given.
+            changes_refused: why nobody may ask for another model; None where one may.
             monitor: looks at the machine.
             watchdog: when a batch is taken to hang.
             tracer: of requests; closed when the server ends.
@@ -93,17 +103,18 @@ class ServerRuntime:
         if engine is None:
             kind, device, precision = settings.engine, settings.device, settings.precision
             engine, checkpoint = open_engine(checkpoint, kind, device, precision, self._threads)
-        self._engine, self._checkpoint = engine, checkpoint
-        self._profile = extended_profile(checkpoint)
+        self._first: tuple[Engine, Checkpoint] | None = engine, checkpoint  # until it is served: others may follow
+        profile = extended_profile(checkpoint)
         # A wrong name fails at once.
-        nominal = nominal_latencies(self._profile)
-        find_policy(settings.policy, VariantCatalog.of(self._profile, nominal, cascades=settings.cascades))
+        nominal = nominal_latencies(profile)
+        catalog = VariantCatalog.of(profile, nominal, cascades=settings.cascades)
+        find_policy(settings.policy, catalog)
         self.metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
-        subnetworks = list(self._profile.by_subnetwork)
+        subnetworks = list(profile.by_subnetwork)
         self.metrics.describe(subnetworks, checkpoint.name, checkpoint.version, settings.workers)
         answers = RecentAnswers()
         self.context = RouteContext(
-            checkpoint=checkpoint,
+            checkpoints=self._checkpoints,
             metrics=self.metrics,
             monitor=self._monitor,
             max_body_bytes=settings.max_body_bytes,
@@ -114,25 +125,34 @@ class ServerRuntime:
             allowed_hosts=comma_separated(settings.allowed_hosts),
             keys=None if settings.keys is None else KeyFile(settings.keys),
             state=lambda: self._state,
-            server=self._require_server,
+            server=lambda: self._models.main.server,
+            servers=lambda: [model.server for model in self._models.drawn()],
             report=self._report,
             reporter=Reporter(tracer, logs_requests=settings.log_requests) if tracer or settings.log_requests else None,
         )
         self.inference_protocol = InferenceProtocol(
-            checkpoint,
+            self._checkpoints,
             self.metrics,
             self.context.classifier,
             self.context.failures,
-            lambda: self.context.open_server().pipeline,
+            lambda: [server.pipeline for server in self.context.open_servers()],
         )
         self._tracer = tracer
         self._state = ServerState.STARTING
         self._drain_ends_at: float | None = None
-        self._server: ReadyServer | None = None
-        self._batcher: Batcher | None = None
-        self._idle: IdleTurns | None = None
-        self._decoder: Decoder | None = None
-        self._engine_thread = ThreadPoolExecutor(1, "engine")
+        self._models, self._engine_thread = ServedModels(), EngineThread()
+        self._ledger = KeyLedger(catalog.cheapest.gflops, 1 / settings.workers)
+        maker = CandidateMaker(
+            settings,
+            self._engine_thread,
+            self.metrics,
+            self._monitor,
+            self._ledger,
+            load=load,
+            open_engine=open_engine,
+            begin=begin,
+        )
+        self.changer = ModelChanger(self._models, maker, self.metrics, refusal=changes_refused)
         self._preparing: tuple[float, float] | None = None
         self._became_ready = asyncio.Event()
 
@@ -165,8 +185,8 @@ class ServerRuntime:
         guarding = asyncio.create_task(self._guard())
         serving = asyncio.create_task(self._serve())
         serving.add_done_callback(self._on_end)
-        checkpoint = self._checkpoint
-        logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, self._engine.describe())
+        following = asyncio.create_task(self._follow_checkpoint())
+        self._say_what_is_served()
         try:
             if ready_first:
                 waiting = asyncio.create_task(self._became_ready.wait())
@@ -175,10 +195,10 @@ class ServerRuntime:
             yield
         finally:
             self.drain()
-            if self._batcher is not None:
-                self._batcher.stop()
+            self.changer.close()
+            self._models.stop()
             await asyncio.wait((serving, guarding), return_when=asyncio.FIRST_COMPLETED)
-            for task in (watching, reporting, measuring, guarding):
+            for task in (watching, reporting, measuring, guarding, following):
                 task.cancel()
             self._monitor.close()
             if self._tracer is not None:
@@ -188,24 +208,18 @@ class ServerRuntime:
     async def _serve(self) -> None:
         """Warm up, learn the latencies, and run batches until told to stop and all that was admitted has an answer."""
         try:
-            loop = asyncio.get_running_loop()
-            known = await loop.run_in_executor(self._engine_thread, self._prepare)
+            known = await asyncio.wrap_future(self._engine_thread.submit(self._prepare))
             if self._state is ServerState.STARTING:
-                batcher = self._batcher = self._assemble(known)
+                self._models.start(self._assemble(known))
+                self._first = None
                 self._state = ServerState.READY
                 self.metrics.ready(True)
                 self._became_ready.set()
-                await batcher.serve()
-                if self._idle is not None:
-                    await loop.run_in_executor(self._engine_thread, self._idle.close)
+                await self._models.run()
         except NotReadyError:
             logger.info("stopped before the first request")
         finally:
             self._engine_thread.shutdown(wait=self._state is not ServerState.HUNG)
-            if self._server is not None:
-                self._server.explainer.close()
-            if self._decoder is not None:
-                self._decoder.close()
 
     async def _guard(self) -> None:
         """End without an engine that hangs."""
@@ -215,8 +229,7 @@ class ServerRuntime:
         )
         logger.critical("a batch that should take %.3g s does not end; ending without it", expected_s)
         self._state = ServerState.HUNG
-        if self._batcher is not None:
-            self._batcher.abandon()
+        self._models.abandon()
         self._on_failure()
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
@@ -227,33 +240,32 @@ class ServerRuntime:
 
     def _running(self) -> tuple[float, float] | None:
         """Tell what the engine is at: a step of the preparation, a batch, or a measurement in an idle moment."""
-        if self._batcher is None:
-            return self._preparing
-        return self._batcher.running or (None if self._idle is None else self._idle.running)
+        return self._preparing if self._models.is_empty else self._engine_thread.running
 
     def _prepare(self) -> Profiled | LatencyTable:
         self._goes_on()
-        self._engine.warm_up()
+        engine, checkpoint = self._require_first()
+        engine.warm_up()
         if self._latencies is not None:
             return self._latencies
         for batch_size in measured_batch_sizes(self._settings.max_batch_size):
             # The dear ones first: in what they need, the cheap ones find room.
-            for subnetwork in reversed(self._checkpoint.config.subnetworks):
+            for subnetwork in reversed(checkpoint.config.subnetworks):
                 self._require_going_on()
-                self._engine.prepare(subnetwork, batch_size)
+                engine.prepare(subnetwork, batch_size)
         return self._begin(
-            self._checkpoint,
-            self._engine.describe(),
+            checkpoint,
+            engine.describe(),
             self._run_unless_stopping,
             folder=self._settings.profile_folder,
             max_batch_size=self._settings.max_batch_size,
-            is_padded=self._engine.pads_batches,
+            is_padded=engine.pads_batches,
             is_stopping=lambda: not self._goes_on(),
         )
 
     def _run_unless_stopping(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         self._require_going_on()
-        return self._engine.run(images, subnetwork)
+        return self._require_first()[0].run(images, subnetwork)
 
     def _require_going_on(self) -> None:
         if not self._goes_on():
@@ -264,33 +276,44 @@ class ServerRuntime:
         self._preparing = time.monotonic(), self._watchdog.preparation_s
         return self._state is ServerState.STARTING
 
-    def _assemble(self, known: Profiled | LatencyTable) -> Batcher:
-        ready = assemble(
+    def _assemble(self, known: Profiled | LatencyTable) -> ServedModel:
+        engine, checkpoint = self._require_first()
+        return assemble(
             self._settings,
-            self._checkpoint,
-            self._engine,
+            checkpoint,
+            engine,
             self._engine_thread,
             metrics=self.metrics,
             monitor=self._monitor,
             threads=self._threads,
+            ledger=self._ledger,
             known=known,
         )
-        self._decoder, self._idle, self._server = ready.decoder, ready.idle, ready.server
-        return ready.batcher
 
-    def _require_server(self) -> ReadyServer:
-        if self._server is None:
-            raise NotReadyError("the server is warming up or measuring its latencies; try again in a moment")
-        return self._server
+    def _checkpoints(self) -> list[Checkpoint]:
+        return [self._require_first()[1]] if self._models.is_empty else [each.checkpoint for each in self._models.all]
+
+    def _require_first(self) -> tuple[Engine, Checkpoint]:
+        if self._first is None:
+            raise NotReadyError("the server has stopped")
+        return self._first
+
+    def _say_what_is_served(self) -> None:
+        engine, checkpoint = self._require_first()
+        logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
+
+    async def _follow_checkpoint(self) -> None:
+        if self._settings.watch_checkpoint:
+            await follow(find_checkpoint(self._settings.checkpoint), self.changer.begin)
 
     def _report(self) -> None:
         """Record the machine's state and the scheduler's, for the next reader of the metrics."""
-        if self._server is not None:
-            state = self._server.scheduler.state(time.monotonic())
-            queued = len(self._server.scheduler)
+        if not self._models.is_empty:
+            scheduler = self._models.main.server.scheduler
+            state, queued = scheduler.state(time.monotonic()), len(scheduler)
             self.metrics.machine(self._monitor.latest, queued, state.slowdown, state.safety_factor)
             self.metrics.ready(self._state is ServerState.READY and not self.context.failures.are_all)
-            if captured := self._engine.captured():
+            if captured := self._models.main.engine.captured():
                 self.metrics.captured(captured.num_graphs, captured.held_bytes)
 
     async def _report_regularly(self) -> None:

@@ -25,6 +25,9 @@ class Settings(BaseSettings):
         DEFAULT_CHECKPOINT,
         description="SuperViT checkpoint to serve: a path, the name of one that ships, or hf-hub:owner/name[@revision]",
     )
+    watch_checkpoint: bool = Field(
+        False, description="serve what is put in the place of the checkpoint's file, once it is compared with the old"
+    )
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 for any free one")
     grpc_port: int | None = Field(

@@ -1,7 +1,7 @@
 """The engine for CPUs: one compiled graph runs every sub-network at every batch size."""
 
 from collections.abc import Iterable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -63,7 +63,8 @@ class OpenVINOEngine:
             for build in (build_scaling, build_resizing)
         )
         self._cpu = str(core.get_property("CPU", "FULL_DEVICE_NAME")).strip()
-        self._inputs = lru_cache(SUBNETWORKS_KEPT)(self._prepare_inputs)
+        # Of the model alone: a cache that held the engine would keep its weights until the garbage collector comes.
+        self._inputs = lru_cache(SUBNETWORKS_KEPT)(partial(_prepare_inputs, model))
 
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         """Map (B, 3, S, S) uint8 images on the CPU to (B, classes) float32 logits.
@@ -107,14 +108,15 @@ class OpenVINOEngine:
         version = ov.__version__.partition("-")[0]
         return f"openvino {version} on {self._cpu}, {precision}, {threads} threads"
 
-    def _prepare_inputs(self, subnetwork: SubNetwork) -> tuple[tuple[ov.Tensor, ...], tuple[ov.Tensor, ...]]:
-        """Return what the resizing and the classifier take beside the images; nothing for the former at full size."""
-        config = self._model.config
-        classifying = map(ov.Tensor, subnetwork_inputs(self._model, subnetwork))
-        grid_side = subnetwork.patch_grid * config.patch_kernel
-        smaller = grid_side < config.image_side
-        resizing = map(ov.Tensor, resize_inputs(config.image_side, grid_side) if smaller else ())
-        return tuple(resizing), tuple(classifying)
+
+def _prepare_inputs(model: SuperViT, subnetwork: SubNetwork) -> tuple[tuple[ov.Tensor, ...], tuple[ov.Tensor, ...]]:
+    """Return what the resizing and the classifier take beside the images; nothing for the former at full size."""
+    config = model.config
+    classifying = map(ov.Tensor, subnetwork_inputs(model, subnetwork))
+    grid_side = subnetwork.patch_grid * config.patch_kernel
+    smaller = grid_side < config.image_side
+    resizing = map(ov.Tensor, resize_inputs(config.image_side, grid_side) if smaller else ())
+    return tuple(resizing), tuple(classifying)
 
 
 @cache

@@ -84,6 +84,30 @@ def begin_profile(
     return profile, file
 
 
+def inherited_profile(
+    checkpoint: Checkpoint,
+    engine: str,
+    kept: Figures,
+    *,
+    folder: Path,
+    max_batch_size: int,
+    is_padded: bool = False,
+) -> tuple[GrowingProfile, ProfileFile]:
+    """Take over what was measured of a checkpoint of the same architecture on the same engine.
+
+    Latency depends on shapes; other weights change none of it. Arguments and result as of `begin_profile`, but for the
+    figures of the other one, `kept`.
+    """
+    profiles, batch_sizes = extended_profile(checkpoint), measured_batch_sizes(max_batch_size)
+    cells = cells_of(list(profiles.by_subnetwork), batch_sizes)
+    known = [cell for cell in cells if cell in kept.seconds]
+    figures = Figures(
+        {cell: kept.seconds[cell] for cell in known}, {cell: kept.spread[cell] for cell in known}, kept.measured_at
+    )
+    profile = GrowingProfile(profiles, batch_sizes, figures, is_padded=is_padded)
+    return profile, ProfileFile(folder, checkpoint.version, engine, cells)
+
+
 def _measure_first(
     profile: GrowingProfile,
     cells: Sequence[Cell],

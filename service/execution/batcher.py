@@ -1,30 +1,31 @@
-"""The dispatch loop: whenever the engine is free, asks the scheduler what to run, runs it, and answers the requests.
+"""Whenever the engine is free, asks the scheduler what to run, runs it, and answers the requests.
 
-It lives on the engine's own thread, so that the engine never waits for an event loop that is busy with sockets. The
-threads that decode images put requests into the queue; the event loop takes out those whose clients have left.
+Its turns are on the engine's own thread, so that the engine never waits for an event loop that is busy with sockets.
+The threads that decode images put requests into the queue; the event loop takes out those whose clients have left.
 """
 
 import asyncio
 import logging
-import threading
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from models.profiles import SubNetworkProfile
 from service.decoding.decoder import DecodedImage
 from service.domain import LookCode
 from service.engines.base import Run
 from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, ServiceError
+from service.execution.engine_thread import EngineThread
 from service.execution.idle_turns import IdleTurns
+from service.execution.live_sample import LiveSample
 from service.execution.pending import Outcome, Pending, PendingRequests
-from service.execution.results import Ranked, Result, rank
+from service.execution.results import Result
 from service.execution.throttle import UtilizationLimiter
+from service.execution.timed_engine import TimedEngine
 from service.execution.turns import InTurns
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.second_look import Looked, may_look_again
@@ -47,10 +48,11 @@ class Batcher:
         self,
         run: Run,
         scheduler: Scheduler,
-        thread: Executor,
+        thread: EngineThread,
         *,
         limiter: UtilizationLimiter | None = None,
         idle: IdleTurns | None = None,
+        sample: LiveSample | None = None,
         observe_machine: Callable[[], object] = lambda: None,
         observe_batch: Callable[[int, float, float, float], None] = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
@@ -61,23 +63,39 @@ class Batcher:
         Args:
             run: the engine's.
             scheduler: decides what to run.
-            thread: the engine's own; the loop lives there, and what it calls is called there.
+            thread: the engine's own; what it calls is called there.
             limiter: holds batches back for the sake of a ceiling.
             idle: what the engine does when nothing waits, and what learns from batches.
+            sample: of the images that were answered, and how that went.
             observe_machine: called before each decision, to tell the scheduler of the machine's state.
             observe_batch: told of each batch that ran: its size, its predicted and its real seconds, and those with the
                 pause that follows for the ceiling's sake.
             clock: monotonic, in seconds; the one that deadlines are on.
             sleep: lets a pause go by.
         """
-        self._run, self._scheduler = run, scheduler
+        self._engine, self._scheduler = TimedEngine(run, clock), scheduler
         self._limiter, self._idle = limiter or UtilizationLimiter(None, None), idle
         self._observe_machine, self._observe_batch = observe_machine, observe_batch
         self._pending, self._clock, self._sleep = PendingRequests(), clock, sleep
-        self._answers, self._arrival = InTurns(self._pending.settle), threading.Event()
+        self._answers, self._sample = InTurns(self._pending.settle), sample or LiveSample()
         self._thread, self._stopping = thread, False
         self._failures_in_a_row, self._free_at = 0, 0.0  # the latter: since when the engine could have run a batch
-        self.running: tuple[float, float] | None = None  # when the batch that runs began, and what it should take
+        self._call_on_loop: CallOnLoop = lambda *_: None  # until it serves, there is nothing to be called
+
+    @property
+    def running(self) -> tuple[float, float] | None:
+        """When the batch or the measurement that runs began, and what it should take."""
+        return self._engine.running or (None if self._idle is None else self._idle.running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits for the engine."""
+        return len(self._scheduler) > 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no request is left, and none will come."""
+        return self._stopping and not self._pending
 
     async def submit(self, decoding: "Future[DecodedImage]", request: QueuedRequest) -> Result:
         """Wait for an image, then in the queue with it, and return its result.
@@ -108,7 +126,7 @@ class Batcher:
             deadline.cancel()
             self._pending.discard(request)
             if self._stopping:
-                self._arrival.set()  # it may have been the last one
+                self._thread.wake()  # it may have been the last one
 
     def _expire(self, request: QueuedRequest, pending: Pending) -> None:
         """Answer a request at its deadline whose image is not decoded, or that only waits for another look."""
@@ -127,16 +145,17 @@ class Batcher:
             return
         pending.image = decoding.result().image
         self._scheduler.enqueue(request)
-        self._arrival.set()
+        self._thread.wake()
 
     async def serve(self) -> None:
         """Run batches until `stop` is called and all that was submitted has been answered.
 
         What is left when it ends otherwise, because it is cancelled or a decision fails, gets a NotReadyError.
         """
-        loop = asyncio.get_running_loop()
+        self._call_on_loop = asyncio.get_running_loop().call_soon_threadsafe
+        self._free_at = self._clock()
         try:
-            await loop.run_in_executor(self._thread, self._dispatch, loop.call_soon_threadsafe)
+            await asyncio.wrap_future(self._thread.serve(self))
         finally:
             self._answer_all(NotReadyError("the server is stopping"))
             self.stop()
@@ -149,30 +168,36 @@ class Batcher:
     def stop(self) -> None:
         """Take no new request; those submitted are still answered."""
         self._stopping = True
-        self._arrival.set()
+        self._thread.wake()
 
-    def _dispatch(self, call_on_loop: CallOnLoop) -> None:
-        self._free_at = self._clock()
-        while self._pending or not self._stopping:
-            if not len(self._scheduler):
-                self._limiter.idle()
-                self._await_arrival()
-                self._free_at = self._clock()
-            elif pause_s := self._limiter.pause_s(self._clock()):
-                self._sleep(pause_s)
-                self._free_at = self._clock()
-            else:
-                for outcomes in self._serve_batch():
-                    call_on_loop(self._answers.add, outcomes)
-
-    def _await_arrival(self) -> None:
-        self._arrival.clear()
-        # What came before the clearing may not have been seen.
-        if len(self._scheduler) or (self._stopping and not self._pending):
+    def take_turn(self) -> None:
+        """Let a pause for the ceiling's sake go by, or else run a batch; each answer leaves as soon as it is known."""
+        if pause_s := self._limiter.pause_s(self._clock()):
+            self._sleep(pause_s)
+            self._free_at = self._clock()
             return
+        for outcomes in self._serve_batch():
+            self._call_on_loop(self._answers.add, outcomes)
+
+    def rest(self) -> float:
+        """Take note that nothing waits; returns the seconds until there is something to measure, maybe infinite."""
+        self._limiter.idle()
         wait_s = None if self._idle is None else self._idle.wait_s(is_expecting=bool(self._pending))
-        if not self._arrival.wait(wait_s) and self._idle is not None and not (self._pending or self._stopping):
+        return math.inf if wait_s is None else wait_s
+
+    def take_idle_turn(self) -> None:
+        """Measure a little."""
+        if self._idle is not None and not (self._pending or self._stopping):
             self._idle.take_turn()
+
+    def engine_freed(self) -> None:
+        """Take note that the engine was another's, or had nothing to do, until now."""
+        self._free_at = self._clock()
+
+    def close(self) -> None:
+        """Measure no more."""
+        if self._idle is not None:
+            self._idle.close()
 
     def _serve_batch(self) -> Iterator[Outcomes]:
         """Do what the policy decides; yields what became of each request, as soon as it is known."""
@@ -206,7 +231,7 @@ class Batcher:
             return  # all their clients have left meanwhile
         predicted_s = self._scheduler.predict(variant, len(images), self._clock())
         try:
-            ranked, started_at, ended_at = self._timed_run(list(images.values()), variant.profile, predicted_s)
+            ranked, started_at, ended_at = self._engine.run(list(images.values()), variant.profile, predicted_s)
             answered = list(zip(images, ranked, strict=True))
         except Exception:  # whatever the model raises, its requests must be released and the next batch run
             self._free_at = self._clock()
@@ -218,6 +243,7 @@ class Batcher:
         self._free_at = ended_at
         self._failures_in_a_row = 0
         self._limiter.batch_ran(inference_s)
+        self._sample.answered(list(images.values()), variant.profile.subnetwork, ranked)
         self._observe_batch(len(answered), predicted_s, inference_s, inference_s * self._limiter.throttle_factor)
         result = partial(
             Result,
@@ -248,21 +274,6 @@ class Batcher:
                 self._scheduler.withdraw(following)  # its client has left
         return outcomes
 
-    def _timed_run(
-        self, images: Sequence[Tensor], profile: SubNetworkProfile, predicted_s: float
-    ) -> tuple[list[Ranked], float, float]:
-        """Run a batch; returns (logits, probabilities, ranking) of each image, and when the model started and ended."""
-        # NumPy, because PyTorch would give the GIL away for a microsecond's work and wait long to get it back.
-        batch = torch.from_numpy(np.stack([image.numpy() for image in images]))
-        started_at = self._clock()
-        self.running = started_at, predicted_s
-        try:
-            logits = self._run(batch, profile.subnetwork).numpy()
-        finally:
-            self.running = None
-        ended_at = self._clock()
-        return rank(logits, profile.temperature, profile.entropy_exponent), started_at, ended_at
-
     def _run_apart(
         self, decision: BatchDecision, variant: Variant, images: dict[QueuedRequest, Tensor]
     ) -> Iterator[Outcomes]:
@@ -270,27 +281,17 @@ class Batcher:
         batch = list(images)
         if len(batch) == 1:
             logger.exception("the model failed on an image at %s", variant.profile.subnetwork)
+            self._sample.failed()
             failure = ModelError("the model failed on this image; the server's log says why")
             yield [self._pending.in_place_of(failure, batch[0], LookCode.FAILED)]
             self._failures_in_a_row += 1
             if self._failures_in_a_row == FAILURES_IN_A_ROW:
                 self._failures_in_a_row = 0
-                self._require_engine(torch.zeros_like(images[batch[0]]), variant.profile)
+                self._engine.require(torch.zeros_like(images[batch[0]]), variant.profile)
             return
         middle = len(batch) // 2
         for half in (batch[:middle], batch[middle:]):
             yield from self._run_batch(decision, variant, half)
-
-    def _require_engine(self, blank: Tensor, profile: SubNetworkProfile) -> None:
-        """Tell images on which the model fails from a model that fails, as a GPU does after an error that stays.
-
-        Raises:
-            RuntimeError: the latter; no request would be answered any more, and it is for a new process to do better.
-        """
-        try:
-            self._timed_run([blank], profile, 0.0)
-        except Exception as error:  # whatever the model raises, that it raises is what counts
-            raise RuntimeError("the model fails whatever the image") from error
 
     def _answer_all(self, error: ServiceError) -> None:
         """Give every request its answer, where there is one, or else an error."""

@@ -63,6 +63,11 @@ class Explainer:
         self._thread = ThreadPoolExecutor(1, "explain", initializer=_give_way)
         self._is_taken = False
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether an image is being explained."""
+        return self._is_taken
+
     def check_room(self) -> None:
         """See whether an image can be explained.
 

@@ -1,6 +1,7 @@
 """The ports beside the one of HTTP: kept for this process and its workers, and what serves at the one for operators."""
 
 import asyncio
+import ipaddress
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -33,6 +34,22 @@ def reserved_ports(settings: Settings) -> Iterator[Settings]:
                 opened = kept.enter_context(take_address(settings.host, port, is_shared=True))
                 numbers[name] = opened.getsockname()[1]
         yield settings.model_copy(update=numbers)
+
+
+def why_no_changes(settings: Settings) -> str | None:
+    """Say why none may ask for another model: where several workers serve, or strangers may reach the port."""
+    if settings.workers > 1:
+        return "one of several workers is not changed alone: all of them follow the file with --watch-checkpoint"
+    if settings.admin_port is None and not _is_loopback(settings.host):
+        return "others than operators may reach this port: give these a port of their own with --admin-port"
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @asynccontextmanager

@@ -28,6 +28,7 @@ NOT_FOR_RAY = {"host", "port", "fd", "workers"}
 # Requests that Ray lets through to a replica beyond those that it takes itself, so that it is the replica that rejects,
 # with a reason and a time to come back.
 MARGIN = 64
+NO_CHANGES = "one replica of several is not changed alone: deploy the app with another checkpoint"
 
 
 @serve.ingress()
@@ -44,7 +45,8 @@ class Replica:
         checkpoint = load_checkpoint(settings.checkpoint)
         threads = settings.threads or min(engine_threads(checkpoint, Monitor().latest.cores), _assigned_cpus())
         settings = settings.model_copy(update={"threads": threads, "workers": 1})  # Ray has replicas
-        runtime = ServerRuntime(settings, checkpoint, on_failure=self._fail, tracer=find_tracer(os.environ))
+        tracer = find_tracer(os.environ)
+        runtime = ServerRuntime(settings, checkpoint, on_failure=self._fail, changes_refused=NO_CHANGES, tracer=tracer)
         self._app = create_app(runtime, ready_first=True, names_requests=False)  # Ray's proxy names them
         self._read_totals = runtime.metrics.totals
         self._totals, self._told_at = self._read_totals(), time.monotonic()

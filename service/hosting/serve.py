@@ -28,7 +28,7 @@ from service.engines.base import Engine
 from service.errors import CommandError
 from service.hosting.grpc_port import grpc_beside, require_grpc
 from service.hosting.interpreter import configure_gc
-from service.hosting.ports import reserved_ports, serving_beside
+from service.hosting.ports import reserved_ports, serving_beside, why_no_changes
 from service.hosting.supervisor import Supervisor
 from service.hosting.workers import beat, split_cpus, start_worker, take_address
 from service.http.connections import Connections
@@ -210,9 +210,15 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         # Reading weights is over before threads have found each other, on a busy machine long before. The engine sets
         # the number that it computes with.
         torch.set_num_threads(1)
-        checkpoint = load_checkpoint(settings.checkpoint)
-        tracer = find_tracer(os.environ)
-        runtime = ServerRuntime(settings, checkpoint, engine, on_failure=stop, heartbeat=tell_supervisor, tracer=tracer)
+        runtime = ServerRuntime(
+            settings,
+            load_checkpoint(settings.checkpoint),  # nothing here keeps it: another may be served in its place
+            engine,
+            on_failure=stop,
+            heartbeat=tell_supervisor,
+            changes_refused=why_no_changes(settings),
+            tracer=find_tracer(os.environ),
+        )
         # Others may serve at the same address: this server takes no connection from them before its time.
         shared = _shared(settings, max_connections, runtime)
         http: Callable[..., asyncio.Protocol] = partial(RejectingProtocol, **shared)

@@ -1,7 +1,7 @@
 """POST /classify: an image, or several, however they are sent, to answers."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.domain import InferenceRequest
 from service.errors import InvalidParameterError, ServiceError, UploadTimeoutError
-from service.http.context import RouteContext
+from service.http.context import ReadyServer, RouteContext
 from service.http.descriptions import describe_answer
 from service.http.disconnects import ClientWatch
 from service.http.early_rejection import RESERVED
@@ -22,7 +22,6 @@ from service.http.protocol import ARRIVED_AT
 from service.http.queries import parse_parameters, parse_query
 from service.http.schemas import ClassifyAnswer, TimingAnswer
 from service.http.uploads import BodyKind, kind_of_body, read_body, read_form, read_json
-from service.pipeline import Pipeline
 from service.request_parameters import ClassifyQuery
 from service.scheduling.state import QueuedRequest
 from service.telemetry.outcomes import counted
@@ -33,10 +32,9 @@ ReadBytes = Callable[[float], Awaitable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class DirectRoute:
-    """What answers POST at a path."""
+    """The path at which a request was answered."""
 
     path: str
-    handle: Handle
 
 
 class DirectRoutes:
@@ -46,27 +44,26 @@ class DirectRoutes:
     spends on a classification.
     """
 
-    def __init__(self, app: ASGIApp, handles: Mapping[str, Handle], errors: ErrorAnswers) -> None:
+    def __init__(self, app: ASGIApp, find: Callable[[str], Handle | None], errors: ErrorAnswers) -> None:
         """Take the routes.
 
         Args:
             app: what everything else goes to.
-            handles: what answers each path.
+            find: finds what answers a path; None where it is none of them.
             errors: answers where that raises a ServiceError.
         """
-        self._app, self._errors = app, errors
-        self._routes = {path: DirectRoute(path, handle) for path, handle in handles.items()}
+        self._app, self._find, self._errors = app, find, errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or hand on."""
-        route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if route is None:
+        handle = self._find(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if handle is None:
             await self._app(scope, receive, send)
             return
-        scope["route"] = route  # as FastAPI notes it
+        scope["route"] = DirectRoute(scope["path"])  # as FastAPI notes it
         request = Request(scope, receive, send)
         try:
-            response = await route.handle(request)
+            response = await handle(request)
         except ServiceError as error:
             response = await self._errors.on_service_error(request, error)
         await response(scope, receive, send)
@@ -76,7 +73,7 @@ class DirectRoutes:
 class Upload:
     """What was asked, and of what: a server that is told to stop meanwhile answers what it has begun to read."""
 
-    pipeline: Pipeline
+    server: ReadyServer
     reads: tuple[ReadBytes, ...]
     wanted: InferenceRequest
     reserved: QueuedRequest | None = None
@@ -100,8 +97,8 @@ def make_classify(context: RouteContext) -> Handle:
 
         async def answer(read: ReadBytes, image: int = 0) -> ClassifyAnswer:
             classify, wanted = context.classifier.classify, replace(upload.wanted, image=image)
-            classification = await classify(upload.pipeline, read, wanted, watch, upload.reserved)
-            return describe_answer(classification, context.checkpoint)
+            classification = await classify(upload.server.pipeline, read, wanted, watch, upload.reserved)
+            return describe_answer(classification, upload.server.checkpoint)
 
         if len(upload.reads) == 1:
             with context.failures.counting():
@@ -129,7 +126,7 @@ async def read_upload(
     query_string, clock = request.scope["query_string"], context.clock
     address, key = request.client.host if request.client else None, key_of(request.scope)
     arrived_at = request.scope.get(ARRIVED_AT) or clock()
-    pipeline, kind = context.open_server().pipeline, kind_of_body(request.headers)
+    server, kind = context.open_server(), kind_of_body(request.headers)
     limits = context.max_body_bytes, context.max_upload_s
     if kind is BodyKind.IMAGE:
         query = parse_query(query_string)
@@ -139,9 +136,12 @@ async def read_upload(
             watch.start()
             return data
 
-        reserved = request.scope.get(RESERVED)
-        return Upload(pipeline, (read,), query.request(arrived_at, query.top_k, address, key), reserved)
+        wanted = query.request(arrived_at, query.top_k, address, key)
+        if (reserved := request.scope.get(RESERVED)) is not None:
+            return Upload(reserved.server, (read,), wanted, reserved.request)
+        return Upload(server, (read,), wanted)
 
+    pipeline = server.pipeline
     pipeline.check_room()
     within_s = context.max_upload_s  # unless the query says so, it is not known yet what is granted
     known: ClassifyQuery | None = None
@@ -158,10 +158,11 @@ async def read_upload(
         form = await read_json(request, *limits, within_s)
     parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
     wanted = parameters.request(arrived_at, parameters.top_k, address, key)
-    pipeline.check(wanted)
-    if pipeline.time_left_s(wanted) <= 0:
+    server = context.servers()[0]  # another model may be served by now; one that is told to stop answers what it read
+    server.pipeline.check(wanted)
+    if server.pipeline.time_left_s(wanted) <= 0:
         raise UploadTimeoutError("the body did not arrive within its budget")
-    return Upload(pipeline, tuple(_already_read(image, watch) for image in form.images), wanted)
+    return Upload(server, tuple(_already_read(image, watch) for image in form.images), wanted)
 
 
 def _already_read(image: bytes, watch: ClientWatch) -> ReadBytes:

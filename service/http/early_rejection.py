@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from service.domain import ApiKey
 from service.errors import OverloadedError, OverloadReason, ServiceError
-from service.http.context import RouteContext
+from service.http.context import ReadyServer, RouteContext
 from service.http.error_responses import describe_error, make_error_response
 from service.http.error_shapes import error_type
 from service.http.forms import UNTYPED
@@ -21,6 +21,7 @@ from service.http.queries import parse_query
 from service.http.request_ids import RAW_HEADER
 from service.request_names import name_request
 from service.request_parameters import ClassifyQuery
+from service.scheduling.state import QueuedRequest
 
 # With these the route or another layer has a say: in how the body comes, or in which pages may ask.
 ROUTED = frozenset((b"transfer-encoding", b"expect", b"origin", b"content-encoding"))
@@ -29,11 +30,18 @@ REPEATED_S = 0.005  # for which a rejection holds for others
 REJECTION_SHARE = 0.15  # of the event loop's CPU time, for parsing and rejecting; what the sockets take comes on top
 BURST_S = 0.05  # of it, that may be spent at once
 MAX_PAUSE_S = 0.5  # a rejection is worth nothing to a client that has given up
-RESERVED = "supervit.reserved"  # of the scope: what the pipeline returned
+RESERVED = "supervit.reserved"  # of the scope: a Reservation
 PLAIN_TYPES = frozenset(media_type.encode() for media_type in UNTYPED)
 
 
 Scope = MutableMapping[str, Any]
+
+
+class Reservation(NamedTuple):
+    """The place that a request has, and where."""
+
+    server: ReadyServer
+    request: QueuedRequest
 
 
 class _Rejection(NamedTuple):
@@ -87,13 +95,15 @@ class EarlyRejection:
         if path != self._path or len(named) < len(headers) or not self._is_plain(named):
             return None
         try:
-            parameters, pipeline = parse_query(query), self._context.open_server().pipeline
+            parameters, server = parse_query(query), self._context.open_server()
             key = None if self._context.keys is None else self._context.keys.find(named)
             last, arrived_at, now = self._last, scope[ARRIVED_AT], self._context.clock()
             if last is None or not last.holds_for(parameters, key, arrived_at, now):
-                scope[RESERVED] = pipeline.reserve(parameters.request(arrived_at, parameters.top_k, key=key))
+                wanted = parameters.request(arrived_at, parameters.top_k, key=key)
+                if (reserved := server.pipeline.reserve(wanted)) is not None:
+                    scope[RESERVED] = Reservation(server, reserved)
                 return None
-            pipeline.reject_again(last.reason)
+            server.pipeline.reject_again(last.reason)
         except OverloadedError as error:
             retry_after_s = error.details["retry_after_s"]
             last = _Rejection(parameters, key, arrived_at, retry_after_s, now, error.reason, _describe(error))
@@ -123,7 +133,7 @@ class EarlyRejection:
     def forget(self, scope: Scope) -> None:
         """Give up the place of a request that has its answer: the app may have refused it before it came to that."""
         if (reserved := scope.pop(RESERVED, None)) is not None:
-            self._context.server().scheduler.withdraw(reserved)
+            reserved.server.scheduler.withdraw(reserved.request)
 
     def _is_plain(self, headers: dict[bytes, bytes]) -> bool:
         """Tell whether the body is an image by itself that the route would read; a form may grant more time."""

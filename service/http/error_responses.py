@@ -22,6 +22,7 @@ from service.errors import (
     InvalidImageError,
     InvalidParameterError,
     InvalidTensorError,
+    ModelChangeError,
     ModelError,
     NotReadyError,
     OutOfMemoryError,
@@ -61,6 +62,7 @@ STATUS = {
     NotReadyError: 503,
     OutOfMemoryError: 503,
     DeadlineError: 504,
+    ModelChangeError: 409,
     ModelError: 500,
 }
 RETRY_AFTER_S = 1

@@ -23,26 +23,26 @@ def make_explain(context: RouteContext) -> Handle:
         One image is explained at a time, when nothing else needs the cores: this is to look at, not to build on.
         """
         watch = ClientWatch(request)
-        explainer = context.open_server().explainer
         with ExitStack() as turn, context.failures.counting():
             data = b""
             with counted(context.metrics, key_of(request.scope)) as record:
-                explainer.check_room()  # before a body is read in vain
+                context.open_server().explainer.check_room()  # before a body is read in vain
                 upload = await read_upload(context, request, watch)
+                server = upload.server
                 if len(upload.reads) > 1:
                     raise InvalidParameterError("one image at a time is explained")
 
                 async def read_and_enter(within_s: float) -> bytes:
                     nonlocal data
                     data = await upload.reads[0](within_s)
-                    turn.enter_context(explainer.turn())  # not before: what drips in shall not keep others out
+                    turn.enter_context(server.explainer.turn())  # not before: what drips in shall not keep others out
                     return data
 
-                classification = await upload.pipeline.classify(read_and_enter, upload.wanted, watch)
+                classification = await server.pipeline.classify(read_and_enter, upload.wanted, watch)
                 record(classification)
                 context.answers.remember(REQUEST_ID.get(), upload.wanted, classification)
             subnetwork = classification.decision.profile.subnetwork
-            kept = await explainer.explain(data, subnetwork, upload.wanted.address)
-        return respond(describe_explanation(classification, kept, context.checkpoint))
+            kept = await server.explainer.explain(data, subnetwork, upload.wanted.address)
+        return respond(describe_explanation(classification, kept, server.checkpoint))
 
     return explain

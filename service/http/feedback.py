@@ -47,9 +47,11 @@ def make_feedback(context: RouteContext) -> Callable[[Request], Awaitable[Feedba
     async def feedback(request: Request) -> FeedbackAnswer:
         """Say what an answer should have been. Of several such words on one answer the first counts."""
         body = _parsed(await read_body(request, MAX_BYTES, context.max_upload_s))
-        true_indices = _indices_of(body, context.checkpoint.class_names)
+        _check_class(body, context.checkpoint.class_names)
         answer = context.answers.find(key_of(request.scope), body.request_id, body.image)
-        is_correct, is_first = answer.index in true_indices, not answer.is_judged
+        is_first = not answer.is_judged
+        # By its label: several classes may go by one, and another model may be served meanwhile.
+        is_correct = body.index == answer.index if body.label is None else body.label == answer.label
         answer.is_judged = True
         if is_first and answer.expected_top1 is not None:
             context.metrics.audits.judged(answer.subnetwork, answer.expected_top1, is_correct=is_correct)
@@ -65,18 +67,14 @@ def _parsed(body: bytes) -> FeedbackBody:
         raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
 
 
-def _indices_of(body: FeedbackBody, class_names: Sequence[str]) -> list[int]:
-    """Find the class that is meant; several classes may go by one name.
+def _check_class(body: FeedbackBody, class_names: Sequence[str]) -> None:
+    """See whether there is the class that is meant.
 
     Raises:
         InvalidParameterError: there is none.
     """
-    if body.label is None:
-        if body.index is None or body.index >= len(class_names):
-            message = f"index: this model has {len(class_names)} classes, counted from 0"
-            raise InvalidParameterError(message, parameter="index")
-        return [body.index]
-    found = [index for index, name in enumerate(class_names) if name == body.label]
-    if not found:
+    if body.label is None and (body.index is None or body.index >= len(class_names)):
+        message = f"index: this model has {len(class_names)} classes, counted from 0"
+        raise InvalidParameterError(message, parameter="index")
+    if body.label is not None and body.label not in class_names:
         raise InvalidParameterError("label: this model knows no class of that name", parameter="label")
-    return found

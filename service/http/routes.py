@@ -101,8 +101,7 @@ def _object(properties: Schema, required: str) -> Schema:
 def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     """Make the routes that clients ask, over `context`."""
     router = APIRouter()
-    config = context.checkpoint.config
-    profiles = context.checkpoint.profile.with_rates_between(config)
+    profiles = context.checkpoint.profile.with_rates_between(context.checkpoint.config)
     # The routes read their queries themselves, at a tenth of what FastAPI takes for it, so they describe them as well.
     of_classify, of_decide = (
         describe_parameters(
@@ -137,7 +136,7 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         """Tell what would be chosen for a request at this moment, without running anything."""
         query, pipeline = parse_decide_query(request.scope["query_string"]), context.open_server().pipeline
         wanted = query.request(context.clock(), key=key_of(request.scope))
-        return describe_forecast(pipeline.decide(wanted), config)
+        return describe_forecast(pipeline.decide(wanted), pipeline.checkpoint.config)
 
     router.add_api_route(
         "/feedback",
@@ -173,7 +172,7 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
 
 def build_operations_router(context: RouteContext) -> APIRouter:
     """Make the routes that tell of the server and its machine, for those who run it."""
-    router, config = APIRouter(), context.checkpoint.config
+    router = APIRouter()
 
     @router.get("/resources", responses={503: RESPONSES[503]})
     async def resources() -> ResourcesAnswer:
@@ -181,7 +180,8 @@ def build_operations_router(context: RouteContext) -> APIRouter:
         server, now = context.server(), context.clock()
         state = server.scheduler.state(now)
         try:
-            forecast = describe_forecast(context.open_server().pipeline.decide(InferenceRequest(now)), config)
+            pipeline = context.open_server().pipeline
+            forecast = describe_forecast(pipeline.decide(InferenceRequest(now)), pipeline.checkpoint.config)
         except ServiceError:
             forecast = None
         snapshot = context.monitor.latest

@@ -35,6 +35,8 @@ class TlsGate(asyncio.Protocol):
         self._next, self._context, self._all = protocol(**kwargs), context, connections
         self._shaking: asyncio.Task[None] | None = None
         self._transport: asyncio.Transport | None = None
+        self._early = b""  # what came right behind the handshake
+        self._is_lost = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # of TCP, there is no other
         """Begin the handshake, if there is room."""
@@ -45,6 +47,14 @@ class TlsGate(asyncio.Protocol):
             return
         self._shaking = asyncio.get_running_loop().create_task(self._shake_hands(transport))
 
+    def data_received(self, data: bytes) -> None:
+        """Keep what comes before the protocol that it is for knows of its connection."""
+        self._early += data
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's
+        """Take note that there is no connection any more."""
+        self._is_lost = True
+
     def give_way(self) -> None:
         """Close, so that another connection may be opened."""
         if self._transport is not None:
@@ -54,12 +64,16 @@ class TlsGate(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         try:
             secure = await loop.start_tls(
-                transport, self._next, self._context, server_side=True, ssl_handshake_timeout=HEAD_S
+                transport, self, self._context, server_side=True, ssl_handshake_timeout=HEAD_S
             )
         except OSError:  # which what ssl raises is, too, and no one can be told
             transport.abort()
             return
         finally:
             self._all.forget(self)
-        if secure is not None:
-            self._next.connection_made(secure)
+        if secure is None or self._is_lost:
+            return
+        secure.set_protocol(self._next)
+        self._next.connection_made(secure)
+        if self._early:
+            self._next.data_received(self._early)

@@ -40,7 +40,7 @@ def make_predict(context: RouteContext, protocol: InferenceProtocol) -> Handle:
             with counted(context.metrics, key_of(request.scope)):
                 raise
         with context.failures.counting():
-            answer = await context.classifier.classify(upload.pipeline, upload.reads[0], upload.wanted, watch)
+            answer = await context.classifier.classify(upload.server.pipeline, upload.reads[0], upload.wanted, watch)
         probabilities = {prediction.label: prediction.probability for prediction in answer.predictions}
         timing = timing_header(describe_timing(answer.timing))
         return Response(to_json(probabilities), headers=timing, media_type="application/json")

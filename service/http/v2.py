@@ -47,7 +47,6 @@ def build_v2_router(context: RouteContext, protocol: InferenceProtocol, infer: H
     }
     router = APIRouter(prefix=V2_PREFIX, tags=[TAG], responses={404: {"model": InferError}})
     models = ("/models/{name}", "/models/{name}/versions/{version}")
-    default = context.checkpoint.name
 
     @router.get("")
     async def server_metadata() -> dict[str, Any]:
@@ -76,21 +75,21 @@ def build_v2_router(context: RouteContext, protocol: InferenceProtocol, infer: H
 
     async def model_metadata(request: Request) -> dict[str, Any]:
         """Describe the model's inputs and outputs."""
-        return protocol.model_metadata(*_model(request, default))
+        return protocol.model_metadata(*_model(request, context.checkpoint.name))
 
     async def model_ready(request: Request) -> JSONResponse:
         """Tell whether requests to the model are welcome."""
-        name, version = _model(request, default)
+        name, version = _model(request, context.checkpoint.name)
         protocol.require_model(name, version)
         return _readiness(protocol, {"name": name})
 
     async def model_config(request: Request) -> dict[str, Any]:
         """Describe the model as Triton's configuration does."""
-        return protocol.model_config(*_model(request, default))
+        return protocol.model_config(*_model(request, context.checkpoint.name))
 
     async def model_statistics(request: Request) -> dict[str, Any]:
         """Count as Triton does; of all requests, whatever route brought them."""
-        return await asyncio.to_thread(protocol.statistics, *_model(request, default))
+        return await asyncio.to_thread(protocol.statistics, *_model(request, context.checkpoint.name))
 
     for path in models:
         described = {"parameters": _path_parameters(path)}

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -54,30 +54,31 @@ class InferenceProtocol:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoints: Callable[[], Sequence[Checkpoint]],
         metrics: Metrics,
         classifier: Classifier,
         failures: OwnFailures,
-        open_pipeline: Callable[[], Pipeline],
+        open_pipelines: Callable[[], Sequence[Pipeline]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take the collaborators.
 
         Args:
-            checkpoint: what is served.
+            checkpoints: tells what is served, whatever is tried out beside it behind it.
             metrics: what is counted.
             classifier: takes images to answers.
             failures: counts the server's own.
-            open_pipeline: yields what answers; raises a NotReadyError where requests are not taken.
+            open_pipelines: yields what may answer a request, the one drawn for it first; raises a NotReadyError where
+                requests are not taken.
             clock: monotonic, in seconds.
         """
-        self._checkpoint, self._metrics, self._classifier = checkpoint, metrics, classifier
-        self._failures, self._open_pipeline, self._clock = failures, open_pipeline, clock
+        self._checkpoints, self._metrics, self._classifier = checkpoints, metrics, classifier
+        self._failures, self._open_pipelines, self._clock = failures, open_pipelines, clock
 
     def is_ready(self) -> bool:
         """Tell whether requests are taken and do not all fail for reasons of the server's own."""
         try:
-            self._open_pipeline()
+            self._open_pipelines()
         except NotReadyError:
             return False
         return not self._failures.are_all
@@ -88,13 +89,7 @@ class InferenceProtocol:
         Raises:
             UnknownModelError: it is not.
         """
-        checkpoint = self._checkpoint
-        if name != checkpoint.name:
-            raise UnknownModelError(f"there is no model {name!r}; {checkpoint.name!r} is served", model=checkpoint.name)
-        if version not in ("", VERSION, checkpoint.version):
-            raise UnknownModelError(
-                f"there is no version {version!r} of {name}; {VERSION!r} is served", version=VERSION
-            )
+        self._find(name, version)
 
     def server_metadata(self) -> JsonObject:
         """Tell who answers, and which extensions of the protocol there are."""
@@ -102,25 +97,23 @@ class InferenceProtocol:
 
     def model_metadata(self, name: str, version: str = "") -> JsonObject:
         """Describe the model's inputs and outputs; errors as `require_model`."""
-        self.require_model(name, version)
-        return describe_model(self._checkpoint)
+        return describe_model(self._find(name, version))
 
     def model_config(self, name: str, version: str = "") -> JsonObject:
         """Describe the model as Triton's configuration does; errors as `require_model`."""
-        self.require_model(name, version)
-        return describe_config(self._checkpoint)
+        return describe_config(self._find(name, version))
 
     def statistics(self, name: str = "", version: str = "") -> JsonObject:
         """Return Triton's statistics: of all requests, whatever protocol brought them; errors as `require_model`.
 
         It reads every metric, which takes milliseconds, and more where there are workers: call it on a thread.
         """
-        self.require_model(name or self._checkpoint.name, version)
-        return describe_statistics(self._checkpoint, read_statistics(self._metrics.registry()))
+        checkpoint = self._find(name or self._checkpoints()[0].name, version)
+        return describe_statistics(checkpoint, read_statistics(self._metrics.registry()))
 
     def repository_index(self) -> list[JsonObject]:
-        """List the models that there are."""
-        checkpoint, is_ready = self._checkpoint, self.is_ready()
+        """List the model that is served."""
+        checkpoint, is_ready = self._checkpoints()[0], self.is_ready()
         state, reason = ("READY", "") if is_ready else ("UNAVAILABLE", "it takes no requests at this moment")
         return [{"name": checkpoint.name, "version": VERSION, "state": state, "reason": reason}]
 
@@ -144,7 +137,7 @@ class InferenceProtocol:
         Raises:
             ServiceError: it may not, whatever the body holds.
         """
-        pipeline = self._open_pipeline()
+        pipeline = self._open_pipelines()[0]
         pipeline.check_room()
         alone = parameters_of({}, query, headers).request(arrived_at, key=key)
         pipeline.check(alone)
@@ -178,8 +171,8 @@ class InferenceProtocol:
             ServiceError: it is rejected, or an image fails, and with that the others.
         """
         try:
-            pipeline = self._open_pipeline()
-            plan = self._plan(request, arrived_at, query, headers)
+            pipeline = self._open(request)
+            plan = self._plan(request, pipeline.checkpoint, arrived_at, query, headers)
             asked = replace(plan.wanted, address=address, key=key, client_waits_s=client_waits_s)
             plan = replace(plan, wanted=asked)
             pipeline.check(plan.wanted)
@@ -191,24 +184,37 @@ class InferenceProtocol:
         with self._failures.counting():
             answers = await self._classify(pipeline, plan, watch)
         outputs = tuple(make_output(output, answers, plan.top_k) for output in plan.outputs)
-        return InferReply(self._checkpoint.name, VERSION, request.id, reply_parameters(answers), outputs, answers)
+        name = pipeline.checkpoint.name
+        parameters = {**reply_parameters(answers), "checkpoint": pipeline.checkpoint.version}
+        return InferReply(name, VERSION, request.id, parameters, outputs, answers)
 
+    def _find(self, name: str, version: str) -> Checkpoint:
+        """Find the model of a name among those that are served; errors as `require_model`."""
+        return _named(self._checkpoints(), name, version)
+
+    def _open(self, request: InferRequest) -> Pipeline:
+        """Return what answers a request: what was drawn for it, if it does not name another; errors as `infer`."""
+        pipelines = self._open_pipelines()
+        self.require_model(request.model_name, request.model_version)
+        named = _named([each.checkpoint for each in pipelines], request.model_name, request.model_version)
+        return next(pipeline for pipeline in pipelines if pipeline.checkpoint is named)
+
+    @staticmethod
     def _plan(
-        self,
         request: InferRequest,
+        checkpoint: Checkpoint,
         arrived_at: float,
         query: Mapping[str, str],
         headers: Mapping[str, str],
     ) -> _Plan:
-        self.require_model(request.model_name, request.model_version)
         if len(request.inputs) != 1:
             raise InvalidTensorError(f"one input is wanted, {INPUT!r}, and {len(request.inputs)} are there")
-        num_classes = len(self._checkpoint.class_names)
+        num_classes = len(checkpoint.class_names)
         parameters = parameters_of(request.parameters, query, headers)
         outputs = wanted_outputs(request.outputs, num_classes)
         top_k = parameters.top_k or min(DEFAULT_TOP_K, num_classes)
         listed = max(top_k, *(output.classes for output in outputs))
-        images = images_of(request.inputs[0], self._checkpoint.config.image_side)
+        images = images_of(request.inputs[0], checkpoint.config.image_side)
         return _Plan(parameters.request(arrived_at, listed), images, outputs, top_k)
 
     async def _classify(
@@ -228,6 +234,18 @@ class InferenceProtocol:
         if failures:
             raise failures[0]
         return tuple(answer for answer in answers if not isinstance(answer, BaseException))
+
+
+def _named(served: Sequence[Checkpoint], name: str, version: str) -> Checkpoint:
+    """Return the first that has a name and a version; errors as `require_model`."""
+    for checkpoint in served:
+        if name == checkpoint.name and version in ("", VERSION, checkpoint.version):
+            return checkpoint
+    current = served[0]
+    if name != current.name:
+        raise UnknownModelError(f"there is no model {name!r}; {current.name!r} is served", model=current.name)
+    message = f"there is no version {version!r} of {name}; {VERSION!r} is served"
+    raise UnknownModelError(message, version=VERSION)
 
 
 def _reading(image: InputImage) -> Read:

@@ -31,6 +31,7 @@ from service.telemetry.key_metrics import KeyMetrics
 from service.telemetry.look_metrics import LookMetrics
 from service.telemetry.loop_delay import LoopDelay
 from service.telemetry.machine_metrics import MachineMetrics
+from service.telemetry.model_metrics import ModelMetrics
 from service.telemetry.multiprocess import make_folder, merged_registry
 from service.telemetry.profile_metrics import ProfileMetrics
 
@@ -178,11 +179,11 @@ class Metrics:
             "livesum",
         )
         self._workers = gauge("supervit_workers", "How many engines should share this page.", "livemax")
-        self._model = gauge("supervit_model_info", "The served checkpoint; always 1.", "livemax", ["name", "version"])
+        self.model = ModelMetrics(registry, gauge)
 
     def describe(self, subnetworks: list[SubNetwork], name: str, version: str, workers: int = 1) -> None:
         """Name the model and how many workers serve it; start every count at zero, so that rates exist at once."""
-        self._model.labels(name, version).set(1)
+        self.model.serves(name, version)
         self._workers.set(workers)
         for outcome in (OK, *MISSES):
             self._requests.labels(outcome)

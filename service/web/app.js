@@ -88,15 +88,10 @@ function connect() {
       else toast(error.title, error.message);
     });
     if (isOnline) return;
-    const family = await subnetworks();
-    setStatus("ready", family.model.name);
-    byId("about").textContent = `${family.model.name} ${family.model.version} · ${family.num_classes} classes · ${family.engine}`;
-    for (const part of [budgets, map, comparison]) part.describe(family.subnetworks);
-    live.describe(family.subnetworks);
+    describe(await subnetworks());
     if (hasBeenOnline) toast("Back online", "", "good");
     else hideToast();
     isOnline = hasBeenOnline = true;
-    explanations = new Map();
     ask();
   })()
     .catch((error) => {
@@ -105,6 +100,23 @@ function connect() {
     })
     .finally(() => (connecting = null));
   return connecting;
+}
+
+/** Show what is served. */
+let served = null;
+function describe(family) {
+  served = family.model.version;
+  setStatus("ready", family.model.name);
+  byId("about").textContent = `${family.model.name} ${served} · ${family.num_classes} classes · ${family.engine}`;
+  for (const part of [budgets, map, comparison, live]) part.describe(family.subnetworks);
+  explanations = new Map();
+}
+
+/** Show what is served, where another model has taken its place since; one that is only tried out has not. */
+async function follow(answered) {
+  if (answered.version === served) return;
+  const family = await subnetworks();
+  if (family.model.version !== served) describe(family);
 }
 
 /** Classify the photo under the budgets, and show what the sub-network that answered looks at. */
@@ -118,6 +130,8 @@ async function ask() {
     const answer = await classify(photo.body, budgets.parameters, wanted.signal);
     if (asking !== wanted) return;
     photo.breaks = 0;
+    await follow(answer.model);
+    if (asking !== wanted) return;
     showAnswer(answer);
     map.mark(answer.subnetwork, limit);
     if (byId("toast").dataset.kind !== "good") hideToast();

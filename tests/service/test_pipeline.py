@@ -3,7 +3,6 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,6 +28,7 @@ from service.errors import (
     ServiceError,
 )
 from service.execution.batcher import Batcher
+from service.execution.engine_thread import EngineThread
 from service.pipeline import Pipeline, Read
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.estimators import LEARNED_EVERY, REJECTION_COST
@@ -38,7 +38,7 @@ from service.scheduling.scheduler import RESERVED_S, Scheduler
 from service.scheduling.state import QueuedRequest
 from service.telemetry.metrics import Metrics
 from service.telemetry.outcomes import counted
-from tests.service.conftest import opening
+from tests.service.conftest import opening, stand_in
 
 pytestmark = pytest.mark.anyio
 
@@ -144,13 +144,13 @@ async def running(
 ) -> AsyncIterator["CountedPipeline"]:
     latencies = LatencyTable((1, 4), dict.fromkeys(profiles.by_subnetwork, seconds))
     scheduler = Scheduler(VariantCatalog.of(profiles, latencies), choose_level, 4, lock=threading.RLock())
-    thread = ThreadPoolExecutor(1, "engine")
+    thread = EngineThread()
     decoder = decoder or Decoder(opening(parts.decode), 1, 0, clock=clock)
     batcher = Batcher(parts.run, scheduler, thread, clock=clock)
     pipeline = CountedPipeline(
         parts,
         scheduler=scheduler,
-        class_names=("a", "b", "c"),
+        checkpoint=stand_in("a", "b", "c"),
         decoder=decoder,
         batcher=batcher,
         max_in_flight=max_in_flight,
@@ -162,7 +162,7 @@ async def running(
         tasks.create_task(batcher.serve())
         yield pipeline
         batcher.stop()
-    thread.shutdown()
+    thread.shutdown(wait=True)
     decoder.close()
     assert scheduler.backlog_s(time.monotonic()) == 0.0, "whatever became of them, none is left behind"
     assert parts.count("requests_in_flight") == 0.0

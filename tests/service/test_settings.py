@@ -20,6 +20,7 @@ from service.settings import (
 def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "checkpoint": "/models/a.pth",
+        "watch_checkpoint": "True",
         "host": "0.0.0.0",
         "port": "80",
         "grpc_port": "81",

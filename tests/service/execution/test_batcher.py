@@ -3,7 +3,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from service.decoding.decoder import DecodedImage
 from service.engines.base import Run
 from service.errors import DeadlineError, InvalidImageError, ModelError, NotReadyError, OverloadedError
 from service.execution.batcher import FAILURES_IN_A_ROW, Batcher
+from service.execution.engine_thread import EngineThread
 from service.execution.results import Result
 from service.execution.throttle import UtilizationLimiter
 from service.scheduling.catalog import VariantCatalog
@@ -64,7 +65,7 @@ def image(value: int) -> "Future[DecodedImage]":
 class AdmittingBatcher(Batcher):
     """Takes what the scheduler has admitted, and forgets it in the end, as the pipeline does."""
 
-    def __init__(self, run: Run, scheduler: Scheduler, thread: Executor, **others: Any) -> None:  # noqa: ANN401 - as Batcher has them
+    def __init__(self, run: Run, scheduler: Scheduler, thread: EngineThread, **others: Any) -> None:  # noqa: ANN401 - as Batcher has them
         super().__init__(run, scheduler, thread, sleep=lambda _: None, **others)
         self.scheduler = scheduler
 
@@ -79,7 +80,7 @@ class AdmittingBatcher(Batcher):
 @asynccontextmanager
 async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]:
     scheduler = Scheduler(CATALOG, choose_level, max_batch_size, rejects_early=False, lock=threading.RLock())
-    thread = ThreadPoolExecutor(1, "engine")
+    thread = EngineThread()
     batcher = AdmittingBatcher(gate.run, scheduler, thread, observe_batch=lambda size, *_: gate.sizes.append(size))
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())
@@ -88,7 +89,7 @@ async def serving(gate: Gate, max_batch_size: int = 4) -> AsyncIterator[Batcher]
         finally:
             gate.open.set()
             batcher.stop()
-    thread.shutdown()
+    thread.shutdown(wait=True)
 
 
 def named(subnetwork: SubNetwork, budget_s: float = 100.0) -> QueuedRequest:
@@ -169,7 +170,7 @@ class Pausing(Idling):
 async def test_the_limiter_hears_when_nothing_waits() -> None:
     """Expired requests leave the queue without a batch, and what is used then must not be the next one's."""
     hours, scheduler = Hours(), Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
-    limiter, thread = Idling(0.5, 1.0), ThreadPoolExecutor(1, "engine")
+    limiter, thread = Idling(0.5, 1.0), EngineThread()
     batcher = AdmittingBatcher(hours.run, scheduler, thread, limiter=limiter, clock=lambda: hours.now)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(batcher.serve())
@@ -182,7 +183,7 @@ async def test_the_limiter_hears_when_nothing_waits() -> None:
         hours.now += 3600.0
         await batcher.submit(image(0), QueuedRequest(1e9, constraints_for(1e9, 1)))
         batcher.stop()
-    thread.shutdown()
+    thread.shutdown(wait=True)
     assert limiter.throttle_factor == 1.0
 
 
@@ -191,7 +192,7 @@ async def test_neither_idleness_nor_a_pause_nor_a_failure_counts_as_time_between
     hours, scheduler = Hours(), Listener(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     scheduler.turnarounds = []
     limiter = Pausing(hours) if paced else Idling()
-    thread = ThreadPoolExecutor(1, "engine")
+    thread = EngineThread()
     batcher = AdmittingBatcher(hours.run, scheduler, thread, limiter=limiter, clock=lambda: hours.now)
 
     def waits(subnetwork: SubNetwork) -> QueuedRequest:
@@ -208,7 +209,7 @@ async def test_neither_idleness_nor_a_pause_nor_a_failure_counts_as_time_between
         crowd = [batcher.submit(decoded, waits(subnetwork)) for decoded, subnetwork in images]
         failed, *others = await asyncio.gather(*crowd, return_exceptions=True)
         batcher.stop()
-    thread.shutdown()
+    thread.shutdown(wait=True)
     assert isinstance(failed, ModelError)
     assert all(isinstance(other, Result) for other in others)
     assert max(scheduler.turnarounds) == 0.0
@@ -337,7 +338,7 @@ async def test_a_model_that_fails_whatever_the_image_ends_the_loop() -> None:
     batcher = AdmittingBatcher(
         run,
         Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock()),
-        ThreadPoolExecutor(1, "engine"),
+        EngineThread(),
     )
     loop = asyncio.create_task(batcher.serve())
     for _ in range(2):
@@ -368,7 +369,7 @@ async def test_what_has_left_is_not_run_again_when_the_batch_fails() -> None:
     batcher = AdmittingBatcher(
         gate.run,
         Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock()),
-        ThreadPoolExecutor(1, "engine"),
+        EngineThread(),
     )
     doomed, leaving, staying = await line_up(batcher, (13, SMALL), (1, SMALL), (2, SMALL))
     serving = asyncio.create_task(batcher.serve())
@@ -385,7 +386,7 @@ async def test_what_has_left_is_not_run_again_when_the_batch_fails() -> None:
 
 async def test_a_request_that_is_cancelled_leaves_the_queue() -> None:
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
-    batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
+    batcher = AdmittingBatcher(Gate().run, scheduler, EngineThread())
     request = named(SMALL)
     task = asyncio.create_task(batcher.submit(image(1), request))
     await asyncio.sleep(0)
@@ -410,7 +411,7 @@ async def test_an_image_that_cannot_be_decoded_fails_its_own_request() -> None:
 
 async def test_a_request_that_leaves_before_its_image_is_decoded_is_not_enqueued() -> None:
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
-    batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
+    batcher = AdmittingBatcher(Gate().run, scheduler, EngineThread())
     decoding: Future[DecodedImage] = Future()
     task = asyncio.create_task(batcher.submit(decoding, named(SMALL)))
     await asyncio.sleep(0)
@@ -423,7 +424,7 @@ async def test_a_request_that_leaves_before_its_image_is_decoded_is_not_enqueued
 
 async def test_a_request_whose_image_is_still_being_decoded_is_answered_at_its_deadline() -> None:
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
-    batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
+    batcher = AdmittingBatcher(Gate().run, scheduler, EngineThread())
     bomb, behind_it = named(SMALL, 0.05), named(SMALL, 0.1)
     answers = asyncio.gather(*(batcher.submit(Future(), one) for one in (bomb, behind_it)), return_exceptions=True)
     outcomes = await asyncio.wait_for(answers, 5)
@@ -435,7 +436,7 @@ async def test_stopping_waits_for_what_is_still_being_decoded() -> None:
     gate, limiter = Gate(), Idling()
     gate.open.set()
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
-    batcher = AdmittingBatcher(gate.run, scheduler, ThreadPoolExecutor(1), limiter=limiter)
+    batcher = AdmittingBatcher(gate.run, scheduler, EngineThread(), limiter=limiter)
     decoding: Future[DecodedImage] = Future()
     serving = asyncio.create_task(batcher.serve())
     task = asyncio.create_task(batcher.submit(decoding, named(SMALL)))
@@ -454,7 +455,7 @@ async def test_a_policy_that_fails_leaves_nothing_waiting() -> None:
         raise ZeroDivisionError
 
     batcher = AdmittingBatcher(
-        Gate().run, Scheduler(CATALOG, choose, 4, rejects_early=False, lock=threading.RLock()), ThreadPoolExecutor(1)
+        Gate().run, Scheduler(CATALOG, choose, 4, rejects_early=False, lock=threading.RLock()), EngineThread()
     )
     tasks = await line_up(batcher, (1, SMALL), (2, SMALL))
     with pytest.raises(ZeroDivisionError):
@@ -466,7 +467,7 @@ async def test_a_policy_that_fails_leaves_nothing_waiting() -> None:
 
 
 async def test_cancelling_the_loop_releases_its_thread_and_what_waits() -> None:
-    gate, thread, limiter = Gate(), ThreadPoolExecutor(1), Idling()
+    gate, thread, limiter = Gate(), EngineThread(), Idling()
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(gate.run, scheduler, thread, limiter=limiter)
     serving = asyncio.create_task(batcher.serve())
@@ -475,7 +476,7 @@ async def test_cancelling_the_loop_releases_its_thread_and_what_waits() -> None:
     serving.cancel()
     await asyncio.wait((serving,))
     gate.open.set()
-    thread.shutdown()  # would wait for ever
+    thread.shutdown(wait=True)  # would wait for ever
     with pytest.raises(NotReadyError):
         await first
 
@@ -525,7 +526,7 @@ async def test_each_batch_waits_for_its_pause_and_knows_the_machine() -> None:
     batcher = AdmittingBatcher(
         run,
         scheduler,
-        ThreadPoolExecutor(1, "engine"),
+        EngineThread(),
         limiter=limiter,
         observe_machine=observe_machine,
         observe_batch=observe_batch,
@@ -552,7 +553,7 @@ async def test_what_is_dropped_gets_a_typed_error_and_the_rest_an_answer() -> No
     gate = Gate()
     gate.open.set()
     scheduler = Scheduler(CATALOG, drop, 4, rejects_early=False, lock=threading.RLock())
-    batcher = AdmittingBatcher(gate.run, scheduler, ThreadPoolExecutor(1, "engine"))
+    batcher = AdmittingBatcher(gate.run, scheduler, EngineThread())
     tasks = await line_up(batcher, (1, SMALL), (2, SMALL), (3, SMALL))
     serving = asyncio.create_task(batcher.serve())
     expired, shed, answered = await asyncio.gather(*tasks, return_exceptions=True)
@@ -576,7 +577,7 @@ async def test_failures_with_an_answer_between_them_are_not_in_a_row() -> None:
 async def test_the_engine_counts_as_free_once_a_batch_has_failed() -> None:
     minute = LatencyTable((1, 4), {SMALL: (60.0, 60.0), LARGE: (60.0, 60.0)})
     scheduler = Scheduler(VariantCatalog.of(ProfileTable(ROWS), minute), choose_level, 4, lock=threading.RLock())
-    gate, thread = Gate(), ThreadPoolExecutor(1, "engine")
+    gate, thread = Gate(), EngineThread()
     batcher = AdmittingBatcher(gate.run, scheduler, thread)
     serving = asyncio.create_task(batcher.serve())
     doomed = asyncio.create_task(batcher.submit(image(13), named(SMALL)))
@@ -588,7 +589,7 @@ async def test_the_engine_counts_as_free_once_a_batch_has_failed() -> None:
     assert scheduler.free_at <= time.monotonic()
     batcher.stop()
     await serving
-    thread.shutdown()
+    thread.shutdown(wait=True)
 
 
 async def test_the_engine_counts_as_free_where_all_clients_of_a_batch_left_as_it_was_decided() -> None:
@@ -601,7 +602,7 @@ async def test_the_engine_counts_as_free_where_all_clients_of_a_batch_left_as_it
         return choose_level(state)
 
     scheduler = Scheduler(VariantCatalog.of(ProfileTable(ROWS), minute), decide, 4, lock=nullcontext())
-    gate, thread = Gate(), ThreadPoolExecutor(1, "engine")
+    gate, thread = Gate(), EngineThread()
     batcher = Batcher(gate.run, scheduler, thread)
     request = named(SMALL)
     scheduler.admit(request, time.monotonic())
@@ -613,14 +614,14 @@ async def test_the_engine_counts_as_free_where_all_clients_of_a_batch_left_as_it
     has_left.set()
     batcher.stop()
     await serving
-    thread.shutdown()
+    thread.shutdown(wait=True)
     assert gate.batches == []
     assert scheduler.free_at <= time.monotonic()
 
 
 async def test_an_image_that_is_no_longer_wanted_leaves_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
-    batcher = AdmittingBatcher(Gate().run, scheduler, ThreadPoolExecutor(1, "engine"))
+    batcher = AdmittingBatcher(Gate().run, scheduler, EngineThread())
     decoding: Future[DecodedImage] = Future()
     task = asyncio.create_task(batcher.submit(decoding, named(SMALL)))
     await asyncio.sleep(0)
@@ -633,7 +634,10 @@ async def test_an_image_that_is_no_longer_wanted_leaves_without_a_word(caplog: p
 class Turns:
     """What an engine does that has nothing else to do; hears of batches."""
 
+    running = None
+
     def __init__(self) -> None:
+        self.is_closed = False
         self.taken = threading.Semaphore(0)
         self.looks: queue.SimpleQueue[bool] = queue.SimpleQueue()  # whether a request is on its way
         self.batches: list[tuple[SubNetwork, list[int]]] = []
@@ -645,6 +649,9 @@ class Turns:
     def take_turn(self) -> None:
         self.taken.release()
 
+    def close(self) -> None:
+        self.is_closed = True
+
     def batch_ran(self, images: Sequence[Tensor], results: Sequence[Result]) -> None:
         pixels = [int(image[0, 0, 0]) for image in images]
         assert [result.logits[0] for result in results] == pixels
@@ -652,7 +659,7 @@ class Turns:
 
 
 async def test_an_engine_with_nothing_to_do_takes_turns_and_none_while_an_image_is_decoded() -> None:
-    gate, turns, thread = Gate(), Turns(), ThreadPoolExecutor(1, "engine")
+    gate, turns, thread = Gate(), Turns(), EngineThread()
     gate.open.set()
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(gate.run, scheduler, thread, idle=turns)
@@ -673,5 +680,6 @@ async def test_an_engine_with_nothing_to_do_takes_turns_and_none_while_an_image_
         await answer
         assert await asyncio.to_thread(turns.taken.acquire, timeout=10)
         batcher.stop()
-    thread.shutdown()
+    thread.shutdown(wait=True)
     assert turns.batches == [(SMALL, [1])]
+    assert turns.is_closed

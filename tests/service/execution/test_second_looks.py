@@ -9,7 +9,6 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -25,13 +24,14 @@ from service.decoding.decoder import Decoder
 from service.domain import Classification, InferenceRequest, LookCode
 from service.errors import ServiceError
 from service.execution.batcher import Batcher
+from service.execution.engine_thread import EngineThread
 from service.pipeline import Pipeline
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.key_ledger import KeyLedger
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.state import BatchDecision, Decide, SchedulerState
-from tests.service.conftest import opening
+from tests.service.conftest import opening, stand_in
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
 PROFILES = ProfileTable(
@@ -84,12 +84,12 @@ class Parts(NamedTuple):
 async def answering(model: Model, decide: Decide = choose_level) -> AsyncIterator[Parts]:
     catalog = VariantCatalog.of(PROFILES, LATENCIES)
     scheduler = Scheduler(catalog, decide, 4, rejects_early=False, lock=threading.RLock())
-    thread = ThreadPoolExecutor(1, "engine")
+    thread = EngineThread()
     decoder = Decoder(opening(lambda data: torch.full((3, 2, 2), int(data), dtype=torch.uint8)), 1, 0)
     batcher = Batcher(model.run, scheduler, thread)
     pipeline = Pipeline(
         scheduler=scheduler,
-        class_names=("at first sight", "at second sight"),
+        checkpoint=stand_in("at first sight", "at second sight"),
         decoder=decoder,
         batcher=batcher,
         max_in_flight=8,
@@ -104,7 +104,7 @@ async def answering(model: Model, decide: Decide = choose_level) -> AsyncIterato
         finally:
             model.open()
             batcher.stop()
-    thread.shutdown()
+    thread.shutdown(wait=True)
     decoder.close()
     assert (len(scheduler), scheduler.backlog_s(time.monotonic())) == (0, 0.0)
 

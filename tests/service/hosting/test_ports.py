@@ -3,7 +3,7 @@ import socket
 import pytest
 
 from service.errors import CommandError
-from service.hosting.ports import reserved_ports
+from service.hosting.ports import reserved_ports, why_no_changes
 from service.settings import Settings
 
 
@@ -38,3 +38,17 @@ def test_a_worker_takes_the_ports_that_its_supervisor_keeps() -> None:
         of_worker = settings.model_copy(update={"fd": 3})
         with reserved_ports(of_worker) as same:
             assert (same.admin_port, same.grpc_port) == (settings.admin_port, settings.grpc_port)
+
+
+@pytest.mark.parametrize("given", [{}, {"host": "localhost"}, {"host": "::1"}, {"host": "0.0.0.0", "admin_port": 9000}])
+def test_operators_may_change_the_model(given: dict[str, object]) -> None:
+    assert why_no_changes(Settings(**given)) is None  # type: ignore[arg-type] # one of its fields each
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "example.org"])
+def test_strangers_may_not(host: str) -> None:
+    assert "--admin-port" in str(why_no_changes(Settings(host=host)))
+
+
+def test_one_of_several_workers_is_not_changed_alone() -> None:
+    assert "--watch-checkpoint" in str(why_no_changes(Settings(workers=2, admin_port=9000)))

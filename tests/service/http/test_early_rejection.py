@@ -79,7 +79,7 @@ class Rejecting:
     def __init__(self, context: RouteContext) -> None:
         self.pipeline, self.now = ScriptedPipeline(), 1000.0
         server = ReadyServer(cast(Pipeline, self.pipeline), *(cast(Any, None),) * 4)
-        context = replace(context, server=lambda: server, state=lambda: ServerState.READY, clock=lambda: self.now)
+        context = replace(context, servers=lambda: [server], state=lambda: ServerState.READY, clock=lambda: self.now)
         self.context, self.rejection = context, EarlyRejection(context, "/classify")
 
     def answer(self, query: bytes = b"", arrived_at: float = 1000.0) -> bytes | None:
@@ -89,6 +89,30 @@ class Rejecting:
 @pytest.fixture
 def rejecting(settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine) -> Rejecting:
     return Rejecting(ServerRuntime(settings, checkpoint, engine).context)
+
+
+class Keeping:
+    """A pipeline and its scheduler that keep a place for every request."""
+
+    def __init__(self) -> None:
+        self.given_up: list[object] = []
+
+    def reserve(self, request: InferenceRequest) -> InferenceRequest:
+        return request
+
+    def withdraw(self, place: object) -> None:
+        self.given_up.append(place)
+
+
+def test_a_place_is_given_up_where_it_was_kept_whichever_model_is_served_by_then(rejecting: Rejecting) -> None:
+    kept = [Keeping(), Keeping()]
+    servers = [ReadyServer(cast(Pipeline, each), cast(Any, each), *(cast(Any, None),) * 3) for each in kept]
+    context = replace(rejecting.context, servers=lambda: servers)
+    rejection, scope = EarlyRejection(context, "/classify"), {ARRIVED_AT: 1000.0}
+    assert rejection.answer(b"/classify", HEADERS, scope) is None
+    servers.reverse()  # the other one answers from now on
+    rejection.forget(scope)
+    assert [len(each.given_up) for each in kept] == [1, 0]
 
 
 def test_a_rejection_is_the_one_that_the_route_would_give(overloaded: tuple[TestClient, RouteContext]) -> None:
@@ -144,7 +168,7 @@ def test_what_can_be_answered_finds_its_place_reserved(overloaded: tuple[TestCli
     scope: dict[str, Any] = {ARRIVED_AT: time.monotonic()}
     rejection = EarlyRejection(context, "/classify")
     assert rejection.answer(b"/classify?budget_ms=9000", HEADERS, scope) is None
-    reserved = scope[RESERVED]
+    reserved = scope[RESERVED].request
     assert context.server().scheduler.num_before(reserved, time.monotonic())[1] == 1
     rejection.forget(scope)
     assert context.server().scheduler.num_before(reserved, time.monotonic())[1] == 0

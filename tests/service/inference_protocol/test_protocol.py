@@ -1,6 +1,6 @@
 import asyncio
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import pytest
@@ -34,7 +34,8 @@ pytestmark = pytest.mark.anyio
 class ScriptedPipeline:
     """Answers every image, or fails at those that a test names; tells what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
         self.asked: list[InferenceRequest] = []
         self.images: list[Image] = []
         self.errors: dict[Image, Exception] = {}
@@ -76,17 +77,26 @@ class Protocol:
     """A protocol over a scripted pipeline."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.pipeline, self.registry, self.failures = ScriptedPipeline(), CollectorRegistry(), OwnFailures(lambda: 1.0)
+        self.pipeline, self.registry, self.failures = (
+            ScriptedPipeline(checkpoint),
+            CollectorRegistry(),
+            OwnFailures(lambda: 1.0),
+        )
         self.is_open = True
         metrics = Metrics(self.registry)
         self.protocol = InferenceProtocol(
-            checkpoint, metrics, Classifier(metrics, 100, RecentAnswers()), self.failures, self.open, lambda: 1000.0
+            lambda: [checkpoint],
+            metrics,
+            Classifier(metrics, 100, RecentAnswers()),
+            self.failures,
+            self.open,
+            lambda: 1000.0,
         )
 
-    def open(self) -> Pipeline:
+    def open(self) -> list[Pipeline]:
         if not self.is_open:
             raise NotReadyError("not yet")
-        return cast(Pipeline, self.pipeline)
+        return [cast(Pipeline, self.pipeline)]
 
     async def infer(self, *images: bytes | str, parameters: Parameters | None = None) -> InferReply:
         return await self.ask(InputTensor("image", "BYTES", (len(images),), images), parameters=parameters)
@@ -121,6 +131,45 @@ async def test_each_image_is_a_request_of_its_own_with_what_was_asked_anywhere(s
     asked = InferenceRequest(999.0, 50, budget_gflops=2, top_k=2, priority=-2, address="a")
     assert served.pipeline.asked == [asked, replace(asked, image=1)]
     assert served.outcomes() == {"ok": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A protocol over two models, of which the second is tried out and drawn for every request."""
+
+    protocol: InferenceProtocol
+    old: ScriptedPipeline
+    new: ScriptedPipeline
+
+    async def infer(self, name: str, version: str = "") -> InferReply:
+        request = InferRequest(name, version, "7", {}, (InputTensor("image", "BYTES", (1,), [b"a"]),), ())
+        return await self.protocol.infer(request, 999.0, query={}, headers={})
+
+
+def trial_of(old: Checkpoint, new: Checkpoint) -> Trial:
+    pipelines, metrics = (ScriptedPipeline(old), ScriptedPipeline(new)), Metrics(CollectorRegistry())
+    drawn = [cast(Pipeline, pipeline) for pipeline in reversed(pipelines)]
+    classifier, failures = Classifier(metrics, 100, RecentAnswers()), OwnFailures(lambda: 1.0)
+    protocol = InferenceProtocol(lambda: [old, new], metrics, classifier, failures, lambda: drawn, lambda: 1000.0)
+    return Trial(protocol, *pipelines)
+
+
+async def test_what_was_drawn_for_a_request_answers_it_unless_it_names_another(checkpoint: Checkpoint) -> None:
+    trial = trial_of(checkpoint, replace(checkpoint, version="fff"))
+    drawn = await trial.infer("tiny")
+    named = await trial.infer("tiny", checkpoint.version)
+    assert [reply.parameters["checkpoint"] for reply in (drawn, named)] == ["fff", checkpoint.version]
+    assert (len(trial.new.asked), len(trial.old.asked)) == (1, 1)
+
+
+async def test_two_models_of_different_names_are_both_to_be_had(checkpoint: Checkpoint) -> None:
+    trial = trial_of(checkpoint, replace(checkpoint, name="other", version="fff"))
+    for name in ("tiny", "other"):
+        assert (await trial.infer(name)).model_name == name
+        assert trial.protocol.model_metadata(name)["name"] == name
+    with pytest.raises(UnknownModelError, match="'tiny' is served"):
+        await trial.infer("third")
+    assert [each["name"] for each in trial.protocol.repository_index()] == ["tiny"]
 
 
 async def test_the_pipeline_lists_as_many_classes_as_any_output_needs(served: Protocol) -> None:

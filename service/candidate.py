@@ -1,0 +1,134 @@
+"""Prepares a model beside the one that is served: what computes is given to the engine's thread an image at a time."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from models.checkpoint import Checkpoint, load_checkpoint
+from models.files.sources import find_checkpoint
+from models.latency import LatencyTable
+from models.subnetwork import SubNetwork
+from service.assembly import Profiled, ServedModel, assemble
+from service.engines.base import Engine, Run
+from service.engines.factory import engine_threads, open_engine
+from service.engines.profile_store import begin_profile, extended_profile, inherited_profile
+from service.errors import ModelChangeError
+from service.execution.comparison import require_numbers
+from service.execution.engine_thread import EngineThread
+from service.machine.monitor import Monitor
+from service.scheduling.key_ledger import KeyLedger
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+
+# Of the size of its file, for the weights in float32, a graph of them and what is left of compiling it: the default
+# checkpoint, 44 MB in half precision, took 410 MB at most, and the small one, 2.8 MB, took 72.
+MEMORY_OF_FILE = 10
+MEMORY_BYTES = 100_000_000  # on top of it
+
+Load = Callable[[Path], Checkpoint]
+OpenEngine = Callable[..., tuple[Engine, Checkpoint]]
+
+
+class CandidateMaker:
+    """Makes models ready to be served; its methods wait, and are for a thread of their own.
+
+    It does not give way to others: the threads that an engine starts would do so for good, and one that holds Python's
+    lock while others have the cores would keep the event loop waiting.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        thread: EngineThread,
+        metrics: Metrics,
+        monitor: Monitor,
+        ledger: KeyLedger,
+        *,
+        load: Load = load_checkpoint,
+        open_engine: OpenEngine = open_engine,
+        begin: Callable[..., Profiled] = begin_profile,
+    ) -> None:
+        """Take what they share with the one that is served.
+
+        Args:
+            settings: every knob.
+            thread: on which engines compute.
+            metrics: what is counted.
+            monitor: looks at the machine.
+            ledger: of what the holders of keys have had.
+            load: reads a checkpoint.
+            open_engine: makes an engine for it.
+            begin: reads the latencies that were measured before, and measures what is needed to begin.
+        """
+        self._settings, self._thread, self._metrics, self._monitor = settings, thread, metrics, monitor
+        self._ledger, self._load, self._open_engine, self._begin = ledger, load, open_engine, begin
+
+    def load(self, name: str) -> Checkpoint:
+        """Load a checkpoint.
+
+        Raises:
+            CheckpointError: there is none of that name, or it is broken.
+            ModelChangeError: the memory that is free holds no second model of its size.
+        """
+        path = find_checkpoint(name)
+        needed, free = MEMORY_OF_FILE * path.stat().st_size + MEMORY_BYTES, self._monitor.latest.memory_available_bytes
+        if free is not None and needed > free:
+            message = f"a second model of this size may take {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
+            raise ModelChangeError(message)
+        return self._load(path)
+
+    def prepare(self, checkpoint: Checkpoint, beside: ServedModel) -> ServedModel:
+        """Compile a model, run each sub-network once, and find out or measure how long it takes.
+
+        Raises:
+            DeviceError: no engine can run it here.
+            ModelChangeError: what it answers is no number.
+            NotReadyError: the server stops.
+        """
+        settings = self._settings
+        threads = settings.threads or engine_threads(checkpoint, self._monitor.latest.cores)
+        kind, device, precision = settings.engine, settings.device, settings.precision
+        engine, checkpoint = self._open_engine(checkpoint, kind, device, precision, threads)
+        run = self.run_of(engine)
+        require_numbers(run, checkpoint.config.image_side, checkpoint.config.subnetworks)
+        if engine.is_on_gpu:  # where it takes a moment, and also tells how much memory an image takes
+            self._thread.work(engine.warm_up).result()
+        return assemble(
+            settings,
+            checkpoint,
+            engine,
+            self._thread,
+            metrics=self._metrics,
+            monitor=self._monitor,
+            threads=threads,
+            ledger=self._ledger,
+            known=self._latencies(checkpoint, engine, run, beside),
+        )
+
+    def run_of(self, engine: Engine) -> Run:
+        """Return what runs a batch of an engine between those of requests, and waits for it."""
+
+        def run(images: Tensor, subnetwork: SubNetwork) -> Tensor:
+            return self._thread.work(partial(engine.run, images, subnetwork)).result()
+
+        return run
+
+    def _latencies(
+        self, checkpoint: Checkpoint, engine: Engine, run: Run, beside: ServedModel
+    ) -> Profiled | LatencyTable:
+        """Take over those of the model that is served where they must be the same, or else begin to measure."""
+        folder, most, name = self._settings.profile_folder, self._settings.max_batch_size, engine.describe()
+        padded = engine.pads_batches
+        begin = partial(self._begin, checkpoint, name, run, folder=folder, max_batch_size=most, is_padded=padded)
+        is_same = checkpoint.config == beside.checkpoint.config and name == beside.engine.describe()
+        if not is_same:
+            return begin()
+        if not isinstance(beside.known, LatencyTable):
+            return inherited_profile(
+                checkpoint, name, beside.known[0].figures, folder=folder, max_batch_size=most, is_padded=padded
+            )
+        if beside.known.seconds.keys() >= extended_profile(checkpoint).by_subnetwork.keys():
+            return beside.known
+        return begin()

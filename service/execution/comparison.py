@@ -1,0 +1,96 @@
+"""Holds a model against the one that is served, on images that this has answered: whether they agree, and how fast."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models.subnetwork import SubNetwork
+from service.engines.base import Run
+from service.errors import ModelChangeError
+from service.execution.live_sample import SampledImage
+
+TIMED_IMAGES = 8  # fewer say nothing of latency: one batch beside a neighbour's burst takes three times as long
+NO_NUMBERS = "the new model answers what is no number"
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A model: what runs it, for no longer than an image takes, and what its classes are called."""
+
+    run: Run
+    class_names: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What was found so far.
+
+    Attributes:
+        num_images: that both have answered.
+        num_agreeing: to which both gave the same name.
+    """
+
+    num_images: int = 0
+    num_agreeing: int = 0
+    _ratios: list[float] = field(default_factory=list)
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the images to which both gave the same name, 0..1; None where there are none."""
+        return self.num_agreeing / self.num_images if self.num_images else None
+
+    @property
+    def latency_ratio(self) -> float | None:
+        """Median of the new one's latency over the old one's; None where there are too few to tell."""
+        return statistics.median(self._ratios) if len(self._ratios) >= TIMED_IMAGES else None
+
+    def add(self, *, agrees: bool, ratio: float) -> None:
+        """Count an image."""
+        self.num_images += 1
+        self.num_agreeing += agrees
+        self._ratios.append(ratio)
+
+
+class Comparer:
+    """Lets two models answer the same images with the same sub-networks, one after the other."""
+
+    def __init__(self, old: Contender, new: Contender, clock: Callable[[], float]) -> None:
+        """Take both, and the clock to time them by."""
+        self._old, self._new, self._clock = old, new, clock
+        self._prepared: set[SubNetwork] = set()
+        self.found = Comparison()
+
+    def compare(self, image: SampledImage) -> None:
+        """Let both answer an image.
+
+        Raises:
+            ModelChangeError: the new one's answer is no number.
+        """
+        if image.subnetwork not in self._prepared:
+            self._answer(self._new, image)  # a library prepares itself for the first of a shape
+            self._prepared.add(image.subnetwork)
+        (old, old_s), (new, new_s) = (self._answer(each, image) for each in (self._old, self._new))
+        if not new.isfinite().all():
+            raise ModelChangeError(NO_NUMBERS)
+        said = (self._old.class_names[int(old.argmax())], self._new.class_names[int(new.argmax())])
+        self.found.add(agrees=said[0] == said[1], ratio=new_s / max(old_s, 1e-9))
+
+    def _answer(self, contender: Contender, image: SampledImage) -> tuple[Tensor, float]:
+        began_at = self._clock()
+        logits = contender.run(image.pixels[None], image.subnetwork)
+        return logits[0], self._clock() - began_at
+
+
+def require_numbers(run: Run, image_side: int, subnetworks: tuple[SubNetwork, ...]) -> None:
+    """Run each sub-network once, on an image of zeros.
+
+    Raises:
+        ModelChangeError: an answer is no number.
+    """
+    blank = torch.zeros(1, 3, image_side, image_side, dtype=torch.uint8)
+    for subnetwork in subnetworks:
+        if not run(blank, subnetwork).isfinite().all():
+            raise ModelChangeError(NO_NUMBERS)

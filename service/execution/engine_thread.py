@@ -1,0 +1,216 @@
+"""The one thread on which engines run: it gives batchers a batch in turn, and small work of others its time between.
+
+One engine computes at a time, whichever models are served. Nothing is decided here: what a batch is, is the batcher's.
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from service.errors import NotReadyError
+
+WORK_SHARE = 0.1  # of the engine's time that work beside batches may take while requests come ...
+QUIET_S = 0.05  # ... and after which without a batch it may take all of it
+WORK_S = 1.0  # that a piece of it should take, for the watchdog
+
+T = TypeVar("T")
+
+
+class Served(Protocol):
+    """What gets turns: a batcher. All of it but `running` is called on the thread.
+
+    Attributes:
+        has_work: whether a request waits for the engine.
+        is_over: whether none is left, and none will come.
+        running: when what it runs began, and the seconds that it should take; None where it runs nothing.
+    """
+
+    @property
+    def has_work(self) -> bool: ...  # noqa: D102 - above
+    @property
+    def is_over(self) -> bool: ...  # noqa: D102
+    @property
+    def running(self) -> tuple[float, float] | None: ...  # noqa: D102
+
+    def take_turn(self) -> None:
+        """Run a batch."""
+        ...
+
+    def rest(self) -> float:
+        """Take note that nothing waits; returns the seconds until `take_idle_turn` is due, which may be infinite."""
+        ...
+
+    def take_idle_turn(self) -> None:
+        """Do what there is to do while nothing waits."""
+        ...
+
+    def engine_freed(self) -> None:
+        """Take note that the engine was another's, or had nothing to do, until now."""
+        ...
+
+    def close(self) -> None:
+        """Take note that it gets no more turns."""
+        ...
+
+
+class EngineThread:
+    """The thread, and who takes turns on it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start with nothing to serve; the clock is monotonic, in seconds."""
+        self._clock, self._executor = clock, ThreadPoolExecutor(1, "engine")
+        self._lock, self._wake = threading.Lock(), threading.Event()
+        self._served: dict[Served, Future[None]] = {}
+        self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._is_looping = False
+        self._working: tuple[float, float] | None = None
+        self._work_due_at = self._batch_at = -math.inf
+
+    @property
+    def running(self) -> tuple[float, float] | None:
+        """When what the engine is at began, and the seconds that it should take; None where it is at nothing."""
+        with self._lock:
+            served = list(self._served)
+        return self._working or next((each.running for each in served if each.running is not None), None)
+
+    def submit(self, function: Callable[[], T]) -> "Future[T]":
+        """Run something on the thread while nothing is served there."""
+        return self._executor.submit(function)
+
+    def serve(self, served: Served) -> "Future[None]":
+        """Give a batcher turns until it is over; the future then has a result, or what a turn of it raised."""
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # it ends when the batcher does
+        with self._lock:
+            self._served[served] = done
+            if not self._is_looping:
+                self._is_looping = True
+                self._executor.submit(self._loop)
+        self._wake.set()
+        return done
+
+    def work(self, function: Callable[[], T]) -> "Future[T]":
+        """Run a short piece of work between two batches, of which one at most waits for it.
+
+        While requests come, work gets WORK_SHARE of the engine's time. Where nothing is served, or no more before its
+        turn comes, its future has a NotReadyError.
+        """
+        done: Future[T] = Future()
+        with self._lock:
+            is_served = self._is_looping
+            if is_served:
+                self._work.append((function, done))
+        if not is_served:
+            done.set_exception(NotReadyError("the server is stopping"))
+        self._wake.set()
+        return done
+
+    def wake(self) -> None:
+        """Have a look at what there is to do."""
+        self._wake.set()
+
+    def shutdown(self, *, wait: bool) -> None:
+        """End the thread once nothing is served."""
+        self._executor.shutdown(wait=wait)
+
+    def _loop(self) -> None:
+        try:
+            self._give_turns()
+        except BaseException as error:  # a bug: those who wait for the end must hear of it
+            with self._lock:
+                ends = [*self._served.values(), *(done for _, done in self._work)]
+                self._is_looping = False
+                self._served.clear()
+                self._work.clear()
+            for done in ends:
+                done.set_exception(error)
+            raise
+
+    def _give_turns(self) -> None:
+        while served := self._still_served():
+            wanting = [each for each in served if each.has_work]
+            if self._work and self._work_wait_s(is_quiet=not wanting) <= 0:
+                self._do_work()
+            elif wanting:
+                self._give_each_a_turn(wanting)
+            else:
+                self._rest(served)
+            # For those that wait, what others take is time that goes by between their batches, and is planned with.
+            _tell_freed([each for each in served if each not in wanting])
+
+    def _still_served(self) -> list[Served]:
+        """Let go of those that are over, and return the others; with the last, work has no one to wait for."""
+        with self._lock:
+            served = list(self._served)
+        for each in served:
+            if each.is_over:
+                self._end(each)
+        with self._lock:
+            if self._served:
+                return list(self._served)
+            self._is_looping, left = False, list(self._work)
+            self._work.clear()
+        for _, done in left:
+            done.set_exception(NotReadyError("the server is stopping"))
+        return []
+
+    def _give_each_a_turn(self, wanting: Sequence[Served]) -> None:
+        for each in wanting:
+            try:
+                each.take_turn()
+            except Exception as error:  # whatever a policy or a model raises, the other models must go on
+                self._end(each, error)
+            self._batch_at = self._clock()
+
+    def _end(self, served: Served, error: Exception | None = None) -> None:
+        served.close()
+        with self._lock:
+            done = self._served.pop(served)
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def _rest(self, served: Sequence[Served]) -> None:
+        """Wait for something to do, and do what is for idle moments where nothing comes."""
+        due_s, idler = min(((each.rest(), each) for each in served), key=lambda pair: pair[0])
+        self._wake.clear()
+        # What came before the clearing may not have been seen.
+        if list(self._served) != served or any(each.has_work or each.is_over for each in served):
+            return
+        wait_s = min(due_s, self._work_wait_s(is_quiet=True))
+        if not self._wake.wait(None if wait_s == math.inf else max(0.0, wait_s)) and due_s <= wait_s:
+            idler.take_idle_turn()
+
+    def _work_wait_s(self, *, is_quiet: bool) -> float:
+        """Tell how long it is until a piece of work may run; infinite where there is none."""
+        if not self._work:
+            return math.inf
+        due_at = min(self._work_due_at, self._batch_at + QUIET_S) if is_quiet else self._work_due_at
+        return due_at - self._clock()
+
+    def _do_work(self) -> None:
+        function, done = self._work.popleft()
+        if not done.set_running_or_notify_cancel():
+            return
+        began_at = self._clock()
+        self._working = began_at, WORK_S
+        try:
+            result = function()
+        except Exception as error:  # it is for those who asked for the work
+            done.set_exception(error)
+        else:
+            done.set_result(result)
+        finally:
+            self._working = None
+            now = self._clock()
+            self._work_due_at = now + (now - began_at) * (1 / WORK_SHARE - 1)
+
+
+def _tell_freed(served: Sequence[Served]) -> None:
+    for each in served:
+        each.engine_freed()

@@ -1,0 +1,247 @@
+"""Puts another model in the place of the one that is served, step by step; whatever goes wrong, that one goes on.
+
+It loads and compiles the new one beside it, compares the two, lets the new one answer while the old one stands by, and
+lets go of the old one in the end. No request is lost: each is answered by the model that took it.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from models.checkpoint import Checkpoint, CheckpointError
+from models.errors import DeviceError
+from service.assembly import ServedModel
+from service.candidate import CandidateMaker
+from service.errors import ModelChangeError, NotReadyError
+from service.execution.comparison import Comparer, Comparison, Contender
+from service.execution.live_sample import KEPT_IMAGES
+from service.model_change import ChangeOutcome, ChangeReport, ChangeStep, ModelChange, Trial
+from service.served_models import ServedModels
+from service.telemetry.metrics import Metrics
+
+WATCHED_ANSWERS = 32  # of the new model, before the old one is let go ...
+WATCH_S = 10.0  # ... or the time for which it stands by where fewer come
+COMPARE_S = 30.0  # after which no further image is compared, a shadow's time apart
+LOOK_S = 0.05  # between two looks at how the new one does
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class _WentBackError(Exception):
+    """The new model failed at work."""
+
+
+class ModelChanger:
+    """One change at a time, from the event loop."""
+
+    def __init__(
+        self,
+        models: ServedModels,
+        maker: CandidateMaker,
+        metrics: Metrics,
+        *,
+        refusal: str | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        """Take the collaborators.
+
+        Args:
+            models: what is served.
+            maker: of the new one.
+            metrics: what is counted.
+            refusal: why none may ask for a change; None where one may.
+            sleep: waits for so many seconds.
+            clock: monotonic, in seconds.
+            draw: yields a number from 0 to less than 1 for each image that a shadow might see.
+        """
+        self._models, self._maker, self._metrics, self._refusal = models, maker, metrics, refusal
+        self._sleep, self._clock, self._draw = sleep, clock, draw
+        self._task: asyncio.Task[None] | None = None
+        self._report: ChangeReport | None = None
+
+    @property
+    def report(self) -> ChangeReport | None:
+        """How the change that goes on gets on, or the last one has ended; None before the first."""
+        return self._report
+
+    def ask(self, change: ModelChange) -> ChangeReport:
+        """Begin a change that an operator asks for, and say how it stands.
+
+        Raises:
+            ModelChangeError: another one goes on, or none may be asked for.
+            NotReadyError: nothing is served yet.
+        """
+        if self._refusal is not None:
+            raise ModelChangeError(self._refusal)
+        return self.begin(change)
+
+    def begin(self, change: ModelChange) -> ChangeReport:
+        """Begin a change; errors as `ask`."""
+        if self._task is not None and not self._task.done():
+            raise ModelChangeError("another change of the model goes on; ask again once it has ended")
+        if self._models.is_empty:
+            raise NotReadyError("the server has no model to change yet; try again in a moment")
+        self._report = report = ChangeReport(change.checkpoint, datetime.now(UTC))
+        self._task = asyncio.create_task(self._change(change))
+        return report
+
+    def close(self) -> None:
+        """Give up what goes on, because the server stops."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _change(self, change: ModelChange) -> None:
+        began_at, message = self._clock(), None
+        outcome: ChangeOutcome = "stopped"
+        leaving: list[object] = []
+        try:
+            outcome, message = await self._outcome_of(change, leaving)
+            await self._sleep(LOOK_S)  # by then nothing else keeps it
+            await asyncio.to_thread(leaving.clear)  # a tenth of a second, in which the event loop would stand still
+        finally:
+            seconds = round(self._clock() - began_at, 3)
+            self._note(outcome=outcome, message=message, seconds=seconds)
+            self._metrics.model.change_ended(outcome)
+            logger.info(
+                "change of the model to %s: %s%s", change.checkpoint, outcome, f", {message}" if message else ""
+            )
+
+    async def _outcome_of(self, change: ModelChange, leaving: list[object]) -> tuple[ChangeOutcome, str | None]:
+        try:
+            return await self._take_steps(change, leaving)
+        except _WentBackError as error:
+            return "went_back", str(error)
+        except (ModelChangeError, CheckpointError, DeviceError) as error:
+            return "refused", str(error)
+        except NotReadyError as error:
+            return "stopped", error.message
+        except Exception:  # a bug, or what a library raises on a model that it cannot run: the old one goes on
+            logger.exception("the change of the model to %s failed", change.checkpoint)
+            return "failed", "the new model cannot be prepared; the server's log says why"
+
+    async def _take_steps(self, change: ModelChange, leaving: list[object]) -> tuple[ChangeOutcome, str | None]:
+        """Change the model; `leaving` then holds the parts of the one that is not served, which take time to free."""
+        old = self._models.main
+        checkpoint = await asyncio.to_thread(self._maker.load, change.checkpoint)
+        self._note(name=checkpoint.name, version=checkpoint.version)
+        if checkpoint.version == old.checkpoint.version:
+            return "unchanged", "it is served already"
+        if not change.force:
+            _require_comparable(checkpoint, old.checkpoint, change)
+        self._at("prepare")
+        new = await asyncio.to_thread(self._maker.prepare, checkpoint, old)
+        leaving += (new.engine, new.checkpoint)
+        try:
+            if _can_compare(checkpoint, old.checkpoint):
+                self._at("compare")
+                await self._compare(change, old, new)
+            await self._put_to_work(change, old, new)
+        except BaseException:
+            new.close()
+            raise
+        self._at("retire")
+        await self._models.retire(old, self._sleep)
+        leaving[:] = (old.engine, old.checkpoint)
+        return "done", None
+
+    async def _compare(self, change: ModelChange, old: ServedModel, new: ServedModel) -> None:
+        """Let both answer the images that the old one has answered of late, and those that come in a shadow's time.
+
+        Raises:
+            ModelChangeError: they agree on too few, the new one is too slow, or it answers what is no number.
+        """
+        before, after = (Contender(self._maker.run_of(each.engine), each.checkpoint.class_names) for each in (old, new))
+        comparer, shadow, began_at = Comparer(before, after, self._clock), change.shadow, self._clock()
+        shadow_ends_at = began_at + (0.0 if shadow is None else shadow.seconds)
+        while self._clock() < max(shadow_ends_at, began_at + COMPARE_S):
+            is_enough = self._clock() >= shadow_ends_at and comparer.found.num_images >= KEPT_IMAGES
+            image = None if is_enough else old.sample.take()
+            if image is None:
+                if self._clock() >= shadow_ends_at:
+                    break
+                await self._sleep(LOOK_S)
+            elif shadow is None or self._draw() < shadow.share:
+                await asyncio.to_thread(comparer.compare, image)
+                found = comparer.found
+                self._note(num_compared=found.num_images, agreement=found.agreement, latency_ratio=found.latency_ratio)
+        if not change.force:
+            _require_fit(comparer.found, change)
+
+    async def _put_to_work(self, change: ModelChange, old: ServedModel, new: ServedModel) -> None:
+        """Let the new model answer, at first some of the requests where that is asked for; the old one stands by.
+
+        Raises:
+            _WentBackError: the new one failed, and the old one answers again.
+        """
+        models, has_gone_well = self._models, False
+        models.begin(new)
+        try:
+            if change.canary is not None:
+                self._at("canary")
+                await self._try_out(new, change.canary)
+            self._at("watch")
+            self._metrics.model.serves(new.checkpoint.name, new.checkpoint.version)
+            await self._try_out(new, Trial(1.0, WATCH_S), WATCHED_ANSWERS)
+            models.accept()
+            has_gone_well = True
+        finally:
+            if not has_gone_well:
+                models.drop(new)
+                self._metrics.model.serves(old.checkpoint.name, old.checkpoint.version)
+                await models.retire(new, self._sleep)
+
+    async def _try_out(self, new: ServedModel, trial: Trial, num_answers: float = float("inf")) -> None:
+        """Let the new model answer a share of the requests, for a time or until it has answered so many."""
+        self._models.try_out(new, trial.share)
+        ends_at, until = self._clock() + trial.seconds, new.sample.num_answered + num_answers
+        while self._clock() < ends_at and new.sample.num_answered < until:
+            await self._sleep(LOOK_S)
+            if new.sample.num_failed or self._models.has_ended(new):
+                raise _WentBackError("the new model failed on a request; the old one is back")
+
+    def _at(self, step: ChangeStep) -> None:
+        self._note(step=step)
+
+    def _note(self, **news: Any) -> None:  # noqa: ANN401 - of a report
+        if self._report is not None:
+            self._report = replace(self._report, **news)
+
+
+def _can_compare(new: Checkpoint, old: Checkpoint) -> bool:
+    """Tell whether one takes the other's images and sub-networks."""
+    return new.config.image_side == old.config.image_side and set(old.config.patch_grids) <= set(new.config.patch_grids)
+
+
+def _require_comparable(new: Checkpoint, old: Checkpoint, change: ModelChange) -> None:
+    """See whether the new model is of the old one's kind, before anything of it runs.
+
+    Raises:
+        ModelChangeError: it is not, or is known to be too dear.
+    """
+    if not _can_compare(new, old):
+        raise ModelChangeError('it takes other images or patch grids than the one that is served; "force" serves it')
+    dearer = _cheapest_macs(new) / _cheapest_macs(old)
+    if dearer > change.most_slowdown:
+        message = f"its cheapest sub-network costs {dearer:.3g} times as much as the one that is served"
+        raise ModelChangeError(f"{message}, more than most_slowdown, {change.most_slowdown:g}")
+
+
+def _cheapest_macs(checkpoint: Checkpoint) -> int:
+    return min(row.macs for row in checkpoint.profile.rows)
+
+
+def _require_fit(found: Comparison, change: ModelChange) -> None:
+    if found.agreement is not None and found.agreement < change.least_agreement:
+        message = f"it agrees with the one that is served on {found.agreement:.1%} of {found.num_images} images"
+        raise ModelChangeError(f"{message}, less than least_agreement, {change.least_agreement:.1%}")
+    if found.latency_ratio is not None and found.latency_ratio > change.most_slowdown:
+        message = f"it takes {found.latency_ratio:.3g} times as long as the one that is served"
+        raise ModelChangeError(f"{message}, more than most_slowdown, {change.most_slowdown:g}")

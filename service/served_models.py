@@ -1,0 +1,124 @@
+"""The model that is served, and for a while the one that is to take its place: which of them answers a request."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+
+from service.assembly import ServedModel
+from service.errors import NotReadyError
+
+LOOK_S = 0.02  # between two looks at whether a model has done with its requests
+
+logger = logging.getLogger(__name__)
+
+
+class ServedModels:
+    """One model, or two of which the second gets a share of the requests. All of it is for the event loop."""
+
+    def __init__(self, draw: Callable[[], float] = random.random) -> None:
+        """Start with none; `draw` yields a number from 0 to less than 1 for each request."""
+        self._draw = draw
+        self._current: ServedModel | None = None
+        self._candidate: ServedModel | None = None
+        self._share = 0.0  # of the candidate
+        self._serving: dict[ServedModel, asyncio.Task[None]] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether none is served yet."""
+        return self._current is None
+
+    @property
+    def main(self) -> ServedModel:
+        """What answers most requests.
+
+        Raises:
+            NotReadyError: there is none yet.
+        """
+        return self.all[0]
+
+    @property
+    def all(self) -> tuple[ServedModel, ...]:
+        """What answers requests, first what answers most of them; errors as `main`."""
+        return self._in_order(0.5)
+
+    def drawn(self) -> tuple[ServedModel, ...]:
+        """Return what may answer a request that comes now, what was drawn for it first; errors as `main`."""
+        return self._in_order(0.0 if self._candidate is None else self._draw())
+
+    def _in_order(self, drawn: float) -> tuple[ServedModel, ...]:
+        """Return what may answer a request for which a number was drawn; errors as `main`."""
+        if self._current is None:
+            raise NotReadyError("the server is warming up or measuring its latencies; try again in a moment")
+        if self._candidate is None or not self._share:
+            return (self._current,)
+        first, second = self._candidate, self._current
+        return (first, second) if drawn < self._share else (second, first)
+
+    def begin(self, model: ServedModel) -> None:
+        """Let a model take turns on the engine's thread."""
+        self._serving[model] = asyncio.create_task(model.serve())
+
+    def start(self, first: ServedModel) -> None:
+        """Begin to serve the first model."""
+        self._current = first
+        self.begin(first)
+
+    async def run(self) -> None:
+        """Serve on, whatever takes the first one's place, until `stop`, and until all that came is answered.
+
+        Raises:
+            Exception: that which ended the model that is served.
+        """
+        try:
+            while (model := self._current) is not None:
+                serving = self._serving[model]
+                await asyncio.wait([serving])
+                if model is self._current:
+                    return serving.result()
+        finally:
+            self.stop()
+            await asyncio.gather(*self._serving.values(), return_exceptions=True)
+
+    def try_out(self, model: ServedModel, share: float) -> None:
+        """Let a model that has begun answer a share of the requests, 0..1; at 0 it gets none any more."""
+        self._candidate, self._share = model, share
+
+    def has_ended(self, model: ServedModel) -> bool:
+        """Tell whether a model takes no turns any more, as one that fails whatever the image."""
+        return self._serving[model].done()
+
+    def accept(self) -> ServedModel:
+        """Serve what is tried out instead of what was served; returns the latter."""
+        old, new = self._current, self._candidate
+        if old is None or new is None:
+            raise ValueError("nothing is tried out")
+        self._current, self._candidate, self._share = new, None, 0.0
+        return old
+
+    def drop(self, model: ServedModel) -> None:
+        """Give no request any more to a model that is tried out."""
+        if self._candidate is model:
+            self._candidate, self._share = None, 0.0
+
+    async def retire(self, model: ServedModel, sleep: Callable[[float], Awaitable[None]]) -> None:
+        """Let a model that gets no requests any more answer those that it has, and let go of it."""
+        serving = self._serving[model]
+        while not model.is_unused and not serving.done():
+            await sleep(LOOK_S)
+        model.batcher.stop()
+        await asyncio.wait([serving])
+        del self._serving[model]
+        if error := serving.exception():
+            logger.error("%s %s: %s", model.checkpoint.name, model.checkpoint.version, error, exc_info=error)
+
+    def stop(self) -> None:
+        """Take no new request; those that came are still answered."""
+        for model in self._serving:
+            model.batcher.stop()
+
+    def abandon(self) -> None:
+        """Answer all requests with an error, because the engine never will."""
+        for model in self._serving:
+            model.batcher.abandon()

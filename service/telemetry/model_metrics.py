@@ -1,0 +1,41 @@
+"""Which model is served, and how changes of it have ended."""
+
+from collections.abc import Callable
+from typing import get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from service.model_change import ChangeOutcome
+
+
+class ModelMetrics:
+    """Follows the model."""
+
+    def __init__(self, registry: CollectorRegistry, gauge: Callable[..., Gauge]) -> None:
+        """Declare the metrics; `gauge` takes name, text, how workers' values become one, and labels."""
+        self._info = gauge(
+            "supervit_model_info",
+            "1 for the checkpoint that is served, 0 for those before it.",
+            "livemax",
+            ["name", "version"],
+        )
+        self._changes = Counter(
+            "supervit_model_changes",
+            "Changes of the model that were asked for, by how they ended.",
+            ["outcome"],
+            registry=registry,
+        )
+        self._served: tuple[str, str] | None = None
+        for outcome in get_args(ChangeOutcome):
+            self._changes.labels(outcome)
+
+    def serves(self, name: str, version: str) -> None:
+        """Name the model that answers from now on."""
+        if self._served is not None:
+            self._info.labels(*self._served).set(0)  # to remove a label is not possible among workers
+        self._served = name, version
+        self._info.labels(name, version).set(1)
+
+    def change_ended(self, outcome: ChangeOutcome) -> None:
+        """Count a change."""
+        self._changes.labels(outcome).inc()

@@ -1,0 +1,211 @@
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import pytest
+
+from service.errors import NotReadyError
+from service.execution.engine_thread import QUIET_S, WORK_SHARE, EngineThread
+
+WAIT_S = 10  # of real time, at most
+
+
+class Hours:
+    """A clock that turns move."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Scripted:
+    """Has so many batches to run, of a second each; is over once it has run them and may end."""
+
+    def __init__(self, name: str, ran: list[str], hours: Hours, batches: int = 0, due_s: float = math.inf) -> None:
+        self.name, self.ran, self.hours, self.due_s = name, ran, hours, due_s
+        self.batches, self.may_end = batches, False
+        self.running: tuple[float, float] | None = None
+        self.error: Exception | None = None
+        self.freed_at: list[float] = []
+        self.rests = threading.Event()
+        self.idled, self.is_closed = threading.Event(), False
+        self.then: Callable[[], None] = lambda: None
+
+    @property
+    def has_work(self) -> bool:
+        return self.batches > 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.may_end and not self.batches
+
+    def take_turn(self) -> None:
+        self.batches -= 1
+        self.hours.now += 1.0
+        self.ran.append(self.name)
+        if self.error:
+            raise self.error
+        self.then()
+
+    def rest(self) -> float:
+        self.rests.set()
+        return self.due_s
+
+    def take_idle_turn(self) -> None:
+        self.idled.set()
+
+    def engine_freed(self) -> None:
+        self.freed_at.append(self.hours.now)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Stage:
+    def __init__(self) -> None:
+        self.hours, self.ran = Hours(), list[str]()
+        self.thread = EngineThread(self.hours)
+        self.served: deque[Scripted] = deque()
+
+    def scripted(self, name: str, batches: int = 0, due_s: float = math.inf) -> Scripted:
+        self.served.append(Scripted(name, self.ran, self.hours, batches, due_s))
+        return self.served[-1]
+
+    def held_back(self) -> threading.Event:
+        """Keep the thread busy until the event is set, so that what is served meanwhile begins together."""
+        may_go_on = threading.Event()
+        self.thread.submit(lambda: may_go_on.wait(WAIT_S))
+        return may_go_on
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    stage = Stage()
+    yield stage
+    for served in stage.served:
+        served.batches, served.may_end = 0, True
+    stage.thread.wake()
+    stage.thread.shutdown(wait=True)
+
+
+def test_batchers_get_a_batch_in_turn_and_leave_when_they_are_over(stage: Stage) -> None:
+    one, other = stage.scripted("one", 2), stage.scripted("other", 3)
+    one.may_end = other.may_end = True
+    go = stage.held_back()
+    ends = [stage.thread.serve(each) for each in (one, other)]
+    go.set()
+    assert [end.result(WAIT_S) for end in ends] == [None, None]
+    assert stage.ran == ["one", "other", "one", "other", "other"]
+    assert one.is_closed
+    assert other.is_closed
+
+
+def test_one_that_fails_ends_alone(stage: Stage) -> None:
+    one, other = stage.scripted("one", 2), stage.scripted("other", 2)
+    one.error, other.may_end = ZeroDivisionError(), True
+    go = stage.held_back()
+    failed, fine = (stage.thread.serve(each) for each in (one, other))
+    go.set()
+    assert isinstance(failed.exception(WAIT_S), ZeroDivisionError)
+    assert fine.result(WAIT_S) is None
+    assert stage.ran == ["one", "other", "other"]
+
+
+def test_one_that_comes_while_all_others_rest_is_served_at_once(stage: Stage) -> None:
+    resting, late = stage.scripted("resting"), stage.scripted("late", 1)
+    stage.thread.serve(resting)
+    assert resting.rests.wait(WAIT_S)
+    late.may_end = True
+    assert stage.thread.serve(late).result(WAIT_S) is None
+
+
+def test_what_others_take_counts_as_time_between_the_batches_of_those_that_wait_only(stage: Stage) -> None:
+    busy, resting = stage.scripted("busy", 2), stage.scripted("resting")
+    busy.may_end = True
+    go = stage.held_back()
+    end = stage.thread.serve(busy)
+    stage.thread.serve(resting)
+    go.set()
+    end.result(WAIT_S)
+    assert busy.freed_at == []
+    assert resting.freed_at[:2] == [101.0, 102.0]
+
+
+def test_work_runs_at_once_where_the_engine_has_been_quiet(stage: Stage) -> None:
+    resting = stage.scripted("resting")
+    stage.thread.serve(resting)
+    assert resting.rests.wait(WAIT_S)
+    assert stage.thread.work(lambda: 7).result(WAIT_S) == 7
+
+
+def test_work_gets_its_share_while_requests_come(stage: Stage) -> None:
+    pieces, busy = 4, stage.scripted("busy", 60)
+
+    def piece() -> None:
+        stage.hours.now += 1.0
+        stage.ran.append("work")
+
+    go = stage.held_back()
+    stage.thread.serve(busy)
+    done = [stage.thread.work(piece) for _ in range(pieces)]
+    go.set()
+    for each in done:
+        each.result(WAIT_S)
+    places = [place for place, name in enumerate(stage.ran) if name == "work"]
+    between = round(1 / WORK_SHARE) - 1
+    assert [after - before - 1 for before, after in pairwise(places)] == [between] * (pieces - 1)
+
+
+def test_work_that_fails_fails_for_those_who_asked_and_the_next_piece_runs(stage: Stage) -> None:
+    stage.thread.serve(stage.scripted("resting"))
+    failing = stage.thread.work(lambda: 1 // 0)
+    assert isinstance(failing.exception(WAIT_S), ZeroDivisionError)
+    stage.hours.now += QUIET_S
+    stage.thread.wake()
+    assert stage.thread.work(lambda: 7).result(WAIT_S) == 7
+
+
+def test_the_watchdog_hears_of_work_and_of_batches(stage: Stage) -> None:
+    resting = stage.scripted("resting")
+    stage.thread.serve(resting)
+    assert stage.thread.running is None
+    running = stage.thread.work(lambda: stage.thread.running).result(WAIT_S)
+    assert running is not None
+    assert running[0] == stage.hours.now
+    resting.running = (5.0, 6.0)
+    assert stage.thread.running == (5.0, 6.0)
+
+
+def test_nothing_waits_for_work_where_nothing_is_served_or_no_more(stage: Stage) -> None:
+    assert isinstance(stage.thread.work(lambda: 7).exception(WAIT_S), NotReadyError)
+    busy = stage.scripted("busy", 1)
+    busy.may_end = True
+    go = stage.held_back()
+    stage.thread.serve(busy)
+    first, second = (stage.thread.work(lambda: setattr(stage.hours, "now", stage.hours.now + 1)) for _ in range(2))
+    go.set()
+    assert first.result(WAIT_S) is None
+    assert isinstance(second.exception(WAIT_S), NotReadyError)
+
+
+def test_an_idle_moment_goes_to_the_one_that_is_due_first(stage: Stage) -> None:
+    later, sooner = stage.scripted("later", due_s=60.0), stage.scripted("sooner", due_s=0.001)
+    go = stage.held_back()
+    for each in (later, sooner):
+        stage.thread.serve(each)
+    go.set()
+    assert sooner.idled.wait(WAIT_S)
+    assert not later.idled.is_set()
+
+
+def test_a_bug_in_the_loop_is_told_to_those_who_wait_for_its_end(stage: Stage) -> None:
+    broken, other = stage.scripted("broken"), stage.scripted("other")
+    broken.rest = lambda: 1 // 0  # type: ignore[method-assign] # it is one
+    go = stage.held_back()
+    ends = [stage.thread.serve(each) for each in (broken, other)]
+    go.set()
+    assert all(isinstance(end.exception(WAIT_S), ZeroDivisionError) for end in ends)

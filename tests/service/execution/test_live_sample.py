@@ -1,0 +1,46 @@
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.subnetwork import SubNetwork
+from service.execution.live_sample import KEPT_IMAGES, LiveSample, SampledImage
+from service.execution.results import Ranked
+
+SMALL = SubNetwork(2, 0.5)
+
+
+def image(value: int) -> Tensor:
+    return torch.full((3, 2, 2), value, dtype=torch.uint8)
+
+
+def said(*probabilities: float) -> list[Ranked]:
+    return [
+        Ranked(np.zeros(2, np.float32), np.array([each, 0.0], np.float32), np.array([0, 1])) for each in probabilities
+    ]
+
+
+def test_one_image_of_a_batch_is_kept_and_taken_once() -> None:
+    sample = LiveSample()
+    sample.answered([image(1), image(2)], SMALL, said(0.5, 0.5))
+    taken = sample.take()
+    assert isinstance(taken, SampledImage)
+    assert (int(taken.pixels[0, 0, 0]), taken.subnetwork) == (1, SMALL)
+    assert sample.take() is None
+    assert (sample.num_answered, sample.num_failed) == (2, 0)
+
+
+def test_no_more_than_a_few_are_kept_and_those_the_latest() -> None:
+    sample = LiveSample()
+    for value in range(KEPT_IMAGES + 5):
+        sample.answered([image(value)], SMALL, said(0.5))
+    kept = []
+    while (taken := sample.take()) is not None:
+        kept.append(int(taken.pixels[0, 0, 0]))
+    assert kept == list(range(5, KEPT_IMAGES + 5))
+
+
+def test_what_is_no_number_is_a_failure_as_is_an_error() -> None:
+    sample = LiveSample()
+    sample.answered([image(1), image(2)], SMALL, said(float("nan"), 0.5))
+    sample.failed()
+    assert (sample.num_answered, sample.num_failed) == (1, 2)

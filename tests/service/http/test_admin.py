@@ -1,0 +1,225 @@
+"""The routes of the model over a real runtime, whose engines a test holds back or makes fail."""
+
+import gc
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from models.checkpoint import Checkpoint, Header, save_checkpoint
+from models.latency import LatencyTable
+from models.supervit import SuperViT
+from service.model_changer import WATCHED_ANSWERS
+from service.runtime import ServerRuntime
+from service.settings import Settings
+from tests.service.conftest import CONFIG
+from tests.service.http.scripted_server import ScriptedEngine, error_code, sample, serving
+
+LIMIT_S = 20
+
+
+class Server:
+    """A server of `tiny` that may be given `other`, whose engine is at hand before it is made."""
+
+    def __init__(self, settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, folder: Path) -> None:
+        torch.manual_seed(0)  # the same weights
+        model = SuperViT(CONFIG).eval()
+        self.path = folder / "other.safetensors"
+        save_checkpoint(self.path, model, Header("other", CONFIG, checkpoint.class_names, checkpoint.profile))
+        self.old, self.new = ScriptedEngine(checkpoint), ScriptedEngine(replace(checkpoint, model=model))
+        self.runtime = ServerRuntime(settings, checkpoint, self.old, latencies, open_engine=self.open_engine)
+        self.client: TestClient
+
+    def open_engine(self, checkpoint: Checkpoint, *_: object) -> tuple[ScriptedEngine, Checkpoint]:
+        return self.new, checkpoint
+
+    def put(self, **members: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
+        response = self.client.put("/admin/model", json={"checkpoint": str(self.path)} | members)
+        assert response.status_code == 202, response.text
+        return dict(response.json())
+
+    def report(self) -> dict[str, Any]:
+        return dict(self.client.get("/admin/model").json())
+
+    def until(self, step: str) -> None:
+        """Wait for a step that nothing but the test ends."""
+        self._wait(lambda change: change["step"] == step or change["outcome"] is not None)
+        assert self.report()["change"]["outcome"] is None, self.report()
+
+    def outcome(self) -> dict[str, Any]:
+        self._wait(lambda change: change["outcome"] is not None)
+        return dict(self.report()["change"])
+
+    def _wait(self, is_so: Any) -> None:  # noqa: ANN401 - a condition
+        deadline = time.monotonic() + LIMIT_S
+        while not is_so(self.report()["change"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def ask(self, photo: bytes) -> str:
+        response = self.client.post("/classify?budget_ms=20000", content=photo)
+        assert response.status_code == 200, response.text
+        return str(response.json()["model"]["name"])
+
+    def change(self, photo: bytes) -> dict[str, Any]:
+        """Change the model under a little traffic, to the end."""
+        self.put()
+        self.until("watch")
+        for _ in range(WATCHED_ANSWERS):
+            self.ask(photo)
+        return self.outcome()
+
+
+@pytest.fixture
+def server(settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, tmp_path: Path) -> Iterator[Server]:
+    server = Server(settings, checkpoint, latencies, tmp_path)
+    with serving(server.runtime) as server.client:
+        yield server
+
+
+def test_before_a_change_there_is_none_to_tell_of(server: Server) -> None:
+    assert server.report() == {"model": {"name": "tiny", "version": "0123456789ab"}, "change": None}
+
+
+def test_the_model_changes_and_every_route_follows(server: Server, photo: bytes) -> None:
+    assert server.ask(photo) == "tiny"
+    answer = server.put()
+    assert (answer["change"]["step"], answer["change"]["outcome"]) == ("load", None)
+    server.until("watch")
+    assert [server.ask(photo) for _ in range(WATCHED_ANSWERS)] == ["other"] * WATCHED_ANSWERS
+    change = server.outcome()
+    assert (change["outcome"], change["num_compared"], change["agreement"]) == ("done", 1, 1.0)
+    client = server.client
+    assert server.report()["model"] == {"name": "other", "version": change["version"]}
+    assert client.get("/subnetworks").json()["model"]["name"] == "other"
+    assert client.get("/health/ready").status_code == 200
+    assert client.post("/explain", content=photo).json()["model"]["name"] == "other"
+    assert (
+        client.post("/v2/models/other/infer", json=infer_body()).json()["parameters"]["checkpoint"] == change["version"]
+    )
+    assert client.post("/v2/models/tiny/infer", json=infer_body()).status_code == 404
+    assert client.get("/v2/models/other").json()["name"] == "other"
+    assert client.post("/predictions/other", content=photo).status_code == 200
+    assert client.post("/v2/repository/index").json()[0]["name"] == "other"
+    assert sample(client, 'supervit_model_info{name="other"') == 1
+    assert sample(client, 'supervit_model_info{name="tiny"') == 0
+    assert sample(client, 'supervit_model_changes_total{outcome="done"}') == 1
+
+
+def infer_body() -> dict[str, Any]:
+    pixels = [0.5] * (3 * CONFIG.image_side**2)
+    shape = [1, 3, CONFIG.image_side, CONFIG.image_side]
+    return {"inputs": [{"name": "image", "datatype": "FP32", "shape": shape, "data": pixels}]}
+
+
+def test_while_the_new_one_is_tried_out_both_can_be_named(server: Server) -> None:
+    server.put()
+    server.until("watch")
+    for name in ("tiny", "other"):
+        answer = server.client.post(f"/v2/models/{name}/infer", json=infer_body())
+        assert (answer.status_code, answer.json()["model_name"]) == (200, name)
+
+
+def test_a_broken_checkpoint_changes_nothing(server: Server, photo: bytes) -> None:
+    server.path.write_bytes(server.path.read_bytes()[:-100])
+    server.put()
+    change = server.outcome()
+    assert (change["outcome"], change["step"]) == ("refused", "load")
+    assert str(server.path) in change["message"]
+    assert server.ask(photo) == "tiny"
+
+
+def test_an_engine_that_fails_at_its_first_run_changes_nothing(server: Server, photo: bytes) -> None:
+    server.new.error = RuntimeError("no instructions")
+    server.put()
+    change = server.outcome()
+    assert (change["outcome"], change["step"]) == ("failed", "prepare")
+    assert "instructions" not in change["message"]
+    assert server.ask(photo) == "tiny"
+
+
+def test_a_model_that_fails_at_work_gives_its_place_back(server: Server, photo: bytes) -> None:
+    server.put()
+    server.until("watch")
+    server.new.error = RuntimeError("broken")
+    failed = server.client.post("/classify", content=photo)
+    assert error_code(failed, 500) == "model_error"
+    change = server.outcome()
+    assert (change["outcome"], change["message"]) == (
+        "went_back",
+        "the new model failed on a request; the old one is back",
+    )
+    assert server.ask(photo) == "tiny"
+    assert server.client.get("/health/ready").status_code == 200
+
+
+def test_a_second_change_waits_for_the_end_of_the_first(server: Server) -> None:
+    server.new.may_run.clear()
+    server.put()
+    server.until("prepare")
+    answer = server.client.put("/admin/model", json={"checkpoint": "x"})
+    assert error_code(answer, 409) == "model_change_refused"
+    server.new.may_run.set()
+
+
+def test_the_old_model_is_gone_from_memory_once_the_change_is_done(
+    settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, tmp_path: Path, photo: bytes
+) -> None:
+    """Without the garbage collector, which comes seldom to a server."""
+    server = Server(settings, checkpoint, latencies, tmp_path)
+    copy = replace(checkpoint, model=SuperViT(CONFIG).eval())
+    engine = ScriptedEngine(copy)
+    server.runtime = ServerRuntime(settings, copy, engine, latencies, open_engine=server.open_engine)
+    model, held = weakref.ref(copy.model), weakref.ref(engine)
+    del copy, engine
+    with serving(server.runtime) as server.client:
+        gc.collect()
+        gc.disable()
+        try:
+            server.put(force=True)
+            server.until("watch")
+            for _ in range(WATCHED_ANSWERS):
+                server.ask(photo)
+            assert server.outcome()["outcome"] == "done"
+            assert model() is None
+            assert held() is None
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"checkpoint": ""},
+        {"least_agreement": 1.1},
+        {"most_slowdown": 0},
+        {"canary": {"share": 2, "seconds": 1}},
+        {"shadow": {"share": 0.5}},
+        {"other": 1},
+    ],
+)
+def test_a_body_that_is_none_is_refused(server: Server, members: dict[str, Any]) -> None:
+    answer = server.client.put("/admin/model", json={"checkpoint": "x"} | members)
+    assert error_code(answer, 422) == "invalid_parameter"
+    assert server.report()["change"] is None
+
+
+def test_where_none_may_ask_for_a_change_the_refusal_says_why(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
+) -> None:
+    with serving(ServerRuntime(settings, checkpoint, engine, latencies, changes_refused="not here")) as client:
+        answer = client.put("/admin/model", json={"checkpoint": "x"})
+        assert error_code(answer, 409) == "model_change_refused"
+        assert answer.json()["error"]["message"] == "not here"
+
+
+def test_a_server_that_stops_during_a_change_ends(server: Server, photo: bytes) -> None:
+    server.put()
+    server.until("watch")
+    assert server.ask(photo) == "other"  # the fixture ends the server now

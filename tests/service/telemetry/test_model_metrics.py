@@ -1,0 +1,40 @@
+from typing import Any, get_args
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+
+from service.model_change import ChangeOutcome
+from service.telemetry.model_metrics import ModelMetrics
+
+
+class Page:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = ModelMetrics(self.registry, self.gauge)
+
+    def gauge(self, name: str, text: str, _: str, labels: Any) -> Gauge:  # noqa: ANN401 - as Gauge has them
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def read(self, metric: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(f"supervit_model_{metric}", labels)
+
+
+@pytest.fixture
+def page() -> Page:
+    return Page()
+
+
+def test_the_model_that_is_served_is_told_from_those_before_it(page: Page) -> None:
+    page.metrics.serves("tiny", "1")
+    page.metrics.serves("tiny", "2")
+    assert page.read("info", name="tiny", version="1") == 0
+    assert page.read("info", name="tiny", version="2") == 1
+    page.metrics.serves("tiny", "1")
+    assert page.read("info", name="tiny", version="1") == 1
+    assert page.read("info", name="tiny", version="2") == 0
+
+
+def test_every_end_of_a_change_is_there_from_the_start(page: Page) -> None:
+    assert [page.read("changes_total", outcome=outcome) for outcome in get_args(ChangeOutcome)] == [0] * 6
+    page.metrics.change_ended("refused")
+    assert page.read("changes_total", outcome="refused") == 1

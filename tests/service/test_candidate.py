@@ -1,0 +1,202 @@
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+from torch import Tensor
+
+from models.checkpoint import Checkpoint, Header, UnreadableCheckpointError, load_checkpoint, save_checkpoint
+from models.latency import LatencyTable
+from models.subnetwork import SubNetwork
+from service.assembly import Profiled, ServedModel, assemble
+from service.candidate import MEMORY_BYTES, MEMORY_OF_FILE, CandidateMaker
+from service.domain import InferenceRequest
+from service.engines.profile_store import begin_profile, extended_profile
+from service.engines.torch_engine import TorchEngine
+from service.errors import ModelChangeError
+from service.execution.engine_thread import EngineThread
+from service.machine.monitor import Monitor
+from service.scheduling.key_ledger import KeyLedger
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+
+pytestmark = pytest.mark.anyio
+
+
+class Noting(TorchEngine):
+    """Notes what it ran."""
+
+    def __init__(self, checkpoint: Checkpoint, described: str = "an engine") -> None:
+        super().__init__(checkpoint.model, "cpu", threads=1)
+        self.described, self.ran = described, list[tuple[SubNetwork, int]]()
+        self.bad: SubNetwork | None = None
+
+    def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        self.ran.append((subnetwork, len(images)))
+        logits = super().run(images, subnetwork)
+        return logits * float("nan") if subnetwork == self.bad else logits
+
+    def describe(self) -> str:
+        return self.described
+
+
+class Stage:
+    """A model that is served, and what makes another."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, free_bytes: int = 10**12) -> None:
+        self.settings = Settings(checkpoint=str(folder), profile_folder=folder, max_batch_size=2)
+        self.metrics, self.thread = Metrics(CollectorRegistry()), EngineThread()
+        self.monitor = Monitor(nvml=None, memory_bytes=lambda: (2 * free_bytes, free_bytes))
+        self.ledger, self.folder = KeyLedger(1.0), folder
+        self.engine, self.new = Noting(checkpoint), Noting(checkpoint)
+        self.checkpoint, self.begun = checkpoint, 0
+        self.maker = CandidateMaker(
+            self.settings,
+            self.thread,
+            self.metrics,
+            self.monitor,
+            self.ledger,
+            open_engine=lambda checkpoint, *_: (self.new, checkpoint),
+            begin=self.begin,
+        )
+
+    def begin(self, checkpoint: Checkpoint, *others: object, **options: object) -> Profiled:
+        self.begun += 1
+        return begin_profile(checkpoint, *others, budget_s=0.0, **options)  # type: ignore[arg-type] # as they are
+
+    def served(self, known: Profiled | LatencyTable) -> ServedModel:
+        return assemble(
+            self.settings,
+            self.checkpoint,
+            self.engine,
+            self.thread,
+            metrics=self.metrics,
+            monitor=self.monitor,
+            threads=1,
+            ledger=self.ledger,
+            known=known,
+        )
+
+    @asynccontextmanager
+    async def serving(self, known: Profiled | LatencyTable) -> AsyncIterator[ServedModel]:
+        model = self.served(known)
+        task = asyncio.create_task(model.serve())
+        await asyncio.sleep(0)
+        try:
+            yield model
+        finally:
+            model.batcher.stop()
+            await task
+            self.thread.shutdown(wait=True)
+            self.monitor.close()
+
+    def measured(self) -> Profiled:
+        return begin_profile(
+            self.checkpoint, "an engine", self.engine.run, folder=self.folder, max_batch_size=2, budget_s=10.0
+        )
+
+
+@pytest.fixture
+def path(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    path = tmp_path / "other.safetensors"
+    header = Header("other", checkpoint.config, checkpoint.class_names, checkpoint.profile)
+    save_checkpoint(path, checkpoint.model, header)
+    return path
+
+
+def test_a_checkpoint_is_loaded_where_the_memory_holds_it(checkpoint: Checkpoint, path: Path) -> None:
+    needed = MEMORY_OF_FILE * path.stat().st_size + MEMORY_BYTES
+    assert Stage(checkpoint, path.parent, needed).maker.load(str(path)).name == "other"
+    with pytest.raises(ModelChangeError, match="a second model of this size may take 100 MB, and 100 MB are free"):
+        Stage(checkpoint, path.parent, needed - 1).maker.load(str(path))
+
+
+def test_there_must_be_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(UnreadableCheckpointError, match="no such file"):
+        Stage(checkpoint, tmp_path).maker.load(str(tmp_path / "none.safetensors"))
+
+
+async def test_other_weights_of_the_same_shape_take_as_long_so_nothing_is_measured_anew(
+    checkpoint: Checkpoint, path: Path
+) -> None:
+    stage = Stage(checkpoint, path.parent)
+    known = stage.measured()
+    async with stage.serving(known) as old:
+        new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
+    assert stage.begun == 0
+    assert stage.new.ran == [(subnetwork, 1) for subnetwork in checkpoint.config.subnetworks]
+    figures = cast(Profiled, new.known)[0].figures
+    assert figures.seconds
+    assert figures == known[0].figures
+    new.close()
+
+
+async def test_a_table_that_is_to_be_believed_is_believed_of_the_new_one_too(
+    checkpoint: Checkpoint, path: Path
+) -> None:
+    table = LatencyTable((1, 2), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (0.1, 0.2)))
+    stage = Stage(checkpoint, path.parent)
+    async with stage.serving(table) as old:
+        new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
+    assert new.known is table
+    new.close()
+
+
+@pytest.mark.parametrize("different", ["engine", "config"])
+async def test_another_shape_or_engine_is_measured(checkpoint: Checkpoint, path: Path, different: str) -> None:
+    stage = Stage(checkpoint, path.parent)
+    known, other = stage.measured(), load_checkpoint(path)
+    if different == "engine":
+        stage.new.described = "another"
+    else:
+        other = replace(other, config=replace(other.config, crop_fraction=0.5))
+    async with stage.serving(known) as old:
+        new = await asyncio.to_thread(stage.maker.prepare, other, old)
+    assert stage.begun == 1
+    assert len(stage.new.ran) > len(checkpoint.config.subnetworks)
+    new.close()
+
+
+async def test_what_answers_no_number_is_not_served(checkpoint: Checkpoint, path: Path) -> None:
+    stage = Stage(checkpoint, path.parent)
+    stage.new.bad = checkpoint.config.subnetworks[-1]
+    async with stage.serving(stage.measured()) as old:
+        with pytest.raises(ModelChangeError, match="no number"):
+            await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
+
+
+async def test_a_gpus_engine_finds_out_how_much_memory_an_image_takes(checkpoint: Checkpoint, path: Path) -> None:
+    warmed_up: list[bool] = []
+    stage = Stage(checkpoint, path.parent)
+    stage.new.is_on_gpu = True  # there is none in truth
+    stage.new.warm_up = lambda: warmed_up.append(True)  # type: ignore[method-assign] # of this one
+    async with stage.serving(stage.measured()) as old:
+        new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
+    assert warmed_up == [True]
+    new.close()
+
+
+async def test_a_model_is_unused_once_no_request_is_in_it(checkpoint: Checkpoint, path: Path, photo: bytes) -> None:
+    stage = Stage(checkpoint, path.parent)
+    async with stage.serving(stage.measured()) as model:
+        assert model.is_unused
+        with model.server.explainer.turn():
+            assert not model.is_unused
+        assert model.is_unused
+        may_read = asyncio.Event()
+
+        async def read(_: float) -> bytes:
+            await may_read.wait()
+            return photo
+
+        asking = asyncio.create_task(model.server.pipeline.classify(read, InferenceRequest(time.monotonic())))
+        await asyncio.sleep(0)
+        assert not model.is_unused
+        may_read.set()
+        assert (await asking).predictions
+        assert model.is_unused
