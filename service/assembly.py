@@ -118,7 +118,7 @@ def assemble(
         batcher=batcher,
         max_in_flight=settings.max_in_flight,
         default_budget_ms=settings.default_budget_ms,
-        ledger=KeyLedger(catalog.cheapest.gflops, 1 / settings.workers),
+        ledger=KeyLedger(catalog.cheapest.gflops, 1 / settings.workers, metrics.keys.spent),
     )
 
     def describe() -> SubNetworksAnswer:

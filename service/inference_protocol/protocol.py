@@ -180,8 +180,8 @@ class InferenceProtocol:
         try:
             pipeline = self._open_pipeline()
             plan = self._plan(request, arrived_at, query, headers)
-            asked = replace(plan.wanted, address=address, key=key, client_waits_s=client_waits_s)
-            plan = replace(plan, wanted=asked)
+            of_client = replace(plan.wanted, address=address, key=key, client_waits_s=client_waits_s)
+            plan = replace(plan, wanted=replace(of_client, num_together=len(plan.images)))
             pipeline.check(plan.wanted)
             if pipeline.time_left_s(plan.wanted) <= 0:
                 raise UploadTimeoutError("the request did not arrive within its budget")
@@ -216,11 +216,12 @@ class InferenceProtocol:
     ) -> tuple[Classification, ...]:
         if len(plan.images) == 1:
             return (await self._classifier.classify(pipeline, _reading(plan.images[0]), plan.wanted, watch),)
-        together = Together(watch)
+        together, number = Together(watch), len(plan.images)
+        each = [replace(plan.wanted, image=place, num_together=number - place) for place in range(number)]
         answers = await asyncio.gather(
             *(
-                self._classifier.classify(pipeline, _reading(image), replace(plan.wanted, image=place), together)
-                for place, image in enumerate(plan.images)
+                self._classifier.classify(pipeline, _reading(image), wanted, together)
+                for image, wanted in zip(plan.images, each, strict=True)
             ),
             return_exceptions=True,
         )

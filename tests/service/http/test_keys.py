@@ -31,6 +31,8 @@ def keys(tmp_path: Path, checkpoint: Checkpoint) -> Path:
     path.write_text(
         entry("a")
         + entry("slow", gflops_per_s=1e-9, burst_gflops=1.5 * once)
+        + entry("several", gflops_per_s=1e-9, burst_gflops=16.5 * checkpoint.profile.cheapest.gflops)
+        + entry("few", gflops_per_s=1e-9, burst_gflops=15.5 * checkpoint.profile.cheapest.gflops)
         + entry("tiny", gflops_per_s=1e-12)
         + entry("low", highest_priority=-2, shortest_budget_ms=500)
         + entry("high", highest_priority=3)
@@ -197,6 +199,18 @@ def test_a_rate_holds_for_every_protocol(asked: TestClient, photo: bytes) -> Non
     assert asked.post("/v2/models/tiny/infer", json={"inputs": [image]}, headers=key("a")).status_code == 200
     assert sample(asked, 'supervit_key_requests_total{key="a",outcome="ok"}') == 1
     assert sample(asked, 'supervit_key_requests_total{key="slow",outcome="overloaded"}') == 2
+
+
+def test_the_images_of_one_request_share_what_a_rate_has_left_and_cost_nothing_where_it_is_refused(
+    asked: TestClient, photo: bytes, checkpoint: Checkpoint
+) -> None:
+    image = {"name": "image", "datatype": "BYTES", "shape": [16], "data": 16 * [base64.b64encode(photo).decode()]}
+    spent = 16 * checkpoint.profile.cheapest.gflops
+    for name, statuses, gflops in (("several", (200, 429, 429), spent), ("few", (422, 422), 0)):
+        for status in statuses:
+            response = asked.post("/v2/models/tiny/infer", json={"inputs": [image]}, headers=key(name))
+            assert response.status_code == status, response.text
+        assert sample(asked, f'supervit_key_gflops_total{{key="{name}"}}') == pytest.approx(gflops)
 
 
 def test_feedback_is_given_with_the_key_of_the_request_that_it_is_on(asked: TestClient, photo: bytes) -> None:
