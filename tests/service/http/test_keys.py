@@ -6,16 +6,22 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry
 
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
+from service.access.key_file import KeyFile
 from service.http.early_rejection import RESERVED, EarlyRejection
+from service.http.keys import KeyCheck
 from service.http.protocol import ARRIVED_AT
 from service.runtime import ServerRuntime
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
+from tests.service.http.raw_server import Server, measure, post
 from tests.service.http.scripted_server import ScriptedEngine, error_code, sample, serving
 
 HEADERS = {"Authorization": "Bearer secret-of-a"}
+LONG = 15_000_000  # bytes, more than sockets hold
 
 
 def entry(name: str, **limits: float) -> str:
@@ -64,6 +70,21 @@ def test_what_is_posted_needs_a_key(asked: TestClient, photo: bytes, route: str)
         assert error_code(response, 401) == "unauthorized"
         assert response.headers["WWW-Authenticate"] == "Bearer"
     assert asked.post(route, content=photo if route != "/decide" else None, headers=HEADERS).status_code == 200
+
+
+def test_what_comes_without_a_key_is_counted(asked: TestClient, photo: bytes) -> None:
+    asked.post("/classify", content=photo)
+    asked.get("/subnetworks")
+    assert sample(asked, 'supervit_requests_total{outcome="unauthorized"}') == 1
+
+
+@pytest.mark.anyio
+async def test_a_client_that_sends_a_long_body_without_a_key_still_hears_so(keys: Path) -> None:
+    check = KeyCheck(measure, KeyFile(keys), Metrics(CollectorRegistry()))  # type: ignore[arg-type] # an app's
+    async with Server(check) as server:  # type: ignore[arg-type] # as above
+        client = await server.connect()
+        await client.send(post(LONG) + bytes(LONG))
+        assert (await client.rest()).startswith(b"HTTP/1.1 401")
 
 
 @pytest.mark.parametrize("route", ["/health/ready", "/subnetworks", "/metrics", "/", "/openapi.json"])
