@@ -99,7 +99,7 @@ def _model(request: Request) -> tuple[str, str]:
 
 
 async def _parsed(body: bytes) -> tuple[PredictBody, list[Values]]:
-    """Parse a body; of a large one, the pixels of the list that is left empty come apart."""
+    """Parse a body; of a large one, the pixels of the lists that are left empty come apart."""
     numbers = list[Values]()
     if len(body) > LARGE_BYTES:
         body, numbers = await take_numbers(body, ("instances", "inputs", INPUT))
@@ -120,10 +120,14 @@ def _tensor(body: PredictBody, numbers: list[Values], side: int) -> InputTensor:
     if not isinstance(values, list):
         values = [values]
     images = [_unwrapped(value) for value in values]
-    if not images or None in images:
+    if not images or None in images or images.count([]) != len(numbers):
         raise InvalidTensorError(f"{INPUT}: images are wanted, as instances or inputs")
     if isinstance(images[0], str):
         return InputTensor(INPUT, "BYTES", (len(images),), images)
+    if numbers:
+        rest = iter(numbers)
+        images = [next(rest) if image == [] else image for image in images]
+        return InputTensor(INPUT, "FP32", (len(images), CHANNELS, side, side), images)
     return InputTensor(INPUT, "FP32", _shape(images), images)
 
 
