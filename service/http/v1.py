@@ -9,7 +9,7 @@ from pydantic_core import to_json
 from service.errors import InvalidTensorError, invalid_parameter
 from service.http.classify import Handle
 from service.http.context import RouteContext
-from service.http.error_shapes import V1_PREFIX, InferError
+from service.http.error_shapes import V1_PREFIX, InferError, describe_failures
 from service.http.inference import InferenceOverHttp
 from service.http.large_json import LARGE_BYTES, take_numbers
 from service.inference_protocol.descriptions import VERSION
@@ -80,9 +80,7 @@ def build_v1_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
         }
 
     body = {"required": True, "content": {"application/json": {"schema": PredictBody.model_json_schema()}}}
-    errors: dict[int | str, dict[str, Any]] = {
-        status_code: {"model": InferError} for status_code in (404, 408, 413, 415, 422, 429, 500, 503, 504)
-    }
+    errors = describe_failures(InferError)
     for path in ("/models/{name}", "/models/{name}/versions/{version}"):
         router.add_api_route(f"{path}/metadata", metadata)
         router.add_api_route(

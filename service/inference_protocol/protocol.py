@@ -97,7 +97,7 @@ class InferenceProtocol:
             )
 
     def server_metadata(self) -> JsonObject:
-        """Tell who answers, and which extensions of the protocol there are."""
+        """Name the server, its version and the extensions of the protocol that there are."""
         return {"name": SERVER_NAME, "version": metadata.version(SERVER_NAME), "extensions": list(EXTENSIONS)}
 
     def model_metadata(self, name: str, version: str = "") -> JsonObject:

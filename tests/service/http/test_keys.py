@@ -112,6 +112,12 @@ def test_the_schema_says_how_a_key_is_sent(asked: TestClient) -> None:
     assert "security" not in schema["paths"]["/subnetworks"]["get"]
 
 
+def test_the_schema_of_every_protocol_says_that_a_key_or_a_page_or_a_host_may_be_refused(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/classify", "/v1/models/{name}:predict", "/v2/models/{name}/infer", "/predictions/{name}"):
+        assert {"401", "403", "421"} <= set(paths[path]["post"]["responses"])
+
+
 def test_a_rate_lets_cheaper_ones_answer_before_it_rejects_and_says_when_to_come_again(
     asked: TestClient, photo: bytes, checkpoint: Checkpoint
 ) -> None:
