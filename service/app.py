@@ -77,7 +77,7 @@ def create_app(
     app.add_middleware(DirectRoutes, find=find_direct, errors=errors)
     if context.keys is not None:
         describe_keys(app)
-        app.add_middleware(KeyCheck, keys=context.keys)
+        app.add_middleware(KeyCheck, keys=context.keys, metrics=context.metrics)
     app.add_middleware(OriginPolicy, origins=context.cors_origins, hosts=context.allowed_hosts)
     if context.cors_origins:
         app.add_middleware(

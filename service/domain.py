@@ -91,6 +91,7 @@ class InferenceRequest:
         key: that it came with; None where none is asked for.
         client_waits_s: time from its arrival after which its client is gone, whatever the budget; None where it stays.
         image: its place among those that came with one message, from 0.
+        num_together: it and the images after it that are answered with it or not at all; 1 where it stands alone.
     """
 
     arrived_at: float
@@ -104,6 +105,7 @@ class InferenceRequest:
     key: ApiKey | None = None
     client_waits_s: float | None = None
     image: int = 0
+    num_together: int = 1
 
 
 @dataclass(frozen=True, slots=True)

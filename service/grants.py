@@ -31,7 +31,7 @@ class Allowance:
 
 
 def allow(request: InferenceRequest, catalog: VariantCatalog, ledger: KeyLedger, now: float) -> Allowance:
-    """Find what a request may cost at this moment.
+    """Find what a request may cost at this moment; of what its key has left, it leaves the others their shares.
 
     Raises:
         BudgetTooSmallError: no sub-network, or not the one that it names, fits its budget or ever fits its key.
@@ -43,14 +43,18 @@ def allow(request: InferenceRequest, catalog: VariantCatalog, ledger: KeyLedger,
     else:
         grant = catalog.grant_named(request.subnetwork, request.budget_gflops)
     max_gflops = math.inf if request.budget_gflops is None else request.budget_gflops
-    if request.key is None or grant.best.most_gflops <= (left := ledger.left_gflops(request.key, now)):
+    if request.key is None:
+        return Allowance(grant, max_gflops, is_rated=False)
+    left = ledger.left_gflops(request.key, now) / request.num_together
+    if grant.best.most_gflops <= left:
         return Allowance(grant, max_gflops, is_rated=False)
     least = catalog.variants[grant.by_level[0]].profile.gflops
     if least <= left:
         return Allowance(catalog.grant_within(left), left, is_rated=True)
-    wait_s = ledger.wait_s(request.key, least, now)
+    needed = request.num_together * least
+    wait_s = ledger.wait_s(request.key, needed, now)
     if math.isinf(wait_s):
-        raise BudgetTooSmallError(f"this costs {least} GFLOPs, more than this key may ever spend at once")
+        raise BudgetTooSmallError(f"this costs {needed:.6g} GFLOPs, more than this key may ever spend at once")
     message = "this key has used up its rate of work, even for the cheapest sub-network that would do; try again later"
     raise OverloadedError(message, "key", wait_s)
 

@@ -193,6 +193,7 @@ class Pipeline:
                 # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
                 if not self._scheduler.claim(queued, read_at):
                     self._scheduler.admit(queued, read_at, self._delay(read_at, queued))
+                charge.may_have_spent = True
                 decoding = self._decoder.submit(image, queued.deadline_at, queued.priority, request.address)
                 del image  # up to the limit of bodies, and of no use once it is decoded
                 self._slots_taken += 1

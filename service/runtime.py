@@ -141,7 +141,7 @@ class ServerRuntime:
         self._state = ServerState.STARTING
         self._drain_ends_at: float | None = None
         self._models, self._engine_thread = ServedModels(), EngineThread()
-        self._ledger = KeyLedger(catalog.cheapest.gflops, 1 / settings.workers)
+        self._ledger = KeyLedger(catalog.cheapest.gflops, 1 / settings.workers, self.metrics.keys.spent)
         maker = CandidateMaker(
             settings,
             self._engine_thread,

@@ -86,12 +86,10 @@ class ErrorAnswers:
 
     async def on_service_error(self, request: Request, error: ServiceError) -> Response:
         """Answer a request that fails."""
-        if isinstance(error, BodyTooLargeError) and not _waits_to_send(request):
-            await _discard(request)
-        accept = request.headers.get("accept", "")
-        response = make_error_response(*describe_error(error), path=request.scope["path"], accept=accept)
-        is_unread = isinstance(error, BodyTooLargeError | UploadTimeoutError)
-        return _closing(response) if is_unread or self._may_be_long(request) else response
+        if isinstance(error, BodyTooLargeError):
+            return await refuse(request, error)
+        response = _respond(request, error)
+        return _closing(response) if isinstance(error, UploadTimeoutError) or self._may_be_long(request) else response
 
     async def _on_invalid_parameter(self, request: Request, error: RequestValidationError) -> Response:
         # FastAPI says first of all that it is the query.
@@ -113,6 +111,13 @@ class ErrorAnswers:
         if "transfer-encoding" in request.headers or _waits_to_send(request):
             return True
         return int(request.headers.get("content-length", "0")) > self._max_body_bytes
+
+
+async def refuse(request: Request, error: ServiceError) -> Response:
+    """Answer a request whose body is not wanted, and close its connection."""
+    if not _waits_to_send(request):
+        await _discard(request)
+    return _closing(_respond(request, error))
 
 
 def describe_error(error: ServiceError) -> tuple[int, ErrorAnswer]:
@@ -152,6 +157,11 @@ async def _on_bug(request: Request, error: Exception) -> Response:
     described = _described(500, ServiceError.code, "the server failed; its log says why")
     path, accept = request.scope["path"], request.headers.get("accept", "")
     return make_error_response(500, described, headers, path=path, accept=accept)
+
+
+def _respond(request: Request, error: ServiceError) -> Response:
+    accept = request.headers.get("accept", "")
+    return make_error_response(*describe_error(error), path=request.scope["path"], accept=accept)
 
 
 def _described(status: int, code: str, message: str, details: dict[str, Any] | None = None) -> ErrorAnswer:

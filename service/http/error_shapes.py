@@ -3,6 +3,8 @@
 Ours is a problem of RFC 9457 with one member more, `error`.
 """
 
+from typing import Any
+
 from pydantic import BaseModel, Field
 
 from service.errors import UnknownModelError
@@ -10,6 +12,7 @@ from service.http.schemas import ErrorAnswer
 
 PROBLEM, JSON = "application/problem+json", "application/json"
 V1_PREFIX, V2_PREFIX = "/v1", "/v2"
+STATUSES = (401, 403, 404, 408, 413, 415, 421, 422, 429, 500, 503, 504)  # of requests to other servers' routes
 TORCHSERVE_PREFIXES = ("/predictions/", "/ping")
 TORCHSERVE_TYPES = {
     404: "ResourceNotFoundException",
@@ -33,6 +36,11 @@ class TorchServeError(BaseModel):
     code: int = Field(description="the status")
     type: str
     message: str = Field(description="a sentence for a person")
+
+
+def describe_failures(shape: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Describe how a request to a route of another server may fail, in OpenAPI's words."""
+    return {status: {"model": shape} for status in STATUSES}
 
 
 def shape_error(status: int, answer: ErrorAnswer, path: str, accept: str) -> tuple[bytes, str]:

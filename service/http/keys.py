@@ -3,16 +3,18 @@
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.access.key_file import HEADERS, KeyFile
 from service.domain import ApiKey
 from service.errors import ServiceError
-from service.http.error_responses import describe_error, make_error_response
+from service.http.error_responses import refuse
+from service.http.origins import SAFE_METHODS
+from service.telemetry.metrics import Metrics
+from service.telemetry.outcomes import counted
 
 KEY = "supervit.key"  # of the scope
-SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 # In OpenAPI's words.
 SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -45,9 +47,9 @@ def describe_keys(app: FastAPI) -> None:
 class KeyCheck:
     """Middleware that lets through what comes with a key, and what only looks."""
 
-    def __init__(self, app: ASGIApp, keys: KeyFile) -> None:
-        """Take what every request goes to, and the keys."""
-        self._app, self._keys = app, keys
+    def __init__(self, app: ASGIApp, keys: KeyFile, metrics: Metrics) -> None:
+        """Take what every request goes to, the keys, and what counts those that come with none of them."""
+        self._app, self._keys, self._metrics = app, keys, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand the request on with its key, or refuse it."""
@@ -55,11 +57,16 @@ class KeyCheck:
             await self._app(scope, receive, send)
             return
         try:
-            scope[KEY] = self._keys.find({name: value for name, value in scope["headers"] if name in HEADERS})
+            scope[KEY] = self._find(scope)
         except ServiceError as error:
-            accept = Headers(scope=scope).get("accept", "")
-            described, closing = describe_error(error), {"Connection": "close"}
-            response = make_error_response(*described, closing, path=scope["path"], accept=accept)
+            response = await refuse(Request(scope, receive), error)
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+    def _find(self, scope: Scope) -> ApiKey:
+        try:
+            return self._keys.find({name: value for name, value in scope["headers"] if name in HEADERS})
+        except ServiceError:
+            with counted(self._metrics):
+                raise

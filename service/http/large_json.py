@@ -18,6 +18,7 @@ from service.inference_protocol.messages import Values
 LARGE_BYTES = 1 << 18
 PIECE_BYTES = 1 << 16
 MAX_LISTS = MAX_IMAGES + 1  # each is looked through for its end
+MAX_DEPTH = 8  # of lists in lists; an end is looked for at every bracket, in as many steps
 MAX_MEMBERS = 1024  # beside the numbers; base64 has none of the signs that begin one
 
 
@@ -40,20 +41,26 @@ async def take_numbers(text: bytes, names: tuple[str, ...]) -> tuple[bytes, list
         opening = opens.search(text, start)
         if opening is None:
             break
-        brackets = b"]" * opening[1].count(b"[")
-        end = text.find(brackets, opening.end())
-        if end < 0 or text.find(b'"', opening.end(), end) >= 0:  # texts, or no end: the parser sees to it
+        depth = opening[1].count(b"[")
+        end = _find_end(text, depth, opening.end()) if depth <= MAX_DEPTH else None
+        # Texts, no end or no tensor: the parser sees to it.
+        if end is None or text.find(b'"', opening.end(), end.start()) >= 0:
             kept.append(text[start : opening.end()])
             start = opening.end()
             continue
         kept.append(text[start : opening.start(1)] + b"[]")
-        taken.append(await _parse_numbers(text, opening.end(), end))
-        start = end + len(brackets)
+        taken.append(await _parse_numbers(text, opening.end(), end.start()))
+        start = end.end()
     rest = b"".join((*kept, text[start:]))
     if sum(map(rest.count, (b",", b"[", b"{"))) > MAX_MEMBERS:
         message = f"the JSON is large and holds more than {MAX_MEMBERS} members beside lists of numbers"
         raise InvalidParameterError(message)  # millions would fill the memory
     return rest, taken
+
+
+def _find_end(text: bytes, depth: int, start: int) -> "re.Match[bytes] | None":
+    """Find the brackets that close so many lists at once; there may be white space between them."""
+    return re.compile(rb"\s*".join([rb"\]"] * depth)).search(text, start)
 
 
 async def _parse_numbers(text: bytes, start: int, end: int) -> npt.NDArray[np.float64]:

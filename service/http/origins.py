@@ -8,11 +8,11 @@ import ipaddress
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import ForeignOriginError, ServiceError, UnknownHostError
-from service.http.error_responses import describe_error, make_error_response
+from service.http.error_responses import refuse
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
@@ -36,9 +36,7 @@ class OriginPolicy:
             if scope["type"] == "http":
                 self._check(scope)
         except ServiceError as error:
-            accept = Headers(scope=scope).get("accept", "")
-            described, closing = describe_error(error), {"Connection": "close"}
-            response = make_error_response(*described, closing, path=scope["path"], accept=accept)
+            response = await refuse(Request(scope, receive), error)
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)

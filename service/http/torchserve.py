@@ -1,7 +1,5 @@
 """The two routes by which programs ask TorchServe for an image's classes and for its health."""
 
-from typing import Any
-
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic_core import to_json
@@ -11,7 +9,7 @@ from service.http.classify import Handle, read_upload, timing_header
 from service.http.context import RouteContext
 from service.http.descriptions import describe_timing
 from service.http.disconnects import ClientWatch
-from service.http.error_shapes import TorchServeError
+from service.http.error_shapes import TorchServeError, describe_failures
 from service.http.keys import key_of
 from service.inference_protocol.protocol import InferenceProtocol
 from service.telemetry.outcomes import counted
@@ -51,9 +49,7 @@ def make_predict(context: RouteContext, protocol: InferenceProtocol) -> Handle:
 def build_torchserve_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
     """Make the routes."""
     router = APIRouter(tags=[TAG])
-    errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": TorchServeError} for status in (404, 408, 413, 415, 422, 429, 500, 503, 504)
-    }
+    errors = describe_failures(TorchServeError)
     for path in (predict_path("{name}"), predict_path("{name}/{version}")):
         router.add_api_route(path, predict, methods=["POST"], response_model=dict[str, float], responses=errors)
         router.add_api_route(path, predict, methods=["PUT"], include_in_schema=False)  # as `curl -T` sends it

@@ -9,7 +9,7 @@ from pydantic_core import to_json
 from service.errors import InvalidTensorError, invalid_parameter
 from service.http.classify import Handle
 from service.http.context import RouteContext
-from service.http.error_shapes import V1_PREFIX, InferError
+from service.http.error_shapes import V1_PREFIX, InferError, describe_failures
 from service.http.inference import InferenceOverHttp
 from service.http.large_json import LARGE_BYTES, take_numbers
 from service.inference_protocol.descriptions import VERSION
@@ -80,9 +80,7 @@ def build_v1_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
         }
 
     body = {"required": True, "content": {"application/json": {"schema": PredictBody.model_json_schema()}}}
-    errors: dict[int | str, dict[str, Any]] = {
-        status_code: {"model": InferError} for status_code in (404, 408, 413, 415, 422, 429, 500, 503, 504)
-    }
+    errors = describe_failures(InferError)
     for path in ("/models/{name}", "/models/{name}/versions/{version}"):
         router.add_api_route(f"{path}/metadata", metadata)
         router.add_api_route(
@@ -99,7 +97,7 @@ def _model(request: Request) -> tuple[str, str]:
 
 
 async def _parsed(body: bytes) -> tuple[PredictBody, list[Values]]:
-    """Parse a body; of a large one, the pixels of the list that is left empty come apart."""
+    """Parse a body; of a large one, the pixels of the lists that are left empty come apart."""
     numbers = list[Values]()
     if len(body) > LARGE_BYTES:
         body, numbers = await take_numbers(body, ("instances", "inputs", INPUT))
@@ -120,10 +118,14 @@ def _tensor(body: PredictBody, numbers: list[Values], side: int) -> InputTensor:
     if not isinstance(values, list):
         values = [values]
     images = [_unwrapped(value) for value in values]
-    if not images or None in images:
+    if not images or None in images or images.count([]) != len(numbers):
         raise InvalidTensorError(f"{INPUT}: images are wanted, as instances or inputs")
     if isinstance(images[0], str):
         return InputTensor(INPUT, "BYTES", (len(images),), images)
+    if numbers:
+        rest = iter(numbers)
+        images = [next(rest) if image == [] else image for image in images]
+        return InputTensor(INPUT, "FP32", (len(images), CHANNELS, side, side), images)
     return InputTensor(INPUT, "FP32", _shape(images), images)
 
 

@@ -10,7 +10,7 @@ from service.domain import Classification
 from service.http.classify import Handle, timing_header
 from service.http.context import RouteContext
 from service.http.descriptions import describe_timing
-from service.http.error_shapes import V2_PREFIX, InferError
+from service.http.error_shapes import V2_PREFIX, InferError, describe_failures
 from service.http.inference import InferenceOverHttp
 from service.http.v2_bodies import JSON_LENGTH_HEADER, InferBody, read_request, write_reply
 from service.inference_protocol.protocol import InferenceProtocol
@@ -42,15 +42,13 @@ def make_infer(context: RouteContext, protocol: InferenceProtocol) -> Handle:
 
 def build_v2_router(context: RouteContext, protocol: InferenceProtocol, infer: Handle) -> APIRouter:
     """Make the routes."""
-    errors: dict[int | str, Path] = {
-        status: {"model": InferError} for status in (404, 408, 413, 415, 422, 429, 500, 503, 504)
-    }
+    errors = describe_failures(InferError)
     router = APIRouter(prefix=V2_PREFIX, tags=[TAG], responses={404: {"model": InferError}})
     models = ("/models/{name}", "/models/{name}/versions/{version}")
 
     @router.get("")
     async def server_metadata() -> dict[str, Any]:
-        """Tell who answers, and which extensions there are."""
+        """Name the server, its version and the extensions that there are."""
         return protocol.server_metadata()
 
     @router.get("/health/live")

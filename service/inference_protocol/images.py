@@ -19,7 +19,7 @@ INPUT = "image"
 CHANNELS = 3
 RAW_TYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}
 # Of the layout, and of values that came as JSON or in a message's list, as measured on a core of 2.5 GHz.
-RAW_NS, VALUES_NS = 3, 40
+RAW_NS, VALUES_NS = 3, 75
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 # A text is base64.
@@ -97,6 +97,8 @@ def _opened(datatype: str, cost_ns: float, decode: "partial[Tensor]") -> OpenedI
 
 def _from_list(values: object, datatype: str, side: int) -> Tensor:
     wanted = CHANNELS * side * side
+    if _holds_text(values):  # NumPy would read "0.5" as a number
+        raise InvalidTensorError(f"{INPUT}: numbers are wanted for {datatype}, and there are texts")
     try:
         # At once to numbers: of texts, NumPy would make an array whose every element is as long as the longest.
         pixels = np.asarray(values, np.float64)
@@ -110,6 +112,13 @@ def _from_list(values: object, datatype: str, side: int) -> Tensor:
     if (converted != pixels).any():
         raise InvalidTensorError(f"{INPUT}: values of UINT8 are whole numbers from 0 to 255")
     return to_uint8(converted.reshape(CHANNELS, side, side))
+
+
+def _holds_text(values: object) -> bool:
+    if not isinstance(values, list):
+        return isinstance(values, str)
+    types = set(map(type, values))
+    return str in types or (list in types and any(map(_holds_text, values)))
 
 
 def to_uint8(pixels: Pixels) -> Tensor:

@@ -23,8 +23,8 @@ def parameters_of(body: Parameters, query: Mapping[str, str], headers: Mapping[s
     """Read the parameters of a request.
 
     Args:
-        body: its own `parameters`, with Triton's `timeout` in microseconds, of which and `budget_ms` the shorter
-            counts.
+        body: its own `parameters`, with Triton's `priority`, and its `timeout` in microseconds, of which and
+            `budget_ms` the shorter counts.
         query: of its URL.
         headers: its headers or its metadata, by names in lower case.
 
@@ -37,10 +37,9 @@ def parameters_of(body: Parameters, query: Mapping[str, str], headers: Mapping[s
         if name in OF_SEQUENCES:
             _refuse_sequences(name, value)
         elif name not in OF_OTHERS:
-            values[name] = _number(name, value)
+            number = _number(name, value)
+            values[name] = _own_priority(number) if name == "priority" else number
     timeout_us = values.pop("timeout", None)
-    if "priority" in values:
-        values["priority"] = _own_priority(values["priority"])
     parameters = validated(ClassifyQuery, values)
     return parameters if timeout_us is None else _bounded(parameters, timeout_us)
 

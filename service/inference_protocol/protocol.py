@@ -92,7 +92,7 @@ class InferenceProtocol:
         self._find(name, version)
 
     def server_metadata(self) -> JsonObject:
-        """Tell who answers, and which extensions of the protocol there are."""
+        """Name the server, its version and the extensions of the protocol that there are."""
         return {"name": SERVER_NAME, "version": metadata.version(SERVER_NAME), "extensions": list(EXTENSIONS)}
 
     def model_metadata(self, name: str, version: str = "") -> JsonObject:
@@ -173,8 +173,8 @@ class InferenceProtocol:
         try:
             pipeline = self._open(request)
             plan = self._plan(request, pipeline.checkpoint, arrived_at, query, headers)
-            asked = replace(plan.wanted, address=address, key=key, client_waits_s=client_waits_s)
-            plan = replace(plan, wanted=asked)
+            of_client = replace(plan.wanted, address=address, key=key, client_waits_s=client_waits_s)
+            plan = replace(plan, wanted=replace(of_client, num_together=len(plan.images)))
             pipeline.check(plan.wanted)
             if pipeline.time_left_s(plan.wanted) <= 0:
                 raise UploadTimeoutError("the request did not arrive within its budget")
@@ -222,11 +222,12 @@ class InferenceProtocol:
     ) -> tuple[Classification, ...]:
         if len(plan.images) == 1:
             return (await self._classifier.classify(pipeline, _reading(plan.images[0]), plan.wanted, watch),)
-        together = Together(watch)
+        together, number = Together(watch), len(plan.images)
+        each = [replace(plan.wanted, image=place, num_together=number - place) for place in range(number)]
         answers = await asyncio.gather(
             *(
-                self._classifier.classify(pipeline, _reading(image), replace(plan.wanted, image=place), together)
-                for place, image in enumerate(plan.images)
+                self._classifier.classify(pipeline, _reading(image), wanted, together)
+                for image, wanted in zip(plan.images, each, strict=True)
             ),
             return_exceptions=True,
         )

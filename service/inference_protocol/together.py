@@ -17,7 +17,13 @@ class Together:
         self._failure: ServiceError | None = None
 
     def __enter__(self) -> "Together":
-        """Take note of a task that answers."""
+        """Take note of a task that answers.
+
+        Raises:
+            ServiceError: with which another has failed before this one began.
+        """
+        if self._failure:
+            raise self._failure
         if task := asyncio.current_task():
             self._tasks.add(task)
         self._watch.__enter__()

@@ -4,7 +4,7 @@ Pure: no clock, no threads. Work is counted in GFLOPs, 1e9 multiply-accumulates.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,9 +28,15 @@ class _Account:
 
 @dataclass(slots=True)
 class Charge:
-    """What a request has cost."""
+    """What a request has cost.
+
+    Attributes:
+        spent_gflops: that.
+        may_have_spent: whether work on it has begun, of which nothing may be known if it is broken off.
+    """
 
     spent_gflops: float = 0.0
+    may_have_spent: bool = False
 
 
 class KeyLedger:
@@ -41,15 +47,18 @@ class KeyLedger:
     and shedding heed already; where there is enough for all, it changes nothing.
     """
 
-    def __init__(self, answer_gflops: float, share: float = 1.0) -> None:
+    def __init__(
+        self, answer_gflops: float, share: float = 1.0, observe: Callable[[str, float], object] = lambda *_: None
+    ) -> None:
         """Start with full buckets.
 
         Args:
             answer_gflops: cost of the cheapest answer.
             share: of each key's rate and requests in flight that are this process's to grant: one of several.
+            observe: called with the name of a key and what a request of it was charged, once it has ended.
         """
         self._answer_gflops, self._credit = answer_gflops, CREDIT_ANSWERS * answer_gflops
-        self._share = share
+        self._share, self._observe = share, observe
         self._accounts: dict[str, _Account] = {}
 
     def left_gflops(self, key: ApiKey, now: float) -> float:
@@ -85,7 +94,7 @@ class KeyLedger:
     def charging(self, key: ApiKey | None, most_gflops: float, now: float) -> "Iterator[Charge]":
         """Take what a request may cost at most until the block ends, and then what it says that it cost.
 
-        One that is broken off, as where its client leaves, is charged the cheapest answer: it may have run.
+        One that is broken off once work on it has begun, as where its client leaves, is charged the cheapest answer.
 
         Raises:
             OverloadedError: as many requests of this key as may be are in flight.
@@ -106,12 +115,14 @@ class KeyLedger:
         except Exception:
             raise
         except BaseException:
-            charge.spent_gflops = self._answer_gflops
+            if charge.may_have_spent:
+                charge.spent_gflops = self._answer_gflops
             raise
         finally:
             account.in_flight -= 1
             account.tokens += most_gflops - charge.spent_gflops
             account.finish += (charge.spent_gflops - self._answer_gflops) / key.weight
+            self._observe(key.name, charge.spent_gflops)
 
     def _least(self, now: float) -> float:
         """Return what the active key has had that has had the least; no active one is far behind another."""

@@ -16,12 +16,15 @@ class KeyMetrics:
         )
         self._gflops = Counter(
             "supervit_key_gflops",
-            "Cost of the answers, in 1e9 multiply-accumulates, by the name of the API key.",
+            "Compute that requests were charged, in 1e9 multiply-accumulates, by the name of their API key.",
             ["key"],
             registry=registry,
         )
 
-    def finished(self, name: str, outcome: str, gflops: float = 0.0) -> None:
-        """Count a request out, and what its answer cost."""
+    def finished(self, name: str, outcome: str) -> None:
+        """Count a request out."""
         self._requests.labels(name, outcome).inc()
+
+    def spent(self, name: str, gflops: float) -> None:
+        """Count what a request was charged."""
         self._gflops.labels(name).inc(gflops)

@@ -29,11 +29,8 @@ def counted(
     metrics.request_started()
     started_at = clock()
     outcome, reason, is_missed = ServiceError.code, None, False  # of a bug, unless something better is known
-    spent_gflops = 0.0
 
     def record(answer: Classification) -> None:
-        nonlocal spent_gflops
-        spent_gflops = answer.gflops
         metrics.answered(answer, None if report is None else report.exemplar)
         if report is not None:
             report.answers.append(answer)
@@ -49,4 +46,4 @@ def counted(
     finally:
         metrics.request_finished(outcome, reason, is_missed=is_missed, took_s=clock() - started_at)
         if key is not None:
-            metrics.keys.finished(key.name, outcome, spent_gflops)
+            metrics.keys.finished(key.name, outcome)

@@ -1,3 +1,4 @@
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,29 @@ def test_a_rate_that_has_not_even_the_cheapest_left_says_when_it_will(catalog: V
     with spent, pytest.raises(OverloadedError) as caught:
         allow(request, catalog, ledger, 0.0)
     assert (caught.value.reason, caught.value.details["retry_after_s"]) == ("key", 0.25)
+
+
+def test_of_images_that_are_answered_together_each_leaves_the_others_enough(catalog: VariantCatalog) -> None:
+    request, ledger, least = rated(catalog, 3.5), KeyLedger(1.0), catalog.cheapest.gflops
+    assert request.key is not None
+    with ExitStack() as charges:
+        for left in (3, 2, 1):
+            allowance = allow(replace(request, num_together=left), catalog, ledger, 0.0)
+            assert least <= allowance.grant.best.most_gflops <= allowance.max_gflops
+            charges.enter_context(ledger.charging(request.key, allowance.grant.best.most_gflops, 0.0))
+        assert ledger.left_gflops(request.key, 0.0) >= 0
+
+
+def test_images_that_are_answered_together_wait_until_all_of_them_fit(catalog: VariantCatalog) -> None:
+    request, ledger = rated(catalog, 4.0), KeyLedger(1.0)
+    assert request.key is not None
+    with ledger.charging(request.key, 3 * catalog.cheapest.gflops, 0.0):
+        allow(request, catalog, ledger, 0.0)
+        with pytest.raises(OverloadedError) as caught:
+            allow(replace(request, num_together=3), catalog, ledger, 0.0)
+    assert caught.value.details["retry_after_s"] == pytest.approx(0.5)
+    with pytest.raises(BudgetTooSmallError, match="more than this key may ever spend"):
+        allow(replace(request, num_together=5), catalog, ledger, 0.0)
 
 
 def test_a_sub_network_by_name_waits_for_its_own_cost(catalog: VariantCatalog) -> None:

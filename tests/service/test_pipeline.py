@@ -17,7 +17,7 @@ from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.decoding.decoder import Decoder
-from service.domain import Classification, InferenceRequest, ReasonCode
+from service.domain import ApiKey, Classification, InferenceRequest, ReasonCode
 from service.errors import (
     BudgetTooSmallError,
     ClientGoneError,
@@ -294,6 +294,29 @@ async def test_a_client_that_leaves_once_its_deadline_has_passed_was_missed(
         assert parts.count("deadlines_total", result="missed") == missed
         assert (pipeline.scheduler.state(now).safety_factor > 1) == bool(missed)
         parts.open()
+
+
+async def test_a_key_pays_for_what_is_broken_off_only_once_its_image_may_have_been_decoded(
+    profiles: ProfileTable,
+) -> None:
+    parts, charged = Parts(), list[float]()
+    parts.ledger = KeyLedger(0.25, observe=lambda _, gflops: charged.append(gflops))
+    request = replace(wanted(), key=ApiKey("a"))
+
+    async def hang(_: float) -> bytes:
+        await asyncio.Event().wait()
+        raise AssertionError("it goes on")
+
+    async with running(parts, profiles) as pipeline:
+        for read in (hang, two_bytes):
+            leaving = asyncio.create_task(pipeline.classify(read, request))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            leaving.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await leaving
+        parts.open()
+    assert charged == [0.0, 0.25]
 
 
 async def test_what_is_cut_off_at_the_end_of_the_drain_is_no_client_that_left(profiles: ProfileTable) -> None:

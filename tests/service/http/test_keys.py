@@ -6,16 +6,22 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry
 
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
+from service.access.key_file import KeyFile
 from service.http.early_rejection import RESERVED, EarlyRejection
+from service.http.keys import KeyCheck
 from service.http.protocol import ARRIVED_AT
 from service.runtime import ServerRuntime
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
+from tests.service.http.raw_server import Server, measure, post
 from tests.service.http.scripted_server import ScriptedEngine, error_code, sample, serving
 
 HEADERS = {"Authorization": "Bearer secret-of-a"}
+LONG = 15_000_000  # bytes, more than sockets hold
 
 
 def entry(name: str, **limits: float) -> str:
@@ -31,6 +37,8 @@ def keys(tmp_path: Path, checkpoint: Checkpoint) -> Path:
     path.write_text(
         entry("a")
         + entry("slow", gflops_per_s=1e-9, burst_gflops=1.5 * once)
+        + entry("several", gflops_per_s=1e-9, burst_gflops=16.5 * checkpoint.profile.cheapest.gflops)
+        + entry("few", gflops_per_s=1e-9, burst_gflops=15.5 * checkpoint.profile.cheapest.gflops)
         + entry("tiny", gflops_per_s=1e-12)
         + entry("low", highest_priority=-2, shortest_budget_ms=500)
         + entry("high", highest_priority=3)
@@ -64,6 +72,21 @@ def test_what_is_posted_needs_a_key(asked: TestClient, photo: bytes, route: str)
     assert asked.post(route, content=photo if route != "/decide" else None, headers=HEADERS).status_code == 200
 
 
+def test_what_comes_without_a_key_is_counted(asked: TestClient, photo: bytes) -> None:
+    asked.post("/classify", content=photo)
+    asked.get("/subnetworks")
+    assert sample(asked, 'supervit_requests_total{outcome="unauthorized"}') == 1
+
+
+@pytest.mark.anyio
+async def test_a_client_that_sends_a_long_body_without_a_key_still_hears_so(keys: Path) -> None:
+    check = KeyCheck(measure, KeyFile(keys), Metrics(CollectorRegistry()))  # type: ignore[arg-type] # an app's
+    async with Server(check) as server:  # type: ignore[arg-type] # as above
+        client = await server.connect()
+        await client.send(post(LONG) + bytes(LONG))
+        assert (await client.rest()).startswith(b"HTTP/1.1 401")
+
+
 @pytest.mark.parametrize("route", ["/health/ready", "/subnetworks", "/metrics", "/", "/openapi.json"])
 def test_what_only_looks_needs_none(asked: TestClient, route: str) -> None:
     assert asked.get(route).status_code == 200
@@ -87,6 +110,12 @@ def test_the_schema_says_how_a_key_is_sent(asked: TestClient) -> None:
     for path in ("/classify", "/v2/models/{name}/infer", "/predictions/{name}"):
         assert len(schema["paths"][path]["post"]["security"]) == 2, "either will do"
     assert "security" not in schema["paths"]["/subnetworks"]["get"]
+
+
+def test_the_schema_of_every_protocol_says_that_a_key_or_a_page_or_a_host_may_be_refused(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/classify", "/v1/models/{name}:predict", "/v2/models/{name}/infer", "/predictions/{name}"):
+        assert {"401", "403", "421"} <= set(paths[path]["post"]["responses"])
 
 
 def test_a_rate_lets_cheaper_ones_answer_before_it_rejects_and_says_when_to_come_again(
@@ -197,6 +226,18 @@ def test_a_rate_holds_for_every_protocol(asked: TestClient, photo: bytes) -> Non
     assert asked.post("/v2/models/tiny/infer", json={"inputs": [image]}, headers=key("a")).status_code == 200
     assert sample(asked, 'supervit_key_requests_total{key="a",outcome="ok"}') == 1
     assert sample(asked, 'supervit_key_requests_total{key="slow",outcome="overloaded"}') == 2
+
+
+def test_the_images_of_one_request_share_what_a_rate_has_left_and_cost_nothing_where_it_is_refused(
+    asked: TestClient, photo: bytes, checkpoint: Checkpoint
+) -> None:
+    image = {"name": "image", "datatype": "BYTES", "shape": [16], "data": 16 * [base64.b64encode(photo).decode()]}
+    spent = 16 * checkpoint.profile.cheapest.gflops
+    for name, statuses, gflops in (("several", (200, 429, 429), spent), ("few", (422, 422), 0)):
+        for status in statuses:
+            response = asked.post("/v2/models/tiny/infer", json={"inputs": [image]}, headers=key(name))
+            assert response.status_code == status, response.text
+        assert sample(asked, f'supervit_key_gflops_total{{key="{name}"}}') == pytest.approx(gflops)
 
 
 def test_feedback_is_given_with_the_key_of_the_request_that_it_is_on(asked: TestClient, photo: bytes) -> None:

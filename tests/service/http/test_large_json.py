@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from service.errors import InvalidParameterError
-from service.http.large_json import MAX_LISTS, MAX_MEMBERS, PIECE_BYTES, take_numbers
+from service.http.large_json import MAX_DEPTH, MAX_LISTS, MAX_MEMBERS, PIECE_BYTES, take_numbers
 
 pytestmark = pytest.mark.anyio
 
@@ -23,6 +23,20 @@ async def test_numbers_come_apart_flat_and_in_order(data: object) -> None:
     rest, numbers = await taken({"a": 1, "data": data, "b": [{"values": [1, -2.5e3]}]})
     assert rest == {"a": 1, "data": [], "b": [{"values": []}]}
     assert numbers == [PIXELS.ravel().tolist(), [1, -2500]]
+
+
+@pytest.mark.parametrize("indent", [1, "\t"])
+async def test_lists_may_have_space_between_their_brackets(indent: int | str) -> None:
+    rest, numbers = await taken({"data": PIXELS[None].tolist(), "b": [{"values": [[1], [2]]}]}, indent=indent)
+    assert rest == {"data": [], "b": [{"values": []}]}
+    assert numbers == [PIXELS.ravel().tolist(), [1, 2]]
+
+
+async def test_lists_that_are_deeper_than_any_tensor_stay() -> None:
+    deep = [1]
+    for _ in range(MAX_DEPTH):
+        deep = [deep]  # type: ignore[list-item]
+    assert await taken({"data": deep}) == ({"data": deep}, [])
 
 
 async def test_numbers_of_many_pieces_are_all_there() -> None:

@@ -70,6 +70,14 @@ def test_large_json_is_read_as_small_is(
             outputs = client.post(PREDICT, json=body).json()["outputs"]
             for row, alone in zip(outputs["probabilities"], small, strict=True):
                 assert row == pytest.approx(alone["probabilities"][0], abs=1e-5)
+        for number in (16, 7):
+            instances = [{"image": image} for image in pixels[:number]]
+            body = {"instances": instances, "signature_name": "x" * LARGE_BYTES}
+            rows = client.post(PREDICT, json=body).json()["predictions"]
+            for answer, alone in zip(rows, small[:number], strict=True):
+                assert answer["probabilities"] == pytest.approx(alone["probabilities"][0], abs=1e-5)
+        mixed = {"inputs": pixels, "instances": [{"image": pixels[0]}], "signature_name": "x" * LARGE_BYTES}
+        assert "images are wanted" in error_of(client.post(PREDICT, json=mixed), 422)
 
 
 def test_budgets_are_in_the_query(client: TestClient, text: str) -> None:

@@ -57,6 +57,15 @@ def test_numbers_that_are_no_pixels_scaled_to_one_are_told_what_is_expected(valu
             decoded("FP32", contents, pixels.shape)
 
 
+@pytest.mark.parametrize("datatype", ["UINT8", "FP32"])
+def test_a_number_as_a_text_is_none(datatype: str) -> None:
+    pixels = np.ones((1, 3, SIDE, SIDE)).astype(object)
+    pixels[0, 1, 0, 0] = "1"
+    for contents in (pixels.ravel().tolist(), pixels.tolist(), ["1"]):
+        with pytest.raises(InvalidTensorError, match=f"numbers are wanted for {datatype}"):
+            decoded(datatype, contents, pixels.shape)
+
+
 @pytest.mark.parametrize("value", [-1, 256, 0.5, "x", None, 2**70, float("nan"), [1], "1" * 1000])
 def test_values_that_are_no_bytes_are_told(value: object) -> None:
     values: list[object] = [0] * (3 * SIDE * SIDE)

@@ -32,6 +32,13 @@ def test_of_tritons_priorities_one_is_the_highest(tritons: int | str, ours: int)
     assert parameters_of({"priority": tritons}, {}, {}).priority == ours
 
 
+@pytest.mark.parametrize("priority", [5, 1, 0, -3])
+def test_priorities_beside_the_body_are_ours(priority: int) -> None:
+    assert parameters_of({}, {"priority": str(priority)}, {}).priority == priority
+    assert parameters_of({}, {}, {"x-priority": str(priority)}).priority == priority
+    assert parameters_of({"priority": 2}, {"priority": str(priority)}, {}).priority == -1
+
+
 @pytest.mark.parametrize(
     ("body", "budget_ms"),
     [

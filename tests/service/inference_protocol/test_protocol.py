@@ -1,5 +1,5 @@
 import asyncio
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -56,12 +56,10 @@ class ScriptedPipeline:
     async def classify(
         self, read: Read, request: InferenceRequest, watch: AbstractContextManager[object] | None, _: object
     ) -> Classification:
-        self.asked.append(request)
-        image = await read(1.0)
-        self.images.append(image)
-        if watch is None:
-            return self._answer(image)
-        with watch:
+        with watch or nullcontext():
+            self.asked.append(request)
+            image = await read(1.0)
+            self.images.append(image)
             if image in self.holds_back:
                 await asyncio.Event().wait()
             await asyncio.sleep(0)
@@ -129,7 +127,8 @@ async def test_each_image_is_a_request_of_its_own_with_what_was_asked_anywhere(s
     await served.infer(b"first", b"second", parameters={"budget_gflops": 2, "top_k": 2})
     assert served.pipeline.images == [b"first", b"second"]
     asked = InferenceRequest(999.0, 50, budget_gflops=2, top_k=2, priority=-2, address="a")
-    assert served.pipeline.asked == [asked, replace(asked, image=1)]
+    assert served.pipeline.asked == [replace(asked, num_together=2), replace(asked, image=1)]
+    assert served.pipeline.checked.num_together == 2
     assert served.outcomes() == {"ok": 2}
 
 
@@ -190,6 +189,13 @@ async def test_where_one_image_fails_the_others_are_given_up_and_the_request_has
     served.pipeline.holds_back.add(b"slow")
     with pytest.raises(InvalidImageError, match="no image"):
         await served.infer(b"slow", b"broken", b"slow")
+    assert served.outcomes() == {"invalid_image": 3}
+
+
+async def test_an_image_that_fails_before_the_others_begin_lets_none_of_them_begin(served: Protocol) -> None:
+    with pytest.raises(InvalidImageError, match="neither base64"):
+        await served.infer("!!!!", "aGk=", "aG8=")
+    assert served.pipeline.images == []
     assert served.outcomes() == {"invalid_image": 3}
 
 

@@ -24,6 +24,12 @@ def spend(ledger: KeyLedger, key: ApiKey, gflops: float, now: float) -> None:
         charge.spent_gflops = gflops
 
 
+def break_off(ledger: KeyLedger, key: ApiKey, *, has_begun: bool) -> None:
+    with suppress(asyncio.CancelledError), ledger.charging(key, 20.0, 0.0) as charge:
+        charge.may_have_spent = has_begun
+        raise asyncio.CancelledError
+
+
 def test_a_key_without_a_rate_may_spend_what_it_likes() -> None:
     ledger = KeyLedger(1.0)
     spend(ledger, SMALL, 1e9, 0.0)
@@ -52,14 +58,25 @@ def test_what_a_request_may_cost_is_taken_until_it_has_ended_and_the_rest_is_giv
     assert ledger.left_gflops(RATED, 0.0) == 26.0
 
 
-def test_what_fails_costs_nothing_and_what_is_broken_off_costs_the_cheapest_answer() -> None:
+def test_what_fails_costs_nothing_and_what_is_broken_off_costs_the_cheapest_answer_once_work_has_begun() -> None:
     ledger = KeyLedger(1.5)
     with pytest.raises(ValueError, match="failed"), ledger.charging(RATED, 20.0, 0.0):
         raise ValueError("failed")
     assert ledger.left_gflops(RATED, 0.0) == 30.0
-    with pytest.raises(asyncio.CancelledError), ledger.charging(RATED, 20.0, 0.0):
-        raise asyncio.CancelledError
+    break_off(ledger, RATED, has_begun=False)
+    assert ledger.left_gflops(RATED, 0.0) == 30.0
+    break_off(ledger, RATED, has_begun=True)
     assert ledger.left_gflops(RATED, 0.0) == 28.5
+
+
+def test_what_is_charged_is_told_once_a_request_has_ended_whether_it_was_answered_or_broken_off() -> None:
+    told: list[tuple[str, float]] = []
+    ledger = KeyLedger(1.5, observe=lambda *charged: told.append(charged))
+    with ledger.charging(RATED, 20.0, 0.0) as charge:
+        charge.spent_gflops = 4.0
+        assert not told
+    break_off(ledger, SMALL, has_begun=True)
+    assert told == [("rated", 4.0), ("small", 1.5)]
 
 
 def test_one_of_several_processes_grants_its_share_of_a_rate_and_of_the_requests_in_flight() -> None:
