@@ -12,7 +12,7 @@ from service.inference_protocol.messages import (
     Parameters,
     RequestedOutput,
 )
-from service.inference_protocol.tensors import to_raw
+from service.inference_protocol.tensors import MAX_DIMENSIONS, to_raw
 from service.rpc import open_inference_pb2 as pb
 
 CONTENTS = {"BYTES": "bytes_contents", "UINT8": "uint_contents", "FP32": "fp32_contents"}
@@ -42,7 +42,8 @@ def _read_tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | Non
     if raw is not None and tensor.HasField("contents"):
         raise InvalidTensorError(f"{tensor.name}: there are contents and raw_input_contents; give one of them")
     contents = getattr(tensor.contents, CONTENTS[tensor.datatype]) if tensor.datatype in CONTENTS else ()
-    shape, parameters = tuple(tensor.shape), _read_parameters(tensor.parameters)
+    shape = tuple(tensor.shape[: MAX_DIMENSIONS + 1])  # longer ones are refused, whatever follows
+    parameters = _read_parameters(tensor.parameters)
     return InputTensor(tensor.name, tensor.datatype, shape, contents if raw is None else raw, parameters)
 
 

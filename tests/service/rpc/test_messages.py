@@ -111,6 +111,12 @@ def test_a_datatype_without_a_list_of_its_own_has_no_contents() -> None:
     assert not read_request(message).inputs[0].contents
 
 
+def test_of_a_shape_no_more_is_read_than_shows_that_it_is_none() -> None:
+    message = pb.ModelInferRequest()
+    message.inputs.add(name="a", datatype="BYTES", shape=[1] * 1000)
+    assert read_request(message).inputs[0].shape == (1,) * 5
+
+
 def test_a_reply_has_every_value_of_its_tensors_and_parameters() -> None:
     tensors = (
         OutputTensor("probabilities", "FP32", np.array([[0.25, 0.75]], np.float32)),
