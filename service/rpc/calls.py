@@ -79,7 +79,7 @@ def parse_message(data: bytes, message_type: type[M]) -> M:
         InvalidParameterError: they are none, or have more than MAX_FIELDS fields.
     """
     try:
-        if count_fields(data, message_type.DESCRIPTOR) > MAX_FIELDS:
+        if count_fields(data, message_type) > MAX_FIELDS:
             raise InvalidParameterError(f"the message has more than {MAX_FIELDS} fields, with those inside them")
         return message_type.FromString(data)
     except (DecodeError, ValueError) as error:

@@ -29,18 +29,19 @@ class TensorflowService:
         """Make what a server of gRPC calls upon."""
         method = self._answering.method
         predictions = {
-            "Predict": method("Predict", self._predict),
-            "GetModelMetadata": method("GetModelMetadata", self._model_metadata),
+            "Predict": method(f"{PREDICTION_SERVICE}/Predict", self._predict),
+            "GetModelMetadata": method(f"{PREDICTION_SERVICE}/GetModelMetadata", self._model_metadata),
         }
-        models = {"GetModelStatus": method("GetModelStatus", self._model_status)}
+        models = {"GetModelStatus": method(f"{MODEL_SERVICE}/GetModelStatus", self._model_status)}
         return (
             grpc.method_handlers_generic_handler(PREDICTION_SERVICE, predictions),
             grpc.method_handlers_generic_handler(MODEL_SERVICE, models),
         )
 
     async def _predict(self, messages: Messages, call: Call) -> tf.PredictResponse:
-        request = await self._answering.read_request(messages, call, tf.PredictRequest, read_request)
-        return write_reply(await self._answering.infer(request, call))
+        key = self._answering.key_of(call)
+        request = await self._answering.read_request(messages, call, key, tf.PredictRequest, read_request)
+        return write_reply(await self._answering.infer(request, call, key))
 
     async def _model_metadata(self, messages: Messages, _: Call) -> tf.GetModelMetadataResponse:
         asked = await self._answering.read(messages, tf.GetModelMetadataRequest)

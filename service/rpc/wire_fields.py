@@ -3,14 +3,17 @@
 An empty one takes two bytes, and becomes an object: some megabytes of them would hold up the event loop for seconds.
 """
 
+from typing import cast
+
 from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
 
 MAX_FIELDS = 1024  # with those of the messages inside; a request of many files and parameters has some hundreds
 VARINT, FIXED64, BYTES, GROUP, END_OF_GROUP, FIXED32 = range(6)
 SIZES = {FIXED64: 8, FIXED32: 4, GROUP: 0, END_OF_GROUP: 0}
 
 
-def count_fields(data: bytes, described: Descriptor) -> int:
+def count_fields(data: bytes, message_type: type[Message]) -> int:
     """Count the fields of a message and of those inside it; it stops soon after MAX_FIELDS.
 
     Numbers in a list are one field: protobuf packs them.
@@ -19,7 +22,7 @@ def count_fields(data: bytes, described: Descriptor) -> int:
         ValueError: it is no message.
     """
     try:
-        return _count(data, 0, len(data), described)
+        return _count(data, 0, len(data), cast("Descriptor", message_type.DESCRIPTOR))
     except IndexError as error:
         raise ValueError("a field is cut off") from error
 
