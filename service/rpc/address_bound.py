@@ -43,7 +43,7 @@ class AddressBound(grpc.aio.ServerInterceptor):
                 with self._answering.counting_failures() if is_inference(name) else nullcontext():
                     enter()
             except OverloadedError as error:
-                await self._answering.refuse(name, context, error)
+                await self._answering.refuse(name, self._answering.begin(context), context, error)
             answer = behaviour(asked, context)
             if isawaitable(answer):
                 return await answer

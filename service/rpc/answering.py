@@ -144,13 +144,12 @@ class Answering:
             watch=CancellationWatch(),
         )
 
-    async def refuse(self, name: str, context: Context, error: ServiceError) -> NoReturn:
-        """End a call that is not answered; `name` as in `method`."""
-        call, failure = self.begin(context), describe_failure(error)
-        with self.reports.reporting(name, call, is_traced=is_inference(name)) as ending:
+    async def refuse(self, name: str, call: Call, context: Context, error: ServiceError) -> NoReturn:
+        """End a call that is answered no more, which is worth no span; `name` as in `method`."""
+        failure = describe_failure(error)
+        with self.reports.reporting(name, call, is_traced=False) as ending:
             ending.failure = failure
-            named = ((REQUEST_ID, call.request_id), *ending.metadata)
-            await context.abort(failure.status, failure.message, (*named, *failure.metadata))
+            await context.abort(failure.status, failure.message, ((REQUEST_ID, call.request_id), *failure.metadata))
 
     async def _answer(self, name: str, answer: Answer, messages: Messages, context: Context) -> bytes:
         call = self.begin(context)

@@ -66,7 +66,7 @@ class InferenceService:
             self._answering.key_of(call)
             await self._answer_stream(messages, context, call)
         except (UnauthorizedError, UploadTimeoutError) as error:
-            await self._answering.refuse(STREAM, context, error)
+            await self._answering.refuse(STREAM, call, context, error)
 
     async def _answer_stream(self, messages: Messages, context: Context, call: Call) -> None:
         """Answer each request of a stream as soon as it is done; one that fails ends no other.
