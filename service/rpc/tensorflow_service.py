@@ -10,6 +10,7 @@ from service.inference_protocol.tensors import to_raw
 from service.rpc import tensorflow_serving_pb2 as tf
 from service.rpc.answering import Answering, Messages
 from service.rpc.calls import Call
+from service.rpc.messages import require_few_tensors
 
 PREDICTION_SERVICE, MODEL_SERVICE = "tensorflow.serving.PredictionService", "tensorflow.serving.ModelService"
 DATATYPES = {"BYTES": tf.DT_STRING, "FP32": tf.DT_FLOAT, "UINT8": tf.DT_UINT8}
@@ -69,7 +70,12 @@ class TensorflowService:
 
 
 def read_request(message: tf.PredictRequest) -> InferRequest:
-    """Read a request; its tensors stay as they came."""
+    """Read a request; its tensors stay as they came.
+
+    Raises:
+        InvalidTensorError: there are too many of them.
+    """
+    require_few_tensors(message.inputs, message.output_filter)
     return InferRequest(
         message.model_spec.name,
         _version(message.model_spec),
