@@ -61,10 +61,10 @@ def images_of(tensor: InputTensor, side: int) -> list[InputImage]:
 def _files(tensor: InputTensor, number: int) -> Sequence[bytes | str]:
     if isinstance(tensor.contents, bytes | memoryview):
         return split_elements(INPUT, tensor.contents, number)
+    if (given := len(tensor.contents)) != number:
+        raise InvalidTensorError(f"{INPUT}: the shape announces {number} elements, and {given} are there")
     # (N, 1), nested
     elements = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in tensor.contents]
-    if len(elements) != number:
-        raise InvalidTensorError(f"{INPUT}: the shape announces {number} elements, and {len(elements)} are there")
     files = [element for element in elements if isinstance(element, bytes | str)]
     if len(files) != number:
         raise InvalidTensorError(f"{INPUT}: an element of BYTES is a text with base64")

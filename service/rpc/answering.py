@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -27,7 +27,7 @@ from service.telemetry.reports import Reporter
 
 logger = logging.getLogger(__name__)
 
-TRACED = ("ModelInfer", "Predict")  # what only looks, as probes do, is not
+INFERENCE = ("ModelInfer", "ModelStreamInfer", "Predict")  # what only looks, as probes do, is not counted or traced
 
 Messages = AsyncIterator[bytes]
 Context = ServicerContext[bytes, bytes]
@@ -41,6 +41,7 @@ class Answering:
     Attributes:
         protocol: the core.
         in_flight: counts what is being answered.
+        by_address: counts the calls of each address.
         reports: on what is asked.
     """
 
@@ -68,7 +69,7 @@ class Answering:
         self.protocol = protocol
         self.in_flight = CallsInFlight()
         self._metrics, self._max_upload_s, self._clock = metrics, max_upload_s, clock
-        self._by_address, self._keys = RequestsByAddress(max_calls_per_address), keys
+        self.by_address, self._keys = RequestsByAddress(max_calls_per_address), keys
         self.reports = CallReports(reporter)
 
     def method(self, name: str, answer: Answer) -> "grpc.RpcMethodHandler[bytes, bytes]":
@@ -76,6 +77,10 @@ class Answering:
 
         The call is taken as a stream of one: it can then be refused before its message has come, which is waited for no
         longer than it may take, and what is wrong with it is said in our own words.
+
+        Args:
+            name: its service's and its own, with a slash between them.
+            answer: to a call.
         """
         return grpc.stream_unary_rpc_method_handler(partial(self._answer, name, answer))
 
@@ -89,36 +94,45 @@ class Answering:
         """Wait for the message of a call; errors as `read_message`."""
         return await read_message(messages, message_type, self._max_upload_s)
 
+    def key_of(self, call: Call) -> ApiKey | None:
+        """Find what the key of a request for inference allows; None where none is asked for.
+
+        Raises:
+            UnauthorizedError: it came without one that is known; that is counted.
+        """
+        if self._keys is None:
+            return None
+        with self.counting_failures():
+            return self._keys.find({name.encode(): value.encode() for name, value in call.metadata.items()})
+
     async def read_request(
-        self, messages: Messages, call: Call, message_type: type[M], translate: Callable[[M], InferRequest]
+        self,
+        messages: Messages,
+        call: Call,
+        key: ApiKey | None,
+        message_type: type[M],
+        translate: Callable[[M], InferRequest],
     ) -> InferRequest:
         """Wait for a request for inference, unless it is to be refused before it comes.
 
         Raises:
             ServiceError: it is, or it cannot be read; that is counted.
         """
-        with self.counting_failures(), CancellationWatch():
-            key = self._key_of(call)
+        with self.counting_failures(key), CancellationWatch():
             within_s = self.protocol.time_for_body_s(call.arrived_at, {}, call.metadata, self._max_upload_s, key)
             return translate(await read_message(messages, message_type, within_s))
 
     @contextmanager
-    def counting_failures(self) -> Iterator[None]:
-        """Count a request that fails before the protocol's core knows of it."""
+    def counting_failures(self, key: ApiKey | None = None) -> Iterator[None]:
+        """Count a request that fails before the protocol's core knows of it, with the key that it came with."""
         try:
             yield
         except ServiceError:
-            with counted(self._metrics):
+            with counted(self._metrics, key):
                 raise
 
-    async def infer(self, request: InferRequest, call: Call) -> InferReply:
-        """Answer a request for inference; errors as the core's.
-
-        Raises:
-            UnauthorizedError: it came without a key that is known.
-        """
-        with self.counting_failures():
-            key = self._key_of(call)
+    async def infer(self, request: InferRequest, call: Call, key: ApiKey | None) -> InferReply:
+        """Answer a request for inference; errors as the core's."""
         return await self.protocol.infer(
             request,
             call.arrived_at,
@@ -130,26 +144,30 @@ class Answering:
             watch=CancellationWatch(),
         )
 
-    def _key_of(self, call: Call) -> ApiKey | None:
-        if self._keys is None:
-            return None
-        return self._keys.find({name.encode(): value.encode() for name, value in call.metadata.items()})
+    async def refuse(self, name: str, call: Call, context: Context, error: ServiceError) -> NoReturn:
+        """End a call that is answered no more, which is worth no span; `name` as in `method`."""
+        failure = describe_failure(error)
+        with self.reports.reporting(name, call, is_traced=False) as ending:
+            ending.failure = failure
+            await context.abort(failure.status, failure.message, ((REQUEST_ID, call.request_id), *failure.metadata))
 
     async def _answer(self, name: str, answer: Answer, messages: Messages, context: Context) -> bytes:
         call = self.begin(context)
-        is_traced = name in TRACED
-        with self.in_flight.counting(), self.reports.reporting(name, call, is_traced=is_traced) as ending:
+        with self.in_flight.counting(), self.reports.reporting(name, call, is_traced=is_inference(name)) as ending:
             named = ((REQUEST_ID, call.request_id), *ending.metadata)
             context.set_trailing_metadata(named)
             try:
-                with self._by_address.counting(call.address) as enter:
-                    enter()
-                    response = await answer(messages, call)
+                response = await answer(messages, call)
             except Exception as error:  # a bug raises anything, of which gRPC would tell the client
                 ending.failure = failure = failure_of(error)
                 await context.abort(failure.status, failure.message, (*named, *failure.metadata))
             ending.failure = None
             return response.SerializeToString()
+
+
+def is_inference(name: str) -> bool:
+    """Tell whether a method, called as in `Answering.method`, asks for inference."""
+    return name.rpartition("/")[2] in INFERENCE
 
 
 def failure_of(error: Exception) -> Failure:

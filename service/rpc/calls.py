@@ -13,6 +13,7 @@ from grpc.aio import ServicerContext
 
 from service.errors import ClientGoneError, InvalidParameterError, UploadTimeoutError
 from service.request_names import name_request
+from service.rpc.wire_fields import MAX_FIELDS, count_fields
 
 REQUEST_ID = "x-request-id"
 NETWORKS = ("ipv4", "ipv6")
@@ -75,11 +76,13 @@ def parse_message(data: bytes, message_type: type[M]) -> M:
     """Read a message from its bytes.
 
     Raises:
-        InvalidParameterError: they are none.
+        InvalidParameterError: they are none, or have more than MAX_FIELDS fields.
     """
     try:
+        if count_fields(data, message_type) > MAX_FIELDS:
+            raise InvalidParameterError(f"the message has more than {MAX_FIELDS} fields, with those inside them")
         return message_type.FromString(data)
-    except DecodeError as error:
+    except (DecodeError, ValueError) as error:
         raise InvalidParameterError(f"the message is no {message_type.DESCRIPTOR.name}") from error
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import grpc
 from google.protobuf.json_format import ParseDict
 
-from service.errors import UnknownModelError
+from service.domain import ApiKey
+from service.errors import UnauthorizedError, UnknownModelError, UploadTimeoutError
 from service.inference_protocol.messages import InferRequest
 from service.rpc import open_inference_pb2 as pb
 from service.rpc.answering import Answering, Context, Messages, failure_of
@@ -16,15 +17,23 @@ from service.rpc.calls import Call, parse_message
 from service.rpc.messages import read_request, write_reply
 
 SERVICE_NAME = "inference.GRPCInferenceService"
+STREAM = f"{SERVICE_NAME}/ModelStreamInfer"
 STREAM_AHEAD = 64  # requests of a stream that are answered at once; what it sends beyond waits on its way
 
 
 class InferenceService:
     """Answers the calls of the service."""
 
-    def __init__(self, answering: Answering, clock: Callable[[], float] = time.monotonic) -> None:
-        """Take what all services share; the clock is monotonic, in seconds."""
+    def __init__(self, answering: Answering, keep_alive_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Take the collaborators.
+
+        Args:
+            answering: what all services share.
+            keep_alive_s: how long a stream is kept for its next request, once all have their answers.
+            clock: monotonic, in seconds.
+        """
         self._answering, self._protocol, self._clock = answering, answering.protocol, clock
+        self._keep_alive_s = keep_alive_s
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Make what a server of gRPC calls upon."""
@@ -39,42 +48,68 @@ class InferenceService:
             "RepositoryIndex": self._repository_index,
             "ModelInfer": self._model_infer,
         }
-        handlers = {method: self._answering.method(method, answer) for method, answer in answers.items()}
+        handlers = {
+            method: self._answering.method(f"{SERVICE_NAME}/{method}", answer) for method, answer in answers.items()
+        }
         handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._model_stream_infer)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     async def _model_infer(self, messages: Messages, call: Call) -> pb.ModelInferResponse:
-        request = await self._answering.read_request(messages, call, pb.ModelInferRequest, read_request)
-        return await self._infer(request, call)
+        key = self._answering.key_of(call)
+        request = await self._answering.read_request(messages, call, key, pb.ModelInferRequest, read_request)
+        return await self._infer(request, call, key)
 
     async def _model_stream_infer(self, messages: Messages, context: Context) -> None:
-        """Answer each request of a stream as soon as it is done; one that fails ends no other."""
+        """Answer a stream, unless it comes without a key or stays idle."""
         call = self._answering.begin(context)
-        slots, writing = asyncio.Semaphore(STREAM_AHEAD), asyncio.Lock()
+        try:
+            self._answering.key_of(call)
+            await self._answer_stream(messages, context, call)
+        except (UnauthorizedError, UploadTimeoutError) as error:
+            await self._answering.refuse(STREAM, call, context, error)
+
+    async def _answer_stream(self, messages: Messages, context: Context, call: Call) -> None:
+        """Answer each request of a stream as soon as it is done; one that fails ends no other.
+
+        Raises:
+            UploadTimeoutError: all have their answers, and the next does not come.
+        """
+        slots, writing, loop = asyncio.Semaphore(STREAM_AHEAD), asyncio.Lock(), asyncio.get_running_loop()
+        unanswered = 0
 
         async def answer(data: bytes) -> None:
+            nonlocal unanswered
             with self._answering.in_flight.counting():
                 response = await self._stream_response(data, call)
                 async with writing:
                     await context.write(response.SerializeToString())
             slots.release()
+            unanswered -= 1
+            if not unanswered:
+                idle.reschedule(loop.time() + self._keep_alive_s)
 
-        async with asyncio.TaskGroup() as answering:
-            async for data in messages:
-                await slots.acquire()
-                answering.create_task(answer(data))
+        try:
+            async with asyncio.timeout(self._keep_alive_s) as idle, asyncio.TaskGroup() as answering:
+                async for data in messages:
+                    idle.reschedule(None)
+                    unanswered += 1
+                    await slots.acquire()
+                    answering.create_task(answer(data))
+        except TimeoutError as error:
+            raise UploadTimeoutError(f"no request came for {self._keep_alive_s:g} s") from error
 
     async def _stream_response(self, data: bytes, call: Call) -> pb.ModelStreamInferResponse:
         now, name = self._clock(), ""
         left_s = None if call.time_left_s is None else call.arrived_at + call.time_left_s - now
         call = replace(call, arrived_at=now, time_left_s=left_s)
-        with self._answering.reports.reporting("ModelStreamInfer", call) as ending:
+        with self._answering.reports.reporting(STREAM, call) as ending:
             try:
-                with self._answering.counting_failures():
+                key = self._answering.key_of(call)  # anew: it may have been taken out of the file
+                with self._answering.counting_failures(key):
                     message = parse_message(data, pb.ModelInferRequest)
                     name = message.id
                     request = read_request(message)
-                answer = await self._infer(request, call)
+                answer = await self._infer(request, call, key)
             except Exception as error:  # a bug raises anything, and shall end no other request
                 ending.failure = failure = failure_of(error)
                 return pb.ModelStreamInferResponse(
@@ -83,9 +118,9 @@ class InferenceService:
             ending.failure = None
             return pb.ModelStreamInferResponse(infer_response=answer)
 
-    async def _infer(self, request: InferRequest, call: Call) -> pb.ModelInferResponse:
+    async def _infer(self, request: InferRequest, call: Call, key: ApiKey | None) -> pb.ModelInferResponse:
         is_raw = any(isinstance(tensor.contents, bytes) for tensor in request.inputs)
-        return write_reply(await self._answering.infer(request, call), is_raw=is_raw)
+        return write_reply(await self._answering.infer(request, call, key), is_raw=is_raw)
 
     async def _server_live(self, messages: Messages, _: Call) -> pb.ServerLiveResponse:
         await self._answering.read(messages, pb.ServerLiveRequest)

@@ -1,6 +1,6 @@
 """The protocol's values to and from the messages of the wire. Nothing is checked that is not gRPC's own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 
 from service.errors import InvalidParameterError, InvalidTensorError
 from service.inference_protocol.messages import (
@@ -12,9 +12,10 @@ from service.inference_protocol.messages import (
     Parameters,
     RequestedOutput,
 )
-from service.inference_protocol.tensors import to_raw
+from service.inference_protocol.tensors import MAX_DIMENSIONS, to_raw
 from service.rpc import open_inference_pb2 as pb
 
+MAX_TENSORS, MAX_PARAMETERS = 16, 64  # of each kind; more are refused before they become objects
 CONTENTS = {"BYTES": "bytes_contents", "UINT8": "uint_contents", "FP32": "fp32_contents"}
 
 
@@ -22,9 +23,10 @@ def read_request(message: pb.ModelInferRequest) -> InferRequest:
     """Read a request; its tensors stay as they came.
 
     Raises:
-        InvalidParameterError: a parameter has no value.
-        InvalidTensorError: it cannot be told which bytes are whose.
+        InvalidParameterError: a parameter has no value, or there are too many.
+        InvalidTensorError: it cannot be told which bytes are whose, or there are too many tensors.
     """
+    require_few_tensors(message.inputs, message.outputs)
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         raise InvalidTensorError(f"raw_input_contents: {len(raw)} for {len(message.inputs)} inputs")
@@ -38,15 +40,29 @@ def read_request(message: pb.ModelInferRequest) -> InferRequest:
     )
 
 
+def require_few_tensors(inputs: Sized, outputs: Sized) -> None:
+    """Refuse a request with very many tensors, whatever they are.
+
+    Raises:
+        InvalidTensorError: there are more than MAX_TENSORS.
+    """
+    for name, tensors in (("inputs", inputs), ("outputs", outputs)):
+        if len(tensors) > MAX_TENSORS:
+            raise InvalidTensorError(f"{name}: {len(tensors)}; a request may name {MAX_TENSORS}")
+
+
 def _read_tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> InputTensor:
     if raw is not None and tensor.HasField("contents"):
         raise InvalidTensorError(f"{tensor.name}: there are contents and raw_input_contents; give one of them")
     contents = getattr(tensor.contents, CONTENTS[tensor.datatype]) if tensor.datatype in CONTENTS else ()
-    shape, parameters = tuple(tensor.shape), _read_parameters(tensor.parameters)
+    shape = tuple(tensor.shape[: MAX_DIMENSIONS + 1])  # longer ones are refused, whatever follows
+    parameters = _read_parameters(tensor.parameters)
     return InputTensor(tensor.name, tensor.datatype, shape, contents if raw is None else raw, parameters)
 
 
 def _read_parameters(parameters: Mapping[str, pb.InferParameter]) -> Parameters:
+    if len(parameters) > MAX_PARAMETERS:
+        raise InvalidParameterError(f"{len(parameters)} parameters; there may be {MAX_PARAMETERS}")
     values: dict[str, Parameter] = {}
     for name, parameter in parameters.items():
         kind = parameter.WhichOneof("parameter_choice")

@@ -37,11 +37,11 @@ class CallReports:
         self._reporter = reporter
 
     @contextmanager
-    def reporting(self, method: str, call: Call, *, is_traced: bool = True) -> Iterator[Ending]:
+    def reporting(self, name: str, call: Call, *, is_traced: bool = True) -> Iterator[Ending]:
         """Report on what a block does for a call; unless the ending says otherwise, its client has gone.
 
         Args:
-            method: of the service.
+            name: of the service and its method, with a slash between them.
             call: as it was begun.
             is_traced: whether it is worth a span.
         """
@@ -51,20 +51,22 @@ class CallReports:
             yield ending
             return
         headers = [(name.encode(), value.encode()) for name, value in call.metadata.items()]
-        report = self._reporter.begin(method, headers, call.arrived_at, is_traced=is_traced)
+        report = self._reporter.begin(name, headers, call.arrived_at, is_traced=is_traced)
         if report.trace is not None:
             ending.metadata = ((TRACE_RESPONSE, report.trace.response),)
         try:
             yield ending
         finally:
-            self._reporter.end(report, lambda: _describe(method, call, ending.failure))
+            self._reporter.end(report, lambda: _describe(name, call, ending.failure))
 
 
-def _describe(method: str, call: Call, failure: Failure | None) -> Outcome:
+def _describe(name: str, call: Call, failure: Failure | None) -> Outcome:
     """Describe a request by OpenTelemetry's conventions for servers of gRPC."""
     status = grpc.StatusCode.OK if failure is None else failure.status
+    service, _, method = name.rpartition("/")
     attributes: Fields = {
         "rpc.system": "grpc",
+        "rpc.service": service,
         "rpc.method": method,
         "rpc.grpc.status_code": status.value[0],
         "supervit.request_id": call.request_id,
@@ -73,4 +75,4 @@ def _describe(method: str, call: Call, failure: Failure | None) -> Outcome:
         attributes["client.address"] = call.address
     error = None if failure is None else dict(failure.metadata)[CODE]
     is_failure = status in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-    return Outcome(f"{method} {status.name}", method, attributes, error, is_failure)
+    return Outcome(f"{name} {status.name}", name, attributes, error, is_failure)

@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service.access.certificates import Certificate
+from service.rpc.address_bound import AddressBound
 from service.rpc.answering import Answering
 from service.rpc.calls import CallsInFlight
 from service.rpc.inference_service import SERVICE_NAME, InferenceService
@@ -33,7 +34,7 @@ class Bounds:
         max_connections: at once.
         max_calls_per_connection: at once.
         max_calls: at once, in all.
-        keep_alive_s: how long a connection without calls is kept.
+        keep_alive_s: how long a connection without calls is kept, and a stream without requests.
     """
 
     max_message_bytes: int
@@ -75,8 +76,11 @@ async def serving(
     Yields:
         The port.
     """
-    server = grpc.aio.server(options=bounds.options(), maximum_concurrent_rpcs=bounds.max_calls)
-    server.add_generic_rpc_handlers((InferenceService(answering).handler(), *TensorflowService(answering).handlers()))
+    server = grpc.aio.server(
+        interceptors=[AddressBound(answering)], options=bounds.options(), maximum_concurrent_rpcs=bounds.max_calls
+    )
+    inference = InferenceService(answering, bounds.keep_alive_s)
+    server.add_generic_rpc_handlers((inference.handler(), *TensorflowService(answering).handlers()))
     readiness = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(readiness, server)
     reflection.enable_server_reflection(SERVICES, server)

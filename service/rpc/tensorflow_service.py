@@ -10,6 +10,7 @@ from service.inference_protocol.tensors import to_raw
 from service.rpc import tensorflow_serving_pb2 as tf
 from service.rpc.answering import Answering, Messages
 from service.rpc.calls import Call
+from service.rpc.messages import require_few_tensors
 
 PREDICTION_SERVICE, MODEL_SERVICE = "tensorflow.serving.PredictionService", "tensorflow.serving.ModelService"
 DATATYPES = {"BYTES": tf.DT_STRING, "FP32": tf.DT_FLOAT, "UINT8": tf.DT_UINT8}
@@ -29,18 +30,19 @@ class TensorflowService:
         """Make what a server of gRPC calls upon."""
         method = self._answering.method
         predictions = {
-            "Predict": method("Predict", self._predict),
-            "GetModelMetadata": method("GetModelMetadata", self._model_metadata),
+            "Predict": method(f"{PREDICTION_SERVICE}/Predict", self._predict),
+            "GetModelMetadata": method(f"{PREDICTION_SERVICE}/GetModelMetadata", self._model_metadata),
         }
-        models = {"GetModelStatus": method("GetModelStatus", self._model_status)}
+        models = {"GetModelStatus": method(f"{MODEL_SERVICE}/GetModelStatus", self._model_status)}
         return (
             grpc.method_handlers_generic_handler(PREDICTION_SERVICE, predictions),
             grpc.method_handlers_generic_handler(MODEL_SERVICE, models),
         )
 
     async def _predict(self, messages: Messages, call: Call) -> tf.PredictResponse:
-        request = await self._answering.read_request(messages, call, tf.PredictRequest, read_request)
-        return write_reply(await self._answering.infer(request, call))
+        key = self._answering.key_of(call)
+        request = await self._answering.read_request(messages, call, key, tf.PredictRequest, read_request)
+        return write_reply(await self._answering.infer(request, call, key))
 
     async def _model_metadata(self, messages: Messages, _: Call) -> tf.GetModelMetadataResponse:
         asked = await self._answering.read(messages, tf.GetModelMetadataRequest)
@@ -68,7 +70,12 @@ class TensorflowService:
 
 
 def read_request(message: tf.PredictRequest) -> InferRequest:
-    """Read a request; its tensors stay as they came."""
+    """Read a request; its tensors stay as they came.
+
+    Raises:
+        InvalidTensorError: there are too many of them.
+    """
+    require_few_tensors(message.inputs, message.output_filter)
     return InferRequest(
         message.model_spec.name,
         _version(message.model_spec),

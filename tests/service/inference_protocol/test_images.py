@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,16 @@ def test_what_the_input_cannot_be_is_told(
 ) -> None:
     with pytest.raises(InvalidTensorError, match=f"^image: .*{sentence}"):
         decoded(datatype, contents, shape)
+
+
+class Unread(list[object]):
+    def __iter__(self) -> Iterator[object]:
+        raise AssertionError("nothing is to be read")
+
+
+def test_of_more_files_than_the_shape_announces_none_is_looked_at() -> None:
+    with pytest.raises(InvalidTensorError, match="announces 2 elements, and 3 are there"):
+        images_of(InputTensor("image", "BYTES", (2,), Unread([b"a", b"b", b"c"])), SIDE)
 
 
 def test_there_is_one_input_and_no_shared_memory() -> None:

@@ -65,12 +65,14 @@ class Served:
         return ask(messages)
 
     def stream(
-        self, requests: Iterator[bytes] | None = None
+        self,
+        requests: Iterator[bytes] | None = None,
+        **options: Any,  # noqa: ANN401 - as above
     ) -> "grpc.aio.StreamStreamCall[bytes, pb.ModelStreamInferResponse]":
         ask: grpc.aio.StreamStreamMultiCallable[bytes, pb.ModelStreamInferResponse] = self.channel.stream_stream(
             f"/{SERVICE_NAME}/ModelStreamInfer", response_deserializer=pb.ModelStreamInferResponse.FromString
         )
-        return ask(requests)
+        return ask(requests, **options)
 
     @property
     def in_flight(self) -> float:

@@ -2,8 +2,9 @@ import asyncio
 
 import pytest
 
-from service.errors import ClientGoneError
-from service.rpc.calls import CallsInFlight, CancellationWatch, address_of
+from service.errors import ClientGoneError, InvalidParameterError
+from service.rpc import open_inference_pb2 as pb
+from service.rpc.calls import CallsInFlight, CancellationWatch, address_of, parse_message
 
 pytestmark = pytest.mark.anyio
 
@@ -20,6 +21,18 @@ pytestmark = pytest.mark.anyio
 )
 def test_the_address_of_a_client_is_in_its_name(peer: str, address: str | None) -> None:
     assert address_of(peer) == address
+
+
+def test_a_message_of_very_many_fields_is_refused_before_it_is_parsed() -> None:
+    request = pb.ModelInferRequest(inputs=[pb.ModelInferRequest.InferInputTensor()] * 2000)
+    with pytest.raises(InvalidParameterError, match="the message has more than 1024 fields"):
+        parse_message(request.SerializeToString(), pb.ModelInferRequest)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff", b"\x0a\x01\xff"])  # the second a text that is not UTF-8
+def test_what_is_no_message_is_called_so(data: bytes) -> None:
+    with pytest.raises(InvalidParameterError, match="the message is no ModelInferRequest"):
+        parse_message(data, pb.ModelInferRequest)
 
 
 async def test_a_call_that_is_cancelled_has_lost_its_client() -> None:

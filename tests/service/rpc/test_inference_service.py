@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -16,7 +17,7 @@ from service.runtime import ServerRuntime
 from service.settings import Settings
 from service.telemetry.logs import TextFormatter
 from tests.service.http.scripted_server import ScriptedEngine
-from tests.service.rpc.conftest import CALLS, Served, failure_of, request_for, serving_in_process, until
+from tests.service.rpc.conftest import BOUNDS, CALLS, Served, failure_of, request_for, serving_in_process, until
 
 pytestmark = pytest.mark.anyio
 
@@ -258,12 +259,29 @@ async def test_a_stream_that_sends_ahead_is_not_read_ahead(
     for _ in range(STREAM_AHEAD + 5):
         await stream.write(data)
     await until(lambda: served.in_flight >= STREAM_AHEAD)
-    await asyncio.sleep(0.05)
+    await served.call("ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse)  # comes behind them
     assert served.in_flight == STREAM_AHEAD
     engine.may_run.set()
     await stream.done_writing()
     answers = [answer async for answer in stream]
     assert len(answers) == STREAM_AHEAD + 5
+
+
+async def test_a_stream_is_kept_while_a_request_of_it_is_answered_and_not_much_longer(
+    runtime: ServerRuntime, engine: ScriptedEngine, photo: bytes
+) -> None:
+    async with serving_in_process(runtime, engine, replace(BOUNDS, keep_alive_s=0.1)) as served:
+        engine.may_run.clear()
+        busy = served.stream()
+        await busy.write(request_for(photo, budget_ms=UNHURRIED).SerializeToString())
+        await until(engine.running.is_set)
+        idle = served.stream()
+        assert await idle.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert await idle.details() == "no request came for 0.1 s"
+        assert dict(await idle.trailing_metadata())["error-code"] == "upload_timeout"
+        engine.may_run.set()
+        assert (await anext(busy.__aiter__())).infer_response.id == "7"
+        assert await busy.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 async def test_the_server_and_the_model_describe_themselves(served: Served) -> None:

@@ -41,10 +41,23 @@ async def test_a_request_needs_a_key_in_its_metadata(asked: Served, photo: bytes
     assert asked.count("unauthorized") == 2
 
 
-async def test_so_does_each_of_a_stream(asked: Served, photo: bytes) -> None:
-    stream = asked.stream(iter([request_for(photo).SerializeToString()]))
-    answers = [answer async for answer in stream]
-    assert [answer.error_message.startswith("this server asks for a key") for answer in answers] == [True]
+async def test_so_does_a_stream_before_anything_comes(asked: Served) -> None:
+    stream = asked.stream()
+    assert await stream.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert dict(await stream.trailing_metadata())["error-code"] == "unauthorized"
+    assert asked.count("unauthorized") == 1
+
+
+async def test_a_stream_with_a_key_is_answered(asked: Served, photo: bytes) -> None:
+    stream = asked.stream(iter([request_for(photo).SerializeToString()]), metadata=METADATA)
+    assert [answer.infer_response.id async for answer in stream] == ["7"]
+
+
+async def test_what_fails_before_it_is_read_counts_for_its_key(asked: Served) -> None:
+    await failure_of(asked.infer(b"\xff\xff", metadata=METADATA))
+    assert [answer.error_message async for answer in asked.stream(iter([b"\xff\xff"]), metadata=METADATA)]
+    registry, labels = asked.runtime.metrics.registry(), {"key": "mine", "outcome": "invalid_parameter"}
+    assert registry.get_sample_value("supervit_key_requests_total", labels) == 2
 
 
 async def test_what_only_looks_needs_none(asked: Served) -> None:

@@ -111,6 +111,31 @@ def test_a_datatype_without_a_list_of_its_own_has_no_contents() -> None:
     assert not read_request(message).inputs[0].contents
 
 
+@pytest.mark.parametrize("kind", ["inputs", "outputs"])
+def test_very_many_tensors_are_refused(kind: str) -> None:
+    message = pb.ModelInferRequest()
+    for _ in range(17):
+        getattr(message, kind).add(name="a")
+    with pytest.raises(InvalidTensorError, match=f"{kind}: 17; a request may name 16"):
+        read_request(message)
+
+
+@pytest.mark.parametrize("kind", ["request", "inputs", "outputs"])
+def test_very_many_parameters_are_refused(kind: str) -> None:
+    message = pb.ModelInferRequest()
+    parameters = message.parameters if kind == "request" else getattr(message, kind).add(name="a").parameters
+    for number in range(65):
+        parameters[str(number)].bool_param = True
+    with pytest.raises(InvalidParameterError, match="65 parameters; there may be 64"):
+        read_request(message)
+
+
+def test_of_a_shape_no_more_is_read_than_shows_that_it_is_none() -> None:
+    message = pb.ModelInferRequest()
+    message.inputs.add(name="a", datatype="BYTES", shape=[1] * 1000)
+    assert read_request(message).inputs[0].shape == (1,) * 5
+
+
 def test_a_reply_has_every_value_of_its_tensors_and_parameters() -> None:
     tensors = (
         OutputTensor("probabilities", "FP32", np.array([[0.25, 0.75]], np.float32)),

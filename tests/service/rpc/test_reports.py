@@ -12,6 +12,7 @@ from opentelemetry.trace import StatusCode
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from service.rpc import open_inference_pb2 as pb
+from service.rpc.inference_service import SERVICE_NAME
 from service.runtime import ServerRuntime
 from service.settings import Settings
 from service.telemetry.tracing import RequestTracer
@@ -45,7 +46,7 @@ async def traced(
 
 
 def request_spans(exporter: InMemorySpanExporter) -> list[ReadableSpan]:
-    return [span for span in exporter.get_finished_spans() if span.name.startswith("Model")]
+    return [span for span in exporter.get_finished_spans() if span.name.startswith(SERVICE_NAME)]
 
 
 async def test_a_request_is_a_span_of_its_callers_trace_with_its_stages(
@@ -56,12 +57,13 @@ async def test_a_request_is_a_span_of_its_callers_trace_with_its_stages(
     told = dict(await call.trailing_metadata())
     (request,) = request_spans(exporter)
     context = context_of(request)
-    assert request.name == "ModelInfer"
+    assert request.name == "inference.GRPCInferenceService/ModelInfer"
     assert f"{context.trace_id:032x}" == TRACE
     assert str(told["traceresponse"]).startswith(f"00-{TRACE}-{context.span_id:016x}-")
     parts = [span for span in exporter.get_finished_spans() if span.parent and span.parent.span_id == context.span_id]
     assert [span.name for span in parts] == STAGES
     attributes = request.attributes or {}
+    assert (attributes["rpc.service"], attributes["rpc.method"]) == (SERVICE_NAME, "ModelInfer")
     assert (attributes["rpc.system"], attributes["rpc.grpc.status_code"]) == ("grpc", 0)
     assert attributes["supervit.reason"] == "alone"
 
@@ -110,4 +112,5 @@ async def test_probes_are_no_spans_and_each_call_is_a_line_of_the_log(
     assert not exporter.get_finished_spans()
     await traced.infer(request_for(photo))
     await failure_of(traced.infer(request_for(b"no image")))
-    assert caplog.messages == ["ServerReady OK", "ModelInfer OK", "ModelInfer INVALID_ARGUMENT"]
+    told = ["ServerReady OK", "ModelInfer OK", "ModelInfer INVALID_ARGUMENT"]
+    assert caplog.messages == [f"{SERVICE_NAME}/{line}" for line in told]

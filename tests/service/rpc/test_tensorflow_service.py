@@ -4,8 +4,9 @@ import pytest
 from google.protobuf.wrappers_pb2 import Int64Value
 
 from models.checkpoint import Checkpoint
+from service.errors import InvalidTensorError
 from service.rpc import tensorflow_serving_pb2 as tf
-from service.rpc.tensorflow_service import MODEL_SERVICE, PREDICTION_SERVICE
+from service.rpc.tensorflow_service import MODEL_SERVICE, PREDICTION_SERVICE, read_request
 from tests.service.rpc.conftest import Served, failure_of
 
 pytestmark = pytest.mark.anyio
@@ -53,6 +54,15 @@ async def test_pixels_are_numbers_in_bytes_or_in_lists(served: Served, checkpoin
 async def test_only_the_outputs_that_it_names_are_sent(served: Served, photo: bytes) -> None:
     response = await predict(served, tensor_of(tf.DT_STRING, (1,), string_val=[photo]), "labels")
     assert set(response.outputs) == {"labels"}
+
+
+@pytest.mark.parametrize("kind", ["inputs", "outputs"])
+def test_very_many_tensors_are_refused(kind: str) -> None:
+    names = [str(number) for number in range(17)]
+    inputs = {"inputs": {name: tf.TensorProto() for name in names}, "outputs": {}}[kind]
+    request = tf.PredictRequest(inputs=inputs, output_filter=names if kind == "outputs" else ())
+    with pytest.raises(InvalidTensorError, match=f"{kind}: 17; a request may name 16"):
+        read_request(request)
 
 
 async def test_other_numbers_are_refused(served: Served) -> None:

@@ -1,0 +1,71 @@
+import asyncio
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2
+
+from service.rpc import open_inference_pb2 as pb
+from tests.service.rpc.conftest import CALLS, Served, failure_of, request_for
+from tests.service.rpc.test_server import watch_health
+
+pytestmark = pytest.mark.anyio
+
+
+async def fill(served: Served) -> "list[grpc.aio.UnaryStreamCall[bytes, health_pb2.HealthCheckResponse]]":
+    """Watch health as often as an address may call at once."""
+    watching = [watch_health(served.channel) for _ in range(CALLS)]
+    for each in watching:
+        await anext(each.__aiter__())
+    return watching
+
+
+async def test_watchers_of_health_count_among_the_calls_of_their_address(served: Served, photo: bytes) -> None:
+    watching = await fill(served)
+    status, _, metadata = await failure_of(served.infer(request_for(photo)))
+    assert (status, metadata["error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
+    assert metadata["grpc-retry-pushback-ms"] == "1000"
+    assert len(metadata["x-request-id"]) == 32
+    for each in watching:
+        each.cancel()
+
+
+async def test_so_do_streams_without_a_request(served: Served) -> None:
+    streams = [served.stream() for _ in range(CALLS + 1)]
+    codes = [asyncio.ensure_future(stream.code()) for stream in streams]
+    (refused,), others = await asyncio.wait(codes, return_when=asyncio.FIRST_COMPLETED)
+    assert await refused is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert len(others) == CALLS
+    for stream in streams:
+        stream.cancel()
+
+
+async def test_a_request_that_is_refused_for_its_address_is_counted(served: Served, photo: bytes) -> None:
+    watching = await fill(served)
+    await failure_of(served.infer(request_for(photo)))
+    await failure_of(served.call("ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse))
+    registry = served.runtime.metrics.registry()
+    assert served.count("overloaded") == 1  # what only looks is no request
+    assert registry.get_sample_value("supervit_dropped_requests_total", {"reason": "address"}) == 1
+    for each in watching:
+        each.cancel()
+
+
+async def test_a_call_counts_until_its_end(served: Served, photo: bytes) -> None:
+    for each in await fill(served):
+        each.cancel()
+
+    async def is_answered() -> bool:
+        try:
+            return (await served.infer(request_for(photo))).id == "7"
+        except grpc.aio.AioRpcError:
+            return False
+
+    async with asyncio.timeout(10):
+        while not await is_answered():
+            pass
+
+
+async def test_a_method_that_there_is_not_is_unimplemented(served: Served) -> None:
+    call = served.call("ModelUnload", b"", pb.ServerLiveResponse)
+    assert (await failure_of(call))[0] is grpc.StatusCode.UNIMPLEMENTED
