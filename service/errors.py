@@ -26,8 +26,7 @@ ServiceError
 ├── ModelError                the model failed on this batch
 └── NoAnswerError             the client has no answer of a SuperViT server
     ├── ConnectionFailedError     nothing listens there (UnreachableError), or the connection broke off
-    ├── ResponseTimeoutError      nothing came for too long
-    └── UnexpectedAnswerError     what answered is no SuperViT server, or one of another version
+    └── UnexpectedAnswerError     what answered is no SuperViT server; ResponseTimeoutError where nothing did
 """
 
 from collections.abc import Mapping, Sequence

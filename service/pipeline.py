@@ -296,6 +296,5 @@ class Pipeline:
         if top_k is None:
             return min(DEFAULT_TOP_K, num_classes)
         if top_k > num_classes:
-            message = f"top_k: this model has {num_classes} classes, fewer than {top_k}"
-            raise InvalidParameterError(message, parameter="top_k")
+            raise InvalidParameterError(f"top_k: this model has only {num_classes} classes", parameter="top_k")
         return top_k

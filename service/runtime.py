@@ -5,14 +5,12 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from models.checkpoint import Checkpoint, load_checkpoint
 from models.files.sources import find_checkpoint
 from models.latency import LatencyTable
-from models.subnetwork import SubNetwork
 from service.access.key_file import KeyFile
 from service.assembly import Profiled, ServedModel, assemble
 from service.candidate import CandidateMaker, Load, OpenEngine
@@ -21,7 +19,7 @@ from service.classifier import Classifier
 from service.domain import ServerState
 from service.engines.base import Engine
 from service.engines.factory import engine_threads, open_engine
-from service.engines.profile_store import begin_profile, extended_profile, measured_batch_sizes, nominal_latencies
+from service.engines.profile_store import begin_profile, extended_profile, nominal_latencies
 from service.errors import NotReadyError
 from service.execution.engine_thread import EngineThread
 from service.execution.watchdog import Watchdog
@@ -29,6 +27,7 @@ from service.http.context import RouteContext
 from service.inference_protocol.protocol import InferenceProtocol
 from service.machine.monitor import Monitor
 from service.model_changer import ModelChanger
+from service.preparation import Preparation
 from service.recent_answers import RecentAnswers
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.key_ledger import KeyLedger
@@ -97,7 +96,7 @@ class ServerRuntime:
             InvalidParameterError: there is no policy of that name.
         """
         self._settings, self._latencies = settings, latencies
-        self._on_failure, self._heartbeat, self._begin = on_failure, heartbeat, begin
+        self._on_failure, self._heartbeat = on_failure, heartbeat
         self._monitor, self._watchdog = monitor or Monitor(), watchdog or Watchdog()
         self._threads = settings.threads or engine_threads(checkpoint, self._monitor.latest.cores)
         if engine is None:
@@ -153,7 +152,13 @@ class ServerRuntime:
             begin=begin,
         )
         self.changer = ModelChanger(self._models, maker, self.metrics, refusal=changes_refused)
-        self._preparing: tuple[float, float] | None = None
+        self._preparation = Preparation(
+            begin,
+            settings.profile_folder,
+            settings.max_batch_size,
+            self._watchdog.preparation_s,
+            lambda: self._state is ServerState.STARTING,
+        )
         self._became_ready = asyncio.Event()
 
     @property
@@ -208,7 +213,8 @@ class ServerRuntime:
     async def _serve(self) -> None:
         """Warm up, learn the latencies, and run batches until told to stop and all that was admitted has an answer."""
         try:
-            known = await asyncio.wrap_future(self._engine_thread.submit(self._prepare))
+            prepare = partial(self._preparation.run, *self._require_first(), self._latencies)
+            known = await asyncio.wrap_future(self._engine_thread.submit(prepare))
             if self._state is ServerState.STARTING:
                 self._models.start(self._assemble(known))
                 self._first = None
@@ -240,41 +246,7 @@ class ServerRuntime:
 
     def _running(self) -> tuple[float, float] | None:
         """Tell what the engine is at: a step of the preparation, a batch, or a measurement in an idle moment."""
-        return self._preparing if self._models.is_empty else self._engine_thread.running
-
-    def _prepare(self) -> Profiled | LatencyTable:
-        self._goes_on()
-        engine, checkpoint = self._require_first()
-        engine.warm_up()
-        if self._latencies is not None:
-            return self._latencies
-        for batch_size in measured_batch_sizes(self._settings.max_batch_size):
-            # The dear ones first: in what they need, the cheap ones find room.
-            for subnetwork in reversed(checkpoint.config.subnetworks):
-                self._require_going_on()
-                engine.prepare(subnetwork, batch_size)
-        return self._begin(
-            checkpoint,
-            engine.describe(),
-            self._run_unless_stopping,
-            folder=self._settings.profile_folder,
-            max_batch_size=self._settings.max_batch_size,
-            is_padded=engine.pads_batches,
-            is_stopping=lambda: not self._goes_on(),
-        )
-
-    def _run_unless_stopping(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
-        self._require_going_on()
-        return self._require_first()[0].run(images, subnetwork)
-
-    def _require_going_on(self) -> None:
-        if not self._goes_on():
-            raise NotReadyError("the server is stopping")
-
-    def _goes_on(self) -> bool:
-        """Note that the preparation gets on, if only with waiting for another process, and tell whether it should."""
-        self._preparing = time.monotonic(), self._watchdog.preparation_s
-        return self._state is ServerState.STARTING
+        return self._preparation.running if self._models.is_empty else self._engine_thread.running
 
     def _assemble(self, known: Profiled | LatencyTable) -> ServedModel:
         engine, checkpoint = self._require_first()

@@ -121,6 +121,13 @@ class Settings(BaseSettings):
     log_requests: bool = Field(False, description="log a line per request, and sparingly that some were rejected")
 
     @model_validator(mode="after")
+    def _ports_of_their_own(self) -> "Settings":
+        ports = [port for port in (self.port, self.admin_port, self.grpc_port) if port]
+        if len(set(ports)) < len(ports):
+            raise ValueError("port, admin_port and grpc_port differ, unless they are 0")
+        return self
+
+    @model_validator(mode="after")
     def _certificate_and_key(self) -> "Settings":
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key go together: give both or none")

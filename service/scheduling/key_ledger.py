@@ -135,7 +135,10 @@ class KeyLedger:
         return min(account.finish for account in active)
 
     def _burst(self, key: ApiKey) -> float:
-        return math.inf if key.burst_gflops is None else key.burst_gflops
+        if key.burst_gflops is None:
+            return math.inf
+        # A part of it must do for an answer, if the whole does.
+        return max(self._share * key.burst_gflops, min(key.burst_gflops, self._answer_gflops))
 
     def _account(self, key: ApiKey, now: float) -> _Account:
         account = self._accounts.get(key.name)

@@ -452,7 +452,7 @@ async def test_what_cannot_be_answered_in_time_is_rejected_before_its_body_is_re
 
 async def test_more_predictions_than_classes_are_rejected_before_the_body_is_read(profiles: ProfileTable) -> None:
     async with running(Parts(), profiles) as pipeline:
-        with pytest.raises(InvalidParameterError, match="3 classes, fewer than 4"):
+        with pytest.raises(InvalidParameterError, match="has only 3 classes"):
             await pipeline.classify(never, wanted(top_k=4))
 
 

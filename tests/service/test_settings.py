@@ -23,7 +23,7 @@ def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPat
         "watch_checkpoint": "True",
         "host": "0.0.0.0",
         "port": "80",
-        "grpc_port": "81",
+        "grpc_port": "82",
         "fd": "3",
         "keep_alive_s": "60",
         "cors_origins": "https://example.org",
@@ -125,3 +125,10 @@ def test_what_a_variable_says_as_well_was_not_given_by_hand(monkeypatch: pytest.
 def test_a_certificate_and_its_key_go_together(given: str) -> None:
     with pytest.raises(ValidationError, match="give both or none"):
         Settings(**{given: Path("tls.pem")})  # type: ignore[arg-type] # it is one of the paths
+
+
+@pytest.mark.parametrize("ports", [{"port": 81, "admin_port": 81}, {"admin_port": 81, "grpc_port": 81}])
+def test_no_two_ports_are_the_same(ports: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match="admin_port and grpc_port differ"):
+        Settings(**ports)  # type: ignore[arg-type] # they are ports
+    Settings(port=0, admin_port=0, grpc_port=0)

@@ -81,8 +81,10 @@ def test_what_is_charged_is_told_once_a_request_has_ended_whether_it_was_answere
 
 def test_one_of_several_processes_grants_its_share_of_a_rate_and_of_the_requests_in_flight() -> None:
     ledger, key = KeyLedger(1.0, 0.5), replace(RATED, max_in_flight=3)
-    spend(ledger, key, 30.0, 0.0)
+    spend(ledger, key, 15.0, 0.0)
     assert ledger.left_gflops(key, 1.0) == 5.0
+    assert ledger.left_gflops(key, 60.0) == 15.0
+    assert KeyLedger(9.0, 0.1).left_gflops(key, 0.0) == 9.0, "or no answer would ever fit"
     with ledger.charging(key, 0.0, 0.0), ledger.charging(key, 0.0, 0.0), pytest.raises(OverloadedError):
         ledger.charging(key, 0.0, 0.0).__enter__()
 
