@@ -4,6 +4,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ServiceError
 from service.http.protocol import ARRIVED_AT
+from service.request_parameters import ClassifyQuery
 from service.telemetry.logs import REQUEST_ID, Fields
 from service.telemetry.reports import Reporter
 from service.telemetry.stages import Outcome
@@ -49,6 +50,11 @@ class RequestReports:
             self._reporter.end(report, lambda: _describe(scope, status, error))
 
 
+def _is_known(parameter: str) -> bool:
+    """Tell whether a part of a query is a parameter of ours: what else stands there may be a secret."""
+    return parameter.partition("=")[0] in ClassifyQuery.model_fields
+
+
 def _describe(scope: Scope, status: int, error: str | None) -> Outcome:
     """Describe a request by OpenTelemetry's conventions for servers of HTTP."""
     method, path = scope["method"], scope["path"]
@@ -62,8 +68,8 @@ def _describe(scope: Scope, status: int, error: str | None) -> Outcome:
     # Only as the route has it: paths that clients make up are without number.
     if route := getattr(scope.get("route"), "path", None):
         attributes["http.route"] = route
-    if query := scope["query_string"]:
-        attributes["url.query"] = query.decode("latin-1")
+    if query := "&".join(filter(_is_known, scope["query_string"].decode("latin-1").split("&"))):
+        attributes["url.query"] = query
     if scope["client"]:
         attributes["client.address"] = scope["client"][0]
     if request_id := REQUEST_ID.get():

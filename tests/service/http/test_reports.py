@@ -153,3 +153,10 @@ def test_a_server_that_stops_sends_its_last_spans(server: Server, photo: bytes) 
         client.post("/classify", content=photo)
         assert server.requests() == []
     assert len(server.requests()) == 1
+
+
+def test_what_is_no_parameter_of_ours_is_left_out_of_a_span(server: Server, photo: bytes) -> None:
+    with server.serving() as client:
+        client.post("/classify?top_k=1&api_key=secret&budget_ms=900", content=photo)
+    (request,) = server.requests()
+    assert (request.attributes or {})["url.query"] == "top_k=1&budget_ms=900"
