@@ -32,6 +32,8 @@ async def serve_in_process(checkpoint: str | None) -> AsyncIterator[AsyncClient]
     settings = read_settings(
         default_budget_ms=UNHURRIED_MS, **({} if checkpoint is None else {"checkpoint": checkpoint})
     )
+    # There is nothing to keep out, and nothing to watch.
+    settings = settings.model_copy(update={"keys": None, "allowed_hosts": None, "watch_checkpoint": False})
     failed = threading.Event()
     served = load_checkpoint(settings.checkpoint)
     latencies = nominal_latencies(extended_profile(served))

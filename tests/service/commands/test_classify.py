@@ -126,8 +126,11 @@ def test_classify_names_what_it_cannot_use_of_its_environment(
 
 
 def test_a_checkpoint_that_ships_is_classified_with_by_its_name(
-    photo_path: Path, capsys: pytest.CaptureFixture[str]
+    photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What guards a server does not guard a model in the command's own process.
+    monkeypatch.setenv("SUPERVIT_KEYS", str(photo_path.with_name("keys.yaml")))
+    monkeypatch.setenv("SUPERVIT_ALLOWED_HOSTS", "vit.example")
     assert main(["classify", str(photo_path), "--checkpoint", SHIPPED, "--top-k", "10"]) == 0
     assert "%  airplane" in capsys.readouterr().out
 
