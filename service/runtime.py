@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 from models.checkpoint import Checkpoint, load_checkpoint
@@ -213,8 +212,7 @@ class ServerRuntime:
     async def _serve(self) -> None:
         """Warm up, learn the latencies, and run batches until told to stop and all that was admitted has an answer."""
         try:
-            prepare = partial(self._preparation.run, *self._require_first(), self._latencies)
-            known = await asyncio.wrap_future(self._engine_thread.submit(prepare))
+            known = await asyncio.wrap_future(self._engine_thread.submit(self._prepare))
             if self._state is ServerState.STARTING:
                 self._models.start(self._assemble(known))
                 self._first = None
@@ -247,6 +245,9 @@ class ServerRuntime:
     def _running(self) -> tuple[float, float] | None:
         """Tell what the engine is at: a step of the preparation, a batch, or a measurement in an idle moment."""
         return self._preparation.running if self._models.is_empty else self._engine_thread.running
+
+    def _prepare(self) -> Profiled | LatencyTable:
+        return self._preparation.run(*self._require_first(), self._latencies)
 
     def _assemble(self, known: Profiled | LatencyTable) -> ServedModel:
         engine, checkpoint = self._require_first()

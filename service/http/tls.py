@@ -5,6 +5,8 @@ count, and held for a minute.
 """
 
 import asyncio
+import os
+import socket
 import ssl
 from collections.abc import Callable
 from typing import Any
@@ -33,47 +35,31 @@ class TlsGate(asyncio.Protocol):
             kwargs: uvicorn's.
         """
         self._next, self._context, self._all = protocol(**kwargs), context, connections
-        self._shaking: asyncio.Task[None] | None = None
-        self._transport: asyncio.Transport | None = None
-        self._early = b""  # what came right behind the handshake
-        self._is_lost = False
+        self._handshake: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # of TCP, there is no other
-        """Begin the handshake, if there is room."""
-        self._transport = transport
-        peer, opened = transport.get_extra_info("peername"), transport.get_extra_info("socket")
-        if not self._all.admit(self, peer[0] if peer else None, opened.fileno()):
-            transport.abort()
+        """Begin the handshake, if there is room; once it is over, hand the connection on."""
+        if self._handshake is not None:
+            self._all.forget(self)
+            transport.set_protocol(self._next)
+            self._next.connection_made(transport)
             return
-        self._shaking = asyncio.get_running_loop().create_task(self._shake_hands(transport))
-
-    def data_received(self, data: bytes) -> None:
-        """Keep what comes before the protocol that it is for knows of its connection."""
-        self._early += data
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's
-        """Take note that there is no connection any more."""
-        self._is_lost = True
+        peer, opened = transport.get_extra_info("peername"), transport.get_extra_info("socket")
+        if self._all.admit(self, peer[0] if peer else None, opened.fileno()):
+            self._handshake = asyncio.get_running_loop().create_task(self._shake_hands(os.dup(opened.fileno())))
+        # Not a byte may be read here, or the handshake would lack it. Pausing does not help: uvloop reads all the same.
+        transport.abort()
 
     def give_way(self) -> None:
         """Close, so that another connection may be opened."""
-        if self._transport is not None:
-            self._transport.abort()
+        if self._handshake is not None:
+            self._handshake.cancel()
 
-    async def _shake_hands(self, transport: asyncio.Transport) -> None:
-        loop = asyncio.get_running_loop()
+    async def _shake_hands(self, descriptor: int) -> None:
+        loop, opened = asyncio.get_running_loop(), socket.socket(fileno=descriptor)
         try:
-            secure = await loop.start_tls(
-                transport, self, self._context, server_side=True, ssl_handshake_timeout=HEAD_S
-            )
+            await loop.connect_accepted_socket(lambda: self, opened, ssl=self._context, ssl_handshake_timeout=HEAD_S)
         except OSError:  # which what ssl raises is, too, and no one can be told
-            transport.abort()
-            return
+            pass
         finally:
             self._all.forget(self)
-        if secure is None or self._is_lost:
-            return
-        secure.set_protocol(self._next)
-        self._next.connection_made(secure)
-        if self._early:
-            self._next.data_received(self._early)

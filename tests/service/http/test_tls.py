@@ -1,10 +1,13 @@
 import asyncio
+import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 import trustme
+import uvloop
 
 from service.http.connections import Connections
 from service.http.protocol import HEAD_S
@@ -102,3 +105,21 @@ async def test_what_speaks_something_else_is_closed(served: Served) -> None:
         with suppress(ConnectionError):
             assert b"HTTP" not in await reader.read()
         await until_counted(served.connections, 0)
+
+
+@pytest.mark.parametrize("run", [uvloop.run, asyncio.run])
+def test_a_hello_that_is_there_before_the_handshake_begins_is_heard(
+    served: Served, run: Callable[[Coroutine[Any, Any, None]], None]
+) -> None:
+    async def say_hello_at_once() -> None:
+        loop, hello = asyncio.get_running_loop(), ssl.MemoryBIO()
+        with suppress(ssl.SSLWantReadError):
+            served.trust.wrap_bio(ssl.MemoryBIO(), hello, server_hostname="localhost").do_handshake()
+        async with served.serving() as port:
+            with socket.create_connection(("127.0.0.1", port)) as early:  # the loop stands still meanwhile
+                early.sendall(hello.read())
+                early.setblocking(False)
+                async with asyncio.timeout(HEAD_S / 2):
+                    assert await loop.sock_recv(early, 1)
+
+    run(say_hello_at_once())
