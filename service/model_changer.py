@@ -144,7 +144,7 @@ class ModelChanger:
                 self._at("compare")
                 await self._compare(change, old, new)
             await self._put_to_work(change, old, new)
-        except BaseException:
+        except BaseException:  # a stop of the server among them: whatever ends the change, its engine must close
             new.close()
             raise
         self._at("retire")

@@ -43,7 +43,7 @@ class RequestReports:
 
         try:
             await self._app(scope, receive, send_noted)
-        except Exception:
+        except Exception:  # a bug raises anything; it is noted, and goes on
             error = ServiceError.code
             raise
         finally:

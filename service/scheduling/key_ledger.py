@@ -112,9 +112,9 @@ class KeyLedger:
         account.tokens -= most_gflops
         try:
             yield charge
-        except Exception:
+        except Exception:  # an error of any kind: it says itself what was spent
             raise
-        except BaseException:
+        except BaseException:  # what breaks a request off, such as CancelledError: it could not say so any more
             if charge.may_have_spent:
                 charge.spent_gflops = self._answer_gflops
             raise

@@ -49,7 +49,7 @@ KINDS = (
 LABELS = {"app.kubernetes.io/name": "supervit"}
 SERVER_BYTES, BYTES_PER_PIXEL = 1_400_000_000, 16  # the server's own, and what a WebP takes while it is decoded
 KUBECTL = shutil.which("kubectl")
-# No package index has it; kubernetes-validate holds the same manifests against the API without it.
+# Debian has one of 2021 alone; kubernetes-validate holds the same manifests against the API without it.
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed")
 # Where the suite decides over a change it must not pass by skipping.
 needs_prometheus = pytest.mark.skipif(

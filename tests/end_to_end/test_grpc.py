@@ -113,7 +113,7 @@ def test_tritons_clients_are_answered_unchanged(server: Server) -> None:
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason=WITHOUT_ENVIRONMENT)
-@pytest.mark.parametrize("script", ["kserve_grpc.py", "ovmsclient_grpc.py"])
+@pytest.mark.parametrize("script", ["kserve_grpc.py", "ovmsclient_both.py"])
 def test_clients_in_an_environment_of_their_own_are_answered_unchanged(server: Server, script: str) -> None:
     run_client(str(PYTHON), script, server)
 

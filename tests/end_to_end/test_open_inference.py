@@ -179,7 +179,7 @@ async def test_the_asyncio_client_gets_the_same(address: str, pixels: npt.NDArra
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason=WITHOUT_ENVIRONMENT)
-@pytest.mark.parametrize("script", ["kserve_rest.py", "ovmsclient_rest.py"])
+@pytest.mark.parametrize("script", ["kserve_rest.py", "ovmsclient_both.py"])
 def test_clients_in_an_environment_of_their_own_pass(address: str, script: str) -> None:
     command = [str(PYTHON), str(CLIENTS / script), f"http://{address}", SMALL_CHECKPOINT, str(PHOTOGRAPH)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

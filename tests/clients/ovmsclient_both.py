@@ -1,18 +1,19 @@
-"""What ovmsclient does over HTTP with a server of ours, unchanged; it speaks TensorFlow Serving's REST API.
+"""What ovmsclient does with a server of ours, unchanged: TensorFlow Serving's REST API at a URL, its gRPC elsewhere.
 
-python ovmsclient_rest.py URL MODEL IMAGE
+python ovmsclient_both.py URL_OR_ADDRESS MODEL IMAGE
 """
 
 import sys
 from pathlib import Path
 
 import numpy as np
-from ovmsclient import make_http_client
+from ovmsclient import make_grpc_client, make_http_client
 
 
-def ask(url: str, model: str, image: bytes) -> None:
+def ask(address: str, model: str, image: bytes) -> None:
     """Ask everything that the client can ask; an assertion fails where the answer is another than is expected."""
-    client = make_http_client(url.removeprefix("http://"))
+    host = address.removeprefix("http://")
+    client = make_grpc_client(host) if host == address else make_http_client(host)
     assert client.get_model_status(model) == {1: {"state": "AVAILABLE", "error_code": 0, "error_message": ""}}
     metadata = client.get_model_metadata(model)
     assert metadata["inputs"] == {"image": {"dtype": "DT_STRING", "shape": [-1, 1]}}
