@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2
 from PIL import Image
 
 from service.rpc import open_inference_pb2 as pb
-from tests.end_to_end.test_open_inference import CLIENTS, PYTHON, WITHOUT_ENVIRONMENT
+from tests.end_to_end.test_open_inference import CLIENTS, PYTHON, needs_clients
 from tests.end_to_end.test_serving import (
     PHOTOGRAPH,
     SMALL_CHECKPOINT,
@@ -112,7 +112,7 @@ def test_tritons_clients_are_answered_unchanged(server: Server) -> None:
     run_client(sys.executable, "triton_grpc.py", server)
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason=WITHOUT_ENVIRONMENT)
+@needs_clients
 @pytest.mark.parametrize("script", ["kserve_grpc.py", "ovmsclient_both.py"])
 def test_clients_in_an_environment_of_their_own_are_answered_unchanged(server: Server, script: str) -> None:
     run_client(str(PYTHON), script, server)
