@@ -45,18 +45,25 @@ class TlsGate(asyncio.Protocol):
             self._next.connection_made(transport)
             return
         peer, opened = transport.get_extra_info("peername"), transport.get_extra_info("socket")
-        if self._all.admit(self, peer[0] if peer else None, opened.fileno()):
-            self._handshake = asyncio.get_running_loop().create_task(self._shake_hands(os.dup(opened.fileno())))
-        # Not a byte may be read here, or the handshake would lack it. Pausing does not help: uvloop reads all the same.
-        transport.abort()
+        try:
+            if self._all.admit(self, peer[0] if peer else None, opened.fileno()):
+                same = socket.socket(fileno=os.dup(opened.fileno()))
+                self._handshake = asyncio.get_running_loop().create_task(self._shake_hands(same))
+        except OSError:  # no descriptor is left for it
+            self._all.forget(self)
+        finally:
+            # Not a byte may be read here, or the handshake would lack it. Pausing is not enough: uvloop reads all the
+            # same.
+            transport.abort()
 
     def give_way(self) -> None:
         """Close, so that another connection may be opened."""
         if self._handshake is not None:
-            self._handshake.cancel()
+            # Not before it has begun, or nothing would close its socket.
+            self._handshake.get_loop().call_soon(self._handshake.cancel)
 
-    async def _shake_hands(self, descriptor: int) -> None:
-        loop, opened = asyncio.get_running_loop(), socket.socket(fileno=descriptor)
+    async def _shake_hands(self, opened: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
         try:
             await loop.connect_accepted_socket(lambda: self, opened, ssl=self._context, ssl_handshake_timeout=HEAD_S)
         except OSError:  # which what ssl raises is, too, and no one can be told

@@ -24,20 +24,15 @@ from tests.end_to_end.test_serving import (
     PHOTOGRAPH,
     SMALL_CHECKPOINT,
     free_port,
+    one_measurement_for_all,
     start,
     wait_until_ready,
 )
 
+__all__ = ["one_measurement_for_all"]
+
 Health = health_pb2.HealthCheckResponse
 CHECK = health_pb2.HealthCheckRequest().SerializeToString()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_measurement_for_all(profile_folder: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUPERVIT_PROFILE_FOLDER", str(profile_folder))
-        patch.setenv("SUPERVIT_CHECKPOINT", SMALL_CHECKPOINT)
-        yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,11 @@
 import asyncio
+import errno
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +58,10 @@ def served() -> Served:
 async def until_counted(connections: Connections, number: int) -> None:
     while len(connections) != number:  # noqa: ASYNC110 - the loop's time passes by itself
         await asyncio.sleep(0.01)
+
+
+def open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -123,3 +130,33 @@ def test_a_hello_that_is_there_before_the_handshake_begins_is_heard(
                     assert await loop.sock_recv(early, 1)
 
     run(say_hello_at_once())
+
+
+async def test_what_gives_way_before_its_handshake_begins_leaves_no_descriptor() -> None:
+    served = Served(most=1)
+    async with served.serving() as port:
+        before = open_descriptors()
+        with socket.create_connection(("127.0.0.1", port)) as first, socket.create_connection(("127.0.0.1", port)):
+            await until_counted(served.connections, 1)  # both were made while the loop stood still
+            while not served.closed:  # noqa: ASYNC110 - the loop's time passes by itself
+                await asyncio.sleep(0.01)
+            first.setblocking(False)
+            async with asyncio.timeout(HEAD_S / 2):
+                with suppress(ConnectionError):
+                    assert await asyncio.get_running_loop().sock_recv(first, 1) == b""
+            assert open_descriptors() == before + 3, "the clients' two, and the server's one"
+        await until_counted(served.connections, 0)
+        assert open_descriptors() == before
+
+
+async def test_what_there_is_no_descriptor_for_is_closed_and_not_counted(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(os, "dup", fail)
+    async with served.serving() as port, connected(port) as (reader, _):
+        with suppress(ConnectionError):
+            assert await reader.read() == b""
+        assert len(served.connections) == 0
