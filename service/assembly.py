@@ -77,7 +77,7 @@ class ServedModel:
             self.close()
 
     def close(self) -> None:
-        """End its threads."""
+        """Have its threads end."""
         self.server.explainer.close()
         self.decoder.close()
 

@@ -151,8 +151,8 @@ class Decoder:
         return (0.0 if idle else min(running_s)) + min((cheap_s + dear_s) / self._threads, cheap_s)
 
     def close(self) -> None:
-        """Decode what was submitted, and end the threads."""
-        self._pool.shutdown()
+        """Have the threads end once what was submitted is decoded; waits for nothing, as the event loop must not."""
+        self._pool.shutdown(wait=False)
 
     def _work(self) -> None:
         """Read the headers that came meanwhile, then decode the most urgent, until there is none that may run."""

@@ -112,8 +112,8 @@ class Explainer:
             raise ModelError("the model failed on this image; the server's log says why") from error
 
     def close(self) -> None:
-        """End the thread once its image is done."""
-        self._thread.shutdown()
+        """Have the thread end once its image is done; waits for nothing, as the event loop must not."""
+        self._thread.shutdown(wait=False)
 
     @torch.inference_mode()
     def _trace(self, image: Tensor, subnetwork: SubNetwork) -> tuple[KeptPatches, ...]:

@@ -40,7 +40,9 @@ def why_no_changes(settings: Settings) -> str | None:
     """Say why none may ask for another model: where several workers serve, or strangers may reach the port."""
     if settings.workers > 1:
         return "one of several workers is not changed alone: all of them follow the file with --watch-checkpoint"
-    if settings.admin_port is None and not _is_loopback(settings.host):
+    # An inherited socket may listen anywhere, and what a proxy hands on comes from anyone.
+    is_guarded = _is_loopback(settings.host) and settings.fd is None and settings.forwarded_allow_ips is None
+    if settings.admin_port is None and not is_guarded:
         return "others than operators may reach this port: give these a port of their own with --admin-port"
     return None
 

@@ -5,9 +5,12 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
 
+from service.errors import ForeignOriginError
 from service.http.context import RouteContext
 from service.http.descriptions import describe_model
+from service.http.origins import is_known_host
 from service.http.schemas import ErrorAnswer, ModelAnswer
 from service.model_change import (
     LEAST_AGREEMENT,
@@ -100,6 +103,7 @@ def build_admin_router(context: RouteContext, changer: Changer) -> APIRouter:
         status: {"model": ErrorAnswer, "description": description}
         for status, description in {
             401: "the server asks for a key, and this is none",
+            403: "a page of another site asks, or one at a name that is not known to be the server's",
             409: "another change goes on, or none may be asked for here",
             422: "the body is unusable",
             503: "not ready yet, or stopping",
@@ -117,8 +121,12 @@ def build_admin_router(context: RouteContext, changer: Changer) -> APIRouter:
         return describe()
 
     @router.put(PATH, status_code=202, responses=errors)
-    async def change_model(body: ModelBody) -> AdminModelAnswer:
+    async def change_model(body: ModelBody, request: Request) -> AdminModelAnswer:
         """Begin to put another model in the place of the one that is served; ask with GET how it gets on."""
+        # A page of any site can have its own name lead to this server, and is then taken for the server's own.
+        hosts = context.allowed_hosts or ("localhost",)
+        if "origin" in request.headers and not is_known_host(request.headers.get("host"), hosts):
+            raise ForeignOriginError("a page changes the model only where --allowed-hosts names the server it asks")
         context.open_server()
         changer.ask(body.change())
         return describe()

@@ -368,3 +368,18 @@ def test_counting_from_many_threads_never_meets_a_count_that_changes() -> None:
         decoder.close()
     assert wrong == []
     assert decoder.queue_s(time.monotonic(), 0.0) == 0.0, "none is left behind"
+
+
+def test_closing_waits_for_no_image_and_loses_none() -> None:
+    may_end = threading.Event()
+
+    def decode(_: bytes) -> torch.Tensor:
+        assert may_end.wait(10)
+        return torch.zeros(3, 2, 2, dtype=torch.uint8)
+
+    decoder = Decoder(opening(decode), 1, 10**9)
+    images = [decoder.submit(b"", 50.0, 0) for _ in range(2)]
+    decoder.close()  # the event loop calls it
+    assert not images[0].done()
+    may_end.set()
+    assert [image.result(10).image.shape for image in images] == [(3, 2, 2)] * 2

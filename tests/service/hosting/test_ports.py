@@ -45,9 +45,18 @@ def test_operators_may_change_the_model(given: dict[str, object]) -> None:
     assert why_no_changes(Settings(**given)) is None  # type: ignore[arg-type] # one of its fields each
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "example.org"])
-def test_strangers_may_not(host: str) -> None:
-    assert "--admin-port" in str(why_no_changes(Settings(host=host)))
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"host": "0.0.0.0"},
+        {"host": "10.0.0.1"},
+        {"host": "example.org"},
+        {"fd": 3},
+        {"forwarded_allow_ips": "127.0.0.1"},
+    ],
+)
+def test_strangers_may_not(given: dict[str, object]) -> None:
+    assert "--admin-port" in str(why_no_changes(Settings(**given)))  # type: ignore[arg-type] # one of its fields each
 
 
 def test_one_of_several_workers_is_not_changed_alone() -> None:

@@ -223,3 +223,31 @@ def test_a_server_that_stops_during_a_change_ends(server: Server, photo: bytes) 
     server.put()
     server.until("watch")
     assert server.ask(photo) == "other"  # the fixture ends the server now
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("evil.example", "http://evil.example", 403),
+        ("localhost:8000", "http://localhost:8000", 202),
+        ("127.0.0.1:8000", "http://127.0.0.1:8000", 202),
+        ("supervit.internal", None, 202),
+    ],
+)
+def test_a_page_at_a_name_of_its_own_that_leads_here_changes_nothing(
+    server: Server, host: str, origin: str | None, status: int
+) -> None:
+    headers = {"host": host} | ({} if origin is None else {"origin": origin})
+    answer = server.client.put("/admin/model", json={"checkpoint": str(server.path)}, headers=headers)
+    assert answer.status_code == status, answer.text
+
+
+def test_a_page_at_a_name_that_is_allowed_may(
+    settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, tmp_path: Path
+) -> None:
+    settings = settings.model_copy(update={"allowed_hosts": "vit.example"})
+    server = Server(settings, checkpoint, latencies, tmp_path)
+    with serving(server.runtime) as server.client:
+        headers = {"host": "vit.example", "origin": "https://vit.example"}
+        server.client.headers = headers
+        server.put()
