@@ -14,7 +14,7 @@ from service.assembly import Profiled, ServedModel, assemble
 from service.engines.base import Engine, Run
 from service.engines.factory import engine_threads, open_engine
 from service.engines.profile_store import begin_profile, extended_profile, inherited_profile
-from service.errors import ModelChangeError
+from service.errors import ModelChangeError, NotReadyError
 from service.execution.comparison import require_numbers
 from service.execution.engine_thread import EngineThread
 from service.machine.monitor import Monitor
@@ -49,6 +49,7 @@ class CandidateMaker:
         load: Load = load_checkpoint,
         open_engine: OpenEngine = open_engine,
         begin: Callable[..., Profiled] = begin_profile,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """Take what they share with the one that is served.
 
@@ -61,9 +62,11 @@ class CandidateMaker:
             load: reads a checkpoint.
             open_engine: makes an engine for it.
             begin: reads the latencies that were measured before, and measures what is needed to begin.
+            is_stopping: whether the server stops, so that another process that measures is waited for no longer.
         """
         self._settings, self._thread, self._metrics, self._monitor = settings, thread, metrics, monitor
-        self._ledger, self._load, self._open_engine, self._begin = ledger, load, open_engine, begin
+        self._ledger, self._load, self._open_engine = ledger, load, open_engine
+        self._begin, self._is_stopping = begin, is_stopping
 
     def load(self, name: str) -> Checkpoint:
         """Load a checkpoint.
@@ -111,6 +114,8 @@ class CandidateMaker:
         """Return what runs a batch of an engine between those of requests, and waits for it."""
 
         def run(images: Tensor, subnetwork: SubNetwork) -> Tensor:
+            if self._is_stopping():
+                raise NotReadyError("the server is stopping")
             return self._thread.work(partial(engine.run, images, subnetwork)).result()
 
         return run
@@ -121,7 +126,16 @@ class CandidateMaker:
         """Take over those of the model that is served where they must be the same, or else begin to measure."""
         folder, most, name = self._settings.profile_folder, self._settings.max_batch_size, engine.describe()
         padded = engine.pads_batches
-        begin = partial(self._begin, checkpoint, name, run, folder=folder, max_batch_size=most, is_padded=padded)
+        begin = partial(
+            self._begin,
+            checkpoint,
+            name,
+            run,
+            folder=folder,
+            max_batch_size=most,
+            is_padded=padded,
+            is_stopping=self._is_stopping,
+        )
         is_same = checkpoint.config == beside.checkpoint.config and name == beside.engine.describe()
         if not is_same:
             return begin()

@@ -149,6 +149,7 @@ class ServerRuntime:
             load=load,
             open_engine=open_engine,
             begin=begin,
+            is_stopping=lambda: self._state is not ServerState.READY,
         )
         self.changer = ModelChanger(self._models, maker, self.metrics, refusal=changes_refused)
         self._preparation = Preparation(
@@ -277,7 +278,8 @@ class ServerRuntime:
 
     async def _follow_checkpoint(self) -> None:
         if self._settings.watch_checkpoint:
-            await follow(find_checkpoint(self._settings.checkpoint), self.changer.begin)
+            path = await asyncio.to_thread(find_checkpoint, self._settings.checkpoint)  # a hub may have to be asked
+            await follow(path, self.changer.begin)
 
     def _report(self) -> None:
         """Record the machine's state and the scheduler's, for the next reader of the metrics."""

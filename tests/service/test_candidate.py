@@ -1,6 +1,6 @@
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from service.candidate import MEMORY_BYTES, MEMORY_OF_FILE, CandidateMaker
 from service.domain import InferenceRequest
 from service.engines.profile_store import begin_profile, extended_profile
 from service.engines.torch_engine import TorchEngine
-from service.errors import ModelChangeError
+from service.errors import ModelChangeError, NotReadyError
 from service.execution.engine_thread import EngineThread
 from service.machine.monitor import Monitor
 from service.scheduling.key_ledger import KeyLedger
@@ -54,7 +54,7 @@ class Stage:
         self.monitor = Monitor(nvml=None, memory_bytes=lambda: (2 * free_bytes, free_bytes))
         self.ledger, self.folder = KeyLedger(1.0), folder
         self.engine, self.new = Noting(checkpoint), Noting(checkpoint)
-        self.checkpoint, self.begun = checkpoint, 0
+        self.checkpoint, self.begun, self.is_stopping = checkpoint, 0, False
         self.maker = CandidateMaker(
             self.settings,
             self.thread,
@@ -63,6 +63,7 @@ class Stage:
             self.ledger,
             open_engine=lambda checkpoint, *_: (self.new, checkpoint),
             begin=self.begin,
+            is_stopping=lambda: self.is_stopping,
         )
 
     def begin(self, checkpoint: Checkpoint, *others: object, **options: object) -> Profiled:
@@ -200,3 +201,26 @@ async def test_a_model_is_unused_once_no_request_is_in_it(checkpoint: Checkpoint
         may_read.set()
         assert (await asking).predictions
         assert model.is_unused
+
+
+class Busy(Stage):
+    """Another process measures, and does not end."""
+
+    def begin(self, checkpoint: Checkpoint, *others: object, **options: object) -> Profiled:
+        self.begun += 1
+        is_stopping = cast(Callable[[], bool], options["is_stopping"])
+        while not is_stopping():
+            time.sleep(0.001)
+        return super().begin(checkpoint, *others, **options)
+
+
+async def test_a_server_that_stops_waits_for_no_process_that_measures(checkpoint: Checkpoint, path: Path) -> None:
+    stage = Busy(checkpoint, path.parent)
+    async with stage.serving(stage.measured()) as old:
+        stage.new.described = "another engine"
+        preparing = asyncio.create_task(asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old))
+        while not stage.begun:  # noqa: ASYNC110 - a thread counts
+            await asyncio.sleep(0.01)
+        stage.is_stopping = True
+        with pytest.raises(NotReadyError):
+            await asyncio.wait_for(preparing, 10)

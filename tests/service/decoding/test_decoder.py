@@ -104,14 +104,13 @@ def test_images_that_take_their_time_are_not_counted_twice() -> None:
 def test_the_most_urgent_image_is_decoded_first_and_lower_priorities_last() -> None:
     with slow(threads=1) as images:
         decoder = images.decoder
-        first = decoder.submit(b"first", 50.0)
+        submitted = [decoder.submit(b"first", 50.0)]
         images.running.acquire()
         for data, due_at, priority in ((b"low", 1.0, -1), (b"late", 9.0, 0), (b"lowest", 0.5, -2), (b"soon", 2.0, 0)):
-            last = decoder.submit(data, due_at, priority)
+            submitted.append(decoder.submit(data, due_at, priority))
         images.may_end.set()
-        first.result(10)
-        last.result(10)
-        decoder.close()
+        for each in submitted:
+            each.result(10)
     assert images.order == [b"first", b"soon", b"late", b"low", b"lowest"]
 
 
@@ -378,7 +377,7 @@ def test_closing_waits_for_no_image_and_loses_none() -> None:
         return torch.zeros(3, 2, 2, dtype=torch.uint8)
 
     decoder = Decoder(opening(decode), 1, 10**9)
-    images = [decoder.submit(b"", 50.0, 0) for _ in range(2)]
+    images = [decoder.submit(b"", time.monotonic() + 60) for _ in range(2)]
     decoder.close()  # the event loop calls it
     assert not images[0].done()
     may_end.set()
