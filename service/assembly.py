@@ -3,6 +3,7 @@
 import copy
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,6 +55,7 @@ class ServedModel:
         batcher: takes turns on the engine's thread.
         decoder: makes its images.
         sample: of what it answered of late.
+        announce: has the metrics and the keys' ledger know that it is what is served.
     """
 
     checkpoint: Checkpoint
@@ -63,6 +65,7 @@ class ServedModel:
     batcher: Batcher
     decoder: Decoder
     sample: LiveSample
+    announce: Callable[[], None]
 
     @property
     def is_unused(self) -> bool:
@@ -130,7 +133,7 @@ def assemble(
     works: list[IdleWork] = [Audit(engine.run, scheduler, metrics.audits.audited)] if settings.audit else []
     profiler, measured_at = None, "not measured here"
     if not isinstance(known, LatencyTable):
-        profiler = _make_profiler(settings, checkpoint, engine, metrics, scheduler, *known)
+        profiler = _make_profiler(settings, checkpoint, engine, scheduler, *known)
         measured_at = known[0].began_at.isoformat(timespec="seconds")
         works.append(profiler)
     idle = IdleTurns(works, scheduler, settings.default_budget_ms / 1000, limiter, observe_machine)
@@ -162,9 +165,15 @@ def assemble(
     def measured_share() -> float:
         return 1.0 if profiler is None else profiler.measured_share
 
+    def announce() -> None:
+        metrics.model.serves(checkpoint.name, checkpoint.version)
+        if not isinstance(known, LatencyTable):
+            metrics.profile.began(checkpoint.name, known[0].began_at, catalog.best.top1)
+        ledger.answer_gflops = catalog.cheapest.gflops
+
     explainer = Explainer(_model_to_explain(checkpoint, engine), decoder)
     server = ReadyServer(pipeline, scheduler, describe, measured_share, explainer)
-    return ServedModel(checkpoint, engine, known, server, batcher, decoder, sample)
+    return ServedModel(checkpoint, engine, known, server, batcher, decoder, sample, announce)
 
 
 def _model_to_explain(checkpoint: Checkpoint, engine: Engine) -> SuperViT:
@@ -187,24 +196,21 @@ def _make_profiler(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: Engine,
-    metrics: Metrics,
     scheduler: Scheduler,
     profile: GrowingProfile,
     file: ProfileFile,
 ) -> IdleProfiler:
-    """Make what completes a profile, and tells the scheduler and the metrics of it."""
+    """Make what completes a profile, and tells the scheduler of it."""
     catalog, image_side = scheduler.catalog, checkpoint.config.image_side
     if engine.pads_batches:  # the start prepares the trained sub-networks
         untrained = [row.subnetwork for row in extended_profile(checkpoint).rows if not row.is_trained]
         shapes = cells_of(untrained, profile.batch_sizes)
     else:
         shapes = untimed_shapes(checkpoint.config.subnetworks, profile.batch_sizes)
-    metrics.profile.began(checkpoint.name, profile.began_at, catalog.best.top1)
 
     def publish(latencies: Prediction) -> None:
         likely, cautious = latencies.likely, latencies.cautious
         scheduler.profile_refined(catalog.with_latencies(likely), catalog.with_latencies(cautious))
-        metrics.profile.measured(checkpoint.name, profile.measured_share)
 
     return IdleProfiler(
         profile,

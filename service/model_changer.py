@@ -188,14 +188,14 @@ class ModelChanger:
                 self._at("canary")
                 await self._try_out(new, change.canary)
             self._at("watch")
-            self._metrics.model.serves(new.checkpoint.name, new.checkpoint.version)
+            new.announce()
             await self._try_out(new, Trial(1.0, WATCH_S), WATCHED_ANSWERS)
             models.accept()
             has_gone_well = True
         finally:
             if not has_gone_well:
                 models.drop(new)
-                self._metrics.model.serves(old.checkpoint.name, old.checkpoint.version)
+                old.announce()
                 await models.retire(new, self._sleep)
 
     async def _try_out(self, new: ServedModel, trial: Trial, num_answers: float = float("inf")) -> None:

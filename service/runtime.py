@@ -215,7 +215,8 @@ class ServerRuntime:
         try:
             known = await asyncio.wrap_future(self._engine_thread.submit(self._prepare))
             if self._state is ServerState.STARTING:
-                self._models.start(self._assemble(known))
+                self._models.start(self._assemble(known))  # no name here keeps it once another is served
+                self._models.main.announce()
                 self._first = None
                 self._state = ServerState.READY
                 self.metrics.ready(True)
@@ -284,11 +285,13 @@ class ServerRuntime:
     def _report(self) -> None:
         """Record the machine's state and the scheduler's, for the next reader of the metrics."""
         if not self._models.is_empty:
-            scheduler = self._models.main.server.scheduler
+            main = self._models.main
+            scheduler = main.server.scheduler
             state, queued = scheduler.state(time.monotonic()), len(scheduler)
             self.metrics.machine(self._monitor.latest, queued, state.slowdown, state.safety_factor)
             self.metrics.ready(self._state is ServerState.READY and not self.context.failures.are_all)
-            if captured := self._models.main.engine.captured():
+            self.metrics.profile.measured(main.checkpoint.name, main.server.measured_share())
+            if captured := main.engine.captured():
                 self.metrics.captured(captured.num_graphs, captured.held_bytes)
 
     async def _report_regularly(self) -> None:

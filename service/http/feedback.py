@@ -35,7 +35,9 @@ class FeedbackAnswer(BaseModel):
     """What became of it."""
 
     correct: bool = Field(description="whether the answer was right, if this is")
-    counted: bool = Field(description="whether it was the first to be said of this answer, which alone counts")
+    counted: bool = Field(
+        description="whether it counts: the first that is said of an answer does, where an accuracy was to be expected"
+    )
 
 
 BODY: Schema = {"required": True, "content": {"application/json": {"schema": FeedbackBody.model_json_schema()}}}
@@ -53,9 +55,9 @@ def make_feedback(context: RouteContext) -> Callable[[Request], Awaitable[Feedba
         # By its label: several classes may go by one, and another model may be served meanwhile.
         is_correct = body.index == answer.index if body.label is None else body.label == answer.label
         answer.is_judged = True
-        if is_first and answer.expected_top1 is not None:
+        if counts := is_first and answer.expected_top1 is not None:
             context.metrics.audits.judged(answer.subnetwork, answer.expected_top1, is_correct=is_correct)
-        return FeedbackAnswer(correct=is_correct, counted=is_first)
+        return FeedbackAnswer(correct=is_correct, counted=counts)
 
     return feedback
 

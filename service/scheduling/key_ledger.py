@@ -45,6 +45,9 @@ class KeyLedger:
     Under overload, work is shared as in start-time fair queueing (Goyal et al., SIGCOMM 1996): the key that has had the
     least for its weight comes first. Here it does so by a fraction of a step of priority, which admission, decoding
     and shedding heed already; where there is enough for all, it changes nothing.
+
+    Attributes:
+        answer_gflops: cost of the cheapest answer of the model that is served.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class KeyLedger:
             share: of each key's rate and requests in flight that are this process's to grant: one of several.
             observe: called with the name of a key and what a request of it was charged, once it has ended.
         """
-        self._answer_gflops, self._credit = answer_gflops, CREDIT_ANSWERS * answer_gflops
+        self.answer_gflops = answer_gflops
         self._share, self._observe = share, observe
         self._accounts: dict[str, _Account] = {}
 
@@ -88,7 +91,7 @@ class KeyLedger:
     def demotion(self, key: ApiKey, now: float) -> float:
         """Return the fraction of a step, 0..0.5, by which a request stands behind others of its priority."""
         ahead = self._account(key, now).finish - self._least(now)
-        return min(STEPS, math.floor(STEPS * ahead / self._credit)) / (2 * STEPS)
+        return min(STEPS, math.floor(STEPS * ahead / (CREDIT_ANSWERS * self.answer_gflops))) / (2 * STEPS)
 
     @contextmanager
     def charging(self, key: ApiKey | None, most_gflops: float, now: float) -> "Iterator[Charge]":
@@ -103,12 +106,12 @@ class KeyLedger:
         if key is None:
             yield charge
             return
-        account = self._account(key, now)
+        account, answer_gflops = self._account(key, now), self.answer_gflops
         if key.max_in_flight is not None and account.in_flight >= math.ceil(key.max_in_flight * self._share):
             message = f"{key.max_in_flight} requests with this key are in the server already; try again later"
             raise OverloadedError(message, "key", RETRY_AFTER_S)
         account.in_flight += 1
-        account.finish += self._answer_gflops / key.weight
+        account.finish += answer_gflops / key.weight
         account.tokens -= most_gflops
         try:
             yield charge
@@ -116,12 +119,12 @@ class KeyLedger:
             raise
         except BaseException:  # what breaks a request off, such as CancelledError: it could not say so any more
             if charge.may_have_spent:
-                charge.spent_gflops = self._answer_gflops
+                charge.spent_gflops = answer_gflops
             raise
         finally:
             account.in_flight -= 1
             account.tokens += most_gflops - charge.spent_gflops
-            account.finish += (charge.spent_gflops - self._answer_gflops) / key.weight
+            account.finish += (charge.spent_gflops - answer_gflops) / key.weight
             self._observe(key.name, charge.spent_gflops)
 
     def _least(self, now: float) -> float:
@@ -129,7 +132,7 @@ class KeyLedger:
         active = [account for account in self._accounts.values() if now <= account.asked_at + ACTIVE_S]
         if not active:
             return max((account.finish for account in self._accounts.values()), default=0.0)
-        floor = max(account.finish for account in active) - self._credit
+        floor = max(account.finish for account in active) - CREDIT_ANSWERS * self.answer_gflops
         for account in active:
             account.finish = max(account.finish, floor)
         return min(account.finish for account in active)
@@ -138,7 +141,7 @@ class KeyLedger:
         if key.burst_gflops is None:
             return math.inf
         # A part of it must do for an answer, if the whole does.
-        return max(self._share * key.burst_gflops, min(key.burst_gflops, self._answer_gflops))
+        return max(self._share * key.burst_gflops, min(key.burst_gflops, self.answer_gflops))
 
     def _account(self, key: ApiKey, now: float) -> _Account:
         account = self._accounts.get(key.name)

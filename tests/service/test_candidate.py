@@ -50,7 +50,8 @@ class Stage:
 
     def __init__(self, checkpoint: Checkpoint, folder: Path, free_bytes: int = 10**12) -> None:
         self.settings = Settings(checkpoint=str(folder), profile_folder=folder, max_batch_size=2)
-        self.metrics, self.thread = Metrics(CollectorRegistry()), EngineThread()
+        self.registry, self.thread = CollectorRegistry(), EngineThread()
+        self.metrics = Metrics(self.registry)
         self.monitor = Monitor(nvml=None, memory_bytes=lambda: (2 * free_bytes, free_bytes))
         self.ledger, self.folder = KeyLedger(1.0), folder
         self.engine, self.new = Noting(checkpoint), Noting(checkpoint)
@@ -201,6 +202,23 @@ async def test_a_model_is_unused_once_no_request_is_in_it(checkpoint: Checkpoint
         may_read.set()
         assert (await asking).predictions
         assert model.is_unused
+
+
+async def test_what_is_only_prepared_is_in_no_metric_and_changes_no_allowance(
+    checkpoint: Checkpoint, path: Path
+) -> None:
+    stage = Stage(checkpoint, path.parent)
+
+    def measured_at() -> float | None:
+        return stage.registry.get_sample_value("supervit_profile_timestamp_seconds", {"model": "other"})
+
+    async with stage.serving(stage.measured()) as old:
+        new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
+        assert (measured_at(), stage.ledger.answer_gflops) == (None, 1.0)
+        new.announce()
+        cheapest = new.server.scheduler.catalog.cheapest.gflops
+        assert (measured_at() is None, stage.ledger.answer_gflops) == (False, cheapest)
+        new.close()
 
 
 class Busy(Stage):

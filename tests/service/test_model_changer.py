@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import cast
 
@@ -37,6 +38,7 @@ class Model:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.seconds = 0.001
         self.then: Callable[[], None] = lambda: None
+        self.announce: Callable[[], None] = lambda: None
         self.checkpoint, self.sample, self.engine = checkpoint, LiveSample(), self
         self.is_unused, self.is_closed = True, False
         self.logits = torch.tensor([[1.0, 0.0]])
@@ -72,6 +74,8 @@ class Stage:
         self.registry, self.models = CollectorRegistry(), ServedModels(lambda: 0.5)
         self.metrics = Metrics(self.registry)
         self.metrics.describe([], OLD.name, OLD.version)
+        for model in (self.old, self.new):
+            model.announce = partial(self.metrics.model.serves, model.checkpoint.name, model.checkpoint.version)
         self.at_look: Callable[[str], None] = self.answer
         self.drawn: list[float] = []
         self.steps: list[str] = []

@@ -204,3 +204,10 @@ def test_without_shares_the_key_that_sends_more_would_get_more(catalog: VariantC
     shared = Shared(catalog)
     share = shared.run({SMALL: 90.0, replace(LARGE, weight=1e9): 900.0})
     assert share["small"] < 0.15
+
+
+def test_the_answer_that_a_part_of_a_burst_must_do_for_is_of_the_model_that_is_served() -> None:
+    ledger, key = KeyLedger(0.5, 0.25), ApiKey("dear", gflops_per_s=10.0, burst_gflops=10.0)
+    assert ledger.wait_s(key, 4.0, 0.0) == float("inf")
+    ledger.answer_gflops = 4.0
+    assert ledger.wait_s(key, 4.0, 0.0) < float("inf")
