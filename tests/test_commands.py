@@ -21,7 +21,7 @@ PAGES = sorted(
     str(page.relative_to(ROOT))
     for folder in (".", ".github", "service", "models", "deploy", "tests")
     for page in (ROOT / folder).glob("*.md" if folder == "." else "**/*.md")
-    if page.name != "CHANGELOG.md"
+    if page.name != "CHANGELOG.md" and ".venv" not in page.parts
 )
 PROGRAMS = {
     "curl",
