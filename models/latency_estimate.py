@@ -53,8 +53,7 @@ class LatencyEstimate:
         """Estimate some cells."""
         costs = self._costs_of(cells)
         likely = (_terms(costs) @ self._factors) * np.exp(self._correction(_nearness(costs, self._costs)))
-        cheaper = (self._costs[None] <= costs[:, None]).all(axis=2)
-        dearer = (self._costs[None] >= costs[:, None]).all(axis=2)
+        cheaper, dearer = _are_at_most(self._costs, costs), _are_at_most(-self._costs, -costs)
         lowest = np.where(cheaper, self._seconds, 0.0).max(axis=1)
         highest = np.where(dearer, self._seconds, np.inf).min(axis=1)
         bounded: list[float] = np.minimum(np.maximum(likely, lowest), np.maximum(lowest, highest)).tolist()
@@ -75,9 +74,17 @@ def _terms(costs: Floats) -> Floats:
     return np.stack([np.ones_like(macs), batch_size, macs * batch_size], axis=1)
 
 
+def _are_at_most(measured: Floats, costs: Floats) -> npt.NDArray[np.bool_]:
+    """Tell for each of (n, 2) costs which of (m, 2) measured ones exceed it in neither; (n, m)."""
+    macs, batch_size = (measured[:, of] <= costs[:, of, None] for of in (0, 1))
+    return macs & batch_size
+
+
 def _nearness(costs: Floats, measured: Floats) -> Floats:
-    distance = np.log(costs)[:, None] - np.log(measured)[None]
-    near: Floats = np.exp(-((distance / REACH) ** 2).sum(axis=2) / 2)
+    """Weigh for each of (n, 2) costs the (m, 2) measured ones, 1 at no distance; (n, m)."""
+    of_cells, of_measured = np.log(costs) / REACH, np.log(measured) / REACH
+    macs, batch_size = (of_cells[:, of, None] - of_measured[:, of] for of in (0, 1))
+    near: Floats = np.exp((macs * macs + batch_size * batch_size) / -2)
     return near
 
 

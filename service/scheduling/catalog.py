@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, takewhile
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import TypeVar
 
 from models.latency import LatencyTable
@@ -31,20 +31,22 @@ class VariantCatalog:
         num_levels: how many of the variants are levels.
         frontier: what a budget chooses from: the variants that none of lower highest cost equals, cheapest first.
         is_measured: whether the accuracies are known.
+        best_alone: the most accurate of the trained sub-networks, with one look.
     """
 
     variants: tuple[Variant, ...]
     num_levels: int
     frontier: tuple[Variant, ...]
     is_measured: bool
-    _caps: tuple[float, ...] = field(init=False, repr=False, compare=False)
-    _grants: tuple[Grant, ...] = field(init=False, repr=False, compare=False)
+    best_alone: Variant = field(init=False, repr=False, compare=False)
+    _grants: tuple[tuple[float, Grant], ...] = field(default=(), repr=False, compare=False)  # by cap, ascending
 
     def __post_init__(self) -> None:
-        granted = {variant.index: variant for variant in (*self.levels, *self.frontier)}.values()
-        caps = sorted({variant.most_gflops for variant in granted})
-        object.__setattr__(self, "_caps", tuple(caps))
-        object.__setattr__(self, "_grants", tuple(map(self._grant, caps)))
+        alone = (one for one in self.variants if one.second_look is None and one.profile.is_trained)
+        object.__setattr__(self, "best_alone", max(alone, key=lambda one: (one.worth, -one.profile.macs)))
+        if not self._grants:  # whatever is learned of latencies, a budget admits the same
+            caps = sorted({variant.most_gflops for variant in (*self.levels, *self.frontier)})
+            object.__setattr__(self, "_grants", tuple((cap, self._grant(cap)) for cap in caps))
 
     @classmethod
     def of(cls, profiles: ProfileTable, latencies: LatencyTable, *, cascades: bool = True) -> "VariantCatalog":
@@ -92,12 +94,6 @@ class VariantCatalog:
         """The most accurate level."""
         return self.variants[self.num_levels - 1]
 
-    @property
-    def best_alone(self) -> Variant:
-        """The most accurate of the trained sub-networks, with one look."""
-        alone = (one for one in self.variants if one.second_look is None and one.profile.is_trained)
-        return max(alone, key=lambda one: (one.worth, -one.profile.macs))
-
     def grant_within(self, budget_gflops: float | None) -> Grant:
         """Find what a budget admits, compared in the number that clients are shown.
 
@@ -105,9 +101,9 @@ class VariantCatalog:
             BudgetTooSmallError: nothing fits; names the smallest budget that would do.
         """
         if budget_gflops is None:
-            return self._grants[-1]
+            return self._grants[-1][1]
         _require_budget(budget_gflops, self.cheapest.profile, "the cheapest sub-network costs")
-        return self._grants[bisect_right(self._caps, budget_gflops) - 1]
+        return self._grants[bisect_right(self._grants, budget_gflops, key=itemgetter(0)) - 1][1]
 
     def grant_named(self, subnetwork: SubNetwork, budget_gflops: float | None = None) -> Grant:
         """Grant one sub-network, and one look.
