@@ -81,6 +81,7 @@ class GrowingProfile:
         self._macs = {row.subnetwork: row.macs for row in profiles.rows}
         self._trained = {row.subnetwork for row in profiles.rows if row.is_trained}
         self._runs = {cell: _Runs() for cell in cells_of(list(self._macs), batch_sizes)}
+        self._left = dict.fromkeys(self._runs)  # the cells that are not measured, in order
         self._began_at = datetime.now(UTC) if kept is None else kept.measured_at
         self._expected_s: Mapping[Cell, float] = {}
         if kept is not None:
@@ -94,7 +95,7 @@ class GrowingProfile:
     @property
     def is_complete(self) -> bool:
         """Whether every cell is measured."""
-        return all(runs.done >= 1 for runs in self._runs.values())
+        return not self._left
 
     @property
     def began_at(self) -> datetime:
@@ -106,7 +107,7 @@ class GrowingProfile:
         """What is worth keeping: the cells that are measured."""
         seconds, spread = {}, {}
         for cell, runs in self._runs.items():
-            if runs.done >= 1:
+            if cell not in self._left:
                 seconds[cell], found = middle_of(runs.seconds)
                 spread[cell] = found if runs.spread is None else runs.spread
         return Figures(seconds, spread, self._began_at)
@@ -114,26 +115,29 @@ class GrowingProfile:
     def merge(self, kept: Figures) -> None:
         """Take over what was measured in an earlier start or by another process, where nothing is measured here."""
         for cell, seconds in kept.seconds.items():
-            if self._runs[cell].done < 1:
+            if cell in self._left:
                 self._runs[cell] = _Runs([seconds], MIN_RUNS, True, kept.spread[cell])
+                del self._left[cell]
 
     def seconds(self, cell: Cell) -> float | None:
         """Return what a measured cell takes; None for one that is not measured, or no cell."""
-        runs = self._runs.get(cell)
-        return None if runs is None or runs.done < 1 else middle_of(runs.seconds)[0]
+        is_measured = cell in self._runs and cell not in self._left
+        return middle_of(self._runs[cell].seconds)[0] if is_measured else None
 
     def record(self, cell: Cell, seconds: float, worth: float = 1.0) -> None:
         """Count a run, as so much of one; nothing where it is no cell, or measured.
 
         The first of a shape, for which a library prepares itself, does not count unless it is slow.
         """
-        runs = self._runs.get(cell)
-        if runs is None or runs.done >= 1:
+        if cell not in self._left:
             return
+        runs = self._runs[cell]
         if runs.has_run or seconds >= SLOW_S:
             runs.seconds.append(seconds)
             runs.worth += worth
         runs.has_run = True
+        if runs.done >= 1:
+            del self._left[cell]
 
     def expected_s(self, cell: Cell) -> float:
         """Tell what a cell takes, measured or estimated from those measured so far; 0 where there are none."""
@@ -154,14 +158,12 @@ class GrowingProfile:
         Returns:
             The cell and the seconds that it will take; None where nothing is left that fits.
         """
-        left = [
-            (cell, runs) for cell, runs in self._runs.items() if runs.done < 1 and fits(cell, self._expected_s[cell])
-        ]
+        expected_s = self._expected_s
+        left = [cell for cell in self._left if fits(cell, expected_s[cell])]
         if not left:
             return None
-        expected_s = self._expected_s
-        cell, _ = min(left, key=lambda each: (each[1].done, each[0][0] not in self._trained, expected_s[each[0]]))
-        return cell, expected_s[cell]
+        due = min(left, key=lambda cell: (self._runs[cell].done, cell[0] not in self._trained, expected_s[cell]))
+        return due, expected_s[due]
 
     def predict(self) -> Prediction:
         """Arrange what is measured, and estimates of all else, for those who plan; `due` goes by the same.

@@ -104,6 +104,8 @@ class IdleProfiler:
         How much slower than alone it ran, because of others' load and the server's own work, is known from batches of
         measured cells just before it. Where there were none, it says nothing of its cell.
         """
+        if self._is_over:
+            return
         result = results[0]
         cell, seconds, now = (result.variant.profile.subnetwork, len(results)), result.inference_s, result.ended_at
         measured_s = self._profile.seconds(cell)
