@@ -228,7 +228,13 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             {f"{100 * share:g} %": quantile(share, "supervit_event_loop_delay_seconds") for share in (0.5, 0.99)},
             span=THIRD,
         ),
-        lines("Memory", "Memory that the server holds.", "bytes", each("supervit_resident_memory_bytes"), span=THIRD),
+        lines(
+            "Memory",
+            "Memory that the server holds, and what its CUDA graphs take of a GPU's; without one, nothing.",
+            "bytes",
+            each("supervit_resident_memory_bytes") | each("supervit_cuda_graph_memory_bytes", "CUDA graphs, "),
+            span=THIRD,
+        ),
         lines(
             "Age of the profile",
             "Time since the latencies that the policy works with were measured on this machine.",
