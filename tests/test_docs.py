@@ -37,7 +37,7 @@ def shell_lines(page: str) -> list[str]:
 def test_the_first_two_commands_set_up_and_run_and_set_up_and_test() -> None:
     run, test = [line for line in shell_lines("README.md") if line.startswith("python3 -m venv")][:2]
     assert run.endswith("supervit serve")
-    assert test.endswith("pytest")
+    assert test.endswith("pytest -n 2")
     assert test in (ROOT / ".ci" / "run").read_text()
 
 

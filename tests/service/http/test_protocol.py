@@ -27,6 +27,12 @@ from tests.service.http.raw_server import (
 pytestmark = pytest.mark.anyio
 
 
+@pytest.fixture(autouse=True)
+def only_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever level another test's server has set, an announcement of the port is no trouble."""
+    caplog.set_level(logging.WARNING, "uvicorn.error")
+
+
 @pytest.mark.parametrize(
     ("beginning", "more"),
     [

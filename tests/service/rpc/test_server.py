@@ -118,7 +118,7 @@ async def test_the_end_waits_for_answers_and_not_for_those_that_only_watch(
         runtime.drain()
         loop.call_later(0.1, engine.may_run.set)
         told_at = loop.time()
-    assert loop.time() - told_at < 5  # of 20 that there were for answers
+    assert loop.time() - told_at < 15  # of 20 that there were for answers, which one that watches would take whole
     assert (await first).id == "7"
     assert await stream.code() is not grpc.StatusCode.OK
     await channel.close()

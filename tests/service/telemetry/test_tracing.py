@@ -1,5 +1,5 @@
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import Context
 
 import pytest
@@ -40,8 +40,10 @@ class Traces:
 
 
 @pytest.fixture
-def traces() -> Traces:
-    return Traces()
+def traces() -> Iterator[Traces]:
+    token = TRACE_ID.set(None)
+    yield Traces()
+    TRACE_ID.reset(token)
 
 
 def context_of(span: ReadableSpan) -> SpanContext:
