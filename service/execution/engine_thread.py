@@ -58,7 +58,7 @@ class Served(Protocol):
 
 
 class EngineThread:
-    """The thread, and who takes turns on it."""
+    """The thread, and what takes turns on it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with nothing to serve; the clock is monotonic, in seconds."""

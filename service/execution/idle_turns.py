@@ -1,4 +1,4 @@
-"""When the engine has time for batches that nobody waits for, and whose turn it then is.
+"""When the engine has time for batches that no request waits for, and whose turn it then is.
 
 What they are is for each kind of work to say. All of it runs on the engine's thread.
 """
