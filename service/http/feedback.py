@@ -1,6 +1,7 @@
 """POST /feedback: whether an answer was right, from those that know."""
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -45,14 +46,15 @@ BODY: Schema = {"required": True, "content": {"application/json": {"schema": Fee
 
 def make_feedback(context: RouteContext) -> Callable[[Request], Awaitable[FeedbackAnswer]]:
     """Make what answers POST /feedback."""
+    limits = replace(context.bodies, max_bytes=MAX_BYTES)
 
     async def feedback(request: Request) -> FeedbackAnswer:
         """Say what an answer should have been. Of several such words on one answer the first counts."""
-        body = _parsed(await read_body(request, MAX_BYTES, context.max_upload_s))
-        _check_class(body, context.checkpoint.class_names)
+        body = _parsed(await read_body(request, limits))
         answer = context.answers.find(key_of(request.scope), body.request_id, body.image)
+        _check_class(body, answer.class_names)
         is_first = not answer.is_judged
-        # By its label: several classes may go by one, and another model may be served meanwhile.
+        # By its label: several classes may go by one.
         is_correct = body.index == answer.index if body.label is None else body.label == answer.label
         answer.is_judged = True
         if counts := is_first and answer.expected_top1 is not None:
@@ -70,13 +72,13 @@ def _parsed(body: bytes) -> FeedbackBody:
 
 
 def _check_class(body: FeedbackBody, class_names: Sequence[str]) -> None:
-    """See whether there is the class that is meant.
+    """See whether the model that answered has the class that is meant.
 
     Raises:
         InvalidParameterError: there is none.
     """
     if body.label is None and (body.index is None or body.index >= len(class_names)):
-        message = f"index: this model has {len(class_names)} classes, counted from 0"
+        message = f"index: the model that answered has {len(class_names)} classes, counted from 0"
         raise InvalidParameterError(message, parameter="index")
     if body.label is not None and body.label not in class_names:
-        raise InvalidParameterError("label: this model knows no class of that name", parameter="label")
+        raise InvalidParameterError("label: the model that answered knows no class of that name", parameter="label")
