@@ -1,18 +1,15 @@
 """POST /feedback: whether an answer was right, from those that know."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from service.errors import InvalidParameterError, invalid_parameter
+from service.errors import InvalidParameterError
 from service.http.context import RouteContext
 from service.http.keys import key_of
 from service.http.queries import Schema
-from service.http.uploads import read_body
-
-MAX_BYTES = 10_000
+from service.http.uploads import read_message
 
 
 class FeedbackBody(BaseModel):
@@ -46,11 +43,10 @@ BODY: Schema = {"required": True, "content": {"application/json": {"schema": Fee
 
 def make_feedback(context: RouteContext) -> Callable[[Request], Awaitable[FeedbackAnswer]]:
     """Make what answers POST /feedback."""
-    limits = replace(context.bodies, max_bytes=MAX_BYTES)
 
     async def feedback(request: Request) -> FeedbackAnswer:
         """Say what an answer should have been. Of several such words on one answer the first counts."""
-        body = _parsed(await read_body(request, limits))
+        body = await read_message(request, context.bodies, FeedbackBody)
         answer = context.answers.find(key_of(request.scope), body.request_id, body.image)
         _check_class(body, answer.class_names)
         is_first = not answer.is_judged
@@ -62,13 +58,6 @@ def make_feedback(context: RouteContext) -> Callable[[Request], Awaitable[Feedba
         return FeedbackAnswer(correct=is_correct, counted=counts)
 
     return feedback
-
-
-def _parsed(body: bytes) -> FeedbackBody:
-    try:
-        return FeedbackBody.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
 
 
 def _check_class(body: FeedbackBody, class_names: Sequence[str]) -> None:

@@ -3,11 +3,12 @@
 import asyncio
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -21,6 +22,7 @@ from service.errors import (
     InvalidParameterError,
     UnsupportedMediaError,
     UploadTimeoutError,
+    invalid_parameter,
 )
 from service.http.forms import FIELD, UNTYPED, Form, FormReader
 from service.http.keys import key_of
@@ -29,7 +31,11 @@ LATE_S = 0.05
 # A body that comes slower holds a connection and memory for little: a phone on 2G sends some 5,000 bytes a second.
 LEAST_BYTES_PER_S = 1000
 SLOW_START_S = 5.0
+MAX_MESSAGE_BYTES = 10_000  # of what holds no image
 MAX_JSON_MEMBERS = 64  # base64 has none of the signs that begin one
+
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class BodyKind(Enum):
@@ -107,6 +113,19 @@ async def read_json(request: Request, limits: BodyLimits, within_s: float = math
             raise InvalidParameterError(f"{name}: a number is wanted", parameter=name)
     fields = tuple((name, value) for name, value in members.items() if value is not None)
     return Form((await decode_base64(text),), fields)
+
+
+async def read_message(request: Request, limits: BodyLimits, kind: type[M]) -> M:
+    """Read a short body that is JSON of some kind; arguments and errors as `receive`.
+
+    Raises:
+        InvalidParameterError: it is none of that kind.
+    """
+    body = await read_body(request, replace(limits, max_bytes=MAX_MESSAGE_BYTES))
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
 
 
 async def receive(

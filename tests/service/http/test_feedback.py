@@ -12,8 +12,8 @@ from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
 from service.domain import InferenceRequest
-from service.http.feedback import MAX_BYTES
 from service.http.request_ids import HEADER
+from service.http.uploads import MAX_MESSAGE_BYTES
 from service.machine.monitor import Monitor
 from service.runtime import ServerRuntime
 from service.settings import Settings
@@ -144,7 +144,7 @@ def test_what_makes_no_sense_is_said_and_counts_nothing(
 
 def test_no_json_and_too_much_of_it_are_refused(client: TestClient) -> None:
     assert error_code(client.post("/feedback", content=b"{"), 422) == "invalid_parameter"
-    assert error_code(client.post("/feedback", content=b" " * (MAX_BYTES + 1)), 413) == "body_too_large"
+    assert error_code(client.post("/feedback", content=b" " * (MAX_MESSAGE_BYTES + 1)), 413) == "body_too_large"
 
 
 def test_the_documentation_describes_it(client: TestClient) -> None:
