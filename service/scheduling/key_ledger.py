@@ -90,7 +90,11 @@ class KeyLedger:
         account.asked_at, account.weight = now, key.weight
 
     def demotion(self, key: ApiKey, now: float) -> float:
-        """Return the fraction of a step, 0..0.5, by which a request stands behind others of its priority."""
+        """Return the fraction of a step, 0..0.5, by which a request stands behind others of its priority.
+
+        It is counted in answers of its own that a key is ahead, so that it follows within a few, on slow machines, too,
+        and that only what weights are beside each other says anything.
+        """
         account = self._account(key, now)
         ahead = (account.finish - self._least(now)) * account.weight / self.answer_gflops
         return min(STEPS, int(max(0.0, ahead)).bit_length()) / (2 * STEPS)
