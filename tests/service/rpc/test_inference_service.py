@@ -205,7 +205,9 @@ async def test_one_client_may_have_so_many_messages_on_their_way(
         assert (status, metadata["error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
         assert message.startswith("1 requests from this address are on their way already")
         assert served.count("overloaded") == 1
-        other.cancel()
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(other, return_exceptions=True)
 
 
 async def test_a_call_without_a_message_is_told_so(served: Served) -> None:
