@@ -57,7 +57,7 @@ def create_app(
         redoc_url=None,
     )
     classify = make_classify(runtime.context)
-    context, errors = runtime.context, ErrorAnswers(runtime.context.max_body_bytes)
+    context, errors = runtime.context, ErrorAnswers(runtime.context.bodies.max_bytes)
     protocol = runtime.inference_protocol
     infer, predict = make_infer(context, protocol), make_predict(context, protocol)
 

@@ -171,7 +171,7 @@ def assemble(
             metrics.profile.began(checkpoint.name, known[0].began_at, catalog.best.top1)
         ledger.answer_gflops = catalog.cheapest.gflops
 
-    explainer = Explainer(_model_to_explain(checkpoint, engine), decoder)
+    explainer = Explainer(_model_to_explain(checkpoint, engine), decoder, ledger)
     server = ReadyServer(pipeline, scheduler, describe, measured_share, explainer)
     return ServedModel(checkpoint, engine, known, server, batcher, decoder, sample, announce)
 

@@ -4,6 +4,7 @@ It is as long as it is, whatever comes: the oldest is forgotten. What is said of
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.subnetwork import SubNetwork
@@ -19,17 +20,22 @@ class RecentAnswer:
 
     Attributes:
         index: of the class that it took for the most probable, of the model that it came from.
-        label: of that class.
+        class_names: of that model, which may be another than is served meanwhile.
         subnetwork: that looked first.
         expected_top1: accuracy, 0..1, of what was chosen for it; None where unmeasured.
         is_judged: whether it is known if it was right.
     """
 
     index: int
-    label: str
+    class_names: Sequence[str]
     subnetwork: SubNetwork
     expected_top1: float | None
     is_judged: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name of that class."""
+        return self.class_names[self.index]
 
 
 class RecentAnswers:
@@ -40,15 +46,16 @@ class RecentAnswers:
         self._kept = kept
         self._answers: OrderedDict[tuple[str | None, str, int], RecentAnswer] = OrderedDict()
 
-    def remember(self, request_id: str | None, request: InferenceRequest, answer: Classification) -> None:
-        """Remember the answer to a request, unless it has no name."""
+    def remember(
+        self, request_id: str | None, request: InferenceRequest, answer: Classification, class_names: Sequence[str]
+    ) -> None:
+        """Remember the answer to a request, and the classes of the model that gave it, unless it has no name."""
         if request_id is None:
             return
         place = _key_name(request.key), request_id, request.image
         self._answers.pop(place, None)
         first = answer.looks[0].profile.subnetwork
-        best = answer.predictions[0]
-        self._answers[place] = RecentAnswer(best.index, best.label, first, answer.expected_top1)
+        self._answers[place] = RecentAnswer(answer.predictions[0].index, class_names, first, answer.expected_top1)
         if len(self._answers) > self._kept:
             self._answers.popitem(last=False)
 

@@ -14,7 +14,7 @@ from service.access.key_file import KeyFile
 from service.assembly import Profiled, ServedModel, assemble
 from service.candidate import CandidateMaker, Load, OpenEngine
 from service.checkpoint_watch import follow
-from service.classifier import Classifier
+from service.classifier import Classifier, RequestsByClient
 from service.domain import ServerState
 from service.engines.base import Engine
 from service.engines.factory import engine_threads, open_engine
@@ -23,6 +23,7 @@ from service.errors import NotReadyError
 from service.execution.engine_thread import EngineThread
 from service.execution.watchdog import Watchdog
 from service.http.context import RouteContext
+from service.http.uploads import BodyLimits
 from service.inference_protocol.protocol import InferenceProtocol
 from service.machine.monitor import Monitor
 from service.model_changer import ModelChanger
@@ -108,15 +109,13 @@ class ServerRuntime:
         catalog = VariantCatalog.of(profile, nominal, cascades=settings.cascades)
         find_policy(settings.policy, catalog)
         self.metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
-        subnetworks = list(profile.by_subnetwork)
-        self.metrics.describe(subnetworks, checkpoint.name, checkpoint.version, settings.workers)
-        answers = RecentAnswers()
+        self.metrics.describe(list(profile.by_subnetwork), checkpoint.name, checkpoint.version, settings.workers)
+        answers, coming = RecentAnswers(), RequestsByClient(settings.max_in_flight_per_address, "on their way")
         self.context = RouteContext(
             checkpoints=self._checkpoints,
             metrics=self.metrics,
             monitor=self._monitor,
-            max_body_bytes=settings.max_body_bytes,
-            max_upload_s=settings.max_upload_s,
+            bodies=BodyLimits(settings.max_body_bytes, settings.max_upload_s, coming),
             classifier=Classifier(self.metrics, settings.max_in_flight_per_address, answers),
             answers=answers,
             cors_origins=comma_separated(settings.cors_origins) or (),

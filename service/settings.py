@@ -91,7 +91,11 @@ class Settings(BaseSettings):
     )
     max_batch_size: int = Field(16, ge=1, le=64, description="requests that may run together")
     max_in_flight: int = Field(1024, ge=1, description="requests in the server at once; more are rejected")
-    max_in_flight_per_address: int = Field(512, ge=1, description="requests in the server at once from one address")
+    max_in_flight_per_address: int = Field(
+        512,
+        ge=1,
+        description="requests in the server at once from one address, and bodies on their way from one client",
+    )
     max_decode_s_per_address: float = Field(
         30,
         gt=0,

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from models.profiles import SubNetworkProfile
@@ -38,9 +35,14 @@ class Count(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Answered:
-    """What was answered to an image of (3, S, S)."""
+    """What was answered to an image.
 
-    pixels: npt.NDArray[np.uint8]
+    Attributes:
+        pixels: (3, S, S) uint8, as it was decoded: in memory of its own, whatever message brought it.
+        answer: index of the class that was taken for the most probable.
+    """
+
+    pixels: Tensor
     answer: int
 
 
@@ -93,8 +95,7 @@ class Audit:
             if len(kept) == KEPT:
                 return
             if result.before is None and math.isfinite(result.confidence):
-                # A copy: it may be a part of a message that holds many. Not by PyTorch, which would call in threads.
-                kept.append(_Answered(image.numpy().copy(), int(result.ranking[0])))
+                kept.append(_Answered(image, int(result.ranking[0])))
 
     def close(self) -> None:
         """Audit no more, and keep no image."""
@@ -103,7 +104,7 @@ class Audit:
 
     def _audit(self, profile: SubNetworkProfile, answered: _Answered) -> float:
         started_at = self._clock()
-        logits = self._run(torch.from_numpy(answered.pixels)[None], self._best.profile.subnetwork).numpy()
+        logits = self._run(answered.pixels[None], self._best.profile.subnetwork).numpy()
         seconds = self._clock() - started_at
         self._next_at = started_at + seconds / SHARE
         self._audited[profile] += 1

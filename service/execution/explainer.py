@@ -9,7 +9,8 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor
 
 from models.data.images import normalise
+from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 from models.tokens import FUSED
 from service.decoding.decoder import Decoder
+from service.domain import InferenceRequest
 from service.errors import ModelError, OverloadedError
+from service.scheduling.key_ledger import KeyLedger
 
 NICENESS = 10  # a tenth of a core that others want as well
 LAST_PRIORITY = -100  # behind whatever a request may ask for
@@ -52,14 +56,18 @@ class KeptPatches:
 class Explainer:
     """Explains one image at a time, or says that it is busy."""
 
-    def __init__(self, model: SuperViT, decoder: Decoder) -> None:
+    def __init__(
+        self, model: SuperViT, decoder: Decoder, ledger: KeyLedger, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Take what it works with.
 
         Args:
             model: in eval mode, wherever it is.
             decoder: makes images of bytes.
+            ledger: of what the holders of keys have had.
+            clock: monotonic, in seconds; the ledger's.
         """
-        self._model, self._decoder = model, decoder
+        self._model, self._decoder, self._ledger, self._clock = model, decoder, ledger, clock
         self._thread = ThreadPoolExecutor(1, "explain", initializer=_give_way)
         self._is_taken = False
 
@@ -87,24 +95,28 @@ class Explainer:
         finally:
             self._is_taken = False
 
-    async def explain(self, data: bytes, subnetwork: SubNetwork, address: str | None = None) -> tuple[KeptPatches, ...]:
-        """Tell which patches each block that prunes keeps; none do at a keep rate of 1.
+    async def explain(
+        self, data: bytes, profile: SubNetworkProfile, request: InferenceRequest
+    ) -> tuple[KeptPatches, ...]:
+        """Tell which patches each block that prunes keeps; none do at a keep rate of 1. Its key is charged for that.
 
         Args:
             data: the bytes of an image that was classified.
-            subnetwork: that ran.
-            address: whose it is.
+            profile: of the sub-network that ran.
+            request: whose image it is.
 
         Raises:
             ServiceError: the image cannot be decoded now, or the model fails on it.
         """
-        decoding = asyncio.wrap_future(self._decoder.submit(data, math.inf, LAST_PRIORITY, address))
+        decoding = asyncio.wrap_future(self._decoder.submit(data, math.inf, LAST_PRIORITY, request.address))
         try:
             decoded = await asyncio.wait_for(decoding, LONGEST_WAIT_S)
         except TimeoutError:
             message = "others' images leave no time to decode this one again; try again in a moment"
             raise OverloadedError(message, "full", RETRY_AFTER_S) from None
-        loop = asyncio.get_running_loop()
+        loop, subnetwork = asyncio.get_running_loop(), profile.subnetwork
+        if request.key is not None:  # at once: what has begun runs to its end, even if the client leaves
+            self._ledger.charge(request.key, profile.gflops, self._clock())
         try:
             return await loop.run_in_executor(self._thread, self._trace, decoded.image, subnetwork)
         except RuntimeError as error:  # as of a GPU whose memory is taken

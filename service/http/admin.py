@@ -11,7 +11,9 @@ from service.errors import ForeignOriginError
 from service.http.context import RouteContext
 from service.http.descriptions import describe_model
 from service.http.origins import is_known_host
+from service.http.queries import Schema
 from service.http.schemas import ErrorAnswer, ModelAnswer
+from service.http.uploads import read_message
 from service.model_change import (
     LEAST_AGREEMENT,
     MOST_SLOWDOWN,
@@ -120,15 +122,25 @@ def build_admin_router(context: RouteContext, changer: Changer) -> APIRouter:
         """Tell which model is served, and how the change that goes on, or the last one, stands."""
         return describe()
 
-    @router.put(PATH, status_code=202, responses=errors)
-    async def change_model(body: ModelBody, request: Request) -> AdminModelAnswer:
+    @router.put(PATH, status_code=202, responses=errors, openapi_extra={"requestBody": _describe_body()})
+    async def change_model(request: Request) -> AdminModelAnswer:
         """Begin to put another model in the place of the one that is served; ask with GET how it gets on."""
         # A page of any site can have its own name lead to this server, and is then taken for the server's own.
         hosts = context.allowed_hosts or ("localhost",)
         if "origin" in request.headers and not is_known_host(request.headers.get("host"), hosts):
             raise ForeignOriginError("a page changes the model only where --allowed-hosts names the server it asks")
         context.open_server()
+        body = await read_message(request, context.bodies, ModelBody)
         changer.ask(body.change())
         return describe()
 
     return router
+
+
+def _describe_body() -> Schema:
+    """Describe the body of a PUT in OpenAPI's words, in which a schema holds no definitions of its own."""
+    schema = ModelBody.model_json_schema()
+    trial = schema.pop("$defs")[TrialBody.__name__]
+    for name in ("shadow", "canary"):
+        schema["properties"][name]["anyOf"][0] = trial
+    return {"required": True, "content": {"application/json": {"schema": schema}}}

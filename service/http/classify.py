@@ -127,12 +127,12 @@ async def read_upload(
     address, key = request.client.host if request.client else None, key_of(request.scope)
     arrived_at = request.scope.get(ARRIVED_AT) or clock()
     server, kind = context.open_server(), kind_of_body(request.headers)
-    limits = context.max_body_bytes, context.max_upload_s
+    limits = context.bodies
     if kind is BodyKind.IMAGE:
         query = parse_query(query_string)
 
         async def read(within_s: float) -> bytes:
-            data = await read_body(request, *limits, within_s)
+            data = await read_body(request, limits, within_s)
             watch.start()
             return data
 
@@ -143,7 +143,7 @@ async def read_upload(
 
     pipeline = server.pipeline
     pipeline.check_room()
-    within_s = context.max_upload_s  # unless the query says so, it is not known yet what is granted
+    within_s = limits.max_s  # unless the query says so, it is not known yet what is granted
     known: ClassifyQuery | None = None
     with suppress(InvalidParameterError):  # it is looked at again with what the body says
         known = parse_query(query_string)
@@ -153,9 +153,9 @@ async def read_upload(
         if alone.budget_ms is not None:
             within_s = pipeline.time_left_s(alone)
     if kind is BodyKind.FORM:
-        form = await read_form(request, *limits, within_s, image_fields)
+        form = await read_form(request, limits, within_s, image_fields)
     else:
-        form = await read_json(request, *limits, within_s)
+        form = await read_json(request, limits, within_s)
     parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
     wanted = parameters.request(arrived_at, parameters.top_k, address, key)
     server = context.servers()[0]  # another model may be served by now; one that is told to stop answers what it read

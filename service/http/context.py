@@ -12,6 +12,7 @@ from service.errors import NotReadyError
 from service.execution.explainer import Explainer
 from service.health import OwnFailures
 from service.http.schemas import SubNetworksAnswer
+from service.http.uploads import BodyLimits
 from service.machine.monitor import Monitor
 from service.pipeline import Pipeline
 from service.recent_answers import RecentAnswers
@@ -52,8 +53,7 @@ class RouteContext:
         checkpoints: tells what is served, whatever is tried out beside it behind it.
         metrics: what is counted.
         monitor: looks at the machine.
-        max_body_bytes: most of a body that is read.
-        max_upload_s: longest time that a body may take to arrive.
+        bodies: what those of requests may take.
         classifier: takes images to answers, and counts them.
         answers: those that clients may still come back to.
         cors_origins: sites whose pages may ask, beside the server's own.
@@ -71,8 +71,7 @@ class RouteContext:
     checkpoints: Callable[[], Sequence[Checkpoint]]
     metrics: Metrics
     monitor: Monitor
-    max_body_bytes: int
-    max_upload_s: float
+    bodies: BodyLimits
     classifier: Classifier
     answers: RecentAnswers
     cors_origins: tuple[str, ...]

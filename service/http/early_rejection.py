@@ -143,7 +143,7 @@ class EarlyRejection:
         hosts = self._context.allowed_hosts
         if hosts is not None and not is_known_host(headers.get(b"host", b"").decode("latin-1"), hosts):
             return False
-        return int(headers.get(b"content-length", b"0")) <= self._context.max_body_bytes
+        return int(headers.get(b"content-length", b"0")) <= self._context.bodies.max_bytes
 
 
 def _describe(error: OverloadedError) -> bytes:

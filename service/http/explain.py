@@ -1,6 +1,7 @@
 """POST /explain: a classification, and which patches the sub-network kept on its way to it."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 from fastapi import Request, Response
 
@@ -38,11 +39,12 @@ def make_explain(context: RouteContext) -> Handle:
                     turn.enter_context(server.explainer.turn())  # not before: what drips in shall not keep others out
                     return data
 
-                classification = await server.pipeline.classify(read_and_enter, upload.wanted, watch)
+                wanted = replace(upload.wanted, num_together=2)  # what its key has left is to do for both runs
+                classification = await server.pipeline.classify(read_and_enter, wanted, watch)
                 record(classification)
-                context.answers.remember(REQUEST_ID.get(), upload.wanted, classification)
-            subnetwork = classification.decision.profile.subnetwork
-            kept = await server.explainer.explain(data, subnetwork, upload.wanted.address)
+                class_names = server.checkpoint.class_names
+                context.answers.remember(REQUEST_ID.get(), wanted, classification, class_names)
+            kept = await server.explainer.explain(data, classification.decision.profile, wanted)
         return respond(describe_explanation(classification, kept, server.checkpoint))
 
     return explain

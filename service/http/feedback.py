@@ -3,15 +3,13 @@
 from collections.abc import Awaitable, Callable, Sequence
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from service.errors import InvalidParameterError, invalid_parameter
+from service.errors import InvalidParameterError
 from service.http.context import RouteContext
 from service.http.keys import key_of
 from service.http.queries import Schema
-from service.http.uploads import read_body
-
-MAX_BYTES = 10_000
+from service.http.uploads import read_message
 
 
 class FeedbackBody(BaseModel):
@@ -48,11 +46,11 @@ def make_feedback(context: RouteContext) -> Callable[[Request], Awaitable[Feedba
 
     async def feedback(request: Request) -> FeedbackAnswer:
         """Say what an answer should have been. Of several such words on one answer the first counts."""
-        body = _parsed(await read_body(request, MAX_BYTES, context.max_upload_s))
-        _check_class(body, context.checkpoint.class_names)
+        body = await read_message(request, context.bodies, FeedbackBody)
         answer = context.answers.find(key_of(request.scope), body.request_id, body.image)
+        _check_class(body, answer.class_names)
         is_first = not answer.is_judged
-        # By its label: several classes may go by one, and another model may be served meanwhile.
+        # By its label: several classes may go by one.
         is_correct = body.index == answer.index if body.label is None else body.label == answer.label
         answer.is_judged = True
         if counts := is_first and answer.expected_top1 is not None:
@@ -62,21 +60,14 @@ def make_feedback(context: RouteContext) -> Callable[[Request], Awaitable[Feedba
     return feedback
 
 
-def _parsed(body: bytes) -> FeedbackBody:
-    try:
-        return FeedbackBody.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
-
-
 def _check_class(body: FeedbackBody, class_names: Sequence[str]) -> None:
-    """See whether there is the class that is meant.
+    """See whether the model that answered has the class that is meant.
 
     Raises:
         InvalidParameterError: there is none.
     """
     if body.label is None and (body.index is None or body.index >= len(class_names)):
-        message = f"index: this model has {len(class_names)} classes, counted from 0"
+        message = f"index: the model that answered has {len(class_names)} classes, counted from 0"
         raise InvalidParameterError(message, parameter="index")
     if body.label is not None and body.label not in class_names:
-        raise InvalidParameterError("label: this model knows no class of that name", parameter="label")
+        raise InvalidParameterError("label: the model that answered knows no class of that name", parameter="label")

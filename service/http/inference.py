@@ -62,9 +62,9 @@ class InferenceOverHttp:
 
     async def _read(self, request: Request, arrived_at: float, query: Mapping[str, str]) -> bytes:
         """Read the body of a request that may come, as far as can be told before it has."""
-        headers, max_bytes, max_s = request.headers, self._context.max_body_bytes, self._context.max_upload_s
-        within_s = self._protocol.time_for_body_s(arrived_at, query, headers, max_s, key_of(request.scope))
-        body = await read_body(request, max_bytes, max_s, within_s)
+        headers, limits = request.headers, self._context.bodies
+        within_s = self._protocol.time_for_body_s(arrived_at, query, headers, limits.max_s, key_of(request.scope))
+        body = await read_body(request, limits, within_s)
         encoding = headers.get("content-encoding", "").strip().lower()
         # A few bytes may become as many as are allowed.
-        return await asyncio.to_thread(undo_encoding, body, encoding, max_bytes) if encoding else body
+        return await asyncio.to_thread(undo_encoding, body, encoding, limits.max_bytes) if encoding else body

@@ -3,14 +3,17 @@
 import asyncio
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
+from service.classifier import RequestsByClient
 from service.decoding.base64_text import decode_base64
 from service.errors import (
     BodyTooLargeError,
@@ -19,14 +22,20 @@ from service.errors import (
     InvalidParameterError,
     UnsupportedMediaError,
     UploadTimeoutError,
+    invalid_parameter,
 )
 from service.http.forms import FIELD, UNTYPED, Form, FormReader
+from service.http.keys import key_of
 
 LATE_S = 0.05
 # A body that comes slower holds a connection and memory for little: a phone on 2G sends some 5,000 bytes a second.
 LEAST_BYTES_PER_S = 1000
 SLOW_START_S = 5.0
+MAX_MESSAGE_BYTES = 10_000  # of what holds no image
 MAX_JSON_MEMBERS = 64  # base64 has none of the signs that begin one
+
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class BodyKind(Enum):
@@ -35,6 +44,21 @@ class BodyKind(Enum):
     IMAGE = "it is one"
     FORM = "in a part of a form"
     JSON = "as base64 in JSON"
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """What bodies may take.
+
+    Attributes:
+        max_bytes: most of one that is read.
+        max_s: longest time to wait for the whole of one, or slow clients would fill the server.
+        coming: counts those that are on their way by their clients, or one could hold the memory of all.
+    """
+
+    max_bytes: int
+    max_s: float
+    coming: RequestsByClient
 
 
 def kind_of_body(headers: Headers) -> BodyKind:
@@ -57,32 +81,30 @@ def kind_of_body(headers: Headers) -> BodyKind:
     return BodyKind.IMAGE
 
 
-async def read_body(
-    request: Request, max_bytes: int, max_s: float, within_s: float = math.inf, late_s: float = LATE_S
-) -> bytes:
+async def read_body(request: Request, limits: BodyLimits, within_s: float = math.inf, late_s: float = LATE_S) -> bytes:
     """Read a body as it is; arguments and errors as `receive`."""
     chunks: list[bytes] = []
-    await receive(request, chunks.append, max_bytes, max_s, within_s, late_s)
+    await receive(request, chunks.append, limits, within_s, late_s)
     return b"".join(chunks)
 
 
 async def read_form(
-    request: Request, max_bytes: int, max_s: float, within_s: float = math.inf, image_fields: tuple[str, ...] = (FIELD,)
+    request: Request, limits: BodyLimits, within_s: float = math.inf, image_fields: tuple[str, ...] = (FIELD,)
 ) -> Form:
     """Read a body that is a form; arguments and errors as `receive`, and those of a FormReader."""
     reader = FormReader(request.headers["content-type"], image_fields)
-    await receive(request, reader.feed, max_bytes, max_s, within_s)
+    await receive(request, reader.feed, limits, within_s)
     return reader.close()
 
 
-async def read_json(request: Request, max_bytes: int, max_s: float, within_s: float = math.inf) -> Form:
+async def read_json(request: Request, limits: BodyLimits, within_s: float = math.inf) -> Form:
     """Read a body that is JSON with an image in base64; arguments and errors as `receive`.
 
     Raises:
         InvalidParameterError: it is no JSON object, has no text as its `image`, or a parameter is no number.
         InvalidImageError: the text is no base64.
     """
-    members = _members(await read_body(request, max_bytes, max_s, within_s))
+    members = _members(await read_body(request, limits, within_s))
     text = members.pop("image", None)
     if not isinstance(text, str):
         raise InvalidParameterError("image: base64 or a data URL is wanted", parameter="image")
@@ -93,11 +115,23 @@ async def read_json(request: Request, max_bytes: int, max_s: float, within_s: fl
     return Form((await decode_base64(text),), fields)
 
 
+async def read_message(request: Request, limits: BodyLimits, kind: type[M]) -> M:
+    """Read a short body that is JSON of some kind; arguments and errors as `receive`.
+
+    Raises:
+        InvalidParameterError: it is none of that kind.
+    """
+    body = await read_body(request, replace(limits, max_bytes=MAX_MESSAGE_BYTES))
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
+
+
 async def receive(
     request: Request,
     feed: Callable[[bytes], object],
-    max_bytes: int,
-    max_s: float,
+    limits: BodyLimits,
     within_s: float = math.inf,
     late_s: float = LATE_S,
 ) -> None:
@@ -106,8 +140,7 @@ async def receive(
     Args:
         request: its body not yet read.
         feed: takes each piece of it.
-        max_bytes: most bytes of the body to read.
-        max_s: longest time to wait for the whole body, or slow clients would fill the server.
+        limits: what it may take.
         within_s: time after which its answer would be too late.
         late_s: of an event loop that is told of a timeout: then what the socket holds may have come in time.
 
@@ -116,18 +149,28 @@ async def receive(
         UploadTimeoutError: the body took longer than either, or came at less than LEAST_BYTES_PER_S.
         DeadlineError: so it may have done, but the event loop was too busy to see in time whether it was there.
         ClientGoneError: the client left.
+        OverloadedError: as many bodies of its client as may be are on their way.
     """
-    if _declares_more(request.headers, max_bytes):
-        raise _too_large(max_bytes)
-    loop, size = asyncio.get_running_loop(), 0
+    if _declares_more(request.headers, limits.max_bytes):
+        raise _too_large(limits.max_bytes)
+    address = request.client.host if request.client else None
+    with limits.coming.counting(address, key_of(request.scope)) as enter:
+        enter()
+        await _receive(request, feed, limits, within_s, late_s)
+
+
+async def _receive(
+    request: Request, feed: Callable[[bytes], object], limits: BodyLimits, within_s: float, late_s: float
+) -> None:
+    loop, size, max_s = asyncio.get_running_loop(), 0, limits.max_s
     started_at = loop.time()
     ends_at = started_at + max(0.0, min(max_s, within_s))
     try:
         async with asyncio.timeout_at(min(ends_at, started_at + SLOW_START_S)) as limit:
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > max_bytes:
-                    raise _too_large(max_bytes)
+                if size > limits.max_bytes:
+                    raise _too_large(limits.max_bytes)
                 feed(chunk)
                 limit.reschedule(min(ends_at, started_at + SLOW_START_S + size / LEAST_BYTES_PER_S))
     except TimeoutError as error:

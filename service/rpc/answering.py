@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from grpc.aio import ServicerContext
 
 from service.access.key_file import KeyFile
-from service.classifier import RequestsByAddress
+from service.classifier import RequestsByClient
 from service.domain import ApiKey
 from service.errors import ClientGoneError, ServiceError
 from service.inference_protocol.messages import InferReply, InferRequest
@@ -51,6 +51,7 @@ class Answering:
         metrics: Metrics,
         max_upload_s: float,
         max_calls_per_address: int,
+        coming: RequestsByClient,
         keys: KeyFile | None = None,
         reporter: Reporter | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -62,6 +63,7 @@ class Answering:
             metrics: what is counted.
             max_upload_s: longest time that a message may take to arrive.
             max_calls_per_address: at once, those included whose message is still to come.
+            coming: counts the requests for inference that are on their way by their clients, whatever carries them.
             keys: that requests for inference must come with one of; None for no such thing.
             reporter: is told of each call; None where nothing is told.
             clock: monotonic, in seconds.
@@ -69,8 +71,8 @@ class Answering:
         self.protocol = protocol
         self.in_flight = CallsInFlight()
         self._metrics, self._max_upload_s, self._clock = metrics, max_upload_s, clock
-        self.by_address, self._keys = RequestsByAddress(max_calls_per_address), keys
-        self.reports = CallReports(reporter)
+        self.by_address, self._keys = RequestsByClient(max_calls_per_address), keys
+        self.reports, self._coming = CallReports(reporter), coming
 
     def method(self, name: str, answer: Answer) -> "grpc.RpcMethodHandler[bytes, bytes]":
         """Make what a server of gRPC calls upon for a method that takes one message.
@@ -118,7 +120,12 @@ class Answering:
         Raises:
             ServiceError: it is, or it cannot be read; that is counted.
         """
-        with self.counting_failures(key), CancellationWatch():
+        with (
+            self.counting_failures(key),
+            CancellationWatch(),
+            self._coming.counting(call.address, key) as enter,
+        ):
+            enter()
             within_s = self.protocol.time_for_body_s(call.arrived_at, {}, call.metadata, self._max_upload_s, key)
             return translate(await read_message(messages, message_type, within_s))
 

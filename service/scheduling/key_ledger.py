@@ -12,8 +12,8 @@ from service.domain import ApiKey
 from service.errors import OverloadedError
 
 ACTIVE_S = 1.0  # after its last request, admitted or not, for which a key counts as one that wants its share
-CREDIT_ANSWERS = 64  # answers at the cheapest variant that a key which asks for little may be behind its share
-STEPS = 8  # of demotion, within one step of priority
+CREDIT_ANSWERS = 128  # at the cheapest variant, that a key which asks for little may be behind its share
+STEPS = 8  # of demotion, within one step of priority: 1 from one answer on, and one more with each doubling
 RETRY_AFTER_S = 1.0
 
 
@@ -21,6 +21,7 @@ RETRY_AFTER_S = 1.0
 class _Account:
     tokens: float  # GFLOPs that may be spent at once; below zero where requests together spent more than was left
     refilled_at: float
+    weight: float
     finish: float = 0.0  # work that it had over its weight, as if it had asked for its share ever since
     in_flight: int = 0
     asked_at: float = -math.inf
@@ -86,12 +87,17 @@ class KeyLedger:
         account = self._account(key, now)
         if now > account.asked_at + ACTIVE_S:  # it gets no more for having asked for nothing
             account.finish = max(account.finish, self._least(now))
-        account.asked_at = now
+        account.asked_at, account.weight = now, key.weight
 
     def demotion(self, key: ApiKey, now: float) -> float:
-        """Return the fraction of a step, 0..0.5, by which a request stands behind others of its priority."""
-        ahead = self._account(key, now).finish - self._least(now)
-        return min(STEPS, math.floor(STEPS * ahead / (CREDIT_ANSWERS * self.answer_gflops))) / (2 * STEPS)
+        """Return the fraction of a step, 0..0.5, by which a request stands behind others of its priority.
+
+        It is counted in answers of its own that a key is ahead, so that it follows within a few, on slow machines, too,
+        and that only what weights are beside each other says anything.
+        """
+        account = self._account(key, now)
+        ahead = (account.finish - self._least(now)) * account.weight / self.answer_gflops
+        return min(STEPS, int(max(0.0, ahead)).bit_length()) / (2 * STEPS)
 
     @contextmanager
     def charging(self, key: ApiKey | None, most_gflops: float, now: float) -> "Iterator[Charge]":
@@ -127,14 +133,21 @@ class KeyLedger:
             account.finish += (charge.spent_gflops - answer_gflops) / key.weight
             self._observe(key.name, charge.spent_gflops)
 
+    def charge(self, key: ApiKey, gflops: float, now: float) -> None:
+        """Take what was spent on a request beside its answer."""
+        account = self._account(key, now)
+        account.tokens -= gflops
+        account.finish += gflops / key.weight
+        self._observe(key.name, gflops)
+
     def _least(self, now: float) -> float:
         """Return what the active key has had that has had the least; no active one is far behind another."""
         active = [account for account in self._accounts.values() if now <= account.asked_at + ACTIVE_S]
         if not active:
             return max((account.finish for account in self._accounts.values()), default=0.0)
-        floor = max(account.finish for account in active) - CREDIT_ANSWERS * self.answer_gflops
+        furthest, credit = max(account.finish for account in active), CREDIT_ANSWERS * self.answer_gflops
         for account in active:
-            account.finish = max(account.finish, floor)
+            account.finish = max(account.finish, furthest - credit / account.weight)
         return min(account.finish for account in active)
 
     def _burst(self, key: ApiKey) -> float:
@@ -146,5 +159,5 @@ class KeyLedger:
     def _account(self, key: ApiKey, now: float) -> _Account:
         account = self._accounts.get(key.name)
         if account is None:
-            account = self._accounts[key.name] = _Account(self._burst(key), now)
+            account = self._accounts[key.name] = _Account(self._burst(key), now, key.weight)
         return account

@@ -236,7 +236,9 @@ def _to_shed(state: SchedulerState, queue: Sequence[QueuedRequest]) -> tuple[Que
     Those of them that are due so late that no other gains from it stay.
     """
     order = sorted(queue[:MAX_PLANNED], key=attrgetter("priority"))  # stable: by deadline within each priority
-    if exceeds_capacity(state, state.arrival_rate):
+    # A key that asks for no more than its share shall not pay for others' arrivals: none is shed for larger batches.
+    are_shared = any(request.priority % 1 for request in order)
+    if not are_shared and exceeds_capacity(state, state.arrival_rate):
         count = _too_urgent(state, [request.deadline_at for request in order])
         latest = max(
             request.deadline_at for request in order[count:]

@@ -166,8 +166,8 @@ class Tally:
         return by_reason
 
 
-def post(image: bytes, query: str) -> bytes:
-    head = f"POST /classify?top_k=1{query} HTTP/1.1\r\nHost: server\r\nContent-Type: image/jpeg\r\n"
+def post(image: bytes, query: str, header: str = "") -> bytes:
+    head = f"POST /classify?top_k=1{query} HTTP/1.1\r\nHost: server\r\nContent-Type: image/jpeg\r\n{header}"
     return f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image
 
 

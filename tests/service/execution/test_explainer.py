@@ -8,15 +8,20 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint
+from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 from models.supervit import PatchTrace, SuperViT
 from models.tokens import FUSED
 from service.decoding.decoder import Decoder
+from service.domain import ApiKey, InferenceRequest
 from service.errors import OverloadedError
 from service.execution.explainer import NICENESS, Explainer
+from service.scheduling.key_ledger import KeyLedger
 from tests.service.conftest import opening
 
 pytestmark = pytest.mark.anyio
+
+PROFILE = SubNetworkProfile(SubNetwork(4, 0.5), 3_000_000_000)
 
 
 class Traced(SuperViT):
@@ -46,7 +51,7 @@ def decoder() -> Iterator[Decoder]:
 
 @pytest.fixture
 def explainer(model: Traced, decoder: Decoder) -> Iterator[Explainer]:
-    explainer = Explainer(model, decoder)
+    explainer = Explainer(model, decoder, KeyLedger(1.0))
     yield explainer
     explainer.close()
 
@@ -58,7 +63,7 @@ async def test_patches_come_in_order_with_their_scores_and_the_fused_token_apart
         PatchTrace(1, torch.tensor([[9, 2, 14]]), torch.tensor([[0.5, 0.25, 0.125]])),
         PatchTrace(2, torch.tensor([[14, FUSED]]), torch.tensor([[0.5, 0.25]])),
     )
-    first, second = await explainer.explain(b"", SubNetwork(4, 0.5))
+    first, second = await explainer.explain(b"", PROFILE, InferenceRequest(0.0))
     assert (first.block, first.patches, first.scores, first.keeps_fused) == (1, (2, 9, 14), (0.25, 0.5, 0.125), False)
     assert (second.block, second.patches, second.scores, second.keeps_fused) == (2, (14,), (0.5,), True)
 
@@ -67,7 +72,7 @@ async def test_its_thread_gives_way_to_the_others_and_they_stay_as_they_are(
     explainer: Explainer, model: Traced
 ) -> None:
     own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    await explainer.explain(b"", SubNetwork(4, 0.5))
+    await explainer.explain(b"", PROFILE, InferenceRequest(0.0))
     assert model.niceness == NICENESS
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own < NICENESS
 
@@ -80,3 +85,13 @@ async def test_there_is_one_turn_which_is_given_back_even_by_what_fails(explaine
         raise ZeroDivisionError
     with explainer.turn():
         pass
+
+
+async def test_what_it_runs_is_charged_to_the_key(model: Traced, decoder: Decoder) -> None:
+    told: list[tuple[str, float]] = []
+    ledger, key = KeyLedger(1.0, observe=lambda *spent: told.append(spent)), ApiKey("a", 1.0, 10.0)
+    explainer = Explainer(model, decoder, ledger, lambda: 5.0)
+    await explainer.explain(b"", PROFILE, InferenceRequest(0.0, key=key))
+    await explainer.explain(b"", PROFILE, InferenceRequest(0.0))
+    assert (told, ledger.left_gflops(key, 5.0)) == ([("a", 3.0)], 7.0)
+    explainer.close()

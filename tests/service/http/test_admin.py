@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 from models.checkpoint import Checkpoint, Header, save_checkpoint
 from models.latency import LatencyTable
 from models.supervit import SuperViT
+from service.http.uploads import MAX_MESSAGE_BYTES
 from service.model_changer import WATCHED_ANSWERS
 from service.runtime import ServerRuntime
 from service.settings import Settings
@@ -208,6 +209,19 @@ def test_a_body_that_is_none_is_refused(server: Server, members: dict[str, Any])
     answer = server.client.put("/admin/model", json={"checkpoint": "x"} | members)
     assert error_code(answer, 422) == "invalid_parameter"
     assert server.report()["change"] is None
+
+
+def test_a_body_that_is_too_long_is_not_read(server: Server) -> None:
+    answer = server.client.put("/admin/model", content=b" " * (MAX_MESSAGE_BYTES + 1))
+    assert error_code(answer, 413) == "body_too_large"
+
+
+def test_the_documentation_describes_the_body(server: Server) -> None:
+    operation = server.client.get("/openapi.json").json()["paths"]["/admin/model"]["put"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["required"] == ["checkpoint"]
+    assert set(schema["properties"]["shadow"]["anyOf"][0]["properties"]) == {"share", "seconds"}
+    assert "$ref" not in str(schema)
 
 
 def test_where_none_may_ask_for_a_change_the_refusal_says_why(

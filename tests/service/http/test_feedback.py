@@ -11,12 +11,14 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
-from service.http.feedback import MAX_BYTES
+from service.domain import InferenceRequest
 from service.http.request_ids import HEADER
+from service.http.uploads import MAX_MESSAGE_BYTES
 from service.machine.monitor import Monitor
 from service.runtime import ServerRuntime
 from service.settings import Settings
 from tests.service.http.scripted_server import ScriptedEngine, error_code, sample, serving
+from tests.service.inference_protocol.answers import NAMES, answer
 
 CHEAPEST = '{keep_rate="0.5",patch_grid="2"}'
 
@@ -87,6 +89,25 @@ def test_other_routes_are_remembered_too(client: TestClient, photo: bytes) -> No
         assert client.post("/feedback", json={"request_id": name, "image": image, "index": 0}).json()["counted"]
 
 
+def test_what_is_said_of_an_answer_is_held_against_the_classes_of_the_model_that_gave_it(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
+) -> None:
+    runtime = ServerRuntime(settings, checkpoint, engine, latencies)
+    with serving(runtime) as client:
+        classify(client, photo, "ours")
+        runtime.context.answers.remember("another's", InferenceRequest(0.0), answer(0.2, 0.7, 0.1), NAMES)
+        for said, known in (
+            ({"label": "dog"}, True),
+            ({"index": len(NAMES) - 1}, True),
+            ({"index": len(NAMES)}, False),
+        ):
+            response = client.post("/feedback", json={"request_id": "another's", **said})
+            assert response.status_code == (200 if known else 422), response.text
+        for name, unknown in (("another's", "thing 1"), ("ours", "dog")):
+            response = client.post("/feedback", json={"request_id": name, "label": unknown})
+            assert error_code(response, 422) == "invalid_parameter"
+
+
 def test_a_request_that_was_not_answered_is_unknown(client: TestClient) -> None:
     client.post("/classify", content=b"no image", headers={HEADER: "failed"})
     for name in ("failed", "never asked"):
@@ -123,7 +144,7 @@ def test_what_makes_no_sense_is_said_and_counts_nothing(
 
 def test_no_json_and_too_much_of_it_are_refused(client: TestClient) -> None:
     assert error_code(client.post("/feedback", content=b"{"), 422) == "invalid_parameter"
-    assert error_code(client.post("/feedback", content=b" " * (MAX_BYTES + 1)), 413) == "body_too_large"
+    assert error_code(client.post("/feedback", content=b" " * (MAX_MESSAGE_BYTES + 1)), 413) == "body_too_large"
 
 
 def test_the_documentation_describes_it(client: TestClient) -> None:

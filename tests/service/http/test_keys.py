@@ -178,6 +178,15 @@ def test_requests_and_their_cost_are_counted_by_the_name_of_their_key(asked: Tes
     assert "secret" not in asked.get("/metrics").text
 
 
+def test_an_explanation_runs_the_model_twice_and_costs_its_key_both(
+    asked: TestClient, photo: bytes, checkpoint: Checkpoint
+) -> None:
+    answer = asked.post("/explain", content=photo, headers=key("a")).json()
+    assert sample(asked, 'supervit_key_gflops_total{key="a"}') == pytest.approx(2 * answer["gflops"])
+    bounded = asked.post("/explain", content=photo, headers=key("slow")).json()
+    assert 2 * bounded["gflops"] <= 1.5 * checkpoint.profile.rows[-1].gflops < 2 * answer["gflops"]
+
+
 def early(runtime: ServerRuntime, name: str, scope: dict[str, Any]) -> bytes | None:
     headers = [(b"host", b"here"), (b"content-length", b"4"), (b"x-api-key", f"secret-of-{name}".encode())]
     return EarlyRejection(runtime.context, "/classify").answer(b"/classify", headers, scope)

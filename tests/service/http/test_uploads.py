@@ -4,13 +4,26 @@ from typing import Any
 import pytest
 from fastapi import Request
 
+from models.checkpoint import Checkpoint
+from models.latency import LatencyTable
+from service.app import create_app
+from service.classifier import RequestsByClient
 from service.errors import BodyTooLargeError, ClientGoneError, DeadlineError, InvalidImageError, UploadTimeoutError
 from service.http.forms import Form
-from service.http.uploads import LEAST_BYTES_PER_S, SLOW_START_S, read_body, read_form
+from service.http.uploads import LEAST_BYTES_PER_S, SLOW_START_S, BodyLimits, read_body, read_form
+from service.runtime import ServerRuntime
+from service.settings import Settings
+from tests.service.http.raw_server import SETTLE_S, Server, post
+from tests.service.http.raw_server import Client as RawClient
+from tests.service.http.scripted_server import ScriptedEngine
 
 pytestmark = pytest.mark.anyio
 
 LIMIT = 10
+
+
+def limits(max_bytes: int = LIMIT, max_s: float = 10, most: int = 99) -> BodyLimits:
+    return BodyLimits(max_bytes, max_s, RequestsByClient(most, "on their way"))
 
 
 class Client:
@@ -34,10 +47,10 @@ class Client:
 
     async def upload(self, max_s: float = 10, limit: int = LIMIT, within_s: float = 20) -> bytes:
         request = Request({"type": "http", "headers": self.headers}, self.receive)
-        return await read_body(request, limit, max_s, within_s)
+        return await read_body(request, limits(limit, max_s), within_s)
 
     async def upload_form(self, limit: int = 1000) -> Form:
-        return await read_form(Request({"type": "http", "headers": self.headers}, self.receive), limit, 10)
+        return await read_form(Request({"type": "http", "headers": self.headers}, self.receive), limits(limit))
 
 
 async def test_the_chunks_of_a_body_are_put_together() -> None:
@@ -126,3 +139,39 @@ async def test_a_body_that_drips_is_cut_off_and_a_slow_one_is_not() -> None:
     with pytest.raises(UploadTimeoutError, match="slower than"):
         await dripping.upload(max_s=60, within_s=60)
     assert dripping.taken == SLOW_START_S
+
+
+async def begin(server: Server, path: str, data: bytes) -> RawClient:
+    """Send a request whose body stops after a few bytes."""
+    client = await server.connect()
+    await client.send(post(len(data), path) + data[:10])
+    await asyncio.sleep(SETTLE_S)
+    return client
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # in real time, which the engine's thread has, too
+@pytest.mark.parametrize("path", ["/classify", "/explain", "/v2/models/tiny/infer", "/predictions/tiny", "/feedback"])
+async def test_one_client_may_have_so_many_bodies_on_their_way_and_hears_so_of_others(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    photo: bytes,
+    path: str,
+) -> None:
+    runtime = ServerRuntime(settings.model_copy(update={"max_in_flight_per_address": 2}), checkpoint, engine, latencies)
+    app = create_app(runtime)
+    async with runtime.running(ready_first=True), Server(app) as server:  # type: ignore[arg-type] # an app
+        slow = [await begin(server, "/classify", photo) for _ in range(2)]
+        refused = await begin(server, path, photo[:100])
+        head = await refused.reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 429")
+        assert b"retry-after: 1" in head.lower()
+        length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+        assert b"2 requests from this address are on their way already" in await refused.reader.readexactly(length)
+        dropped = runtime.metrics.registry().get_sample_value("supervit_dropped_requests_total", {"reason": "address"})
+        assert dropped == (0 if path == "/feedback" else 1)  # which is no request to classify
+        await slow[0].send(photo[10:])
+        assert b"predictions" in await slow[0].answer()
+        await slow[0].send(post(len(photo), "/classify") + photo)
+        assert b"predictions" in await slow[0].answer()

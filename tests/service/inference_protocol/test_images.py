@@ -39,6 +39,16 @@ def test_pixels_come_out_as_they_are(contents: Any) -> None:  # noqa: ANN401 - l
     assert torch.equal(decoded("UINT8", contents), torch.from_numpy(PIXELS))
 
 
+@pytest.mark.parametrize(("datatype", "dtype"), [("UINT8", "u1"), ("FP32", "<f4")])
+def test_an_image_has_memory_of_its_own_and_keeps_no_message_that_it_came_in(datatype: str, dtype: str) -> None:
+    message = bytearray(np.ones(PIXELS.shape, dtype))
+    images = images_of(InputTensor("image", datatype, PIXELS.shape, memoryview(message)), SIDE)
+    made = [image.decode() for image in images if isinstance(image, OpenedImage)]
+    message[:] = bytes(len(message))
+    assert all(image.all() for image in made)
+    assert [image.untyped_storage().nbytes() for image in made] == 2 * [3 * SIDE * SIDE]
+
+
 def test_pixels_that_were_scaled_to_one_come_out_as_they_were() -> None:
     every = np.arange(256, dtype=np.uint8)
     pixels = np.concatenate([every] * 3).reshape(1, 3, 16, 16)

@@ -120,7 +120,9 @@ async def serving_in_process(
     runtime: ServerRuntime, engine: ScriptedEngine, bounds: Bounds = BOUNDS, max_upload_s: float = 30
 ) -> AsyncIterator[Served]:
     context, protocol = runtime.context, runtime.inference_protocol
-    answering = Answering(protocol, runtime.metrics, max_upload_s, CALLS, context.keys, context.reporter)
+    answering = Answering(
+        protocol, runtime.metrics, max_upload_s, CALLS, context.bodies.coming, context.keys, context.reporter
+    )
     async with (
         runtime.running(ready_first=True),
         serving(answering, ("127.0.0.1", 0), bounds, lambda: runtime.drain_left_s) as port,

@@ -7,6 +7,7 @@ import grpc.aio
 import pytest
 from google.protobuf.message import Message
 
+from service.classifier import RequestsByClient
 from service.rpc.answering import Answering, Messages
 from service.rpc.calls import Call
 from service.runtime import ServerRuntime
@@ -24,7 +25,7 @@ async def test_a_bug_is_told_to_the_log_and_not_to_the_client(
     runtime: ServerRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.handler.setFormatter(TextFormatter())
-    answering = Answering(runtime.inference_protocol, runtime.metrics, max_upload_s=30, max_calls_per_address=8)
+    answering = Answering(runtime.inference_protocol, runtime.metrics, 30, 8, RequestsByClient(8))
     server = grpc.aio.server()
     handlers = {"Fail": answering.method("Fail", fail)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("of.Bugs", handlers),))

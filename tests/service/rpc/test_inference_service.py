@@ -193,6 +193,23 @@ async def test_a_message_that_does_not_come_is_not_waited_for(runtime: ServerRun
     assert message == "the message did not arrive within 0.05 s"
 
 
+async def test_one_client_may_have_so_many_messages_on_their_way(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
+) -> None:
+    one = settings.model_copy(update={"max_in_flight_per_address": 1})
+    async with serving_in_process(ServerRuntime(one, checkpoint, engine, latencies), engine) as served:
+        calls = [served.infer_piecewise(silence()) for _ in range(2)]
+        endings = [asyncio.ensure_future(failure_of(call)) for call in calls]
+        (refused,), (other,) = await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
+        status, message, metadata = await refused
+        assert (status, metadata["error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
+        assert message.startswith("1 requests from this address are on their way already")
+        assert served.count("overloaded") == 1
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(other, return_exceptions=True)
+
+
 async def test_a_call_without_a_message_is_told_so(served: Served) -> None:
     call = served.infer_piecewise(nothing())
     assert (await failure_of(call))[1] == "the call ends without a message"

@@ -39,7 +39,7 @@ def waits(
     *,
     pinned: int | None = None,
     over_limit: int | None = None,
-    priority: int = 0,
+    priority: float = 0,
 ) -> QueuedRequest:
     constraints = constraints_for(deadline_at, highest_level, named(pinned), named(over_limit))
     return QueuedRequest(deadline_at, constraints, priority)
@@ -234,6 +234,13 @@ def test_low_priorities_are_not_shed_where_no_other_gains_from_it(catalog: Varia
     )
     decision = choose_level(overloaded)
     assert (set(decision.shed), decision.batch) == (set(queue[:5]), tuple(queue[5:]))
+
+
+def test_where_keys_are_held_to_their_shares_none_is_shed_for_a_larger_batch(catalog: VariantCatalog) -> None:
+    queue = [waits(3.5), *(waits(due, priority=-0.25) for due in (6.0, 6.0, 6.0, 9.0, 9.0))]
+    overloaded = replace(at_zero(catalog, queue), arrival_rate=16.0, recent=(constraints_for(9.0, 2),))
+    decision = choose_level(overloaded)
+    assert (decision.shed, decision.batch) == ((), tuple(queue[:2]))
 
 
 def test_under_sustained_overload_the_batch_is_as_large_as_can_be(catalog: VariantCatalog) -> None:
@@ -439,7 +446,7 @@ def test_what_was_planned_for_is_answered_in_time_when_all_goes_as_predicted(cat
     assert checked > 10
 
 
-def looks_again(deadline_at: float, pinned: int, priority: int = 0) -> QueuedRequest:
+def looks_again(deadline_at: float, pinned: int, priority: float = 0) -> QueuedRequest:
     first = waits(deadline_at, priority=priority)
     return replace(waits(deadline_at, pinned=pinned, priority=priority), looks_again_for=first)
 
