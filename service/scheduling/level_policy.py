@@ -102,7 +102,9 @@ def _first_batch(plan: Plan, level: int) -> BatchDecision:
     if plan.lowest_limit >= level:
         together, size = queue, plan.batch_limit(index)
     else:
-        together = [request for request in queue[:MAX_PLANNED] if target(request.constraints, level) == index]
+        together = queue[:MAX_PLANNED]
+        if plan.common_target(level) is None:
+            together = [request for request in together if target(request.constraints, level) == index]
         size = min(plan.share(level, index), plan.batch_limit(index))
     size = max(1, min(state.fitting(index, room, len(together)), size))
     while level > 0 and not head.constraints.grant.is_pinned and plan.is_too_long(index, size):

@@ -59,19 +59,24 @@ class Plan:
         state = self._cautious if level else self.state  # caution costs accuracy, never a request
         if level <= self.lowest_limit:
             return clears(state, self.deadlines, level, self.batch_limit(level), after_s=after_s)
-        index = self._common_target(level)
+        index = self.common_target(level)
         if index is not None:
             limit = _batch_limit(state, index, self.guard_s)
             return clears(state, self.deadlines, index, limit, planned=MAX_PLANNED, after_s=after_s)
         targets = [by_level[level] for by_level in self._first_grants]
         return clears_mixed(state, self.deadlines, targets, self.guard_s, after_s=after_s)
 
+    def common_target(self, level: int) -> int | None:
+        """Return the variant that every request gets at a level; None where that differs."""
+        indices = {grant.by_level[level] for grant in self._grants}
+        return indices.pop() if len(indices) == 1 else None
+
     def share(self, level: int, index: int) -> int:
         """The largest batch of a variant that leaves the other variants in the plan's first group their time."""
         state, by_batch_s = self.state, self.state.latencies_s[index]
         room = min(self.deadlines[0] - state.now, max(self.guard_s, by_batch_s[0] * state.slowdown))
         room /= state.slowdown
-        if self._common_target(level) is not None:
+        if self.common_target(level) is not None:
             return bisect_right(by_batch_s, room)
         targets = [by_level[level] for by_level in self._first_grants[: state.max_batch_size]]
         sizes, cost = take_group(state.latencies_s, targets, room)
@@ -87,11 +92,6 @@ class Plan:
     def batch_limit(self, index: int) -> int:
         """The largest batch that a new request with a tight budget can wait for; at least one."""
         return _batch_limit(self.state, index, self.guard_s)
-
-    def _common_target(self, level: int) -> int | None:
-        """Return the variant that every request gets at a level; None where that differs."""
-        indices = {grant.by_level[level] for grant in self._grants}
-        return indices.pop() if len(indices) == 1 else None
 
     @cached_property
     def _first_grants(self) -> list[tuple[int, ...]]:
