@@ -185,7 +185,8 @@ def _cheapest_batch(
     state: SchedulerState, queue: Sequence[QueuedRequest], shed: tuple[QueuedRequest, ...]
 ) -> BatchDecision:
     index, slack_s = target(queue[0].constraints, 0), queue[0].deadline_at - state.now
-    together = [request for request in queue[:MAX_PLANNED] if target(request.constraints, 0) == index]
+    alike = (request for request in queue[:MAX_PLANNED] if target(request.constraints, 0) == index)
+    together = tuple(islice(alike, state.max_batch_size))
     size = max(1, state.fitting(index, slack_s, len(together)))
     reason = Reason(ReasonCode.BURST_OVERLOAD, len(queue) + len(shed), slack_s)
-    return BatchDecision(state.catalog.variants[index], tuple(together[:size]), shed=shed, reason=reason)
+    return BatchDecision(state.catalog.variants[index], together[:size], shed=shed, reason=reason)

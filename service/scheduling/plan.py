@@ -33,14 +33,12 @@ class Plan:
     def __init__(self, state: SchedulerState, queue: Sequence[QueuedRequest], guard_s: float) -> None:
         """Take what waits, and expect what the state lets expect."""
         self.state, self.queue, self.guard_s = state, queue, guard_s
-        self._cautious = state.slowed(state.safety_factor)
         self.expected, self._expected_deadlines = _expected(state)
         self.deadlines = [request.deadline_at for request in queue]
         self.deadlines += self._expected_deadlines
         self.deadlines.sort()
-        grants = [request.constraints.grant for request in queue]
-        grants += [each.grant for each in self.expected]
-        self._grants = set(grants)  # few: most requests share one
+        waiting, coming = {request.constraints.grant for request in queue}, {each.grant for each in self.expected}
+        self._grants = waiting | coming  # few: most requests share one
         self.lowest_limit = min([grant.highest_level for grant in self._grants], default=0)
 
     def highest_clearing(self, highest: int) -> int | None:
@@ -92,6 +90,10 @@ class Plan:
     def batch_limit(self, index: int) -> int:
         """The largest batch that a new request with a tight budget can wait for; at least one."""
         return _batch_limit(self.state, index, self.guard_s)
+
+    @cached_property
+    def _cautious(self) -> SchedulerState:
+        return self.state.slowed(self.state.safety_factor)
 
     @cached_property
     def _first_grants(self) -> list[tuple[int, ...]]:
