@@ -121,11 +121,12 @@ class ArrivalRate:
     def _age(self, now: float) -> None:
         if self._at is None:
             self._at = now
-        passed = max(0.0, now - self._at)
-        keep = math.exp(-passed / self.time_s)
+        if now <= self._at:  # as where it is read and counted at once
+            return
+        keep = math.exp((self._at - now) / self.time_s)
         self._weight *= keep
         self._seconds = self._seconds * keep + self.time_s * (1 - keep)
-        self._at = max(self._at, now)
+        self._at = now
 
 
 @dataclass(slots=True)

@@ -8,16 +8,32 @@ from service.scheduling.state import SchedulerState
 from service.scheduling.variants import Latencies
 
 
-def clears(state: SchedulerState, deadlines: Sequence[float], variant: int, max_size: int) -> bool:
+def clears(
+    state: SchedulerState,
+    deadlines: Sequence[float],
+    variant: int,
+    max_size: int,
+    *,
+    planned: int | None = None,
+    after_s: float = 0.0,
+) -> bool:
     """Whether serving all of `deadlines`, ascending, with one variant in the largest batches is in time for all.
 
     The slowdown is the one that few batches exceed. That many in a row do is less likely still: their time adds up as
     it probably will be, and their deviations, independent of each other, as the root of the sum of squares.
+
+    Args:
+        state: at this moment.
+        deadlines: of what is served.
+        variant: its index.
+        max_size: of a batch.
+        planned: how many are looked at; those beyond them are taken to go at their pace. By default all are.
+        after_s: from now until the engine is free.
     """
-    by_batch_s, slowdown, time = state.latencies_s[variant], state.slowdown, state.now
+    by_batch_s, slowdown, start_at = state.latencies_s[variant], state.slowdown, state.now + after_s
     likely = slowdown / state.tail_factor
     busy, spread, squares, margin = likely * state.overhead_factor, slowdown - likely, 0.0, 0.0
-    index, count = 0, len(deadlines)
+    index, count, time = 0, len(deadlines) if planned is None else min(planned, len(deadlines)), start_at
     while index < count:
         size = bisect_right(by_batch_s, (deadlines[index] - time - margin) / slowdown, 0, max_size)
         if size == 0:
@@ -29,18 +45,25 @@ def clears(state: SchedulerState, deadlines: Sequence[float], variant: int, max_
         squares += (seconds * spread) ** 2
         margin = math.sqrt(squares)
         index += size
-    return True
+    return _goes_on(state, deadlines, count, start_at, time)
 
 
-def clears_mixed(state: SchedulerState, deadlines: Sequence[float], targets: Sequence[int], guard_s: float) -> bool:
+def clears_mixed(
+    state: SchedulerState,
+    deadlines: Sequence[float],
+    targets: Sequence[int],
+    guard_s: float,
+    *,
+    after_s: float = 0.0,
+) -> bool:
     """As `clears`, where each request has a target of its own: a group pays for one batch per target in it.
 
     Those beyond the targets are taken to go at the pace of those before them.
     """
     latencies_s, slowdown, max_size = state.latencies_s, state.slowdown, state.max_batch_size
-    likely = slowdown / state.tail_factor
+    likely, start_at = slowdown / state.tail_factor, state.now + after_s
     busy, spread, squares, margin = likely * state.overhead_factor, slowdown - likely, 0.0, 0.0
-    index, count, time = 0, len(targets), state.now
+    index, count, time = 0, len(targets), start_at
     while index < count:
         room = min(deadlines[index] - time - margin, max(guard_s, latencies_s[targets[index]][0] * slowdown)) / slowdown
         sizes, cost = take_group(latencies_s, targets[index : index + max_size], room)
@@ -50,8 +73,15 @@ def clears_mixed(state: SchedulerState, deadlines: Sequence[float], targets: Seq
         squares += (cost * spread) ** 2
         margin = math.sqrt(squares)
         index += sum(sizes)
-    pace = (time - state.now) / count
-    return all(time + pace * (index - count) <= deadlines[index] for index in range(count, len(deadlines), max_size))
+    return _goes_on(state, deadlines, count, start_at, time)
+
+
+def _goes_on(state: SchedulerState, deadlines: Sequence[float], count: int, start_at: float, time: float) -> bool:
+    """Whether those beyond the first `count`, which were served from one instant to the other, are in time as well."""
+    if count == len(deadlines):
+        return True
+    pace, step = (time - start_at) / count, state.max_batch_size
+    return all(time + pace * (index - count) <= deadlines[index] for index in range(count, len(deadlines), step))
 
 
 def exceeds_capacity(state: SchedulerState, rate: float) -> bool:

@@ -7,31 +7,19 @@ miss their deadlines anyway and would take others with them.
 """
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
-from itertools import accumulate, cycle, islice
+from itertools import accumulate, islice, takewhile
 from operator import attrgetter, itemgetter
 
 from service.domain import ReasonCode
-from service.scheduling.feasibility import (
-    clears,
-    clears_mixed,
-    exceeds_capacity,
-    is_sustained_overload,
-    take_group,
-)
-from service.scheduling.state import BatchDecision, QueuedRequest, Reason, RequestConstraints, SchedulerState, target
+from service.scheduling.feasibility import clears, clears_mixed, exceeds_capacity, is_sustained_overload
+from service.scheduling.plan import MARGIN, MAX_PLANNED, Plan, guard_time_s
+from service.scheduling.state import BatchDecision, QueuedRequest, Reason, SchedulerState, target
 
-FORECAST_S = 0.25
-# These bound the time of a decision, to under a millisecond however many wait.
-MAX_EXPECTED = 96
-MAX_PLANNED = 128  # the most urgent, where each must be looked at; the others' turn comes
-MARGIN = 1.05
 TIGHT_SHARE = 0.8  # of a tight budget: a batch that takes longer has no place for requests with such a budget
 RARE = 0.1  # arrivals during other looks up to which none is reckoned with
-BUSY = 0.3  # arrivals per longest single inference from which on the plan leaves room for the next one
 
 
 def choose_level(state: SchedulerState) -> BatchDecision:
@@ -45,11 +33,13 @@ def choose_level(state: SchedulerState) -> BatchDecision:
     queue = [request for request in state.queue if request not in gone] if gone else state.queue
     again = [request for request in queue if request.looks_again_for is not None]
     first = [request for request in queue if request.looks_again_for is None] if again else list(queue)
-    careful = replace(state, slowdown=state.slowdown * state.tail_factor)
+    careful = state.slowed(state.tail_factor)
     is_short = exceeds_capacity(state, state.arrival_rate)
     # With a guard, batches would be too small to carry what comes.
-    plan = _Plan(careful, first, math.inf if is_short else _guard_s(careful))
-    decision = replace(_choose(state, plan), expired=expired) if first else BatchDecision(None, expired=expired)
+    plan = Plan(careful, first, math.inf if is_short else guard_time_s(careful))
+    decision = _choose(state, plan) if first else BatchDecision(None)
+    if expired:
+        decision = replace(decision, expired=expired)
     if not again:
         return decision
     if is_sustained_overload(state) or decision.reason.code is ReasonCode.BURST_OVERLOAD:
@@ -57,7 +47,7 @@ def choose_level(state: SchedulerState) -> BatchDecision:
     return _look_again(plan, again, decision)
 
 
-def _choose(state: SchedulerState, plan: "_Plan") -> BatchDecision:
+def _choose(state: SchedulerState, plan: Plan) -> BatchDecision:
     is_sustained = is_sustained_overload(state)
     # Time that a better level took now would be missed sooner or later.
     highest = 0 if is_sustained else state.catalog.num_levels - 1
@@ -70,7 +60,7 @@ def _choose(state: SchedulerState, plan: "_Plan") -> BatchDecision:
     return _cheapest_batch(plan.state, [request for request in plan.queue if request not in dropped], shed)
 
 
-def _look_again(plan: "_Plan", again: Sequence[QueuedRequest], instead: BatchDecision) -> BatchDecision:
+def _look_again(plan: Plan, again: Sequence[QueuedRequest], instead: BatchDecision) -> BatchDecision:
     """Take the most urgent other looks, if they can wait for no batch more and keep no request from its answer.
 
     Where they would and nothing else waits, their answers are given as they are: there will be no better moment.
@@ -92,112 +82,19 @@ def _look_again(plan: "_Plan", again: Sequence[QueuedRequest], instead: BatchDec
     return BatchDecision(state.catalog.variants[index], tuple(together[:size]), instead.expired, reason=reason)
 
 
-class _Plan:
-    """Whether a level clears what waits and what is expected; built once per decision, asked once per bisection."""
-
-    def __init__(self, state: SchedulerState, queue: Sequence[QueuedRequest], guard_s: float) -> None:
-        self.state = state
-        self.cautious = replace(state, slowdown=state.slowdown * state.safety_factor)
-        self.queue = queue
-        self.guard_s = guard_s
-        self.coming = _expected(state)
-        granted = [request.constraints for request in queue]
-        granted += [constraints for _, constraints in self.coming]
-        self.lowest_limit = min([each.grant.highest_level for each in granted], default=0)
-        self.deadlines = [request.deadline_at for request in queue]
-        self.deadlines += [deadline for deadline, _ in self.coming]
-        self.deadlines.sort()
-
-    @cached_property
-    def first_constraints(self) -> list[RequestConstraints]:
-        """Of the MAX_PLANNED that are due first."""
-        first = [(request.deadline_at, request.constraints) for request in self.queue[:MAX_PLANNED]] + self.coming
-        first.sort(key=itemgetter(0))
-        return [constraints for _, constraints in first[:MAX_PLANNED]]
-
-    def highest_clearing(self, highest: int) -> int | None:
-        """Bisect the levels up to the highest; None if even the cheapest leaves a request late."""
-        low, high = -1, highest
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.clears(middle):
-                low = middle
-            else:
-                high = middle - 1
-        return low if low >= 0 else None
-
-    def clears(self, level: int, after_s: float = 0.0) -> bool:
-        state = self.cautious if level else self.state  # caution costs accuracy, never a request
-        if after_s:
-            state = replace(state, now=state.now + after_s)
-        if level <= self.lowest_limit:
-            return clears(state, self.deadlines, level, self.batch_limit(level))
-        targets = [target(constraints, level) for constraints in self.first_constraints]
-        return clears_mixed(state, self.deadlines, targets, self.guard_s)
-
-    def share(self, level: int, index: int) -> int:
-        """The largest batch of a variant that leaves the other variants in the plan's first group their time."""
-        state, by_batch_s = self.state, self.state.latencies_s[index]
-        targets = [target(constraints, level) for constraints in self.first_constraints[: state.max_batch_size]]
-        room = min(self.deadlines[0] - state.now, max(self.guard_s, by_batch_s[0] * state.slowdown))
-        room /= state.slowdown
-        sizes, cost = take_group(state.latencies_s, targets, room)
-        own_s = by_batch_s[sizes[index] - 1] if sizes[index] else 0.0
-        return max(sizes[index], bisect_right(by_batch_s, room - cost + own_s))
-
-    def is_too_long(self, index: int, size: int) -> bool:
-        """Whether a batch, and the second looks that it will want, leave the head or a new request too little time."""
-        state = self.state
-        batch_s, all_s = state.batch_s(index, size), state.longest_s(index, size)
-        return batch_s * MARGIN > self.guard_s or all_s * MARGIN > self.queue[0].deadline_at - state.now
-
-    def batch_limit(self, index: int) -> int:
-        """The largest batch that a new request with a tight budget can wait for; at least one."""
-        return max(1, self.state.fitting(index, self.guard_s, self.state.max_batch_size))
-
-
 def _expired(state: SchedulerState) -> tuple[QueuedRequest, ...]:
     """Find the requests whose deadline not even a batch of one at their cheapest variant would meet."""
-    ends = [state.now + by_batch_s[0] * state.slowdown for by_batch_s in state.latencies_s]
-    latest = max(ends)
-    expired = []
-    for request in state.queue:
-        if request.deadline_at >= latest:
-            break
-        if request.deadline_at < ends[target(request.constraints, 0)]:
-            expired.append(request)
-    return tuple(expired)
+    now, slowdown, latencies_s = state.now, state.slowdown, state.latencies_s
+    latest = now + max(map(itemgetter(0), latencies_s)) * slowdown
+    urgent = takewhile(lambda request: request.deadline_at < latest, state.queue)
+    return tuple(
+        request
+        for request in urgent
+        if request.deadline_at < now + latencies_s[target(request.constraints, 0)][0] * slowdown
+    )
 
 
-def _expected(state: SchedulerState) -> list[tuple[float, RequestConstraints]]:
-    """The arrivals of the next moment, with some more for chance, evenly spaced, each as a recent one."""
-    mean = state.arrival_rate * FORECAST_S
-    arrivals = mean + math.sqrt(mean)  # a Poisson deviation more: where few come, chance brings twice as many
-    count, now, rate = min(round(arrivals), MAX_EXPECTED), state.now, arrivals / FORECAST_S
-    alike = islice(cycle(state.recent), count)
-    return [(now + place / rate + each.budget_s, each) for place, each in enumerate(alike, start=1)]
-
-
-def _guard_s(state: SchedulerState) -> float:
-    """The longest batch after which requests that come meanwhile can still be answered, however tight their budgets.
-
-    Infinite where none is due, or where not even one of them could be.
-    """
-    rate, most, tight_s = state.arrival_rate, state.max_batch_size, state.tight_budget_s
-
-    def room(count: int) -> float:
-        return tight_s - state.latency_s(0, count)
-
-    if room(1) <= 0 or rate * state.latency_s(state.catalog.num_levels - 1, 1) <= BUSY:
-        return math.inf
-    # The longer the batch, the more of them come, and the less room they leave it.
-    enough = bisect_left(range(1, most + 1), True, key=lambda count: count / rate >= room(count))
-    if enough < most:
-        return max(enough / rate, room(enough + 1))
-    return max(most / rate, tight_s / (1 + rate * state.latency_s(0, most) / most))  # more than a batch of them
-
-
-def _first_batch(plan: _Plan, level: int) -> BatchDecision:
+def _first_batch(plan: Plan, level: int) -> BatchDecision:
     """Take the first batch of the plan, with a little margin: a variant that only just fits is lowered."""
     state, queue, head = plan.state, plan.queue, plan.queue[0]
     room = head.deadline_at - state.now
@@ -205,7 +102,9 @@ def _first_batch(plan: _Plan, level: int) -> BatchDecision:
     if plan.lowest_limit >= level:
         together, size = queue, plan.batch_limit(index)
     else:
-        together = [request for request in queue[:MAX_PLANNED] if target(request.constraints, level) == index]
+        together = queue[:MAX_PLANNED]
+        if plan.common_target(level) is None:
+            together = [request for request in together if target(request.constraints, level) == index]
         size = min(plan.share(level, index), plan.batch_limit(index))
     size = max(1, min(state.fitting(index, room, len(together)), size))
     while level > 0 and not head.constraints.grant.is_pinned and plan.is_too_long(index, size):
@@ -220,12 +119,12 @@ def _first_batch(plan: _Plan, level: int) -> BatchDecision:
     elif index == state.catalog.best.index:
         code = ReasonCode.ALONE
     else:
-        code = ReasonCode.FORECAST if plan.coming else ReasonCode.DEADLINE
+        code = ReasonCode.FORECAST if plan.expected else ReasonCode.DEADLINE
     variant = state.catalog.variants[index]
     return BatchDecision(variant, tuple(islice(granting, size)), reason=_reason(code, plan))
 
 
-def _reason(code: ReasonCode, plan: _Plan) -> Reason:
+def _reason(code: ReasonCode, plan: Plan) -> Reason:
     state, queue = plan.state, plan.queue
     return Reason(code, len(queue), queue[0].deadline_at - state.now, state.safety_factor)
 
@@ -288,7 +187,8 @@ def _cheapest_batch(
     state: SchedulerState, queue: Sequence[QueuedRequest], shed: tuple[QueuedRequest, ...]
 ) -> BatchDecision:
     index, slack_s = target(queue[0].constraints, 0), queue[0].deadline_at - state.now
-    together = [request for request in queue[:MAX_PLANNED] if target(request.constraints, 0) == index]
+    alike = (request for request in queue[:MAX_PLANNED] if target(request.constraints, 0) == index)
+    together = tuple(islice(alike, state.max_batch_size))
     size = max(1, state.fitting(index, slack_s, len(together)))
     reason = Reason(ReasonCode.BURST_OVERLOAD, len(queue) + len(shed), slack_s)
-    return BatchDecision(state.catalog.variants[index], tuple(together[:size]), shed=shed, reason=reason)
+    return BatchDecision(state.catalog.variants[index], together[:size], shed=shed, reason=reason)

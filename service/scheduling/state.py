@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from service.domain import ReasonCode
 from service.scheduling.catalog import VariantCatalog
@@ -116,6 +116,10 @@ class SchedulerState:
     sustained_rate: float = 0.0
     safety_factor: float = 1.0
     last_arrival_at: float = -math.inf
+
+    def slowed(self, factor: float) -> "SchedulerState":
+        """Return this moment on a machine that is slower by a factor."""
+        return self if factor == 1 else replace(self, slowdown=self.slowdown * factor)
 
     def latency_s(self, index: int, size: int) -> float:
         """Predict the time that a batch of the variant at `index` costs, with the second looks that it will want."""

@@ -90,9 +90,9 @@ class Variant:
         return f"{self.profile.subnetwork}{looks}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Grant:
-    """What a request may get.
+    """What a request may get. The catalog has one for each budget, so they are told apart as objects, which is fast.
 
     Attributes:
         by_level: index of the variant that it gets at each level of the policy.

@@ -73,6 +73,22 @@ def test_those_beyond_the_targets_go_at_the_pace_of_those_before_them(state: Sch
     assert not clears_mixed(state, [10.0] * 4 + [9.9] * 4 + [30.0], [1] * 4, math.inf)
 
 
+def test_those_beyond_the_planned_go_at_the_pace_of_those_before_them(state: SchedulerState) -> None:
+    # Looked at, the ninth would run after the others, until 24 s. Four took 10 s, so it is taken to begin by 20 s.
+    deadlines: Sequence[float] = [10.0] * 4 + [20.0] * 5
+    assert not clears(state, deadlines, 1, 4)
+    assert clears(state, deadlines, 1, 4, planned=4)
+    assert not clears(state, [10.0] * 4 + [19.9] * 5, 1, 4, planned=4)
+
+
+@pytest.mark.parametrize(("after_s", "is_in_time"), [(1.0, True), (1.1, False)])
+def test_an_engine_that_is_free_later_ends_later(state: SchedulerState, after_s: float, is_in_time: bool) -> None:
+    assert clears(state, [21.0] * 8, 1, 4, after_s=after_s) is is_in_time
+    assert clears_mixed(state, [21.0] * 8, [1] * 8, math.inf, after_s=after_s) is is_in_time
+    # The time before that is no part of the pace.
+    assert clears(state, [11.0] * 4 + [21.0] * 5, 1, 4, planned=4, after_s=after_s) is is_in_time
+
+
 def test_a_group_pays_for_one_batch_per_variant(state: SchedulerState) -> None:
     assert take_group(state.latencies_s, [0, 1, 0, 1], 9.0) == ([2, 2, 0, 0], 9.0)
     assert take_group(state.latencies_s, [0, 1, 0, 1], 8.9) == ([2, 1, 0, 0], 7.0)

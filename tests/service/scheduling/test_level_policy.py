@@ -18,7 +18,8 @@ from models.profiles import CascadeProfile, ProfileTable
 from models.subnetwork import SubNetwork
 from service.domain import ReasonCode
 from service.scheduling.catalog import VariantCatalog
-from service.scheduling.level_policy import MAX_PLANNED, choose_level
+from service.scheduling.level_policy import choose_level
+from service.scheduling.plan import MAX_PLANNED
 from service.scheduling.state import BatchDecision, QueuedRequest, RequestConstraints, SchedulerState
 from service.scheduling.variants import Variant
 from tests.service.conftest import SECONDS

@@ -37,3 +37,10 @@ def test_the_largest_batch_that_fits_is_bounded_by_the_room_the_queue_and_the_li
     rooms = (-1.0, 3.9, 4.0, 7.9, 8.0, 100.0, float("inf"))
     assert [state.fitting(0, room_s, queued=9) for room_s in rooms] == [0, 0, 1, 2, 3, 3, 3]
     assert state.fitting(0, 100.0, queued=2) == 2
+
+
+def test_a_slower_machine_takes_longer_for_everything(catalog: VariantCatalog) -> None:
+    latencies_s = [variant.latency_by_batch_s for variant in catalog.variants]
+    state = SchedulerState(0.0, (), catalog, latencies_s, 2.0, 1.0, 1.0, 3, 0.0, (), 1.0)
+    assert state.slowed(1.5).latency_s(0, 2) == 9.0
+    assert state.slowed(1.0) is state, "to make another takes time"
