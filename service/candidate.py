@@ -1,4 +1,7 @@
-"""Prepares a model beside the one that is served: what computes is given to the engine's thread an image at a time."""
+"""Prepares a model beside the one that is served.
+
+What computes is given to the engine's thread an image at a time, but for the first run, which takes too long for that.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -94,8 +97,12 @@ class CandidateMaker:
         threads = settings.threads or engine_threads(checkpoint, self._monitor.latest.cores)
         kind, device, precision = settings.engine, settings.device, settings.precision
         engine, checkpoint = self._open_engine(checkpoint, kind, device, precision, threads)
-        run = self.run_of(engine)
-        require_numbers(run, checkpoint.config.image_side, checkpoint.config.subnetworks)
+        run, config = self.run_of(engine), checkpoint.config
+        # The first run of all takes five to ten times as long as any other: on the engine's thread, requests would wait
+        # for it. A GPU is for that thread alone.
+        beside_it = () if engine.is_on_gpu else config.subnetworks[:1]
+        require_numbers(engine.run, config.image_side, beside_it)
+        require_numbers(run, config.image_side, config.subnetworks[len(beside_it) :])
         if engine.is_on_gpu:  # where it takes a moment, and also tells how much memory an image takes
             self._thread.work(engine.warm_up).result()
         return assemble(

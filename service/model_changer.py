@@ -181,29 +181,35 @@ class ModelChanger:
         Raises:
             _WentBackError: the new one failed, and the old one answers again.
         """
-        models, has_gone_well = self._models, False
+        models = self._models
         models.begin(new)
         try:
             if change.canary is not None:
                 self._at("canary")
-                await self._try_out(new, change.canary)
+                await self._try_out(old, new, change.canary)
             self._at("watch")
             new.announce()
-            await self._try_out(new, Trial(1.0, WATCH_S), WATCHED_ANSWERS)
-            models.accept()
-            has_gone_well = True
+            await self._try_out(old, new, Trial(1.0, WATCH_S), WATCHED_ANSWERS)
+            models.accept(new)
         finally:
-            if not has_gone_well:
+            if not models.is_accepted(new):
                 models.drop(new)
                 old.announce()
                 await models.retire(new, self._sleep)
 
-    async def _try_out(self, new: ServedModel, trial: Trial, num_answers: float = float("inf")) -> None:
-        """Let the new model answer a share of the requests, for a time or until it has answered so many."""
+    async def _try_out(
+        self, old: ServedModel, new: ServedModel, trial: Trial, num_answers: float = float("inf")
+    ) -> None:
+        """Let the new model answer a share of the requests, for a time or until it has answered so many.
+
+        It is over at once where the old one fails meanwhile: there is nothing left to go back to.
+        """
         self._models.try_out(new, trial.share)
         ends_at, until = self._clock() + trial.seconds, new.sample.num_answered + num_answers
         while self._clock() < ends_at and new.sample.num_answered < until:
             await self._sleep(LOOK_S)
+            if self._models.has_ended(old):
+                return
             if new.sample.num_failed or self._models.has_ended(new):
                 raise _WentBackError("the new model failed on a request; the old one is back")
 

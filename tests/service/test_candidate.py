@@ -1,4 +1,5 @@
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -34,10 +35,12 @@ class Noting(TorchEngine):
     def __init__(self, checkpoint: Checkpoint, described: str = "an engine") -> None:
         super().__init__(checkpoint.model, "cpu", threads=1)
         self.described, self.ran = described, list[tuple[SubNetwork, int]]()
+        self.threads: list[str] = []
         self.bad: SubNetwork | None = None
 
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         self.ran.append((subnetwork, len(images)))
+        self.threads.append(threading.current_thread().name)
         logits = super().run(images, subnetwork)
         return logits * float("nan") if subnetwork == self.bad else logits
 
@@ -135,6 +138,20 @@ async def test_other_weights_of_the_same_shape_take_as_long_so_nothing_is_measur
     figures = cast(Profiled, new.known)[0].figures
     assert figures.seconds
     assert figures == known[0].figures
+    new.close()
+
+
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+async def test_the_first_run_of_all_which_takes_longest_keeps_no_request_waiting(
+    checkpoint: Checkpoint, path: Path, is_on_gpu: bool
+) -> None:
+    stage = Stage(checkpoint, path.parent)
+    stage.new.is_on_gpu = is_on_gpu  # which is for one thread alone
+    stage.new.warm_up = lambda: None  # type: ignore[method-assign] # of this one
+    async with stage.serving(stage.measured()) as old:
+        new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
+    is_apart = [not name.startswith("engine") for name in stage.new.threads]
+    assert is_apart == [not is_on_gpu, *[False] * (len(checkpoint.config.subnetworks) - 1)]
     new.close()
 
 
