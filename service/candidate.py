@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, load_checkpoint
@@ -29,6 +30,7 @@ from service.telemetry.metrics import Metrics
 # checkpoint, 44 MB in half precision, took 410 MB at most, and the small one, 2.8 MB, took 72.
 MEMORY_OF_FILE = 10
 MEMORY_BYTES = 100_000_000  # on top of it
+REHEARSED_S = 0.02  # by the profile, that a batch takes at most which requests may have to wait for
 
 Load = Callable[[Path], Checkpoint]
 OpenEngine = Callable[..., tuple[Engine, Checkpoint]]
@@ -116,6 +118,25 @@ class CandidateMaker:
             ledger=self._ledger,
             known=self._latencies(checkpoint, engine, run, beside),
         )
+
+    def rehearse(self, model: ServedModel, beside: ServedModel) -> None:
+        """Run each shape of batch that the model that is served runs these days, where that takes but a moment.
+
+        A library prepares itself for the first of a shape, for milliseconds: next to nothing where a batch takes long,
+        and where it takes but a few it doubles the time of all the batches that follow the change.
+
+        Raises:
+            NotReadyError: the server stops.
+        """
+        if model.engine.pads_batches:  # it knows its shapes from the start
+            return
+        run, side = self.run_of(model.engine), model.checkpoint.config.image_side
+        alone = [variant for variant in model.server.scheduler.catalog.variants if variant.second_look is None]
+        seconds = {variant.profile.subnetwork: variant.latency_by_batch_s for variant in alone}
+        for subnetwork, size in beside.sample.shapes():
+            by_batch_s = seconds.get(subnetwork, ())
+            if size <= len(by_batch_s) and by_batch_s[size - 1] <= REHEARSED_S:
+                run(torch.zeros(size, 3, side, side, dtype=torch.uint8), subnetwork)
 
     def run_of(self, engine: Engine) -> Run:
         """Return what runs a batch of an engine between those of requests, and waits for it."""

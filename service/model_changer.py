@@ -143,6 +143,7 @@ class ModelChanger:
             if _can_compare(checkpoint, old.checkpoint):
                 self._at("compare")
                 await self._compare(change, old, new)
+            await asyncio.to_thread(self._maker.rehearse, new, old)
             await self._put_to_work(change, old, new)
         except BaseException:  # a stop of the server among them: whatever ends the change, its engine must close
             new.close()

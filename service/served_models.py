@@ -112,6 +112,8 @@ class ServedModels:
     def drop(self, model: ServedModel) -> None:
         """Give no request any more to a model that is tried out."""
         if self._candidate is model:
+            if self._current is not None and self._share == 1.0:  # it has seen no request for a while
+                self._current.take_over(model)
             self._candidate, self._share = None, 0.0
 
     async def retire(self, model: ServedModel, sleep: Callable[[float], Awaitable[None]]) -> None:

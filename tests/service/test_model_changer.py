@@ -81,6 +81,7 @@ class Stage:
             model.announce = partial(self.metrics.model.serves, model.checkpoint.name, model.checkpoint.version)
         self.at_look: Callable[[str], None] = self.answer
         self.drawn: list[float] = []
+        self.is_rehearsed = False
         self.steps: list[str] = []
         self.changer = ModelChanger(
             self.models,
@@ -103,6 +104,11 @@ class Stage:
         if self.prepare_error:
             raise self.prepare_error
         return cast(ServedModel, self.new)
+
+    def rehearse(self, model: ServedModel, beside: ServedModel) -> None:
+        assert (model, beside) == (cast(ServedModel, self.new), cast(ServedModel, self.old))
+        assert self.models.all == (beside,)
+        self.is_rehearsed = True
 
     def run_of(self, engine: Model) -> Run:
         def run(images: Tensor, subnetwork: SubNetwork) -> Tensor:
@@ -161,6 +167,7 @@ async def test_a_model_that_agrees_takes_the_place_of_the_one_that_is_served(sta
     assert report.latency_ratio == pytest.approx(1.0)
     assert stage.served == "new"
     assert stage.is_serving
+    assert stage.is_rehearsed
     assert stage.old.is_closed
     assert stage.read("model_changes_total", outcome="done") == 1
     assert stage.read("model_info", name="old", version="000") == 0

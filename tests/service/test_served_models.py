@@ -187,6 +187,17 @@ async def test_a_model_that_gets_requests_goes_on_from_what_the_one_before_has_l
     await serving
 
 
+@pytest.mark.parametrize("share", [0.9, 1.0])
+async def test_a_model_that_comes_back_after_a_while_without_requests_has_missed_nothing(share: float) -> None:
+    stage = Stage()
+    serving = await stage.begin()
+    stage.models.try_out(as_served(stage.new), share)
+    stage.models.drop(as_served(stage.new))
+    assert stage.old.learned_of == [stage.new] * (share == 1.0)
+    stage.models.stop()
+    await serving
+
+
 async def test_a_model_that_fails_gives_its_place_to_the_one_that_answers_all_requests() -> None:
     stage = Stage()
     serving = await stage.begin()
