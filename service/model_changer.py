@@ -1,7 +1,7 @@
 """Puts another model in the place of the one that is served, step by step; whatever goes wrong, that one goes on.
 
-It loads and compiles the new one beside it, compares the two, lets the new one answer while the old one stands by, and
-lets go of the old one in the end. No request is lost: each is answered by the model that took it.
+It loads and compiles the new one beside it, compares the two, lets the new one rehearse, then answer while the old one
+stands by, and lets go of the old one in the end. No request is lost: each is answered by the model that took it.
 """
 
 import asyncio
@@ -143,6 +143,7 @@ class ModelChanger:
             if _can_compare(checkpoint, old.checkpoint):
                 self._at("compare")
                 await self._compare(change, old, new)
+            self._at("rehearse")
             await asyncio.to_thread(self._maker.rehearse, new, old)
             await self._put_to_work(change, old, new)
         except BaseException:  # a stop of the server among them: whatever ends the change, its engine must close

@@ -199,7 +199,7 @@ async def test_what_is_run_these_days_is_rehearsed_where_it_takes_but_a_moment(
     fast, slow = (REHEARSED_S / 2, REHEARSED_S), (REHEARSED_S, 2 * REHEARSED_S)
     seconds = dict.fromkeys(extended_profile(checkpoint).by_subnetwork, fast) | {second: slow}
     shapes = [(first, 2), (second, 2), (second, 1), (SubNetwork(99, 0.5), 1), (first, 3), (first, 2)]
-    side, said = checkpoint.config.image_side, Ranked(np.zeros(2), np.ones(2), np.arange(2))
+    side, said = checkpoint.config.image_side, Ranked(np.zeros(2, np.float32), np.ones(2, np.float32), np.arange(2))
     async with stage.serving(LatencyTable((1, 2), seconds)) as old:
         new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
         for subnetwork, size in shapes:

@@ -108,6 +108,8 @@ class Stage:
     def rehearse(self, model: ServedModel, beside: ServedModel) -> None:
         assert (model, beside) == (cast(ServedModel, self.new), cast(ServedModel, self.old))
         assert self.models.all == (beside,)
+        assert self.changer.report is not None
+        assert self.changer.report.step == "rehearse"
         self.is_rehearsed = True
 
     def run_of(self, engine: Model) -> Run:
