@@ -92,6 +92,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
     """
     path = find_checkpoint(name)
     with about(name):
+        version = _version(path)  # first: whoever compares it with that of the file learns what came meanwhile
         stored, own_header = _read(path)
         weights = _in_float32(stored)
         if own_header is None and is_plain_vit(weights):
@@ -103,7 +104,6 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
         wrong = [row for row in rows if row.macs != count_macs(header.config, row.subnetwork)]
         if wrong:
             raise UnreadableCheckpointError(f"{wrong[0].macs} MACs are not the cost of {wrong[0].subnetwork}")
-        version = digest(path)
     model.load_state_dict(weights, assign=True)
     return Checkpoint(
         header.name,
@@ -172,6 +172,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
     except OSError as error:
         raise UnreadableCheckpointError(f"cannot be read: {error.strerror}") from error
     return {name.removeprefix("module."): weight for name, weight in weights.items()}, metadata.get(HEADER_KEY)
+
+
+def _version(path: Path) -> str:
+    try:
+        return digest(path)
+    except OSError as error:
+        raise UnreadableCheckpointError(f"cannot be read: {error.strerror}") from error
 
 
 def _in_float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:

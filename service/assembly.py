@@ -72,6 +72,10 @@ class ServedModel:
         """Whether it has done with every request that came to it."""
         return not self.server.pipeline.num_at_work and not self.server.explainer.is_taken
 
+    def take_over(self, other: "ServedModel") -> None:
+        """Go on from what another one has learned as it served: nothing of that depends on the model."""
+        self.server.pipeline.take_over(other.server.pipeline)
+
     async def serve(self) -> None:
         """Answer requests until its batcher is stopped and all that came to it is answered; errors as the batcher's."""
         try:

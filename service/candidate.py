@@ -1,9 +1,13 @@
-"""Prepares a model beside the one that is served: what computes is given to the engine's thread an image at a time."""
+"""Prepares a model beside the one that is served.
+
+What computes is given to the engine's thread an image at a time, but for the first run, which takes too long for that.
+"""
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, load_checkpoint
@@ -26,6 +30,7 @@ from service.telemetry.metrics import Metrics
 # checkpoint, 44 MB in half precision, took 410 MB at most, and the small one, 2.8 MB, took 72.
 MEMORY_OF_FILE = 10
 MEMORY_BYTES = 100_000_000  # on top of it
+REHEARSED_S = 0.02  # by the profile, that a batch takes at most which requests may have to wait for
 
 Load = Callable[[Path], Checkpoint]
 OpenEngine = Callable[..., tuple[Engine, Checkpoint]]
@@ -94,8 +99,12 @@ class CandidateMaker:
         threads = settings.threads or engine_threads(checkpoint, self._monitor.latest.cores)
         kind, device, precision = settings.engine, settings.device, settings.precision
         engine, checkpoint = self._open_engine(checkpoint, kind, device, precision, threads)
-        run = self.run_of(engine)
-        require_numbers(run, checkpoint.config.image_side, checkpoint.config.subnetworks)
+        run, config = self.run_of(engine), checkpoint.config
+        # The first run of all takes five to ten times as long as any other: on the engine's thread, requests would wait
+        # for it. A GPU is for that thread alone.
+        beside_it = () if engine.is_on_gpu else config.subnetworks[:1]
+        require_numbers(engine.run, config.image_side, beside_it)
+        require_numbers(run, config.image_side, config.subnetworks[len(beside_it) :])
         if engine.is_on_gpu:  # where it takes a moment, and also tells how much memory an image takes
             self._thread.work(engine.warm_up).result()
         return assemble(
@@ -109,6 +118,25 @@ class CandidateMaker:
             ledger=self._ledger,
             known=self._latencies(checkpoint, engine, run, beside),
         )
+
+    def rehearse(self, model: ServedModel, beside: ServedModel) -> None:
+        """Run each shape of batch that the model that is served runs these days, where that takes but a moment.
+
+        A library prepares itself for the first of a shape, for milliseconds: next to nothing where a batch takes long,
+        and where it takes but a few it doubles the time of all the batches that follow the change.
+
+        Raises:
+            NotReadyError: the server stops.
+        """
+        if model.engine.pads_batches:  # it knows its shapes from the start
+            return
+        run, side = self.run_of(model.engine), model.checkpoint.config.image_side
+        alone = [variant for variant in model.server.scheduler.catalog.variants if variant.second_look is None]
+        seconds = {variant.profile.subnetwork: variant.latency_by_batch_s for variant in alone}
+        for subnetwork, size in beside.sample.shapes():
+            by_batch_s = seconds.get(subnetwork, ())
+            if size <= len(by_batch_s) and by_batch_s[size - 1] <= REHEARSED_S:
+                run(torch.zeros(size, 3, side, side, dtype=torch.uint8), subnetwork)
 
     def run_of(self, engine: Engine) -> Run:
         """Return what runs a batch of an engine between those of requests, and waits for it."""

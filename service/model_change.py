@@ -7,7 +7,7 @@ from typing import Literal
 LEAST_AGREEMENT = 0.5
 MOST_SLOWDOWN = 2.0
 
-ChangeStep = Literal["load", "prepare", "compare", "canary", "watch", "retire"]
+ChangeStep = Literal["load", "prepare", "compare", "rehearse", "canary", "watch", "retire"]
 ChangeOutcome = Literal["done", "unchanged", "refused", "failed", "went_back", "stopped"]
 
 

@@ -1,7 +1,7 @@
 """Puts another model in the place of the one that is served, step by step; whatever goes wrong, that one goes on.
 
-It loads and compiles the new one beside it, compares the two, lets the new one answer while the old one stands by, and
-lets go of the old one in the end. No request is lost: each is answered by the model that took it.
+It loads and compiles the new one beside it, compares the two, lets the new one rehearse, then answer while the old one
+stands by, and lets go of the old one in the end. No request is lost: each is answered by the model that took it.
 """
 
 import asyncio
@@ -143,6 +143,8 @@ class ModelChanger:
             if _can_compare(checkpoint, old.checkpoint):
                 self._at("compare")
                 await self._compare(change, old, new)
+            self._at("rehearse")
+            await asyncio.to_thread(self._maker.rehearse, new, old)
             await self._put_to_work(change, old, new)
         except BaseException:  # a stop of the server among them: whatever ends the change, its engine must close
             new.close()
@@ -181,29 +183,35 @@ class ModelChanger:
         Raises:
             _WentBackError: the new one failed, and the old one answers again.
         """
-        models, has_gone_well = self._models, False
+        models = self._models
         models.begin(new)
         try:
             if change.canary is not None:
                 self._at("canary")
-                await self._try_out(new, change.canary)
+                await self._try_out(old, new, change.canary)
             self._at("watch")
             new.announce()
-            await self._try_out(new, Trial(1.0, WATCH_S), WATCHED_ANSWERS)
-            models.accept()
-            has_gone_well = True
+            await self._try_out(old, new, Trial(1.0, WATCH_S), WATCHED_ANSWERS)
+            models.accept(new)
         finally:
-            if not has_gone_well:
+            if not models.is_accepted(new):
                 models.drop(new)
                 old.announce()
                 await models.retire(new, self._sleep)
 
-    async def _try_out(self, new: ServedModel, trial: Trial, num_answers: float = float("inf")) -> None:
-        """Let the new model answer a share of the requests, for a time or until it has answered so many."""
+    async def _try_out(
+        self, old: ServedModel, new: ServedModel, trial: Trial, num_answers: float = float("inf")
+    ) -> None:
+        """Let the new model answer a share of the requests, for a time or until it has answered so many.
+
+        It is over at once where the old one fails meanwhile: there is nothing left to go back to.
+        """
         self._models.try_out(new, trial.share)
         ends_at, until = self._clock() + trial.seconds, new.sample.num_answered + num_answers
         while self._clock() < ends_at and new.sample.num_answered < until:
             await self._sleep(LOOK_S)
+            if self._models.has_ended(old):
+                return
             if new.sample.num_failed or self._models.has_ended(new):
                 raise _WentBackError("the new model failed on a request; the old one is back")
 

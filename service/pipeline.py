@@ -70,17 +70,19 @@ class Pipeline:
             clock: monotonic, in seconds; the one that stamped `arrived_at`.
             loop_time: CPU seconds of the event loop's thread.
         """
-        self._scheduler = scheduler
         self.checkpoint, self.num_at_work = checkpoint, 0
-        self._decoder = decoder
-        self._batcher = batcher
-        self._max_in_flight = max_in_flight
-        self._default_budget_ms = default_budget_ms
-        self._ledger = ledger
-        self._clock = clock
-        self._loop_cost = LoopCost(loop_time)
         self._slots_taken = 0  # by requests whose bodies are there
-        self._reply = Delay()  # from the end of a batch to the finished answer
+        self._scheduler, self._decoder, self._batcher = scheduler, decoder, batcher
+        self._max_in_flight, self._default_budget_ms = max_in_flight, default_budget_ms
+        self._ledger, self._clock = ledger, clock
+        # What the event loop takes of a request, and what goes by from the end of a batch to the finished answer.
+        self._loop_cost, self._reply = LoopCost(loop_time), Delay()
+
+    def take_over(self, other: "Pipeline") -> None:
+        """Go on from what another one has learned, and learn of the event loop together, which is the same."""
+        self._loop_cost, self._reply = other._loop_cost, other._reply
+        self._scheduler.take_over(other._scheduler)
+        self._decoder.take_over(other._decoder)
 
     async def classify(
         self,
@@ -266,11 +268,9 @@ class Pipeline:
         if not seen_s >= fastest_s:  # so that no NaN passes
             needed_s = fastest_s + self._base_s(now) + self._reply.margin_s(now)
             smallest_s = min(needed_s / (1 - TRANSPORT_SHARE), needed_s + TRANSPORT_S)
-            budget_s = self._budget_s(request)
-            message = (
-                f"a budget of {1000 * budget_s:.6g} ms is too small: even on the idle machine inference "
-                f"takes {1000 * fastest_s:.3g} ms, and sockets and images some more"
-            )
+            budget_s, fastest_ms = self._budget_s(request), 1000 * fastest_s
+            message = f"a budget of {1000 * budget_s:.6g} ms is too small: even on the idle machine inference takes "
+            message += f"{fastest_ms:.3g} ms, and sockets and images some more"
             if budget_s == request.client_waits_s:
                 raise DeadlineError(message)
             raise BudgetTooSmallError(message, smallest_budget_ms=math.ceil(1e6 * smallest_s) / 1000)

@@ -13,7 +13,7 @@ from models.latency import LatencyTable
 from service.access.key_file import KeyFile
 from service.assembly import Profiled, ServedModel, assemble
 from service.candidate import CandidateMaker, Load, OpenEngine
-from service.checkpoint_watch import follow
+from service.checkpoint_watch import CheckpointWatch, follow
 from service.classifier import Classifier, RequestsByClient
 from service.domain import ServerState
 from service.engines.base import Engine
@@ -278,8 +278,8 @@ class ServerRuntime:
 
     async def _follow_checkpoint(self) -> None:
         if self._settings.watch_checkpoint:
-            path = await asyncio.to_thread(find_checkpoint, self._settings.checkpoint)  # a hub may have to be asked
-            await follow(path, self.changer.begin)
+            name, version = self._settings.checkpoint, self._require_first()[1].version
+            await follow(name, lambda: CheckpointWatch(find_checkpoint(name), version, self.changer.begin))
 
     def _report(self) -> None:
         """Record the machine's state and the scheduler's, for the next reader of the metrics."""

@@ -68,6 +68,8 @@ class ServedModels:
     async def run(self) -> None:
         """Serve on, whatever takes the first one's place, until `stop`, and until all that came is answered.
 
+        A model that fails while another one answers all requests gives its place to that one.
+
         Raises:
             Exception: that which ended the model that is served.
         """
@@ -75,31 +77,43 @@ class ServedModels:
             while (model := self._current) is not None:
                 serving = self._serving[model]
                 await asyncio.wait([serving])
-                if model is self._current:
+                if model is not self._current:
+                    continue
+                if self._candidate is None or self._share < 1.0 or self.has_ended(self._candidate):
                     return serving.result()
+                self.accept(self._candidate)  # it answers all requests, and there is nothing left to go back to
         finally:
             self.stop()
             await asyncio.gather(*self._serving.values(), return_exceptions=True)
 
     def try_out(self, model: ServedModel, share: float) -> None:
-        """Let a model that has begun answer a share of the requests, 0..1; at 0 it gets none any more."""
+        """Let a model that has begun answer a share of the requests, 0..1; at 0 it gets none any more.
+
+        It goes on from what the one that is served has learned, or would plan for a server to which nothing comes.
+        """
+        if self._current is not None:
+            model.take_over(self._current)
         self._candidate, self._share = model, share
 
     def has_ended(self, model: ServedModel) -> bool:
         """Tell whether a model takes no turns any more, as one that fails whatever the image."""
         return self._serving[model].done()
 
-    def accept(self) -> ServedModel:
-        """Serve what is tried out instead of what was served; returns the latter."""
-        old, new = self._current, self._candidate
-        if old is None or new is None:
-            raise ValueError("nothing is tried out")
-        self._current, self._candidate, self._share = new, None, 0.0
-        return old
+    def accept(self, model: ServedModel) -> None:
+        """Serve what is tried out instead of what was served, unless it is served already."""
+        if model not in (self._candidate, self._current):
+            raise ValueError("it is not tried out")
+        self._current, self._candidate, self._share = model, None, 0.0
+
+    def is_accepted(self, model: ServedModel) -> bool:
+        """Tell whether a model is what is served, and tried out no more."""
+        return model is self._current
 
     def drop(self, model: ServedModel) -> None:
         """Give no request any more to a model that is tried out."""
         if self._candidate is model:
+            if self._current is not None and self._share == 1.0:  # it has seen no request for a while
+                self._current.take_over(model)
             self._candidate, self._share = None, 0.0
 
     async def retire(self, model: ServedModel, sleep: Callable[[float], Awaitable[None]]) -> None:

@@ -9,6 +9,7 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -149,6 +150,13 @@ class Decoder:
         if idle > num_cheap:  # dear ones never take the last thread
             return 0.0
         return (0.0 if idle else min(running_s)) + min((cheap_s + dear_s) / self._threads, cheap_s)
+
+    def take_over(self, other: "Decoder") -> None:
+        """Go on from what another one has learned of how long images take."""
+        with other._lock:
+            times, delay = deepcopy(other._times), copy(other._delay)
+        with self._lock:
+            self._times, self._delay = times, delay
 
     def close(self) -> None:
         """Have the threads end once what was submitted is decoded; waits for nothing, as the event loop must not."""

@@ -9,9 +9,11 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 
 from service.scheduling.state import RequestConstraints
+from service.scheduling.variants import Grant
 
 GAIN = 0.6
 SPREAD_GAIN = 0.2
@@ -184,6 +186,15 @@ class TrafficEstimator:
             del self._budgets_s[bisect_left(self._budgets_s, oldest)]
         self._recent.append(constraints)
         insort(self._budgets_s, constraints.budget_s)
+
+    def take_over(self, other: "TrafficEstimator", grant: Grant) -> None:
+        """Go on from what another one has seen, as if each request granted this: theirs is of another catalog."""
+        self._rate, self._sustained_rate = copy(other._rate), copy(other._sustained_rate)
+        self.counted_at = other.counted_at
+        self._recent.clear()
+        self._budgets_s.clear()
+        for constraints in other._recent:
+            self.remember(replace(constraints, grant=grant))
 
     def rate(self, now: float) -> float:
         """Return the arrivals per second, of late."""

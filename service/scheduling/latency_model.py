@@ -55,6 +55,11 @@ class LatencyModel:
         self._latencies_s = [self._corrected(index) for index in range(len(self._drift))]
         self._correct_cascades(range(len(self._drift)))
 
+    def take_over(self, other: "LatencyModel") -> None:
+        """Go on from the slowdown of another model's batches: what slows them slows those of this one as well."""
+        self.prior_slowdown, self.throttle_factor = other.prior_slowdown, other.throttle_factor
+        self._slowdown, self._turnaround = other._slowdown, other._turnaround
+
     def slowdown(self, now: float, spreads: float = 0.0) -> float:
         """Return the factor on the latencies at `now`, with an allowance of so many standard deviations."""
         return self._slowdown.predict(now, self.prior_slowdown, spreads)

@@ -4,12 +4,11 @@ No clock, no waiting and no images here: the server and the simulator run the ve
 loop, the threads that decode and the engine's share it, so each public method holds the lock that it was given.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import replace
-from typing import Concatenate, ParamSpec, TypeVar
 
 from service.domain import LookCode
 from service.errors import OverloadedError, OverloadReason
@@ -17,6 +16,7 @@ from service.scheduling.admission import Admission
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.estimators import TAIL_SPREADS, SafetyFactor, TrafficEstimator
 from service.scheduling.latency_model import LatencyModel
+from service.scheduling.locked import locked
 from service.scheduling.preview import Preview, preview
 from service.scheduling.queue import RequestQueue
 from service.scheduling.second_look import Looked, next_look
@@ -33,21 +33,14 @@ from service.scheduling.variants import Variant
 RESERVED_S = 0.05  # that it may take the event loop to come back to a request
 STILL_TRUE_S = 0.005  # for which what was found when a place was reserved holds
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _locked(method: "Callable[Concatenate[Scheduler, P], R]") -> "Callable[Concatenate[Scheduler, P], R]":
-    @functools.wraps(method)
-    def one_at_a_time(self: "Scheduler", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._lock:
-            return method(self, *args, **kwargs)
-
-    return one_at_a_time
-
 
 class Scheduler:
-    """Admits requests, decides what runs, and learns from what ran."""
+    """Admits requests, decides what runs, and learns from what ran.
+
+    Attributes:
+        catalog: what can be run.
+        lock: that each public method holds.
+    """
 
     def __init__(
         self,
@@ -75,13 +68,13 @@ class Scheduler:
         self._traffic, self._safety_factor = TrafficEstimator(), SafetyFactor()
         self._admission = Admission(self._queue, self._latency_model, self._traffic)
         self._free_at = -math.inf
-        self._lock = nullcontext() if lock is None else lock
+        self.lock = nullcontext() if lock is None else lock
 
     def __len__(self) -> int:
         """Count what waits for the engine."""
         return len(self._queue)
 
-    @_locked
+    @locked
     def admit(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
         """Take note of a request whose body is there, before anything is spent on its image.
 
@@ -98,7 +91,7 @@ class Scheduler:
         self._traffic.count(now)
         self._queue.admit(request)
 
-    @_locked
+    @locked
     def claim(self, request: QueuedRequest, now: float) -> bool:
         """Admit a request by the place that it has just reserved; False where that was longer ago and is given up."""
         if self._queue.claim(request, now + RESERVED_S - STILL_TRUE_S):
@@ -107,7 +100,7 @@ class Scheduler:
         self._queue.remove(request)
         return False
 
-    @_locked
+    @locked
     def reserve(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
         """Reject what `admit` would; keep a place for the others until they claim it or leave, but not for long.
 
@@ -120,7 +113,7 @@ class Scheduler:
         self._check(request, now, delay)
         self._queue.reserve(request, now + RESERVED_S)
 
-    @_locked
+    @locked
     def rejected(self, reason: OverloadReason, now: float) -> None:
         """Take note of a request that was rejected before it was admitted."""
         if reason != "no_time":  # all others a cheaper level may help, if to be decoded
@@ -128,18 +121,18 @@ class Scheduler:
         if reason == "backlog":  # a cheaper level would have cured nothing else
             self._safety_factor.observe(0, 1, now)
 
-    @_locked
+    @locked
     def enqueue(self, request: QueuedRequest) -> None:
         """Put an admitted request where the policy sees it: it is ready for the engine. One that has left stays out."""
         if self._queue.enqueue(request):
             self._traffic.remember(request.constraints)
 
-    @_locked
+    @locked
     def withdraw(self, request: QueuedRequest) -> None:
         """Forget an admitted request, wherever it stands; one that is gone already is no error."""
         self._queue.remove(request)
 
-    @_locked
+    @locked
     def next_batch(self, now: float) -> BatchDecision:
         """Ask the policy what to do with the queue, and take out what it runs, lets expire or sheds."""
         if not len(self._queue):
@@ -155,7 +148,7 @@ class Scheduler:
             self._free_at = now + batch_s * self._latency_model.overhead_factor
         return decision
 
-    @_locked
+    @locked
     def batch_completed(
         self, variant: Variant, size: int, seconds: float, now: float, turnaround_s: float = 0.0
     ) -> None:
@@ -171,7 +164,7 @@ class Scheduler:
         self._latency_model.observe(variant.first_index, size, seconds, now, turnaround_s)
         self._free_at = now
 
-    @_locked
+    @locked
     def look_again(self, looked: Sequence[Looked], variant: Variant, now: float) -> list[QueuedRequest | LookCode]:
         """Put those of a batch into the queue once more whose answers are not sure enough, as far as there is time.
 
@@ -190,23 +183,30 @@ class Scheduler:
                 self._queue.enqueue_again(again)
         return found
 
-    @_locked
+    def take_over(self, other: "Scheduler") -> None:
+        """Go on from what another one, with the same thread for its batches, has learned of traffic and machine."""
+        with other.lock, self.lock:
+            self._traffic.take_over(other._traffic, self.catalog.grant_within(None))
+            self._safety_factor, self._free_at = copy(other._safety_factor), other._free_at
+            self._latency_model.take_over(other._latency_model)
+
+    @locked
     def engine_taken(self, until: float) -> None:
         """Take note that until then the engine is at something of whose time nothing is learned."""
         self._free_at = until
 
-    @_locked
+    @locked
     def profile_refined(self, catalog: VariantCatalog, cautious: VariantCatalog) -> None:
         """Take over a better profile: what is likely, and what to plan with. Plans that a policy has made stay."""
         self.catalog = catalog
         self._latency_model.refine(catalog, cautious)
 
-    @_locked
+    @locked
     def deadline_missed(self, now: float) -> None:
         """Take note that an answer came after its deadline in spite of all."""
         self._safety_factor.observe(0, 1, now)
 
-    @_locked
+    @locked
     def machine_observed(self, prior_slowdown: float, max_batch_size: int | None = None) -> None:
         """Take note of what the machine allows.
 
@@ -217,12 +217,12 @@ class Scheduler:
         self._latency_model.prior_slowdown = prior_slowdown
         self._max_batch_size = self._most if max_batch_size is None else min(max_batch_size, self._most)
 
-    @_locked
+    @locked
     def throttled(self, factor: float) -> None:
         """Take note that a ceiling of utilization occupies the engine for so much longer than its batches."""
         self._latency_model.throttle_factor = factor
 
-    @_locked
+    @locked
     def preview(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> Preview:
         """Tell what would become of a request that arrived now; nothing changes.
 
@@ -234,25 +234,25 @@ class Scheduler:
         state = replace(self.state(now), queue=self._queue.with_request(request))
         return preview(request, state, self._decide, max(now + delay.total_s, self._free_at))
 
-    @_locked
+    @locked
     def predict(self, variant: Variant, size: int, now: float) -> float:
         """Return the seconds that a batch will probably take, of a cascade the first look."""
         return self._latency_model.predict(variant.first_index, size, now)
 
-    @_locked
+    @locked
     def num_before(self, request: QueuedRequest, now: float) -> tuple[int, int]:
         """Return how many admitted requests are served before another, and how many are still to be read."""
         self._queue.expire_reserved(now)
         return self._queue.count_before(request), self._queue.num_reserved
 
-    @_locked
+    @locked
     def backlog_s(self, now: float) -> float:
         """Return the seconds that all admitted requests take at the cheapest level."""
         self._queue.expire_reserved(now)
         full_s = self._latency_model.predict(0, self._max_batch_size, now)
         return self._queue.num_admitted / self._max_batch_size * full_s * self._latency_model.overhead_factor
 
-    @_locked
+    @locked
     def state(self, now: float) -> SchedulerState:
         """Describe this moment to a policy."""
         likely, cautious = (self._latency_model.slowdown(now, spreads) for spreads in (0, TAIL_SPREADS))

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from models import checkpoint
 from models.checkpoint import (
     HEADER_KEY,
     Checkpoint,
@@ -22,6 +23,7 @@ from models.checkpoint import (
     CheckpointMismatchError,
     Header,
     UnreadableCheckpointError,
+    digest,
     load_checkpoint,
     read_weights,
     round_to_half,
@@ -80,6 +82,26 @@ def test_what_is_saved_is_what_is_loaded(
     model.eval()
     for subnetwork in config.subnetworks:
         assert torch.equal(loaded.model(images, subnetwork), model(images, subnetwork))
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded_is_told_from_what_is_there_then(
+    tmp_path: Path, model: SuperViT, config: SuperViTConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watch that compares versions loads once too often, but misses nothing."""
+    rows = tuple(SubNetworkProfile(each, count_macs(config, each)) for each in config.subnetworks)
+    path, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    for place in (path, other):
+        save_checkpoint(place, model, Header(place.stem, config, ("a", "b", "c"), ProfileTable(rows)))
+
+    def digest_and_replace(place: Path) -> str:
+        version = digest(place)
+        other.replace(place)
+        return version
+
+    monkeypatch.setattr(checkpoint, "digest", digest_and_replace)
+    loaded = load_checkpoint(path)
+    assert loaded.name == "other"
+    assert loaded.version != digest(path)
 
 
 def quantized(config: SuperViTConfig, blocks: int | None = None) -> Quantization:

@@ -1,4 +1,5 @@
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -6,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
@@ -14,12 +17,13 @@ from models.checkpoint import Checkpoint, Header, UnreadableCheckpointError, loa
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
 from service.assembly import Profiled, ServedModel, assemble
-from service.candidate import MEMORY_BYTES, MEMORY_OF_FILE, CandidateMaker
+from service.candidate import MEMORY_BYTES, MEMORY_OF_FILE, REHEARSED_S, CandidateMaker
 from service.domain import InferenceRequest
 from service.engines.profile_store import begin_profile, extended_profile
 from service.engines.torch_engine import TorchEngine
 from service.errors import ModelChangeError, NotReadyError
 from service.execution.engine_thread import EngineThread
+from service.execution.results import Ranked
 from service.machine.monitor import Monitor
 from service.scheduling.key_ledger import KeyLedger
 from service.settings import Settings
@@ -34,10 +38,12 @@ class Noting(TorchEngine):
     def __init__(self, checkpoint: Checkpoint, described: str = "an engine") -> None:
         super().__init__(checkpoint.model, "cpu", threads=1)
         self.described, self.ran = described, list[tuple[SubNetwork, int]]()
+        self.threads: list[str] = []
         self.bad: SubNetwork | None = None
 
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         self.ran.append((subnetwork, len(images)))
+        self.threads.append(threading.current_thread().name)
         logits = super().run(images, subnetwork)
         return logits * float("nan") if subnetwork == self.bad else logits
 
@@ -138,6 +144,20 @@ async def test_other_weights_of_the_same_shape_take_as_long_so_nothing_is_measur
     new.close()
 
 
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+async def test_the_first_run_of_all_which_takes_longest_keeps_no_request_waiting(
+    checkpoint: Checkpoint, path: Path, is_on_gpu: bool
+) -> None:
+    stage = Stage(checkpoint, path.parent)
+    stage.new.is_on_gpu = is_on_gpu  # which is for one thread alone
+    stage.new.warm_up = lambda: None  # type: ignore[method-assign] # of this one
+    async with stage.serving(stage.measured()) as old:
+        new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
+    is_apart = [not name.startswith("engine") for name in stage.new.threads]
+    assert is_apart == [not is_on_gpu, *[False] * (len(checkpoint.config.subnetworks) - 1)]
+    new.close()
+
+
 async def test_a_table_that_is_to_be_believed_is_believed_of_the_new_one_too(
     checkpoint: Checkpoint, path: Path
 ) -> None:
@@ -170,6 +190,27 @@ async def test_what_answers_no_number_is_not_served(checkpoint: Checkpoint, path
     async with stage.serving(stage.measured()) as old:
         with pytest.raises(ModelChangeError, match="no number"):
             await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
+
+
+async def test_what_is_run_these_days_is_rehearsed_where_it_takes_but_a_moment(
+    checkpoint: Checkpoint, path: Path
+) -> None:
+    stage, (first, second, *_) = Stage(checkpoint, path.parent), checkpoint.config.subnetworks
+    fast, slow = (REHEARSED_S / 2, REHEARSED_S), (REHEARSED_S, 2 * REHEARSED_S)
+    seconds = dict.fromkeys(extended_profile(checkpoint).by_subnetwork, fast) | {second: slow}
+    shapes = [(first, 2), (second, 2), (second, 1), (SubNetwork(99, 0.5), 1), (first, 3), (first, 2)]
+    side, said = checkpoint.config.image_side, Ranked(np.zeros(2, np.float32), np.ones(2, np.float32), np.arange(2))
+    async with stage.serving(LatencyTable((1, 2), seconds)) as old:
+        new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
+        for subnetwork, size in shapes:
+            old.sample.answered([torch.zeros(3, side, side, dtype=torch.uint8)] * size, subnetwork, [said] * size)
+        stage.new.ran.clear()
+        await asyncio.to_thread(stage.maker.rehearse, new, old)
+        assert stage.new.ran == [(first, 2), (second, 1)]
+        stage.new.pads_batches = True
+        await asyncio.to_thread(stage.maker.rehearse, new, old)
+        assert len(stage.new.ran) == 2
+    new.close()
 
 
 async def test_a_gpus_engine_finds_out_how_much_memory_an_image_takes(checkpoint: Checkpoint, path: Path) -> None:

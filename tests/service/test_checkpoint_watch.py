@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from models.checkpoint import digest
 from service.access.watched_files import CHECK_S, WatchedFiles
-from service.checkpoint_watch import LEVEL_LOOKS, follow
+from service.checkpoint_watch import LEVEL_LOOKS, CheckpointWatch, follow
 from service.errors import ModelChangeError
 from service.model_change import ModelChange
 
@@ -15,14 +16,20 @@ pytestmark = pytest.mark.anyio
 class Watch:
     """Looks at a file whenever a test lets time go by."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, open_error: Exception | None = None) -> None:
         self.path, self.now, self.asked = path, 0.0, list[ModelChange]()
         self.error: Exception | None = None
+        self.open_error = open_error
         self.looks = asyncio.Semaphore(0)
         self.has_looked = asyncio.Event()
         path.write_text("first")
-        files = WatchedFiles([path], lambda: self.now)
-        self.task = asyncio.create_task(follow(path, self.begin, files, self.sleep))
+        self.version = digest(path)
+        self.task = asyncio.create_task(follow("checkpoint", self.open, self.sleep))
+
+    def open(self) -> CheckpointWatch:
+        if self.open_error:
+            raise self.open_error
+        return CheckpointWatch(self.path, self.version, self.begin, WatchedFiles([self.path], lambda: self.now))
 
     def begin(self, change: ModelChange) -> None:
         self.asked.append(change)
@@ -58,6 +65,7 @@ async def test_a_file_that_stays_as_it_is_changes_nothing(watch: Watch) -> None:
 
 
 async def test_a_file_that_is_replaced_is_served_once_it_is_level(watch: Watch) -> None:
+    await watch.look()
     watch.write("second")
     await watch.look(LEVEL_LOOKS)
     assert watch.asked == []
@@ -67,7 +75,14 @@ async def test_a_file_that_is_replaced_is_served_once_it_is_level(watch: Watch) 
     assert len(watch.asked) == 1
 
 
+async def test_a_file_that_was_replaced_before_the_watch_began_is_served(watch: Watch) -> None:
+    watch.write("second")  # the model has been read, and nothing has looked yet
+    await watch.look(LEVEL_LOOKS + 10)
+    assert watch.asked == [ModelChange(str(watch.path))]
+
+
 async def test_a_file_that_is_still_being_written_is_waited_for(watch: Watch) -> None:
+    await watch.look()
     for length in range(1, 6):
         watch.write("x" * length)
         await watch.look(LEVEL_LOOKS)
@@ -77,6 +92,7 @@ async def test_a_file_that_is_still_being_written_is_waited_for(watch: Watch) ->
 
 
 async def test_what_cannot_be_begun_yet_is_tried_again(watch: Watch) -> None:
+    await watch.look()
     watch.error = ModelChangeError("another change goes on")
     watch.write("second")
     await watch.look(LEVEL_LOOKS + 3)
@@ -87,8 +103,39 @@ async def test_what_cannot_be_begun_yet_is_tried_again(watch: Watch) -> None:
 
 
 async def test_a_file_that_is_taken_away_is_asked_for_once_it_is_back(watch: Watch) -> None:
+    await watch.look()
     watch.path.unlink()
     await watch.look()
     watch.write("second")
     await watch.look(LEVEL_LOOKS + 1)
     assert len(watch.asked) == 1
+
+
+async def test_a_file_that_cannot_be_found_is_looked_for_until_it_is_and_the_log_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = Watch(tmp_path / "checkpoint.safetensors", RuntimeError("no hub answers"))
+    await watch.look(5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the file of checkpoint cannot be watched, and is tried again: no hub answers"
+    ]
+    watch.open_error = None
+    watch.write("second")
+    await watch.look(LEVEL_LOOKS + 2)
+    assert watch.asked == [ModelChange(str(watch.path))]
+
+
+async def test_a_watch_goes_on_after_any_error_and_each_trouble_is_told_once(
+    watch: Watch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await watch.look()
+    for text in ("second", "third"):
+        watch.error = KeyError("a bug")
+        watch.write(text)
+        await watch.look(2 * LEVEL_LOOKS + 6)
+        watch.error = None
+        await watch.look(4)
+    assert not watch.task.done()
+    assert [record.getMessage() for record in caplog.records if "cannot be watched" in record.getMessage()] == [
+        "the file of checkpoint cannot be watched, and is tried again: 'a bug'"
+    ] * 2

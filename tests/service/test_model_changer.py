@@ -59,6 +59,9 @@ class Model:
         if self.error:
             raise self.error
 
+    def take_over(self, other: "Model") -> None:
+        self.learned_of = other
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -78,6 +81,7 @@ class Stage:
             model.announce = partial(self.metrics.model.serves, model.checkpoint.name, model.checkpoint.version)
         self.at_look: Callable[[str], None] = self.answer
         self.drawn: list[float] = []
+        self.is_rehearsed = False
         self.steps: list[str] = []
         self.changer = ModelChanger(
             self.models,
@@ -100,6 +104,13 @@ class Stage:
         if self.prepare_error:
             raise self.prepare_error
         return cast(ServedModel, self.new)
+
+    def rehearse(self, model: ServedModel, beside: ServedModel) -> None:
+        assert (model, beside) == (cast(ServedModel, self.new), cast(ServedModel, self.old))
+        assert self.models.all == (beside,)
+        assert self.changer.report is not None
+        assert self.changer.report.step == "rehearse"
+        self.is_rehearsed = True
 
     def run_of(self, engine: Model) -> Run:
         def run(images: Tensor, subnetwork: SubNetwork) -> Tensor:
@@ -158,6 +169,7 @@ async def test_a_model_that_agrees_takes_the_place_of_the_one_that_is_served(sta
     assert report.latency_ratio == pytest.approx(1.0)
     assert stage.served == "new"
     assert stage.is_serving
+    assert stage.is_rehearsed
     assert stage.old.is_closed
     assert stage.read("model_changes_total", outcome="done") == 1
     assert stage.read("model_info", name="old", version="000") == 0
@@ -304,6 +316,25 @@ async def test_the_old_one_comes_back_where_the_new_one_fails_at_work(stage: Sta
     assert stage.read("model_info", name="old", version="000") == 1
     assert stage.read("model_info", name="new", version="111") == 0
     assert stage.read("model_changes_total", outcome="went_back") == 1
+
+
+@pytest.mark.parametrize("how", ["well", "badly"])
+async def test_the_new_model_is_served_on_where_the_old_one_ends_while_it_stands_by(stage: Stage, how: str) -> None:
+    def look(step: str) -> None:
+        if step != "watch":
+            return
+        stage.old.error = RuntimeError("the model fails whatever the image")
+        stage.old.ended.set()
+        # There is nothing left to go back to.
+        if how == "badly" and stage.models.has_ended(cast(ServedModel, stage.old)):
+            stage.new.sample.failed()
+
+    stage.at_look = look
+    report = await stage.change()
+    assert (report.outcome, report.step) == ("done", "retire")
+    assert stage.served == "new"
+    assert stage.is_serving
+    assert stage.read("model_info", name="new", version="111") == 1
 
 
 async def test_no_more_images_are_compared_than_are_kept_where_more_come(stage: Stage) -> None:

@@ -602,6 +602,20 @@ async def test_a_request_that_a_busy_loop_would_answer_too_late_is_rejected(prof
             await pipeline.classify(never, InferenceRequest(5.0, 1000))
 
 
+async def test_one_that_takes_over_knows_how_busy_the_loop_is(profiles: ProfileTable) -> None:
+    loop, clock = BusyLoop(), lambda: 5.0
+    async with (
+        running(Parts().open(), profiles, clock=clock, loop_time=loop) as before,
+        running(Parts().open(), profiles, clock=clock) as after,
+    ):
+        for _ in range(3 * LEARNED_EVERY):
+            await before.classify(loop.read, InferenceRequest(5.0, 60_000))
+        after.take_over(before)
+        assert after.scheduler.state(5.0).arrival_rate == before.scheduler.state(5.0).arrival_rate > 0
+        with pytest.raises(OverloadedError):
+            await after.classify(never, InferenceRequest(5.0, 1000))
+
+
 async def test_what_is_rejected_early_costs_a_tenth(profiles: ProfileTable) -> None:
     """A server that put all of it on the others would reject the more, the more it rejects."""
     loop, request, parts = BusyLoop(), InferenceRequest(5.0, 60_000), Parts().open()

@@ -20,6 +20,7 @@ class Model:
         self.name, self.checkpoint = name, stand_in("a", "b")
         self.is_unused, self.has_begun, self.is_abandoned = True, False, False
         self.error: Exception | None = None
+        self.learned_of: list[object] = []
         self._ended = asyncio.Event()
         self.batcher = SimpleNamespace(stop=self._ended.set, abandon=self._abandon)
 
@@ -28,6 +29,9 @@ class Model:
         await self._ended.wait()
         if self.error:
             raise self.error
+
+    def take_over(self, other: object) -> None:
+        self.learned_of.append(other)
 
     def fail(self) -> None:
         self.error = RuntimeError("the model fails whatever the image")
@@ -103,7 +107,8 @@ async def test_what_is_accepted_is_served_on_when_the_old_one_is_let_go() -> Non
     stage = Stage()
     serving = await stage.begin()
     stage.models.try_out(as_served(stage.new), 1.0)
-    assert stage.models.accept() is as_served(stage.old)
+    stage.models.accept(as_served(stage.new))
+    assert stage.models.is_accepted(as_served(stage.new))
     await stage.models.retire(as_served(stage.old), stage.sleep)
     await asyncio.sleep(0)
     assert not serving.done()
@@ -117,7 +122,7 @@ async def test_a_model_is_let_go_once_it_has_done_with_its_requests() -> None:
     serving = await stage.begin()
     stage.old.is_unused = False
     stage.models.try_out(as_served(stage.new), 1.0)
-    stage.models.accept()
+    stage.models.accept(as_served(stage.new))
 
     async def sleep_and_finish(seconds: float) -> None:
         await stage.sleep(seconds)
@@ -168,5 +173,54 @@ async def test_all_requests_are_answered_where_the_engine_never_comes_back() -> 
 
 
 async def test_nothing_is_accepted_that_is_not_tried_out() -> None:
-    with pytest.raises(ValueError, match="nothing is tried out"):
-        ServedModels().accept()
+    with pytest.raises(ValueError, match="it is not tried out"):
+        ServedModels().accept(as_served(Model("new")))
+
+
+async def test_a_model_that_gets_requests_goes_on_from_what_the_one_before_has_learned() -> None:
+    stage = Stage()
+    serving = await stage.begin()
+    assert not stage.new.learned_of
+    stage.models.try_out(as_served(stage.new), 1.0)
+    assert stage.new.learned_of == [stage.old]
+    stage.models.stop()
+    await serving
+
+
+@pytest.mark.parametrize("share", [0.9, 1.0])
+async def test_a_model_that_comes_back_after_a_while_without_requests_has_missed_nothing(share: float) -> None:
+    stage = Stage()
+    serving = await stage.begin()
+    stage.models.try_out(as_served(stage.new), share)
+    stage.models.drop(as_served(stage.new))
+    assert stage.old.learned_of == [stage.new] * (share == 1.0)
+    stage.models.stop()
+    await serving
+
+
+async def test_a_model_that_fails_gives_its_place_to_the_one_that_answers_all_requests() -> None:
+    stage = Stage()
+    serving = await stage.begin()
+    stage.models.try_out(as_served(stage.new), 1.0)
+    stage.old.fail()
+    await asyncio.wait([serving], timeout=0.01)
+    assert not serving.done()
+    assert stage.models.is_accepted(as_served(stage.new))
+    stage.models.accept(as_served(stage.new))  # as the change does, which has not heard of it
+    await stage.models.retire(as_served(stage.old), stage.sleep)
+    assert stage.names() == ["new"]
+    stage.models.stop()
+    await asyncio.wait_for(serving, 10)
+
+
+@pytest.mark.parametrize("share", [0.9, 1.0])
+async def test_the_server_ends_with_the_model_that_is_served_where_no_other_can_take_its_place(share: float) -> None:
+    stage = Stage()
+    serving = await stage.begin()
+    stage.models.try_out(as_served(stage.new), share)
+    if share == 1.0:
+        stage.new.fail()
+        await asyncio.sleep(0)
+    stage.old.fail()
+    with pytest.raises(RuntimeError, match="whatever the image"):
+        await serving

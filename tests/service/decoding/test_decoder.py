@@ -101,6 +101,20 @@ def test_images_that_take_their_time_are_not_counted_twice() -> None:
         assert images.decoder.queue_s(images.now, DUE_AT) == pytest.approx(1.2 * COST_S - 0.02, abs=1e-4)
 
 
+def test_one_that_takes_over_expects_what_the_one_before_has_learned() -> None:
+    with slow() as before, slow(threads=1) as after:
+        known = before.decoder.submit(b"x", DUE_AT)
+        before.running.acquire()
+        before.now = after.now = 0.1  # as above
+        before.may_end.set()
+        known.result(10)
+        after.decoder.take_over(before.decoder)
+        assert after.decoder.expected_s(0.1) == before.decoder.expected_s(0.1) > 0
+        after.decoder.submit(b"x", DUE_AT)
+        after.running.acquire()
+        assert after.decoder.queue_s(0.1, DUE_AT) == pytest.approx(1.2 * COST_S, abs=1e-4)
+
+
 def test_the_most_urgent_image_is_decoded_first_and_lower_priorities_last() -> None:
     with slow(threads=1) as images:
         decoder = images.decoder

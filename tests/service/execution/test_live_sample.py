@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from models.subnetwork import SubNetwork
-from service.execution.live_sample import KEPT_IMAGES, LiveSample, SampledImage
+from service.execution.live_sample import KEPT_IMAGES, KEPT_SHAPES, LiveSample, SampledImage
 from service.execution.results import Ranked
 
 SMALL = SubNetwork(2, 0.5)
@@ -44,3 +44,14 @@ def test_what_is_no_number_is_a_failure_as_is_an_error() -> None:
     sample.answered([image(1), image(2)], SMALL, said(float("nan"), 0.5))
     sample.failed()
     assert (sample.num_answered, sample.num_failed) == (1, 2)
+
+
+def test_the_shapes_of_the_last_batches_are_told_the_most_frequent_first() -> None:
+    sample, large = LiveSample(), SubNetwork(4, 1.0)
+    sample.answered([image(1)], large, said(0.5))
+    for _ in range(2):
+        sample.answered([image(1), image(2)], SMALL, said(0.5, 0.5))
+    assert sample.shapes() == [(SMALL, 2), (large, 1)]
+    for _ in range(KEPT_SHAPES):
+        sample.answered([image(1)], SMALL, said(0.5))
+    assert sample.shapes() == [(SMALL, 1)]

@@ -719,3 +719,50 @@ def test_a_better_profile_is_planned_with_from_then_on(scheduler: Scheduler, cat
     assert scheduler.state(0.0).latency_s(0, 1) == pytest.approx(after.latency_by_batch_s[0])
     assert scheduler.predict(before, 1, 0.0) == pytest.approx(after.latency_by_batch_s[0])
     assert scheduler.next_batch(0.0).expired == (request,)
+
+
+def test_one_that_takes_over_plans_as_the_one_before_did(scheduler: Scheduler, fast_catalog: VariantCatalog) -> None:
+    """Alone, it would take the first request for all that comes, and let it have the best level."""
+    other = Scheduler(fast_catalog, choose_level, 4)
+    for number in range(200):
+        now = 0.02 * number
+        (request,) = fill(scheduler, waits(now + 0.3, budget_s=0.3), now=now)
+        scheduler.withdraw(request)
+    completed(scheduler, 0, 1, 0.04, 4.0, turnaround_s=0.02)
+    for _ in range(3):
+        scheduler.deadline_missed(4.0)
+    scheduler.machine_observed(1.7)
+    scheduler.engine_taken(4.05)
+    fill(other, waits(4.3, budget_s=0.3), now=4.0)
+    other.take_over(scheduler)
+    before, after = scheduler.state(4.0), other.state(4.0)
+    assert after.arrival_rate == pytest.approx(before.arrival_rate)
+    assert after.arrival_rate > 40
+    assert after.sustained_rate == pytest.approx(before.sustained_rate)
+    assert (after.slowdown, after.tail_factor) == (before.slowdown, before.tail_factor)
+    assert after.overhead_factor == before.overhead_factor > 1
+    assert after.safety_factor == before.safety_factor > 1
+    assert (len(after.recent), after.tight_budget_s) == (REMEMBERED_REQUESTS, 0.3)
+    assert (other.prior_slowdown, other.free_at) == (1.7, 4.05)
+    assert len(other) == 1
+    assert not index(other.next_batch(4.0))
+
+
+def test_what_was_taken_over_is_a_copy(scheduler: Scheduler, fast_catalog: VariantCatalog) -> None:
+    other = Scheduler(fast_catalog, choose_level, 4)
+    other.take_over(scheduler)
+    fill(other, waits(9.0))
+    other.deadline_missed(0.0)
+    assert scheduler.state(0.0).safety_factor == 1.0
+    assert (len(scheduler.state(0.0).recent), scheduler.state(0.0).arrival_rate) == (0, 0.0)
+
+
+def test_what_requests_grant_is_translated_into_the_levels_of_the_one_that_takes_over(
+    scheduler: Scheduler, fast_catalog: VariantCatalog
+) -> None:
+    """There the same index is another sub-network, or none."""
+    fewer = replace(fast_catalog, num_levels=2)
+    other = Scheduler(fewer, choose_level, 4)
+    fill(scheduler, waits(9.0, pinned=2), waits(9.0))
+    other.take_over(scheduler)
+    assert {each.grant for each in other.state(0.0).recent} == {fewer.grant_within(None)}
