@@ -124,20 +124,22 @@ class GrowingProfile:
         is_measured = cell in self._runs and cell not in self._left
         return middle_of(self._runs[cell].seconds)[0] if is_measured else None
 
-    def record(self, cell: Cell, seconds: float, worth: float = 1.0) -> None:
-        """Count a run, as so much of one; nothing where it is no cell, or measured.
+    def record(self, cell: Cell, seconds: float, worth: float = 1.0) -> bool:
+        """Count a run, as so much of one; nothing where it is no cell, or measured. Returns whether it counts.
 
-        The first of a shape, for which a library prepares itself, does not count unless it is slow.
+        The first of a shape, for which a library prepares itself, does not unless it is slow.
         """
         if cell not in self._left:
-            return
+            return False
         runs = self._runs[cell]
-        if runs.has_run or seconds >= SLOW_S:
+        counts = runs.has_run or seconds >= SLOW_S
+        if counts:
             runs.seconds.append(seconds)
             runs.worth += worth
         runs.has_run = True
         if runs.done >= 1:
             del self._left[cell]
+        return counts
 
     def expected_s(self, cell: Cell) -> float:
         """Tell what a cell takes, measured or estimated from those measured so far; 0 where there are none."""

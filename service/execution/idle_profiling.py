@@ -141,8 +141,7 @@ class IdleProfiler:
         return seconds
 
     def _record(self, cell: Cell, seconds: float, worth: float = 1.0) -> None:
-        self._profile.record(cell, seconds, worth)
-        self._num_news += 1
+        self._num_news += self._profile.record(cell, seconds, worth)
 
     def _share(self, now: float) -> None:
         """Give the scheduler and the file what is new, every now and then, and take what another process has found."""

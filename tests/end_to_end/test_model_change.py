@@ -34,6 +34,7 @@ LIMIT_S = 60
 CLIENTS = 2
 PAUSE_S = 0.1  # between two requests of each
 CHANGES = 2
+TRIAL_S = 2.0
 DRIP_BYTES, DRIP_S = 600, 0.4  # fast enough not to be given up
 
 
@@ -50,8 +51,8 @@ class Served:
         change: dict[str, Any] | None = httpx.get(f"{self.url}/admin/model").json()["change"]
         return change
 
-    def put(self, path: Path) -> None:
-        response = httpx.put(f"{self.url}/admin/model", json={"checkpoint": str(path)})
+    def put(self, path: Path, **trials: dict[str, float]) -> None:
+        response = httpx.put(f"{self.url}/admin/model", json={"checkpoint": str(path), **trials})
         assert response.status_code == 202, response.text
 
     def outcome(self, since: str = "") -> dict[str, Any]:
@@ -120,6 +121,20 @@ def test_no_request_is_lost_while_the_model_changes_again_and_again(served: Serv
     assert set(clients.models()) == {SMALL_CHECKPOINT, "other"}
     page = httpx.get(f"{served.url}/metrics").text
     assert f'supervit_model_changes_total{{outcome="done"}} {float(CHANGES)}' in page
+
+
+def test_a_canary_answers_its_share_after_it_has_run_in_the_shadow(served: Served) -> None:
+    name = httpx.get(f"{served.url}/admin/model").json()["model"]["name"]
+    trial = {"share": 0.5, "seconds": TRIAL_S}
+    with Clients(served.url) as clients:
+        served.put(served.other if name == SMALL_CHECKPOINT else served.copy, shadow=trial, canary=trial)
+        change = served.outcome()
+    assert (change["outcome"], change["agreement"]) == ("done", 1.0), change
+    assert {answer.status_code for answer in clients.answers} == {200}
+    is_new = [answer.json()["model"]["name"] != name for answer in clients.answers]
+    of_both = is_new[is_new.index(True) :]
+    assert of_both.count(False) > CLIENTS  # as many might at most have begun before a sharp change
+    assert all(of_both[-CLIENTS:])
 
 
 def test_what_the_old_model_has_begun_to_read_it_answers(served: Served) -> None:

@@ -243,3 +243,17 @@ def test_other_shapes_run_once_behind_the_profile_for_some_seconds(profiles: Pro
     assert set(idle.ran[first:]) == {(CHEAPEST, 3), (DEAREST, 3)}
     spent_s = sum(idle.seconds(cell) for cell in idle.ran[first:])
     assert WARM_UP_S <= spent_s < WARM_UP_S + idle.seconds((DEAREST, 3)) * 1.1
+
+
+def test_a_batch_that_says_nothing_new_is_shared_with_none(profiles: ProfileTable) -> None:
+    """As one of a size between those that are measured, as long as there are shapes to run once."""
+    idle = Idle(profiles, shapes=((CHEAPEST, 3),))
+    for cell in [(row.subnetwork, size) for row in profiles.rows for size in SIZES]:
+        for _ in range(MIN_RUNS + 1):
+            idle.profile.record(cell, idle.seconds(cell))
+    assert idle.profiler.measured_share == 1
+    idle.serve(CHEAPEST, 2, idle.seconds((CHEAPEST, 2)))
+    num_published = len(idle.published)
+    for _ in range(3):
+        idle.serve(CHEAPEST, 3, idle.seconds((CHEAPEST, 3)))
+    assert len(idle.published) == num_published
