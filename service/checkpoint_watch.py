@@ -5,7 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from models.checkpoint import digest
+from models.checkpoint import CheckpointError, digest
 from service.access.watched_files import CHECK_S, WatchedFiles
 from service.errors import ServiceError
 from service.model_change import ModelChange
@@ -73,6 +73,7 @@ async def follow(
             is_well = True
         except Exception as error:  # whatever it is, the next file that is put there must be served
             if is_well:
-                logger.error("the file of %s cannot be watched, and is tried again: %s", name, error)
+                message = "the file of %s cannot be watched, and is tried again: %s"
+                logger.error(message, name, error, exc_info=not isinstance(error, OSError | CheckpointError))
             is_well = False
             await sleep(CHECK_S)

@@ -91,6 +91,8 @@ class ServedModels:
 
         It goes on from what the one that is served has learned, or would plan for a server to which nothing comes.
         """
+        if model is self._current:  # the one before has failed meanwhile
+            return
         if self._current is not None:
             model.take_over(self._current)
         self._candidate, self._share = model, share

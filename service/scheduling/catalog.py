@@ -5,7 +5,7 @@ Runs without torch. Chooses nothing.
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from itertools import accumulate, takewhile
 from operator import attrgetter, itemgetter
 from typing import TypeVar
@@ -17,6 +17,14 @@ from service.errors import BudgetTooSmallError, InvalidParameterError
 from service.scheduling.variants import Grant, SecondLook, Variant, with_second_look
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Grants:
+    """What requests may get: for each budget from a cap on, ascending, and for each variant that is asked for alone."""
+
+    by_cap: tuple[tuple[float, Grant], ...]
+    alone: tuple[Grant, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,7 @@ class VariantCatalog:
         frontier: what a budget chooses from: the variants that none of lower highest cost equals, cheapest first.
         is_measured: whether the accuracies are known.
         best_alone: the most accurate of the trained sub-networks, with one look.
+        known_grants: those of the same variants with another profile, only to begin with; made by default.
     """
 
     variants: tuple[Variant, ...]
@@ -39,14 +48,13 @@ class VariantCatalog:
     frontier: tuple[Variant, ...]
     is_measured: bool
     best_alone: Variant = field(init=False, repr=False, compare=False)
-    _grants: tuple[tuple[float, Grant], ...] = field(default=(), repr=False, compare=False)  # by cap, ascending
+    _grants: "_Grants" = field(init=False, repr=False, compare=False)
+    known_grants: InitVar["_Grants | None"] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, known_grants: "_Grants | None") -> None:
         alone = (one for one in self.variants if one.second_look is None and one.profile.is_trained)
         object.__setattr__(self, "best_alone", max(alone, key=lambda one: (one.worth, -one.profile.macs)))
-        if not self._grants:  # whatever is learned of latencies, a budget admits the same
-            caps = sorted({variant.most_gflops for variant in (*self.levels, *self.frontier)})
-            object.__setattr__(self, "_grants", tuple((cap, self._grant(cap)) for cap in caps))
+        object.__setattr__(self, "_grants", known_grants or self._make_grants())
 
     @classmethod
     def of(cls, profiles: ProfileTable, latencies: LatencyTable, *, cascades: bool = True) -> "VariantCatalog":
@@ -72,7 +80,8 @@ class VariantCatalog:
         """Return the same variants with a better profile: what is a level stays one, as requests were granted it."""
         variants = _timed(self.variants, self.num_levels, latencies)
         frontier = tuple(variants[variant.index] for variant in self.frontier)
-        return replace(self, variants=tuple(variants), frontier=frontier)
+        # Whatever is learned of latencies, a budget admits the same.
+        return replace(self, variants=tuple(variants), frontier=frontier, known_grants=self._grants)
 
     @property
     def levels(self) -> tuple[Variant, ...]:
@@ -101,9 +110,10 @@ class VariantCatalog:
             BudgetTooSmallError: nothing fits; names the smallest budget that would do.
         """
         if budget_gflops is None:
-            return self._grants[-1][1]
+            return self._grants.by_cap[-1][1]
         _require_budget(budget_gflops, self.cheapest.profile, "the cheapest sub-network costs")
-        return self._grants[bisect_right(self._grants, budget_gflops, key=itemgetter(0)) - 1][1]
+        by_cap = self._grants.by_cap
+        return by_cap[bisect_right(by_cap, budget_gflops, key=itemgetter(0)) - 1][1]
 
     def grant_named(self, subnetwork: SubNetwork, budget_gflops: float | None = None) -> Grant:
         """Grant one sub-network, and one look.
@@ -123,11 +133,16 @@ class VariantCatalog:
 
     def grant_alone(self, variant: Variant) -> Grant:
         """Grant one variant at every level."""
-        return Grant((variant.index,) * self.num_levels, -1, variant, is_pinned=True)
+        return self._grants.alone[variant.index]
 
     def next_better(self, variant: Variant) -> Variant | None:
         """Return the next variant on the frontier, None behind the best."""
         return next((one for one in self.frontier if one.worth > variant.worth), None)
+
+    def _make_grants(self) -> "_Grants":
+        caps = sorted({variant.most_gflops for variant in (*self.levels, *self.frontier)})
+        alone = (Grant((each.index,) * self.num_levels, -1, each, is_pinned=True) for each in self.variants)
+        return _Grants(tuple((cap, self._grant(cap)) for cap in caps), tuple(alone))
 
     def _grant(self, cap: float) -> Grant:
         """Find, for each level, the most accurate variant within the cap that is expected to cost no more."""

@@ -13,7 +13,8 @@ from service.errors import OverloadedError
 
 ACTIVE_S = 1.0  # after its last request, admitted or not, for which a key counts as one that wants its share
 CREDIT_ANSWERS = 128  # at the cheapest variant, that a key which asks for little may be behind its share
-STEPS = 8  # of demotion, within one step of priority: 1 from one answer on, and one more with each doubling
+STEPS = 6  # of demotion, within one step of priority: 1 from FIRST_ANSWERS on, and one more with each doubling
+FIRST_ANSWERS = 4  # ahead; with less, what could run as one batch would often stand apart
 RETRY_AFTER_S = 1.0
 
 
@@ -86,18 +87,18 @@ class KeyLedger:
         """Take note that a key wants something, whatever becomes of it."""
         account = self._account(key, now)
         if now > account.asked_at + ACTIVE_S:  # it gets no more for having asked for nothing
-            account.finish = max(account.finish, self._least(now))
+            account.finish = max(account.finish, self._least(now)[0])
         account.asked_at, account.weight = now, key.weight
 
     def demotion(self, key: ApiKey, now: float) -> float:
         """Return the fraction of a step, 0..0.5, by which a request stands behind others of its priority.
 
-        It is counted in answers of its own that a key is ahead, so that it follows within a few, on slow machines, too,
-        and that only what weights are beside each other says anything.
+        It is counted in answers of the active key of most weight, so that it follows within a few, on slow machines,
+        too, and that only what weights are beside each other says anything.
         """
-        account = self._account(key, now)
-        ahead = (account.finish - self._least(now)) * account.weight / self.answer_gflops
-        return min(STEPS, int(max(0.0, ahead)).bit_length()) / (2 * STEPS)
+        least, answer = self._least(now)
+        ahead = max(0.0, self._account(key, now).finish - least) / answer
+        return min(STEPS, int(ahead / FIRST_ANSWERS).bit_length()) / (2 * STEPS)
 
     @contextmanager
     def charging(self, key: ApiKey | None, most_gflops: float, now: float) -> "Iterator[Charge]":
@@ -140,15 +141,21 @@ class KeyLedger:
         account.finish += gflops / key.weight
         self._observe(key.name, gflops)
 
-    def _least(self, now: float) -> float:
-        """Return what the active key has had that has had the least; no active one is far behind another."""
-        active = [account for account in self._accounts.values() if now <= account.asked_at + ACTIVE_S]
+    def _least(self, now: float) -> tuple[float, float]:
+        """Return what the active key has had that has had the least; no active one is far behind another.
+
+        Returns:
+            That, and what an answer counts for the one of them of most weight.
+        """
+        accounts = self._accounts.values()
+        active = [account for account in accounts if now <= account.asked_at + ACTIVE_S]
+        answer = self.answer_gflops / max((account.weight for account in active), default=1.0)
         if not active:
-            return max((account.finish for account in self._accounts.values()), default=0.0)
-        furthest, credit = max(account.finish for account in active), CREDIT_ANSWERS * self.answer_gflops
+            return max((account.finish for account in accounts), default=0.0), answer
+        floor = max(account.finish for account in active) - CREDIT_ANSWERS * answer
         for account in active:
-            account.finish = max(account.finish, furthest - credit / account.weight)
-        return min(account.finish for account in active)
+            account.finish = max(account.finish, floor)
+        return min(account.finish for account in active), answer
 
     def _burst(self, key: ApiKey) -> float:
         if key.burst_gflops is None:

@@ -92,7 +92,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grant:
-    """What a request may get. The catalog has one for each budget, so they are told apart as objects, which is fast.
+    """What a request may get. The catalog makes each once, so they are told apart as objects, which is fast.
 
     Attributes:
         by_level: index of the variant that it gets at each level of the policy.

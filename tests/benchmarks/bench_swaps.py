@@ -9,6 +9,7 @@ against, since a machine that others share is never twice the same. A request is
 
 import argparse
 import asyncio
+import math
 import random
 import tempfile
 import time
@@ -138,10 +139,12 @@ async def main() -> None:
             for number in range(options.swaps):
                 load.step = BETWEEN
                 await asyncio.sleep(options.pause)
-                reports.append(await change(session, url, twins[number % 2], load))
+                report = await change(session, url, twins[number % 2], load)
+                reports.append(report)
                 resident.append(resident_mb(pid))
+                why = report["message"] or f"{report['latency_ratio'] or math.nan:.2f} times as slow"
                 print(
-                    f"{number + 1}: {reports[-1]['outcome']}, {reports[-1]['seconds']} s, {resident[-1]:.0f} MB",
+                    f"{number + 1}: {report['outcome']}, {why}, {report['seconds']} s, {resident[-1]:.0f} MB",
                     flush=True,
                 )
             load.stop()

@@ -206,7 +206,9 @@ async def test_a_model_that_fails_gives_its_place_to_the_one_that_answers_all_re
     await asyncio.wait([serving], timeout=0.01)
     assert not serving.done()
     assert stage.models.is_accepted(as_served(stage.new))
-    stage.models.accept(as_served(stage.new))  # as the change does, which has not heard of it
+    stage.models.try_out(as_served(stage.new), 1.0)  # as the change does, which has not heard of it
+    stage.models.accept(as_served(stage.new))
+    assert stage.new.learned_of == [stage.old]
     await stage.models.retire(as_served(stage.old), stage.sleep)
     assert stage.names() == ["new"]
     stage.models.stop()

@@ -83,9 +83,9 @@ def test_what_is_spent_beside_an_answer_counts_as_well() -> None:
     ledger = KeyLedger(1.0)
     for key in (RATED, SMALL):
         ledger.asked(key, 0.0)
-    ledger.charge(RATED, 4.0, 0.0)
-    assert ledger.left_gflops(RATED, 0.0) == 26.0
-    assert ledger.demotion(RATED, 0.0) == 3 / 16
+    ledger.charge(RATED, 16.0, 0.0)
+    assert ledger.left_gflops(RATED, 0.0) == 14.0
+    assert ledger.demotion(RATED, 0.0) == 3 / 12
 
 
 def test_one_of_several_processes_grants_its_share_of_a_rate_and_of_the_requests_in_flight() -> None:
@@ -121,10 +121,10 @@ def test_a_key_that_had_more_than_another_that_asks_stands_behind_it_the_further
     ledger.asked(SMALL, 0.0)
     assert ledger.demotion(SMALL, 0.0) == 0.0
     demotions = []
-    for answers in (0.5, 0.5, 1.0, 2.0, 28.0):
+    for answers in (2.0, 2.0, 4.0, 8.0, 48.0):
         spend(ledger, LARGE, answers, 0.1)
         demotions.append(ledger.demotion(LARGE, 0.1))
-    assert demotions == [0.0, 1 / 16, 2 / 16, 3 / 16, 6 / 16], "from one answer on, and each doubling"
+    assert demotions == [0.0, 1 / 12, 2 / 12, 3 / 12, 5 / 12], "from four answers on, and each doubling"
     spend(ledger, LARGE, 10 * CREDIT_ANSWERS, 0.1)
     assert ledger.demotion(LARGE, 0.1) == 0.5, "and never as far as the next lower priority"
     assert ledger.demotion(LARGE, 0.2 + ACTIVE_S) == 0.0, "the other asks no more"
@@ -211,6 +211,12 @@ def test_keys_that_ask_for_more_than_there_is_get_work_by_their_weights_whicheve
     keys = {replace(SMALL, weight=small): 90.0, replace(LARGE, weight=large): 900.0}
     share = Shared(catalog).run(keys, seconds)
     assert share["small"] == pytest.approx(small / (small + large), rel=0.1)
+
+
+def test_a_small_key_that_asks_for_little_does_not_blur_the_weights_of_others(catalog: VariantCatalog) -> None:
+    heavy, light, little = (ApiKey(name, weight=weight) for name, weight in (("a", 10.0), ("b", 1.0), ("c", 1.0)))
+    share = Shared(catalog).run({heavy: 300.0, light: 300.0, little: 2.0})
+    assert share["b"] / (share["a"] + share["b"]) == pytest.approx(1 / 11, rel=0.2)
 
 
 def test_without_shares_the_key_that_sends_more_would_get_more(catalog: VariantCatalog) -> None:
