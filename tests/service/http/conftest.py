@@ -59,7 +59,13 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(checkpoint=str(tmp_path), audit=False, max_body_bytes=BODY_LIMIT, max_image_pixels=10_000)
+    return Settings(
+        checkpoint=str(tmp_path),
+        profile_folder=tmp_path / "profiles",
+        audit=False,
+        max_body_bytes=BODY_LIMIT,
+        max_image_pixels=10_000,
+    )
 
 
 @pytest.fixture
