@@ -4,20 +4,23 @@ from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from functools import partial
 from inspect import isawaitable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from service.errors import OverloadedError
-from service.rpc.answering import Answering, Context, is_inference
-from service.rpc.calls import address_of
-
-KINDS = {False: "unary", True: "stream"}
+from service.errors import InvalidParameterError, ServiceError
+from service.rpc.answering import Answering, Context, Messages, is_inference
+from service.rpc.calls import address_of, read_bytes
 
 
 class AddressBound(grpc.aio.ServerInterceptor):
-    """Counts each call from its beginning to its end, and refuses those beyond the bound."""
+    """Counts each call from its beginning to its end, and refuses those beyond the bound.
+
+    Of health and reflection, which gRPC brings along, it counts the messages that are on their way, too: as all others,
+    they are taken as streams, of which gRPC reads nothing before it is told to.
+    """
 
     def __init__(self, answering: Answering) -> None:
         """Take what counts them, and what those are told that are refused."""
@@ -32,21 +35,62 @@ class AddressBound(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        kind = f"{KINDS[handler.request_streaming]}_{KINDS[handler.response_streaming]}"
-        bounded = partial(self._answer, handler_call_details.method.lstrip("/"), getattr(handler, kind))
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(bounded, handler.request_deserializer, handler.response_serializer)
+        bounded = partial(self._answer, handler_call_details.method.lstrip("/"), handler)
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(bounded, None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(bounded, None, handler.response_serializer)
 
-    async def _answer(self, name: str, behaviour: Callable[..., Any], asked: object, context: Context) -> object:
-        with self._answering.by_address.counting(address_of(context.peer())) as enter:
+    async def _answer(
+        self, name: str, handler: "grpc.RpcMethodHandler[Any, Any]", messages: Messages, context: Context
+    ) -> object:
+        address = address_of(context.peer())
+        with self._answering.by_address.counting(address) as enter:
             try:
                 with self._answering.counting_failures() if is_inference(name) else nullcontext():
                     enter()
-            except OverloadedError as error:
+                if handler.request_deserializer is not None:
+                    return await self._answer_other(handler, address, messages, context)
+            except ServiceError as error:
                 await self._answering.refuse(name, self._answering.begin(context), context, error)
-            answer = behaviour(asked, context)
-            if isawaitable(answer):
-                return await answer
-            async for response in answer:
-                await context.write(response)
-            return None
+            return await _respond(_behaviour(handler)(messages, context), context)
+
+    async def _answer_other(
+        self, handler: "grpc.RpcMethodHandler[Any, Any]", address: str | None, messages: Messages, context: Context
+    ) -> object:
+        """Answer a call of a service that is not our own: ours take their messages as they come, and count them.
+
+        Raises:
+            ServiceError: its message does not come, is none, or is one too many.
+        """
+        if handler.request_streaming:
+            with self._answering.waiting_for_messages(address):
+                requests = (_read(handler, data) async for data in messages)
+                return await _respond(_behaviour(handler)(requests, context), context)
+        with self._answering.waiting_for_messages(address):
+            data = await read_bytes(messages, self._answering.max_upload_s)
+        return await _respond(_behaviour(handler)(_read(handler, data), context), context)
+
+
+def _behaviour(handler: "grpc.RpcMethodHandler[Any, Any]") -> Callable[..., Any]:
+    kinds = {False: "unary", True: "stream"}
+    behaviour: Callable[..., Any] = getattr(
+        handler, f"{kinds[handler.request_streaming]}_{kinds[handler.response_streaming]}"
+    )
+    return behaviour
+
+
+def _read(handler: "grpc.RpcMethodHandler[Any, Any]", data: bytes) -> object:
+    deserializer = cast(Callable[[bytes], object], handler.request_deserializer)
+    try:
+        return deserializer(data)
+    except DecodeError as error:
+        raise InvalidParameterError("the message cannot be read") from error
+
+
+async def _respond(answer: Any, context: Context) -> object:  # noqa: ANN401 - gRPC takes both kinds of behaviour
+    """Wait for an answer, or write one after the other."""
+    if isawaitable(answer):
+        return await answer
+    async for response in answer:
+        await context.write(response)
+    return None

@@ -42,6 +42,7 @@ class Answering:
         protocol: the core.
         in_flight: counts what is being answered.
         by_address: counts the calls of each address.
+        max_upload_s: longest time that a message may take to arrive.
         reports: on what is asked.
     """
 
@@ -63,14 +64,15 @@ class Answering:
             metrics: what is counted.
             max_upload_s: longest time that a message may take to arrive.
             max_calls_per_address: at once, those included whose message is still to come.
-            coming: counts the requests for inference that are on their way by their clients, whatever carries them.
+            coming: counts the messages that are on their way by their clients, and what is on its way over HTTP.
             keys: that requests for inference must come with one of; None for no such thing.
             reporter: is told of each call; None where nothing is told.
             clock: monotonic, in seconds.
         """
         self.protocol = protocol
         self.in_flight = CallsInFlight()
-        self._metrics, self._max_upload_s, self._clock = metrics, max_upload_s, clock
+        self.max_upload_s = max_upload_s
+        self._metrics, self._clock = metrics, clock
         self.by_address, self._keys = RequestsByClient(max_calls_per_address), keys
         self.reports, self._coming = CallReports(reporter), coming
 
@@ -92,9 +94,21 @@ class Answering:
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         return call
 
-    async def read(self, messages: Messages, message_type: type[M]) -> M:
-        """Wait for the message of a call; errors as `read_message`."""
-        return await read_message(messages, message_type, self._max_upload_s)
+    async def read(self, messages: Messages, call: Call, message_type: type[M]) -> M:
+        """Wait for the message of a call that only looks; errors as `waiting_for_messages` and `read_message`."""
+        with self.waiting_for_messages(call.address):
+            return await read_message(messages, message_type, self.max_upload_s)
+
+    @contextmanager
+    def waiting_for_messages(self, address: str | None, key: ApiKey | None = None) -> Iterator[None]:
+        """Count a message of a client, as `RequestsByClient` knows it, as on its way until the block ends.
+
+        Raises:
+            OverloadedError: too many are.
+        """
+        with self._coming.counting(address, key) as enter:
+            enter()
+            yield
 
     def key_of(self, call: Call) -> ApiKey | None:
         """Find what the key of a request for inference allows; None where none is asked for.
@@ -120,13 +134,8 @@ class Answering:
         Raises:
             ServiceError: it is, or it cannot be read; that is counted.
         """
-        with (
-            self.counting_failures(key),
-            CancellationWatch(),
-            self._coming.counting(call.address, key) as enter,
-        ):
-            enter()
-            within_s = self.protocol.time_for_body_s(call.arrived_at, {}, call.metadata, self._max_upload_s, key)
+        with self.counting_failures(key), CancellationWatch(), self.waiting_for_messages(call.address, key):
+            within_s = self.protocol.time_for_body_s(call.arrived_at, {}, call.metadata, self.max_upload_s, key)
             return translate(await read_message(messages, message_type, within_s))
 
     @contextmanager

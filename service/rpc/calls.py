@@ -54,12 +54,12 @@ def address_of(peer: str) -> str | None:
     return place.rpartition(":")[0].strip("[]") if kind in NETWORKS else None
 
 
-async def read_message(messages: AsyncIterator[bytes], message_type: type[M], within_s: float) -> M:
-    """Wait for the one message of a call.
+async def read_bytes(messages: AsyncIterator[bytes], within_s: float) -> bytes:
+    """Wait for the one message of a call, and leave it as it came.
 
     Raises:
         UploadTimeoutError: it does not arrive in time.
-        InvalidParameterError: it is none, or none comes.
+        InvalidParameterError: none comes.
     """
     try:
         async with asyncio.timeout(within_s):
@@ -69,7 +69,12 @@ async def read_message(messages: AsyncIterator[bytes], message_type: type[M], wi
     if data is None:
         await asyncio.sleep(CANCELLING_S)
         raise InvalidParameterError("the call ends without a message")
-    return parse_message(data, message_type)
+    return data
+
+
+async def read_message(messages: AsyncIterator[bytes], message_type: type[M], within_s: float) -> M:
+    """Wait for the one message of a call; errors as `read_bytes` and `parse_message`."""
+    return parse_message(await read_bytes(messages, within_s), message_type)
 
 
 def parse_message(data: bytes, message_type: type[M]) -> M:

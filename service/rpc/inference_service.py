@@ -3,13 +3,14 @@
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 
 import grpc
 from google.protobuf.json_format import ParseDict
 
 from service.domain import ApiKey
-from service.errors import UnauthorizedError, UnknownModelError, UploadTimeoutError
+from service.errors import OverloadedError, UnauthorizedError, UnknownModelError, UploadTimeoutError
 from service.inference_protocol.messages import InferRequest
 from service.rpc import open_inference_pb2 as pb
 from service.rpc.answering import Answering, Context, Messages, failure_of
@@ -60,12 +61,18 @@ class InferenceService:
         return await self._infer(request, call, key)
 
     async def _model_stream_infer(self, messages: Messages, context: Context) -> None:
-        """Answer a stream, unless it comes without a key or stays idle."""
+        """Answer a stream, unless it comes without a key, is one too many or stays idle.
+
+        As long as it is open, a message of it may be on its way.
+        """
         call = self._answering.begin(context)
         try:
-            self._answering.key_of(call)
-            await self._answer_stream(messages, context, call)
-        except (UnauthorizedError, UploadTimeoutError) as error:
+            key = self._answering.key_of(call)
+            with ExitStack() as open_stream:
+                with self._answering.counting_failures(key):
+                    open_stream.enter_context(self._answering.waiting_for_messages(call.address, key))
+                await self._answer_stream(messages, context, call)
+        except (OverloadedError, UnauthorizedError, UploadTimeoutError) as error:
             await self._answering.refuse(STREAM, call, context, error)
 
     async def _answer_stream(self, messages: Messages, context: Context, call: Call) -> None:
@@ -122,40 +129,40 @@ class InferenceService:
         is_raw = any(isinstance(tensor.contents, bytes) for tensor in request.inputs)
         return write_reply(await self._answering.infer(request, call, key), is_raw=is_raw)
 
-    async def _server_live(self, messages: Messages, _: Call) -> pb.ServerLiveResponse:
-        await self._answering.read(messages, pb.ServerLiveRequest)
+    async def _server_live(self, messages: Messages, call: Call) -> pb.ServerLiveResponse:
+        await self._answering.read(messages, call, pb.ServerLiveRequest)
         return pb.ServerLiveResponse(live=True)
 
-    async def _server_ready(self, messages: Messages, _: Call) -> pb.ServerReadyResponse:
-        await self._answering.read(messages, pb.ServerReadyRequest)
+    async def _server_ready(self, messages: Messages, call: Call) -> pb.ServerReadyResponse:
+        await self._answering.read(messages, call, pb.ServerReadyRequest)
         return pb.ServerReadyResponse(ready=self._protocol.is_ready())
 
-    async def _model_ready(self, messages: Messages, _: Call) -> pb.ModelReadyResponse:
-        asked = await self._answering.read(messages, pb.ModelReadyRequest)
+    async def _model_ready(self, messages: Messages, call: Call) -> pb.ModelReadyResponse:
+        asked = await self._answering.read(messages, call, pb.ModelReadyRequest)
         try:
             self._protocol.require_model(asked.name, asked.version)
         except UnknownModelError:  # a question that Triton answers
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self._protocol.is_ready())
 
-    async def _server_metadata(self, messages: Messages, _: Call) -> pb.ServerMetadataResponse:
-        await self._answering.read(messages, pb.ServerMetadataRequest)
+    async def _server_metadata(self, messages: Messages, call: Call) -> pb.ServerMetadataResponse:
+        await self._answering.read(messages, call, pb.ServerMetadataRequest)
         return ParseDict(self._protocol.server_metadata(), pb.ServerMetadataResponse())
 
-    async def _model_metadata(self, messages: Messages, _: Call) -> pb.ModelMetadataResponse:
-        asked = await self._answering.read(messages, pb.ModelMetadataRequest)
+    async def _model_metadata(self, messages: Messages, call: Call) -> pb.ModelMetadataResponse:
+        asked = await self._answering.read(messages, call, pb.ModelMetadataRequest)
         return ParseDict(self._protocol.model_metadata(asked.name, asked.version), pb.ModelMetadataResponse())
 
-    async def _model_config(self, messages: Messages, _: Call) -> pb.ModelConfigResponse:
-        asked = await self._answering.read(messages, pb.ModelConfigRequest)
+    async def _model_config(self, messages: Messages, call: Call) -> pb.ModelConfigResponse:
+        asked = await self._answering.read(messages, call, pb.ModelConfigRequest)
         return ParseDict({"config": self._protocol.model_config(asked.name, asked.version)}, pb.ModelConfigResponse())
 
-    async def _model_statistics(self, messages: Messages, _: Call) -> pb.ModelStatisticsResponse:
-        asked = await self._answering.read(messages, pb.ModelStatisticsRequest)
+    async def _model_statistics(self, messages: Messages, call: Call) -> pb.ModelStatisticsResponse:
+        asked = await self._answering.read(messages, call, pb.ModelStatisticsRequest)
         statistics = await asyncio.to_thread(self._protocol.statistics, asked.name, asked.version)
         return ParseDict(statistics, pb.ModelStatisticsResponse())
 
-    async def _repository_index(self, messages: Messages, _: Call) -> pb.RepositoryIndexResponse:
-        asked = await self._answering.read(messages, pb.RepositoryIndexRequest)
+    async def _repository_index(self, messages: Messages, call: Call) -> pb.RepositoryIndexResponse:
+        asked = await self._answering.read(messages, call, pb.RepositoryIndexRequest)
         models = [] if asked.ready and not self._protocol.is_ready() else self._protocol.repository_index()
         return ParseDict({"models": models}, pb.RepositoryIndexResponse())

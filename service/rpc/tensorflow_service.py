@@ -44,8 +44,8 @@ class TensorflowService:
         request = await self._answering.read_request(messages, call, key, tf.PredictRequest, read_request)
         return write_reply(await self._answering.infer(request, call, key))
 
-    async def _model_metadata(self, messages: Messages, _: Call) -> tf.GetModelMetadataResponse:
-        asked = await self._answering.read(messages, tf.GetModelMetadataRequest)
+    async def _model_metadata(self, messages: Messages, call: Call) -> tf.GetModelMetadataResponse:
+        asked = await self._answering.read(messages, call, tf.GetModelMetadataRequest)
         described = self._protocol.model_metadata(asked.model_spec.name, _version(asked.model_spec))
         inputs, outputs = (
             {
@@ -61,8 +61,8 @@ class TensorflowService:
         response.metadata[SIGNATURES].Pack(tf.SignatureDefMap(signature_def={SIGNATURE: signature}))
         return response
 
-    async def _model_status(self, messages: Messages, _: Call) -> tf.GetModelStatusResponse:
-        asked = await self._answering.read(messages, tf.GetModelStatusRequest)
+    async def _model_status(self, messages: Messages, call: Call) -> tf.GetModelStatusResponse:
+        asked = await self._answering.read(messages, call, tf.GetModelStatusRequest)
         described = self._protocol.model_metadata(asked.model_spec.name, _version(asked.model_spec))
         state = "AVAILABLE" if self._protocol.is_ready() else "LOADING"
         status = tf.ModelVersionStatus(version=int(described["versions"][0]), state=state, status=tf.StatusProto())

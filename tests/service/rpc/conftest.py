@@ -162,3 +162,13 @@ def runtime(
 async def served(runtime: ServerRuntime, engine: ScriptedEngine) -> AsyncIterator[Served]:
     async with serving_in_process(runtime, engine) as served:
         yield served
+
+
+@pytest.fixture
+async def one_on_its_way(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
+) -> AsyncIterator[Served]:
+    """A server whose clients may have one message on its way each."""
+    one = settings.model_copy(update={"max_in_flight_per_address": 1})
+    async with serving_in_process(ServerRuntime(one, checkpoint, engine, latencies), engine) as served:
+        yield served

@@ -3,13 +3,20 @@ import asyncio
 import grpc
 import grpc.aio
 import pytest
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection_pb2 as v1alpha
 
 from service.rpc import open_inference_pb2 as pb
-from tests.service.rpc.conftest import CALLS, Served, failure_of, request_for
+from service.rpc.inference_service import SERVICE_NAME
+from service.runtime import ServerRuntime
+from tests.service.http.scripted_server import ScriptedEngine
+from tests.service.rpc.conftest import CALLS, Served, failure_of, request_for, serving_in_process
 from tests.service.rpc.test_server import watch_health
 
 pytestmark = pytest.mark.anyio
+
+REFLECTION = f"{reflection.SERVICE_NAME}/ServerReflectionInfo"
 
 
 async def fill(served: Served) -> "list[grpc.aio.UnaryStreamCall[bytes, health_pb2.HealthCheckResponse]]":
@@ -64,6 +71,43 @@ async def test_a_call_counts_until_its_end(served: Served, photo: bytes) -> None
     async with asyncio.timeout(10):
         while not await is_answered():
             pass
+
+
+@pytest.mark.parametrize(
+    ("service", "method"),
+    [(SERVICE_NAME, "ServerLive"), (health.SERVICE_NAME, "Check"), (health.SERVICE_NAME, "Watch")],
+)
+async def test_what_only_looks_is_a_message_on_its_way_until_it_has_come(
+    one_on_its_way: Served, service: str, method: str
+) -> None:
+    kept_open: grpc.aio.StreamStreamCall[bytes, bytes] = one_on_its_way.channel.stream_stream(f"/{REFLECTION}")()
+    await kept_open.write(v1alpha.ServerReflectionRequest(list_services="*").SerializeToString())
+    await kept_open.read()
+    looking: grpc.aio.StreamStreamCall[bytes, bytes] = one_on_its_way.channel.stream_stream(f"/{service}/{method}")()
+    assert await looking.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "1 requests from this address are on their way already" in await looking.details()
+    assert one_on_its_way.count("overloaded") == 0  # it is no request
+    kept_open.cancel()
+
+
+@pytest.mark.parametrize(
+    ("service", "method"),
+    [(SERVICE_NAME, "ServerLive"), (health.SERVICE_NAME, "Check"), (health.SERVICE_NAME, "Watch")],
+)
+async def test_a_look_whose_message_does_not_come_is_ended(
+    runtime: ServerRuntime, engine: ScriptedEngine, service: str, method: str
+) -> None:
+    async with serving_in_process(runtime, engine, max_upload_s=0.05) as served:
+        looking: grpc.aio.StreamStreamCall[bytes, bytes] = served.channel.stream_stream(f"/{service}/{method}")()
+        assert await looking.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize("path", [f"{health.SERVICE_NAME}/Check", REFLECTION])
+async def test_what_is_no_message_of_health_or_reflection_is_told_so(served: Served, path: str) -> None:
+    look: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = served.channel.stream_stream(f"/{path}")
+    looking = look(iter([b"\xff"]))
+    assert await looking.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert await looking.details() == "the message cannot be read"
 
 
 async def test_a_method_that_there_is_not_is_unimplemented(served: Served) -> None:

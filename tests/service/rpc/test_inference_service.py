@@ -193,21 +193,31 @@ async def test_a_message_that_does_not_come_is_not_waited_for(runtime: ServerRun
     assert message == "the message did not arrive within 0.05 s"
 
 
-async def test_one_client_may_have_so_many_messages_on_their_way(
-    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
-) -> None:
-    one = settings.model_copy(update={"max_in_flight_per_address": 1})
-    async with serving_in_process(ServerRuntime(one, checkpoint, engine, latencies), engine) as served:
-        calls = [served.infer_piecewise(silence()) for _ in range(2)]
-        endings = [asyncio.ensure_future(failure_of(call)) for call in calls]
-        (refused,), (other,) = await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
-        status, message, metadata = await refused
-        assert (status, metadata["error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
-        assert message.startswith("1 requests from this address are on their way already")
-        assert served.count("overloaded") == 1
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(other, return_exceptions=True)
+async def test_one_client_may_have_so_many_messages_on_their_way(one_on_its_way: Served) -> None:
+    over = asyncio.Event()
+    calls = [one_on_its_way.infer_piecewise(silence(over)) for _ in range(2)]
+    endings = [asyncio.ensure_future(failure_of(call)) for call in calls]
+    (refused,), (other,) = await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
+    status, message, metadata = await refused
+    assert (status, metadata["error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
+    assert message.startswith("1 requests from this address are on their way already")
+    assert one_on_its_way.count("overloaded") == 1
+    over.set()
+    assert (await other)[1] == "the call ends without a message"
+
+
+async def test_a_stream_is_a_message_on_its_way_as_long_as_it_is_open(one_on_its_way: Served, photo: bytes) -> None:
+    stream = one_on_its_way.stream()
+    data = request_for(photo).SerializeToString()
+    await stream.write(data)
+    assert isinstance(answer := await stream.read(), pb.ModelStreamInferResponse)
+    assert answer.error_message == ""
+    assert (await failure_of(one_on_its_way.infer(data)))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert await one_on_its_way.stream(iter([data])).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert one_on_its_way.count("overloaded") == 2
+    await stream.done_writing()
+    assert await stream.code() is grpc.StatusCode.OK
+    assert (await one_on_its_way.infer(data)).id == "7"
 
 
 async def test_a_call_without_a_message_is_told_so(served: Served) -> None:
@@ -222,8 +232,10 @@ async def test_a_client_that_leaves_before_its_message_is_counted_as_gone(served
     await until(lambda: served.count("client_gone") == 1)
 
 
-async def silence() -> AsyncIterator[bytes]:
-    await asyncio.Event().wait()
+async def silence(over: asyncio.Event | None = None) -> AsyncIterator[bytes]:
+    """Send nothing, until it is over."""
+    await (over or asyncio.Event()).wait()
+    return
     yield b""
 
 

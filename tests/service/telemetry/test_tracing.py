@@ -1,5 +1,5 @@
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextvars import Context
 
 import pytest
@@ -40,10 +40,8 @@ class Traces:
 
 
 @pytest.fixture
-def traces() -> Iterator[Traces]:
-    token = TRACE_ID.set(None)
-    yield Traces()
-    TRACE_ID.reset(token)
+def traces() -> Traces:
+    return Traces()
 
 
 def context_of(span: ReadableSpan) -> SpanContext:
