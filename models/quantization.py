@@ -1,10 +1,12 @@
 """What it takes to run a model's products in 8 bits, and how well they do then. Values; runs without torch."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from models.profiles import ProfileTable
+from models.subnetwork import SubNetwork
 
 Layer = Literal["qkv", "proj", "fc1", "fc2"]
 LAYERS: tuple[Layer, ...] = get_args(Layer)
@@ -83,12 +85,24 @@ class Quantization:
     ranges: tuple[BlockRanges, ...]
     profile: ProfileTable
 
-    def largest_loss(self, profile: ProfileTable) -> float | None:
-        """Return how much top-1 a sub-network loses at most beside `profile`; None where it is not known of each."""
-        losses = []
-        for row in self.profile.rows:
-            beside = profile.by_subnetwork.get(row.subnetwork)
-            if row.top1 is None or beside is None or beside.top1 is None:
-                return None
-            losses.append(beside.top1 - row.top1)
-        return max(losses)
+    def losses(self, profile: ProfileTable) -> dict[SubNetwork, float]:
+        """Return how much top-1 each sub-network loses beside `profile`; of those alone of which both are known."""
+        before = {row.subnetwork: row.top1 for row in profile.rows}
+        return {
+            row.subnetwork: known - row.top1
+            for row in self.profile.rows
+            if row.top1 is not None and (known := before.get(row.subnetwork)) is not None
+        }
+
+    def too_lossy(self, profile: ProfileTable) -> list[SubNetwork]:
+        """Name those that lose more than TOLERATED_LOSS beside `profile`, or an unknown part."""
+        losses = self.losses(profile)
+        return [row.subnetwork for row in self.profile.rows if not losses.get(row.subnetwork, 1.0) <= TOLERATED_LOSS]
+
+    def profile_with(self, profile: ProfileTable, floating: Collection[SubNetwork]) -> ProfileTable:
+        """Return the profile in 8 bits with the rows of `floating` out of `profile`, without cascades of both kinds."""
+        rows = [
+            profile.by_subnetwork[each] if each in floating else row for each, row in self.profile.by_subnetwork.items()
+        ]
+        cascades = [each for each in self.profile.cascades if not {each.first, each.second} & set(floating)]
+        return ProfileTable(tuple(rows), tuple(cascades))

@@ -11,6 +11,7 @@ from models.evaluation.hold_out import open_hold_out
 from models.evaluation.tables import accuracy_table, calibration_summary, cascade_table
 from models.files.sources import find_checkpoint
 from models.processes import Process
+from models.profiles import ProfileTable
 from models.quantization import (
     LAYERS,
     SMOOTHING_BOUND,
@@ -65,7 +66,7 @@ def quantize(command: Quantize) -> None:
     int8 = Quantization(ranges, found.profile)
     print(f"{engine.describe()}\n{accuracy_table(found.profile)}\n{cascade_table(found.profile)}")
     print(f"{calibration_summary(found.profile)}\n{found.basis}")
-    print(verdict(int8.largest_loss(checkpoint.profile)))
+    print(verdict(int8, checkpoint.profile))
     header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, checkpoint.profile, int8)
     save_checkpoint(path, checkpoint.model, header, half=checkpoint.is_half)
     print(f"written into {path}")
@@ -116,11 +117,14 @@ def make_range(lows: Tensor, highs: Tensor, largest_weights: Tensor) -> Range:
     return Range.of(float(low), float(high), tuple(map(int, steps.tolist())))
 
 
-def verdict(largest_loss: float | None) -> str:
-    """Say whether `--precision auto` will take it."""
-    if largest_loss is None:
+def verdict(int8: Quantization, profile: ProfileTable) -> str:
+    """Say what is lost beside `profile`, and what `--precision auto` makes of it."""
+    losses = int8.losses(profile)
+    if not losses:
         return "not compared with floating point: measure that with `supervit evaluate`, or serve with --precision int8"
-    told = f"at most {100 * largest_loss:.2f} points of top-1 lost beside floating point"
-    if largest_loss <= TOLERATED_LOSS:
+    told = f"at most {100 * max(losses.values()):.2f} points of top-1 lost beside floating point"
+    floating = int8.too_lossy(profile)
+    if not floating:
         return told
-    return f"{told}, more than {100 * TOLERATED_LOSS:.2g}: served with --precision int8 alone"
+    lossy = ", ".join(map(str, floating))
+    return f"{told}; more than {100 * TOLERATED_LOSS:.2g} at {lossy}: served in floating point unless --precision int8"

@@ -2,14 +2,15 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from models.checkpoint import Checkpoint
 from models.devices import resolve_device
 from models.errors import DeviceError
-from models.quantization import TOLERATED_LOSS, BlockRanges
+from models.quantization import BlockRanges
+from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 from service.engines.base import Engine
 from service.engines.openvino_engine import OpenVINOEngine, has_bfloat16
@@ -40,8 +41,8 @@ def open_engine(
         checkpoint: whose model to run.
         kind: which.
         device: as of `make_engine`.
-        precision: by default 8 bits where the checkpoint is prepared for them, loses at most TOLERATED_LOSS at each
-            sub-network and OpenVINO serves it on a CPU that gains by them, and else what the engine is fastest in.
+        precision: by default 8 bits where the checkpoint is prepared for them and OpenVINO serves it on a CPU that
+            gains by them, but for sub-networks that lose more than TOLERATED_LOSS; else what the engine is fastest in.
         threads: of the engine, on a CPU.
         capabilities: of the CPU, as torch names them; by default what torch says.
 
@@ -56,13 +57,22 @@ def open_engine(
     int8, problem = checkpoint.int8, _problem_of_int8(checkpoint, kind, device, capabilities or cpu_capabilities())
     if precision == "int8" and problem is not None:
         raise DeviceError(f"precision int8 cannot be had: {problem}")
-    if int8 is None or problem is not None or (precision == "auto" and _loses_too_much(checkpoint)):
+    if int8 is None or problem is not None:
         return make_engine(kind, checkpoint.model, device, threads), checkpoint
-    return int8_engine(checkpoint.model, int8.ranges, threads), replace(checkpoint, profile=int8.profile)
+    floating = int8.too_lossy(checkpoint.profile) if precision == "auto" else []
+    if floating:
+        lossy = ", ".join(map(str, floating))
+        logger.info("in 8 bits, too much top-1 would be lost at %s; --precision int8 does it all the same", lossy)
+    if set(floating) >= set(checkpoint.config.subnetworks):
+        return make_engine(kind, checkpoint.model, device, threads), checkpoint
+    engine = int8_engine(checkpoint.model, int8.ranges, threads, floating)
+    return engine, replace(checkpoint, profile=int8.profile_with(checkpoint.profile, floating))
 
 
-def int8_engine(model: SuperViT, ranges: Sequence[BlockRanges], threads: int) -> OpenVINOEngine:
-    """Build the engine that computes products in 8 bits.
+def int8_engine(
+    model: SuperViT, ranges: Sequence[BlockRanges], threads: int, in_floating_point: Collection[SubNetwork] = ()
+) -> OpenVINOEngine:
+    """Build the engine that computes products in 8 bits, but for some sub-networks.
 
     Raises:
         DeviceError: this CPU has no instructions for it, or OpenVINO cannot run the model.
@@ -72,7 +82,7 @@ def int8_engine(model: SuperViT, ranges: Sequence[BlockRanges], threads: int) ->
         raise DeviceError(NO_INSTRUCTIONS)
     if model.config.fuse_pruned:
         raise DeviceError(FUSES)
-    return OpenVINOEngine(model, threads, products=products)
+    return OpenVINOEngine(model, threads, products=products, in_floating_point=in_floating_point)
 
 
 def make_engine(kind: Kind, model: SuperViT, device: str, threads: int, precision: Precision | None = None) -> Engine:
@@ -123,12 +133,3 @@ def _problem_of_int8(checkpoint: Checkpoint, kind: Kind, device: str, capabiliti
     if checkpoint.int8 is None:
         return "the checkpoint is not prepared for it; `supervit quantize` does that"
     return None if integer_products(checkpoint.int8.ranges, capabilities) else NO_INSTRUCTIONS
-
-
-def _loses_too_much(checkpoint: Checkpoint) -> bool:
-    loss = checkpoint.int8.largest_loss(checkpoint.profile) if checkpoint.int8 else None
-    if loss is not None and loss <= TOLERATED_LOSS:
-        return False
-    told = "an unknown part" if loss is None else f"{100 * loss:.2f} points"
-    logger.info("not served in int8: %s of top-1 would be lost; --precision int8 does it all the same", told)
-    return True

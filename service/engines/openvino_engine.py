@@ -1,6 +1,6 @@
 """The engine for CPUs: one compiled graph runs every sub-network at every batch size."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache, lru_cache, partial
 from typing import Literal
 
@@ -9,7 +9,7 @@ import openvino as ov  # type: ignore[import-untyped] # it publishes no types
 import torch
 from torch import Tensor
 
-from models.subnetwork import SubNetwork
+from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from service.engines.openvino_graph import (
     build_classifier,
@@ -38,6 +38,7 @@ class OpenVINOEngine:
         threads: int,
         precision: Precision | None = None,
         products: Products | None = None,
+        in_floating_point: Collection[SubNetwork] = (),
     ) -> None:
         """Compile the model.
 
@@ -46,6 +47,8 @@ class OpenVINOEngine:
             threads: how many compute.
             precision: of what is in floating point; by default what OpenVINO takes for the fastest on this CPU.
             products: how the products of the blocks are computed; in floating point by default.
+            in_floating_point: trained sub-networks whose products are computed in floating point whatever `products`
+                are, as are keep rates between one of these and its neighbour.
         """
         # A worker of torch's spins for milliseconds after its work is done, on a core that OpenVINO needs by then.
         torch.set_num_threads(1)
@@ -56,8 +59,11 @@ class OpenVINOEngine:
         exact = options | {"INFERENCE_PRECISION_HINT": "f32"}
         chosen = options if precision is None else options | {"INFERENCE_PRECISION_HINT": HINTS[precision]}
         self._compiled = core.compile_model(build_classifier(model, products), "CPU", chosen)
-        self._is_int8 = isinstance(products, IntegerProducts)
-        self._classify = self._compiled.create_infer_request()
+        self._is_int8, self._in_floating_point = isinstance(products, IntegerProducts), frozenset(in_floating_point)
+        self._classify = self._classify_floating = self._compiled.create_infer_request()
+        if self._in_floating_point:
+            floating = core.compile_model(build_classifier(model), "CPU", chosen)
+            self._classify_floating = floating.create_infer_request()
         self._scale, self._resize = (
             core.compile_model(build(config), "CPU", exact).create_infer_request()
             for build in (build_scaling, build_resizing)
@@ -73,9 +79,10 @@ class OpenVINOEngine:
             ValueError: the patch grid was not trained.
         """
         resizing, classifying = self._inputs(subnetwork)
+        is_floating = not self._in_floating_point.isdisjoint(trained_beside(self._model.config, subnetwork))
         pixels = np.ascontiguousarray(images.numpy())
         prepared = _infer(self._resize if resizing else self._scale, (ov.Tensor(pixels, shared_memory=True), *resizing))
-        logits = _infer(self._classify, (prepared, *classifying))
+        logits = _infer(self._classify_floating if is_floating else self._classify, (prepared, *classifying))
         return torch.from_numpy(logits.data.copy())
 
     def observe(self, images: Tensor, subnetwork: SubNetwork) -> list[Floats]:
@@ -103,10 +110,21 @@ class OpenVINOEngine:
     def describe(self) -> str:
         """Name the library, the CPU, the precision and the threads."""
         hint = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-        precision = "int8" if self._is_int8 else next((name for name, short in HINTS.items() if short == hint), hint)
+        floating = next((name for name, short in HINTS.items() if short == hint), hint)
+        precision = "int8" if self._is_int8 else floating
+        if self._in_floating_point:
+            precision += f" ({floating} for {', '.join(map(str, sorted(self._in_floating_point)))})"
         threads = self._compiled.get_property("INFERENCE_NUM_THREADS")
         version = ov.__version__.partition("-")[0]
         return f"openvino {version} on {self._cpu}, {precision}, {threads} threads"
+
+
+def trained_beside(config: SuperViTConfig, subnetwork: SubNetwork) -> set[SubNetwork]:
+    """Return the trained sub-networks of the nearest keep rates on both sides: one, if it was trained itself."""
+    rates, rate = config.keep_rates, subnetwork.keep_rate
+    lower = max((each for each in rates if each <= rate), default=min(rates))
+    higher = min((each for each in rates if each >= rate), default=max(rates))
+    return {SubNetwork(subnetwork.patch_grid, each) for each in (lower, higher)}
 
 
 def _prepare_inputs(model: SuperViT, subnetwork: SubNetwork) -> tuple[tuple[ov.Tensor, ...], tuple[ov.Tensor, ...]]:

@@ -17,8 +17,9 @@ Floats = npt.NDArray[np.float32]
 
 VNNI_CAPABILITIES = ("avx512_vnni", "avx_vnni")
 INT8_MAX = 127
-# Two products of 255 and this are the most that 16 bits hold: AVX2 sums two of them there, and what is more is lost.
-HALF_RANGE = 63
+# The integer that the largest weight of an output becomes. Two products of 255 and this are the most that 16 bits hold:
+# AVX2 sums two of them there, and what is more is lost. On all CPUs, so that a checkpoint is as accurate on each.
+WEIGHT_MAX = 63
 
 
 class Products:
@@ -85,13 +86,7 @@ class ObservedProducts(Products):
 
 
 class IntegerProducts(Products):
-    """In 8 bits, as products of matrices: for CPUs with instructions for sums of four such products (VNNI).
-
-    Attributes:
-        weight_max: the integer that the largest weight of an output becomes.
-    """
-
-    weight_max = INT8_MAX
+    """In 8 bits, as products of matrices: for CPUs with instructions for sums of four such products (VNNI)."""
 
     def __init__(self, ranges: Sequence[BlockRanges]) -> None:
         self._ranges = ranges
@@ -103,7 +98,7 @@ class IntegerProducts(Products):
 
     def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
         """Multiply what was entered last by a weight, smoothed likewise and quantised."""
-        smoothed = quantised(weight * self._smoothing, self.weight_max)
+        smoothed = quantised(weight * self._smoothing)
         return op.add(op.matmul(entered, smoothed, False, True), op.constant(bias))
 
     def _quantise(self, values: ov.Node, place: Place, shape: tuple[int, ...]) -> ov.Node:
@@ -117,13 +112,11 @@ class IntegerProducts(Products):
 
 
 class ConvolvedProducts(IntegerProducts):
-    """In 8 bits, as convolutions of (B, D, N, 1) tokens with weights of 7: for CPUs without VNNI.
+    """In 8 bits, as convolutions of (B, D, N, 1) tokens: for CPUs without VNNI.
 
     On those, OpenVINO's integer products of matrices take as long as its float ones, and its convolutions of one pixel
     half as long (an MLP of DeiT-S, AVX2).
     """
-
-    weight_max = HALF_RANGE
 
     def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
         """Quantise tokens, then put the channels first."""
@@ -136,7 +129,7 @@ class ConvolvedProducts(IntegerProducts):
 
     def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
         """Convolve with a quantised kernel of one pixel."""
-        kernel = quantised((weight * self._smoothing)[:, :, None, None], self.weight_max)
+        kernel = quantised((weight * self._smoothing)[:, :, None, None])
         moved = op.convolution(entered, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
         return op.add(moved, op.constant(bias[None, :, None, None]))
 
@@ -162,10 +155,10 @@ def linear(tokens: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
     return op.add(op.matmul(tokens, op.constant(weight), False, True), op.constant(bias))
 
 
-def quantised(weight: Floats, weight_max: int) -> ov.Node:
-    """Quantise (outputs, ...) weights evenly on both sides of zero, each output's largest to `weight_max`."""
+def quantised(weight: Floats) -> ov.Node:
+    """Quantise (outputs, ...) weights evenly on both sides of zero, each output's largest to WEIGHT_MAX."""
     largest = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True)
-    end = np.maximum(largest, np.finfo(np.float32).tiny) * np.float32(INT8_MAX / weight_max)
+    end = np.maximum(largest, np.finfo(np.float32).tiny) * np.float32(INT8_MAX / WEIGHT_MAX)
     low, high = op.constant(-end), op.constant(end)
     return op.fake_quantize(op.constant(weight), low, high, low, high, 2 * INT8_MAX + 1)
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from models.profiles import ProfileTable, SubNetworkProfile
+from models.profiles import CascadeProfile, ProfileTable, SubNetworkProfile
 from models.quantization import STEPS, Quantization, Range
 from models.subnetwork import SubNetwork
 
@@ -40,12 +40,27 @@ def table(*top1: float | None) -> ProfileTable:
     return ProfileTable(tuple(SubNetworkProfile(SubNetwork(2 + i, 1.0), 10 + i, each) for i, each in enumerate(top1)))
 
 
-def test_the_largest_loss_is_that_of_the_sub_network_that_loses_most() -> None:
-    assert Quantization((), table(0.5, 0.78)).largest_loss(table(0.501, 0.8)) == pytest.approx(0.02)
-    assert Quantization((), table(0.6, 0.9)).largest_loss(table(0.5, 0.8)) == pytest.approx(-0.1)
+SMALL, LARGE = SubNetwork(2, 1.0), SubNetwork(3, 1.0)
+
+
+def test_a_loss_is_what_is_less_known_than_before() -> None:
+    assert Quantization((), table(0.5, 0.78)).losses(table(0.49, 0.8)) == pytest.approx({SMALL: -0.01, LARGE: 0.02})
 
 
 def test_a_loss_is_unknown_where_either_accuracy_is() -> None:
-    assert Quantization((), table(0.5, None)).largest_loss(table(0.5, 0.8)) is None
-    assert Quantization((), table(0.5, 0.8)).largest_loss(table(0.5, None)) is None
-    assert Quantization((), table(0.5, 0.8)).largest_loss(table(0.5)) is None
+    assert Quantization((), table(0.5, None)).losses(table(0.5, 0.8)) == {SMALL: 0.0}
+    assert Quantization((), table(0.5, 0.8)).losses(table(None, 0.8)) == {LARGE: 0.0}
+    assert Quantization((), table(0.5, 0.8)).losses(table(0.5)) == {SMALL: 0.0}
+
+
+def test_more_than_three_tenths_of_a_point_or_an_unknown_loss_is_not_tolerated() -> None:
+    assert Quantization((), table(0.4975, 0.7965)).too_lossy(table(0.5, 0.8)) == [LARGE]
+    assert Quantization((), table(0.6, 0.8)).too_lossy(table(0.5, None)) == [LARGE]
+    assert Quantization((), table(0.6, 0.9)).too_lossy(table(0.5, 0.8)) == []
+
+
+def test_what_is_not_served_in_8_bits_keeps_its_accuracy_and_is_looked_at_no_second_time() -> None:
+    cascade = CascadeProfile(SMALL, LARGE, threshold=0.7, share=0.3, top1=0.8)
+    int8 = Quantization((), ProfileTable(table(0.5, 0.8).rows, (cascade,)))
+    assert int8.profile_with(table(0.6, 0.9), []) == int8.profile
+    assert int8.profile_with(table(0.6, 0.9), [LARGE]) == table(0.5, 0.9)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,8 @@ import torch
 from PIL import Image
 
 from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
+from models.profiles import ProfileTable
+from models.quantization import Quantization
 from service.cli import main
 from service.commands.quantize import make_range, verdict
 
@@ -100,7 +103,15 @@ def test_quantize_names_a_data_set_that_it_cannot_use(
     assert "holds neither val/ nor test/" in capsys.readouterr().err
 
 
-def test_it_is_said_whether_8_bits_will_be_served() -> None:
-    assert verdict(0.003) == "at most 0.30 points of top-1 lost beside floating point"
-    assert verdict(0.0031).endswith("more than 0.3: served with --precision int8 alone")
-    assert "supervit evaluate" in verdict(None)
+def test_it_is_said_what_will_be_served_in_8_bits(checkpoint: Checkpoint) -> None:
+    def knowing(top1: float | None) -> ProfileTable:
+        first, *others = checkpoint.profile.rows
+        return ProfileTable((replace(first, top1=top1), *(replace(row, top1=top1 and 0.8) for row in others)))
+
+    first = checkpoint.profile.cheapest.subnetwork
+    told = [verdict(Quantization((), knowing(top1)), knowing(0.8)) for top1 in (0.7971, 0.796)]
+    assert told[0] == "at most 0.29 points of top-1 lost beside floating point"
+    assert told[1].endswith(
+        f"lost beside floating point; more than 0.3 at {first}: served in floating point unless --precision int8"
+    )
+    assert "supervit evaluate" in verdict(Quantization((), knowing(None)), knowing(0.8))

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from models.checkpoint import Checkpoint
 from models.errors import DeviceError
 from models.profiles import ProfileTable
 from models.quantization import BlockRanges, Quantization, Range
-from models.subnetwork import SuperViTConfig
+from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from service.engines.factory import make_engine, open_engine
 from service.engines.openvino_engine import OpenVINOEngine
@@ -74,6 +75,29 @@ def test_8_bits_serve_where_the_checkpoint_is_prepared_for_them_and_accuracy_bea
         assert ("int8" in engine.describe()) == (expected == "int8")
         assert given.int8 is not None
         assert served.profile == (given.int8.profile if expected == "int8" else given.profile)
+
+
+def test_a_sub_network_that_loses_too_much_in_8_bits_is_served_in_floating_point_beside_the_others(
+    build: Callable[..., SuperViT],
+) -> None:
+    lossy, given = SubNetwork(2, 0.5), checkpoint(build(), 0.8)
+    assert given.int8 is not None
+    rows = tuple(replace(row, top1=0.7) if row.subnetwork == lossy else row for row in given.int8.profile.rows)
+    given = replace(given, int8=replace(given.int8, profile=ProfileTable(rows)))
+    engine, served = open_engine(given, "auto", "cpu", "auto", 1, AVX2)
+    floating, int8 = (open_engine(given, "auto", "cpu", each, 1, AVX2)[0] for each in ("float32", "int8"))
+    assert re.search(r", int8 \(b?float\d\d for grid 2 at keep rate 0.5\), 1 threads", engine.describe())
+    assert served.profile.by_subnetwork[lossy].top1 == 0.8
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    for subnetwork, is_floating in (
+        (lossy, True),
+        (SubNetwork(2, 0.6), True),  # between it and one that is in 8 bits
+        (SubNetwork(2, 0.7), False),
+        (SubNetwork(2, 0.8), False),
+        (SubNetwork(4, 0.5), False),
+    ):
+        logits, beside = engine.run(images, subnetwork), (floating if is_floating else int8).run(images, subnetwork)
+        assert torch.allclose(logits, beside, atol=0.02 if is_floating else 0), subnetwork  # bfloat16, maybe
 
 
 def test_auto_takes_floating_point_where_8_bits_cannot_be_had(build: Callable[..., SuperViT]) -> None:

@@ -14,6 +14,7 @@ from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from service.engines.openvino_engine import OpenVINOEngine
 from service.engines.openvino_products import (
+    WEIGHT_MAX,
     ConvolvedProducts,
     Floats,
     IntegerProducts,
@@ -47,8 +48,8 @@ def rounded_tokens(tokens: npt.NDArray[np.floating[Any]], within: Range) -> Floa
     return rounded
 
 
-def rounded_weight(weight: Floats, weight_max: int) -> Floats:
-    step = np.abs(weight).max(axis=1, keepdims=True) / weight_max
+def rounded_weight(weight: Floats) -> Floats:
+    step = np.abs(weight).max(axis=1, keepdims=True) / WEIGHT_MAX
     rounded: Floats = (np.round(weight / step) * step).astype(np.float32)
     return rounded
 
@@ -67,7 +68,7 @@ def test_products_in_8_bits_are_those_of_rounded_tokens_and_rounded_weights(
     bias = rng.normal(size=16).astype(np.float32)
     range_ = Range.of(-2.0, 3.0, smoothing)
     products = kind((BlockRanges(range_, range_, range_, range_),))
-    rounded = rounded_weight(weight * factors, products.weight_max)
+    rounded = rounded_weight(weight * factors)
     hidden = np.maximum(rounded_tokens(tokens / factors, WIDE) @ rounded.T + bias, 0)
     expected = rounded_tokens(hidden / factors, WIDE) @ rounded.T + bias
     exact = np.maximum(tokens @ weight.T + bias, 0) @ weight.T + bias
