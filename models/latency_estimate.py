@@ -1,9 +1,9 @@
 """What a batch probably takes that was not measured, from a few that were. Runs without torch; measures nothing.
 
-A batch of B images of m multiply-accumulates each takes about a + b B + c B m seconds: what a batch costs as such, an
-image, and the arithmetic. Where measured cells lie beside that, so do the cells near them, in the logarithms of m
-and B: each estimate is corrected by what its neighbours are off. What costs more is never estimated to take less than
-was measured of something that costs less, nor the other way round.
+A batch of B images takes about a + b B + c B m seconds: what a batch costs as such, an image, and the arithmetic, where
+m is the work of an image, its multiply-accumulates. Where measured cells lie beside that, so do the cells near them, in
+the logarithms of m and B: each estimate is corrected by what its neighbours are off. What is more work is never
+estimated to take less than was measured of something that is less, nor the other way round.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 
 # Few cells may agree by chance: on two virtual cores a tenth of all estimates were off by more than 18 %.
 LEAST_ERROR, UNKNOWN_ERROR = 0.1, 0.3
-REACH = 0.5  # of a neighbour's correction, in factors of e of the multiply-accumulates and of the batch size
+REACH = 0.5  # of a neighbour's correction, in factors of e of the work and of the batch size
 PRIOR = 0.1  # how much the fit counts, where a neighbour at no distance counts 1
 
 
@@ -31,14 +31,14 @@ class LatencyEstimate:
             corrected by the others alone.
     """
 
-    def __init__(self, measured_s: Mapping[Cell, float], macs: Mapping[SubNetwork, int]) -> None:
+    def __init__(self, measured_s: Mapping[Cell, float], work: Mapping[SubNetwork, float]) -> None:
         """Fit.
 
         Args:
             measured_s: seconds by cell, at least one.
-            macs: multiply-accumulates of one image, of each sub-network.
+            work: of one image, of each sub-network, as its profile counts it.
         """
-        self._macs = macs
+        self._work = work
         self._costs = self._costs_of(list(measured_s))
         self._seconds = np.array(list(measured_s.values()))
         self._factors = _fit(_terms(self._costs), self._seconds)
@@ -60,8 +60,8 @@ class LatencyEstimate:
         return bounded
 
     def _costs_of(self, cells: Sequence[Cell]) -> Floats:
-        """Put (cells, 2) multiply-accumulates and batch sizes in an array."""
-        return np.array([(self._macs[subnetwork], batch_size) for subnetwork, batch_size in cells], dtype=np.float64)
+        """Put (cells, 2) work and batch sizes in an array."""
+        return np.array([(self._work[subnetwork], batch_size) for subnetwork, batch_size in cells], dtype=np.float64)
 
     def _correction(self, near: Floats) -> Floats:
         """Average what the measured cells are off, in logarithms, the nearer ones more."""
@@ -70,21 +70,21 @@ class LatencyEstimate:
 
 
 def _terms(costs: Floats) -> Floats:
-    macs, batch_size = costs.T
-    return np.stack([np.ones_like(macs), batch_size, macs * batch_size], axis=1)
+    work, batch_size = costs.T
+    return np.stack([np.ones_like(work), batch_size, work * batch_size], axis=1)
 
 
 def _are_at_most(measured: Floats, costs: Floats) -> npt.NDArray[np.bool_]:
     """Tell for each of (n, 2) costs which of (m, 2) measured ones exceed it in neither; (n, m)."""
-    macs, batch_size = (measured[:, of] <= costs[:, of, None] for of in (0, 1))
-    return macs & batch_size
+    work, batch_size = (measured[:, of] <= costs[:, of, None] for of in (0, 1))
+    return work & batch_size
 
 
 def _nearness(costs: Floats, measured: Floats) -> Floats:
     """Weigh for each of (n, 2) costs the (m, 2) measured ones, 1 at no distance; (n, m)."""
     of_cells, of_measured = np.log(costs) / REACH, np.log(measured) / REACH
-    macs, batch_size = (of_cells[:, of, None] - of_measured[:, of] for of in (0, 1))
-    near: Floats = np.exp((macs * macs + batch_size * batch_size) / -2)
+    work, batch_size = (of_cells[:, of, None] - of_measured[:, of] for of in (0, 1))
+    near: Floats = np.exp((work * work + batch_size * batch_size) / -2)
     return near
 
 

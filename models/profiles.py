@@ -31,6 +31,8 @@ class SubNetworkProfile:
             mean what they say; H is the entropy of their softmax before that, over the greatest there is, at
             least LOWEST_ENTROPY.
         calibration_error: how far they were from that on the images measured, 0..1; None where unmeasured.
+        slowness: how long a multiply-accumulate takes beside those of the table's other rows; more than 1 for a
+            sub-network in floating point beside others in 8 bits.
 
     Raises:
         ValueError: a value is outside its range.
@@ -45,10 +47,13 @@ class SubNetworkProfile:
     temperature: float = 1.0
     entropy_exponent: float = 0.0
     calibration_error: float | None = None
+    slowness: float = 1.0
 
     def __post_init__(self) -> None:
         if self.macs < 1:
             raise ValueError(f"MACs must be at least 1, not {self.macs}")
+        if not 1 <= self.slowness < math.inf:
+            raise ValueError(f"slowness must be finite and at least 1, not {self.slowness}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and above 0, not {self.temperature}")
         for name in ("top1", "top5", "entropy_exponent", "calibration_error"):
@@ -60,6 +65,11 @@ class SubNetworkProfile:
     def gflops(self) -> float:
         """Cost in the literature's unit, 1e9 multiply-accumulates."""
         return self.macs / 1e9
+
+    @property
+    def work(self) -> float:
+        """What latency grows with: multiply-accumulates, slow ones counting more."""
+        return self.macs * self.slowness
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,4 +207,5 @@ def _interpolate(
         is_interpolated=True,
         temperature=between(low.temperature, high.temperature),
         entropy_exponent=between(low.entropy_exponent, high.entropy_exponent),
+        slowness=max(low.slowness, high.slowness),
     )

@@ -210,7 +210,8 @@ def _make_profiler(
         untrained = [row.subnetwork for row in extended_profile(checkpoint).rows if not row.is_trained]
         shapes = cells_of(untrained, profile.batch_sizes)
     else:
-        shapes = untimed_shapes(checkpoint.config.subnetworks, profile.batch_sizes)
+        levels = dict.fromkeys(subnetwork for level in catalog.levels for subnetwork in level.subnetworks)
+        shapes = untimed_shapes(list(levels), profile.batch_sizes)
 
     def publish(latencies: Prediction) -> None:
         likely, cautious = latencies.likely, latencies.cautious

@@ -66,8 +66,8 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
-        description="of the products; auto takes int8 where the checkpoint is prepared for it and this CPU gains by it, "
-        "sub-network by sub-network as accuracy bears it, and else the fastest of the other two",
+        description="of the products; auto takes int8 where the checkpoint is prepared for it, this CPU gains by it "
+        "and a sub-network's accuracy bears it, and else the fastest of the other two",
     )
     threads: int | None = Field(
         None, ge=1, description="threads of the engine on a CPU; every core by default, or all but one"

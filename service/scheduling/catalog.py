@@ -32,7 +32,7 @@ class VariantCatalog:
     """Every variant that can be had.
 
     Attributes:
-        variants: first the levels: the accuracy frontier of the trained sub-networks and their cascades, cheapest
+        variants: first the levels: the accuracy frontier of the trained sub-networks and their cascades, fastest
             first, along which the policy moves. Then those between them, which serve to hit a budget closely, and those
             that a cheaper one equals, which can be had by name only. As levels, the former would divide the queue among
             more sub-networks, hence smaller batches, for next to no accuracy.
@@ -111,7 +111,7 @@ class VariantCatalog:
         """
         if budget_gflops is None:
             return self._grants.by_cap[-1][1]
-        _require_budget(budget_gflops, self.cheapest.profile, "the cheapest sub-network costs")
+        _require_budget(budget_gflops, self.frontier[0].profile, "the cheapest sub-network costs")
         by_cap = self._grants.by_cap
         return by_cap[bisect_right(by_cap, budget_gflops, key=itemgetter(0)) - 1][1]
 
@@ -174,13 +174,14 @@ def _frontier(items: Iterable[T], cost: Callable[[T], float], worth: Callable[[T
 def _levels(
     profiles: ProfileTable, cascades: Iterable[CascadeProfile], latencies: LatencyTable
 ) -> tuple[SubNetworkProfile | CascadeProfile, ...]:
-    """Return the accuracy frontier: of sub-networks over their cost, with the cascades that save time here.
+    """Return the accuracy frontier: of sub-networks over their work, with the cascades that save time here.
 
     Two looks save less time than multiply-accumulates, because small batches take longer for each image.
     """
-    trained = ProfileTable(tuple(profile for profile in profiles.rows if profile.is_trained)).frontier
+    alone = [profile for profile in profiles.rows if profile.is_trained]
     if not profiles.is_measured:
-        return trained
+        return tuple(alone)
+    trained = _frontier(alone, attrgetter("work"), lambda each: each.top1 or 0.0)
     usual = (latencies.max_batch_size - 1) // 2  # of a batch, less one
     slowest = accumulate((latencies.row(profile.subnetwork)[usual] for profile in trained), max)
     seconds: dict[SubNetworkProfile | CascadeProfile, float] = dict(zip(trained, slowest, strict=True))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from models.profiles import SubNetworkProfile
+from models.subnetwork import SubNetwork
 
 Latencies = Sequence[Sequence[float]]  # seconds by variant and then by batch size, less one
 
@@ -48,6 +49,12 @@ class Variant:
     latency_by_batch_s: tuple[float, ...] = field(compare=False)
     first_index: int
     second_look: SecondLook | None = None
+
+    @property
+    def subnetworks(self) -> tuple[SubNetwork, ...]:
+        """What looks, in order."""
+        looks = (self.profile,) if self.second_look is None else (self.profile, self.second_look.profile)
+        return tuple(look.subnetwork for look in looks)
 
     @property
     def top1(self) -> float | None:

@@ -22,10 +22,10 @@ from torch import Tensor
 from models.checkpoint import load_checkpoint
 from models.subnetwork import SubNetwork
 from service.decoding.images import decode_image
-from service.engines.factory import engine_threads, make_engine
+from service.engines.factory import engine_threads, open_engine
 from service.machine.monitor import Monitor
 from service.settings import Settings
-from tests.benchmarks.bench_live import Picture, ask, connect, read_pictures, server
+from tests.benchmarks.bench_live import Picture, ask, connect, finish_profile, read_pictures, server
 
 CONCURRENCY = 16
 PATIENT = "&budget_ms=60000"
@@ -39,7 +39,7 @@ class Bare:
     def __init__(self, checkpoint_path: Path, subnetwork: SubNetwork) -> None:
         settings, checkpoint = Settings(), load_checkpoint(checkpoint_path)
         threads = engine_threads(checkpoint, Monitor().latest.cores)
-        self.engine = make_engine(settings.engine, checkpoint.model, settings.device, threads)
+        self.engine, _ = open_engine(checkpoint, settings.engine, settings.device, settings.precision, threads)
         self.engine.warm_up()
         self.decode = partial(decode_image, config=checkpoint.config, max_pixels=settings.max_image_pixels)
         self.decode_threads = ThreadPoolExecutor(settings.decode_threads)
@@ -128,6 +128,7 @@ async def main() -> None:
     seconds = options.seconds
     rates, added_ms = [], []
     async with server("level", ["--checkpoint", str(options.checkpoint)]) as (url, pid):
+        await finish_profile(url)
         for _ in range(options.turns):
             added_ms += [1000 * each for each in await added_s(url, bare, pictures, query, seconds)]
             crowd = len(await served(url, pictures, CONCURRENCY, query, seconds)) / seconds

@@ -187,3 +187,17 @@ def test_what_is_said_of_a_cascade_are_fractions(name: str) -> None:
 def test_rates_between_leave_the_cascades() -> None:
     cascade = CascadeProfile(SubNetwork(8, 0.5), SubNetwork(14, 1.0), threshold=0.85, share=0.25, top1=0.79)
     assert replace(with_rates(), cascades=(cascade,)).with_rates_between(CONFIG, 0.05).cascades == (cascade,)
+
+
+def test_a_slow_row_is_more_work_than_its_multiply_accumulates_and_so_are_the_rates_beside_it() -> None:
+    config = SuperViTConfig()
+    quick, slow = (replace(row, top1=0.5) for row in ProfileTable.unmeasured(config).rows[:2])
+    assert (quick.work, replace(slow, slowness=1.5).work) == (quick.macs, 1.5 * slow.macs)
+    table = ProfileTable((quick, replace(slow, slowness=1.5))).with_rates_between(config)
+    assert {row.slowness for row in table.rows if row.is_interpolated} == {1.5}
+
+
+@pytest.mark.parametrize("slowness", [0.99, math.inf, math.nan])
+def test_nothing_is_faster_than_the_other_rows(slowness: float) -> None:
+    with pytest.raises(ValueError, match="slowness must be finite and at least 1"):
+        SubNetworkProfile(CHEAP, 1, slowness=slowness)

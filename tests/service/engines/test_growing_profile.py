@@ -88,9 +88,7 @@ def test_nothing_can_be_estimated_from_nothing(profile: GrowingProfile) -> None:
         profile.predict()
 
 
-def test_what_fits_is_due_round_by_round_trained_and_cheap_cells_first(profiles: ProfileTable) -> None:
-    untrained, *trained = profiles.rows
-    profiles = ProfileTable((replace(untrained, is_trained=False), *trained))
+def test_what_fits_is_due_round_by_round_cheap_cells_first(profiles: ProfileTable) -> None:
     profile = GrowingProfile(profiles, (1, 2))
     for row in profiles.rows:
         measure(profile, (row.subnetwork, 1), 1e-7 * row.macs)
@@ -101,10 +99,30 @@ def test_what_fits_is_due_round_by_round_trained_and_cheap_cells_first(profiles:
         assert seconds == costs[cell[0]][1]
         order.append(cell)
         profile.record(cell, seconds)
-    in_turn = [(row.subnetwork, 2) for row in (*trained[:-1], untrained)]
+    in_turn = [(row.subnetwork, 2) for row in profiles.rows[:-1]]
     # The first time, which does not count, another one at once, and two rounds.
     assert order == [cell for cell in in_turn for _ in range(2)] + 2 * in_turn
     assert profile.due(lambda *_: True) == ((DEAREST, 2), costs[DEAREST][1])
+
+
+def test_an_untrained_keep_rate_stays_an_estimate_unless_batches_say_more(profiles: ProfileTable) -> None:
+    lowest, middle, *others = profiles.rows
+    profiles = ProfileTable((lowest, replace(middle, is_trained=False), *others))
+    profile = GrowingProfile(profiles, (1,))
+    for row in (lowest, *others):
+        assert not profile.is_complete
+        measure(profile, (row.subnetwork, 1), 1e-9 * row.macs)
+    assert (profile.is_complete, profile.measured_share) == (True, 1.0)
+    assert profile.due(lambda *_: True) is None
+    prediction = profile.predict()
+    estimated_s = prediction.likely.row(middle.subnetwork)[0]
+    assert estimated_s == pytest.approx(1e-9 * middle.macs, rel=0.1)
+    assert prediction.cautious.row(middle.subnetwork)[0] > estimated_s
+    measure(profile, (middle.subnetwork, 1), 1.5 * estimated_s)
+    assert profile.seconds((middle.subnetwork, 1)) == 1.5 * estimated_s
+    assert profile.figures.seconds.keys() == {(row.subnetwork, 1) for row in profiles.rows}
+    again = GrowingProfile(profiles, (1,), profile.figures)
+    assert again.predict().cautious.row(middle.subnetwork)[0] == 1.5 * estimated_s
 
 
 def test_what_was_kept_or_found_by_others_is_taken_over_and_never_replaced(profiles: ProfileTable) -> None:
@@ -123,6 +141,17 @@ def test_the_first_cells_span_costs_and_sizes_the_most_telling_first(profiles: P
     assert cells[:2] == [(CHEAPEST, 1), (DEAREST, 1)]
     assert len(set(cells)) == 9
     assert [size for _, size in first_cells(profiles, (1,))] == [1, 1, 1]
+
+
+def test_what_is_slow_counts_as_more_work(profiles: ProfileTable) -> None:
+    slow = ProfileTable(tuple(replace(row, slowness=1 + (row.subnetwork == CHEAPEST)) for row in profiles.rows))
+    (least, _), (most, _), *_ = first_cells(slow, (1,))
+    assert (least == CHEAPEST, most) == (False, DEAREST)
+    growing = GrowingProfile(slow, (1,))
+    for cell in first_cells(slow, (1,)):
+        measure(growing, cell, slow.by_subnetwork[cell[0]].work)
+    expected = slow.by_subnetwork[CHEAPEST].work
+    assert growing.predict().likely.row(CHEAPEST)[0] == pytest.approx(expected, rel=0.05)
 
 
 def test_sizes_between_the_measured_ones_have_shapes_of_their_own() -> None:

@@ -13,6 +13,7 @@ from models.subnetwork import SubNetwork
 from service.engines.growing_profile import GrowingProfile, first_cells
 from service.engines.profile_files import ProfileFile
 from service.engines.profile_store import PROBES, begin_profile, extended_profile
+from service.engines.profiler import cells_of
 from service.errors import NotReadyError
 
 SIZES = (1, 2, 4)
@@ -51,7 +52,7 @@ def test_a_first_start_measures_few_cells_and_estimates_the_others(engine: Engin
     for row in latencies.likely.seconds.values():
         assert row == pytest.approx((0.003, 0.004, 0.006), rel=1e-6)
     assert file.read() is not None
-    assert 0 < profile.measured_share <= 0.2
+    assert profile.measured_share == len(cells) / len(cells_of(engine.checkpoint.config.subnetworks, SIZES))
 
 
 def test_a_profile_of_an_engine_that_pads_batches_says_so(engine: Engine) -> None:

@@ -64,6 +64,19 @@ def test_a_dominated_sub_network_is_no_level_but_can_be_had_by_name() -> None:
     assert catalog.variants[variant.index] is variant
 
 
+def test_a_sub_network_so_slow_that_a_better_one_is_faster_is_no_level_but_what_a_small_budget_buys() -> None:
+    cheapest, *others = PROFILES.rows
+    slow = ProfileTable((replace(cheapest, slowness=1.6), *others))
+    catalog = catalog_of(slow)
+    assert [level.profile.subnetwork for level in catalog.levels] == [SubNetwork(10, 0.5), SubNetwork(14, 0.5)]
+    assert chosen(slow, 1.0) == cheapest.subnetwork
+    assert set(catalog.grant_within(1.0).by_level) == {catalog.grant_named(cheapest.subnetwork).best.index}
+    assert chosen(slow, 1.2) == SubNetwork(10, 0.5)
+    with pytest.raises(BudgetTooSmallError, match=r"0\.742"):
+        catalog.grant_within(0.7419)
+    assert catalog_of(ProfileTable((replace(cheapest, slowness=1.5), *others))).num_levels == 3
+
+
 def test_a_named_sub_network_over_the_budget_is_rejected_with_its_cost() -> None:
     with pytest.raises(BudgetTooSmallError) as caught:
         catalog_of(PROFILES).grant_named(SubNetwork(14, 0.5), 1.0)
