@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from models.profiles import ProfileTable
-from models.subnetwork import SubNetwork
+from models.subnetwork import SubNetwork, SuperViTConfig
 
 Layer = Literal["qkv", "proj", "fc1", "fc2"]
 LAYERS: tuple[Layer, ...] = get_args(Layer)
@@ -18,6 +18,7 @@ TOLERATED_LOSS = 0.003  # of top-1, of each sub-network, beside floating point
 # Of floating point beside 8 bits: 1.53 to 1.63 with VNNI and bfloat16, 1.43 to 1.63 with AVX2 and float32, both at
 # DeiT-S's size and batches of 8.
 SLOWNESS = 1.5
+ROUNDING = 1e-9  # of a difference of accuracies
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -98,15 +99,34 @@ class Quantization:
         }
 
     def too_lossy(self, profile: ProfileTable) -> list[SubNetwork]:
-        """Name those that lose more than TOLERATED_LOSS beside `profile`, or an unknown part."""
+        """Name the trained ones that lose more than TOLERATED_LOSS beside `profile`, or an unknown part."""
         losses = self.losses(profile)
-        return [row.subnetwork for row in self.profile.rows if not losses.get(row.subnetwork, 1.0) <= TOLERATED_LOSS]
+        trained = (row.subnetwork for row in self.profile.rows if row.is_trained)
+        return [each for each in trained if not losses.get(each, 1.0) <= TOLERATED_LOSS + ROUNDING]
 
-    def profile_with(self, profile: ProfileTable, floating: Collection[SubNetwork]) -> ProfileTable:
-        """Return the profile in 8 bits with the rows of `floating` out of `profile`, without cascades of both kinds."""
-        rows = (
-            replace(profile.by_subnetwork[each], slowness=SLOWNESS) if each in floating else row
-            for each, row in self.profile.by_subnetwork.items()
-        )
-        cascades = (each for each in self.profile.cascades if not {each.first, each.second} & set(floating))
+    def profile_with(
+        self, profile: ProfileTable, floating: Collection[SubNetwork], config: SuperViTConfig
+    ) -> ProfileTable:
+        """Return the profile in 8 bits with what runs in floating point as it is in `profile`.
+
+        Args:
+            profile: in floating point.
+            floating: the trained sub-networks that run so; keep rates beside them do as well.
+            config: of the model.
+
+        Returns:
+            A profile without the cascades whose looks are of both kinds.
+        """
+        is_floating = {
+            row.subnetwork: not config.trained_beside(row.subnetwork).isdisjoint(floating)
+            for row in (*self.profile.rows, *profile.rows)
+        }
+        rows = [row for row in self.profile.rows if not is_floating[row.subnetwork]]
+        rows += [replace(row, slowness=SLOWNESS) for row in profile.rows if is_floating[row.subnetwork]]
+        cascades = [
+            each
+            for table, kind in ((self.profile, False), (profile, True))
+            for each in table.cascades
+            if is_floating[each.first] == is_floating[each.second] == kind
+        ]
         return ProfileTable(tuple(rows), tuple(cascades))

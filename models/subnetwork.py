@@ -157,6 +157,13 @@ class SuperViTConfig:
         """The trained family, by grid and then by keep rate."""
         return tuple(SubNetwork(grid, rate) for grid in self.patch_grids for rate in self.keep_rates)
 
+    def trained_beside(self, subnetwork: SubNetwork) -> frozenset[SubNetwork]:
+        """The trained sub-networks of the nearest keep rates on both sides: one, if it was trained itself."""
+        rate = subnetwork.keep_rate
+        lower = max((each for each in self.keep_rates if each <= rate), default=self.keep_rates[0])
+        higher = min((each for each in self.keep_rates if each >= rate), default=self.keep_rates[-1])
+        return frozenset(SubNetwork(subnetwork.patch_grid, each) for each in (lower, higher))
+
     @property
     def largest(self) -> SubNetwork:
         """The sub-network that costs most: the largest grid at the highest keep rate."""

@@ -173,7 +173,7 @@ def assemble(
         metrics.model.serves(checkpoint.name, checkpoint.version)
         if not isinstance(known, LatencyTable):
             metrics.profile.began(checkpoint.name, known[0].began_at, catalog.best.top1)
-        ledger.answer_gflops = catalog.cheapest.gflops
+        ledger.answer_gflops = catalog.least_gflops
 
     explainer = Explainer(_model_to_explain(checkpoint, engine), decoder, ledger)
     server = ReadyServer(pipeline, scheduler, describe, measured_share, explainer)

@@ -101,10 +101,10 @@ class CandidateMaker:
         engine, checkpoint = self._open_engine(checkpoint, kind, device, precision, threads)
         run, config = self.run_of(engine), checkpoint.config
         # The first run of all takes five to ten times as long as any other: on the engine's thread, requests would wait
-        # for it. A GPU is for that thread alone.
-        beside_it = () if engine.is_on_gpu else config.subnetworks[:1]
-        require_numbers(engine.run, config.image_side, beside_it)
-        require_numbers(run, config.image_side, config.subnetworks[len(beside_it) :])
+        # for it. The cheapest may be in floating point where the dearest is in 8 bits. A GPU is for that thread alone.
+        ends = () if engine.is_on_gpu else (config.subnetworks[0], config.largest)
+        require_numbers(engine.run, config.image_side, ends)
+        require_numbers(run, config.image_side, tuple(each for each in config.subnetworks if each not in ends))
         if engine.is_on_gpu:  # where it takes a moment, and also tells how much memory an image takes
             self._thread.work(engine.warm_up).result()
         return assemble(

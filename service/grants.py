@@ -48,7 +48,7 @@ def allow(request: InferenceRequest, catalog: VariantCatalog, ledger: KeyLedger,
     left = ledger.left_gflops(request.key, now) / request.num_together
     if grant.best.most_gflops <= left:
         return Allowance(grant, max_gflops, is_rated=False)
-    least = catalog.variants[grant.by_level[0]].profile.gflops
+    least = grant.best.most_gflops if grant.is_pinned else catalog.least_gflops
     if least <= left:
         return Allowance(catalog.grant_within(left), left, is_rated=True)
     needed = request.num_together * least

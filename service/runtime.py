@@ -138,7 +138,7 @@ class ServerRuntime:
         self._state = ServerState.STARTING
         self._drain_ends_at: float | None = None
         self._models, self._engine_thread = ServedModels(), EngineThread()
-        self._ledger = KeyLedger(catalog.cheapest.gflops, 1 / settings.workers, self.metrics.keys.spent)
+        self._ledger = KeyLedger(catalog.least_gflops, 1 / settings.workers, self.metrics.keys.spent)
         maker = CandidateMaker(
             settings,
             self._engine_thread,

@@ -66,7 +66,7 @@ def open_engine(
     if set(floating) >= set(checkpoint.config.subnetworks):
         return make_engine(kind, checkpoint.model, device, threads), checkpoint
     engine = int8_engine(checkpoint.model, int8.ranges, threads, floating)
-    return engine, replace(checkpoint, profile=int8.profile_with(checkpoint.profile, floating))
+    return engine, replace(checkpoint, profile=int8.profile_with(checkpoint.profile, floating, checkpoint.config))
 
 
 def int8_engine(

@@ -1,8 +1,9 @@
 """A profile of this machine that is used while it is measured: the cells not measured yet are estimated.
 
-Untrained keep rates stay estimates, from those on both sides, unless requests' batches or an earlier run say more:
-there are three times as many of them, and for each shape of batch a library keeps megabytes. One thread changes the
-profile, the engine's. What was measured is never forgotten; when to measure is for others to decide.
+Untrained keep rates stay estimates, from those on both sides, unless an earlier run or requests' batches say more
+before the others are measured: there are three times as many of them, and for each shape of batch a library keeps
+megabytes. One thread changes the profile, the engine's. What was measured is never forgotten; when to measure is for
+others to decide.
 """
 
 from collections.abc import Callable, Mapping, Sequence

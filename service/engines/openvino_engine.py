@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from functools import cache, lru_cache, partial
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ import openvino as ov  # type: ignore[import-untyped] # it publishes no types
 import torch
 from torch import Tensor
 
-from models.subnetwork import SubNetwork, SuperViTConfig
+from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 from service.engines.openvino_graph import (
     build_classifier,
@@ -24,9 +25,10 @@ from service.engines.openvino_products import Floats, IntegerProducts, Products
 Precision = Literal["float32", "float16", "bfloat16"]
 
 SUBNETWORKS_KEPT = 256  # whose inputs stay prepared, a few kB each
-# A shape of batch takes a dozen, which in 8 bits are 7 MB, and milliseconds to make: enough for the levels of a policy
-# at every size up to 16. With OpenVINO's own 5000, the default checkpoint took 2.9 GB.
-KERNELS_KEPT = 1000
+# OpenVINO keeps a dozen kernels for each shape of batch, which take milliseconds to make and, in 8 bits, 7 MB. So many
+# are enough for what the profile measures and for the sizes between at the levels of a policy. With OpenVINO's own
+# bound, 5000 kernels, the default checkpoint took 2.9 GB.
+KERNELS_PER_SHAPE, SIZES_KEPT, OTHER_SHAPES_KEPT = 13, 5, 32
 HINTS: dict[Precision, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -59,6 +61,10 @@ class OpenVINOEngine:
         self._model = model
         config = model.config
         core = _core()
+        self._shapes_kept = SIZES_KEPT * len(config.subnetworks) + OTHER_SHAPES_KEPT
+        self._ran: dict[tuple[SubNetwork, int], None] = {}  # what shapes, the last one last
+        with suppress(RuntimeError):  # a version that knows no such bound keeps what it likes
+            core.set_property("CPU", {"CPU_RUNTIME_CACHE_CAPACITY": KERNELS_PER_SHAPE * self._shapes_kept})
         options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
         exact = options | {"INFERENCE_PRECISION_HINT": "f32"}
         chosen = options if precision is None else options | {"INFERENCE_PRECISION_HINT": HINTS[precision]}
@@ -82,8 +88,10 @@ class OpenVINOEngine:
         Raises:
             ValueError: the patch grid was not trained.
         """
+        self._ran.pop((subnetwork, len(images)), None)
+        self._ran[subnetwork, len(images)] = None
         resizing, classifying = self._inputs(subnetwork)
-        is_floating = not self._in_floating_point.isdisjoint(trained_beside(self._model.config, subnetwork))
+        is_floating = not self._in_floating_point.isdisjoint(self._model.config.trained_beside(subnetwork))
         pixels = np.ascontiguousarray(images.numpy())
         prepared = _infer(self._resize if resizing else self._scale, (ov.Tensor(pixels, shared_memory=True), *resizing))
         logits = _infer(self._classify_floating if is_floating else self._classify, (prepared, *classifying))
@@ -102,7 +110,11 @@ class OpenVINOEngine:
             self.run(images, subnetwork)
 
     def prepare(self, subnetwork: SubNetwork, batch_size: int) -> None:
-        """Do nothing: what OpenVINO does for a new size, it does as it runs one."""
+        """Run a batch of a shape whose kernels may be forgotten since; for one that is new they are made as it runs."""
+        shape = subnetwork, batch_size
+        if shape in self._ran and shape not in islice(reversed(self._ran), self._shapes_kept):
+            side = self._model.config.image_side
+            self.run(torch.zeros(batch_size, 3, side, side, dtype=torch.uint8), subnetwork)
 
     def captured(self) -> None:
         """Tell that there are no CUDA graphs."""
@@ -123,14 +135,6 @@ class OpenVINOEngine:
         return f"openvino {version} on {self._cpu}, {precision}, {threads} threads"
 
 
-def trained_beside(config: SuperViTConfig, subnetwork: SubNetwork) -> set[SubNetwork]:
-    """Return the trained sub-networks of the nearest keep rates on both sides: one, if it was trained itself."""
-    rates, rate = config.keep_rates, subnetwork.keep_rate
-    lower = max((each for each in rates if each <= rate), default=min(rates))
-    higher = min((each for each in rates if each >= rate), default=max(rates))
-    return {SubNetwork(subnetwork.patch_grid, each) for each in (lower, higher)}
-
-
 def _prepare_inputs(model: SuperViT, subnetwork: SubNetwork) -> tuple[tuple[ov.Tensor, ...], tuple[ov.Tensor, ...]]:
     """Return what the resizing and the classifier take beside the images; nothing for the former at full size."""
     config = model.config
@@ -149,10 +153,7 @@ def _core() -> ov.Core:
     Of two that go in the order in which they came, the second puts back the stack of the first, which is gone: the next
     signal that Python handles, the one to stop say, would then end in a segmentation fault.
     """
-    core = ov.Core()
-    with suppress(RuntimeError):  # a version that knows no such bound keeps what it likes
-        core.set_property("CPU", {"CPU_RUNTIME_CACHE_CAPACITY": KERNELS_KEPT})
-    return core
+    return ov.Core()
 
 
 def _infer(request: ov.InferRequest, inputs: Iterable[ov.Tensor]) -> ov.Tensor:

@@ -95,8 +95,13 @@ class VariantCatalog:
 
     @property
     def cheapest(self) -> Variant:
-        """The lowest level."""
+        """The lowest level, which is the fastest."""
         return self.variants[0]
+
+    @property
+    def least_gflops(self) -> float:
+        """The smallest budget that buys anything."""
+        return self.frontier[0].gflops
 
     @property
     def best(self) -> Variant:
@@ -145,15 +150,21 @@ class VariantCatalog:
         return _Grants(tuple((cap, self._grant(cap)) for cap in caps), tuple(alone))
 
     def _grant(self, cap: float) -> Grant:
-        """Find, for each level, the most accurate variant within the cap that is expected to cost no more."""
+        """Find, for each level, the most accurate variant within the cap that is expected to be no more work.
+
+        Where there is none, because what is cheap is slow, it is the one that is the least work.
+        """
         affordable = [variant for variant in (*self.levels, *self.frontier) if variant.most_gflops <= cap]
         best = [variant for variant in self.frontier if variant.most_gflops <= cap][-1]
         if self.best.most_gflops <= cap and self.best.worth >= best.worth:
             best = self.best  # as accurate, but faster
 
-        limits = accumulate((level.gflops for level in self.levels), max)
+        least = min(affordable, key=attrgetter("work"))
+        limits = accumulate((level.work for level in self.levels), max)
         by_level = [
-            max((variant for variant in affordable if variant.gflops <= limit), key=attrgetter("worth")).index
+            max(
+                (variant for variant in affordable if variant.work <= limit), key=attrgetter("worth"), default=least
+            ).index
             for limit in limits
         ]
         by_level[-1] = best.index

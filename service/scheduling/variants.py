@@ -85,6 +85,12 @@ class Variant:
         return self.profile.gflops + (0.0 if second is None else second.share * second.profile.gflops)
 
     @property
+    def work(self) -> float:
+        """What its latency is expected to grow with, as that of its sub-networks."""
+        second = self.second_look
+        return self.profile.work + (0.0 if second is None else second.share * second.profile.work)
+
+    @property
     def most_gflops(self) -> float:
         """Cost where it looks twice."""
         second = self.second_look

@@ -1,11 +1,10 @@
 import math
-from dataclasses import replace
 
 import pytest
 
 from models.profiles import CascadeProfile, ProfileTable, SubNetworkProfile
 from models.quantization import SLOWNESS, STEPS, Quantization, Range
-from models.subnetwork import SubNetwork
+from models.subnetwork import SubNetwork, SuperViTConfig
 
 
 @pytest.mark.parametrize(
@@ -56,13 +55,44 @@ def test_a_loss_is_unknown_where_either_accuracy_is() -> None:
 
 def test_more_than_three_tenths_of_a_point_or_an_unknown_loss_is_not_tolerated() -> None:
     assert Quantization((), table(0.4975, 0.7965)).too_lossy(table(0.5, 0.8)) == [LARGE]
+    assert Quantization((), table(0.497, 0.797)).too_lossy(table(0.5, 0.8)) == []  # 0.3 points, but for rounding
     assert Quantization((), table(0.6, 0.8)).too_lossy(table(0.5, None)) == [LARGE]
     assert Quantization((), table(0.6, 0.9)).too_lossy(table(0.5, 0.8)) == []
 
 
-def test_what_is_not_served_in_8_bits_keeps_its_accuracy_and_is_looked_at_no_second_time() -> None:
-    cascade = CascadeProfile(SMALL, LARGE, threshold=0.7, share=0.3, top1=0.8)
-    int8 = Quantization((), ProfileTable(table(0.5, 0.8).rows, (cascade,)))
-    assert int8.profile_with(table(0.6, 0.9), []) == int8.profile
-    first, second = table(0.5, 0.9).rows
-    assert int8.profile_with(table(0.6, 0.9), [LARGE]) == ProfileTable((first, replace(second, slowness=SLOWNESS)))
+CONFIG = SuperViTConfig(patch_grids=(2, 3), keep_rates=(0.5, 1.0))
+
+
+def family(top1: float, step: float = 0.0) -> ProfileTable:
+    """Both grids at 0.5, 0.75 and 1, with a cascade of the first and the last, and one of the last two rates."""
+    subnetworks = [SubNetwork(grid, rate) for grid in (2, 3) for rate in (0.5, 0.75, 1.0)]
+    rows = tuple(
+        SubNetworkProfile(each, 10 + i, top1 + i * step, is_trained=each.keep_rate != 0.75)
+        for i, each in enumerate(subnetworks)
+    )
+    looks = ((subnetworks[0], subnetworks[5]), (subnetworks[3], subnetworks[5]), (subnetworks[0], subnetworks[2]))
+    return ProfileTable(rows, tuple(CascadeProfile(*each, threshold=0.7, share=0.3, top1=0.9) for each in looks))
+
+
+def test_the_rates_beside_what_runs_in_floating_point_do_so_too_and_no_cascade_is_of_both_kinds() -> None:
+    floats, int8 = family(0.6), Quantization((), family(0.5))
+    assert int8.profile_with(floats, [], CONFIG) == int8.profile
+    served = int8.profile_with(floats, [SubNetwork(2, 0.5), SubNetwork(2, 1.0)], CONFIG)
+    assert {row.subnetwork.patch_grid: (row.top1, row.slowness) for row in served.rows} == {
+        2: (0.6, SLOWNESS),
+        3: (0.5, 1),
+    }
+    assert [(each.first.patch_grid, each.second.patch_grid) for each in served.cascades] == [(3, 3), (2, 2)]
+    lowest = int8.profile_with(floats, [SubNetwork(2, 0.5)], CONFIG)
+    assert [row.top1 for row in lowest.rows] == [0.6, 0.6, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_a_rate_between_that_was_measured_in_8_bits_alone_is_not_served_in_floating_point() -> None:
+    floats = ProfileTable(tuple(row for row in family(0.6).rows if row.is_trained))
+    served = Quantization((), family(0.5)).profile_with(floats, [SubNetwork(2, 0.5)], CONFIG)
+    assert SubNetwork(2, 0.75) not in served.by_subnetwork
+    assert SubNetwork(3, 0.75) in served.by_subnetwork
+
+
+def test_untrained_rates_are_judged_by_the_trained_ones() -> None:
+    assert Quantization((), family(0.5)).too_lossy(family(0.6)) == list(CONFIG.subnetworks)

@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import pytest
 
+from models.latency import LatencyTable
+from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from service.domain import ApiKey, InferenceRequest
 from service.errors import BudgetTooSmallError, InvalidParameterError, OverloadedError
@@ -37,6 +39,16 @@ def test_a_rate_that_has_less_left_admits_what_that_buys(catalog: VariantCatalog
     allowance = allow(request, catalog, KeyLedger(1.0), 0.0)
     assert allowance.is_rated
     assert allowance.grant.best.most_gflops <= allowance.max_gflops == 1.5 * catalog.cheapest.gflops
+
+
+def test_a_rate_below_the_lowest_level_buys_what_is_cheaper_if_slower(profiles: ProfileTable) -> None:
+    cheapest, *others = profiles.rows
+    slow = ProfileTable((replace(cheapest, slowness=1000.0), *others))
+    catalog = VariantCatalog.of(slow, LatencyTable((1,), {row.subnetwork: (row.work,) for row in slow.rows}))
+    assert catalog.least_gflops == cheapest.gflops < catalog.cheapest.gflops
+    key = ApiKey("a", gflops_per_s=1.0, burst_gflops=cheapest.gflops)
+    allowance = allow(replace(ANY, key=key), catalog, KeyLedger(1.0), 0.0)
+    assert allowance.grant.best.profile.subnetwork == cheapest.subnetwork
 
 
 def test_a_rate_that_has_not_even_the_cheapest_left_says_when_it_will(catalog: VariantCatalog) -> None:

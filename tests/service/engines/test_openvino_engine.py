@@ -14,7 +14,7 @@ from torch import Tensor
 from models.data.images import normalise
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
-from service.engines.openvino_engine import OpenVINOEngine
+from service.engines.openvino_engine import OTHER_SHAPES_KEPT, SIZES_KEPT, OpenVINOEngine
 
 # What converted ViTs bring beside the two published backbones.
 CONVERTED: dict[str, dict[str, Any]] = {
@@ -181,7 +181,7 @@ def test_signals_are_handled_after_engines_are_gone() -> None:
 import gc, signal
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
-from service.engines.openvino_engine import OpenVINOEngine
+from service.engines.openvino_engine import OTHER_SHAPES_KEPT, SIZES_KEPT, OpenVINOEngine
 model = SuperViT({config_of("deit")!r}).eval()
 engines = [OpenVINOEngine(model, 1) for _ in range(2)]
 signal.signal(signal.SIGTERM, lambda *_: print("handled"))
@@ -192,3 +192,30 @@ signal.raise_signal(signal.SIGTERM)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "handled\n"
+
+
+class NotingEngine(OpenVINOEngine):
+    """Notes what runs."""
+
+    def __init__(self, model: SuperViT) -> None:
+        super().__init__(model, 1)
+        self.ran: list[tuple[SubNetwork, int]] = []
+
+    def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        self.ran.append((subnetwork, len(images)))
+        return super().run(images, subnetwork)
+
+
+def test_a_shape_whose_kernels_may_be_forgotten_runs_once_more_before_it_counts(model: SuperViT) -> None:
+    engine, subnetwork, side = NotingEngine(model), model.config.largest, model.config.image_side
+    kept = SIZES_KEPT * len(model.config.subnetworks) + OTHER_SHAPES_KEPT
+    for size in range(1, kept + 2):
+        engine.prepare(subnetwork, size)
+        engine.run(torch.zeros(size, 3, side, side, dtype=torch.uint8), subnetwork)
+    assert len(engine.ran) == kept + 1  # a new shape is prepared as it runs
+    engine.prepare(subnetwork, 2)
+    assert len(engine.ran) == kept + 1  # so many are kept
+    engine.prepare(subnetwork, 1)
+    assert engine.ran[kept + 1 :] == [(subnetwork, 1)]
+    engine.prepare(subnetwork, 1)
+    assert len(engine.ran) == kept + 2

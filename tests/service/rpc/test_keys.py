@@ -18,14 +18,19 @@ METADATA = (("authorization", "Bearer my-secret"),)
 
 
 @pytest.fixture
-async def asked(
-    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, tmp_path: Path
-) -> AsyncIterator[Served]:
+def keys(tmp_path: Path) -> Path:
     path = tmp_path / "keys.toml"
     path.write_text(
         f'[[key]]\nname = "mine"\nsha256 = "{hashlib.sha256(b"my-secret").hexdigest()}"\nmax_in_flight = 1\n'
     )
-    runtime = ServerRuntime(settings.model_copy(update={"keys": path}), checkpoint, engine, latencies)
+    return path
+
+
+@pytest.fixture
+async def asked(
+    settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, keys: Path
+) -> AsyncIterator[Served]:
+    runtime = ServerRuntime(settings.model_copy(update={"keys": keys}), checkpoint, engine, latencies)
     async with serving_in_process(runtime, engine) as served:
         yield served
 
@@ -51,6 +56,26 @@ async def test_so_does_a_stream_before_anything_comes(asked: Served) -> None:
 async def test_a_stream_with_a_key_is_answered(asked: Served, photo: bytes) -> None:
     stream = asked.stream(iter([request_for(photo).SerializeToString()]), metadata=METADATA)
     assert [answer.infer_response.id async for answer in stream] == ["7"]
+
+
+async def test_a_stream_is_on_its_way_for_its_key_and_a_look_for_its_address(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    keys: Path,
+    photo: bytes,
+) -> None:
+    bounded = settings.model_copy(update={"keys": keys, "max_in_flight_per_address": 1})
+    async with serving_in_process(ServerRuntime(bounded, checkpoint, engine, latencies), engine) as served:
+        stream = served.stream(metadata=METADATA)
+        await stream.write(request_for(photo).SerializeToString())
+        await stream.read()
+        status, message, _ = await failure_of(served.infer(request_for(photo), metadata=METADATA))
+        assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert message.startswith("1 requests with this key are on their way already")
+        assert (await served.call("ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse)).live
+        stream.cancel()
 
 
 async def test_what_fails_before_it_is_read_counts_for_its_key(asked: Served) -> None:

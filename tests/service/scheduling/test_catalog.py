@@ -77,6 +77,15 @@ def test_a_sub_network_so_slow_that_a_better_one_is_faster_is_no_level_but_what_
     assert catalog_of(ProfileTable((replace(cheapest, slowness=1.5), *others))).num_levels == 3
 
 
+def test_no_level_grants_what_is_more_work_than_itself() -> None:
+    cheapest, second, *others = PROFILES.rows
+    best_of_slow = replace(second, top1=0.79, slowness=1.5)  # between the third and the last in work
+    catalog = catalog_of(ProfileTable((cheapest, best_of_slow, *others)))
+    grant = catalog.grant_within(None)
+    assert grant.by_level == tuple(range(catalog.num_levels))
+    assert catalog.levels[-2].profile == best_of_slow
+
+
 def test_a_named_sub_network_over_the_budget_is_rejected_with_its_cost() -> None:
     with pytest.raises(BudgetTooSmallError) as caught:
         catalog_of(PROFILES).grant_named(SubNetwork(14, 0.5), 1.0)
