@@ -20,7 +20,7 @@ class ScriptedEngine(TorchEngine):
     """The real engine, which a test can hold back or make fail."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__(checkpoint.model, "cpu", threads=1)
+        super().__init__(checkpoint.model, "cpu", threads=1, precision="float32")  # in which tests ask the model, too
         self.may_warm_up = threading.Event()
         self.may_warm_up.set()
         self.may_run = threading.Event()
