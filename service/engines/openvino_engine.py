@@ -72,13 +72,16 @@ class OpenVINOEngine:
         self._is_int8, self._in_floating_point = isinstance(products, IntegerProducts), frozenset(in_floating_point)
         self._classify = self._classify_floating = self._compiled.create_infer_request()
         if self._in_floating_point:
-            floating = core.compile_model(build_classifier(model), "CPU", chosen)
-            self._classify_floating = floating.create_infer_request()
+            self._classify_floating = core.compile_model(build_classifier(model), "CPU", chosen).create_infer_request()
         self._scale, self._resize = (
             core.compile_model(build(config), "CPU", exact).create_infer_request()
             for build in (build_scaling, build_resizing)
         )
         self._cpu = str(core.get_property("CPU", "FULL_DEVICE_NAME")).strip()
+        floating = self._in_floating_point
+        self._is_floating = lru_cache(SUBNETWORKS_KEPT)(
+            lambda subnetwork: not floating.isdisjoint(config.trained_beside(subnetwork))
+        )
         # Of the model alone: a cache that held the engine would keep its weights until the garbage collector comes.
         self._inputs = lru_cache(SUBNETWORKS_KEPT)(partial(_prepare_inputs, model))
 
@@ -91,10 +94,11 @@ class OpenVINOEngine:
         self._ran.pop((subnetwork, len(images)), None)
         self._ran[subnetwork, len(images)] = None
         resizing, classifying = self._inputs(subnetwork)
-        is_floating = not self._in_floating_point.isdisjoint(self._model.config.trained_beside(subnetwork))
         pixels = np.ascontiguousarray(images.numpy())
         prepared = _infer(self._resize if resizing else self._scale, (ov.Tensor(pixels, shared_memory=True), *resizing))
-        logits = _infer(self._classify_floating if is_floating else self._classify, (prepared, *classifying))
+        logits = _infer(
+            self._classify_floating if self._is_floating(subnetwork) else self._classify, (prepared, *classifying)
+        )
         return torch.from_numpy(logits.data.copy())
 
     def observe(self, images: Tensor, subnetwork: SubNetwork) -> list[Floats]:
