@@ -1,12 +1,12 @@
 """A server of a tiny checkpoint that is asked over gRPC, in the process of the test."""
 
 import asyncio
-import gc
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import grpc.aio
 import pytest
@@ -27,10 +27,27 @@ BOUNDS = Bounds(
     max_message_bytes=1_000_000, max_connections=8, max_calls=100, max_calls_per_connection=100, keep_alive_s=60
 )
 CALLS = 8  # of one address
-# gRPC's own thread tells a loop of what has ended, or is freed, a moment later; one that is closed by then fails the
-# next test.
-POLLED_S = 0.05
+ENDED_LOOPS = 16
 M = TypeVar("M", bound=Message)
+
+
+class LoopClosedLate(asyncio.SelectorEventLoop):
+    """A test's event loop, which is closed when a number of later tests have ended.
+
+    gRPC's own thread tells a loop of what has ended, or is freed, some time after. To tell a closed loop raises, and
+    does so in the loop of another test.
+    """
+
+    ended: ClassVar[deque["LoopClosedLate"]] = deque()
+
+    def close(self) -> None:
+        self.ended.append(self)
+        self.close_all_but(ENDED_LOOPS)
+
+    @classmethod
+    def close_all_but(cls, count: int) -> None:
+        while len(cls.ended) > count:
+            super(LoopClosedLate, cls.ended.popleft()).close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +148,17 @@ async def serving_in_process(
         engine.sizes.clear()  # of the warm-up
         engine.running.clear()
         yield Served(runtime, engine, channel, port)
-    gc.collect()
-    await asyncio.sleep(POLLED_S)
+
+
+@pytest.fixture(scope="session")
+def _loops_closed_in_the_end() -> Iterator[None]:
+    yield
+    LoopClosedLate.close_all_but(0)
+
+
+@pytest.fixture
+def anyio_backend(_loops_closed_in_the_end: None) -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"loop_factory": LoopClosedLate}
 
 
 @pytest.fixture
