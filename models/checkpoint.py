@@ -1,6 +1,6 @@
-"""Weights and all that belongs to them in one file: our own format out and in, the published layouts in.
+"""Save and load checkpoints: weights and their header in one file, in our own format; published layouts are read only.
 
-Nothing in a file is ever executed, and whatever is wrong with one is a CheckpointError that names the file.
+Nothing in a file is ever executed. Whatever is wrong with a file is raised as a CheckpointError that names the file.
 """
 
 import hashlib
@@ -58,15 +58,15 @@ class Checkpoint:
     """A loaded checkpoint.
 
     Attributes:
-        name: what the model is called.
-        version: first 12 hex digits of the file's SHA-256, so that two files never pass for one another.
-        model: in eval mode, float32, on the CPU.
+        name: the model's name.
+        version: first 12 hex digits of the file's SHA-256, so that different files have different versions.
+        model: the network, in eval mode, in float32, on the CPU.
         config: the architecture, its family and its preprocessing.
         class_names: one per logit.
         profile: cost and, where known, accuracy of each sub-network.
         is_ours: whether the file is in our own format.
         is_half: whether the file holds its weights in half precision.
-        int8: what it takes to run it in 8 bits; None where it is not quantised.
+        int8: what the model needs to run in 8 bits; None where the checkpoint is not quantised.
     """
 
     name: str
@@ -81,18 +81,20 @@ class Checkpoint:
 
 
 def load_checkpoint(name: str | Path) -> Checkpoint:
-    """Load our own format, or a published DeiT-S or LV-ViT-S SuperViT checkpoint as it was released.
+    """Load a checkpoint in our own format, or a published DeiT-S or LV-ViT-S SuperViT checkpoint as it was released.
 
     Args:
-        name: what `find_checkpoint` finds.
+        name: a path or a name, as `find_checkpoint` takes it.
 
     Raises:
-        UnreadableCheckpointError: there is no such file, it is cut short, it is no checkpoint, or its costs are wrong.
-        CheckpointMismatchError: weights are missing, unexpected, misshapen, mistyped or not finite.
+        UnreadableCheckpointError: the file does not exist, is truncated or is not a checkpoint, or its header states
+            wrong MACs.
+        CheckpointMismatchError: weights are missing, unexpected, misshapen, mistyped or not finite, or are those of a
+            plain ViT.
     """
     path = find_checkpoint(name)
     with about(name):
-        version = _version(path)  # first: whoever compares it with that of the file learns what came meanwhile
+        version = _version(path)  # first, so that a file replaced during the read differs from this version
         stored, own_header = _read(path)
         weights = _in_float32(stored)
         if own_header is None and is_plain_vit(weights):
@@ -119,14 +121,14 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
 
 
 def save_checkpoint(path: Path, model: SuperViT, header: Header, *, half: bool = False) -> None:
-    """Write `model` in our own format; a crash half-way leaves whatever stood at `path`.
+    """Write `model` in our own format; a crash half-way leaves the file at `path` as it was.
 
     Args:
-        path: file to write.
-        model: the weights.
-        header: what is said of them.
-        half: whether to round weights to float16, for half of the size. What was loaded from such a file is written as
-            it was; batch norm's statistics, and weights beyond the range of float16, are left in float32.
+        path: the file to write.
+        model: the model whose weights are written.
+        header: the description written with the weights.
+        half: whether to round weights to float16, which halves the size. Weights loaded from such a file are written as
+            they were; batch norm's statistics, and weights beyond the range of float16, stay in float32.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if half:
@@ -135,7 +137,7 @@ def save_checkpoint(path: Path, model: SuperViT, header: Header, *, half: bool =
 
 
 def round_to_half(model: SuperViT) -> None:
-    """Round the weights of `model` as `save_checkpoint` does for half of the size."""
+    """Round the weights of `model` in place, as `save_checkpoint` does where `half` is set."""
     with torch.no_grad():
         for name, weight in model.state_dict().items():
             if _fits_half(name, weight):
@@ -154,10 +156,10 @@ def read_weights(name: str | Path) -> dict[str, Tensor]:
 
 
 def read_described_weights(name: str | Path) -> tuple[dict[str, Tensor], Header | None]:
-    """Read weights as `read_weights` does, with what our own format says of them; None for any other.
+    """Read weights as `read_weights` does, together with the header of our own format; None for any other format.
 
     Raises:
-        CheckpointError: as for `load_checkpoint`, but for what the weights are.
+        CheckpointError: as for `load_checkpoint`, except that the weights are not compared with a model's.
     """
     path = find_checkpoint(name)
     with about(name):
@@ -166,7 +168,7 @@ def read_described_weights(name: str | Path) -> tuple[dict[str, Tensor], Header 
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Read the weights of a file, in the precision that they have there, and our header where it is there."""
+    """Read the weights of a file, in the precision in which they are stored, and our header if the file has one."""
     try:
         weights, metadata = read_safetensors(path) if is_safetensors(path) else (read_torch_file(path), {})
     except OSError as error:
@@ -192,7 +194,7 @@ def _in_float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fits_half(name: str, weight: Tensor) -> bool:
-    """Tell whether a weight keeps its meaning in float16: neither overflows nor vanishes as a whole."""
+    """Return whether a weight may be stored in float16: no statistic, and neither overflows nor vanishes as a whole."""
     if not weight.is_floating_point() or name.endswith(STATISTICS):
         return False
     largest = weight.abs().amax().item() if weight.numel() else 0.0
@@ -200,7 +202,7 @@ def _fits_half(name: str, weight: Tensor) -> bool:
 
 
 def _is_half(stored: dict[str, Tensor], weights: dict[str, Tensor]) -> bool:
-    """Tell whether to write weights in half precision is to write them as they were stored."""
+    """Return whether writing the weights in half precision writes them as they were stored."""
     halves = {name for name, weight in stored.items() if weight.dtype == torch.float16}
     return bool(halves) and not any(_fits_half(name, weights[name]) for name in weights.keys() - halves)
 
@@ -210,15 +212,15 @@ def _own_header(header_json: str, num_weights: int) -> Header:
         header = _HEADER.validate_json(header_json)
     except ValidationError as error:
         raise UnreadableCheckpointError(f"its header is not ours: {_first_problem(error)}") from error
-    except ArithmeticError as error:  # of whole numbers that are too large for anything
+    except ArithmeticError as error:  # an integer too large to compute with
         raise UnreadableCheckpointError("its header is not ours: a number is out of all bounds") from error
-    if header.config.depth > num_weights:  # building that many blocks might never end
+    if header.config.depth > num_weights:  # building so many blocks might never end
         raise CheckpointMismatchError(f"{num_weights} weights are too few for {header.config.depth} blocks")
     return header
 
 
 def _blank_model(config: SuperViTConfig) -> SuperViT:
-    """Build the model without memory for its weights."""
+    """Build the model on the meta device, without memory for its weights."""
     try:
         with torch.device("meta"):
             return SuperViT(config)
@@ -227,10 +229,11 @@ def _blank_model(config: SuperViTConfig) -> SuperViT:
 
 
 def check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Hold weights against those that a model has.
+    """Compare weights with the state dict that a model expects.
 
     Raises:
-        CheckpointMismatchError: some are missing, unexpected, misshapen, mistyped or not finite; their names are told.
+        CheckpointMismatchError: weights are missing, unexpected, misshapen, mistyped or not finite; the message names
+            the first few.
     """
     shared = [name for name in expected if name in weights]
     fitting = [name for name in shared if weights[name].shape == expected[name].shape]
@@ -255,7 +258,7 @@ def check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> No
 
 
 def _is_finite(weight: Tensor) -> bool:
-    """Tell whether all of it is, by its bounds: a mask of it all takes ten times as long."""
+    """Return whether all values are finite, by their minimum and maximum: a mask of all takes ten times as long."""
     if not weight.is_floating_point() or not weight.numel():
         return True
     return all(bound.isfinite() for bound in weight.aminmax())
@@ -271,11 +274,11 @@ def _some(names: list[str]) -> str:
 
 
 def _first_problem(error: ValidationError) -> str:
-    """Say in our words what pydantic found first."""
+    """Describe in our own words the first problem that pydantic found."""
     problem = error.errors(include_url=False)[0]
     where, value = shown(".".join(map(str, problem["loc"]))), shown(repr(problem["input"]))
     match problem["type"]:
-        case "value_error":  # raised by one of our own values
+        case "value_error":  # raised by one of our own dataclasses
             return str(problem["ctx"]["error"])
         case "json_invalid":
             return "no JSON"
@@ -285,6 +288,6 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def digest(path: Path) -> str:
-    """Tell files apart: the first 12 hex digits of the SHA-256 of what is in one."""
+    """Return the first 12 hex digits of the SHA-256 of a file's content, which tell files apart."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]

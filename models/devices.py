@@ -1,4 +1,4 @@
-"""Which device to compute on, found from its name, and in which precision it is fast. Moves nothing."""
+"""Find the device to compute on by its name, and the precision in which it is fast. Moves no tensors."""
 
 from functools import cache
 from pathlib import Path
@@ -9,16 +9,16 @@ from models.errors import DeviceError
 
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them; the last is Arm's
-AMPERE = 8  # the first generation of NVIDIA's GPUs, by the major number of its capability, that computes in bfloat16
+AMPERE = 8  # major compute capability of the first NVIDIA GPUs that compute in bfloat16
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """Find the device that `name` means and prove that it holds a tensor.
+    """Return the device that `name` means, after checking that it can hold a tensor.
 
     Args:
         name: "cpu", "cuda:1" and the like; "cuda" for the process's own GPU; "auto" for that GPU where there is one and
             the CPU elsewhere.
-        local_rank: number of this process on its machine, and so of its own GPU.
+        local_rank: number of this process on its machine, which is also the number of its own GPU.
 
     Raises:
         DeviceError: there is no such device, or it cannot be used.
@@ -35,34 +35,34 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def native_dtype(device: torch.device, cpuinfo: Path = CPUINFO) -> torch.dtype:
-    """Tell in which type the device multiplies fastest: bfloat16, float16 on older GPUs, float32 on other CPUs.
+    """Return the dtype in which the device multiplies fastest: bfloat16, float16 on older GPUs, float32 on other CPUs.
 
     Args:
-        device: any.
-        cpuinfo: what Linux says of the CPU.
+        device: any device.
+        cpuinfo: the file in which Linux describes the CPU.
     """
     if device.type == "cuda":
         has_bfloat16 = torch.version.hip or torch.cuda.get_device_capability(device)[0] >= AMPERE
         return torch.bfloat16 if has_bfloat16 else torch.float16
-    # torch would emulate bfloat16 on any CPU, at half the speed of float32. Of other devices nothing is known.
+    # torch emulates bfloat16 on CPUs that lack it, at half the speed of float32. Other kinds of device are unknown.
     return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16(cpuinfo) else torch.float32
 
 
 def training_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Find the dtype of a training step's products: that of a name, or for "auto" the device's `native_dtype`."""
+    """Return the dtype of a training step's products: the named one, or for "auto" the device's `native_dtype`."""
     named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     return native_dtype(device) if precision == "auto" else named[precision]
 
 
 def autocast(device: torch.device, cpuinfo: Path = CPUINFO) -> torch.autocast:
-    """Let products be computed in the device's `native_dtype`; where that is float32, change nothing."""
+    """Return an autocast to the device's `native_dtype`, disabled where that is float32."""
     dtype = native_dtype(device, cpuinfo)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @cache
 def _cpu_has_bfloat16(cpuinfo: Path) -> bool:
-    """Whether Linux lists instructions for it; no such file, as elsewhere, lists none."""
+    """Return whether Linux lists bfloat16 instructions; False without the file, as on other systems."""
     try:
         return not BFLOAT16_FLAGS.isdisjoint(cpuinfo.read_text().split())
     except OSError:

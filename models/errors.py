@@ -1,4 +1,4 @@
-"""What can be wrong with data sets and devices; with checkpoints, see `files.checkpoint_errors`. Needs no torch."""
+"""Errors about data sets and devices; for checkpoints, see `files.checkpoint_errors`. Needs no torch."""
 
 
 class DataError(Exception):

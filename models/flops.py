@@ -1,7 +1,7 @@
 """Multiply-accumulates of a sub-network, by arithmetic alone.
 
-Counted: every convolution and linear layer and the two matrix products of attention, each at the tokens that it really
-sees. Left out, as the literature does: norms, softmax, activations, resizing and the choice of tokens. One
+Every convolution and linear layer and the two matrix products of attention are counted, each for the tokens that it
+sees. Norms, softmax, activations, resizing and the choice of tokens are left out, as in the literature. One
 multiply-accumulate counts as one; the literature calls 1e9 of them a "GFLOP", and so do we.
 """
 
@@ -9,7 +9,7 @@ from models.subnetwork import SubNetwork, SuperViTConfig
 
 
 def count_macs(config: SuperViTConfig, subnetwork: SubNetwork) -> int:
-    """Multiply-accumulates of one image through `subnetwork`."""
+    """Count the multiply-accumulates of one image through `subnetwork`."""
     blocks = sum(
         _attention_macs(config, attention_tokens) + _mlp_macs(config, mlp_tokens)
         for attention_tokens, mlp_tokens in config.tokens_per_block(subnetwork)
@@ -18,10 +18,10 @@ def count_macs(config: SuperViTConfig, subnetwork: SubNetwork) -> int:
 
 
 def count_macs_together(config: SuperViTConfig, patch_grid: int, keep_rates: tuple[float, ...]) -> int:
-    """Multiply-accumulates of one image at several keep rates of a grid, as in a training step.
+    """Count the multiply-accumulates of one image at several keep rates of a grid, as in a training step.
 
-    The embedding and the blocks before the first that prunes are computed once for all of them. An LV-ViT's auxiliary
-    head counts at every rate, as in serving; a step asks it for the largest sub-network alone.
+    The embedding and the blocks before the first prune block are computed once for all keep rates. An LV-ViT's
+    auxiliary head counts at every rate, as in serving; a training step runs it for the largest sub-network alone.
     """
     fork = min(config.prune_blocks, default=config.depth)
     tokens = config.num_tokens(SubNetwork(patch_grid, 1.0))

@@ -1,4 +1,4 @@
-"""What our own format says of its weights. Values; what is in a file is `checkpoint`'s business."""
+"""The header of our own checkpoint format: values that describe the weights. `checkpoint` reads and writes it."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,17 @@ from models.subnetwork import SuperViTConfig
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What is said.
+    """Description of a checkpoint's weights.
 
     Attributes:
-        name: what the model is called.
+        name: the model's name.
         config: the architecture, its family and its preprocessing.
         class_names: one per logit.
         profile: cost and, where known, accuracy of each sub-network.
-        int8: what it takes to run it in 8 bits; None where it is not quantised.
+        int8: what the model needs to run in 8 bits; None where the checkpoint is not quantised.
 
     Raises:
-        ValueError: these contradict one another.
+        ValueError: the values contradict one another.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """How long a batch takes on one machine: measured seconds by sub-network and batch size, with interpolation.
 
-Runs without torch. How the figures are measured and where they are kept is the service's business.
+Runs without torch. The service measures the figures and stores them.
 """
 
 import math
@@ -13,15 +13,16 @@ from models.subnetwork import SubNetwork
 
 @dataclass(frozen=True, slots=True)
 class LatencyTable:
-    """Median seconds of a batch.
+    """Median seconds per batch, by sub-network and batch size.
 
     Attributes:
-        batch_sizes: the measured ones, strictly ascending from 1.
+        batch_sizes: the measured sizes, strictly ascending from 1.
         seconds: for each sub-network, one figure per measured batch size.
-        is_padded: whether batches of the sizes between are filled up to the next measured one, and take as long.
+        is_padded: whether a batch of a size in between is padded to the next measured size, and takes as long.
 
     Raises:
-        ValueError: the figures do not fit the sizes, or one is not a positive number.
+        ValueError: the sizes do not ascend from 1, there is no sub-network, or its figures do not match the sizes or
+            are not positive numbers.
     """
 
     batch_sizes: tuple[int, ...]
@@ -46,7 +47,7 @@ class LatencyTable:
         return self.batch_sizes[-1]
 
     def row(self, subnetwork: SubNetwork) -> tuple[float, ...]:
-        """Seconds of every batch size from 1 to the largest, never falling; those between are interpolated or padded.
+        """Return the seconds of every batch size from 1 to the largest, never falling; gaps are interpolated or padded.
 
         Raises:
             KeyError: this sub-network was not measured.

@@ -1,9 +1,10 @@
-"""What a batch probably takes that was not measured, from a few that were. Runs without torch; measures nothing.
+"""Estimate the latency of batches that were not measured from a few that were. Runs without torch; measures nothing.
 
-A batch of B images takes about a + b B + c B m seconds: what a batch costs as such, an image, and the arithmetic, where
-m is the work of an image, its multiply-accumulates. Where measured cells lie beside that, so do the cells near them, in
-the logarithms of m and B: each estimate is corrected by what its neighbours are off. What is more work is never
-estimated to take less than was measured of something that is less, nor the other way round.
+A batch of B images takes about a + b B + c B m seconds: a constant per batch, a constant per image, and the arithmetic,
+where m is the work of an image, its multiply-accumulates weighted by slowness. Where measured cells deviate from this
+fit, cells near them in the logarithms of m and B deviate as well: each estimate is corrected by the deviations of its
+neighbours. An estimate is never below the measured time of a cell with no more work and no more images, nor above that
+of a cell with no less of either.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,29 +15,30 @@ import numpy.typing as npt
 
 from models.subnetwork import SubNetwork
 
-Cell = tuple[SubNetwork, int]  # and how many images
+Cell = tuple[SubNetwork, int]  # sub-network and batch size
 Floats = npt.NDArray[np.float64]
 
-# Few cells may agree by chance: on two virtual cores a tenth of all estimates were off by more than 18 %.
+# Relative errors: a lower bound, and what is assumed where the fit passes through all cells. Few cells may agree by
+# chance: on two virtual cores a tenth of all estimates were off by more than 18 %.
 LEAST_ERROR, UNKNOWN_ERROR = 0.1, 0.3
-REACH = 0.5  # of a neighbour's correction, in factors of e of the work and of the batch size
-PRIOR = 0.1  # how much the fit counts, where a neighbour at no distance counts 1
+REACH = 0.5  # of a neighbour's correction, in natural logarithms of the work and of the batch size
+PRIOR = 0.1  # weight of the uncorrected fit, where a neighbour at distance 0 weighs 1
 
 
 class LatencyEstimate:
-    """A fit to the cells that were measured.
+    """A fit to the measured cells.
 
     Attributes:
-        error: how far estimates are off, as a fraction of them: the root mean square over the measured cells, each
-            corrected by the others alone.
+        error: relative error of the estimates: the root mean square over the measured cells, each corrected by the
+            others alone, and at least LEAST_ERROR; UNKNOWN_ERROR where there are too few cells to tell.
     """
 
     def __init__(self, measured_s: Mapping[Cell, float], work: Mapping[SubNetwork, float]) -> None:
-        """Fit.
+        """Fit the measured cells.
 
         Args:
-            measured_s: seconds by cell, at least one.
-            work: of one image, of each sub-network, as its profile counts it.
+            measured_s: seconds by cell, of at least one cell.
+            work: of one image, by sub-network, as its profile counts it.
         """
         self._work = work
         self._costs = self._costs_of(list(measured_s))
@@ -46,11 +48,11 @@ class LatencyEstimate:
         near = _nearness(self._costs, self._costs)
         np.fill_diagonal(near, 0.0)
         errors = self._off - self._correction(near)
-        is_overfitted = len(errors) <= len(self._factors)  # it goes through all of them, whatever it is worth
+        is_overfitted = len(errors) <= len(self._factors)  # it passes through every cell, however poor it is
         self.error = UNKNOWN_ERROR if is_overfitted else max(LEAST_ERROR, float(np.sqrt(np.mean(errors**2))))
 
     def seconds(self, cells: Sequence[Cell]) -> list[float]:
-        """Estimate some cells."""
+        """Estimate the seconds of each of the given cells."""
         costs = self._costs_of(cells)
         likely = (_terms(costs) @ self._factors) * np.exp(self._correction(_nearness(costs, self._costs)))
         cheaper, dearer = _are_at_most(self._costs, costs), _are_at_most(-self._costs, -costs)
@@ -60,11 +62,11 @@ class LatencyEstimate:
         return bounded
 
     def _costs_of(self, cells: Sequence[Cell]) -> Floats:
-        """Put (cells, 2) work and batch sizes in an array."""
+        """Return the work and the batch size of each cell as a (cells, 2) array."""
         return np.array([(self._work[subnetwork], batch_size) for subnetwork, batch_size in cells], dtype=np.float64)
 
     def _correction(self, near: Floats) -> Floats:
-        """Average what the measured cells are off, in logarithms, the nearer ones more."""
+        """Average the logarithmic deviations of the measured cells, weighted by nearness."""
         correction: Floats = near @ self._off / (near.sum(axis=1) + PRIOR)
         return correction
 
@@ -75,13 +77,13 @@ def _terms(costs: Floats) -> Floats:
 
 
 def _are_at_most(measured: Floats, costs: Floats) -> npt.NDArray[np.bool_]:
-    """Tell for each of (n, 2) costs which of (m, 2) measured ones exceed it in neither; (n, m)."""
+    """Return for each of (n, 2) costs which of (m, 2) measured ones exceed it in neither column; (n, m)."""
     work, batch_size = (measured[:, of] <= costs[:, of, None] for of in (0, 1))
     return work & batch_size
 
 
 def _nearness(costs: Floats, measured: Floats) -> Floats:
-    """Weigh for each of (n, 2) costs the (m, 2) measured ones, 1 at no distance; (n, m)."""
+    """Weight the (m, 2) measured costs by their distance to each of (n, 2) costs, 1 at distance 0; (n, m)."""
     of_cells, of_measured = np.log(costs) / REACH, np.log(measured) / REACH
     work, batch_size = (of_cells[:, of, None] - of_measured[:, of] for of in (0, 1))
     near: Floats = np.exp((work * work + batch_size * batch_size) / -2)
@@ -89,7 +91,7 @@ def _nearness(costs: Floats, measured: Floats) -> Floats:
 
 
 def _fit(terms: Floats, seconds: Floats) -> Floats:
-    """Find the factors, none below 0, with the least sum of squares of relative errors; of three terms, by trial."""
+    """Fit factors of at least 0 by least squares of relative errors, trying every subset of the three terms."""
     relative, best, least = terms / seconds[:, None], np.zeros(terms.shape[1]), np.inf
     for count in range(1, terms.shape[1] + 1):
         for chosen in map(list, combinations(range(terms.shape[1]), count)):

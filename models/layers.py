@@ -1,6 +1,7 @@
-"""The parts of a SuperViT: the embeddings of patches, attention that can tell its class row, and the pruning block.
+"""The layers of a SuperViT: patch embeddings, attention that can return class-token scores, and the pruning block.
 
-They draw and compute as timm's of the same names do; to import timm would double the time that a server takes to start.
+They compute and draw random numbers as timm's layers of the same names do; importing timm would double the time that a
+server takes to start.
 """
 
 import torch
@@ -12,10 +13,10 @@ from models.tokens import Pruning, class_attention_scores, keep_tokens, prune_by
 
 
 class QuickGELU(nn.Module):
-    """An approximation of GELU, with which CLIP was trained."""
+    """The approximation of GELU with which CLIP was trained."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply it to each number."""
+        """Apply the activation to each number."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -58,7 +59,7 @@ class ConvStem(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention that can also tell how much the class token attends to each patch token."""
+    """Multi-head self-attention that can also return how much the class token attends to each patch token."""
 
     def __init__(self, width: int, num_heads: int, qkv_bias: bool, num_prefix: int = 1) -> None:
         super().__init__()
@@ -72,7 +73,8 @@ class Attention(nn.Module):
         """Attend over (B, N, D) tokens.
 
         Returns:
-            (B, N, D) and, where asked for, the class attention of `class_attention_scores`, one per patch token.
+            (B, N, D) tokens and, where `with_scores` is set, the scores of `class_attention_scores`, one per patch
+            token.
         """
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
@@ -107,14 +109,14 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., ECCV 2016): while training, a branch is left out for some images of a batch."""
+    """Stochastic depth (Huang et al., ECCV 2016): while training, a branch is skipped for some images of a batch."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, D) to (B, N, D): zeros for the images that are left out, the others scaled up for them."""
+        """Map (B, N, D) to (B, N, D): zeros for the skipped images, the others scaled up to compensate."""
         if self.drop_prob == 0 or not self.training:
             return x
         keep = 1 - self.drop_prob
@@ -163,5 +165,5 @@ class Block(nn.Module):
         return keep_tokens(x, pruning, self.fuse_pruned), pruning
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, D) tokens to as many by the MLP."""
+        """Apply the MLP and its residual connection to (B, N, D) tokens."""
         return torch.add(x, self.drop_path(self.mlp(self.norm2(x))), alpha=1 / self.skip_divisor)

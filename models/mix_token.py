@@ -1,6 +1,6 @@
 """MixToken (Jiang et al., "All tokens matter", NeurIPS 2021): CutMix among the patch tokens of a batch.
 
-Images exchange the tokens inside one box with those of the batch in reverse order. Exchanging twice undoes it.
+Images exchange the tokens inside one box with those of the batch in reverse order. A second exchange undoes the first.
 """
 
 import math
@@ -13,10 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TokenBox:
-    """Rows and columns of a patch grid, ends excluded, whose tokens are exchanged.
+    """A box of rows and columns of a patch grid, ends excluded, whose tokens are exchanged.
 
     Attributes:
-        patch_grid: the grid that they count in.
+        patch_grid: the grid whose rows and columns the other attributes count.
         top, bottom: rows, 0 <= top <= bottom <= patch_grid.
         left, right: columns, 0 <= left <= right <= patch_grid.
     """
@@ -41,8 +41,8 @@ class TokenBox:
 def draw_box(patch_grid: int, seed: int, step: int) -> TokenBox:
     """Draw the box of a step as CutMix does (Yun et al., ICCV 2019): its area from Beta(1, 1), its centre anywhere.
 
-    What would lie beyond the grid is cut off. A function of seed and step alone, so every process of a run takes the
-    same one, and so does a resumed run.
+    The box is cut off at the edges of the grid. It depends on seed and step alone, so every process of a run draws the
+    same box, and so does a resumed run.
     """
     choice = random.Random(f"{seed}/{step}/box")
     half = int(patch_grid * math.sqrt(1 - choice.betavariate(1, 1))) // 2
@@ -56,7 +56,7 @@ def exchange_tokens(tokens: Tensor, box: TokenBox) -> Tensor:
 
     Args:
         tokens: (B, G * G, D), row by row, without the class token.
-        box: on any grid; it is scaled to that of the tokens.
+        box: on any grid; it is scaled to the grid of the tokens.
 
     Returns:
         (B, G * G, D).
@@ -69,5 +69,5 @@ def exchange_tokens(tokens: Tensor, box: TokenBox) -> Tensor:
 
 
 def mix_labels(labels: Tensor, box: TokenBox) -> Tensor:
-    """Mix (B, classes) probabilities with those of the batch in reverse order, by how many tokens each image has."""
+    """Mix (B, classes) probabilities with those of the batch in reverse order, by each image's share of tokens."""
     return labels.flip(0).lerp(labels, box.share_outside)

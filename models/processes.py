@@ -1,4 +1,4 @@
-"""The processes of a torchrun: which of them this is, its random numbers and what it gathers."""
+"""The processes of a torchrun job: their ranks and devices, their random seeds, and what they exchange."""
 
 import os
 import random
@@ -14,14 +14,14 @@ from torch import distributed, nn
 
 from models.devices import resolve_device
 
-LONGEST_WAIT = timedelta(hours=6)  # of one process for another
+LONGEST_WAIT = timedelta(hours=6)  # bounds the wait of one process for another
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """Which of the processes of a run this is, and where it computes."""
+    """One process of a run: its rank, the number of processes, and the device on which it computes."""
 
     rank: int
     count: int
@@ -34,7 +34,7 @@ class Process:
 
 
 def join_processes(device: str) -> Process:
-    """Find out from torchrun's environment, if there is one, which process this is, and pick its device.
+    """Join the processes that torchrun's environment describes, if any, and choose the device of this one.
 
     Raises:
         DeviceError: the device cannot be used.
@@ -42,15 +42,15 @@ def join_processes(device: str) -> Process:
     rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     own_device = resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if own_device.type == "cuda":
-        torch.cuda.set_device(own_device)  # or NCCL and pinned memory would open GPU 0 in every process
+        torch.cuda.set_device(own_device)  # otherwise NCCL and pinned memory open GPU 0 in every process
     if count > 1 and not distributed.is_initialized():
-        # The others wait while the first saves: as long as that takes, and torch's ten minutes may not do.
+        # The others wait while the first process saves, for which torch's default of ten minutes may not be enough.
         distributed.init_process_group("nccl" if own_device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     return Process(rank, count, own_device)
 
 
 def seed_everything(*parts: int) -> None:
-    """Seed every generator that training draws from by what `parts` say together."""
+    """Seed every random generator that training uses, by a seed derived from all of `parts`."""
     seed = random.Random("/".join(map(str, parts))).getrandbits(32)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - timm's mixup draws from it
@@ -59,7 +59,7 @@ def seed_everything(*parts: int) -> None:
 
 @contextmanager
 def joined_processes(device: str) -> Iterator[Process]:
-    """Join the processes, and leave them at the end.
+    """Join the processes, and leave them at the end of the block.
 
     Raises:
         DeviceError: the device cannot be used.
@@ -73,12 +73,12 @@ def joined_processes(device: str) -> Iterator[Process]:
 
 
 def is_first() -> bool:
-    """Whether this process, alone or among others, is the one that prints."""
+    """Return whether this process, alone or among others, is the one that prints."""
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def gather(value: T) -> list[T]:
-    """Return what every process gave, by rank. All of them must call it; tensors must be on the CPU."""
+    """Return the value of every process, by rank. All processes must call it; tensors must be on the CPU."""
     if not distributed.is_initialized():
         return [value]
     values: list[T] = [value] * distributed.get_world_size()
@@ -87,7 +87,7 @@ def gather(value: T) -> list[T]:
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Give every process the first one's buffers, as each has the batch-norm statistics of its own images."""
+    """Copy the first process's buffers to all, as the batch-norm statistics of each are of its own images."""
     if distributed.is_initialized():
         for buffer in module.buffers():
             distributed.broadcast(buffer, 0)

@@ -1,6 +1,6 @@
-"""What is known of each sub-network: its cost and its measured accuracy, as one table.
+"""Table of the cost and the measured accuracy of each sub-network.
 
-Runs without torch. Which row to serve is a policy's business, not this table's.
+Runs without torch. A policy, not this table, decides which row to serve.
 """
 
 import itertools
@@ -11,28 +11,28 @@ from functools import cached_property
 from models.flops import count_macs
 from models.subnetwork import SubNetwork, SuperViTConfig
 
-# Between the trained keep rates, a table can be extended by others this far apart.
+# Distance between the keep rates that can be added between the trained ones.
 KEEP_RATE_STEP = 0.05
-# What the entropy of an answer counts for at least, or the temperature of a certain one would be 0.
+# Lower bound of an answer's normalised entropy: without it, the temperature of a certain answer would be 0.
 LOWEST_ENTROPY = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class SubNetworkProfile:
-    """One row.
+    """One row of a profile.
 
     Attributes:
-        subnetwork: whose row it is.
+        subnetwork: the sub-network that the row describes.
         macs: multiply-accumulates of one image, at least 1.
         top1, top5: measured accuracy, fractions 0..1; None where unmeasured.
         is_trained: whether the weights were trained at this keep rate.
-        is_interpolated: whether the accuracy was not measured but lies between two that were.
-        temperature, entropy_exponent: logits are divided by temperature * H ** entropy_exponent, so that probabilities
-            mean what they say; H is the entropy of their softmax before that, over the greatest there is, at
-            least LOWEST_ENTROPY.
-        calibration_error: how far they were from that on the images measured, 0..1; None where unmeasured.
-        slowness: how long a multiply-accumulate takes beside those of the table's other rows; more than 1 for a
-            sub-network in floating point beside others in 8 bits.
+        is_interpolated: whether the accuracy was interpolated between two measured ones.
+        temperature, entropy_exponent: logits are divided by temperature * H ** entropy_exponent, which calibrates the
+            probabilities; H is the entropy of the uncalibrated softmax divided by its maximum, log(classes), at least
+            LOWEST_ENTROPY.
+        calibration_error: expected calibration error on the measured images, 0..1; None where unmeasured.
+        slowness: time per multiply-accumulate relative to the table's fastest rows, at least 1; more than 1 for a
+            sub-network in floating point among others in 8 bits.
 
     Raises:
         ValueError: a value is outside its range.
@@ -68,19 +68,19 @@ class SubNetworkProfile:
 
     @property
     def work(self) -> float:
-        """What latency grows with: multiply-accumulates, slow ones counting more."""
+        """Multiply-accumulates weighted by `slowness`, with which latency grows."""
         return self.macs * self.slowness
 
 
 @dataclass(frozen=True, slots=True)
 class CascadeProfile:
-    """Two looks at an image: the second, at a larger sub-network, only where the first was unsure.
+    """A cascade: a second, larger sub-network looks at an image only where the first was unsure.
 
     Attributes:
-        first, second: the sub-networks; each is a row of the table, the second the dearer.
-        threshold: probability of the first's answer, calibrated, under which the second looks as well; 0..1.
-        share: fraction of images that were looked at again, 0..1.
-        top1: accuracy of what was answered in the end, a fraction 0..1.
+        first, second: the sub-networks; each has a row in the table, and the second costs more.
+        threshold: calibrated probability of the first answer, 0..1, below which the second sub-network runs as well.
+        share: fraction of images on which the second sub-network ran, 0..1.
+        top1: accuracy of the final answers, a fraction 0..1.
 
     Raises:
         ValueError: a value is outside its range.
@@ -100,14 +100,15 @@ class CascadeProfile:
 
 @dataclass(frozen=True)
 class ProfileTable:
-    """What is known of one checkpoint.
+    """Profile of one checkpoint.
 
     Attributes:
-        rows: of its sub-networks, cheapest first.
-        cascades: worthwhile ones.
+        rows: one per sub-network, cheapest first.
+        cascades: those worth running.
 
     Raises:
-        ValueError: there are no rows, or two of a sub-network; or a cascade is none of two of them, the first cheaper.
+        ValueError: there are no rows, a sub-network has two, or a cascade does not lead from a row to one that costs
+            more.
     """
 
     rows: tuple[SubNetworkProfile, ...]
@@ -126,7 +127,7 @@ class ProfileTable:
 
     @cached_property
     def by_subnetwork(self) -> dict[SubNetwork, SubNetworkProfile]:
-        """The rows by their sub-network."""
+        """The rows by sub-network."""
         return {row.subnetwork: row for row in self.rows}
 
     @cached_property
@@ -136,14 +137,14 @@ class ProfileTable:
 
     @property
     def cheapest(self) -> SubNetworkProfile:
-        """The row of fewest multiply-accumulates."""
+        """The row with the fewest multiply-accumulates."""
         return self.rows[0]
 
     @cached_property
     def frontier(self) -> tuple[SubNetworkProfile, ...]:
-        """The rows that no cheaper row equals or beats, cheapest first.
+        """The rows whose accuracy no cheaper row reaches, cheapest first.
 
-        Where accuracy is not known for every row, each row counts as better than all that cost less.
+        Unless the accuracy of every row is known, each row counts as better than all that cost less.
         """
         if not self.is_measured:
             return self.rows
@@ -156,10 +157,10 @@ class ProfileTable:
         return tuple(frontier)
 
     def with_rates_between(self, config: SuperViTConfig, step: float = KEEP_RATE_STEP) -> "ProfileTable":
-        """Add keep rates in steps between those of the table, so that almost any budget is hit closely.
+        """Add keep rates in steps between those of the table, so that some row comes close to almost any budget.
 
-        They run on the same weights untrained; their accuracy is taken to lie on the line between their neighbours. A
-        rate that keeps just as many tokens as another is the same computation and is left out.
+        They run on the same weights without training; their accuracy is interpolated linearly between their neighbours.
+        A rate that keeps as many tokens as another is the same computation and is left out.
         """
         between: list[SubNetworkProfile] = []
         for grid in config.patch_grids:
@@ -176,19 +177,19 @@ class ProfileTable:
         return replace(self, rows=(*self.rows, *between))
 
     def expected_gflops(self, cascade: CascadeProfile) -> float:
-        """Cost of a cascade in 1e9 multiply-accumulates, averaged over images."""
+        """Return the cost of a cascade in 1e9 multiply-accumulates, averaged over images."""
         return self.by_subnetwork[cascade.first].gflops + cascade.share * self.by_subnetwork[cascade.second].gflops
 
     @classmethod
     def unmeasured(cls, config: SuperViTConfig) -> "ProfileTable":
-        """List the trained family of `config` with its costs, accuracy unknown."""
+        """Build the table of the trained family of `config`: costs, but no accuracies."""
         return cls(tuple(SubNetworkProfile(sub, count_macs(config, sub)) for sub in config.subnetworks))
 
 
 def _interpolate(
     config: SuperViTConfig, low: SubNetworkProfile, high: SubNetworkProfile, share: float
 ) -> SubNetworkProfile:
-    """The row at `share` of the way from one keep rate to another of the same grid."""
+    """Return the row at `share` of the way from one keep rate to another of the same grid."""
 
     def between(first: float, second: float) -> float:
         return first + (second - first) * share

@@ -25,7 +25,7 @@ PUBLISHED = {
 
 
 def describe_published(weights: dict[str, Tensor]) -> tuple[str, SuperViTConfig, tuple[str, ...], ProfileTable]:
-    """Describe a published checkpoint; one fine-tuned to other classes keeps the architecture and loses the names.
+    """Describe a published checkpoint; one fine-tuned to other classes keeps only name and architecture.
 
     Returns:
         The model's name, its architecture, a name per logit, and the cost and accuracy of each sub-network.
@@ -36,7 +36,7 @@ def describe_published(weights: dict[str, Tensor]) -> tuple[str, SuperViTConfig,
         config = replace(config, num_classes=head.shape[0])
         class_names = tuple(f"class {index}" for index in range(config.num_classes))
         return name, config, class_names, ProfileTable.unmeasured(config)
-    from timm.data import ImageNetInfo  # its import takes seconds, and a checkpoint of ours does without
+    from timm.data import ImageNetInfo  # its import takes seconds, and our own format does not need it
 
     rows = tuple(
         SubNetworkProfile(subnetwork, count_macs(config, subnetwork), top1=round(percent / 100, 4))
@@ -46,7 +46,7 @@ def describe_published(weights: dict[str, Tensor]) -> tuple[str, SuperViTConfig,
 
 
 def published_config(weights: dict[str, Tensor]) -> SuperViTConfig | None:
-    """Recognise the architecture of a SuperViT's bare state dict; None for one that was never published."""
+    """Return the architecture of a SuperViT's bare state dict; None for one that was never published."""
     _, config, _, _ = describe_published(weights)
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     width = weights["cls_token"].shape[-1] if "cls_token" in weights else 0
@@ -54,7 +54,7 @@ def published_config(weights: dict[str, Tensor]) -> SuperViTConfig | None:
 
 
 def is_plain_vit(weights: dict[str, Tensor]) -> bool:
-    """Tell whether weights are those of a ViT of one cost, named as timm, DeiT or transformers name them."""
+    """Return whether weights are those of a plain ViT, named as timm, DeiT or transformers name them."""
     has_own = any(name.startswith("pos_embed_list.") for name in weights)
     is_timm = "pos_embed" in weights and any(name.startswith("blocks.") for name in weights)
     is_transformers = any(name.endswith("embeddings.position_embeddings") for name in weights) and any(

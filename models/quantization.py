@@ -1,4 +1,4 @@
-"""What it takes to run a model's products in 8 bits, and how well they do then. Values; runs without torch."""
+"""What a model needs to run its products in 8 bits, and its accuracy then. Values only; runs without torch."""
 
 import math
 from collections.abc import Collection
@@ -10,20 +10,20 @@ from models.subnetwork import SubNetwork, SuperViTConfig
 
 Layer = Literal["qkv", "proj", "fc1", "fc2"]
 LAYERS: tuple[Layer, ...] = get_args(Layer)
-SMOOTHING_STEPS = 4  # of an octave
+SMOOTHING_STEPS = 4  # per factor of 2 in a channel's smoothing
 SMOOTHING_BOUND = 20 * SMOOTHING_STEPS
 LEAST_WIDTH, GREATEST_END = 1e-7, 1e9
-STEPS = 255  # between the least and the greatest of 256 values
-TOLERATED_LOSS = 0.003  # of top-1, of each sub-network, beside floating point
-# Of floating point beside 8 bits: 1.53 to 1.63 with VNNI and bfloat16, 1.43 to 1.63 with AVX2 and float32, both at
-# DeiT-S's size and batches of 8.
+STEPS = 255  # from the least to the greatest of 256 values
+TOLERATED_LOSS = 0.003  # of top-1 as a fraction, of each sub-network, against floating point
+# Time in floating point over time in 8 bits: 1.53 to 1.63 with VNNI and bfloat16, 1.43 to 1.63 with AVX2 and float32,
+# both at DeiT-S's size and batches of 8.
 SLOWNESS = 1.5
-ROUNDING = 1e-9  # of a difference of accuracies
+ROUNDING = 1e-9  # tolerance for rounding in a difference of accuracies
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """Where activations enter products: `layer` of a block, 0-based."""
+    """The input of one matrix product: `layer` of a block, whose index is 0-based."""
 
     block: int
     layer: Layer
@@ -31,15 +31,17 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Between which values activations are told apart; those beyond count as at its ends.
+    """The range of activations that 256 values represent; activations beyond it are clamped to its ends.
 
     Attributes:
         low, high: the ends, of smoothed activations.
-        smoothing: for each channel the n of its 2 ** (n / SMOOTHING_STEPS), by which it is divided before, and its
-            weights multiplied (Xiao et al., "SmoothQuant", ICML 2023); none for no smoothing.
+        smoothing: for each channel the integer n of its factor 2 ** (n / SMOOTHING_STEPS), by which the channel is
+            divided before quantisation and its weights are multiplied (Xiao et al., "SmoothQuant", ICML 2023); empty
+            for no smoothing.
 
     Raises:
-        ValueError: 0 is not in it, an end is not finite, or a channel's n is beyond SMOOTHING_BOUND.
+        ValueError: 0 is not in the range, its ends are not finite, too close or too large, or a channel's n is beyond
+            SMOOTHING_BOUND.
     """
 
     low: float
@@ -56,10 +58,10 @@ class Range:
 
     @classmethod
     def of(cls, low: float, high: float, smoothing: tuple[int, ...] = ()) -> "Range":
-        """Make a range of about these ends in which 0 is one of the 256 values that are told apart.
+        """Make a range with about these ends in which 0 is one of the 256 values.
 
-        Integers have a whole number for 0. A range for which it is not whole is rounded at serving: half of a step
-        times the sum of each output's weights, which doubled the error of logits.
+        Integers need a whole number as zero point. A zero point that is not whole is rounded at serving: an error of up
+        to half of a step times the sum of each output's weights, which doubled the error of logits.
         """
         low = min(low, 0.0)
         step = max(high - low, 1e-6) / STEPS
@@ -69,7 +71,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class BlockRanges:
-    """The ranges of one block: what enters its products."""
+    """The ranges of the inputs of one block's products."""
 
     qkv: Range
     proj: Range
@@ -79,10 +81,10 @@ class BlockRanges:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """A checkpoint in 8 bits.
+    """What it takes to run a checkpoint in 8 bits.
 
     Attributes:
-        ranges: of each block's activations; those of weights follow from the weights.
+        ranges: activation ranges, one per block; those of weights follow from the weights.
         profile: cost and accuracy of each sub-network in 8 bits, with scalings of its own.
     """
 
@@ -90,7 +92,7 @@ class Quantization:
     profile: ProfileTable
 
     def losses(self, profile: ProfileTable) -> dict[SubNetwork, float]:
-        """Return how much top-1 each sub-network loses beside `profile`; of those alone of which both are known."""
+        """Return how much top-1 each sub-network loses against `profile`, where both accuracies are known."""
         before = {row.subnetwork: row.top1 for row in profile.rows}
         return {
             row.subnetwork: known - row.top1
@@ -99,7 +101,7 @@ class Quantization:
         }
 
     def too_lossy(self, profile: ProfileTable) -> list[SubNetwork]:
-        """Name the trained ones that lose more than TOLERATED_LOSS beside `profile`, or an unknown part."""
+        """Return the trained sub-networks that lose over TOLERATED_LOSS, or an unknown amount, against `profile`."""
         losses = self.losses(profile)
         trained = (row.subnetwork for row in self.profile.rows if row.is_trained)
         return [each for each in trained if not losses.get(each, 1.0) <= TOLERATED_LOSS + ROUNDING]
@@ -107,15 +109,15 @@ class Quantization:
     def profile_with(
         self, profile: ProfileTable, floating: Collection[SubNetwork], config: SuperViTConfig
     ) -> ProfileTable:
-        """Return the profile in 8 bits with what runs in floating point as it is in `profile`.
+        """Return the profile in 8 bits, with the rows of what runs in floating point taken from `profile`.
 
         Args:
-            profile: in floating point.
-            floating: the trained sub-networks that run so; keep rates beside them do as well.
-            config: of the model.
+            profile: the profile in floating point.
+            floating: the trained sub-networks that run in floating point; keep rates next to one of them do as well.
+            config: the model's architecture.
 
         Returns:
-            A profile without the cascades whose looks are of both kinds.
+            A profile without cascades that mix 8 bits and floating point; rows in floating point have SLOWNESS.
         """
         is_floating = {
             row.subnetwork: not config.trained_beside(row.subnetwork).isdisjoint(floating)

@@ -1,6 +1,6 @@
-"""The backbones under their names in timm's registry: import this, and `timm.create_model` builds them.
+"""The backbones in timm's registry: after this module is imported, `timm.create_model` builds them by name.
 
-Serving needs no timm, whose import takes as long as PyTorch's; so it has no part in `models.supervit`.
+Serving needs no timm, whose import takes as long as PyTorch's, so `models.supervit` does not import this module.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The family of shapes that one set of SuperViT weights can take, and the one rule for token counts.
+"""The family of sub-networks that one set of SuperViT weights contains, and the one rule for token counts.
 
 Pure values: no torch here, so that policies, simulators and tables can be used without it.
 """
@@ -14,7 +14,7 @@ Pooling = Literal["class", "distilled", "mean"]
 Activation = Literal["gelu", "quick_gelu"]
 Interpolation = Literal["bicubic", "bilinear"]
 
-MIN_CROP_FRACTION = 0.1  # with less, every image would be resized to ten times what the model sees of it
+MIN_CROP_FRACTION = 0.1  # below it, images would be resized to over ten times the side that the model sees
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 KINDS = {"flavour": Flavour, "pooling": Pooling, "activation": Activation, "interpolation": Interpolation}
@@ -22,7 +22,7 @@ KINDS = {"flavour": Flavour, "pooling": Pooling, "activation": Activation, "inte
 
 @dataclass(frozen=True, slots=True, order=True)
 class SubNetwork:
-    """One shape of the shared weights.
+    """One (patch grid, keep rate) of the shared weights.
 
     Attributes:
         patch_grid: patches per side of the resized image, at least 1.
@@ -46,39 +46,40 @@ class SubNetwork:
 
 
 def num_kept_patch_tokens(num_patch_tokens: int, keep_rate: float) -> int:
-    """Patch tokens that a prune block leaves: ceil(rate * N), where N counts the class token, and at most all."""
+    """Count the patch tokens that a prune block keeps: ceil(rate * N), N with the class token, and at most all."""
     return min(math.ceil(keep_rate * (num_patch_tokens + 1)), num_patch_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class SuperViTConfig:
-    """Everything that fixes the architecture, its family of sub-networks and its preprocessing.
+    """The architecture, its family of sub-networks and its preprocessing.
 
     Attributes:
-        flavour: "deit" (one patch convolution, exact GELU, qkv bias) or "lvvit" (convolutional stem with batch norm,
-            no qkv bias, residual branches halved, auxiliary head on the patch tokens).
+        flavour: "deit" (one patch convolution, exact GELU, qkv bias) or "lvvit" (convolutional stem with batch norm, no
+            qkv bias, residual branches halved, auxiliary head on the patch tokens).
         width: D, the length of a token; a multiple of `num_heads`.
-        depth: transformer blocks.
-        num_heads: attention heads H.
+        depth: number of transformer blocks.
+        num_heads: H, the number of attention heads.
         mlp_ratio: hidden width of the MLP over D.
-        patch_kernel: side in pixels of the square that one patch token sees; even for "lvvit", whose stem halves first.
+        patch_kernel: side in pixels of the square that one patch token sees; even for "lvvit", whose stem halves the
+            side.
         patch_grids: the trained grids, strictly ascending; the largest sees the image at full size.
-        keep_rates: the trained keep rates, strictly ascending in (0, 1]; a SuperViT's end in 1.
+        keep_rates: the trained keep rates, strictly ascending in (0, 1]; a SuperViT's last is 1.
         prune_blocks: 0-based blocks that prune when the keep rate is under 1.
-        fuse_pruned: whether a block that prunes leaves one token more, the sum of those that it drops, weighted by
-            their scores (EViT: Liang et al., ICLR 2022); a SuperViT drops them.
+        fuse_pruned: whether a prune block adds one token, the sum of the tokens that it prunes, weighted by their
+            scores (EViT: Liang et al., ICLR 2022); a SuperViT drops them without one.
         num_classes: length of the logits.
         stem_width: channels of the "lvvit" stem; unused by "deit".
         num_prefix_tokens: tokens before the patch tokens, which are never pruned: the class token, then a distillation
             token or registers (Darcet et al., ICLR 2024).
-        pooling: what the head reads: the class token, the class and the distillation token side by side, or the mean
-            of the patch tokens, normalised after averaging. "lvvit" reads the class token.
+        pooling: what the head reads: the class token, the class and the distillation token side by side, or the mean of
+            the patch tokens, normalised after averaging. "lvvit" reads the class token.
         pre_norm: whether tokens are normalised before the first block, as in CLIP.
-        activation: of the MLPs: exact GELU, or x * sigmoid(1.702 x) as in OpenAI's CLIP.
+        activation: the MLPs' activation: exact GELU, or x * sigmoid(1.702 x) as in OpenAI's CLIP.
         norm_eps: epsilon of every LayerNorm; None for the flavour's, 1e-6 or, for "lvvit", 1e-5.
-        aux_head_weight: of the auxiliary head's logits in those of "lvvit"; unused by "deit".
-        mean, std: per RGB channel, of values in [0, 1].
-        interpolation: by which images are resized before the crop, with antialiasing.
+        aux_head_weight: weight of the auxiliary head's logits in the logits of "lvvit"; unused by "deit".
+        mean, std: normalisation per RGB channel, of pixel values in [0, 1].
+        interpolation: how images are resized before the crop, with antialiasing.
         crop_fraction: side of the evaluation crop over the shorter side of the resized image, in [0.1, 1].
 
     Raises:
@@ -158,7 +159,7 @@ class SuperViTConfig:
         return tuple(SubNetwork(grid, rate) for grid in self.patch_grids for rate in self.keep_rates)
 
     def trained_beside(self, subnetwork: SubNetwork) -> frozenset[SubNetwork]:
-        """The trained sub-networks of the nearest keep rates on both sides: one, if it was trained itself."""
+        """Return the trained sub-networks of the nearest keep rates on both sides: itself alone, if it was trained."""
         rate = subnetwork.keep_rate
         lower = max((each for each in self.keep_rates if each <= rate), default=self.keep_rates[0])
         higher = min((each for each in self.keep_rates if each >= rate), default=self.keep_rates[-1])
@@ -176,19 +177,19 @@ class SuperViTConfig:
 
     @property
     def head_width(self) -> int:
-        """Length of what the head reads."""
+        """Length of the features that the head reads."""
         return self.width * (2 if self.pooling == "distilled" else 1)
 
     def num_tokens(self, subnetwork: SubNetwork) -> int:
-        """Tokens that enter the first block of `subnetwork`, prefix tokens included."""
+        """Count the tokens that enter the first block of `subnetwork`, prefix tokens included."""
         return subnetwork.patch_grid**2 + self.num_prefix_tokens
 
     def patch_size_px(self, subnetwork: SubNetwork) -> float:
-        """Side of one patch of `subnetwork` in pixels of the full-size input: a coarser grid has larger patches."""
+        """Return the side of one patch in pixels of the full-size input: a coarser grid has larger patches."""
         return self.image_side / subnetwork.patch_grid
 
     def tokens_per_block(self, subnetwork: SubNetwork) -> tuple[tuple[int, int], ...]:
-        """For each block, the tokens that its attention and its MLP see, prefix tokens included (paper, 3.2)."""
+        """Count the tokens that attention and MLP of each block see, prefix tokens included (paper, 3.2)."""
         counts = []
         patches = subnetwork.patch_grid**2
         for block in range(self.depth):

@@ -1,6 +1,6 @@
 """SuperViT: one vision transformer, many sub-networks, one set of weights (Lin et al., IJCV 2023, arXiv 2205.11397).
 
-The forward pass takes its sub-network as an argument and remembers nothing between calls.
+The forward pass takes its sub-network as an argument and keeps no state between calls.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from models.tokens import keep_origins
 
 DEIT_SMALL = SuperViTConfig()
 LVVIT_SMALL = SuperViTConfig(flavour="lvvit", depth=16, mlp_ratio=3.0, crop_fraction=0.9)
-# Blocks 1, 3 and 4 of 6 prune so that keep rates 0.5 and 0.7 cost the same shares of the whole as in the DeiT-S.
+# Blocks 1, 3 and 4 of 6 prune, so that keep rates 0.5 and 0.7 cost the same shares of keep rate 1 as in DeiT-S.
 DEIT_MICRO = SuperViTConfig(
     width=96,
     depth=6,
@@ -28,7 +28,8 @@ DEIT_MICRO = SuperViTConfig(
     num_classes=10,
     crop_fraction=1.0,
 )
-# Its first pruning is a block later: keep rate 0.5 costs 0.73 of the whole at the largest grid, and 0.48 in the DeiT.
+# It first prunes one block later: at the largest grid, keep rate 0.5 costs 0.73 of keep rate 1, against 0.48 in
+# DEIT_MICRO.
 LVVIT_MICRO = SuperViTConfig(
     flavour="lvvit",
     width=96,
@@ -42,18 +43,18 @@ LVVIT_MICRO = SuperViTConfig(
     crop_fraction=1.0,
 )
 
-# Facts of the published backbones that no checkpoint varies.
+# Divides the residual branches; a constant of the published backbones, which no checkpoint varies.
 SKIP_DIVISOR = {"deit": 1.0, "lvvit": 2.0}
 
 
 class PatchTrace(NamedTuple):
-    """Which tokens a block that prunes has kept.
+    """The tokens that a prune block kept.
 
     Attributes:
-        block: its index.
-        kept: (B, K) numbers of patches, row by row from 0, in no particular order; FUSED is the token that those pruned
-            before were fused into.
-        scores: (B, K), the class attention that each was kept for.
+        block: index of the block.
+        kept: (B, K) patch numbers, row by row from 0, in no particular order; FUSED is the token into which an earlier
+            block fused those that it pruned.
+        scores: (B, K) class attention of the kept tokens.
     """
 
     block: int
@@ -77,7 +78,7 @@ class SuperViT(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
-        # Where timm looks for what images a model takes.
+        # timm reads a model's preprocessing from this attribute.
         self.pretrained_cfg = {
             "input_size": (3, config.image_side, config.image_side),
             "mean": config.mean,
@@ -124,11 +125,11 @@ class SuperViT(nn.Module):
             trunc_normal_(pos_embed, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay must leave alone (timm's optimizer factory asks for them)."""
+        """Return the names of the parameters exempt from weight decay (timm's optimizer factory asks for them)."""
         return {"cls_token", *(f"pos_embed_list.{i}" for i in range(len(self.pos_embed_list)))}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Say which parameters belong to which layer (timm's optimizer factory asks, to let rates decay by layer)."""
+        """Return which parameters belong to which layer (timm's optimizer factory asks, for layer-wise rate decay)."""
         del coarse
         stem = r"^cls_token|^pos_embed|^patch_embed|^norm_pre"
         return {"stem": stem, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))]}
@@ -153,19 +154,19 @@ class SuperViT(nn.Module):
     def forward_rates(
         self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...], box: TokenBox | None = None
     ) -> tuple[Tensor, ...]:
-        """Run a batch through all blocks at several keep rates, computing what these share once.
+        """Run a batch through all blocks at several keep rates, computing their common part once.
 
-        All see the same tokens until the first block that prunes, so a training step that wants several saves the
-        embedding and those blocks, forwards and backwards.
+        All keep rates see the same tokens until the first prune block, so a training step at several rates runs the
+        embedding and the blocks before it only once, in the forward and in the backward pass.
 
         Args:
             images: (B, 3, S, S) float, normalised, at full size.
-            patch_grid: a trained one.
-            keep_rates: each in (0, 1].
-            box: whose patch tokens the images exchange; None for none.
+            patch_grid: a trained grid.
+            keep_rates: rates in (0, 1].
+            box: the box whose patch tokens the images exchange; None to exchange none.
 
         Returns:
-            (B, N, D) tokens that the last block leaves of (patch_grid, keep rate), for each of `keep_rates`.
+            For each of `keep_rates`, the (B, N, D) tokens after the last block at (patch_grid, keep rate).
         """
         depth = self.config.depth
         fork = min(self.config.prune_blocks, default=depth)
@@ -195,22 +196,22 @@ class SuperViT(nn.Module):
         return self.pool(self.transform(tokens, subnetwork.keep_rate, 0, self.config.depth))
 
     def transform(self, tokens: Tensor, keep_rate: float, start: int, stop: int) -> Tensor:
-        """Run blocks start..stop-1 over (B, N, D) tokens; those that prune leave fewer of them."""
+        """Run blocks start..stop-1 over (B, N, D) tokens; prune blocks return fewer tokens."""
         for index in range(start, stop):
             tokens = self.blocks[index](tokens, self._rate_of(index, keep_rate))
         return tokens
 
     def trace(self, images: Tensor, subnetwork: SubNetwork) -> tuple[Tensor, tuple[PatchTrace, ...]]:
-        """Classify as `forward` does, and tell which patches each block that prunes has kept.
+        """Classify as `forward` does, and return which patches each prune block kept.
 
         Returns:
-            (B, classes) logits, and a trace for each block that prunes; none where the keep rate is 1.
+            (B, classes) logits, and a trace for each prune block; no trace where the keep rate is 1.
         """
         tokens = self.embed(images, subnetwork.patch_grid)
         origins = torch.arange(subnetwork.patch_grid**2, device=tokens.device).expand(len(images), -1)
         traces = []
         for index in range(self.config.depth):
-            block: Block = self.blocks[index]  # type: ignore[assignment] # a ModuleList does not say of what
+            block: Block = self.blocks[index]  # type: ignore[assignment] # a ModuleList has no element type
             tokens, pruning = block.attend(tokens, self._rate_of(index, subnetwork.keep_rate))
             if pruning is not None:
                 scores, kept = pruning
@@ -225,7 +226,8 @@ class SuperViT(nn.Module):
     def classify(self, tokens: Tensor) -> Tensor:
         """Map the (B, N, D) tokens that the last block left to (B, classes) logits.
 
-        The auxiliary head adds to those of the class head, but not while training: there it has labels of its own.
+        The auxiliary head's logits are added to the class head's, except in training, where the auxiliary head has
+        labels of its own.
         """
         logits: Tensor = self.head(self.pool(tokens))
         of_patches = None if self.training else self.classify_patches(tokens)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-FUSED = -1  # instead of a patch's number: a token that is the sum of several
+FUSED = -1  # in place of a patch number: a token that is the sum of several
 
 
 class Pruning(NamedTuple):
-    """What a block that prunes saw and kept, among the M tokens after the prefix that came to it.
+    """The scores and the choice of a prune block, among the M tokens after the prefix that entered it.
 
     Attributes:
-        scores: (B, M), as of `class_attention_scores`.
-        kept: (B, K) indices of those that it keeps, in no particular order.
+        scores: (B, M), as `class_attention_scores` returns them.
+        kept: (B, K) indices of the kept tokens, in no particular order.
     """
 
     scores: Tensor
@@ -25,7 +25,7 @@ class Pruning(NamedTuple):
 
 
 def class_attention_scores(query: Tensor, key: Tensor, scale: float, num_prefix: int = 1) -> Tensor:
-    """Attention that the class token pays to each patch token, averaged over heads (paper, section 3.2).
+    """Compute the attention that the class token pays to each patch token, averaged over heads (paper, section 3.2).
 
     Only the class token's row of the (N, N) attention is computed.
 
@@ -36,14 +36,14 @@ def class_attention_scores(query: Tensor, key: Tensor, scale: float, num_prefix:
         num_prefix: P, tokens before the patch tokens, class token included.
 
     Returns:
-        (B, N - P), softmax weights over all N tokens, without those of the prefix tokens.
+        (B, N - P) softmax weights, normalised over all N tokens, without those of the prefix tokens.
     """
     row = (query[:, :, :1] * scale) @ key.transpose(-2, -1)  # (B, H, 1, N)
     return row.softmax(dim=-1)[:, :, 0, num_prefix:].mean(dim=1)
 
 
 def prune_by_scores(scores: Tensor, keep: int) -> Pruning:
-    """Choose which patch tokens stay: the `keep` best of (B, M) scores, 1 <= keep <= M."""
+    """Choose the `keep` patch tokens with the best of (B, M) scores, 1 <= keep <= M."""
     return Pruning(scores, scores.topk(keep, dim=1, sorted=False).indices)
 
 
@@ -52,12 +52,12 @@ def keep_tokens(tokens: Tensor, pruning: Pruning, fuse: bool = False) -> Tensor:
 
     Args:
         tokens: (B, P + M, D), P prefix tokens first, of which one is the class token.
-        pruning: of the M patch tokens.
-        fuse: whether the sum of the others, weighted by their scores, stays as one token (EViT, section 3.2).
+        pruning: the choice among the M patch tokens.
+        fuse: whether the sum of the pruned tokens, weighted by their scores, is added as one token (EViT, section 3.2).
 
     Returns:
-        (B, P + K, D), prefix tokens first, the others in the order of `pruning.kept`; or (B, P + K + 1, D), the fused
-        token last, where there was something to fuse.
+        (B, P + K, D), prefix tokens first, then the chosen ones in the order of `pruning.kept`; or (B, P + K + 1, D),
+        the fused token last, if `fuse` is set and a token was pruned.
     """
     scores, kept = pruning
     num_prefix = tokens.shape[1] - scores.shape[1]
@@ -71,7 +71,7 @@ def keep_tokens(tokens: Tensor, pruning: Pruning, fuse: bool = False) -> Tensor:
 
 
 def keep_origins(origins: Tensor, pruning: Pruning, fuse: bool = False) -> Tensor:
-    """Follow (B, M) numbers of patches through `keep_tokens`, whose arguments these are; a fused token gets FUSED."""
+    """Select from (B, M) patch numbers as `keep_tokens` selects from patch tokens; a fused token gets FUSED."""
     kept = origins.gather(1, pruning.kept)
     is_fused = fuse and kept.shape[1] < origins.shape[1]
     return functional.pad(kept, (0, 1), value=FUSED) if is_fused else kept

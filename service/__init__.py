@@ -1,9 +1,9 @@
 """The server: adaptive image classification over HTTP with one shared-weight SuperViT.
 
-Importing OpenVINO would report it to Google Analytics and leave files in the home folder, unasked. It does neither
-where its telemetry package cannot be imported.
+Importing OpenVINO sends a report to Google Analytics and leaves files in the home folder, unasked, unless its telemetry
+package cannot be imported. Its import is therefore made to fail here.
 """
 
 import sys
 
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None is what makes an import fail
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None makes its import fail

@@ -1,4 +1,4 @@
-"""The answer to a request, made of what the looks at its image said."""
+"""Builds the answer to a request from the results of the looks at its image."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from service.scheduling.state import RequestConstraints
 
 logger = logging.getLogger(__name__)
 
-# Reasons to stop with which an image got all the looks that its variant has for it.
+# Stop reasons after which an image has had every look that its variant provides for it.
 COMPLETE = (LookCode.SURE, LookCode.NONE_BETTER)
 
 
@@ -24,15 +24,15 @@ def classification_of(
     timing: Timing,
     budget_s: float,
 ) -> Classification:
-    """Put together what a client is told.
+    """Build the answer that the client receives.
 
     Args:
-        result: of the last look, with those before.
-        constraints: what the request granted.
-        catalog: what could be chosen.
-        predictions: as `predictions_of` makes them.
-        timing: where the time went.
-        budget_s: what was granted.
+        result: the result of the last look, linked to those before it.
+        constraints: the limits of the request.
+        catalog: the variants that could be chosen.
+        predictions: the result of `predictions_of`.
+        timing: the time spent in each stage.
+        budget_s: the latency budget of the request.
     """
     first = result.looks[0]
     looks = tuple(
@@ -51,21 +51,21 @@ def classification_of(
         timing,
         budget_s=budget_s,
         expected_top1=expected_top1,
-        # One between the trained ones that was asked for by name may have measured better.
+        # A sub-network between the trained ones, requested by name, may have measured better than the best variant.
         accuracy_loss=None if best is None or expected_top1 is None else max(0.0, best - expected_top1),
         saved_gflops=max(0.0, catalog.best_alone.gflops - result.spent_macs / 1e9),
     )
 
 
 def predictions_of(result: Result, class_names: tuple[str, ...], top_k: int) -> tuple[Prediction, ...]:
-    """List the most probable classes, the best first.
+    """Return the `top_k` most probable classes, the best first.
 
     Raises:
-        ModelError: the model's answer is not a number.
+        ModelError: the probabilities are NaN.
     """
     best = result.ranking[:top_k]
     probabilities = result.probabilities[best].tolist()
-    if not math.isfinite(probabilities[0]):  # one NaN makes the sum NaN, and so all of them
+    if not math.isfinite(probabilities[0]):  # one NaN logit makes the sum NaN, and so every probability
         logger.error("the model answered an image with %s", result.logits.tolist()[:top_k])
         raise ModelError("the model's answer to this image is not a number")
     return tuple(
@@ -75,7 +75,10 @@ def predictions_of(result: Result, class_names: tuple[str, ...], top_k: int) -> 
 
 
 def _expected_top1(result: Result) -> float | None:
-    """Return the accuracy of what was chosen, less where a cascade was cut short, or of a better look than chosen."""
+    """Return the expected accuracy of the chosen variant.
+
+    It is lower where a cascade was cut short, and that of the most accurate look where that exceeds the variant's.
+    """
     first = result.looks[0].variant
     if len(result.looks) == 1:
         return first.top1 if result.stopped in COMPLETE else first.top1_of_one_look

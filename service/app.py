@@ -1,4 +1,4 @@
-"""The FastAPI application over a server's runtime: lifespan, routes and the answers to errors."""
+"""The FastAPI application over a server's runtime: lifespan, routes, middleware and error responses."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -31,14 +31,15 @@ def create_app(
     is_public: bool = False,
     beside: Sequence[Callable[[], AbstractAsyncContextManager[object]]] = (),
 ) -> FastAPI:
-    """Serve what a runtime runs.
+    """Create the application that serves a runtime.
 
     Args:
-        runtime: not started yet; it lives as long as the app does.
-        ready_first: take no request before the model can answer it, for where others answer meanwhile.
-        names_requests: send back an X-Request-ID, for where no proxy does.
-        is_public: leave out what is for those who run the server: metrics, the machine, the page and documentation.
-        beside: each serves the same runtime in another protocol or at another port, as long as its block lasts.
+        runtime: not started yet; it runs as long as the app does.
+        ready_first: accept requests only once the model can answer them, for use where other servers answer until then.
+        names_requests: send back an X-Request-ID, for use where no proxy does.
+        is_public: leave out what is for operators: metrics, the machine, the page and the documentation.
+        beside: context managers that stay open while the app runs; each serves the same runtime over another protocol
+            or at another port.
     """
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Wires the rooms of a model that is about to take requests: scheduler, batcher, decoder, pipeline."""
+"""Assembles the components of a model that is about to take requests: scheduler, batcher, decoder, pipeline."""
 
 import copy
 import threading
@@ -45,17 +45,17 @@ Profiled = tuple[GrowingProfile, ProfileFile]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ServedModel:
-    """A model that can answer, and all that takes requests to it.
+    """A model that can answer, with the components that bring requests to it.
 
     Attributes:
         checkpoint: the model.
         engine: runs its batches.
-        known: its latencies here.
-        server: what the routes see of it.
+        known: its latencies on this machine.
+        server: the part of it that the routes use.
         batcher: takes turns on the engine's thread.
-        decoder: makes its images.
-        sample: of what it answered of late.
-        announce: has the metrics and the keys' ledger know that it is what is served.
+        decoder: decodes the images of its requests.
+        sample: a sample of its recent answers.
+        announce: tells the metrics and the keys' ledger that this model is served now.
     """
 
     checkpoint: Checkpoint
@@ -69,22 +69,22 @@ class ServedModel:
 
     @property
     def is_unused(self) -> bool:
-        """Whether it has done with every request that came to it."""
+        """Whether it has finished every request that it received, explanations included."""
         return not self.server.pipeline.num_at_work and not self.server.explainer.is_taken
 
     def take_over(self, other: "ServedModel") -> None:
-        """Go on from what another one has learned as it served: nothing of that depends on the model."""
+        """Take over what another model's pipeline has learned while serving; none of it depends on the model."""
         self.server.pipeline.take_over(other.server.pipeline)
 
     async def serve(self) -> None:
-        """Answer requests until its batcher is stopped and all that came to it is answered; errors as the batcher's."""
+        """Answer requests until the batcher is stopped and has answered all of them; errors as `Batcher.serve`."""
         try:
             await self.batcher.serve()
         finally:
             self.close()
 
     def close(self) -> None:
-        """Have its threads end."""
+        """Let the threads of the explainer and the decoder end once their work is done."""
         self.server.explainer.close()
         self.decoder.close()
 
@@ -101,18 +101,18 @@ def assemble(
     ledger: KeyLedger,
     known: Profiled | LatencyTable,
 ) -> ServedModel:
-    """Make all of it.
+    """Create the components of a model and connect them.
 
     Args:
-        settings: every knob.
-        checkpoint: what is served.
+        settings: the settings of the server.
+        checkpoint: the model.
         engine: runs the batches.
-        engine_thread: where it computes.
-        metrics: what is counted.
-        monitor: looks at the machine.
-        threads: of the engine, on a CPU.
-        ledger: of what the holders of keys have had.
-        known: the latencies here: a profile that is to be completed and where it is kept, or a table to be believed.
+        engine_thread: the thread on which the engine computes.
+        metrics: the metrics of the server.
+        monitor: observes the machine.
+        threads: number of threads of the engine, on a CPU.
+        ledger: records the work done for each API key.
+        known: the latencies on this machine: a profile to be completed and its file, or a table to be trusted.
     """
     latencies = known if isinstance(known, LatencyTable) else known[0].predict().likely
     catalog = VariantCatalog.of(extended_profile(checkpoint), latencies, cascades=settings.cascades)
@@ -127,13 +127,13 @@ def assemble(
     limiter = UtilizationLimiter(settings.max_utilization, None if engine.is_on_gpu else monitor.latest.cores)
 
     def observe_machine() -> float:
-        """Tell the scheduler what others' load and the GPU's free memory mean for it; return the load on the CPUs."""
+        """Report other processes' load and the GPU's free memory to the scheduler; return their share of the CPUs."""
         latest = monitor.latest
         load = 1.0 if engine.is_on_gpu else prior_slowdown(latest, threads)
         scheduler.machine_observed(load, engine.fitting_images())
         return 0.0 if engine.is_on_gpu else (latest.others_cores or 0.0) / (latest.cpus or latest.cores)
 
-    # Audits first: they are bounded, and the rest of a profile may take hours.
+    # Audits come first: they are bounded, while completing a profile may take hours.
     works: list[IdleWork] = [Audit(engine.run, scheduler, metrics.audits.audited)] if settings.audit else []
     profiler, measured_at = None, "not measured here"
     if not isinstance(known, LatencyTable):
@@ -181,7 +181,10 @@ def assemble(
 
 
 def _model_to_explain(checkpoint: Checkpoint, engine: Engine) -> SuperViT:
-    """Return the engine's own model, or of one on a GPU a copy: no other thread may use a GPU that captures a graph."""
+    """Return the engine's own model, or a copy on the CPU where the engine uses a GPU.
+
+    No other thread may use a GPU while it captures a graph.
+    """
     model = checkpoint.model
     return copy.deepcopy(model).to("cpu", torch.float32) if engine.is_on_gpu else model
 
@@ -204,9 +207,9 @@ def _make_profiler(
     profile: GrowingProfile,
     file: ProfileFile,
 ) -> IdleProfiler:
-    """Make what completes a profile, and tells the scheduler of it."""
+    """Create the profiler that completes a profile in idle moments and publishes it to the scheduler."""
     catalog, image_side = scheduler.catalog, checkpoint.config.image_side
-    if engine.pads_batches:  # the start prepares the trained sub-networks
+    if engine.pads_batches:  # the trained sub-networks are prepared at start-up
         untrained = [row.subnetwork for row in extended_profile(checkpoint).rows if not row.is_trained]
         shapes = cells_of(untrained, profile.batch_sizes)
     else:

@@ -1,6 +1,6 @@
-"""Prepares a model beside the one that is served.
+"""Prepares a candidate model while another one is served.
 
-What computes is given to the engine's thread an image at a time, but for the first run, which takes too long for that.
+The candidate computes on the engine's thread, a short batch at a time, except for its first runs, which take too long.
 """
 
 from collections.abc import Callable
@@ -26,21 +26,22 @@ from service.scheduling.key_ledger import KeyLedger
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
-# Of the size of its file, for the weights in float32, graphs of them and what is left of compiling these: the default
-# checkpoint, 44 MB in half precision, took 445 MB with one in 8 bits and one in bfloat16, the small one, 2.8 MB, 72.
+# Memory that a second model may take, as a multiple of its file: the weights in float32, their compiled graphs and what
+# compilation leaves behind. The default checkpoint, 44 MB in half precision, took 445 MB with one graph in 8 bits and
+# one in bfloat16; the small one, 2.8 MB, took 72 MB.
 MEMORY_OF_FILE = 10
-MEMORY_BYTES = 100_000_000  # on top of it
-REHEARSED_S = 0.02  # by the profile, that a batch takes at most which requests may have to wait for
+MEMORY_BYTES = 100_000_000  # on top of that
+REHEARSED_S = 0.02  # longest profiled time of a rehearsed batch, as requests may have to wait for it
 
 Load = Callable[[Path], Checkpoint]
 OpenEngine = Callable[..., tuple[Engine, Checkpoint]]
 
 
 class CandidateMaker:
-    """Makes models ready to be served; its methods wait, and are for a thread of their own.
+    """Makes models ready to be served; its methods block and should run on a separate thread.
 
-    It does not give way to others: the threads that an engine starts would do so for good, and one that holds Python's
-    lock while others have the cores would keep the event loop waiting.
+    That thread keeps the normal priority of the operating system. The threads that an engine starts would inherit a
+    lower one for good, and a thread that holds the GIL while others have the cores would block the event loop.
     """
 
     def __init__(
@@ -56,18 +57,18 @@ class CandidateMaker:
         begin: Callable[..., Profiled] = begin_profile,
         is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Take what they share with the one that is served.
+        """Create a maker from what candidates share with the served model.
 
         Args:
-            settings: every knob.
-            thread: on which engines compute.
-            metrics: what is counted.
-            monitor: looks at the machine.
-            ledger: of what the holders of keys have had.
+            settings: the settings of the server.
+            thread: the thread on which engines compute.
+            metrics: the metrics of the server.
+            monitor: observes the machine.
+            ledger: records the work done for each API key.
             load: reads a checkpoint.
-            open_engine: makes an engine for it.
-            begin: reads the latencies that were measured before, and measures what is needed to begin.
-            is_stopping: whether the server stops, so that another process that measures is waited for no longer.
+            open_engine: creates an engine for a checkpoint.
+            begin: reads the latencies measured before, and measures those that are needed to begin.
+            is_stopping: returns whether the server is stopping, which ends the wait for another process that measures.
         """
         self._settings, self._thread, self._metrics, self._monitor = settings, thread, metrics, monitor
         self._ledger, self._load, self._open_engine = ledger, load, open_engine
@@ -77,8 +78,8 @@ class CandidateMaker:
         """Load a checkpoint.
 
         Raises:
-            CheckpointError: there is none of that name, or it is broken.
-            ModelChangeError: the memory that is free holds no second model of its size.
+            CheckpointError: there is no checkpoint of that name, or it is broken.
+            ModelChangeError: the free memory is too small for a second model of this size.
         """
         path = find_checkpoint(name)
         needed, free = MEMORY_OF_FILE * path.stat().st_size + MEMORY_BYTES, self._monitor.latest.memory_available_bytes
@@ -88,24 +89,29 @@ class CandidateMaker:
         return self._load(path)
 
     def prepare(self, checkpoint: Checkpoint, beside: ServedModel) -> ServedModel:
-        """Compile a model, run each sub-network once, and find out or measure how long it takes.
+        """Compile a model, run each sub-network once, and look up or measure its latencies.
+
+        Args:
+            checkpoint: the candidate.
+            beside: the served model, whose latencies are taken over where they must be the same.
 
         Raises:
-            DeviceError: no engine can run it here.
-            ModelChangeError: what it answers is no number.
-            NotReadyError: the server stops.
+            DeviceError: no engine can run the model here.
+            ModelChangeError: some logits of the model are not finite.
+            NotReadyError: the server is stopping.
         """
         settings = self._settings
         threads = settings.threads or engine_threads(checkpoint, self._monitor.latest.cores)
         kind, device, precision = settings.engine, settings.device, settings.precision
         engine, checkpoint = self._open_engine(checkpoint, kind, device, precision, threads)
         run, config = self.run_of(engine), checkpoint.config
-        # The first run of all takes five to ten times as long as any other: on the engine's thread, requests would wait
-        # for it. The cheapest may be in floating point where the dearest is in 8 bits. A GPU is for that thread alone.
+        # The first run of all takes five to ten times as long as any other; on the engine's thread, requests would wait
+        # for it. Both ends run here: the cheapest sub-network may be in floating point where the most expensive is in
+        # 8 bits. A GPU may be used by the engine's thread alone.
         ends = () if engine.is_on_gpu else (config.subnetworks[0], config.largest)
         require_numbers(engine.run, config.image_side, ends)
         require_numbers(run, config.image_side, tuple(each for each in config.subnetworks if each not in ends))
-        if engine.is_on_gpu:  # where it takes a moment, and also tells how much memory an image takes
+        if engine.is_on_gpu:  # takes only a moment there, and measures the memory that an image takes
             self._thread.work(engine.warm_up).result()
         return assemble(
             settings,
@@ -120,15 +126,15 @@ class CandidateMaker:
         )
 
     def rehearse(self, model: ServedModel, beside: ServedModel) -> None:
-        """Run each shape of batch that the model that is served runs these days, where that takes but a moment.
+        """Run each batch shape that the served model, `beside`, ran recently, if its batch takes at most REHEARSED_S.
 
-        A library prepares itself for the first of a shape, for milliseconds: next to nothing where a batch takes long,
-        and where it takes but a few it doubles the time of all the batches that follow the change.
+        A library prepares itself at the first batch of a shape, for milliseconds. That is negligible where batches take
+        long. Where they take only a few milliseconds, it doubles the time of all batches that follow the change.
 
         Raises:
-            NotReadyError: the server stops.
+            NotReadyError: the server is stopping.
         """
-        if model.engine.pads_batches:  # it knows its shapes from the start
+        if model.engine.pads_batches:  # its batch shapes are fixed from the start
             return
         run, side = self.run_of(model.engine), model.checkpoint.config.image_side
         alone = [variant for variant in model.server.scheduler.catalog.variants if variant.second_look is None]
@@ -139,7 +145,7 @@ class CandidateMaker:
                 run(torch.zeros(size, 3, side, side, dtype=torch.uint8), subnetwork)
 
     def run_of(self, engine: Engine) -> Run:
-        """Return what runs a batch of an engine between those of requests, and waits for it."""
+        """Return a function that runs a batch on the engine's thread, between those of requests, and waits for it."""
 
         def run(images: Tensor, subnetwork: SubNetwork) -> Tensor:
             if self._is_stopping():
@@ -151,7 +157,7 @@ class CandidateMaker:
     def _latencies(
         self, checkpoint: Checkpoint, engine: Engine, run: Run, beside: ServedModel
     ) -> Profiled | LatencyTable:
-        """Take over those of the model that is served where they must be the same, or else begin to measure."""
+        """Take over the latencies of the served model where they must be the same; otherwise begin to measure."""
         folder, most, name = self._settings.profile_folder, self._settings.max_batch_size, engine.describe()
         padded = engine.pads_batches
         begin = partial(

@@ -1,4 +1,4 @@
-"""Asks for a change of the model whenever the file of the checkpoint that is served is replaced."""
+"""Begins a model change whenever the file of the served checkpoint is replaced."""
 
 import asyncio
 import logging
@@ -10,34 +10,34 @@ from service.access.watched_files import CHECK_S, WatchedFiles
 from service.errors import ServiceError
 from service.model_change import ModelChange
 
-LEVEL_LOOKS = 2  # without a change, after which a file is taken to be whole
+LEVEL_LOOKS = 2  # consecutive checks without a change after which a file counts as complete
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointWatch:
-    """Looks at a file, and begins a change once it has been replaced and is whole."""
+    """Checks a file, and begins a model change once it has been replaced and is complete."""
 
     def __init__(
         self, path: Path, version: str, begin: Callable[[ModelChange], object], files: WatchedFiles | None = None
     ) -> None:
-        """Take the file as it is now: what was put there since the model was read is a change already.
+        """Begin to watch a file; one that was replaced since the model was read counts as changed.
 
         Args:
-            path: of the checkpoint.
-            version: of the one that is served.
-            begin: begins a change.
+            path: path of the checkpoint.
+            version: version of the served checkpoint.
+            begin: begins a model change.
             files: tells whether the file has changed.
 
         Raises:
             OSError: the file cannot be read.
         """
         self._path, self._begin = path, begin
-        self._files = files or WatchedFiles([path])  # before it is read, so that nothing is missed between
+        self._files = files or WatchedFiles([path])  # before the file is read, so that no change is missed
         self._looks_left = None if digest(path) == version else LEVEL_LOOKS
 
     def look(self) -> None:
-        """Look once; what cannot be begun yet, because another change goes on, is tried again at the next look."""
+        """Check the file once; a change refused now, as while another one runs, is tried again at the next check."""
         if self._files.have_changed():
             self._looks_left = LEVEL_LOOKS
         elif self._looks_left:
@@ -55,12 +55,12 @@ class CheckpointWatch:
 async def follow(
     name: str, open_watch: Callable[[], CheckpointWatch], sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 ) -> None:
-    """Look at the file until cancelled, whatever goes wrong meanwhile.
+    """Check the file every CHECK_S until cancelled, and continue after any error.
 
     Args:
-        name: of the checkpoint, for the log.
-        open_watch: finds the file and begins to watch it; it may take long, and is called on a thread of its own.
-        sleep: waits for so many seconds.
+        name: name of the checkpoint, for the log.
+        open_watch: finds the file and begins to watch it; called on another thread, because it may take long.
+        sleep: waits for the given number of seconds.
     """
     watch: CheckpointWatch | None = None
     is_well = True
@@ -71,7 +71,7 @@ async def follow(
             await sleep(CHECK_S)
             watch.look()
             is_well = True
-        except Exception as error:  # whatever it is, the next file that is put there must be served
+        except Exception as error:  # whatever the error, the next file put there must be served
             if is_well:
                 message = "the file of %s cannot be watched, and is tried again: %s"
                 logger.error(message, name, error, exc_info=not isinstance(error, OSError | CheckpointError))

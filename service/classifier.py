@@ -1,6 +1,6 @@
-"""Classifies images for every protocol alike.
+"""Classifies images for all protocols.
 
-Each is counted and its answer remembered, and those of one address are kept within bounds.
+Requests are counted, their number per address is bounded, and their answers are remembered.
 """
 
 from collections import Counter
@@ -20,10 +20,16 @@ RETRY_AFTER_S = 1.0
 
 
 class Classifier:
-    """What the protocols share on the way to the pipeline."""
+    """The steps around the pipeline that all protocols share."""
 
     def __init__(self, metrics: Metrics, max_in_flight_per_address: int, answers: RecentAnswers) -> None:
-        """Take what counts, how many requests of one address may be worked on at once, and what remembers answers."""
+        """Create a classifier.
+
+        Args:
+            metrics: counts the requests.
+            max_in_flight_per_address: requests of one address that may be in the server at once.
+            answers: remembers the answers.
+        """
         self._metrics, self._by_address = metrics, RequestsByClient(max_in_flight_per_address)
         self._answers = answers
 
@@ -37,13 +43,13 @@ class Classifier:
     ) -> Classification:
         """Answer one request, count it and remember the answer.
 
-        Arguments beside the pipeline and errors as `Pipeline.classify`.
+        The arguments after `pipeline` and the errors are those of `Pipeline.classify`.
         """
         with counted(self._metrics, wanted.key) as record, self._by_address.counting(wanted.address) as enter:
 
             async def read_and_enter(within_s: float) -> Image:
                 image = await read(within_s)
-                enter()  # not before: what drips in shall not keep others out
+                enter()  # only now: an image that arrives slowly must not keep others out
                 return image
 
             classification = await pipeline.classify(read_and_enter, wanted, watch, reserved)
@@ -53,10 +59,15 @@ class Classifier:
 
 
 class RequestsByClient:
-    """Counts the requests of each client that are at some place, and keeps them within bounds."""
+    """Counts the requests of each client at one stage, such as in the server, and bounds their number."""
 
     def __init__(self, most: int, place: str = "in the server") -> None:
-        """Take how many there may be of one client, and what is said of where they are."""
+        """Create a counter.
+
+        Args:
+            most: requests of one client that may be at this stage at once.
+            place: the stage, as error messages name it.
+        """
         self._most, self._place = most, place
         self._numbers: Counter[tuple[OverloadReason, str]] = Counter()
 
@@ -65,11 +76,11 @@ class RequestsByClient:
         """Count a request of a client until the block ends.
 
         Args:
-            address: of the client; None where it is not known, and nothing is counted.
-            key: by which the client is known, wherever it is; None where that is by its address.
+            address: address of the client; None where unknown: without a key, nothing is then counted.
+            key: identifies the client at any address; None to identify it by its address.
 
         Yields:
-            What to call once it is there; raises an OverloadedError where too many are.
+            A function to call once the request is at this stage; raises an OverloadedError if too many are.
         """
         has_entered = False
         client = _client(address, key)
@@ -95,7 +106,7 @@ class RequestsByClient:
 
 
 def _client(address: str | None, key: ApiKey | None) -> tuple[OverloadReason, str] | None:
-    """Name a client by what it is known by, and say what that is."""
+    """Return the kind and the value of what identifies a client: its key, or else its address; None without either."""
     if key is not None:
         return "key", key.name
     return None if address is None else ("address", address)

@@ -1,6 +1,7 @@
-"""The `supervit` command: parses, calls, prints. What can be expected to go wrong ends in one line on stderr.
+"""The `supervit` command: parses, calls, prints. Expected failures end in one line on stderr.
 
-What a command needs is imported once its words are read: help, completion and wrong usage wait for no torch.
+The modules of a command are imported once its arguments are parsed: help, completion and wrong usage do not wait for
+torch.
 """
 
 import os
@@ -24,18 +25,18 @@ EXIT_CODES = """[bold]Exit codes[/bold]
   130  stopped by Ctrl-C
 
 Help on a command: [bold]supervit COMMAND --help[/bold]"""
-EXTRAS = {"aiohttp": "bench", "matplotlib": "train", "tqdm": "train"}  # of libraries that come with one only
+EXTRAS = {"aiohttp": "bench", "matplotlib": "train", "tqdm": "train"}  # the extra that installs each optional library
 
 
 class Supervit(TyperGroup):
-    """The commands, of which only the one that is asked for is loaded."""
+    """The group of commands; loads only the one that is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:  # noqa: ANN401 - not public
-        """Find the command that the words name, and load it."""
+        """Find the command that the arguments name, and load it."""
         name, _, rest = super().resolve_command(ctx, args)
-        if name is None:  # half a word, that a shell asks to complete
+        if name is None:  # a partial word that a shell asks to complete
             return None, None, rest
-        from service.commands.command import make_command  # with pydantic, which the list of commands does without
+        from service.commands.command import make_command  # imports pydantic, which the list of commands does not need
 
         return name, make_command(name, COMMANDS[name]), rest
 
@@ -48,7 +49,7 @@ def _show_version(asked: bool) -> None:
 
 app = typer.Typer(cls=Supervit, rich_markup_mode="rich", context_settings={"help_option_names": ["--help", "-h"]})
 for name, command in COMMANDS.items():
-    app.command(name, help=command.summary)(lambda: None)  # its place in the list
+    app.command(name, help=command.summary)(lambda: None)  # a placeholder in the list of commands
 
 
 @app.callback(epilog=EXIT_CODES)
@@ -61,17 +62,17 @@ def supervit(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 for what went wrong, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run one command and return the exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         asked = parse(words or ["--help"])
         status = asked if isinstance(asked, int) else asked()
-        sys.stdout.flush()  # while it can still be said that the disk is full
+        sys.stdout.flush()  # while a full disk can still be reported
         return status if words else 2
     except WrongUsageError as error:
         return _fail(shown(error, MESSAGE_CHARACTERS), 2)
-    except BrokenPipeError:  # the reader of our output has had enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its exit
+    except BrokenPipeError:  # the reader has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at exit
         return 1
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> Callable[[], int] | int:
-    """Read the words after `supervit`: return the call that they ask for, or the status where help was all of it.
+    """Parse the arguments of `supervit`; return the call that they ask for, or the exit status if help was all of it.
 
     Raises:
         WrongUsageError: there is no such command or option, or a value is out of its range.

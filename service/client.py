@@ -1,11 +1,11 @@
-"""A client of a SuperViT server: typed answers, typed errors, and further tries as long as there is time.
+"""A client of a SuperViT server: typed answers, typed errors, and retries as long as there is time.
 
     with Client("http://127.0.0.1:8000") as client:
         answer = client.classify("dalmatian.jpg", budget_gflops=2.3, budget_ms=300)
         print(answer.predictions[0].label, answer.subnetwork.gflops)
 
-`AsyncClient` is the same to be awaited. Both only send and sleep: what is sent, when again, and what an answer says is
-decided in `tries`. Errors are those of `service.errors`, raised anew from what the server says.
+`AsyncClient` is the same for `await`. Both only send and sleep: `tries` decides what is sent, when it is sent again and
+what an answer means. Errors are those of `service.errors`, rebuilt from the server's answers.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ Image = bytes | str | os.PathLike[str] | IO[bytes]
 
 
 class Client:
-    """Asks a server, and waits for its answers; to be closed, or used in a `with` block. Threads may share it."""
+    """A blocking client; close it, or use it in a `with` block. Threads may share it."""
 
     def __init__(
         self,
@@ -43,20 +43,20 @@ class Client:
         sleep: Callable[[float], None] = time.sleep,
         draw: Clock = random.random,
     ) -> None:
-        """Open nothing yet.
+        """Create a client; the first request opens a connection.
 
         Args:
-            url: of the server, such as http://127.0.0.1:8000.
-            api_key: where the server asks for one.
-            timeout_s: longest silence of the server that is borne, and how long a request without a budget is tried.
-            max_retries: most further tries of a request.
-            transport: carries the requests; the network's by default.
+            url: URL of the server, such as http://127.0.0.1:8000.
+            api_key: API key, for a server that requires one.
+            timeout_s: longest silence of the server, and how long a request without a latency budget is retried.
+            max_retries: most retries of a request.
+            transport: carries the requests; the network by default.
             clock: monotonic, in seconds.
-            sleep: waits for so many seconds.
-            draw: a random number of 0..1, by which clients that were rejected together do not come back together.
+            sleep: waits for the given number of seconds.
+            draw: returns a random number in 0..1, which spreads the retries of clients that were rejected together.
 
         Raises:
-            InvalidParameterError: that is no URL of a server.
+            InvalidParameterError: `url` is not an HTTP URL.
         """
         headers = bearer(api_key)
         self._http = httpx.Client(base_url=_checked(url), headers=headers, timeout=timeout_s, transport=transport)
@@ -64,29 +64,29 @@ class Client:
         self._sleep = sleep
 
     def classify(self, image: Image, **options: Unpack[ClassifyOptions]) -> ClassifyAnswer:
-        """Ask what an image shows.
+        """Classify an image.
 
         Args:
-            image: the bytes of a file, the path of one, or an open one.
+            image: the bytes of a file, its path, or an open file.
             options: see `ClassifyOptions`.
 
         Raises:
-            ServiceError: as `service.errors` has them, such as OverloadedError, DeadlineError, InvalidImageError.
-            NoAnswerError: there is no server, or it does not answer as one.
+            ServiceError: one of `service.errors`, such as OverloadedError, DeadlineError or InvalidImageError.
+            NoAnswerError: there is no server, or what answers is not a SuperViT server.
             OSError: the file cannot be read.
         """
         return self._ask(Tries.of_classify(self._patience, _read_image(image), options))
 
     def explain(self, image: Image, **options: Unpack[ClassifyOptions]) -> ExplainAnswer:
-        """Ask what an image shows, and which patches of it were looked at; arguments and errors as `classify`."""
+        """Classify an image and explain which of its patches were kept; arguments and errors as `classify`."""
         return self._ask(Tries.of_explain(self._patience, _read_image(image), options))
 
     def subnetworks(self) -> SubNetworksAnswer:
-        """Ask what can be had, at which cost and accuracy; errors as `classify`."""
+        """List the sub-networks with their cost and accuracy; errors as `classify`."""
         return self._ask(Tries(self._patience, SubNetworksAnswer, Call("GET", "/subnetworks")))
 
     def wait_until_ready(self, within_s: float = TIMEOUT_S) -> ReadyAnswer:
-        """Wait for a server that starts; errors as `classify`, its last one if it is not ready in time."""
+        """Wait until a starting server is ready; errors as `classify`, the last one if it is not ready in time."""
         return self._ask(Tries.of_readiness(self._patience, within_s))
 
     def close(self) -> None:
@@ -113,7 +113,7 @@ class Client:
 
 
 class AsyncClient:
-    """Asks a server without blocking the event loop; to be closed, or used in an `async with` block."""
+    """A client that does not block the event loop; close it, or use it in an `async with` block."""
 
     def __init__(
         self,
@@ -127,28 +127,28 @@ class AsyncClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         draw: Clock = random.random,
     ) -> None:
-        """Open nothing yet; arguments and errors as those of `Client`."""
+        """Create a client; arguments and errors as those of `Client`."""
         headers = bearer(api_key)
         self._http = httpx.AsyncClient(base_url=_checked(url), headers=headers, timeout=timeout_s, transport=transport)
         self._patience = Patience(timeout_s, max_retries, clock, draw)
         self._sleep = sleep
 
     async def classify(self, image: Image, **options: Unpack[ClassifyOptions]) -> ClassifyAnswer:
-        """Ask what an image shows; arguments and errors as `Client.classify`."""
+        """Classify an image; arguments and errors as `Client.classify`."""
         data = await asyncio.to_thread(_read_image, image)
         return await self._ask(Tries.of_classify(self._patience, data, options))
 
     async def explain(self, image: Image, **options: Unpack[ClassifyOptions]) -> ExplainAnswer:
-        """Ask what an image shows, and which patches of it were looked at; arguments and errors as `classify`."""
+        """Classify an image and explain which of its patches were kept; arguments and errors as `classify`."""
         data = await asyncio.to_thread(_read_image, image)
         return await self._ask(Tries.of_explain(self._patience, data, options))
 
     async def subnetworks(self) -> SubNetworksAnswer:
-        """Ask what can be had, at which cost and accuracy; errors as `Client.classify`."""
+        """List the sub-networks with their cost and accuracy; errors as `Client.classify`."""
         return await self._ask(Tries(self._patience, SubNetworksAnswer, Call("GET", "/subnetworks")))
 
     async def wait_until_ready(self, within_s: float = TIMEOUT_S) -> ReadyAnswer:
-        """Wait for a server that starts; errors as `Client.wait_until_ready`."""
+        """Wait until a starting server is ready; errors as `Client.wait_until_ready`."""
         return await self._ask(Tries.of_readiness(self._patience, within_s))
 
     async def close(self) -> None:

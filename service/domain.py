@@ -1,4 +1,4 @@
-"""The nouns that pass between the rooms of the service. All are frozen; instants are on the monotonic clock."""
+"""The value types that the packages of the service share. All are frozen; instants are on the monotonic clock."""
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
@@ -10,60 +10,60 @@ from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 
 DEFAULT_TOP_K = 5
-KEY_NAME = r"^[A-Za-z0-9._-]{1,64}$"  # fit for a log and a label
+KEY_NAME = r"^[A-Za-z0-9._-]{1,64}$"  # safe in a log line and in a metric label
 HIGHEST_PRIORITY, LOWEST_PRIORITY = 10, -10  # more than a handful of classes cannot be told apart
-MAX_IMAGES = 16  # that one message may bring; each is a request of its own
+MAX_IMAGES = 16  # images in one message; each is a separate request
 
 
 class ReasonCode(StrEnum):
     """Why a variant was chosen."""
 
-    PINNED = "pinned"  # it was asked for by name
-    GFLOPS_BUDGET = "gflops_budget"  # it uses the budget of compute up
-    KEY_RATE = "key_rate"  # it uses up what the rate of its key has left
+    PINNED = "pinned"  # the sub-network was requested by name
+    GFLOPS_BUDGET = "gflops_budget"  # the most accurate within the request's compute budget
+    KEY_RATE = "key_rate"  # the most accurate within what the rate of its key has left
     ALONE = "alone"  # nothing else waits: the most accurate
     DEADLINE = "deadline"  # the most accurate that answers the one request in time
-    FORECAST = "forecast"  # likewise, with the requests that are expected
+    FORECAST = "forecast"  # the same, with the requests that are expected
     ALL_IN_TIME = "all_in_time"  # the most accurate that answers the whole queue in time
     SUSTAINED_OVERLOAD = "sustained_overload"  # arrivals have exceeded all capacity for seconds: the cheapest
-    BURST_OVERLOAD = "burst_overload"  # not even the cheapest answers all of the queue in time
-    UNSURE = "unsure"  # an earlier look was not sure enough of the answer
-    BASELINE = "baseline"  # by the rule of a policy that is not ours
+    BURST_OVERLOAD = "burst_overload"  # not even the cheapest answers the whole queue in time
+    UNSURE = "unsure"  # the confidence of an earlier look was too low
+    BASELINE = "baseline"  # chosen by a baseline policy
     NOTHING_TO_RUN = "nothing_to_run"
 
 
 class LookCode(StrEnum):
     """Why an image was not looked at again."""
 
-    SURE = "sure"  # the last look was, or none was asked to be
-    NONE_BETTER = "none_better"  # it was at the most accurate sub-network
-    BUDGET = "budget"  # it would cost more than the request may
-    DEADLINE = "deadline"  # it would be late
-    OVERLOAD = "overload"  # others need the time
-    FAILED = "failed"  # the model could not
+    SURE = "sure"  # the last look was sure enough, or no confidence was required
+    NONE_BETTER = "none_better"  # the last look used the most accurate sub-network
+    BUDGET = "budget"  # another look would exceed the compute budget
+    DEADLINE = "deadline"  # another look would miss the deadline
+    OVERLOAD = "overload"  # other requests need the time
+    FAILED = "failed"  # the model failed at another look
 
 
 class ServerState(Enum):
-    """What a server is at."""
+    """The lifecycle state of a server."""
 
-    STARTING = "starting"  # it warms up or measures its latencies
+    STARTING = "starting"  # warming up or measuring its latencies
     READY = "ready"
-    DRAINING = "draining"  # it takes no new request, and answers those admitted
-    HUNG = "hung"  # a batch of it never ends
+    DRAINING = "draining"  # takes no new requests, answers those admitted
+    HUNG = "hung"  # a batch never ends
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """What the holder of a key may ask of this server.
+    """An API key and its limits.
 
     Attributes:
-        name: for logs and metrics; the key itself is in neither.
+        name: name in logs and metrics, which never contain the key itself.
         gflops_per_s: most work in the long run, in 1e9 multiply-accumulates per second; None for no bound.
-        burst_gflops: most work at once beyond that, after a pause; None where `gflops_per_s` is.
-        weight: of its share of the work where all keys together want more than the machine can do.
-        highest_priority: that its requests may ask for, and get where they ask for none.
-        shortest_budget_ms: that its requests may ask for; None for any.
-        max_in_flight: requests in the server at once; None for no bound of its own.
+        burst_gflops: most work at once beyond that, after a pause; None where `gflops_per_s` is None.
+        weight: weight of its share of the work when all keys together want more than the machine can do.
+        highest_priority: highest priority that its requests may ask for; a negative one is also their default.
+        shortest_budget_ms: shortest latency budget that its requests may ask for; None for any.
+        max_in_flight: its requests in the server at once; None for no bound of its own.
     """
 
     name: str
@@ -77,21 +77,22 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """What a client asks for.
+    """A request to classify one image, with the client's limits.
 
     Attributes:
-        arrived_at: when its first byte was handed to us, in seconds.
-        budget_ms: time from then on within which its answer is wanted; None for the server's default.
-        budget_gflops: most that its sub-network may cost, in 1e9 multiply-accumulates; None for no limit.
-        subnetwork: the one asked for by name; None leaves the choice to the policy.
-        min_confidence: probability of the answer, 0..1, under which it wants the image looked at again.
-        top_k: how many predictions to return; None for DEFAULT_TOP_K, or all classes if there are fewer.
+        arrived_at: when its first byte reached this process, in seconds.
+        budget_ms: latency budget from `arrived_at`; None for the server's default.
+        budget_gflops: most that its looks together may cost, in 1e9 multiply-accumulates; None for no limit.
+        subnetwork: the sub-network requested by name; None leaves the choice to the policy.
+        min_confidence: probability of the answer, 0..1, below which the image is to be looked at again.
+        top_k: number of predictions to return; None for DEFAULT_TOP_K, or all classes if there are fewer.
         priority: lower may be rejected or shed first; None for 0, or the highest that its key allows if that is lower.
-        address: that it came from; None where that is not known.
-        key: that it came with; None where none is asked for.
-        client_waits_s: time from its arrival after which its client is gone, whatever the budget; None where it stays.
-        image: its place among those that came with one message, from 0.
-        num_together: it and the images after it that are answered with it or not at all; 1 where it stands alone.
+        address: address of its client; None where unknown.
+        key: API key that it carries; None where the server requires none.
+        client_waits_s: time from arrival after which its client is gone, whatever the budget; None where it stays.
+        image: index of its image in the message, from 0.
+        num_together: number of images, this one and those after it, that are answered together or not at all; 1 for a
+            single image.
     """
 
     arrived_at: float
@@ -110,14 +111,14 @@ class InferenceRequest:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One look at an image.
+    """One look at an image: one forward pass by one sub-network.
 
     Attributes:
-        profile: of the sub-network that looked.
-        answer: index of the class that it took for the most probable.
-        confidence: calibrated probability of that, 0..1.
-        inference_s: the batch in the engine.
-        started_at: when that began.
+        profile: profile of the sub-network.
+        answer: index of the most probable class.
+        confidence: calibrated probability of that class, 0..1.
+        inference_s: time that the batch took in the engine.
+        started_at: when the batch began.
     """
 
     profile: SubNetworkProfile
@@ -132,9 +133,9 @@ class PlannedLook:
     """A second look that depends on the first.
 
     Attributes:
-        profile: of the sub-network that would look.
-        threshold: probability of the first answer, 0..1, under which it does.
-        share: fraction of images, 0..1, for which that was so where it was measured.
+        profile: profile of the sub-network that would look.
+        threshold: probability of the first answer, 0..1, below which it looks.
+        share: fraction of images, 0..1, that fell below the threshold where that was measured.
     """
 
     profile: SubNetworkProfile
@@ -149,10 +150,10 @@ class Decision:
     Attributes:
         profile: the sub-network, its cost and its accuracy.
         batch_size: images that ran together.
-        predicted_s: what the batch was expected to take in the engine.
-        code: why.
+        predicted_s: predicted time of the batch in the engine.
+        code: why it was chosen.
         reason: the same in a sentence.
-        second_look: what follows where the first look is unsure, as far as is known beforehand.
+        second_look: the look that follows an unsure first one, as far as that is known beforehand.
     """
 
     profile: SubNetworkProfile
@@ -165,7 +166,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What would become of a request that arrived now: the decision, and when its answer would come."""
+    """The prediction for a request that arrived now: the decision, and when its answer would come."""
 
     decision: Decision
     answered_in_s: float
@@ -182,14 +183,14 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where the time went, in seconds.
+    """The time spent in each stage, in seconds.
 
     Attributes:
-        read_s: from arrival until the whole upload was there.
-        decode_wait_s: waiting for a thread that decodes.
-        decode_s: at work on the image's bytes.
+        read_s: from arrival until the upload was complete.
+        decode_wait_s: waiting for a decoding thread.
+        decode_s: decoding the image.
         queue_s: waiting for the engine.
-        inference_s: the batch in the engine.
+        inference_s: in the engine, the batches of all looks together.
         total_s: from arrival to the finished answer, the upload included.
     """
 
@@ -206,16 +207,16 @@ class Classification:
     """The answer to an InferenceRequest.
 
     Attributes:
-        predictions: the best first, as many as were asked for.
-        probabilities: (classes,), of every class.
-        looks: at the image, in their order; the last one gave the answer.
-        stopped: why no other followed.
-        decision: what ran last, and why it came to that.
-        timing: where the time went.
-        budget_s: what was granted.
-        expected_top1: accuracy, 0..1, of what was chosen for it; None where unmeasured.
-        accuracy_loss: how much more the most accurate variant would have had; None where unmeasured.
-        saved_gflops: what the most accurate sub-network would have cost more; 0 where it would have cost less.
+        predictions: the most probable classes, the best first, as many as were requested.
+        probabilities: (classes,), the probability of every class.
+        looks: the looks at the image, in order; the last one gave the answer.
+        stopped: why no other look followed.
+        decision: what ran last, and the reasons that led to it.
+        timing: the time spent in each stage.
+        budget_s: latency budget of the request.
+        expected_top1: expected accuracy, 0..1, of what was chosen; None where unmeasured.
+        accuracy_loss: expected accuracy of the best variant less `expected_top1`, at least 0; None where unmeasured.
+        saved_gflops: cost of the most accurate sub-network less that of this answer; 0 where that is negative.
     """
 
     predictions: tuple[Prediction, ...]
@@ -231,10 +232,10 @@ class Classification:
 
     @property
     def gflops(self) -> float:
-        """What all looks cost, in 1e9 multiply-accumulates."""
+        """Cost of all looks, in 1e9 multiply-accumulates."""
         return sum(look.profile.macs for look in self.looks) / 1e9
 
     @property
     def deadline_met(self) -> bool:
-        """Whether the answer came in time."""
+        """Whether the answer was finished within the latency budget."""
         return self.timing.total_s <= self.budget_s

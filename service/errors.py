@@ -1,32 +1,33 @@
-"""What can go wrong with a request, as types. Knows nothing of HTTP; `http.error_responses` maps each to a status.
+"""The ways in which a request can fail, as types. Knows nothing of HTTP; `http.error_responses` maps each to a status.
 
-A server raises them, and a client raises them anew from what the server has said; the last are the client's own.
+A server raises these errors, and a client rebuilds them from the server's answer; the last group is the client's own.
 
 ServiceError
-├── RequestError              the client's to mend
+├── RequestError              the client must change the request
 │   ├── InvalidParameterError     a parameter is outside its range
-│   ├── InvalidTensorError        a tensor whose shape, datatype or bytes are not what its name takes
+│   ├── InvalidTensorError        a tensor's shape, datatype, bytes or values do not fit its name
 │   ├── UnknownModelError         it asks for a model, or a version, that is not served
-│   ├── UnknownRequestError       it speaks of a request to which no answer is remembered
+│   ├── UnknownRequestError       it refers to a request whose answer is not remembered
 │   ├── BudgetTooSmallError       no sub-network is cheap enough
-│   ├── UnauthorizedError         it came without a key that this server knows
+│   ├── UnauthorizedError         it carries no key that this server knows
 │   ├── UnsupportedMediaError     the declared type is no image, or a format that is not decoded here
 │   ├── ForeignOriginError        a page of another site sent it
 │   ├── UnknownHostError          it is addressed to a name that is not the server's
-│   ├── BodyTooLargeError         more bytes than the server reads
+│   ├── BodyTooLargeError         the body has more bytes than the server reads
 │   ├── UploadTimeoutError        the body does not arrive in time
 │   ├── ClientGoneError           the client has closed its connection
-│   ├── ImageTooLargeError        more pixels than the server decodes
-│   └── InvalidImageError         bytes that are no image that the server reads
+│   ├── ImageTooLargeError        the image has more pixels than the server decodes
+│   └── InvalidImageError         the bytes are no image that the server can decode
 ├── OverloadedError           too much is waiting already
-├── DeadlineError             admitted, but its deadline cannot be met any more
+├── DeadlineError             its deadline cannot be met any more
 ├── OutOfMemoryError          the machine has no memory left for it
 ├── NotReadyError             the model has not answered its first batch yet, or the server is stopping
 ├── ModelChangeError          the model is not changed: another change is under way, or the new one is not fit
 ├── ModelError                the model failed on this batch
-└── NoAnswerError             the client has no answer of a SuperViT server
+└── NoAnswerError             the client received no answer from a SuperViT server
     ├── ConnectionFailedError     nothing listens there (UnreachableError), or the connection broke off
-    └── UnexpectedAnswerError     what answered is no SuperViT server; ResponseTimeoutError where nothing did
+    ├── ResponseTimeoutError      the server was silent for too long
+    └── UnexpectedAnswerError     what answered is no SuperViT server
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,12 +37,12 @@ OverloadReason = Literal["no_time", "backlog", "preprocessing", "shed", "full", 
 
 
 class ServiceError(Exception):
-    """A request fails.
+    """A request failed.
 
     Attributes:
-        code: machine-readable, stable; the outcome label of the metrics.
+        code: machine-readable and stable; also the outcome label of the metrics.
         message: one sentence for a person.
-        details: values that a program may want, such as the smallest possible budget.
+        details: values for programs, such as the smallest possible budget.
     """
 
     code = "internal_error"
@@ -63,49 +64,49 @@ class InvalidParameterError(RequestError):
 
 
 class InvalidTensorError(RequestError):
-    """A tensor's shape, datatype, bytes or values are not what its name takes."""
+    """A tensor's shape, datatype, bytes or values do not fit its name."""
 
     code = "invalid_tensor"
 
 
 class UnknownModelError(RequestError):
-    """It asks for a model, or a version of it, that is not served here."""
+    """The request asks for a model, or a version of it, that is not served here."""
 
     code = "unknown_model"
 
 
 class UnknownRequestError(RequestError):
-    """It speaks of another request, to which no answer is remembered."""
+    """The request refers to another one whose answer is not remembered."""
 
     code = "unknown_request"
 
 
 class BudgetTooSmallError(RequestError):
-    """No sub-network, or not the one asked for, fits the budget."""
+    """No sub-network, or not the one requested, fits the budget."""
 
     code = "budget_too_small"
 
 
 class UnauthorizedError(RequestError):
-    """It came without a key that this server knows."""
+    """The request carries no key that this server knows."""
 
     code = "unauthorized"
 
 
 class UnsupportedMediaError(RequestError):
-    """The content type is no image, the encoding is not undone here, or the image's format is not installed."""
+    """The content type is no image, the encoding is not supported, or the image's format is not installed."""
 
     code = "unsupported_media_type"
 
 
 class ForeignOriginError(RequestError):
-    """A page of another site sent it, and no setting admits that site."""
+    """A page of another site sent the request, and no setting admits that site."""
 
     code = "foreign_origin"
 
 
 class UnknownHostError(RequestError):
-    """It is addressed to a name that is not the server's."""
+    """The request is addressed to a name that is not the server's."""
 
     code = "unknown_host"
 
@@ -126,7 +127,7 @@ class ClientGoneError(RequestError):
     """The client closed its connection before it had its answer.
 
     Attributes:
-        deadline_passed: whether it had not left, had it been answered in time.
+        deadline_passed: whether it left only after the deadline, so that an answer in time would have reached it.
     """
 
     code = "client_gone"
@@ -137,7 +138,7 @@ class ClientGoneError(RequestError):
 
 
 class ImageTooLargeError(RequestError):
-    """The image's header announces more pixels, passes over them or bytes than the server decodes."""
+    """The image's header declares more pixels, passes over them or bytes than the server decodes."""
 
     code = "image_too_large"
 
@@ -154,17 +155,16 @@ class OverloadedError(ServiceError):
     code = "overloaded"
 
     def __init__(self, message: str, /, reason: OverloadReason, retry_after_s: float, **details: Any) -> None:  # noqa: ANN401 - any JSON value
-        """Say why, in a sentence and in a word.
+        """Create the error with its reason.
 
         Args:
             message: for a person.
-            reason: `no_time`, the budget is shorter than an answer takes at this moment even if nothing else waits;
-                `backlog`, what waits already leaves no time; `preprocessing`, too many are being read and decoded;
-                `shed`, for the sake of others; `full`, as many requests are in the server as may be; `address`, as many
-                as may be of one address, or as much is to be decoded for it; `key`, its key's rate of work is used up,
-                or as many as may be of that key are in the server.
-            retry_after_s: when it may be worth another try.
-            details: what a server of another version says beside it.
+            reason: `no_time`, the budget is too short now, even if nothing else waits; `backlog`, the queue leaves no
+                time; `preprocessing`, too many are being read and decoded; `shed`, dropped in favour of others; `full`,
+                the server has its maximum of requests; `address`, the client's address has its maximum of requests or
+                decoding; `key`, the key has used up its rate of work or has its maximum of requests.
+            retry_after_s: seconds after which a retry may succeed.
+            details: further values from a server of another version.
         """
         self.reason = reason
         self.retry_after_s = round(retry_after_s, 3)
@@ -172,13 +172,13 @@ class OverloadedError(ServiceError):
 
 
 class DeadlineError(ServiceError):
-    """The request was admitted, but it can no longer be answered in time."""
+    """The request can no longer be answered in time."""
 
     code = "deadline_exceeded"
 
 
 class OutOfMemoryError(ServiceError):
-    """The machine lacks the memory for it, which is no fault of the request's."""
+    """The machine lacks the memory for the request, which is not the request's fault."""
 
     code = "out_of_memory"
 
@@ -190,7 +190,7 @@ class NotReadyError(ServiceError):
 
 
 class ModelChangeError(ServiceError):
-    """The model that is served stays: another change is under way, none may be asked for, or the new one is not fit."""
+    """The served model stays: another change is under way, no change may be requested, or the new model is not fit."""
 
     code = "model_change_refused"
 
@@ -202,7 +202,7 @@ class ModelError(ServiceError):
 
 
 class NoAnswerError(ServiceError):
-    """The client has no answer of a SuperViT server."""
+    """The client received no answer from a SuperViT server."""
 
     code = "no_answer"
 
@@ -234,14 +234,14 @@ class CommandError(Exception):
 
 
 class WrongUsageError(CommandError):
-    """The words of a command make no sense; the message says which."""
+    """The arguments of a command are invalid; the message says which."""
 
 
 def rebuild_error(code: str, message: str, details: Mapping[str, Any]) -> ServiceError:
-    """Make the error anew that a server has described; one of a code that is not known here keeps that code."""
+    """Rebuild the error that a server has described; an unknown code becomes a ServiceError with that code."""
     try:
         error = _by_code(ServiceError).get(code, ServiceError)(message, **details)
-    except TypeError:  # the details of another version
+    except TypeError:  # the server is of another version and has other details
         error = ServiceError(message, **details)
     error.code = code
     return error
@@ -254,7 +254,7 @@ def _by_code(base: type[ServiceError]) -> dict[str, type[ServiceError]]:
     return found
 
 
-# What pydantic finds wrong with a value, by its own name for it, in our words; `%(name)` is a bound of the field's.
+# Messages by pydantic's name of the problem; `%(name)` stands for a bound of the field.
 PROBLEMS = {
     "bool_parsing": "true or false is wanted",
     "dict_type": "an object is wanted",
@@ -285,16 +285,16 @@ PROBLEMS = {
 
 
 def first_problem(problems: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
-    """Return where pydantic found the first problem, and what it is."""
+    """Return the location and the description of the first problem that pydantic found."""
     problem = problems[0]
     known = PROBLEMS.get(problem["type"])
-    # pydantic puts a prefix to our own sentences.
+    # pydantic puts a prefix before the messages of our own validators.
     what = str(problem["msg"]).removeprefix("Value error, ") if known is None else known % problem.get("ctx", {})
     return [str(part) for part in problem["loc"]], what
 
 
 def invalid_parameter(problems: Sequence[Mapping[str, Any]]) -> InvalidParameterError:
-    """Make an error of what pydantic found wrong with the parameters of a request."""
+    """Create an error from the problems that pydantic found in the parameters of a request."""
     path, what = first_problem(problems)
     where = ".".join(path)
     return InvalidParameterError(f"{where}: {what}", parameter=where) if where else InvalidParameterError(what)

@@ -1,4 +1,4 @@
-"""What a request may cost, how long it may take and where it stands, of what it asks for and of what its key allows."""
+"""What a request may cost, how long it may take and its priority, from its own wishes and the limits of its key."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Allowance:
     Attributes:
         grant: the variants that it may get.
         max_gflops: most that all its looks together may cost.
-        is_rated: whether that is what the rate of its key has left.
+        is_rated: whether `max_gflops` is what the rate of its key has left.
     """
 
     grant: Grant
@@ -26,16 +26,18 @@ class Allowance:
     is_rated: bool
 
     def constraints(self, granted_s: float, min_confidence: float) -> RequestConstraints:
-        """Make what the scheduler works with, of a request that is granted so many seconds."""
+        """Return the constraints for the scheduler, for a request that is granted `granted_s` seconds."""
         return RequestConstraints(granted_s, self.grant, self.max_gflops, min_confidence, self.is_rated)
 
 
 def allow(request: InferenceRequest, catalog: VariantCatalog, ledger: KeyLedger, now: float) -> Allowance:
-    """Find what a request may cost at this moment; of what its key has left, it leaves the others their shares.
+    """Compute what a request may cost now.
+
+    What its key has left is divided equally among the `num_together` images that must be answered together.
 
     Raises:
         BudgetTooSmallError: no sub-network, or not the one that it names, fits its budget or ever fits its key.
-        InvalidParameterError: the sub-network that it names is none of the model's.
+        InvalidParameterError: the model does not have the sub-network that it names.
         OverloadedError: the rate of its key is used up; says when the cheapest will fit again.
     """
     if request.subnetwork is None:
@@ -60,10 +62,10 @@ def allow(request: InferenceRequest, catalog: VariantCatalog, ledger: KeyLedger,
 
 
 def allow_time_ms(request: InferenceRequest, default_budget_ms: float) -> float:
-    """Return the latency budget of a request.
+    """Return the latency budget of a request, in milliseconds.
 
     Raises:
-        BudgetTooSmallError: its key allows none that is so short.
+        BudgetTooSmallError: its budget is shorter than its key allows.
     """
     shortest_ms = 0.0 if request.key is None else request.key.shortest_budget_ms or 0.0
     if request.budget_ms is None:
@@ -80,7 +82,7 @@ def allow_priority(request: InferenceRequest) -> int:
     """Return the priority of a request.
 
     Raises:
-        InvalidParameterError: it is higher than its key allows, or than 0 without one.
+        InvalidParameterError: the priority is higher than its key allows, or than 0 without a key.
     """
     highest = 0 if request.key is None else request.key.highest_priority
     if request.priority is None:

@@ -1,4 +1,4 @@
-"""Whether a server that runs can answer at all: one that fails every request is better left alone for a while."""
+"""Whether a running server can answer at all: one that fails every request should get none for a while."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,33 +7,33 @@ from contextlib import contextmanager
 from service.errors import OutOfMemoryError, ServiceError
 
 FAILURES_IN_A_ROW = 8
-# Then it is worth another try: without requests nothing would tell that it can answer again.
+# After this time it is tried again: without requests nothing would show that it can answer again.
 PAUSE_S = 10.0
 
 
 class OwnFailures:
-    """Counts the requests in a row that failed for reasons of the server's own, such as a lack of memory."""
+    """Counts consecutive requests that failed for the server's own reasons, such as a lack of memory."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start with none; the clock is monotonic, in seconds."""
+        """Start with no failures; the clock is monotonic, in seconds."""
         self._clock = clock
         self._in_a_row = 0
         self._last_at = 0.0
 
     @property
     def are_all(self) -> bool:
-        """Whether nothing but failures has come of late."""
+        """Whether the last requests all failed, the latest less than PAUSE_S ago."""
         return self._in_a_row >= FAILURES_IN_A_ROW and self._clock() - self._last_at < PAUSE_S
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count a request by how the block ends; what is the client's fault, or the load's, tells nothing.
+        """Count a request by how the block ends; errors caused by the client or by the load are ignored.
 
-        Nor does a model that fails on an image: one that fails on all ends the server.
+        So are failures of the model on an image: a model that fails on all images ends the server.
         """
         try:
             yield
-        except Exception as error:  # a bug raises anything, and is what is to be counted; it goes on
+        except Exception as error:  # a bug may raise anything, and must be counted; it is raised again
             if not isinstance(error, ServiceError) or isinstance(error, OutOfMemoryError):
                 self._in_a_row += 1
                 self._last_at = self._clock()

@@ -1,4 +1,4 @@
-"""What is asked of a change of the model, and what is told of one: values, and no step of it."""
+"""The request for a model change and the report on one: values only, none of its steps."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,11 +13,11 @@ ChangeOutcome = Literal["done", "unchanged", "refused", "failed", "went_back", "
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A new model at work beside the old one.
+    """A period in which a new model works beside the old one.
 
     Attributes:
-        share: of the requests, 0..1.
-        seconds: for which.
+        share: fraction of the requests, 0..1.
+        seconds: length of the period.
     """
 
     share: float
@@ -26,14 +26,14 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class ModelChange:
-    """What is asked.
+    """A request to change the model.
 
     Attributes:
-        checkpoint: to be served: a path, the name of one that ships, or of one of the hub.
-        least_agreement: share of the sampled images, 0..1, on which it must say what the old one says.
-        most_slowdown: times the old one's latency and cost that it may take.
-        force: whether to serve it even where it cannot be compared, or is compared and found wanting.
-        shadow: how long it is compared on images that come meanwhile, and on which share of those that are sampled.
+        checkpoint: the new checkpoint: a path, the name of one that ships, or of one on the hub.
+        least_agreement: share of the sampled images, 0..1, on which it must agree with the old model.
+        most_slowdown: most latency and cost that it may take, as a multiple of the old model's.
+        force: whether to serve it even if it cannot be compared, or fails the comparison.
+        shadow: how long it is compared on images that arrive meanwhile, and on which share of those that are sampled.
         canary: which share of the requests it answers, and for how long, before it answers all.
     """
 
@@ -47,20 +47,20 @@ class ModelChange:
 
 @dataclass(frozen=True, slots=True)
 class ChangeReport:
-    """How a change gets on, or how it has ended.
+    """The progress of a change, or its outcome.
 
     Attributes:
-        checkpoint: as it was asked for.
-        began_at: when.
-        step: that it is at, or ended in.
-        outcome: None while it goes on.
-        message: why it is no other outcome.
-        name: of the new model, once it is loaded.
-        version: of it.
+        checkpoint: the checkpoint as it was requested.
+        began_at: when the change began.
+        step: the current step, or the one in which it ended.
+        outcome: how it ended; None while it runs.
+        message: the reason for the outcome; None where there is none to give.
+        name: name of the new model, once it is loaded.
+        version: version of the new model, once it is loaded.
         num_compared: images that both models have answered.
-        agreement: share of them on which they agree, 0..1; None where there are none.
-        latency_ratio: median of the new one's latency over the old one's, one image each; None where there are too few.
-        seconds: that it has taken.
+        agreement: share of these images on which both agree, 0..1; None where there are none.
+        latency_ratio: median of the new model's latency over the old one's, one image each; None with too few images.
+        seconds: how long the change took; None while it runs.
     """
 
     checkpoint: str

@@ -1,7 +1,7 @@
-"""Puts another model in the place of the one that is served, step by step; whatever goes wrong, that one goes on.
+"""Replaces the served model by another one, step by step; whatever goes wrong, the old model continues to serve.
 
-It loads and compiles the new one beside it, compares the two, lets the new one rehearse, then answer while the old one
-stands by, and lets go of the old one in the end. No request is lost: each is answered by the model that took it.
+It loads and compiles the new model beside the old one, compares the two, lets the new one rehearse, then answer while
+the old one stands by, and finally releases the old one. No request is lost: the model that took a request answers it.
 """
 
 import asyncio
@@ -24,21 +24,21 @@ from service.model_change import ChangeOutcome, ChangeReport, ChangeStep, ModelC
 from service.served_models import ServedModels
 from service.telemetry.metrics import Metrics
 
-WATCHED_ANSWERS = 32  # of the new model, before the old one is let go ...
-WATCH_S = 10.0  # ... or the time for which it stands by where fewer come
-COMPARE_S = 30.0  # after which no further image is compared, a shadow's time apart
-LOOK_S = 0.05  # between two looks at how the new one does
+WATCHED_ANSWERS = 32  # answers of the new model after which the old one is released ...
+WATCH_S = 10.0  # ... or the time for which the old one stands by if there are fewer
+COMPARE_S = 30.0  # time after which no further image is compared, unless a shadow takes longer
+LOOK_S = 0.05  # between two checks of the new model
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class _WentBackError(Exception):
-    """The new model failed at work."""
+    """The new model failed while it was serving."""
 
 
 class ModelChanger:
-    """One change at a time, from the event loop."""
+    """Runs one change at a time; all methods are for the event loop."""
 
     def __init__(
         self,
@@ -51,16 +51,16 @@ class ModelChanger:
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        """Take the collaborators.
+        """Create a changer from its collaborators.
 
         Args:
-            models: what is served.
-            maker: of the new one.
-            metrics: what is counted.
-            refusal: why none may ask for a change; None where one may.
-            sleep: waits for so many seconds.
+            models: the served models.
+            maker: makes the new model.
+            metrics: the metrics of the server.
+            refusal: why operators may not request a change; None where they may.
+            sleep: waits for the given number of seconds.
             clock: monotonic, in seconds.
-            draw: yields a number from 0 to less than 1 for each image that a shadow might see.
+            draw: returns a number from 0 to less than 1 for each image that a shadow might see.
         """
         self._models, self._maker, self._metrics, self._refusal = models, maker, metrics, refusal
         self._sleep, self._clock, self._draw = sleep, clock, draw
@@ -69,22 +69,22 @@ class ModelChanger:
 
     @property
     def report(self) -> ChangeReport | None:
-        """How the change that goes on gets on, or the last one has ended; None before the first."""
+        """The report on the current change, or on the last one; None before the first."""
         return self._report
 
     def ask(self, change: ModelChange) -> ChangeReport:
-        """Begin a change that an operator asks for, and say how it stands.
+        """Begin a change that an operator requests, and return its report.
 
         Raises:
-            ModelChangeError: another one goes on, or none may be asked for.
-            NotReadyError: nothing is served yet.
+            ModelChangeError: another change is under way, or operators may not request one.
+            NotReadyError: no model is served yet.
         """
         if self._refusal is not None:
             raise ModelChangeError(self._refusal)
         return self.begin(change)
 
     def begin(self, change: ModelChange) -> ChangeReport:
-        """Begin a change; errors as `ask`."""
+        """Begin a change, also where operators may not request one; other errors as `ask`."""
         if self._task is not None and not self._task.done():
             raise ModelChangeError("another change of the model goes on; ask again once it has ended")
         if self._models.is_empty:
@@ -94,7 +94,7 @@ class ModelChanger:
         return report
 
     def close(self) -> None:
-        """Give up what goes on, because the server stops."""
+        """Cancel the current change, because the server stops."""
         if self._task is not None:
             self._task.cancel()
 
@@ -104,8 +104,8 @@ class ModelChanger:
         leaving: list[object] = []
         try:
             outcome, message = await self._outcome_of(change, leaving)
-            await self._sleep(LOOK_S)  # by then nothing else keeps it
-            await asyncio.to_thread(leaving.clear)  # a tenth of a second, in which the event loop would stand still
+            await self._sleep(LOOK_S)  # by then nothing else holds these parts
+            await asyncio.to_thread(leaving.clear)  # a tenth of a second, which would block the event loop
         finally:
             seconds = round(self._clock() - began_at, 3)
             self._note(outcome=outcome, message=message, seconds=seconds)
@@ -123,12 +123,12 @@ class ModelChanger:
             return "refused", str(error)
         except NotReadyError as error:
             return "stopped", error.message
-        except Exception:  # a bug, or what a library raises on a model that it cannot run: the old one goes on
+        except Exception:  # a bug, or a library that cannot run the model: the old one continues
             logger.exception("the change of the model to %s failed", change.checkpoint)
             return "failed", "the new model cannot be prepared; the server's log says why"
 
     async def _take_steps(self, change: ModelChange, leaving: list[object]) -> tuple[ChangeOutcome, str | None]:
-        """Change the model; `leaving` then holds the parts of the one that is not served, which take time to free."""
+        """Change the model; `leaving` then holds the parts of the model that is not served, which take time to free."""
         old = self._models.main
         checkpoint = await asyncio.to_thread(self._maker.load, change.checkpoint)
         self._note(name=checkpoint.name, version=checkpoint.version)
@@ -146,7 +146,7 @@ class ModelChanger:
             self._at("rehearse")
             await asyncio.to_thread(self._maker.rehearse, new, old)
             await self._put_to_work(change, old, new)
-        except BaseException:  # a stop of the server among them: whatever ends the change, its engine must close
+        except BaseException:  # cancellation included: whatever ends the change, the new model must close
             new.close()
             raise
         self._at("retire")
@@ -155,10 +155,11 @@ class ModelChanger:
         return "done", None
 
     async def _compare(self, change: ModelChange, old: ServedModel, new: ServedModel) -> None:
-        """Let both answer the images that the old one has answered of late, and those that come in a shadow's time.
+        """Let both models answer images that the old one answered recently, and those that arrive during a shadow.
 
         Raises:
-            ModelChangeError: they agree on too few, the new one is too slow, or it answers what is no number.
+            ModelChangeError: they agree on too few images, or the new model is too slow or gives logits that are not
+                finite.
         """
         before, after = (Contender(self._maker.run_of(each.engine), each.checkpoint.class_names) for each in (old, new))
         comparer, shadow, began_at = Comparer(before, after, self._clock), change.shadow, self._clock()
@@ -178,10 +179,10 @@ class ModelChanger:
             _require_fit(comparer.found, change)
 
     async def _put_to_work(self, change: ModelChange, old: ServedModel, new: ServedModel) -> None:
-        """Let the new model answer, at first some of the requests where that is asked for; the old one stands by.
+        """Let the new model answer, with a canary only a share of the requests at first; the old one stands by.
 
         Raises:
-            _WentBackError: the new one failed, and the old one answers again.
+            _WentBackError: the new model failed, and the old one answers again.
         """
         models = self._models
         models.begin(new)
@@ -202,9 +203,12 @@ class ModelChanger:
     async def _try_out(
         self, old: ServedModel, new: ServedModel, trial: Trial, num_answers: float = float("inf")
     ) -> None:
-        """Let the new model answer a share of the requests, for a time or until it has answered so many.
+        """Let the new model answer a share of the requests, for a time or until it has given `num_answers` answers.
 
-        It is over at once where the old one fails meanwhile: there is nothing left to go back to.
+        Return at once if the old model fails meanwhile: there is nothing left to go back to.
+
+        Raises:
+            _WentBackError: the new model failed.
         """
         self._models.try_out(new, trial.share)
         ends_at, until = self._clock() + trial.seconds, new.sample.num_answered + num_answers
@@ -224,15 +228,15 @@ class ModelChanger:
 
 
 def _can_compare(new: Checkpoint, old: Checkpoint) -> bool:
-    """Tell whether one takes the other's images and sub-networks."""
+    """Return whether the new model takes the old one's images and patch grids."""
     return new.config.image_side == old.config.image_side and set(old.config.patch_grids) <= set(new.config.patch_grids)
 
 
 def _require_comparable(new: Checkpoint, old: Checkpoint, change: ModelChange) -> None:
-    """See whether the new model is of the old one's kind, before anything of it runs.
+    """Check that the new model is comparable to the old one, before any of it runs.
 
     Raises:
-        ModelChangeError: it is not, or is known to be too dear.
+        ModelChangeError: the new model is not comparable, or is known to cost too much.
     """
     if not _can_compare(new, old):
         raise ModelChangeError('it takes other images or patch grids than the one that is served; "force" serves it')

@@ -1,4 +1,4 @@
-"""The walk of one request: admit, read, decode, wait, infer, answer. HTTP is above, every stage below."""
+"""The path of one request: admit, read, decode, queue, infer, answer. HTTP is above, every stage below."""
 
 import asyncio
 import math
@@ -28,20 +28,20 @@ from service.scheduling.reasons import explain, reason_of
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.state import PreprocessingDelay, QueuedRequest, target
 
-Image = bytes | OpenedImage  # encoded, or ready to be made pixels of
+Image = bytes | OpenedImage  # encoded, or opened and ready to be turned into pixels
 Read = Callable[[float], Awaitable[Image]]
 
-# What the sockets and the client take of a budget before the request is stamped and after it is answered.
+# The part of a budget that sockets and client take before the request is stamped and after it is answered.
 TRANSPORT_S = 0.003
-TRANSPORT_SHARE = 0.1  # at most, of tight budgets
+TRANSPORT_SHARE = 0.1  # upper bound of that part, for tight budgets
 
 
 class Pipeline:
-    """Takes requests to answers.
+    """Answers requests.
 
     Attributes:
-        checkpoint: that answers.
-        num_at_work: requests that it has not done with.
+        checkpoint: the checkpoint whose model answers.
+        num_at_work: requests in progress.
     """
 
     def __init__(
@@ -57,29 +57,29 @@ class Pipeline:
         clock: Callable[[], float] = time.monotonic,
         loop_time: Callable[[], float] = time.thread_time,
     ) -> None:
-        """Take the collaborators.
+        """Create a pipeline from its collaborators.
 
         Args:
-            scheduler: admits, and previews.
-            checkpoint: that the batcher runs.
-            decoder: makes images of bytes.
+            scheduler: admits requests and previews decisions.
+            checkpoint: the checkpoint that the batcher runs.
+            decoder: decodes images.
             batcher: runs the model.
-            max_in_flight: requests whose bodies are there that may be in the pipeline at once.
-            default_budget_ms: granted to a request that names none.
-            ledger: of what the holders of keys have had.
+            max_in_flight: requests with complete bodies that may be in the pipeline at once.
+            default_budget_ms: latency budget of a request that names none.
+            ledger: records the work done for each API key.
             clock: monotonic, in seconds; the one that stamped `arrived_at`.
-            loop_time: CPU seconds of the event loop's thread.
+            loop_time: returns the CPU seconds used by the event loop's thread.
         """
         self.checkpoint, self.num_at_work = checkpoint, 0
-        self._slots_taken = 0  # by requests whose bodies are there
+        self._slots_taken = 0  # by requests with complete bodies
         self._scheduler, self._decoder, self._batcher = scheduler, decoder, batcher
         self._max_in_flight, self._default_budget_ms = max_in_flight, default_budget_ms
         self._ledger, self._clock = ledger, clock
-        # What the event loop takes of a request, and what goes by from the end of a batch to the finished answer.
+        # The event loop's CPU time per request, and the time from the end of a batch to the finished answer.
         self._loop_cost, self._reply = LoopCost(loop_time), Delay()
 
     def take_over(self, other: "Pipeline") -> None:
-        """Go on from what another one has learned, and learn of the event loop together, which is the same."""
+        """Take over what another pipeline has learned; both share the estimates of their common event loop."""
         self._loop_cost, self._reply = other._loop_cost, other._reply
         self._scheduler.take_over(other._scheduler)
         self._decoder.take_over(other._decoder)
@@ -94,15 +94,15 @@ class Pipeline:
         """Answer one request.
 
         Args:
-            read: yields the image, if it arrives within so many seconds; called once it has a place.
+            read: returns the image if it arrives within the given seconds; called once the request has a place.
             request: what the client asks for.
-            watch: raises a ClientGoneError out of its block once the client has left.
-            reserved: what `reserve` returned for it, where that was called already.
+            watch: context manager that raises a ClientGoneError from its block once the client has left.
+            reserved: the result of `reserve` for the request, if that was called.
 
         Raises:
             ServiceError: the request is rejected, or fails.
 
-        Cancelling it takes the request out of whatever queue it stands in.
+        Cancellation removes the request from every queue.
         """
         self.num_at_work += 1
         try:
@@ -112,18 +112,18 @@ class Pipeline:
             now = self._clock()
             if now - request.arrived_at <= self._seen_s(request):
                 raise
-            self._scheduler.deadline_missed(now)  # it left because of that, and had not left had it been answered
+            self._scheduler.deadline_missed(now)  # it left because no answer came in time
             raise ClientGoneError(error.message, deadline_passed=True) from None
         finally:
             self.num_at_work -= 1
 
     def reserve(self, request: InferenceRequest) -> QueuedRequest | None:
-        """Reject a request before its body is read, or keep a place for it for a moment, which `classify` takes.
+        """Reject a request before its body is read, or briefly keep a place for it, which `classify` claims.
 
-        No place is kept where its key has a rate of work: what is left of that may be another's by then.
+        No place is kept for a key with a rate of work: another request may use up the rest of that rate by then.
 
         Raises:
-            ServiceError: it is rejected, or asks for what there is not.
+            ServiceError: the request is rejected, or asks for something that the model does not offer.
         """
         self._checked_top_k(request.top_k)
         try:
@@ -137,35 +137,35 @@ class Pipeline:
         return None
 
     def reject_again(self, reason: OverloadReason) -> None:
-        """Take note that one more request was rejected for the same reason."""
+        """Record that one more request was rejected for the same reason."""
         self._scheduler.rejected(reason, self._clock())
         self._loop_cost.rejected()
 
     def check_room(self) -> None:
-        """See whether one more request may be in the pipeline.
+        """Check that the pipeline has room for one more request.
 
         Raises:
-            OverloadedError: it may not.
+            OverloadedError: the pipeline is full.
         """
         if self._slots_taken >= self._max_in_flight:
             message = f"{self._max_in_flight} requests are in the server already; try again later"
             raise OverloadedError(message, "full", self._scheduler.backlog_s(self._clock()))
 
     def check(self, request: InferenceRequest) -> None:
-        """See whether there is what a request asks for; one that names no time may still be granted any.
+        """Check that the model offers what the request asks for; a latency budget may still follow in the body.
 
         Raises:
-            ServiceError: there is not, whatever its body holds.
+            ServiceError: the request cannot be served, whatever its body contains.
         """
         self._checked_top_k(request.top_k)
         self._queued(request if request.budget_ms is not None else replace(request, budget_ms=math.inf))
 
     def time_left_s(self, request: InferenceRequest) -> float:
-        """Tell how much of a request's budget is left for its body to arrive."""
+        """Return how many seconds of the request's budget are left for its body to arrive."""
         return request.arrived_at + self._seen_s(request) - self._clock()
 
     def decide(self, request: InferenceRequest) -> Forecast:
-        """Tell what would be chosen for a request that arrived now, without running anything.
+        """Predict the decision and the latency of a request that arrived now, without running anything.
 
         Raises:
             ServiceError: the request would be rejected.
@@ -192,12 +192,12 @@ class Pipeline:
                 read_at = self._clock()
                 if read_at >= queued.deadline_at:
                     raise DeadlineError("the deadline passed before the body had come")
-                # Not before: bodies that drip in would hold every slot, and be reckoned with as if they came.
+                # Only now: bodies that arrive slowly would hold every slot, and be planned with as if complete.
                 if not self._scheduler.claim(queued, read_at):
                     self._scheduler.admit(queued, read_at, self._delay(read_at, queued))
                 charge.may_have_spent = True
                 decoding = self._decoder.submit(image, queued.deadline_at, queued.priority, request.address)
-                del image  # up to the limit of bodies, and of no use once it is decoded
+                del image  # as large as a body may be, and not needed once it is decoded
                 self._slots_taken += 1
                 try:
                     result = await self._batcher.submit(decoding, queued)
@@ -227,7 +227,7 @@ class Pipeline:
         return answer
 
     def _replied(self, ended_at: float) -> None:
-        """Learn what a reply takes, a turn of the event loop later: uvloop writes at the end of a turn."""
+        """Measure the time of a reply, one turn of the event loop later: uvloop writes at the end of a turn."""
         now = self._clock()
         self._reply.observe(now - ended_at, now)
 
@@ -240,10 +240,10 @@ class Pipeline:
         return queued
 
     def _delay(self, now: float, queued: QueuedRequest) -> PreprocessingDelay:
-        """Foretell what a new request has before it.
+        """Predict how long a new request takes until it is ready for the engine.
 
-        Of the event loop's time, what is served before it has half to come, and what is still to be read the other
-        half; what is served later waits for a decoder or the engine meanwhile.
+        Each request served before it has half of its event-loop time to come, and each still to be read the other half.
+        Requests served later wait for a decoder or the engine meanwhile.
         """
         queue_s = self._decoder.queue_s(now, queued.deadline_at, queued.priority)
         loop_s = sum(self._scheduler.num_before(queued, now)) / 2 * self._loop_cost.mean_s
@@ -258,14 +258,14 @@ class Pipeline:
         Raises:
             BudgetTooSmallError: no sub-network fits the budget, or none is that fast even on an idle machine.
             DeadlineError: none is that fast even on an idle machine, and the client waits no longer.
-            InvalidParameterError: the sub-network asked for by name is none of the model's, or its priority too high.
+            InvalidParameterError: the model lacks the sub-network requested by name, or the priority is too high.
             OverloadedError: its key has used up its rate of work.
         """
         catalog, now, seen_s = self._scheduler.catalog, self._clock(), self._seen_s(request)
         granted_s = seen_s - self._reply.margin_s(now)
         constraints = allow(request, catalog, self._ledger, now).constraints(granted_s, request.min_confidence)
         fastest_s = catalog.variants[target(constraints, 0)].latency_by_batch_s[0]
-        if not seen_s >= fastest_s:  # so that no NaN passes
+        if not seen_s >= fastest_s:  # in this form NaN is rejected, too
             needed_s = fastest_s + self._base_s(now) + self._reply.margin_s(now)
             smallest_s = min(needed_s / (1 - TRANSPORT_SHARE), needed_s + TRANSPORT_S)
             budget_s, fastest_ms = self._budget_s(request), 1000 * fastest_s
@@ -284,9 +284,9 @@ class Pipeline:
         return budget_s if request.client_waits_s is None else min(budget_s, request.client_waits_s)
 
     def _seen_s(self, request: InferenceRequest) -> float:
-        """What of the budget is this server's to use.
+        """Return the part of the budget that this server can use, in seconds.
 
-        The request had waited for the event loop before it was stamped, and its answer will wait for it once more.
+        The request waited for the event loop before it was stamped, and its answer will wait for it once more.
         """
         budget_s = self._budget_s(request)
         return budget_s - min(TRANSPORT_S, TRANSPORT_SHARE * budget_s)

@@ -1,4 +1,4 @@
-"""What an engine does before the first request: warm up, capture, and learn how long its batches take here."""
+"""What an engine does before the first request: warm-up, graph capture and measuring its batch latencies."""
 
 import time
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from service.errors import NotReadyError
 
 
 class Preparation:
-    """Prepares step by step, so that it can be given up, and is seen to get on.
+    """Prepares an engine step by step, so that it can be cancelled and its progress can be watched.
 
     Attributes:
-        running: when the step that runs began, and what it may take; None before the first.
+        running: when the current step began, and the seconds that it should take; None before the first.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class Preparation:
         is_wanted: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take what it does.
+        """Create a preparation that has not begun.
 
         Args:
-            begin: reads the latencies measured before, and measures what a start needs.
-            folder: where they are kept.
+            begin: reads the latencies measured before, and measures those that a start needs.
+            folder: folder of the measured latencies.
             max_batch_size: largest batch that will run.
-            step_s: what a step may take.
-            is_wanted: tells whether to go on.
+            step_s: seconds that a step should take.
+            is_wanted: returns whether to continue.
             clock: monotonic, in seconds.
         """
         self.running: tuple[float, float] | None = None
@@ -46,17 +46,17 @@ class Preparation:
         self._step_s, self._is_wanted, self._clock = step_s, is_wanted, clock
 
     def run(self, engine: Engine, checkpoint: Checkpoint, latencies: LatencyTable | None) -> Profiled | LatencyTable:
-        """Prepare an engine; returns the latencies here, those given where there are.
+        """Prepare an engine; return its latencies on this machine, or `latencies` if given.
 
         Raises:
-            NotReadyError: it is not wanted any more.
+            NotReadyError: the preparation is no longer wanted.
         """
         self._goes_on()
         engine.warm_up()
         if latencies is not None:
             return latencies
         for batch_size in measured_batch_sizes(self._max_batch_size):
-            # The dear ones first: in what they need, the cheap ones find room.
+            # The expensive ones first: the cheap ones find room in the memory that those need.
             for subnetwork in reversed(checkpoint.config.subnetworks):
                 self._require_going_on()
                 engine.prepare(subnetwork, batch_size)
@@ -80,6 +80,6 @@ class Preparation:
             raise NotReadyError("the server is stopping")
 
     def _goes_on(self) -> bool:
-        """Note that it gets on, if only with waiting for another process, and tell whether it should."""
+        """Record progress, if only in waiting for another process, and return whether to continue."""
         self.running = self._clock(), self._step_s
         return self._is_wanted()

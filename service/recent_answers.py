@@ -1,6 +1,6 @@
-"""The answers of late by the names of their requests, so that clients can say afterwards which were right.
+"""The recent answers by request ID, so that clients can report afterwards which were right.
 
-It is as long as it is, whatever comes: the oldest is forgotten. What is said of an answer is believed.
+Their number is bounded: the oldest is dropped. What clients report about an answer is believed.
 """
 
 from collections import OrderedDict
@@ -11,7 +11,7 @@ from models.subnetwork import SubNetwork
 from service.domain import ApiKey, Classification, InferenceRequest
 from service.errors import UnknownRequestError
 
-KEPT = 10_000  # some 5 MB
+KEPT = 10_000  # answers, some 5 MB
 
 
 @dataclass(slots=True)
@@ -19,11 +19,11 @@ class RecentAnswer:
     """What is remembered of an answer.
 
     Attributes:
-        index: of the class that it took for the most probable, of the model that it came from.
-        class_names: of that model, which may be another than is served meanwhile.
-        subnetwork: that looked first.
-        expected_top1: accuracy, 0..1, of what was chosen for it; None where unmeasured.
-        is_judged: whether it is known if it was right.
+        index: index of the most probable class, in the model that answered.
+        class_names: class names of that model, which may not be the one served now.
+        subnetwork: the sub-network of the first look.
+        expected_top1: expected accuracy, 0..1, of what was chosen; None where unmeasured.
+        is_judged: whether a client has reported if it was right.
     """
 
     index: int
@@ -34,22 +34,22 @@ class RecentAnswer:
 
     @property
     def label(self) -> str:
-        """The name of that class."""
+        """The name of the most probable class."""
         return self.class_names[self.index]
 
 
 class RecentAnswers:
-    """Remembers the last answers. Of several requests of one name and one key, it is the last."""
+    """Remembers the last answers; of several requests with one ID and one key, the last."""
 
     def __init__(self, kept: int = KEPT) -> None:
-        """Take how many to remember."""
+        """Start empty; at most `kept` answers are remembered."""
         self._kept = kept
         self._answers: OrderedDict[tuple[str | None, str, int], RecentAnswer] = OrderedDict()
 
     def remember(
         self, request_id: str | None, request: InferenceRequest, answer: Classification, class_names: Sequence[str]
     ) -> None:
-        """Remember the answer to a request, and the classes of the model that gave it, unless it has no name."""
+        """Remember the answer to a request and the class names of its model, unless the request has no ID."""
         if request_id is None:
             return
         place = _key_name(request.key), request_id, request.image
@@ -60,15 +60,15 @@ class RecentAnswers:
             self._answers.popitem(last=False)
 
     def find(self, key: ApiKey | None, request_id: str, image: int) -> RecentAnswer:
-        """Return what was answered.
+        """Return the answer to a request.
 
         Args:
-            key: that the request came with: those of other keys are none of its holder's business.
-            request_id: its name.
-            image: which of its images, from 0.
+            key: API key of the request; the holder of a key cannot see answers to requests with other keys.
+            request_id: ID of the request.
+            image: index of the image in the request, from 0.
 
         Raises:
-            UnknownRequestError: there was no such request, or no answer to it, or it is forgotten.
+            UnknownRequestError: there was no such request, it has no answer, or the answer was dropped.
         """
         try:
             return self._answers[_key_name(key), request_id, image]

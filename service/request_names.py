@@ -1,12 +1,12 @@
-"""A name for every request, by which its client, the proxies on its way and the log mean the same one."""
+"""An ID for every request, shared by its client, the proxies on its way and the log."""
 
 import random
 import re
 
-FIT = re.compile(rb"[!-~]{1,128}")  # what can stand in a log and a header without harm
+FIT = re.compile(rb"[!-~]{1,128}")  # IDs that are safe in a log and in a header
 
 
 def name_request(brought: bytes) -> bytes:
-    """Return the name that a request brings, or one that is made for it."""
-    # Not of uuid4, which asks the system for its randomness and would give the GIL away for that.
+    """Return the ID that a request brings if it is safe, or else a new one."""
+    # Not uuid4, which asks the operating system for randomness and would release the GIL for that.
     return brought if FIT.fullmatch(brought) else b"%032x" % random.getrandbits(128)

@@ -1,4 +1,4 @@
-"""What a request says beside its image, whatever protocol brings it, as pydantic models."""
+"""The parameters that a request carries beside its image, in any protocol, as pydantic models."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +12,7 @@ from service.errors import invalid_parameter
 
 
 class DecideQuery(BaseModel):
-    """Query parameters of POST /decide: what a request grants, and what it insists on."""
+    """Query parameters of POST /decide: budgets, priority and a sub-network by name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,7 +41,7 @@ class DecideQuery(BaseModel):
 
     @property
     def subnetwork(self) -> SubNetwork | None:
-        """The sub-network asked for by name."""
+        """The sub-network requested by name; None where there is none."""
         if self.patch_grid is None or self.keep_rate is None:
             return None
         return SubNetwork(self.patch_grid, self.keep_rate)
@@ -49,7 +49,7 @@ class DecideQuery(BaseModel):
     def request(
         self, arrived_at: float, top_k: int | None = None, address: str | None = None, key: ApiKey | None = None
     ) -> InferenceRequest:
-        """Make what the pipeline takes."""
+        """Return the request for the pipeline."""
         return InferenceRequest(
             arrived_at,
             budget_ms=self.budget_ms,
@@ -81,7 +81,7 @@ class ClassifyQuery(DecideQuery):
     def request(
         self, arrived_at: float, top_k: int | None = None, address: str | None = None, key: ApiKey | None = None
     ) -> InferenceRequest:
-        """Make what the pipeline takes."""
+        """Return the request for the pipeline."""
         return replace(super().request(arrived_at, top_k, address, key), min_confidence=self.min_confidence)
 
 
@@ -89,10 +89,10 @@ Query = TypeVar("Query", bound=DecideQuery)
 
 
 def validated(model: type[Query], values: Mapping[str, Any]) -> Query:
-    """Read parameters by their names.
+    """Validate parameters given by name.
 
     Raises:
-        InvalidParameterError: one is unusable.
+        InvalidParameterError: a parameter is invalid.
     """
     try:
         return model.model_validate(values)

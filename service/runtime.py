@@ -1,4 +1,4 @@
-"""What runs between the start and the end of a server: the preparation, then the batches. Wires every room once."""
+"""Runs a server from its start to its end: the preparation, then the batches. Connects all components once."""
 
 import asyncio
 import logging
@@ -43,17 +43,17 @@ if TYPE_CHECKING:  # it imports opentelemetry
 
 logger = logging.getLogger(__name__)
 
-LEAST_FLUSH_S, MOST_FLUSH_S = 1.0, 5.0  # for the last spans, of what the answers have left of the time to stop
+LEAST_FLUSH_S, MOST_FLUSH_S = 1.0, 5.0  # to flush the last spans, within what is left of the time to drain
 
 
 class ServerRuntime:
     """One server: its state, its threads, and what `create_app` serves.
 
     Attributes:
-        context: what the routes call upon.
-        metrics: what is counted.
-        inference_protocol: answers the Open Inference Protocol, however it is carried.
-        changer: puts another model in the place of the one that is served.
+        context: what the routes use.
+        metrics: the metrics of the server.
+        inference_protocol: answers the Open Inference Protocol, over any transport.
+        changer: replaces the served model by another one.
     """
 
     def __init__(
@@ -73,23 +73,23 @@ class ServerRuntime:
         watchdog: Watchdog | None = None,
         tracer: "RequestTracer | None" = None,
     ) -> None:
-        """Take what to serve; nothing runs yet.
+        """Create a server; nothing runs yet.
 
         Args:
-            settings: every knob.
-            checkpoint: what to serve.
-            engine: runs the batches; the one that the settings name by default.
-            latencies: of every sub-network on this machine; by default some are measured now and the rest when idle.
+            settings: the settings of the server.
+            checkpoint: the model to serve.
+            engine: runs the batches; by default the one that the settings name.
+            latencies: of every sub-network on this machine; by default some are measured first and the rest when idle.
             on_failure: called once the model cannot run at all, as after a failed warm-up, or when a batch never ends;
-                the server should then end. In the latter case it is HUNG, and a thread of it never ends.
-            heartbeat: called at every look of the watchdog on the event loop, with whether requests are served.
-            begin: reads the latencies measured before, and measures what a start needs.
-            load: reads the checkpoints that come later.
-            open_engine: makes the engines of these, and the first where none is given.
-            changes_refused: why nobody may ask for another model; None where one may.
-            monitor: looks at the machine.
-            watchdog: when a batch is taken to hang.
-            tracer: of requests; closed when the server ends.
+                the server should then end. In the latter case it is HUNG, and one of its threads never ends.
+            heartbeat: called at every check of the watchdog on the event loop, with whether requests are served.
+            begin: reads the latencies measured before, and measures those that a start needs.
+            load: reads the checkpoints of later model changes.
+            open_engine: creates the engines of these checkpoints, and the first one if `engine` is None.
+            changes_refused: why operators may not request a model change; None where they may.
+            monitor: observes the machine.
+            watchdog: decides when a batch counts as hung.
+            tracer: traces requests; closed when the server ends.
 
         Raises:
             DeviceError: the device or the engine cannot be used.
@@ -102,9 +102,9 @@ class ServerRuntime:
         if engine is None:
             kind, device, precision = settings.engine, settings.device, settings.precision
             engine, checkpoint = open_engine(checkpoint, kind, device, precision, self._threads)
-        self._first: tuple[Engine, Checkpoint] | None = engine, checkpoint  # until it is served: others may follow
+        self._first: tuple[Engine, Checkpoint] | None = engine, checkpoint  # until it is served: others may replace it
         profile = extended_profile(checkpoint)
-        # A wrong name fails at once.
+        # An unknown policy fails at once.
         nominal = nominal_latencies(profile)
         catalog = VariantCatalog.of(profile, nominal, cascades=settings.cascades)
         find_policy(settings.policy, catalog)
@@ -162,27 +162,27 @@ class ServerRuntime:
 
     @property
     def state(self) -> ServerState:
-        """What the server is at."""
+        """The lifecycle state of the server."""
         return self._state
 
     @property
     def drain_left_s(self) -> float:
-        """How long those that were admitted may still take, once no others are."""
+        """Seconds that the admitted requests may still take; all of `drain_s` before draining begins."""
         if self._drain_ends_at is None:
             return self._settings.drain_s
         return max(0.0, self._drain_ends_at - time.monotonic())
 
     def drain(self) -> None:
-        """Take no new request; where the preparation is not over, give it up.
+        """Take no new requests; cancel the preparation if it is not over.
 
-        A signal handler calls it, maybe in the middle of a count that holds the lock of all counts: it counts nothing.
+        A signal handler calls it, perhaps while the interrupted code holds the lock of the metrics, so it updates none.
         """
         if self._state not in (ServerState.HUNG, ServerState.DRAINING):
             self._state, self._drain_ends_at = ServerState.DRAINING, time.monotonic() + self._settings.drain_s
 
     @asynccontextmanager
     async def running(self, *, ready_first: bool = False) -> AsyncIterator[None]:
-        """Serve as long as the block lasts; `ready_first` waits with it until the first request can be answered."""
+        """Serve as long as the block lasts; with `ready_first`, enter it once the first request can be answered."""
         reporting = asyncio.create_task(self._report_regularly())
         watching = asyncio.create_task(self._monitor.run(self._settings.monitor_interval_s))
         measuring = asyncio.create_task(self.metrics.loop_delay.watch())
@@ -210,11 +210,11 @@ class ServerRuntime:
                 await asyncio.to_thread(self._tracer.close, within_s)
 
     async def _serve(self) -> None:
-        """Warm up, learn the latencies, and run batches until told to stop and all that was admitted has an answer."""
+        """Warm up, learn the latencies, and run batches until stopped and all admitted requests are answered."""
         try:
             known = await asyncio.wrap_future(self._engine_thread.submit(self._prepare))
             if self._state is ServerState.STARTING:
-                self._models.start(self._assemble(known))  # no name here keeps it once another is served
+                self._models.start(self._assemble(known))  # not bound to a name here, which would keep it alive
                 self._models.main.announce()
                 self._first = None
                 self._state = ServerState.READY
@@ -227,7 +227,7 @@ class ServerRuntime:
             self._engine_thread.shutdown(wait=self._state is not ServerState.HUNG)
 
     async def _guard(self) -> None:
-        """End without an engine that hangs."""
+        """Wait until the engine hangs, then end the server without it."""
         expected_s = await self._watchdog.until_hung(
             self._running,
             lambda: self._heartbeat(self._state is ServerState.READY),
@@ -244,7 +244,7 @@ class ServerRuntime:
             self._on_failure()
 
     def _running(self) -> tuple[float, float] | None:
-        """Tell what the engine is at: a step of the preparation, a batch, or a measurement in an idle moment."""
+        """Return when the current preparation step, batch or measurement began, and its expected seconds."""
         return self._preparation.running if self._models.is_empty else self._engine_thread.running
 
     def _prepare(self) -> Profiled | LatencyTable:
@@ -282,7 +282,7 @@ class ServerRuntime:
             await follow(name, lambda: CheckpointWatch(find_checkpoint(name), version, self.changer.begin))
 
     def _report(self) -> None:
-        """Record the machine's state and the scheduler's, for the next reader of the metrics."""
+        """Record the state of the machine and of the scheduler, for the next scrape of the metrics."""
         if not self._models.is_empty:
             main = self._models.main
             scheduler = main.server.scheduler
@@ -294,7 +294,7 @@ class ServerRuntime:
                 self.metrics.captured(captured.num_graphs, captured.held_bytes)
 
     async def _report_regularly(self) -> None:
-        """Report until cancelled: where there are several workers, only one of them is asked for the metrics."""
+        """Report until cancelled: with several workers, a scrape of the metrics reaches only one of them."""
         while True:
             await asyncio.sleep(self._settings.monitor_interval_s)
             self._report()

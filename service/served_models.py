@@ -1,4 +1,4 @@
-"""The model that is served, and for a while the one that is to take its place: which of them answers a request."""
+"""The served model and, for a while, the candidate that is to replace it: which of them answers a request."""
 
 import asyncio
 import logging
@@ -8,47 +8,47 @@ from collections.abc import Awaitable, Callable
 from service.assembly import ServedModel
 from service.errors import NotReadyError
 
-LOOK_S = 0.02  # between two looks at whether a model has done with its requests
+LOOK_S = 0.02  # between two checks whether a model has finished its requests
 
 logger = logging.getLogger(__name__)
 
 
 class ServedModels:
-    """One model, or two of which the second gets a share of the requests. All of it is for the event loop."""
+    """One model, or two of which the second gets a share of the requests; all methods are for the event loop."""
 
     def __init__(self, draw: Callable[[], float] = random.random) -> None:
-        """Start with none; `draw` yields a number from 0 to less than 1 for each request."""
+        """Start with no model; `draw` returns a number from 0 to less than 1 for each request."""
         self._draw = draw
         self._current: ServedModel | None = None
         self._candidate: ServedModel | None = None
-        self._share = 0.0  # of the candidate
+        self._share = 0.0  # of the requests, for the candidate
         self._serving: dict[ServedModel, asyncio.Task[None]] = {}
 
     @property
     def is_empty(self) -> bool:
-        """Whether none is served yet."""
+        """Whether no model is served yet."""
         return self._current is None
 
     @property
     def main(self) -> ServedModel:
-        """What answers most requests.
+        """The model that answers most requests.
 
         Raises:
-            NotReadyError: there is none yet.
+            NotReadyError: no model is served yet.
         """
         return self.all[0]
 
     @property
     def all(self) -> tuple[ServedModel, ...]:
-        """What answers requests, first what answers most of them; errors as `main`."""
+        """The models that answer requests, the one that answers most of them first; errors as `main`."""
         return self._in_order(0.5)
 
     def drawn(self) -> tuple[ServedModel, ...]:
-        """Return what may answer a request that comes now, what was drawn for it first; errors as `main`."""
+        """Return the models that may answer a new request, the one drawn for it first; errors as `main`."""
         return self._in_order(0.0 if self._candidate is None else self._draw())
 
     def _in_order(self, drawn: float) -> tuple[ServedModel, ...]:
-        """Return what may answer a request for which a number was drawn; errors as `main`."""
+        """Return the models that may answer a request, in the order that its number `drawn` gives; errors as `main`."""
         if self._current is None:
             raise NotReadyError("the server is warming up or measuring its latencies; try again in a moment")
         if self._candidate is None or not self._share:
@@ -57,7 +57,7 @@ class ServedModels:
         return (first, second) if drawn < self._share else (second, first)
 
     def begin(self, model: ServedModel) -> None:
-        """Let a model take turns on the engine's thread."""
+        """Start a model: it takes turns on the engine's thread from now on."""
         self._serving[model] = asyncio.create_task(model.serve())
 
     def start(self, first: ServedModel) -> None:
@@ -66,12 +66,12 @@ class ServedModels:
         self.begin(first)
 
     async def run(self) -> None:
-        """Serve on, whatever takes the first one's place, until `stop`, and until all that came is answered.
+        """Serve until `stop`, through any change of the model, and until all requests received are answered.
 
-        A model that fails while another one answers all requests gives its place to that one.
+        If the served model fails while the candidate answers all requests, the candidate replaces it.
 
         Raises:
-            Exception: that which ended the model that is served.
+            Exception: the error that ended the served model.
         """
         try:
             while (model := self._current) is not None:
@@ -87,39 +87,39 @@ class ServedModels:
             await asyncio.gather(*self._serving.values(), return_exceptions=True)
 
     def try_out(self, model: ServedModel, share: float) -> None:
-        """Let a model that has begun answer a share of the requests, 0..1; at 0 it gets none any more.
+        """Let a model that has begun answer a share of the requests, 0..1; at 0 it gets no more.
 
-        It goes on from what the one that is served has learned, or would plan for a server to which nothing comes.
+        It takes over what the served model has learned; otherwise it would plan for a server without traffic.
         """
-        if model is self._current:  # the one before has failed meanwhile
+        if model is self._current:  # the old model has failed meanwhile, and this one has replaced it
             return
         if self._current is not None:
             model.take_over(self._current)
         self._candidate, self._share = model, share
 
     def has_ended(self, model: ServedModel) -> bool:
-        """Tell whether a model takes no turns any more, as one that fails whatever the image."""
+        """Return whether a model takes no more turns, such as one that fails on every image."""
         return self._serving[model].done()
 
     def accept(self, model: ServedModel) -> None:
-        """Serve what is tried out instead of what was served, unless it is served already."""
+        """Serve the candidate instead of the current model, unless it is served already."""
         if model not in (self._candidate, self._current):
             raise ValueError("it is not tried out")
         self._current, self._candidate, self._share = model, None, 0.0
 
     def is_accepted(self, model: ServedModel) -> bool:
-        """Tell whether a model is what is served, and tried out no more."""
+        """Return whether a model is the served one and no longer the candidate."""
         return model is self._current
 
     def drop(self, model: ServedModel) -> None:
-        """Give no request any more to a model that is tried out."""
+        """Give the candidate no more requests; does nothing for any other model."""
         if self._candidate is model:
-            if self._current is not None and self._share == 1.0:  # it has seen no request for a while
+            if self._current is not None and self._share == 1.0:  # the served model has seen no request for a while
                 self._current.take_over(model)
             self._candidate, self._share = None, 0.0
 
     async def retire(self, model: ServedModel, sleep: Callable[[float], Awaitable[None]]) -> None:
-        """Let a model that gets no requests any more answer those that it has, and let go of it."""
+        """Let a model that gets no more requests answer those that it has, then release it."""
         serving = self._serving[model]
         while not model.is_unused and not serving.done():
             await sleep(LOOK_S)
@@ -130,7 +130,7 @@ class ServedModels:
             logger.error("%s %s: %s", model.checkpoint.name, model.checkpoint.version, error, exc_info=error)
 
     def stop(self) -> None:
-        """Take no new request; those that came are still answered."""
+        """Take no new requests; those received are still answered."""
         for model in self._serving:
             model.batcher.stop()
 

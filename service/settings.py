@@ -1,4 +1,7 @@
-"""Every knob of the server, each also an environment variable `SUPERVIT_<NAME>`. Only `app` and `cli` read them."""
+"""The settings of the server, each also an environment variable `SUPERVIT_<NAME>`.
+
+Only `assembly`, `candidate`, `runtime`, `hosting` and `commands` read them; all other modules receive values.
+"""
 
 import os
 from pathlib import Path
@@ -9,11 +12,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import CommandError, first_problem
 
-DEFAULT_CHECKPOINT = "supervit-small-caltech101"  # of those that ship
+DEFAULT_CHECKPOINT = "supervit-small-caltech101"  # one of the checkpoints that ship
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "supervit"
-# Of commands that ask a server: what stands in their words is there for all to see.
+# For commands that call a server: their arguments are visible to all users of the machine.
 API_KEY_VARIABLE = "SUPERVIT_API_KEY"
-PILLOW_LIMIT_PIXELS = 89_000_000  # above it, the decoder has objections of its own
+PILLOW_LIMIT_PIXELS = 89_000_000  # above it, Pillow itself objects to the size of an image
 
 
 class Settings(BaseSettings):
@@ -139,10 +142,10 @@ class Settings(BaseSettings):
 
 
 def read_settings(**given: Any) -> Settings:  # noqa: ANN401 - whatever the fields are
-    """Read the environment's settings, beside those given, which are in their range.
+    """Read the settings from the environment, except those given, which are within their ranges.
 
     Raises:
-        CommandError: one of the environment is out of its range.
+        CommandError: a setting from the environment is invalid.
     """
     try:
         return Settings(**given)
@@ -153,30 +156,30 @@ def read_settings(**given: Any) -> Settings:  # noqa: ANN401 - whatever the fiel
 
 
 def comma_separated(names: str | None) -> tuple[str, ...] | None:
-    """Take apart a setting of several names; None stays None."""
+    """Split a setting of several names; None stays None."""
     return None if names is None else tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def worker_environment(settings: Settings) -> dict[str, str]:
-    """Make the environment in which `supervit serve --fd` is one of the servers of these settings."""
+    """Return the environment in which `supervit serve --fd` runs as one of the workers of these settings."""
     given = settings.model_dump(exclude_unset=True, exclude_none=True, mode="json")
     prefix = Settings.model_config["env_prefix"]
     return {**os.environ, **{f"{prefix}{name.upper()}": str(value) for name, value in given.items()}}
 
 
 def named_settings(settings: Settings) -> set[str]:
-    """Name what was given to these settings by hand: what an environment variable says as well is not counted."""
+    """Return the names of the settings given explicitly; those that are environment variables as well do not count."""
     prefix = Settings.model_config["env_prefix"]
     return {name for name in settings.model_fields_set if f"{prefix}{name.upper()}" not in os.environ}
 
 
 def environment_variable(name: str) -> str | None:
-    """Read a variable that is no knob of ours."""
+    """Read an environment variable that is not one of the settings."""
     return os.environ.get(name)
 
 
 def unknown_variables() -> list[str]:
-    """Name the environment variables that look like knobs and are none: a misspelt knob would be ignored silently."""
+    """List environment variables that look like settings but are none: a misspelt one would be ignored silently."""
     prefix = str(Settings.model_config["env_prefix"])
     known = {API_KEY_VARIABLE, *(f"{prefix}{name.upper()}" for name in Settings.model_fields)}
     return sorted(name for name in os.environ if name.upper().startswith(prefix) and name.upper() not in known)

@@ -1,4 +1,4 @@
-"""What a client sends, when again, and what the answers say. Sends nothing itself and never sleeps."""
+"""What a client sends, when it retries, and what the answers mean. Sends nothing itself and never sleeps."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from service.errors import (
 )
 from service.http.schemas import ClassifyAnswer, ErrorBody, ExplainAnswer, ReadyAnswer
 
-# What the first further try waits for at most beyond what the server asks for; each one after it twice as long.
+# Most that the first retry waits beyond what the server asks for; each further retry waits up to twice as long.
 BACKOFF_S = 0.1
 POLL_S = 0.05
 
@@ -30,14 +30,14 @@ Reply = httpx.Response | httpx.HTTPError
 
 
 class ClassifyOptions(TypedDict, total=False):
-    """What a request may say beside its image; what is left out or None is up to the server.
+    """The options of a request; the server decides those that are missing or None.
 
     Attributes:
         budget_gflops: most that the answer may cost, in 1e9 multiply-accumulates.
-        budget_ms: time from the call, further tries included, within which the answer is wanted.
-        min_confidence: probability of the answer, 0..1, under which the image is looked at again.
-        priority: 0 is normal; down to -10 may be rejected or shed first.
-        top_k: predictions to return.
+        budget_ms: time from the call, retries included, within which the answer is wanted.
+        min_confidence: probability of the answer, 0..1, below which the image is looked at again.
+        priority: 0 is normal; lower ones, down to -10, may be rejected or shed first.
+        top_k: number of predictions to return.
         patch_grid: with keep_rate: a sub-network by name.
         keep_rate: with patch_grid: a sub-network by name.
     """
@@ -52,13 +52,13 @@ class ClassifyOptions(TypedDict, total=False):
 
 
 def bearer(api_key: str | None) -> dict[str, str]:
-    """Return the headers in which a key is sent."""
+    """Return the headers that carry an API key."""
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is to be sent."""
+    """An HTTP request to send."""
 
     method: str
     path: str
@@ -67,20 +67,20 @@ class Call:
 
     @classmethod
     def of(cls, path: str, image: bytes, options: ClassifyOptions) -> "Call":
-        """Send an image with what is said beside it."""
+        """Create the call that sends an image with its options."""
         return cls("POST", path, {name: value for name, value in options.items() if value is not None}, image)
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """How long to wait before the next try."""
+    """The time to wait before the next try."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """For how long and how often a request is tried, by which clock, and what draws its pauses."""
+    """How long and how often a request is tried, by which clock, and what draws its random pauses."""
 
     timeout_s: float
     max_retries: float
@@ -89,7 +89,7 @@ class Patience:
 
 
 class Tries(Generic[Answer]):
-    """One request, tried until it is answered, refused for good or out of time. Neither sends nor sleeps."""
+    """One request, tried until it is answered, finally refused or out of time. Neither sends nor sleeps."""
 
     def __init__(
         self,
@@ -100,14 +100,15 @@ class Tries(Generic[Answer]):
         budget_ms: float | None = None,
         poll_s: float | None = None,
     ) -> None:
-        """Begin now.
+        """Start a request; its time runs from now.
 
         Args:
-            patience: how long and how often.
-            kind: of the answer.
-            call: what is sent.
-            budget_ms: time for all tries together, of which the server is told what is left.
-            poll_s: pause after which a server that does not answer yet is asked again; by default as it says.
+            patience: how long and how often to try.
+            kind: type of the answer.
+            call: the request to send.
+            budget_ms: time for all tries together; a retry tells the server what is left of it.
+            poll_s: pause before a server that invites another try is asked again; by default what it asks for, and a
+                random backoff.
         """
         self._patience, self._kind, self._call, self._poll_s = patience, kind, call, poll_s
         self._budget_ms, self._errors = budget_ms, list[ServiceError]()
@@ -115,38 +116,38 @@ class Tries(Generic[Answer]):
 
     @classmethod
     def of_classify(cls, patience: Patience, image: bytes, options: ClassifyOptions) -> "Tries[ClassifyAnswer]":
-        """Ask what an image shows."""
+        """Create the tries of a classification."""
         return Tries(patience, ClassifyAnswer, Call.of("/classify", image, options), budget_ms=options.get("budget_ms"))
 
     @classmethod
     def of_explain(cls, patience: Patience, image: bytes, options: ClassifyOptions) -> "Tries[ExplainAnswer]":
-        """Ask what an image shows, and what was looked at."""
+        """Create the tries of a classification with an explanation."""
         return Tries(patience, ExplainAnswer, Call.of("/explain", image, options), budget_ms=options.get("budget_ms"))
 
     @classmethod
     def of_readiness(cls, patience: Patience, within_s: float) -> "Tries[ReadyAnswer]":
-        """Ask again and again whether the server is ready."""
+        """Create the tries that poll a server until it is ready."""
         waiting = Patience(within_s, math.inf, patience.clock, patience.draw)
         return Tries(waiting, ReadyAnswer, Call("GET", "/health/ready"), poll_s=POLL_S)
 
     def next_call(self) -> Call:
-        """Tell what to send now; a further try gets what is left of the budget."""
+        """Return what to send now; a retry gets what is left of the budget."""
         if not self._errors or self._budget_ms is None:
             return self._call
         left_ms = 1000 * (self._ends_at - self._patience.clock())
-        if left_ms <= 0:  # the pause took longer than it should have
+        if left_ms <= 0:  # the pause took longer than planned
             raise self._errors[-1]
         return replace(self._call, query={**self._call.query, "budget_ms": left_ms})
 
     def judge(self, reply: Reply) -> Answer | Pause:
-        """Return the answer, or how long to wait before another try; raise the error where there is to be none."""
+        """Return the answer, or how long to wait before the next try; raise the error if there is to be none."""
         try:
             return _read(reply, self._kind)
         except ServiceError as error:
             pause_s = self._pause_s(reply, error)
             if pause_s is None or len(self._errors) >= self._patience.max_retries:
                 raise
-            if not self._patience.clock() + pause_s < self._ends_at:  # so that NaN is never waited for
+            if not self._patience.clock() + pause_s < self._ends_at:  # in this form NaN is never waited for
                 raise
             self._errors.append(error)
         return Pause(pause_s)
@@ -161,19 +162,19 @@ class Tries(Generic[Answer]):
 
 
 def _retry_after_s(reply: Reply, error: ServiceError) -> float | None:
-    """Tell after how long another try is invited; None where it would be in vain, or the request may be under way."""
+    """Return when another try is invited; None where it would be in vain, or the request may be under way."""
     if isinstance(reply, httpx.HTTPError):
         return 0.0 if isinstance(reply, httpx.ConnectError | httpx.ConnectTimeout) else None
     if reply.status_code not in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         return None
-    if isinstance(error, OverloadedError):  # the header has whole seconds
+    if isinstance(error, OverloadedError):  # more precise than the header, which has whole seconds
         return error.retry_after_s
     header = reply.headers.get("Retry-After", "")
     return float(header) if header.isdecimal() else None
 
 
 def _read(reply: Reply, kind: type[Answer]) -> Answer:
-    """Read an answer of this kind, or raise what kept it from being given."""
+    """Parse an answer of this kind, or raise the error that the reply describes."""
     if isinstance(reply, httpx.HTTPError):
         raise _broken(reply) from reply
     try:

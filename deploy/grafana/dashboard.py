@@ -1,6 +1,6 @@
-"""Builds the dashboard: `python -m deploy.grafana.dashboard` writes dashboards/supervit.json anew.
+"""Builds the dashboard: `python -m deploy.grafana.dashboard` rewrites dashboards/supervit.json.
 
-Four rows, from what operators promise to what they have: the promise, the choice, the load, the machine.
+Four rows, from what operators promise to the machine they have: the promise, the choice, the load, the machine.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ OUTPUT = Path(__file__).with_name("dashboards") / "supervit.json"
 MET, ALL = rate("supervit_deadlines_total", 'result="met"'), rate("supervit_deadlines_total")
 ANSWERS = rate("supervit_requests_total", 'outcome="ok"')
 EXPECTED = rate("supervit_expected_accuracy_total")
-# Without traffic there is nothing to show, and without a measured accuracy none.
+# Without traffic these queries return nothing; without a measured accuracy, those about accuracy return nothing.
 ATTAINMENT = f"{MET} / ({ALL} > 0)"
 ACCURACY = f"({EXPECTED} > 0) / ({ANSWERS} > 0)"
 CONFIDENCE = f"({rate('supervit_confidence_total')} and {EXPECTED} > 0) / ({ANSWERS} > 0)"
@@ -23,7 +23,7 @@ ACCURACY_LOSS = f"({rate('supervit_accuracy_loss_total')} and {EXPECTED} > 0) / 
 
 
 def beside_promise(total: str, held: str, promised: str) -> dict[str, str]:
-    """Write which share of something held, of each sub-network, and what of the very same was promised."""
+    """Write queries for the share of a total that held, by sub-network, and for the share that was promised."""
     by = "patch_grid, keep_rate"
     return {
         f"{legend}{{{{patch_grid}}}} at {{{{keep_rate}}}}": f"{growth(metric, by)} / ({growth(total, by)} > 0)"
@@ -254,7 +254,7 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
 
 
 def build() -> dashboard.Dashboard:
-    """Put the four rows together."""
+    """Build the dashboard from its rows."""
     built = (
         dashboard.Dashboard("SuperViT Serve")
         .uid("supervit")

@@ -1,39 +1,39 @@
-"""What the panels of the dashboard have in common, and the queries that they ask."""
+"""The kinds of panels on the dashboard, and PromQL for their queries."""
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, timeseries
 from grafana_foundation_sdk.models import common as options
 from grafana_foundation_sdk.models import dashboard as models
 
 SOURCE = models.DataSourceRef(type_val="prometheus", uid="prometheus")
-HALF, THIRD, QUARTER = 12, 8, 6  # of Grafana's 24 columns
+HALF, THIRD, QUARTER = 12, 8, 6  # widths, in Grafana's 24 columns
 
 ONES = '{job=~"$job", instance=~"$instance"}'
 RATE = "[$__rate_interval]"
 
 
 def rate(metric: str, *labels: str, by: str = "") -> str:
-    """Write the summed rate of a counter."""
+    """Write PromQL for the summed rate of a counter."""
     chosen = ", ".join(['job=~"$job"', 'instance=~"$instance"', *labels])
     return f"sum{f' by ({by})' if by else ''} (rate({metric}{{{chosen}}}{RATE}))"
 
 
 def growth(metric: str, by: str) -> str:
-    """Write by how much a counter grew in six hours, as the alerts have it of what happens seldom."""
+    """Write PromQL for the growth of a counter over six hours, as in the alerts on rare events."""
     return f"sum by ({by}) (increase({metric}{ONES}[6h]))"
 
 
 def quantile(share: float, histogram: str, by: str = "") -> str:
-    """Write a quantile over all servers."""
+    """Write PromQL for a quantile over all servers."""
     return f"histogram_quantile({share}, {rate(f'{histogram}_bucket', by=f'le, {by}' if by else 'le')})"
 
 
 def mean(histogram: str, by: str = "") -> str:
-    """Write a mean over all servers."""
+    """Write PromQL for a mean over all servers."""
     return f"{rate(f'{histogram}_sum', by=by)} / {rate(f'{histogram}_count', by=by)}"
 
 
 def each(metric: str, legend: str = "") -> dict[str, str]:
-    """Write a gauge of each server."""
+    """Write the legend and PromQL of a gauge, one line per server."""
     return {f"{legend}{{{{instance}}}}": metric + ONES}
 
 
@@ -43,7 +43,7 @@ def query(expression: str, legend: str) -> prometheus.Dataquery:
 
 
 def number(title: str, description: str, expression: str, unit: str = "percentunit", decimals: int = 2) -> stat.Panel:
-    """Make a panel of one number, that of this moment."""
+    """Make a panel of one number, the current value."""
     return (
         stat.Panel()
         .title(title)
@@ -61,7 +61,7 @@ def number(title: str, description: str, expression: str, unit: str = "percentun
 def lines(
     title: str, description: str, unit: str, queries: dict[str, str], *, stacked: bool = False, span: int = HALF
 ) -> timeseries.Panel:
-    """Make a panel of lines over time, from expressions by their legend."""
+    """Make a panel of lines over time, from PromQL expressions by legend."""
     panel = (
         timeseries.Panel()
         .title(title)
@@ -89,7 +89,7 @@ def lines(
 
 
 def variable(name: str, label: str, of: str) -> dashboard.QueryVariable:
-    """Make a menu of the values of a label, all of them chosen at first."""
+    """Make a menu of the values of a label, all of them selected at first."""
     return (
         dashboard.QueryVariable(name)
         .label(label)

@@ -1,1 +1,1 @@
-"""From any plain vision transformer to a SuperViT, without training."""
+"""Conversion of plain vision transformers to SuperViTs, without training."""

@@ -1,7 +1,7 @@
-"""Plain ViTs become SuperViTs without training: `supervit convert`.
+"""Convert plain ViTs to SuperViTs without training: `supervit convert`.
 
-The position embedding is resampled to every patch grid, and tokens are kept by the class token's attention, so at its
-own grid and keep rate 1 the SuperViT answers what the ViT answers.
+The position embedding is resampled to every patch grid, and the class token's attention decides which tokens are kept.
+At the ViT's own grid and keep rate 1, the SuperViT therefore gives the ViT's own answers.
 """
 
 from dataclasses import replace
@@ -27,20 +27,22 @@ from models.published import published_config
 from models.subnetwork import SuperViTConfig
 from models.supervit import LVVIT_SMALL, SuperViT
 
-# The published grids, as shares of the largest.
+# The published patch grids, as shares of the largest.
 GRID_SHARES = (8 / 14, 10 / 14, 12 / 14, 1.0)
-# TokenLabeling's LV-ViTs add half of the auxiliary head's logits, and halve residual branches in S and M alone.
+# TokenLabeling's LV-ViTs add half of the auxiliary head's logits. Only S and M, of these depths, halve residual
+# branches.
 LVVIT_AUX_WEIGHT = 0.5
 LVVIT_DEPTHS = (16, 20)
 IMAGENET_CLASSES = 1000
-UNTRAINED = "untrained"  # the one class of a ViT that came without a head
+UNTRAINED = "untrained"  # the only class of a ViT without a head
 
 
 def convert(options: Convert) -> SuperViTConfig:
-    """Write the SuperViT and return its architecture.
+    """Convert a plain ViT, write the SuperViT and return its architecture.
 
     Raises:
-        CheckpointError: the weights cannot be read, or have what a SuperViT has not; or the options contradict them.
+        CheckpointError: the weights cannot be read or have a feature that a SuperViT lacks, or the options contradict
+            them.
         OSError: `output` cannot be written.
     """
     if options.name is not None and not timm.is_model(options.name):
@@ -56,7 +58,7 @@ def convert(options: Convert) -> SuperViTConfig:
     except ValueError as error:
         raise CheckpointMismatchError(f"{options.vit}: {error}") from error
     model = SuperViT(config)
-    with torch.no_grad():  # what a file without a head gets
+    with torch.no_grad():  # the head, where the file has none
         model.head.weight.zero_()
     initial.load_into(model, with_head=initial.has_head)
     names = initial.class_names or class_names_for(config.num_classes)
@@ -71,15 +73,16 @@ def convert(options: Convert) -> SuperViTConfig:
 
 
 def open_initial(path: Path, name: str | None = None, num_heads: int | None = None) -> InitialWeights:
-    """Open weights to start from: a SuperViT's, a plain ViT's; or, where there is no such file, timm's of that name.
+    """Open initial weights: a SuperViT's or a plain ViT's from a file, or, without such a file, timm's of that name.
 
     Args:
         path: the file, or timm's name of a plain ViT.
-        name: timm's name of the architecture in a file of a plain ViT; None to go by the weights alone.
-        num_heads: attention heads of a plain ViT, where neither name nor width tells.
+        name: timm's name of the architecture in a file of a plain ViT; None to infer the architecture from the weights.
+        num_heads: attention heads of a plain ViT, where neither name nor width determines them.
 
     Raises:
-        CheckpointError: it cannot be read, is neither of the two, or has what a SuperViT has not.
+        CheckpointError: the weights cannot be read, are neither a SuperViT's nor a plain ViT's, or have a feature that
+            a SuperViT lacks.
     """
     if not path.exists() and timm.is_model(str(path)):
         vit = PlainViT(create_timm(str(path), pretrained=True).eval(), preprocessing_of(str(path)))
@@ -97,10 +100,10 @@ def open_initial(path: Path, name: str | None = None, num_heads: int | None = No
 
 
 def from_plain_vit(vit: PlainViT, source: Path) -> InitialWeights:
-    """Take a timm module apart.
+    """Convert a timm module to a SuperViT's weights and architecture.
 
     Raises:
-        CheckpointMismatchError: it has what a SuperViT has not.
+        CheckpointMismatchError: the module has a feature that a SuperViT lacks.
     """
     module = vit.module
     _refuse_strange_parts(module, source)
@@ -147,17 +150,17 @@ def from_plain_vit(vit: PlainViT, source: Path) -> InitialWeights:
 
 
 def default_grids(largest: int) -> tuple[int, ...]:
-    """Name the patch grids of a family whose largest grid is given, in the published proportions."""
+    """Return the patch grids of a family with the given largest grid, in the published proportions."""
     return tuple(sorted({max(2, round(share * largest)) for share in GRID_SHARES}))
 
 
 def default_prune_blocks(depth: int) -> tuple[int, ...]:
-    """Name the three blocks that prune, a quarter of the depth apart as in the published DeiT-S."""
+    """Return the three blocks that prune, a quarter of the depth apart as in the published DeiT-S."""
     return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
 
 def _block_weights(block: Block) -> dict[str, Tensor]:
-    """Name the weights of a block as a SuperViT does; LayerScale goes into the projections before it, exactly."""
+    """Return a block's weights by a SuperViT's names; LayerScale is folded exactly into the projections before it."""
     attn, mlp = block.attn, block.mlp
     weights = {
         "norm1.weight": block.norm1.weight,
@@ -236,7 +239,7 @@ def _from_lvvit(weights: dict[str, Tensor], path: Path) -> InitialWeights:
 
 
 def class_names_for(num_classes: int) -> tuple[str, ...]:
-    """Name the classes of a network that names none: a thousand are taken to be ImageNet's, others get a number."""
+    """Return class names for a network without any: a thousand are taken to be ImageNet's, others are numbered."""
     if num_classes == IMAGENET_CLASSES:
         return tuple(ImageNetInfo().label_descriptions())
     return tuple(f"class {index}" for index in range(num_classes))

@@ -1,4 +1,4 @@
-"""Weights to start from, another SuperViT's or a plain ViT's, and how they become those of a family of sub-networks."""
+"""Initial weights, from another SuperViT or a plain ViT, and their resampling to a family of sub-networks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +12,21 @@ from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 
 PER_CLASS = ("head.weight", "head.bias", "aux_head.weight", "aux_head.bias")
-# What decides over a network's answers without a trace in the shapes of its weights. (Heads do, too, but many files do
-# not tell how many there are.)
+# Settings that change a network's answers but not the shapes of its weights. (So does the number of heads, which many
+# files do not state.)
 SHAPELESS = ("pooling", "activation", "layer_norm_eps")
 
 
 @dataclass(frozen=True, slots=True)
 class InitialWeights:
-    """What a file has for a model to start from.
+    """Weights from a file for a model to start from.
 
     Attributes:
-        path: of the file, for messages.
-        weights: by a SuperViT's names, without position embeddings; without those of the head where there is none.
+        path: the file, for messages.
+        weights: by a SuperViT's names, without position embeddings; without the head's where the file has none.
         positions: (1, P + grid ** 2, D) position embeddings by patch grid, prefix tokens first.
         config: the architecture, its preprocessing and a family of sub-networks; None where a bare state dict does not
-            tell.
+            determine them.
         class_names: one per logit; None where the file names none.
     """
 
@@ -38,11 +38,11 @@ class InitialWeights:
 
     @property
     def has_head(self) -> bool:
-        """Whether there is a classifier."""
+        """Whether the file has a classifier."""
         return "head.weight" in self.weights
 
     def has_head_for(self, class_names: tuple[str, ...]) -> bool:
-        """Whether its head answers these classes, in this order, as far as the file tells."""
+        """Return whether the head answers these classes, in this order, as far as the file says."""
         if not self.has_head or len(self.weights["head.weight"]) != len(class_names):
             return False
         return self.class_names in (None, class_names)
@@ -50,8 +50,9 @@ class InitialWeights:
     def load_into(self, model: SuperViT, *, with_head: bool) -> None:
         """Copy the weights into `model`.
 
-        A patch grid that they lack gets the embedding of the nearest one, resampled, and a patch kernel of another
-        size the resampled kernel (Beyer et al., "FlexiViT", CVPR 2023). Without the head, the model keeps its own.
+        A patch grid without a position embedding in the file gets that of the nearest grid, resampled. A patch kernel
+        of another size is resampled (Beyer et al., "FlexiViT", CVPR 2023). Unless `with_head` is set, the model keeps
+        its own head.
 
         Raises:
             CheckpointMismatchError: the weights are not this model's.
@@ -90,10 +91,10 @@ class InitialWeights:
 
 
 def split_positions(path: Path, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
-    """Part the weights of a SuperViT from its position embeddings, and find the patch grid of each.
+    """Separate the weights of a SuperViT from its position embeddings, and find the patch grid of each embedding.
 
     Raises:
-        CheckpointMismatchError: one of them is not that of prefix tokens and a square of patches.
+        CheckpointMismatchError: a position embedding is not that of prefix tokens and a square of patches.
     """
     rest = {name: tensor for name, tensor in weights.items() if not name.startswith("pos_embed")}
     num_prefix = rest["cls_token"].shape[1] if rest.get("cls_token", torch.zeros(0)).ndim == 3 else 1
@@ -112,5 +113,5 @@ def split_positions(path: Path, weights: dict[str, Tensor]) -> tuple[dict[str, T
 
 
 def _nearest(by_grid: dict[int, Tensor], grid: int) -> Tensor:
-    """Of two that are equally near, the larger: it has no detail less."""
+    """Return the embedding of the nearest grid; of two equally near, that of the larger, which has no detail less."""
     return by_grid[min(by_grid, key=lambda known: (abs(known - grid), -known))]

@@ -1,4 +1,4 @@
-"""The weights inside an ONNX graph that PyTorch exported, under the names that they had in PyTorch."""
+"""The weights inside an ONNX graph that PyTorch exported, by their names in PyTorch."""
 
 import math
 import re
@@ -9,28 +9,28 @@ from torch import Tensor
 
 from models.checkpoint import UnreadableCheckpointError
 
-NAMELESS = "onnx::"  # how PyTorch's exporter names what it computed while exporting
+NAMELESS = "onnx::"  # prefix that PyTorch's exporter gives to constants computed during the export
 
 
 def read_onnx_weights(path: Path) -> dict[str, Tensor]:
     """Read every named weight, and the nameless ones whose names follow from where they are used.
 
-    The exporter transposes the matrices of linear layers, which loses their names; the product that uses one is called
-    after its layer. A position embedding that was resampled while exporting is left in two nameless parts, the class
-    token's row and the patches'.
+    The exporter transposes the matrices of linear layers, which loses their names; the product that uses a matrix is
+    named after its layer. A position embedding that was resampled during the export is left as two nameless constants,
+    the class token's row and the patches' rows.
 
     Returns:
         float32 tensors by name, matrices of linear layers as (out, in).
 
     Raises:
-        UnreadableCheckpointError: the file is no ONNX graph.
+        UnreadableCheckpointError: the file does not exist or is not an ONNX graph that can be read.
     """
     import openvino as ov  # type: ignore[import-untyped]
 
     if not path.is_file():
         raise UnreadableCheckpointError(f"{path}: no such file")
     try:
-        graph = ov.Core().read_model(path)  # kept, or its nodes would forget their users
+        graph = ov.Core().read_model(path)  # kept in a variable: otherwise its nodes lose their users
     except RuntimeError as error:
         raise UnreadableCheckpointError(f"{path}: is no ONNX graph that can be read") from error
     weights: dict[str, Tensor] = {}

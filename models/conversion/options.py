@@ -1,4 +1,4 @@
-"""The options of `supervit convert`. Holds values: what reads them imports timm, which takes seconds."""
+"""Options of `supervit convert`. Values only: the code that reads them imports timm, which takes seconds."""
 
 from pathlib import Path
 

@@ -1,9 +1,9 @@
-"""Plain vision transformers as other libraries save them: read into timm's module, or refused by what they have.
+"""Plain vision transformers as other libraries save them: loaded into timm's module, or refused for what they contain.
 
-Taken are timm's own layouts (DeiT with and without distillation, DeiT-III, augreg, DINOv2, CLIP), transformers' ViT and
-DINOv2, OpenAI's and DINOv2's own, and an ONNX export of any of them. A file does not say everything: at the common
-widths heads are taken to be 64 wide, norms to stand before attention and MLP, and MLPs to use exact GELU, unless timm's
-name of the architecture says otherwise.
+Supported are timm's own layouts (DeiT with and without distillation, DeiT-III, augreg, DINOv2, CLIP), transformers' ViT
+and DINOv2, OpenAI's and DINOv2's own, and an ONNX export of any of them. A file does not say everything. Unless timm's
+name of the architecture says otherwise, heads are assumed to be 64 wide at the common widths, norms to precede
+attention and MLP, and MLPs to use exact GELU.
 """
 
 import math
@@ -22,12 +22,12 @@ from torch import Tensor
 from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError
 
 HEAD_DIM = 64
-# Widths at which every published ViT has heads of 64; at others they differ, as 80 in a ViT-H.
 NAME_IT = "`supervit convert` it with --name"
+# Widths at which every published ViT has heads of 64; at others they differ, as 80 in a ViT-H.
 COMMON_WIDTHS = (192, 384, 512, 768, 1024)
 CLIP_EPS = 1e-5
 
-# What gives a network away that is no plain ViT, by the names of its weights.
+# Features that no plain ViT has, with patterns of the weight names that reveal them.
 FEATURES = {
     "attention within windows": r"^(layers|stages)\.\d+\.(blocks|downsample)",
     "rotary position embedding (RoPE)": r"rope|rotary|freqs",
@@ -39,7 +39,7 @@ FEATURES = {
     "attention pooling": r"attn_pool\.|^head\.probe|attentionpool",
 }
 
-# transformers' names for what timm calls otherwise.
+# Patterns of transformers' weight names, and timm's names for the same weights.
 RENAMED = (
     (r"^embeddings\.cls_token", "cls_token"),
     (r"^embeddings\.register_tokens", "register_tokens"),
@@ -62,12 +62,12 @@ QUERY_KEY_VALUE = tuple(f"attention.attention.{part}." for part in ("query", "ke
 
 @dataclass(frozen=True, slots=True)
 class PlainViT:
-    """A vision transformer of one cost.
+    """A plain vision transformer, which has a single cost.
 
     Attributes:
-        module: timm's, in eval mode.
-        preprocessing: fields of SuperViTConfig about images; those that nothing tells are left out.
-        has_head: whether the file had weights of a classifier.
+        module: the timm module, in eval mode.
+        preprocessing: fields of SuperViTConfig about images; empty where they are unknown.
+        has_head: whether the file had a classifier's weights.
     """
 
     module: VisionTransformer
@@ -76,21 +76,21 @@ class PlainViT:
 
 
 def is_lvvit(weights: dict[str, Tensor]) -> bool:
-    """Tell LV-ViT's own layout, which is that of a SuperViT but for its single position embedding."""
+    """Return whether weights have LV-ViT's own layout, a SuperViT's except for its single position embedding."""
     return "patch_embed.conv1.weight" in weights and "pos_embed" in weights
 
 
 def build_plain_vit(path: Path, weights: dict[str, Tensor], name: str | None, num_heads: int | None) -> PlainViT:
-    """Put weights into timm's module.
+    """Load weights into a timm module.
 
     Args:
-        path: for messages.
-        weights: of any layout that this module takes.
-        name: timm's name of the architecture, with or without a tag; None to go by the weights alone.
-        num_heads: attention heads, where neither the name nor the width tells; None for those that they tell.
+        path: the file, for messages.
+        weights: in any layout that this module supports.
+        name: timm's name of the architecture, with or without a tag; None to infer the architecture from the weights.
+        num_heads: attention heads, where neither the name nor the width determines them; None otherwise.
 
     Raises:
-        CheckpointMismatchError: they are not those of a plain ViT, or not those of `name`.
+        CheckpointMismatchError: the weights are not those of a plain ViT, or not those of `name`.
     """
     for feature, pattern in FEATURES.items():
         if any(re.search(pattern, weight) for weight in weights):
@@ -106,7 +106,7 @@ def build_plain_vit(path: Path, weights: dict[str, Tensor], name: str | None, nu
         if not (has_head := "head.weight" in filtered):
             filtered |= {key: tensor for key, tensor in module.state_dict().items() if key.startswith("head")}
         module.load_state_dict(filtered)
-        for key in ("patch_embed.proj.weight", "pos_embed"):  # timm would resample them without a word
+        for key in ("patch_embed.proj.weight", "pos_embed"):  # timm would resample these silently
             if key in weights and weights[key].shape[-2:] != module.state_dict()[key].shape[-2:]:
                 raise ValueError(f"{key} is of another size")
     except (AssertionError, LookupError, RuntimeError, ValueError) as error:
@@ -117,18 +117,18 @@ def build_plain_vit(path: Path, weights: dict[str, Tensor], name: str | None, nu
 
 
 def create_timm(name: str, *, pretrained: bool = False, **options: Any) -> VisionTransformer:  # noqa: ANN401 - timm's own
-    """Build timm's model of a name, with its weights where asked for.
+    """Build timm's model of a name, with timm's weights if `pretrained` is set.
 
     Raises:
-        CheckpointMismatchError: timm knows no such model, or it is no plain ViT.
-        UnreadableCheckpointError: its weights cannot be had.
+        CheckpointMismatchError: timm knows no such model, or the model is not a plain ViT.
+        UnreadableCheckpointError: the weights cannot be downloaded, or timm cannot build the model with these options.
     """
     if not timm.is_model(name):
         raise CheckpointMismatchError(f"{name}: timm knows no such model")
     options = {key: value for key, value in options.items() if value is not None}
     try:
         module = timm.create_model(name, pretrained=pretrained, **options)
-    except (TypeError, AssertionError) as error:  # a convolutional network knows no img_size
+    except (TypeError, AssertionError) as error:  # a convolutional network takes no img_size
         raise CheckpointMismatchError(f"{name}: is no plain ViT") from error
     except (OSError, RuntimeError, ValueError) as error:
         reason = "timm's weights cannot be had; name a file" if pretrained else "timm cannot build it so"
@@ -144,7 +144,7 @@ def create_timm(name: str, *, pretrained: bool = False, **options: Any) -> Visio
 
 
 def preprocessing_of(name: str) -> dict[str, Any]:
-    """Look up what images timm's weights of a name were trained on, as fields of SuperViTConfig."""
+    """Return the preprocessing with which timm's weights of a name were trained, as fields of SuperViTConfig."""
     data = timm.data.resolve_data_config(timm.get_pretrained_cfg(name).to_dict())
     return {
         "mean": tuple(data["mean"]),
@@ -155,7 +155,7 @@ def preprocessing_of(name: str) -> dict[str, Any]:
 
 
 def _as_timm_names(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename transformers' weights and DINOv2's registers; those of any other layout stay as they are."""
+    """Rename transformers' weights and DINOv2's registers to timm's names; weights of other layouts keep theirs."""
     class_token = next((name for name in weights if name.endswith("embeddings.cls_token")), None)
     if class_token is None:
         return _with_registers({name: tensor for name, tensor in weights.items() if name != "mask_token"})
@@ -183,7 +183,7 @@ def _as_timm_names(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_registers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turn DINOv2's registers into timm's, where patches alone have a position."""
+    """Convert DINOv2's registers to timm's layout, in which only patches have a position embedding."""
     if "register_tokens" not in weights or "pos_embed" not in weights:
         return weights
     weights = {("reg_token" if name == "register_tokens" else name): tensor for name, tensor in weights.items()}
@@ -240,7 +240,7 @@ def _module_by_shapes(path: Path, weights: dict[str, Tensor], num_heads: int | N
 
 
 def _num_patches(weights: dict[str, Tensor]) -> tuple[int, bool]:
-    """Count the patches that the position embedding knows, and tell whether it leaves out the prefix tokens."""
+    """Count the patches of the position embedding, and return whether it leaves out the prefix tokens."""
     rows = weights["pos_embed"].shape[1]
     prefix = weights["cls_token"].shape[1]
     prefix += sum(weights[name].shape[1] for name in ("dist_token", "reg_token") if name in weights)
@@ -256,10 +256,10 @@ def _num_classes(weights: dict[str, Tensor]) -> int | None:
 
 
 def _image_side(weights: dict[str, Tensor]) -> int | None:
-    """Tell for what images the weights are, so that their position embedding is taken as it is."""
+    """Return the image side of the position embedding, for which it needs no resampling; None if unknown."""
     try:
         return math.isqrt(_num_patches(weights)[0]) * weights["patch_embed.proj.weight"].shape[-1]
-    except (LookupError, ValueError):  # of a layout that timm will rename
+    except (LookupError, ValueError):  # a layout that timm will rename
         return None
 
 

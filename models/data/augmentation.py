@@ -1,4 +1,4 @@
-"""How pictures are varied for training: a random crop, RandAugment, random erasing. Knows no labels."""
+"""Augmentation of training pictures: a random crop, RandAugment, random erasing. Does not handle labels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ MAX_POSTERIZE = 9.9
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """How training images are varied.
+    """How training images are augmented.
 
     Attributes:
         rand_augment: timm's RandAugment description such as "rand-m9-mstd0.5-inc1"; None for none.
         random_erasing: probability of erasing a rectangle.
-        smallest_crop: share of the picture's area that a random crop shows at least; small pictures are not cropped so.
+        smallest_crop: smallest share of the picture's area that a random crop shows; not used for small pictures.
     """
 
     rand_augment: str | None
@@ -32,19 +32,19 @@ class Augmentation:
 
 
 def training_transform(config: SuperViTConfig, augmentation: Augmentation) -> Transform:
-    """Map an RGB picture of any size to a random (3, S, S) float32 variation of it, normalised."""
+    """Return the transform of an RGB picture of any size to a random (3, S, S) float32 variation, normalised."""
     crop = training_crop(config, augmentation)
     composed: Transform = transforms.Compose([crop, variation(config, augmentation)])
     return composed
 
 
 def training_crop(config: SuperViTConfig, augmentation: Augmentation) -> RandomCrop:
-    """Take a random part of an RGB picture of any size, as a square of S pixels."""
+    """Return the crop of a random part of an RGB picture of any size to a square of S pixels."""
     return RandomCrop(config.image_side, augmentation.smallest_crop, config.interpolation)
 
 
 def variation(config: SuperViTConfig, augmentation: Augmentation) -> Transform:
-    """Map a square that was cropped for training to a random (3, S, S) float32 variation of it, normalised."""
+    """Return the transform of a square cropped for training to a random (3, S, S) float32 variation, normalised."""
     steps: list[Callable[..., Any]] = []
     if augmentation.rand_augment:
         fill = tuple(round(255 * channel) for channel in config.mean)

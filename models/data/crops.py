@@ -1,4 +1,4 @@
-"""Which part of a picture a training image shows, and the same part of a map over the picture."""
+"""Random crops of training pictures, and the same crops of maps over the pictures."""
 
 import torch
 from PIL import Image
@@ -9,40 +9,40 @@ from torchvision.transforms import functional as pictures
 
 from models.subnetwork import Interpolation
 
-# Inputs up to this side are small pictures already: crop them with padding rather than rescale a random part.
+# Up to this input side, pictures count as small: they are padded and cropped, rather than a random part rescaled.
 PADDED_CROP_SIDE_PX = 64
-# Ratio of width to height of the part of a larger picture that is shown.
+# Bounds of the ratio of width to height of the part that is cropped from a larger picture.
 RATIO = [3 / 4, 4 / 3]
 
 
 def crop_padding(side: int) -> int:
-    """Tell by how many pixels a small picture is padded before a part of its own size is cropped from it."""
+    """Return by how many pixels a small picture is padded on each side before a part of its own size is cropped."""
     return side // 8
 
 
 class RandomCrop:
-    """Crop a random part of a picture to a square of `side` pixels, and mirror every other by chance."""
+    """Crop a random part of a picture to a square of `side` pixels, and mirror it with probability 1/2."""
 
     def __init__(self, side: int, smallest: float, interpolation: Interpolation) -> None:
-        """Hold how to crop.
+        """Create a crop.
 
         Args:
-            side: of the square, in pixels.
-            smallest: share of the picture's area that is shown at least; small pictures are not cropped so.
-            interpolation: of larger pictures.
+            side: side of the square in pixels.
+            smallest: smallest share of the picture's area that is shown; not used for small pictures.
+            interpolation: for larger pictures; small ones are resized bicubically.
         """
         self.side, self.smallest, self.mode = side, smallest, InterpolationMode(interpolation)
 
     def __call__(self, picture: Image.Image) -> Image.Image:
-        """Give the square."""
+        """Return the square."""
         return self.take(picture)[0]
 
     def take(self, picture: Image.Image) -> tuple[Image.Image, Tensor]:
-        """Give the square and which part of the picture it shows.
+        """Return the square and the part of the picture that it shows.
 
         Returns:
-            The square; and its left, top, right and bottom in fractions of the picture's width and height, below 0 or
-            above 1 in the padding of a small one, and 1 where it is mirrored, or else 0: (5,) float32.
+            The square; and (5,) float32: its left, top, right and bottom as fractions of the picture's width and
+            height, below 0 or above 1 in the padding of a small picture, then 1 if the square is mirrored, else 0.
         """
         is_small = self.side <= PADDED_CROP_SIDE_PX
         if is_small:
@@ -61,12 +61,12 @@ class RandomCrop:
 
 
 def crop_maps(maps: Tensor, crops: Tensor, side: int) -> Tensor:
-    """Cut from each map what its crop shows, as RoIAlign does (He et al., ICCV 2017).
+    """Cut from each map the part that its crop shows, as RoIAlign does (He et al., ICCV 2017).
 
     Args:
-        maps: (B, C, h, w) float, each over a whole picture; 0 is taken for what lies beyond it.
-        crops: (B, 5), as `RandomCrop.take` gives them.
-        side: cells per side of what is returned.
+        maps: (B, C, h, w) float, each over a whole picture; taken to be 0 beyond it.
+        crops: (B, 5), as `RandomCrop.take` returns them.
+        side: cells per side of the result.
 
     Returns:
         (B, C, side, side).

@@ -1,8 +1,8 @@
-"""Folders of labelled images: their classes, their splits, and what becomes of the few that cannot be read.
+"""Folders of labelled images: their classes, their splits, and the handling of images that cannot be read.
 
-An unreadable image keeps its place, so that every batch has its size and every process the same number of them: it is
-blank and has no label. Measuring passes over it; training takes the next image that can be read instead. Whether a file
-can be read shows when it is first read, as in timm: to decode everything beforehand would cost a pass over the data.
+An unreadable image keeps its place, so that every batch keeps its size and every process its number of batches: it
+becomes blank and has no label. Evaluation skips it; training takes the next readable image instead. Whether a file can
+be read is found out when it is first read, as in timm: decoding everything beforehand would cost a pass over the data.
 """
 
 import copy
@@ -24,22 +24,22 @@ from models.errors import DataError
 from models.processes import gather, is_first
 from models.subnetwork import SuperViTConfig
 
-NO_LABEL = -100  # the label that torch's cross_entropy passes over
+NO_LABEL = -100  # the label that torch's cross_entropy ignores
 MOST_NAMES = 3
 
 Sample = tuple[Tensor, int]
 
 
 class ImageSet(Dataset[Sample]):
-    """Images with their labels. One that cannot be read is noted, blank and without a label from then on.
+    """Images with their labels. An unreadable one is recorded, and from then on blank and without a label.
 
     Attributes:
-        folder: of class folders.
+        folder: the folder of class folders.
         files: path and label of each image.
-        transform: of an RGB picture.
+        transform: from an RGB picture to a tensor.
         max_bad_images: fraction of the images that may be unreadable.
-        skipped: how many files of each other extension lie between the images.
-        is_bad: (M,) bool, which images were found to be unreadable, in memory that worker processes share.
+        skipped: number of skipped files by extension.
+        is_bad: (M,) bool, the images found to be unreadable, in memory shared with worker processes.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class ImageSet(Dataset[Sample]):
         self._is_reported = self.is_bad.clone()
 
     def __len__(self) -> int:
-        """Images, unreadable ones included."""
+        """Count the images, unreadable ones included."""
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
-        """One image and its label, or a blank one and NO_LABEL.
+        """Return an image and its label, or a blank image and NO_LABEL.
 
         Raises:
-            DataError: too many cannot be read.
+            DataError: too many images cannot be read.
         """
         path, label = self.files[index]
         if not self.is_bad[index]:
@@ -75,16 +75,16 @@ class ImageSet(Dataset[Sample]):
         return self.transform(BLANK), NO_LABEL
 
     def seen_through(self, transform: Transform) -> "ImageSet":
-        """The same images, and the same notes on them, through another transform."""
+        """Return the same images, with the same record of unreadable ones, through another transform."""
         other = copy.copy(self)
         other.transform = transform
         return other
 
     def report(self) -> None:
-        """Note what any process found to be unreadable; the first one names it on stderr, once. All must call it.
+        """Merge what all processes found unreadable; the first names it on stderr, once. All processes must call it.
 
         Raises:
-            DataError: too many cannot be read.
+            DataError: too many images cannot be read.
         """
         for marks in gather(self.is_bad):
             self.is_bad.logical_or_(marks)
@@ -94,7 +94,7 @@ class ImageSet(Dataset[Sample]):
         self._is_reported.copy_(self.is_bad)
 
     def report_skipped_files(self) -> None:
-        """Let the first process say on stderr how many files are of no type that is read."""
+        """Print on stderr, from the first process, how many files were skipped for their extensions."""
         if self.skipped and is_first():
             kinds = ", ".join(
                 f"{count} {extension or 'without any'}" for extension, count in self.skipped.most_common()
@@ -112,35 +112,35 @@ class ImageSet(Dataset[Sample]):
 
 
 class TrainingSamples(Dataset[tuple[Tensor, Tensor | int]]):
-    """Images to train on. Instead of one that cannot be read comes the next that can, most likely of its class."""
+    """Images to train on. The next readable image, most likely of the same class, replaces an unreadable one."""
 
     def __init__(self, images: ImageSet, targets: Tensor | None) -> None:
-        """Hold the images.
+        """Create the samples.
 
         Args:
-            images: through a training transform.
-            targets: (M, classes) probabilities in place of the labels, if any.
+            images: the images, with a training transform.
+            targets: (M, classes) probabilities that replace the labels; None to keep the labels.
         """
         self.images, self.targets = images, targets
 
     def __len__(self) -> int:
-        """Images, unreadable ones included."""
+        """Count the images, unreadable ones included."""
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor | int]:
-        """One image and its target.
+        """Return an image and its target.
 
         Raises:
-            DataError: too many cannot be read.
+            DataError: too many images cannot be read.
         """
         image, target, _ = self.take(index)
         return image, target
 
     def take(self, index: int) -> tuple[Tensor, Tensor | int, int]:
-        """One image, its target, and the place in `images` where it was found.
+        """Return an image, its target, and its index in `images`.
 
         Raises:
-            DataError: too many cannot be read.
+            DataError: too many images cannot be read, or all of them.
         """
         for place in itertools.chain(range(index, len(self)), range(index)):
             image, label = self.images[place]
@@ -149,17 +149,17 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor | int]]):
         raise DataError(f"{self.images.folder}: no image can be read")
 
     def report(self) -> None:
-        """As of the images."""
+        """Report unreadable images, as `ImageSet.report` does."""
         self.images.report()
 
 
 def list_classes(folder: Path) -> tuple[str, ...]:
-    """Name the class folders of `folder`, in the order of their labels.
+    """Return the names of the class folders of `folder`, in the order of their labels.
 
     Raises:
         DataError: there is no such folder, it holds no class folders, or the name of one is not UTF-8.
     """
-    from torchvision.datasets.folder import find_classes  # its import takes seconds, which no server needs to wait
+    from torchvision.datasets.folder import find_classes  # its import takes seconds, and a server does not need it
 
     try:
         names = tuple(find_classes(folder)[0])
@@ -172,25 +172,25 @@ def list_classes(folder: Path) -> tuple[str, ...]:
 
 
 def is_unicode(name: str) -> bool:
-    """Whether a file's name is text, and not bytes that Python can only hand through."""
+    """Return whether a file's name is text, without bytes that Python could only pass through as surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def name_first(names: Sequence[str]) -> str:
-    """List the first few names and count the others."""
+    """List the first few names, and the number of the others."""
     others = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(names[:MOST_NAMES]) + others
 
 
 def difference(expected: Sequence[str], found: Sequence[str]) -> str:
-    """Say which class folders are missing and which are extra."""
+    """Describe which class folders are missing and which are extra."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     parts = (("missing", missing), ("extra", extra))
     return "; ".join(f"{len(names)} {kind}: {name_first(names)}" for kind, names in parts if names)
 
 
 def digest_samples(images: ImageSet) -> str:
-    """Tell this choice of files, labels and order from any other; the files' contents do not count."""
+    """Return a digest of the files' names, labels and order; the files' contents do not count."""
     digest = hashlib.sha256()
     for path, label in images.files:
         digest.update(os.fsencode(f"{os.path.relpath(path, images.folder)}\0{label}\0"))
@@ -201,7 +201,7 @@ def open_folder(folder: Path, transform: Transform, max_bad_images: float = MAX_
     """Open a folder of class folders of images, labelled in the order of `list_classes`.
 
     Raises:
-        DataError: there is none, or one of the classes has no images.
+        DataError: the folder does not exist or has no usable class folders, or a class has no images.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
@@ -209,7 +209,7 @@ def open_folder(folder: Path, transform: Transform, max_bad_images: float = MAX_
     skipped: Counter[str] = Counter()
 
     def is_image(path: str) -> bool:
-        extension = os.path.splitext(path)[1].lower()  # noqa: PTH122 - of a million files, at a tenth of Path's time
+        extension = os.path.splitext(path)[1].lower()  # noqa: PTH122 - for a million files, in a tenth of Path's time
         skipped.update([extension] * (extension not in IMG_EXTENSIONS))
         return extension in IMG_EXTENSIONS
 
@@ -229,17 +229,18 @@ def open_training_data(
     seed: int,
     max_bad_images: float = MAX_BAD_IMAGES,
 ) -> tuple[ImageSet, ImageSet]:
-    """Open `data`/train for training, and what to watch meanwhile: `data`/val, or else a part held out from train.
+    """Open `data`/train to train on, and `data`/val, or else a part held out from train, to validate on.
 
-    A test/ folder is never looked at, so that it stays a test.
+    A test/ folder is never read, so that it stays a test.
 
     Args:
         data: folder with train/ and perhaps val/, each of class folders.
-        config: for the transform of the watched images.
-        transform: of the training images.
-        holdout: fraction of train/ to hold out where there is no val/, the same of each class; each keeps an image.
-        seed: of the choice of held-out images.
-        max_bad_images: fraction of the images of each that may be unreadable.
+        config: architecture, for the transform of the validation images.
+        transform: transform of the training images.
+        holdout: fraction of train/ to hold out where there is no val/, the same of each class; each class keeps at
+            least an image in train/.
+        seed: seed of the choice of held-out images.
+        max_bad_images: fraction of the images of each set that may be unreadable.
 
     Raises:
         DataError: a folder is unusable, train/ has a single class, val/ has other classes than train/, or there is no
@@ -255,7 +256,7 @@ def open_training_data(
         return training, open_folder(data / "val", evaluation_transform(config), max_bad_images)
     files = training.files
     order = stratified_order([label for _, label in files], seed)
-    kept = set({files[index][1]: index for index in order}.values())  # the last of each class
+    kept = set({files[index][1]: index for index in order}.values())  # the last of each class stays in train/
     spare = [index for index in order if index not in kept]
     held_out = set(spare[: max(1, round(holdout * len(files)))])
     if not held_out:
@@ -268,7 +269,7 @@ def open_training_data(
 
 
 def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
-    """Order indices at random so that every beginning holds the classes in proportion, to within an image of each."""
+    """Order indices at random, with every prefix holding the classes in proportion, to within an image of each."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
     sizes, seen = Counter(labels), Counter[int]()
     place = {}

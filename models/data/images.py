@@ -1,7 +1,7 @@
-"""Images as numbers: RGB conversion, the evaluation transform, normalisation. Knows no labels.
+"""Images as tensors: RGB conversion, the evaluation transform, normalisation. Does not handle labels.
 
-Training, evaluation and serving share `to_rgb`, `evaluation_transform` and `normalise`, so that what a checkpoint was
-measured on is what it is served with.
+Training, evaluation and serving share `to_rgb`, `evaluation_transform` and `normalise`, so that a checkpoint is served
+with the preprocessing on which it was measured.
 """
 
 import struct
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from models.subnetwork import Interpolation, SuperViTConfig
 
-# A longer picture is cut to this ratio around its centre before resizing, or a 1 x 100,000 px one would fill memory.
+# A longer picture is cropped to this ratio around its centre before resizing; a 1 x 100,000 px one would fill memory.
 MAX_ASPECT_RATIO = 8
 
-# What Pillow's codecs are known to raise on malformed bytes.
+# Errors that Pillow's codecs are known to raise on malformed bytes.
 CODEC_ERRORS = (
     AssertionError,
     OSError,
@@ -35,7 +35,7 @@ CODEC_ERRORS = (
     zlib.error,
 )
 
-# How to turn a picture that its camera stored in another orientation than it is to be seen in (Exif 2.3, table 4).
+# The transposition that turns a picture upright, by the orientation that its camera stored (Exif 2.3, table 4).
 TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,19 +48,19 @@ TURNS: dict[object, Image.Transpose] = {
 
 Transform = Callable[[Image.Image], Tensor]
 
-# What stands for a picture that cannot be read, where a batch must have its size.
+# Replaces a picture that cannot be read, where a batch must keep its size.
 BLANK = Image.new("RGB", (1, 1))
 
 
 class UnreadableImageError(Exception):
-    """A file is no picture, or a broken one; the message names it."""
+    """A file is not a picture, or is a broken one; the message names it."""
 
 
 def load_rgb(path: str) -> Image.Image:
     """Decode a file to an RGB picture.
 
     Raises:
-        UnreadableImageError: it cannot be decoded.
+        UnreadableImageError: the file cannot be decoded.
     """
     try:
         with Image.open(path) as image:
@@ -77,17 +77,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def turn_upright(image: Image.Image) -> Image.Transpose | None:
-    """Tell how to turn a picture that its camera stored otherwise; None where it is upright or nothing says so."""
-    # ImageOps.exif_transpose does more: it writes the metadata anew, which fails on what some cameras put there, and
+    """Return the transposition that turns a picture upright; None where it is upright or states no orientation."""
+    # ImageOps.exif_transpose does more: it rewrites the metadata, which fails on what some cameras store there, and
     # copies every picture that needs no turning.
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except (SyntaxError, ValueError, TypeError, struct.error):  # broken metadata do not break a picture
+    except (SyntaxError, ValueError, TypeError, struct.error):  # a picture with broken metadata can still be used
         return None
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """Convert a picture of any mode to RGB of 8 bits, transparency on white. One that is RGB is not copied."""
+    """Convert a picture of any mode to 8-bit RGB, transparency on white. An RGB picture is not copied."""
     if image.mode.startswith(("I", "F")):  # 16-bit grey; convert() would clip it to white
         levels = np.asarray(image).clip(0, 65535).astype(np.uint16)
         grey = (levels >> 8).astype(np.uint8)
@@ -96,7 +96,7 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.new("RGB", rgba.size, "white")
-        image.paste(rgba, mask=rgba)  # unlike alpha_composite, it lets other threads run meanwhile
+        image.paste(rgba, mask=rgba)  # unlike alpha_composite, paste releases the GIL
     if image.mode != "RGB":
         return image.convert("RGB")
     image.load()  # the file may be closed next
@@ -104,12 +104,12 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def resized_side(config: SuperViTConfig) -> int:
-    """Tell what the shorter side of a picture is resized to before its centre is cropped, in pixels."""
+    """Return the side in pixels to which the shorter side of a picture is resized before the centre crop."""
     return int(config.image_side / config.crop_fraction)
 
 
 def limit_aspect_ratio(image: Image.Image) -> Image.Image:
-    """Cut a picture that is longer than MAX_ASPECT_RATIO around its centre; hand on any other as it is."""
+    """Crop a picture that is longer than MAX_ASPECT_RATIO around its centre; return any other unchanged."""
     width, height = image.size
     longest = MAX_ASPECT_RATIO * min(width, height)
     if max(width, height) <= longest:
@@ -119,20 +119,20 @@ def limit_aspect_ratio(image: Image.Image) -> Image.Image:
 
 
 def evaluation_transform(config: SuperViTConfig) -> Transform:
-    """Map an RGB picture of any size to (3, S, S) uint8: resize the shorter side, crop the centre.
+    """Return the transform of an RGB picture to (3, S, S) uint8: resize the shorter side, crop the centre.
 
-    With antialiasing, in Pillow, as the published evaluations do.
+    Pillow resizes with antialiasing, as in the published evaluations. The picture may have any size.
     """
     return square_transform(resized_side(config), config.image_side, config.interpolation)
 
 
 def square_transform(resized: int, side: int, interpolation: Interpolation = "bicubic") -> Transform:
-    """Map an RGB picture of any size to (3, side, side) uint8: its shorter side to `resized`, then the centre."""
+    """Return the transform of an RGB picture to (3, side, side) uint8: shorter side to `resized`, then centre."""
     return partial(_to_square, resized=resized, side=side, resampling=Image.Resampling[interpolation.upper()])
 
 
 def _to_square(image: Image.Image, *, resized: int, side: int, resampling: Image.Resampling) -> Tensor:
-    """Do what torchvision's Resize, CenterCrop and PILToTensor do, without its import of some seconds."""
+    """Do what torchvision's Resize, CenterCrop and PILToTensor do, without its import, which takes seconds."""
     image = limit_aspect_ratio(image)
     width, height = image.size
     shorter = min(width, height)
@@ -144,10 +144,10 @@ def _to_square(image: Image.Image, *, resized: int, side: int, resampling: Image
 
 
 class Normalisation:
-    """What images of a model are normalised by, made once: a CUDA graph may copy no numbers from the host."""
+    """Normalises a model's images. Its constants are created once: a CUDA graph must not copy from the host."""
 
     def __init__(self, config: SuperViTConfig, device: torch.device) -> None:
-        """Put the constants on the device that the images will be on."""
+        """Create the constants on the device of the images."""
         self._mean, self._std = (
             torch.tensor(values, device=device).view(3, 1, 1) for values in (config.mean, config.std)
         )

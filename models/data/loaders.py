@@ -1,4 +1,4 @@
-"""Loaders of labelled images, by one process or shared out over several."""
+"""Loaders of labelled images, for one process or shared among several."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ from models.processes import gather
 
 
 class SampleLoader(DataLoader[Sample]):
-    """A DataLoader whose every pass ends in a report of unreadable images, so that all processes must end it.
+    """A DataLoader that reports unreadable images at the end of each pass, so all processes must finish the pass.
 
-    Its worker processes hand on a DataError as the one line that it was.
+    A DataError in one of its worker processes is raised again with its original one-line message.
     """
 
-    dataset: ImageSet | TrainingSamples  # type: ignore[assignment] # of targets that are tensors, too
+    dataset: ImageSet | TrainingSamples  # type: ignore[assignment] # its targets may be tensors
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # a generator is all that a loop needs
         """Yield batches.
@@ -30,7 +30,7 @@ class SampleLoader(DataLoader[Sample]):
         try:
             yield from super().__iter__()
         except DataError as error:
-            # A worker's error arrives as its type with the whole traceback for a message, which ends in our line.
+            # A worker's error arrives with the whole traceback as its message, which ends with our line.
             _, _, line = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
             raise DataError(line.strip()) from None
         self.dataset.report()
@@ -39,9 +39,9 @@ class SampleLoader(DataLoader[Sample]):
 def load_in_turn(
     images: ImageSet, chosen: Sequence[int], batch_size: int, workers: int, rank: int, processes: int
 ) -> SampleLoader:
-    """Load the chosen images once over all processes: the batches of one process, dealt out in turn.
+    """Load the chosen images once over all processes: the batches of one process, dealt out round-robin.
 
-    Every batch is the same however many processes there are, so what is computed of it is as well.
+    Every batch is the same whatever the number of processes, and so are results computed from it.
     """
     batches = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
     own: Any = batches[rank::processes]  # sequences of indices, where torch asks for lists
@@ -49,10 +49,10 @@ def load_in_turn(
 
 
 def gather_in_turn(own: Sequence[Tensor]) -> Tensor:
-    """Join what all processes made of the batches of `load_in_turn`, in the order of the images.
+    """Join the results of all processes for the batches of `load_in_turn`, in the order of the images.
 
     Args:
-        own: a tensor of this process for each of its batches, along whose first dimension the images lie.
+        own: this process's results, a tensor per batch, with the images along the first dimension.
 
     Returns:
         (M, ...), on the CPU, the same in every process.
@@ -61,6 +61,6 @@ def gather_in_turn(own: Sequence[Tensor]) -> Tensor:
 
 
 def join_in_turn(shares: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Join tensors, along their first dimension, that were dealt out in turn, a share to each process."""
+    """Join tensors that were dealt out round-robin, a share per process, along their first dimension."""
     dealt = itertools.zip_longest(*shares)
     return torch.cat([tensor for turn in dealt for tensor in turn if tensor is not None])

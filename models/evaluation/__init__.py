@@ -1,1 +1,1 @@
-"""What a checkpoint's sub-networks are worth: accuracy, calibration and a picture of both."""
+"""Evaluation of a checkpoint's sub-networks: accuracy, calibration, cascades, and plots of them."""

@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say, and the temperature that makes them (Guo et al., ICML 2017)."""
+"""Calibration of probabilities: its error, and the temperature scaling that reduces it (Guo et al., ICML 2017)."""
 
 import math
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ ITERATIONS = 50
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """What makes probabilities of logits: softmax(logits / T), where T = temperature * H ** entropy_exponent.
+    """Calibration of logits: probabilities are softmax(logits / T), where T = temperature * H ** entropy_exponent.
 
-    H is the entropy of softmax(logits) over the greatest there is, log(classes), at least LOWEST_ENTROPY. A network
-    that is too modest where it is sure and too bold where it is not cannot be mended by a temperature alone
-    (Balanya et al., "Adaptive temperature scaling for robust calibration of deep neural networks", 2024). The order of
-    classes stays.
+    H is the entropy of softmax(logits) divided by its maximum, log(classes), and at least LOWEST_ENTROPY. A temperature
+    alone cannot calibrate a network that is underconfident where it is sure and overconfident where it is not (Balanya
+    et al., "Adaptive temperature scaling for robust calibration of deep neural networks", 2024). The order of classes
+    does not change.
     """
 
     temperature: float = 1.0
@@ -33,10 +33,10 @@ class Scaling:
 
 
 def fit_scaling(logits: Tensor, labels: Tensor) -> Scaling:
-    """Find the scaling under which the probabilities of the answers make it likeliest that those are right that are.
+    """Fit the scaling that maximises the likelihood of which answers are right, given their probabilities.
 
-    One more image whose label might be any class, all equally, keeps logits that are never wrong on few images from
-    taking them for certainty.
+    One more image, whose label is any class with equal probability, prevents answers that are all right on a few images
+    from becoming certain.
 
     Args:
         logits: (M, classes).
@@ -46,7 +46,7 @@ def fit_scaling(logits: Tensor, labels: Tensor) -> Scaling:
         A temperature from LOWEST_TEMPERATURE to HIGHEST_TEMPERATURE, an exponent from LOWEST_EXPONENT to
         HIGHEST_EXPONENT.
     """
-    logits = logits.to(torch.float64, copy=True)  # as a tensor made for inference would not do
+    logits = logits.to(torch.float64, copy=True)  # a copy, as autograd refuses inference tensors
     any_class = 1 / (1 + len(labels))
     right = (1 - any_class) * (logits.argmax(dim=1) == labels) + any_class / logits.shape[1]
     lowest = torch.tensor([LOWEST_TEMPERATURE, LOWEST_EXPONENT], dtype=torch.float64)
@@ -66,7 +66,7 @@ def fit_scaling(logits: Tensor, labels: Tensor) -> Scaling:
         return surprise
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
-    if not place.isfinite().all():  # as some logit was not
+    if not place.isfinite().all():  # because some logit was not
         return Scaling()
     return Scaling(*bounded().tolist())
 
@@ -79,10 +79,10 @@ def _log_probabilities(logits: Tensor, temperature: float | Tensor, exponent: fl
 
 
 def expected_calibration_error(confidences: Tensor, correct: Tensor) -> float:
-    """Average how far accuracy lies from confidence over 15 bins of equal width, weighted by how many fall into each.
+    """Average the gap between accuracy and confidence over 15 bins of equal width, weighted by images per bin.
 
     Args:
-        confidences: (M,) probabilities of the classes that were answered, 0..1.
+        confidences: (M,) probabilities of the answers, 0..1.
         correct: (M,) bool, whether each was right.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Two looks at an image, the second only where the first was unsure: which pairs are worth it, and what they do.
+"""Cascades, whose second sub-network runs only where the first is unsure: which are worth it, and what they gain.
 
 As in "Wisdom of Committees" (Wang et al., ICLR 2022), but over one set of weights.
 """
@@ -17,7 +17,7 @@ THRESHOLDS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 
 
 
 class Cascade(NamedTuple):
-    """Where the confidence of the first is under the threshold, the second answers."""
+    """Two sub-networks: where the confidence of the first is below the threshold, the second answers."""
 
     first: SubNetwork
     second: SubNetwork
@@ -33,16 +33,16 @@ class _Priced(NamedTuple):
 def choose_cascades(rows: Sequence[SubNetworkProfile], confidences: Mapping[SubNetwork, Tensor]) -> list[Cascade]:
     """Choose the pairs and thresholds that give the most accuracy for their cost, on images that are held out.
 
-    Accuracy is taken to be the mean confidence of the answers, which is calibrated. It varies far less from one set of
-    images to another than the count of right answers: chosen by the one on half of 2,500 images, the cascades of
-    supervit-micro-cifar10 gained 0.97 points on the other half; by the other, 0.71 (30 random halves).
+    Accuracy is estimated by the mean calibrated confidence of the answers, which varies far less from one set of images
+    to another than the count of right answers. Chosen by confidence on half of 2,500 images, the cascades of
+    supervit-micro-cifar10 gained 0.97 points on the other half; chosen by the count, 0.71 (30 random halves).
 
     Args:
-        rows: of the trained sub-networks.
+        rows: profiles of the trained sub-networks.
         confidences: by sub-network, (M,) calibrated probabilities of its answers to the same images.
 
     Returns:
-        Those on the convex hull of accuracy over expected cost, cheapest first: no mixture of others is better.
+        The cascades on the convex hull of accuracy over expected cost, cheapest first: no mixture of others is better.
     """
     macs = {row.subnetwork: float(row.macs) for row in rows}
     priced = [_Priced(macs[each], float(confidences[each].mean()), None) for each in macs]
@@ -59,14 +59,14 @@ def choose_cascades(rows: Sequence[SubNetworkProfile], confidences: Mapping[SubN
 
 
 def measure_cascade(cascade: Cascade, judged: Mapping[SubNetwork, Tensor], first_top1: float) -> CascadeProfile:
-    """Measure a cascade on images that nothing was chosen on.
+    """Measure a cascade on images that were not used to fit scalings or to choose cascades.
 
     Args:
-        cascade: which.
+        cascade: the cascade to measure.
         judged: by sub-network, (M, 3) for the same images: whether its answer is right first, its confidence last; NaN
             where an image has no label.
-        first_top1: accuracy of its first look as the profile says it, perhaps on more images: what the second look adds
-            to that is measured.
+        first_top1: accuracy of the first sub-network in the profile, perhaps on more images; the gain from the second
+            is measured and added.
     """
     has_label = ~judged[cascade.first][:, 0].isnan()
     first, second = judged[cascade.first][has_label], judged[cascade.second][has_label]

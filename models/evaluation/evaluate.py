@@ -1,4 +1,4 @@
-"""Every sub-network on labelled images: the accuracy table of a checkpoint, and how far its probabilities are right."""
+"""Evaluate every sub-network on labelled images: the accuracy table of a checkpoint, and its calibration."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,17 +21,17 @@ from models.subnetwork import SubNetwork
 
 Progress = Callable[[DataLoader[Sample]], Iterable[tuple[Tensor, Tensor]]]
 
-# Enough for the two numbers that are fitted, and few enough to keep all their logits over a thousand classes.
+# Enough to fit the two numbers of a scaling, and few enough to keep all their logits over a thousand classes in memory.
 CALIBRATION_IMAGES = 5000
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What `evaluate` found.
+    """Result of `evaluate`.
 
     Attributes:
-        profile: of the checkpoint, with accuracies and scalings.
-        basis: in a sentence, which images the scalings and the calibration error come from.
+        profile: the checkpoint's profile, with accuracies and scalings.
+        basis: a sentence on which images the scalings and the calibration error come from.
     """
 
     profile: ProfileTable
@@ -53,24 +53,24 @@ def evaluate(
 ) -> Evaluation:
     """Fit the scaling of every sub-network on val/ and measure it on test/, in the device's fastest precision.
 
-    Where there is only one of the two folders, accuracy is that of all its images, while the scaling is fitted on one
-    half of each class, and the calibration error that of the rest. Several processes share the images out and find
-    what one would.
+    Where only one of the two folders exists, accuracy is measured on all its images, the scaling is fitted on at most
+    half of each class, and the calibration error is measured on the rest. Several processes share the images and find
+    the same results as one.
 
     Args:
         checkpoint: the weights; its model is moved to the process's device.
         data: folder with val/, test/ or both, of class folders.
         batch_size: images per batch.
         workers: processes that decode images for this one.
-        max_bad_images: fraction of the images of a folder that may be unreadable and are passed over.
-        progress: wraps the batches to show how far the work is.
-        process: which of the processes this is, and its device.
+        max_bad_images: fraction of the images of a folder that may be unreadable; these are skipped.
+        progress: wraps the batches to show the progress.
+        process: rank and device of this process, and the number of processes.
         rates_between: whether to add keep rates between those of the checkpoint's profile.
-        calibration_images: most that scalings are fitted on.
-        answer: what computes the logits; the checkpoint's model on the process's device by default.
+        calibration_images: upper limit of the images that scalings are fitted on.
+        answer: function that computes the logits; by default, the checkpoint's model on the process's device.
 
     Raises:
-        DataError: the data set is unusable, or a class folder is none of the checkpoint's classes.
+        DataError: the data set is unusable, or a class folder is not one of the checkpoint's classes.
     """
     calibrating, chosen, measuring = open_hold_out(checkpoint, data, max_bad_images, calibration_images)
     answer = answer or answers_of(checkpoint.model.to(process.device))
@@ -119,17 +119,17 @@ def fit_scalings(
     rank: int = 0,
     processes: int = 1,
 ) -> tuple[dict[SubNetwork, Scaling], dict[SubNetwork, Tensor]]:
-    """Find the scaling of each sub-network on images that its weights were not trained on.
+    """Fit the scaling of each sub-network on images that its weights were not trained on.
 
     Args:
-        answer: what computes the logits.
-        batches: this process's (B, 3, S, S) uint8 images with their (B,) labels, dealt out in turn; read once.
-        subnetworks: those to calibrate.
-        rank: of this process; each fits some of the sub-networks, and all get all scalings.
-        processes: how many there are.
+        answer: function that computes the logits.
+        batches: this process's (B, 3, S, S) uint8 images with their (B,) labels, dealt out round-robin; read once.
+        subnetworks: the sub-networks to calibrate.
+        rank: rank of this process; each process fits some of the sub-networks, and all get all scalings.
+        processes: number of processes.
 
     Returns:
-        By sub-network, the scalings, and the (M,) probabilities that each then gives to its answers.
+        By sub-network, the scalings, and the (M,) calibrated probabilities of its answers.
     """
     answers: dict[SubNetwork, list[Tensor]] = {subnetwork: [] for subnetwork in subnetworks}
     all_labels = []

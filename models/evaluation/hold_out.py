@@ -17,11 +17,11 @@ def open_hold_out(
     """Open the images of `data`/val to calibrate on, and those of `data`/test to measure on.
 
     Returns:
-        the images to calibrate on, the places of those that are used, at most `limit`, and the images to measure on:
-        the same set, of which at most half is used, where there is only one of the folders.
+        The images to calibrate on, the indices of at most `limit` of them that are used, and the images to measure on.
+        Where only one folder exists, both sets are the same, and at most half of it is used to calibrate.
 
     Raises:
-        DataError: the data set is unusable, or a class folder is none of the checkpoint's classes.
+        DataError: the data set is unusable, or a class folder is not one of the checkpoint's classes.
     """
     folders = [folder for folder in (data / "val", data / "test") if folder.is_dir()]
     if not folders:
@@ -41,7 +41,7 @@ def _open_labelled(checkpoint: Checkpoint, folder: Path, max_bad_images: float) 
 
 
 def choose_for_calibration(images: ImageSet, limit: int, *, is_measured_too: bool) -> list[int]:
-    """Choose the images to fit scalings on, the same part of every class; half at most, if the rest is measured.
+    """Choose the images to fit scalings on, the same share of every class, and at most half if the rest is measured.
 
     Raises:
         DataError: there is only one image, which leaves none to measure.
@@ -54,12 +54,12 @@ def choose_for_calibration(images: ImageSet, limit: int, *, is_measured_too: boo
 
 
 def label_indices(folder: Path, folder_names: Sequence[str], class_names: tuple[str, ...]) -> list[int]:
-    """Find the logit of each class folder, by the class name or, for ImageNet, by its WordNet number.
+    """Return the logit index of each class folder, found by class name or, for ImageNet, by WordNet ID.
 
     Some classes may have no folder.
 
     Raises:
-        DataError: a folder is no class of the checkpoint.
+        DataError: a folder is not a class of the checkpoint.
     """
     indices = {name: index for index, name in enumerate(class_names)}
     imagenet = ImageNetInfo()

@@ -1,4 +1,4 @@
-"""Whether sub-networks answer labelled images rightly, how sure of it they are, and what that comes to."""
+"""Judge answers to labelled images: whether they are right, how confident they are, and the resulting measures."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -22,7 +22,7 @@ Answer = Callable[[Tensor, SubNetwork], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one sub-network was found to do: fractions 0..1."""
+    """Accuracy and calibration error of one sub-network, as fractions 0..1."""
 
     top1: float
     top5: float
@@ -38,10 +38,10 @@ def measure_accuracy(
     """Measure top-1, top-5 and the calibration error of each sub-network.
 
     Args:
-        answer: what computes the logits.
+        answer: function that computes the logits.
         batches: as `judge_images` takes them.
         scalings: by sub-network.
-        fitted_on: places of the images that the scalings were fitted on, which say nothing of the calibration error.
+        fitted_on: indices of the images that the scalings were fitted on, which the calibration error leaves out.
 
     Raises:
         ValueError: there are no images.
@@ -54,16 +54,16 @@ def measure_accuracy(
 def judge_images(
     answer: Answer, batches: Iterable[tuple[Tensor, Tensor]], scalings: Mapping[SubNetwork, Scaling]
 ) -> dict[SubNetwork, Tensor]:
-    """Judge what each sub-network answers to each image.
+    """Judge the answer of each sub-network to each image.
 
     Args:
-        answer: what computes the logits.
-        batches: this process's (B, 3, S, S) uint8 images with their (B,) labels, dealt out in turn; read once.
+        answer: function that computes the logits.
+        batches: this process's (B, 3, S, S) uint8 images with their (B,) labels, dealt out round-robin; read once.
         scalings: by sub-network.
 
     Returns:
-        In every process, by sub-network, (M, 3) of all images in their order as `judge` returns; NaN where an image has
-        no label.
+        In every process, by sub-network, (M, 3) for all images in their order, as `judge` returns; NaN where an image
+        has no label.
 
     Raises:
         ValueError: there are no images.
@@ -83,7 +83,7 @@ def judge_images(
 
 
 def summarise(judged: Tensor, fitted_on: Collection[int]) -> Measured:
-    """Sum up what `judge_images` said of one sub-network; the calibration error leaves `fitted_on` out."""
+    """Summarise the result of `judge_images` for one sub-network; the calibration error leaves `fitted_on` out."""
     top1, top5, _ = judged.nanmean(dim=0).tolist()
     unseen = all_but(judged, fitted_on)
     is_right, _, confidence = unseen[~unseen[:, 0].isnan()].unbind(dim=1)
@@ -91,14 +91,14 @@ def summarise(judged: Tensor, fitted_on: Collection[int]) -> Measured:
 
 
 def all_but(judged: Tensor, places: Collection[int]) -> Tensor:
-    """Leave some rows out."""
+    """Return the rows that are not at `places`."""
     is_kept = torch.ones(len(judged), dtype=torch.bool)
     is_kept[list(places)] = False
     return judged[is_kept]
 
 
 def answers_of(model: SuperViT) -> Answer:
-    """Let a model, in eval mode on the device where it shall run, answer in the fastest precision of that."""
+    """Return an `Answer` that runs a model, in eval mode on its device, in the device's fastest precision."""
 
     def answer(images: Tensor, subnetwork: SubNetwork) -> Tensor:
         normalised = normalise(images.to(model.cls_token.device), model.config)
@@ -110,15 +110,16 @@ def answers_of(model: SuperViT) -> Answer:
 
 
 def judge(logits: Tensor, labels: Tensor, scaling: Scaling) -> Tensor:
-    """Tell whether answers are right and how sure of it.
+    """Return whether answers are right, and their confidence.
 
     Args:
         logits: (B, classes).
         labels: (B,) class indices.
-        scaling: what makes probabilities of the logits.
+        scaling: maps the logits to probabilities.
 
     Returns:
-        (B, 3) float64 on the CPU: whether the best class is the label, whether one of the best five is, confidence.
+        (B, 3) float64 on the CPU: whether the top class is the label, whether one of the top five is, and the
+        confidence.
     """
     confidence, best = scaling.probabilities(logits).max(dim=1)
     five = logits.topk(min(5, logits.shape[1]), dim=1).indices

@@ -1,4 +1,7 @@
-"""The pictures: accuracy over cost, and the course of a training run. matplotlib enters here alone."""
+"""Plots of profiles, training runs, simulations, benchmarks and latencies.
+
+Outside of tests/, only this module imports matplotlib.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -50,7 +53,7 @@ def plot_training(records: Sequence[dict[str, Any]], path: Path) -> None:
     epochs = [record["epoch"] for record in records]
     for name in dict.fromkeys(name for record in records for name in record["loss"]):  # cheap epochs have other losses
         loss_axes.plot(epochs, [record["loss"].get(name, math.nan) for record in records], label=name)
-    for name in dict.fromkeys(name for record in records for name in record["top1"]):  # of runs strung together
+    for name in dict.fromkeys(name for record in records for name in record["top1"]):  # runs strung together may differ
         accuracy_axes.plot(epochs, [100 * record["top1"].get(name, math.nan) for record in records], label=name)
     loss_axes.set(xlabel="epoch", ylabel="training loss")
     accuracy_axes.set(xlabel="epoch", ylabel="validation top-1 (%)")
@@ -61,10 +64,11 @@ def plot_training(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_simulation(courses: Mapping[str, Sequence[tuple[float, str | None, float | None]]], path: Path) -> None:
-    """Draw what became of requests by their arrival: by sub-network for the first course, in shares for each of them.
+    """Draw the outcome of requests over their arrival: by sub-network for the first course, as shares for every course.
 
     Args:
-        courses: by title, for each request its instant in seconds, what answered it in time, and with which top-1.
+        courses: by title, for each request its arrival in seconds, the sub-network that answered in time or None, and
+            its top-1.
         path: the PNG file.
     """
     figure = Figure(figsize=(9, 8), layout="constrained")
@@ -101,11 +105,11 @@ def plot_simulation(courses: Mapping[str, Sequence[tuple[float, str | None, floa
 
 
 def plot_bench(courses: Mapping[str, Sequence[tuple[float, float | None, bool]]], path: Path) -> None:
-    """Draw how long answers took and which share was in time, over the instants at which requests were due.
+    """Draw the latency of answers and the share in time, over the instants at which requests were due.
 
     Args:
-        courses: by title, for each request its instant in seconds, how long its answer took, None if none came, and
-            whether that was in time.
+        courses: by title, for each request its due instant in seconds, the seconds until its answer, None if none came,
+            and whether the answer was in time.
         path: the PNG file.
     """
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -128,7 +132,7 @@ def plot_bench(courses: Mapping[str, Sequence[tuple[float, float | None, bool]]]
 
 
 def plot_latency(table: LatencyTable, path: Path) -> None:
-    """Draw the time per image over the batch size as it was measured: a panel per patch grid, a line per keep rate."""
+    """Draw the measured time per image over the batch size: a panel per patch grid, a line per keep rate."""
     grids = sorted({subnetwork.patch_grid for subnetwork in table.seconds})
     rates = sorted({subnetwork.keep_rate for subnetwork in table.seconds})
     figure = Figure(figsize=(1.5 + 2.4 * len(grids), 4), layout="constrained")

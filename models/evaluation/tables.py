@@ -1,11 +1,11 @@
-"""What `supervit evaluate` prints of a measured profile."""
+"""Text that `supervit evaluate` prints about a measured profile."""
 
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 
 
 def accuracy_table(profile: ProfileTable) -> str:
-    """Lay out top-1 in percent with the GFLOPs beside it: a row per keep rate, a column per patch grid."""
+    """Format top-1 in percent with the GFLOPs beside it: a row per keep rate, a column per patch grid."""
     rows = profile.by_subnetwork
     grids = sorted({subnetwork.patch_grid for subnetwork in rows})
     rates = sorted({subnetwork.keep_rate for subnetwork in rows})
@@ -17,7 +17,7 @@ def accuracy_table(profile: ProfileTable) -> str:
 
 
 def calibration_summary(profile: ProfileTable) -> str:
-    """Say in a line how far the probabilities of a measured profile can be believed."""
+    """Summarise in one line how well the probabilities of a measured profile are calibrated."""
     temperatures = [row.temperature for row in profile.rows]
     errors = [row.calibration_error for row in profile.rows if row.calibration_error is not None]
     return (
@@ -34,7 +34,7 @@ def _cell(row: SubNetworkProfile | None) -> str:
 
 
 def cascade_table(profile: ProfileTable) -> str:
-    """Lay out the cascades, a line for each, cheapest first; empty where there are none."""
+    """Format the cascades of a profile, one per line, cheapest first; empty where there are none."""
     lines = [
         f"{profile.expected_gflops(one):9.4g} GFLOPs {100 * one.top1:6.2f} %: {one.first}, then {one.second} for the "
         f"{100 * one.share:.1f} % of which it is less than {100 * one.threshold:g} % sure"

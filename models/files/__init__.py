@@ -1,1 +1,1 @@
-"""Checkpoint files as they come: their formats, where they lie, and what can be wrong with them."""
+"""Checkpoint files: their formats, where they come from, and what can be wrong with them."""

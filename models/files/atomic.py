@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: a file is there in full or not at all."""
 
 import os
 import secrets
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def write_atomically(path: Path, content: "ReadableBuffer") -> None:
-    """Put a file in place of whatever stands at `path`; a crash, a full disk or a power cut leaves that as it was.
+    """Write a file in place of the one at `path`; a crash, a full disk or a power cut leaves the old one as it was.
 
-    A link that stands at `path` is replaced, not followed. The file has the permissions of any other new one.
+    A symbolic link at `path` is replaced, not followed. The file has the permissions of any other new file.
 
     Raises:
-        OSError: it cannot be written; nothing is left beside `path`.
+        OSError: the file cannot be written; no partial file is left beside `path`.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # several processes may write the same file
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -26,7 +26,7 @@ def write_atomically(path: Path, content: "ReadableBuffer") -> None:
             file.flush()
             os.fsync(descriptor)
         os.replace(partial, path)
-    except BaseException:  # Ctrl-C among them: whatever ends the writing, what is half written must go
-        with suppress(OSError):  # the first error is the one to tell of
+    except BaseException:  # KeyboardInterrupt included: the partial file is removed, whatever ends the write
+        with suppress(OSError):  # the first error is the one to report
             partial.unlink()
         raise

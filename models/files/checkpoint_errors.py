@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, and how the texts of strangers are shown in saying so."""
+"""Errors about checkpoints, and the display of untrusted text from files in their messages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +19,11 @@ class CheckpointMismatchError(CheckpointError):
 
 
 def shown(text: object, at_most: int = NAME_CHARACTERS) -> str:
-    """Make a text that a stranger chose fit to be read: no control characters, and no more than `at_most` characters.
+    """Make untrusted text printable: control characters are escaped, and at most `at_most` characters are kept.
 
     Args:
-        text: a name out of a file, or a path.
-        at_most: characters; of a longer text, the middle is left out.
+        text: a name from a file, or a path.
+        at_most: limit in characters; the middle of a longer text is left out.
     """
     printable = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in str(text)
@@ -35,7 +35,7 @@ def shown(text: object, at_most: int = NAME_CHARACTERS) -> str:
 
 @contextmanager
 def about(name: object) -> Iterator[None]:
-    """Have the checkpoint errors of a block begin with what they are about."""
+    """Prefix the messages of checkpoint errors in a block with the name of the checkpoint."""
     try:
         yield
     except CheckpointError as error:

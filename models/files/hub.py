@@ -1,6 +1,6 @@
-"""Checkpoints out of repositories of the Hugging Face hub, cached where its own client caches them.
+"""Checkpoints from repositories of the Hugging Face hub, cached where its own client caches them.
 
-The client heeds HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. Only safetensors files are taken.
+The client heeds HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE. Only safetensors files are loaded.
 """
 
 import logging
@@ -26,29 +26,30 @@ DEFAULT_REVISION, USUAL_FILE = "main", "model.safetensors"
 TIMEOUT_S = 10.0
 UNAUTHORIZED, FORBIDDEN = 401, 403
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# The root of the errors of the HTTP library that the client happens to use, and OSError.
+# The base class of the errors of the client's HTTP library, whichever that is, and OSError.
 _TROUBLES = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
-_FOREIGN_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError)  # of a server that is no hub
+_FOREIGN_ANSWERS: tuple[type[Exception], ...] = (ValueError, LookupError, TypeError)  # from a server that is not a hub
 _FAILURES = _TROUBLES + _FOREIGN_ANSWERS
 
 logger = logging.getLogger(__name__)
 
 
 def download(repository: str, revision: str | None = None) -> Path:
-    """Fetch the weights of a repository, or find them in the cache: model.safetensors, or the one *.safetensors.
+    """Download the weights of a repository, or find them in the cache: model.safetensors, or the only *.safetensors.
 
-    The cache is asked first for a commit, which never changes, and otherwise where the hub gives nothing.
+    For a commit, which never changes, the cache is tried first; for a branch or a tag, only if the hub fails.
 
     Args:
         repository: owner/name.
         revision: branch, tag or commit; None for the main branch.
 
     Raises:
-        UnreadableCheckpointError: the hub cannot be reached or refuses, or has no such repository, revision or file.
+        UnreadableCheckpointError: the hub cannot be reached or denies access and the cache has no copy, or the hub has
+            no such repository, revision or file.
     """
     revision = revision or DEFAULT_REVISION
     cached = _find_cached(repository, revision) if _COMMIT.fullmatch(revision) else None
-    if cached and cached.name == USUAL_FILE:  # beside any other, that one might have been left out
+    if cached and cached.name == USUAL_FILE:  # with another one cached, the repository may still have that name
         return cached
     try:
         listing = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT_S)
@@ -61,7 +62,7 @@ def download(repository: str, revision: str | None = None) -> Path:
     except _FAILURES as error:
         problem = _explain(error)
         if cached := _find_cached(repository, revision):
-            if not isinstance(error, OfflineModeIsEnabled):  # which was asked for
+            if not isinstance(error, OfflineModeIsEnabled):  # offline mode is deliberate: no warning
                 logger.warning("%s: %s; the copy in the cache is used", repository, problem)
             return cached
         raise UnreadableCheckpointError(problem) from error
@@ -78,10 +79,10 @@ def _find_cached(repository: str, revision: str) -> Path | None:
 
 
 def _choose(files: list[str]) -> str:
-    """Choose the weights among the files of a repository.
+    """Choose the file with the weights among the files of a repository.
 
     Raises:
-        UnreadableCheckpointError: there are none, or several and none of them with the usual name.
+        UnreadableCheckpointError: there is none, or there are several and none has the usual name.
     """
     weights = sorted(name for name in files if name.endswith(".safetensors"))
     if USUAL_FILE in weights:
@@ -95,13 +96,13 @@ def _choose(files: list[str]) -> str:
 
 
 def _explain(error: BaseException) -> str:
-    """Say in our words why the hub gave nothing."""
+    """Describe in our own words why the hub gave no file."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError):
         return "the repository is gated: ask for access on its page, and set HF_TOKEN to a token of that account"
     if isinstance(error, RepositoryNotFoundError) and status not in (UNAUTHORIZED, FORBIDDEN):
         return "the hub has no such repository, or one that the token may not read"
-    if isinstance(error, RepositoryNotFoundError):  # it does not tell strangers which
+    if isinstance(error, RepositoryNotFoundError):  # the hub does not say which without a valid token
         return "the hub has no such repository, or a private one: set HF_TOKEN to a token that may read it"
     if status in (UNAUTHORIZED, FORBIDDEN):
         return "the hub refuses the token: set HF_TOKEN to one that may read the repository"
@@ -109,7 +110,7 @@ def _explain(error: BaseException) -> str:
         return f"the hub answers with status {status}"
     if isinstance(error, OfflineModeIsEnabled):
         return "not in the cache, and HF_HUB_OFFLINE forbids to ask the hub"
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:  # the client's wrapping
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:  # the client wraps the cause
         return _explain(error.__cause__)
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
         return f"cannot be kept in the cache: {error.strerror}"

@@ -1,7 +1,7 @@
-"""Pickles of state dicts, read without running anything that they name.
+"""Read the pickles of state dicts without running anything that they name.
 
-What is no weight, such as the options and the optimizer of a run, is passed over. Weights come out as descriptions of
-where their numbers lie; see `torch_files`, which reads those.
+Content other than weights, such as the options and the optimizer of a run, is skipped. Weights are returned as
+descriptions of where their numbers lie; `torch_files` reads the numbers.
 """
 
 import io
@@ -16,9 +16,9 @@ import torch
 
 from models.files.checkpoint_errors import UnreadableCheckpointError, shown
 
-MAX_PICKLE_BYTES = 4 * 2**20  # of thousands of weights, a few hundred kilobytes; unpickled, it grows thirtyfold
+MAX_PICKLE_BYTES = 4 * 2**20  # thousands of weights take a few hundred kilobytes; unpickling grows them thirtyfold
 MEMO_WRITES = ("PUT", "BINPUT", "LONG_BINPUT")
-MAX_TUPLES = 50_000  # some five to a weight; 200,000 within one another would overflow the stack of the interpreter
+MAX_TUPLES = 50_000  # about five per weight; 200,000 nested ones would overflow the interpreter's stack
 
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -35,7 +35,7 @@ DTYPES = {
     "ComplexDoubleStorage": torch.complex128,
 }
 
-# What was seen to be raised, by Python or by torch.load, over bytes that are damaged or were never a pickle.
+# Errors that Python and torch.load were seen to raise on bytes that are damaged or were never a pickle.
 UNPICKLING_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -56,7 +56,7 @@ class _StorageType(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """Numbers in the file, as a pickle claims them to be."""
+    """An array of numbers in the file, as the pickle describes it."""
 
     key: str
     dtype: torch.dtype
@@ -73,17 +73,17 @@ class StoredWeight(NamedTuple):
 
 
 class _Weights(dict[Any, Any]):
-    """Stands for an OrderedDict; takes no content at once, or one large dict could be copied ever again."""
+    """Stand-in for OrderedDict; its constructor takes no content, or a pickle could copy one large dict repeatedly."""
 
     def __init__(self) -> None:
         super().__init__()
 
     def __setstate__(self, _: object) -> None:
-        """Forget the versions of modules."""
+        """Discard the state: the versions of modules."""
 
 
 class _Ignored:
-    """Stands for whatever is no weight, such as the options of a run: it takes everything and keeps nothing."""
+    """Stand-in for everything but weights, such as the options of a run: it accepts everything and stores nothing."""
 
     __slots__ = ()
 
@@ -98,7 +98,7 @@ class _Ignored:
 
 
 class _RebuildTensor:
-    """Stands for torch's functions that make a tensor; no function of ours, which a pickle might set attributes of."""
+    """Stand-in for torch's functions that make a tensor; not a function, whose attributes a pickle might set."""
 
     __slots__ = ()
 
@@ -107,7 +107,7 @@ class _RebuildTensor:
 
 
 class _RebuildParameter:
-    """Stands for torch's functions that make a parameter of a tensor."""
+    """Stand-in for torch's functions that make a parameter of a tensor."""
 
     __slots__ = ()
 
@@ -116,12 +116,12 @@ class _RebuildParameter:
 
 
 def _stand_in(module: str, name: str) -> object:
-    """Give what is used in place of a class or function that a pickle names.
+    """Return the stand-in for a class or function that a pickle names.
 
     Raises:
-        UnreadableCheckpointError: it might run something.
+        UnreadableCheckpointError: no stand-in is known, so the name might be code.
     """
-    module = "builtins" if module == "__builtin__" else module  # as Python 2 called it, and protocol 2 does
+    module = "builtins" if module == "__builtin__" else module  # the name in Python 2 and in pickle protocol 2
     if (module, name) == ("collections", "OrderedDict"):
         return _Weights
     if module == "torch" and name in DTYPES:
@@ -130,7 +130,7 @@ def _stand_in(module: str, name: str) -> object:
         return _RebuildTensor()
     if module == "torch._utils" and name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
         return _RebuildParameter()
-    # The published files keep their options in a Namespace, others a measurement as a number of numpy's.
+    # The published files keep their options in a Namespace; others keep a measurement as a NumPy number.
     if module.partition(".")[0] in ("torch", "numpy") or (module, name) in {
         ("argparse", "Namespace"),
         ("builtins", "set"),
@@ -165,16 +165,16 @@ class _Unpickler(pickle.Unpickler):
 
 
 def unpickle(file: IO[bytes]) -> tuple[object, dict[str, Storage]]:
-    """Read the pickle that begins here, and leave `file` behind it.
+    """Read the pickle at the position of `file`, and leave `file` at the end of the pickle.
 
     Returns:
-        What it holds, with a StoredWeight for each weight, and the storages that it names, by their keys.
+        The content, with a StoredWeight for each weight, and the storages that the pickle names, by key.
 
     Raises:
-        UnreadableCheckpointError: it is truncated or damaged, or names what might run.
+        UnreadableCheckpointError: the pickle is truncated or damaged, or names what might be code.
     """
-    # Python's unpickler makes room for as many values as a pickle says that it will remember, and it hashes tuples
-    # within tuples without end: both is looked at first.
+    # Python's unpickler allocates memory for as many memo entries as a pickle announces, and it hashes nested tuples to
+    # any depth, so both are checked first.
     start = file.tell()
     pickled = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     num_tuples = 0
@@ -192,7 +192,7 @@ def unpickle(file: IO[bytes]) -> tuple[object, dict[str, Storage]]:
 
 @contextmanager
 def followed() -> Iterator[None]:
-    """Have whatever goes wrong while a description is read end in an UnreadableCheckpointError."""
+    """Turn any error of UNPICKLING_ERRORS in a block into an UnreadableCheckpointError."""
     try:
         yield
     except UNPICKLING_ERRORS as error:
@@ -200,5 +200,5 @@ def followed() -> Iterator[None]:
 
 
 def is_natural(value: object) -> bool:
-    """Tell whether a value is a whole number from 0 on."""
+    """Return whether a value is a whole number of at least 0."""
     return type(value) is int and value >= 0

@@ -1,4 +1,4 @@
-"""Safetensors files: eight bytes that say how long the header is, the header in JSON, and the weights."""
+"""Safetensors files: eight bytes with the length of the header, the header in JSON, and the weights."""
 
 import json
 from pathlib import Path
@@ -11,17 +11,17 @@ from models.files.atomic import write_atomically
 from models.files.checkpoint_errors import UnreadableCheckpointError
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 4 * 2**20  # of thousands of weights and classes, a few hundred kilobytes
+MAX_HEADER_BYTES = 4 * 2**20  # thousands of weights and classes take a few hundred kilobytes
 
 
 def is_safetensors(path: Path) -> bool:
-    """Tell whether a file begins as these do, and no other that holds weights."""
+    """Return whether a file begins as safetensors files do, and no other file with weights."""
     with path.open("rb") as file:
         return file.read(LENGTH_BYTES + 1)[LENGTH_BYTES:] == b"{"
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the weights of a file and the strings that its writer kept beside them.
+    """Read the weights of a file and the metadata strings stored with them.
 
     Raises:
         UnreadableCheckpointError: the file is truncated or damaged.
@@ -29,7 +29,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     _check_lengths(path)
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies: as they come, tensors are windows into the file, and whoever writes over it would change a model.
+            # Cloned: the tensors map the file, so overwriting the file would change a loaded model.
             weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
             return weights, file.metadata() or {}
     except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -37,16 +37,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_safetensors(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write weights, and strings beside them; a crash half-way leaves whatever stood at `path`."""
-    # Not save_file: it would leave a file that only its owner may read, and so no server under another user.
+    """Write weights and metadata strings; a crash half-way leaves the file at `path` as it was."""
+    # Not save_file: it writes a file that only its owner may read, which a server under another user could not load.
     write_atomically(path, safetensors.torch.save(weights, metadata))
 
 
 def _check_lengths(path: Path) -> None:
-    """Hold what the header says against the length of the file, before memory is taken.
+    """Compare the lengths that the header states with the size of the file, before memory is allocated.
 
     Raises:
-        UnreadableCheckpointError: there is less than it says, or the header cannot be read.
+        UnreadableCheckpointError: the file is shorter than its header states, or the header is too large or cannot be
+            read.
     """
     with path.open("rb") as file:
         rest = path.stat().st_size - LENGTH_BYTES

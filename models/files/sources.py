@@ -1,6 +1,6 @@
 """Where a checkpoint comes from: a file, the name of one that ships, or a repository of the Hugging Face hub.
 
-Finds files and opens none. The hub's client is loaded when a repository is named, and not before.
+Finds files and opens none. The hub's client is imported only when a repository is named.
 """
 
 import re
@@ -13,30 +13,31 @@ SUFFIX = ".safetensors"
 
 HUB_PREFIX = "hf-hub:"
 _HUB_NAME = re.compile(r"hf-hub:(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.+))?", re.ASCII)
-_URL = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)  # one slash: a path has no two in a row
+_URL = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)  # one slash, because a Path collapses two in a row
 WHAT_IS_TAKEN = "a path, the name of a checkpoint that ships, or hf-hub:owner/name[@revision]"
 
 
 def shipped_names() -> tuple[str, ...]:
-    """Name the checkpoints that come with this package."""
+    """Return the names of the checkpoints that ship with this package."""
     return tuple(sorted(path.stem for path in SHIPPED_FOLDER.glob(f"*{SUFFIX}")))
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """Find the file of a checkpoint, downloading it where need be.
+    """Find the file of a checkpoint, and download it if necessary.
 
     Args:
-        name: a path, which wins where there is a file; a name that ships; or hf-hub:owner/name[@revision].
+        name: a path, which takes precedence if it is a file; the name of a checkpoint that ships; or
+            hf-hub:owner/name[@revision].
 
     Raises:
-        UnreadableCheckpointError: there is none, or the hub does not give it.
+        UnreadableCheckpointError: there is no such file, or the hub does not provide it.
     """
     with about(name):
         return _find(str(name))
 
 
 def bare_name(name: str) -> str:
-    """Name the file that a copy of a named checkpoint goes into: without owner, revision and suffix."""
+    """Return the base name for a copy of a named checkpoint: without folder, owner and revision."""
     return name.partition("@")[0].rpartition("/")[2]
 
 
@@ -51,7 +52,7 @@ def _find(name: str) -> Path:
     if name in shipped_names():
         return SHIPPED_FOLDER / f"{name}{SUFFIX}"
     if match := _HUB_NAME.fullmatch(name):
-        from models.files.hub import download  # its client takes time to load
+        from models.files.hub import download  # importing its client takes time
 
         return download(match["repository"], match["revision"])
     if name.startswith(HUB_PREFIX):

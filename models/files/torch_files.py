@@ -1,7 +1,7 @@
-"""The files that torch.save writes, read without torch.load: nothing in them runs, and none takes more than it holds.
+"""Files written by torch.save, read without torch.load: no code in them runs, and memory is bounded by what they hold.
 
-A pickle describes the content. The numbers lie beside it, in records of a zip, or behind it, in files of before torch
-1.6. The pickle is read first and its claims are checked; then the numbers of those weights that are wanted are read.
+A pickle describes the content. The numbers lie in records of a zip, or after the pickle in files from before torch 1.6.
+The pickle is read first and its claims are checked; then the numbers of the weights that are needed are read.
 """
 
 import io
@@ -23,7 +23,7 @@ ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 LOCAL_HEADER_BYTES, ENCRYPTED = 30, 1
 FOREIGN_BYTE_ORDER = "was written by a machine of the other byte order"
 MAX_DIMENSIONS = 8
-SHARING = 2  # weights that are one are written once, and counted as often as they are named
+SHARING = 2  # claimed bytes allowed per byte of the file: shared weights are stored once and counted under each name
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # The published scripts evaluate 'state_dict_ema' (LV-ViT-S) and 'model' (DeiT-S, beside a 'model_ema').
 WRAPPINGS = ("state_dict_ema", "state_dict", "model")
@@ -33,8 +33,8 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a file that torch.save wrote.
 
     Raises:
-        UnreadableCheckpointError: the file is truncated, damaged or another one, holds code or no state dict, or claims
-            more than it holds.
+        UnreadableCheckpointError: the file is truncated, damaged or not written by torch.save, holds code or no state
+            dict, or claims more than it holds.
     """
     with path.open("rb") as file:
         start, size = file.read(len(ZIP_START)), file.seek(0, os.SEEK_END)
@@ -71,10 +71,11 @@ def _read_zip(file: IO[bytes], size: int) -> dict[str, Tensor]:
 
 
 def _checked_records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """Look through the directory of a zip before anything is unpacked: torch.save compresses nothing.
+    """Check the directory of a zip before anything is unpacked, and return its records: torch.save compresses nothing.
 
     Raises:
-        UnreadableCheckpointError: a record is compressed, or lies over another or beyond the end.
+        UnreadableCheckpointError: a record is compressed or encrypted, overlaps another, or extends beyond the end of
+            the file.
     """
     records = sorted(archive.infolist(), key=lambda record: record.header_offset)
     end = 0
@@ -100,7 +101,7 @@ def _read_legacy(file: IO[bytes], size: int) -> dict[str, Tensor]:
         content, storages = unpickle(file)
         keys: Any = unpickle(file)[0]
         places, sizes = {}, {}
-        for key in keys:  # each with the count of its numbers before them
+        for key in keys:  # the numbers of each are preceded by their count
             if key not in storages:
                 raise UnreadableCheckpointError("holds an unknown kind of storage")
             (count,) = struct.unpack("<q", file.read(8))
@@ -119,13 +120,13 @@ def _read_legacy(file: IO[bytes], size: int) -> dict[str, Tensor]:
 def _build(
     content: object, sizes: Mapping[str, int], read: Callable[[str, int], bytes], file_size: int
 ) -> dict[str, Tensor]:
-    """Make the weights of the state dict in `content`; what else the file holds is not read.
+    """Build the weights of the state dict in `content`; the other records of the file are not read.
 
     Args:
-        content: what was unpickled.
-        sizes: bytes of each record, by the key of its storage.
-        read: gives so many bytes of the start of a record, or as many as there are.
-        file_size: bytes of the file.
+        content: the unpickled object.
+        sizes: bytes of each record, by storage key.
+        read: returns a number of bytes from the start of a record, or fewer if the record is shorter.
+        file_size: size of the file in bytes.
     """
     described = _state_dict(content)
     claimed = sum(_claimed_bytes(name, stored, sizes) for name, stored in described.items())
@@ -137,7 +138,7 @@ def _build(
         numbers = bytearray(read(storage.key, size) if size else b"")
         if len(numbers) != size:
             raise UnreadableCheckpointError("truncated: its weights end early")
-        # torch makes no tensor of an empty buffer.
+        # torch.frombuffer refuses an empty buffer.
         flat[storage] = (
             torch.frombuffer(numbers, dtype=storage.dtype) if numbers else torch.empty(0, dtype=storage.dtype)
         )
@@ -161,10 +162,11 @@ def _state_dict(content: object) -> dict[str, StoredWeight]:
 
 
 def _claimed_bytes(name: str, stored: StoredWeight, sizes: Mapping[str, int]) -> int:
-    """Check what a pickle says of a weight, and count the bytes that it takes.
+    """Check a pickle's description of a weight, and return the bytes that the weight takes.
 
     Raises:
-        UnreadableCheckpointError: it is of no known kind, or reaches beyond its storage, or that beyond the file.
+        UnreadableCheckpointError: the storage is of no known kind, the weight has no shape or extends beyond its
+            storage, or the storage extends beyond its record.
     """
     storage, offset, size, stride = stored
     if not isinstance(storage, Storage):

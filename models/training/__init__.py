@@ -1,1 +1,1 @@
-"""The paper's training: what a step learns from, the loop around it, and what it keeps."""
+"""Training as in the paper: the data and the objective of a step, the loop around it, and the files that it keeps."""

@@ -1,9 +1,9 @@
-"""Average the weights of two SuperViTs, of which one was trained on from the other.
+"""Average the weights of two SuperViTs, one of which was trained further from the other.
 
     python -m models.training.average A B --output C
 
-What lies between the two is often more accurate than either (Wortsman et al., "Robust fine-tuning of zero-shot models",
-CVPR 2022). How far between is best is to be found on held-out images, with `supervit evaluate`.
+Weights between the two are often more accurate than either (Wortsman et al., "Robust fine-tuning of zero-shot models",
+CVPR 2022). Find the best share on held-out images, with `supervit evaluate`.
 """
 
 from dataclasses import replace
@@ -29,10 +29,10 @@ class Average(BaseModel):
 
 
 def average(options: Average) -> None:
-    """Write the average, named after its file: a family of the first's sub-networks.
+    """Write the average, named after its file, with the sub-networks of the first checkpoint.
 
     Raises:
-        CheckpointError: one of the two cannot be read, or they are of different kinds.
+        CheckpointError: a checkpoint cannot be read, or the two differ in architecture, classes or patch grids.
         OSError: `output` cannot be written.
     """
     first, second = load_checkpoint(options.first), load_checkpoint(options.second)
@@ -45,7 +45,7 @@ def average(options: Average) -> None:
         )
     others = _weights_by_name(second, first.config.patch_grids)
     for name, weight in first.model.state_dict().items():
-        # What is left: a batch norm's count of batches, and the position embeddings of grids that the second lacks.
+        # Not averaged: a batch norm's count of batches, and the position embeddings of grids that the second lacks.
         if weight.is_floating_point() and name in others:
             weight.lerp_(others[name], options.share)
     profile = ProfileTable.unmeasured(first.config)
@@ -54,7 +54,7 @@ def average(options: Average) -> None:
 
 
 def _weights_by_name(checkpoint: Checkpoint, patch_grids: tuple[int, ...]) -> dict[str, Tensor]:
-    """Name the weights of a checkpoint as in a model of more patch grids."""
+    """Return the weights of a checkpoint under their names in a model with more patch grids."""
     renamed = {
         f"pos_embed_list.{index}": f"pos_embed_list.{patch_grids.index(grid)}"
         for index, grid in enumerate(checkpoint.config.patch_grids)

@@ -1,7 +1,7 @@
-"""What a training epoch reads: varied images with their labels, or with what the labels and a teacher say together.
+"""What a training epoch reads: augmented images with their labels, or with targets mixed from labels and a teacher.
 
-Small images are decoded once and kept; a whole batch of them is then cropped and mirrored at a time. On a machine of
-few cores, decoding and varying them one by one takes its time from the training step itself.
+Small images are decoded once and kept in memory, then cropped and mirrored a whole batch at a time. On a machine with
+few cores, decoding and augmenting them one by one takes time from the training step itself.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from models.training.token_labels import CropAndVariation, WithTokenLabels, cut_
 
 MEMORY_LIMIT_BYTES = 2**31
 TARGETS_NAME = "targets.pt"
-# What decides over a teacher's answers and how they are mixed with the labels.
+# The options that determine a teacher's answers and how they are mixed with the labels.
 ASKED = (
     "data",
     "teacher",
@@ -46,7 +46,7 @@ ASKED = (
 
 
 class ImageBatches:
-    """Batches of varied images from images in memory, square ones drawn as `training_transform` draws them."""
+    """Batches of augmented images from images in memory, drawn as by `training_transform` if they are square."""
 
     def __init__(
         self,
@@ -57,14 +57,14 @@ class ImageBatches:
         config: SuperViTConfig,
         random_erasing: float,
     ) -> None:
-        """Hold the images.
+        """Create batches from images in memory.
 
         Args:
             images: (M, 3, S, S) uint8.
             targets: (M,) class indices or (M, classes) probabilities.
-            sampler: the order of an epoch.
-            batch_size: images per batch; a last batch that is not full is left out.
-            config: for the normalisation.
+            sampler: the order of the images in an epoch.
+            batch_size: images per batch; an incomplete last batch is dropped.
+            config: the model's configuration, for the normalisation.
             random_erasing: probability of erasing a rectangle.
         """
         self.images, self.targets, self.sampler = images, targets, sampler
@@ -72,7 +72,7 @@ class ImageBatches:
         self.erase = RandomErasing(random_erasing, mode="pixel", device="cpu")
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches in an epoch."""
         return len(self.sampler) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -87,7 +87,7 @@ Batches = SampleLoader | ImageBatches
 
 
 def crop_and_mirror(images: Tensor) -> Tensor:
-    """Shift each of (B, 3, S, S) images by up to an eighth of its side over black, and mirror every other by chance."""
+    """Shift each of (B, 3, S, S) images by up to an eighth of its side over black, and mirror it at random."""
     count, _, side, _ = images.shape
     padding = crop_padding(side)
     top, left = torch.randint(0, 2 * padding + 1, (2, count, 1))
@@ -99,10 +99,10 @@ def crop_and_mirror(images: Tensor) -> Tensor:
 
 
 def read_images(dataset: ImageSet, batch_size: int, workers: int) -> tuple[Tensor, Tensor]:
-    """Decode a data set of uint8 images of one size, each process all of it.
+    """Decode a data set of uint8 images of one size; every process decodes all of it.
 
     Returns:
-        (M, 3, S, S) images and their (M,) class indices, of all that are not noted as bad.
+        (M, 3, S, S) images and their (M,) class indices, without the images marked as bad.
 
     Raises:
         DataError: too many images cannot be read.
@@ -112,16 +112,16 @@ def read_images(dataset: ImageSet, batch_size: int, workers: int) -> tuple[Tenso
     labels = torch.empty(len(dataset), dtype=torch.long)
     start = 0
     for batch, its_labels in SampleLoader(dataset, batch_size, num_workers=workers):
-        # Copied, because a batch of another process holds two of the files that this one may have open.
+        # Copied, because a batch from a worker process holds two of the file descriptors that this process may open.
         images[start : start + len(batch)], labels[start : start + len(batch)] = batch, its_labels
         start += len(batch)
     return (images[~dataset.is_bad], labels[~dataset.is_bad]) if dataset.is_bad.any() else (images, labels)
 
 
 def fits_memory(recipe: Recipe, config: SuperViTConfig, limit_bytes: int = MEMORY_LIMIT_BYTES) -> bool:
-    """Tell whether the images are kept in memory: small, not too many, and varied alike.
+    """Return whether the images are kept in memory: small, not too many, and augmented alike.
 
-    RandAugment and maps of token labels ask for each image by itself.
+    RandAugment and maps of token labels need each image by itself.
     """
     size_bytes = count_training_files(recipe.data) * 3 * config.image_side**2
     is_small = config.image_side <= PADDED_CROP_SIDE_PX and size_bytes <= limit_bytes
@@ -131,12 +131,13 @@ def fits_memory(recipe: Recipe, config: SuperViTConfig, limit_bytes: int = MEMOR
 def soft_targets(
     recipe: Recipe, config: SuperViTConfig, teacher: Teacher, samples: ImageSet, rank: int = 0, processes: int = 1
 ) -> Tensor:
-    """Mix the labels of the training images with what the teacher says of each, seen once and once mirrored.
+    """Mix the labels of the training images with the teacher's answers to each image and its mirror image.
 
-    Each process asks about its share. The mixture is kept in the output folder, so a run that is resumed asks no more.
+    Each process asks the teacher about its share. The targets are kept in the output folder, so a resumed run does not
+    ask again.
 
     Returns:
-        (M, classes) probabilities in the order of the images; of an image that cannot be read, what its label says.
+        (M, classes) probabilities in the order of the images; for an unreadable image, those of its label alone.
     """
     path = recipe.output / TARGETS_NAME
     asked = {name: str(getattr(recipe, name)) for name in ASKED} | {
@@ -145,7 +146,7 @@ def soft_targets(
         "teacher's weights": digest(recipe.teacher_checkpoint) if recipe.teacher_checkpoint else "timm's",
     }
     kept = _kept_targets(path, asked)
-    if all(gather(kept is not None)) and kept is not None:  # or one would wait for what others ask no more
+    if all(gather(kept is not None)) and kept is not None:  # or one would wait for shares that the others skip
         return kept
     if rank == 0:
         prepare_folder(recipe.output)
@@ -176,15 +177,15 @@ def _kept_targets(path: Path, asked: dict[str, str]) -> Tensor | None:
 def find_targets(
     recipe: Recipe, config: SuperViTConfig, teacher: Teacher | None, images: Tensor, labels: Tensor, maps: list[Tensor]
 ) -> Targets:
-    """Put together what a batch is to be answered with.
+    """Build the targets of a batch.
 
     Args:
-        recipe: for what the teacher is asked.
-        config: of the student.
-        teacher: to be asked about these very images; None for none.
+        recipe: the recipe, which says what the teacher is asked.
+        config: the student's configuration.
+        teacher: the teacher to ask about these very images; None for none.
         images: (B, 3, S, S), normalised, augmented.
         labels: (B,) class indices or (B, classes) probabilities.
-        maps: what the batch holds besides, namely the token labels of `WithTokenLabels`; empty for none.
+        maps: the rest of the batch, which is the token labels and crops of `WithTokenLabels`; empty for none.
     """
     if maps:
         classes, weights, crops = (part.to(images.device) for part in maps)
@@ -198,14 +199,14 @@ def find_targets(
 def open_batches(
     recipe: Recipe, config: SuperViTConfig, teacher: Teacher | None, rank: int, processes: int, device: torch.device
 ) -> tuple[Batches, RepeatAugSampler, SampleLoader]:
-    """Open what one of the processes of a run trains on.
+    """Open the data that one process of a run trains on.
 
     Returns:
-        The batches; the sampler, whose epoch fixes their order; and this process's share of the images to watch.
+        The batches; the sampler, whose epoch sets their order; and this process's share of the images to watch.
 
     Raises:
         DataError: the data set is unusable.
-        TrainingError: it is too small for a batch.
+        TrainingError: the data set is too small for a batch.
     """
     in_memory = fits_memory(recipe, config)
     augmentation = Augmentation(recipe.rand_augment or None, recipe.random_erasing, recipe.smallest_crop)
@@ -215,7 +216,7 @@ def open_batches(
     samples, watching = open_training_data(
         recipe.data,
         config,
-        transform,  # type: ignore[arg-type] # that of token labels tells the crop, too
+        transform,  # type: ignore[arg-type] # the one for token labels returns the crop, too
         recipe.holdout,
         recipe.seed,
         recipe.max_bad_images,

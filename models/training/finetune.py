@@ -1,6 +1,8 @@
-"""Fine-tune a timm classifier on a data set, to be a teacher: `python -m models.training.finetune DATA --output FILE`.
+"""Fine-tune a timm classifier on a data set, to be a teacher.
 
-A plain script: one network, the labels, one cosine. What it writes is what `supervit train --teacher-checkpoint` reads.
+    python -m models.training.finetune DATA --weights FILE --output FILE
+
+A plain script: one network, labels only, one cosine schedule. `supervit train --teacher-checkpoint` reads its output.
 """
 
 import tempfile
@@ -55,11 +57,11 @@ class Finetune(BaseModel):
 
 
 def finetune(options: Finetune) -> float:
-    """Train the whole network on train/, save it and print its held-out accuracy after every epoch; return the last.
+    """Train the whole network on train/, save it and print its held-out top-1 after every epoch; return the last top-1.
 
     Raises:
         DataError: the data set is unusable.
-        CheckpointError: the weights are.
+        CheckpointError: the weights are unusable.
         DeviceError: the device cannot be used.
         OSError: `output` cannot be written.
     """
@@ -69,7 +71,7 @@ def finetune(options: Finetune) -> float:
     config = student.config
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=options.output.parent):
-        pass  # what stands in the way shall be known now, not an hour later
+        pass  # fail now, not an hour later, if the folder cannot be written to
     num_classes = len(list_classes(options.data / "train"))
     as_they_are = square_transform(config.image_side, config.image_side)
     training, watched = (
@@ -77,7 +79,7 @@ def finetune(options: Finetune) -> float:
         for dataset in open_training_data(options.data, config, as_they_are, options.holdout, options.seed)
     )
     network = Adapter(load_network(options.model, options.weights, num_classes), config, options.side)
-    network.to(device).to(memory_format=torch.channels_last)  # half as fast again, on a CPU
+    network.to(device).to(memory_format=torch.channels_last)  # one and a half times as fast on a CPU
     sampler = RepeatAugSampler(training[1], 1, 0, num_repeats=1, selected_round=0)
     batches = ImageBatches(*training, sampler, options.batch_size, config, random_erasing=0.0)
     optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate, weight_decay=options.weight_decay)
@@ -105,7 +107,7 @@ def finetune(options: Finetune) -> float:
 
 
 def load_network(model: str, path: Path, num_classes: int) -> nn.Module:
-    """Build timm's `model` with these weights; with a new last layer where they know another number of classes.
+    """Build timm's `model` with these weights, and with a new last layer if they know another number of classes.
 
     Raises:
         CheckpointError: the weights cannot be read, or are not those of `model`.
@@ -138,7 +140,7 @@ def measure(network: Adapter, images: Tensor, labels: Tensor, batch_size: int) -
 
 
 def _is_counter(name: str) -> bool:
-    """Tell whether it is a batch norm's count of batches, which some libraries leave out."""
+    """Return whether `name` is a batch norm's count of batches, which some libraries leave out."""
     return name.endswith("num_batches_tracked")
 
 

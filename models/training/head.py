@@ -1,4 +1,4 @@
-"""A linear head for new classes, fitted on the features of weights that stay as they are."""
+"""A linear head for new classes, fitted on the features of weights that do not change."""
 
 import torch
 from torch import Tensor
@@ -11,18 +11,18 @@ from models.devices import autocast
 from models.processes import is_first
 from models.supervit import SuperViT
 
-# Strength of the pull towards small weights, on features of unit variance.
+# Strength of the L2 regularisation, on features of unit variance.
 SHRINKAGE = 1e-3
 ITERATIONS = 200
-CONSTANT = 1e-4  # of the median deviation: below it, a feature says nothing
+CONSTANT = 1e-4  # of the median standard deviation; a feature below it is ignored as constant
 
 
 @torch.no_grad()
 def compute_features(model: SuperViT, batches: SampleLoader) -> tuple[list[Tensor], list[Tensor]]:
-    """Run the largest sub-network, as it is served, over labelled images.
+    """Run the largest sub-network, as in serving, over labelled images.
 
     Args:
-        model: on the device where it shall run.
+        model: the model, on the device where it runs.
         batches: (B, 3, S, S) uint8 images with their (B,) labels.
 
     Returns:
@@ -41,18 +41,18 @@ def compute_features(model: SuperViT, batches: SampleLoader) -> tuple[list[Tenso
 
 
 def fit_head(model: SuperViT, features: Tensor, labels: Tensor) -> None:
-    """Give `model` the linear head that answers `labels` from `features` best: multinomial logistic regression.
+    """Fit the linear head of `model` that predicts `labels` from `features`: multinomial logistic regression.
 
-    Features are standardised while fitting, so that one strength of regularisation does for all networks; the result
+    Features are standardised while fitting, so that one strength of regularisation suits all networks; the result
     is folded into the head's weights.
 
     Args:
-        model: its head gets new weights.
+        model: the model whose head gets new weights; an auxiliary head is set to zero.
         features: (M, head width).
         labels: (M,) class indices.
     """
     mean, std = features.mean(dim=0), features.std(dim=0)
-    std[std < CONSTANT * std.median()] = torch.inf  # what never varied here must not swing answers later
+    std[std < CONSTANT * std.median()] = torch.inf  # a feature that was constant here must not change answers later
     standard = (features - mean) / std
     num_classes = model.config.num_classes
     weight = torch.zeros(num_classes, features.shape[1], requires_grad=True)
@@ -70,6 +70,6 @@ def fit_head(model: SuperViT, features: Tensor, labels: Tensor) -> None:
     with torch.no_grad():
         model.head.weight.copy_(weight / std)
         model.head.bias.copy_(bias - (weight / std) @ mean)
-        if model.aux_head is not None:  # an untrained one would add noise to the fitted logits
+        if model.aux_head is not None:  # untrained, it would add noise to the fitted logits
             model.aux_head.weight.zero_()
             model.aux_head.bias.zero_()

@@ -1,6 +1,6 @@
-"""Muon: matrices move by their orthogonalised momentum, everything else by AdamW.
+"""Muon: matrices are updated by their orthogonalised momentum, all other parameters by AdamW.
 
-After Keller Jordan's optimiser (2024) with the step scaled to AdamW's size (Liu et al., arXiv 2502.16982).
+After Keller Jordan's optimiser (2024), with the step scaled to AdamW's size (Liu et al., arXiv 2502.16982).
 """
 
 from collections import defaultdict
@@ -12,7 +12,7 @@ from timm.optim.muon import zeropower_via_newtonschulz
 from torch import Tensor
 
 MOMENTUM = 0.9
-# Of five Newton-Schulz iterations, each tuned for what the one before it leaves (F. Cesista, 2025).
+# Of five Newton-Schulz iterations, each tuned for the output of the one before it (F. Cesista, 2025).
 COEFFICIENTS = [
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -23,20 +23,20 @@ COEFFICIENTS = [
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW whose matrices and convolutions take Muon's steps instead.
+    """AdamW that updates matrices and convolutions with Muon instead.
 
     timm's Muon, which this one agrees with, orthogonalises one matrix after another in bfloat16. A CPU without
-    instructions for that spends more than a third of a training step on it. Here all matrices of one shape go through
-    together, in float32 on a CPU.
+    instructions for bfloat16 spends more than a third of a training step on that. Here all matrices of one shape are
+    orthogonalised together, in float32 on a CPU.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float) -> None:  # noqa: ANN401 - as torch's
-        """Take parameters or groups of them, the peak rate and the decoupled weight decay."""
+        """Create the optimiser for parameters or parameter groups, with a learning rate and decoupled weight decay."""
         super().__init__(params, lr, betas=(0.9, 0.95), eps=1e-7, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override] # torch's overloads
-        """Take one step by the gradients that the parameters hold, or that `closure` gives them."""
+        """Take one step with the gradients of the parameters, or with those that `closure` computes."""
         loss: float | None = None
         if closure is not None:
             with torch.enable_grad():
@@ -61,7 +61,7 @@ class Muon(torch.optim.AdamW):
         for parameter, group in matrices:
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.zeros(())  # unused, but AdamW looks for it when it loads a state
+                state["step"] = torch.zeros(())  # unused, but AdamW expects it when it loads a state
                 state["momentum"] = torch.zeros_like(parameter)
             update = state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM).flatten(1)
             wide = update.mT if update.shape[0] > update.shape[1] else update
@@ -78,5 +78,5 @@ class Muon(torch.optim.AdamW):
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Tell whether a parameter maps features to features: linear and convolutional weights, but no embeddings."""
+    """Return whether a parameter maps features to features: linear and convolutional weights, but no embeddings."""
     return parameter.ndim >= 2 and min(parameter.shape[:2]) > 1

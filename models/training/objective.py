@@ -1,4 +1,4 @@
-"""The training step: which sub-networks it takes, what each of them is asked to match, the update they share."""
+"""The training step: which sub-networks it trains, the target of each, and the update that they share."""
 
 import random
 from contextlib import AbstractContextManager, nullcontext
@@ -13,18 +13,18 @@ from models.mix_token import TokenBox, exchange_tokens, mix_labels
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 
-# What a step's pairs are called in a log, by how many there are.
+# Names of a step's pairs in the log, by the number of pairs.
 PAIR_NAMES = {1: ("single grid",), 2: ("largest grid", "smaller grid")}
 
 
 @dataclass(frozen=True, slots=True)
 class PairChoice:
-    """One grid, trained at its highest keep rate on the labels and at a lower one on what the highest answered.
+    """One grid, trained on the labels at its highest keep rate and by distillation at a lower one.
 
     Attributes:
         patch_grid: the grid.
-        keep_rate: the highest, 1 in a SuperViT.
-        pruned_keep_rate: the lower; None for none.
+        keep_rate: the highest keep rate, 1 in a SuperViT.
+        pruned_keep_rate: the lower keep rate; None for none.
     """
 
     patch_grid: int
@@ -35,8 +35,8 @@ class PairChoice:
 def sample_pairs(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoice, ...]:
     """Choose the four sub-networks of a step: the largest grid and a random smaller one, each whole and pruned.
 
-    Where the family has one grid or one keep rate, the step has half of them; a family of one is trained as any model.
-    A function of seed and step alone, so every process of a run takes the same ones, and so does a resumed run.
+    If the family has one grid or one keep rate, the step has half of them; a family of one is trained like any model.
+    The choice depends on seed and step alone, so it is the same in every process of a run and in a resumed run.
     """
     choice = random.Random(f"{seed}/{step}")
     *smaller_grids, largest_grid = config.patch_grids
@@ -50,7 +50,7 @@ def sample_pairs(config: SuperViTConfig, seed: int, step: int) -> tuple[PairChoi
 
 
 def sample_single(config: SuperViTConfig, seed: int, step: int, *, pruned: bool) -> tuple[PairChoice]:
-    """Choose the one sub-network of a cheap step: a random grid, whole or, where `pruned`, at a random keep rate."""
+    """Choose the one sub-network of a cheap step: a random grid, unpruned or, if `pruned`, at a random keep rate."""
     choice = random.Random(f"{seed}/{step}")
     grid = choice.choice(config.patch_grids)
     return (PairChoice(grid, choice.choice(config.keep_rates) if pruned else config.keep_rates[-1], None),)
@@ -58,13 +58,13 @@ def sample_single(config: SuperViTConfig, seed: int, step: int, *, pruned: bool)
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What a batch is to be answered with.
+    """The targets of a batch.
 
     Attributes:
-        labels: (B,) class indices, or (B, classes) probabilities where labels were mixed and smoothed.
+        labels: (B,) class indices, or (B, classes) probabilities if labels were mixed and smoothed.
         taught: (B, classes), the probabilities that a teacher gives; None without one.
-        tokens: (B, N - 1, classes), probabilities for every patch token of the largest grid; None where the labels are
-            to stand for all of them.
+        tokens: (B, N - 1, classes), probabilities for every patch token of the largest grid; None if each image's label
+            applies to all its tokens.
     """
 
     labels: Tensor
@@ -73,7 +73,7 @@ class Targets:
 
 
 class PairLoss(nn.Module):
-    """The losses of a pair (paper, section 3.3): labels for the whole, distillation for the pruned.
+    """The losses of a pair (paper, section 3.3): labels at the highest keep rate, distillation at the lower one.
 
     The patch tokens of an LV-ViT's largest sub-network have labels as well (Jiang et al., NeurIPS 2021).
     """
@@ -99,15 +99,15 @@ class PairLoss(nn.Module):
 
         Args:
             images: (B, 3, S, S), normalised.
-            targets: what they are to be answered with.
+            targets: the targets of these images.
             pair: the grid and its keep rates.
-            box: whose patch tokens the images exchange; None for none.
-            example: (B, classes) probabilities, what the pruned sub-network of an earlier pair of this step learned
-                from; None in the first.
+            box: the box whose patch tokens the images exchange; None for none.
+            example: (B, classes) probabilities from which the pruned sub-network of an earlier pair of this step was
+                distilled; None for the first pair.
 
         Returns:
-            The losses: at the highest keep rate that of the labels; and, where the pair has a lower one, the KL
-            divergence (mean over the batch) of that one from its example. And the example, which takes no gradient.
+            The losses: at the highest keep rate the loss on the labels and, if the pair has a lower keep rate, the KL
+            divergence (mean over the batch) between its output and the example. And the example, without a gradient.
         """
         config = self.model.config
         lower = () if pair.pruned_keep_rate is None else (pair.pruned_keep_rate,)
@@ -120,13 +120,13 @@ class PairLoss(nn.Module):
         if of_patches is not None:
             token_labels = labels[:, None] if targets.tokens is None else targets.tokens
             loss = loss + self.token_weight * _token_loss(of_patches.float(), token_labels, box)
-        # An LV-ViT learns from the largest sub-network at every grid, a DeiT from that of the same grid.
+        # An LV-ViT is distilled from the largest sub-network at every grid, a DeiT from the largest of the same grid.
         if example is None or config.flavour == "deit":
             example = full.detach().softmax(dim=1)
         return (loss, *(_divergence(answer, example) for answer in pruned)), example
 
     def spread(self, labels: Tensor) -> Tensor:
-        """Turn (B,) class indices into (B, classes) probabilities, smoothed; probabilities are so already."""
+        """Turn (B,) class indices into smoothed (B, classes) probabilities; return probabilities unchanged."""
         if labels.ndim == 2:
             return labels
         num_classes = self.model.config.num_classes
@@ -136,7 +136,7 @@ class PairLoss(nn.Module):
     def classification_loss(
         self, logits: Tensor, labels: Tensor, taught: Tensor | None, box: TokenBox | None
     ) -> Tensor:
-        """Compare (B, classes) logits with labels and teacher, both mixed as the tokens of the images are."""
+        """Compute the loss of (B, classes) logits on labels and teacher, both mixed as the tokens of the images are."""
         if box is not None:
             labels, taught = mix_labels(labels, box), None if taught is None else mix_labels(taught, box)
         loss = functional.cross_entropy(logits, labels)
@@ -144,7 +144,7 @@ class PairLoss(nn.Module):
 
 
 def _token_loss(logits: Tensor, labels: Tensor, box: TokenBox | None) -> Tensor:
-    """Compare (B, N - 1, classes) logits, exchanged back, with (B, N - 1, classes) labels or (B, 1, classes) ones."""
+    """Compute the loss of (B, N - 1, classes) logits, exchanged back, on labels of that shape or (B, 1, classes)."""
     if box is not None:
         logits = exchange_tokens(logits, box)
     return -(labels * logits.log_softmax(dim=2)).sum(dim=2).mean()
@@ -166,21 +166,21 @@ def training_step(
     clip_grad: float | None = None,
     place: tuple[int, int] = (1, 1),
 ) -> dict[str, float]:
-    """Sum the gradients of all sub-networks and, after the last batch of a step, let the optimiser take it.
+    """Sum the gradients of all sub-networks and, after the last batch of a step, update the weights.
 
-    The step is the paper's (section 3.3); several batches give the gradient of one that is as large as they together.
+    The step is the paper's (section 3.3). Several batches give the gradient of one batch as large as all of them.
 
     Args:
         pair_loss: computes the losses of a pair.
-        optimizer: of the shared weights.
+        optimizer: the optimiser of the shared weights.
         images: (B, 3, S, S), normalised, augmented.
-        targets: what they are to be answered with.
-        pairs: one, or the largest grid's and a smaller grid's.
+        targets: the targets of these images.
+        pairs: one pair, or the largest grid's and a smaller grid's.
         autocast: the precision of the forward pass.
-        box: whose patch tokens the images exchange in all sub-networks; None for none.
-        scaler: keeps the gradients of float16 in its range; None in other precisions.
-        clip_grad: the norm that a longer gradient of a step is scaled down to; None for any length.
-        place: number of this batch, from 1, and how many make the step.
+        box: the box whose patch tokens the images exchange in all sub-networks; None for none.
+        scaler: keeps float16 gradients in range; None in other precisions.
+        clip_grad: the norm that a larger gradient of a step is scaled down to; None for no limit.
+        place: number of this batch in the step, from 1, and the number of batches in the step.
 
     Returns:
         The losses of this batch by name.
@@ -191,7 +191,7 @@ def training_step(
     if number == 1:
         optimizer.zero_grad()
     for name, pair in zip(PAIR_NAMES[len(pairs)], pairs, strict=True):
-        # Processes exchange gradients once a step, with the last pair's of the last batch.
+        # Processes exchange gradients once per step, in the backward pass of the last batch's last pair.
         with nullcontext() if number == count and pair is pairs[-1] else _gradients_kept_local(pair_loss):
             with autocast:
                 parts, example = pair_loss(images, targets, pair, box, example)
@@ -210,8 +210,8 @@ def _update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | Non
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         nn.utils.clip_grad_norm_(parameters, clip_grad)
     if scaler:
-        scaler.step(optimizer)  # nothing where a gradient overflowed
-        scaler.update()  # a smaller scale after that, a larger one after long without
+        scaler.step(optimizer)  # skipped if a gradient overflowed
+        scaler.update()  # lowers the scale after an overflow, raises it after a long time without one
     else:
         optimizer.step()
 

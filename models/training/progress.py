@@ -1,6 +1,6 @@
-"""What a run shows while it is under way: a bar per epoch and, where TensorBoard is installed, its curves.
+"""What a run shows while it trains: a progress bar per epoch and, if TensorBoard is installed, its curves.
 
-It measures nothing but time. The log and its picture, which are kept, are those of models.training.state.
+It measures nothing but time. The log and its plot, which are kept, are written by models.training.state.
 """
 
 import time
@@ -21,7 +21,7 @@ BOARD_NAME = "tensorboard"
 
 
 class Progress:
-    """The bar and the curves of a run, or nothing on the processes that show none."""
+    """The progress bar and the curves of a run; inactive in processes that show nothing."""
 
     def __init__(
         self,
@@ -33,15 +33,15 @@ class Progress:
         is_shown: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin to show a run, or to go on with it.
+        """Start to show a new or a resumed run.
 
         Args:
-            recipe: of the run.
-            steps_per_epoch: steps of the optimiser.
-            images_per_epoch: of all processes together.
-            epochs_done: by the run that is resumed; the curves go on behind them.
+            recipe: the recipe of the run.
+            steps_per_epoch: optimiser steps per epoch.
+            images_per_epoch: images per epoch, of all processes together.
+            epochs_done: epochs that the resumed run has finished; the curves continue after them.
             is_shown: whether this process shows anything.
-            clock: seconds.
+            clock: the current time in seconds.
         """
         self.epochs, self.steps_per_epoch, self.images_per_epoch = recipe.epochs, steps_per_epoch, images_per_epoch
         self.is_shown, self.clock, self.output = is_shown, clock, recipe.output
@@ -52,18 +52,18 @@ class Progress:
         self.opened = ExitStack()
 
     def __enter__(self) -> Self:
-        """Show nothing yet."""
+        """Return the progress, which shows nothing yet."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close bar and curves, however the run ended."""
+        """Close the bar and the curves, however the run ended."""
         self.bar.close()
         self.opened.close()
 
     def start_epoch(self, epoch: int) -> None:
-        """Begin a bar, which tells images per second and the time left of the epoch by itself."""
+        """Start a bar, which shows images per second and the time left in the epoch by itself."""
         self.bar = tqdm(
             total=self.images_per_epoch,
             desc=f"epoch {epoch}/{self.epochs}",
@@ -74,7 +74,7 @@ class Progress:
         )
 
     def add_batch(self, images: int, losses: Mapping[str, float]) -> None:
-        """Move the bar on by the images that all processes have seen meanwhile."""
+        """Advance the bar by the images of one batch in all processes."""
         self.images_seen += images
         self.images_left -= images
         left = tqdm.format_interval(self.run_left_s)
@@ -82,34 +82,34 @@ class Progress:
         self.bar.update(images)
 
     def add_step(self, step: int, losses: Mapping[str, float], learning_rate: float) -> None:
-        """Draw what a step, counted from 0 over all epochs, was taken with."""
+        """Draw the losses and the learning rate of a step, counted from 0 over all epochs."""
         if self.board is not None:
             for name, loss in losses.items():
                 self.board.add_scalar(f"loss/{name}", loss, step)
             self.board.add_scalar("learning rate", learning_rate, step)
 
     def end_epoch(self) -> None:
-        """End the bar, so that what is printed next has a line of its own."""
+        """Close the bar, so that the next output starts on a line of its own."""
         self.bar.close()
 
     def add_accuracies(self, epoch: int, top1: Mapping[str, float]) -> None:
-        """Draw what was measured after an epoch, at the last of its steps: a later one is another epoch's."""
+        """Draw the accuracies measured after an epoch at its last step: a later step belongs to the next epoch."""
         if self.board is not None:
             for name, accuracy in top1.items():
                 self.board.add_scalar(f"top-1/{name}", accuracy, epoch * self.steps_per_epoch - 1)
 
     @property
     def run_left_s(self) -> float:
-        """Seconds to the end of the run at the pace so far, the measurements between epochs included."""
+        """Seconds to the end of the run at the pace so far, including the measurements between epochs."""
         return (self.clock() - self.started_at) / self.images_seen * self.images_left
 
     @cached_property
     def board(self) -> "SummaryWriter | None":
-        """TensorBoard's curves, opened when there is something to draw; those of steps taken again are dropped."""
+        """TensorBoard's writer, opened when there is something to draw; points of repeated steps are dropped."""
         if not self.is_shown:
             return None
         try:
-            from torch.utils.tensorboard import SummaryWriter  # here, because it is for those who have it
+            from torch.utils.tensorboard import SummaryWriter  # imported here, because it is optional
         except ImportError:
             return None
         board = SummaryWriter(str(self.output / BOARD_NAME), purge_step=self.next_step)

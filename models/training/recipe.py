@@ -1,6 +1,6 @@
-"""The options of a training run, with defaults that follow the size of the data set. Holds values, trains nothing.
+"""The options of a training run, with defaults that depend on the size of the data set. Trains nothing.
 
-What looks at weights and images imports torch, and is imported once that is to be done: help needs neither.
+Modules that read weights or images import torch; they are imported only when needed, so `--help` does without torch.
 """
 
 import os
@@ -17,10 +17,10 @@ from models.errors import DataError
 from models.files.checkpoint_errors import CheckpointError
 from models.subnetwork import Interpolation, SuperViTConfig
 
-# Between CIFAR (50,000) and ImageNet (1.28 million): above it, the strong augmentation of DeiT pays.
+# Between CIFAR (50,000) and ImageNet (1.28 million): from this size on, the strong augmentation of DeiT pays off.
 LARGE_DATASET_IMAGES = 200_000
 
-# "small" is for tens of thousands of images; the others are the published recipes, by the flavour of the model.
+# "small" is meant for tens of thousands of images; the others are the published recipes, by the flavour of the model.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "deit": {
         "epochs": 300,
@@ -63,20 +63,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Peak rates per 512 images of a step. Muon's for small sets comes from trials on CIFAR-10; its others are in the same
-# proportion to AdamW's, and untried.
+# Peak learning rates per 512 images in a step. Muon's rate for small sets comes from trials on CIFAR-10; its others
+# have the same ratio to AdamW's and are untested.
 LEARNING_RATES = {
     "adamw": {"deit": 5e-4, "lvvit": 8e-4, "small": 4e-3},
     "muon": {"deit": 5e-3, "lvvit": 8e-3, "small": 4e-2},
 }
-# Options that say something of patch tokens, which only an LV-ViT is asked about.
+# Options about patch tokens, which apply to an LV-ViT only.
 TOKEN_OPTIONS = ("mix_token", "token_label_weight", "token_labels", "teacher_tokens")
 
-# Where the weights of `init` meet new classes: the blocks near the images change least (Bao et al., BEiT, ICLR 2022).
-# Crops of a tenth of an image, which teach a network from scratch, cost a short fine-tuning more than they give.
+# Defaults for fine-tuning `init` on new classes. The learning rate decays by layer because the blocks near the images
+# should change least (Bao et al., BEiT, ICLR 2022). Crops of a tenth of an image suit training from scratch; in a short
+# fine-tuning they cost more than they gain.
 FINE_TUNING = {"learning_rate": 3e-3, "layer_decay": 0.75, "smallest_crop": 0.3}
 
-# All that timm understands; it ignores, or refuses without a word, whatever else a description holds.
+# The descriptions that timm understands; it ignores or refuses anything else without an error message.
 RAND_AUGMENT = r"^(rand(-(m\d+|n\d+|p(0|1|0?\.\d+)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|t(weights|3aw?)))*)?$"
 
 
@@ -88,41 +89,41 @@ def count_training_files(data: Path) -> int:
 
 @cache
 def flavour_of(model: str, init: Path | None) -> str:
-    """Tell the flavour of a run's model: that of the weights to start from, where they say, or of its name."""
+    """Return the flavour of a run's model: that of the initial weights if they state one, else that of its name."""
     from models.conversion.convert import open_initial  # imports timm, which only a run that starts from weights needs
 
-    with suppress(CheckpointError):  # the run will say so
+    with suppress(CheckpointError):  # the run itself will report it
         if init and (config := open_initial(init, num_heads=1).config):
             return config.flavour
     return "lvvit" if model.startswith("supervit_lvvit_") else "deit"
 
 
 def _kind(fields: dict[str, Any]) -> str:
-    """Tell which defaults suit the training set and the model."""
+    """Return the key of the DEFAULTS that suit the training set and the model."""
     if count_training_files(fields["data"]) < LARGE_DATASET_IMAGES:
         return "small"
     return flavour_of(fields["model"], fields["init"])
 
 
 def _fine_tunes(fields: dict[str, Any]) -> bool:
-    """Tell whether the run starts from somebody's weights and its classes are not theirs."""
+    """Return whether the run starts from existing weights and its classes differ from theirs."""
     return fields["init"] is not None and meets_new_classes(fields["init"], fields["data"])
 
 
 @cache
 def meets_new_classes(init: Path, data: Path) -> bool:
-    """Tell whether the head of `init` is not one for the classes under `data`/train; False where either is unusable."""
+    """Return whether the head of `init` does not fit the classes under `data`/train; False if either is unusable."""
     from models.conversion.convert import open_initial
     from models.data.datasets import list_classes
 
     try:
         return not open_initial(init, num_heads=1).has_head_for(list_classes(data / "train"))
-    except (CheckpointError, DataError):  # the run will say so
+    except (CheckpointError, DataError):  # the run itself will report it
         return False
 
 
 def _by_size(name: str, **constraints: Any) -> Any:  # noqa: ANN401 - as pydantic's Field
-    """Declare a field whose default follows the number of files under train/ and, where there are many, the model."""
+    """Declare a field whose default depends on the number of files under train/ and, for a large set, on the model."""
 
     def default(fields: dict[str, Any]) -> Any:  # noqa: ANN401 - of the field's own type
         return DEFAULTS[_kind(fields)][name]

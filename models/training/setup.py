@@ -1,4 +1,4 @@
-"""What a training run sets up before its first step: model, head, teacher, optimiser and schedule."""
+"""What a training run builds before its first step: model, features for a head, teacher, optimiser and schedule."""
 
 from dataclasses import replace
 from functools import partial
@@ -36,7 +36,7 @@ def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> SuperViT:
     if recipe.model not in known:
         raise TrainingError(f"no model {recipe.model!r}; there are {', '.join(known)}")
     initial = open_initial(recipe.init, num_heads=recipe.num_heads) if recipe.init else None
-    # Weights know their images, whatever model they are put into.
+    # The preprocessing belongs to the weights, whatever model they are loaded into.
     images = {name: getattr(initial.config, name) for name in IMAGE_FIELDS} if initial and initial.config else {}
     fields = images | recipe.overrides | {"num_classes": len(class_names)}
     try:
@@ -56,7 +56,7 @@ def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> SuperViT:
 
 
 def training_features(recipe: Recipe, model: SuperViT, process: Process) -> tuple[Tensor, Tensor]:
-    """Compute the features of the training images, unvaried, each once over all processes.
+    """Compute the features of the training images without augmentation, each image once over all processes.
 
     Returns:
         (M, head width) features and (M,) labels, the same on every process.
@@ -76,7 +76,7 @@ def training_features(recipe: Recipe, model: SuperViT, process: Process) -> tupl
 
 
 def build_teacher(recipe: Recipe, model: SuperViT) -> Teacher | None:
-    """Build what the recipe's model learns from beside the labels; None where that is nothing.
+    """Build the teacher of the recipe's model; None if the recipe asks for none.
 
     Raises:
         TrainingError: timm knows no such model.
@@ -95,7 +95,7 @@ def build_teacher(recipe: Recipe, model: SuperViT) -> Teacher | None:
 
 
 def build_optimizer(recipe: Recipe, model: SuperViT) -> torch.optim.Optimizer:
-    """Build the recipe's optimiser; `learning_rate_schedule` sets its rate."""
+    """Build the recipe's optimiser; `learning_rate_schedule` sets its learning rate."""
     if recipe.layer_decay < 1:
         decay = partial(param_groups_layer_decay, layer_decay=recipe.layer_decay)
     else:
@@ -108,14 +108,14 @@ def build_optimizer(recipe: Recipe, model: SuperViT) -> torch.optim.Optimizer:
 def learning_rate_schedule(
     recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int, processes: int
 ) -> CosineLRScheduler:
-    """Warm up linearly, then follow a cosine down, step by step; the peak grows with the images of a step."""
+    """Build a schedule: linear warm-up, then cosine decay, step by step; the peak scales with the images in a step."""
     peak = recipe.learning_rate * recipe.batch_size * recipe.accumulate * processes / 512
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = peak  # timm takes the latter for its peak, and a resumed state holds one
+        group["lr"] = group["initial_lr"] = peak  # timm takes `initial_lr` as its peak; a resumed state has one, too
     warmup_epochs = min(recipe.warmup_epochs, recipe.epochs / 10)
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(2, recipe.epochs * steps_per_epoch),  # timm warns of a cosine over the one step of a tiny run
+        t_initial=max(2, recipe.epochs * steps_per_epoch),  # timm warns of a cosine over the single step of a tiny run
         lr_min=FINAL_RATE * peak,
         warmup_t=round(warmup_epochs * steps_per_epoch),
         warmup_lr_init=WARMUP_START_RATE * peak,

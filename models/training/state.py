@@ -1,4 +1,4 @@
-"""What a training run keeps in its folder: the state to go on from, the checkpoint, the log and its picture."""
+"""What a training run keeps in its folder: the state to resume from, the checkpoint, the log and its plot."""
 
 import io
 import itertools
@@ -25,7 +25,7 @@ from models.training.recipe import Recipe
 
 CHECKPOINT_NAME, STATE_NAME, LOG_NAME, PLOT_NAME = "checkpoint.safetensors", "state.pt", "log.jsonl", "training.png"
 
-# Options that a resumed run may change; with any other it would quietly become a run that no recipe describes.
+# Options that a resumed run may change. Changing any other would silently make it a run that no recipe describes.
 MAY_CHANGE = frozenset(
     [
         "data",
@@ -45,32 +45,32 @@ MAY_CHANGE = frozenset(
 
 
 class TrainingError(Exception):
-    """A run cannot start or go on; the message says what to do."""
+    """A run cannot start or continue; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Everything that changes while training; beside what the run was asked for, this alone is saved."""
+    """Everything that changes during training; apart from the description of the run, nothing else is saved."""
 
     model: SuperViT
     average: ModelEmaV3
     optimizer: torch.optim.Optimizer
     processes: int
-    scaler: torch.amp.GradScaler | None = None  # of a run in float16
+    scaler: torch.amp.GradScaler | None = None  # in float16 only
 
     @property
     def is_finite(self) -> bool:
-        """Whether every weight, trained or averaged, is a number."""
+        """Whether every weight, trained or averaged, is finite."""
         weights = (*self.model.state_dict().values(), *self.average.state_dict().values())
         return all(bool(tensor.isfinite().all()) for tensor in weights)
 
     def save(self, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any]) -> None:
-        """Write the state after an epoch, with what is known of it; a crash half-way leaves the state that stood there.
+        """Write the state after an epoch, with the epoch's record; a crash midway leaves the previous state intact.
 
         Args:
-            recipe: of the run; its folder gets the file.
+            recipe: the recipe of the run; the file goes to its output folder.
             class_names: one per logit.
-            record: the epoch's line of the log, yet without the accuracy of the averaged weights.
+            record: the epoch's line of the log, still without the accuracy of the averaged weights.
         """
         path = recipe.output / STATE_NAME
         content = {
@@ -87,25 +87,25 @@ class State:
         save_whole(content, path)
 
     def load(self, recipe: Recipe, class_names: tuple[str, ...]) -> dict[str, Any]:
-        """Read what `save` wrote and return the record of the last epoch; of an older version's, its number alone.
+        """Read what `save` wrote and return the record of the last epoch; from an older version, its number only.
 
         Raises:
-            TrainingError: there is none, it is damaged, or it was made with other options, classes or processes.
+            TrainingError: there is no state, it is damaged, or it was made with other options, classes or processes.
         """
         path = recipe.output / STATE_NAME
         if not has_state(recipe.output):
             raise TrainingError(f"{path}: nothing to resume")
         try:
             with path.open("rb") as file:
-                # To the CPU: there AdamW counts its steps; weights and moments are copied to where the model is.
+                # To the CPU, where AdamW counts its steps; weights and moments are copied to the model's device.
                 content = torch.load(file, map_location="cpu", weights_only=True)
             default = Recipe(data=recipe.data, output=recipe.output).model_dump(mode="json")
             differences = [
-                # What an older version could not be told was as it is now by default, but none exchanged tokens.
+                # Options that an older version lacked had today's defaults, but no older run exchanged tokens.
                 *_other_options(default | {"mix_token": False} | content["recipe"], recipe.model_dump(mode="json")),
                 *_other_classes(content["class_names"], class_names),
             ]
-            if content["processes"] != self.processes:  # with another number, a step would see more images or fewer
+            if content["processes"] != self.processes:  # another number would change the images in a step
                 differences.append(f"{content['processes']} of torchrun's processes, not {self.processes}")
             if differences:
                 raise TrainingError(f"{path}: was made with {'; '.join(differences)}")
@@ -134,7 +134,7 @@ def _as_typed(value: object) -> str:
 
 
 def _other_classes(then: list[str], now: tuple[str, ...]) -> Iterator[str]:
-    """Name the first pair that differs; a thousand would fill the screen."""
+    """Describe only the first pair that differs; a thousand would fill the screen."""
     pairs = itertools.zip_longest(then, now, fillvalue="none")
     yield from itertools.islice((f"class folder {old}, not {new}" for old, new in pairs if old != new), 1)
 
@@ -144,15 +144,15 @@ def _first_line(error: Exception) -> str:
 
 
 def has_state(output: Path) -> bool:
-    """Tell whether the folder holds a run; one that cannot be looked into holds none."""
-    return os.path.isfile(output / STATE_NAME)  # noqa: PTH113 - Path.is_file raises where a folder may not be entered
+    """Return whether the folder holds a run; False for a folder that cannot be read."""
+    return os.path.isfile(output / STATE_NAME)  # noqa: PTH113 - Path.is_file raises if a folder may not be entered
 
 
 def save_whole(content: object, path: Path) -> None:
-    """Write what `torch.load` reads; a crash half-way leaves whatever stood at `path`.
+    """Write a file that `torch.load` reads; a crash midway leaves the previous file at `path`.
 
     Raises:
-        OSError: it cannot be written, as on a full disk, of which torch.save would say less.
+        OSError: the file cannot be written, as on a full disk; torch.save would say less about the cause.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -160,10 +160,10 @@ def save_whole(content: object, path: Path) -> None:
 
 
 def prepare_folder(output: Path) -> None:
-    """Make the run's folder and prove that files can be written there, before an epoch is spent on them.
+    """Create the run's folder and check that files can be written there, before an epoch is spent.
 
     Raises:
-        TrainingError: they cannot, or the checkpoint could not be named after the folder.
+        TrainingError: the folder cannot be written to, or the checkpoint cannot be named after it.
     """
     if not is_unicode(output.resolve().name):
         raise TrainingError(f"{str(output)!r}: a name that is not UTF-8; the checkpoint is named after the folder")
@@ -176,10 +176,10 @@ def prepare_folder(output: Path) -> None:
 
 
 def read_log(output: Path, epochs: int) -> list[dict[str, Any]]:
-    """Read the log of the first `epochs` epochs; what stands behind them belongs to a state that was never saved.
+    """Read the log of the first `epochs` epochs; any later lines belong to a state that was never saved.
 
     Raises:
-        TrainingError: it is damaged.
+        TrainingError: the log is damaged.
     """
     path = output / LOG_NAME
     if not path.exists():
@@ -195,19 +195,19 @@ def read_log(output: Path, epochs: int) -> list[dict[str, Any]]:
 
 
 def way_out(output: Path, epoch: int) -> str:
-    """Say how to go on when `epoch` ended in numbers that are none."""
+    """Say how to continue after `epoch` produced values that are not finite."""
     start = f"the state before this epoch is kept in {output}: resume" if epoch > 1 else "start again"
     return f"{start} with a lower --learning-rate or --precision float32"
 
 
 def save_weights(recipe: Recipe, state: State, class_names: tuple[str, ...]) -> None:
-    """Save the averaged weights as a checkpoint, named after the run's folder, that no accuracy is known of."""
+    """Save the averaged weights as a checkpoint without measured accuracies, named after the run's folder."""
     config = state.model.config
     header = Header(recipe.output.resolve().name, config, class_names, ProfileTable.unmeasured(config))
     save_checkpoint(recipe.output / CHECKPOINT_NAME, state.average.module, header)
 
 
 def save_log(output: Path, records: list[dict[str, Any]]) -> None:
-    """Write the whole log, a line per epoch, and draw it."""
+    """Write the whole log, one line per epoch, and plot it."""
     write_atomically(output / LOG_NAME, "".join(json.dumps(record) + "\n" for record in records).encode())
     plot_training(records, output / PLOT_NAME)

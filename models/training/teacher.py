@@ -1,4 +1,4 @@
-"""Teachers: plain timm classifiers whose answers a SuperViT learns from beside the labels."""
+"""Teachers: frozen classifiers, timm's or a copy of the student, that a SuperViT learns from besides the labels."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import models.registered  # noqa: F401 - so that timm knows the SuperViTs by name
+import models.registered  # noqa: F401 - registers the SuperViTs with timm
 from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError, check_weights, read_weights
 from models.data.images import normalise
 from models.devices import autocast
@@ -20,15 +20,15 @@ from models.supervit import SuperViT
 
 
 class Adapter(nn.Module):
-    """A timm classifier that takes a SuperViT's images: its own size and normalisation are seen to inside."""
+    """A timm classifier that takes a SuperViT's images: it resizes and normalises them as its network expects."""
 
     def __init__(self, network: nn.Module, config: SuperViTConfig, side: int | None) -> None:
         """Wrap `network`.
 
         Args:
             network: a timm model.
-            config: the SuperViT, for the normalisation to undo.
-            side: pixels to resize the images to; None for what timm says of the network.
+            config: the SuperViT's configuration, for the normalisation to undo.
+            side: pixels to resize the images to; None for timm's input size of the network.
         """
         super().__init__()
         self.network, self.config = network, config
@@ -40,18 +40,18 @@ class Adapter(nn.Module):
         self.scale, self.shift = nn.Buffer(student_std / std), nn.Buffer((student_mean - mean) / std)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Answer (B, classes) logits for the SuperViT's (B, 3, S, S) images."""
+        """Compute (B, classes) logits for the SuperViT's (B, 3, S, S) images."""
         logits: Tensor = self.network(self.adapt(images))
         return logits
 
     def answer_everywhere(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Answer (B, classes) logits, and those of every place of the network's last features, (B, classes, h, w)."""
+        """Compute (B, classes) logits, and (B, classes, h, w) logits for every place of the network's last features."""
         network: Any = self.network  # timm's
         features = network.forward_features(self.adapt(images))
         return network.forward_head(features), _logits_by_place(self.network, features)
 
     def adapt(self, images: Tensor) -> Tensor:
-        """Normalise and resize the SuperViT's (B, 3, S, S) images as the network wants them."""
+        """Normalise and resize the SuperViT's (B, 3, S, S) images as the network expects them."""
         images = images * self.scale + self.shift
         if images.shape[-1] != self.side:
             images = functional.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True)
@@ -62,66 +62,66 @@ class Teacher(nn.Module):
     """A trained classifier, frozen."""
 
     def __init__(self, network: nn.Module, config: SuperViTConfig) -> None:
-        """Freeze `network`, which takes the images of a SuperViT of this configuration."""
+        """Freeze `network`, which takes the images of a SuperViT with this configuration."""
         super().__init__()
         self.network, self.config = network.requires_grad_(False).eval(), config
 
     @classmethod
     def of(cls, model: SuperViT) -> "Teacher":
-        """Copy a SuperViT as it is now; its largest sub-network teaches all of them."""
+        """Create a teacher from a copy of a SuperViT as it is now; its largest sub-network teaches all sub-networks."""
         return cls(copy.deepcopy(model), model.config)
 
     @classmethod
     def load(
         cls, name: str, weights: Path | None, side: int | None, config: SuperViTConfig, everywhere: bool = False
     ) -> "Teacher":
-        """Load timm's `name`.
+        """Load the timm model `name` as a teacher.
 
         Args:
             name: a timm model.
             weights: a state dict for it; None for the weights that timm downloads.
-            side: pixels to resize the images to; None for what timm says of the model.
-            config: the student, for its classes and the normalisation to undo.
-            everywhere: whether it will be asked about every place of an image.
+            side: pixels to resize the images to; None for timm's input size of the model.
+            config: the student's configuration, for its classes and the normalisation to undo.
+            everywhere: whether the teacher will be asked about every place of an image.
 
         Raises:
-            CheckpointError: the weights cannot be read or downloaded, are not those of `name` for these classes, or
-                cannot be used on images of that size, or on every place of them.
+            CheckpointError: the weights cannot be read or downloaded or are not those of `name` for these classes, or
+                the network cannot take images of that size or answer for every place of them.
         """
         classes = config.num_classes
         network = _download(name, classes) if weights is None else _create(name, weights, classes)
         adapter = Adapter(network, config, side)
-        adapter.to(memory_format=torch.channels_last)  # half as fast again, on a CPU
+        adapter.to(memory_format=torch.channels_last)  # one and a half times as fast on a CPU
         teacher = cls(adapter, config)
         blank = torch.zeros(1, 3, config.image_side, config.image_side)
         try:
             teacher(blank)
-        except (RuntimeError, ValueError, AssertionError) as error:  # as of a network for images of one size
+        except (RuntimeError, ValueError, AssertionError) as error:  # of a network that takes images of one size only
             message = f"{name}: cannot look at images of {adapter.side} pixels; give another --teacher-side"
             raise CheckpointMismatchError(message) from error
         try:
             if everywhere:
                 teacher.answer_everywhere(blank)
-        except (RuntimeError, ValueError, AttributeError) as error:  # as of a network that timm cuts in no two
+        except (RuntimeError, ValueError, AttributeError) as error:  # of a network that timm cannot split in two
             message = f"{name}: cannot tell what it sees at every place of an image"
             raise CheckpointMismatchError(message) from error
         return teacher
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device on which the teacher runs."""
         return next(self.network.parameters()).device
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Answer (B, classes) probabilities for the student's (B, 3, S, S) images."""
+        """Compute (B, classes) probabilities for the student's (B, 3, S, S) images."""
         with autocast(self.device):
             logits: Tensor = self.network(images)
         return logits.float().softmax(dim=1)
 
     @torch.no_grad()
     def answer_everywhere(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Answer for the student's (B, 3, S, S) images, and for every patch of its largest grid.
+        """Compute probabilities for the student's (B, 3, S, S) images, and for every patch of its largest grid.
 
         Returns:
             (B, classes) and (B, patches, classes) probabilities, the patches row by row.
@@ -135,27 +135,27 @@ class Teacher(nn.Module):
         return logits.float().softmax(dim=1), places.softmax(dim=1).flatten(2).transpose(1, 2)
 
     def answer_both_ways(self, images: Tensor) -> Tensor:
-        """Answer (B, classes) probabilities for (B, 3, S, S) uint8 images: means over each and its mirror image."""
+        """Compute (B, classes) probabilities for (B, 3, S, S) uint8 images: means over image and mirror image."""
         images = normalise(images, self.config)
         answers: Tensor = (self(images) + self(images.flip(3))) / 2
         return answers
 
 
 def _logits_by_place(network: nn.Module, features: Tensor) -> Tensor:
-    """Let a timm classifier's head answer for each place of its features as for an image that looks so all over.
+    """Apply a timm classifier's head to each place of its features as if the whole image looked like that place.
 
     Args:
         network: the classifier.
-        features: (B, N, D), (B, D, h, w), or (B, h, w, D) where the network says so.
+        features: (B, N, D), (B, D, h, w), or (B, h, w, D) if the network's output format is NHWC.
 
     Returns:
         (B, classes, h, w) logits.
 
     Raises:
-        ValueError: the patch tokens make no square.
+        ValueError: the patch tokens do not form a square.
     """
     if features.ndim == 3:
-        others = getattr(network, "num_prefix_tokens", 0)  # of the class and the like, which a head may read instead
+        others = getattr(network, "num_prefix_tokens", 0)  # the class token and the like, which a head may read instead
         patches = features[:, others:]
         height = width = math.isqrt(patches.shape[1])
         if height * width != patches.shape[1]:
@@ -186,11 +186,11 @@ def _create(name: str, path: Path, num_classes: int) -> nn.Module:
 def _download(name: str, num_classes: int) -> nn.Module:
     try:
         known = timm.get_pretrained_cfg_value(name, "num_classes")
-        if known != num_classes:  # timm would put a random head on the weights without a word
+        if known != num_classes:  # timm would silently put a random head on the weights
             raise CheckpointMismatchError(
                 f"{name}: timm's weights know {known} classes and the data {num_classes}; give --teacher-checkpoint"
             )
         network: nn.Module = timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:  # no network, no such file on the hub, no weights at all
+    except (OSError, RuntimeError, ValueError) as error:  # no connection, no such file on the hub, no weights at all
         raise UnreadableCheckpointError(f"{name}: timm's weights cannot be had; give --teacher-checkpoint") from error
     return network

@@ -1,8 +1,8 @@
-"""Token labels from a folder: what the places of each training image show, as a teacher once saw them.
+"""Token labels from a folder: what a teacher saw at each place of every training image.
 
-Of train/CLASS/IMAGE the folder holds CLASS/IMAGE.npz, with two arrays of (h, w, k), alike in shape for all images:
+For train/CLASS/IMAGE the folder holds CLASS/IMAGE.npz with two (h, w, k) arrays, of the same shape for all images:
 `classes`, the k likeliest classes of each place of a grid over the whole picture, and `weights`, their probabilities.
-What these leave of 1 belongs to all classes alike.
+The probability that these leave of 1 is spread evenly over all classes.
 """
 
 import zipfile
@@ -21,47 +21,47 @@ from models.data.images import CODEC_ERRORS
 from models.errors import DataError
 from models.subnetwork import SuperViTConfig
 
-ROUNDING = 1e-2  # by which half-precision weights may add up to more than 1
+ROUNDING = 1e-2  # half-precision weights may add up to more than 1 by this much
 
 
 class CropAndVariation:
-    """Map a picture to what `training_transform` makes of it and to the crop that this shows, as `RandomCrop` says."""
+    """Map a picture to the output of `training_transform` and to the crop that it shows, as from `RandomCrop.take`."""
 
     def __init__(self, config: SuperViTConfig, augmentation: Augmentation) -> None:
         self.crop, self.vary = training_crop(config, augmentation), variation(config, augmentation)
 
     def __call__(self, picture: Image.Image) -> tuple[Tensor, Tensor]:
-        """Give (3, S, S) float32 and (5,) float32."""
+        """Return the (3, S, S) float32 image and its (5,) float32 crop."""
         square, crop = self.crop.take(picture)
         return self.vary(square), crop
 
 
 class WithTokenLabels(Dataset[tuple[Tensor, ...]]):
-    """Training images with their labels, their maps of token labels, and the crop of each picture that is to be seen.
+    """Training images with their labels, their maps of token labels, and the crop of its picture that each image shows.
 
     A sample is an image (3, S, S), its label, the (h, w, k) classes and weights of its map, and its crop (5,).
     """
 
     def __init__(self, samples: TrainingSamples, folder: Path, num_classes: int) -> None:
-        """Find the maps.
+        """Hold the samples, and take the shape of all maps from the first one.
 
         Args:
-            samples: of images through `CropAndVariation`.
-            folder: of the maps.
-            num_classes: of the data set.
+            samples: training images through `CropAndVariation`.
+            folder: the folder of the maps.
+            num_classes: number of classes in the data set.
 
         Raises:
-            DataError: the first image has no map that can be used.
+            DataError: the first image has no usable map.
         """
         self.samples, self.folder, self.num_classes = samples, folder, num_classes
         self.shape = read_map(self.path_of(0), num_classes)[0].shape
 
     def __len__(self) -> int:
-        """Images, unreadable ones included."""
+        """Number of images, unreadable ones included."""
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """One sample; for an image that cannot be read, the next that can, with the map of that one.
+        """Return one sample; for an unreadable image, the next readable one and its map.
 
         Raises:
             DataError: too many images cannot be read, or a map is missing, damaged or of another shape than the first.
@@ -76,21 +76,21 @@ class WithTokenLabels(Dataset[tuple[Tensor, ...]]):
         return image, torch.as_tensor(label), classes, weights, crop
 
     def report(self) -> None:
-        """As of the images."""
+        """Report the unreadable images, as `ImageSet.report` does."""
         self.samples.report()
 
     def path_of(self, place: int) -> Path:
-        """Name the file of an image's map."""
+        """Return the path of an image's map."""
         images = self.samples.images
         image = Path(images.files[place][0]).relative_to(images.folder)
         return self.folder / image.with_name(f"{image.name}.npz")
 
 
 def read_map(path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Read the (h, w, k) classes, int32, and weights, float32, of one image.
+    """Read the (h, w, k) int32 classes and float32 weights of one image.
 
     Raises:
-        DataError: there are none, or they are not token labels of so many classes.
+        DataError: there is no map, or it does not hold token labels for `num_classes` classes.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -101,18 +101,18 @@ def read_map(path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
         raise DataError(f"{path}: token labels are two arrays of (h, w, k), not {classes.shape} and {weights.shape}")
     if classes.min() < 0 or classes.max() >= num_classes:
         raise DataError(f"{path}: token labels name class {classes.max()} where there are {num_classes}")
-    if not (weights.min() >= 0 and weights.sum(axis=2).max() <= 1 + ROUNDING):  # not of NaN either
+    if not (weights.min() >= 0 and weights.sum(axis=2).max() <= 1 + ROUNDING):  # false for NaN as well
         raise DataError(f"{path}: the weights of a token label are no probabilities")
     return torch.from_numpy(classes.astype(np.int32)), torch.from_numpy(weights)
 
 
 def cut_token_labels(classes: Tensor, weights: Tensor, crops: Tensor, patch_grid: int, num_classes: int) -> Tensor:
-    """Turn maps over whole pictures into labels for the patch tokens of their crops.
+    """Turn label maps over whole pictures into labels for the patch tokens of their crops.
 
     Args:
         classes: (B, h, w, k) integers.
-        weights: (B, h, w, k).
-        crops: (B, 5), as `RandomCrop.take` gives them.
+        weights: (B, h, w, k) probabilities.
+        crops: (B, 5), as `RandomCrop.take` returns them.
         patch_grid: patches per side.
         num_classes: length of a label.
 

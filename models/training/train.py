@@ -1,7 +1,7 @@
 """Training: the paper's step over four sub-networks of one set of weights, and the loop around it.
 
 On several processes: `torchrun --nproc-per-node N -m service.cli train ...`. Everything random is a function of the
-seed, the epoch and the process, so a run that was cut short and resumed ends as it would have ended unbroken.
+seed, the epoch and the process, so an interrupted and resumed run ends as it would have without the interruption.
 """
 
 import math
@@ -54,15 +54,15 @@ def train(recipe: Recipe, step: Step = training_step) -> Path:
     """Run `recipe` to its end and return the path of the checkpoint, which holds the averaged weights.
 
     Args:
-        recipe: what is asked for.
+        recipe: the options of the run.
         step: learns from a batch, as `training_step` does.
 
     Raises:
         DataError: the data set is unusable.
-        DeviceError: the device is.
-        CheckpointError: the weights to start from, or the teacher's, are.
-        TrainingError: the model or the output folder cannot be used, there is nothing to resume or a run of other
-            options, or losses or weights are no longer numbers.
+        DeviceError: the device is unusable.
+        CheckpointError: the initial weights or the teacher's are unusable.
+        TrainingError: the model or the output folder cannot be used, there is nothing to resume, the run to resume has
+            other options, or losses or weights are no longer finite.
     """
     if has_state(recipe.output) and not recipe.resume:
         raise TrainingError(f"{recipe.output}: holds a run already; go on with --resume or name another folder")
@@ -76,12 +76,12 @@ def train(recipe: Recipe, step: Step = training_step) -> Path:
 
 
 def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> None:
-    """Set up this process's part of the run and take it, epoch by epoch, to the end."""
+    """Set up this process's part of the run and train, epoch by epoch, to the end."""
     class_names = list_classes(recipe.data / "train")
     seed_everything(recipe.seed)  # every process starts from the same weights
     model = build_model(recipe, class_names).to(process.device)
     model.patch_embed.to(memory_format=torch.channels_last)
-    if recipe.fit_head and (recipe.teacher_self or not recipe.resume):  # the state has the student's head alone
+    if recipe.fit_head and (recipe.teacher_self or not recipe.resume):  # the state holds only the student's head
         fit_head(model, *training_features(recipe, model, process))
     teacher = build_teacher(recipe, model)
     optimizer = build_optimizer(recipe, model)
@@ -95,7 +95,7 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
         prepare_folder(recipe.output)
     steps = math.ceil(len(loader) / recipe.accumulate)
     schedule = learning_rate_schedule(recipe, optimizer, steps, process.count)
-    # Every process has read the log by now.
+    # DistributedDataParallel synchronises the processes, so all have read the log before the first one writes it.
     learn = partial(step, build_pair_loss(recipe, model, process), optimizer)
     images = len(loader) * recipe.batch_size * process.count
     with Progress(recipe, steps, images, last["epoch"], is_shown=process.is_first) as progress:
@@ -107,7 +107,7 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
             started_at = time.monotonic()
             present = None if recipe.teacher_once else teacher
             losses = train_epoch(recipe, state, learn, present, schedule, loader, epoch, progress, process)
-            if not state.is_finite:  # the losses are those before the last update
+            if not state.is_finite:  # the losses do not show the last update
                 raise TrainingError(
                     f"weights are no longer numbers after epoch {epoch}; {way_out(recipe.output, epoch)}"
                 )
@@ -118,7 +118,7 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
                 "seconds": time.monotonic() - started_at,
             }
             if process.is_first:
-                state.save(recipe, class_names, last)  # first, so that whatever fails now costs nothing
+                state.save(recipe, class_names, last)  # first, so that a later failure loses nothing
             close_epoch(recipe, state, class_names, last, records, watched, progress, process)
 
 
@@ -134,7 +134,7 @@ def close_epoch(
 ) -> None:
     """Save the averaged weights, measure them and add the epoch to the log.
 
-    Where this fails or is interrupted, a resumed run does it before all else.
+    If this fails or is interrupted, a resumed run does it first.
     """
     if process.is_first:
         save_weights(recipe, state, class_names)
@@ -150,10 +150,10 @@ def close_epoch(
 
 
 def build_pair_loss(recipe: Recipe, model: SuperViT, process: Process) -> PairLoss | DistributedDataParallel:
-    """Wrap the model in its losses and, where there are several processes, in what averages their gradients.
+    """Wrap the model in its losses and, if there are several processes, in DistributedDataParallel.
 
     Raises:
-        TrainingError: it shall be compiled and there is no compiler.
+        TrainingError: the recipe asks for compilation and there is no compiler.
     """
     pair_loss = PairLoss(model, recipe.label_smoothing, recipe.teacher_weight, recipe.token_label_weight)
     if recipe.compile:
@@ -176,7 +176,7 @@ def train_epoch(
     """Run one epoch and return the mean of each loss by its name.
 
     Raises:
-        TrainingError: a loss is no longer a number.
+        TrainingError: a loss is no longer finite.
     """
     config = state.model.config
     mix = (
@@ -190,7 +190,7 @@ def train_epoch(
     sample = single if epoch <= recipe.single_epochs else sample_pairs
     state.model.train()
     if recipe.freeze_batch_norm:
-        # All grids are served with the same statistics, which are the mean of theirs; so they are trained with them.
+        # All grids are served with the same statistics, the mean over the grids, so they are trained with these.
         for module in state.model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
@@ -202,7 +202,7 @@ def train_epoch(
         if mix:
             images, labels = mix(images, labels)
         step, number = steps_before + index // recipe.accumulate, index % recipe.accumulate + 1
-        place = number, min(recipe.accumulate, len(loader) - index + number - 1)  # the last step takes what is left
+        place = number, min(recipe.accumulate, len(loader) - index + number - 1)  # the last step takes the rest
         schedule.step_update(step)
         targets = find_targets(recipe, config, teacher, images, labels, maps)
         pairs = sample(config, recipe.seed, step)
@@ -224,7 +224,7 @@ def train_epoch(
 
 
 def watch(model: SuperViT, watched: SampleLoader) -> dict[str, float]:
-    """Measure the largest and the cheapest sub-network of the averaged weights, every process on its share."""
+    """Measure the largest and the cheapest sub-network of the averaged weights, each process on its share."""
     profile = ProfileTable.unmeasured(model.config)
     ends = (profile.cheapest.subnetwork, model.config.largest)
     share_buffers(model)

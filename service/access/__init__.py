@@ -1,1 +1,1 @@
-"""Keys: what comes with a request, and the file that says what each of them allows."""
+"""API keys and the file that says what each key allows, and the TLS certificate."""

@@ -1,4 +1,4 @@
-"""The certificate and the key of TLS: files that are read again when they change, as when a certificate is renewed."""
+"""The certificate and the key of TLS, read again when their files change, as on a renewal."""
 
 import asyncio
 import logging
@@ -15,23 +15,23 @@ logger = logging.getLogger(__name__)
 
 
 class Certificate:
-    """A certificate with its key, and what speaks TLS with them.
+    """A certificate with its key, for the server's side of TLS.
 
     Attributes:
-        context: of Python's own TLS.
-        pem: the key and the certificate, for others'.
+        context: SSL context for Python's own TLS.
+        pem: the key and the certificate, for other implementations of TLS.
     """
 
     def __init__(self, certificate: Path, key: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        """Read both.
+        """Read the certificate and the key.
 
         Args:
-            certificate: PEM file with the certificate and those up to an authority.
-            key: PEM file with its private key, not encrypted.
+            certificate: PEM file with the certificate and the chain up to an authority.
+            key: PEM file with the private key, not encrypted.
             clock: monotonic, in seconds.
 
         Raises:
-            CommandError: one cannot be read, or they do not belong together.
+            CommandError: a file cannot be read, or the key is not the certificate's.
         """
         self._certificate, self._key = certificate, key
         self._files = WatchedFiles((certificate, key), clock)
@@ -39,15 +39,15 @@ class Certificate:
         try:
             self._load(self.context)
             self.pem = self._read()
-        except OSError as error:  # what ssl raises is one, too
+        except OSError as error:  # ssl.SSLError is an OSError, too
             raise CommandError(f"{certificate}, {key}: {_reason(error)}") from error
 
     def refresh(self) -> None:
-        """Serve new connections with the files as they are now; where they cannot be used, as before."""
+        """Use changed files for new connections; if they cannot be used, keep the previous certificate."""
         if not self._files.have_changed():
             return
         try:
-            self._load(new_context())  # first: a certificate without its key would spoil the one in use
+            self._load(new_context())  # a trial: a certificate without its key would break the context in use
             self._load(self.context)
             self.pem = self._read()
         except OSError as error:
@@ -57,7 +57,7 @@ class Certificate:
 
     @asynccontextmanager
     async def kept_fresh(self) -> AsyncIterator[None]:
-        """Refresh as long as the block lasts."""
+        """Refresh the certificate regularly while the block runs."""
         refreshing = asyncio.create_task(self._refresh_regularly())
         try:
             yield
@@ -77,7 +77,7 @@ class Certificate:
 
 
 def new_context() -> ssl.SSLContext:
-    """Make a server's side of TLS 1.2 or newer."""
+    """Create an SSL context for a server of TLS 1.2 or newer."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
@@ -85,7 +85,7 @@ def new_context() -> ssl.SSLContext:
 
 
 def _no_password() -> str:
-    """Keep OpenSSL from asking the terminal for one."""
+    """Return no password, which keeps OpenSSL from asking for one on the terminal."""
     return ""
 
 

@@ -1,6 +1,6 @@
-"""The file of API keys: hashes of them, and what each allows. It is read again when it changes.
+"""The file of API keys: the hash of each key, and what the key allows. It is read again when it changes.
 
-A key is random and long, so that its SHA-256 cannot be turned back, and a slow hash would protect nothing more.
+A key is random and long: its SHA-256 cannot be inverted, and a slow hash would protect it no better.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ HEADERS = (b"authorization", b"x-api-key")
 
 
 class _Entry(BaseModel):
-    """A key as the file has it."""
+    """The entry of a key in the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,7 +48,7 @@ class _Entry(BaseModel):
         return self
 
     def key(self) -> ApiKey:
-        """Return what it allows; the burst is what a second brings unless it says otherwise."""
+        """Return what the key allows; the burst is one second of the rate by default."""
         burst = self.gflops_per_s if self.burst_gflops is None else self.burst_gflops
         return ApiKey(
             self.name,
@@ -62,7 +62,7 @@ class _Entry(BaseModel):
 
 
 class _Entries(BaseModel):
-    """The file: a table `[[key]]` for each."""
+    """The file: a table `[[key]]` for each key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -78,26 +78,26 @@ class _Entries(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key that was made: the secret for its holder, and what the file is to say."""
+    """A new key: the secret for its holder, and the entry for the file."""
 
     secret: str
     entry: str
 
 
 def make_key(name: str) -> NewKey:
-    """Make a key of that name."""
+    """Create a key with a random secret."""
     secret = secrets.token_urlsafe(TOKEN_BYTES)
     return NewKey(secret, f'[[key]]\nname = "{name}"\nsha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"\n')
 
 
 class KeyFile:
-    """Finds what a request's key allows, by the file as it is at that moment."""
+    """Looks up what a request's key allows in the current file."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the file.
 
         Raises:
-            CommandError: it cannot be read, or is none.
+            CommandError: the file cannot be read, or is no file of keys.
         """
         self._path, self._file = path, WatchedFiles([path], clock)
         try:
@@ -116,10 +116,10 @@ class KeyFile:
         """Return the key that came in `Authorization: Bearer` or `X-API-Key`.
 
         Args:
-            headers: of the request, names in lower case.
+            headers: headers of the request, names in lower case.
 
         Raises:
-            UnauthorizedError: none came, or none that is in the file.
+            UnauthorizedError: the request has no key, or one that is not in the file.
         """
         self._refresh()
         secret = headers.get(HEADERS[1], b"")
@@ -129,7 +129,7 @@ class KeyFile:
         if not secret:
             raise UnauthorizedError("this server asks for a key: send it as `Authorization: Bearer KEY` or `X-API-Key`")
         digest, found = hashlib.sha256(secret).digest(), None
-        for known, key in self._keys:  # all of them, each in constant time: how long it takes tells nothing
+        for known, key in self._keys:  # all keys, each in constant time, against timing attacks
             if hmac.compare_digest(known, digest):
                 found = key
         if found is None:
@@ -137,7 +137,7 @@ class KeyFile:
         return found
 
     def _refresh(self) -> None:
-        """Read the file again where it has changed; what cannot be read changes nothing, and the log says so once."""
+        """Read the file again if it has changed; keep the keys if it cannot be read, and log that once."""
         if not self._file.have_changed():
             return
         try:
@@ -154,11 +154,11 @@ def read_keys(path: Path) -> tuple[tuple[bytes, ApiKey], ...]:
     """Read a file of keys.
 
     Returns:
-        The SHA-256 of each, and what it allows.
+        The SHA-256 of each key, and what the key allows.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such file; says what is wrong with it.
+        OSError: the file cannot be read.
+        ValueError: the file is no file of keys; the message says what is wrong with it.
     """
     with path.open("rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)

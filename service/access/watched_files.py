@@ -4,19 +4,19 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-CHECK_S = 1.0  # between two looks at whether they have
+CHECK_S = 1.0  # least time between two checks
 
 
 class WatchedFiles:
-    """Tells whether files have changed."""
+    """Detects changes of files."""
 
     def __init__(self, paths: Sequence[Path], clock: Callable[[], float] = time.monotonic) -> None:
-        """Take the files as they are now."""
+        """Record the current state of the files."""
         self._paths, self._clock = tuple(paths), clock
         self._stamps, self._looked_at = self._read_stamps(), clock()
 
     def have_changed(self) -> bool:
-        """Tell whether they have since it was last told; it is not looked more often than every CHECK_S."""
+        """Return whether the files have changed since the last check; False within CHECK_S of that check."""
         now = self._clock()
         if now < self._looked_at + CHECK_S:
             return False
@@ -25,7 +25,7 @@ class WatchedFiles:
         return self._stamps != before
 
     def _read_stamps(self) -> list[tuple[int, int, int] | None]:
-        """Return what tells one state of each file from another; None for one that is not there."""
+        """Return the time of change, size and inode of each file; None for a missing one."""
         return [_stamp(path) for path in self._paths]
 
 

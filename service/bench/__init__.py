@@ -1,1 +1,1 @@
-"""An open-loop load generator: requests go out at their own times, whatever becomes of those before them."""
+"""An open-loop load generator: each request is sent when it is due, whether or not earlier ones have their answers."""

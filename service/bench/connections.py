@@ -1,7 +1,7 @@
-"""Connections to a server, as many as are asked for at once. aiohttp enters here alone.
+"""Connections to a server, without a bound on their number. Only this module imports aiohttp.
 
-httpx takes ten times the CPU time for a request (2.5 ms of a core, aiohttp 0.3 ms), and a load generator that is busy
-with itself measures itself.
+httpx takes ten times the CPU time for a request (2.5 ms of a core, aiohttp 0.3 ms), and a load generator that is
+short of CPU time measures itself.
 """
 
 from typing import Self
@@ -17,12 +17,12 @@ class Connections:
     """Sends requests; to be used in an `async with` block."""
 
     def __init__(self, url: str, timeout_s: float, api_key: str | None = None) -> None:
-        """Open nothing yet.
+        """Create a session, which opens no connection before `send`.
 
         Args:
-            url: of the server.
+            url: URL of the server.
             timeout_s: longest time that a request may take in all.
-            api_key: where the server asks for one.
+            api_key: API key, if the server asks for one.
         """
         self._url = url.rstrip("/")
         connector = aiohttp.TCPConnector(limit=0)
@@ -30,11 +30,11 @@ class Connections:
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=bearer(api_key))
 
     async def send(self, request: Request) -> tuple[int, bytes]:
-        """Send a request, with POST where it has a body, and return the status and the body of the answer.
+        """Send a request, with POST if it has a body, and return the status and the body of the answer.
 
         Raises:
-            ConnectionFailedError: nothing listens there, or it has closed the connection.
-            ResponseTimeoutError: it took too long.
+            ConnectionFailedError: nothing listens at the URL, or the server has closed the connection.
+            ResponseTimeoutError: the answer took too long.
         """
         method = "GET" if request.body is None else "POST"
         try:

@@ -1,4 +1,4 @@
-"""What a run says: shares, rates and percentiles of the exchanges, as values and as a table."""
+"""The figures of a run: shares, rates and percentiles of its exchanges."""
 
 import math
 from collections import Counter
@@ -17,18 +17,18 @@ class Figures:
     """How a server did at one rate. Latencies and lateness are in milliseconds; shares and accuracies are 0..1.
 
     Attributes:
-        rate: requests per second that were asked for.
-        sent: requests.
-        answered: that were classified, in time or late.
+        rate: planned requests per second.
+        sent: number of requests that were sent.
+        answered: number of requests that were classified, in time or late.
         attainment: share of those sent that were answered by their deadline.
         goodput_per_s: answers in time per second.
-        latency_ms: of all answers since they were due, by name: mean, p50, p90, p99, max; None without any.
+        latency_ms: of all answers, from when the request was due: mean, p50, p90, p99, max; None without answers.
         failures: requests without an answer, by code.
-        mix: share of the answers by sub-network, the largest first; empty where the server does not tell.
-        mean_gflops: of the answers, likewise; None where it does not tell.
-        accuracy: share of right ones among the answers; None where no label is known.
-        effective_accuracy: share of those sent that were answered right and in time; likewise.
-        late_p99_ms: how late the generator itself was.
+        mix: share of the answers by sub-network, the largest first; empty if the server does not name it.
+        mean_gflops: mean cost of an answer, in 1e9 MACs; None if the server does not report it.
+        accuracy: share of correct answers among the answers to photographs with a label; None without any.
+        effective_accuracy: share of the requests with a label that were answered correctly and in time; likewise.
+        late_p99_ms: 99th percentile of how late the generator itself sent a request.
     """
 
     rate: float
@@ -46,7 +46,7 @@ class Figures:
 
     @classmethod
     def of(cls, rate: float, exchanges: Sequence[Exchange], duration_s: float) -> "Figures":
-        """Sum up the exchanges, at least one, of so many seconds."""
+        """Compute the figures of the exchanges, at least one, of a run of `duration_s`."""
         answers = [each for each in exchanges if each.reply.is_answer]
         in_time = [each for each in answers if each.is_in_time]
         labelled = [each for each in exchanges if each.planned.label is not None]

@@ -1,7 +1,7 @@
-"""The open loop: each request goes out when it is due, and is timed from then on, not from when it got its turn.
+"""The open loop: each request is sent when it is due, and timed from then on, not from when it was sent.
 
-So a slow server is not spared requests, nor are their waits left out (no coordinated omission), and how late the
-generator itself was is known.
+A slow server is thus not spared requests, their waits are not left out (no coordinated omission), and the lateness of
+the generator itself is known.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from service.simulation.arrivals import Arrival
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A request to be sent: when and within which budgets, which photograph, and what that shows, if it is known."""
+    """A request to send: its arrival with its budgets, the index of its photograph, and the label of that, if known."""
 
     arrival: Arrival
     photo: int
@@ -24,13 +24,13 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What became of a request.
+    """A request and its outcome.
 
     Attributes:
-        planned: what was to be sent, and when.
-        late_s: how long after that it was the generator's turn to send it.
-        latency_s: from when it was due until it was answered, or refused, or nothing came.
-        reply: what was said.
+        planned: the request as it was planned.
+        late_s: time from when the request was due until the generator came to send it.
+        latency_s: time from when the request was due until its answer, its refusal or its failure.
+        reply: the reply to it, or why there was none.
     """
 
     planned: Planned
@@ -40,12 +40,12 @@ class Exchange:
 
     @property
     def is_in_time(self) -> bool:
-        """Whether it was answered by its deadline."""
+        """Whether the request was answered by its deadline."""
         return self.reply.is_answer and self.latency_s <= self.planned.arrival.budget_s
 
     @property
     def is_right(self) -> bool:
-        """Whether the answer is what the photograph shows."""
+        """Whether the answer is the label of the photograph."""
         return self.reply.is_answer and self.reply.label == self.planned.label
 
 
@@ -55,13 +55,13 @@ async def open_loop(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> list[Exchange]:
-    """Send every request when it is due, and wait until each has come to an end.
+    """Send every request when it is due, and wait until all have ended.
 
     Args:
-        plan: in the order of arrivals.
-        ask: sends one; it raises nothing that should not end everything.
+        plan: the requests in the order of their arrivals.
+        ask: sends a request and returns the reply; an exception that it raises ends the whole loop.
         clock: monotonic, in seconds.
-        sleep: waits for so many seconds, or for others to have their turn.
+        sleep: waits for so many seconds; for 0, yields to the event loop.
     """
     started_at = clock()
 

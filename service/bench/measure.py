@@ -1,4 +1,4 @@
-"""A measurement, from the options to what became of each request: puts photographs, arrivals and a server together."""
+"""A measurement, from the options to the outcome of each request: combines photographs, arrivals and a server."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ from service.bench.photos import Photo, read_photos
 from service.bench.wires import Reply, Request, SupervitWire, V2Wire, Wire
 from service.errors import CommandError, NoAnswerError
 
-PATIENCE_S = 10.0  # after the longest budget: an answer that comes later still counts among the latencies
+PATIENCE_S = 10.0  # time limit beyond the longest budget: late answers still count among the latencies
 
 
 class Sender(Protocol):
-    """What carries requests to a server and answers back, as `Connections` do."""
+    """Carries requests to a server and answers back, as `Connections` does."""
 
     async def send(self, request: Request) -> tuple[int, bytes]:
-        """Send a request; returns the status and the body of the answer."""
+        """Send a request, and return the status and the body of the answer."""
 
 
 Connect = Callable[[str, float], AbstractAsyncContextManager[Sender]]
@@ -30,7 +30,7 @@ Connect = Callable[[str, float], AbstractAsyncContextManager[Sender]]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One rate, per second, and what became of its requests in so many seconds."""
+    """One rate, in requests per second, and the exchanges of `duration_s` at it."""
 
     rate: float
     exchanges: list[Exchange]
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def figures(self) -> Figures:
-        """What the run says."""
+        """The figures of the run."""
         return Figures.of(self.rate, self.exchanges, self.duration_s)
 
 
@@ -46,12 +46,12 @@ async def measure(command: Bench, connect: Connect = Connections) -> list[Run]:
     """Send the requests of every rate, one rate after the other.
 
     Args:
-        command: what is sent, and where to.
-        connect: opens connections to a URL, whose requests may take so many seconds.
+        command: the options: what to send, and where.
+        connect: makes a sender to a URL, with a time limit for each request in seconds.
 
     Raises:
-        CommandError: there are no photographs, the model takes none, or the server is not ready.
-        InvalidParameterError: no request arrives, or too many.
+        CommandError: there are no photographs, the model takes no images, or the server is not ready.
+        InvalidParameterError: the options give no request, or too many.
         NoAnswerError: the server cannot be reached.
         OSError: a file cannot be read.
     """
@@ -80,7 +80,7 @@ async def measure(command: Bench, connect: Connect = Connections) -> list[Run]:
 
 
 async def _wire(command: Bench, sender: Sender, photos: Sequence[Photo]) -> Wire:
-    """Find the server, so that no load is sent to nobody, and what it takes."""
+    """Check that the server is ready, before any load is sent, and return the wire that it understands."""
     path = "/health/ready" if command.model is None else V2Wire.path(command.model)
     status, body = await sender.send(Request(path))
     if status != HTTPStatus.OK:

@@ -1,4 +1,4 @@
-"""What `supervit bench` is told. Imports no HTTP client, so that the command line starts soon."""
+"""The options of `supervit bench`. Imports no HTTP client, so that the command line starts quickly."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -39,5 +39,5 @@ class Bench(Arrivals):
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Requests per second, one after the other."""
+        """The rates to measure one after the other, in requests per second."""
         return self.rate or (DEFAULT_RATE,)

@@ -1,4 +1,4 @@
-"""The photographs that are sent, and what they show where class folders say so."""
+"""The photographs to send, with their labels if they lie in class folders."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -10,23 +10,23 @@ from service.errors import CommandError
 
 SHIPPED = Path(models.__file__).parent / "checkpoints" / "photographs"
 SUFFIXES = frozenset((".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
-MOST = 2000  # that are kept in memory
+MOST = 2000  # photographs kept in memory
 
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """A file, and the name of its class folder; None where it lies in none."""
+    """The bytes of a file, and the name of its class folder; None if there is none."""
 
     data: bytes
     label: str | None = None
 
 
 def read_photos(paths: Sequence[Path], seed: int) -> list[Photo]:
-    """Read photographs in random order, MOST of them at most; those that ship where no paths are given.
+    """Read photographs in random order, at most MOST of them; without paths, those that ship.
 
     Raises:
-        CommandError: there are none.
-        OSError: one cannot be read.
+        CommandError: there are no photographs.
+        OSError: a file cannot be read.
     """
     files = [found for path in paths or (SHIPPED,) for found in _files(path)]
     if not files:

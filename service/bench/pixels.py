@@ -1,4 +1,4 @@
-"""A photograph as the pixels that models without a decoder of their own take. Needs PyTorch, which takes seconds."""
+"""Turns a photograph into pixels, for models that decode no files. Imports PyTorch, which takes seconds."""
 
 from models.data.images import normalise
 from models.subnetwork import SuperViTConfig
@@ -8,10 +8,10 @@ MAX_PIXELS = 50_000_000
 
 
 def to_pixels(image: bytes, side: int, datatype: str) -> bytes:
-    """Decode an image, resize and crop it as evaluations do.
+    """Decode an image, and resize and crop it as evaluations do.
 
     Args:
-        image: a file.
+        image: the bytes of an image file.
         side: S in pixels.
         datatype: "UINT8", or "FP32", normalised by ImageNet's mean and standard deviation.
 
@@ -19,9 +19,9 @@ def to_pixels(image: bytes, side: int, datatype: str) -> bytes:
         (3, S, S), little-endian, row by row.
 
     Raises:
-        InvalidImageError, ImageTooLargeError, UnsupportedMediaError: it cannot be decoded.
+        InvalidImageError, ImageTooLargeError, UnsupportedMediaError: the image cannot be decoded.
     """
-    # Of a model of another kind; its side and the normalisation are all that counts here.
+    # A stand-in for the configuration of another kind of model; only its side and normalisation are used here.
     config = SuperViTConfig(patch_kernel=1, patch_grids=(side,))
     pixels = decode_image(image, config, MAX_PIXELS)
     if datatype == "UINT8":

@@ -1,6 +1,6 @@
-"""How a server is asked and how its answers are read: by the HTTP API here, or by the Open Inference Protocol (v2).
+"""Builds requests and parses answers, for this server's HTTP API or for the Open Inference Protocol (v2).
 
-Sends nothing. Of v2, Triton's extensions are used where servers know them: binary tensors, so that an image is sent as
+Sends nothing. In v2, Triton's extensions are used where servers know them: binary tensors, so that an image is sent as
 it is, and `classification`, so that the answer is a label rather than a number for each class.
 """
 
@@ -21,13 +21,13 @@ from service.simulation.arrivals import Arrival
 
 OK = "ok"
 CHANNELS = 3
-DEFAULT_SIDE_PX = 224  # where a model takes any
+DEFAULT_SIDE_PX = 224  # for a model that takes any side
 LENGTH_HEADER = "Inference-Header-Content-Length"
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is sent to a path of the server, its query included; without a body, something is fetched."""
+    """A request to a path of the server, its query included; a POST with a body, a GET without."""
 
     path: str
     body: bytes | None = None
@@ -36,13 +36,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came of a request.
+    """The outcome of a request.
 
     Attributes:
         code: "ok", or why there is no answer.
-        label: of the most probable class.
-        subnetwork: that answered, where the server says so.
-        gflops: what that cost, likewise, in 1e9 multiply-accumulates.
+        label: label of the most probable class.
+        subnetwork: the sub-network that answered, if the server names it.
+        gflops: cost of the answer in 1e9 MACs, if the server reports it.
     """
 
     code: str
@@ -57,23 +57,23 @@ class Reply:
 
 
 class Wire(Protocol):
-    """A way to ask."""
+    """A protocol in which a server is asked."""
 
     def encode(self, image: bytes) -> bytes:
-        """Make of an image file what is sent of it; called once for each, before anything is timed."""
+        """Encode an image file for sending; called once for each file, before anything is timed."""
 
     def request(self, encoded: bytes, arrival: Arrival) -> Request:
-        """Ask what an encoded image shows, within budgets."""
+        """Build the request to classify an encoded image within the budgets of its arrival."""
 
     def read(self, status: int, body: bytes) -> Reply:
-        """Read what the server says."""
+        """Parse the answer of the server."""
 
 
 class SupervitWire:
     """POST /classify."""
 
     def encode(self, image: bytes) -> bytes:
-        """Send it as it is."""
+        """Return the image file as it is."""
         return image
 
     def request(self, encoded: bytes, arrival: Arrival) -> Request:
@@ -81,7 +81,7 @@ class SupervitWire:
         return Request(f"/classify?{urlencode({'top_k': 1} | _parameters(arrival))}", encoded)
 
     def read(self, status: int, body: bytes) -> Reply:
-        """Read an answer or the code of an error."""
+        """Parse an answer or the code of an error."""
         try:
             if status != HTTPStatus.OK:
                 return Reply(ErrorBody.model_validate_json(body).error.code)
@@ -115,19 +115,19 @@ class V2Wire:
 
     @staticmethod
     def path(model: str) -> str:
-        """Return where a model describes itself."""
+        """Return the path of a model's metadata."""
         return f"/v2/models/{quote(model, safe='')}"
 
     def __init__(self, model: str, metadata: bytes, class_names: Sequence[str]) -> None:
-        """Find out what the model takes.
+        """Read from its metadata what the model takes.
 
         Args:
-            model: its name.
-            metadata: what GET /v2/models/MODEL has answered.
-            class_names: in the order of the model's outputs; only needed where it gives no labels.
+            model: name of the model.
+            metadata: the answer of GET /v2/models/MODEL.
+            class_names: in the order of the model's outputs; needed only if the server returns no labels.
 
         Raises:
-            CommandError: it takes no images.
+            CommandError: the metadata is invalid, or the model takes no images.
         """
         try:
             described = _Metadata.model_validate_json(metadata)
@@ -153,10 +153,10 @@ class V2Wire:
         return self._input.shape[-1] if self._input.shape[-1] > 0 else DEFAULT_SIDE_PX
 
     def encode(self, image: bytes) -> bytes:
-        """Send the file with its length before it, or its pixels."""
+        """Return the file with its length before it, or its pixels."""
         if self._takes_files:
             return struct.pack("<I", len(image)) + image
-        from service.bench.pixels import to_pixels  # PyTorch takes seconds, and most models take files
+        from service.bench.pixels import to_pixels  # importing PyTorch takes seconds, and most models take files
 
         return to_pixels(image, self._side_px, self._input.datatype)
 
@@ -175,7 +175,7 @@ class V2Wire:
         return Request(self._path, head + encoded, {LENGTH_HEADER: str(len(head))})
 
     def read(self, status: int, body: bytes) -> Reply:
-        """Read the first output: Triton's "value:index:label", or a number for each class."""
+        """Parse the first output: Triton's "value:index:label", or a number for each class."""
         if status != HTTPStatus.OK:
             return Reply(f"http_{status}")
         try:

@@ -1,1 +1,1 @@
-"""What each command of the shell does. Options and help need no torch; what runs imports what it needs."""
+"""The shell commands. Options and help need no torch; each command imports what it needs once it runs."""

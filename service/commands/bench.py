@@ -1,4 +1,4 @@
-"""The `bench` command: sends a server traffic, and prints, writes and draws how it did. Measures nothing itself."""
+"""The `bench` command: sends traffic to a server with `service.bench`; prints, writes and plots the figures."""
 
 import asyncio
 import json
@@ -18,22 +18,23 @@ from service.bench.measure import Connect, measure
 from service.bench.options import STDOUT, Bench
 from service.settings import API_KEY_VARIABLE, environment_variable
 
-SHOWN = 3  # sub-networks of the mix
-# Half of what is a tight budget on a fast server: a generator that is later than that measures itself.
+SHOWN = 3  # sub-networks of the mix that the table lists, the most frequent ones
+# 99th percentile of the generator's lateness above which the table warns: half of a tight budget on a fast server. A
+# generator that is later than that measures itself.
 LATE_MS = 10.0
 
 
 def bench(command: Bench, console: Console | None = None, connect: Connect | None = None) -> None:
-    """Send a server requests at every rate, and show what it made of them.
+    """Send requests to a server at every rate, and show the figures.
 
     Args:
-        command: what is sent, and where to.
-        console: that the table is printed on; stdout by default.
-        connect: see `measure`, whose errors are raised, too; with the key of SUPERVIT_API_KEY by default.
+        command: the options: what to send, and where.
+        console: prints the table; stdout by default.
+        connect: as in `measure`, whose errors are raised, too; by default with the key in SUPERVIT_API_KEY.
 
     Raises:
         OSError: a file cannot be written.
-        ModuleNotFoundError: there is no matplotlib to draw with.
+        ModuleNotFoundError: a plot is asked for and matplotlib is not installed.
     """
     if command.plot_file is not None:
         from models.evaluation.plots import plot_bench  # matplotlib comes with an extra only
@@ -63,7 +64,7 @@ def _point(exchange: Exchange) -> tuple[float, float | None, bool]:
 
 
 def table_of(figures: Sequence[Figures]) -> Table:
-    """Lay figures out, a column for each rate; what a server has said is shown without its control characters."""
+    """Lay out figures, one column per rate; control characters in texts from the server are escaped."""
     table = Table(title="open loop, times from when each request was due", caption=_caption(figures))
     table.add_column("requests/s")
     for each in figures:

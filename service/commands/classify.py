@@ -1,4 +1,4 @@
-"""`supervit classify`: asks a server, or the same routes in this process, and shows the answers in order."""
+"""`supervit classify`: sends photos to a server, or to the same routes in this process; shows the answers in order."""
 
 import asyncio
 import os
@@ -27,19 +27,19 @@ Outcome = ClassifyAnswer | ServiceError | OSError
 
 
 def classify(command: Classify, transport: "httpx.AsyncBaseTransport | None" = None) -> None:
-    """Print the answer for each photo; the same route answers in this process and on a server.
+    """Print the answer for each photo. The same route answers in this process and on a server.
 
     Args:
-        command: what is asked.
-        transport: carries requests to a server; the network's by default.
+        command: the options of the command.
+        transport: carries the requests to a server; httpx's network transport by default.
 
     Raises:
-        CommandError: a photo could not be classified, or there is no such server.
+        CommandError: a photo could not be classified, or no such server answers at the URL.
     """
     photos = find_photos(command.photos)
     if command.explain and len(photos) > 1:
         raise CommandError(f"--explain draws one photo, and there are {len(photos)}")
-    # Here rather than in a thread, for which Ctrl-C would have to wait.
+    # Read here rather than in a thread, for which Ctrl-C would have to wait.
     stdin = sys.stdin.buffer.read() if STDIN in photos else b""
     failed = asyncio.run(_classify_all(command, photos, stdin, transport))
     if failed:
@@ -47,10 +47,10 @@ def classify(command: Classify, transport: "httpx.AsyncBaseTransport | None" = N
 
 
 def find_photos(paths: Sequence[Path]) -> list[Path]:
-    """Put the images in place of each folder, those of folders in it among them, in the order of their names.
+    """Replace each folder by the images in it and in its subfolders, sorted by path.
 
     Raises:
-        CommandError: a folder holds none.
+        CommandError: a folder holds no images.
         OSError: a folder cannot be read.
     """
     photos = list[Path]()
@@ -66,7 +66,7 @@ def find_photos(paths: Sequence[Path]) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and in those in it, but for what is hidden; one that is named is read regardless."""
+    """Yield the images in a folder and its subfolders; hidden ones are skipped unless the command line names them."""
     for place, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = (Path(place, name) for name in names if not name.startswith("."))
@@ -111,7 +111,7 @@ def _connected(
 ) -> AbstractAsyncContextManager[AsyncClient]:
     if command.url is not None:
         return AsyncClient(command.url, api_key=environment_variable(API_KEY_VARIABLE), transport=transport)
-    from service.commands.in_process import serve_in_process  # imports torch, which asking a server does without
+    from service.commands.in_process import serve_in_process  # imports torch, which a request to a server does not need
 
     return serve_in_process(command.checkpoint)
 
@@ -119,7 +119,7 @@ def _connected(
 async def _in_order(
     photos: Sequence[Path], ask: Callable[[Path], Awaitable[Outcome]], take: Callable[[Path, Outcome], None]
 ) -> None:
-    """Ask about a few photos at a time, and hand on what becomes of them in their order."""
+    """Classify up to AT_ONCE photos concurrently, and pass the outcomes to `take` in the order of the photos."""
     waiting = deque[tuple[Path, asyncio.Future[Outcome]]]()
     try:
         for photo in photos:
@@ -136,11 +136,11 @@ async def _in_order(
 
 
 async def _ask(client: AsyncClient, command: Classify, top_k: int, data: bytes) -> ClassifyAnswer:
-    """Ask about a photo, and draw what was looked at if that is wanted.
+    """Classify a photo, and draw what the sub-network looked at if `--explain` asks for it.
 
     Raises:
-        CommandError: no other photo would fare better; or nothing can be drawn.
-        ServiceError: this one is not answered.
+        CommandError: there is no such server, so that every other photo would fail, too; or the drawing fails.
+        ServiceError: this photo is not answered.
     """
     options = command.model_dump(include=ASKED)
     try:

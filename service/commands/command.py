@@ -1,6 +1,6 @@
-"""A command of the shell made of a pydantic model, which stays the one place that says what an option means and may be.
+"""Builds a Typer command from a pydantic model, which remains the only definition of the options and their ranges.
 
-Values come from the command line as text, and the model reads them. What is imported here is what help has to wait for.
+Values come from the command line as text, and the model parses them. Help waits for every import of this module.
 """
 
 import inspect
@@ -20,16 +20,16 @@ from service.errors import WrongUsageError, first_problem
 
 _, POSITIONAL = get_args(CliPositionalArg[str])
 METAVARS = {"integer": "INT", "number": "NUMBER", "string": "TEXT", "path": "PATH", "enum": "NAME"}
-KINDS = {"array": list[str], "boolean": bool}  # for Typer; all else is text
-# As JSON Schema names them, in the order in which they are told.
+KINDS = {"array": list[str], "boolean": bool}  # annotations for Typer by JSON type; other values are text or paths
+# JSON Schema's names of bounds, in the order in which help shows them.
 BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
 CONTEXT = {"help_option_names": ["--help", "-h"]}
 
 Schema = dict[str, Any]
 
 
-def make_command(name: str, command: Command) -> Any:  # noqa: ANN401 - Typer's own class of it is not public
-    """Make what Typer parses and completes; what it then returns is the call that the words ask for."""
+def make_command(name: str, command: Command) -> Any:  # noqa: ANN401 - Typer's class of commands is not public
+    """Build the command that Typer parses and completes; invoking it returns a function that runs the command."""
     model: type[BaseModel] = resolve_name(command.options)
 
     def read(**words: Any) -> Callable[[], int]:  # noqa: ANN401 - text, texts or a flag
@@ -43,15 +43,15 @@ def make_command(name: str, command: Command) -> Any:  # noqa: ANN401 - Typer's 
 
 
 def read_options(name: str, model: type[BaseModel], words: Mapping[str, Any]) -> BaseModel:
-    """Make the options of a command; what was not given is left to the model.
+    """Create the options of a command; options that were not given are left to the model.
 
     Raises:
-        WrongUsageError: a value is out of its range, be it of the command or of the environment.
+        WrongUsageError: a value of the command line or of the environment is out of its range.
     """
     given = {option: value for option, value in words.items() if value is not None}
     for option, value in given.items():
         if isinstance(value, list) and not _is_positional(model, option):
-            given[option] = [part for text in value for part in str(text).split(",")]  # or paths
+            given[option] = [part for text in value for part in str(text).split(",")]  # an element may be a path
     try:
         return model(**given)
     except ValidationError as error:
@@ -66,13 +66,13 @@ def _place(name: str, model: type[BaseModel], option: str, given: Mapping[str, A
 
 
 def _parameters(model: type[BaseModel], panels: Mapping[str, str]) -> Iterator[inspect.Parameter]:
-    """Describe each field of a model as Typer wants a parameter described: as optional text, whatever it is."""
+    """Yield a parameter for Typer for each field of a model: a text, a path or a flag, which the model then parses."""
     panel = None
     for name, schema in model.model_json_schema()["properties"].items():
         panel = panels.get(name, panel)
         is_required = model.model_fields[name].is_required()
         default = ... if is_required else None
-        value = schema | schema.get("anyOf", [schema])[0]  # the other is null, which means that it is left out
+        value = schema | schema.get("anyOf", [schema])[0]  # the other alternative is null: the option is left out
         item = value.get("items") or value.get("prefixItems", [value])[0]
         about: dict[str, Any] = {
             "help": _plain(schema["description"]) + _notes(schema, item),
@@ -96,11 +96,11 @@ def _type(item: Schema) -> str:
 
 
 def _notes(schema: Schema, item: Schema) -> str:
-    """Tell the choices, the bounds, and the default if it is one to be told."""
+    """Format the choices, the bounds, and the default unless it is empty or False."""
     default = schema.get("default")
     notes = ["|".join(item["enum"])] if "enum" in item else []
     notes += [f"{sign}{item[bound]:.10g}" for bound, sign in BOUNDS if bound in item]
-    if default not in (None, "", []) and default is not False:  # 0 is one to be told
+    if default not in (None, "", []) and default is not False:  # 0 is shown
         values = default if isinstance(default, list) else [default]
         notes.append("default " + ",".join(f"{one:.10g}" if isinstance(one, float) else str(one) for one in values))
     return f" [dim]({_plain(', '.join(notes))})[/dim]" if notes else ""
@@ -116,7 +116,7 @@ def _is_positional(model: type[BaseModel], option: str) -> bool:
 
 
 def _variable(model: type[BaseModel], option: str) -> str | None:
-    """Name the variable of the environment that says what an option says, where the model reads the environment."""
+    """Return the environment variable of an option, if the model reads the environment."""
     prefix = model.model_config.get("env_prefix")
     return f"{prefix}{option}".upper() if prefix else None
 
@@ -126,7 +126,7 @@ def _flag(option: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Keep Rich from taking brackets for its markup."""
+    """Escape brackets, which Rich would read as markup."""
     return text.replace("[", r"\[")
 
 

@@ -1,4 +1,4 @@
-"""What a shell offers for the values of options. Imports nothing that takes long: it runs at every press of the key."""
+"""Shell completion of option values. Imports nothing slow: it runs at every press of the completion key."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,21 +9,21 @@ Complete = Callable[[str], list[str]]
 
 
 def checkpoints(incomplete: str) -> list[str]:
-    """Offer the checkpoints that ship and files of checkpoints; for other files, the shell's own way is left."""
+    """Offer the checkpoints that ship and checkpoint files; other files are left to the shell's own completion."""
     folder = Path(incomplete[: incomplete.rfind("/") + 1])
     files = (str(path) for path in sorted(folder.glob(f"*{SUFFIX}")))
     return _beginning(incomplete, [*shipped_names(), *files])
 
 
 def policies(incomplete: str) -> list[str]:
-    """Offer what can choose sub-networks, by name."""
-    from service.scheduling.policies import POLICIES  # with all that they choose by
+    """Offer the names of the scheduling policies."""
+    from service.scheduling.policies import POLICIES  # imports the dependencies of every policy
 
     return _beginning(incomplete, [policy.name for policy in POLICIES])
 
 
 def one_of(values: Iterable[str]) -> Complete:
-    """Offer the values that there are."""
+    """Make a completion that offers the given values."""
 
     def complete(incomplete: str) -> list[str]:
         return _beginning(incomplete, values)

@@ -1,4 +1,4 @@
-"""`supervit convert`: a SuperViT of a plain ViT, what images it takes, and what is to be done next."""
+"""`supervit convert`: makes a SuperViT of a plain ViT, and prints its normalisation and the next step."""
 
 from models.conversion.convert import convert as convert_vit
 from models.conversion.options import Convert
@@ -6,11 +6,11 @@ from models.profiles import ProfileTable
 
 
 def convert(command: Convert) -> None:
-    """Convert, and say what has come of it.
+    """Convert the model, and print its sub-networks, its normalisation and the next step.
 
     Raises:
         CheckpointError: the file holds no plain ViT.
-        OSError: the other cannot be written.
+        OSError: the output cannot be written.
     """
     config = convert_vit(command)
     profile = ProfileTable.unmeasured(config)

@@ -1,4 +1,4 @@
-"""Draws what a sub-network looked at: a photo under its patch grid, and what each block that prunes has left of it."""
+"""Draws what a sub-network looked at: a photo under its patch grid, and the patches that each pruning block kept."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,15 @@ from models.files.checkpoint_errors import shown
 from service.errors import CommandError
 from service.http.schemas import ExplainAnswer
 
-SCALE = 2  # pixels of the file for one of the layout, so that it is sharp on any screen
+SCALE = 2  # pixels of the file per pixel of the layout, which keeps the drawing sharp on any screen
 PANEL_PX, GAP_PX, MARGIN_PX = 300, 24, 32
 MOST_COLUMNS = 4
 TITLE_PX, TEXT_PX = 26, 15
 PAPER, INK, FAINT = (19, 21, 24), (240, 242, 243), (150, 156, 163)  # dark, or white photos would have no edge
 BAR, TRACK = (64, 196, 178), (44, 48, 53)
-# Of the paper over what the model does not see, and over the patches that are dropped.
+# Opacity of the background colour over what the model does not see, and over pruned patches, 0..1.
 OUTSIDE_SHARE, DROPPED_SHARE = 0.6, 0.82
-# Of white in the lines between patches, and around those that are kept.
+# Opacity of the white lines between patches, and around the kept patches, 0..1.
 LINE_SHARE, EDGE_SHARE = 0.14, 0.85
 
 Box = tuple[int, int, int, int]
@@ -29,11 +29,11 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A photo as it is drawn, and where on it the model looks.
+    """A photo as it is drawn, and the square of it that the model sees.
 
     Attributes:
-        photo: upright, its longer side that of a panel.
-        square: that the model sees, in the middle: left, top, right, bottom in pixels, half open.
+        photo: the upright photo; its longer side is that of a panel.
+        square: the centred square that the model sees: left, top, right, bottom in pixels, half open.
         grid: patches per side of the square.
     """
 
@@ -46,8 +46,8 @@ class View:
         """Scale a photo to a panel.
 
         Args:
-            photo: upright.
-            seen_share: side of the square over the photo's shorter side, 0..1.
+            photo: the upright photo.
+            seen_share: side of the square as a share of the photo's shorter side, 0..1.
             grid: patches per side of the square.
         """
         scale = SCALE * PANEL_PX / max(photo.size)
@@ -70,12 +70,12 @@ class View:
 
 
 def draw(data: bytes, answer: ExplainAnswer, path: Path) -> None:
-    """Write a PNG file: the photo under its patch grid, and what each block that prunes has kept of it.
+    """Write a PNG file: the photo under its patch grid, and the patches that each pruning block kept.
 
     Args:
         data: the bytes of the photo.
-        answer: what the server says of it.
-        path: of the file.
+        answer: the server's answer, with its explanation.
+        path: the file to write.
 
     Raises:
         CommandError: Pillow cannot read the photo, or the file cannot be written.
@@ -100,7 +100,7 @@ def draw(data: bytes, answer: ExplainAnswer, path: Path) -> None:
 
 
 def draw_patches(view: View, kept: Sequence[int]) -> Image.Image:
-    """Draw the photo, dimmed where the model does not look and where a patch is dropped."""
+    """Draw the photo, dimmed outside the square that the model sees and at pruned patches."""
     size = view.photo.size
     veil, lines = Image.new("L", size, round(255 * OUTSIDE_SHARE)), Image.new("L", size, 0)
     dim, line = ImageDraw.Draw(veil), ImageDraw.Draw(lines)
@@ -119,7 +119,7 @@ def draw_patches(view: View, kept: Sequence[int]) -> Image.Image:
 
 
 def _edges(view: View, number: int) -> Iterator[tuple[int | None, Box]]:
-    """Yield the neighbour beyond each edge of a patch, None where the square ends, and the edge as a line."""
+    """Yield the neighbour across each edge of a patch, None at the border of the square, and the edge as a line."""
     left, top, right, bottom = view.patch(number)
     row, column = divmod(number, view.grid)
     last = view.grid - 1
@@ -130,7 +130,7 @@ def _edges(view: View, number: int) -> Iterator[tuple[int | None, Box]]:
 
 
 def _sheet(panels: Sequence[tuple[Image.Image, str, str]], answer: ExplainAnswer) -> Image.Image:
-    """Lay the panels out under the answer, at most so many in a row."""
+    """Lay out the panels below the answer, at most MOST_COLUMNS in a row."""
     columns = min(MOST_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     cell_width, cell_height = panels[0][0].width // SCALE, panels[0][0].height // SCALE + 52

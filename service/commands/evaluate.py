@@ -1,4 +1,4 @@
-"""`supervit evaluate`: what every sub-network of a checkpoint is worth, printed, written into it and drawn."""
+"""`supervit evaluate`: measures every sub-network of a checkpoint; prints, saves and plots the accuracies."""
 
 from functools import partial
 
@@ -15,14 +15,14 @@ from service.commands.output import file_to_write
 
 
 def evaluate(command: Evaluate) -> None:
-    """Measure, print the table, write the accuracies into the checkpoint and draw the frontier beside it.
+    """Measure, print the table, write the accuracies into the checkpoint and plot the frontier in the same folder.
 
-    A file of another format is left as it is: a copy in our own format, beside it, gets the accuracies. Of a checkpoint
-    that is named, not given as a path, the copy is written into the current folder.
+    A file in another format is left unchanged: a copy in our own format, in the same folder, gets the accuracies. For a
+    checkpoint given by name rather than by path, the copy is written into the current folder.
 
     Raises:
-        CheckpointError, DataError, DeviceError: what is named cannot be used.
-        CommandError: there is no file to write.
+        CheckpointError, DataError, DeviceError: the checkpoint, the data set or the device cannot be used.
+        CommandError: the file cannot be written, or another file of its name exists.
     """
     source = find_checkpoint(command.checkpoint)
     checkpoint = load_checkpoint(source)
@@ -43,7 +43,7 @@ def evaluate(command: Evaluate) -> None:
         )
     if not process.is_first:
         return
-    # Other weights are other ones in 8 bits, too.
+    # Ranges and accuracies in 8 bits do not hold for rounded weights.
     int8 = None if command.half and not checkpoint.is_half else checkpoint.int8
     header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, found.profile, int8)
     picture = path.with_suffix(".png")

@@ -1,4 +1,4 @@
-"""How answers are shown: a table and text for people, lines of JSON and CSV for programs. Asks nothing."""
+"""Output formats for answers: a table and text for people, JSON lines and CSV for programs. Sends no requests."""
 
 import csv
 import json
@@ -27,23 +27,23 @@ BAR_CHARACTERS, NAME_CHARACTERS, WIDEST_TABLE = 8, 22, 100
 
 
 def default_format() -> Format:
-    """Choose by where the output goes: what a program reads must not follow the width of a terminal."""
+    """Choose the table on a terminal, text elsewhere: what a program reads must not depend on a terminal's width."""
     return "table" if sys.stdout.isatty() else "text"
 
 
 def readable(text: object) -> str:
-    """Make what a server or a file's name says fit for a terminal, which obeys control characters."""
+    """Escape control characters, which a terminal would obey, in a file's name or a server's text, and shorten it."""
     return shown(text, MESSAGE_CHARACTERS)
 
 
 def showing(style: Format) -> AbstractContextManager[Show]:
-    """Begin to show answers on stdout, and end once the block does."""
+    """Yield a function that shows an answer on stdout; the output is complete once the block ends."""
     return {"table": _table, "text": _text, "json": _json, "csv": _csv}[style]()
 
 
 @contextmanager
 def progress(photos: int, style: Format) -> Iterator[Callable[[], None]]:
-    """Show on stderr how far many photos are, where no line of an answer would come between."""
+    """Show a progress bar for several photos on stderr, unless answers on the same terminal would break it up."""
     console = Console(stderr=True)
     is_off = photos < 2 or not console.is_terminal or (style != "table" and sys.stdout.isatty())
     with Progress(console=console, transient=True, disable=is_off, redirect_stdout=False) as bar:
@@ -86,7 +86,7 @@ def _csv() -> Iterator[Show]:
 
 @contextmanager
 def _table() -> Iterator[Show]:
-    """Rows are printed together, once their widths are known: at the end, be it Ctrl-C."""
+    """Print all rows together at the end, even after Ctrl-C: the column widths are known only then."""
     console = Console()
     table = Table(box=None, pad_edge=False, expand=True, width=min(console.width, WIDEST_TABLE))
     table.add_column("photo", overflow="ellipsis", no_wrap=True, ratio=3)
@@ -112,5 +112,5 @@ def _table() -> Iterator[Show]:
 
 
 def _last(name: str) -> str:
-    """Leave out the beginning of a long path: photos differ in its end."""
+    """Cut off the beginning of a long path: the paths of photos differ at the end."""
     return name if len(name) <= NAME_CHARACTERS else f"…{name[1 - NAME_CHARACTERS :]}"

@@ -15,15 +15,15 @@ from service.errors import CommandError
 from service.runtime import ServerRuntime
 from service.settings import read_settings
 
-UNHURRIED_MS = 600_000.0  # nothing else waits in this process
+UNHURRIED_MS = 600_000.0  # request budget and start-up timeout: nothing else waits in this process
 
 
 @asynccontextmanager
 async def serve_in_process(checkpoint: str | None) -> AsyncIterator[AsyncClient]:
-    """Start the service, and yield a client of it once it is ready.
+    """Start the service, and yield a client once the service is ready.
 
     Args:
-        checkpoint: to serve; the one of the environment's settings by default.
+        checkpoint: the checkpoint to serve; by default that of the environment's settings.
 
     Raises:
         CommandError: the settings of the environment are unusable, or the model cannot run.
@@ -32,7 +32,7 @@ async def serve_in_process(checkpoint: str | None) -> AsyncIterator[AsyncClient]
     settings = read_settings(
         default_budget_ms=UNHURRIED_MS, **({} if checkpoint is None else {"checkpoint": checkpoint})
     )
-    # There is nothing to keep out, and nothing to watch.
+    # The command is the only client: no key or host name is checked, and the file of the checkpoint is not watched.
     settings = settings.model_copy(update={"keys": None, "allowed_hosts": None, "watch_checkpoint": False})
     failed = threading.Event()
     served = load_checkpoint(settings.checkpoint)

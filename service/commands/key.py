@@ -1,4 +1,4 @@
-"""`supervit key`: a new API key, told once, and its entry for the file of keys."""
+"""`supervit key`: makes a new API key, which is shown once, and its entry for the file of keys."""
 
 import sys
 
@@ -7,7 +7,7 @@ from service.commands.options import Key
 
 
 def key(command: Key) -> None:
-    """Print the entry, and on stderr the key, which is kept nowhere: the output may go into the file."""
+    """Print the entry on stdout, which may go into the file of keys, and on stderr the key, which is stored nowhere."""
     made = make_key(command.name)
     print(made.entry)
     print(f"the key of {command.name}, which is told once: {made.secret}", file=sys.stderr)

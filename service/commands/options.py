@@ -1,4 +1,4 @@
-"""What the commands are told whose options have no better place. Holds values: help waits for no library."""
+"""Option models of the commands whose options have no better place. Imports no slow library: help waits for it."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -13,7 +13,7 @@ STDIN = Path("-")
 
 
 def _named(photos: Any) -> Any:  # noqa: ANN401 - whatever was given
-    if "" in photos:  # as an unset variable of a shell would be; as a path, it would be the current folder
+    if "" in photos:  # as from an unset shell variable; as a path, it would be the current folder
         raise ValueError("one of the names is empty")
     return photos
 

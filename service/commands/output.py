@@ -1,4 +1,4 @@
-"""Where the commands that measure a checkpoint write what they have found."""
+"""Chooses the file that the commands that measure a checkpoint write their results to."""
 
 import os
 from pathlib import Path
@@ -8,16 +8,19 @@ from service.errors import CommandError
 
 
 def file_to_write(name: str, source: Path, *, output: Path | None = None, is_ours: bool = True) -> Path:
-    """Choose the file for a checkpoint: neither the installed package nor a cache is ours to write to.
+    """Choose the file to write a checkpoint to.
+
+    A checkpoint found by name lies in the installed package or in a cache, which are not ours to write to: its results
+    go into a new file in the current folder.
 
     Args:
-        name: of the checkpoint, as it was given.
-        source: where it was found.
-        output: the file that was asked for.
-        is_ours: whether the source is in our own format; another one is left as it is.
+        name: the checkpoint as it was given on the command line.
+        source: the file where it was found.
+        output: the file that was asked for, if any.
+        is_ours: whether the source is in our own format; a file in another format is not overwritten.
 
     Raises:
-        CommandError: another file is there, or none can be written.
+        CommandError: another file of that name exists, or its folder is not writable.
     """
     path = output or Path(name)
     if path != source and output is None:

@@ -1,4 +1,4 @@
-"""`supervit profile`: how long each sub-network takes on this machine."""
+"""`supervit profile`: prints the latency of each sub-network on this machine."""
 
 import statistics
 
@@ -12,10 +12,10 @@ from service.settings import Settings, read_settings
 
 
 def profile(command: Profile) -> None:
-    """Print the latencies of this machine, measured now or before, and draw them."""
+    """Print the latencies of this machine, measured now or before, and plot them if a file is named."""
     if command.plot_file:
         from models.evaluation.plots import (
-            plot_latency,  # matplotlib comes with an extra only; known before it is measured
+            plot_latency,  # matplotlib comes with an extra only; fail before measuring
         )
     given = command.model_dump(exclude={"fresh", "plot_file"}, exclude_none=True)
     settings = read_settings(**given)
@@ -38,7 +38,7 @@ def _latency_table(measurement: Measurement) -> str:
 
 
 def measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False) -> tuple[Measurement, Checkpoint]:
-    """Return the latencies, and the checkpoint with the profile of the precision that they are of."""
+    """Return the latencies, and the checkpoint with the profile of the precision that was measured."""
     threads = settings.threads or engine_threads(checkpoint, Monitor().latest.cores)
     engine, served = open_engine(checkpoint, settings.engine, settings.device, settings.precision, threads)
     folder, most = settings.profile_folder, settings.max_batch_size

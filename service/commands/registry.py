@@ -1,6 +1,6 @@
-"""Every command by its name: what it is for, where its options and what it does are, and how it is used.
+"""The commands by name: summary, where their options and functions are, and examples.
 
-Imports nothing: the list of commands is shown, and completed, at once.
+Imports none of them: the list of commands is shown and completed at once.
 """
 
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What a command takes, and what it does.
+    """A command: its options, its function and its help.
 
     Attributes:
         summary: its line in the list of commands.
-        options: where the model of its options is, as module:name; help imports that module.
-        run: where the function is that is given them; its module is imported once they are read.
-        examples: lines of a shell, each with what it does.
-        panels: names of the parts of its help, each under the option that it begins with.
+        options: the pydantic model of its options, as module:name; help imports that module.
+        run: the function that takes the options, as module:name; its module is imported once the options are read.
+        examples: shell command lines, each with what it does.
+        panels: titles of the panels of its help, by the option that each begins with.
     """
 
     summary: str

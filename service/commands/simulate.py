@@ -1,4 +1,4 @@
-"""`supervit simulate`: what would become of traffic on this machine."""
+"""`supervit simulate`: replays traffic against the measured latencies of this machine."""
 
 from models.checkpoint import load_checkpoint
 from service.commands.profile import measure
@@ -9,9 +9,9 @@ from service.simulation.report import simulate as replay
 
 
 def simulate(command: Simulate) -> None:
-    """Print what would become of traffic on this machine."""
+    """Print how this machine would serve the traffic."""
     if command.plot_file:
-        import models.evaluation.plots  # noqa: F401 - comes with an extra only; known before anything is measured
+        import models.evaluation.plots  # noqa: F401 - matplotlib comes with an extra only; fail before measuring
     settings = read_settings(**command.model_dump(include={"checkpoint", "max_batch_size"}, exclude_none=True))
     checkpoint = load_checkpoint(settings.checkpoint)
     measurement, served = measure(settings, checkpoint)

@@ -1,4 +1,4 @@
-"""`supervit train`: a run of the training, and what is to be done next."""
+"""`supervit train`: runs a training, and prints the next step."""
 
 from models.training.recipe import Recipe
 from models.training.state import TrainingError
@@ -7,11 +7,11 @@ from service.errors import CommandError
 
 
 def train(recipe: Recipe) -> None:
-    """Train, or go on with a training, and say where the checkpoint is.
+    """Train, or resume a training, and print where the checkpoint is.
 
     Raises:
-        CommandError: the run cannot begin, or it fails.
-        CheckpointError, DataError, DeviceError: what it begins with is unusable.
+        CommandError: the training cannot begin, or it fails.
+        CheckpointError, DataError, DeviceError: a checkpoint, the data set or the device cannot be used.
     """
     try:
         path = run_training(recipe)

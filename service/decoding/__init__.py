@@ -1,1 +1,1 @@
-"""Untrusted bytes to images, on threads of their own."""
+"""Decodes untrusted bytes to images, on its own threads."""

@@ -1,4 +1,4 @@
-"""Images as text: base64, or a data URL with it, to bytes; in pieces, between which the event loop goes on."""
+"""Decodes images sent as text, base64 or a data URL, to bytes; in pieces, between which the event loop runs."""
 
 import asyncio
 import binascii
@@ -10,15 +10,15 @@ UNTYPED = ("", "application/octet-stream", "binary/octet-stream")
 
 
 async def decode_base64(text: str, name: str = "image") -> bytes:
-    """Decode base64, or a data URL with it.
+    """Decode base64, or a data URL in base64.
 
     Args:
-        text: that.
-        name: of what holds it, for the sentences of errors.
+        text: the base64 or the data URL.
+        name: name of the field that holds the text, for error messages.
 
     Raises:
-        InvalidImageError: it is neither.
-        UnsupportedMediaError: it is the data URL of something that is no image.
+        InvalidImageError: the text is neither.
+        UnsupportedMediaError: the text is a data URL whose media type is no image.
     """
     if text.startswith("data:"):
         kind, _, text = text.partition(",")
@@ -27,7 +27,7 @@ async def decode_base64(text: str, name: str = "image") -> bytes:
             raise UnsupportedMediaError(f"{name}: a data URL of the type {media_type}, which is no image")
         if "base64" not in parameters:
             raise InvalidImageError(f"{name}: a data URL that is not in base64")
-    text = "".join(text.split())  # tools break its lines
+    text = "".join(text.split())  # tools wrap base64 into lines
     data = bytearray()
     try:
         for start in range(0, len(text), PIECE):

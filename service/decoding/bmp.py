@@ -1,4 +1,4 @@
-"""The header of a BMP, and the pixels of those whose channels lie where no table of layouts expects them."""
+"""The header of a BMP, and the pixels of BMPs with bit fields, which may place channels where no codec expects them."""
 
 import struct
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from service.decoding.headers import ImageHeader, ends_early
 from service.errors import ImageTooLargeError, InvalidImageError
 
 _RUN_LENGTHS, _BITFIELDS = (1, 2), 3
-# They are decoded in Python, a microsecond a run.
+# Most pixels, and bytes of the file, of a BMP with run lengths: they are decoded in Python, at a microsecond per run.
 _MAX_RUN_LENGTH_BYTES = 1_000_000
 _FILE_HEADER_BYTES, _CORE_HEADER_BYTES = 14, 12
-_ALPHA_FROM = 56  # bytes of the header
+_ALPHA_FROM = 56  # header size in bytes from which on there is an alpha mask
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
     width: int
-    height: int  # negative: the first row is the upper one
+    height: int  # negative where the first row is the top one
     bits: int
     compression: int
     header_bytes: int
@@ -29,8 +29,8 @@ def read_bmp(data: bytes) -> ImageHeader:
     """Read a BMP's header.
 
     Raises:
-        InvalidImageError: it is cut off, or says what no BMP can say.
-        ImageTooLargeError: it has more runs than are decoded.
+        InvalidImageError: the header is cut off or invalid.
+        ImageTooLargeError: the BMP is compressed by run lengths and larger than such BMPs may be.
     """
     layout = _read_layout(data)
     pixels = layout.width * abs(layout.height)
@@ -44,13 +44,13 @@ def read_bmp(data: bytes) -> ImageHeader:
 
 
 def read_bitfields(data: bytes) -> npt.NDArray[np.uint8] | None:
-    """Decode a BMP of 16 or 32 bits a pixel that says in which bits each colour lies.
+    """Decode a BMP of 16 or 32 bits per pixel whose header says in which bits each colour lies.
 
     Returns:
-        (height, width, 3), or 4 with transparency, or None for any other BMP.
+        (height, width, 3), or (height, width, 4) with transparency; None for any other BMP.
 
     Raises:
-        InvalidImageError: it is cut off, or a colour lies nowhere.
+        InvalidImageError: the BMP is cut off, or a colour has no bits.
     """
     layout = _read_layout(data)
     if layout.compression != _BITFIELDS or layout.bits not in (16, 32):
@@ -69,7 +69,7 @@ def read_bitfields(data: bytes) -> npt.NDArray[np.uint8] | None:
     pixels = rows[:, : layout.width * layout.bits // 8].copy().view(f"<u{layout.bits // 8}")
     channels = [_channel(pixels, mask) for mask in masks]
     alpha_mask = struct.unpack_from("<I", data, _FILE_HEADER_BYTES + 52)[0] if layout.header_bytes >= _ALPHA_FROM else 0
-    if alpha_mask and (alpha := _channel(pixels, alpha_mask)).any():  # all of it transparent: a tool that left it empty
+    if alpha_mask and (alpha := _channel(pixels, alpha_mask)).any():  # a tool that leaves alpha unused writes zeros
         channels.append(alpha)
     return np.stack(channels, axis=2)[:: 1 if layout.height < 0 else -1]
 

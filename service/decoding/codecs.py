@@ -1,7 +1,7 @@
-"""The codecs: what a checked header announces to a picture, and their errors to ours. Pillow and torchvision are here.
+"""The codecs, Pillow, torchvision and pillow_heif: decodes images whose header was checked, and translates errors.
 
-They say in their own words what is wrong with a file, to their logs and as warnings as well; a client and a log get
-none of that.
+The codecs describe broken files in messages, log lines and warnings of their own. None of these reaches a client or the
+server's log.
 """
 
 import ctypes
@@ -39,13 +39,13 @@ if HAS_HEIC:
     import pillow_heif
 
     pillow_heif.options.DECODE_THREADS = 1
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # it would take the engine's
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # its default would use the engine's cores
 warnings.filterwarnings("ignore", module=r"(PIL|torchvision|pillow_heif)\b")
 warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision", DeprecationWarning)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-_imaging = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined] # its C extension, which links libtiff
-for _silenced in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):  # libtiff writes to stderr unless it is told
-    with suppress(AttributeError):  # a Pillow without it
+_imaging = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined] # Pillow's C extension, which links libtiff
+for _silenced in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):  # libtiff writes to stderr by default
+    with suppress(AttributeError):  # a Pillow without libtiff
         getattr(_imaging, _silenced)(None)
 
 _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
@@ -59,21 +59,21 @@ _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 _ERRORS: tuple[type[Exception], ...] = (
     *(error for error in CODEC_ERRORS if error is not MemoryError),
     RuntimeError,
-    UserWarning,  # where warnings are made errors
+    UserWarning,  # raised where warnings are turned into errors
 )
-_UNCHANGED = 0  # torchvision's mode: alpha stays
+_UNCHANGED = 0  # torchvision's ImageReadMode: keeps alpha
 _NO_MEMORY = "there was not enough memory to decode the image; try again later"
-_TORCH_NO_MEMORY = "can't allocate memory"  # PyTorch's way to say so
+_TORCH_NO_MEMORY = "can't allocate memory"  # in PyTorch's message when memory runs out
 
 
 def _load_webp_codec() -> Callable[[torch.Tensor], torch.Tensor]:
-    """Load torchvision's library of codecs without torchvision, whose import takes as long as PyTorch's."""
+    """Load torchvision's codec library without importing torchvision, which takes as long as importing PyTorch."""
     found = find_spec("torchvision")
     folder = Path(found.origin).parent if found and found.origin else None
     for library in sorted(folder.glob("image*.so")) if folder else ():
-        with suppress(OSError):  # one of another PyTorch
+        with suppress(OSError):  # a library built for another PyTorch
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call] # it has no annotations
-    if not hasattr(torch.ops.image, "decode_webp"):  # it lies elsewhere, as on other systems
+    if not hasattr(torch.ops.image, "decode_webp"):  # on other systems, the library lies elsewhere
         from torchvision.io import decode_webp
 
         return cast("Callable[[torch.Tensor], torch.Tensor]", decode_webp)
@@ -84,18 +84,18 @@ _decode_webp_pixels = _load_webp_codec()
 
 
 def jpeg_scale(header: ImageHeader, least_px: int) -> int:
-    """Return the fraction, 8, 4, 2 or 1, at which a JPEG's shorter side keeps a length."""
+    """Return the largest divisor, 8, 4, 2 or 1, of a JPEG's sides that keeps its shorter side at `least_px` or more."""
     scale = min(header.width, header.height) // least_px
     return next(fraction for fraction in (8, 4, 2, 1) if scale >= fraction or fraction == 1)
 
 
 @contextmanager
 def codec_errors(image_format: str) -> Iterator[None]:
-    """Make errors of ours from those of the codecs.
+    """Translate errors of the codecs into ServiceErrors.
 
     Raises:
         InvalidImageError: the image is broken.
-        OutOfMemoryError: there was no memory for it.
+        OutOfMemoryError: there was not enough memory to decode the image.
     """
     try:
         yield
@@ -108,14 +108,14 @@ def codec_errors(image_format: str) -> Iterator[None]:
 
 
 def decode(header: ImageHeader, least_px: int) -> tuple[Image.Image, int]:
-    """Decode an image as it is stored, of any mode, a JPEG at the fraction of `jpeg_scale`.
+    """Decode an image as it is stored, in any mode; a JPEG is scaled down by `jpeg_scale`.
 
     Returns:
-        The picture, and its orientation as in EXIF.
+        The picture, and its EXIF orientation.
 
     Raises:
-        InvalidImageError: it is broken, or ends early.
-        Exception: a codec's, see `codec_errors`.
+        InvalidImageError: the image is broken, or ends early.
+        Exception: an error of the codec; see `codec_errors`.
     """
     if header.format == "PNG":
         data, orientation = png.without_metadata(header.data)
@@ -132,11 +132,11 @@ def decode(header: ImageHeader, least_px: int) -> tuple[Image.Image, int]:
 
 
 def _load(header: ImageHeader, data: bytes, least_px: int) -> Image.Image:
-    """Let Pillow decode.
+    """Decode with Pillow.
 
     Raises:
-        InvalidImageError: the file ends early.
-        Exception: one of Pillow's.
+        InvalidImageError: the file ends early, or its size contradicts its header.
+        Exception: an error of Pillow.
     """
     image = _OPENERS[header.format](io.BytesIO(data))
     if header.format != "TIFF" and image.size != (header.width, header.height):
@@ -153,13 +153,13 @@ def _load(header: ImageHeader, data: bytes, least_px: int) -> Image.Image:
 
 
 def _rows_there(image: Image.Image) -> str:
-    """Say how much of a picture was decoded: rows that were not are black, as `load` leaves them."""
+    """Describe how much of a picture was decoded; `load` leaves the missing rows black."""
     _, rows = image.im.getprojection()
     share = sum(rows) / image.height
     return f"{100 * share:.0f} % of its rows are there" if share else "none of its rows is there"
 
 
 def _decode_webp(data: bytes) -> Image.Image:
-    """Let torchvision decode: Pillow lets no other thread run meanwhile, 1.5 s of the largest."""
+    """Decode with torchvision: Pillow lets no other thread run while it decodes, for 1.5 s with the largest images."""
     pixels = _decode_webp_pixels(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))

@@ -1,7 +1,7 @@
-"""Images are decoded here, on threads of their own, the most urgent first; how long one takes is learned by kind.
+"""Decodes images on its own threads, the most urgent first, and learns how long each kind of image takes.
 
-The queue is by priority and then by deadline: images of lower priority stand behind all others. Whatever comes, a
-thread is kept for images of ordinary cost, and those that are dear share a budget of memory.
+The queue is sorted by priority, then by deadline: images of lower priority are decoded after all others. Where there
+are several threads, one is always kept for images of ordinary cost. Expensive images share a memory budget.
 """
 
 import math
@@ -23,14 +23,14 @@ from service.errors import DeadlineError, OverloadedError
 from service.scheduling.estimators import Delay
 
 FADES_S = 5.0
-# A photograph of two megapixels takes 30 ms, one of twelve from a telephone 80.
+# Images above either limit are expensive. A photograph of 2 megapixels takes 30 ms, one of 12 from a telephone 80 ms.
 ORDINARY_COST_S = 0.05
 ORDINARY_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """A (3, S, S) uint8 image, how many seconds it waited for a thread, and how many it took to decode."""
+    """A (3, S, S) uint8 image, the seconds it waited for a thread, and the seconds its decoding took."""
 
     image: Tensor
     waited_s: float
@@ -41,7 +41,7 @@ class DecodedImage:
 class _Job:
     data: bytes | OpenedImage
     deadline_at: float
-    urgency: tuple[float, float]  # the least first
+    urgency: tuple[float, float]  # smallest first
     submitted_at: float
     address: str | None
     future: "Future[DecodedImage]" = field(default_factory=Future)
@@ -51,7 +51,7 @@ class _Job:
 
     @property
     def is_dear(self) -> bool:
-        """Whether it may not hold every thread."""
+        """Whether the image is expensive; such images may not hold every thread."""
         opened = self.opened
         return opened is not None and (opened.cost_s > ORDINARY_COST_S or opened.memory_bytes > ORDINARY_BYTES)
 
@@ -60,7 +60,7 @@ _urgency = attrgetter("urgency")
 
 
 class Decoder:
-    """Decodes what is submitted, and foretells from what is over and what is not."""
+    """Decodes submitted images, and predicts waiting and decode times from finished and pending ones."""
 
     def __init__(
         self,
@@ -73,17 +73,19 @@ class Decoder:
         """Start the threads.
 
         Args:
-            open_image: reads the header; called on one of the threads, as is what decodes the rest.
-            threads: how many there are.
-            max_memory_bytes: that dear images may take together; one that needs more is decoded alone.
-            max_s_per_address: that the dear images of one address may need together while others have some, too.
-            clock: monotonic, in seconds; the one that deadlines are on.
+            open_image: reads the header; called on one of the threads, as is the decoding.
+            threads: number of threads.
+            max_memory_bytes: most memory that expensive images may take together; an image that needs more is decoded
+                while no other expensive one is.
+            max_s_per_address: most seconds of decoding that the expensive images of one address may need together
+                while other addresses have expensive images, too.
+            clock: monotonic, in seconds; the clock of the deadlines.
         """
         self._open_image, self._threads, self._clock = open_image, threads, clock
         self._max_memory_bytes, self._max_s_per_address = max_memory_bytes, max_s_per_address
         self._pool = ThreadPoolExecutor(threads, "decode")
-        self._unopened: list[_Job] = []
-        self._ordinary: list[_Job] = []  # this and the next in order of urgency
+        self._unopened: list[_Job] = []  # this and the next two are sorted by urgency
+        self._ordinary: list[_Job] = []
         self._dear: list[_Job] = []
         self._running: list[_Job] = []
         self._times = DecodeTimes()
@@ -93,17 +95,18 @@ class Decoder:
     def submit(
         self, data: bytes | OpenedImage, deadline_at: float, priority: float = 0, address: str | None = None
     ) -> "Future[DecodedImage]":
-        """Decode an image as soon as a thread is free of more urgent ones.
+        """Queue an image, to be decoded once a thread is free and no more urgent image waits.
 
         Args:
-            data: its bytes, or what needs no codec.
-            deadline_at: when its answer is due; after it, decoding would be in vain.
-            priority: 0 is normal; lower ones stand behind.
-            address: whose it is; None for no bound.
+            data: bytes of the image, or an opened image that needs no codec.
+            deadline_at: when the answer is due; after it, the image is not decoded.
+            priority: 0 is normal; images of lower priority are decoded later.
+            address: address that sent the image; None for no bound by address.
 
         Returns:
-            The image, or a DeadlineError, or an OverloadedError where too much is to be decoded for that address, or
-            the ServiceError with which it cannot be decoded. Cancelling it takes the image out of the queue.
+            A future of the image. It fails with a DeadlineError, with an OverloadedError if the address has too much to
+            be decoded already, or with the ServiceError of opening or decoding. Cancelling it takes the image out of
+            the queue.
         """
         now = self._clock()
         job = _Job(data, deadline_at, (-priority, deadline_at), now, address)
@@ -115,24 +118,24 @@ class Decoder:
         return job.future
 
     def release(self, future: "Future[DecodedImage]") -> None:
-        """Take note that nothing waits for an image any more; one that is still being decoded is learned from."""
+        """Cancel an image that nothing waits for; learn from the time that a running one has taken so far."""
         if future.cancel():
             return
         with self._lock:
             job = next((job for job in self._running if job.future is future), None)
-            if job is not None:  # it takes longer than its client would wait, it is not known how much
+            if job is not None:  # the request ended first: the full time is not known
                 now = self._clock()
                 self._learn(job, max(now - job.started_at, job.expected_s), now)
 
     def expected_s(self, now: float) -> float:
-        """How long an image of ordinary cost will take: of one that is not here yet, no more is known."""
+        """Return the expected decode time of an image of ordinary cost: the estimate for one that has not arrived."""
         with self._lock:
             return self._delay.expected_s(now)
 
     def queue_s(self, now: float, deadline_at: float, priority: float = 0) -> float:
-        """How long an image of ordinary cost would wait for a thread, were it submitted now.
+        """Return how long an image of ordinary cost would wait for a thread if it were submitted now.
 
-        An image that takes longer than expected is expected to take as long again.
+        A running image that has exceeded its expected time by some seconds is expected to need as many more.
         """
         urgency = (-priority, deadline_at)
         with self._lock:
@@ -147,23 +150,23 @@ class Decoder:
         idle = self._threads - len(running_s)
         if self._threads == 1:
             return sum(running_s) + cheap_s + dear_s
-        if idle > num_cheap:  # dear ones never take the last thread
+        if idle > num_cheap:  # expensive images never take the last thread
             return 0.0
         return (0.0 if idle else min(running_s)) + min((cheap_s + dear_s) / self._threads, cheap_s)
 
     def take_over(self, other: "Decoder") -> None:
-        """Go on from what another one has learned of how long images take."""
+        """Adopt the decode times that another decoder has learned."""
         with other._lock:
             times, delay = deepcopy(other._times), copy(other._delay)
         with self._lock:
             self._times, self._delay = times, delay
 
     def close(self) -> None:
-        """Have the threads end once what was submitted is decoded; waits for nothing, as the event loop must not."""
+        """Let the threads end once all submitted images are decoded; do not wait, as the event loop must not."""
         self._pool.shutdown(wait=False)
 
     def _work(self) -> None:
-        """Read the headers that came meanwhile, then decode the most urgent, until there is none that may run."""
+        """Read the headers of new images, then decode the most urgent image, until no image may run."""
         while True:
             with self._lock:
                 unopened, self._unopened = self._unopened, []
@@ -185,24 +188,24 @@ class Decoder:
                 job.expected_s = self._times.expected_s(job.opened.kind, job.opened.cost_s, self._clock())
                 if job.is_dear:
                     self._require_share(job)
-                if not job.future.cancelled():  # where it is later, `_forget` finds it in the queue
+                if not job.future.cancelled():  # if it is cancelled later, `_forget` removes it from the queue
                     insort(self._dear if job.is_dear else self._ordinary, job, key=_urgency)
-        except Exception as error:  # whatever it is, the request that waits must hear of it
+        except Exception as error:  # any error must reach the request that waits for the image
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(error)
 
     def _require_share(self, job: _Job) -> None:
-        """Let no address have others with dear images wait for more of its own than is its share.
+        """Bound the decode time that expensive images of one address take from those of others.
 
         Raises:
-            OverloadedError: too much is to be decoded for it already.
+            OverloadedError: the address has too much to be decoded already.
         """
         if job.address is None:
             return
         dear = [other for other in (*self._dear, *self._running) if other.is_dear]
         own_s = [other.expected_s for other in dear if other.address == job.address]
         over_s = sum(own_s) + job.expected_s - self._max_s_per_address
-        if 0 < len(own_s) < len(dear) and over_s > 0:  # one alone is for its deadline to stop
+        if 0 < len(own_s) < len(dear) and over_s > 0:  # an only image is bounded by its deadline
             message = f"the images of this address take {sum(own_s):.3g} s to be decoded already; try again later"
             raise OverloadedError(message, "address", over_s / max(1, self._threads - 1))
 
@@ -230,7 +233,7 @@ class Decoder:
             try:
                 self._require_time(job)
                 image = job.opened.decode()
-            except Exception as error:  # whatever it is, the request that waits must hear of it
+            except Exception as error:  # any error must reach the request that waits for the image
                 failure = error
         now = self._clock()
         with self._lock:
@@ -244,10 +247,10 @@ class Decoder:
             job.future.set_exception(failure)
 
     def _require_time(self, job: _Job) -> None:
-        """Let nothing be decoded in vain.
+        """Check that the image can be decoded before its deadline.
 
         Raises:
-            DeadlineError: the deadline has passed, or will have before a dear image is there were it twice as fast.
+            DeadlineError: the deadline has passed, or an expensive image would miss it even at half its expected time.
         """
         if job.started_at > job.deadline_at:
             raise DeadlineError("the deadline passed before the image could be decoded")

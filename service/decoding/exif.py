@@ -1,33 +1,36 @@
-"""The orientation out of EXIF, and nothing else: told so, a codec reads millions of fractions."""
+"""Reads the orientation from EXIF and nothing else: a codec would read all entries, even millions of fractions."""
 
 import struct
 
 UPRIGHT = 1
 ORIENTATION, SHORT = 0x0112, 3
-_MAX_ENTRIES = 4096  # cameras write a dozen
+_MAX_ENTRIES = 4096  # most entries that are searched; cameras write a dozen
 
 
 def read_orientation(exif: bytes) -> int:
-    """Read how a camera was held (Exif 2.3, table 4).
+    """Read the orientation of the camera (Exif 2.3, table 4).
 
     Args:
-        exif: beginning with the byte order, without any prefix.
+        exif: EXIF from its byte order on, without a prefix.
 
     Returns:
-        1 to 8; 1, upright, where nothing says otherwise or what does is broken.
+        1 to 8; 1, upright, where the orientation is missing or invalid.
     """
     kind, values, value = _find(exif) or (SHORT, 1, UPRIGHT)
     return value if (kind, values) == (SHORT, 1) and 1 <= value <= 8 else UPRIGHT
 
 
 def has_odd_orientation(exif: memoryview) -> bool:
-    """Tell whether an orientation is there that is not one number, or may be behind a host of other entries."""
+    """Return whether the orientation is not a single number, or there are too many entries to search for it."""
     found = _find(exif)
     return found is not None and found[1] != 1
 
 
 def _find(exif: bytes | memoryview) -> tuple[int, int, int] | None:
-    """Return the type, the number of values, and the first of them, were it a short one."""
+    """Return the type of the orientation, its number of values, and the first value read as a SHORT.
+
+    None if there is no orientation, zeros if there are too many entries to search.
+    """
     order = {b"II": "<", b"MM": ">"}.get(bytes(exif[:2]))
     if order is None or len(exif) < 8:
         return None

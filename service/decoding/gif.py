@@ -12,7 +12,7 @@ def read_gif(data: bytes) -> ImageHeader:
     """Read a GIF's header, up to its first picture.
 
     Raises:
-        InvalidImageError: it is cut off before its picture, has none, or far too much before it.
+        InvalidImageError: the GIF is cut off before its picture, has none, or has far too many blocks before it.
     """
     if len(data) < 13:
         raise ends_early("it has no pixels")
@@ -28,7 +28,7 @@ def read_gif(data: bytes) -> ImageHeader:
                 raise too_many_blocks("GIF")
         position += 1
         blocks += 1
-        if data[start + 1 : start + 2] == bytes([_CONTROL]):  # it says which colour is transparent
+        if data[start + 1 : start + 2] == bytes([_CONTROL]):  # this block names the transparent colour
             control = data[start:position]
     if position + 10 > len(data):
         raise ends_early("it has no pixels")

@@ -1,12 +1,12 @@
-"""What the header of an image says, as one value for all formats, and the format by its first bytes."""
+"""The header of an image as one value for all formats, and the detection of the format by its first bytes."""
 
 from dataclasses import dataclass
 
 from service.decoding.exif import UPRIGHT
 from service.errors import InvalidImageError
 
-# Chunks, segments or blocks that are looked at before the pixels. Of photographs, few have a hundred; the most that one
-# body could hold would take seconds.
+# Most chunks, segments, boxes or blocks that are read of one image. Few photographs have a hundred; as many as one body
+# can hold would take seconds.
 MAX_BLOCKS = 50_000
 
 _SIGNATURES = {
@@ -26,15 +26,15 @@ _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What is known of an image before its pixels are decoded.
+    """Properties of an image that are known before its pixels are decoded.
 
     Attributes:
-        format: its name.
-        width, height: as stored, in pixels.
-        data: what a codec needs: the file, maybe without what carries no pixels.
-        memory_per_pixel: bytes that its codec and the decoded picture take together.
-        orientation: as in EXIF.
-        is_progressive: whether its pixels come in several passes, for which all of them are kept.
+        format: name of the format.
+        width, height: size as stored, in pixels.
+        data: the file for the codec, where possible without the parts that carry no pixels.
+        memory_per_pixel: bytes per pixel that the codec and the decoded picture take together.
+        orientation: EXIF orientation.
+        is_progressive: whether the pixels come in several passes, between which the codec keeps all of them.
     """
 
     format: str
@@ -47,12 +47,12 @@ class ImageHeader:
 
     @property
     def kind(self) -> str:
-        """What images that take the same time for the same size have in common."""
+        """Kind of image: images of one kind and size take the same time to decode."""
         return f"progressive {self.format}" if self.is_progressive else self.format
 
 
 def find_format(data: bytes) -> str | None:
-    """Tell the format by a file's first bytes; None if it is none of those known."""
+    """Return the format by a file's first bytes; None if it is unknown."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
     if data[4:8] == b"ftyp":
@@ -65,10 +65,10 @@ def find_format(data: bytes) -> str | None:
 
 
 def ends_early(what: str) -> InvalidImageError:
-    """Make the error of a file that was cut off; `what` says where."""
+    """Return the error for a file that was cut off; `what` says where."""
     return InvalidImageError(f"the file ends early: {what}")
 
 
 def too_many_blocks(image_format: str) -> InvalidImageError:
-    """Make the error of a file of nothing but blocks."""
+    """Return the error for a file with far too many blocks."""
     return InvalidImageError(f"the {image_format} file has more than {MAX_BLOCKS} blocks beside its pixels")

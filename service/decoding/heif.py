@@ -1,4 +1,4 @@
-"""The size of an AVIF or a HEIC, out of its boxes."""
+"""Reads the size of an AVIF or a HEIC from its boxes."""
 
 import re
 import struct
@@ -9,19 +9,19 @@ from service.decoding.exif import has_odd_orientation
 from service.decoding.headers import MAX_BLOCKS, ImageHeader, ends_early, too_many_blocks
 from service.errors import InvalidImageError
 
-# They come before the pixels; those of a photograph in tiles take some kilobytes.
+# Bytes searched for boxes, which come before the pixels; those of a photograph in tiles take some kilobytes.
 _BOXES_BYTES = 1_000_000
-# Planes of colours of up to two bytes, the picture as bytes, and as a picture.
+# Bytes: colour planes of up to two bytes per value, the decoded picture as bytes, and as a Pillow image.
 _MEMORY_PER_PIXEL = 12
 _EXIF_STARTS = (b"MM\0*", b"II*\0")
-_MAX_EXIFS = 16  # a photograph has one, and by chance one in a hundred has a second
+_MAX_EXIFS = 16  # a photograph has one; one in a hundred has bytes that look like a second
 
 
 def read_heif(data: bytes, image_format: str) -> ImageHeader:
-    """Read how large the largest picture of a file is; tiles and thumbnails have sizes, too.
+    """Read the size of the largest picture of a file; tiles and thumbnails have sizes, too.
 
     Raises:
-        InvalidImageError: no size is there.
+        InvalidImageError: the file has no size, far too many, or an EXIF orientation that is not a single number.
     """
     sizes = [
         struct.unpack_from(">II", data, found.end() + 4)
@@ -35,7 +35,7 @@ def read_heif(data: bytes, image_format: str) -> ImageHeader:
         raise ends_early("it has no pixels")
     if not width or not height:
         raise InvalidImageError(f"the {image_format} does not say what size it has")
-    # The codec reads the EXIF itself, and one orientation of two million fractions for seconds.
+    # The codec reads the EXIF itself, and an orientation of two million fractions takes it seconds.
     exifs = list(islice(_exifs(data), _MAX_EXIFS + 1))
     if len(exifs) > _MAX_EXIFS or any(map(has_odd_orientation, exifs)):
         raise InvalidImageError(f"the {image_format} says in more than one way how its camera was held")
@@ -43,7 +43,7 @@ def read_heif(data: bytes, image_format: str) -> ImageHeader:
 
 
 def _exifs(data: bytes) -> Iterator[memoryview]:
-    """Yield whatever looks like the beginning of EXIF, with all that follows it."""
+    """Yield every position that looks like the start of EXIF, with all bytes after it."""
     for start in _EXIF_STARTS:
         position = data.find(start)
         while position >= 0:

@@ -1,8 +1,8 @@
-"""Untrusted bytes to a checked (3, S, S) uint8 tensor. Codecs enter here alone; runs on worker threads.
+"""Turns untrusted bytes into a checked (3, S, S) uint8 tensor, on worker threads. The only way to the codecs.
 
-What comes out is what `evaluation_transform` makes of the same picture, to within rounding; of large photos, which are
-decoded at a fraction of their size, nearly so. tests/benchmarks/bench_images.py measures both, and
-tests/benchmarks/bench_hostile_images.py what the files cost that are made to be dear.
+The result equals that of `evaluation_transform` on the same picture, to within rounding; large photos are decoded at a
+fraction of their size, and the result is close to it. tests/benchmarks/bench_images.py measures both differences, and
+tests/benchmarks/bench_hostile_images.py the cost of files made to be expensive.
 """
 
 from collections.abc import Callable
@@ -24,25 +24,26 @@ from service.decoding.headers import ImageHeader, find_format
 from service.decoding.heif import read_heif
 from service.errors import ImageTooLargeError, InvalidImageError, UnsupportedMediaError
 
-# A picture is decoded smaller only as long as its shorter side keeps this length and this multiple of the resized one.
-# With less, a model of 32 pixels sees another class in 3 of 100 photos of 500 x 375.
+# Least shorter side to which a picture is scaled down before it is resized, in pixels and as a multiple of the resized
+# side. With less, a model of 32 pixels predicts another class for 3 of 100 photos of 500 x 375.
 LEAST_SIDE_PX = 512
 LEAST_MULTIPLE = 2
 
-# The largest photographs of telephones have 200 million pixels; of a JPEG, only what its scaling leaves is held.
+# Most pixels of a JPEG before scaling; only the scaled picture is in memory. The largest photographs of telephones have
+# 200 million.
 MAX_JPEG_PIXELS = 1 << 28
-# A row takes as long as a hundred pixels: 49.9 million rows of one took 6 s.
+# Longest side. A row takes as long as a hundred pixels: 49.9 million rows of one pixel took 6 s.
 MAX_SIDE_PX = 1_000_000
-# Pixels times passes over them: as many as of the largest image of before at MAX_SCANS.
+# Most pixels times scans of a JPEG: 50 million pixels, the default limit of `max_pixels`, at MAX_SCANS.
 MAX_REFINED_PIXELS = jpeg.MAX_SCANS * 50_000_000
-# More than this at once are brought to RGB and averaged in strips.
+# Larger pictures are converted to RGB and averaged in strips of about this many pixels.
 STRIP_PIXELS = 1 << 22
 
-# interpolate() takes a quarter of Pillow's time where it is vectorised for uint8, and longer than Pillow elsewhere.
+# interpolate() takes a quarter of Pillow's time where it is vectorised for uint8, and more than Pillow elsewhere.
 HAS_FAST_RESIZE = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
-# Nanoseconds a pixel and a byte of the file, as measured on a core of 2.5 GHz; where the machine is another, the
-# decoder learns by how much.
+# Nanoseconds per pixel and per byte of the file, measured on a core of 2.5 GHz. The decoder learns by which factor
+# this machine differs.
 COSTS_NS = {
     "JPEG": (2, 20),
     "progressive JPEG": (12, 40),
@@ -61,13 +62,13 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class OpenedImage:
-    """An image whose header was read and found admissible.
+    """An image whose header was read and accepted.
 
     Attributes:
-        kind: what images that take the same time for the same size have in common.
-        cost_s: what it would take to decode on the machine of COSTS_NS.
-        memory_bytes: that it takes meanwhile, at most.
-        decode: to (3, S, S) uint8; raises an InvalidImageError where the pixels are broken.
+        kind: kind of image; images of one kind and size take the same time to decode.
+        cost_s: time to decode the image on the machine of COSTS_NS.
+        memory_bytes: most memory that decoding takes.
+        decode: decodes the image to (3, S, S) uint8; raises an InvalidImageError if its pixels are broken.
     """
 
     kind: str
@@ -79,7 +80,7 @@ class OpenedImage:
 def decode_image(
     data: bytes, config: SuperViTConfig, max_pixels: int, *, fast_resize: bool = HAS_FAST_RESIZE
 ) -> Tensor:
-    """Open an image and decode it; see both."""
+    """Open an image and decode it; see `open_image` and `OpenedImage.decode`."""
     return open_image(data, config, max_pixels, fast_resize=fast_resize).decode()
 
 
@@ -91,19 +92,19 @@ def open_image(
     *,
     fast_resize: bool = HAS_FAST_RESIZE,
 ) -> OpenedImage:
-    """Read the header of an image. However the bytes are made, that takes some hundredths of a second at most.
+    """Read and check the header of an image. Whatever the bytes, this takes some hundredths of a second at most.
 
     Args:
-        data: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC; of several pictures in it, the first is meant.
-        config: of the model: S and how to crop.
-        max_pixels: most that are decoded; of a JPEG, that is what is left at the fraction at which it is.
-        max_memory_bytes: most memory that it may take; None for no limit.
+        data: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC; of several pictures in a file, the first is decoded.
+        config: configuration of the model: S and the crop.
+        max_pixels: most pixels that are decoded; those of a JPEG are counted after `jpeg_scale`.
+        max_memory_bytes: most memory that decoding may take; None for no limit.
         fast_resize: whether PyTorch resizes; otherwise Pillow does.
 
     Raises:
-        InvalidImageError: the bytes are empty, no such image, or a broken one.
-        ImageTooLargeError: it would take too many pixels, passes or bytes; nothing was decoded.
-        UnsupportedMediaError: it is HEIC, and what decodes that is not installed.
+        InvalidImageError: the bytes are empty, of no known format, or a broken image.
+        ImageTooLargeError: the image has too many pixels, or decoding it would take too much memory.
+        UnsupportedMediaError: the image is HEIC, and its decoder is not installed.
     """
     if not data:
         raise InvalidImageError("the image is empty")
@@ -128,10 +129,10 @@ def open_image(
 
 
 def read_header(data: bytes) -> ImageHeader:
-    """Read what an image's header says.
+    """Read the header of an image of any format.
 
     Raises:
-        ServiceError: as `open_image`.
+        ServiceError: as in `open_image`.
     """
     match find_format(data):
         case "JPEG":
@@ -160,7 +161,7 @@ def read_header(data: bytes) -> ImageHeader:
 
 
 def decoded_size(header: ImageHeader, least_px: int) -> tuple[int, int]:
-    """Return the width and height at which an image is decoded: its own, or of a JPEG a fraction that is enough."""
+    """Return the width and height at which an image is decoded: its own, or those of a JPEG after `jpeg_scale`."""
     if header.format != "JPEG":
         return header.width, header.height
     scale = jpeg_scale(header, least_px)
@@ -168,10 +169,10 @@ def decoded_size(header: ImageHeader, least_px: int) -> tuple[int, int]:
 
 
 def check_size(header: ImageHeader, decoded_pixels: int, max_pixels: int) -> None:
-    """Tell whether an image's header announces more than is decoded.
+    """Check that the size in an image's header is within the limits.
 
     Raises:
-        ImageTooLargeError: it does.
+        ImageTooLargeError: the image has too many pixels, or too long a side.
     """
     pixels, size = header.width * header.height, f"the image has {header.width} x {header.height} pixels"
     if decoded_pixels > max_pixels:
@@ -185,11 +186,11 @@ def check_size(header: ImageHeader, decoded_pixels: int, max_pixels: int) -> Non
 
 
 def check_scans(header: ImageHeader) -> None:
-    """Tell whether a JPEG goes over its pixels more often than is decoded; it takes a look at all of its bytes.
+    """Check that a JPEG has no more scans than are decoded; searches all of its bytes.
 
     Raises:
-        InvalidImageError: more often than any should.
-        ImageTooLargeError: more often than one of its size may.
+        InvalidImageError: the JPEG has more than MAX_SCANS scans.
+        ImageTooLargeError: the JPEG has more scans than are decoded at its size.
     """
     most = MAX_REFINED_PIXELS // (header.width * header.height)
     if not jpeg.has_more_scans(header.data, min(most, jpeg.MAX_SCANS)):
@@ -219,17 +220,17 @@ def _decode(header: ImageHeader, config: SuperViTConfig, least_px: int, *, fast_
 
 
 def _shrink(image: Image.Image, least_px: int) -> tuple[Image.Image, int]:
-    """Bring a picture to RGB, cut to MAX_ASPECT_RATIO, a large one averaged to a fraction of its size.
+    """Convert a picture to RGB, cut it to MAX_ASPECT_RATIO, and average a large one to a fraction of its size.
 
     Returns:
-        The picture, and by how much it is smaller than the image: a factor on both sides, by which the last row or
-        column of pixels is maybe the average of fewer.
+        The picture, and the factor by which both of its sides are smaller than the image's. The last row or column may
+        be the average of fewer pixels.
     """
     factor = max(1, min(image.size) // least_px)
     image = limit_aspect_ratio(image) if factor == 1 else image
     if image.width * image.height <= STRIP_PIXELS:
         return (flatten(image).reduce(factor) if factor > 1 else flatten(image)), factor
-    # In strips, or as RGB it would take four times the memory that it takes as grey.
+    # In strips: as a whole, a grey picture would take four times its memory as RGB.
     rows = max(1, STRIP_PIXELS // image.width // factor) * factor
     picture = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
     for top in range(0, image.height, rows):
@@ -239,21 +240,21 @@ def _shrink(image: Image.Image, least_px: int) -> tuple[Image.Image, int]:
 
 
 def _resize(picture: Image.Image, width: float, height: float, shorter: int, mode: Interpolation) -> Pixels:
-    """Resize the shorter side to a length, with antialiasing.
+    """Resize a picture with antialiasing, so that the shorter side gets a given length.
 
     Args:
         picture: RGB.
-        width: of the whole image, in pixels of the picture: a fraction where the last column of pixels is a part of
-            one, and more than the picture has where that was too long and was cut.
+        width: width of the whole image, in pixels of the picture. It is fractional where the last column covers only a
+            part of a pixel, and larger than the picture's where the picture was cut to MAX_ASPECT_RATIO.
         height: likewise.
-        shorter: the length, in pixels.
-        mode: by what the pixels between are found.
+        shorter: length of the resized shorter side, in pixels.
+        mode: interpolation.
 
     Returns:
         (height, width, 3).
     """
     pixels: Pixels = np.array(picture)
-    # A billionth more, here and below, keeps what should be whole from being rounded down.
+    # A billionth more, here and below, keeps whole numbers from being rounded down.
     rows, columns = (int(shorter * length / min(width, height) + 1e-9) for length in (height, width))
     if (columns, rows) == picture.size:
         return pixels
@@ -268,5 +269,5 @@ def _crop(pixels: Pixels, turn: Image.Transpose | None, side: int) -> Tensor:
     if turn is not None:
         pixels = np.asarray(Image.fromarray(pixels).transpose(turn))
     top, left = (round((length - side) / 2) for length in pixels.shape[:2])
-    # NumPy copies in this thread; PyTorch would call in OpenMP threads that the engine needs.
+    # NumPy copies in this thread; PyTorch would use OpenMP threads that the engine needs.
     return torch.from_numpy(pixels[top : top + side, left : left + side].transpose(2, 0, 1).copy())

@@ -1,4 +1,4 @@
-"""The chunks of a PNG: its size, and the file without what carries no pixels, whatever is wrong in there."""
+"""The chunks of a PNG: its size, and the file without the chunks that carry no pixels, which may be broken."""
 
 import struct
 import zlib
@@ -16,7 +16,7 @@ def read_png(data: bytes) -> ImageHeader:
     """Read a PNG's first chunk.
 
     Raises:
-        InvalidImageError: it is cut off, or says what no PNG can say.
+        InvalidImageError: the chunk is cut off or invalid.
     """
     if len(data) < 33:
         raise ends_early("it has no pixels")
@@ -31,10 +31,10 @@ def read_png(data: bytes) -> ImageHeader:
 
 
 def without_metadata(data: bytes) -> tuple[bytes, int]:
-    """Leave of a PNG the chunks that its pixels need, each checked; returns the file and its EXIF's orientation.
+    """Strip a PNG to the chunks that its pixels need, and check them; return the file and its EXIF orientation.
 
-    Chunks that carry no pixels are not looked into, and their checksums not looked at. Of an animation, what is left
-    is its first picture.
+    The checksums of all other chunks are ignored, and so are their contents except for the orientation. Of an
+    animation, its first picture is left.
 
     Raises:
         InvalidImageError: a chunk that carries pixels is broken or cut off, or there are far too many chunks.
@@ -42,7 +42,7 @@ def without_metadata(data: bytes) -> tuple[bytes, int]:
     view, position = memoryview(data), _SIGNATURE_BYTES
     parts, orientation = [view[:position]], UPRIGHT
     for _ in range(MAX_BLOCKS):
-        if position + 8 > len(data):  # some have no end, and all of their pixels nevertheless
+        if position + 8 > len(data):  # some files have all of their pixels but no IEND
             break
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
@@ -50,7 +50,7 @@ def without_metadata(data: bytes) -> tuple[bytes, int]:
             break
         if kind in (b"IHDR", b"PLTE", b"IDAT"):
             if end > len(data):
-                parts.append(view[position:])  # as many rows as there are, by which to tell how many are missing
+                parts.append(view[position:])  # the error says how many of the rows are there
                 break
             _check(data, position, length)
             parts.append(view[position:end])

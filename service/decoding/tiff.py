@@ -1,4 +1,4 @@
-"""The first page of a TIFF: its size, and a file of that page alone, with the tags that its pixels need."""
+"""The first page of a TIFF: its size, and a file of only that page, with the tags that its pixels need."""
 
 import struct
 
@@ -8,21 +8,21 @@ from service.errors import InvalidImageError
 
 _WIDTH, _HEIGHT, _BITS, _SAMPLES = 256, 257, 258, 277
 _INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # by type
-# Of the TIFF 6.0 and its supplements, what says where the pixels are and what they mean.
+# The tags of TIFF 6.0 and its supplements that say where the pixels are and what they mean.
 _NEEDED = {
     *(_WIDTH, _HEIGHT, _BITS, _SAMPLES),
     *(259, 262, 266, 273, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 338, 339, 347, 529, 530, 532),
     ORIENTATION,
 }
-_LISTS = {273, 279, 324, 325, 347}  # where the pixels are, and tables
-_MAX_VALUES = 4096  # of any other; a table of colours has 768
+_LISTS = {273, 279, 324, 325, 347}  # offsets and byte counts of strips and tiles, and JPEG tables
+_MAX_VALUES = 4096  # of any other tag; a colour map has 768
 
 
 def read_tiff(data: bytes) -> ImageHeader:
     """Read the directory of a TIFF's first page.
 
     Raises:
-        InvalidImageError: there is none, or it is of no use.
+        InvalidImageError: there is no directory, it has no size, or one of its tags has too many values.
     """
     order, is_big = "<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+")
     head, number, entry_form, value_bytes = (16, "Q", "HHQ", 8) if is_big else (8, "H", "HHI", 4)
@@ -49,5 +49,5 @@ def read_tiff(data: bytes) -> ImageHeader:
     directory = struct.pack(order + number, len(entries)) + b"".join(entries[tag] for tag in sorted(entries))
     padded = data + bytes(-len(data) % 8)
     page = padded[: head - value_bytes] + struct.pack(order + ("Q" if is_big else "I"), len(padded)) + padded[head:]
-    # libtiff holds a strip or a tile, which may be all of it.
+    # 8 bytes per pixel: libtiff also holds a strip or a tile, which may be the whole picture.
     return ImageHeader("TIFF", width, height, page + directory + bytes(value_bytes), 8)

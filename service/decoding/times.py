@@ -1,4 +1,4 @@
-"""How long images take to decode: what their headers let expect, and how far off that has been of late, by kind."""
+"""Decode times of images: the cost estimated from the header, times a factor learned for each kind."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,22 +10,26 @@ MAX_FACTOR = 100.0
 
 @dataclass(slots=True)
 class DecodeTimes:
-    """Learns a factor for each kind of image. Without news it fades to 1, or what is never tried would never better."""
+    """Learns a factor for each kind of image.
+
+    A factor decays to 1 without new observations: otherwise a kind that is never decoded because it seems slow would
+    seem slow forever.
+    """
 
     _learned: dict[str, tuple[float, float]] = field(default_factory=dict)  # factor, and when it was learned
 
     def expected_s(self, kind: str, cost_s: float, now: float) -> float:
-        """Return how long an image will probably take.
+        """Return the expected time to decode an image.
 
         Args:
-            kind: what it is.
-            cost_s: what its header lets expect.
-            now: the instant.
+            kind: kind of the image.
+            cost_s: cost estimated from the header.
+            now: the current instant.
         """
         return cost_s * self._factor(kind, now)
 
     def observe(self, kind: str, cost_s: float, seconds: float, now: float) -> None:
-        """Learn from an image that took so long; a clock may be too coarse to see any of it."""
+        """Learn from the time that an image took; it may be 0 where the clock is coarse."""
         factor, _ = self._learned.get(kind, (1.0, now))
         self._learned[kind] = factor + GAIN * (min(seconds / cost_s, MAX_FACTOR) - factor), now
 

@@ -1,4 +1,4 @@
-"""The chunks of a WebP: its size, its orientation, and of an animation the first frame as a picture of its own."""
+"""The chunks of a WebP: its size, its orientation, and the first frame of an animation as a still picture."""
 
 import struct
 from collections.abc import Iterator
@@ -8,15 +8,15 @@ from service.decoding.headers import MAX_BLOCKS, ImageHeader, ends_early, too_ma
 from service.errors import InvalidImageError
 
 _HAS_ALPHA = 0x10
-# The decoded picture as bytes and as a picture; of a lossless one, libwebp keeps another.
+# Per pixel: the decoded picture as bytes and as a Pillow image; of a lossless one, libwebp keeps another copy.
 _LOSSY_BYTES, _LOSSLESS_BYTES = 8, 12
 
 
 def read_webp(data: bytes) -> ImageHeader:
-    """Read a WebP's chunks; its frame's own header is within the codec's.
+    """Read a WebP's chunks up to its end: size, orientation and first picture.
 
     Raises:
-        InvalidImageError: it has no picture or no size, or far too many chunks.
+        InvalidImageError: the WebP has no picture or no size, or far too many chunks.
     """
     size, picture, orientation, frame = None, None, UPRIGHT, False
     for kind, start, end in _chunks(data, 12, len(data)):
@@ -32,7 +32,7 @@ def read_webp(data: bytes) -> ImageHeader:
                 orientation = read_orientation(body.removeprefix(b"Exif\0\0"))
     if picture is None:
         raise ends_early("it has no pixels")
-    if frame:  # its own, which may be a part of the canvas
+    if frame:  # the size of the frame, which may be smaller than the canvas
         size = _size_of_still(picture)
     if size is None or not min(size):
         raise InvalidImageError("the WebP does not say what size it has")
@@ -51,7 +51,7 @@ def _chunks(data: bytes, position: int, limit: int) -> Iterator[tuple[bytes, int
 
 
 def _still(frame: bytes, width: int, height: int) -> bytes:
-    """Make a file of a frame."""
+    """Make a WebP file of an animation's frame."""
     header = struct.pack("<I", _HAS_ALPHA) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     body = b"WEBPVP8X" + struct.pack("<I", len(header)) + header + frame
     return b"RIFF" + struct.pack("<I", len(body)) + body

@@ -1,1 +1,1 @@
-"""What runs a batch on a device, and what that takes here."""
+"""Engines that run batches on a device, and how long a batch takes on this machine."""

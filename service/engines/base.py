@@ -1,4 +1,4 @@
-"""What an engine is: it owns the device and the weights, and runs one batch at a time."""
+"""The protocol of an engine: it owns the device and the weights, and runs one batch at a time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from torch import Tensor
 
 from models.subnetwork import SubNetwork
 
-# (B, 3, S, S) uint8 images and what to run to (B, classes) float32 logits, both on the CPU.
+# Maps (B, 3, S, S) uint8 images and the sub-network to run to (B, classes) float32 logits, both on the CPU.
 Run = Callable[[Tensor, SubNetwork], Tensor]
-# What makes later batches of a sub-network and a size fast.
+# Does what makes later batches of a sub-network and a batch size fast.
 Prepare = Callable[[SubNetwork, int], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """What an engine holds of CUDA graphs.
+    """The CUDA graphs that an engine holds.
 
     Attributes:
-        num_graphs: how many.
-        held_bytes: memory of the GPU that they take.
+        num_graphs: number of graphs.
+        held_bytes: GPU memory that they take.
     """
 
     num_graphs: int
@@ -28,11 +28,11 @@ class Captured:
 
 
 class Engine(Protocol):
-    """What runs batches; called from one thread at a time.
+    """Runs batches; called from one thread at a time.
 
     Attributes:
-        is_on_gpu: whether a GPU computes, so that what others do on the CPUs slows no batch down.
-        pads_batches: whether a batch of a size that was not prepared takes as long as one of the next size that was.
+        is_on_gpu: whether a GPU computes, so that others' load on the CPUs slows no batch down.
+        pads_batches: whether a batch of an unprepared size takes as long as one of the next prepared size.
     """
 
     is_on_gpu: bool
@@ -55,13 +55,13 @@ class Engine(Protocol):
         ...
 
     def captured(self) -> Captured | None:
-        """Tell what is held of CUDA graphs; None for an engine that has none."""
+        """Return how many CUDA graphs are held; None for an engine without CUDA graphs."""
         ...
 
     def fitting_images(self) -> int | None:
-        """Tell how many images the memory that is free now holds in one batch; None where memory is no bound."""
+        """Return how many images in one batch fit into the memory that is free now; None where memory is no limit."""
         ...
 
     def describe(self) -> str:
-        """Name library, device, precision and threads: what latency depends on, and the same at every start."""
+        """Return library, device, precision and threads: what latency depends on, and the same at every start."""
         ...

@@ -1,7 +1,7 @@
 """Runs batches as CUDA graphs: a whole forward pass is launched at once instead of kernel by kernel.
 
-A graph is of one sub-network and one batch size; a smaller batch runs in its first rows. What is captured, and when, is
-told by others; running a batch captures nothing. Only `CudaDevice` touches CUDA.
+A graph belongs to one sub-network and one batch size; a smaller batch runs in its first rows. Callers decide what is
+captured, and when; running a batch captures nothing. Only `CudaDevice` touches CUDA.
 """
 
 import logging
@@ -18,54 +18,54 @@ from service.engines.base import Captured
 
 logger = logging.getLogger(__name__)
 
-# (B, 3, S, S) uint8 images and what to run to (B, classes) float32 logits, both on the device.
+# Maps (B, 3, S, S) uint8 images and the sub-network to run to (B, classes) float32 logits, both on the device.
 Forward = Callable[[Tensor, SubNetwork], Tensor]
 
-MEMORY_SHARE = 0.1  # of the GPU, for graphs; the rest is for weights, batches that are none, and others
-WARM_UPS = 3  # as torch's make_graphed_callables: libraries choose their kernels and take their workspaces
+MEMORY_SHARE = 0.1  # of the GPU's memory, for graphs; the rest is for weights, batches without a graph, and others
+WARM_UPS = 3  # as in torch's make_graphed_callables: libraries choose their kernels and allocate their workspaces
 
 
 class Graph(Protocol):
     """A captured forward pass.
 
     Attributes:
-        logits: (B, classes) float32 on the device; a replay writes them anew.
-        held_bytes: memory of the device that it takes.
+        logits: (B, classes) float32 on the device; each replay overwrites them.
+        held_bytes: device memory that the graph takes.
     """
 
     logits: Tensor
     held_bytes: int
 
     def replay(self) -> None:
-        """Launch it, behind all that was asked of the device before."""
+        """Launch the graph, after all work that the device was given before."""
         ...
 
 
 class GraphDevice(Protocol):
-    """What captures.
+    """A device that captures graphs.
 
     Attributes:
-        total_bytes: its memory.
+        total_bytes: memory of the device.
     """
 
     total_bytes: int
 
     def buffers(self, batch_size: int, image_side: int) -> tuple[Tensor, Tensor]:
-        """Make room for (B, 3, S, S) uint8 images on the host, where copies from it are fast, and on the device."""
+        """Allocate (B, 3, S, S) uint8 buffers on the host, from which copies are fast, and on the device."""
         ...
 
     def capture(self, forward: Callable[[], Tensor]) -> Graph:
-        """Capture what returns logits.
+        """Capture a forward pass that returns logits.
 
         Raises:
-            RuntimeError: it cannot be captured, or memory is short.
+            RuntimeError: the forward pass cannot be captured, or memory is short.
         """
         ...
 
 
 @dataclass(slots=True)
 class _CudaGraph:
-    """The parts of a graph."""
+    """The parts of a captured graph."""
 
     logits: Tensor
     held_bytes: int
@@ -73,31 +73,32 @@ class _CudaGraph:
 
 
 class GraphCache:
-    """The graphs of a network; each that is captured stays, so that what was measured of it stays true."""
+    """The graphs of a network; a captured graph is never dropped, so that its measured latency stays true."""
 
     def __init__(self, forward: Forward, image_side: int, device: GraphDevice) -> None:
-        """Capture nothing yet.
+        """Create an empty cache.
 
         Args:
-            forward: to capture; it must neither wait for the device nor make tensors of numbers.
+            forward: the forward pass to capture; it must neither wait for the device nor make tensors of numbers.
             image_side: S, in pixels.
-            device: captures.
+            device: captures the graphs.
         """
         self._forward, self._image_side, self._device = forward, image_side, device
         self._graphs: defaultdict[SubNetwork, dict[int, Graph]] = defaultdict(dict)
-        # For all graphs of a batch size, as no two run at once: each run ends with its logits on the host. That is also
-        # why copies need no second buffer and no stream of their own: there is nothing that they could overlap with.
+        # Shared by all graphs of a batch size, as no two run at once: each run ends with its logits on the host. That
+        # is also why copies need no second buffer and no stream of their own: there is nothing that they could overlap
+        # with.
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._captured = Captured(0, 0)
         self._is_closed = False
 
     @property
     def captured(self) -> Captured:
-        """How much there is."""
+        """The number of captured graphs and their memory."""
         return self._captured
 
     def prepare(self, subnetwork: SubNetwork, batch_size: int) -> None:
-        """Capture batches of a size, unless they are; nothing once a capture has failed or memory is spent."""
+        """Capture batches of a size, unless they are captured already, a capture has failed or memory is spent."""
         if self._is_closed or batch_size in self._graphs[subnetwork]:
             return
         try:
@@ -105,7 +106,7 @@ class GraphCache:
                 self._buffers[batch_size] = self._device.buffers(batch_size, self._image_side)
             _, images = self._buffers[batch_size]
             graph = self._device.capture(lambda: self._forward(images, subnetwork))
-        except RuntimeError:  # torch's, whatever the reason; an allocator that failed in a capture captures no more
+        except RuntimeError:  # torch's, for any reason; an allocator that failed in a capture captures no more
             logger.warning("batches that are not captured yet run without CUDA graphs", exc_info=True)
             self._is_closed = True
             return
@@ -119,61 +120,61 @@ class GraphCache:
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor | None:
         """Map (B, 3, S, S) uint8 images to (B, classes) float32 logits, both on the host, by the smallest graph.
 
-        None where there is no graph of less than twice their number: not half of a batch is computed in vain.
+        Return None where no graph fits of less than twice the number of images: less than half of a batch is wasted.
         """
         count = len(images)
         size = min((size for size in self._graphs[subnetwork] if count <= size < 2 * count), default=None)
         if size is None:
             return None
         staging, static = self._buffers[size]
-        staging[:count].copy_(images)  # the rows behind hold an earlier batch, whose logits nothing reads
+        staging[:count].copy_(images)  # the other rows hold an earlier batch, whose logits nothing reads
         static.copy_(staging, non_blocking=True)
         graph = self._graphs[subnetwork][size]
         graph.replay()
-        return graph.logits[:count].to("cpu", copy=True)  # waits for all of it
+        return graph.logits[:count].to("cpu", copy=True)  # waits for the replay
 
 
 class CudaDevice:
-    """A GPU that captures; one thread at a time, while no other of this process gives it work."""
+    """A GPU that captures graphs; for one thread at a time, while no other thread of this process gives it work."""
 
     def __init__(self, device: torch.device) -> None:
-        """Take a GPU."""
+        """Create for a GPU."""
         self._device = device
         self.total_bytes = torch.cuda.get_device_properties(device).total_memory
-        # Intermediate values of one graph lie where those of others do. That is safe in any order, because nothing but
-        # the logits outlives a replay, and these are read before the next.
+        # All graphs share the memory of intermediate values. That is safe in any order of replays, because nothing but
+        # the logits outlives a replay, and they are read before the next one.
         self._pool = torch.cuda.graph_pool_handle()
-        # One for all, or they would not share memory.
+        # One stream for all graphs, or they would not share memory.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's
 
     def buffers(self, batch_size: int, image_side: int) -> tuple[Tensor, Tensor]:
-        """Make (B, 3, S, S) uint8 in pinned memory, and on the GPU."""
+        """Allocate (B, 3, S, S) uint8 buffers in pinned memory and on the GPU."""
         shape = batch_size, 3, image_side, image_side
-        with torch.cuda.device(self._device):  # or the first GPU would get a context to pin memory in
+        with torch.cuda.device(self._device):  # or pinning would create a context on the first GPU
             pinned = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
         return pinned, torch.zeros(shape, dtype=torch.uint8, device=self._device)
 
     def capture(self, forward: Callable[[], Tensor]) -> Graph:
-        """Warm up, capture, and replay once, which puts the graph itself on the GPU.
+        """Warm up, capture, and replay once, which uploads the graph itself to the GPU.
 
         Raises:
-            RuntimeError: it cannot be captured, or memory is short.
+            RuntimeError: the forward pass cannot be captured, or memory is short.
         """
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        # Entered here as well as by `graph`, which leaves its stream set where a capture fails.
+        # Entered here as well as by `torch.cuda.graph`, which leaves its stream set if a capture fails.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 forward()
             graph = torch.cuda.CUDAGraph()
             free_bytes = self._free_bytes()
-            # What another thread asks of CUDA meanwhile should not spoil the capture.
+            # CUDA calls of other threads during the capture must not invalidate it.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 logits = forward()
             graph.replay()
             return _CudaGraph(logits, max(0, free_bytes - self._free_bytes()), graph.replay)
 
     def _free_bytes(self) -> int:
-        """Tell what is free for everyone: beside torch's own memory, the driver keeps some for each graph."""
+        """Return what is free for everyone: besides torch's own memory, the driver keeps some for each graph."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]

@@ -1,4 +1,4 @@
-"""Which engine serves a model on a device, in which precision, and with how many threads."""
+"""Chooses the engine that serves a model on a device, its precision and its number of threads."""
 
 import logging
 import math
@@ -35,22 +35,23 @@ def open_engine(
     threads: int,
     capabilities: Mapping[str, object] | None = None,
 ) -> tuple[Engine, Checkpoint]:
-    """Build the engine that was asked for, and say what it serves.
+    """Build the requested engine, and return it with the checkpoint as it is served.
 
     Args:
-        checkpoint: whose model to run.
-        kind: which.
-        device: as of `make_engine`.
-        precision: by default 8 bits where the checkpoint is prepared for them and OpenVINO serves it on a CPU that
-            gains by them, but for sub-networks that lose more than TOLERATED_LOSS; else what the engine is fastest in.
-        threads: of the engine, on a CPU.
-        capabilities: of the CPU, as torch names them; by default what torch says.
+        checkpoint: the checkpoint whose model runs.
+        kind: kind of engine.
+        device: as in `make_engine`.
+        precision: "auto" is 8 bits where the checkpoint is prepared for them and OpenVINO serves it on a CPU that gains
+            from them, except for sub-networks that lose more than TOLERATED_LOSS; elsewhere the engine's fastest
+            precision.
+        threads: number of threads of the engine, on a CPU.
+        capabilities: CPU capabilities under torch's names; by default what torch reports.
 
     Returns:
-        the engine, and the checkpoint with the profile of what is served.
+        The engine, and the checkpoint with the profile of what is served.
 
     Raises:
-        DeviceError: there is no such device here, or neither it nor the engine can do what was asked for.
+        DeviceError: there is no such device here, or the device or the engine cannot do what was asked for.
     """
     if precision != "auto" and precision != "int8":
         return make_engine(kind, checkpoint.model, device, threads, precision), checkpoint
@@ -72,10 +73,10 @@ def open_engine(
 def int8_engine(
     model: SuperViT, ranges: Sequence[BlockRanges], threads: int, in_floating_point: Collection[SubNetwork] = ()
 ) -> OpenVINOEngine:
-    """Build the engine that computes products in 8 bits, but for some sub-networks.
+    """Build the engine that computes products in 8 bits, except for the sub-networks `in_floating_point`.
 
     Raises:
-        DeviceError: this CPU has no instructions for it, or OpenVINO cannot run the model.
+        DeviceError: this CPU has no instructions for products in 8 bits, or OpenVINO cannot run the model.
     """
     products = integer_products(ranges, cpu_capabilities())
     if products is None:
@@ -89,14 +90,14 @@ def make_engine(kind: Kind, model: SuperViT, device: str, threads: int, precisio
     """Build an engine in floating point: by default OpenVINO on a CPU and PyTorch on a GPU.
 
     Args:
-        kind: which.
+        kind: kind of engine.
         model: in eval mode, on the CPU.
         device: a torch device, or "auto" for the first GPU where there is one.
-        threads: of the engine, on a CPU.
-        precision: by default the one in which the engine is fastest there.
+        threads: number of threads of the engine, on a CPU.
+        precision: by default the engine's fastest on that device.
 
     Raises:
-        DeviceError: there is no such device here, the engine cannot use it, or it has no such precision.
+        DeviceError: there is no such device here, the engine cannot use it, or the device lacks the precision.
     """
     is_cpu = resolve_device(device).type == "cpu"
     if kind == "openvino" and not is_cpu:
@@ -111,10 +112,10 @@ def make_engine(kind: Kind, model: SuperViT, device: str, threads: int, precisio
 
 
 def engine_threads(checkpoint: Checkpoint, cores: float) -> int:
-    """Choose how many threads the engine gets by default: one for each core that this process may use.
+    """Return the default number of threads of the engine: one for each core that this process may use.
 
-    A model so small that HTTP takes more of a request than inference does leaves one core to HTTP. On two cores the
-    small checkpoint then answered 85 % in time at a load at which it had answered 63 %, one run of 6 s each.
+    For a model so small that HTTP takes more of a request than inference does, one core is left to HTTP. On two cores
+    the small checkpoint then answered 85 % in time at a load at which it had answered 63 %, one run of 6 s each.
     """
     whole = math.ceil(cores)
     largest = checkpoint.profile.by_subnetwork[checkpoint.config.largest]
@@ -127,7 +128,7 @@ def _is_openvino(kind: Kind, model: SuperViT, device: str) -> bool:
 
 
 def _problem_of_int8(checkpoint: Checkpoint, kind: Kind, device: str, capabilities: Mapping[str, object]) -> str | None:
-    """Say why a checkpoint cannot be served in 8 bits; None where it can."""
+    """Return why a checkpoint cannot be served in 8 bits; None where it can."""
     if resolve_device(device).type != "cpu" or not _is_openvino(kind, checkpoint.model, device):
         return "it takes the OpenVINO engine on a CPU"
     if checkpoint.int8 is None:

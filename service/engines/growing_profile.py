@@ -1,9 +1,9 @@
-"""A profile of this machine that is used while it is measured: the cells not measured yet are estimated.
+"""A latency profile of this machine that is used while it is measured: the cells not measured yet are estimated.
 
-Untrained keep rates stay estimates, from those on both sides, unless an earlier run or requests' batches say more
-before the others are measured: there are three times as many of them, and for each shape of batch a library keeps
-megabytes. One thread changes the profile, the engine's. What was measured is never forgotten; when to measure is for
-others to decide.
+Untrained keep rates are estimated from those on both sides, unless an earlier run or batches of requests measure them
+before the trained ones are all measured: there are three times as many untrained ones, and a library keeps megabytes
+for each batch shape. Only the engine's thread changes the profile. Measured figures are never dropped. Callers decide
+when to measure.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,21 +17,21 @@ from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from service.engines.profiler import MIN_RUNS, MIN_SLOW_RUNS, SLOW_S, Figures, cells_of, middle_of
 
-# What a batch of a request's says of its cell, where a run of an engine that does nothing else says 1: the machine was
+# Weight of a batch of requests as a run of its cell, where a run of an otherwise idle engine counts 1: the machine was
 # busy with requests, and how much slower that made it is known from other batches only.
 SERVED_WORTH = 0.5
-KNOWN = 0.3  # of what makes a cell measured: one run of three
+KNOWN = 0.3  # share of a cell's measurement above which its figure is used: one run of three
 
 
 @dataclass(slots=True)
 class _Runs:
-    """Of one cell.
+    """The runs of one cell.
 
     Attributes:
-        seconds: of the runs that count.
-        worth: runs that they are worth.
-        has_run: whether its shape is known to the engine.
-        spread: that was kept with its figure; None where it was measured now.
+        seconds: seconds of each run that counts.
+        worth: sum of the weights of these runs.
+        has_run: whether the engine has run this shape before.
+        spread: the spread that was stored with the figure; None where the cell is measured by this process.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -41,14 +41,14 @@ class _Runs:
 
     @property
     def done(self) -> float:
-        """How much of the measurement is done; it is once this is 1 or more."""
+        """Share of the measurement that is done; 1 or more once it is complete."""
         if self.spread is not None:
             return 1.0
         return self.worth / (MIN_SLOW_RUNS if self.seconds and min(self.seconds) >= SLOW_S else MIN_RUNS)
 
     @property
     def is_measured(self) -> bool:
-        """Whether all of it is done."""
+        """Whether the measurement is complete."""
         return self.done >= 1
 
 
@@ -57,9 +57,9 @@ class Prediction:
     """The latencies to plan with.
 
     Attributes:
-        likely: measured, or else estimated.
-        cautious: the same, with the error of an estimate on top of it.
-        error: that of the estimates, as a fraction of them.
+        likely: measured latencies, and estimates of the others.
+        cautious: the same, with the error added to each estimate.
+        error: error of the estimates, as a fraction of them.
     """
 
     likely: LatencyTable
@@ -68,7 +68,7 @@ class Prediction:
 
 
 class GrowingProfile:
-    """What is known of every sub-network at every batch size."""
+    """The latencies of every sub-network at every batch size, as far as they are known."""
 
     def __init__(
         self,
@@ -78,13 +78,13 @@ class GrowingProfile:
         *,
         is_padded: bool = False,
     ) -> None:
-        """Begin with what was kept, which may be nothing.
+        """Create a profile that starts with stored figures.
 
         Args:
             profiles: the sub-networks and their cost.
             batch_sizes: ascending from 1.
-            kept: of a part of them, or of all.
-            is_padded: as of a LatencyTable.
+            kept: stored figures of some or all of the cells; None for none.
+            is_padded: as in LatencyTable.
         """
         self.batch_sizes, self._is_padded = batch_sizes, is_padded
         self._work = {row.subnetwork: row.work for row in profiles.rows}
@@ -99,7 +99,7 @@ class GrowingProfile:
 
     @property
     def measured_share(self) -> float:
-        """How much of what is to be measured is, 0..1, a run of a cell counting as a part of it."""
+        """Share of the cells to measure that is measured, 0..1; each run counts as a part of its cell."""
         return 1.0 - sum(1.0 - self._runs[cell].done for cell in self._left) / self._num_due
 
     @property
@@ -109,12 +109,12 @@ class GrowingProfile:
 
     @property
     def began_at(self) -> datetime:
-        """When the first of its figures was measured."""
+        """When measuring began: of the figures that the profile started with, or else now."""
         return self._began_at
 
     @property
     def figures(self) -> Figures:
-        """What is worth keeping: the cells that are measured."""
+        """The figures worth storing: those of the measured cells."""
         seconds, spread = {}, {}
         for cell, runs in self._runs.items():
             if runs.is_measured:
@@ -123,21 +123,22 @@ class GrowingProfile:
         return Figures(seconds, spread, self._began_at)
 
     def merge(self, kept: Figures) -> None:
-        """Take over what was measured in an earlier start or by another process, where nothing is measured here."""
+        """Take over figures of an earlier start or of another process, for cells that are not measured here."""
         for cell, seconds in kept.seconds.items():
             if cell in self._runs and not self._runs[cell].is_measured:
                 self._runs[cell] = _Runs([seconds], MIN_RUNS, True, kept.spread[cell])
                 self._left.pop(cell, None)
 
     def seconds(self, cell: Cell) -> float | None:
-        """Return what a measured cell takes; None for one that is not measured, or no cell."""
+        """Return the seconds of a measured cell; None for any other."""
         runs = self._runs.get(cell)
         return middle_of(runs.seconds)[0] if runs is not None and runs.is_measured else None
 
     def record(self, cell: Cell, seconds: float, worth: float = 1.0) -> bool:
-        """Count a run, as so much of one; nothing where it is no cell, or measured. Returns whether it counts.
+        """Record a run of a cell with a weight, and return whether it counts.
 
-        The first of a shape, for which a library prepares itself, does not unless it is slow.
+        Runs of unknown or measured cells do not count. The first run of a shape, in which a library does first-time
+        work, does not count unless it is slow.
         """
         runs = self._runs.get(cell)
         if runs is None or runs.is_measured:
@@ -152,23 +153,23 @@ class GrowingProfile:
         return counts
 
     def expected_s(self, cell: Cell) -> float:
-        """Tell what a cell takes, measured or estimated from those measured so far; 0 where there are none."""
+        """Estimate the seconds of a cell from the cells that are known so far; 0 where there are none."""
         known = self._known()
         return LatencyEstimate(known, self._work).seconds([cell])[0] if known else 0.0
 
     def row_s(self, cell: Cell) -> float:
-        """Tell what a batch of any size will take, as last predicted."""
+        """Return the seconds of a batch of any size, as last predicted by `predict`."""
         subnetwork, batch_size = cell
         return self._likely.row(subnetwork)[batch_size - 1]
 
     def due(self, fits: Callable[[Cell, float], bool]) -> tuple[Cell, float] | None:
-        """Choose what to run next, round by round, cheap batches before dear ones.
+        """Choose the cell to run next, round by round, cheap batches before expensive ones.
 
         Args:
-            fits: whether there is room for a cell, and time for the seconds that it will take.
+            fits: takes a cell and its expected seconds, and returns whether there are room and time for it.
 
         Returns:
-            The cell and the seconds that it will take; None where nothing is left that fits.
+            The cell and its expected seconds; None where no cell is left that fits.
         """
         expected_s = self._expected_s
         left = [cell for cell in self._left if fits(cell, expected_s[cell])]
@@ -178,10 +179,10 @@ class GrowingProfile:
         return due, expected_s[due]
 
     def predict(self) -> Prediction:
-        """Arrange what is measured, and estimates of all else, for those who plan; `due` goes by the same.
+        """Return the measured latencies and estimates of all others; `due` and `row_s` use these from then on.
 
         Raises:
-            ValueError: nothing at all is measured.
+            ValueError: no cell is known.
         """
         known = self._known()
         if not known:
@@ -194,7 +195,7 @@ class GrowingProfile:
         return Prediction(self._likely, self._table(cautious), estimate.error)
 
     def _known(self) -> dict[Cell, float]:
-        """Return the figures of the cells that have run at all."""
+        """Return the figures of the cells of whose measurement more than KNOWN is done."""
         return {cell: middle_of(runs.seconds)[0] for cell, runs in self._runs.items() if runs.done > KNOWN}
 
     def _table(self, seconds: Mapping[Cell, float]) -> LatencyTable:
@@ -203,15 +204,15 @@ class GrowingProfile:
 
 
 def untimed_shapes(subnetworks: Sequence[SubNetwork], batch_sizes: tuple[int, ...]) -> list[Cell]:
-    """Name the batches of sizes between those that are measured, which a library must prepare itself for, too."""
+    """Return the cells of sizes between the measured ones, for which a library must do first-time work as well."""
     between = [size for size in range(1, batch_sizes[-1]) if size not in batch_sizes]
     return [(subnetwork, size) for size in between for subnetwork in subnetworks]
 
 
 def first_cells(profiles: ProfileTable, batch_sizes: tuple[int, ...]) -> list[Cell]:
-    """Name the cells from which the others are estimated, the most telling first.
+    """Return the cells from which to estimate the others, the most informative first.
 
-    Those of the least, the most and a middling work, at batches of 1, 4 and the most.
+    These are the sub-networks of the least, the most and a middling work, at batches of 1, 4 and the largest size.
     """
     trained = sorted((row for row in profiles.rows if row.is_trained), key=attrgetter("work"))
     half = (trained[0].work + trained[-1].work) / 2

@@ -24,16 +24,16 @@ from service.engines.openvino_products import Floats, IntegerProducts, Products
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
-SUBNETWORKS_KEPT = 256  # whose inputs stay prepared, a few kB each
-# OpenVINO keeps a dozen kernels for each shape of batch, which take milliseconds to make and, in 8 bits, 7 MB. So many
-# are enough for what the profile measures and for the sizes between at the levels of a policy. With OpenVINO's own
+SUBNETWORKS_KEPT = 256  # sub-networks whose inputs stay prepared, a few kB each
+# OpenVINO keeps a dozen kernels for each batch shape, which take milliseconds to make and, in 8 bits, 7 MB. These
+# bounds suffice for what the profile measures and for the sizes between at the levels of a policy. With OpenVINO's own
 # bound, 5000 kernels, the default checkpoint took 2.9 GB.
 KERNELS_PER_SHAPE, SIZES_KEPT, OTHER_SHAPES_KEPT = 13, 5, 32
 HINTS: dict[Precision, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
 class OpenVINOEngine:
-    """OpenVINO on a CPU, in the precision that it takes for the fastest there."""
+    """OpenVINO on a CPU, by default in the precision that OpenVINO considers fastest there."""
 
     is_on_gpu = False
     pads_batches = False
@@ -50,20 +50,20 @@ class OpenVINOEngine:
 
         Args:
             model: in eval mode, float32, on the CPU.
-            threads: how many compute.
-            precision: of what is in floating point; by default what OpenVINO takes for the fastest on this CPU.
+            threads: number of threads that compute.
+            precision: precision of floating point; by default what OpenVINO considers fastest on this CPU.
             products: how the products of the blocks are computed; in floating point by default.
             in_floating_point: trained sub-networks whose products are computed in floating point whatever `products`
-                are, as are keep rates between one of these and its neighbour.
+                are; the same holds for keep rates between one of these and its neighbour.
         """
-        # A worker of torch's spins for milliseconds after its work is done, on a core that OpenVINO needs by then.
+        # A worker thread of torch spins for milliseconds after its work is done, on a core that OpenVINO needs by then.
         torch.set_num_threads(1)
         self._model = model
         config = model.config
         core = _core()
         self._shapes_kept = SIZES_KEPT * len(config.subnetworks) + OTHER_SHAPES_KEPT
-        self._ran: dict[tuple[SubNetwork, int], None] = {}  # what shapes, the last one last
-        with suppress(RuntimeError):  # a version that knows no such bound keeps what it likes
+        self._ran: dict[tuple[SubNetwork, int], None] = {}  # the shapes that ran, by the order of their last runs
+        with suppress(RuntimeError):  # a version without this property keeps its own bound
             core.set_property("CPU", {"CPU_RUNTIME_CACHE_CAPACITY": KERNELS_PER_SHAPE * self._shapes_kept})
         options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
         exact = options | {"INFERENCE_PRECISION_HINT": "f32"}
@@ -82,7 +82,8 @@ class OpenVINOEngine:
         self._is_floating = lru_cache(SUBNETWORKS_KEPT)(
             lambda subnetwork: not floating.isdisjoint(config.trained_beside(subnetwork))
         )
-        # Of the model alone: a cache that held the engine would keep its weights until the garbage collector comes.
+        # Bound to the model alone: a cache that held the engine would keep its weights until the next garbage
+        # collection.
         self._inputs = lru_cache(SUBNETWORKS_KEPT)(partial(_prepare_inputs, model))
 
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
@@ -102,7 +103,7 @@ class OpenVINOEngine:
         return torch.from_numpy(logits.data.copy())
 
     def observe(self, images: Tensor, subnetwork: SubNetwork) -> list[Floats]:
-        """Run a batch, and return what the products note of it beside the logits."""
+        """Run a batch, and return the outputs that follow the logits: what the products record."""
         self.run(images, subnetwork)
         return [self._classify.get_output_tensor(index).data.copy() for index in range(1, len(self._compiled.outputs))]
 
@@ -114,21 +115,21 @@ class OpenVINOEngine:
             self.run(images, subnetwork)
 
     def prepare(self, subnetwork: SubNetwork, batch_size: int) -> None:
-        """Run a batch of a shape whose kernels may be forgotten since; for one that is new they are made as it runs."""
+        """Run a batch of a shape whose kernels may have been evicted; a new shape gets its kernels in its first run."""
         shape = subnetwork, batch_size
         if shape in self._ran and shape not in islice(reversed(self._ran), self._shapes_kept):
             side = self._model.config.image_side
             self.run(torch.zeros(batch_size, 3, side, side, dtype=torch.uint8), subnetwork)
 
     def captured(self) -> None:
-        """Tell that there are no CUDA graphs."""
+        """Return None: there are no CUDA graphs."""
 
     def fitting_images(self) -> int | None:
-        """Tell that memory is no bound."""
+        """Return None: memory is no limit."""
         return None
 
     def describe(self) -> str:
-        """Name the library, the CPU, the precision and the threads."""
+        """Return the library, the CPU, the precision and the threads."""
         hint = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         floating = next((name for name, short in HINTS.items() if short == hint), hint)
         precision = "int8" if self._is_int8 else floating
@@ -140,7 +141,7 @@ class OpenVINOEngine:
 
 
 def _prepare_inputs(model: SuperViT, subnetwork: SubNetwork) -> tuple[tuple[ov.Tensor, ...], tuple[ov.Tensor, ...]]:
-    """Return what the resizing and the classifier take beside the images; nothing for the former at full size."""
+    """Return the inputs of the resizing and of the classifier after the images; none for resizing at full size."""
     config = model.config
     classifying = map(ov.Tensor, subnetwork_inputs(model, subnetwork))
     grid_side = subnetwork.patch_grid * config.patch_kernel
@@ -151,17 +152,17 @@ def _prepare_inputs(model: SuperViT, subnetwork: SubNetwork) -> tuple[tuple[ov.T
 
 @cache
 def _core() -> ov.Core:
-    """Return the only one of this process, which lives as long as it does.
+    """Return the only OpenVINO core of this process, which lives as long as the process.
 
-    A core gives the thread that makes it a stack for signals, takes it away when it goes and puts back what it found.
-    Of two that go in the order in which they came, the second puts back the stack of the first, which is gone: the next
-    signal that Python handles, the one to stop say, would then end in a segmentation fault.
+    A core gives the thread that creates it a signal stack; when destroyed, it removes that stack and restores the one
+    that it found. Of two cores destroyed in the order of their creation, the second restores the stack of the first,
+    which is gone: the next signal that Python handles, such as the one to stop, would then end in a segmentation fault.
     """
     return ov.Core()
 
 
 def _infer(request: ov.InferRequest, inputs: Iterable[ov.Tensor]) -> ov.Tensor:
-    # Setting tensors one by one: calling the request with a list of arrays costs 0.6 ms more.
+    # Tensors are set one by one: calling the request with a list of arrays costs 0.6 ms more.
     for index, tensor in enumerate(inputs):
         request.set_input_tensor(index, tensor)
     request.infer()
@@ -169,5 +170,5 @@ def _infer(request: ov.InferRequest, inputs: Iterable[ov.Tensor]) -> ov.Tensor:
 
 
 def has_bfloat16() -> bool:
-    """Tell whether this CPU computes in bfloat16."""
+    """Return whether this CPU computes in bfloat16."""
     return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

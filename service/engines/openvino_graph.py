@@ -1,8 +1,8 @@
-"""A SuperViT as OpenVINO graphs: the preparation of the images, and one classifier for every sub-network and batch.
+"""Builds a SuperViT as OpenVINO graphs: the preparation of images, and one classifier for all sub-networks and batches.
 
-Builds them node by node, which takes hundredths of a second; compiles and runs nothing. Nothing in the classifier
-depends on the sub-network: the side of the images, the position embedding and the tokens that each prune block keeps
-all come in as inputs.
+Building them node by node takes hundredths of a second; nothing is compiled or run here. Nothing in the classifier
+depends on the sub-network: the side of the images, the position embedding and the number of tokens that each prune
+block keeps are inputs.
 """
 
 from typing import cast
@@ -22,10 +22,10 @@ from service.engines.openvino_products import Floats, Products, linear
 
 Array = npt.NDArray[np.generic]
 
-# Added to a prefix token's score, it outranks every patch token's: averaged softmax weights are never above 1.
+# Added to a prefix token's score, it ranks that token above every patch token: averaged softmax weights never exceed 1.
 PREFIX_BONUS = 2.0
 QUICK_GELU = 1.702
-# The prefix tokens that a head reads; None for one that reads the patch tokens.
+# The prefix tokens that a head reads; None for a head that reads the patch tokens.
 HEAD_TOKENS: dict[Pooling, list[int] | None] = {"class": [0], "distilled": [0, 1], "mean": None}
 
 
@@ -38,8 +38,8 @@ def build_scaling(config: SuperViTConfig) -> ov.Model:
 def build_resizing(config: SuperViTConfig) -> ov.Model:
     """Build the preparation for the other grids: (B, 3, S, S) uint8 images to normalised float32 ones of another side.
 
-    Its inputs are the images and `resize_inputs`. Bilinear between the nearest rows, then between the nearest columns:
-    OpenVINO's own Interpolate gives the same and takes twice as long.
+    Its inputs are the images and `resize_inputs`. It interpolates between the nearest rows, then between the nearest
+    columns: OpenVINO's own Interpolate, bilinear, gives the same and takes twice as long.
     """
     images = _full_size_images(config)
     lower, upper = (op.parameter([-1], np.int32) for _ in range(2))
@@ -49,10 +49,10 @@ def build_resizing(config: SuperViTConfig) -> ov.Model:
 
 
 def resize_inputs(from_side: int, to_side: int) -> list[Array]:
-    """Say between which pixels each pixel of the smaller image lies, corner on corner, in torch's own arithmetic.
+    """Return between which pixels each pixel of the smaller image lies, corners aligned, in torch's own arithmetic.
 
     Returns:
-        the pixel below, the pixel above, and the share of the one above; each (to_side,).
+        The index of the pixel below, that of the pixel above, and the share of the one above; each (to_side,).
     """
     place = np.arange(to_side, dtype=np.float32) * np.float32((from_side - 1) / (to_side - 1))
     lower = place.astype(np.int32)
@@ -60,17 +60,17 @@ def resize_inputs(from_side: int, to_side: int) -> list[Array]:
 
 
 def build_classifier(model: SuperViT, products: Products | None = None) -> ov.Model:
-    """Build the model proper, with the products of its blocks in floating point or as `products` makes them.
+    """Build the model itself, with the products of its blocks in floating point or as `products` computes them.
 
     Its inputs are (B, 3, side, side) normalised float32 images at the grid's own side, and `subnetwork_inputs`; its
-    output is (B, classes) float32 logits, and what the products note.
+    outputs are (B, classes) float32 logits, and the notes of the products.
     """
     config, products = model.config, products or Products()
     images = op.parameter([-1, 3, -1, -1], np.float32)
     positions = op.parameter([1, -1, config.width], np.float32)
     kept = {block: op.parameter([], np.int32) for block in sorted(set(config.prune_blocks))}
     bonus = {block: op.parameter([1, -1], np.float32) for block in kept}
-    # Rows of zeros for the prefix tokens, which the position embedding brings along.
+    # Rows of zeros for the prefix tokens, which come with the position embedding.
     prefix = config.num_prefix_tokens
     room = op.pad(_embed(model, images), _ints(0, prefix, 0), _ints(0, 0, 0), "constant", _floats(0.0))
     tokens = op.add(room, positions)
@@ -79,7 +79,7 @@ def build_classifier(model: SuperViT, products: Products | None = None) -> ov.Mo
         tokens = op.add(op.multiply(_norm(tokens, model.norm_pre), scale), shift)
     read = HEAD_TOKENS[config.pooling] if model.aux_head is None else None
     for index, block in enumerate(cast("list[Block]", model.blocks)):
-        only = read if index == config.depth - 1 else None  # what becomes of the others is not read
+        only = read if index == config.depth - 1 else None  # nothing reads the other tokens
         tokens, query, key = _attend(block, tokens, only, products, index)
         if index in kept and only is None:
             tokens = _prune(tokens, _scores(block.attn, query, key), kept[index], bonus[index])
@@ -89,11 +89,12 @@ def build_classifier(model: SuperViT, products: Products | None = None) -> ov.Mo
 
 
 def subnetwork_inputs(model: SuperViT, subnetwork: SubNetwork) -> list[Array]:
-    """Prepare what makes the classifier run one sub-network: the inputs behind the images.
+    """Return the inputs after the images, with which the classifier runs one sub-network.
 
     Returns:
-        the grid's position embedding (1, N, D) with the P prefix tokens added to its first rows; for each prune block
-        the number of tokens that it leaves, prefix tokens included; for each, (1, N) with PREFIX_BONUS for those.
+        The grid's position embedding (1, N, D) with the P prefix tokens added to its first rows; for each prune block,
+        the number of tokens that it keeps, prefix tokens included; for each prune block, (1, N) with PREFIX_BONUS for
+        the prefix tokens and 0 elsewhere.
 
     Raises:
         ValueError: the patch grid was not trained.
@@ -144,9 +145,9 @@ def _convolve(images: ov.Node, convolution: nn.Conv2d) -> ov.Node:
 def _attend(
     block: Block, tokens: ov.Node, only: list[int] | None, products: Products, index: int
 ) -> tuple[ov.Node, ov.Node, ov.Node]:
-    """Return the (B, N, D) tokens after attention, or some of them, with the queries and keys before heads.
+    """Return the (B, N, D) tokens after attention, or only some, and the queries and keys before the split into heads.
 
-    Query, key and value are three products, not one: only so do their transposes become part of the attention kernel.
+    Query, key and value are three products, not one: only then do their transposes become part of the attention kernel.
     """
     attention = block.attn
     width = attention.proj.in_features
@@ -173,8 +174,8 @@ def _attend(
 def _scores(attention: Attention, query: ov.Node, key: ov.Node) -> ov.Node:
     """Return the (B, N) attention that the class token pays to each token, averaged over heads (paper, section 3.2).
 
-    The dot products within the heads are a product with the indicator of the heads, a constant: for a product of two
-    inputs OpenVINO keeps half a megabyte of code per shape, and takes milliseconds to write it.
+    The dot products within the heads are computed as a product with a constant, the indicator of the heads: for a
+    product of two inputs, OpenVINO keeps half a megabyte of code per shape and takes milliseconds to generate it.
     """
     head_width = attention.proj.in_features // attention.num_heads
     indicator = np.kron(np.eye(attention.num_heads), np.full((1, head_width), attention.scale)).astype(np.float32)
@@ -224,7 +225,7 @@ def _patches(model: SuperViT, tokens: ov.Node) -> ov.Node:
 
 
 def _norm(tokens: ov.Node, norm: nn.LayerNorm) -> ov.Node:
-    """Normalise without weight and bias, which `_after_norm` folds into what comes next."""
+    """Normalise without weight and bias, which `_after_norm` folds into the next linear layer."""
     return op.mvn(tokens, _ints(-1), True, norm.eps, "inside_sqrt")
 
 

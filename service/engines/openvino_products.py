@@ -1,7 +1,7 @@
-"""Products of tokens and weights as OpenVINO nodes: in floating point, or in 8 bits as this CPU is fastest at them.
+"""Products of tokens and weights as OpenVINO nodes: in floating point, or in 8 bits in this CPU's fastest form.
 
-A product in 8 bits has its activations quantised between two values for a whole tensor, which calibration found, and
-its weights evenly on both sides of zero for each output (FakeQuantize, which OpenVINO makes integers of).
+For a product in 8 bits, activations are quantised per tensor, between two values that calibration found, and weights
+per output, symmetrically around zero (FakeQuantize, which OpenVINO turns into integers).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,27 +18,28 @@ Floats = npt.NDArray[np.float32]
 VNNI_CAPABILITIES = ("avx512_vnni", "avx_vnni")
 INT8_MAX = 127
 # The integer that the largest weight of an output becomes. Two products of 255 and this are the most that 16 bits hold:
-# AVX2 sums two of them there, and what is more is lost. On all CPUs, so that a checkpoint is as accurate on each.
+# AVX2 sums two of them in 16 bits and loses any excess. The bound holds on all CPUs, so that a checkpoint is equally
+# accurate on each.
 WEIGHT_MAX = 63
 
 
 class Products:
-    """In floating point.
+    """Products in floating point.
 
-    A product takes what `enter` or `stay` made of its input, and `leave` makes tokens of what the last one gave.
+    `enter` or `stay` prepares the input of each product, and `leave` turns the output of the last one into tokens.
     """
 
     @property
     def notes(self) -> list[ov.Node]:
-        """What else the graph shall return."""
+        """Further outputs of the graph, after the logits."""
         return []
 
-    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:  # noqa: ARG002 - others tell places apart
-        """Make the input of products of (B, N, D) tokens."""
+    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:  # noqa: ARG002 - subclasses tell places apart
+        """Turn (B, N, D) tokens into the input of products."""
         return tokens
 
     def stay(self, hidden: ov.Node, place: Place) -> ov.Node:
-        """Make the input of a product of what another product gave, elementwise changed."""
+        """Turn the output of a product, after an elementwise function, into the input of the next product."""
         return self.enter(hidden, place)
 
     def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
@@ -46,16 +47,16 @@ class Products:
         return linear(entered, weight, bias)
 
     def leave(self, given: ov.Node) -> ov.Node:
-        """Return (B, N, D) tokens."""
+        """Turn the output of a product into (B, N, D) tokens."""
         return given
 
 
 class ObservedProducts(Products):
-    """In floating point, noting what enters and by which weights it is multiplied.
+    """Products in floating point that also record the range of their inputs, and their weights.
 
     Attributes:
-        places: where, in the order of the notes: for each, the lowest and the highest value of each channel of each
-            image's tokens, (B, D) both.
+        places: the recorded places, in the order of `notes`, which has two nodes for each: the lowest and the highest
+            value of each channel of each image's tokens, both (B, D).
         largest_weights: by place, the largest absolute weight of each channel, (D,).
     """
 
@@ -67,11 +68,11 @@ class ObservedProducts(Products):
 
     @property
     def notes(self) -> list[ov.Node]:
-        """Two for each place."""
+        """Two nodes for each place."""
         return self._notes
 
     def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
-        """Note the tokens, unless some of the same place are noted, and return them."""
+        """Record the range of the tokens, unless it is recorded for their place, and return the tokens."""
         self._entered = place
         if place not in self.places:
             self.places.append(place)
@@ -79,14 +80,14 @@ class ObservedProducts(Products):
         return tokens
 
     def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
-        """Note the weight of the place that was entered last, and multiply by it."""
+        """Record the weight for the place that was entered last, and multiply by it."""
         largest = np.abs(weight).max(axis=0)
         self.largest_weights[self._entered] = np.maximum(largest, self.largest_weights.get(self._entered, largest))
         return super().linear(entered, weight, bias)
 
 
 class IntegerProducts(Products):
-    """In 8 bits, as products of matrices: for CPUs with instructions for sums of four such products (VNNI)."""
+    """Products in 8 bits, as matrix products: for CPUs with instructions that sum four such products (VNNI)."""
 
     def __init__(self, ranges: Sequence[BlockRanges]) -> None:
         self._ranges = ranges
@@ -97,12 +98,12 @@ class IntegerProducts(Products):
         return self._quantise(tokens, place, (1, 1, -1))
 
     def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
-        """Multiply what was entered last by a weight, smoothed likewise and quantised."""
+        """Multiply the input that was entered last by a weight, smoothed to match and quantised."""
         smoothed = quantised(weight * self._smoothing)
         return op.add(op.matmul(entered, smoothed, False, True), op.constant(bias))
 
     def _quantise(self, values: ov.Node, place: Place, shape: tuple[int, ...]) -> ov.Node:
-        """Smooth and quantise values whose channels lie along the -1 of `shape`."""
+        """Smooth and quantise values whose channels lie along the axis where `shape` is -1."""
         found: Range = getattr(self._ranges[place.block], place.layer)
         self._smoothing = np.exp2(np.array(found.smoothing or (0,), np.float32) / SMOOTHING_STEPS)
         if found.smoothing:
@@ -112,38 +113,38 @@ class IntegerProducts(Products):
 
 
 class ConvolvedProducts(IntegerProducts):
-    """In 8 bits, as convolutions of (B, D, N, 1) tokens: for CPUs without VNNI.
+    """Products in 8 bits, as convolutions of (B, D, N, 1) tokens: for CPUs without VNNI.
 
-    On those, OpenVINO's integer products of matrices take as long as its float ones, and its convolutions of one pixel
-    half as long (an MLP of DeiT-S, AVX2).
+    On those CPUs, OpenVINO's integer matrix products take as long as its float ones, and its 1x1 convolutions half as
+    long (an MLP of DeiT-S, AVX2).
     """
 
     def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
-        """Quantise tokens, then put the channels first."""
+        """Smooth and quantise (B, N, D) tokens, then move their channels to the second axis."""
         rows = op.reshape(super().enter(tokens, place), _ints(0, 0, 1, -1), True)
         return op.transpose(rows, _ints(0, 3, 1, 2))
 
     def stay(self, hidden: ov.Node, place: Place) -> ov.Node:
-        """Quantise what has its channels first."""
+        """Smooth and quantise values whose channels are on the second axis."""
         return self._quantise(hidden, place, (1, -1, 1, 1))
 
     def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
-        """Convolve with a quantised kernel of one pixel."""
+        """Convolve with a quantised 1x1 kernel."""
         kernel = quantised((weight * self._smoothing)[:, :, None, None])
         moved = op.convolution(entered, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
         return op.add(moved, op.constant(bias[None, :, None, None]))
 
     def leave(self, given: ov.Node) -> ov.Node:
-        """Put the channels last again."""
+        """Move the channels to the last axis again."""
         return op.reshape(op.transpose(given, _ints(0, 2, 3, 1)), _ints(0, 0, -1), True)
 
 
 def integer_products(ranges: Sequence[BlockRanges], capabilities: Mapping[str, object]) -> IntegerProducts | None:
-    """Choose how a CPU computes in 8 bits; None for one that would gain nothing.
+    """Choose how a CPU computes products in 8 bits; return None for a CPU that would gain nothing.
 
     Args:
-        ranges: of the activations.
-        capabilities: of the CPU, as torch names them.
+        ranges: ranges of the activations.
+        capabilities: capabilities of the CPU, under torch's names.
     """
     if any(capabilities.get(name) for name in VNNI_CAPABILITIES):
         return IntegerProducts(ranges)
@@ -156,7 +157,7 @@ def linear(tokens: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
 
 
 def quantised(weight: Floats) -> ov.Node:
-    """Quantise (outputs, ...) weights evenly on both sides of zero, each output's largest to WEIGHT_MAX."""
+    """Quantise (outputs, ...) weights symmetrically around zero, each output's largest to WEIGHT_MAX."""
     largest = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True)
     end = np.maximum(largest, np.finfo(np.float32).tiny) * np.float32(INT8_MAX / WEIGHT_MAX)
     low, high = op.constant(-end), op.constant(end)

@@ -1,4 +1,4 @@
-"""The files that keep latencies from one start to the next, one for each set of conditions, and locks beside them."""
+"""The files that keep latencies from one start to the next, one for each set of conditions, and their lock files."""
 
 import hashlib
 import json
@@ -21,11 +21,11 @@ from service.engines.profiler import Figures
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-MAX_FILE_BYTES = 2**20  # of some hundred rows, 10 kB
+MAX_FILE_BYTES = 2**20  # some hundred rows take 10 kB
 
 
 class ProfileFile:
-    """Where the latencies of a checkpoint on this machine are kept, and the locks beside it."""
+    """The file that keeps the latencies of a checkpoint on this machine, and its locks."""
 
     def __init__(
         self,
@@ -35,14 +35,14 @@ class ProfileFile:
         cells: Sequence[Cell],
         cpus: int | None = None,
     ) -> None:
-        """Name the conditions; nothing is read yet.
+        """Create for a set of conditions; nothing is read yet.
 
         Args:
-            folder: where the files are kept; made if there is none.
-            checkpoint_version: of the weights.
-            engine: its description of itself: library, device, precision, threads.
-            cells: what is measured.
-            cpus: how many this process may run on; counted by default.
+            folder: where the files are kept; created if missing.
+            checkpoint_version: version of the weights.
+            engine: the engine's description of itself: library, device, precision, threads.
+            cells: the cells to measure.
+            cpus: number of CPUs that this process may run on; counted by default.
         """
         self._conditions: dict[str, str | int] = {
             "format": FORMAT,
@@ -59,7 +59,7 @@ class ProfileFile:
 
     @contextmanager
     def alone(self, is_stopping: Callable[[], bool]) -> Iterator[None]:
-        """Let one process measure and the others wait: each would find the machine as slow as the others make it."""
+        """Let one process measure while the others wait: measuring together, they would slow each other down."""
         with ExitStack() as stack:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ class ProfileFile:
             yield
 
     def claim(self) -> bool:
-        """Try to be the process that measures in idle moments; one that cannot keep anything measures for itself."""
+        """Try to become the process that measures in idle moments; without a lock file, each measures for itself."""
         try:
             self._claim.acquire(blocking=False)
         except Timeout:
@@ -86,7 +86,7 @@ class ProfileFile:
         self._claim.release()
 
     def read(self) -> Figures | None:
-        """Read what is kept, which may be a part; None where that is nothing, and with a warning where it is no use."""
+        """Read the stored figures, perhaps a part; None where there is no file, or with a warning an unusable one."""
         try:
             file = _File.model_validate_json(_read_regular(self.path))
             rows = {(SubNetwork(row.patch_grid, row.keep_rate), row.batch_size): row for row in file.rows}
@@ -103,12 +103,12 @@ class ProfileFile:
         return Figures(seconds, {cell: rows[cell].spread for cell in kept}, file.measured_at)
 
     def read_if_changed(self) -> Figures | None:
-        """Read what another process has written since the last look; None where that is nothing."""
+        """Read what another process has written since the last read; None where that is nothing."""
         version = self._version()
         return None if version in (None, self._known_version) else self.read()
 
     def write(self, figures: Figures) -> None:
-        """Write the file, for people too: a line for each row. Where that fails, the log says so."""
+        """Write the file, one line per row, so that people can read it; log a warning where that fails."""
         rows = [
             _Cell(
                 patch_grid=subnetwork.patch_grid,
@@ -130,7 +130,7 @@ class ProfileFile:
             logger.warning("the latencies cannot be kept: %s", error)
 
     def _version(self) -> tuple[int, int] | None:
-        """Tell one file at the path from another."""
+        """Return what tells one version of the file from another; None where there is no file."""
         try:
             found = self.path.stat()
         except OSError:
@@ -138,9 +138,9 @@ class ProfileFile:
         return found.st_ino, found.st_mtime_ns
 
     def _warn_of_others(self) -> None:
-        """Say so where other users may write what this server believes."""
+        """Log a warning where other users may write the figures that this server trusts."""
         folder = self.path.parent
-        with suppress(OSError):  # to write there will fail, too, and say why
+        with suppress(OSError):  # a write will fail, too, and log why
             found = folder.stat()
             if found.st_mode & stat.S_IWOTH or found.st_uid not in (0, os.geteuid()):
                 logger.warning("%s: other users may write there, and with that decide what this server expects", folder)
@@ -161,11 +161,11 @@ class _File(BaseModel):
 
 
 def _read_regular(path: Path) -> bytes:
-    """Read a file that others may have put there: no link is followed, no pipe is waited for, no memory is filled.
+    """Read a file that others may have put there: follow no link, wait for no pipe and bound the memory.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no regular file, or too long.
+        OSError: the file cannot be read.
+        ValueError: the file is not a regular one, or too long.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor is no path
@@ -178,5 +178,5 @@ def _read_regular(path: Path) -> bytes:
 
 
 def _num_cpus() -> int:
-    """Count the CPUs that this process may run on, where the system says so."""
+    """Return how many CPUs this process may run on, or how many there are where the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Reads the latencies of this machine that were kept, and has measured what a start needs of those that were not."""
+"""Reads the stored latencies of this machine, and measures those that a start needs and that are missing."""
 
 import logging
 import time
@@ -26,21 +26,21 @@ from service.engines.profiler import (
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # and the largest, whatever that is
-# A machine that others load may be this much slower now than when it was measured, and is as fast again in a moment.
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # as far as they are below the largest batch size, which is measured as well
+# Under others' load a machine may be nearly this much slower than when it was measured, and recover in a moment.
 IMPLAUSIBLE_FACTOR = 10.0
-IMPLAUSIBLE_GAIN = 3.0  # of more images in a batch; what is under it may be a disturbance of the smaller one
+IMPLAUSIBLE_GAIN = 3.0  # speed-up of a larger batch over a smaller one; less may be a disturbance of the smaller one
 PROBES = 3
-FIRST_S = 2.0  # for what is measured before the first request
+FIRST_S = 2.0  # seconds for the measurements before the first request
 
 
 def extended_profile(checkpoint: Checkpoint) -> ProfileTable:
-    """Return the profile of a checkpoint with keep rates between those that it was trained at."""
+    """Return the profile of a checkpoint, with further keep rates between the trained ones."""
     return checkpoint.profile.with_rates_between(checkpoint.config)
 
 
 def nominal_latencies(profiles: ProfileTable) -> LatencyTable:
-    """Pretend that a GFLOP takes a millisecond: for where nothing queues and nothing need be measured."""
+    """Return a millisecond per GFLOP as latencies: for uses where nothing queues and nothing need be measured."""
     return LatencyTable((1,), {row.subnetwork: (row.gflops / 1000,) for row in profiles.rows})
 
 
@@ -56,21 +56,22 @@ def begin_profile(
     budget_s: float = FIRST_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[GrowingProfile, ProfileFile]:
-    """Read what is known of this machine's latencies from a folder, and measure the little that a start needs.
+    """Read this machine's latencies from a folder, as far as they are known, and measure the few that a start needs.
 
     Args:
-        checkpoint: whose.
-        engine: its description of itself.
-        run: the engine's.
+        checkpoint: the checkpoint that is profiled.
+        engine: the engine's description of itself.
+        run: the engine's `run`.
         folder: where the figures are kept.
-        max_batch_size: largest batch to be measured.
-        is_padded: as of a LatencyTable.
-        is_stopping: whether to wait no longer for another process that measures; `run` may then refuse to run.
-        budget_s: time after which no further batch begins, once two sub-networks are known.
+        max_batch_size: largest batch to measure.
+        is_padded: as in LatencyTable.
+        is_stopping: whether to stop waiting for another process that measures; `run` may then refuse to run.
+        budget_s: once two sub-networks are measured, batches that are expected to end after this many seconds are
+            skipped.
         clock: monotonic, in seconds.
 
     Returns:
-        The profile, which grows, and where it is kept.
+        The profile, which grows, and the file where it is kept.
     """
     profiles, batch_sizes = extended_profile(checkpoint), measured_batch_sizes(max_batch_size)
     time_once = stopwatch(run, checkpoint.config.image_side, max_batch_size, clock)
@@ -93,10 +94,10 @@ def inherited_profile(
     max_batch_size: int,
     is_padded: bool = False,
 ) -> tuple[GrowingProfile, ProfileFile]:
-    """Take over what was measured of a checkpoint of the same architecture on the same engine.
+    """Take over the figures of another checkpoint of the same architecture on the same engine.
 
-    Latency depends on shapes; other weights change none of it. Arguments and result as of `begin_profile`, but for the
-    figures of the other one, `kept`.
+    Latency depends on shapes, not on weights. Arguments and result are those of `begin_profile`; `kept` has the figures
+    of the other checkpoint.
     """
     profiles, batch_sizes = extended_profile(checkpoint), measured_batch_sizes(max_batch_size)
     cells = cells_of(list(profiles.by_subnetwork), batch_sizes)
@@ -115,7 +116,7 @@ def _measure_first(
     budget_s: float,
     clock: Callable[[], float],
 ) -> None:
-    """Measure cells in turn, those that are expected to take too long left out."""
+    """Measure cells in turn, and leave out those that are expected to exceed the budget."""
     ends_at = clock() + budget_s
     for number, cell in enumerate(cells):
         while profile.seconds(cell) is None:
@@ -136,12 +137,12 @@ def measure_latencies(
     """Read this machine's latencies of every sub-network of a checkpoint from a folder, or else measure them all.
 
     Args:
-        checkpoint: whose.
-        engine: runs it.
+        checkpoint: the checkpoint that is profiled.
+        engine: runs the checkpoint's model.
         folder: where the figures are kept.
         max_batch_size: largest batch to measure.
-        fresh: measure even if there are figures.
-        budget_s: time after which no further round begins.
+        fresh: whether to measure even if there are figures.
+        budget_s: seconds after which no further round begins.
     """
     return load_or_measure(
         folder,
@@ -175,26 +176,26 @@ def load_or_measure(
     clock: Callable[[], float] = time.perf_counter,
     cpus: int | None = None,
 ) -> Measurement:
-    """Read the latencies that were measured before under the same conditions, or else measure and keep them.
+    """Read the latencies that were measured earlier under the same conditions, or else measure and store them.
 
-    A kept file that cannot be used, that is a part only or that the machine contradicts is measured anew, and a folder
-    that cannot be written to is lived with; the log says so.
+    The latencies are measured anew where the stored file cannot be used, is incomplete or is contradicted by the
+    machine. A folder that cannot be written to is tolerated. The log warns of all of these but an incomplete file.
 
     Args:
-        folder: where the files are kept, one for each set of conditions; made if there is none.
-        run: an engine's.
-        image_side: S, of the images that it takes, in pixels.
-        subnetworks: what to time.
+        folder: where the files are kept, one for each set of conditions; created if missing.
+        run: an engine's `run`.
+        image_side: S, in pixels, of the images that the engine takes.
+        subnetworks: the sub-networks to time.
         batch_sizes: ascending from 1.
-        checkpoint_version: of the weights.
-        engine: its description of itself: library, device, precision, threads.
-        prepare: the engine's.
-        is_padded: as of a LatencyTable.
-        fresh: measure even if there is a file.
-        is_stopping: whether to wait no longer for another process that measures; `run` may then refuse to run.
-        budget_s: time after which no further round begins.
+        checkpoint_version: version of the weights.
+        engine: the engine's description of itself: library, device, precision, threads.
+        prepare: the engine's `prepare`.
+        is_padded: as in LatencyTable.
+        fresh: whether to measure even if there is a file.
+        is_stopping: whether to stop waiting for another process that measures; `run` may then refuse to run.
+        budget_s: seconds after which no further round begins.
         clock: monotonic, in seconds.
-        cpus: how many this process may run on; counted by default.
+        cpus: number of CPUs that this process may run on; counted by default.
     """
     cells = cells_of(subnetworks, batch_sizes)
     file = ProfileFile(folder, checkpoint_version, engine, cells, cpus)
@@ -208,12 +209,12 @@ def load_or_measure(
 
 
 def measured_batch_sizes(largest: int) -> tuple[int, ...]:
-    """List the sizes that are measured, of batches of up to so many."""
+    """Return the batch sizes to measure, up to and including the largest."""
     return (*(size for size in BATCH_SIZES if size < largest), largest)
 
 
 def _plausible(file: ProfileFile, time_once: Callable[[Cell], float]) -> Figures | None:
-    """Read what is kept, unless the machine contradicts it."""
+    """Read the stored figures; return None where there are none or the machine contradicts them."""
     kept = file.read()
     if kept is None or not (problem := _contradiction(kept, time_once)):
         return kept
@@ -222,7 +223,7 @@ def _plausible(file: ProfileFile, time_once: Callable[[Cell], float]) -> Figures
 
 
 def _contradiction(kept: Figures, time_once: Callable[[Cell], float]) -> str | None:
-    """Tell what is implausible about kept latencies, in themselves or beside a few runs of the slowest sub-network."""
+    """Return why stored latencies are implausible, by themselves or against a few runs of the slowest sub-network."""
     rows: dict[SubNetwork, list[float]] = {}
     for (subnetwork, _), seconds in kept.seconds.items():  # batch sizes ascend
         rows.setdefault(subnetwork, []).append(seconds)

@@ -1,4 +1,4 @@
-"""Measures what a batch of each sub-network takes on this machine."""
+"""Measures how long a batch of each sub-network takes on this machine."""
 
 import random
 import time
@@ -16,20 +16,20 @@ from service.engines.base import Prepare, Run
 
 BUDGET_S = 15.0
 MIN_RUNS = 3
-# A batch that takes this long runs twice, its first time included: what a library prepares for a new shape, some 50 ms,
-# matters little to it, and the lower of two figures is without it.
+# A batch that takes this many seconds runs only twice, its first run included: a library's first-time work for a new
+# shape, some 50 ms, matters little to it, and the lower of the two figures is without that work.
 SLOW_S = 0.1
 MIN_SLOW_RUNS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What was measured, which may be a part.
+    """Measured latencies of some or all cells.
 
     Attributes:
         seconds: median by cell.
         spread: by cell, median distance from the median, as a fraction of it.
-        measured_at: when it began.
+        measured_at: when measuring began.
     """
 
     seconds: Mapping[Cell, float]
@@ -39,12 +39,12 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A whole profile.
+    """A complete latency profile.
 
     Attributes:
         table: median seconds by sub-network and batch size.
         spread: for each sub-network, by batch size: median distance from the median, as a fraction of it.
-        measured_at: when it began, ISO 8601 in UTC.
+        measured_at: when measuring began, ISO 8601 in UTC.
     """
 
     table: LatencyTable
@@ -64,16 +64,16 @@ def measure(
 ) -> Figures:
     """Time every sub-network at every batch size, round by round, so that a disturbance does not hit one of them alone.
 
-    Goes on until the budget is spent, and at least until each batch has run three times, or twice if it is slow. The
-    first run of each, which pays for first-time work, does not count unless it is slow.
+    Measuring continues until the budget is spent, and at least until each batch has three runs that count, or two if it
+    is slow. The first run of each batch, which includes first-time work, does not count unless it is slow.
 
     Args:
-        run: an engine's.
-        image_side: S, of the images that it takes, in pixels.
-        subnetworks: what to time.
+        run: an engine's `run`.
+        image_side: S, in pixels, of the images that the engine takes.
+        subnetworks: the sub-networks to time.
         batch_sizes: ascending from 1.
-        prepare: the engine's; its time does not count.
-        budget_s: time after which no further round begins.
+        prepare: the engine's `prepare`; its time does not count.
+        budget_s: seconds after which no further round begins.
         clock: monotonic, in seconds.
     """
     began_at = datetime.now(UTC)
@@ -98,7 +98,7 @@ def stopwatch(
     clock: Callable[[], float] = time.perf_counter,
     prepare: Prepare = lambda *_: None,
 ) -> Callable[[Cell], float]:
-    """Make what prepares a cell, runs it once, on noise, and returns the seconds that the run took."""
+    """Return a function that prepares a cell, runs it once on noise, and returns the seconds of the run."""
     images = torch.randint(0, 256, (max_batch_size, 3, image_side, image_side), dtype=torch.uint8)
 
     def time_once(cell: Cell) -> float:
@@ -112,13 +112,13 @@ def stopwatch(
 
 
 def middle_of(figures: Sequence[float]) -> tuple[float, float]:
-    """Return the lower median of some seconds, and their median distance from it as a fraction of it."""
+    """Return the lower median of some seconds, and the median distance from it, as a fraction of it."""
     middle = median_low(figures)
     return middle, median(abs(seconds - middle) for seconds in figures) / middle
 
 
 def measurement_of(figures: Figures, *, is_padded: bool = False) -> Measurement:
-    """Arrange the figures of a whole profile by sub-network and batch size; `is_padded` as of a LatencyTable."""
+    """Arrange the figures of a complete profile by sub-network and batch size; `is_padded` as in LatencyTable."""
     subnetworks = dict.fromkeys(subnetwork for subnetwork, _ in figures.seconds)
     batch_sizes = tuple(dict.fromkeys(batch_size for _, batch_size in figures.seconds))
 
@@ -130,5 +130,5 @@ def measurement_of(figures: Figures, *, is_padded: bool = False) -> Measurement:
 
 
 def cells_of(subnetworks: Sequence[SubNetwork], batch_sizes: Sequence[int]) -> list[Cell]:
-    """List what there is to measure."""
+    """Return every pair of a sub-network and a batch size."""
     return [(subnetwork, batch_size) for subnetwork in subnetworks for batch_size in batch_sizes]

@@ -1,4 +1,4 @@
-"""PyTorch behind the protocol of an engine."""
+"""The engine that runs batches in PyTorch, on a GPU or a CPU."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -15,12 +15,12 @@ from service.engines.base import Captured
 from service.engines.cuda_graphs import CudaDevice, GraphCache, GraphDevice
 
 BFLOAT16_CAPABILITIES = ("avx512_bf16", "amx_bf16")
-USABLE_SHARE = 0.8  # of the GPU memory that is free; allocators round up
-BFLOAT16_COMPUTE_CAPABILITY = (8, 0)  # NVIDIA's GPUs from Ampere on; the older ones emulate it
+USABLE_SHARE = 0.8  # of the free GPU memory; allocators round up
+BFLOAT16_COMPUTE_CAPABILITY = (8, 0)  # NVIDIA's GPUs from Ampere on; older ones emulate bfloat16
 
 
 class TorchEngine:
-    """PyTorch in bfloat16, where the hardware has it; on a GPU, with CUDA graphs. One copy of the weights."""
+    """PyTorch, by default in bfloat16 where the hardware has it; on a GPU with CUDA graphs. One copy of the weights."""
 
     def __init__(
         self,
@@ -30,22 +30,22 @@ class TorchEngine:
         precision: Literal["float32", "bfloat16"] | None = None,
         graph_device: GraphDevice | None = None,
     ) -> None:
-        """Move the model to its device and precision; the model that was given is changed.
+        """Move the model to its device and precision, in place.
 
         Args:
             model: in eval mode.
             device: a torch device, or "auto" for the first GPU where there is one.
-            threads: how many compute on the CPU.
-            precision: by default the fastest.
-            graph_device: captures what is prepared; by default the GPU, and nothing on a CPU.
+            threads: number of threads that compute on the CPU.
+            precision: by default bfloat16 where the hardware has it, else float32.
+            graph_device: captures the prepared batches; by default the GPU, and nothing on a CPU.
 
         Raises:
             DeviceError: there is no such device here, or it does not compute in that precision.
         """
-        self._bytes_per_image = 0  # of a GPU
+        self._bytes_per_image = 0  # GPU memory, once `warm_up` has measured it
         self._device = resolve_device(device)
         self.is_on_gpu = self._device.type == "cuda"
-        # The weights themselves, rather than autocast: that would convert every one of them anew for every batch.
+        # The weights are converted once, rather than with autocast, which would convert all of them for every batch.
         self._dtype = serving_dtype(self._device)
         if precision == "bfloat16" and self._dtype != torch.bfloat16:
             raise DeviceError(f"precision bfloat16 cannot be had: {device!r} has no instructions for it")
@@ -71,7 +71,7 @@ class TorchEngine:
         return self._forward(images.to(self._device), subnetwork).cpu() if replayed is None else replayed
 
     def warm_up(self) -> None:
-        """Run every trained sub-network once, and on a GPU see how much memory an image takes; before `prepare`."""
+        """Run every trained sub-network once, and measure the memory per image on a GPU; call it before `prepare`."""
         for subnetwork in self._model.config.subnetworks:
             self.run(self._blank_images(1), subnetwork)
         if self.is_on_gpu:
@@ -85,22 +85,22 @@ class TorchEngine:
             self._graphs.prepare(subnetwork, batch_size)
 
     def captured(self) -> Captured | None:
-        """Tell how many CUDA graphs there are; None on a CPU."""
+        """Return how many CUDA graphs are held; None on a CPU."""
         return None if self._graphs is None else self._graphs.captured
 
     def fitting_images(self) -> int | None:
-        """Tell how many images the memory that is free on this engine's own GPU holds; None on a CPU."""
+        """Return how many images fit into the free memory of this engine's GPU; None on a CPU and before `warm_up`."""
         if not self._bytes_per_image:
             return None
         free_bytes, _ = torch.cuda.mem_get_info(self._device)
-        # What PyTorch keeps for its next batch counts as taken there; what it keeps for graphs is for nothing else.
+        # Memory that PyTorch keeps for its next batch is not in `free_bytes`; what it keeps for graphs stays theirs.
         kept_bytes = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         for_graphs_bytes = 0 if self._graphs is None else self._graphs.captured.held_bytes
         usable_bytes = free_bytes + max(0, kept_bytes - for_graphs_bytes)
         return max(1, int(USABLE_SHARE * usable_bytes / self._bytes_per_image))
 
     def describe(self) -> str:
-        """Name library, device, precision, threads and whether there are CUDA graphs."""
+        """Return library, device, precision, threads and whether there are CUDA graphs."""
         precision = str(self._dtype).removeprefix("torch.")
         where = f"torch {torch.__version__} on {_device_name(self._device)}"
         graphs = "" if self._graphs is None else ", CUDA graphs"
@@ -122,9 +122,9 @@ class TorchEngine:
 
 
 def growth_per_image(peak_bytes: Callable[[int], int], few: int = 1, many: int = 9) -> int:
-    """Return how many bytes each image beyond `few` adds to the peak that a batch of so many images reaches.
+    """Return how many bytes each image beyond `few` adds to `peak_bytes`, the peak memory of a batch by its size.
 
-    The difference of two batches leaves out the weights and what a library sets aside once.
+    The difference of two batches leaves out the weights and what a library allocates once.
     """
     before, after = (peak_bytes(count) for count in (few, many))
     return max(0, after - before) // (many - few)
@@ -145,5 +145,5 @@ def _device_name(device: torch.device) -> str:
 
 
 def cpu_capabilities() -> dict[str, object]:
-    """Ask torch for flags such as "avx512_bf16" and for the CPU's name; an older torch has no answer."""
+    """Return torch's flags of the CPU, such as "avx512_bf16", and the CPU's name; empty where torch is too old."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())

@@ -1,1 +1,1 @@
-"""Threads: what the scheduler decides is run here."""
+"""Runs what the scheduler decides: the batcher, the engine's thread and the work of idle moments."""

@@ -1,7 +1,8 @@
-"""Runs some of the images that were answered again at the most accurate sub-network, in idle moments.
+"""Runs some of the answered images again at the most accurate sub-network, in idle moments.
 
-It counts how often both agree, beside how often they must if the profile is true: what held on the images that the
-profile was measured on may not hold on those that come. Which answer is right it cannot know; `POST /feedback` can.
+It counts how often both answers agree, and how often they must agree at least if the profile is true: accuracies on the
+images that the profile was measured on may not hold for the images of requests. An audit cannot know which answer is
+right; `POST /feedback` can.
 """
 
 import math
@@ -21,25 +22,25 @@ from service.execution.idle_turns import IdleBatch, Room
 from service.execution.results import Result
 from service.scheduling.scheduler import Scheduler
 
-KEPT = 4  # images of each sub-network that wait for their audit: 26 MB where there are 44 of 150 kB each
-SHARE = 0.01  # of the engine's time that audits take at most: they cost energy, and a thousand say as much as a million
+KEPT = 4  # images per sub-network that wait for their audit: 26 MB for 44 sub-networks and images of 150 kB
+SHARE = 0.01  # most of the engine's time for audits: they cost energy, and a thousand tell as much as a million
 
 
 class Count(Protocol):
-    """Takes note of an audit."""
+    """Records an audit."""
 
     def __call__(self, subnetwork: SubNetwork, promised: float, *, agrees: bool) -> None:
-        """Count it: whose answer it was of, how probable it was at least to agree, and whether it did."""
+        """Count an audit: the sub-network that answered, the least probability of agreement, and whether it agrees."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Answered:
-    """What was answered to an image.
+    """An image and the answer to it.
 
     Attributes:
-        pixels: (3, S, S) uint8, as it was decoded: in memory of its own, whatever message brought it.
-        answer: index of the class that was taken for the most probable.
+        pixels: (3, S, S) uint8, as decoded: in its own memory, independent of the message that brought it.
+        answer: index of the class that was ranked first.
     """
 
     pixels: Tensor
@@ -49,19 +50,19 @@ class _Answered:
 class Audit:
     """Audits the first looks at images, each at most once; an IdleWork.
 
-    Second looks are left out: they see the images that are hard, of which the profile promises nothing.
+    Second looks are left out: they see the hard images, about which the profile promises nothing.
     """
 
     def __init__(
         self, run: Run, scheduler: Scheduler, count: Count, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Take what it works with.
+        """Create an audit from its collaborators.
 
         Args:
-            run: the engine's.
-            scheduler: knows the variants, and how long they take.
-            count: takes note of what is found.
-            clock: monotonic, in seconds; the scheduler's.
+            run: the engine's `run`.
+            scheduler: knows the variants and predicts how long they take.
+            count: called with the result of each audit.
+            clock: monotonic, in seconds; the clock of the scheduler.
         """
         self._run, self._scheduler, self._count, self._clock = run, scheduler, count, clock
         self._best = scheduler.catalog.best_alone
@@ -70,11 +71,11 @@ class Audit:
         self._next_at, self._is_over = -math.inf, self._best.profile.top1 is None
 
     def starts_at(self) -> float | None:
-        """Tell when the next image may be audited; None where none waits for it."""
+        """Return when the next image may be audited; None where no image waits."""
         return self._next_at if any(self._kept.values()) else None
 
     def due(self, now: float, room: Room) -> IdleBatch | None:
-        """Choose an image: of the sub-network of which the fewest were audited."""
+        """Choose an image of the sub-network with the fewest audits so far."""
         waiting = [profile for profile, kept in self._kept.items() if kept]
         if not waiting or now < self._next_at:
             return None
@@ -86,7 +87,7 @@ class Audit:
         return IdleBatch(expected_s, audit, f"an audit at {self._best} failed; there will be no others")
 
     def batch_ran(self, images: Sequence[Tensor], results: Sequence[Result]) -> None:
-        """Keep images, while there is room for those of their sub-network."""
+        """Keep images of a batch, at most KEPT of each sub-network."""
         profile = results[0].variant.profile
         if self._is_over or profile.top1 is None or profile.subnetwork == self._best.profile.subnetwork:
             return
@@ -98,7 +99,7 @@ class Audit:
                 kept.append(_Answered(image, int(result.ranking[0])))
 
     def close(self) -> None:
-        """Audit no more, and keep no image."""
+        """Stop auditing, and release all images."""
         self._is_over = True
         self._kept.clear()
 
@@ -114,10 +115,11 @@ class Audit:
 
 
 def least_agreement(top1: float, other_top1: float) -> float:
-    """Return how often two classifiers agree at least, of their accuracies on the same images.
+    """Return a lower bound of how often two classifiers agree, from their accuracies on the same images.
 
-    Where both are right they agree, and that is all of the images but those on which one is wrong (1 - top1) or the
-    other (1 - other_top1), at worst never the same ones: 1 - (1 - top1) - (1 - other_top1), Boole's inequality. It is
-    low, as two sub-networks of the same weights mostly fail on the same images: so what lies below it needs a reason.
+    Both agree where both are right. Those are all images but the ones on which the first is wrong (1 - top1) or the
+    second is (1 - other_top1), in the worst case never the same images: 1 - (1 - top1) - (1 - other_top1), Boole's
+    inequality. The bound is low, because two sub-networks of the same weights mostly fail on the same images. So an
+    agreement below it needs an explanation.
     """
     return max(0.0, top1 + other_top1 - 1)

@@ -1,7 +1,7 @@
 """Whenever the engine is free, asks the scheduler what to run, runs it, and answers the requests.
 
-Its turns are on the engine's own thread, so that the engine never waits for an event loop that is busy with sockets.
-The threads that decode images put requests into the queue; the event loop takes out those whose clients have left.
+Its turns run on the engine's own thread, so that the engine never waits for an event loop that is busy with sockets.
+The threads that decode images put requests into the queue; the event loop removes those whose clients have left.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from service.scheduling.variants import Variant
 
 logger = logging.getLogger(__name__)
 
-# Images in a row on which the model failed, none between: then an image of zeros tells whether it is the images' fault.
+# Consecutive images on which the model fails before it runs an image of zeros, to tell bad images from a broken model.
 FAILURES_IN_A_ROW = 8
 
 CallOnLoop = Callable[..., object]
@@ -42,7 +42,7 @@ Outcomes = Sequence[Outcome]
 
 
 class Batcher:
-    """Runs what the scheduler decides, a batch at a time."""
+    """Runs what the scheduler decides, one batch at a time."""
 
     def __init__(
         self,
@@ -58,20 +58,20 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Take the collaborators.
+        """Create a batcher from its collaborators.
 
         Args:
-            run: the engine's.
+            run: the engine's `run`.
             scheduler: decides what to run.
-            thread: the engine's own; what it calls is called there.
-            limiter: holds batches back for the sake of a ceiling.
-            idle: what the engine does when nothing waits, and what learns from batches.
-            sample: of the images that were answered, and how that went.
-            observe_machine: called before each decision, to tell the scheduler of the machine's state.
-            observe_batch: told of each batch that ran: its size, its predicted and its real seconds, and those with the
-                pause that follows for the ceiling's sake.
-            clock: monotonic, in seconds; the one that deadlines are on.
-            sleep: lets a pause go by.
+            thread: the engine's own thread, on which the batcher gets its turns.
+            limiter: delays batches to keep below a utilization ceiling.
+            idle: work of the engine while no request waits; it learns from batches as well.
+            sample: records the images that were answered, and failures.
+            observe_machine: called before each decision, to tell the scheduler the state of the machine.
+            observe_batch: called after each batch with its size, its predicted and measured seconds, and the measured
+                seconds plus the pause that the ceiling then demands.
+            clock: monotonic, in seconds; the clock of the deadlines.
+            sleep: sleeps for a pause.
         """
         self._engine, self._scheduler = TimedEngine(run, clock), scheduler
         self._limiter, self._idle = limiter or UtilizationLimiter(None, None), idle
@@ -80,11 +80,11 @@ class Batcher:
         self._answers, self._sample = InTurns(self._pending.settle), sample or LiveSample()
         self._thread, self._stopping = thread, False
         self._failures_in_a_row, self._free_at = 0, 0.0  # the latter: since when the engine could have run a batch
-        self._call_on_loop: CallOnLoop = lambda *_: None  # until it serves, there is nothing to be called
+        self._call_on_loop: CallOnLoop = lambda *_: None  # before `serve`, there is no loop to call
 
     @property
     def running(self) -> tuple[float, float] | None:
-        """When the batch or the measurement that runs began, and what it should take."""
+        """When the current batch or measurement began, and its expected seconds; None where nothing runs."""
         return self._engine.running or (None if self._idle is None else self._idle.running)
 
     @property
@@ -98,27 +98,27 @@ class Batcher:
         return self._stopping and not self._pending
 
     async def submit(self, decoding: "Future[DecodedImage]", request: QueuedRequest) -> Result:
-        """Wait for an image, then in the queue with it, and return its result.
+        """Wait for the image of a request, then for its turn in the queue, and return its result.
 
-        Cancelling it makes the batcher forget the request; to take it out of the queue is the caller's.
+        Cancelling this call makes the batcher forget the request; the caller must withdraw it from the scheduler.
 
         Args:
-            decoding: the image to come.
-            request: admitted by the scheduler, which knows it until this returns.
+            decoding: future of the decoded image.
+            request: a request that is admitted by the scheduler, and not withdrawn before this call returns.
 
         Raises:
-            DeadlineError: it can no longer be answered in time.
-            OverloadedError: it was shed for the sake of others.
+            DeadlineError: the request can no longer be answered in time.
+            OverloadedError: the request was shed so that others can be answered in time.
             ModelError: the model failed on this image.
             NotReadyError: the batcher is stopping.
-            Exception: that of `decoding`.
+            Exception: the exception of `decoding`.
         """
         if self._stopping:
             raise NotReadyError("the server is stopping")
         loop = asyncio.get_running_loop()
         pending = self._pending.add(request)
         decoding.add_done_callback(partial(self._enqueue, request, pending, loop.call_soon_threadsafe))
-        # Once the image is there, it is the scheduler that finds out.
+        # Once the image is decoded, the scheduler watches the deadline.
         deadline = loop.call_later(request.deadline_at - self._clock(), self._expire, request, pending)
         try:
             return await pending.result
@@ -126,10 +126,10 @@ class Batcher:
             deadline.cancel()
             self._pending.discard(request)
             if self._stopping:
-                self._thread.wake()  # it may have been the last one
+                self._thread.wake()  # this may have been the last request
 
     def _expire(self, request: QueuedRequest, pending: Pending) -> None:
-        """Answer a request at its deadline whose image is not decoded, or that only waits for another look."""
+        """Answer, at its deadline, a request whose image is not decoded or that only waits for another look."""
         if pending.image is None or pending.answer is not None:
             error = DeadlineError("the deadline passed before the image was decoded")
             self._pending.settle(self._pending.in_place_of(error, request, LookCode.DEADLINE))
@@ -137,7 +137,7 @@ class Batcher:
     def _enqueue(
         self, request: QueuedRequest, pending: Pending, call_on_loop: CallOnLoop, decoding: "Future[DecodedImage]"
     ) -> None:
-        """Put a decoded request into the queue, on the thread that decoded it: the event loop need not hear of it."""
+        """Put a decoded request into the queue, on the thread that decoded it and without the event loop."""
         if self._pending.find(request) is None:
             return  # its client has left
         if error := decoding.exception():
@@ -148,9 +148,9 @@ class Batcher:
         self._thread.wake()
 
     async def serve(self) -> None:
-        """Run batches until `stop` is called and all that was submitted has been answered.
+        """Run batches until `stop` is called and every submitted request is answered.
 
-        What is left when it ends otherwise, because it is cancelled or a decision fails, gets a NotReadyError.
+        If it ends otherwise, because it is cancelled or a decision fails, the remaining requests get a NotReadyError.
         """
         self._call_on_loop = asyncio.get_running_loop().call_soon_threadsafe
         self._free_at = self._clock()
@@ -161,17 +161,17 @@ class Batcher:
             self.stop()
 
     def abandon(self) -> None:
-        """Answer all requests with an error, on the event loop, because the engine never will."""
+        """Answer all requests, on the event loop, because the engine never will: with an error, or their last look."""
         self._answer_all(ModelError("the model does not come back from a batch; the server ends"))
         self.stop()
 
     def stop(self) -> None:
-        """Take no new request; those submitted are still answered."""
+        """Accept no new requests; those submitted are still answered."""
         self._stopping = True
         self._thread.wake()
 
     def take_turn(self) -> None:
-        """Let a pause for the ceiling's sake go by, or else run a batch; each answer leaves as soon as it is known."""
+        """Sleep for the pause that the ceiling demands, or else run a batch and send each answer once it is known."""
         if pause_s := self._limiter.pause_s(self._clock()):
             self._sleep(pause_s)
             self._free_at = self._clock()
@@ -180,27 +180,27 @@ class Batcher:
             self._call_on_loop(self._answers.add, outcomes)
 
     def rest(self) -> float:
-        """Take note that nothing waits; returns the seconds until there is something to measure, maybe infinite."""
+        """Record that nothing waits; return the seconds until idle work may be due, possibly infinite."""
         self._limiter.idle()
         wait_s = None if self._idle is None else self._idle.wait_s(is_expecting=bool(self._pending))
         return math.inf if wait_s is None else wait_s
 
     def take_idle_turn(self) -> None:
-        """Measure a little."""
+        """Run a batch of idle work, unless a request is pending or the batcher is stopping."""
         if self._idle is not None and not (self._pending or self._stopping):
             self._idle.take_turn()
 
     def engine_freed(self) -> None:
-        """Take note that the engine was another's, or had nothing to do, until now."""
+        """Record that the engine was used by others, or had nothing to do, until now."""
         self._free_at = self._clock()
 
     def close(self) -> None:
-        """Measure no more."""
+        """Stop idle work."""
         if self._idle is not None:
             self._idle.close()
 
     def _serve_batch(self) -> Iterator[Outcomes]:
-        """Do what the policy decides; yields what became of each request, as soon as it is known."""
+        """Run what the policy decides, and yield the outcomes of requests as soon as they are known."""
         self._observe_machine()
         self._scheduler.throttled(self._limiter.throttle_factor)
         now = self._clock()
@@ -228,7 +228,7 @@ class Batcher:
         images = {request: one.image for request, one in pending if one is not None and one.image is not None}
         if not images:
             self._scheduler.engine_taken(self._clock())
-            return  # all their clients have left meanwhile
+            return  # all clients have left
         predicted_s = self._scheduler.predict(variant, len(images), self._clock())
         try:
             ranked, started_at, ended_at = self._engine.run(list(images.values()), variant.profile, predicted_s)
@@ -257,11 +257,11 @@ class Batcher:
         )
         results = {request: result(*one, before=self._pending.answer_of(request)) for request, one in answered}
         yield self._final(results, variant, ended_at)
-        if self._idle is not None:  # after the answers, which should not wait for it
+        if self._idle is not None:  # after the answers, which must not wait for it
             self._idle.batch_ran(list(images.values()), list(results.values()))
 
     def _final(self, results: Mapping[QueuedRequest, Result], variant: Variant, now: float) -> Outcomes:
-        """Return what a batch answered, but for the requests whose images wait now for another look."""
+        """Return the outcomes of a batch, without the requests that now wait for another look."""
         if variant.second_look is None and not any(map(may_look_again, results)):
             return list(results.items())
         looked = [Looked(request, result.confidence, result.spent_macs) for request, result in results.items()]
@@ -277,7 +277,7 @@ class Batcher:
     def _run_apart(
         self, decision: BatchDecision, variant: Variant, images: dict[QueuedRequest, Tensor]
     ) -> Iterator[Outcomes]:
-        """Run the halves of a batch that failed, until the request that poisons it stands alone."""
+        """Bisect a batch that failed, until the request on which the model fails runs alone."""
         batch = list(images)
         if len(batch) == 1:
             logger.exception("the model failed on an image at %s", variant.profile.subnetwork)
@@ -294,7 +294,7 @@ class Batcher:
             yield from self._run_batch(decision, variant, half)
 
     def _answer_all(self, error: ServiceError) -> None:
-        """Give every request its answer, where there is one, or else an error."""
+        """Answer every request: with the result of its last look, where there is one, or else with an error."""
         self._answers.finish()
         for request in self._pending:
             self._pending.settle(self._pending.in_place_of(error, request, LookCode.FAILED))

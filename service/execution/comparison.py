@@ -1,4 +1,4 @@
-"""Holds a model against the one that is served, on images that this has answered: whether they agree, and how fast."""
+"""Compares a new model with the served one, on images that the served one has answered: agreement and latency."""
 
 import statistics
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from service.engines.base import Run
 from service.errors import ModelChangeError
 from service.execution.live_sample import SampledImage
 
-TIMED_IMAGES = 8  # fewer say nothing of latency: one batch beside a neighbour's burst takes three times as long
+TIMED_IMAGES = 8  # fewer say nothing about latency: one batch during a neighbour's burst takes three times as long
 NO_NUMBERS = "the new model answers what is no number"
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A model: what runs it, for no longer than an image takes, and what its classes are called."""
+    """A model to compare: a `run` that holds the engine for no longer than an image takes, and its class names."""
 
     run: Run
     class_names: tuple[str, ...]
@@ -26,11 +26,11 @@ class Contender:
 
 @dataclass(slots=True)
 class Comparison:
-    """What was found so far.
+    """What a comparison has found so far.
 
     Attributes:
-        num_images: that both have answered.
-        num_agreeing: to which both gave the same name.
+        num_images: images that both models have answered.
+        num_agreeing: images to which both models gave the same class name.
     """
 
     num_images: int = 0
@@ -39,12 +39,12 @@ class Comparison:
 
     @property
     def agreement(self) -> float | None:
-        """Share of the images to which both gave the same name, 0..1; None where there are none."""
+        """Share of the images to which both models gave the same class name, 0..1; None where there are no images."""
         return self.num_agreeing / self.num_images if self.num_images else None
 
     @property
     def latency_ratio(self) -> float | None:
-        """Median of the new one's latency over the old one's; None where there are too few to tell."""
+        """Median of the new model's latency over the old one's; None for fewer than TIMED_IMAGES images."""
         return statistics.median(self._ratios) if len(self._ratios) >= TIMED_IMAGES else None
 
     def add(self, *, agrees: bool, ratio: float) -> None:
@@ -55,22 +55,22 @@ class Comparison:
 
 
 class Comparer:
-    """Lets two models answer the same images with the same sub-networks, one after the other."""
+    """Runs two models on the same images with the same sub-networks, one after the other."""
 
     def __init__(self, old: Contender, new: Contender, clock: Callable[[], float]) -> None:
-        """Take both, and the clock to time them by."""
+        """Create from both models and the clock that times them."""
         self._old, self._new, self._clock = old, new, clock
         self._prepared: set[SubNetwork] = set()
         self.found = Comparison()
 
     def compare(self, image: SampledImage) -> None:
-        """Let both answer an image.
+        """Run both models on an image.
 
         Raises:
-            ModelChangeError: the new one's answer is no number.
+            ModelChangeError: a logit of the new model is NaN or infinite.
         """
         if image.subnetwork not in self._prepared:
-            self._answer(self._new, image)  # a library prepares itself for the first of a shape
+            self._answer(self._new, image)  # a library does first-time work for each new shape
             self._prepared.add(image.subnetwork)
         (old, old_s), (new, new_s) = (self._answer(each, image) for each in (self._old, self._new))
         if not new.isfinite().all():
@@ -85,10 +85,10 @@ class Comparer:
 
 
 def require_numbers(run: Run, image_side: int, subnetworks: tuple[SubNetwork, ...]) -> None:
-    """Run each sub-network once, on an image of zeros.
+    """Run each sub-network once, on an image of zeros, and check its logits.
 
     Raises:
-        ModelChangeError: an answer is no number.
+        ModelChangeError: a logit is NaN or infinite.
     """
     blank = torch.zeros(1, 3, image_side, image_side, dtype=torch.uint8)
     for subnetwork in subnetworks:

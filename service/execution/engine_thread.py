@@ -1,6 +1,6 @@
-"""The one thread on which engines run: it gives batchers a batch in turn, and small work of others its time between.
+"""The one thread on which engines run: it gives batchers turns of one batch, and runs short work between batches.
 
-One engine computes at a time, whichever models are served. Nothing is decided here: what a batch is, is the batcher's.
+One engine computes at a time, whichever models are served. Nothing is decided here: each batcher chooses its batches.
 """
 
 import math
@@ -13,20 +13,20 @@ from typing import Any, Protocol, TypeVar
 
 from service.errors import NotReadyError
 
-WORK_SHARE = 0.1  # of the engine's time that work beside batches may take while requests come ...
-QUIET_S = 0.05  # ... and after which without a batch it may take all of it
-WORK_S = 1.0  # that a piece of it should take, for the watchdog
+WORK_SHARE = 0.1  # share of the engine's time that work between batches may take while requests come ...
+QUIET_S = 0.05  # ... and seconds without a batch after which it may take all of the time
+WORK_S = 1.0  # expected seconds of a piece of work, for the watchdog
 
 T = TypeVar("T")
 
 
 class Served(Protocol):
-    """What gets turns: a batcher. All of it but `running` is called on the thread.
+    """What gets turns on the thread: a batcher. Everything but `running` is called on the thread.
 
     Attributes:
         has_work: whether a request waits for the engine.
-        is_over: whether none is left, and none will come.
-        running: when what it runs began, and the seconds that it should take; None where it runs nothing.
+        is_over: whether no request is left, and none will come.
+        running: when its current batch began, and the expected seconds; None where none runs.
     """
 
     @property
@@ -41,27 +41,27 @@ class Served(Protocol):
         ...
 
     def rest(self) -> float:
-        """Take note that nothing waits; returns the seconds until `take_idle_turn` is due, which may be infinite."""
+        """Record that nothing waits; return the seconds until `take_idle_turn` is due, possibly infinite."""
         ...
 
     def take_idle_turn(self) -> None:
-        """Do what there is to do while nothing waits."""
+        """Run idle work."""
         ...
 
     def engine_freed(self) -> None:
-        """Take note that the engine was another's, or had nothing to do, until now."""
+        """Record that the engine was used by others, or had nothing to do, until now."""
         ...
 
     def close(self) -> None:
-        """Take note that it gets no more turns."""
+        """Stop: there are no more turns."""
         ...
 
 
 class EngineThread:
-    """The thread, and what takes turns on it."""
+    """The engine's thread and the batchers that take turns on it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start with nothing to serve; the clock is monotonic, in seconds."""
+        """Create with nothing to serve; the clock is monotonic, in seconds."""
         self._clock, self._executor = clock, ThreadPoolExecutor(1, "engine")
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._served: dict[Served, Future[None]] = {}
@@ -72,19 +72,19 @@ class EngineThread:
 
     @property
     def running(self) -> tuple[float, float] | None:
-        """When what the engine is at began, and the seconds that it should take; None where it is at nothing."""
+        """When the current batch or piece of work began, and its expected seconds; None where nothing runs."""
         with self._lock:
             served = list(self._served)
         return self._working or next((each.running for each in served if each.running is not None), None)
 
     def submit(self, function: Callable[[], T]) -> "Future[T]":
-        """Run something on the thread while nothing is served there."""
+        """Run a function on the thread, while nothing is served there."""
         return self._executor.submit(function)
 
     def serve(self, served: Served) -> "Future[None]":
-        """Give a batcher turns until it is over; the future then has a result, or what a turn of it raised."""
+        """Give a batcher turns until it is over; the future then has a result, or the exception of a turn."""
         done: Future[None] = Future()
-        done.set_running_or_notify_cancel()  # it ends when the batcher does
+        done.set_running_or_notify_cancel()  # it cannot be cancelled, and ends with the batcher
         with self._lock:
             self._served[served] = done
             if not self._is_looping:
@@ -94,10 +94,10 @@ class EngineThread:
         return done
 
     def work(self, function: Callable[[], T]) -> "Future[T]":
-        """Run a short piece of work between two batches, of which one at most waits for it.
+        """Run a short piece of work between two batches; at most one batch waits for it.
 
-        While requests come, work gets WORK_SHARE of the engine's time. Where nothing is served, or no more before its
-        turn comes, its future has a NotReadyError.
+        While requests come, work gets WORK_SHARE of the engine's time. Where nothing is served, or serving ends before
+        the work has its turn, its future gets a NotReadyError.
         """
         done: Future[T] = Future()
         with self._lock:
@@ -110,17 +110,17 @@ class EngineThread:
         return done
 
     def wake(self) -> None:
-        """Have a look at what there is to do."""
+        """Make the thread check what there is to do."""
         self._wake.set()
 
     def shutdown(self, *, wait: bool) -> None:
-        """End the thread once nothing is served."""
+        """End the thread once nothing is served; block until then if `wait`."""
         self._executor.shutdown(wait=wait)
 
     def _loop(self) -> None:
         try:
             self._give_turns()
-        except BaseException as error:  # a bug: those who wait for the end must hear of it
+        except BaseException as error:  # a bug: whoever waits on these futures must learn of it
             with self._lock:
                 ends = [*self._served.values(), *(done for _, done in self._work)]
                 self._is_looping = False
@@ -139,11 +139,11 @@ class EngineThread:
                 self._give_each_a_turn(wanting)
             else:
                 self._rest(served)
-            # For those that wait, what others take is time that goes by between their batches, and is planned with.
+            # For a batcher that wants a turn, those of others are time between its batches, which its scheduler learns.
             _tell_freed([each for each in served if each not in wanting])
 
     def _still_served(self) -> list[Served]:
-        """Let go of those that are over, and return the others; with the last, work has no one to wait for."""
+        """End the batchers that are over, and return the others; if none is left, end the loop and fail all work."""
         with self._lock:
             served = list(self._served)
         for each in served:
@@ -162,7 +162,7 @@ class EngineThread:
         for each in wanting:
             try:
                 each.take_turn()
-            except Exception as error:  # whatever a policy or a model raises, the other models must go on
+            except Exception as error:  # whatever a policy or a model raises, the other models must continue
                 self._end(each, error)
             self._batch_at = self._clock()
 
@@ -176,10 +176,10 @@ class EngineThread:
             done.set_exception(error)
 
     def _rest(self, served: Sequence[Served]) -> None:
-        """Wait for something to do, and do what is for idle moments where nothing comes."""
+        """Wait for something to do, and run idle work if nothing comes until it is due."""
         due_s, idler = min(((each.rest(), each) for each in served), key=lambda pair: pair[0])
         self._wake.clear()
-        # What came before the clearing may not have been seen.
+        # Clearing may have discarded a wake-up, so check again.
         if list(self._served) != served or any(each.has_work or each.is_over for each in served):
             return
         wait_s = min(due_s, self._work_wait_s(is_quiet=True))
@@ -187,7 +187,7 @@ class EngineThread:
             idler.take_idle_turn()
 
     def _work_wait_s(self, *, is_quiet: bool) -> float:
-        """Tell how long it is until a piece of work may run; infinite where there is none."""
+        """Return the seconds until a piece of work may run; infinite where there is none."""
         if not self._work:
             return math.inf
         due_at = min(self._work_due_at, self._batch_at + QUIET_S) if is_quiet else self._work_due_at
@@ -201,7 +201,7 @@ class EngineThread:
         self._working = began_at, WORK_S
         try:
             result = function()
-        except Exception as error:  # it is for those who asked for the work
+        except Exception as error:  # the caller who asked for the work gets it
             done.set_exception(error)
         else:
             done.set_result(result)

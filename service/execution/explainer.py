@@ -1,7 +1,7 @@
-"""Which patches a sub-network keeps of an image: one image at a time, on a thread that gives way to all others.
+"""Traces which patches of an image a sub-network keeps: one image at a time, on a thread of low priority.
 
-It runs the model in PyTorch, whatever the engine: the same weights, though where the engine computes in fewer digits
-two patches of nearly the same score may change places.
+It runs the model in PyTorch, whatever the engine. The weights are the same, but where the engine computes in lower
+precision, two patches of nearly the same score may change places.
 """
 
 import asyncio
@@ -28,23 +28,23 @@ from service.domain import InferenceRequest
 from service.errors import ModelError, OverloadedError
 from service.scheduling.key_ledger import KeyLedger
 
-NICENESS = 10  # a tenth of a core that others want as well
-LAST_PRIORITY = -100  # behind whatever a request may ask for
+NICENESS = 10  # the thread gets a tenth of a core that others want as well
+LAST_PRIORITY = -100  # lower than any priority that a request may ask for
 RETRY_AFTER_S = 1.0
-LONGEST_WAIT_S = 10.0  # for a decoder, while none else can be explained
+LONGEST_WAIT_S = 10.0  # for the image to be decoded; no other image can be explained during that time
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class KeptPatches:
-    """What a block that prunes keeps of an image.
+    """The patches of an image that a prune block keeps.
 
     Attributes:
-        block: its index.
-        patches: numbers of patches, row by row from 0, ascending.
-        scores: of each, the attention that the class token pays to it, 0..1.
-        keeps_fused: whether the token that earlier ones were fused into is among those kept.
+        block: index of the block.
+        patches: numbers of the kept patches, row by row from 0, ascending.
+        scores: for each kept patch, the attention that the class token pays to it, 0..1.
+        keeps_fused: whether the block keeps the token into which earlier blocks fused the tokens that they pruned.
     """
 
     block: int
@@ -54,18 +54,18 @@ class KeptPatches:
 
 
 class Explainer:
-    """Explains one image at a time, or says that it is busy."""
+    """Explains one image at a time, and rejects others while it is busy."""
 
     def __init__(
         self, model: SuperViT, decoder: Decoder, ledger: KeyLedger, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Take what it works with.
+        """Create an explainer from its collaborators.
 
         Args:
-            model: in eval mode, wherever it is.
-            decoder: makes images of bytes.
-            ledger: of what the holders of keys have had.
-            clock: monotonic, in seconds; the ledger's.
+            model: the model to trace, in eval mode, on any device.
+            decoder: decodes the images.
+            ledger: charges API keys for their work.
+            clock: monotonic, in seconds; the clock of the ledger.
         """
         self._model, self._decoder, self._ledger, self._clock = model, decoder, ledger, clock
         self._thread = ThreadPoolExecutor(1, "explain", initializer=_give_way)
@@ -77,17 +77,17 @@ class Explainer:
         return self._is_taken
 
     def check_room(self) -> None:
-        """See whether an image can be explained.
+        """Check that no image is being explained.
 
         Raises:
-            OverloadedError: another is.
+            OverloadedError: another image is being explained.
         """
         if self._is_taken:
             raise OverloadedError("another image is being explained; try again in a moment", "full", RETRY_AFTER_S)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Have the explainer for oneself as long as the block lasts; errors as `check_room`."""
+        """Hold the explainer while the `with` block runs; raises what `check_room` raises."""
         self.check_room()
         self._is_taken = True
         try:
@@ -98,12 +98,14 @@ class Explainer:
     async def explain(
         self, data: bytes, profile: SubNetworkProfile, request: InferenceRequest
     ) -> tuple[KeptPatches, ...]:
-        """Tell which patches each block that prunes keeps; none do at a keep rate of 1. Its key is charged for that.
+        """Return which patches each prune block keeps, and charge the request's key for the run.
+
+        At a keep rate of 1 no block prunes, and the result is empty.
 
         Args:
-            data: the bytes of an image that was classified.
-            profile: of the sub-network that ran.
-            request: whose image it is.
+            data: the encoded bytes of an image that was classified.
+            profile: profile of the sub-network that ran.
+            request: the request that brought the image.
 
         Raises:
             ServiceError: the image cannot be decoded now, or the model fails on it.
@@ -115,16 +117,16 @@ class Explainer:
             message = "others' images leave no time to decode this one again; try again in a moment"
             raise OverloadedError(message, "full", RETRY_AFTER_S) from None
         loop, subnetwork = asyncio.get_running_loop(), profile.subnetwork
-        if request.key is not None:  # at once: what has begun runs to its end, even if the client leaves
+        if request.key is not None:  # before the run, which continues to its end even if the client leaves
             self._ledger.charge(request.key, profile.gflops, self._clock())
         try:
             return await loop.run_in_executor(self._thread, self._trace, decoded.image, subnetwork)
-        except RuntimeError as error:  # as of a GPU whose memory is taken
+        except RuntimeError as error:  # such as a GPU out of memory
             logger.exception("the model failed on an image at %s", subnetwork)
             raise ModelError("the model failed on this image; the server's log says why") from error
 
     def close(self) -> None:
-        """Have the thread end once its image is done; waits for nothing, as the event loop must not."""
+        """Let the thread end once its image is done; do not wait for it, because the event loop must not block."""
         self._thread.shutdown(wait=False)
 
     @torch.inference_mode()
@@ -141,5 +143,5 @@ def _kept(block: int, numbers: list[int], scores: list[float]) -> KeptPatches:
 
 
 def _give_way() -> None:
-    """Let every other thread of the machine go before this one, and those of PyTorch that it starts."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # on Linux, of the thread alone
+    """Lower the priority of this thread, and of the PyTorch threads that it starts, in favour of all others."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # on Linux, for this thread alone

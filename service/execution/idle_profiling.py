@@ -1,7 +1,7 @@
-"""Measures the rest of the profile while the engine has nothing to do, and learns from the batches of requests.
+"""Measures the rest of the latency profile while the engine is idle, and learns from the batches of requests.
 
-Which cell is next is the profile's business, and when there is time for one that of `idle_turns`. All of it runs on the
-engine's thread.
+The profile chooses the next cell, and `idle_turns` decides when there is time for one. All of it runs on the engine's
+thread.
 """
 
 import logging
@@ -23,33 +23,33 @@ from service.scheduling.estimators import STALE_AFTER_S, Slowdown
 
 logger = logging.getLogger(__name__)
 
-PUBLISH_S = 2.0  # between two updates of what the scheduler plans with
-KEEP_S = 10.0  # between two versions of the file
-WARM_UP_S = 4.0  # for batches whose time does not count
+PUBLISH_S = 2.0  # seconds between two updates of the latencies that the scheduler plans with
+KEEP_S = 10.0  # seconds between two versions of the file
+WARM_UP_S = 4.0  # predicted seconds of warm-up batches, whose times do not count, after which no more run
 
 
 class Keeper(Protocol):
     """Where the profile is kept, shared with other processes."""
 
     def claim(self) -> bool:
-        """Try to be the process that measures."""
+        """Try to become the process that measures; return whether that succeeded."""
         ...
 
     def release(self) -> None:
-        """Let another one measure."""
+        """Let another process measure."""
         ...
 
     def read_if_changed(self) -> Figures | None:
-        """Read what another process has measured."""
+        """Read what another process has measured since the last read; None where that is nothing."""
         ...
 
     def write(self, figures: Figures) -> None:
-        """Keep what is measured."""
+        """Store the figures."""
         ...
 
 
 class IdleProfiler:
-    """Completes a profile; an IdleWork."""
+    """Completes a latency profile in idle moments; an IdleWork."""
 
     def __init__(
         self,
@@ -60,19 +60,19 @@ class IdleProfiler:
         shapes: Iterable[Cell] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take what to complete, and publish what is known of it.
+        """Create a profiler, and publish what its profile knows already.
 
         Args:
-            profile: of this machine, which knows a little.
-            keeper: of it.
-            time_once: runs a cell, and returns its seconds.
-            publish: takes what to plan with from now on.
-            shapes: other batches to run once, because a library prepares itself for the first of a shape.
+            profile: latency profile of this machine, with at least one cell known.
+            keeper: stores the profile.
+            time_once: runs a cell and returns its seconds.
+            publish: called with the latencies to plan with from now on.
+            shapes: further cells to run once, because a library does first-time work for each new shape.
             clock: monotonic, in seconds.
         """
         self._profile, self._keeper, self._time_once, self._publish = profile, keeper, time_once, publish
         self._shapes, self._warming_s = deque(shapes), 0.0
-        self._pace = Slowdown()  # by the batches of measured cells alone
+        self._pace = Slowdown()  # learned from the batches of measured cells alone
         self._published_at = self._kept_at = clock()
         self._has_claim = self._is_over = False
         self._num_news = self._num_published = self._num_kept = 0
@@ -80,15 +80,15 @@ class IdleProfiler:
 
     @property
     def measured_share(self) -> float:
-        """How much of the profile is measured, 0..1."""
+        """Share of the profile that is measured, 0..1."""
         return self._profile.measured_share
 
     def starts_at(self) -> float | None:
-        """Tell that there is a cell to measure at any time, until all are."""
+        """Return minus infinity while cells are left, as a cell may be measured at any time; None after that."""
         return None if self._is_over else -math.inf
 
     def due(self, now: float, room: Room) -> IdleBatch | None:
-        """Choose a cell; share what is known of the others, too."""
+        """Choose a cell to measure; also publish and store what is new."""
         if self._is_over:
             return None
         self._share(now)
@@ -98,11 +98,11 @@ class IdleProfiler:
         failure = f"a batch of {cell[1]} at {cell[0]} failed; the rest of the profile stays an estimate"
         return IdleBatch(self._profile.row_s(cell), partial(self._measure, cell), failure)
 
-    def batch_ran(self, images: Sequence[Tensor], results: Sequence[Result]) -> None:  # noqa: ARG002 - others need them
+    def batch_ran(self, images: Sequence[Tensor], results: Sequence[Result]) -> None:  # noqa: ARG002 - others use them
         """Learn from a batch of requests.
 
-        How much slower than alone it ran, because of others' load and the server's own work, is known from batches of
-        measured cells just before it. Where there were none, it says nothing of its cell.
+        Others' load and the server's own work make it slower than it would be alone. Batches of measured cells just
+        before it tell by what factor. Without any, it tells nothing about its cell.
         """
         if self._is_over:
             return
@@ -116,7 +116,7 @@ class IdleProfiler:
             self._share(now)
 
     def close(self) -> None:
-        """Measure no more; keep what is measured, and let another process go on."""
+        """Stop measuring, store what is measured, and let another process continue."""
         self._is_over = True
         if self._has_claim:
             self._keep()
@@ -144,7 +144,7 @@ class IdleProfiler:
         self._num_news += self._profile.record(cell, seconds, worth)
 
     def _share(self, now: float) -> None:
-        """Give the scheduler and the file what is new, every now and then, and take what another process has found."""
+        """Publish and store what is new, at intervals, and take over what another process has measured."""
         if not self._has_claim and not self._profile.is_complete:
             self._has_claim = self._keeper.claim()
             if found := self._keeper.read_if_changed():
@@ -165,6 +165,6 @@ class IdleProfiler:
 
     def _keep(self) -> None:
         self._num_kept = self._num_news
-        if found := self._keeper.read_if_changed():  # as `supervit profile` may have measured
+        if found := self._keeper.read_if_changed():  # `supervit profile` may have measured as well
             self._profile.merge(found)
         self._keeper.write(self._profile.figures)

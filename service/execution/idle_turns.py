@@ -1,6 +1,6 @@
-"""When the engine has time for batches that no request waits for, and whose turn it then is.
+"""Decides when the engine has time for batches that no request waits for, and which kind of work gets that time.
 
-What they are is for each kind of work to say. All of it runs on the engine's thread.
+Each kind of work chooses its own batches. All of it runs on the engine's thread.
 """
 
 import logging
@@ -17,22 +17,22 @@ from service.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-QUIET_S = 0.05  # without a request, after which the engine counts as idle
-# A request that comes while a batch runs waits for its end. So that is this rare, at the rate at which they come, ...
-ARRIVALS = 0.1
-BUDGET_SHARE = 0.25  # ... and takes no more than this of a tight budget, ...
-QUIET_SHARE = 0.1  # ... unless none has come for so long that a batch takes only this share of that time.
-BUSY = 0.15  # share of the CPUs that others use from which on nothing runs: it would slow them, and they it
-RECHECK_S = 0.25  # until another look, where others' load, another process or too dear a batch stood in the way
+QUIET_S = 0.05  # seconds without a request after which the engine counts as idle
+# A request that arrives during an idle batch waits for its end. So an idle batch is so short that:
+ARRIVALS = 0.1  # no more than this many requests are expected during it, at the current rate, ...
+BUDGET_SHARE = 0.25  # ... and it takes no more than this share of a tight latency budget, ...
+QUIET_SHARE = 0.1  # ... unless no request has come for so long that it takes only this share of that time.
+BUSY = 0.15  # share of the CPUs used by others above which no idle batch runs: each would slow the other down
+RECHECK_S = 0.25  # seconds to the next check, where others' load, another process or too long a batch was in the way
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What there is room for at this moment.
+    """The room for an idle batch at this moment.
 
     Attributes:
-        seconds: that a batch may take at most; 0 where none may run.
-        max_batch_size: images that it may have at most.
+        seconds: the most that the batch may take; 0 where none may run.
+        max_batch_size: the most images that it may have.
     """
 
     seconds: float
@@ -44,9 +44,9 @@ class IdleBatch:
     """A batch for an idle moment.
 
     Attributes:
-        expected_s: what it should take.
-        run: runs it; returns the seconds that the engine took.
-        if_it_fails: what the log then says.
+        expected_s: expected seconds of the batch.
+        run: runs the batch and returns the seconds that the engine took.
+        if_it_fails: message to log where it fails.
     """
 
     expected_s: float
@@ -55,30 +55,30 @@ class IdleBatch:
 
 
 class IdleWork(Protocol):
-    """What an engine can do in idle moments, batch by batch."""
+    """A kind of work that an engine can do in idle moments, batch by batch."""
 
     def starts_at(self) -> float | None:
-        """Tell from when on there may be something to run; None where there is not, unless requests bring it."""
+        """Return the instant from which a batch may be due; None where none will be, unless requests bring one."""
         ...
 
     def due(self, now: float, room: Room) -> IdleBatch | None:
-        """Choose what to run now, which then is run; None where there is nothing, or no room for it."""
+        """Choose a batch, which the caller then runs; None where there is none, or no room for it."""
         ...
 
     def batch_ran(self, images: Sequence[Tensor], results: Sequence[Result]) -> None:
-        """Hear of a batch of requests: their images, each (3, S, S) uint8, and what the look at each said."""
+        """Observe a batch of requests: their images, each (3, S, S) uint8, and the result of the look at each."""
         ...
 
     def close(self) -> None:
-        """Run no more."""
+        """Stop: no batch is due any more."""
         ...
 
 
 class IdleTurns:
-    """Gives the engine's idle moments away: each to the first work that has a batch which there is room for.
+    """Gives each idle moment of the engine to the first kind of work that has a batch for which there is room.
 
     Attributes:
-        running: when the batch that runs began, and what it should take; None where none runs.
+        running: when the current idle batch began, and its expected seconds; None where none runs.
     """
 
     def __init__(
@@ -90,16 +90,16 @@ class IdleTurns:
         observe_machine: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take what there is to do.
+        """Create from the kinds of idle work and their collaborators.
 
         Args:
-            works: in the order in which they are asked for a batch.
-            scheduler: knows the load, and plans around a batch that runs.
-            default_budget_s: granted to a request that names none.
-            limiter: holds these batches back for the sake of a ceiling, as it does those of requests.
-            observe_machine: called before each look; tells the scheduler of the machine, and returns the share of what
-                this engine computes on that others use, 0..1.
-            clock: monotonic, in seconds; the scheduler's.
+            works: the kinds of work, in the order in which they are asked for a batch.
+            scheduler: knows the load, and plans around an idle batch that runs.
+            default_budget_s: latency budget of a request that names none.
+            limiter: delays these batches, like those of requests, to keep below a utilization ceiling.
+            observe_machine: called before each turn; tells the scheduler the state of the machine, and returns the
+                share, 0..1, of this engine's processors that others use.
+            clock: monotonic, in seconds; the clock of the scheduler.
         """
         self.running: tuple[float, float] | None = None
         self._works, self._scheduler, self._default_budget_s = works, scheduler, default_budget_s
@@ -108,10 +108,10 @@ class IdleTurns:
         self._active_at = self._look_at = clock()
 
     def wait_s(self, *, is_expecting: bool) -> float | None:
-        """Tell how long to wait for a request before `take_turn`; None where there is nothing to do.
+        """Return how long to wait for a request before `take_turn`; None where there is no idle work.
 
         Args:
-            is_expecting: whether there are requests that will come to the engine.
+            is_expecting: whether there are requests that will reach the engine.
         """
         now = self._clock()
         if is_expecting:
@@ -122,7 +122,7 @@ class IdleTurns:
         return max(0.0, max(self._active_at + QUIET_S, self._look_at, min(starts)) - now)
 
     def take_turn(self) -> None:
-        """Run a batch, where there is time for one. Only where no request waits for the engine or a decoder."""
+        """Run a batch, if there is time for one. Call it only while no request waits for the engine or a decoder."""
         others = self._observe_machine()
         now = self._clock()
         pause_s = self._limiter.pause_s(now)
@@ -135,13 +135,13 @@ class IdleTurns:
         self._look_at = now + max(pause_s, RECHECK_S)
 
     def batch_ran(self, images: Sequence[Tensor], results: Sequence[Result]) -> None:
-        """Hear of a batch of requests, as an IdleWork does."""
+        """Observe a batch of requests, and pass it to every kind of work."""
         self._active_at = results[0].ended_at
         for work in self._works:
             work.batch_ran(images, results)
 
     def close(self) -> None:
-        """Run no more."""
+        """Stop all kinds of work."""
         for work in self._works:
             work.close()
 
@@ -159,7 +159,7 @@ class IdleTurns:
         self._scheduler.engine_taken(now + batch.expected_s)
         try:
             seconds = batch.run()
-        except Exception:  # whatever the engine raises: what that means for requests shows when they come
+        except Exception:  # whatever the engine raises: whether it fails on requests, too, shows when they come
             logger.exception(batch.if_it_fails)
             work.close()
         else:

@@ -1,4 +1,4 @@
-"""What a model answered of late: a few of the images, to hold another model against it, and how its answers were."""
+"""Recent work of a model: a few of its images, to compare another model on them, and counts of answers and failures."""
 
 import math
 from collections import Counter, deque
@@ -11,7 +11,7 @@ from models.subnetwork import SubNetwork
 from service.execution.results import Ranked
 
 KEPT_IMAGES = 32
-KEPT_SHAPES = 256  # of batches: about ten seconds of load
+KEPT_SHAPES = 256  # batches whose shapes are kept: about ten seconds of load
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class SampledImage:
 
     Attributes:
         pixels: (3, S, S) uint8.
-        subnetwork: that answered it.
+        subnetwork: the sub-network that answered it.
     """
 
     pixels: Tensor
@@ -28,11 +28,11 @@ class SampledImage:
 
 
 class LiveSample:
-    """Filled on the engine's thread, one image a batch; read on any other.
+    """A sample of the served images, filled on the engine's thread with one image per batch; read on any other thread.
 
     Attributes:
-        num_answered: images that had an answer.
-        num_failed: images on which the model failed, or of which it said what is no number.
+        num_answered: images that got an answer.
+        num_failed: images on which the model failed or answered NaN.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class LiveSample:
         self._shapes: deque[tuple[SubNetwork, int]] = deque(maxlen=KEPT_SHAPES)
 
     def answered(self, images: Sequence[Tensor], subnetwork: SubNetwork, ranked: Sequence[Ranked]) -> None:
-        """Take note of a batch."""
+        """Record a batch that ran."""
         self._images.append(SampledImage(images[0], subnetwork))
         self._shapes.append((subnetwork, len(images)))
         wrong = sum(not math.isfinite(each.probabilities[0]) for each in ranked)
@@ -49,15 +49,15 @@ class LiveSample:
         self.num_answered += len(ranked) - wrong
 
     def failed(self) -> None:
-        """Take note of an image on which the model failed."""
+        """Record an image on which the model failed."""
         self.num_failed += 1
 
     def shapes(self) -> list[tuple[SubNetwork, int]]:
-        """Return what the last batches ran and how large they were, each once, the most frequent first."""
+        """Return the distinct sub-networks and sizes of the last batches, the most frequent first."""
         return [shape for shape, _ in Counter(self._shapes.copy()).most_common()]
 
     def take(self) -> SampledImage | None:
-        """Take the image that is there for longest, which no other gets then; None where there is none."""
+        """Remove and return the oldest image; None where there is none."""
         try:
             return self._images.popleft()
         except IndexError:

@@ -1,4 +1,4 @@
-"""What the engine answers to an image: the classes, the most probable first, and how it came about."""
+"""The result of one image: logits, probabilities and ranking of the classes, and the decision and batch behind them."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class Ranked(NamedTuple):
-    """Of one image: logits, probabilities and ranking, as in a Result."""
+    """The logits, probabilities and ranking of one image, as in a Result."""
 
     logits: Floats
     probabilities: Floats
@@ -26,22 +26,22 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a look at the image of one request said.
+    """The result of one look at the image of a request.
 
     Attributes:
         logits: (classes,).
-        probabilities: (classes,), their softmax at the sub-network's temperature; all NaN where some logit is NaN.
-        ranking: (classes,), the indices of the classes, the most probable first.
-        variant: what ran; of a cascade its first look.
-        decision: the whole of it, its reason included.
+        probabilities: (classes,), softmax of the logits at the sub-network's temperature; all NaN where a logit is NaN.
+        ranking: (classes,), indices of the classes, the most probable first.
+        variant: the variant that was chosen; of a cascade, only the first look ran.
+        decision: the scheduler's decision, with its reason.
         batch_size: images that ran together.
-        predicted_s: what the batch was expected to take.
-        inference_s: what it took.
-        started_at: when it began, on the monotonic clock.
-        ended_at: when it ended.
-        before: the look before this one, which was not sure enough.
-        stopped: why no other follows.
-        waited_in_vain: whether it waited for another look that did not come.
+        predicted_s: predicted seconds of the batch.
+        inference_s: measured seconds of the batch.
+        started_at: when the batch started, on the monotonic clock.
+        ended_at: when the batch ended, on the same clock.
+        before: the previous look, which was not sure enough; None for the first look.
+        stopped: why no other look follows.
+        waited_in_vain: whether the request waited for another look that did not come.
     """
 
     logits: Floats
@@ -60,42 +60,43 @@ class Result:
 
     @property
     def looks(self) -> "tuple[Result, ...]":
-        """All looks at the image, the first first."""
+        """All looks at the image, in order."""
         return (self,) if self.before is None else (*self.before.looks, self)
 
     @property
     def confidence(self) -> float:
-        """The calibrated probability of the answer; NaN where some logit is NaN."""
+        """The calibrated probability of the answer; NaN where a logit is NaN."""
         return float(self.probabilities[self.ranking[0]])
 
     @property
     def spent_macs(self) -> int:
-        """Multiply-accumulates of all looks."""
+        """MACs of all looks together."""
         return sum(look.variant.profile.macs for look in self.looks)
 
 
 def rank(logits: Floats, temperature: float, entropy_exponent: float) -> list[Ranked]:
-    """Read the (B, classes) logits of a batch; the temperature is that of `SubNetworkProfile`, entropy included.
+    """Compute the probabilities and rankings of the (B, classes) logits of a batch.
 
-    It is for the engine's thread, all at once: sorting on the event loop would give the GIL away for every answer.
+    `temperature` and `entropy_exponent` are those of `SubNetworkProfile`. The engine's thread ranks the whole batch at
+    once: sorting on the event loop would release the GIL for every answer.
     """
-    with np.errstate(invalid="ignore", over="ignore"):  # infinity less infinity
+    with np.errstate(invalid="ignore", over="ignore"):  # infinity minus infinity
         behind = logits - logits.max(axis=1, keepdims=True)
         spread = _entropy(behind) ** entropy_exponent if entropy_exponent else 1.0
         probabilities = _softmax(behind / (temperature * spread))
-    ranking = np.argsort(-logits, axis=1, kind="stable")  # far behind, probabilities are all 0
+    ranking = np.argsort(-logits, axis=1, kind="stable")  # by logits: far below the maximum, all probabilities are 0
     return list(map(Ranked, logits, probabilities, ranking))
 
 
 def _softmax(behind: Floats) -> Floats:
-    """Return the softmax of each row of (B, classes) whose greatest is 0."""
+    """Return the softmax of each row of (B, classes) values whose maximum is 0."""
     weights: Floats = np.exp(behind)
     shares: Floats = weights / weights.sum(axis=1, keepdims=True)
     return shares
 
 
 def _entropy(behind: Floats) -> Floats:
-    """Return the entropy of the softmax of each such row, over the greatest there is: (B, 1)."""
+    """Return the (B, 1) softmax entropies of rows whose maximum is 0, as fractions of the largest possible entropy."""
     probabilities = _softmax(behind)
     smallest = np.finfo(np.float32).tiny
     entropy: Floats = -(probabilities * np.log(np.maximum(probabilities, smallest))).sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Keeps the server under a ceiling of utilization: so much compute per second, and a pause once it is spent."""
+"""Keeps the server below a utilization ceiling: a budget of compute per second, and a pause once it is spent."""
 
 import time
 from collections.abc import Callable
@@ -9,17 +9,17 @@ NEGLIGIBLE_S = 1e-4
 
 
 class UtilizationLimiter:
-    """A bucket of compute seconds that fills at the ceiling's rate; batches wait while it is empty."""
+    """A token bucket of compute seconds that fills at the ceiling's rate; batches wait while it is overdrawn."""
 
     def __init__(
         self, ceiling: float | None, cores: float | None, process_time: Callable[[], float] = time.process_time
     ) -> None:
-        """Start with a full bucket.
+        """Create a limiter with a full bucket.
 
         Args:
             ceiling: fraction of the machine that this process may use, 0..1; None for no ceiling.
-            cores: how many cores there are; None where a GPU does the work, whose busy time is then what counts.
-            process_time: CPU seconds that this process has used so far, by all its threads.
+            cores: number of cores; None where a GPU does the work: its busy time counts then.
+            process_time: returns the CPU seconds that all threads of this process have used so far.
         """
         self.throttle_factor = 1.0
         self._batches_s = 0.0
@@ -29,16 +29,16 @@ class UtilizationLimiter:
         self._credit_s = 0.0 if self._per_s is None else self._per_s * BURST_S
         self._filled_at: float | None = None
         self._seen_s = self._used_s()
-        self._wanted_s: float | None = None  # used when the next batch was first wanted
+        self._wanted_s: float | None = None  # compute seconds used when the next batch was first wanted
         self._intensity: float | None = None
 
     def pause_s(self, now: float) -> float:
-        """Return how long the next batch must wait for the ceiling's sake."""
+        """Return how long the next batch must wait to keep below the ceiling."""
         if self._per_s is None:
             return 0.0
         used_s = self._used_s()
         if self._filled_at is None:
-            self._filled_at, self._seen_s = now, used_s  # nothing before the first batch is held against it
+            self._filled_at, self._seen_s = now, used_s  # compute before the first batch does not count
         passed_s = now - self._filled_at
         balance = self._credit_s + passed_s * self._per_s - (used_s - self._seen_s)
         self._credit_s = min(balance, self._per_s * BURST_S)
@@ -49,11 +49,11 @@ class UtilizationLimiter:
         return pause_s if pause_s > NEGLIGIBLE_S else 0.0
 
     def idle(self) -> None:
-        """Nothing waits any more: what is used until something does is no batch's."""
+        """Record that nothing waits: compute used until a batch is wanted again belongs to no batch."""
         self._wanted_s = None
 
     def batch_ran(self, seconds: float) -> None:
-        """Learn how much compute a second of inference takes, with all that is used from when the batch is wanted."""
+        """Learn how much compute a second of inference takes, counting all of it since the batch was first wanted."""
         self._batches_s += seconds
         if self._per_s is None or self._wanted_s is None:
             return

@@ -1,4 +1,4 @@
-"""Work for the event loop that would keep it from its sockets for long, were it done at once."""
+"""Splits work on the event loop into small parts, where doing it at once would keep the loop from its sockets."""
 
 import asyncio
 import math
@@ -6,31 +6,31 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
-# Answers that leave together are followed by requests that come together; one by one, both would cost half as much
-# again of the loop's time.
+# Items per turn. Answers that are sent together are followed by requests that arrive together; one by one, both would
+# take half as much again of the loop's time.
 AT_ONCE = 4
-SHARE = 1 / 8  # of what waits, where that is more: under load a turn takes milliseconds, and the last would be late
+SHARE = 1 / 8  # of the waiting items, if that is more: under load a turn takes milliseconds, and the last would be late
 
 T = TypeVar("T")
 
 
 class InTurns(Generic[T]):
-    """Handles items in order, a few in each turn of the event loop. Everything is called there."""
+    """Handles items in order, a few in each turn of the event loop. All methods are called on the loop."""
 
     def __init__(self, handle: Callable[[T], None]) -> None:
-        """Take what handles an item; it must not fail."""
+        """Create from the function that handles an item, which must not raise."""
         self._handle = handle
         self._waiting: deque[T] = deque()
 
     def add(self, items: Iterable[T]) -> None:
-        """Begin at once, unless others are being handled."""
+        """Append items; handle the first of them at once, unless earlier ones are waiting."""
         is_at_it = bool(self._waiting)
         self._waiting.extend(items)
         if not is_at_it:
             self._handle_some()
 
     def finish(self) -> None:
-        """Handle all that wait, now."""
+        """Handle all waiting items now."""
         while self._waiting:
             self._handle(self._waiting.popleft())
 

@@ -1,4 +1,4 @@
-"""Watches that a batch comes to an end. Knows of no engine: it is told what runs."""
+"""Detects a batch that hangs. Knows no engine: the caller says which batch runs."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Watchdog:
-    """When an engine is taken to hang.
+    """Decides when a batch counts as hung.
 
     Attributes:
-        interval_s: between two looks.
-        hang_s: a batch that takes so long ...
-        hang_ratio: ... and so many times what it should is taken to hang.
-        preparation_s: what a step of the preparation before the first request should take.
+        interval_s: seconds between two checks.
+        hang_s: a batch counts as hung once it has run for this long ...
+        hang_ratio: ... and for this many times its expected seconds.
+        preparation_s: expected seconds of a step of the preparation before the first request.
     """
 
     interval_s: float = 1.0
@@ -24,16 +24,16 @@ class Watchdog:
     async def until_hung(
         self, running: Callable[[], tuple[float, float] | None], heartbeat: Callable[[], None]
     ) -> float:
-        """Look at the engine at every interval until it hangs.
+        """Check the engine at every interval until a batch hangs.
 
         Args:
-            running: tells when the batch that runs began, and the seconds it should take; None where none runs.
-            heartbeat: called with every look, to show that the event loop is alive.
+            running: returns when the current batch began and its expected seconds; None where none runs.
+            heartbeat: called at every check, to show that the event loop is alive.
 
         Returns:
-            The seconds that the batch which does not end should have taken.
+            The expected seconds of the batch that hangs.
         """
-        # Looks are counted, not timed: when the whole machine has been asleep, this may be first to wake.
+        # Checks are counted, not timed: after the whole machine was suspended, the watchdog may be the first to wake.
         batch, looks = None, 0
         while batch is None or looks * self.interval_s < max(self.hang_s, self.hang_ratio * batch[1]):
             heartbeat()

@@ -1,1 +1,1 @@
-"""Processes that hold servers: one, several behind a port, replicas of Ray."""
+"""Server processes: a single one, several workers behind one port, or replicas of Ray Serve."""

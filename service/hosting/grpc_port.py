@@ -1,4 +1,4 @@
-"""gRPC beside HTTP: what serves it; imported only where it is asked for."""
+"""gRPC beside HTTP; the modules that serve it are imported only if the settings ask for it."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -14,10 +14,10 @@ LIBRARIES = ("grpc", "grpc_health", "grpc_reflection")
 
 
 def require_grpc(settings: Settings, libraries: Sequence[str] = LIBRARIES) -> None:
-    """See whether the libraries are there, where gRPC is asked for.
+    """Check that the libraries are installed, if the settings ask for gRPC.
 
     Raises:
-        CommandError: they are not installed.
+        CommandError: a library is not installed.
     """
     if settings.grpc_port is not None and not all(map(find_spec, libraries)):
         raise CommandError("--grpc-port: gRPC is missing; install this project with its extra, pip install '.[grpc]'")
@@ -26,7 +26,7 @@ def require_grpc(settings: Settings, libraries: Sequence[str] = LIBRARIES) -> No
 def grpc_beside(
     settings: Settings, runtime: ServerRuntime, max_connections: int, certificate: Certificate | None
 ) -> Callable[[], AbstractAsyncContextManager[object]]:
-    """Make what serves gRPC as long as a block lasts, where the settings name a port for it."""
+    """Return a factory of context managers that serve gRPC, or do nothing if the settings name no port for it."""
     if settings.grpc_port is None:
         return nullcontext
     from service.rpc.answering import Answering

@@ -1,4 +1,4 @@
-"""The ports beside the one of HTTP: kept for this process and its workers, and what serves at the one for operators."""
+"""The admin and gRPC ports: reserves them for this process and its workers, and serves operators at the former."""
 
 import asyncio
 import ipaddress
@@ -18,29 +18,29 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def reserved_ports(settings: Settings) -> Iterator[Settings]:
-    """Keep the ports beside the first, where there are to be any.
+    """Reserve the admin and gRPC ports that the settings ask for, until the block ends.
 
     Yields:
-        The settings, with the numbers of ports that were free.
+        The settings, with the number of a free port in place of 0.
 
     Raises:
-        CommandError: an address cannot be had.
+        CommandError: an address is not available.
     """
     with ExitStack() as kept:
         numbers = {}
         for name in PORTS:
             port: int | None = getattr(settings, name)
-            if port is not None and settings.fd is None:  # else it is a worker, whose supervisor keeps them
+            if port is not None and settings.fd is None:  # else this is a worker, whose supervisor holds the ports
                 opened = kept.enter_context(take_address(settings.host, port, is_shared=True))
                 numbers[name] = opened.getsockname()[1]
         yield settings.model_copy(update=numbers)
 
 
 def why_no_changes(settings: Settings) -> str | None:
-    """Say why none may ask for another model: where several workers serve, or strangers may reach the port."""
+    """Return why the model may not be changed: several workers serve, or others may reach the port; None if it may."""
     if settings.workers > 1:
         return "one of several workers is not changed alone: all of them follow the file with --watch-checkpoint"
-    # An inherited socket may listen anywhere, and what a proxy hands on comes from anyone.
+    # An inherited socket may listen on any address, and a proxy forwards requests from anyone.
     is_guarded = _is_loopback(settings.host) and settings.fd is None and settings.forwarded_allow_ips is None
     if settings.admin_port is None and not is_guarded:
         return "others than operators may reach this port: give these a port of their own with --admin-port"
@@ -56,7 +56,7 @@ def _is_loopback(host: str) -> bool:
 
 @asynccontextmanager
 async def serving_beside(config: uvicorn.Config, host: str, port: int) -> AsyncIterator[None]:
-    """Serve operators as long as the block lasts, in the event loop of another server, whose signals are its own."""
+    """Serve operators until the block ends, in the event loop of another server, which keeps handling the signals."""
     config.load()
     server, opened = uvicorn.Server(config), bind(host, port, is_shared=True)
     server.lifespan = config.lifespan_class(config)

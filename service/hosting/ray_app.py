@@ -1,6 +1,6 @@
 """The same app on Ray Serve: every replica is a whole server, with a queue, a monitor and a profile of its own.
 
-`build` is what the `import_path` of a Serve config names; its arguments are the server's settings.
+`build` is the `import_path` of a Serve config; its arguments are the server's settings.
 """
 
 import math
@@ -23,10 +23,10 @@ from service.settings import Settings, named_settings
 from service.telemetry.logs import configure_logging
 from service.telemetry.reports import find_tracer
 
-# What Ray decides.
+# Settings that Ray Serve decides.
 NOT_FOR_RAY = {"host", "port", "fd", "workers"}
-# Requests that Ray lets through to a replica beyond those that it takes itself, so that it is the replica that rejects,
-# with a reason and a time to come back.
+# Requests that Ray passes to a replica beyond the replica's own limit, so that the replica rejects them itself, with a
+# reason and a time to retry.
 MARGIN = 64
 NO_CHANGES = "one replica of several is not changed alone: deploy the app with another checkpoint"
 
@@ -44,10 +44,10 @@ class Replica:
         self._decode_threads = settings.decode_threads
         checkpoint = load_checkpoint(settings.checkpoint)
         threads = settings.threads or min(engine_threads(checkpoint, Monitor().latest.cores), _assigned_cpus())
-        settings = settings.model_copy(update={"threads": threads, "workers": 1})  # Ray has replicas
+        settings = settings.model_copy(update={"threads": threads, "workers": 1})  # Ray runs replicas instead
         tracer = find_tracer(os.environ)
         runtime = ServerRuntime(settings, checkpoint, on_failure=self._fail, changes_refused=NO_CHANGES, tracer=tracer)
-        self._app = create_app(runtime, ready_first=True, names_requests=False)  # Ray's proxy names them
+        self._app = create_app(runtime, ready_first=True, names_requests=False)  # Ray's proxy assigns the request IDs
         self._read_totals = runtime.metrics.totals
         self._totals, self._told_at = self._read_totals(), time.monotonic()
         configure_gc()
@@ -59,7 +59,7 @@ class Replica:
         self._has_failed = True
 
     def check_health(self) -> None:
-        """Tell Ray whether this replica is of use.
+        """Tell Ray whether this replica can serve.
 
         Raises:
             RuntimeError: the model cannot run.
@@ -68,12 +68,12 @@ class Replica:
             raise RuntimeError("the model cannot run; the log says why")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Tell the autoscaling policy what has happened since it was last told, per second."""
+        """Return the rates per second since the last call, for the autoscaling policy."""
         before, last_at = self._totals, self._told_at
         self._totals, self._told_at = self._read_totals(), time.monotonic()
         elapsed_s = self._told_at - last_at
         rates = {name: (total - before[name]) / elapsed_s for name, total in self._totals.items()}
-        # Every image of the most accurate sub-network would have cost that much more.
+        # The factor by which inference would have cost more if the most accurate sub-network had run for every image.
         dearer = 1 + rates["saved_gflops"] / rates["spent_gflops"] if rates["spent_gflops"] else 1
         return {
             "requests_per_s": rates["met"] + rates["missed"],
@@ -83,7 +83,7 @@ class Replica:
 
 
 def build(settings: Settings) -> Application:
-    """Make the application of a Serve config.
+    """Build the application of a Serve config.
 
     Args:
         settings: `args` of the config; what is left out comes from SUPERVIT_ variables or the defaults.
@@ -92,10 +92,10 @@ def build(settings: Settings) -> Application:
         InvalidParameterError: a setting is one that Ray decides.
         CheckpointError: the checkpoint cannot be served.
     """
-    # An image that serves without Ray sets some of them for itself, as variables.
+    # Only those of the config: a container image that also serves without Ray sets some as environment variables.
     for name in NOT_FOR_RAY & named_settings(settings):
         raise InvalidParameterError(f"{name} is not for Ray Serve: the config's http_options and deployments say it")
-    load_checkpoint(settings.checkpoint)  # what is wrong with it is said by `serve deploy`
+    load_checkpoint(settings.checkpoint)  # here, so that `serve deploy` reports what is wrong with it
     as_deployment = serve.deployment(
         name="supervit",
         max_ongoing_requests=settings.max_in_flight + MARGIN,
@@ -106,6 +106,6 @@ def build(settings: Settings) -> Application:
 
 
 def _assigned_cpus() -> int:
-    """Count the cores that Ray counts on this replica to use."""
+    """Return the number of cores that Ray has assigned to this replica, at least 1."""
     resources: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call] # by Ray
     return max(1, math.floor(resources.get("CPU", 1)))

@@ -1,4 +1,4 @@
-"""Serves until told to stop: one server in this process, or several workers that it looks after."""
+"""Serves until told to stop: with one server in this process, or with several workers under a supervisor."""
 
 import asyncio
 import ipaddress
@@ -45,20 +45,20 @@ from service.telemetry.sparing_log import SparingLog
 
 logger = logging.getLogger(__name__)
 
-OTHER_FILES = 1024  # of the process itself, and of connections that are about to be refused
+OTHER_FILES = 1024  # file descriptors of the process itself, and of connections that are about to be refused
 LEAST_FREE_FILES = 64
 SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}  # of every answer
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens; takes no new request from the very signal on that tells it to stop."""
+    """Logs where it listens, and takes no new requests from the signal that tells it to stop."""
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], None], scheme: str, *, has_page: bool) -> None:
         super().__init__(config)
         self._drain, self._scheme, self._has_page = drain, scheme, has_page
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say where, which uvicorn does for addresses alone."""
+        """Start, and log the addresses of the sockets: uvicorn logs only addresses that it binds itself."""
         await super().startup(sockets)
         for opened in sockets or ():
             if opened.family == socket.AF_UNIX:
@@ -70,13 +70,13 @@ class _Server(uvicorn.Server):
                     logger.info("see what it does at %s", _page_url(self._scheme, host, port))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take note of the signal."""
+        """Begin to drain, and stop as uvicorn does."""
         self._drain()
         super().handle_exit(sig, frame)
 
 
 def _page_url(scheme: str, host: str, port: int) -> str:
-    """Name the page as a browser on this machine finds it: the address for every interface is none to go to."""
+    """Return the page's URL for a browser on this machine, which cannot open the address for every interface."""
     if ipaddress.ip_address(host).is_unspecified:
         host = "localhost"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
@@ -87,18 +87,18 @@ def supervise(settings: Settings, cpus: Collection[int], cores: float) -> None:
 
     Args:
         settings: of the server as a whole.
-        cpus: numbers of the CPUs that there are.
+        cpus: numbers of the available CPUs.
         cores: how many of them may be kept busy: fewer under a quota.
 
     Raises:
-        CommandError: there is no core for each, the address cannot be had, or no worker can run.
+        CommandError: there are more workers than cores, the address is not available, or no worker can run.
     """
     shares, settings = plan_workers(settings, cpus, cores)
-    load_checkpoint(settings.checkpoint)  # what is wrong with it is said once
+    load_checkpoint(settings.checkpoint)  # here, so that what is wrong with it is reported once
     if environment_variable(SHARED_FOLDER_VARIABLE) is not None:
         logger.warning("%s is not heeded: workers get a fresh folder of their own", SHARED_FOLDER_VARIABLE)
     with take_address(settings.host, settings.port, is_shared=True) as reserved:
-        command = [sys.executable, "-P", "-m", "service.cli", "serve", "--fd"]  # -P: not from the current folder
+        command = [sys.executable, "-P", "-m", "service.cli", "serve", "--fd"]  # -P: no imports from the current folder
         start = partial(start_worker, command, worker_environment(settings), reserved)
         supervisor = Supervisor(start, shares, settings.drain_s)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -109,29 +109,29 @@ def supervise(settings: Settings, cpus: Collection[int], cores: float) -> None:
             raise CommandError("the workers cannot run; the log says why")
     if supervisor.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
-    if supervisor.stopped_by is not None:  # end as its sender expects, and as a single server does
+    if supervisor.stopped_by is not None:  # end by the signal, as its sender expects and as a single server does
         signal.signal(supervisor.stopped_by, signal.SIG_DFL)
         signal.raise_signal(supervisor.stopped_by)
 
 
 def plan_workers(settings: Settings, cpus: Collection[int], cores: float) -> tuple[list[set[int]], Settings]:
-    """Divide the CPUs, and make the settings that each worker gets.
+    """Divide the CPUs among the workers, and make the settings of each worker.
 
     Raises:
-        CommandError: there is no core for each.
+        CommandError: there are more workers than cores.
     """
     try:
         shares = split_cpus(cpus, cores, settings.workers)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    # Workers get the path: those that are replaced later serve the same weights, whatever becomes of a name meanwhile.
+    # Workers get the path: replacements serve the same weights, even if the name means another file by then.
     settings = settings.model_copy(update={"checkpoint": str(find_checkpoint(settings.checkpoint))})
     is_on_cpu = resolve_device(settings.device).type == "cpu"
     return shares, share_out(settings, cores, is_quota=cores < len(cpus), is_on_cpu=is_on_cpu)
 
 
 def share_out(settings: Settings, cores: float, *, is_quota: bool, is_on_cpu: bool) -> Settings:
-    """Give each worker its part of what all of them would see the whole of: a quota of CPU time, or a GPU."""
+    """Give each worker its share of what every worker sees as a whole: a quota of CPU time, or a GPU."""
     parts: dict[str, float] = {}
     if is_quota and settings.threads is None:
         parts["threads"] = max(1, int(cores / settings.workers))
@@ -145,15 +145,15 @@ def allow_connections(
     limits: tuple[int, int] | None = None,
     set_limits: Callable[[int, tuple[int, int]], None] = resource.setrlimit,
 ) -> int:
-    """Raise the limit on open files as far as it goes: every connection is one, and 1024 are soon used up.
-
-    Returns:
-        How many connections it leaves room for.
+    """Raise the limit on open files as far as needed and allowed: every connection is one, and 1024 are soon used up.
 
     Args:
-        max_connections: at once.
-        limits: soft and hard, as they are.
-        set_limits: changes them.
+        max_connections: connections at once that are wanted.
+        limits: the soft and the hard limit; those of this process by default.
+        set_limits: sets both limits.
+
+    Returns:
+        The number of connections that the limit leaves room for.
     """
     soft, hard = limits or resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max_connections + OTHER_FILES
@@ -167,14 +167,14 @@ def allow_connections(
 
 
 def serve(settings: Settings, engine: Engine | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C; those admitted are answered before the server leaves.
+    """Serve until SIGTERM or Ctrl-C; admitted requests are answered before the server ends.
 
     Args:
-        settings: every knob.
-        engine: of the server in this process; the one that the settings name by default.
+        settings: all of them.
+        engine: the engine of a server in this process; by default the one that the settings name.
 
     Raises:
-        CommandError: the address cannot be had, or the model cannot run.
+        CommandError: the address is not available, or the model cannot run.
     """
     configure_logging(settings.log_level, settings.log_format)
     require_grpc(settings)
@@ -196,7 +196,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         if settings.fd is not None and shared_folder is not None:
             beat(shared_folder, is_serving)
 
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each broken form would be one per client
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # or clients could write a line per broken form
     shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
     if settings.workers > 1 and shared_folder is None:
         raise CommandError("--workers listen on sockets of their own: leave out --fd, or --workers")
@@ -207,19 +207,18 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
     max_connections = allow_connections(ports * settings.max_connections) // ports
     host, port, inherited = settings.host, settings.port, settings.fd
     with take_address(host, port) if inherited is None else socket.socket(fileno=inherited) as opened:
-        # Reading weights is over before threads have found each other, on a busy machine long before. The engine sets
-        # the number that it computes with.
+        # The weights are read in less time than threads need to synchronise, on a busy machine in far less. The engine
+        # sets the number of threads that it computes with.
         torch.set_num_threads(1)
         runtime = ServerRuntime(
             settings,
-            load_checkpoint(settings.checkpoint),  # nothing here keeps it: another may be served in its place
+            load_checkpoint(settings.checkpoint),  # not kept here: another may replace it later
             engine,
             on_failure=stop,
             heartbeat=tell_supervisor,
             changes_refused=why_no_changes(settings),
             tracer=find_tracer(os.environ),
         )
-        # Others may serve at the same address: this server takes no connection from them before its time.
         shared = _shared(settings, max_connections, runtime)
         http: Callable[..., asyncio.Protocol] = partial(RejectingProtocol, **shared)
         if certificate is not None:
@@ -228,10 +227,11 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         beside = [grpc_beside(settings, runtime, max_connections, certificate)]
         if settings.admin_port is not None:
             admin = _configure(settings, create_app(runtime), http)
-            admin.lifespan = "off"  # of the runtime, which is the other app's
+            admin.lifespan = "off"  # the other app runs the lifespan of the runtime
             beside.append(partial(serving_beside, admin, settings.host, settings.admin_port))
         if certificate is not None:
             beside.append(certificate.kept_fresh)
+        # Other workers may serve at the same address: this one takes no connection away from them before it is ready.
         app = create_app(
             runtime, ready_first=settings.fd is not None, is_public=settings.admin_port is not None, beside=beside
         )
@@ -243,7 +243,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         configure_gc()
         _on_hangup(server.handle_exit)
         server.run([opened])
-    if runtime.state is ServerState.HUNG:  # the interpreter would wait for the thread that hangs
+    if runtime.state is ServerState.HUNG:  # the interpreter would wait for the hung thread
         logging.shutdown()
         os._exit(1)
     if failed.is_set():
@@ -251,10 +251,10 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
 
 
 def _configure(settings: Settings, app: Callable[..., Any], http: Callable[..., asyncio.Protocol]) -> uvicorn.Config:
-    """Tell uvicorn how an app is served."""
+    """Make uvicorn's configuration for an app."""
     return uvicorn.Config(
         app,
-        http=http,  # type: ignore[arg-type] # it is called
+        http=http,  # type: ignore[arg-type] # uvicorn only calls it
         ws="none",
         log_config=None,
         log_level=settings.log_level,
@@ -269,7 +269,7 @@ def _configure(settings: Settings, app: Callable[..., Any], http: Callable[..., 
 
 
 def _shared(settings: Settings, max_connections: int, runtime: ServerRuntime) -> dict[str, Any]:
-    """Make what all connections share."""
+    """Make the objects that all connections share."""
     metrics = runtime.metrics.connections
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     connections = Connections(
@@ -289,6 +289,6 @@ def _shared(settings: Settings, max_connections: int, runtime: ServerRuntime) ->
 
 
 def _on_hangup(stop: Callable[[int, FrameType | None], object]) -> None:
-    """Stop in order when the terminal closes, unless `nohup` says to go on."""
+    """Stop gracefully when the terminal closes, unless the process was started with `nohup`."""
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, stop)

@@ -1,4 +1,4 @@
-"""Keeps a worker running on every share of the cores: when to replace one, when to give up. Told how to start one."""
+"""Keeps one worker running on each share of the cores. Decides when to replace one and when to give up; starts none."""
 
 import logging
 import signal
@@ -14,45 +14,45 @@ from service.telemetry.multiprocess import forget_worker
 
 logger = logging.getLogger(__name__)
 
-# How the command ends of what it knows to be wrong. Until some worker has served, it is taken to be wrong with all of
-# them; later, for a mishap.
+# Exit statuses of the command for known errors. Until some worker has served, such an error is taken to affect all
+# workers and ends them; later, it counts as a crash of the one worker.
 KNOWN_FAILURES = (1, 2)
 
 
 class Process(Protocol):
-    """What a supervisor asks of a worker's process, as `subprocess.Popen` answers it."""
+    """What a supervisor uses of a worker's `subprocess.Popen`."""
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """The process ID."""
 
     def poll(self) -> int | None:
-        """How it ended, or None while it runs."""
+        """Return the exit status, or None while the process runs."""
 
     def terminate(self) -> None:
-        """Ask it to stop."""
+        """Ask the process to stop."""
 
     def kill(self) -> None:
-        """Stop it."""
+        """Kill the process."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end.
+        """Wait until the process has ended.
 
         Raises:
-            subprocess.TimeoutExpired: it still runs after as many seconds.
+            subprocess.TimeoutExpired: the process still runs after `timeout` seconds.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerTiming:
-    """How long a supervisor waits for what.
+    """Intervals and time limits of a supervisor.
 
     Attributes:
-        watch_interval_s: between two looks at the workers.
-        replacement_interval_s: least time between two starts of a worker, however it ends.
-        silence_s: without a beat, a worker is taken to hang.
-        start_s: until its first.
-        kill_margin_s: beyond the time that a worker has to answer those that it has admitted.
+        watch_interval_s: time between two checks of the workers.
+        replacement_interval_s: least time between two starts on the same share, however the first worker ends.
+        silence_s: time without a heartbeat after which a worker counts as hung.
+        start_s: time allowed until the first heartbeat of a worker.
+        kill_margin_s: time beyond `drain_s`, in which a worker answers what it has admitted, until it is killed.
     """
 
     watch_interval_s: float = 0.2
@@ -72,12 +72,12 @@ class _Worker:
     started_at: float
     last_beat_ns: int = 0
     has_served: bool = False
-    # Counted, not timed: when the whole machine has been asleep, the supervisor may be the first to wake.
+    # Counted, not timed: after the whole machine has been suspended, the supervisor may be the first to wake.
     silent_looks: int = 0
 
 
 class Supervisor:
-    """Keeps a worker running on every share of the cores."""
+    """Keeps one worker running on each share of the cores."""
 
     def __init__(
         self,
@@ -89,23 +89,23 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Take what to run where.
+        """Create a supervisor, which starts nothing before `run`.
 
         Args:
-            start: starts a worker on a share, with a folder for its counts and beats.
-            shares: CPU numbers, a set for each worker.
+            start: starts a worker on a share, with a folder for its metrics and heartbeats.
+            shares: CPU numbers, one set for each worker.
             drain_s: longest time that a worker takes to stop.
-            timing: how long to wait for what.
-            forget: takes the number of a worker that has ended out of the counts in a folder.
+            timing: intervals and time limits.
+            forget: removes the gauges of a worker that has ended, by its process ID, from the metrics in a folder.
             clock: monotonic seconds.
-            sleep: lets seconds pass.
+            sleep: waits for so many seconds.
         """
         self._start, self._shares, self._drain_s = start, shares, drain_s
         self._timing, self._forget, self._clock, self._sleep = timing, forget, clock, sleep
         self.stopped_by: int | None = None
 
     def stop(self, number: int = signal.SIGTERM, _: object = None) -> None:
-        """Let `run` end: a signal handler, and so no more than an assignment."""
+        """Make `run` end; this is a signal handler, and so no more than an assignment."""
         self.stopped_by = number
 
     def run(self) -> bool:
@@ -129,7 +129,7 @@ class Supervisor:
         return True
 
     def _look_at(self, worker: _Worker, folder: str) -> None:
-        """Take note of a worker's beats; kill it where they have ceased."""
+        """Check the heartbeats of a worker, and kill the worker if they have ceased."""
         pulse = pulse_file(folder, worker.process.pid)
         last_beat_ns = pulse.stat().st_mtime_ns if pulse.exists() else 0
         worker.silent_looks = worker.silent_looks + 1 if last_beat_ns == worker.last_beat_ns else 0
@@ -144,7 +144,7 @@ class Supervisor:
 
     def _replace(self, worker: _Worker, status: int, folder: str) -> None:
         self._forget(worker.process.pid, folder)
-        pulse_file(folder, worker.process.pid).unlink(missing_ok=True)  # another process may get its number
+        pulse_file(folder, worker.process.pid).unlink(missing_ok=True)  # another process may get the same ID
         now = self._clock()
         if now - worker.started_at < self._timing.replacement_interval_s:
             return
@@ -152,7 +152,7 @@ class Supervisor:
         worker.started_at, worker.last_beat_ns, worker.silent_looks = now, 0, 0
         try:
             worker.process = self._start(worker.share, folder)
-        except OSError as error:  # the others go on, and this one is tried again
+        except OSError as error:  # the others continue, and this start is retried
             logger.error("no worker can be started: %s", error)
 
     def _end(self, processes: Sequence[Process]) -> None:

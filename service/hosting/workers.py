@@ -1,9 +1,9 @@
-"""Several servers behind one port, each a process on cores of its own: shares cores out, starts and hears one of them.
+"""Several servers behind one port, each a process on its own cores: divides cores, starts workers, sends heartbeats.
 
-A worker that has cores to itself is a whole server: its engine's threads, its profile, its monitor and its queue
-know of those cores alone, and what the other workers do is none of its business. Each listens on the port by itself,
-once it is ready, and the kernel deals new connections out to those that do, by chance. Counts are summed over the
-workers by prometheus_client, in files of a shared folder.
+A worker with cores to itself is a whole server: its engine's threads, its profile, its monitor and its queue see those
+cores alone, and it does not depend on the other workers. Each worker listens on the port itself once it is ready, and
+the kernel distributes new connections at random over the workers that listen. prometheus_client sums the metrics over
+the workers, in files of a shared folder.
 """
 
 import ctypes
@@ -22,21 +22,21 @@ from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
 
 logger = logging.getLogger(__name__)
 
-SERVING, PREPARING = "serving", "preparing"  # what a worker says with a beat
+SERVING, PREPARING = "serving", "preparing"  # contents of a worker's heartbeat file
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 _LIBRARY = ctypes.CDLL(None)
 
 
 def split_cpus(cpus: Collection[int], cores: float, workers: int, root: Path = Path("/")) -> list[set[int]]:
-    """Divide CPUs into as many shares, whose sizes differ by one at most; hyperthreads of a core stay side by side.
+    """Divide CPUs into one share per worker; sizes differ by at most one, and hyperthreads of a core stay side by side.
 
-    Under a quota the process does not own its CPUs, and others divide the very same: each share is then all of them.
+    Under a quota, the process does not own its CPUs but shares them with others: each share is then all of them.
 
     Args:
-        cpus: their numbers.
+        cpus: numbers of the CPUs.
         cores: how many of them this process may keep busy: fewer under a quota.
-        workers: how many shares.
-        root: holds sys/.
+        workers: number of shares.
+        root: folder that holds sys/.
 
     Raises:
         ValueError: there are more workers than cores.
@@ -52,24 +52,25 @@ def split_cpus(cpus: Collection[int], cores: float, workers: int, root: Path = P
 
 
 def _place(cpu: int, root: Path) -> tuple[int, int]:
-    """Tell on which socket and physical core a CPU is: hyperthreads of one core have numbers far apart."""
+    """Return the socket and the physical core of a CPU: hyperthreads of one core have numbers far apart."""
     topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
     try:
         return int((topology / "physical_package_id").read_text()), int((topology / "core_id").read_text())
-    except (OSError, ValueError):  # not every kernel tells
+    except (OSError, ValueError):  # not every kernel provides them
         return 0, cpu
 
 
 def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
-    """Take an address, for a server that shall listen on it.
+    """Bind a socket to an address, for a server to listen on.
 
     Args:
-        host: an address, or a name of one.
+        host: an IP address or a host name.
         port: 0 for any free one.
-        is_shared: whether other sockets that say so may have the same address. Those that listen get connections.
+        is_shared: whether other shared sockets may have the same address (SO_REUSEPORT).
+            Those that listen get connections.
 
     Raises:
-        OSError: the address cannot be had.
+        OSError: the address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     opened = socket.socket(family)
@@ -85,10 +86,10 @@ def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
 
 
 def take_address(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
-    """Take an address; one that is shared is so among our own workers, not with those of another server.
+    """Bind a socket to an address; it is shared among our own workers only, not with those of another server.
 
     Raises:
-        CommandError: it cannot be had.
+        CommandError: the address is not available.
     """
     try:
         if is_shared:
@@ -99,15 +100,15 @@ def take_address(host: str, port: int, *, is_shared: bool = False) -> socket.soc
 
 
 def beat(folder: str, is_serving: bool) -> None:
-    """Tell the supervisor that this worker still gets to do things, and what it does."""
+    """Send a heartbeat to the supervisor: this worker makes progress, and serves or prepares."""
     try:
         pulse_file(folder, os.getpid()).write_text(SERVING if is_serving else PREPARING)
-    except OSError as error:  # not worth a server
+    except OSError as error:  # no reason to end a server
         logger.warning("the supervisor cannot be told that all is well: %s", error)
 
 
 def pulse_file(folder: str, pid: int) -> Path:
-    """Name the file that a worker writes at every beat."""
+    """Return the path of a worker's heartbeat file."""
     return Path(folder, f"{pid}.pulse")
 
 
@@ -121,18 +122,18 @@ def start_worker(
     """Start a worker on CPUs of its own, with a socket of its own at the common address.
 
     Args:
-        command: serves on the inherited socket whose number is added to it.
-        environment: of the worker, but for the folder of its counts.
-        reserved: has the address, shared, and does not listen.
-        share: the CPUs' numbers.
-        folder: for its counts and its beats.
+        command: serves on an inherited socket, whose file descriptor is appended to the command.
+        environment: variables of the worker, without the folder of its metrics.
+        reserved: a shared socket that holds the address and does not listen.
+        share: numbers of the worker's CPUs.
+        folder: holds the metrics and heartbeats of the workers.
 
     Raises:
-        OSError: it cannot be started.
+        OSError: the worker cannot be started.
     """
     everywhere = os.sched_getaffinity(0)
     with bind(*reserved.getsockname()[:2], is_shared=True) as opened:
-        os.sched_setaffinity(0, share)  # a child inherits it, from its very first instruction on
+        os.sched_setaffinity(0, share)  # the child inherits it from its first instruction
         try:
             process = subprocess.Popen(  # noqa: S603 - our own command
                 [*command, str(opened.fileno())],
@@ -147,7 +148,7 @@ def start_worker(
 
 
 def _end_with_parent(parent: int) -> None:
-    """Have the kernel tell this process to stop once its parent has ended, even of a SIGKILL."""
+    """Have the kernel send SIGTERM to this process once its parent has ended, even by SIGKILL."""
     _LIBRARY.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before the kernel was told
+    if os.getppid() != parent:  # the parent ended before the kernel was told
         os._exit(1)

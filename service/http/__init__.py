@@ -1,1 +1,1 @@
-"""The wire: requests in, answers out; nothing is decided here."""
+"""The HTTP layer: it reads requests and writes answers, and decides nothing."""

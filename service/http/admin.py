@@ -1,4 +1,4 @@
-"""GET and PUT /admin/model: which model is served, and another in its place."""
+"""GET and PUT /admin/model: read and replace the served model."""
 
 from datetime import datetime
 from typing import Any, Protocol
@@ -28,20 +28,20 @@ PATH = "/admin/model"
 
 
 class Changer(Protocol):
-    """What changes the model."""
+    """Replaces the served model."""
 
     @property
     def report(self) -> ChangeReport | None:
-        """How the change that goes on gets on, or the last one has ended."""
+        """The progress of the running change, or the result of the last one."""
         ...
 
     def ask(self, change: ModelChange) -> ChangeReport:
-        """Begin a change."""
+        """Start a change."""
         ...
 
 
 class TrialBody(BaseModel):
-    """The new model at work beside the old one."""
+    """A trial of the new model beside the old one."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,7 +66,7 @@ class ModelBody(BaseModel):
     canary: TrialBody | None = Field(None, description="let it answer a share of the requests before it answers all")
 
     def change(self) -> ModelChange:
-        """Say so in the server's own words."""
+        """Convert the body to a ModelChange."""
         shadow, canary = (
             None if each is None else Trial(each.share, each.seconds) for each in (self.shadow, self.canary)
         )
@@ -76,7 +76,7 @@ class ModelBody(BaseModel):
 
 
 class ChangeAnswer(BaseModel):
-    """A change that goes on, or has ended."""
+    """A change of the model, running or ended."""
 
     checkpoint: str = Field(description="as it was asked for")
     began_at: datetime
@@ -99,7 +99,7 @@ class AdminModelAnswer(BaseModel):
 
 
 def build_admin_router(context: RouteContext, changer: Changer) -> APIRouter:
-    """Make the routes."""
+    """Create the routes."""
     router = APIRouter()
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorAnswer, "description": description}
@@ -119,13 +119,13 @@ def build_admin_router(context: RouteContext, changer: Changer) -> APIRouter:
 
     @router.get(PATH)
     async def model() -> AdminModelAnswer:
-        """Tell which model is served, and how the change that goes on, or the last one, stands."""
+        """Return the served model, and the progress of the running change or the result of the last one."""
         return describe()
 
     @router.put(PATH, status_code=202, responses=errors, openapi_extra={"requestBody": _describe_body()})
     async def change_model(request: Request) -> AdminModelAnswer:
-        """Begin to put another model in the place of the one that is served; ask with GET how it gets on."""
-        # A page of any site can have its own name lead to this server, and is then taken for the server's own.
+        """Start to replace the served model with another one; GET returns the progress."""
+        # DNS rebinding: a site can point its own name at this server, and its pages then pass for the server's own.
         hosts = context.allowed_hosts or ("localhost",)
         if "origin" in request.headers and not is_known_host(request.headers.get("host"), hosts):
             raise ForeignOriginError("a page changes the model only where --allowed-hosts names the server it asks")
@@ -138,7 +138,7 @@ def build_admin_router(context: RouteContext, changer: Changer) -> APIRouter:
 
 
 def _describe_body() -> Schema:
-    """Describe the body of a PUT in OpenAPI's words, in which a schema holds no definitions of its own."""
+    """Return the OpenAPI description of the PUT body; schemas there cannot have definitions of their own."""
     schema = ModelBody.model_json_schema()
     trial = schema.pop("$defs")[TrialBody.__name__]
     for name in ("shadow", "canary"):

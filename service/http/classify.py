@@ -1,4 +1,4 @@
-"""POST /classify: an image, or several, however they are sent, to answers."""
+"""POST /classify: classify one image or several, sent as the body, in a form or in JSON."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -32,35 +32,35 @@ ReadBytes = Callable[[float], Awaitable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class DirectRoute:
-    """The path at which a request was answered."""
+    """The route of a request that DirectRoutes answers, with the one attribute that reports read."""
 
     path: str
 
 
 class DirectRoutes:
-    """Middleware that answers POST on a few paths and hands everything else on to FastAPI, which describes them, too.
+    """Middleware that answers POST on a few paths and passes everything else on to FastAPI.
 
-    To find the route and to wrap what answers it takes FastAPI and Starlette a tenth of the time that the event loop
-    spends on a classification.
+    FastAPI has these routes too, for the OpenAPI description. Routing and wrapping the handler take FastAPI and
+    Starlette a tenth of the time that the event loop spends on a classification.
     """
 
     def __init__(self, app: ASGIApp, find: Callable[[str], Handle | None], errors: ErrorAnswers) -> None:
-        """Take the routes.
+        """Create the middleware.
 
         Args:
-            app: what everything else goes to.
-            find: finds what answers a path; None where it is none of them.
-            errors: answers where that raises a ServiceError.
+            app: the application that gets all other requests.
+            find: returns the handler of a path; None where the path is not one of these.
+            errors: makes the response where the handler raises a ServiceError.
         """
         self._app, self._find, self._errors = app, find, errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or hand on."""
+        """Answer the request, or pass it on."""
         handle = self._find(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if handle is None:
             await self._app(scope, receive, send)
             return
-        scope["route"] = DirectRoute(scope["path"])  # as FastAPI notes it
+        scope["route"] = DirectRoute(scope["path"])  # as FastAPI records its own route
         request = Request(scope, receive, send)
         try:
             response = await handle(request)
@@ -71,7 +71,7 @@ class DirectRoutes:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What was asked, and of what: a server that is told to stop meanwhile answers what it has begun to read."""
+    """A parsed request and the server for it, which is to answer it even if it is told to stop in the meantime."""
 
     server: ReadyServer
     reads: tuple[ReadBytes, ...]
@@ -80,13 +80,13 @@ class Upload:
 
 
 def make_classify(context: RouteContext) -> Handle:
-    """Make what answers POST /classify."""
+    """Create the handler of POST /classify."""
 
     async def classify(request: Request) -> Response:
         """Classify an image with the best sub-network that budgets, load and machine allow at this moment.
 
-        The image comes as the body itself, as a part of a form, whose other fields are parameters, or in base64 as
-        `image` of a JSON object, likewise with its parameters. Several images of a form get an answer each.
+        The image is the body itself, a part of a form, whose other fields are parameters, or the base64 text `image` of
+        a JSON object, whose other members are parameters. Each of several images of a form gets its own answer.
         """
         watch = ClientWatch(request)
         try:
@@ -112,16 +112,16 @@ def make_classify(context: RouteContext) -> Handle:
 async def read_upload(
     context: RouteContext, request: Request, watch: ClientWatch, image_fields: tuple[str, ...] = (FIELD,)
 ) -> Upload:
-    """Find out what is asked; of a form or JSON that takes the whole body.
+    """Parse a request. The body of a form or of JSON is read whole, for it may hold parameters.
 
     Args:
-        context: what the routes call upon.
-        request: its body not yet read.
-        watch: to be started once that is there.
-        image_fields: of a form, as a FormReader takes them.
+        context: the collaborators of the routes.
+        request: the request, its body not yet read.
+        watch: started once the body has been read.
+        image_fields: names of the form fields that hold images, as in FormReader.
 
     Raises:
-        ServiceError: it cannot be told, or the server takes no requests.
+        ServiceError: the request is unusable or would be rejected, or the server takes no requests.
     """
     query_string, clock = request.scope["query_string"], context.clock
     address, key = request.client.host if request.client else None, key_of(request.scope)
@@ -143,9 +143,9 @@ async def read_upload(
 
     pipeline = server.pipeline
     pipeline.check_room()
-    within_s = limits.max_s  # unless the query says so, it is not known yet what is granted
+    within_s = limits.max_s  # the body may hold the budget, unless the query does
     known: ClassifyQuery | None = None
-    with suppress(InvalidParameterError):  # it is looked at again with what the body says
+    with suppress(InvalidParameterError):  # the query is validated again below, with the body's fields
         known = parse_query(query_string)
     if known is not None:
         alone = known.request(arrived_at, known.top_k, key=key)
@@ -158,7 +158,7 @@ async def read_upload(
         form = await read_json(request, limits, within_s)
     parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
     wanted = parameters.request(arrived_at, parameters.top_k, address, key)
-    server = context.servers()[0]  # another model may be served by now; one that is told to stop answers what it read
+    server = context.servers()[0]  # a swap may have replaced it; a stopping server still answers what it has read
     server.pipeline.check(wanted)
     if server.pipeline.time_left_s(wanted) <= 0:
         raise UploadTimeoutError("the body did not arrive within its budget")
@@ -174,19 +174,19 @@ def _already_read(image: bytes, watch: ClientWatch) -> ReadBytes:
 
 
 def respond(answer: ClassifyAnswer) -> Response:
-    """Put an answer on the wire."""
-    # Made here, because FastAPI would validate the whole answer once more.
+    """Serialise an answer."""
+    # Not left to FastAPI, which would validate the whole answer once more.
     return Response(answer.model_dump_json(), media_type="application/json", headers=timing_header(answer.timing_ms))
 
 
 def timing_header(timing_ms: TimingAnswer) -> dict[str, str]:
-    """Tell in a header where the time went."""
+    """Return the Server-Timing header with the time of each stage."""
     stages: dict[str, Any] = timing_ms.model_dump()
     return {"Server-Timing": ", ".join(f"{stage};dur={ms}" for stage, ms in stages.items())}
 
 
 async def _result(answering: Awaitable[ClassifyAnswer]) -> bytes:
-    """Put one of several answers, or its own error, on the wire, with its status."""
+    """Serialise one of several answers, or the error in its place, with its status."""
     try:
         answer = (await answering).model_dump_json()
     except ServiceError as error:

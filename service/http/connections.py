@@ -1,7 +1,7 @@
-"""How many connections there are, whose they are and which of them wait.
+"""Bounds on the number of connections, in all and per address, and the record of which of them wait.
 
-A connection waits unless a whole request of it is being answered. Those that wait cost their client next to nothing,
-so that no number of them may keep others out: for a new connection, the one that has waited longest is closed.
+A connection waits unless a whole request of it is being answered. Waiting costs a client next to nothing, so waiting
+connections must not keep others out: to admit a new connection, the one that has waited longest is closed.
 """
 
 from collections import Counter, OrderedDict
@@ -10,14 +10,14 @@ from typing import Protocol
 
 
 class Connection(Protocol):
-    """What is counted."""
+    """A connection that Connections counts and may close."""
 
     def give_way(self) -> None:
-        """Close, so that another may be opened."""
+        """Close to make room for a new connection."""
 
 
 class Connections:
-    """Counts connections, and keeps them within bounds."""
+    """Counts the open connections and keeps them within bounds."""
 
     def __init__(
         self,
@@ -32,31 +32,32 @@ class Connections:
         """Start with none.
 
         Args:
-            max_connections: at once.
-            max_per_address: at once, from one address.
-            max_fileno: descriptors are numbered from the lowest that is free, so that few are left above this one.
-            trusted: addresses of proxies, whose connections are many clients'.
-            observe: told why a connection was closed or refused.
-            observe_number: told how many there are.
+            max_connections: most connections at once.
+            max_per_address: most connections at once from one address.
+            max_fileno: highest file descriptor that is admitted without closing a waiting connection; None for no
+                bound. The system assigns the lowest free number, so few are left once it assigns one above this.
+            trusted: addresses of proxies, whose connections serve many clients; `max_per_address` does not apply.
+            observe: called with the reason when a connection is closed or refused.
+            observe_number: called with the number of open connections when it changes.
         """
         self._max_connections, self._max_per_address, self._trusted = max_connections, max_per_address, trusted
         self._max_fileno = max_fileno
         self._observe, self._observe_number = observe, observe_number
         self._addresses: dict[Connection, str | None] = {}
         self._by_address: Counter[str | None] = Counter()
-        self._waiting: OrderedDict[Connection, None] = OrderedDict()  # since when, the oldest first
+        self._waiting: OrderedDict[Connection, None] = OrderedDict()  # the one that has waited longest first
 
     def __len__(self) -> int:
-        """Count those that are open."""
+        """Return the number of open connections."""
         return len(self._addresses)
 
     def admit(self, connection: Connection, address: str | None, fileno: int = 0) -> bool:
-        """Count a new connection in, if need be in place of one that waits; return whether there is room for it.
+        """Admit a new connection, closing a waiting one if need be; return whether there is room for it.
 
         Args:
-            connection: it waits for its first request.
-            address: of its client, or None where it has none.
-            fileno: its descriptor.
+            connection: the new connection, which waits for its first request.
+            address: address of its client; None where it has none.
+            fileno: its file descriptor.
         """
         is_bounded = address is not None and address not in self._trusted
         if is_bounded and self._by_address[address] >= self._max_per_address and not self._make_room(address):
@@ -73,17 +74,17 @@ class Connections:
         return True
 
     def waits(self, connection: Connection) -> None:
-        """Take note that a connection waits from now on, or anew: for its next request, or for the rest of one."""
+        """Record that a connection waits from now on, for its next request or for the rest of one."""
         if connection in self._addresses:
             self._waiting[connection] = None
             self._waiting.move_to_end(connection)
 
     def works(self, connection: Connection) -> None:
-        """Take note that a whole request of a connection is being answered."""
+        """Record that a whole request of a connection is being answered."""
         self._waiting.pop(connection, None)
 
     def forget(self, connection: Connection) -> None:
-        """Count a connection out; one that is out already is no error."""
+        """Remove a connection from the count; do nothing if it is not counted."""
         if connection not in self._addresses:
             return
         address = self._addresses.pop(connection)
@@ -94,7 +95,7 @@ class Connections:
         self._observe_number(len(self._addresses))
 
     def _make_room(self, address: str | None = None) -> bool:
-        """Close what has waited longest, of all or of one address."""
+        """Close the connection that has waited longest, of all or of one address; return whether there was one."""
         for connection in self._waiting:
             if address is None or self._addresses[connection] == address:
                 self.forget(connection)

@@ -1,4 +1,4 @@
-"""What the routes call upon: what is served, what is counted, and the limits of a request."""
+"""The collaborators of the routes: the served models, the metrics and the limits of requests."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ from service.telemetry.reports import Reporter
 
 @dataclass(frozen=True, slots=True)
 class ReadyServer:
-    """What there is of a model once it can answer.
+    """The parts of a model that is ready to answer.
 
     Attributes:
-        pipeline: takes requests to answers.
-        scheduler: what they wait in.
+        pipeline: answers requests.
+        scheduler: holds the queue of the requests.
         describe_family: lists the sub-networks with their latencies as known by now.
-        measured_share: tells how much of these is measured, 0..1.
-        explainer: tells which patches it kept.
+        measured_share: returns the fraction of these latencies that is measured, 0..1.
+        explainer: returns the patches that the model kept of an image.
     """
 
     pipeline: Pipeline
@@ -41,31 +41,31 @@ class ReadyServer:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """What answers."""
+        """The checkpoint of the model that answers."""
         return self.pipeline.checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class RouteContext:
-    """What the routes call upon.
+    """The collaborators of the routes.
 
     Attributes:
-        checkpoints: tells what is served, whatever is tried out beside it behind it.
-        metrics: what is counted.
-        monitor: looks at the machine.
-        bodies: what those of requests may take.
-        classifier: takes images to answers, and counts them.
-        answers: those that clients may still come back to.
-        cors_origins: sites whose pages may ask, beside the server's own.
-        allowed_hosts: names that requests may be addressed to; None for any.
-        state: tells what the server is at.
-        server: yields what serves; raises a NotReadyError until there is one.
-        servers: yields those that a request may be answered by, the one drawn for it first; errors as `server`.
+        checkpoints: returns the checkpoints that answer requests, the one that answers most of them first.
+        metrics: metrics of the server.
+        monitor: observes the machine.
+        bodies: limits of request bodies.
+        classifier: classifies images, and counts the requests.
+        answers: recent answers, on which clients may give feedback.
+        cors_origins: sites whose pages may send requests, besides the server's own.
+        allowed_hosts: host names that requests may be addressed to; None for any.
+        state: returns the state of the server.
+        server: returns the model that answers most requests; raises a NotReadyError until there is one.
+        servers: returns the models that may answer a request, the one drawn for it first; errors as `server`.
         report: records the state of machine and scheduler in the metrics.
-        reporter: tells of each request; None where nothing but the metrics does.
+        reporter: logs and traces each request; None where there are only metrics.
         clock: monotonic, in seconds.
-        failures: counts the server's own.
-        keys: that requests must come with one of; None for no such thing.
+        failures: counts consecutive requests that failed by the server's own fault.
+        keys: API keys, one of which a request must carry; None where none is required.
     """
 
     checkpoints: Callable[[], Sequence[Checkpoint]]
@@ -87,19 +87,19 @@ class RouteContext:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """What is served."""
+        """The checkpoint that answers most requests."""
         return self.checkpoints()[0]
 
     def open_server(self) -> ReadyServer:
-        """Return what answers a request that comes now.
+        """Return the model that answers a request that arrives now.
 
         Raises:
-            NotReadyError: requests are not taken yet, or no longer.
+            NotReadyError: the server takes no requests yet, or no more.
         """
         return self.open_servers()[0]
 
     def open_servers(self) -> Sequence[ReadyServer]:
-        """Return what may answer it; the first has been drawn, the others are for requests that name them."""
+        """Return the models that may answer a request, the drawn one first; any other is for requests that name it."""
         servers = self.servers()
         if self.state() is not ServerState.READY:
             raise NotReadyError("the server is stopping; try again in a moment")

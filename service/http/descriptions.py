@@ -1,4 +1,4 @@
-"""Answers made of what the server knows: nouns of the domain put on the wire, as the models of `schemas`."""
+"""Conversion of the domain's objects to the answer models of `schemas`."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -30,7 +30,7 @@ from service.scheduling.catalog import VariantCatalog
 
 
 def describe_model(checkpoint: Checkpoint) -> ModelAnswer:
-    """Name the checkpoint."""
+    """Return the name and the version of a checkpoint."""
     return ModelAnswer(name=checkpoint.name, version=checkpoint.version)
 
 
@@ -48,7 +48,7 @@ def describe_subnetwork(row: SubNetworkProfile, config: SuperViTConfig) -> SubNe
 
 
 def describe_decision(decision: Decision) -> DecisionAnswer:
-    """Put a decision on the wire."""
+    """Convert a decision."""
     return DecisionAnswer(
         reason=decision.reason,
         batch_size=decision.batch_size,
@@ -57,7 +57,7 @@ def describe_decision(decision: Decision) -> DecisionAnswer:
 
 
 def describe_planned(look: PlannedLook | None) -> PlannedLookAnswer | None:
-    """Put a second look that may follow on the wire."""
+    """Convert a planned second look, if there is one."""
     if look is None:
         return None
     return PlannedLookAnswer(
@@ -70,7 +70,7 @@ def describe_planned(look: PlannedLook | None) -> PlannedLookAnswer | None:
 
 
 def describe_forecast(forecast: Forecast, config: SuperViTConfig) -> DecideAnswer:
-    """Put a forecast on the wire."""
+    """Convert a forecast."""
     return DecideAnswer(
         subnetwork=describe_subnetwork(forecast.decision.profile, config),
         second_look=describe_planned(forecast.decision.second_look),
@@ -80,7 +80,7 @@ def describe_forecast(forecast: Forecast, config: SuperViTConfig) -> DecideAnswe
 
 
 def describe_timing(timing: Timing) -> TimingAnswer:
-    """Put where the time went on the wire."""
+    """Convert the times of the stages to milliseconds."""
     return TimingAnswer(
         decode_wait=ms(timing.decode_wait_s),
         decode=ms(timing.decode_s),
@@ -91,7 +91,7 @@ def describe_timing(timing: Timing) -> TimingAnswer:
 
 
 def describe_answer(answer: Classification, checkpoint: Checkpoint) -> ClassifyAnswer:
-    """Put a finished classification on the wire."""
+    """Convert a finished classification."""
     return ClassifyAnswer(
         predictions=[
             PredictionAnswer(label=prediction.label, index=prediction.index, probability=prediction.probability)
@@ -119,7 +119,7 @@ def describe_answer(answer: Classification, checkpoint: Checkpoint) -> ClassifyA
 
 
 def describe_explanation(answer: Classification, kept: Sequence[KeptPatches], checkpoint: Checkpoint) -> ExplainAnswer:
-    """Put a classification and what was kept for it on the wire."""
+    """Convert a classification and the patches that were kept for it."""
     config = checkpoint.config
     prunings = [
         PruningAnswer(
@@ -137,7 +137,7 @@ def describe_explanation(answer: Classification, kept: Sequence[KeptPatches], ch
 def describe_family(
     checkpoint: Checkpoint, catalog: VariantCatalog, engine: str, profiled_at: str, batch_sizes: tuple[int, ...]
 ) -> SubNetworksAnswer:
-    """List every variant, cheapest first."""
+    """List the sub-networks and the cascades, cheapest first."""
     config = checkpoint.config
     rows = [
         SubNetworkRow(
@@ -178,5 +178,5 @@ def describe_family(
 
 
 def ms(seconds: float) -> float:
-    """Put seconds on the wire, in milliseconds."""
+    """Convert seconds to milliseconds, rounded to three decimals."""
     return round(1000 * seconds, 3)

@@ -1,4 +1,4 @@
-"""Clients that leave before their answer: the compute of a request that nothing waits for is better spent elsewhere."""
+"""Cancellation of requests whose client has left: nobody waits for their answers, and others need the compute."""
 
 import asyncio
 from types import TracebackType
@@ -7,17 +7,17 @@ from fastapi import Request
 
 from service.errors import ClientGoneError
 
-PATIENCE_S = 0.02  # a quick answer is not worth watching over its client
+PATIENCE_S = 0.02  # a faster answer is not worth watching its client
 
 
 class ClientWatch:
-    """Cancels the blocks that it stands around once the client has gone, which then raise a ClientGoneError.
+    """Context manager that cancels its blocks once the client has left; they then raise a ClientGoneError.
 
     There is one block for each image of a request, each in a task of its own.
     """
 
     def __init__(self, request: Request, patience_s: float = PATIENCE_S) -> None:
-        """Take the request; nothing is watched before `start`, nor for so long after it."""
+        """Create the watch of a request, which begins `patience_s` after `start`."""
         self._request, self._patience_s = request, patience_s
         self._tasks: set[asyncio.Task[object]] = set()
         self._patience: asyncio.TimerHandle | None = None
@@ -25,23 +25,23 @@ class ClientWatch:
         self._is_gone = False
 
     def __enter__(self) -> "ClientWatch":
-        """Take note of a task that answers."""
+        """Add the current task to those that are cancelled when the client leaves."""
         if task := asyncio.current_task():
             self._tasks.add(task)
         return self
 
     def start(self) -> None:
-        """Watch from in a moment on: the body has been read, which notices a client that leaves by itself."""
+        """Begin to watch after `patience_s`. Call it once the body is read: reading detects a client that leaves."""
         if self._patience is None:
             self._patience = asyncio.get_running_loop().call_later(self._patience_s, self._start_task)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Watch over one task less, and at last no longer.
+        """Remove the current task, and stop watching after the last one.
 
         Raises:
-            ClientGoneError: it was this that cancelled the block, and nothing else that wants the task to end.
+            ClientGoneError: the block was cancelled because the client left, and for no other reason.
         """
         task = asyncio.current_task()
         if task:
@@ -63,7 +63,7 @@ class ClientWatch:
 
     async def _watch(self) -> None:
         while (await self._request.receive())["type"] != "http.disconnect":
-            pass  # what it still sends is thrown away
+            pass  # what the client still sends is discarded
         self._is_gone = True
         for task in self._tasks:
             task.cancel()

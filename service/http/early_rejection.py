@@ -1,7 +1,7 @@
-"""What is rejected for overload is rejected as soon as its head is parsed, without the application's layers.
+"""Rejection for overload as soon as a request's head is parsed, without the layers of the application.
 
-The event loop is one thread. A server that spent on a rejection what it spends on an answer would answer the fewer the
-more is asked of it.
+The event loop is one thread. If a rejection cost it as much as an answer, the server would answer fewer requests the
+more arrive.
 """
 
 import asyncio
@@ -23,14 +23,14 @@ from service.request_names import name_request
 from service.request_parameters import ClassifyQuery
 from service.scheduling.state import QueuedRequest
 
-# With these the route or another layer has a say: in how the body comes, or in which pages may ask.
+# Requests with these headers go to the application, which checks how the body is sent and which page asks.
 ROUTED = frozenset((b"transfer-encoding", b"expect", b"origin", b"content-encoding"))
 STATUS_LINE = b"HTTP/1.1 429 Too Many Requests\r\n"
-REPEATED_S = 0.005  # for which a rejection holds for others
-REJECTION_SHARE = 0.15  # of the event loop's CPU time, for parsing and rejecting; what the sockets take comes on top
-BURST_S = 0.05  # of it, that may be spent at once
-MAX_PAUSE_S = 0.5  # a rejection is worth nothing to a client that has given up
-RESERVED = "supervit.reserved"  # of the scope: a Reservation
+REPEATED_S = 0.005  # for which a rejection is reused for equal requests
+REJECTION_SHARE = 0.15  # of the event loop's CPU time, for parsing and rejecting; the cost of the sockets comes on top
+BURST_S = 0.05  # CPU time for rejections that may be spent at once
+MAX_PAUSE_S = 0.5  # longest delay of a rejection; one to a client that has given up is wasted
+RESERVED = "supervit.reserved"  # scope key of a Reservation
 PLAIN_TYPES = frozenset(media_type.encode() for media_type in UNTYPED)
 
 
@@ -38,25 +38,25 @@ Scope = MutableMapping[str, Any]
 
 
 class Reservation(NamedTuple):
-    """The place that a request has, and where."""
+    """A place in the queue that is reserved for a request, and the server whose queue it is."""
 
     server: ReadyServer
     request: QueuedRequest
 
 
 class _Rejection(NamedTuple):
-    """A rejection that holds for a moment for every request that asks the same at nearly the same time."""
+    """A rejection that is reused for equal requests that arrive at nearly the same time."""
 
     parameters: ClassifyQuery
     key: ApiKey | None
     arrived_at: float
-    retry_after_s: float  # one that came so much later may have time enough
-    made_at: float  # what waits may soon be less
+    retry_after_s: float  # a request that arrives so much later may have time enough
+    made_at: float  # the queue may soon be shorter
     reason: OverloadReason
     lines: bytes
 
     def holds_for(self, parameters: ClassifyQuery, key: ApiKey | None, arrived_at: float, now: float) -> bool:
-        """Tell whether another request would be rejected as well; a slot of a full server may be free by now."""
+        """Return whether another request would be rejected as well; a slot of a full server may be free by now."""
         if (
             parameters is not self.parameters
             or key is not self.key
@@ -68,27 +68,27 @@ class _Rejection(NamedTuple):
 
 
 class EarlyRejection:
-    """Answers what POST /classify would reject for overload."""
+    """Answers the requests that POST /classify would reject for overload."""
 
     def __init__(self, context: RouteContext, path: str, loop_time: Callable[[], float] = time.thread_time) -> None:
-        """Take what the route calls upon.
+        """Create the early rejection of one route.
 
         Args:
-            context: that.
-            path: of the route.
-            loop_time: CPU seconds of the event loop's thread.
+            context: the collaborators of the routes.
+            path: path of the route.
+            loop_time: returns the CPU seconds of the event loop's thread.
         """
         self._context, self._path, self.loop_time = context, path.encode(), loop_time
         self._last: _Rejection | None = None
         self._spent_s, self._spent_at = 0.0, 0.0
 
     def answer(self, url: bytes, headers: Sequence[tuple[bytes, bytes]], scope: Scope) -> bytes | None:
-        """Return what follows the status line of a rejection; None for the app, which finds its place in the scope.
+        """Return a rejection without its status line, or None for the app, with any reserved place in the scope.
 
         Args:
-            url: path and query, of a POST.
-            headers: of it, names in lower case.
-            scope: of the request, as the protocol began it.
+            url: path and query of a POST.
+            headers: headers of the request, names in lower case.
+            scope: scope of the request, as the protocol created it.
         """
         path, _, query = url.partition(b"?")
         named = dict(headers)
@@ -108,7 +108,7 @@ class EarlyRejection:
             retry_after_s = error.details["retry_after_s"]
             last = _Rejection(parameters, key, arrived_at, retry_after_s, now, error.reason, _describe(error))
             self._last = last
-        except ServiceError:  # the route says so
+        except ServiceError:  # the route answers it
             return None
         metrics = self._context.metrics
         metrics.request_started()
@@ -121,9 +121,9 @@ class EarlyRejection:
         return last.lines % (media_type.encode(), name_request(named.get(RAW_HEADER, b"")))
 
     def charge(self, took_s: float) -> float:
-        """Charge a rejection's CPU time to a bucket that leaks; returns for how long it is to be held back.
+        """Charge a rejection's CPU time to a leaky bucket; return the seconds to hold the rejection back.
 
-        Clients that ask again as soon as they are rejected would leave no time for those that are answered.
+        Clients that retry as soon as they are rejected would otherwise leave no time for answers.
         """
         now = self._context.clock()
         spent_s = max(0.0, self._spent_s - REJECTION_SHARE * (now - self._spent_at)) + took_s
@@ -131,12 +131,12 @@ class EarlyRejection:
         return max(0.0, self._spent_s - BURST_S) / REJECTION_SHARE
 
     def forget(self, scope: Scope) -> None:
-        """Give up the place of a request that has its answer: the app may have refused it before it came to that."""
+        """Release the place of an answered request: the app may have refused the request before it used the place."""
         if (reserved := scope.pop(RESERVED, None)) is not None:
             reserved.server.scheduler.withdraw(reserved.request)
 
     def _is_plain(self, headers: dict[bytes, bytes]) -> bool:
-        """Tell whether the body is an image by itself that the route would read; a form may grant more time."""
+        """Return whether the body is a bare image that the route would read; a form may hold a longer budget."""
         media_type = headers.get(b"content-type", b"").lower()
         if not ROUTED.isdisjoint(headers) or not (media_type.startswith(b"image/") or media_type in PLAIN_TYPES):
             return False
@@ -147,7 +147,7 @@ class EarlyRejection:
 
 
 def _describe(error: OverloadedError) -> bytes:
-    """Put a rejection's headers and body on the wire, with places for the media type and the request's name."""
+    """Serialise a rejection's headers and body, with placeholders for the media type and the request id."""
     response = make_error_response(*describe_error(error))
     others = (header for header in response.raw_headers if header[0] != b"content-type")
     head = b"".join(b"%b: %b\r\n" % header for header in others)
@@ -156,25 +156,25 @@ def _describe(error: OverloadedError) -> bytes:
 
 
 class RejectingProtocol(BoundedProtocol):
-    """Rejects by itself what the application need not be asked about."""
+    """Protocol that rejects requests for overload without calling the application."""
 
     def __init__(
         self,
-        *args: Any,  # noqa: ANN401 - uvicorn's to say
+        *args: Any,  # noqa: ANN401 - uvicorn's signature
         early: EarlyRejection,
         **kwargs: Any,  # noqa: ANN401 - as above
     ) -> None:
-        """Take what is asked before the application is; the others as its base."""
+        """Create the protocol of one connection; `early` is asked before the application, the rest is the base's."""
         super().__init__(*args, **kwargs)
         self._early = early
-        self._is_rejected = False  # the request whose body comes
+        self._is_rejected = False  # the request whose body is arriving
         self._rejection_lines = b""
-        self._held_back: asyncio.TimerHandle | None = None  # until then, they are not written
-        self._is_pausing = False  # nothing more is parsed before its turn has come
+        self._held_back: asyncio.TimerHandle | None = None  # until it fires, they are not written
+        self._is_pausing = False  # the next request is not parsed before the connection's turn
         self._parsed_from_s = 0.0
 
     def on_headers_complete(self) -> None:
-        """Reject the request or let it come."""
+        """Reject the request, at once or after a delay, or pass it on."""
         answer = self._rejection()
         if answer is None:
             super().on_headers_complete()
@@ -184,35 +184,35 @@ class RejectingProtocol(BoundedProtocol):
         defaults = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
         self._rejection_lines = STATUS_LINE + defaults + answer
         if pause_s := self._early.charge(self._early.loop_time() - self._parsed_from_s):
-            self._all.works(self)  # it is not idle
+            self._all.works(self)  # not idle while its rejection is held back
             self._held_back = self.loop.call_later(pause_s, self._reject)
         else:
             self._reject()
 
     def eof_received(self) -> bool:  # type: ignore[override] # as its base
-        """Hold nothing back from a client that asks nothing more."""
+        """Send a held-back rejection at once: the client sends no more requests."""
         self._flush()
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget what was held back."""
+        """Drop a held-back rejection."""
         if self._held_back is not None:
             self._held_back.cancel()
             self._held_back = None
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Hold nothing back any more."""
+        """Send a held-back rejection, then shut down."""
         self._flush()
         super().shutdown()
 
     def on_body(self, body: bytes) -> None:
-        """Throw away the body of a request that is rejected."""
+        """Discard the body of a rejected request."""
         if not self._is_rejected:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Look out for the next head."""
+        """Prepare for the next head."""
         if not self._is_rejected:
             super().on_message_complete()
             return
@@ -223,7 +223,7 @@ class RejectingProtocol(BoundedProtocol):
             self._await_turn()
 
     def on_response_complete(self) -> None:
-        """Give up what was reserved."""
+        """Release the place of the answered request, if it has one."""
         self._early.forget(self.scope)  # type: ignore[arg-type] # as below
         super().on_response_complete()
 
@@ -251,7 +251,7 @@ class RejectingProtocol(BoundedProtocol):
             self._await_turn()
 
     def _await_turn(self) -> None:
-        """Let a client that sends thousands at once take its turn with the others."""
+        """Yield to the other connections before the next request: a client may send thousands at once."""
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
         self.loop.call_soon(self._go_on)
 
@@ -261,9 +261,9 @@ class RejectingProtocol(BoundedProtocol):
             self._parse_rest()
 
     def _rejection(self) -> bytes | None:
-        # To wait for a client that does not read is the application's.
+        # The application handles a client that does not read its answers.
         if self.flow.write_paused or self.parser.get_method() != b"POST":
             return None
         if self.parser.get_http_version() != "1.1" or not self.parser.should_keep_alive():
             return None
-        return self._early.answer(self.url, self.headers, self.scope)  # type: ignore[arg-type] # uvicorn's is one
+        return self._early.answer(self.url, self.headers, self.scope)  # type: ignore[arg-type] # uvicorn's scope is a dict

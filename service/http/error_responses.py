@@ -1,4 +1,4 @@
-"""Errors on the wire: the one table from error type to status, and when to close a connection."""
+"""Error responses: the table from error type to HTTP status, and when to close the connection."""
 
 import asyncio
 import contextlib
@@ -53,7 +53,7 @@ STATUS = {
     ImageTooLargeError: 413,
     BodyTooLargeError: 413,
     UploadTimeoutError: 408,
-    ClientGoneError: 499,  # for the log of accesses
+    ClientGoneError: 499,  # for the access log; the client has gone
     UnsupportedMediaError: 415,
     UnauthorizedError: 401,
     ForeignOriginError: 403,
@@ -67,18 +67,18 @@ STATUS = {
 }
 RETRY_AFTER_S = 1
 LINGER_S = 1
-TYPE_PREFIX = "urn:supervit:error:"  # and the code: a name for programs, nothing to be fetched
+TYPE_PREFIX = "urn:supervit:error:"  # followed by the code: an identifier for programs, not a URL
 
 
 class ErrorAnswers:
-    """Answers every error."""
+    """Answers every error of the application."""
 
     def __init__(self, max_body_bytes: int) -> None:
-        """Take how long a body may be: one that may be longer is not read on once its request has its error."""
+        """Set the longest body: once an error is sent, a body that may be longer is not read to its end."""
         self._max_body_bytes = max_body_bytes
 
     def add_to(self, app: FastAPI) -> None:
-        """Answer the errors of all routes of an app."""
+        """Register the handlers for the errors of all routes of an app."""
         app.exception_handler(ServiceError)(self.on_service_error)
         app.exception_handler(RequestValidationError)(self._on_invalid_parameter)
         app.exception_handler(HTTPException)(self._on_http_error)
@@ -92,7 +92,7 @@ class ErrorAnswers:
         return _closing(response) if isinstance(error, UploadTimeoutError) or self._may_be_long(request) else response
 
     async def _on_invalid_parameter(self, request: Request, error: RequestValidationError) -> Response:
-        # FastAPI says first of all that it is the query.
+        # FastAPI puts the kind of the parameter, such as the query, before its name.
         problems = [{**problem, "loc": problem["loc"][1:]} for problem in error.errors()]
         return await self.on_service_error(request, invalid_parameter(problems))
 
@@ -114,14 +114,14 @@ class ErrorAnswers:
 
 
 async def refuse(request: Request, error: ServiceError) -> Response:
-    """Answer a request whose body is not wanted, and close its connection."""
+    """Answer a request whose body is not wanted with an error, and close the connection."""
     if not _waits_to_send(request):
         await _discard(request)
     return _closing(_respond(request, error))
 
 
 def describe_error(error: ServiceError) -> tuple[int, ErrorAnswer]:
-    """Return the status of an error and what is said of it; the log says by which request the server failed."""
+    """Return the status and the body of an error. One with status 500 is logged, and the log names its request."""
     status = STATUS.get(type(error), 500)
     note_error(error.code)
     if status == 500:
@@ -132,14 +132,14 @@ def describe_error(error: ServiceError) -> tuple[int, ErrorAnswer]:
 def make_error_response(
     status: int, answer: ErrorAnswer, headers: Mapping[str, str] | None = None, *, path: str = "", accept: str = ""
 ) -> Response:
-    """Put an error on the wire, in the shape that clients of the path know.
+    """Create the response for an error, in the format that clients of the path know.
 
     Args:
-        status: of HTTP.
-        answer: what is said.
-        headers: beside those that every error has.
-        path: of the request.
-        accept: header of the request.
+        status: HTTP status.
+        answer: content of the error.
+        headers: headers in addition to those of every error.
+        path: path of the request.
+        accept: the request's Accept header.
     """
     headers = dict(headers or {})
     if status in (429, 503):
@@ -152,8 +152,8 @@ def make_error_response(
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    logger.error("%r", error)  # uvicorn logs where it came from
-    headers = {HEADER: request.scope[KEY]} if KEY in request.scope else {}  # this answer goes past the middleware
+    logger.error("%r", error)  # uvicorn logs the traceback
+    headers = {HEADER: request.scope[KEY]} if KEY in request.scope else {}  # this answer bypasses RequestIds
     described = _described(500, ServiceError.code, "the server failed; its log says why")
     path, accept = request.scope["path"], request.headers.get("accept", "")
     return make_error_response(500, described, headers, path=path, accept=accept)
@@ -175,18 +175,18 @@ def _described(status: int, code: str, message: str, details: dict[str, Any] | N
 
 
 def _waits_to_send(request: Request) -> bool:
-    """Tell whether the client sends its body only once it is told to go on: it is not to be told so in vain."""
+    """Return whether the client sends its body only after a 100 Continue, which a refused request must not get."""
     return "expect" in request.headers
 
 
 def _closing(response: Response) -> Response:
-    """Close the connection after `response`, or the server would go on to read a body that it has refused."""
+    """Close the connection after `response`, or the server would continue to read a body that it has refused."""
     response.headers["Connection"] = "close"
     return response
 
 
 async def _discard(request: Request) -> None:
-    """Throw away for a moment what the client still sends: most look for an answer only after they have sent it all."""
+    """Discard what the client still sends, for at most LINGER_S: most read the answer only after sending everything."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_S):
             message = await request.receive()

@@ -1,6 +1,6 @@
-"""The JSON shapes of errors: ours, and on the routes of other servers the ones that their clients know.
+"""The JSON formats of errors: this server's own, and on routes that follow another server's API, that server's.
 
-Ours is a problem of RFC 9457 with one member more, `error`.
+Its own is a problem of RFC 9457 with the additional member `error`.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from service.http.schemas import ErrorAnswer
 
 PROBLEM, JSON = "application/problem+json", "application/json"
 V1_PREFIX, V2_PREFIX = "/v1", "/v2"
-STATUSES = (401, 403, 404, 408, 413, 415, 421, 422, 429, 500, 503, 504)  # of requests to other servers' routes
+STATUSES = (401, 403, 404, 408, 413, 415, 421, 422, 429, 500, 503, 504)  # of errors on routes of other servers' APIs
 TORCHSERVE_PREFIXES = ("/predictions/", "/ping")
 TORCHSERVE_TYPES = {
     404: "ResourceNotFoundException",
@@ -25,13 +25,13 @@ TORCHSERVE_TYPES = {
 
 
 class InferError(BaseModel):
-    """An error as the Open Inference Protocol has it, and TensorFlow Serving."""
+    """An error in the format of the Open Inference Protocol and of TensorFlow Serving."""
 
     error: str = Field(description="a sentence for a person")
 
 
 class TorchServeError(BaseModel):
-    """An error as TorchServe has it."""
+    """An error in TorchServe's format."""
 
     code: int = Field(description="the status")
     type: str
@@ -39,12 +39,12 @@ class TorchServeError(BaseModel):
 
 
 def describe_failures(shape: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """Describe how a request to a route of another server may fail, in OpenAPI's words."""
+    """Return the OpenAPI error responses of a route that follows another server's API."""
     return {status: {"model": shape} for status in STATUSES}
 
 
 def shape_error(status: int, answer: ErrorAnswer, path: str, accept: str) -> tuple[bytes, str]:
-    """Make the body of an error for a request to a path, and name its media type."""
+    """Return the body of an error, in the format that clients of the path know, and its media type."""
     error = answer.error
     if path == V2_PREFIX or path.startswith((f"{V1_PREFIX}/", f"{V2_PREFIX}/")):
         return InferError(error=error.message).model_dump_json().encode(), JSON
@@ -55,7 +55,7 @@ def shape_error(status: int, answer: ErrorAnswer, path: str, accept: str) -> tup
 
 
 def error_type(accept: str) -> str:
-    """Choose the media type of an error; to a client that takes plain JSON alone, the same body is that."""
+    """Return the media type of an error: plain JSON for a client that accepts nothing else, with the same body."""
     return JSON if JSON in accept and PROBLEM not in accept and "*" not in accept else PROBLEM
 
 

@@ -1,4 +1,4 @@
-"""GET /events: the metrics once a second, as server-sent events, for a page that a person looks at."""
+"""GET /events: the metrics once a second, as server-sent events, for a live page."""
 
 import asyncio
 import time
@@ -14,16 +14,16 @@ from service.errors import OverloadedError
 from service.telemetry.live import LiveSample
 
 INTERVAL_S = 1.0
-SAMPLES_KEPT = 180  # a listener gets those first
+SAMPLES_KEPT = 180  # the history that a new listener gets first
 MAX_LISTENERS = 32
 RETRY_AFTER_S = 5.0
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter: nginx would hold events back
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter, or nginx would buffer the events
 
 _SAMPLE = TypeAdapter(LiveSample)
 
 
 class LiveFeed:
-    """Reads the metrics for as many as listen, once a second for all of them, and not at all where none does."""
+    """Reads the metrics once a second for all listeners together, and not at all without listeners."""
 
     def __init__(
         self,
@@ -32,32 +32,32 @@ class LiveFeed:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """Take what it works with.
+        """Create a feed without listeners.
 
         Args:
             read: reads the metrics; called on a thread, for it takes some milliseconds.
-            is_over: whether the server stops, so that it would wait for its listeners.
-            sleep: lets seconds pass.
-            now: Unix time in seconds.
+            is_over: returns whether the server is stopping, which would otherwise wait for the listeners to leave.
+            sleep: waits for a number of seconds.
+            now: returns Unix time in seconds.
         """
         self._read, self._is_over, self._sleep, self._now = read, is_over, sleep, now
         self._samples: deque[LiveSample] = deque(maxlen=SAMPLES_KEPT)
         self._lock = asyncio.Lock()
         self._listeners = 0
-        self._number = 0  # of samples, ever
+        self._number = 0  # samples taken so far
 
     def listen(self) -> AsyncIterator[bytes]:
-        """Yield events until the server stops: those of the last minutes, then one a second.
+        """Return an iterator over the events until the server stops: first the last minutes', then one a second.
 
         Raises:
-            OverloadedError: there are enough listeners; at once, not at the first event.
+            OverloadedError: there are MAX_LISTENERS already; raised at once, not at the first event.
         """
         if self._listeners >= MAX_LISTENERS:
             raise OverloadedError(f"{MAX_LISTENERS} listen already; try again later", "full", RETRY_AFTER_S)
         return self._events()
 
     async def _events(self) -> AsyncIterator[bytes]:
-        if not self._listeners:  # none were taken meanwhile
+        if not self._listeners:  # without listeners no samples were taken
             self._forget_old()
         self._listeners += 1
         try:
@@ -78,7 +78,7 @@ class LiveFeed:
             self._samples.popleft()
 
     async def _take_sample(self, number: int) -> None:
-        """Take the next sample, unless another listener has done so meanwhile."""
+        """Take the next sample, unless another listener has taken it in the meantime."""
         async with self._lock:
             if self._number == number:
                 self._samples.append(await asyncio.to_thread(self._read))
@@ -86,18 +86,18 @@ class LiveFeed:
 
 
 def is_stopping(state: ServerState) -> bool:
-    """Tell whether a server in this state answers what it has admitted and no more."""
+    """Return whether a server in this state is stopping and admits no more requests."""
     return state in (ServerState.DRAINING, ServerState.HUNG)
 
 
 class EventStream(StreamingResponse):
-    """Events to a listener, as a page's EventSource takes them."""
+    """Response that streams events to a page's EventSource."""
 
     media_type = "text/event-stream"
 
 
 def describe_events() -> dict[str, Any]:
-    """Describe the stream in OpenAPI's words."""
+    """Return the OpenAPI description of the stream."""
     return {
         "description": "an event a second, whose data is JSON: those of the last minutes first",
         "content": {EventStream.media_type: {"schema": {**_SAMPLE.json_schema(), "title": "LiveSample"}}},

@@ -1,4 +1,4 @@
-"""POST /explain: a classification, and which patches the sub-network kept on its way to it."""
+"""POST /explain: a classification, and the patches that the sub-network kept for it."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,18 +16,19 @@ from service.telemetry.outcomes import counted
 
 
 def make_explain(context: RouteContext) -> Handle:
-    """Make what answers POST /explain."""
+    """Create the handler of POST /explain."""
 
     async def explain(request: Request) -> Response:
-        """Classify an image as POST /classify does, and tell which patches each block that prunes has kept.
+        """Classify an image as POST /classify does, and return the patches that each pruning block kept.
 
-        One image is explained at a time, when nothing else needs the cores: this is to look at, not to build on.
+        The server explains one image at a time, when nothing else needs the cores: use this for inspection, not in
+        production.
         """
         watch = ClientWatch(request)
         with ExitStack() as turn, context.failures.counting():
             data = b""
             with counted(context.metrics, key_of(request.scope)) as record:
-                context.open_server().explainer.check_room()  # before a body is read in vain
+                context.open_server().explainer.check_room()  # before reading a body in vain
                 upload = await read_upload(context, request, watch)
                 server = upload.server
                 if len(upload.reads) > 1:
@@ -36,10 +37,10 @@ def make_explain(context: RouteContext) -> Handle:
                 async def read_and_enter(within_s: float) -> bytes:
                     nonlocal data
                     data = await upload.reads[0](within_s)
-                    turn.enter_context(server.explainer.turn())  # not before: what drips in shall not keep others out
+                    turn.enter_context(server.explainer.turn())  # only now: a slow upload must not block others
                     return data
 
-                wanted = replace(upload.wanted, num_together=2)  # what its key has left is to do for both runs
+                wanted = replace(upload.wanted, num_together=2)  # its key must have enough left for both runs
                 classification = await server.pipeline.classify(read_and_enter, wanted, watch)
                 record(classification)
                 class_names = server.checkpoint.class_names

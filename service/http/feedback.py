@@ -1,4 +1,4 @@
-"""POST /feedback: whether an answer was right, from those that know."""
+"""POST /feedback: the correct class of an earlier answer, from a client that knows it."""
 
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -30,7 +30,7 @@ class FeedbackBody(BaseModel):
 
 
 class FeedbackAnswer(BaseModel):
-    """What became of it."""
+    """Answer to POST /feedback."""
 
     correct: bool = Field(description="whether the answer was right, if this is")
     counted: bool = Field(
@@ -42,15 +42,15 @@ BODY: Schema = {"required": True, "content": {"application/json": {"schema": Fee
 
 
 def make_feedback(context: RouteContext) -> Callable[[Request], Awaitable[FeedbackAnswer]]:
-    """Make what answers POST /feedback."""
+    """Create the handler of POST /feedback."""
 
     async def feedback(request: Request) -> FeedbackAnswer:
-        """Say what an answer should have been. Of several such words on one answer the first counts."""
+        """Report the correct class of an earlier answer. Only the first report on an answer counts."""
         body = await read_message(request, context.bodies, FeedbackBody)
         answer = context.answers.find(key_of(request.scope), body.request_id, body.image)
         _check_class(body, answer.class_names)
         is_first = not answer.is_judged
-        # By its label: several classes may go by one.
+        # Compared by label where one is given: several classes may share it.
         is_correct = body.index == answer.index if body.label is None else body.label == answer.label
         answer.is_judged = True
         if counts := is_first and answer.expected_top1 is not None:
@@ -61,10 +61,10 @@ def make_feedback(context: RouteContext) -> Callable[[Request], Awaitable[Feedba
 
 
 def _check_class(body: FeedbackBody, class_names: Sequence[str]) -> None:
-    """See whether the model that answered has the class that is meant.
+    """Check that the model that answered has the reported class.
 
     Raises:
-        InvalidParameterError: there is none.
+        InvalidParameterError: the model has no such class.
     """
     if body.label is None and (body.index is None or body.index >= len(class_names)):
         message = f"index: the model that answered has {len(class_names)} classes, counted from 0"

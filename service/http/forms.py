@@ -1,6 +1,6 @@
-"""Forms as browsers, curl and phones send them: bytes in, images and the fields beside them out.
+"""Multipart forms as browsers, curl and phones send them: a parser from bytes to images and other fields.
 
-starlette's reader takes a part for a file by its filename alone, which not every client sends.
+Starlette's parser recognises a file by its filename alone, which not every client sends.
 """
 
 from dataclasses import dataclass, field
@@ -14,18 +14,18 @@ from service.errors import InvalidImageError, InvalidParameterError
 FIELD = "file"
 MAX_FIELDS = 16
 MAX_FIELD_BYTES = 256
-# What clients send that name no type: none at all, "some bytes", how object stores call these, and what
-# `curl --data-binary` says of itself.
+# Media types of clients that name no image type: none, the generic one, that of object stores, and the default of
+# `curl --data-binary`.
 UNTYPED = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a form holds.
+    """The content of a form.
 
     Attributes:
-        images: the bytes of each, in order; at least one.
-        fields: name and text of each of the others, in order.
+        images: the bytes of each image, in order; at least one.
+        fields: name and text of each other field, in order.
     """
 
     images: tuple[bytes, ...]
@@ -40,17 +40,17 @@ class _Part:
 
 
 class FormReader:
-    """Takes a form's bytes as they come."""
+    """Incremental parser of a multipart form."""
 
     def __init__(self, content_type: str, image_fields: tuple[str, ...] = (FIELD,)) -> None:
-        """Take what says how to read it.
+        """Create the parser.
 
         Args:
-            content_type: the header, which says where a part ends.
-            image_fields: names under which there is an image whatever its part says.
+            content_type: the Content-Type header, which holds the boundary of the parts.
+            image_fields: names of the fields that hold images whatever their media type.
 
         Raises:
-            InvalidImageError: it does not say.
+            InvalidImageError: the header has no boundary, or one that is too long.
         """
         self._image_fields = image_fields
         boundary = parse_options_header(content_type)[1].get(b"boundary")
@@ -78,11 +78,11 @@ class FormReader:
         self._has_ended = False
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes.
+        """Parse the next bytes.
 
         Raises:
-            InvalidImageError: they are no form, or one of too many images.
-            InvalidParameterError: there are too many fields, or one is too long.
+            InvalidImageError: the bytes are no form, or the form has too many images.
+            InvalidParameterError: the form has too many other fields, or one is too long.
         """
         try:
             self._parser.write(data)
@@ -90,10 +90,10 @@ class FormReader:
             raise InvalidImageError("the form is broken: its parts do not begin and end as its type says") from error
 
     def close(self) -> Form:
-        """Return what has come.
+        """Return the parsed form.
 
         Raises:
-            InvalidImageError: the form has no end, no image, or several that do not go under one name.
+            InvalidImageError: the form has no end, no image, or images under several names.
         """
         if not self._has_ended:
             raise InvalidImageError("the form was cut off before its end")

@@ -1,4 +1,4 @@
-"""A request of the inference protocol over HTTP: its body within bounds, its parameters from wherever they stand."""
+"""The HTTP side of the inference protocol: reads a request's body within bounds, and its query and headers."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,10 +19,10 @@ from service.telemetry.outcomes import counted
 
 
 class InferenceOverHttp:
-    """Reads requests and has them answered, whatever their bodies look like."""
+    """Reads requests, whatever the format of their bodies, and has the inference protocol answer them."""
 
     def __init__(self, context: RouteContext, protocol: InferenceProtocol) -> None:
-        """Take what the routes call upon, and what answers."""
+        """Create the reader from the collaborators of the routes and the protocol that answers."""
         self._context, self._protocol = context, protocol
 
     async def answer(
@@ -31,12 +31,12 @@ class InferenceOverHttp:
         """Answer a request.
 
         Args:
-            request: its body not yet read.
-            model: its name and its version, of the path.
-            parse: makes a message of the body.
+            request: the request, its body not yet read.
+            model: the name and the version of the model, from the path.
+            parse: parses the body into a message.
 
         Raises:
-            ServiceError: it is rejected, or fails.
+            ServiceError: the request is rejected, or fails.
         """
         context, watch = self._context, ClientWatch(request)
         arrived_at = request.scope.get(ARRIVED_AT) or context.clock()
@@ -61,10 +61,10 @@ class InferenceOverHttp:
         return message, reply
 
     async def _read(self, request: Request, arrived_at: float, query: Mapping[str, str]) -> bytes:
-        """Read the body of a request that may come, as far as can be told before it has."""
+        """Check what can be checked without the body, then read the body and undo its content encoding."""
         headers, limits = request.headers, self._context.bodies
         within_s = self._protocol.time_for_body_s(arrived_at, query, headers, limits.max_s, key_of(request.scope))
         body = await read_body(request, limits, within_s)
         encoding = headers.get("content-encoding", "").strip().lower()
-        # A few bytes may become as many as are allowed.
+        # On a thread: a few bytes may become as many as the limit allows.
         return await asyncio.to_thread(undo_encoding, body, encoding, limits.max_bytes) if encoding else body

@@ -1,4 +1,4 @@
-"""Asks what is posted for a key, where the server has a file of them."""
+"""The check of API keys: every request but a safe one (SAFE_METHODS) needs one where the server has a key file."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from service.http.origins import SAFE_METHODS
 from service.telemetry.metrics import Metrics
 from service.telemetry.outcomes import counted
 
-KEY = "supervit.key"  # of the scope
-# In OpenAPI's words.
+KEY = "supervit.key"  # scope key
+# OpenAPI security schemes.
 SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -23,13 +23,13 @@ SCHEMES = {
 
 
 def key_of(scope: Scope) -> ApiKey | None:
-    """Return the key that a request came with; None where none is asked for."""
+    """Return the key of a request; None where none is required."""
     key: ApiKey | None = scope.get(KEY)
     return key
 
 
 def describe_keys(app: FastAPI) -> None:
-    """Have the documentation of an app say that what is posted needs a key, and how it is sent."""
+    """Add to the OpenAPI description of an app which operations need a key, and how to send it."""
     describe = app.openapi
 
     def describe_with_keys() -> dict[str, Any]:
@@ -38,21 +38,21 @@ def describe_keys(app: FastAPI) -> None:
         for operations in schema["paths"].values():
             for method, operation in operations.items():
                 if method.upper() not in SAFE_METHODS:
-                    operation["security"] = [{name: []} for name in SCHEMES]  # either will do
+                    operation["security"] = [{name: []} for name in SCHEMES]  # one of them suffices
         return schema
 
     app.openapi = describe_with_keys  # type: ignore[method-assign] # FastAPI's way to extend it
 
 
 class KeyCheck:
-    """Middleware that lets through what comes with a key, and what only looks."""
+    """Middleware that passes requests with a valid key and requests with a safe method."""
 
     def __init__(self, app: ASGIApp, keys: KeyFile, metrics: Metrics) -> None:
-        """Take what every request goes to, the keys, and what counts those that come with none of them."""
+        """Create the middleware; requests without a valid key are counted in `metrics`."""
         self._app, self._keys, self._metrics = app, keys, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request on with its key, or refuse it."""
+        """Pass the request on with its key, or refuse it."""
         if scope["type"] != "http" or scope["method"] in SAFE_METHODS:
             await self._app(scope, receive, send)
             return

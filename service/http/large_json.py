@@ -1,7 +1,7 @@
-"""Large JSON that does not hold the event loop up: the numbers of tensors are parsed in pieces, the rest is small.
+"""Parsing of large JSON without blocking the event loop: tensor data is parsed in pieces, and the rest is small.
 
-A parser of JSON holds the interpreter until it is done, on whatever thread, and makes an object of every number: 40 ms
-for the pixels of one photograph.
+A JSON parser holds the GIL until it is done, on any thread, and makes an object of every number: 40 ms for the pixels
+of one photograph.
 """
 
 import asyncio
@@ -17,23 +17,23 @@ from service.inference_protocol.messages import Values
 
 LARGE_BYTES = 1 << 18
 PIECE_BYTES = 1 << 16
-MAX_LISTS = MAX_IMAGES + 1  # each is looked through for its end
-MAX_DEPTH = 8  # of lists in lists; an end is looked for at every bracket, in as many steps
-MAX_MEMBERS = 1024  # beside the numbers; base64 has none of the signs that begin one
+MAX_LISTS = MAX_IMAGES + 1  # lists extracted from one object; each is searched for its end
+MAX_DEPTH = 8  # of nested lists; the search for the end takes as many steps at every bracket
+MAX_MEMBERS = 1024  # besides the lists of numbers; counted by `,`, `[` and `{`, none of which is in base64
 
 
 async def take_numbers(text: bytes, names: tuple[str, ...]) -> tuple[bytes, list[Values]]:
-    """Take the lists of numbers out of a JSON object.
+    """Extract the lists of numbers from a JSON object.
 
     Args:
         text: the object.
-        names: of the members that may hold such lists, in it or below.
+        names: names of the members that may hold such lists, at any depth.
 
     Returns:
-        The object, each such list empty, and the numbers of each, flat, in order.
+        The object with these lists emptied, and the numbers of each list, flat and in order.
 
     Raises:
-        InvalidParameterError: a list holds something else, or the rest is not small.
+        InvalidParameterError: a list holds anything but numbers, or the rest has more than MAX_MEMBERS members.
     """
     opens = re.compile(rb'"(?:%b)"\s*:\s*(\[[\[\s]*)' % "|".join(names).encode())
     kept, taken, start = list[bytes](), list[Values](), 0
@@ -43,7 +43,7 @@ async def take_numbers(text: bytes, names: tuple[str, ...]) -> tuple[bytes, list
             break
         depth = opening[1].count(b"[")
         end = _find_end(text, depth, opening.end()) if depth <= MAX_DEPTH else None
-        # Texts, no end or no tensor: the parser sees to it.
+        # A list of strings, without an end or too deep: left to the JSON parser.
         if end is None or text.find(b'"', opening.end(), end.start()) >= 0:
             kept.append(text[start : opening.end()])
             start = opening.end()
@@ -59,17 +59,17 @@ async def take_numbers(text: bytes, names: tuple[str, ...]) -> tuple[bytes, list
 
 
 def _find_end(text: bytes, depth: int, start: int) -> "re.Match[bytes] | None":
-    """Find the brackets that close so many lists at once; there may be white space between them."""
+    """Find the `depth` brackets in a row that close the nested lists, with or without white space between them."""
     return re.compile(rb"\s*".join([rb"\]"] * depth)).search(text, start)
 
 
 async def _parse_numbers(text: bytes, start: int, end: int) -> npt.NDArray[np.float64]:
-    """Parse what stands between the outermost brackets of a list, in pieces that end before a comma."""
+    """Parse the numbers between the outermost brackets of a list, in pieces that end before a comma."""
     pieces = []
     while start < end:
         comma = text.find(b",", min(end, start + PIECE_BYTES), end)
         stop = end if comma < 0 else comma
-        piece = text[start:stop].translate(None, b"[]")  # lists in lists are read row by row
+        piece = text[start:stop].translate(None, b"[]")  # nested lists are flattened row by row
         try:
             pieces.append(np.array(from_json(b"[%b]" % piece, allow_inf_nan=False), np.float64))
         except (ValueError, TypeError, OverflowError) as error:

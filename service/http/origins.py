@@ -1,7 +1,7 @@
-"""Which pages and which names may be used to ask this server.
+"""Check of the Origin and Host headers: which sites' pages may send requests, and to which host names.
 
-A browser sends a form that a page of any site has made to any server that it can reach, one on 127.0.0.1 among them,
-and says in `Origin` whose page it was.
+A browser sends a form of any site's page to any server that it can reach, including one on 127.0.0.1, and names the
+site in `Origin`.
 """
 
 import ipaddress
@@ -18,20 +18,20 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class OriginPolicy:
-    """Middleware that refuses what a page of a foreign site sends, and what is addressed to a foreign name."""
+    """Middleware that refuses requests from pages of foreign sites and requests addressed to foreign host names."""
 
     def __init__(self, app: ASGIApp, origins: Collection[str], hosts: Collection[str] | None) -> None:
-        """Take what every request goes to.
+        """Create the middleware.
 
         Args:
-            app: that.
-            origins: whose pages may ask beside the server's own, as `https://example.org`; "*" for all.
-            hosts: names of the server; None for any.
+            app: the application behind it.
+            origins: sites whose pages are welcome besides the server's own, as `https://example.org`; "*" for all.
+            hosts: host names of the server; None for any.
         """
         self._app, self._origins, self._hosts = app, frozenset(origins), hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request on, or refuse it."""
+        """Pass the request on, or refuse it."""
         try:
             if scope["type"] == "http":
                 self._check(scope)
@@ -54,13 +54,13 @@ class OriginPolicy:
             raise ForeignOriginError("a page of another site sent this; --cors-origins says which of them may")
 
     def _is_welcome(self, origin: str, host: str | None) -> bool:
-        # A proxy may have spoken TLS to the client, so that the scheme is not compared.
+        # The scheme is not compared: a proxy may terminate TLS.
         is_own = bool(host) and origin.partition("://")[2].lower() == (host or "").lower()
         return is_own or origin in self._origins or "*" in self._origins
 
 
 def is_known_host(host: str | None, names: Collection[str]) -> bool:
-    """Tell whether a Host header names this server; an address always does: no foreign name leads to it."""
+    """Return whether a Host header names this server; an IP address always passes: it is no foreign name."""
     try:
         name = urlsplit(f"//{host or ''}").hostname or ""
     except ValueError:

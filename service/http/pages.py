@@ -1,4 +1,4 @@
-"""The page at / and the documentation at /docs: files of installed packages, and nothing from anywhere else."""
+"""The page at / and the documentation at /docs, served from files of installed packages alone."""
 
 import os
 from importlib.resources import files
@@ -12,18 +12,18 @@ from starlette.types import Scope
 WEB = Path(str(files("service") / "web"))
 SAMPLES = Path(str(files("models") / "checkpoints" / "photographs"))
 DOCUMENTATION = Path(str(files("fastapi_offline") / "static"))
-# Styles are set by script, property by property, which needs no permission; Swagger UI writes style attributes.
+# Our scripts set style properties one by one, which needs no 'unsafe-inline'. Swagger UI writes style attributes.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'{styles}; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {"Content-Security-Policy": POLICY.format(styles="")}
-ASK_FIRST = "no-cache"  # the browser asks whether a file is still the same, by its ETag
+ASK_FIRST = "no-cache"  # the browser revalidates each file by its ETag
 SELDOM_CHANGES = "max-age=86400"
 
 
 class _Files(StaticFiles):
-    """The files of a folder, with our headers."""
+    """The files of a folder, served with the headers of `HEADERS` and a caching policy."""
 
     def __init__(self, folder: Path, caching: str) -> None:
         super().__init__(directory=folder)
@@ -38,7 +38,7 @@ class _Files(StaticFiles):
 
 
 def add_pages(app: FastAPI) -> None:
-    """Serve the page at /, the documentation at /docs and what both are made of under /web."""
+    """Serve the page at /, the documentation at /docs and the files of both under /web."""
     page = {**HEADERS, "Cache-Control": ASK_FIRST}
     documentation = {**page, "Content-Security-Policy": POLICY.format(styles=" 'unsafe-inline'")}
 

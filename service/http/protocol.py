@@ -1,7 +1,7 @@
-"""HTTP/1.1 as uvicorn speaks it, from clients whose requests begin within bounds of size and time, one at a time.
+"""uvicorn's HTTP/1.1 with bounds on the size and the time of a request's head, and one request at a time.
 
-uvicorn's parser has no bound: a head that never ends would be kept in memory, at some 25 times its size where its lines
-are short, a client that reads no answers would fill it, and connections that say nothing would stay for good.
+uvicorn has no such bounds: a head that never ends would be kept in memory, at some 25 times its size where its lines
+are short, a client that reads no answers would fill the memory, and silent connections would stay for good.
 """
 
 import asyncio
@@ -20,10 +20,10 @@ from service.telemetry.sparing_log import SparingLog
 
 MAX_HEAD_BYTES = 32_768
 HEAD_S = 10.0
-# Of what is left of a body after its request got an error. Most clients read no answer before they have sent all.
+# For the rest of a body whose request has got an error. Most clients read no answer before they have sent all.
 REFUSED_BODY_S = 30.0
-UNREAD_S = 30.0  # an answer that the client does not take out of its socket
-# A client that has closed its sending half may have left: nothing tells but that it resets what is written to it.
+UNREAD_S = 30.0  # for the client to read an answer that is pending in the socket
+# A client that has closed its sending half may have left. Only a write tells: a client that has left resets it.
 PROBE_S = 0.25
 RESET_S = 0.05
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -31,10 +31,10 @@ UNAVAILABLE = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: text/plain; charset=utf-8\r\n"
     b"content-length: 21\r\nconnection: close\r\n\r\nToo many connections."
 )
-END_OF_HEAD = b"\r\n\r\n"  # and of a body in chunks
-# No other protocol is spoken here, and the parser would take a body for the beginning of that.
+END_OF_HEAD = b"\r\n\r\n"  # and of a chunked body
+# The server upgrades to no other protocol, and the parser would take a body for the beginning of one.
 UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*(?=\r\n)", re.IGNORECASE)
-ARRIVED_AT = "supervit.arrived_at"  # of the scope: when the first byte of the request was there to be read
+ARRIVED_AT = "supervit.arrived_at"  # scope key: when the first byte of the request could be read
 
 logger = logging.getLogger(__name__)
 
@@ -42,36 +42,36 @@ logger = logging.getLogger(__name__)
 class BoundedProtocol(HttpToolsProtocol):
     """Closes a connection whose next request's head is larger than MAX_HEAD_BYTES or takes longer than HEAD_S.
 
-    The time is counted from the head's first byte; a new connection has as long until that comes, and how long one that
-    is kept may be silent is uvicorn's to say. The rest of a body that outlasts the answer has REFUSED_BODY_S.
-    Nothing is parsed of what comes after a request before that has its answer.
+    HEAD_S counts from the head's first byte, which a new connection must send within HEAD_S as well. uvicorn bounds the
+    silence of a connection that is kept alive. The rest of a body that outlasts the answer has REFUSED_BODY_S.
+    Pipelined requests are parsed one by one: the next one only after the answer to the one before.
     """
 
     def __init__(
         self,
-        *args: Any,  # noqa: ANN401 - uvicorn's to say
+        *args: Any,  # noqa: ANN401 - uvicorn's signature
         connections: Connections,
         observe: Callable[[str], None] = lambda _: None,
         log: SparingLog | None = None,
         clock: Callable[[], float] = time.monotonic,
         **kwargs: Any,  # noqa: ANN401 - as above
     ) -> None:
-        """Take what uvicorn gives, and what all connections share.
+        """Create the protocol of one connection.
 
         Args:
-            args: uvicorn's.
-            connections: counts them.
-            observe: told why a connection is closed that its client would have kept.
-            log: of what such clients do.
+            args: uvicorn's arguments.
+            connections: counts and bounds the open connections.
+            observe: called with the reason when the server closes a connection that its client would have kept.
+            log: rate-limited log of what such clients do.
             clock: monotonic, in seconds; stamps `arrived_at`.
-            kwargs: uvicorn's, too.
+            kwargs: uvicorn's keyword arguments.
         """
         super().__init__(*args, **kwargs)
         self._all, self._observe, self._log, self._clock = connections, observe, log or SparingLog(logger), clock
-        self._in_head, self._bytes = True, 0  # of this request, so far
-        self._body_left: int | None = None  # bytes; None of a body in chunks
-        self._tail = b""  # the last bytes that were parsed, with which an END_OF_HEAD may have begun
-        self._unparsed, self._start = b"", 0  # what came, and how far it is parsed
+        self._in_head, self._bytes = True, 0  # received of this request so far
+        self._body_left: int | None = None  # bytes; None for a chunked body
+        self._tail = b""  # the last bytes parsed, in which an END_OF_HEAD may begin
+        self._unparsed, self._start = b"", 0  # received data, and how far it is parsed
         self._received_at = self._arrived_at = 0.0
         self._has_ended = False  # the client sends no more
         self._was_probed = False
@@ -79,8 +79,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread_timeout: asyncio.TimerHandle | None = None
         self._probe_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
-        """Begin to wait for the first head."""
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as in uvicorn
+        """Admit the connection and wait for the first head, or refuse the connection."""
         super().connection_made(transport)
         opened = transport.get_extra_info("socket")
         if self._all.admit(self, self.client[0] if self.client else None, opened.fileno()):
@@ -91,23 +91,23 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no longer."""
+        """Cancel the timers and release the connection's place."""
         self._all.forget(self)
         self._forget_timeout()
         self._forget_probe()
         if self._unread_timeout is not None:
             self._unread_timeout.cancel()
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # after a reset uvicorn leaves it
+        self._unset_keepalive_if_required()  # uvicorn leaves its timer running after a reset
         self._unparsed = b""
 
     def give_way(self) -> None:
-        """Close, so that another may be opened."""
+        """Close the connection to make room for a new one."""
         self._log.warning("a connection that waited was closed for a new one; see --max-connections")
         self._close()
 
     def data_received(self, data: bytes) -> None:
-        """Pass on what came, as far as it belongs to one request."""
+        """Parse the received data up to the end of one request."""
         self._unset_keepalive_if_required()
         self._received_at = self._clock()
         if self._in_head and not self._bytes:
@@ -115,40 +115,40 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unparsed, self._start = self._unparsed[self._start :] + data, 0
         self._parse()
 
-    def eof_received(self) -> bool:  # type: ignore[override] # asyncio's says so, uvicorn's does not
-        """Go on with what was asked already; ask nothing of what was not."""
+    def eof_received(self) -> bool:  # type: ignore[override] # asyncio returns a bool, uvicorn does not
+        """Keep the connection open for the requests that came whole; close it at once where there is none."""
         self._has_ended = True
         is_due = self._must_wait
         if is_due and self._is_answering:
             self._probe_timer = self.loop.call_later(PROBE_S, self._probe)
-        return is_due and self.transport.get_extra_info("sslcontext") is None  # of TLS there is no half an end
+        return is_due and self.transport.get_extra_info("sslcontext") is None  # TLS cannot be half-closed
 
     def on_message_begin(self) -> None:
-        """Stamp the request."""
+        """Stamp the request with its arrival time."""
         super().on_message_begin()
         self.scope[ARRIVED_AT] = self._arrived_at  # type: ignore[literal-required] # a key of our own
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Note a header; the trailers of a body in chunks are of no use here, and have no bound."""
+        """Record a header. The trailers of a chunked body are dropped: nothing uses them, and nothing bounds them."""
         if self._in_head:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Let the body come."""
+        """Prepare for the body."""
         self._begin_body()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """Look out for the next head."""
+        """Prepare for the next head."""
         self._await_head()
         super().on_message_complete()
         if self._is_answering:
             self._all.works(self)
-        else:  # uvicorn began to count the silence when it answered, and stopped at the next byte
+        else:  # uvicorn began to time the silence when it answered, and stopped at the next byte
             self._start_timeout(HEAD_S)
 
     def on_response_complete(self) -> None:
-        """Go on with what has come in the meantime."""
+        """Parse the data that came while the request was being answered."""
         super().on_response_complete()
         self._forget_probe()
         if self.transport.is_closing():
@@ -158,12 +158,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._parse_rest()
 
     def pause_writing(self) -> None:
-        """Let the client read what waits for it, but not for ever."""
+        """Wait until the client has read the pending data, for at most UNREAD_S."""
         super().pause_writing()
         self._start_unread_timeout()
 
     def resume_writing(self) -> None:
-        """It has done so."""
+        """Resume after the client has read the pending data."""
         if self._unread_timeout is not None and not self.transport.is_closing():
             self._unread_timeout.cancel()
             self._unread_timeout = None
@@ -179,11 +179,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _must_wait(self) -> bool:
-        """Whether what comes next is of another request than the one that is being answered."""
+        """Whether the next data belongs to a request after the one that is being answered."""
         return self._in_head and self._is_answering
 
     def _parse_rest(self) -> None:
-        """Go on with what has come while a request was being answered."""
+        """Parse the data that came while a request was being answered."""
         self.flow.resume_reading()
         if self._unparsed:
             self._unset_keepalive_if_required()
@@ -202,14 +202,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._forget_timeout()
 
     def _parse(self) -> None:
-        """Parse what there is, in pieces that hold no more than the end of one request."""
+        """Parse the received data in pieces, none of which reaches beyond the end of a request."""
         data, start = self._unparsed, self._start
         while start < len(data) and not self._must_wait and not self.transport.is_closing():
             if self._in_head:
                 if not self._bytes:
                     self._arrived_at = self._received_at
                     self._all.waits(self)
-                    self._forget_timeout()  # of the silence before, as uvicorn's own
+                    self._forget_timeout()  # of the silence before, as is uvicorn's own
                     self._unset_keepalive_if_required()
                 self._start_timeout(HEAD_S)
             end = self._end_of_piece(data, start)
@@ -245,7 +245,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _feed(self, piece: bytes) -> None:
         try:
             self.parser.feed_data(piece)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # the latter: of a CONNECT
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # the latter for a CONNECT
             self._refuse("Invalid HTTP request received.")
 
     def _refuse(self, message: str) -> None:
@@ -255,7 +255,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._close()
 
     def _probe(self) -> None:
-        """See whether the client, which sends no more, still waits: one that has left resets what is written to it."""
+        """Check whether a client that has ended its sending still waits: one that has left resets what is written."""
         self._probe_timer = None
         if self.transport.is_closing():
             return
@@ -268,7 +268,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._probe_timer = self.loop.call_later(RESET_S, self._probe)
 
     def _close(self) -> None:
-        """Close, but not wait for ever until what is written has been read."""
+        """Close the connection, waiting at most UNREAD_S for the client to read the pending data."""
         self.transport.close()
         self._start_unread_timeout()
 

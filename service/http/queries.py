@@ -1,4 +1,4 @@
-"""The parameters of a request, in its query, in the fields of its form or in its JSON, and described for OpenAPI."""
+"""The parameters of a request, from its query, its form fields or its JSON, and their OpenAPI description."""
 
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -9,7 +9,7 @@ from models.profiles import ProfileTable
 from service.errors import InvalidParameterError
 from service.request_parameters import ClassifyQuery, DecideQuery, validated
 
-# Most clients ask the same again and again, and to parse it takes 6 % of the loop's time for a request.
+# Cached queries: most clients repeat theirs, and parsing one takes 6 % of the event loop's time for a request.
 QUERIES_KEPT = 128
 
 LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
@@ -22,7 +22,7 @@ def parse_query(query: bytes) -> ClassifyQuery:
     """Read the parameters of POST /classify from a query.
 
     Raises:
-        InvalidParameterError: one is unusable, or given twice.
+        InvalidParameterError: a parameter is unusable, or given twice.
     """
     return validated(ClassifyQuery, _once(_pairs(query)))
 
@@ -33,19 +33,19 @@ def parse_decide_query(query: bytes) -> DecideQuery:
 
 
 def parse_parameters(query: bytes, beside: Iterable[tuple[str, Any]]) -> ClassifyQuery:
-    """Read the parameters of a query and of what is beside the image; none may be in both.
+    """Read the parameters of a query and of the fields that come with the image; none may be in both.
 
     Raises:
-        InvalidParameterError: one is unusable, or given twice.
+        InvalidParameterError: a parameter is unusable, or given twice.
     """
     return validated(ClassifyQuery, _once([*_pairs(query), *beside]))
 
 
 def read_query(query: bytes) -> dict[str, str]:
-    """Read a query by the names of its parameters.
+    """Return the parameters of a query by name.
 
     Raises:
-        InvalidParameterError: one is given twice.
+        InvalidParameterError: a parameter is given twice.
     """
     return _once(_pairs(query))
 
@@ -66,16 +66,16 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def describe_parameters(
     model: type[DecideQuery], profiles: ProfileTable, num_classes: int, highest_priority: int = 0
 ) -> dict[str, Schema]:
-    """Describe parameters in OpenAPI's words, with the values that they may have for a checkpoint.
+    """Describe parameters as OpenAPI schemas, with the values that a checkpoint allows.
 
     Args:
-        model: of the query.
-        profiles: every sub-network that can be had by name.
-        num_classes: of the checkpoint.
-        highest_priority: that any request may have.
+        model: the pydantic model of the query.
+        profiles: the sub-networks that a request may ask for by name.
+        num_classes: number of classes of the checkpoint.
+        highest_priority: the highest priority that any request may have.
 
     Returns:
-        The schema of each parameter by its name.
+        The schema of each parameter by name.
     """
     known: dict[str, Schema] = {
         "budget_gflops": {"minimum": profiles.cheapest.gflops},
@@ -86,7 +86,7 @@ def describe_parameters(
     }
     described = {}
     for name, field in model.model_json_schema()["properties"].items():
-        value = field.get("anyOf", [field])[0]  # the other is null, which means that it is left out
+        value = field.get("anyOf", [field])[0]  # the other is null, which stands for an absent parameter
         bounds = known.get(name, {})
         described[name] = {"type": value["type"], "description": field["description"]}
         if field.get("default") is not None:
@@ -96,12 +96,12 @@ def describe_parameters(
 
 
 def describe_query(schemas: Mapping[str, Schema]) -> list[Schema]:
-    """Describe parameters as those of an OpenAPI operation's query."""
+    """Describe parameters as query parameters of an OpenAPI operation."""
     return [{"name": name, "in": "query", "required": False, **_apart(schema)} for name, schema in schemas.items()]
 
 
 def nullable(schema: Schema) -> Schema:
-    """Describe a parameter that may also be null, which means that it is left out."""
+    """Describe a parameter that may also be null, which stands for an absent one."""
     apart = _apart(schema)
     return {"description": apart["description"], "anyOf": [apart["schema"], {"type": "null"}]}
 

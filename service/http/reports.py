@@ -1,4 +1,4 @@
-"""A report on each request that reaches the application: what HTTP knows of it, for the log and for traces."""
+"""A report on each request that reaches the application, with the facts of HTTP, for the log and for traces."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -13,29 +13,29 @@ HEADER = "traceresponse"  # of W3C's Trace Context, level 2
 
 
 class RequestReports:
-    """Middleware that begins a report, which those below add to, and ends it with the answer.
+    """Middleware that begins a report on a request, to which the layers below add, and ends it with the answer.
 
-    A POST is traced; the answer to a sampled one names its span. What only looks, as probes do, is not traced.
+    A POST is traced, and the answer to a sampled one names its span. Other methods, such as probes use, are not traced.
     """
 
     def __init__(self, app: ASGIApp, reporter: Reporter) -> None:
-        """Take what every request goes to, and what is told of it."""
+        """Create the middleware."""
         self._app, self._reporter = app, reporter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request on, and report."""
+        """Pass the request on, and report on it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         method, arrived_at = scope["method"], scope.get(ARRIVED_AT)
         report = self._reporter.begin(method, scope["headers"], arrived_at, is_traced=method == "POST")
-        status = 500  # unless an answer begins
+        status = 500  # until an answer begins
         error: str | None = None
 
         async def send_noted(message: Message) -> None:
             nonlocal status, error
             if message["type"] == "http.response.start":
-                status, error = message["status"], report.error_code  # what is noted later is of another request
+                status, error = message["status"], report.error_code  # errors noted later are another request's
                 if report.trace is not None:
                     named = (HEADER.encode(), report.trace.response.encode())
                     message["headers"] = [*message["headers"], named]
@@ -43,7 +43,7 @@ class RequestReports:
 
         try:
             await self._app(scope, receive, send_noted)
-        except Exception:  # a bug raises anything; it is noted, and goes on
+        except Exception:  # a bug may raise anything; it is recorded and raised again
             error = ServiceError.code
             raise
         finally:
@@ -51,12 +51,12 @@ class RequestReports:
 
 
 def _is_known(parameter: str) -> bool:
-    """Tell whether a part of a query is a parameter of ours: what else stands there may be a secret."""
+    """Return whether a part of a query is a parameter of this server; any other may be a secret."""
     return parameter.partition("=")[0] in ClassifyQuery.model_fields
 
 
 def _describe(scope: Scope, status: int, error: str | None) -> Outcome:
-    """Describe a request by OpenTelemetry's conventions for servers of HTTP."""
+    """Describe a request by OpenTelemetry's conventions for HTTP servers."""
     method, path = scope["method"], scope["path"]
     attributes: Fields = {
         "http.request.method": method,
@@ -65,7 +65,7 @@ def _describe(scope: Scope, status: int, error: str | None) -> Outcome:
         "url.scheme": scope["scheme"],
         "network.protocol.version": scope["http_version"],
     }
-    # Only as the route has it: paths that clients make up are without number.
+    # Only of a route that exists: clients can invent any number of paths.
     if route := getattr(scope.get("route"), "path", None):
         attributes["http.route"] = route
     if query := "&".join(filter(_is_known, scope["query_string"].decode("latin-1").split("&"))):
@@ -78,6 +78,6 @@ def _describe(scope: Scope, status: int, error: str | None) -> Outcome:
         f"{method} {path} {status}",
         f"{method} {route}" if route else method,
         attributes,
-        error if status >= 400 else None,  # else it is of one of several images
-        is_failure=status >= 500,  # by the conventions, what a client does wrong is no failure of a server
+        error if status >= 400 else None,  # otherwise the error is of one of several images
+        is_failure=status >= 500,  # by the conventions, a client's error is no failure of the server
     )

@@ -1,4 +1,4 @@
-"""The name of a request in HTTP's headers, both ways."""
+"""The request id in the headers of requests and of their answers."""
 
 from collections.abc import MutableMapping
 from typing import Any
@@ -10,7 +10,7 @@ from service.telemetry.logs import REQUEST_ID
 
 HEADER = "X-Request-ID"
 RAW_HEADER = HEADER.lower().encode()
-KEY = "supervit.request_id"  # of the scope, where the answer is to say it
+KEY = "supervit.request_id"  # scope key, set where the answer is to carry the id
 
 
 def _brought(scope: MutableMapping[str, Any]) -> bytes:
@@ -18,14 +18,14 @@ def _brought(scope: MutableMapping[str, Any]) -> bytes:
 
 
 class RequestIds:
-    """Middleware that keeps the name a request brings in its header, or gives it one, and tells log and client."""
+    """Middleware that keeps the id in a request's header, or creates one, for the log and the answer."""
 
     def __init__(self, app: ASGIApp, *, sends_back: bool = True) -> None:
-        """Take what every request goes to, and whether its name is sent back, which a proxy may do itself."""
+        """Create the middleware; `sends_back` is false where a proxy adds the id to the answers itself."""
         self._app, self._sends_back = app, sends_back
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Name the request and hand it on."""
+        """Give the request its id and pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

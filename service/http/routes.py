@@ -1,4 +1,4 @@
-"""The HTTP routes: requests in, answers out."""
+"""The server's own HTTP routes."""
 
 import asyncio
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ RETRY_AFTER = {"Retry-After": {"description": "seconds to wait before the next t
 
 
 def _failing(description: str, headers: dict[str, Any] | None = None) -> dict[str, Any]:
-    # FastAPI would call a model's media type that of the route, and ErrorAnswer is among the components as it is.
+    # A `model` would get the media type of the route from FastAPI. ErrorAnswer is among the components in any case.
     content = {PROBLEM: {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
     return {"description": description, "content": content, "headers": headers or {}}
 
@@ -79,7 +79,7 @@ DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] f
 
 
 def describe_body(parameters: Mapping[str, Schema]) -> Schema:
-    """Describe the body of POST /classify, which may hold the parameters of the query instead, in OpenAPI's words."""
+    """Return the OpenAPI description of POST /classify's body, which may hold the parameters instead of the query."""
     form: Schema = {FIELD: {"description": "an image, or several", "anyOf": [BYTES, MANY]}, **parameters}
     members: Schema = {"image": {"type": "string", "description": "base64 of an image's file, or a data URL of it"}}
     members |= {name: nullable(schema) for name, schema in parameters.items()}
@@ -99,10 +99,10 @@ def _object(properties: Schema, required: str) -> Schema:
 
 
 def build_router(context: RouteContext, classify: Handle) -> APIRouter:
-    """Make the routes that clients ask, over `context`."""
+    """Create the routes for clients."""
     router = APIRouter()
     profiles = context.checkpoint.profile.with_rates_between(context.checkpoint.config)
-    # The routes read their queries themselves, at a tenth of what FastAPI takes for it, so they describe them as well.
+    # The routes parse their queries themselves, in a tenth of FastAPI's time, and so describe them themselves, too.
     of_classify, of_decide = (
         describe_parameters(
             model, profiles, len(context.checkpoint.class_names), 0 if context.keys is None else HIGHEST_PRIORITY
@@ -133,7 +133,7 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         openapi_extra={"parameters": describe_query(of_decide)},
     )
     async def decide(request: Request) -> DecideAnswer:
-        """Tell what would be chosen for a request at this moment, without running anything."""
+        """Return what the scheduler would choose for a request now, without running it."""
         query, pipeline = parse_decide_query(request.scope["query_string"]), context.open_server().pipeline
         wanted = query.request(context.clock(), key=key_of(request.scope))
         return describe_forecast(pipeline.decide(wanted), pipeline.checkpoint.config)
@@ -155,13 +155,13 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live")
     async def live() -> HealthAnswer:
-        """Tell that the process answers."""
+        """Return 200 as long as the process answers."""
         return HealthAnswer(status="live")
 
     @router.head("/health/ready", include_in_schema=False)
     @router.get("/health/ready", responses={503: RESPONSES[503]})
     async def ready() -> ReadyAnswer:
-        """Tell whether the model has answered its first batch, and requests are welcome and do not all fail."""
+        """Return 200 once the model has answered its first batch, while requests are taken and do not all fail."""
         server = context.open_server()
         if context.failures.are_all:
             raise NotReadyError("every request fails of late for reasons of the server's own; its log says which")
@@ -171,12 +171,12 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
 
 
 def build_operations_router(context: RouteContext) -> APIRouter:
-    """Make the routes that tell of the server and its machine, for those who run it."""
+    """Create the routes for operators: the state of the server and its machine."""
     router = APIRouter()
 
     @router.get("/resources", responses={503: RESPONSES[503]})
     async def resources() -> ResourcesAnswer:
-        """Tell what the machine looks like, and what the policy makes of it."""
+        """Return the state of the machine and the scheduler's estimates."""
         server, now = context.server(), context.clock()
         state = server.scheduler.state(now)
         try:
@@ -202,15 +202,15 @@ def build_operations_router(context: RouteContext) -> APIRouter:
 
     @router.get("/events", response_class=EventStream, responses=EVENTS_RESPONSES)
     async def events() -> EventStream:
-        """Send the metrics that a person wants to see, once a second: counts that only grow, and how things are."""
+        """Stream the main metrics as server-sent events, one a second: counters and gauges."""
         return EventStream(feed.listen(), headers=EVENTS_HEADERS)
 
     @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:
-        """Give all metrics in the Prometheus text format, or in OpenMetrics, whose durations lead to traces."""
+        """Return all metrics in the Prometheus text format, or in OpenMetrics with exemplars that link to traces."""
         context.report()
-        # Of many processes, slow.
+        # On a thread: slow with many worker processes.
         page, media_type = await asyncio.to_thread(context.metrics.page, request.headers.get("accept", ""))
         return Response(page, media_type=media_type)
 

@@ -1,6 +1,6 @@
-"""What goes over the wire as an answer, as pydantic models; what comes in is in queries.
+"""Answers as pydantic models; the parameters of requests are in `request_parameters`.
 
-The client reads answers with the same models, so nothing here needs PyTorch; `descriptions` makes them.
+`descriptions` creates them, and the client reads answers with the same models, so nothing here needs PyTorch.
 """
 
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from service.domain import LookCode
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """An error: its code, a message and details."""
 
     code: str = Field(description="machine-readable, stable")
     message: str = Field(description="a sentence for a person")
@@ -19,13 +19,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What a client needs of an error; servers before 0.2 say no more."""
+    """The part of an error that a client needs; servers before 0.2 send only this."""
 
     error: ErrorDetail
 
 
 class ErrorAnswer(ErrorBody):
-    """The one shape of every error: a problem of RFC 9457, and `error` beside its members."""
+    """An error: a problem of RFC 9457 with the additional member `error`."""
 
     type: str = Field(description="urn:supervit:error: and the code")
     title: str = Field(description="the code in words")
@@ -34,7 +34,7 @@ class ErrorAnswer(ErrorBody):
 
 
 class PredictionAnswer(BaseModel):
-    """One class."""
+    """A predicted class with its probability."""
 
     label: str
     index: int
@@ -42,7 +42,7 @@ class PredictionAnswer(BaseModel):
 
 
 class SubNetworkAnswer(BaseModel):
-    """A sub-network, what it costs and what it is worth."""
+    """A sub-network with its cost and its expected accuracy."""
 
     patch_grid: int = Field(description="patches per side")
     patch_size_px: float = Field(description="side of a patch in pixels of the full-size input")
@@ -53,7 +53,7 @@ class SubNetworkAnswer(BaseModel):
 
 
 class DecisionAnswer(BaseModel):
-    """What was decided, and why."""
+    """The scheduler's decision and the reason for it."""
 
     reason: str
     batch_size: int = Field(description="images that ran together")
@@ -61,7 +61,7 @@ class DecisionAnswer(BaseModel):
 
 
 class LookAnswer(BaseModel):
-    """One look at the image."""
+    """One look at the image: one run of a sub-network."""
 
     patch_grid: int
     keep_rate: float
@@ -71,7 +71,7 @@ class LookAnswer(BaseModel):
 
 
 class PlannedLookAnswer(BaseModel):
-    """A second look, where the first is unsure."""
+    """A second look at the image, which follows where the first is not confident enough."""
 
     patch_grid: int
     keep_rate: float
@@ -81,7 +81,7 @@ class PlannedLookAnswer(BaseModel):
 
 
 class TimingAnswer(BaseModel):
-    """Where the time went, in milliseconds; total runs from arrival to the finished answer."""
+    """Time of each stage in milliseconds; `total` runs from arrival to the finished answer."""
 
     decode_wait: float = Field(description="for a thread that decodes")
     decode: float
@@ -91,7 +91,7 @@ class TimingAnswer(BaseModel):
 
 
 class ModelAnswer(BaseModel):
-    """The checkpoint that answered."""
+    """The checkpoint of the model that answers."""
 
     name: str
     version: str = Field(description="start of the SHA-256 of the checkpoint file")
@@ -113,7 +113,7 @@ class ClassifyAnswer(BaseModel):
 
 
 class PruningAnswer(BaseModel):
-    """What a block that prunes kept."""
+    """The patches that one pruning block kept."""
 
     block: int = Field(description="its index, from 0")
     kept: list[int] = Field(description="numbers of the patches that it kept, row by row from 0, ascending")
@@ -122,7 +122,7 @@ class PruningAnswer(BaseModel):
 
 
 class ExplanationAnswer(BaseModel):
-    """What the sub-network looked at."""
+    """The patches that the sub-network kept at each pruning block."""
 
     seen_share: float = Field(
         description="side of the square in the middle of the image that the model sees, over the image's shorter side"
@@ -137,7 +137,7 @@ class ExplainAnswer(ClassifyAnswer):
 
 
 class ResultAnswer(ClassifyAnswer):
-    """Answer to one of several images."""
+    """Answer for one of several images."""
 
     status: Literal[200]
 
@@ -158,7 +158,7 @@ class DecideAnswer(BaseModel):
 
 
 class SubNetworkRow(SubNetworkAnswer):
-    """One row of the table."""
+    """A sub-network as GET /subnetworks lists it."""
 
     expected_top5_accuracy: float | None
     is_trained: bool = Field(description="whether the weights were trained at this keep rate")
@@ -171,7 +171,7 @@ class SubNetworkRow(SubNetworkAnswer):
 
 
 class CascadeRow(BaseModel):
-    """Two looks, the second only where the first is unsure."""
+    """A cascade: a second sub-network runs only where the first is not confident enough."""
 
     first: SubNetworkAnswer
     second: SubNetworkAnswer
@@ -195,7 +195,7 @@ class SubNetworksAnswer(BaseModel):
 
 
 class ResourcesAnswer(BaseModel):
-    """Answer to GET /resources: the machine, the traffic, and what the policy makes of them."""
+    """Answer to GET /resources: the machine, the traffic and the scheduler's estimates."""
 
     snapshot: dict[str, Any] = Field(description="the latest look at the machine; null where it does not say")
     age_s: float = Field(description="since that look")
@@ -216,7 +216,7 @@ class HealthAnswer(BaseModel):
 
 
 class ReadyAnswer(HealthAnswer):
-    """Answer to the check for readiness."""
+    """Answer to the readiness check."""
 
     profile_measured: float = Field(
         description="how much of the latencies in use is measured on this machine, 0..1; the rest is estimated"

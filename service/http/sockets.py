@@ -1,4 +1,4 @@
-"""What a connection's socket tells beside its bytes."""
+"""What the socket of a connection says besides its data."""
 
 import asyncio
 import socket
@@ -7,8 +7,8 @@ import sys
 import time
 from contextlib import suppress
 
-# Where tcp_info of Linux says how many milliseconds ago something last came. It counts in the kernel's ticks, as does
-# CLOCK_MONOTONIC_COARSE, which Python has no name for.
+# Where Linux's tcp_info holds the milliseconds since data last arrived. They are counted in the kernel's ticks, as is
+# CLOCK_MONOTONIC_COARSE, for which Python has no constant.
 TCP_INFO_BYTES, LAST_RECEIVED_OFFSET = 56, 52
 CLOCK_MONOTONIC_COARSE = 6
 LONGEST_TICK_S, SHORTEST_TICK_S = 0.01, 0.001
@@ -25,7 +25,7 @@ TICK_S = _tick_s()
 
 
 def waited_s(transport: asyncio.BaseTransport) -> float:
-    """Tell how long what is read now has waited to be read, to a tick and never too long: a busy loop is late."""
+    """Return how long the data read now has waited for a busy event loop, to within a tick and never too long."""
     try:
         tcp = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
         (waited_ms,) = struct.unpack_from("I", tcp, LAST_RECEIVED_OFFSET)
@@ -35,5 +35,5 @@ def waited_s(transport: asyncio.BaseTransport) -> float:
 
 
 def was_reset(transport: asyncio.BaseTransport) -> bool:
-    """Tell whether the client has refused what was written to it."""
+    """Return whether the client has reset the connection after a write."""
     return bool(transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))

@@ -1,7 +1,7 @@
-"""Connections that begin with TLS: they are counted, and bound in time, from their very first moment on.
+"""TLS connections, counted and bounded in time from the moment they are accepted.
 
-asyncio's own way would make a protocol of a connection only after the handshake: what never speaks would be no one's to
-count, and held for a minute.
+asyncio's own TLS creates the protocol of a connection only after the handshake: a silent connection would be counted
+nowhere, and held for a minute.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from service.http.protocol import HEAD_S
 
 
 class TlsGate(asyncio.Protocol):
-    """Stands before the protocol of a connection until the handshake is over."""
+    """The protocol of a connection during its TLS handshake; another protocol follows it."""
 
     def __init__(
         self,
@@ -24,21 +24,21 @@ class TlsGate(asyncio.Protocol):
         protocol: Callable[..., asyncio.Protocol],
         context: ssl.SSLContext,
         connections: Connections,
-        **kwargs: Any,  # noqa: ANN401 - uvicorn's to say
+        **kwargs: Any,  # noqa: ANN401 - uvicorn's signature
     ) -> None:
-        """Take what follows.
+        """Create the gate of one connection, and the protocol behind it.
 
         Args:
-            protocol: makes what speaks behind TLS, of uvicorn's arguments.
-            context: of this side.
-            connections: counts them.
-            kwargs: uvicorn's.
+            protocol: creates the protocol behind TLS, from uvicorn's arguments.
+            context: the server's TLS context.
+            connections: counts and bounds the open connections.
+            kwargs: uvicorn's keyword arguments.
         """
         self._next, self._context, self._all = protocol(**kwargs), context, connections
         self._handshake: asyncio.Task[None] | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # of TCP, there is no other
-        """Begin the handshake, if there is room; once it is over, hand the connection on."""
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # always TCP
+        """Start the handshake, if there is room; called again after it, pass the connection to the next protocol."""
         if self._handshake is not None:
             self._all.forget(self)
             transport.set_protocol(self._next)
@@ -49,24 +49,24 @@ class TlsGate(asyncio.Protocol):
             if self._all.admit(self, peer[0] if peer else None, opened.fileno()):
                 same = socket.socket(fileno=os.dup(opened.fileno()))
                 self._handshake = asyncio.get_running_loop().create_task(self._shake_hands(same))
-        except OSError:  # no descriptor is left for it
+        except OSError:  # no file descriptor is left for the duplicate
             self._all.forget(self)
         finally:
-            # Not a byte may be read here, or the handshake would lack it. Pausing is not enough: uvloop reads all the
-            # same.
+            # A byte that this transport read would be missing from the handshake on the duplicate. Pausing is not
+            # enough: uvloop reads all the same.
             transport.abort()
 
     def give_way(self) -> None:
-        """Close, so that another connection may be opened."""
+        """Close the connection to make room for a new one."""
         if self._handshake is not None:
-            # Not before it has begun, or nothing would close its socket.
+            # Not before the task has begun, or nothing would close its socket.
             self._handshake.get_loop().call_soon(self._handshake.cancel)
 
     async def _shake_hands(self, opened: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         try:
             await loop.connect_accepted_socket(lambda: self, opened, ssl=self._context, ssl_handshake_timeout=HEAD_S)
-        except OSError:  # which what ssl raises is, too, and no one can be told
+        except OSError:  # ssl.SSLError is one, too; there is nobody to report it to
             pass
         finally:
             self._all.forget(self)

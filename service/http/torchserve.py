@@ -1,4 +1,4 @@
-"""The two routes by which programs ask TorchServe for an image's classes and for its health."""
+"""TorchServe's routes for predictions and for its health check."""
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -19,15 +19,15 @@ IMAGE_FIELDS = ("data", "body")
 
 
 def predict_path(name: str) -> str:
-    """Return the path by which nearly all requests to a model come."""
+    """Return the path of a model's predictions without a version, which nearly all requests use."""
     return f"/predictions/{name}"
 
 
 def make_predict(context: RouteContext, protocol: InferenceProtocol) -> Handle:
-    """Make what answers POST /predictions/{name}."""
+    """Create the handler of POST /predictions/{name}."""
 
     async def predict(request: Request) -> Response:
-        """Classify an image, the body or the field `data` of a form; its labels come with their probabilities."""
+        """Classify an image, sent as the body or as the form field `data`; return labels with probabilities."""
         watch, names = ClientWatch(request), request.path_params
         try:
             protocol.require_model(names.get("name", context.checkpoint.name), names.get("version", ""))
@@ -47,7 +47,7 @@ def make_predict(context: RouteContext, protocol: InferenceProtocol) -> Handle:
 
 
 def build_torchserve_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
-    """Make the routes."""
+    """Create the routes."""
     router = APIRouter(tags=[TAG])
     errors = describe_failures(TorchServeError)
     for path in (predict_path("{name}"), predict_path("{name}/{version}")):
@@ -56,7 +56,7 @@ def build_torchserve_router(protocol: InferenceProtocol, predict: Handle) -> API
 
     @router.get("/ping", responses={500: {"description": "not ready"}})
     async def ping() -> JSONResponse:
-        """Tell whether requests are welcome, as TorchServe does."""
+        """Return whether the server is ready, in the format of TorchServe's health check."""
         is_ready = protocol.is_ready()
         return JSONResponse({"status": "Healthy" if is_ready else "Unhealthy"}, 200 if is_ready else 500)
 

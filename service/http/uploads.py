@@ -1,4 +1,4 @@
-"""The body of a request: what kind it is, and its bytes, without reading more or longer than is allowed."""
+"""The body of a request: its kind and its bytes, read within limits of size and time."""
 
 import asyncio
 import math
@@ -28,11 +28,11 @@ from service.http.forms import FIELD, UNTYPED, Form, FormReader
 from service.http.keys import key_of
 
 LATE_S = 0.05
-# A body that comes slower holds a connection and memory for little: a phone on 2G sends some 5,000 bytes a second.
+# A slower body holds a connection and memory for too little: a phone on 2G sends some 5,000 bytes a second.
 LEAST_BYTES_PER_S = 1000
 SLOW_START_S = 5.0
-MAX_MESSAGE_BYTES = 10_000  # of what holds no image
-MAX_JSON_MEMBERS = 64  # base64 has none of the signs that begin one
+MAX_MESSAGE_BYTES = 10_000  # of a body that holds no image
+MAX_JSON_MEMBERS = 64  # counted by `,`, `[` and `{`, none of which is in base64
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -48,12 +48,12 @@ class BodyKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """What bodies may take.
+    """Limits of bodies.
 
     Attributes:
-        max_bytes: most of one that is read.
-        max_s: longest time to wait for the whole of one, or slow clients would fill the server.
-        coming: counts those that are on their way by their clients, or one could hold the memory of all.
+        max_bytes: most bytes of one body that are read.
+        max_s: longest time to wait for a whole body, or slow clients would fill the server.
+        coming: bounds the bodies that one client sends at once, or it could take the memory of all.
     """
 
     max_bytes: int
@@ -62,10 +62,10 @@ class BodyLimits:
 
 
 def kind_of_body(headers: Headers) -> BodyKind:
-    """Tell from a request's headers how its body holds the image.
+    """Return how a body holds its image, from the request's headers.
 
     Raises:
-        UnsupportedMediaError: the content type says that it holds none, or its encoding is none that is undone here.
+        UnsupportedMediaError: the content type is none that can hold an image, or the body has a content encoding.
     """
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", ""):
@@ -82,7 +82,7 @@ def kind_of_body(headers: Headers) -> BodyKind:
 
 
 async def read_body(request: Request, limits: BodyLimits, within_s: float = math.inf, late_s: float = LATE_S) -> bytes:
-    """Read a body as it is; arguments and errors as `receive`."""
+    """Read a body as bytes; arguments and errors as `receive`."""
     chunks: list[bytes] = []
     await receive(request, chunks.append, limits, within_s, late_s)
     return b"".join(chunks)
@@ -91,7 +91,7 @@ async def read_body(request: Request, limits: BodyLimits, within_s: float = math
 async def read_form(
     request: Request, limits: BodyLimits, within_s: float = math.inf, image_fields: tuple[str, ...] = (FIELD,)
 ) -> Form:
-    """Read a body that is a form; arguments and errors as `receive`, and those of a FormReader."""
+    """Read a body that is a form; arguments and errors as `receive` and FormReader."""
     reader = FormReader(request.headers["content-type"], image_fields)
     await receive(request, reader.feed, limits, within_s)
     return reader.close()
@@ -101,8 +101,8 @@ async def read_json(request: Request, limits: BodyLimits, within_s: float = math
     """Read a body that is JSON with an image in base64; arguments and errors as `receive`.
 
     Raises:
-        InvalidParameterError: it is no JSON object, has no text as its `image`, or a parameter is no number.
-        InvalidImageError: the text is no base64.
+        InvalidParameterError: the body is no JSON object, `image` is no string, or a parameter is no number.
+        InvalidImageError: `image` is no base64.
     """
     members = _members(await read_body(request, limits, within_s))
     text = members.pop("image", None)
@@ -116,10 +116,10 @@ async def read_json(request: Request, limits: BodyLimits, within_s: float = math
 
 
 async def read_message(request: Request, limits: BodyLimits, kind: type[M]) -> M:
-    """Read a short body that is JSON of some kind; arguments and errors as `receive`.
+    """Read a short JSON body into a pydantic model; arguments and errors as `receive`.
 
     Raises:
-        InvalidParameterError: it is none of that kind.
+        InvalidParameterError: the body does not fit the model.
     """
     body = await read_body(request, replace(limits, max_bytes=MAX_MESSAGE_BYTES))
     try:
@@ -138,18 +138,19 @@ async def receive(
     """Receive a request's body.
 
     Args:
-        request: its body not yet read.
-        feed: takes each piece of it.
-        limits: what it may take.
-        within_s: time after which its answer would be too late.
-        late_s: of an event loop that is told of a timeout: then what the socket holds may have come in time.
+        request: the request, its body not yet read.
+        feed: called with each chunk of the body.
+        limits: limits of size, time and bodies per client.
+        within_s: time left, after which the answer would be too late.
+        late_s: delay of the event loop, beyond which a body that seems late may have arrived in time.
 
     Raises:
-        BodyTooLargeError: the body is longer; no more than the limit was read.
-        UploadTimeoutError: the body took longer than either, or came at less than LEAST_BYTES_PER_S.
-        DeadlineError: so it may have done, but the event loop was too busy to see in time whether it was there.
+        BodyTooLargeError: the body is longer than the limit; `feed` got no more than that.
+        UploadTimeoutError: the body took longer than `within_s` or `limits.max_s`, or came slower than
+            LEAST_BYTES_PER_S.
+        DeadlineError: the deadline passed, and the event loop was too busy to tell whether the body came in time.
         ClientGoneError: the client left.
-        OverloadedError: as many bodies of its client as may be are on their way.
+        OverloadedError: the client is sending as many bodies as it may at once.
     """
     if _declares_more(request.headers, limits.max_bytes):
         raise _too_large(limits.max_bytes)
@@ -186,7 +187,7 @@ async def _receive(
 
 
 def _declares_more(headers: Mapping[str, str], max_bytes: int) -> bool:
-    """Tell whether a body has a length over the limit; that of one in chunks proves nothing."""
+    """Return whether a body declares a length over the limit; the Content-Length of a chunked body proves nothing."""
     length = headers.get("content-length", "")
     is_declared = length.isascii() and length.isdigit() and "transfer-encoding" not in headers
     return is_declared and int(length) > max_bytes
@@ -197,7 +198,7 @@ def _too_large(max_bytes: int) -> BodyTooLargeError:
 
 
 def _members(body: bytes) -> dict[str, Any]:
-    """Parse a JSON object with few members: one of millions would fill the memory."""
+    """Parse a JSON object, refusing one with many members: millions would fill the memory."""
     is_small = sum(map(body.count, (b",", b"[", b"{"))) <= MAX_JSON_MEMBERS
     try:
         members = from_json(body, allow_inf_nan=False) if is_small else None

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's REST API, which KServe calls v1 and ovmsclient speaks: JSON in and out, parameters beside it."""
+"""TensorFlow Serving's REST API, KServe's v1, as ovmsclient uses it: JSON bodies, parameters in query and headers."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from service.inference_protocol.messages import InferReply, InferRequest, InputT
 from service.inference_protocol.protocol import InferenceProtocol
 
 TAG = "TensorFlow Serving"
-LATEST_VERSION = "0"  # as ovmsclient says
+LATEST_VERSION = "0"  # ovmsclient's name for it
 DTYPES = {"BYTES": "DT_STRING", "FP32": "DT_FLOAT"}
 SIGNATURE = "serving_default"
 
@@ -31,11 +31,11 @@ class PredictBody(BaseModel):
 
 
 def make_v1_predict(context: RouteContext, protocol: InferenceProtocol) -> Handle:
-    """Make what answers POST /v1/models/{name}:predict."""
+    """Create the handler of POST /v1/models/{name}:predict."""
     over_http = InferenceOverHttp(context, protocol)
 
     async def predict(request: Request) -> Response:
-        """Classify one image or several; budgets and the rest are in the query or in headers."""
+        """Classify one image or several. Budgets and other parameters are in the query or in headers."""
         model, is_by_row = _model(request), False
 
         async def parse(data: bytes) -> InferRequest:
@@ -54,11 +54,11 @@ def make_v1_predict(context: RouteContext, protocol: InferenceProtocol) -> Handl
 
 
 def build_v1_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
-    """Make the routes."""
+    """Create the routes."""
     router = APIRouter(prefix=V1_PREFIX, tags=[TAG], responses={404: {"model": InferError}})
 
     async def status(request: Request) -> dict[str, Any]:
-        """Tell whether requests to the model are welcome."""
+        """Return the state of the model: AVAILABLE while the server is ready, else LOADING."""
         (name, version), is_ready = _model(request), protocol.is_ready()
         protocol.require_model(name, version)
         state = {
@@ -91,13 +91,13 @@ def build_v1_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
 
 
 def _model(request: Request) -> tuple[str, str]:
-    """Return the name and the version that a path holds."""
+    """Return the model's name and version from the path; the version is "" for the latest."""
     version = request.path_params.get("version", "")
     return request.path_params["name"], "" if version == LATEST_VERSION else version
 
 
 async def _parsed(body: bytes) -> tuple[PredictBody, list[Values]]:
-    """Parse a body; of a large one, the pixels of the lists that are left empty come apart."""
+    """Parse a body. Of a large one, lists of pixels are returned separately, and are empty in the parsed body."""
     numbers = list[Values]()
     if len(body) > LARGE_BYTES:
         body, numbers = await take_numbers(body, ("instances", "inputs", INPUT))
@@ -108,7 +108,7 @@ async def _parsed(body: bytes) -> tuple[PredictBody, list[Values]]:
 
 
 def _tensor(body: PredictBody, numbers: list[Values], side: int) -> InputTensor:
-    """Take the images out of their rows, or of the column that may stand alone."""
+    """Create the input tensor from the rows of `instances` or the column of `inputs`, which may be a single image."""
     values = body.inputs if body.instances is None else body.instances
     if isinstance(values, dict) and INPUT in values:
         values = values[INPUT]
@@ -130,7 +130,7 @@ def _tensor(body: PredictBody, numbers: list[Values], side: int) -> InputTensor:
 
 
 def _unwrapped(value: Any) -> Any:  # noqa: ANN401 - JSON
-    """Take an image out of the objects that rows may be, and base64 out of the one that marks it."""
+    """Unwrap an image from the object that a row may be, and base64 from its `b64` object."""
     for name in (INPUT, "b64"):
         if isinstance(value, dict) and list(value) == [name]:
             value = value[name]
@@ -138,7 +138,7 @@ def _unwrapped(value: Any) -> Any:  # noqa: ANN401 - JSON
 
 
 def _shape(values: Any) -> tuple[int, ...]:  # noqa: ANN401 - JSON
-    """Return the shape of nested lists, as their first ones have it."""
+    """Return the shape of nested lists, from the first element at each depth."""
     shape = []
     while isinstance(values, list) and values:
         shape.append(len(values))
@@ -151,6 +151,6 @@ def _rows(reply: InferReply, columns: dict[str, list[Any]]) -> list[dict[str, An
 
 
 def _signature(tensor: dict[str, Any]) -> dict[str, Any]:
-    # Sizes are texts, as they are in the JSON of every 64-bit number of a protocol buffer.
+    # Sizes are strings, as are all 64-bit integers in the JSON of protocol buffers.
     dimensions = [{"size": str(size), "name": ""} for size in tensor["shape"]]
     return {"dtype": DTYPES[tensor["datatype"]], "tensorShape": {"dim": dimensions, "unknownRank": False}}

@@ -20,16 +20,16 @@ Path = dict[str, Any]
 
 
 def infer_path(name: str) -> str:
-    """Return the path by which nearly all requests to a model come."""
+    """Return the path of a model's inference without a version, which nearly all requests use."""
     return f"{V2_PREFIX}/models/{name}/infer"
 
 
 def make_infer(context: RouteContext, protocol: InferenceProtocol) -> Handle:
-    """Make what answers POST /v2/models/{name}/infer."""
+    """Create the handler of POST /v2/models/{name}/infer."""
     over_http = InferenceOverHttp(context, protocol)
 
     async def infer(request: Request) -> Response:
-        """Classify one image or several, with the best sub-networks that budgets, load and machine allow now."""
+        """Classify one image or several with the best sub-networks that budgets, load and machine allow now."""
         name, version = _model(request, context.checkpoint.name)
         json_length = request.headers.get(JSON_LENGTH_HEADER)
         message, reply = await over_http.answer(
@@ -41,34 +41,34 @@ def make_infer(context: RouteContext, protocol: InferenceProtocol) -> Handle:
 
 
 def build_v2_router(context: RouteContext, protocol: InferenceProtocol, infer: Handle) -> APIRouter:
-    """Make the routes."""
+    """Create the routes."""
     errors = describe_failures(InferError)
     router = APIRouter(prefix=V2_PREFIX, tags=[TAG], responses={404: {"model": InferError}})
     models = ("/models/{name}", "/models/{name}/versions/{version}")
 
     @router.get("")
     async def server_metadata() -> dict[str, Any]:
-        """Name the server, its version and the extensions that there are."""
+        """Return the server's name, its version and the protocol extensions that it supports."""
         return protocol.server_metadata()
 
     @router.get("/health/live")
     async def live() -> dict[str, bool]:
-        """Tell that the process answers."""
+        """Return 200 as long as the process answers."""
         return {"live": True}
 
     @router.get("/health/ready", responses={503: {"description": "not ready"}})
     async def ready() -> JSONResponse:
-        """Tell whether requests are welcome and do not all fail."""
+        """Return whether the server is ready: it takes requests, and they do not all fail."""
         return _readiness(protocol)
 
     @router.get("/models/stats")
     async def all_statistics() -> dict[str, Any]:
-        """Count as Triton does; of all requests, whatever route brought them."""
+        """Return Triton's statistics over all requests, whatever their route."""
         return await asyncio.to_thread(protocol.statistics)
 
     @router.post("/repository/index")
     async def repository_index() -> list[dict[str, Any]]:
-        """List the one model that is served."""
+        """List the one served model."""
         return protocol.repository_index()
 
     async def model_metadata(request: Request) -> dict[str, Any]:
@@ -76,17 +76,17 @@ def build_v2_router(context: RouteContext, protocol: InferenceProtocol, infer: H
         return protocol.model_metadata(*_model(request, context.checkpoint.name))
 
     async def model_ready(request: Request) -> JSONResponse:
-        """Tell whether requests to the model are welcome."""
+        """Return whether the model is ready: it takes requests, and they do not all fail."""
         name, version = _model(request, context.checkpoint.name)
         protocol.require_model(name, version)
         return _readiness(protocol, {"name": name})
 
     async def model_config(request: Request) -> dict[str, Any]:
-        """Describe the model as Triton's configuration does."""
+        """Return the model's configuration in Triton's format."""
         return protocol.model_config(*_model(request, context.checkpoint.name))
 
     async def model_statistics(request: Request) -> dict[str, Any]:
-        """Count as Triton does; of all requests, whatever route brought them."""
+        """Return Triton's statistics over all requests, whatever their route."""
         return await asyncio.to_thread(protocol.statistics, *_model(request, context.checkpoint.name))
 
     for path in models:
@@ -106,7 +106,7 @@ def build_v2_router(context: RouteContext, protocol: InferenceProtocol, infer: H
 
 
 def _model(request: Request, default: str) -> tuple[str, str]:
-    """Return the name and the version that a path holds."""
+    """Return the model's name and version from the path; the version is "" where there is none."""
     names = request.path_params
     return names.get("name", default), names.get("version", "")
 

@@ -1,4 +1,4 @@
-"""Bodies of the Open Inference Protocol: JSON, and behind it the binary tensors of Triton's extension."""
+"""Bodies of the Open Inference Protocol: JSON, followed by the binary tensors of Triton's extension."""
 
 import zlib
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ from service.inference_protocol.tensors import to_raw
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 SIZE, BINARY, ALL_BINARY = "binary_data_size", "binary_data", "binary_data_output"
-MAX_DIGITS = 18  # Python refuses to read numbers of thousands
-WINDOW_BITS = {"gzip": 31, "deflate": 15}  # zlib's, by content encoding
+MAX_DIGITS = 18  # of the header; Python refuses to parse thousands of digits
+WINDOW_BITS = {"gzip": 31, "deflate": 15}  # wbits of zlib, by content encoding
 
 
 class TensorBody(BaseModel):
-    """A tensor of a request."""
+    """An input tensor of a request."""
 
     model_config = ConfigDict(strict=True)
 
@@ -39,7 +39,7 @@ class TensorBody(BaseModel):
 
 
 class OutputBody(BaseModel):
-    """An output that a request wants."""
+    """An output that a request asks for."""
 
     model_config = ConfigDict(strict=True)
 
@@ -61,17 +61,17 @@ class InferBody(BaseModel):
 
 
 def undo_encoding(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    """Undo the content encoding of a body.
+    """Decode the content encoding of a body.
 
     Args:
-        body: as it came.
-        encoding: identity, gzip or deflate, the two that Triton's clients use.
-        max_bytes: most that may come out.
+        body: the body as received.
+        encoding: identity, gzip or deflate; Triton's clients use the latter two.
+        max_bytes: longest decoded body.
 
     Raises:
-        UnsupportedMediaError: it is another encoding.
-        BodyTooLargeError: more would come out; no more than the limit was kept.
-        InvalidTensorError: it is not encoded so.
+        UnsupportedMediaError: the encoding is another one.
+        BodyTooLargeError: the decoded body is longer; at most one byte beyond the limit was decoded.
+        InvalidTensorError: the body is not in this encoding, or is cut off.
     """
     if encoding in ("", "identity"):
         return body
@@ -90,17 +90,17 @@ def undo_encoding(body: bytes, encoding: str, max_bytes: int) -> bytes:
 
 
 async def read_request(body: bytes, json_length: str | None, model_name: str, model_version: str) -> InferRequest:
-    """Read the body of a request.
+    """Parse the body of a request.
 
     Args:
-        body: the whole of it.
+        body: the whole body.
         json_length: the header JSON_LENGTH_HEADER; None where all is JSON. At 0 the body is one image and nothing else.
-        model_name: of the path.
-        model_version: likewise; "" for none.
+        model_name: from the path.
+        model_version: from the path; "" for none.
 
     Raises:
-        InvalidParameterError: it is no such JSON.
-        InvalidTensorError: the tensors behind it have not the lengths that it says.
+        InvalidParameterError: the JSON is not a valid request, or the header is unusable.
+        InvalidTensorError: a tensor has no data, or the bytes after the JSON do not match the sizes that it states.
     """
     length = _json_length(json_length, len(body))
     if json_length is not None and length == 0:
@@ -128,7 +128,7 @@ async def read_request(body: bytes, json_length: str | None, model_name: str, mo
 
 
 async def _parsed(text: memoryview) -> tuple[InferBody, list[Values]]:
-    """Parse the JSON; of a large one, the numbers of the tensors whose data is left empty come apart."""
+    """Parse the JSON. Of a large one, numeric tensor data is returned separately, and is empty in the parsed body."""
     rest, numbers = bytes(text), list[Values]()
     if len(rest) > LARGE_BYTES:
         rest, numbers = await take_numbers(rest, ("data",))
@@ -152,7 +152,7 @@ def _input(tensor: TensorBody, contents: memoryview | Values) -> InputTensor:
 
 
 def write_reply(reply: InferReply, request: InferRequest, headers: Mapping[str, str] | None = None) -> Response:
-    """Put a reply on the wire: binary what the request wants so, JSON what not."""
+    """Serialise a reply: the outputs that the request wants binary follow the JSON, the others are in it."""
     wanted = {output.name: output.parameters for output in request.outputs}
     default = request.parameters.get(ALL_BINARY, False)
     outputs, tail = [], list[bytes]()

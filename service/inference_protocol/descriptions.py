@@ -1,4 +1,4 @@
-"""What the protocol says of the one model that is served, as JSON objects."""
+"""Metadata, configuration and statistics of the served model, as the protocol's JSON objects."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from service.inference_protocol.outputs import LABELS, PROBABILITIES
 from service.telemetry.inference_statistics import Duration, InferenceStatistics
 
 PLATFORM = "supervit"
-# There is one. Triton's versions are whole numbers, and perf_analyzer ends of one that is none.
+# The only version. Triton's versions are whole numbers, and perf_analyzer fails on any other.
 VERSION = "1"
 
 
 def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Describe inputs and outputs; -1 is a dimension that the request decides."""
+    """Describe the inputs and outputs; -1 is a dimension that the request decides."""
     num_classes = checkpoint.config.num_classes
     return {
         "name": checkpoint.name,
@@ -29,7 +29,7 @@ def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def describe_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Describe the model as Triton's model configuration does: its shapes leave the first dimension out."""
+    """Describe the model as Triton's model configuration does: its shapes omit the first dimension."""
     return {
         "name": checkpoint.name,
         "platform": PLATFORM,
@@ -47,7 +47,7 @@ def describe_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def describe_statistics(checkpoint: Checkpoint, statistics: InferenceStatistics) -> dict[str, Any]:
-    """Describe what was counted as Triton does."""
+    """Describe the statistics as Triton does."""
     return {
         "model_stats": [
             {

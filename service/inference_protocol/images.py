@@ -1,4 +1,4 @@
-"""The input `image` to the images of a request: files of them, or pixels, which need no codec but wait their turn."""
+"""Turns the input `image` into the images of a request: files, or pixels, which need no codec but queue like files."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,24 +18,24 @@ from service.inference_protocol.tensors import num_elements, split_elements
 INPUT = "image"
 CHANNELS = 3
 RAW_TYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}
-# Of the layout, and of values that came as JSON or in a message's list, as measured on a core of 2.5 GHz.
+# Time to convert a value in the binary layout, or in a list from JSON or protobuf; measured on a core of 2.5 GHz.
 RAW_NS, VALUES_NS = 3, 75
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
-# A text is base64.
+# A `str` is base64.
 InputImage = bytes | str | OpenedImage
 
 
 def images_of(tensor: InputTensor, side: int) -> list[InputImage]:
-    """Take a request's images apart; nothing is decoded or converted yet.
+    """Split a request's input into its images; nothing is decoded or converted yet.
 
     Args:
         tensor: the input `image`: (N) or (N, 1) files as BYTES, or (N, 3, S, S) pixels, RGB, as UINT8 or as FP32 from 0
             to 1. N is at most MAX_IMAGES.
-        side: S.
+        side: S in pixels.
 
     Raises:
-        InvalidTensorError: it is neither.
+        InvalidTensorError: the tensor has another name, form or length, or too many images.
     """
     if tensor.name != INPUT:
         raise InvalidTensorError(f"{tensor.name}: there is no input of that name; the model's is {INPUT}")
@@ -63,7 +63,7 @@ def _files(tensor: InputTensor, number: int) -> Sequence[bytes | str]:
         return split_elements(INPUT, tensor.contents, number)
     if (given := len(tensor.contents)) != number:
         raise InvalidTensorError(f"{INPUT}: the shape announces {number} elements, and {given} are there")
-    # (N, 1), nested
+    # Nested lists of shape (N, 1) are flattened.
     elements = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in tensor.contents]
     files = [element for element in elements if isinstance(element, bytes | str)]
     if len(files) != number:
@@ -100,7 +100,7 @@ def _from_list(values: object, datatype: str, side: int) -> Tensor:
     if _holds_text(values):  # NumPy would read "0.5" as a number
         raise InvalidTensorError(f"{INPUT}: numbers are wanted for {datatype}, and there are texts")
     try:
-        # At once to numbers: of texts, NumPy would make an array whose every element is as long as the longest.
+        # At once to numbers: from strings, NumPy would make an array whose every element is as long as the longest.
         pixels = np.asarray(values, np.float64)
     except (ValueError, TypeError, OverflowError) as error:
         raise InvalidTensorError(f"{INPUT}: numbers are wanted for {datatype}, in lists of equal lengths") from error
@@ -122,18 +122,18 @@ def _holds_text(values: object) -> bool:
 
 
 def to_uint8(pixels: Pixels) -> Tensor:
-    """Make what the engine takes of the pixels of an image.
+    """Convert the pixels of an image to the uint8 that the engine takes.
 
     Args:
-        pixels: (3, S, S), RGB, uint8, or float32 from 0 to 1, which are rounded to the nearest of 256 steps.
+        pixels: (3, S, S), RGB, uint8, or float32 from 0 to 1, which is rounded to the nearest of 256 levels.
 
     Raises:
-        InvalidTensorError: a value is NaN or outside.
+        InvalidTensorError: a value is NaN or outside 0..1.
     """
     if pixels.dtype == np.uint8:
         return torch.from_numpy(np.array(pixels))
     lowest, highest = float(pixels.min()), float(pixels.max())
-    if not (lowest >= 0 and highest <= 1):  # so that no NaN passes
+    if not (lowest >= 0 and highest <= 1):  # in this form, NaN fails as well
         raise InvalidTensorError(
             f"{INPUT}: values of FP32 are pixels scaled to 0..1, and normalised by the server; these are from "
             f"{lowest:.4g} to {highest:.4g}"

@@ -1,4 +1,4 @@
-"""What the Open Inference Protocol says, whatever carries it: requests with their tensors, and replies."""
+"""The messages of the Open Inference Protocol, for any transport: requests with their tensors, and replies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ class InputTensor:
     """A tensor of a request.
 
     Attributes:
-        name: of the model's input.
+        name: name of the model's input.
         datatype: as the protocol writes it, such as "BYTES", "UINT8" or "FP32".
-        shape: not checked against the contents yet.
-        contents: the bytes of Triton's binary layout (little-endian, row by row; before each element of BYTES its
-            length in four bytes), or the values, flat or nested as JSON has them. A text among those of BYTES is
-            base64, bytes are themselves.
-        parameters: of the tensor.
+        shape: shape, not yet checked against the contents.
+        contents: bytes in Triton's binary layout (little-endian, row by row; each element of BYTES after its length in
+            four bytes), or values, flat or nested as in JSON. Among values of BYTES, a `str` is base64, and `bytes` are
+            the element itself.
+        parameters: parameters of the tensor.
     """
 
     name: str
@@ -36,7 +36,7 @@ class InputTensor:
 
 @dataclass(frozen=True, slots=True)
 class RequestedOutput:
-    """An output that a request names, and how it wants it: `classification`, `binary_data`."""
+    """An output that a request names, and its parameters: `classification`, `binary_data`."""
 
     name: str
     parameters: Parameters = field(default_factory=dict)
@@ -44,15 +44,15 @@ class RequestedOutput:
 
 @dataclass(frozen=True, slots=True)
 class InferRequest:
-    """A request.
+    """An inference request.
 
     Attributes:
-        model_name: of the one model that is served.
-        model_version: "" for whatever there is.
-        id: the client's own, which its reply has too; "" for none.
-        parameters: of the request.
-        inputs: its tensors.
-        outputs: that it wants; none for all.
+        model_name: name of the model that is asked.
+        model_version: its version; "" for any.
+        id: the client's ID for the request, which the reply repeats; "" for none.
+        parameters: parameters of the request.
+        inputs: input tensors.
+        outputs: outputs that the request wants; empty for all.
     """
 
     model_name: str
@@ -68,9 +68,9 @@ class OutputTensor:
     """A tensor of a reply.
 
     Attributes:
-        name: of the output.
+        name: name of the output.
         datatype: "FP32" or "BYTES".
-        contents: of the output's shape: float32, or texts as objects.
+        contents: array of the output's shape: float32, or strings as objects.
     """
 
     name: str
@@ -79,27 +79,27 @@ class OutputTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape, the images first."""
+        """The shape of the tensor, the images first."""
         return self.contents.shape
 
     @property
     def values(self) -> list[float] | list[str]:
-        """Its values, row by row."""
+        """The values of the tensor, row by row."""
         values: list[float] | list[str] = self.contents.ravel().tolist()
         return values
 
 
 @dataclass(frozen=True, slots=True)
 class InferReply:
-    """The reply to a request.
+    """The reply to an inference request.
 
     Attributes:
-        model_name: that answered.
-        model_version: of it.
-        id: the request's.
+        model_name: name of the model that answered.
+        model_version: version of that model.
+        id: the client's ID for the request.
         parameters: what was decided for its images, and why.
-        outputs: the tensors.
-        answers: the same, of each image, as the pipeline gave them.
+        outputs: output tensors.
+        answers: the pipeline's answer for each image, of which the outputs were made.
     """
 
     model_name: str

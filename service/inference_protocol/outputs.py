@@ -1,4 +1,4 @@
-"""Answers to the output tensors and the parameters of a reply."""
+"""Turns answers into the output tensors and the parameters of a reply."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,18 @@ OF_OUTPUTS = frozenset(("binary_data", "classification", "content_type"))
 
 @dataclass(frozen=True, slots=True)
 class WantedOutput:
-    """An output that a request wants; of probabilities, `classes` of them as Triton's "value:index:label", if any."""
+    """An output that a request wants; of probabilities, the best `classes` as "value:index:label", unless that is 0."""
 
     name: str
     classes: int = 0
 
 
 def wanted_outputs(requested: Sequence[RequestedOutput], num_classes: int) -> tuple[WantedOutput, ...]:
-    """Find out which outputs a request wants; all where it names none.
+    """Return the outputs that a request wants; all of them if it names none.
 
     Raises:
-        InvalidTensorError: there is none of that name, or it is named twice.
-        InvalidParameterError: one of its parameters is unusable.
+        InvalidTensorError: there is no output of a name, or an output is named twice.
+        InvalidParameterError: a parameter of an output is unusable.
     """
     if not requested:
         return tuple(map(WantedOutput, OUTPUTS))
@@ -59,13 +59,13 @@ def make_output(wanted: WantedOutput, answers: Sequence[Classification], top_k: 
     """Make an output tensor.
 
     Args:
-        wanted: which one.
-        answers: one for each of N images.
-        top_k: labels of an image.
+        wanted: the output to make.
+        answers: one answer for each of N images.
+        top_k: number of labels for each image.
 
     Returns:
-        `probabilities`, (N, C) as FP32, or (N, classes) texts "value:index:label" as BYTES; or `labels`, (N, top_k) as
-        BYTES, the most probable first.
+        `probabilities`, (N, C) as FP32, or (N, classes) strings "value:index:label" as BYTES; or `labels`, (N, top_k)
+        as BYTES, the most probable first.
     """
     if wanted.name == LABELS:
         labels = [[prediction.label for prediction in answer.predictions[:top_k]] for answer in answers]
@@ -82,7 +82,7 @@ def _classified(answer: Classification, classes: int) -> list[str]:
 
 
 def reply_parameters(answers: Sequence[Classification]) -> Mapping[str, Parameter]:
-    """Tell what was decided: of several images, each value is a JSON list of theirs, since parameters are scalars."""
+    """Return what was decided; for several images, each value is a JSON list, since parameters are scalars."""
     decisions = [_decision(answer) for answer in answers]
     if len(decisions) == 1:
         return {name: value for name, value in decisions[0].items() if value is not None}

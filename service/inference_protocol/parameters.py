@@ -1,4 +1,4 @@
-"""What a request asks for, by one rule: its body goes before the query, and that before headers or metadata."""
+"""Reads the parameters of a request: the body takes precedence over the query, and that over headers or metadata."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ HEADERS = {
     "x-min-confidence": "min_confidence",
     "x-priority": "priority",
 }
-# What clients of other servers say of how they want their answer, or to servers of theirs; nothing here depends on it.
+# Parameters of other servers' clients, for the form of the answer or for those servers; nothing here depends on them.
 OF_OTHERS = frozenset(("binary_data_output", "content_type", "headers", "triton_enable_empty_final_response"))
 OF_SEQUENCES = ("sequence_id", "sequence_start", "sequence_end")
 
@@ -23,13 +23,13 @@ def parameters_of(body: Parameters, query: Mapping[str, str], headers: Mapping[s
     """Read the parameters of a request.
 
     Args:
-        body: its own `parameters`, with Triton's `priority`, and its `timeout` in microseconds, of which and
-            `budget_ms` the shorter counts.
-        query: of its URL.
-        headers: its headers or its metadata, by names in lower case.
+        body: `parameters` of the body, with Triton's `priority` and its `timeout` in microseconds; the shorter of
+            `timeout` and `budget_ms` counts.
+        query: query parameters of the URL.
+        headers: headers or metadata, by names in lower case.
 
     Raises:
-        InvalidParameterError: one is unusable, or there is none of that name.
+        InvalidParameterError: a parameter is unusable, or there is none of its name.
     """
     named = {name: headers[header] for header, name in HEADERS.items() if header in headers}
     values: dict[str, Any] = {**named, **query}
@@ -56,16 +56,16 @@ def _refuse_sequences(name: str, value: object) -> None:
 
 
 def _own_priority(value: object) -> object:
-    """Translate Triton's levels, of which 1 is the highest and 0 the default, to ours; those below 0 are ours."""
+    """Translate Triton's levels (1 is the highest, 0 the default) to ours; levels below 0 are ours already."""
     try:
         level = int(str(value))
     except ValueError:
-        return value  # to be told so with the others
+        return value  # reported by the validation of all parameters
     return level if level <= 0 else max(1 - level, LOWEST_PRIORITY)
 
 
 def _bounded(parameters: ClassifyQuery, timeout_us: Any) -> ClassifyQuery:  # noqa: ANN401 - as it came
-    """Let the shorter of two times count; a timeout of 0 is none, as in Triton."""
+    """Shorten the latency budget to the timeout; a timeout of 0 is none, as in Triton."""
     try:
         budget_ms = int(str(timeout_us)) / 1000
     except (ValueError, OverflowError):

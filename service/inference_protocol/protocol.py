@@ -1,4 +1,4 @@
-"""Answers the Open Inference Protocol: requests to the pipeline, its answers to replies, and what it says of itself."""
+"""Answers the Open Inference Protocol: inference by the pipeline, metadata of the server and the model, statistics."""
 
 import asyncio
 import time
@@ -41,7 +41,7 @@ JsonObject = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What a request asks, of which images, and which outputs it wants."""
+    """What a request asks for, its images, and the outputs that it wants."""
 
     wanted: InferenceRequest
     images: list[InputImage]
@@ -50,7 +50,7 @@ class _Plan:
 
 
 class InferenceProtocol:
-    """Answers for the one model that is served."""
+    """Answers the calls of the protocol for the served model, over any transport."""
 
     def __init__(
         self,
@@ -61,22 +61,22 @@ class InferenceProtocol:
         open_pipelines: Callable[[], Sequence[Pipeline]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take the collaborators.
+        """Create the protocol from its collaborators.
 
         Args:
-            checkpoints: tells what is served, whatever is tried out beside it behind it.
-            metrics: what is counted.
-            classifier: takes images to answers.
-            failures: counts the server's own.
-            open_pipelines: yields what may answer a request, the one drawn for it first; raises a NotReadyError where
-                requests are not taken.
+            checkpoints: returns the checkpoints that answer requests, first the one that answers most of them.
+            metrics: the server's metrics.
+            classifier: classifies images.
+            failures: counts the server's own failures.
+            open_pipelines: returns the pipelines that may answer a request, first the one drawn for it; raises a
+                NotReadyError while no requests are taken.
             clock: monotonic, in seconds.
         """
         self._checkpoints, self._metrics, self._classifier = checkpoints, metrics, classifier
         self._failures, self._open_pipelines, self._clock = failures, open_pipelines, clock
 
     def is_ready(self) -> bool:
-        """Tell whether requests are taken and do not all fail for reasons of the server's own."""
+        """Return whether requests are taken and do not all fail for reasons of the server's own."""
         try:
             self._open_pipelines()
         except NotReadyError:
@@ -84,15 +84,15 @@ class InferenceProtocol:
         return not self._failures.are_all
 
     def require_model(self, name: str, version: str = "") -> None:
-        """See whether a model is the one that is served; its version may be left out, 1 or the checkpoint's.
+        """Check that a model is served; its version may be left out, or be 1 or the checkpoint's.
 
         Raises:
-            UnknownModelError: it is not.
+            UnknownModelError: the model is not served.
         """
         self._find(name, version)
 
     def server_metadata(self) -> JsonObject:
-        """Name the server, its version and the extensions of the protocol that there are."""
+        """Return the name and the version of the server, and the protocol's extensions that it supports."""
         return {"name": SERVER_NAME, "version": metadata.version(SERVER_NAME), "extensions": list(EXTENSIONS)}
 
     def model_metadata(self, name: str, version: str = "") -> JsonObject:
@@ -104,15 +104,15 @@ class InferenceProtocol:
         return describe_config(self._find(name, version))
 
     def statistics(self, name: str = "", version: str = "") -> JsonObject:
-        """Return Triton's statistics: of all requests, whatever protocol brought them; errors as `require_model`.
+        """Return Triton's statistics of all requests, of every protocol; errors as `require_model`.
 
-        It reads every metric, which takes milliseconds, and more where there are workers: call it on a thread.
+        Reading every metric takes milliseconds, and longer with several workers: call it on a thread.
         """
         checkpoint = self._find(name or self._checkpoints()[0].name, version)
         return describe_statistics(checkpoint, read_statistics(self._metrics.registry()))
 
     def repository_index(self) -> list[JsonObject]:
-        """List the model that is served."""
+        """List the served model."""
         checkpoint, is_ready = self._checkpoints()[0], self.is_ready()
         state, reason = ("READY", "") if is_ready else ("UNAVAILABLE", "it takes no requests at this moment")
         return [{"name": checkpoint.name, "version": VERSION, "state": state, "reason": reason}]
@@ -125,17 +125,17 @@ class InferenceProtocol:
         max_s: float,
         key: ApiKey | None = None,
     ) -> float:
-        """See whether a request whose body is still to come may come, and how long its body may take.
+        """Check a request before its body has arrived, and return how long the body may take.
 
         Args:
-            arrived_at: when its first byte came.
-            query: of its URL.
-            headers: by names in lower case.
-            max_s: longest time, and that of requests that do not say beforehand what they grant.
-            key: that it came with.
+            arrived_at: when the first byte of the request arrived.
+            query: query parameters of its URL.
+            headers: headers, by names in lower case.
+            max_s: returned for a request that names no latency budget in its query or headers.
+            key: API key of the request.
 
         Raises:
-            ServiceError: it may not, whatever the body holds.
+            ServiceError: the request is rejected, whatever its body holds.
         """
         pipeline = self._open_pipelines()[0]
         pipeline.check_room()
@@ -155,20 +155,20 @@ class InferenceProtocol:
         client_waits_s: float | None = None,
         watch: AbstractContextManager[object] | None = None,
     ) -> InferReply:
-        """Answer a request: each image of it waits, is counted and answered as a request of its own.
+        """Answer a request, each image of which is queued, counted and answered as a request of its own.
 
         Args:
-            request: the whole of it has come.
-            arrived_at: when its first byte did, on the clock.
-            query: parameters beside it, of a URL.
+            request: the complete request.
+            arrived_at: when its first byte arrived, on `clock`.
+            query: query parameters of its URL.
             headers: headers or metadata, by names in lower case.
-            address: that it came from; None where that is not known.
-            key: that it came with; None where none is asked for.
-            client_waits_s: time from its arrival after which its client is gone; None where it stays.
-            watch: raises a ClientGoneError out of its block once the client has left; it is entered by each image.
+            address: address of the client; None if it is not known.
+            key: API key of the request; None if the server asks for none.
+            client_waits_s: time from arrival after which the client is gone; None if the client stays.
+            watch: raises a ClientGoneError out of its block once the client has left; entered for each image.
 
         Raises:
-            ServiceError: it is rejected, or an image fails, and with that the others.
+            ServiceError: the request is rejected, or an image fails, which makes the others fail, too.
         """
         try:
             pipeline = self._open(request)
@@ -189,11 +189,11 @@ class InferenceProtocol:
         return InferReply(name, VERSION, request.id, parameters, outputs, answers)
 
     def _find(self, name: str, version: str) -> Checkpoint:
-        """Find the model of a name among those that are served; errors as `require_model`."""
+        """Return the served checkpoint of a name and a version; errors as `require_model`."""
         return _named(self._checkpoints(), name, version)
 
     def _open(self, request: InferRequest) -> Pipeline:
-        """Return what answers a request: what was drawn for it, if it does not name another; errors as `infer`."""
+        """Return the pipeline for a request: the one drawn for it, unless it names another; errors as `infer`."""
         pipelines = self._open_pipelines()
         self.require_model(request.model_name, request.model_version)
         named = _named([each.checkpoint for each in pipelines], request.model_name, request.model_version)
@@ -238,7 +238,7 @@ class InferenceProtocol:
 
 
 def _named(served: Sequence[Checkpoint], name: str, version: str) -> Checkpoint:
-    """Return the first that has a name and a version; errors as `require_model`."""
+    """Return the first checkpoint of a name and a version; errors as `require_model`."""
     for checkpoint in served:
         if name == checkpoint.name and version in ("", VERSION, checkpoint.version):
             return checkpoint

@@ -1,4 +1,4 @@
-"""Tensors to and from the bytes of Triton's binary layout; every size is checked before anything is made of it."""
+"""Converts tensors to and from Triton's binary layout; every size is checked before anything is made of the bytes."""
 
 import math
 import struct
@@ -12,10 +12,10 @@ MAX_DIMENSIONS = 4
 
 
 def num_elements(tensor: InputTensor) -> int:
-    """Count the elements that a tensor's shape announces.
+    """Return the number of elements in a tensor's shape.
 
     Raises:
-        InvalidTensorError: it is no shape.
+        InvalidTensorError: the shape has no or too many dimensions, or one below 1.
     """
     shape = tensor.shape
     if not 1 <= len(shape) <= MAX_DIMENSIONS:
@@ -26,15 +26,15 @@ def num_elements(tensor: InputTensor) -> int:
 
 
 def split_elements(name: str, raw: bytes | memoryview, number: int) -> list[bytes]:
-    """Take the elements of BYTES out of their binary layout.
+    """Split the binary layout of BYTES into its elements.
 
     Args:
-        name: of the tensor.
-        raw: each element after its length.
-        number: of elements that the shape announces.
+        name: name of the tensor.
+        raw: the elements, each after its length.
+        number: number of elements in the shape.
 
     Raises:
-        InvalidTensorError: there are more or fewer, or an element is longer than what is left.
+        InvalidTensorError: there are more or fewer elements, or one is longer than the bytes that are left.
     """
     elements, start = [], 0
     for index in range(number):
@@ -54,12 +54,12 @@ def split_elements(name: str, raw: bytes | memoryview, number: int) -> list[byte
 
 
 def join_elements(elements: Iterable[bytes]) -> bytes:
-    """Put elements of BYTES into their binary layout."""
+    """Join elements of BYTES into the binary layout."""
     return b"".join(part for element in elements for part in (LENGTH.pack(len(element)), element))
 
 
 def to_raw(tensor: OutputTensor) -> bytes:
-    """Put a tensor of a reply into its binary layout."""
+    """Convert a tensor of a reply to the binary layout."""
     if tensor.datatype == "BYTES":
         return join_elements(str(value).encode() for value in tensor.values)
     return tensor.contents.astype("<f4", copy=False).tobytes()

@@ -1,4 +1,4 @@
-"""The images of one request, which has one answer: where one fails, the others are given up for the same reason."""
+"""The images of one request, which has one answer: if one fails, the others are cancelled for the same reason."""
 
 import asyncio
 from contextlib import AbstractContextManager, nullcontext
@@ -8,19 +8,19 @@ from service.errors import ServiceError
 
 
 class Together:
-    """Stands around what answers each image, in a task of its own: inside, `watch` does."""
+    """A context manager for the tasks that answer the images, one task each; it enters `watch` inside."""
 
     def __init__(self, watch: AbstractContextManager[object] | None) -> None:
-        """Take what raises a ClientGoneError out of its block once the client has left."""
+        """Start without tasks; `watch` raises a ClientGoneError out of its block once the client has left."""
         self._watch = watch or nullcontext()
         self._tasks: set[asyncio.Task[object]] = set()
         self._failure: ServiceError | None = None
 
     def __enter__(self) -> "Together":
-        """Take note of a task that answers.
+        """Register the current task, which answers an image.
 
         Raises:
-            ServiceError: with which another has failed before this one began.
+            ServiceError: the error of another image, which failed before this one began.
         """
         if self._failure:
             raise self._failure
@@ -32,10 +32,10 @@ class Together:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the others up where this one has failed.
+        """Cancel the other images if this one has failed.
 
         Raises:
-            ServiceError: with which another failed, where it was this that cancelled the block.
+            ServiceError: the error of another image, if that failure cancelled this block.
         """
         try:
             self._watch.__exit__(kind, error, trace)

@@ -1,1 +1,1 @@
-"""What the machine looks like at this moment."""
+"""Measures the state of the machine: CPUs, memory, pressure and GPUs."""

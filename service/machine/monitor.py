@@ -1,6 +1,7 @@
-"""Samples CPU, cgroup, pressure, memory and GPUs on a timer, off the request path; answers with the latest sample.
+"""Samples CPU, cgroup, pressure, memory and GPUs on a timer, off the request path, and keeps the latest sample.
 
-A sensor that is missing or fails is None in the sample and one line in the log, never an error. The policy judges.
+A sensor that is missing or fails is None in the sample and one line in the log, never an error. Judging the values is
+left to the policy.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 
 class Monitor:
-    """Samples the machine: one thread at a time may sample, any may read the latest."""
+    """Samples the machine. Only one thread at a time may sample; any thread may read the latest sample."""
 
     def __init__(
         self,
@@ -39,37 +40,37 @@ class Monitor:
         rss_bytes: Callable[[], int] | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """Find the sensors and take the first sample, in which whatever needs an interval is None.
+        """Find the sensors and take the first sample, in which all values over an interval are None.
 
         Args:
-            root: holds proc/ and sys/fs/cgroup/.
-            nvml: the module pynvml or its like; None for no GPUs.
+            root: folder that holds proc/ and sys/fs/cgroup/.
+            nvml: the module pynvml or a substitute; None for no GPUs.
             clock: monotonic, in seconds.
             process_time: CPU seconds of this process, all threads.
-            cpus: those that this process may run on, numbered as in proc/stat.
-            memory_bytes: the machine's total, and what of it is available.
-            rss_bytes: this process's, resident; psutil's by default.
-            sleep: waits for so many seconds.
+            cpus: CPUs that this process may run on, numbered as in proc/stat.
+            memory_bytes: total and available memory of the machine.
+            rss_bytes: resident memory of this process; from psutil by default.
+            sleep: waits for a number of seconds.
         """
         self._guard = _Guard(nvml)
         self._clock, self._process_time, self._sleep = clock, process_time, sleep
-        process = psutil.Process()  # once, because making one reads more files than asking it does
+        process = psutil.Process()  # created once, because that reads more files than a query
         self._cpus, self._memory_bytes = cpus, memory_bytes
         self._rss_bytes = rss_bytes or (lambda: process.memory_info().rss)
         self._proc_stat, self._cgroup = root / "proc/stat", _Cgroup(root, self._guard)
         self._nvml, self._gpus = nvml, self._guard("GPUs", partial(_start_gpus, nvml, self._guard)) if nvml else None
-        # Not on the event loop: behind other users of the driver, NVML may take milliseconds.
+        # Not on the event loop: NVML may take milliseconds while others use the driver.
         self._thread = ThreadPoolExecutor(1, "monitor")
         self._counters = Counters(clock())
         self._latest = self.sample()
 
     @property
     def latest(self) -> ResourceSnapshot:
-        """The last sample taken."""
+        """The latest sample."""
         return self._latest
 
     async def run(self, interval_s: float) -> None:
-        """Sample every `interval_s` until cancelled, bugs or not; instants do not drift, missed ones are left out."""
+        """Sample every `interval_s` until cancelled, despite failures; ticks do not drift, missed ones are skipped."""
         started_at, tick = self._clock(), 0
         while True:
             tick = max(tick + 1, math.ceil((self._clock() - started_at) / interval_s))
@@ -77,14 +78,14 @@ class Monitor:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._guard, "a whole sample", self.sample)
 
     def close(self) -> None:
-        """End the thread, once it is through with its sample, and NVML."""
+        """Wait for a running sample, end the thread, and shut NVML down."""
         self._thread.shutdown()
         if self._nvml and self._gpus is not None:
             self._guard("the end of NVML", self._nvml.nvmlShutdown)
         self._gpus = None
 
     def sample(self) -> ResourceSnapshot:
-        """Read every sensor once; blocks."""
+        """Read every sensor once, and return the sample; blocks."""
         cpus = self._guard("CPU affinity", self._cpus) or range(os.cpu_count() or 1)
         quotas_cores = self._guard("CPU quota", self._cgroup.read_quotas_cores) or {}
         cores = min([len(cpus), *quotas_cores.values()])
@@ -122,10 +123,10 @@ class Monitor:
 
 
 class _Guard:
-    """Answers None for a sensor that fails, and says so once."""
+    """Returns None for a sensor that fails, and logs its first failure."""
 
     def __init__(self, nvml: ModuleType | None) -> None:
-        # AttributeError: a platform, or a version of NVML, without the call.
+        # AttributeError: the platform, or this version of NVML, lacks the call.
         expected = (OSError, ValueError, LookupError, ArithmeticError, AttributeError, psutil.Error)
         self._expected: tuple[type[Exception], ...] = (*expected, nvml.NVMLError) if nvml else expected
         self._failed: set[str] = set()
@@ -133,7 +134,7 @@ class _Guard:
     def __call__(self, sensor: str, read: Callable[[], T]) -> T | None:
         try:
             return read()
-        except Exception as error:  # whatever a machine lacks or garbles, requests are owed their answers
+        except Exception as error:  # a missing or broken sensor must not keep requests from their answers
             if sensor not in self._failed:
                 self._failed.add(sensor)
                 log = logger.info if isinstance(error, self._expected) else logger.exception
@@ -142,7 +143,7 @@ class _Guard:
 
 
 class _Cgroup:
-    """The limits on this process: of its own cgroup and of every visible one above it, in v1 and v2."""
+    """The limits of this process's own cgroup and of every visible one above it, in v1 and v2."""
 
     def __init__(self, root: Path, guard: _Guard) -> None:
         cpu, memory = (guard("cgroups", partial(_lineage, root, name)) or [] for name in ("cpu", "memory"))
@@ -157,7 +158,7 @@ class _Cgroup:
         return {folder: quota for folder, quota in quotas.items() if quota is not None}
 
     def read_memory_bytes(self, machine_total: int, machine_available: int) -> tuple[int, int]:
-        """Turn the machine's total and available bytes into what the cgroups leave of them."""
+        """Limit the machine's total and available bytes to what the cgroups allow."""
         total, available = machine_total, machine_available
         for file in self._limits:
             limit = file.read_text().strip()
@@ -168,14 +169,14 @@ class _Cgroup:
 
 
 def _lineage(root: Path, controller: str) -> list[Path]:
-    """List this process's cgroups for a controller, in v1 and v2: its own first, then those above it."""
+    """List this process's cgroups for a controller, in v1 and v2: its own first, then its ancestors."""
     base, lineage = root / "sys/fs/cgroup", []
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers or controller in controllers.split(","):
             mounts = (base / controller, base / controllers) if controllers else (base / "unified", base)
             mount = next(filter(Path.is_dir, mounts), base)
-            # A path that is another namespace's leads out of the mount, or nowhere; what we see begins at the mount.
+            # A path of another namespace leads out of the mount, or nowhere; the visible cgroups begin at the mount.
             own = mount if ".." in path.split("/") else mount / path.lstrip("/")
             lineage += [folder for folder in (own, *own.parents) if folder.is_relative_to(mount)]
     return lineage
@@ -190,7 +191,7 @@ def _read_table(file: Path) -> dict[str, int]:
 
 
 def _read_quota_cores(file: Path) -> float | None:
-    """Read cpu.max, which holds quota and period, or cpu.cfs_quota_us, which has its period next door."""
+    """Read cpu.max, which holds quota and period, or cpu.cfs_quota_us, whose period is in a file beside it."""
     quota, *period = file.read_text().split()
     if quota in ("max", "-1"):
         return None
@@ -203,19 +204,19 @@ def _read_periods(cgroup: Path) -> tuple[int, int]:
 
 
 def _read_memory_in_use_bytes(limit: Path) -> int:
-    """Read what a cgroup uses, less the cached files not used of late: as in Kubernetes, those are as good as free."""
+    """Read the memory in use by a cgroup, less its inactive cached files, which count as free, as in Kubernetes."""
     is_v2 = limit.name == "memory.max"
     usage, cached = ("memory.current", "inactive_file") if is_v2 else ("memory.usage_in_bytes", "total_inactive_file")
     return int(limit.with_name(usage).read_text()) - _read_table(limit.with_name("memory.stat"))[cached]
 
 
 def _read_stall_s(file: Path) -> float:
-    """Read the microseconds at the end of a first line like: some avg10=0.00 avg60=0.00 avg300=0.00 total=0."""
+    """Return in seconds the total microseconds of a first line like: some avg10=0.00 avg60=0.00 avg300=0.00 total=0."""
     return int(file.read_text().partition("total=")[2].split()[0]) / 1e6
 
 
 def _read_cpu_ticks(file: Path, cpus: Iterable[int]) -> dict[int, tuple[int, int]]:
-    """Read the CPUs' ticks at work and idle; guests, behind the eight fields read, are in user and nice already."""
+    """Read the busy and idle ticks of CPUs; user and nice include guest time, which is behind the eight fields read."""
     ticks = {}
     for name, *fields in map(str.split, file.read_text().partition("\nintr")[0].splitlines()[1:]):
         user, nice, system, idle, iowait, irq, softirq, steal = map(int, fields[:8])
@@ -224,7 +225,7 @@ def _read_cpu_ticks(file: Path, cpus: Iterable[int]) -> dict[int, tuple[int, int
 
 
 def _start_gpus(nvml: ModuleType, guard: _Guard) -> list[Callable[[], GpuSnapshot]]:
-    """Find a reader of each GPU; raises NVML's error where there is no library or no driver."""
+    """Return a reader for each GPU; raises NVML's error if there is no library or no driver."""
     nvml.nvmlInit()
     count = guard("the number of GPUs", nvml.nvmlDeviceGetCount) or 0
     handles = [guard(f"GPU {index}", partial(nvml.nvmlDeviceGetHandleByIndex, index)) for index in range(count)]

@@ -1,13 +1,13 @@
-"""What the machine looked like at an instant, as values: read by `monitor`, weighed by `policy`; nothing is read here.
+"""The state of the machine at an instant, as values: `monitor` reads them, `policy` weighs them; nothing is read here.
 
-Utilizations and shares are fractions 0..1. What the machine does not say is None. "Over the interval" means since the
-sample before this one, so the first sample has None there.
+Utilizations and shares are fractions 0..1. Values that the machine does not report are None. "Over the interval" means
+since the previous sample, so the first sample has None there.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-# The bits of NVML's mask of reasons, from the lowest on, by NVML's names.
+# Names of the bits of NVML's mask of throttle reasons, from the lowest on, as NVML has them.
 THROTTLE_REASONS = (
     "gpu_idle",
     "applications_clocks_setting",
@@ -24,28 +24,28 @@ THROTTLE_REASONS = (
 
 
 def throttle_reasons(mask: int) -> tuple[str, ...]:
-    """Name the bits that are set; one without a name is "bit_11"."""
+    """Return the names of the bits that are set; bit 11, say, without a name, is "bit_11"."""
     names = dict(enumerate(THROTTLE_REASONS))
     return tuple(names.get(bit, f"bit_{bit}") for bit in range(mask.bit_length()) if mask >> bit & 1)
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSnapshot:
-    """One GPU, as NVML tells of it.
+    """The state of one GPU, as NVML reports it.
 
     Attributes:
-        index: NVML's, in the order of the bus; CUDA counts differently, and under CUDA_VISIBLE_DEVICES fewer.
-        name: the product's.
-        utilization: share of the driver's own last interval (1/6 s to 1 s) in which a kernel of anyone ran; how much
-            of the GPU it filled is not told.
-        memory_total_bytes: all there is.
-        memory_free_bytes: what is not allocated; PyTorch's cache counts as allocated.
-        sm_clock_hz: of the multiprocessors, now.
-        max_sm_clock_hz: the highest that they may take.
+        index: NVML's index, in the order of the bus; CUDA counts differently, and under CUDA_VISIBLE_DEVICES fewer.
+        name: name of the product.
+        utilization: share of the driver's own last interval (1/6 s to 1 s) in which a kernel of any process ran; it
+            does not say how much of the GPU the kernel filled.
+        memory_total_bytes: total memory.
+        memory_free_bytes: memory that is not allocated; PyTorch's cache counts as allocated.
+        sm_clock_hz: current clock of the multiprocessors.
+        max_sm_clock_hz: highest clock of the multiprocessors.
         throttle_reasons: why the clock is not higher, from THROTTLE_REASONS; gpu_idle and the settings are no sign of
             trouble. Empty where there is no reason.
-        temperature_celsius: of the die.
-        power_watts: drawn by the board.
+        temperature_celsius: temperature of the die.
+        power_watts: power drawn by the board.
     """
 
     index: int
@@ -62,28 +62,28 @@ class GpuSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class ResourceSnapshot:
-    """The machine as far as this process may use it.
+    """The state of the part of the machine that this process may use.
 
     Attributes:
-        taken_at: when, in seconds on the monotonic clock.
-        cores: how many this process may keep busy: its CPUs, or the cgroup's quota where that is tighter.
-        cpus: how many CPUs it may run on by affinity and cpuset. What others use is taken from these, not from a quota:
-            about min(cores, cpus - others_cores) is left to us.
-        cpu_utilization: share of those CPUs' time over the interval that was spent at work, for whomever; time that a
-            hypervisor took away counts as work.
-        own_cpu_utilization: CPU seconds of this process, all its threads, over the interval times `cores`.
+        taken_at: instant of the sample, in seconds on the monotonic clock.
+        cores: number of cores that this process may keep busy: its CPUs, or the cgroup's quota where that is tighter.
+        cpus: number of CPUs that this process may run on by affinity and cpuset. Other processes use these, not our
+            quota: about min(cores, cpus - others_cores) is left to us.
+        cpu_utilization: share of those CPUs' time over the interval in which they were busy, with any process; time
+            that a hypervisor took away counts as busy.
+        own_cpu_utilization: CPU seconds of this process, all its threads, divided by the interval times `cores`.
         others_cores: cores' worth of work on those CPUs over the interval that was not this process's; at least 0.
         cgroup_quota_cores: CPU seconds per second that the cgroup grants, or the tightest above it; None for no quota.
         cgroup_throttled_fraction: share of the quota's periods (100 ms by default) that ended in the interval in which
-            the cgroup had used it up and was stopped; 0 if none ended, None without a quota. Of the worst, where
-            cgroups above have quotas too.
+            the cgroup had used its quota up and was stopped; 0 if no period ended, None without a quota. That of the
+            most throttled cgroup where cgroups above have quotas too.
         cpu_pressure: share of the interval in which some task of our cgroup was ready but waited for a CPU (PSI some);
-            of the whole machine where cgroups have no such figure.
-        memory_pressure: likewise, in which some task waited for memory to be reclaimed or read back.
-        memory_total_bytes: the machine's, or the cgroup's limit where that is tighter.
-        memory_available_bytes: what may still be allocated without swapping, within that limit.
-        process_rss_bytes: memory of this process that is resident.
-        gpus: every GPU that NVML shows.
+            that of the whole machine where cgroups do not report it.
+        memory_pressure: share of the interval in which some task waited for memory to be reclaimed or read back.
+        memory_total_bytes: the machine's memory, or the cgroup's limit where that is tighter.
+        memory_available_bytes: memory that can still be allocated without swapping, within that limit.
+        process_rss_bytes: resident memory of this process.
+        gpus: every GPU that NVML reports.
     """
 
     taken_at: float
@@ -104,15 +104,15 @@ class ResourceSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What only ever grows, at an instant.
+    """Values of the counters that only grow, at an instant.
 
     Attributes:
-        taken_at: when, in seconds on the monotonic clock.
+        taken_at: instant of the reading, in seconds on the monotonic clock.
         own_cpu_s: CPU seconds of this process.
-        cpu_ticks: of each CPU, clock ticks at work and idle.
-        quota_periods: of each cgroup with a quota, by its folder: periods that ended, and those of them throttled.
+        cpu_ticks: busy and idle clock ticks of each CPU.
+        quota_periods: periods that ended, and those of them throttled, by folder of each cgroup with a quota.
         cpu_stall_s: time in which some task waited for a CPU.
-        memory_stall_s: likewise, for memory.
+        memory_stall_s: time in which some task waited for memory.
     """
 
     taken_at: float
@@ -125,17 +125,17 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """What happened between two readings of the counters; None for what one of them lacks or what ran backwards."""
+    """Changes between two readings of the counters; None if a reading lacks the counter or the counter decreased."""
 
     before: Counters
     after: Counters
 
     def own_cpu_utilization(self, cores: float) -> float | None:
-        """Return this process's share of so many cores."""
+        """Return this process's share of the time of `cores` cores."""
         return self._share_of_time(self.before.own_cpu_s, self.after.own_cpu_s, cores)
 
     def cpu_utilization(self, cpus: Collection[int]) -> float | None:
-        """Return the share of all processes in these CPUs, by the kernel's count of ticks, usually 10 ms long."""
+        """Return the share of the CPUs' time used by all processes, from the kernel's ticks, usually of 10 ms."""
         before, after = self.before.cpu_ticks, self.after.cpu_ticks
         known = [(before[cpu], after[cpu]) for cpu in cpus if cpu in before and cpu in after]
         # The kernel's idle counters may step back a little.
@@ -144,12 +144,12 @@ class Interval:
         return _share(at_work, at_work + idle)
 
     def others_cores(self, cpus: Collection[int]) -> float | None:
-        """Return the cores' worth of these CPUs that was not this process's."""
+        """Return how many cores' worth of these CPUs' time other processes used."""
         total, own = self.cpu_utilization(cpus), self.own_cpu_utilization(len(cpus))
         return None if total is None or own is None else max(0.0, total - own) * len(cpus)
 
     def throttled_fraction(self) -> float | None:
-        """Return the share of throttled periods in the worst of the cgroups."""
+        """Return the share of throttled periods of the most throttled cgroup."""
         before, after = self.before.quota_periods, self.after.quota_periods
         known = [(before[folder], after[folder]) for folder in after if folder in before]
         shares = [_share(new[1] - old[1], max(1, new[0] - old[0])) for old, new in known]
@@ -170,9 +170,10 @@ class Interval:
 
 
 def prior_slowdown(snapshot: ResourceSnapshot | None, threads: int) -> float:
-    """Slowdown to expect from what other processes do, before any batch has felt it.
+    """Predict the slowdown by the load of other processes, before a batch has measured it.
 
-    The scheduler shares the cores evenly: `threads` of ours and as many of others as they keep busy.
+    The kernel's scheduler shares the cores evenly between `threads` threads of ours and as many others as they keep
+    cores busy.
     """
     if snapshot is None or snapshot.others_cores is None:
         return 1.0

@@ -1,1 +1,1 @@
-"""gRPC: calls in, answers out, as `service.http` does for HTTP; nothing is decided here."""
+"""The gRPC transport, as `service.http` is that of HTTP: calls in, answers out; nothing is decided here."""

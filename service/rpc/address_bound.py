@@ -1,4 +1,4 @@
-"""Bounds how many calls of an address there are at once: of every service, those of health and reflection included."""
+"""Bounds the concurrent calls of each address, over all services, health and reflection included."""
 
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
@@ -16,22 +16,22 @@ from service.rpc.calls import address_of, read_bytes
 
 
 class AddressBound(grpc.aio.ServerInterceptor):
-    """Counts each call from its beginning to its end, and refuses those beyond the bound.
+    """Counts each call from its beginning to its end, and refuses calls beyond the bound.
 
-    Of health and reflection, which gRPC brings along, it counts the messages that are on their way, too: as all others,
-    they are taken as streams, of which gRPC reads nothing before it is told to.
+    For health and reflection, which are gRPC's own services, it also counts the messages on their way. Like all others,
+    their calls are taken as streams, of which gRPC reads nothing before it is told to.
     """
 
     def __init__(self, answering: Answering) -> None:
-        """Take what counts them, and what those are told that are refused."""
+        """Create the interceptor; `answering` counts calls and ends those that are refused."""
         self._answering = answering
 
     async def intercept_service(
         self,
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]]",
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:  # noqa: ANN401 - a handler, or None for a method that there is not, of which the types know nothing
-        """Put the bound before what answers a call."""
+    ) -> Any:  # noqa: ANN401 - a handler, or None for an unknown method, which the types do not allow
+        """Wrap the handler of a call in the bound."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -57,10 +57,10 @@ class AddressBound(grpc.aio.ServerInterceptor):
     async def _answer_other(
         self, handler: "grpc.RpcMethodHandler[Any, Any]", address: str | None, messages: Messages, context: Context
     ) -> object:
-        """Answer a call of a service that is not our own: ours take their messages as they come, and count them.
+        """Answer a call of one of gRPC's own services; our own services read and count their messages themselves.
 
         Raises:
-            ServiceError: its message does not come, is none, or is one too many.
+            ServiceError: the message does not arrive, cannot be parsed, or is one too many of its client.
         """
         if handler.request_streaming:
             with self._answering.waiting_for_messages(address):
@@ -88,7 +88,7 @@ def _read(handler: "grpc.RpcMethodHandler[Any, Any]", data: bytes) -> object:
 
 
 async def _respond(answer: Any, context: Context) -> object:  # noqa: ANN401 - gRPC takes both kinds of behaviour
-    """Wait for an answer, or write one after the other."""
+    """Return the answer, or write the answers of a stream one after the other."""
     if isawaitable(answer):
         return await answer
     async for response in answer:

@@ -1,4 +1,4 @@
-"""How every call is answered, whatever it asks: counted, within bounds, and what fails in a status of gRPC's."""
+"""What all calls have in common: they are counted and bounded, and errors become gRPC statuses."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ from service.telemetry.reports import Reporter
 
 logger = logging.getLogger(__name__)
 
-INFERENCE = ("ModelInfer", "ModelStreamInfer", "Predict")  # what only looks, as probes do, is not counted or traced
+INFERENCE = ("ModelInfer", "ModelStreamInfer", "Predict")  # other calls, such as probes, are neither counted nor traced
 
 Messages = AsyncIterator[bytes]
 Context = ServicerContext[bytes, bytes]
@@ -36,14 +36,14 @@ M = TypeVar("M", bound=Message)
 
 
 class Answering:
-    """What the services share.
+    """The state and the handling of calls that all services share.
 
     Attributes:
-        protocol: the core.
-        in_flight: counts what is being answered.
+        protocol: answers the calls of the protocol.
+        in_flight: counts the calls that are being answered.
         by_address: counts the calls of each address.
         max_upload_s: longest time that a message may take to arrive.
-        reports: on what is asked.
+        reports: reports on each call.
     """
 
     def __init__(
@@ -57,16 +57,16 @@ class Answering:
         reporter: Reporter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take the core.
+        """Create the state that all services share.
 
         Args:
-            protocol: that.
-            metrics: what is counted.
+            protocol: answers the calls of the protocol.
+            metrics: the server's metrics.
             max_upload_s: longest time that a message may take to arrive.
-            max_calls_per_address: at once, those included whose message is still to come.
-            coming: counts the messages that are on their way by their clients, and what is on its way over HTTP.
-            keys: that requests for inference must come with one of; None for no such thing.
-            reporter: is told of each call; None where nothing is told.
+            max_calls_per_address: concurrent calls, those included whose message has not arrived yet.
+            coming: counts the messages on their way by client, together with the bodies on their way over HTTP.
+            keys: API keys, one of which each inference request needs; None if none is needed.
+            reporter: reports on each call; None for no reports.
             clock: monotonic, in seconds.
         """
         self.protocol = protocol
@@ -77,25 +77,25 @@ class Answering:
         self.reports, self._coming = CallReports(reporter), coming
 
     def method(self, name: str, answer: Answer) -> "grpc.RpcMethodHandler[bytes, bytes]":
-        """Make what a server of gRPC calls upon for a method that takes one message.
+        """Make the gRPC handler of a method that takes one message.
 
-        The call is taken as a stream of one: it can then be refused before its message has come, which is waited for no
-        longer than it may take, and what is wrong with it is said in our own words.
+        The call is taken as a stream of one message: it can then be refused before the message has arrived, the wait
+        for the message is bounded, and its errors have our own text.
 
         Args:
-            name: its service's and its own, with a slash between them.
-            answer: to a call.
+            name: the service and the method, with a slash between them.
+            answer: answers a call.
         """
         return grpc.stream_unary_rpc_method_handler(partial(self._answer, name, answer))
 
     def begin(self, context: Context) -> Call:
-        """Take note of a call, whose client is told its name at the end."""
+        """Make the record of a call, whose request ID is sent in the trailing metadata."""
         call = Call.of(context, self._clock())
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         return call
 
     async def read(self, messages: Messages, call: Call, message_type: type[M]) -> M:
-        """Wait for the message of a call that only looks; errors as `waiting_for_messages` and `read_message`."""
+        """Wait for the message of a call without inference; errors as `waiting_for_messages` and `read_message`."""
         with self.waiting_for_messages(call.address):
             return await read_message(messages, message_type, self.max_upload_s)
 
@@ -104,17 +104,17 @@ class Answering:
         """Count a message of a client, as `RequestsByClient` knows it, as on its way until the block ends.
 
         Raises:
-            OverloadedError: too many are.
+            OverloadedError: too many messages of the client are on their way.
         """
         with self._coming.counting(address, key) as enter:
             enter()
             yield
 
     def key_of(self, call: Call) -> ApiKey | None:
-        """Find what the key of a request for inference allows; None where none is asked for.
+        """Return the API key of an inference request; None if the server asks for none.
 
         Raises:
-            UnauthorizedError: it came without one that is known; that is counted.
+            UnauthorizedError: the request has no known key; the failure is counted.
         """
         if self._keys is None:
             return None
@@ -129,10 +129,10 @@ class Answering:
         message_type: type[M],
         translate: Callable[[M], InferRequest],
     ) -> InferRequest:
-        """Wait for a request for inference, unless it is to be refused before it comes.
+        """Wait for an inference request, unless it is refused before its message arrives.
 
         Raises:
-            ServiceError: it is, or it cannot be read; that is counted.
+            ServiceError: the request is refused or cannot be read; the failure is counted.
         """
         with self.counting_failures(key), CancellationWatch(), self.waiting_for_messages(call.address, key):
             within_s = self.protocol.time_for_body_s(call.arrived_at, {}, call.metadata, self.max_upload_s, key)
@@ -140,7 +140,7 @@ class Answering:
 
     @contextmanager
     def counting_failures(self, key: ApiKey | None = None) -> Iterator[None]:
-        """Count a request that fails before the protocol's core knows of it, with the key that it came with."""
+        """Count a request, under its API key, that fails before it reaches `InferenceProtocol.infer`."""
         try:
             yield
         except ServiceError:
@@ -148,7 +148,7 @@ class Answering:
                 raise
 
     async def infer(self, request: InferRequest, call: Call, key: ApiKey | None) -> InferReply:
-        """Answer a request for inference; errors as the core's."""
+        """Answer an inference request; errors as `InferenceProtocol.infer`."""
         return await self.protocol.infer(
             request,
             call.arrived_at,
@@ -161,7 +161,7 @@ class Answering:
         )
 
     async def refuse(self, name: str, call: Call, context: Context, error: ServiceError) -> NoReturn:
-        """End a call that is answered no more, which is worth no span; `name` as in `method`."""
+        """End a call with an error and without a span; `name` as in `method`."""
         failure = describe_failure(error)
         with self.reports.reporting(name, call, is_traced=False) as ending:
             ending.failure = failure
@@ -174,7 +174,7 @@ class Answering:
             context.set_trailing_metadata(named)
             try:
                 response = await answer(messages, call)
-            except Exception as error:  # a bug raises anything, of which gRPC would tell the client
+            except Exception as error:  # a bug may raise anything, which gRPC would show to the client
                 ending.failure = failure = failure_of(error)
                 await context.abort(failure.status, failure.message, (*named, *failure.metadata))
             ending.failure = None
@@ -182,15 +182,15 @@ class Answering:
 
 
 def is_inference(name: str) -> bool:
-    """Tell whether a method, called as in `Answering.method`, asks for inference."""
+    """Return whether a method, named as in `Answering.method`, asks for inference."""
     return name.rpartition("/")[2] in INFERENCE
 
 
 def failure_of(error: Exception) -> Failure:
-    """Say how a call ends; the log says where the server failed.
+    """Return how a call ends that raised an error; failures of the server are logged.
 
     Raises:
-        CancelledError: its client has gone, and is told nothing.
+        CancelledError: the client has left, and gets no answer.
     """
     if isinstance(error, ClientGoneError):
         raise asyncio.CancelledError from None

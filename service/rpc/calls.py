@@ -1,4 +1,4 @@
-"""One call as gRPC brings it: its name, its client, its message and how it ends. What is asked is no matter of it."""
+"""One gRPC call, whatever it asks for: its request ID, its client, its message and its cancellation."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -17,7 +17,7 @@ from service.rpc.wire_fields import MAX_FIELDS, count_fields
 
 REQUEST_ID = "x-request-id"
 NETWORKS = ("ipv4", "ipv6")
-CANCELLING_S = 0.05  # for so long, a call that is cancelled may look like one without a message
+CANCELLING_S = 0.05  # for this long, a cancelled call may look like a call without a message
 
 M = TypeVar("M", bound=Message)
 
@@ -27,11 +27,11 @@ class Call:
     """What is known of a call before its message has come.
 
     Attributes:
-        request_id: its own, or one made for it.
-        address: that it came from; None where that is not known.
-        metadata: names in lower case; of several values the last.
-        arrived_at: in seconds, on the monotonic clock.
-        time_left_s: that its client still waits then; None for as long as it takes.
+        request_id: the ID that the client gave, or one made for the call.
+        address: address of the client; None if it is not known.
+        metadata: text values by names in lower case; the last one of several values.
+        arrived_at: when the call arrived, in seconds on the monotonic clock.
+        time_left_s: time that the client waits from then on; None for no limit.
     """
 
     request_id: str
@@ -42,24 +42,24 @@ class Call:
 
     @classmethod
     def of(cls, context: "ServicerContext[bytes, bytes]", arrived_at: float) -> "Call":
-        """Read what gRPC knows."""
+        """Read a call from its gRPC context."""
         metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
         request_id = name_request(metadata.get(REQUEST_ID, "").encode()).decode()
         return cls(request_id, address_of(context.peer()), metadata, arrived_at, context.time_remaining())
 
 
 def address_of(peer: str) -> str | None:
-    """Take the address out of gRPC's name for a client, such as `ipv4:127.0.0.1:5000` or `ipv6:%5B::1%5D:5000`."""
+    """Extract the address from gRPC's name for a client, such as `ipv4:127.0.0.1:5000` or `ipv6:%5B::1%5D:5000`."""
     kind, _, place = unquote(peer).partition(":")
     return place.rpartition(":")[0].strip("[]") if kind in NETWORKS else None
 
 
 async def read_bytes(messages: AsyncIterator[bytes], within_s: float) -> bytes:
-    """Wait for the one message of a call, and leave it as it came.
+    """Wait for the only message of a call, and return its bytes.
 
     Raises:
-        UploadTimeoutError: it does not arrive in time.
-        InvalidParameterError: none comes.
+        UploadTimeoutError: the message does not arrive in time.
+        InvalidParameterError: the call ends without a message.
     """
     try:
         async with asyncio.timeout(within_s):
@@ -73,15 +73,15 @@ async def read_bytes(messages: AsyncIterator[bytes], within_s: float) -> bytes:
 
 
 async def read_message(messages: AsyncIterator[bytes], message_type: type[M], within_s: float) -> M:
-    """Wait for the one message of a call; errors as `read_bytes` and `parse_message`."""
+    """Wait for the only message of a call, and parse it; errors as `read_bytes` and `parse_message`."""
     return parse_message(await read_bytes(messages, within_s), message_type)
 
 
 def parse_message(data: bytes, message_type: type[M]) -> M:
-    """Read a message from its bytes.
+    """Parse a message.
 
     Raises:
-        InvalidParameterError: they are none, or have more than MAX_FIELDS fields.
+        InvalidParameterError: the bytes are no such message, or have more than MAX_FIELDS fields.
     """
     try:
         if count_fields(data, message_type) > MAX_FIELDS:
@@ -92,23 +92,23 @@ def parse_message(data: bytes, message_type: type[M]) -> M:
 
 
 class CancellationWatch:
-    """Turns the cancelling of the blocks that it stands around into a ClientGoneError, where it is the call's end.
+    """Turns the cancellation of its blocks into a ClientGoneError, if the call was cancelled.
 
-    gRPC cancels what answers a call once its client has cancelled it, has closed its connection, or waits no longer.
-    There is a block for each image of a request, maybe in a task of its own, and others have reasons to cancel those.
+    gRPC cancels the task that answers a call once the client has cancelled the call, closed the connection, or waits no
+    longer. Each image of a request has a block, maybe in a task of its own, which may be cancelled for other reasons.
     """
 
     def __init__(self) -> None:
-        """Take note of the task that answers the call: this one."""
+        """Remember the current task as the one that answers the call."""
         self._answering = asyncio.current_task()
 
     def __enter__(self) -> None:
-        """Begin."""
+        """Begin a block."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Say it in the pipeline's words.
+        """Replace the cancellation by the error that the pipeline knows.
 
         Raises:
             ClientGoneError: the block was cancelled with its call.
@@ -130,7 +130,7 @@ class CallsInFlight:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count one until the block ends."""
+        """Count one more until the block ends."""
         self._number += 1
         self._none_left.clear()
         try:
@@ -141,5 +141,5 @@ class CallsInFlight:
                 self._none_left.set()
 
     async def none_left(self) -> None:
-        """Wait until none is."""
+        """Wait until none is being answered."""
         await self._none_left.wait()

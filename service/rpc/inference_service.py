@@ -1,4 +1,4 @@
-"""GRPCInferenceService: its calls to the protocol's core, whose answers become messages."""
+"""GRPCInferenceService: passes its calls to `InferenceProtocol`, and turns the answers into messages."""
 
 import asyncio
 import time
@@ -19,25 +19,25 @@ from service.rpc.messages import read_request, write_reply
 
 SERVICE_NAME = "inference.GRPCInferenceService"
 STREAM = f"{SERVICE_NAME}/ModelStreamInfer"
-STREAM_AHEAD = 64  # requests of a stream that are answered at once; what it sends beyond waits on its way
+STREAM_AHEAD = 64  # concurrent requests of a stream; further ones wait in the connection, as backpressure on the client
 
 
 class InferenceService:
     """Answers the calls of the service."""
 
     def __init__(self, answering: Answering, keep_alive_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Take the collaborators.
+        """Create the service from its collaborators.
 
         Args:
             answering: what all services share.
-            keep_alive_s: how long a stream is kept for its next request, once all have their answers.
+            keep_alive_s: how long a stream is kept for its next request, once all others have their answers.
             clock: monotonic, in seconds.
         """
         self._answering, self._protocol, self._clock = answering, answering.protocol, clock
         self._keep_alive_s = keep_alive_s
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """Make what a server of gRPC calls upon."""
+        """Make the handler to register with a gRPC server."""
         answers = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
@@ -61,9 +61,9 @@ class InferenceService:
         return await self._infer(request, call, key)
 
     async def _model_stream_infer(self, messages: Messages, context: Context) -> None:
-        """Answer a stream, unless it comes without a key, is one too many or stays idle.
+        """Answer a stream; it is refused if it has no known key, is one too many of its client, or stays idle.
 
-        As long as it is open, a message of it may be on its way.
+        While the stream is open, a message of it may be on its way, and it counts as one.
         """
         call = self._answering.begin(context)
         try:
@@ -76,10 +76,10 @@ class InferenceService:
             await self._answering.refuse(STREAM, call, context, error)
 
     async def _answer_stream(self, messages: Messages, context: Context, call: Call) -> None:
-        """Answer each request of a stream as soon as it is done; one that fails ends no other.
+        """Answer each request of a stream as soon as it is done; a failed request ends no other.
 
         Raises:
-            UploadTimeoutError: all have their answers, and the next does not come.
+            UploadTimeoutError: all requests have their answers, and no further one arrives.
         """
         slots, writing, loop = asyncio.Semaphore(STREAM_AHEAD), asyncio.Lock(), asyncio.get_running_loop()
         unanswered = 0
@@ -111,13 +111,13 @@ class InferenceService:
         call = replace(call, arrived_at=now, time_left_s=left_s)
         with self._answering.reports.reporting(STREAM, call) as ending:
             try:
-                key = self._answering.key_of(call)  # anew: it may have been taken out of the file
+                key = self._answering.key_of(call)  # for each request: the key may have been removed from the file
                 with self._answering.counting_failures(key):
                     message = parse_message(data, pb.ModelInferRequest)
                     name = message.id
                     request = read_request(message)
                 answer = await self._infer(request, call, key)
-            except Exception as error:  # a bug raises anything, and shall end no other request
+            except Exception as error:  # a bug may raise anything, and must end no other request
                 ending.failure = failure = failure_of(error)
                 return pb.ModelStreamInferResponse(
                     error_message=failure.message, infer_response=pb.ModelInferResponse(id=name)
@@ -141,7 +141,7 @@ class InferenceService:
         asked = await self._answering.read(messages, call, pb.ModelReadyRequest)
         try:
             self._protocol.require_model(asked.name, asked.version)
-        except UnknownModelError:  # a question that Triton answers
+        except UnknownModelError:  # Triton answers ready=False rather than an error
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self._protocol.is_ready())
 

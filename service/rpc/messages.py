@@ -1,4 +1,4 @@
-"""The protocol's values to and from the messages of the wire. Nothing is checked that is not gRPC's own."""
+"""Converts the protocol's values to and from gRPC messages. Checks only what is specific to gRPC."""
 
 from collections.abc import Mapping, Sized
 
@@ -15,16 +15,16 @@ from service.inference_protocol.messages import (
 from service.inference_protocol.tensors import MAX_DIMENSIONS, to_raw
 from service.rpc import open_inference_pb2 as pb
 
-MAX_TENSORS, MAX_PARAMETERS = 16, 64  # of each kind; more are refused before they become objects
+MAX_TENSORS, MAX_PARAMETERS = 16, 64  # in one list or map; more are refused before they become objects
 CONTENTS = {"BYTES": "bytes_contents", "UINT8": "uint_contents", "FP32": "fp32_contents"}
 
 
 def read_request(message: pb.ModelInferRequest) -> InferRequest:
-    """Read a request; its tensors stay as they came.
+    """Read a request; the contents of its tensors are not converted.
 
     Raises:
         InvalidParameterError: a parameter has no value, or there are too many.
-        InvalidTensorError: it cannot be told which bytes are whose, or there are too many tensors.
+        InvalidTensorError: the raw contents do not match the inputs, or there are too many tensors.
     """
     require_few_tensors(message.inputs, message.outputs)
     raw = message.raw_input_contents
@@ -41,10 +41,10 @@ def read_request(message: pb.ModelInferRequest) -> InferRequest:
 
 
 def require_few_tensors(inputs: Sized, outputs: Sized) -> None:
-    """Refuse a request with very many tensors, whatever they are.
+    """Refuse a request with very many tensors.
 
     Raises:
-        InvalidTensorError: there are more than MAX_TENSORS.
+        InvalidTensorError: there are more than MAX_TENSORS inputs or outputs.
     """
     for name, tensors in (("inputs", inputs), ("outputs", outputs)):
         if len(tensors) > MAX_TENSORS:
@@ -55,7 +55,7 @@ def _read_tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | Non
     if raw is not None and tensor.HasField("contents"):
         raise InvalidTensorError(f"{tensor.name}: there are contents and raw_input_contents; give one of them")
     contents = getattr(tensor.contents, CONTENTS[tensor.datatype]) if tensor.datatype in CONTENTS else ()
-    shape = tuple(tensor.shape[: MAX_DIMENSIONS + 1])  # longer ones are refused, whatever follows
+    shape = tuple(tensor.shape[: MAX_DIMENSIONS + 1])  # longer shapes are refused anyway
     parameters = _read_parameters(tensor.parameters)
     return InputTensor(tensor.name, tensor.datatype, shape, contents if raw is None else raw, parameters)
 

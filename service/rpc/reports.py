@@ -1,4 +1,4 @@
-"""A report on each request that comes over gRPC: what is known of it here, for the log and for traces."""
+"""Reports on each request over gRPC, for the log and for traces."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +18,11 @@ CANCELLED = Failure(grpc.StatusCode.CANCELLED, "its client has gone", ((CODE, "c
 
 @dataclass(slots=True)
 class Ending:
-    """How a request ends, and what its client is told at the end beside its answer.
+    """How a request ends, and trailing metadata for its client.
 
     Attributes:
-        failure: None where there is an answer.
-        metadata: that names its span, where it is traced.
+        failure: why the request failed; None if it was answered.
+        metadata: names the span of the request, if that is traced.
     """
 
     failure: Failure | None = CANCELLED
@@ -33,17 +33,17 @@ class CallReports:
     """Begins a report for a request, and ends it with its answer."""
 
     def __init__(self, reporter: Reporter | None) -> None:
-        """Take what is told; None where nothing is."""
+        """Create the reports; without a reporter, nothing is reported."""
         self._reporter = reporter
 
     @contextmanager
     def reporting(self, name: str, call: Call, *, is_traced: bool = True) -> Iterator[Ending]:
-        """Report on what a block does for a call; unless the ending says otherwise, its client has gone.
+        """Report on a call until the block ends; unless the ending says otherwise, the client has left.
 
         Args:
-            name: of the service and its method, with a slash between them.
-            call: as it was begun.
-            is_traced: whether it is worth a span.
+            name: the service and the method, with a slash between them.
+            call: the call to report on.
+            is_traced: whether the call gets a span.
         """
         REQUEST_ID.set(call.request_id)
         ending = Ending()
@@ -61,7 +61,7 @@ class CallReports:
 
 
 def _describe(name: str, call: Call, failure: Failure | None) -> Outcome:
-    """Describe a request by OpenTelemetry's conventions for servers of gRPC."""
+    """Describe a request by OpenTelemetry's conventions for gRPC servers."""
     status = grpc.StatusCode.OK if failure is None else failure.status
     service, _, method = name.rpartition("/")
     attributes: Fields = {

@@ -1,4 +1,4 @@
-"""The gRPC server: where it listens, its bounds, its health and reflection services, and how it comes to its end."""
+"""The gRPC server: its address, its bounds, its health and reflection services, and its shutdown."""
 
 import asyncio
 import logging
@@ -20,20 +20,20 @@ from service.rpc.tensorflow_service import MODEL_SERVICE, PREDICTION_SERVICE, Te
 logger = logging.getLogger(__name__)
 
 SERVICES = (SERVICE_NAME, PREDICTION_SERVICE, MODEL_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-SEEN_READY_S = 0.1  # between two looks at whether requests are taken
-PING_S, PONG_S = 60, 20  # after which a client that has vanished is noticed
-WATCHERS_S = 1.0  # granted to calls that do not end by themselves once all requests have their answers
+SEEN_READY_S = 0.1  # time between two updates of the health service
+PING_S, PONG_S = 60, 20  # interval and timeout of keepalive pings, by which a vanished client is noticed
+WATCHERS_S = 1.0  # granted to calls that do not end by themselves, once all requests have their answers
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What clients may take.
+    """What clients may use.
 
     Attributes:
-        max_message_bytes: of one message, once it is decompressed.
-        max_connections: at once.
-        max_calls_per_connection: at once.
-        max_calls: at once, in all.
+        max_message_bytes: size of one message, once it is decompressed.
+        max_connections: concurrent connections.
+        max_calls_per_connection: concurrent calls of one connection.
+        max_calls: concurrent calls in all.
         keep_alive_s: how long a connection without calls is kept, and a stream without requests.
     """
 
@@ -44,7 +44,7 @@ class Bounds:
     keep_alive_s: float
 
     def options(self) -> list[tuple[str, int]]:
-        """Say it in gRPC's words."""
+        """Return the bounds as options of a gRPC server."""
         return [
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_allowed_incoming_connections", self.max_connections),
@@ -64,14 +64,14 @@ async def serving(
     drain_left_s: Callable[[], float],
     certificate: Certificate | None = None,
 ) -> AsyncIterator[int]:
-    """Serve as long as the block lasts, and then until what was admitted has its answer.
+    """Serve until the block ends, and then until all admitted requests have their answers.
 
     Args:
         answering: what all services share.
-        address: host and port, 0 for any free one; sockets of this process and its siblings may have it, too.
-        bounds: of what clients may take.
-        drain_left_s: tells, at the end, how long requests may still take.
-        certificate: to speak TLS with; None for no TLS.
+        address: host and port, 0 for any free one; sockets of this process and its sibling workers may share it.
+        bounds: what clients may use.
+        drain_left_s: returns, at the end, how long requests may still take.
+        certificate: certificate for TLS; None for no TLS.
 
     Yields:
         The port.
@@ -102,7 +102,7 @@ async def serving(
 
 
 def _credentials(certificate: Certificate) -> grpc.ServerCredentials:
-    """Speak TLS with a certificate as it is when a client comes."""
+    """Return credentials for TLS that use the certificate as it is when a client connects."""
 
     def configuration() -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([certificate.pem])
@@ -111,7 +111,7 @@ def _credentials(certificate: Certificate) -> grpc.ServerCredentials:
 
 
 async def _follow(is_ready: Callable[[], bool], readiness: "health.aio.HealthServicer") -> None:
-    """Tell the health service, until cancelled."""
+    """Update the health service regularly, until cancelled."""
     while True:
         await _tell(readiness, is_ready=is_ready())
         await asyncio.sleep(SEEN_READY_S)
@@ -124,7 +124,7 @@ async def _tell(readiness: "health.aio.HealthServicer", *, is_ready: bool) -> No
 
 
 async def _stop(server: grpc.aio.Server, in_flight: CallsInFlight, within_s: float) -> None:
-    """Take no new call and answer the others; a stream or a watcher of health that stays open is not waited for."""
+    """Refuse new calls and answer the others; streams and health watchers that stay open are not waited for."""
     stopping = asyncio.create_task(server.stop(within_s))
     answered = asyncio.create_task(in_flight.none_left())
     await asyncio.wait((stopping, answered), return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""Errors on the wire of gRPC: the one table from error type to status code, and what a call that fails is told."""
+"""Errors in gRPC: the only table from error type to status code, and what the client of a failed call gets."""
 
 import math
 from typing import NamedTuple
@@ -44,11 +44,11 @@ STATUS = {
     ModelError: grpc.StatusCode.INTERNAL,
 }
 CODE = "error-code"
-PUSHBACK = "grpc-retry-pushback-ms"  # heeded by clients that retry, see gRFC A6
+PUSHBACK = "grpc-retry-pushback-ms"  # honoured by clients that retry, see gRFC A6
 
 
 class Failure(NamedTuple):
-    """How a call ends that fails."""
+    """How a failed call ends."""
 
     status: grpc.StatusCode
     message: str
@@ -56,7 +56,7 @@ class Failure(NamedTuple):
 
 
 def describe_failure(error: ServiceError) -> Failure:
-    """Return the status of an error, what is said of it, and the trailing metadata that tell programs more."""
+    """Return the status of an error, its message, and trailing metadata for programs."""
     metadata = [(CODE, error.code)]
     if "retry_after_s" in error.details:
         metadata.append((PUSHBACK, str(math.ceil(1000 * error.details["retry_after_s"]))))

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's services, which OpenVINO's client speaks, over the same core as the Open Inference Protocol."""
+"""TensorFlow Serving's services, which OpenVINO's client uses; `InferenceProtocol` answers them, too."""
 
 from collections.abc import Iterable, Sequence
 
@@ -20,14 +20,14 @@ METHOD = "tensorflow/serving/predict"
 
 
 class TensorflowService:
-    """Answers the calls of both services."""
+    """Answers the calls of PredictionService and ModelService."""
 
     def __init__(self, answering: Answering) -> None:
-        """Take what all services share."""
+        """Create the services; `answering` is what all services share."""
         self._answering, self._protocol = answering, answering.protocol
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, grpc.GenericRpcHandler]:
-        """Make what a server of gRPC calls upon."""
+        """Make the handlers to register with a gRPC server."""
         method = self._answering.method
         predictions = {
             "Predict": method(f"{PREDICTION_SERVICE}/Predict", self._predict),
@@ -70,10 +70,10 @@ class TensorflowService:
 
 
 def read_request(message: tf.PredictRequest) -> InferRequest:
-    """Read a request; its tensors stay as they came.
+    """Read a request; the contents of its tensors are not converted.
 
     Raises:
-        InvalidTensorError: there are too many of them.
+        InvalidTensorError: there are too many tensors.
     """
     require_few_tensors(message.inputs, message.output_filter)
     return InferRequest(

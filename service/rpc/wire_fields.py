@@ -1,6 +1,6 @@
-"""The fields of a message are counted as they are on the wire, before protobuf makes anything of them.
+"""Counts the fields of a message as it is on the wire, before protobuf parses it.
 
-An empty one takes two bytes, and becomes an object: some megabytes of them would hold up the event loop for seconds.
+An empty field takes two bytes, and becomes an object: some megabytes of them would block the event loop for seconds.
 """
 
 from typing import cast
@@ -8,18 +8,18 @@ from typing import cast
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
-MAX_FIELDS = 1024  # with those of the messages inside; a request of many files and parameters has some hundreds
+MAX_FIELDS = 1024  # those of nested messages included; a request of many files and parameters has some hundreds
 VARINT, FIXED64, BYTES, GROUP, END_OF_GROUP, FIXED32 = range(6)
 SIZES = {FIXED64: 8, FIXED32: 4, GROUP: 0, END_OF_GROUP: 0}
 
 
 def count_fields(data: bytes, message_type: type[Message]) -> int:
-    """Count the fields of a message and of those inside it; it stops soon after MAX_FIELDS.
+    """Count the fields of a message and of its nested messages; the count stops soon after MAX_FIELDS.
 
     Numbers in a list are one field: protobuf packs them.
 
     Raises:
-        ValueError: it is no message.
+        ValueError: the bytes are no message.
     """
     try:
         return _count(data, 0, len(data), cast("Descriptor", message_type.DESCRIPTOR))
@@ -51,7 +51,7 @@ def _count(data: bytes, start: int, end: int, described: Descriptor) -> int:
 
 
 def _varint(data: bytes, start: int) -> tuple[int, int]:
-    """Read a number of variable length, and tell where it ends."""
+    """Read a varint, and return it and the index after its end."""
     value = 0
     for shift in range(0, 70, 7):
         byte = data[start]

@@ -1,1 +1,1 @@
-"""What is admitted and what runs next. Pure: no torch, no threads, no clock, no waiting."""
+"""Admission and batch scheduling. Pure: no torch, no threads, no clock, no waiting."""

@@ -1,4 +1,4 @@
-"""Whether a request can still be answered in time, before anything is spent on it."""
+"""Admission: whether a request can still be answered in time, before any work is spent on it."""
 
 import math
 from bisect import bisect_left, bisect_right
@@ -9,19 +9,19 @@ from service.scheduling.latency_model import LatencyModel
 from service.scheduling.queue import RequestQueue
 from service.scheduling.state import PreprocessingDelay, QueuedRequest, target
 
-ROOM_SHARE = 0.3  # of a budget, at most, that is kept for the batch that a request will be part of under overload
+ROOM_SHARE = 0.3  # of a latency budget, at most, kept under overload for the batch that the request will be part of
 
 
 class Admission:
-    """Rejects what not even the cheapest level could answer in time, or what sustained overload would have shed."""
+    """Rejects requests that not even the cheapest level could answer in time, or that sustained overload would shed."""
 
     def __init__(self, queue: RequestQueue, latency_model: LatencyModel, traffic: TrafficEstimator) -> None:
-        """Take what it looks at, and changes nothing of.
+        """Create the admission from collaborators, which it only reads.
 
         Args:
-            queue: what is admitted already.
-            latency_model: of what batches take.
-            traffic: what arrives.
+            queue: the admitted requests.
+            latency_model: predicts how long batches take.
+            traffic: estimates the arrival rates.
         """
         self._queue, self._latency_model, self._traffic = queue, latency_model, traffic
 
@@ -31,11 +31,11 @@ class Admission:
         """Return why a request cannot be admitted, and when to try again; None if it can.
 
         Args:
-            request: not admitted yet.
-            now: the instant.
-            delay: what it has before it until it is ready for the engine.
-            free_at: when the batch that runs ends.
-            max_batch_size: most that may run together.
+            request: a request that is not admitted yet.
+            now: the current instant.
+            delay: the delay until the request is ready for the engine.
+            free_at: when the running batch ends.
+            max_batch_size: most requests that may run together.
         """
         ready_at, slowdown = now + delay.base_s + delay.contention_s, self._latency_model.slowdown(now)
         own_s = self._latency_model.latencies_s[target(request.constraints, 0)][0] * slowdown
@@ -56,11 +56,11 @@ class Admission:
     def _expected_end(
         self, request: QueuedRequest, now: float, slowdown: float, start_at: float, max_batch_size: int
     ) -> float:
-        """When a request would be answered if all before it ran at the cheapest level, in the largest batches.
+        """Return when a request would be answered if all before it ran at the cheapest level, in the largest batches.
 
-        Under sustained overload requests that come after this one fill its batch up, which then takes the longer, and
-        what waits grows until no batch may take longer than expected. Better rejected now than shed later: so there,
-        if anything is before it, this is the end before which it will be in all likelihood.
+        Under sustained overload, later requests fill up the batch of this one, which then takes longer, and the queue
+        grows until no batch may take longer than expected. It is better to reject now than to shed later. So in that
+        case, if any request is before this one, the result is an end that will very probably not be exceeded.
         """
         latencies_s, overhead_factor = self._latency_model.latencies_s, self._latency_model.overhead_factor
         ahead, cheapest_s = self._queue.deadlines_before(request), latencies_s[0]
@@ -71,7 +71,7 @@ class Admission:
             fitting = bisect_right(cheapest_s, room_s, 0, max_batch_size)
             extra_s = cheapest_s[fitting - 1] * slowdown if fitting else 0.0
             spread = self._latency_model.slowdown(now, TAIL_SPREADS) - slowdown
-        # What cannot be answered even alone will expire or be shed. Batches deviate independently of each other.
+        # Requests that are late even if run alone will expire or be shed. Batches deviate independently of each other.
         while (index := bisect_left(ahead, time + alone_s, index)) <= len(ahead) - max_batch_size:
             index += max_batch_size
             time += full_s
@@ -85,5 +85,5 @@ class Admission:
         return time + latencies_s[target(request.constraints, 0)][0] * slowdown + extra_s + math.sqrt(squares)
 
     def _is_overloaded(self, now: float, least_s: float) -> bool:
-        """Whether for long more has come, and still comes, than is answered where a request takes so long at least."""
+        """Return whether arrivals have for long exceeded, and still exceed, what `least_s` per request allows."""
         return least_s * min(self._traffic.rate(now), self._traffic.sustained_rate(now)) > 1

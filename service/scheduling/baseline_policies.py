@@ -1,7 +1,7 @@
-"""Published and simple rules behind the signature of our own policy, to be served and compared with.
+"""Published and simple policies with the signature of our own, to serve with and to compare with.
 
-What a published policy does not know it ignores here as well: the slowdown, the corrected latencies, the forecast. What
-a request grants, its limit of cost or its sub-network by name, binds every one of them.
+What a published policy does not know, it ignores here as well: the slowdown, the corrected latencies, the forecast. The
+constraints of a request, its limit of cost or its sub-network by name, bind every policy.
 """
 
 from bisect import bisect_right
@@ -19,21 +19,22 @@ NUM_BUCKETS = 32
 PLAN_PERIOD_S = 5.0
 PLAN_HEADROOM = 1.05
 WAITING_PER_STEP = 2
-MAX_LOOKED = 256  # bounds the time of a decision
+MAX_LOOKED = 256  # requests at the head of the queue; bounds the time of a decision
 
 
-# Given the state, the seconds left to the most urgent and how many wait: the index of a variant, and the most to run.
+# From the state, the slack of the head and the length of the queue to the index of a variant and the largest batch.
 Pick = Callable[[SchedulerState, float, int], tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """A rule that looks at the head of the queue: what can no longer be answered expires, the most urgent run first.
+    """A rule for the head of the queue: requests that can no longer be answered expire, the most urgent run first.
 
     Attributes:
-        name: for the reasons that it gives.
+        name: the name in the reasons of its decisions.
         pick: the rule by which it differs from the others; sees latencies as profiled unless `estimates`.
-        lowest: index of the variant that it would run in the worst case; what not even that answers in time expires.
+        lowest: index of the variant that it would run in the worst case; requests that not even that variant answers in
+            time expire.
         drops_early: whether requests that would make the batch small are shed, as in Nexus (Shen et al., SOSP 2019).
         estimates: whether it uses the slowdown and the corrected latencies.
     """
@@ -73,7 +74,7 @@ class Baseline:
 
 
 def _first_worth(seen: SchedulerState, queue: Sequence[QueuedRequest], wanted: int) -> int:
-    """Find the first request from which on a batch of the planned size, half a latency budget long, ends in time."""
+    """Return the place from which on a batch of the planned size, up to half a tight budget long, ends in time."""
     counts: Counter[int] = Counter()
     first = min(len(queue), MAX_LOOKED) - 1
     for place in range(first, -1, -1):
@@ -86,14 +87,15 @@ def _first_worth(seen: SchedulerState, queue: Sequence[QueuedRequest], wanted: i
 
 
 def profiled_latencies(catalog: VariantCatalog) -> Latencies:
-    """Return the latencies of the variants, in seconds, as they were measured."""
+    """Return the latencies of the variants, in seconds, as profiled."""
     return [variant.latency_by_batch_s for variant in catalog.variants]
 
 
 def granted(catalog: VariantCatalog, constraints: RequestConstraints, wanted: int) -> int:
     """Return the index of the variant that a request gets where a rule wants `wanted`, which need not be a level.
 
-    One that costs more than the request surely admits becomes the best that it does: no policy ever exceeds a budget.
+    A variant that may cost more than the request admits is replaced by the best that it grants: no policy ever exceeds
+    a budget.
     """
     grant = constraints.grant
     if wanted < catalog.num_levels:
@@ -103,10 +105,10 @@ def granted(catalog: VariantCatalog, constraints: RequestConstraints, wanted: in
 
 
 def largest_batch(latencies_s: Latencies, num_levels: int, room_s: float, most: int) -> tuple[int, int]:
-    """Find the largest batch, at most `most`, that some level runs within the room; then the best level that does.
+    """Find the largest batch, at most `most`, that some level runs within `room_s`, then the best level that does.
 
     Returns:
-        Level and size; the cheapest level and 1 where nothing fits.
+        The level and the size; the cheapest level and 1 where nothing fits.
     """
     size = max(1, min(bisect_right(latencies_s[0], room_s), most))
     fitting = [level for level in range(num_levels) if latencies_s[level][size - 1] <= room_s]
@@ -114,19 +116,19 @@ def largest_batch(latencies_s: Latencies, num_levels: int, room_s: float, most: 
 
 
 def max_accuracy(state: SchedulerState, room_s: float, _waiting: int) -> tuple[int, int]:
-    """MaxAcc (Khare et al., NSDI 2025): first the most accurate that answers the head in time, then the batch."""
+    """MaxAcc (Khare et al., NSDI 2025): first the most accurate level that answers the head in time, then the batch."""
     fitting = [level for level in range(state.catalog.num_levels) if state.latency_s(level, 1) <= room_s]
     return (fitting[-1] if fitting else 0), state.max_batch_size
 
 
 def max_batch(state: SchedulerState, room_s: float, waiting: int) -> tuple[int, int]:
-    """MaxBatch (Khare et al., NSDI 2025): first the largest batch of what waits, then the most accurate for it."""
+    """MaxBatch (Khare et al., NSDI 2025): first the largest batch of the queue, then the most accurate level for it."""
     most = min(waiting, state.max_batch_size)
     return largest_batch(state.latencies_s, state.catalog.num_levels, room_s, most)
 
 
 def step_down(state: SchedulerState, room_s: float, waiting: int) -> tuple[int, int]:
-    """One level down from the best per two requests waiting, and further until their batch answers the head in time."""
+    """Step one level down from the best per two requests waiting, and on until their batch answers the head in time."""
     level = max(0, state.catalog.num_levels - 1 - waiting // WAITING_PER_STEP)
     size = min(waiting, state.max_batch_size)
     while level > 0 and state.latency_s(level, size) > room_s:
@@ -135,14 +137,14 @@ def step_down(state: SchedulerState, room_s: float, waiting: int) -> tuple[int, 
 
 
 class SlackFit:
-    """SlackFit (Khare et al., SuperServe, NSDI 2025): the time left to the head stands for the load.
+    """SlackFit (Khare et al., SuperServe, NSDI 2025): the slack of the head stands for the load.
 
-    Latencies from l(cheapest, 1) to l(best, largest batch) fall into even buckets; each offers the level and batch size
-    of the largest batch under it, the most accurate of these. The bucket just under the head's time is taken.
+    Latencies from l(cheapest, 1) to l(best, largest batch) are divided into even buckets. Each offers the largest batch
+    that fits under it, at the most accurate level that does. The bucket just under the slack of the head is taken.
     """
 
     def __init__(self, catalog: VariantCatalog, max_batch_size: int, *, capped: bool = False) -> None:
-        """Fill the buckets; `capped`, our addition, asks for no larger batch than there are requests waiting."""
+        """Fill the buckets; `capped`, our addition, plans no larger batch than there are requests waiting."""
         max_batch_size = min(max_batch_size, catalog.max_batch_size)
         self._latencies_s, self._num_levels, self._capped = profiled_latencies(catalog), catalog.num_levels, capped
         self._lowest_s = self._latencies_s[0][0]
@@ -150,7 +152,7 @@ class SlackFit:
         self._buckets = [self._fill(bucket, max_batch_size) for bucket in range(NUM_BUCKETS + 1)]
 
     def __call__(self, state: SchedulerState, room_s: float, waiting: int) -> tuple[int, int]:
-        """Take the bucket under the head's time, which a slowdown shortens for the variant that estimates it."""
+        """Take the bucket under the slack of the head, which the slowdown shortens where the policy estimates it."""
         above_s = room_s / state.slowdown - self._lowest_s
         bucket = int(min(max(above_s / self._width_s, 0), NUM_BUCKETS)) if self._width_s > 0 else NUM_BUCKETS
         return self._fill(bucket, min(waiting, state.max_batch_size)) if self._capped else self._buckets[bucket]
@@ -160,10 +162,10 @@ class SlackFit:
 
 
 class PeriodicPlan:
-    """After Proteus (Ahmad et al., ASPLOS 2024): a plan per period, batches adapted to deadlines in between.
+    """After Proteus (Ahmad et al., ASPLOS 2024): one plan per period, with batches adapted to deadlines in between.
 
     The plan is the most accurate level that carries the demand with batches of at most half the latency budget. With
-    one machine and one model there is nothing to place, so no mixed-integer program; Proteus plans every 30 s.
+    one machine and one model there is nothing to place, so there is no mixed-integer program. Proteus plans every 30 s.
     """
 
     def __init__(self) -> None:
@@ -171,7 +173,7 @@ class PeriodicPlan:
         self._level = 0
 
     def __call__(self, state: SchedulerState, _room_s: float, _waiting: int) -> tuple[int, int]:
-        """Follow the plan; make a new one when the period is over."""
+        """Follow the plan, after making a new one if the period is over."""
         if self._planned_at is None or state.now - self._planned_at >= PLAN_PERIOD_S:
             self._planned_at, self._level = state.now, self._plan(state)
         return self._level, state.max_batch_size
@@ -186,7 +188,7 @@ class PeriodicPlan:
 
 
 def fixed(name: str, variant: Variant) -> Baseline:
-    """One variant for all requests that grant it, in the largest batches that the deadlines admit, with early drop."""
+    """Run one variant for all requests that grant it, in the largest batches that deadlines admit, with early drop."""
 
     def pick(state: SchedulerState, _room_s: float, _waiting: int) -> tuple[int, int]:
         return variant.index, state.max_batch_size
@@ -197,6 +199,6 @@ def fixed(name: str, variant: Variant) -> Baseline:
 def min_cost(state: SchedulerState, _room_s: float, _waiting: int) -> tuple[int, int]:
     """After INFaaS (Romero et al., USENIX ATC 2021): the cheapest variant that meets latency and accuracy asked for.
 
-    Our requests ask for no accuracy, so the cheapest of all.
+    Our requests ask for no accuracy, so this is the cheapest of all.
     """
     return 0, state.max_batch_size

@@ -1,4 +1,4 @@
-"""What a policy may choose from: variants with their accuracy, their cost and how long each batch takes here.
+"""The catalog that a policy chooses from: variants with their accuracy, cost and latency by batch size here.
 
 Runs without torch. Chooses nothing.
 """
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Grants:
-    """What requests may get: for each budget from a cap on, ascending, and for each variant that is asked for alone."""
+    """The grants of a catalog: by budget, from each cap on, ascending, and for each variant that is asked for alone."""
 
     by_cap: tuple[tuple[float, Grant], ...]
     alone: tuple[Grant, ...]
@@ -29,18 +29,19 @@ class _Grants:
 
 @dataclass(frozen=True, slots=True)
 class VariantCatalog:
-    """Every variant that can be had.
+    """Every variant that can be served.
 
     Attributes:
         variants: first the levels: the accuracy frontier of the trained sub-networks and their cascades, fastest
-            first, along which the policy moves. Then those between them, which serve to hit a budget closely, and those
-            that a cheaper one equals, which can be had by name only. As levels, the former would divide the queue among
-            more sub-networks, hence smaller batches, for next to no accuracy.
+            first, along which the policy moves. Then the variants between them, which serve to hit a budget closely,
+            and those that a cheaper one equals, which can be had by name only. As levels, the former would divide the
+            queue among more sub-networks, hence smaller batches, for next to no accuracy.
         num_levels: how many of the variants are levels.
-        frontier: what a budget chooses from: the variants that none of lower highest cost equals, cheapest first.
+        frontier: the variants that a budget chooses from: those that no variant of lower highest cost equals in
+            accuracy, cheapest first.
         is_measured: whether the accuracies are known.
         best_alone: the most accurate of the trained sub-networks, with one look.
-        known_grants: those of the same variants with another profile, only to begin with; made by default.
+        known_grants: grants of the same variants with another profile, for the constructor only; made by default.
     """
 
     variants: tuple[Variant, ...]
@@ -61,9 +62,9 @@ class VariantCatalog:
         """Join accuracy and latency; a level never counts as faster than a lower one, because that would be noise.
 
         Args:
-            profiles: of the checkpoint.
-            latencies: of each of its sub-networks here.
-            cascades: whether to take those of the profile.
+            profiles: the profiles of the checkpoint.
+            latencies: the latencies of each of its sub-networks on this machine.
+            cascades: whether to include the cascades of the checkpoint.
 
         Raises:
             KeyError: a sub-network of the profile has no latency.
@@ -77,10 +78,10 @@ class VariantCatalog:
         return cls(tuple(variants), len(levels), frontier, profiles.is_measured)
 
     def with_latencies(self, latencies: LatencyTable) -> "VariantCatalog":
-        """Return the same variants with a better profile: what is a level stays one, as requests were granted it."""
+        """Return the same variants with a better profile; levels stay levels, because requests were granted them."""
         variants = _timed(self.variants, self.num_levels, latencies)
         frontier = tuple(variants[variant.index] for variant in self.frontier)
-        # Whatever is learned of latencies, a budget admits the same.
+        # A budget admits the same, whatever the latencies are.
         return replace(self, variants=tuple(variants), frontier=frontier, known_grants=self._grants)
 
     @property
@@ -100,7 +101,7 @@ class VariantCatalog:
 
     @property
     def least_gflops(self) -> float:
-        """The smallest budget that buys anything."""
+        """The smallest budget that admits a variant."""
         return self.frontier[0].gflops
 
     @property
@@ -109,10 +110,10 @@ class VariantCatalog:
         return self.variants[self.num_levels - 1]
 
     def grant_within(self, budget_gflops: float | None) -> Grant:
-        """Find what a budget admits, compared in the number that clients are shown.
+        """Return the grant of a budget, compared with costs as clients are shown them.
 
         Raises:
-            BudgetTooSmallError: nothing fits; names the smallest budget that would do.
+            BudgetTooSmallError: no variant fits; the error names the smallest budget that would do.
         """
         if budget_gflops is None:
             return self._grants.by_cap[-1][1]
@@ -124,7 +125,7 @@ class VariantCatalog:
         """Grant one sub-network, and one look.
 
         Raises:
-            BudgetTooSmallError: it costs more than the budget.
+            BudgetTooSmallError: the sub-network costs more than the budget.
             InvalidParameterError: there is no such variant.
         """
         for variant in self.variants:
@@ -141,7 +142,7 @@ class VariantCatalog:
         return self._grants.alone[variant.index]
 
     def next_better(self, variant: Variant) -> Variant | None:
-        """Return the next variant on the frontier, None behind the best."""
+        """Return the next more accurate variant on the frontier; None for the best."""
         return next((one for one in self.frontier if one.worth > variant.worth), None)
 
     def _make_grants(self) -> "_Grants":
@@ -152,7 +153,8 @@ class VariantCatalog:
     def _grant(self, cap: float) -> Grant:
         """Find, for each level, the most accurate variant within the cap that is expected to be no more work.
 
-        Where there is none, because what is cheap is slow, it is the one that is the least work.
+        Where there is none, because cheap variants are slow, it is the one that is the least work. The highest level
+        always gets the best variant within the cap.
         """
         affordable = [variant for variant in (*self.levels, *self.frontier) if variant.most_gflops <= cap]
         best = [variant for variant in self.frontier if variant.most_gflops <= cap][-1]
@@ -173,7 +175,7 @@ class VariantCatalog:
 
 
 def _frontier(items: Iterable[T], cost: Callable[[T], float], worth: Callable[[T], float]) -> tuple[T, ...]:
-    """Return what nothing of lower cost equals in worth, cheapest first."""
+    """Return the items that no item of lower cost equals in worth, cheapest first."""
     best, frontier = -1.0, []
     for item in sorted(items, key=cost):
         if worth(item) > best:
@@ -185,7 +187,7 @@ def _frontier(items: Iterable[T], cost: Callable[[T], float], worth: Callable[[T
 def _levels(
     profiles: ProfileTable, cascades: Iterable[CascadeProfile], latencies: LatencyTable
 ) -> tuple[SubNetworkProfile | CascadeProfile, ...]:
-    """Return the accuracy frontier: of sub-networks over their work, with the cascades that save time here.
+    """Return the accuracy frontier: trained sub-networks over their work, with the cascades that save time here.
 
     Two looks save less time than multiply-accumulates, because small batches take longer for each image.
     """
@@ -193,7 +195,7 @@ def _levels(
     if not profiles.is_measured:
         return tuple(alone)
     trained = _frontier(alone, attrgetter("work"), lambda each: each.top1 or 0.0)
-    usual = (latencies.max_batch_size - 1) // 2  # of a batch, less one
+    usual = (latencies.max_batch_size - 1) // 2  # a usual batch size, half the largest, minus one
     slowest = accumulate((latencies.row(profile.subnetwork)[usual] for profile in trained), max)
     seconds: dict[SubNetworkProfile | CascadeProfile, float] = dict(zip(trained, slowest, strict=True))
     seconds |= {each: _expected_s(each, latencies)[usual] for each in cascades}
@@ -210,7 +212,7 @@ def _variant(
     indices: Mapping[SubNetwork, int],
     profiles: ProfileTable,
 ) -> Variant:
-    """Make a variant that does not know yet what it takes."""
+    """Make a variant that has no latencies yet."""
     if isinstance(each, SubNetworkProfile):
         return Variant(index, each, (), index)
     first, second = profiles.by_subnetwork[each.first], profiles.by_subnetwork[each.second]
@@ -231,7 +233,7 @@ def _timed(variants: Sequence[Variant], num_levels: int, latencies: LatencyTable
 
 
 def _affordable(levels: Sequence[Variant], others: Sequence[Variant]) -> tuple[Variant, ...]:
-    """Return what a budget chooses from: the frontier over the highest cost, untrained keep rates included."""
+    """Return the variants that a budget chooses from: the frontier over the highest cost, with untrained keep rates."""
     looks = [variant for variant in (*levels, *others) if variant.second_look is None]
     trained = _frontier(
         (one for one in looks if one.profile.is_trained), attrgetter("most_gflops"), attrgetter("worth")
@@ -241,13 +243,13 @@ def _affordable(levels: Sequence[Variant], others: Sequence[Variant]) -> tuple[V
 
 
 def _is_below_dearer(variant: Variant, trained: Sequence[Variant]) -> bool:
-    """Tell whether the next dearer one is more accurate: an untrained rate that measures better does so by chance."""
+    """Return whether the next dearer trained one is better: an untrained keep rate that measures better is chance."""
     dearer = next((one for one in trained if one.profile.macs > variant.profile.macs), None)
     return dearer is not None and variant.worth < dearer.worth
 
 
 def fits(profile: SubNetworkProfile, budget_gflops: float | None) -> bool:
-    """Tell whether a sub-network costs no more than the budget, compared in the number that clients are shown."""
+    """Return whether a sub-network costs no more than the budget, compared with the cost as clients are shown it."""
     return budget_gflops is None or profile.gflops <= budget_gflops
 
 

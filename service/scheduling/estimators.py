@@ -1,4 +1,4 @@
-"""What the server learns as it serves: the machine's slowdown, delays, the traffic, and how much safety to allow for.
+"""Estimators of what the server learns as it serves: the machine's slowdown, delays, traffic and a safety factor.
 
 The filter of the slowdown follows ALERT (Wan et al., USENIX ATC 2020): one global factor with its spread, because
 whatever slows one sub-network down slows the others as well.
@@ -18,8 +18,8 @@ from service.scheduling.variants import Grant
 GAIN = 0.6
 SPREAD_GAIN = 0.2
 MAX_SQUARED_SURPRISE = 0.1
-MAX_SURPRISE = 1.5  # one hiccup of ten times is no neighbour
-TAIL_SPREADS = 2.5  # spreads above the mean: a request lost costs far more accuracy than a level does
+MAX_SURPRISE = 1.5  # per batch: a single batch that takes ten times as long is a hiccup, not a noisy neighbour
+TAIL_SPREADS = 2.5  # standard deviations: a lost request costs far more accuracy than a lower level does
 STALE_AFTER_S = 0.5
 RATE_TIME_S = 0.5
 SUSTAINED_TIME_S = 2.0
@@ -28,22 +28,22 @@ TIGHT_QUANTILE = 0.05
 DELAY_GAIN = 0.1
 DELAY_FADES_S = 0.25
 MISS_STEP = 0.3
-TOLERATED_MISSES = 0.01  # of the requests: about what running a level lower costs in accuracy
+TOLERATED_MISSES = 0.01  # fraction of the requests: about what running one level lower costs in accuracy
 MAX_SAFETY_FACTOR = 10.0
 SAFETY_FACTOR_FADES_S = 15.0
-LEARNED_EVERY = 32  # requests; to look at a thread's time takes a system call
+LEARNED_EVERY = 32  # requests: reading the CPU time of a thread takes a system call
 LOOP_GAIN = 0.5
-REJECTION_COST = 0.1  # of what an answer takes of the event loop's time
+REJECTION_COST = 0.1  # event loop time of a rejection, as a fraction of that of an answer
 
 
 @dataclass(frozen=True, slots=True)
 class Slowdown:
-    """The estimate.
+    """An estimate of how much slower than its profile the machine is.
 
     Attributes:
         factor: observed over profiled latency; 1 is as profiled.
-        variance: of the surprises, so of observed less expected factors.
-        updated_at: instant of the last batch, None before the first.
+        variance: variance of the surprises, i.e. of observed minus expected factors.
+        updated_at: when the last batch ended; None before the first.
     """
 
     factor: float = 1.0
@@ -51,17 +51,17 @@ class Slowdown:
     updated_at: float | None = None
 
     def updated(self, observed_over_profiled: float, now: float) -> "Slowdown":
-        """Learn from a batch that ended at `now`."""
+        """Return the estimate after a batch that ended at `now`."""
         surprise = min(observed_over_profiled - self.factor, MAX_SURPRISE)
         variance = self.variance + SPREAD_GAIN * (min(surprise**2, MAX_SQUARED_SURPRISE) - self.variance)
         return replace(self, factor=self.factor + GAIN * surprise, variance=variance, updated_at=now)
 
     def predict(self, now: float, prior: float, spreads: float = 0.0) -> float:
-        """Factor to multiply the profile with at `now`; without news from batches it turns to `prior`.
+        """Return the factor on the profile at `now`; without new batches it decays to `prior`.
 
         Args:
             now: in seconds on the clock of `updated`.
-            prior: what to expect before any batch has told better.
+            prior: the factor to expect without batches.
             spreads: how many standard deviations to allow for.
         """
         if self.updated_at is None:
@@ -72,9 +72,10 @@ class Slowdown:
 
 @dataclass(slots=True)
 class Delay:
-    """A delay that varies: its mean and its mean deviation, of late.
+    """A delay that varies: moving averages of its value and of its absolute deviation.
 
-    Without news what is expected fades, or a server that rejects all for its sake would never learn better.
+    Without new observations the expected delay fades. Otherwise a server that rejects every request because of it would
+    never learn that it has become shorter.
     """
 
     fades_s: float = DELAY_FADES_S
@@ -83,18 +84,18 @@ class Delay:
     _seen_at: float = 0.0
 
     def observe(self, seconds: float, now: float) -> None:
-        """Learn from one."""
+        """Update the averages with one observed delay."""
         surprise = seconds - self.mean_s
         self.mean_s += DELAY_GAIN * surprise
         self._deviation_s += DELAY_GAIN * (abs(surprise) - self._deviation_s)
         self._seen_at = now
 
     def expected_s(self, now: float) -> float:
-        """How long it will probably be."""
+        """Return the expected delay."""
         return self.mean_s * self._freshness(now)
 
     def margin_s(self, now: float) -> float:
-        """Time to allow for it, its spread included."""
+        """Return the time to allow for the delay, its spread included."""
         return (self.mean_s + 2 * self._deviation_s) * self._freshness(now)
 
     def _freshness(self, now: float) -> float:
@@ -116,14 +117,14 @@ class ArrivalRate:
         self._weight += 1.0
 
     def read(self, now: float) -> float:
-        """Return the rate."""
+        """Return the rate at `now`."""
         self._age(now)
-        return self._weight / max(self._seconds, 0.5 * self.time_s)  # the very first of all is no burst
+        return self._weight / max(self._seconds, 0.5 * self.time_s)  # a floor: the very first request is no burst
 
     def _age(self, now: float) -> None:
         if self._at is None:
             self._at = now
-        if now <= self._at:  # as where it is read and counted at once
+        if now <= self._at:  # e.g. read and counted at the same instant
             return
         keep = math.exp((self._at - now) / self.time_s)
         self._weight *= keep
@@ -133,17 +134,17 @@ class ArrivalRate:
 
 @dataclass(slots=True)
 class SafetyFactor:
-    """A factor on the times that a plan reckons with, at least 1: it grows with every request that is missed.
+    """A factor on the latencies that a plan assumes, at least 1: it grows with every missed request.
 
-    It finds by trial what no profile tells, such as how much of a deadline goes by on the way to and from the engine
-    while HTTP and the engine contend for the same cores. Answers in time and time itself let it fade.
+    It learns by trial what no profile measures, such as how much of a latency budget passes on the way to and from the
+    engine while HTTP and the engine contend for the same cores. Requests served in time, and time itself, let it decay.
     """
 
     factor: float = 1.0
     _at: float = 0.0
 
     def observe(self, met: int, missed: int, now: float) -> None:
-        """Learn from requests: so many were taken into a batch that should be in time, so many were missed."""
+        """Update the factor: `met` requests went into a batch that should be in time, `missed` requests were missed."""
         step = MISS_STEP * (missed - TOLERATED_MISSES * (met + missed))
         self.factor = min(MAX_SAFETY_FACTOR, max(1.0, self.read(now) + step))
         self._at = now
@@ -154,14 +155,14 @@ class SafetyFactor:
 
 
 class TrafficEstimator:
-    """What arrives: how much of late and over some seconds, and what the last requests granted."""
+    """Estimates the traffic: the recent and the sustained arrival rate, and the constraints of the last requests."""
 
     def __init__(self) -> None:
         self._rate = ArrivalRate(RATE_TIME_S)
         self._sustained_rate = ArrivalRate(SUSTAINED_TIME_S)
         self._recent: deque[RequestConstraints] = deque(maxlen=REMEMBERED_REQUESTS)
-        self._budgets_s: list[float] = []  # of the recent, ascending
-        self.counted_at = -math.inf  # the last arrival
+        self._budgets_s: list[float] = []  # latency budgets of `_recent`, ascending
+        self.counted_at = -math.inf  # when the last request arrived
 
     @property
     def recent(self) -> Sequence[RequestConstraints]:
@@ -170,7 +171,7 @@ class TrafficEstimator:
 
     @property
     def tight_budget_s(self) -> float:
-        """A budget that few of the recent ones undercut; infinite before the first."""
+        """A latency budget that few of the recent ones undercut; infinite before the first request."""
         return self._budgets_s[int(TIGHT_QUANTILE * len(self._budgets_s))] if self._budgets_s else math.inf
 
     def count(self, now: float) -> None:
@@ -180,7 +181,7 @@ class TrafficEstimator:
         self._sustained_rate.count(now)
 
     def remember(self, constraints: RequestConstraints) -> None:
-        """Take note of what a request grants."""
+        """Remember the constraints of a request."""
         if len(self._recent) == REMEMBERED_REQUESTS:
             oldest = self._recent[0].budget_s
             del self._budgets_s[bisect_left(self._budgets_s, oldest)]
@@ -188,7 +189,7 @@ class TrafficEstimator:
         insort(self._budgets_s, constraints.budget_s)
 
     def take_over(self, other: "TrafficEstimator", grant: Grant) -> None:
-        """Go on from what another one has seen, as if each request granted this: theirs is of another catalog."""
+        """Copy what another estimator has seen, with `grant` for each request: its grants are of another catalog."""
         self._rate, self._sustained_rate = copy(other._rate), copy(other._sustained_rate)
         self.counted_at = other.counted_at
         self._recent.clear()
@@ -197,36 +198,36 @@ class TrafficEstimator:
             self.remember(replace(constraints, grant=grant))
 
     def rate(self, now: float) -> float:
-        """Return the arrivals per second, of late."""
+        """Return the recent arrivals per second."""
         return self._rate.read(now)
 
     def sustained_rate(self, now: float) -> float:
-        """Return the arrivals per second over a longer time, which leaves out what is only a burst."""
+        """Return the arrivals per second over a longer time, which smooths out bursts."""
         return self._sustained_rate.read(now)
 
 
 class LoopCost:
-    """How much of its CPU time the event loop spends on a request.
+    """Measures the CPU time that the event loop spends on a request.
 
-    Rejected ones count as well: were their cost put on those answered, a server that rejects many would soon reject all
-    and never learn better.
+    Rejected requests count as well: if their cost were put on the answered ones, a server that rejects many would soon
+    reject all of them and never learn better.
 
     Attributes:
-        mean_s: seconds per request that is answered, learned.
+        mean_s: learned seconds per answered request.
     """
 
     def __init__(self, used_s: Callable[[], float]) -> None:
-        """Take what tells the CPU seconds that the loop's thread has used."""
+        """Start without requests; `used_s` returns the CPU seconds that the thread of the event loop has used."""
         self.mean_s = 0.0
         self._used_s = used_s
         self._counted_until_s = self._idle_since_s = used_s()
         self._in_flight = 0
-        self._uncounted = 0.0  # requests that have ended since
+        self._uncounted = 0.0  # requests that have ended since `mean_s` was last updated
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Count a request that the block stands for."""
-        if self._in_flight == 0:  # what the loop has used since the last request is none's
+        """Count a request that is in flight while the block runs."""
+        if self._in_flight == 0:  # the time used since the last request belongs to none
             self._counted_until_s += self._used_s() - self._idle_since_s
         self._in_flight += 1
         try:
@@ -238,8 +239,8 @@ class LoopCost:
                 self._idle_since_s = self._used_s()
 
     def rejected(self) -> None:
-        """Count a request that was rejected before it came to `counting`."""
-        if self._in_flight:  # otherwise its time is that of an idle loop
+        """Count a request that was rejected before it reached `counting`."""
+        if self._in_flight:  # otherwise its time counts as that of an idle loop
             self._count(REJECTION_COST)
 
     def _count(self, requests: float) -> None:

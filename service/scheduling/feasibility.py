@@ -1,4 +1,4 @@
-"""Whether a queue that is served by deadline, in the largest batches that fit, is in time. Decides nothing."""
+"""Checks whether a queue served by deadline, in the largest batches that fit, is in time. Decides nothing."""
 
 import math
 from bisect import bisect_right
@@ -17,18 +17,19 @@ def clears(
     planned: int | None = None,
     after_s: float = 0.0,
 ) -> bool:
-    """Whether serving all of `deadlines`, ascending, with one variant in the largest batches is in time for all.
+    """Return whether serving all of `deadlines`, ascending, with one variant in the largest batches meets each of them.
 
-    The slowdown is the one that few batches exceed. That many in a row do is less likely still: their time adds up as
-    it probably will be, and their deviations, independent of each other, as the root of the sum of squares.
+    The slowdown is the one that few batches exceed. Many batches in a row exceed it more rarely still: so the times add
+    up as expected values, and the deviations, which are independent, as the root of the sum of squares.
 
     Args:
-        state: at this moment.
-        deadlines: of what is served.
-        variant: its index.
-        max_size: of a batch.
-        planned: how many are looked at; those beyond them are taken to go at their pace. By default all are.
-        after_s: from now until the engine is free.
+        state: the state at this moment.
+        deadlines: the deadlines of the requests to serve.
+        variant: index of the variant.
+        max_size: largest size of a batch.
+        planned: how many requests are planned one by one; the rest are assumed to be served at the same pace. By
+            default all are planned.
+        after_s: seconds from now until the engine is free.
     """
     by_batch_s, slowdown, start_at = state.latencies_s[variant], state.slowdown, state.now + after_s
     likely = slowdown / state.tail_factor
@@ -56,9 +57,9 @@ def clears_mixed(
     *,
     after_s: float = 0.0,
 ) -> bool:
-    """As `clears`, where each request has a target of its own: a group pays for one batch per target in it.
+    """Like `clears`, where each request has its own target: a group pays for one batch per target in it.
 
-    Those beyond the targets are taken to go at the pace of those before them.
+    Requests beyond `targets` are assumed to be served at the pace of those before them.
     """
     latencies_s, slowdown, max_size = state.latencies_s, state.slowdown, state.max_batch_size
     likely, start_at = slowdown / state.tail_factor, state.now + after_s
@@ -77,7 +78,7 @@ def clears_mixed(
 
 
 def _goes_on(state: SchedulerState, deadlines: Sequence[float], count: int, start_at: float, time: float) -> bool:
-    """Whether those beyond the first `count`, which were served from one instant to the other, are in time as well."""
+    """Return whether the requests beyond the first `count`, served from `start_at` to `time`, are in time as well."""
     if count == len(deadlines):
         return True
     pace, step = (time - start_at) / count, state.max_batch_size
@@ -85,18 +86,18 @@ def _goes_on(state: SchedulerState, deadlines: Sequence[float], count: int, star
 
 
 def exceeds_capacity(state: SchedulerState, rate: float) -> bool:
-    """Whether more would arrive at this rate than even the cheapest level carries in full batches."""
+    """Return whether arrivals at this rate exceed the capacity of the cheapest level in full batches."""
     full_s = state.latency_s(0, state.max_batch_size) * state.overhead_factor
     return rate * full_s > state.max_batch_size
 
 
 def is_sustained_overload(state: SchedulerState) -> bool:
-    """Whether for long more has come, and still comes, than even the cheapest level carries."""
+    """Return whether arrivals have exceeded the capacity of the cheapest level for long, and still do."""
     return exceeds_capacity(state, min(state.arrival_rate, state.sustained_rate))
 
 
 def take_group(latencies_s: Latencies, targets: Sequence[int], room: float) -> tuple[list[int], float]:
-    """Take from the front what fits the room: how many of each variant, and the cost of a batch of each."""
+    """Fit requests from the front into the room; return the batch size of each variant and the cost of all batches."""
     sizes, cost = [0] * len(latencies_s), 0.0
     for index in targets:
         by_batch_s, size = latencies_s[index], sizes[index]

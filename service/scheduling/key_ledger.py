@@ -1,4 +1,4 @@
-"""What the holders of keys have had, and what they may have now: a rate of work each, and fair shares of what there is.
+"""Accounts for the work of API keys: a token bucket per key, and fair shares of the capacity under overload.
 
 Pure: no clock, no threads. Work is counted in GFLOPs, 1e9 multiply-accumulates.
 """
@@ -11,30 +11,30 @@ from dataclasses import dataclass
 from service.domain import ApiKey
 from service.errors import OverloadedError
 
-ACTIVE_S = 1.0  # after its last request, admitted or not, for which a key counts as one that wants its share
-CREDIT_ANSWERS = 128  # at the cheapest variant, that a key which asks for little may be behind its share
+ACTIVE_S = 1.0  # after its last request, admitted or not, for which a key counts as active, i.e. as wanting its share
+CREDIT_ANSWERS = 128  # at the cheapest variant, that an active key which asks for little may lag behind the others
 STEPS = 6  # of demotion, within one step of priority: 1 from FIRST_ANSWERS on, and one more with each doubling
-FIRST_ANSWERS = 4  # ahead; with less, what could run as one batch would often stand apart
+FIRST_ANSWERS = 4  # ahead; with fewer, requests that could run as one batch would often be separated
 RETRY_AFTER_S = 1.0
 
 
 @dataclass(slots=True)
 class _Account:
-    tokens: float  # GFLOPs that may be spent at once; below zero where requests together spent more than was left
+    tokens: float  # GFLOPs that may be spent at once; negative where requests together spent more than was left
     refilled_at: float
     weight: float
-    finish: float = 0.0  # work that it had over its weight, as if it had asked for its share ever since
+    finish: float = 0.0  # work received over weight, as if the key had always asked for its share
     in_flight: int = 0
     asked_at: float = -math.inf
 
 
 @dataclass(slots=True)
 class Charge:
-    """What a request has cost.
+    """The cost of a request.
 
     Attributes:
-        spent_gflops: that.
-        may_have_spent: whether work on it has begun, of which nothing may be known if it is broken off.
+        spent_gflops: the work spent on the request.
+        may_have_spent: whether work has begun; if the request is cancelled then, `spent_gflops` may not be known.
     """
 
     spent_gflops: float = 0.0
@@ -42,11 +42,11 @@ class Charge:
 
 
 class KeyLedger:
-    """Counts the work of each key.
+    """Accounts for the work of each key.
 
     Under overload, work is shared as in start-time fair queueing (Goyal et al., SIGCOMM 1996): the key that has had the
-    least for its weight comes first. Here it does so by a fraction of a step of priority, which admission, decoding
-    and shedding heed already; where there is enough for all, it changes nothing.
+    least work for its weight comes first, by a fraction of a step of priority, which admission, decoding and shedding
+    respect already. Where there is enough capacity for all, this changes nothing.
 
     Attributes:
         answer_gflops: cost of the cheapest answer of the model that is served.
@@ -59,15 +59,15 @@ class KeyLedger:
 
         Args:
             answer_gflops: cost of the cheapest answer.
-            share: of each key's rate and requests in flight that are this process's to grant: one of several.
-            observe: called with the name of a key and what a request of it was charged, once it has ended.
+            share: fraction of each key's rate, burst and requests in flight that this process, of several, grants.
+            observe: called with the name of a key and the GFLOPs that it was charged, once they are known.
         """
         self.answer_gflops = answer_gflops
         self._share, self._observe = share, observe
         self._accounts: dict[str, _Account] = {}
 
     def left_gflops(self, key: ApiKey, now: float) -> float:
-        """Return what a request of a key may cost now; infinite where its rate is not bounded."""
+        """Return how many GFLOPs a request of a key may cost now; infinite where its rate is not bounded."""
         if key.gflops_per_s is None:
             return math.inf
         account, burst = self._account(key, now), self._burst(key)
@@ -76,7 +76,7 @@ class KeyLedger:
         return account.tokens
 
     def wait_s(self, key: ApiKey, gflops: float, now: float) -> float:
-        """Return how long it takes until a request of that cost may come; infinite where it never may."""
+        """Return the seconds until a request of that cost is allowed; infinite where it never is."""
         if key.gflops_per_s is None:
             return 0.0
         if gflops > self._burst(key):
@@ -84,17 +84,17 @@ class KeyLedger:
         return max(0.0, gflops - self.left_gflops(key, now)) / (key.gflops_per_s * self._share)
 
     def asked(self, key: ApiKey, now: float) -> None:
-        """Take note that a key wants something, whatever becomes of it."""
+        """Record that a request came with this key, whether it is admitted or not."""
         account = self._account(key, now)
-        if now > account.asked_at + ACTIVE_S:  # it gets no more for having asked for nothing
+        if now > account.asked_at + ACTIVE_S:  # an idle key earns no credit
             account.finish = max(account.finish, self._least(now)[0])
         account.asked_at, account.weight = now, key.weight
 
     def demotion(self, key: ApiKey, now: float) -> float:
-        """Return the fraction of a step, 0..0.5, by which a request stands behind others of its priority.
+        """Return the fraction of a step of priority, 0..0.5, by which a request stands behind others of its priority.
 
-        It is counted in answers of the active key of most weight, so that it follows within a few, on slow machines,
-        too, and that only what weights are beside each other says anything.
+        The lead of a key is counted in answers of the active key with the highest weight. So the demotion takes effect
+        within a few answers, on slow machines, too, and depends only on the ratios of the weights.
         """
         least, answer = self._least(now)
         ahead = max(0.0, self._account(key, now).finish - least) / answer
@@ -102,12 +102,13 @@ class KeyLedger:
 
     @contextmanager
     def charging(self, key: ApiKey | None, most_gflops: float, now: float) -> "Iterator[Charge]":
-        """Take what a request may cost at most until the block ends, and then what it says that it cost.
+        """Charge the most that a request may cost while the block runs, and then the cost that the block reports.
 
-        One that is broken off once work on it has begun, as where its client leaves, is charged the cheapest answer.
+        A request that is cancelled once work on it has begun, as when its client leaves, is charged the cheapest
+        answer.
 
         Raises:
-            OverloadedError: as many requests of this key as may be are in flight.
+            OverloadedError: the key has as many requests in flight as it may have.
         """
         charge = Charge()
         if key is None:
@@ -122,9 +123,9 @@ class KeyLedger:
         account.tokens -= most_gflops
         try:
             yield charge
-        except Exception:  # an error of any kind: it says itself what was spent
+        except Exception:  # an error of any kind: the block has reported what was spent
             raise
-        except BaseException:  # what breaks a request off, such as CancelledError: it could not say so any more
+        except BaseException:  # a cancellation, such as CancelledError: the block could not report it any more
             if charge.may_have_spent:
                 charge.spent_gflops = answer_gflops
             raise
@@ -135,17 +136,18 @@ class KeyLedger:
             self._observe(key.name, charge.spent_gflops)
 
     def charge(self, key: ApiKey, gflops: float, now: float) -> None:
-        """Take what was spent on a request beside its answer."""
+        """Charge a key for work on a request besides its answer."""
         account = self._account(key, now)
         account.tokens -= gflops
         account.finish += gflops / key.weight
         self._observe(key.name, gflops)
 
     def _least(self, now: float) -> tuple[float, float]:
-        """Return what the active key has had that has had the least; no active one is far behind another.
+        """Find the active key that has received the least, after limiting how far active keys lag behind the others.
 
         Returns:
-            That, and what an answer counts for the one of them of most weight.
+            Its `finish`, or the highest of all keys where none is active; and what the cheapest answer adds to the
+            `finish` of the active key with the highest weight.
         """
         accounts = self._accounts.values()
         active = [account for account in accounts if now <= account.asked_at + ACTIVE_S]
@@ -160,7 +162,7 @@ class KeyLedger:
     def _burst(self, key: ApiKey) -> float:
         if key.burst_gflops is None:
             return math.inf
-        # A part of it must do for an answer, if the whole does.
+        # This process's part must be enough for an answer if the whole burst is.
         return max(self._share * key.burst_gflops, min(key.burst_gflops, self.answer_gflops))
 
     def _account(self, key: ApiKey, now: float) -> _Account:

@@ -1,9 +1,9 @@
 """The choice of a variant and a batch, as a pure function of the queue, the machine's state and the catalog.
 
-The idea: find the highest level at which everything that waits, and what will probably arrive in the next moment, can
-still be answered in time when served in order of deadline with the largest batches that fit; run the first batch of
-that plan. If even the cheapest level cannot do it, serve there, and shed as few requests as possible, those that would
-miss their deadlines anyway and would take others with them.
+The idea: find the highest level at which the whole queue, and the arrivals forecast for the next moment, can still be
+answered in time when served in order of deadline with the largest batches that fit; run the first batch of that plan.
+If even the cheapest level cannot do it, serve at that level and shed the requests that would miss their deadlines
+anyway and make others late: as few as possible, or, where arrivals exceed the capacity, as many as keep batches large.
 """
 
 import math
@@ -18,15 +18,15 @@ from service.scheduling.feasibility import clears, clears_mixed, exceeds_capacit
 from service.scheduling.plan import MARGIN, MAX_PLANNED, Plan, guard_time_s
 from service.scheduling.state import BatchDecision, QueuedRequest, Reason, SchedulerState, target
 
-TIGHT_SHARE = 0.8  # of a tight budget: a batch that takes longer has no place for requests with such a budget
-RARE = 0.1  # arrivals during other looks up to which none is reckoned with
+TIGHT_SHARE = 0.8  # of a tight latency budget: a batch that takes longer leaves no time for requests with such a budget
+RARE = 0.1  # expected arrivals during a batch of second looks up to which none is planned for
 
 
 def choose_level(state: SchedulerState) -> BatchDecision:
     """Choose the highest level that clears the queue, and its first batch.
 
-    Other looks at images that have an answer already are put off as long as their deadlines allow, so that they form
-    large batches. They then come before the level of the others: they may lower it, but make none late.
+    Further looks at images that have an answer already are deferred as long as their deadlines allow, so that they form
+    large batches. They may lower the level of the other requests, but make none of them late.
     """
     expired = _expired(state)
     gone = set(expired)
@@ -35,7 +35,7 @@ def choose_level(state: SchedulerState) -> BatchDecision:
     first = [request for request in queue if request.looks_again_for is None] if again else list(queue)
     careful = state.slowed(state.tail_factor)
     is_short = exceeds_capacity(state, state.arrival_rate)
-    # With a guard, batches would be too small to carry what comes.
+    # With a guard, batches would be too small to keep up with the arrivals.
     plan = Plan(careful, first, math.inf if is_short else guard_time_s(careful))
     decision = _choose(state, plan) if first else BatchDecision(None)
     if expired:
@@ -49,21 +49,22 @@ def choose_level(state: SchedulerState) -> BatchDecision:
 
 def _choose(state: SchedulerState, plan: Plan) -> BatchDecision:
     is_sustained = is_sustained_overload(state)
-    # Time that a better level took now would be missed sooner or later.
+    # Under sustained overload, time spent on a better level now would be missing later.
     highest = 0 if is_sustained else state.catalog.num_levels - 1
     level = plan.highest_clearing(highest)
     if level is not None:
         decision = _first_batch(plan, level)
         return replace(decision, reason=_reason(ReasonCode.SUSTAINED_OVERLOAD, plan)) if is_sustained else decision
-    shed = _to_shed(replace(state, tail_factor=1.0), plan.queue)  # nothing is shed for what is only possible
+    shed = _to_shed(replace(state, tail_factor=1.0), plan.queue)  # nothing is shed for a delay that is only possible
     dropped = set(shed)
     return _cheapest_batch(plan.state, [request for request in plan.queue if request not in dropped], shed)
 
 
 def _look_again(plan: Plan, again: Sequence[QueuedRequest], instead: BatchDecision) -> BatchDecision:
-    """Take the most urgent other looks, if they can wait for no batch more and keep no request from its answer.
+    """Run the most urgent further looks if they cannot wait for another batch and make no other request late.
 
-    Where they would and nothing else waits, their answers are given as they are: there will be no better moment.
+    If they would make one late and nothing else is to run, the answers that they have are given as they are: there
+    will be no better moment.
     """
     state, head = plan.state, again[0]
     index = target(head.constraints, 0)
@@ -74,7 +75,7 @@ def _look_again(plan: Plan, again: Sequence[QueuedRequest], instead: BatchDecisi
         ends_at = state.now + state.batch_s(instead.variant.index, len(instead.batch)) * state.overhead_factor
         if size < state.max_batch_size and ends_at + seconds <= head.deadline_at:
             return instead
-    # One that comes meanwhile waits until it has ended.
+    # A request that arrives during the batch waits until it has ended.
     is_rare = state.arrival_rate * seconds <= RARE
     if not (is_rare or seconds + state.latency_s(0, 1) <= state.tight_budget_s) or not plan.clears(0, after_s=seconds):
         return instead if instead.variant is not None else replace(instead, shed=tuple(again))
@@ -83,7 +84,7 @@ def _look_again(plan: Plan, again: Sequence[QueuedRequest], instead: BatchDecisi
 
 
 def _expired(state: SchedulerState) -> tuple[QueuedRequest, ...]:
-    """Find the requests whose deadline not even a batch of one at their cheapest variant would meet."""
+    """Return the requests whose deadlines not even a batch of one at their cheapest variant would meet."""
     now, slowdown, latencies_s = state.now, state.slowdown, state.latencies_s
     latest = now + max(map(itemgetter(0), latencies_s)) * slowdown
     urgent = takewhile(lambda request: request.deadline_at < latest, state.queue)
@@ -95,7 +96,7 @@ def _expired(state: SchedulerState) -> tuple[QueuedRequest, ...]:
 
 
 def _first_batch(plan: Plan, level: int) -> BatchDecision:
-    """Take the first batch of the plan, with a little margin: a variant that only just fits is lowered."""
+    """Return the first batch of the plan, with a small margin: a variant that only just fits is lowered."""
     state, queue, head = plan.state, plan.queue, plan.queue[0]
     room = head.deadline_at - state.now
     index = target(head.constraints, level)
@@ -112,7 +113,7 @@ def _first_batch(plan: Plan, level: int) -> BatchDecision:
         index = target(head.constraints, level)
     while size > 1 and plan.is_too_long(index, size):
         size -= 1
-    # Not all of them grant it, if it was lowered.
+    # If the level was lowered, not all of these requests have the variant as their target.
     granting = (request for request in together if target(request.constraints, level) == index)
     if len(queue) > 1:
         code = ReasonCode.ALL_IN_TIME
@@ -132,16 +133,15 @@ def _reason(code: ReasonCode, plan: Plan) -> Reason:
 def _to_shed(state: SchedulerState, queue: Sequence[QueuedRequest]) -> tuple[QueuedRequest, ...]:
     """Choose requests to shed so that the cheapest level answers the rest: low priority first, then the most urgent.
 
-    Those of them that are due so late that no other gains from it stay.
+    Requests that are due so late that shedding them helps no other are kept.
     """
     order = sorted(queue[:MAX_PLANNED], key=attrgetter("priority"))  # stable: by deadline within each priority
-    # A key that asks for no more than its share shall not pay for others' arrivals: none is shed for larger batches.
+    # With fair shares, none is shed for larger batches: a key within its share must not pay for others' arrivals.
     are_shared = any(request.priority % 1 for request in order)
     if not are_shared and exceeds_capacity(state, state.arrival_rate):
         count = _too_urgent(state, [request.deadline_at for request in order])
-        latest = max(
-            request.deadline_at for request in order[count:]
-        )  # what is due after them takes no place of theirs
+        # Requests due after all that are kept take no time from them.
+        latest = max(request.deadline_at for request in order[count:])
         return tuple(request for request in order[:count] if request.deadline_at <= latest)
 
     def is_answered(rest: Sequence[QueuedRequest]) -> bool:
@@ -156,7 +156,7 @@ def _to_shed(state: SchedulerState, queue: Sequence[QueuedRequest]) -> tuple[Que
 
 
 def _clears_cheapest(state: SchedulerState, queue: Sequence[QueuedRequest]) -> bool:
-    """Whether the cheapest variant of each answers the whole `queue`, which is in order of deadline."""
+    """Return whether the cheapest variant of each request answers all of `queue`, which is in order of deadline."""
     deadlines, targets = [request.deadline_at for request in queue], [target(each.constraints, 0) for each in queue]
     if any(targets):
         return clears_mixed(state, deadlines, targets, math.inf)
@@ -164,17 +164,17 @@ def _clears_cheapest(state: SchedulerState, queue: Sequence[QueuedRequest]) -> b
 
 
 def _too_urgent(state: SchedulerState, deadlines: Sequence[float]) -> int:
-    """Count the requests that keep this batch from being as large as is useful, where arrivals exceed all capacity.
+    """Count the requests that keep this batch from being as large as is useful, where arrivals exceed the capacity.
 
     Small batches would waste the very capacity that is short.
 
     Args:
-        state: at this moment.
-        deadlines: in the order in which requests are shed.
+        state: the state at this moment.
+        deadlines: the deadlines, in the order in which requests are shed.
     """
-    earliest = list(accumulate(reversed(deadlines), min))[::-1]  # of those left, once so many are shed
+    earliest = list(accumulate(reversed(deadlines), min))[::-1]  # earliest deadline of the rest, by how many are shed
     largest = state.fitting(0, TIGHT_SHARE * state.tight_budget_s, len(deadlines))
-    if largest < 2:  # budgets that leave no room for two say nothing of what is useful
+    if largest < 2:  # budgets too short for two requests say nothing about a useful size
         largest = min(state.max_batch_size, len(deadlines))
     for size in range(largest, 1, -1):
         count = bisect_left(earliest, state.now + state.latency_s(0, size))

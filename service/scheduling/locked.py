@@ -1,4 +1,4 @@
-"""Methods of an object that several threads share, one at a time."""
+"""A decorator that serialises the methods of an object which several threads share."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 
 class Lockable(Protocol):
-    """What has a reentrant lock."""
+    """An object with a reentrant lock."""
 
     lock: AbstractContextManager[object]
 
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 def locked(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Have a method hold the lock of its object."""
+    """Make a method hold the lock of its object."""
 
     @functools.wraps(method)
     def one_at_a_time(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""Whether what waits, and what will probably come in the next moment, is answered in time at a level. Chooses none."""
+"""Checks whether the queue and the forecast arrivals are answered in time at a level. Chooses no level."""
 
 import math
 from bisect import bisect_left, bisect_right
@@ -11,38 +11,38 @@ from service.scheduling.feasibility import clears, clears_mixed, take_group
 from service.scheduling.state import QueuedRequest, RequestConstraints, SchedulerState
 
 FORECAST_S = 0.25
-# These bound the time of a decision, however many wait.
+# These bound the time of a decision, however long the queue is.
 MAX_EXPECTED = 96
-MAX_PLANNED = 128  # the most urgent, where each must be looked at; the others' turn comes
+MAX_PLANNED = 128  # the most urgent requests, where each must be planned; the rest are planned in later decisions
 MARGIN = 1.05
-BUSY = 0.3  # arrivals per longest single inference from which on the plan leaves room for the next one
+BUSY = 0.3  # arrivals per longest single inference above which the plan leaves time for the next request
 
 
 class Plan:
-    """What waits and what is expected; built once per decision, asked once per bisection.
+    """The queue and the forecast arrivals; built once per decision, queried in each step of the bisection.
 
     Attributes:
-        state: at this moment, with the slowdown to plan with.
-        queue: what waits, earliest deadline first.
-        guard_s: the longest batch after which what comes meanwhile can still be answered.
-        expected: what will probably come, each as a recent request.
-        deadlines: of all of it, ascending.
-        lowest_limit: the level up to which each of them grants the levels themselves.
+        state: the state at this moment, with the slowdown to plan with.
+        queue: the requests that wait, earliest deadline first.
+        guard_s: the longest batch after which a request that arrives during it can still be answered.
+        expected: constraints of the forecast arrivals, each like those of a recent request.
+        deadlines: deadlines of the queue and the forecast arrivals, ascending.
+        lowest_limit: the level up to which every request grants the levels themselves.
     """
 
     def __init__(self, state: SchedulerState, queue: Sequence[QueuedRequest], guard_s: float) -> None:
-        """Take what waits, and expect what the state lets expect."""
+        """Build the plan from the queue and the arrivals forecast by the state."""
         self.state, self.queue, self.guard_s = state, queue, guard_s
         self.expected, self._expected_deadlines = _expected(state)
         self.deadlines = [request.deadline_at for request in queue]
         self.deadlines += self._expected_deadlines
         self.deadlines.sort()
         waiting, coming = {request.constraints.grant for request in queue}, {each.grant for each in self.expected}
-        self._grants = waiting | coming  # few: most requests share one
+        self._grants = waiting | coming  # few grants: most requests share one
         self.lowest_limit = min([grant.highest_level for grant in self._grants], default=0)
 
     def highest_clearing(self, highest: int) -> int | None:
-        """Bisect the levels up to the highest; None if even the cheapest leaves a request late."""
+        """Return the highest level up to `highest` that clears, by bisection; None if even the cheapest does not."""
         low, high = -1, highest
         while low < high:
             middle = (low + high + 1) // 2
@@ -53,8 +53,8 @@ class Plan:
         return low if low >= 0 else None
 
     def clears(self, level: int, after_s: float = 0.0) -> bool:
-        """Whether a level leaves no request late, if the engine is free only after some seconds."""
-        state = self._cautious if level else self.state  # caution costs accuracy, never a request
+        """Return whether a level leaves no request late if the engine is free only after `after_s` seconds."""
+        state = self._cautious if level else self.state  # the safety factor may cost accuracy, but never a request
         if level <= self.lowest_limit:
             return clears(state, self.deadlines, level, self.batch_limit(level), after_s=after_s)
         index = self.common_target(level)
@@ -65,12 +65,12 @@ class Plan:
         return clears_mixed(state, self.deadlines, targets, self.guard_s, after_s=after_s)
 
     def common_target(self, level: int) -> int | None:
-        """Return the variant that every request gets at a level; None where that differs."""
+        """Return the index of the variant that every request gets at a level; None where they differ."""
         indices = {grant.by_level[level] for grant in self._grants}
         return indices.pop() if len(indices) == 1 else None
 
     def share(self, level: int, index: int) -> int:
-        """The largest batch of a variant that leaves the other variants in the plan's first group their time."""
+        """Return the largest batch of a variant that leaves the other variants in the plan's first group their time."""
         state, by_batch_s = self.state, self.state.latencies_s[index]
         room = min(self.deadlines[0] - state.now, max(self.guard_s, by_batch_s[0] * state.slowdown))
         room /= state.slowdown
@@ -82,13 +82,13 @@ class Plan:
         return max(sizes[index], bisect_right(by_batch_s, room - cost + own_s))
 
     def is_too_long(self, index: int, size: int) -> bool:
-        """Whether a batch, and the second looks that it will want, leave the head or a new request too little time."""
+        """Return whether a batch leaves too little time for a new request, or with its second looks for the head."""
         state = self.state
         batch_s, all_s = state.batch_s(index, size), state.longest_s(index, size)
         return batch_s * MARGIN > self.guard_s or all_s * MARGIN > self.queue[0].deadline_at - state.now
 
     def batch_limit(self, index: int) -> int:
-        """The largest batch that a new request with a tight budget can wait for; at least one."""
+        """Return the largest batch that a new request with a tight budget can wait for; at least 1."""
         return _batch_limit(self.state, index, self.guard_s)
 
     @cached_property
@@ -97,7 +97,7 @@ class Plan:
 
     @cached_property
     def _first_grants(self) -> list[tuple[int, ...]]:
-        """What each of the MAX_PLANNED that are due first gets, by level."""
+        """The variants by level of each of the MAX_PLANNED requests that are due first."""
         first = [(request.deadline_at, request.constraints.grant.by_level) for request in self.queue[:MAX_PLANNED]]
         coming = zip(self._expected_deadlines, self.expected, strict=True)
         first += [(deadline, constraints.grant.by_level) for deadline, constraints in coming]
@@ -110,18 +110,18 @@ def _batch_limit(state: SchedulerState, index: int, guard_s: float) -> int:
 
 
 def _expected(state: SchedulerState) -> tuple[list[RequestConstraints], list[float]]:
-    """Return the arrivals of the next moment, with some more for chance, each as a recent one, and their deadlines."""
+    """Return the forecast arrivals, with an allowance for chance, each like a recent request, and their deadlines."""
     mean = state.arrival_rate * FORECAST_S
-    arrivals = mean + math.sqrt(mean)  # a Poisson deviation more: where few come, chance brings twice as many
+    arrivals = mean + math.sqrt(mean)  # plus one Poisson standard deviation: where few come, twice as many may
     count, now, rate = min(round(arrivals), MAX_EXPECTED), state.now, arrivals / FORECAST_S
     alike = list(islice(cycle(state.recent), count))
     return alike, [now + place / rate + each.budget_s for place, each in enumerate(alike, start=1)]
 
 
 def guard_time_s(state: SchedulerState) -> float:
-    """The longest batch after which requests that come meanwhile can still be answered, however tight their budgets.
+    """Return the longest batch after which requests that arrive during it, on tight budgets, can still be answered.
 
-    Infinite where none is due, or where not even one of them could be.
+    Infinite where no arrival is expected, or where not even one request could be answered.
     """
     rate, most, tight_s = state.arrival_rate, state.max_batch_size, state.tight_budget_s
 
@@ -130,8 +130,8 @@ def guard_time_s(state: SchedulerState) -> float:
 
     if room(1) <= 0 or rate * state.latency_s(state.catalog.num_levels - 1, 1) <= BUSY:
         return math.inf
-    # The longer the batch, the more of them come, and the less room they leave it.
+    # The longer the batch, the more requests arrive during it, and the less time they leave for it.
     enough = bisect_left(range(1, most + 1), True, key=lambda count: count / rate >= room(count))
     if enough < most:
         return max(enough / rate, room(enough + 1))
-    return max(most / rate, tight_s / (1 + rate * state.latency_s(0, most) / most))  # more than a batch of them
+    return max(most / rate, tight_s / (1 + rate * state.latency_s(0, most) / most))  # more than one batch of arrivals

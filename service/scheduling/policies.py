@@ -1,4 +1,4 @@
-"""Every policy by its name: ours, published ones and simple ones. Knows no settings."""
+"""Registry of the policies by name: ours, published ones and simple ones. Knows no settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ from service.scheduling.variants import Variant
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What chooses, by name.
+    """A policy by name.
 
     Attributes:
-        name: as settings and benchmarks call it.
-        make: builds it for a catalog and for batches of at most so many; one that plans keeps its plan to itself.
-        rejects_early: whether the scheduler rejects at admission what it sees no way to answer in time. Published
-            policies drop when they choose.
+        name: the name in settings and benchmarks.
+        make: builds the policy for a catalog and a largest batch size; each one that is built keeps its own plan.
+        rejects_early: whether the scheduler rejects at admission a request that could not be answered in time.
+            Published policies drop requests when they choose a batch.
     """
 
     name: str
@@ -58,7 +58,7 @@ POLICIES = (
 
 
 def variant_name(variant: Variant) -> str:
-    """Name a variant briefly: 14-0.5, or 8-0.5+14-1@0.85 where grid 14 looks again at what grid 8 is not so sure of."""
+    """Name a variant briefly: 14-0.5, or 8-0.5+14-1@0.85 where grid 14 looks again if grid 8 is less than 0.85 sure."""
     second = variant.second_look
     looks = _grid_and_rate(variant.profile.subnetwork)
     return looks if second is None else f"{looks}+{_grid_and_rate(second.profile.subnetwork)}@{second.threshold:.10g}"
@@ -74,17 +74,17 @@ def _grid_and_rate(subnetwork: SubNetwork) -> str:
 
 
 def policy_names(catalog: VariantCatalog) -> tuple[str, ...]:
-    """Name every policy for this catalog; keep rates at which nothing was trained can be fixed as well."""
+    """Name every policy for this catalog; untrained keep rates can be fixed as well, but are not listed."""
     trained = [one for one in catalog.variants if one.profile.is_trained]
     trained.sort(key=lambda one: (one.second_look is not None, one.profile.subnetwork))
     return (*(policy.name for policy in POLICIES), *map(fixed_name, trained))
 
 
 def find_policy(name: str, catalog: VariantCatalog) -> Policy:
-    """Find a policy for a catalog.
+    """Find a policy for a catalog by its name.
 
     Raises:
-        InvalidParameterError: there is no policy of that name; lists those there are.
+        InvalidParameterError: there is no policy of that name; the message lists those there are.
     """
     for policy in POLICIES:
         if policy.name == name:

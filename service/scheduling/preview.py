@@ -1,4 +1,4 @@
-"""What would become of a request, by asking the policy as if it waited already. Changes nothing."""
+"""Predicts the decision for a request by asking the policy as if it were queued already. Changes nothing."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from service.errors import OverloadedError
 from service.scheduling.state import BatchDecision, Decide, QueuedRequest, SchedulerState, target
 from service.scheduling.variants import Variant
 
-MAX_PREVIEWED = 8  # decisions; a longer queue is taken to go on as it began
+MAX_PREVIEWED = 8  # decisions; the rest of a longer queue is assumed to be served at the same pace
 
 
 class Preview(NamedTuple):
-    """What would become of a request: its variant, the size of its batch, seconds until that starts, the decision."""
+    """The prediction for a request: its variant, its batch size, seconds until that batch starts, and the decision."""
 
     variant: Variant
     batch_size: int
@@ -21,16 +21,16 @@ class Preview(NamedTuple):
 
 
 def preview(request: QueuedRequest, state: SchedulerState, decide: Decide, start_at: float) -> Preview:
-    """Follow the queue until the request is in a batch.
+    """Simulate decisions on the queue until the request is in a batch.
 
     Args:
-        request: in the queue of the state.
-        state: at this moment.
+        request: a request in the queue of `state`.
+        state: the state at this moment.
         decide: the policy.
-        start_at: when the engine is free and the request ready for it.
+        start_at: when the engine is free and the request is ready for it.
 
     Raises:
-        OverloadedError: it would be shed.
+        OverloadedError: the request would be shed, or would expire.
     """
     queue, catalog, time = list(state.queue), state.catalog, start_at
     queued = len(queue)
@@ -45,7 +45,7 @@ def preview(request: QueuedRequest, state: SchedulerState, decide: Decide, start
         if decision.variant is not None:
             time += state.latency_s(decision.variant.index, len(decision.batch)) * state.overhead_factor
     else:
-        if decision.reason.code is ReasonCode.UNSURE:  # of others, and says nothing of this one
+        if decision.reason.code is ReasonCode.UNSURE:  # a batch of other requests, which says nothing of this one
             first = [other for other in queue if other.looks_again_for is None]
             decision = decide(replace(state, now=time, queue=first))
         time += (time - start_at) / (queued - len(queue)) * queue.index(request)

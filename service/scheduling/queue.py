@@ -1,4 +1,4 @@
-"""The requests that have been admitted and not yet been answered, and those of them that wait for the engine."""
+"""The queue: requests that are admitted but not answered yet, and those of them that wait for the engine."""
 
 import math
 from bisect import bisect_left, bisect_right, insort
@@ -12,27 +12,27 @@ _deadline = attrgetter("deadline_at")
 
 
 class RequestQueue:
-    """Admitted requests; those that are ready for the engine stand in order of deadline."""
+    """The admitted requests; those that are ready for the engine are in order of deadline."""
 
     def __init__(self) -> None:
         self._queued: list[QueuedRequest] = []
         self._admitted: set[QueuedRequest] = set()
-        self._reserved: dict[QueuedRequest, float] = {}  # until when, ascending; in _admitted as well
-        self._again: dict[QueuedRequest, QueuedRequest] = {}  # by what was admitted, what waits for another look
-        self._deadlines: dict[float, list[float]] = {}  # of all that are admitted, by priority, ascending
+        self._reserved: dict[QueuedRequest, float] = {}  # when they expire, ascending; in _admitted as well
+        self._again: dict[QueuedRequest, QueuedRequest] = {}  # by admitted request, its further look that waits
+        self._deadlines: dict[float, list[float]] = {}  # of all admitted requests, by priority; each list ascending
 
     def __len__(self) -> int:
-        """Count what waits for the engine."""
+        """Return the number of requests that wait for the engine."""
         return len(self._queued)
 
     @property
     def queued(self) -> Sequence[QueuedRequest]:
-        """What waits for the engine, earliest deadline first, equals in order of arrival."""
+        """The requests that wait for the engine, earliest deadline first; equal deadlines in order of enqueueing."""
         return self._queued
 
     @property
     def num_admitted(self) -> int:
-        """How many requests are admitted, whether ready for the engine or not."""
+        """Number of admitted requests, whether ready for the engine or not."""
         return len(self._admitted)
 
     @property
@@ -42,23 +42,23 @@ class RequestQueue:
 
     @property
     def num_reserved(self) -> int:
-        """How many of them have only reserved their place."""
+        """Number of admitted requests that have only reserved their place."""
         return len(self._reserved)
 
     def reserve(self, request: QueuedRequest, until: float) -> None:
-        """Count a request in for a while; one that is not admitted by then has lost its place."""
+        """Admit a request up to an instant; unless it is claimed by then, it loses its place."""
         self.admit(request)
         self._reserved[request] = until
 
     def claim(self, request: QueuedRequest, at_least_until: float) -> bool:
-        """Keep a place for good that is reserved until then or longer; tells whether there is one."""
+        """Make a reservation permanent if it lasts until `at_least_until` or longer; return whether there is one."""
         if self._reserved.get(request, -math.inf) < at_least_until:
             return False
         del self._reserved[request]
         return True
 
     def expire_reserved(self, now: float) -> None:
-        """Forget those whose while is over."""
+        """Remove the requests whose reservations have expired."""
         while self._reserved:
             request, until = next(iter(self._reserved.items()))
             if until > now:
@@ -66,24 +66,24 @@ class RequestQueue:
             self.remove(request)
 
     def admit(self, request: QueuedRequest) -> None:
-        """Count a request in."""
+        """Add a request to the admitted ones."""
         self._admitted.add(request)
         insort(self._deadlines.setdefault(request.priority, []), request.deadline_at)
 
     def enqueue(self, request: QueuedRequest) -> bool:
-        """Let an admitted request wait for the engine; one that has left meanwhile stays out, which is told."""
+        """Put an admitted request into the queue for the engine; return False if it has left already."""
         if request not in self._admitted:
             return False
         insort(self._queued, request, key=_deadline)
         return True
 
     def enqueue_again(self, again: QueuedRequest) -> None:
-        """Let a request that has an answer wait for another look; no other has to wait for it, so it is not counted."""
+        """Queue another look for a request that has an answer; no other request waits for it, so it does not count."""
         self._again[again.admitted] = again
         insort(self._queued, again, key=_deadline)
 
     def remove(self, request: QueuedRequest) -> None:
-        """Forget a request, wherever it or its other look waits; one that is gone already is no error."""
+        """Remove a request and its further look, wherever they wait; no error if the request is gone already."""
         again = self._again.pop(request.admitted, None)
         if again is not None:
             self._take_out(again)
@@ -98,20 +98,20 @@ class RequestQueue:
         self._take_out(request)
 
     def deadlines_before(self, request: QueuedRequest) -> list[float]:
-        """Return the deadlines of the admitted requests that are served before another, ascending."""
+        """Return the deadlines of the admitted requests that are served before a request, ascending."""
         before = [deadlines[:count] for deadlines, count in self._before(request)]
         return before[0] if len(before) == 1 else sorted(chain.from_iterable(before))
 
     def count_before(self, request: QueuedRequest) -> int:
-        """Count the admitted requests that are served before another."""
+        """Count the admitted requests that are served before a request."""
         return sum(count for _, count in self._before(request))
 
     def with_request(self, request: QueuedRequest) -> list[QueuedRequest]:
-        """Return what would wait for the engine if another request did as well."""
+        """Return the queue for the engine as it would be with one more request."""
         return sorted([*self._queued, request], key=_deadline)
 
     def _before(self, request: QueuedRequest) -> Iterator[tuple[list[float], int]]:
-        """Yield the deadlines of each priority that is not lower, and how many of them are served before."""
+        """Yield the deadlines of each priority that is not lower, and how many of these are served before `request`."""
         for priority, deadlines in self._deadlines.items():
             if priority >= request.priority:
                 yield deadlines, bisect_right(deadlines, request.deadline_at)

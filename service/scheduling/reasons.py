@@ -1,4 +1,4 @@
-"""Why a decision was made, in a sentence for a person. Decides nothing."""
+"""Explains a decision in a sentence for a person. Decides nothing."""
 
 import math
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ WHY_NOT_AGAIN = {
     LookCode.OVERLOAD: "others needed the time for another look",
     LookCode.FAILED: "the model failed at another look",
 }
-NOTEWORTHY = 1.05  # safety factor that a person should hear of
+NOTEWORTHY = 1.05  # safety factor above which the explanation mentions it
 
 
 def reason_of(constraints: RequestConstraints, variant: Variant, decision: BatchDecision) -> Reason:
-    """Tell why a request got its variant: its own constraints where they decided, the queue otherwise.
+    """Return why a request got its variant: its own constraints where they decided, the queue otherwise.
 
     Args:
-        constraints: what the request grants.
-        variant: what it got.
-        decision: what it ran with.
+        constraints: the constraints of the request.
+        variant: the variant that it got.
+        decision: the decision that its batch came from.
     """
     if constraints.grant.is_pinned:
         return Reason(ReasonCode.PINNED)
@@ -38,10 +38,10 @@ def explain(reason: Reason, catalog: VariantCatalog, variant: Variant, max_gflop
     """Put a reason into words.
 
     Args:
-        reason: why.
-        catalog: what could be chosen.
-        variant: what was chosen.
-        max_gflops: most that the request may cost, for the reason that it is.
+        reason: the reason of the decision.
+        catalog: the variants that could be chosen.
+        variant: the variant that was chosen.
+        max_gflops: most that the request may cost, for the case that this is the reason.
     """
     chosen, quality = str(variant), "the most accurate" if catalog.is_measured else "the largest"
     match reason.code:
@@ -92,7 +92,7 @@ def _explain_budget(catalog: VariantCatalog, variant: Variant, budget: str, qual
 
 
 def _rounded_up(gflops: float) -> float:
-    """Round to four digits, up: a budget of what is read must be enough."""
+    """Round up to four digits: a budget of the number shown must be enough."""
     unit: float = 10.0 ** (math.floor(math.log10(gflops)) - 3)
     return math.ceil(gflops / unit) * unit
 
@@ -102,11 +102,11 @@ def _kind(variant: Variant) -> str:
 
 
 def explain_looks(looks: Sequence[Look], stopped: LookCode) -> str:
-    """Say of an answer that was less sure than wanted, in half a sentence, what came of that; empty for any other.
+    """Explain in half a sentence what followed an answer that was less sure than wanted; empty for any other.
 
     Args:
-        looks: at the image, in their order.
-        stopped: why no other followed.
+        looks: the looks at the image, in order.
+        stopped: why no further look followed.
     """
     again = [
         f"; {_percent(before.confidence)} sure, so {look.profile.subnetwork} looked again"
@@ -118,5 +118,6 @@ def explain_looks(looks: Sequence[Look], stopped: LookCode) -> str:
 
 
 def _percent(confidence: float) -> str:
-    # What is under a threshold must not read as if it reached it; a float32 lies up to 6e-8 beside what it stands for.
+    # Round down: what is under a threshold must not read as if it reached it. The 1e-5 is for a float32, which is off
+    # by up to 6e-8.
     return f"{math.floor(100 * confidence + 1e-5)} %"

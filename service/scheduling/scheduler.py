@@ -1,7 +1,7 @@
-"""Which requests are admitted, and what runs next: the queue, what is known of traffic and machine, and the policy.
+"""Decides which requests are admitted and what runs next, from the queue, the estimates and the policy.
 
 No clock, no waiting and no images here: the server and the simulator run the very same code. In the server the event
-loop, the threads that decode and the engine's share it, so each public method holds the lock that it was given.
+loop, the decoding threads and the engine's thread share a scheduler, so each public method holds its lock.
 """
 
 import math
@@ -30,16 +30,16 @@ from service.scheduling.state import (
 )
 from service.scheduling.variants import Variant
 
-RESERVED_S = 0.05  # that it may take the event loop to come back to a request
-STILL_TRUE_S = 0.005  # for which what was found when a place was reserved holds
+RESERVED_S = 0.05  # for which a place is kept: the event loop may take that long to return to the request
+STILL_TRUE_S = 0.005  # for which the admission check of a reservation still holds
 
 
 class Scheduler:
-    """Admits requests, decides what runs, and learns from what ran.
+    """Admits requests, decides what runs, and learns from the batches that ran.
 
     Attributes:
-        catalog: what can be run.
-        lock: that each public method holds.
+        catalog: the variants that can run.
+        lock: the lock that each public method holds.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Scheduler:
         rejects_early: bool = True,
         lock: AbstractContextManager[object] | None = None,
     ) -> None:
-        """Start empty.
+        """Start with an empty queue.
 
         Args:
-            catalog: what can be run.
+            catalog: the variants that can run.
             decide: the policy.
-            max_batch_size: most that may run together; no more than the catalog knows the latency of.
-            rejects_early: whether `admit` rejects what it sees no way to answer in time.
-            lock: reentrant, where several threads call; by default there is one.
+            max_batch_size: most requests that may run together; limited to the largest batch of known latency.
+            rejects_early: whether `admit` rejects requests that could not be answered in time.
+            lock: a reentrant lock, where several threads call; None for a single thread.
         """
         self.catalog = catalog
         self._decide, self._rejects_early = decide, rejects_early
@@ -71,21 +71,21 @@ class Scheduler:
         self.lock = nullcontext() if lock is None else lock
 
     def __len__(self) -> int:
-        """Count what waits for the engine."""
+        """Return the number of requests that wait for the engine."""
         return len(self._queue)
 
     @locked
     def admit(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
-        """Take note of a request whose body is there, before anything is spent on its image.
+        """Admit a request whose body has arrived, before any work is spent on its image.
 
         Args:
-            request: to be admitted.
-            now: the instant.
-            delay: what it has before it until it is ready for the engine; by default nothing.
+            request: the request to admit.
+            now: the current instant.
+            delay: the delay until the request is ready for the engine; by default none.
 
         Raises:
-            OverloadedError: even the cheapest sub-network could not answer it in time, or probably not, unless requests
-                of lower priority and those due later are put behind it; says when to try again.
+            OverloadedError: even the cheapest sub-network could not, or probably not, answer the request in time, with
+                those of lower priority and those due later behind it; the error says when to try again.
         """
         self._check(request, now, delay)
         self._traffic.count(now)
@@ -93,7 +93,7 @@ class Scheduler:
 
     @locked
     def claim(self, request: QueuedRequest, now: float) -> bool:
-        """Admit a request by the place that it has just reserved; False where that was longer ago and is given up."""
+        """Admit a request by the place that it has just reserved; if that is longer ago, drop it and return False."""
         if self._queue.claim(request, now + RESERVED_S - STILL_TRUE_S):
             self._traffic.count(now)
             return True
@@ -102,39 +102,39 @@ class Scheduler:
 
     @locked
     def reserve(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
-        """Reject what `admit` would; keep a place for the others until they claim it or leave, but not for long.
+        """Reject a request like `admit`, or keep a place until it claims the place or leaves, for RESERVED_S at most.
 
-        Most bodies are there already, and are read once those before them are. Of one that is still to come it is not
-        known whether it will be, and it shall keep no other request out.
+        Most bodies have arrived already, and are read once those before them are. A body that is still to come may
+        never arrive, so its request must keep no other out.
 
         Raises:
-            OverloadedError: as `admit`.
+            OverloadedError: as for `admit`.
         """
         self._check(request, now, delay)
         self._queue.reserve(request, now + RESERVED_S)
 
     @locked
     def rejected(self, reason: OverloadReason, now: float) -> None:
-        """Take note of a request that was rejected before it was admitted."""
-        if reason != "no_time":  # all others a cheaper level may help, if to be decoded
+        """Record a request that was rejected before it was admitted."""
+        if reason != "no_time":  # all others are load: only other requests kept them out
             self._traffic.count(now)
-        if reason == "backlog":  # a cheaper level would have cured nothing else
+        if reason == "backlog":  # a cheaper level would have prevented no other rejection
             self._safety_factor.observe(0, 1, now)
 
     @locked
     def enqueue(self, request: QueuedRequest) -> None:
-        """Put an admitted request where the policy sees it: it is ready for the engine. One that has left stays out."""
+        """Put an admitted request that is ready for the engine into the queue of the policy, unless it has left."""
         if self._queue.enqueue(request):
             self._traffic.remember(request.constraints)
 
     @locked
     def withdraw(self, request: QueuedRequest) -> None:
-        """Forget an admitted request, wherever it stands; one that is gone already is no error."""
+        """Remove an admitted request, wherever it stands; no error if it is gone already."""
         self._queue.remove(request)
 
     @locked
     def next_batch(self, now: float) -> BatchDecision:
-        """Ask the policy what to do with the queue, and take out what it runs, lets expire or sheds."""
+        """Ask the policy what to do with the queue, and remove the requests that it runs, lets expire or sheds."""
         if not len(self._queue):
             return BatchDecision(None)
         state = self.state(now)
@@ -155,26 +155,26 @@ class Scheduler:
         """Learn from a batch: the machine's slowdown, and how far off the profile of its variant is.
 
         Args:
-            variant: that ran; of a cascade the first look.
-            size: of the batch.
-            seconds: that it took.
-            now: when it ended.
-            turnaround_s: from when the engine was free, and a request waited, until the batch began.
+            variant: the variant that ran; of a cascade, the first look ran.
+            size: size of the batch.
+            seconds: how long the batch took.
+            now: when the batch ended.
+            turnaround_s: from when the engine was free, and a request waited, until the batch started.
         """
         self._latency_model.observe(variant.first_index, size, seconds, now, turnaround_s)
         self._free_at = now
 
     @locked
     def look_again(self, looked: Sequence[Looked], variant: Variant, now: float) -> list[QueuedRequest | LookCode]:
-        """Put those of a batch into the queue once more whose answers are not sure enough, as far as there is time.
+        """Queue another look for the requests of a batch whose answers are not sure enough, as far as time allows.
 
         Args:
-            looked: what came of the batch.
-            variant: that ran.
-            now: the instant.
+            looked: the results of the batch.
+            variant: the variant that ran.
+            now: the current instant.
 
         Returns:
-            For each what waits now for another look, or why nothing does.
+            For each result, the request that now waits for another look, or why there is none.
         """
         state = self.state(now)
         found = [next_look(one, variant, state) for one in looked]
@@ -184,7 +184,7 @@ class Scheduler:
         return found
 
     def take_over(self, other: "Scheduler") -> None:
-        """Go on from what another one, with the same thread for its batches, has learned of traffic and machine."""
+        """Copy what another scheduler, whose batches run on the same thread, has learned of traffic and machine."""
         with other.lock, self.lock:
             self._traffic.take_over(other._traffic, self.catalog.grant_within(None))
             self._safety_factor, self._free_at = copy(other._safety_factor), other._free_at
@@ -192,42 +192,42 @@ class Scheduler:
 
     @locked
     def engine_taken(self, until: float) -> None:
-        """Take note that until then the engine is at something of whose time nothing is learned."""
+        """Record that the engine is busy until then with work whose duration is not learned from."""
         self._free_at = until
 
     @locked
     def profile_refined(self, catalog: VariantCatalog, cautious: VariantCatalog) -> None:
-        """Take over a better profile: what is likely, and what to plan with. Plans that a policy has made stay."""
+        """Replace the profile by a better one: likely latencies, and those to plan with. Plans of a policy stay."""
         self.catalog = catalog
         self._latency_model.refine(catalog, cautious)
 
     @locked
     def deadline_missed(self, now: float) -> None:
-        """Take note that an answer came after its deadline in spite of all."""
+        """Record that an answer came after its deadline."""
         self._safety_factor.observe(0, 1, now)
 
     @locked
     def machine_observed(self, prior_slowdown: float, max_batch_size: int | None = None) -> None:
-        """Take note of what the machine allows.
+        """Record what the machine allows.
 
         Args:
-            prior_slowdown: what others' load lets expect, over the profile.
-            max_batch_size: what its memory holds; None where memory is no bound.
+            prior_slowdown: slowdown over the profile to expect from the load of other processes.
+            max_batch_size: the largest batch that fits into memory; None where memory is no bound.
         """
         self._latency_model.prior_slowdown = prior_slowdown
         self._max_batch_size = self._most if max_batch_size is None else min(max_batch_size, self._most)
 
     @locked
     def throttled(self, factor: float) -> None:
-        """Take note that a ceiling of utilization occupies the engine for so much longer than its batches."""
+        """Record how much longer than its batches a utilization ceiling occupies the engine."""
         self._latency_model.throttle_factor = factor
 
     @locked
     def preview(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> Preview:
-        """Tell what would become of a request that arrived now; nothing changes.
+        """Predict the decision for a request that arrived now, without changing anything.
 
         Raises:
-            OverloadedError: it would be rejected, or shed.
+            OverloadedError: the request would be rejected, shed, or expire.
         """
         if rejection := self._rejection(request, now, delay):
             raise rejection
@@ -236,25 +236,25 @@ class Scheduler:
 
     @locked
     def predict(self, variant: Variant, size: int, now: float) -> float:
-        """Return the seconds that a batch will probably take, of a cascade the first look."""
+        """Return the seconds that a batch will probably take; for a cascade, its first look."""
         return self._latency_model.predict(variant.first_index, size, now)
 
     @locked
     def num_before(self, request: QueuedRequest, now: float) -> tuple[int, int]:
-        """Return how many admitted requests are served before another, and how many are still to be read."""
+        """Return how many admitted requests are served before a request, and how many of all are still to be read."""
         self._queue.expire_reserved(now)
         return self._queue.count_before(request), self._queue.num_reserved
 
     @locked
     def backlog_s(self, now: float) -> float:
-        """Return the seconds that all admitted requests take at the cheapest level."""
+        """Return the seconds that all admitted requests would take at the cheapest level."""
         self._queue.expire_reserved(now)
         full_s = self._latency_model.predict(0, self._max_batch_size, now)
         return self._queue.num_admitted / self._max_batch_size * full_s * self._latency_model.overhead_factor
 
     @locked
     def state(self, now: float) -> SchedulerState:
-        """Describe this moment to a policy."""
+        """Return the state that a policy sees at `now`."""
         likely, cautious = (self._latency_model.slowdown(now, spreads) for spreads in (0, TAIL_SPREADS))
         return SchedulerState(
             now=now,
@@ -275,12 +275,12 @@ class Scheduler:
 
     @property
     def free_at(self) -> float:
-        """When the batch that runs will probably have ended, with what follows it."""
+        """When the engine will probably be free: the end of the running batch, with the overhead after it."""
         return self._free_at
 
     @property
     def prior_slowdown(self) -> float:
-        """What others' load lets expect, over the profile."""
+        """Slowdown over the profile to expect from the load of other processes."""
         return self._latency_model.prior_slowdown
 
     def _check(self, request: QueuedRequest, now: float, delay: PreprocessingDelay) -> None:
@@ -296,5 +296,5 @@ class Scheduler:
 
 
 def _without_answer(requests: Iterable[QueuedRequest]) -> int:
-    """Count those that do not only wait for another look."""
+    """Count the requests that have no answer yet, i.e. do not wait for another look."""
     return sum(request.looks_again_for is None for request in requests)

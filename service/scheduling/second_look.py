@@ -1,4 +1,4 @@
-"""Whether an image is looked at once more, and at which variant. Pure: waits for nothing and changes nothing."""
+"""Decides whether an image is looked at again, and by which variant. Pure: waits for nothing and changes nothing."""
 
 from dataclasses import dataclass, replace
 
@@ -10,12 +10,12 @@ from service.scheduling.variants import Variant
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What came of a look.
+    """The result of a look.
 
     Attributes:
-        request: that was looked at.
-        confidence: calibrated probability of its answer, 0..1.
-        spent_macs: multiply-accumulates of this look and those before it.
+        request: the request whose image was looked at.
+        confidence: calibrated probability of the answer, 0..1.
+        spent_macs: multiply-accumulates of this look and of those before it.
     """
 
     request: QueuedRequest
@@ -24,24 +24,24 @@ class Looked:
 
 
 def may_look_again(request: QueuedRequest) -> bool:
-    """Whether a request has looked again already, or may want to whatever the variant."""
+    """Return whether a request is a further look already, or may want one whichever variant ran."""
     return request.looks_again_for is not None or request.constraints.min_confidence > 0
 
 
 def next_look(looked: Looked, variant: Variant, state: SchedulerState) -> QueuedRequest | LookCode:
-    """Return what shall wait for another look, or why nothing shall.
+    """Return the request to enqueue for another look, or why there is none.
 
-    A cascade's second look is the one that was measured with its first. A request that names a confidence gets the
-    most accurate that its budget and its deadline allow.
+    A cascade's second look is the one that was measured with its first. A request that is less sure than its own
+    `min_confidence` gets the most accurate variant that its budget and its deadline allow.
 
     Args:
-        looked: the last look at a request.
-        variant: that looked.
-        state: at this moment; its queue may be empty.
+        looked: the result of the last look.
+        variant: the variant that looked.
+        state: the state at this moment; its queue may be empty.
     """
     constraints, second = looked.request.constraints, variant.second_look
     is_wanted = looked.confidence < constraints.min_confidence
-    if not is_wanted and (second is None or not looked.confidence < second.threshold):  # nor where it is NaN
+    if not is_wanted and (second is None or not looked.confidence < second.threshold):  # NaN counts as sure
         return LookCode.SURE
     if is_sustained_overload(state):
         return LookCode.OVERLOAD

@@ -1,4 +1,4 @@
-"""The nouns of a decision: what a request grants, what a policy may look at, and what it answers. Pure values."""
+"""The types of a decision: the constraints of a request, the state that a policy sees, its decision. Pure values."""
 
 import math
 from bisect import bisect_right
@@ -12,14 +12,14 @@ from service.scheduling.variants import Grant, Latencies, Variant
 
 @dataclass(frozen=True, slots=True)
 class RequestConstraints:
-    """What a request grants, as the forecast remembers it.
+    """The constraints of a request, as the forecast remembers them.
 
     Attributes:
         budget_s: from arrival until its batch must have ended.
         grant: the variants that it may get.
         max_gflops: most that all its looks together may cost.
         min_confidence: probability of its answer, 0..1, under which it wants a more accurate look.
-        is_rated: whether it is the rate of its key that bounds what it may cost.
+        is_rated: whether `max_gflops` comes from the rate of its key.
     """
 
     budget_s: float
@@ -36,14 +36,14 @@ def target(constraints: RequestConstraints, level: int) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QueuedRequest:
-    """A request as the scheduler knows it; two are never the same.
+    """A request as the scheduler knows it; compared by identity.
 
     Attributes:
         deadline_at: when its batch must have ended, in seconds on the monotonic clock.
-        constraints: what it grants.
+        constraints: its budget and the variants that it may get.
         priority: 0 is normal; lower may be shed first. Fractions of a step are for fair shares among keys.
-        looks_again_for: the request as it was admitted, where this is another look at its image: it has an answer
-            already, and gets that one where this is not to be.
+        looks_again_for: for another look at an image, the request as it was admitted. That one has an answer already,
+            which it gets if this look does not take place.
     """
 
     deadline_at: float
@@ -59,12 +59,12 @@ class QueuedRequest:
 
 @dataclass(frozen=True, slots=True)
 class PreprocessingDelay:
-    """What lies between the admission of a request and the queue, in seconds.
+    """The delay between the admission of a request and the queue, in seconds.
 
     Attributes:
-        base_s: were nothing else in the server.
-        contention_s: more, for an event loop that serves other requests as well.
-        queue_s: more, for images that are decoded before it. The engine works off the queue meanwhile.
+        base_s: the delay if nothing else were in the server.
+        contention_s: added because the event loop serves other requests as well.
+        queue_s: added because other images are decoded first. The engine works off the queue during this time.
     """
 
     base_s: float = 0.0
@@ -73,7 +73,7 @@ class PreprocessingDelay:
 
     @property
     def total_s(self) -> float:
-        """All of it."""
+        """The whole delay."""
         return self.base_s + self.contention_s + self.queue_s
 
 
@@ -86,20 +86,20 @@ class SchedulerState:
 
     Attributes:
         now: in seconds on the monotonic clock.
-        queue: what waits for the engine, earliest deadline first; never empty.
-        catalog: what can be chosen.
-        latencies_s: of the variants by batch size, as corrected by what was observed, before `slowdown`.
+        queue: the requests that wait for the engine, earliest deadline first; never empty when a policy decides.
+        catalog: the variants to choose from.
+        latencies_s: latencies by variant and batch size, corrected by observed batches, before `slowdown`.
         slowdown: factor on the latencies at this moment.
         tail_factor: factor on the slowdown that few batches exceed, at least 1.
-        overhead_factor: how much longer than its batches the engine is occupied, at least 1: because of what lies
-            between them, and because a ceiling makes it pause.
-        max_batch_size: most that may run together.
-        arrival_rate: requests per second, of late.
-        recent: the constraints of the last arrivals.
-        tight_budget_s: a budget that few of the recent ones undercut.
-        sustained_rate: the arrival rate over a longer time, which leaves out what is only a burst.
-        safety_factor: factor on the times of every level but the cheapest, at least 1: deadlines were missed of late.
-        last_arrival_at: when the last request came that might have been answered, rejected or not.
+        overhead_factor: how much longer than its batches the engine is occupied, at least 1: because of the turnaround
+            between them, and because a utilization ceiling makes it pause.
+        max_batch_size: most requests that may run together.
+        arrival_rate: recent requests per second.
+        recent: the constraints of the last requests.
+        tight_budget_s: a latency budget that few of the recent ones undercut.
+        sustained_rate: the arrival rate over a longer time, which smooths out bursts.
+        safety_factor: factor on the latencies of every level but the cheapest, at least 1; grows with missed requests.
+        last_arrival_at: when the last request arrived that might have been answered, rejected or not.
     """
 
     now: float
@@ -118,36 +118,36 @@ class SchedulerState:
     last_arrival_at: float = -math.inf
 
     def slowed(self, factor: float) -> "SchedulerState":
-        """Return this moment on a machine that is slower by a factor."""
+        """Return this state on a machine that is slower by a factor."""
         return self if factor == 1 else replace(self, slowdown=self.slowdown * factor)
 
     def latency_s(self, index: int, size: int) -> float:
-        """Predict the time that a batch of the variant at `index` costs, with the second looks that it will want."""
+        """Predict the seconds that a batch of the variant at `index` costs, its expected second looks included."""
         return self.latencies_s[index][size - 1] * self.slowdown
 
     def batch_s(self, index: int, size: int) -> float:
-        """Predict how long the batch itself takes, a cascade's first look."""
+        """Predict how long the batch itself takes; for a cascade, its first look."""
         return self.latency_s(self.catalog.variants[index].first_index, size)
 
     def longest_s(self, index: int, size: int) -> float:
-        """Predict how long it takes until the last of a batch is answered, second looks included."""
+        """Predict how long it takes until the last request of a batch is answered, second looks included."""
         second = self.catalog.variants[index].second_look
         again = 0 if second is None else math.ceil(second.share * size)
         return self.batch_s(index, size) + (self.latency_s(second.index, again) if second and again else 0.0)
 
     def fitting(self, index: int, room_s: float, queued: int) -> int:
-        """Find the largest batch of a variant that ends within the room: at most `queued`, 0 if not even one fits."""
+        """Return the size of the largest batch that ends within `room_s`, at most `queued`; 0 if not even one fits."""
         return min(bisect_right(self.latencies_s[index], room_s / self.slowdown), queued, self.max_batch_size)
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a decision was made; `reasons` makes a sentence of it.
+    """Why a decision was made; the module `reasons` turns it into a sentence.
 
     Attributes:
         code: the reason.
-        queued: requests that were looked at.
-        slack_s: left to the most urgent of them; explains, and is no part of what was decided.
+        queued: number of requests considered.
+        slack_s: slack of the most urgent of them; an explanation, and no part of the decision.
         safety_factor: as in the state.
         policy: name of the policy, where it is not ours.
     """
@@ -164,14 +164,14 @@ NOTHING_TO_RUN = Reason(ReasonCode.NOTHING_TO_RUN)
 
 @dataclass(frozen=True, slots=True)
 class BatchDecision:
-    """What to do now.
+    """What to run now, and which requests to drop.
 
     Attributes:
-        variant: what to run; None if nothing is worth running.
+        variant: the variant to run; None if nothing is worth running.
         batch: requests to run together, all of which grant the variant.
         expired: requests to fail because they can no longer be answered in time.
-        shed: requests to fail because others would miss their deadlines with them.
-        reason: why.
+        shed: requests to fail because they would make others miss their deadlines.
+        reason: why this was decided.
     """
 
     variant: Variant | None

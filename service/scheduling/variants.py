@@ -1,4 +1,4 @@
-"""What can be chosen for a request: a sub-network, or a cascade of two, with accuracy, cost and latency here.
+"""The variants to choose from: a sub-network, or a cascade of two, with accuracy, cost and latency on this machine.
 
 Runs without torch. Chooses nothing.
 """
@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 
-Latencies = Sequence[Sequence[float]]  # seconds by variant and then by batch size, less one
+Latencies = Sequence[Sequence[float]]  # seconds by variant, then by batch size minus one
 
 
 @dataclass(frozen=True, slots=True)
 class SecondLook:
-    """What a cascade does where its first look is unsure.
+    """The second look of a cascade, which runs where the first is unsure.
 
     Attributes:
-        index: place in the catalog of the variant that looks again, alone.
-        profile: of its sub-network.
-        threshold: probability of the first answer, 0..1, under which it does.
-        share: fraction of images that it is for, 0..1.
-        top1: accuracy of what both answer together, 0..1.
+        index: catalog index of the variant that is this look alone.
+        profile: profile of the sub-network that looks again.
+        threshold: probability of the first answer, 0..1, under which it looks again.
+        share: fraction of images that are looked at again, 0..1.
+        top1: accuracy of the cascade, 0..1.
     """
 
     index: int
@@ -33,15 +33,15 @@ class SecondLook:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What a policy can choose: a sub-network, or two with a threshold between, a cascade.
+    """What a policy can choose: a sub-network, or a cascade, two sub-networks with a threshold between them.
 
     Attributes:
-        index: its place in the catalog.
-        profile: of the sub-network that looks first, its cost and accuracy.
+        index: its index in the catalog.
+        profile: cost and accuracy of the sub-network that looks first.
         latency_by_batch_s: profiled latency of batches of 1, 2, 3, ..., never falling; of a cascade the expected one.
-            A better profile makes no other variant.
-        first_index: place of the variant that is the first look alone; its own where there is no second.
-        second_look: of a cascade.
+            Not compared: with a better profile, it is still the same variant.
+        first_index: index of the variant that is the first look alone; its own where there is no second look.
+        second_look: the second look of a cascade; None for a sub-network.
     """
 
     index: int
@@ -52,7 +52,7 @@ class Variant:
 
     @property
     def subnetworks(self) -> tuple[SubNetwork, ...]:
-        """What looks, in order."""
+        """The sub-networks that look at the image, in order."""
         looks = (self.profile,) if self.second_look is None else (self.profile, self.second_look.profile)
         return tuple(look.subnetwork for look in looks)
 
@@ -63,19 +63,19 @@ class Variant:
 
     @property
     def top1_of_one_look(self) -> float | None:
-        """Expected accuracy where images whose first look is unsure get no second; None where unmeasured.
+        """Expected accuracy to credit an unsure first look that gets no second one; None where unmeasured.
 
-        Averaged over all images without a second look it is the first look's. So each of the unsure share, for which
-        that makes the difference, is worth the less.
+        Without any second look, the average over all images must be the accuracy of the first look. The whole loss is
+        in the unsure share of the images, so each of these is credited with less.
         """
         second = self.second_look
         if second is None or self.profile.top1 is None or not second.share:
             return self.top1
-        return min(1.0, max(0.0, second.top1 - (second.top1 - self.profile.top1) / second.share))  # chance aside
+        return min(1.0, max(0.0, second.top1 - (second.top1 - self.profile.top1) / second.share))  # clips noise
 
     @property
     def worth(self) -> float:
-        """What it is chosen for: its accuracy or, where that is unmeasured, its cost."""
+        """The value by which variants are ranked: accuracy or, where that is unmeasured, multiply-accumulates."""
         return self.profile.macs if self.top1 is None else self.top1
 
     @property
@@ -86,18 +86,18 @@ class Variant:
 
     @property
     def work(self) -> float:
-        """What its latency is expected to grow with, as that of its sub-networks."""
+        """What its latency is expected to grow with: the work of its sub-networks, the second weighted by its share."""
         second = self.second_look
         return self.profile.work + (0.0 if second is None else second.share * second.profile.work)
 
     @property
     def most_gflops(self) -> float:
-        """Cost where it looks twice."""
+        """Highest cost in 1e9 multiply-accumulates: both looks of a cascade."""
         second = self.second_look
         return self.profile.gflops if second is None else (self.profile.macs + second.profile.macs) / 1e9
 
     def __str__(self) -> str:
-        """Name it in a sentence."""
+        """Return its name for use in a sentence."""
         second = self.second_look
         looks = "" if second is None else f", then {second.profile.subnetwork} where under {second.threshold:.0%} sure"
         return f"{self.profile.subnetwork}{looks}"
@@ -105,13 +105,13 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grant:
-    """What a request may get. The catalog makes each once, so they are told apart as objects, which is fast.
+    """The variants that a request may get. The catalog makes each grant once; compared by identity, which is fast.
 
     Attributes:
-        by_level: index of the variant that it gets at each level of the policy.
+        by_level: index of the variant that the request gets at each level of the policy.
         highest_level: the level up to which these are the levels themselves; -1 where not even the lowest is.
-        best: the most accurate of what it may get.
-        is_pinned: whether that was asked for by name.
+        best: the most accurate variant that the request may get.
+        is_pinned: whether it is the only one: it was asked for by name, or is chosen for a further look.
     """
 
     by_level: tuple[int, ...]
@@ -121,7 +121,7 @@ class Grant:
 
 
 def with_second_look(first_s: Sequence[float], second_s: Sequence[float], share: float) -> tuple[float, ...]:
-    """Return the expected seconds of a cascade by batch size, of those of its looks.
+    """Return the expected seconds of a cascade by batch size, from the seconds of its two looks.
 
     The second looks of a batch are due before others and so form a batch of their own, of fractional size.
     """

@@ -1,1 +1,1 @@
-"""The scheduler in virtual time."""
+"""Simulation of the scheduler in virtual time."""

@@ -1,6 +1,6 @@
-"""What a simulation replays and a load generator sends: requests drawn at random or read from a trace.
+"""The requests that a simulation replays and a load generator sends: drawn at random or read from a trace.
 
-Of a simulation also a script of how slow the machine is.
+For simulations, also a script of the machine's slowdown.
 
 Every draw is seeded: the same options give the same requests.
 """
@@ -20,8 +20,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from service.errors import InvalidParameterError
 
 MAX_REQUESTS = 2_000_000
-MAX_TRACE_S = 1e7  # about 116 days; more are probably dates
-# Of a trace: what each column must be, and how to tell.
+MAX_TRACE_S = 1e7  # about 116 days; larger values are probably dates
+# Columns of a trace: what a value must be, and the check for it.
 COLUMNS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "seconds": (f"a number from 0, the start, to {MAX_TRACE_S:,.0f}", lambda value: 0 <= value <= MAX_TRACE_S),
     "budget_ms": ("a positive number", lambda value: 0 < value < math.inf),
@@ -31,23 +31,23 @@ COLUMNS: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 Shape = Literal["poisson", "gamma", "step", "ramp", "bursts"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Row = dict[str, float]  # of a trace, by column
+Row = dict[str, float]  # a row of a trace, by column
 Rng = np.random.Generator
 Script = Annotated[str, AfterValidator(lambda text: SlowdownScript.parse(text) and text)]
 
 
 class TraceError(InvalidParameterError):
-    """A trace is broken; the message names the file and the line."""
+    """A trace is invalid; the message names the file and, where one is at fault, the line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request to come.
+    """The arrival of a request.
 
     Attributes:
         at: seconds from the start.
-        budget_s: from arrival to deadline.
-        budget_gflops: most that it may cost; None for no limit.
+        budget_s: latency budget, from arrival to deadline.
+        budget_gflops: most GFLOPs that the request may cost; None for no limit.
         priority: 0 is normal; lower may be shed first.
     """
 
@@ -62,7 +62,7 @@ class SlowdownScript:
     """How much longer than its profile a batch takes, by the instant at which it starts.
 
     Attributes:
-        steps: seconds from the start, ascending, each with the factor from then on; 1 before the first.
+        steps: seconds from the start, ascending, each with the factor from then on; the factor is 1 before the first.
 
     Raises:
         ValueError: a step is out of order or out of range.
@@ -82,7 +82,7 @@ class SlowdownScript:
         """Read seconds:factor pairs, such as "10:2.5,20:1".
 
         Raises:
-            ValueError: the text is no such script.
+            ValueError: the text is not such a script.
         """
         steps = []
         for part in filter(None, (part.strip() for part in text.split(","))):
@@ -100,7 +100,7 @@ class SlowdownScript:
 
 
 class Arrivals(BaseModel):
-    """Options that say what arrives, at rates that someone else knows."""
+    """Options of the traffic, at rates that the caller of `draws_at` gives."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -143,9 +143,9 @@ class Arrivals(BaseModel):
         """Yield each rate, per second, with the requests drawn at it; for a trace, its mean rate and its requests.
 
         Raises:
-            InvalidParameterError: too many requests, or none.
+            InvalidParameterError: there are too many requests, or none.
             OSError: the trace cannot be read.
-            TraceError: it is broken.
+            TraceError: the trace is invalid.
         """
         if self.trace is not None:
             rows = read_trace(self.trace)
@@ -185,7 +185,7 @@ class Arrivals(BaseModel):
 
 
 class Traffic(Arrivals):
-    """Options that say what arrives, beside machines whose capacity is known, and how slow these get."""
+    """Options of the traffic for machines of known capacity, and of the slowdown of these machines."""
 
     load: tuple[Positive, ...] | None = Field(
         None,
@@ -197,7 +197,7 @@ class Traffic(Arrivals):
     )
 
     def draws(self, capacity: float) -> Iterator[tuple[float, list[Arrival]]]:
-        """Yield what `draws_at` does, at the rates or at multiples of a capacity, in requests per second."""
+        """Yield what `draws_at` does, at the given rates or at multiples of a capacity in requests per second."""
         return self.draws_at(self.rate or [load * capacity for load in self.load or (1.0,)])
 
 
@@ -212,8 +212,8 @@ def gamma(rate: float, cv2: float, duration_s: float, rng: Rng) -> list[float]:
     Args:
         rate: requests per second on average.
         cv2: squared coefficient of variation of the gaps, which is 1 over the distribution's shape.
-        duration_s: the instants lie under it.
-        rng: what draws.
+        duration_s: exclusive upper bound of the instants.
+        rng: the random generator to draw with.
     """
     times, at = list[float](), 0.0
     while True:
@@ -232,11 +232,11 @@ def varying(rate_at: Callable[[float], float], highest: float, duration_s: float
 
 
 def read_trace(path: Path) -> list[Row]:
-    """Read the requests of a CSV file, in the order of their instants; cells left empty are left out.
+    """Read the requests of a CSV file, in the order of their instants; empty cells are left out.
 
     Raises:
         OSError: the file cannot be read.
-        TraceError: it is no trace.
+        TraceError: the file is not a valid trace.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -261,7 +261,7 @@ def _is_number(line: str) -> bool:
 
 
 def _read_row(where: str, cells: dict[str, str]) -> Row:
-    if None in cells or None in cells.values():  # DictReader's way to say so
+    if None in cells or None in cells.values():  # how DictReader reports surplus and missing cells
         raise TraceError(f"{where}: not as many cells as columns")
     row = {}
     for column, cell in cells.items():

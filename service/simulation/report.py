@@ -1,4 +1,4 @@
-"""Behind `supervit simulate`: how much traffic machines of a given profile carry, at what accuracy, in a table.
+"""The command `supervit simulate`: a table of how much traffic machines of a profile carry, and at what accuracy.
 
 Parses no arguments and measures nothing; the traffic comes from `arrivals`, the replay from `simulator`.
 """
@@ -15,7 +15,7 @@ from service.scheduling.catalog import VariantCatalog
 from service.simulation.arrivals import SlowdownScript, Traffic
 from service.simulation.simulator import Figures, Machine, answers_in_time, replay, throughput
 
-SHOWN = 3  # sub-networks in a line of the table
+SHOWN = 3  # variants listed in a line of the table
 TITLES = (
     " rate/s policy              in time accuracy effective rejected dropped overdue  p50 ms  p99 ms  busy  answered by"
 )
@@ -41,12 +41,12 @@ class Simulate(Traffic):
 
 
 def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable) -> str:
-    """Replay every rate with every policy, write what was asked for, and return a table to print.
+    """Replay every rate with every policy, write the files that were asked for, and return a table to print.
 
     Raises:
-        InvalidParameterError, BudgetTooSmallError: the options are at odds with the profile; too many or no requests.
+        InvalidParameterError, BudgetTooSmallError: the options do not fit the profile; too many or no requests.
         OSError: a file cannot be read or written.
-        ModuleNotFoundError: there is no matplotlib to draw with.
+        ModuleNotFoundError: matplotlib, which draws the plot, is not installed.
     """
     for path in filter(None, (command.json_file, command.plot_file)):
         path.touch()  # fails now rather than after the simulation

@@ -1,6 +1,6 @@
-"""Arrivals replayed in virtual time by the very scheduler and policy that serve, and the figures of how that went.
+"""Replays arrivals in virtual time with the scheduler and policy of the server, and computes figures of the outcome.
 
-Decoding, the network and the ceiling on utilization are left out.
+Decoding, the network and the utilization ceiling are left out.
 """
 
 import math
@@ -30,14 +30,14 @@ Outcome = Literal["in_time", "overdue", "rejected", "expired", "shed"]
 
 
 class Fate(NamedTuple):
-    """What became of a request: answered in time or overdue, rejected at admission, expired, or shed by the policy.
+    """The outcome of a request: answered in time or overdue, rejected at admission, expired, or shed by the policy.
 
     Attributes:
         arrived_at, ended_at: in seconds from the start.
-        outcome: "expired" could no longer be answered in time, "shed" would have kept others from it.
-        variant: that answered.
-        top1: expected accuracy of the answer; None where unmeasured, or without one.
-        looks: at the image.
+        outcome: "expired" could no longer be answered in time, "shed" would have made others late.
+        variant: the variant that answered; None without an answer.
+        top1: expected accuracy of the answer; None where unmeasured, or without an answer.
+        looks: number of looks at the image.
     """
 
     arrived_at: float
@@ -49,10 +49,10 @@ class Fate(NamedTuple):
 
 
 class _Waiting(NamedTuple):
-    """A request without an answer in the end: when it arrived, how hard its image is, and what a look would answer.
+    """A request that has not ended: when it arrived, how hard its image is, and which variant has looked at it already.
 
-    An image is harder than the fraction `difficulty` of all images; where that is more than the share of those of which
-    a first look is sure, it wants another.
+    An image is harder than the fraction `difficulty` of all images. Where that is at least the share of images of which
+    a first look is sure, the image needs another look.
     """
 
     arrived_at: float
@@ -71,15 +71,15 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where requests are replayed.
+    """A machine on which requests are replayed.
 
     Attributes:
-        catalog: its variants with the latencies that the server knows.
-        max_batch_size: most that run together.
-        slowdown: how much longer batches take than the server knows.
-        overhead_s: what each batch takes on top, which the server does not know either.
+        catalog: its variants with the latencies that the scheduler knows.
+        max_batch_size: most requests that run together.
+        slowdown: how much longer batches take than the scheduler knows.
+        overhead_s: time that each batch takes on top, which the scheduler does not know either.
         noise: how irregular batches are: each takes longer by the absolute value of a normal draw times this.
-        seed: of the noise.
+        seed: seed of the noise and of the difficulty of images.
     """
 
     catalog: VariantCatalog
@@ -91,18 +91,18 @@ class Machine:
 
 
 class Replay:
-    """What happened on one machine: when its engine was free, the policy chose; meanwhile requests arrived.
+    """A replay on one machine: whenever its engine is free, the policy decides; requests arrive while batches run.
 
     Attributes:
-        fates: of the requests, in the order in which they ended.
-        batches: in the order in which they ran.
+        fates: fates of the requests, in the order in which they ended.
+        batches: batches in the order in which they ran.
     """
 
     def __init__(self, arrivals: Sequence[Arrival], machine: Machine, policy: Policy) -> None:
-        """Replay arrivals, which ascend, with a fresh policy, until each request has an answer or an error.
+        """Replay arrivals, in ascending order, with a fresh policy until each request has an answer or an error.
 
         Raises:
-            BudgetTooSmallError: no sub-network is as cheap as a request wants it.
+            BudgetTooSmallError: no sub-network fits the budget of a request.
         """
         self.fates: list[Fate] = []
         self.batches: list[Batch] = []
@@ -137,7 +137,7 @@ class Replay:
                 self._scheduler.enqueue(request)
 
     def _serve(self, now: float) -> float:
-        """Do what the policy chooses, and return when the engine is free again."""
+        """Carry out the decision of the policy, and return when the engine is free again."""
         decision = self._scheduler.next_batch(now)
         for request in decision.expired:
             self._end_without(request, now, "expired")
@@ -163,7 +163,7 @@ class Replay:
         return now
 
     def _looked(self, request: QueuedRequest, variant: Variant) -> Looked:
-        """Tell how sure a look is: fully, or not at all where the image is one of those that want another."""
+        """Return a look that is fully sure, or not sure at all where the image is one of those that need another."""
         waiting, second = self._waiting[request.admitted], variant.second_look
         is_unsure = second is not None and waiting.difficulty >= 1 - second.share
         before = 0 if waiting.answered_by is None else waiting.answered_by.profile.macs
@@ -182,7 +182,7 @@ class Replay:
             self._end(request, now, "overdue", variant, variant.top1, 1)
 
     def _end_without(self, request: QueuedRequest, now: float, outcome: Outcome) -> None:
-        """End a request that fails, or, where it only waited for another look, with the answer of the first."""
+        """End a request without an answer, or with that of its first look if it only waited for another."""
         first = self._waiting[request.admitted].answered_by
         if first is None:
             self._end(request, now, outcome)
@@ -209,10 +209,10 @@ class Replay:
 
 
 def replay(arrivals: Sequence[Arrival], machine: Machine, policy: str) -> Replay:
-    """Replay arrivals with a policy of that name.
+    """Replay arrivals with the policy of that name.
 
     Raises:
-        BudgetTooSmallError: no sub-network is as cheap as a request wants it.
+        BudgetTooSmallError: no sub-network fits the budget of a request.
         InvalidParameterError: there is no such policy.
     """
     return Replay(arrivals, machine, find_policy(policy, machine.catalog))
@@ -220,17 +220,17 @@ def replay(arrivals: Sequence[Arrival], machine: Machine, policy: str) -> Replay
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """How it went, over all machines.
+    """The figures of a simulation, over all machines.
 
     Attributes:
-        outcomes: how many requests ended in which way, as in `Fate`.
+        outcomes: number of requests by outcome, as in `Fate`.
         slo_attainment: share of all requests answered by their deadline.
         mean_accuracy: expected top-1 of the answers in time; None where it was not measured, or nothing was in time.
         effective_accuracy: the same over all requests: those without an answer in time count 0.
-        latency_ms: of all answers, by percentile; None without any.
-        mean_batch_size: requests per batch; None without any.
-        utilization: share of the time in which the engines were busy.
-        changes_per_s: how often a machine ran another sub-network than in the batch before.
+        latency_ms: latency of all answers, by percentile; None without answers.
+        mean_batch_size: requests per batch; None without batches.
+        utilization: fraction of the time in which the engines were busy.
+        changes_per_s: how often per second a machine ran another variant than in the batch before.
         looked_again: share of the answers that took two looks.
         mix: share of the answers by variant, the largest first.
     """
@@ -248,7 +248,7 @@ class Figures:
 
     @classmethod
     def of(cls, replays: Sequence[Replay], catalog: VariantCatalog) -> "Figures":
-        """Sum up what happened on the machines, at least one request in all."""
+        """Compute the figures of the replays on all machines, which have at least one request in all."""
         fates = [fate for one in replays for fate in one.fates]
         batches = [batch for one in replays for batch in one.batches]
         outcomes = Counter(fate.outcome for fate in fates)
@@ -272,7 +272,7 @@ class Figures:
 
 
 def answers_in_time(fates: Iterable[Fate]) -> list[tuple[float, str | None, float | None]]:
-    """List when each request arrived, which variant answered it in time if one did, and its expected top-1."""
+    """List when each request arrived, which variant answered it in time, if any, and the expected top-1."""
     answers: list[tuple[float, str | None, float | None]] = []
     for fate in fates:
         variant = fate.variant if fate.outcome == "in_time" else None
@@ -282,5 +282,5 @@ def answers_in_time(fates: Iterable[Fate]) -> list[tuple[float, str | None, floa
 
 
 def throughput(variant: Variant, max_batch_size: int) -> float:
-    """Return the most requests per second that a variant answers, in batches of whichever size is best for it."""
+    """Return the most requests per second that a variant answers, at its best batch size."""
     return max(size / seconds for size, seconds in enumerate(variant.latency_by_batch_s[:max_batch_size], start=1))

@@ -1,1 +1,1 @@
-"""What is counted and timed."""
+"""Metrics, logs and traces."""

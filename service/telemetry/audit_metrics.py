@@ -1,4 +1,4 @@
-"""What is found out about the answers beside what is promised of them: by themselves, by audits and by clients."""
+"""Metrics of the quality of answers beside the promised one: their own confidence, audits, and clients' feedback."""
 
 from prometheus_client import CollectorRegistry, Counter
 
@@ -9,9 +9,9 @@ LABELS = ["patch_grid", "keep_rate"]
 
 
 class AuditMetrics:
-    """Counts answers, those that were audited or judged by the sub-network that looked first.
+    """Sums the confidence of answers, and counts audited and judged ones by the sub-network of the first look.
 
-    What was promised is summed over the very same answers. Where the accuracy is unmeasured, nothing is.
+    Promised values are summed over the same answers. Answers whose accuracy is unmeasured are not counted.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -37,31 +37,31 @@ class AuditMetrics:
         )
 
     def answered(self, answer: Classification) -> None:
-        """Count how sure an answer is."""
+        """Add the confidence of an answer."""
         self._confidence.inc(answer.looks[-1].confidence)
 
     def audited(self, subnetwork: SubNetwork, promised: float, *, agrees: bool) -> None:
-        """Count an audit of an answer of a sub-network.
+        """Count an audit, which runs an answered image again at the most accurate sub-network.
 
         Args:
-            subnetwork: whose answer it was.
-            promised: probability, 0..1, with which both agree at least.
-            agrees: whether they do.
+            subnetwork: the sub-network whose answer was audited.
+            promised: least probability, 0..1, with which both answers agree.
+            agrees: whether both answers agree.
         """
         _count(self._audits, subnetwork, promised, agrees)
 
     def judged(self, subnetwork: SubNetwork, promised: float, *, is_correct: bool) -> None:
-        """Count what a client says of an answer.
+        """Count a client's feedback on an answer.
 
         Args:
-            subnetwork: that looked first.
+            subnetwork: the sub-network of the first look.
             promised: expected accuracy of the answer, 0..1.
-            is_correct: whether it was right.
+            is_correct: whether the answer was right.
         """
         _count(self._feedback, subnetwork, promised, is_correct)
 
 
 def _count(counters: tuple[Counter, Counter, Counter], subnetwork: SubNetwork, promised: float, held: bool) -> None:
-    # All three, that none begins later than the others: Prometheus counts nothing from before it first sees a series.
+    # Create all three series at once: Prometheus ignores increases from before it first scrapes a series.
     for counter, value in zip(counters, (1.0, float(held), promised), strict=True):
         counter.labels(subnetwork.patch_grid, f"{subnetwork.keep_rate:g}").inc(value)

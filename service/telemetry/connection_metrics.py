@@ -1,8 +1,8 @@
-"""What is counted of connections, beside the requests on them."""
+"""Metrics of connections, apart from those of the requests on them."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-# Why a connection was closed that its client would have kept, or refused.
+# Why the server refused a connection, or closed one that its client would have kept.
 REASONS = ("gave_way", "address", "full", "files", "slow", "unread", "bad_request")
 
 
@@ -25,9 +25,9 @@ class ConnectionMetrics:
             self._closed.labels(reason)
 
     def opened(self, number: int) -> None:
-        """Record how many are open."""
+        """Record the number of open connections."""
         self._open.set(number)
 
     def closed(self, reason: str) -> None:
-        """Count one that was closed or refused."""
+        """Count a connection that was closed or refused."""
         self._closed.labels(reason).inc()

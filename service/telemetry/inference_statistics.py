@@ -1,4 +1,4 @@
-"""What Triton's statistics ask for: what is counted for them alone, and all of it read from the metrics."""
+"""Triton's inference statistics, read from the metrics, and the metrics that only these statistics need."""
 
 import time
 from collections.abc import Callable
@@ -11,10 +11,10 @@ OK = "ok"
 
 
 class StatisticsMetrics:
-    """Counts what nothing else does."""
+    """Metrics that only the inference statistics need."""
 
     def __init__(self, registry: CollectorRegistry, wall_clock: Callable[[], float] = time.time) -> None:
-        """Declare the metrics; the clock tells Unix time in seconds."""
+        """Declare the metrics; the clock returns Unix time in seconds."""
         self._wall_clock = wall_clock
         self._batches = Counter("supervit_batches", "Batches that ran, by size.", ["size"], registry=registry)
         self._batch_seconds = Counter(
@@ -33,7 +33,7 @@ class StatisticsMetrics:
         )
 
     def batch_ran(self, size: int, inference_s: float) -> None:
-        """Record a batch."""
+        """Record a batch and its time in the engine."""
         self._batches.labels(size).inc()
         self._batch_seconds.labels(size).inc(inference_s)
 
@@ -42,13 +42,13 @@ class StatisticsMetrics:
         self._answered_at.set(self._wall_clock())
 
     def failed(self, seconds: float) -> None:
-        """Record how long a request took that got no answer."""
+        """Record the duration of a request that got no answer."""
         self._failed_seconds.inc(seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """How often something took place, and how long it took together."""
+    """A count of events, and their total time."""
 
     count: int
     seconds: float
@@ -56,16 +56,16 @@ class Duration:
 
 @dataclass(frozen=True, slots=True)
 class InferenceStatistics:
-    """What has happened since the start; of several workers, to all of them.
+    """Totals since the start, over all workers.
 
     Attributes:
         last_inference_ms: Unix time in milliseconds at which a request was last answered; 0 before the first.
         success: answered requests.
-        fail: those without an answer.
-        queue: what the answered ones waited, for a decoder and for the engine.
-        decode: what it took to decode them.
-        inference: what they spent in the engine, each the time of its batches.
-        by_batch_size: batches that ran, by how many images were in them.
+        fail: requests without an answer.
+        queue: time that answered requests waited for a decoder and for the engine.
+        decode: time to decode the images of answered requests.
+        inference: time that answered requests spent in the engine; each counts the whole time of its batches.
+        by_batch_size: batches that ran, by their number of images.
     """
 
     last_inference_ms: int
@@ -78,7 +78,7 @@ class InferenceStatistics:
 
 
 def read_statistics(registry: CollectorRegistry) -> InferenceStatistics:
-    """Read the statistics out of the metrics."""
+    """Read the statistics from the metrics."""
     values: dict[str, dict[str, float]] = {}
     for family in registry.collect():
         if family.name.startswith(PREFIX):

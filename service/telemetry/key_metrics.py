@@ -1,10 +1,10 @@
-"""What is counted of each API key, by its name."""
+"""Metrics of each API key, by its name."""
 
 from prometheus_client import CollectorRegistry, Counter
 
 
 class KeyMetrics:
-    """Counts by key; there are no series where no keys are asked for."""
+    """Counts requests and compute by key; there are no series if the server asks for no keys."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         """Declare the metrics."""
@@ -22,9 +22,9 @@ class KeyMetrics:
         )
 
     def finished(self, name: str, outcome: str) -> None:
-        """Count a request out."""
+        """Count a finished request."""
         self._requests.labels(name, outcome).inc()
 
     def spent(self, name: str, gflops: float) -> None:
-        """Count what a request was charged."""
+        """Add the compute that a request was charged."""
         self._gflops.labels(name).inc(gflops)

@@ -1,4 +1,4 @@
-"""What a person wants to see of the last minutes, read from the metrics: counts that only grow, and how things are."""
+"""Samples of the metrics for the live feed: counts that only grow, and current values."""
 
 import time
 from collections.abc import Callable
@@ -12,19 +12,19 @@ PREFIX = "supervit_"
 
 @dataclass(frozen=True, slots=True)
 class LiveSample:
-    """The metrics at one instant; of several workers, those of all of them.
+    """The metrics of all workers at one instant.
 
     Attributes:
         at: Unix time in seconds.
-        requests: that have ended, by outcome: "ok" or an error code.
-        subnetworks: answered requests by what ran, as "8@0.5" for grid 8 at keep rate 0.5.
-        met, missed: deadlines.
-        accuracy_loss: top-1 accuracy, 0..1, that the most accurate sub-network would have had more, summed.
-        spent_gflops, saved_gflops: in 1e9 multiply-accumulates.
+        requests: finished requests by outcome: "ok" or an error code.
+        subnetworks: answered requests by the sub-network that ran, as "8@0.5" for grid 8 at keep rate 0.5.
+        met, missed: deadlines that were met and missed.
+        accuracy_loss: top-1 accuracy, 0..1, by which the most accurate sub-network would have been better, summed.
+        spent_gflops, saved_gflops: compute in 1e9 multiply-accumulates.
         queued: requests that wait for the engine.
         in_flight: requests that are being worked on.
         own_cpu, others_cpu: fractions of the usable cores in use, by this server and by others.
-        gpu: fraction of time in which the GPUs were busy; None where there is none.
+        gpu: fraction of time in which the GPUs were busy; None without a GPU.
     """
 
     at: float
@@ -43,10 +43,10 @@ class LiveSample:
 
 
 def read_sample(registry: CollectorRegistry, clock: Callable[[], float] = time.time) -> LiveSample:
-    """Read the metrics.
+    """Read a sample from the metrics.
 
     Args:
-        registry: that holds them.
+        registry: registry that holds the metrics.
         clock: Unix time in seconds.
     """
     values: dict[str, dict[tuple[str, ...], list[float]]] = {}

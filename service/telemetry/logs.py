@@ -1,6 +1,6 @@
-"""The lines of the log, as text or as JSON. A line that is about a request names it, and its trace where there is one.
+"""Formats of log lines, text and JSON. A line about a request has its request ID, and its trace ID if there is one.
 
-What clients send may stand in a line: control characters in it are escaped, so that it stays one line.
+A line may contain what clients send: its control characters are escaped, so that it stays one line.
 """
 
 import json
@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-# Of the request that the task at work is about, set by the layer of the wire that names it.
+# IDs of the request of the running task; the protocol layer that names requests sets the request ID.
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 TRACE_ID: ContextVar[str | None] = ContextVar("trace_id", default=None)
 
@@ -17,11 +17,11 @@ Fields = dict[str, str | bool | int | float]
 
 
 def configure_logging(level: str, log_format: Literal["text", "json"]) -> None:
-    """Write the log to stderr, unless something else takes it already.
+    """Write the log to stderr, unless the root logger already has a handler.
 
     Args:
-        level: least serious lines, in lower case.
-        log_format: of each.
+        level: lowest level that is logged, in lower case.
+        log_format: format of each line.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
@@ -29,10 +29,10 @@ def configure_logging(level: str, log_format: Literal["text", "json"]) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """Makes a line of text of a record; what is told by name comes last, as `name=value`."""
+    """Formats a record as a line of text, with its named values at the end, as `name=value`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, and below it the traceback, where there is one."""
+        """Return the line, followed by the traceback if there is one."""
         named = "".join(f" {name}={_text(value)}" for name, value in _named(record).items())
         line = f"{self.formatTime(record)} {record.levelname} {record.name}: {record.getMessage()}{named}"
         lines = [line, *(self.formatException(record.exc_info).split("\n") if record.exc_info else ())]
@@ -40,7 +40,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Makes a line of JSON of a record: time, level, logger and message, what is told by name, and the exception."""
+    """Formats a record as a line of JSON: time, level, logger, message, named values and exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -57,7 +57,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def _named(record: logging.LogRecord) -> Fields:
-    """Return what a record tells by name: its `fields`, and what request it is about."""
+    """Return a record's named values: its `fields`, and the IDs of its request and trace."""
     named: Fields = dict(getattr(record, "fields", {}))
     if (request_id := REQUEST_ID.get()) is not None:
         named["request_id"] = request_id

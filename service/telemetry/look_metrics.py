@@ -1,4 +1,4 @@
-"""What is counted of looks at images, where one that was unsure may be followed by another."""
+"""Metrics of looks: runs of a sub-network on an image, of which an unsure one may be followed by another."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ from service.domain import Classification, Look, LookCode
 
 
 class LookMetrics:
-    """Counts looks."""
+    """Counts looks, and why no other look followed."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         """Declare the metrics, and start every count at zero."""

@@ -1,4 +1,4 @@
-"""How late the event loop comes to what is due: every request waits for that, and no queue shows it."""
+"""The delay of the event loop: how late it runs what is due. Every request waits that long, and no queue shows it."""
 
 import asyncio
 import time
@@ -11,14 +11,14 @@ BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 class LoopDelay:
-    """Measures it by a timer."""
+    """Measures the delay of the event loop with a timer."""
 
     def __init__(self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic) -> None:
         """Declare the metric.
 
         Args:
-            registry: the metric's.
-            clock: in seconds. Not the loop's, which may stand still while a callback runs.
+            registry: registry for the metric.
+            clock: in seconds. Not the loop's clock, which may stand still while a callback runs.
         """
         self._clock = clock
         self._delay = Histogram(
@@ -29,7 +29,7 @@ class LoopDelay:
         )
 
     async def watch(self) -> None:
-        """Observe until cancelled."""
+        """Measure until cancelled."""
         while True:
             due_at = self._clock() + INTERVAL_S
             await asyncio.sleep(INTERVAL_S)

@@ -1,4 +1,4 @@
-"""What is told of the machine: processors, memory, pressure, GPUs and what the engine holds of their memory."""
+"""Metrics of the machine: CPUs, memory, pressure, GPUs, and the CUDA graphs in their memory."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ class MachineMetrics:
     """Gauges of the machine."""
 
     def __init__(self, gauge: Callable[..., Gauge]) -> None:
-        """Declare them, by what declares a gauge."""
+        """Declare the metrics; `gauge` takes name, text, how the values of workers are merged, and labels."""
         self._cpu = gauge(
             "supervit_cpu_utilization_ratio",
             "Fraction of the usable cores in use over the last interval, by this process and by others.",
@@ -34,8 +34,8 @@ class MachineMetrics:
         )
 
     def observed(self, snapshot: ResourceSnapshot) -> None:
-        """Record a look at the machine; what it does not say keeps its last value."""
-        cpus = snapshot.cpus or snapshot.cores  # a quota of ours does not bound what others use
+        """Record a snapshot of the machine; a gauge keeps its last value where the snapshot has none."""
+        cpus = snapshot.cpus or snapshot.cores  # our quota does not bound what others use
         others = None if snapshot.others_cores is None else snapshot.others_cores / cpus
         gauges = [
             (self._cpu.labels("own"), snapshot.own_cpu_utilization),
@@ -51,6 +51,6 @@ class MachineMetrics:
                 gauge.set(value)
 
     def captured(self, num_graphs: int, held_bytes: int) -> None:
-        """Record what the engine holds of CUDA graphs."""
+        """Record the CUDA graphs that the engine holds, and their memory."""
         self._graphs.set(num_graphs)
         self._graph_memory.set(held_bytes)

@@ -1,6 +1,6 @@
 """Every Prometheus metric of the server, declared once on an injected registry.
 
-Workers of one server share a folder with the counts of each; the one that is asked for its page answers for all.
+The workers of one server share a folder with the values of each; a worker that is asked for its page answers for all.
 """
 
 from collections.abc import Sequence
@@ -38,11 +38,11 @@ from service.telemetry.profile_metrics import ProfileMetrics
 STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 5, 10, 30)
 STAGES = ("decode_wait", "decode", "queue", "inference")
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-# Outcomes that break the promise of an answer in time; what the client did wrong itself breaks none.
+# Outcomes that count as missed deadlines; errors of the client do not.
 MISSES = {OverloadedError.code, DeadlineError.code, ModelError.code, ServiceError.code}
-# Why a request was dropped, where its outcome says so; an overload brings its own reason.
+# Reasons for dropped requests, by outcome; an OverloadedError has a reason of its own.
 DROP_REASONS = {DeadlineError.code: "expired", NotReadyError.code: "not_ready"}
-# Of what falls short and what it would take: the sample that holds each.
+# Samples for an autoscaler, by name: missed deadlines and lost accuracy, and the compute and time that requests take.
 TOTALS: dict[str, tuple[str, dict[str, str]]] = {
     "met": ("supervit_deadlines_total", {"result": "met"}),
     "missed": ("supervit_deadlines_total", {"result": "missed"}),
@@ -56,8 +56,8 @@ OPENMETRICS = "application/openmetrics-text"
 
 
 def process_registry() -> CollectorRegistry:
-    """Make a registry that already tells of the process: memory, CPU time, garbage collection, Python's version."""
-    # They are a second series beside each counter, which Prometheus itself has no use for.
+    """Create a registry with metrics of the process: memory, CPU time, garbage collection, Python's version."""
+    # These are a second series beside each counter, which Prometheus itself does not use.
     disable_created_metrics()  # type: ignore[no-untyped-call] # it has no annotations
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -66,18 +66,18 @@ def process_registry() -> CollectorRegistry:
 
 
 class Metrics:
-    """What the server counts and times."""
+    """The metrics of the server."""
 
     def __init__(self, registry: CollectorRegistry, shared_folder: str | None = None) -> None:
         """Declare every metric.
 
         Args:
-            registry: where.
-            shared_folder: where the workers of this server keep their counts; None where this process is alone. Made if
-                there is none.
+            registry: registry for the metrics.
+            shared_folder: folder in which the workers of this server keep their values, created if missing; None if
+                this process is the only one.
 
         Raises:
-            InvalidParameterError: there can be no such folder.
+            InvalidParameterError: the folder cannot be created.
         """
         if shared_folder is not None:
             make_folder(shared_folder)
@@ -88,7 +88,7 @@ class Metrics:
         self._shared_folder = shared_folder
 
         def gauge(name: str, text: str, of_workers: str, labels: Sequence[str] = ()) -> Gauge:
-            """Declare a gauge; `of_workers` says how prometheus_client makes one value of those of several workers."""
+            """Declare a gauge; `of_workers` says how prometheus_client merges the values of several workers."""
             return Gauge(name, text, labels, registry=registry, multiprocess_mode=of_workers)  # type: ignore[arg-type] # its Literal
 
         def durations(name: str, text: str, labels: Sequence[str] = ()) -> Histogram:
@@ -110,7 +110,7 @@ class Metrics:
         self._stages = durations(
             "supervit_stage_duration_seconds", "Time that an answered request spent in a stage.", ["stage"]
         )
-        # Bound once: to look a label up takes longer than to count.
+        # Bound once: looking up a label takes longer than counting.
         self._decode_wait, self._decode, self._queue, self._inference = map(self._stages.labels, STAGES)
         self._subnetworks = Counter(
             "supervit_subnetwork_requests",
@@ -182,7 +182,7 @@ class Metrics:
         self.model = ModelMetrics(registry, gauge)
 
     def describe(self, subnetworks: list[SubNetwork], name: str, version: str, workers: int = 1) -> None:
-        """Name the model and how many workers serve it; start every count at zero, so that rates exist at once."""
+        """Record the model and its number of workers; start every count at zero, so that rates exist at once."""
         self.model.serves(name, version)
         self._workers.set(workers)
         for outcome in (OK, *MISSES):
@@ -193,19 +193,19 @@ class Metrics:
             self._count_of(subnetwork)
 
     def request_started(self) -> None:
-        """Count a request in."""
+        """Count a request that starts."""
         self._in_flight.inc()
 
     def request_finished(
         self, outcome: str, reason: str | None = None, *, is_missed: bool = False, took_s: float = 0.0
     ) -> None:
-        """Count a request out.
+        """Count a request that has finished.
 
         Args:
             outcome: "ok" or an error code.
-            reason: that an overload gave.
-            is_missed: whether its deadline has passed without an answer, where the outcome does not say so.
-            took_s: until then.
+            reason: reason of an OverloadedError.
+            is_missed: whether the deadline was missed although the outcome is not in MISSES.
+            took_s: time from the start of the request to its end.
         """
         self._in_flight.dec()
         self._requests.labels(outcome).inc()
@@ -218,7 +218,7 @@ class Metrics:
             self._missed.inc()
 
     def answered(self, answer: Classification, exemplar: dict[str, str] | None = None) -> None:
-        """Record what an answer cost; an exemplar leads from its durations to its trace."""
+        """Record the durations and costs of an answer; an exemplar links its durations to its trace."""
         timing, profile = answer.timing, answer.decision.profile
         self._duration.observe(timing.total_s, exemplar)
         self._decode_wait.observe(timing.decode_wait_s, exemplar)
@@ -237,7 +237,7 @@ class Metrics:
             self._accuracy_loss.inc(answer.accuracy_loss)
 
     def batch_ran(self, size: int, predicted_s: float, inference_s: float, taken_s: float) -> None:
-        """Record a batch; `taken_s` is its time with the pause for the ceiling's sake that follows."""
+        """Record a batch; `taken_s` is its time in the engine with the pause that the utilization ceiling adds."""
         self._taken.inc(taken_s)
         self._batch_sizes.observe(size)
         self._batch_duration.observe(inference_s)
@@ -245,31 +245,31 @@ class Metrics:
         self._statistics.batch_ran(size, inference_s)
 
     def machine(self, snapshot: ResourceSnapshot, queued: int, slowdown: float, safety_factor: float) -> None:
-        """Record the machine's state and the scheduler's; what the machine does not say keeps its last value."""
+        """Record the state of the scheduler and the machine; a gauge without a new value keeps its last."""
         self._queued.set(queued)
         self._slowdown.set(slowdown)
         self._safety_factor.set(safety_factor)
         self._machine.observed(snapshot)
 
     def ready(self, is_ready: bool) -> None:
-        """Record whether requests are welcome."""
+        """Record whether the server is ready for requests."""
         self._ready.set(is_ready)
 
     def captured(self, num_graphs: int, held_bytes: int) -> None:
-        """Record what the engine holds of CUDA graphs."""
+        """Record the CUDA graphs that the engine holds, and their memory."""
         self._machine.captured(num_graphs, held_bytes)
 
     def totals(self) -> dict[str, float]:
-        """Return what an autoscaler may want to know of this process: the counters of TOTALS, by their names there."""
+        """Return the counters of TOTALS by name, which an autoscaler needs of this process."""
         return {name: self._registry.get_sample_value(*sample) or 0.0 for name, sample in TOTALS.items()}
 
     def page(self, accept: str = "") -> tuple[bytes, str]:
-        """Return all metrics in a format that a client accepts, and its media type: OpenMetrics alone has exemplars."""
+        """Return all metrics in a format that a client accepts, and its media type; only OpenMetrics has exemplars."""
         if OPENMETRICS in accept:
             page: bytes = openmetrics.generate_latest(self.registry())  # type: ignore[no-untyped-call] # no annotations
             return page, openmetrics.CONTENT_TYPE_LATEST
         return generate_latest(self.registry()), CONTENT_TYPE_LATEST
 
     def registry(self) -> CollectorRegistry:
-        """Return where all metrics can be read: those of every worker, as they are now, where there are several."""
+        """Return a registry with all metrics; with a shared folder, the current ones of every worker."""
         return self._registry if self._shared_folder is None else merged_registry(self._shared_folder)

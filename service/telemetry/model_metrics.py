@@ -1,4 +1,4 @@
-"""Which model is served, and how changes of it have ended."""
+"""Metrics of the served model, and of the outcomes of model changes."""
 
 from collections.abc import Callable
 from typing import get_args
@@ -9,10 +9,10 @@ from service.model_change import ChangeOutcome
 
 
 class ModelMetrics:
-    """Follows the model."""
+    """Records the served model, and counts its changes."""
 
     def __init__(self, registry: CollectorRegistry, gauge: Callable[..., Gauge]) -> None:
-        """Declare the metrics; `gauge` takes name, text, how workers' values become one, and labels."""
+        """Declare the metrics; `gauge` takes name, text, how the values of workers are merged, and labels."""
         self._info = gauge(
             "supervit_model_info",
             "1 for the checkpoint that is served, 0 for those before it.",
@@ -30,12 +30,12 @@ class ModelMetrics:
             self._changes.labels(outcome)
 
     def serves(self, name: str, version: str) -> None:
-        """Name the model that answers from now on."""
+        """Record the model that is served from now on."""
         if self._served is not None:
-            self._info.labels(*self._served).set(0)  # to remove a label is not possible among workers
+            self._info.labels(*self._served).set(0)  # labels cannot be removed with several workers
         self._served = name, version
         self._info.labels(name, version).set(1)
 
     def change_ended(self, outcome: ChangeOutcome) -> None:
-        """Count a change."""
+        """Count a model change by its outcome."""
         self._changes.labels(outcome).inc()

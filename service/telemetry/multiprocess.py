@@ -1,4 +1,4 @@
-"""The folder in which the processes of one server keep their counts, so that each can answer for all of them."""
+"""The folder in which the processes of one server keep their metrics, so that each can report those of all."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -7,15 +7,15 @@ from prometheus_client import CollectorRegistry, multiprocess
 
 from service.errors import InvalidParameterError
 
-# Where prometheus_client looks for the folder, the moment it is imported.
+# Variable from which prometheus_client reads the folder when it is imported.
 SHARED_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
 def make_folder(folder: str) -> None:
-    """Make the folder, if there is none.
+    """Create the folder if it does not exist.
 
     Raises:
-        InvalidParameterError: there can be none, or it has no name: the counts would go to the working directory.
+        InvalidParameterError: it cannot be created, or its name is empty: metrics would go to the working directory.
     """
     if not folder:
         raise InvalidParameterError(f"{SHARED_FOLDER_VARIABLE} is set and names no folder")
@@ -26,12 +26,12 @@ def make_folder(folder: str) -> None:
 
 
 def forget_worker(pid: int, folder: str) -> None:
-    """Forget what a worker that has ended last said of itself; what it counted stays counted."""
+    """Remove the live gauges of a worker that has ended; its counters and histograms are kept."""
     multiprocess.mark_process_dead(pid, folder)  # type: ignore[no-untyped-call] # it has no annotations
 
 
 def forget_dead(folder: str) -> None:
-    """Forget what processes that have ended without a word last said of themselves."""
+    """Remove the live gauges of processes that have ended without a call of `forget_worker`."""
     pids = {path.stem.rpartition("_")[2] for path in Path(folder).glob("gauge_live*.db")}
     for pid in pids:
         if not Path("/proc", pid).exists():
@@ -40,7 +40,7 @@ def forget_dead(folder: str) -> None:
 
 
 def merged_registry(folder: str) -> CollectorRegistry:
-    """Read the counts of all processes of a folder that still run, and what the others have counted."""
+    """Return the merged metrics of all running processes of a folder, and the counts of those that have ended."""
     forget_dead(folder)
     merged = CollectorRegistry()
     multiprocess.MultiProcessCollector(merged, folder)  # type: ignore[no-untyped-call] # as above

@@ -1,4 +1,4 @@
-"""What becomes of every classification is counted here, and here alone."""
+"""Counts every classification and its outcome; only `http/early_rejection` counts its own rejections."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,20 +15,20 @@ from service.telemetry.reports import current_report
 def counted(
     metrics: Metrics, key: ApiKey | None = None, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[Classification], None]]:
-    """Count a classification in, and out by how the block ends; the report on its request gets the answer, too.
+    """Count a classification that starts, and its outcome when the block ends.
 
     Args:
-        metrics: where.
-        key: that it came with.
+        metrics: metrics in which the classification is counted.
+        key: API key of the request.
         clock: monotonic, in seconds.
 
     Yields:
-        What to tell of the answer.
+        A function that records the answer in the metrics and in the report on the request.
     """
     report = current_report()
     metrics.request_started()
     started_at = clock()
-    outcome, reason, is_missed = ServiceError.code, None, False  # of a bug, unless something better is known
+    outcome, reason, is_missed = ServiceError.code, None, False  # that of a bug, unless the block ends otherwise
 
     def record(answer: Classification) -> None:
         metrics.answered(answer, None if report is None else report.exemplar)

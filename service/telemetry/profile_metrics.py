@@ -1,4 +1,4 @@
-"""What is said of the latencies that the policy works with, and of the accuracy that is given where there is time."""
+"""Metrics of the latency profile that the policy uses, and the accuracy of the most accurate sub-network."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -7,10 +7,10 @@ from prometheus_client import Gauge
 
 
 class ProfileMetrics:
-    """Describes the profile in use."""
+    """Gauges of the profile in use."""
 
     def __init__(self, gauge: Callable[..., Gauge]) -> None:
-        """Declare the metrics; `gauge` takes name, text, how workers' values become one, and labels."""
+        """Declare the metrics; `gauge` takes name, text, how the values of workers are merged, and labels."""
         self._measured_at = gauge(
             "supervit_profile_timestamp_seconds",
             "When the latencies that the policy works with were measured on this machine, in Unix time.",
@@ -31,11 +31,11 @@ class ProfileMetrics:
         )
 
     def began(self, model: str, measured_at: datetime, best_accuracy: float | None) -> None:
-        """Record when the latencies in use were measured, and the accuracy that is given where there is time for it."""
+        """Record when the latencies in use were measured, and the accuracy of the most accurate sub-network."""
         self._measured_at.labels(model).set(measured_at.timestamp())
         if best_accuracy is not None:
             self._best_accuracy.labels(model).set(best_accuracy)
 
     def measured(self, model: str, share: float) -> None:
-        """Record how much is measured by now."""
+        """Record the share of the latencies that is measured by now."""
         self._measured_share.labels(model).set(share)

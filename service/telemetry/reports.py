@@ -1,6 +1,6 @@
-"""What is told of each request once it has its answer: a line of the log, where that is wanted, and spans of a trace.
+"""Reports each finished request: as a line of the log, where that is enabled, and as spans of a trace.
 
-Knows no wire: HTTP and gRPC each say how a request is called and how it ended.
+Independent of the protocol: HTTP and gRPC each supply the name of a request and its outcome.
 """
 
 import logging
@@ -26,13 +26,13 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 
 @dataclass(slots=True)
 class RequestReport:
-    """What becomes of a request, noted while it does.
+    """The course of a request, recorded while the request runs.
 
     Attributes:
-        arrived_at: on the monotonic clock, in seconds.
-        trace: its own; None where it is not recorded.
-        answers: to its images.
-        error_code: of what went wrong last; None where nothing did.
+        arrived_at: instant of arrival, on the monotonic clock, in seconds.
+        trace: trace of the request; None where it is not recorded.
+        answers: answers to the images of the request.
+        error_code: code of the last error; None without an error.
     """
 
     arrived_at: float
@@ -42,28 +42,28 @@ class RequestReport:
 
     @property
     def exemplar(self) -> dict[str, str] | None:
-        """What leads from a count to the trace of this request, where there is one."""
+        """Labels that link a metric to the trace of this request; None without a trace."""
         return None if self.trace is None else {"trace_id": self.trace.trace_id}
 
 
-# On the request that the task at work is about, and the tasks that it has begun.
+# The report on the request of the running task and of the tasks that it has started.
 _CURRENT: ContextVar[RequestReport | None] = ContextVar("report", default=None)
 
 
 def current_report() -> RequestReport | None:
-    """Return the report on the request that this task is about; None where none is wanted."""
+    """Return the report on the request of the running task; None if there is none."""
     return _CURRENT.get()
 
 
 def note_error(code: str) -> None:
-    """Note what the request at hand fails of; the last word counts."""
+    """Record the error code of the current request; the last one counts."""
     report = _CURRENT.get()
     if report is not None:
         report.error_code = code
 
 
 class Reporter:
-    """Begins a report for each request, and tells it when it ends."""
+    """Begins a report on each request, and writes it when the request ends."""
 
     def __init__(
         self,
@@ -73,13 +73,13 @@ class Reporter:
         log: logging.Logger = logger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take where it is told.
+        """Create a reporter from its outputs.
 
         Args:
-            tracer: of requests; None where they are not traced.
-            logs_requests: whether each gets a line of the log.
-            log: that gets it.
-            clock: monotonic, in seconds; the one that requests are stamped by.
+            tracer: tracer of requests; None if requests are not traced.
+            logs_requests: whether each request gets a line of the log.
+            log: logger for these lines.
+            clock: monotonic, in seconds; the clock of arrival times.
         """
         self._tracer, self._logs_requests, self._log = tracer, logs_requests, log
         self._sparing, self._clock = SparingLog(log, clock=clock), clock
@@ -87,13 +87,13 @@ class Reporter:
     def begin(
         self, name: str, headers: Iterable[tuple[bytes, bytes]], arrived_at: float | None, *, is_traced: bool = True
     ) -> RequestReport:
-        """Begin to report on the request that the running task is about.
+        """Begin the report on the request of the running task.
 
         Args:
-            name: of its kind.
-            headers: or metadata, names in lower case, in which the trace is named that it is part of.
-            arrived_at: on the monotonic clock, in seconds; None for now.
-            is_traced: whether it is worth a span.
+            name: name of the span, until `end` sets a more exact one.
+            headers: headers or gRPC metadata, names in lower case, which may name the trace of the request.
+            arrived_at: instant of arrival, on the monotonic clock, in seconds; None for now.
+            is_traced: whether the request is worth a span.
         """
         arrived_at = self._clock() if arrived_at is None else arrived_at
         TRACE_ID.set(None)
@@ -103,7 +103,7 @@ class Reporter:
         return report
 
     def end(self, report: RequestReport, describe: Callable[[], Outcome]) -> None:
-        """Tell what became of a request, as its wire describes it where that is wanted."""
+        """End the report and write it; `describe` returns the outcome, and is called only if something is written."""
         _CURRENT.set(None)
         trace = report.trace
         if trace is None and not self._logs_requests:
@@ -119,16 +119,16 @@ class Reporter:
             self._log.info("%s", outcome.line, extra={"fields": {"duration_ms": took_ms, **fields, **failed}})
 
     def rejected(self) -> None:
-        """Tell of a request that was rejected for overload; sparingly, for those come by the thousand."""
+        """Log that a request was rejected for overload; rate-limited, because thousands may be rejected."""
         if self._logs_requests:
             self._sparing.warning("a request was rejected for overload")
 
 
 def find_tracer(environment: Mapping[str, str]) -> "RequestTracer | None":
-    """Make what traces requests, if the standard OTEL_ variables ask for it.
+    """Create a tracer of requests if the standard OTEL_ variables ask for traces and the extra `otel` is installed.
 
     Raises:
-        InvalidParameterError: one of them holds what OpenTelemetry does not take.
+        InvalidParameterError: one of the variables has a value that OpenTelemetry does not accept.
     """
     if not _asks_for_traces(environment):
         return None

@@ -1,4 +1,4 @@
-"""Warnings of what clients do, which may do it without end: a line of each kind in a while, with the number of them."""
+"""Rate-limited warnings about what clients do, possibly without end: a line per message and interval, with a count."""
 
 import logging
 import time
@@ -15,17 +15,17 @@ class _Kind:
 
 
 class SparingLog:
-    """Logs a message at once, and then at most once an interval; messages are few and constant."""
+    """Logs a message at once, and then at most once per interval. Messages must be few and constant."""
 
     def __init__(
         self, logger: logging.Logger, interval_s: float = INTERVAL_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Take where the lines go."""
+        """Create a rate-limited log that writes to `logger`."""
         self._logger, self._interval_s, self._clock = logger, interval_s, clock
         self._kinds: dict[str, _Kind] = {}
 
     def warning(self, message: str) -> None:
-        """Say it, or count that it was not said."""
+        """Log the message, or count it if the interval has not passed."""
         now = self._clock()
         kind = self._kinds.setdefault(message, _Kind(now))
         if now < kind.next_at:

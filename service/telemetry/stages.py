@@ -1,4 +1,4 @@
-"""A request as an observer sees it: how it ended, what was answered, and its stages, from the times that were taken."""
+"""A request as logs and traces describe it: its outcome, its answers, and its stages from the recorded times."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,14 +8,14 @@ from service.telemetry.logs import Fields
 
 
 class Outcome(NamedTuple):
-    """How a request ended, as its wire says it.
+    """How a request ended, as its protocol describes it.
 
     Attributes:
-        line: for the log: what was asked, and the status.
-        name: for traces, of the operation: few different ones.
-        attributes: for traces, by the names of OpenTelemetry's conventions.
-        error: code of what it failed of, if it did.
-        is_failure: whether that was for the server to avoid.
+        line: for the log: the request and its status.
+        name: for traces: the operation, with few different values.
+        attributes: for traces: attributes by the names of OpenTelemetry's conventions.
+        error: code of the error; None if the request did not fail.
+        is_failure: whether the server failed, rather than the client.
     """
 
     line: str
@@ -29,11 +29,11 @@ class Stage(NamedTuple):
     """A part of a request's time.
 
     Attributes:
-        name: of what went on.
+        name: name of the stage.
         began_at: on the monotonic clock, in seconds.
         ended_at: likewise.
-        fields: what is told of it by name.
-        parts: what it consists of, as far as that is known.
+        fields: values that describe the stage, by name.
+        parts: stages within this one, as far as they are known.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Stage(NamedTuple):
 
 
 def fields_of(answers: Sequence[Classification]) -> Fields:
-    """Tell what a request was answered, and how that came about; of several images only what they have in common."""
+    """Return the values that describe the answer to a request, by name; of several images, only their totals."""
     if not answers:
         return {}
     if len(answers) > 1:
@@ -68,7 +68,7 @@ def fields_of(answers: Sequence[Classification]) -> Fields:
 
 
 def stages_of(answers: Sequence[Classification], arrived_at: float) -> tuple[Stage, ...]:
-    """List the stages of a request that arrived at that instant; those of several images are parts of one for each."""
+    """Return the stages of a request that arrived at that instant; several images have one stage each, with parts."""
     if len(answers) == 1:
         return tuple(_stages(answers[0], arrived_at))
     return tuple(

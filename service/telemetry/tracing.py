@@ -1,7 +1,7 @@
-"""Traces by OpenTelemetry: a span for each request, and one for each of its stages, made once their times are known.
+"""OpenTelemetry traces: a span for each request, and child spans for its stages, made once their times are known.
 
-The one door of opentelemetry, imported only where traces are asked for. What is sampled, how the service is called and
-where spans go, the standard OTEL_ variables say.
+The only module that imports opentelemetry; itself imported only where traces are asked for. The standard OTEL_
+variables set the sampling, the name of the service and the exporters.
 """
 
 import random
@@ -29,9 +29,9 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, get_
 from service.telemetry.logs import TRACE_ID, Fields
 from service.telemetry.stages import Outcome, Stage
 
-PREFIX = "supervit."  # of attributes that no convention names
+PREFIX = "supervit."  # of attributes outside the conventions
 DEFAULT_SERVICE_NAME = "supervit-serve"
-EXPORTERS = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}  # their entry points, by protocol
+EXPORTERS = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}  # entry points, by protocol
 ROOT = Context()
 UNSAMPLED = re.compile(rb"00-((?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f][02468ace]")  # W3C Trace Context
 
@@ -39,27 +39,27 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 
 class RequestTrace:
-    """The span of one request that is recorded, open until `end`."""
+    """The span of one recorded request, open until `end`."""
 
     def __init__(self, span: Span, tracer: Tracer, offset_ns: int) -> None:
-        """Take what `RequestTracer.begin` has made."""
+        """Wrap a span that `RequestTracer.begin` has started."""
         self._span, self._tracer, self._offset_ns = span, tracer, offset_ns
         self._context = span.get_span_context()
         self.trace_id = f"{self._context.trace_id:032x}"
 
     @property
     def response(self) -> str:
-        """The value of a `traceresponse` header, by which the client finds the span."""
+        """The value of the `traceresponse` header, with which the client finds the span."""
         return f"00-{self.trace_id}-{self._context.span_id:016x}-{self._context.trace_flags & 3:02x}"
 
     def end(self, ended_at: float, outcome: Outcome, stages: Sequence[Stage], fields: Fields) -> None:
-        """Say all that is known by now, and hand it to the exporter, which sends it from a thread of its own.
+        """Complete and end the span; the exporter sends it from its own thread.
 
         Args:
-            ended_at: on the monotonic clock, in seconds.
-            outcome: of the request.
-            stages: become spans of their own.
-            fields: what is told by names of our own.
+            ended_at: instant of the end, on the monotonic clock, in seconds.
+            outcome: outcome of the request.
+            stages: stages of the request, each of which becomes a span.
+            fields: further attributes, outside the conventions.
         """
         self._span.update_name(outcome.name)
         self._span.set_attributes({**outcome.attributes, **_prefixed(fields)})
@@ -83,7 +83,7 @@ class RequestTrace:
 
 
 class RequestTracer:
-    """Begins a trace for each request, or goes on with the one that the request is part of."""
+    """Begins a trace for each request, or continues the one that the request is part of."""
 
     def __init__(
         self,
@@ -93,13 +93,13 @@ class RequestTracer:
         clock: Callable[[], float] = time.monotonic,
         wall_clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """Take where spans go.
+        """Create a tracer.
 
         Args:
-            processors: get each span once it has ended.
-            share: of the requests that are part of no trace, 0..1, that is recorded; of others, their callers decide.
-                None leaves all of it to the sampler that OTEL_TRACES_SAMPLER names, at some 10 us for each request.
-            clock: monotonic, in seconds; the one that requests are stamped by.
+            processors: receive each span once it has ended.
+            share: recorded share, 0..1, of the requests that are part of no trace; for others, their callers decide.
+                None leaves all decisions to the sampler that OTEL_TRACES_SAMPLER names, at some 10 us per request.
+            clock: monotonic, in seconds; the clock of arrival times.
             wall_clock_ns: nanoseconds since 1970.
         """
         identity = {
@@ -108,7 +108,7 @@ class RequestTracer:
             SERVICE_INSTANCE_ID: str(uuid4()),
         }
         self._provider = TracerProvider(
-            None if share is None else ParentBased(ALWAYS_ON),  # what is not recorded does not come so far
+            None if share is None else ParentBased(ALWAYS_ON),  # `begin` starts no span that is not recorded
             Resource.create(identity).merge(OTELResourceDetector().detect()),
             shutdown_on_exit=False,
         )
@@ -120,12 +120,15 @@ class RequestTracer:
         self._share, self._clock, self._wall_clock_ns = share, clock, wall_clock_ns
 
     def begin(self, name: str, headers: Headers, arrived_at: float) -> RequestTrace | None:
-        """Open the span of a request, if it is to be recorded; tell the log which trace it is part of.
+        """Start the span of a request if it is recorded, and set the trace ID of the log.
 
         Args:
-            name: for the sampler; `end` may say it more exactly.
-            headers: of the request, or a gRPC call's metadata, names in lower case; `traceparent` is looked for.
-            arrived_at: on the monotonic clock, in seconds.
+            name: name for the sampler; `end` may set a more exact one.
+            headers: headers of the request, or metadata of a gRPC call, names in lower case; `traceparent` is read.
+            arrived_at: instant of arrival, on the monotonic clock, in seconds.
+
+        Returns:
+            The trace; None if the request is not recorded.
         """
         brought = [header for header in headers if header[0] in self._names]
         if self._share is not None and (unsampled := _unsampled_trace(brought)):
@@ -135,7 +138,7 @@ class RequestTracer:
         is_first = not (brought and get_current_span(parent).get_span_context().is_valid)
         if self._share is not None and is_first and random.random() >= self._share:
             return None
-        # Once for each request, not once for all: the wall clock may be set while the server runs.
+        # Computed for each request: the wall clock may be set while the server runs.
         offset_ns = self._wall_clock_ns() - round(1e9 * self._clock())
         span = self._tracer.start_span(name, parent, SpanKind.SERVER, start_time=round(1e9 * arrived_at) + offset_ns)
         trace = RequestTrace(span, self._tracer, offset_ns)
@@ -143,19 +146,19 @@ class RequestTracer:
         return trace if span.is_recording() else None
 
     def close(self, within_s: float) -> None:
-        """Send what is left; give up what cannot be sent in time."""
-        # A daemon, so that a collector that does not answer keeps no process alive.
+        """Send the remaining spans; drop those that cannot be sent in time."""
+        # A daemon thread: a collector that does not answer must not keep the process alive.
         flushing = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
         flushing.start()
         flushing.join(within_s)
 
 
 def open_tracer(environment: Mapping[str, str]) -> RequestTracer:
-    """Make what sends spans where the OTEL_ variables say, in batches from a thread of its own.
+    """Create a tracer with the exporters that the OTEL_ variables name; each sends batches from its own thread.
 
     Raises:
-        ModuleNotFoundError: an exporter that is asked for is not installed.
-        ValueError: a variable holds what OpenTelemetry does not take.
+        ModuleNotFoundError: an exporter that the variables name is not installed.
+        ValueError: a variable has a value that OpenTelemetry does not accept.
     """
     share = _share(environment)
     names = (environment.get("OTEL_TRACES_EXPORTER") or "otlp").split(",")
@@ -164,7 +167,7 @@ def open_tracer(environment: Mapping[str, str]) -> RequestTracer:
 
 
 def _share(environment: Mapping[str, str]) -> float | None:
-    """Read which share the usual samplers record of what is part of no trace; None where the sampler is another one."""
+    """Return the share of requests without a trace that a standard sampler records; None for other samplers."""
     name = (environment.get("OTEL_TRACES_SAMPLER") or "parentbased_always_on").strip().lower()
     if name != "parentbased_traceidratio":
         return {"parentbased_always_on": 1.0, "parentbased_always_off": 0.0}.get(name)
@@ -175,7 +178,7 @@ def _share(environment: Mapping[str, str]) -> float | None:
 
 
 def _exporter(name: str, environment: Mapping[str, str]) -> SpanExporter:
-    """Make the exporter that a name of OTEL_TRACES_EXPORTER stands for; its own variables tell it the rest."""
+    """Create the exporter of a name in OTEL_TRACES_EXPORTER; it reads its settings from its own variables."""
     if name == "otlp":
         variables = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
         protocol = next(filter(None, map(environment.get, variables)), "http/protobuf")
@@ -187,7 +190,7 @@ def _exporter(name: str, environment: Mapping[str, str]) -> SpanExporter:
 
 
 def _unsampled_trace(headers: Headers) -> str | None:
-    """Name the trace that a request is part of, if its caller says that it is not recorded, as most are not."""
+    """Return the ID of the request's trace if the caller does not record it, as is usual; None otherwise."""
     for name, value in headers:
         if name == b"traceparent" and (found := UNSAMPLED.fullmatch(value)):
             return found[1].decode()

@@ -1,4 +1,4 @@
-"""What a second look gains: over the frontier of single looks, and in virtual time under every family of arrivals.
+"""What second looks gain: over the frontier of single looks, and in virtual time under every family of arrivals.
 
 python -m tests.benchmarks.bench_cascades CHECKPOINT [--latencies FILE.json] [--seeds 3] [--seconds 20]
 """
@@ -19,7 +19,7 @@ from service.scheduling.variants import Variant
 from service.simulation.simulator import Figures, Machine, Replay
 from tests.benchmarks.bench_policies import Draw, Timed, effective, read_profile
 
-# The families in which load and capacity are of one size, where what is spared at one image helps another.
+# The families in which load and capacity are close, so that the time saved on one image helps another.
 MIDDLE_LOAD = (
     "poisson 1.0", "poisson 1.5", "poisson 2.5", "gamma CV2=2 1.5", "gamma CV2=4 1.0", "gamma CV2=8 1.0",
     "gamma CV2=8 1.5", "on/off 0-2.2", "tight 50 ms 1.2", "loose 500 ms 1.5", "mixed deadlines 1.5", "mixed caps 1.2",
@@ -56,7 +56,7 @@ def print_frontier(single: Sequence[Variant], joint: Sequence[Variant], profiles
 
 
 def accuracy_within(levels: Sequence[Variant], gflops: float) -> float:
-    """Return the accuracy in percent of the best level that costs no more on average."""
+    """Return the accuracy in percent of the best level whose mean cost is at most `gflops`."""
     return 100 * max(level.top1 or 0 for level in levels if level.gflops <= gflops)
 
 

@@ -1,8 +1,8 @@
-"""The OpenVINO engine beside its rivals: `python -m tests.benchmarks.bench_engine CHECKPOINT [--data FOLDER]`.
+"""The OpenVINO engine compared with its rivals: `python -m tests.benchmarks.bench_engine CHECKPOINT [--data FOLDER]`.
 
 The rivals are one static OpenVINO graph per sub-network, made by the same builder, and eager PyTorch in a process of
-its own: in ours, its idle workers would slow the engine down. What is divided by one another was measured in turns,
-because the speed of a shared machine drifts; figures are medians over those turns.
+its own: in this process, its idle worker threads would slow the engine down. Times that are compared with one another
+are measured in turns, because the speed of a shared machine drifts; figures are medians over those turns.
 """
 
 import argparse
@@ -44,12 +44,12 @@ from service.engines.torch_engine import TorchEngine
 BATCH_SIZE = 8
 BATCH_SIZES = (1, 2, 4, 8, 16)
 MIN_TURNS = 5
-SETTLE_S = 0.1  # after which the other process's workers are asleep
+SETTLE_S = 0.1  # for the worker threads of the other process to fall asleep
 MAX_STARTS = 10
 
 
 def main() -> None:
-    """Print every comparison, or be one of the processes that another one starts for them."""
+    """Print every comparison, or run as one of the processes that are started for them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, help="folder with test/, of class folders: compare top-1 too")
@@ -84,7 +84,7 @@ def report(checkpoint: Checkpoint, options: argparse.Namespace) -> None:
 
 
 def compare_speed(checkpoint: Checkpoint, engine: OpenVINOEngine, options: argparse.Namespace) -> None:
-    """Print each sub-network's time, and that of its static graph and of eager PyTorch over it."""
+    """Print each sub-network's time, and the ratios of its static graph's and eager PyTorch's times to it."""
     images = random_images(checkpoint, BATCH_SIZE)
     ask_torch = start_torch(options)
     print(f"{'sub-network':26}{'ms':>8}{'static / ours':>15}{'torch / ours':>15}")
@@ -103,7 +103,7 @@ def compare_speed(checkpoint: Checkpoint, engine: OpenVINOEngine, options: argpa
 
 
 def compare_sub_networks(checkpoint: Checkpoint, engine: OpenVINOEngine, seconds: float) -> None:
-    """Print what pruning gains, and what it costs to run a batch after one of another sub-network."""
+    """Print the speed-up by pruning, and the cost of running a batch after one of another sub-network."""
     images, config = random_images(checkpoint, BATCH_SIZE), checkpoint.config
     largest, pruned = config.largest, replace(config.largest, keep_rate=config.keep_rates[0])
     costs: list[float] = []
@@ -121,7 +121,7 @@ def compare_sub_networks(checkpoint: Checkpoint, engine: OpenVINOEngine, seconds
 
 
 def compare_accuracy(checkpoint: Checkpoint, engine: OpenVINOEngine, data: Path) -> None:
-    """Print top-1 on data/test, and how far it is from the profile's, which PyTorch measured in float32."""
+    """Print top-1 on data/test, and its difference from the profile's, which PyTorch measured in float32."""
     folder = open_folder(data / "test", evaluation_transform(checkpoint.config))
     loaded = [(images, labels) for images, labels in DataLoader(folder, batch_size=64)]
     total = sum(len(labels) for _, labels in loaded)
@@ -133,7 +133,7 @@ def compare_accuracy(checkpoint: Checkpoint, engine: OpenVINOEngine, data: Path)
 
 
 def static_graph(model: SuperViT, images: Tensor, subnetwork: SubNetwork, threads: int) -> Callable[[], object]:
-    """Return what runs the batch through graphs of fixed shapes; at keep rate 1, through one that cannot prune."""
+    """Return a function that runs the batch through graphs of fixed shapes; at keep rate 1, they cannot prune."""
     config = model.config
     if subnetwork.keep_rate == 1:
         model = copy.copy(model)
@@ -154,7 +154,7 @@ def static_graph(model: SuperViT, images: Tensor, subnetwork: SubNetwork, thread
 
 
 def fixed(graph: ov.Model, inputs: Sequence[np.ndarray[Any, Any]], threads: int) -> ov.InferRequest:
-    """Compile a graph for inputs of these shapes, which are set already; numbers of tokens become constants."""
+    """Compile a graph for the shapes of these inputs, and set the inputs; token counts become constants."""
     parameters = list(zip(graph.get_parameters(), inputs, strict=True))
     for parameter, value in parameters:
         for reader in parameter.output(0).get_target_inputs() if value.ndim == 0 else ():
@@ -170,7 +170,7 @@ def fixed(graph: ov.Model, inputs: Sequence[np.ndarray[Any, Any]], threads: int)
 
 
 def in_turns(runs: Sequence[Callable[[], object]], seconds: float) -> list[list[float]]:
-    """Time the runs in turns, after two of each that do not count."""
+    """Time the runs in turns, after two warm-up runs of each."""
     for run in (*runs, *runs):
         run()
     turns: list[list[float]] = [[] for _ in runs]
@@ -203,9 +203,9 @@ def run_self(options: argparse.Namespace, role: str, batch_sizes: Sequence[int] 
 
 
 def start_torch(options: argparse.Namespace) -> Callable[[SubNetwork], float]:
-    """Start a process of PyTorch, and return what asks it for the seconds of a sub-network.
+    """Start a PyTorch process, and return a function that asks it for the seconds of a sub-network.
 
-    One process in ten starts with its threads on the same core, takes fifty times as long and stays so: send it away.
+    One process in ten starts with its threads on the same core, takes fifty times as long and stays so: discard it.
     """
     for _ in range(MAX_STARTS):
         process = run_self(options, "torch")
@@ -226,7 +226,7 @@ def start_torch(options: argparse.Namespace) -> Callable[[SubNetwork], float]:
 
 
 def answer_with_torch(checkpoint: Checkpoint, threads: int) -> None:
-    """Answer each sub-network on stdin with the seconds that a batch takes: the lower of two runs."""
+    """Print for each sub-network on stdin the seconds that a batch takes: the lower of two runs."""
     engine = TorchEngine(checkpoint.model, "cpu", threads)
     images, largest = random_images(checkpoint, BATCH_SIZE), checkpoint.config.largest
     run = partial(engine.run, images, largest)

@@ -1,7 +1,7 @@
 """What clients see while a replica dies: `python -m tests.benchmarks.bench_failover IMAGES`.
 
-Two replicas of deploy/ray on this machine under a Poisson load, one of them killed with SIGKILL after a third of it;
-then the next run, on the same cluster, once it has been replaced. Needs `pip install '.[ray]'`.
+Two replicas of deploy/ray run on this machine under a Poisson load; one of them is killed with SIGKILL after a third of
+the run. The next run starts on the same cluster, once the replica has been replaced. Needs `pip install '.[ray]'`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def by_second(answers: Sequence[Answer], seconds: float, budget_ms: float) -> No
 
 
 def main() -> None:
-    """Run, and print second by second."""
+    """Run the load, and print the answers second by second."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path)
     parser.add_argument("--checkpoint", type=Path)

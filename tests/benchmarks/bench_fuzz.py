@@ -1,8 +1,8 @@
-"""Mutated images, forms, JSON, headers and queries against a real server: none may end in a 5xx, a hang or lost memory.
+"""Mutated images, forms, JSON, headers and queries against a real server: none may cause a 5xx, a hang or lost memory.
 
     python -m tests.benchmarks.bench_fuzz PHOTOGRAPHS --requests 100000 --serve --checkpoint supervit-micro-cifar10
 
-A request is a function of the seed and its number: `--first N --requests 1` sends one again.
+A request depends on the seed and its number alone: `--first N --requests 1` sends request N again.
 """
 
 import argparse
@@ -50,7 +50,7 @@ HEADERS = ("Content-Encoding", "Origin", "Expect", "X-Request-ID", "Accept", "Tr
 
 
 def encodings(data: bytes) -> list[bytes]:
-    """Encode a photograph in every format, small, whole and in shades of grey."""
+    """Encode a photograph in every format, small, in colour and in grey."""
     picture = Image.open(io.BytesIO(data)).convert("RGB")
     picture.thumbnail((96, 96))
     found = []
@@ -63,7 +63,7 @@ def encodings(data: bytes) -> list[bytes]:
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Change a few bytes, lengths or pieces."""
+    """Return the data with a few bytes, lengths or pieces changed."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         at = rng.randrange(len(changed) + 1)
@@ -95,7 +95,7 @@ def form(parts: Sequence[tuple[bytes, bytes]], rng: random.Random) -> bytes:
 
 
 def body_of(image: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """Make a content type and a body of an image."""
+    """Make a content type and a body from an image."""
     match rng.randrange(8):
         case 0:
             parts = [(rng.choice((b"file", b"image", b"budget_ms", b"\xff")), image) for _ in range(rng.randrange(4))]
@@ -120,7 +120,7 @@ def body_of(image: bytes, rng: random.Random) -> tuple[str, bytes]:
 
 
 def request_of(seeds: Sequence[bytes], seed: int, number: int) -> bytes:
-    """Make a request, of which the head is what HTTP allows."""
+    """Make a request, whose head is valid HTTP."""
     rng = random.Random(f"{seed}/{number}")
     image = rng.choice(seeds)
     kind, body = body_of(mutated(image, rng) if rng.random() < 0.9 else image, rng)
@@ -137,7 +137,7 @@ def request_of(seeds: Sequence[bytes], seed: int, number: int) -> bytes:
 
 
 async def send(address: tuple[str, int], request: bytes) -> int:
-    """Send a request on a connection of its own; returns the status, or 0 where the connection closed without one."""
+    """Send a request on a connection of its own; return the status, or 0 if the connection closed without one."""
     reader, writer = await asyncio.open_connection(*address)
     try:
         writer.write(request)

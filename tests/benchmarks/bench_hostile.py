@@ -1,8 +1,8 @@
-"""Honest traffic beside hostile images and connections, each kind for itself, against one real server.
+"""Honest traffic beside hostile images and connections, one kind at a time, against one real server.
 
     python -m tests.benchmarks.bench_hostile PHOTOGRAPHS --serve --checkpoint supervit-micro-cifar10
 
-Attainment is the client's own. Memory is the server's largest resident set during each attack.
+Attainment is measured by the client. Memory is the server's largest resident set during each attack.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FEW = [2, 4, 16]
 
 
 async def largest_resident_mb(pid: int) -> float:
-    """Look until cancelled; the largest is what this returns then."""
+    """Sample the resident set until cancelled, then return the largest."""
     largest = 0.0
     try:
         while True:
@@ -41,7 +41,7 @@ async def beside(
     command = [sys.executable, "-m", "tests.benchmarks.hostile", name, url, str(count), str(options.seconds + 2)]
     attack = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     assert attack.stdout is not None
-    await attack.stdout.readline()  # it is ready
+    await attack.stdout.readline()  # the attack is ready
     await asyncio.sleep(1)
     looking = asyncio.create_task(largest_resident_mb(pid))
     await asyncio.sleep(0)

@@ -1,9 +1,9 @@
-"""What small files that are made to be dear cost the server that decodes them, one fresh process for each.
+"""What small files made to be expensive cost the server that decodes them, one fresh process for each.
 
 python -m tests.benchmarks.bench_hostile_images
 
-Prints what became of each, CPU seconds, the most memory above that of an idle process, and the longest time for which
-another thread of the process, such as the event loop's, stood still.
+Prints for each file its outcome, CPU seconds, the peak memory above that of an idle process, and the longest time for
+which another thread of the process, such as the event loop's, stood still.
 """
 
 import io
@@ -25,13 +25,13 @@ from service.errors import ServiceError
 from service.settings import Settings
 
 MAX_PIXELS: int = Settings.model_fields["max_image_pixels"].default
-BODY = 19_900_000  # just within the limit of bodies
+BODY = 19_900_000  # bytes, just below the server's body limit
 TICK_S = 0.001
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def main() -> None:
-    """Decode each of those named, or all of them."""
+    """Decode the files named on the command line, or all of them."""
     if sys.argv[1:] == ["--measure"]:
         cpu_s, peak_mb, stall_s, outcome = measure(sys.stdin.buffer.read())
         print(f"{cpu_s:7.3f} {peak_mb:6.0f} {1000 * stall_s:9.1f}  {outcome}")
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def measure(data: bytes) -> tuple[float, float, float, str]:
-    """Decode once, beside a thread that looks at the clock every millisecond."""
+    """Decode once, beside a thread that reads the clock every millisecond."""
     decode = partial(decode_image, config=DEIT_SMALL, max_pixels=MAX_PIXELS)
     warm = io.BytesIO()
     Image.new("RGB", (300, 300)).save(warm, "JPEG")
@@ -75,7 +75,7 @@ def measure(data: bytes) -> tuple[float, float, float, str]:
 
 
 def peak_kb() -> int:
-    """Return the most memory that this process has held."""
+    """Return the peak resident memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
@@ -117,19 +117,19 @@ def fill_bytes() -> bytes:
 
 
 def junk_bytes() -> bytes:
-    """A JPEG with bytes between its segments that are no marker."""
+    """A JPEG with bytes between its segments that belong to no marker."""
     jpeg = one_colour("JPEG", 64, 64)
     return jpeg[:20] + b"\x01" * BODY + jpeg[20:]
 
 
 def empty_segments() -> bytes:
-    """A JPEG with comments of no bytes."""
+    """A JPEG with many empty comments."""
     jpeg = one_colour("JPEG", 64, 64)
     return jpeg[:2] + b"\xff\xfe\x00\x02" * (BODY // 4) + jpeg[2:]
 
 
 def rationals(count: int) -> bytes:
-    """EXIF that says its orientation is so many fractions."""
+    """EXIF data whose orientation is `count` fractions."""
     entries = struct.pack(">HHII", 0x0112, 5, count, 38) + struct.pack(">HHIHH", 0x0128, 3, 1, 2, 0)
     return b"MM\0*\0\0\0\x08" + struct.pack(">H", 2) + entries + bytes(4) + struct.pack(">II", 1, 3) * count
 

@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
 
 
 def read_photos(folder: Path, limit: int, megapixels: float | None) -> list[bytes]:
-    """Read up to `limit` images, enlarged if so asked."""
+    """Read up to `limit` images, enlarged if `megapixels` is given."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise SystemExit(f"{folder}: no images")
@@ -69,7 +69,7 @@ def read_photos(folder: Path, limit: int, megapixels: float | None) -> list[byte
 
 
 def enlarge(data: bytes, megapixels: float) -> bytes:
-    """Scale an image to so many pixels and encode it as a JPEG."""
+    """Scale an image to `megapixels` and encode it as a JPEG."""
     with Image.open(io.BytesIO(data)) as image:
         factor = (megapixels * 1e6 / (image.width * image.height)) ** 0.5
         size = (round(image.width * factor), round(image.height * factor))
@@ -79,10 +79,10 @@ def enlarge(data: bytes, megapixels: float) -> bytes:
 
 
 def print_speed(photos: list[bytes], decoders: dict[str, Decode]) -> None:
-    """Print the median time of an image, and how many a pool of one and of two threads decodes per second."""
+    """Print the median time per image, and the images per second of thread pools with one and two threads."""
     times: dict[str, list[float]] = {name: [] for name in decoders}
     for data in photos:
-        for name, decode in decoders.items():  # in turn, so that a busy moment of the machine meets both
+        for name, decode in decoders.items():  # in turns, so that a busy moment of the machine affects both
             times[name].append(time_image(decode, data))
     print(f"{'':12} {'ms per image':>13} {'1 thread':>13} {'2 threads':>13}")
     for name, decode in decoders.items():
@@ -91,7 +91,7 @@ def print_speed(photos: list[bytes], decoders: dict[str, Decode]) -> None:
 
 
 def time_image(decode: Decode, data: bytes) -> float:
-    """Decode ROUNDS times, once more beforehand to warm up; the median in seconds."""
+    """Decode once to warm up and then ROUNDS times; return the median seconds."""
     times = []
     for _ in range(1 + ROUNDS):
         started_at = time.perf_counter()
@@ -101,7 +101,7 @@ def time_image(decode: Decode, data: bytes) -> float:
 
 
 def pool_throughput(decode: Decode, photos: list[bytes], threads: int) -> float:
-    """Decode all of them PASSES times in a pool; images per second in the median pass."""
+    """Decode all images PASSES times in a thread pool; return the images per second of the median pass."""
     times = []
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(PASSES):
@@ -112,7 +112,7 @@ def pool_throughput(decode: Decode, photos: list[bytes], threads: int) -> float:
 
 
 def print_agreement(expected: list[Tensor], got: list[Tensor], checkpoint: Checkpoint) -> None:
-    """Print by how much the pixels differ, and how often every sub-network sees the same class in both."""
+    """Print how much the pixels differ, and how often each sub-network predicts the same class for both."""
     pairs = zip(expected, got, strict=True)
     differences = torch.stack([(one.short() - other.short()).abs() for one, other in pairs])
     print(f"difference of the pixels: {differences.float().mean():.4f} levels on average, {differences.max()} at most")
@@ -122,7 +122,7 @@ def print_agreement(expected: list[Tensor], got: list[Tensor], checkpoint: Check
 
 
 def classes(images: list[Tensor], checkpoint: Checkpoint, subnetwork: SubNetwork) -> Tensor:
-    """Classify; (number of images,)."""
+    """Return the (M,) classes that a sub-network predicts."""
     batches = [torch.stack(images[start : start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)]
     with torch.inference_mode():
         logits = [checkpoint.model(normalise(batch, checkpoint.config), subnetwork) for batch in batches]

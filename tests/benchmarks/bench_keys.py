@@ -1,12 +1,12 @@
-"""Two keys that together ask for more than there is: what each gets and what the smaller misses, by the clients' clock.
+"""Two API keys that together exceed the server's capacity: what each of them gets and what the smaller one misses.
 
     python -m tests.benchmarks.bench_keys PHOTOGRAPHS --budget-ms 500 --serve --checkpoint supervit-micro-cifar10
 
-A closed loop finds what a server carries with its cheapest sub-network. Then the same Poisson arrivals of both keys
-come to a server with a file of keys; those of the smaller alone, and those of both, come to a server without one. A
-share of work is of the GFLOPs that the answers say they cost. Of the smaller key's requests it is told how many were
-not answered in time, and how many of these were where it was alone. A request counts from the instant at which it was
-to be sent.
+All times are the clients'. A closed loop measures what a server carries with its cheapest sub-network. Then the same
+Poisson arrivals of both keys go to a server with a key file; the arrivals of the smaller key alone, and those of both
+keys, go to a server without one. A share of work is a share of the GFLOPs that the answers report as their cost. For
+the smaller key, the output says how many requests were not answered in time, and how many of these were answered in
+time when the key was alone. A request counts from the instant at which it was due.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from tests.benchmarks.bench_overload import (
 )
 
 SMALLER, LARGER = 0, 1
-WARM_UP_S, MEASURED_S = 3.0, 6.0  # of closed loops
-Pair = tuple[float, float]  # of the smaller key and of the larger
+WARM_UP_S, MEASURED_S = 3.0, 6.0  # durations of a closed loop
+Pair = tuple[float, float]  # a value of the smaller key and one of the larger
 
 
 @dataclass(slots=True)
 class Sent:
-    """A request of one of the keys, when it was due, and what became of it; times in seconds."""
+    """A request of one of the keys, when it was due, and its outcome; times in seconds."""
 
     key: int
     due_at: float
@@ -73,7 +73,7 @@ def pair(text: str) -> Pair:
 
 
 def write_keys(folder: Path, weights: Sequence[Pair]) -> tuple[Path, dict[Pair, list[str]]]:
-    """Make two keys for each pair of weights; returns the file and the header of each."""
+    """Create two keys for each pair of weights; return the key file and the headers of each pair."""
     path, headers, entries = folder / "keys.toml", dict[Pair, list[str]](), list[str]()
     for number, both in enumerate(weights):
         keys = [make_key(f"{name}-{number}") for name in ("smaller", "larger")]
@@ -84,13 +84,13 @@ def write_keys(folder: Path, weights: Sequence[Pair]) -> tuple[Path, dict[Pair, 
 
 
 def plan(rates: Pair, seconds: float, seed: int) -> list[Sent]:
-    """Draw the instants of each key by itself: those of the smaller are the same whatever the larger does."""
+    """Draw the arrivals of each key separately, so that the smaller key's do not depend on the larger key's rate."""
     drawn = [Sent(key, at) for key, rate in enumerate(rates) for at in poisson(rate, seconds, 2 * seed + key)]
     return sorted(drawn, key=lambda sent: sent.due_at)
 
 
 async def play(url: str, planned: list[Sent], images: Sequence[bytes], query: str, headers: Sequence[str]) -> None:
-    """Send each request when it is due; none waits for another."""
+    """Send each request when it is due, without waiting for the others."""
     clients, clock, numbers = Clients(url), time.perf_counter, Counter[int]()
     requests = [[post(image, query, header) for image in images] for header in headers]
     started = clock()
@@ -130,7 +130,7 @@ def figures(sent: Sequence[Sent], budget_s: float) -> dict[str, Any]:
 
 
 def missed(sent: Sequence[Sent], alone: Sequence[Sent], budget_s: float) -> list[float]:
-    """Return when those of the smaller key were due that were not answered in time, but were where it was alone."""
+    """Return the due times of the smaller key's requests that were answered in time only when the key was alone."""
     smaller = [one for one in sent if one.key == SMALLER]
     return [
         round(one.due_at, 2)

@@ -1,10 +1,10 @@
-"""The live proof: a real server per policy under the same arrivals over a real socket, open loop, one after the other.
+"""Live test of the policies: a real server for each under the same arrivals over a real socket, open loop, in turns.
 
     python -m tests.benchmarks.bench_live --images cifar10/test --budget-ms 100 --plot live.png --json live.json
 
 The load is a multiple of what the server carries with its largest sub-network alone, measured first in a closed loop.
-Attainment and latency are the client's own; a request counts as in time when its answer has come within its budget.
-Folders of class folders give true accuracy as well; a flat folder of photographs has only the expected one.
+Attainment and latency are measured by the client; a request counts as in time if its answer arrives within its budget.
+Folders of class folders give true accuracy as well; a flat folder of photographs gives only the expected accuracy.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import aiohttp
 import uvloop
 
 START_LIMIT_S = 300
-PROFILE_LIMIT_S = 300  # for latencies to be measured in idle moments, of which the first server has enough
+PROFILE_LIMIT_S = 300  # for the server to measure latencies in idle moments, of which the first server has enough
 SETTLE_S = 1.0
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
@@ -72,7 +72,7 @@ class Row:
 
 
 def read_pictures(folder: Path, count: int) -> list[Picture]:
-    """Read a random choice of the images below `folder`; a class folder's name is the label."""
+    """Read up to `count` random images below `folder`; a class folder's name is the label."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     files = random.Random(0).sample(files, min(count, len(files)))
     return [Picture(path.read_bytes(), path.parent.name if path.parent != folder else None) for path in files]
@@ -80,7 +80,7 @@ def read_pictures(folder: Path, count: int) -> list[Picture]:
 
 @asynccontextmanager
 async def server(policy: str, arguments: Sequence[str]) -> AsyncIterator[tuple[str, int]]:
-    """Run `supervit serve` with a policy, whose name may end in "+cascades"; yields its URL and process id."""
+    """Run `supervit serve` with a policy, whose name may end in "+cascades"; yield its URL and process id."""
     policy, _, extra = policy.partition("+")
     arguments = [f"--{extra}", *arguments] if extra else arguments
     with socket.socket() as probe:
@@ -111,7 +111,7 @@ async def is_ready(session: aiohttp.ClientSession, url: str) -> bool:
 
 
 async def finish_profile(url: str) -> None:
-    """Let a server measure what it would measure in another's turn."""
+    """Let a server finish its profile now, so that it does not measure during another server's turn."""
     deadline = time.monotonic() + PROFILE_LIMIT_S
     async with aiohttp.ClientSession() as session:
         measured = 0.0
@@ -144,7 +144,7 @@ def connect(limit: int = 0) -> aiohttp.ClientSession:
 
 
 async def closed_loop(url: str, pictures: Sequence[Picture], concurrency: int, seconds: float) -> float:
-    """Requests per second that are answered when so many clients each wait for their answer."""
+    """Return how many requests per second are answered in a closed loop of `concurrency` clients."""
     answered = 0
     async with connect() as session:
         end = time.perf_counter() + seconds
@@ -163,7 +163,7 @@ async def closed_loop(url: str, pictures: Sequence[Picture], concurrency: int, s
 async def open_loop(
     url: str, pictures: Sequence[Picture], arrivals: Sequence[float], budget_ms: float
 ) -> list[tuple[float, Reply]]:
-    """Send a request at each instant, however many still wait; returns (sent at, reply) in order of arrival."""
+    """Send a request at each instant, however many are still waiting; return (arrival, reply) in order of arrival."""
     async with connect() as session:
         started = time.perf_counter()
         tasks = []
@@ -184,7 +184,7 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
 
 
 def bursts(rate: float, seconds: float, seed: int) -> list[float]:
-    """One second in two at twice the rate."""
+    """Draw arrivals at twice the rate in every other second, and none in between."""
     return [at for at in poisson(2 * rate, seconds, seed) if int(at) % 2 == 0]
 
 
@@ -223,7 +223,7 @@ def resident_mb(pid: int) -> float:
 
 
 async def run(options: argparse.Namespace, pictures: Sequence[Picture], capacity: float) -> list[Row]:
-    """Run every scenario in turns of the policies: the speed of a shared machine drifts, which none shall gain by."""
+    """Run every scenario in turns of the policies: the speed of a shared machine drifts, which must favour none."""
     rows = []
     async with AsyncExitStack() as stack:
         servers = {
@@ -260,7 +260,7 @@ def scenarios(options: argparse.Namespace, capacity: float) -> list[tuple[str, f
 
 
 async def burn(seconds: float) -> None:
-    """A process that burns a core for the middle half of the scenario."""
+    """Run a process that burns a core for the middle half of the scenario."""
     await asyncio.sleep(seconds / 4)
     process = await asyncio.to_thread(subprocess.Popen, [sys.executable, "-c", "while True: pass"])
     await asyncio.sleep(seconds / 2)

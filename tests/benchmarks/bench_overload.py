@@ -1,11 +1,11 @@
-"""More requests than the server carries, by the client's clock: what is answered in time, and what a refusal takes.
+"""More requests than the server carries, by the client's clock: what is answered in time, and how long rejections take.
 
     python -m tests.benchmarks.bench_overload PHOTOGRAPHS --budget-ms 100 --serve --checkpoint supervit-micro-cifar10
 
-First a closed loop finds what the server carries with its cheapest sub-network: as many clients as keep it busy, each
-waiting for its answer. Then requests arrive at multiples of that, by Poisson, however many still wait. Goodput is what
-was answered in time over what the closed loop was. A request counts from the instant at which it was to be sent, so
-that a client that falls behind hides nothing; how far it fell behind is printed.
+First a closed loop measures what the server carries with its cheapest sub-network: enough clients to keep it busy, each
+waiting for its answer. Then requests arrive as a Poisson process at multiples of that rate, however many are still
+waiting. Goodput is the rate of answers in time over the rate of the closed loop. A request counts from the instant at
+which it was due, so that a client that falls behind hides nothing; how far the client fell behind is printed.
 """
 
 import argparse
@@ -34,11 +34,11 @@ PROBE_S = 0.5
 CPU_TICK_S = 0.01
 
 
-Answered = Callable[[int, bytes], None]  # told the status and the body; 0 where the connection was lost
+Answered = Callable[[int, bytes], None]  # called with the status and the body; status 0 if the connection was lost
 
 
 class Connection(asyncio.Protocol):
-    """One keep-alive connection that asks one thing at a time and parses no more of an answer than its length."""
+    """A keep-alive connection that sends one request at a time and parses only the status and length of an answer."""
 
     def __init__(self) -> None:
         self._buffer = b""
@@ -82,9 +82,9 @@ class Connection(asyncio.Protocol):
 
 
 class Clients:
-    """Keeps the connections that are free, and opens one more where none is.
+    """Keeps the free connections, and opens another if none is free.
 
-    The clients have the server's cores, so what they spend on a request is kept small: no task and no future.
+    The clients share the server's cores, so their cost per request is kept small: no task and no future.
     """
 
     def __init__(self, url: str) -> None:
@@ -96,7 +96,7 @@ class Clients:
         self._all_answered.set()
 
     def start(self, request: bytes, answered: Answered) -> None:
-        """Send a request, at once where a connection is free."""
+        """Send a request, at once if a connection is free."""
         self._num_asked += 1
         self._all_answered.clear()
         while self._free:
@@ -115,7 +115,7 @@ class Clients:
         return await future
 
     async def rest(self, within_s: float) -> None:
-        """Wait until all have their answers, for so long at most."""
+        """Wait until all requests are answered, for at most `within_s` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._all_answered.wait()
@@ -149,12 +149,12 @@ class Clients:
 
 @dataclass
 class Tally:
-    """What became of the requests of a phase; times in seconds."""
+    """The outcomes of the requests of a phase; times in seconds."""
 
     sent: int = 0
     in_time: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
-    refused: list[tuple[float, bytes]] = field(default_factory=list)  # after how long, and how it was put
+    refused: list[tuple[float, bytes]] = field(default_factory=list)  # seconds to the rejection, and its body
     answers_s: list[float] = field(default_factory=list)
     behind_s: list[float] = field(default_factory=list)
 
@@ -172,7 +172,7 @@ def post(image: bytes, query: str, header: str = "") -> bytes:
 
 
 async def closed_loop(url: str, requests: Sequence[bytes], concurrency: int, seconds: float) -> float:
-    """Return how many requests per second are answered when clients wait for their answers."""
+    """Return how many requests per second are answered in a closed loop of `concurrency` clients."""
     clients, answered = Clients(url), 0
     started = time.perf_counter()
 
@@ -188,7 +188,7 @@ async def closed_loop(url: str, requests: Sequence[bytes], concurrency: int, sec
 
 
 async def open_loop(url: str, requests: Sequence[bytes], rate: float, seconds: float, budget_s: float) -> Tally:
-    """Send at Poisson instants; none waits for another."""
+    """Send requests as a Poisson process, without waiting for answers."""
     clients, tally, rng = Clients(url), Tally(), random.Random(0)
     clock = time.perf_counter
 
@@ -212,13 +212,13 @@ async def open_loop(url: str, requests: Sequence[bytes], rate: float, seconds: f
         tally.behind_s.append(clock() - at)
         clients.start(requests[tally.sent % len(requests)], sent(at))
     await clients.rest(PATIENCE_S)
-    tally.statuses[0] += tally.sent - tally.statuses.total()  # without an answer
+    tally.statuses[0] += tally.sent - tally.statuses.total()  # requests without an answer
     clients.close()
     return tally
 
 
 async def metric(url: str, name: str) -> float:
-    """Sum the samples of a metric whose name and labels begin like that."""
+    """Sum the samples of a metric whose name and labels begin with `name`."""
     async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as response:
         lines = (await response.text()).splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
@@ -235,7 +235,7 @@ def cpu_s(pid: int) -> float:
 
 
 def at_share(values: Sequence[float], share: float) -> float | None:
-    """Return a quantile in milliseconds."""
+    """Return a quantile of values in seconds, in milliseconds."""
     return round(1000 * sorted(values)[min(len(values) - 1, int(share * len(values)))], 2) if values else None
 
 
@@ -269,19 +269,19 @@ async def phase(
 
 
 async def seconds_to_quality(url: str, request: bytes, accuracy: float) -> float | None:
-    """Ask now and then until an answer is expected to be as accurate as that; None if it takes too long."""
+    """Return the seconds until an answer's expected accuracy reaches `accuracy`; None after RECOVERY_LIMIT_S."""
     clients, started = Clients(url), time.perf_counter()
     while (took_s := time.perf_counter() - started) < RECOVERY_LIMIT_S:
         status, body = await clients.ask(request)
         if status == 200 and json.loads(body)["subnetwork"]["expected_accuracy"] >= accuracy:
             break
-        await asyncio.sleep(PROBE_S)  # more often would be traffic to be planned for
+        await asyncio.sleep(PROBE_S)  # more frequent probes would be load that the server plans for
     clients.close()
     return round(took_s, 2) if took_s < RECOVERY_LIMIT_S else None
 
 
 async def best_accuracy(url: str, request: bytes) -> float:
-    """Ask an idle server now and then; the best of a few answers is what it gives when nothing else is asked."""
+    """Return the best expected accuracy of a few answers from an idle server, which is what it gives without load."""
     clients, found = Clients(url), []
     for _ in range(4):
         await asyncio.sleep(PROBE_S)

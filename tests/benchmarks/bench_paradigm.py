@@ -1,13 +1,13 @@
-"""One SuperViT beside models trained for one cost each, on the same data with the same seeds.
+"""One SuperViT compared with models trained for one cost each, on the same data with the same seeds.
 
     python -m tests.benchmarks.bench_paradigm train CIFAR10_FOLDER --epochs 8 --seeds 0 1 2
     python -m tests.benchmarks.bench_paradigm table --epochs 8
 
-The others are trained for as many epochs as the SuperViT, and once more for as many as cost as much computing. The
-first command trains what is missing and goes on with what was cut short. Each finished model adds a line to RESULTS:
-what it knows of test/, its accuracy on held-out images, and its training log. The second prints what they come to.
-Another model, or other data, needs files of its own: --model, --init, --runs, --results; --set takes any option of a
-recipe, as in --set batch_size=256 keep_rates=[0.5,0.7,1].
+The other models are trained for as many epochs as the SuperViT, and once more for as many as cost the same compute. The
+first command trains the missing models and resumes interrupted runs. Each finished model adds a line to RESULTS: which
+images of test/ it classifies correctly, its accuracy on held-out images, and its training log. The second command
+prints the comparison. Another model or data set needs its own files: --model, --init, --runs, --results; --set takes
+any option of a recipe, as in --set batch_size=256 keep_rates=[0.5,0.7,1].
 """
 
 import argparse
@@ -40,15 +40,16 @@ from models.training.state import LOG_NAME, has_state
 from models.training.train import train
 
 RESULTS = Path(__file__).with_name("results") / "paradigm.jsonl"
-# Beside the largest grid alone; the SuperViT is the model as it is registered.
+# Options of each arm, on top of the largest grid alone; the SuperViT is the model as it is registered.
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {"keep_rates": (1.0,)},
     "evit 0.7": {"keep_rates": (0.7,), "fuse_pruned": True},
     "evit 0.5": {"keep_rates": (0.5,), "fuse_pruned": True},
     "supervit": {},
 }
-# At what share of whose MACs, and by how many points of ImageNet top-1 the paper's SuperViT is ahead there: by its
-# accuracies over DeiT-S's 79.8; over EViT by the one figure of its abstract, for no rate named.
+# An arm, the share of its MACs that the SuperViT may use, and the lead of the paper's SuperViT there in points of
+# ImageNet top-1: over DeiT-S by its accuracies and DeiT-S's 79.8; over EViT by the one figure of its abstract, which
+# names no keep rate.
 COMPARISONS = [
     ("plain", 1.0, "+0.8"),
     ("plain", 2 / 3, "+0.7"),
@@ -56,11 +57,11 @@ COMPARISONS = [
     ("evit 0.7", 1.0, "+1.1"),
     ("evit 0.5", 1.0, "+1.1"),
 ]
-STEPS_COUNTED = 1000  # over which the random sub-networks of a SuperViT's steps are averaged
+STEPS_COUNTED = 1000  # steps over which a SuperViT's random sub-networks are averaged
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, or print the table."""
+    """Train the arms, or print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train")
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Read the finished models; those of one model on one data set alone can be compared."""
+    """Read the finished models; only results of one model on one data set can be compared."""
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if len({(line.get("model"), line.get("data"), line.get("init")) for line in results}) > 1:
         raise SystemExit(f"{path}: holds results of several models, data sets or starts; part them")
@@ -90,7 +91,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def train_all(options: argparse.Namespace) -> None:
-    """Train every arm with every seed, seed by seed, so that what is there at any time can be compared."""
+    """Train every arm with every seed, seed by seed, so that the results at any time can be compared."""
     about = {
         "model": options.model,
         "data": options.data.resolve().name,
@@ -127,7 +128,7 @@ def train_all(options: argparse.Namespace) -> None:
 
 
 def parse_setting(text: str) -> tuple[str, object]:
-    """Parse NAME=VALUE, whose value is JSON or, where it is none, a string."""
+    """Parse NAME=VALUE, whose value is JSON or, if it is not valid JSON, a string."""
     name, _, value = text.partition("=")
     with suppress(ValueError):
         return name, json.loads(value)
@@ -135,9 +136,9 @@ def parse_setting(text: str) -> tuple[str, object]:
 
 
 def training_macs(config: SuperViTConfig) -> float:
-    """Multiply-accumulates of one image in the forward pass of a training step, over steps on average.
+    """Return the mean MACs of one image in the forward pass of a training step.
 
-    The backward pass takes twice as many in every arm, so shares of the whole are those of the forward pass.
+    The backward pass takes twice as many in every arm, so the ratios of whole steps are those of the forward passes.
     """
     return mean(
         sum(
@@ -149,12 +150,12 @@ def training_macs(config: SuperViTConfig) -> float:
 
 
 def epochs_for_as_much(epochs: int, theirs: float, ours: float) -> int:
-    """Tell in how many epochs of `ours` MACs per image as much is computed as in `epochs` of `theirs`."""
+    """Return how many epochs at `ours` MACs per image cost as much compute as `epochs` at `theirs`."""
     return max(1, round(epochs * theirs / ours))
 
 
 def measure(path: Path, recipe: Recipe) -> dict[str, Any]:
-    """Return which images of test/ each sub-network of a checkpoint knows, and how many of the held-out ones."""
+    """Return which test images each sub-network of a checkpoint classifies correctly, and its held-out top-1."""
     checkpoint = load_checkpoint(path)
     model, config = checkpoint.model.to(resolve_device(recipe.device)), checkpoint.config
     transform = evaluation_transform(config)
@@ -183,7 +184,7 @@ def measure(path: Path, recipe: Recipe) -> dict[str, Any]:
 
 @torch.inference_mode()
 def find_correct(model: SuperViT, images: ImageSet, recipe: Recipe) -> dict[SubNetwork, np.ndarray]:
-    """Tell of every image whether each sub-network knows it."""
+    """Return for each sub-network which images it classifies correctly."""
     correct: dict[SubNetwork, list[np.ndarray]] = {subnetwork: [] for subnetwork in model.config.subnetworks}
     for batch, labels in SampleLoader(images, 100, num_workers=recipe.workers):
         normalised = normalise(batch.to(model.cls_token.device), model.config)
@@ -193,7 +194,7 @@ def find_correct(model: SuperViT, images: ImageSet, recipe: Recipe) -> dict[SubN
 
 
 def table(results: list[dict[str, Any]], epochs: int) -> Iterator[str]:
-    """Lay out the results in Markdown: every model's accuracies, and then the differences from SuperViT's."""
+    """Lay out the results in Markdown: every model's accuracies, and then SuperViT's differences from the others."""
     budget = max((line.get("training_macs", 0.0) for line in results if line["arm"] == "supervit"), default=0.0)
 
     def is_as_long(line: dict[str, Any]) -> bool:
@@ -217,7 +218,7 @@ def table(results: list[dict[str, Any]], epochs: int) -> Iterator[str]:
             cells = [lines[0]["arm"], lines[0]["epochs"], row["patch_grid"], f"{row['keep_rate']:g}"]
             cells += [f"{row['macs'] / 1e9:.4g}", f"{row['macs'] / largest:.2f}x", spread(values), len(values)]
             yield "| " + " | ".join(map(str, cells)) + " |"
-    measured = [line for line in compared if "test_images" in line]  # of older ones it is not known what they knew
+    measured = [line for line in compared if "test_images" in line]  # older lines do not say which images were correct
     for title, fits in (("as many epochs", is_as_long), ("as much computing", costs_as_much)):
         yield ""
         yield f"| SuperViT within | at | against, with {title} | difference ± standard error | by seed | the paper's |"
@@ -229,10 +230,10 @@ def table(results: list[dict[str, Any]], epochs: int) -> Iterator[str]:
 
 
 def compare(supers: list[dict[str, Any]], others: list[dict[str, Any]], share: float, published: str) -> Iterable[str]:
-    """Compare SuperViT, at the sub-network that is best on held-out images, within `share` of the other's MACs.
+    """Compare an arm with SuperViT's best sub-network, by held-out top-1, within `share` of the arm's MACs.
 
-    The difference is paired: of one image after the other, averaged over the seeds. Its standard error is that over
-    the test images, with these models as they are; how far the seeds differ stands beside it.
+    The difference is paired by image and averaged over the seeds. Its standard error is over the test images, with
+    these models fixed; the differences by seed are printed beside it.
     """
     theirs = {line["seed"]: line for line in others}
     mine = {line["seed"]: line for line in supers if line["seed"] in theirs}
@@ -267,13 +268,13 @@ def find(line: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
 
 
 def knows(line: dict[str, Any], row: dict[str, Any]) -> np.ndarray:
-    """Read of every test image whether it was known, 1.0 or 0.0."""
+    """Return for every test image whether it was classified correctly, 1.0 or 0.0."""
     packed = np.frombuffer(base64.b64decode(row["correct"]), dtype=np.uint8)
     return np.unpackbits(packed, count=line["test_images"]).astype(float)
 
 
 def spread(values: list[float]) -> str:
-    """Write a mean and the standard deviation from seed to seed."""
+    """Format a mean and the standard deviation over the seeds."""
     around = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
     return f"{mean(values):.2f}{around}"
 

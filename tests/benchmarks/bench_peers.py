@@ -1,9 +1,9 @@
-"""Our server beside others with the very same weights: `python -m tests.benchmarks.bench_peers CHECKPOINT IMAGES`.
+"""Our server compared with others on the same weights: `python -m tests.benchmarks.bench_peers CHECKPOINT IMAGES`.
 
-The others are built as their documentation builds them, in `peers`: two processes of one thread that decode as we do
-and run eager PyTorch at the largest sub-network, with batching where there is any. Closed loops, one server at a time,
-in turns, because the speed of a shared machine drifts. Needs `pip install mosec litserve`; what is not installed is
-left out.
+The other servers, in `peers`, are built as in their documentation: two processes of one thread that decode as ours does
+and run eager PyTorch at the largest sub-network, with batching if the server offers it. Closed loops run against one
+server at a time, in turns, because the speed of a shared machine drifts. Needs `pip install mosec litserve`; servers
+that are not installed are left out.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Encode = Callable[[bytes], bytes]
 
 @asynccontextmanager
 async def peer(name: str, checkpoint: Path) -> AsyncIterator[str]:
-    """Run a peer; yields the URL that classifies."""
+    """Run a peer; yield the URL of its endpoint."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,7 +54,7 @@ async def peer(name: str, checkpoint: Path) -> AsyncIterator[str]:
 
 
 async def closed_loop(url: str, bodies: Sequence[bytes], concurrency: int, seconds: float) -> list[float]:
-    """Return the latencies of the answers that so many clients get, each of which waits for its own."""
+    """Return the latencies of the answers to a closed loop of `concurrency` clients, after SETTLE_S seconds."""
     taken: list[float] = []
     headers = {"Content-Type": "application/json" if bodies[0].startswith(b"{") else "application/octet-stream"}
     async with connect() as session:
@@ -137,7 +137,7 @@ async def main() -> None:
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
-    """Return the median of the ratios of each turn."""
+    """Return the median over the turns of the ratio of `ours` to `theirs`."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 

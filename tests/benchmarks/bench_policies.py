@@ -1,4 +1,4 @@
-"""How every policy fares over families of arrivals, in virtual time; whether ours passes its bars; how long it thinks.
+"""Every policy over families of arrivals, in virtual time: accuracy, whether ours passes its bars, decision times.
 
 python -m tests.benchmarks.bench_policies [--seeds 3] [--seconds 20] [--policies slackfit,step-down]
 python -m tests.benchmarks.bench_policies --latencies FILE.json [--checkpoint PATH]
@@ -27,18 +27,19 @@ from service.scheduling.state import BatchDecision, Decide, SchedulerState
 from service.simulation.arrivals import Arrival, SlowdownScript, gamma, varying
 from service.simulation.simulator import Figures, Machine, Replay, throughput
 
-# DeiT-S on two cores with AMX, bfloat16 (milliseconds at batch 1 and 8); the rest lies between, by GFLOPs.
+# DeiT-S on two cores with AMX, bfloat16 (milliseconds at batch 1 and 8); the others are interpolated by MACs.
 ANCHORS_MS = {SubNetwork(8, 0.5): (5.2, 18.1), SubNetwork(14, 0.5): (9.4, 43.0), SubNetwork(14, 1.0): (14.7, 73.5)}
 BATCH_SIZES = (1, 8, 16)
-NEIGHBOUR = (1.0, 1.5, 1.0, 3.0, 1.0, 2.0)  # factors, each for a tenth of the time
+NEIGHBOUR = (1.0, 1.5, 1.0, 3.0, 1.0, 2.0)  # slowdown factors, each for a tenth of the time
 TIMED_EVERY, REPEATS = 7, 5
 SHARE_BAR = 0.99
-BARS = {"": 2, "overload": 10, "everything at once": 5, "noisy neighbour": 3}  # points above SlackFit, by families
+# Points above SlackFit that `level` must reach on average, by group of families; "" is all of them.
+BARS = {"": 2, "overload": 10, "everything at once": 5, "noisy neighbour": 3}
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Arrivals, how slow the machine is meanwhile, and which of the bars they belong to."""
+    """Arrivals, the slowdown of the machine during them, and the bar that they belong to."""
 
     arrivals: list[Arrival]
     slowdown: SlowdownScript
@@ -46,10 +47,10 @@ class Family:
 
 
 class Timed:
-    """A policy whose every seventh decision is timed: the fastest of some repeats, because the machine is noisy."""
+    """A policy that times every seventh decision, as the fastest of some repeats because the machine is noisy."""
 
     def __init__(self, decide: Decide) -> None:
-        self.decisions: list[tuple[float, int]] = []  # microseconds, and how many waited
+        self.decisions: list[tuple[float, int]] = []  # microseconds, and the length of the queue
         self._decide, self._calls = decide, 0
 
     def __call__(self, state: SchedulerState) -> BatchDecision:
@@ -83,7 +84,7 @@ class Draw:
         neighbour: bool = False,
         bar: str = "",
     ) -> Family:
-        """Give each instant a budget and, if `capped`, a cap; let a neighbour press if there is one."""
+        """Give each arrival a latency budget and, if `capped`, a GFLOPs cap; if `neighbour`, add slowdowns."""
         budgets = self.rng.choice(budgets_ms, len(times)) / 1000
         caps = self.rng.integers(len(self.caps), size=len(times))
         arrivals = [
@@ -100,7 +101,7 @@ class Draw:
         return varying(lambda at: load_at(at) * self.capacity, highest * self.capacity, self.seconds, self.rng)
 
     def spikes(self, size: int, load: float) -> list[float]:
-        """Add to a load so many requests at the same instant, every second."""
+        """Add `size` requests at the same instant to a load, every second."""
         return sorted([*self.gamma(load), *(float(at) for at in range(1, int(self.seconds)) for _ in range(size))])
 
     def families(self) -> dict[str, Family]:
@@ -141,7 +142,7 @@ class Draw:
 
 
 def read_profile(latencies: Path | None, checkpoint: Path | None) -> tuple[ProfileTable, LatencyTable]:
-    """Return DeiT-S as published with the anchors' latencies, or what a checkpoint and `supervit profile` say."""
+    """Return DeiT-S as published with the anchors' latencies, or a checkpoint's profile and measured latencies."""
     _, config, top1 = PUBLISHED["deit"]
     measured = zip(config.subnetworks, top1, strict=True)
     rows = tuple(SubNetworkProfile(sub, count_macs(config, sub), round(share / 100, 4)) for sub, share in measured)
@@ -160,7 +161,7 @@ def read_profile(latencies: Path | None, checkpoint: Path | None) -> tuple[Profi
 
 
 def main() -> None:
-    """Replay everything, then print the table, the bars and the times."""
+    """Replay all families, then print the table, the bars and the decision times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latencies", type=Path, help="JSON of measured latencies instead of the study's")
     parser.add_argument("--checkpoint", type=Path, help="whose accuracies; DeiT-S as published by default")
@@ -197,13 +198,13 @@ Results = Mapping[str, Mapping[str, list[Figures]]]  # by family and policy, one
 
 
 def effective(figures: Sequence[Figures]) -> float:
-    """Return the mean effective accuracy in percent; attainment where the profile has no accuracies."""
+    """Return the mean effective accuracy in percent, or the attainment if the profile has no accuracies."""
     shares = [one.slo_attainment if one.effective_accuracy is None else one.effective_accuracy for one in figures]
     return 100 * float(np.mean(shares))
 
 
 def print_table(results: Results, policies: Sequence[str]) -> None:
-    """Print a row per family: effective accuracy and, in brackets, attainment; of the fixed ones only the best."""
+    """Print a row per family: effective accuracy and, in brackets, attainment; of the fixed policies only the best."""
     fixed = [policy for policy in policies if policy.startswith("fixed-")]
     shown = [policy for policy in policies if policy not in fixed]
     print("\neffective accuracy in % (SLO attainment in %), mean of the seeds")
@@ -218,7 +219,7 @@ def print_table(results: Results, policies: Sequence[str]) -> None:
 
 
 def print_bars(results: Results, policies: Sequence[str], bars: Mapping[str, str]) -> None:
-    """Print whether `level` passes what was asked of it, and every family where some other policy beats it."""
+    """Print whether `level` passes its bars, and every family where another policy beats it."""
     for rival in (policy for policy in policies if policy == "slackfit" or policy.startswith("fixed-")):
         shares = {name: effective(row["level"]) / max(effective(row[rival]), 1e-9) for name, row in results.items()}
         worst = min(shares, key=shares.__getitem__)
@@ -243,7 +244,7 @@ def print_bar(what: str, margin: float, where: str = "") -> None:
 def print_costs(
     results: Results, policies: Sequence[str], decisions: Mapping[str, Sequence[tuple[float, int]]]
 ) -> None:
-    """Print how often each policy changes the sub-network, and how long it thinks."""
+    """Print how often each policy changes the sub-network, and how long its decisions take."""
     print(f"{'':20}changes/s  decision us: median     p99     max at waiting")
     for policy in policies:
         changes = np.mean([one.changes_per_s for row in results.values() for one in row[policy]])

@@ -1,8 +1,8 @@
-"""The OpenVINO engine in each precision that this CPU has: `python -m tests.benchmarks.bench_precision CHECKPOINT`.
+"""The OpenVINO engine in each precision of this CPU: `python -m tests.benchmarks.bench_precision CHECKPOINT`.
 
-The checkpoint must be prepared for int8 (`supervit quantize`). What is divided by one another was measured in turns,
-because the speed of a shared machine drifts; figures are medians over those turns. `--cpu-time` counts the time that
-this process computed instead of the time that passed: with one thread, for a machine that others load.
+The checkpoint must be prepared for int8 (`supervit quantize`). Times that are compared with one another are measured in
+turns, because the speed of a shared machine drifts; figures are medians over those turns. `--cpu-time` counts the CPU
+time of this process instead of wall time: with one thread, for a machine under other load.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def open_engines(checkpoint: Checkpoint, threads: int) -> dict[str, OpenVINOEngine]:
-    """Open an engine in float32, one in bfloat16 where this CPU has it, and one in int8."""
+    """Open an engine in float32, one in bfloat16 if this CPU supports it, and one in int8."""
     if checkpoint.int8 is None:
         raise SystemExit("the checkpoint is not prepared for int8: `supervit quantize` does that")
     engines = {"float32": OpenVINOEngine(checkpoint.model, threads, "float32")}
@@ -56,7 +56,7 @@ def open_engines(checkpoint: Checkpoint, threads: int) -> dict[str, OpenVINOEngi
 def in_turns(
     runs: Mapping[str, Callable[[], object]], seconds: float, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Time the runs in turns, after two of each that do not count."""
+    """Time the runs in turns, after two warm-up runs of each."""
     for run in (*runs.values(), *runs.values()):
         run()
     turns: dict[str, list[float]] = {name: [] for name in runs}
@@ -70,7 +70,7 @@ def in_turns(
 
 
 def row(subnetwork: SubNetwork, size: int, turns: dict[str, list[float]]) -> str:
-    """Lay out the medians in milliseconds, and those of the ratios of each turn."""
+    """Format the medians in milliseconds, and the medians of the ratios in each turn."""
     figures = "".join(f"{1e3 * median(times):13.2f}" for times in turns.values())
     others = [times for name, times in turns.items() if name != "int8"]
     ratios = [median(a / b for a, b in zip(times, turns["int8"], strict=True)) for times in others]

@@ -1,8 +1,8 @@
 """What workers and Ray Serve gain and cost: `python -m tests.benchmarks.bench_processes CHECKPOINT IMAGES`.
 
-The same app as one server, as two workers behind a port, and as one and two replicas behind Ray's HAProxy or behind
-Ray's own proxy, in turns: closed loops of 16 clients and of one. The requests name their sub-network, so that all do
-the same work, with one thread in every engine. Needs `pip install '.[ray]'`.
+The same app runs as one server, as two workers behind one port, as one and two replicas behind Ray's HAProxy, and as
+one replica behind Ray's own proxy, in turns, under closed loops of 16 clients and of one. The requests name their
+sub-network, so that all do the same work, with one thread in every engine. Needs `pip install '.[ray]'`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ PORT = 8017
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """So many processes, behind a socket of their own or, with these variables, on Ray."""
+    """A number of processes, behind one socket or, with these environment variables, on Ray."""
 
     processes: int
     ray: Mapping[str, str] | None = None
@@ -42,7 +42,7 @@ WAYS = {
 
 @asynccontextmanager
 async def served_in(way: Way, checkpoint: Path) -> AsyncIterator[str]:
-    """Serve in that way; yields the URL."""
+    """Serve the checkpoint in one of the ways; yield the URL."""
     if way.ray is None:
         options = ["--checkpoint", str(checkpoint), "--threads", "1", "--workers", str(way.processes)]
         async with server("level", options) as (url, _):

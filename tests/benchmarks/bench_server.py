@@ -1,8 +1,8 @@
 """What the server costs on top of decoding and inference: `python -m tests.benchmarks.bench_server CHECKPOINT IMAGES`.
 
-Closed loops at concurrency 1 and 16 through a real server and, in turns, without one: the same decoder on as many
-threads, the same engine, batches of whatever has been decoded. The requests name their sub-network, so that both do the
-same work. Then what the waiting server takes of a core.
+Closed loops at concurrency 1 and 16 run through a real server and, in turns, without one: with the same decoder on as
+many threads, the same engine, and batches of all images decoded so far. The requests name their sub-network, so that
+both do the same work. Last comes the share of a core that the idle server takes.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from tests.benchmarks.bench_live import Picture, ask, connect, finish_profile, r
 CONCURRENCY = 16
 PATIENT = "&budget_ms=60000"
 IDLE_S = 20.0
-SETTLE_S = 0.01  # in which the workers of the other engine fall asleep
+SETTLE_S = 0.01  # for the worker threads of the other engine to fall asleep
 
 
 class Bare:
-    """Decoding and inference, and nothing else."""
+    """Decoding and inference, without a server."""
 
     def __init__(self, checkpoint_path: Path, subnetwork: SubNetwork) -> None:
         settings, checkpoint = Settings(), load_checkpoint(checkpoint_path)
@@ -47,13 +47,13 @@ class Bare:
         self.subnetwork = subnetwork
 
     def latency(self, picture: Picture) -> float:
-        """Seconds of one image alone."""
+        """Return the seconds that one image alone takes."""
         started = time.perf_counter()
         self.engine.run(self.decode(picture.data)[None], self.subnetwork)
         return time.perf_counter() - started
 
     def throughput(self, pictures: Sequence[Picture], seconds: float) -> float:
-        """Images per second while CONCURRENCY of them are on their way."""
+        """Return the images per second with CONCURRENCY images in progress."""
         decoded: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
         sent = answered = 0
 
@@ -81,7 +81,7 @@ class Bare:
 
 
 async def served(url: str, pictures: Sequence[Picture], concurrency: int, query: str, seconds: float) -> list[float]:
-    """Return the latency of every answer of so many clients, each of which waits for its own."""
+    """Return the latency of every answer to a closed loop of `concurrency` clients."""
     taken: list[float] = []
     async with connect() as session:
         end = time.perf_counter() + seconds
@@ -98,7 +98,7 @@ async def served(url: str, pictures: Sequence[Picture], concurrency: int, query:
 
 
 async def added_s(url: str, bare: Bare, pictures: Sequence[Picture], query: str, seconds: float) -> list[float]:
-    """Return by how much longer a lone client waits: each image goes through the server, and then without it."""
+    """Return how much longer a lone client waits for each image: it goes through the server, and then without it."""
     added: list[float] = []
     async with connect() as session:
         end = time.perf_counter() + seconds

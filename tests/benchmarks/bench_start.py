@@ -1,9 +1,10 @@
 """From the start of a process to answers in time: `python -m tests.benchmarks.bench_start --images caltech101/test`.
 
-A server that finds no latencies of this machine is started: when it is ready is printed beside the time of `import
-torch`, then what of a minute's Poisson arrivals from that instant on it answers in time, at 1x, what the largest
-sub-network carries in a closed loop. A second such server is left alone: how much of its profile is measured after two
-minutes, and how far what it had to estimate then is off what it measures in the end. Last, a start that finds these.
+A server starts without measured latencies of this machine. Its time to readiness is printed beside the time of `import
+torch`, then its attainment over a minute of Poisson arrivals from that instant on, at 1x, which is what the largest
+sub-network carries in a closed loop. A second such server is left idle: printed are the part of its profile that is
+measured after two minutes, and how far its estimates at that time are off its final measurements. Last, a server starts
+that finds these latencies.
 """
 
 import argparse
@@ -34,7 +35,7 @@ async def get(url: str, path: str) -> dict[str, Any]:
 
 
 async def latencies_ms(url: str) -> dict[tuple[int, float, str], float]:
-    """Return what the server plans with, of its trained sub-networks by batch size."""
+    """Return the latencies that the server plans with, by trained sub-network and batch size."""
     rows = (await get(url, "/subnetworks"))["subnetworks"]
     return {
         (row["patch_grid"], row["keep_rate"], size): latency_ms

@@ -1,10 +1,9 @@
 """What clients see while the model changes under load: `python -m tests.benchmarks.bench_swaps --images cifar10/test`.
 
-Two checkpoints of the same weights under different names take each other's place, again and again, by PUT /admin/model,
-under Poisson arrivals at a multiple of what the largest sub-network carries in a closed loop. Before that, and between
-two changes, the same load for a while without a change: what that reaches at the same time is what a change is held
-against, since a machine that others share is never twice the same. A request is lost if it has another answer than 200,
-429 or 504.
+Two checkpoints of the same weights under different names replace each other repeatedly, by PUT /admin/model, under
+Poisson arrivals at a multiple of what the largest sub-network carries in a closed loop. Before the first change, and
+between changes, the same load runs for a while without a change. A change is compared with the load between changes,
+because the speed of a shared machine drifts. A request is lost if its answer is not 200, 429 or 504.
 """
 
 import argparse
@@ -41,12 +40,12 @@ BETWEEN = "between changes"
 
 
 class Load:
-    """Sends requests at random instants until it is told to stop, however many still wait."""
+    """Sends requests as a Poisson process until it is stopped, however many are still waiting."""
 
     def __init__(self, url: str, pictures: Sequence[Picture], rate: float, budget_ms: float) -> None:
         self._url, self._pictures, self._rate, self._budget_ms = url, pictures, rate, budget_ms
         self._is_over = False
-        self.step = ""  # that a change is at
+        self.step = ""  # of the change in progress
         self.replies: list[tuple[str, Reply]] = []
 
     async def run(self) -> None:
@@ -69,7 +68,7 @@ class Load:
         self._is_over = True
 
     def describe(self, *steps: str) -> str:
-        """Tell what became of the requests that were sent at some steps of a change."""
+        """Summarise the outcomes of the requests that were sent during some steps of a change."""
         replies = [reply for at, reply in self.replies if at in steps]
         in_time = [each for each in replies if each.status == 200 and 1000 * each.latency_s <= self._budget_ms]
         answered = sorted(each.latency_s for each in replies if each.status == 200)
@@ -94,7 +93,7 @@ def write_twins(checkpoint: str, folder: Path) -> list[Path]:
 
 
 async def change(session: aiohttp.ClientSession, url: str, path: Path, load: Load) -> dict[str, Any]:
-    """Change the model, and wait for the end of it."""
+    """Change the model, wait for the end of the change and return its report."""
     load.step = "load"
     async with session.put(f"{url}/admin/model", json={"checkpoint": str(path)}) as response:
         response.raise_for_status()

@@ -1,8 +1,7 @@
-"""What traces cost a request: `python -m tests.benchmarks.bench_tracing`.
+"""What tracing costs per request: `python -m tests.benchmarks.bench_tracing`.
 
-The layers of HTTP that report on a request, over an app that does nothing but count an answer, with and without a
-tracer, in turns. CPU time of the whole process counts, so the thread that sends spans is in it; what takes them is a
-process of its own.
+The HTTP layers that report on a request run over an app that only counts an answer, with and without a tracer, in
+turns. The CPU time of the whole process counts, including the thread that sends spans; another process receives them.
 """
 
 import argparse
@@ -68,10 +67,10 @@ def answered(arrived_at: float) -> Classification:
 
 
 async def ask(app: Any, headers: list[tuple[bytes, bytes]], times: int) -> float:  # noqa: ANN401 - an ASGI app
-    """Ask some times; returns seconds of CPU time."""
+    """Send `times` requests; return the seconds of CPU time."""
 
     async def send(_: object) -> None:
-        """Take the answer."""
+        """Discard the answer."""
 
     began_s = time.process_time()
     for _ in range(times):
@@ -87,7 +86,7 @@ async def ask(app: Any, headers: list[tuple[bytes, bytes]], times: int) -> float
 
 
 async def compare(traced: Any, plain: Any, headers: list[tuple[bytes, bytes]], flush: Callable[[], object]) -> float:  # noqa: ANN401 - ASGI apps
-    """Return the microseconds of CPU time that tracing adds to each of REQUESTS, those that sending takes included."""
+    """Return the microseconds of CPU time that tracing adds to each of REQUESTS, including the export of spans."""
     added_s = 0.0
     for _ in range(REQUESTS // AT_ONCE):
         added_s += await ask(traced, headers, AT_ONCE)
@@ -99,7 +98,7 @@ async def compare(traced: Any, plain: Any, headers: list[tuple[bytes, bytes]], f
 
 @contextmanager
 def receiving() -> Iterator[str]:
-    """Have another process take spans."""
+    """Run another process that receives spans; yield its URL."""
     command = [sys.executable, "-m", "tests.benchmarks.bench_tracing", "--receive"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -110,7 +109,7 @@ def receiving() -> Iterator[str]:
 
 
 def receive() -> None:
-    """Take spans and forget them."""
+    """Receive spans and discard them."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -122,7 +121,7 @@ def receive() -> None:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     print(server.server_port, flush=True)

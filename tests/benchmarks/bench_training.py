@@ -1,7 +1,8 @@
 """Where the milliseconds of a training step go: `python -m tests.benchmarks.bench_training DATA [--batch-size 64]`.
 
-Beside each part of the step stands what it replaced, measured in turns in the same run: images decoded and varied one
-by one, and timm's Muon, which orthogonalises one matrix after another in bfloat16. Medians over the turns.
+Each part of the step is printed beside the part that it replaced, measured in turns in the same run: images decoded and
+augmented one by one, and timm's Muon, which orthogonalises one matrix after another in bfloat16. Figures are medians
+over the turns.
 """
 
 import argparse
@@ -40,7 +41,7 @@ KINDS = {
 
 
 def main() -> None:
-    """Print the parts of a step, those that they replaced, and the kinds of operation."""
+    """Print the parts of a step, the parts that they replaced, and the kinds of operation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="supervit_lvvit_micro_patch4_32")
@@ -93,7 +94,7 @@ def main() -> None:
 
 
 def batches(recipe: Recipe, config: Any, *, one_by_one: bool = False) -> Iterator[Any]:  # noqa: ANN401 - of SampleLoader
-    """Yield batches without end, on one process: what another would do is taken from the step on a busy machine."""
+    """Yield batches without end, in this process: on a busy machine, worker processes would take time from the step."""
     loader, _, _ = open_batches(recipe, config, None, 0, 1, CPU)
     if one_by_one:
         samples, _ = open_training_data(recipe.data, config, training_transform(config, PLAIN), recipe.holdout, 0)
@@ -102,7 +103,7 @@ def batches(recipe: Recipe, config: Any, *, one_by_one: bool = False) -> Iterato
 
 
 def shares(run: Callable[[], None]) -> Iterator[str]:
-    """Say how the processor time of a step divides over the kinds of operation."""
+    """Yield the share of each kind of operation in the processor time of a step."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         for _ in range(10):
             run()

@@ -1,8 +1,8 @@
-"""Images and connections that take far more of a server than they cost: for tests of what they do to honest traffic.
+"""Images and connections that cost a server far more than their sender, to test their effect on honest traffic.
 
     python -m tests.benchmarks.hostile NAME URL COUNT SECONDS
 
-plays so many of them at a time against a server, from a process of its own.
+runs COUNT of them at a time against a server, from a process of its own.
 """
 
 import asyncio
@@ -36,10 +36,10 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def webp_of_one_colour() -> bytes:
-    """49.8 million pixels in 34 bytes: a lossless WebP all of whose five prefix codes have one symbol, of no bits."""
+    """49.8 million pixels in 34 bytes: a lossless WebP whose five prefix codes each have one symbol of no bits."""
     bits, length = 0, 0
     side = 7060 - 1
-    one_symbol = (1, 1), (0, 1), (1, 1), (7, 8)  # simple, not two, of eight bits, the symbol
+    one_symbol = (1, 1), (0, 1), (1, 1), (7, 8)  # a simple code, of one symbol, of eight bits, which is 7
     for value, width in ((side, 14), (side, 14), (0, 1), (0, 3), (0, 1), (0, 1), (0, 1), *(5 * one_symbol)):
         bits, length = bits | value << length, length + width
     data = b"\x2f" + bits.to_bytes((length + 7) // 8, "little")
@@ -55,13 +55,13 @@ def png_of_one_column() -> bytes:
 
 
 def jpeg_of_fill_bytes() -> bytes:
-    """A small picture behind 19.9 MB that stand for nothing."""
+    """A small JPEG with 19.9 MB of fill bytes, which mean nothing."""
     jpeg = encoded(Image.new("RGB", (64, 64)), "JPEG")
     return jpeg[:2] + b"\xff" * 19_900_000 + jpeg[2:]
 
 
 def png_of_rationals() -> bytes:
-    """An EXIF directory of two million numbers."""
+    """A small PNG with an EXIF directory of two million numbers."""
     count = 2_000_000
     exif = struct.pack("<2sHIHHHII", b"II", 42, 8, 1, 0x9999, 5, count, 26) + struct.pack("<I", 0)
     png = encoded(Image.new("RGB", (64, 64)), "PNG")
@@ -69,7 +69,7 @@ def png_of_rationals() -> bytes:
 
 
 def gif_of_comments() -> bytes:
-    """A small picture behind 19.9 MB of comments."""
+    """A small GIF with 19.9 MB of comments."""
     gif = encoded(Image.new("P", (64, 64)), "GIF")
     start = 13 + 3 * 2 ** ((gif[10] & 7) + 1) if gif[10] & 0x80 else 13
     comment = b"\x21\xfe" + (b"\xff" + b"c" * 255) * 77_700 + b"\x00"
@@ -77,7 +77,7 @@ def gif_of_comments() -> bytes:
 
 
 def noise(width: int, height: int, grain: int) -> Image.Image:
-    """Draw random squares, which no encoder makes small."""
+    """Draw random squares, which no encoder compresses well."""
     columns, rows = width // grain, height // grain
     small = Image.frombytes("RGB", (columns, rows), random.Random(0).randbytes(3 * columns * rows))
     return small.resize((width, height), Image.Resampling.NEAREST)
@@ -110,7 +110,7 @@ def post(data: bytes) -> bytes:
 
 
 async def repeat(address: Address, request: bytes) -> None:
-    """Post the same image again and again, on one connection as long as it lasts."""
+    """Post the same image again and again, on one connection for as long as it stays open."""
     reader, writer = await asyncio.open_connection(*address)
     with suppress(OSError, asyncio.IncompleteReadError):
         while True:
@@ -123,7 +123,7 @@ async def repeat(address: Address, request: bytes) -> None:
 
 
 async def pipeline_without_reading(address: Address) -> None:
-    """Write 60,000 requests of 18 bytes and read no answer."""
+    """Write 60,000 requests of 18 bytes and read no answers."""
     _, writer = await asyncio.open_connection(*address)
     writer.transport.pause_reading()  # type: ignore[attr-defined] # a socket's has it
     with suppress(OSError):
@@ -134,7 +134,7 @@ async def pipeline_without_reading(address: Address) -> None:
 
 
 async def drip(address: Address) -> None:
-    """Announce an image and send a byte of it a second."""
+    """Announce an image and send one byte of it per second."""
     _, writer = await asyncio.open_connection(*address)
     with suppress(OSError):
         writer.write(post(bytes(100_000))[:-100_000])
@@ -146,7 +146,7 @@ async def drip(address: Address) -> None:
 
 
 async def stay_silent(address: Address) -> None:
-    """Connect and say nothing."""
+    """Connect and send nothing."""
     reader, writer = await asyncio.open_connection(*address)
     with suppress(OSError):
         await reader.read()
@@ -161,7 +161,7 @@ CONNECTIONS: dict[str, Callable[[Address], Awaitable[None]]] = {
 
 
 async def play(name: str, url: str, count: int, seconds: float) -> None:
-    """Keep `count` of them at it; one that is thrown out begins anew a moment later."""
+    """Run `count` attackers at a time; one that is disconnected starts again 0.1 s later."""
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 80)
     request = post(IMAGES[name]()) if name in IMAGES else b""

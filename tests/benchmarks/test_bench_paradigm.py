@@ -15,7 +15,7 @@ from tests.benchmarks.bench_paradigm import epochs_for_as_much, main, read_resul
 
 
 def row(grid: int, rate: float, macs: int, held_out_top1: float, correct: str) -> dict[str, Any]:
-    """A sub-network that knows the images marked 1 in `correct`."""
+    """Return the row of a sub-network that classifies the images marked 1 in `correct` correctly."""
     known = np.array(list(correct)) == "1"
     return {
         "patch_grid": grid,
@@ -47,7 +47,7 @@ RESULTS = [
         0,
         2,
         250.0,
-        row(5, 1.0, 48, 0.9, "1110000000"),  # better on held-out images, and worse on those of the test
+        row(5, 1.0, 48, 0.9, "1110000000"),  # better on held-out images, and worse on test images
         row(5, 0.5, 40, 0.8, "1111111111"),
         row(8, 1.0, 100, 0.7, "1111111110"),
     ),
@@ -65,14 +65,14 @@ RESULTS = [
 
 def test_differences_are_paired_over_the_images_and_points_are_chosen_on_held_out_ones() -> None:
     lines = list(table(RESULTS, 2))
-    # At half the MACs, of the two that fit, grid 5 at keep rate 1 (0.8 held out) and not keep rate 0.5 (0.7). Against
-    # plain: 0, 0, +1, 0 ... with seed 0 and 0, 0, 0, -1, 0 ... with seed 1, so +0.5, -0.5 and eight times 0.
+    # Two rows fit half the MACs: grid 5 at keep rate 1 (0.8 held out) is chosen, not keep rate 0.5 (0.7). Differences
+    # from plain are 0, 0, +1, 0 ... with seed 0 and 0, 0, 0, -1, 0 ... with seed 1, so +0.5, -0.5 and eight times 0.
     error = 100 * np.std([0, 0, 0.5, -0.5, 0, 0, 0, 0, 0, 0], ddof=1) / np.sqrt(10)
     assert (
         f"| 0.5x the MACs | grid 5 at keep rate 1 | plain, 2 epochs | +0.00 ± {error:.2f} | +10.00, -10.00 | +0.2 |"
         in lines
     )
-    # At equal MACs keep rate 1 of both grids have 0.8; the first is taken. Held-out accuracy decides, not cost.
+    # At equal MACs, keep rate 1 of both grids has 0.8; the first is taken. Held-out accuracy decides, not cost.
     assert sum(line.startswith("| 1x the MACs | ") for line in lines) == 2
 
 
@@ -80,7 +80,7 @@ def test_as_much_computing_is_compared_with_the_runs_that_cost_as_much() -> None
     lines = list(table(RESULTS, 2))
     start = next(index for index, line in enumerate(lines) if "with as much computing" in line)
     computing = lines[start:]
-    # 2 epochs at 250 are 5 at 100, which only seed 0 has: three known images against six.
+    # 2 epochs at 250 MACs cost as much as 5 at 100, which only seed 0 has: three correct images against six.
     error = 100 * np.std([0, 0, 0, -1, -1, -1, 0, 0, 0, 0], ddof=1) / np.sqrt(10)
     assert (
         f"| 0.5x the MACs | grid 5 at keep rate 1 | plain, 5 epochs | -30.00 ± {error:.2f} | -30.00 | +0.2 |"
@@ -158,4 +158,4 @@ def test_arms_are_trained_measured_and_laid_out(tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     main(["table", "--epochs", "1", "--results", str(results)])
     shown = capsys.readouterr().out
-    assert shown.count("x the MACs") == 6  # of plain's three points, with as many epochs and as much computing
+    assert shown.count("x the MACs") == 6  # plain's three comparisons, with as many epochs and as much computing

@@ -1,4 +1,4 @@
-"""Plain FastAPI: two processes, an image at a time."""
+"""Plain FastAPI: two processes, one image at a time."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""LitServe: two worker processes behind one front, batches formed there; the image comes as base64 in JSON."""
+"""LitServe: two worker processes, which form the batches, behind one front end; images come as base64 in JSON."""
 
 import base64
 import sys
@@ -9,7 +9,7 @@ from tests.benchmarks.peers.model import MAX_BATCH_SIZE, MAX_WAIT_S, Model
 
 
 class Classify(litserve.LitAPI):
-    """Runs batches of bodies."""
+    """Classifies batches of encoded images."""
 
     def setup(self, _device: str) -> None:
         self.model = Model()

@@ -1,4 +1,4 @@
-"""mosec: two processes behind its Rust front, batches formed there."""
+"""mosec: two processes behind its Rust front end, which forms the batches."""
 
 from mosec import Server, Worker
 
@@ -6,7 +6,7 @@ from tests.benchmarks.peers.model import MAX_BATCH_SIZE, MAX_WAIT_S, Model
 
 
 class Classify(Worker):
-    """Runs batches of bodies."""
+    """Classifies batches of encoded images."""
 
     def __init__(self) -> None:
         super().__init__()
