@@ -15,8 +15,8 @@ from models.files.checkpoint_errors import (
     CheckpointError,
     CheckpointMismatchError,
     UnreadableCheckpointError,
-    about,
-    shown,
+    prefixed_errors,
+    printable_text,
 )
 from models.files.safetensors_files import is_safetensors, read_safetensors, write_safetensors
 from models.files.sources import find_checkpoint
@@ -93,7 +93,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
             plain ViT.
     """
     path = find_checkpoint(name)
-    with about(name):
+    with prefixed_errors(name):
         version = _version(path)  # first, so that a file replaced during the read differs from this version
         stored, own_header = _read(path)
         weights = _in_float32(stored)
@@ -151,7 +151,7 @@ def read_weights(name: str | Path) -> dict[str, Tensor]:
         UnreadableCheckpointError: as for `load_checkpoint`.
     """
     path = find_checkpoint(name)
-    with about(name):
+    with prefixed_errors(name):
         return _in_float32(_read(path)[0])
 
 
@@ -162,7 +162,7 @@ def read_described_weights(name: str | Path) -> tuple[dict[str, Tensor], Header 
         CheckpointError: as for `load_checkpoint`, except that the weights are not compared with a model's.
     """
     path = find_checkpoint(name)
-    with about(name):
+    with prefixed_errors(name):
         weights, header = _read(path)
         return _in_float32(weights), None if header is None else _own_header(header, len(weights))
 
@@ -189,7 +189,7 @@ def _in_float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         try:
             converted[name] = weight.float() if weight.is_floating_point() else weight
         except RuntimeError as error:
-            raise UnreadableCheckpointError(f"the weight {shown(name)} is of an unknown type") from error
+            raise UnreadableCheckpointError(f"the weight {printable_text(name)} is of an unknown type") from error
     return converted
 
 
@@ -239,7 +239,7 @@ def check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> No
     fitting = [name for name in shared if weights[name].shape == expected[name].shape]
     problems = {
         "missing": [name for name in expected if name not in weights],
-        "unexpected": [shown(name) for name in weights if name not in expected],
+        "unexpected": [printable_text(name) for name in weights if name not in expected],
         "misshapen": [
             f"{name} is {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
             for name in shared
@@ -276,7 +276,7 @@ def _some(names: list[str]) -> str:
 def _first_problem(error: ValidationError) -> str:
     """Describe in our own words the first problem that pydantic found."""
     problem = error.errors(include_url=False)[0]
-    where, value = shown(".".join(map(str, problem["loc"]))), shown(repr(problem["input"]))
+    where, value = printable_text(".".join(map(str, problem["loc"]))), printable_text(repr(problem["input"]))
     match problem["type"]:
         case "value_error":  # raised by one of our own dataclasses
             return str(problem["ctx"]["error"])

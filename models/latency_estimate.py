@@ -20,9 +20,9 @@ Floats = npt.NDArray[np.float64]
 
 # Relative errors: a lower bound, and what is assumed where the fit passes through all cells. Few cells may agree by
 # chance: on two virtual cores a tenth of all estimates were off by more than 18 %.
-LEAST_ERROR, UNKNOWN_ERROR = 0.1, 0.3
-REACH = 0.5  # of a neighbour's correction, in natural logarithms of the work and of the batch size
-PRIOR = 0.1  # weight of the uncorrected fit, where a neighbour at distance 0 weighs 1
+MIN_ERROR, UNKNOWN_ERROR = 0.1, 0.3
+KERNEL_WIDTH = 0.5  # of a neighbour's correction, in natural logarithms of the work and of the batch size
+UNCORRECTED_WEIGHT = 0.1  # weight of the uncorrected fit, where a neighbour at distance 0 weighs 1
 
 
 class LatencyEstimate:
@@ -30,7 +30,7 @@ class LatencyEstimate:
 
     Attributes:
         error: relative error of the estimates: the root mean square over the measured cells, each corrected by the
-            others alone, and at least LEAST_ERROR; UNKNOWN_ERROR where there are too few cells to tell.
+            others alone, and at least MIN_ERROR; UNKNOWN_ERROR where there are too few cells to tell.
     """
 
     def __init__(self, measured_s: Mapping[Cell, float], work: Mapping[SubNetwork, float]) -> None:
@@ -44,18 +44,18 @@ class LatencyEstimate:
         self._costs = self._costs_of(list(measured_s))
         self._seconds = np.array(list(measured_s.values()))
         self._factors = _fit(_terms(self._costs), self._seconds)
-        self._off = np.log(self._seconds / (_terms(self._costs) @ self._factors))
+        self._log_residuals = np.log(self._seconds / (_terms(self._costs) @ self._factors))
         near = _nearness(self._costs, self._costs)
         np.fill_diagonal(near, 0.0)
-        errors = self._off - self._correction(near)
+        errors = self._log_residuals - self._correction(near)
         is_overfitted = len(errors) <= len(self._factors)  # it passes through every cell, however poor it is
-        self.error = UNKNOWN_ERROR if is_overfitted else max(LEAST_ERROR, float(np.sqrt(np.mean(errors**2))))
+        self.error = UNKNOWN_ERROR if is_overfitted else max(MIN_ERROR, float(np.sqrt(np.mean(errors**2))))
 
     def seconds(self, cells: Sequence[Cell]) -> list[float]:
         """Estimate the seconds of each of the given cells."""
         costs = self._costs_of(cells)
         likely = (_terms(costs) @ self._factors) * np.exp(self._correction(_nearness(costs, self._costs)))
-        cheaper, dearer = _are_at_most(self._costs, costs), _are_at_most(-self._costs, -costs)
+        cheaper, dearer = _dominated(self._costs, costs), _dominated(-self._costs, -costs)
         lowest = np.where(cheaper, self._seconds, 0.0).max(axis=1)
         highest = np.where(dearer, self._seconds, np.inf).min(axis=1)
         bounded: list[float] = np.minimum(np.maximum(likely, lowest), np.maximum(lowest, highest)).tolist()
@@ -67,7 +67,7 @@ class LatencyEstimate:
 
     def _correction(self, near: Floats) -> Floats:
         """Average the logarithmic deviations of the measured cells, weighted by nearness."""
-        correction: Floats = near @ self._off / (near.sum(axis=1) + PRIOR)
+        correction: Floats = near @ self._log_residuals / (near.sum(axis=1) + UNCORRECTED_WEIGHT)
         return correction
 
 
@@ -76,7 +76,7 @@ def _terms(costs: Floats) -> Floats:
     return np.stack([np.ones_like(work), batch_size, work * batch_size], axis=1)
 
 
-def _are_at_most(measured: Floats, costs: Floats) -> npt.NDArray[np.bool_]:
+def _dominated(measured: Floats, costs: Floats) -> npt.NDArray[np.bool_]:
     """Return for each of (n, 2) costs which of (m, 2) measured ones exceed it in neither column; (n, m)."""
     work, batch_size = (measured[:, of] <= costs[:, of, None] for of in (0, 1))
     return work & batch_size
@@ -84,7 +84,7 @@ def _are_at_most(measured: Floats, costs: Floats) -> npt.NDArray[np.bool_]:
 
 def _nearness(costs: Floats, measured: Floats) -> Floats:
     """Weight the (m, 2) measured costs by their distance to each of (n, 2) costs, 1 at distance 0; (n, m)."""
-    of_cells, of_measured = np.log(costs) / REACH, np.log(measured) / REACH
+    of_cells, of_measured = np.log(costs) / KERNEL_WIDTH, np.log(measured) / KERNEL_WIDTH
     work, batch_size = (of_cells[:, of, None] - of_measured[:, of] for of in (0, 1))
     near: Floats = np.exp((work * work + batch_size * batch_size) / -2)
     return near

@@ -156,7 +156,7 @@ class ProfileTable:
                 frontier.append(row)
         return tuple(frontier)
 
-    def with_rates_between(self, config: SuperViTConfig, step: float = KEEP_RATE_STEP) -> "ProfileTable":
+    def with_interpolated_rates(self, config: SuperViTConfig, step: float = KEEP_RATE_STEP) -> "ProfileTable":
         """Add keep rates in steps between those of the table, so that some row comes close to almost any budget.
 
         They run on the same weights without training; their accuracy is interpolated linearly between their neighbours.

@@ -12,17 +12,17 @@ Layer = Literal["qkv", "proj", "fc1", "fc2"]
 LAYERS: tuple[Layer, ...] = get_args(Layer)
 SMOOTHING_STEPS = 4  # per factor of 2 in a channel's smoothing
 SMOOTHING_BOUND = 20 * SMOOTHING_STEPS
-LEAST_WIDTH, GREATEST_END = 1e-7, 1e9
-STEPS = 255  # from the least to the greatest of 256 values
+MIN_RANGE_WIDTH, MAX_RANGE_END = 1e-7, 1e9
+QUANTIZATION_STEPS = 255  # from the least to the greatest of 256 values
 TOLERATED_LOSS = 0.003  # of top-1 as a fraction, of each sub-network, against floating point
 # Time in floating point over time in 8 bits: 1.53 to 1.63 with VNNI and bfloat16, 1.43 to 1.63 with AVX2 and float32,
 # both at DeiT-S's size and batches of 8.
 SLOWNESS = 1.5
-ROUNDING = 1e-9  # tolerance for rounding in a difference of accuracies
+ACCURACY_TOLERANCE = 1e-9  # tolerance for rounding in a difference of accuracies
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Place:
+class ProductInput:
     """The input of one matrix product: `layer` of a block, whose index is 0-based."""
 
     block: int
@@ -51,7 +51,7 @@ class Range:
     def __post_init__(self) -> None:
         if not -math.inf < self.low <= 0 < self.high < math.inf:
             raise ValueError(f"a range must be finite and end above 0, not begin there: {self.low}..{self.high}")
-        if self.high - self.low < LEAST_WIDTH or max(-self.low, self.high) > GREATEST_END:
+        if self.high - self.low < MIN_RANGE_WIDTH or max(-self.low, self.high) > MAX_RANGE_END:
             raise ValueError(f"a range must be told apart in float32, not {self.low}..{self.high}")
         if any(abs(step) > SMOOTHING_BOUND for step in self.smoothing):
             raise ValueError(f"a channel's smoothing must be from -{SMOOTHING_BOUND} to {SMOOTHING_BOUND}")
@@ -64,9 +64,9 @@ class Range:
         to half of a step times the sum of each output's weights, which doubled the error of logits.
         """
         low = min(low, 0.0)
-        step = max(high - low, 1e-6) / STEPS
-        below = min(round(-low / step), STEPS - 1)
-        return cls(-below * step, (STEPS - below) * step, smoothing)
+        step = max(high - low, 1e-6) / QUANTIZATION_STEPS
+        below = min(round(-low / step), QUANTIZATION_STEPS - 1)
+        return cls(-below * step, (QUANTIZATION_STEPS - below) * step, smoothing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Quantization:
         """Return the trained sub-networks that lose over TOLERATED_LOSS, or an unknown amount, against `profile`."""
         losses = self.losses(profile)
         trained = (row.subnetwork for row in self.profile.rows if row.is_trained)
-        return [each for each in trained if not losses.get(each, 1.0) <= TOLERATED_LOSS + ROUNDING]
+        return [each for each in trained if not losses.get(each, 1.0) <= TOLERATED_LOSS + ACCURACY_TOLERANCE]
 
     def profile_with(
         self, profile: ProfileTable, floating: Collection[SubNetwork], config: SuperViTConfig
@@ -120,7 +120,7 @@ class Quantization:
             A profile without cascades that mix 8 bits and floating point; rows in floating point have SLOWNESS.
         """
         is_floating = {
-            row.subnetwork: not config.trained_beside(row.subnetwork).isdisjoint(floating)
+            row.subnetwork: not config.nearest_trained(row.subnetwork).isdisjoint(floating)
             for row in (*self.profile.rows, *profile.rows)
         }
         rows = [row for row in self.profile.rows if not is_floating[row.subnetwork]]

@@ -158,7 +158,7 @@ class SuperViTConfig:
         """The trained family, by grid and then by keep rate."""
         return tuple(SubNetwork(grid, rate) for grid in self.patch_grids for rate in self.keep_rates)
 
-    def trained_beside(self, subnetwork: SubNetwork) -> frozenset[SubNetwork]:
+    def nearest_trained(self, subnetwork: SubNetwork) -> frozenset[SubNetwork]:
         """Return the trained sub-networks of the nearest keep rates on both sides: itself alone, if it was trained."""
         rate = subnetwork.keep_rate
         lower = max((each for each in self.keep_rates if each <= rate), default=self.keep_rates[0])

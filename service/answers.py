@@ -53,7 +53,7 @@ def classification_of(
         expected_top1=expected_top1,
         # A sub-network between the trained ones, requested by name, may have measured better than the best variant.
         accuracy_loss=None if best is None or expected_top1 is None else max(0.0, best - expected_top1),
-        saved_gflops=max(0.0, catalog.best_alone.gflops - result.spent_macs / 1e9),
+        saved_gflops=max(0.0, catalog.best_single.gflops - result.spent_macs / 1e9),
     )
 
 
@@ -81,6 +81,6 @@ def _expected_top1(result: Result) -> float | None:
     """
     first = result.looks[0].variant
     if len(result.looks) == 1:
-        return first.top1 if result.stopped in COMPLETE else first.top1_of_one_look
+        return first.top1 if result.stopped in COMPLETE else first.top1_without_second_look
     measured = [look.variant.profile.top1 for look in result.looks if look.variant.profile.top1 is not None]
     return max((top1 for top1 in (first.top1, *measured) if top1 is not None), default=None)

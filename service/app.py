@@ -27,7 +27,7 @@ def create_app(
     runtime: ServerRuntime,
     *,
     ready_first: bool = False,
-    names_requests: bool = True,
+    sends_request_id: bool = True,
     is_public: bool = False,
     beside: Sequence[Callable[[], AbstractAsyncContextManager[object]]] = (),
 ) -> FastAPI:
@@ -36,7 +36,7 @@ def create_app(
     Args:
         runtime: not started yet; it runs as long as the app does.
         ready_first: accept requests only once the model can answer them, for use where other servers answer until then.
-        names_requests: send back an X-Request-ID, for use where no proxy does.
+        sends_request_id: send back an X-Request-ID, for use where no proxy does.
         is_public: leave out what is for operators: metrics, the machine, the page and the documentation.
         beside: context managers that stay open while the app runs; each serves the same runtime over another protocol
             or at another port.
@@ -90,5 +90,5 @@ def create_app(
         )
     if context.reporter is not None:
         app.add_middleware(RequestReports, reporter=context.reporter)
-    app.add_middleware(RequestIds, sends_back=names_requests)
+    app.add_middleware(RequestIds, sends_back=sends_request_id)
     return app

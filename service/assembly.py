@@ -28,7 +28,7 @@ from service.execution.idle_turns import IdleTurns, IdleWork
 from service.execution.live_sample import LiveSample
 from service.execution.throttle import UtilizationLimiter
 from service.http.context import ReadyServer
-from service.http.descriptions import describe_family
+from service.http.descriptions import describe_subnetworks
 from service.http.schemas import SubNetworksAnswer
 from service.machine.monitor import Monitor
 from service.machine.snapshot import prior_slowdown
@@ -40,7 +40,7 @@ from service.scheduling.scheduler import Scheduler
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
-Profiled = tuple[GrowingProfile, ProfileFile]
+ProfileWithFile = tuple[GrowingProfile, ProfileFile]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +60,7 @@ class ServedModel:
 
     checkpoint: Checkpoint
     engine: Engine
-    known: Profiled | LatencyTable
+    known: ProfileWithFile | LatencyTable
     server: ReadyServer
     batcher: Batcher
     decoder: Decoder
@@ -99,7 +99,7 @@ def assemble(
     monitor: Monitor,
     threads: int,
     ledger: KeyLedger,
-    known: Profiled | LatencyTable,
+    known: ProfileWithFile | LatencyTable,
 ) -> ServedModel:
     """Create the components of a model and connect them.
 
@@ -164,7 +164,9 @@ def assemble(
     )
 
     def describe() -> SubNetworksAnswer:
-        return describe_family(checkpoint, scheduler.catalog, engine.describe(), measured_at, latencies.batch_sizes)
+        return describe_subnetworks(
+            checkpoint, scheduler.catalog, engine.describe(), measured_at, latencies.batch_sizes
+        )
 
     def measured_share() -> float:
         return 1.0 if profiler is None else profiler.measured_share

@@ -14,12 +14,12 @@ from models.checkpoint import Checkpoint, load_checkpoint
 from models.files.sources import find_checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
-from service.assembly import Profiled, ServedModel, assemble
+from service.assembly import ProfileWithFile, ServedModel, assemble
 from service.engines.base import Engine, Run
 from service.engines.factory import engine_threads, open_engine
 from service.engines.profile_store import begin_profile, extended_profile, inherited_profile
 from service.errors import ModelChangeError, NotReadyError
-from service.execution.comparison import require_numbers
+from service.execution.comparison import require_finite
 from service.execution.engine_thread import EngineThread
 from service.machine.monitor import Monitor
 from service.scheduling.key_ledger import KeyLedger
@@ -54,7 +54,7 @@ class CandidateMaker:
         *,
         load: Load = load_checkpoint,
         open_engine: OpenEngine = open_engine,
-        begin: Callable[..., Profiled] = begin_profile,
+        begin: Callable[..., ProfileWithFile] = begin_profile,
         is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """Create a maker from what candidates share with the served model.
@@ -109,8 +109,8 @@ class CandidateMaker:
         # for it. Both ends run here: the cheapest sub-network may be in floating point where the most expensive is in
         # 8 bits. A GPU may be used by the engine's thread alone.
         ends = () if engine.is_on_gpu else (config.subnetworks[0], config.largest)
-        require_numbers(engine.run, config.image_side, ends)
-        require_numbers(run, config.image_side, tuple(each for each in config.subnetworks if each not in ends))
+        require_finite(engine.run, config.image_side, ends)
+        require_finite(run, config.image_side, tuple(each for each in config.subnetworks if each not in ends))
         if engine.is_on_gpu:  # takes only a moment there, and measures the memory that an image takes
             self._thread.work(engine.warm_up).result()
         return assemble(
@@ -156,7 +156,7 @@ class CandidateMaker:
 
     def _latencies(
         self, checkpoint: Checkpoint, engine: Engine, run: Run, beside: ServedModel
-    ) -> Profiled | LatencyTable:
+    ) -> ProfileWithFile | LatencyTable:
         """Take over the latencies of the served model where they must be the same; otherwise begin to measure."""
         folder, most, name = self._settings.profile_folder, self._settings.max_batch_size, engine.describe()
         padded = engine.pads_batches

@@ -10,7 +10,7 @@ from service.access.watched_files import CHECK_S, WatchedFiles
 from service.errors import ServiceError
 from service.model_change import ModelChange
 
-LEVEL_LOOKS = 2  # consecutive checks without a change after which a file counts as complete
+STABLE_CHECKS = 2  # consecutive checks without a change after which a file counts as complete
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +34,12 @@ class CheckpointWatch:
         """
         self._path, self._begin = path, begin
         self._files = files or WatchedFiles([path])  # before the file is read, so that no change is missed
-        self._looks_left = None if digest(path) == version else LEVEL_LOOKS
+        self._looks_left = None if digest(path) == version else STABLE_CHECKS
 
     def look(self) -> None:
         """Check the file once; a change refused now, as while another one runs, is tried again at the next check."""
         if self._files.have_changed():
-            self._looks_left = LEVEL_LOOKS
+            self._looks_left = STABLE_CHECKS
         elif self._looks_left:
             self._looks_left -= 1
         if self._looks_left != 0:

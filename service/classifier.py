@@ -30,7 +30,7 @@ class Classifier:
             max_in_flight_per_address: requests of one address that may be in the server at once.
             answers: remembers the answers.
         """
-        self._metrics, self._by_address = metrics, RequestsByClient(max_in_flight_per_address)
+        self._metrics, self._by_address = metrics, ClientLimiter(max_in_flight_per_address)
         self._answers = answers
 
     async def classify(
@@ -58,7 +58,7 @@ class Classifier:
         return classification
 
 
-class RequestsByClient:
+class ClientLimiter:
     """Counts the requests of each client at one stage, such as in the server, and bounds their number."""
 
     def __init__(self, most: int, place: str = "in the server") -> None:

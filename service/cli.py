@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from models.errors import DataError, DeviceError
-from models.files.checkpoint_errors import MESSAGE_CHARACTERS, CheckpointError, shown
+from models.files.checkpoint_errors import MESSAGE_CHARACTERS, CheckpointError, printable_text
 from service.commands.registry import COMMANDS
 from service.errors import CommandError, ServiceError, WrongUsageError
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # while a full disk can still be reported
         return status if words else 2
     except WrongUsageError as error:
-        return _fail(shown(error, MESSAGE_CHARACTERS), 2)
+        return _fail(printable_text(error, MESSAGE_CHARACTERS), 2)
     except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at exit
         return 1

@@ -20,7 +20,7 @@ import httpx
 
 from service.errors import InvalidParameterError
 from service.http.schemas import ClassifyAnswer, ExplainAnswer, ReadyAnswer, SubNetworksAnswer
-from service.tries import Answer, Call, ClassifyOptions, Clock, Patience, Pause, Reply, Tries, bearer
+from service.tries import Answer, Call, ClassifyOptions, Clock, Pause, Reply, RetryPolicy, Tries, bearer
 
 TIMEOUT_S = 60.0
 MAX_RETRIES = 2
@@ -60,7 +60,7 @@ class Client:
         """
         headers = bearer(api_key)
         self._http = httpx.Client(base_url=_checked(url), headers=headers, timeout=timeout_s, transport=transport)
-        self._patience = Patience(timeout_s, max_retries, clock, draw)
+        self._patience = RetryPolicy(timeout_s, max_retries, clock, draw)
         self._sleep = sleep
 
     def classify(self, image: Image, **options: Unpack[ClassifyOptions]) -> ClassifyAnswer:
@@ -130,7 +130,7 @@ class AsyncClient:
         """Create a client; arguments and errors as those of `Client`."""
         headers = bearer(api_key)
         self._http = httpx.AsyncClient(base_url=_checked(url), headers=headers, timeout=timeout_s, transport=transport)
-        self._patience = Patience(timeout_s, max_retries, clock, draw)
+        self._patience = RetryPolicy(timeout_s, max_retries, clock, draw)
         self._sleep = sleep
 
     async def classify(self, image: Image, **options: Unpack[ClassifyOptions]) -> ClassifyAnswer:

@@ -11,7 +11,7 @@ FAILURES_IN_A_ROW = 8
 PAUSE_S = 10.0
 
 
-class OwnFailures:
+class ServerFailures:
     """Counts consecutive requests that failed for the server's own reasons, such as a lack of memory."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -21,7 +21,7 @@ class OwnFailures:
         self._last_at = 0.0
 
     @property
-    def are_all(self) -> bool:
+    def is_persistent(self) -> bool:
         """Whether the last requests all failed, the latest less than PAUSE_S ago."""
         return self._in_a_row >= FAILURES_IN_A_ROW and self._clock() - self._last_at < PAUSE_S
 

@@ -27,13 +27,13 @@ from service.telemetry.metrics import Metrics
 WATCHED_ANSWERS = 32  # answers of the new model after which the old one is released ...
 WATCH_S = 10.0  # ... or the time for which the old one stands by if there are fewer
 COMPARE_S = 30.0  # time after which no further image is compared, unless a shadow takes longer
-LOOK_S = 0.05  # between two checks of the new model
+POLL_S = 0.05  # between two checks of the new model
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class _WentBackError(Exception):
+class _RolledBackError(Exception):
     """The new model failed while it was serving."""
 
 
@@ -104,7 +104,7 @@ class ModelChanger:
         leaving: list[object] = []
         try:
             outcome, message = await self._outcome_of(change, leaving)
-            await self._sleep(LOOK_S)  # by then nothing else holds these parts
+            await self._sleep(POLL_S)  # by then nothing else holds these parts
             await asyncio.to_thread(leaving.clear)  # a tenth of a second, which would block the event loop
         finally:
             seconds = round(self._clock() - began_at, 3)
@@ -117,7 +117,7 @@ class ModelChanger:
     async def _outcome_of(self, change: ModelChange, leaving: list[object]) -> tuple[ChangeOutcome, str | None]:
         try:
             return await self._take_steps(change, leaving)
-        except _WentBackError as error:
+        except _RolledBackError as error:
             return "went_back", str(error)
         except (ModelChangeError, CheckpointError, DeviceError) as error:
             return "refused", str(error)
@@ -170,7 +170,7 @@ class ModelChanger:
             if image is None:
                 if self._clock() >= shadow_ends_at:
                     break
-                await self._sleep(LOOK_S)
+                await self._sleep(POLL_S)
             elif shadow is None or self._draw() < shadow.share:
                 await asyncio.to_thread(comparer.compare, image)
                 found = comparer.found
@@ -182,7 +182,7 @@ class ModelChanger:
         """Let the new model answer, with a canary only a share of the requests at first; the old one stands by.
 
         Raises:
-            _WentBackError: the new model failed, and the old one answers again.
+            _RolledBackError: the new model failed, and the old one answers again.
         """
         models = self._models
         models.begin(new)
@@ -208,16 +208,16 @@ class ModelChanger:
         Return at once if the old model fails meanwhile: there is nothing left to go back to.
 
         Raises:
-            _WentBackError: the new model failed.
+            _RolledBackError: the new model failed.
         """
         self._models.try_out(new, trial.share)
         ends_at, until = self._clock() + trial.seconds, new.sample.num_answered + num_answers
         while self._clock() < ends_at and new.sample.num_answered < until:
-            await self._sleep(LOOK_S)
+            await self._sleep(POLL_S)
             if self._models.has_ended(old):
                 return
             if new.sample.num_failed or self._models.has_ended(new):
-                raise _WentBackError("the new model failed on a request; the old one is back")
+                raise _RolledBackError("the new model failed on a request; the old one is back")
 
     def _at(self, step: ChangeStep) -> None:
         self._note(step=step)

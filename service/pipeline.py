@@ -22,7 +22,7 @@ from service.errors import (
 )
 from service.execution.batcher import Batcher
 from service.grants import allow, allow_priority, allow_time_ms
-from service.scheduling.estimators import Delay, LoopCost
+from service.scheduling.estimators import DelayEstimator, LoopCostEstimator
 from service.scheduling.key_ledger import KeyLedger
 from service.scheduling.reasons import explain, reason_of
 from service.scheduling.scheduler import Scheduler
@@ -76,7 +76,7 @@ class Pipeline:
         self._max_in_flight, self._default_budget_ms = max_in_flight, default_budget_ms
         self._ledger, self._clock = ledger, clock
         # The event loop's CPU time per request, and the time from the end of a batch to the finished answer.
-        self._loop_cost, self._reply = LoopCost(loop_time), Delay()
+        self._loop_cost, self._reply = LoopCostEstimator(loop_time), DelayEstimator()
 
     def take_over(self, other: "Pipeline") -> None:
         """Take over what another pipeline has learned; both share the estimates of their common event loop."""
@@ -110,7 +110,7 @@ class Pipeline:
                 return await self._answer(read, request, reserved)
         except ClientGoneError as error:
             now = self._clock()
-            if now - request.arrived_at <= self._seen_s(request):
+            if now - request.arrived_at <= self._usable_budget_s(request):
                 raise
             self._scheduler.deadline_missed(now)  # it left because no answer came in time
             raise ClientGoneError(error.message, deadline_passed=True) from None
@@ -162,7 +162,7 @@ class Pipeline:
 
     def time_left_s(self, request: InferenceRequest) -> float:
         """Return how many seconds of the request's budget are left for its body to arrive."""
-        return request.arrived_at + self._seen_s(request) - self._clock()
+        return request.arrived_at + self._usable_budget_s(request) - self._clock()
 
     def decide(self, request: InferenceRequest) -> Forecast:
         """Predict the decision and the latency of a request that arrived now, without running anything.
@@ -209,9 +209,9 @@ class Pipeline:
             self._scheduler.withdraw(queued)
         predictions = predictions_of(result, self.checkpoint.class_names, top_k)
         now, decoded, inference_s = self._clock(), decoding.result(), sum(look.inference_s for look in result.looks)
-        if not result.waited_in_vain:
+        if not result.second_look_cancelled:
             asyncio.get_running_loop().call_soon(self._replied, result.ended_at)
-        until = now if result.waited_in_vain else result.ended_at
+        until = now if result.second_look_cancelled else result.ended_at
         timing = Timing(
             read_s=read_at - request.arrived_at,
             decode_wait_s=decoded.waited_s,
@@ -261,7 +261,7 @@ class Pipeline:
             InvalidParameterError: the model lacks the sub-network requested by name, or the priority is too high.
             OverloadedError: its key has used up its rate of work.
         """
-        catalog, now, seen_s = self._scheduler.catalog, self._clock(), self._seen_s(request)
+        catalog, now, seen_s = self._scheduler.catalog, self._clock(), self._usable_budget_s(request)
         granted_s = seen_s - self._reply.margin_s(now)
         constraints = allow(request, catalog, self._ledger, now).constraints(granted_s, request.min_confidence)
         fastest_s = catalog.variants[target(constraints, 0)].latency_by_batch_s[0]
@@ -283,7 +283,7 @@ class Pipeline:
         budget_s = allow_time_ms(request, self._default_budget_ms) / 1000
         return budget_s if request.client_waits_s is None else min(budget_s, request.client_waits_s)
 
-    def _seen_s(self, request: InferenceRequest) -> float:
+    def _usable_budget_s(self, request: InferenceRequest) -> float:
         """Return the part of the budget that this server can use, in seconds.
 
         The request waited for the event loop before it was stamped, and its answer will wait for it once more.

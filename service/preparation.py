@@ -9,7 +9,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
-from service.assembly import Profiled
+from service.assembly import ProfileWithFile
 from service.engines.base import Engine
 from service.engines.profile_store import measured_batch_sizes
 from service.errors import NotReadyError
@@ -24,7 +24,7 @@ class Preparation:
 
     def __init__(
         self,
-        begin: Callable[..., Profiled],
+        begin: Callable[..., ProfileWithFile],
         folder: Path,
         max_batch_size: int,
         step_s: float,
@@ -45,24 +45,26 @@ class Preparation:
         self._begin, self._folder, self._max_batch_size = begin, folder, max_batch_size
         self._step_s, self._is_wanted, self._clock = step_s, is_wanted, clock
 
-    def run(self, engine: Engine, checkpoint: Checkpoint, latencies: LatencyTable | None) -> Profiled | LatencyTable:
+    def run(
+        self, engine: Engine, checkpoint: Checkpoint, latencies: LatencyTable | None
+    ) -> ProfileWithFile | LatencyTable:
         """Prepare an engine; return its latencies on this machine, or `latencies` if given.
 
         Raises:
             NotReadyError: the preparation is no longer wanted.
         """
-        self._goes_on()
+        self._continues()
         engine.warm_up()
         if latencies is not None:
             return latencies
         for batch_size in measured_batch_sizes(self._max_batch_size):
             # The expensive ones first: the cheap ones find room in the memory that those need.
             for subnetwork in reversed(checkpoint.config.subnetworks):
-                self._require_going_on()
+                self._require_wanted()
                 engine.prepare(subnetwork, batch_size)
 
         def run(images: Tensor, subnetwork: SubNetwork) -> Tensor:
-            self._require_going_on()
+            self._require_wanted()
             return engine.run(images, subnetwork)
 
         return self._begin(
@@ -72,14 +74,14 @@ class Preparation:
             folder=self._folder,
             max_batch_size=self._max_batch_size,
             is_padded=engine.pads_batches,
-            is_stopping=lambda: not self._goes_on(),
+            is_stopping=lambda: not self._continues(),
         )
 
-    def _require_going_on(self) -> None:
-        if not self._goes_on():
+    def _require_wanted(self) -> None:
+        if not self._continues():
             raise NotReadyError("the server is stopping")
 
-    def _goes_on(self) -> bool:
+    def _continues(self) -> bool:
         """Record progress, if only in waiting for another process, and return whether to continue."""
         self.running = self._clock(), self._step_s
         return self._is_wanted()

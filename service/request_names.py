@@ -3,10 +3,10 @@
 import random
 import re
 
-FIT = re.compile(rb"[!-~]{1,128}")  # IDs that are safe in a log and in a header
+SAFE_ID = re.compile(rb"[!-~]{1,128}")  # IDs that are safe in a log and in a header
 
 
-def name_request(brought: bytes) -> bytes:
+def request_id_of(brought: bytes) -> bytes:
     """Return the ID that a request brings if it is safe, or else a new one."""
     # Not uuid4, which asks the operating system for randomness and would release the GIL for that.
-    return brought if FIT.fullmatch(brought) else b"%032x" % random.getrandbits(128)
+    return brought if SAFE_ID.fullmatch(brought) else b"%032x" % random.getrandbits(128)

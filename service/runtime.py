@@ -11,10 +11,10 @@ from models.checkpoint import Checkpoint, load_checkpoint
 from models.files.sources import find_checkpoint
 from models.latency import LatencyTable
 from service.access.key_file import KeyFile
-from service.assembly import Profiled, ServedModel, assemble
+from service.assembly import ProfileWithFile, ServedModel, assemble
 from service.candidate import CandidateMaker, Load, OpenEngine
 from service.checkpoint_watch import CheckpointWatch, follow
-from service.classifier import Classifier, RequestsByClient
+from service.classifier import Classifier, ClientLimiter
 from service.domain import ServerState
 from service.engines.base import Engine
 from service.engines.factory import engine_threads, open_engine
@@ -65,7 +65,7 @@ class ServerRuntime:
         *,
         on_failure: Callable[[], None] = lambda: None,
         heartbeat: Callable[[bool], None] = lambda _: None,
-        begin: Callable[..., Profiled] = begin_profile,
+        begin: Callable[..., ProfileWithFile] = begin_profile,
         load: Load = load_checkpoint,
         open_engine: OpenEngine = open_engine,
         changes_refused: str | None = None,
@@ -110,7 +110,7 @@ class ServerRuntime:
         find_policy(settings.policy, catalog)
         self.metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
         self.metrics.describe(list(profile.by_subnetwork), checkpoint.name, checkpoint.version, settings.workers)
-        answers, coming = RecentAnswers(), RequestsByClient(settings.max_in_flight_per_address, "on their way")
+        answers, coming = RecentAnswers(), ClientLimiter(settings.max_in_flight_per_address, "on their way")
         self.context = RouteContext(
             checkpoints=self._checkpoints,
             metrics=self.metrics,
@@ -247,10 +247,10 @@ class ServerRuntime:
         """Return when the current preparation step, batch or measurement began, and its expected seconds."""
         return self._preparation.running if self._models.is_empty else self._engine_thread.running
 
-    def _prepare(self) -> Profiled | LatencyTable:
+    def _prepare(self) -> ProfileWithFile | LatencyTable:
         return self._preparation.run(*self._require_first(), self._latencies)
 
-    def _assemble(self, known: Profiled | LatencyTable) -> ServedModel:
+    def _assemble(self, known: ProfileWithFile | LatencyTable) -> ServedModel:
         engine, checkpoint = self._require_first()
         return assemble(
             self._settings,
@@ -288,7 +288,7 @@ class ServerRuntime:
             scheduler = main.server.scheduler
             state, queued = scheduler.state(time.monotonic()), len(scheduler)
             self.metrics.machine(self._monitor.latest, queued, state.slowdown, state.safety_factor)
-            self.metrics.ready(self._state is ServerState.READY and not self.context.failures.are_all)
+            self.metrics.ready(self._state is ServerState.READY and not self.context.failures.is_persistent)
             self.metrics.profile.measured(main.checkpoint.name, main.server.measured_share())
             if captured := main.engine.captured():
                 self.metrics.captured(captured.num_graphs, captured.held_bytes)

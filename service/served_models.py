@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from service.assembly import ServedModel
 from service.errors import NotReadyError
 
-LOOK_S = 0.02  # between two checks whether a model has finished its requests
+POLL_S = 0.02  # between two checks whether a model has finished its requests
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class ServedModels:
         """Let a model that gets no more requests answer those that it has, then release it."""
         serving = self._serving[model]
         while not model.is_unused and not serving.done():
-            await sleep(LOOK_S)
+            await sleep(POLL_S)
         model.batcher.stop()
         await asyncio.wait([serving])
         del self._serving[model]

@@ -79,7 +79,7 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How long and how often a request is tried, by which clock, and what draws its random pauses."""
 
     timeout_s: float
@@ -93,7 +93,7 @@ class Tries(Generic[Answer]):
 
     def __init__(
         self,
-        patience: Patience,
+        patience: RetryPolicy,
         kind: type[Answer],
         call: Call,
         *,
@@ -115,19 +115,19 @@ class Tries(Generic[Answer]):
         self._ends_at = patience.clock() + (patience.timeout_s if budget_ms is None else budget_ms / 1000)
 
     @classmethod
-    def of_classify(cls, patience: Patience, image: bytes, options: ClassifyOptions) -> "Tries[ClassifyAnswer]":
+    def of_classify(cls, patience: RetryPolicy, image: bytes, options: ClassifyOptions) -> "Tries[ClassifyAnswer]":
         """Create the tries of a classification."""
         return Tries(patience, ClassifyAnswer, Call.of("/classify", image, options), budget_ms=options.get("budget_ms"))
 
     @classmethod
-    def of_explain(cls, patience: Patience, image: bytes, options: ClassifyOptions) -> "Tries[ExplainAnswer]":
+    def of_explain(cls, patience: RetryPolicy, image: bytes, options: ClassifyOptions) -> "Tries[ExplainAnswer]":
         """Create the tries of a classification with an explanation."""
         return Tries(patience, ExplainAnswer, Call.of("/explain", image, options), budget_ms=options.get("budget_ms"))
 
     @classmethod
-    def of_readiness(cls, patience: Patience, within_s: float) -> "Tries[ReadyAnswer]":
+    def of_readiness(cls, patience: RetryPolicy, within_s: float) -> "Tries[ReadyAnswer]":
         """Create the tries that poll a server until it is ready."""
-        waiting = Patience(within_s, math.inf, patience.clock, patience.draw)
+        waiting = RetryPolicy(within_s, math.inf, patience.clock, patience.draw)
         return Tries(waiting, ReadyAnswer, Call("GET", "/health/ready"), poll_s=POLL_S)
 
     def next_call(self) -> Call:

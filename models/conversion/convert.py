@@ -106,7 +106,7 @@ def from_plain_vit(vit: PlainViT, source: Path) -> InitialWeights:
         CheckpointMismatchError: the module has a feature that a SuperViT lacks.
     """
     module = vit.module
-    _refuse_strange_parts(module, source)
+    _reject_unsupported_parts(module, source)
     distilled = isinstance(module, VisionTransformerDistilled)
     first: Block = module.blocks[0]
     norm = module.norm if isinstance(module.norm, nn.LayerNorm) else module.fc_norm
@@ -182,7 +182,7 @@ def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
     return torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias
 
 
-def _refuse_strange_parts(module: VisionTransformer, source: Path) -> None:
+def _reject_unsupported_parts(module: VisionTransformer, source: Path) -> None:
     block = module.blocks[0]
     pooled = module.global_pool == "avg"
     normed = module.fc_norm if pooled else module.norm

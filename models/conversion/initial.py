@@ -14,7 +14,7 @@ from models.supervit import SuperViT
 PER_CLASS = ("head.weight", "head.bias", "aux_head.weight", "aux_head.bias")
 # Settings that change a network's answers but not the shapes of its weights. (So does the number of heads, which many
 # files do not state.)
-SHAPELESS = ("pooling", "activation", "layer_norm_eps")
+SETTINGS_NOT_IN_SHAPES = ("pooling", "activation", "layer_norm_eps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class InitialWeights:
                 f"{self.path}: not weights of this model: {len(missing)} missing {missing[:3]}, {len(misfit)} that do "
                 f"not fit {misfit[:3]}"
             )
-        for name in SHAPELESS if self.config else ():
+        for name in SETTINGS_NOT_IN_SHAPES if self.config else ():
             theirs, ours = getattr(self.config, name), getattr(model.config, name)
             if theirs != ours:
                 raise CheckpointMismatchError(f"{self.path}: not weights of this model: {name} is {theirs}, not {ours}")

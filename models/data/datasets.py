@@ -74,7 +74,7 @@ class ImageSet(Dataset[Sample]):
                 self._check(f"{error}; ")
         return self.transform(BLANK), NO_LABEL
 
-    def seen_through(self, transform: Transform) -> "ImageSet":
+    def with_transform(self, transform: Transform) -> "ImageSet":
         """Return the same images, with the same record of unreadable ones, through another transform."""
         other = copy.copy(self)
         other.transform = transform

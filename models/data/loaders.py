@@ -36,7 +36,7 @@ class SampleLoader(DataLoader[Sample]):
         self.dataset.report()
 
 
-def load_in_turn(
+def load_round_robin(
     images: ImageSet, chosen: Sequence[int], batch_size: int, workers: int, rank: int, processes: int
 ) -> SampleLoader:
     """Load the chosen images once over all processes: the batches of one process, dealt out round-robin.
@@ -48,8 +48,8 @@ def load_in_turn(
     return SampleLoader(images, batch_sampler=own, num_workers=workers, persistent_workers=workers > 0)
 
 
-def gather_in_turn(own: Sequence[Tensor]) -> Tensor:
-    """Join the results of all processes for the batches of `load_in_turn`, in the order of the images.
+def gather_round_robin(own: Sequence[Tensor]) -> Tensor:
+    """Join the results of all processes for the batches of `load_round_robin`, in the order of the images.
 
     Args:
         own: this process's results, a tensor per batch, with the images along the first dimension.
@@ -57,10 +57,10 @@ def gather_in_turn(own: Sequence[Tensor]) -> Tensor:
     Returns:
         (M, ...), on the CPU, the same in every process.
     """
-    return join_in_turn(gather([tensor.cpu() for tensor in own]))
+    return interleave(gather([tensor.cpu() for tensor in own]))
 
 
-def join_in_turn(shares: Sequence[Sequence[Tensor]]) -> Tensor:
+def interleave(shares: Sequence[Sequence[Tensor]]) -> Tensor:
     """Join tensors that were dealt out round-robin, a share per process, along their first dimension."""
     dealt = itertools.zip_longest(*shares)
     return torch.cat([tensor for turn in dealt for tensor in turn if tensor is not None])

@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 
 from models.checkpoint import Checkpoint
 from models.data.datasets import NO_LABEL, ImageSet, Sample
-from models.data.loaders import gather_in_turn, load_in_turn
+from models.data.loaders import gather_round_robin, load_round_robin
 from models.evaluation.calibration import Scaling, fit_scaling
 from models.evaluation.cascades import choose_cascades, measure_cascade
 from models.evaluation.hold_out import open_hold_out
-from models.evaluation.judging import Answer, all_but, answers_of, judge_images, summarise
+from models.evaluation.judging import Answer, all_but, judge_images, make_answer, summarise
 from models.processes import Process, gather
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
@@ -73,12 +73,12 @@ def evaluate(
         DataError: the data set is unusable, or a class folder is not one of the checkpoint's classes.
     """
     calibrating, chosen, measuring = open_hold_out(checkpoint, data, max_bad_images, calibration_images)
-    answer = answer or answers_of(checkpoint.model.to(process.device))
+    answer = answer or make_answer(checkpoint.model.to(process.device))
 
     def batches(images: ImageSet, places: Sequence[int]) -> Iterable[tuple[Tensor, Tensor]]:
-        return progress(load_in_turn(images, places, batch_size, workers, process.rank, process.count))
+        return progress(load_round_robin(images, places, batch_size, workers, process.rank, process.count))
 
-    profile = checkpoint.profile.with_rates_between(checkpoint.config) if rates_between else checkpoint.profile
+    profile = checkpoint.profile.with_interpolated_rates(checkpoint.config) if rates_between else checkpoint.profile
     scalings, confidences = fit_scalings(
         answer, batches(calibrating, chosen), profile.by_subnetwork, process.rank, process.count
     )
@@ -138,11 +138,11 @@ def fit_scalings(
             for subnetwork, its_answers in answers.items():
                 its_answers.append(answer(images, subnetwork).cpu())
             all_labels.append(labels)
-    labels = gather_in_turn(all_labels)
+    labels = gather_round_robin(all_labels)
     has_label = labels != NO_LABEL
     own = {}
     for number, (subnetwork, its_answers) in enumerate(answers.items()):
-        logits = gather_in_turn(its_answers)
+        logits = gather_round_robin(its_answers)
         if number % processes == rank:
             scaling = fit_scaling(logits[has_label], labels[has_label])
             own[subnetwork] = scaling, scaling.probabilities(logits[has_label].double()).max(dim=1).values

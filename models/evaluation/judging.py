@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.data.datasets import NO_LABEL
 from models.data.images import normalise
-from models.data.loaders import gather_in_turn
+from models.data.loaders import gather_round_robin
 from models.devices import autocast
 from models.evaluation.calibration import Scaling, expected_calibration_error
 from models.processes import gather
@@ -79,7 +79,7 @@ def judge_images(
         num_images += len(labels)
     if not any(gather(num_images)):
         raise ValueError("no images to measure on")
-    return {subnetwork: gather_in_turn(its_answers) for subnetwork, its_answers in answers.items()}
+    return {subnetwork: gather_round_robin(its_answers) for subnetwork, its_answers in answers.items()}
 
 
 def summarise(judged: Tensor, fitted_on: Collection[int]) -> Measured:
@@ -97,7 +97,7 @@ def all_but(judged: Tensor, places: Collection[int]) -> Tensor:
     return judged[is_kept]
 
 
-def answers_of(model: SuperViT) -> Answer:
+def make_answer(model: SuperViT) -> Answer:
     """Return an `Answer` that runs a model, in eval mode on its device, in the device's fastest precision."""
 
     def answer(images: Tensor, subnetwork: SubNetwork) -> Tensor:

@@ -63,18 +63,18 @@ def plot_training(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_simulation(courses: Mapping[str, Sequence[tuple[float, str | None, float | None]]], path: Path) -> None:
-    """Draw the outcome of requests over their arrival: by sub-network for the first course, as shares for every course.
+def plot_simulation(runs: Mapping[str, Sequence[tuple[float, str | None, float | None]]], path: Path) -> None:
+    """Draw the outcome of requests over their arrival: by sub-network for the first run, as shares for every run.
 
     Args:
-        courses: by title, for each request its arrival in seconds, the sub-network that answered in time or None, and
+        runs: by title, for each request its arrival in seconds, the sub-network that answered in time or None, and
             its top-1.
         path: the PNG file.
     """
     figure = Figure(figsize=(9, 8), layout="constrained")
     mix_axes, attainment_axes, accuracy_axes = figure.subplots(3, 1, sharex=True)
-    title, first = next(iter(courses.items()))
-    width_s = max(at for course in courses.values() for at, _, _ in course) / 60 or 1.0
+    title, first = next(iter(runs.items()))
+    width_s = max(at for run in runs.values() for at, _, _ in run) / 60 or 1.0
     top1 = {name: accuracy or 0.0 for _, name, accuracy in first if name is not None}
     ladder = [*sorted(top1, key=lambda name: (top1[name], name)), None]
     mix_axes.hist(
@@ -85,9 +85,9 @@ def plot_simulation(courses: Mapping[str, Sequence[tuple[float, str | None, floa
         label=[name or "not in time" for name in ladder],
         color=[*(colormaps["viridis"](index / len(ladder)) for index in range(len(ladder) - 1)), "crimson"],
     )
-    for name, course in courses.items():
+    for name, run in runs.items():
         bins: dict[int, list[float | None]] = {}
-        for at, answered_by, accuracy in course:
+        for at, answered_by, accuracy in run:
             bins.setdefault(int(at / width_s), []).append(None if answered_by is None else accuracy or math.nan)
         times = [(index + 0.5) * width_s for index in sorted(bins)]
         in_time = [[accuracy for accuracy in bins[index] if accuracy is not None] for index in sorted(bins)]
@@ -104,22 +104,22 @@ def plot_simulation(courses: Mapping[str, Sequence[tuple[float, str | None, floa
     figure.savefig(path, dpi=120)
 
 
-def plot_bench(courses: Mapping[str, Sequence[tuple[float, float | None, bool]]], path: Path) -> None:
+def plot_bench(runs: Mapping[str, Sequence[tuple[float, float | None, bool]]], path: Path) -> None:
     """Draw the latency of answers and the share in time, over the instants at which requests were due.
 
     Args:
-        courses: by title, for each request its due instant in seconds, the seconds until its answer, None if none came,
+        runs: by title, for each request its due instant in seconds, the seconds until its answer, None if none came,
             and whether the answer was in time.
         path: the PNG file.
     """
     figure = Figure(figsize=(9, 6), layout="constrained")
     latency_axes, attainment_axes = figure.subplots(2, 1, sharex=True)
-    width_s = max(at for course in courses.values() for at, _, _ in course) / 60 or 1.0
-    for name, course in courses.items():
-        answers = [(at, 1000 * took_s) for at, took_s, _ in course if took_s is not None]
+    width_s = max(at for run in runs.values() for at, _, _ in run) / 60 or 1.0
+    for name, run in runs.items():
+        answers = [(at, 1000 * took_s) for at, took_s, _ in run if took_s is not None]
         latency_axes.plot([at for at, _ in answers], [took_ms for _, took_ms in answers], ".", markersize=3)
         bins: dict[int, list[bool]] = {}
-        for at, _, in_time in course:
+        for at, _, in_time in run:
             bins.setdefault(int(at / width_s), []).append(in_time)
         shares = [100 * sum(bins[index]) / len(bins[index]) for index in sorted(bins)]
         attainment_axes.plot([(index + 0.5) * width_s for index in sorted(bins)], shares, label=name)

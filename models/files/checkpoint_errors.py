@@ -18,7 +18,7 @@ class CheckpointMismatchError(CheckpointError):
     """The file holds weights, but not those of the model that it claims to be."""
 
 
-def shown(text: object, at_most: int = NAME_CHARACTERS) -> str:
+def printable_text(text: object, at_most: int = NAME_CHARACTERS) -> str:
     """Make untrusted text printable: control characters are escaped, and at most `at_most` characters are kept.
 
     Args:
@@ -34,10 +34,10 @@ def shown(text: object, at_most: int = NAME_CHARACTERS) -> str:
 
 
 @contextmanager
-def about(name: object) -> Iterator[None]:
+def prefixed_errors(name: object) -> Iterator[None]:
     """Prefix the messages of checkpoint errors in a block with the name of the checkpoint."""
     try:
         yield
     except CheckpointError as error:
-        message = shown(error, MESSAGE_CHARACTERS)
-        raise type(error)(f"{shown(name, PATH_CHARACTERS) or repr('')}: {message}") from error
+        message = printable_text(error, MESSAGE_CHARACTERS)
+        raise type(error)(f"{printable_text(name, PATH_CHARACTERS) or repr('')}: {message}") from error

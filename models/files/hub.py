@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from models.files.checkpoint_errors import UnreadableCheckpointError, shown
+from models.files.checkpoint_errors import UnreadableCheckpointError, printable_text
 
 DEFAULT_REVISION, USUAL_FILE = "main", "model.safetensors"
 TIMEOUT_S = 10.0
@@ -56,7 +56,7 @@ def download(repository: str, revision: str | None = None) -> Path:
         file_name = _choose([sibling.rfilename for sibling in listing.siblings or ()])
         return Path(hf_hub_download(repository, file_name, revision=revision))
     except RevisionNotFoundError as error:
-        raise UnreadableCheckpointError(f"the repository has no revision {shown(revision)}") from error
+        raise UnreadableCheckpointError(f"the repository has no revision {printable_text(revision)}") from error
     except HFValidationError as error:
         raise UnreadableCheckpointError("no repository of the hub can be named so") from error
     except _FAILURES as error:
@@ -90,7 +90,7 @@ def _choose(files: list[str]) -> str:
     if not weights:
         raise UnreadableCheckpointError("the repository holds no safetensors file")
     if len(weights) > 1:
-        names = ", ".join(map(shown, weights[:3])) + (" and more" if len(weights) > 3 else "")
+        names = ", ".join(map(printable_text, weights[:3])) + (" and more" if len(weights) > 3 else "")
         raise UnreadableCheckpointError(f"the repository holds several safetensors files, none {USUAL_FILE}: {names}")
     return weights[0]
 

@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from models.files.checkpoint_errors import UnreadableCheckpointError, shown
+from models.files.checkpoint_errors import UnreadableCheckpointError, printable_text
 
 MAX_PICKLE_BYTES = 4 * 2**20  # thousands of weights take a few hundred kilobytes; unpickling grows them thirtyfold
 MEMO_WRITES = ("PUT", "BINPUT", "LONG_BINPUT")
@@ -140,7 +140,7 @@ def _stand_in(module: str, name: str) -> object:
         ("collections", "defaultdict"),
     }:
         return _Ignored
-    raise UnreadableCheckpointError(f"holds code, which is not run: it asks for {shown(f'{module}.{name}')}")
+    raise UnreadableCheckpointError(f"holds code, which is not run: it asks for {printable_text(f'{module}.{name}')}")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -178,7 +178,7 @@ def unpickle(file: IO[bytes]) -> tuple[object, dict[str, Storage]]:
     start = file.tell()
     pickled = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     num_tuples = 0
-    with followed():
+    with mapped_errors():
         for opcode, argument, position in pickletools.genops(pickled):
             num_tuples += opcode.name.startswith("TUPLE")
             if num_tuples > MAX_TUPLES:
@@ -191,7 +191,7 @@ def unpickle(file: IO[bytes]) -> tuple[object, dict[str, Storage]]:
 
 
 @contextmanager
-def followed() -> Iterator[None]:
+def mapped_errors() -> Iterator[None]:
     """Turn any error of UNPICKLING_ERRORS in a block into an UnreadableCheckpointError."""
     try:
         yield

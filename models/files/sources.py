@@ -6,7 +6,7 @@ Finds files and opens none. The hub's client is imported only when a repository 
 import re
 from pathlib import Path
 
-from models.files.checkpoint_errors import UnreadableCheckpointError, about
+from models.files.checkpoint_errors import UnreadableCheckpointError, prefixed_errors
 
 SHIPPED_FOLDER = Path(__file__).parents[1] / "checkpoints"
 SUFFIX = ".safetensors"
@@ -32,7 +32,7 @@ def find_checkpoint(name: str | Path) -> Path:
     Raises:
         UnreadableCheckpointError: there is no such file, or the hub does not provide it.
     """
-    with about(name):
+    with prefixed_errors(name):
         return _find(str(name))
 
 

@@ -16,14 +16,16 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from models.files.checkpoint_errors import UnreadableCheckpointError, shown
-from models.files.pickles import MAX_PICKLE_BYTES, Storage, StoredWeight, followed, is_natural, unpickle
+from models.files.checkpoint_errors import UnreadableCheckpointError, printable_text
+from models.files.pickles import MAX_PICKLE_BYTES, Storage, StoredWeight, is_natural, mapped_errors, unpickle
 
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 LOCAL_HEADER_BYTES, ENCRYPTED = 30, 1
 FOREIGN_BYTE_ORDER = "was written by a machine of the other byte order"
 MAX_DIMENSIONS = 8
-SHARING = 2  # claimed bytes allowed per byte of the file: shared weights are stored once and counted under each name
+MAX_CLAIMED_PER_FILE_BYTE = (
+    2  # claimed bytes allowed per byte of the file: shared weights are stored once and counted under each name
+)
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # The published scripts evaluate 'state_dict_ema' (LV-ViT-S) and 'model' (DeiT-S, beside a 'model_ema').
 WRAPPINGS = ("state_dict_ema", "state_dict", "model")
@@ -94,7 +96,7 @@ def _checked_records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
 def _read_legacy(file: IO[bytes], size: int) -> dict[str, Tensor]:
     if unpickle(file)[0] != LEGACY_MAGIC or unpickle(file)[0] != LEGACY_PROTOCOL:
         raise UnreadableCheckpointError("a pickle, but not one that torch.save wrote")
-    with followed():
+    with mapped_errors():
         machine: Any = unpickle(file)[0]
         if not machine["little_endian"]:
             raise UnreadableCheckpointError(FOREIGN_BYTE_ORDER)
@@ -130,7 +132,7 @@ def _build(
     """
     described = _state_dict(content)
     claimed = sum(_claimed_bytes(name, stored, sizes) for name, stored in described.items())
-    if claimed > SHARING * file_size:
+    if claimed > MAX_CLAIMED_PER_FILE_BYTE * file_size:
         raise UnreadableCheckpointError(f"its weights claim {claimed} bytes, more than a file of {file_size} holds")
     flat: dict[Storage, Tensor] = {}
     for storage in {stored.storage for stored in described.values()}:
@@ -157,7 +159,7 @@ def _state_dict(content: object) -> dict[str, StoredWeight]:
         if not isinstance(name, str):
             raise UnreadableCheckpointError("not a state dict: it has keys that are no names")
         if not isinstance(value, StoredWeight):
-            raise UnreadableCheckpointError(f"not a state dict: {shown(repr(name))} is no weight")
+            raise UnreadableCheckpointError(f"not a state dict: {printable_text(repr(name))} is no weight")
     return content
 
 
@@ -170,7 +172,7 @@ def _claimed_bytes(name: str, stored: StoredWeight, sizes: Mapping[str, int]) ->
     """
     storage, offset, size, stride = stored
     if not isinstance(storage, Storage):
-        raise UnreadableCheckpointError(f"the weight {shown(name)} lies in an unknown kind of storage")
+        raise UnreadableCheckpointError(f"the weight {printable_text(name)} lies in an unknown kind of storage")
     is_shape = (
         isinstance(size, tuple)
         and isinstance(stride, tuple)
@@ -178,8 +180,8 @@ def _claimed_bytes(name: str, stored: StoredWeight, sizes: Mapping[str, int]) ->
         and all(map(is_natural, (offset, *size, *stride)))
     )
     if not is_shape:
-        raise UnreadableCheckpointError(f"damaged: the weight {shown(name)} has no shape")
+        raise UnreadableCheckpointError(f"damaged: the weight {printable_text(name)} has no shape")
     end = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) + 1 if all(size) else 0
     if end > storage.length or storage.length * storage.dtype.itemsize > sizes.get(storage.key, 0):
-        raise UnreadableCheckpointError(f"the weight {shown(name)} claims more than the file holds")
+        raise UnreadableCheckpointError(f"the weight {printable_text(name)} claims more than the file holds")
     return int(math.prod(size)) * storage.dtype.itemsize

@@ -20,20 +20,20 @@ from models.data.augmentation import Augmentation, training_transform
 from models.data.crops import PADDED_CROP_SIDE_PX, crop_padding
 from models.data.datasets import ImageSet, TrainingSamples, digest_samples, open_training_data
 from models.data.images import evaluation_transform, normalise, square_transform
-from models.data.loaders import SampleLoader, gather_in_turn, load_in_turn
+from models.data.loaders import SampleLoader, gather_round_robin, load_round_robin
 from models.files.pickles import UNPICKLING_ERRORS
 from models.processes import gather
 from models.subnetwork import SuperViTConfig
 from models.training.objective import Targets
 from models.training.recipe import Recipe, count_training_files
-from models.training.state import TrainingError, prepare_folder, save_whole
+from models.training.state import TrainingError, prepare_folder, save_atomically
 from models.training.teacher import Teacher
 from models.training.token_labels import CropAndVariation, WithTokenLabels, cut_token_labels
 
 MEMORY_LIMIT_BYTES = 2**31
 TARGETS_NAME = "targets.pt"
 # The options that determine a teacher's answers and how they are mixed with the labels.
-ASKED = (
+TEACHER_OPTIONS = (
     "data",
     "teacher",
     "teacher_checkpoint",
@@ -140,7 +140,7 @@ def soft_targets(
         (M, classes) probabilities in the order of the images; for an unreadable image, those of its label alone.
     """
     path = recipe.output / TARGETS_NAME
-    asked = {name: str(getattr(recipe, name)) for name in ASKED} | {
+    asked = {name: str(getattr(recipe, name)) for name in TEACHER_OPTIONS} | {
         "images": digest_samples(samples),
         "seen as": str((config.image_side, config.crop_fraction, config.mean, config.std)),
         "teacher's weights": digest(recipe.teacher_checkpoint) if recipe.teacher_checkpoint else "timm's",
@@ -150,18 +150,18 @@ def soft_targets(
         return kept
     if rank == 0:
         prepare_folder(recipe.output)
-    everything, seen = range(len(samples)), samples.seen_through(evaluation_transform(config))
-    loader = load_in_turn(seen, everything, recipe.batch_size, recipe.workers, rank, processes)
+    everything, seen = range(len(samples)), samples.with_transform(evaluation_transform(config))
+    loader = load_round_robin(seen, everything, recipe.batch_size, recipe.workers, rank, processes)
     answers = [
-        teacher.answer_both_ways(images.to(teacher.device)).cpu()
+        teacher.classify_with_mirror(images.to(teacher.device)).cpu()
         for images, _ in tqdm(loader, "asking the teacher", disable=rank != 0, mininterval=1)
     ]
     certain = functional.one_hot(torch.tensor([label for _, label in samples.files]), config.num_classes).float()
     targets = certain.lerp(torch.full_like(certain, 1 / config.num_classes), recipe.label_smoothing)
-    taught = targets.lerp(gather_in_turn(answers), recipe.teacher_weight)
-    targets = torch.where(samples.is_bad[:, None], targets, taught)
+    teacher_probs = targets.lerp(gather_round_robin(answers), recipe.teacher_weight)
+    targets = torch.where(samples.is_bad[:, None], targets, teacher_probs)
     if rank == 0:
-        save_whole({"asked": asked, "targets": targets}, path)
+        save_atomically({"asked": asked, "targets": targets}, path)
     return targets
 
 
@@ -192,7 +192,7 @@ def find_targets(
         tokens = cut_token_labels(classes, weights, crops, config.patch_grids[-1], config.num_classes)
         return Targets(labels, teacher(images) if teacher else None, tokens)
     if teacher and recipe.teacher_tokens:
-        return Targets(labels, *teacher.answer_everywhere(images))
+        return Targets(labels, *teacher.label_patches(images))
     return Targets(labels, teacher(images) if teacher else None)
 
 
@@ -224,7 +224,7 @@ def open_batches(
     sampler = _sampler(recipe, len(samples), rank, processes)
     for images in (samples, watching):
         images.report_skipped_files()
-    watched = load_in_turn(watching, range(len(watching)), recipe.batch_size, recipe.workers, rank, processes)
+    watched = load_round_robin(watching, range(len(watching)), recipe.batch_size, recipe.workers, rank, processes)
     targets = (
         soft_targets(recipe, config, teacher, samples, rank, processes) if teacher and recipe.teacher_once else None
     )

@@ -6,7 +6,7 @@ from torch import nn
 
 from models.training.state import TrainingError
 
-MOST_VARIANTS = 64  # grids with their keep rates; torch's own limit is eight, and it runs any more uncompiled
+RECOMPILE_LIMIT = 64  # grids with their keep rates; torch's own limit is eight, and it runs any more uncompiled
 
 
 def compile_in_place(module: nn.Module, device: torch.device) -> None:
@@ -20,5 +20,5 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
     except (ImportError, OSError, RuntimeError) as error:  # torch wraps the compiler's error in one of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise TrainingError(f"compile finds no compiler for {device.type}: {reason}") from error
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, MOST_VARIANTS)
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     module.compile(dynamic=False)  # there are only as many token counts as sub-networks

@@ -23,10 +23,10 @@ from models.checkpoint import check_weights, read_weights
 from models.data.datasets import list_classes, open_training_data
 from models.data.images import normalise, square_transform
 from models.devices import resolve_device
-from models.files.checkpoint_errors import about
+from models.files.checkpoint_errors import prefixed_errors
 from models.supervit import SuperViT
 from models.training.batches import ImageBatches, read_images
-from models.training.state import save_whole
+from models.training.state import save_atomically
 from models.training.teacher import Adapter
 
 
@@ -99,7 +99,7 @@ def finetune(options: Finetune) -> float:
             torch.autograd.backward(loss)
             optimizer.step()
             total, step = total + loss.item(), step + 1
-        save_whole(network.network.state_dict(), options.output)
+        save_atomically(network.network.state_dict(), options.output)
         top1 = measure(network, *watched, options.batch_size)
         seconds = time.monotonic() - started_at
         print(f"epoch {epoch}: loss {total / len(batches):.4f}, held-out top-1 {top1:.4f}, {seconds:.0f} s", flush=True)
@@ -120,7 +120,7 @@ def load_network(model: str, path: Path, num_classes: int) -> nn.Module:
     classes_known = weights[names[-1]].numel() if names[-1] in weights else 0  # the length of the last layer's bias
     if classes_known:
         network.reset_classifier(classes_known)  # type: ignore[operator] # timm's
-    with about(f"{path}: not weights of {model}"):
+    with prefixed_errors(f"{path}: not weights of {model}"):
         check_weights(weights, {name: tensor for name, tensor in network.state_dict().items() if not _is_counter(name)})
     network.load_state_dict(weights, strict=False)
     if classes_known != num_classes:

@@ -12,9 +12,9 @@ from models.processes import is_first
 from models.supervit import SuperViT
 
 # Strength of the L2 regularisation, on features of unit variance.
-SHRINKAGE = 1e-3
+L2_STRENGTH = 1e-3
 ITERATIONS = 200
-CONSTANT = 1e-4  # of the median standard deviation; a feature below it is ignored as constant
+MIN_RELATIVE_STD = 1e-4  # of the median standard deviation; a feature below it is ignored as constant
 
 
 @torch.no_grad()
@@ -52,7 +52,9 @@ def fit_head(model: SuperViT, features: Tensor, labels: Tensor) -> None:
         labels: (M,) class indices.
     """
     mean, std = features.mean(dim=0), features.std(dim=0)
-    std[std < CONSTANT * std.median()] = torch.inf  # a feature that was constant here must not change answers later
+    std[std < MIN_RELATIVE_STD * std.median()] = (
+        torch.inf
+    )  # a feature that was constant here must not change answers later
     standard = (features - mean) / std
     num_classes = model.config.num_classes
     weight = torch.zeros(num_classes, features.shape[1], requires_grad=True)
@@ -62,7 +64,7 @@ def fit_head(model: SuperViT, features: Tensor, labels: Tensor) -> None:
     def loss() -> Tensor:
         optimizer.zero_grad()
         error = functional.cross_entropy(functional.linear(standard, weight, bias), labels)
-        total: Tensor = error + SHRINKAGE * weight.square().sum() / 2
+        total: Tensor = error + L2_STRENGTH * weight.square().sum() / 2
         total.backward()  # type: ignore[no-untyped-call]
         return total
 

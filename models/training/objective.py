@@ -68,7 +68,7 @@ class Targets:
     """
 
     labels: Tensor
-    taught: Tensor | None = None
+    teacher_probs: Tensor | None = None
     tokens: Tensor | None = None
 
 
@@ -114,7 +114,7 @@ class PairLoss(nn.Module):
         tokens = self.model.forward_rates(images, pair.patch_grid, (pair.keep_rate, *lower), box)
         full, *pruned = (self.model.classify(its_tokens).float() for its_tokens in tokens)
         labels = self.spread(targets.labels)
-        loss = self.classification_loss(full, labels, targets.taught, box)
+        loss = self.classification_loss(full, labels, targets.teacher_probs, box)
         is_largest = (pair.patch_grid, pair.keep_rate) == (config.patch_grids[-1], 1)
         of_patches = self.model.classify_patches(tokens[0]) if is_largest else None
         if of_patches is not None:
@@ -134,13 +134,16 @@ class PairLoss(nn.Module):
         return certain * (1 - self.label_smoothing) + self.label_smoothing / num_classes
 
     def classification_loss(
-        self, logits: Tensor, labels: Tensor, taught: Tensor | None, box: TokenBox | None
+        self, logits: Tensor, labels: Tensor, teacher_probs: Tensor | None, box: TokenBox | None
     ) -> Tensor:
         """Compute the loss of (B, classes) logits on labels and teacher, both mixed as the tokens of the images are."""
         if box is not None:
-            labels, taught = mix_labels(labels, box), None if taught is None else mix_labels(taught, box)
+            labels, teacher_probs = (
+                mix_labels(labels, box),
+                None if teacher_probs is None else mix_labels(teacher_probs, box),
+            )
         loss = functional.cross_entropy(logits, labels)
-        return loss if taught is None else loss.lerp(_divergence(logits, taught), self.teacher_weight)
+        return loss if teacher_probs is None else loss.lerp(_divergence(logits, teacher_probs), self.teacher_weight)
 
 
 def _token_loss(logits: Tensor, labels: Tensor, box: TokenBox | None) -> Tensor:

@@ -107,11 +107,11 @@ def _kind(fields: dict[str, Any]) -> str:
 
 def _fine_tunes(fields: dict[str, Any]) -> bool:
     """Return whether the run starts from existing weights and its classes differ from theirs."""
-    return fields["init"] is not None and meets_new_classes(fields["init"], fields["data"])
+    return fields["init"] is not None and has_new_classes(fields["init"], fields["data"])
 
 
 @cache
-def meets_new_classes(init: Path, data: Path) -> bool:
+def has_new_classes(init: Path, data: Path) -> bool:
     """Return whether the head of `init` does not fit the classes under `data`/train; False if either is unusable."""
     from models.conversion.convert import open_initial
     from models.data.datasets import list_classes

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.conversion.convert import open_initial
 from models.data.datasets import NO_LABEL, open_training_data
 from models.data.images import evaluation_transform
-from models.data.loaders import gather_in_turn, load_in_turn
+from models.data.loaders import gather_round_robin, load_round_robin
 from models.processes import Process
 from models.supervit import SuperViT
 from models.training.head import compute_features
@@ -69,8 +69,8 @@ def training_features(recipe: Recipe, model: SuperViT, process: Process) -> tupl
         recipe.seed,
         recipe.max_bad_images,
     )
-    own = load_in_turn(images, range(len(images)), recipe.batch_size, recipe.workers, process.rank, process.count)
-    features, labels = map(gather_in_turn, compute_features(model, own))
+    own = load_round_robin(images, range(len(images)), recipe.batch_size, recipe.workers, process.rank, process.count)
+    features, labels = map(gather_round_robin, compute_features(model, own))
     is_known = labels != NO_LABEL
     return features[is_known], labels[is_known]
 

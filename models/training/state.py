@@ -17,7 +17,7 @@ from models.checkpoint import Header, save_checkpoint
 from models.data.datasets import is_unicode
 from models.evaluation.plots import plot_training
 from models.files.atomic import write_atomically
-from models.files.checkpoint_errors import shown
+from models.files.checkpoint_errors import printable_text
 from models.files.pickles import UNPICKLING_ERRORS
 from models.profiles import ProfileTable
 from models.supervit import SuperViT
@@ -84,7 +84,7 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler and self.scaler.state_dict(),
         }
-        save_whole(content, path)
+        save_atomically(content, path)
 
     def load(self, recipe: Recipe, class_names: tuple[str, ...]) -> dict[str, Any]:
         """Read what `save` wrote and return the record of the last epoch; from an older version, its number only.
@@ -117,7 +117,7 @@ class State:
             record: dict[str, Any] = content.get("record", {"epoch": int(content["epoch"])})
             return record
         except (OSError, *UNPICKLING_ERRORS) as error:
-            lacking = f": {shown(error)}" if isinstance(error, KeyError) else ""
+            lacking = f": {printable_text(error)}" if isinstance(error, KeyError) else ""
             raise TrainingError(f"{path}: damaged or of another version{lacking}") from error
 
 
@@ -148,7 +148,7 @@ def has_state(output: Path) -> bool:
     return os.path.isfile(output / STATE_NAME)  # noqa: PTH113 - Path.is_file raises if a folder may not be entered
 
 
-def save_whole(content: object, path: Path) -> None:
+def save_atomically(content: object, path: Path) -> None:
     """Write a file that `torch.load` reads; a crash midway leaves the previous file at `path`.
 
     Raises:
@@ -194,7 +194,7 @@ def read_log(output: Path, epochs: int) -> list[dict[str, Any]]:
     return records
 
 
-def way_out(output: Path, epoch: int) -> str:
+def recovery_advice(output: Path, epoch: int) -> str:
     """Say how to continue after `epoch` produced values that are not finite."""
     start = f"the state before this epoch is kept in {output}: resume" if epoch > 1 else "start again"
     return f"{start} with a lower --learning-rate or --precision float32"

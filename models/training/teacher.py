@@ -14,7 +14,7 @@ import models.registered  # noqa: F401 - registers the SuperViTs with timm
 from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError, check_weights, read_weights
 from models.data.images import normalise
 from models.devices import autocast
-from models.files.checkpoint_errors import about
+from models.files.checkpoint_errors import prefixed_errors
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 
@@ -44,7 +44,7 @@ class Adapter(nn.Module):
         logits: Tensor = self.network(self.adapt(images))
         return logits
 
-    def answer_everywhere(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def label_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute (B, classes) logits, and (B, classes, h, w) logits for every place of the network's last features."""
         network: Any = self.network  # timm's
         features = network.forward_features(self.adapt(images))
@@ -101,7 +101,7 @@ class Teacher(nn.Module):
             raise CheckpointMismatchError(message) from error
         try:
             if everywhere:
-                teacher.answer_everywhere(blank)
+                teacher.label_patches(blank)
         except (RuntimeError, ValueError, AttributeError) as error:  # of a network that timm cannot split in two
             message = f"{name}: cannot tell what it sees at every place of an image"
             raise CheckpointMismatchError(message) from error
@@ -120,7 +120,7 @@ class Teacher(nn.Module):
         return logits.float().softmax(dim=1)
 
     @torch.no_grad()
-    def answer_everywhere(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def label_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute probabilities for the student's (B, 3, S, S) images, and for every patch of its largest grid.
 
         Returns:
@@ -129,12 +129,12 @@ class Teacher(nn.Module):
         if not isinstance(self.network, Adapter):
             raise TypeError("only timm's networks are asked about every place")
         with autocast(self.device):
-            logits, places = self.network.answer_everywhere(images)
+            logits, places = self.network.label_patches(images)
         patch_grid = self.config.patch_grids[-1]
         places = functional.interpolate(places.float(), (patch_grid, patch_grid), mode="bilinear", antialias=True)
         return logits.float().softmax(dim=1), places.softmax(dim=1).flatten(2).transpose(1, 2)
 
-    def answer_both_ways(self, images: Tensor) -> Tensor:
+    def classify_with_mirror(self, images: Tensor) -> Tensor:
         """Compute (B, classes) probabilities for (B, 3, S, S) uint8 images: means over image and mirror image."""
         images = normalise(images, self.config)
         answers: Tensor = (self(images) + self(images.flip(3))) / 2
@@ -177,7 +177,7 @@ def _create(name: str, path: Path, num_classes: int) -> nn.Module:
     except (RuntimeError, ValueError) as error:
         raise CheckpointMismatchError(f"{path}: not weights of {name}: timm knows no such model or tag") from error
     weights = read_weights(path)
-    with about(f"{path}: not weights of {name}"):
+    with prefixed_errors(f"{path}: not weights of {name}"):
         check_weights(weights, network.state_dict())
     network.load_state_dict(weights)
     return network

@@ -22,7 +22,7 @@ from models.data.datasets import list_classes
 from models.data.loaders import SampleLoader
 from models.devices import training_dtype
 from models.evaluation.calibration import Scaling
-from models.evaluation.judging import answers_of, measure_accuracy
+from models.evaluation.judging import make_answer, measure_accuracy
 from models.mix_token import draw_box
 from models.processes import Process, join_processes, seed_everything, share_buffers
 from models.profiles import ProfileTable
@@ -41,9 +41,9 @@ from models.training.state import (
     has_state,
     prepare_folder,
     read_log,
+    recovery_advice,
     save_log,
     save_weights,
-    way_out,
 )
 from models.training.teacher import Teacher
 
@@ -109,7 +109,7 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
             losses = train_epoch(recipe, state, learn, present, schedule, loader, epoch, progress, process)
             if not state.is_finite:  # the losses do not show the last update
                 raise TrainingError(
-                    f"weights are no longer numbers after epoch {epoch}; {way_out(recipe.output, epoch)}"
+                    f"weights are no longer numbers after epoch {epoch}; {recovery_advice(recipe.output, epoch)}"
                 )
             last = {
                 "epoch": epoch,
@@ -139,7 +139,7 @@ def close_epoch(
     if process.is_first:
         save_weights(recipe, state, class_names)
     started_at = time.monotonic()
-    top1 = watch(state.average.module, watched)
+    top1 = measure_ends(state.average.module, watched)
     if process.is_first:
         seconds = round(last["seconds"] + time.monotonic() - started_at, 1)
         records.append(last | {"top1": top1, "seconds": seconds})
@@ -212,7 +212,7 @@ def train_epoch(
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss of the {name} became {loss} in step {step} of epoch {epoch}; "
-                    f"{way_out(recipe.output, epoch)}"
+                    f"{recovery_advice(recipe.output, epoch)}"
                 )
             totals[name] = totals.get(name, 0.0) + loss
         progress.add_batch(recipe.batch_size * process.count, losses)
@@ -223,10 +223,10 @@ def train_epoch(
     return {name: total / len(loader) for name, total in totals.items()}
 
 
-def watch(model: SuperViT, watched: SampleLoader) -> dict[str, float]:
+def measure_ends(model: SuperViT, watched: SampleLoader) -> dict[str, float]:
     """Measure the largest and the cheapest sub-network of the averaged weights, each process on its share."""
     profile = ProfileTable.unmeasured(model.config)
     ends = (profile.cheapest.subnetwork, model.config.largest)
     share_buffers(model)
-    measured = measure_accuracy(answers_of(model), watched, dict.fromkeys(ends, Scaling()))
+    measured = measure_accuracy(make_answer(model), watched, dict.fromkeys(ends, Scaling()))
     return {str(subnetwork): result.top1 for subnetwork, result in measured.items()}

@@ -56,7 +56,7 @@ class Certificate:
             logger.info("read the certificate anew from %s", self._certificate)
 
     @asynccontextmanager
-    async def kept_fresh(self) -> AsyncIterator[None]:
+    async def refreshed(self) -> AsyncIterator[None]:
         """Refresh the certificate regularly while the block runs."""
         refreshing = asyncio.create_task(self._refresh_regularly())
         try:

@@ -12,7 +12,7 @@ from service.bench.figures import Figures
 from service.bench.generator import Exchange, Planned, open_loop
 from service.bench.options import Bench
 from service.bench.photos import Photo, read_photos
-from service.bench.wires import Reply, Request, SupervitWire, V2Wire, Wire
+from service.bench.wires import ClientProtocol, Reply, Request, SupervitProtocol, V2Protocol
 from service.errors import CommandError, NoAnswerError
 
 PATIENCE_S = 10.0  # time limit beyond the longest budget: late answers still count among the latencies
@@ -79,12 +79,12 @@ async def measure(command: Bench, connect: Connect = Connections) -> list[Run]:
     return runs
 
 
-async def _wire(command: Bench, sender: Sender, photos: Sequence[Photo]) -> Wire:
+async def _wire(command: Bench, sender: Sender, photos: Sequence[Photo]) -> ClientProtocol:
     """Check that the server is ready, before any load is sent, and return the wire that it understands."""
-    path = "/health/ready" if command.model is None else V2Wire.path(command.model)
+    path = "/health/ready" if command.model is None else V2Protocol.path(command.model)
     status, body = await sender.send(Request(path))
     if status != HTTPStatus.OK:
         raise CommandError(f"{command.url}{path} answers with status {status}, so nothing can be asked there")
     if command.model is None:
-        return SupervitWire()
-    return V2Wire(command.model, body, sorted({photo.label for photo in photos if photo.label is not None}))
+        return SupervitProtocol()
+    return V2Protocol(command.model, body, sorted({photo.label for photo in photos if photo.label is not None}))

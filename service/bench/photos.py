@@ -10,7 +10,7 @@ from service.errors import CommandError
 
 SHIPPED = Path(models.__file__).parent / "checkpoints" / "photographs"
 SUFFIXES = frozenset((".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
-MOST = 2000  # photographs kept in memory
+MAX_PHOTOS = 2000  # photographs kept in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Photo:
 
 
 def read_photos(paths: Sequence[Path], seed: int) -> list[Photo]:
-    """Read photographs in random order, at most MOST of them; without paths, those that ship.
+    """Read photographs in random order, at most MAX_PHOTOS of them; without paths, those that ship.
 
     Raises:
         CommandError: there are no photographs.
@@ -31,7 +31,7 @@ def read_photos(paths: Sequence[Path], seed: int) -> list[Photo]:
     files = [found for path in paths or (SHIPPED,) for found in _files(path)]
     if not files:
         raise CommandError(f"there are no photographs in {', '.join(map(str, paths))}")
-    drawn = random.Random(seed).sample(files, min(MOST, len(files)))
+    drawn = random.Random(seed).sample(files, min(MAX_PHOTOS, len(files)))
     return [Photo(file.read_bytes(), label) for file, label in drawn]
 
 

@@ -56,7 +56,7 @@ class Reply:
         return self.code == OK
 
 
-class Wire(Protocol):
+class ClientProtocol(Protocol):
     """A protocol in which a server is asked."""
 
     def encode(self, image: bytes) -> bytes:
@@ -69,7 +69,7 @@ class Wire(Protocol):
         """Parse the answer of the server."""
 
 
-class SupervitWire:
+class SupervitProtocol:
     """POST /classify."""
 
     def encode(self, image: bytes) -> bytes:
@@ -110,7 +110,7 @@ class _Inferred(BaseModel):
     parameters: dict[str, Any] = {}
 
 
-class V2Wire:
+class V2Protocol:
     """POST /v2/models/MODEL/infer, for models that take an image file or pixels and give a number for each class."""
 
     @staticmethod

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from models.files.checkpoint_errors import shown
+from models.files.checkpoint_errors import printable_text
 from service.bench.connections import Connections
 from service.bench.figures import Figures
 from service.bench.generator import Exchange
@@ -89,7 +89,9 @@ def _cells(figures: Figures) -> dict[str, str]:
         "right, of those answered": _share(figures.accuracy),
         "right and in time, of all": _share(figures.effective_accuracy),
         "GFLOPs each": "" if figures.mean_gflops is None else f"{figures.mean_gflops:.3g}",
-        "answered by": "\n".join(f"{shown(name)} {share:.0%}" for name, share in list(figures.mix.items())[:SHOWN]),
+        "answered by": "\n".join(
+            f"{printable_text(name)} {share:.0%}" for name, share in list(figures.mix.items())[:SHOWN]
+        ),
         "not answered": _counts(figures.failures),
         "sent late by, p99 ms": f"{figures.late_p99_ms:.1f}",
     }
@@ -100,7 +102,7 @@ def _share(value: float | None) -> str:
 
 
 def _counts(failures: Mapping[str, int]) -> str:
-    return "\n".join(f"{shown(code)} {count}" for code, count in failures.items())
+    return "\n".join(f"{printable_text(code)} {count}" for code, count in failures.items())
 
 
 def _caption(figures: Sequence[Figures]) -> str | None:

@@ -9,13 +9,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from models.data.images import CODEC_ERRORS, to_rgb
 from models.files.atomic import write_atomically
-from models.files.checkpoint_errors import shown
+from models.files.checkpoint_errors import printable_text
 from service.errors import CommandError
 from service.http.schemas import ExplainAnswer
 
 SCALE = 2  # pixels of the file per pixel of the layout, which keeps the drawing sharp on any screen
 PANEL_PX, GAP_PX, MARGIN_PX = 300, 24, 32
-MOST_COLUMNS = 4
+MAX_COLUMNS = 4
 TITLE_PX, TEXT_PX = 26, 15
 PAPER, INK, FAINT = (19, 21, 24), (240, 242, 243), (150, 156, 163)  # dark, or white photos would have no edge
 BAR, TRACK = (64, 196, 178), (44, 48, 53)
@@ -130,8 +130,8 @@ def _edges(view: View, number: int) -> Iterator[tuple[int | None, Box]]:
 
 
 def _sheet(panels: Sequence[tuple[Image.Image, str, str]], answer: ExplainAnswer) -> Image.Image:
-    """Lay out the panels below the answer, at most MOST_COLUMNS in a row."""
-    columns = min(MOST_COLUMNS, len(panels))
+    """Lay out the panels below the answer, at most MAX_COLUMNS in a row."""
+    columns = min(MAX_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     cell_width, cell_height = panels[0][0].width // SCALE, panels[0][0].height // SCALE + 52
     head = 108
@@ -152,7 +152,7 @@ def _sheet(panels: Sequence[tuple[Image.Image, str, str]], answer: ExplainAnswer
 
 def _write_answer(sheet: Image.Image, answer: ExplainAnswer, width: int) -> None:
     best, subnetwork = answer.predictions[0], answer.subnetwork
-    _write(sheet, (MARGIN_PX, MARGIN_PX - 4), shown(best.label), TITLE_PX, INK)
+    _write(sheet, (MARGIN_PX, MARGIN_PX - 4), printable_text(best.label), TITLE_PX, INK)
     _write(sheet, (width - MARGIN_PX, MARGIN_PX - 4), f"{best.probability:.1%}", TITLE_PX, INK, anchor="ra")
     bar = [MARGIN_PX, MARGIN_PX + 40, width - MARGIN_PX, MARGIN_PX + 46]
     pencil = ImageDraw.Draw(sheet)
@@ -160,7 +160,7 @@ def _write_answer(sheet: Image.Image, answer: ExplainAnswer, width: int) -> None
     bar[2] = MARGIN_PX + max(6, round(best.probability * (width - 2 * MARGIN_PX)))
     pencil.rounded_rectangle([SCALE * edge for edge in bar], 3 * SCALE, BAR)
     cost = f"grid {subnetwork.patch_grid} at keep rate {subnetwork.keep_rate:g}, {answer.gflops:.3g} GFLOPs"
-    _write(sheet, (MARGIN_PX, MARGIN_PX + 60), f"{cost}, by {shown(answer.model.name)}", TEXT_PX, FAINT)
+    _write(sheet, (MARGIN_PX, MARGIN_PX + 60), f"{cost}, by {printable_text(answer.model.name)}", TEXT_PX, FAINT)
 
 
 def _write(

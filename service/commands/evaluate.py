@@ -11,7 +11,7 @@ from models.evaluation.tables import accuracy_table, calibration_summary, cascad
 from models.files.sources import find_checkpoint
 from models.processes import joined_processes
 from service.commands.options import Evaluate
-from service.commands.output import file_to_write
+from service.commands.output import output_path
 
 
 def evaluate(command: Evaluate) -> None:
@@ -26,7 +26,7 @@ def evaluate(command: Evaluate) -> None:
     """
     source = find_checkpoint(command.checkpoint)
     checkpoint = load_checkpoint(source)
-    path = file_to_write(command.checkpoint, source, is_ours=checkpoint.is_ours)
+    path = output_path(command.checkpoint, source, is_ours=checkpoint.is_ours)
     is_half = checkpoint.is_half or command.half
     if is_half:
         round_to_half(checkpoint.model)

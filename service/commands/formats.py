@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from models.files.checkpoint_errors import MESSAGE_CHARACTERS, shown
+from models.files.checkpoint_errors import MESSAGE_CHARACTERS, printable_text
 from service.http.schemas import ClassifyAnswer
 
 Format = Literal["table", "text", "json", "csv"]
@@ -33,7 +33,7 @@ def default_format() -> Format:
 
 def readable(text: object) -> str:
     """Escape control characters, which a terminal would obey, in a file's name or a server's text, and shorten it."""
-    return shown(text, MESSAGE_CHARACTERS)
+    return printable_text(text, MESSAGE_CHARACTERS)
 
 
 def showing(style: Format) -> AbstractContextManager[Show]:

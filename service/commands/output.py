@@ -7,7 +7,7 @@ from models.files.sources import bare_name
 from service.errors import CommandError
 
 
-def file_to_write(name: str, source: Path, *, output: Path | None = None, is_ours: bool = True) -> Path:
+def output_path(name: str, source: Path, *, output: Path | None = None, is_ours: bool = True) -> Path:
     """Choose the file to write a checkpoint to.
 
     A checkpoint found by name lies in the installed package or in a cache, which are not ours to write to: its results

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
 from models.data.datasets import NO_LABEL
-from models.data.loaders import load_in_turn
+from models.data.loaders import load_round_robin
 from models.evaluation.evaluate import evaluate
 from models.evaluation.hold_out import open_hold_out
 from models.evaluation.tables import accuracy_table, calibration_summary, cascade_table
@@ -18,12 +18,12 @@ from models.quantization import (
     SMOOTHING_STEPS,
     TOLERATED_LOSS,
     BlockRanges,
-    Place,
+    ProductInput,
     Quantization,
     Range,
 )
 from service.commands.options import Quantize
-from service.commands.output import file_to_write
+from service.commands.output import output_path
 from service.engines.factory import int8_engine
 from service.engines.openvino_engine import OpenVINOEngine
 from service.engines.openvino_products import ObservedProducts
@@ -51,7 +51,7 @@ def quantize(command: Quantize) -> None:
         DeviceError: this CPU has no instructions for 8 bits, or OpenVINO cannot run the model.
     """
     source = find_checkpoint(command.checkpoint)
-    path = file_to_write(command.checkpoint, source, output=command.output)
+    path = output_path(command.checkpoint, source, output=command.output)
     checkpoint = load_checkpoint(source)
     ranges = find_ranges(checkpoint, command)
     engine = int8_engine(checkpoint.model, ranges, command.threads)
@@ -86,7 +86,7 @@ def find_ranges(checkpoint: Checkpoint, command: Quantize) -> tuple[BlockRanges,
     seen: list[list[Tensor]] = [[] for _ in range(2 * len(products.places))]
     for number, subnetwork in enumerate(subnetworks):
         share = chosen[number :: len(subnetworks)]
-        for batch, labels in load_in_turn(images, share, command.batch_size, command.workers, 0, 1):
+        for batch, labels in load_round_robin(images, share, command.batch_size, command.workers, 0, 1):
             for values, noted in zip(seen, engine.observe(batch[labels != NO_LABEL], subnetwork), strict=True):
                 values.append(torch.from_numpy(noted))
     found = {
@@ -94,7 +94,7 @@ def find_ranges(checkpoint: Checkpoint, command: Quantize) -> tuple[BlockRanges,
         for place, lows, highs in zip(products.places, seen[::2], seen[1::2], strict=True)
     }
     return tuple(
-        BlockRanges(**{layer: found[Place(block, layer)] for layer in LAYERS})
+        BlockRanges(**{layer: found[ProductInput(block, layer)] for layer in LAYERS})
         for block in range(checkpoint.config.depth)
     )
 

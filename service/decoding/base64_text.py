@@ -5,7 +5,7 @@ import binascii
 
 from service.errors import InvalidImageError, UnsupportedMediaError
 
-PIECE = 1 << 20  # characters
+CHUNK_CHARS = 1 << 20  # characters
 UNTYPED = ("", "application/octet-stream", "binary/octet-stream")
 
 
@@ -30,8 +30,8 @@ async def decode_base64(text: str, name: str = "image") -> bytes:
     text = "".join(text.split())  # tools wrap base64 into lines
     data = bytearray()
     try:
-        for start in range(0, len(text), PIECE):
-            data += binascii.a2b_base64(text[start : start + PIECE], strict_mode=True)
+        for start in range(0, len(text), CHUNK_CHARS):
+            data += binascii.a2b_base64(text[start : start + CHUNK_CHARS], strict_mode=True)
             await asyncio.sleep(0)
     except ValueError as error:
         raise InvalidImageError(f"{name}: neither base64 nor a data URL") from error

@@ -118,7 +118,7 @@ def decode(header: ImageHeader, least_px: int) -> tuple[Image.Image, int]:
         Exception: an error of the codec; see `codec_errors`.
     """
     if header.format == "PNG":
-        data, orientation = png.without_metadata(header.data)
+        data, orientation = png.strip_metadata(header.data)
         return _load(header, data, least_px), orientation
     if header.format == "WEBP":
         return _decode_webp(header.data), header.orientation

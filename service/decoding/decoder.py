@@ -20,9 +20,9 @@ from torch import Tensor
 from service.decoding.images import OpenedImage
 from service.decoding.times import DecodeTimes
 from service.errors import DeadlineError, OverloadedError
-from service.scheduling.estimators import Delay
+from service.scheduling.estimators import DelayEstimator
 
-FADES_S = 5.0
+DECAY_S = 5.0
 # Images above either limit are expensive. A photograph of 2 megapixels takes 30 ms, one of 12 from a telephone 80 ms.
 ORDINARY_COST_S = 0.05
 ORDINARY_BYTES = 64_000_000
@@ -50,7 +50,7 @@ class _Job:
     started_at: float = 0.0
 
     @property
-    def is_dear(self) -> bool:
+    def is_expensive(self) -> bool:
         """Whether the image is expensive; such images may not hold every thread."""
         opened = self.opened
         return opened is not None and (opened.cost_s > ORDINARY_COST_S or opened.memory_bytes > ORDINARY_BYTES)
@@ -86,10 +86,10 @@ class Decoder:
         self._pool = ThreadPoolExecutor(threads, "decode")
         self._unopened: list[_Job] = []  # this and the next two are sorted by urgency
         self._ordinary: list[_Job] = []
-        self._dear: list[_Job] = []
+        self._expensive: list[_Job] = []
         self._running: list[_Job] = []
         self._times = DecodeTimes()
-        self._delay = Delay(FADES_S)  # of an ordinary image
+        self._delay = DelayEstimator(DECAY_S)  # of an ordinary image
         self._lock = Lock()
 
     def submit(
@@ -141,7 +141,7 @@ class Decoder:
         with self._lock:
             unopened, ordinary, dear = (
                 jobs[: bisect_right(jobs, urgency, key=_urgency)]
-                for jobs in (self._unopened, self._ordinary, self._dear)
+                for jobs in (self._unopened, self._ordinary, self._expensive)
             )
             running_s = [abs(job.expected_s - (now - job.started_at)) for job in self._running]
             dear_s = sum(job.expected_s for job in dear)
@@ -186,10 +186,10 @@ class Decoder:
             job.data = b""
             with self._lock:
                 job.expected_s = self._times.expected_s(job.opened.kind, job.opened.cost_s, self._clock())
-                if job.is_dear:
+                if job.is_expensive:
                     self._require_share(job)
                 if not job.future.cancelled():  # if it is cancelled later, `_forget` removes it from the queue
-                    insort(self._dear if job.is_dear else self._ordinary, job, key=_urgency)
+                    insort(self._expensive if job.is_expensive else self._ordinary, job, key=_urgency)
         except Exception as error:  # any error must reach the request that waits for the image
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(error)
@@ -202,7 +202,7 @@ class Decoder:
         """
         if job.address is None:
             return
-        dear = [other for other in (*self._dear, *self._running) if other.is_dear]
+        dear = [other for other in (*self._expensive, *self._running) if other.is_expensive]
         own_s = [other.expected_s for other in dear if other.address == job.address]
         over_s = sum(own_s) + job.expected_s - self._max_s_per_address
         if 0 < len(own_s) < len(dear) and over_s > 0:  # an only image is bounded by its deadline
@@ -210,7 +210,7 @@ class Decoder:
             raise OverloadedError(message, "address", over_s / max(1, self._threads - 1))
 
     def _next_job(self) -> _Job | None:
-        queues = [self._ordinary, self._dear] if self._may_run_dear() else [self._ordinary]
+        queues = [self._ordinary, self._expensive] if self._may_run_expensive() else [self._ordinary]
         queue = min((jobs for jobs in queues if jobs), key=lambda jobs: jobs[0].urgency, default=None)
         if queue is None:
             return None
@@ -219,11 +219,11 @@ class Decoder:
         self._running.append(job)
         return job
 
-    def _may_run_dear(self) -> bool:
-        running = [job.opened.memory_bytes for job in self._running if job.opened and job.is_dear]
-        if not self._dear or not running:
-            return bool(self._dear)
-        opened = self._dear[0].opened
+    def _may_run_expensive(self) -> bool:
+        running = [job.opened.memory_bytes for job in self._running if job.opened and job.is_expensive]
+        if not self._expensive or not running:
+            return bool(self._expensive)
+        opened = self._expensive[0].opened
         fits = opened is not None and sum(running) + opened.memory_bytes <= self._max_memory_bytes
         return fits and len(running) < self._threads - 1
 
@@ -254,19 +254,19 @@ class Decoder:
         """
         if job.started_at > job.deadline_at:
             raise DeadlineError("the deadline passed before the image could be decoded")
-        if job.is_dear and job.started_at + job.expected_s / 2 > job.deadline_at:
+        if job.is_expensive and job.started_at + job.expected_s / 2 > job.deadline_at:
             raise DeadlineError("the image takes longer to decode than its deadline leaves")
 
     def _learn(self, job: _Job, seconds: float, now: float) -> None:
         if job.opened is not None:
             self._times.observe(job.opened.kind, job.opened.cost_s, seconds, now)
-        if not job.is_dear:
+        if not job.is_expensive:
             self._delay.observe(seconds, now)
 
     def _forget(self, job: _Job, future: "Future[DecodedImage]") -> None:
         if future.cancelled():
             with self._lock:
-                for jobs in (self._unopened, self._ordinary, self._dear):
+                for jobs in (self._unopened, self._ordinary, self._expensive):
                     if _remove(jobs, job):
                         return
 

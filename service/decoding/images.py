@@ -35,7 +35,7 @@ MAX_JPEG_PIXELS = 1 << 28
 # Longest side. A row takes as long as a hundred pixels: 49.9 million rows of one pixel took 6 s.
 MAX_SIDE_PX = 1_000_000
 # Most pixels times scans of a JPEG: 50 million pixels, the default limit of `max_pixels`, at MAX_SCANS.
-MAX_REFINED_PIXELS = jpeg.MAX_SCANS * 50_000_000
+MAX_PIXEL_SCANS = jpeg.MAX_SCANS * 50_000_000
 # Larger pictures are converted to RGB and averaged in strips of about this many pixels.
 STRIP_PIXELS = 1 << 22
 
@@ -192,7 +192,7 @@ def check_scans(header: ImageHeader) -> None:
         InvalidImageError: the JPEG has more than MAX_SCANS scans.
         ImageTooLargeError: the JPEG has more scans than are decoded at its size.
     """
-    most = MAX_REFINED_PIXELS // (header.width * header.height)
+    most = MAX_PIXEL_SCANS // (header.width * header.height)
     if not jpeg.has_more_scans(header.data, min(most, jpeg.MAX_SCANS)):
         return
     if most >= jpeg.MAX_SCANS:

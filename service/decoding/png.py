@@ -30,7 +30,7 @@ def read_png(data: bytes) -> ImageHeader:
     return ImageHeader("PNG", width, height, data, in_memory)
 
 
-def without_metadata(data: bytes) -> tuple[bytes, int]:
+def strip_metadata(data: bytes) -> tuple[bytes, int]:
     """Strip a PNG to the chunks that its pixels need, and check them; return the file and its EXIF orientation.
 
     The checksums of all other chunks are ignored, and so are their contents except for the orientation. Of an

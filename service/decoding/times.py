@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 GAIN = 0.2
-FADES_S = 5.0
+DECAY_S = 5.0
 MAX_FACTOR = 100.0
 
 
@@ -35,4 +35,4 @@ class DecodeTimes:
 
     def _factor(self, kind: str, now: float) -> float:
         factor, learned_at = self._learned.get(kind, (1.0, now))
-        return 1 + (factor - 1) * math.exp(min(0.0, learned_at - now) / FADES_S)
+        return 1 + (factor - 1) * math.exp(min(0.0, learned_at - now) / DECAY_S)

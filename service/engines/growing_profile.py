@@ -19,7 +19,7 @@ from service.engines.profiler import MIN_RUNS, MIN_SLOW_RUNS, SLOW_S, Figures, c
 
 # Weight of a batch of requests as a run of its cell, where a run of an otherwise idle engine counts 1: the machine was
 # busy with requests, and how much slower that made it is known from other batches only.
-SERVED_WORTH = 0.5
+SERVED_RUN_WEIGHT = 0.5
 KNOWN = 0.3  # share of a cell's measurement above which its figure is used: one run of three
 
 
@@ -157,7 +157,7 @@ class GrowingProfile:
         known = self._known()
         return LatencyEstimate(known, self._work).seconds([cell])[0] if known else 0.0
 
-    def row_s(self, cell: Cell) -> float:
+    def predicted_s(self, cell: Cell) -> float:
         """Return the seconds of a batch of any size, as last predicted by `predict`."""
         subnetwork, batch_size = cell
         return self._likely.row(subnetwork)[batch_size - 1]
@@ -179,7 +179,7 @@ class GrowingProfile:
         return due, expected_s[due]
 
     def predict(self) -> Prediction:
-        """Return the measured latencies and estimates of all others; `due` and `row_s` use these from then on.
+        """Return the measured latencies and estimates of all others; `due` and `predicted_s` use these from then on.
 
         Raises:
             ValueError: no cell is known.

@@ -80,7 +80,7 @@ class OpenVINOEngine:
         self._cpu = str(core.get_property("CPU", "FULL_DEVICE_NAME")).strip()
         floating = self._in_floating_point
         self._is_floating = lru_cache(SUBNETWORKS_KEPT)(
-            lambda subnetwork: not floating.isdisjoint(config.trained_beside(subnetwork))
+            lambda subnetwork: not floating.isdisjoint(config.nearest_trained(subnetwork))
         )
         # Bound to the model alone: a cache that held the engine would keep its weights until the next garbage
         # collection.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.layers import Attention, Block, ConvStem
-from models.quantization import Place
+from models.quantization import ProductInput
 from models.subnetwork import Activation, Pooling, SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from service.engines.openvino_products import Floats, Products, linear
@@ -153,10 +153,10 @@ def _attend(
     width = attention.proj.in_features
     weight, bias = _after_norm(attention.qkv, block.norm1)
     normed = _norm(tokens, block.norm1)
-    entered = asking = products.enter(normed, Place(index, "qkv"))
+    entered = asking = products.enter(normed, ProductInput(index, "qkv"))
     if only is not None:
         tokens, asked = (op.gather(rows, _ints(*only), _int(1)) for rows in (tokens, normed))
-        asking = products.enter(asked, Place(index, "qkv"))
+        asking = products.enter(asked, ProductInput(index, "qkv"))
     parts = [
         products.leave(products.linear(source, weight[part * width :][:width], bias[part * width :][:width]))
         for part, source in enumerate((asking, entered, entered))
@@ -166,7 +166,7 @@ def _attend(
     mixed = op.scaled_dot_product_attention(*heads, scale=_floats(attention.scale))
     joined = op.reshape(op.transpose(mixed, _ints(0, 2, 1, 3)), _ints(0, 0, width), True)
     projected = products.linear(
-        products.enter(joined, Place(index, "proj")), *_branch_end(attention.proj, block.skip_divisor)
+        products.enter(joined, ProductInput(index, "proj")), *_branch_end(attention.proj, block.skip_divisor)
     )
     return op.add(tokens, products.leave(projected)), parts[0], parts[1]
 
@@ -194,13 +194,13 @@ def _prune(tokens: ov.Node, scores: ov.Node, kept: ov.Node, bonus: ov.Node) -> o
 
 
 def _transform(block: Block, tokens: ov.Node, activation: Activation, products: Products, index: int) -> ov.Node:
-    entered = products.enter(_norm(tokens, block.norm2), Place(index, "fc1"))
+    entered = products.enter(_norm(tokens, block.norm2), ProductInput(index, "fc1"))
     hidden = products.linear(entered, *_after_norm(block.mlp.fc1, block.norm2))
     if activation == "gelu":
         hidden = op.gelu(hidden, "erf")
     else:
         hidden = op.multiply(hidden, op.sigmoid(op.multiply(hidden, _floats(QUICK_GELU))))
-    hidden = products.stay(hidden, Place(index, "fc2"))
+    hidden = products.stay(hidden, ProductInput(index, "fc2"))
     return op.add(tokens, products.leave(products.linear(hidden, *_branch_end(block.mlp.fc2, block.skip_divisor))))
 
 

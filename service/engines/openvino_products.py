@@ -11,7 +11,7 @@ import numpy.typing as npt
 import openvino as ov  # type: ignore[import-untyped] # it publishes no types
 from openvino import opset15 as op
 
-from models.quantization import SMOOTHING_STEPS, STEPS, BlockRanges, Place, Range
+from models.quantization import QUANTIZATION_STEPS, SMOOTHING_STEPS, BlockRanges, ProductInput, Range
 
 Floats = npt.NDArray[np.float32]
 
@@ -34,11 +34,11 @@ class Products:
         """Further outputs of the graph, after the logits."""
         return []
 
-    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:  # noqa: ARG002 - subclasses tell places apart
+    def enter(self, tokens: ov.Node, place: ProductInput) -> ov.Node:  # noqa: ARG002 - subclasses tell places apart
         """Turn (B, N, D) tokens into the input of products."""
         return tokens
 
-    def stay(self, hidden: ov.Node, place: Place) -> ov.Node:
+    def stay(self, hidden: ov.Node, place: ProductInput) -> ov.Node:
         """Turn the output of a product, after an elementwise function, into the input of the next product."""
         return self.enter(hidden, place)
 
@@ -61,17 +61,17 @@ class ObservedProducts(Products):
     """
 
     def __init__(self) -> None:
-        self.places: list[Place] = []
-        self.largest_weights: dict[Place, Floats] = {}
+        self.places: list[ProductInput] = []
+        self.largest_weights: dict[ProductInput, Floats] = {}
         self._notes: list[ov.Node] = []
-        self._entered = Place(0, "qkv")
+        self._entered = ProductInput(0, "qkv")
 
     @property
     def notes(self) -> list[ov.Node]:
         """Two nodes for each place."""
         return self._notes
 
-    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
+    def enter(self, tokens: ov.Node, place: ProductInput) -> ov.Node:
         """Record the range of the tokens, unless it is recorded for their place, and return the tokens."""
         self._entered = place
         if place not in self.places:
@@ -93,7 +93,7 @@ class IntegerProducts(Products):
         self._ranges = ranges
         self._smoothing: Floats = np.ones(1, np.float32)
 
-    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
+    def enter(self, tokens: ov.Node, place: ProductInput) -> ov.Node:
         """Smooth and quantise (B, N, D) tokens."""
         return self._quantise(tokens, place, (1, 1, -1))
 
@@ -102,14 +102,14 @@ class IntegerProducts(Products):
         smoothed = quantised(weight * self._smoothing)
         return op.add(op.matmul(entered, smoothed, False, True), op.constant(bias))
 
-    def _quantise(self, values: ov.Node, place: Place, shape: tuple[int, ...]) -> ov.Node:
+    def _quantise(self, values: ov.Node, place: ProductInput, shape: tuple[int, ...]) -> ov.Node:
         """Smooth and quantise values whose channels lie along the axis where `shape` is -1."""
         found: Range = getattr(self._ranges[place.block], place.layer)
         self._smoothing = np.exp2(np.array(found.smoothing or (0,), np.float32) / SMOOTHING_STEPS)
         if found.smoothing:
             values = op.multiply(values, op.constant((1 / self._smoothing).reshape(shape)))
         low, high = (op.constant(np.float32(value)) for value in (found.low, found.high))
-        return op.fake_quantize(values, low, high, low, high, STEPS + 1)
+        return op.fake_quantize(values, low, high, low, high, QUANTIZATION_STEPS + 1)
 
 
 class ConvolvedProducts(IntegerProducts):
@@ -119,12 +119,12 @@ class ConvolvedProducts(IntegerProducts):
     long (an MLP of DeiT-S, AVX2).
     """
 
-    def enter(self, tokens: ov.Node, place: Place) -> ov.Node:
+    def enter(self, tokens: ov.Node, place: ProductInput) -> ov.Node:
         """Smooth and quantise (B, N, D) tokens, then move their channels to the second axis."""
         rows = op.reshape(super().enter(tokens, place), _ints(0, 0, 1, -1), True)
         return op.transpose(rows, _ints(0, 3, 1, 2))
 
-    def stay(self, hidden: ov.Node, place: Place) -> ov.Node:
+    def stay(self, hidden: ov.Node, place: ProductInput) -> ov.Node:
         """Smooth and quantise values whose channels are on the second axis."""
         return self._quantise(hidden, place, (1, -1, 1, 1))
 

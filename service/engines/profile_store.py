@@ -36,7 +36,7 @@ FIRST_S = 2.0  # seconds for the measurements before the first request
 
 def extended_profile(checkpoint: Checkpoint) -> ProfileTable:
     """Return the profile of a checkpoint, with further keep rates between the trained ones."""
-    return checkpoint.profile.with_rates_between(checkpoint.config)
+    return checkpoint.profile.with_interpolated_rates(checkpoint.config)
 
 
 def nominal_latencies(profiles: ProfileTable) -> LatencyTable:

@@ -65,7 +65,7 @@ class Audit:
             clock: monotonic, in seconds; the clock of the scheduler.
         """
         self._run, self._scheduler, self._count, self._clock = run, scheduler, count, clock
-        self._best = scheduler.catalog.best_alone
+        self._best = scheduler.catalog.best_single
         self._kept: dict[SubNetworkProfile, deque[_Answered]] = {}
         self._audited: Counter[SubNetworkProfile] = Counter()
         self._next_at, self._is_over = -math.inf, self._best.profile.top1 is None

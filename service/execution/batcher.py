@@ -26,7 +26,7 @@ from service.execution.pending import Outcome, Pending, PendingRequests
 from service.execution.results import Result
 from service.execution.throttle import UtilizationLimiter
 from service.execution.timed_engine import TimedEngine
-from service.execution.turns import InTurns
+from service.execution.turns import PacedHandler
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.second_look import Looked, may_look_again
 from service.scheduling.state import BatchDecision, QueuedRequest
@@ -77,7 +77,7 @@ class Batcher:
         self._limiter, self._idle = limiter or UtilizationLimiter(None, None), idle
         self._observe_machine, self._observe_batch = observe_machine, observe_batch
         self._pending, self._clock, self._sleep = PendingRequests(), clock, sleep
-        self._answers, self._sample = InTurns(self._pending.settle), sample or LiveSample()
+        self._answers, self._sample = PacedHandler(self._pending.settle), sample or LiveSample()
         self._thread, self._stopping = thread, False
         self._failures_in_a_row, self._free_at = 0, 0.0  # the latter: since when the engine could have run a batch
         self._call_on_loop: CallOnLoop = lambda *_: None  # before `serve`, there is no loop to call
@@ -132,7 +132,7 @@ class Batcher:
         """Answer, at its deadline, a request whose image is not decoded or that only waits for another look."""
         if pending.image is None or pending.answer is not None:
             error = DeadlineError("the deadline passed before the image was decoded")
-            self._pending.settle(self._pending.in_place_of(error, request, LookCode.DEADLINE))
+            self._pending.settle(self._pending.failed(error, request, LookCode.DEADLINE))
 
     def _enqueue(
         self, request: QueuedRequest, pending: Pending, call_on_loop: CallOnLoop, decoding: "Future[DecodedImage]"
@@ -208,14 +208,13 @@ class Batcher:
         if decision.expired:
             message = "the deadline cannot be met any more"
             yield [
-                self._pending.in_place_of(DeadlineError(message), request, LookCode.DEADLINE)
-                for request in decision.expired
+                self._pending.failed(DeadlineError(message), request, LookCode.DEADLINE) for request in decision.expired
             ]
         if decision.shed:
             message = "shed so that others can be answered in time; try again later"
             retry_after_s = self._scheduler.backlog_s(now)
             yield [
-                self._pending.in_place_of(OverloadedError(message, "shed", retry_after_s), request, LookCode.OVERLOAD)
+                self._pending.failed(OverloadedError(message, "shed", retry_after_s), request, LookCode.OVERLOAD)
                 for request in decision.shed
             ]
         if decision.variant is not None:
@@ -283,7 +282,7 @@ class Batcher:
             logger.exception("the model failed on an image at %s", variant.profile.subnetwork)
             self._sample.failed()
             failure = ModelError("the model failed on this image; the server's log says why")
-            yield [self._pending.in_place_of(failure, batch[0], LookCode.FAILED)]
+            yield [self._pending.failed(failure, batch[0], LookCode.FAILED)]
             self._failures_in_a_row += 1
             if self._failures_in_a_row == FAILURES_IN_A_ROW:
                 self._failures_in_a_row = 0
@@ -297,4 +296,4 @@ class Batcher:
         """Answer every request: with the result of its last look, where there is one, or else with an error."""
         self._answers.finish()
         for request in self._pending:
-            self._pending.settle(self._pending.in_place_of(error, request, LookCode.FAILED))
+            self._pending.settle(self._pending.failed(error, request, LookCode.FAILED))

@@ -13,7 +13,7 @@ from service.errors import ModelChangeError
 from service.execution.live_sample import SampledImage
 
 TIMED_IMAGES = 8  # fewer say nothing about latency: one batch during a neighbour's burst takes three times as long
-NO_NUMBERS = "the new model answers what is no number"
+NOT_FINITE = "the new model answers what is no number"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Comparer:
             self._prepared.add(image.subnetwork)
         (old, old_s), (new, new_s) = (self._answer(each, image) for each in (self._old, self._new))
         if not new.isfinite().all():
-            raise ModelChangeError(NO_NUMBERS)
+            raise ModelChangeError(NOT_FINITE)
         said = (self._old.class_names[int(old.argmax())], self._new.class_names[int(new.argmax())])
         self.found.add(agrees=said[0] == said[1], ratio=new_s / max(old_s, 1e-9))
 
@@ -84,7 +84,7 @@ class Comparer:
         return logits[0], self._clock() - began_at
 
 
-def require_numbers(run: Run, image_side: int, subnetworks: tuple[SubNetwork, ...]) -> None:
+def require_finite(run: Run, image_side: int, subnetworks: tuple[SubNetwork, ...]) -> None:
     """Run each sub-network once, on an image of zeros, and check its logits.
 
     Raises:
@@ -93,4 +93,4 @@ def require_numbers(run: Run, image_side: int, subnetworks: tuple[SubNetwork, ..
     blank = torch.zeros(1, 3, image_side, image_side, dtype=torch.uint8)
     for subnetwork in subnetworks:
         if not run(blank, subnetwork).isfinite().all():
-            raise ModelChangeError(NO_NUMBERS)
+            raise ModelChangeError(NOT_FINITE)

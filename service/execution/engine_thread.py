@@ -20,7 +20,7 @@ WORK_S = 1.0  # expected seconds of a piece of work, for the watchdog
 T = TypeVar("T")
 
 
-class Served(Protocol):
+class EngineUser(Protocol):
     """What gets turns on the thread: a batcher. Everything but `running` is called on the thread.
 
     Attributes:
@@ -64,7 +64,7 @@ class EngineThread:
         """Create with nothing to serve; the clock is monotonic, in seconds."""
         self._clock, self._executor = clock, ThreadPoolExecutor(1, "engine")
         self._lock, self._wake = threading.Lock(), threading.Event()
-        self._served: dict[Served, Future[None]] = {}
+        self._served: dict[EngineUser, Future[None]] = {}
         self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._is_looping = False
         self._working: tuple[float, float] | None = None
@@ -81,7 +81,7 @@ class EngineThread:
         """Run a function on the thread, while nothing is served there."""
         return self._executor.submit(function)
 
-    def serve(self, served: Served) -> "Future[None]":
+    def serve(self, served: EngineUser) -> "Future[None]":
         """Give a batcher turns until it is over; the future then has a result, or the exception of a turn."""
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # it cannot be cancelled, and ends with the batcher
@@ -142,7 +142,7 @@ class EngineThread:
             # For a batcher that wants a turn, those of others are time between its batches, which its scheduler learns.
             _tell_freed([each for each in served if each not in wanting])
 
-    def _still_served(self) -> list[Served]:
+    def _still_served(self) -> list[EngineUser]:
         """End the batchers that are over, and return the others; if none is left, end the loop and fail all work."""
         with self._lock:
             served = list(self._served)
@@ -158,7 +158,7 @@ class EngineThread:
             done.set_exception(NotReadyError("the server is stopping"))
         return []
 
-    def _give_each_a_turn(self, wanting: Sequence[Served]) -> None:
+    def _give_each_a_turn(self, wanting: Sequence[EngineUser]) -> None:
         for each in wanting:
             try:
                 each.take_turn()
@@ -166,7 +166,7 @@ class EngineThread:
                 self._end(each, error)
             self._batch_at = self._clock()
 
-    def _end(self, served: Served, error: Exception | None = None) -> None:
+    def _end(self, served: EngineUser, error: Exception | None = None) -> None:
         served.close()
         with self._lock:
             done = self._served.pop(served)
@@ -175,7 +175,7 @@ class EngineThread:
         else:
             done.set_exception(error)
 
-    def _rest(self, served: Sequence[Served]) -> None:
+    def _rest(self, served: Sequence[EngineUser]) -> None:
         """Wait for something to do, and run idle work if nothing comes until it is due."""
         due_s, idler = min(((each.rest(), each) for each in served), key=lambda pair: pair[0])
         self._wake.clear()
@@ -211,6 +211,6 @@ class EngineThread:
             self._work_due_at = now + (now - began_at) * (1 / WORK_SHARE - 1)
 
 
-def _tell_freed(served: Sequence[Served]) -> None:
+def _tell_freed(served: Sequence[EngineUser]) -> None:
     for each in served:
         each.engine_freed()

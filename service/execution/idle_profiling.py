@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from models.latency_estimate import Cell
-from service.engines.growing_profile import SERVED_WORTH, GrowingProfile, Prediction
+from service.engines.growing_profile import SERVED_RUN_WEIGHT, GrowingProfile, Prediction
 from service.engines.profiler import Figures
 from service.execution.idle_turns import IdleBatch, Room
 from service.execution.results import Result
@@ -24,11 +24,11 @@ from service.scheduling.estimators import STALE_AFTER_S, Slowdown
 logger = logging.getLogger(__name__)
 
 PUBLISH_S = 2.0  # seconds between two updates of the latencies that the scheduler plans with
-KEEP_S = 10.0  # seconds between two versions of the file
+SAVE_INTERVAL_S = 10.0  # seconds between two versions of the file
 WARM_UP_S = 4.0  # predicted seconds of warm-up batches, whose times do not count, after which no more run
 
 
-class Keeper(Protocol):
+class SaveProfile(Protocol):
     """Where the profile is kept, shared with other processes."""
 
     def claim(self) -> bool:
@@ -54,7 +54,7 @@ class IdleProfiler:
     def __init__(
         self,
         profile: GrowingProfile,
-        keeper: Keeper,
+        keeper: SaveProfile,
         time_once: Callable[[Cell], float],
         publish: Callable[[Prediction], None],
         shapes: Iterable[Cell] = (),
@@ -96,7 +96,7 @@ class IdleProfiler:
         if cell is None:
             return None
         failure = f"a batch of {cell[1]} at {cell[0]} failed; the rest of the profile stays an estimate"
-        return IdleBatch(self._profile.row_s(cell), partial(self._measure, cell), failure)
+        return IdleBatch(self._profile.predicted_s(cell), partial(self._measure, cell), failure)
 
     def batch_ran(self, images: Sequence[Tensor], results: Sequence[Result]) -> None:  # noqa: ARG002 - others use them
         """Learn from a batch of requests.
@@ -112,14 +112,14 @@ class IdleProfiler:
         if measured_s is not None:
             self._pace = self._pace.updated(seconds / measured_s, now)
         elif self._pace.updated_at is not None and now - self._pace.updated_at < STALE_AFTER_S:
-            self._record(cell, seconds / self._pace.factor, SERVED_WORTH)
+            self._record(cell, seconds / self._pace.factor, SERVED_RUN_WEIGHT)
             self._share(now)
 
     def close(self) -> None:
         """Stop measuring, store what is measured, and let another process continue."""
         self._is_over = True
         if self._has_claim:
-            self._keep()
+            self._save()
             self._keeper.release()
             self._has_claim = False
 
@@ -127,9 +127,9 @@ class IdleProfiler:
         if self._has_claim and not self._profile.is_complete:
             due = self._profile.due(lambda cell, s: s <= room.seconds and cell[1] <= room.max_batch_size)
             return None if due is None else due[0]
-        if self._shapes and self._profile.row_s(self._shapes[0]) <= room.seconds:
+        if self._shapes and self._profile.predicted_s(self._shapes[0]) <= room.seconds:
             cell = self._shapes.popleft()
-            self._warming_s += self._profile.row_s(cell)
+            self._warming_s += self._profile.predicted_s(cell)
             if self._warming_s > WARM_UP_S:
                 self._shapes.clear()
             return cell
@@ -154,16 +154,20 @@ class IdleProfiler:
         if self._num_news > self._num_published and (is_complete or now - self._published_at >= PUBLISH_S):
             self._num_published, self._published_at = self._num_news, now
             self._publish(self._profile.predict())
-        if self._has_claim and self._num_news > self._num_kept and (is_complete or now - self._kept_at >= KEEP_S):
+        if (
+            self._has_claim
+            and self._num_news > self._num_kept
+            and (is_complete or now - self._kept_at >= SAVE_INTERVAL_S)
+        ):
             self._kept_at = now
-            self._keep()
+            self._save()
         if is_complete and self._has_claim:
             logger.info("all latencies are measured")
             self._keeper.release()
             self._has_claim = False
         self._is_over = self._is_over or (is_complete and not self._shapes)
 
-    def _keep(self) -> None:
+    def _save(self) -> None:
         self._num_kept = self._num_news
         if found := self._keeper.read_if_changed():  # `supervit profile` may have measured as well
             self._profile.merge(found)

@@ -19,10 +19,12 @@ logger = logging.getLogger(__name__)
 
 QUIET_S = 0.05  # seconds without a request after which the engine counts as idle
 # A request that arrives during an idle batch waits for its end. So an idle batch is so short that:
-ARRIVALS = 0.1  # no more than this many requests are expected during it, at the current rate, ...
+MAX_EXPECTED_ARRIVALS = 0.1  # no more than this many requests are expected during it, at the current rate, ...
 BUDGET_SHARE = 0.25  # ... and it takes no more than this share of a tight latency budget, ...
-QUIET_SHARE = 0.1  # ... unless no request has come for so long that it takes only this share of that time.
-BUSY = 0.15  # share of the CPUs used by others above which no idle batch runs: each would slow the other down
+MAX_SHARE_OF_QUIET = 0.1  # ... unless no request has come for so long that it takes only this share of that time.
+MAX_OTHERS_LOAD = (
+    0.15  # share of the CPUs used by others above which no idle batch runs: each would slow the other down
+)
 RECHECK_S = 0.25  # seconds to the next check, where others' load, another process or too long a batch was in the way
 
 
@@ -46,12 +48,12 @@ class IdleBatch:
     Attributes:
         expected_s: expected seconds of the batch.
         run: runs the batch and returns the seconds that the engine took.
-        if_it_fails: message to log where it fails.
+        failure_message: message to log where it fails.
     """
 
     expected_s: float
     run: Callable[[], float]
-    if_it_fails: str
+    failure_message: str
 
 
 class IdleWork(Protocol):
@@ -126,7 +128,7 @@ class IdleTurns:
         others = self._observe_machine()
         now = self._clock()
         pause_s = self._limiter.pause_s(now)
-        room = self._room(now, is_free=not pause_s and others <= BUSY)
+        room = self._room(now, is_free=not pause_s and others <= MAX_OTHERS_LOAD)
         for work in self._works:
             if (batch := work.due(now, room)) is not None:
                 self._run(work, batch, now)
@@ -149,9 +151,9 @@ class IdleTurns:
         state = self._scheduler.state(now)
         rate = max(state.arrival_rate, state.sustained_rate)
         unhurried_s = BUDGET_SHARE * min(state.tight_budget_s, self._default_budget_s)
-        unmet_s = ARRIVALS / rate if rate else unhurried_s
+        unmet_s = MAX_EXPECTED_ARRIVALS / rate if rate else unhurried_s
         quiet_s = now - max(self._active_at, state.last_arrival_at)
-        seconds = max(min(unhurried_s, unmet_s), QUIET_SHARE * quiet_s) if is_free else 0.0
+        seconds = max(min(unhurried_s, unmet_s), MAX_SHARE_OF_QUIET * quiet_s) if is_free else 0.0
         return Room(seconds, state.max_batch_size)
 
     def _run(self, work: IdleWork, batch: IdleBatch, now: float) -> None:
@@ -160,7 +162,7 @@ class IdleTurns:
         try:
             seconds = batch.run()
         except Exception:  # whatever the engine raises: whether it fails on requests, too, shows when they come
-            logger.exception(batch.if_it_fails)
+            logger.exception(batch.failure_message)
             work.close()
         else:
             self._limiter.batch_ran(seconds)

@@ -78,10 +78,10 @@ class PendingRequests:
             result, code = result.before, LookCode.FAILED
         return request.admitted, replace(result, stopped=code)
 
-    def in_place_of(self, error: ServiceError, request: QueuedRequest, code: LookCode) -> Outcome:
+    def failed(self, error: ServiceError, request: QueuedRequest, code: LookCode) -> Outcome:
         """Return the outcome of a request that fails: the result of its last look, if it has one, or else the error."""
         answer = self.answer_of(request)
-        return request.admitted, error if answer is None else replace(answer, stopped=code, waited_in_vain=True)
+        return request.admitted, error if answer is None else replace(answer, stopped=code, second_look_cancelled=True)
 
     def settle(self, outcome: Outcome) -> None:
         """Set the answer of a request, on the event loop."""

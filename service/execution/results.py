@@ -41,7 +41,7 @@ class Result:
         ended_at: when the batch ended, on the same clock.
         before: the previous look, which was not sure enough; None for the first look.
         stopped: why no other look follows.
-        waited_in_vain: whether the request waited for another look that did not come.
+        second_look_cancelled: whether the request waited for another look that did not come.
     """
 
     logits: Floats
@@ -56,7 +56,7 @@ class Result:
     ended_at: float
     before: "Result | None" = None
     stopped: LookCode = LookCode.SURE
-    waited_in_vain: bool = False
+    second_look_cancelled: bool = False
 
     @property
     def looks(self) -> "tuple[Result, ...]":

@@ -8,13 +8,15 @@ from typing import Generic, TypeVar
 
 # Items per turn. Answers that are sent together are followed by requests that arrive together; one by one, both would
 # take half as much again of the loop's time.
-AT_ONCE = 4
-SHARE = 1 / 8  # of the waiting items, if that is more: under load a turn takes milliseconds, and the last would be late
+MIN_PER_TURN = 4
+SHARE_PER_TURN = (
+    1 / 8
+)  # of the waiting items, if that is more: under load a turn takes milliseconds, and the last would be late
 
 T = TypeVar("T")
 
 
-class InTurns(Generic[T]):
+class PacedHandler(Generic[T]):
     """Handles items in order, a few in each turn of the event loop. All methods are called on the loop."""
 
     def __init__(self, handle: Callable[[T], None]) -> None:
@@ -35,7 +37,7 @@ class InTurns(Generic[T]):
             self._handle(self._waiting.popleft())
 
     def _handle_some(self) -> None:
-        for _ in range(min(len(self._waiting), max(AT_ONCE, math.ceil(SHARE * len(self._waiting))))):
+        for _ in range(min(len(self._waiting), max(MIN_PER_TURN, math.ceil(SHARE_PER_TURN * len(self._waiting))))):
             self._handle(self._waiting.popleft())
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._handle_some)

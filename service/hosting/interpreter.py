@@ -9,7 +9,7 @@ import sys
 SWITCH_INTERVAL_S = 0.001
 
 
-def configure_gc() -> None:
+def configure_interpreter() -> None:
     """Exempt all objects from garbage collection and shorten the switch interval; to be called once all is loaded.
 
     Half a million objects of the libraries live as long as the process. A collection of them takes a quarter of a

@@ -8,7 +8,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import uvicorn
 
-from service.hosting.workers import bind, take_address
+from service.hosting.workers import bind, bind_exclusively
 from service.settings import Settings
 
 PORTS = ("admin_port", "grpc_port")
@@ -31,12 +31,12 @@ def reserved_ports(settings: Settings) -> Iterator[Settings]:
         for name in PORTS:
             port: int | None = getattr(settings, name)
             if port is not None and settings.fd is None:  # else this is a worker, whose supervisor holds the ports
-                opened = kept.enter_context(take_address(settings.host, port, is_shared=True))
+                opened = kept.enter_context(bind_exclusively(settings.host, port, is_shared=True))
                 numbers[name] = opened.getsockname()[1]
         yield settings.model_copy(update=numbers)
 
 
-def why_no_changes(settings: Settings) -> str | None:
+def changes_refused_reason(settings: Settings) -> str | None:
     """Return why the model may not be changed: several workers serve, or others may reach the port; None if it may."""
     if settings.workers > 1:
         return "one of several workers is not changed alone: all of them follow the file with --watch-checkpoint"

@@ -16,7 +16,7 @@ from models.checkpoint import load_checkpoint
 from service.app import create_app
 from service.engines.factory import engine_threads
 from service.errors import InvalidParameterError
-from service.hosting.interpreter import configure_gc
+from service.hosting.interpreter import configure_interpreter
 from service.machine.monitor import Monitor
 from service.runtime import ServerRuntime
 from service.settings import Settings, named_settings
@@ -27,7 +27,7 @@ from service.telemetry.reports import find_tracer
 NOT_FOR_RAY = {"host", "port", "fd", "workers"}
 # Requests that Ray passes to a replica beyond the replica's own limit, so that the replica rejects them itself, with a
 # reason and a time to retry.
-MARGIN = 64
+EXTRA_ONGOING_REQUESTS = 64
 NO_CHANGES = "one replica of several is not changed alone: deploy the app with another checkpoint"
 
 
@@ -47,10 +47,10 @@ class Replica:
         settings = settings.model_copy(update={"threads": threads, "workers": 1})  # Ray runs replicas instead
         tracer = find_tracer(os.environ)
         runtime = ServerRuntime(settings, checkpoint, on_failure=self._fail, changes_refused=NO_CHANGES, tracer=tracer)
-        self._app = create_app(runtime, ready_first=True, names_requests=False)  # Ray's proxy assigns the request IDs
+        self._app = create_app(runtime, ready_first=True, sends_request_id=False)  # Ray's proxy assigns the request IDs
         self._read_totals = runtime.metrics.totals
         self._totals, self._told_at = self._read_totals(), time.monotonic()
-        configure_gc()
+        configure_interpreter()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -98,7 +98,7 @@ def build(settings: Settings) -> Application:
     load_checkpoint(settings.checkpoint)  # here, so that `serve deploy` reports what is wrong with it
     as_deployment = serve.deployment(
         name="supervit",
-        max_ongoing_requests=settings.max_in_flight + MARGIN,
+        max_ongoing_requests=settings.max_in_flight + EXTRA_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=settings.drain_s,
     )
     application: Application = as_deployment(Replica).bind(settings)

@@ -27,10 +27,10 @@ from service.domain import ServerState
 from service.engines.base import Engine
 from service.errors import CommandError
 from service.hosting.grpc_port import grpc_beside, require_grpc
-from service.hosting.interpreter import configure_gc
-from service.hosting.ports import reserved_ports, serving_beside, why_no_changes
+from service.hosting.interpreter import configure_interpreter
+from service.hosting.ports import changes_refused_reason, reserved_ports, serving_beside
 from service.hosting.supervisor import Supervisor
-from service.hosting.workers import beat, split_cpus, start_worker, take_address
+from service.hosting.workers import bind_exclusively, split_cpus, start_worker, write_heartbeat
 from service.http.connections import Connections
 from service.http.early_rejection import EarlyRejection, RejectingProtocol
 from service.http.routes import CLASSIFY_PATH
@@ -40,8 +40,8 @@ from service.runtime import ServerRuntime
 from service.settings import Settings, comma_separated, environment_variable, unknown_variables, worker_environment
 from service.telemetry.logs import configure_logging
 from service.telemetry.multiprocess import SHARED_FOLDER_VARIABLE
+from service.telemetry.rate_limited_log import RateLimitedLog
 from service.telemetry.reports import find_tracer
-from service.telemetry.sparing_log import SparingLog
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def supervise(settings: Settings, cpus: Collection[int], cores: float) -> None:
     load_checkpoint(settings.checkpoint)  # here, so that what is wrong with it is reported once
     if environment_variable(SHARED_FOLDER_VARIABLE) is not None:
         logger.warning("%s is not heeded: workers get a fresh folder of their own", SHARED_FOLDER_VARIABLE)
-    with take_address(settings.host, settings.port, is_shared=True) as reserved:
+    with bind_exclusively(settings.host, settings.port, is_shared=True) as reserved:
         command = [sys.executable, "-P", "-m", "service.cli", "serve", "--fd"]  # -P: no imports from the current folder
         start = partial(start_worker, command, worker_environment(settings), reserved)
         supervisor = Supervisor(start, shares, settings.drain_s)
@@ -127,10 +127,10 @@ def plan_workers(settings: Settings, cpus: Collection[int], cores: float) -> tup
     # Workers get the path: replacements serve the same weights, even if the name means another file by then.
     settings = settings.model_copy(update={"checkpoint": str(find_checkpoint(settings.checkpoint))})
     is_on_cpu = resolve_device(settings.device).type == "cpu"
-    return shares, share_out(settings, cores, is_quota=cores < len(cpus), is_on_cpu=is_on_cpu)
+    return shares, divide_limits(settings, cores, is_quota=cores < len(cpus), is_on_cpu=is_on_cpu)
 
 
-def share_out(settings: Settings, cores: float, *, is_quota: bool, is_on_cpu: bool) -> Settings:
+def divide_limits(settings: Settings, cores: float, *, is_quota: bool, is_on_cpu: bool) -> Settings:
     """Give each worker its share of what every worker sees as a whole: a quota of CPU time, or a GPU."""
     parts: dict[str, float] = {}
     if is_quota and settings.threads is None:
@@ -194,7 +194,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
 
     def tell_supervisor(is_serving: bool) -> None:
         if settings.fd is not None and shared_folder is not None:
-            beat(shared_folder, is_serving)
+            write_heartbeat(shared_folder, is_serving)
 
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # or clients could write a line per broken form
     shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
@@ -206,7 +206,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
     ports = 1 if settings.grpc_port is None else 2
     max_connections = allow_connections(ports * settings.max_connections) // ports
     host, port, inherited = settings.host, settings.port, settings.fd
-    with take_address(host, port) if inherited is None else socket.socket(fileno=inherited) as opened:
+    with bind_exclusively(host, port) if inherited is None else socket.socket(fileno=inherited) as opened:
         # The weights are read in less time than threads need to synchronise, on a busy machine in far less. The engine
         # sets the number of threads that it computes with.
         torch.set_num_threads(1)
@@ -216,7 +216,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
             engine,
             on_failure=stop,
             heartbeat=tell_supervisor,
-            changes_refused=why_no_changes(settings),
+            changes_refused=changes_refused_reason(settings),
             tracer=find_tracer(os.environ),
         )
         shared = _shared(settings, max_connections, runtime)
@@ -230,7 +230,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
             admin.lifespan = "off"  # the other app runs the lifespan of the runtime
             beside.append(partial(serving_beside, admin, settings.host, settings.admin_port))
         if certificate is not None:
-            beside.append(certificate.kept_fresh)
+            beside.append(certificate.refreshed)
         # Other workers may serve at the same address: this one takes no connection away from them before it is ready.
         app = create_app(
             runtime, ready_first=settings.fd is not None, is_public=settings.admin_port is not None, beside=beside
@@ -240,7 +240,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         config = _configure(settings, app, http)
         scheme = "http" if certificate is None else "https"
         server = _Server(config, runtime.drain, scheme, has_page=settings.admin_port is None)
-        configure_gc()
+        configure_interpreter()
         _on_hangup(server.handle_exit)
         server.run([opened])
     if runtime.state is ServerState.HUNG:  # the interpreter would wait for the hung thread
@@ -283,7 +283,7 @@ def _shared(settings: Settings, max_connections: int, runtime: ServerRuntime) ->
     return {
         "connections": connections,
         "observe": metrics.closed,
-        "log": SparingLog(logging.getLogger("service.http")),
+        "log": RateLimitedLog(logging.getLogger("service.http")),
         "early": EarlyRejection(runtime.context, CLASSIFY_PATH),
     }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from service.hosting.workers import SERVING, pulse_file
+from service.hosting.workers import SERVING, heartbeat_file
 from service.telemetry.multiprocess import forget_worker
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Supervisor:
 
     def _look_at(self, worker: _Worker, folder: str) -> None:
         """Check the heartbeats of a worker, and kill the worker if they have ceased."""
-        pulse = pulse_file(folder, worker.process.pid)
+        pulse = heartbeat_file(folder, worker.process.pid)
         last_beat_ns = pulse.stat().st_mtime_ns if pulse.exists() else 0
         worker.silent_looks = worker.silent_looks + 1 if last_beat_ns == worker.last_beat_ns else 0
         if last_beat_ns > worker.last_beat_ns:
@@ -144,7 +144,7 @@ class Supervisor:
 
     def _replace(self, worker: _Worker, status: int, folder: str) -> None:
         self._forget(worker.process.pid, folder)
-        pulse_file(folder, worker.process.pid).unlink(missing_ok=True)  # another process may get the same ID
+        heartbeat_file(folder, worker.process.pid).unlink(missing_ok=True)  # another process may get the same ID
         now = self._clock()
         if now - worker.started_at < self._timing.replacement_interval_s:
             return

@@ -85,7 +85,7 @@ def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
     return opened
 
 
-def take_address(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
+def bind_exclusively(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
     """Bind a socket to an address; it is shared among our own workers only, not with those of another server.
 
     Raises:
@@ -99,15 +99,15 @@ def take_address(host: str, port: int, *, is_shared: bool = False) -> socket.soc
         raise CommandError(f"{host} port {port} cannot be listened on: {error.strerror}") from error
 
 
-def beat(folder: str, is_serving: bool) -> None:
+def write_heartbeat(folder: str, is_serving: bool) -> None:
     """Send a heartbeat to the supervisor: this worker makes progress, and serves or prepares."""
     try:
-        pulse_file(folder, os.getpid()).write_text(SERVING if is_serving else PREPARING)
+        heartbeat_file(folder, os.getpid()).write_text(SERVING if is_serving else PREPARING)
     except OSError as error:  # no reason to end a server
         logger.warning("the supervisor cannot be told that all is well: %s", error)
 
 
-def pulse_file(folder: str, pid: int) -> Path:
+def heartbeat_file(folder: str, pid: int) -> Path:
     """Return the path of a worker's heartbeat file."""
     return Path(folder, f"{pid}.pulse")
 

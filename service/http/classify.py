@@ -16,7 +16,7 @@ from service.http.descriptions import describe_answer
 from service.http.disconnects import ClientWatch
 from service.http.early_rejection import RESERVED
 from service.http.error_responses import ErrorAnswers, describe_error
-from service.http.forms import FIELD
+from service.http.forms import IMAGE_FIELD
 from service.http.keys import key_of
 from service.http.protocol import ARRIVED_AT
 from service.http.queries import parse_parameters, parse_query
@@ -110,7 +110,7 @@ def make_classify(context: RouteContext) -> Handle:
 
 
 async def read_upload(
-    context: RouteContext, request: Request, watch: ClientWatch, image_fields: tuple[str, ...] = (FIELD,)
+    context: RouteContext, request: Request, watch: ClientWatch, image_fields: tuple[str, ...] = (IMAGE_FIELD,)
 ) -> Upload:
     """Parse a request. The body of a form or of JSON is read whole, for it may hold parameters.
 

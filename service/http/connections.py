@@ -12,7 +12,7 @@ from typing import Protocol
 class Connection(Protocol):
     """A connection that Connections counts and may close."""
 
-    def give_way(self) -> None:
+    def evict(self) -> None:
         """Close to make room for a new connection."""
 
 
@@ -100,6 +100,6 @@ class Connections:
             if address is None or self._addresses[connection] == address:
                 self.forget(connection)
                 self._observe("gave_way")
-                connection.give_way()
+                connection.evict()
                 return True
         return False

@@ -10,7 +10,7 @@ from service.classifier import Classifier
 from service.domain import ServerState
 from service.errors import NotReadyError
 from service.execution.explainer import Explainer
-from service.health import OwnFailures
+from service.health import ServerFailures
 from service.http.schemas import SubNetworksAnswer
 from service.http.uploads import BodyLimits
 from service.machine.monitor import Monitor
@@ -28,14 +28,14 @@ class ReadyServer:
     Attributes:
         pipeline: answers requests.
         scheduler: holds the queue of the requests.
-        describe_family: lists the sub-networks with their latencies as known by now.
+        describe_subnetworks: lists the sub-networks with their latencies as known by now.
         measured_share: returns the fraction of these latencies that is measured, 0..1.
         explainer: returns the patches that the model kept of an image.
     """
 
     pipeline: Pipeline
     scheduler: Scheduler
-    describe_family: Callable[[], SubNetworksAnswer]
+    describe_subnetworks: Callable[[], SubNetworksAnswer]
     measured_share: Callable[[], float]
     explainer: Explainer
 
@@ -82,7 +82,7 @@ class RouteContext:
     report: Callable[[], None]
     reporter: Reporter | None = None
     clock: Callable[[], float] = time.monotonic
-    failures: OwnFailures = field(default_factory=OwnFailures)
+    failures: ServerFailures = field(default_factory=ServerFailures)
     keys: KeyFile | None = None
 
     @property

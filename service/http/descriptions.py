@@ -134,7 +134,7 @@ def describe_explanation(answer: Classification, kept: Sequence[KeptPatches], ch
     return ExplainAnswer(**describe_answer(answer, checkpoint).model_dump(), explanation=explanation)
 
 
-def describe_family(
+def describe_subnetworks(
     checkpoint: Checkpoint, catalog: VariantCatalog, engine: str, profiled_at: str, batch_sizes: tuple[int, ...]
 ) -> SubNetworksAnswer:
     """List the sub-networks and the cascades, cheapest first."""

@@ -19,7 +19,7 @@ from service.http.origins import is_known_host
 from service.http.protocol import ARRIVED_AT, BoundedProtocol
 from service.http.queries import parse_query
 from service.http.request_ids import RAW_HEADER
-from service.request_names import name_request
+from service.request_names import request_id_of
 from service.request_parameters import ClassifyQuery
 from service.scheduling.state import QueuedRequest
 
@@ -118,7 +118,7 @@ class EarlyRejection:
         if self._context.reporter is not None:
             self._context.reporter.rejected()
         media_type = error_type(named.get(b"accept", b"").decode("latin-1"))
-        return last.lines % (media_type.encode(), name_request(named.get(RAW_HEADER, b"")))
+        return last.lines % (media_type.encode(), request_id_of(named.get(RAW_HEADER, b"")))
 
     def charge(self, took_s: float) -> float:
         """Charge a rejection's CPU time to a leaky bucket; return the seconds to hold the rejection back.
@@ -258,7 +258,7 @@ class RejectingProtocol(BoundedProtocol):
     def _go_on(self) -> None:
         self._is_pausing = False
         if not self.transport.is_closing():
-            self._parse_rest()
+            self._resume_parsing()
 
     def _rejection(self) -> bytes | None:
         # The application handles a client that does not read its answers.

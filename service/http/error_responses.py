@@ -108,14 +108,14 @@ class ErrorAnswers:
         return _closing(response) if self._may_be_long(request) else response
 
     def _may_be_long(self, request: Request) -> bool:
-        if "transfer-encoding" in request.headers or _waits_to_send(request):
+        if "transfer-encoding" in request.headers or _expects_continue(request):
             return True
         return int(request.headers.get("content-length", "0")) > self._max_body_bytes
 
 
 async def refuse(request: Request, error: ServiceError) -> Response:
     """Answer a request whose body is not wanted with an error, and close the connection."""
-    if not _waits_to_send(request):
+    if not _expects_continue(request):
         await _discard(request)
     return _closing(_respond(request, error))
 
@@ -174,7 +174,7 @@ def _described(status: int, code: str, message: str, details: dict[str, Any] | N
     )
 
 
-def _waits_to_send(request: Request) -> bool:
+def _expects_continue(request: Request) -> bool:
     """Return whether the client sends its body only after a 100 Continue, which a refused request must not get."""
     return "expect" in request.headers
 

@@ -11,7 +11,7 @@ from starlette.responses import StreamingResponse
 
 from service.domain import ServerState
 from service.errors import OverloadedError
-from service.telemetry.live import LiveSample
+from service.telemetry.live import MetricsSample
 
 INTERVAL_S = 1.0
 SAMPLES_KEPT = 180  # the history that a new listener gets first
@@ -19,7 +19,7 @@ MAX_LISTENERS = 32
 RETRY_AFTER_S = 5.0
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the latter, or nginx would buffer the events
 
-_SAMPLE = TypeAdapter(LiveSample)
+_SAMPLE = TypeAdapter(MetricsSample)
 
 
 class LiveFeed:
@@ -27,7 +27,7 @@ class LiveFeed:
 
     def __init__(
         self,
-        read: Callable[[], LiveSample],
+        read: Callable[[], MetricsSample],
         is_over: Callable[[], bool],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         now: Callable[[], float] = time.time,
@@ -41,7 +41,7 @@ class LiveFeed:
             now: returns Unix time in seconds.
         """
         self._read, self._is_over, self._sleep, self._now = read, is_over, sleep, now
-        self._samples: deque[LiveSample] = deque(maxlen=SAMPLES_KEPT)
+        self._samples: deque[MetricsSample] = deque(maxlen=SAMPLES_KEPT)
         self._lock = asyncio.Lock()
         self._listeners = 0
         self._number = 0  # samples taken so far
@@ -100,9 +100,9 @@ def describe_events() -> dict[str, Any]:
     """Return the OpenAPI description of the stream."""
     return {
         "description": "an event a second, whose data is JSON: those of the last minutes first",
-        "content": {EventStream.media_type: {"schema": {**_SAMPLE.json_schema(), "title": "LiveSample"}}},
+        "content": {EventStream.media_type: {"schema": {**_SAMPLE.json_schema(), "title": "MetricsSample"}}},
     }
 
 
-def _event(sample: LiveSample) -> bytes:
+def _event(sample: MetricsSample) -> bytes:
     return b"data: %b\n\n" % _SAMPLE.dump_json(sample)

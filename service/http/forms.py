@@ -11,7 +11,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from service.domain import MAX_IMAGES
 from service.errors import InvalidImageError, InvalidParameterError
 
-FIELD = "file"
+IMAGE_FIELD = "file"
 MAX_FIELDS = 16
 MAX_FIELD_BYTES = 256
 # Media types of clients that name no image type: none, the generic one, that of object stores, and the default of
@@ -42,7 +42,7 @@ class _Part:
 class FormReader:
     """Incremental parser of a multipart form."""
 
-    def __init__(self, content_type: str, image_fields: tuple[str, ...] = (FIELD,)) -> None:
+    def __init__(self, content_type: str, image_fields: tuple[str, ...] = (IMAGE_FIELD,)) -> None:
         """Create the parser.
 
         Args:

@@ -63,7 +63,7 @@ class InferenceOverHttp:
     async def _read(self, request: Request, arrived_at: float, query: Mapping[str, str]) -> bytes:
         """Check what can be checked without the body, then read the body and undo its content encoding."""
         headers, limits = request.headers, self._context.bodies
-        within_s = self._protocol.time_for_body_s(arrived_at, query, headers, limits.max_s, key_of(request.scope))
+        within_s = self._protocol.check_before_body(arrived_at, query, headers, limits.max_s, key_of(request.scope))
         body = await read_body(request, limits, within_s)
         encoding = headers.get("content-encoding", "").strip().lower()
         # On a thread: a few bytes may become as many as the limit allows.

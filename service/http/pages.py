@@ -18,8 +18,8 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {"Content-Security-Policy": POLICY.format(styles="")}
-ASK_FIRST = "no-cache"  # the browser revalidates each file by its ETag
-SELDOM_CHANGES = "max-age=86400"
+REVALIDATE = "no-cache"  # the browser revalidates each file by its ETag
+CACHE_ONE_DAY = "max-age=86400"
 
 
 class _Files(StaticFiles):
@@ -39,7 +39,7 @@ class _Files(StaticFiles):
 
 def add_pages(app: FastAPI) -> None:
     """Serve the page at /, the documentation at /docs and the files of both under /web."""
-    page = {**HEADERS, "Cache-Control": ASK_FIRST}
+    page = {**HEADERS, "Cache-Control": REVALIDATE}
     documentation = {**page, "Content-Security-Policy": POLICY.format(styles=" 'unsafe-inline'")}
 
     @app.head("/", include_in_schema=False)
@@ -51,6 +51,6 @@ def add_pages(app: FastAPI) -> None:
     async def docs() -> FileResponse:
         return FileResponse(WEB / "docs.html", headers=documentation)
 
-    app.mount("/web/samples", _Files(SAMPLES, SELDOM_CHANGES))
-    app.mount("/web/docs", _Files(DOCUMENTATION, SELDOM_CHANGES))
-    app.mount("/web", _Files(WEB, ASK_FIRST))
+    app.mount("/web/samples", _Files(SAMPLES, CACHE_ONE_DAY))
+    app.mount("/web/docs", _Files(DOCUMENTATION, CACHE_ONE_DAY))
+    app.mount("/web", _Files(WEB, REVALIDATE))

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.http.connections import Connections
 from service.http.sockets import waited_s, was_reset
-from service.telemetry.sparing_log import SparingLog
+from service.telemetry.rate_limited_log import RateLimitedLog
 
 MAX_HEAD_BYTES = 32_768
 HEAD_S = 10.0
@@ -52,7 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
         *args: Any,  # noqa: ANN401 - uvicorn's signature
         connections: Connections,
         observe: Callable[[str], None] = lambda _: None,
-        log: SparingLog | None = None,
+        log: RateLimitedLog | None = None,
         clock: Callable[[], float] = time.monotonic,
         **kwargs: Any,  # noqa: ANN401 - as above
     ) -> None:
@@ -67,7 +67,7 @@ class BoundedProtocol(HttpToolsProtocol):
             kwargs: uvicorn's keyword arguments.
         """
         super().__init__(*args, **kwargs)
-        self._all, self._observe, self._log, self._clock = connections, observe, log or SparingLog(logger), clock
+        self._all, self._observe, self._log, self._clock = connections, observe, log or RateLimitedLog(logger), clock
         self._in_head, self._bytes = True, 0  # received of this request so far
         self._body_left: int | None = None  # bytes; None for a chunked body
         self._tail = b""  # the last bytes parsed, in which an END_OF_HEAD may begin
@@ -101,7 +101,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # uvicorn leaves its timer running after a reset
         self._unparsed = b""
 
-    def give_way(self) -> None:
+    def evict(self) -> None:
         """Close the connection to make room for a new one."""
         self._log.warning("a connection that waited was closed for a new one; see --max-connections")
         self._close()
@@ -155,7 +155,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close()
             return
         self._all.waits(self)
-        self._parse_rest()
+        self._resume_parsing()
 
     def pause_writing(self) -> None:
         """Wait until the client has read the pending data, for at most UNREAD_S."""
@@ -182,7 +182,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whether the next data belongs to a request after the one that is being answered."""
         return self._in_head and self._is_answering
 
-    def _parse_rest(self) -> None:
+    def _resume_parsing(self) -> None:
         """Parse the data that came while a request was being answered."""
         self.flow.resume_reading()
         if self._unparsed:

@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.request_names import name_request
+from service.request_names import request_id_of
 from service.telemetry.logs import REQUEST_ID
 
 HEADER = "X-Request-ID"
@@ -29,7 +29,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        name = name_request(_brought(scope))
+        name = request_id_of(_brought(scope))
         REQUEST_ID.set(name.decode())
         if not self._sends_back:
             await self._app(scope, receive, send)

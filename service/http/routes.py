@@ -19,7 +19,7 @@ from service.http.events import EventStream, LiveFeed, describe_events, is_stopp
 from service.http.explain import make_explain
 from service.http.feedback import BODY as FEEDBACK_BODY
 from service.http.feedback import FeedbackAnswer, make_feedback
-from service.http.forms import FIELD
+from service.http.forms import IMAGE_FIELD
 from service.http.keys import key_of
 from service.http.queries import (
     Schema,
@@ -80,13 +80,13 @@ DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] f
 
 def describe_body(parameters: Mapping[str, Schema]) -> Schema:
     """Return the OpenAPI description of POST /classify's body, which may hold the parameters instead of the query."""
-    form: Schema = {FIELD: {"description": "an image, or several", "anyOf": [BYTES, MANY]}, **parameters}
+    form: Schema = {IMAGE_FIELD: {"description": "an image, or several", "anyOf": [BYTES, MANY]}, **parameters}
     members: Schema = {"image": {"type": "string", "description": "base64 of an image's file, or a data URL of it"}}
     members |= {name: nullable(schema) for name, schema in parameters.items()}
     return {
         "required": True,
         "content": {
-            "multipart/form-data": {"schema": _object(form, FIELD)},
+            "multipart/form-data": {"schema": _object(form, IMAGE_FIELD)},
             "image/*": {"schema": BYTES},
             "application/octet-stream": {"schema": BYTES},
             "application/json": {"schema": _object(members, "image")},
@@ -101,7 +101,7 @@ def _object(properties: Schema, required: str) -> Schema:
 def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     """Create the routes for clients."""
     router = APIRouter()
-    profiles = context.checkpoint.profile.with_rates_between(context.checkpoint.config)
+    profiles = context.checkpoint.profile.with_interpolated_rates(context.checkpoint.config)
     # The routes parse their queries themselves, in a tenth of FastAPI's time, and so describe them themselves, too.
     of_classify, of_decide = (
         describe_parameters(
@@ -150,7 +150,7 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     @router.get("/subnetworks", responses={503: RESPONSES[503]})
     async def subnetworks() -> SubNetworksAnswer:
         """List every sub-network with its cost, its accuracy and its latency on this machine."""
-        return context.server().describe_family()
+        return context.server().describe_subnetworks()
 
     @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live")
@@ -163,7 +163,7 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     async def ready() -> ReadyAnswer:
         """Return 200 once the model has answered its first batch, while requests are taken and do not all fail."""
         server = context.open_server()
-        if context.failures.are_all:
+        if context.failures.is_persistent:
             raise NotReadyError("every request fails of late for reasons of the server's own; its log says which")
         return ReadyAnswer(status="ready", profile_measured=round(server.measured_share(), 3))
 

@@ -56,7 +56,7 @@ class TlsGate(asyncio.Protocol):
             # enough: uvloop reads all the same.
             transport.abort()
 
-    def give_way(self) -> None:
+    def evict(self) -> None:
         """Close the connection to make room for a new one."""
         if self._handshake is not None:
             # Not before the task has begun, or nothing would close its socket.

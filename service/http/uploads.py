@@ -13,7 +13,7 @@ from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
-from service.classifier import RequestsByClient
+from service.classifier import ClientLimiter
 from service.decoding.base64_text import decode_base64
 from service.errors import (
     BodyTooLargeError,
@@ -24,12 +24,12 @@ from service.errors import (
     UploadTimeoutError,
     invalid_parameter,
 )
-from service.http.forms import FIELD, UNTYPED, Form, FormReader
+from service.http.forms import IMAGE_FIELD, UNTYPED, Form, FormReader
 from service.http.keys import key_of
 
-LATE_S = 0.05
+MAX_LOOP_DELAY_S = 0.05
 # A slower body holds a connection and memory for too little: a phone on 2G sends some 5,000 bytes a second.
-LEAST_BYTES_PER_S = 1000
+MIN_BYTES_PER_S = 1000
 SLOW_START_S = 5.0
 MAX_MESSAGE_BYTES = 10_000  # of a body that holds no image
 MAX_JSON_MEMBERS = 64  # counted by `,`, `[` and `{`, none of which is in base64
@@ -58,7 +58,7 @@ class BodyLimits:
 
     max_bytes: int
     max_s: float
-    coming: RequestsByClient
+    coming: ClientLimiter
 
 
 def kind_of_body(headers: Headers) -> BodyKind:
@@ -81,7 +81,9 @@ def kind_of_body(headers: Headers) -> BodyKind:
     return BodyKind.IMAGE
 
 
-async def read_body(request: Request, limits: BodyLimits, within_s: float = math.inf, late_s: float = LATE_S) -> bytes:
+async def read_body(
+    request: Request, limits: BodyLimits, within_s: float = math.inf, late_s: float = MAX_LOOP_DELAY_S
+) -> bytes:
     """Read a body as bytes; arguments and errors as `receive`."""
     chunks: list[bytes] = []
     await receive(request, chunks.append, limits, within_s, late_s)
@@ -89,7 +91,7 @@ async def read_body(request: Request, limits: BodyLimits, within_s: float = math
 
 
 async def read_form(
-    request: Request, limits: BodyLimits, within_s: float = math.inf, image_fields: tuple[str, ...] = (FIELD,)
+    request: Request, limits: BodyLimits, within_s: float = math.inf, image_fields: tuple[str, ...] = (IMAGE_FIELD,)
 ) -> Form:
     """Read a body that is a form; arguments and errors as `receive` and FormReader."""
     reader = FormReader(request.headers["content-type"], image_fields)
@@ -133,7 +135,7 @@ async def receive(
     feed: Callable[[bytes], object],
     limits: BodyLimits,
     within_s: float = math.inf,
-    late_s: float = LATE_S,
+    late_s: float = MAX_LOOP_DELAY_S,
 ) -> None:
     """Receive a request's body.
 
@@ -147,7 +149,7 @@ async def receive(
     Raises:
         BodyTooLargeError: the body is longer than the limit; `feed` got no more than that.
         UploadTimeoutError: the body took longer than `within_s` or `limits.max_s`, or came slower than
-            LEAST_BYTES_PER_S.
+            MIN_BYTES_PER_S.
         DeadlineError: the deadline passed, and the event loop was too busy to tell whether the body came in time.
         ClientGoneError: the client left.
         OverloadedError: the client is sending as many bodies as it may at once.
@@ -173,11 +175,11 @@ async def _receive(
                 if size > limits.max_bytes:
                     raise _too_large(limits.max_bytes)
                 feed(chunk)
-                limit.reschedule(min(ends_at, started_at + SLOW_START_S + size / LEAST_BYTES_PER_S))
+                limit.reschedule(min(ends_at, started_at + SLOW_START_S + size / MIN_BYTES_PER_S))
     except TimeoutError as error:
         ended_at = limit.when() or 0.0
         if ended_at < ends_at:
-            raise UploadTimeoutError(f"the body came slower than {LEAST_BYTES_PER_S} bytes a second") from error
+            raise UploadTimeoutError(f"the body came slower than {MIN_BYTES_PER_S} bytes a second") from error
         if within_s < max_s and loop.time() - ended_at > late_s:
             raise DeadlineError("the deadline passed before the server looked at the body") from error
         allowed = "its budget" if within_s < max_s else f"{max_s:g} s"

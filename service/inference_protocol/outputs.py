@@ -12,7 +12,7 @@ from service.inference_protocol.messages import OutputTensor, Parameter, Request
 
 PROBABILITIES, LABELS = "probabilities", "labels"
 OUTPUTS = (PROBABILITIES, LABELS)
-OF_OUTPUTS = frozenset(("binary_data", "classification", "content_type"))
+OUTPUT_PARAMETERS = frozenset(("binary_data", "classification", "content_type"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def _classes(output: RequestedOutput, num_classes: int) -> int:
     for name in output.parameters:
         if name.startswith("shared_memory"):
             raise InvalidParameterError(f"{name}: shared memory is not supported", parameter=name)
-        if name not in OF_OUTPUTS:
+        if name not in OUTPUT_PARAMETERS:
             raise InvalidParameterError(f"{name}: an output has no parameter of that name", parameter=name)
     classes = output.parameters.get("classification", 0)
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:

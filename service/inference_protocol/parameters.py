@@ -15,8 +15,8 @@ HEADERS = {
     "x-priority": "priority",
 }
 # Parameters of other servers' clients, for the form of the answer or for those servers; nothing here depends on them.
-OF_OTHERS = frozenset(("binary_data_output", "content_type", "headers", "triton_enable_empty_final_response"))
-OF_SEQUENCES = ("sequence_id", "sequence_start", "sequence_end")
+IGNORED_PARAMETERS = frozenset(("binary_data_output", "content_type", "headers", "triton_enable_empty_final_response"))
+SEQUENCE_PARAMETERS = ("sequence_id", "sequence_start", "sequence_end")
 
 
 def parameters_of(body: Parameters, query: Mapping[str, str], headers: Mapping[str, str]) -> ClassifyQuery:
@@ -34,9 +34,9 @@ def parameters_of(body: Parameters, query: Mapping[str, str], headers: Mapping[s
     named = {name: headers[header] for header, name in HEADERS.items() if header in headers}
     values: dict[str, Any] = {**named, **query}
     for name, value in body.items():
-        if name in OF_SEQUENCES:
+        if name in SEQUENCE_PARAMETERS:
             _refuse_sequences(name, value)
-        elif name not in OF_OTHERS:
+        elif name not in IGNORED_PARAMETERS:
             number = _number(name, value)
             values[name] = _own_priority(number) if name == "priority" else number
     timeout_us = values.pop("timeout", None)

@@ -13,13 +13,13 @@ from service.classifier import Classifier
 from service.decoding.base64_text import decode_base64
 from service.domain import DEFAULT_TOP_K, ApiKey, Classification, InferenceRequest
 from service.errors import InvalidTensorError, NotReadyError, ServiceError, UnknownModelError, UploadTimeoutError
-from service.health import OwnFailures
+from service.health import ServerFailures
 from service.inference_protocol.descriptions import VERSION, describe_config, describe_model, describe_statistics
 from service.inference_protocol.images import INPUT, InputImage, images_of
 from service.inference_protocol.messages import InferReply, InferRequest
 from service.inference_protocol.outputs import WantedOutput, make_output, reply_parameters, wanted_outputs
 from service.inference_protocol.parameters import parameters_of
-from service.inference_protocol.together import Together
+from service.inference_protocol.together import ImageGroup
 from service.pipeline import Image, Pipeline, Read
 from service.telemetry.inference_statistics import read_statistics
 from service.telemetry.metrics import Metrics
@@ -57,7 +57,7 @@ class InferenceProtocol:
         checkpoints: Callable[[], Sequence[Checkpoint]],
         metrics: Metrics,
         classifier: Classifier,
-        failures: OwnFailures,
+        failures: ServerFailures,
         open_pipelines: Callable[[], Sequence[Pipeline]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -81,7 +81,7 @@ class InferenceProtocol:
             self._open_pipelines()
         except NotReadyError:
             return False
-        return not self._failures.are_all
+        return not self._failures.is_persistent
 
     def require_model(self, name: str, version: str = "") -> None:
         """Check that a model is served; its version may be left out, or be 1 or the checkpoint's.
@@ -117,7 +117,7 @@ class InferenceProtocol:
         state, reason = ("READY", "") if is_ready else ("UNAVAILABLE", "it takes no requests at this moment")
         return [{"name": checkpoint.name, "version": VERSION, "state": state, "reason": reason}]
 
-    def time_for_body_s(
+    def check_before_body(
         self,
         arrived_at: float,
         query: Mapping[str, str],
@@ -222,7 +222,7 @@ class InferenceProtocol:
     ) -> tuple[Classification, ...]:
         if len(plan.images) == 1:
             return (await self._classifier.classify(pipeline, _reading(plan.images[0]), plan.wanted, watch),)
-        together, number = Together(watch), len(plan.images)
+        together, number = ImageGroup(watch), len(plan.images)
         each = [replace(plan.wanted, image=place, num_together=number - place) for place in range(number)]
         answers = await asyncio.gather(
             *(

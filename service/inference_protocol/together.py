@@ -7,7 +7,7 @@ from types import TracebackType
 from service.errors import ServiceError
 
 
-class Together:
+class ImageGroup:
     """A context manager for the tasks that answer the images, one task each; it enters `watch` inside."""
 
     def __init__(self, watch: AbstractContextManager[object] | None) -> None:
@@ -16,7 +16,7 @@ class Together:
         self._tasks: set[asyncio.Task[object]] = set()
         self._failure: ServiceError | None = None
 
-    def __enter__(self) -> "Together":
+    def __enter__(self) -> "ImageGroup":
         """Register the current task, which answers an image.
 
         Raises:

@@ -11,7 +11,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from service.errors import InvalidParameterError, ServiceError
-from service.rpc.answering import Answering, Context, Messages, is_inference
+from service.rpc.answering import CallHandling, Context, Messages, is_inference
 from service.rpc.calls import address_of, read_bytes
 
 
@@ -22,7 +22,7 @@ class AddressBound(grpc.aio.ServerInterceptor):
     their calls are taken as streams, of which gRPC reads nothing before it is told to.
     """
 
-    def __init__(self, answering: Answering) -> None:
+    def __init__(self, answering: CallHandling) -> None:
         """Create the interceptor; `answering` counts calls and ends those that are refused."""
         self._answering = answering
 

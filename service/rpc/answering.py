@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from grpc.aio import ServicerContext
 
 from service.access.key_file import KeyFile
-from service.classifier import RequestsByClient
+from service.classifier import ClientLimiter
 from service.domain import ApiKey
 from service.errors import ClientGoneError, ServiceError
 from service.inference_protocol.messages import InferReply, InferRequest
@@ -35,7 +35,7 @@ Answer = Callable[[Messages, Call], Awaitable[Message]]
 M = TypeVar("M", bound=Message)
 
 
-class Answering:
+class CallHandling:
     """The state and the handling of calls that all services share.
 
     Attributes:
@@ -52,7 +52,7 @@ class Answering:
         metrics: Metrics,
         max_upload_s: float,
         max_calls_per_address: int,
-        coming: RequestsByClient,
+        coming: ClientLimiter,
         keys: KeyFile | None = None,
         reporter: Reporter | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -73,7 +73,7 @@ class Answering:
         self.in_flight = CallsInFlight()
         self.max_upload_s = max_upload_s
         self._metrics, self._clock = metrics, clock
-        self.by_address, self._keys = RequestsByClient(max_calls_per_address), keys
+        self.by_address, self._keys = ClientLimiter(max_calls_per_address), keys
         self.reports, self._coming = CallReports(reporter), coming
 
     def method(self, name: str, answer: Answer) -> "grpc.RpcMethodHandler[bytes, bytes]":
@@ -101,7 +101,7 @@ class Answering:
 
     @contextmanager
     def waiting_for_messages(self, address: str | None, key: ApiKey | None = None) -> Iterator[None]:
-        """Count a message of a client, as `RequestsByClient` knows it, as on its way until the block ends.
+        """Count a message of a client, as `ClientLimiter` knows it, as on its way until the block ends.
 
         Raises:
             OverloadedError: too many messages of the client are on their way.
@@ -135,7 +135,7 @@ class Answering:
             ServiceError: the request is refused or cannot be read; the failure is counted.
         """
         with self.counting_failures(key), CancellationWatch(), self.waiting_for_messages(call.address, key):
-            within_s = self.protocol.time_for_body_s(call.arrived_at, {}, call.metadata, self.max_upload_s, key)
+            within_s = self.protocol.check_before_body(call.arrived_at, {}, call.metadata, self.max_upload_s, key)
             return translate(await read_message(messages, message_type, within_s))
 
     @contextmanager

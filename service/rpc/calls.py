@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from grpc.aio import ServicerContext
 
 from service.errors import ClientGoneError, InvalidParameterError, UploadTimeoutError
-from service.request_names import name_request
+from service.request_names import request_id_of
 from service.rpc.wire_fields import MAX_FIELDS, count_fields
 
 REQUEST_ID = "x-request-id"
@@ -44,7 +44,7 @@ class Call:
     def of(cls, context: "ServicerContext[bytes, bytes]", arrived_at: float) -> "Call":
         """Read a call from its gRPC context."""
         metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-        request_id = name_request(metadata.get(REQUEST_ID, "").encode()).decode()
+        request_id = request_id_of(metadata.get(REQUEST_ID, "").encode()).decode()
         return cls(request_id, address_of(context.peer()), metadata, arrived_at, context.time_remaining())
 
 

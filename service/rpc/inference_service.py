@@ -13,7 +13,7 @@ from service.domain import ApiKey
 from service.errors import OverloadedError, UnauthorizedError, UnknownModelError, UploadTimeoutError
 from service.inference_protocol.messages import InferRequest
 from service.rpc import open_inference_pb2 as pb
-from service.rpc.answering import Answering, Context, Messages, failure_of
+from service.rpc.answering import CallHandling, Context, Messages, failure_of
 from service.rpc.calls import Call, parse_message
 from service.rpc.messages import read_request, write_reply
 
@@ -25,7 +25,9 @@ STREAM_AHEAD = 64  # concurrent requests of a stream; further ones wait in the c
 class InferenceService:
     """Answers the calls of the service."""
 
-    def __init__(self, answering: Answering, keep_alive_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, answering: CallHandling, keep_alive_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Create the service from its collaborators.
 
         Args:

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from service.access.certificates import Certificate
 from service.rpc.address_bound import AddressBound
-from service.rpc.answering import Answering
+from service.rpc.answering import CallHandling
 from service.rpc.calls import CallsInFlight
 from service.rpc.inference_service import SERVICE_NAME, InferenceService
 from service.rpc.tensorflow_service import MODEL_SERVICE, PREDICTION_SERVICE, TensorflowService
@@ -20,9 +20,9 @@ from service.rpc.tensorflow_service import MODEL_SERVICE, PREDICTION_SERVICE, Te
 logger = logging.getLogger(__name__)
 
 SERVICES = (SERVICE_NAME, PREDICTION_SERVICE, MODEL_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-SEEN_READY_S = 0.1  # time between two updates of the health service
+HEALTH_UPDATE_S = 0.1  # time between two updates of the health service
 PING_S, PONG_S = 60, 20  # interval and timeout of keepalive pings, by which a vanished client is noticed
-WATCHERS_S = 1.0  # granted to calls that do not end by themselves, once all requests have their answers
+WATCHER_GRACE_S = 1.0  # granted to calls that do not end by themselves, once all requests have their answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Bounds:
 
 @asynccontextmanager
 async def serving(
-    answering: Answering,
+    answering: CallHandling,
     address: tuple[str, int],
     bounds: Bounds,
     drain_left_s: Callable[[], float],
@@ -114,7 +114,7 @@ async def _follow(is_ready: Callable[[], bool], readiness: "health.aio.HealthSer
     """Update the health service regularly, until cancelled."""
     while True:
         await _tell(readiness, is_ready=is_ready())
-        await asyncio.sleep(SEEN_READY_S)
+        await asyncio.sleep(HEALTH_UPDATE_S)
 
 
 async def _tell(readiness: "health.aio.HealthServicer", *, is_ready: bool) -> None:
@@ -129,5 +129,5 @@ async def _stop(server: grpc.aio.Server, in_flight: CallsInFlight, within_s: flo
     answered = asyncio.create_task(in_flight.none_left())
     await asyncio.wait((stopping, answered), return_when=asyncio.FIRST_COMPLETED)
     answered.cancel()
-    await server.stop(WATCHERS_S)
+    await server.stop(WATCHER_GRACE_S)
     await stopping

@@ -8,7 +8,7 @@ from google.protobuf.wrappers_pb2 import Int64Value
 from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, OutputTensor, RequestedOutput
 from service.inference_protocol.tensors import to_raw
 from service.rpc import tensorflow_serving_pb2 as tf
-from service.rpc.answering import Answering, Messages
+from service.rpc.answering import CallHandling, Messages
 from service.rpc.calls import Call
 from service.rpc.messages import require_few_tensors
 
@@ -22,7 +22,7 @@ METHOD = "tensorflow/serving/predict"
 class TensorflowService:
     """Answers the calls of PredictionService and ModelService."""
 
-    def __init__(self, answering: Answering) -> None:
+    def __init__(self, answering: CallHandling) -> None:
         """Create the services; `answering` is what all services share."""
         self._answering, self._protocol = answering, answering.protocol
 

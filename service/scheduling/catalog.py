@@ -40,7 +40,7 @@ class VariantCatalog:
         frontier: the variants that a budget chooses from: those that no variant of lower highest cost equals in
             accuracy, cheapest first.
         is_measured: whether the accuracies are known.
-        best_alone: the most accurate of the trained sub-networks, with one look.
+        best_single: the most accurate of the trained sub-networks, with one look.
         known_grants: grants of the same variants with another profile, for the constructor only; made by default.
     """
 
@@ -48,13 +48,13 @@ class VariantCatalog:
     num_levels: int
     frontier: tuple[Variant, ...]
     is_measured: bool
-    best_alone: Variant = field(init=False, repr=False, compare=False)
+    best_single: Variant = field(init=False, repr=False, compare=False)
     _grants: "_Grants" = field(init=False, repr=False, compare=False)
     known_grants: InitVar["_Grants | None"] = None
 
     def __post_init__(self, known_grants: "_Grants | None") -> None:
         alone = (one for one in self.variants if one.second_look is None and one.profile.is_trained)
-        object.__setattr__(self, "best_alone", max(alone, key=lambda one: (one.worth, -one.profile.macs)))
+        object.__setattr__(self, "best_single", max(alone, key=lambda one: (one.worth, -one.profile.macs)))
         object.__setattr__(self, "_grants", known_grants or self._make_grants())
 
     @classmethod
@@ -131,13 +131,13 @@ class VariantCatalog:
         for variant in self.variants:
             if variant.profile.subnetwork == subnetwork and variant.second_look is None:
                 _require_budget(budget_gflops, variant.profile, f"{subnetwork} costs")
-                return self.grant_alone(variant)
+                return self.grant_single(variant)
         raise InvalidParameterError(
             f"{subnetwork} is not one of this model's sub-networks; GET /subnetworks lists them",
             parameter="patch_grid, keep_rate",
         )
 
-    def grant_alone(self, variant: Variant) -> Grant:
+    def grant_single(self, variant: Variant) -> Grant:
         """Grant one variant at every level."""
         return self._grants.alone[variant.index]
 

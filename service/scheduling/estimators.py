@@ -26,12 +26,12 @@ SUSTAINED_TIME_S = 2.0
 REMEMBERED_REQUESTS = 128
 TIGHT_QUANTILE = 0.05
 DELAY_GAIN = 0.1
-DELAY_FADES_S = 0.25
+DELAY_DECAY_S = 0.25
 MISS_STEP = 0.3
 TOLERATED_MISSES = 0.01  # fraction of the requests: about what running one level lower costs in accuracy
 MAX_SAFETY_FACTOR = 10.0
-SAFETY_FACTOR_FADES_S = 15.0
-LEARNED_EVERY = 32  # requests: reading the CPU time of a thread takes a system call
+SAFETY_FACTOR_DECAY_S = 15.0
+UPDATE_EVERY = 32  # requests: reading the CPU time of a thread takes a system call
 LOOP_GAIN = 0.5
 REJECTION_COST = 0.1  # event loop time of a rejection, as a fraction of that of an answer
 
@@ -71,14 +71,14 @@ class Slowdown:
 
 
 @dataclass(slots=True)
-class Delay:
+class DelayEstimator:
     """A delay that varies: moving averages of its value and of its absolute deviation.
 
     Without new observations the expected delay fades. Otherwise a server that rejects every request because of it would
     never learn that it has become shorter.
     """
 
-    fades_s: float = DELAY_FADES_S
+    fades_s: float = DELAY_DECAY_S
     mean_s: float = 0.0
     _deviation_s: float = 0.0
     _seen_at: float = 0.0
@@ -151,7 +151,7 @@ class SafetyFactor:
 
     def read(self, now: float) -> float:
         """Return the factor at `now`."""
-        return 1 + (self.factor - 1) * math.exp(min(0.0, self._at - now) / SAFETY_FACTOR_FADES_S)
+        return 1 + (self.factor - 1) * math.exp(min(0.0, self._at - now) / SAFETY_FACTOR_DECAY_S)
 
 
 class TrafficEstimator:
@@ -206,7 +206,7 @@ class TrafficEstimator:
         return self._sustained_rate.read(now)
 
 
-class LoopCost:
+class LoopCostEstimator:
     """Measures the CPU time that the event loop spends on a request.
 
     Rejected requests count as well: if their cost were put on the answered ones, a server that rejects many would soon
@@ -245,7 +245,7 @@ class LoopCost:
 
     def _count(self, requests: float) -> None:
         self._uncounted += requests
-        if self._uncounted < LEARNED_EVERY:
+        if self._uncounted < UPDATE_EVERY:
             return
         used_s = self._used_s()
         self.mean_s += LOOP_GAIN * ((used_s - self._counted_until_s) / self._uncounted - self.mean_s)

@@ -8,7 +8,7 @@ from service.scheduling.state import SchedulerState
 from service.scheduling.variants import Latencies
 
 
-def clears(
+def meets_deadlines(
     state: SchedulerState,
     deadlines: Sequence[float],
     variant: int,
@@ -46,10 +46,10 @@ def clears(
         squares += (seconds * spread) ** 2
         margin = math.sqrt(squares)
         index += size
-    return _goes_on(state, deadlines, count, start_at, time)
+    return _rest_is_in_time(state, deadlines, count, start_at, time)
 
 
-def clears_mixed(
+def meets_deadlines_mixed(
     state: SchedulerState,
     deadlines: Sequence[float],
     targets: Sequence[int],
@@ -57,7 +57,7 @@ def clears_mixed(
     *,
     after_s: float = 0.0,
 ) -> bool:
-    """Like `clears`, where each request has its own target: a group pays for one batch per target in it.
+    """Like `meets_deadlines`, where each request has its own target: a group pays for one batch per target in it.
 
     Requests beyond `targets` are assumed to be served at the pace of those before them.
     """
@@ -74,10 +74,12 @@ def clears_mixed(
         squares += (cost * spread) ** 2
         margin = math.sqrt(squares)
         index += sum(sizes)
-    return _goes_on(state, deadlines, count, start_at, time)
+    return _rest_is_in_time(state, deadlines, count, start_at, time)
 
 
-def _goes_on(state: SchedulerState, deadlines: Sequence[float], count: int, start_at: float, time: float) -> bool:
+def _rest_is_in_time(
+    state: SchedulerState, deadlines: Sequence[float], count: int, start_at: float, time: float
+) -> bool:
     """Return whether the requests beyond the first `count`, served from `start_at` to `time`, are in time as well."""
     if count == len(deadlines):
         return True

@@ -8,7 +8,7 @@ from service.scheduling.variants import Latencies, with_second_look
 
 TURNAROUND_GAIN = 0.1
 MAX_TURNAROUND = 2.0
-NO_TIME_S = 1e-6  # lower bound on the time of a batch: a coarse clock may measure 0
+MIN_BATCH_S = 1e-6  # lower bound on the time of a batch: a coarse clock may measure 0
 DRIFT_GAIN = 0.1
 MAX_DRIFT = 0.2
 
@@ -78,7 +78,7 @@ class LatencyModel:
             now: when the batch ended.
             turnaround_s: from when the engine was free, and a request waited, until the batch started.
         """
-        taken = min(1 + turnaround_s / max(seconds, NO_TIME_S), MAX_TURNAROUND)
+        taken = min(1 + turnaround_s / max(seconds, MIN_BATCH_S), MAX_TURNAROUND)
         self._turnaround += TURNAROUND_GAIN * (taken - self._turnaround)
         # Compare with the estimate, not with the cautious figure above it: the machine would look faster than it is.
         expected = self._drift[index] * self._catalog.variants[index].latency_by_batch_s[size - 1]

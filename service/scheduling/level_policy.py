@@ -14,12 +14,17 @@ from itertools import accumulate, islice, takewhile
 from operator import attrgetter, itemgetter
 
 from service.domain import ReasonCode
-from service.scheduling.feasibility import clears, clears_mixed, exceeds_capacity, is_sustained_overload
+from service.scheduling.feasibility import (
+    exceeds_capacity,
+    is_sustained_overload,
+    meets_deadlines,
+    meets_deadlines_mixed,
+)
 from service.scheduling.plan import MARGIN, MAX_PLANNED, Plan, guard_time_s
 from service.scheduling.state import BatchDecision, QueuedRequest, Reason, SchedulerState, target
 
 TIGHT_SHARE = 0.8  # of a tight latency budget: a batch that takes longer leaves no time for requests with such a budget
-RARE = 0.1  # expected arrivals during a batch of second looks up to which none is planned for
+MAX_ARRIVALS_DURING_LOOK = 0.1  # expected arrivals during a batch of second looks up to which none is planned for
 
 
 def choose_level(state: SchedulerState) -> BatchDecision:
@@ -31,8 +36,8 @@ def choose_level(state: SchedulerState) -> BatchDecision:
     expired = _expired(state)
     gone = set(expired)
     queue = [request for request in state.queue if request not in gone] if gone else state.queue
-    again = [request for request in queue if request.looks_again_for is not None]
-    first = [request for request in queue if request.looks_again_for is None] if again else list(queue)
+    again = [request for request in queue if request.second_look_of is not None]
+    first = [request for request in queue if request.second_look_of is None] if again else list(queue)
     careful = state.slowed(state.tail_factor)
     is_short = exceeds_capacity(state, state.arrival_rate)
     # With a guard, batches would be too small to keep up with the arrivals.
@@ -51,7 +56,7 @@ def _choose(state: SchedulerState, plan: Plan) -> BatchDecision:
     is_sustained = is_sustained_overload(state)
     # Under sustained overload, time spent on a better level now would be missing later.
     highest = 0 if is_sustained else state.catalog.num_levels - 1
-    level = plan.highest_clearing(highest)
+    level = plan.highest_feasible_level(highest)
     if level is not None:
         decision = _first_batch(plan, level)
         return replace(decision, reason=_reason(ReasonCode.SUSTAINED_OVERLOAD, plan)) if is_sustained else decision
@@ -76,8 +81,10 @@ def _look_again(plan: Plan, again: Sequence[QueuedRequest], instead: BatchDecisi
         if size < state.max_batch_size and ends_at + seconds <= head.deadline_at:
             return instead
     # A request that arrives during the batch waits until it has ended.
-    is_rare = state.arrival_rate * seconds <= RARE
-    if not (is_rare or seconds + state.latency_s(0, 1) <= state.tight_budget_s) or not plan.clears(0, after_s=seconds):
+    is_rare = state.arrival_rate * seconds <= MAX_ARRIVALS_DURING_LOOK
+    if not (is_rare or seconds + state.latency_s(0, 1) <= state.tight_budget_s) or not plan.meets_deadlines(
+        0, after_s=seconds
+    ):
         return instead if instead.variant is not None else replace(instead, shed=tuple(again))
     reason = Reason(ReasonCode.UNSURE, len(again), head.deadline_at - state.now, state.safety_factor)
     return BatchDecision(state.catalog.variants[index], tuple(together[:size]), instead.expired, reason=reason)
@@ -100,13 +107,13 @@ def _first_batch(plan: Plan, level: int) -> BatchDecision:
     state, queue, head = plan.state, plan.queue, plan.queue[0]
     room = head.deadline_at - state.now
     index = target(head.constraints, level)
-    if plan.lowest_limit >= level:
+    if plan.max_common_level >= level:
         together, size = queue, plan.batch_limit(index)
     else:
         together = queue[:MAX_PLANNED]
         if plan.common_target(level) is None:
             together = [request for request in together if target(request.constraints, level) == index]
-        size = min(plan.share(level, index), plan.batch_limit(index))
+        size = min(plan.mixed_batch_limit(level, index), plan.batch_limit(index))
     size = max(1, min(state.fitting(index, room, len(together)), size))
     while level > 0 and not head.constraints.grant.is_pinned and plan.is_too_long(index, size):
         level -= 1
@@ -159,8 +166,8 @@ def _clears_cheapest(state: SchedulerState, queue: Sequence[QueuedRequest]) -> b
     """Return whether the cheapest variant of each request answers all of `queue`, which is in order of deadline."""
     deadlines, targets = [request.deadline_at for request in queue], [target(each.constraints, 0) for each in queue]
     if any(targets):
-        return clears_mixed(state, deadlines, targets, math.inf)
-    return clears(state, deadlines, 0, state.max_batch_size)
+        return meets_deadlines_mixed(state, deadlines, targets, math.inf)
+    return meets_deadlines(state, deadlines, 0, state.max_batch_size)
 
 
 def _too_urgent(state: SchedulerState, deadlines: Sequence[float]) -> int:

@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import cycle, islice
 from operator import itemgetter
 
-from service.scheduling.feasibility import clears, clears_mixed, take_group
+from service.scheduling.feasibility import meets_deadlines, meets_deadlines_mixed, take_group
 from service.scheduling.state import QueuedRequest, RequestConstraints, SchedulerState
 
 FORECAST_S = 0.25
@@ -15,7 +15,9 @@ FORECAST_S = 0.25
 MAX_EXPECTED = 96
 MAX_PLANNED = 128  # the most urgent requests, where each must be planned; the rest are planned in later decisions
 MARGIN = 1.05
-BUSY = 0.3  # arrivals per longest single inference above which the plan leaves time for the next request
+MIN_ARRIVALS_TO_GUARD = (
+    0.3  # arrivals per longest single inference above which the plan leaves time for the next request
+)
 
 
 class Plan:
@@ -27,7 +29,7 @@ class Plan:
         guard_s: the longest batch after which a request that arrives during it can still be answered.
         expected: constraints of the forecast arrivals, each like those of a recent request.
         deadlines: deadlines of the queue and the forecast arrivals, ascending.
-        lowest_limit: the level up to which every request grants the levels themselves.
+        max_common_level: the level up to which every request grants the levels themselves.
     """
 
     def __init__(self, state: SchedulerState, queue: Sequence[QueuedRequest], guard_s: float) -> None:
@@ -39,37 +41,37 @@ class Plan:
         self.deadlines.sort()
         waiting, coming = {request.constraints.grant for request in queue}, {each.grant for each in self.expected}
         self._grants = waiting | coming  # few grants: most requests share one
-        self.lowest_limit = min([grant.highest_level for grant in self._grants], default=0)
+        self.max_common_level = min([grant.highest_level for grant in self._grants], default=0)
 
-    def highest_clearing(self, highest: int) -> int | None:
+    def highest_feasible_level(self, highest: int) -> int | None:
         """Return the highest level up to `highest` that clears, by bisection; None if even the cheapest does not."""
         low, high = -1, highest
         while low < high:
             middle = (low + high + 1) // 2
-            if self.clears(middle):
+            if self.meets_deadlines(middle):
                 low = middle
             else:
                 high = middle - 1
         return low if low >= 0 else None
 
-    def clears(self, level: int, after_s: float = 0.0) -> bool:
+    def meets_deadlines(self, level: int, after_s: float = 0.0) -> bool:
         """Return whether a level leaves no request late if the engine is free only after `after_s` seconds."""
         state = self._cautious if level else self.state  # the safety factor may cost accuracy, but never a request
-        if level <= self.lowest_limit:
-            return clears(state, self.deadlines, level, self.batch_limit(level), after_s=after_s)
+        if level <= self.max_common_level:
+            return meets_deadlines(state, self.deadlines, level, self.batch_limit(level), after_s=after_s)
         index = self.common_target(level)
         if index is not None:
             limit = _batch_limit(state, index, self.guard_s)
-            return clears(state, self.deadlines, index, limit, planned=MAX_PLANNED, after_s=after_s)
+            return meets_deadlines(state, self.deadlines, index, limit, planned=MAX_PLANNED, after_s=after_s)
         targets = [by_level[level] for by_level in self._first_grants]
-        return clears_mixed(state, self.deadlines, targets, self.guard_s, after_s=after_s)
+        return meets_deadlines_mixed(state, self.deadlines, targets, self.guard_s, after_s=after_s)
 
     def common_target(self, level: int) -> int | None:
         """Return the index of the variant that every request gets at a level; None where they differ."""
         indices = {grant.by_level[level] for grant in self._grants}
         return indices.pop() if len(indices) == 1 else None
 
-    def share(self, level: int, index: int) -> int:
+    def mixed_batch_limit(self, level: int, index: int) -> int:
         """Return the largest batch of a variant that leaves the other variants in the plan's first group their time."""
         state, by_batch_s = self.state, self.state.latencies_s[index]
         room = min(self.deadlines[0] - state.now, max(self.guard_s, by_batch_s[0] * state.slowdown))
@@ -128,7 +130,7 @@ def guard_time_s(state: SchedulerState) -> float:
     def room(count: int) -> float:
         return tight_s - state.latency_s(0, count)
 
-    if room(1) <= 0 or rate * state.latency_s(state.catalog.num_levels - 1, 1) <= BUSY:
+    if room(1) <= 0 or rate * state.latency_s(state.catalog.num_levels - 1, 1) <= MIN_ARRIVALS_TO_GUARD:
         return math.inf
     # The longer the batch, the more requests arrive during it, and the less time they leave for it.
     enough = bisect_left(range(1, most + 1), True, key=lambda count: count / rate >= room(count))

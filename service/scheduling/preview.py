@@ -46,7 +46,7 @@ def preview(request: QueuedRequest, state: SchedulerState, decide: Decide, start
             time += state.latency_s(decision.variant.index, len(decision.batch)) * state.overhead_factor
     else:
         if decision.reason.code is ReasonCode.UNSURE:  # a batch of other requests, which says nothing of this one
-            first = [other for other in queue if other.looks_again_for is None]
+            first = [other for other in queue if other.second_look_of is None]
             decision = decide(replace(state, now=time, queue=first))
         time += (time - start_at) / (queued - len(queue)) * queue.index(request)
         level = 0 if decision.variant is None else min(decision.variant.index, catalog.num_levels - 1)

@@ -30,8 +30,8 @@ from service.scheduling.state import (
 )
 from service.scheduling.variants import Variant
 
-RESERVED_S = 0.05  # for which a place is kept: the event loop may take that long to return to the request
-STILL_TRUE_S = 0.005  # for which the admission check of a reservation still holds
+RESERVATION_TIMEOUT_S = 0.05  # for which a place is kept: the event loop may take that long to return to the request
+RESERVATION_VALID_S = 0.005  # for which the admission check of a reservation still holds
 
 
 class Scheduler:
@@ -94,7 +94,7 @@ class Scheduler:
     @locked
     def claim(self, request: QueuedRequest, now: float) -> bool:
         """Admit a request by the place that it has just reserved; if that is longer ago, drop it and return False."""
-        if self._queue.claim(request, now + RESERVED_S - STILL_TRUE_S):
+        if self._queue.claim(request, now + RESERVATION_TIMEOUT_S - RESERVATION_VALID_S):
             self._traffic.count(now)
             return True
         self._queue.remove(request)
@@ -102,7 +102,7 @@ class Scheduler:
 
     @locked
     def reserve(self, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY) -> None:
-        """Reject a request like `admit`, or keep a place until it claims the place or leaves, for RESERVED_S at most.
+        """Reject a request like `admit`, or reserve a place until it claims it or leaves, for RESERVATION_TIMEOUT_S.
 
         Most bodies have arrived already, and are read once those before them are. A body that is still to come may
         never arrive, so its request must keep no other out.
@@ -111,7 +111,7 @@ class Scheduler:
             OverloadedError: as for `admit`.
         """
         self._check(request, now, delay)
-        self._queue.reserve(request, now + RESERVED_S)
+        self._queue.reserve(request, now + RESERVATION_TIMEOUT_S)
 
     @locked
     def rejected(self, reason: OverloadReason, now: float) -> None:
@@ -297,4 +297,4 @@ class Scheduler:
 
 def _without_answer(requests: Iterable[QueuedRequest]) -> int:
     """Count the requests that have no answer yet, i.e. do not wait for another look."""
-    return sum(request.looks_again_for is None for request in requests)
+    return sum(request.second_look_of is None for request in requests)

@@ -25,7 +25,7 @@ class Looked:
 
 def may_look_again(request: QueuedRequest) -> bool:
     """Return whether a request is a further look already, or may want one whichever variant ran."""
-    return request.looks_again_for is not None or request.constraints.min_confidence > 0
+    return request.second_look_of is not None or request.constraints.min_confidence > 0
 
 
 def next_look(looked: Looked, variant: Variant, state: SchedulerState) -> QueuedRequest | LookCode:
@@ -59,7 +59,7 @@ def next_look(looked: Looked, variant: Variant, state: SchedulerState) -> Queued
     chosen = next((one for one in within if state.latency_s(one.index, 1) <= room_s), None)
     if chosen is None:
         return LookCode.DEADLINE
-    request, only = looked.request, state.catalog.grant_alone(chosen)
+    request, only = looked.request, state.catalog.grant_single(chosen)
     return QueuedRequest(
-        request.deadline_at, replace(constraints, grant=only), request.priority, looks_again_for=request.admitted
+        request.deadline_at, replace(constraints, grant=only), request.priority, second_look_of=request.admitted
     )

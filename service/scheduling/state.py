@@ -42,19 +42,19 @@ class QueuedRequest:
         deadline_at: when its batch must have ended, in seconds on the monotonic clock.
         constraints: its budget and the variants that it may get.
         priority: 0 is normal; lower may be shed first. Fractions of a step are for fair shares among keys.
-        looks_again_for: for another look at an image, the request as it was admitted. That one has an answer already,
+        second_look_of: for another look at an image, the request as it was admitted. That one has an answer already,
             which it gets if this look does not take place.
     """
 
     deadline_at: float
     constraints: RequestConstraints
     priority: float = 0
-    looks_again_for: "QueuedRequest | None" = None
+    second_look_of: "QueuedRequest | None" = None
 
     @property
     def admitted(self) -> "QueuedRequest":
         """The request as it was admitted."""
-        return self.looks_again_for or self
+        return self.second_look_of or self
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ class Variant:
         return self.profile.top1 if self.second_look is None else self.second_look.top1
 
     @property
-    def top1_of_one_look(self) -> float | None:
+    def top1_without_second_look(self) -> float | None:
         """Expected accuracy to credit an unsure first look that gets no second one; None where unmeasured.
 
         Without any second look, the average over all images must be the accuracy of the first look. The whole loss is

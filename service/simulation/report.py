@@ -71,8 +71,8 @@ def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable)
             text.append(_show(rate, policy, figures))
             rows.append({"rate": rate, "policy": policy} | asdict(figures))
             if policy == command.policy or one_rate:
-                fates = [fate for one in replays for fate in one.fates]
-                courses[f"{policy}, {rate:.4g}/s"] = answers_in_time(fates)
+                request_outcomes = [fate for one in replays for fate in one.request_outcomes]
+                courses[f"{policy}, {rate:.4g}/s"] = answers_in_time(request_outcomes)
     if command.json_file:
         options = command.model_dump(mode="json", exclude_none=True)
         command.json_file.write_text(json.dumps({"options": options, "runs": rows}, indent=2) + "\n")

@@ -29,7 +29,7 @@ PERCENTILES = (50, 95, 99)
 Outcome = Literal["in_time", "overdue", "rejected", "expired", "shed"]
 
 
-class Fate(NamedTuple):
+class RequestOutcome(NamedTuple):
     """The outcome of a request: answered in time or overdue, rejected at admission, expired, or shed by the policy.
 
     Attributes:
@@ -104,7 +104,7 @@ class Replay:
         Raises:
             BudgetTooSmallError: no sub-network fits the budget of a request.
         """
-        self.fates: list[Fate] = []
+        self.request_outcomes: list[RequestOutcome] = []
         self.batches: list[Batch] = []
         self._machine = machine
         decide = policy.make(machine.catalog, machine.max_batch_size)
@@ -173,9 +173,9 @@ class Replay:
         if now <= request.deadline_at + ROUNDING_S:
             first = self._waiting[request.admitted].answered_by
             looks, chosen = (1, variant) if first is None else (2, first)
-            top1 = chosen.top1 if is_complete else chosen.top1_of_one_look
+            top1 = chosen.top1 if is_complete else chosen.top1_without_second_look
             self._end(request.admitted, now, "in_time", chosen, top1, looks)
-        elif request.looks_again_for is not None:
+        elif request.second_look_of is not None:
             self._end_without(request, now, "overdue")
         else:
             self._scheduler.deadline_missed(now)
@@ -188,7 +188,7 @@ class Replay:
             self._end(request, now, outcome)
         else:
             at = min(now, request.deadline_at)
-            self._end(request.admitted, at, "in_time", first, first.top1_of_one_look, 1)
+            self._end(request.admitted, at, "in_time", first, first.top1_without_second_look, 1)
 
     def _seconds(self, variant: Variant, size: int, now: float) -> float:
         machine = self._machine
@@ -205,7 +205,9 @@ class Replay:
         top1: float | None = None,
         looks: int = 0,
     ) -> None:
-        self.fates.append(Fate(self._waiting.pop(request).arrived_at, now, outcome, variant, top1, looks))
+        self.request_outcomes.append(
+            RequestOutcome(self._waiting.pop(request).arrived_at, now, outcome, variant, top1, looks)
+        )
 
 
 def replay(arrivals: Sequence[Arrival], machine: Machine, policy: str) -> Replay:
@@ -223,7 +225,7 @@ class Figures:
     """The figures of a simulation, over all machines.
 
     Attributes:
-        outcomes: number of requests by outcome, as in `Fate`.
+        outcomes: number of requests by outcome, as in `RequestOutcome`.
         slo_attainment: share of all requests answered by their deadline.
         mean_accuracy: expected top-1 of the answers in time; None where it was not measured, or nothing was in time.
         effective_accuracy: the same over all requests: those without an answer in time count 0.
@@ -249,32 +251,32 @@ class Figures:
     @classmethod
     def of(cls, replays: Sequence[Replay], catalog: VariantCatalog) -> "Figures":
         """Compute the figures of the replays on all machines, which have at least one request in all."""
-        fates = [fate for one in replays for fate in one.fates]
+        request_outcomes = [fate for one in replays for fate in one.request_outcomes]
         batches = [batch for one in replays for batch in one.batches]
-        outcomes = Counter(fate.outcome for fate in fates)
-        correct = sum(fate.top1 for fate in fates if fate.outcome == "in_time" and fate.top1 is not None)
-        seconds = max(fate.ended_at for fate in fates) * len(replays) or math.inf
-        latencies = [1000 * (fate.ended_at - fate.arrived_at) for fate in fates if fate.variant is not None]
+        outcomes = Counter(fate.outcome for fate in request_outcomes)
+        correct = sum(fate.top1 for fate in request_outcomes if fate.outcome == "in_time" and fate.top1 is not None)
+        seconds = max(fate.ended_at for fate in request_outcomes) * len(replays) or math.inf
+        latencies = [1000 * (fate.ended_at - fate.arrived_at) for fate in request_outcomes if fate.variant is not None]
         changes = sum(before.variant != after.variant for one in replays for before, after in pairwise(one.batches))
-        mix = Counter(variant_name(fate.variant) for fate in fates if fate.variant is not None)
+        mix = Counter(variant_name(fate.variant) for fate in request_outcomes if fate.variant is not None)
         return cls(
             outcomes={outcome: outcomes[outcome] for outcome in get_args(Outcome)},
-            slo_attainment=outcomes["in_time"] / len(fates),
+            slo_attainment=outcomes["in_time"] / len(request_outcomes),
             mean_accuracy=correct / outcomes["in_time"] if catalog.is_measured and outcomes["in_time"] else None,
-            effective_accuracy=correct / len(fates) if catalog.is_measured else None,
+            effective_accuracy=correct / len(request_outcomes) if catalog.is_measured else None,
             latency_ms={f"p{n}": float(np.percentile(latencies, n)) if latencies else None for n in PERCENTILES},
             mean_batch_size=sum(batch.size for batch in batches) / len(batches) if batches else None,
             utilization=sum(batch.seconds for batch in batches) / seconds,
             changes_per_s=changes / seconds,
-            looked_again=sum(fate.looks > 1 for fate in fates) / max(1, len(latencies)),
+            looked_again=sum(fate.looks > 1 for fate in request_outcomes) / max(1, len(latencies)),
             mix={name: count / len(latencies) for name, count in mix.most_common()},
         )
 
 
-def answers_in_time(fates: Iterable[Fate]) -> list[tuple[float, str | None, float | None]]:
+def answers_in_time(request_outcomes: Iterable[RequestOutcome]) -> list[tuple[float, str | None, float | None]]:
     """List when each request arrived, which variant answered it in time, if any, and the expected top-1."""
     answers: list[tuple[float, str | None, float | None]] = []
-    for fate in fates:
+    for fate in request_outcomes:
         variant = fate.variant if fate.outcome == "in_time" else None
         answered_by = (variant_name(variant), fate.top1) if variant else (None, None)
         answers.append((fate.arrived_at, *answered_by))

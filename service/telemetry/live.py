@@ -11,7 +11,7 @@ PREFIX = "supervit_"
 
 
 @dataclass(frozen=True, slots=True)
-class LiveSample:
+class MetricsSample:
     """The metrics of all workers at one instant.
 
     Attributes:
@@ -42,7 +42,7 @@ class LiveSample:
     gpu: float | None = None
 
 
-def read_sample(registry: CollectorRegistry, clock: Callable[[], float] = time.time) -> LiveSample:
+def read_sample(registry: CollectorRegistry, clock: Callable[[], float] = time.time) -> MetricsSample:
     """Read a sample from the metrics.
 
     Args:
@@ -63,7 +63,7 @@ def read_sample(registry: CollectorRegistry, clock: Callable[[], float] = time.t
         return fmean(values.get(name, {}).get(labels) or [0.0])
 
     gpus = [value for found in values.get("gpu_utilization_ratio", {}).values() for value in found]
-    return LiveSample(
+    return MetricsSample(
         at=clock(),
         requests={labels[0]: sum(found) for labels, found in values.get("requests_total", {}).items()},
         subnetworks={

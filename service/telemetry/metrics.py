@@ -43,7 +43,7 @@ MISSES = {OverloadedError.code, DeadlineError.code, ModelError.code, ServiceErro
 # Reasons for dropped requests, by outcome; an OverloadedError has a reason of its own.
 DROP_REASONS = {DeadlineError.code: "expired", NotReadyError.code: "not_ready"}
 # Samples for an autoscaler, by name: missed deadlines and lost accuracy, and the compute and time that requests take.
-TOTALS: dict[str, tuple[str, dict[str, str]]] = {
+AUTOSCALER_SAMPLES: dict[str, tuple[str, dict[str, str]]] = {
     "met": ("supervit_deadlines_total", {"result": "met"}),
     "missed": ("supervit_deadlines_total", {"result": "missed"}),
     "accuracy_loss": ("supervit_accuracy_loss_total", {}),
@@ -260,8 +260,8 @@ class Metrics:
         self._machine.captured(num_graphs, held_bytes)
 
     def totals(self) -> dict[str, float]:
-        """Return the counters of TOTALS by name, which an autoscaler needs of this process."""
-        return {name: self._registry.get_sample_value(*sample) or 0.0 for name, sample in TOTALS.items()}
+        """Return the counters of AUTOSCALER_SAMPLES by name, which an autoscaler needs of this process."""
+        return {name: self._registry.get_sample_value(*sample) or 0.0 for name, sample in AUTOSCALER_SAMPLES.items()}
 
     def page(self, accept: str = "") -> tuple[bytes, str]:
         """Return all metrics in a format that a client accepts, and its media type; only OpenMetrics has exemplars."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from service.domain import Classification
 from service.errors import InvalidParameterError, OverloadedError
 from service.telemetry.logs import TRACE_ID
-from service.telemetry.sparing_log import SparingLog
+from service.telemetry.rate_limited_log import RateLimitedLog
 from service.telemetry.stages import Outcome, fields_of, stages_of
 
 if TYPE_CHECKING:  # it imports opentelemetry, which is needed only where traces are asked for
@@ -82,7 +82,7 @@ class Reporter:
             clock: monotonic, in seconds; the clock of arrival times.
         """
         self._tracer, self._logs_requests, self._log = tracer, logs_requests, log
-        self._sparing, self._clock = SparingLog(log, clock=clock), clock
+        self._rate_limited, self._clock = RateLimitedLog(log, clock=clock), clock
 
     def begin(
         self, name: str, headers: Iterable[tuple[bytes, bytes]], arrived_at: float | None, *, is_traced: bool = True
@@ -121,7 +121,7 @@ class Reporter:
     def rejected(self) -> None:
         """Log that a request was rejected for overload; rate-limited, because thousands may be rejected."""
         if self._logs_requests:
-            self._sparing.warning("a request was rejected for overload")
+            self._rate_limited.warning("a request was rejected for overload")
 
 
 def find_tracer(environment: Mapping[str, str]) -> "RequestTracer | None":

@@ -19,7 +19,7 @@ import uvloop
 from tests.benchmarks.bench_live import Picture, open_loop, poisson, read_pictures, resident_mb, server
 from tests.benchmarks.hostile import CONNECTIONS, IMAGES
 
-LOOK_S = 0.1
+SAMPLE_INTERVAL_S = 0.1
 COUNTS = {"pipeline-without-reading": [16], "drip": [1100], "silence": [2200], "phone-jpeg": [8, 16, 32, 64]}
 FEW = [2, 4, 16]
 
@@ -30,7 +30,7 @@ async def largest_resident_mb(pid: int) -> float:
     try:
         while True:
             largest = max(largest, resident_mb(pid))
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(SAMPLE_INTERVAL_S)
     except asyncio.CancelledError:
         return largest
 

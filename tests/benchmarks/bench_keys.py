@@ -27,13 +27,13 @@ import uvloop
 from service.access.key_file import make_key
 from tests.benchmarks.bench_live import SETTLE_S, poisson, read_pictures, server
 from tests.benchmarks.bench_overload import (
-    PATIENCE_S,
+    DRAIN_LIMIT_S,
     Answered,
     Clients,
-    at_share,
     closed_loop,
     least_gflops,
     post,
+    quantile_ms,
 )
 
 SMALLER, LARGER = 0, 1
@@ -108,7 +108,7 @@ async def play(url: str, planned: list[Sent], images: Sequence[bytes], query: st
         mine = requests[sent.key]
         clients.start(mine[numbers[sent.key] % len(mine)], answered_to(sent))
         numbers[sent.key] += 1
-    await clients.rest(PATIENCE_S)
+    await clients.rest(DRAIN_LIMIT_S)
     clients.close()
 
 
@@ -125,7 +125,7 @@ def figures(sent: Sequence[Sent], budget_s: float) -> dict[str, Any]:
         "in time": in_time,
         "smaller's outcomes": {name: count for (key, name), count in outcomes.items() if key == SMALLER},
         "larger's outcomes": {name: count for (key, name), count in outcomes.items() if key == LARGER},
-        "client behind p50, p99 ms": [at_share([one.behind_s for one in sent], share) for share in (0.5, 0.99)],
+        "client behind p50, p99 ms": [quantile_ms([one.behind_s for one in sent], share) for share in (0.5, 0.99)],
     }
 
 

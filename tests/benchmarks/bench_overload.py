@@ -28,7 +28,7 @@ from tests.benchmarks.bench_live import read_pictures, resident_mb, server
 
 LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 CLOSED_LOOP_S = 10.0
-PATIENCE_S = 10.0
+DRAIN_LIMIT_S = 10.0
 RECOVERY_LIMIT_S = 30.0
 PROBE_S = 0.5
 CPU_TICK_S = 0.01
@@ -211,7 +211,7 @@ async def open_loop(url: str, requests: Sequence[bytes], rate: float, seconds: f
         tally.sent += 1
         tally.behind_s.append(clock() - at)
         clients.start(requests[tally.sent % len(requests)], sent(at))
-    await clients.rest(PATIENCE_S)
+    await clients.rest(DRAIN_LIMIT_S)
     tally.statuses[0] += tally.sent - tally.statuses.total()  # requests without an answer
     clients.close()
     return tally
@@ -234,7 +234,7 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) * CPU_TICK_S
 
 
-def at_share(values: Sequence[float], share: float) -> float | None:
+def quantile_ms(values: Sequence[float], share: float) -> float | None:
     """Return a quantile of values in seconds, in milliseconds."""
     return round(1000 * sorted(values)[min(len(values) - 1, int(share * len(values)))], 2) if values else None
 
@@ -255,13 +255,13 @@ async def phase(
         "in time": tally.in_time,
         "counted as met": counted,
         "statuses": dict(tally.statuses),
-        "answers p50, p99 ms": [at_share(tally.answers_s, share) for share in (0.5, 0.99)],
-        "refusals p50, p99 ms": [at_share([took_s for took_s, _ in tally.refused], share) for share in (0.5, 0.99)],
+        "answers p50, p99 ms": [quantile_ms(tally.answers_s, share) for share in (0.5, 0.99)],
+        "refusals p50, p99 ms": [quantile_ms([took_s for took_s, _ in tally.refused], share) for share in (0.5, 0.99)],
         "by reason": {
-            reason: [len(times_s), *(at_share(times_s, share) for share in (0.5, 0.99))]
+            reason: [len(times_s), *(quantile_ms(times_s, share) for share in (0.5, 0.99))]
             for reason, times_s in tally.rejected_s.items()
         },
-        "client behind p50, p99 ms": [at_share(tally.behind_s, share) for share in (0.5, 0.99)],
+        "client behind p50, p99 ms": [quantile_ms(tally.behind_s, share) for share in (0.5, 0.99)],
         "server CPU ms per request": round(1000 * used_s / max(1, tally.sent), 3),
         "client CPU ms per request": round(1000 * own_s / max(1, tally.sent), 3),
         "resident MB": round(resident_mb(pid)),

@@ -214,7 +214,7 @@ def table(results: list[dict[str, Any]], epochs: int) -> Iterator[str]:
     for _, group in itertools.groupby(compared, by_arm):
         lines = list(group)
         for row in sorted(lines[0]["rows"], key=lambda row: int(row["macs"])):
-            values = [100 * find(line, row)["top1"] for line in lines]
+            values = [100 * same_subnetwork_row(line, row)["top1"] for line in lines]
             cells = [lines[0]["arm"], lines[0]["epochs"], row["patch_grid"], f"{row['keep_rate']:g}"]
             cells += [f"{row['macs'] / 1e9:.4g}", f"{row['macs'] / largest:.2f}x", spread(values), len(values)]
             yield "| " + " | ".join(map(str, cells)) + " |"
@@ -243,9 +243,13 @@ def compare(supers: list[dict[str, Any]], others: list[dict[str, Any]], share: f
     affordable = [row for row in supers[0]["rows"] if row["macs"] <= share * other["macs"]]
     if not affordable:
         return
-    best = max(affordable, key=lambda row: mean(find(line, row)["held_out_top1"] for line in supers))
+    best = max(affordable, key=lambda row: mean(same_subnetwork_row(line, row)["held_out_top1"] for line in supers))
     by_seed = [
-        100 * (knows(mine[seed], find(mine[seed], best)) - knows(theirs[seed], theirs[seed]["rows"][0]))
+        100
+        * (
+            correct_images(mine[seed], same_subnetwork_row(mine[seed], best))
+            - correct_images(theirs[seed], theirs[seed]["rows"][0])
+        )
         for seed in sorted(mine)
     ]
     by_image = np.mean(by_seed, axis=0)
@@ -261,13 +265,13 @@ def compare(supers: list[dict[str, Any]], others: list[dict[str, Any]], share: f
     yield "| " + " | ".join(map(str, cells)) + " |"
 
 
-def find(line: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+def same_subnetwork_row(line: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
     """Find the row of the same sub-network in another model's results."""
     key = like["patch_grid"], like["keep_rate"]
     return next(row for row in line["rows"] if (row["patch_grid"], row["keep_rate"]) == key)
 
 
-def knows(line: dict[str, Any], row: dict[str, Any]) -> np.ndarray:
+def correct_images(line: dict[str, Any], row: dict[str, Any]) -> np.ndarray:
     """Return for every test image whether it was classified correctly, 1.0 or 0.0."""
     packed = np.frombuffer(base64.b64decode(row["correct"]), dtype=np.uint8)
     return np.unpackbits(packed, count=line["test_images"]).astype(float)

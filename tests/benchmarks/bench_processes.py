@@ -15,7 +15,7 @@ from pathlib import Path
 
 from models.subnetwork import SubNetwork
 from tests.benchmarks.bench_live import read_pictures, server
-from tests.benchmarks.bench_server import CONCURRENCY, PATIENT, served
+from tests.benchmarks.bench_server import CONCURRENCY, LONG_BUDGET, served
 from tests.deploy.ray_cluster import environment, ray_cluster, serve_config
 
 SETTLE_S = 2.0
@@ -23,7 +23,7 @@ PORT = 8017
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class Deployment:
     """A number of processes, behind one socket or, with these environment variables, on Ray."""
 
     processes: int
@@ -32,16 +32,16 @@ class Way:
 
 PLAIN = "one server"
 WAYS = {
-    PLAIN: Way(1),
-    "two workers": Way(2),
-    "one replica behind HAProxy": Way(1, environment()),
-    "two replicas behind HAProxy": Way(2, environment()),
-    "one replica behind Ray's own proxy": Way(1, {}),
+    PLAIN: Deployment(1),
+    "two workers": Deployment(2),
+    "one replica behind HAProxy": Deployment(1, environment()),
+    "two replicas behind HAProxy": Deployment(2, environment()),
+    "one replica behind Ray's own proxy": Deployment(1, {}),
 }
 
 
 @asynccontextmanager
-async def served_in(way: Way, checkpoint: Path) -> AsyncIterator[str]:
+async def served_in(way: Deployment, checkpoint: Path) -> AsyncIterator[str]:
     """Serve the checkpoint in one of the ways; yield the URL."""
     if way.ray is None:
         options = ["--checkpoint", str(checkpoint), "--threads", "1", "--workers", str(way.processes)]
@@ -71,7 +71,7 @@ async def main() -> None:
     pictures = read_pictures(options.images, 100)
     checkpoint, ways = options.checkpoint.resolve(), [PLAIN, *options.ways]
     subnetwork = SubNetwork(options.patch_grid, options.keep_rate)
-    query = f"{PATIENT}&patch_grid={subnetwork.patch_grid}&keep_rate={subnetwork.keep_rate}"
+    query = f"{LONG_BUDGET}&patch_grid={subnetwork.patch_grid}&keep_rate={subnetwork.keep_rate}"
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(options.turns):
         for way in ways:

@@ -28,7 +28,7 @@ from service.settings import Settings
 from tests.benchmarks.bench_live import Picture, ask, connect, finish_profile, read_pictures, server
 
 CONCURRENCY = 16
-PATIENT = "&budget_ms=60000"
+LONG_BUDGET = "&budget_ms=60000"
 IDLE_S = 20.0
 SETTLE_S = 0.01  # for the worker threads of the other engine to fall asleep
 
@@ -124,7 +124,7 @@ async def main() -> None:
     pictures = read_pictures(options.images, 100)
     subnetwork = SubNetwork(options.patch_grid, options.keep_rate)
     bare = Bare(options.checkpoint, subnetwork)
-    query = f"{PATIENT}&patch_grid={subnetwork.patch_grid}&keep_rate={subnetwork.keep_rate}"
+    query = f"{LONG_BUDGET}&patch_grid={subnetwork.patch_grid}&keep_rate={subnetwork.keep_rate}"
     seconds = options.seconds
     rates, added_ms = [], []
     async with server("level", ["--checkpoint", str(options.checkpoint)]) as (url, pid):

@@ -25,7 +25,7 @@ from tests.benchmarks.bench_live import Picture, measure_capacity, open_loop, po
 
 WINDOW_S = 10
 COMPLETE_LIMIT_S = 1200.0
-LOOK_S = 2.0
+POLL_INTERVAL_S = 2.0
 
 
 async def get(url: str, path: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ async def left_alone(url: str, idle_s: float) -> None:
     print(f"after {idle_s:g} idle seconds {share:.0%} of the profile is measured", flush=True)
     ends_at = time.monotonic() + COMPLETE_LIMIT_S
     while (share := await measured_share(url)) < 1 and time.monotonic() < ends_at:  # noqa: ASYNC110 - another process's
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(POLL_INTERVAL_S)
     late = await latencies_ms(url)
     off = sorted(abs(early[cell] / late[cell] - 1) for cell in late)
     worst = f"{off[int(0.9 * len(off))]:.1%} at the 90th percentile, {off[-1]:.1%} at most"

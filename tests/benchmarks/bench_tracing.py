@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.domain import Classification, Decision, Look, LookCode, ReasonCode, Timing
-from service.hosting.interpreter import configure_gc
+from service.hosting.interpreter import configure_interpreter
 from service.http.protocol import ARRIVED_AT
 from service.http.reports import RequestReports
 from service.http.request_ids import RequestIds
@@ -134,7 +134,7 @@ def cpu_name() -> str:
 
 
 def main() -> None:
-    configure_gc()
+    configure_interpreter()
     with receiving() as url:
         exporters = [BatchSpanProcessor(OTLPSpanExporter(endpoint=url), max_queue_size=10 * REQUESTS) for _ in range(2)]
 

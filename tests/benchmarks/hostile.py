@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PATIENT = "/classify?budget_ms=60000&priority=-10"
+LONG_BUDGET = "/classify?budget_ms=60000&priority=-10"
 
 Address = tuple[str, int]
 
@@ -105,7 +105,9 @@ IMAGES: dict[str, Callable[[], bytes]] = {
 
 
 def post(data: bytes) -> bytes:
-    head = f"POST {PATIENT} HTTP/1.1\r\nHost: server\r\nContent-Type: image/*\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = (
+        f"POST {LONG_BUDGET} HTTP/1.1\r\nHost: server\r\nContent-Type: image/*\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
     return head.encode() + data
 
 

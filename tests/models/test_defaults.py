@@ -2,11 +2,11 @@ import os
 
 import pytest
 
-from models.defaults import MOST_WORKERS, default_workers
+from models.defaults import MAX_WORKERS, default_workers
 
 
 @pytest.mark.parametrize(
-    ("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 2), (16, 2, 8), (16, 3, 5), (4, 8, 1), (256, 2, MOST_WORKERS)]
+    ("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 2), (16, 2, 8), (16, 3, 5), (4, 8, 1), (256, 2, MAX_WORKERS)]
 )
 def test_the_cores_that_may_be_used_are_shared_among_the_processes_of_the_machine(
     monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int

@@ -1,6 +1,6 @@
 import pytest
 
-from models.latency_estimate import LEAST_ERROR, UNKNOWN_ERROR, Cell, LatencyEstimate
+from models.latency_estimate import MIN_ERROR, UNKNOWN_ERROR, Cell, LatencyEstimate
 from models.subnetwork import SubNetwork
 
 SUBNETWORKS = [SubNetwork(grid, 1.0) for grid in (2, 3, 4, 5)]
@@ -22,7 +22,7 @@ def measured(*cells: Cell) -> dict[Cell, float]:
 def test_what_costs_a_part_each_for_batch_image_and_arithmetic_is_foretold_exactly() -> None:
     estimate = LatencyEstimate(measured((CHEAPEST, 1), (CHEAPEST, 8), (DEAREST, 1), (DEAREST, 4)), MACS)
     assert estimate.seconds(CELLS) == pytest.approx([seconds(cell) for cell in CELLS])
-    assert estimate.error == LEAST_ERROR
+    assert estimate.error == MIN_ERROR
 
 
 def test_one_cell_tells_the_order_of_magnitude_of_all_others() -> None:
@@ -44,7 +44,7 @@ def test_a_cell_near_one_that_is_off_is_off_as_well() -> None:
     near, far = [(SECOND, 2)], [(CHEAPEST, 8)]
     assert odd.seconds(near)[0] > 1.1 * plain.seconds(near)[0]
     assert odd.seconds(far) == pytest.approx(plain.seconds(far), rel=0.05)
-    assert odd.error > 2 * LEAST_ERROR
+    assert odd.error > 2 * MIN_ERROR
 
 
 def test_no_estimate_lies_beyond_what_was_measured_of_cheaper_and_dearer_batches() -> None:

@@ -94,7 +94,7 @@ def with_rates() -> ProfileTable:
 
 
 def test_rates_between_two_of_a_grid_lie_on_the_line_between_them() -> None:
-    rows = with_rates().with_rates_between(CONFIG, 0.05).by_subnetwork
+    rows = with_rates().with_interpolated_rates(CONFIG, 0.05).by_subnetwork
     between = [SubNetwork(8, rate) for rate in (0.55, 0.6, 0.65)]
     assert [rows[sub].top1 for sub in between] == pytest.approx([0.71, 0.72, 0.73])
     assert [rows[sub].top5 for sub in between] == pytest.approx([0.905, 0.91, 0.915])
@@ -114,7 +114,7 @@ def test_probabilities_between_two_rates_are_scaled_half_as_at_either() -> None:
             SubNetworkProfile(high, count_macs(CONFIG, high), temperature=2.0, entropy_exponent=0.3),
         )
     )
-    row = table.with_rates_between(CONFIG, 0.05).by_subnetwork[SubNetwork(8, 0.6)]
+    row = table.with_interpolated_rates(CONFIG, 0.05).by_subnetwork[SubNetwork(8, 0.6)]
     assert (row.temperature, row.entropy_exponent) == pytest.approx((1.5, 0.2))
 
 
@@ -126,14 +126,14 @@ def test_an_entropy_exponent_is_a_fraction(exponent: float) -> None:
 
 def test_what_was_measured_stays_as_it_is_among_the_rates_between() -> None:
     table = with_rates()
-    extended = table.with_rates_between(CONFIG, 0.05)
+    extended = table.with_interpolated_rates(CONFIG, 0.05)
     assert [row for row in extended.rows if not row.is_interpolated] == list(table.rows)
     assert {sub.patch_grid for sub in extended.by_subnetwork} == {8, 14}
     assert extended.is_measured
 
 
 def test_the_whole_family_in_steps_of_a_twentieth_has_eleven_rates_a_grid() -> None:
-    extended = ProfileTable.unmeasured(CONFIG).with_rates_between(CONFIG, 0.05)
+    extended = ProfileTable.unmeasured(CONFIG).with_interpolated_rates(CONFIG, 0.05)
     rates = [sub.keep_rate for sub in extended.by_subnetwork if sub.patch_grid == 14]
     assert rates == [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
     assert not extended.is_measured
@@ -141,14 +141,14 @@ def test_the_whole_family_in_steps_of_a_twentieth_has_eleven_rates_a_grid() -> N
 
 
 def test_between_rates_that_were_added_there_is_nothing_more_to_add() -> None:
-    extended = with_rates().with_rates_between(CONFIG, 0.05)
-    assert extended.with_rates_between(CONFIG, 0.05) == extended
-    assert with_rates().with_rates_between(CONFIG, 0.5) == with_rates()
+    extended = with_rates().with_interpolated_rates(CONFIG, 0.05)
+    assert extended.with_interpolated_rates(CONFIG, 0.05) == extended
+    assert with_rates().with_interpolated_rates(CONFIG, 0.5) == with_rates()
 
 
 def test_a_rate_that_keeps_as_many_tokens_as_another_is_left_out() -> None:
     config = SuperViTConfig(patch_grids=(2,), keep_rates=(0.5, 1.0))
-    extended = ProfileTable.unmeasured(config).with_rates_between(config, 0.05)
+    extended = ProfileTable.unmeasured(config).with_interpolated_rates(config, 0.05)
     # Of five tokens, 0.5 and 0.6 keep three patches in the first prune block; all from 0.65 on keep four, like 1.
     costs = [row.macs for row in extended.rows]
     assert len(set(costs)) == len(costs)
@@ -186,14 +186,14 @@ def test_what_is_said_of_a_cascade_are_fractions(name: str) -> None:
 
 def test_rates_between_leave_the_cascades() -> None:
     cascade = CascadeProfile(SubNetwork(8, 0.5), SubNetwork(14, 1.0), threshold=0.85, share=0.25, top1=0.79)
-    assert replace(with_rates(), cascades=(cascade,)).with_rates_between(CONFIG, 0.05).cascades == (cascade,)
+    assert replace(with_rates(), cascades=(cascade,)).with_interpolated_rates(CONFIG, 0.05).cascades == (cascade,)
 
 
 def test_a_slow_row_is_more_work_than_its_multiply_accumulates_and_so_are_the_rates_beside_it() -> None:
     config = SuperViTConfig()
     quick, slow = (replace(row, top1=0.5) for row in ProfileTable.unmeasured(config).rows[:2])
     assert (quick.work, replace(slow, slowness=1.5).work) == (quick.macs, 1.5 * slow.macs)
-    table = ProfileTable((quick, replace(slow, slowness=1.5))).with_rates_between(config)
+    table = ProfileTable((quick, replace(slow, slowness=1.5))).with_interpolated_rates(config)
     assert {row.slowness for row in table.rows if row.is_interpolated} == {1.5}
 
 

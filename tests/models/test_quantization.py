@@ -3,7 +3,7 @@ import math
 import pytest
 
 from models.profiles import CascadeProfile, ProfileTable, SubNetworkProfile
-from models.quantization import SLOWNESS, STEPS, Quantization, Range
+from models.quantization import QUANTIZATION_STEPS, SLOWNESS, Quantization, Range
 from models.subnetwork import SubNetwork, SuperViTConfig
 
 
@@ -12,8 +12,8 @@ from models.subnetwork import SubNetwork, SuperViTConfig
 )
 def test_zero_is_one_of_the_values_that_a_range_tells_apart(low: float, high: float) -> None:
     found = Range.of(low, high)
-    step = (found.high - found.low) / STEPS
-    assert step == pytest.approx((high - min(low, 0)) / STEPS)
+    step = (found.high - found.low) / QUANTIZATION_STEPS
+    assert step == pytest.approx((high - min(low, 0)) / QUANTIZATION_STEPS)
     assert -found.low / step == pytest.approx(round(-found.low / step), abs=1e-9)
     assert found.low == pytest.approx(min(low, 0), abs=step)
     assert found.high == pytest.approx(high, abs=step)

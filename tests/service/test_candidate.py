@@ -16,7 +16,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint, Header, UnreadableCheckpointError, load_checkpoint, save_checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
-from service.assembly import Profiled, ServedModel, assemble
+from service.assembly import ProfileWithFile, ServedModel, assemble
 from service.candidate import MEMORY_BYTES, MEMORY_OF_FILE, REHEARSED_S, CandidateMaker
 from service.domain import InferenceRequest
 from service.engines.profile_store import begin_profile, extended_profile
@@ -73,11 +73,11 @@ class Stage:
             is_stopping=lambda: self.is_stopping,
         )
 
-    def begin(self, checkpoint: Checkpoint, *others: object, **options: object) -> Profiled:
+    def begin(self, checkpoint: Checkpoint, *others: object, **options: object) -> ProfileWithFile:
         self.begun += 1
         return begin_profile(checkpoint, *others, budget_s=0.0, **options)  # type: ignore[arg-type] # as they are
 
-    def served(self, known: Profiled | LatencyTable) -> ServedModel:
+    def served(self, known: ProfileWithFile | LatencyTable) -> ServedModel:
         return assemble(
             self.settings,
             self.checkpoint,
@@ -91,7 +91,7 @@ class Stage:
         )
 
     @asynccontextmanager
-    async def serving(self, known: Profiled | LatencyTable) -> AsyncIterator[ServedModel]:
+    async def serving(self, known: ProfileWithFile | LatencyTable) -> AsyncIterator[ServedModel]:
         model = self.served(known)
         task = asyncio.create_task(model.serve())
         await asyncio.sleep(0)
@@ -103,7 +103,7 @@ class Stage:
             self.thread.shutdown(wait=True)
             self.monitor.close()
 
-    def measured(self) -> Profiled:
+    def measured(self) -> ProfileWithFile:
         return begin_profile(
             self.checkpoint, "an engine", self.engine.run, folder=self.folder, max_batch_size=2, budget_s=10.0
         )
@@ -138,7 +138,7 @@ async def test_other_weights_of_the_same_shape_take_as_long_so_nothing_is_measur
         new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
     assert stage.begun == 0
     assert sorted(stage.new.ran) == [(subnetwork, 1) for subnetwork in checkpoint.config.subnetworks]
-    figures = cast(Profiled, new.known)[0].figures
+    figures = cast(ProfileWithFile, new.known)[0].figures
     assert figures.seconds
     assert figures == known[0].figures
     new.close()
@@ -267,7 +267,7 @@ async def test_what_is_only_prepared_is_in_no_metric_and_changes_no_allowance(
 class Busy(Stage):
     """Another process measures, and does not end."""
 
-    def begin(self, checkpoint: Checkpoint, *others: object, **options: object) -> Profiled:
+    def begin(self, checkpoint: Checkpoint, *others: object, **options: object) -> ProfileWithFile:
         self.begun += 1
         is_stopping = cast(Callable[[], bool], options["is_stopping"])
         while not is_stopping():

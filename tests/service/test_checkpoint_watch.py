@@ -6,7 +6,7 @@ import pytest
 
 from models.checkpoint import digest
 from service.access.watched_files import CHECK_S, WatchedFiles
-from service.checkpoint_watch import LEVEL_LOOKS, CheckpointWatch, follow
+from service.checkpoint_watch import STABLE_CHECKS, CheckpointWatch, follow
 from service.errors import ModelChangeError
 from service.model_change import ModelChange
 
@@ -67,7 +67,7 @@ async def test_a_file_that_stays_as_it_is_changes_nothing(watch: Watch) -> None:
 async def test_a_file_that_is_replaced_is_served_once_it_is_level(watch: Watch) -> None:
     await watch.look()
     watch.write("second")
-    await watch.look(LEVEL_LOOKS)
+    await watch.look(STABLE_CHECKS)
     assert watch.asked == []
     await watch.look()
     assert watch.asked == [ModelChange(str(watch.path))]
@@ -77,7 +77,7 @@ async def test_a_file_that_is_replaced_is_served_once_it_is_level(watch: Watch) 
 
 async def test_a_file_that_was_replaced_before_the_watch_began_is_served(watch: Watch) -> None:
     watch.write("second")  # the model has been read, and nothing has looked yet
-    await watch.look(LEVEL_LOOKS + 10)
+    await watch.look(STABLE_CHECKS + 10)
     assert watch.asked == [ModelChange(str(watch.path))]
 
 
@@ -85,7 +85,7 @@ async def test_a_file_that_is_still_being_written_is_waited_for(watch: Watch) ->
     await watch.look()
     for length in range(1, 6):
         watch.write("x" * length)
-        await watch.look(LEVEL_LOOKS)
+        await watch.look(STABLE_CHECKS)
     assert watch.asked == []
     await watch.look()
     assert len(watch.asked) == 1
@@ -95,7 +95,7 @@ async def test_what_cannot_be_begun_yet_is_tried_again(watch: Watch) -> None:
     await watch.look()
     watch.error = ModelChangeError("another change goes on")
     watch.write("second")
-    await watch.look(LEVEL_LOOKS + 3)
+    await watch.look(STABLE_CHECKS + 3)
     assert len(watch.asked) == 3
     watch.error = None
     await watch.look(3)
@@ -107,7 +107,7 @@ async def test_a_file_that_is_taken_away_is_asked_for_once_it_is_back(watch: Wat
     watch.path.unlink()
     await watch.look()
     watch.write("second")
-    await watch.look(LEVEL_LOOKS + 1)
+    await watch.look(STABLE_CHECKS + 1)
     assert len(watch.asked) == 1
 
 
@@ -121,7 +121,7 @@ async def test_a_file_that_cannot_be_found_is_looked_for_until_it_is_and_the_log
     ]
     watch.open_error = None
     watch.write("second")
-    await watch.look(LEVEL_LOOKS + 2)
+    await watch.look(STABLE_CHECKS + 2)
     assert watch.asked == [ModelChange(str(watch.path))]
 
 
@@ -132,7 +132,7 @@ async def test_a_watch_goes_on_after_any_error_and_each_trouble_is_told_once(
     for text in ("second", "third"):
         watch.error = KeyError("a bug")
         watch.write(text)
-        await watch.look(2 * LEVEL_LOOKS + 6)
+        await watch.look(2 * STABLE_CHECKS + 6)
         watch.error = None
         await watch.look(4)
     assert not watch.task.done()

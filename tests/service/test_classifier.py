@@ -1,12 +1,12 @@
 import pytest
 
-from service.classifier import RequestsByClient
+from service.classifier import ClientLimiter
 from service.domain import ApiKey
 from service.errors import OverloadedError
 
 
 def test_one_address_may_have_so_many_requests_in_flight() -> None:
-    requests = RequestsByClient(1)
+    requests = ClientLimiter(1)
     with requests.counting("a") as enter_first, requests.counting("a") as enter_second:
         enter_first()
         with pytest.raises(OverloadedError) as caught:
@@ -21,7 +21,7 @@ def test_one_address_may_have_so_many_requests_in_flight() -> None:
 
 
 def test_a_client_with_a_key_is_known_by_it_wherever_it_is() -> None:
-    requests = RequestsByClient(1, "on their way")
+    requests = ClientLimiter(1, "on their way")
     with requests.counting("a", ApiKey("mine")) as enter_first, requests.counting("b", ApiKey("mine")) as enter_second:
         enter_first()
         with pytest.raises(OverloadedError, match="1 requests with this key are on their way already") as caught:

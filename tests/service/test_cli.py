@@ -14,7 +14,7 @@ from service.cli import main
 from service.commands.registry import COMMANDS
 from service.engines.torch_engine import TorchEngine
 from service.errors import CommandError
-from service.hosting.serve import allow_connections, plan_workers, serve, share_out, supervise
+from service.hosting.serve import allow_connections, divide_limits, plan_workers, serve, supervise
 from service.hosting.workers import bind
 from service.settings import Settings, worker_environment
 
@@ -74,9 +74,9 @@ def test_serve_rejects_more_workers_than_cores() -> None:
 
 def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use() -> None:
     settings = Settings(workers=4, max_utilization=0.5)
-    assert share_out(settings, 8, is_quota=False, is_on_cpu=False).max_utilization == 0.125
-    assert share_out(settings, 8, is_quota=False, is_on_cpu=True).max_utilization == 0.5
-    assert share_out(Settings(workers=4), 8, is_quota=False, is_on_cpu=False).max_utilization is None
+    assert divide_limits(settings, 8, is_quota=False, is_on_cpu=False).max_utilization == 0.125
+    assert divide_limits(settings, 8, is_quota=False, is_on_cpu=True).max_utilization == 0.5
+    assert divide_limits(Settings(workers=4), 8, is_quota=False, is_on_cpu=False).max_utilization is None
 
 
 @pytest.mark.parametrize(

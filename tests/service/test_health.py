@@ -3,10 +3,10 @@ from contextlib import suppress
 import pytest
 
 from service.errors import InvalidImageError, ModelError, OutOfMemoryError, OverloadedError
-from service.health import FAILURES_IN_A_ROW, PAUSE_S, OwnFailures
+from service.health import FAILURES_IN_A_ROW, PAUSE_S, ServerFailures
 
 
-def fail(failures: OwnFailures, error: Exception, times: int = 1) -> None:
+def fail(failures: ServerFailures, error: Exception, times: int = 1) -> None:
     for _ in range(times):
         with suppress(type(error)), failures.counting():
             raise error
@@ -14,31 +14,31 @@ def fail(failures: OwnFailures, error: Exception, times: int = 1) -> None:
 
 @pytest.mark.parametrize("error", [OutOfMemoryError("none left"), RuntimeError("a bug")])
 def test_own_failures_in_a_row_are_told_until_one_request_is_answered(error: Exception) -> None:
-    failures = OwnFailures(clock=lambda: 5.0)
+    failures = ServerFailures(clock=lambda: 5.0)
     fail(failures, error, FAILURES_IN_A_ROW - 1)
-    assert not failures.are_all
+    assert not failures.is_persistent
     fail(failures, error)
-    assert failures.are_all
+    assert failures.is_persistent
     with failures.counting():
         pass
-    assert not failures.are_all
+    assert not failures.is_persistent
 
 
 @pytest.mark.parametrize("error", [InvalidImageError("x"), OverloadedError("x", "full", 1.0), ModelError("x")])
 def test_what_clients_send_neither_makes_nor_ends_a_row(error: Exception) -> None:
-    failures = OwnFailures(clock=lambda: 5.0)
+    failures = ServerFailures(clock=lambda: 5.0)
     fail(failures, error, 2 * FAILURES_IN_A_ROW)
-    assert not failures.are_all
+    assert not failures.is_persistent
     fail(failures, OutOfMemoryError("x"), FAILURES_IN_A_ROW)
     fail(failures, error)
-    assert failures.are_all
+    assert failures.is_persistent
 
 
 def test_after_a_pause_it_is_worth_another_try() -> None:
     now = 5.0
-    failures = OwnFailures(clock=lambda: now)
+    failures = ServerFailures(clock=lambda: now)
     fail(failures, OutOfMemoryError("x"), FAILURES_IN_A_ROW)
     now += PAUSE_S
-    assert not failures.are_all
+    assert not failures.is_persistent
     fail(failures, OutOfMemoryError("x"))
-    assert failures.are_all
+    assert failures.is_persistent

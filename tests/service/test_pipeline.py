@@ -31,10 +31,10 @@ from service.execution.batcher import Batcher
 from service.execution.engine_thread import EngineThread
 from service.pipeline import Pipeline, Read
 from service.scheduling.catalog import VariantCatalog
-from service.scheduling.estimators import LEARNED_EVERY, REJECTION_COST
+from service.scheduling.estimators import REJECTION_COST, UPDATE_EVERY
 from service.scheduling.key_ledger import KeyLedger
 from service.scheduling.level_policy import choose_level
-from service.scheduling.scheduler import RESERVED_S, Scheduler
+from service.scheduling.scheduler import RESERVATION_TIMEOUT_S, Scheduler
 from service.scheduling.state import QueuedRequest
 from service.telemetry.metrics import Metrics
 from service.telemetry.outcomes import counted
@@ -585,9 +585,9 @@ def reject_early(pipeline: Pipeline, loop: BusyLoop) -> None:
 async def test_an_event_loop_that_is_busy_is_reckoned_with_at_admission(profiles: ProfileTable) -> None:
     loop, request = BusyLoop(), InferenceRequest(5.0, budget_ms=1000)
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
-        for _ in range(3 * LEARNED_EVERY):
+        for _ in range(3 * UPDATE_EVERY):
             await pipeline.classify(loop.read, replace(request, budget_ms=60_000))
-        for _ in range(3 * LEARNED_EVERY):
+        for _ in range(3 * UPDATE_EVERY):
             with pytest.raises(OverloadedError):
                 await pipeline.classify(never, replace(request, budget_ms=2))
         assert await pipeline.classify(two_bytes, request)  # the refusals took next to nothing: it knows better now
@@ -596,7 +596,7 @@ async def test_an_event_loop_that_is_busy_is_reckoned_with_at_admission(profiles
 async def test_a_request_that_a_busy_loop_would_answer_too_late_is_rejected(profiles: ProfileTable) -> None:
     loop = BusyLoop()
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
-        for _ in range(3 * LEARNED_EVERY):
+        for _ in range(3 * UPDATE_EVERY):
             await pipeline.classify(loop.read, InferenceRequest(5.0, 60_000))
         with pytest.raises(OverloadedError):
             await pipeline.classify(never, InferenceRequest(5.0, 1000))
@@ -608,7 +608,7 @@ async def test_one_that_takes_over_knows_how_busy_the_loop_is(profiles: ProfileT
         running(Parts().open(), profiles, clock=clock, loop_time=loop) as before,
         running(Parts().open(), profiles, clock=clock) as after,
     ):
-        for _ in range(3 * LEARNED_EVERY):
+        for _ in range(3 * UPDATE_EVERY):
             await before.classify(loop.read, InferenceRequest(5.0, 60_000))
         after.take_over(before)
         assert after.scheduler.state(5.0).arrival_rate == before.scheduler.state(5.0).arrival_rate > 0
@@ -620,12 +620,12 @@ async def test_what_is_rejected_early_costs_a_tenth(profiles: ProfileTable) -> N
     """A server that put all of it on the others would reject the more, the more it rejects."""
     loop, request, parts = BusyLoop(), InferenceRequest(5.0, 60_000), Parts().open()
     async with running(parts, profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
-        for _ in range(3 * LEARNED_EVERY):
+        for _ in range(3 * UPDATE_EVERY):
             await pipeline.classify(loop.read, request)
         parts.decode_gate.clear()
         waiting = asyncio.create_task(pipeline.classify(two_bytes, replace(request, budget_ms=3000)))
         await asyncio.sleep(0)
-        for _ in range(12 * LEARNED_EVERY):
+        for _ in range(12 * UPDATE_EVERY):
             reject_early(pipeline, loop)
         with pytest.raises(OverloadedError):
             pipeline.reserve(replace(request, budget_ms=3500))
@@ -638,7 +638,7 @@ async def test_those_that_are_served_later_do_not_make_the_loop_busy_before(prof
     """Many clients with large images and all the time in the world keep no urgent request out."""
     loop, parts = BusyLoop(), Parts().open()
     async with running(parts, profiles, max_in_flight=99, clock=lambda: 5.0, loop_time=loop) as pipeline:
-        for _ in range(3 * LEARNED_EVERY):
+        for _ in range(3 * UPDATE_EVERY):
             await pipeline.classify(loop.read, InferenceRequest(5.0, 60_000))
         parts.decode_gate.clear()
         later = [InferenceRequest(5.0, 900_000), InferenceRequest(5.0, 2200, priority=-1)]
@@ -653,9 +653,9 @@ async def test_rejections_of_an_idle_server_teach_nothing(profiles: ProfileTable
     loop, request = BusyLoop(), InferenceRequest(5.0, 60_000)
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for turn in range(3):
-            for _ in range(3 * LEARNED_EVERY):
+            for _ in range(3 * UPDATE_EVERY):
                 await pipeline.classify(loop.read, request)
-            for _ in range(20 * LEARNED_EVERY * turn):
+            for _ in range(20 * UPDATE_EVERY * turn):
                 reject_early(pipeline, loop)
             with pytest.raises(OverloadedError):
                 pipeline.reserve(replace(request, budget_ms=1500))
@@ -665,7 +665,7 @@ async def test_rejections_of_an_idle_server_teach_nothing(profiles: ProfileTable
 async def test_a_request_has_not_its_own_place_before_it(profiles: ProfileTable) -> None:
     loop = BusyLoop()
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
-        for _ in range(3 * LEARNED_EVERY):
+        for _ in range(3 * UPDATE_EVERY):
             await pipeline.classify(loop.read, InferenceRequest(5.0, 60_000))
         request = InferenceRequest(5.0, 2500)  # half of 4 s come before it is decoded
         assert await pipeline.classify(two_bytes, request, reserved=pipeline.reserve(request))
@@ -681,14 +681,14 @@ async def test_what_asks_for_too_many_predictions_reserves_nothing(profiles: Pro
 async def test_places_of_bodies_that_do_not_come_are_soon_given_to_others(profiles: ProfileTable) -> None:
     loop, now = BusyLoop(), 5.0
     async with running(Parts().open(), profiles, clock=lambda: now, loop_time=loop) as pipeline:
-        for _ in range(3 * LEARNED_EVERY):
+        for _ in range(3 * UPDATE_EVERY):
             await pipeline.classify(loop.read, InferenceRequest(now, 60_000))
         for _ in range(10):
             pipeline.reserve(InferenceRequest(now, 60_000))
         for ask in (pipeline.decide, pipeline.reserve):
             with pytest.raises(OverloadedError):
                 ask(InferenceRequest(now, 6000))
-        now += RESERVED_S
+        now += RESERVATION_TIMEOUT_S
         assert pipeline.decide(InferenceRequest(now, 6000))
         assert await pipeline.classify(two_bytes, InferenceRequest(now, 6000))
 
@@ -709,7 +709,7 @@ async def test_a_place_that_was_reserved_is_taken(profiles: ProfileTable) -> Non
 async def test_what_the_loop_does_while_it_is_idle_is_charged_to_no_request(profiles: ProfileTable) -> None:
     loop = BusyLoop()
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
-        for _ in range(3 * LEARNED_EVERY):
+        for _ in range(3 * UPDATE_EVERY):
             loop.spent_s += 4.0  # the monitor's and the health checks', from one rare request to the next
             assert await pipeline.classify(two_bytes, InferenceRequest(5.0, 1000))
 

@@ -11,7 +11,7 @@ import torch
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
-from service.assembly import Profiled
+from service.assembly import ProfileWithFile
 from service.domain import ServerState
 from service.engines.growing_profile import GrowingProfile
 from service.engines.profile_store import begin_profile, extended_profile
@@ -62,7 +62,7 @@ def test_the_trained_sub_networks_are_captured_before_the_first_request_small_ba
 ) -> None:
     engine, prepared = Capturing(checkpoint), []
 
-    def begin(*arguments: Any, **options: Any) -> Profiled:  # noqa: ANN401 - as they are
+    def begin(*arguments: Any, **options: Any) -> ProfileWithFile:  # noqa: ANN401 - as they are
         prepared.extend(engine.prepared)
         return begin_profile(*arguments, **options)
 
@@ -90,7 +90,7 @@ def test_the_others_are_captured_in_idle_moments_at_the_first_start_and_at_later
     cells = cells_of(list(profile.by_subnetwork), (1, 2, 4, 6))
     kept = Figures(dict.fromkeys(cells, 1e-3), dict.fromkeys(cells, 0.0), datetime.now(UTC)) if is_measured else None
 
-    def begin(*arguments: Any, is_padded: bool, **options: Any) -> Profiled:  # noqa: ANN401 - as they are
+    def begin(*arguments: Any, is_padded: bool, **options: Any) -> ProfileWithFile:  # noqa: ANN401 - as they are
         assert is_padded
         _, file = begin_profile(*arguments, is_padded=is_padded, **options)
         return GrowingProfile(profile, (1, 2, 4, 6), kept or file.read(), is_padded=True), file

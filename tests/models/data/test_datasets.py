@@ -190,7 +190,7 @@ def test_a_bad_image_is_blank_without_a_label_counted_and_named_once(
     complaint = f"\npassed over: 2 of 12 images of {damaged} cannot be read: blue/1.png, red/3.png\n"
     assert capsys.readouterr().err == complaint
     images.report()
-    images.seen_through(varied(tiny_config)).report()
+    images.with_transform(varied(tiny_config)).report()
     assert capsys.readouterr().err == ""
 
 
@@ -200,7 +200,7 @@ def test_an_image_that_was_once_bad_is_not_read_again(damaged: Path, tiny_config
     assert images[1][1] == NO_LABEL
     shutil.copy(damaged / "blue" / "0.png", damaged / "blue" / "1.png")
     assert images[1][1] == NO_LABEL
-    assert images.seen_through(varied(tiny_config))[1][1] == NO_LABEL
+    assert images.with_transform(varied(tiny_config))[1][1] == NO_LABEL
 
 
 def test_more_bad_images_than_allowed_are_an_error_of_one_line(damaged: Path, tiny_config: SuperViTConfig) -> None:

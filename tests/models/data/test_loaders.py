@@ -7,7 +7,7 @@ import torch
 
 from models.data.datasets import NO_LABEL, ImageSet, TrainingSamples, open_folder
 from models.data.images import evaluation_transform
-from models.data.loaders import SampleLoader, gather_in_turn, join_in_turn, load_in_turn
+from models.data.loaders import SampleLoader, gather_round_robin, interleave, load_round_robin
 from models.errors import DataError
 from models.subnetwork import SuperViTConfig
 
@@ -50,25 +50,25 @@ def test_too_many_bad_images_are_one_line_from_whichever_process_meets_the_last(
 @pytest.mark.parametrize("processes", [1, 2, 3, 9])
 def test_processes_load_the_batches_of_one_in_turn(images: ImageSet, processes: int) -> None:
     chosen = [0, 2, 3, 4, 6, 8, 9]
-    alone = [labels.tolist() for _, labels in load_in_turn(images, chosen, 2, 0, 0, 1)]
+    alone = [labels.tolist() for _, labels in load_round_robin(images, chosen, 2, 0, 0, 1)]
     assert alone == [[0, 0], [0, 1], [1, 2], [2]]
-    loaders = [load_in_turn(images, chosen, 2, 0, rank, processes) for rank in range(processes)]
+    loaders = [load_round_robin(images, chosen, 2, 0, rank, processes) for rank in range(processes)]
     dealt = itertools.zip_longest(*([labels.tolist() for _, labels in loader] for loader in loaders))
     assert [batch for turn in dealt for batch in turn if batch is not None] == alone
 
 
 def test_what_was_made_of_batches_is_joined_in_their_order() -> None:
     shares = [[torch.tensor([[0], [1]]), torch.tensor([[4]])], [torch.tensor([[2], [3]])], []]
-    assert join_in_turn(shares).tolist() == [[0], [1], [2], [3], [4]]
-    assert gather_in_turn(shares[0]).tolist() == [[0], [1], [4]]  # of a process alone
+    assert interleave(shares).tolist() == [[0], [1], [2], [3], [4]]
+    assert gather_round_robin(shares[0]).tolist() == [[0], [1], [4]]  # of a process alone
 
 
 def test_workers_stay_for_the_next_pass(images: ImageSet) -> None:
-    loader = load_in_turn(images, range(12), 4, 1, 0, 1)
+    loader = load_round_robin(images, range(12), 4, 1, 0, 1)
     others = {child.pid for child in torch.multiprocessing.active_children()}  # of a loader that is not yet collected
     pids: set[int | None] = set()
     for _ in range(2):
         list(loader)
         pids |= {child.pid for child in torch.multiprocessing.active_children()} - others
     assert len(pids) == 1
-    assert not load_in_turn(images, range(12), 4, 0, 0, 1).persistent_workers
+    assert not load_round_robin(images, range(12), 4, 0, 0, 1).persistent_workers

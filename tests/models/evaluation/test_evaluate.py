@@ -16,7 +16,7 @@ from models.errors import DataError
 from models.evaluation.calibration import HIGHEST_EXPONENT, LOWEST_EXPONENT, Scaling, fit_scaling
 from models.evaluation.evaluate import Evaluation, evaluate, fit_scalings
 from models.evaluation.hold_out import label_indices
-from models.evaluation.judging import answers_of, judge, measure_accuracy
+from models.evaluation.judging import judge, make_answer, measure_accuracy
 from models.processes import Process
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork, SuperViTConfig
@@ -67,7 +67,7 @@ def test_accuracy_is_counted_over_all_batches_for_each_subnetwork(
     whole, pruned = SubNetwork(4, 1.0), SubNetwork(2, 0.5)
     for chosen, top1, top1_pruned in ((batches, 2 / 4, 2 / 4), (batches[:1], 2 / 3, 2 / 3), (batches[1:], 0.0, 0.0)):
         measured = measure_accuracy(
-            answers_of(ByBrightness(tiny_config)), iter(chosen), {whole: Scaling(), pruned: Scaling()}
+            make_answer(ByBrightness(tiny_config)), iter(chosen), {whole: Scaling(), pruned: Scaling()}
         )
         assert (measured[whole].top1, measured[whole].top5) == (top1, 1.0)
         assert (measured[pruned].top1, measured[pruned].top5) == (top1_pruned, 1.0)
@@ -78,7 +78,7 @@ def test_the_calibration_error_is_that_at_the_temperature(
 ) -> None:
     whole = SubNetwork(4, 1.0)
     for temperature in (0.5, 1.0, 2.0):
-        measured = measure_accuracy(answers_of(ByBrightness(tiny_config)), batches, {whole: Scaling(temperature)})
+        measured = measure_accuracy(make_answer(ByBrightness(tiny_config)), batches, {whole: Scaling(temperature)})
         # All four answers have one confidence, that of logits 1, 0 and -1, and two are right.
         weights = [math.exp(logit / temperature) for logit in (1, 0, -1)]
         assert measured[whole].calibration_error == pytest.approx(abs(weights[0] / sum(weights) - 2 / 4), rel=1e-5)
@@ -89,7 +89,7 @@ def test_scalings_are_fitted_for_each_subnetwork(
 ) -> None:
     whole, pruned = SubNetwork(4, 1.0), SubNetwork(2, 0.5)
     images, labels = batches[0][0][[0, 1, 1, 1]], torch.tensor([0, 1, 1, 2])
-    answer = answers_of(ByBrightness(tiny_config))
+    answer = make_answer(ByBrightness(tiny_config))
     scalings, confidences = fit_scalings(answer, iter([(images, labels)]), [whole, pruned])
     for subnetwork, scaling in scalings.items():
         logits = ByBrightness(tiny_config)(images.float() - 100, subnetwork)
@@ -100,7 +100,7 @@ def test_scalings_are_fitted_for_each_subnetwork(
 
 def test_nothing_to_measure_on_is_an_error(tiny_config: SuperViTConfig) -> None:
     with pytest.raises(ValueError, match="no images"):
-        measure_accuracy(answers_of(SuperViT(tiny_config)), [], dict.fromkeys(tiny_config.subnetworks, Scaling()))
+        measure_accuracy(make_answer(SuperViT(tiny_config)), [], dict.fromkeys(tiny_config.subnetworks, Scaling()))
 
 
 def test_class_folders_are_mapped_by_name_in_any_order() -> None:
@@ -203,7 +203,7 @@ def test_what_was_fitted_on_counts_for_accuracy_alone(
 ) -> None:
     whole = SubNetwork(4, 1.0)
     for fitted_on, share_right in (([], 2 / 4), ([2, 3], 1.0), ([0, 1, 3], 0.0)):
-        measured = measure_accuracy(answers_of(ByBrightness(tiny_config)), batches, {whole: Scaling()}, fitted_on)[
+        measured = measure_accuracy(make_answer(ByBrightness(tiny_config)), batches, {whole: Scaling()}, fitted_on)[
             whole
         ]
         confidence = math.e / (math.e + 1 + 1 / math.e)
@@ -274,7 +274,9 @@ def test_keep_rates_between_are_measured_on_demand(tiny_file: Path, pictures: Pa
         process=CPU,
         rates_between=True,
     ).profile
-    assert table.by_subnetwork.keys() == checkpoint.profile.with_rates_between(checkpoint.config).by_subnetwork.keys()
+    assert (
+        table.by_subnetwork.keys() == checkpoint.profile.with_interpolated_rates(checkpoint.config).by_subnetwork.keys()
+    )
     assert len(table.rows) > len(checkpoint.profile.rows)
     assert not any(row.is_interpolated for row in table.rows)
     assert {row.subnetwork for row in table.rows if row.is_trained} == set(checkpoint.config.subnetworks)
@@ -327,7 +329,7 @@ def test_scalings_are_fitted_without_images_that_have_no_label(
     whole, (images, labels) = SubNetwork(4, 1.0), batches[0]
     blank = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     with_blank = [(torch.cat([images, blank]), torch.cat([labels, torch.tensor([NO_LABEL])]))]
-    answer = answers_of(ByBrightness(tiny_config))
+    answer = make_answer(ByBrightness(tiny_config))
     fitted = [fit_scalings(answer, given, [whole])[0] for given in (batches[:1], with_blank)]
     assert fitted[0] == fitted[1]
 

@@ -1,25 +1,30 @@
 import pytest
 
-from models.files.checkpoint_errors import CheckpointMismatchError, UnreadableCheckpointError, about, shown
+from models.files.checkpoint_errors import (
+    CheckpointMismatchError,
+    UnreadableCheckpointError,
+    prefixed_errors,
+    printable_text,
+)
 
 
 def test_control_characters_are_shown_escaped() -> None:
-    assert shown("a\nb\x1b[31m\x00\u202e\udcff") == r"a\nb\x1b[31m\x00\u202e\udcff"
-    assert shown("ü … 日本") == "ü … 日本"
+    assert printable_text("a\nb\x1b[31m\x00\u202e\udcff") == r"a\nb\x1b[31m\x00\u202e\udcff"
+    assert printable_text("ü … 日本") == "ü … 日本"
 
 
 @pytest.mark.parametrize("at_most", [10, 11])
 def test_of_a_long_text_both_ends_are_shown(at_most: int) -> None:
-    text = shown("start" + "x" * 10_000 + "the end", at_most)
+    text = printable_text("start" + "x" * 10_000 + "the end", at_most)
     assert len(text) == at_most
     assert text.startswith("start…")
     assert text.endswith(" end")
-    assert shown("x" * at_most, at_most) == "x" * at_most
+    assert printable_text("x" * at_most, at_most) == "x" * at_most
 
 
 @pytest.mark.parametrize("kind", [UnreadableCheckpointError, CheckpointMismatchError])
 def test_an_error_names_what_it_is_about_in_one_line(kind: type[Exception]) -> None:
-    with pytest.raises(kind, match=r"^a\\nb: no\\tgood$"), about("a\nb"):
+    with pytest.raises(kind, match=r"^a\\nb: no\\tgood$"), prefixed_errors("a\nb"):
         raise kind("no\tgood")
-    with pytest.raises(kind, match=r"^'': no such file$"), about(""):
+    with pytest.raises(kind, match=r"^'': no such file$"), prefixed_errors(""):
         raise kind("no such file")

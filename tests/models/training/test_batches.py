@@ -172,7 +172,7 @@ def answers_in(targets: Tensor, labels: Tensor) -> Tensor:
 class Silent(Teacher):
     """Shall not be asked."""
 
-    def answer_both_ways(self, images: Tensor) -> Tensor:
+    def classify_with_mirror(self, images: Tensor) -> Tensor:
         raise AssertionError(f"asked about {len(images)} images")
 
 

@@ -120,8 +120,8 @@ def test_mixed_labels_are_not_smoothed_again(answers: Answers) -> None:
 
 def test_a_teacher_takes_its_share_of_the_classification_loss(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.25)
-    taught = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]])
-    (classification, distillation), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0]), taught), PAIRS[0])
+    teacher_probs = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]])
+    (classification, distillation), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0]), teacher_probs), PAIRS[0])
     labels = (math.log(2) + math.log(3)) / 2
     divergence = (0.5 * math.log(2) + 0.25 * math.log(1 / 2)) / 2
     assert classification.item() == pytest.approx(0.75 * labels + 0.25 * divergence)
@@ -131,8 +131,8 @@ def test_a_teacher_takes_its_share_of_the_classification_loss(answers: Answers) 
 def test_labels_and_teacher_are_mixed_as_the_tokens_are(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.25)
     quarter = TokenBox(4, 0, 2, 0, 2)
-    taught = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    (classification, _), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0]), taught), PAIRS[0], quarter)
+    teacher_probs = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    (classification, _), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0]), teacher_probs), PAIRS[0], quarter)
     labels = (0.75 * math.log(2) + 0.25 * math.log(4) + math.log(3)) / 2
     first = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.5)
     second = 0.25 * math.log(0.25 * 3) + 0.75 * math.log(0.75 * 3)

@@ -36,8 +36,8 @@ def test_a_teacher_sees_the_same_pictures_at_its_own_size_and_normalisation(
 
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
     expected = network(normalised(pixels, data["mean"], data["std"])).softmax(dim=1)
-    taught = teacher(normalised(pixels, config.mean, config.std))
-    torch.testing.assert_close(taught, expected, atol=1e-5, rtol=1e-4)
+    teacher_probs = teacher(normalised(pixels, config.mean, config.std))
+    torch.testing.assert_close(teacher_probs, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(teacher(torch.zeros(5, 3, 16, 16)).sum(dim=1), torch.ones(5))
 
 
@@ -58,7 +58,7 @@ def test_a_convolutional_teacher_answers_at_every_place_with_what_its_head_makes
     network = timm.create_model("test_efficientnet", num_classes=3).eval()
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     adapter = Adapter(network, tiny_config, 96)
-    logits, places = adapter.answer_everywhere(images)
+    logits, places = adapter.label_patches(images)
     torch.testing.assert_close(logits, adapter(images))
     assert places.shape == (2, 3, 3, 3)
     features = network.forward_features(adapter.adapt(images))
@@ -72,7 +72,7 @@ def test_a_transformer_answers_at_every_patch_token(tiny_config: SuperViTConfig,
     network = timm.create_model("test_vit", num_classes=3, global_pool=pool).eval()
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     adapter = Adapter(network, tiny_config, None)
-    logits, places = adapter.answer_everywhere(images)
+    logits, places = adapter.label_patches(images)
     torch.testing.assert_close(logits, adapter(images))
     tokens = network.forward_features(adapter.adapt(images))[:, network.num_prefix_tokens :]
     assert places.shape[2] == places.shape[3] > 1
@@ -84,7 +84,7 @@ def test_a_network_whose_channels_come_last_answers_at_every_place(tiny_config: 
     tiny = {"img_size": 64, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "window_size": 4, "num_classes": 3}
     network = timm.create_model("swin_tiny_patch4_window7_224", **tiny).eval()
     adapter = Adapter(network, tiny_config, 64)
-    logits, places = adapter.answer_everywhere(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    logits, places = adapter.label_patches(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
     assert places.shape == (2, 3, 8, 8)
     torch.testing.assert_close(places.mean(dim=(2, 3)), logits)
 
@@ -95,13 +95,13 @@ def test_answers_at_every_place_are_probabilities_on_the_grid_of_the_student(
 ) -> None:
     teacher = Teacher.load("test_vit", teacher_file, None, tiny_config, everywhere=True)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    answers, places = teacher.answer_everywhere(images)
+    answers, places = teacher.label_patches(images)
     torch.testing.assert_close(answers, teacher(images))
     assert places.shape == (2, 16, 3)
     torch.testing.assert_close(places.sum(dim=2), torch.ones(2, 16))
     network = teacher.network
     assert isinstance(network, Adapter)
-    own = network.answer_everywhere(images)[1]
+    own = network.label_patches(images)[1]
     assert own.shape == (2, 3, 10, 10)
     # Each of four patches a side is 2.5 places wide; a place counts the less the further it is from the patch's centre.
     centres = (torch.arange(4) + 0.5) * 2.5

@@ -25,7 +25,7 @@ from models.data.images import evaluation_transform
 from models.data.loaders import SampleLoader
 from models.errors import DataError, DeviceError
 from models.evaluation.calibration import Scaling
-from models.evaluation.judging import answers_of, measure_accuracy
+from models.evaluation.judging import make_answer, measure_accuracy
 from models.mix_token import draw_box
 from models.processes import Process, seed_everything
 from models.profiles import ProfileTable
@@ -35,7 +35,7 @@ from models.training.batches import TARGETS_NAME
 from models.training.objective import PairLoss, Targets, sample_pairs, training_step
 from models.training.recipe import Recipe
 from models.training.setup import build_model, build_optimizer, build_teacher, learning_rate_schedule
-from models.training.state import TrainingError, save_whole
+from models.training.state import TrainingError, save_atomically
 from models.training.train import Step, run_epochs, train
 from tests.models.conftest import CLASS_NAMES
 from tests.models.files.test_atomic import files_limited_to
@@ -484,7 +484,7 @@ def test_a_teacher_that_was_asked_once_is_learned_from(tmp_path: Path, tiny_reci
     later = Notes(learns=False)
     train(tiny_recipe(tmp_path / "run", epochs=2, teacher_once=True, resume=True, **options), later)
     assert torch.equal(torch.cat([targets.labels for targets in later.targets]), marked)  # and asks no more
-    assert all(targets.taught is None for targets in notes.targets + later.targets)  # it is not asked again
+    assert all(targets.teacher_probs is None for targets in notes.targets + later.targets)  # it is not asked again
     assert len(later.targets) == STEPS_PER_EPOCH
 
 
@@ -501,7 +501,7 @@ def test_every_step_of_an_lv_vit_has_its_box_and_its_token_labels(
     assert notes.boxes == [draw_box(4, 5, step) if mix_token else None for step in range(STEPS_PER_EPOCH)]
     assert set(notes.token_weights) == {0.25}
     assert all(targets.tokens is not None and targets.tokens.shape == (8, 16, 3) for targets in notes.targets)
-    assert all(targets.taught is not None for targets in notes.targets)
+    assert all(targets.teacher_probs is not None for targets in notes.targets)
 
 
 def test_the_average_forgets_the_first_weights_however_slow_it_is(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
@@ -613,9 +613,9 @@ def test_a_run_from_before_an_option_existed_is_one_that_left_it_out(tmp_path: P
 
 def test_a_full_disk_is_an_os_error_and_costs_nothing_that_was_saved(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
-    save_whole({"epoch": torch.tensor(1)}, path)
+    save_atomically({"epoch": torch.tensor(1)}, path)
     with files_limited_to(10_000), pytest.raises(OSError, match="File too large"):
-        save_whole({"epoch": torch.zeros(100_000)}, path)
+        save_atomically({"epoch": torch.zeros(100_000)}, path)
     assert torch.load(path, weights_only=True) == {"epoch": torch.tensor(1)}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -928,6 +928,6 @@ def test_two_processes_step_as_one_on_the_whole_batch(
     checkpoint, watched = load_checkpoint(recipe.output / "checkpoint.safetensors"), recipe.data / "val"
     loader = SampleLoader(open_folder(watched, evaluation_transform(checkpoint.config)), recipe.batch_size)
     ends = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
-    measured = measure_accuracy(answers_of(checkpoint.model), loader, dict.fromkeys(ends, Scaling()))
+    measured = measure_accuracy(make_answer(checkpoint.model), loader, dict.fromkeys(ends, Scaling()))
     top1 = [record["top1"] for record in log_of(recipe.output)]
     assert top1 == [{str(end): measured[end].top1 for end in ends}]

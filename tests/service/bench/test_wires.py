@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bench.wires import LENGTH_HEADER, Reply, Request, SupervitWire, V2Wire
+from service.bench.wires import LENGTH_HEADER, Reply, Request, SupervitProtocol, V2Protocol
 from service.errors import CommandError
 from service.simulation.arrivals import Arrival
 from tests.service.wire_answers import ANSWER, refusal
@@ -34,16 +34,16 @@ def parts(request: Request) -> tuple[dict[str, Any], bytes]:
 
 
 def test_budgets_go_into_the_query() -> None:
-    request = SupervitWire().request(b"image", ARRIVAL)
+    request = SupervitProtocol().request(b"image", ARRIVAL)
     assert urlsplit(request.path).path == "/classify"
     asked = parse_qs(urlsplit(request.path).query)
     assert asked == {"top_k": ["1"], "budget_ms": ["300.0"], "budget_gflops": ["2.3"], "priority": ["-2"]}
     assert request.body == b"image"
-    assert "budget_gflops" not in SupervitWire().request(b"image", Arrival(0.0, 0.3)).path
+    assert "budget_gflops" not in SupervitProtocol().request(b"image", Arrival(0.0, 0.3)).path
 
 
 def test_an_answer_says_what_answered() -> None:
-    reply = SupervitWire().read(200, json.dumps(ANSWER).encode())
+    reply = SupervitProtocol().read(200, json.dumps(ANSWER).encode())
     assert reply == Reply("ok", "dalmatian", "12-0.7", 2.193)
 
 
@@ -57,12 +57,12 @@ def test_an_answer_says_what_answered() -> None:
     ],
 )
 def test_what_is_no_answer_is_told_by_its_code(status: int, body: bytes, code: str) -> None:
-    assert SupervitWire().read(status, body) == Reply(code)
+    assert SupervitProtocol().read(status, body) == Reply(code)
 
 
 @pytest.mark.parametrize(("shape", "sent"), [((-1,), [1]), ((-1, 1), [1, 1])])
 def test_a_model_that_takes_files_gets_the_file_as_a_binary_tensor(shape: tuple[int, ...], sent: list[int]) -> None:
-    wire = V2Wire("a/b", metadata(shape=shape), ())
+    wire = V2Protocol("a/b", metadata(shape=shape), ())
     request = wire.request(wire.encode(b"image"), ARRIVAL)
     assert request.path == "/v2/models/a%2Fb/infer"
     said, binary = parts(request)
@@ -85,7 +85,7 @@ def test_a_model_that_takes_files_gets_the_file_as_a_binary_tensor(shape: tuple[
 def test_a_model_that_takes_pixels_gets_those_of_the_middle(
     photo: bytes, datatype: str, shape: tuple[int, ...], sent: list[int]
 ) -> None:
-    wire = V2Wire("m", metadata(datatype, shape), ())
+    wire = V2Protocol("m", metadata(datatype, shape), ())
     said, binary = parts(wire.request(wire.encode(photo), ARRIVAL))
     assert said["inputs"][0]["shape"] == sent
     pixels = np.frombuffer(binary, np.uint8 if datatype == "UINT8" else "<f4")
@@ -95,7 +95,7 @@ def test_a_model_that_takes_pixels_gets_those_of_the_middle(
 
 
 def test_pixels_of_fp32_are_normalised(encode: Any) -> None:  # noqa: ANN401 - the fixture's
-    wire = V2Wire("m", metadata("FP32", (-1, 3, 8, 8)), ())
+    wire = V2Protocol("m", metadata("FP32", (-1, 3, 8, 8)), ())
     red, green, blue = np.frombuffer(wire.encode(encode(Image.new("RGB", (9, 9), "white"))), "<f4").reshape(3, -1)
     assert (red[0], green[0], blue[0]) == pytest.approx((2.2489, 2.4286, 2.64), abs=1e-3)
 
@@ -113,7 +113,7 @@ def test_pixels_of_fp32_are_normalised(encode: Any) -> None:  # noqa: ANN401 - t
 )
 def test_a_model_that_takes_no_image_is_refused(described: bytes) -> None:
     with pytest.raises(CommandError, match=r"^m: "):
-        V2Wire("m", described, ())
+        V2Protocol("m", described, ())
 
 
 @pytest.mark.parametrize(
@@ -127,12 +127,12 @@ def test_a_model_that_takes_no_image_is_refused(described: bytes) -> None:
     ],
 )
 def test_the_first_output_is_a_label_or_a_number_for_each_class(body: bytes, label: str) -> None:
-    assert V2Wire("m", metadata(), ("a", "b", "c")).read(200, body) == Reply("ok", label)
+    assert V2Protocol("m", metadata(), ("a", "b", "c")).read(200, body) == Reply("ok", label)
 
 
 def test_a_server_here_says_by_v2_too_what_answered() -> None:
     body = inferred("BYTES", ["0.9:0:cat"], patch_grid=12, keep_rate=0.7, gflops=2.2)
-    assert V2Wire("m", metadata(), ()).read(200, body) == Reply("ok", "cat", "12-0.7", 2.2)
+    assert V2Protocol("m", metadata(), ()).read(200, body) == Reply("ok", "cat", "12-0.7", 2.2)
 
 
 @pytest.mark.parametrize(
@@ -147,4 +147,4 @@ def test_a_server_here_says_by_v2_too_what_answered() -> None:
     ],
 )
 def test_what_is_no_answer_by_v2_is_told_apart(status: int, body: bytes, code: str) -> None:
-    assert V2Wire("m", metadata(), ()).read(status, body) == Reply(code)
+    assert V2Protocol("m", metadata(), ()).read(status, body) == Reply(code)

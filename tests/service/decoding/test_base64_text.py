@@ -2,7 +2,7 @@ import base64
 
 import pytest
 
-from service.decoding.base64_text import PIECE, decode_base64
+from service.decoding.base64_text import CHUNK_CHARS, decode_base64
 from service.errors import InvalidImageError, UnsupportedMediaError
 
 pytestmark = pytest.mark.anyio
@@ -14,7 +14,7 @@ async def test_base64_is_decoded_in_whatever_lines_and_as_a_data_url(text: str) 
 
 
 async def test_what_takes_many_pieces_is_whole_again() -> None:
-    data = bytes(range(256)) * (PIECE // 128)
+    data = bytes(range(256)) * (CHUNK_CHARS // 128)
     assert await decode_base64(base64.b64encode(data).decode()) == data
 
 

@@ -197,11 +197,11 @@ class Mixed:
         return self.decoder.submit(data, deadline_at, priority, address)
 
     def open(self, data: bytes) -> OpenedImage:
-        is_dear = data.isupper()
+        is_expensive = data.isupper()
         return OpenedImage(
-            "dear" if is_dear else "ordinary",
-            20 * COST_S if is_dear else COST_S,
-            100 if is_dear else 1,
+            "dear" if is_expensive else "ordinary",
+            20 * COST_S if is_expensive else COST_S,
+            100 if is_expensive else 1,
             lambda: self.decode(data),
         )
 

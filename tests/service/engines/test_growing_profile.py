@@ -3,10 +3,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from models.latency_estimate import LEAST_ERROR, Cell
+from models.latency_estimate import MIN_ERROR, Cell
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
-from service.engines.growing_profile import SERVED_WORTH, GrowingProfile, first_cells, untimed_shapes
+from service.engines.growing_profile import SERVED_RUN_WEIGHT, GrowingProfile, first_cells, untimed_shapes
 from service.engines.profiler import MIN_RUNS, MIN_SLOW_RUNS, SLOW_S, Figures
 
 CHEAPEST, MIDDLE, DEAREST = SubNetwork(2, 0.5), SubNetwork(4, 0.5), SubNetwork(4, 1.0)
@@ -43,10 +43,10 @@ def test_a_slow_cell_takes_fewer_runs_and_its_first_counts(profile: GrowingProfi
 
 
 def test_a_batch_of_requests_counts_less_than_a_run_of_an_idle_engine(profile: GrowingProfile) -> None:
-    for _ in range(round(MIN_RUNS / SERVED_WORTH)):
-        profile.record((CHEAPEST, 1), 0.01, SERVED_WORTH)
+    for _ in range(round(MIN_RUNS / SERVED_RUN_WEIGHT)):
+        profile.record((CHEAPEST, 1), 0.01, SERVED_RUN_WEIGHT)
     assert profile.seconds((CHEAPEST, 1)) is None  # the first was of a new shape
-    profile.record((CHEAPEST, 1), 0.01, SERVED_WORTH)
+    profile.record((CHEAPEST, 1), 0.01, SERVED_RUN_WEIGHT)
     assert profile.seconds((CHEAPEST, 1)) == 0.01
 
 
@@ -73,7 +73,7 @@ def test_what_is_not_measured_is_estimated_with_caution(profile: GrowingProfile,
         for size in (1, 4):
             measure(profile, (row.subnetwork, size), 1e-7 * row.macs * size)
     found = profile.predict()
-    assert found.error == LEAST_ERROR
+    assert found.error == MIN_ERROR
     for row in profiles.rows:
         likely = [1e-7 * row.macs * size for size in SIZES]
         assert found.likely.seconds[row.subnetwork] == pytest.approx(likely, rel=1e-6)

@@ -9,7 +9,7 @@ import torch
 from openvino import opset15 as op
 
 from models.data.images import normalise
-from models.quantization import LAYERS, SMOOTHING_STEPS, STEPS, BlockRanges, Place, Range
+from models.quantization import LAYERS, QUANTIZATION_STEPS, SMOOTHING_STEPS, BlockRanges, ProductInput, Range
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from service.engines.openvino_engine import OpenVINOEngine
@@ -34,8 +34,8 @@ KINDS: Sequence[Callable[[Sequence[BlockRanges]], IntegerProducts]] = (IntegerPr
 def compute(products: Products, tokens: Floats, weight: Floats, bias: Floats) -> Floats:
     """Run tokens through two products with a ReLU between."""
     parameter = op.parameter([-1, -1, tokens.shape[2]], np.float32)
-    hidden = op.relu(products.linear(products.enter(parameter, Place(0, "fc1")), weight, bias))
-    given = products.leave(products.linear(products.stay(hidden, Place(0, "fc2")), weight, bias))
+    hidden = op.relu(products.linear(products.enter(parameter, ProductInput(0, "fc1")), weight, bias))
+    given = products.leave(products.linear(products.stay(hidden, ProductInput(0, "fc2")), weight, bias))
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = ov.Core().compile_model(ov.Model([given], [parameter], "products"), "CPU", options)
     found: Floats = compiled([tokens])[0]
@@ -43,7 +43,7 @@ def compute(products: Products, tokens: Floats, weight: Floats, bias: Floats) ->
 
 
 def rounded_tokens(tokens: npt.NDArray[np.floating[Any]], within: Range) -> Floats:
-    step = (within.high - within.low) / STEPS
+    step = (within.high - within.low) / QUANTIZATION_STEPS
     rounded: Floats = (np.round(np.clip(tokens, within.low, within.high) / step) * step).astype(np.float32)
     return rounded
 
@@ -124,7 +124,9 @@ def images() -> torch.Tensor:
     return torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
 
 
-def observed(model: SuperViT, images: torch.Tensor, subnetwork: SubNetwork) -> dict[Place, tuple[Floats, Floats]]:
+def observed(
+    model: SuperViT, images: torch.Tensor, subnetwork: SubNetwork
+) -> dict[ProductInput, tuple[Floats, Floats]]:
     products = ObservedProducts()
     notes = OpenVINOEngine(model, 1, "float32", products).observe(images, subnetwork)
     return dict(zip(products.places, zip(notes[::2], notes[1::2], strict=True), strict=True))
@@ -143,7 +145,7 @@ def test_what_enters_every_product_is_observed_for_each_image(model: SuperViT, i
     for index in range(CONFIG.depth - 1):  # of the last block only the class token is read
         for layer in ("proj", "fc2"):
             values = seen[index, layer]
-            lows, highs = found[Place(index, layer)]  # type: ignore[arg-type] # they are layers
+            lows, highs = found[ProductInput(index, layer)]  # type: ignore[arg-type] # they are layers
             np.testing.assert_allclose(lows, values.amin(1), atol=1e-4)
             np.testing.assert_allclose(highs, values.amax(1), atol=1e-4)
 
@@ -155,7 +157,7 @@ def test_a_model_in_8_bits_answers_nearly_what_it_answers_in_floating_point(
     for subnetwork in (SubNetwork(4, 1.0), SubNetwork(2, 1.0)):
         found = observed(model, images, subnetwork)
         ends = {place: Range.of(float(lows.min()), float(highs.max())) for place, (lows, highs) in found.items()}
-        ranges = [BlockRanges(**{layer: ends[Place(block, layer)] for layer in LAYERS}) for block in range(3)]
+        ranges = [BlockRanges(**{layer: ends[ProductInput(block, layer)] for layer in LAYERS}) for block in range(3)]
         engine = OpenVINOEngine(model, 1, "float32", ConvolvedProducts(ranges))
         expected = OpenVINOEngine(model, 1, "float32").run(images, subnetwork)
         answered = engine.run(images, subnetwork)

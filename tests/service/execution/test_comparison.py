@@ -4,7 +4,7 @@ from torch import Tensor
 
 from models.subnetwork import SubNetwork
 from service.errors import ModelChangeError
-from service.execution.comparison import TIMED_IMAGES, Comparer, Comparison, Contender, require_numbers
+from service.execution.comparison import TIMED_IMAGES, Comparer, Comparison, Contender, require_finite
 from service.execution.live_sample import SampledImage
 
 SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
@@ -77,8 +77,8 @@ def test_an_answer_that_is_no_number_is_refused(bad: float) -> None:
 
 def test_each_sub_network_is_run_once_before_any_image() -> None:
     scripted = Scripted([0.0], 1.0)
-    require_numbers(scripted.run, 2, (SMALL, LARGE))
+    require_finite(scripted.run, 2, (SMALL, LARGE))
     assert scripted.ran == [SMALL, LARGE]
     scripted.logits = torch.full((1, 3), float("nan"))
     with pytest.raises(ModelChangeError, match="no number"):
-        require_numbers(scripted.run, 2, (SMALL,))
+        require_finite(scripted.run, 2, (SMALL,))

@@ -10,8 +10,8 @@ from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from service.engines.growing_profile import GrowingProfile, Prediction
 from service.engines.profiler import MIN_RUNS, Figures
-from service.execution.idle_profiling import KEEP_S, PUBLISH_S, WARM_UP_S, IdleProfiler
-from service.execution.idle_turns import BUSY, RECHECK_S, IdleTurns
+from service.execution.idle_profiling import PUBLISH_S, SAVE_INTERVAL_S, WARM_UP_S, IdleProfiler
+from service.execution.idle_turns import MAX_OTHERS_LOAD, RECHECK_S, IdleTurns
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
@@ -133,12 +133,12 @@ def test_an_idle_engine_completes_the_profile_and_then_waits_for_ever(idle: Idle
 
 
 def test_nothing_is_measured_while_others_load_the_machine(idle: Idle) -> None:
-    idle.others = BUSY + 0.01
+    idle.others = MAX_OTHERS_LOAD + 0.01
     for _ in range(20):
         idle.wait()
     assert not idle.ran
     assert idle.now == pytest.approx(100 + 20 * RECHECK_S, abs=RECHECK_S)
-    idle.others = BUSY
+    idle.others = MAX_OTHERS_LOAD
     idle.wait()
     assert idle.ran
 
@@ -163,7 +163,7 @@ def test_the_scheduler_gets_what_is_new_every_now_and_then(idle: Idle) -> None:
 
 def test_what_is_measured_is_kept_as_it_grows_and_once_more_at_the_end(profiles: ProfileTable) -> None:
     idle = Idle(profiles, slowness=20)
-    while idle.now < 100 + 2.5 * KEEP_S:
+    while idle.now < 100 + 2.5 * SAVE_INTERVAL_S:
         assert idle.wait()
     kept = len(idle.folder.written)
     assert kept == 2

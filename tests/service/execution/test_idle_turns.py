@@ -6,11 +6,11 @@ import pytest
 from torch import Tensor
 
 from service.execution.idle_turns import (
-    ARRIVALS,
     BUDGET_SHARE,
-    BUSY,
+    MAX_EXPECTED_ARRIVALS,
+    MAX_OTHERS_LOAD,
+    MAX_SHARE_OF_QUIET,
     QUIET_S,
-    QUIET_SHARE,
     RECHECK_S,
     IdleBatch,
     IdleTurns,
@@ -158,7 +158,7 @@ def test_a_batch_takes_no_more_than_a_part_of_a_tight_budget_until_it_has_been_q
     assert seconds > BUDGET_SHARE * budget_s
     while moment.wait():
         pass
-    assert work.ran_at == [pytest.approx(began + seconds / QUIET_SHARE, abs=2 * RECHECK_S)]
+    assert work.ran_at == [pytest.approx(began + seconds / MAX_SHARE_OF_QUIET, abs=2 * RECHECK_S)]
 
 
 def test_a_request_that_names_no_budget_counts_before_the_first_has_come(moment: Moment) -> None:
@@ -169,7 +169,7 @@ def test_a_request_that_names_no_budget_counts_before_the_first_has_come(moment:
 
 @pytest.mark.parametrize("rate", [1, 10])
 def test_the_more_requests_come_the_shorter_is_what_runs_between_them(moment: Moment, rate: int) -> None:
-    work = moment.work(0.5 * ARRIVALS)
+    work = moment.work(0.5 * MAX_EXPECTED_ARRIVALS)
     for number in range(30 * rate):
         if number == rate:
             work.ran_at.clear()  # by now it is known how many come
@@ -193,14 +193,14 @@ def test_the_scheduler_and_the_watchdog_know_of_a_batch_that_runs(moment: Moment
 
 
 def test_nothing_runs_while_others_load_the_machine_though_works_are_asked(moment: Moment) -> None:
-    moment.others = BUSY + 0.01
+    moment.others = MAX_OTHERS_LOAD + 0.01
     work = moment.work(0.01, 1)
     for _ in range(20):
         moment.wait()
     assert not work.ran_at
     assert [room.seconds for room in work.rooms] == [0.0] * 20
     assert moment.now == pytest.approx(100 + QUIET_S + 19 * RECHECK_S)
-    moment.others = BUSY
+    moment.others = MAX_OTHERS_LOAD
     moment.wait()
     assert work.ran_at
 

@@ -175,7 +175,7 @@ async def test_a_second_look_that_does_not_end_in_time_leaves_the_first_answer_a
 
 async def test_a_second_look_that_is_given_up_leaves_the_first_answer() -> None:
     def impatient(state: SchedulerState) -> BatchDecision:
-        again = tuple(request for request in state.queue if request.looks_again_for is not None)
+        again = tuple(request for request in state.queue if request.second_look_of is not None)
         return BatchDecision(None, shed=again) if again else choose_level(state)
 
     model = Model().open()

@@ -3,7 +3,7 @@ import socket
 import pytest
 
 from service.errors import CommandError
-from service.hosting.ports import reserved_ports, why_no_changes
+from service.hosting.ports import changes_refused_reason, reserved_ports
 from service.settings import Settings
 
 
@@ -42,7 +42,7 @@ def test_a_worker_takes_the_ports_that_its_supervisor_keeps() -> None:
 
 @pytest.mark.parametrize("given", [{}, {"host": "localhost"}, {"host": "::1"}, {"host": "0.0.0.0", "admin_port": 9000}])
 def test_operators_may_change_the_model(given: dict[str, object]) -> None:
-    assert why_no_changes(Settings(**given)) is None  # type: ignore[arg-type] # one of its fields each
+    assert changes_refused_reason(Settings(**given)) is None  # type: ignore[arg-type] # one of its fields each
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_operators_may_change_the_model(given: dict[str, object]) -> None:
     ],
 )
 def test_strangers_may_not(given: dict[str, object]) -> None:
-    assert "--admin-port" in str(why_no_changes(Settings(**given)))  # type: ignore[arg-type] # one of its fields each
+    assert "--admin-port" in str(changes_refused_reason(Settings(**given)))  # type: ignore[arg-type] # one of its fields each
 
 
 def test_one_of_several_workers_is_not_changed_alone() -> None:
-    assert "--watch-checkpoint" in str(why_no_changes(Settings(workers=2, admin_port=9000)))
+    assert "--watch-checkpoint" in str(changes_refused_reason(Settings(workers=2, admin_port=9000)))

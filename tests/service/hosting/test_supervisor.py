@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from service.hosting.supervisor import Supervisor, WorkerTiming
-from service.hosting.workers import PREPARING, SERVING, pulse_file
+from service.hosting.workers import PREPARING, SERVING, heartbeat_file
 
 DRAIN_S = 8.0
 TIMING = WorkerTiming(
@@ -81,7 +81,7 @@ class Machine:
             due[1]()
         for worker in self.workers:
             if worker.status is None and worker.says is not None:
-                pulse = pulse_file(self.folder, worker.pid)
+                pulse = heartbeat_file(self.folder, worker.pid)
                 pulse.write_text(worker.says)
                 os.utime(pulse, ns=(int(self.now * 1e9), int(self.now * 1e9)))
 
@@ -148,7 +148,7 @@ def test_the_last_beat_of_a_worker_that_ended_is_forgotten() -> None:
     """Another process may get its number."""
     machine, files = Machine(), list[bool]()
     for seconds in (4, 6):
-        machine.at(seconds, lambda: files.append(pulse_file(machine.folder, machine.workers[0].pid).exists()))
+        machine.at(seconds, lambda: files.append(heartbeat_file(machine.folder, machine.workers[0].pid).exists()))
     machine.at(5, lambda: machine.end(0, -9))
     assert machine.run(8)
     assert files == [True, False]

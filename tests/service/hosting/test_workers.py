@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from service.hosting.supervisor import Supervisor, WorkerTiming
-from service.hosting.workers import beat, bind, split_cpus, start_worker
+from service.hosting.workers import bind, split_cpus, start_worker, write_heartbeat
 
 LIMIT_S = 60.0  # for what happens at once on an idle machine
 # Listens, reports its number, which CPUs it may use and where its counts go; answers each connection with its number.
@@ -219,7 +219,7 @@ def test_an_address_that_is_taken_is_rejected() -> None:
 
 
 def test_a_beat_that_cannot_be_written_is_no_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    beat(str(tmp_path / "cleaned away"), True)
+    write_heartbeat(str(tmp_path / "cleaned away"), True)
     assert "the supervisor cannot be told" in caplog.text
 
 

@@ -5,7 +5,7 @@ class Connection:
     def __init__(self) -> None:
         self.gave_way = False
 
-    def give_way(self) -> None:
+    def evict(self) -> None:
         self.gave_way = True
 
 

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from service.domain import ServerState
 from service.errors import OverloadedError
 from service.http.events import MAX_LISTENERS, SAMPLES_KEPT, LiveFeed, is_stopping
-from service.telemetry.live import LiveSample
+from service.telemetry.live import MetricsSample
 from tests.service.http.raw_server import now
 
 pytestmark = pytest.mark.anyio
@@ -24,9 +24,9 @@ class Server:
         self.is_over = False
         self.feed = LiveFeed(self.read, lambda: self.is_over)
 
-    def read(self) -> LiveSample:
+    def read(self) -> MetricsSample:
         self.reads += 1
-        return LiveSample(at=float(next(self.numbers)), requests={"ok": 3.0})
+        return MetricsSample(at=float(next(self.numbers)), requests={"ok": 3.0})
 
 
 def times(events: bytes) -> list[float]:
@@ -47,7 +47,7 @@ async def test_a_listener_hears_of_the_metrics_once_a_second() -> None:
 async def test_what_is_sent_is_the_whole_sample() -> None:
     event = await anext(Server().feed.listen())
     sent = json.loads(event.removeprefix(b"data: "))
-    assert LiveSample(**sent) == LiveSample(at=1.0, requests={"ok": 3.0})
+    assert MetricsSample(**sent) == MetricsSample(at=1.0, requests={"ok": 3.0})
 
 
 async def test_a_second_listener_gets_the_last_minutes_and_costs_no_second_reading() -> None:

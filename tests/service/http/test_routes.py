@@ -16,7 +16,7 @@ from models.latency import LatencyTable
 from models.profiles import CascadeProfile, ProfileTable
 from models.subnetwork import SubNetwork
 from service.app import create_app
-from service.assembly import Profiled
+from service.assembly import ProfileWithFile
 from service.decoding import images
 from service.decoding.images import decode_image
 from service.domain import ServerState
@@ -24,7 +24,7 @@ from service.engines.profile_store import begin_profile, extended_profile
 from service.errors import InvalidParameterError, OutOfMemoryError
 from service.execution.watchdog import Watchdog
 from service.health import FAILURES_IN_A_ROW
-from service.http.descriptions import describe_family
+from service.http.descriptions import describe_subnetworks
 from service.machine.monitor import Monitor
 from service.machine.snapshot import ResourceSnapshot
 from service.runtime import ServerRuntime
@@ -404,7 +404,7 @@ def test_the_table_says_how_probabilities_are_scaled(checkpoint: Checkpoint, cat
         replace(variant, profile=replace(variant.profile, temperature=2.0, entropy_exponent=0.3))
         for variant in catalog.variants
     ]
-    table = describe_family(checkpoint, replace(catalog, variants=tuple(scaled)), "fake", "now", (1,))
+    table = describe_subnetworks(checkpoint, replace(catalog, variants=tuple(scaled)), "fake", "now", (1,))
     assert {(row.temperature, row.entropy_exponent) for row in table.subnetworks} == {(2.0, 0.3)}
 
 
@@ -620,7 +620,7 @@ def test_a_server_that_waits_for_another_process_to_measure_is_not_taken_to_hang
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
 ) -> None:
-    def wait(*arguments: Any, is_stopping: Callable[[], bool], **options: Any) -> Profiled:  # noqa: ANN401 - as they are
+    def wait(*arguments: Any, is_stopping: Callable[[], bool], **options: Any) -> ProfileWithFile:  # noqa: ANN401 - as they are
         for _beat in range(60):  # three times as long as a step that hangs is let be
             assert not is_stopping()
             beats.wait(1)

@@ -7,10 +7,10 @@ from fastapi import Request
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from service.app import create_app
-from service.classifier import RequestsByClient
+from service.classifier import ClientLimiter
 from service.errors import BodyTooLargeError, ClientGoneError, DeadlineError, InvalidImageError, UploadTimeoutError
 from service.http.forms import Form
-from service.http.uploads import LEAST_BYTES_PER_S, SLOW_START_S, BodyLimits, read_body, read_form
+from service.http.uploads import MIN_BYTES_PER_S, SLOW_START_S, BodyLimits, read_body, read_form
 from service.runtime import ServerRuntime
 from service.settings import Settings
 from tests.service.http.raw_server import SETTLE_S, Server, post
@@ -23,7 +23,7 @@ LIMIT = 10
 
 
 def limits(max_bytes: int = LIMIT, max_s: float = 10, most: int = 99) -> BodyLimits:
-    return BodyLimits(max_bytes, max_s, RequestsByClient(most, "on their way"))
+    return BodyLimits(max_bytes, max_s, ClientLimiter(most, "on their way"))
 
 
 class Client:
@@ -134,8 +134,8 @@ async def test_a_body_that_drips_is_cut_off_and_a_slow_one_is_not() -> None:
         client.receive = receive  # type: ignore[method-assign] # another client
         return client
 
-    slow, dripping = sending(LEAST_BYTES_PER_S + 1), sending(1)
-    assert len(await slow.upload(max_s=60, limit=100_000, within_s=60)) == 20 * (LEAST_BYTES_PER_S + 1)
+    slow, dripping = sending(MIN_BYTES_PER_S + 1), sending(1)
+    assert len(await slow.upload(max_s=60, limit=100_000, within_s=60)) == 20 * (MIN_BYTES_PER_S + 1)
     with pytest.raises(UploadTimeoutError, match="slower than"):
         await dripping.upload(max_s=60, within_s=60)
     assert dripping.taken == SLOW_START_S

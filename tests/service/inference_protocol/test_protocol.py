@@ -20,7 +20,7 @@ from service.errors import (
     UnknownModelError,
     UploadTimeoutError,
 )
-from service.health import FAILURES_IN_A_ROW, OwnFailures
+from service.health import FAILURES_IN_A_ROW, ServerFailures
 from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, Parameters, RequestedOutput
 from service.inference_protocol.protocol import InferenceProtocol
 from service.pipeline import Image, Pipeline, Read
@@ -78,7 +78,7 @@ class Protocol:
         self.pipeline, self.registry, self.failures = (
             ScriptedPipeline(checkpoint),
             CollectorRegistry(),
-            OwnFailures(lambda: 1.0),
+            ServerFailures(lambda: 1.0),
         )
         self.is_open = True
         metrics = Metrics(self.registry)
@@ -148,7 +148,7 @@ class Trial:
 def trial_of(old: Checkpoint, new: Checkpoint) -> Trial:
     pipelines, metrics = (ScriptedPipeline(old), ScriptedPipeline(new)), Metrics(CollectorRegistry())
     drawn = [cast(Pipeline, pipeline) for pipeline in reversed(pipelines)]
-    classifier, failures = Classifier(metrics, 100, RecentAnswers()), OwnFailures(lambda: 1.0)
+    classifier, failures = Classifier(metrics, 100, RecentAnswers()), ServerFailures(lambda: 1.0)
     protocol = InferenceProtocol(lambda: [old, new], metrics, classifier, failures, lambda: drawn, lambda: 1000.0)
     return Trial(protocol, *pipelines)
 
@@ -239,13 +239,13 @@ async def test_a_request_that_comes_too_late_is_told_so_once(served: Protocol) -
 
 async def test_before_the_body_comes_it_is_seen_whether_it_may_and_how_long_it_has(served: Protocol) -> None:
     protocol, pipeline = served.protocol, served.pipeline
-    assert protocol.time_for_body_s(999.0, {"budget_ms": "9"}, {}, 30.0) == 0.5
-    assert protocol.time_for_body_s(999.0, {}, {}, 30.0) == 30.0
+    assert protocol.check_before_body(999.0, {"budget_ms": "9"}, {}, 30.0) == 0.5
+    assert protocol.check_before_body(999.0, {}, {}, 30.0) == 30.0
     with pytest.raises(InvalidParameterError):
-        protocol.time_for_body_s(999.0, {"budget": "9"}, {}, 30.0)
+        protocol.check_before_body(999.0, {"budget": "9"}, {}, 30.0)
     pipeline.room = OverloadedError("full", "full", 1.0)
     with pytest.raises(OverloadedError):
-        protocol.time_for_body_s(999.0, {}, {}, 30.0)
+        protocol.check_before_body(999.0, {}, {}, 30.0)
 
 
 async def test_it_is_ready_while_requests_are_taken_and_do_not_all_fail_for_its_own_reasons(served: Protocol) -> None:

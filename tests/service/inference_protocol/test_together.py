@@ -3,31 +3,31 @@ import asyncio
 import pytest
 
 from service.errors import ClientGoneError, InvalidImageError
-from service.inference_protocol.together import Together
+from service.inference_protocol.together import ImageGroup
 
 pytestmark = pytest.mark.anyio
 
 
-async def wait_in(together: Together) -> None:
+async def wait_in(together: ImageGroup) -> None:
     with together:
         await asyncio.Event().wait()
 
 
-async def fail_in(together: Together) -> None:
+async def fail_in(together: ImageGroup) -> None:
     with together:
         await asyncio.sleep(0)
         raise InvalidImageError("the second is broken")
 
 
 async def test_what_fails_gives_the_others_up_with_the_same_error() -> None:
-    together = Together(None)
+    together = ImageGroup(None)
     ends = await asyncio.gather(wait_in(together), fail_in(together), wait_in(together), return_exceptions=True)
     assert [str(end) for end in ends] == ["the second is broken"] * 3
     assert all(isinstance(end, InvalidImageError) for end in ends)
 
 
 async def test_a_task_that_is_cancelled_by_others_stays_so() -> None:
-    task = asyncio.create_task(wait_in(Together(None)))
+    task = asyncio.create_task(wait_in(ImageGroup(None)))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -45,13 +45,13 @@ class Leaving:
 
 
 async def test_what_watches_stands_inside_and_its_error_is_that_of_all() -> None:
-    together = Together(Leaving())
+    together = ImageGroup(Leaving())
     ends = await asyncio.gather(wait_in(together), fail_in(together), return_exceptions=True)
     assert [type(end) for end in ends] == [ClientGoneError, ClientGoneError]
 
 
 async def test_an_answer_leaves_the_others_alone() -> None:
-    together, goes_on = Together(None), asyncio.Event()
+    together, goes_on = ImageGroup(None), asyncio.Event()
 
     async def answer() -> str:
         with together:

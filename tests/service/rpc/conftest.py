@@ -16,7 +16,7 @@ from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from service.engines.profile_store import extended_profile
 from service.rpc import open_inference_pb2 as pb
-from service.rpc.answering import Answering
+from service.rpc.answering import CallHandling
 from service.rpc.inference_service import SERVICE_NAME
 from service.rpc.server import Bounds, serving
 from service.runtime import ServerRuntime
@@ -137,7 +137,7 @@ async def serving_in_process(
     runtime: ServerRuntime, engine: ScriptedEngine, bounds: Bounds = BOUNDS, max_upload_s: float = 30
 ) -> AsyncIterator[Served]:
     context, protocol = runtime.context, runtime.inference_protocol
-    answering = Answering(
+    answering = CallHandling(
         protocol, runtime.metrics, max_upload_s, CALLS, context.bodies.coming, context.keys, context.reporter
     )
     async with (

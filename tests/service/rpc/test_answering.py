@@ -5,8 +5,8 @@ import grpc.aio
 import pytest
 from google.protobuf.message import Message
 
-from service.classifier import RequestsByClient
-from service.rpc.answering import Answering, Messages
+from service.classifier import ClientLimiter
+from service.rpc.answering import CallHandling, Messages
 from service.rpc.calls import Call
 from service.runtime import ServerRuntime
 from service.telemetry.logs import TextFormatter
@@ -23,7 +23,7 @@ async def test_a_bug_is_told_to_the_log_and_not_to_the_client(
     runtime: ServerRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.handler.setFormatter(TextFormatter())
-    answering = Answering(runtime.inference_protocol, runtime.metrics, 30, 8, RequestsByClient(8))
+    answering = CallHandling(runtime.inference_protocol, runtime.metrics, 30, 8, ClientLimiter(8))
     server = grpc.aio.server()
     handlers = {"Fail": answering.method("Fail", fail)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("of.Bugs", handlers),))

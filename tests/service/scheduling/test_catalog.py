@@ -109,7 +109,7 @@ def test_keep_rates_between_use_a_budget_up_and_are_no_levels() -> None:
         SubNetworkProfile(subnetwork, count_macs(config, subnetwork), percent / 100)
         for subnetwork, percent in zip(config.subnetworks, top1, strict=True)
     )
-    profiles = ProfileTable(rows).with_rates_between(config, 0.05)
+    profiles = ProfileTable(rows).with_interpolated_rates(config, 0.05)
     catalog = catalog_of(profiles)
     grant = catalog.grant_within(2.0)
     over_limit = grant.best
@@ -239,8 +239,8 @@ def test_a_cascade_is_expected_to_take_both_looks_for_its_share() -> None:
 
 
 def test_the_best_with_one_look_is_the_most_accurate_trained_sub_network_and_the_cheaper_of_two() -> None:
-    assert catalog_of(CASCADING).best_alone.profile.subnetwork == SubNetwork(14, 0.5)
-    assert catalog_of(ProfileTable(PROFILES.rows[:4])).best_alone.profile.subnetwork == SubNetwork(10, 0.5)
+    assert catalog_of(CASCADING).best_single.profile.subnetwork == SubNetwork(14, 0.5)
+    assert catalog_of(ProfileTable(PROFILES.rows[:4])).best_single.profile.subnetwork == SubNetwork(10, 0.5)
 
 
 def test_a_variant_of_an_older_profile_is_still_found(catalog: VariantCatalog, fast_catalog: VariantCatalog) -> None:

@@ -5,11 +5,11 @@ import pytest
 from service.scheduling.estimators import (
     MAX_SAFETY_FACTOR,
     REMEMBERED_REQUESTS,
-    SAFETY_FACTOR_FADES_S,
+    SAFETY_FACTOR_DECAY_S,
     STALE_AFTER_S,
     TIGHT_QUANTILE,
     ArrivalRate,
-    Delay,
+    DelayEstimator,
     SafetyFactor,
     Slowdown,
     TrafficEstimator,
@@ -88,12 +88,12 @@ def test_the_safety_factor_fades_with_time_alone() -> None:
     safety_factor = SafetyFactor()
     safety_factor.observe(0, 10, now=0.0)
     factor = safety_factor.read(0.0)
-    assert safety_factor.read(SAFETY_FACTOR_FADES_S) == pytest.approx(1 + (factor - 1) / math.e)
-    assert safety_factor.read(100 * SAFETY_FACTOR_FADES_S) == pytest.approx(1.0)
+    assert safety_factor.read(SAFETY_FACTOR_DECAY_S) == pytest.approx(1 + (factor - 1) / math.e)
+    assert safety_factor.read(100 * SAFETY_FACTOR_DECAY_S) == pytest.approx(1.0)
 
 
 def test_a_delay_leaves_room_for_its_spread_and_fades_without_news() -> None:
-    delay = Delay()
+    delay = DelayEstimator()
     for _ in range(100):
         delay.observe(0.01, now=5.0)
     assert delay.margin_s(5.0) == pytest.approx(0.01, rel=0.1)

@@ -449,7 +449,7 @@ def test_what_was_planned_for_is_answered_in_time_when_all_goes_as_predicted(cat
 
 def looks_again(deadline_at: float, pinned: int, priority: float = 0) -> QueuedRequest:
     first = waits(deadline_at, priority=priority)
-    return replace(waits(deadline_at, pinned=pinned, priority=priority), looks_again_for=first)
+    return replace(waits(deadline_at, pinned=pinned, priority=priority), second_look_of=first)
 
 
 @pytest.mark.parametrize(("due", "runs"), [(16.5, "new"), (16.3, "again")])

@@ -8,7 +8,7 @@ from typing import SupportsIndex
 import pytest
 
 from service.scheduling.catalog import VariantCatalog
-from service.scheduling.feasibility import clears_mixed
+from service.scheduling.feasibility import meets_deadlines_mixed
 from service.scheduling.level_policy import choose_level
 from service.scheduling.plan import MAX_EXPECTED, MAX_PLANNED, Plan
 from service.scheduling.state import QueuedRequest, RequestConstraints
@@ -43,10 +43,12 @@ def test_those_that_get_the_same_variant_are_planned_as_if_each_were_looked_at(
         state = replace(at_zero(catalog, queue), slowdown=1.25, tail_factor=1.1, safety_factor=rng.choice((1.0, 1.3)))
         cautious = state.slowed(state.safety_factor)
         plan = Plan(state, queue, guard_s)
-        answers.add(plan.clears(2))
-        assert plan.clears(2) is clears_mixed(cautious, deadlines, [3] * min(length, MAX_PLANNED), guard_s)
-        late = clears_mixed(cautious, deadlines, [3] * min(length, MAX_PLANNED), guard_s, after_s=3.0)
-        assert plan.clears(2, after_s=3.0) is late
+        answers.add(plan.meets_deadlines(2))
+        assert plan.meets_deadlines(2) is meets_deadlines_mixed(
+            cautious, deadlines, [3] * min(length, MAX_PLANNED), guard_s
+        )
+        late = meets_deadlines_mixed(cautious, deadlines, [3] * min(length, MAX_PLANNED), guard_s, after_s=3.0)
+        assert plan.meets_deadlines(2, after_s=3.0) is late
     assert answers == {False, True}, "the scenes must tell"
 
 

@@ -76,7 +76,7 @@ def test_a_place_that_was_reserved_is_kept_for_a_while() -> None:
 
 
 def again(request: QueuedRequest) -> QueuedRequest:
-    return QueuedRequest(request.deadline_at, request.constraints, request.priority, looks_again_for=request)
+    return QueuedRequest(request.deadline_at, request.constraints, request.priority, second_look_of=request)
 
 
 def test_another_look_waits_by_its_deadline_and_is_no_request_of_its_own() -> None:

@@ -19,7 +19,7 @@ from service.errors import OverloadedError
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.estimators import REMEMBERED_REQUESTS, SUSTAINED_TIME_S
 from service.scheduling.level_policy import choose_level
-from service.scheduling.scheduler import RESERVED_S, STILL_TRUE_S, Scheduler
+from service.scheduling.scheduler import RESERVATION_TIMEOUT_S, RESERVATION_VALID_S, Scheduler
 from service.scheduling.second_look import Looked
 from service.scheduling.state import (
     NO_DELAY,
@@ -349,32 +349,32 @@ def test_a_place_is_reserved_until_it_is_taken_or_its_while_is_over(fast_catalog
         scheduler.reserve(second, 0.0)
     scheduler.withdraw(first)
     assert scheduler.num_before(second, 0.0) == (0, 0)
-    scheduler.reserve(waits(RESERVED_S + 0.03), 0.0)
+    scheduler.reserve(waits(RESERVATION_TIMEOUT_S + 0.03), 0.0)
     with pytest.raises(OverloadedError):
-        scheduler.reserve(waits(RESERVED_S + 0.031), RESERVED_S - 0.001)
-    scheduler.reserve(waits(RESERVED_S + 0.031), RESERVED_S)
+        scheduler.reserve(waits(RESERVATION_TIMEOUT_S + 0.031), RESERVATION_TIMEOUT_S - 0.001)
+    scheduler.reserve(waits(RESERVATION_TIMEOUT_S + 0.031), RESERVATION_TIMEOUT_S)
 
 
 def test_a_place_that_was_reserved_is_claimed_without_another_look(fast_catalog: VariantCatalog) -> None:
     scheduler = Scheduler(fast_catalog, choose_level, 1)
-    request = waits(RESERVED_S + 0.03)
+    request = waits(RESERVATION_TIMEOUT_S + 0.03)
     scheduler.reserve(request, 0.0)
     assert scheduler.num_before(waits(9.0), 0.0) == (1, 1)
-    assert scheduler.claim(request, STILL_TRUE_S - 0.001)
+    assert scheduler.claim(request, RESERVATION_VALID_S - 0.001)
     assert scheduler.num_before(waits(9.0), 0.0) == (1, 0)
-    assert scheduler.state(RESERVED_S).arrival_rate > 0
+    assert scheduler.state(RESERVATION_TIMEOUT_S).arrival_rate > 0
     with pytest.raises(OverloadedError):  # it is kept for good
-        scheduler.reserve(waits(RESERVED_S + 0.031), RESERVED_S + 0.001)
+        scheduler.reserve(waits(RESERVATION_TIMEOUT_S + 0.031), RESERVATION_TIMEOUT_S + 0.001)
 
 
 def test_a_place_that_was_lost_is_not_claimed(fast_catalog: VariantCatalog) -> None:
     scheduler = Scheduler(fast_catalog, choose_level, 1)
     late, never = waits(9.0), waits(9.0)
     scheduler.reserve(late, 0.0)
-    assert not scheduler.claim(late, STILL_TRUE_S + 0.001)
+    assert not scheduler.claim(late, RESERVATION_VALID_S + 0.001)
     assert not scheduler.claim(never, 0.0)
-    assert scheduler.state(RESERVED_S).arrival_rate == 0
-    assert scheduler.backlog_s(RESERVED_S) == 0
+    assert scheduler.state(RESERVATION_TIMEOUT_S).arrival_rate == 0
+    assert scheduler.backlog_s(RESERVATION_TIMEOUT_S) == 0
 
 
 def test_what_only_reserves_is_no_traffic_yet(scheduler: Scheduler) -> None:

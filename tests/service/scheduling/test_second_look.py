@@ -63,14 +63,14 @@ def test_what_looks_again_keeps_deadline_priority_and_limits_and_runs_nothing_el
     first = looked(0.5, due=7.0, min_confidence=0.6)
     again = next_look(first, CASCADE, now())
     assert isinstance(again, QueuedRequest)
-    assert (again.deadline_at, again.priority, again.looks_again_for) == (7.0, 0, first.request)
+    assert (again.deadline_at, again.priority, again.second_look_of) == (7.0, 0, first.request)
     assert again.constraints.min_confidence == 0.6
     assert {target(again.constraints, level) for level in range(CATALOG.num_levels)} == {
         again.constraints.grant.best.index
     }
     third = next_look(Looked(again, 0.5, 400_000_000), CATALOG.grant_named(MIDDLE).best, now(now=-9.0))
     assert isinstance(third, QueuedRequest)
-    assert third.looks_again_for is first.request, "not the look between"
+    assert third.second_look_of is first.request, "not the look between"
 
 
 @pytest.mark.parametrize(

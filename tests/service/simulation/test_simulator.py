@@ -23,9 +23,11 @@ UNMEASURED = ProfileTable(tuple(SubNetworkProfile(row.subnetwork, row.macs) for 
 THREE = [Arrival(0.0, 0.1), Arrival(0.010, 0.1), Arrival(0.020, 0.1)]
 
 
-def fates(replayed: Replay) -> list[tuple[int, int, str]]:
+def request_outcomes(replayed: Replay) -> list[tuple[int, int, str]]:
     """When each arrived and ended, in milliseconds, and how."""
-    return [(round(1000 * fate.arrived_at), round(1000 * fate.ended_at), fate.outcome) for fate in replayed.fates]
+    return [
+        (round(1000 * fate.arrived_at), round(1000 * fate.ended_at), fate.outcome) for fate in replayed.request_outcomes
+    ]
 
 
 def batches(replayed: Replay) -> list[tuple[int, int, int, int]]:
@@ -44,13 +46,13 @@ def test_requests_are_batched_behind_the_one_that_runs() -> None:
     """The first runs alone; when it ends, the second is due in 70 ms and two take 55."""
     replayed = replay(THREE, Machine(CATALOG), "fixed-14-1")
     assert batches(replayed) == [(0, 40, 1, 1), (40, 55, 1, 2)]
-    assert fates(replayed) == [(0, 40, "in_time"), (10, 95, "in_time"), (20, 95, "in_time")]
+    assert request_outcomes(replayed) == [(0, 40, "in_time"), (10, 95, "in_time"), (20, 95, "in_time")]
 
 
 def test_a_batch_takes_as_long_as_the_machine_is_slow_when_it_starts() -> None:
     replayed = replay(THREE, Machine(CATALOG, slowdown=SlowdownScript.parse("0.03:2")), "fixed-14-1")
     assert batches(replayed) == [(0, 40, 1, 1), (40, 110, 1, 2)]
-    assert fates(replayed) == [(0, 40, "in_time"), (10, 150, "overdue"), (20, 150, "overdue")]
+    assert request_outcomes(replayed) == [(0, 40, "in_time"), (10, 150, "overdue"), (20, 150, "overdue")]
 
 
 def test_an_overhead_delays_every_batch() -> None:
@@ -73,18 +75,18 @@ def test_an_idle_machine_waits_for_the_next_request() -> None:
 def test_what_the_policy_cannot_answer_it_drops_when_it_looks() -> None:
     """The second is due at 45, when the engine has just been free for 5."""
     replayed = replay([Arrival(0.0, 0.1), Arrival(0.005, 0.040)], Machine(CATALOG), "fixed-14-1")
-    assert fates(replayed) == [(0, 40, "in_time"), (5, 40, "expired")]
+    assert request_outcomes(replayed) == [(0, 40, "in_time"), (5, 40, "expired")]
 
 
 def test_our_own_policy_rejects_at_admission_what_a_published_one_drops_later() -> None:
     """The second, due at 30, could not be answered behind the first, at 40."""
     arrivals = [Arrival(0.0, 0.1), Arrival(0.005, 0.025)]
-    assert fates(replay(arrivals, Machine(CATALOG), "level"))[0] == (5, 5, "rejected")
-    assert (5, 40, "expired") in fates(replay(arrivals, Machine(CATALOG), "max-accuracy"))
+    assert request_outcomes(replay(arrivals, Machine(CATALOG), "level"))[0] == (5, 5, "rejected")
+    assert (5, 40, "expired") in request_outcomes(replay(arrivals, Machine(CATALOG), "max-accuracy"))
 
 
 def test_an_answer_at_its_very_deadline_is_in_time() -> None:
-    assert fates(replay([Arrival(0.1, 0.040)], Machine(CATALOG), "fixed-14-1")) == [(100, 140, "in_time")]
+    assert request_outcomes(replay([Arrival(0.1, 0.040)], Machine(CATALOG), "fixed-14-1")) == [(100, 140, "in_time")]
 
 
 def test_a_limit_of_cost_is_kept_and_one_that_nothing_meets_is_an_error() -> None:
@@ -118,9 +120,14 @@ def test_a_policy_that_does_nothing_is_caught() -> None:
 def test_every_request_has_one_fate_even_far_beyond_capacity(policy: str) -> None:
     arrivals = flow(400, 3, budget_s=0.06)
     replayed = replay(arrivals, Machine(CATALOG, slowdown=SlowdownScript.parse("1:3,2:1")), policy)
-    assert sorted(fate.arrived_at for fate in replayed.fates) == [arrival.at for arrival in arrivals]
-    assert all((fate.variant is None) == (fate.outcome in ("rejected", "expired", "shed")) for fate in replayed.fates)
-    assert sum(batch.size for batch in replayed.batches) == sum(fate.variant is not None for fate in replayed.fates)
+    assert sorted(fate.arrived_at for fate in replayed.request_outcomes) == [arrival.at for arrival in arrivals]
+    assert all(
+        (fate.variant is None) == (fate.outcome in ("rejected", "expired", "shed"))
+        for fate in replayed.request_outcomes
+    )
+    assert sum(batch.size for batch in replayed.batches) == sum(
+        fate.variant is not None for fate in replayed.request_outcomes
+    )
     ends = [batch.started_at + batch.seconds for batch in replayed.batches]
     assert all(end <= batch.started_at + 1e-9 for end, batch in zip(ends, replayed.batches[1:], strict=False))
 
@@ -184,7 +191,7 @@ def test_a_cascade_looks_again_at_its_share_of_the_images_and_counts_its_accurac
     assert figures.looked_again == pytest.approx(0.25, abs=0.03)
     assert len(replayed.batches) == round(2000 * (1 + figures.looked_again))
     assert figures.mean_accuracy == pytest.approx(0.79)
-    assert {round(fate.ended_at - fate.arrived_at, 6) for fate in replayed.fates} == {0.01, 0.05}
+    assert {round(fate.ended_at - fate.arrived_at, 6) for fate in replayed.request_outcomes} == {0.01, 0.05}
     assert figures.mix == {"8-0.5+14-1@0.9": 1.0}
 
 
@@ -199,8 +206,8 @@ def test_an_unsure_image_without_time_for_another_look_keeps_its_answer_and_cost
 def test_a_second_look_that_comes_too_late_leaves_the_first_answer_at_the_deadline() -> None:
     """The machine becomes four times as slow after the first look, which nothing foresees."""
     machines = [Machine(CASCADING, slowdown=SlowdownScript.parse("0.005:4"), seed=seed) for seed in range(20)]
-    fates = [replay([Arrival(0.0, 0.06)], machine, PAIR).fates[0] for machine in machines]
-    assert {(fate.outcome, round(fate.ended_at, 6), fate.looks) for fate in fates} == {
+    request_outcomes = [replay([Arrival(0.0, 0.06)], machine, PAIR).request_outcomes[0] for machine in machines]
+    assert {(fate.outcome, round(fate.ended_at, 6), fate.looks) for fate in request_outcomes} == {
         ("in_time", 0.01, 1),
         ("in_time", 0.06, 1),
     }
@@ -219,4 +226,4 @@ def test_our_policy_looks_twice_where_there_is_time_and_once_under_overload() ->
 def test_a_budget_is_never_exceeded_by_both_looks() -> None:
     capped = [Arrival(number / 10, 1.0, budget_gflops=4.9) for number in range(100)]
     replayed = replay(capped, Machine(CASCADING), PAIR)  # both looks cost 5
-    assert {fate.looks for fate in replayed.fates} == {1}
+    assert {fate.looks for fate in replayed.request_outcomes} == {1}

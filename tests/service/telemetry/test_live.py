@@ -23,7 +23,12 @@ def test_a_sample_holds_what_was_counted_and_how_things_are() -> None:
     metrics.request_finished("overloaded", "full")
     metrics.request_started()
     snapshot = ResourceSnapshot(
-        taken_at=0, cores=4, cpus=4, own_cpu_utilization=0.25, others_cores=2.0, gpus=(GpuSnapshot(0, utilization=0.5),)
+        taken_at=0,
+        cores=4,
+        cpus=4,
+        own_cpu_utilization=0.25,
+        others_cores=2.0,
+        gpus=(GpuSnapshot(0, utilization=0.5),),
     )
     metrics.machine(snapshot, queued=7, slowdown=1.0, safety_factor=1.0)
     sample = read_sample(metrics.registry(), clock=lambda: 5.0)

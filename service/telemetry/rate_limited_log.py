@@ -11,10 +11,10 @@ INTERVAL_S = 10.0
 @dataclass(slots=True)
 class _Kind:
     next_at: float
-    unsaid: int = 0
+    suppressed: int = 0
 
 
-class SparingLog:
+class RateLimitedLog:
     """Logs a message at once, and then at most once per interval. Messages must be few and constant."""
 
     def __init__(
@@ -29,8 +29,8 @@ class SparingLog:
         now = self._clock()
         kind = self._kinds.setdefault(message, _Kind(now))
         if now < kind.next_at:
-            kind.unsaid += 1
+            kind.suppressed += 1
             return
-        more = f" ({kind.unsaid} more since the last such line)" if kind.unsaid else ""
+        more = f" ({kind.suppressed} more since the last such line)" if kind.suppressed else ""
         self._logger.warning("%s%s", message, more)
-        kind.next_at, kind.unsaid = now + self._interval_s, 0
+        kind.next_at, kind.suppressed = now + self._interval_s, 0

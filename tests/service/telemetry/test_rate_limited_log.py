@@ -2,14 +2,14 @@ import logging
 
 import pytest
 
-from service.telemetry.sparing_log import SparingLog
+from service.telemetry.rate_limited_log import RateLimitedLog
 
 
 def test_a_kind_of_line_is_said_at_once_and_then_with_the_number_of_those_unsaid(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = 0.0
-    log = SparingLog(logging.getLogger("test"), 10.0, lambda: now)
+    log = RateLimitedLog(logging.getLogger("test"), 10.0, lambda: now)
     for _ in range(3):
         log.warning("too many")
     log.warning("too slow")
