@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from service.http.admin import build_admin_router
-from service.http.classify import DirectRoutes, Handle, make_classify
+from service.http.classify import DirectRoute, DirectRoutes, Handle, make_classify
 from service.http.error_responses import ErrorAnswers
 from service.http.keys import KeyCheck, describe_keys
 from service.http.origins import OriginPolicy
@@ -62,9 +62,14 @@ def create_app(
     protocol = runtime.inference_protocol
     infer, predict = make_infer(context, protocol), make_predict(context, protocol)
 
-    def find_direct(path: str) -> Handle | None:
+    directs = [
+        (path_of, (DirectRoute(path_of("{name}")), handle))
+        for path_of, handle in ((lambda _: CLASSIFY_PATH, classify), (infer_path, infer), (predict_path, predict))
+    ]
+
+    def find_direct(path: str) -> tuple[DirectRoute, Handle] | None:
         name = context.checkpoint.name
-        return {CLASSIFY_PATH: classify, infer_path(name): infer, predict_path(name): predict}.get(path)
+        return {path_of(name): direct for path_of, direct in directs}.get(path)
 
     app.include_router(build_router(context, classify))
     app.include_router(build_v2_router(context, protocol, infer))

@@ -3,7 +3,7 @@
 The candidate computes on the engine's thread, a short batch at a time, except for its first runs, which take too long.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from models.subnetwork import SubNetwork
 from service.assembly import ProfileWithFile, ServedModel, assemble
 from service.engines.base import Engine, Run
 from service.engines.factory import engine_threads, open_engine
-from service.engines.profile_store import begin_profile, extended_profile, inherited_profile
+from service.engines.profile_store import begin_profile, extended_profile, inherited_profile, measured_batch_sizes
 from service.errors import ModelChangeError, NotReadyError
 from service.execution.comparison import require_finite
 from service.execution.engine_thread import EngineThread
@@ -111,8 +111,8 @@ class CandidateMaker:
         ends = () if engine.is_on_gpu else (config.subnetworks[0], config.largest)
         require_finite(engine.run, config.image_side, ends)
         require_finite(run, config.image_side, tuple(each for each in config.subnetworks if each not in ends))
-        if engine.is_on_gpu:  # takes only a moment there, and measures the memory that an image takes
-            self._thread.work(engine.warm_up).result()
+        if engine.is_on_gpu:
+            self._prepare_gpu(engine, config.subnetworks)
         return assemble(
             settings,
             checkpoint,
@@ -153,6 +153,18 @@ class CandidateMaker:
             return self._thread.work(partial(engine.run, images, subnetwork)).result()
 
         return run
+
+    def _prepare_gpu(self, engine: Engine, subnetworks: Sequence[SubNetwork]) -> None:
+        """Measure the memory that an image takes, and capture the graphs that the latencies of a profile are of.
+
+        Each step takes only a moment there. The most expensive sub-networks come first, as at a start.
+        """
+        self._thread.work(engine.warm_up).result()
+        for batch_size in measured_batch_sizes(self._settings.max_batch_size):
+            for subnetwork in reversed(subnetworks):
+                if self._is_stopping():
+                    raise NotReadyError("the server is stopping")
+                self._thread.work(partial(engine.prepare, subnetwork, batch_size)).result()
 
     def _latencies(
         self, checkpoint: Checkpoint, engine: Engine, run: Run, beside: ServedModel

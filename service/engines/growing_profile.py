@@ -92,7 +92,7 @@ class GrowingProfile:
         self._runs = {cell: _Runs() for cell in cells_of(list(self._work), batch_sizes)}
         self._left = dict.fromkeys(cell for cell in self._runs if cell[0] in trained)  # to be measured, in order
         self._num_due = len(self._left)
-        self._began_at = datetime.now(UTC) if kept is None else kept.measured_at
+        self._began_at = datetime.now(UTC)
         self._expected_s: Mapping[Cell, float] = {}
         if kept is not None:
             self.merge(kept)
@@ -109,7 +109,7 @@ class GrowingProfile:
 
     @property
     def began_at(self) -> datetime:
-        """When measuring began: of the figures that the profile started with, or else now."""
+        """When the first of its figures was measured."""
         return self._began_at
 
     @property
@@ -124,6 +124,7 @@ class GrowingProfile:
 
     def merge(self, kept: Figures) -> None:
         """Take over figures of an earlier start or of another process, for cells that are not measured here."""
+        self._began_at = min(self._began_at, kept.measured_at)
         for cell, seconds in kept.seconds.items():
             if cell in self._runs and not self._runs[cell].is_measured:
                 self._runs[cell] = _Runs([seconds], MIN_RUNS, True, kept.spread[cell])

@@ -32,7 +32,7 @@ ReadBytes = Callable[[float], Awaitable[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class DirectRoute:
-    """The route of a request that DirectRoutes answers, with the one attribute that reports read."""
+    """A route of DirectRoutes, with the one attribute that reports read: its path, `{name}` for a model's name."""
 
     path: str
 
@@ -44,23 +44,25 @@ class DirectRoutes:
     Starlette a tenth of the time that the event loop spends on a classification.
     """
 
-    def __init__(self, app: ASGIApp, find: Callable[[str], Handle | None], errors: ErrorAnswers) -> None:
+    def __init__(
+        self, app: ASGIApp, find: Callable[[str], tuple[DirectRoute, Handle] | None], errors: ErrorAnswers
+    ) -> None:
         """Create the middleware.
 
         Args:
             app: the application that gets all other requests.
-            find: returns the handler of a path; None where the path is not one of these.
+            find: returns the route and the handler of a path; None where the path is not one of these.
             errors: makes the response where the handler raises a ServiceError.
         """
         self._app, self._find, self._errors = app, find, errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request, or pass it on."""
-        handle = self._find(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if handle is None:
+        found = self._find(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if found is None:
             await self._app(scope, receive, send)
             return
-        scope["route"] = DirectRoute(scope["path"])  # as FastAPI records its own route
+        scope["route"], handle = found  # as FastAPI records its own route
         request = Request(scope, receive, send)
         try:
             response = await handle(request)

@@ -71,7 +71,7 @@ def undo_encoding(body: bytes, encoding: str, max_bytes: int) -> bytes:
     Raises:
         UnsupportedMediaError: the encoding is another one.
         BodyTooLargeError: the decoded body is longer; at most one byte beyond the limit was decoded.
-        InvalidTensorError: the body is not in this encoding, or is cut off.
+        InvalidTensorError: the body is not in this encoding, is cut off, or is followed by other bytes.
     """
     if encoding in ("", "identity"):
         return body
@@ -86,6 +86,8 @@ def undo_encoding(body: bytes, encoding: str, max_bytes: int) -> bytes:
         raise BodyTooLargeError(f"the body is longer than {max_bytes} bytes once decoded", max_body_bytes=max_bytes)
     if not inflating.eof:
         raise InvalidTensorError(f"the body was cut off: its {encoding} has no end")
+    if inflating.unused_data:
+        raise InvalidTensorError(f"{len(inflating.unused_data)} bytes follow the end of the body's {encoding}")
     return undone
 
 

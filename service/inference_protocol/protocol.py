@@ -131,7 +131,7 @@ class InferenceProtocol:
             arrived_at: when the first byte of the request arrived.
             query: query parameters of its URL.
             headers: headers, by names in lower case.
-            max_s: returned for a request that names no latency budget in its query or headers.
+            max_s: longest time, whatever latency budget its query or headers name.
             key: API key of the request.
 
         Raises:
@@ -141,7 +141,7 @@ class InferenceProtocol:
         pipeline.check_room()
         alone = parameters_of({}, query, headers).request(arrived_at, key=key)
         pipeline.check(alone)
-        return max_s if alone.budget_ms is None else pipeline.time_left_s(alone)
+        return max_s if alone.budget_ms is None else min(max_s, pipeline.time_left_s(alone))
 
     async def infer(
         self,

@@ -22,7 +22,15 @@ from prometheus_client.openmetrics import exposition as openmetrics
 
 from models.subnetwork import SubNetwork
 from service.domain import Classification
-from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedError, OverloadReason, ServiceError
+from service.errors import (
+    DeadlineError,
+    ModelError,
+    NotReadyError,
+    OutOfMemoryError,
+    OverloadedError,
+    OverloadReason,
+    ServiceError,
+)
 from service.machine.snapshot import ResourceSnapshot
 from service.telemetry.audit_metrics import AuditMetrics
 from service.telemetry.connection_metrics import ConnectionMetrics
@@ -38,8 +46,8 @@ from service.telemetry.profile_metrics import ProfileMetrics
 STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 5, 10, 30)
 STAGES = ("decode_wait", "decode", "queue", "inference")
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-# Outcomes that count as missed deadlines; errors of the client do not.
-MISSES = {OverloadedError.code, DeadlineError.code, ModelError.code, ServiceError.code}
+# Outcomes that count as missed deadlines. Errors of the client do not; nor do requests to a server that is not ready.
+MISSES = {OverloadedError.code, DeadlineError.code, OutOfMemoryError.code, ModelError.code, ServiceError.code}
 # Reasons for dropped requests, by outcome; an OverloadedError has a reason of its own.
 DROP_REASONS = {DeadlineError.code: "expired", NotReadyError.code: "not_ready"}
 # Samples for an autoscaler, by name: missed deadlines and lost accuracy, and the compute and time that requests take.

@@ -215,14 +215,18 @@ async def test_what_is_run_these_days_is_rehearsed_where_it_takes_but_a_moment(
     new.close()
 
 
-async def test_a_gpus_engine_finds_out_how_much_memory_an_image_takes(checkpoint: Checkpoint, path: Path) -> None:
-    warmed_up: list[bool] = []
+async def test_a_gpus_engine_finds_out_how_much_memory_an_image_takes_and_captures_what_a_start_does(
+    checkpoint: Checkpoint, path: Path
+) -> None:
+    done: list[object] = []
     stage = Stage(checkpoint, path.parent)
     stage.new.is_on_gpu = True  # there is none in truth
-    stage.new.warm_up = lambda: warmed_up.append(True)  # type: ignore[method-assign] # of this one
+    stage.new.warm_up = lambda: done.append("warm")  # type: ignore[method-assign] # of this one
+    stage.new.prepare = lambda *shape: done.append(shape)  # type: ignore[method-assign]
     async with stage.serving(stage.measured()) as old:
         new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
-    assert warmed_up == [True]
+    shapes = [(subnetwork, size) for size in (1, 2) for subnetwork in reversed(checkpoint.config.subnetworks)]
+    assert done == ["warm", *shapes]
     new.close()
 
 

@@ -1,5 +1,5 @@
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -133,6 +133,15 @@ def test_what_was_kept_or_found_by_others_is_taken_over_and_never_replaced(profi
     profile.merge(Figures({(CHEAPEST, 1): 9.0, (MIDDLE, 1): 0.02}, {(CHEAPEST, 1): 0.0, (MIDDLE, 1): 0.0}, NOW))
     assert profile.figures.seconds == {(CHEAPEST, 1): 0.01, (DEAREST, 1): 0.05, (MIDDLE, 1): 0.02}
     assert profile.figures.spread[CHEAPEST, 1] == 0.2
+
+
+def test_a_profile_is_as_old_as_the_oldest_figures_that_it_took_over(profiles: ProfileTable) -> None:
+    profile = GrowingProfile(profiles, SIZES)
+    assert profile.began_at > NOW
+    profile.merge(Figures({(CHEAPEST, 1): 0.01}, {(CHEAPEST, 1): 0.0}, NOW))
+    assert profile.began_at == profile.figures.measured_at == NOW
+    profile.merge(Figures({(DEAREST, 1): 0.05}, {(DEAREST, 1): 0.0}, NOW + timedelta(days=1)))
+    assert profile.began_at == NOW
 
 
 def test_the_first_cells_span_costs_and_sizes_the_most_telling_first(profiles: ProfileTable) -> None:

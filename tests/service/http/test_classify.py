@@ -127,8 +127,8 @@ def test_several_images_of_a_form_get_an_answer_or_an_error_each_in_order(
     first, second, third = response.json()["results"]
     assert [first["status"], second["status"], third["status"]] == [200, 422, 200]
     for answer, expected in zip((first, third), alone, strict=True):
-        for one, other_one in zip(answer["predictions"], expected, strict=True):  # in a batch, sums are rounded otherwise
-            assert one == other_one | {"probability": pytest.approx(other_one["probability"], abs=1e-6)}
+        for found, wanted in zip(answer["predictions"], expected, strict=True):  # a batch rounds its sums differently
+            assert found == wanted | {"probability": pytest.approx(wanted["probability"], abs=1e-6)}
     assert second["error"]["code"] == "invalid_image"
     assert set(second) == {"type", "title", "status", "detail", "error"}
     assert set(first) == {"status", *client.post("/classify", content=photo).json()}

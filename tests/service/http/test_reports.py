@@ -89,9 +89,12 @@ def test_other_routes_are_called_by_their_names_and_what_is_no_route_by_none(ser
     with server.serving() as client:
         client.post("/explain", content=photo)
         client.post("/decide")
+        client.post(f"/predictions/{server.checkpoint.name}", content=photo)
+        client.post("/predictions/another", content=photo)
         client.post("/nowhere/1")
         client.get("/subnetworks")
-    assert [span.name for span in server.requests()] == ["POST /explain", "POST /decide", "POST"]
+    names = ["POST /explain", "POST /decide", *["POST /predictions/{name}"] * 2, "POST"]
+    assert [span.name for span in server.requests()] == names
 
 
 class Bug(tuple[str, ...]):

@@ -200,6 +200,7 @@ def test_bodies_that_tritons_clients_compress_are_read(
     assert client.post(INFER, content=body, headers=headers).status_code == 200
     assert "cut off" in error_of(client.post(INFER, content=body[:-9], headers=headers), 422)
     assert "not encoded with" in error_of(client.post(INFER, content=photo, headers=headers), 422)
+    assert "4 bytes follow" in error_of(client.post(INFER, content=body + b"more", headers=headers), 422)
     bomb = encode_body(bytes(BODY_LIMIT + 1))
     assert len(bomb) < BODY_LIMIT
     assert "once decoded" in error_of(client.post(INFER, content=bomb, headers=headers), 413)

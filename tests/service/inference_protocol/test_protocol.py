@@ -241,6 +241,7 @@ async def test_before_the_body_comes_it_is_seen_whether_it_may_and_how_long_it_h
     protocol, pipeline = served.protocol, served.pipeline
     assert protocol.check_before_body(999.0, {"budget_ms": "9"}, {}, 30.0) == 0.5
     assert protocol.check_before_body(999.0, {}, {}, 30.0) == 30.0
+    assert protocol.check_before_body(999.0, {"budget_ms": "9"}, {}, 0.25) == 0.25
     with pytest.raises(InvalidParameterError):
         protocol.check_before_body(999.0, {"budget": "9"}, {}, 30.0)
     pipeline.room = OverloadedError("full", "full", 1.0)

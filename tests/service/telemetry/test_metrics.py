@@ -95,7 +95,9 @@ def test_the_age_of_the_profile_and_the_best_accuracy_are_absent_until_known(pag
     assert page.read("best_accuracy_ratio", model="tiny") == 0.9
 
 
-@pytest.mark.parametrize("outcome", ["overloaded", "deadline_exceeded", "model_error", "internal_error"])
+@pytest.mark.parametrize(
+    "outcome", ["overloaded", "deadline_exceeded", "out_of_memory", "model_error", "internal_error"]
+)
 def test_what_breaks_the_promise_of_an_answer_in_time_is_a_deadline_missed(page: Page, outcome: str) -> None:
     page.metrics.request_started()
     page.metrics.request_finished(outcome)
