@@ -105,7 +105,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
         rows = (*header.profile.rows, *(header.int8.profile.rows if header.int8 else ()))
         wrong = [row for row in rows if row.macs != count_macs(header.config, row.subnetwork)]
         if wrong:
-            raise UnreadableCheckpointError(f"{wrong[0].macs} MACs are not the cost of {wrong[0].subnetwork}")
+            raise UnreadableCheckpointError(f"its header has wrong MACs for {wrong[0].subnetwork}: {wrong[0].macs}")
     model.load_state_dict(weights, assign=True)
     return Checkpoint(
         header.name,
@@ -189,7 +189,7 @@ def _in_float32(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         try:
             converted[name] = weight.float() if weight.is_floating_point() else weight
         except RuntimeError as error:
-            raise UnreadableCheckpointError(f"the weight {printable_text(name)} is of an unknown type") from error
+            raise UnreadableCheckpointError(f"the weight {printable_text(name)} has an unsupported dtype") from error
     return converted
 
 
@@ -211,9 +211,9 @@ def _own_header(header_json: str, num_weights: int) -> Header:
     try:
         header = _HEADER.validate_json(header_json)
     except ValidationError as error:
-        raise UnreadableCheckpointError(f"its header is not ours: {_first_problem(error)}") from error
+        raise UnreadableCheckpointError(f"invalid SuperViT header: {_first_problem(error)}") from error
     except ArithmeticError as error:  # an integer too large to compute with
-        raise UnreadableCheckpointError("its header is not ours: a number is out of all bounds") from error
+        raise UnreadableCheckpointError("invalid SuperViT header: a number is out of range") from error
     if header.config.depth > num_weights:  # building so many blocks might never end
         raise CheckpointMismatchError(f"{num_weights} weights are too few for {header.config.depth} blocks")
     return header
@@ -225,7 +225,7 @@ def _blank_model(config: SuperViTConfig) -> SuperViT:
         with torch.device("meta"):
             return SuperViT(config)
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise CheckpointMismatchError("its header asks for weights of impossible size") from error
+        raise CheckpointMismatchError("invalid SuperViT header: its weights would be too large") from error
 
 
 def check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -240,12 +240,12 @@ def check_weights(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> No
     problems = {
         "missing": [name for name in expected if name not in weights],
         "unexpected": [printable_text(name) for name in weights if name not in expected],
-        "misshapen": [
+        "with the wrong shape": [
             f"{name} is {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
             for name in shared
             if name not in fitting
         ],
-        "mistyped": [
+        "with the wrong dtype": [
             f"{name} is {weights[name].dtype} instead of {expected[name].dtype}"
             for name in fitting
             if weights[name].is_floating_point() != expected[name].is_floating_point()
@@ -281,10 +281,10 @@ def _first_problem(error: ValidationError) -> str:
         case "value_error":  # raised by one of our own dataclasses
             return str(problem["ctx"]["error"])
         case "json_invalid":
-            return "no JSON"
+            return "not valid JSON"
         case "missing":
             return f"{where} is missing"
-    return f"{where or 'the whole'} cannot be {value}"
+    return f"invalid value {value}" + (f" for {where}" if where else "")
 
 
 def digest(path: Path) -> str:

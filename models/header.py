@@ -35,21 +35,21 @@ class Header:
         if self.int8 is not None:
             _check_profile(self.int8.profile, self.config)
             if len(self.int8.ranges) != self.config.depth:
-                raise ValueError(f"{len(self.int8.ranges)} blocks are quantised of {self.config.depth}")
+                raise ValueError(f"{len(self.int8.ranges)} blocks are quantised, not {self.config.depth}")
             for block in self.int8.ranges:
                 for layer in LAYERS:
                     width = self.config.mlp_width if layer == "fc2" else self.config.width
                     if len(getattr(block, layer).smoothing) not in (0, width):
-                        raise ValueError(f"{layer} does not smooth each of {width} channels")
+                        raise ValueError(f"{layer} must smooth none or all of {width} channels")
 
 
 def _check_profile(profile: ProfileTable, config: SuperViTConfig) -> None:
     missing = set(config.subnetworks) - profile.by_subnetwork.keys()
     if missing:
-        raise ValueError(f"the profile lacks {min(missing)}")
+        raise ValueError(f"the profile has no row for {min(missing)}")
     strange = {row.subnetwork.patch_grid for row in profile.rows} - set(config.patch_grids)
     if strange:
         raise ValueError(f"the profile has grid {min(strange)}, which was not trained")
     for row in profile.rows:
         if row.is_trained != (row.subnetwork in config.subnetworks):
-            raise ValueError(f"the profile is wrong about whether {row.subnetwork} was trained")
+            raise ValueError(f"the profile has a wrong is_trained for {row.subnetwork}")

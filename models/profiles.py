@@ -123,7 +123,7 @@ class ProfileTable:
         for cascade in self.cascades:
             first, second = (self.by_subnetwork.get(look) for look in (cascade.first, cascade.second))
             if first is None or second is None or first.macs >= second.macs:
-                raise ValueError(f"{cascade.first} and then {cascade.second} are no cascade of this profile")
+                raise ValueError(f"a cascade must lead to a costlier row, not from {cascade.first} to {cascade.second}")
 
     @cached_property
     def by_subnetwork(self) -> dict[SubNetwork, SubNetworkProfile]:

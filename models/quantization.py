@@ -50,9 +50,9 @@ class Range:
 
     def __post_init__(self) -> None:
         if not -math.inf < self.low <= 0 < self.high < math.inf:
-            raise ValueError(f"a range must be finite and end above 0, not begin there: {self.low}..{self.high}")
+            raise ValueError(f"a range must be finite with low <= 0 < high, not {self.low}..{self.high}")
         if self.high - self.low < MIN_RANGE_WIDTH or max(-self.low, self.high) > MAX_RANGE_END:
-            raise ValueError(f"a range must be told apart in float32, not {self.low}..{self.high}")
+            raise ValueError(f"a range must be representable in float32, not {self.low}..{self.high}")
         if any(abs(step) > SMOOTHING_BOUND for step in self.smoothing):
             raise ValueError(f"a channel's smoothing must be from -{SMOOTHING_BOUND} to {SMOOTHING_BOUND}")
 

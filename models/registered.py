@@ -14,7 +14,7 @@ from models.supervit import DEIT_MICRO, DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL, Su
 
 def _build(config: SuperViTConfig, pretrained: bool, options: dict[str, Any]) -> SuperViT:
     if pretrained:
-        raise ValueError("no weights are hosted for this model; use models.checkpoint.load_checkpoint(path)")
+        raise ValueError("no pretrained weights are available; use models.checkpoint.load_checkpoint(path)")
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # create_model passes them to every model
         options.pop(name, None)
     drop_path_rate = options.pop("drop_path_rate", 0.0)

@@ -123,17 +123,17 @@ class SuperViTConfig:
         if self.flavour == "lvvit" and self.patch_kernel % 2:
             raise ValueError(f"the lvvit stem needs an even patch kernel, not {self.patch_kernel}")
         if self.flavour == "lvvit" and (self.pooling != "class" or self.num_prefix_tokens > 1 or self.pre_norm):
-            raise ValueError("an lvvit has one prefix token, which its head reads, and no norm before its blocks")
+            raise ValueError("an lvvit must have one prefix token, pooling class and no pre_norm")
         if self.pooling == "distilled" and self.num_prefix_tokens < 2:
-            raise ValueError("a head that reads a distillation token needs two prefix tokens")
+            raise ValueError("pooling distilled needs at least two prefix tokens")
         if self.norm_eps is not None and not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps must be in (0, 1), not {self.norm_eps}")
         if not math.isfinite(self.aux_head_weight):
             raise ValueError(f"aux_head_weight must be finite, not {self.aux_head_weight}")
         if not _ascending(self.patch_grids) or self.patch_grids[0] < 2:
-            raise ValueError(f"patch grids must ascend from 2 or more: {self.patch_grids}")
+            raise ValueError(f"patch grids must ascend from at least 2, not {self.patch_grids}")
         if not _ascending(self.keep_rates) or self.keep_rates[0] <= 0 or self.keep_rates[-1] > 1:
-            raise ValueError(f"keep rates must ascend in (0, 1]: {self.keep_rates}")
+            raise ValueError(f"keep rates must ascend in (0, 1], not {self.keep_rates}")
         if any(not 0 <= block < self.depth for block in self.prune_blocks):
             raise ValueError(f"prune blocks {self.prune_blocks} must lie in 0..{self.depth - 1}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:

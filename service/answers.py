@@ -66,8 +66,8 @@ def predictions_of(result: Result, class_names: tuple[str, ...], top_k: int) -> 
     best = result.ranking[:top_k]
     probabilities = result.probabilities[best].tolist()
     if not math.isfinite(probabilities[0]):  # one NaN logit makes the sum NaN, and so every probability
-        logger.error("the model answered an image with %s", result.logits.tolist()[:top_k])
-        raise ModelError("the model's answer to this image is not a number")
+        logger.error("the model returned non-finite outputs for an image: %s", result.logits.tolist()[:top_k])
+        raise ModelError("the model's output for this image is not finite")
     return tuple(
         Prediction(index, class_names[index], probability)
         for index, probability in zip(best.tolist(), probabilities, strict=True)

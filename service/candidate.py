@@ -84,7 +84,7 @@ class CandidateMaker:
         path = find_checkpoint(name)
         needed, free = MEMORY_OF_FILE * path.stat().st_size + MEMORY_BYTES, self._monitor.latest.memory_available_bytes
         if free is not None and needed > free:
-            message = f"a second model of this size may take {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
+            message = f"a second model of this size may take {needed / 1e6:.0f} MB; only {free / 1e6:.0f} MB are free"
             raise ModelChangeError(message)
         return self._load(path)
 

@@ -73,7 +73,7 @@ async def follow(
             is_well = True
         except Exception as error:  # whatever the error, the next file put there must be served
             if is_well:
-                message = "the file of %s cannot be watched, and is tried again: %s"
+                message = "the file of %s cannot be watched; trying again: %s"
                 logger.error(message, name, error, exc_info=not isinstance(error, OSError | CheckpointError))
             is_well = False
             await sleep(CHECK_S)

@@ -20,11 +20,11 @@ from service.errors import CommandError, ServiceError, WrongUsageError
 
 EXIT_CODES = """[bold]Exit codes[/bold]
   0    done
-  1    it failed, and the last line on stderr says why
-  2    the command or an option makes no sense
+  1    failure; the last line on stderr gives the reason
+  2    invalid command, option or value
   130  stopped by Ctrl-C
 
-Help on a command: [bold]supervit COMMAND --help[/bold]"""
+Help for a command: [bold]supervit COMMAND --help[/bold]"""
 EXTRAS = {"aiohttp": "bench", "matplotlib": "train", "tqdm": "train"}  # the extra that installs each optional library
 
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name not in EXTRAS:
             raise
         with_extra = f"pip install '.[{EXTRAS[error.name]}]'"
-        return _fail(f"{error.name} is not installed: install this project with its extra, {with_extra}", 1)
+        return _fail(f"{error.name} is not installed; install it with {with_extra}", 1)
     except (CommandError, CheckpointError, DataError, DeviceError, ServiceError) as error:
         return _fail(str(error), 1)
     except OSError as error:  # such as a full disk

@@ -178,9 +178,9 @@ def _checked(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise InvalidParameterError(f"{url} is no URL", parameter="url") from error
+        raise InvalidParameterError(f"{url} is not a URL", parameter="url") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise InvalidParameterError(f"{url} is no URL that begins with http:// or https://", parameter="url")
+        raise InvalidParameterError(f"{url} is not a URL that begins with http:// or https://", parameter="url")
     return parsed
 
 

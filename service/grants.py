@@ -56,8 +56,8 @@ def allow(request: InferenceRequest, catalog: VariantCatalog, ledger: KeyLedger,
     needed = request.num_together * least
     wait_s = ledger.wait_s(request.key, needed, now)
     if math.isinf(wait_s):
-        raise BudgetTooSmallError(f"this costs {needed:.6g} GFLOPs, more than this key may ever spend at once")
-    message = "this key has used up its rate of work, even for the cheapest sub-network that would do; try again later"
+        raise BudgetTooSmallError(f"the request costs {needed:.6g} GFLOPs, more than this key may ever spend at once")
+    message = "this key has used up its rate, even for the cheapest suitable sub-network; try again later"
     raise OverloadedError(message, "key", wait_s)
 
 
@@ -72,7 +72,7 @@ def allow_time_ms(request: InferenceRequest, default_budget_ms: float) -> float:
         return max(default_budget_ms, shortest_ms)
     if request.budget_ms < shortest_ms:
         message = (
-            f"a budget of {request.budget_ms:.6g} ms is too small: this key allows none below {shortest_ms:.6g} ms"
+            f"a budget of {request.budget_ms:.6g} ms is too small: this key requires at least {shortest_ms:.6g} ms"
         )
         raise BudgetTooSmallError(message, smallest_budget_ms=shortest_ms)
     return request.budget_ms
@@ -88,5 +88,5 @@ def allow_priority(request: InferenceRequest) -> int:
     if request.priority is None:
         return min(0, highest)
     if request.priority > highest:
-        raise InvalidParameterError(f"priority: at most {highest} is wanted", parameter="priority")
+        raise InvalidParameterError(f"priority: must be at most {highest}", parameter="priority")
     return request.priority

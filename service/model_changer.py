@@ -86,7 +86,7 @@ class ModelChanger:
     def begin(self, change: ModelChange) -> ChangeReport:
         """Begin a change, also where operators may not request one; other errors as `ask`."""
         if self._task is not None and not self._task.done():
-            raise ModelChangeError("another change of the model goes on; ask again once it has ended")
+            raise ModelChangeError("another model change is in progress; try again when it has ended")
         if self._models.is_empty:
             raise NotReadyError("the server has no model to change yet; try again in a moment")
         self._report = report = ChangeReport(change.checkpoint, datetime.now(UTC))
@@ -110,9 +110,7 @@ class ModelChanger:
             seconds = round(self._clock() - began_at, 3)
             self._note(outcome=outcome, message=message, seconds=seconds)
             self._metrics.model.change_ended(outcome)
-            logger.info(
-                "change of the model to %s: %s%s", change.checkpoint, outcome, f", {message}" if message else ""
-            )
+            logger.info("model change to %s: %s%s", change.checkpoint, outcome, f", {message}" if message else "")
 
     async def _outcome_of(self, change: ModelChange, leaving: list[object]) -> tuple[ChangeOutcome, str | None]:
         try:
@@ -124,8 +122,8 @@ class ModelChanger:
         except NotReadyError as error:
             return "stopped", error.message
         except Exception:  # a bug, or a library that cannot run the model: the old one continues
-            logger.exception("the change of the model to %s failed", change.checkpoint)
-            return "failed", "the new model cannot be prepared; the server's log says why"
+            logger.exception("the model change to %s failed", change.checkpoint)
+            return "failed", "the new model could not be prepared; see the server's log"
 
     async def _take_steps(self, change: ModelChange, leaving: list[object]) -> tuple[ChangeOutcome, str | None]:
         """Change the model; `leaving` then holds the parts of the model that is not served, which take time to free."""
@@ -133,7 +131,7 @@ class ModelChanger:
         checkpoint = await asyncio.to_thread(self._maker.load, change.checkpoint)
         self._note(name=checkpoint.name, version=checkpoint.version)
         if checkpoint.version == old.checkpoint.version:
-            return "unchanged", "it is served already"
+            return "unchanged", "this model is already served"
         if not change.force:
             _require_comparable(checkpoint, old.checkpoint, change)
         self._at("prepare")
@@ -217,7 +215,7 @@ class ModelChanger:
             if self._models.has_ended(old):
                 return
             if new.sample.num_failed or self._models.has_ended(new):
-                raise _RolledBackError("the new model failed on a request; the old one is back")
+                raise _RolledBackError("the new model failed on a request; the old one serves again")
 
     def _at(self, step: ChangeStep) -> None:
         self._note(step=step)
@@ -239,11 +237,11 @@ def _require_comparable(new: Checkpoint, old: Checkpoint, change: ModelChange) -
         ModelChangeError: the new model is not comparable, or is known to cost too much.
     """
     if not _can_compare(new, old):
-        raise ModelChangeError('it takes other images or patch grids than the one that is served; "force" serves it')
+        raise ModelChangeError('its image size or patch grids do not fit the served model; use "force" to serve it')
     dearer = _cheapest_macs(new) / _cheapest_macs(old)
     if dearer > change.most_slowdown:
-        message = f"its cheapest sub-network costs {dearer:.3g} times as much as the one that is served"
-        raise ModelChangeError(f"{message}, more than most_slowdown, {change.most_slowdown:g}")
+        message = f"its cheapest sub-network costs {dearer:.3g} times as much as that of the served model"
+        raise ModelChangeError(f"{message}, more than most_slowdown ({change.most_slowdown:g})")
 
 
 def _cheapest_macs(checkpoint: Checkpoint) -> int:
@@ -252,8 +250,8 @@ def _cheapest_macs(checkpoint: Checkpoint) -> int:
 
 def _require_fit(found: Comparison, change: ModelChange) -> None:
     if found.agreement is not None and found.agreement < change.least_agreement:
-        message = f"it agrees with the one that is served on {found.agreement:.1%} of {found.num_images} images"
-        raise ModelChangeError(f"{message}, less than least_agreement, {change.least_agreement:.1%}")
+        message = f"the new model agrees with the served one on {found.agreement:.1%} of {found.num_images} images"
+        raise ModelChangeError(f"{message}, less than least_agreement ({change.least_agreement:.1%})")
     if found.latency_ratio is not None and found.latency_ratio > change.most_slowdown:
-        message = f"it takes {found.latency_ratio:.3g} times as long as the one that is served"
-        raise ModelChangeError(f"{message}, more than most_slowdown, {change.most_slowdown:g}")
+        message = f"the new model takes {found.latency_ratio:.3g} times as long as the served one"
+        raise ModelChangeError(f"{message}, more than most_slowdown ({change.most_slowdown:g})")

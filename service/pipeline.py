@@ -191,7 +191,7 @@ class Pipeline:
                 self.check_room()
                 read_at = self._clock()
                 if read_at >= queued.deadline_at:
-                    raise DeadlineError("the deadline passed before the body had come")
+                    raise DeadlineError("the deadline passed before the body arrived")
                 # Only now: bodies that arrive slowly would hold every slot, and be planned with as if complete.
                 if not self._scheduler.claim(queued, read_at):
                     self._scheduler.admit(queued, read_at, self._delay(read_at, queued))
@@ -269,8 +269,8 @@ class Pipeline:
             needed_s = fastest_s + self._base_s(now) + self._reply.margin_s(now)
             smallest_s = min(needed_s / (1 - TRANSPORT_SHARE), needed_s + TRANSPORT_S)
             budget_s, fastest_ms = self._budget_s(request), 1000 * fastest_s
-            message = f"a budget of {1000 * budget_s:.6g} ms is too small: even on the idle machine inference takes "
-            message += f"{fastest_ms:.3g} ms, and sockets and images some more"
+            message = f"a budget of {1000 * budget_s:.6g} ms is too small: even on an idle machine inference takes "
+            message += f"{fastest_ms:.3g} ms, and network and decoding take some more"
             if budget_s == request.client_waits_s:
                 raise DeadlineError(message)
             raise BudgetTooSmallError(message, smallest_budget_ms=math.ceil(1e6 * smallest_s) / 1000)

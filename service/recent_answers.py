@@ -73,7 +73,7 @@ class RecentAnswers:
         try:
             return self._answers[_key_name(key), request_id, image]
         except KeyError:
-            message = f"no answer to image {image} of such a request is remembered; the last {self._kept} are"
+            message = f"no answer to image {image} of this request is kept; only the last {self._kept} answers are"
             raise UnknownRequestError(message) from None
 
 

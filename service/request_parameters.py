@@ -17,10 +17,10 @@ class DecideQuery(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     budget_ms: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="time from arrival within which the answer is wanted"
+        None, gt=0, allow_inf_nan=False, description="latency budget, from the arrival of the request"
     )
     budget_gflops: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="most that the answer may cost, in 1e9 multiply-accumulates"
+        None, gt=0, allow_inf_nan=False, description="maximum cost of the answer, in 1e9 multiply-accumulates"
     )
     priority: int | None = Field(
         None,
@@ -28,7 +28,7 @@ class DecideQuery(BaseModel):
         le=HIGHEST_PRIORITY,
         description="0 is normal; lower may be rejected or shed first; only a key may allow a higher one",
     )
-    patch_grid: int | None = Field(None, ge=1, description="with keep_rate: a sub-network by name, not by budget")
+    patch_grid: int | None = Field(None, ge=1, description="with keep_rate: a sub-network by name")
     keep_rate: float | None = Field(
         None, gt=0, le=1, description="with patch_grid: a sub-network by name, of those that GET /subnetworks lists"
     )
@@ -66,7 +66,7 @@ class ClassifyQuery(DecideQuery):
     """Query parameters of POST /classify."""
 
     min_confidence: float = Field(
-        0, ge=0, lt=1, description="probability of the answer under which it is looked at again, if budgets allow it"
+        0, ge=0, lt=1, description="probability of the answer below which the server looks again, if budgets allow"
     )
     top_k: int | None = Field(
         None, ge=1, description=f"predictions to return, up to the number of classes; {DEFAULT_TOP_K} by default"
@@ -75,7 +75,7 @@ class ClassifyQuery(DecideQuery):
     @model_validator(mode="after")
     def _one_look_by_name(self) -> "ClassifyQuery":
         if self.patch_grid is not None and self.min_confidence > 0:
-            raise ValueError("min_confidence: a sub-network that is asked for by name looks once")
+            raise ValueError("min_confidence: not allowed with a sub-network by name, which looks once")
         return self
 
     def request(

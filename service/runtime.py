@@ -110,7 +110,7 @@ class ServerRuntime:
         find_policy(settings.policy, catalog)
         self.metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
         self.metrics.describe(list(profile.by_subnetwork), checkpoint.name, checkpoint.version, settings.workers)
-        answers, coming = RecentAnswers(), ClientLimiter(settings.max_in_flight_per_address, "on their way")
+        answers, coming = RecentAnswers(), ClientLimiter(settings.max_in_flight_per_address, "being received")
         self.context = RouteContext(
             checkpoints=self._checkpoints,
             metrics=self.metrics,
@@ -232,7 +232,7 @@ class ServerRuntime:
             self._running,
             lambda: self._heartbeat(self._state is ServerState.READY),
         )
-        logger.critical("a batch that should take %.3g s does not end; ending without it", expected_s)
+        logger.critical("a batch expected to take %.3g s hangs; the server exits without waiting for it", expected_s)
         self._state = ServerState.HUNG
         self._models.abandon()
         self._on_failure()

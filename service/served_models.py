@@ -104,7 +104,7 @@ class ServedModels:
     def accept(self, model: ServedModel) -> None:
         """Serve the candidate instead of the current model, unless it is served already."""
         if model not in (self._candidate, self._current):
-            raise ValueError("it is not tried out")
+            raise ValueError("the model is not being tried out")
         self._current, self._candidate, self._share = model, None, 0.0
 
     def is_accepted(self, model: ServedModel) -> bool:

@@ -20,7 +20,7 @@ PILLOW_LIMIT_PIXELS = 89_000_000  # above it, Pillow itself objects to the size 
 
 
 class Settings(BaseSettings):
-    """Serve a checkpoint over HTTP. Each option is an environment variable, too: --log-level is SUPERVIT_LOG_LEVEL."""
+    """Serve a checkpoint over HTTP. Each option is also an environment variable: --log-level is SUPERVIT_LOG_LEVEL."""
 
     model_config = SettingsConfigDict(env_prefix="SUPERVIT_", extra="forbid", frozen=True)
 
@@ -29,88 +29,90 @@ class Settings(BaseSettings):
         description="SuperViT checkpoint to serve: a path, the name of one that ships, or hf-hub:owner/name[@revision]",
     )
     watch_checkpoint: bool = Field(
-        False, description="serve what is put in the place of the checkpoint's file, once it is compared with the old"
+        False, description="when the checkpoint's file is replaced, compare both models and serve the new one"
     )
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 for any free one")
     grpc_port: int | None = Field(
-        None, ge=0, le=65535, description="TCP port for gRPC; 0 for any free one; by default there is none"
+        None, ge=0, le=65535, description="TCP port for gRPC; 0 for any free one; no gRPC by default"
     )
     admin_port: int | None = Field(
         None,
         ge=0,
         le=65535,
-        description="TCP port for metrics, the machine, the page and documentation, which --port has then not; "
-        "by default they are there",
+        description="separate TCP port for metrics, utilization, model changes, the web page and API documentation; "
+        "by default --port serves them",
     )
     tls_certificate: Path | None = Field(
-        None, description="PEM file with the certificate of every port, read again when it changes; no TLS by default"
+        None, description="PEM file with the TLS certificate of every port, reloaded when it changes; no TLS by default"
     )
     tls_key: Path | None = Field(None, description="PEM file with the certificate's private key, without a password")
     keep_alive_s: int = Field(75, ge=1, description="how long an idle connection is kept for its next request")
     cors_origins: str | None = Field(
-        None, description="origins whose pages may ask, separated by commas; * for any; by default none but its own"
+        None, description="origins whose pages may send requests, comma-separated; * for any; by default only its own"
     )
     allowed_hosts: str | None = Field(
-        None, description="names that requests may be addressed to, separated by commas; any by default, IPs always"
+        None,
+        description="host names that requests may be addressed to, comma-separated; any by default; "
+        "IP addresses are always allowed",
     )
     keys: Path | None = Field(
         None,
-        description="file of API keys and of what each of them allows, read again when it changes; none by default",
+        description="file of API keys and what each allows, reloaded when it changes; no keys are required by default",
     )
     forwarded_allow_ips: str | None = Field(
-        None, description="proxies whose X-Forwarded-For is believed, separated by commas; none by default"
+        None, description="proxies whose X-Forwarded-For is trusted, comma-separated; none by default"
     )
     fd: int | None = Field(None, ge=0, description="inherited socket to listen on instead of host and port")
-    workers: int = Field(1, ge=1, description="servers behind the one port, each on a share of the cores")
+    workers: int = Field(1, ge=1, description="servers behind one port, each on a share of the cores")
     engine: Literal["auto", "torch", "openvino"] = Field(
-        "auto", description="what runs the model; auto takes OpenVINO on a CPU and PyTorch on a GPU"
+        "auto", description="inference engine; auto selects OpenVINO on a CPU and PyTorch on a GPU"
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
-        description="of the products; auto takes int8 where the checkpoint is prepared for it, this CPU gains by it "
-        "and a sub-network's accuracy bears it, and else the fastest of the other two",
+        description="precision of the matrix products; auto selects int8 if the checkpoint is prepared for it, the CPU "
+        "is faster with it and the sub-network loses little accuracy, otherwise the faster of the other two",
     )
     threads: int | None = Field(
-        None, ge=1, description="threads of the engine on a CPU; every core by default, or all but one"
+        None, ge=1, description="threads of the engine on a CPU; by default one per core, or one less for a small model"
     )
-    policy: str = Field("level", description="what chooses the sub-network and the batch; others are for comparison")
+    policy: str = Field("level", description="policy that chooses sub-network and batch; others are for comparison")
     cascades: bool = Field(
-        False, description="look again, at a larger sub-network, where the first look at an image was unsure"
+        False, description="look again, with a larger sub-network, if the first look at an image was unsure"
     )
     audit: bool = Field(
-        True, description="run some answered images again at the best sub-network when idle, and count agreement"
+        True, description="when idle, run some answered images again at the best sub-network and count agreements"
     )
     default_budget_ms: float = Field(
-        1000, gt=0, allow_inf_nan=False, description="time granted to a request that names no budget_ms"
+        1000, gt=0, allow_inf_nan=False, description="latency budget of a request without budget_ms"
     )
     max_utilization: float | None = Field(
         None, gt=0, le=1, description="fraction of the machine's compute that this server may use; all of it by default"
     )
-    profile_folder: Path = Field(CACHE_FOLDER, description="where measured latencies are kept")
+    profile_folder: Path = Field(CACHE_FOLDER, description="folder for measured latencies")
     monitor_interval_s: float = Field(
-        0.25, gt=0, allow_inf_nan=False, description="time between two looks at the machine's utilization"
+        0.25, gt=0, allow_inf_nan=False, description="time between two readings of the machine's utilization"
     )
-    max_batch_size: int = Field(16, ge=1, le=64, description="requests that may run together")
-    max_in_flight: int = Field(1024, ge=1, description="requests in the server at once; more are rejected")
+    max_batch_size: int = Field(16, ge=1, le=64, description="maximum number of requests in a batch")
+    max_in_flight: int = Field(1024, ge=1, description="maximum number of requests in the server; more are rejected")
     max_in_flight_per_address: int = Field(
         512,
         ge=1,
-        description="requests in the server at once from one address, and bodies on their way from one client",
+        description="maximum number of requests in the server from one address, and of bodies being sent by one client",
     )
     max_decode_s_per_address: float = Field(
         30,
         gt=0,
         allow_inf_nan=False,
-        description="seconds of decoding that the large images of an address may wait for beside others'",
+        description="seconds of decoding that the large images of an address may need while other addresses have some",
     )
     max_connections: int = Field(
-        4096, ge=1, description="connections at once; of those that wait, the oldest is closed for a new one"
+        4096, ge=1, description="maximum number of connections; beyond it, the one idle longest is closed for a new one"
     )
-    max_connections_per_address: int = Field(2048, ge=1, description="connections at once from one address")
+    max_connections_per_address: int = Field(2048, ge=1, description="maximum number of connections from one address")
     drain_s: float = Field(
-        30, gt=0, allow_inf_nan=False, description="longest time to answer those admitted once told to stop"
+        30, gt=0, allow_inf_nan=False, description="longest time to answer admitted requests once told to stop"
     )
     decode_threads: int = Field(2, ge=1, description="threads that decode images")
     max_body_bytes: int = Field(20_000_000, ge=1, description="largest request body that is read")
@@ -121,17 +123,17 @@ class Settings(BaseSettings):
         50_000_000, ge=1, le=PILLOW_LIMIT_PIXELS, description="largest image that is decoded, width times height"
     )
     max_decode_bytes: int = Field(
-        640_000_000, ge=1, description="most memory that decoding an image may take, and all large ones together"
+        640_000_000, ge=1, description="most memory that decoding an image, or all large images together, may take"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least serious log lines shown")
-    log_format: Literal["text", "json"] = Field("text", description="of the log's lines, on stderr")
-    log_requests: bool = Field(False, description="log a line per request, and sparingly that some were rejected")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum log level")
+    log_format: Literal["text", "json"] = Field("text", description="format of log lines, on stderr")
+    log_requests: bool = Field(False, description="log a line per request, and occasionally a line about rejected ones")
 
     @model_validator(mode="after")
     def _ports_of_their_own(self) -> "Settings":
         ports = [port for port in (self.port, self.admin_port, self.grpc_port) if port]
         if len(set(ports)) < len(ports):
-            raise ValueError("port, admin_port and grpc_port differ, unless they are 0")
+            raise ValueError("port, admin_port and grpc_port must differ, unless they are 0")
         return self
 
     @model_validator(mode="after")

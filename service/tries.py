@@ -182,7 +182,7 @@ def _read(reply: Reply, kind: type[Answer]) -> Answer:
             return kind.model_validate_json(reply.content)
         problem = ErrorBody.model_validate_json(reply.content).error
     except ValidationError as error:
-        what = f"{_site(reply.request)} does not answer as a SuperViT server does"
+        what = f"{_site(reply.request)} did not answer like a SuperViT server"
         raise UnexpectedAnswerError(what, status=reply.status_code) from error
     raise rebuild_error(problem.code, problem.message, problem.details)
 
@@ -190,10 +190,10 @@ def _read(reply: Reply, kind: type[Answer]) -> Answer:
 def _broken(error: httpx.HTTPError) -> ServiceError:
     site = _site(error.request)
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return UnreachableError(f"{site} cannot be connected to")
+        return UnreachableError(f"cannot connect to {site}")
     if isinstance(error, httpx.TimeoutException):
-        return ResponseTimeoutError(f"{site} was silent for too long")
-    return ConnectionFailedError(f"{site} closed the connection before its answer")
+        return ResponseTimeoutError(f"{site} did not answer in time")
+    return ConnectionFailedError(f"{site} closed the connection before answering")
 
 
 def _site(request: httpx.Request) -> str:

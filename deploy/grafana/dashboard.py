@@ -1,6 +1,6 @@
 """Builds the dashboard: `python -m deploy.grafana.dashboard` rewrites dashboards/supervit.json.
 
-Four rows, from what operators promise to the machine they have: the promise, the choice, the load, the machine.
+Four rows: the service level, the adaptation, the load and the machine.
 """
 
 from pathlib import Path
@@ -32,70 +32,70 @@ def beside_promise(total: str, held: str, promised: str) -> dict[str, str]:
 
 
 ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
-    "The promise: is every request answered in time?": [
+    "Service level: is every request answered in time?": [
         number(
             "Answered in time",
-            "Share of all requests that were answered before their deadline; those turned away count as missed.",
+            "Share of all requests that were answered before their deadline; rejected requests count as missed.",
             ATTAINMENT,
         ),
         number(
             "Accuracy of the answers",
-            "Top-1 accuracy that the sub-networks which answered have on their test images, averaged over answers.",
+            "Top-1 accuracy, on the test images, of the sub-networks that answered, averaged over answers.",
             ACCURACY,
         ),
         number(
             "Accuracy loss",
-            "What the most accurate sub-network would have had more. Small budgets give it up by choice, load by "
-            "need: if it is the load, more hardware would buy this back.",
+            "Top-1 accuracy that the most accurate sub-network would have had more, averaged over answers. Either the "
+            "clients chose small budgets, or the load is high: only then would more hardware recover it.",
             ACCURACY_LOSS,
         ),
         number(
-            "Engines that are ready",
-            "Engines that welcome requests: warmed up, profiled, not stopping. Each worker or replica has one.",
+            "Ready engines",
+            "Engines that accept requests: warmed up, profiled, not stopping. Each worker or replica has one.",
             f"sum(supervit_ready{ONES}) or vector(0)",
             "short",
             0,
         ),
         lines(
             "Outcomes",
-            "Requests per second by what became of them: ok, or the code of the error that was answered.",
+            "Requests per second by outcome: ok, or the error code of the answer.",
             "reqps",
             {"{{outcome}}": rate("supervit_requests_total", by="outcome")},
             stacked=True,
             span=THIRD,
         ),
         lines(
-            "Time to the answer",
-            "From a request's arrival to its finished answer, over those answered. Budgets are used: under load "
-            "the server takes the time it is given.",
+            "Latency",
+            "Percentiles of the time from arrival to the finished answer, of answered requests. Under load, the server "
+            "uses the whole latency budget.",
             "s",
             {f"{100 * share:g} %": quantile(share, "supervit_request_duration_seconds") for share in (0.5, 0.95, 0.99)},
             span=THIRD,
         ),
         lines(
             "Alerts",
-            "Alerts of Prometheus that fire, by name and how many times: once for each server that is concerned.",
+            "Number of firing Prometheus alerts by name; an alert fires once for each server that it concerns.",
             "short",
             {"{{alertname}}": 'sum by (alertname) (ALERTS{alertstate="firing", job=~"$job"})'},
             span=THIRD,
         ),
     ],
-    "The choice: what is lost, and why?": [
+    "Adaptation: what is lost, and why?": [
         lines(
             "Accuracy",
-            "Of the answers, and of the most accurate sub-network; what lies between is lost. And how sure the answers "
-            "are of themselves: where that is much less than their accuracy, the images are harder than those that it "
-            "was measured on.",
+            "Top-1 accuracy of the answers and of the most accurate sub-network; the difference is the accuracy loss. "
+            "A mean confidence far below the accuracy of the answers shows that the images are harder than those that "
+            "the accuracy was measured on.",
             "percentunit",
             {
-                "of the answers": ACCURACY,
-                "best": f"max(supervit_best_accuracy_ratio{ONES})",
-                "how sure they are": CONFIDENCE,
+                "answers": ACCURACY,
+                "best sub-network": f"max(supervit_best_accuracy_ratio{ONES})",
+                "mean confidence": CONFIDENCE,
             },
         ),
         lines(
             "Sub-networks",
-            "Answers per second by the sub-network that ran: patch grid and keep rate.",
+            "Answers per second by sub-network: patch grid and keep rate.",
             "reqps",
             {
                 "{{patch_grid}} at {{keep_rate}}": rate(
@@ -107,29 +107,30 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
         ),
         lines(
             "Compute",
-            "Billions of multiply-accumulates per second: spent on answers, and what the most accurate sub-network "
-            "would have cost more.",
+            "Billions of multiply-accumulates per second: spent on answers, and saved compared with the most accurate "
+            "sub-network.",
             "short",
             {"spent": rate("supervit_spent_gflops_total"), "saved": rate("supervit_saved_gflops_total")},
             stacked=True,
         ),
         lines(
             "Second looks",
-            "Of the answers, how many took another look at the image, in how many of these it gave the answer of the "
-            "first, and how many were unsure and got no other look, by what forbade it.",
+            "Shares of the answers: with a second look at the image, with a second look that agreed with the first, "
+            "and unsure but without a second look, by reason.",
             "percentunit",
             {
-                "looked again": f"{rate('supervit_looks_total')} / {rate('supervit_last_looks_total')} - 1",
-                "of these agreed": f"{rate('supervit_second_look_agreements_total')}"
+                "second look": f"{rate('supervit_looks_total')} / {rate('supervit_last_looks_total')} - 1",
+                "second look that agreed": f"{rate('supervit_second_look_agreements_total')}"
                 f" / {rate('supervit_last_looks_total')}",
-                "not again: {{reason}}": rate("supervit_last_looks_total", 'reason!="sure"', by="reason")
+                "no second look: {{reason}}": rate("supervit_last_looks_total", 'reason!="sure"', by="reason")
                 + f" / on() group_left() {rate('supervit_last_looks_total')}",
             },
         ),
         lines(
             "Agreement with the best sub-network",
-            "Of the images that were run again in idle moments over six hours, how many got the same answer, by the "
-            "sub-network that had looked first, and how many of them must, at least, by the accuracies of both.",
+            "Share of the images audited over six hours, that is run again at the best sub-network in idle moments, "
+            "that got the same answer; promised: the least share that both accuracies imply. By the sub-network of the "
+            "first look.",
             "percentunit",
             beside_promise(
                 "supervit_audits_total", "supervit_audit_agreements_total", "supervit_audit_promised_agreements_total"
@@ -137,8 +138,8 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
         ),
         lines(
             "Accuracy by feedback",
-            "Of the answers of which clients have said over six hours what was right, how many were, by the "
-            "sub-network that had looked first, and how many of them should be by its accuracy.",
+            "Share of the answers with feedback of clients over six hours that were correct; promised: the share that "
+            "the accuracy implies. By the sub-network of the first look.",
             "percentunit",
             beside_promise(
                 "supervit_feedback_total",
@@ -148,19 +149,19 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
         ),
         lines(
             "Dropped requests",
-            "Requests per second without an answer, by reason. no_time: the budget is shorter than an answer takes "
-            "now; backlog: what waits leaves no time; preprocessing: too many are being read and decoded; shed: for "
-            "the sake of others; expired: admitted, then too late; full: as many in the server as may be; not_ready: "
-            "warming up or stopping.",
+            "Requests per second without an answer, by reason. no_time: the budget is shorter than the current "
+            "latency; backlog: the queue leaves no time; preprocessing: too many requests are being read and decoded; "
+            "shed: dropped to answer others in time; expired: admitted, but past the deadline; full: the limit on "
+            "requests in the server is reached; not_ready: warming up or stopping.",
             "reqps",
             {"{{reason}}": rate("supervit_dropped_requests_total", by="reason")},
             stacked=True,
         ),
     ],
-    "The load: what arrives, and where does it wait?": [
+    "Load: what arrives, and where does it wait?": [
         lines(
             "Requests in the server",
-            "In flight: from arrival to answer. Queued: decoded, waiting for the engine.",
+            "In flight: between arrival and answer. Queued: decoded and waiting for the engine.",
             "short",
             {
                 "in flight": f"sum(supervit_requests_in_flight{ONES})",
@@ -169,20 +170,20 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
         ),
         lines(
             "Time by stage",
-            "Mean of answered requests: decoding the image, waiting in queues, in the engine.",
+            "Mean time that an answered request spends in each stage: decoding, queues, inference.",
             "s",
             {"{{stage}}": mean("supervit_stage_duration_seconds", by="stage")},
             stacked=True,
         ),
         lines(
             "Batch size",
-            "Images that run together: the mean, and the size that 95 % of the batches stay within.",
+            "Images per batch: the mean and the 95th percentile.",
             "short",
             {"mean": mean("supervit_batch_size_images"), "95 %": quantile(0.95, "supervit_batch_size_images")},
         ),
         lines(
-            "Time of a batch",
-            "Mean time in the engine, and what the policy had expected of those very batches.",
+            "Batch latency",
+            "Mean time of a batch in the engine, and the mean that the policy expected of the same batches.",
             "s",
             {
                 "took": mean("supervit_batch_duration_seconds"),
@@ -191,10 +192,10 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             },
         ),
     ],
-    "The machine: what is there, and what uses it?": [
+    "Machine: what is used, and by what?": [
         lines(
             "Utilization",
-            "Share of the usable cores, by this server and by other processes, and of the GPU where there is one.",
+            "Share of the usable cores that this server and other processes use, and utilization of the GPUs, if any.",
             "percentunit",
             {
                 "CPU, {{by}}, {{instance}} {{pid}}": f"supervit_cpu_utilization_ratio{ONES}",
@@ -204,15 +205,16 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
         ),
         lines(
             "Pressure",
-            "Share of the time in which a process had to wait for it (Linux PSI); cpu_quota: in which it had run out.",
+            "Share of the time in which a process waited for the resource (Linux PSI); cpu_quota: share of the quota's "
+            "periods in which it ran out.",
             "percentunit",
             each("supervit_pressure_ratio", "{{resource}}, "),
             span=THIRD,
         ),
         lines(
             "Slowdown and safety factor",
-            "Slowdown: how many times slower batches are than in the profile. Safety factor: by how much more the "
-            "levels above the cheapest count, because deadlines were missed of late.",
+            "Slowdown: how many times slower batches are than in the profile. Safety factor: factor on the latencies "
+            "of the levels above the cheapest, raised after missed deadlines.",
             "short",
             {
                 "slowdown, {{instance}} {{pid}}": f"supervit_slowdown_ratio{ONES}",
@@ -221,30 +223,30 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             span=THIRD,
         ),
         lines(
-            "Delay of the event loop",
-            "How late the loop that reads requests and writes answers comes to what is due: above some 50 ms it has "
-            "more to do than it can.",
+            "Event loop delay",
+            "How late the event loop, which reads requests and writes answers, runs a timer that is due: above about "
+            "50 ms, it is overloaded.",
             "s",
             {f"{100 * share:g} %": quantile(share, "supervit_event_loop_delay_seconds") for share in (0.5, 0.99)},
             span=THIRD,
         ),
         lines(
             "Memory",
-            "Memory that the server holds, and what its CUDA graphs take of a GPU's; without one, nothing.",
+            "Resident memory of the server, and GPU memory of its CUDA graphs, if it uses a GPU.",
             "bytes",
             each("supervit_resident_memory_bytes") | each("supervit_cuda_graph_memory_bytes", "CUDA graphs, "),
             span=THIRD,
         ),
         lines(
-            "Age of the profile",
-            "Time since the latencies that the policy works with were measured on this machine.",
+            "Profile age",
+            "Time since the latencies that the policy uses were measured on this machine.",
             "s",
             each("time() - supervit_profile_timestamp_seconds"),
             span=THIRD,
         ),
         lines(
-            "Measured part of the profile",
-            "How much of these latencies is measured; the rest is estimated until the engine has nothing else to do.",
+            "Measured share of the profile",
+            "Share of these latencies that is measured; the rest is estimated, and measured when the engine is idle.",
             "percentunit",
             each("supervit_profile_measured_ratio"),
             span=THIRD,

@@ -46,11 +46,11 @@ def convert(options: Convert) -> SuperViTConfig:
         OSError: `output` cannot be written.
     """
     if options.name is not None and not timm.is_model(options.name):
-        raise CheckpointMismatchError(f"{options.name}: timm knows no such model")
+        raise CheckpointMismatchError(f"{options.name}: unknown timm model")
     initial = open_initial(options.vit, options.name, options.num_heads)
     if initial.config is None:
         raise CheckpointMismatchError(
-            f"{options.vit}: the weights of a SuperViT, of an architecture that they do not tell"
+            f"{options.vit}: the weights of a SuperViT, whose architecture cannot be inferred from them"
         )
     fields = options.model_dump(include=set(SuperViTConfig.__dataclass_fields__), exclude_none=True)
     try:
@@ -65,9 +65,9 @@ def convert(options: Convert) -> SuperViTConfig:
     names = names if initial.has_head else (UNTRAINED,)
     strange = [name for name, weight in model.state_dict().items() if not weight.isfinite().all()]
     if strange:
-        raise CheckpointMismatchError(f"{options.vit}: {len(strange)} weights are not finite, as {strange[0]!r}")
+        raise CheckpointMismatchError(f"{options.vit}: {len(strange)} weights are not finite, such as {strange[0]!r}")
     if options.output.exists() and options.vit.exists() and options.output.samefile(options.vit):
-        raise CheckpointMismatchError(f"{options.output}: would be overwritten")
+        raise CheckpointMismatchError(f"{options.output}: the output must not overwrite the input")
     save_checkpoint(options.output, model, Header(options.output.stem, config, names, ProfileTable.unmeasured(config)))
     return config
 
@@ -188,33 +188,33 @@ def _reject_unsupported_parts(module: VisionTransformer, source: Path) -> None:
     normed = module.fc_norm if pooled else module.norm
     grid = module.patch_embed.grid_size if isinstance(module.patch_embed, PatchEmbed) else (0, 0)
     strange = {
-        "another patch embedding": not isinstance(module.patch_embed, PatchEmbed)
+        "a different patch embedding": not isinstance(module.patch_embed, PatchEmbed)
         or not isinstance(module.patch_embed.norm, nn.Identity),
-        "patches that form no square": grid[0] != grid[1],
+        "patches that do not form a square": grid[0] != grid[1],
         "no class token": module.cls_token is None,
         "no position embedding": module.pos_embed is None,
         "attention pooling": module.attn_pool is not None,
         f"{module.global_pool or 'no'} pooling": module.global_pool not in ("token", "avg"),
-        "prefix tokens in its mean": pooled and module.pool_include_prefix,
-        "no norm right before its head": not isinstance(normed, nn.LayerNorm)
+        "mean pooling that includes prefix tokens": pooled and module.pool_include_prefix,
+        "no norm directly before its head": not isinstance(normed, nn.LayerNorm)
         or not isinstance(module.norm if pooled else module.fc_norm, nn.Identity),
         "parallel or post-norm blocks": type(block) is not Block,
     }
     if not strange["parallel or post-norm blocks"]:
         attn, mlp = block.attn, block.mlp
         strange |= {
-            "another attention": type(attn) is not Attention or attn.attn_dim != module.embed_dim,
+            "a different attention module": type(attn) is not Attention or attn.attn_dim != module.embed_dim,
             "normalised queries and keys": not isinstance(getattr(attn, "q_norm", None), nn.Identity),
             "normalised attention": not isinstance(getattr(attn, "norm", None), nn.Identity),
             "gated attention": getattr(attn, "gate", None) is not None,
             "SwiGLU": type(mlp) is not Mlp,
             "a norm inside its MLP": not isinstance(getattr(mlp, "norm", None), nn.Identity),
-            "another activation": type(getattr(mlp, "act", None)) not in (nn.GELU, QuickGELU)
+            "a different activation": type(getattr(mlp, "act", None)) not in (nn.GELU, QuickGELU)
             or getattr(mlp.act, "approximate", "none") != "none",
         }
     found = next((feature for feature, is_there in strange.items() if is_there), None)
     if found:
-        raise CheckpointMismatchError(f"{source}: has {found}, which a SuperViT has not")
+        raise CheckpointMismatchError(f"{source}: has {found}, which SuperViT does not support")
 
 
 def _from_lvvit(weights: dict[str, Tensor], path: Path) -> InitialWeights:

@@ -65,13 +65,15 @@ class InitialWeights:
         misfit = sorted(name for name in weights if name not in own or weights[name].shape != own[name].shape)
         if missing or misfit:
             raise CheckpointMismatchError(
-                f"{self.path}: not weights of this model: {len(missing)} missing {missing[:3]}, {len(misfit)} that do "
-                f"not fit {misfit[:3]}"
+                f"{self.path}: its weights do not match this model: {len(missing)} missing {missing[:3]}, "
+                f"{len(misfit)} unexpected or of the wrong shape {misfit[:3]}"
             )
         for name in SETTINGS_NOT_IN_SHAPES if self.config else ():
             theirs, ours = getattr(self.config, name), getattr(model.config, name)
             if theirs != ours:
-                raise CheckpointMismatchError(f"{self.path}: not weights of this model: {name} is {theirs}, not {ours}")
+                raise CheckpointMismatchError(
+                    f"{self.path}: its weights do not match this model: {name} is {theirs}, not {ours}"
+                )
         model.load_state_dict(weights, strict=False)
 
     def _resampled(self, config: SuperViTConfig) -> dict[str, Tensor]:
@@ -105,8 +107,8 @@ def split_positions(path: Path, weights: dict[str, Tensor]) -> tuple[dict[str, T
             grid = round(max(0, patches) ** 0.5)
             if patches < 1 or grid**2 != patches:
                 raise CheckpointMismatchError(
-                    f"{path}: the position embedding, {tuple(tensor.shape)}, is not that of one class token and a "
-                    "square of patches"
+                    f"{path}: the position embedding must be that of prefix tokens and a square patch grid, not "
+                    f"{tuple(tensor.shape)}"
                 )
             positions[grid] = tensor
     return rest, positions

@@ -32,7 +32,7 @@ def read_onnx_weights(path: Path) -> dict[str, Tensor]:
     try:
         graph = ov.Core().read_model(path)  # kept in a variable: otherwise its nodes lose their users
     except RuntimeError as error:
-        raise UnreadableCheckpointError(f"{path}: is no ONNX graph that can be read") from error
+        raise UnreadableCheckpointError(f"{path}: not a readable ONNX graph") from error
     weights: dict[str, Tensor] = {}
     positions: dict[int, Tensor] = {}
     for constant in (node for node in graph.get_ordered_ops() if node.get_type_name() == "Constant"):

@@ -22,7 +22,7 @@ from torch import Tensor
 from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError
 
 HEAD_DIM = 64
-NAME_IT = "`supervit convert` it with --name"
+NAME_IT = "run `supervit convert` with --name"
 # Widths at which every published ViT has heads of 64; at others they differ, as 80 in a ViT-H.
 COMMON_WIDTHS = (192, 384, 512, 768, 1024)
 CLIP_EPS = 1e-5
@@ -34,7 +34,7 @@ FEATURES = {
     "relative position bias": r"relative_position|rel_pos",
     "the attention of EVA or BEiT (RoPE, relative position bias)": r"attn\.q_bias",
     "SwiGLU": r"mlp\.(w12|w3|fc1_g|fc1_x|weights_in)\.",
-    "the layout of transformers' CLIP, which is not read": r"self_attn\.q_proj\.",
+    "the layout of transformers' CLIP": r"self_attn\.q_proj\.",
     "normalised queries and keys": r"attn\.(q_norm|k_norm)\.",
     "attention pooling": r"attn_pool\.|^head\.probe|attentionpool",
 }
@@ -94,7 +94,7 @@ def build_plain_vit(path: Path, weights: dict[str, Tensor], name: str | None, nu
     """
     for feature, pattern in FEATURES.items():
         if any(re.search(pattern, weight) for weight in weights):
-            raise CheckpointMismatchError(f"{path}: has {feature}, which a SuperViT has not")
+            raise CheckpointMismatchError(f"{path}: has {feature}, which SuperViT does not support")
     weights = _as_timm_names(path, weights)
     if name is None:
         module = _module_by_shapes(path, weights, num_heads)
@@ -108,11 +108,11 @@ def build_plain_vit(path: Path, weights: dict[str, Tensor], name: str | None, nu
         module.load_state_dict(filtered)
         for key in ("patch_embed.proj.weight", "pos_embed"):  # timm would resample these silently
             if key in weights and weights[key].shape[-2:] != module.state_dict()[key].shape[-2:]:
-                raise ValueError(f"{key} is of another size")
+                raise ValueError(f"{key} has a different size")
     except (AssertionError, LookupError, RuntimeError, ValueError) as error:
-        what = f"those of {name}" if name else "those of a plain ViT"
+        what = name or "a plain ViT"
         problem = _misfit(filtered or weights, module)
-        raise CheckpointMismatchError(f"{path}: its weights are not {what}: {problem}") from error
+        raise CheckpointMismatchError(f"{path}: its weights do not match {what}: {problem}") from error
     return PlainViT(module.eval(), preprocessing_of(name) if name else {}, has_head)
 
 
@@ -124,21 +124,23 @@ def create_timm(name: str, *, pretrained: bool = False, **options: Any) -> Visio
         UnreadableCheckpointError: the weights cannot be downloaded, or timm cannot build the model with these options.
     """
     if not timm.is_model(name):
-        raise CheckpointMismatchError(f"{name}: timm knows no such model")
+        raise CheckpointMismatchError(f"{name}: unknown timm model")
     options = {key: value for key, value in options.items() if value is not None}
     try:
         module = timm.create_model(name, pretrained=pretrained, **options)
     except (TypeError, AssertionError) as error:  # a convolutional network takes no img_size
-        raise CheckpointMismatchError(f"{name}: is no plain ViT") from error
+        raise CheckpointMismatchError(f"{name}: not a plain ViT") from error
     except (OSError, RuntimeError, ValueError) as error:
-        reason = "timm's weights cannot be had; name a file" if pretrained else "timm cannot build it so"
+        reason = (
+            "timm's weights are not available; give a file" if pretrained else "timm cannot build it with these options"
+        )
         raise UnreadableCheckpointError(f"{name}: {reason}") from error
     if not isinstance(module, VisionTransformer):
         kinds = {"Eva": "rotary position embedding (RoPE)", "Beit": "relative position bias"}
         kinds |= {"SwinTransformer": "attention within windows", "VisionTransformerRelPos": "relative position bias"}
         found = next((feature for kind, feature in kinds.items() if type(module).__name__.startswith(kind)), None)
         raise CheckpointMismatchError(
-            f"{name}: " + (f"has {found}, which a SuperViT has not" if found else "no plain ViT")
+            f"{name}: " + (f"has {found}, which SuperViT does not support" if found else "not a plain ViT")
         )
     return module
 
@@ -206,12 +208,12 @@ def _module_by_shapes(path: Path, weights: dict[str, Tensor], num_heads: int | N
         reason = (
             f"has {lacking[0]}"
             if is_vit and lacking
-            else "not the weights of a plain ViT; perhaps `supervit convert` it with --name"
+            else "not the weights of a plain ViT; try `supervit convert` with --name"
         )
         raise CheckpointMismatchError(f"{path}: {reason}") from error
     if num_heads is None and out not in COMMON_WIDTHS:
         raise CheckpointMismatchError(
-            f"{path}: how many heads a ViT of width {out} has is not told; give --num-heads, or {NAME_IT}"
+            f"{path}: cannot infer the number of heads for width {out}; give --num-heads, or {NAME_IT}"
         )
     pooled = "fc_norm.weight" in weights
     layer_scale = any(re.search(r"\.ls1\.gamma|\.gamma_1$", name) for name in weights)
@@ -236,7 +238,7 @@ def _module_by_shapes(path: Path, weights: dict[str, Tensor], num_heads: int | N
     try:
         return kind(**options)
     except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointMismatchError(f"{path}: its weights are not those of a plain ViT; give --name") from error
+        raise CheckpointMismatchError(f"{path}: its weights do not match a plain ViT; give --name") from error
 
 
 def _num_patches(weights: dict[str, Tensor]) -> tuple[int, bool]:
@@ -267,4 +269,4 @@ def _misfit(weights: dict[str, Tensor], module: VisionTransformer) -> str:
     expected = module.state_dict()
     wrong = [name for name in expected if name not in weights or weights[name].shape != expected[name].shape]
     strange = [name for name in weights if name not in expected]
-    return f"{len(wrong)} missing or misshapen, {len(strange)} unexpected, as {(wrong or strange)[0]!r}"
+    return f"{len(wrong)} missing or of the wrong shape, {len(strange)} unexpected, such as {(wrong or strange)[0]!r}"

@@ -90,16 +90,16 @@ class ImageSet(Dataset[Sample]):
             self.is_bad.logical_or_(marks)
         self._check()
         if not torch.equal(self.is_bad, self._is_reported) and is_first():
-            print(f"\npassed over: {self._complaint()}", file=sys.stderr)  # below a progress bar
+            print(f"\nskipped: {self._complaint()}", file=sys.stderr)  # below a progress bar
         self._is_reported.copy_(self.is_bad)
 
     def report_skipped_files(self) -> None:
         """Print on stderr, from the first process, how many files were skipped for their extensions."""
         if self.skipped and is_first():
             kinds = ", ".join(
-                f"{count} {extension or 'without any'}" for extension, count in self.skipped.most_common()
+                f"{count} {extension or 'without extension'}" for extension, count in self.skipped.most_common()
             )
-            print(f"{self.folder}: passed over for their extensions: {kinds}", file=sys.stderr)
+            print(f"{self.folder}: skipped files with unsupported extensions: {kinds}", file=sys.stderr)
 
     def _check(self, newest: str = "") -> None:
         if int(self.is_bad.sum()) > self.max_bad_images * len(self):
@@ -249,7 +249,7 @@ def open_training_data(
     classes = list_classes(data / "train")
     training = open_folder(data / "train", transform, max_bad_images)
     if len(classes) < 2:
-        raise DataError(f"{data / 'train'}: a single class folder leaves nothing to tell apart")
+        raise DataError(f"{data / 'train'}: must have at least two class folders")
     if (data / "val").is_dir():
         if differences := difference(classes, list_classes(data / "val")):
             raise DataError(f"{data / 'val'}: its class folders differ from those of train/: {differences}")
@@ -260,7 +260,7 @@ def open_training_data(
     spare = [index for index in order if index not in kept]
     held_out = set(spare[: max(1, round(holdout * len(files)))])
     if not held_out:
-        raise DataError(f"{data / 'train'}: no class has an image to spare to be held out; make a val/ folder")
+        raise DataError(f"{data / 'train'}: no class has enough images to hold one out; add a val/ folder")
     parts = [[file for index, file in enumerate(files) if (index in held_out) == is_watched] for is_watched in (0, 1)]
     return (
         ImageSet(data / "train", parts[0], transform, max_bad_images, training.skipped),

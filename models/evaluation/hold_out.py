@@ -49,7 +49,7 @@ def choose_for_calibration(images: ImageSet, limit: int, *, is_measured_too: boo
     order = stratified_order([label for _, label in images.files], seed=0)
     most = len(order) // 2 if is_measured_too else len(order)
     if most == 0:
-        raise DataError(f"{images.folder}: a single image cannot be both calibrated and measured on")
+        raise DataError(f"{images.folder}: at least two images are needed to calibrate and to measure")
     return sorted(order[: min(most, limit)])
 
 

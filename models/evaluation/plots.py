@@ -38,7 +38,7 @@ def plot_frontier(profile: ProfileTable, title: str, path: Path) -> None:
             [100 * cascade.top1 for cascade in profile.cascades],
             "k.--",
             linewidth=1,
-            label="two looks, the second where unsure",
+            label="cascades",
         )
     axes.set(xlabel="GFLOPs (1e9 multiply-accumulates) per image", ylabel="top-1 accuracy (%)", title=title)
     axes.grid(alpha=0.3)
@@ -94,9 +94,9 @@ def plot_simulation(runs: Mapping[str, Sequence[tuple[float, str | None, float |
         shares = [100 * len(kept) / len(bins[index]) for kept, index in zip(in_time, sorted(bins), strict=True)]
         attainment_axes.plot(times, shares, label=name)
         accuracy_axes.plot(times, [100 * sum(kept) / len(kept) if kept else math.nan for kept in in_time], label=name)
-    mix_axes.set(ylabel="requests per second", title=f"{title}: who answered in time (grid-keep rate)")
+    mix_axes.set(ylabel="requests per second", title=f"{title}: answers in time by sub-network (grid-keep rate)")
     attainment_axes.set(ylabel="answered in time (%)")
-    accuracy_axes.set(xlabel="arrival (s)", ylabel="top-1 of those (%)")
+    accuracy_axes.set(xlabel="arrival (s)", ylabel="top-1 of answers in time (%)")
     for axes in (mix_axes, attainment_axes, accuracy_axes):
         axes.grid(alpha=0.3)
     mix_axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

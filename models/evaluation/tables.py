@@ -37,7 +37,7 @@ def cascade_table(profile: ProfileTable) -> str:
     """Format the cascades of a profile, one per line, cheapest first; empty where there are none."""
     lines = [
         f"{profile.expected_gflops(one):9.4g} GFLOPs {100 * one.top1:6.2f} %: {one.first}, then {one.second} for the "
-        f"{100 * one.share:.1f} % of which it is less than {100 * one.threshold:g} % sure"
+        f"{100 * one.share:.1f} % whose confidence is below {100 * one.threshold:g} %"
         for one in profile.cascades
     ]
     return "\n".join(lines)

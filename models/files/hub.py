@@ -58,12 +58,12 @@ def download(repository: str, revision: str | None = None) -> Path:
     except RevisionNotFoundError as error:
         raise UnreadableCheckpointError(f"the repository has no revision {printable_text(revision)}") from error
     except HFValidationError as error:
-        raise UnreadableCheckpointError("no repository of the hub can be named so") from error
+        raise UnreadableCheckpointError("not a valid repository name") from error
     except _FAILURES as error:
         problem = _explain(error)
         if cached := _find_cached(repository, revision):
             if not isinstance(error, OfflineModeIsEnabled):  # offline mode is deliberate: no warning
-                logger.warning("%s: %s; the copy in the cache is used", repository, problem)
+                logger.warning("%s: %s; using the cached copy", repository, problem)
             return cached
         raise UnreadableCheckpointError(problem) from error
 
@@ -91,7 +91,9 @@ def _choose(files: list[str]) -> str:
         raise UnreadableCheckpointError("the repository holds no safetensors file")
     if len(weights) > 1:
         names = ", ".join(map(printable_text, weights[:3])) + (" and more" if len(weights) > 3 else "")
-        raise UnreadableCheckpointError(f"the repository holds several safetensors files, none {USUAL_FILE}: {names}")
+        raise UnreadableCheckpointError(
+            f"the repository holds several safetensors files, none named {USUAL_FILE}: {names}"
+        )
     return weights[0]
 
 
@@ -99,21 +101,21 @@ def _explain(error: BaseException) -> str:
     """Describe in our own words why the hub gave no file."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, GatedRepoError):
-        return "the repository is gated: ask for access on its page, and set HF_TOKEN to a token of that account"
+        return "the repository is gated: request access on its page, and set HF_TOKEN to a token of that account"
     if isinstance(error, RepositoryNotFoundError) and status not in (UNAUTHORIZED, FORBIDDEN):
-        return "the hub has no such repository, or one that the token may not read"
+        return "the repository does not exist, or the token may not read it"
     if isinstance(error, RepositoryNotFoundError):  # the hub does not say which without a valid token
-        return "the hub has no such repository, or a private one: set HF_TOKEN to a token that may read it"
+        return "the repository does not exist or is private: set HF_TOKEN to a token that may read it"
     if status in (UNAUTHORIZED, FORBIDDEN):
-        return "the hub refuses the token: set HF_TOKEN to one that may read the repository"
+        return "the hub rejected the token: set HF_TOKEN to one that may read the repository"
     if status is not None:
-        return f"the hub answers with status {status}"
+        return f"the hub answered with status {status}"
     if isinstance(error, OfflineModeIsEnabled):
-        return "not in the cache, and HF_HUB_OFFLINE forbids to ask the hub"
+        return "not in the cache, and HF_HUB_OFFLINE is set"
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:  # the client wraps the cause
         return _explain(error.__cause__)
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
-        return f"cannot be kept in the cache: {error.strerror}"
+        return f"cannot be written to the cache: {error.strerror}"
     if isinstance(error, _TROUBLES) and not isinstance(error, FileMetadataError):
         return "the hub cannot be reached: no network, or a wrong HF_ENDPOINT"
-    return "what answers is no Hugging Face hub; see HF_ENDPOINT"
+    return "the server is not a Hugging Face hub; check HF_ENDPOINT"

@@ -140,7 +140,7 @@ def _stand_in(module: str, name: str) -> object:
         ("collections", "defaultdict"),
     }:
         return _Ignored
-    raise UnreadableCheckpointError(f"holds code, which is not run: it asks for {printable_text(f'{module}.{name}')}")
+    raise UnreadableCheckpointError(f"holds code, which is not run: it refers to {printable_text(f'{module}.{name}')}")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -182,9 +182,9 @@ def unpickle(file: IO[bytes]) -> tuple[object, dict[str, Storage]]:
         for opcode, argument, position in pickletools.genops(pickled):
             num_tuples += opcode.name.startswith("TUPLE")
             if num_tuples > MAX_TUPLES:
-                raise UnreadableCheckpointError("its description of the weights is of absurd size")
+                raise UnreadableCheckpointError("its pickle is too large")
             if opcode.name in MEMO_WRITES and not (isinstance(argument, int) and argument <= (position or 0)):
-                raise UnreadableCheckpointError("damaged: its description of the weights claims more than it holds")
+                raise UnreadableCheckpointError("damaged: its pickle claims more than it holds")
         file.seek(start + pickled.tell())
         unpickler = _Unpickler(pickled.getvalue()[: pickled.tell()])
         return unpickler.load(), unpickler.storages
@@ -196,7 +196,7 @@ def mapped_errors() -> Iterator[None]:
     try:
         yield
     except UNPICKLING_ERRORS as error:
-        raise UnreadableCheckpointError("truncated or damaged: what it says of its weights makes no sense") from error
+        raise UnreadableCheckpointError("truncated or damaged: its pickle is invalid") from error
 
 
 def is_natural(value: object) -> bool:

@@ -55,7 +55,7 @@ def _check_lengths(path: Path) -> None:
         if length > rest:
             raise UnreadableCheckpointError(f"truncated: a header of {length} bytes in a file of {rest + LENGTH_BYTES}")
         if length > MAX_HEADER_BYTES:
-            raise UnreadableCheckpointError(f"its header is of absurd size: {length} bytes")
+            raise UnreadableCheckpointError(f"its header is too large: {length} bytes")
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]

@@ -56,11 +56,11 @@ def _find(name: str) -> Path:
 
         return download(match["repository"], match["revision"])
     if name.startswith(HUB_PREFIX):
-        raise UnreadableCheckpointError("a repository of the hub is named hf-hub:owner/name[@revision]")
+        raise UnreadableCheckpointError("a repository of the hub must be named hf-hub:owner/name[@revision]")
     if _URL.match(name):
-        raise UnreadableCheckpointError(f"a URL is not taken; {WHAT_IS_TAKEN} is")
+        raise UnreadableCheckpointError(f"a URL is not supported; use {WHAT_IS_TAKEN}")
     if exists:
-        raise UnreadableCheckpointError("no regular file")
+        raise UnreadableCheckpointError("not a regular file")
     is_bare = path.name == name and not path.suffix
-    ships = f", and no checkpoint of that name ships; those that do: {', '.join(shipped_names())}"
+    ships = f", and no checkpoint of that name ships; choose from {', '.join(shipped_names())}"
     raise UnreadableCheckpointError(f"no such file{ships if is_bare else ''}")

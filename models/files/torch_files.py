@@ -21,7 +21,7 @@ from models.files.pickles import MAX_PICKLE_BYTES, Storage, StoredWeight, is_nat
 
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"
 LOCAL_HEADER_BYTES, ENCRYPTED = 30, 1
-FOREIGN_BYTE_ORDER = "was written by a machine of the other byte order"
+FOREIGN_BYTE_ORDER = "was written in big-endian byte order, which is not supported"
 MAX_DIMENSIONS = 8
 MAX_CLAIMED_PER_FILE_BYTE = (
     2  # claimed bytes allowed per byte of the file: shared weights are stored once and counted under each name
@@ -45,7 +45,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
             return _read_zip(file, size)
         if start.startswith(PICKLE_START):
             return _read_legacy(file, size)
-    raise UnreadableCheckpointError("neither a safetensors file nor one that torch.save wrote" if size else "is empty")
+    raise UnreadableCheckpointError("neither a safetensors nor a torch.save file" if size else "is empty")
 
 
 def _read_zip(file: IO[bytes], size: int) -> dict[str, Tensor]:
@@ -55,11 +55,11 @@ def _read_zip(file: IO[bytes], size: int) -> dict[str, Tensor]:
             folder = next((name.partition("/")[0] for name in records if name.endswith("/data.pkl")), None)
             described = records.get(f"{folder}/data.pkl")
             if described is None:
-                raise UnreadableCheckpointError("a zip file, but not one that torch.save wrote")
+                raise UnreadableCheckpointError("a zip file, but not from torch.save")
             if f"{folder}/constants.pkl" in records:
                 raise UnreadableCheckpointError("holds code, which is not run: a TorchScript program")
             if described.file_size > MAX_PICKLE_BYTES:
-                raise UnreadableCheckpointError("its description of the weights is of absurd size")
+                raise UnreadableCheckpointError("its pickle is too large")
             byte_order = records.get(f"{folder}/byteorder")
             if byte_order and archive.open(byte_order).read(len("big")) == b"big":
                 raise UnreadableCheckpointError(FOREIGN_BYTE_ORDER)
@@ -86,16 +86,16 @@ def _checked_records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
         if not is_stored or record.flag_bits & ENCRYPTED:
             raise UnreadableCheckpointError("a zip file with compressed records, which torch.save does not write")
         if record.header_offset < end:
-            raise UnreadableCheckpointError("a zip file whose records lie over one another")
+            raise UnreadableCheckpointError("a zip file whose records overlap")
         end = record.header_offset + LOCAL_HEADER_BYTES + record.file_size
     if end > size:
-        raise UnreadableCheckpointError("a zip file whose records claim more than it holds")
+        raise UnreadableCheckpointError("a zip file whose records exceed its size")
     return {record.filename: record for record in records}
 
 
 def _read_legacy(file: IO[bytes], size: int) -> dict[str, Tensor]:
     if unpickle(file)[0] != LEGACY_MAGIC or unpickle(file)[0] != LEGACY_PROTOCOL:
-        raise UnreadableCheckpointError("a pickle, but not one that torch.save wrote")
+        raise UnreadableCheckpointError("a pickle, but not from torch.save")
     with mapped_errors():
         machine: Any = unpickle(file)[0]
         if not machine["little_endian"]:
@@ -105,11 +105,11 @@ def _read_legacy(file: IO[bytes], size: int) -> dict[str, Tensor]:
         places, sizes = {}, {}
         for key in keys:  # the numbers of each are preceded by their count
             if key not in storages:
-                raise UnreadableCheckpointError("holds an unknown kind of storage")
+                raise UnreadableCheckpointError("unsupported storage type")
             (count,) = struct.unpack("<q", file.read(8))
             places[key], sizes[key] = file.tell(), count * storages[key].dtype.itemsize
             if not 0 <= sizes[key] <= size - file.tell():
-                raise UnreadableCheckpointError("truncated, or its weights claim more than it holds")
+                raise UnreadableCheckpointError("truncated, or its weights exceed its size")
             file.seek(sizes[key], os.SEEK_CUR)
 
     def read(key: str, length: int) -> bytes:
@@ -133,13 +133,13 @@ def _build(
     described = _state_dict(content)
     claimed = sum(_claimed_bytes(name, stored, sizes) for name, stored in described.items())
     if claimed > MAX_CLAIMED_PER_FILE_BYTE * file_size:
-        raise UnreadableCheckpointError(f"its weights claim {claimed} bytes, more than a file of {file_size} holds")
+        raise UnreadableCheckpointError(f"its weights claim {claimed} bytes, too many for a file of {file_size}")
     flat: dict[Storage, Tensor] = {}
     for storage in {stored.storage for stored in described.values()}:
         size = storage.length * storage.dtype.itemsize
         numbers = bytearray(read(storage.key, size) if size else b"")
         if len(numbers) != size:
-            raise UnreadableCheckpointError("truncated: its weights end early")
+            raise UnreadableCheckpointError("truncated: its weights are incomplete")
         # torch.frombuffer refuses an empty buffer.
         flat[storage] = (
             torch.frombuffer(numbers, dtype=storage.dtype) if numbers else torch.empty(0, dtype=storage.dtype)
@@ -154,12 +154,12 @@ def _state_dict(content: object) -> dict[str, StoredWeight]:
     if isinstance(content, dict):
         content = next((content[key] for key in WRAPPINGS if isinstance(content.get(key), dict)), content)
     if not isinstance(content, dict) or not content:
-        raise UnreadableCheckpointError(f"holds {'nothing' if content == {} else 'other things'}, not a state dict")
+        raise UnreadableCheckpointError(f"not a state dict: {'empty' if content == {} else 'other content'}")
     for name, value in content.items():
         if not isinstance(name, str):
-            raise UnreadableCheckpointError("not a state dict: it has keys that are no names")
+            raise UnreadableCheckpointError("not a state dict: its keys must be strings")
         if not isinstance(value, StoredWeight):
-            raise UnreadableCheckpointError(f"not a state dict: {printable_text(repr(name))} is no weight")
+            raise UnreadableCheckpointError(f"not a state dict: {printable_text(repr(name))} is not a weight")
     return content
 
 
@@ -172,7 +172,7 @@ def _claimed_bytes(name: str, stored: StoredWeight, sizes: Mapping[str, int]) ->
     """
     storage, offset, size, stride = stored
     if not isinstance(storage, Storage):
-        raise UnreadableCheckpointError(f"the weight {printable_text(name)} lies in an unknown kind of storage")
+        raise UnreadableCheckpointError(f"the weight {printable_text(name)} has an unsupported storage type")
     is_shape = (
         isinstance(size, tuple)
         and isinstance(stride, tuple)
@@ -180,8 +180,8 @@ def _claimed_bytes(name: str, stored: StoredWeight, sizes: Mapping[str, int]) ->
         and all(map(is_natural, (offset, *size, *stride)))
     )
     if not is_shape:
-        raise UnreadableCheckpointError(f"damaged: the weight {printable_text(name)} has no shape")
+        raise UnreadableCheckpointError(f"damaged: the weight {printable_text(name)} has no valid shape")
     end = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) + 1 if all(size) else 0
     if end > storage.length or storage.length * storage.dtype.itemsize > sizes.get(storage.key, 0):
-        raise UnreadableCheckpointError(f"the weight {printable_text(name)} claims more than the file holds")
+        raise UnreadableCheckpointError(f"the weight {printable_text(name)} exceeds the data in the file")
     return int(math.prod(size)) * storage.dtype.itemsize

@@ -41,7 +41,7 @@ def average(options: Average) -> None:
         set(second.config.patch_grids) <= set(first.config.patch_grids)
     ):
         raise CheckpointMismatchError(
-            f"{options.second}: of another architecture, other classes or patch grids than {options.first}"
+            f"{options.second}: differs in architecture, classes or patch grids from {options.first}"
         )
     others = _weights_by_name(second, first.config.patch_grids)
     for name, weight in first.model.state_dict().items():

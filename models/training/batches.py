@@ -154,7 +154,7 @@ def soft_targets(
     loader = load_round_robin(seen, everything, recipe.batch_size, recipe.workers, rank, processes)
     answers = [
         teacher.classify_with_mirror(images.to(teacher.device)).cpu()
-        for images, _ in tqdm(loader, "asking the teacher", disable=rank != 0, mininterval=1)
+        for images, _ in tqdm(loader, "teacher targets", disable=rank != 0, mininterval=1)
     ]
     certain = functional.one_hot(torch.tensor([label for _, label in samples.files]), config.num_classes).float()
     targets = certain.lerp(torch.full_like(certain, 1 / config.num_classes), recipe.label_smoothing)

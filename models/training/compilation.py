@@ -19,6 +19,6 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
         torch.compile(torch.exp)(torch.zeros(2, device=device))
     except (ImportError, OSError, RuntimeError) as error:  # torch wraps the compiler's error in one of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise TrainingError(f"compile finds no compiler for {device.type}: {reason}") from error
+        raise TrainingError(f"--compile needs a compiler for {device.type}: {reason}") from error
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     module.compile(dynamic=False)  # there are only as many token counts as sub-networks

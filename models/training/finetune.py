@@ -120,7 +120,7 @@ def load_network(model: str, path: Path, num_classes: int) -> nn.Module:
     classes_known = weights[names[-1]].numel() if names[-1] in weights else 0  # the length of the last layer's bias
     if classes_known:
         network.reset_classifier(classes_known)  # type: ignore[operator] # timm's
-    with prefixed_errors(f"{path}: not weights of {model}"):
+    with prefixed_errors(f"{path}: its weights do not match {model}"):
         check_weights(weights, {name: tensor for name, tensor in network.state_dict().items() if not _is_counter(name)})
     network.load_state_dict(weights, strict=False)
     if classes_known != num_classes:

@@ -132,15 +132,15 @@ def _by_size(name: str, **constraints: Any) -> Any:  # noqa: ANN401 - as pydanti
 
 
 class Recipe(BaseModel):
-    """Train a SuperViT on a folder of images. What is left out follows the size of the training set."""
+    """Train a SuperViT on a folder of images. Some defaults depend on the size of the training set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    data: CliPositionalArg[Path] = Field(description="folder with train/ and perhaps val/ or test/, of class folders")
-    output: Path = Field(description="folder for the checkpoint, the training state, the log and its picture")
-    resume: bool = Field(False, description="go on from the state in the output folder")
+    data: CliPositionalArg[Path] = Field(description="folder with train/, optionally val/ or test/, with class folders")
+    output: Path = Field(description="folder for the checkpoint, the training state, the log and its plot")
+    resume: bool = Field(False, description="resume from the state in the output folder")
 
-    model: str = Field("supervit_lvvit_micro_patch4_32", description="a registered SuperViT")
+    model: str = Field("supervit_lvvit_micro_patch4_32", description="name of a registered SuperViT")
     width: PositiveInt | None = Field(None, description="token width instead of the model's")
     depth: PositiveInt | None = Field(None, description="number of blocks instead of the model's")
     num_heads: PositiveInt | None = Field(None, description="attention heads instead of the model's")
@@ -151,50 +151,50 @@ class Recipe(BaseModel):
     patch_grids: tuple[int, ...] | None = Field(None, description="trained patch grids instead of the model's")
     keep_rates: tuple[float, ...] | None = Field(None, description="trained keep rates instead of the model's")
     prune_blocks: tuple[int, ...] | None = Field(None, description="blocks that prune instead of the model's")
-    fuse_pruned: bool | None = Field(None, description="whether pruned tokens are fused into one, as in EViT")
-    mean: tuple[float, float, float] | None = Field(None, description="of RGB in [0, 1], instead of the model's")
-    std: tuple[float, float, float] | None = Field(None, description="likewise")
-    interpolation: Interpolation | None = Field(None, description="by which images are resized, instead of the model's")
-    crop_fraction: float | None = Field(None, description="of the evaluation crop, instead of the model's")
+    fuse_pruned: bool | None = Field(None, description="fuse pruned tokens into one, as in EViT")
+    mean: tuple[float, float, float] | None = Field(None, description="RGB mean in [0, 1] instead of the model's")
+    std: tuple[float, float, float] | None = Field(None, description="RGB standard deviation, likewise")
+    interpolation: Interpolation | None = Field(None, description="filter for resizing images, instead of the model's")
+    crop_fraction: float | None = Field(None, description="evaluation crop fraction instead of the model's")
     init: Path | None = Field(
         None,
-        description="weights to start from, of a SuperViT or plain ViT; their architecture too, but for what is named",
+        description="SuperViT or plain ViT weights to start from; also sets the architecture, except given options",
     )
     fit_head: bool = Field(
         default_factory=lambda fields: _fine_tunes(fields),
-        description="fit a linear head on the features of init before training; by default where its classes are new",
+        description="fit a linear head on the features of init before training; by default if the classes are new",
     )
     layer_decay: float = Field(
         default_factory=lambda fields: FINE_TUNING["layer_decay"] if _fine_tunes(fields) else 1.0,
         gt=0,
         le=1,
-        description="factor on the learning rate from each block to the one before it; under 1 where classes are new",
+        description="factor on the learning rate from each block to the one before it; below 1 if the classes are new",
     )
 
     teacher: str | None = Field(None, description="timm model to distil from, e.g. regnety_160")
-    teacher_checkpoint: Path | None = Field(None, description="the teacher's weights; timm's own where left out")
-    teacher_side: PositiveInt | None = Field(None, description="pixels to resize its images to instead of timm's")
+    teacher_checkpoint: Path | None = Field(None, description="weights of the teacher; timm's own by default")
+    teacher_side: PositiveInt | None = Field(None, description="image side of the teacher in pixels, instead of timm's")
     teacher_weight: float = Field(0.5, ge=0, le=1, description="share of the teacher in the classification loss")
     teacher_self: bool = Field(
-        False, description="let the largest sub-network of init, frozen, teach all of them; in place of a timm model"
+        False, description="use the largest sub-network of init, frozen, as the teacher of all, instead of a timm model"
     )
     teacher_once: bool = Field(
-        False, description="ask the teacher once about each image, before training, instead of about every variation"
+        False, description="run the teacher once on each image, before training, instead of on every variation"
     )
     teacher_tokens: bool = Field(
-        False, description="what the teacher sees at every place of an image is the label of that patch token"
+        False, description="label each patch token with the teacher's output at its place in the image"
     )
     token_labels: Path | None = Field(
-        None, description="folder with a map of labels for every training image; the image's label where left out"
+        None, description="folder with a map of labels for every training image; the image's label by default"
     )
-    token_label_weight: float = Field(1.0, gt=0, description="of the loss of an LV-ViT's patch tokens")
+    token_label_weight: float = Field(1.0, gt=0, description="weight of the loss of an LV-ViT's patch tokens")
 
     epochs: PositiveInt = _by_size("epochs", description="passes over the training images")
     single_epochs: int = Field(
-        0, ge=0, description="of these, the first whose steps train one sub-network each, a random grid unpruned"
+        0, ge=0, description="number of first epochs whose steps train one unpruned sub-network each, at a random grid"
     )
     single_pruned: bool = Field(
-        False, description="prune in the single epochs, too, at a random keep rate; for weights that know something"
+        False, description="also prune in the single epochs, at a random keep rate; for pretrained weights"
     )
     batch_size: PositiveInt = _by_size("batch_size", description="images per batch and process")
     accumulate: PositiveInt = Field(1, description="batches whose gradients are averaged into one step")
@@ -209,18 +209,16 @@ class Recipe(BaseModel):
             else LEARNING_RATES[fields["optimizer"]][_kind(fields)]
         ),
         gt=0,
-        description="peak rate per 512 images of a step",
+        description="peak learning rate per 512 images of a step",
     )
     warmup_epochs: float = Field(5, ge=0, description="epochs of linear warm-up, at most a tenth of the run")
     weight_decay: float = Field(0.05, ge=0, description="decoupled weight decay of matrices")
-    clip_grad: float | None = Field(
-        None, gt=0, description="norm that a step's gradient is scaled down to; none by default"
-    )
+    clip_grad: float | None = Field(None, gt=0, description="maximum norm of a step's gradient; no clipping by default")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="probability mass spread over all classes")
     mixup: float = _by_size("mixup", ge=0, description="mixup alpha; 0 for none")
     cutmix: float = _by_size("cutmix", ge=0, description="cutmix alpha; 0 for none")
     mix_token: bool = _by_size(
-        "mix_token", description="let the images of a batch exchange the patch tokens of a box, once embedded"
+        "mix_token", description="exchange the patch tokens of a box between the images of a batch, after the embedding"
     )
     rand_augment: str = _by_size(
         "rand_augment", pattern=RAND_AUGMENT, description='timm RandAugment, e.g. rand-m9-mstd0.5-inc1; "" for none'
@@ -229,13 +227,13 @@ class Recipe(BaseModel):
         default_factory=lambda fields: FINE_TUNING["smallest_crop"] if _fine_tunes(fields) else 0.08,
         gt=0,
         le=1,
-        description="share of an image's area that a random crop shows at least; of inputs over 64 pixels a side",
+        description="smallest share of an image's area in a random crop; for inputs over 64 pixels a side",
     )
     random_erasing: float = _by_size("random_erasing", ge=0, le=1, description="probability of erasing a rectangle")
     augmentation_repeats: PositiveInt = _by_size(
         "augmentation_repeats", description="times each picked image appears in an epoch"
     )
-    drop_path: float = _by_size("drop_path", ge=0, lt=1, description="stochastic depth of the last block")
+    drop_path: float = _by_size("drop_path", ge=0, lt=1, description="stochastic depth rate of the last block")
     freeze_batch_norm: bool = Field(
         False,
         description="normalise by the stem's running statistics, as in serving, instead of by those of each batch",
@@ -243,48 +241,48 @@ class Recipe(BaseModel):
     ema_decay: float = _by_size("ema_decay", ge=0, lt=1, description="decay of the averaged weights that are saved")
 
     holdout: float = Field(
-        0.02, gt=0, lt=1, description="part of train/ watched during training where there is no val/ folder"
+        0.02, gt=0, lt=1, description="fraction of train/ held out for validation if there is no val/ folder"
     )
     max_bad_images: float = Field(
-        MAX_BAD_IMAGES, ge=0, lt=1, description="part of the images that may be unreadable; they are passed over"
+        MAX_BAD_IMAGES, ge=0, lt=1, description="fraction of the images that may be unreadable; these are skipped"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, order and augmentation")
     workers: int = Field(
-        default_factory=default_workers, ge=0, description="processes that decode images; by default one for each core"
+        default_factory=default_workers, ge=0, description="processes that decode images; by default one per core"
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
-        description="of the products in a step; by default bfloat16 where the device has instructions for it, else "
-        "float16 on a GPU and float32 on a CPU",
+        description="precision of the products in a step; by default bfloat16 if the device has instructions for it, "
+        "else float16 on a GPU and float32 on a CPU",
     )
     compile: bool = Field(
-        False, description="compile the training step; once for every grid with its keep rates, and so worth a long run"
+        False, description="compile the training step, once for every grid with its keep rates; pays off in long runs"
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         given = {name for name in self.model_fields_set if getattr(self, name)}
         if self.teacher and self.teacher_self:
-            raise ValueError("teacher and teacher-self are two teachers; name one")
+            raise ValueError("teacher and teacher-self are mutually exclusive")
         for name in ("fit_head", "teacher_self"):
             if getattr(self, name) and not self.init:
-                raise ValueError(f"{name.replace('_', '-')} needs the weights of --init")
+                raise ValueError(f"{name.replace('_', '-')} requires --init")
         for name in ("teacher_checkpoint", "teacher_side", "teacher_weight", "teacher_once", "teacher_tokens"):
             has_one = self.teacher or (self.teacher_self and name in ("teacher_weight", "teacher_once"))
             if name in given and not has_one:
-                raise ValueError(f"{name.replace('_', '-')} without a teacher teaches nothing; name one with --teacher")
+                raise ValueError(f"{name.replace('_', '-')} requires a teacher; give one with --teacher")
         for name in TOKEN_OPTIONS:
             if name in given and flavour_of(self.model, self.init) != "lvvit":
-                raise ValueError(f"{name.replace('_', '-')} is for the patch tokens of an LV-ViT, not for a DeiT's")
+                raise ValueError(f"{name.replace('_', '-')} is only supported for an LV-ViT, not a DeiT")
         if self.single_epochs > self.epochs:
-            raise ValueError(f"{self.single_epochs} single epochs are more than the {self.epochs} of the run")
+            raise ValueError(f"single-epochs must be at most epochs ({self.epochs}), not {self.single_epochs}")
         if self.teacher_once and (self.mixup or self.cutmix):
-            raise ValueError("a teacher that is asked once knows nothing of mixup and cutmix")
+            raise ValueError("teacher-once does not support mixup and cutmix")
         if self.teacher_tokens and (self.teacher_once or self.token_labels):
-            raise ValueError("teacher-tokens are those of every variation: not with teacher-once or token-labels")
+            raise ValueError("teacher-tokens cannot be combined with teacher-once or token-labels")
         if self.token_labels and (self.mixup or self.cutmix):
-            raise ValueError("token labels of a folder know nothing of mixup and cutmix")
+            raise ValueError("token-labels does not support mixup and cutmix")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f"mixup and cutmix need an even batch-size, not {self.batch_size}")
         return self

@@ -34,7 +34,7 @@ def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> SuperViT:
     """
     known = timm.list_models("supervit_*")
     if recipe.model not in known:
-        raise TrainingError(f"no model {recipe.model!r}; there are {', '.join(known)}")
+        raise TrainingError(f"unknown model {recipe.model!r}; choose from {', '.join(known)}")
     initial = open_initial(recipe.init, num_heads=recipe.num_heads) if recipe.init else None
     # The preprocessing belongs to the weights, whatever model they are loaded into.
     images = {name: getattr(initial.config, name) for name in IMAGE_FIELDS} if initial and initial.config else {}
@@ -47,9 +47,9 @@ def build_model(recipe: Recipe, class_names: tuple[str, ...]) -> SuperViT:
     except ValueError as error:
         raise TrainingError(str(error)) from error
     if recipe.freeze_batch_norm and not (initial and model.config.flavour == "lvvit"):
-        raise TrainingError("freeze-batch-norm keeps the statistics of an lvvit stem that init names; there are none")
+        raise TrainingError("freeze-batch-norm requires --init with the weights of an lvvit")
     if model.aux_head is not None and model.config.keep_rates[-1] < 1:
-        raise TrainingError("an lvvit learns the labels of all patch tokens; its keep-rates must end in 1")
+        raise TrainingError("an lvvit is trained on all patch tokens; its keep-rates must end in 1")
     if initial:
         initial.load_into(model, with_head=initial.has_head_for(class_names))
     return model
@@ -87,7 +87,7 @@ def build_teacher(recipe: Recipe, model: SuperViT) -> Teacher | None:
     if not recipe.teacher:
         return None
     if not timm.is_model(recipe.teacher):
-        raise TrainingError(f"timm knows no model {recipe.teacher!r} to learn from")
+        raise TrainingError(f"unknown timm model {recipe.teacher!r} as the teacher")
     teacher = Teacher.load(
         recipe.teacher, recipe.teacher_checkpoint, recipe.teacher_side, model.config, recipe.teacher_tokens
     )

@@ -106,7 +106,7 @@ class State:
                 *_other_classes(content["class_names"], class_names),
             ]
             if content["processes"] != self.processes:  # another number would change the images in a step
-                differences.append(f"{content['processes']} of torchrun's processes, not {self.processes}")
+                differences.append(f"{content['processes']} torchrun processes, not {self.processes}")
             if differences:
                 raise TrainingError(f"{path}: was made with {'; '.join(differences)}")
             self.model.load_state_dict(content["model"])
@@ -118,7 +118,7 @@ class State:
             return record
         except (OSError, *UNPICKLING_ERRORS) as error:
             lacking = f": {printable_text(error)}" if isinstance(error, KeyError) else ""
-            raise TrainingError(f"{path}: damaged or of another version{lacking}") from error
+            raise TrainingError(f"{path}: damaged or from another version{lacking}") from error
 
 
 def _other_options(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -130,7 +130,7 @@ def _other_options(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 def _as_typed(value: object) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
-    return "left out" if value is None else str(value) or '""'
+    return "unset" if value is None else str(value) or '""'
 
 
 def _other_classes(then: list[str], now: tuple[str, ...]) -> Iterator[str]:
@@ -166,13 +166,13 @@ def prepare_folder(output: Path) -> None:
         TrainingError: the folder cannot be written to, or the checkpoint cannot be named after it.
     """
     if not is_unicode(output.resolve().name):
-        raise TrainingError(f"{str(output)!r}: a name that is not UTF-8; the checkpoint is named after the folder")
+        raise TrainingError(f"{str(output)!r}: the name must be UTF-8; the checkpoint is named after the folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise TrainingError(f"{output}: cannot be written to: {error.strerror}") from error
+        raise TrainingError(f"{output}: not writable: {error.strerror}") from error
 
 
 def read_log(output: Path, epochs: int) -> list[dict[str, Any]]:
@@ -188,9 +188,9 @@ def read_log(output: Path, epochs: int) -> list[dict[str, Any]]:
         records = [json.loads(line) for line in path.read_text().splitlines()]
         records = [record for record in records if record["epoch"] <= epochs]
         if len({tuple(record["top1"].keys()) for record in records}) > 1:
-            raise ValueError("its lines name different sub-networks")
+            raise ValueError("its lines have different sub-networks")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise TrainingError(f"{path}: damaged: {_first_line(error)}; mend it, or move it away and resume") from error
+        raise TrainingError(f"{path}: damaged: {_first_line(error)}; repair it, or move it away and resume") from error
     return records
 
 

@@ -97,13 +97,13 @@ class Teacher(nn.Module):
         try:
             teacher(blank)
         except (RuntimeError, ValueError, AssertionError) as error:  # of a network that takes images of one size only
-            message = f"{name}: cannot look at images of {adapter.side} pixels; give another --teacher-side"
+            message = f"{name}: does not support images of {adapter.side} pixels; give another --teacher-side"
             raise CheckpointMismatchError(message) from error
         try:
             if everywhere:
                 teacher.label_patches(blank)
         except (RuntimeError, ValueError, AttributeError) as error:  # of a network that timm cannot split in two
-            message = f"{name}: cannot tell what it sees at every place of an image"
+            message = f"{name}: cannot label every place of an image; leave out --teacher-tokens"
             raise CheckpointMismatchError(message) from error
         return teacher
 
@@ -127,7 +127,7 @@ class Teacher(nn.Module):
             (B, classes) and (B, patches, classes) probabilities, the patches row by row.
         """
         if not isinstance(self.network, Adapter):
-            raise TypeError("only timm's networks are asked about every place")
+            raise TypeError("only a timm network can label every place of an image")
         with autocast(self.device):
             logits, places = self.network.label_patches(images)
         patch_grid = self.config.patch_grids[-1]
@@ -159,7 +159,7 @@ def _logits_by_place(network: nn.Module, features: Tensor) -> Tensor:
         patches = features[:, others:]
         height = width = math.isqrt(patches.shape[1])
         if height * width != patches.shape[1]:
-            raise ValueError(f"{patches.shape[1]} patch tokens make no square")
+            raise ValueError(f"{patches.shape[1]} patch tokens do not form a square")
         places = patches.flatten(0, 1)[:, None].expand(-1, 1 + others, -1)
     elif getattr(network, "output_fmt", "NCHW") == "NHWC":
         height, width = features.shape[1:3]
@@ -175,9 +175,9 @@ def _create(name: str, path: Path, num_classes: int) -> nn.Module:
     try:
         network: nn.Module = timm.create_model(name, num_classes=num_classes)
     except (RuntimeError, ValueError) as error:
-        raise CheckpointMismatchError(f"{path}: not weights of {name}: timm knows no such model or tag") from error
+        raise CheckpointMismatchError(f"{path}: unknown timm model or tag {name}") from error
     weights = read_weights(path)
-    with prefixed_errors(f"{path}: not weights of {name}"):
+    with prefixed_errors(f"{path}: its weights do not match {name}"):
         check_weights(weights, network.state_dict())
     network.load_state_dict(weights)
     return network
@@ -188,9 +188,11 @@ def _download(name: str, num_classes: int) -> nn.Module:
         known = timm.get_pretrained_cfg_value(name, "num_classes")
         if known != num_classes:  # timm would silently put a random head on the weights
             raise CheckpointMismatchError(
-                f"{name}: timm's weights know {known} classes and the data {num_classes}; give --teacher-checkpoint"
+                f"{name}: timm's weights have {known} classes and the data has {num_classes}; give --teacher-checkpoint"
             )
         network: nn.Module = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:  # no connection, no such file on the hub, no weights at all
-        raise UnreadableCheckpointError(f"{name}: timm's weights cannot be had; give --teacher-checkpoint") from error
+        raise UnreadableCheckpointError(
+            f"{name}: timm's weights are not available; give --teacher-checkpoint"
+        ) from error
     return network

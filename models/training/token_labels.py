@@ -71,7 +71,7 @@ class WithTokenLabels(Dataset[tuple[Tensor, ...]]):
         classes, weights = read_map(path, self.num_classes)
         if classes.shape != self.shape:
             raise DataError(
-                f"{path}: token labels of shape {tuple(classes.shape)}, where others are {tuple(self.shape)}"
+                f"{path}: token labels must have the others' shape {tuple(self.shape)}, not {tuple(classes.shape)}"
             )
         return image, torch.as_tensor(label), classes, weights, crop
 
@@ -96,13 +96,15 @@ def read_map(path: Path, num_classes: int) -> tuple[Tensor, Tensor]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             classes, weights = arrays["classes"], arrays["weights"].astype(np.float32)
     except (*CODEC_ERRORS, RuntimeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: no token labels: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path}: not readable as token labels: {' '.join(str(error).split())}") from error
     if classes.ndim != 3 or classes.shape != weights.shape or not classes.size or classes.dtype.kind not in "iu":
-        raise DataError(f"{path}: token labels are two arrays of (h, w, k), not {classes.shape} and {weights.shape}")
+        raise DataError(
+            f"{path}: token labels must be two arrays of (h, w, k), not {classes.shape} and {weights.shape}"
+        )
     if classes.min() < 0 or classes.max() >= num_classes:
-        raise DataError(f"{path}: token labels name class {classes.max()} where there are {num_classes}")
+        raise DataError(f"{path}: token labels have class {classes.max()}, but there are {num_classes} classes")
     if not (weights.min() >= 0 and weights.sum(axis=2).max() <= 1 + ROUNDING):  # false for NaN as well
-        raise DataError(f"{path}: the weights of a token label are no probabilities")
+        raise DataError(f"{path}: the weights of a token label must be probabilities")
     return torch.from_numpy(classes.astype(np.int32)), torch.from_numpy(weights)
 
 

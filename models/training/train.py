@@ -65,7 +65,7 @@ def train(recipe: Recipe, step: Step = training_step) -> Path:
             other options, or losses or weights are no longer finite.
     """
     if has_state(recipe.output) and not recipe.resume:
-        raise TrainingError(f"{recipe.output}: holds a run already; go on with --resume or name another folder")
+        raise TrainingError(f"{recipe.output}: already holds a run; continue it with --resume or choose another folder")
     process = join_processes(recipe.device)
     try:
         run_epochs(recipe, process, step)
@@ -109,7 +109,7 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
             losses = train_epoch(recipe, state, learn, present, schedule, loader, epoch, progress, process)
             if not state.is_finite:  # the losses do not show the last update
                 raise TrainingError(
-                    f"weights are no longer numbers after epoch {epoch}; {recovery_advice(recipe.output, epoch)}"
+                    f"weights are not finite after epoch {epoch}; {recovery_advice(recipe.output, epoch)}"
                 )
             last = {
                 "epoch": epoch,

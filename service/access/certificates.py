@@ -51,9 +51,9 @@ class Certificate:
             self._load(self.context)
             self.pem = self._read()
         except OSError as error:
-            logger.error("the certificate stays as it was: %s: %s", self._certificate, _reason(error))
+            logger.error("keeping the previous certificate: %s: %s", self._certificate, _reason(error))
         else:
-            logger.info("read the certificate anew from %s", self._certificate)
+            logger.info("reloaded the certificate from %s", self._certificate)
 
     @asynccontextmanager
     async def refreshed(self) -> AsyncIterator[None]:
@@ -91,5 +91,5 @@ def _no_password() -> str:
 
 def _reason(error: OSError) -> str:
     if isinstance(error, ssl.SSLError):
-        return "they are no certificate and its key, in PEM and without a password"
+        return "must be a certificate and its private key, in PEM and without a password"
     return error.strerror or str(error)

@@ -44,7 +44,7 @@ class _Entry(BaseModel):
     @model_validator(mode="after")
     def _burst_of_a_rate(self) -> "_Entry":
         if self.burst_gflops is not None and self.gflops_per_s is None:
-            raise ValueError("burst_gflops goes with gflops_per_s")
+            raise ValueError("burst_gflops requires gflops_per_s")
         return self
 
     def key(self) -> ApiKey:
@@ -127,13 +127,13 @@ class KeyFile:
         if scheme.lower() == b"bearer":
             secret = token.strip()
         if not secret:
-            raise UnauthorizedError("this server asks for a key: send it as `Authorization: Bearer KEY` or `X-API-Key`")
+            raise UnauthorizedError("an API key is required; send it as `Authorization: Bearer KEY` or `X-API-Key`")
         digest, found = hashlib.sha256(secret).digest(), None
         for known, key in self._keys:  # all keys, each in constant time, against timing attacks
             if hmac.compare_digest(known, digest):
                 found = key
         if found is None:
-            raise UnauthorizedError("this server does not know the key")
+            raise UnauthorizedError("unknown API key")
         return found
 
     def _refresh(self) -> None:
@@ -143,9 +143,9 @@ class KeyFile:
         try:
             self._keys = read_keys(self._path)
         except OSError as error:
-            logger.error("the keys stay as they were: %s: %s", self._path, error.strerror)
+            logger.error("keeping the previous keys: %s: %s", self._path, error.strerror)
         except ValueError as error:
-            logger.error("the keys stay as they were: %s: %s", self._path, error)
+            logger.error("keeping the previous keys: %s: %s", self._path, error)
         else:
             logger.info("read %d keys from %s", len(self._keys), self._path)
 
@@ -163,7 +163,7 @@ def read_keys(path: Path) -> tuple[tuple[bytes, ApiKey], ...]:
     with path.open("rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"a file of keys has at most {MAX_FILE_BYTES} bytes")
+        raise ValueError(f"a key file may have at most {MAX_FILE_BYTES} bytes")
     try:
         entries = _Entries.model_validate(tomllib.loads(content.decode()))
     except ValidationError as error:

@@ -43,11 +43,11 @@ class Connections:
             ) as answer:
                 return answer.status, await answer.read()
         except TimeoutError as error:
-            raise ResponseTimeoutError(f"{self._url} was silent for too long") from error
+            raise ResponseTimeoutError(f"{self._url} did not answer in time") from error
         except aiohttp.InvalidURL as error:
-            raise ConnectionFailedError(f"{self._url} is no URL of a server") from error
+            raise ConnectionFailedError(f"{self._url} is not a valid URL") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionFailedError(f"{self._url} cannot be connected to, or closes connections") from error
+            raise ConnectionFailedError(f"cannot connect to {self._url}, or it closed the connection") from error
 
     async def __aenter__(self) -> Self:
         return self

@@ -84,7 +84,7 @@ async def _wire(command: Bench, sender: Sender, photos: Sequence[Photo]) -> Clie
     path = "/health/ready" if command.model is None else V2Protocol.path(command.model)
     status, body = await sender.send(Request(path))
     if status != HTTPStatus.OK:
-        raise CommandError(f"{command.url}{path} answers with status {status}, so nothing can be asked there")
+        raise CommandError(f"{command.url}{path} answered with status {status}, so no requests are sent")
     if command.model is None:
         return SupervitProtocol()
     return V2Protocol(command.model, body, sorted({photo.label for photo in photos if photo.label is not None}))

@@ -13,22 +13,22 @@ STDOUT = Path("-")
 
 
 class Bench(Arrivals):
-    """Send requests to a server at random instants, whatever becomes of those before, and tell how it does."""
+    """Send requests to a server at random times without waiting for earlier answers, and report the figures."""
 
-    url: CliPositionalArg[str] = Field(description="of the server, e.g. http://127.0.0.1:8000")
+    url: CliPositionalArg[str] = Field(description="URL of the server, e.g. http://127.0.0.1:8000")
     images: tuple[Path, ...] = Field(
         (),
-        description="photographs, or folders of them; class folders name what theirs show; by default a few that ship",
+        description="image files or folders of images; class folder names are labels; by default a few that ship",
     )
     duration_s: float = Field(10, gt=0, le=86_400, description="time in which requests are sent")
     budget_ms: tuple[Positive, ...] = Field(
-        (1000,), min_length=1, description="latency budgets; of several, each request draws one"
+        (1000,), min_length=1, description="latency budgets; from several, each request draws one"
     )
     protocol: Literal["supervit", "v2"] = Field(
-        "supervit", description="v2: the Open Inference Protocol, of Triton, KServe and others"
+        "supervit", description="v2 is the Open Inference Protocol of Triton, KServe and others"
     )
-    model: Annotated[str, Field(min_length=1)] | None = Field(None, description="v2: the model to ask")
-    json_file: Path | None = Field(None, description="file for all figures; - prints them instead of the table")
+    model: Annotated[str, Field(min_length=1)] | None = Field(None, description="v2: name of the model")
+    json_file: Path | None = Field(None, description="JSON file for all figures; - prints them instead of the table")
     plot_file: Path | None = Field(None, description="PNG file for latencies and attainment over time")
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ def read_photos(paths: Sequence[Path], seed: int) -> list[Photo]:
     """
     files = [found for path in paths or (SHIPPED,) for found in _files(path)]
     if not files:
-        raise CommandError(f"there are no photographs in {', '.join(map(str, paths))}")
+        raise CommandError(f"no photographs in {', '.join(map(str, paths))}")
     drawn = random.Random(seed).sample(files, min(MAX_PHOTOS, len(files)))
     return [Photo(file.read_bytes(), label) for file, label in drawn]
 

@@ -132,12 +132,12 @@ class V2Protocol:
         try:
             described = _Metadata.model_validate_json(metadata)
         except ValidationError as error:
-            raise CommandError(f"{model}: the server does not describe it as the protocol says") from error
+            raise CommandError(f"{model}: the server's metadata does not follow the protocol") from error
         self._path = f"{self.path(model)}/infer"
         self._input, self._output, self._class_names = described.inputs[0], described.outputs[0], class_names
         if len(described.inputs) > 1 or not (self._takes_files or self._takes_pixels):
             taken = ", ".join(f"{tensor.name}, {tensor.datatype} of {tensor.shape}" for tensor in described.inputs)
-            raise CommandError(f"{model}: one input of files (BYTES) or (3, S, S) pixels is wanted; it takes {taken}")
+            raise CommandError(f"{model}: must have one input of files (BYTES) or (3, S, S) pixels, not {taken}")
 
     @property
     def _takes_files(self) -> bool:

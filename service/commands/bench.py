@@ -86,14 +86,14 @@ def _cells(figures: Figures) -> dict[str, str]:
         **{
             f"{name} ms": f"{latencies[name]:.1f}" if latencies else "" for name in ("mean", "p50", "p90", "p99", "max")
         },
-        "right, of those answered": _share(figures.accuracy),
-        "right and in time, of all": _share(figures.effective_accuracy),
-        "GFLOPs each": "" if figures.mean_gflops is None else f"{figures.mean_gflops:.3g}",
+        "correct, of those answered": _share(figures.accuracy),
+        "correct and in time, of all": _share(figures.effective_accuracy),
+        "GFLOPs per answer": "" if figures.mean_gflops is None else f"{figures.mean_gflops:.3g}",
         "answered by": "\n".join(
             f"{printable_text(name)} {share:.0%}" for name, share in list(figures.mix.items())[:SHOWN]
         ),
         "not answered": _counts(figures.failures),
-        "sent late by, p99 ms": f"{figures.late_p99_ms:.1f}",
+        "send delay p99 ms": f"{figures.late_p99_ms:.1f}",
     }
 
 
@@ -108,4 +108,4 @@ def _counts(failures: Mapping[str, int]) -> str:
 def _caption(figures: Sequence[Figures]) -> str | None:
     if max(each.late_p99_ms for each in figures) <= LATE_MS:
         return None
-    return "The load generator could not keep up: latencies are its own in part. Send less, or from another machine."
+    return "The load generator could not keep up, so latencies include its delay; lower the rate or use another machine"

@@ -38,7 +38,7 @@ def classify(command: Classify, transport: "httpx.AsyncBaseTransport | None" = N
     """
     photos = find_photos(command.photos)
     if command.explain and len(photos) > 1:
-        raise CommandError(f"--explain draws one photo, and there are {len(photos)}")
+        raise CommandError(f"--explain takes one photo, not {len(photos)}")
     # Read here rather than in a thread, for which Ctrl-C would have to wait.
     stdin = sys.stdin.buffer.read() if STDIN in photos else b""
     failed = asyncio.run(_classify_all(command, photos, stdin, transport))

@@ -17,10 +17,10 @@ def convert(command: Convert) -> None:
     told = command.mean or command.name or not command.vit.exists()
     print(
         f"{command.output}: {len(profile.rows)} sub-networks of {profile.cheapest.gflops:.3g} to "
-        f"{profile.rows[-1].gflops:.3g} GFLOPs, for images normalised by mean {config.mean} and std {config.std}"
-        + ("" if told else " (ImageNet's, unless the file says otherwise: give --name, or --mean and --std)")
+        f"{profile.rows[-1].gflops:.3g} GFLOPs, for images normalised with mean {config.mean} and std {config.std}"
+        + ("" if told else " (ImageNet's unless the file has its own; set them with --name, or --mean and --std)")
     )
     if config.num_classes == 1:
-        print(f"it came without a head: give it one with `supervit train DATA --init {command.output}`")
+        print(f"the model has no head; train one with `supervit train DATA --init {command.output}`")
     else:
         print(f"measure it with `supervit evaluate {command.output} DATA`")

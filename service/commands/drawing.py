@@ -84,12 +84,12 @@ def draw(data: bytes, answer: ExplainAnswer, path: Path) -> None:
         with Image.open(io.BytesIO(data)) as opened:
             photo = to_rgb(opened)
     except (*CODEC_ERRORS, Image.DecompressionBombError) as error:
-        raise CommandError("the photo is classified, but it cannot be drawn: Pillow does not read it") from error
+        raise CommandError("the photo was classified but cannot be drawn: Pillow cannot read it") from error
     view = View.of(photo, answer.explanation.seen_share, answer.subnetwork.patch_grid)
     total = view.grid**2
-    panels = [(draw_patches(view, range(total)), f"{view.grid} x {view.grid} patches", "all that it sees")]
+    panels = [(draw_patches(view, range(total)), f"{view.grid} x {view.grid} patches", "the whole input")]
     for pruning in answer.explanation.prunings:
-        left = f"{len(pruning.kept)} of {total} are left, {len(pruning.kept) / total:.0%}"
+        left = f"{len(pruning.kept)} of {total} kept ({len(pruning.kept) / total:.0%})"
         panels.append((draw_patches(view, pruning.kept), f"Block {pruning.block}", left))
     written = io.BytesIO()
     _sheet(panels, answer).save(written, "PNG")

@@ -54,5 +54,5 @@ def evaluate(command: Evaluate) -> None:
     save_checkpoint(path, checkpoint.model, header, half=is_half)
     plot_frontier(found.profile, checkpoint.name, picture)
     if int8 is None and checkpoint.int8 is not None:
-        print("its weights were rounded, so it is no longer prepared for int8: `supervit quantize` does that anew")
-    print(f"written into {path}, drawn in {picture}")
+        print("the weights were rounded and are no longer prepared for int8; run `supervit quantize` again")
+    print(f"written to {path}, plotted in {picture}")

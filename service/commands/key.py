@@ -10,4 +10,4 @@ def key(command: Key) -> None:
     """Print the entry on stdout, which may go into the file of keys, and on stderr the key, which is stored nowhere."""
     made = make_key(command.name)
     print(made.entry)
-    print(f"the key of {command.name}, which is told once: {made.secret}", file=sys.stderr)
+    print(f"API key of {command.name}, shown only once: {made.secret}", file=sys.stderr)

@@ -14,51 +14,54 @@ STDIN = Path("-")
 
 def _named(photos: Any) -> Any:  # noqa: ANN401 - whatever was given
     if "" in photos:  # as from an unset shell variable; as a path, it would be the current folder
-        raise ValueError("one of the names is empty")
+        raise ValueError("a file name must not be empty")
     return photos
 
 
 class Classify(BaseModel):
-    """Classify photographs, in this process or by a running server; a few at a time, answered in their order."""
+    """Classify photos, a few at a time, in this process or with a server; answers are in the order of the photos."""
 
     photos: CliPositionalArg[Annotated[list[Path], BeforeValidator(_named)]] = Field(
-        description="image files, folders of them, or - for an image from stdin", min_length=1
+        description="image files, folders of images, or - for an image from stdin", min_length=1
     )
-    budget_gflops: float | None = Field(None, gt=0, description="most that each may cost, in 1e9 multiply-accumulates")
+    budget_gflops: float | None = Field(None, gt=0, description="maximum cost per photo, in 1e9 multiply-accumulates")
     budget_ms: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="time for each; of a server by default what it grants, else no end"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="latency budget per photo; by default the server's own, or unlimited in this process",
     )
     min_confidence: float | None = Field(
-        None, ge=0, lt=1, description="probability of an answer under which the photo is looked at again"
+        None, ge=0, lt=1, description="probability below which a more accurate sub-network looks at the photo again"
     )
-    patch_grid: int | None = Field(None, ge=1, description="a sub-network by name instead of a budget")
-    keep_rate: float | None = Field(None, gt=0, le=1, description="with --patch-grid")
+    patch_grid: int | None = Field(None, ge=1, description="patch grid of the sub-network to run, instead of a budget")
+    keep_rate: float | None = Field(None, gt=0, le=1, description="keep rate of the sub-network; requires --patch-grid")
     url: str | None = Field(
-        None, min_length=1, description="server to ask, e.g. http://127.0.0.1:8000; this process by default"
+        None, min_length=1, description="URL of a server to use instead of this process, e.g. http://127.0.0.1:8000"
     )
     checkpoint: str | None = Field(
-        None, description="SuperViT checkpoint to use in this process; by default the one that `serve` would take"
+        None, description="SuperViT checkpoint to use in this process; by default the one that `serve` uses"
     )
     format: Literal["table", "text", "json", "csv"] | None = Field(
         None,
-        description="table; text, with the reasons; json, a line with the whole answer per photo; csv, with a header. "
-        "By default a table on a terminal, and text elsewhere",
+        description="table; text, with the reasons; json, a line per photo with the whole answer; csv, with a header; "
+        "by default table on a terminal and text elsewhere",
     )
     top_k: int | None = Field(
-        None, ge=1, description="predictions to show; by default 1 in table and csv, and 5 in text and json"
+        None, ge=1, description="number of predictions to show; by default 1 for table and csv, and 5 for text and json"
     )
     explain: Path | None = Field(
-        None, description="PNG file for a drawing of what was looked at, block by block, of one photo"
+        None, description="PNG file for a drawing of the patches that each prune block kept, for one photo"
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.photos.count(STDIN) > 1:
-            raise ValueError("stdin holds one image: name - once")
+            raise ValueError("stdin holds one image; - must be given at most once")
         if (self.patch_grid is None) != (self.keep_rate is None):
             raise ValueError("--patch-grid and --keep-rate go together: give both or none")
         if self.explain and len(self.photos) > 1:
-            raise ValueError("--explain draws one photo")
+            raise ValueError("--explain takes one photo")
         return self
 
 
@@ -69,56 +72,60 @@ class Evaluate(BaseModel):
         description="SuperViT checkpoint: a path, the name of one that ships, or hf-hub:owner/name[@revision]"
     )
     data: CliPositionalArg[Path] = Field(
-        description="folder with val/ to calibrate on and test/ to measure on, or only one of them, of class folders"
+        description="folder with val/ to calibrate on and test/ to measure on, or only one of them, with class folders"
     )
     batch_size: int = Field(100, ge=1, description="images per batch")
     max_bad_images: float = Field(
-        MAX_BAD_IMAGES, ge=0, lt=1, description="part of the images that may be unreadable; they are passed over"
+        MAX_BAD_IMAGES, ge=0, lt=1, description="fraction of the images that may be unreadable; these are skipped"
     )
     workers: int = Field(
-        default_factory=default_workers, ge=0, description="processes that decode images; by default one for each core"
+        default_factory=default_workers, ge=0, description="processes that decode images; by default one per core"
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
     rates_between: bool = Field(False, description="also measure keep rates in steps of 0.05 between the trained ones")
-    half: bool = Field(False, description="round the weights to half precision first, for half of the file's size")
+    half: bool = Field(False, description="round the weights to half precision first, which halves the file size")
 
 
 class Profile(BaseModel):
-    """Measure how long each sub-network takes on this machine, or show what was measured before."""
+    """Measure the latency of each sub-network on this machine, or show an earlier measurement."""
 
-    checkpoint: str | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
-    engine: Literal["auto", "torch", "openvino"] | None = Field(None, description="what runs the model")
+    checkpoint: str | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` uses")
+    engine: Literal["auto", "torch", "openvino"] | None = Field(None, description="inference engine")
     device: str | None = Field(None, description="cpu, cuda, cuda:1, or auto")
-    precision: Literal["auto", "float32", "bfloat16", "int8"] | None = Field(None, description="of the products")
-    threads: int | None = Field(None, ge=1, description="threads of the engine on a CPU; by default those of `serve`")
+    precision: Literal["auto", "float32", "bfloat16", "int8"] | None = Field(
+        None, description="precision of the matrix products"
+    )
+    threads: int | None = Field(None, ge=1, description="threads of the engine on a CPU; by default as for `serve`")
     max_batch_size: int | None = Field(None, ge=1, le=64, description="largest batch to measure")
-    fresh: bool = Field(False, description="measure even where there is a measurement")
-    plot_file: Path | None = Field(None, description="PNG file for the picture of it")
+    fresh: bool = Field(False, description="measure again even if there is an earlier measurement")
+    plot_file: Path | None = Field(None, description="PNG file for a plot of the latencies")
 
 
 class Quantize(BaseModel):
-    """Prepare a checkpoint for CPUs that are fastest in 8 bits: calibrate on val/, measure on test/."""
+    """Prepare a checkpoint for int8 inference on CPUs: calibrate on val/, measure on test/."""
 
     checkpoint: CliPositionalArg[str] = Field(
         description="SuperViT checkpoint: a path, the name of one that ships, or hf-hub:owner/name[@revision]"
     )
     data: CliPositionalArg[Path] = Field(
-        description="folder with val/ to calibrate on and test/ to measure on, or only one of them, of class folders"
+        description="folder with val/ to calibrate on and test/ to measure on, or only one of them, with class folders"
     )
     output: Path | None = Field(
-        None, description="file to write; the checkpoint itself by default, or one of its name here if it ships"
+        None,
+        description="file to write; by default the checkpoint itself, or a file in the current folder if found by name",
     )
     batch_size: int = Field(16, ge=1, description="images per batch")
     max_bad_images: float = Field(
-        MAX_BAD_IMAGES, ge=0, lt=1, description="part of the images that may be unreadable; they are passed over"
+        MAX_BAD_IMAGES, ge=0, lt=1, description="fraction of the images that may be unreadable; these are skipped"
     )
-    workers: int = Field(0, ge=0, description="processes that decode images beside the engine; by default none")
-    threads: int = Field(default_factory=count_cores, ge=1, description="threads of the engine; by default every core")
+    workers: int = Field(0, ge=0, description="processes that decode images while the engine runs; by default none")
+    threads: int = Field(default_factory=count_cores, ge=1, description="engine threads; by default one per core")
 
 
 class Key(BaseModel):
-    """Make an API key: its entry for a file of keys on stdout, and the key itself, which is kept nowhere, on stderr."""
+    """Create an API key: its entry for a file of keys on stdout; the key itself, which is not stored, on stderr."""
 
     name: CliPositionalArg[str] = Field(
-        pattern=KEY_NAME, description="of its holder, for metrics: letters, digits, dots, dashes and underscores"
+        pattern=KEY_NAME,
+        description="name of the key's holder, for metrics: letters, digits, dots, dashes and underscores",
     )

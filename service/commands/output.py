@@ -28,7 +28,7 @@ def output_path(name: str, source: Path, *, output: Path | None = None, is_ours:
     elif not is_ours or path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
     if path != source and path.exists():
-        raise CommandError(f"{path}: would be overwritten")
+        raise CommandError(f"{path}: already exists and is not overwritten")
     if not os.access(path.parent, os.W_OK):
         raise CommandError(f"{path.parent}: is not writable")
     return path

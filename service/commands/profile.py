@@ -23,7 +23,7 @@ def profile(command: Profile) -> None:
     print(_latency_table(measurement))
     if command.plot_file:
         plot_latency(measurement.table, command.plot_file)
-        print(f"drawn in {command.plot_file}")
+        print(f"plotted in {command.plot_file}")
 
 
 def _latency_table(measurement: Measurement) -> str:

@@ -71,7 +71,7 @@ def quantize(command: Quantize) -> None:
     print(verdict(int8, checkpoint.profile))
     header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, checkpoint.profile, int8)
     save_checkpoint(path, checkpoint.model, header, half=checkpoint.is_half)
-    print(f"written into {path}")
+    print(f"written to {path}")
 
 
 def find_ranges(checkpoint: Checkpoint, command: Quantize) -> tuple[BlockRanges, ...]:
@@ -123,10 +123,10 @@ def verdict(int8: Quantization, profile: ProfileTable) -> str:
     """Describe the top-1 lost compared with `profile`, and what `--precision auto` then serves in floating point."""
     losses = int8.losses(profile)
     if not losses:
-        return "not compared with floating point: measure that with `supervit evaluate`, or serve with --precision int8"
-    told = f"at most {100 * max(losses.values()):.2f} points of top-1 lost beside floating point"
+        return "not compared with floating point: measure it with `supervit evaluate`, or serve with --precision int8"
+    told = f"at most {100 * max(losses.values()):.2f} points of top-1 lost compared with floating point"
     floating = int8.too_lossy(profile)
     if not floating:
         return told
     lossy = ", ".join(map(str, floating))
-    return f"{told}; more than {100 * TOLERATED_LOSS:.2g} at {lossy}: served in floating point unless --precision int8"
+    return f"{told}; more than {100 * TOLERATED_LOSS:.2g} at {lossy}, served in floating point unless --precision int8"

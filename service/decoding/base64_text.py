@@ -24,9 +24,9 @@ async def decode_base64(text: str, name: str = "image") -> bytes:
         kind, _, text = text.partition(",")
         media_type, *parameters = (part.strip().lower() for part in kind.removeprefix("data:").split(";"))
         if not media_type.startswith("image/") and media_type not in UNTYPED:
-            raise UnsupportedMediaError(f"{name}: a data URL of the type {media_type}, which is no image")
+            raise UnsupportedMediaError(f"{name}: the data URL must be of an image, not {media_type}")
         if "base64" not in parameters:
-            raise InvalidImageError(f"{name}: a data URL that is not in base64")
+            raise InvalidImageError(f"{name}: the data URL must be in base64")
     text = "".join(text.split())  # tools wrap base64 into lines
     data = bytearray()
     try:
@@ -34,5 +34,5 @@ async def decode_base64(text: str, name: str = "image") -> bytes:
             data += binascii.a2b_base64(text[start : start + CHUNK_CHARS], strict_mode=True)
             await asyncio.sleep(0)
     except ValueError as error:
-        raise InvalidImageError(f"{name}: neither base64 nor a data URL") from error
+        raise InvalidImageError(f"{name}: must be base64 or a data URL") from error
     return bytes(data)

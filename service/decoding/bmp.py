@@ -36,7 +36,7 @@ def read_bmp(data: bytes) -> ImageHeader:
     pixels = layout.width * abs(layout.height)
     if layout.compression in _RUN_LENGTHS and max(pixels, len(data)) > _MAX_RUN_LENGTH_BYTES:
         raise ImageTooLargeError(
-            f"the BMP is compressed by run lengths; of those, {_MAX_RUN_LENGTH_BYTES} pixels are decoded at most",
+            f"a run-length encoded BMP may have at most {_MAX_RUN_LENGTH_BYTES} pixels, and as many bytes",
             max_image_pixels=_MAX_RUN_LENGTH_BYTES,
         )
     in_memory = 1 if layout.bits <= 8 else 4
@@ -59,12 +59,12 @@ def read_bitfields(data: bytes) -> npt.NDArray[np.uint8] | None:
     if not any(masks):
         return None
     if not all(masks):
-        raise InvalidImageError("the BMP does not say in which bits each colour lies")
+        raise InvalidImageError("the BMP has no bit mask for one of its colours")
     row_bytes = (layout.width * layout.bits + 31) // 32 * 4
     start, height = struct.unpack_from("<I", data, 10)[0], abs(layout.height)
     if start + row_bytes * height > len(data):
         share = max(0, len(data) - start) // row_bytes / height
-        raise ends_early(f"{100 * share:.0f} % of its rows are there")
+        raise ends_early(f"it has {100 * share:.0f} % of its rows")
     rows = np.frombuffer(data, np.uint8, row_bytes * height, start).reshape(height, row_bytes)
     pixels = rows[:, : layout.width * layout.bits // 8].copy().view(f"<u{layout.bits // 8}")
     channels = [_channel(pixels, mask) for mask in masks]
@@ -93,5 +93,5 @@ def _read_layout(data: bytes) -> _Layout:
     except struct.error as error:
         raise ends_early("it has no pixels") from error
     if width <= 0 or not height:
-        raise InvalidImageError("the BMP does not say what size it has")
+        raise InvalidImageError("the BMP has no valid size")
     return _Layout(width, height, bits, compression, header_bytes)

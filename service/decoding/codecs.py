@@ -140,7 +140,7 @@ def _load(header: ImageHeader, data: bytes, least_px: int) -> Image.Image:
     """
     image = _OPENERS[header.format](io.BytesIO(data))
     if header.format != "TIFF" and image.size != (header.width, header.height):
-        raise InvalidImageError(f"the {header.format} is broken: it says in two ways what size it has")
+        raise InvalidImageError(f"the {header.format} is broken: it declares two different sizes")
     if header.format == "JPEG":
         image.draft(None, (least_px, least_px))
     try:
@@ -156,7 +156,7 @@ def _rows_there(image: Image.Image) -> str:
     """Describe how much of a picture was decoded; `load` leaves the missing rows black."""
     _, rows = image.im.getprojection()
     share = sum(rows) / image.height
-    return f"{100 * share:.0f} % of its rows are there" if share else "none of its rows is there"
+    return f"it has {100 * share:.0f} % of its rows" if share else "it has none of its rows"
 
 
 def _decode_webp(data: bytes) -> Image.Image:

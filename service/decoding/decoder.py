@@ -206,7 +206,7 @@ class Decoder:
         own_s = [other.expected_s for other in dear if other.address == job.address]
         over_s = sum(own_s) + job.expected_s - self._max_s_per_address
         if 0 < len(own_s) < len(dear) and over_s > 0:  # an only image is bounded by its deadline
-            message = f"the images of this address take {sum(own_s):.3g} s to be decoded already; try again later"
+            message = f"the pending images of this address already take {sum(own_s):.3g} s to decode; try again later"
             raise OverloadedError(message, "address", over_s / max(1, self._threads - 1))
 
     def _next_job(self) -> _Job | None:
@@ -255,7 +255,7 @@ class Decoder:
         if job.started_at > job.deadline_at:
             raise DeadlineError("the deadline passed before the image could be decoded")
         if job.is_expensive and job.started_at + job.expected_s / 2 > job.deadline_at:
-            raise DeadlineError("the image takes longer to decode than its deadline leaves")
+            raise DeadlineError("decoding the image would take longer than its deadline allows")
 
     def _learn(self, job: _Job, seconds: float, now: float) -> None:
         if job.opened is not None:

@@ -66,9 +66,9 @@ def find_format(data: bytes) -> str | None:
 
 def ends_early(what: str) -> InvalidImageError:
     """Return the error for a file that was cut off; `what` says where."""
-    return InvalidImageError(f"the file ends early: {what}")
+    return InvalidImageError(f"the file is truncated: {what}")
 
 
 def too_many_blocks(image_format: str) -> InvalidImageError:
     """Return the error for a file with far too many blocks."""
-    return InvalidImageError(f"the {image_format} file has more than {MAX_BLOCKS} blocks beside its pixels")
+    return InvalidImageError(f"the {image_format} file has more than {MAX_BLOCKS} blocks besides its pixels")

@@ -34,11 +34,11 @@ def read_heif(data: bytes, image_format: str) -> ImageHeader:
     if not sizes:
         raise ends_early("it has no pixels")
     if not width or not height:
-        raise InvalidImageError(f"the {image_format} does not say what size it has")
+        raise InvalidImageError(f"the {image_format} has no valid size")
     # The codec reads the EXIF itself, and an orientation of two million fractions takes it seconds.
     exifs = list(islice(_exifs(data), _MAX_EXIFS + 1))
     if len(exifs) > _MAX_EXIFS or any(map(has_odd_orientation, exifs)):
-        raise InvalidImageError(f"the {image_format} says in more than one way how its camera was held")
+        raise InvalidImageError(f"the {image_format} has more than one EXIF orientation")
     return ImageHeader(image_format, width, height, data, _MEMORY_PER_PIXEL)
 
 

@@ -118,8 +118,7 @@ def open_image(
         memory_bytes = int(header.memory_per_pixel * pixels)
     if max_memory_bytes is not None and memory_bytes > max_memory_bytes:
         raise ImageTooLargeError(
-            f"decoding the image would take {memory_bytes} bytes of memory, more than the {max_memory_bytes} that this "
-            f"server has for it",
+            f"decoding the image would take {memory_bytes} bytes of memory, more than the limit of {max_memory_bytes}",
             max_decode_bytes=max_memory_bytes,
         )
     per_pixel, per_byte = COSTS_NS[header.kind]
@@ -153,11 +152,11 @@ def read_header(data: bytes) -> ImageHeader:
             return read_heif(data, "HEIC")
         case "HEIC":
             raise UnsupportedMediaError(
-                "the image is HEIC, which this server does not decode: send a JPEG, or install what decodes it, "
+                "HEIC is not supported by this server; send a JPEG, or install the decoder, "
                 "`pip install 'supervit-serve[heif]'`"
             )
     formats = ", ".join((*("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "AVIF"), *(("HEIC",) if HAS_HEIC else ())))
-    raise InvalidImageError(f"not an image in one of the formats {formats}")
+    raise InvalidImageError(f"not an image in a supported format; use one of {formats}")
 
 
 def decoded_size(header: ImageHeader, least_px: int) -> tuple[int, int]:
@@ -176,13 +175,11 @@ def check_size(header: ImageHeader, decoded_pixels: int, max_pixels: int) -> Non
     """
     pixels, size = header.width * header.height, f"the image has {header.width} x {header.height} pixels"
     if decoded_pixels > max_pixels:
-        raise ImageTooLargeError(
-            f"{size}, more than the {max_pixels} that this server decodes", max_image_pixels=max_pixels
-        )
+        raise ImageTooLargeError(f"{size}; the server decodes at most {max_pixels}", max_image_pixels=max_pixels)
     if max(header.width, header.height) > MAX_SIDE_PX:
-        raise ImageTooLargeError(f"{size}, and no side may have more than {MAX_SIDE_PX}", max_side_pixels=MAX_SIDE_PX)
+        raise ImageTooLargeError(f"{size}; a side may have at most {MAX_SIDE_PX}", max_side_pixels=MAX_SIDE_PX)
     if pixels > MAX_JPEG_PIXELS:
-        raise ImageTooLargeError(f"{size}, more than the {MAX_JPEG_PIXELS} of a JPEG", max_image_pixels=MAX_JPEG_PIXELS)
+        raise ImageTooLargeError(f"{size}; a JPEG may have at most {MAX_JPEG_PIXELS}", max_image_pixels=MAX_JPEG_PIXELS)
 
 
 def check_scans(header: ImageHeader) -> None:
@@ -198,8 +195,7 @@ def check_scans(header: ImageHeader) -> None:
     if most >= jpeg.MAX_SCANS:
         raise InvalidImageError(f"the JPEG has more than {jpeg.MAX_SCANS} scans")
     raise ImageTooLargeError(
-        f"the image has {header.width} x {header.height} pixels in more than {most} scans, the most that are decoded "
-        "of as many",
+        f"the image has {header.width} x {header.height} pixels in more than {most} scans, the limit at that size",
         max_scans=most,
     )
 

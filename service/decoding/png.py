@@ -21,11 +21,11 @@ def read_png(data: bytes) -> ImageHeader:
     if len(data) < 33:
         raise ends_early("it has no pixels")
     if data[12:16] != b"IHDR":
-        raise InvalidImageError("the PNG does not say what size it has")
+        raise InvalidImageError("the PNG has no valid size")
     _check(data, 8, 13)
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
     if not width or not height or colour not in _CHANNELS:
-        raise InvalidImageError("the PNG does not say what size it has")
+        raise InvalidImageError("the PNG has no valid size")
     in_memory = (depth == 16 and 2) or 1 if _CHANNELS[colour] == 1 else 4
     return ImageHeader("PNG", width, height, data, in_memory)
 

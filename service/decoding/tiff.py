@@ -37,15 +37,15 @@ def read_tiff(data: bytes) -> ImageHeader:
             if tag not in _NEEDED or tag in entries:
                 continue
             if length > (MAX_BLOCKS if tag in _LISTS else _MAX_VALUES):
-                raise InvalidImageError(f"the TIFF's tag {tag} has {length} values, more than a picture needs")
+                raise InvalidImageError(f"the TIFF's tag {tag} has {length} values, more than an image needs")
             entries[tag] = data[position : position + entry_bytes]
             if kind in _INTEGERS and length == 1:
                 values[tag] = struct.unpack_from(order + _INTEGERS[kind], data, position + entry_bytes - value_bytes)[0]
     except (struct.error, OverflowError) as error:
-        raise ends_early("the directory of its first page is not there") from error
+        raise ends_early("the directory of its first page is missing") from error
     width, height = values.get(_WIDTH, 0), values.get(_HEIGHT, 0)
     if not width or not height:
-        raise InvalidImageError("the TIFF does not say what size it has")
+        raise InvalidImageError("the TIFF has no valid size")
     directory = struct.pack(order + number, len(entries)) + b"".join(entries[tag] for tag in sorted(entries))
     padded = data + bytes(-len(data) % 8)
     page = padded[: head - value_bytes] + struct.pack(order + ("Q" if is_big else "I"), len(padded)) + padded[head:]

@@ -35,7 +35,7 @@ def read_webp(data: bytes) -> ImageHeader:
     if frame:  # the size of the frame, which may be smaller than the canvas
         size = _size_of_still(picture)
     if size is None or not min(size):
-        raise InvalidImageError("the WebP does not say what size it has")
+        raise InvalidImageError("the WebP has no valid size")
     memory = _LOSSLESS_BYTES if b"VP8L" in picture[12:64] else _LOSSY_BYTES
     return ImageHeader("WEBP", *size, picture, memory, orientation)
 

@@ -107,14 +107,14 @@ class GraphCache:
             _, images = self._buffers[batch_size]
             graph = self._device.capture(lambda: self._forward(images, subnetwork))
         except RuntimeError:  # torch's, for any reason; an allocator that failed in a capture captures no more
-            logger.warning("batches that are not captured yet run without CUDA graphs", exc_info=True)
+            logger.warning("CUDA graph capture failed; batches not captured yet run without CUDA graphs", exc_info=True)
             self._is_closed = True
             return
         self._graphs[subnetwork][batch_size] = graph
         held_bytes = self._captured.held_bytes + graph.held_bytes
         self._captured = Captured(self._captured.num_graphs + 1, held_bytes)
         if held_bytes > MEMORY_SHARE * self._device.total_bytes:
-            logger.info("%d CUDA graphs take %d bytes; there will be no more", self._captured.num_graphs, held_bytes)
+            logger.info("%d CUDA graphs take %d bytes; no more will be captured", self._captured.num_graphs, held_bytes)
             self._is_closed = True
 
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor | None:

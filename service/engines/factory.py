@@ -23,7 +23,7 @@ Precision = Literal["float32", "bfloat16"]
 logger = logging.getLogger(__name__)
 
 SMALL_GFLOPS = 0.3
-FUSES = "the OpenVINO engine cannot run a model that fuses the tokens it prunes; the torch engine can"
+FUSES = "the OpenVINO engine does not support models that fuse pruned tokens; use the torch engine"
 NO_INSTRUCTIONS = "this CPU has neither AVX2 nor VNNI"
 
 
@@ -57,13 +57,13 @@ def open_engine(
         return make_engine(kind, checkpoint.model, device, threads, precision), checkpoint
     int8, problem = checkpoint.int8, _problem_of_int8(checkpoint, kind, device, capabilities or cpu_capabilities())
     if precision == "int8" and problem is not None:
-        raise DeviceError(f"precision int8 cannot be had: {problem}")
+        raise DeviceError(f"precision int8 is not available: {problem}")
     if int8 is None or problem is not None:
         return make_engine(kind, checkpoint.model, device, threads), checkpoint
     floating = int8.too_lossy(checkpoint.profile) if precision == "auto" else []
     if floating:
         lossy = ", ".join(map(str, floating))
-        logger.info("in 8 bits, too much top-1 would be lost at %s; --precision int8 does it all the same", lossy)
+        logger.info("int8 would lose too much top-1 accuracy at %s; use --precision int8 to override", lossy)
     if set(floating) >= set(checkpoint.config.subnetworks):
         return make_engine(kind, checkpoint.model, device, threads), checkpoint
     engine = int8_engine(checkpoint.model, int8.ranges, threads, floating)
@@ -101,12 +101,12 @@ def make_engine(kind: Kind, model: SuperViT, device: str, threads: int, precisio
     """
     is_cpu = resolve_device(device).type == "cpu"
     if kind == "openvino" and not is_cpu:
-        raise DeviceError(f"device {device!r} cannot be used: the OpenVINO engine runs on the CPU")
+        raise DeviceError(f"device {device!r} cannot be used: the OpenVINO engine runs only on the CPU")
     if kind == "openvino" and model.config.fuse_pruned:
         raise DeviceError(FUSES)
     if _is_openvino(kind, model, device):
         if precision == "bfloat16" and not has_bfloat16():
-            raise DeviceError("precision bfloat16 cannot be had: this CPU has no instructions for it")
+            raise DeviceError("precision bfloat16 is not available: this CPU has no instructions for it")
         return OpenVINOEngine(model, threads, precision)
     return TorchEngine(model, device, threads, precision)
 
@@ -130,7 +130,7 @@ def _is_openvino(kind: Kind, model: SuperViT, device: str) -> bool:
 def _problem_of_int8(checkpoint: Checkpoint, kind: Kind, device: str, capabilities: Mapping[str, object]) -> str | None:
     """Return why a checkpoint cannot be served in 8 bits; None where it can."""
     if resolve_device(device).type != "cpu" or not _is_openvino(kind, checkpoint.model, device):
-        return "it takes the OpenVINO engine on a CPU"
+        return "it requires the OpenVINO engine on a CPU"
     if checkpoint.int8 is None:
-        return "the checkpoint is not prepared for it; `supervit quantize` does that"
+        return "the checkpoint is not prepared for it; run `supervit quantize`"
     return None if integer_products(checkpoint.int8.ranges, capabilities) else NO_INSTRUCTIONS

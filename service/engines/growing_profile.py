@@ -187,7 +187,7 @@ class GrowingProfile:
         """
         known = self._known()
         if not known:
-            raise ValueError("nothing is measured that others could be estimated from")
+            raise ValueError("no cell is measured from which to estimate the others")
         estimate = LatencyEstimate(known, self._work)
         estimated = zip(self._runs, estimate.seconds(list(self._runs)), strict=True)
         self._expected_s = likely = {cell: known.get(cell, seconds) for cell, seconds in estimated}

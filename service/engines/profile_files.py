@@ -65,9 +65,9 @@ class ProfileFile:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(self.path.with_suffix(".lock")).acquire(cancel_check=is_stopping))
             except Timeout:
-                logger.info("stopped while another process measured")
+                logger.info("stopped while waiting for another process to measure")
             except OSError as error:
-                logger.warning("others may measure at the same time: %s", error)
+                logger.warning("another process may measure at the same time: %s", error)
             self._warn_of_others()
             yield
 
@@ -91,12 +91,12 @@ class ProfileFile:
             file = _File.model_validate_json(_read_regular(self.path))
             rows = {(SubNetwork(row.patch_grid, row.keep_rate), row.batch_size): row for row in file.rows}
             if file.conditions != self._conditions or not rows.keys() <= set(self._cells):
-                raise ValueError("it was measured under other conditions")
+                raise ValueError("it was measured under different conditions")
             self._known_version = self._version()
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            logger.warning("%s: cannot be used, measuring anew: %s", self.path, str(error).splitlines()[0])
+            logger.warning("%s: cannot be used, measuring again: %s", self.path, str(error).splitlines()[0])
             return None
         kept = [cell for cell in self._cells if cell in rows]
         seconds = {cell: rows[cell].median_ms / 1e3 for cell in kept}
@@ -127,7 +127,7 @@ class ProfileFile:
             write_atomically(self.path, text.encode())
             self._known_version = self._version()
         except OSError as error:
-            logger.warning("the latencies cannot be kept: %s", error)
+            logger.warning("failed to save the latencies: %s", error)
 
     def _version(self) -> tuple[int, int] | None:
         """Return what tells one version of the file from another; None where there is no file."""
@@ -143,7 +143,7 @@ class ProfileFile:
         with suppress(OSError):  # a write will fail, too, and log why
             found = folder.stat()
             if found.st_mode & stat.S_IWOTH or found.st_uid not in (0, os.geteuid()):
-                logger.warning("%s: other users may write there, and with that decide what this server expects", folder)
+                logger.warning("%s: other users can write there and change the latencies that the server uses", folder)
 
 
 class _Cell(BaseModel):
@@ -170,7 +170,7 @@ def _read_regular(path: Path) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor is no path
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"it is longer than {MAX_FILE_BYTES} bytes")

@@ -218,7 +218,7 @@ def _plausible(file: ProfileFile, time_once: Callable[[Cell], float]) -> Figures
     kept = file.read()
     if kept is None or not (problem := _contradiction(kept, time_once)):
         return kept
-    logger.warning("%s: cannot be used, measuring anew: %s", file.path, problem)
+    logger.warning("%s: cannot be used, measuring again: %s", file.path, problem)
     return None
 
 
@@ -228,12 +228,12 @@ def _contradiction(kept: Figures, time_once: Callable[[Cell], float]) -> str | N
     for (subnetwork, _), seconds in kept.seconds.items():  # batch sizes ascend
         rows.setdefault(subnetwork, []).append(seconds)
     if any(IMPLAUSIBLE_GAIN * larger < smaller for row in rows.values() for smaller, larger in pairwise(row)):
-        return "a larger batch is said to take less than a third of the time of a smaller one"
+        return "the stored latency of a larger batch is less than a third of that of a smaller one"
     alone = {cell: seconds for cell, seconds in kept.seconds.items() if cell[1] == 1}
     if not alone:
         return None
     slowest = max(alone, key=alone.__getitem__)
     kept_s, now_s = alone[slowest], min(time_once(slowest) for _ in range(PROBES))
     if not 1 / IMPLAUSIBLE_FACTOR < kept_s / now_s < IMPLAUSIBLE_FACTOR:
-        return f"it says {1e3 * kept_s:.4g} ms where it takes {1e3 * now_s:.4g} ms now"
+        return f"the stored latency is {1e3 * kept_s:.4g} ms, but it is {1e3 * now_s:.4g} ms now"
     return None

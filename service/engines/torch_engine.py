@@ -48,7 +48,7 @@ class TorchEngine:
         # The weights are converted once, rather than with autocast, which would convert all of them for every batch.
         self._dtype = serving_dtype(self._device)
         if precision == "bfloat16" and self._dtype != torch.bfloat16:
-            raise DeviceError(f"precision bfloat16 cannot be had: {device!r} has no instructions for it")
+            raise DeviceError(f"precision bfloat16 is not available: {device!r} has no instructions for it")
         if precision == "float32":
             self._dtype = torch.float32
         self._model = model.to(self._device, self._dtype)

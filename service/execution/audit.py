@@ -84,7 +84,7 @@ class Audit:
             return None
         profile = min(waiting, key=self._audited.__getitem__)
         audit = partial(self._audit, profile, self._kept[profile].popleft())
-        return IdleBatch(expected_s, audit, f"an audit at {self._best} failed; there will be no others")
+        return IdleBatch(expected_s, audit, f"an audit at {self._best} failed; no further audits will run")
 
     def batch_ran(self, images: Sequence[Tensor], results: Sequence[Result]) -> None:
         """Keep images of a batch, at most KEPT of each sub-network."""

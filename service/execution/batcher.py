@@ -162,7 +162,7 @@ class Batcher:
 
     def abandon(self) -> None:
         """Answer all requests, on the event loop, because the engine never will: with an error, or their last look."""
-        self._answer_all(ModelError("the model does not come back from a batch; the server ends"))
+        self._answer_all(ModelError("the model hangs on a batch; the server is shutting down"))
         self.stop()
 
     def stop(self) -> None:
@@ -206,12 +206,12 @@ class Batcher:
         now = self._clock()
         decision = self._scheduler.next_batch(now)
         if decision.expired:
-            message = "the deadline cannot be met any more"
+            message = "the deadline can no longer be met"
             yield [
                 self._pending.failed(DeadlineError(message), request, LookCode.DEADLINE) for request in decision.expired
             ]
         if decision.shed:
-            message = "shed so that others can be answered in time; try again later"
+            message = "shed to answer other requests in time; try again later"
             retry_after_s = self._scheduler.backlog_s(now)
             yield [
                 self._pending.failed(OverloadedError(message, "shed", retry_after_s), request, LookCode.OVERLOAD)
@@ -281,7 +281,7 @@ class Batcher:
         if len(batch) == 1:
             logger.exception("the model failed on an image at %s", variant.profile.subnetwork)
             self._sample.failed()
-            failure = ModelError("the model failed on this image; the server's log says why")
+            failure = ModelError("the model failed on this image; see the server's log")
             yield [self._pending.failed(failure, batch[0], LookCode.FAILED)]
             self._failures_in_a_row += 1
             if self._failures_in_a_row == FAILURES_IN_A_ROW:

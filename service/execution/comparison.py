@@ -13,7 +13,7 @@ from service.errors import ModelChangeError
 from service.execution.live_sample import SampledImage
 
 TIMED_IMAGES = 8  # fewer say nothing about latency: one batch during a neighbour's burst takes three times as long
-NOT_FINITE = "the new model answers what is no number"
+NOT_FINITE = "the new model's output is not finite"
 
 
 @dataclass(frozen=True, slots=True)

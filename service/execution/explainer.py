@@ -114,7 +114,7 @@ class Explainer:
         try:
             decoded = await asyncio.wait_for(decoding, LONGEST_WAIT_S)
         except TimeoutError:
-            message = "others' images leave no time to decode this one again; try again in a moment"
+            message = "images of other requests leave no time to decode this one again; try again in a moment"
             raise OverloadedError(message, "full", RETRY_AFTER_S) from None
         loop, subnetwork = asyncio.get_running_loop(), profile.subnetwork
         if request.key is not None:  # before the run, which continues to its end even if the client leaves
@@ -123,7 +123,7 @@ class Explainer:
             return await loop.run_in_executor(self._thread, self._trace, decoded.image, subnetwork)
         except RuntimeError as error:  # such as a GPU out of memory
             logger.exception("the model failed on an image at %s", subnetwork)
-            raise ModelError("the model failed on this image; the server's log says why") from error
+            raise ModelError("the model failed on this image; see the server's log") from error
 
     def close(self) -> None:
         """Let the thread end once its image is done; do not wait for it, because the event loop must not block."""

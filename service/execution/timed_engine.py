@@ -48,4 +48,4 @@ class TimedEngine:
         try:
             self.run([blank], profile, 0.0)
         except Exception as error:  # any exception means that the model does not run
-            raise RuntimeError("the model fails whatever the image") from error
+            raise RuntimeError("the model fails on every image") from error

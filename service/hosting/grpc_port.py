@@ -20,7 +20,7 @@ def require_grpc(settings: Settings, libraries: Sequence[str] = LIBRARIES) -> No
         CommandError: a library is not installed.
     """
     if settings.grpc_port is not None and not all(map(find_spec, libraries)):
-        raise CommandError("--grpc-port: gRPC is missing; install this project with its extra, pip install '.[grpc]'")
+        raise CommandError("--grpc-port: gRPC is not installed; install it with pip install '.[grpc]'")
 
 
 def grpc_beside(

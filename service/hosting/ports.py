@@ -39,11 +39,11 @@ def reserved_ports(settings: Settings) -> Iterator[Settings]:
 def changes_refused_reason(settings: Settings) -> str | None:
     """Return why the model may not be changed: several workers serve, or others may reach the port; None if it may."""
     if settings.workers > 1:
-        return "one of several workers is not changed alone: all of them follow the file with --watch-checkpoint"
+        return "the model cannot be changed in one of several workers; use --watch-checkpoint to change it in all"
     # An inherited socket may listen on any address, and a proxy forwards requests from anyone.
     is_guarded = _is_loopback(settings.host) and settings.fd is None and settings.forwarded_allow_ips is None
     if settings.admin_port is None and not is_guarded:
-        return "others than operators may reach this port: give these a port of their own with --admin-port"
+        return "clients other than operators may reach this port; serve operators on another one with --admin-port"
     return None
 
 

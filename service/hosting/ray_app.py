@@ -28,7 +28,7 @@ NOT_FOR_RAY = {"host", "port", "fd", "workers"}
 # Requests that Ray passes to a replica beyond the replica's own limit, so that the replica rejects them itself, with a
 # reason and a time to retry.
 EXTRA_ONGOING_REQUESTS = 64
-NO_CHANGES = "one replica of several is not changed alone: deploy the app with another checkpoint"
+NO_CHANGES = "the model cannot be changed in one of several replicas; deploy the app with another checkpoint"
 
 
 @serve.ingress()
@@ -65,7 +65,7 @@ class Replica:
             RuntimeError: the model cannot run.
         """
         if self._has_failed:
-            raise RuntimeError("the model cannot run; the log says why")
+            raise RuntimeError("the model cannot run; see the log")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the rates per second since the last call, for the autoscaling policy."""
@@ -94,7 +94,9 @@ def build(settings: Settings) -> Application:
     """
     # Only those of the config: a container image that also serves without Ray sets some as environment variables.
     for name in NOT_FOR_RAY & named_settings(settings):
-        raise InvalidParameterError(f"{name} is not for Ray Serve: the config's http_options and deployments say it")
+        raise InvalidParameterError(
+            f"{name} is not supported on Ray Serve; set it in the config's http_options or deployments"
+        )
     load_checkpoint(settings.checkpoint)  # here, so that `serve deploy` reports what is wrong with it
     as_deployment = serve.deployment(
         name="supervit",

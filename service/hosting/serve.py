@@ -67,7 +67,7 @@ class _Server(uvicorn.Server):
                 host, port, *_ = opened.getsockname()
                 logger.info("listening on %s://%s:%d", self._scheme, f"[{host}]" if ":" in host else host, port)
                 if self._has_page:
-                    logger.info("see what it does at %s", _page_url(self._scheme, host, port))
+                    logger.info("web page at %s", _page_url(self._scheme, host, port))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain, and stop as uvicorn does."""
@@ -96,7 +96,7 @@ def supervise(settings: Settings, cpus: Collection[int], cores: float) -> None:
     shares, settings = plan_workers(settings, cpus, cores)
     load_checkpoint(settings.checkpoint)  # here, so that what is wrong with it is reported once
     if environment_variable(SHARED_FOLDER_VARIABLE) is not None:
-        logger.warning("%s is not heeded: workers get a fresh folder of their own", SHARED_FOLDER_VARIABLE)
+        logger.warning("%s is ignored: workers use a new temporary folder", SHARED_FOLDER_VARIABLE)
     with bind_exclusively(settings.host, settings.port, is_shared=True) as reserved:
         command = [sys.executable, "-P", "-m", "service.cli", "serve", "--fd"]  # -P: no imports from the current folder
         start = partial(start_worker, command, worker_environment(settings), reserved)
@@ -106,7 +106,7 @@ def supervise(settings: Settings, cpus: Collection[int], cores: float) -> None:
         _on_hangup(supervisor.stop)
         logger.info("%d workers share %s port %d", settings.workers, *reserved.getsockname()[:2])
         if not supervisor.run():
-            raise CommandError("the workers cannot run; the log says why")
+            raise CommandError("the workers cannot run; see the log")
     if supervisor.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     if supervisor.stopped_by is not None:  # end by the signal, as its sender expects and as a single server does
@@ -159,7 +159,7 @@ def allow_connections(
     wanted = max_connections + OTHER_FILES
     if hard != resource.RLIM_INFINITY and hard < wanted:
         max_connections = max(1, hard - min(OTHER_FILES, hard // 2))
-        logger.warning("%d open files are allowed, enough for %d connections; see ulimit -n", hard, max_connections)
+        logger.warning("%d open files allow only %d connections; raise the limit with ulimit -n", hard, max_connections)
         wanted = hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
         set_limits(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -199,7 +199,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # or clients could write a line per broken form
     shared_folder = environment_variable(SHARED_FOLDER_VARIABLE)
     if settings.workers > 1 and shared_folder is None:
-        raise CommandError("--workers listen on sockets of their own: leave out --fd, or --workers")
+        raise CommandError("--workers and --fd exclude each other; leave out one of them")
     certificate = None
     if settings.tls_certificate is not None and settings.tls_key is not None:
         certificate = Certificate(settings.tls_certificate, settings.tls_key)
@@ -236,7 +236,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
             runtime, ready_first=settings.fd is not None, is_public=settings.admin_port is not None, beside=beside
         )
         for name in unknown_variables():
-            logger.warning("the environment variable %s is no setting of this server", name)
+            logger.warning("unknown environment variable %s", name)
         config = _configure(settings, app, http)
         scheme = "http" if certificate is None else "https"
         server = _Server(config, runtime.drain, scheme, has_page=settings.admin_port is None)
@@ -247,7 +247,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         logging.shutdown()
         os._exit(1)
     if failed.is_set():
-        raise CommandError("the model cannot run; the log says why")
+        raise CommandError("the model cannot run; see the log")
 
 
 def _configure(settings: Settings, app: Callable[..., Any], http: Callable[..., asyncio.Protocol]) -> uvicorn.Config:

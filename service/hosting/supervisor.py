@@ -153,7 +153,7 @@ class Supervisor:
         try:
             worker.process = self._start(worker.share, folder)
         except OSError as error:  # the others continue, and this start is retried
-            logger.error("no worker can be started: %s", error)
+            logger.error("failed to start a worker: %s", error)
 
     def _end(self, processes: Sequence[Process]) -> None:
         for process in processes:

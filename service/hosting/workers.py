@@ -43,7 +43,7 @@ def split_cpus(cpus: Collection[int], cores: float, workers: int, root: Path = P
     """
     usable = max(1, int(min(cores, len(cpus))))
     if workers > usable:
-        raise ValueError(f"{workers} workers need a core each, and there are {usable}")
+        raise ValueError(f"workers must be at most {usable}, the number of cores, not {workers}")
     if cores < len(cpus):
         return [set(cpus)] * workers
     in_order = sorted(cpus, key=lambda cpu: (_place(cpu, root), cpu))
@@ -96,7 +96,7 @@ def bind_exclusively(host: str, port: int, *, is_shared: bool = False) -> socket
             bind(host, port).close()
         return bind(host, port, is_shared=is_shared)
     except OSError as error:
-        raise CommandError(f"{host} port {port} cannot be listened on: {error.strerror}") from error
+        raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from error
 
 
 def write_heartbeat(folder: str, is_serving: bool) -> None:
@@ -104,7 +104,7 @@ def write_heartbeat(folder: str, is_serving: bool) -> None:
     try:
         heartbeat_file(folder, os.getpid()).write_text(SERVING if is_serving else PREPARING)
     except OSError as error:  # no reason to end a server
-        logger.warning("the supervisor cannot be told that all is well: %s", error)
+        logger.warning("failed to send a heartbeat to the supervisor: %s", error)
 
 
 def heartbeat_file(folder: str, pid: int) -> Path:

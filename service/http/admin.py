@@ -45,8 +45,8 @@ class TrialBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    share: float = Field(gt=0, le=1, description="of the requests")
-    seconds: float = Field(gt=0, le=86_400, description="for which")
+    share: float = Field(gt=0, le=1, description="fraction of the requests")
+    seconds: float = Field(gt=0, le=86_400, description="duration of the trial")
 
 
 class ModelBody(BaseModel):
@@ -54,15 +54,15 @@ class ModelBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    checkpoint: str = Field(min_length=1, description="a path, the name of one that ships, or hf-hub:owner/name")
+    checkpoint: str = Field(min_length=1, description="a path, the name of a bundled checkpoint, or hf-hub:owner/name")
     least_agreement: float = Field(
-        LEAST_AGREEMENT, ge=0, le=1, description="share of recent images on which it must say what the old one says"
+        LEAST_AGREEMENT, ge=0, le=1, description="minimum share of recent images on which both models must agree"
     )
     most_slowdown: float = Field(
-        MOST_SLOWDOWN, gt=0, allow_inf_nan=False, description="times the old one's latency, and cost, that it may take"
+        MOST_SLOWDOWN, gt=0, allow_inf_nan=False, description="maximum latency and cost, relative to the old model's"
     )
-    force: bool = Field(False, description="serve it even where it cannot be compared, or is found wanting")
-    shadow: TrialBody | None = Field(None, description="compare it on live images for a time, before it answers any")
+    force: bool = Field(False, description="serve it even if it cannot be compared or fails the comparison")
+    shadow: TrialBody | None = Field(None, description="compare it on live images before it answers any request")
     canary: TrialBody | None = Field(None, description="let it answer a share of the requests before it answers all")
 
     def change(self) -> ModelChange:
@@ -78,24 +78,24 @@ class ModelBody(BaseModel):
 class ChangeAnswer(BaseModel):
     """A change of the model, running or ended."""
 
-    checkpoint: str = Field(description="as it was asked for")
+    checkpoint: str = Field(description="as requested")
     began_at: datetime
-    step: ChangeStep = Field(description="that it is at, or ended in")
-    outcome: ChangeOutcome | None = Field(description="null while it goes on")
-    message: str | None = Field(description="why it is not done")
+    step: ChangeStep = Field(description="current step, or the one in which the change ended")
+    outcome: ChangeOutcome | None = Field(description="null while the change is running")
+    message: str | None = Field(description="reason for the outcome")
     name: str | None
     version: str | None
     num_compared: int = Field(description="images that both models have answered")
-    agreement: float | None = Field(description="share of them to which both gave the same name")
-    latency_ratio: float | None = Field(description="median of the new one's latency over the old one's")
-    seconds: float | None = Field(description="that it has taken")
+    agreement: float | None = Field(description="share of these images on which both models agree")
+    latency_ratio: float | None = Field(description="median of the new model's latency divided by the old model's")
+    seconds: float | None = Field(description="duration of the change; null while it is running")
 
 
 class AdminModelAnswer(BaseModel):
     """Answer to GET and PUT /admin/model."""
 
-    model: ModelAnswer = Field(description="what is served")
-    change: ChangeAnswer | None = Field(description="the one that goes on, or the last; null before the first")
+    model: ModelAnswer = Field(description="the served model")
+    change: ChangeAnswer | None = Field(description="the running change, or the last one; null before the first")
 
 
 def build_admin_router(context: RouteContext, changer: Changer) -> APIRouter:
@@ -104,10 +104,10 @@ def build_admin_router(context: RouteContext, changer: Changer) -> APIRouter:
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorAnswer, "description": description}
         for status, description in {
-            401: "the server asks for a key, and this is none",
-            403: "a page of another site asks, or one at a name that is not known to be the server's",
-            409: "another change goes on, or none may be asked for here",
-            422: "the body is unusable",
+            401: "missing or unknown API key",
+            403: "a page of another origin sent the request, or its Host header is not known to be the server's",
+            409: "another change is running, or changes are not allowed here",
+            422: "the body is invalid",
             503: "not ready yet, or stopping",
         }.items()
     }
@@ -128,7 +128,7 @@ def build_admin_router(context: RouteContext, changer: Changer) -> APIRouter:
         # DNS rebinding: a site can point its own name at this server, and its pages then pass for the server's own.
         hosts = context.allowed_hosts or ("localhost",)
         if "origin" in request.headers and not is_known_host(request.headers.get("host"), hosts):
-            raise ForeignOriginError("a page changes the model only where --allowed-hosts names the server it asks")
+            raise ForeignOriginError("a page may change the model only if --allowed-hosts lists the server's host name")
         context.open_server()
         body = await read_message(request, context.bodies, ModelBody)
         changer.ask(body.change())

@@ -163,7 +163,7 @@ async def read_upload(
     server = context.servers()[0]  # a swap may have replaced it; a stopping server still answers what it has read
     server.pipeline.check(wanted)
     if server.pipeline.time_left_s(wanted) <= 0:
-        raise UploadTimeoutError("the body did not arrive within its budget")
+        raise UploadTimeoutError("the body did not arrive within the latency budget")
     return Upload(server, tuple(_already_read(image, watch) for image in form.images), wanted)
 
 

@@ -49,7 +49,7 @@ class ClientWatch:
         if not self._tasks:
             self._end()
         if isinstance(error, asyncio.CancelledError) and self._is_gone and task and not task.uncancel():
-            raise ClientGoneError("the client left before its answer") from None
+            raise ClientGoneError("the client disconnected before the answer") from None
 
     def _end(self) -> None:
         if self._patience is not None:

@@ -100,7 +100,7 @@ class ErrorAnswers:
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
         message, allowed = error.detail, (error.headers or {}).get("Allow")
         if allowed is not None:
-            message = f"{request.url.path} takes {allowed}, not {request.method}"
+            message = f"{request.url.path} accepts {allowed}, not {request.method}"
         note_error(code)
         described, path = _described(error.status_code, code, message), request.scope["path"]
         accept = request.headers.get("accept", "")
@@ -154,7 +154,7 @@ def make_error_response(
 async def _on_bug(request: Request, error: Exception) -> Response:
     logger.error("%r", error)  # uvicorn logs the traceback
     headers = {HEADER: request.scope[KEY]} if KEY in request.scope else {}  # this answer bypasses RequestIds
-    described = _described(500, ServiceError.code, "the server failed; its log says why")
+    described = _described(500, ServiceError.code, "internal server error; see the server's log")
     path, accept = request.scope["path"], request.headers.get("accept", "")
     return make_error_response(500, described, headers, path=path, accept=accept)
 

@@ -27,15 +27,15 @@ TORCHSERVE_TYPES = {
 class InferError(BaseModel):
     """An error in the format of the Open Inference Protocol and of TensorFlow Serving."""
 
-    error: str = Field(description="a sentence for a person")
+    error: str = Field(description="human-readable message")
 
 
 class TorchServeError(BaseModel):
     """An error in TorchServe's format."""
 
-    code: int = Field(description="the status")
+    code: int = Field(description="HTTP status")
     type: str
-    message: str = Field(description="a sentence for a person")
+    message: str = Field(description="human-readable message")
 
 
 def describe_failures(shape: type[BaseModel]) -> dict[int | str, dict[str, Any]]:

@@ -53,7 +53,7 @@ class LiveFeed:
             OverloadedError: there are MAX_LISTENERS already; raised at once, not at the first event.
         """
         if self._listeners >= MAX_LISTENERS:
-            raise OverloadedError(f"{MAX_LISTENERS} listen already; try again later", "full", RETRY_AFTER_S)
+            raise OverloadedError(f"{MAX_LISTENERS} clients listen already; try again later", "full", RETRY_AFTER_S)
         return self._events()
 
     async def _events(self) -> AsyncIterator[bytes]:
@@ -99,7 +99,7 @@ class EventStream(StreamingResponse):
 def describe_events() -> dict[str, Any]:
     """Return the OpenAPI description of the stream."""
     return {
-        "description": "an event a second, whose data is JSON: those of the last minutes first",
+        "description": "one event a second, with JSON data; the events of the last minutes come first",
         "content": {EventStream.media_type: {"schema": {**_SAMPLE.json_schema(), "title": "MetricsSample"}}},
     }
 

@@ -32,7 +32,7 @@ def make_explain(context: RouteContext) -> Handle:
                 upload = await read_upload(context, request, watch)
                 server = upload.server
                 if len(upload.reads) > 1:
-                    raise InvalidParameterError("one image at a time is explained")
+                    raise InvalidParameterError("only one image per request can be explained")
 
                 async def read_and_enter(within_s: float) -> bytes:
                     nonlocal data

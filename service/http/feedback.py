@@ -18,23 +18,23 @@ class FeedbackBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     request_id: str = Field(min_length=1, description="X-Request-ID of the request that was answered")
-    image: int = Field(0, ge=0, description="which of its images, from 0, where it brought several")
-    label: str | None = Field(None, description="the class that it should have been, by name")
-    index: int | None = Field(None, ge=0, description="the same by number")
+    image: int = Field(0, ge=0, description="index of the image, from 0, if the request had several")
+    label: str | None = Field(None, description="name of the correct class")
+    index: int | None = Field(None, ge=0, description="index of the correct class")
 
     @model_validator(mode="after")
     def _one_class(self) -> "FeedbackBody":
         if (self.label is None) == (self.index is None):
-            raise ValueError("label or index: one of them is wanted")
+            raise ValueError("label or index: exactly one of them is required")
         return self
 
 
 class FeedbackAnswer(BaseModel):
     """Answer to POST /feedback."""
 
-    correct: bool = Field(description="whether the answer was right, if this is")
+    correct: bool = Field(description="whether the answer was correct, according to this feedback")
     counted: bool = Field(
-        description="whether it counts: the first that is said of an answer does, where an accuracy was to be expected"
+        description="whether the feedback counts: only the first on an answer with an expected accuracy does"
     )
 
 
@@ -67,7 +67,7 @@ def _check_class(body: FeedbackBody, class_names: Sequence[str]) -> None:
         InvalidParameterError: the model has no such class.
     """
     if body.label is None and (body.index is None or body.index >= len(class_names)):
-        message = f"index: the model that answered has {len(class_names)} classes, counted from 0"
+        message = f"index: the model that answered has {len(class_names)} classes, numbered from 0"
         raise InvalidParameterError(message, parameter="index")
     if body.label is not None and body.label not in class_names:
-        raise InvalidParameterError("label: the model that answered knows no class of that name", parameter="label")
+        raise InvalidParameterError("label: the model that answered has no such class", parameter="label")

@@ -55,7 +55,7 @@ class FormReader:
         self._image_fields = image_fields
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
-            raise InvalidImageError("the form is broken: its content type names no boundary")
+            raise InvalidImageError("invalid form: the content type has no boundary")
         try:
             self._parser = MultipartParser(
                 boundary,
@@ -70,7 +70,7 @@ class FormReader:
                 },
             )
         except FormParserError as error:
-            raise InvalidImageError("the form is broken: its boundary is too long") from error
+            raise InvalidImageError("invalid form: the boundary is too long") from error
         self._parts: list[_Part] = []
         self._headers: dict[str, str] = {}
         self._header_name, self._header_value = b"", b""
@@ -87,7 +87,7 @@ class FormReader:
         try:
             self._parser.write(data)
         except FormParserError as error:
-            raise InvalidImageError("the form is broken: its parts do not begin and end as its type says") from error
+            raise InvalidImageError("invalid form: its parts do not match the boundary in its content type") from error
 
     def close(self) -> Form:
         """Return the parsed form.
@@ -96,12 +96,12 @@ class FormReader:
             InvalidImageError: the form has no end, no image, or images under several names.
         """
         if not self._has_ended:
-            raise InvalidImageError("the form was cut off before its end")
+            raise InvalidImageError("the form is truncated")
         images, field = [part for part in self._parts if part.is_image], self._image_fields[0]
         if not images:
-            raise InvalidImageError(f"the form has no image; send it as its field {field!r}")
+            raise InvalidImageError(f"the form has no image; send it as the field {field!r}")
         if len({part.name for part in images}) > 1:
-            raise InvalidImageError(f"the form has images under several names; send all of them as {field!r}")
+            raise InvalidImageError(f"the form has images in fields of different names; send all of them as {field!r}")
         fields = tuple((part.name, _text(part)) for part in self._parts if not part.is_image)
         return Form(tuple(bytes(part.data) for part in images), fields)
 
@@ -136,7 +136,7 @@ class FormReader:
         part = self._parts[-1]
         part.data += memoryview(data)[start:end]
         if not part.is_image and len(part.data) > MAX_FIELD_BYTES:
-            raise InvalidParameterError(f"{part.name}: longer than {MAX_FIELD_BYTES} bytes", parameter=part.name)
+            raise InvalidParameterError(f"{part.name}: must have at most {MAX_FIELD_BYTES} bytes", parameter=part.name)
 
     def _end(self) -> None:
         self._has_ended = True
@@ -146,4 +146,4 @@ def _text(part: _Part) -> str:
     try:
         return part.data.decode()
     except UnicodeDecodeError as error:
-        raise InvalidParameterError(f"{part.name}: no text", parameter=part.name) from error
+        raise InvalidParameterError(f"{part.name}: must be UTF-8 text", parameter=part.name) from error

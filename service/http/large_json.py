@@ -53,7 +53,7 @@ async def take_numbers(text: bytes, names: tuple[str, ...]) -> tuple[bytes, list
         start = end.end()
     rest = b"".join((*kept, text[start:]))
     if sum(map(rest.count, (b",", b"[", b"{"))) > MAX_MEMBERS:
-        message = f"the JSON is large and holds more than {MAX_MEMBERS} members beside lists of numbers"
+        message = f"a large JSON body may have at most {MAX_MEMBERS} members besides lists of numbers"
         raise InvalidParameterError(message)  # millions would fill the memory
     return rest, taken
 
@@ -73,7 +73,7 @@ async def _parse_numbers(text: bytes, start: int, end: int) -> npt.NDArray[np.fl
         try:
             pieces.append(np.array(from_json(b"[%b]" % piece, allow_inf_nan=False), np.float64))
         except (ValueError, TypeError, OverflowError) as error:
-            raise InvalidParameterError("numbers are wanted, as JSON has them") from error
+            raise InvalidParameterError("tensor data must be valid JSON numbers") from error
         start = stop + 1
         await asyncio.sleep(0)
     return np.concatenate(pieces) if pieces else np.empty(0)

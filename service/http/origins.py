@@ -49,9 +49,9 @@ class OriginPolicy:
             elif name == b"origin":
                 origin = value.decode("latin-1")
         if self._hosts is not None and not is_known_host(host, self._hosts):
-            raise UnknownHostError("the host that the request is addressed to is none of this server's")
+            raise UnknownHostError("unknown host in the Host header; allow it with --allowed-hosts")
         if origin is not None and scope["method"] not in SAFE_METHODS and not self._is_welcome(origin, host):
-            raise ForeignOriginError("a page of another site sent this; --cors-origins says which of them may")
+            raise ForeignOriginError("a page of another origin sent this request; allow it with --cors-origins")
 
     def _is_welcome(self, origin: str, host: str | None) -> bool:
         # The scheme is not compared: a proxy may terminate TLS.

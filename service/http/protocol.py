@@ -86,7 +86,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._all.admit(self, self.client[0] if self.client else None, opened.fileno()):
             self._start_timeout(HEAD_S)
         else:
-            self._log.warning("a connection was refused: there are too many; see --max-connections and ulimit -n")
+            self._log.warning("a connection was refused: too many are open; see --max-connections and ulimit -n")
             transport.write(UNAVAILABLE)
             self._close()
 
@@ -103,7 +103,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def evict(self) -> None:
         """Close the connection to make room for a new one."""
-        self._log.warning("a connection that waited was closed for a new one; see --max-connections")
+        self._log.warning("a waiting connection was closed to admit a new one; see --max-connections")
         self._close()
 
     def data_received(self, data: bytes) -> None:
@@ -250,7 +250,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, message: str) -> None:
         self._observe("bad_request")
-        self._log.warning("a request was refused that is no HTTP")
+        self._log.warning("an invalid HTTP request was refused")
         self.send_400_response(message)
         self._close()
 

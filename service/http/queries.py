@@ -58,7 +58,7 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise InvalidParameterError(f"{name}: it is given twice", parameter=name)
+            raise InvalidParameterError(f"{name}: must be given only once", parameter=name)
         values[name] = value
     return values
 

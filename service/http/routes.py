@@ -46,8 +46,8 @@ CLASSIFY_PATH = "/classify"
 BYTES: Schema = {"type": "string", "format": "binary"}
 MANY: Schema = {"type": "array", "items": BYTES, "minItems": 1, "maxItems": MAX_IMAGES}
 SERVER_TIMING = {"description": "the times of timing_ms, in milliseconds", "schema": {"type": "string"}}
-REQUEST_ID = {"description": "the request's own, or one that was made for it", "schema": {"type": "string"}}
-RETRY_AFTER = {"Retry-After": {"description": "seconds to wait before the next try", "schema": {"type": "integer"}}}
+REQUEST_ID = {"description": "the request's own ID, or a generated one", "schema": {"type": "string"}}
+RETRY_AFTER = {"Retry-After": {"description": "seconds to wait before a retry", "schema": {"type": "integer"}}}
 
 
 def _failing(description: str, headers: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -58,21 +58,21 @@ def _failing(description: str, headers: dict[str, Any] | None = None) -> dict[st
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"headers": {"Server-Timing": SERVER_TIMING, HEADER: REQUEST_ID}},
-    401: _failing("the server asks for a key, and this is none"),
-    403: _failing("a page of another site asks"),
+    401: _failing("missing or unknown API key"),
+    403: _failing("a page of another origin sent the request"),
     408: _failing("the body did not arrive in time"),
     413: _failing("the body or the image is too large"),
-    415: _failing("the content type is no image, or the encoding is not undone"),
-    421: _failing("it is addressed to a host that is not the server's"),
-    422: _failing("a parameter, the budget or the image is unusable"),
-    429: _failing("it could not be answered in time, or too much waits", RETRY_AFTER),
+    415: _failing("unsupported content type or content encoding"),
+    421: _failing("the Host header does not name this server"),
+    422: _failing("a parameter, the budget or the image is invalid"),
+    429: _failing("the request cannot be answered in time, or too many are waiting", RETRY_AFTER),
     500: _failing("the model failed"),
     503: _failing("not ready yet, or stopping", RETRY_AFTER),
     504: _failing("admitted, but the deadline can no longer be met"),
 }
 EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {200: describe_events(), 429: RESPONSES[429]}
 FEEDBACK_RESPONSES: dict[int | str, dict[str, Any]] = {
-    404: _failing("no answer to such a request is remembered"),
+    404: _failing("no answer with this request ID is remembered"),
     **{status: RESPONSES[status] for status in (401, 403, 408, 413, 421, 422)},
 }
 DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 422, 429, 503)}
@@ -80,8 +80,8 @@ DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] f
 
 def describe_body(parameters: Mapping[str, Schema]) -> Schema:
     """Return the OpenAPI description of POST /classify's body, which may hold the parameters instead of the query."""
-    form: Schema = {IMAGE_FIELD: {"description": "an image, or several", "anyOf": [BYTES, MANY]}, **parameters}
-    members: Schema = {"image": {"type": "string", "description": "base64 of an image's file, or a data URL of it"}}
+    form: Schema = {IMAGE_FIELD: {"description": "one image or several", "anyOf": [BYTES, MANY]}, **parameters}
+    members: Schema = {"image": {"type": "string", "description": "an image file as base64 or as a data URL"}}
     members |= {name: nullable(schema) for name, schema in parameters.items()}
     return {
         "required": True,
@@ -164,7 +164,7 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
         """Return 200 once the model has answered its first batch, while requests are taken and do not all fail."""
         server = context.open_server()
         if context.failures.is_persistent:
-            raise NotReadyError("every request fails of late for reasons of the server's own; its log says which")
+            raise NotReadyError("every recent request failed inside the server; see its log")
         return ReadyAnswer(status="ready", profile_measured=round(server.measured_share(), 3))
 
     return router

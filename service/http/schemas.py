@@ -14,8 +14,8 @@ class ErrorDetail(BaseModel):
     """An error: its code, a message and details."""
 
     code: str = Field(description="machine-readable, stable")
-    message: str = Field(description="a sentence for a person")
-    details: dict[str, Any] = Field(description="values that a program may want")
+    message: str = Field(description="human-readable message")
+    details: dict[str, Any] = Field(description="values for programs")
 
 
 class ErrorBody(BaseModel):
@@ -27,10 +27,10 @@ class ErrorBody(BaseModel):
 class ErrorAnswer(ErrorBody):
     """An error: a problem of RFC 9457 with the additional member `error`."""
 
-    type: str = Field(description="urn:supervit:error: and the code")
+    type: str = Field(description="urn:supervit:error: followed by the code")
     title: str = Field(description="the code in words")
-    status: int = Field(description="of HTTP; of one of several images, what it alone would have been answered with")
-    detail: str = Field(description="a sentence for a person, the message of `error`")
+    status: int = Field(description="HTTP status; for one of several images, the status that it alone would have got")
+    detail: str = Field(description="the message of `error`")
 
 
 class PredictionAnswer(BaseModel):
@@ -49,15 +49,15 @@ class SubNetworkAnswer(BaseModel):
     keep_rate: float = Field(description="fraction of tokens kept at each prune block")
     num_tokens: int = Field(description="tokens that enter the first block, class token included")
     gflops: float = Field(description="cost of one image, in 1e9 multiply-accumulates")
-    expected_accuracy: float | None = Field(description="top-1, 0..1; null where not measured")
+    expected_accuracy: float | None = Field(description="top-1, 0..1; null if not measured")
 
 
 class DecisionAnswer(BaseModel):
     """The scheduler's decision and the reason for it."""
 
     reason: str
-    batch_size: int = Field(description="images that ran together")
-    predicted_inference_ms: float = Field(description="what the batch was expected to take in the engine")
+    batch_size: int = Field(description="images in the batch")
+    predicted_inference_ms: float = Field(description="predicted time of the batch in the engine")
 
 
 class LookAnswer(BaseModel):
@@ -65,9 +65,9 @@ class LookAnswer(BaseModel):
 
     patch_grid: int
     keep_rate: float
-    gflops: float = Field(description="its cost, in 1e9 multiply-accumulates")
-    confidence: float = Field(description="probability that it gave to its answer, 0..1, calibrated")
-    inference_ms: float = Field(description="its batch in the engine")
+    gflops: float = Field(description="cost of this look, in 1e9 multiply-accumulates")
+    confidence: float = Field(description="calibrated probability of its answer, 0..1")
+    inference_ms: float = Field(description="time of its batch in the engine")
 
 
 class PlannedLookAnswer(BaseModel):
@@ -75,17 +75,17 @@ class PlannedLookAnswer(BaseModel):
 
     patch_grid: int
     keep_rate: float
-    gflops: float = Field(description="its cost, in 1e9 multiply-accumulates")
-    threshold: float = Field(description="probability of the first answer, 0..1, under which it follows")
-    share: float = Field(description="fraction of images, 0..1, that it followed for where it was measured")
+    gflops: float = Field(description="cost of this look, in 1e9 multiply-accumulates")
+    threshold: float = Field(description="it follows if the probability of the first answer, 0..1, is below this")
+    share: float = Field(description="measured fraction of images, 0..1, that needed it")
 
 
 class TimingAnswer(BaseModel):
     """Time of each stage in milliseconds; `total` runs from arrival to the finished answer."""
 
-    decode_wait: float = Field(description="for a thread that decodes")
+    decode_wait: float = Field(description="wait for a decoding thread")
     decode: float
-    queue: float = Field(description="for the engine")
+    queue: float = Field(description="wait for the engine")
     inference: float
     total: float
 
@@ -101,33 +101,35 @@ class ClassifyAnswer(BaseModel):
     """Answer to POST /classify."""
 
     predictions: list[PredictionAnswer]
-    subnetwork: SubNetworkAnswer = Field(description="that gave the answer")
-    looks: list[LookAnswer] = Field(description="at the image; another follows where one was not sure enough")
+    subnetwork: SubNetworkAnswer = Field(description="the sub-network that gave the answer")
+    looks: list[LookAnswer] = Field(description="looks at the image; another follows if one was not confident enough")
     stopped: LookCode = Field(description="why no other look followed")
-    gflops: float = Field(description="what all looks cost, in 1e9 multiply-accumulates")
+    gflops: float = Field(description="cost of all looks, in 1e9 multiply-accumulates")
     decision: DecisionAnswer
     timing_ms: TimingAnswer
-    budget_ms: float = Field(description="time that was granted")
-    deadline_met: bool = Field(description="whether the answer was finished within it")
+    budget_ms: float = Field(description="latency budget that was granted")
+    deadline_met: bool = Field(description="whether the answer was ready within the latency budget")
     model: ModelAnswer
 
 
 class PruningAnswer(BaseModel):
     """The patches that one pruning block kept."""
 
-    block: int = Field(description="its index, from 0")
-    kept: list[int] = Field(description="numbers of the patches that it kept, row by row from 0, ascending")
-    scores: list[float] = Field(description="of each of them: the attention that the class token paid to it, 0..1")
-    keeps_fused: bool = Field(description="whether it also kept the sum of those pruned before; some models have one")
+    block: int = Field(description="index of the block, from 0")
+    kept: list[int] = Field(description="indices of the kept patches, row by row from 0, ascending")
+    scores: list[float] = Field(description="attention of the class token to each kept patch, 0..1")
+    keeps_fused: bool = Field(
+        description="whether it also kept the fused token, which some models have, of patches pruned before"
+    )
 
 
 class ExplanationAnswer(BaseModel):
     """The patches that the sub-network kept at each pruning block."""
 
     seen_share: float = Field(
-        description="side of the square in the middle of the image that the model sees, over the image's shorter side"
+        description="side of the central square that the model sees, as a fraction of the image's shorter side"
     )
-    prunings: list[PruningAnswer] = Field(description="of each block that prunes; none at a keep rate of 1")
+    prunings: list[PruningAnswer] = Field(description="one per pruning block; empty at a keep rate of 1")
 
 
 class ExplainAnswer(ClassifyAnswer):
@@ -152,9 +154,9 @@ class DecideAnswer(BaseModel):
     """Answer to POST /decide."""
 
     subnetwork: SubNetworkAnswer
-    second_look: PlannedLookAnswer | None = Field(description="null where one look is all that is planned")
+    second_look: PlannedLookAnswer | None = Field(description="null if only one look is planned")
     decision: DecisionAnswer
-    answered_in_ms: float = Field(description="until the answer, upload left out")
+    answered_in_ms: float = Field(description="predicted time until the answer, without the upload")
 
 
 class SubNetworkRow(SubNetworkAnswer):
@@ -162,10 +164,10 @@ class SubNetworkRow(SubNetworkAnswer):
 
     expected_top5_accuracy: float | None
     is_trained: bool = Field(description="whether the weights were trained at this keep rate")
-    is_interpolated: bool = Field(description="whether the accuracy lies between two measured ones")
+    is_interpolated: bool = Field(description="whether the accuracy is interpolated between two measured ones")
     temperature: float = Field(description="logits are divided by temperature * H ** entropy_exponent for the softmax")
     entropy_exponent: float = Field(description="0..1; H is the entropy of softmax(logits) over log(classes), 1e-6..1")
-    calibration_error: float | None = Field(description="expected, 0..1, as measured; null where not measured")
+    calibration_error: float | None = Field(description="expected calibration error, 0..1; null if not measured")
     on_frontier: bool = Field(description="whether no cheaper sub-network is as accurate; others run only by name")
     latency_ms: dict[int, float] = Field(description="profiled latency on this machine by batch size")
 
@@ -175,10 +177,10 @@ class CascadeRow(BaseModel):
 
     first: SubNetworkAnswer
     second: SubNetworkAnswer
-    threshold: float = Field(description="probability of the first answer, 0..1, under which the second looks")
-    share: float = Field(description="fraction of images, 0..1, that were looked at again where it was measured")
+    threshold: float = Field(description="the second runs if the probability of the first answer, 0..1, is below this")
+    share: float = Field(description="measured fraction of images, 0..1, that needed the second")
     gflops: float = Field(description="expected cost, in 1e9 multiply-accumulates")
-    most_gflops: float = Field(description="cost of both looks; budget_gflops is held against it")
+    most_gflops: float = Field(description="cost of both looks, which budget_gflops must cover")
     expected_accuracy: float = Field(description="top-1, 0..1")
 
 
@@ -191,22 +193,24 @@ class SubNetworksAnswer(BaseModel):
     engine: str
     profiled_at: str = Field(description="when the latencies were measured")
     subnetworks: list[SubNetworkRow] = Field(description="cheapest first")
-    cascades: list[CascadeRow] = Field(description="that the policy chooses from, cheapest first")
+    cascades: list[CascadeRow] = Field(description="the cascades that the policy chooses from, cheapest first")
 
 
 class ResourcesAnswer(BaseModel):
     """Answer to GET /resources: the machine, the traffic and the scheduler's estimates."""
 
-    snapshot: dict[str, Any] = Field(description="the latest look at the machine; null where it does not say")
-    age_s: float = Field(description="since that look")
-    queued: int = Field(description="requests that wait for the engine")
-    arrival_rate: float = Field(description="requests per second, of late")
-    slowdown: float = Field(description="latency now over the profile's")
-    expected_from_others: float = Field(description="slowdown that the others' load alone would let expect")
-    overhead_factor: float = Field(description="time that the engine is taken for a batch over the batch's own")
-    safety_factor: float = Field(description="factor on the times of all but the cheapest, for requests missed of late")
-    max_batch_size: int = Field(description="most that may run together now")
-    next_without_budget: DecideAnswer | None = Field(description="what a request would get; null if it were rejected")
+    snapshot: dict[str, Any] = Field(description="latest measurements of the machine; null if not available")
+    age_s: float = Field(description="age of the snapshot")
+    queued: int = Field(description="requests waiting for the engine")
+    arrival_rate: float = Field(description="recent requests per second")
+    slowdown: float = Field(description="current latency divided by the profile's")
+    expected_from_others: float = Field(description="slowdown expected from the load of other processes alone")
+    overhead_factor: float = Field(description="time that a batch occupies the engine, divided by the batch's own time")
+    safety_factor: float = Field(description="factor on the times of all but the cheapest; grows with missed requests")
+    max_batch_size: int = Field(description="largest batch that may run now")
+    next_without_budget: DecideAnswer | None = Field(
+        description="what a request without budgets would get; null if it would be rejected"
+    )
 
 
 class HealthAnswer(BaseModel):
@@ -219,5 +223,5 @@ class ReadyAnswer(HealthAnswer):
     """Answer to the readiness check."""
 
     profile_measured: float = Field(
-        description="how much of the latencies in use is measured on this machine, 0..1; the rest is estimated"
+        description="share of the latencies in use that is measured on this machine, 0..1; the rest is estimated"
     )

@@ -33,7 +33,7 @@ def make_predict(context: RouteContext, protocol: InferenceProtocol) -> Handle:
             protocol.require_model(names.get("name", context.checkpoint.name), names.get("version", ""))
             upload = await read_upload(context, request, watch, IMAGE_FIELDS)
             if len(upload.reads) > 1:
-                raise InvalidParameterError("one image at a time is classified here")
+                raise InvalidParameterError("only one image per request is supported on this route")
         except ServiceError:
             with counted(context.metrics, key_of(request.scope)):
                 raise

@@ -69,7 +69,7 @@ def kind_of_body(headers: Headers) -> BodyKind:
     """
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", ""):
-        raise UnsupportedMediaError(f"the content encoding {encoding} is not undone here; send the body as it is")
+        raise UnsupportedMediaError(f"the content encoding {encoding} is not supported; send the body uncompressed")
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
         return BodyKind.FORM
@@ -77,7 +77,7 @@ def kind_of_body(headers: Headers) -> BodyKind:
         return BodyKind.JSON
     if not media_type.startswith("image/") and media_type not in UNTYPED:
         accepted = "image/*, multipart/form-data or application/json"
-        raise UnsupportedMediaError(f"the content type {media_type} is no image; send {accepted}")
+        raise UnsupportedMediaError(f"the content type {media_type} is not supported; use {accepted}")
     return BodyKind.IMAGE
 
 
@@ -109,10 +109,10 @@ async def read_json(request: Request, limits: BodyLimits, within_s: float = math
     members = _members(await read_body(request, limits, within_s))
     text = members.pop("image", None)
     if not isinstance(text, str):
-        raise InvalidParameterError("image: base64 or a data URL is wanted", parameter="image")
+        raise InvalidParameterError("image: must be base64 or a data URL", parameter="image")
     for name, value in members.items():
         if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise InvalidParameterError(f"{name}: a number is wanted", parameter=name)
+            raise InvalidParameterError(f"{name}: must be a number", parameter=name)
     fields = tuple((name, value) for name, value in members.items() if value is not None)
     return Form((await decode_base64(text),), fields)
 
@@ -179,13 +179,13 @@ async def _receive(
     except TimeoutError as error:
         ended_at = limit.when() or 0.0
         if ended_at < ends_at:
-            raise UploadTimeoutError(f"the body came slower than {MIN_BYTES_PER_S} bytes a second") from error
+            raise UploadTimeoutError(f"the upload was slower than {MIN_BYTES_PER_S} bytes a second") from error
         if within_s < max_s and loop.time() - ended_at > late_s:
-            raise DeadlineError("the deadline passed before the server looked at the body") from error
-        allowed = "its budget" if within_s < max_s else f"{max_s:g} s"
+            raise DeadlineError("the deadline passed before the server read the body") from error
+        allowed = "the latency budget" if within_s < max_s else f"{max_s:g} s"
         raise UploadTimeoutError(f"the body did not arrive within {allowed}") from error
     except ClientDisconnect as error:
-        raise ClientGoneError("the client left in the middle of its upload") from error
+        raise ClientGoneError("the client disconnected during the upload") from error
 
 
 def _declares_more(headers: Mapping[str, str], max_bytes: int) -> bool:
@@ -205,7 +205,7 @@ def _members(body: bytes) -> dict[str, Any]:
     try:
         members = from_json(body, allow_inf_nan=False) if is_small else None
     except ValueError as error:
-        raise InvalidParameterError("the body is no JSON") from error
+        raise InvalidParameterError("the body is not valid JSON") from error
     if not isinstance(members, dict):
-        raise InvalidParameterError("the body is no JSON object with an image and its parameters")
+        raise InvalidParameterError("the body must be a JSON object with an image and its parameters")
     return members

@@ -26,8 +26,10 @@ SIGNATURE = "serving_default"
 class PredictBody(BaseModel):
     """Body of POST /v1/models/{name}:predict."""
 
-    instances: list[Any] | None = Field(None, description="images, each an answer's row: base64, or as b64 or pixels")
-    inputs: Any = Field(None, description=f"the same in columns, alone or as {INPUT}")
+    instances: list[Any] | None = Field(
+        None, description="images, one per row of the answer: base64, `b64` objects or pixels"
+    )
+    inputs: Any = Field(None, description=f"the same in columnar format, alone or as {INPUT}")
 
 
 def make_v1_predict(context: RouteContext, protocol: InferenceProtocol) -> Handle:
@@ -119,7 +121,7 @@ def _tensor(body: PredictBody, numbers: list[Values], side: int) -> InputTensor:
         values = [values]
     images = [_unwrapped(value) for value in values]
     if not images or None in images or images.count([]) != len(numbers):
-        raise InvalidTensorError(f"{INPUT}: images are wanted, as instances or inputs")
+        raise InvalidTensorError(f"{INPUT}: instances or inputs must hold images")
     if isinstance(images[0], str):
         return InputTensor(INPUT, "BYTES", (len(images),), images)
     if numbers:

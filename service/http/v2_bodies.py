@@ -34,8 +34,8 @@ class TensorBody(BaseModel):
     name: str
     datatype: str = Field(description="BYTES, UINT8 or FP32")
     shape: list[int]
-    parameters: dict[str, Any] | None = Field(None, description=f"{SIZE}: bytes of it behind the JSON")
-    data: list[Any] | None = Field(None, description="its values, flat or nested; of BYTES base64")
+    parameters: dict[str, Any] | None = Field(None, description=f"{SIZE}: bytes of the tensor after the JSON")
+    data: list[Any] | None = Field(None, description="values, flat or nested; base64 for BYTES")
 
 
 class OutputBody(BaseModel):
@@ -52,12 +52,12 @@ class InferBody(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    id: str | None = Field(None, description="comes back with the answer")
+    id: str | None = Field(None, description="returned with the answer")
     parameters: dict[str, Any] | None = Field(
-        None, description=f"as the query's; timeout in microseconds; {ALL_BINARY}"
+        None, description=f"those of the query; timeout in microseconds; {ALL_BINARY}"
     )
-    inputs: list[TensorBody] = Field(description=f"one, {INPUT}")
-    outputs: list[OutputBody] | None = Field(None, description="all where none is named")
+    inputs: list[TensorBody] = Field(description=f"exactly one, named {INPUT}")
+    outputs: list[OutputBody] | None = Field(None, description="all outputs if none is named")
 
 
 def undo_encoding(body: bytes, encoding: str, max_bytes: int) -> bytes:
@@ -76,16 +76,16 @@ def undo_encoding(body: bytes, encoding: str, max_bytes: int) -> bytes:
     if encoding in ("", "identity"):
         return body
     if encoding not in WINDOW_BITS:
-        raise UnsupportedMediaError(f"the content encoding {encoding} is not undone here; send gzip, deflate or none")
+        raise UnsupportedMediaError(f"the content encoding {encoding} is not supported; use gzip, deflate or none")
     inflating = zlib.decompressobj(WINDOW_BITS[encoding])
     try:
         undone = inflating.decompress(body, max_bytes + 1)
     except zlib.error as error:
-        raise InvalidTensorError(f"the body is not encoded with {encoding}, as its header says") from error
+        raise InvalidTensorError(f"the body is not valid {encoding}") from error
     if len(undone) > max_bytes:
-        raise BodyTooLargeError(f"the body is longer than {max_bytes} bytes once decoded", max_body_bytes=max_bytes)
+        raise BodyTooLargeError(f"the decoded body is longer than {max_bytes} bytes", max_body_bytes=max_bytes)
     if not inflating.eof:
-        raise InvalidTensorError(f"the body was cut off: its {encoding} has no end")
+        raise InvalidTensorError(f"the body is truncated: its {encoding} stream has no end")
     if inflating.unused_data:
         raise InvalidTensorError(f"{len(inflating.unused_data)} bytes follow the end of the body's {encoding}")
     return undone
@@ -114,15 +114,15 @@ async def read_request(body: bytes, json_length: str | None, model_name: str, mo
         size = (tensor.parameters or {}).get(SIZE)
         if size is not None:
             if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(body) - start:
-                raise InvalidTensorError(f"{tensor.name}: {SIZE} is not the number of bytes that are left of it")
+                raise InvalidTensorError(f"{tensor.name}: {SIZE} must be 0 to the number of bytes left in the body")
             inputs.append(_input(tensor, rest[start : start + size]))
             start += size
         elif tensor.data is not None:
             inputs.append(_input(tensor, numbers.pop(0) if numbers and not tensor.data else tensor.data))
         else:
-            raise InvalidTensorError(f"{tensor.name}: it has neither data nor {SIZE}")
+            raise InvalidTensorError(f"{tensor.name}: must have data or {SIZE}")
     if numbers:
-        raise InvalidParameterError("there are numbers as `data` elsewhere than in the inputs")
+        raise InvalidParameterError("numbers are allowed as `data` only in the inputs")
     if start < len(body):
         raise InvalidTensorError(f"{len(body) - start} bytes follow the tensors of the request")
     outputs = tuple(RequestedOutput(output.name, output.parameters or {}) for output in parsed.outputs or ())
@@ -145,7 +145,7 @@ def _json_length(header: str | None, body_bytes: int) -> int:
         return body_bytes
     is_number = header.isascii() and header.isdigit() and len(header) <= MAX_DIGITS
     if not is_number or int(header) > body_bytes:
-        raise InvalidParameterError(f"{JSON_LENGTH_HEADER}: it is not the length of the JSON that begins the body")
+        raise InvalidParameterError(f"{JSON_LENGTH_HEADER}: must be the length of the JSON at the start of the body")
     return int(header)
 
 

@@ -38,21 +38,23 @@ def images_of(tensor: InputTensor, side: int) -> list[InputImage]:
         InvalidTensorError: the tensor has another name, form or length, or too many images.
     """
     if tensor.name != INPUT:
-        raise InvalidTensorError(f"{tensor.name}: there is no input of that name; the model's is {INPUT}")
+        raise InvalidTensorError(f"{tensor.name}: unknown input; the model's input is {INPUT}")
     if unknown := next((name for name in tensor.parameters if name.startswith("shared_memory")), None):
         raise InvalidTensorError(f"{INPUT}: {unknown}: shared memory is not supported")
     number, elements = tensor.shape[0] if tensor.shape else 0, num_elements(tensor)
     if number > MAX_IMAGES:
-        raise InvalidTensorError(f"{INPUT}: {number} images; a request may hold {MAX_IMAGES}")
+        raise InvalidTensorError(f"{INPUT}: a request may have at most {MAX_IMAGES} images, not {number}")
     if tensor.datatype == "BYTES":
         if elements != number:
-            raise InvalidTensorError(f"{INPUT}: a shape of (N) or (N, 1) is wanted for BYTES, not {tensor.shape}")
+            raise InvalidTensorError(f"{INPUT}: the shape for BYTES must be (N) or (N, 1), not {tensor.shape}")
         return list(_files(tensor, number))
     if tensor.datatype not in RAW_TYPES:
-        raise InvalidTensorError(f"{INPUT}: the datatype {tensor.datatype} is none of BYTES, {', '.join(RAW_TYPES)}")
+        raise InvalidTensorError(
+            f"{INPUT}: the datatype {tensor.datatype} is not supported; choose from BYTES, {', '.join(RAW_TYPES)}"
+        )
     if tensor.shape[1:] != (CHANNELS, side, side):
         wanted = f"(N, {CHANNELS}, {side}, {side})"
-        raise InvalidTensorError(f"{INPUT}: a shape of {wanted} is wanted for {tensor.datatype}, not {tensor.shape}")
+        raise InvalidTensorError(f"{INPUT}: the shape for {tensor.datatype} must be {wanted}, not {tensor.shape}")
     if isinstance(tensor.contents, bytes | memoryview):
         return _raw_images(tensor.contents, tensor.datatype, number, side)
     return _listed_images(tensor.contents, tensor.datatype, number, side)
@@ -62,12 +64,12 @@ def _files(tensor: InputTensor, number: int) -> Sequence[bytes | str]:
     if isinstance(tensor.contents, bytes | memoryview):
         return split_elements(INPUT, tensor.contents, number)
     if (given := len(tensor.contents)) != number:
-        raise InvalidTensorError(f"{INPUT}: the shape announces {number} elements, and {given} are there")
+        raise InvalidTensorError(f"{INPUT}: the shape has {number} elements, but the data has {given}")
     # Nested lists of shape (N, 1) are flattened.
     elements = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in tensor.contents]
     files = [element for element in elements if isinstance(element, bytes | str)]
     if len(files) != number:
-        raise InvalidTensorError(f"{INPUT}: an element of BYTES is a text with base64")
+        raise InvalidTensorError(f"{INPUT}: elements of BYTES must be base64 strings")
     return files
 
 
@@ -75,7 +77,7 @@ def _raw_images(raw: bytes | memoryview, datatype: str, number: int, side: int) 
     dtype, values = RAW_TYPES[datatype], CHANNELS * side * side
     wanted = number * values * dtype.itemsize
     if len(raw) != wanted:
-        raise InvalidTensorError(f"{INPUT}: {wanted} bytes of {datatype} are wanted, and {len(raw)} are there")
+        raise InvalidTensorError(f"{INPUT}: the data must have {wanted} bytes of {datatype}, not {len(raw)}")
     pixels = np.frombuffer(raw, dtype).reshape(number, CHANNELS, side, side)
     return [_opened(datatype, RAW_NS * values, partial(to_uint8, image)) for image in pixels]
 
@@ -87,7 +89,7 @@ def _listed_images(values: Values, datatype: str, number: int, side: int) -> lis
     elif len(values) == number:
         images = values
     else:
-        raise InvalidTensorError(f"{INPUT}: {number * each} values are wanted, and {len(values)} are there")
+        raise InvalidTensorError(f"{INPUT}: the data must have {number * each} values, not {len(values)}")
     return [_opened(datatype, VALUES_NS * each, partial(_from_list, image, datatype, side)) for image in images]
 
 
@@ -98,19 +100,19 @@ def _opened(datatype: str, cost_ns: float, decode: "partial[Tensor]") -> OpenedI
 def _from_list(values: object, datatype: str, side: int) -> Tensor:
     wanted = CHANNELS * side * side
     if _holds_text(values):  # NumPy would read "0.5" as a number
-        raise InvalidTensorError(f"{INPUT}: numbers are wanted for {datatype}, and there are texts")
+        raise InvalidTensorError(f"{INPUT}: values of {datatype} must be numbers, not strings")
     try:
         # At once to numbers: from strings, NumPy would make an array whose every element is as long as the longest.
         pixels = np.asarray(values, np.float64)
     except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidTensorError(f"{INPUT}: numbers are wanted for {datatype}, in lists of equal lengths") from error
+        raise InvalidTensorError(f"{INPUT}: values of {datatype} must be numbers in lists of equal lengths") from error
     if pixels.size != wanted:
-        raise InvalidTensorError(f"{INPUT}: {wanted} values an image are wanted, and {pixels.size} are there")
+        raise InvalidTensorError(f"{INPUT}: an image must have {wanted} values, not {pixels.size}")
     if datatype == "FP32":
         return to_uint8(pixels.astype(np.float32).reshape(CHANNELS, side, side))
     converted = np.clip(np.nan_to_num(pixels), 0, 255).astype(np.uint8)
     if (converted != pixels).any():
-        raise InvalidTensorError(f"{INPUT}: values of UINT8 are whole numbers from 0 to 255")
+        raise InvalidTensorError(f"{INPUT}: values of UINT8 must be integers from 0 to 255")
     return to_uint8(converted.reshape(CHANNELS, side, side))
 
 
@@ -135,7 +137,7 @@ def to_uint8(pixels: Pixels) -> Tensor:
     lowest, highest = float(pixels.min()), float(pixels.max())
     if not (lowest >= 0 and highest <= 1):  # in this form, NaN fails as well
         raise InvalidTensorError(
-            f"{INPUT}: values of FP32 are pixels scaled to 0..1, and normalised by the server; these are from "
+            f"{INPUT}: values of FP32 must be pixels scaled to 0..1 (normalised by the server), not "
             f"{lowest:.4g} to {highest:.4g}"
         )
     return torch.from_numpy(np.rint(pixels * np.float32(255)).astype(np.uint8))

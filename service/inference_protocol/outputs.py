@@ -35,7 +35,7 @@ def wanted_outputs(requested: Sequence[RequestedOutput], num_classes: int) -> tu
     names = [output.name for output in requested]
     for name in names:
         if name not in OUTPUTS:
-            raise InvalidTensorError(f"{name}: there is no output of that name; the model has {', '.join(OUTPUTS)}")
+            raise InvalidTensorError(f"{name}: unknown output; choose from {', '.join(OUTPUTS)}")
         if names.count(name) > 1:
             raise InvalidTensorError(f"{name}: the output is named twice")
     return tuple(WantedOutput(output.name, _classes(output, num_classes)) for output in requested)
@@ -46,12 +46,12 @@ def _classes(output: RequestedOutput, num_classes: int) -> int:
         if name.startswith("shared_memory"):
             raise InvalidParameterError(f"{name}: shared memory is not supported", parameter=name)
         if name not in OUTPUT_PARAMETERS:
-            raise InvalidParameterError(f"{name}: an output has no parameter of that name", parameter=name)
+            raise InvalidParameterError(f"{name}: unknown output parameter", parameter=name)
     classes = output.parameters.get("classification", 0)
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 0:
-        raise InvalidParameterError("classification: a number of classes is wanted", parameter="classification")
+        raise InvalidParameterError("classification: must be a number of classes", parameter="classification")
     if classes and output.name != PROBABILITIES:
-        raise InvalidParameterError(f"classification: only {PROBABILITIES} can be had so", parameter="classification")
+        raise InvalidParameterError(f"classification: only available for {PROBABILITIES}", parameter="classification")
     return min(classes, num_classes)
 
 

@@ -46,7 +46,7 @@ def parameters_of(body: Parameters, query: Mapping[str, str], headers: Mapping[s
 
 def _number(name: str, value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise InvalidParameterError(f"{name}: a number is wanted", parameter=name)
+        raise InvalidParameterError(f"{name}: must be a number", parameter=name)
     return value
 
 
@@ -71,7 +71,7 @@ def _bounded(parameters: ClassifyQuery, timeout_us: Any) -> ClassifyQuery:  # no
     except (ValueError, OverflowError):
         budget_ms = -1.0
     if budget_ms < 0:
-        raise InvalidParameterError("timeout: a whole number of microseconds is wanted", parameter="timeout")
+        raise InvalidParameterError("timeout: must be an integer, in microseconds", parameter="timeout")
     if budget_ms == 0 or (parameters.budget_ms is not None and parameters.budget_ms <= budget_ms):
         return parameters
     return parameters.model_copy(update={"budget_ms": budget_ms})

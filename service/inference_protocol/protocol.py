@@ -114,7 +114,7 @@ class InferenceProtocol:
     def repository_index(self) -> list[JsonObject]:
         """List the served model."""
         checkpoint, is_ready = self._checkpoints()[0], self.is_ready()
-        state, reason = ("READY", "") if is_ready else ("UNAVAILABLE", "it takes no requests at this moment")
+        state, reason = ("READY", "") if is_ready else ("UNAVAILABLE", "the model is not accepting requests")
         return [{"name": checkpoint.name, "version": VERSION, "state": state, "reason": reason}]
 
     def check_before_body(
@@ -177,7 +177,7 @@ class InferenceProtocol:
             plan = replace(plan, wanted=replace(of_client, num_together=len(plan.images)))
             pipeline.check(plan.wanted)
             if pipeline.time_left_s(plan.wanted) <= 0:
-                raise UploadTimeoutError("the request did not arrive within its budget")
+                raise UploadTimeoutError("the request did not arrive within the latency budget")
         except ServiceError:
             with counted(self._metrics, key):
                 raise
@@ -208,7 +208,7 @@ class InferenceProtocol:
         headers: Mapping[str, str],
     ) -> _Plan:
         if len(request.inputs) != 1:
-            raise InvalidTensorError(f"one input is wanted, {INPUT!r}, and {len(request.inputs)} are there")
+            raise InvalidTensorError(f"the request must have one input, {INPUT!r}, not {len(request.inputs)}")
         num_classes = len(checkpoint.class_names)
         parameters = parameters_of(request.parameters, query, headers)
         outputs = wanted_outputs(request.outputs, num_classes)
@@ -244,8 +244,8 @@ def _named(served: Sequence[Checkpoint], name: str, version: str) -> Checkpoint:
             return checkpoint
     current = served[0]
     if name != current.name:
-        raise UnknownModelError(f"there is no model {name!r}; {current.name!r} is served", model=current.name)
-    message = f"there is no version {version!r} of {name}; {VERSION!r} is served"
+        raise UnknownModelError(f"unknown model {name!r}; {current.name!r} is served", model=current.name)
+    message = f"unknown version {version!r} of {name}; {VERSION!r} is served"
     raise UnknownModelError(message, version=VERSION)
 
 

@@ -19,9 +19,9 @@ def num_elements(tensor: InputTensor) -> int:
     """
     shape = tensor.shape
     if not 1 <= len(shape) <= MAX_DIMENSIONS:
-        raise InvalidTensorError(f"{tensor.name}: a shape of 1 to {MAX_DIMENSIONS} dimensions is wanted")
+        raise InvalidTensorError(f"{tensor.name}: the shape must have 1 to {MAX_DIMENSIONS} dimensions")
     if min(shape) < 1:
-        raise InvalidTensorError(f"{tensor.name}: every dimension of the shape must be at least 1, as {shape} is not")
+        raise InvalidTensorError(f"{tensor.name}: every dimension of the shape must be at least 1, not {shape}")
     return math.prod(shape)
 
 
@@ -40,11 +40,11 @@ def split_elements(name: str, raw: bytes | memoryview, number: int) -> list[byte
     for index in range(number):
         end = start + LENGTH.size
         if end > len(raw):
-            raise InvalidTensorError(f"{name}: the shape announces {number} elements, and {index} are there")
+            raise InvalidTensorError(f"{name}: the shape has {number} elements, but the data has {index}")
         (length,) = LENGTH.unpack_from(raw, start)
         if length > len(raw) - end:
             raise InvalidTensorError(
-                f"{name}: element {index} should have {length} bytes, and {len(raw) - end} are left"
+                f"{name}: element {index} must have {length} bytes, but only {len(raw) - end} are left"
             )
         elements.append(bytes(raw[end : end + length]))
         start = end + length

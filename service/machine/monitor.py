@@ -75,13 +75,13 @@ class Monitor:
         while True:
             tick = max(tick + 1, math.ceil((self._clock() - started_at) / interval_s))
             await self._sleep(started_at + tick * interval_s - self._clock())
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._guard, "a whole sample", self.sample)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._guard, "a sample", self.sample)
 
     def close(self) -> None:
         """Wait for a running sample, end the thread, and shut NVML down."""
         self._thread.shutdown()
         if self._nvml and self._gpus is not None:
-            self._guard("the end of NVML", self._nvml.nvmlShutdown)
+            self._guard("NVML shutdown", self._nvml.nvmlShutdown)
         self._gpus = None
 
     def sample(self) -> ResourceSnapshot:
@@ -138,7 +138,7 @@ class _Guard:
             if sensor not in self._failed:
                 self._failed.add(sensor)
                 log = logger.info if isinstance(error, self._expected) else logger.exception
-                log("going without %s: %s: %s", sensor, type(error).__name__, error)
+                log("continuing without %s: %s: %s", sensor, type(error).__name__, error)
             return None
 
 

@@ -84,7 +84,7 @@ def _read(handler: "grpc.RpcMethodHandler[Any, Any]", data: bytes) -> object:
     try:
         return deserializer(data)
     except DecodeError as error:
-        raise InvalidParameterError("the message cannot be read") from error
+        raise InvalidParameterError("the message cannot be parsed") from error
 
 
 async def _respond(answer: Any, context: Context) -> object:  # noqa: ANN401 - gRPC takes both kinds of behaviour

@@ -182,7 +182,7 @@ class CallHandling:
 
 
 def is_inference(name: str) -> bool:
-    """Return whether a method, named as in `Answering.method`, asks for inference."""
+    """Return whether a method, named as in `CallHandling.method`, asks for inference."""
     return name.rpartition("/")[2] in INFERENCE
 
 

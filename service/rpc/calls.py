@@ -68,7 +68,7 @@ async def read_bytes(messages: AsyncIterator[bytes], within_s: float) -> bytes:
         raise UploadTimeoutError(f"the message did not arrive within {within_s:g} s") from error
     if data is None:
         await asyncio.sleep(CANCELLING_S)
-        raise InvalidParameterError("the call ends without a message")
+        raise InvalidParameterError("the call ended without a message")
     return data
 
 
@@ -85,10 +85,10 @@ def parse_message(data: bytes, message_type: type[M]) -> M:
     """
     try:
         if count_fields(data, message_type) > MAX_FIELDS:
-            raise InvalidParameterError(f"the message has more than {MAX_FIELDS} fields, with those inside them")
+            raise InvalidParameterError(f"the message has more than {MAX_FIELDS} fields, nested ones included")
         return message_type.FromString(data)
     except (DecodeError, ValueError) as error:
-        raise InvalidParameterError(f"the message is no {message_type.DESCRIPTOR.name}") from error
+        raise InvalidParameterError(f"the message is not a valid {message_type.DESCRIPTOR.name}") from error
 
 
 class CancellationWatch:
@@ -116,7 +116,7 @@ class CancellationWatch:
         task = asyncio.current_task()
         is_over = self._answering is not None and self._answering.cancelling()
         if isinstance(error, asyncio.CancelledError) and is_over and task and not task.uncancel():
-            raise ClientGoneError("the client left before its answer") from None
+            raise ClientGoneError("the call was cancelled before the answer") from None
 
 
 class CallsInFlight:

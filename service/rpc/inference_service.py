@@ -105,7 +105,7 @@ class InferenceService:
                     await slots.acquire()
                     answering.create_task(answer(data))
         except TimeoutError as error:
-            raise UploadTimeoutError(f"no request came for {self._keep_alive_s:g} s") from error
+            raise UploadTimeoutError(f"no request arrived for {self._keep_alive_s:g} s") from error
 
     async def _stream_response(self, data: bytes, call: Call) -> pb.ModelStreamInferResponse:
         now, name = self._clock(), ""

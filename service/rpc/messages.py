@@ -29,7 +29,9 @@ def read_request(message: pb.ModelInferRequest) -> InferRequest:
     require_few_tensors(message.inputs, message.outputs)
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
-        raise InvalidTensorError(f"raw_input_contents: {len(raw)} for {len(message.inputs)} inputs")
+        raise InvalidTensorError(
+            f"raw_input_contents: must have one entry for each of {len(message.inputs)} inputs, not {len(raw)}"
+        )
     return InferRequest(
         message.model_name,
         message.model_version,
@@ -48,12 +50,12 @@ def require_few_tensors(inputs: Sized, outputs: Sized) -> None:
     """
     for name, tensors in (("inputs", inputs), ("outputs", outputs)):
         if len(tensors) > MAX_TENSORS:
-            raise InvalidTensorError(f"{name}: {len(tensors)}; a request may name {MAX_TENSORS}")
+            raise InvalidTensorError(f"{name}: a request may have at most {MAX_TENSORS}, not {len(tensors)}")
 
 
 def _read_tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> InputTensor:
     if raw is not None and tensor.HasField("contents"):
-        raise InvalidTensorError(f"{tensor.name}: there are contents and raw_input_contents; give one of them")
+        raise InvalidTensorError(f"{tensor.name}: give either contents or raw_input_contents, not both")
     contents = getattr(tensor.contents, CONTENTS[tensor.datatype]) if tensor.datatype in CONTENTS else ()
     shape = tuple(tensor.shape[: MAX_DIMENSIONS + 1])  # longer shapes are refused anyway
     parameters = _read_parameters(tensor.parameters)
@@ -62,12 +64,12 @@ def _read_tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | Non
 
 def _read_parameters(parameters: Mapping[str, pb.InferParameter]) -> Parameters:
     if len(parameters) > MAX_PARAMETERS:
-        raise InvalidParameterError(f"{len(parameters)} parameters; there may be {MAX_PARAMETERS}")
+        raise InvalidParameterError(f"at most {MAX_PARAMETERS} parameters are allowed, not {len(parameters)}")
     values: dict[str, Parameter] = {}
     for name, parameter in parameters.items():
         kind = parameter.WhichOneof("parameter_choice")
         if kind is None:
-            raise InvalidParameterError(f"{name}: a value is wanted", parameter=name)
+            raise InvalidParameterError(f"{name}: must have a value", parameter=name)
         values[name] = getattr(parameter, kind)
     return values
 

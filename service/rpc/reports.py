@@ -13,7 +13,7 @@ from service.telemetry.reports import Reporter
 from service.telemetry.stages import Outcome
 
 TRACE_RESPONSE = "traceresponse"  # of W3C's Trace Context, level 2
-CANCELLED = Failure(grpc.StatusCode.CANCELLED, "its client has gone", ((CODE, "client_gone"),))
+CANCELLED = Failure(grpc.StatusCode.CANCELLED, "the call was cancelled", ((CODE, "client_gone"),))
 
 
 @dataclass(slots=True)

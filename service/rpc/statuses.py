@@ -63,4 +63,4 @@ def describe_failure(error: ServiceError) -> Failure:
     return Failure(STATUS.get(type(error), grpc.StatusCode.INTERNAL), error.message, tuple(metadata))
 
 
-BUG = Failure(grpc.StatusCode.INTERNAL, "the server failed; its log says why", ((CODE, ServiceError.code),))
+BUG = Failure(grpc.StatusCode.INTERNAL, "internal server error; see the server's log", ((CODE, ServiceError.code),))

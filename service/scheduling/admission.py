@@ -45,12 +45,12 @@ class Admission:
         if late_s <= 0:
             return None
         if now + delay.base_s + own_s > request.deadline_at:
-            message = "even if nothing else waited it would be answered too late at this moment; grant it more time"
+            message = "the latency budget is too small at the moment, even for an empty queue; increase it"
             return OverloadedError(message, "no_time", late_s)
         if ready_at + own_s > request.deadline_at or engine_at <= request.deadline_at:
-            message = "too many are being read and decoded to answer it in time; try again later"
+            message = "too many requests are being read and decoded to answer this one in time; try again later"
             return OverloadedError(message, "preprocessing", late_s)
-        message = "too much is waiting: even the cheapest sub-network would answer too late; try again later"
+        message = "the queue is too long: even the cheapest sub-network would answer too late; try again later"
         return OverloadedError(message, "backlog", late_s)
 
     def _expected_end(

@@ -28,7 +28,7 @@ MAX_ARRIVALS_DURING_LOOK = 0.1  # expected arrivals during a batch of second loo
 
 
 def choose_level(state: SchedulerState) -> BatchDecision:
-    """Choose the highest level that clears the queue, and its first batch.
+    """Choose the highest level that meets every deadline, and its first batch.
 
     Further looks at images that have an answer already are deferred as long as their deadlines allow, so that they form
     large batches. They may lower the level of the other requests, but make none of them late.

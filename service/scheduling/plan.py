@@ -44,7 +44,7 @@ class Plan:
         self.max_common_level = min([grant.highest_level for grant in self._grants], default=0)
 
     def highest_feasible_level(self, highest: int) -> int | None:
-        """Return the highest level up to `highest` that clears, by bisection; None if even the cheapest does not."""
+        """Return the highest feasible level up to `highest`, by bisection; None if the cheapest is infeasible."""
         low, high = -1, highest
         while low < high:
             middle = (low + high + 1) // 2

@@ -92,7 +92,7 @@ def find_policy(name: str, catalog: VariantCatalog) -> Policy:
     for variant in catalog.variants:
         if fixed_name(variant) == name:
             return _fixed_policy(name, variant)
-    message = f"{name} is no policy; there are {', '.join(policy_names(catalog))}"
+    message = f"unknown policy {name}; choose from {', '.join(policy_names(catalog))}"
     raise InvalidParameterError(message, parameter="policy")
 
 

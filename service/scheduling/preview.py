@@ -53,4 +53,4 @@ def preview(request: QueuedRequest, state: SchedulerState, decide: Decide, start
         variant = catalog.variants[target(request.constraints, level)]
         if time + state.latency_s(variant.index, 1) <= request.deadline_at:
             return Preview(variant, max(1, len(decision.batch)), time - state.now, decision)
-    raise OverloadedError("it would be shed so that others can be answered in time", "shed", 0.0)
+    raise OverloadedError("it would be shed to answer other requests in time", "shed", 0.0)

@@ -11,10 +11,10 @@ from service.scheduling.variants import Variant
 
 WHY_NOT_AGAIN = {
     LookCode.NONE_BETTER: "no sub-network is more accurate",
-    LookCode.BUDGET: "another look would cost more than is granted",
+    LookCode.BUDGET: "another look would exceed the GFLOPs limit",
     LookCode.DEADLINE: "there was no time for another look",
-    LookCode.OVERLOAD: "others needed the time for another look",
-    LookCode.FAILED: "the model failed at another look",
+    LookCode.OVERLOAD: "other requests needed the time for another look",
+    LookCode.FAILED: "the model failed during another look",
 }
 NOTEWORTHY = 1.05  # safety factor above which the explanation mentions it
 
@@ -46,25 +46,25 @@ def explain(reason: Reason, catalog: VariantCatalog, variant: Variant, max_gflop
     chosen, quality = str(variant), "the most accurate" if catalog.is_measured else "the largest"
     match reason.code:
         case ReasonCode.PINNED:
-            return f"{chosen} was asked for by name"
+            return f"{chosen} was requested by name"
         case ReasonCode.GFLOPS_BUDGET:
             return _explain_budget(catalog, variant, f"{max_gflops:.12g} GFLOPs", quality)
         case ReasonCode.KEY_RATE:
-            left = f"the {max_gflops:.4g} GFLOPs that the rate of its key has left"
+            left = f"the {max_gflops:.4g} GFLOPs left in the rate of its key"
             return _explain_budget(catalog, variant, left, quality)
         case ReasonCode.BASELINE:
-            return f"{reason.policy}: {chosen}, {1000 * reason.slack_s:.0f} ms left to the most urgent"
+            return f"{reason.policy}: {chosen}, {1000 * reason.slack_s:.0f} ms left for the most urgent request"
         case ReasonCode.SUSTAINED_OVERLOAD:
             cheapest = catalog.cheapest
-            return f"{reason.queued} waiting and, for seconds now, more coming than even {cheapest} carries for long"
+            return f"{reason.queued} waiting, and arrivals have for seconds exceeded what even {cheapest} can sustain"
         case ReasonCode.BURST_OVERLOAD:
             return f"{reason.queued} waiting and more expected than can be answered in time: {chosen} answers the most"
         case ReasonCode.NOTHING_TO_RUN:
-            return "nothing that waits can be answered in time"
+            return "no waiting request can be answered in time"
         case ReasonCode.UNSURE:
-            return f"{reason.queued} unsure of their answers: {chosen} looks again"
+            return f"{reason.queued} waiting with unsure answers: {chosen} looks again"
         case ReasonCode.ALONE:
-            return f"nothing else waits: {chosen} is {quality} {_kind(variant)}"
+            return f"no other request is waiting: {chosen} is {quality} {_kind(variant)}"
         case _:
             return _explain_deadlines(reason, catalog, variant, quality)
 
@@ -75,18 +75,18 @@ def _explain_deadlines(reason: Reason, catalog: VariantCatalog, variant: Variant
         return f"{reason.queued} waiting: {chosen}, {quality} {_kind(variant)}, answers all of them in time"
     cautiously = ""
     if reason.safety_factor > NOTEWORTHY:
-        cautiously = f" if better ones take {reason.safety_factor:.1f} times as long (requests were missed of late)"
+        cautiously = f" if better ones take {reason.safety_factor:.1f} times as long (deadlines were missed recently)"
     left = f"{1000 * reason.slack_s:.0f} ms left"
     if reason.code is ReasonCode.DEADLINE:
         return f"{left}: {chosen} is {quality} that answers in time{cautiously}"
-    before = f"{left} and others expected" if reason.code is ReasonCode.FORECAST else f"{reason.queued} waiting"
+    before = f"{left} and more requests expected" if reason.code is ReasonCode.FORECAST else f"{reason.queued} waiting"
     return f"{before}: {chosen} is {quality} that answers all of them in time{cautiously}"
 
 
 def _explain_budget(catalog: VariantCatalog, variant: Variant, budget: str, quality: str) -> str:
     dearer = catalog.next_better(variant)
     if dearer is None:
-        return f"{budget} admit {quality} {_kind(variant)}, {variant}"
+        return f"{budget} allow {quality} {_kind(variant)}, {variant}"
     costs = f"{_rounded_up(dearer.most_gflops):.4g}"
     return f"{variant} is {quality} within {budget}; the next better one, {dearer}, costs {costs}"
 

@@ -99,7 +99,7 @@ class Variant:
     def __str__(self) -> str:
         """Return its name for use in a sentence."""
         second = self.second_look
-        looks = "" if second is None else f", then {second.profile.subnetwork} where under {second.threshold:.0%} sure"
+        looks = "" if second is None else f", then {second.profile.subnetwork} if less than {second.threshold:.0%} sure"
         return f"{self.profile.subnetwork}{looks}"
 
 

@@ -26,7 +26,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "seconds": (f"a number from 0, the start, to {MAX_TRACE_S:,.0f}", lambda value: 0 <= value <= MAX_TRACE_S),
     "budget_ms": ("a positive number", lambda value: 0 < value < math.inf),
     "budget_gflops": ("a positive number", lambda value: value > 0),
-    "priority": ("a whole number", float.is_integer),
+    "priority": ("an integer", float.is_integer),
 }
 
 Shape = Literal["poisson", "gamma", "step", "ramp", "bursts"]
@@ -75,7 +75,7 @@ class SlowdownScript:
         if instants != sorted(set(instants)):
             raise ValueError(f"the seconds of a slowdown script must ascend: {instants}")
         if not all(math.isfinite(at) and at >= 0 and 0 < factor < math.inf for at, factor in self.steps):
-            raise ValueError("a slowdown script has seconds from 0 on and factors above 0")
+            raise ValueError("the seconds of a slowdown script must be at least 0 and its factors greater than 0")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -89,7 +89,7 @@ class SlowdownScript:
             try:
                 at, factor = map(float, part.split(":"))
             except ValueError as error:
-                raise ValueError(f"{part!r} is not seconds:factor, such as 10:2.5") from error
+                raise ValueError(f"{part!r} must have the form seconds:factor, such as 10:2.5") from error
             steps.append((at, factor))
         return cls(tuple(steps))
 
@@ -106,37 +106,41 @@ class Arrivals(BaseModel):
 
     arrivals: Shape = Field(
         "poisson",
-        description="poisson; gamma: burstier, see cv2; step: the peak from half time on; ramp: growing to the peak; "
+        description="poisson; gamma: burstier, see cv2; step: at the peak from half time on; ramp: rising to the peak; "
         "bursts: at the peak every other burst-s",
     )
     rate: tuple[Positive, ...] | None = Field(
-        None, min_length=1, description="requests per second, before any peak; several are taken one by one"
+        None, min_length=1, description="requests per second, before any peak; several run one after the other"
     )
     duration_s: float = Field(60, gt=0, le=MAX_TRACE_S, description="time in which requests arrive")
     cv2: float = Field(4, ge=0.01, le=100, description="gamma: squared coefficient of variation of the gaps")
-    peak: float = Field(3, gt=0, le=1000, description="step, ramp and bursts: their peak as a multiple of the rate")
-    burst_s: float = Field(1, gt=0, description="bursts: seconds of each burst and of each pause between two")
+    peak: float = Field(3, gt=0, le=1000, description="step, ramp and bursts: peak as a multiple of the rate")
+    burst_s: float = Field(1, gt=0, description="bursts: seconds of each burst, and of each pause between two bursts")
     trace: Path | None = Field(
         None,
-        description="file of requests to replay instead: seconds from the start, one a line, or a CSV file with a "
-        "column seconds and, where wanted, budget_ms, budget_gflops and priority",
+        description="file of requests to replay instead: seconds from the start, one per line, or a CSV file with a "
+        "column seconds and optionally budget_ms, budget_gflops and priority",
     )
     budget_ms: tuple[Positive, ...] = Field(
-        (100,), min_length=1, description="latency budgets; of several, each request draws one"
+        (100,), min_length=1, description="latency budgets; from several, each request draws one"
     )
     budget_gflops: tuple[Positive, ...] | None = Field(
-        None, min_length=1, description="most that each may cost; of several, each draws one; no limit by default"
+        None,
+        min_length=1,
+        description="maximum cost of a request; from several, each request draws one; no limit by default",
     )
     priority: tuple[Annotated[int, Field(le=0)], ...] = Field(
-        (0,), min_length=1, description="0 is normal; lower may be rejected or shed first; of several, each draws one"
+        (0,),
+        min_length=1,
+        description="0 is normal; lower ones may be rejected or shed first; from several, each request draws one",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="of all that is random")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of all random draws")
 
     @model_validator(mode="after")
     def _has_one_source_of_rates(self) -> Self:
         given = [name for name in ("rate", "load", "trace") if getattr(self, name, None) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other")
+            raise ValueError(f"{' and '.join(given)} are mutually exclusive")
         return self
 
     def draws_at(self, rates: Sequence[float]) -> Iterator[tuple[float, list[Arrival]]]:
@@ -166,7 +170,8 @@ class Arrivals(BaseModel):
         }
         highest = max(rate, peak) if self.arrivals in rates else rate
         if highest * end_s > MAX_REQUESTS:
-            raise InvalidParameterError(f"{highest:g} per second are over {MAX_REQUESTS:,} in all", parameter="rate")
+            message = f"{highest:g} per second are more than {MAX_REQUESTS:,} requests in total"
+            raise InvalidParameterError(message, parameter="rate")
         rng = np.random.default_rng([self.seed, 0])
         if self.arrivals in rates:
             return varying(rates[self.arrivals], highest, end_s, rng)
@@ -190,10 +195,11 @@ class Traffic(Arrivals):
     load: tuple[Positive, ...] | None = Field(
         None,
         min_length=1,
-        description="rates as multiples of what the most accurate sub-network carries on all machines; 1 by default",
+        description="rates as multiples of the most accurate sub-network's throughput on all machines; 1 by default",
     )
     slowdown: Script = Field(
-        "", description="seconds:factor, e.g. 10:2.5,20:1: from 10 s to 20 s batches take 2.5 times their profile"
+        "",
+        description="seconds:factor, e.g. 10:2.5,20:1: from 10 s to 20 s, batches take 2.5 times as long as profiled",
     )
 
     def draws(self, capacity: float) -> Iterator[tuple[float, list[Arrival]]]:
@@ -244,12 +250,12 @@ def read_trace(path: Path) -> list[Row]:
             file.seek(0)
             columns = list(reader.fieldnames or ())
             if "seconds" not in columns or len(set(columns)) != len(columns) or not set(columns) <= set(COLUMNS):
-                raise TraceError(f"{path}, line 1: the columns are seconds and any of {', '.join(COLUMNS)}, each once")
+                raise TraceError(f"{path}, line 1: columns must be seconds and any of {', '.join(COLUMNS)}, each once")
             rows = [_read_row(f"{path}, line {reader.line_num}", cells) for cells in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise TraceError(f"{path} is no CSV file: {error}") from error
+        raise TraceError(f"{path} is not a CSV file: {error}") from error
     if not 0 < len(rows) <= MAX_REQUESTS:
-        raise TraceError(f"{path} holds {len(rows):,} requests; 1 to {MAX_REQUESTS:,} can be replayed")
+        raise TraceError(f"{path} has {len(rows):,} requests; it must have 1 to {MAX_REQUESTS:,}")
     return sorted(rows, key=lambda row: row["seconds"])
 
 
@@ -262,7 +268,7 @@ def _is_number(line: str) -> bool:
 
 def _read_row(where: str, cells: dict[str, str]) -> Row:
     if None in cells or None in cells.values():  # how DictReader reports surplus and missing cells
-        raise TraceError(f"{where}: not as many cells as columns")
+        raise TraceError(f"{where}: the numbers of cells and columns differ")
     row = {}
     for column, cell in cells.items():
         if column != "seconds" and not cell.strip():

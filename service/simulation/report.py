@@ -22,22 +22,24 @@ TITLES = (
 
 
 class Simulate(Traffic):
-    """Replay arrivals against a profile, in virtual time: see how many machines they need and how accurate it gets."""
+    """Replay arrivals against a profile in virtual time, to find the machines that they need and the accuracy."""
 
-    policy: str = Field("level", description="what chooses sub-network and batch, as for `serve`")
-    compare: tuple[str, ...] = Field((), description="policies to replay the same arrivals with")
-    cascades: bool = Field(False, description="look again where a first look was unsure, as for `serve`")
-    machines: int = Field(1, ge=1, le=1000, description="alike; requests are dealt out to them in turn")
+    policy: str = Field("level", description="policy that chooses sub-network and batch, as for `serve`")
+    compare: tuple[str, ...] = Field((), description="other policies to replay the same arrivals with")
+    cascades: bool = Field(False, description="look again if a first look was unsure, as for `serve`")
+    machines: int = Field(1, ge=1, le=1000, description="number of identical machines, which get requests in turn")
     max_batch_size: int | None = Field(
-        None, ge=1, le=64, description="requests for one sub-network that may run together; by default as for `serve`"
+        None, ge=1, le=64, description="maximum number of requests in a batch; by default as for `serve`"
     )
     overhead_ms: float = Field(0, ge=0, description="time that each batch takes beyond its profile")
     noise: float = Field(
-        0, ge=0, le=10, description="each batch takes longer by a normal draw, its sign dropped, times this"
+        0, ge=0, le=10, description="each batch takes longer by the absolute value of a normal draw times this"
     )
-    checkpoint: str | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` would take")
-    json_file: Path | None = Field(None, description="file for all figures")
-    plot_file: Path | None = Field(None, description="PNG file for the course: of all policies, or of several rates")
+    checkpoint: str | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` uses")
+    json_file: Path | None = Field(None, description="JSON file for all figures")
+    plot_file: Path | None = Field(
+        None, description="PNG file for a plot over time, of all policies or of several rates"
+    )
 
 
 def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable) -> str:
@@ -55,7 +57,7 @@ def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable)
     capacity, cheapest = (
         command.machines * throughput(variant, largest) for variant in (catalog.best, catalog.variants[0])
     )
-    carry = "1 machine carries" if command.machines == 1 else f"{command.machines} machines carry"
+    carry = "1 machine sustains" if command.machines == 1 else f"{command.machines} machines sustain"
     best, least = catalog.best.profile.subnetwork, catalog.cheapest.profile.subnetwork
     most = f"{capacity:.4g} requests/s at {best}, {cheapest:.4g} at {least}"
     text = [f"{carry} at most {most}", TITLES]
@@ -71,7 +73,7 @@ def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable)
             text.append(_show(rate, policy, figures))
             rows.append({"rate": rate, "policy": policy} | asdict(figures))
             if policy == command.policy or one_rate:
-                request_outcomes = [fate for one in replays for fate in one.request_outcomes]
+                request_outcomes = [each for one in replays for each in one.request_outcomes]
                 courses[f"{policy}, {rate:.4g}/s"] = answers_in_time(request_outcomes)
     if command.json_file:
         options = command.model_dump(mode="json", exclude_none=True)

@@ -94,7 +94,7 @@ class Replay:
     """A replay on one machine: whenever its engine is free, the policy decides; requests arrive while batches run.
 
     Attributes:
-        fates: fates of the requests, in the order in which they ended.
+        request_outcomes: outcomes of the requests, in the order in which they ended.
         batches: batches in the order in which they ran.
     """
 
@@ -251,14 +251,14 @@ class Figures:
     @classmethod
     def of(cls, replays: Sequence[Replay], catalog: VariantCatalog) -> "Figures":
         """Compute the figures of the replays on all machines, which have at least one request in all."""
-        request_outcomes = [fate for one in replays for fate in one.request_outcomes]
+        request_outcomes = [each for one in replays for each in one.request_outcomes]
         batches = [batch for one in replays for batch in one.batches]
-        outcomes = Counter(fate.outcome for fate in request_outcomes)
-        correct = sum(fate.top1 for fate in request_outcomes if fate.outcome == "in_time" and fate.top1 is not None)
-        seconds = max(fate.ended_at for fate in request_outcomes) * len(replays) or math.inf
-        latencies = [1000 * (fate.ended_at - fate.arrived_at) for fate in request_outcomes if fate.variant is not None]
+        outcomes = Counter(each.outcome for each in request_outcomes)
+        correct = sum(each.top1 for each in request_outcomes if each.outcome == "in_time" and each.top1 is not None)
+        seconds = max(each.ended_at for each in request_outcomes) * len(replays) or math.inf
+        latencies = [1000 * (each.ended_at - each.arrived_at) for each in request_outcomes if each.variant is not None]
         changes = sum(before.variant != after.variant for one in replays for before, after in pairwise(one.batches))
-        mix = Counter(variant_name(fate.variant) for fate in request_outcomes if fate.variant is not None)
+        mix = Counter(variant_name(each.variant) for each in request_outcomes if each.variant is not None)
         return cls(
             outcomes={outcome: outcomes[outcome] for outcome in get_args(Outcome)},
             slo_attainment=outcomes["in_time"] / len(request_outcomes),
@@ -268,7 +268,7 @@ class Figures:
             mean_batch_size=sum(batch.size for batch in batches) / len(batches) if batches else None,
             utilization=sum(batch.seconds for batch in batches) / seconds,
             changes_per_s=changes / seconds,
-            looked_again=sum(fate.looks > 1 for fate in request_outcomes) / max(1, len(latencies)),
+            looked_again=sum(each.looks > 1 for each in request_outcomes) / max(1, len(latencies)),
             mix={name: count / len(latencies) for name, count in mix.most_common()},
         )
 
@@ -276,10 +276,10 @@ class Figures:
 def answers_in_time(request_outcomes: Iterable[RequestOutcome]) -> list[tuple[float, str | None, float | None]]:
     """List when each request arrived, which variant answered it in time, if any, and the expected top-1."""
     answers: list[tuple[float, str | None, float | None]] = []
-    for fate in request_outcomes:
-        variant = fate.variant if fate.outcome == "in_time" else None
-        answered_by = (variant_name(variant), fate.top1) if variant else (None, None)
-        answers.append((fate.arrived_at, *answered_by))
+    for each in request_outcomes:
+        variant = each.variant if each.outcome == "in_time" else None
+        answered_by = (variant_name(variant), each.top1) if variant else (None, None)
+        answers.append((each.arrived_at, *answered_by))
     return answers
 
 

@@ -22,18 +22,18 @@ class AuditMetrics:
 
         self._confidence = Counter(
             "supervit_confidence",
-            "Calibrated probability, 0..1, that the answers gave themselves, summed.",
+            "Calibrated confidence of the answers, 0..1, summed.",
             registry=registry,
         )
         self._audits = (
             counter("audits", "Images that were run again at the most accurate sub-network."),
-            counter("audit_agreements", "Those of them that got the same answer."),
-            counter("audit_promised_agreements", "How many of them must, at least, by the accuracies of the profile."),
+            counter("audit_agreements", "Audited images that got the same answer."),
+            counter("audit_promised_agreements", "Agreements expected at least, by the accuracies of the profile."),
         )
         self._feedback = (
-            counter("feedback", "Answers of which a client has said what was right."),
-            counter("feedback_correct", "Those of them that were."),
-            counter("feedback_promised_correct", "How many of them should be, by the accuracies of the profile."),
+            counter("feedback", "Answers with feedback from a client."),
+            counter("feedback_correct", "Answers with feedback that were correct."),
+            counter("feedback_promised_correct", "Expected correct answers by the accuracies of the profile."),
         )
 
     def answered(self, answer: Classification) -> None:

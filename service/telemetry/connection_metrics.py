@@ -11,12 +11,10 @@ class ConnectionMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         """Declare the metrics, and start every count at zero."""
-        self._open = Gauge(
-            "supervit_connections", "Connections that are open.", registry=registry, multiprocess_mode="livesum"
-        )
+        self._open = Gauge("supervit_connections", "Open connections.", registry=registry, multiprocess_mode="livesum")
         self._closed = Counter(
             "supervit_closed_connections",
-            "Connections that were closed on their clients, or refused, by reason: gave_way (to a new one), address "
+            "Connections that the server closed or refused, by reason: gave_way (to a new one), address "
             "(too many from one), full (too many), files (no descriptors left), slow, unread (answers), bad_request.",
             ["reason"],
             registry=registry,

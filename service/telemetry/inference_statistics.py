@@ -22,7 +22,7 @@ class StatisticsMetrics:
         )
         self._failed_seconds = Counter(
             "supervit_failed_request_seconds",
-            "Time until the requests ended that got no answer, summed; those rejected at once are left out.",
+            "Duration of the requests without an answer, except those rejected at once, summed.",
             registry=registry,
         )
         self._answered_at = Gauge(

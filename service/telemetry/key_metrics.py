@@ -10,13 +10,13 @@ class KeyMetrics:
         """Declare the metrics."""
         self._requests = Counter(
             "supervit_key_requests",
-            "Requests that ended, by the name of their API key and how: ok, or the code of the error.",
+            "Finished requests, by the name of their API key and outcome: ok or an error code.",
             ["key", "outcome"],
             registry=registry,
         )
         self._gflops = Counter(
             "supervit_key_gflops",
-            "Compute that requests were charged, in 1e9 multiply-accumulates, by the name of their API key.",
+            "Compute charged to requests, in 1e9 multiply-accumulates, by the name of their API key.",
             ["key"],
             registry=registry,
         )

@@ -15,16 +15,16 @@ class LookMetrics:
         self._looks = Counter("supervit_looks", "Looks at the images of answered requests.", registry=registry)
         self._again = Counter(
             "supervit_second_looks",
-            "Looks that followed one that was not sure enough, by both sub-networks (grid-keep rate).",
+            "Looks that followed an unsure one, by both sub-networks (grid-keep rate).",
             ["first", "second"],
             registry=registry,
         )
         self._agreements = Counter(
-            "supervit_second_look_agreements", "Second looks that gave the answer of the first.", registry=registry
+            "supervit_second_look_agreements", "Second looks that gave the same answer as the first.", registry=registry
         )
         self._stopped = Counter(
             "supervit_last_looks",
-            "Answered requests by why no other look followed: sure, none_better, or that it was forbidden by budget, "
+            "Answered requests by the reason why no other look followed: sure, none_better, or prevented by budget, "
             "deadline, overload, failed.",
             ["reason"],
             registry=registry,

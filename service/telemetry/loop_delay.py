@@ -23,7 +23,7 @@ class LoopDelay:
         self._clock = clock
         self._delay = Histogram(
             "supervit_event_loop_delay_seconds",
-            "How late the event loop came to a timer that was due: above some 50 ms it does more than it can.",
+            "Delay of the event loop in running a due timer; above some 50 ms, the event loop is overloaded.",
             buckets=BUCKETS_S,
             registry=registry,
         )

@@ -20,7 +20,7 @@ class MachineMetrics:
         )
         self._pressure = gauge(
             "supervit_pressure_ratio",
-            "Share of the last interval in which some task waited for the resource, or of the quota's periods.",
+            "Share of the last interval in which tasks waited for the resource, or share of throttled quota periods.",
             "livemostrecent",
             ["resource"],
         )
@@ -28,9 +28,9 @@ class MachineMetrics:
             "supervit_gpu_utilization_ratio", "Fraction of time in which the GPU was busy.", "livemostrecent", ["gpu"]
         )
         self._graphs = gauge("supervit_cuda_graphs", "Forward passes that the engine holds as CUDA graphs.", "livesum")
-        self._graph_memory = gauge("supervit_cuda_graph_memory_bytes", "GPU memory that these take.", "livesum")
+        self._graph_memory = gauge("supervit_cuda_graph_memory_bytes", "GPU memory of the CUDA graphs.", "livesum")
         self._memory = gauge(
-            "supervit_resident_memory_bytes", "Memory that the server holds, shared pages included.", "livesum"
+            "supervit_resident_memory_bytes", "Resident memory of the server, shared pages included.", "livesum"
         )
 
     def observed(self, snapshot: ResourceSnapshot) -> None:

@@ -104,7 +104,7 @@ class Metrics:
 
         self._requests = Counter(
             "supervit_requests",
-            "Classification requests by outcome: ok or an error code; client_gone where the client left before it.",
+            "Classification requests by outcome: ok or an error code; client_gone if the client disconnected first.",
             ["outcome"],
             registry=registry,
         )
@@ -143,17 +143,17 @@ class Metrics:
         self._batch_duration = durations("supervit_batch_duration_seconds", "Time that a batch spent in the engine.")
         self._taken = Counter(
             "supervit_engine_taken_seconds",
-            "Time that batches took the engine for, with the pauses that a ceiling of utilization asks for.",
+            "Time that batches occupied the engine, including the pauses that max_utilization requires.",
             registry=registry,
         )
         self._predicted = Counter(
             "supervit_predicted_inference_seconds",
-            "Time that the batches which ran were expected to spend in the engine, summed.",
+            "Predicted time in the engine of the batches that ran, summed.",
             registry=registry,
         )
         self._deadlines = Counter(
             "supervit_deadlines",
-            "Requests that were answered in time (met) and those that were not or not at all (missed).",
+            "Requests that were answered in time (met), and those answered late or not at all (missed).",
             ["result"],
             registry=registry,
         )
@@ -163,30 +163,30 @@ class Metrics:
         )
         self._accuracy_loss = Counter(
             "supervit_accuracy_loss",
-            "Top-1 accuracy, 0..1, that the most accurate variant would have had more, summed over the answers.",
+            "Top-1 accuracy, 0..1, that the most accurate variant would have gained, summed over the answers.",
             registry=registry,
         )
         self._saved = Counter(
             "supervit_saved_gflops",
-            "Compute that the most accurate sub-network would have cost more, in 1e9 multiply-accumulates.",
+            "Compute saved compared to the most accurate sub-network, in 1e9 multiply-accumulates.",
             registry=registry,
         )
-        self._in_flight = gauge("supervit_requests_in_flight", "Classification requests being worked on.", "livesum")
+        self._in_flight = gauge("supervit_requests_in_flight", "Classification requests in flight.", "livesum")
         self._queued = gauge("supervit_queued_requests", "Requests that wait for the engine.", "livesum")
-        self._slowdown = gauge("supervit_slowdown_ratio", "Latency of batches now over that of the profile.", "liveall")
+        self._slowdown = gauge("supervit_slowdown_ratio", "Latency of batches relative to the profile.", "liveall")
         self._safety_factor = gauge(
             "supervit_safety_factor_ratio",
-            "Factor on the times of all sub-networks but the cheapest, because deadlines were missed of late.",
+            "Factor on the latencies of all sub-networks but the cheapest, raised by recently missed deadlines.",
             "liveall",
         )
         self._machine = MachineMetrics(gauge)
         self.profile = ProfileMetrics(gauge)
         self._ready = gauge(
             "supervit_ready",
-            "How many engines welcome requests: 1 or 0, or as many as share this page.",
+            "Number of engines that are ready for requests; with several workers, of all that share this page.",
             "livesum",
         )
-        self._workers = gauge("supervit_workers", "How many engines should share this page.", "livemax")
+        self._workers = gauge("supervit_workers", "Number of engines that should share this page.", "livemax")
         self.model = ModelMetrics(registry, gauge)
 
     def describe(self, subnetworks: list[SubNetwork], name: str, version: str, workers: int = 1) -> None:

@@ -15,13 +15,13 @@ class ModelMetrics:
         """Declare the metrics; `gauge` takes name, text, how the values of workers are merged, and labels."""
         self._info = gauge(
             "supervit_model_info",
-            "1 for the checkpoint that is served, 0 for those before it.",
+            "1 for the served checkpoint, 0 for previous ones.",
             "livemax",
             ["name", "version"],
         )
         self._changes = Counter(
             "supervit_model_changes",
-            "Changes of the model that were asked for, by how they ended.",
+            "Requested changes of the model, by outcome.",
             ["outcome"],
             registry=registry,
         )

@@ -18,7 +18,7 @@ def make_folder(folder: str) -> None:
         InvalidParameterError: it cannot be created, or its name is empty: metrics would go to the working directory.
     """
     if not folder:
-        raise InvalidParameterError(f"{SHARED_FOLDER_VARIABLE} is set and names no folder")
+        raise InvalidParameterError(f"{SHARED_FOLDER_VARIABLE} is set but empty; it must name a folder")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:

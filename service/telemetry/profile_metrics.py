@@ -13,13 +13,13 @@ class ProfileMetrics:
         """Declare the metrics; `gauge` takes name, text, how the values of workers are merged, and labels."""
         self._measured_at = gauge(
             "supervit_profile_timestamp_seconds",
-            "When the latencies that the policy works with were measured on this machine, in Unix time.",
+            "When the latencies that the policy uses were measured on this machine, in Unix time.",
             "livemostrecent",
             ["model"],
         )
         self._measured_share = gauge(
             "supervit_profile_measured_ratio",
-            "How much of these latencies is measured, 0..1; the rest is estimated until the engine is idle.",
+            "Measured share of the latencies of the profile, 0..1; the rest is estimated until the engine is idle.",
             "livemin",
             ["model"],
         )

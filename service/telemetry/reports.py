@@ -137,9 +137,9 @@ def find_tracer(environment: Mapping[str, str]) -> "RequestTracer | None":
 
         return open_tracer(environment)
     except ModuleNotFoundError as error:
-        logger.warning("OTEL_ variables ask for traces; install the extra otel, pip install '.[otel]': %s", error)
+        logger.warning("OTEL_ variables enable traces; install the extra otel, pip install '.[otel]': %s", error)
     except ValueError as error:
-        raise InvalidParameterError("an OTEL_ variable holds what OpenTelemetry does not take") from error
+        raise InvalidParameterError("an OTEL_ variable has a value that OpenTelemetry does not accept") from error
     return None
 
 

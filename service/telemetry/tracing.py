@@ -173,7 +173,7 @@ def _share(environment: Mapping[str, str]) -> float | None:
         return {"parentbased_always_on": 1.0, "parentbased_always_off": 0.0}.get(name)
     share = float(environment.get("OTEL_TRACES_SAMPLER_ARG") or 1)
     if not 0 <= share <= 1:
-        raise ValueError("OTEL_TRACES_SAMPLER_ARG is no share")
+        raise ValueError("OTEL_TRACES_SAMPLER_ARG must be from 0 to 1")
     return share
 
 
@@ -186,7 +186,7 @@ def _exporter(name: str, environment: Mapping[str, str]) -> SpanExporter:
     for found in entry_points(group="opentelemetry_traces_exporter", name=name):
         exporter: SpanExporter = found.load()()
         return exporter
-    raise ModuleNotFoundError(f"no exporter {name!r} of OpenTelemetry is installed")
+    raise ModuleNotFoundError(f"the OpenTelemetry exporter {name!r} is not installed")
 
 
 def _unsampled_trace(headers: Headers) -> str | None:

@@ -4,18 +4,18 @@ import { byId, el, gflops, ms, nameOf, percent, setVar, words } from "./dom.js";
 
 const CLASSES = 5;
 const STAGES = [
-  ["decode_wait", "wait to decode"],
+  ["decode_wait", "decode wait"],
   ["decode", "decode"],
   ["queue", "queue"],
   ["inference", "inference"],
-  ["rest", "the rest"], // the upload, the event loop
+  ["rest", "other"], // upload and event loop
 ];
 
-/** Have room for an answer before there is one. */
+/** Show placeholders of the same size until the first answer. */
 export function showNothing() {
   byId("bars").replaceChildren(...Array.from({ length: CLASSES }, () => bar(" ", 0)));
   byId("legend").replaceChildren(...STAGES.map(([key, name]) => stage(key, name)));
-  byId("chosen").textContent = "What it picks shows here";
+  byId("chosen").textContent = "The chosen sub-network appears here";
 }
 
 /** Show an answer of POST /classify. */
@@ -28,14 +28,14 @@ export function showAnswer(answer) {
   byId("spoken").textContent = `${words(best.label)}, ${percent(best.probability)}, by ${nameOf(subnetwork)}`;
   const accuracy = subnetwork.expected_accuracy;
   const worth = accuracy === null ? "" : ` · ${percent(accuracy, 1)}`;
-  const of = accuracy === null ? "" : el("span", { class: "sr" }, " top-1"); // the map says so
+  const of = accuracy === null ? "" : el("span", { class: "sr" }, " top-1"); // shown on the axis of the map
   byId("chosen").replaceChildren(el("b", {}, nameOf(subnetwork)), ` ${gflops(subnetwork.gflops)} GFLOPs${worth}`, of);
   byId("reason").textContent = sentence(decision.reason);
   showLooks(answer.looks ?? []);
   showTiming(timing, answer.budget_ms, answer.deadline_met);
 }
 
-/** Show what was seen one after the other, where the first look was not sure enough. */
+/** Show the looks at the image and their confidences, if more than one was needed. */
 function showLooks(looks) {
   const parts = looks.map((look) => {
     const sure = look.confidence == null ? "" : `, ${percent(look.confidence)} sure`;
@@ -52,7 +52,7 @@ function showTiming(timing, budgetMs, isMet) {
     ...STAGES.map(([key]) => setVar(el("i", { class: `stage-${key}` }), "--share", times[key] / timing.total)),
   );
   const spoken = STAGES.map(([key, name]) => `${name} ${ms(times[key])} ms`).join(", ");
-  byId("timing").setAttribute("aria-label", `${ms(timing.total)} ms${isMet ? "" : ", too late"}: ${spoken}`);
+  byId("timing").setAttribute("aria-label", `${ms(timing.total)} ms${isMet ? "" : ", after the deadline"}: ${spoken}`);
   byId("legend").replaceChildren(...STAGES.map(([key, name]) => stage(key, name, times[key])));
   byId("total").textContent = `${ms(timing.total)} / ${ms(budgetMs)} ms`;
   byId("total").classList.toggle("late", !isMet);

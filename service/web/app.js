@@ -1,4 +1,4 @@
-// Wires the page: a photo and two budgets in, everything that is shown out.
+// Connects the parts of the page: a photo and two budgets go in, the answer and its explanation are shown.
 
 import { showAnswer, showNothing } from "./answer.js";
 import { Budgets } from "./budgets.js";
@@ -12,10 +12,10 @@ import { classify, explain, GoneError, onKeyWanted, ServerError, subnetworks, un
 
 const DEBOUNCE_MS = 120;
 const EXPLAIN_TRIES = 5;
-const MOST_BREAKS = 3; // connections that break off with a photo, in a row
+const MOST_BREAKS = 3; // failed tries in a row after which a photo is not sent again
 
 let photo = null;
-let asking = null; // the request whose answer is wanted
+let asking = null; // the AbortController of the latest request
 let explanations = new Map(); // of this photo, by sub-network
 let isOnline = false;
 let hasBeenOnline = false;
@@ -37,13 +37,13 @@ function setStatus(state, text) {
   const status = byId("status");
   if (status.dataset.state === state && status.textContent === text) return;
   status.dataset.state = state;
-  status.replaceChildren(el("span", {}, text)); // anew, or what is as long as its text would shift
+  status.replaceChildren(el("span", {}, text)); // a new element: resizing the old one would be a layout shift
 }
 
 function toast(title, message, kind = "error") {
   const [box, text] = [byId("toast"), message ? `${title}: ${message}` : title];
   const paragraph = box.querySelector("p");
-  if (box.hidden || paragraph.textContent !== text) paragraph.textContent = text; // or it would be read out again
+  if (box.hidden || paragraph.textContent !== text) paragraph.textContent = text; // or a screen reader would repeat it
   box.hidden = false;
   box.dataset.kind = kind;
   clearTimeout(toast.timer);
@@ -54,11 +54,11 @@ function hideToast() {
   byId("toast").hidden = true;
 }
 
-/** Say what went wrong, and do about it what can be done. */
+/** Show an error; reconnect or retry where that can help. */
 function failed(error) {
   if (error instanceof GoneError || error.code === "not_ready") {
-    // What breaks off the connection every time would be sent for ever.
-    if (photo && ++photo.breaks > MOST_BREAKS) toast("The server does not take this photo", "try another one");
+    // A photo that fails every time would otherwise be sent for ever.
+    if (photo && ++photo.breaks > MOST_BREAKS) toast("The server cannot process this photo", "try another one");
     else {
       isOnline = false;
       connect();
@@ -68,7 +68,7 @@ function failed(error) {
   if (!(error instanceof ServerError)) throw error;
   if (error.status === 429) {
     const seconds = error.retryAfterS ?? 1;
-    toast(error.title, `${error.message} (trying again in ${seconds} s)`);
+    toast(error.title, `${error.message} (retrying in ${seconds} s)`);
     const wanted = asking;
     setTimeout(() => asking === wanted && ask(), 1000 * seconds);
     return;
@@ -76,7 +76,7 @@ function failed(error) {
   toast(error.title, error.message);
 }
 
-/** Wait for the server, learn what it serves, and go on where the page stood. */
+/** Wait for the server, load its sub-networks, and classify the current photo again. */
 let connecting = null;
 function connect() {
   connecting ??= (async () => {
@@ -84,7 +84,7 @@ function connect() {
       isOnline = false;
       const isThere = error instanceof ServerError;
       setStatus(isThere ? "wait" : "gone", isThere ? "getting ready" : "offline");
-      if (isThere) toast("Getting ready", `${error.message.split(";")[0]}. This page goes on by itself.`, "wait");
+      if (isThere) toast("Getting ready", `${error.message.split(";")[0]}. This page continues automatically.`, "wait");
       else toast(error.title, error.message);
     });
     if (isOnline) return;
@@ -96,13 +96,13 @@ function connect() {
   })()
     .catch((error) => {
       if (!(error instanceof GoneError) && !(error instanceof ServerError)) throw error;
-      setTimeout(connect, 1000); // it went between two questions
+      setTimeout(connect, 1000); // the server stopped between two requests
     })
     .finally(() => (connecting = null));
   return connecting;
 }
 
-/** Show what is served. */
+/** Show the model that is served and its sub-networks. */
 let served = null;
 function describe(family) {
   served = family.model.version;
@@ -112,14 +112,14 @@ function describe(family) {
   explanations = new Map();
 }
 
-/** Show what is served, where another model has taken its place since; one that is only tried out has not. */
+/** After a model change, show the new model; the answers of a canary have another version without one. */
 async function follow(answered) {
   if (answered.version === served) return;
   const family = await subnetworks();
   if (family.model.version !== served) describe(family);
 }
 
-/** Classify the photo under the budgets, and show what the sub-network that answered looks at. */
+/** Classify the photo under the budgets, and show which patches the sub-network that answered keeps. */
 async function ask() {
   if (!photo || !isOnline) return;
   asking?.abort();
@@ -143,7 +143,7 @@ async function ask() {
   }
 }
 
-/** Show which patches a sub-network keeps; one image at a time is explained, so that it may take some tries. */
+/** Show which patches a sub-network keeps; the server explains one image at a time, so this may need several tries. */
 async function look({ patch_grid, keep_rate }, wanted) {
   const key = `${patch_grid}@${keep_rate}`;
   for (let tries = 0; tries < EXPLAIN_TRIES && asking === wanted; tries++) {
@@ -155,7 +155,7 @@ async function look({ patch_grid, keep_rate }, wanted) {
       return;
     } catch (error) {
       if (!(error instanceof ServerError) || ![429, 504].includes(error.status)) throw error;
-      patches.say("What it looks at is shown once the server has time to explain.");
+      patches.say("The explanation follows once the server has time for it.");
       await new Promise((resolve) => setTimeout(resolve, 1000 * (error.retryAfterS ?? 1)));
     }
   }
@@ -181,5 +181,5 @@ const takeFirst = watchPhotos((given) => {
   comparison.forget();
   ask();
 });
-takeFirst().catch(() => {}); // where the server has gone again meanwhile, `connect` says so
+takeFirst().catch(() => {}); // if the server has stopped in the meantime, `connect` reports it
 connect();

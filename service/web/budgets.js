@@ -1,10 +1,10 @@
-// The two sliders, on the scales of the sub-networks that the server has.
+// The two budget sliders, scaled to the sub-networks of the server.
 
 import { byId, el, gflops, setVar } from "./dom.js";
 
 const LONGEST_MS = 5000;
 const DEFAULT_MS = 1000;
-const OVERHEAD_MS = 5; // sockets and decoding, beside the fastest sub-network
+const OVERHEAD_MS = 5; // of network and decoding, added to the latency of the fastest sub-network
 
 export class Budgets {
   #cheapest = 0;
@@ -22,7 +22,7 @@ export class Budgets {
     }
   }
 
-  /** Take the sub-networks of GET /subnetworks, cheapest first. */
+  /** Set the scales from the sub-networks of GET /subnetworks, cheapest first. */
   describe(rows) {
     const frontier = rows.filter((row) => row.on_frontier);
     const fastest = Math.min(...rows.map((row) => row.latency_ms[1]));
@@ -36,21 +36,21 @@ export class Budgets {
     this.#show();
   }
 
-  /** The most that an answer may cost, in GFLOPs; null for no limit. */
+  /** The compute budget in GFLOPs; null for no limit. */
   get gflops() {
     const share = this.compute.value / this.compute.max;
     if (share === 1) return null;
     return Math.max(this.#cheapest, Number((this.#cheapest + share * (this.#dearest - this.#cheapest)).toPrecision(3)));
   }
 
-  /** The time that an answer may take, in milliseconds. */
+  /** The latency budget in milliseconds. */
   get ms() {
     const exact = this.#shortestMs * (LONGEST_MS / this.#shortestMs) ** (this.latency.value / this.latency.max);
     const unit = 10 ** Math.max(0, Math.floor(Math.log10(exact)) - 1);
     return Math.ceil(exact / unit) * unit;
   }
 
-  /** As parameters of POST /classify. */
+  /** The budgets as parameters of POST /classify. */
   get parameters() {
     return { budget_gflops: this.gflops, budget_ms: this.ms };
   }
@@ -69,7 +69,7 @@ export class Budgets {
   }
 }
 
-/** Mark where on a slider each sub-network lies; those that were trained are marked longer. */
+/** Draw a tick on a slider for each sub-network, a longer one for those that were trained. */
 function ticks(id, rows, place) {
   const marks = rows.filter((row) => place(row) >= 0 && place(row) <= 1);
   byId(id).replaceChildren(

@@ -1,10 +1,10 @@
-// The same photo through every trained sub-network, each asked for by name.
+// Runs the same photo through every trained sub-network, each pinned by patch grid and keep rate.
 
 import { byId, el, gflops, percent, setVar, words } from "./dom.js";
 import { classify } from "./server.js";
 
 const AT_ONCE = 2;
-const GRANTED_MS = 20_000; // to compare, not to hurry
+const GRANTED_MS = 20_000; // long, as a comparison needs every answer
 
 export class Comparison {
   #rows = [];
@@ -17,7 +17,7 @@ export class Comparison {
     byId("compare").addEventListener("click", () => this.run());
   }
 
-  /** Take the sub-networks of GET /subnetworks. */
+  /** Build the table from the sub-networks of GET /subnetworks. */
   describe(rows) {
     this.#rows = rows.filter((row) => row.is_trained);
     const grids = [...new Set(this.#rows.map((row) => row.patch_grid))].sort((a, b) => a - b);
@@ -33,14 +33,14 @@ export class Comparison {
     this.forget();
   }
 
-  /** Forget the answers: they are about another photo. */
+  /** Clear the answers, which belong to another photo. */
   forget() {
     this.#running?.abort();
     for (const row of this.#rows) this.#show(row, null);
     byId("compare-note").textContent = "The same photo through every trained sub-network";
   }
 
-  /** Ask them all, the cheapest first. */
+  /** Run every sub-network, the cheapest first. */
   async run() {
     const photo = this.photo();
     if (!photo) return;
@@ -76,7 +76,7 @@ export class Comparison {
     const times = largest.row.gflops / cheapest.row.gflops;
     byId("compare-note").textContent =
       `${agreeing.length} of ${answers.length} say ${words(largest.label)}` +
-      (times > 1.05 ? `, the cheapest for ${times.toFixed(1)} times less compute than the largest` : "");
+      (times > 1.05 ? `, the cheapest at ${times.toFixed(1)} times less compute than the largest` : "");
   }
 
   #cell(grid, rate) {

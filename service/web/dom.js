@@ -1,4 +1,4 @@
-// Elements and numbers, as the other modules want them.
+// Elements, and numbers as text, for the other modules.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -20,7 +20,7 @@ export const el = (tag, attributes = {}, ...children) => fill(document.createEle
 /** Make an SVG element. */
 export const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
 
-/** Set a custom property; style attributes are what the page's own policy forbids. */
+/** Set a custom property; the page's Content-Security-Policy forbids style attributes. */
 export function setVar(node, name, value) {
   node.style.setProperty(name, value);
   return node;
@@ -38,7 +38,7 @@ export const words = (label) => label.replaceAll("_", " ");
 
 export const nameOf = (subnetwork) => `grid ${subnetwork.patch_grid} · keep ${+subnetwork.keep_rate.toFixed(2)}`;
 
-/** Call once nothing has called for so long. */
+/** Return a function that calls `call` once it has not been called for `waitMs`. */
 export function debounced(call, waitMs) {
   let timer;
   return () => {

@@ -1,16 +1,17 @@
-// The last minutes of the server, from GET /events, and a burst of requests to see it adapt.
+// Metrics of the last minutes, from GET /events, and a burst of requests to which the server adapts.
 
 import { byId, el, onWidth, percent, setVar, svg } from "./dom.js";
 import { classifyMany, ServerError } from "./server.js";
 import { sample } from "./photo.js";
 
-const [SHORTEST_S, WINDOW_S] = [60, 180]; // that are shown: as many as there are
-const SMOOTH = 5; // samples that a figure is the mean of
+const [SHORTEST_S, WINDOW_S] = [60, 180]; // bounds of the time axis, which grows with the samples
+const SMOOTH = 5; // seconds over which a tile averages
 const SPARK_HEIGHT = 36;
 const MIX_HEIGHT = 120;
 const SHOWN = 4; // sub-networks in the legend
 const REOPEN_MS = 3000;
-// At most so much, each image in six times what the largest sub-network takes for one: too little to let that run.
+// Limits of a burst. The budget of an image is at most six times the latency of the largest sub-network for one image:
+// too short for that sub-network to run under this load.
 const BURST = { loops: 3, images: 16, seconds: 10, most: 2400, leastMs: 100, times: 6 };
 
 const TILES = [
@@ -38,7 +39,7 @@ export class Live {
     byId("burst").addEventListener("click", () => (this.#burst ? this.#burst.abort() : this.#sendBurst()));
   }
 
-  /** Take the sub-networks of GET /subnetworks, and listen while the page is seen: a browser has six connections. */
+  /** Set the sub-networks, and stream events while the page is visible: a browser has six connections to a server. */
   describe(rows) {
     this.#costs = new Map(rows.map((row) => [`${row.patch_grid}@${+row.keep_rate.toPrecision(6)}`, row.gflops]));
     document.onvisibilitychange = () => (document.hidden ? this.#source?.close() : this.#listen());
@@ -60,9 +61,9 @@ export class Live {
 
   #take(sample) {
     const last = this.#last;
-    if (last && sample.at <= last.at) return; // the server sends the last minutes first
+    if (last && sample.at <= last.at) return; // known already: the server sends the last minutes first
     this.#last = sample;
-    if (!last || sum(sample.requests) < sum(last.requests)) return; // it has counted anew
+    if (!last || sum(sample.requests) < sum(last.requests)) return; // the server restarted, so its counters did too
     this.#points.push(difference(last, sample));
     while (this.#points[0].at < sample.at - WINDOW_S) this.#points.shift();
     this.#draw();
@@ -112,7 +113,7 @@ export class Live {
     );
   }
 
-  /** Colour by cost: the dearer, the stronger. */
+  /** Colour by cost: the more GFLOPs, the stronger. */
   #coloured(node, name) {
     const costs = [...this.#costs.values()];
     const [low, high] = [Math.min(...costs), Math.max(...costs)];
@@ -166,7 +167,7 @@ async function sendOnce(image, budgetMs, signal, counts) {
   }
 }
 
-/** What happened between two samples, per second. */
+/** Return the rates between two samples, per second. */
 function difference(last, sample) {
   const seconds = sample.at - last.at;
   const grown = (name) => sample[name] - last[name];

@@ -1,4 +1,4 @@
-// The map of the sub-networks: accuracy over GFLOPs, the budget and the one that answered.
+// The map of the sub-networks: accuracy over GFLOPs, the compute budget, and the sub-network that answered.
 
 import { byId, gflops, nameOf, onWidth, percent, svg } from "./dom.js";
 
@@ -14,13 +14,13 @@ export class VariantMap {
     onWidth(this.node, (width) => this.#draw(width));
   }
 
-  /** Take the sub-networks of GET /subnetworks, cheapest first. */
+  /** Draw the sub-networks of GET /subnetworks, cheapest first. */
   describe(rows) {
     this.rows = rows;
     this.#draw(this.node.clientWidth);
   }
 
-  /** Mark what answered, and the budget under which it did. */
+  /** Mark the sub-network that answered, and the compute budget in GFLOPs or null. */
   mark(subnetwork, limit) {
     this.chosen = subnetwork;
     this.limit = limit;
@@ -29,7 +29,7 @@ export class VariantMap {
 
   #draw(width) {
     if (!width || !this.rows.length) return;
-    // Without measured accuracies, more compute counts as better.
+    // Without measured accuracies, the vertical axis shows compute too.
     const heightOf = (row) => row.expected_accuracy ?? row.gflops;
     const isMeasured = this.rows.every((row) => row.expected_accuracy !== null);
     const [low, high] = padded(this.rows.map(heightOf));
@@ -84,7 +84,7 @@ function padded(values) {
   return [low - pad, high + pad];
 }
 
-/** Round numbers between two others. */
+/** Return round numbers between two limits, as ticks of an axis. */
 function steps(low, high, count) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));

@@ -1,4 +1,4 @@
-// The photo, the square of it that the model sees, the patch grid, and which patches are left after each pruning.
+// Draws the photo, the square that the model sees, the patch grid, and the patches that are kept after each pruning.
 
 import { byId, el, onWidth, percent } from "./dom.js";
 
@@ -11,14 +11,14 @@ export class PatchView {
     this.grid = null; // patches per side
     this.seenShare = 1;
     this.prunings = [];
-    this.step = 0; // 0 is the photo, then a pruning each
-    this.alpha = new Float32Array(0); // of the veil over each patch, as it is drawn
+    this.step = 0; // 0 is the photo, 1 the first pruning
+    this.alpha = new Float32Array(0); // of the veil over each patch, as drawn now
     onWidth(byId("stage"), () => this.#draw());
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#draw());
     this.#showSteps();
   }
 
-  /** Show another photo; nothing is known of it yet. */
+  /** Show another photo, which has no explanation yet. */
   show(photo) {
     this.photo = photo;
     this.grid = null;
@@ -27,7 +27,7 @@ export class PatchView {
     this.#animate();
   }
 
-  /** Show what a sub-network keeps of the photo: the answer of POST /explain. */
+  /** Show which patches a sub-network keeps, by the answer of POST /explain. */
   explain({ subnetwork, explanation }) {
     const before = this.prunings.length;
     this.grid = subnetwork.patch_grid;
@@ -38,7 +38,7 @@ export class PatchView {
     this.#animate();
   }
 
-  /** Say in words why nothing is known of what the sub-network keeps. */
+  /** Set the caption below the photo. */
   say(sentence) {
     byId("caption").textContent = sentence;
   }
@@ -66,10 +66,10 @@ export class PatchView {
   }
 
   #caption() {
-    let text = this.photo ? "What the sub-network looks at shows here." : " ";
-    if (this.photo && !this.photo.bitmap) text = "This browser cannot show the file; the server may still read it.";
+    let text = this.photo ? "The explanation appears here." : " ";
+    if (this.photo && !this.photo.bitmap) text = "This browser cannot show the file; the server may still support it.";
     else if (this.grid && !this.prunings.length) {
-      text = `Grid ${this.grid} at keep rate 1: all ${this.grid ** 2} patches are used to the end.`;
+      text = `Grid ${this.grid} at keep rate 1: all ${this.grid ** 2} patches are kept.`;
     } else if (this.grid && this.step === 0) text = `Cut into ${this.grid} × ${this.grid} patches.`;
     else if (this.grid) {
       const { block, kept } = this.prunings[this.step - 1];
@@ -79,7 +79,7 @@ export class PatchView {
     this.canvas.setAttribute("aria-label", this.photo ? `${this.photo.file.name}. ${text}` : "No photo yet");
   }
 
-  /** How strongly each patch is to be veiled. */
+  /** Return the opacity that the veil over each patch should have. */
   #target() {
     const veil = new Float32Array((this.grid ?? 0) ** 2);
     if (this.step > 0 && this.prunings.length) {
@@ -128,7 +128,7 @@ export class PatchView {
     const [x, y] = [(side - seen) / 2, (side - seen) / 2];
     const veil = styles.getPropertyValue("--surface");
     context.fillStyle = veil;
-    context.globalAlpha = 0.6; // outside what the model sees
+    context.globalAlpha = 0.6; // outside the square that the model sees
     context.beginPath();
     context.rect(left, top, w, h);
     context.rect(x, y, seen, seen);

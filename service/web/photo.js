@@ -1,9 +1,9 @@
-// Where photos come from: a sample, a file, the camera, a drop or the clipboard.
+// Sources of photos: a sample, a file, the camera, a drop or the clipboard.
 
 import { byId } from "./dom.js";
 
 const FIRST_SAMPLE = "dalmatian";
-const LARGEST_PX = 1024; // what is longer is sent smaller: the model sees a few hundred pixels, and a slider asks often
+const LARGEST_PX = 1024; // larger photos are scaled down: the model sees a few hundred, and sliders send many requests
 const LARGEST_BYTES = 400_000;
 
 /** Fetch a sample as a file. */
@@ -12,7 +12,7 @@ export async function sample(name = FIRST_SAMPLE) {
   return new File([await response.blob()], `${name}.jpg`, { type: "image/jpeg" });
 }
 
-/** Make of a file what is shown and what is sent; what the browser cannot show is sent as it is. */
+/** Make the bitmap to show and the body to send; a file that the browser cannot decode is sent unchanged. */
 async function prepare(file) {
   let bitmap = null;
   try {
@@ -25,13 +25,13 @@ async function prepare(file) {
   const scale = Math.min(1, LARGEST_PX / longest);
   const canvas = new OffscreenCanvas(Math.round(bitmap.width * scale), Math.round(bitmap.height * scale));
   const context = canvas.getContext("2d");
-  context.fillStyle = "white"; // as the server does with what is transparent
+  context.fillStyle = "white"; // behind transparent pixels, as on the server
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   return { file, bitmap, body: await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 }) };
 }
 
-/** Hand every photo that is given to `take`; returns what takes the first sample. */
+/** Call `take` with every photo that the user chooses; return a function that chooses the first sample. */
 export function watchPhotos(take) {
   let latest = 0;
   const give = async (file) => {

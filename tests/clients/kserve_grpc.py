@@ -48,7 +48,7 @@ async def ask(address: str, model: str, image: bytes) -> None:
         failure = error
     assert failure is not None
     assert failure.code() is grpc.StatusCode.NOT_FOUND
-    assert "there is no model 'huge'" in str(failure.details())
+    assert "unknown model 'huge'" in str(failure.details())
     await client.close()
 
 

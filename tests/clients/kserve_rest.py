@@ -46,7 +46,7 @@ async def ask(url: str, model: str, image: bytes) -> None:
         refused = error
     assert refused is not None
     assert refused.response.status_code == 404
-    assert "there is no model 'huge'" in str(refused)
+    assert "unknown model 'huge'" in str(refused)
 
     rows = {"instances": [base64.b64encode(image).decode()] * 2}
     v1 = InferenceRESTClient(RESTConfig(protocol="v1", timeout=20))

@@ -29,7 +29,7 @@ def ask(address: str, model: str, image: bytes) -> None:
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
     assert message.startswith("ModelNotFoundError")
-    assert "there is no model 'huge'" in message
+    assert "unknown model 'huge'" in message
 
 
 ask(sys.argv[1], sys.argv[2], Path(sys.argv[3]).read_bytes())

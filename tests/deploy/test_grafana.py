@@ -44,7 +44,7 @@ def test_every_panel_has_a_title_a_unit_a_description_and_a_place_of_its_own(das
 
 def test_there_are_four_rows(dashboard: dict[str, Any]) -> None:
     rows = [panel["title"].split(":")[0] for panel in dashboard["panels"] if panel["type"] == "row"]
-    assert rows == ["The promise", "The choice", "The load", "The machine"]
+    assert rows == ["Service level", "Adaptation", "Load", "Machine"]
 
 
 def test_source_and_dashboard_are_provisioned_under_the_names_that_the_panels_use(dashboard: dict[str, Any]) -> None:

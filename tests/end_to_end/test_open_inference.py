@@ -140,9 +140,9 @@ def test_budgets_of_compute_are_kept(client: triton.InferenceServerClient) -> No
 @pytest.mark.parametrize(
     ("model", "options", "status", "sentence"),
     [
-        ("huge", {}, "404", "there is no model 'huge'"),
-        (SMALL_CHECKPOINT, {"model_version": "2"}, "404", "there is no version '2'"),
-        (SMALL_CHECKPOINT, {"parameters": {"budget": 1}}, "422", "there is no parameter of that name"),
+        ("huge", {}, "404", "unknown model 'huge'"),
+        (SMALL_CHECKPOINT, {"model_version": "2"}, "404", "unknown version '2'"),
+        (SMALL_CHECKPOINT, {"parameters": {"budget": 1}}, "422", "budget: unknown parameter"),
         (SMALL_CHECKPOINT, {"sequence_id": 7}, "422", "sequences of requests are not supported"),
     ],
 )
@@ -177,7 +177,7 @@ async def test_the_asyncio_client_gets_the_same(address: str, pixels: npt.NDArra
         for tensor in (files(IMAGE), of_pixels(pixels, binary=True), of_pixels(pixels, binary=False)):
             answer = await client.infer(SMALL_CHECKPOINT, [tensor])
             assert answer.as_numpy("probabilities").sum(axis=1) == pytest.approx(1, abs=1e-3)
-        with pytest.raises(InferenceServerException, match="there is no model"):
+        with pytest.raises(InferenceServerException, match="unknown model"):
             await client.infer("huge", [files(IMAGE)])
 
 

@@ -343,7 +343,7 @@ def test_what_is_no_image_is_said_in_words_and_the_next_photo_makes_it_good(visi
     page, bad = visit.page, tmp_path / "notes.jpg"
     bad.write_text("no picture at all")
     page.set_input_files("#file", bad)
-    expect(page.get_by_role("alert")).to_contain_text("That is no image the server can read")
+    expect(page.get_by_role("alert")).to_contain_text("The server cannot read this image")
     page.get_by_role("button", name="Umbrella").click()
     answered(page, "umbrella.jpg")
     expect(page.locator("#toast")).to_be_hidden()
@@ -364,7 +364,7 @@ def test_a_full_server_is_said_in_words_and_asked_again_when_it_says(visit: Visi
 
     page.route("**/classify*", refuse_once)
     page.get_by_role("button", name="Umbrella").click()
-    expect(page.get_by_role("alert")).to_contain_text("The server is full")
+    expect(page.get_by_role("alert")).to_contain_text("The server is overloaded")
     answered(page, "umbrella.jpg")
     expect(page.locator("#toast")).to_be_hidden()
     assert len(tries) == 2
@@ -392,7 +392,7 @@ def test_the_page_is_back_by_itself_after_the_server_was_gone(browser: Browser, 
 def test_nothing_serious_keeps_anyone_out(browser: Browser, url: str, options: dict[str, Any]) -> None:
     visit = Visit(browser, url, reduced_motion="reduce", **options)
     answered(visit.page)
-    expect(visit.page.get_by_text("Take one")).to_be_visible(visible=options is PHONE)  # a photo, with its camera
+    expect(visit.page.get_by_text("Take a photo")).to_be_visible(visible=options is PHONE)  # a photo, with its camera
     set_compute(visit.page, 0.0)
     violations = Axe().run(visit.page).response["violations"]
     assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in violations] == []
@@ -445,10 +445,10 @@ def test_a_key_is_asked_for_once_and_used_from_then_on(
     with serving(checkpoint, free_port(), tmp_path / "keys.toml") as url:
         visit = Visit(browser, url)
         page, dialog = visit.page, visit.page.get_by_role("dialog")
-        expect(dialog).to_contain_text("asks for a key")
+        expect(dialog).to_contain_text("requires an API key")
         assert Axe().run(page).violations_count == 0
         dialog.get_by_label("API key").fill("another one")
-        dialog.get_by_role("button", name="Use it").click()
+        dialog.get_by_role("button", name="Use key").click()
         expect(dialog).to_be_visible()  # it was not the right one
         dialog.get_by_label("API key").fill(made.secret)
         page.keyboard.press("Enter")
@@ -470,7 +470,7 @@ def test_without_the_key_the_page_says_what_is_missing(
     (tmp_path / "keys.toml").write_text(make_key("page").entry)
     with serving(checkpoint, free_port(), tmp_path / "keys.toml") as url:
         visit = Visit(browser, url)
-        visit.page.get_by_role("button", name="Go without").click()
-        expect(visit.page.get_by_role("alert")).to_contain_text("The server asks for a key")
+        visit.page.get_by_role("button", name="Continue without").click()
+        expect(visit.page.get_by_role("alert")).to_contain_text("The server requires an API key")
         visit.forgive_errors()
         visit.close()

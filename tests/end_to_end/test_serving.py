@@ -84,7 +84,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     process = start(port, log)
     wait_until_ready(process, f"http://127.0.0.1:{port}", log)
-    assert f"see what it does at http://127.0.0.1:{port}/" in log.read_text()
+    assert f"web page at http://127.0.0.1:{port}/" in log.read_text()
     yield f"http://127.0.0.1:{port}"
     process.terminate()
     assert process.wait(20) == -signal.SIGTERM, log.read_text()  # uvicorn ends of the signal, after its work
@@ -181,7 +181,7 @@ def test_an_upload_that_outlasts_its_own_budget_is_dropped(url: str) -> None:
         while chunk := connection.recv(4096):  # long before the 30 s that the server grants to uploads
             answer += chunk
     assert answer.startswith(b"HTTP/1.1 408")
-    assert b"within its budget" in answer
+    assert b"within the latency budget" in answer
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_upload_disturbs_no_other(url: str) -> None:

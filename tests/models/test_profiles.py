@@ -173,7 +173,7 @@ def test_a_cascade_costs_its_first_look_and_its_share_of_second_ones() -> None:
     ],
 )
 def test_a_cascade_is_of_two_rows_the_first_cheaper(wrong: CascadeProfile) -> None:
-    with pytest.raises(ValueError, match="no cascade of this profile"):
+    with pytest.raises(ValueError, match="a cascade must lead to a costlier row, not from"):
         replace(measured(), cascades=(wrong,))
 
 

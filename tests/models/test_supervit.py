@@ -227,7 +227,7 @@ def test_timm_builds_every_registered_model(name: str, config: SuperViTConfig) -
 
 
 def test_timm_is_told_that_no_weights_are_hosted() -> None:
-    with pytest.raises(ValueError, match="no weights are hosted"):
+    with pytest.raises(ValueError, match="no pretrained weights are available"):
         timm.create_model("supervit_lvvit_micro_patch4_32", pretrained=True)
 
 

@@ -117,7 +117,7 @@ async def test_a_file_that_cannot_be_found_is_looked_for_until_it_is_and_the_log
     watch = Watch(tmp_path / "checkpoint.safetensors", RuntimeError("no hub answers"))
     await watch.look(5)
     assert [record.getMessage() for record in caplog.records] == [
-        "the file of checkpoint cannot be watched, and is tried again: no hub answers"
+        "the file of checkpoint cannot be watched; trying again: no hub answers"
     ]
     watch.open_error = None
     watch.write("second")
@@ -137,5 +137,5 @@ async def test_a_watch_goes_on_after_any_error_and_each_trouble_is_told_once(
         await watch.look(4)
     assert not watch.task.done()
     assert [record.getMessage() for record in caplog.records if "cannot be watched" in record.getMessage()] == [
-        "the file of checkpoint cannot be watched, and is tried again: 'a bug'"
+        "the file of checkpoint cannot be watched; trying again: 'a bug'"
     ] * 2

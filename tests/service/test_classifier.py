@@ -21,10 +21,10 @@ def test_one_address_may_have_so_many_requests_in_flight() -> None:
 
 
 def test_a_client_with_a_key_is_known_by_it_wherever_it_is() -> None:
-    requests = ClientLimiter(1, "on their way")
+    requests = ClientLimiter(1, "being received")
     with requests.counting("a", ApiKey("mine")) as enter_first, requests.counting("b", ApiKey("mine")) as enter_second:
         enter_first()
-        with pytest.raises(OverloadedError, match="1 requests with this key are on their way already") as caught:
+        with pytest.raises(OverloadedError, match="1 requests with this key are being received already") as caught:
             enter_second()
         assert caught.value.reason == "key"
         with requests.counting("a", ApiKey("yours")) as enter:

@@ -137,7 +137,7 @@ def test_a_client_without_retries_raises_at_once() -> None:
 @pytest.mark.parametrize("url", ["nonsense", "http://[::1", "localhost:8000", "ftp://server", "http://"])
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_what_is_no_address_of_a_server_is_refused_at_once(url: str, kind: type[Client | AsyncClient]) -> None:
-    with pytest.raises(InvalidParameterError, match="is no URL"):
+    with pytest.raises(InvalidParameterError, match="is not a URL"):
         kind(url)
 
 

@@ -44,7 +44,7 @@ def test_the_oldest_is_forgotten() -> None:
         answers.remember(name, asked(), answer(0.2, 0.7, 0.1), NAMES)
     assert answers.find(None, "a", 0)
     assert answers.find(None, "c", 0)
-    with pytest.raises(UnknownRequestError, match="the last 2 are"):
+    with pytest.raises(UnknownRequestError, match="only the last 2 answers are"):
         answers.find(None, "b", 0)
 
 

@@ -34,7 +34,7 @@ class Model:
         self.learned_of.append(other)
 
     def fail(self) -> None:
-        self.error = RuntimeError("the model fails whatever the image")
+        self.error = RuntimeError("the model fails on every image")
         self._ended.set()
 
     def _abandon(self) -> None:
@@ -148,7 +148,7 @@ async def test_a_model_that_is_tried_out_and_fails_ends_alone_and_the_log_says_w
     assert stage.models.has_ended(as_served(stage.new))
     stage.models.drop(as_served(stage.new))
     await stage.models.retire(as_served(stage.new), stage.sleep)
-    assert "fails whatever the image" in caplog.text
+    assert "fails on every image" in caplog.text
     assert not serving.done()
     stage.models.stop()
     await serving
@@ -158,7 +158,7 @@ async def test_the_server_ends_with_the_model_that_is_served() -> None:
     stage = Stage()
     serving = await stage.begin()
     stage.old.fail()
-    with pytest.raises(RuntimeError, match="whatever the image"):
+    with pytest.raises(RuntimeError, match="on every image"):
         await serving
     assert stage.models.has_ended(as_served(stage.new))
 
@@ -173,7 +173,7 @@ async def test_all_requests_are_answered_where_the_engine_never_comes_back() -> 
 
 
 async def test_nothing_is_accepted_that_is_not_tried_out() -> None:
-    with pytest.raises(ValueError, match="it is not tried out"):
+    with pytest.raises(ValueError, match="the model is not being tried out"):
         ServedModels().accept(as_served(Model("new")))
 
 
@@ -224,5 +224,5 @@ async def test_the_server_ends_with_the_model_that_is_served_where_no_other_can_
         stage.new.fail()
         await asyncio.sleep(0)
     stage.old.fail()
-    with pytest.raises(RuntimeError, match="whatever the image"):
+    with pytest.raises(RuntimeError, match="on every image"):
         await serving

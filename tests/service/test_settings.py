@@ -83,7 +83,7 @@ def test_a_value_outside_its_range_is_rejected(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_variable_outside_its_range_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUPERVIT_MAX_BATCH_SIZE", "0")
-    with pytest.raises(CommandError, match=r"^SUPERVIT_MAX_BATCH_SIZE: at least 1 is wanted$"):
+    with pytest.raises(CommandError, match=r"^SUPERVIT_MAX_BATCH_SIZE: must be at least 1$"):
         read_settings(port=80)
     assert read_settings(port=80, max_batch_size=2).port == 80
 
@@ -129,6 +129,6 @@ def test_a_certificate_and_its_key_go_together(given: str) -> None:
 
 @pytest.mark.parametrize("ports", [{"port": 81, "admin_port": 81}, {"admin_port": 81, "grpc_port": 81}])
 def test_no_two_ports_are_the_same(ports: dict[str, int]) -> None:
-    with pytest.raises(ValidationError, match="admin_port and grpc_port differ"):
+    with pytest.raises(ValidationError, match="admin_port and grpc_port must differ"):
         Settings(**ports)  # type: ignore[arg-type] # they are ports
     Settings(port=0, admin_port=0, grpc_port=0)

@@ -125,7 +125,7 @@ def test_a_server_that_cannot_be_reached_is_tried_again(failure: type[httpx.HTTP
     server = ScriptedServer([failure, ANSWERED])
     server.client(draw=0.5).classify(b"image")
     assert server.slept_s == [pytest.approx(0.05)]
-    with pytest.raises(UnreachableError, match="http://server cannot be connected to"):
+    with pytest.raises(UnreachableError, match="cannot connect to http://server"):
         ScriptedServer([failure]).client().classify(b"image")
 
 
@@ -208,7 +208,7 @@ def test_an_overload_of_another_version_is_one_still() -> None:
 )
 def test_an_answer_of_something_else_is_told_apart(content: bytes) -> None:
     answer = httpx.Response(200, content=content)
-    with pytest.raises(UnexpectedAnswerError, match=r"^http://server does not answer as a SuperViT server does$"):
+    with pytest.raises(UnexpectedAnswerError, match=r"^http://server did not answer like a SuperViT server$"):
         ScriptedServer([answer]).client().classify(b"image")
 
 

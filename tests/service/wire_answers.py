@@ -19,7 +19,7 @@ ANSWER: dict[str, Any] = {
     "looks": [{"patch_grid": 12, "keep_rate": 0.7, "gflops": 2.193, "confidence": 0.99, "inference_ms": 57.0}],
     "stopped": "sure",
     "gflops": 2.193,
-    "decision": {"reason": "nothing else waits", "batch_size": 1, "predicted_inference_ms": 57.9},
+    "decision": {"reason": "no other request is waiting", "batch_size": 1, "predicted_inference_ms": 57.9},
     "timing_ms": {"decode_wait": 0.4, "decode": 2.5, "queue": 1.0, "inference": 57.0, "total": 63.2},
     "budget_ms": 1000.0,
     "deadline_met": True,

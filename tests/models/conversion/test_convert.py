@@ -227,24 +227,24 @@ def test_what_a_supervit_has_not_is_refused_by_its_name(tmp_path: Path, name: st
         ({"qk_norm": True}, "normalised queries and keys"),
         ({"mlp_layer": partial(timm.layers.SwiGLUPacked)}, "SwiGLU"),
         ({"block_fn": timm.models.vision_transformer.ParallelScalingBlock}, "parallel or post-norm blocks"),
-        ({"act_layer": "relu"}, "another activation"),
+        ({"act_layer": "relu"}, "a different activation"),
         ({"global_pool": "max"}, "max pooling"),
-        ({"global_pool": "avg", "fc_norm": False}, "no norm right before its head"),
-        ({"embed_norm_layer": nn.LayerNorm}, "another patch embedding"),
-        ({"img_size": (16, 8)}, "patches that form no square"),
+        ({"global_pool": "avg", "fc_norm": False}, "no norm directly before its head"),
+        ({"embed_norm_layer": nn.LayerNorm}, "a different patch embedding"),
+        ({"img_size": (16, 8)}, "patches that do not form a square"),
     ],
 )
 def test_a_module_with_strange_parts_is_refused(tmp_path: Path, options: dict[str, Any], feature: str) -> None:
-    with pytest.raises(CheckpointMismatchError, match=f"has {feature}, which a SuperViT has not"):
+    with pytest.raises(CheckpointMismatchError, match=f"has {feature}, which SuperViT does not support"):
         from_plain_vit(PlainViT(plain("vit_tiny_patch16_224", **options)), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "no_such_model"}, "no_such_model: timm knows no such model"),
-        ({"name": "resnet18"}, "resnet18: is no plain ViT"),
-        ({"name": "vit_small_patch16_224"}, "its weights are not those of vit_small_patch16_224"),
+        ({"name": "no_such_model"}, "no_such_model: unknown timm model"),
+        ({"name": "resnet18"}, "resnet18: not a plain ViT"),
+        ({"name": "vit_small_patch16_224"}, "its weights do not match vit_small_patch16_224"),
         ({"patch_grids": (3, 2)}, "patch grids must ascend"),
         ({"prune_blocks": (9,)}, "prune blocks"),
     ],
@@ -267,7 +267,7 @@ def test_weights_of_another_network_and_missing_files_are_refused(tmp_path: Path
 
 def test_heads_that_no_width_tells_must_be_given(tmp_path: Path, images: Tensor) -> None:
     path = save(plain("vit_tiny_patch16_224"), tmp_path)
-    with pytest.raises(CheckpointMismatchError, match=r"how many heads a ViT of width 128 has is not told; give --num"):
+    with pytest.raises(CheckpointMismatchError, match=r"cannot infer the number of heads for width 128; give --num"):
         convert(room.Convert(vit=path, output=tmp_path / "elastic.safetensors"))
     common = plain("vit_tiny_patch16_224", embed_dim=192, num_heads=3)
     convert(room.Convert(vit=save(common, tmp_path), output=tmp_path / "elastic.safetensors"))
@@ -283,7 +283,7 @@ def test_heads_that_no_width_tells_must_be_given(tmp_path: Path, images: Tensor)
 )
 def test_a_name_that_the_weights_contradict_is_refused(tmp_path: Path, file_of: str, name: str) -> None:
     torch.save(timm.create_model(file_of).state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(CheckpointMismatchError, match=f"its weights are not those of {name}: "):
+    with pytest.raises(CheckpointMismatchError, match=f"its weights do not match {name}: "):
         convert(room.Convert(vit=tmp_path / "vit.pth", output=tmp_path / "elastic.safetensors", name=name))
 
 
@@ -299,7 +299,7 @@ def test_a_name_that_the_weights_contradict_is_refused(tmp_path: Path, file_of: 
             "queries, keys or values are missing",
         ),
         (("embeddings.cls_token", "encoder.layer.0.mlp.weights_in.weight"), "has SwiGLU"),
-        (("vision_model.encoder.layers.0.self_attn.q_proj.weight",), "transformers' CLIP, which is not read"),
+        (("vision_model.encoder.layers.0.self_attn.q_proj.weight",), "has the layout of transformers' CLIP, which"),
     ],
 )
 def test_layouts_of_transformers_that_are_not_taken_are_refused_in_a_line(
@@ -314,10 +314,10 @@ def test_what_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
     vit = plain("vit_tiny_patch16_224")
     with torch.no_grad():
         vit.norm.weight[3] = torch.nan
-    with pytest.raises(CheckpointMismatchError, match=r"1 weights are not finite, as 'norm\.weight'"):
+    with pytest.raises(CheckpointMismatchError, match=r"1 weights are not finite, such as 'norm\.weight'"):
         convert(Convert(vit=save(vit, tmp_path), output=tmp_path / "elastic.safetensors"))
     path = save(plain("vit_tiny_patch16_224"), tmp_path)
-    with pytest.raises(CheckpointMismatchError, match="would be overwritten"):
+    with pytest.raises(CheckpointMismatchError, match="the output must not overwrite the input"):
         convert(Convert(vit=path, output=path))
 
 

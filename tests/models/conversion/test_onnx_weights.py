@@ -62,7 +62,7 @@ def test_a_position_embedding_in_two_parts_is_put_together(exported: tuple[Path,
 
 def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
-    with pytest.raises(UnreadableCheckpointError, match=r"broken\.onnx: is no ONNX graph that can be read"):
+    with pytest.raises(UnreadableCheckpointError, match=r"broken\.onnx: not a readable ONNX graph"):
         read_onnx_weights(tmp_path / "broken.onnx")
     with pytest.raises(UnreadableCheckpointError, match="absent: no such file"):
         read_onnx_weights(tmp_path / "absent")

@@ -89,7 +89,7 @@ def test_without_an_image_to_spare_nothing_can_be_held_out(
     for name in ("blue", "red"):
         (tmp_path / "train" / name).mkdir(parents=True)
         shutil.copy(pictures / "train" / name / "0.png", tmp_path / "train" / name)
-    with pytest.raises(DataError, match=f"{tmp_path}/train: no class has an image to spare"):
+    with pytest.raises(DataError, match=f"{tmp_path}/train: no class has enough images to hold one out"):
         open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.5, 0)
 
 
@@ -145,7 +145,7 @@ def test_val_folders_of_other_classes_are_named(pictures: Path, tmp_path: Path, 
 def test_a_single_class_is_nothing_to_train_on(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "red").symlink_to(pictures / "train" / "red", target_is_directory=True)
-    with pytest.raises(DataError, match=f"{tmp_path}/train: a single class folder"):
+    with pytest.raises(DataError, match=f"{tmp_path}/train: must have at least two class folders"):
         open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.1, 0)
     assert len(open_folder(tmp_path / "train", evaluation_transform(tiny_config))) == 16
 
@@ -163,7 +163,7 @@ def test_files_of_other_types_are_counted_by_extension(
     images = open_folder(tmp_path / "val", evaluation_transform(tiny_config))
     assert len(images) == 13
     images.report_skipped_files()
-    expected = f"{tmp_path}/val: passed over for their extensions: 2 .heic, 1 without any\n"
+    expected = f"{tmp_path}/val: skipped files with unsupported extensions: 2 .heic, 1 without extension\n"
     assert capsys.readouterr().err == expected
     open_folder(pictures / "val", evaluation_transform(tiny_config)).report_skipped_files()
     assert capsys.readouterr().err == ""
@@ -187,7 +187,7 @@ def test_a_bad_image_is_blank_without_a_label_counted_and_named_once(
     assert images.is_bad.nonzero()[:, 0].tolist() == [1, 11]
     assert capsys.readouterr().err == ""
     images.report()
-    complaint = f"\npassed over: 2 of 12 images of {damaged} cannot be read: blue/1.png, red/3.png\n"
+    complaint = f"\nskipped: 2 of 12 images of {damaged} cannot be read: blue/1.png, red/3.png\n"
     assert capsys.readouterr().err == complaint
     images.report()
     images.with_transform(varied(tiny_config)).report()

@@ -214,7 +214,7 @@ def test_what_was_fitted_on_counts_for_accuracy_alone(
 def test_half_of_a_single_image_is_refused(tiny_file: Path, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "val" / "red").mkdir(parents=True)
     shutil.copy(pictures / "val" / "red" / "0.png", tmp_path / "val" / "red")
-    with pytest.raises(DataError, match=f"{tmp_path}/val: a single image cannot be both"):
+    with pytest.raises(DataError, match=f"{tmp_path}/val: at least two images are needed"):
         measure(load_checkpoint(tiny_file), tmp_path)
 
 
@@ -320,7 +320,7 @@ def test_bad_images_are_named_and_count_neither_as_right_nor_as_wrong(
     assert "accuracy from all 10 of val/" in found.basis
     printed = capsys.readouterr().err
     assert f"2 of 12 images of {damaged}/val cannot be read: blue/2.png, red/0.png" in printed
-    assert f"{damaged}/val: passed over for their extensions: 1 .csv" in printed
+    assert f"{damaged}/val: skipped files with unsupported extensions: 1 .csv" in printed
 
 
 def test_scalings_are_fitted_without_images_that_have_no_label(

@@ -30,7 +30,7 @@ def test_each_cascade_has_a_line_with_what_it_costs_and_does() -> None:
     rows = SubNetworkProfile(first, 700_000_000, 0.7), SubNetworkProfile(second, 1_400_000_000, 0.8)
     cascade = CascadeProfile(first, second, threshold=0.85, share=0.25, top1=0.7875)
     assert cascade_table(ProfileTable(rows, (cascade,))) == (
-        "     1.05 GFLOPs  78.75 %: grid 8 at keep rate 0.5, then grid 8 at keep rate 1 for the 25.0 % of which it is "
-        "less than 85 % sure"
+        "     1.05 GFLOPs  78.75 %: grid 8 at keep rate 0.5, then grid 8 at keep rate 1 for the 25.0 % whose "
+        "confidence is below 85 %"
     )
     assert cascade_table(ProfileTable(rows)) == ""

@@ -197,9 +197,7 @@ def test_a_token_opens_what_is_private(hub: type[Hub], find: Find) -> None:
     hub.repositories["owner/private"] = Repository(is_private=True)
     name = "hf-hub:owner/private"
     (refused,) = find(name)
-    assert (
-        refused == f"{name}: the hub has no such repository, or a private one: set HF_TOKEN to a token that may read it"
-    )
+    assert refused == f"{name}: the repository does not exist or is private: set HF_TOKEN to a token that may read it"
     assert find(name, HF_TOKEN=TOKEN) == ["model.safetensors: weights"]
 
 
@@ -210,7 +208,7 @@ def test_what_the_hub_does_not_have_is_said_in_one_line(hub: type[Hub], find: Fi
         "owner/gated": Repository(is_gated=True),
     }
     assert find("hf-hub:owner/none", HF_TOKEN=TOKEN) == [
-        "hf-hub:owner/none: the hub has no such repository, or one that the token may not read"
+        "hf-hub:owner/none: the repository does not exist, or the token may not read it"
     ]
     assert find(
         "hf-hub:owner/net@v3",
@@ -220,12 +218,12 @@ def test_what_the_hub_does_not_have_is_said_in_one_line(hub: type[Hub], find: Fi
         "hf-hub:owner/a--b",
     ) == [
         "hf-hub:owner/net@v3: the repository has no revision v3",
-        "hf-hub:owner/several: the repository holds several safetensors files, none model.safetensors: "
+        "hf-hub:owner/several: the repository holds several safetensors files, none named model.safetensors: "
         "a.safetensors, b.safetensors",
         "hf-hub:owner/several@v2: the repository holds no safetensors file",
-        "hf-hub:owner/gated: the repository is gated: ask for access on its page, and set HF_TOKEN to a token of "
+        "hf-hub:owner/gated: the repository is gated: request access on its page, and set HF_TOKEN to a token of "
         "that account",
-        "hf-hub:owner/a--b: no repository of the hub can be named so",
+        "hf-hub:owner/a--b: not a valid repository name",
     ]
 
 
@@ -239,7 +237,7 @@ def test_no_network_is_said_in_one_line(hub: type[Hub], find: Find, endpoint: st
 
 def test_without_leave_to_ask_the_hub_nothing_is_asked(hub: type[Hub], find: Find) -> None:
     assert find("hf-hub:owner/net", HF_HUB_OFFLINE="1") == [
-        "hf-hub:owner/net: not in the cache, and HF_HUB_OFFLINE forbids to ask the hub"
+        "hf-hub:owner/net: not in the cache, and HF_HUB_OFFLINE is set"
     ]
     assert hub.requests == []
 
@@ -247,9 +245,9 @@ def test_without_leave_to_ask_the_hub_nothing_is_asked(hub: type[Hub], find: Fin
 @pytest.mark.parametrize(
     ("status", "problem"),
     [
-        (HTTPStatus.INTERNAL_SERVER_ERROR, "the hub answers with status 500"),
-        (HTTPStatus.FORBIDDEN, "the hub refuses the token: set HF_TOKEN to one that may read the repository"),
-        (HTTPStatus.OK, "what answers is no Hugging Face hub; see HF_ENDPOINT"),
+        (HTTPStatus.INTERNAL_SERVER_ERROR, "the hub answered with status 500"),
+        (HTTPStatus.FORBIDDEN, "the hub rejected the token: set HF_TOKEN to one that may read the repository"),
+        (HTTPStatus.OK, "the server is not a Hugging Face hub; check HF_ENDPOINT"),
     ],
 )
 def test_an_answer_of_something_else_is_said_in_one_line(hub: type[Hub], find: Find, status: int, problem: str) -> None:
@@ -261,4 +259,4 @@ def test_a_cache_that_cannot_be_written_is_said_in_one_line(hub: type[Hub], find
     assert hub.requests == []
     (tmp_path / "file").touch()
     (line,) = find("hf-hub:owner/net", HF_HOME=str(tmp_path / "file"))
-    assert line == "hf-hub:owner/net: cannot be kept in the cache: Not a directory"
+    assert line == "hf-hub:owner/net: cannot be written to the cache: Not a directory"

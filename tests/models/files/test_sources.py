@@ -30,7 +30,7 @@ def test_a_file_of_that_name_wins_and_a_folder_does_not() -> None:
 
 
 def test_an_unknown_name_lists_what_ships() -> None:
-    with pytest.raises(UnreadableCheckpointError, match=rf"^macro: no such file, .*those that do: {MICRO}, {SMALL}$"):
+    with pytest.raises(UnreadableCheckpointError, match=rf"^macro: no such file, .*choose from {MICRO}, {SMALL}$"):
         find_checkpoint("macro")
     with pytest.raises(UnreadableCheckpointError, match=r"^runs/macro: no such file$"):
         find_checkpoint("runs/macro")
@@ -40,7 +40,9 @@ def test_an_unknown_name_lists_what_ships() -> None:
 
 @pytest.mark.parametrize("url", ["http://host/a.pth", "https://host/a", "S3://bucket/a", "hf://owner/name"])
 def test_a_url_says_what_is_taken_instead(url: str) -> None:
-    taken = r"a URL is not taken; a path, the name of a checkpoint that ships, or hf-hub:owner/name\[@revision\] is$"
+    taken = (
+        r"a URL is not supported; use a path, the name of a checkpoint that ships, or hf-hub:owner/name\[@revision\]$"
+    )
     for name in (url, Path(url)):  # as a path, it has lost a slash
         with pytest.raises(UnreadableCheckpointError, match=taken):
             find_checkpoint(name)
@@ -50,7 +52,7 @@ def test_a_url_says_what_is_taken_instead(url: str) -> None:
     "name", ["hf-hub:", "hf-hub:name", "hf-hub:owner/name/file", "hf-hub:owner/name@", "hf-hub:ö/n"]
 )
 def test_a_repository_must_be_named_with_its_owner(name: str) -> None:
-    with pytest.raises(UnreadableCheckpointError, match=r"is named hf-hub:owner/name\[@revision\]$"):
+    with pytest.raises(UnreadableCheckpointError, match=r"must be named hf-hub:owner/name\[@revision\]$"):
         find_checkpoint(name)
 
 

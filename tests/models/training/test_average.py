@@ -44,7 +44,7 @@ def test_checkpoints_of_different_kinds_have_nothing_between_them(pair: tuple[Pa
     second = load_checkpoint(pair[1])
     header = Header("it", second.config, ("other", *CLASS_NAMES[1:]), second.profile)
     save_checkpoint(pair[1], second.model, header)
-    with pytest.raises(CheckpointMismatchError, match="of another architecture, other classes or patch grids than"):
+    with pytest.raises(CheckpointMismatchError, match="differs in architecture, classes or patch grids from"):
         average(Average(first=pair[0], second=pair[1], output=tmp_path / "between.safetensors"))
     assert not (tmp_path / "between.safetensors").exists()
 

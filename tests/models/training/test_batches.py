@@ -276,7 +276,7 @@ def test_bad_images_are_left_out_of_full_batches(
     assert {len(part) for part in labels} == {8}
     assert len(labels) == (46 // 8 if in_memory else 48 // 8)
     assert set(torch.cat(labels).tolist()) == {0, 1, 2}
-    complaint = f"passed over: 2 of 48 images of {damaged}/train cannot be read: green/0.png, red/9.png\n"
+    complaint = f"skipped: 2 of 48 images of {damaged}/train cannot be read: green/0.png, red/9.png\n"
     assert capsys.readouterr().err.count(complaint) == 1
     if isinstance(batches, ImageBatches):
         assert (len(batches.images), batches.targets.bincount().tolist()) == (46, [16, 15, 15])

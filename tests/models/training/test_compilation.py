@@ -69,6 +69,6 @@ def test_where_there_is_no_compiler_a_run_ends_in_one_line(tmp_path: Path, tiny_
     ):
         train(tiny_recipe(tmp_path / "run", compile=True))
     torch.compiler.reset()
-    assert str(caught.value).startswith("compile finds no compiler for cpu: ")
+    assert str(caught.value).startswith("--compile needs a compiler for cpu: ")
     assert "no/compiler" in str(caught.value)
     assert "\n" not in str(caught.value)

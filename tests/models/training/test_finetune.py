@@ -85,7 +85,7 @@ def test_what_an_earlier_run_wrote_keeps_its_last_layer(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_network_are_refused(imagenet_file: Path) -> None:
-    with pytest.raises(CheckpointMismatchError, match=r"imagenet\.pth: not weights of test_vit2"):
+    with pytest.raises(CheckpointMismatchError, match=r"imagenet\.pth: its weights do not match test_vit2"):
         load_network("test_vit2", imagenet_file, 3)
 
 
@@ -95,7 +95,7 @@ def test_weights_of_another_size_are_refused_under_whatever_names(imagenet_file:
     torch.save(weights, tmp_path / "without_norm.pth")
     torch.save({f"other.{number}": weight for number, weight in enumerate(weights.values())}, tmp_path / "renamed.pth")
     for name in ("without_norm.pth", "renamed.pth"):
-        with pytest.raises(CheckpointMismatchError, match=f"{name}: not weights of test_vit"):
+        with pytest.raises(CheckpointMismatchError, match=f"{name}: its weights do not match test_vit"):
             load_network("test_vit", tmp_path / name, 3)
 
 

@@ -63,9 +63,7 @@ def test_a_large_data_set_is_trained_by_the_published_recipe_of_the_lv_vit(tmp_p
 def test_a_deit_has_no_labels_for_its_patch_tokens(tmp_path: Path, options: dict[str, object]) -> None:
     (name,) = options
     common = {"data": tmp_path, "output": tmp_path, "teacher": "resnet18"} | options
-    with pytest.raises(
-        ValidationError, match=f"{name.replace('_', '-')} is for the patch tokens of an LV-ViT, not for"
-    ):
+    with pytest.raises(ValidationError, match=f"{name.replace('_', '-')} is only supported for an LV-ViT, not a DeiT"):
         Recipe.model_validate(common | {"model": "supervit_deit_micro_patch4_32"})
     Recipe.model_validate(common)
     off = {"data": tmp_path, "output": tmp_path, "model": "supervit_deit_micro_patch4_32", "mix_token": False}
@@ -75,10 +73,16 @@ def test_a_deit_has_no_labels_for_its_patch_tokens(tmp_path: Path, options: dict
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"teacher_tokens": True, "teacher_once": True}, "not with teacher-once or token-labels"),
-        ({"teacher_tokens": True, "token_labels": "maps"}, "not with teacher-once or token-labels"),
-        ({"token_labels": "maps", "cutmix": 1.0}, "token labels of a folder know nothing of mixup and cutmix"),
-        ({"token_labels": "maps", "mixup": 0.8}, "token labels of a folder know nothing of mixup and cutmix"),
+        (
+            {"teacher_tokens": True, "teacher_once": True},
+            "teacher-tokens cannot be combined with teacher-once or token-labels",
+        ),
+        (
+            {"teacher_tokens": True, "token_labels": "maps"},
+            "teacher-tokens cannot be combined with teacher-once or token-labels",
+        ),
+        ({"token_labels": "maps", "cutmix": 1.0}, "token-labels does not support mixup and cutmix"),
+        ({"token_labels": "maps", "mixup": 0.8}, "token-labels does not support mixup and cutmix"),
     ],
 )
 def test_token_labels_that_would_not_be_those_of_the_image_are_refused(
@@ -195,7 +199,7 @@ def test_images_are_mixed_in_pairs(tmp_path: Path, name: str) -> None:
 )
 def test_a_teacher_without_a_name_is_not_passed_over(tmp_path: Path, options: dict[str, object]) -> None:
     (name,) = options
-    with pytest.raises(ValidationError, match=f"{name.replace('_', '-')} without a teacher teaches nothing"):
+    with pytest.raises(ValidationError, match=f"{name.replace('_', '-')} requires a teacher; give one with --teacher"):
         Recipe.model_validate({"data": tmp_path, "output": tmp_path} | options)
     Recipe.model_validate({"data": tmp_path, "output": tmp_path, "teacher": "resnet18"} | options)
 
@@ -255,9 +259,12 @@ def test_weights_that_know_the_classes_are_trained_on_as_from_scratch(
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"fit_head": True}, "fit-head needs the weights of --init"),
-        ({"teacher_self": True}, "teacher-self needs the weights of --init"),
-        ({"teacher_self": True, "teacher": "resnet18", "init": Path("a.pth")}, "are two teachers"),
+        ({"fit_head": True}, "fit-head requires --init"),
+        ({"teacher_self": True}, "teacher-self requires --init"),
+        (
+            {"teacher_self": True, "teacher": "resnet18", "init": Path("a.pth")},
+            "teacher and teacher-self are mutually exclusive",
+        ),
     ],
 )
 def test_options_about_initial_weights_need_some(pictures: Path, options: dict[str, Any], complaint: str) -> None:

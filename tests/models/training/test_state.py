@@ -50,12 +50,12 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, tiny_recipe: MakeRecipe
     ("options", "difference"),
     [
         ({"num_heads": 4}, "--num-heads 2, not 4"),
-        ({"depth": None}, "--depth 3, not left out"),
+        ({"depth": None}, "--depth 3, not unset"),
         ({"prune_blocks": (1,)}, "--prune-blocks 1,2, not 1"),
-        ({"keep_rates": (0.6, 1)}, "--keep-rates left out, not 0.6,1.0"),
+        ({"keep_rates": (0.6, 1)}, "--keep-rates unset, not 0.6,1.0"),
         ({"weight_decay": 0.1}, "--weight-decay 0.05, not 0.1"),
         ({"accumulate": 2}, "--accumulate 1, not 2"),
-        ({"clip_grad": 0.5}, "--clip-grad left out, not 0.5"),
+        ({"clip_grad": 0.5}, "--clip-grad unset, not 0.5"),
         ({"optimizer": "adamw"}, "--optimizer muon, not adamw"),
         ({"seed": 1}, "--seed 0, not 1"),
         ({"holdout": 0.5}, "--holdout 0.02, not 0.5"),
@@ -147,7 +147,7 @@ def test_a_run_over_other_classes_is_refused(
 
 def test_a_run_of_another_number_of_processes_is_refused(tmp_path: Path, tiny_recipe: MakeRecipe, saved: State) -> None:
     two = replace(saved, processes=2)
-    with pytest.raises(TrainingError, match=r"state\.pt: was made with 1 of torchrun's processes, not 2$"):
+    with pytest.raises(TrainingError, match=r"state\.pt: was made with 1 torchrun processes, not 2$"):
         two.load(tiny_recipe(tmp_path), CLASS_NAMES)
 
 
@@ -158,7 +158,7 @@ def test_a_state_that_lacks_a_part_is_of_another_version(
     content = torch.load(tmp_path / "state.pt", weights_only=True)
     del content[lost]
     torch.save(content, tmp_path / "state.pt")
-    with pytest.raises(TrainingError, match=rf"state\.pt: damaged or of another version: '{lost}'"):
+    with pytest.raises(TrainingError, match=rf"state\.pt: damaged or from another version: '{lost}'"):
         saved.load(tiny_recipe(tmp_path), CLASS_NAMES)
 
 
@@ -189,7 +189,7 @@ def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_no_checkpoint_can_be_named_after_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="a name that is not UTF-8"):
+    with pytest.raises(TrainingError, match="the name must be UTF-8"):
         prepare_folder(tmp_path / "caf\udce9")
 
 
@@ -226,5 +226,5 @@ def test_cheap_epochs_have_losses_of_their_own(tmp_path: Path) -> None:
 )
 def test_a_log_that_could_not_be_drawn_is_damaged(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "log.jsonl").write_bytes(content)
-    with pytest.raises(TrainingError, match=r"log\.jsonl: damaged: .*; mend it, or move it away"):
+    with pytest.raises(TrainingError, match=r"log\.jsonl: damaged: .*; repair it, or move it away"):
         read_log(tmp_path, 2)

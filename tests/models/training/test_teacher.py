@@ -115,14 +115,16 @@ def test_a_teacher_without_answers_for_every_place_is_refused_at_once(tmp_path: 
     network = timm.create_model("supervit_lvvit_micro_patch4_32", num_classes=3)
     torch.save(network.state_dict(), tmp_path / "teacher.pth")
     name, path = "supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth"
-    with pytest.raises(CheckpointMismatchError, match="cannot tell what it sees at every place of an image"):
+    with pytest.raises(
+        CheckpointMismatchError, match="cannot label every place of an image; leave out --teacher-tokens"
+    ):
         Teacher.load(name, path, None, network.config, everywhere=True)
 
 
 def test_a_teacher_that_cannot_see_images_of_the_size_asked_for_is_refused_at_once(tmp_path: Path) -> None:
     model = timm.create_model("supervit_lvvit_micro_patch4_32")
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
-    with pytest.raises(CheckpointMismatchError, match=r"cannot look at images of 96 pixels; give another --tea"):
+    with pytest.raises(CheckpointMismatchError, match=r"does not support images of 96 pixels; give another --tea"):
         Teacher.load("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", 96, model.config)
 
 
@@ -135,11 +137,11 @@ def test_a_teacher_is_frozen(teacher_file: Path, tiny_config: SuperViTConfig) ->
 def test_weights_that_are_not_the_teachers_are_a_checkpoint_error(
     teacher_file: Path, tmp_path: Path, tiny_config: SuperViTConfig
 ) -> None:
-    with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: not weights of test_vit2"):
+    with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: its weights do not match test_vit2"):
         Teacher.load("test_vit2", teacher_file, None, tiny_config)
-    with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: not weights of test_vit"):
+    with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: its weights do not match test_vit"):
         Teacher.load("test_vit", teacher_file, None, replace(tiny_config, num_classes=4))
-    with pytest.raises(CheckpointMismatchError, match=r"not weights of test_vit\.no_such_tag: timm knows no such"):
+    with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: unknown timm model or tag test_vit\.no_such_tag"):
         Teacher.load("test_vit.no_such_tag", teacher_file, None, tiny_config)
     with pytest.raises(UnreadableCheckpointError, match="absent"):
         Teacher.load("test_vit", tmp_path / "absent", None, tiny_config)
@@ -163,7 +165,7 @@ def test_a_downloaded_teacher_must_know_the_classes_of_the_data(
     tiny_config: SuperViTConfig, downloads: list[str]
 ) -> None:
     """With another number of classes timm gives it a random head, and says nothing."""
-    complaint = "test_vit: timm's weights know 1000 classes and the data 3; give --teacher-checkpoint"
+    complaint = "test_vit: timm's weights have 1000 classes and the data has 3; give --teacher-checkpoint"
     with pytest.raises(CheckpointMismatchError, match=complaint):
         Teacher.load("test_vit", None, None, tiny_config)
     assert downloads == []
@@ -175,7 +177,7 @@ def test_a_teacher_that_cannot_be_downloaded_is_a_checkpoint_error_of_one_line(
 ) -> None:
     with pytest.raises(UnreadableCheckpointError) as caught:
         Teacher.load(name, None, None, replace(tiny_config, num_classes=1000))
-    assert str(caught.value).endswith(f"{name}: timm's weights cannot be had; give --teacher-checkpoint")
+    assert str(caught.value).endswith(f"{name}: timm's weights are not available; give --teacher-checkpoint")
     assert downloads == ["test_vit"][: name == "test_vit"]
 
 

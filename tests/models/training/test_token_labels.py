@@ -74,12 +74,12 @@ def test_an_image_without_a_map_is_named(recipe: Recipe, labelled: tuple[Path, P
     for path in (labelled[1] / "b").iterdir():
         path.unlink()
     batches, _, _ = open_batches(recipe, PLAIN, None, 0, 1, CPU)
-    with pytest.raises(DataError, match=r"labels/b/\d\.png\.npz: no token labels: .*No such file"):
+    with pytest.raises(DataError, match=r"labels/b/\d\.png\.npz: not readable as token labels: .*No such file"):
         list(batches)
 
 
 def test_a_folder_of_other_things_is_refused_before_an_epoch_is_spent(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"run/a/\d\.png\.npz: no token labels"):
+    with pytest.raises(DataError, match=r"run/a/\d\.png\.npz: not readable as token labels"):
         open_batches(recipe.model_copy(update={"token_labels": tmp_path / "run"}), PLAIN, None, 0, 1, CPU)
 
 
@@ -87,7 +87,7 @@ def test_maps_of_two_shapes_are_refused_by_name(recipe: Recipe, labelled: tuple[
     for path in (labelled[1] / "b").iterdir():
         save_map(path, np.zeros((7, 7, 1), int), np.ones((7, 7, 1)))
     batches, _, _ = open_batches(recipe, PLAIN, None, 0, 1, CPU)
-    with pytest.raises(DataError, match=r"token labels of shape \(7, 7, 1\), where others are \(14, 14, 2\)"):
+    with pytest.raises(DataError, match=r"token labels must have the others' shape \(14, 14, 2\), not \(7, 7, 1\)"):
         list(batches)
 
 
@@ -98,12 +98,12 @@ def test_maps_of_two_shapes_are_refused_by_name(recipe: Recipe, labelled: tuple[
         ([[0]], [[1.0]], r"two arrays of \(h, w, k\)"),
         (np.zeros((0, 1, 1), int), np.zeros((0, 1, 1)), r"two arrays of \(h, w, k\)"),
         ([[[0.0]]], [[[1.0]]], r"two arrays of \(h, w, k\)"),
-        ([[[3]]], [[[1.0]]], "name class 3 where there are 3"),
-        ([[[-1]]], [[[1.0]]], "name class -1"),
-        ([[[0, 1]]], [[[0.8, 0.8]]], "no probabilities"),
-        ([[[0, 1]]], [[[0.8, -0.1]]], "no probabilities"),
-        ([[[0, 1]]], [[[0.8, np.nan]]], "no probabilities"),
-        ([[["a"]]], [[["b"]]], "no token labels"),
+        ([[[3]]], [[[1.0]]], "have class 3, but there are 3 classes"),
+        ([[[-1]]], [[[1.0]]], "have class -1, but there are 3 classes"),
+        ([[[0, 1]]], [[[0.8, 0.8]]], "must be probabilities"),
+        ([[[0, 1]]], [[[0.8, -0.1]]], "must be probabilities"),
+        ([[[0, 1]]], [[[0.8, np.nan]]], "must be probabilities"),
+        ([[["a"]]], [[["b"]]], "not readable as token labels"),
     ],
 )
 def test_what_is_no_token_label_is_refused_by_name(
@@ -119,14 +119,14 @@ def test_what_is_no_token_label_is_refused_by_name(
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04"])
 def test_a_damaged_map_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.npz").write_bytes(content)
-    with pytest.raises(DataError, match=r"x\.npz: no token labels"):
+    with pytest.raises(DataError, match=r"x\.npz: not readable as token labels"):
         read_map(tmp_path / "x.npz", 3)
     with (tmp_path / "x.npz").open("wb") as file:
         np.save(file, np.zeros(3))  # one array, without a name
-    with pytest.raises(DataError, match=r"x\.npz: no token labels"):
+    with pytest.raises(DataError, match=r"x\.npz: not readable as token labels"):
         read_map(tmp_path / "x.npz", 3)
     np.savez(tmp_path / "x.npz", classes=np.zeros((1, 1, 1), int))
-    with pytest.raises(DataError, match=r"x\.npz: no token labels: .*weights"):
+    with pytest.raises(DataError, match=r"x\.npz: not readable as token labels: .*weights"):
         read_map(tmp_path / "x.npz", 3)
 
 

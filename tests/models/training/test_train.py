@@ -436,7 +436,7 @@ def test_a_few_bad_images_are_named_and_stop_neither_training_nor_watching(
     printed = capsys.readouterr().err
     assert printed.count(f"1 of 48 images of {data}/train cannot be read: red/3.png") == 1
     assert printed.count(f"1 of 12 images of {data}/val cannot be read: blue/1.png") == 1
-    assert printed.count(f"{data}/train: passed over for their extensions: 1 .txt") == 1
+    assert printed.count(f"{data}/train: skipped files with unsupported extensions: 1 .txt") == 1
     for record in log_of(tmp_path / "run"):
         assert isinstance(record["top1"], dict)
         assert {round(11 * top1, 6) % 1 for top1 in record["top1"].values()} == {0}
@@ -539,7 +539,7 @@ def test_a_finished_run_that_is_resumed_is_left_as_it_is(tmp_path: Path, tiny_re
 def test_a_run_is_never_overwritten_without_being_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1))
     before = (tmp_path / "run" / "state.pt").read_bytes()
-    with pytest.raises(TrainingError, match="run: holds a run already; go on with --resume"):
+    with pytest.raises(TrainingError, match="run: already holds a run; continue it with --resume"):
         train(tiny_recipe(tmp_path / "run"))
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
 
@@ -590,7 +590,7 @@ def test_an_unusable_output_folder_is_found_before_the_first_step(
     tmp_path: Path, tiny_recipe: MakeRecipe, name: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match=f"{name}: cannot be written to: "):
+    with pytest.raises(TrainingError, match=f"{name}: not writable: "):
         train(tiny_recipe(tmp_path / name), before_step(1, interrupt))
 
 
@@ -598,7 +598,7 @@ def test_an_unusable_output_folder_is_found_before_the_first_step(
 def test_a_damaged_state_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe, content: bytes) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1))
     (tmp_path / "run" / "state.pt").write_bytes(content)
-    with pytest.raises(TrainingError, match=r"state\.pt: damaged or of another version$"):
+    with pytest.raises(TrainingError, match=r"state\.pt: damaged or from another version$"):
         train(tiny_recipe(tmp_path / "run", resume=True))
 
 
@@ -623,16 +623,16 @@ def test_a_full_disk_is_an_os_error_and_costs_nothing_that_was_saved(tmp_path: P
 def test_a_state_of_something_else_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1))
     torch.save({"weights": torch.zeros(2)}, tmp_path / "run" / "state.pt")
-    with pytest.raises(TrainingError, match=r"state\.pt: damaged or of another version: 'recipe'"):
+    with pytest.raises(TrainingError, match=r"state\.pt: damaged or from another version: 'recipe'"):
         train(tiny_recipe(tmp_path / "run", resume=True))
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"model": "resnet18"}, "no model 'resnet18'; there are supervit_"),
+        ({"model": "resnet18"}, "unknown model 'resnet18'; choose from supervit_"),
         ({"width": 15}, "not a multiple of"),
-        ({"teacher": "no_such_teacher"}, "timm knows no model 'no_such_teacher'"),
+        ({"teacher": "no_such_teacher"}, "unknown timm model 'no_such_teacher' as the teacher"),
         ({"freeze_batch_norm": True, **LVVIT}, "freeze-batch-norm"),
         ({"keep_rates": (0.5, 0.7), **LVVIT}, "keep-rates must end in 1"),
     ],
@@ -678,7 +678,9 @@ def test_weights_that_are_no_numbers_are_never_saved(
 
     monkeypatch.setattr(ModelEmaV3, "update", spoil)
     recipe = tiny_recipe(tmp_path / "run")
-    with pytest.raises(TrainingError, match="no longer numbers after epoch 2; the state before this epoch is kept"):
+    with pytest.raises(
+        TrainingError, match="weights are not finite after epoch 2; the state before this epoch is kept"
+    ):
         train(recipe)
     assert torch.load(recipe.output / "state.pt", weights_only=True)["epoch"] == 1
     load_checkpoint(recipe.output / "checkpoint.safetensors")
@@ -883,7 +885,7 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
         train(tiny_recipe(tmp_path / "run", init=tmp_path / "absent"))
     with pytest.raises(TrainingError, match="width 15 is not a multiple of 2 heads"):
         train(tiny_recipe(tmp_path / "run", width=15))
-    with pytest.raises(TrainingError, match="no model 'test_vit'; there are supervit_deit_micro_patch4_32, "):
+    with pytest.raises(TrainingError, match="unknown model 'test_vit'; choose from supervit_deit_micro_patch4_32, "):
         train(Recipe(data=pictures, output=tmp_path / "run", model="test_vit", workers=0))
     assert not (tmp_path / "run").exists()
 

@@ -89,7 +89,7 @@ def test_a_certificate_whose_key_is_still_to_come_changes_nothing(
 def test_files_that_are_no_certificate_keep_a_server_from_starting(files: Files, tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="No such file"):
         Certificate(files.certificate, tmp_path / "none.key")
-    with pytest.raises(CommandError, match="no certificate and its key"):
+    with pytest.raises(CommandError, match="must be a certificate and its private key"):
         Certificate(files.key, files.certificate)
     files.key.write_text(
         "-----BEGIN ENCRYPTED PRIVATE KEY-----\nMIIBvTBXBgkqhkiG9w0BBQ0wSjAp\n-----END ENCRYPTED PRIVATE KEY-----\n"

@@ -66,7 +66,7 @@ def test_a_request_without_a_key_is_told_how_to_send_one(path: Path, headers: di
 
 
 def test_another_key_is_refused_and_not_repeated(path: Path) -> None:
-    with pytest.raises(UnauthorizedError, match="does not know the key") as caught:
+    with pytest.raises(UnauthorizedError, match="unknown API key") as caught:
         KeyFile(path).find(bearer("another one"))
     assert "another one" not in caught.value.message
 
@@ -137,10 +137,10 @@ def test_a_file_that_goes_changes_nothing_until_it_is_back(path: Path, caplog: p
         ("[[key", "Expected"),
         ("", "key"),
         ("[[key]]\nname = 'x y'\nsha256 = '" + DIGEST + "'\n", "key.0.name"),
-        (entry(gflops_per_s=-1), "key.0.gflops_per_s: more than 0 is wanted"),
-        (entry(burst_gflops=1), "burst_gflops goes with gflops_per_s"),
-        (entry(highest_priority=11), "at most 10 is wanted"),
-        (entry(colour=1), "there is no parameter of that name"),
+        (entry(gflops_per_s=-1), "key.0.gflops_per_s: must be greater than 0"),
+        (entry(burst_gflops=1), "burst_gflops requires gflops_per_s"),
+        (entry(highest_priority=11), "must be at most 10"),
+        (entry(colour=1), "unknown parameter"),
         (entry() + entry("other"), "two keys have the same sha256"),
         (entry() + entry("camera", "other"), "two keys have the same name"),
         ("#" * (MAX_FILE_BYTES + 1), "at most 1000000 bytes"),

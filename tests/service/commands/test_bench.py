@@ -83,8 +83,8 @@ def test_what_became_of_requests_is_shown_and_written(dalmatians: Path, at_once:
     }
     assert rows["sent"] == "4"
     assert rows["in time"] == "50.00%"
-    assert rows["right, of those answered"] == "100.00%"
-    assert rows["right and in time, of all"] == "50.00%"
+    assert rows["correct, of those answered"] == "100.00%"
+    assert rows["correct and in time, of all"] == "50.00%"
     assert rows["answered by"] == "12-0.7 100%"
     assert rows["not answered"] == "overloaded 2"
     [figures] = json.loads(written.read_text())["runs"]
@@ -115,7 +115,7 @@ def test_a_model_of_another_server_is_asked_by_v2(dalmatians: Path, at_once: Pat
     )
     shown = run(server, images=(dalmatians,), trace=at_once, protocol="v2", model="vit")
     assert server.fetched == ["/v2/models/vit"]
-    assert "50.00%" in next(line for line in shown.splitlines() if "right and in time" in line)
+    assert "50.00%" in next(line for line in shown.splitlines() if "correct and in time" in line)
     assert "GFLOPs" not in shown
 
 
@@ -148,7 +148,7 @@ def test_nothing_is_sent_to_a_server_that_is_not_ready(at_once: Path) -> None:
     def answer(_: Request) -> Answer:
         raise AssertionError
 
-    with pytest.raises(CommandError, match="http://server/health/ready answers with status 503"):
+    with pytest.raises(CommandError, match="http://server/health/ready answered with status 503"):
         run(FakeServer((503, b""), answer), trace=at_once)
     with pytest.raises(ConnectionFailedError):
         run(FakeServer(ConnectionFailedError("nobody"), answer), trace=at_once)

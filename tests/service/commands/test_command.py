@@ -69,10 +69,10 @@ def test_what_is_not_given_is_left_to_the_model() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("one --recipe Anna --eggs 13", "bake --eggs: at most 12 is wanted"),
-        ("one --recipe Anna --eggs x", "bake --eggs: a whole number is wanted"),
-        ("one --recipe Anna --layer-sizes 8,0", "bake --layer-sizes: more than 0 is wanted"),
-        ("one --recipe Anna --oven coal", "bake --oven: 'gas' or 'electric' is wanted"),
+        ("one --recipe Anna --eggs 13", "bake --eggs: must be at most 12"),
+        ("one --recipe Anna --eggs x", "bake --eggs: must be an integer"),
+        ("one --recipe Anna --layer-sizes 8,0", "bake --layer-sizes: must be greater than 0"),
+        ("one --recipe Anna --oven coal", "bake --oven: must be 'gas' or 'electric'"),
     ],
 )
 def test_a_value_that_the_model_does_not_take_is_wrong_usage(words: str, message: str) -> None:
@@ -95,7 +95,7 @@ def test_a_value_of_the_environment_is_read_and_blamed_by_its_name(monkeypatch: 
     monkeypatch.setenv("KITCHEN_SIZE", "0")
     with pytest.raises(WrongUsageError) as caught:
         read("", Kitchen)
-    assert str(caught.value) == "bake: KITCHEN_SIZE: at least 1 is wanted"
+    assert str(caught.value) == "bake: KITCHEN_SIZE: must be at least 1"
 
 
 def test_help_says_what_the_model_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

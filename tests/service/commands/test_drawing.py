@@ -80,7 +80,7 @@ def test_a_photo_is_drawn_as_its_camera_was_held(tmp_path: Path) -> None:
 
 
 def test_a_photo_or_a_file_that_cannot_be_had_is_told_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match=r"^the photo is classified, but it cannot be drawn"):
+    with pytest.raises(CommandError, match=r"^the photo was classified but cannot be drawn"):
         draw(b"something that only a server can read", explained(), tmp_path / "out.png")
     with pytest.raises(CommandError, match=r"cannot be written: No such file or directory$"):
         draw(encoded(WHITE), explained(), tmp_path / "missing" / "out.png")

@@ -71,7 +71,7 @@ def test_evaluate_writes_a_copy_of_what_ships_into_the_current_folder(
     assert (shipped.read_bytes(), set(shipped.parent.iterdir())) == before
     capsys.readouterr()
     assert main(command) == 1
-    assert capsys.readouterr().err == f"supervit: {SHIPPED}.safetensors: would be overwritten\n"
+    assert capsys.readouterr().err == f"supervit: {SHIPPED}.safetensors: already exists and is not overwritten\n"
 
 
 def test_evaluate_never_replaces_weights_that_others_named_as_it_names_its_own(
@@ -84,7 +84,7 @@ def test_evaluate_never_replaces_weights_that_others_named_as_it_names_its_own(
     stranger = tmp_path / "net.safetensors.safetensors"
     stranger.touch()
     assert main(["evaluate", str(published), str(tmp_path)]) == 1
-    assert f"{stranger}: would be overwritten" in capsys.readouterr().err
+    assert f"{stranger}: already exists and is not overwritten" in capsys.readouterr().err
 
 
 def test_evaluate_never_replaces_a_file_that_is_not_its_own(
@@ -93,7 +93,7 @@ def test_evaluate_never_replaces_a_file_that_is_not_its_own(
     unrelated = checkpoint_path.rename(tmp_path / "net.pth.safetensors")
     (tmp_path / "net.pth").write_bytes(unrelated.read_bytes())
     assert main(["evaluate", str(tmp_path / "net.pth"), str(tmp_path)]) == 1
-    assert f"{unrelated}: would be overwritten" in capsys.readouterr().err
+    assert f"{unrelated}: already exists and is not overwritten" in capsys.readouterr().err
 
 
 def test_evaluate_names_a_data_set_that_it_cannot_use(

@@ -38,7 +38,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> Sequence[str]:
 
 def test_text_has_the_predictions_and_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     show("text", ("a.jpg", answer("cat", "dog")))
-    assert lines(capsys) == ["a.jpg", "   50.0%  cat", "   25.0%  dog", "  nothing else waits (63.2 ms)"]
+    assert lines(capsys) == ["a.jpg", "   50.0%  cat", "   25.0%  dog", "  no other request is waiting (63.2 ms)"]
 
 
 def test_json_is_the_whole_answer_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ def test_quantize_prepares_a_checkpoint_that_is_then_the_same_in_floating_point(
     assert all(block.qkv.low < -0.5 and block.qkv.high > 0.5 for block in after.int8.ranges)
     assert all(-block.fc2.low < block.fc2.high for block in after.int8.ranges)
     assert ", int8, " in printed
-    assert f"written into {output}" in printed
+    assert f"written to {output}" in printed
     assert load_checkpoint(path).int8 is None
 
 
@@ -92,7 +92,7 @@ def test_quantize_never_replaces_a_file_that_is_not_its_own(
     other = path.with_name("other.safetensors")
     other.write_bytes(b"weights of another")
     assert main(["quantize", str(path), str(data), "--output", str(other)]) == 1
-    assert capsys.readouterr().err == f"supervit: {other}: would be overwritten\n"
+    assert capsys.readouterr().err == f"supervit: {other}: already exists and is not overwritten\n"
     assert other.read_bytes() == b"weights of another"
 
 
@@ -110,8 +110,8 @@ def test_it_is_said_what_will_be_served_in_8_bits(checkpoint: Checkpoint) -> Non
 
     first = checkpoint.profile.cheapest.subnetwork
     told = [verdict(Quantization((), knowing(top1)), knowing(0.8)) for top1 in (0.7971, 0.796)]
-    assert told[0] == "at most 0.29 points of top-1 lost beside floating point"
+    assert told[0] == "at most 0.29 points of top-1 lost compared with floating point"
     assert told[1].endswith(
-        f"lost beside floating point; more than 0.3 at {first}: served in floating point unless --precision int8"
+        f"lost compared with floating point; more than 0.3 at {first}, served in floating point unless --precision int8"
     )
     assert "supervit evaluate" in verdict(Quantization((), knowing(None)), knowing(0.8))

@@ -21,10 +21,10 @@ async def test_what_takes_many_pieces_is_whole_again() -> None:
 @pytest.mark.parametrize(
     ("text", "error", "sentence"),
     [
-        ("???", InvalidImageError, "instances: neither base64 nor a data URL"),
-        ("aGk", InvalidImageError, "instances: neither base64 nor a data URL"),
-        ("data:image/png,aGk=", InvalidImageError, "instances: a data URL that is not in base64"),
-        ("data:text/html;base64,aGk=", UnsupportedMediaError, "text/html, which is no image"),
+        ("???", InvalidImageError, "instances: must be base64 or a data URL"),
+        ("aGk", InvalidImageError, "instances: must be base64 or a data URL"),
+        ("data:image/png,aGk=", InvalidImageError, "instances: the data URL must be in base64"),
+        ("data:text/html;base64,aGk=", UnsupportedMediaError, "the data URL must be of an image, not text/html"),
     ],
 )
 async def test_what_is_none_is_told_by_its_name(text: str, error: type[Exception], sentence: str) -> None:

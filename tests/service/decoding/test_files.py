@@ -160,7 +160,7 @@ def test_avif_whose_orientation_is_a_list_is_rejected(encode: Encode) -> None:
     avif = red(encode, "AVIF", 64)
     one, many = (b"MM\0*\0\0\0\x08" + struct.pack(">HHHII", 1, 0x0112, 3, count, 1 << 16) for count in (1, 2_000_000))
     assert open_image(avif + one, CONFIG, LIMIT).kind == "AVIF"
-    with pytest.raises(InvalidImageError, match="how its camera was held"):
+    with pytest.raises(InvalidImageError, match="more than one EXIF orientation"):
         open_image(avif + many, CONFIG, LIMIT)
 
 
@@ -217,7 +217,7 @@ def test_a_file_that_ends_early_says_at_which_share_of_its_rows(
     data = encode(shapes(640, 480), image_format, **options)
     with pytest.raises(InvalidImageError) as caught:
         mean_colour(data[: len(data) // 2])
-    found = re.fullmatch(r"the file ends early: (\d+) % of its rows are there", caught.value.message)
+    found = re.fullmatch(r"the file is truncated: it has (\d+) % of its rows", caught.value.message)
     assert found is not None
     assert 35 < int(found[1]) < 65
 
@@ -236,7 +236,7 @@ def test_no_error_has_a_librarys_words_and_no_library_writes_to_the_log(encode: 
     cuts = [data[: len(data) * part // 8] for part in range(1, 8)]
     places = range(0, len(data), max(1, len(data) // 40))
     broken = [data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :] for at in places]
-    said = re.compile(r"the (file|image|\w+) (ends early|is broken|does not say|has|says)|not an image in")
+    said = re.compile(r"the (file|image|\w+) (is truncated|is broken|has)|not an image in")
     messages = [message for spoilt in (*cuts, *broken) if (message := complaint(spoilt)) is not None]
     assert messages
     assert [message for message in messages if not said.match(message)] == []
@@ -292,7 +292,7 @@ def test_comments_of_a_gif_are_skipped_and_bounded(encode: Encode) -> None:
 def test_no_side_is_longer_than_a_million_pixels() -> None:
     body = b"IHDR" + struct.pack(">IIBBBBB", 1, 1_000_001, 8, 2, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
-    with pytest.raises(ImageTooLargeError, match="no side"):
+    with pytest.raises(ImageTooLargeError, match="a side may have at most"):
         open_image(png, CONFIG, 50 * LIMIT)
 
 

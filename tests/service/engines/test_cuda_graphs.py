@@ -135,7 +135,7 @@ def test_graphs_take_a_share_of_the_memory_and_those_there_are_stay(
     assert all(cache.run(images(size), SMALL) is not None for size in range(1, room + 2))
     assert cache.run(images(room + 2), SMALL) is None
     assert [record.getMessage() for record in caplog.records] == [
-        "11 CUDA graphs take 110 bytes; there will be no more"
+        "11 CUDA graphs take 110 bytes; no more will be captured"
     ]
 
 

@@ -42,7 +42,7 @@ def test_a_model_that_fuses_what_it_prunes_runs_on_torch_alone(build: Callable[.
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     subnetwork = replace(CONFIG.largest, keep_rate=0.5)
     assert not torch.equal(engine.run(images, subnetwork), TorchEngine(build(), "cpu", 1).run(images, subnetwork))
-    with pytest.raises(DeviceError, match="cannot run a model that fuses"):
+    with pytest.raises(DeviceError, match="does not support models that fuse"):
         make_engine("openvino", model, "cpu", 1)
 
 
@@ -116,8 +116,8 @@ def test_auto_takes_floating_point_where_8_bits_cannot_be_had(build: Callable[..
 @pytest.mark.parametrize(
     ("kind", "change", "capabilities", "problem"),
     [
-        ("torch", {}, AVX2, "it takes the OpenVINO engine on a CPU"),
-        ("auto", {"int8": None}, AVX2, "the checkpoint is not prepared for it; `supervit quantize` does that"),
+        ("torch", {}, AVX2, "it requires the OpenVINO engine on a CPU"),
+        ("auto", {"int8": None}, AVX2, "the checkpoint is not prepared for it; run `supervit quantize`"),
         ("auto", {}, {"avx2": False}, "this CPU has neither AVX2 nor VNNI"),
     ],
 )
@@ -127,7 +127,7 @@ def test_8_bits_that_cannot_be_had_are_refused_in_a_line(
     given = replace(checkpoint(build(), 0.8), **change)  # type: ignore[arg-type] # as listed
     with pytest.raises(DeviceError) as caught:
         open_engine(given, kind, "cpu", "int8", 1, capabilities)  # type: ignore[arg-type] # as listed
-    assert str(caught.value) == f"precision int8 cannot be had: {problem}"
+    assert str(caught.value) == f"precision int8 is not available: {problem}"
 
 
 def test_bfloat16_is_had_from_both_engines_or_refused_by_both(build: Callable[..., SuperViT]) -> None:
@@ -136,7 +136,7 @@ def test_bfloat16_is_had_from_both_engines_or_refused_by_both(build: Callable[..
         try:
             described.append("bfloat16" in make_engine(kind, build(), "cpu", 1, "bfloat16").describe())
         except DeviceError as error:
-            assert "precision bfloat16 cannot be had" in str(error)  # noqa: PT017 - it depends on the CPU
+            assert "precision bfloat16 is not available" in str(error)  # noqa: PT017 - it depends on the CPU
             described.append(False)
     assert described[0] == described[1]
 

@@ -84,7 +84,7 @@ def test_what_is_not_measured_is_estimated_with_caution(profile: GrowingProfile,
 
 
 def test_nothing_can_be_estimated_from_nothing(profile: GrowingProfile) -> None:
-    with pytest.raises(ValueError, match="nothing is measured"):
+    with pytest.raises(ValueError, match="no cell is measured"):
         profile.predict()
 
 

@@ -249,7 +249,7 @@ def test_a_file_that_cannot_be_used_is_measured_anew_with_one_line_in_the_log(
     load()
     assert len(engine.runs) > runs
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert record.getMessage().startswith(f"{path}: cannot be used, measuring anew: ")
+    assert record.getMessage().startswith(f"{path}: cannot be used, measuring again: ")
     assert "\n" not in record.getMessage()
     runs = len(engine.runs)
     load()
@@ -299,7 +299,7 @@ def test_latencies_of_which_a_batch_takes_far_less_than_a_smaller_one_are_measur
     content["rows"][1]["median_ms"] = content["rows"][0]["median_ms"] / 3.1
     path.write_text(json.dumps(content))
     assert load().table.seconds[SMALL] == pytest.approx([seconds(SMALL, size) for size in BATCH_SIZES])
-    assert "less than a third of the time of a smaller one" in caplog.text
+    assert "less than a third of that of a smaller one" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder", "long"])
@@ -320,7 +320,7 @@ def test_what_is_no_regular_file_of_this_kind_is_neither_followed_nor_waited_for
     else:
         path.write_bytes(content.ljust(2**20 + 1))
     assert load().table == measured.table
-    assert f"{path}: cannot be used, measuring anew: " in caplog.text
+    assert f"{path}: cannot be used, measuring again: " in caplog.text
     assert elsewhere.read_bytes() == content
     if kind != "folder":  # which a file cannot take the place of
         assert path.is_file()
@@ -334,7 +334,7 @@ def test_a_folder_that_others_may_write_to_is_warned_of(
     assert not caplog.records
     (tmp_path / "profiles").chmod(0o777)
     load()
-    assert f"{tmp_path / 'profiles'}: other users may write there" in caplog.text
+    assert f"{tmp_path / 'profiles'}: other users can write there" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_to_is_lived_with(
@@ -342,7 +342,7 @@ def test_a_folder_that_cannot_be_written_to_is_lived_with(
 ) -> None:
     (tmp_path / "profiles").write_text("a file where the folder should be")
     assert set(load().table.seconds) == {SMALL, LARGE}
-    assert "the latencies cannot be kept: " in caplog.text
+    assert "failed to save the latencies: " in caplog.text
 
 
 def test_what_another_process_is_measuring_is_waited_for(

@@ -194,7 +194,7 @@ async def test_a_second_look_that_fails_leaves_the_first_answer() -> None:
     async with answering(model) as parts:
         answer = await ask(parts, 70)
     assert (looks(answer), answer.stopped) == ([SMALL], LookCode.FAILED)
-    assert "the model failed at another look" in answer.decision.reason
+    assert "the model failed during another look" in answer.decision.reason
 
 
 async def test_a_second_look_that_is_no_number_leaves_the_first_answer() -> None:

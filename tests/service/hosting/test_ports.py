@@ -27,7 +27,7 @@ def test_a_port_where_another_server_listens_cannot_be_had(name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with (
-            pytest.raises(CommandError, match=f"127.0.0.1 port {port} cannot be listened on"),
+            pytest.raises(CommandError, match=f"cannot listen on 127.0.0.1 port {port}"),
             reserved_ports(Settings(**{name: port})),
         ):
             pass

@@ -195,7 +195,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again_and_the_others_go_on(cap
     first, _, third = machine.workers
     assert third.started_at == 20 + TIMING.replacement_interval_s
     assert first.status == third.status == 0
-    assert "no worker can be started: no processes left" in caplog.text
+    assert "failed to start a worker: no processes left" in caplog.text
 
 
 def test_a_worker_that_does_not_stop_is_killed_when_its_time_is_over() -> None:

@@ -34,10 +34,10 @@ while True:
 """
 BEATING = """
 import os, threading, time
-from service.hosting.workers import beat
+from service.hosting.workers import write_heartbeat
 def pulse():
     while True:
-        beat(os.environ["PROMETHEUS_MULTIPROC_DIR"], True)
+        write_heartbeat(os.environ["PROMETHEUS_MULTIPROC_DIR"], True)
         time.sleep(0.02)
 threading.Thread(target=pulse, daemon=True).start()
 """
@@ -66,9 +66,9 @@ def test_no_more_cpus_are_used_than_a_quota_grants(tmp_path: Path) -> None:
 
 
 def test_a_worker_without_a_core_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="3 workers need a core each, and there are 2"):
+    with pytest.raises(ValueError, match="workers must be at most 2, the number of cores, not 3"):
         split_cpus([0, 1], 2, 3, tmp_path)
-    with pytest.raises(ValueError, match="2 workers need a core each, and there are 1"):
+    with pytest.raises(ValueError, match="workers must be at most 1, the number of cores, not 2"):
         split_cpus([0, 1], 0.5, 2, tmp_path)
 
 
@@ -220,7 +220,7 @@ def test_an_address_that_is_taken_is_rejected() -> None:
 
 def test_a_beat_that_cannot_be_written_is_no_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_heartbeat(str(tmp_path / "cleaned away"), True)
-    assert "the supervisor cannot be told" in caplog.text
+    assert "failed to send a heartbeat to the supervisor" in caplog.text
 
 
 def test_workers_end_with_their_parent_even_if_it_is_killed(tmp_path: Path, reports: Reports) -> None:

@@ -154,7 +154,7 @@ def test_a_model_that_fails_at_work_gives_its_place_back(server: Server, photo: 
     change = server.outcome()
     assert (change["outcome"], change["message"]) == (
         "went_back",
-        "the new model failed on a request; the old one is back",
+        "the new model failed on a request; the old one serves again",
     )
     assert server.ask(photo) == "tiny"
     assert server.client.get("/health/ready").status_code == 200

@@ -229,7 +229,7 @@ def test_an_encoding_that_is_not_undone_is_named(client: TestClient, photo: byte
 def test_put_is_told_to_be_post(client: TestClient, photo: bytes) -> None:
     response = client.put("/classify", content=photo)
     assert error_code(response, 405) == "method_not_allowed"
-    assert response.json()["error"]["message"] == "/classify takes POST, not PUT"
+    assert response.json()["error"]["message"] == "/classify accepts POST, not PUT"
     assert response.headers["Allow"] == "POST"
 
 

@@ -81,7 +81,7 @@ async def test_there_is_a_bound_on_listeners_and_one_that_leaves_makes_room() ->
     listeners = [server.feed.listen() for _ in range(MAX_LISTENERS)]
     for each in listeners:
         await anext(each)
-    with pytest.raises(OverloadedError, match="32 listen already"):
+    with pytest.raises(OverloadedError, match="32 clients listen already"):
         server.feed.listen()
     await listeners[0].aclose()  # type: ignore[attr-defined] # it is a generator
     assert times(await anext(server.feed.listen())) == [1]

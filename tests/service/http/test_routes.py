@@ -70,7 +70,9 @@ def test_an_answer_holds_what_the_engine_says_and_everything_about_how(
         "gflops": checkpoint.profile.by_subnetwork[SubNetwork(4, 1.0)].gflops,
         "expected_accuracy": 0.8,
     }
-    assert answer["decision"]["reason"] == "nothing else waits: grid 4 at keep rate 1 is the most accurate sub-network"
+    assert answer["decision"]["reason"] == (
+        "no other request is waiting: grid 4 at keep rate 1 is the most accurate sub-network"
+    )
     assert answer["decision"]["batch_size"] == 1
     assert answer["decision"]["predicted_inference_ms"] >= 0
     assert answer["budget_ms"] == 1000
@@ -279,7 +281,7 @@ def test_the_log_calls_a_request_that_the_server_failed_by_its_name(
     caplog.handler.setFormatter(TextFormatter())
     engine.error = RuntimeError("out of memory")
     client.post("/classify", content=photo, headers={"X-Request-ID": "first"})
-    assert "the model failed on this image; the server's log says why request_id=first" in caplog.text
+    assert "the model failed on this image; see the server's log request_id=first" in caplog.text
     engine.error = None
     response = client.post("/classify", content=photo, headers={"X-Request-ID": "second"})
     assert response.headers["x-request-id"] == "second"
@@ -435,7 +437,7 @@ def test_paths_and_methods_that_do_not_exist_are_errors_of_the_same_shape(client
     wrong_method = client.get("/classify")
     assert error_code(wrong_method, 405) == "method_not_allowed"
     assert wrong_method.headers["Allow"] == "POST"
-    assert wrong_method.json()["error"]["message"] == "/classify takes POST, not GET"
+    assert wrong_method.json()["error"]["message"] == "/classify accepts POST, not GET"
     assert client.post("/health/live").headers["Allow"] == "GET"
 
 
@@ -592,7 +594,7 @@ def test_an_engine_that_hangs_ends_the_server_and_keeps_nothing_waiting(
         assert error_code(client.get("/health/ready"), 503) == "not_ready"
         assert runtime.state is ServerState.HUNG
     engine.may_run.set()  # only now: the server has ended without it
-    assert "does not end; ending without it" in caplog.text
+    assert "hangs; the server exits without waiting for it" in caplog.text
     assert beats.serving.is_set()
 
 
@@ -734,6 +736,6 @@ def test_a_server_that_lacks_memory_for_every_request_is_ready_for_none(client: 
         assert error_code(client.post("/classify", content=photo), 503) == "out_of_memory"
     answer = client.get("/health/ready")
     assert error_code(answer, 503) == "not_ready"
-    assert "its log says which" in answer.json()["error"]["message"]
+    assert "failed inside the server; see its log" in answer.json()["error"]["message"]
     assert client.get("/health/live").status_code == 200
     assert "supervit_ready 0.0" in client.get("/metrics").text

@@ -23,7 +23,7 @@ LIMIT = 10
 
 
 def limits(max_bytes: int = LIMIT, max_s: float = 10, most: int = 99) -> BodyLimits:
-    return BodyLimits(max_bytes, max_s, ClientLimiter(most, "on their way"))
+    return BodyLimits(max_bytes, max_s, ClientLimiter(most, "being received"))
 
 
 class Client:
@@ -81,7 +81,7 @@ async def test_a_declared_length_proves_nothing_of_a_chunked_body() -> None:
 
 
 async def test_a_client_that_falls_silent_is_dropped() -> None:
-    with pytest.raises(UploadTimeoutError, match=r"within its budget"):
+    with pytest.raises(UploadTimeoutError, match=r"within the latency budget"):
         await Client(b"ab", then="silence").upload(within_s=0.01)
     with pytest.raises(UploadTimeoutError, match=r"within 0\.01 s"):
         await Client(b"ab", then="silence").upload(max_s=0.01)
@@ -105,7 +105,7 @@ async def test_a_form_is_read_in_whatever_pieces_it_comes() -> None:
 
 
 async def test_a_form_that_was_cut_off_is_said_to_be() -> None:
-    with pytest.raises(InvalidImageError, match="cut off"):
+    with pytest.raises(InvalidImageError, match="truncated"):
         await Client(PART[:-2], headers=FORM).upload_form()
 
 
@@ -168,7 +168,7 @@ async def test_one_client_may_have_so_many_bodies_on_their_way_and_hears_so_of_o
         assert head.startswith(b"HTTP/1.1 429")
         assert b"retry-after: 1" in head.lower()
         length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
-        assert b"2 requests from this address are on their way already" in await refused.reader.readexactly(length)
+        assert b"2 requests from this address are being received already" in await refused.reader.readexactly(length)
         dropped = runtime.metrics.registry().get_sample_value("supervit_dropped_requests_total", {"reason": "address"})
         assert dropped == (0 if path == "/feedback" else 1)  # which is no request to classify
         await slow[0].send(photo[10:])

@@ -77,7 +77,7 @@ def test_large_json_is_read_as_small_is(
             for answer, alone in zip(rows, small[:number], strict=True):
                 assert answer["probabilities"] == pytest.approx(alone["probabilities"][0], abs=1e-5)
         mixed = {"inputs": pixels, "instances": [{"image": pixels[0]}], "signature_name": "x" * LARGE_BYTES}
-        assert "images are wanted" in error_of(client.post(PREDICT, json=mixed), 422)
+        assert "must hold images" in error_of(client.post(PREDICT, json=mixed), 422)
 
 
 def test_budgets_are_in_the_query(client: TestClient, text: str) -> None:
@@ -110,13 +110,13 @@ def test_the_status_and_the_signature_are_tensorflow_servings(client: TestClient
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        ({}, "images are wanted"),
-        ({"instances": []}, "images are wanted"),
-        ({"instances": [None]}, "images are wanted"),
-        ({"instances": "x"}, "instances: a list is wanted"),
-        ({"instances": ["???"]}, "neither base64 nor a data URL"),
+        ({}, "must hold images"),
+        ({"instances": []}, "must hold images"),
+        ({"instances": [None]}, "must hold images"),
+        ({"instances": "x"}, "instances: must be a list"),
+        ({"instances": ["???"]}, "must be base64 or a data URL"),
         ({"instances": [{"b64": "aGk=", "more": 1}]}, "image: "),
-        ({"instances": ["aGk=", 1]}, "an element of BYTES is a text with base64"),
+        ({"instances": ["aGk=", 1]}, "elements of BYTES must be base64 strings"),
         ({"instances": [1, 2]}, r"(N, 3, 16, 16)"),
         ({"instances": [[[[0.5]]]]}, r"(N, 3, 16, 16)"),
     ],

@@ -104,7 +104,7 @@ def test_large_json_is_read_as_small_is(roomy: TestClient) -> None:
         padded = {**body, "id": "x" * LARGE_BYTES}
         assert outputs_of(post(roomy, padded))["probabilities"]["data"] == pytest.approx(expected, abs=1e-5)
         elsewhere = {**padded, "parameters": {"data": [1, 2]}}
-        assert "elsewhere than in the inputs" in error_of(post(roomy, elsewhere), 422)
+        assert "only in the inputs" in error_of(post(roomy, elsewhere), 422)
 
 
 def test_base64_in_json_and_a_body_that_is_nothing_but_an_image_are_files_too(client: TestClient, photo: bytes) -> None:
@@ -198,32 +198,32 @@ def test_bodies_that_tritons_clients_compress_are_read(
     body = encode_body(photo)
     headers = {"Content-Encoding": encoding, "Inference-Header-Content-Length": "0"}
     assert client.post(INFER, content=body, headers=headers).status_code == 200
-    assert "cut off" in error_of(client.post(INFER, content=body[:-9], headers=headers), 422)
-    assert "not encoded with" in error_of(client.post(INFER, content=photo, headers=headers), 422)
+    assert "truncated" in error_of(client.post(INFER, content=body[:-9], headers=headers), 422)
+    assert f"not valid {encoding}" in error_of(client.post(INFER, content=photo, headers=headers), 422)
     assert "4 bytes follow" in error_of(client.post(INFER, content=body + b"more", headers=headers), 422)
     bomb = encode_body(bytes(BODY_LIMIT + 1))
     assert len(bomb) < BODY_LIMIT
-    assert "once decoded" in error_of(client.post(INFER, content=bomb, headers=headers), 413)
+    assert "decoded body is longer than" in error_of(client.post(INFER, content=bomb, headers=headers), 413)
 
 
 @pytest.mark.parametrize(
     ("body", "raw", "sentence"),
     [
-        ("no object", b"", "an object is wanted"),
-        ({}, b"", "inputs: it is missing"),
-        ({"inputs": {}}, b"", "inputs: a list is wanted"),
-        ({"inputs": []}, b"", "one input is wanted"),
-        ({"inputs": [{"name": "image"}]}, b"", "inputs.0.datatype: it is missing"),
-        ({"inputs": [tensor("BYTES", [1])]}, b"", "image: it has neither data nor binary_data_size"),
-        ({"inputs": [tensor("BYTES", ["1"])]}, b"", "inputs.0.shape.0: a whole number is wanted"),
-        ({"inputs": [tensor("BYTES", [1], data="text")]}, b"", "inputs.0.data: a list is wanted"),
+        ("no object", b"", "must be an object"),
+        ({}, b"", "inputs: is required"),
+        ({"inputs": {}}, b"", "inputs: must be a list"),
+        ({"inputs": []}, b"", "must have one input"),
+        ({"inputs": [{"name": "image"}]}, b"", "inputs.0.datatype: is required"),
+        ({"inputs": [tensor("BYTES", [1])]}, b"", "image: must have data or binary_data_size"),
+        ({"inputs": [tensor("BYTES", ["1"])]}, b"", "inputs.0.shape.0: must be an integer"),
+        ({"inputs": [tensor("BYTES", [1], data="text")]}, b"", "inputs.0.data: must be a list"),
         ({"inputs": [tensor("BYTES", [1], parameters={"binary_data_size": 9})]}, b"12345678", "number of bytes"),
         ({"inputs": [tensor("BYTES", [1], parameters={"binary_data_size": -1})]}, b"1", "number of bytes"),
         ({"inputs": [tensor("BYTES", [1], parameters={"binary_data_size": "8"})]}, b"12345678", "number of bytes"),
         ({"inputs": [tensor("BYTES", [1], data=["aa=="])]}, b"12345678", "8 bytes follow the tensors"),
         ({"inputs": [tensor("FP32", [1, 3, 4, 4], data=[])]}, b"", "(N, 3, 16, 16)"),
-        ({"inputs": [tensor("BYTES", [1], data=["aa=="])], "outputs": [{"name": "x"}]}, b"", "no output of that name"),
-        ({"inputs": [tensor("BYTES", [1], data=["aa=="])], "parameters": {"budget": 1}}, b"", "budget: there is no"),
+        ({"inputs": [tensor("BYTES", [1], data=["aa=="])], "outputs": [{"name": "x"}]}, b"", "x: unknown output"),
+        ({"inputs": [tensor("BYTES", [1], data=["aa=="])], "parameters": {"budget": 1}}, b"", "budget: unknown"),
     ],
 )
 def test_what_cannot_be_understood_is_told_in_a_sentence(
@@ -236,12 +236,12 @@ def test_what_cannot_be_understood_is_told_in_a_sentence(
 @pytest.mark.parametrize("length", ["-1", "x", "9999", "1.5", "9" * 5000, ""])
 def test_a_json_that_is_not_as_long_as_the_header_says_is_told(client: TestClient, length: str) -> None:
     response = client.post(INFER, content=b"{}", headers={"Inference-Header-Content-Length": length})
-    assert "not the length of the JSON" in error_of(response, 422)
+    assert "must be the length of the JSON" in error_of(response, 422)
 
 
 def test_what_is_no_json_is_told_without_a_librarys_words(client: TestClient) -> None:
     for body in (b"{", b""):
-        assert error_of(client.post(INFER, content=body), 422) == "the body is no JSON"
+        assert error_of(client.post(INFER, content=body), 422) == "the body is not valid JSON"
 
 
 def test_a_body_is_read_up_to_the_limit(client: TestClient) -> None:
@@ -291,12 +291,12 @@ def test_the_statistics_count_requests_of_every_route(client: TestClient, photo:
 @pytest.mark.parametrize("path", ["/v2/trace/setting", "/v2/logging", "/v2/systemsharedmemory/status", "/v2/nothing"])
 def test_what_is_not_supported_is_not_found_in_the_same_shape(client: TestClient, path: str) -> None:
     assert error_of(client.get(path), 404)
-    assert error_of(client.get(INFER), 405) == f"{INFER} takes POST, not GET"
+    assert error_of(client.get(INFER), 405) == f"{INFER} accepts POST, not GET"
 
 
 def test_the_page_of_another_site_may_not_ask(client: TestClient, photo: bytes) -> None:
     headers = {"Origin": "http://evil.example", "Inference-Header-Content-Length": "0"}
-    assert "another site" in error_of(client.post(INFER, content=photo, headers=headers), 403)
+    assert "another origin" in error_of(client.post(INFER, content=photo, headers=headers), 403)
 
 
 def test_a_server_that_starts_is_live_and_not_ready(

@@ -28,10 +28,10 @@ def test_each_element_stands_after_its_length_in_four_bytes() -> None:
 @pytest.mark.parametrize(
     ("raw", "number", "sentence"),
     [
-        (b"", 1, "the shape announces 1 elements, and 0 are there"),
-        (b"\x01\0\0\0a\x01\0", 2, "the shape announces 2 elements, and 1 are there"),
-        (b"\x03\0\0\0ab", 1, "element 0 should have 3 bytes, and 2 are left"),
-        (b"\xff\xff\xff\xff", 1, "element 0 should have 4294967295 bytes, and 0 are left"),
+        (b"", 1, "the shape has 1 elements, but the data has 0"),
+        (b"\x01\0\0\0a\x01\0", 2, "the shape has 2 elements, but the data has 1"),
+        (b"\x03\0\0\0ab", 1, "element 0 must have 3 bytes, but only 2 are left"),
+        (b"\xff\xff\xff\xff", 1, "element 0 must have 4294967295 bytes, but only 0 are left"),
         (b"\x01\0\0\0abc", 1, "2 bytes follow the 1 elements of the shape"),
     ],
 )

@@ -133,7 +133,7 @@ def test_cpus_that_a_container_numbers_anew_give_none_and_one_line(
     sample = monitor.sample()
     assert sample.cpu_utilization is sample.others_cores is None
     assert sample.cpus == 2
-    assert log_lines(caplog) == ["going without CPU times: KeyError: 4"]
+    assert log_lines(caplog) == ["continuing without CPU times: KeyError: 4"]
 
 
 def test_a_cpu_given_to_us_meanwhile_counts_from_the_next_sample_on(machine: Machine) -> None:
@@ -379,7 +379,7 @@ def test_a_machine_that_tells_nothing_gives_none_and_one_line_for_each_sensor(
     assert sample.cpu_utilization is sample.others_cores is sample.cpu_pressure is sample.memory_pressure is None
     assert sample.memory_total_bytes is sample.memory_available_bytes is None
     sensors = ["cgroups", "memory", "CPU times", "CPU pressure", "memory pressure"]
-    assert [line.split(":")[0] for line in log_lines(caplog)] == [f"going without {sensor}" for sensor in sensors]
+    assert [line.split(":")[0] for line in log_lines(caplog)] == [f"continuing without {sensor}" for sensor in sensors]
 
 
 @pytest.mark.parametrize(
@@ -541,7 +541,7 @@ def test_what_a_gpu_does_not_tell_is_none_and_one_line_each(
     monitor = machine.monitor(FakeNvml(f"nvmlDeviceGet{function}"))
     for gpu in monitor.sample().gpus:
         assert {name for name in GpuSnapshot.__dataclass_fields__ if getattr(gpu, name) is None} == figures
-    expected = [f"going without {function} of GPU {index}: NVMLError: Not Supported" for index in (0, 1)]
+    expected = [f"continuing without {function} of GPU {index}: NVMLError: Not Supported" for index in (0, 1)]
     assert log_lines(caplog) == expected
 
 

@@ -85,7 +85,7 @@ async def test_what_only_looks_is_a_message_on_its_way_until_it_has_come(
     await kept_open.read()
     looking: grpc.aio.StreamStreamCall[bytes, bytes] = one_on_its_way.channel.stream_stream(f"/{service}/{method}")()
     assert await looking.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "1 requests from this address are on their way already" in await looking.details()
+    assert "1 requests from this address are being received already" in await looking.details()
     assert one_on_its_way.count("overloaded") == 0  # it is no request
     kept_open.cancel()
 
@@ -107,7 +107,7 @@ async def test_what_is_no_message_of_health_or_reflection_is_told_so(served: Ser
     look: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = served.channel.stream_stream(f"/{path}")
     looking = look(iter([b"\xff"]))
     assert await looking.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert await looking.details() == "the message cannot be read"
+    assert await looking.details() == "the message cannot be parsed"
 
 
 async def test_a_method_that_there_is_not_is_unimplemented(served: Served) -> None:

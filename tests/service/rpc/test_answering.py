@@ -34,7 +34,7 @@ async def test_a_bug_is_told_to_the_log_and_not_to_the_client(
         status, message, metadata = await failure_of(ask(b"", metadata=(("x-request-id", "mine"),)))
     await server.stop(None)
     assert (status, metadata["error-code"]) == (grpc.StatusCode.INTERNAL, "internal_error")
-    assert message == "the server failed; its log says why"
+    assert message == "internal server error; see the server's log"
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert record.exc_info
     assert "request_id=mine" in caplog.text

@@ -31,7 +31,7 @@ def test_a_message_of_very_many_fields_is_refused_before_it_is_parsed() -> None:
 
 @pytest.mark.parametrize("data", [b"\xff\xff", b"\x0a\x01\xff"])  # the second a text that is not UTF-8
 def test_what_is_no_message_is_called_so(data: bytes) -> None:
-    with pytest.raises(InvalidParameterError, match="the message is no ModelInferRequest"):
+    with pytest.raises(InvalidParameterError, match="the message is not a valid ModelInferRequest"):
         parse_message(data, pb.ModelInferRequest)
 
 

@@ -46,7 +46,7 @@ async def test_an_answer_says_who_gave_it_to_what_and_why(served: Served, photo:
     parameters = parameters_of(response)
     assert parameters["patch_grid"] == 4
     assert parameters["deadline_met"] is True
-    assert parameters["reason"] == "nothing else waits: grid 4 at keep rate 1 is the most accurate sub-network"
+    assert parameters["reason"] == "no other request is waiting: grid 4 at keep rate 1 is the most accurate sub-network"
 
 
 async def test_pixels_are_answered_as_lists_and_as_bytes(served: Served, checkpoint: Checkpoint) -> None:
@@ -200,10 +200,10 @@ async def test_one_client_may_have_so_many_messages_on_their_way(one_on_its_way:
     (refused,), (other,) = await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
     status, message, metadata = await refused
     assert (status, metadata["error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
-    assert message.startswith("1 requests from this address are on their way already")
+    assert message.startswith("1 requests from this address are being received already")
     assert one_on_its_way.count("overloaded") == 1
     over.set()
-    assert (await other)[1] == "the call ends without a message"
+    assert (await other)[1] == "the call ended without a message"
 
 
 async def test_a_stream_is_a_message_on_its_way_as_long_as_it_is_open(one_on_its_way: Served, photo: bytes) -> None:
@@ -222,7 +222,7 @@ async def test_a_stream_is_a_message_on_its_way_as_long_as_it_is_open(one_on_its
 
 async def test_a_call_without_a_message_is_told_so(served: Served) -> None:
     call = served.infer_piecewise(nothing())
-    assert (await failure_of(call))[1] == "the call ends without a message"
+    assert (await failure_of(call))[1] == "the call ended without a message"
 
 
 async def test_a_client_that_leaves_before_its_message_is_counted_as_gone(served: Served) -> None:
@@ -306,7 +306,7 @@ async def test_a_stream_is_kept_while_a_request_of_it_is_answered_and_not_much_l
         await until(engine.running.is_set)
         idle = served.stream()
         assert await idle.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert await idle.details() == "no request came for 0.1 s"
+        assert await idle.details() == "no request arrived for 0.1 s"
         assert dict(await idle.trailing_metadata())["error-code"] == "upload_timeout"
         engine.may_run.set()
         assert (await anext(busy.__aiter__())).infer_response.id == "7"

@@ -73,7 +73,7 @@ async def test_a_stream_is_on_its_way_for_its_key_and_a_look_for_its_address(
         await stream.read()
         status, message, _ = await failure_of(served.infer(request_for(photo), metadata=METADATA))
         assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert message.startswith("1 requests with this key are on their way already")
+        assert message.startswith("1 requests with this key are being received already")
         assert (await served.call("ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse)).live
         stream.cancel()
 

@@ -259,6 +259,7 @@ def test_every_policy_can_be_had_by_its_name() -> None:
 
 
 def test_an_unknown_policy_is_rejected_with_the_names_there_are() -> None:
-    with pytest.raises(InvalidParameterError, match=r"fixed-9-1 is no policy; .*slackfit-capped.*fixed-14-1") as caught:
+    said = r"unknown policy fixed-9-1; .*slackfit-capped.*fixed-14-1"
+    with pytest.raises(InvalidParameterError, match=said) as caught:
         find_policy("fixed-9-1", CATALOG)
     assert caught.value.details["parameter"] == "policy"

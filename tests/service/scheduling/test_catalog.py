@@ -157,8 +157,8 @@ def test_cascades_are_levels_between_sub_networks_where_they_give_more_for_what_
     assert [str(variant) for variant in catalog.levels] == [
         "grid 8 at keep rate 0.5",
         "grid 10 at keep rate 0.5",
-        "grid 8 at keep rate 0.5, then grid 10 at keep rate 0.5 where under 70% sure",
-        "grid 8 at keep rate 0.5, then grid 14 at keep rate 0.5 where under 80% sure",
+        "grid 8 at keep rate 0.5, then grid 10 at keep rate 0.5 if less than 70% sure",
+        "grid 8 at keep rate 0.5, then grid 14 at keep rate 0.5 if less than 80% sure",
         "grid 14 at keep rate 0.5",
     ]
     assert catalog_of(CASCADING).num_levels == 5
@@ -234,7 +234,7 @@ def test_a_cascade_is_expected_to_take_both_looks_for_its_share() -> None:
     seconds = {subnetwork: (0.01 * place, 0.02 * place) for place, subnetwork in enumerate(PROFILES.by_subnetwork, 1)}
     catalog = VariantCatalog.of(CASCADING, LatencyTable((1, 2), seconds))
     by_name = {str(variant): variant for variant in catalog.levels}
-    to_best = by_name["grid 8 at keep rate 0.5, then grid 14 at keep rate 0.5 where under 80% sure"]
+    to_best = by_name["grid 8 at keep rate 0.5, then grid 14 at keep rate 0.5 if less than 80% sure"]
     assert to_best.latency_by_batch_s == pytest.approx((0.01 + 0.4 * 0.05, 0.02 + 0.8 * 0.05))
 
 

@@ -16,7 +16,11 @@ def capped(constraints: RequestConstraints, gflops: float) -> RequestConstraints
 @pytest.mark.parametrize(
     ("reason", "level", "sentence"),
     [
-        (Reason(ReasonCode.ALONE, 1), 2, "nothing else waits: grid 4 at keep rate 1 is the most accurate sub-network"),
+        (
+            Reason(ReasonCode.ALONE, 1),
+            2,
+            "no other request is waiting: grid 4 at keep rate 1 is the most accurate sub-network",
+        ),
         (
             Reason(ReasonCode.DEADLINE, 1, 5.0),
             1,
@@ -25,8 +29,8 @@ def capped(constraints: RequestConstraints, gflops: float) -> RequestConstraints
         (
             Reason(ReasonCode.FORECAST, 1, 50.0),
             1,
-            "50000 ms left and others expected: grid 4 at keep rate 0.5 is the most accurate that answers all of them "
-            "in time",
+            "50000 ms left and more requests expected: grid 4 at keep rate 0.5 is the most accurate that answers all "
+            "of them in time",
         ),
         (
             Reason(ReasonCode.ALL_IN_TIME, 2, 13.0),
@@ -42,12 +46,12 @@ def capped(constraints: RequestConstraints, gflops: float) -> RequestConstraints
             Reason(ReasonCode.ALL_IN_TIME, 8, 41.0, safety_factor=1.5),
             1,
             "8 waiting: grid 4 at keep rate 0.5 is the most accurate that answers all of them in time if better ones "
-            "take 1.5 times as long (requests were missed of late)",
+            "take 1.5 times as long (deadlines were missed recently)",
         ),
         (
             Reason(ReasonCode.SUSTAINED_OVERLOAD, 8),
             0,
-            "8 waiting and, for seconds now, more coming than even grid 2 at keep rate 0.5 carries for long",
+            "8 waiting, and arrivals have for seconds exceeded what even grid 2 at keep rate 0.5 can sustain",
         ),
         (
             Reason(ReasonCode.BURST_OVERLOAD, 5),
@@ -57,10 +61,10 @@ def capped(constraints: RequestConstraints, gflops: float) -> RequestConstraints
         (
             Reason(ReasonCode.BASELINE, 5, 0.03, policy="slackfit"),
             0,
-            "slackfit: grid 2 at keep rate 0.5, 30 ms left to the most urgent",
+            "slackfit: grid 2 at keep rate 0.5, 30 ms left for the most urgent request",
         ),
-        (Reason(ReasonCode.PINNED), 3, "grid 2 at keep rate 1 was asked for by name"),
-        (Reason(ReasonCode.NOTHING_TO_RUN), 0, "nothing that waits can be answered in time"),
+        (Reason(ReasonCode.PINNED), 3, "grid 2 at keep rate 1 was requested by name"),
+        (Reason(ReasonCode.NOTHING_TO_RUN), 0, "no waiting request can be answered in time"),
     ],
 )
 def test_every_reason_has_a_sentence(catalog: VariantCatalog, reason: Reason, level: int, sentence: str) -> None:
@@ -74,13 +78,13 @@ def test_a_budget_that_decided_is_named_with_what_more_would_cost(catalog: Varia
         "the next better one, grid 4 at keep rate 1, costs 0.0001354"
     )
     assert explain(reason, catalog, catalog.variants[2], 5.0) == (
-        "5 GFLOPs admit the most accurate sub-network, grid 4 at keep rate 1"
+        "5 GFLOPs allow the most accurate sub-network, grid 4 at keep rate 1"
     )
 
 
 def test_what_the_rate_of_a_key_has_left_is_named_as_that(catalog: VariantCatalog) -> None:
     assert explain(Reason(ReasonCode.KEY_RATE), catalog, catalog.variants[1], 0.000122) == (
-        "grid 4 at keep rate 0.5 is the most accurate within the 0.000122 GFLOPs that the rate of its key has left; "
+        "grid 4 at keep rate 0.5 is the most accurate within the 0.000122 GFLOPs left in the rate of its key; "
         "the next better one, grid 4 at keep rate 1, costs 0.0001354"
     )
     rated = replace(capped(constraints_for(1.0, 1), 0.000122), is_rated=True)
@@ -93,7 +97,7 @@ def test_without_measured_accuracy_a_reason_speaks_of_size(catalog: VariantCatal
     unmeasured, (_, middle, best) = replace(catalog, is_measured=False), catalog.variants[:3]
     assert "is the largest within" in explain(Reason(ReasonCode.GFLOPS_BUDGET), unmeasured, middle, 0.000122)
     alone = explain(Reason(ReasonCode.ALONE, 1), unmeasured, best)
-    assert alone == "nothing else waits: grid 4 at keep rate 1 is the largest sub-network"
+    assert alone == "no other request is waiting: grid 4 at keep rate 1 is the largest sub-network"
     assert "is the largest that answers in time" in explain(Reason(ReasonCode.DEADLINE, 1, 5.0), unmeasured, middle)
 
 

@@ -433,14 +433,14 @@ def test_what_is_chosen_allows_for_batches_that_vary(scheduler: Scheduler) -> No
 
 def test_asking_for_the_impossible_raises_no_safety_factor(scheduler: Scheduler) -> None:
     for _ in range(50):
-        with pytest.raises(OverloadedError, match="even if nothing else waited"):
+        with pytest.raises(OverloadedError, match="even for an empty queue"):
             scheduler.admit(waits(0.015), 0.0)  # the cheapest level takes 20 ms
     assert scheduler.state(0.0).safety_factor == 1.0
 
 
 def test_asking_for_the_impossible_is_no_load_to_plan_for(scheduler: Scheduler) -> None:
     for number in range(50):
-        with pytest.raises(OverloadedError, match="even if nothing else waited"):
+        with pytest.raises(OverloadedError, match="even for an empty queue"):
             scheduler.admit(waits(0.015 + number), float(number))
     assert (scheduler.state(50.0).arrival_rate, scheduler.state(50.0).sustained_rate) == (0, 0)
 
@@ -449,7 +449,7 @@ def test_what_only_others_keep_from_being_answered_is_load(scheduler: Scheduler)
     fill(scheduler, *(waits(0.06) for _ in range(4)))
     counted = [scheduler.state(0.0).arrival_rate]
     crowd = PreprocessingDelay(queue_s=5.0)
-    for due_s, delay, said in ((0.06, NO_DELAY, "too much is waiting"), (1.0, crowd, "being read and decoded")):
+    for due_s, delay, said in ((0.06, NO_DELAY, "the queue is too long"), (1.0, crowd, "being read and decoded")):
         with pytest.raises(OverloadedError, match=said):
             scheduler.admit(waits(due_s), 0.0, delay)
         counted.append(scheduler.state(0.0).arrival_rate)
@@ -590,7 +590,7 @@ def test_a_preview_tells_what_then_happens(fast_catalog: VariantCatalog) -> None
 
 def test_what_would_be_rejected_or_shed_learns_it_from_the_preview(scheduler: Scheduler) -> None:
     settled(scheduler, *(waits(0.044) for _ in range(3)))  # three end at 40 ms
-    with pytest.raises(OverloadedError, match="too much is waiting"):
+    with pytest.raises(OverloadedError, match="the queue is too long"):
         scheduler.preview(waits(0.05), 0.0)
     with pytest.raises(OverloadedError, match="would be shed"):
         scheduler.preview(waits(0.04), 0.0)  # the most urgent of four, of which three can be answered

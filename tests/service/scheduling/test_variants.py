@@ -29,7 +29,7 @@ def test_without_its_second_look_an_unsure_image_loses_what_that_gains_over_all(
 
 def test_a_cascade_says_what_looks_when() -> None:
     assert str(ALONE) == "grid 8 at keep rate 0.5"
-    assert str(CASCADE) == "grid 8 at keep rate 0.5, then grid 14 at keep rate 1 where under 85% sure"
+    assert str(CASCADE) == "grid 8 at keep rate 0.5, then grid 14 at keep rate 1 if less than 85% sure"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_a_sweep_prints_a_row_per_rate_and_policy_and_writes_it_all(tmp_path: Pa
     )
     lines = simulate(command, PROFILES, LATENCIES).splitlines()
     assert lines[0] == (
-        "1 machine carries at most 47.06 requests/s at grid 14 at keep rate 1, 160 at grid 8 at keep rate 0.5"
+        "1 machine sustains at most 47.06 requests/s at grid 14 at keep rate 1, 160 at grid 8 at keep rate 0.5"
     )
     assert [line.split()[:2] for line in lines[2:]] == [
         ["23.53", "level"],
@@ -64,7 +64,7 @@ def test_machines_share_the_requests(machines: int, attained: tuple[float, float
 
 
 def test_an_unknown_policy_is_rejected_with_the_names_there_are() -> None:
-    with pytest.raises(InvalidParameterError, match="best-ever is no policy; there are level"):
+    with pytest.raises(InvalidParameterError, match="unknown policy best-ever; choose from level"):
         simulate(Simulate(duration_s=1, rate=(10,), compare=("best-ever",)), PROFILES, LATENCIES)
 
 

@@ -26,7 +26,7 @@ THREE = [Arrival(0.0, 0.1), Arrival(0.010, 0.1), Arrival(0.020, 0.1)]
 def request_outcomes(replayed: Replay) -> list[tuple[int, int, str]]:
     """When each arrived and ended, in milliseconds, and how."""
     return [
-        (round(1000 * fate.arrived_at), round(1000 * fate.ended_at), fate.outcome) for fate in replayed.request_outcomes
+        (round(1000 * each.arrived_at), round(1000 * each.ended_at), each.outcome) for each in replayed.request_outcomes
     ]
 
 
@@ -120,13 +120,13 @@ def test_a_policy_that_does_nothing_is_caught() -> None:
 def test_every_request_has_one_fate_even_far_beyond_capacity(policy: str) -> None:
     arrivals = flow(400, 3, budget_s=0.06)
     replayed = replay(arrivals, Machine(CATALOG, slowdown=SlowdownScript.parse("1:3,2:1")), policy)
-    assert sorted(fate.arrived_at for fate in replayed.request_outcomes) == [arrival.at for arrival in arrivals]
+    assert sorted(each.arrived_at for each in replayed.request_outcomes) == [arrival.at for arrival in arrivals]
     assert all(
-        (fate.variant is None) == (fate.outcome in ("rejected", "expired", "shed"))
-        for fate in replayed.request_outcomes
+        (each.variant is None) == (each.outcome in ("rejected", "expired", "shed"))
+        for each in replayed.request_outcomes
     )
     assert sum(batch.size for batch in replayed.batches) == sum(
-        fate.variant is not None for fate in replayed.request_outcomes
+        each.variant is not None for each in replayed.request_outcomes
     )
     ends = [batch.started_at + batch.seconds for batch in replayed.batches]
     assert all(end <= batch.started_at + 1e-9 for end, batch in zip(ends, replayed.batches[1:], strict=False))
@@ -191,7 +191,7 @@ def test_a_cascade_looks_again_at_its_share_of_the_images_and_counts_its_accurac
     assert figures.looked_again == pytest.approx(0.25, abs=0.03)
     assert len(replayed.batches) == round(2000 * (1 + figures.looked_again))
     assert figures.mean_accuracy == pytest.approx(0.79)
-    assert {round(fate.ended_at - fate.arrived_at, 6) for fate in replayed.request_outcomes} == {0.01, 0.05}
+    assert {round(each.ended_at - each.arrived_at, 6) for each in replayed.request_outcomes} == {0.01, 0.05}
     assert figures.mix == {"8-0.5+14-1@0.9": 1.0}
 
 
@@ -207,7 +207,7 @@ def test_a_second_look_that_comes_too_late_leaves_the_first_answer_at_the_deadli
     """The machine becomes four times as slow after the first look, which nothing foresees."""
     machines = [Machine(CASCADING, slowdown=SlowdownScript.parse("0.005:4"), seed=seed) for seed in range(20)]
     request_outcomes = [replay([Arrival(0.0, 0.06)], machine, PAIR).request_outcomes[0] for machine in machines]
-    assert {(fate.outcome, round(fate.ended_at, 6), fate.looks) for fate in request_outcomes} == {
+    assert {(each.outcome, round(each.ended_at, 6), each.looks) for each in request_outcomes} == {
         ("in_time", 0.01, 1),
         ("in_time", 0.06, 1),
     }
@@ -226,4 +226,4 @@ def test_our_policy_looks_twice_where_there_is_time_and_once_under_overload() ->
 def test_a_budget_is_never_exceeded_by_both_looks() -> None:
     capped = [Arrival(number / 10, 1.0, budget_gflops=4.9) for number in range(100)]
     replayed = replay(capped, Machine(CASCADING), PAIR)  # both looks cost 5
-    assert {fate.looks for fate in replayed.request_outcomes} == {1}
+    assert {each.looks for each in replayed.request_outcomes} == {1}
