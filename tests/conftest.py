@@ -1,4 +1,4 @@
-"""For every test: one thread. Models of a few thousand weights gain nothing from more and lose much under load."""
+"""One torch thread for every test: models of a few thousand weights gain nothing from more and lose much under load."""
 
 from pathlib import Path
 
@@ -10,5 +10,5 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def profile_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the servers of all tests keep latencies: those of the default checkpoint are measured once."""
+    """The folder where the servers of all tests keep measured latencies: each checkpoint is measured once."""
     return tmp_path_factory.mktemp("profiles")

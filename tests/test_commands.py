@@ -1,4 +1,4 @@
-"""Every command of every page: our own parse as they stand, files they name exist, and each is run or says why not."""
+"""Every command of the documentation parses, names files that exist, and is run by a test or listed with a reason."""
 
 import importlib
 import re
@@ -39,7 +39,7 @@ PROGRAMS = {
 MODULES: dict[str, type[BaseModel]] = {"models.training.average": Average, "models.training.finetune": Finetune}
 PLACEHOLDERS = {"N": "2"}
 
-# Commands, and the tests that run them.
+# Beginnings of commands, and the tests that run these commands.
 RUN = {
     "supervit classify models/checkpoints/photographs/*.jpg": "tests/test_commands.py::test_the_photographs_are_known",
     "python -m tests.benchmarks.bench_paradigm": "tests/benchmarks/test_bench_paradigm.py::"
@@ -51,22 +51,22 @@ RUN = {
     "supervit classify *.jpg --url": "tests/end_to_end/test_serving.py::"
     "test_the_command_gives_the_same_answer_alone_as_from_a_server",
     "supervit classify photos": "tests/service/commands/test_classify.py::"
-    "test_a_folder_stands_for_its_images_and_those_of_its_folders_in_order",
+    "test_a_folder_stands_for_the_images_in_it_and_its_subfolders_in_order",
     "supervit classify cat.jpg": "tests/service/commands/test_classify.py::"
-    "test_explain_draws_what_was_looked_at_and_shows_the_answer",
+    "test_explain_writes_a_drawing_and_shows_the_answer",
     "supervit key NAME": "tests/service/commands/test_key.py::"
-    "test_a_key_is_told_once_and_its_entry_is_ready_for_the_file",
+    "test_the_secret_goes_to_stderr_and_an_entry_for_the_key_file_to_stdout",
     "supervit bench http://127.0.0.1:8000": "tests/end_to_end/test_serving.py::"
-    "test_a_benchmark_tells_what_became_of_its_requests",
+    "test_a_benchmark_reports_the_outcome_of_its_requests",
     "supervit classify frog.jpg --checkpoint supervit-micro-cifar10": "tests/service/commands/test_classify.py::"
-    "test_a_checkpoint_that_ships_is_classified_with_by_its_name",
+    "test_classify_finds_a_shipped_checkpoint_by_name",
     "export OTEL_": "tests/end_to_end/test_tracing.py::"
-    "test_every_request_arrives_as_a_span_with_a_part_for_each_of_its_stages",
+    "test_every_request_is_exported_as_a_span_with_a_child_for_each_stage",
     "promtool test rules": "tests/deploy/test_prometheus.py::",
-    "ray start": "tests/deploy/test_ray.py::test_it_is_the_same_app",
-    "serve deploy": "tests/deploy/test_ray.py::test_it_is_the_same_app",
+    "ray start": "tests/deploy/test_ray.py::test_the_app_on_ray_answers_and_rejects_like_the_server",
+    "serve deploy": "tests/deploy/test_ray.py::test_the_app_on_ray_answers_and_rejects_like_the_server",
 }
-# Beginnings of the others, and why no test runs them.
+# Beginnings of the other commands, and the reasons why no test runs these.
 NOT_RUN = {
     "python3 -m venv": "installs 2 GB of packages; .ci/run does",
     ".venv/bin/ruff": "is the other half of .ci/run",
@@ -95,7 +95,7 @@ def blocks(page: str) -> list[str]:
 
 
 def commands(page: str) -> Iterator[str]:
-    """Commands of a page's blocks, with their variables filled in, and those in its sentences that have arguments."""
+    """Yield the commands in a page's code blocks, with variables substituted, and inline commands with arguments."""
     for block in blocks(page):
         variables: dict[str, str] = {}
         for line in re.sub(r"\\\n\s*", "", block).splitlines():
@@ -116,7 +116,7 @@ def every_command() -> list[tuple[str, str]]:
 
 
 def own_arguments(command: str) -> Iterator[tuple[str, list[str]]]:
-    """Our programs among the parts of a line, each with its arguments."""
+    """Yield each module of ours that a command line runs, with its arguments."""
     for part in command.split(" && "):
         words = [PLACEHOLDERS.get(word, word) for word in shlex.split(part)]
         if words[0].removeprefix(".venv/bin/") == "supervit":
@@ -125,29 +125,29 @@ def own_arguments(command: str) -> Iterator[tuple[str, list[str]]]:
             place = words.index("-m") + 1
             further = words.index("--serve") if "--serve" in words else len(words)
             yield words[place], words[place + 1 : further]
-            if further < len(words):  # what the benchmark hands on
+            if further < len(words):  # options that the benchmark passes to the server
                 yield "service.cli", ["serve", *words[further + 1 :]]
 
 
 @pytest.mark.parametrize(("page", "command"), every_command())
-def test_a_command_is_run_by_a_test_or_says_why_not(page: str, command: str) -> None:
+def test_every_command_is_run_by_a_test_or_listed_with_a_reason_why_not(page: str, command: str) -> None:
     del page
     assert [start for start in (*RUN, *NOT_RUN) if command.startswith(start)]
 
 
-def test_what_is_said_of_commands_is_of_some_that_there_are() -> None:
+def test_every_listed_command_occurs_in_the_documentation() -> None:
     known = [command for _, command in every_command()]
     assert [start for start in (*RUN, *NOT_RUN) if not any(command.startswith(start) for command in known)] == []
 
 
 @pytest.mark.parametrize("test", sorted(set(RUN.values())))
-def test_the_test_that_runs_a_command_is_there(test: str) -> None:
+def test_every_test_that_is_listed_for_a_command_exists(test: str) -> None:
     path, _, name = test.partition("::")
     assert f"def {name}" in (ROOT / path).read_text()
 
 
 @pytest.mark.parametrize(("page", "command"), every_command())
-def test_a_command_of_ours_parses_as_it_stands(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_commands_parse_as_written(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     del page
     monkeypatch.chdir(ROOT)
     for module, arguments in own_arguments(command):
@@ -162,13 +162,13 @@ def test_a_command_of_ours_parses_as_it_stands(page: str, command: str, monkeypa
 
 
 @pytest.mark.parametrize("arguments", [["serve", "--bogus"], ["train", "photos", "--epochs", "0"], ["classify"]])
-def test_a_command_that_would_fail_is_found(arguments: list[str]) -> None:
+def test_a_command_with_wrong_arguments_fails_to_parse(arguments: list[str]) -> None:
     with pytest.raises(WrongUsageError):
         parse(arguments)
 
 
 @pytest.mark.parametrize(("page", "command"), every_command())
-def test_every_file_of_ours_that_a_command_names_is_there(page: str, command: str) -> None:
+def test_every_file_of_the_repository_that_a_command_names_exists(page: str, command: str) -> None:
     del page
     for word in re.split(r"[\s=;@]+", command):
         if re.match(r"(deploy|models|service|tests)/", word):
@@ -176,7 +176,7 @@ def test_every_file_of_ours_that_a_command_names_is_there(page: str, command: st
 
 
 def test_the_photographs_are_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """As the README has it, with whatever it takes by default."""
+    """Run the command of the README, with its defaults."""
     monkeypatch.chdir(ROOT)
     (command,) = (command for command in commands("README.md") if "photographs/*.jpg" in command)
     words = [found for word in shlex.split(command) for found in sorted(map(str, Path().glob(word))) or [word]]

@@ -1,4 +1,4 @@
-"""The documentation is held against the code: commands, options and knobs that it names exist, and none is left out."""
+"""The documentation agrees with the code: its options and files exist, and every setting is documented."""
 
 import re
 from pathlib import Path
@@ -34,14 +34,14 @@ def shell_lines(page: str) -> list[str]:
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
-def test_the_first_two_commands_set_up_and_run_and_set_up_and_test() -> None:
+def test_the_first_two_setup_commands_of_the_readme_run_the_server_and_the_tests() -> None:
     run, test = [line for line in shell_lines("README.md") if line.startswith("python3 -m venv")][:2]
     assert run.endswith("supervit serve")
     assert test.endswith("pytest -n 2")
     assert test in (ROOT / ".ci" / "run").read_text()
 
 
-def test_every_knob_of_the_server_has_a_line() -> None:
+def test_every_setting_of_the_server_is_documented() -> None:
     page = (ROOT / "service" / "README.md").read_text()
     for name in Settings.model_fields:
         assert f"| `--{name.replace('_', '-')}` |" in page
@@ -65,11 +65,11 @@ def test_every_option_in_an_example_exists() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_file_that_it_names_is_there(page: str) -> None:
+def test_every_linked_file_exists(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target).exists(), target
 
 
-def test_the_readme_is_read_in_one_sitting() -> None:
+def test_the_readme_has_at_most_250_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 250

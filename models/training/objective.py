@@ -62,7 +62,7 @@ class Targets:
 
     Attributes:
         labels: (B,) class indices, or (B, classes) probabilities if labels were mixed and smoothed.
-        taught: (B, classes), the probabilities that a teacher gives; None without one.
+        teacher_probs: (B, classes), the probabilities that a teacher gives; None without one.
         tokens: (B, N - 1, classes), probabilities for every patch token of the largest grid; None if each image's label
             applies to all its tokens.
     """

@@ -1,4 +1,4 @@
-"""What kserve's gRPC client does with a server of ours, unchanged.
+"""Runs kserve's unmodified gRPC client against a server of ours.
 
 python kserve_grpc.py ADDRESS MODEL IMAGE
 """
@@ -14,7 +14,7 @@ from kserve.inference_client import InferenceGRPCClient
 
 
 async def ask(address: str, model: str, image: bytes) -> None:
-    """Ask everything that the client can ask; an assertion fails where the answer is another than is expected."""
+    """Send every kind of request that the client offers, and assert that each answer is as expected."""
     client = InferenceGRPCClient(address, timeout=20)
     assert await client.is_server_live()
     assert await client.is_server_ready()

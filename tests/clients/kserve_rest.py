@@ -1,4 +1,4 @@
-"""What kserve's REST client does with a server of ours, unchanged.
+"""Runs kserve's unmodified REST client against a server of ours.
 
 python kserve_rest.py URL MODEL IMAGE
 """
@@ -16,7 +16,7 @@ from kserve.protocol.infer_type import RequestedOutput
 
 
 async def ask(url: str, model: str, image: bytes) -> None:
-    """Ask everything that the client can ask; an assertion fails where the answer is another than is expected."""
+    """Send every kind of request that the client offers, and assert that each answer is as expected."""
     client = InferenceRESTClient(RESTConfig(protocol="v2", timeout=20))
     assert await client.is_server_live(url)
     assert await client.is_server_ready(url)

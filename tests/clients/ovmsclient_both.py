@@ -1,4 +1,4 @@
-"""What ovmsclient does with a server of ours, unchanged: TensorFlow Serving's REST API at a URL, its gRPC elsewhere.
+"""Runs the unmodified ovmsclient against a server of ours: TensorFlow Serving's REST API at a URL, else gRPC.
 
 python ovmsclient_both.py URL_OR_ADDRESS MODEL IMAGE
 """
@@ -11,7 +11,7 @@ from ovmsclient import make_grpc_client, make_http_client
 
 
 def ask(address: str, model: str, image: bytes) -> None:
-    """Ask everything that the client can ask; an assertion fails where the answer is another than is expected."""
+    """Send every kind of request that the client offers, and assert that each answer is as expected."""
     host = address.removeprefix("http://")
     client = make_grpc_client(host) if host == address else make_http_client(host)
     assert client.get_model_status(model) == {1: {"state": "AVAILABLE", "error_code": 0, "error_message": ""}}

@@ -1,4 +1,4 @@
-"""What Triton's gRPC clients do with a server of ours, unchanged.
+"""Runs Triton's unmodified gRPC clients against a server of ours.
 
 python triton_grpc.py ADDRESS MODEL IMAGE
 """
@@ -33,7 +33,7 @@ def pixel_input(datatype: str, pixels: "np.typing.NDArray[np.generic]") -> Infer
 
 
 def describe(client: tritonclient.grpc.InferenceServerClient, model: str) -> None:
-    """Ask what there is to know."""
+    """Request the health, metadata, configuration and statistics of the server and its model."""
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready(model)
@@ -49,7 +49,7 @@ def describe(client: tritonclient.grpc.InferenceServerClient, model: str) -> Non
 
 
 def infer(client: tritonclient.grpc.InferenceServerClient, model: str, image: bytes) -> None:
-    """Ask in every way that a tensor can be sent, and wait for answers in every way."""
+    """Send image files and pixels, plain and compressed, and receive answers directly and by callback."""
     answer = client.infer(model, [file_input(image)], request_id="7", parameters={"top_k": 3})
     probabilities = answer.as_numpy("probabilities")
     assert answer.get_response().id == "7"
@@ -80,7 +80,7 @@ def infer(client: tritonclient.grpc.InferenceServerClient, model: str, image: by
 
 
 def stream(client: tritonclient.grpc.InferenceServerClient, model: str, image: bytes) -> None:
-    """Ask over a stream, in which a request that fails ends no other."""
+    """Send requests over a stream, in which a failed request does not end the others."""
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     client.start_stream(lambda result, error: answers.put((result, error)))
     for number, data in enumerate((image, b"no image", image)):
@@ -93,7 +93,7 @@ def stream(client: tritonclient.grpc.InferenceServerClient, model: str, image: b
 
 
 def fail(client: tritonclient.grpc.InferenceServerClient, model: str, image: bytes) -> None:
-    """Ask what cannot be answered."""
+    """Send requests that must fail."""
 
     def status(**options: object) -> str:
         try:
@@ -110,7 +110,7 @@ def fail(client: tritonclient.grpc.InferenceServerClient, model: str, image: byt
 
 
 async def infer_in_parallel(address: str, model: str, image: bytes) -> None:
-    """Ask with the asyncio client: many requests at once, a stream, one that is cancelled."""
+    """Use the asyncio client for concurrent requests, a stream and a cancelled request."""
     async with tritonclient.grpc.aio.InferenceServerClient(address) as client:
         assert await client.is_server_ready()
         ask = partial(client.infer, model, parameters=UNHURRIED)

@@ -1,4 +1,4 @@
-"""A Ray cluster of one node for tests and benchmarks, started by the README's commands, and the loss of a replica."""
+"""A Ray cluster of one node, started by the README's commands, and a load during which a replica is killed."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ def environment() -> dict[str, str]:
 
 
 def serve_config(port: int, replicas: int, **settings: object) -> dict[str, Any]:
-    """Take the Serve config of the repository, with so many replicas and these settings."""
+    """Return the Serve config of the repository with this port, number of replicas and settings."""
     config: dict[str, Any] = yaml.safe_load((FOLDER / "serve.yaml").read_text())
     config["http_options"] = {"port": port}
     (application,) = config["applications"]
@@ -43,18 +43,18 @@ def serve_config(port: int, replicas: int, **settings: object) -> dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A node of Ray with the app on it.
+    """A Ray node that runs the app.
 
     Attributes:
-        url: where the app answers.
-        node: the process from which all others of the node descend.
+        url: address of the app.
+        node: process from which all others of the node descend.
     """
 
     url: str
     node: psutil.Process
 
     def replicas(self) -> list[psutil.Process]:
-        """Find the processes of the replicas that are ready."""
+        """Return the processes of the replicas that are ready."""
         found = []
         for process in self.node.children(recursive=True):
             with suppress(psutil.NoSuchProcess):
@@ -65,7 +65,7 @@ class Cluster:
 
 @contextmanager
 def ray_cluster(config: Mapping[str, Any], variables: Mapping[str, str], cpus: int = 2) -> Iterator[Cluster]:
-    """Start a node, apart from any other on this machine, and deploy a Serve config; yields once all replicas run."""
+    """Start a node, isolated from others on this machine, deploy a Serve config, and yield once all replicas run."""
     scripts = Path(sys.executable).parent
     known = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SUPERVIT_"))}
     ports = dict(zip(("node", "client", "dashboard", "metrics", "stats"), free_ports(5), strict=True))
@@ -82,7 +82,7 @@ def ray_cluster(config: Mapping[str, Any], variables: Mapping[str, str], cpus: i
         "dashboard-port": ports["dashboard"],
         "num-cpus": cpus,
     }
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # short: sockets lie below it
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # short: holds sockets
         log, serve_config = Path(folder) / "log", Path(folder) / "serve.yaml"
         serve_config.write_text(yaml.safe_dump(dict(config)))
         start = ["ray", "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
@@ -105,7 +105,7 @@ def ray_cluster(config: Mapping[str, Any], variables: Mapping[str, str], cpus: i
             until(lambda: answers(f"{url}/health/ready"), log)
             yield Cluster(url, psutil.Process(node.pid))
         finally:
-            with suppress(httpx.HTTPError):  # first: HAProxy would outlive a node that just ends
+            with suppress(httpx.HTTPError):  # first: HAProxy outlives a node that is only terminated
                 httpx.delete(f"{dashboard}/api/serve/applications/", timeout=START_LIMIT_S)
             node.terminate()
             node.wait(START_LIMIT_S)
@@ -132,7 +132,7 @@ def answers(url: str) -> bool:
 
 
 def all_run(dashboard: str, config: Mapping[str, Any]) -> bool:
-    """Tell whether the application of the config has as many replicas as it begins with."""
+    """Return whether the application has its minimum number of replicas, and all of them run."""
     (application,) = config["applications"]
     (deployment,) = application["deployments"]
     status = httpx.get(f"{dashboard}/api/serve/applications/").json()["applications"].get(application["name"], {})
@@ -142,15 +142,15 @@ def all_run(dashboard: str, config: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a client got for a request.
+    """The outcome of a request at the client.
 
     Attributes:
-        number: of the request.
-        sent_s: when it was sent, from the start of the load.
-        latency_s: until its answer had come, or the connection had failed.
-        status: of HTTP; None where there was no answer.
-        request_ids: the header that names the request that was answered.
-        body: as sent.
+        number: number of the request.
+        sent_s: time from the start of the load until the request was sent.
+        latency_s: time until the answer had arrived or the connection had failed.
+        status: HTTP status; None without an answer.
+        request_ids: values of the X-Request-ID header of the answer.
+        body: body of the answer.
     """
 
     number: int
@@ -168,7 +168,7 @@ class Answer:
 async def load_and_kill(
     cluster: Cluster, images: Sequence[bytes], arrivals: Sequence[float], budget_ms: float, kill_at_s: float
 ) -> list[Answer]:
-    """Send a request at each instant, however many still wait; kill -9 one of the replicas in the middle."""
+    """Send a request at each arrival time, however many still wait, and kill -9 one of the replicas at `kill_at_s`."""
     victim = cluster.replicas()[0]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         began = time.monotonic()

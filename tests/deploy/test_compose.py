@@ -1,4 +1,4 @@
-"""The Compose file is held against the specification, the repository and the server's settings."""
+"""The Compose file agrees with the Compose specification, the repository and the server's settings."""
 
 import re
 import subprocess
@@ -16,8 +16,8 @@ Services = dict[str, dict[str, Any]]
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
-SERVER_BYTES, BYTES_PER_PIXEL = 1_400_000_000, 16  # the server's own, and what a WebP takes while it is decoded
-BELONG_TO_THE_IMAGE = {"host", "port", "fd", "profile_folder"}  # or ports and volumes would lead nowhere
+SERVER_BYTES, BYTES_PER_PIXEL = 1_400_000_000, 16  # of the server itself, and of a WebP while it is decoded
+BELONG_TO_THE_IMAGE = {"host", "port", "fd", "profile_folder"}  # or published ports and volumes would lead nowhere
 
 
 def interpolated(**variables: str) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def services(**variables: str) -> Services:
 
 
 def complaints(text: str, folder: Path) -> str:
-    """Say what the Compose specification has against a file; nothing if it is sound."""
+    """Return the violations of the Compose specification in a file; an empty string if it is valid."""
     path = folder / "docker-compose.yml"
     path.write_text(text)
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
@@ -56,19 +56,19 @@ def complaints(text: str, folder: Path) -> str:
 
 
 def mounts() -> list[dict[str, Any]]:
-    """Every folder of this machine that a container sees."""
+    """Return all mounts of folders of this machine."""
     return [mount for service in services().values() for mount in service["volumes"] if isinstance(mount, dict)]
 
 
 def seen_at(service: str, path: str) -> Path:
-    """Find the file of the repository that a service sees under a path."""
+    """Return the file of the repository that a service sees at a path."""
     for mount in services()[service]["volumes"]:
         if isinstance(mount, dict) and path.startswith(f"{mount['target']}/"):
             return ROOT.joinpath(mount["source"], path.removeprefix(f"{mount['target']}/"))
     raise AssertionError(f"{path} is in none of the folders of {service}")
 
 
-def test_the_file_is_sound_by_the_specification(tmp_path: Path) -> None:
+def test_the_file_is_valid_by_the_compose_specification(tmp_path: Path) -> None:
     assert complaints(TEXT, tmp_path) == ""
 
 
@@ -81,12 +81,12 @@ def test_the_file_is_sound_by_the_specification(tmp_path: Path) -> None:
         ("      retries: 3", "      tries: 3"),
     ],
 )
-def test_a_mistake_would_be_found(sound: str, broken: str, tmp_path: Path) -> None:
+def test_a_mistake_in_the_file_is_found(sound: str, broken: str, tmp_path: Path) -> None:
     assert sound in TEXT
     assert complaints(TEXT.replace(sound, broken, 1), tmp_path) != ""
 
 
-def test_every_image_has_a_version_and_ours_is_that_of_the_project() -> None:
+def test_every_image_has_a_version_and_the_server_image_has_that_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     images = {name: service["image"] for name, service in services().items()}
     assert images.pop("supervit") == f"{project['name']}:{project['version']}"
@@ -95,7 +95,7 @@ def test_every_image_has_a_version_and_ours_is_that_of_the_project() -> None:
         assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", image)
 
 
-def test_pytorch_is_the_one_that_the_dockerfile_takes_by_default() -> None:
+def test_the_default_pytorch_build_is_that_of_the_dockerfile() -> None:
     arguments = services()["supervit"]["build"]["args"]
     assert [f"ARG {name}={value}" for name, value in arguments.items()] == re.findall(
         r"^ARG .*", (ROOT / "Dockerfile").read_text(), re.MULTILINE
@@ -103,7 +103,7 @@ def test_pytorch_is_the_one_that_the_dockerfile_takes_by_default() -> None:
     assert services(TORCH_INDEX="another")["supervit"]["build"]["args"] == {"TORCH_INDEX": "another"}
 
 
-def test_every_port_is_for_this_machine_alone_unless_told_otherwise() -> None:
+def test_every_port_is_bound_to_localhost_by_default() -> None:
     for service in services().values():
         for port in service["ports"]:
             assert re.fullmatch(r"127\.0\.0\.1:(\d+):\1", port)
@@ -111,7 +111,7 @@ def test_every_port_is_for_this_machine_alone_unless_told_otherwise() -> None:
     assert (http, grpc) == ("0.0.0.0:80:8000", "0.0.0.0:81:8001")
 
 
-def test_every_knob_of_the_server_can_be_set_except_those_that_belong_to_the_image() -> None:
+def test_every_setting_of_the_server_can_be_set_except_those_that_the_image_fixes() -> None:
     variables = {name for name in services()["supervit"]["environment"] if not name.startswith("OTEL_")}
     names = {name.removeprefix("SUPERVIT_").lower() for name in variables}
     assert names == set(Settings.model_fields) - BELONG_TO_THE_IMAGE
@@ -121,7 +121,7 @@ def test_every_knob_of_the_server_can_be_set_except_those_that_belong_to_the_ima
 
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """What the server makes of its environment; what has no value there is not set."""
+    """The settings that the server reads from its environment, in which a variable without a value is not set."""
     for name, value in services()["supervit"]["environment"].items():
         monkeypatch.delenv(name, raising=False)
         if value is not None:
@@ -130,7 +130,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings()
 
 
-def test_what_clients_can_make_the_server_hold_fits_into_its_memory(settings: Settings) -> None:
+def test_the_memory_limit_covers_the_most_that_clients_can_make_the_server_hold(settings: Settings) -> None:
     limit = re.fullmatch(r"(\d+)g", services()["supervit"]["deploy"]["resources"]["limits"]["memory"])
     assert limit
     decoding = settings.decode_threads * settings.max_image_pixels * BYTES_PER_PIXEL
@@ -138,19 +138,19 @@ def test_what_clients_can_make_the_server_hold_fits_into_its_memory(settings: Se
     assert SERVER_BYTES + decoding + bodies < int(limit[1]) * 2**30
 
 
-def test_more_workers_may_have_more_memory() -> None:
+def test_the_memory_limit_can_be_raised_for_more_workers() -> None:
     resources = services(SERVER_MEMORY="12g")["supervit"]["deploy"]["resources"]
     assert resources["limits"]["memory"] == "12g"
 
 
-def test_the_server_is_given_longer_than_it_takes_to_answer_those_it_has_admitted(settings: Settings) -> None:
+def test_the_stop_grace_period_is_longer_than_the_drain(settings: Settings) -> None:
     grace_s = re.fullmatch(r"(\d+)s", services()["supervit"]["stop_grace_period"])
     assert grace_s
     assert int(grace_s[1]) >= settings.drain_s + 10
 
 
 @pytest.mark.parametrize("name", services())
-def test_no_service_may_do_more_than_it_needs(name: str) -> None:
+def test_every_service_is_read_only_unprivileged_and_limited(name: str) -> None:
     service = services()[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -161,7 +161,7 @@ def test_no_service_may_do_more_than_it_needs(name: str) -> None:
     assert not service.keys() & {"privileged", "cap_add", "network_mode", "pid", "user"}
 
 
-def test_every_folder_that_is_mounted_exists_and_cannot_be_written_to() -> None:
+def test_every_mounted_folder_exists_and_is_read_only() -> None:
     assert {mount["source"] for mount in mounts()} == {
         "./models/checkpoints",
         "./deploy/prometheus",
@@ -174,7 +174,7 @@ def test_every_folder_that_is_mounted_exists_and_cannot_be_written_to() -> None:
         assert mount["bind"] == {"create_host_path": False}
 
 
-def test_everything_that_has_to_be_kept_has_a_volume() -> None:
+def test_all_persistent_data_has_a_volume() -> None:
     kept = {
         mount.partition(":")[0]
         for service in services().values()
@@ -187,7 +187,7 @@ def test_everything_that_has_to_be_kept_has_a_volume() -> None:
     assert f"profiles:{folder[1]}" in services()["supervit"]["volumes"]
 
 
-def test_whoever_waits_for_a_healthy_service_waits_for_one_that_has_a_check() -> None:
+def test_a_service_that_others_wait_for_to_be_healthy_has_a_health_check() -> None:
     waits = {
         (name, other, rule["condition"])
         for name, service in services().items()
@@ -195,11 +195,11 @@ def test_whoever_waits_for_a_healthy_service_waits_for_one_that_has_a_check() ->
     }
     assert waits == {("prometheus", "supervit", "service_started"), ("grafana", "prometheus", "service_healthy")}
     assert "healthcheck" in services()["prometheus"]
-    assert "healthcheck" not in services()["supervit"]  # that of the image
+    assert "healthcheck" not in services()["supervit"]  # the image has one
 
 
 @pytest.mark.parametrize("name", ["prometheus", "grafana"])
-def test_a_health_check_asks_the_port_that_is_published(name: str) -> None:
+def test_a_health_check_requests_the_published_port(name: str) -> None:
     service = services()[name]
     (port,) = service["ports"]
     assert service["healthcheck"]["test"][-1].startswith(f"http://127.0.0.1:{port.rpartition(':')[2]}/")
@@ -216,7 +216,7 @@ def test_prometheus_finds_its_configuration_its_rules_and_the_server() -> None:
     assert job["static_configs"][0]["targets"] == [f"supervit:{port}"]
 
 
-def test_grafana_finds_prometheus_its_dashboards_and_the_one_to_begin_with() -> None:
+def test_grafana_finds_prometheus_its_dashboards_and_its_home_dashboard() -> None:
     provisioning = seen_at("grafana", "/etc/grafana/provisioning/datasources")
     (source,) = (
         each for path in provisioning.glob("*.yml") for each in yaml.safe_load(path.read_text())["datasources"]
@@ -232,27 +232,27 @@ def test_grafana_finds_prometheus_its_dashboards_and_the_one_to_begin_with() -> 
 
 
 def grafana_setting(section: str, key: str, **variables: str) -> str:
-    """What Grafana takes: a variable that is not empty, or else the default from its command line."""
+    """Return the value that Grafana uses: a variable that is not empty, or else the default from its command line."""
     grafana = services(**variables)["grafana"]
     name = f"GF_{section.upper().replace('.', '_')}_{key.upper()}"
     defaults = dict(word.removeprefix("cfg:default.").split("=") for word in grafana["command"])
     return str(grafana["environment"].get(name) or defaults.get(f"{section}.{key}", ""))
 
 
-def test_without_a_password_grafana_has_no_account_and_everybody_may_look() -> None:
+def test_without_a_password_grafana_has_no_account_and_anonymous_viewers() -> None:
     assert grafana_setting("security", "disable_initial_admin_creation") == "true"
     assert grafana_setting("auth.anonymous", "enabled") == "true"
     assert grafana_setting("auth.anonymous", "org_role") == "Viewer"
 
 
-def test_with_a_password_grafana_has_one_account_and_nobody_else_may_look() -> None:
+def test_with_a_password_grafana_has_one_account_and_no_anonymous_access() -> None:
     given = {"GRAFANA_ADMIN_PASSWORD": "Oooh, a secret"}
     assert grafana_setting("security", "disable_initial_admin_creation", **given) == "false"
     assert grafana_setting("security", "admin_password", **given) == "Oooh, a secret"
     assert grafana_setting("auth.anonymous", "enabled", **given) == "false"
 
 
-def test_every_variable_is_explained_at_the_top() -> None:
+def test_every_variable_is_explained_at_the_top_of_the_file() -> None:
     head, _, body = TEXT.partition("\nname:")
     used = {name for name in re.findall(r"\$\{(\w+)", body) if not name.startswith("SUPERVIT_")}
     assert used <= set(re.findall(r"[A-Z_]+", head))

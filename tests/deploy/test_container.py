@@ -1,4 +1,4 @@
-"""The Dockerfile is held against what it packs: the project, the server's settings, and a health check that is run."""
+"""The Dockerfile agrees with the project and the server's settings, and its health check works."""
 
 import json
 import re
@@ -28,7 +28,7 @@ FIRST_START_S = 120  # on two slow cores, with DeiT-S
 
 
 class Instruction(NamedTuple):
-    """Such as COPY, and what comes behind it."""
+    """An instruction such as COPY, and its arguments."""
 
     name: str
     value: str
@@ -69,34 +69,34 @@ def environment() -> dict[str, str]:
 
 
 def copied_from_here() -> set[str]:
-    """What is taken out of the repository, in any stage."""
+    """Return the paths of the repository that any stage copies."""
     copies = [copy for stage in STAGES for copy in values("COPY", stage) if not copy.startswith("--from=")]
     return {source for copy in copies for source in copy.split()[:-1]}
 
 
-def test_the_server_runs_as_a_user_without_rights_whom_kubernetes_can_tell_from_root() -> None:
+def test_the_server_runs_as_a_numeric_user_that_kubernetes_can_tell_from_root() -> None:
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last("USER"))
     names = [instruction.name for instruction in FINAL]
     assert "RUN" not in names[names.index("USER") :]
 
 
-def test_a_signal_reaches_the_server_because_no_shell_is_in_between() -> None:
+def test_signals_reach_the_server_since_no_shell_is_in_between() -> None:
     assert json.loads(last("ENTRYPOINT"))[-1] == "supervit"
     assert json.loads(last("CMD")) == ["serve"]
     assert "supervit" in PROJECT["scripts"]
 
 
-def test_the_signal_that_ends_the_server_counts_as_success() -> None:
+def test_an_exit_by_sigterm_counts_as_success() -> None:
     assert json.loads(last("ENTRYPOINT"))[:4] == ["tini", "-e", "143", "--"]
 
 
-def test_nothing_but_the_signal_forwarder_is_added_to_the_system() -> None:
+def test_the_final_stage_installs_nothing_but_tini() -> None:
     installed = re.findall(r"apt-get install ([^&]*)", " ".join(values("RUN", FINAL)))
     assert [word for words in installed for word in words.split() if not word.startswith("-")] == ["tini"]
     assert "pip" not in " ".join(values("RUN", FINAL))
 
 
-def test_what_is_installed_is_what_serving_and_tracing_need_over_http_and_grpc(tmp_path: Path) -> None:
+def test_only_the_dependencies_of_serving_and_the_grpc_and_otel_extras_are_installed(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
     (command,) = values("RUN", stage_named("requirements"))
     subprocess.run(["sh", "-c", command.replace("python", sys.executable, 1)], cwd=tmp_path, check=True)
@@ -108,11 +108,11 @@ def test_what_is_installed_is_what_serving_and_tracing_need_over_http_and_grpc(t
     assert not [command for command in installs if re.search(r"\[\w+\]|\s-e\s", command)]
 
 
-def test_pytorch_is_the_one_for_cpus_unless_told_otherwise() -> None:
+def test_pytorch_is_the_cpu_build_by_default() -> None:
     assert values("ARG", stage_named("dependencies")) == ["TORCH_INDEX=https://download.pytorch.org/whl/cpu"]
 
 
-def test_a_change_of_code_installs_no_dependency_anew() -> None:
+def test_a_code_change_does_not_reinstall_dependencies() -> None:
     assert not [copy for copy in values("COPY", stage_named("dependencies")) if not copy.startswith("--from=")]
     layers = [value for name, value in FINAL if name in {"COPY", "RUN"}]
     (ours,) = (index for index, value in enumerate(layers) if value.startswith("--from=application"))
@@ -121,22 +121,22 @@ def test_a_change_of_code_installs_no_dependency_anew() -> None:
     assert "--no-deps" in values("RUN", stage_named("application"))[-1]
 
 
-def test_the_build_sees_what_it_copies_and_nothing_else_of_the_repository() -> None:
+def test_the_build_context_contains_exactly_what_the_build_copies() -> None:
     patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     assert patterns[0] == "*"
     assert {pattern[1:] for pattern in patterns if pattern[0] == "!"} == copied_from_here()
-    assert patterns[-1] == "**/__pycache__"  # the last word counts
+    assert patterns[-1] == "**/__pycache__"  # the last matching pattern counts
     assert all((ROOT / source).exists() for source in copied_from_here())
 
 
-def test_the_default_checkpoint_and_the_packages_of_the_wheel_are_among_it() -> None:
+def test_the_image_contains_the_default_checkpoint_and_the_packages_of_the_wheel() -> None:
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert set(wheel["packages"]) <= copied_from_here()
     assert {PROJECT["readme"], *PROJECT["license-files"]} <= copied_from_here()
     assert find_checkpoint(DEFAULT_CHECKPOINT).relative_to(ROOT).parts[0] in wheel["packages"]
 
 
-def test_python_is_one_that_the_project_supports_and_paths_agree_with_it() -> None:
+def test_the_python_version_is_the_oldest_supported_one_and_matches_all_paths() -> None:
     (image,) = {stage[0].value.split()[0] for stage in STAGES} - {"base"}
     version = re.fullmatch(r"python:(\d+\.\d+)-slim-bookworm", image)
     assert version
@@ -144,7 +144,7 @@ def test_python_is_one_that_the_project_supports_and_paths_agree_with_it() -> No
     assert set(re.findall(r"python(\d+\.\d+)", (ROOT / "Dockerfile").read_text())) == {version[1]}
 
 
-def test_every_variable_is_a_knob_of_the_server_and_the_port_is_the_one_it_takes() -> None:
+def test_every_variable_is_a_setting_of_the_server_and_the_exposed_port_is_the_default() -> None:
     knobs = {name for name in environment() if name.startswith("SUPERVIT_")}
     assert knobs == {"SUPERVIT_HOST", "SUPERVIT_PROFILE_FOLDER"}
     assert {name.removeprefix("SUPERVIT_").lower() for name in knobs} <= set(Settings.model_fields)
@@ -152,7 +152,7 @@ def test_every_variable_is_a_knob_of_the_server_and_the_port_is_the_one_it_takes
     assert last("EXPOSE") == str(Settings.model_fields["port"].default)
 
 
-def test_the_folder_of_profiles_belongs_to_the_user_and_may_be_written_by_others_of_group_0() -> None:
+def test_the_profile_folder_belongs_to_the_user_and_is_writable_by_group_0() -> None:
     uid = last("USER").partition(":")[0]
     made = f"install --directory --owner={uid} --group=0 --mode=0775 {environment()['SUPERVIT_PROFILE_FOLDER']}"
     assert made in " ".join(values("RUN", FINAL))
@@ -166,7 +166,7 @@ def health_check() -> list[str]:
 
 @contextmanager
 def serving(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[int]:
-    """Answer on a port of this machine."""
+    """Run an HTTP server on this machine, and yield its port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -186,7 +186,7 @@ def serving(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[int]:
 
 
 @pytest.mark.parametrize(("answered", "expected"), [(200, 0), (503, 1)])
-def test_health_is_what_the_server_answers_when_asked_whether_it_is_ready(answered: int, expected: int) -> None:
+def test_the_health_check_reports_the_readiness_of_the_server(answered: int, expected: int) -> None:
     asked: list[str] = []
 
     def answer(request: BaseHTTPRequestHandler) -> None:
@@ -200,17 +200,17 @@ def test_health_is_what_the_server_answers_when_asked_whether_it_is_ready(answer
     checkpoint = load_checkpoint(DEFAULT_CHECKPOINT)
     runtime = ServerRuntime(Settings(), checkpoint, TorchEngine(checkpoint.model, "cpu", threads=1))
     client = TestClient(create_app(runtime))
-    assert [client.get(path).status_code for path in asked] == [503]  # known, and not ready: nothing was started
+    assert [client.get(path).status_code for path in asked] == [503]  # a known route, not ready: nothing was started
 
 
-def test_a_server_that_does_not_listen_is_not_healthy() -> None:
+def test_a_server_that_does_not_listen_is_unhealthy() -> None:
     with serving(lambda _: None) as port:
         pass
     done = subprocess.run(health_check(), env={"SUPERVIT_PORT": str(port)}, check=False, capture_output=True)
     assert done.returncode == 1
 
 
-def test_a_first_start_may_take_its_time_before_it_counts_as_unhealthy() -> None:
+def test_the_start_period_of_the_health_check_is_longer_than_a_first_start() -> None:
     minutes = re.search(r"--start-period=(\d+)m", last("HEALTHCHECK"))
     assert minutes
     assert int(minutes[1]) * 60 > FIRST_START_S

@@ -1,4 +1,4 @@
-"""The dashboard that ships is the one that its builder builds, and it is provisioned without a click."""
+"""The dashboard that ships is the one that its builder builds, and Grafana provisions it without manual steps."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def test_the_dashboard_is_what_its_builder_builds(dashboard: dict[str, Any]) -> 
     assert json.loads(JSONEncoder().encode(builder.build().build())) == dashboard
 
 
-def test_every_panel_has_a_title_a_unit_a_description_and_a_place_of_its_own(dashboard: dict[str, Any]) -> None:
+def test_every_panel_has_a_title_a_unit_and_a_description_and_overlaps_no_other(dashboard: dict[str, Any]) -> None:
     taken: set[tuple[int, int]] = set()
     for panel in dashboard["panels"]:
         place = panel["gridPos"]
@@ -42,12 +42,14 @@ def test_every_panel_has_a_title_a_unit_a_description_and_a_place_of_its_own(das
             assert all(target["legendFormat"] for target in panel["targets"])
 
 
-def test_there_are_four_rows(dashboard: dict[str, Any]) -> None:
+def test_the_rows_are_service_level_adaptation_load_and_machine(dashboard: dict[str, Any]) -> None:
     rows = [panel["title"].split(":")[0] for panel in dashboard["panels"] if panel["type"] == "row"]
     assert rows == ["Service level", "Adaptation", "Load", "Machine"]
 
 
-def test_source_and_dashboard_are_provisioned_under_the_names_that_the_panels_use(dashboard: dict[str, Any]) -> None:
+def test_panels_use_the_provisioned_data_source_and_dashboards_are_loaded_from_their_folder(
+    dashboard: dict[str, Any],
+) -> None:
     source, *others = yaml.safe_load((GRAFANA / "provisioning" / "datasources" / "prometheus.yml").read_text())[
         "datasources"
     ]

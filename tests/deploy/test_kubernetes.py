@@ -1,4 +1,4 @@
-"""The manifests are held against the published schemas, and against what the server reads, answers and measures."""
+"""The manifests agree with the published schemas, and with the server's settings, routes and metrics."""
 
 import copy
 import importlib
@@ -29,8 +29,8 @@ Manifest = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 FOLDERS = ("base", "autoscaled")
-OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()  # the oldest has `sleep` for a preStop hook
-# By name, so that the type checker need not read the megabytes that these modules are.
+OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()  # the oldest supports `sleep` in a preStop hook
+# Imported by name: these modules have megabytes, which the type checker need not read.
 RESOURCE_MODELS = {
     "ScaledObject": "cloudcoil.models.keda.v1alpha1",
     "ServiceMonitor": "cloudcoil.models.prometheus_operator.v1",
@@ -47,11 +47,11 @@ KINDS = (
     "ScaledObject",
 )
 LABELS = {"app.kubernetes.io/name": "supervit"}
-SERVER_BYTES, BYTES_PER_PIXEL = 1_400_000_000, 16  # the server's own, and what a WebP takes while it is decoded
+SERVER_BYTES, BYTES_PER_PIXEL = 1_400_000_000, 16  # of the server itself, and of a WebP while it is decoded
 KUBECTL = shutil.which("kubectl")
-# Debian has one of 2021 alone; kubernetes-validate holds the same manifests against the API without it.
+# Debian only packages a kubectl of 2021; kubernetes-validate checks the same manifests against the API without it.
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed")
-# Where the suite decides over a change it must not pass by skipping.
+# In CI, where the suite gates changes, it must not pass by skipping.
 needs_prometheus = pytest.mark.skipif(
     shutil.which("promtool") is None and "CI" not in os.environ, reason="Prometheus is not installed"
 )
@@ -64,7 +64,7 @@ def kustomization(folder: str) -> Manifest:
 
 @cache
 def manifests() -> dict[str, Manifest]:
-    """Read every manifest, by kind; there is one of each."""
+    """Read every manifest, by kind; there is one of each kind."""
     files = [path for folder in FOLDERS for path in sorted((KUBERNETES / folder).glob("*.yaml"))]
     found = [yaml.safe_load(path.read_text()) for path in files if path.stem != "kustomization"]
     by_kind = {each["kind"]: each for each in found}
@@ -96,14 +96,14 @@ def queries() -> dict[str, str]:
 
 
 def flaws(manifest: Manifest, version: str = NEWEST) -> str:
-    """Say what the published schema of its kind has against a manifest; nothing if it is sound."""
+    """Return the violations of the published schema of its kind in a manifest; an empty string if it is valid."""
     if module := RESOURCE_MODELS.get(manifest["kind"]):
         model = getattr(importlib.import_module(module), manifest["kind"])
         try:
             understood = model.model_validate(manifest).model_dump(mode="json", by_alias=True, exclude_unset=True)
         except ValueError as error:
             return str(error)
-        # The models leave out what they do not know without a word.
+        # The models silently drop unknown fields.
         return "" if understood == manifest else f"only this much of it is understood: {understood}"
     try:
         kubernetes_validate.validate(manifest, version, strict=True)
@@ -113,7 +113,7 @@ def flaws(manifest: Manifest, version: str = NEWEST) -> str:
 
 
 def changed(kind: str, path: str, value: object) -> Manifest:
-    """Copy a manifest with another value at a dotted path; None takes out what is there."""
+    """Copy a manifest with another value at a dotted path; None removes the value."""
     manifest = copy.deepcopy(manifests()[kind])
     *parents, last = [int(key) if key.isdecimal() else key for key in path.split(".")]
     place: Any = manifest
@@ -128,7 +128,7 @@ def changed(kind: str, path: str, value: object) -> Manifest:
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_manifest_is_sound_by_the_schema_of_its_kind(kind: str, version: str) -> None:
+def test_a_manifest_is_valid_by_the_schema_of_its_kind(kind: str, version: str) -> None:
     assert flaws(manifests()[kind], version) == ""
 
 
@@ -163,7 +163,7 @@ def test_a_mistake_in_a_manifest_is_found(kind: str, path: str, value: object) -
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_kustomization_names_every_file_beside_it(folder: str) -> None:
+def test_a_kustomization_lists_every_file_of_its_folder(folder: str) -> None:
     resources = set(kustomization(folder)["resources"])
     beside = {path.name for path in (KUBERNETES / folder).glob("*.yaml")} - {"kustomization.yaml"}
     assert resources - {"../base"} == beside
@@ -171,7 +171,7 @@ def test_a_kustomization_names_every_file_beside_it(folder: str) -> None:
 
 
 @needs_kubectl
-def test_kustomize_renders_every_manifest_soundly_and_in_the_namespace() -> None:
+def test_kustomize_renders_valid_manifests_in_the_namespace() -> None:
     command = [str(KUBECTL), "kustomize", str(KUBERNETES / "autoscaled")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -184,14 +184,14 @@ def test_kustomize_renders_every_manifest_soundly_and_in_the_namespace() -> None
         assert manifest == manifests()[kind]
 
 
-def test_one_namespace_is_made_used_and_queried() -> None:
+def test_the_namespace_that_is_created_is_the_one_that_is_used_and_queried() -> None:
     namespaces = {kustomization(folder)["namespace"] for folder in FOLDERS}
     assert namespaces == {manifests()["Namespace"]["metadata"]["name"]}
     queried = {name for query in queries().values() for name in re.findall(r'namespace="([^"]*)"', query)}
     assert queried == namespaces
 
 
-def test_the_pods_are_found_by_whatever_selects_them() -> None:
+def test_every_selector_matches_the_labels_of_the_pods() -> None:
     spec = manifests()["Deployment"]["spec"]
     assert spec["template"]["metadata"]["labels"] == LABELS
     assert spec["selector"]["matchLabels"] == LABELS
@@ -202,7 +202,7 @@ def test_the_pods_are_found_by_whatever_selects_them() -> None:
         assert constraint["labelSelector"]["matchLabels"] == LABELS
 
 
-def test_the_service_monitor_finds_the_service_and_calls_the_job_what_rules_and_queries_call_it() -> None:
+def test_the_service_monitor_selects_the_service_and_sets_the_job_of_rules_and_queries() -> None:
     service, monitor = manifests()["Service"], manifests()["ServiceMonitor"]["spec"]
     assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
     job = service["metadata"]["labels"][monitor["jobLabel"]]
@@ -211,12 +211,12 @@ def test_the_service_monitor_finds_the_service_and_calls_the_job_what_rules_and_
         assert set(re.findall(r'job="([^"]*)"', text)) == {job}
 
 
-def test_a_cluster_has_the_very_rules_that_are_tested() -> None:
+def test_the_prometheus_rule_manifest_has_the_tested_rules() -> None:
     tested = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yml").read_text())
     assert manifests()["PrometheusRule"]["spec"] == tested
 
 
-def test_ports_go_by_a_name_that_exists_and_lead_to_the_port_that_the_server_listens_on() -> None:
+def test_every_named_port_leads_to_the_port_that_the_server_listens_on() -> None:
     ports = {port["name"]: port["containerPort"] for port in server()["ports"]}
     assert ports == {"http": Settings.model_fields["port"].default}
     (service_port,) = manifests()["Service"]["spec"]["ports"]
@@ -228,7 +228,7 @@ def test_ports_go_by_a_name_that_exists_and_lead_to_the_port_that_the_server_lis
         assert server()[probe]["httpGet"]["port"] in ports
 
 
-def test_every_path_that_is_asked_for_is_a_route_of_the_server() -> None:
+def test_every_probed_or_scraped_path_is_a_route_of_the_server() -> None:
     checkpoint = load_checkpoint(DEFAULT_CHECKPOINT)
     runtime = ServerRuntime(Settings(), checkpoint, TorchEngine(checkpoint.model, "cpu", threads=1))
     client = TestClient(create_app(runtime))
@@ -242,7 +242,7 @@ def test_every_path_that_is_asked_for_is_a_route_of_the_server() -> None:
 
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """What the server makes of the environment that the deployment gives it."""
+    """The settings that the server reads from the environment of the deployment."""
     for name in [name for name in os.environ if name.startswith("SUPERVIT_")]:
         monkeypatch.delenv(name)
     for name, value in environment().items():
@@ -250,13 +250,13 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings()
 
 
-def test_every_variable_is_a_knob_of_the_server_and_pods_can_be_reached(settings: Settings) -> None:
+def test_every_variable_is_a_setting_and_the_server_listens_on_all_interfaces(settings: Settings) -> None:
     assert unknown_variables() == []
     assert {name.removeprefix("SUPERVIT_").lower() for name in environment()} == settings.model_fields_set
     assert settings.host == "0.0.0.0"
 
 
-def test_services_put_no_variables_of_theirs_among_the_settings() -> None:
+def test_kubernetes_adds_no_variables_of_services_to_the_environment() -> None:
     assert pod()["enableServiceLinks"] is False
 
 
@@ -266,12 +266,12 @@ def test_the_grace_period_is_longer_than_the_sleep_and_the_drain(settings: Setti
     assert pod()["terminationGracePeriodSeconds"] >= sleep_s + settings.drain_s + 10
 
 
-def test_a_start_may_take_minutes_as_it_does_beside_very_noisy_neighbours() -> None:
+def test_the_startup_probe_allows_a_start_of_minutes_beside_noisy_neighbours() -> None:
     probe = server()["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] >= 2 * 120
 
 
-def test_the_root_is_read_only_and_what_must_be_written_to_is_a_volume_of_the_pod(settings: Settings) -> None:
+def test_the_root_file_system_is_read_only_and_writable_folders_are_volumes_of_the_pod(settings: Settings) -> None:
     assert server()["securityContext"]["readOnlyRootFilesystem"] is True
     mounts = {mount["mountPath"]: mount for mount in server()["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod()["volumes"]}
@@ -280,7 +280,7 @@ def test_the_root_is_read_only_and_what_must_be_written_to_is_a_volume_of_the_po
         assert "emptyDir" in volumes[mounts[path]["name"]]
 
 
-def test_the_pod_may_do_nothing_that_serving_does_not_need() -> None:
+def test_the_pod_runs_unprivileged_without_a_service_account_token_and_without_egress() -> None:
     assert pod()["securityContext"] == {
         "runAsNonRoot": True,
         "runAsUser": 10001,
@@ -295,25 +295,25 @@ def test_the_pod_may_do_nothing_that_serving_does_not_need() -> None:
     assert "egress" not in manifests()["NetworkPolicy"]["spec"]
 
 
-def test_cores_are_whole_and_granted_as_asked_for() -> None:
+def test_cpu_requests_equal_cpu_limits_of_two_or_more_whole_cores() -> None:
     resources = server()["resources"]
     assert resources["requests"]["cpu"] == resources["limits"]["cpu"]
     assert int(resources["limits"]["cpu"]) >= 2
 
 
-def test_the_memory_limit_holds_the_most_that_clients_can_make_the_server_take(settings: Settings) -> None:
+def test_the_memory_limit_covers_the_most_that_clients_can_make_the_server_hold(settings: Settings) -> None:
     decoding = settings.decode_threads * settings.max_image_pixels * BYTES_PER_PIXEL
     bodies = settings.max_in_flight * settings.max_body_bytes
     limit = int(server()["resources"]["limits"]["memory"].removesuffix("Gi")) * 2**30
     assert SERVER_BYTES + decoding + bodies <= limit
 
 
-def test_the_image_is_that_of_this_version() -> None:
+def test_the_image_has_the_version_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert server()["image"] == f"{project['name']}:{project['version']}"
 
 
-def test_the_number_of_replicas_belongs_to_the_scaler_alone() -> None:
+def test_only_the_scaler_sets_the_number_of_replicas() -> None:
     deployment, scaled = manifests()["Deployment"], manifests()["ScaledObject"]["spec"]
     assert "replicas" not in deployment["spec"]
     assert scaled["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
@@ -326,7 +326,7 @@ def test_scaling_in_is_slower_than_scaling_out() -> None:
     assert behavior["scaleDown"]["policies"] == [{"type": "Pods", "value": 1, "periodSeconds": 300}]
 
 
-def test_a_loss_is_a_ratio_and_engines_are_shared_out_and_no_answer_of_prometheus_is_an_error() -> None:
+def test_scaling_compares_the_loss_as_is_and_engines_per_replica_and_missing_data_is_an_error() -> None:
     assert {name: trigger["metricType"] for name, trigger in triggers().items()} == {
         "accuracy-loss": "Value",
         "engines-wanted": "AverageValue",
@@ -336,7 +336,7 @@ def test_a_loss_is_a_ratio_and_engines_are_shared_out_and_no_answer_of_prometheu
         assert trigger["metadata"]["ignoreNullValues"] == "false"
 
 
-def test_every_series_in_a_query_is_one_that_the_server_has() -> None:
+def test_every_series_in_a_scaler_query_is_exported_by_the_server() -> None:
     registry = CollectorRegistry()
     Metrics(registry)
     known = {sample.name: sample.labels for family in registry.collect() for sample in family.samples}
@@ -363,12 +363,12 @@ COUNTERS = {
 }
 IDLE = dict.fromkeys(COUNTERS, 0.0)
 CALM = IDLE | {"met": 100, "busy": 0.5, "spent": 6}
-# Busy all the time, but for the turnaround between batches. Twice the engines could give every answer all its accuracy.
+# Always busy, except for the turnaround between batches. Twice the engines could give every answer its full accuracy.
 STRAINED = IDLE | {"met": 100, "accuracy_loss": 3, "busy": 0.9, "spent": 3, "saved": 3}
 
 
 def pods(number: int, per_second: dict[str, float], namespace: str = "supervit") -> list[Manifest]:
-    """Describe what so many ready pods count for ten minutes: so much a second each."""
+    """Return the series of a number of ready pods over ten minutes, in which each pod counts this much per second."""
     series = []
     for name in range(number):
         source = f"namespace='{namespace}',job='supervit',pod='{name}'"
@@ -419,7 +419,7 @@ def pods(number: int, per_second: dict[str, float], namespace: str = "supervit")
         ),
     ],
 )
-def test_what_the_scaler_sees(
+def test_scaler_queries_return_the_expected_accuracy_loss_and_engines_wanted(
     series: list[Manifest], accuracy_loss: float | None, engines_wanted: float | None, tmp_path: Path
 ) -> None:
     expected = {"accuracy-loss": accuracy_loss, "engines-wanted": engines_wanted}

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "supervit.json"
 HAS_PROMETHEUS = shutil.which("prometheus") is not None and shutil.which("promtool") is not None
-# Where the suite decides over a change it must not pass by skipping.
+# In CI, where the suite gates changes, it must not pass by skipping.
 needs_prometheus = pytest.mark.skipif(
     not HAS_PROMETHEUS and "CI" not in os.environ, reason="Prometheus is not installed"
 )
@@ -59,7 +59,7 @@ def test_promtool_accepts_the_configuration_and_the_rules_and_their_tests_pass()
     assert "SUCCESS" in promtool("test", "rules", "rules_test.yml")
 
 
-def test_every_alert_has_a_test_of_its_own() -> None:
+def test_every_alert_fires_in_a_rule_test() -> None:
     tests = yaml.safe_load((PROMETHEUS / "rules_test.yml").read_text())["tests"]
     fired = {case["alertname"] for test in tests for case in test.get("alert_rule_test", []) if case.get("exp_alerts")}
     assert fired == {rule["alert"] for rule in alerts()}
@@ -79,7 +79,7 @@ def test_rules_and_panels_name_metrics_that_exist() -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory, profile_folder: Path) -> Iterator[str]:
-    """A Prometheus that has scraped a server under load for some seconds, and goes on doing so."""
+    """A Prometheus that scrapes a server under load."""
     folder = tmp_path_factory.mktemp("prometheus")
     server_port, port = free_port(), free_port()
     configuration = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
@@ -136,7 +136,7 @@ def wait_for(url: str, limit_s: float) -> None:
 
 
 def ask(url: str, enough: threading.Event) -> None:
-    """Ask for what the server can give, for little of it, and for what it cannot, and say what was right."""
+    """Send requests without a budget, with a tiny latency budget, and with a small compute budget and feedback."""
     with httpx.Client() as client:
         while not enough.wait(0.05):
             client.post(url, content=picture(1))
@@ -147,7 +147,7 @@ def ask(url: str, enough: threading.Event) -> None:
 
 
 def values(url: str, query: str) -> list[float]:
-    """Evaluate a query of the dashboard with everything chosen from its menus."""
+    """Evaluate a query of the dashboard for all jobs and instances."""
     for variable, value in (("$job", ".+"), ("$instance", ".+"), ("$__rate_interval", f"{10 * SCRAPE_S}s")):
         query = query.replace(variable, value)
     assert "$" not in query
@@ -160,7 +160,7 @@ def values(url: str, query: str) -> list[float]:
 def test_every_panel_shows_data_within_a_minute(prometheus: str) -> None:
     deadline = time.monotonic() + DATA_LIMIT_S
     queries = {(panel["title"], target["expr"]) for panel in panels() for target in panel["targets"]}
-    # Here is neither GPU nor trouble, and on a machine that others use nothing is audited.
+    # There is no GPU here and no alert fires, and on a machine that others use nothing is audited.
     missing = {(title, query) for title, query in queries if not re.search("_gpu_|ALERTS|_audits_", query)}
     assert len(missing) == len(queries) - 4
     while missing and time.monotonic() < deadline:
@@ -173,7 +173,7 @@ def test_every_panel_shows_data_within_a_minute(prometheus: str) -> None:
 
 
 @needs_prometheus
-def test_every_alert_can_be_evaluated_and_nothing_is_wrong(prometheus: str) -> None:
+def test_every_alert_can_be_evaluated_and_the_alerts_for_a_broken_server_are_inactive(prometheus: str) -> None:
     for rule in alerts():
         values(prometheus, rule["expr"])
     loaded = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]

@@ -17,7 +17,7 @@ from service.settings import Settings
 from tests.deploy.ray_cluster import Answer, Cluster, environment, load_and_kill, ray_cluster, serve_config
 from tests.end_to_end.otlp_receiver import Receiver, receiving
 
-if not os.environ.get("CI"):  # there, a missing Ray is a failure
+if not os.environ.get("CI"):  # in CI, a missing Ray is a failure
     pytest.importorskip("ray", reason="Ray is not installed")
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # Ray's own, once imported
@@ -39,7 +39,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, profile_folder: Path, rece
     variables |= {"PROMETHEUS_MULTIPROC_DIR": counts, "OTEL_BSP_SCHEDULE_DELAY": "200"}
     with receiving(receiver) as collector:
         variables["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector
-        # In the end, no client is left to be told of it.
+        # At the end, no client is left that would need a longer draining period.
         with ray_cluster(config, environment() | {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}) as cluster:
             yield cluster
 
@@ -53,12 +53,12 @@ def picture() -> bytes:
 
 @pytest.fixture(scope="module")
 def answers(cluster: Cluster, picture: bytes) -> list[Answer]:
-    """Of a load in the middle of which a replica was killed."""
+    """The answers to a load during which a replica is killed."""
     arrivals = [number / RATE for number in range(SECONDS * RATE)]
     return asyncio.run(load_and_kill(cluster, [picture], arrivals, BUDGET_MS, KILL_AT_S))
 
 
-def test_it_is_the_same_app(cluster: Cluster, picture: bytes) -> None:
+def test_the_app_on_ray_answers_and_rejects_like_the_server(cluster: Cluster, picture: bytes) -> None:
     answer = httpx.post(f"{cluster.url}/classify?budget_gflops=0.05", content=picture)
     assert answer.status_code == 200
     assert answer.json()["subnetwork"]["gflops"] <= 0.05
@@ -66,7 +66,7 @@ def test_it_is_the_same_app(cluster: Cluster, picture: bytes) -> None:
     assert (refusal.status_code, refusal.json()["error"]["code"]) == (422, "invalid_image")
 
 
-def test_a_request_goes_on_with_its_callers_trace(cluster: Cluster, picture: bytes, receiver: Receiver) -> None:
+def test_a_request_joins_the_trace_of_its_caller(cluster: Cluster, picture: bytes, receiver: Receiver) -> None:
     trace, caller = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
     headers = {"traceparent": f"00-{trace}-{caller}-01"}
     answer = httpx.post(f"{cluster.url}/classify", content=picture, headers=headers)
@@ -77,19 +77,21 @@ def test_a_request_goes_on_with_its_callers_trace(cluster: Cluster, picture: byt
     assert "inference" in {stage.name for stage in stages}
 
 
-def test_every_request_has_one_answer_though_a_replica_was_killed(answers: list[Answer]) -> None:
+def test_every_request_is_answered_once_although_a_replica_is_killed(answers: list[Answer]) -> None:
     assert len(answers) == SECONDS * RATE
     assert [answer.request_ids for answer in answers] == [(f"request-{answer.number}",) for answer in answers]
     assert Counter(answer.status for answer in answers) == {200: len(answers)}
 
 
-def test_a_replica_answers_for_what_all_counted_even_the_killed_one(answers: list[Answer], cluster: Cluster) -> None:
+def test_a_replica_reports_the_metrics_of_all_replicas_including_a_killed_one(
+    answers: list[Answer], cluster: Cluster
+) -> None:
     page = httpx.get(f"{cluster.url}/metrics").text
     (counted,) = re.findall(r'^supervit_requests_total\{outcome="ok"\} (\S+)', page, re.MULTILINE)
     assert float(counted) >= len(answers)
 
 
-def test_the_killed_replica_is_replaced(answers: list[Answer], cluster: Cluster) -> None:
+def test_a_killed_replica_is_replaced(answers: list[Answer], cluster: Cluster) -> None:
     assert answers
     for _ in range(120):
         if len(cluster.replicas()) == 2:
@@ -100,21 +102,23 @@ def test_the_killed_replica_is_replaced(answers: list[Answer], cluster: Cluster)
 
 
 @pytest.mark.parametrize(("name", "value"), [("host", "0.0.0.0"), ("port", 80), ("fd", 3), ("workers", 2)])
-def test_what_ray_decides_is_no_setting_there(name: str, value: object) -> None:
+def test_settings_that_ray_decides_are_rejected(name: str, value: object) -> None:
     from service.hosting.ray_app import build
 
     with pytest.raises(InvalidParameterError, match=f"{name} is not"):
         build(Settings.model_validate({name: value}))
 
 
-def test_an_image_that_serves_without_ray_too_may_have_an_address_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_in_the_environment_is_accepted_since_an_image_may_also_serve_without_ray(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from service.hosting.ray_app import build
 
     monkeypatch.setenv("SUPERVIT_HOST", "0.0.0.0")
     assert build(Settings())
 
 
-def test_ray_lets_no_more_requests_to_a_replica_than_it_can_refuse_itself() -> None:
+def test_ray_passes_more_requests_than_a_replica_admits_and_waits_for_its_drain() -> None:
     from service.hosting.ray_app import build
 
     deployment = build(Settings(max_in_flight=100, drain_s=7))._bound_deployment  # it has no public name

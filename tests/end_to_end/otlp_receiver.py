@@ -1,4 +1,4 @@
-"""Where the spans of a traced server go: a collector, where one is installed, and then what keeps them for a test."""
+"""Receives the spans of a traced server, through a collector where one is installed, and keeps them for a test."""
 
 import gzip
 import subprocess
@@ -22,7 +22,7 @@ PATIENCE_S = 20.0
 
 
 class Receiver:
-    """The spans that came, and what their sender says of itself."""
+    """The received spans, and the resource attributes of their sender."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -34,14 +34,14 @@ class Receiver:
             self.spans.extend(span for scope in each.scope_spans for span in scope.spans)
 
     def wait_for(self, is_there: Callable[[Sequence[Span]], bool]) -> None:
-        """Wait until what came is what a test is about."""
+        """Wait until the received spans satisfy a condition."""
         deadline = time.monotonic() + PATIENCE_S
         while not is_there(self.spans):
             assert time.monotonic() < deadline, f"of it, no more than {len(self.spans)} spans came"
             time.sleep(0.02)
 
     def by_trace(self) -> dict[str, tuple[Span, list[Span]]]:
-        """Of each trace the request's span, and those of its stages in their order."""
+        """Return, by trace ID, the span of the request and the spans of its stages in order of time."""
         found: dict[str, list[Span]] = {}
         for span in sorted(self.spans, key=lambda span: (span.start_time_unix_nano, span.end_time_unix_nano)):
             found.setdefault(span.trace_id.hex(), []).append(span)
@@ -54,13 +54,13 @@ def _request_and_stages(spans: Sequence[Span]) -> tuple[Span, list[Span]]:
 
 
 def attributes(pairs: Iterable[KeyValue]) -> dict[str, object]:
-    """Read attributes as values of Python's."""
+    """Convert OTLP attributes to Python values."""
     return {pair.key: getattr(pair.value, str(pair.value.WhichOneof("value"))) for pair in pairs}
 
 
 @contextmanager
 def receiving(receiver: Receiver) -> Iterator[str]:
-    """Take what is sent to the URL that this yields."""
+    """Run an endpoint that passes the spans it is sent to the receiver, and yield its URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -76,7 +76,7 @@ def receiving(receiver: Receiver) -> Iterator[str]:
             self.wfile.write(answer)
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -88,9 +88,9 @@ def receiving(receiver: Receiver) -> Iterator[str]:
 
 @contextmanager
 def collecting(receiver: Receiver, port: int) -> Iterator[str]:
-    """Have a collector, rotel, hand on to the receiver what is sent to the URL that this yields.
+    """Run a collector, rotel, that forwards spans to the receiver, and yield the collector's URL.
 
-    Where it is not installed, as there is none of it for every machine, the URL is the receiver's own.
+    Where rotel is not installed, since it has no build for every platform, the URL is the receiver's own.
     """
     package = find_spec("rotel")
     with receiving(receiver) as url:

@@ -1,4 +1,4 @@
-"""The real command with a key file, a port for operators and TLS at every port."""
+"""The real command with a key file, an admin port and TLS on every port."""
 
 import hashlib
 import signal
@@ -29,7 +29,7 @@ KEY = {"Authorization": "Bearer my-secret"}
 
 @dataclass(frozen=True, slots=True)
 class Doors:
-    """Where a server is to be reached, and the authority that its clients trust."""
+    """The addresses of a server, and the certificate authority that its clients trust."""
 
     public: str
     operators: str
@@ -67,7 +67,7 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
     assert "Traceback" not in log.read_text()
 
 
-def test_strangers_reach_what_they_need_and_operators_the_rest(doors: Doors) -> None:
+def test_operator_routes_are_on_the_admin_port_only_and_classify_needs_a_key_on_both(doors: Doors) -> None:
     with doors.client(doors.public) as public, doors.client(doors.operators) as operators:
         for path in ("/metrics", "/resources", "/events", "/docs", "/openapi.json", "/"):
             assert public.get(path).status_code == 404, path
@@ -79,7 +79,7 @@ def test_strangers_reach_what_they_need_and_operators_the_rest(doors: Doors) -> 
         assert 'supervit_key_requests_total{key="mine",outcome="ok"} 2.0' in operators.get("/metrics").text
 
 
-def test_every_answer_is_what_it_says_and_tells_no_other_site(doors: Doors) -> None:
+def test_every_response_forbids_content_sniffing_and_sending_a_referrer(doors: Doors) -> None:
     with doors.client(doors.operators) as client:
         for path in ("/health/ready", "/docs", "/nothing"):
             headers = client.get(path).headers
@@ -107,7 +107,7 @@ def is_ready(channel: grpc.Channel) -> bool:
     return bool(ask(pb.ServerReadyRequest(), timeout=10).ready)
 
 
-def test_the_log_names_no_key_and_says_where_the_server_listens(doors: Doors) -> None:
+def test_the_log_states_the_listening_addresses_and_contains_no_api_key(doors: Doors) -> None:
     log = doors.log.read_text()
     assert f"listening on {doors.public.replace('localhost', '127.0.0.1')}" in log
     assert "listening for operators on 127.0.0.1 port" in log

@@ -1,4 +1,4 @@
-"""The real command with a port for gRPC, in a process of its own, and clients of others that know nothing of us."""
+"""The real command with a gRPC port, in its own process, and unmodified third-party clients."""
 
 import io
 import os
@@ -58,7 +58,7 @@ def infer_on(channel: grpc.Channel) -> "grpc.UnaryUnaryMultiCallable[bytes, byte
 
 
 def start_server(folder: Path, *options: str) -> Server:
-    """Start one that is ready; its port for gRPC is any free one."""
+    """Start a server on any free gRPC port, and wait until it is ready."""
     port, log = free_port(), folder / "log"
     process = start(port, log, "--grpc-port", "0", *options)
     url = f"http://127.0.0.1:{port}"
@@ -83,7 +83,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def slow_request() -> bytes:
-    """An image that takes a while to decode, and time enough for it."""
+    """A request with an image that is slow to decode, and a latency budget that suffices."""
     buffer = io.BytesIO()
     Image.new("RGB", (6000, 6000)).save(buffer, "PNG", compress_level=1)
     return request_for(buffer.getvalue())
@@ -97,19 +97,19 @@ def request_for(image: bytes) -> bytes:
 
 
 def run_client(python: str, script: str, server: Server) -> None:
-    """In a process of its own, since one process can hold only one set of messages of these names."""
+    """Run a client in its own process, since one process can hold only one set of messages of these names."""
     command = [python, str(CLIENTS / script), server.address, SMALL_CHECKPOINT, str(PHOTOGRAPH)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
-def test_tritons_clients_are_answered_unchanged(server: Server) -> None:
+def test_unmodified_triton_grpc_clients_are_answered(server: Server) -> None:
     run_client(sys.executable, "triton_grpc.py", server)
 
 
 @needs_clients
 @pytest.mark.parametrize("script", ["kserve_grpc.py", "ovmsclient_both.py"])
-def test_clients_in_an_environment_of_their_own_are_answered_unchanged(server: Server, script: str) -> None:
+def test_unmodified_kserve_and_ovmsclient_grpc_clients_are_answered(server: Server, script: str) -> None:
     run_client(str(PYTHON), script, server)
 
 
@@ -121,7 +121,7 @@ def test_a_probe_finds_the_server_healthy(server: Server) -> None:
         assert check(CHECK, timeout=5).status == Health.SERVING
 
 
-def test_a_call_that_is_cancelled_costs_no_inference_and_is_counted_once(server: Server, slow_request: bytes) -> None:
+def test_a_cancelled_call_costs_no_inference_and_is_counted_once(server: Server, slow_request: bytes) -> None:
     gone, answered = 'supervit_requests_total{outcome="client_gone"}', 'supervit_requests_total{outcome="ok"}'
     before, images = server.metric(gone), server.metric(answered)
     with grpc.insecure_channel(server.address) as channel:
@@ -136,7 +136,7 @@ def test_a_call_that_is_cancelled_costs_no_inference_and_is_counted_once(server:
     assert server.metric(gone) == before + 5
 
 
-def test_an_http_client_at_the_port_disturbs_no_other(server: Server) -> None:
+def test_an_http_client_on_the_grpc_port_does_not_disturb_grpc_clients(server: Server) -> None:
     host, port = server.address.split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -145,7 +145,7 @@ def test_an_http_client_at_the_port_disturbs_no_other(server: Server) -> None:
     test_a_probe_finds_the_server_healthy(server)
 
 
-def test_a_stopping_server_answers_the_calls_it_has_admitted_and_no_others(tmp_path: Path, slow_request: bytes) -> None:
+def test_a_stopping_server_answers_admitted_calls_and_rejects_new_ones(tmp_path: Path, slow_request: bytes) -> None:
     server = start_server(tmp_path)
     with grpc.insecure_channel(server.address) as channel:
         watch: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream("/grpc.health.v1.Health/Watch")
@@ -158,12 +158,12 @@ def test_a_stopping_server_answers_the_calls_it_has_admitted_and_no_others(tmp_p
         with pytest.raises(grpc.RpcError) as refused:
             infer_on(channel)(slow_request, timeout=10)
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert server.process.wait(10) == -signal.SIGTERM  # long before the 30 s of a drain, though one still watches
+        assert server.process.wait(10) == -signal.SIGTERM  # long before the 30 s of a drain, despite an open Watch
     assert "Traceback" not in server.log.read_text()
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker needs a core of its own")
-def test_workers_share_the_port(tmp_path: Path) -> None:
+def test_workers_share_the_grpc_port(tmp_path: Path) -> None:
     server = start_server(tmp_path, "--workers", "2", "--max-batch-size", "2")
     try:
         server.wait_for("supervit_ready", 2)

@@ -1,4 +1,4 @@
-"""The real command, whose model is changed under load: by a request, and by its file."""
+"""Model changes of the real command under load: by an admin request, and by a change of the watched file."""
 
 import json
 import os
@@ -32,15 +32,15 @@ from tests.end_to_end.test_serving import (
 __all__ = ["one_measurement_for_all"]
 LIMIT_S = 60
 CLIENTS = 2
-PAUSE_S = 0.1  # between two requests of each
+PAUSE_S = 0.1  # between two requests of a client
 CHANGES = 2
 TRIAL_S = 2.0
-DRIP_BYTES, DRIP_S = 600, 0.4  # fast enough not to be given up
+DRIP_BYTES, DRIP_S = 600, 0.4  # faster than 1000 bytes a second, below which the server drops an upload
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server of a copy of the small checkpoint, and the same weights under another name."""
+    """A server of a copy of the small checkpoint, and a checkpoint of the same weights with another name."""
 
     url: str
     port: int
@@ -83,7 +83,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 class Clients:
-    """Ask again and again, as long as the block lasts."""
+    """Clients that send requests until the block ends."""
 
     def __init__(self, url: str) -> None:
         self._url, self._is_over = url, threading.Event()
@@ -110,7 +110,7 @@ class Clients:
         return Counter(answer.json()["model"]["name"] for answer in self.answers)
 
 
-def test_no_request_is_lost_while_the_model_changes_again_and_again(served: Served) -> None:
+def test_no_request_is_lost_while_the_model_changes_repeatedly(served: Served) -> None:
     with Clients(served.url) as clients:
         for number in range(CHANGES):
             served.put(served.copy if number % 2 else served.other)
@@ -123,7 +123,7 @@ def test_no_request_is_lost_while_the_model_changes_again_and_again(served: Serv
     assert f'supervit_model_changes_total{{outcome="done"}} {float(CHANGES)}' in page
 
 
-def test_a_canary_answers_its_share_after_it_has_run_in_the_shadow(served: Served) -> None:
+def test_a_canary_answers_its_share_of_requests_after_its_shadow_run(served: Served) -> None:
     name = httpx.get(f"{served.url}/admin/model").json()["model"]["name"]
     trial = {"share": 0.5, "seconds": TRIAL_S}
     with Clients(served.url) as clients:
@@ -133,12 +133,12 @@ def test_a_canary_answers_its_share_after_it_has_run_in_the_shadow(served: Serve
     assert {answer.status_code for answer in clients.answers} == {200}
     is_new = [answer.json()["model"]["name"] != name for answer in clients.answers]
     of_both = is_new[is_new.index(True) :]
-    assert of_both.count(False) > CLIENTS  # as many might at most have begun before a sharp change
+    assert of_both.count(False) > CLIENTS  # an instant change could leave at most this many
     assert all(of_both[-CLIENTS:])
 
 
-def test_what_the_old_model_has_begun_to_read_it_answers(served: Served) -> None:
-    """The change is not over before, though the new one answers all others."""
+def test_the_old_model_answers_requests_whose_upload_began_before_the_change(served: Served) -> None:
+    """The change ends only after these answers, although the new model answers all other requests."""
     image = PHOTOGRAPH.read_bytes()
     size = len(image)
     head = f"POST /classify?budget_ms=29000 HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}\r\n\r\n"
@@ -164,7 +164,7 @@ def test_what_the_old_model_has_begun_to_read_it_answers(served: Served) -> None
     assert served.outcome()["outcome"] == "done"
 
 
-def test_the_file_that_is_watched_is_served_once_it_is_whole(served: Served) -> None:
+def test_a_watched_checkpoint_is_served_once_its_file_is_complete(served: Served) -> None:
     change = served.change()
     before = "" if change is None else change["began_at"]
     whole = served.other.read_bytes()

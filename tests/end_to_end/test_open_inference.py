@@ -1,4 +1,4 @@
-"""Clients of other servers, unchanged, against the real command over a real socket."""
+"""Unmodified clients of other inference servers against the real command over a real socket."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ WITHOUT_ENVIRONMENT = (
     "kserve and ovmsclient cannot share our environment; `python3 -m venv tests/clients/.venv && "
     "tests/clients/.venv/bin/pip install -r tests/clients/requirements.txt` makes one for them"
 )
-# Where the suite decides over a change it must not pass by skipping.
+# In CI, where the suite gates changes, it must not pass by skipping.
 needs_clients = pytest.mark.skipif(not PYTHON.exists() and "CI" not in os.environ, reason=WITHOUT_ENVIRONMENT)
 IMAGE = PHOTOGRAPH.read_bytes()
 
@@ -52,7 +52,7 @@ def client(address: str) -> Iterator[triton.InferenceServerClient]:
 
 @pytest.fixture(scope="module")
 def pixels() -> npt.NDArray[np.uint8]:
-    """(2, 3, 32, 32): what the server makes of IMAGE, and what is left of it upside down."""
+    """(2, 3, 32, 32): IMAGE as the server decodes it, and the same pixels upside down."""
     image = decode_image(IMAGE, load_checkpoint(SMALL_CHECKPOINT).config, 10_000_000).numpy()
     return np.stack([image, image[:, ::-1]])
 
@@ -68,7 +68,7 @@ def of_pixels(values: npt.NDArray[np.uint8] | npt.NDArray[np.float32], *, binary
     return tensor.set_data_from_numpy(values, binary_data=binary) or tensor
 
 
-def test_it_is_live_and_ready_and_serves_one_model(client: triton.InferenceServerClient) -> None:
+def test_the_server_is_live_and_ready_and_lists_one_model(client: triton.InferenceServerClient) -> None:
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready(SMALL_CHECKPOINT)
@@ -77,14 +77,14 @@ def test_it_is_live_and_ready_and_serves_one_model(client: triton.InferenceServe
     assert [model["name"] for model in client.get_model_repository_index()] == [SMALL_CHECKPOINT]
 
 
-def test_it_describes_itself_and_the_model(client: triton.InferenceServerClient) -> None:
+def test_the_server_describes_its_extensions_and_the_tensors_of_its_model(client: triton.InferenceServerClient) -> None:
     assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
     metadata, config = client.get_model_metadata(SMALL_CHECKPOINT), client.get_model_config(SMALL_CHECKPOINT)
     assert metadata["outputs"][0] == {"name": "probabilities", "datatype": "FP32", "shape": [-1, 10]}
     assert config["input"] == [{"name": "image", "data_type": "TYPE_STRING", "dims": [1]}]
 
 
-def test_files_and_pixels_binary_or_not_get_one_answer(
+def test_an_image_file_and_pixel_tensors_in_binary_or_json_get_the_same_answer(
     client: triton.InferenceServerClient, pixels: npt.NDArray[np.uint8]
 ) -> None:
     by_name = {"patch_grid": 8, "keep_rate": 1.0}
@@ -98,7 +98,9 @@ def test_files_and_pixels_binary_or_not_get_one_answer(
             assert answer.as_numpy("probabilities") == pytest.approx(expected, abs=1e-4)
 
 
-def test_several_images_come_back_in_order(client: triton.InferenceServerClient, pixels: npt.NDArray[np.uint8]) -> None:
+def test_answers_to_several_images_are_in_the_order_of_the_images(
+    client: triton.InferenceServerClient, pixels: npt.NDArray[np.uint8]
+) -> None:
     parameters = {"top_k": 3, "patch_grid": 8, "keep_rate": 1.0}
     answer = client.infer(SMALL_CHECKPOINT, [of_pixels(pixels, binary=True)], request_id="7", parameters=parameters)
     assert answer.get_response()["id"] == "7"
@@ -109,7 +111,7 @@ def test_several_images_come_back_in_order(client: triton.InferenceServerClient,
         assert answer.as_numpy("probabilities")[index] == pytest.approx(alone[0], abs=1e-4)
 
 
-def test_classes_come_as_value_index_and_label(client: triton.InferenceServerClient) -> None:
+def test_class_count_returns_classes_as_value_index_and_label(client: triton.InferenceServerClient) -> None:
     wanted = [triton.InferRequestedOutput("probabilities", class_count=3)]
     answer = client.infer(SMALL_CHECKPOINT, [files(IMAGE, IMAGE)], outputs=wanted).as_numpy("probabilities")
     assert answer.shape == (2, 3)
@@ -124,14 +126,14 @@ def test_compressed_requests_are_read(client: triton.InferenceServerClient, algo
     assert client.infer(SMALL_CHECKPOINT, [files(IMAGE)], **options).as_numpy("labels").shape == (1, 5)
 
 
-def test_a_timeout_is_a_budget_and_priorities_are_taken(client: triton.InferenceServerClient) -> None:
+def test_a_timeout_is_the_latency_budget_and_a_priority_is_accepted(client: triton.InferenceServerClient) -> None:
     answer = client.infer(SMALL_CHECKPOINT, [files(IMAGE)], timeout=900_000, priority=3)
     assert answer.get_response()["parameters"]["deadline_met"] is True
     with pytest.raises(InferenceServerException, match="is too small"):
         client.infer(SMALL_CHECKPOINT, [files(IMAGE)], timeout=1)
 
 
-def test_budgets_of_compute_are_kept(client: triton.InferenceServerClient) -> None:
+def test_compute_budgets_in_parameters_and_headers_are_kept(client: triton.InferenceServerClient) -> None:
     for given in ({"parameters": {"budget_gflops": 0.02}}, {"headers": {"x-budget-gflops": "0.02"}}):
         answer = client.infer(SMALL_CHECKPOINT, [files(IMAGE)], **given)
         assert answer.get_response()["parameters"]["gflops"] <= 0.02
@@ -146,7 +148,7 @@ def test_budgets_of_compute_are_kept(client: triton.InferenceServerClient) -> No
         (SMALL_CHECKPOINT, {"sequence_id": 7}, "422", "sequences of requests are not supported"),
     ],
 )
-def test_errors_are_sentences(
+def test_errors_have_a_status_and_a_readable_message(
     client: triton.InferenceServerClient, model: str, options: dict[str, object], status: str, sentence: str
 ) -> None:
     with pytest.raises(InferenceServerException) as caught:
@@ -155,7 +157,7 @@ def test_errors_are_sentences(
     assert sentence in caught.value.message()
 
 
-def test_what_there_is_not_is_told_so(client: triton.InferenceServerClient) -> None:
+def test_unsupported_endpoints_answer_404(client: triton.InferenceServerClient) -> None:
     for ask in (client.get_trace_settings, client.get_log_settings, client.get_system_shared_memory_status):
         with pytest.raises(InferenceServerException) as caught:
             ask()
@@ -171,7 +173,7 @@ def test_the_statistics_grow_with_the_answers(client: triton.InferenceServerClie
 
 
 @pytest.mark.anyio
-async def test_the_asyncio_client_gets_the_same(address: str, pixels: npt.NDArray[np.uint8]) -> None:
+async def test_the_asyncio_client_gets_answers_and_errors(address: str, pixels: npt.NDArray[np.uint8]) -> None:
     async with triton_aio.InferenceServerClient(address) as client:
         assert await client.is_model_ready(SMALL_CHECKPOINT)
         for tensor in (files(IMAGE), of_pixels(pixels, binary=True), of_pixels(pixels, binary=False)):
@@ -183,7 +185,7 @@ async def test_the_asyncio_client_gets_the_same(address: str, pixels: npt.NDArra
 
 @needs_clients
 @pytest.mark.parametrize("script", ["kserve_rest.py", "ovmsclient_both.py"])
-def test_clients_in_an_environment_of_their_own_pass(address: str, script: str) -> None:
+def test_unmodified_kserve_and_ovmsclient_rest_clients_are_answered(address: str, script: str) -> None:
     command = [str(PYTHON), str(CLIENTS / script), f"http://{address}", SMALL_CHECKPOINT, str(PHOTOGRAPH)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert finished.returncode == 0, finished.stderr

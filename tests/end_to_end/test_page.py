@@ -1,4 +1,4 @@
-"""The page at / in a real browser, against a real server: what a person sees and does there."""
+"""The page at / in a real browser, against a real server: what a user sees and does there."""
 
 import os
 import re
@@ -30,13 +30,13 @@ from service.settings import Settings
 from tests.end_to_end.test_serving import ROOT, SMALL_CHECKPOINT, START_LIMIT_S, free_port
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Where the suite decides over a change it must not pass by skipping.
+# In CI, where the suite gates changes, it must not pass by skipping.
 pytestmark = pytest.mark.skipif(CHROMIUM is None and "CI" not in os.environ, reason="Chromium is not installed")
 PHOTOGRAPHS = ROOT / "models" / "checkpoints" / "photographs"
 HEDGEHOG = PHOTOGRAPHS / "hedgehog.jpg"
 TIMEOUT_MS = 15_000
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-# What a browser itself logs of every answer that is an error, of a server that is gone and of a stream that ends.
+# Messages that the browser itself logs for every error response, unreachable server and ended stream.
 OF_ANSWERS = re.compile(r"Failed to load resource|net::ERR_")
 HAND_OVER = """([kind, name, type, base64]) => {
     const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
@@ -65,14 +65,14 @@ def checkpoint() -> Checkpoint:
 
 @contextmanager
 def serving(checkpoint: Checkpoint, port: int, keys: Path | None = None) -> Iterator[str]:
-    """Serve as `supervit serve` does, but for the measurement of the machine."""
+    """Serve as `supervit serve` does, but with nominal latencies instead of those of this machine."""
     latencies = nominal_latencies(extended_profile(checkpoint))
     runtime = ServerRuntime(Settings(checkpoint=SMALL_CHECKPOINT, keys=keys), checkpoint, latencies=latencies)
     protocol = partial(
         RejectingProtocol, connections=Connections(99, 99), early=EarlyRejection(runtime.context, CLASSIFY_PATH)
     )
     app = create_app(runtime, ready_first=True)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, http=protocol, ws="none", log_config=None))  # type: ignore[arg-type] # called
+    server = uvicorn.Server(uvicorn.Config(app, port=port, http=protocol, ws="none", log_config=None))  # type: ignore[arg-type] # only called
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -107,7 +107,7 @@ def browser() -> Iterator[Browser]:
 
 
 class Visit:
-    """A page that is open, and what its console says."""
+    """An open page, the problems in its console, and the URLs that it requests."""
 
     def __init__(self, browser: Browser, url: str, **options: Any) -> None:  # noqa: ANN401 - the browser's
         self.context = browser.new_context(**options)
@@ -123,13 +123,13 @@ class Visit:
         self.page.goto(url)
 
     def close(self) -> None:
-        """See that nothing was wrong, and that nothing was asked of another server."""
+        """Close the page, and check that it had no problems and sent no request to another server."""
         self.context.close()
         assert not self.problems
         assert [asked for asked in self.asked if not asked.startswith((self.origin, "blob:", "data:"))] == []
 
     def forgive_errors(self) -> None:
-        """Forget what the browser itself says of answers that are errors: these were asked for."""
+        """Discard the browser's own messages about error responses, which the test provoked."""
         self.problems = [problem for problem in self.problems if not OF_ANSWERS.search(problem)]
 
     def _hear(self, message: ConsoleMessage) -> None:
@@ -139,7 +139,7 @@ class Visit:
 
 @pytest.fixture
 def visit(browser: Browser, url: str) -> Iterator[Visit]:
-    """The page as it is once its first sample is answered and explained."""
+    """The page after its first sample is answered and explained."""
     visit = Visit(browser, url)
     answered(visit.page)
     yield visit
@@ -152,7 +152,7 @@ def page(visit: Visit) -> Page:
 
 
 def answered(page: Page, name: str = "dalmatian.jpg") -> None:
-    """Wait until what is shown is of this photo, to the end."""
+    """Wait until the page shows the answer and the explanation for this photo."""
     expect(page.locator("#canvas")).to_have_attribute("aria-label", re.compile(f"^{re.escape(name)}.*patches"))
     expect(page.locator("body")).not_to_have_class(re.compile("busy"))
 
@@ -170,7 +170,7 @@ def number(page: Page, selector: str) -> float:
     return float(found[0])
 
 
-def test_a_sample_is_answered_before_anything_is_asked_of_a_person(page: Page) -> None:
+def test_the_page_classifies_a_sample_before_any_user_input(page: Page) -> None:
     expect(page.locator("#status")).to_have_text(SMALL_CHECKPOINT)
     assert page.locator("#bars li").count() == 5
     shares = [float(text.split()[0]) for text in page.locator("#bars b").all_inner_texts()]
@@ -183,7 +183,7 @@ def test_a_sample_is_answered_before_anything_is_asked_of_a_person(page: Page) -
     assert sum(widths) == pytest.approx(page.locator("#timing").bounding_box()["width"], abs=1)  # type: ignore[index] # it is shown
 
 
-def test_a_photo_that_is_chosen_gets_what_the_server_answers(page: Page, url: str) -> None:
+def test_the_page_shows_the_answer_of_the_server_to_a_chosen_photo(page: Page, url: str) -> None:
     page.set_input_files("#file", HEDGEHOG)
     answered(page, HEDGEHOG.name)
     best = httpx.post(f"{url}/classify", content=HEDGEHOG.read_bytes()).json()["predictions"][0]
@@ -206,7 +206,7 @@ def test_a_photo_may_be_dropped_or_pasted(page: Page, kind: str) -> None:
     expect(page.locator("#drop")).to_be_hidden()
 
 
-def test_a_large_photo_is_sent_smaller(page: Page, tmp_path: Path) -> None:
+def test_a_large_photo_is_reduced_before_its_upload(page: Page, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.effect_noise((2400, 1200), 90).convert("RGB").save(large)
     with page.expect_request(lambda request: "/classify" in request.url) as asked:
@@ -215,7 +215,7 @@ def test_a_large_photo_is_sent_smaller(page: Page, tmp_path: Path) -> None:
     answered(page, "large.png")
 
 
-def test_a_smaller_budget_gets_a_cheaper_sub_network_and_its_reason(page: Page) -> None:
+def test_a_smaller_compute_budget_gets_a_cheaper_sub_network_and_shows_the_reason(page: Page) -> None:
     def place() -> float:
         return float(page.locator("circle.chosen").get_attribute("cx") or "nan")
 
@@ -234,7 +234,7 @@ def test_a_smaller_budget_gets_a_cheaper_sub_network_and_its_reason(page: Page) 
     expect(page.locator("line.limit")).to_have_count(0)
 
 
-def test_a_time_budget_is_sent_and_shown(page: Page) -> None:
+def test_a_latency_budget_is_sent_and_shown(page: Page) -> None:
     with page.expect_request(lambda request: "/classify" in request.url) as asked:
         page.locator("#ms").press("ArrowLeft")
     shown = number(page, "#ms-value")
@@ -243,8 +243,8 @@ def test_a_time_budget_is_sent_and_shown(page: Page) -> None:
     expect(page.locator("#total")).to_contain_text(f"/ {shown:.0f} ms")
 
 
-def test_the_patches_that_are_dropped_are_dimmed_block_by_block(page: Page, url: str) -> None:
-    set_compute(page, 0.0)  # the cheapest prunes most
+def test_pruned_patches_are_dimmed_block_by_block(page: Page, url: str) -> None:
+    set_compute(page, 0.0)  # the cheapest sub-network prunes most
     expect(page.locator("#steps input")).to_have_count(4)
     cheapest = httpx.get(f"{url}/subnetworks").json()["subnetworks"][0]
     pinned = {"patch_grid": cheapest["patch_grid"], "keep_rate": cheapest["keep_rate"]}
@@ -253,8 +253,8 @@ def test_the_patches_that_are_dropped_are_dimmed_block_by_block(page: Page, url:
     total = cheapest["patch_grid"] ** 2
 
     def patches() -> list[list[int]]:
-        """The colours in the middle of every patch, as drawn."""
-        page.wait_for_timeout(400)  # they fade
+        """Return the colour of one point in every patch, as drawn."""
+        page.wait_for_timeout(400)  # the patches fade
         return list(
             page.locator("#canvas").evaluate(
                 """(canvas, [grid, share, ratio]) => {
@@ -279,7 +279,7 @@ def test_the_patches_that_are_dropped_are_dimmed_block_by_block(page: Page, url:
         now = patches()
         unchanged = [index for index in range(total) if now[index] == whole[index]]
         assert set(pruning["kept"]) <= set(unchanged)
-        assert len(unchanged) <= len(pruning["kept"]) + 2  # a patch may be of the veil's colour
+        assert len(unchanged) <= len(pruning["kept"]) + 2  # a patch may have the colour of the veil
 
 
 def shorter_share(page: Page) -> float:
@@ -294,7 +294,7 @@ def shorter_share(page: Page) -> float:
     )
 
 
-def test_two_looks_are_told_where_the_answer_has_them(page: Page) -> None:
+def test_both_looks_of_a_cascaded_answer_are_shown(page: Page) -> None:
     def with_looks(route: Route) -> None:
         answer = route.fetch().json()
         first = {"patch_grid": 5, "keep_rate": 0.5, "confidence": 0.62}
@@ -325,10 +325,10 @@ def test_every_trained_sub_network_can_be_compared(page: Page, url: str) -> None
         assert best["label"] in cells.nth(place).inner_text()
         assert f"{100 * best['probability']:.1f} %" in cells.nth(place).inner_text()
     page.get_by_role("button", name="Umbrella").click()
-    expect(cells.first).to_contain_text("\N{EN DASH}")  # they were about another photo
+    expect(cells.first).to_contain_text("\N{EN DASH}")  # the results were of another photo
 
 
-def test_the_live_panel_moves_under_a_burst(page: Page) -> None:
+def test_the_live_panel_shows_the_load_of_a_burst(page: Page) -> None:
     rate = page.locator(".tile", has_text="Requests / s").locator("b")
     page.get_by_role("button", name="Send a burst").click()
     expect(page.locator("#live-note")).to_contain_text(re.compile(r"with \d+ ms each: \d+ in time"))
@@ -339,7 +339,7 @@ def test_the_live_panel_moves_under_a_burst(page: Page) -> None:
     expect(page.get_by_role("button", name="Send a burst")).to_be_visible()
 
 
-def test_what_is_no_image_is_said_in_words_and_the_next_photo_makes_it_good(visit: Visit, tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_shows_an_error_until_the_next_photo(visit: Visit, tmp_path: Path) -> None:
     page, bad = visit.page, tmp_path / "notes.jpg"
     bad.write_text("no picture at all")
     page.set_input_files("#file", bad)
@@ -350,7 +350,7 @@ def test_what_is_no_image_is_said_in_words_and_the_next_photo_makes_it_good(visi
     visit.forgive_errors()
 
 
-def test_a_full_server_is_said_in_words_and_asked_again_when_it_says(visit: Visit) -> None:
+def test_the_page_reports_an_overloaded_server_and_retries(visit: Visit) -> None:
     page = visit.page
     error = {"code": "overloaded", "message": "1024 requests are in the server already", "details": {"reason": "full"}}
     tries = []
@@ -371,7 +371,9 @@ def test_a_full_server_is_said_in_words_and_asked_again_when_it_says(visit: Visi
     visit.forgive_errors()
 
 
-def test_the_page_is_back_by_itself_after_the_server_was_gone(browser: Browser, checkpoint: Checkpoint) -> None:
+def test_the_page_reports_an_unreachable_server_and_recovers_by_itself(
+    browser: Browser, checkpoint: Checkpoint
+) -> None:
     port = free_port()
     with serving(checkpoint, port) as url:
         visit = Visit(browser, url)
@@ -389,17 +391,17 @@ def test_the_page_is_back_by_itself_after_the_server_was_gone(browser: Browser, 
 
 
 @pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, PHONE], ids=["light", "dark", "phone"])
-def test_nothing_serious_keeps_anyone_out(browser: Browser, url: str, options: dict[str, Any]) -> None:
+def test_the_page_has_no_accessibility_violations(browser: Browser, url: str, options: dict[str, Any]) -> None:
     visit = Visit(browser, url, reduced_motion="reduce", **options)
     answered(visit.page)
-    expect(visit.page.get_by_text("Take a photo")).to_be_visible(visible=options is PHONE)  # a photo, with its camera
+    expect(visit.page.get_by_text("Take a photo")).to_be_visible(visible=options is PHONE)  # with the camera of a phone
     set_compute(visit.page, 0.0)
     violations = Axe().run(visit.page).response["violations"]
     assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in violations] == []
     visit.close()
 
 
-def test_a_keyboard_is_enough(page: Page) -> None:
+def test_the_page_can_be_used_with_the_keyboard_alone(page: Page) -> None:
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to the photo")).to_be_focused()
     page.keyboard.press("Enter")
@@ -415,7 +417,9 @@ def test_a_keyboard_is_enough(page: Page) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, PHONE], ids=["desktop", "phone"])
-def test_nothing_moves_when_something_comes(browser: Browser, url: str, options: dict[str, Any]) -> None:
+def test_the_layout_neither_shifts_when_answers_arrive_nor_overflows_the_width(
+    browser: Browser, url: str, options: dict[str, Any]
+) -> None:
     visit = Visit(browser, url, **options)
     page = visit.page
     answered(page)
@@ -425,19 +429,19 @@ def test_nothing_moves_when_something_comes(browser: Browser, url: str, options:
     expect(page.locator("#compare-note")).to_contain_text("of 12 say")
     page.evaluate("document.querySelector('[data-name=umbrella]').click()")
     answered(page, "umbrella.jpg")
-    page.wait_for_timeout(1200)  # an event from the server
+    page.wait_for_timeout(1200)  # longer than the 1 s between two events of the server
     assert page.evaluate("window.shifts") == []
     assert page.evaluate("document.documentElement.scrollWidth") <= page.evaluate("innerWidth")
     visit.close()
 
 
-def test_the_documentation_is_shown_without_anything_from_elsewhere(browser: Browser, url: str) -> None:
+def test_the_api_documentation_loads_nothing_from_other_servers(browser: Browser, url: str) -> None:
     visit = Visit(browser, f"{url}/docs")
     visit.page.get_by_text("/explain").first.wait_for()
     visit.close()
 
 
-def test_a_key_is_asked_for_once_and_used_from_then_on(
+def test_the_page_asks_for_an_api_key_once_and_remembers_it(
     browser: Browser, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     made = make_key("page")
@@ -449,7 +453,7 @@ def test_a_key_is_asked_for_once_and_used_from_then_on(
         assert Axe().run(page).violations_count == 0
         dialog.get_by_label("API key").fill("another one")
         dialog.get_by_role("button", name="Use key").click()
-        expect(dialog).to_be_visible()  # it was not the right one
+        expect(dialog).to_be_visible()  # the key was wrong
         dialog.get_by_label("API key").fill(made.secret)
         page.keyboard.press("Enter")
         answered(page)
@@ -464,7 +468,7 @@ def test_a_key_is_asked_for_once_and_used_from_then_on(
         visit.close()
 
 
-def test_without_the_key_the_page_says_what_is_missing(
+def test_the_page_says_that_an_api_key_is_required_if_none_is_given(
     browser: Browser, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     (tmp_path / "keys.toml").write_text(make_key("page").entry)

@@ -1,4 +1,4 @@
-"""The real command in a process of its own, over a real socket, on the checkpoint that ships."""
+"""The real command in its own process, over a real socket, with a checkpoint that ships."""
 
 import io
 import json
@@ -25,13 +25,13 @@ from models.checkpoint import load_checkpoint
 from models.files.sources import find_checkpoint, shipped_names
 from service.settings import DEFAULT_CHECKPOINT
 
-START_LIMIT_S = 120  # the first measures its latencies
+START_LIMIT_S = 120  # the first server measures the latencies
 COMMAND = [sys.executable, "-m", "service.cli"]
 ROOT = Path(__file__).parents[2]
 PHOTOGRAPH = ROOT / "models" / "checkpoints" / "photographs" / "dalmatian.jpg"
-# Top-1 of the largest sub-network and of every one, bytes of the file, calibration error.
+# Least top-1 of the largest sub-network and of every one, most bytes of the file, largest calibration error.
 LEAST = {"supervit-micro-cifar10": (0.90, 0.85, 16e6, 0.02), "supervit-small-caltech101": (0.95, 0.90, 48e6, 0.02)}
-SMALL_CHECKPOINT = "supervit-micro-cifar10"  # it ships, too; the default takes minutes to measure
+SMALL_CHECKPOINT = "supervit-micro-cifar10"  # also ships; the default takes minutes to measure
 
 
 def picture(seed: int) -> bytes:
@@ -87,11 +87,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert f"web page at http://127.0.0.1:{port}/" in log.read_text()
     yield f"http://127.0.0.1:{port}"
     process.terminate()
-    assert process.wait(20) == -signal.SIGTERM, log.read_text()  # uvicorn ends of the signal, after its work
+    assert process.wait(20) == -signal.SIGTERM, log.read_text()  # uvicorn ends by the signal, after its work
     assert "Traceback" not in log.read_text()
 
 
-def test_sweeping_the_budget_reaches_every_sub_network_on_the_frontier(url: str) -> None:
+def test_sweeping_the_compute_budget_reaches_every_sub_network_on_the_frontier(url: str) -> None:
     rows = httpx.get(f"{url}/subnetworks").json()["subnetworks"]
     frontier = {(row["patch_grid"], row["keep_rate"]) for row in rows if row["on_frontier"]}
     reached = set()
@@ -104,17 +104,17 @@ def test_sweeping_the_budget_reaches_every_sub_network_on_the_frontier(url: str)
     assert len(frontier) >= 4
 
 
-def test_every_sub_network_answers_by_name(url: str) -> None:
+def test_every_sub_network_can_be_requested_by_patch_grid_and_keep_rate(url: str) -> None:
     for row in httpx.get(f"{url}/subnetworks").json()["subnetworks"]:
         name = {"patch_grid": row["patch_grid"], "keep_rate": row["keep_rate"]}
         chosen = httpx.post(f"{url}/classify", params=name, content=picture(2)).json()["subnetwork"]
         assert name.items() <= chosen.items()
 
 
-def test_many_clients_at_once_each_get_the_answer_to_their_own_picture(url: str) -> None:
+def test_concurrent_clients_each_get_the_answer_to_their_own_picture(url: str) -> None:
     pictures = [picture(seed) for seed in range(12)]
     with httpx.Client() as client:
-        one = f"{url}/classify?patch_grid=8&keep_rate=1&budget_ms=20000"  # others answer otherwise, as under load
+        one = f"{url}/classify?patch_grid=8&keep_rate=1&budget_ms=20000"  # other sub-networks answer differently
         alone = [client.post(one, content=data).json()["predictions"] for data in pictures]
 
         def ask(index: int) -> list[dict[str, float]]:
@@ -140,7 +140,7 @@ def test_a_body_over_the_limit_is_rejected_before_it_is_sent(url: str) -> None:
 
 
 def exchange(url: str, *pieces: bytes, ends: bool = False) -> bytes:
-    """Send what no HTTP client would, and return all that comes until the server closes."""
+    """Send bytes that no HTTP client would send, and return all that the server sends until it closes."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         for piece in pieces:
@@ -153,12 +153,12 @@ def exchange(url: str, *pieces: bytes, ends: bool = False) -> bytes:
     return answer
 
 
-def test_a_client_that_waits_to_be_told_to_go_on_is_told_at_once_that_its_body_is_too_long(url: str) -> None:
+def test_a_client_that_expects_100_continue_gets_413_at_once_if_its_body_is_too_large(url: str) -> None:
     head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n"
     assert exchange(url, head).startswith(b"HTTP/1.1 413")
 
 
-def test_a_client_that_closes_its_sending_half_is_answered(url: str) -> None:
+def test_a_client_that_half_closes_its_connection_is_answered(url: str) -> None:
     body = picture(6)
     head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     answer = exchange(url, head + body, ends=True).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -166,14 +166,14 @@ def test_a_client_that_closes_its_sending_half_is_answered(url: str) -> None:
     assert b"predictions" in answer
 
 
-def test_requests_that_are_sent_ahead_are_answered_before_the_garbage_behind_them_is_refused(url: str) -> None:
+def test_pipelined_requests_are_answered_before_the_garbage_after_them_is_rejected(url: str) -> None:
     request = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
     answers = exchange(url, request * 20, b"\x00garbage\r\n\r\n")
     assert answers.count(b"HTTP/1.1 200") == 20
     assert answers.rindex(b"HTTP/1.1 400") > answers.rindex(b"HTTP/1.1 200")
 
 
-def test_an_upload_that_outlasts_its_own_budget_is_dropped(url: str) -> None:
+def test_an_upload_that_takes_longer_than_its_latency_budget_gets_408(url: str) -> None:
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(b"POST /classify?budget_ms=500 HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nsome")
@@ -184,14 +184,14 @@ def test_an_upload_that_outlasts_its_own_budget_is_dropped(url: str) -> None:
     assert b"within the latency budget" in answer
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_upload_disturbs_no_other(url: str) -> None:
+def test_a_client_that_disconnects_during_its_upload_does_not_affect_others(url: str) -> None:
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nsome")
     assert httpx.post(f"{url}/classify", content=picture(3)).status_code == 200
 
 
-def test_a_client_that_leaves_before_its_answer_costs_no_inference(url: str) -> None:
+def test_most_images_of_a_client_that_disconnects_before_its_answer_are_never_run(url: str) -> None:
     def requests(outcome: str) -> float:
         lines = httpx.get(f"{url}/metrics").text.splitlines()
         return sum(
@@ -203,7 +203,7 @@ def test_a_client_that_leaves_before_its_answer_costs_no_inference(url: str) -> 
     buffer = io.BytesIO()
     Image.new("RGB", (7000, 7000)).save(buffer, "PNG", compress_level=1)
     part = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + buffer.getvalue() + b"\r\n"
-    images, body = 8, 8 * part + b"--x--\r\n"  # that take a second or more to decode, one after the other
+    images, body = 8, 8 * part + b"--x--\r\n"  # decoding them one by one takes a second or more
     head = (
         "POST /classify?budget_ms=60000 HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
@@ -215,7 +215,7 @@ def test_a_client_that_leaves_before_its_answer_costs_no_inference(url: str) -> 
     deadline = time.monotonic() + 20
     while requests("client_gone") == gone and time.monotonic() < deadline:
         time.sleep(0.01)
-    first = requests("ok") - answered  # before it was known that the client has left
+    first = requests("ok") - answered  # answered before the server noticed the disconnect
     assert requests("client_gone") == gone + images - first
     assert first < images / 2
 
@@ -236,7 +236,7 @@ def test_the_command_gives_the_same_answer_alone_as_from_a_server(url: str, tmp_
     assert [entry["label"] for entry in alone["predictions"]] == [entry["label"] for entry in served["predictions"]]
 
 
-def test_a_benchmark_tells_what_became_of_its_requests(url: str) -> None:
+def test_a_benchmark_reports_the_outcome_of_its_requests(url: str) -> None:
     command = ["bench", url, "--rate", "20", "--duration-s", "1", "--budget-ms", "20000", "--json-file", "-"]
     done = subprocess.run([*COMMAND, *command], capture_output=True, text=True, check=True)
     [figures] = json.loads(done.stdout)["runs"]
@@ -246,7 +246,7 @@ def test_a_benchmark_tells_what_became_of_its_requests(url: str) -> None:
     assert 0 < figures["latency_ms"]["p50"] <= figures["latency_ms"]["max"]
 
 
-# Where the suite decides over a change it must not pass by skipping.
+# In CI, where the suite gates changes, it must not pass by skipping.
 @pytest.mark.skipif(shutil.which("curl") is None and "CI" not in os.environ, reason="curl is not installed")
 def test_the_curl_commands_of_the_readme_are_answered(url: str) -> None:
     readme = (ROOT / "README.md").read_text()
@@ -258,14 +258,14 @@ def test_the_curl_commands_of_the_readme_are_answered(url: str) -> None:
         assert json.loads(done.stdout)["deadline_met"]
 
 
-def test_the_client_of_the_readme_is_answered(url: str) -> None:
+def test_the_python_client_of_the_readme_is_answered(url: str) -> None:
     [example] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     program = [sys.executable, "-c", example.replace("http://127.0.0.1:8000", url).replace("=300", "=30000")]
     done = subprocess.run(program, cwd=PHOTOGRAPH.parent, capture_output=True, text=True, check=True)
     assert re.match(r"bird 0\.0\d+ .*grid \d+ at keep rate", done.stdout)
 
 
-def test_a_stopping_server_answers_those_it_has_admitted(tmp_path: Path) -> None:
+def test_a_stopping_server_answers_admitted_requests(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "log"
     process = start(port, log)
     url = f"http://127.0.0.1:{port}"
@@ -285,7 +285,7 @@ def test_a_stopping_server_answers_those_it_has_admitted(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker needs a core of its own")
-def test_workers_share_a_port_and_their_counts_and_one_that_is_killed_is_replaced(tmp_path: Path) -> None:
+def test_workers_share_a_port_and_their_metrics_and_a_killed_worker_is_replaced(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "log"
     url = f"http://127.0.0.1:{port}"
     process = start(port, log, "--workers", "2", "--max-batch-size", "2")
@@ -306,7 +306,7 @@ def test_workers_share_a_port_and_their_counts_and_one_that_is_killed_is_replace
             assert set(clients.map(ask, range(40))) == {200}
         assert read('supervit_requests_total{outcome="ok"}') == [40]
         deadline = time.monotonic() + START_LIMIT_S
-        while len(read("supervit_slowdown_ratio{")) < 2:  # the second one is still getting ready
+        while len(read("supervit_slowdown_ratio{")) < 2:  # the second worker is still getting ready
             assert time.monotonic() < deadline
             time.sleep(0.2)
         before = workers()
@@ -330,7 +330,7 @@ def test_workers_share_a_port_and_their_counts_and_one_that_is_killed_is_replace
 
 
 @pytest.mark.parametrize("name", shipped_names())
-def test_a_checkpoint_that_ships_is_as_good_as_its_card_says(name: str) -> None:
+def test_the_profile_of_a_shipped_checkpoint_meets_its_limits_and_matches_its_model_card(name: str) -> None:
     checkpoint = load_checkpoint(name)
     rows = checkpoint.profile.by_subnetwork
     assert checkpoint.profile.is_measured
@@ -350,8 +350,8 @@ def test_a_checkpoint_that_ships_is_as_good_as_its_card_says(name: str) -> None:
         assert not row.is_trained or scaling in card
 
 
-def test_the_default_knows_a_photograph_at_half_of_the_costs_of_a_deit() -> None:
-    """As the README asks it, in a process of its own; nothing is measured first."""
+def test_the_default_checkpoint_recognises_a_photograph_at_half_the_cost_of_a_deit() -> None:
+    """Classify with the budget of the README, in a separate process; nothing is measured first."""
     command = ["classify", str(PHOTOGRAPH), "--budget-gflops", "2.3", "--format", "json"]
     environment = {name: value for name, value in os.environ.items() if name != "SUPERVIT_CHECKPOINT"}
     done = subprocess.run([*COMMAND, *command], capture_output=True, text=True, check=True, env=environment)

@@ -1,4 +1,4 @@
-"""A real server, traced: its spans as they come out of a collector, and what its log says beside them."""
+"""A real server with tracing: its spans as a collector exports them, and the matching lines of its log."""
 
 import json
 import os
@@ -25,7 +25,7 @@ UNSAMPLED = "00-4bf92f3577b34da6a3ce929d0e0e4737-00f067aa0ba902b7-00"
 
 @dataclass
 class Traced:
-    """What a server was asked and said, and what became known of it."""
+    """The answers, metrics, log lines and traces of one run of a server."""
 
     receiver: Receiver = field(default_factory=Receiver)
     answers: list[httpx.Response] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Traced:
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory, profile_folder: Path) -> Traced:
-    """A run of which every span is there; those of the last seconds were sent when the server was told to stop."""
+    """A run with all its spans; the server exported those of the last seconds when it was told to stop."""
     log, port, run = tmp_path_factory.mktemp("traced") / "log", free_port(), Traced()
     with collecting(run.receiver, free_port()) as collector:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")} | {
@@ -80,7 +80,7 @@ def trace_id(answer: httpx.Response) -> str:
     return str(answer.headers["traceresponse"]).split("-")[1]
 
 
-def test_every_request_arrives_as_a_span_with_a_part_for_each_of_its_stages(traced: Traced) -> None:
+def test_every_request_is_exported_as_a_span_with_a_child_for_each_stage(traced: Traced) -> None:
     assert len({trace_id(answer) for answer in traced.answers}) == NUMBER
     for answer in traced.answers:
         request, stages = traced.traces[trace_id(answer)]
@@ -91,7 +91,7 @@ def test_every_request_arrives_as_a_span_with_a_part_for_each_of_its_stages(trac
         assert {stage.parent_span_id for stage in stages} == {request.span_id}
 
 
-def test_stages_follow_each_other_within_the_time_of_their_request(traced: Traced) -> None:
+def test_stage_spans_follow_each_other_within_the_span_of_their_request(traced: Traced) -> None:
     for answer in traced.answers:
         request, found = traced.traces[trace_id(answer)]
         stages = {stage.name: stage for stage in found}
@@ -104,7 +104,7 @@ def test_stages_follow_each_other_within_the_time_of_their_request(traced: Trace
         assert took_ms == pytest.approx(answer.json()["timing_ms"]["inference"], abs=0.002)
 
 
-def test_a_span_tells_what_was_chosen_and_why(traced: Traced) -> None:
+def test_the_span_of_a_request_records_the_chosen_sub_network_and_the_reason(traced: Traced) -> None:
     answer = traced.answers[0]
     told = attributes(traced.traces[trace_id(answer)][0].attributes)
     body = answer.json()
@@ -120,26 +120,26 @@ def test_a_span_tells_what_was_chosen_and_why(traced: Traced) -> None:
     assert traced.receiver.resource["deployment.environment.name"] == "test"
 
 
-def test_a_request_is_part_of_its_callers_trace_and_sampled_as_that_says(traced: Traced) -> None:
+def test_a_request_joins_the_trace_of_its_caller_and_follows_its_sampling_decision(traced: Traced) -> None:
     sampled, unsampled = traced.refused
     assert trace_id(sampled) == CALLER.split("-")[1]
     request, stages = traced.traces[trace_id(sampled)]
     assert request.parent_span_id.hex() == CALLER.split("-")[2]
     assert attributes(request.attributes)["error.type"] == "invalid_image"
-    assert request.status.code == Status.STATUS_CODE_UNSET, "by the conventions, a client's mistake is none of a server"
+    assert request.status.code == Status.STATUS_CODE_UNSET, "by the conventions, a client error is no server error"
     assert stages == []
     assert "traceresponse" not in unsampled.headers
     assert UNSAMPLED.split("-")[1] not in traced.traces
 
 
-def test_durations_lead_to_traces(traced: Traced) -> None:
+def test_exemplars_of_the_duration_histogram_name_exported_traces(traced: Traced) -> None:
     buckets = [line for line in traced.metrics.splitlines() if line.startswith("supervit_request_duration_seconds_b")]
     named = [line.split('trace_id="')[1][:32] for line in buckets if " # " in line]
     assert named
     assert set(named) <= set(traced.traces)
 
 
-def test_each_request_is_a_line_of_the_log_with_its_name_and_its_trace(traced: Traced) -> None:
+def test_each_request_is_a_log_line_with_its_request_id_and_trace_id(traced: Traced) -> None:
     asked = {line["request_id"]: line for line in traced.lines if line["message"].startswith("POST /classify 200")}
     assert len(asked) == NUMBER
     answer = traced.answers[0]

@@ -1,6 +1,6 @@
-"""What is to be proved on a GPU: each function checks one thing, returns what it found, and raises where it is wrong.
+"""Checks on a GPU: each function checks one property, returns its measurements, and raises if the property is violated.
 
-Nothing here needs a network. What runs them, and what is left out without a GPU, is `gpu_check`'s business.
+Nothing here needs a network. `gpu_check` runs the checks, and leaves out those that need a GPU where there is none.
 """
 
 import copy
@@ -36,36 +36,37 @@ from service.machine.snapshot import GpuSnapshot
 Found = dict[str, Any]
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "models" / "checkpoints" / "photographs"
-# The largest difference of the median image, in standard deviations of the CPU's logits, and the least share of images
-# with the CPU's answer. In single images, rounding lets another token be pruned. Emulated on a CPU, bfloat16 was off by
-# 0.21 and agreed on 0.83 at the worst sub-network of the two checkpoints that ship.
+# The largest difference of the logits of the median image, in standard deviations of the CPU's logits, and the least
+# share of images with the CPU's top-1 class. The median, since rounding can make single images prune another token.
+# Emulated on a CPU, bfloat16 differed by 0.21 and agreed on 0.83 of the images at the worst sub-network of the two
+# checkpoints that ship.
 TOLERANCE: dict[Precision, float] = {"float32": 0.02, "bfloat16": 0.4}
 AGREEMENT: dict[Precision, float] = {"float32": 0.9, "bfloat16": 0.75}
 PREPARED_SIZES, MIXED_COUNTS, ROUNDS = (1, 2, 4, 8), (1, 2, 3, 5, 8), 3
 WARM_UPS = 5
-LEAST_GAIN = 0.8  # of the cheapest sub-network over the dearest, with graphs, at the largest batch
-SETTLE_S = 1.5  # NVML's utilization is of the last second at most
+LEAST_GAIN = 0.8  # most time of the fastest sub-network, as a fraction of the largest's; with graphs, largest batch
+SETTLE_S = 1.5  # NVML's utilization covers at most the last second
 MIB = 2**20
 READING_ERRORS = {"total_mib": 2.0, "free_mib": 256.0, "utilization": 0.3}
 CEILING, CEILING_ERROR, CEILING_S = 0.5, 0.1, 4.0
-STEPS = 8  # until the scale of float16's losses has come down to what gradients bear
+STEPS = 8  # enough for float16's loss scale to fall until gradients do not overflow
 
 
 class CheckFailedError(Exception):
-    """Something is not as it should be; the message says what."""
+    """A check has failed; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What to check.
+    """What the checks run on.
 
     Attributes:
         device: a torch device.
-        checkpoints: whose models.
-        batch_sizes: to time, ascending.
-        runs: of each that is timed.
-        make_engine: makes one of a model, which it changes, in a precision; None for the fastest.
-        clock: in seconds.
+        checkpoints: checkpoints whose models are checked.
+        batch_sizes: batch sizes to time, ascending.
+        runs: number of timed runs of each sub-network at each batch size.
+        make_engine: creates an engine of a model, which it changes, in a precision; None for the fastest precision.
+        clock: returns the time in seconds.
     """
 
     device: torch.device
@@ -76,12 +77,12 @@ class Setting:
     clock: Callable[[], float] = time.perf_counter
 
     def engine(self, checkpoint: Checkpoint, precision: Precision | None = None) -> TorchEngine:
-        """Make an engine of a copy of a checkpoint's model."""
+        """Create an engine of a copy of a checkpoint's model."""
         return self.make_engine(copy.deepcopy(checkpoint.model), precision)
 
 
 def require(holds: bool, message: str) -> None:
-    """Raise a CheckFailedError unless something holds."""
+    """Raise a CheckFailedError unless a condition holds."""
     if not holds:
         raise CheckFailedError(message)
 
@@ -109,7 +110,7 @@ def check_parity(setting: Setting, precision: Precision) -> Found:
 
 
 def check_alternation(setting: Setting) -> Found:
-    """Run sub-networks and batch sizes in any order: nothing is captured anew, and no answer changes."""
+    """Run sub-networks and batch sizes in random order: no graph is captured again, and no answer changes."""
     found: Found = {}
     for checkpoint in setting.checkpoints:
         engine, images = setting.engine(checkpoint), photographs(checkpoint)
@@ -133,14 +134,18 @@ def check_alternation(setting: Setting) -> Found:
 
 
 def check_eager_speed(setting: Setting) -> Found:
-    """Time every trained sub-network, kernel by kernel."""
+    """Time every trained sub-network with eager kernels."""
     return {
         checkpoint.name: _times(setting, checkpoint, setting.engine(checkpoint)) for checkpoint in setting.checkpoints
     }
 
 
 def check_graph_speed(setting: Setting) -> Found:
-    """Time every trained sub-network with graphs: they cost no more than eager kernels, and the small ones less."""
+    """Time every trained sub-network with graphs.
+
+    Graphs must not be slower than eager kernels, and the fastest sub-network must take at most LEAST_GAIN of the time
+    of the largest.
+    """
     found, problems = {}, []
     for checkpoint in setting.checkpoints:
         engine = setting.engine(checkpoint)
@@ -160,7 +165,7 @@ def check_graph_speed(setting: Setting) -> Found:
 
 
 def check_readings(setting: Setting) -> Found:
-    """Hold what the monitor says of the GPUs under load against nvidia-smi."""
+    """Compare the monitor's readings of the GPUs under load with those of nvidia-smi."""
     with under_load(setting):
         time.sleep(SETTLE_S)
         monitor = Monitor()
@@ -169,7 +174,7 @@ def check_readings(setting: Setting) -> Found:
 
 
 def compare_readings(gpus: Sequence[GpuSnapshot], theirs: Sequence[Mapping[str, float]]) -> Found:
-    """Hold readings of the monitor against those of nvidia-smi, taken at nearly the same time, under load."""
+    """Compare readings of the monitor with those of nvidia-smi, taken at nearly the same time under load."""
     ours = [_readings(gpu) for gpu in gpus]
     found = {"monitor": ours, "nvidia-smi": theirs}
     require(len(ours) == len(theirs), f"other GPUs: {found}")
@@ -181,7 +186,7 @@ def compare_readings(gpus: Sequence[GpuSnapshot], theirs: Sequence[Mapping[str, 
 
 
 def check_ceiling(setting: Setting) -> Found:
-    """Run batches under a ceiling of utilization: the GPU is busy for that share of the time."""
+    """Run batches under a utilization ceiling: they take that share of the time."""
     time_once, cell = _load(setting)
     limiter = UtilizationLimiter(CEILING, None)
     started_at, busy_s = time.monotonic(), 0.0
@@ -201,7 +206,7 @@ def check_ceiling(setting: Setting) -> Found:
 
 
 def check_training(setting: Setting, dtype: torch.dtype) -> Found:
-    """Take a step of the paper's: losses are numbers, and weights change."""
+    """Run the paper's training steps until weights change, at most STEPS: losses and weights stay finite."""
     seed_everything(0)
     config = setting.checkpoints[0].config
     model = SuperViT(config).to(setting.device)
@@ -229,13 +234,13 @@ def photographs(checkpoint: Checkpoint) -> Tensor:
 
 
 def prepare_all(engine: TorchEngine, checkpoint: Checkpoint, batch_sizes: tuple[int, ...]) -> None:
-    """Capture every trained sub-network at some batch sizes."""
+    """Capture every trained sub-network at each batch size."""
     for size, subnetwork in product(batch_sizes, checkpoint.config.subnetworks):
         engine.prepare(subnetwork, size)
 
 
 def require_graphs(engine: TorchEngine, count: int) -> Captured:
-    """Return what an engine has captured, which must be so many graphs."""
+    """Return what an engine has captured, and check that it is this number of graphs."""
     captured = engine.captured()
     require(captured is not None and captured.num_graphs == count, f"{count} graphs were to be captured: {captured}")
     assert captured is not None
@@ -243,7 +248,7 @@ def require_graphs(engine: TorchEngine, count: int) -> Captured:
 
 
 def _times(setting: Setting, checkpoint: Checkpoint, engine: TorchEngine) -> dict[int, dict[str, dict[str, float]]]:
-    """Time the trained sub-networks, as the engine stands; by batch size."""
+    """Return the times of the trained sub-networks by batch size, with what the engine has captured so far."""
     time_once = stopwatch(engine.run, checkpoint.config.image_side, setting.batch_sizes[-1], setting.clock)
     rows: dict[int, dict[str, dict[str, float]]] = {}
     for size in setting.batch_sizes:
@@ -257,7 +262,7 @@ def _times(setting: Setting, checkpoint: Checkpoint, engine: TorchEngine) -> dic
 
 
 def _load(setting: Setting) -> tuple[Callable[[tuple[SubNetwork, int]], float], tuple[SubNetwork, int]]:
-    """Make an engine's stopwatch and the dearest cell of what is timed, ready to run."""
+    """Return an engine's stopwatch, and the largest sub-network with the largest batch size, prepared."""
     checkpoint = setting.checkpoints[-1]
     engine, cell = setting.engine(checkpoint), (checkpoint.config.largest, setting.batch_sizes[-1])
     engine.prepare(*cell)
@@ -286,7 +291,7 @@ def under_load(setting: Setting) -> Iterator[None]:
 
 
 def read_smi() -> list[Mapping[str, float]]:
-    """Ask nvidia-smi for what it says of every GPU."""
+    """Read the memory and utilization of every GPU from nvidia-smi."""
     query = ["nvidia-smi", "--query-gpu=memory.total,memory.free,utilization.gpu", "--format=csv,noheader,nounits"]
     lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
     rows = [[float(figure) for figure in line.split(",")] for line in lines]

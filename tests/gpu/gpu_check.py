@@ -50,14 +50,14 @@ REQUESTS = 20
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check, and whether it says anything without a GPU."""
+    """A check, and whether it needs a GPU."""
 
     run: Callable[[Setting], Found]
     needs_gpu: bool
 
 
 def check_server(setting: Setting) -> Found:
-    """Start the real command, ask it, and stop it."""
+    """Start the real command, send requests to it, and stop it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -94,7 +94,7 @@ def _await_ready(client: httpx.Client, server: subprocess.Popen[bytes], ends_at:
             if client.get("/health/ready").status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
-            pass  # it does not listen yet
+            pass  # the server does not listen yet
         require(server.poll() is None, f"the server ended with status {server.returncode}")
         require(time.monotonic() < ends_at, "the server does not become ready")
         time.sleep(0.1)
@@ -115,7 +115,7 @@ CHECKS: Mapping[str, Check] = {
 
 
 def run_checks(checks: Mapping[str, Check], setting: Setting) -> dict[str, dict[str, Any]]:
-    """Run one after the other, whatever becomes of those before; say what became of each."""
+    """Run the checks one after the other, even after failures, and return the outcome of each."""
     outcomes = {}
     for name, check in checks.items():
         started_at = time.monotonic()
@@ -125,11 +125,11 @@ def run_checks(checks: Mapping[str, Check], setting: Setting) -> dict[str, dict[
         else:
             try:
                 outcome["found"] = check.run(setting)
-            except DeviceError as error:  # as of a GPU without bfloat16
+            except DeviceError as error:  # such as a GPU without bfloat16
                 outcome = {"status": "not run", "reason": str(error)}
             except CheckFailedError as error:
                 outcome = {"status": "failed", "reason": str(error)}
-            except Exception:  # whatever one runs into, the others are still to be run
+            except Exception:  # an unexpected error must not stop the other checks
                 outcome = {"status": "failed", "reason": traceback.format_exc()}
         outcome["seconds"] = round(time.monotonic() - started_at, 1)
         outcomes[name] = outcome
@@ -138,7 +138,7 @@ def run_checks(checks: Mapping[str, Check], setting: Setting) -> dict[str, dict[
 
 
 def describe_device(device: torch.device) -> dict[str, object]:
-    """Say what all this ran on."""
+    """Describe the device and the software that the checks run on."""
     facts: dict[str, object] = {"device": str(device), "torch": torch.__version__, "platform": platform.platform()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -149,7 +149,7 @@ def describe_device(device: torch.device) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None, checks: Mapping[str, Check] = CHECKS) -> int:
-    """Run what is asked for, and return the exit status."""
+    """Run the requested checks, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="where the figures go, as JSON")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu for what can be run without one")

@@ -1,4 +1,4 @@
-"""The script that proves things on a GPU works without one: what needs a GPU is not run, and what is wrong is found."""
+"""The GPU check script, run without a GPU: checks that need a GPU are not run, and faulty engines fail their checks."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ NAMES = tuple(map(str, range(CONFIG.num_classes)))
 
 
 class Engine(TorchEngine):
-    """On a CPU, with what stands for CUDA graphs."""
+    """An engine on the CPU with fake CUDA graphs."""
 
     def __init__(self, model: SuperViT, precision: Precision | None = None) -> None:
         del precision
@@ -53,7 +53,7 @@ def setting() -> Setting:
     return Setting(torch.device("cpu"), (checkpoint,), (1, 2), 1, Engine)
 
 
-def test_what_needs_a_gpu_is_not_run_without_one_and_never_passes(
+def test_checks_that_need_a_gpu_are_reported_as_not_run_without_one(
     setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (checkpoint,) = setting.checkpoints
@@ -76,7 +76,7 @@ def test_what_needs_a_gpu_is_not_run_without_one_and_never_passes(
     assert all(f"{name}: {status[name]}" in printed for name in few)
 
 
-def test_a_check_that_fails_or_breaks_stops_no_other(setting: Setting) -> None:
+def test_a_check_that_fails_or_raises_does_not_stop_the_others(setting: Setting) -> None:
     def wrong(_: Setting) -> dict[str, object]:
         raise CheckFailedError("it is 2")
 
@@ -99,7 +99,7 @@ def test_a_check_that_fails_or_breaks_stops_no_other(setting: Setting) -> None:
     assert outcomes["right"]["found"] == {"figure": 1}
 
 
-def test_one_check_that_fails_ends_in_status_1_with_all_of_them_written(tmp_path: Path) -> None:
+def test_one_failed_check_gives_exit_status_1_and_all_outcomes_are_written(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     options = ["--output", str(output), "--device", "cpu", "--checkpoints", "supervit-micro-cifar10"]
 
@@ -113,19 +113,21 @@ def test_one_check_that_fails_ends_in_status_1_with_all_of_them_written(tmp_path
     assert main([*options, "--checks", "right"], {"wrong": wrong, "right": right}) == 0
 
 
-def test_the_real_command_is_started_asked_and_stopped(tmp_path: Path) -> None:
+def test_the_server_check_starts_queries_and_stops_the_real_command(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     options = ["--output", str(output), "--device", "cpu", "--checkpoints", "supervit-micro-cifar10"]
     assert main([*options, "--checks", "server"]) == 0
     assert json.loads(output.read_text())["checks"]["server"]["found"]["engine"].startswith("torch")
 
 
-def test_a_device_that_is_not_there_ends_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_device_gives_exit_status_1_and_an_error_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--output", str(tmp_path / "gpu.json"), "--device", "bogus"]) == 1
     assert capsys.readouterr().err.startswith("device 'bogus' cannot be used")
 
 
-def test_answers_are_compared_with_those_of_the_cpu(setting: Setting) -> None:
+def test_a_correct_engine_passes_the_parity_check(setting: Setting) -> None:
     for precision in ("float32", "bfloat16"):
         for found in check_parity(setting, precision).values():
             assert found["difference"] < 1e-3
@@ -133,14 +135,14 @@ def test_answers_are_compared_with_those_of_the_cpu(setting: Setting) -> None:
 
 
 class Wrong(Engine):
-    """Answers for another sub-network."""
+    """An engine that runs another sub-network in place of (4, 1.0)."""
 
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         return super().run(images, SubNetwork(2, 0.5) if subnetwork == SubNetwork(4, 1.0) else subnetwork)
 
 
 class Drifting(Engine):
-    """Answers otherwise each time."""
+    """An engine whose logits change from run to run."""
 
     times = 0
 
@@ -150,7 +152,7 @@ class Drifting(Engine):
 
 
 class Recapturing(Engine):
-    """Captures at a size whenever it is asked to, be it captured or not."""
+    """An engine that captures another graph each time a captured batch size is prepared again."""
 
     def prepare(self, subnetwork: SubNetwork, batch_size: int) -> None:
         already = self.captured()
@@ -160,12 +162,12 @@ class Recapturing(Engine):
 
 
 class Eager(Engine):
-    """Captures nothing."""
+    """An engine that captures no graphs."""
 
     def prepare(self, subnetwork: SubNetwork, batch_size: int) -> None: ...
 
 
-def test_graphs_alternate_without_being_captured_anew(setting: Setting) -> None:
+def test_graphs_alternate_without_being_captured_again(setting: Setting) -> None:
     found = check_alternation(setting)["tiny"]
     assert found["num_graphs"] == 4 * len(CONFIG.subnetworks)
     assert found["largest_difference_to_eager"] < 1e-3
@@ -181,7 +183,7 @@ def test_graphs_alternate_without_being_captured_anew(setting: Setting) -> None:
         (Eager, check_graph_speed, "8 graphs were to be captured"),
     ],
 )
-def test_what_is_wrong_is_found(
+def test_a_faulty_engine_fails_its_check(
     setting: Setting, engine: type[Engine], check: Callable[[Setting], object], problem: str
 ) -> None:
     with pytest.raises(CheckFailedError, match=problem):
@@ -189,7 +191,7 @@ def test_what_is_wrong_is_found(
 
 
 class Timed(Engine):
-    """Takes as long as its kernels take to launch, or to run; on a clock that all share."""
+    """An engine that takes the longer of the times to launch and to run its kernels, on a clock that all share."""
 
     now, launching_s, per_mac_s = 0.0, 1.0, 1e-6
 
@@ -201,7 +203,7 @@ class Timed(Engine):
         return super().run(images, subnetwork)
 
 
-def test_small_sub_networks_are_faster_with_graphs_alone(setting: Setting) -> None:
+def test_small_sub_networks_are_faster_only_with_graphs(setting: Setting) -> None:
     setting = replace(setting, make_engine=Timed, clock=lambda: Timed.now)
     smallest = str(SubNetwork(2, 0.5))
     for rows in check_eager_speed(setting)["tiny"].values():
@@ -218,7 +220,7 @@ def test_small_sub_networks_are_faster_with_graphs_alone(setting: Setting) -> No
         ({"per_mac_s": 0.0}, r"the fastest sub-network takes 1\.00 of the time of the largest"),
     ],
 )
-def test_graphs_that_are_of_no_use_fail(
+def test_graphs_without_a_speed_advantage_fail_the_check(
     setting: Setting, changes: dict[str, float], problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in changes.items():
@@ -235,7 +237,7 @@ def gpu(utilization: float | None = 0.9, free_mib: int = 60_000) -> GpuSnapshot:
     )
 
 
-def test_readings_are_held_against_nvidia_smi() -> None:
+def test_readings_that_differ_from_nvidia_smi_or_show_no_load_fail_the_check() -> None:
     theirs = {"total_mib": 80_000, "free_mib": 60_010, "utilization": 1.0}
     assert compare_readings([gpu()], [theirs])["nvidia-smi"] == [theirs]
     for ours, problem in (

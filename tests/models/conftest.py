@@ -1,4 +1,4 @@
-"""Tiny models, images and folders that every room's tests share."""
+"""Tiny models, images and folders shared by all tests of the models."""
 
 import math
 import os
@@ -37,8 +37,8 @@ TINY = SuperViTConfig(
 )
 CLASS_NAMES = ("blue", "green", "red")
 
-# parity.npz holds what the reference implementation answers for the weights and images that follow from this seed:
-# per flavour (12 sub-networks, 2 images, 125 classes), and which 125 of the 1000 classes.
+# parity.npz holds the logits of the reference implementation for the weights and images drawn from this seed: per
+# flavour (12 sub-networks, 2 images, 125 classes), and which 125 of the 1000 classes they belong to.
 PARITY_SEED = 20220523
 PARITY_FILE = Path(__file__).with_name("parity.npz")
 
@@ -51,7 +51,7 @@ def single_thread() -> None:
 
 @pytest.fixture
 def fast_precision() -> Iterator[torch.dtype]:
-    """Autocast to what the CPU is not fast in, which whatever asks for the fast one does not heed; yield the fast."""
+    """Yield the native dtype of the CPU, under an autocast to another one that the code under test must override."""
     fast = native_dtype(torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16, enabled=fast == torch.float32):
         yield fast
@@ -70,7 +70,7 @@ def torchrun() -> Callable[..., None]:
             cwd=script.parents[3],
             capture_output=True,
             text=True,
-            timeout=600,  # a busy machine starts them slowly
+            timeout=600,  # a busy machine starts processes slowly
             check=False,
         )
         assert finished.returncode == 0, finished.stderr
@@ -183,7 +183,7 @@ def tiny_recipe(pictures: Path) -> Callable[..., Recipe]:
 
 @pytest.fixture(scope="session")
 def drawn_weights() -> Callable[[SuperViTConfig], dict[str, Tensor]]:
-    """Draw the weights of a full-size backbone from the parity seed, one tensor after the other by name."""
+    """Draw the weights of a full-size backbone from the parity seed, tensor by tensor in order of the state dict."""
 
     @cache
     def draw(config: SuperViTConfig) -> dict[str, Tensor]:
@@ -232,5 +232,5 @@ def parity_logits() -> dict[str, Tensor]:
 
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For comparisons of more digits than bfloat16 has, which some CPUs take by themselves."""
+    """Compute in float32, for comparisons of more digits than bfloat16, the native dtype of some CPUs, has."""
     monkeypatch.setattr(devices, "native_dtype", lambda *_: torch.float32)

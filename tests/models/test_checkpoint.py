@@ -42,7 +42,7 @@ Draw = Callable[[SuperViTConfig], Weights]
 
 
 def zeros_like(weights: Weights) -> Weights:
-    """Weights that would answer nothing but zeros, and fill no disk, as no checkpoint that is loaded may do it."""
+    """Return zero weights that each expand one element: they take no disk space, but loading them would be refused."""
     return {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in weights.items()}
 
 
@@ -63,7 +63,7 @@ def check_parity(checkpoint: Checkpoint, images: Tensor, expected: dict[str, Ten
     torch.testing.assert_close(logits[:, expected["classes"]], reference, atol=1e-4, rtol=0)
 
 
-def test_what_is_saved_is_what_is_loaded(
+def test_a_saved_checkpoint_loads_unchanged(
     tmp_path: Path, model: SuperViT, config: SuperViTConfig, images: Tensor
 ) -> None:
     rows = tuple(
@@ -84,10 +84,10 @@ def test_what_is_saved_is_what_is_loaded(
         assert torch.equal(loaded.model(images, subnetwork), model(images, subnetwork))
 
 
-def test_a_file_that_is_replaced_while_it_is_loaded_is_told_from_what_is_there_then(
+def test_a_checkpoint_replaced_while_it_loads_differs_in_version_from_the_new_file(
     tmp_path: Path, model: SuperViT, config: SuperViTConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A watch that compares versions loads once too often, but misses nothing."""
+    """A watcher that compares versions loads once too often, but misses no change."""
     rows = tuple(SubNetworkProfile(each, count_macs(config, each)) for each in config.subnetworks)
     path, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
     for place in (path, other):
@@ -110,18 +110,18 @@ def quantized(config: SuperViTConfig, blocks: int | None = None) -> Quantization
     return Quantization((block,) * (config.depth if blocks is None else blocks), ProfileTable.unmeasured(config))
 
 
-def test_what_is_known_of_8_bits_is_kept_and_a_file_without_it_loads_as_before(
+def test_an_int8_quantization_is_saved_and_loaded_and_a_file_without_one_loads(
     tmp_path: Path, model: SuperViT, tiny_header: Header, tiny_file: Path
 ) -> None:
     path = tmp_path / "int8.safetensors"
     int8 = quantized(tiny_header.config)
     save_checkpoint(path, model, replace(tiny_header, int8=int8))
     assert load_checkpoint(path).int8 == int8
-    rewrite(tiny_file, lambda _, header: header.pop("int8"))  # as it was written before there was any
+    rewrite(tiny_file, lambda _, header: header.pop("int8"))  # as files were before quantization was added
     assert load_checkpoint(tiny_file).int8 is None
 
 
-def test_what_is_known_of_8_bits_must_be_of_this_model(tiny_header: Header) -> None:
+def test_an_int8_quantization_that_does_not_fit_the_model_is_refused(tiny_header: Header) -> None:
     config = tiny_header.config
     with pytest.raises(ValueError, match=f"2 blocks are quantised, not {config.depth}"):
         replace(tiny_header, int8=quantized(config, blocks=2))
@@ -133,28 +133,30 @@ def test_what_is_known_of_8_bits_must_be_of_this_model(tiny_header: Header) -> N
         replace(tiny_header, int8=replace(quantized(config), profile=other))
 
 
-def test_a_file_that_is_written_over_changes_no_model_that_was_loaded_from_it(
+def test_overwriting_a_file_does_not_change_the_model_loaded_from_it(
     tiny_file: Path, tmp_path: Path, config: SuperViTConfig, images: Tensor
 ) -> None:
     path = tmp_path / "live.safetensors"
     shutil.copy(tiny_file, path)
     loaded = load_checkpoint(path)
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    with path.open("r+b") as file:  # as `cp` does it: the very file, not another one under its name
+    with path.open("r+b") as file:  # as `cp` does: the file itself, not another one renamed to it
         file.write(bytes(path.stat().st_size))
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.model.state_dict().items())
     path.write_bytes(b"")
     assert loaded.model(images, config.largest).isfinite().all()
 
 
-def test_what_is_saved_may_be_read_as_the_umask_allows(tmp_path: Path, model: SuperViT, tiny_header: Header) -> None:
+def test_a_saved_checkpoint_has_the_permissions_that_the_umask_allows(
+    tmp_path: Path, model: SuperViT, tiny_header: Header
+) -> None:
     ordinary, saved = tmp_path / "ordinary", tmp_path / "saved.safetensors"
     ordinary.touch()
     save_checkpoint(saved, model, tiny_header)
     assert saved.stat().st_mode == ordinary.stat().st_mode
 
 
-def test_a_save_that_fails_leaves_the_file_that_stood_there(
+def test_a_failed_save_leaves_the_existing_file_unchanged(
     tiny_file: Path, model: SuperViT, tiny_header: Header, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tiny_file.read_bytes()
@@ -168,7 +170,9 @@ def test_a_save_that_fails_leaves_the_file_that_stood_there(
     assert tiny_file.read_bytes() == before
 
 
-def test_half_precision_is_kept_and_rounds_once(tmp_path: Path, model: SuperViT, config: SuperViTConfig) -> None:
+def test_a_half_precision_checkpoint_is_saved_again_without_further_rounding(
+    tmp_path: Path, model: SuperViT, config: SuperViTConfig
+) -> None:
     header = Header("tiny", config, ("a", "b", "c"), ProfileTable.unmeasured(config))
     with torch.no_grad():
         model.head.weight[0, 0] = 70_000.0  # float16 ends at 65,504
@@ -194,7 +198,7 @@ def test_half_precision_is_kept_and_rounds_once(tmp_path: Path, model: SuperViT,
         )
 
 
-def test_a_file_of_both_precisions_is_not_rounded_further(tiny_file: Path) -> None:
+def test_a_file_of_mixed_precision_does_not_count_as_half_precision(tiny_file: Path) -> None:
     def halve_the_head(weights: Weights, _: dict[str, Any]) -> None:
         weights["head.weight"] = weights["head.weight"].half()
 
@@ -220,7 +224,7 @@ def test_half_precision_weights_load_as_float32(tiny_file: Path, model: SuperViT
     ],
     ids=["deit", "lvvit"],
 )
-def test_both_published_layouts_load_with_published_accuracy_and_answer_as_the_reference(
+def test_both_published_layouts_load_with_the_published_accuracy_and_give_the_reference_logits(
     tmp_path: Path,
     config: SuperViTConfig,
     published_top1: tuple[float, ...],
@@ -252,7 +256,7 @@ def test_both_published_layouts_load_with_published_accuracy_and_answer_as_the_r
 
 
 @pytest.mark.parametrize("layout", ["bare", "module.", "legacy pickle", "safetensors"])
-def test_a_bare_state_dict_answers_as_the_reference_in_every_wrapping(
+def test_a_bare_state_dict_gives_the_reference_logits_in_every_file_layout(
     tmp_path: Path, layout: str, drawn_weights: Draw, parity_images: Tensor, parity_logits: dict[str, Tensor]
 ) -> None:
     weights = drawn_weights(DEIT_SMALL)
@@ -292,7 +296,7 @@ def test_weights_of_a_plain_model_can_be_read_unchecked(tmp_path: Path) -> None:
 
 
 class Malice:
-    """Unpickled without care, it makes a folder."""
+    """An object that creates a folder when it is unpickled without care."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -316,12 +320,12 @@ def write_whatever_is_no_checkpoint(path: Path, what: str) -> None:
     path.write_bytes(contents[what]())
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch's, of Python's own pickles
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch's, about Python's own pickles
 @pytest.mark.parametrize(
     "what", ["empty", "text", "json", "random", "truncated zip", "header length beyond the end", "list"]
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_file_that_is_no_checkpoint_is_named_as_such(tmp_path: Path, what: str, suffix: str) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_named_in_the_error(tmp_path: Path, what: str, suffix: str) -> None:
     path = tmp_path / f"broken{suffix}"
     write_whatever_is_no_checkpoint(path, what)
     for read in (load_checkpoint, read_weights):
@@ -329,7 +333,7 @@ def test_a_file_that_is_no_checkpoint_is_named_as_such(tmp_path: Path, what: str
             read(path)
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_a_folder_and_a_device_are_named_in_the_error(tmp_path: Path) -> None:
     for path, complaint in (
         (tmp_path / "absent.pth", "no such file"),
         (tmp_path, "not a regular file"),
@@ -341,7 +345,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         load_checkpoint("x" * 5000)
 
 
-def test_a_truncated_file_of_ours_is_unreadable(tiny_file: Path) -> None:
+def test_a_truncated_supervit_checkpoint_is_unreadable(tiny_file: Path) -> None:
     whole = tiny_file.read_bytes()
     for length in (8, 9, 100, len(whole) // 2, len(whole) - 1):
         tiny_file.write_bytes(whole[:length])
@@ -371,8 +375,8 @@ def test_a_pickle_of_anything_but_weights_is_unreadable(tmp_path: Path, content:
         load_checkpoint(path)
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # torch's, on their way out
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch's, of its own code
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # torch's, as they are deprecated
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch's, about its own code
 def test_quantized_weights_are_unreadable(tmp_path: Path) -> None:
     path = tmp_path / "quantized.pth"
     torch.save({"cls_token": torch.quantize_per_tensor(torch.ones(1, 1, 384), 0.1, 0, torch.quint8)}, path)
@@ -380,7 +384,7 @@ def test_quantized_weights_are_unreadable(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch's, of Python's own pickles
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch's, about Python's own pickles
 def test_a_malicious_pickle_is_refused_before_it_runs(tmp_path: Path) -> None:
     folder, path = tmp_path / "made", tmp_path / "malicious.pth"
     torch.save({"model": {"cls_token": torch.zeros(1)}, "args": Malice(folder)}, path)
@@ -390,7 +394,7 @@ def test_a_malicious_pickle_is_refused_before_it_runs(tmp_path: Path) -> None:
     with pytest.raises(UnreadableCheckpointError, match=r"holds code, which is not run: it refers to posix\.mkdir$"):
         load_checkpoint(path)
     assert not folder.exists()
-    pickle.loads(path.read_bytes())  # noqa: S301 - our own, to show that it would have run
+    pickle.loads(path.read_bytes())  # noqa: S301 - our own pickle, to show that it would have run
     assert folder.exists()
 
 
@@ -431,7 +435,7 @@ def drop_all_blocks(weights: Weights, _: dict[str, Any]) -> None:
         (drop_all_blocks, r"\d\d weights missing: blocks\.0\.norm1\.weight, .* and \d\d more$"),
     ],
 )
-def test_weights_that_are_not_those_of_the_model_are_listed_by_name(
+def test_weights_that_do_not_match_the_model_are_listed_by_name(
     tiny_file: Path, change: Callable[[Weights, dict[str, Any]], None], reason: str
 ) -> None:
     rewrite(tiny_file, change)
@@ -439,7 +443,7 @@ def test_weights_that_are_not_those_of_the_model_are_listed_by_name(
         load_checkpoint(tiny_file)
 
 
-def test_a_foreign_safetensors_file_is_held_against_the_published_model(tmp_path: Path) -> None:
+def test_a_foreign_safetensors_file_is_checked_against_the_published_model(tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     safetensors.torch.save_file({"conv.weight": torch.ones(2)}, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointMismatchError, match=r"15\d weights missing: .*; 1 weight unexpected: conv\.weight"):
@@ -458,7 +462,7 @@ PLAIN_VITS = {
 
 @pytest.mark.parametrize("layout", PLAIN_VITS)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_plain_vit_is_told_how_to_become_a_supervit(tmp_path: Path, layout: str, suffix: str) -> None:
+def test_loading_a_plain_vit_suggests_supervit_convert(tmp_path: Path, layout: str, suffix: str) -> None:
     path = tmp_path / f"vit{suffix}"
     weights = {name: torch.zeros(shape) for name, shape in PLAIN_VITS[layout].items()}
     torch.save({"model": weights}, path) if suffix == ".pth" else safetensors.torch.save_file(weights, path)
@@ -467,14 +471,14 @@ def test_a_plain_vit_is_told_how_to_become_a_supervit(tmp_path: Path, layout: st
     assert len(read_weights(path)) == len(weights)
 
 
-def test_a_checkpoint_that_ships_loads_by_its_name() -> None:
+def test_a_shipped_checkpoint_loads_by_its_name() -> None:
     name = "supervit-micro-cifar10"
     path = SHIPPED_FOLDER / f"{name}.safetensors"
     assert load_checkpoint(name).version == load_checkpoint(path).version
     assert read_weights(Path(name)).keys() == read_weights(path).keys()
 
 
-def test_names_out_of_a_file_are_shown_escaped_and_shortened(tiny_file: Path) -> None:
+def test_weight_names_from_a_file_are_escaped_and_shortened_in_the_error(tiny_file: Path) -> None:
     def rename_wildly(weights: Weights, _: dict[str, Any]) -> None:
         weights["\x1b[2J\n" + "x" * 5000] = weights.pop("norm.bias")
 
@@ -516,7 +520,7 @@ def set_in_header(*keys: str, value: object) -> Callable[[Weights, dict[str, Any
         ),
     ],
 )
-def test_a_header_that_contradicts_itself_is_not_ours(
+def test_an_invalid_or_contradictory_header_is_unreadable(
     tiny_file: Path, change: Callable[[Weights, dict[str, Any]], None], reason: str
 ) -> None:
     rewrite(tiny_file, change)
@@ -545,7 +549,7 @@ def set_in_first_row(name: str, value: float) -> Callable[[Weights, dict[str, An
         (set_in_first_row("top5", 7.0), "invalid SuperViT header: .*top5 must be in 0..1"),
     ],
 )
-def test_a_profile_is_not_taken_at_its_word(
+def test_a_profile_with_wrong_values_is_unreadable(
     tiny_file: Path, change: Callable[[Weights, dict[str, Any]], None], reason: str
 ) -> None:
     rewrite(tiny_file, change)
@@ -565,7 +569,7 @@ def test_a_profile_is_not_taken_at_its_word(
         ('{"name": "tiny"}', "config is missing"),
     ],
 )
-def test_a_header_that_is_not_json_of_ours_is_refused(tiny_file: Path, header: str, problem: str) -> None:
+def test_a_header_that_is_not_json_or_lacks_fields_is_unreadable(tiny_file: Path, header: str, problem: str) -> None:
     safetensors.torch.save_file(safetensors.torch.load_file(tiny_file), tiny_file, metadata={HEADER_KEY: header})
     with pytest.raises(UnreadableCheckpointError, match=f"invalid SuperViT header: ({problem})$"):
         load_checkpoint(tiny_file)
@@ -580,7 +584,7 @@ def test_a_header_that_is_not_json_of_ours_is_refused(tiny_file: Path, header: s
         ("patch_kernel", 10**30, "its weights would be too large"),
     ],
 )
-def test_a_header_that_asks_for_the_impossible_neither_hangs_nor_fills_memory(
+def test_a_header_of_absurd_sizes_is_refused_without_hanging_or_filling_memory(
     tiny_file: Path, key: str, value: float, reason: str
 ) -> None:
     rewrite(tiny_file, set_in_header("config", key, value=value))
@@ -604,10 +608,10 @@ def damaged(data: bytes, seed: int) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch's, of damaged files
-@pytest.mark.filterwarnings("ignore:Defining your `__torch_function__`:UserWarning")  # torch's, of its own code
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch's, about damaged files
+@pytest.mark.filterwarnings("ignore:Defining your `__torch_function__`:UserWarning")  # torch's, about its own code
 @pytest.mark.parametrize("layout", ["safetensors", "zip", "legacy"])
-def test_a_damaged_file_loads_or_is_a_checkpoint_error(
+def test_a_damaged_file_either_loads_or_raises_a_checkpoint_error(
     tmp_path: Path, deit: SuperViT, tiny_config: SuperViTConfig, layout: str
 ) -> None:
     path = tmp_path / "damaged"
@@ -630,7 +634,7 @@ def test_a_damaged_file_loads_or_is_a_checkpoint_error(
     assert min(outcomes.values()) > 10
 
 
-def test_two_files_never_pass_for_one_another(tiny_file: Path, tmp_path: Path) -> None:
+def test_files_have_equal_versions_only_if_their_contents_are_equal(tiny_file: Path, tmp_path: Path) -> None:
     twin, other = tmp_path / "twin", tmp_path / "other"
     shutil.copy(tiny_file, twin)
     shutil.copy(tiny_file, other)
@@ -640,14 +644,14 @@ def test_two_files_never_pass_for_one_another(tiny_file: Path, tmp_path: Path) -
     assert all(len(version) == 12 for version in versions)
 
 
-def test_a_header_must_profile_the_whole_family(tiny_config: SuperViTConfig) -> None:
+def test_a_header_must_profile_every_subnetwork(tiny_config: SuperViTConfig) -> None:
     rows = ProfileTable.unmeasured(tiny_config).rows
     without_one = ProfileTable(tuple(row for row in rows if row.subnetwork != SubNetwork(3, 0.7)))
     with pytest.raises(ValueError, match=r"the profile has no row for grid 3 at keep rate 0\.7"):
         Header("tiny", tiny_config, ("a", "b", "c"), without_one)
 
 
-def test_rounding_gives_the_weights_that_a_file_in_half_precision_gives(tmp_path: Path, model: SuperViT) -> None:
+def test_round_to_half_gives_the_weights_of_a_half_precision_checkpoint(tmp_path: Path, model: SuperViT) -> None:
     header = Header("half", model.config, CLASS_NAMES, ProfileTable.unmeasured(model.config))
     save_checkpoint(tmp_path / "half.safetensors", model, header, half=True)
     round_to_half(model)

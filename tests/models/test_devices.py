@@ -21,18 +21,18 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize("name", ["auto", "cuda"])
-def test_every_process_of_a_machine_has_a_gpu_of_its_own(name: str) -> None:
+def test_every_process_of_a_machine_uses_the_gpu_of_its_local_rank(name: str) -> None:
     assert resolve_device(name) == torch.device("cuda:0")
     assert resolve_device(name, local_rank=3) == torch.device("cuda:3")
 
 
 @pytest.mark.usefixtures("gpus")
-def test_a_gpu_that_is_named_is_taken() -> None:
+def test_a_gpu_given_by_its_index_is_used() -> None:
     assert resolve_device("cuda:1", local_rank=3) == torch.device("cuda:1")
 
 
 @pytest.mark.parametrize("name", ["", "tpu9", "cuda:-1", "cuda:9999", "meta", "hpu"])
-def test_a_device_that_holds_no_tensor_is_refused_in_one_line(name: str) -> None:
+def test_an_unusable_device_is_refused_with_a_one_line_error(name: str) -> None:
     with pytest.raises(DeviceError) as caught:
         resolve_device(name)
     assert str(caught.value).startswith(f"device {name!r} cannot be used: ")
@@ -41,7 +41,7 @@ def test_a_device_that_holds_no_tensor_is_refused_in_one_line(name: str) -> None
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_precision_that_is_named_is_taken_everywhere(device: str) -> None:
+def test_a_named_precision_is_used_on_every_device(device: str) -> None:
     assert training_dtype(torch.device(device), "bfloat16") == torch.bfloat16
     assert training_dtype(torch.device(device), "float16") == torch.float16
     assert training_dtype(torch.device(device), "float32") == torch.float32
@@ -57,7 +57,7 @@ def test_a_precision_that_is_named_is_taken_everywhere(device: str) -> None:
         (None, torch.float32),
     ],
 )
-def test_a_cpu_is_fast_in_bfloat16_where_it_has_instructions_for_it(
+def test_the_native_dtype_of_a_cpu_is_bfloat16_if_it_has_instructions_for_it(
     tmp_path: Path, cpuinfo: str | None, dtype: torch.dtype
 ) -> None:
     path = tmp_path / "cpuinfo"
@@ -71,17 +71,17 @@ def test_a_cpu_is_fast_in_bfloat16_where_it_has_instructions_for_it(
 @pytest.mark.parametrize(
     ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
 )
-def test_a_gpu_is_fast_in_bfloat16_from_ampere_on_and_in_float16_before(
+def test_the_native_dtype_of_a_gpu_is_bfloat16_from_ampere_on_and_float16_before(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert native_dtype(torch.device("cuda:1")) == dtype
 
 
-def test_other_devices_compute_in_float32() -> None:
+def test_the_native_dtype_of_other_devices_is_float32() -> None:
     assert native_dtype(torch.device("meta")) == torch.float32
 
 
-def test_left_to_itself_training_takes_the_devices_own_type() -> None:
+def test_precision_auto_trains_in_the_native_dtype_of_the_device() -> None:
     device = torch.device("cpu")
     assert training_dtype(device, "auto") == native_dtype(device)

@@ -23,7 +23,7 @@ def test_macs_of_the_published_backbones_match_to_three_decimals(config: SuperVi
     assert gmacs == list(PUBLISHED[config.flavour])
 
 
-def test_a_single_block_deit_matches_a_count_by_hand() -> None:
+def test_macs_of_a_single_block_deit_match_a_count_by_hand() -> None:
     config = SuperViTConfig(
         width=4, depth=1, num_heads=2, mlp_ratio=2.0, patch_kernel=2, patch_grids=(3,), prune_blocks=(0,), num_classes=5
     )
@@ -35,7 +35,7 @@ def test_a_single_block_deit_matches_a_count_by_hand() -> None:
 
 
 def test_macs_are_half_the_flops_that_torch_counts(model: SuperViT, config: SuperViTConfig, images: Tensor) -> None:
-    # Blocks that train on a CPU cut the class row out of the explicit attention: nothing is computed besides.
+    # Blocks in training mode on a CPU take the class row from the explicit attention: nothing is computed in addition.
     model.eval().blocks.train()
     for subnetwork in (*config.subnetworks, SubNetwork(3, 0.33), SubNetwork(4, 1e-6)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -43,7 +43,7 @@ def test_macs_are_half_the_flops_that_torch_counts(model: SuperViT, config: Supe
         assert counter.get_total_flops() == 2 * len(images) * count_macs(config, subnetwork)
 
 
-def test_what_the_keep_rates_of_a_step_share_is_counted_once(
+def test_macs_that_the_keep_rates_of_a_step_share_are_counted_once(
     model: SuperViT, config: SuperViTConfig, images: Tensor
 ) -> None:
     model.eval().blocks.train()
@@ -52,12 +52,12 @@ def test_what_the_keep_rates_of_a_step_share_is_counted_once(
             for tokens in model.forward_rates(images, grid, rates):
                 model.classify(tokens)
         assert counter.get_total_flops() == 2 * len(images) * count_macs_together(config, grid, rates)
-    unpruned = replace(config, prune_blocks=())  # all is shared but the heads
+    unpruned = replace(config, prune_blocks=())  # everything is shared but the heads
     head = count_macs_together(unpruned, 4, (0.5, 1.0)) - count_macs(unpruned, SubNetwork(4, 1.0))
     assert head == (16 + 1 if config.flavour == "lvvit" else 1) * config.width * config.num_classes
 
 
-def test_a_fused_token_is_counted_in_every_block_that_sees_it(
+def test_macs_include_the_fused_token_in_every_block_that_processes_it(
     tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT], images: Tensor
 ) -> None:
     config = replace(tiny_config, fuse_pruned=True)
@@ -67,7 +67,7 @@ def test_a_fused_token_is_counted_in_every_block_that_sees_it(
         assert counter.get_total_flops() == 2 * len(images) * count_macs(config, subnetwork)
 
 
-def test_the_micro_model_agrees_with_torch_as_well() -> None:
+def test_macs_of_the_micro_model_are_half_the_flops_that_torch_counts() -> None:
     model = SuperViT(LVVIT_MICRO).eval()
     model.blocks.train()
     images = torch.zeros(2, 3, 32, 32)

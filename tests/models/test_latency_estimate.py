@@ -19,26 +19,26 @@ def measured(*cells: Cell) -> dict[Cell, float]:
     return {cell: seconds(cell) for cell in cells}
 
 
-def test_what_costs_a_part_each_for_batch_image_and_arithmetic_is_foretold_exactly() -> None:
+def test_latencies_linear_in_batch_images_and_macs_are_estimated_exactly() -> None:
     estimate = LatencyEstimate(measured((CHEAPEST, 1), (CHEAPEST, 8), (DEAREST, 1), (DEAREST, 4)), MACS)
     assert estimate.seconds(CELLS) == pytest.approx([seconds(cell) for cell in CELLS])
     assert estimate.error == MIN_ERROR
 
 
-def test_one_cell_tells_the_order_of_magnitude_of_all_others() -> None:
+def test_one_measured_cell_gives_the_order_of_magnitude_of_all_others() -> None:
     estimate = LatencyEstimate({(SECOND, 2): 0.04}, MACS)
     assert estimate.seconds([(SECOND, 2)]) == pytest.approx([0.04])
     assert all(0.005 < found < 1 for found in estimate.seconds(CELLS))
     assert estimate.error == UNKNOWN_ERROR
 
 
-def test_no_part_of_the_cost_is_negative() -> None:
-    """Where dear batches measured faster than cheap ones, the rest is not said to take no time at all."""
+def test_no_factor_of_the_fit_is_negative() -> None:
+    """If costlier batches measured faster than cheaper ones, the estimates of the others still do not fall to 0."""
     estimate = LatencyEstimate({(CHEAPEST, 1): 0.03, (THIRD, 1): 0.02, (SECOND, 2): 0.025, (THIRD, 4): 0.02}, MACS)
     assert min(estimate.seconds(CELLS)) >= 0.015
 
 
-def test_a_cell_near_one_that_is_off_is_off_as_well() -> None:
+def test_a_cell_that_deviates_from_the_fit_corrects_the_estimates_near_it() -> None:
     known = measured((CHEAPEST, 1), (CHEAPEST, 8), (DEAREST, 1), (DEAREST, 8))
     plain, odd = LatencyEstimate(known, MACS), LatencyEstimate(known | {(SECOND, 1): 2 * seconds((SECOND, 1))}, MACS)
     near, far = [(SECOND, 2)], [(CHEAPEST, 8)]
@@ -47,7 +47,7 @@ def test_a_cell_near_one_that_is_off_is_off_as_well() -> None:
     assert odd.error > 2 * MIN_ERROR
 
 
-def test_no_estimate_lies_beyond_what_was_measured_of_cheaper_and_dearer_batches() -> None:
+def test_estimates_lie_between_the_measurements_of_cheaper_and_costlier_batches() -> None:
     known = measured((CHEAPEST, 1), (CHEAPEST, 8), (DEAREST, 1), (DEAREST, 8)) | {(SECOND, 2): 0.08, (THIRD, 2): 0.081}
     estimate = LatencyEstimate(known, MACS)
     between = MACS | {SubNetwork(9, 1.0): 300}

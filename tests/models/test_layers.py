@@ -36,7 +36,7 @@ def block(skip_divisor: float = 1.0, fuse_pruned: bool = False, drop_path: float
     return made.eval()
 
 
-def test_attention_is_that_of_torch_for_the_same_weights(tokens: Tensor) -> None:
+def test_attention_matches_that_of_torch_for_the_same_weights(tokens: Tensor) -> None:
     attention = Attention(8, 2, qkv_bias=True).eval()
     spread(attention)
     reference = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -63,18 +63,18 @@ def test_explicit_and_fused_attention_agree(tokens: Tensor) -> None:
     torch.testing.assert_close(explicit_scores, fused_scores)
 
 
-def test_scores_are_computed_on_demand_alone(tokens: Tensor) -> None:
+def test_scores_are_computed_only_on_request(tokens: Tensor) -> None:
     attention = Attention(8, 2, qkv_bias=True)
     assert attention.train()(tokens, with_scores=False)[1] is None
     assert attention.eval()(tokens, with_scores=False)[1] is None
 
 
 @pytest.mark.parametrize(("keep_rate", "left"), [(1.0, 10), (0.999, 10), (0.7, 8), (0.5, 6), (1e-6, 2)])
-def test_a_block_leaves_the_class_token_and_the_kept(tokens: Tensor, keep_rate: float, left: int) -> None:
+def test_a_block_returns_the_class_token_and_the_kept_tokens(tokens: Tensor, keep_rate: float, left: int) -> None:
     assert block()(tokens, keep_rate).shape == (2, left, 8)
 
 
-def test_pruning_falls_between_attention_and_mlp(tokens: Tensor) -> None:
+def test_a_block_prunes_between_attention_and_mlp(tokens: Tensor) -> None:
     pruning = block()
     attended, scores = pruning.attn(pruning.norm1(tokens), with_scores=True)
     x = tokens + attended
@@ -86,7 +86,7 @@ def test_pruning_falls_between_attention_and_mlp(tokens: Tensor) -> None:
     torch.testing.assert_close(got[1:].sort(dim=0).values, expected[1:].sort(dim=0).values)
 
 
-def test_a_fused_token_stands_last_and_goes_through_the_mlp(tokens: Tensor) -> None:
+def test_the_fused_token_comes_last_and_passes_through_the_mlp(tokens: Tensor) -> None:
     fusing = block(fuse_pruned=True)
     attended, scores = fusing.attn(fusing.norm1(tokens), with_scores=True)
     x = tokens + attended
@@ -104,14 +104,14 @@ def test_the_skip_divisor_divides_both_branches(tokens: Tensor) -> None:
     torch.testing.assert_close(halved(tokens, 1.0), x + halved.mlp(halved.norm2(x)) / 2)
 
 
-def test_drop_path_drops_either_branch_by_itself(tokens: Tensor) -> None:
+def test_drop_path_drops_each_branch_independently(tokens: Tensor) -> None:
     dropping = block(drop_path=0.5).train()
     attended = dropping.attn(dropping.norm1(tokens), with_scores=False)[0]
     outcomes = set()
     for x, branch in zip(tokens.repeat(40, 1, 1).chunk(40), [attended] * 40, strict=True):
         for before, of_attention, after in zip(x, branch, dropping(x, 1.0), strict=True):
             for drops_attention in (True, False):
-                middle = before if drops_attention else before + 2 * of_attention  # scaled by what is kept of them
+                middle = before if drops_attention else before + 2 * of_attention  # scaled by 1 / (1 - 0.5)
                 whole = middle + 2 * dropping.mlp(dropping.norm2(middle))
                 for drops_mlp, expected in ((True, middle), (False, whole)):
                     if torch.allclose(after, expected, atol=1e-5, rtol=1e-4):
@@ -129,7 +129,7 @@ def test_the_stem_halves_the_side_and_then_cuts_patches_row_by_row() -> None:
     images[:, :, 9, 18] = 5.0  # in patch row 2, column 4
     changed = (stem(images) != plain).any(dim=2)[0].nonzero().flatten().tolist()
     assert 2 * 6 + 4 in changed
-    assert all(index // 6 <= 4 and 3 <= index % 6 <= 5 for index in changed)  # the stem sees 15 px
+    assert all(index // 6 <= 4 and 3 <= index % 6 <= 5 for index in changed)  # the stem's convolutions see 15 px
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_the_stem_halves_the_side_and_then_cuts_patches_row_by_row() -> None:
         (partial(DropPath, 1.0), partial(timm.layers.DropPath, 1.0)),
     ],
 )
-def test_the_parts_compute_what_timms_do(
+def test_mlp_and_drop_path_match_those_of_timm(
     tokens: Tensor, ours: Callable[[], nn.Module], timms: Callable[[], nn.Module]
 ) -> None:
     parts = ours(), timms()
@@ -154,7 +154,7 @@ def test_the_parts_compute_what_timms_do(
         assert torch.equal(*outputs)
 
 
-def test_patches_are_embedded_as_by_timm() -> None:
+def test_the_patch_embedding_matches_that_of_timm() -> None:
     ours, timms = PatchEmbed(4, 8), timm.layers.PatchEmbed(None, 4, embed_dim=8)
     timms.load_state_dict(ours.state_dict())
     images = torch.randn(2, 3, 12, 12)

@@ -5,7 +5,7 @@ from models.processes import Process, gather, is_first, join_processes, joined_p
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
-def test_every_process_takes_the_gpu_of_its_own_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_process_uses_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     taken: list[torch.device] = []
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -15,7 +15,7 @@ def test_every_process_takes_the_gpu_of_its_own_number(monkeypatch: pytest.Monke
     assert taken == [torch.device("cuda:1")]
 
 
-def test_a_process_alone_is_the_first_and_gathers_from_itself() -> None:
+def test_a_single_process_is_the_first_and_gathers_only_its_own_value() -> None:
     with joined_processes("cpu") as process:
         assert process == Process(0, 1, torch.device("cpu"))
         assert process.is_first

@@ -21,7 +21,7 @@ def measured() -> ProfileTable:
     )
 
 
-def test_rows_stand_cheapest_first() -> None:
+def test_rows_are_sorted_cheapest_first() -> None:
     table = measured()
     assert [row.subnetwork for row in table.rows] == [CHEAP, FAIR, POOR, BEST]
     assert table.cheapest.subnetwork == CHEAP
@@ -40,13 +40,13 @@ def test_an_unmeasured_row_makes_every_row_part_of_the_frontier() -> None:
     assert table.frontier == table.rows
 
 
-def test_rows_of_equal_cost_stand_in_the_order_of_their_subnetworks() -> None:
+def test_rows_of_equal_cost_are_sorted_by_subnetwork() -> None:
     table = ProfileTable((SubNetworkProfile(FAIR, 5, 0.7), SubNetworkProfile(CHEAP, 5, 0.7)))
     assert [row.subnetwork for row in table.rows] == [CHEAP, FAIR]
     assert [row.subnetwork for row in table.frontier] == [CHEAP]
 
 
-def test_an_empty_profile_and_a_doubled_row_are_refused() -> None:
+def test_an_empty_profile_and_a_duplicate_row_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         ProfileTable(())
     with pytest.raises(ValueError, match="at most one row"):
@@ -65,10 +65,10 @@ def test_an_empty_profile_and_a_doubled_row_are_refused() -> None:
 )
 def test_values_out_of_range_are_refused(values: dict[str, float], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        replace(SubNetworkProfile(BEST, 1, 0.0, 1.0), **values)  # type: ignore[arg-type] # MACs are whole here
+        replace(SubNetworkProfile(BEST, 1, 0.0, 1.0), **values)  # type: ignore[arg-type] # MACs are integers here
 
 
-def test_an_unmeasured_profile_lists_the_whole_family_with_its_costs() -> None:
+def test_an_unmeasured_profile_lists_every_subnetwork_with_its_macs() -> None:
     config = SuperViTConfig()
     table = ProfileTable.unmeasured(config)
     assert table.by_subnetwork.keys() == set(config.subnetworks)
@@ -93,7 +93,7 @@ def with_rates() -> ProfileTable:
     )
 
 
-def test_rates_between_two_of_a_grid_lie_on_the_line_between_them() -> None:
+def test_accuracy_between_two_keep_rates_of_a_grid_is_interpolated_linearly() -> None:
     rows = with_rates().with_interpolated_rates(CONFIG, 0.05).by_subnetwork
     between = [SubNetwork(8, rate) for rate in (0.55, 0.6, 0.65)]
     assert [rows[sub].top1 for sub in between] == pytest.approx([0.71, 0.72, 0.73])
@@ -106,7 +106,7 @@ def test_rates_between_two_of_a_grid_lie_on_the_line_between_them() -> None:
     assert falling.top5 is None
 
 
-def test_probabilities_between_two_rates_are_scaled_half_as_at_either() -> None:
+def test_temperature_and_entropy_exponent_are_interpolated_between_keep_rates() -> None:
     low, high = (SubNetwork(8, rate) for rate in (0.5, 0.7))
     table = ProfileTable(
         (
@@ -119,12 +119,12 @@ def test_probabilities_between_two_rates_are_scaled_half_as_at_either() -> None:
 
 
 @pytest.mark.parametrize("exponent", [-0.1, 1.1, math.nan])
-def test_an_entropy_exponent_is_a_fraction(exponent: float) -> None:
+def test_an_entropy_exponent_that_is_not_a_fraction_is_refused(exponent: float) -> None:
     with pytest.raises(ValueError, match="entropy_exponent"):
         SubNetworkProfile(SubNetwork(8, 1.0), 1, entropy_exponent=exponent)
 
 
-def test_what_was_measured_stays_as_it_is_among_the_rates_between() -> None:
+def test_interpolating_keep_rates_leaves_measured_rows_unchanged() -> None:
     table = with_rates()
     extended = table.with_interpolated_rates(CONFIG, 0.05)
     assert [row for row in extended.rows if not row.is_interpolated] == list(table.rows)
@@ -132,7 +132,7 @@ def test_what_was_measured_stays_as_it_is_among_the_rates_between() -> None:
     assert extended.is_measured
 
 
-def test_the_whole_family_in_steps_of_a_twentieth_has_eleven_rates_a_grid() -> None:
+def test_interpolating_in_steps_of_a_twentieth_gives_eleven_keep_rates_per_grid() -> None:
     extended = ProfileTable.unmeasured(CONFIG).with_interpolated_rates(CONFIG, 0.05)
     rates = [sub.keep_rate for sub in extended.by_subnetwork if sub.patch_grid == 14]
     assert rates == [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
@@ -140,13 +140,13 @@ def test_the_whole_family_in_steps_of_a_twentieth_has_eleven_rates_a_grid() -> N
     assert all(row.top1 is None for row in extended.rows)
 
 
-def test_between_rates_that_were_added_there_is_nothing_more_to_add() -> None:
+def test_interpolating_keep_rates_again_adds_nothing() -> None:
     extended = with_rates().with_interpolated_rates(CONFIG, 0.05)
     assert extended.with_interpolated_rates(CONFIG, 0.05) == extended
     assert with_rates().with_interpolated_rates(CONFIG, 0.5) == with_rates()
 
 
-def test_a_rate_that_keeps_as_many_tokens_as_another_is_left_out() -> None:
+def test_a_keep_rate_that_keeps_as_many_tokens_as_another_is_left_out() -> None:
     config = SuperViTConfig(patch_grids=(2,), keep_rates=(0.5, 1.0))
     extended = ProfileTable.unmeasured(config).with_interpolated_rates(config, 0.05)
     # Of five tokens, 0.5 and 0.6 keep three patches in the first prune block; all from 0.65 on keep four, like 1.
@@ -158,7 +158,7 @@ def test_a_rate_that_keeps_as_many_tokens_as_another_is_left_out() -> None:
 CASCADE = CascadeProfile(CHEAP, BEST, threshold=0.85, share=0.25, top1=0.79)
 
 
-def test_a_cascade_costs_its_first_look_and_its_share_of_second_ones() -> None:
+def test_a_cascade_costs_its_first_subnetwork_and_its_share_of_the_second() -> None:
     table = replace(measured(), cascades=(CASCADE,))
     first, second = table.by_subnetwork[CHEAP].gflops, table.by_subnetwork[BEST].gflops
     assert table.expected_gflops(CASCADE) == pytest.approx(first + second / 4)
@@ -172,24 +172,24 @@ def test_a_cascade_costs_its_first_look_and_its_share_of_second_ones() -> None:
         replace(CASCADE, first=SubNetwork(9, 0.5)),
     ],
 )
-def test_a_cascade_is_of_two_rows_the_first_cheaper(wrong: CascadeProfile) -> None:
+def test_a_cascade_must_lead_from_a_row_to_a_costlier_row(wrong: CascadeProfile) -> None:
     with pytest.raises(ValueError, match="a cascade must lead to a costlier row, not from"):
         replace(measured(), cascades=(wrong,))
 
 
 @pytest.mark.parametrize("name", ["threshold", "share", "top1"])
-def test_what_is_said_of_a_cascade_are_fractions(name: str) -> None:
+def test_threshold_share_and_top1_of_a_cascade_must_be_fractions(name: str) -> None:
     for value in (-0.01, 1.01, float("nan")):
         with pytest.raises(ValueError, match=f"{name} of a cascade"):
-            replace(CASCADE, **{name: value})  # type: ignore[arg-type] # the names are the attributes'
+            replace(CASCADE, **{name: value})  # type: ignore[arg-type] # the names are those of attributes
 
 
-def test_rates_between_leave_the_cascades() -> None:
+def test_interpolating_keep_rates_keeps_the_cascades() -> None:
     cascade = CascadeProfile(SubNetwork(8, 0.5), SubNetwork(14, 1.0), threshold=0.85, share=0.25, top1=0.79)
     assert replace(with_rates(), cascades=(cascade,)).with_interpolated_rates(CONFIG, 0.05).cascades == (cascade,)
 
 
-def test_a_slow_row_is_more_work_than_its_multiply_accumulates_and_so_are_the_rates_beside_it() -> None:
+def test_slowness_multiplies_the_work_of_a_row_and_carries_over_to_interpolated_rows() -> None:
     config = SuperViTConfig()
     quick, slow = (replace(row, top1=0.5) for row in ProfileTable.unmeasured(config).rows[:2])
     assert (quick.work, replace(slow, slowness=1.5).work) == (quick.macs, 1.5 * slow.macs)
@@ -198,6 +198,6 @@ def test_a_slow_row_is_more_work_than_its_multiply_accumulates_and_so_are_the_ra
 
 
 @pytest.mark.parametrize("slowness", [0.99, math.inf, math.nan])
-def test_nothing_is_faster_than_the_other_rows(slowness: float) -> None:
+def test_a_slowness_below_1_or_not_finite_is_refused(slowness: float) -> None:
     with pytest.raises(ValueError, match="slowness must be finite and at least 1"):
         SubNetworkProfile(CHEAP, 1, slowness=slowness)

@@ -2,7 +2,7 @@ import pytest
 
 from models.subnetwork import SubNetwork, SuperViTConfig, num_kept_patch_tokens
 
-# Tokens of the published family before any block prunes and after each of the three that do, worked by hand.
+# Tokens of the published family before any block prunes and after each of the three that prune, worked by hand.
 TOKENS = {
     (8, 0.5): (65, 34, 18, 10),
     (8, 0.7): (65, 47, 34, 25),
@@ -43,20 +43,20 @@ def test_tokens_per_block_match_hand_worked_numbers(
     ("num_patch_tokens", "keep_rate", "kept"),
     [(196, 0.5, 99), (196, 0.7, 138), (196, 0.999, 196), (196, 1e-6, 1), (1, 0.5, 1), (9, 0.35, 4)],
 )
-def test_a_prune_block_rounds_up_and_always_drops_one_and_keeps_one(
+def test_a_prune_block_rounds_the_kept_tokens_up_and_keeps_at_least_one_and_at_most_all(
     num_patch_tokens: int, keep_rate: float, kept: int
 ) -> None:
     assert num_kept_patch_tokens(num_patch_tokens, keep_rate) == kept
 
 
-def test_prefix_tokens_are_never_pruned_and_count_for_nothing_in_what_is_kept() -> None:
+def test_prefix_tokens_are_never_pruned_and_do_not_change_how_many_patch_tokens_are_kept() -> None:
     config = SuperViTConfig(num_prefix_tokens=5)
     counts = config.tokens_per_block(SubNetwork(14, 0.5))
     assert config.num_tokens(SubNetwork(14, 0.5)) == 201
     assert [mlp for _, mlp in counts[3::3]] == [5 + 99, 5 + 50, 5 + 26]
 
 
-def test_a_fused_token_is_one_more_wherever_something_was_pruned() -> None:
+def test_a_block_that_prunes_adds_one_fused_token() -> None:
     config = SuperViTConfig(depth=4, prune_blocks=(1, 3), patch_grids=(4,), keep_rates=(0.5,), fuse_pruned=True)
     # 17 tokens: ceil(8.5) = 9 of 16 patch tokens stay, with the class token and the fused one 11; of those 6, so 8.
     assert config.tokens_per_block(config.largest) == ((17, 17), (17, 11), (11, 11), (11, 8))
@@ -65,7 +65,7 @@ def test_a_fused_token_is_one_more_wherever_something_was_pruned() -> None:
     assert config.tokens_per_block(SubNetwork(4, 1.0)) == ((17, 17),) * 4
 
 
-def test_the_largest_is_the_largest_grid_at_the_highest_keep_rate() -> None:
+def test_the_largest_subnetwork_has_the_largest_grid_and_the_highest_keep_rate() -> None:
     assert SuperViTConfig().largest == SubNetwork(14, 1.0)
     assert SuperViTConfig(keep_rates=(0.5, 0.7)).largest == SubNetwork(14, 0.7)
 
@@ -78,7 +78,7 @@ def test_a_coarser_grid_has_larger_patches() -> None:
     assert config.mlp_width == 1536
 
 
-def test_a_subnetwork_is_a_value_with_an_order_and_a_name() -> None:
+def test_a_subnetwork_is_hashable_ordered_and_printable() -> None:
     assert {SubNetwork(10, 0.7): "row"}[SubNetwork(10, 0.7)] == "row"
     assert SubNetwork(8, 1.0) < SubNetwork(10, 0.5) < SubNetwork(10, 0.7)
     assert str(SubNetwork(10, 0.7)) == "grid 10 at keep rate 0.7"

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import models.registered  # noqa: F401 - so that timm knows the SuperViTs by name
+import models.registered  # noqa: F401 - registers the SuperViTs with timm
 from models.subnetwork import SubNetwork, SuperViTConfig, num_kept_patch_tokens
 from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL, SuperViT
 from models.tokens import FUSED
 
 
 @pytest.mark.parametrize("config", [DEIT_SMALL, LVVIT_SMALL], ids=["deit", "lvvit"])
-def test_all_twelve_subnetworks_answer_the_logits_of_the_reference(
+def test_all_twelve_subnetworks_give_the_reference_logits(
     config: SuperViTConfig,
     drawn_weights: Callable[[SuperViTConfig], dict[str, Tensor]],
     parity_images: Tensor,
@@ -51,7 +51,7 @@ def test_training_and_inference_paths_agree(model: SuperViT, config: SuperViTCon
         torch.testing.assert_close(explicit, fused, atol=1e-5, rtol=1e-4)
 
 
-def test_the_head_on_patch_tokens_speaks_outside_training_alone(model: SuperViT, images: Tensor) -> None:
+def test_the_auxiliary_head_contributes_to_the_logits_only_outside_training(model: SuperViT, images: Tensor) -> None:
     (tokens,) = model.forward_rates(images, 3, (0.7,))
     normed = model.norm(tokens)
     of_class = model.head(normed[:, 0])
@@ -61,7 +61,9 @@ def test_the_head_on_patch_tokens_speaks_outside_training_alone(model: SuperViT,
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_two_rates_are_two_passes(model: SuperViT, config: SuperViTConfig, images: Tensor, training: bool) -> None:
+def test_forward_rates_gives_the_logits_of_one_forward_pass_per_keep_rate(
+    model: SuperViT, config: SuperViTConfig, images: Tensor, training: bool
+) -> None:
     model.train(training).patch_embed.eval()
     for subnetwork in (*config.subnetworks, SubNetwork(3, 0.2)):
         grid, rate = subnetwork.patch_grid, subnetwork.keep_rate
@@ -70,14 +72,14 @@ def test_two_rates_are_two_passes(model: SuperViT, config: SuperViTConfig, image
         torch.testing.assert_close(model.classify(pruned), model(images, subnetwork))
 
 
-def test_two_rates_of_a_model_that_never_prunes_are_the_same(
+def test_all_keep_rates_of_a_model_without_prune_blocks_give_the_same_tokens(
     tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT], images: Tensor
 ) -> None:
     full, pruned = build(replace(tiny_config, prune_blocks=())).forward_rates(images, 3, (1.0, 0.5))
     assert torch.equal(full, pruned)
 
 
-def test_forward_remembers_nothing_between_subnetworks(model: SuperViT, config: SuperViTConfig, images: Tensor) -> None:
+def test_forward_keeps_no_state_between_subnetworks(model: SuperViT, config: SuperViTConfig, images: Tensor) -> None:
     with torch.inference_mode():
         alone = {subnetwork: model(images, subnetwork) for subnetwork in config.subnetworks}
         for subnetwork in reversed(config.subnetworks):
@@ -91,7 +93,7 @@ def test_the_largest_subnetwork_is_the_default(model: SuperViT, config: SuperViT
     assert torch.equal(model(images), model(images, config.largest))
 
 
-def test_an_image_is_answered_alike_alone_and_in_a_batch(
+def test_an_image_gets_the_same_logits_alone_and_in_a_batch(
     model: SuperViT, config: SuperViTConfig, images: Tensor
 ) -> None:
     with torch.inference_mode():
@@ -111,7 +113,9 @@ def test_any_keep_rate_runs_at_every_grid(
         assert logits.isfinite().all()
 
 
-def test_blocks_see_the_tokens_that_the_config_counts(model: SuperViT, config: SuperViTConfig, images: Tensor) -> None:
+def test_blocks_process_as_many_tokens_as_tokens_per_block_states(
+    model: SuperViT, config: SuperViTConfig, images: Tensor
+) -> None:
     seen: list[tuple[int, int]] = []
     for block in model.blocks:
         block.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0].shape[1], out.shape[1])))
@@ -161,7 +165,7 @@ class ShapeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch
 
 
 def attention_matrices(model: SuperViT, images: Tensor, subnetwork: SubNetwork) -> set[tuple[int, ...]]:
-    """Shapes met that are one (N, N) matrix per image and head, for a token count N of this sub-network."""
+    """Return the shapes met that hold an (N, N) matrix per image and head, for a token count N of the sub-network."""
     counts = {count for pair in model.config.tokens_per_block(subnetwork) for count in pair}
     matrices = len(images) * model.config.num_heads
     with ShapeRecorder() as recorder, torch.inference_mode():
@@ -173,22 +177,22 @@ def attention_matrices(model: SuperViT, images: Tensor, subnetwork: SubNetwork) 
     }
 
 
-def test_inference_never_holds_a_whole_attention_matrix(
+def test_inference_never_materialises_an_attention_matrix(
     config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT], images: Tensor
 ) -> None:
-    model = build(replace(config, width=36))  # no head is as wide, 18, as there are tokens, 17 at most
+    model = build(replace(config, width=36))  # a head is 18 wide, which is no token count: those are at most 17
     for subnetwork in config.subnetworks:
         assert attention_matrices(model, images, subnetwork) == set()
-    assert attention_matrices(model.train(), images, config.largest)  # those of the training path are seen
+    assert attention_matrices(model.train(), images, config.largest)  # those of the training path are recorded
 
 
-def test_weight_decay_spares_the_class_token_and_the_position_embeddings(model: SuperViT) -> None:
+def test_weight_decay_excludes_the_class_token_and_the_position_embeddings(model: SuperViT) -> None:
     assert model.no_weight_decay() == {"cls_token", "pos_embed_list.0", "pos_embed_list.1", "pos_embed_list.2"}
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
 
 
-def test_patch_projections_start_as_wide_as_what_they_feed_asks(config: SuperViTConfig) -> None:
-    """A DeiT's is a linear layer, scaled by its inputs as in timm; the stem's kernels are scaled by their outputs."""
+def test_patch_projections_are_initialised_at_the_scale_of_their_flavour(config: SuperViTConfig) -> None:
+    """A DeiT's projection is a linear layer, scaled by its fan-in as in timm; the stem's is scaled by its fan-out."""
     torch.manual_seed(0)
     projection = SuperViT(replace(config, width=128, stem_width=64)).patch_embed.get_parameter("proj.weight")
     width, channels, side, _ = projection.shape
@@ -226,16 +230,16 @@ def test_timm_builds_every_registered_model(name: str, config: SuperViTConfig) -
         assert model.eval()(torch.zeros(1, 3, side, side), config.subnetworks[0]).shape == (1, 7)
 
 
-def test_timm_is_told_that_no_weights_are_hosted() -> None:
+def test_asking_timm_for_pretrained_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="no pretrained weights are available"):
         timm.create_model("supervit_lvvit_micro_patch4_32", pretrained=True)
 
 
 @pytest.mark.parametrize("fuse_pruned", [False, True])
-def test_a_trace_answers_as_forward_does_and_keeps_as_many_as_the_token_rule_says(
+def test_a_trace_has_the_logits_of_forward_and_keeps_as_many_patches_as_tokens_per_block_states(
     config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT], images: Tensor, fuse_pruned: bool
 ) -> None:
-    prefix = 3 if config.flavour == "deit" else 1  # an lvvit has one
+    prefix = 3 if config.flavour == "deit" else 1  # an lvvit has one prefix token
     model = build(replace(config, fuse_pruned=fuse_pruned, num_prefix_tokens=prefix))
     for subnetwork in (*config.subnetworks, SubNetwork(4, 0.33)):
         logits, traces = model.trace(images, subnetwork)
@@ -256,10 +260,10 @@ def test_a_trace_answers_as_forward_does_and_keeps_as_many_as_the_token_rule_say
 
 
 def looking_at(patches: tuple[int, ...], config: SuperViTConfig) -> SuperViT:
-    """A model of known attention: all its class token looks at is in `patches` of the largest grid, the first most.
+    """Build a model whose class token attends to `patches` of the largest grid, most of all to the first.
 
-    Attention reads its keys from one channel, where the position embeddings alone put something, and its values and
-    the MLP add nothing.
+    Attention reads its keys from one channel, which only the position embeddings fill. The values and the MLP add
+    nothing.
     """
     model = SuperViT(config).eval()
     with torch.no_grad():
@@ -272,13 +276,13 @@ def looking_at(patches: tuple[int, ...], config: SuperViTConfig) -> SuperViT:
             qkv.get_parameter("bias")[: config.width] = 1.0  # every query is the same
             qkv.get_parameter("weight")[config.width : 2 * config.width, 0] = 5.0
         positions = model.pos_embed_list[-1]
-        positions[0, :, 1] = 1.0  # or the norm would scale what little there is up to as much for every token
+        positions[0, :, 1] = 1.0  # else the norm would scale small values up to the same size for every token
         for rank, patch in enumerate(patches):
             positions[0, config.num_prefix_tokens + patch, 0] = 3.0 - rank
     return model
 
 
-def test_a_trace_names_the_patches_that_the_class_token_looks_at(tiny_config: SuperViTConfig) -> None:
+def test_a_trace_lists_the_patches_that_the_class_token_attends_to(tiny_config: SuperViTConfig) -> None:
     config = replace(tiny_config, num_prefix_tokens=2)
     model = looking_at((9, 2, 14), config)
     _, (first, second) = model.trace(torch.zeros(1, 3, 16, 16), SubNetwork(4, 0.17))

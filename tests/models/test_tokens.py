@@ -26,7 +26,7 @@ def test_scores_of_two_heads_match_numbers_worked_by_hand() -> None:
     torch.testing.assert_close(scores, torch.tensor([[(2 / 4 + 1 / 10) / 2, (1 / 4 + 8 / 10) / 2]]))
 
 
-def test_the_class_token_stays_first_and_the_best_scored_stay_with_it() -> None:
+def test_the_class_token_stays_first_and_the_highest_scored_tokens_are_kept() -> None:
     tokens = torch.arange(2 * 5 * 2, dtype=torch.float32).reshape(2, 5, 2)
     scores = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.9, 0.0, 0.05, 0.8]])
     kept = keep_top_tokens(tokens, scores, keep=2)
@@ -39,7 +39,7 @@ def test_the_class_token_stays_first_and_the_best_scored_stay_with_it() -> None:
     ]
 
 
-def test_the_others_are_fused_into_one_by_their_scores() -> None:
+def test_pruned_tokens_are_fused_into_one_weighted_by_their_scores() -> None:
     tokens = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [0.0, 2.0], [3.0, 3.0]]], requires_grad=True)
     scores = torch.tensor([[0.2, 0.1, 0.6]], requires_grad=True)
     kept = keep_top_tokens(tokens, scores, keep=1, fuse=True)
@@ -49,20 +49,20 @@ def test_the_others_are_fused_into_one_by_their_scores() -> None:
     torch.testing.assert_close(to_scores, torch.tensor([[1.0, 2.0, 0.0]]))
 
 
-def test_where_all_are_kept_nothing_is_fused() -> None:
+def test_nothing_is_fused_if_all_tokens_are_kept() -> None:
     tokens = torch.rand(2, 4, 3)
     kept = keep_top_tokens(tokens, torch.rand(2, 3), keep=3, fuse=True)
     assert kept.shape == (2, 4, 3)
 
 
-def test_gradients_reach_kept_tokens_alone() -> None:
+def test_gradients_reach_only_kept_tokens() -> None:
     tokens = torch.zeros(1, 4, 2, requires_grad=True)
     kept = keep_top_tokens(tokens, torch.tensor([[0.2, 0.5, 0.3]]), keep=1)
     (gradient,) = torch.autograd.grad(kept.sum(), tokens)
     assert gradient[0, :, 0].tolist() == [1, 0, 1, 0]
 
 
-def test_the_numbers_of_patches_go_the_way_of_their_tokens() -> None:
+def test_keep_origins_selects_patch_numbers_like_their_tokens() -> None:
     origins = torch.tensor([[4, 7, 9, FUSED]])
     pruning = Pruning(torch.tensor([[0.1, 0.4, 0.2, 0.3]]), torch.tensor([[3, 1]]))
     assert keep_origins(origins, pruning).tolist() == [[FUSED, 7]]

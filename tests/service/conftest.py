@@ -1,4 +1,4 @@
-"""A tiny checkpoint with a measured profile, a catalog with round latencies, and pictures in every format."""
+"""A tiny checkpoint with a measured profile, a catalog with round latencies, and images in every format."""
 
 import io
 from collections.abc import Callable
@@ -31,9 +31,9 @@ CONFIG = SuperViTConfig(
     num_classes=7,
     crop_fraction=1.0,
 )
-# The largest grid's pruned sub-network costs less than the smaller grid's would suggest: (2, 1) is dominated.
+# (2, 1) is dominated: it is less accurate than (2, 0.5), which costs less.
 TOP1 = {SubNetwork(2, 0.5): 0.5, SubNetwork(2, 1.0): 0.45, SubNetwork(4, 0.5): 0.7, SubNetwork(4, 1.0): 0.8}
-# Seconds of batches of 1, 2, 3 and 4: a fixed part and one for each image, so that all of them are easily worked out.
+# Seconds of batches of 1, 2, 3 and 4: a fixed part and a part for each image, so that they are easy to compute.
 SECONDS = {
     SubNetwork(2, 0.5): (2.0, 3.0, 4.0, 5.0),
     SubNetwork(4, 0.5): (4.0, 6.0, 8.0, 10.0),
@@ -43,7 +43,7 @@ SECONDS = {
 
 
 def stand_in(*class_names: str) -> Checkpoint:
-    """What a pipeline says that it answers with; there is no model."""
+    """Return the checkpoint that a pipeline reports; it has no model."""
     rows = tuple(SubNetworkProfile(sub, count_macs(CONFIG, sub), top1) for sub, top1 in TOP1.items())
     return Checkpoint("tiny", "0123456789ab", cast(SuperViT, None), CONFIG, class_names, ProfileTable(rows))
 
@@ -51,7 +51,7 @@ def stand_in(*class_names: str) -> Checkpoint:
 def opening(
     decode: Callable[[bytes], torch.Tensor], cost_s: float = 0.05, kind: str = "picture", memory_bytes: int = 0
 ) -> Callable[[bytes], OpenedImage]:
-    """Open any bytes as an image of one kind, which `decode` then decodes."""
+    """Return a function that opens any bytes as an image of one kind, which `decode` decodes."""
     return lambda data: OpenedImage(kind, cost_s, memory_bytes, lambda: decode(data))
 
 
@@ -75,7 +75,7 @@ def catalog(profiles: ProfileTable) -> VariantCatalog:
 
 @pytest.fixture
 def fast_catalog(profiles: ProfileTable) -> VariantCatalog:
-    """The same in a hundredth of the time: in fours, the levels answer 80, 40 and 20 requests a second."""
+    """The same catalog, 100 times as fast: in batches of 4, the levels answer 80, 40 and 20 requests a second."""
     seconds = {subnetwork: tuple(each / 100 for each in row) for subnetwork, row in SECONDS.items()}
     return VariantCatalog.of(profiles, LatencyTable((1, 2, 3, 4), seconds))
 
@@ -90,7 +90,7 @@ def checkpoint(profiles: ProfileTable) -> Checkpoint:
 
 @pytest.fixture
 def encode() -> Callable[..., bytes]:
-    """Encode a picture: encode(image, "PNG", **options) -> bytes."""
+    """Encode an image: encode(image, "PNG", **options) -> bytes."""
 
     def encode(image: Image.Image, image_format: str = "PNG", **variants: object) -> bytes:
         buffer = io.BytesIO()

@@ -1,15 +1,15 @@
-"""What requests grant, by hand: for tests whose catalogs are small."""
+"""Grants of requests, made by hand: for tests with small catalogs."""
 
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.scheduling.state import RequestConstraints
 from service.scheduling.variants import Grant, Variant
 
-MANY = 16  # levels, more than any of the catalogs has
+MANY = 16  # levels: more than any of the catalogs has
 
 
 def stand_in(index: int) -> Variant:
-    """Name a variant of a catalog by its place."""
+    """Return a variant that stands for the one at an index of a catalog."""
     return Variant(index, SubNetworkProfile(SubNetwork(2, 0.5), 1), (), index)
 
 
@@ -20,7 +20,7 @@ def constraints_for(
     over_limit: Variant | None = None,
     min_confidence: float = 0.0,
 ) -> RequestConstraints:
-    """Grant every level up to the highest and, above it, that one or what is over the limit; or one variant by name."""
+    """Grant every level up to the highest, and above it that level or `over_limit`; or only the `pinned` variant."""
     if pinned is not None:
         grant = Grant((pinned.index,) * MANY, -1, pinned, is_pinned=True)
     else:

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Noting(TorchEngine):
-    """Notes what it ran."""
+    """An engine that records what it ran."""
 
     def __init__(self, checkpoint: Checkpoint, described: str = "an engine") -> None:
         super().__init__(checkpoint.model, "cpu", threads=1)
@@ -52,7 +52,7 @@ class Noting(TorchEngine):
 
 
 class Stage:
-    """A model that is served, and what makes another."""
+    """A served model, and the maker of a candidate."""
 
     def __init__(self, checkpoint: Checkpoint, folder: Path, free_bytes: int = 10**12) -> None:
         self.settings = Settings(checkpoint=str(folder), profile_folder=folder, max_batch_size=2)
@@ -75,7 +75,7 @@ class Stage:
 
     def begin(self, checkpoint: Checkpoint, *others: object, **options: object) -> ProfileWithFile:
         self.begun += 1
-        return begin_profile(checkpoint, *others, budget_s=0.0, **options)  # type: ignore[arg-type] # as they are
+        return begin_profile(checkpoint, *others, budget_s=0.0, **options)  # type: ignore[arg-type] # passed on as they are
 
     def served(self, known: ProfileWithFile | LatencyTable) -> ServedModel:
         return assemble(
@@ -117,19 +117,19 @@ def path(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_checkpoint_is_loaded_where_the_memory_holds_it(checkpoint: Checkpoint, path: Path) -> None:
+def test_a_checkpoint_is_loaded_only_if_the_free_memory_suffices(checkpoint: Checkpoint, path: Path) -> None:
     needed = MEMORY_OF_FILE * path.stat().st_size + MEMORY_BYTES
     assert Stage(checkpoint, path.parent, needed).maker.load(str(path)).name == "other"
     with pytest.raises(ModelChangeError, match="a second model of this size may take 100 MB; only 100 MB are free"):
         Stage(checkpoint, path.parent, needed - 1).maker.load(str(path))
 
 
-def test_there_must_be_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_file_is_unreadable(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(UnreadableCheckpointError, match="no such file"):
         Stage(checkpoint, tmp_path).maker.load(str(tmp_path / "none.safetensors"))
 
 
-async def test_other_weights_of_the_same_shape_take_as_long_so_nothing_is_measured_anew(
+async def test_a_model_of_the_same_architecture_inherits_the_latencies_without_measuring(
     checkpoint: Checkpoint, path: Path
 ) -> None:
     stage = Stage(checkpoint, path.parent)
@@ -145,12 +145,12 @@ async def test_other_weights_of_the_same_shape_take_as_long_so_nothing_is_measur
 
 
 @pytest.mark.parametrize("is_on_gpu", [False, True])
-async def test_the_first_runs_in_either_precision_which_take_longest_keep_no_request_waiting(
+async def test_the_slow_first_runs_avoid_the_engine_thread_except_on_a_gpu(
     checkpoint: Checkpoint, path: Path, is_on_gpu: bool
 ) -> None:
     stage = Stage(checkpoint, path.parent)
-    stage.new.is_on_gpu = is_on_gpu  # which is for one thread alone
-    stage.new.warm_up = lambda: None  # type: ignore[method-assign] # of this one
+    stage.new.is_on_gpu = is_on_gpu  # a GPU may be used by the engine's thread alone
+    stage.new.warm_up = lambda: None  # type: ignore[method-assign] # of this engine only
     async with stage.serving(stage.measured()) as old:
         new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
     is_apart = [not name.startswith("engine") for name in stage.new.threads]
@@ -160,9 +160,7 @@ async def test_the_first_runs_in_either_precision_which_take_longest_keep_no_req
     new.close()
 
 
-async def test_a_table_that_is_to_be_believed_is_believed_of_the_new_one_too(
-    checkpoint: Checkpoint, path: Path
-) -> None:
+async def test_a_given_latency_table_is_used_for_the_new_model_as_well(checkpoint: Checkpoint, path: Path) -> None:
     table = LatencyTable((1, 2), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (0.1, 0.2)))
     stage = Stage(checkpoint, path.parent)
     async with stage.serving(table) as old:
@@ -172,7 +170,7 @@ async def test_a_table_that_is_to_be_believed_is_believed_of_the_new_one_too(
 
 
 @pytest.mark.parametrize("different", ["engine", "config"])
-async def test_another_shape_or_engine_is_measured(checkpoint: Checkpoint, path: Path, different: str) -> None:
+async def test_another_architecture_or_engine_is_measured(checkpoint: Checkpoint, path: Path, different: str) -> None:
     stage = Stage(checkpoint, path.parent)
     known, other = stage.measured(), load_checkpoint(path)
     if different == "engine":
@@ -186,7 +184,7 @@ async def test_another_shape_or_engine_is_measured(checkpoint: Checkpoint, path:
     new.close()
 
 
-async def test_what_answers_no_number_is_not_served(checkpoint: Checkpoint, path: Path) -> None:
+async def test_a_model_with_logits_that_are_not_finite_is_not_served(checkpoint: Checkpoint, path: Path) -> None:
     stage = Stage(checkpoint, path.parent)
     stage.new.bad = checkpoint.config.subnetworks[-1]
     async with stage.serving(stage.measured()) as old:
@@ -194,7 +192,7 @@ async def test_what_answers_no_number_is_not_served(checkpoint: Checkpoint, path
             await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
 
 
-async def test_what_is_run_these_days_is_rehearsed_where_it_takes_but_a_moment(
+async def test_recent_short_batches_are_rehearsed_unless_the_engine_pads_batches(
     checkpoint: Checkpoint, path: Path
 ) -> None:
     stage, (first, second, *_) = Stage(checkpoint, path.parent), checkpoint.config.subnetworks
@@ -215,13 +213,13 @@ async def test_what_is_run_these_days_is_rehearsed_where_it_takes_but_a_moment(
     new.close()
 
 
-async def test_a_gpus_engine_finds_out_how_much_memory_an_image_takes_and_captures_what_a_start_does(
+async def test_a_gpu_engine_warms_up_and_captures_the_same_graphs_as_at_a_start(
     checkpoint: Checkpoint, path: Path
 ) -> None:
     done: list[object] = []
     stage = Stage(checkpoint, path.parent)
-    stage.new.is_on_gpu = True  # there is none in truth
-    stage.new.warm_up = lambda: done.append("warm")  # type: ignore[method-assign] # of this one
+    stage.new.is_on_gpu = True  # in fact there is no GPU
+    stage.new.warm_up = lambda: done.append("warm")  # type: ignore[method-assign] # of this engine only
     stage.new.prepare = lambda *shape: done.append(shape)  # type: ignore[method-assign]
     async with stage.serving(stage.measured()) as old:
         new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
@@ -230,7 +228,9 @@ async def test_a_gpus_engine_finds_out_how_much_memory_an_image_takes_and_captur
     new.close()
 
 
-async def test_a_model_is_unused_once_no_request_is_in_it(checkpoint: Checkpoint, path: Path, photo: bytes) -> None:
+async def test_a_model_is_unused_once_it_has_answered_all_its_requests(
+    checkpoint: Checkpoint, path: Path, photo: bytes
+) -> None:
     stage = Stage(checkpoint, path.parent)
     async with stage.serving(stage.measured()) as model:
         assert model.is_unused
@@ -251,7 +251,7 @@ async def test_a_model_is_unused_once_no_request_is_in_it(checkpoint: Checkpoint
         assert model.is_unused
 
 
-async def test_what_is_only_prepared_is_in_no_metric_and_changes_no_allowance(
+async def test_a_prepared_model_affects_metrics_and_key_charges_only_once_it_is_announced(
     checkpoint: Checkpoint, path: Path
 ) -> None:
     stage = Stage(checkpoint, path.parent)
@@ -269,7 +269,7 @@ async def test_what_is_only_prepared_is_in_no_metric_and_changes_no_allowance(
 
 
 class Busy(Stage):
-    """Another process measures, and does not end."""
+    """A stage on which another process measures and does not end."""
 
     def begin(self, checkpoint: Checkpoint, *others: object, **options: object) -> ProfileWithFile:
         self.begun += 1
@@ -279,12 +279,14 @@ class Busy(Stage):
         return super().begin(checkpoint, *others, **options)
 
 
-async def test_a_server_that_stops_waits_for_no_process_that_measures(checkpoint: Checkpoint, path: Path) -> None:
+async def test_a_stopping_server_does_not_wait_for_another_process_that_measures(
+    checkpoint: Checkpoint, path: Path
+) -> None:
     stage = Busy(checkpoint, path.parent)
     async with stage.serving(stage.measured()) as old:
         stage.new.described = "another engine"
         preparing = asyncio.create_task(asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old))
-        while not stage.begun:  # noqa: ASYNC110 - a thread counts
+        while not stage.begun:  # noqa: ASYNC110 - another thread counts
             await asyncio.sleep(0.01)
         stage.is_stopping = True
         with pytest.raises(NotReadyError):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Watch:
-    """Looks at a file whenever a test lets time go by."""
+    """A watch that checks its file whenever a test lets time pass."""
 
     def __init__(self, path: Path, open_error: Exception | None = None) -> None:
         self.path, self.now, self.asked = path, 0.0, list[ModelChange]()
@@ -58,13 +58,13 @@ async def watch(tmp_path: Path) -> Watch:
     return Watch(tmp_path / "checkpoint.safetensors")
 
 
-async def test_a_file_that_stays_as_it_is_changes_nothing(watch: Watch) -> None:
+async def test_an_unchanged_file_begins_no_model_change(watch: Watch) -> None:
     await watch.look(10)
     assert watch.now == 10 * CHECK_S
     assert watch.asked == []
 
 
-async def test_a_file_that_is_replaced_is_served_once_it_is_level(watch: Watch) -> None:
+async def test_a_replaced_file_is_served_once_it_stops_changing(watch: Watch) -> None:
     await watch.look()
     watch.write("second")
     await watch.look(STABLE_CHECKS)
@@ -76,12 +76,12 @@ async def test_a_file_that_is_replaced_is_served_once_it_is_level(watch: Watch) 
 
 
 async def test_a_file_that_was_replaced_before_the_watch_began_is_served(watch: Watch) -> None:
-    watch.write("second")  # the model has been read, and nothing has looked yet
+    watch.write("second")  # after the model was read and before the first check
     await watch.look(STABLE_CHECKS + 10)
     assert watch.asked == [ModelChange(str(watch.path))]
 
 
-async def test_a_file_that_is_still_being_written_is_waited_for(watch: Watch) -> None:
+async def test_a_file_that_is_still_being_written_is_not_served_yet(watch: Watch) -> None:
     await watch.look()
     for length in range(1, 6):
         watch.write("x" * length)
@@ -91,7 +91,7 @@ async def test_a_file_that_is_still_being_written_is_waited_for(watch: Watch) ->
     assert len(watch.asked) == 1
 
 
-async def test_what_cannot_be_begun_yet_is_tried_again(watch: Watch) -> None:
+async def test_a_refused_model_change_is_tried_again(watch: Watch) -> None:
     await watch.look()
     watch.error = ModelChangeError("another change goes on")
     watch.write("second")
@@ -102,7 +102,7 @@ async def test_what_cannot_be_begun_yet_is_tried_again(watch: Watch) -> None:
     assert len(watch.asked) == 4
 
 
-async def test_a_file_that_is_taken_away_is_asked_for_once_it_is_back(watch: Watch) -> None:
+async def test_a_removed_file_is_served_once_it_is_back(watch: Watch) -> None:
     await watch.look()
     watch.path.unlink()
     await watch.look()
@@ -111,7 +111,7 @@ async def test_a_file_that_is_taken_away_is_asked_for_once_it_is_back(watch: Wat
     assert len(watch.asked) == 1
 
 
-async def test_a_file_that_cannot_be_found_is_looked_for_until_it_is_and_the_log_says_so_once(
+async def test_a_missing_file_is_looked_for_until_it_is_found_and_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     watch = Watch(tmp_path / "checkpoint.safetensors", RuntimeError("no hub answers"))
@@ -125,7 +125,7 @@ async def test_a_file_that_cannot_be_found_is_looked_for_until_it_is_and_the_log
     assert watch.asked == [ModelChange(str(watch.path))]
 
 
-async def test_a_watch_goes_on_after_any_error_and_each_trouble_is_told_once(
+async def test_a_watch_continues_after_any_error_and_logs_consecutive_errors_once(
     watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
     await watch.look()

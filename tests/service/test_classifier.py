@@ -5,7 +5,7 @@ from service.domain import ApiKey
 from service.errors import OverloadedError
 
 
-def test_one_address_may_have_so_many_requests_in_flight() -> None:
+def test_the_requests_in_flight_of_one_address_are_bounded() -> None:
     requests = ClientLimiter(1)
     with requests.counting("a") as enter_first, requests.counting("a") as enter_second:
         enter_first()
@@ -20,7 +20,7 @@ def test_one_address_may_have_so_many_requests_in_flight() -> None:
         enter()
 
 
-def test_a_client_with_a_key_is_known_by_it_wherever_it_is() -> None:
+def test_requests_with_a_key_are_counted_by_key_instead_of_by_address() -> None:
     requests = ClientLimiter(1, "being received")
     with requests.counting("a", ApiKey("mine")) as enter_first, requests.counting("b", ApiKey("mine")) as enter_second:
         enter_first()

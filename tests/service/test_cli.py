@@ -22,7 +22,7 @@ SHIPPED = "supervit-micro-cifar10"
 
 
 class BrokenEngine(TorchEngine):
-    """Fails as it warms up."""
+    """An engine whose warm-up fails."""
 
     def warm_up(self) -> None:
         raise RuntimeError("out of memory")
@@ -33,9 +33,7 @@ def test_serve_ends_when_the_model_cannot_run(checkpoint: Checkpoint, checkpoint
         serve(Settings(checkpoint=str(checkpoint_path), port=0), BrokenEngine(checkpoint.model, "cpu", 1))
 
 
-def test_serve_rejects_a_port_that_is_in_use_in_one_line(
-    checkpoint_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_serve_reports_a_port_in_use_in_one_line(checkpoint_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
@@ -44,8 +42,8 @@ def test_serve_rejects_a_port_that_is_in_use_in_one_line(
         assert error.endswith(f"cannot listen on 127.0.0.1 port {port}: Address already in use")
 
 
-def test_workers_do_not_join_those_of_another_server(checkpoint_path: Path) -> None:
-    """The kernel would let them in."""
+def test_workers_do_not_share_the_port_of_another_server(checkpoint_path: Path) -> None:
+    """The kernel would allow it: both sockets are shared (SO_REUSEPORT)."""
     with bind("127.0.0.1", 0, is_shared=True) as taken:
         taken.listen()
         settings = Settings(checkpoint=str(checkpoint_path), port=taken.getsockname()[1], workers=2)
@@ -54,7 +52,7 @@ def test_workers_do_not_join_those_of_another_server(checkpoint_path: Path) -> N
 
 
 @pytest.mark.parametrize(("cores", "threads", "max_utilization"), [(8, None, "0.5"), (4.5, "2", "0.25")])
-def test_workers_divide_a_quota_among_their_engines(
+def test_workers_divide_a_cpu_quota_among_their_engines(
     monkeypatch: pytest.MonkeyPatch, cores: float, threads: str | None, max_utilization: str
 ) -> None:
     monkeypatch.delenv("SUPERVIT_THREADS", raising=False)
@@ -64,9 +62,7 @@ def test_workers_divide_a_quota_among_their_engines(
     assert environment["SUPERVIT_MAX_UTILIZATION"] == max_utilization
     assert environment.get("SUPERVIT_THREADS") == threads
     assert environment["SUPERVIT_WORKERS"] == "2"
-    assert environment["SUPERVIT_CHECKPOINT"] == str(
-        find_checkpoint(settings.checkpoint)
-    )  # found once, for all of them
+    assert environment["SUPERVIT_CHECKPOINT"] == str(find_checkpoint(settings.checkpoint))  # found once for all workers
 
 
 def test_serve_rejects_more_workers_than_cores() -> None:
@@ -74,7 +70,7 @@ def test_serve_rejects_more_workers_than_cores() -> None:
         plan_workers(Settings(workers=2), range(8), 1.0)
 
 
-def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use() -> None:
+def test_workers_divide_the_utilization_ceiling_of_a_gpu_that_they_share() -> None:
     settings = Settings(workers=4, max_utilization=0.5)
     assert divide_limits(settings, 8, is_quota=False, is_on_cpu=False).max_utilization == 0.125
     assert divide_limits(settings, 8, is_quota=False, is_on_cpu=True).max_utilization == 0.5
@@ -92,7 +88,7 @@ def test_workers_divide_the_ceiling_on_a_gpu_that_all_of_them_use() -> None:
         ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, False, 1000),
     ],
 )
-def test_as_many_connections_are_allowed_as_the_limit_on_open_files_leaves_room_for(
+def test_the_limit_on_open_files_bounds_the_number_of_connections(
     caplog: pytest.LogCaptureFixture,
     limits: tuple[int, int],
     raised: tuple[int, int] | None,
@@ -106,7 +102,7 @@ def test_as_many_connections_are_allowed_as_the_limit_on_open_files_leaves_room_
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
-def test_serve_rejects_to_start_on_a_bad_checkpoint_in_one_line(
+def test_serve_reports_a_bad_checkpoint_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
 ) -> None:
     path = tmp_path / "bad.pth"
@@ -118,7 +114,7 @@ def test_serve_rejects_to_start_on_a_bad_checkpoint_in_one_line(
     assert str(path) in error
 
 
-def test_serve_rejects_workers_on_a_socket_of_others(
+def test_serve_rejects_workers_together_with_an_inherited_socket(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SUPERVIT_WORKERS", "4")
@@ -126,7 +122,7 @@ def test_serve_rejects_workers_on_a_socket_of_others(
     assert "leave out one of them" in capsys.readouterr().err
 
 
-def test_serve_rejects_a_device_that_is_not_there(checkpoint_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_rejects_a_device_that_does_not_exist(checkpoint_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--checkpoint", str(checkpoint_path), "--device", "cuda:77"]) == 1
     assert capsys.readouterr().err.startswith("supervit: device 'cuda:77' cannot be used")
 
@@ -143,7 +139,7 @@ def test_serve_rejects_a_device_that_is_not_there(checkpoint_path: Path, capsys:
         ["train", "d", "--patch-grids", "[4"],
     ],
 )
-def test_a_value_outside_its_range_is_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_option_value_is_a_usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("supervit: ")
@@ -152,7 +148,7 @@ def test_a_value_outside_its_range_is_wrong_usage(arguments: list[str], capsys: 
 
 
 @pytest.mark.parametrize("arguments", [["bogus"], ["serve", "--bogus"], ["serve", "extra"]])
-def test_an_unknown_command_or_option_is_wrong_usage_and_told_in_a_line(
+def test_an_unknown_command_or_option_is_a_usage_error_reported_in_one_line(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
@@ -162,7 +158,7 @@ def test_an_unknown_command_or_option_is_wrong_usage_and_told_in_a_line(
     assert error.count("\n") == 1
 
 
-def test_no_command_at_all_is_wrong_usage_and_shows_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_command_is_a_usage_error_and_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     shown = capsys.readouterr().out
     assert all(f" {name} " in shown for name in COMMANDS)
@@ -179,7 +175,7 @@ def test_no_command_at_all_is_wrong_usage_and_shows_which_there_are(capsys: pyte
         ("hf-hub:name", "a repository of the hub must be named hf-hub:owner/name"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_found_is_named_by_every_command(
+def test_every_command_names_a_checkpoint_that_it_cannot_find(
     command: list[str], name: str, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*command, name, *(["data"] if command == ["evaluate"] else [])]) == 1
@@ -199,7 +195,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["serve", "--help"], ["serve", "-h", "--port", "abc"]])
-def test_help_is_no_failure(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_exits_with_status_0(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     assert "Usage: supervit" in capsys.readouterr().out
 
@@ -212,21 +208,19 @@ def test_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(("typo", "meant"), [(["srve"], "serve"), (["serve", "--prot", "9"], "--port")])
-def test_a_typo_is_answered_with_what_may_be_meant(
-    typo: list[str], meant: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_typo_is_answered_with_a_suggestion(typo: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(typo) == 2
     assert meant in capsys.readouterr().err
 
 
-def test_an_option_that_is_a_control_character_is_no_command_to_the_terminal(
+def test_control_characters_of_an_option_do_not_reach_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["serve", "--\x1b[31m"]) == 2
     assert "\x1b" not in capsys.readouterr().err
 
 
-def test_a_full_disk_and_a_reader_that_has_left_are_failures() -> None:
+def test_a_full_disk_and_a_closed_pipe_are_failures() -> None:
     command = [sys.executable, "-m", "service.cli", "--version"]
     reading, writing = os.pipe()
     os.close(reading)
@@ -239,7 +233,7 @@ def test_a_full_disk_and_a_reader_that_has_left_are_failures() -> None:
     assert (into_pipe.returncode, into_pipe.stderr) == (1, "")
 
 
-def test_help_completion_and_wrong_usage_wait_for_no_torch() -> None:
+def test_help_and_usage_errors_import_no_heavy_library() -> None:
     words = [["--help"], *([name, "--help"] for name in COMMANDS), ["serve", "--port", "x"], ["classify", "a", "--x"]]
     heavy = ["torch", "timm", "matplotlib", "fastapi", "httpx", "openvino"]
     code = f"""import sys
@@ -250,7 +244,7 @@ print(*statuses, *(name for name in {heavy!r} if name in sys.modules), file=sys.
     assert done.stderr.splitlines()[-1].split() == [*"0" * (1 + len(COMMANDS)), "2", "2"]
 
 
-def test_the_list_of_commands_waits_for_no_model_of_options() -> None:
+def test_the_list_of_commands_does_not_import_pydantic() -> None:
     code = "import sys; from service.cli import main; main(['--help']); print('pydantic' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
@@ -264,18 +258,18 @@ def test_the_list_of_commands_waits_for_no_model_of_options() -> None:
         (["bench", "http://server"], "aiohttp", "bench"),
     ],
 )
-def test_a_library_of_an_extra_that_is_not_installed_is_told_with_the_extra(
+def test_a_missing_optional_library_is_reported_with_the_extra_that_installs_it(
     words: list[str], library: str, extra: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("models.evaluation.plots", "service.bench.connections", f"service.commands.{words[0]}"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, library, None)  # which is what makes an import fail
+    monkeypatch.setitem(sys.modules, library, None)  # makes its import fail
     assert main(words) == 1
     error = capsys.readouterr().err
     assert error == f"supervit: {library} is not installed; install it with pip install '.[{extra}]'\n"
 
 
-def test_ctrl_c_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_exits_with_status_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(io.BytesIO):
         def read(self, _: int | None = -1, /) -> bytes:
             raise KeyboardInterrupt

@@ -21,7 +21,7 @@ from tests.service.wire_answers import ANSWER, refusal
 
 @pytest.fixture
 async def in_process(checkpoint: Checkpoint, tmp_path: Path) -> AsyncIterator[AsyncClient]:
-    """A client of the whole service, in this process."""
+    """A client of the whole service, which runs in this process."""
     latencies = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (1e-06, 2e-06)))
     engine = TorchEngine(checkpoint.model, "cpu", threads=1)
     app = create_app(ServerRuntime(Settings(checkpoint=str(tmp_path)), checkpoint, engine, latencies))
@@ -34,7 +34,7 @@ async def in_process(checkpoint: Checkpoint, tmp_path: Path) -> AsyncIterator[As
 
 
 @pytest.mark.anyio
-async def test_the_server_answers_what_was_asked(in_process: AsyncClient, photo: bytes) -> None:
+async def test_classify_sends_its_options_and_parses_the_answer(in_process: AsyncClient, photo: bytes) -> None:
     answer = await in_process.classify(photo, budget_ms=5000, top_k=2, patch_grid=2, keep_rate=0.5)
     assert [entry.label[:6] for entry in answer.predictions] == ["thing "] * 2
     assert (answer.subnetwork.patch_grid, answer.subnetwork.keep_rate) == (2, 0.5)
@@ -43,13 +43,13 @@ async def test_the_server_answers_what_was_asked(in_process: AsyncClient, photo:
 
 
 @pytest.mark.anyio
-async def test_the_server_explains_what_it_looked_at(in_process: AsyncClient, photo: bytes) -> None:
+async def test_the_async_client_gets_an_explanation(in_process: AsyncClient, photo: bytes) -> None:
     answer = await in_process.explain(photo, patch_grid=4, keep_rate=0.5)
     assert [pruning.block for pruning in answer.explanation.prunings] == [1]
     assert answer.subnetwork.patch_grid == 4
 
 
-def test_the_client_that_blocks_explains_too() -> None:
+def test_the_blocking_client_gets_an_explanation() -> None:
     explanation = {"seen_share": 0.875, "prunings": []}
     asked = list[str]()
 
@@ -63,7 +63,7 @@ def test_the_client_that_blocks_explains_too() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_refusal_is_the_error_that_the_server_has_raised(in_process: AsyncClient, photo: bytes) -> None:
+async def test_an_error_answer_raises_the_same_error_as_in_the_server(in_process: AsyncClient, photo: bytes) -> None:
     cheapest = min(row.gflops for row in (await in_process.subnetworks()).subnetworks)
     with pytest.raises(BudgetTooSmallError, match="GFLOPs") as caught:
         await in_process.classify(photo, budget_gflops=cheapest / 2)
@@ -71,7 +71,7 @@ async def test_a_refusal_is_the_error_that_the_server_has_raised(in_process: Asy
 
 
 @pytest.mark.anyio
-async def test_the_async_client_tries_again_too() -> None:
+async def test_the_async_client_retries() -> None:
     script = iter([refusal(429, "overloaded", reason="full", retry_after_s=3), httpx.Response(200, json=ANSWER)])
     slept_s = []
 
@@ -84,7 +84,7 @@ async def test_the_async_client_tries_again_too() -> None:
     assert slept_s == [3]
 
 
-def test_an_image_is_bytes_or_a_path_or_an_open_file(tmp_path: Path) -> None:
+def test_an_image_may_be_bytes_a_path_or_an_open_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(b"image")
     bodies = []
@@ -101,7 +101,7 @@ def test_an_image_is_bytes_or_a_path_or_an_open_file(tmp_path: Path) -> None:
     assert bodies == [b"image"] * 4
 
 
-def test_only_what_was_given_is_in_the_query() -> None:
+def test_only_the_given_options_are_in_the_query() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         assert str(request.url) == "http://server/behind/classify?budget_gflops=2.3&priority=-1"
         return httpx.Response(200, json=ANSWER)
@@ -111,7 +111,7 @@ def test_only_what_was_given_is_in_the_query() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_key_goes_with_every_request() -> None:
+async def test_the_api_key_is_sent_with_every_request() -> None:
     sent = list[str | None]()
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -136,12 +136,12 @@ def test_a_client_without_retries_raises_at_once() -> None:
 
 @pytest.mark.parametrize("url", ["nonsense", "http://[::1", "localhost:8000", "ftp://server", "http://"])
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_what_is_no_address_of_a_server_is_refused_at_once(url: str, kind: type[Client | AsyncClient]) -> None:
+def test_an_invalid_server_url_is_rejected_at_once(url: str, kind: type[Client | AsyncClient]) -> None:
     with pytest.raises(InvalidParameterError, match="is not a URL"):
         kind(url)
 
 
-def test_importing_the_client_imports_nothing_of_the_server() -> None:
+def test_importing_the_client_imports_no_library_of_the_server() -> None:
     heavy = ("torch", "fastapi", "starlette", "PIL", "openvino", "timm", "prometheus_client", "psutil")
     found = f"import sys, service.client; print(*(name for name in {heavy!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True)

@@ -16,12 +16,12 @@ ANY = InferenceRequest(0.0)
 
 
 def rated(catalog: VariantCatalog, answers: float) -> InferenceRequest:
-    """Make a request whose key may spend as much at once as so many answers at the cheapest variant cost."""
+    """Make a request whose key may spend, at once, the cost of `answers` answers at the cheapest variant."""
     burst = answers * catalog.cheapest.gflops
     return replace(ANY, key=ApiKey("a", gflops_per_s=burst, burst_gflops=burst))
 
 
-def test_without_a_key_the_budget_alone_bounds_the_cost(catalog: VariantCatalog) -> None:
+def test_without_a_key_only_the_budget_bounds_the_cost(catalog: VariantCatalog) -> None:
     allowance = allow(ANY, catalog, KeyLedger(1.0), 0.0)
     assert (allowance.grant.best, allowance.max_gflops, allowance.is_rated) == (catalog.best, float("inf"), False)
     budget = catalog.variants[1].gflops
@@ -29,19 +29,19 @@ def test_without_a_key_the_budget_alone_bounds_the_cost(catalog: VariantCatalog)
     assert (capped.grant.best, capped.max_gflops, capped.is_rated) == (catalog.variants[1], budget, False)
 
 
-def test_a_rate_that_has_enough_left_bounds_nothing(catalog: VariantCatalog) -> None:
+def test_a_rate_with_enough_left_does_not_bound_the_cost(catalog: VariantCatalog) -> None:
     allowance = allow(rated(catalog, 1000.0), catalog, KeyLedger(1.0), 0.0)
     assert (allowance.grant.best, allowance.is_rated) == (catalog.best, False)
 
 
-def test_a_rate_that_has_less_left_admits_what_that_buys(catalog: VariantCatalog) -> None:
+def test_a_rate_with_too_little_left_bounds_the_cost_by_what_is_left(catalog: VariantCatalog) -> None:
     request = rated(catalog, 1.5)
     allowance = allow(request, catalog, KeyLedger(1.0), 0.0)
     assert allowance.is_rated
     assert allowance.grant.best.most_gflops <= allowance.max_gflops == 1.5 * catalog.cheapest.gflops
 
 
-def test_a_rate_below_the_lowest_level_buys_what_is_cheaper_if_slower(profiles: ProfileTable) -> None:
+def test_a_rate_below_the_lowest_level_grants_a_cheaper_but_slower_sub_network(profiles: ProfileTable) -> None:
     cheapest, *others = profiles.rows
     slow = ProfileTable((replace(cheapest, slowness=1000.0), *others))
     catalog = VariantCatalog.of(slow, LatencyTable((1,), {row.subnetwork: (row.work,) for row in slow.rows}))
@@ -51,7 +51,7 @@ def test_a_rate_below_the_lowest_level_buys_what_is_cheaper_if_slower(profiles: 
     assert allowance.grant.best.profile.subnetwork == cheapest.subnetwork
 
 
-def test_a_rate_that_has_not_even_the_cheapest_left_says_when_it_will(catalog: VariantCatalog) -> None:
+def test_a_used_up_rate_rejects_the_request_and_says_when_to_retry(catalog: VariantCatalog) -> None:
     request, ledger = rated(catalog, 2.0), KeyLedger(1.0)
     assert request.key is not None
     spent = ledger.charging(request.key, 1.5 * catalog.cheapest.gflops, 0.0)
@@ -60,7 +60,7 @@ def test_a_rate_that_has_not_even_the_cheapest_left_says_when_it_will(catalog: V
     assert (caught.value.reason, caught.value.details["retry_after_s"]) == ("key", 0.25)
 
 
-def test_of_images_that_are_answered_together_each_leaves_the_others_enough(catalog: VariantCatalog) -> None:
+def test_images_answered_together_each_leave_enough_of_the_rate_for_the_others(catalog: VariantCatalog) -> None:
     request, ledger, least = rated(catalog, 3.5), KeyLedger(1.0), catalog.cheapest.gflops
     assert request.key is not None
     with ExitStack() as charges:
@@ -71,7 +71,7 @@ def test_of_images_that_are_answered_together_each_leaves_the_others_enough(cata
         assert ledger.left_gflops(request.key, 0.0) >= 0
 
 
-def test_images_that_are_answered_together_wait_until_all_of_them_fit(catalog: VariantCatalog) -> None:
+def test_images_answered_together_are_rejected_until_all_of_them_fit_the_rate(catalog: VariantCatalog) -> None:
     request, ledger = rated(catalog, 4.0), KeyLedger(1.0)
     assert request.key is not None
     with ledger.charging(request.key, 3 * catalog.cheapest.gflops, 0.0):
@@ -83,14 +83,14 @@ def test_images_that_are_answered_together_wait_until_all_of_them_fit(catalog: V
         allow(replace(request, num_together=5), catalog, ledger, 0.0)
 
 
-def test_a_sub_network_by_name_waits_for_its_own_cost(catalog: VariantCatalog) -> None:
+def test_a_sub_network_requested_by_name_must_fit_the_rate_at_its_own_cost(catalog: VariantCatalog) -> None:
     request = replace(rated(catalog, 1.1), subnetwork=SubNetwork(4, 1.0))
     with pytest.raises(BudgetTooSmallError, match="more than this key may ever spend"):
         allow(request, catalog, KeyLedger(1.0), 0.0)
     assert not allow(replace(request, subnetwork=SubNetwork(2, 0.5)), catalog, KeyLedger(1.0), 0.0).is_rated
 
 
-def test_a_key_says_how_short_a_budget_may_be() -> None:
+def test_a_key_sets_the_shortest_latency_budget() -> None:
     request = replace(ANY, key=ApiKey("a", shortest_budget_ms=200.0))
     assert allow_time_ms(replace(request, budget_ms=200.0), 1000.0) == 200.0
     assert (allow_time_ms(request, 1000.0), allow_time_ms(request, 100.0)) == (1000.0, 200.0)
@@ -99,7 +99,7 @@ def test_a_key_says_how_short_a_budget_may_be() -> None:
     assert allow_time_ms(replace(ANY, budget_ms=1.0), 1000.0) == 1.0
 
 
-def test_a_priority_is_0_or_what_the_key_allows_where_none_is_named() -> None:
+def test_a_priority_defaults_to_0_and_is_at_most_what_the_key_allows() -> None:
     low, high = (replace(ANY, key=ApiKey("a", highest_priority=highest)) for highest in (-2, 5))
     assert [allow_priority(request) for request in (ANY, low, high)] == [0, -2, 0]
     assert allow_priority(replace(high, priority=5)) == 5

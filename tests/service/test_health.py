@@ -13,7 +13,7 @@ def fail(failures: ServerFailures, error: Exception, times: int = 1) -> None:
 
 
 @pytest.mark.parametrize("error", [OutOfMemoryError("none left"), RuntimeError("a bug")])
-def test_own_failures_in_a_row_are_told_until_one_request_is_answered(error: Exception) -> None:
+def test_consecutive_server_failures_are_persistent_until_one_request_is_answered(error: Exception) -> None:
     failures = ServerFailures(clock=lambda: 5.0)
     fail(failures, error, FAILURES_IN_A_ROW - 1)
     assert not failures.is_persistent
@@ -25,7 +25,7 @@ def test_own_failures_in_a_row_are_told_until_one_request_is_answered(error: Exc
 
 
 @pytest.mark.parametrize("error", [InvalidImageError("x"), OverloadedError("x", "full", 1.0), ModelError("x")])
-def test_what_clients_send_neither_makes_nor_ends_a_row(error: Exception) -> None:
+def test_client_overload_and_model_errors_neither_extend_nor_end_a_row_of_failures(error: Exception) -> None:
     failures = ServerFailures(clock=lambda: 5.0)
     fail(failures, error, 2 * FAILURES_IN_A_ROW)
     assert not failures.is_persistent
@@ -34,7 +34,7 @@ def test_what_clients_send_neither_makes_nor_ends_a_row(error: Exception) -> Non
     assert failures.is_persistent
 
 
-def test_after_a_pause_it_is_worth_another_try() -> None:
+def test_failures_are_not_persistent_after_a_pause_until_the_next_one() -> None:
     now = 5.0
     failures = ServerFailures(clock=lambda: now)
     fail(failures, OutOfMemoryError("x"), FAILURES_IN_A_ROW)

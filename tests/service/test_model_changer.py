@@ -33,7 +33,7 @@ NEW = replace(stand_in("a", "b"), name="new", version="111")
 
 
 class Model:
-    """Says the first class, or what a test wants."""
+    """A model that answers with the first class, unless a test sets other logits."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.seconds = 0.001
@@ -67,7 +67,7 @@ class Model:
 
 
 class Stage:
-    """A server of OLD that is to serve NEW, in virtual time; what happens at each look is a test's to say."""
+    """A server that changes from OLD to NEW in virtual time; a test sets what happens at each check of NEW."""
 
     def __init__(self, refusal: str | None = None) -> None:
         self.now = 1000.0
@@ -135,7 +135,7 @@ class Stage:
         self.models.start(cast(ServedModel, self.old))
         serving = asyncio.create_task(self.models.run())
         await asyncio.sleep(0)
-        self.changer.ask(ModelChange("new.safetensors", **wanted))  # type: ignore[arg-type] # as the tests have it
+        self.changer.ask(ModelChange("new.safetensors", **wanted))  # type: ignore[arg-type] # fields of the change
         report = await self.outcome()
         self.is_serving = not serving.done()
         self.served = cast(Model, self.models.main).checkpoint.name
@@ -160,7 +160,7 @@ async def stage() -> Stage:
     return Stage()
 
 
-async def test_a_model_that_agrees_takes_the_place_of_the_one_that_is_served(stage: Stage) -> None:
+async def test_a_model_that_agrees_with_the_served_one_replaces_it(stage: Stage) -> None:
     for _ in range(TIMED_IMAGES):
         stage.old.answer(3)
     report = await stage.change()
@@ -176,7 +176,7 @@ async def test_a_model_that_agrees_takes_the_place_of_the_one_that_is_served(sta
     assert stage.read("model_info", name="new", version="111") == 1
 
 
-async def test_the_old_one_stands_by_until_the_new_one_has_answered_some(stage: Stage) -> None:
+async def test_the_old_model_stands_by_until_the_new_one_has_given_enough_answers(stage: Stage) -> None:
     def look(step: str) -> None:
         if step == "watch":
             assert not stage.old.is_closed
@@ -188,7 +188,7 @@ async def test_the_old_one_stands_by_until_the_new_one_has_answered_some(stage: 
     assert stage.steps.count("watch") == WATCHED_ANSWERS
 
 
-async def test_the_old_one_stands_by_for_a_while_where_no_requests_come(stage: Stage) -> None:
+async def test_the_old_model_stands_by_for_a_fixed_time_if_no_requests_arrive(stage: Stage) -> None:
     stage.at_look = lambda _: None
     before = stage.now
     report = await stage.change()
@@ -197,7 +197,7 @@ async def test_the_old_one_stands_by_for_a_while_where_no_requests_come(stage: S
     assert (report.num_compared, report.agreement, report.latency_ratio) == (0, None, None)
 
 
-async def test_a_checkpoint_that_is_served_already_changes_nothing(stage: Stage) -> None:
+async def test_a_checkpoint_that_is_already_served_changes_nothing(stage: Stage) -> None:
     stage.new = Model(replace(NEW, version="000"))
     report = await stage.change()
     assert (report.outcome, report.message) == ("unchanged", "this model is already served")
@@ -207,7 +207,7 @@ async def test_a_checkpoint_that_is_served_already_changes_nothing(stage: Stage)
 @pytest.mark.parametrize(
     "error", [UnreadableCheckpointError("is cut short"), ModelChangeError("a second model may take 3000 MB")]
 )
-async def test_what_cannot_be_loaded_changes_nothing(stage: Stage, error: Exception) -> None:
+async def test_a_checkpoint_that_cannot_be_loaded_changes_nothing(stage: Stage, error: Exception) -> None:
     stage.load_error = error
     report = await stage.change()
     assert (report.outcome, report.message, report.step) == ("refused", str(error), "load")
@@ -217,7 +217,7 @@ async def test_what_cannot_be_loaded_changes_nothing(stage: Stage, error: Except
     assert stage.read("model_changes_total", outcome="refused") == 1
 
 
-async def test_what_cannot_be_compiled_changes_nothing_and_the_log_says_why(
+async def test_a_model_that_cannot_be_compiled_changes_nothing_and_the_log_says_why(
     stage: Stage, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage.prepare_error = RuntimeError("secret of a library")
@@ -228,7 +228,7 @@ async def test_what_cannot_be_compiled_changes_nothing_and_the_log_says_why(
     assert stage.served == "old"
 
 
-async def test_a_model_that_disagrees_is_refused_unless_forced(stage: Stage) -> None:
+async def test_a_model_that_disagrees_with_the_served_one_is_refused_unless_forced(stage: Stage) -> None:
     stage.new.logits = torch.tensor([[0.0, 1.0]])
     stage.old.answer()
     report = await stage.change()
@@ -264,7 +264,9 @@ async def test_a_model_whose_cheapest_sub_network_costs_too_much_is_refused_befo
 
 
 @pytest.mark.parametrize("different", [{"image_side": 32}, {"patch_grids": (4,)}])
-async def test_a_model_of_another_kind_needs_force_and_is_not_compared(different: dict[str, object]) -> None:
+async def test_a_model_with_another_image_size_or_patch_grids_needs_force_and_is_not_compared(
+    different: dict[str, object],
+) -> None:
     stage = Stage()
     stage.new = Model(replace(NEW, config=replace_config(different)))
     stage.old.answer()
@@ -280,12 +282,12 @@ async def test_a_model_of_another_kind_needs_force_and_is_not_compared(different
 
 
 def replace_config(different: dict[str, object]) -> SuperViTConfig:
-    """A configuration that differs, which need not be one that can be built."""
+    """Return a configuration that differs; a model need not be buildable from it."""
     fields = {"image_side": NEW.config.image_side, "patch_grids": NEW.config.patch_grids}
     return cast(SuperViTConfig, SimpleNamespace(**(fields | different)))
 
 
-async def test_a_model_that_answers_no_number_is_refused(stage: Stage) -> None:
+async def test_a_model_with_logits_that_are_not_finite_is_refused_even_if_forced(stage: Stage) -> None:
     stage.new.logits = torch.full((1, 2), float("nan"))
     stage.old.answer()
     report = await stage.change(force=True)
@@ -294,7 +296,7 @@ async def test_a_model_that_answers_no_number_is_refused(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("how", ["failed", "nan", "ended"])
-async def test_the_old_one_comes_back_where_the_new_one_fails_at_work(stage: Stage, how: str) -> None:
+async def test_the_old_model_returns_if_the_new_one_fails_while_serving(stage: Stage, how: str) -> None:
     def look(step: str) -> None:
         if step != "watch" or stage.models.main is not cast(ServedModel, stage.new):
             return
@@ -319,7 +321,7 @@ async def test_the_old_one_comes_back_where_the_new_one_fails_at_work(stage: Sta
 
 
 @pytest.mark.parametrize("how", ["well", "badly"])
-async def test_the_new_model_is_served_on_where_the_old_one_ends_while_it_stands_by(stage: Stage, how: str) -> None:
+async def test_the_new_model_stays_if_the_old_one_fails_while_standing_by(stage: Stage, how: str) -> None:
     def look(step: str) -> None:
         if step != "watch":
             return
@@ -337,14 +339,14 @@ async def test_the_new_model_is_served_on_where_the_old_one_ends_while_it_stands
     assert stage.read("model_info", name="new", version="111") == 1
 
 
-async def test_no_more_images_are_compared_than_are_kept_where_more_come(stage: Stage) -> None:
-    stage.old.then = stage.old.answer  # the next image has come before the one before it is compared
+async def test_the_number_of_compared_images_is_bounded_while_more_arrive(stage: Stage) -> None:
+    stage.old.then = stage.old.answer  # the next image arrives before the last one is compared
     stage.old.answer()
     report = await stage.change()
     assert report.num_compared == KEPT_IMAGES
 
 
-async def test_a_comparison_that_takes_long_ends_with_what_was_found(stage: Stage) -> None:
+async def test_a_slow_comparison_ends_with_the_images_compared_so_far(stage: Stage) -> None:
     stage.old.seconds = stage.new.seconds = 1.0
     stage.old.then = stage.old.answer
     stage.old.answer()
@@ -353,7 +355,7 @@ async def test_a_comparison_that_takes_long_ends_with_what_was_found(stage: Stag
     assert 0 < report.num_compared <= COMPARE_S
 
 
-async def test_a_shadow_is_compared_on_a_share_of_what_comes_meanwhile_and_answers_nothing(stage: Stage) -> None:
+async def test_a_shadow_is_compared_on_a_share_of_the_arriving_images_and_answers_no_request(stage: Stage) -> None:
     def look(step: str) -> None:
         assert step != "compare" or len(stage.models.all) == 1
         cast(Model, stage.models.main).answer()
@@ -367,7 +369,7 @@ async def test_a_shadow_is_compared_on_a_share_of_what_comes_meanwhile_and_answe
     assert report.num_compared == pytest.approx(looks / 2, rel=0.1)
 
 
-async def test_a_canary_answers_its_share_for_its_time_before_all_else_goes_to_it(stage: Stage) -> None:
+async def test_a_canary_answers_its_share_for_its_time_before_it_gets_all_requests(stage: Stage) -> None:
     mains: list[str] = []
 
     def look(step: str) -> None:
@@ -389,7 +391,7 @@ async def test_a_canary_that_fails_never_gets_all_requests(stage: Stage) -> None
     assert (report.outcome, report.step, stage.served) == ("went_back", "canary", "old")
 
 
-async def test_one_change_goes_on_at_a_time(stage: Stage) -> None:
+async def test_only_one_model_change_runs_at_a_time(stage: Stage) -> None:
     def look(_: str) -> None:
         with pytest.raises(ModelChangeError, match="another model change"):
             stage.changer.ask(ModelChange("third"))
@@ -399,7 +401,7 @@ async def test_one_change_goes_on_at_a_time(stage: Stage) -> None:
     assert (await stage.change()).outcome == "done"
 
 
-async def test_none_may_ask_where_none_may_but_the_server_itself() -> None:
+async def test_a_refusal_stops_changes_of_operators_but_not_those_of_the_server_itself() -> None:
     stage = Stage(refusal="one of several workers")
     with pytest.raises(ModelChangeError, match="one of several workers"):
         stage.changer.ask(ModelChange("new"))
@@ -407,7 +409,7 @@ async def test_none_may_ask_where_none_may_but_the_server_itself() -> None:
         stage.changer.begin(ModelChange("new"))
 
 
-async def test_a_server_that_stops_gives_up_what_goes_on(stage: Stage) -> None:
+async def test_a_stopping_server_cancels_the_model_change(stage: Stage) -> None:
     def look(step: str) -> None:
         if step == "watch":
             stage.changer.close()
@@ -419,6 +421,6 @@ async def test_a_server_that_stops_gives_up_what_goes_on(stage: Stage) -> None:
     assert stage.served == "old"
 
 
-async def test_a_server_that_stops_while_a_model_is_prepared_says_so(stage: Stage) -> None:
+async def test_a_change_is_reported_as_stopped_if_the_server_stops_during_the_preparation(stage: Stage) -> None:
     stage.prepare_error = NotReadyError("the server is stopping")
     assert (await stage.change()).outcome == "stopped"

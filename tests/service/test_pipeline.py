@@ -46,11 +46,11 @@ pytestmark = pytest.mark.anyio
 def wanted(
     budget_ms: float | None = 600_000, budget_gflops: float | None = None, **changes: float | str | SubNetwork
 ) -> InferenceRequest:
-    return replace(InferenceRequest(time.monotonic(), budget_ms, budget_gflops, top_k=2), **changes)  # type: ignore[arg-type] # the names are the attributes'
+    return replace(InferenceRequest(time.monotonic(), budget_ms, budget_gflops, top_k=2), **changes)  # type: ignore[arg-type] # the names are those of the attributes
 
 
 class Parts:
-    """The stages below the pipeline; decode and model wait at their gates."""
+    """The stages below the pipeline; decoding and inference wait at their gates."""
 
     def __init__(self) -> None:
         self.decode_gate, self.model_gate = threading.Event(), threading.Event()
@@ -85,7 +85,7 @@ class Parts:
 
 
 class Client(AbstractContextManager["Client"]):
-    """A client that may leave, as the watch over a connection tells the pipeline."""
+    """A client that may leave; it tells the pipeline as the watch of a connection does."""
 
     def __init__(self) -> None:
         self._has_left = False
@@ -107,16 +107,16 @@ class Client(AbstractContextManager["Client"]):
 
 
 class CountedPipeline(Pipeline):
-    """A pipeline whose requests are counted, as the route does it."""
+    """A pipeline that counts its requests, as the route does."""
 
-    def __init__(self, parts: Parts, *, scheduler: Scheduler, **options: Any) -> None:  # noqa: ANN401 - the pipeline's
+    def __init__(self, parts: Parts, *, scheduler: Scheduler, **options: Any) -> None:  # noqa: ANN401 - options of the pipeline
         super().__init__(scheduler=scheduler, ledger=parts.ledger, **options)
         self.scheduler = scheduler
         self._metrics = Metrics(parts.registry)
 
     def reserve(self, request: InferenceRequest) -> QueuedRequest:
         reserved = super().reserve(request)
-        assert reserved is not None, "its key has no rate"
+        assert reserved is not None, "no place is kept only for a key with a rate of work"
         return reserved
 
     async def classify(
@@ -164,7 +164,7 @@ async def running(
         batcher.stop()
     thread.shutdown(wait=True)
     decoder.close()
-    assert scheduler.backlog_s(time.monotonic()) == 0.0, "whatever became of them, none is left behind"
+    assert scheduler.backlog_s(time.monotonic()) == 0.0, "a request is left in the scheduler"
     assert parts.count("requests_in_flight") == 0.0
 
 
@@ -176,9 +176,9 @@ async def never(_: float) -> bytes:
     raise AssertionError("the body was read")
 
 
-async def test_what_is_decoded_counts_for_the_address_that_asked(profiles: ProfileTable) -> None:
+async def test_decode_time_counts_towards_the_bound_of_its_address(profiles: ProfileTable) -> None:
     parts = Parts()
-    decoder = Decoder(opening(parts.decode, 1.0), 2, 0, 1.5)  # a second each
+    decoder = Decoder(opening(parts.decode, 1.0), 2, 0, 1.5)  # each image costs 1 s
     async with running(parts, profiles, decoder=decoder) as pipeline:
         first = asyncio.create_task(pipeline.classify(two_bytes, wanted(address="1.2.3.4")))
         assert await asyncio.to_thread(parts.decoding.wait, 10)
@@ -190,13 +190,13 @@ async def test_what_is_decoded_counts_for_the_address_that_asked(profiles: Profi
         await asyncio.gather(first, other)
 
 
-async def test_the_event_loop_goes_on_while_images_are_decoded_and_models_run(profiles: ProfileTable) -> None:
+async def test_decoding_and_inference_do_not_block_the_event_loop(profiles: ProfileTable) -> None:
     parts = Parts()
     async with running(parts, profiles) as pipeline:
         request = asyncio.create_task(pipeline.classify(two_bytes, wanted()))
         for gate in (parts.decode_gate, parts.model_gate):
             for _ in range(100):
-                await asyncio.sleep(0)  # would never come back if a stage held the loop
+                await asyncio.sleep(0)  # would never return if a stage blocked the loop
             assert not request.done()
             gate.set()
         answer = await request
@@ -204,7 +204,7 @@ async def test_the_event_loop_goes_on_while_images_are_decoded_and_models_run(pr
     assert parts.threads == {"decode_0", "engine_0"}
 
 
-async def test_more_than_the_limit_are_rejected_before_their_bodies_are_read(profiles: ProfileTable) -> None:
+async def test_requests_beyond_max_in_flight_are_rejected_before_their_bodies_are_read(profiles: ProfileTable) -> None:
     parts = Parts()
     reads = 0
 
@@ -225,7 +225,7 @@ async def test_more_than_the_limit_are_rejected_before_their_bodies_are_read(pro
         assert await pipeline.classify(read, wanted())
 
 
-async def test_a_request_whose_body_still_comes_holds_no_slot(profiles: ProfileTable) -> None:
+async def test_a_request_holds_no_slot_while_its_body_arrives(profiles: ProfileTable) -> None:
     arrives = asyncio.Event()
 
     async def drip(_: float) -> bytes:
@@ -247,7 +247,7 @@ async def test_a_request_whose_body_still_comes_holds_no_slot(profiles: ProfileT
         pipeline.check_room()
 
 
-async def test_waiting_for_a_decode_thread_is_told_apart_from_the_queue(profiles: ProfileTable) -> None:
+async def test_the_wait_for_a_decode_thread_is_reported_apart_from_the_queue_time(profiles: ProfileTable) -> None:
     parts, now = Parts(), 5.0
     parts.model_gate.set()
     async with running(parts, profiles, clock=lambda: now) as pipeline:
@@ -262,7 +262,7 @@ async def test_waiting_for_a_decode_thread_is_told_apart_from_the_queue(profiles
     assert first.queue_s == second.queue_s == pytest.approx(0.0)
 
 
-async def test_a_request_that_is_cancelled_while_its_image_waits_is_never_decoded(profiles: ProfileTable) -> None:
+async def test_a_request_cancelled_while_its_image_waits_is_never_decoded(profiles: ProfileTable) -> None:
     parts = Parts()
     parts.model_gate.set()
     async with running(parts, profiles) as pipeline:
@@ -276,7 +276,7 @@ async def test_a_request_that_is_cancelled_while_its_image_waits_is_never_decode
 
 
 @pytest.mark.parametrize(("after_s", "missed"), [(0.0, 0), (0.2, 1)])
-async def test_a_client_that_leaves_once_its_deadline_has_passed_was_missed(
+async def test_a_client_that_leaves_after_its_deadline_counts_as_a_missed_deadline(
     profiles: ProfileTable, after_s: float, missed: int
 ) -> None:
     parts, client, now = Parts(), Client(), 1000.0
@@ -296,7 +296,7 @@ async def test_a_client_that_leaves_once_its_deadline_has_passed_was_missed(
         parts.open()
 
 
-async def test_a_key_pays_for_what_is_broken_off_only_once_its_image_may_have_been_decoded(
+async def test_a_key_is_charged_for_a_cancelled_request_only_once_its_image_may_have_been_decoded(
     profiles: ProfileTable,
 ) -> None:
     parts, charged = Parts(), list[float]()
@@ -319,7 +319,9 @@ async def test_a_key_pays_for_what_is_broken_off_only_once_its_image_may_have_be
     assert charged == [0.0, 0.25]
 
 
-async def test_what_is_cut_off_at_the_end_of_the_drain_is_no_client_that_left(profiles: ProfileTable) -> None:
+async def test_a_request_cut_off_at_the_end_of_the_drain_does_not_count_as_a_client_that_left(
+    profiles: ProfileTable,
+) -> None:
     parts, client = Parts(), Client()
     async with running(parts, profiles) as pipeline:
         cut_off = asyncio.create_task(pipeline.classify(two_bytes, wanted(), Client()))
@@ -335,7 +337,7 @@ async def test_what_is_cut_off_at_the_end_of_the_drain_is_no_client_that_left(pr
     assert parts.count("deadlines_total", result="missed") == 1
 
 
-async def test_a_body_has_no_longer_to_arrive_than_its_request_has(profiles: ProfileTable) -> None:
+async def test_a_body_must_arrive_within_what_is_left_of_the_latency_budget(profiles: ProfileTable) -> None:
     granted: list[float] = []
 
     async def read(within_s: float) -> bytes:
@@ -347,7 +349,9 @@ async def test_a_body_has_no_longer_to_arrive_than_its_request_has(profiles: Pro
     assert granted == [pytest.approx(0.5, abs=0.01)]
 
 
-async def test_a_budget_that_nothing_fits_is_rejected_before_the_body_is_read(profiles: ProfileTable) -> None:
+async def test_a_cost_budget_that_no_sub_network_fits_is_rejected_before_the_body_is_read(
+    profiles: ProfileTable,
+) -> None:
     parts = Parts()
     async with running(parts, profiles) as pipeline:
         with pytest.raises(BudgetTooSmallError):
@@ -356,7 +360,7 @@ async def test_a_budget_that_nothing_fits_is_rejected_before_the_body_is_read(pr
 
 
 @pytest.mark.parametrize("seconds", [(0.0029504, 0.004), (0.0842, 0.1)])
-async def test_a_time_that_no_sub_network_can_meet_is_rejected_with_the_shortest_that_one_can(
+async def test_a_latency_budget_that_no_sub_network_can_meet_is_rejected_with_the_shortest_that_one_can(
     profiles: ProfileTable, seconds: tuple[float, float]
 ) -> None:
     async with running(Parts().open(), profiles, seconds=seconds, clock=lambda: 5.0) as pipeline:
@@ -369,7 +373,7 @@ async def test_a_time_that_no_sub_network_can_meet_is_rejected_with_the_shortest
             await pipeline.classify(two_bytes, InferenceRequest(5.0, smallest_ms - 0.002, top_k=2))
 
 
-async def test_a_deadline_that_passes_before_decoding_costs_no_decoding(profiles: ProfileTable) -> None:
+async def test_a_request_whose_deadline_passes_before_decoding_is_not_decoded(profiles: ProfileTable) -> None:
     parts, now = Parts(), 5.0
     parts.model_gate.set()
 
@@ -384,7 +388,9 @@ async def test_a_deadline_that_passes_before_decoding_costs_no_decoding(profiles
         assert parts.decodes == 0
 
 
-async def test_the_answer_says_what_was_decided_why_and_whether_it_was_in_time(profiles: ProfileTable) -> None:
+async def test_the_answer_reports_the_decision_its_reason_and_whether_the_deadline_was_met(
+    profiles: ProfileTable,
+) -> None:
     parts = Parts()
     parts.decode_gate.set()
     parts.model_gate.set()
@@ -400,7 +406,7 @@ async def test_the_answer_says_what_was_decided_why_and_whether_it_was_in_time(p
 
 
 @pytest.mark.parametrize("budget_ms", [1e-9, 0.0, -5.0, float("nan"), float("-inf")])
-async def test_a_budget_that_is_no_time_at_all_is_rejected_and_changes_nothing_for_others(
+async def test_a_meaningless_latency_budget_is_rejected_and_affects_no_other_request(
     profiles: ProfileTable, budget_ms: float
 ) -> None:
     async with running(Parts().open(), profiles) as pipeline:
@@ -412,7 +418,7 @@ async def test_a_budget_that_is_no_time_at_all_is_rejected_and_changes_nothing_f
         assert (await pipeline.classify(two_bytes, wanted(1e9))).deadline_met
 
 
-async def test_a_request_without_a_budget_gets_the_servers_default(profiles: ProfileTable) -> None:
+async def test_a_request_without_a_latency_budget_gets_the_servers_default(profiles: ProfileTable) -> None:
     async with running(Parts().open(), profiles) as pipeline:
         answer = await pipeline.classify(two_bytes, wanted(budget_ms=None))
     assert answer.budget_s == 60.0
@@ -420,27 +426,31 @@ async def test_a_request_without_a_budget_gets_the_servers_default(profiles: Pro
     assert answer.decision.code is ReasonCode.ALONE
 
 
-async def test_a_client_that_waits_less_than_the_budget_shortens_it(profiles: ProfileTable) -> None:
+async def test_the_time_that_a_client_waits_bounds_its_latency_budget(profiles: ProfileTable) -> None:
     async with running(Parts().open(), profiles) as pipeline:
         default = await pipeline.classify(two_bytes, wanted(budget_ms=None, client_waits_s=20.0))
         patient = await pipeline.classify(two_bytes, wanted(budget_ms=30_000, client_waits_s=120.0))
     assert (default.budget_s, patient.budget_s) == (20.0, 30.0)
 
 
-async def test_a_client_that_waits_for_no_sub_network_has_asked_for_nothing_wrong(profiles: ProfileTable) -> None:
+async def test_a_client_that_waits_too_briefly_gets_a_deadline_error_instead_of_a_budget_error(
+    profiles: ProfileTable,
+) -> None:
     async with running(Parts(), profiles) as pipeline:
         with pytest.raises(DeadlineError, match="even on an idle machine"):
             await pipeline.classify(never, wanted(client_waits_s=1e-9))
 
 
-async def test_what_cannot_be_answered_in_time_is_rejected_before_its_body_is_read(profiles: ProfileTable) -> None:
+async def test_a_request_that_cannot_meet_its_deadline_is_rejected_before_its_body_is_read(
+    profiles: ProfileTable,
+) -> None:
     parts = Parts()
     parts.decode_gate.set()
     request = InferenceRequest(5.0, budget_ms=1750)
     async with running(parts, profiles, seconds=(1.0, 1.2), clock=lambda: 5.0) as pipeline:
         admitted = asyncio.create_task(pipeline.classify(two_bytes, request))
         await asyncio.to_thread(parts.running.wait, 10)
-        # The batch that runs ends after 1 s, this would after 2, and 3 ms are the socket's.
+        # The running batch ends after 1 s, this request would after 2 s, and 3 ms of its budget are for the transport.
         with pytest.raises(OverloadedError) as caught:
             await pipeline.classify(never, request)
         assert caught.value.details == {"reason": "backlog", "retry_after_s": 0.253}
@@ -450,14 +460,14 @@ async def test_what_cannot_be_answered_in_time_is_rejected_before_its_body_is_re
     assert parts.count("deadlines_total", result="missed") == 1
 
 
-async def test_more_predictions_than_classes_are_rejected_before_the_body_is_read(profiles: ProfileTable) -> None:
+async def test_a_top_k_above_the_number_of_classes_is_rejected_before_the_body_is_read(profiles: ProfileTable) -> None:
     async with running(Parts(), profiles) as pipeline:
         with pytest.raises(InvalidParameterError, match="has only 3 classes"):
             await pipeline.classify(never, wanted(top_k=4))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-async def test_an_answer_that_is_no_number_is_the_models_error(profiles: ProfileTable, value: float) -> None:
+async def test_logits_that_are_not_finite_are_a_model_error(profiles: ProfileTable, value: float) -> None:
     parts = Parts().open()
     parts.logits = torch.full((3, 3), value)
     async with running(parts, profiles) as pipeline:
@@ -466,7 +476,7 @@ async def test_an_answer_that_is_no_number_is_the_models_error(profiles: Profile
     assert parts.count("requests_total", outcome="model_error") == 1
 
 
-async def test_probabilities_are_the_softmax_of_the_logits_and_stand_best_first(profiles: ProfileTable) -> None:
+async def test_probabilities_are_the_softmax_of_the_logits_with_the_best_first(profiles: ProfileTable) -> None:
     parts = Parts().open()
     parts.logits = torch.tensor([[1000.0, -1000.0, 1000.0 + 1.0]]).repeat(3, 1)
     async with running(parts, profiles) as pipeline:
@@ -477,7 +487,7 @@ async def test_probabilities_are_the_softmax_of_the_logits_and_stand_best_first(
     )
 
 
-async def test_probabilities_are_softened_by_the_temperature_of_the_sub_network_that_ran() -> None:
+async def test_probabilities_use_the_temperature_of_the_sub_network_that_ran() -> None:
     hot, cold = SubNetwork(4, 0.5), SubNetwork(4, 1.0)
     profiles = ProfileTable(
         (SubNetworkProfile(hot, 10, 0.7, temperature=2.0), SubNetworkProfile(cold, 20, 0.8, temperature=0.5))
@@ -492,7 +502,7 @@ async def test_probabilities_are_softened_by_the_temperature_of_the_sub_network_
 
 
 @pytest.mark.parametrize("logits", [[0.0, 3.0, -1000.0], [2.0, 2.5, 1.0], [0.0, 1000.0, 0.0], [0.0, 3e38, -3e38]])
-async def test_probabilities_are_scaled_as_they_were_in_calibration(logits: list[float]) -> None:
+async def test_probabilities_are_scaled_as_in_calibration(logits: list[float]) -> None:
     subnetwork = SubNetwork(4, 1.0)
     row = SubNetworkProfile(subnetwork, 10, 0.7, temperature=1.2, entropy_exponent=0.4)
     parts = Parts().open()
@@ -503,7 +513,7 @@ async def test_probabilities_are_scaled_as_they_were_in_calibration(logits: list
     assert [prediction.probability for prediction in answer.predictions] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
-async def test_a_name_that_costs_more_than_the_best_is_answered_and_saves_nothing() -> None:
+async def test_a_sub_network_by_name_that_costs_more_than_the_best_runs_and_saves_nothing() -> None:
     good, dear = SubNetwork(4, 0.5), SubNetwork(4, 1.0)
     profiles = ProfileTable((SubNetworkProfile(good, 10, 0.7), SubNetworkProfile(dear, 20, 0.6)))
     async with running(Parts().open(), profiles) as pipeline:
@@ -513,7 +523,7 @@ async def test_a_name_that_costs_more_than_the_best_is_answered_and_saves_nothin
     assert answer.saved_gflops == 0.0
 
 
-async def test_a_decision_in_advance_runs_nothing_and_is_what_then_happens(profiles: ProfileTable) -> None:
+async def test_a_forecast_runs_nothing_and_matches_the_decision_that_follows(profiles: ProfileTable) -> None:
     parts = Parts().open()
     async with running(parts, profiles) as pipeline:
         for request in (
@@ -533,7 +543,7 @@ async def test_a_decision_in_advance_runs_nothing_and_is_what_then_happens(profi
     assert parts.decodes == 3
 
 
-async def test_a_client_that_leaves_while_it_uploads_waits_or_runs_is_forgotten(profiles: ProfileTable) -> None:
+async def test_a_request_is_dropped_at_any_stage_once_its_client_leaves(profiles: ProfileTable) -> None:
     parts = Parts()
 
     async def forever(_: float) -> bytes:
@@ -552,7 +562,7 @@ async def test_a_client_that_leaves_while_it_uploads_waits_or_runs_is_forgotten(
         in_engine = asyncio.create_task(pipeline.classify(two_bytes, wanted(), clients[2]))
         await asyncio.to_thread(parts.running.wait, 10)
         queued = asyncio.create_task(pipeline.classify(two_bytes, wanted(), clients[3]))
-        while not len(pipeline.scheduler):  # noqa: ASYNC110 - it does not tell
+        while not len(pipeline.scheduler):  # noqa: ASYNC110 - the scheduler has no event for this
             await asyncio.sleep(0)
         for client in clients[2:]:
             client.leave()
@@ -563,7 +573,7 @@ async def test_a_client_that_leaves_while_it_uploads_waits_or_runs_is_forgotten(
 
 
 class BusyLoop:
-    """The CPU time of an event loop of which every request that is read takes four seconds."""
+    """The CPU time of an event loop in which every request that is read takes 4 s."""
 
     def __init__(self) -> None:
         self.spent_s = 0.0
@@ -582,7 +592,9 @@ def reject_early(pipeline: Pipeline, loop: BusyLoop) -> None:
         pipeline.reserve(InferenceRequest(5.0, budget_ms=2))
 
 
-async def test_an_event_loop_that_is_busy_is_reckoned_with_at_admission(profiles: ProfileTable) -> None:
+async def test_admission_learns_from_cheap_rejections_that_the_event_loop_is_no_longer_busy(
+    profiles: ProfileTable,
+) -> None:
     loop, request = BusyLoop(), InferenceRequest(5.0, budget_ms=1000)
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for _ in range(3 * UPDATE_EVERY):
@@ -590,10 +602,10 @@ async def test_an_event_loop_that_is_busy_is_reckoned_with_at_admission(profiles
         for _ in range(3 * UPDATE_EVERY):
             with pytest.raises(OverloadedError):
                 await pipeline.classify(never, replace(request, budget_ms=2))
-        assert await pipeline.classify(two_bytes, request)  # the refusals took next to nothing: it knows better now
+        assert await pipeline.classify(two_bytes, request)  # the rejections took almost no time of the loop
 
 
-async def test_a_request_that_a_busy_loop_would_answer_too_late_is_rejected(profiles: ProfileTable) -> None:
+async def test_a_request_that_a_busy_event_loop_would_answer_too_late_is_rejected(profiles: ProfileTable) -> None:
     loop = BusyLoop()
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for _ in range(3 * UPDATE_EVERY):
@@ -602,7 +614,9 @@ async def test_a_request_that_a_busy_loop_would_answer_too_late_is_rejected(prof
             await pipeline.classify(never, InferenceRequest(5.0, 1000))
 
 
-async def test_one_that_takes_over_knows_how_busy_the_loop_is(profiles: ProfileTable) -> None:
+async def test_a_pipeline_that_takes_over_inherits_the_event_loop_cost_and_the_arrival_rate(
+    profiles: ProfileTable,
+) -> None:
     loop, clock = BusyLoop(), lambda: 5.0
     async with (
         running(Parts().open(), profiles, clock=clock, loop_time=loop) as before,
@@ -616,8 +630,8 @@ async def test_one_that_takes_over_knows_how_busy_the_loop_is(profiles: ProfileT
             await after.classify(never, InferenceRequest(5.0, 1000))
 
 
-async def test_what_is_rejected_early_costs_a_tenth(profiles: ProfileTable) -> None:
-    """A server that put all of it on the others would reject the more, the more it rejects."""
+async def test_an_early_rejection_counts_as_a_tenth_of_a_request_in_the_event_loop_cost(profiles: ProfileTable) -> None:
+    """A server that put the cost of its rejections on other requests would reject more, the more it rejects."""
     loop, request, parts = BusyLoop(), InferenceRequest(5.0, 60_000), Parts().open()
     async with running(parts, profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for _ in range(3 * UPDATE_EVERY):
@@ -634,8 +648,8 @@ async def test_what_is_rejected_early_costs_a_tenth(profiles: ProfileTable) -> N
         await waiting
 
 
-async def test_those_that_are_served_later_do_not_make_the_loop_busy_before(profiles: ProfileTable) -> None:
-    """Many clients with large images and all the time in the world keep no urgent request out."""
+async def test_requests_served_later_add_no_event_loop_delay_to_an_urgent_request(profiles: ProfileTable) -> None:
+    """Many clients with large images and long budgets or low priority keep no urgent request out."""
     loop, parts = BusyLoop(), Parts().open()
     async with running(parts, profiles, max_in_flight=99, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for _ in range(3 * UPDATE_EVERY):
@@ -649,7 +663,7 @@ async def test_those_that_are_served_later_do_not_make_the_loop_busy_before(prof
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
-async def test_rejections_of_an_idle_server_teach_nothing(profiles: ProfileTable) -> None:
+async def test_rejections_by_an_idle_server_do_not_change_the_event_loop_cost(profiles: ProfileTable) -> None:
     loop, request = BusyLoop(), InferenceRequest(5.0, 60_000)
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for turn in range(3):
@@ -662,23 +676,23 @@ async def test_rejections_of_an_idle_server_teach_nothing(profiles: ProfileTable
             pipeline.scheduler.withdraw(pipeline.reserve(replace(request, budget_ms=2500)))
 
 
-async def test_a_request_has_not_its_own_place_before_it(profiles: ProfileTable) -> None:
+async def test_a_reserved_place_does_not_delay_its_own_request(profiles: ProfileTable) -> None:
     loop = BusyLoop()
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for _ in range(3 * UPDATE_EVERY):
             await pipeline.classify(loop.read, InferenceRequest(5.0, 60_000))
-        request = InferenceRequest(5.0, 2500)  # half of 4 s come before it is decoded
+        request = InferenceRequest(5.0, 2500)  # half of the 4 s pass before it is decoded
         assert await pipeline.classify(two_bytes, request, reserved=pipeline.reserve(request))
 
 
-async def test_what_asks_for_too_many_predictions_reserves_nothing(profiles: ProfileTable) -> None:
+async def test_a_request_for_too_many_predictions_reserves_no_place(profiles: ProfileTable) -> None:
     async with running(Parts(), profiles) as pipeline:
         with pytest.raises(InvalidParameterError):
             pipeline.reserve(wanted(top_k=4))
         assert pipeline.scheduler.backlog_s(time.monotonic()) == 0
 
 
-async def test_places_of_bodies_that_do_not_come_are_soon_given_to_others(profiles: ProfileTable) -> None:
+async def test_a_reserved_place_expires_if_its_body_does_not_arrive(profiles: ProfileTable) -> None:
     loop, now = BusyLoop(), 5.0
     async with running(Parts().open(), profiles, clock=lambda: now, loop_time=loop) as pipeline:
         for _ in range(3 * UPDATE_EVERY):
@@ -693,7 +707,7 @@ async def test_places_of_bodies_that_do_not_come_are_soon_given_to_others(profil
         assert await pipeline.classify(two_bytes, InferenceRequest(now, 6000))
 
 
-async def test_a_place_that_was_reserved_is_taken(profiles: ProfileTable) -> None:
+async def test_a_reserved_place_is_claimed_by_its_request(profiles: ProfileTable) -> None:
     parts = Parts()
     async with running(parts, profiles) as pipeline:
         reserved = pipeline.reserve(wanted())
@@ -706,15 +720,15 @@ async def test_a_place_that_was_reserved_is_taken(profiles: ProfileTable) -> Non
         await request
 
 
-async def test_what_the_loop_does_while_it_is_idle_is_charged_to_no_request(profiles: ProfileTable) -> None:
+async def test_event_loop_time_between_requests_is_charged_to_no_request(profiles: ProfileTable) -> None:
     loop = BusyLoop()
     async with running(Parts().open(), profiles, clock=lambda: 5.0, loop_time=loop) as pipeline:
         for _ in range(3 * UPDATE_EVERY):
-            loop.spent_s += 4.0  # the monitor's and the health checks', from one rare request to the next
+            loop.spent_s += 4.0  # of the monitor and the health checks, between rare requests
             assert await pipeline.classify(two_bytes, InferenceRequest(5.0, 1000))
 
 
-async def test_those_that_wait_to_be_decoded_are_reckoned_with_at_admission(profiles: ProfileTable) -> None:
+async def test_admission_accounts_for_images_that_wait_to_be_decoded(profiles: ProfileTable) -> None:
     now = 1000.0
 
     class SlowParts(Parts):
@@ -728,32 +742,32 @@ async def test_those_that_wait_to_be_decoded_are_reckoned_with_at_admission(prof
     async with running(parts, profiles, clock=lambda: now) as pipeline:
         for _ in range(40):
             await pipeline.classify(two_bytes, InferenceRequest(now, 60_000))
-            await asyncio.sleep(0)  # what the reply took is learned before the next image lets time pass
+            await asyncio.sleep(0)  # the time of the reply is measured before the next image lets time pass
         parts.decode_gate.clear()
         decoding = [asyncio.create_task(pipeline.classify(two_bytes, InferenceRequest(now, 4500))) for _ in range(4)]
-        while parts.decodes < 41:  # noqa: ASYNC110 - it does not tell
+        while parts.decodes < 41:  # noqa: ASYNC110 - another thread counts
             await asyncio.sleep(0)
         forecast = pipeline.decide(InferenceRequest(now, 60_000))
         assert forecast.answered_in_s == pytest.approx(5.0, abs=0.2)
         urgent = pipeline.decide(InferenceRequest(now, 2500))
-        assert urgent.answered_in_s == pytest.approx(2.0, abs=0.2), "the one that is being decoded alone is before it"
-        with pytest.raises(OverloadedError) as caught:  # four are due before it, and it takes a second of its own
+        assert urgent.answered_in_s == pytest.approx(2.0, abs=0.2), "only the image that is being decoded is before it"
+        with pytest.raises(OverloadedError) as caught:  # four images are due before it, and its own takes 1 s
             await pipeline.classify(never, InferenceRequest(now, 4600))
         assert caught.value.reason == "preprocessing"
         assert pipeline.scheduler.state(now).safety_factor == 1.0, "a cheaper level would decode no faster"
         assert caught.value.details["retry_after_s"] == pytest.approx(0.4, abs=0.2)
         parts.decode_gate.set()
         await asyncio.gather(*decoding)
-        assert await pipeline.classify(two_bytes, InferenceRequest(now, 4000))  # less than what was before it
+        assert await pipeline.classify(two_bytes, InferenceRequest(now, 4000))  # too short before they were decoded
 
 
-async def test_after_slow_decoding_nothing_is_rejected_for_ever(profiles: ProfileTable) -> None:
+async def test_rejections_after_slow_decoding_end_with_time(profiles: ProfileTable) -> None:
     now = 1000.0
 
     class SlowParts(Parts):
         def decode(self, data: bytes) -> Tensor:
             nonlocal now
-            now += len(data)  # as many seconds as bytes
+            now += len(data)  # one second per byte
             return super().decode(data)
 
     async def empty(_: float) -> bytes:
@@ -768,7 +782,7 @@ async def test_after_slow_decoding_nothing_is_rejected_for_ever(profiles: Profil
         assert await pipeline.classify(empty, InferenceRequest(now, 500))
 
 
-async def test_decoding_that_makes_requests_late_is_learned_from_them(profiles: ProfileTable) -> None:
+async def test_slow_decoding_is_learned_from_the_requests_that_it_makes_late(profiles: ProfileTable) -> None:
     now = 1000.0
 
     class SlowParts(Parts):
@@ -784,4 +798,4 @@ async def test_decoding_that_makes_requests_late_is_learned_from_them(profiles: 
                 await pipeline.classify(two_bytes, InferenceRequest(now, 500))
             outcomes.append(caught.type)
     assert outcomes[0] is DeadlineError
-    assert outcomes[-1] is OverloadedError, "what would be decoded in vain is refused before it is read"
+    assert outcomes[-1] is OverloadedError, "a request that would be decoded in vain is rejected early"

@@ -13,7 +13,7 @@ def asked(image: int = 0, key: str | None = None) -> InferenceRequest:
     return InferenceRequest(0.0, key=None if key is None else ApiKey(key), image=image)
 
 
-def test_an_answer_is_found_by_the_name_of_its_request() -> None:
+def test_an_answer_is_found_by_its_request_id() -> None:
     answers = RecentAnswers()
     answers.remember("a", asked(), answer(0.2, 0.7, 0.1), NAMES)
     answers.remember("b", asked(), answer(0.7, 0.2, 0.1), NAMES)
@@ -22,14 +22,14 @@ def test_an_answer_is_found_by_the_name_of_its_request() -> None:
     assert not found.is_judged
 
 
-def test_each_image_of_a_request_has_an_answer_of_its_own() -> None:
+def test_each_image_of_a_request_has_its_own_answer() -> None:
     answers = RecentAnswers()
     answers.remember("a", asked(image=1), answer(0.2, 0.7, 0.1), NAMES)
     answers.remember("a", asked(image=0), answer(0.7, 0.2, 0.1), NAMES)
     assert [answers.find(None, "a", image).index for image in (0, 1)] == [0, 1]
 
 
-def test_of_two_requests_of_one_name_it_is_the_last_and_not_judged() -> None:
+def test_a_later_request_with_the_same_id_replaces_the_answer_and_is_not_judged_yet() -> None:
     answers = RecentAnswers()
     answers.remember("a", asked(), answer(0.2, 0.7, 0.1), NAMES)
     answers.find(None, "a", 0).is_judged = True
@@ -38,7 +38,7 @@ def test_of_two_requests_of_one_name_it_is_the_last_and_not_judged() -> None:
     assert not answers.find(None, "a", 0).is_judged
 
 
-def test_the_oldest_is_forgotten() -> None:
+def test_the_oldest_answer_is_dropped() -> None:
     answers = RecentAnswers(kept=2)
     for name in ("a", "b", "a", "c"):
         answers.remember(name, asked(), answer(0.2, 0.7, 0.1), NAMES)
@@ -48,14 +48,14 @@ def test_the_oldest_is_forgotten() -> None:
         answers.find(None, "b", 0)
 
 
-def test_a_request_without_a_name_is_not_remembered() -> None:
+def test_an_answer_without_a_request_id_is_not_remembered() -> None:
     answers = RecentAnswers()
     answers.remember(None, asked(), answer(0.2, 0.7, 0.1), NAMES)
     with pytest.raises(UnknownRequestError):
         answers.find(None, "", 0)
 
 
-def test_what_was_asked_with_one_key_is_not_found_with_another() -> None:
+def test_an_answer_to_a_request_with_one_key_is_not_found_with_another() -> None:
     answers = RecentAnswers()
     answers.remember("a", asked(key="mine"), answer(0.2, 0.7, 0.1), NAMES)
     answers.remember("a", asked(key="yours"), answer(0.7, 0.2, 0.1), NAMES)
@@ -65,7 +65,7 @@ def test_what_was_asked_with_one_key_is_not_found_with_another() -> None:
             answers.find(other, "a", 0)
 
 
-def test_of_a_request_with_two_looks_the_last_answer_is_remembered_and_the_first_sub_network() -> None:
+def test_the_last_answer_and_the_first_sub_network_of_two_looks_are_remembered() -> None:
     answers, last = RecentAnswers(), answer(0.2, 0.7, 0.1, grid=8)
     first = answer(0.7, 0.2, 0.1, grid=2).looks[0]
     answers.remember("a", asked(), replace(last, looks=(first, *last.looks)), NAMES)

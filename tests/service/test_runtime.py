@@ -1,4 +1,4 @@
-"""What a server does with an engine that captures graphs; all else of its life is tested through its routes."""
+"""A server whose engine captures CUDA graphs; the rest of its life is tested through its routes."""
 
 import time
 from datetime import UTC, datetime
@@ -28,7 +28,7 @@ LIMIT_S = 20.0
 
 
 class Capturing(TorchEngine):
-    """Remembers what it is to prepare."""
+    """An engine that records what it is asked to prepare."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint.model, "cpu", 1, graph_device=FakeGraphDevice(total_bytes=100_000))
@@ -40,7 +40,7 @@ class Capturing(TorchEngine):
 
 
 class Quiet(Monitor):
-    """A machine that nothing else uses, so that what is idle may measure."""
+    """A machine that nothing else uses, so that an idle engine may measure."""
 
     @property
     def latest(self) -> ResourceSnapshot:
@@ -62,7 +62,7 @@ def test_the_trained_sub_networks_are_captured_before_the_first_request_small_ba
 ) -> None:
     engine, prepared = Capturing(checkpoint), []
 
-    def begin(*arguments: Any, **options: Any) -> ProfileWithFile:  # noqa: ANN401 - as they are
+    def begin(*arguments: Any, **options: Any) -> ProfileWithFile:  # noqa: ANN401 - passed on as they are
         prepared.extend(engine.prepared)
         return begin_profile(*arguments, **options)
 
@@ -73,7 +73,7 @@ def test_the_trained_sub_networks_are_captured_before_the_first_request_small_ba
         assert sample(client, "supervit_cuda_graph_memory_bytes ") >= 160
 
 
-def test_where_latencies_are_given_as_for_a_few_photographs_nothing_is_captured(
+def test_nothing_is_captured_if_the_latencies_are_given(
     settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable
 ) -> None:
     engine = Capturing(checkpoint)
@@ -83,14 +83,14 @@ def test_where_latencies_are_given_as_for_a_few_photographs_nothing_is_captured(
 
 
 @pytest.mark.parametrize("is_measured", [False, True])
-def test_the_others_are_captured_in_idle_moments_at_the_first_start_and_at_later_ones(
+def test_other_sub_networks_are_captured_in_idle_moments_at_the_first_and_at_later_starts(
     settings: Settings, checkpoint: Checkpoint, is_measured: bool
 ) -> None:
     engine, profile = Capturing(checkpoint), extended_profile(checkpoint)
     cells = cells_of(list(profile.by_subnetwork), (1, 2, 4, 6))
     kept = Figures(dict.fromkeys(cells, 1e-3), dict.fromkeys(cells, 0.0), datetime.now(UTC)) if is_measured else None
 
-    def begin(*arguments: Any, is_padded: bool, **options: Any) -> ProfileWithFile:  # noqa: ANN401 - as they are
+    def begin(*arguments: Any, is_padded: bool, **options: Any) -> ProfileWithFile:  # noqa: ANN401 - passed on as they are
         assert is_padded
         _, file = begin_profile(*arguments, is_padded=is_padded, **options)
         return GrowingProfile(profile, (1, 2, 4, 6), kept or file.read(), is_padded=True), file
@@ -102,17 +102,17 @@ def test_the_others_are_captured_in_idle_moments_at_the_first_start_and_at_later
     assert set(engine.prepared) == set(cells)
 
 
-def test_a_server_that_is_told_to_stop_captures_no_more(settings: Settings, checkpoint: Checkpoint) -> None:
+def test_a_stopping_server_captures_no_graphs(settings: Settings, checkpoint: Checkpoint) -> None:
     engine = Capturing(checkpoint)
     runtime = ServerRuntime(settings, checkpoint, engine)
-    engine.warm_up = runtime.drain  # type: ignore[method-assign] # as a signal does meanwhile
+    engine.warm_up = runtime.drain  # type: ignore[method-assign] # as a signal during the warm-up does
     with serving(runtime) as client:
         assert client.get("/health/ready").status_code == 503
     assert runtime.state is ServerState.DRAINING
     assert engine.prepared == []
 
 
-def test_what_a_gpu_runs_is_explained_by_a_copy_of_its_weights_on_the_cpu(
+def test_answers_of_a_gpu_are_explained_by_a_copy_of_the_weights_on_the_cpu(
     settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, photo: bytes
 ) -> None:
     engine = ScriptedEngine(checkpoint)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Model:
-    """Serves until it is stopped, or fails."""
+    """A model that serves until it is stopped or fails."""
 
     def __init__(self, name: str) -> None:
         self.name, self.checkpoint = name, stand_in("a", "b")
@@ -69,7 +69,7 @@ class Stage:
         await asyncio.sleep(0)
 
 
-async def test_before_the_first_there_is_none() -> None:
+async def test_no_model_answers_before_the_first_one_is_served() -> None:
     models = ServedModels()
     assert models.is_empty
     for ask in (lambda: models.main, models.drawn, lambda: models.all):
@@ -77,7 +77,7 @@ async def test_before_the_first_there_is_none() -> None:
             ask()
 
 
-async def test_a_model_that_has_only_begun_gets_no_requests() -> None:
+async def test_a_candidate_that_has_only_begun_gets_no_requests() -> None:
     stage = Stage()
     serving = await stage.begin()
     assert stage.new.has_begun
@@ -86,9 +86,7 @@ async def test_a_model_that_has_only_begun_gets_no_requests() -> None:
     await serving
 
 
-async def test_a_share_of_the_requests_goes_to_what_is_tried_out_and_the_other_is_there_for_those_that_name_it() -> (
-    None
-):
+async def test_a_candidate_gets_its_share_of_the_requests_and_the_other_model_stays_available() -> None:
     numbers = [0.0, 0.29, 0.31, 0.99]
     stage = Stage(lambda: numbers.pop(0))
     serving = await stage.begin()
@@ -103,7 +101,7 @@ async def test_a_share_of_the_requests_goes_to_what_is_tried_out_and_the_other_i
     await serving
 
 
-async def test_what_is_accepted_is_served_on_when_the_old_one_is_let_go() -> None:
+async def test_an_accepted_candidate_is_still_served_after_the_old_model_retires() -> None:
     stage = Stage()
     serving = await stage.begin()
     stage.models.try_out(as_served(stage.new), 1.0)
@@ -117,7 +115,7 @@ async def test_what_is_accepted_is_served_on_when_the_old_one_is_let_go() -> Non
     await asyncio.wait_for(serving, 10)
 
 
-async def test_a_model_is_let_go_once_it_has_done_with_its_requests() -> None:
+async def test_a_model_retires_only_once_it_has_answered_its_requests() -> None:
     stage = Stage()
     serving = await stage.begin()
     stage.old.is_unused = False
@@ -136,7 +134,7 @@ async def test_a_model_is_let_go_once_it_has_done_with_its_requests() -> None:
     await serving
 
 
-async def test_a_model_that_is_tried_out_and_fails_ends_alone_and_the_log_says_why(
+async def test_a_candidate_that_fails_ends_alone_and_the_log_says_why(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     stage = Stage()
@@ -154,7 +152,7 @@ async def test_a_model_that_is_tried_out_and_fails_ends_alone_and_the_log_says_w
     await serving
 
 
-async def test_the_server_ends_with_the_model_that_is_served() -> None:
+async def test_the_server_ends_if_the_served_model_fails() -> None:
     stage = Stage()
     serving = await stage.begin()
     stage.old.fail()
@@ -163,7 +161,7 @@ async def test_the_server_ends_with_the_model_that_is_served() -> None:
     assert stage.models.has_ended(as_served(stage.new))
 
 
-async def test_all_requests_are_answered_where_the_engine_never_comes_back() -> None:
+async def test_abandon_reaches_every_model() -> None:
     stage = Stage()
     serving = await stage.begin()
     stage.models.abandon()
@@ -172,12 +170,12 @@ async def test_all_requests_are_answered_where_the_engine_never_comes_back() -> 
     assert stage.new.is_abandoned
 
 
-async def test_nothing_is_accepted_that_is_not_tried_out() -> None:
+async def test_a_model_that_is_not_being_tried_out_cannot_be_accepted() -> None:
     with pytest.raises(ValueError, match="the model is not being tried out"):
         ServedModels().accept(as_served(Model("new")))
 
 
-async def test_a_model_that_gets_requests_goes_on_from_what_the_one_before_has_learned() -> None:
+async def test_a_candidate_takes_over_what_the_served_model_has_learned() -> None:
     stage = Stage()
     serving = await stage.begin()
     assert not stage.new.learned_of
@@ -188,7 +186,7 @@ async def test_a_model_that_gets_requests_goes_on_from_what_the_one_before_has_l
 
 
 @pytest.mark.parametrize("share", [0.9, 1.0])
-async def test_a_model_that_comes_back_after_a_while_without_requests_has_missed_nothing(share: float) -> None:
+async def test_a_served_model_that_got_no_requests_learns_from_the_dropped_candidate(share: float) -> None:
     stage = Stage()
     serving = await stage.begin()
     stage.models.try_out(as_served(stage.new), share)
@@ -198,7 +196,7 @@ async def test_a_model_that_comes_back_after_a_while_without_requests_has_missed
     await serving
 
 
-async def test_a_model_that_fails_gives_its_place_to_the_one_that_answers_all_requests() -> None:
+async def test_a_candidate_that_gets_all_requests_replaces_a_served_model_that_fails() -> None:
     stage = Stage()
     serving = await stage.begin()
     stage.models.try_out(as_served(stage.new), 1.0)
@@ -206,7 +204,7 @@ async def test_a_model_that_fails_gives_its_place_to_the_one_that_answers_all_re
     await asyncio.wait([serving], timeout=0.01)
     assert not serving.done()
     assert stage.models.is_accepted(as_served(stage.new))
-    stage.models.try_out(as_served(stage.new), 1.0)  # as the change does, which has not heard of it
+    stage.models.try_out(as_served(stage.new), 1.0)  # as a model change does that does not know of the failure
     stage.models.accept(as_served(stage.new))
     assert stage.new.learned_of == [stage.old]
     await stage.models.retire(as_served(stage.old), stage.sleep)
@@ -216,7 +214,7 @@ async def test_a_model_that_fails_gives_its_place_to_the_one_that_answers_all_re
 
 
 @pytest.mark.parametrize("share", [0.9, 1.0])
-async def test_the_server_ends_with_the_model_that_is_served_where_no_other_can_take_its_place(share: float) -> None:
+async def test_the_server_ends_if_the_served_model_fails_and_no_candidate_can_replace_it(share: float) -> None:
     stage = Stage()
     serving = await stage.begin()
     stage.models.try_out(as_served(stage.new), share)

@@ -17,7 +17,7 @@ from service.settings import (
 )
 
 
-def test_every_knob_is_an_environment_variable_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_setting_is_also_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "checkpoint": "/models/a.pth",
         "watch_checkpoint": "True",
@@ -75,30 +75,30 @@ def test_the_default_checkpoint_ships_with_the_package() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("PORT", "70000"), ("MAX_BATCH_SIZE", "0"), ("LOG_LEVEL", "loud")])
-def test_a_value_outside_its_range_is_rejected(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_a_setting_outside_its_range_is_rejected(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"SUPERVIT_{name}", value)
     with pytest.raises(ValidationError):
         Settings()
 
 
-def test_a_variable_outside_its_range_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_outside_its_range_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUPERVIT_MAX_BATCH_SIZE", "0")
     with pytest.raises(CommandError, match=r"^SUPERVIT_MAX_BATCH_SIZE: must be at least 1$"):
         read_settings(port=80)
     assert read_settings(port=80, max_batch_size=2).port == 80
 
 
-def test_every_knob_says_what_it_is() -> None:
+def test_every_setting_has_a_description() -> None:
     assert all(field.description for field in Settings.model_fields.values())
 
 
-def test_a_setting_of_several_names_is_taken_apart_at_its_commas() -> None:
+def test_a_setting_of_several_names_is_split_at_its_commas() -> None:
     assert comma_separated(None) is None
     assert comma_separated("") == ()
     assert comma_separated("a.example, b.example,") == ("a.example", "b.example")
 
 
-def test_a_variable_that_is_no_knob_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_that_is_no_setting_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUPERVIT_PORT", "80")
     monkeypatch.setenv("SUPERVIT_MAX_WAITNG", "4")
     monkeypatch.setenv("SUPERVIT_API_KEY", "of the commands that ask a server")
@@ -116,19 +116,21 @@ def test_a_worker_gets_the_settings_that_were_given(monkeypatch: pytest.MonkeyPa
         assert Settings() == given.model_copy(update={})
 
 
-def test_what_a_variable_says_as_well_was_not_given_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_is_also_an_environment_variable_does_not_count_as_given_explicitly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SUPERVIT_HOST", "0.0.0.0")
     assert named_settings(Settings(host="::", port=80)) == {"port"}
 
 
 @pytest.mark.parametrize("given", ["tls_certificate", "tls_key"])
-def test_a_certificate_and_its_key_go_together(given: str) -> None:
+def test_a_tls_certificate_and_its_key_must_be_given_together(given: str) -> None:
     with pytest.raises(ValidationError, match="give both or none"):
-        Settings(**{given: Path("tls.pem")})  # type: ignore[arg-type] # it is one of the paths
+        Settings(**{given: Path("tls.pem")})  # type: ignore[arg-type] # the field is a path
 
 
 @pytest.mark.parametrize("ports", [{"port": 81, "admin_port": 81}, {"admin_port": 81, "grpc_port": 81}])
-def test_no_two_ports_are_the_same(ports: dict[str, int]) -> None:
+def test_ports_must_differ_unless_they_are_0(ports: dict[str, int]) -> None:
     with pytest.raises(ValidationError, match="admin_port and grpc_port must differ"):
         Settings(**ports)  # type: ignore[arg-type] # they are ports
     Settings(port=0, admin_port=0, grpc_port=0)

@@ -1,4 +1,4 @@
-"""Further tries, by a clock that moves only where the client sleeps or a server takes its time."""
+"""Retries, by a clock that moves only while the client sleeps or the server works."""
 
 import io
 import json
@@ -30,7 +30,7 @@ ANSWERED = httpx.Response(200, json=ANSWER)
 
 @dataclass
 class ScriptedServer:
-    """Plays its answers one by one, each after so long, and keeps what it was asked."""
+    """A server that gives its answers one by one, each after `takes_s`, and records the requests."""
 
     script: Script
     takes_s: float = 0.0
@@ -66,25 +66,25 @@ class ScriptedServer:
         )
 
 
-def test_what_is_rejected_for_overload_is_tried_again_after_as_long_as_the_server_asks_for() -> None:
+def test_an_overloaded_server_is_retried_after_the_time_that_it_asks_for() -> None:
     server = ScriptedServer([OVERLOADED, ANSWERED])
     assert server.client().classify(b"image", budget_ms=1000).predictions[0].label == "dalmatian"
     assert server.slept_s == [pytest.approx(0.1)]
 
 
-def test_each_try_grants_what_is_left_of_the_budget_since_the_first() -> None:
+def test_each_retry_sends_what_is_left_of_the_latency_budget() -> None:
     server = ScriptedServer([OVERLOADED, OVERLOADED, ANSWERED], takes_s=0.05)
     server.client().classify(b"image", budget_ms=1000)
     assert server.budgets_ms == [1000, pytest.approx(850), pytest.approx(700)]
 
 
-def test_a_file_is_sent_again_whole() -> None:
+def test_a_retry_sends_the_whole_file_again() -> None:
     server = ScriptedServer([OVERLOADED, ANSWERED])
     server.client().classify(io.BytesIO(b"image"))
     assert server.bodies == [b"image", b"image"]
 
 
-def test_no_try_is_made_that_could_not_begin_before_the_deadline() -> None:
+def test_no_retry_is_made_that_could_not_begin_before_the_deadline() -> None:
     server = ScriptedServer([OVERLOADED, ANSWERED])
     with pytest.raises(OverloadedError) as caught:
         server.client().classify(b"image", budget_ms=100)
@@ -92,14 +92,14 @@ def test_no_try_is_made_that_could_not_begin_before_the_deadline() -> None:
     assert server.slept_s == []
 
 
-def test_a_pause_that_outlasts_the_budget_ends_in_the_error_before_it() -> None:
+def test_a_pause_that_outlasts_the_budget_ends_in_the_last_error() -> None:
     server = ScriptedServer([OVERLOADED, ANSWERED], oversleeps_s=1.0)
     with pytest.raises(OverloadedError):
         server.client().classify(b"image", budget_ms=500)
     assert len(server.bodies) == 1
 
 
-def test_without_a_budget_the_timeout_bounds_the_tries() -> None:
+def test_without_a_budget_the_timeout_bounds_the_retries() -> None:
     server = ScriptedServer([refusal(503, "not_ready", headers={"Retry-After": "4"})])
     with pytest.raises(NotReadyError):
         server.client(timeout_s=10, max_retries=99).classify(b"image")
@@ -107,21 +107,21 @@ def test_without_a_budget_the_timeout_bounds_the_tries() -> None:
     assert all(math.isnan(budget) for budget in server.budgets_ms)
 
 
-def test_no_more_tries_are_made_than_allowed() -> None:
+def test_no_more_retries_are_made_than_allowed() -> None:
     server = ScriptedServer([OVERLOADED])
     with pytest.raises(OverloadedError):
         server.client(max_retries=3).classify(b"image")
     assert len(server.bodies) == 1 + 3
 
 
-def test_pauses_are_spread_over_times_that_double() -> None:
+def test_the_random_part_of_the_pauses_doubles_with_each_retry() -> None:
     server = ScriptedServer([OVERLOADED, OVERLOADED, OVERLOADED, ANSWERED])
     server.client(draw=0.5, max_retries=3).classify(b"image")
     assert server.slept_s == [pytest.approx(0.1 + 0.05), pytest.approx(0.1 + 0.1), pytest.approx(0.1 + 0.2)]
 
 
 @pytest.mark.parametrize("failure", [httpx.ConnectError, httpx.ConnectTimeout])
-def test_a_server_that_cannot_be_reached_is_tried_again(failure: type[httpx.HTTPError]) -> None:
+def test_an_unreachable_server_is_retried(failure: type[httpx.HTTPError]) -> None:
     server = ScriptedServer([failure, ANSWERED])
     server.client(draw=0.5).classify(b"image")
     assert server.slept_s == [pytest.approx(0.05)]
@@ -136,18 +136,18 @@ def test_a_server_that_cannot_be_reached_is_tried_again(failure: type[httpx.HTTP
         (refusal(422, "invalid_image"), InvalidImageError),
         (refusal(422, "budget_too_small", smallest=1), BudgetTooSmallError),
         (refusal(500, "internal_error"), ServiceError),
-        (refusal(503, "not_ready"), NotReadyError),  # nor does it say when
+        (refusal(503, "not_ready"), NotReadyError),  # without a time to retry
         (httpx.Response(502, text="<html>"), UnexpectedAnswerError),
         (
             httpx.Response(503, text="<html>", headers={"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}),
             UnexpectedAnswerError,
         ),
         (httpx.ReadTimeout, ResponseTimeoutError),
-        (httpx.WriteError, ConnectionFailedError),  # it may be at work on it
+        (httpx.WriteError, ConnectionFailedError),  # the server may be working on the request
         (httpx.RemoteProtocolError, ConnectionFailedError),
     ],
 )
-def test_what_another_try_would_not_mend_is_tried_once(
+def test_errors_that_a_retry_would_not_mend_are_not_retried(
     answer: httpx.Response | type[httpx.HTTPError], kind: type[ServiceError]
 ) -> None:
     server = ScriptedServer([answer])
@@ -157,35 +157,35 @@ def test_what_another_try_would_not_mend_is_tried_once(
     assert server.slept_s == []
 
 
-def test_a_proxy_that_asks_for_another_try_gets_one() -> None:
+def test_a_proxy_that_asks_for_a_retry_gets_one() -> None:
     busy = httpx.Response(503, text="<html>", headers={"Retry-After": "2"})
     server = ScriptedServer([busy, ANSWERED])
     server.client().classify(b"image")
     assert server.slept_s == [2]
 
 
-def test_a_nonsensical_time_to_wait_is_not_waited_for() -> None:
+def test_a_retry_time_that_is_nan_is_not_waited_for() -> None:
     answer = refusal(429, "overloaded", reason="backlog", retry_after_s=float("nan"))
     with pytest.raises(OverloadedError):
         ScriptedServer([answer]).client().classify(b"image")
 
 
 @pytest.mark.parametrize("waits", [refusal(503, "not_ready", headers={"Retry-After": "1"}), httpx.ConnectError])
-def test_a_server_that_starts_is_asked_until_it_is_ready(waits: httpx.Response | type[httpx.HTTPError]) -> None:
+def test_a_starting_server_is_polled_until_it_is_ready(waits: httpx.Response | type[httpx.HTTPError]) -> None:
     ready = httpx.Response(200, json={"status": "ready", "profile_measured": 0.25})
     server = ScriptedServer([waits, waits, waits, waits, ready])
     assert server.client(max_retries=0).wait_until_ready().profile_measured == 0.25
     assert sum(server.slept_s) < 1
 
 
-def test_a_server_that_is_not_ready_in_time_says_why() -> None:
+def test_a_server_that_is_not_ready_in_time_ends_in_its_last_error() -> None:
     server = ScriptedServer([refusal(503, "not_ready", headers={"Retry-After": "1"})])
     with pytest.raises(NotReadyError):
         server.client().wait_until_ready(within_s=3)
     assert 2.5 < sum(server.slept_s) < 3
 
 
-def test_the_error_of_an_unknown_code_keeps_it_and_what_it_says() -> None:
+def test_an_error_with_an_unknown_code_keeps_its_code_message_and_details() -> None:
     server = ScriptedServer([refusal(418, "teapot", message="short", self="stout")])
     with pytest.raises(ServiceError, match="it says so") as caught:
         server.client().classify(b"image")
@@ -193,7 +193,7 @@ def test_the_error_of_an_unknown_code_keeps_it_and_what_it_says() -> None:
     assert caught.value.details == {"message": "short", "self": "stout"}
 
 
-def test_an_overload_of_another_version_is_one_still() -> None:
+def test_an_overload_error_of_another_server_version_is_still_understood() -> None:
     more = refusal(429, "overloaded", reason="moon", retry_after_s=1e9, phase="full")
     with pytest.raises(OverloadedError) as caught:
         ScriptedServer([more]).client().classify(b"image")
@@ -206,13 +206,13 @@ def test_an_overload_of_another_version_is_one_still() -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[]", b"\xff", b"[" * 100_000, json.dumps({"predictions": 1}).encode()]
 )
-def test_an_answer_of_something_else_is_told_apart(content: bytes) -> None:
+def test_an_answer_that_is_not_of_a_supervit_server_is_recognised(content: bytes) -> None:
     answer = httpx.Response(200, content=content)
     with pytest.raises(UnexpectedAnswerError, match=r"^http://server did not answer like a SuperViT server$"):
         ScriptedServer([answer]).client().classify(b"image")
 
 
-def test_members_of_a_newer_server_are_passed_over() -> None:
+def test_unknown_fields_of_a_newer_server_are_ignored() -> None:
     newer = ANSWER | {"mood": "fine", "model": {**ANSWER["model"], "colour": "red"}}
     server = ScriptedServer([httpx.Response(200, json=newer)])
     assert server.client().classify(b"image").model.name == "small"

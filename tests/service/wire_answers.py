@@ -1,4 +1,4 @@
-"""Answers as they stand on the wire, for tests of what reads them."""
+"""Answers as they are on the wire, for tests of clients."""
 
 import json
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ ANSWER: dict[str, Any] = {
 
 
 def refusal(status: int, code: str, headers: Mapping[str, str] | None = None, **details: object) -> httpx.Response:
-    """Answer with an error."""
+    """Return an error answer."""
     content = json_of({"error": {"code": code, "message": "it says so", "details": details}})
     return httpx.Response(status, content=content, headers=headers)
 
 
 def json_of(value: object) -> bytes:
-    """Write JSON as a stranger might: NaN is none, and is written all the same."""
+    """Write JSON as a foreign server might: NaN is written, although JSON does not have it."""
     return json.dumps(value).encode()

@@ -1,4 +1,4 @@
-"""Plain ViTs as timm builds them, tiny ones, held against what timm answers."""
+"""Tiny plain ViTs that timm builds are converted, and their logits compared with those of timm."""
 
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
-import models.registered  # noqa: F401 - so that timm knows the SuperViTs by name
+import models.registered  # noqa: F401 - registers the SuperViTs with timm
 from models.checkpoint import CheckpointError, CheckpointMismatchError, UnreadableCheckpointError, load_checkpoint
 from models.conversion import options as room
 from models.conversion.convert import convert, from_plain_vit, open_initial
@@ -19,9 +19,9 @@ from models.subnetwork import IMAGENET_MEAN, SubNetwork
 from models.supervit import SuperViT
 
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "num_classes": 5}
-Convert = partial(room.Convert, num_heads=4)  # heads of 32, which no width tells
+Convert = partial(room.Convert, num_heads=4)  # heads of 32 channels, which cannot be inferred from the width
 
-# timm's name, what makes it tiny beside TINY, and whether the weights alone tell that it is one.
+# timm's name, the options besides TINY, and whether the weights alone identify the architecture.
 TAKEN: dict[str, tuple[str, dict[str, Any], bool]] = {
     "DeiT": ("deit_tiny_patch16_224", {}, True),
     "DeiT, distilled": ("deit_tiny_distilled_patch16_224", {}, True),
@@ -38,7 +38,7 @@ TAKEN: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 
 def plain(name: str, **options: Any) -> Any:  # noqa: ANN401 - timm is untyped
-    """Build a ViT whose every weight is spread, biases and LayerScale among them."""
+    """Build a ViT with noise added to every weight, including biases and LayerScale."""
     torch.manual_seed(5)
     vit = timm.create_model(name, **(TINY | options)).eval()
     with torch.no_grad():
@@ -68,7 +68,7 @@ def run_converted(path: Path, folder: Path, images: Tensor, **options: Any) -> T
 
 @pytest.mark.parametrize("kind", TAKEN)
 @torch.inference_mode()
-def test_at_its_own_grid_and_keep_rate_1_a_converted_vit_answers_what_timm_answers(
+def test_a_converted_vit_gives_the_logits_of_timm_at_its_own_grid_and_keep_rate_1(
     tmp_path: Path, images: Tensor, kind: str
 ) -> None:
     name, options, _ = TAKEN[kind]
@@ -84,7 +84,7 @@ def test_at_its_own_grid_and_keep_rate_1_a_converted_vit_answers_what_timm_answe
 
 @pytest.mark.parametrize("kind", [kind for kind, (_, _, is_told) in TAKEN.items() if is_told])
 @torch.inference_mode()
-def test_a_file_converts_by_its_weights_alone(tmp_path: Path, images: Tensor, kind: str) -> None:
+def test_a_file_is_converted_from_its_weights_alone(tmp_path: Path, images: Tensor, kind: str) -> None:
     name, options, _ = TAKEN[kind]
     vit = plain(name, **options)
     images = images[..., : vit.patch_embed.img_size[0], : vit.patch_embed.img_size[0]]
@@ -125,7 +125,7 @@ def as_transformers(vit: Any, prefix: str) -> dict[str, Tensor]:  # noqa: ANN401
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])
 @torch.inference_mode()
-def test_transformers_layout_is_taken_too(tmp_path: Path, images: Tensor, name: str) -> None:
+def test_the_layout_of_transformers_is_converted(tmp_path: Path, images: Tensor, name: str) -> None:
     vit = plain(name)
     torch.save(as_transformers(vit, "dinov2."), tmp_path / "vit.pth")
     logits = run_converted(tmp_path / "vit.pth", tmp_path, images)
@@ -144,7 +144,7 @@ def test_every_sub_network_of_a_converted_vit_runs(tmp_path: Path, images: Tenso
     assert all(answer.shape == (3, 5) and answer.isfinite().all() for answer in answers)
 
 
-def test_positions_and_patches_are_resampled_as_timm_does(tmp_path: Path) -> None:
+def test_position_embeddings_and_patch_kernels_are_resampled_as_by_timm(tmp_path: Path) -> None:
     vit = plain("vit_small_patch14_dinov2")
     output = tmp_path / "elastic.safetensors"
     convert(Convert(vit=save(vit, tmp_path), output=output, patch_kernel=6, patch_grids=(3, 5)))
@@ -175,7 +175,7 @@ def test_the_preprocessing_comes_from_timms_configuration_or_from_the_options(tm
     assert (given.mean, given.interpolation) == ((0.1, 0.2, 0.3), "bilinear")
 
 
-def test_a_vit_without_a_head_gets_one_that_no_data_set_has(tmp_path: Path, images: Tensor) -> None:
+def test_a_vit_without_a_head_gets_a_zero_head_that_fits_no_data_set(tmp_path: Path, images: Tensor) -> None:
     vit = plain("vit_small_patch14_dinov2", num_classes=0)
     logits = run_converted(save(vit, tmp_path), tmp_path, images)
     assert logits.tolist() == [[0.0]] * 3
@@ -183,7 +183,7 @@ def test_a_vit_without_a_head_gets_one_that_no_data_set_has(tmp_path: Path, imag
 
 
 @torch.inference_mode()
-def test_lvvit_in_its_authors_layout_adds_half_of_the_auxiliary_logits(tmp_path: Path) -> None:
+def test_an_lvvit_in_the_layout_of_its_authors_adds_half_of_the_auxiliary_logits(tmp_path: Path) -> None:
     torch.manual_seed(2)
     lvvit = timm.create_model(
         "supervit_lvvit_small_patch16_224",
@@ -212,7 +212,9 @@ def test_lvvit_in_its_authors_layout_adds_half_of_the_auxiliary_logits(tmp_path:
         ("vit_relpos_small_patch16_224", "relative position bias"),
     ],
 )
-def test_what_a_supervit_has_not_is_refused_by_its_name(tmp_path: Path, name: str, feature: str) -> None:
+def test_an_architecture_that_supervit_does_not_support_is_refused_with_the_feature(
+    tmp_path: Path, name: str, feature: str
+) -> None:
     with torch.device("meta"):
         names = timm.create_model(name).state_dict()
     torch.save(dict.fromkeys(names, torch.zeros(1)), tmp_path / "vit.pth")
@@ -234,7 +236,7 @@ def test_what_a_supervit_has_not_is_refused_by_its_name(tmp_path: Path, name: st
         ({"img_size": (16, 8)}, "patches that do not form a square"),
     ],
 )
-def test_a_module_with_strange_parts_is_refused(tmp_path: Path, options: dict[str, Any], feature: str) -> None:
+def test_a_timm_model_with_unsupported_parts_is_refused(tmp_path: Path, options: dict[str, Any], feature: str) -> None:
     with pytest.raises(CheckpointMismatchError, match=f"has {feature}, which SuperViT does not support"):
         from_plain_vit(PlainViT(plain("vit_tiny_patch16_224", **options)), tmp_path)
 
@@ -249,9 +251,7 @@ def test_a_module_with_strange_parts_is_refused(tmp_path: Path, options: dict[st
         ({"prune_blocks": (9,)}, "prune blocks"),
     ],
 )
-def test_options_that_contradict_the_weights_are_one_line(
-    tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
+def test_options_that_contradict_the_weights_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     path = save(plain("vit_tiny_patch16_224"), tmp_path)
     with pytest.raises(CheckpointError, match=message):
         convert(Convert(vit=path, output=tmp_path / "elastic.safetensors", **options))
@@ -265,7 +265,7 @@ def test_weights_of_another_network_and_missing_files_are_refused(tmp_path: Path
         open_initial(tmp_path / "absent.pth")
 
 
-def test_heads_that_no_width_tells_must_be_given(tmp_path: Path, images: Tensor) -> None:
+def test_the_number_of_heads_must_be_given_if_the_width_does_not_imply_it(tmp_path: Path, images: Tensor) -> None:
     path = save(plain("vit_tiny_patch16_224"), tmp_path)
     with pytest.raises(CheckpointMismatchError, match=r"cannot infer the number of heads for width 128; give --num"):
         convert(room.Convert(vit=path, output=tmp_path / "elastic.safetensors"))
@@ -302,15 +302,13 @@ def test_a_name_that_the_weights_contradict_is_refused(tmp_path: Path, file_of: 
         (("vision_model.encoder.layers.0.self_attn.q_proj.weight",), "has the layout of transformers' CLIP, which"),
     ],
 )
-def test_layouts_of_transformers_that_are_not_taken_are_refused_in_a_line(
-    tmp_path: Path, names: tuple[str, ...], reason: str
-) -> None:
+def test_unsupported_layouts_of_transformers_are_refused(tmp_path: Path, names: tuple[str, ...], reason: str) -> None:
     torch.save({name: torch.zeros(1, 4, 8) for name in names}, tmp_path / "vit.pth")
     with pytest.raises(CheckpointMismatchError, match=reason):
         open_initial(tmp_path / "vit.pth")
 
 
-def test_what_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_and_an_output_over_the_input_are_refused(tmp_path: Path) -> None:
     vit = plain("vit_tiny_patch16_224")
     with torch.no_grad():
         vit.norm.weight[3] = torch.nan
@@ -321,7 +319,7 @@ def test_what_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
         convert(Convert(vit=path, output=path))
 
 
-def test_a_thousand_classes_are_imagenets_to_serve_and_any_thousand_to_train_on(tmp_path: Path) -> None:
+def test_a_thousand_classes_count_as_imagenet_for_serving_and_as_any_classes_for_training(tmp_path: Path) -> None:
     path = save(plain("vit_tiny_patch16_224", num_classes=1000), tmp_path)
     convert(Convert(vit=path, output=tmp_path / "elastic.safetensors"))
     assert load_checkpoint(tmp_path / "elastic.safetensors").class_names[1] == "goldfish, Carassius auratus"

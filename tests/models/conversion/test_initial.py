@@ -36,7 +36,7 @@ def plain_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_plain_deit_gives_the_largest_subnetwork_its_own_answers(
+def test_the_largest_subnetwork_gives_the_logits_of_the_plain_deit_that_was_loaded(
     plain_file: Path, deit: SuperViT, images: Tensor
 ) -> None:
     load_initial_weights(deit, plain_file)
@@ -56,13 +56,13 @@ def test_the_position_embedding_of_a_plain_deit_is_resampled_to_every_grid(plain
         torch.testing.assert_close(resampled[:, 1:].mean(dim=1), source[:, 1:].mean(dim=1), atol=0.01, rtol=0)
 
 
-def test_a_checkpoint_of_ours_is_copied_whole(tiny_file: Path, config: SuperViTConfig, model: SuperViT) -> None:
+def test_a_supervit_checkpoint_is_copied_whole(tiny_file: Path, config: SuperViTConfig, model: SuperViT) -> None:
     fresh = SuperViT(config)
     load_initial_weights(fresh, tiny_file)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in fresh.state_dict().items())
 
 
-def test_grids_that_the_checkpoint_lacks_start_from_its_nearest(
+def test_grids_that_the_checkpoint_lacks_are_resampled_from_its_nearest_grid(
     tiny_file: Path, config: SuperViTConfig, model: SuperViT
 ) -> None:
     assert config.patch_grids == (2, 3, 4)
@@ -79,7 +79,7 @@ def test_grids_that_the_checkpoint_lacks_start_from_its_nearest(
     assert torch.equal(other.state_dict()[name], model.state_dict()[name])
 
 
-def test_between_two_grids_that_are_equally_near_the_larger_is_resampled(
+def test_the_larger_of_two_equally_near_grids_is_resampled(
     tmp_path: Path, tiny_config: SuperViTConfig, deit: SuperViT, build: Build
 ) -> None:
     source = build(replace(tiny_config, patch_grids=(2, 4)))
@@ -87,10 +87,10 @@ def test_between_two_grids_that_are_equally_near_the_larger_is_resampled(
     load_initial_weights(deit, tmp_path / "two.pth")
     of_2, of_4 = source.pos_embed_list
     assert not torch.equal(of_2[:, :1], of_4[:, :1])
-    assert torch.equal(deit.pos_embed_list[1][:, :1], of_4[:, :1])  # grid 3; a class token's part is copied as it is
+    assert torch.equal(deit.pos_embed_list[1][:, :1], of_4[:, :1])  # grid 3; the class token's part is copied unchanged
 
 
-def test_heads_of_other_classes_stay_fresh(tiny_file: Path, config: SuperViTConfig, model: SuperViT) -> None:
+def test_heads_stay_fresh_if_the_classes_differ(tiny_file: Path, config: SuperViTConfig, model: SuperViT) -> None:
     fresh = SuperViT(replace(config, num_classes=5))
     heads = {name: tensor.clone() for name, tensor in fresh.state_dict().items() if "head" in name}
     load_initial_weights(fresh, tiny_file, ("a", "b", "c", "d", "e"))
@@ -99,14 +99,14 @@ def test_heads_of_other_classes_stay_fresh(tiny_file: Path, config: SuperViTConf
     assert torch.equal(fresh.state_dict()[name], model.state_dict()[name])
 
 
-def test_as_many_classes_of_other_names_are_other_classes(tiny_file: Path, plain_file: Path) -> None:
+def test_equally_many_classes_of_other_names_count_as_other_classes(tiny_file: Path, plain_file: Path) -> None:
     assert open_initial(tiny_file).has_head_for(CLASS_NAMES)
     assert not open_initial(tiny_file).has_head_for(("blue", "red", "green"))
-    assert open_initial(plain_file, num_heads=2).has_head_for(("any", "three", "names"))  # the file names none
+    assert open_initial(plain_file, num_heads=2).has_head_for(("any", "three", "names"))  # the file has no class names
     assert not open_initial(plain_file, num_heads=2).has_head_for(("two", "names"))
 
 
-def test_a_file_without_heads_leaves_them_fresh(tmp_path: Path, model: SuperViT, config: SuperViTConfig) -> None:
+def test_a_file_without_heads_leaves_the_heads_fresh(tmp_path: Path, model: SuperViT, config: SuperViTConfig) -> None:
     path = tmp_path / "headless.pth"
     torch.save({name: tensor for name, tensor in model.state_dict().items() if "head" not in name}, path)
     other = SuperViT(config)
@@ -118,7 +118,9 @@ def test_a_file_without_heads_leaves_them_fresh(tmp_path: Path, model: SuperViT,
     assert torch.equal(other.state_dict()[name], model.state_dict()[name])
 
 
-def test_weights_of_another_width_are_refused_by_name(plain_file: Path, tiny_config: SuperViTConfig) -> None:
+def test_weights_of_another_width_or_depth_are_named_in_the_error(
+    plain_file: Path, tiny_config: SuperViTConfig
+) -> None:
     with pytest.raises(
         CheckpointMismatchError,
         match=r"deit\.pth: its weights do not match this model: 0 missing .* of the wrong shape",
@@ -128,7 +130,7 @@ def test_weights_of_another_width_are_refused_by_name(plain_file: Path, tiny_con
         load_initial_weights(SuperViT(replace(tiny_config, depth=4)), plain_file)
 
 
-def test_weights_that_fit_by_shape_alone_are_refused(tmp_path: Path, deit: SuperViT) -> None:
+def test_weights_that_match_only_in_shape_are_refused(tmp_path: Path, deit: SuperViT) -> None:
     weights = {name: tensor for name, tensor in deit.state_dict().items() if not name.startswith("pos_embed")}
     positions = {4: deit.pos_embed_list[2].detach()}
     other = replace(deit.config, activation="quick_gelu")
@@ -137,7 +139,7 @@ def test_weights_that_fit_by_shape_alone_are_refused(tmp_path: Path, deit: Super
         initial.load_into(deit, with_head=True)
 
 
-def test_a_distilled_deit_needs_its_second_token(tmp_path: Path, deit: SuperViT) -> None:
+def test_a_distilled_deit_is_refused_by_a_model_without_a_distillation_token(tmp_path: Path, deit: SuperViT) -> None:
     path = tmp_path / "distilled.pth"
     torch.save(plain_deit("deit_tiny_distilled_patch16_224").state_dict(), path)
     with pytest.raises(CheckpointMismatchError, match=r"of the wrong shape \['cls_token'"):

@@ -1,4 +1,4 @@
-"""Graphs as PyTorch's exporter leaves them, built node by node: linear layers without a name, transposed."""
+"""Graphs like those of PyTorch's exporter, built node by node: weights of linear layers are nameless and transposed."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def constant(name: str, tensor: Tensor) -> TensorProto:
 
 @pytest.fixture
 def exported(tmp_path: Path) -> tuple[Path, Tensor, Tensor]:
-    """A linear layer over positions that the exporter left in two parts, the class token's and the patches'."""
+    """A linear layer over a position embedding in two parts, that of the class token and that of the patches."""
     torch.manual_seed(1)
     weight, positions = torch.randn(3, 4), torch.randn(1, 5, 4)
     nodes = [
@@ -47,7 +47,7 @@ def exported(tmp_path: Path) -> tuple[Path, Tensor, Tensor]:
     return path, weight, positions
 
 
-def test_a_linear_layer_gets_its_name_and_its_shape_back(exported: tuple[Path, Tensor, Tensor]) -> None:
+def test_the_name_and_shape_of_a_linear_layer_are_restored(exported: tuple[Path, Tensor, Tensor]) -> None:
     path, weight, _ = exported
     weights = read_onnx_weights(path)
     assert torch.equal(weights["vit.layers.0.fc1.weight"], weight)
@@ -55,12 +55,12 @@ def test_a_linear_layer_gets_its_name_and_its_shape_back(exported: tuple[Path, T
     assert torch.equal(weights["vit.embeddings.cls_token"], torch.full((1, 1, 4), 2.0))
 
 
-def test_a_position_embedding_in_two_parts_is_put_together(exported: tuple[Path, Tensor, Tensor]) -> None:
+def test_a_position_embedding_in_two_parts_is_joined(exported: tuple[Path, Tensor, Tensor]) -> None:
     path, _, positions = exported
     assert torch.equal(read_onnx_weights(path)["vit.embeddings.position_embeddings"], positions)
 
 
-def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_onnx_graph_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     with pytest.raises(UnreadableCheckpointError, match=r"broken\.onnx: not a readable ONNX graph"):
         read_onnx_weights(tmp_path / "broken.onnx")

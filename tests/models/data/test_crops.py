@@ -7,13 +7,13 @@ from models.data.crops import RandomCrop, crop_maps
 
 
 def gradient(width: int, height: int) -> Image.Image:
-    """A picture whose red tells the column and whose green tells the row, in shares of 200."""
+    """Draw a picture whose red encodes the column and whose green encodes the row, as fractions of 200."""
     columns, rows = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
     return Image.fromarray((200 * np.stack([columns, rows, 0 * rows], axis=2)).astype(np.uint8))
 
 
 @pytest.mark.parametrize(("width", "height"), [(300, 200), (90, 240)])
-def test_a_crop_says_which_part_of_the_picture_it_shows(width: int, height: int) -> None:
+def test_a_crop_reports_which_part_of_the_picture_it_shows(width: int, height: int) -> None:
     torch.manual_seed(0)
     crop, seen = RandomCrop(96, 0.08, "bicubic"), set()
     for _ in range(20):
@@ -30,7 +30,7 @@ def test_a_crop_says_which_part_of_the_picture_it_shows(width: int, height: int)
     assert seen == {0.0, 1.0}
 
 
-def test_a_small_picture_is_shifted_into_its_padding() -> None:
+def test_a_small_crop_is_shifted_into_the_padding_of_its_picture() -> None:
     torch.manual_seed(0)
     crop, lefts, tops = RandomCrop(16, 0.08, "bicubic"), set(), set()
     for _ in range(200):
@@ -45,7 +45,7 @@ def test_a_small_picture_is_shifted_into_its_padding() -> None:
     assert tops == set(range(-2, 19))
 
 
-def test_a_map_is_cut_and_mirrored_as_its_crop() -> None:
+def test_a_map_is_cropped_and_mirrored_like_its_picture() -> None:
     maps = torch.arange(16.0).view(1, 1, 4, 4).repeat(3, 1, 1, 1)
     maps[2] += 100
     crops = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0.25, 0.5, 0.75, 1, 1]])
@@ -53,10 +53,10 @@ def test_a_map_is_cut_and_mirrored_as_its_crop() -> None:
     assert torch.equal(whole, maps[0, 0])
     assert torch.equal(mirrored, maps[0, 0].flip(1))
     assert torch.equal(crop_maps(maps, crops, 2)[2, 0], torch.tensor([[110.0, 109.0], [114.0, 113.0]]))
-    # Between the centres of the cells it is linear: columns 1.25, 1.75, 2.25, 2.75 less half a cell, mirrored.
+    # The map is linear between the centres of its cells: columns 1.25, 1.75, 2.25, 2.75 less half a cell, mirrored.
     torch.testing.assert_close(corner[0], torch.tensor([2.25, 1.75, 1.25, 0.75]) + 4 * 1.75 + 100)
 
 
-def test_what_lies_beyond_a_map_is_nothing() -> None:
+def test_a_map_is_zero_beyond_its_edges() -> None:
     beyond = crop_maps(torch.ones(1, 1, 4, 4), torch.tensor([[-1.0, 0.0, 1.0, 1.0, 0.0]]), 8)
     assert beyond[0, 0, 4].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]

@@ -43,7 +43,7 @@ def spoil(folder: Path, *names: str) -> None:
         (folder / name).write_text("no picture")
 
 
-def test_the_val_folder_is_watched_where_there_is_one(pictures: Path, tiny_config: SuperViTConfig) -> None:
+def test_the_val_folder_is_used_for_validation_if_there_is_one(pictures: Path, tiny_config: SuperViTConfig) -> None:
     training, watched = open_training_data(pictures, tiny_config, varied(tiny_config), holdout=0.5, seed=0)
     assert (len(training), len(watched)) == (48, 12)
     image, label = watched[0]
@@ -62,14 +62,16 @@ def test_a_test_folder_is_never_opened(pictures: Path, tmp_path: Path, tiny_conf
     assert training[0][0].dtype == torch.float32
 
 
-def test_the_seed_alone_decides_what_is_held_out(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
+def test_only_the_seed_decides_which_images_are_held_out(
+    pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig
+) -> None:
     data = link(pictures, tmp_path, train="train")
     parts = [paths(open_training_data(data, tiny_config, varied(tiny_config), 0.2, seed)[1]) for seed in (1, 1, 2)]
     assert parts[0] == parts[1] != parts[2]
     assert len(open_training_data(data, tiny_config, varied(tiny_config), 1e-6, 1)[1]) == 1
 
 
-def test_the_same_part_of_every_class_is_held_out_and_each_keeps_an_image(
+def test_the_same_share_of_every_class_is_held_out_and_each_class_keeps_an_image(
     pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig
 ) -> None:
     for name, count in (("blue", 16), ("green", 4), ("red", 1)):
@@ -83,7 +85,7 @@ def test_the_same_part_of_every_class_is_held_out_and_each_keeps_an_image(
         assert not paths(training) & paths(watched)
 
 
-def test_without_an_image_to_spare_nothing_can_be_held_out(
+def test_a_data_set_with_too_few_images_for_a_holdout_is_refused(
     pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig
 ) -> None:
     for name in ("blue", "red"):
@@ -93,7 +95,7 @@ def test_without_an_image_to_spare_nothing_can_be_held_out(
         open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.5, 0)
 
 
-def test_every_beginning_of_a_stratified_order_holds_the_classes_in_proportion() -> None:
+def test_every_prefix_of_a_stratified_order_holds_the_classes_in_proportion() -> None:
     labels = [0] * 40 + [1] * 20 + [2] * 4
     order = stratified_order(labels, seed=1)
     assert sorted(order) == list(range(64))
@@ -103,7 +105,7 @@ def test_every_beginning_of_a_stratified_order_holds_the_classes_in_proportion()
     assert stratified_order(labels, seed=2) != order
 
 
-def test_folders_without_classes_are_refused_by_name(tmp_path: Path, tiny_config: SuperViTConfig) -> None:
+def test_a_folder_without_class_folders_is_named_in_the_error(tmp_path: Path, tiny_config: SuperViTConfig) -> None:
     with pytest.raises(DataError, match=f"{tmp_path}/train: not a folder of class folders"):
         open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.1, 0)
     (tmp_path / "train").mkdir()
@@ -114,15 +116,17 @@ def test_folders_without_classes_are_refused_by_name(tmp_path: Path, tiny_config
         list_classes(tmp_path / "file")
 
 
-def test_a_class_whose_name_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
-    """As Python sees a name in Latin-1, out of an old archive."""
+def test_a_class_folder_whose_name_is_not_utf8_is_named_in_the_error(tmp_path: Path) -> None:
+    """Python represents a Latin-1 name, as from an old archive, like this."""
     for name in ("thé", "caf\udce9"):
         (tmp_path / name).mkdir()
     with pytest.raises(DataError, match=r"the class folder 'caf\\udce9' has a name that is not UTF-8"):
         list_classes(tmp_path)
 
 
-def test_a_class_without_images_is_refused_by_name(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
+def test_a_class_without_images_is_named_in_the_error(
+    pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig
+) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "full").symlink_to(pictures / "train" / "red", target_is_directory=True)
     (tmp_path / "train" / "void").mkdir()
@@ -130,7 +134,9 @@ def test_a_class_without_images_is_refused_by_name(pictures: Path, tmp_path: Pat
         open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.1, 0)
 
 
-def test_val_folders_of_other_classes_are_named(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
+def test_classes_that_differ_between_val_and_train_are_named_in_the_error(
+    pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig
+) -> None:
     link(pictures, tmp_path, train="train")
     (tmp_path / "val").mkdir()
     for name in ("red", "pink", "grey", "teal", "gold"):
@@ -142,7 +148,7 @@ def test_val_folders_of_other_classes_are_named(pictures: Path, tmp_path: Path, 
         open_training_data(tmp_path, tiny_config, varied(tiny_config), 0.1, 0)
 
 
-def test_a_single_class_is_nothing_to_train_on(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
+def test_training_on_a_single_class_is_refused(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "red").symlink_to(pictures / "train" / "red", target_is_directory=True)
     with pytest.raises(DataError, match=f"{tmp_path}/train: must have at least two class folders"):
@@ -150,12 +156,12 @@ def test_a_single_class_is_nothing_to_train_on(pictures: Path, tmp_path: Path, t
     assert len(open_folder(tmp_path / "train", evaluation_transform(tiny_config))) == 16
 
 
-def test_a_few_names_stand_for_many() -> None:
+def test_name_first_lists_a_few_names_and_counts_the_rest() -> None:
     assert name_first(["a", "b", "c"]) == "a, b, c"
     assert name_first(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
 
 
-def test_files_of_other_types_are_counted_by_extension(
+def test_files_with_unsupported_extensions_are_counted_by_extension(
     pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(pictures / "val", tmp_path / "val")
@@ -177,7 +183,7 @@ def damaged(pictures: Path, tmp_path: Path) -> Path:
     return tmp_path / "damaged"
 
 
-def test_a_bad_image_is_blank_without_a_label_counted_and_named_once(
+def test_a_bad_image_keeps_its_place_without_a_label_and_is_reported_once(
     damaged: Path, tiny_config: SuperViTConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = open_folder(damaged, evaluation_transform(tiny_config), max_bad_images=0.2)
@@ -195,7 +201,7 @@ def test_a_bad_image_is_blank_without_a_label_counted_and_named_once(
 
 
 def test_an_image_that_was_once_bad_is_not_read_again(damaged: Path, tiny_config: SuperViTConfig) -> None:
-    """Or what one pass over the images left out would come back in the next, with nothing said of it by a teacher."""
+    """Otherwise an image that one pass left out would return in the next, without the answer of a teacher."""
     images = open_folder(damaged, evaluation_transform(tiny_config), max_bad_images=0.2)
     assert images[1][1] == NO_LABEL
     shutil.copy(damaged / "blue" / "0.png", damaged / "blue" / "1.png")
@@ -203,7 +209,7 @@ def test_an_image_that_was_once_bad_is_not_read_again(damaged: Path, tiny_config
     assert images.with_transform(varied(tiny_config))[1][1] == NO_LABEL
 
 
-def test_more_bad_images_than_allowed_are_an_error_of_one_line(damaged: Path, tiny_config: SuperViTConfig) -> None:
+def test_more_bad_images_than_allowed_raise_a_one_line_error(damaged: Path, tiny_config: SuperViTConfig) -> None:
     images = open_folder(damaged, evaluation_transform(tiny_config), max_bad_images=0.1)
     assert images[1][1] == NO_LABEL  # one of twelve is less than a tenth
     with pytest.raises(DataError) as caught:
@@ -215,7 +221,7 @@ def test_more_bad_images_than_allowed_are_an_error_of_one_line(damaged: Path, ti
     assert "\n" not in str(caught.value)
 
 
-def test_training_takes_the_next_image_and_its_target_instead_of_a_bad_one(
+def test_training_replaces_a_bad_image_with_the_next_image_and_its_target(
     damaged: Path, tiny_config: SuperViTConfig
 ) -> None:
     images = open_folder(damaged, evaluation_transform(tiny_config), max_bad_images=0.2)
@@ -230,7 +236,9 @@ def test_training_takes_the_next_image_and_its_target_instead_of_a_bad_one(
         assert torch.equal(target, targets[expected])
 
 
-def test_the_digest_of_a_choice_follows_files_labels_and_order(tmp_path: Path, tiny_config: SuperViTConfig) -> None:
+def test_the_digest_of_samples_depends_only_on_files_labels_and_order(
+    tmp_path: Path, tiny_config: SuperViTConfig
+) -> None:
     transform = evaluation_transform(tiny_config)
     files = [(os.fspath(tmp_path / "a.png"), 0), (os.fspath(tmp_path / "b.png"), 1)]
     choices = [files, files[::-1], files[:1], [files[0], (files[1][0], 0)], [(str(tmp_path / "c.png"), 0), files[1]]]

@@ -22,7 +22,7 @@ WHITE, RED = (255, 255, 255), (255, 0, 0)
 
 
 def saved(path: Path, image: Image.Image, **options: object) -> Image.Image:
-    """Write the image to a file and decode it, as one that came from elsewhere."""
+    """Write the image to a file and return it decoded from there."""
     image.save(path, **options)  # type: ignore[arg-type] # Pillow's options are untyped
     with Image.open(path) as decoded:
         decoded.load()
@@ -115,7 +115,7 @@ def test_an_rgb_picture_is_not_copied_and_outlives_its_file(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("config", "resized"), [(DEIT_SMALL, 256), (LVVIT_SMALL, 248), (LVVIT_MICRO, 32)])
 @pytest.mark.parametrize("size", [(500, 375), (333, 499), (224, 224), (40, 30)])
-def test_the_evaluation_transform_is_the_standard_one(
+def test_the_evaluation_transform_matches_the_standard_one_of_torchvision(
     config: SuperViTConfig, resized: int, size: tuple[int, int]
 ) -> None:
     picture = noise(*size)
@@ -140,7 +140,9 @@ def test_pictures_of_any_shape_become_squares(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)])
-def test_a_thread_of_a_picture_is_never_blown_up_whole(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_thin_picture_is_cropped_before_it_is_resized(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     resize, asked = Image.Image.resize, []
 
     def record(image: Image.Image, to: tuple[int, int], *rest: Any) -> Image.Image:  # noqa: ANN401 - passed on
@@ -152,7 +154,7 @@ def test_a_thread_of_a_picture_is_never_blown_up_whole(size: tuple[int, int], mo
     assert [sorted(to) for to in asked] == [[256, 8 * 256]]
 
 
-def test_a_long_picture_is_judged_by_its_middle() -> None:
+def test_a_long_picture_is_cropped_to_its_middle() -> None:
     strip = Image.new("RGB", (20_000, 2), RED)
     strip.paste((0, 0, 255), (9_990, 0, 10_010, 2))
     pixels = evaluation_transform(LVVIT_MICRO)(strip)
@@ -175,7 +177,9 @@ def test_the_strongest_augmentation_never_fails() -> None:
 
 @pytest.mark.parametrize("augmentation", [PLAIN, Augmentation("rand-m9-mstd0.5-inc1", 1.0)])
 @pytest.mark.parametrize("config", [LVVIT_MICRO, replace(DEIT_SMALL, patch_grids=(4, 8))], ids=["small", "large"])
-def test_training_images_vary_at_the_size_of_the_model(config: SuperViTConfig, augmentation: Augmentation) -> None:
+def test_training_images_vary_and_have_the_size_of_the_model(
+    config: SuperViTConfig, augmentation: Augmentation
+) -> None:
     torch.manual_seed(0)
     transform = training_transform(config, augmentation)
     first, second = transform(noise(50, 70)), transform(noise(50, 70))
@@ -184,14 +188,14 @@ def test_training_images_vary_at_the_size_of_the_model(config: SuperViTConfig, a
     assert not torch.equal(first, second)
 
 
-def test_random_erasing_always_strikes_at_probability_one() -> None:
+def test_random_erasing_at_probability_one_erases() -> None:
     grey = Image.new("RGB", (32, 32), (124, 116, 104))
     whole = training_transform(replace(LVVIT_MICRO, mean=(0.0, 0.0, 0.0)), PLAIN)(grey)
     erased = training_transform(replace(LVVIT_MICRO, mean=(0.0, 0.0, 0.0)), Augmentation(None, 1.0))(grey)
     assert len(set(erased.flatten().tolist())) > len(set(whole.flatten().tolist())) + 10
 
 
-def test_every_other_training_image_is_mirrored() -> None:
+def test_about_half_of_the_training_images_are_mirrored() -> None:
     picture = Image.new("RGB", (128, 128), RED)
     picture.paste((0, 0, 255), (64, 0, 128, 128))
     for config in (LVVIT_MICRO, replace(DEIT_SMALL, patch_grids=(4, 8))):  # cropped with padding, and rescaled
@@ -202,8 +206,8 @@ def test_every_other_training_image_is_mirrored() -> None:
         assert 30 < mirrored < 70
 
 
-def test_what_augmentation_uncovers_has_the_mean_colour_of_the_images() -> None:
-    """So a picture of that colour all over stays of one colour, whether it is turned, shifted or sheared."""
+def test_augmentation_fills_uncovered_pixels_with_the_mean_colour() -> None:
+    """A picture of only that colour therefore stays so when it is rotated, shifted or sheared."""
     config = replace(DEIT_SMALL, patch_grids=(4, 8), mean=(0.8, 0.4, 0.2))
     transform = training_transform(config, Augmentation("rand-m10-n1-p1", 0.0))
     picture = Image.new("RGB", (128, 128), (204, 102, 51))
@@ -226,7 +230,7 @@ def broken_end(path: Path) -> None:
 def broken_size(path: Path) -> None:
     noise(60, 60).save(path)
     data = bytearray(path.read_bytes())
-    data[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height: more than Pillow unpacks
+    data[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height: more pixels than Pillow decodes
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     path.write_bytes(data)
 
@@ -239,7 +243,7 @@ def broken_palette(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [broken_text, broken_end, broken_size, broken_palette])
-def test_a_broken_image_is_named_in_one_line(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+def test_a_broken_image_is_named_in_a_one_line_error(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     path = tmp_path / "broken.png"
     spoil(path)
     with pytest.raises(UnreadableImageError, match=f"^{path}: not a readable image") as caught:

@@ -14,7 +14,7 @@ from models.subnetwork import SuperViTConfig
 
 @pytest.fixture
 def images(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> ImageSet:
-    """Twelve, of which numbers 1 and 11 cannot be read."""
+    """Twelve images, of which numbers 1 and 11 cannot be read."""
     shutil.copytree(pictures / "val", tmp_path / "val")
     for name in ("blue/1.png", "red/3.png"):
         (tmp_path / "val" / name).write_text("no picture")
@@ -22,7 +22,7 @@ def images(pictures: Path, tmp_path: Path, tiny_config: SuperViTConfig) -> Image
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_are_counted_over_all_workers_and_leave_batches_whole(
+def test_bad_images_are_counted_over_all_workers_and_batches_stay_full(
     images: ImageSet, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     batches = list(SampleLoader(images, 4, num_workers=workers))
@@ -35,7 +35,7 @@ def test_bad_images_are_counted_over_all_workers_and_leave_batches_whole(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_bad_images_are_one_line_from_whichever_process_meets_the_last(images: ImageSet, workers: int) -> None:
+def test_too_many_bad_images_raise_a_one_line_error_with_and_without_workers(images: ImageSet, workers: int) -> None:
     images.max_bad_images = 0.1
     batches = iter(SampleLoader(images, 1, num_workers=workers))
     seen = [next(batches)[1].item() for _ in range(11)]
@@ -48,7 +48,7 @@ def test_too_many_bad_images_are_one_line_from_whichever_process_meets_the_last(
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 9])
-def test_processes_load_the_batches_of_one_in_turn(images: ImageSet, processes: int) -> None:
+def test_processes_load_in_turn_the_batches_that_one_process_would_load(images: ImageSet, processes: int) -> None:
     chosen = [0, 2, 3, 4, 6, 8, 9]
     alone = [labels.tolist() for _, labels in load_round_robin(images, chosen, 2, 0, 0, 1)]
     assert alone == [[0, 0], [0, 1], [1, 2], [2]]
@@ -57,15 +57,15 @@ def test_processes_load_the_batches_of_one_in_turn(images: ImageSet, processes: 
     assert [batch for turn in dealt for batch in turn if batch is not None] == alone
 
 
-def test_what_was_made_of_batches_is_joined_in_their_order() -> None:
+def test_results_of_round_robin_batches_are_joined_in_batch_order() -> None:
     shares = [[torch.tensor([[0], [1]]), torch.tensor([[4]])], [torch.tensor([[2], [3]])], []]
     assert interleave(shares).tolist() == [[0], [1], [2], [3], [4]]
-    assert gather_round_robin(shares[0]).tolist() == [[0], [1], [4]]  # of a process alone
+    assert gather_round_robin(shares[0]).tolist() == [[0], [1], [4]]  # of a single process
 
 
-def test_workers_stay_for_the_next_pass(images: ImageSet) -> None:
+def test_workers_are_kept_for_the_next_pass(images: ImageSet) -> None:
     loader = load_round_robin(images, range(12), 4, 1, 0, 1)
-    others = {child.pid for child in torch.multiprocessing.active_children()}  # of a loader that is not yet collected
+    others = {child.pid for child in torch.multiprocessing.active_children()}  # of a loader not yet garbage-collected
     pids: set[int | None] = set()
     for _ in range(2):
         list(loader)

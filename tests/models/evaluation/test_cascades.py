@@ -7,7 +7,7 @@ from models.subnetwork import SubNetwork
 
 SMALL, MIDDLE, LARGE = SubNetwork(2, 0.5), SubNetwork(2, 1.0), SubNetwork(4, 1.0)
 ROWS = [SubNetworkProfile(SMALL, 100), SubNetworkProfile(MIDDLE, 300), SubNetworkProfile(LARGE, 400)]
-# The small one is sure of three images in four, where the large one is no surer; the middle one knows little.
+# The small sub-network is sure of three images in four, on which the large one is no surer; the middle one is unsure.
 SURE, UNSURE = [0.98, 0.98, 0.98], [0.42]
 CONFIDENCES = {
     SMALL: torch.tensor(SURE + UNSURE),
@@ -16,26 +16,27 @@ CONFIDENCES = {
 }
 
 
-def test_a_pair_is_chosen_that_asks_the_second_only_where_the_first_is_unsure() -> None:
+def test_the_chosen_cascade_runs_the_second_subnetwork_only_where_the_first_is_unsure() -> None:
     chosen = choose_cascades(ROWS, CONFIDENCES)
     assert [(one.first, one.second) for one in chosen] == [(SMALL, LARGE)]
     assert 0.42 < chosen[0].threshold <= 0.98
 
 
-def test_nothing_is_chosen_where_the_first_is_as_sure_as_the_others() -> None:
+def test_no_cascade_is_chosen_if_the_first_subnetwork_is_as_confident_as_the_others() -> None:
     alike = dict.fromkeys(CONFIDENCES, torch.tensor([0.3, 0.98]))
     assert choose_cascades(ROWS, alike) == []
 
 
-def test_a_cheaper_sub_network_never_looks_second() -> None:
+def test_the_second_subnetwork_of_a_cascade_is_never_the_cheaper_one() -> None:
     backwards = {SMALL: CONFIDENCES[LARGE], MIDDLE: CONFIDENCES[MIDDLE], LARGE: CONFIDENCES[SMALL]}
     assert choose_cascades(ROWS, backwards) == []
 
 
-def test_what_a_mixture_of_cheaper_and_dearer_ones_beats_is_left_out() -> None:
-    """At 0.5 one of four images is looked at again, at 0.8 two; the large one alone costs 400 and is worth 0.9025.
+def test_a_cascade_that_a_mixture_of_cheaper_and_costlier_choices_beats_is_left_out() -> None:
+    """A threshold of 0.8 loses to an equal mixture of a threshold of 0.5 and the large sub-network alone.
 
-    Worth 0.875 for 200 and 0.8775 for 300, where half of each of the others would give 0.889.
+    At 0.5 the large one runs on one image of four: a cost of 200 for a confidence of 0.875. At 0.8 it runs on two: 300
+    for 0.8775. Alone it costs 400 for 0.9025, so the mixture costs 300 for 0.889.
     """
     confidences = {SMALL: torch.tensor([0.9, 0.9, 0.75, 0.45]), LARGE: torch.tensor([0.95, 0.95, 0.76, 0.95])}
     rows = [ROWS[0], ROWS[2]]
@@ -44,16 +45,16 @@ def test_what_a_mixture_of_cheaper_and_dearer_ones_beats_is_left_out() -> None:
     assert 0.45 < thresholds[0] <= 0.75
 
 
-def test_a_cascade_is_measured_by_what_both_looks_answer() -> None:
+def test_a_cascade_is_measured_by_the_answers_of_both_subnetworks() -> None:
     first = torch.tensor([[1, 1, 0.9], [0, 1, 0.6], [1, 1, 0.59], [0, 0, 0.2]], dtype=torch.float64)
     second = torch.tensor([[0, 1, 0.9], [1, 1, 0.9], [0, 1, 0.9], [1, 1, 0.9]], dtype=torch.float64)
     measured = measure_cascade(Cascade(SMALL, LARGE, 0.6), {SMALL: first, LARGE: second}, first_top1=2 / 4)
     assert (measured.first, measured.second, measured.threshold) == (SMALL, LARGE, 0.6)
     assert measured.share == 2 / 4  # 0.59 and 0.2
-    assert measured.top1 == 2 / 4  # the first right at 0.9, wrong at 0.6; the second wrong, then right
+    assert measured.top1 == 2 / 4  # the first is right at 0.9 and wrong at 0.6; the second is wrong, then right
 
 
-def test_images_without_a_label_are_left_out() -> None:
+def test_images_without_a_label_do_not_count_in_a_measured_cascade() -> None:
     first = torch.tensor([[1, 1, 0.9], [torch.nan] * 3, [0, 0, 0.2]], dtype=torch.float64)
     second = torch.tensor([[1, 1, 0.9], [torch.nan] * 3, [1, 1, 0.9]], dtype=torch.float64)
     measured = measure_cascade(Cascade(SMALL, LARGE, 0.6), {SMALL: first, LARGE: second}, first_top1=1 / 2)
@@ -61,8 +62,8 @@ def test_images_without_a_label_are_left_out() -> None:
     assert measured.top1 == 1.0
 
 
-def test_what_the_second_look_adds_counts_beside_the_first_as_the_profile_has_it() -> None:
-    """The profile may have the first's accuracy from more images, on which it does better."""
+def test_the_gain_of_the_second_subnetwork_is_added_to_the_profiled_accuracy_of_the_first() -> None:
+    """The profiled accuracy of the first may come from more images, on which it is higher."""
     first = torch.tensor([[1, 1, 0.9], [0, 0, 0.2]], dtype=torch.float64)
     second = torch.tensor([[1, 1, 0.9], [1, 1, 0.9]], dtype=torch.float64)
     cascade = Cascade(SMALL, LARGE, 0.6)

@@ -25,15 +25,15 @@ from models.supervit import SuperViT
 CPU = Process(0, 1, torch.device("cpu"))
 
 
-def test_each_answer_is_judged_by_its_best_and_its_best_five() -> None:
+def test_each_answer_is_judged_by_its_top1_its_top5_and_its_confidence() -> None:
     logits = torch.tensor([[9.0, 1.0, 2.0, 3.0, 4.0, 5.0]] * 3 + [[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]])
-    judged = judge(logits, torch.tensor([0, 2, 1, 5]), Scaling(2.0))  # the first rows' from best to worst: 0 5 4 3 2 1
+    judged = judge(logits, torch.tensor([0, 2, 1, 5]), Scaling(2.0))  # the first rows rank the classes 0 5 4 3 2 1
     assert judged[:, 0].tolist() == [1, 0, 0, 1]
     assert judged[:, 1].tolist() == [1, 1, 0, 1]
     assert judged[:, 2].tolist() == pytest.approx((logits / 2).softmax(dim=1).max(dim=1).values.tolist())
 
 
-def test_fewer_than_five_classes_are_always_among_the_best_five() -> None:
+def test_top5_is_always_right_with_fewer_than_five_classes() -> None:
     judged = judge(torch.tensor([[0.1, 0.9], [0.1, 0.9]]), torch.tensor([0, 1]), Scaling())
     assert judged[:, :2].tolist() == [[0, 1], [1, 1]]
 
@@ -48,7 +48,7 @@ class ByBrightness(SuperViT):
 
 
 class ByTint(SuperViT):
-    """Answers class 0, 1 or 2 for images that are red, green or blue above all."""
+    """Answers class 0, 1 or 2 for images that are mostly red, green or blue."""
 
     def forward(self, images: Tensor, subnetwork: SubNetwork | None = None) -> Tensor:
         del subnetwork
@@ -73,13 +73,13 @@ def test_accuracy_is_counted_over_all_batches_for_each_subnetwork(
         assert (measured[pruned].top1, measured[pruned].top5) == (top1_pruned, 1.0)
 
 
-def test_the_calibration_error_is_that_at_the_temperature(
+def test_the_calibration_error_is_measured_at_the_given_temperature(
     tiny_config: SuperViTConfig, batches: list[tuple[Tensor, Tensor]]
 ) -> None:
     whole = SubNetwork(4, 1.0)
     for temperature in (0.5, 1.0, 2.0):
         measured = measure_accuracy(make_answer(ByBrightness(tiny_config)), batches, {whole: Scaling(temperature)})
-        # All four answers have one confidence, that of logits 1, 0 and -1, and two are right.
+        # All four answers have the same confidence, that of logits 1, 0 and -1, and two are right.
         weights = [math.exp(logit / temperature) for logit in (1, 0, -1)]
         assert measured[whole].calibration_error == pytest.approx(abs(weights[0] / sum(weights) - 2 / 4), rel=1e-5)
 
@@ -98,7 +98,7 @@ def test_scalings_are_fitted_for_each_subnetwork(
     assert scalings[whole].temperature < scalings[pruned].temperature
 
 
-def test_nothing_to_measure_on_is_an_error(tiny_config: SuperViTConfig) -> None:
+def test_measuring_accuracy_without_images_is_an_error(tiny_config: SuperViTConfig) -> None:
     with pytest.raises(ValueError, match="no images"):
         measure_accuracy(make_answer(SuperViT(tiny_config)), [], dict.fromkeys(tiny_config.subnetworks, Scaling()))
 
@@ -112,7 +112,7 @@ def test_imagenet_folders_are_mapped_by_their_wordnet_numbers_or_their_names() -
     assert label_indices(Path("val"), ["n01440764", "n15075141", names[3]], names) == [0, 999, 3]
 
 
-def test_wordnet_numbers_mean_nothing_to_other_classes() -> None:
+def test_wordnet_numbers_are_refused_for_classes_other_than_imagenets() -> None:
     differences = "4 missing: cyan, green, red and 1 more; 2 extra: n01440764, n01443537"
     with pytest.raises(
         DataError, match=rf"^val: its class folders differ from the checkpoint's classes: {differences}$"
@@ -150,7 +150,9 @@ def test_every_subnetwork_of_a_checkpoint_is_measured_on_val(tiny_file: Path, pi
     assert [row.macs for row in table.rows] == [row.macs for row in checkpoint.profile.rows]
 
 
-def test_labels_follow_the_checkpoints_classes_rather_than_the_folders(tiny_file: Path, pictures: Path) -> None:
+def test_labels_follow_the_class_order_of_the_checkpoint_rather_than_of_the_folders(
+    tiny_file: Path, pictures: Path
+) -> None:
     checkpoint = load_checkpoint(tiny_file)
     checkpoint = replace(checkpoint, model=ByTint(checkpoint.config).eval())
     for class_names, top1 in ((("red", "green", "blue"), 1.0), (("blue", "green", "red"), 1 / 3)):
@@ -158,7 +160,7 @@ def test_labels_follow_the_checkpoints_classes_rather_than_the_folders(tiny_file
         assert table.cheapest.top1 == pytest.approx(top1)
 
 
-def test_one_folder_serves_for_both(tiny_file: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_test_folder_alone_is_used_like_a_val_folder_alone(tiny_file: Path, pictures: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tiny_file)
     data = tmp_path / "data"
     data.mkdir()
@@ -183,7 +185,7 @@ class ByMemory(ByTint):
         return torch.where(known[:, None], logits, -logits)
 
 
-def test_with_one_folder_half_of_each_class_is_fitted_on_and_the_error_is_that_of_the_rest(
+def test_with_one_folder_half_of_each_class_is_used_to_fit_and_the_rest_to_measure_the_error(
     tiny_file: Path, pictures: Path
 ) -> None:
     checkpoint = load_checkpoint(tiny_file)
@@ -191,14 +193,14 @@ def test_with_one_folder_half_of_each_class_is_fitted_on_and_the_error_is_that_o
     found = find(replace(checkpoint, model=model, class_names=("red", "green", "blue"), profile=only), pictures)
     (row,) = found.profile.rows
     assert row.top1 == 0.5  # of all images
-    assert (row.calibration_error or 0) > 0.3  # of those that are all wrong, and of no other
-    assert row.temperature < 1  # of those that are all right
+    assert (row.calibration_error or 0) > 0.3  # of the other six images alone, which are all wrong
+    assert row.temperature < 1  # fitted on the six images that are all right
     assert found.basis == (
         "scalings fitted on 6 images of val/, calibration error from the other 6, accuracy from all 12 of val/"
     )
 
 
-def test_what_was_fitted_on_counts_for_accuracy_alone(
+def test_images_used_for_fitting_count_only_in_the_accuracy(
     tiny_config: SuperViTConfig, batches: list[tuple[Tensor, Tensor]]
 ) -> None:
     whole = SubNetwork(4, 1.0)
@@ -211,19 +213,19 @@ def test_what_was_fitted_on_counts_for_accuracy_alone(
         assert measured.calibration_error == pytest.approx(abs(confidence - share_right), rel=1e-5)
 
 
-def test_half_of_a_single_image_is_refused(tiny_file: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_folder_of_a_single_image_is_refused(tiny_file: Path, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "val" / "red").mkdir(parents=True)
     shutil.copy(pictures / "val" / "red" / "0.png", tmp_path / "val" / "red")
     with pytest.raises(DataError, match=f"{tmp_path}/val: at least two images are needed"):
         measure(load_checkpoint(tiny_file), tmp_path)
 
 
-def test_val_calibrates_and_test_is_measured_where_there_are_both(
+def test_scalings_are_fitted_on_val_and_test_is_measured_if_both_exist(
     tiny_file: Path, pictures: Path, tmp_path: Path
 ) -> None:
     checkpoint = load_checkpoint(tiny_file)
     checkpoint = replace(checkpoint, model=ByTint(checkpoint.config).eval(), class_names=("red", "green", "blue"))
-    for split, red in (("val", "red"), ("test", "green")):  # in test/, all that is called red is green
+    for split, red in (("val", "red"), ("test", "green")):  # in test/, the folder red holds green images
         (tmp_path / split).mkdir()
         (tmp_path / split / "red").symlink_to(pictures / "val" / red, target_is_directory=True)
     found = find(checkpoint, tmp_path)
@@ -232,12 +234,12 @@ def test_val_calibrates_and_test_is_measured_where_there_are_both(
         "scalings fitted on 4 images of val/, calibration error from the 4 of test/, accuracy from all 4 of test/"
     )
     assert {row.top1 for row in table.rows} == {0.0}
-    assert max(row.temperature for row in table.rows) < 1  # as val/ is never wrong
+    assert max(row.temperature for row in table.rows) < 1  # as the model is never wrong on val/
     assert all(LOWEST_EXPONENT <= row.entropy_exponent <= HIGHEST_EXPONENT for row in table.rows)
     assert min(row.calibration_error or 0 for row in table.rows) > 0.9
 
 
-def test_a_few_thousand_images_from_all_over_are_enough_to_calibrate(
+def test_calibration_uses_a_limited_number_of_images_from_all_classes(
     tiny_file: Path, pictures: Path, tmp_path: Path
 ) -> None:
     seen: list[Tensor] = []
@@ -262,7 +264,7 @@ def test_a_few_thousand_images_from_all_over_are_enough_to_calibrate(
     assert [labels.tolist() for labels in seen] == [[0, 0, 1, 1, 2, 2], [0] * 4 + [1] * 4 + [2] * 4]
 
 
-def test_keep_rates_between_are_measured_on_demand(tiny_file: Path, pictures: Path) -> None:
+def test_keep_rates_between_the_trained_ones_are_measured_on_request(tiny_file: Path, pictures: Path) -> None:
     checkpoint = load_checkpoint(tiny_file)
     table = evaluate(
         checkpoint,
@@ -290,7 +292,7 @@ def test_folders_of_unknown_classes_are_refused(tiny_file: Path, pictures: Path)
         measure(checkpoint, pictures)
 
 
-def test_a_broken_image_is_named_in_one_line_with_workers_too(tiny_file: Path, tmp_path: Path) -> None:
+def test_a_broken_image_read_by_a_worker_is_named_in_a_one_line_error(tiny_file: Path, tmp_path: Path) -> None:
     (tmp_path / "val" / "red").mkdir(parents=True)
     for name in ("0.png", "1.png"):
         (tmp_path / "val" / "red" / name).write_text("no picture")
@@ -303,7 +305,7 @@ def test_a_broken_image_is_named_in_one_line_with_workers_too(tiny_file: Path, t
 
 @pytest.fixture
 def damaged(pictures: Path, tmp_path: Path) -> Path:
-    """Twelve images to evaluate on, of which two cannot be read, and a file that is none."""
+    """Twelve images to evaluate on, of which two cannot be read, and a file that is not an image."""
     shutil.copytree(pictures / "val", tmp_path / "damaged" / "val")
     for name in ("red/0.png", "blue/2.png", "blue/names.csv"):
         (tmp_path / "damaged" / "val" / name).write_text("no picture")
@@ -335,7 +337,7 @@ def test_scalings_are_fitted_without_images_that_have_no_label(
 
 
 class Noting(ByTint):
-    """Notes under which precision it is asked."""
+    """Records the precisions in which it is run."""
 
     def __init__(self, config: SuperViTConfig) -> None:
         super().__init__(config)
@@ -347,7 +349,7 @@ class Noting(ByTint):
         return super().forward(images, subnetwork).to(torch.get_autocast_dtype("cpu") if is_on else torch.float32)
 
 
-def test_everything_is_measured_in_the_precision_that_the_device_is_fast_in(
+def test_evaluation_runs_in_the_native_precision_of_the_device(
     tiny_file: Path, pictures: Path, fast_precision: torch.dtype
 ) -> None:
     checkpoint = load_checkpoint(tiny_file)
@@ -357,7 +359,7 @@ def test_everything_is_measured_in_the_precision_that_the_device_is_fast_in(
     assert table.cheapest.top1 == 1.0
 
 
-def test_two_processes_find_what_one_finds(
+def test_two_processes_measure_the_same_as_one(
     tiny_file: Path, damaged: Path, tmp_path: Path, torchrun: Callable[..., None]
 ) -> None:
     found = find(load_checkpoint(tiny_file), damaged, max_bad_images=0.2)
@@ -365,4 +367,4 @@ def test_two_processes_find_what_one_finds(
     together = json.loads((tmp_path / "found.json").read_text())
     assert together["profiles"] == [repr(found.profile)] * 2
     assert together["basis"] == found.basis
-    assert together["num_seen"] == [5 + 5 + 2, 1 + 5]  # in batches of five, of the six to fit on and of all twelve
+    assert together["num_seen"] == [5 + 5 + 2, 1 + 5]  # batches of five: of the six images to fit on, and of all twelve

@@ -14,7 +14,7 @@ def is_png(path: Path) -> bool:
         return image.format == "PNG" and len(image.convert("RGB").getcolors(1_000_000) or ()) > 10
 
 
-def test_the_frontier_is_a_png(tmp_path: Path) -> None:
+def test_plot_frontier_writes_a_png(tmp_path: Path) -> None:
     rows = [
         SubNetworkProfile(SubNetwork(grid, rate), int(1e6 * grid**2 * rate), 0.5 + grid / 100 + rate / 100)
         for grid in (8, 10)
@@ -24,7 +24,7 @@ def test_the_frontier_is_a_png(tmp_path: Path) -> None:
     assert is_png(tmp_path / "frontier.png")
 
 
-def test_the_course_of_a_benchmark_is_a_png(tmp_path: Path) -> None:
+def test_plot_bench_writes_a_png_with_and_without_answered_requests(tmp_path: Path) -> None:
     answered = [(0.1 * number, 0.05 + 0.001 * number, number < 80) for number in range(100)]
     none_answered = [(0.0, None, False)]
     plot_bench({"10/s": answered, "20/s": none_answered}, tmp_path / "course.png")
@@ -33,7 +33,7 @@ def test_the_course_of_a_benchmark_is_a_png(tmp_path: Path) -> None:
     assert is_png(tmp_path / "none.png")
 
 
-def test_a_training_run_of_one_epoch_and_of_several_is_a_png(tmp_path: Path) -> None:
+def test_plot_training_writes_a_png_for_one_epoch_and_for_several(tmp_path: Path) -> None:
     records = [
         {"epoch": epoch, "loss": {"largest grid": 2.0 / epoch}, "top1": {"grid 8 at keep rate 1": epoch / 10}}
         for epoch in (1, 2, 3)
@@ -44,7 +44,7 @@ def test_a_training_run_of_one_epoch_and_of_several_is_a_png(tmp_path: Path) -> 
         assert is_png(path)
 
 
-def test_runs_strung_together_that_watched_other_sub_networks_are_a_png(tmp_path: Path) -> None:
+def test_plot_training_writes_a_png_for_epochs_that_measured_different_subnetworks(tmp_path: Path) -> None:
     records = [
         {
             "epoch": 1,
@@ -61,7 +61,7 @@ def test_runs_strung_together_that_watched_other_sub_networks_are_a_png(tmp_path
     assert is_png(tmp_path / "both.png")
 
 
-def test_latencies_of_many_sub_networks_or_of_one_are_a_png(tmp_path: Path) -> None:
+def test_plot_latency_writes_a_png_for_many_subnetworks_and_for_one(tmp_path: Path) -> None:
     many = {
         SubNetwork(grid, rate): tuple(grid * rate * (4 + size) / 1e3 for size in (1, 2, 4, 8))
         for grid in (5, 6, 8)

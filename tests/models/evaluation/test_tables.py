@@ -3,7 +3,7 @@ from models.profiles import CascadeProfile, ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 
 
-def test_the_table_has_a_row_per_keep_rate_and_a_column_per_grid() -> None:
+def test_the_accuracy_table_has_a_row_per_keep_rate_and_a_column_per_grid() -> None:
     rows = (
         SubNetworkProfile(SubNetwork(8, 0.5), 742_000_000, 0.7375),
         SubNetworkProfile(SubNetwork(8, 1.0), 1_438_000_000, 0.7579),
@@ -16,7 +16,7 @@ def test_the_table_has_a_row_per_keep_rate_and_a_column_per_grid() -> None:
     ]
 
 
-def test_the_summary_tells_the_extremes() -> None:
+def test_the_calibration_summary_gives_the_extremes() -> None:
     rows = (
         SubNetworkProfile(SubNetwork(8, 0.5), 1, 0.7, temperature=0.9, calibration_error=0.0123),
         SubNetworkProfile(SubNetwork(8, 1.0), 2, 0.8, temperature=1.25, calibration_error=0.007),
@@ -25,7 +25,7 @@ def test_the_summary_tells_the_extremes() -> None:
     assert calibration_summary(ProfileTable(rows)) == summary
 
 
-def test_each_cascade_has_a_line_with_what_it_costs_and_does() -> None:
+def test_the_cascade_table_has_a_line_of_cost_and_accuracy_per_cascade() -> None:
     first, second = SubNetwork(8, 0.5), SubNetwork(8, 1.0)
     rows = SubNetworkProfile(first, 700_000_000, 0.7), SubNetworkProfile(second, 1_400_000_000, 0.8)
     cascade = CascadeProfile(first, second, threshold=0.85, share=0.25, top1=0.7875)

@@ -1,8 +1,8 @@
-"""What test_evaluate runs under torchrun: a checkpoint is measured by two processes.
+"""The script that test_evaluate runs under torchrun: two processes measure a checkpoint.
 
     python -m torch.distributed.run --nproc-per-node 2 two_evaluations.py CHECKPOINT DATA FOUND_JSON
 
-The first process writes what both found, and how many images each has seen, to FOUND_JSON.
+The first process writes the results of both, and how many images each has seen, to FOUND_JSON.
 """
 
 import json
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     num_seen = 0
 
     def count(loader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Hand on batches and count their images."""
+        """Pass batches on and count their images."""
         global num_seen
         for batch in loader:
             num_seen += len(batch[1])

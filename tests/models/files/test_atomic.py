@@ -13,7 +13,7 @@ from models.files.atomic import write_atomically
 
 @contextmanager
 def files_limited_to(size: int) -> Iterator[None]:
-    """Let every file that grows beyond a size fail, as on a full disk."""
+    """Make every write beyond a file size fail, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -24,7 +24,7 @@ def files_limited_to(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_file_is_put_in_place_of_another(tmp_path: Path) -> None:
+def test_write_atomically_replaces_an_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"first")
     write_atomically(path, memoryview(b"second"))
@@ -32,7 +32,7 @@ def test_a_file_is_put_in_place_of_another(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"first")
     with files_limited_to(10), pytest.raises(OSError, match="File too large"):
@@ -50,7 +50,7 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     assert not path.is_symlink()
 
 
-def test_the_file_may_be_read_by_those_who_may_read_any_new_file(tmp_path: Path) -> None:
+def test_a_written_file_has_the_permissions_that_the_umask_allows(tmp_path: Path) -> None:
     usual = os.umask(0o027)
     try:
         write_atomically(tmp_path / "file", b"")

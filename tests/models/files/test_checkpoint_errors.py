@@ -14,7 +14,7 @@ def test_control_characters_are_shown_escaped() -> None:
 
 
 @pytest.mark.parametrize("at_most", [10, 11])
-def test_of_a_long_text_both_ends_are_shown(at_most: int) -> None:
+def test_a_long_text_is_shortened_to_its_two_ends(at_most: int) -> None:
     text = printable_text("start" + "x" * 10_000 + "the end", at_most)
     assert len(text) == at_most
     assert text.startswith("start…")
@@ -23,7 +23,7 @@ def test_of_a_long_text_both_ends_are_shown(at_most: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [UnreadableCheckpointError, CheckpointMismatchError])
-def test_an_error_names_what_it_is_about_in_one_line(kind: type[Exception]) -> None:
+def test_prefixed_errors_adds_the_name_to_the_error_in_one_line(kind: type[Exception]) -> None:
     with pytest.raises(kind, match=r"^a\\nb: no\\tgood$"), prefixed_errors("a\nb"):
         raise kind("no\tgood")
     with pytest.raises(kind, match=r"^'': no such file$"), prefixed_errors(""):

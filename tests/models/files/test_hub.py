@@ -1,4 +1,4 @@
-"""The hub's client against a server that speaks the hub's few routes; each asks from a fresh process, as users do."""
+"""The hub client against a server with the few routes of the hub; it runs in a fresh process, as it does for users."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ except CheckpointError as error:
 
 @dataclass
 class Repository:
-    """Its commits by revision, and who may read it."""
+    """A repository: its commits by revision, its files by commit, and whether it is private or gated."""
 
     revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT, "v2": OTHER_COMMIT})
     files: dict[str, dict[str, bytes]] = field(default_factory=lambda: WEIGHTS)
@@ -55,7 +55,7 @@ class Repository:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as huggingface.co does: large files lie elsewhere, strangers are not told what is private."""
+    """Answers like huggingface.co: large files are redirected, private repositories are hidden without a token."""
 
     repositories: ClassVar[dict[str, Repository]] = {}
     requests: ClassVar[list[str]] = []
@@ -90,7 +90,7 @@ class Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815 - as the base class has it
 
     def commit_of(self, name: str, revision: str) -> str | None:
-        """Look up a revision, or answer why there is none."""
+        """Return the commit of a revision; None after answering why there is none."""
         has_token = self.headers["Authorization"] == f"Bearer {TOKEN}"
         repository = self.repositories.get(name)
         if repository is None or (repository.is_private and not has_token):
@@ -122,7 +122,7 @@ Find = Callable[..., list[str]]
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    """A hub with a repository, for as long as the test does not set another `endpoint`."""
+    """A hub with one repository, the endpoint unless the test sets another HF_ENDPOINT."""
     monkeypatch.setattr(Hub, "repositories", {"owner/net": Repository()})
     monkeypatch.setattr(Hub, "requests", [])
     monkeypatch.setattr(Hub, "status", None)
@@ -137,7 +137,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 @pytest.fixture
 def find(tmp_path: Path) -> Find:
-    """Find checkpoints in a fresh process: find(name, ..., VARIABLE=value) -> a line for each, of its file or error."""
+    """Find checkpoints in a fresh process: find(name, ..., VARIABLE=value) returns the file or error of each."""
 
     def find(*names: str, script: str = FIND, **variables: str) -> list[str]:
         environment = {
@@ -155,7 +155,9 @@ def find(tmp_path: Path) -> Find:
     return find
 
 
-def test_a_repository_gives_its_usual_file_or_its_only_one(hub: type[Hub], find: Find, tmp_path: Path) -> None:
+def test_a_repository_gives_model_safetensors_or_its_only_safetensors_file(
+    hub: type[Hub], find: Find, tmp_path: Path
+) -> None:
     assert find("hf-hub:owner/net", "hf-hub:owner/net@v2", f"hf-hub:owner/net@{OTHER_COMMIT}") == [
         "model.safetensors: weights",
         "net.safetensors: other weights",
@@ -167,12 +169,12 @@ def test_a_repository_gives_its_usual_file_or_its_only_one(hub: type[Hub], find:
     assert not list(tmp_path.rglob("pytorch_model.bin"))
 
 
-def test_what_is_wrong_with_a_file_is_said_of_the_name_that_was_asked_for(hub: type[Hub], find: Find) -> None:
+def test_an_error_in_a_downloaded_file_names_the_requested_repository(hub: type[Hub], find: Find) -> None:
     hub.repositories["owner/net"] = Repository(files={COMMIT: {"model.safetensors": b""}})
     assert find("hf-hub:owner/net", script=LOAD) == ["hf-hub:owner/net: is empty"]
 
 
-def test_what_is_cached_is_not_fetched_again_and_serves_without_a_network(hub: type[Hub], find: Find) -> None:
+def test_a_cached_file_is_not_downloaded_again_and_is_found_without_a_network(hub: type[Hub], find: Find) -> None:
     names = ("hf-hub:owner/net", "hf-hub:owner/net@v2")
     found = find(*names)
     hub.requests.clear()
@@ -193,7 +195,7 @@ def test_a_branch_that_moved_is_followed(hub: type[Hub], find: Find) -> None:
     assert find("hf-hub:owner/net") == ["net.safetensors: other weights"]
 
 
-def test_a_token_opens_what_is_private(hub: type[Hub], find: Find) -> None:
+def test_a_private_repository_needs_a_token(hub: type[Hub], find: Find) -> None:
     hub.repositories["owner/private"] = Repository(is_private=True)
     name = "hf-hub:owner/private"
     (refused,) = find(name)
@@ -201,7 +203,7 @@ def test_a_token_opens_what_is_private(hub: type[Hub], find: Find) -> None:
     assert find(name, HF_TOKEN=TOKEN) == ["model.safetensors: weights"]
 
 
-def test_what_the_hub_does_not_have_is_said_in_one_line(hub: type[Hub], find: Find) -> None:
+def test_a_repository_or_revision_that_cannot_be_used_is_a_one_line_error(hub: type[Hub], find: Find) -> None:
     several = {"b.safetensors": b"b", "a.safetensors": b"a"}
     hub.repositories |= {
         "owner/several": Repository(files={COMMIT: several, OTHER_COMMIT: {"model.bin": b"pickle"}}),
@@ -228,14 +230,14 @@ def test_what_the_hub_does_not_have_is_said_in_one_line(hub: type[Hub], find: Fi
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "nonsense"])
-def test_no_network_is_said_in_one_line(hub: type[Hub], find: Find, endpoint: str) -> None:
+def test_an_unreachable_hub_is_a_one_line_error(hub: type[Hub], find: Find, endpoint: str) -> None:
     assert find("hf-hub:owner/net", HF_ENDPOINT=endpoint) == [
         "hf-hub:owner/net: the hub cannot be reached: no network, or a wrong HF_ENDPOINT"
     ]
     assert hub.requests == []
 
 
-def test_without_leave_to_ask_the_hub_nothing_is_asked(hub: type[Hub], find: Find) -> None:
+def test_no_request_is_sent_if_hf_hub_offline_is_set(hub: type[Hub], find: Find) -> None:
     assert find("hf-hub:owner/net", HF_HUB_OFFLINE="1") == [
         "hf-hub:owner/net: not in the cache, and HF_HUB_OFFLINE is set"
     ]
@@ -250,12 +252,14 @@ def test_without_leave_to_ask_the_hub_nothing_is_asked(hub: type[Hub], find: Fin
         (HTTPStatus.OK, "the server is not a Hugging Face hub; check HF_ENDPOINT"),
     ],
 )
-def test_an_answer_of_something_else_is_said_in_one_line(hub: type[Hub], find: Find, status: int, problem: str) -> None:
+def test_an_unexpected_response_of_the_hub_is_a_one_line_error(
+    hub: type[Hub], find: Find, status: int, problem: str
+) -> None:
     hub.status = status
     assert find("hf-hub:owner/net") == [f"hf-hub:owner/net: {problem}"]
 
 
-def test_a_cache_that_cannot_be_written_is_said_in_one_line(hub: type[Hub], find: Find, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_a_one_line_error(hub: type[Hub], find: Find, tmp_path: Path) -> None:
     assert hub.requests == []
     (tmp_path / "file").touch()
     (line,) = find("hf-hub:owner/net", HF_HOME=str(tmp_path / "file"))

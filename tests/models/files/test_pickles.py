@@ -16,7 +16,7 @@ BUILD, REDUCE, STOP = b"b", b"R", b"."
 
 
 def call(module: str, name: str, argument: bytes) -> bytes:
-    """Have a function called with one argument."""
+    """Return a pickle that calls a function with one argument."""
     return b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"(" + argument + b"t" + REDUCE + STOP
 
 
@@ -30,7 +30,7 @@ def peak_bytes(pickled: bytes, complaint: str) -> int:
         tracemalloc.stop()
 
 
-def test_one_pickle_after_another_is_read() -> None:
+def test_consecutive_pickles_are_read_one_at_a_time() -> None:
     file = io.BytesIO(pickle.dumps({"a": [1, 2]}) + pickle.dumps("b", protocol=2) + b"rest")
     assert unpickle(file) == ({"a": [1, 2]}, {})
     assert unpickle(file) == ("b", {})
@@ -50,12 +50,12 @@ def test_one_pickle_after_another_is_read() -> None:
         ("torchvision.io", "read_file"),
     ],
 )
-def test_a_pickle_that_names_what_might_run_is_refused(module: str, name: str) -> None:
+def test_a_pickle_that_refers_to_code_is_refused(module: str, name: str) -> None:
     with pytest.raises(UnreadableCheckpointError, match="holds code, which is not run: it refers to"):
         unpickle(io.BytesIO(call(module, name, b"K\x07")))
 
 
-def test_the_name_of_what_might_run_is_shown_escaped_and_shortened() -> None:
+def test_the_name_of_refused_code_is_escaped_and_shortened() -> None:
     with pytest.raises(UnreadableCheckpointError) as caught:
         unpickle(io.BytesIO(call("a\x1b[31m" + "x" * 999, "b", b"K\x07")))
     assert r"refers to a\x1b[31mxxx" in str(caught.value)
@@ -65,7 +65,7 @@ def test_the_name_of_what_might_run_is_shown_escaped_and_shortened() -> None:
 @pytest.mark.parametrize(
     "name", ["hub\nload", "_utils\n_rebuild_qtensor", "nn.modules.linear\nLinear", "serialization\nload", "\nload"]
 )
-def test_nothing_of_torch_is_called(name: str, tmp_path: Path) -> None:
+def test_functions_of_torch_are_not_called(name: str, tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"never read")
     module, _, function = name.partition("\n")
@@ -74,28 +74,28 @@ def test_nothing_of_torch_is_called(name: str, tmp_path: Path) -> None:
     assert type(content).__module__ == "models.files.pickles"
 
 
-def test_a_pickle_changes_none_of_our_functions() -> None:
-    """A state of two parts sets attributes of what it is given, such as a function's defaults."""
+def test_a_pickle_cannot_set_attributes_of_our_functions() -> None:
+    """A state of two parts sets attributes of the object that it is given to, such as a function's defaults."""
     changed = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(N}X\x07\x00\x00\x00__doc__NstbK\x01."
     with pytest.raises(UnreadableCheckpointError, match="its pickle is invalid"):
         unpickle(io.BytesIO(changed))
 
 
-def test_room_for_what_is_remembered_is_made_once_it_is_there() -> None:
+def test_a_huge_memo_index_allocates_no_memory() -> None:
     remembered = b"\x80\x02Nr" + (2**30).to_bytes(4, "little") + STOP
     assert peak_bytes(remembered, "claims more than it holds") < 10 * 2**20
     assert peak_bytes(b"Np1073741824\n.", "claims more than it holds") < 10 * 2**20
 
 
 @pytest.mark.parametrize("opcode", [b"\x8e", b"\x8d", b"\x96"], ids=["bytes", "text", "bytearray"])
-def test_room_for_a_long_text_is_made_once_it_is_there(opcode: bytes) -> None:
+def test_a_huge_claimed_length_allocates_no_memory(opcode: bytes) -> None:
     claimed = b"\x80\x05" + opcode + (2**33).to_bytes(8, "little") + b"short" + STOP
     assert peak_bytes(claimed, "truncated or damaged") < 20 * 2**20
 
 
 @pytest.mark.parametrize("copies", [b"h\x00\x85R", b")Rh\x00b"], ids=["made of it", "given it as state"])
-def test_a_large_dict_is_not_copied_ever_again(copies: bytes) -> None:
-    """Two hundred copies of twenty thousand entries, for six bytes each."""
+def test_a_large_dict_is_not_copied_repeatedly(copies: bytes) -> None:
+    """Two hundred copies of twenty thousand entries, for about thirty bytes each."""
     entries = b"".join(b"M" + number.to_bytes(2, "little") + b"N" for number in range(20_000))
     one = b"}q\x00(" + entries + b"u0"
     copy = b"ccollections\nOrderedDict\n" + copies
@@ -108,13 +108,13 @@ def test_a_large_dict_is_not_copied_ever_again(copies: bytes) -> None:
         tracemalloc.stop()
 
 
-def test_tuples_within_tuples_do_not_overflow_the_stack() -> None:
+def test_deeply_nested_tuples_do_not_overflow_the_stack() -> None:
     nested = b"\x80\x02})" + b"\x85" * 300_000 + b"Ns."
     with pytest.raises(UnreadableCheckpointError, match="its pickle is too large"):
         unpickle(io.BytesIO(nested))
 
 
-def test_a_pickle_of_absurd_size_is_not_followed_to_its_end() -> None:
+def test_a_pickle_beyond_the_size_limit_is_not_read_to_its_end() -> None:
     a_million = b"X" + (10**6).to_bytes(4, "little") + b"x" * 10**6 + b"0"
     file = io.BytesIO(b"\x80\x02" + a_million * (1 + MAX_PICKLE_BYTES // 10**6) + b"N" + STOP)
     with pytest.raises(UnreadableCheckpointError, match="truncated or damaged"):
@@ -122,7 +122,7 @@ def test_a_pickle_of_absurd_size_is_not_followed_to_its_end() -> None:
     assert file.tell() <= MAX_PICKLE_BYTES
 
 
-def test_what_is_no_weight_is_passed_over() -> None:
+def test_values_other_than_weights_do_not_make_a_pickle_unreadable() -> None:
     content, _ = unpickle(io.BytesIO(pickle.dumps(OrderedDict(a={1, 2}, b=1 + 2j, c=b"\xff"), protocol=2)))
     assert isinstance(content, dict)
     assert list(content) == ["a", "b", "c"]
@@ -131,6 +131,6 @@ def test_what_is_no_weight_is_passed_over() -> None:
 @pytest.mark.parametrize(
     "pickled", [b"", b"\x80", b"\x80\x02}", b"\x80\x02Q.", b"\x80\x02NQ.", b"\x80\x63N.", b"\x80\x02]Q."]
 )
-def test_a_pickle_that_makes_no_sense_is_damaged(pickled: bytes) -> None:
+def test_an_invalid_pickle_is_reported_as_damaged(pickled: bytes) -> None:
     with pytest.raises(UnreadableCheckpointError, match="truncated or damaged"):
         unpickle(io.BytesIO(pickled))

@@ -23,14 +23,14 @@ def write(path: Path, header: object, body: bytes = bytes(24), length: int | Non
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + body)
 
 
-def test_what_is_written_is_what_is_read(path: Path) -> None:
+def test_a_written_file_is_read_back_unchanged(path: Path) -> None:
     weights, metadata = read_safetensors(path)
     assert torch.equal(weights["a"], torch.arange(4.0))
     assert weights["b"].dtype == torch.float16
     assert metadata == {"said": "ü"}
 
 
-def test_a_safetensors_file_is_known_by_its_first_bytes(path: Path, tmp_path: Path) -> None:
+def test_a_safetensors_file_is_recognised_by_its_first_bytes(path: Path, tmp_path: Path) -> None:
     assert is_safetensors(path)
     torch.save({}, tmp_path / "zip")
     torch.save({}, tmp_path / "legacy", _use_new_zipfile_serialization=False)
@@ -58,13 +58,13 @@ def test_a_header_of_absurd_size_is_refused_before_it_is_read(path: Path) -> Non
     tracemalloc.stop()
 
 
-def test_a_file_that_is_cut_short_says_what_is_missing(path: Path) -> None:
+def test_a_truncated_file_is_refused_with_the_number_of_missing_bytes(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UnreadableCheckpointError, match=r"^truncated: 10 bytes of its weights are missing$"):
         read_safetensors(path)
 
 
-def change(**fields: Any) -> Callable[[dict[str, Any]], object]:  # noqa: ANN401 - whatever a file may say
+def change(**fields: Any) -> Callable[[dict[str, Any]], object]:  # noqa: ANN401 - anything that a file may hold
     return lambda header: header["a"].update(fields)
 
 
@@ -85,7 +85,7 @@ def change(**fields: Any) -> Callable[[dict[str, Any]], object]:  # noqa: ANN401
         (lambda header: header.update(a=[]), "^its header is damaged$"),
     ],
 )
-def test_a_header_that_is_not_true_of_the_file_is_refused(
+def test_a_header_that_does_not_match_the_file_is_refused(
     path: Path, damage: Callable[[dict[str, Any]], object], complaint: str
 ) -> None:
     header: dict[str, Any] = {
@@ -101,7 +101,7 @@ def test_a_header_that_is_not_true_of_the_file_is_refused(
 
 
 @pytest.mark.parametrize("header", [b"{", b'{"a"}', b"{\xff}", b'{"a":' * 5000, b'{"a":' + b"[" * 5000])
-def test_a_header_that_is_no_json_is_damaged(path: Path, header: bytes) -> None:
+def test_a_header_that_is_not_json_is_reported_as_damaged(path: Path, header: bytes) -> None:
     write(path, header)
     with pytest.raises(UnreadableCheckpointError, match=r"^its header is damaged$"):
         read_safetensors(path)

@@ -12,24 +12,24 @@ MICRO, SMALL = "supervit-micro-cifar10", "supervit-small-caltech101"
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoints that ship do not lie in the current folder."""
+    """Change to a folder that holds none of the shipped checkpoints."""
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_checkpoint_that_ships_goes_by_its_name() -> None:
-    """Pictures, cards and logs that lie beside it have no names of their own."""
+def test_a_shipped_checkpoint_is_found_by_its_name() -> None:
+    """The pictures, cards and logs in its folder are not listed as checkpoints."""
     assert find_checkpoint(MICRO) == SHIPPED_FOLDER / f"{MICRO}.safetensors"
     assert shipped_names() == (MICRO, SMALL)
 
 
-def test_a_file_of_that_name_wins_and_a_folder_does_not() -> None:
+def test_a_local_file_takes_precedence_over_a_shipped_checkpoint_and_a_folder_does_not() -> None:
     Path(SMALL).mkdir()
     assert find_checkpoint(SMALL) == SHIPPED_FOLDER / f"{SMALL}.safetensors"
     Path(MICRO).touch()
     assert find_checkpoint(MICRO) == Path(MICRO)
 
 
-def test_an_unknown_name_lists_what_ships() -> None:
+def test_an_unknown_name_lists_the_shipped_checkpoints() -> None:
     with pytest.raises(UnreadableCheckpointError, match=rf"^macro: no such file, .*choose from {MICRO}, {SMALL}$"):
         find_checkpoint("macro")
     with pytest.raises(UnreadableCheckpointError, match=r"^runs/macro: no such file$"):
@@ -39,11 +39,11 @@ def test_an_unknown_name_lists_what_ships() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://host/a.pth", "https://host/a", "S3://bucket/a", "hf://owner/name"])
-def test_a_url_says_what_is_taken_instead(url: str) -> None:
+def test_a_url_is_refused_with_the_supported_alternatives(url: str) -> None:
     taken = (
         r"a URL is not supported; use a path, the name of a checkpoint that ships, or hf-hub:owner/name\[@revision\]$"
     )
-    for name in (url, Path(url)):  # as a path, it has lost a slash
+    for name in (url, Path(url)):  # a Path collapses the two slashes
         with pytest.raises(UnreadableCheckpointError, match=taken):
             find_checkpoint(name)
 
@@ -57,25 +57,25 @@ def test_a_repository_must_be_named_with_its_owner(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "\0", "x" * 5000, "a\nb"])
-def test_no_name_is_too_strange_for_an_error_of_one_line(name: str) -> None:
+def test_an_invalid_name_is_a_short_one_line_error(name: str) -> None:
     with pytest.raises(UnreadableCheckpointError) as caught:
         find_checkpoint(name)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 500
 
 
-def test_a_path_that_cannot_even_be_looked_at_is_named(tmp_path: Path) -> None:
-    """Not one in a closed folder, which root may enter."""
+def test_a_path_that_cannot_be_accessed_is_named_in_the_error(tmp_path: Path) -> None:
+    """The name is too long; a folder without permissions would not do, as root may enter it."""
     with pytest.raises(UnreadableCheckpointError, match=r"a+\.safetensors: cannot be read: File name too long"):
         find_checkpoint(tmp_path / f"{'a' * 300}.safetensors")
 
 
-def test_a_copy_is_called_after_the_checkpoint_alone() -> None:
+def test_bare_name_drops_owner_and_revision() -> None:
     assert bare_name("micro") == "micro"
     assert bare_name("hf-hub:owner/net-1.0@refs/pr/2") == "net-1.0"
 
 
-def test_the_client_of_the_hub_is_not_loaded_for_any_other_name(tmp_path: Path) -> None:
+def test_the_hub_client_is_imported_only_for_hub_names(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     path.touch()
     code = (

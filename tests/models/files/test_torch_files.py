@@ -22,7 +22,7 @@ from models.files.torch_files import read_torch_file
 
 @dataclass(frozen=True)
 class Numbers:
-    """A storage, as a pickle claims it to be."""
+    """A storage, as a pickle describes it."""
 
     count: int
     kind: type = torch.FloatStorage
@@ -31,7 +31,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Claim:
-    """A weight, as a pickle claims it to be."""
+    """A weight, as a pickle describes it."""
 
     numbers: Numbers
     size: Any
@@ -110,7 +110,7 @@ def test_weights_are_read_as_torch_load_reads_them(tmp_path: Path, weights: dict
 
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
-def test_of_a_training_state_the_weights_alone_are_read(
+def test_only_the_weights_of_a_training_state_are_read(
     tmp_path: Path, is_zip: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = nn.Linear(3, 3)
@@ -139,7 +139,7 @@ def test_of_a_training_state_the_weights_alone_are_read(
     assert sorted(made) == [12, 36]
 
 
-def test_weights_that_share_their_numbers_are_read_once(tmp_path: Path) -> None:
+def test_weights_that_share_a_storage_are_read_once(tmp_path: Path) -> None:
     shared = torch.randn(50, 50)
     torch.save({"a": shared, "b": shared}, tmp_path / "tied.pth")
     read = read_torch_file(tmp_path / "tied.pth")
@@ -152,7 +152,7 @@ def fail(*_: object, **__: object) -> None:
 
 
 def complain_unread(path: Path, complaint: str) -> None:
-    """Complain by the directory of a zip alone, with none of its records read."""
+    """Check that a zip file is refused by its directory alone, with none of its records read."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zipfile.ZipFile, "open", fail)
         complain(path, complaint)
@@ -164,7 +164,7 @@ def complain(path: Path, complaint: str) -> None:
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_zip_bomb_is_refused_by_its_directory(tmp_path: Path, compression: int) -> None:
+def test_a_zip_bomb_is_refused_by_its_directory_alone(tmp_path: Path, compression: int) -> None:
     records = {"data.pkl": pickled({}), "data/0": bytes(50_000_000)}
     path = write_zip(tmp_path / "bomb.pth", records, compression)
     assert path.stat().st_size < 100_000
@@ -172,7 +172,7 @@ def test_a_zip_bomb_is_refused_by_its_directory(tmp_path: Path, compression: int
 
 
 def edited_directory(path: Path, name: str, **fields: int) -> Path:
-    """Have the directory of a zip say something else of a record, and leave the record as it is."""
+    """Change the entry of a record in the directory of a zip file, and leave the record unchanged."""
     data = bytearray(path.read_bytes())
     entry = data.index(b"PK\x01\x02")
     while data[entry + 46 :][: len(name)] != name.encode():
@@ -190,7 +190,7 @@ def test_records_that_claim_more_than_the_file_holds_are_refused(tmp_path: Path)
     complain_unread(edited_directory(path, "archive/data/0", size=10**9, compressed=100), "compressed records")
 
 
-def test_records_that_lie_over_one_another_are_refused(tmp_path: Path) -> None:
+def test_overlapping_records_are_refused(tmp_path: Path) -> None:
     """A few bytes could otherwise be counted as the content of many records."""
     path = write_zip(tmp_path / "over.pth", {"data.pkl": pickled({}), "data/0": bytes(500), "data/1": bytes(400)})
     with zipfile.ZipFile(path) as archive:
@@ -198,7 +198,7 @@ def test_records_that_lie_over_one_another_are_refused(tmp_path: Path) -> None:
     complain_unread(edited_directory(path, "archive/data/1", offset=first + 50), "a zip file whose records overlap")
 
 
-def test_a_description_of_absurd_size_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_beyond_the_size_limit_is_refused(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "long.pth", {"data.pkl": bytes(MAX_PICKLE_BYTES + 1)})
     complain_unread(path, "its pickle is too large")
 
@@ -224,7 +224,7 @@ def test_a_description_of_absurd_size_is_refused(tmp_path: Path) -> None:
         (Claim(Numbers(4, torch.QUInt8Storage), (1,), (1,)), "the weight w has an unsupported storage type"),
     ],
 )
-def test_a_weight_that_reaches_beyond_what_is_there_is_refused(
+def test_a_weight_that_exceeds_the_data_or_has_no_valid_shape_is_refused(
     tmp_path: Path, claim: Claim, complaint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "frombuffer", fail)
@@ -233,14 +233,14 @@ def test_a_weight_that_reaches_beyond_what_is_there_is_refused(
     complain(legacy, f"{complaint}|exceed its size|unsupported storage type")
 
 
-def test_many_weights_of_the_same_numbers_are_refused(tmp_path: Path) -> None:
-    """In half precision, each would be converted for itself."""
+def test_many_weights_of_one_storage_are_refused(tmp_path: Path) -> None:
+    """In half precision, each would be converted separately."""
     claims = {f"w{index}": Claim(Numbers(5000, torch.HalfStorage), (5000,), (1,)) for index in range(30)}
     complain(write_claims(tmp_path / "claims.pth", claims, bytes(10_000)), "its weights claim 300000 bytes")
 
 
 @pytest.mark.parametrize("count", [10**15, 2**62, -1, 5])
-def test_a_legacy_file_whose_numbers_claim_more_than_it_holds_is_refused(tmp_path: Path, count: int) -> None:
+def test_a_legacy_file_whose_storage_claims_more_than_it_holds_is_refused(tmp_path: Path, count: int) -> None:
     claim = Claim(Numbers(4), (4,), (1,))
     assert read_torch_file(write_legacy(tmp_path / "whole.pth", {"w": claim}, 4, bytes(16)))["w"].tolist() == [0] * 4
     complain(write_legacy(tmp_path / "claims.pth", {"w": claim}, count, bytes(16)), "exceed its size")
@@ -274,14 +274,14 @@ def save_script(path: Path) -> None:
         (save_script, "^holds code, which is not run: a TorchScript program$"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_in_our_words(
+def test_every_unsupported_file_gets_an_error_that_names_the_cause(
     tmp_path: Path, write: Callable[[Path], object], complaint: str
 ) -> None:
     write(tmp_path / "file.pth")
     complain(tmp_path / "file.pth", complaint)
 
 
-def test_damaged_numbers_are_found_by_their_checksum(tmp_path: Path) -> None:
+def test_damaged_weights_are_detected_by_their_checksum(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"w": torch.full((8,), 7.0)}, path)
     data = path.read_bytes()

@@ -14,7 +14,7 @@ from tests.models.conftest import CLASS_NAMES
 
 @pytest.fixture
 def pair(tmp_path: Path, tiny_config: SuperViTConfig) -> tuple[Path, Path]:
-    """Two checkpoints of one architecture, with other weights and other statistics of their batch norms."""
+    """Two checkpoints of one architecture, with different weights and batch-norm statistics."""
     config = replace(tiny_config, flavour="lvvit", stem_width=4)
     paths = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     for seed, path in enumerate(paths):
@@ -26,7 +26,7 @@ def pair(tmp_path: Path, tiny_config: SuperViTConfig) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_weights_and_statistics_lie_between_those_of_the_two(
+def test_weights_and_batch_norm_statistics_are_averaged_by_the_share(
     pair: tuple[Path, Path], tmp_path: Path, share: float
 ) -> None:
     average(Average(first=pair[0], second=pair[1], output=tmp_path / "between.safetensors", share=share))
@@ -40,7 +40,7 @@ def test_weights_and_statistics_lie_between_those_of_the_two(
         torch.testing.assert_close(weight, expected)
 
 
-def test_checkpoints_of_different_kinds_have_nothing_between_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_checkpoints_of_different_classes_cannot_be_averaged(pair: tuple[Path, Path], tmp_path: Path) -> None:
     second = load_checkpoint(pair[1])
     header = Header("it", second.config, ("other", *CLASS_NAMES[1:]), second.profile)
     save_checkpoint(pair[1], second.model, header)
@@ -50,7 +50,7 @@ def test_checkpoints_of_different_kinds_have_nothing_between_them(pair: tuple[Pa
 
 
 def retrained(path: Path, patch_grids: tuple[int, ...]) -> SuperViT:
-    """Put at `path`, in place of the checkpoint there, another of other patch grids and of one keep rate."""
+    """Replace the checkpoint at `path` with one of other patch grids and a single keep rate; return its model."""
     old = load_checkpoint(path)
     config = replace(old.config, patch_grids=patch_grids, keep_rates=(1.0,))
     torch.manual_seed(2)
@@ -59,7 +59,7 @@ def retrained(path: Path, patch_grids: tuple[int, ...]) -> SuperViT:
     return model
 
 
-def test_a_grid_that_the_second_was_not_trained_at_keeps_its_position_embedding(
+def test_a_grid_that_the_second_checkpoint_lacks_keeps_its_position_embedding(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     first = load_checkpoint(pair[0])
@@ -76,9 +76,7 @@ def test_a_grid_that_the_second_was_not_trained_at_keeps_its_position_embedding(
     torch.testing.assert_close(between.model.head.weight, (first.model.head.weight + second.head.weight) / 2)
 
 
-def test_a_grid_that_only_the_second_was_trained_at_has_no_place_in_the_average(
-    pair: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_grid_that_the_first_checkpoint_lacks_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     retrained(pair[1], (5,))
     with pytest.raises(CheckpointMismatchError, match="patch grids"):
         average(Average(first=pair[0], second=pair[1], output=tmp_path / "between.safetensors"))

@@ -33,7 +33,7 @@ def numbered(count: int, side: int) -> Tensor:
     return pixels.view(1, 1, side, side).expand(count, 3, side, side).to(torch.uint8)
 
 
-def test_crops_are_shifts_over_black_of_the_image_or_its_mirror_image() -> None:
+def test_crops_are_shifts_of_the_image_or_its_mirror_image_padded_with_black() -> None:
     torch.manual_seed(0)
     images = numbered(2000, 8)
     cropped = crop_and_mirror(images)
@@ -49,7 +49,7 @@ def test_crops_are_shifts_over_black_of_the_image_or_its_mirror_image() -> None:
     assert all(70 < count < 160 for count in counts.values())  # 111 of each on average
 
 
-def test_each_image_of_a_batch_is_varied_by_itself_and_keeps_its_target(tiny_config: SuperViTConfig) -> None:
+def test_each_augmented_image_of_a_batch_keeps_its_target(tiny_config: SuperViTConfig) -> None:
     images = torch.arange(1, 11, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 16, 16)
     targets = torch.arange(1, 11)
     sampler = RepeatAugSampler(targets, 1, 0, num_repeats=1, selected_round=0)
@@ -64,7 +64,7 @@ def test_each_image_of_a_batch_is_varied_by_itself_and_keeps_its_target(tiny_con
     assert len(set(seen)) == 8
 
 
-def test_erasing_strikes_in_memory_too(tiny_config: SuperViTConfig) -> None:
+def test_random_erasing_applies_to_images_in_memory(tiny_config: SuperViTConfig) -> None:
     torch.manual_seed(0)
     images = torch.full((8, 3, 16, 16), 128, dtype=torch.uint8)
     sampler = RepeatAugSampler(range(8), 1, 0, num_repeats=1, selected_round=0)
@@ -80,7 +80,7 @@ def test_erasing_strikes_in_memory_too(tiny_config: SuperViTConfig) -> None:
     ("options", "is_kept"),
     [({}, True), ({"rand_augment": "rand-m9"}, False), ({"patch_kernel": 17}, False), ({"patch_kernel": 16}, True)],
 )
-def test_small_images_are_kept_in_memory_unless_each_is_varied_by_itself(
+def test_small_images_are_kept_in_memory_unless_each_is_augmented_by_itself(
     tmp_path: Path, tiny_recipe: MakeRecipe, options: dict[str, object], is_kept: bool
 ) -> None:
     recipe = tiny_recipe(tmp_path, **options)
@@ -94,7 +94,7 @@ def test_small_images_are_kept_in_memory_unless_each_is_varied_by_itself(
     assert labels.shape == (8,)
 
 
-def test_too_many_images_for_memory_are_read_as_they_are_needed(
+def test_images_beyond_the_memory_limit_are_not_kept_in_memory(
     tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig
 ) -> None:
     size_bytes = 48 * 3 * 16 * 16
@@ -102,7 +102,7 @@ def test_too_many_images_for_memory_are_read_as_they_are_needed(
     assert not fits_memory(tiny_recipe(tmp_path), tiny_config, size_bytes - 1)
 
 
-def test_images_in_memory_are_whole_and_keep_their_labels(
+def test_images_in_memory_are_uncropped_and_keep_their_labels(
     tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig
 ) -> None:
     config = replace(tiny_config, crop_fraction=1.0)
@@ -119,7 +119,7 @@ def test_images_in_memory_are_whole_and_keep_their_labels(
 
 
 def vary(in_memory: bool) -> dict[str, object]:
-    """Options with which images are kept in memory, or varied each by itself as they are needed."""
+    """Return options that keep the images in memory, or that augment each image by itself as it is read."""
     return {"rand_augment": "" if in_memory else "rand-m9"}
 
 
@@ -139,7 +139,7 @@ def teacher(tmp_path: Path, tiny_config: SuperViTConfig) -> Teacher:
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_teacher_that_is_asked_once_turns_labels_into_probabilities(
+def test_a_teacher_that_is_asked_once_turns_labels_into_soft_targets(
     tmp_path: Path,
     tiny_recipe: MakeRecipe,
     tiny_config: SuperViTConfig,
@@ -164,19 +164,19 @@ def test_a_teacher_that_is_asked_once_turns_labels_into_probabilities(
 
 
 def answers_in(targets: Tensor, labels: Tensor) -> Tensor:
-    """What the teacher says, out of targets of which it makes a quarter."""
+    """Return the teacher's probabilities, given targets of which they make up a quarter."""
     smooth = functional.one_hot(labels, 3) * 0.7 + 0.1
     return (targets - 0.75 * smooth) / 0.25
 
 
 class Silent(Teacher):
-    """Shall not be asked."""
+    """A teacher that must not be asked."""
 
     def classify_with_mirror(self, images: Tensor) -> Tensor:
         raise AssertionError(f"asked about {len(images)} images")
 
 
-def test_a_teacher_that_has_answered_is_not_asked_again(
+def test_saved_answers_of_a_teacher_are_used_without_asking_it_again(
     tmp_path: Path,
     tiny_recipe: MakeRecipe,
     tiny_config: SuperViTConfig,
@@ -190,7 +190,7 @@ def test_a_teacher_that_has_answered_is_not_asked_again(
     assert torch.equal(first.targets, second.targets)
 
 
-def test_damaged_answers_of_a_teacher_are_asked_for_again(
+def test_damaged_saved_answers_of_a_teacher_are_computed_again(
     tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, teacher: Teacher
 ) -> None:
     recipe = tiny_recipe(tmp_path, **ASKED_ONCE)
@@ -203,7 +203,7 @@ def test_damaged_answers_of_a_teacher_are_asked_for_again(
         assert torch.equal(torch.load(kept, weights_only=True)["targets"], answers)
 
 
-def test_another_teacher_and_one_that_sees_other_pictures_are_asked_again(
+def test_a_teacher_is_asked_again_if_its_weights_or_the_preprocessing_change(
     tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, teacher: Teacher
 ) -> None:
     path = tmp_path / "teacher.pth"
@@ -217,7 +217,7 @@ def test_another_teacher_and_one_that_sees_other_pictures_are_asked_again(
         assert not torch.equal(first, second)
 
 
-def test_a_teacher_is_asked_again_where_an_image_has_another_label(
+def test_a_teacher_is_asked_again_if_the_label_of_an_image_changes(
     tmp_path: Path, pictures: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, teacher: Teacher
 ) -> None:
     data = tmp_path / "data"
@@ -230,7 +230,9 @@ def test_a_teacher_is_asked_again_where_an_image_has_another_label(
     assert not torch.equal(ask(recipe, tiny_config, teacher), before)
 
 
-def test_processes_share_the_images_out(tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig) -> None:
+def test_processes_divide_the_images_among_themselves(
+    tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig
+) -> None:
     shares = []
     for rank in range(2):
         _, sampler, _ = open_batches(tiny_recipe(tmp_path), tiny_config, None, rank, 2, CPU)
@@ -259,7 +261,7 @@ def damaged(pictures: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_are_left_out_of_full_batches(
+def test_bad_images_are_left_out_and_batches_stay_full(
     tmp_path: Path,
     tiny_recipe: MakeRecipe,
     tiny_config: SuperViTConfig,
@@ -283,7 +285,7 @@ def test_bad_images_are_left_out_of_full_batches(
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_too_many_bad_images_end_the_reading(
+def test_too_many_bad_images_raise_an_error(
     tmp_path: Path,
     tiny_recipe: MakeRecipe,
     tiny_config: SuperViTConfig,
@@ -296,7 +298,7 @@ def test_too_many_bad_images_end_the_reading(
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_what_a_teacher_says_stays_with_its_image_where_others_are_bad(
+def test_the_answers_of_a_teacher_stay_with_their_images_if_other_images_are_bad(
     tmp_path: Path,
     tiny_recipe: MakeRecipe,
     tiny_config: SuperViTConfig,

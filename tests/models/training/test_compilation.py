@@ -18,7 +18,7 @@ MakeRecipe = Callable[..., Recipe]
 
 @pytest.fixture
 def graphs() -> Iterator[list[torch.fx.GraphModule]]:
-    """What was compiled; by a compiler that leaves every graph as it is, because torch's own takes a minute."""
+    """The compiled graphs, from a backend that leaves each graph unchanged, because torch's own takes a minute."""
     compiled: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
@@ -34,25 +34,27 @@ def graphs() -> Iterator[list[torch.fx.GraphModule]]:
     torch.compiler.reset()
 
 
-def test_a_compiled_run_is_compiled_once_for_every_kind_of_step_and_learns_the_same(
+def test_a_compiled_run_compiles_once_per_kind_of_step_and_learns_the_same(
     tmp_path: Path, tiny_recipe: MakeRecipe, graphs: list[torch.fx.GraphModule]
 ) -> None:
     options = {"epochs": 2, "depth": 2, "prune_blocks": (1,), "keep_rates": (0.5, 1.0), "patch_grids": (3, 4)}
     train(tiny_recipe(tmp_path / "as it is", **options))
     assert not graphs
     train(tiny_recipe(tmp_path / "compiled", compile=True, **options))
-    assert len(graphs) == 3  # the proof that there is a compiler, and a pair of each grid
+    assert len(graphs) == 3  # the check that there is a compiler, and a pair of each grid
     logs = [log_of(tmp_path / name) for name in ("as it is", "compiled")]
     for plain, compiled in zip(*logs, strict=True):
         assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3, abs=1e-4)
 
 
-def test_more_kinds_of_arguments_than_torch_would_compile_are_compiled(graphs: list[torch.fx.GraphModule]) -> None:
+def test_more_combinations_of_arguments_than_the_default_limit_of_torch_are_compiled(
+    graphs: list[torch.fx.GraphModule],
+) -> None:
     class Power(nn.Module):
         def forward(self, x: torch.Tensor, exponent: int) -> torch.Tensor:
             return x**exponent
 
-    with dynamo.config.patch(recompile_limit=8):  # torch's own, which some libraries change
+    with dynamo.config.patch(recompile_limit=8):  # torch's default, which some libraries change
         power = Power()
         compile_in_place(power, torch.device("cpu"))
         graphs.clear()
@@ -61,7 +63,7 @@ def test_more_kinds_of_arguments_than_torch_would_compile_are_compiled(graphs: l
     assert len(graphs) == 20
 
 
-def test_where_there_is_no_compiler_a_run_ends_in_one_line(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_compiling_without_a_compiler_is_a_one_line_error(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     torch.compiler.reset()
     with (
         inductor.config.patch({"cpp.cxx": (None, "/no/compiler"), "fx_graph_cache": False}),

@@ -19,7 +19,7 @@ def imagenet_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_network_learns_the_data_and_can_teach_it(
+def test_a_fine_tuned_network_learns_the_data_and_loads_as_a_teacher(
     tmp_path: Path, pictures: Path, imagenet_file: Path, tiny_config: SuperViTConfig
 ) -> None:
     output = tmp_path / "teacher.pth"
@@ -38,7 +38,7 @@ def test_a_network_learns_the_data_and_can_teach_it(
     assert teacher(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
 
 
-def test_the_seed_fixes_the_order(
+def test_the_seed_determines_the_order_of_the_images(
     tmp_path: Path, pictures: Path, imagenet_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     orders: list[list[int]] = []
@@ -66,7 +66,9 @@ def test_the_seed_fixes_the_order(
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_all_but_the_last_layer_is_kept_whatever_its_weights_are_called(tmp_path: Path, imagenet_file: Path) -> None:
+def test_all_but_the_last_layer_is_loaded_even_if_the_weights_have_other_names(
+    tmp_path: Path, imagenet_file: Path
+) -> None:
     weights = torch.load(imagenet_file, weights_only=True)
     torch.save({f"other.{number}": weight for number, weight in enumerate(weights.values())}, tmp_path / "renamed.pth")
     for path in (imagenet_file, tmp_path / "renamed.pth"):
@@ -75,7 +77,7 @@ def test_all_but_the_last_layer_is_kept_whatever_its_weights_are_called(tmp_path
         assert all(torch.equal(network[name], weights[name]) for name in weights if not name.startswith("head."))
 
 
-def test_what_an_earlier_run_wrote_keeps_its_last_layer(tmp_path: Path) -> None:
+def test_weights_of_an_earlier_run_keep_their_last_layer_for_the_same_number_of_classes(tmp_path: Path) -> None:
     torch.manual_seed(3)
     weights = timm.create_model("test_vit", num_classes=3).state_dict()
     torch.save(weights, tmp_path / "teacher.pth")
@@ -89,7 +91,7 @@ def test_weights_of_another_network_are_refused(imagenet_file: Path) -> None:
         load_network("test_vit2", imagenet_file, 3)
 
 
-def test_weights_of_another_size_are_refused_under_whatever_names(imagenet_file: Path, tmp_path: Path) -> None:
+def test_weights_that_lack_a_tensor_are_refused_under_any_names(imagenet_file: Path, tmp_path: Path) -> None:
     weights = torch.load(imagenet_file, weights_only=True)
     del weights["norm.weight"]
     torch.save(weights, tmp_path / "without_norm.pth")
@@ -99,15 +101,13 @@ def test_weights_of_another_size_are_refused_under_whatever_names(imagenet_file:
             load_network("test_vit", tmp_path / name, 3)
 
 
-def test_an_output_that_cannot_be_written_is_known_before_the_training(
-    tmp_path: Path, pictures: Path, imagenet_file: Path
-) -> None:
+def test_an_output_that_cannot_be_written_is_an_os_error(tmp_path: Path, pictures: Path, imagenet_file: Path) -> None:
     (tmp_path / "file").touch()
     options = Finetune(data=pictures, output=tmp_path / "file" / "teacher.pth", model="test_vit", weights=imagenet_file)
     with pytest.raises(OSError, match="file"):
         finetune(options)
 
 
-def test_no_environment_variable_is_taken_for_an_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_environment_variables_are_not_read_as_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EPOCHS", "77")
     assert Finetune(data=tmp_path, output=tmp_path, weights=tmp_path).epochs == 2

@@ -10,7 +10,7 @@ from models.supervit import SuperViT
 from models.training.head import compute_features, fit_head
 
 
-def test_the_fitted_head_tells_classes_apart_that_the_features_tell_apart(deit: SuperViT) -> None:
+def test_the_fitted_head_separates_classes_that_the_features_separate(deit: SuperViT) -> None:
     torch.manual_seed(0)
     labels = torch.arange(90) % 3
     centres = torch.randn(3, 16)
@@ -20,7 +20,7 @@ def test_the_fitted_head_tells_classes_apart_that_the_features_tell_apart(deit: 
         assert torch.equal(deit.head(features).argmax(dim=1), labels)
 
 
-def test_the_fitted_head_is_the_logistic_regression_that_no_change_makes_better(deit: SuperViT) -> None:
+def test_the_fitted_head_is_the_optimum_of_the_logistic_regression(deit: SuperViT) -> None:
     torch.manual_seed(0)
     features, labels = torch.randn(60, 16, dtype=torch.float32), torch.randint(0, 3, (60,))
     fit_head(deit, features, labels)
@@ -36,7 +36,7 @@ def test_the_fitted_head_is_the_logistic_regression_that_no_change_makes_better(
 
 
 @pytest.mark.usefixtures("in_float32")
-def test_features_are_what_the_head_of_the_largest_sub_network_reads(deit: SuperViT, pictures: Path) -> None:
+def test_features_are_the_inputs_of_the_head_of_the_largest_subnetwork(deit: SuperViT, pictures: Path) -> None:
     images = open_folder(pictures / "val", evaluation_transform(deit.config))
     deit.train()
     features, labels = compute_features(deit, SampleLoader(images, 5))

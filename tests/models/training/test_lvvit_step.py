@@ -1,4 +1,4 @@
-"""A step of an LV-ViT, held against the same step written down plainly: image by image, in double precision."""
+"""A training step of an LV-ViT, compared with a plain reference: image by image, in double precision."""
 
 import math
 import random
@@ -25,7 +25,7 @@ def normed(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def patches_of(w: Weights, images: Tensor, grid: int) -> Tensor:
-    """(B, grid, grid, D): the stem, batch norm by the batch."""
+    """Compute the stem's (B, grid, grid, D) patches; batch norm uses the statistics of the batch."""
     x = functional.interpolate(images, (4 * grid, 4 * grid), mode="bilinear", align_corners=True)
     for i, (stride, padding) in enumerate(((2, 3), (1, 1), (1, 1)), start=1):
         x = functional.conv2d(x, w[f"patch_embed.conv{i}.weight"], stride=stride, padding=padding)
@@ -36,7 +36,7 @@ def patches_of(w: Weights, images: Tensor, grid: int) -> Tensor:
 
 
 def transformed(w: Weights, x: Tensor, rate: float) -> Tensor:
-    """The blocks over one image's (N, D) tokens; of three, the last two prune."""
+    """Apply the three blocks, of which the last two prune, to the (N, D) tokens of one image."""
     for block in range(3):
         of = f"blocks.{block}"
         query, key, value = (normed(w, f"{of}.norm1", x) @ w[f"{of}.attn.qkv.weight"].T).chunk(3, dim=1)
@@ -60,7 +60,7 @@ def transformed(w: Weights, x: Tensor, rate: float) -> Tensor:
 def plain_losses(
     w: Weights, images: Tensor, labels: Tensor, maps: Tensor, box: TokenBox, subnetworks: list[tuple[int, float]]
 ) -> list[Tensor]:
-    """The four losses for (B, classes) labels and (B, grid, grid, classes) maps of token labels."""
+    """Compute the four losses for (B, classes) labels and (B, grid, grid, classes) maps of token labels."""
     count, largest = len(images), GRIDS[-1]
     logits: list[list[Tensor]] = []
     token_losses = []
@@ -108,7 +108,7 @@ def mean_of(losses: Iterable[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 4])
-def test_a_step_has_the_losses_and_gradients_of_one_written_down_plainly(
+def test_a_training_step_has_the_losses_and_gradients_of_a_plain_reference(
     seed: int, build: Callable[[SuperViTConfig], SuperViT]
 ) -> None:
     choice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -116,7 +116,7 @@ def test_a_step_has_the_losses_and_gradients_of_one_written_down_plainly(
         "lvvit", WIDTH, 3, HEADS, patch_kernel=4, patch_grids=GRIDS, prune_blocks=(1, 2), num_classes=4, stem_width=3
     )
     model = build(config).train()
-    with torch.no_grad():  # as wide as makes the sub-networks answer differently
+    with torch.no_grad():  # spread enough for the sub-networks to answer differently
         for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
             norm.weight.add_(2)
     count, subnetworks = choice.choice((3, 4)), [(5, 1.0), (5, choice.choice((0.5, 0.7))), (choice.choice((2, 3)), 1.0)]

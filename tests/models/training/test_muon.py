@@ -21,7 +21,7 @@ def gradients(model: nn.Module, step: int) -> None:
 
 
 @pytest.mark.parametrize("flavour", ["deit", "lvvit"])
-def test_the_steps_are_those_of_timms_muon_in_full_precision(
+def test_muon_takes_the_steps_of_timms_muon_in_full_precision(
     flavour: Flavour,
     tiny_config: SuperViTConfig,
     build: Callable[[SuperViTConfig], SuperViT],
@@ -43,7 +43,7 @@ def test_the_steps_are_those_of_timms_muon_in_full_precision(
         torch.testing.assert_close(parameter, expected, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_a_matrix_moves_by_the_same_length_in_every_direction() -> None:
+def test_a_step_moves_a_matrix_by_about_the_same_length_in_every_direction() -> None:
     matrix = nn.Parameter(torch.zeros(6, 4))
     matrix.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
     Muon([matrix], lr=0.5, weight_decay=0.0).step()
@@ -52,14 +52,14 @@ def test_a_matrix_moves_by_the_same_length_in_every_direction() -> None:
     assert lengths.max() < 1.3
 
 
-def test_matrices_are_what_maps_features_to_features() -> None:
+def test_weights_that_map_features_to_features_count_as_matrices() -> None:
     assert is_matrix(torch.zeros(3, 4))
     assert is_matrix(torch.zeros(3, 4, 2, 2))
     assert not is_matrix(torch.zeros(4))
     assert not is_matrix(torch.zeros(1, 17, 8))  # a position embedding
 
 
-def test_gradients_stay_and_parameters_without_one_are_left_alone() -> None:
+def test_a_step_keeps_gradients_and_skips_parameters_without_one() -> None:
     layer, idle = nn.Linear(3, 4), nn.Linear(3, 4)
     before = idle.weight.clone()
     gradients(layer, 1)
@@ -69,7 +69,7 @@ def test_gradients_stay_and_parameters_without_one_are_left_alone() -> None:
     assert torch.equal(idle.weight, before)
 
 
-def test_a_closure_gives_the_gradients_that_the_step_goes_by() -> None:
+def test_a_step_with_a_closure_uses_the_gradients_of_the_closure() -> None:
     given, held = nn.Linear(4, 4), nn.Linear(4, 4)
     held.load_state_dict(given.state_dict())
     inputs = torch.ones(2, 4)
@@ -86,7 +86,7 @@ def test_a_closure_gives_the_gradients_that_the_step_goes_by() -> None:
     assert torch.equal(given.bias, held.bias)
 
 
-def test_a_state_that_was_saved_goes_on_as_if_unbroken() -> None:
+def test_an_optimizer_with_a_loaded_state_continues_like_the_saved_one() -> None:
     torch.manual_seed(2)
     layers = [nn.Linear(5, 4), nn.Linear(5, 4)]
     layers[1].load_state_dict(layers[0].state_dict())

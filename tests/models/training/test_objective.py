@@ -17,14 +17,14 @@ PAIRS = (PairChoice(4, 1.0, 0.7), PairChoice(2, 1.0, 0.5))
 FULL_PRECISION = torch.autocast("cpu", torch.bfloat16, enabled=False)
 
 
-def test_pairs_follow_from_seed_and_step_alone(tiny_config: SuperViTConfig) -> None:
+def test_pairs_depend_only_on_seed_and_step(tiny_config: SuperViTConfig) -> None:
     first = [sample_pairs(tiny_config, 3, step) for step in range(50)]
     torch.manual_seed(99)
     assert first == [sample_pairs(tiny_config, 3, step) for step in range(50)]
     assert first != [sample_pairs(tiny_config, 4, step) for step in range(50)]
 
 
-def test_pairs_cover_the_family_and_the_largest_grid_comes_first() -> None:
+def test_pairs_cover_all_grids_and_keep_rates_and_the_largest_grid_comes_first() -> None:
     config = SuperViTConfig()
     pairs = [sample_pairs(config, 0, step) for step in range(500)]
     assert {pair.patch_grid for pair, _ in pairs} == {14}
@@ -37,25 +37,25 @@ def test_pairs_cover_the_family_and_the_largest_grid_comes_first() -> None:
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.7])
-def test_a_family_of_one_is_trained_as_any_model(tiny_config: SuperViTConfig, rate: float) -> None:
+def test_a_family_of_one_subnetwork_trains_it_without_distillation(tiny_config: SuperViTConfig, rate: float) -> None:
     lone = replace(tiny_config, patch_grids=(4,), keep_rates=(rate,))
     assert sample_pairs(lone, 0, 0) == (PairChoice(4, rate, None),)
 
 
-def test_a_family_without_pruning_trains_two_grids_a_step(tiny_config: SuperViTConfig) -> None:
+def test_a_family_without_pruning_trains_two_grids_per_step(tiny_config: SuperViTConfig) -> None:
     largest, smaller = sample_pairs(replace(tiny_config, keep_rates=(1.0,)), 0, 0)
     assert largest == PairChoice(4, 1.0, None)
     assert smaller in (PairChoice(2, 1.0, None), PairChoice(3, 1.0, None))
 
 
-def test_a_single_is_any_grid_unpruned(tiny_config: SuperViTConfig) -> None:
+def test_sample_single_draws_any_grid_unpruned(tiny_config: SuperViTConfig) -> None:
     drawn = [sample_single(tiny_config, 0, step, pruned=False) for step in range(300)]
     assert drawn == [sample_single(tiny_config, 0, step, pruned=False) for step in range(300)]
     for grid in (2, 3, 4):
         assert 70 < drawn.count((PairChoice(grid, 1.0, None),)) < 130
 
 
-def test_a_pruned_single_is_any_sub_network(tiny_config: SuperViTConfig) -> None:
+def test_sample_single_with_pruning_draws_any_subnetwork(tiny_config: SuperViTConfig) -> None:
     drawn = [sample_single(tiny_config, 0, step, pruned=True) for step in range(900)]
     assert len(set(drawn)) == len(tiny_config.subnetworks)
     for subnetwork in tiny_config.subnetworks:
@@ -63,7 +63,7 @@ def test_a_pruned_single_is_any_sub_network(tiny_config: SuperViTConfig) -> None
 
 
 class Answers(SuperViT):
-    """A model whose logits for the two of a pair are set by hand."""
+    """A model whose logits for the two sub-networks of a pair are set by hand."""
 
     def __init__(self, config: SuperViTConfig, full: Tensor, pruned: Tensor) -> None:
         super().__init__(config)
@@ -81,24 +81,24 @@ class Answers(SuperViT):
 
 @pytest.fixture
 def answers(tiny_config: SuperViTConfig) -> Answers:
-    # Softmax of the whole: 1/4, 1/4, 1/2 and 1/3, 1/3, 1/3. Of the pruned: 1/2, 1/4, 1/4 and 1/5, 3/5, 1/5.
+    # Softmax of the unpruned: 1/4, 1/4, 1/2 and 1/3, 1/3, 1/3. Of the pruned: 1/2, 1/4, 1/4 and 1/5, 3/5, 1/5.
     full = torch.tensor([[0.0, 0.0, math.log(2)], [1.0, 1.0, 1.0]])
     pruned = torch.tensor([[math.log(2), 0.0, 0.0], [0.0, math.log(3), 0.0]])
     return Answers(replace(tiny_config, depth=1, prune_blocks=()), full, pruned)
 
 
-# Mean over both images of sum p log(p / q), p of the whole and q of the pruned.
+# Mean over both images of sum p log(p / q), p of the unpruned and q of the pruned sub-network.
 KL = ((1 / 4 * math.log(1 / 2) + 0 + 1 / 2 * math.log(2)) + (2 / 3 * math.log(5 / 3) + 1 / 3 * math.log(5 / 9))) / 2
 
 
-def test_the_whole_learns_labels_and_the_pruned_learns_the_whole(answers: Answers) -> None:
+def test_the_unpruned_subnetwork_learns_the_labels_and_the_pruned_one_learns_from_it(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.5)
     (classification, distillation), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0])), PAIRS[0])
     assert classification.item() == pytest.approx((math.log(2) + math.log(3)) / 2)
     assert distillation.item() == pytest.approx(KL)
 
 
-def test_without_a_lower_keep_rate_there_are_the_labels_alone(answers: Answers) -> None:
+def test_without_a_lower_keep_rate_there_is_only_the_classification_loss(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.5)
     (classification,), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0])), PairChoice(4, 1.0, None))
     assert classification.item() == pytest.approx((math.log(2) + math.log(3)) / 2)
@@ -118,7 +118,7 @@ def test_mixed_labels_are_not_smoothed_again(answers: Answers) -> None:
     assert classification.item() == pytest.approx((0.5 * math.log(4) + 0.5 * math.log(2) + math.log(3)) / 2)
 
 
-def test_a_teacher_takes_its_share_of_the_classification_loss(answers: Answers) -> None:
+def test_a_teacher_contributes_its_weight_to_the_classification_loss(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.25)
     teacher_probs = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]])
     (classification, distillation), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0]), teacher_probs), PAIRS[0])
@@ -128,7 +128,7 @@ def test_a_teacher_takes_its_share_of_the_classification_loss(answers: Answers) 
     assert distillation.item() == pytest.approx(KL)
 
 
-def test_labels_and_teacher_are_mixed_as_the_tokens_are(answers: Answers) -> None:
+def test_labels_and_teacher_probabilities_are_mixed_like_the_tokens(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.25)
     quarter = TokenBox(4, 0, 2, 0, 2)
     teacher_probs = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
@@ -139,7 +139,7 @@ def test_labels_and_teacher_are_mixed_as_the_tokens_are(answers: Answers) -> Non
     assert classification.item() == pytest.approx(0.75 * labels + 0.25 * (first + second) / 2)
 
 
-def test_the_loss_of_patch_tokens_has_its_weight_and_the_largest_grid_alone(
+def test_the_loss_of_patch_tokens_is_weighted_and_applies_only_to_the_largest_grid(
     tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT], images: Tensor, labels: Tensor
 ) -> None:
     model = build(replace(tiny_config, flavour="lvvit")).train()
@@ -157,7 +157,7 @@ def test_the_loss_of_patch_tokens_has_its_weight_and_the_largest_grid_alone(
     assert whole(3.0, 3) == whole(1.0, 3)
 
 
-def test_distillation_sends_no_gradient_to_the_whole(answers: Answers) -> None:
+def test_distillation_sends_no_gradient_to_the_unpruned_subnetwork(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.5)
     (classification, distillation), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0])), PAIRS[0])
     to_full, to_pruned = torch.autograd.grad(distillation, (answers.full, answers.pruned), allow_unused=True)
@@ -197,7 +197,7 @@ def test_a_step_sums_the_gradients_of_four_separate_subnetworks(deit: SuperViT, 
         torch.testing.assert_close(parameter, before[name] - 0.1 * reference.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_a_step_of_one_pair_has_its_losses_alone(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
+def test_a_step_of_one_pair_returns_only_its_losses(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
     pair_loss = PairLoss(deit.train(), label_smoothing=0.1, teacher_weight=0.5)
     optimizer = torch.optim.SGD(deit.parameters(), lr=0.1)
     single, pair = (PairChoice(3, 1.0, None),), (PairChoice(3, 1.0, 0.5),)
@@ -236,20 +236,20 @@ def steps_of(
 
 
 def change(moved: SuperViT, start: SuperViT) -> Tensor:
-    """How far the weights moved, as one vector."""
+    """Return how far the weights moved, as one vector."""
     pairs = zip(moved.parameters(), start.parameters(), strict=True)
     return torch.cat([(after - before).flatten() for after, before in pairs])
 
 
-def test_batches_whose_gradients_are_accumulated_step_as_one(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
+def test_accumulated_batches_give_the_step_of_one_large_batch(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
     whole, (expected,) = steps_of(deit, images, labels, 1)
     parts, losses = steps_of(deit, images, labels, 2)
     torch.testing.assert_close(change(parts, deit), change(whole, deit), atol=1e-6, rtol=1e-4)
-    for name, loss in expected.items():  # each batch tells its own mean
+    for name, loss in expected.items():  # each batch returns its own mean
         assert (losses[0][name] + losses[1][name]) / 2 == pytest.approx(loss, rel=1e-5)
 
 
-def test_nothing_moves_before_the_last_batch_of_a_step(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
+def test_weights_do_not_change_before_the_last_batch_of_a_step(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
     model = copy.deepcopy(deit).train()
     pair_loss = PairLoss(model, label_smoothing=0.1, teacher_weight=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -258,11 +258,11 @@ def test_nothing_moves_before_the_last_batch_of_a_step(deit: SuperViT, images: T
 
 
 @pytest.mark.parametrize("is_scaled", [False, True])
-def test_a_long_gradient_is_scaled_down_to_the_norm_asked_for(
+def test_a_gradient_above_the_clip_norm_is_scaled_down_to_it(
     deit: SuperViT, images: Tensor, labels: Tensor, is_scaled: bool
 ) -> None:
     free, _ = steps_of(deit, images, labels, 1)
-    norm = change(free, deit).norm().item() / 0.1  # SGD's rate
+    norm = change(free, deit).norm().item() / 0.1  # SGD's learning rate
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if is_scaled else None
     clipped, _ = steps_of(deit, images, labels, 1, clip_grad=norm / 4, scaler=scaler)
     torch.testing.assert_close(change(clipped, deit), change(free, deit) / 4, atol=1e-6, rtol=1e-3)
@@ -270,7 +270,7 @@ def test_a_long_gradient_is_scaled_down_to_the_norm_asked_for(
     torch.testing.assert_close(change(unchanged, deit), change(free, deit), atol=1e-6, rtol=1e-3)
 
 
-def test_a_scaled_gradient_that_overflows_moves_nothing_and_lowers_the_scale(
+def test_a_scaled_gradient_that_overflows_changes_no_weights_and_lowers_the_scale(
     deit: SuperViT, images: Tensor, labels: Tensor
 ) -> None:
     float16 = torch.autocast("cpu", torch.float16)
@@ -306,8 +306,10 @@ def test_a_step_in_bfloat16_stays_close_to_full_precision(deit: SuperViT, images
     assert answers[1] != answers[0]
 
 
-def test_the_loss_is_the_same_in_both_flavours_of_input(build: Callable[[SuperViTConfig], SuperViT]) -> None:
-    """Class indices with smoothing and the probabilities that they stand for give one loss."""
+def test_class_indices_and_their_smoothed_probabilities_give_the_same_loss(
+    build: Callable[[SuperViTConfig], SuperViT],
+) -> None:
+    """The class indices are smoothed by the loss, the probabilities beforehand."""
     config = SuperViTConfig(
         width=8, depth=1, num_heads=2, patch_kernel=4, patch_grids=(2,), prune_blocks=(), num_classes=4
     )

@@ -12,7 +12,7 @@ MakeRecipe = Callable[..., Recipe]
 
 
 class Clock:
-    """A clock that a test moves on."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -28,7 +28,9 @@ def curves(output: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_the_time_left_of_the_run_follows_from_the_pace_so_far(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_the_remaining_time_of_the_run_is_estimated_from_the_pace_so_far(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
     clock = Clock()
     recipe = tiny_recipe(tmp_path, epochs=10)
     with Progress(recipe, 5, 100, epochs_done=8, is_shown=False, clock=clock) as progress:
@@ -41,7 +43,7 @@ def test_the_time_left_of_the_run_follows_from_the_pace_so_far(tmp_path: Path, t
         assert progress.run_left_s == pytest.approx(7 / 40 * 160)
 
 
-def test_the_bar_shows_images_per_second_the_loss_and_both_times_left(
+def test_the_bar_shows_images_per_second_the_loss_and_both_remaining_times(
     tmp_path: Path, tiny_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = Clock()
@@ -56,7 +58,7 @@ def test_the_bar_shows_images_per_second_the_loss_and_both_times_left(
     assert "20.0/40.0" in shown
 
 
-def test_other_processes_show_nothing(
+def test_progress_that_is_not_shown_prints_and_writes_nothing(
     tmp_path: Path, tiny_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Progress(tiny_recipe(tmp_path), 2, 40, epochs_done=0, is_shown=False) as progress:
@@ -69,7 +71,9 @@ def test_other_processes_show_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_curves_of_a_resumed_run_go_on_where_the_saved_epochs_end(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_the_curves_of_a_resumed_run_continue_where_the_saved_epochs_end(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
     recipe = tiny_recipe(tmp_path, epochs=2)
     with Progress(recipe, 2, 40, epochs_done=0, is_shown=True) as progress:
         for step in range(3):  # cut short in the second epoch
@@ -90,7 +94,7 @@ def test_the_curves_of_a_resumed_run_go_on_where_the_saved_epochs_end(tmp_path: 
     }
 
 
-def test_without_tensorboard_there_are_no_curves_and_no_complaint(
+def test_without_tensorboard_there_are_no_curves_and_no_error(
     tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)

@@ -16,7 +16,7 @@ from tests.models.conftest import CLASS_NAMES
 
 
 def data_of_size(tmp_path: Path, num_images: int) -> Path:
-    """A data set of so many images, most of them the same: folders are linked into train/ again and again."""
+    """Make a data set of `num_images` images, most of them the same: one folder is linked into train/ repeatedly."""
     for size in (1000, num_images % 1000):
         (tmp_path / f"{size} images").mkdir(parents=True)
         for index in range(size):
@@ -28,7 +28,7 @@ def data_of_size(tmp_path: Path, num_images: int) -> Path:
     return tmp_path
 
 
-def test_a_small_data_set_is_trained_long_and_plainly(tmp_path: Path) -> None:
+def test_a_small_data_set_defaults_to_100_epochs_without_strong_augmentation(tmp_path: Path) -> None:
     recipe = Recipe(data=data_of_size(tmp_path, LARGE_DATASET_IMAGES - 1), output=tmp_path)
     assert (recipe.epochs, recipe.batch_size, recipe.optimizer, recipe.learning_rate) == (100, 64, "muon", 4e-2)
     assert (recipe.mixup, recipe.cutmix, recipe.rand_augment, recipe.random_erasing) == (0, 0, "", 0)
@@ -36,7 +36,7 @@ def test_a_small_data_set_is_trained_long_and_plainly(tmp_path: Path) -> None:
     assert (recipe.mix_token, recipe.token_label_weight) == (False, 1)
 
 
-def test_a_large_data_set_is_trained_by_the_published_recipe_of_the_deit(tmp_path: Path) -> None:
+def test_a_large_data_set_defaults_to_the_published_recipe_of_the_deit(tmp_path: Path) -> None:
     data = data_of_size(tmp_path, LARGE_DATASET_IMAGES)
     recipe = Recipe(data=data, output=tmp_path, model="supervit_deit_small_patch16_224")
     assert (recipe.epochs, recipe.batch_size, recipe.optimizer, recipe.learning_rate) == (300, 256, "adamw", 5e-4)
@@ -46,7 +46,7 @@ def test_a_large_data_set_is_trained_by_the_published_recipe_of_the_deit(tmp_pat
     assert (recipe.weight_decay, recipe.label_smoothing, recipe.warmup_epochs) == (0.05, 0.1, 5)
 
 
-def test_a_large_data_set_is_trained_by_the_published_recipe_of_the_lv_vit(tmp_path: Path) -> None:
+def test_a_large_data_set_defaults_to_the_published_recipe_of_the_lv_vit(tmp_path: Path) -> None:
     data = data_of_size(tmp_path, LARGE_DATASET_IMAGES)
     recipe = Recipe(data=data, output=tmp_path, model="supervit_lvvit_small_patch16_224")
     assert (recipe.epochs, recipe.optimizer, recipe.learning_rate) == (300, "adamw", 1.6e-3 * 512 / 1024)
@@ -60,7 +60,9 @@ def test_a_large_data_set_is_trained_by_the_published_recipe_of_the_lv_vit(tmp_p
 @pytest.mark.parametrize(
     "options", [{"mix_token": True}, {"token_labels": "maps"}, {"token_label_weight": 0.5}, {"teacher_tokens": True}]
 )
-def test_a_deit_has_no_labels_for_its_patch_tokens(tmp_path: Path, options: dict[str, object]) -> None:
+def test_options_for_the_labels_of_patch_tokens_are_refused_for_a_deit(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
     (name,) = options
     common = {"data": tmp_path, "output": tmp_path, "teacher": "resnet18"} | options
     with pytest.raises(ValidationError, match=f"{name.replace('_', '-')} is only supported for an LV-ViT, not a DeiT"):
@@ -85,7 +87,7 @@ def test_a_deit_has_no_labels_for_its_patch_tokens(tmp_path: Path, options: dict
         ({"token_labels": "maps", "mixup": 0.8}, "token-labels does not support mixup and cutmix"),
     ],
 )
-def test_token_labels_that_would_not_be_those_of_the_image_are_refused(
+def test_options_that_conflict_with_the_labels_of_patch_tokens_are_refused(
     tmp_path: Path, options: dict[str, object], complaint: str
 ) -> None:
     with pytest.raises(ValidationError, match=complaint):
@@ -105,18 +107,18 @@ def test_images_in_linked_class_folders_are_counted(pictures: Path, tmp_path: Pa
     assert count_training_files(tmp_path) == 48
 
 
-def test_what_is_given_wins_over_the_defaults(tmp_path: Path) -> None:
+def test_given_options_override_the_defaults(tmp_path: Path) -> None:
     recipe = Recipe(data=tmp_path, output=tmp_path, epochs=7, mixup=0.3, rand_augment="rand-m5")
     assert (recipe.epochs, recipe.mixup, recipe.rand_augment, recipe.cutmix) == (7, 0.3, "rand-m5", 0)
 
 
-def test_the_learning_rate_follows_the_optimizer(tmp_path: Path) -> None:
+def test_the_default_learning_rate_depends_on_the_optimizer(tmp_path: Path) -> None:
     assert Recipe(data=tmp_path, output=tmp_path, optimizer="adamw").learning_rate == 4e-3
     assert Recipe(data=tmp_path, output=tmp_path, optimizer="muon").learning_rate == 4e-2
     assert Recipe(data=tmp_path, output=tmp_path, optimizer="adamw", learning_rate=1e-3).learning_rate == 1e-3
 
 
-def test_overrides_are_the_given_fields_of_the_model_alone(tmp_path: Path) -> None:
+def test_overrides_are_only_the_given_fields_of_the_model(tmp_path: Path) -> None:
     recipe = Recipe(data=tmp_path, output=tmp_path, width=64, prune_blocks=(1, 2), depth=None, seed=4, drop_path=0.1)
     assert recipe.overrides == {"width": 64, "prune_blocks": (1, 2)}
     assert Recipe(data=tmp_path, output=tmp_path).overrides == {}
@@ -138,7 +140,7 @@ def test_overrides_are_the_given_fields_of_the_model_alone(tmp_path: Path) -> No
         ("drop_path", 1),
         ("ema_decay", 1),
         ("teacher_weight", 1.1),
-        ("token_label_weight", 0),  # nothing else teaches the head that evaluation adds
+        ("token_label_weight", 0),  # nothing else trains the auxiliary head, whose logits evaluation adds
         ("holdout", 0),
         ("holdout", 1),
         ("max_bad_images", -0.1),
@@ -164,7 +166,7 @@ def test_overrides_are_the_given_fields_of_the_model_alone(tmp_path: Path) -> No
         ("surprise", 1),
     ],
 )
-def test_values_out_of_bounds_are_refused_by_name(tmp_path: Path, name: str, value: object) -> None:
+def test_options_out_of_bounds_are_named_in_the_error(tmp_path: Path, name: str, value: object) -> None:
     with pytest.raises(ValidationError, match=name):
         Recipe.model_validate({"data": tmp_path, "output": tmp_path, name: value})
 
@@ -173,13 +175,13 @@ def test_values_out_of_bounds_are_refused_by_name(tmp_path: Path, name: str, val
     "description",
     ["rand", "rand-m9-mstd0.5-inc1", "rand-n3-p0.3-mmax15-inc0", "rand-mstd1-tweights", "rand-m5-t3a", "rand-t3aw-p1"],
 )
-def test_every_description_of_rand_augment_that_is_taken_can_be_built(tmp_path: Path, description: str) -> None:
+def test_every_accepted_description_of_rand_augment_can_be_built(tmp_path: Path, description: str) -> None:
     recipe = Recipe(data=tmp_path, output=tmp_path, rand_augment=description)
     assert rand_augment_transform(recipe.rand_augment) is not None
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
-def test_images_are_mixed_in_pairs(tmp_path: Path, name: str) -> None:
+def test_mixup_and_cutmix_need_an_even_batch_size(tmp_path: Path, name: str) -> None:
     options = {"data": tmp_path, "output": tmp_path, name: 0.8}
     with pytest.raises(ValidationError, match="mixup and cutmix need an even batch-size, not 7"):
         Recipe.model_validate(options | {"batch_size": 7})
@@ -197,14 +199,14 @@ def test_images_are_mixed_in_pairs(tmp_path: Path, name: str) -> None:
         {"teacher_tokens": True},
     ],
 )
-def test_a_teacher_without_a_name_is_not_passed_over(tmp_path: Path, options: dict[str, object]) -> None:
+def test_teacher_options_without_a_teacher_are_refused(tmp_path: Path, options: dict[str, object]) -> None:
     (name,) = options
     with pytest.raises(ValidationError, match=f"{name.replace('_', '-')} requires a teacher; give one with --teacher"):
         Recipe.model_validate({"data": tmp_path, "output": tmp_path} | options)
     Recipe.model_validate({"data": tmp_path, "output": tmp_path, "teacher": "resnet18"} | options)
 
 
-def test_a_recipe_has_a_worker_for_each_core_unless_told_otherwise(
+def test_workers_default_to_the_share_of_the_cores_of_a_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
@@ -213,7 +215,7 @@ def test_a_recipe_has_a_worker_for_each_core_unless_told_otherwise(
     assert Recipe(data=tmp_path, output=tmp_path, workers=0).workers == 0
 
 
-def test_a_recipe_without_data_says_so(tmp_path: Path) -> None:
+def test_a_recipe_requires_data(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="data\n  Field required"):
         Recipe.model_validate({"output": tmp_path})
 
@@ -236,7 +238,9 @@ def weights_of_two_classes(tmp_path: Path, tiny_config: SuperViTConfig) -> Path:
     return path
 
 
-def test_weights_that_meet_new_classes_are_fine_tuned_by_default(weights_of_two_classes: Path, pictures: Path) -> None:
+def test_initial_weights_of_other_classes_are_fine_tuned_by_default(
+    weights_of_two_classes: Path, pictures: Path
+) -> None:
     recipe = Recipe(data=pictures, output=Path("run"), init=weights_of_two_classes)
     assert recipe.fit_head
     assert (recipe.optimizer, recipe.layer_decay, recipe.smallest_crop) == ("adamw", 0.75, 0.3)
@@ -245,7 +249,7 @@ def test_weights_that_meet_new_classes_are_fine_tuned_by_default(weights_of_two_
     assert asked.learning_rate == LEARNING_RATES["muon"]["small"]
 
 
-def test_weights_that_know_the_classes_are_trained_on_as_from_scratch(
+def test_initial_weights_of_the_same_classes_get_the_defaults_of_training_from_scratch(
     tmp_path: Path, tiny_config: SuperViTConfig, pictures: Path
 ) -> None:
     path = tmp_path / "three.safetensors"
@@ -267,6 +271,8 @@ def test_weights_that_know_the_classes_are_trained_on_as_from_scratch(
         ),
     ],
 )
-def test_options_about_initial_weights_need_some(pictures: Path, options: dict[str, Any], complaint: str) -> None:
+def test_invalid_combinations_of_options_about_initial_weights_are_refused(
+    pictures: Path, options: dict[str, Any], complaint: str
+) -> None:
     with pytest.raises(ValidationError, match=complaint):
         Recipe(data=pictures, output=Path("run"), **options)

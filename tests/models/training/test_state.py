@@ -20,7 +20,7 @@ MakeRecipe = Callable[..., Recipe]
 
 @pytest.fixture
 def state(deit: SuperViT) -> State:
-    """A state after one update, so that the optimizer has something to remember."""
+    """A state after one update, so that the optimizer has moments to save."""
     optimizer = torch.optim.AdamW(deit.parameters(), lr=1e-3)
     average = ModelEmaV3(deit)
     for parameter in deit.parameters():
@@ -36,7 +36,7 @@ def saved(tmp_path: Path, tiny_recipe: MakeRecipe, state: State) -> State:
     return state
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path: Path, tiny_recipe: MakeRecipe, saved: State) -> None:
+def test_a_saved_state_loads_unchanged(tmp_path: Path, tiny_recipe: MakeRecipe, saved: State) -> None:
     before = copy.deepcopy(saved.model.state_dict())
     with torch.no_grad():
         saved.model.head.bias.add_(1)
@@ -63,7 +63,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, tiny_recipe: MakeRecipe
         ({"batch_size": 4, "seed": 1, "num_heads": 4}, "--num-heads 2, not 4; --batch-size 8, not 4; --seed 0, not 1"),
     ],
 )
-def test_a_run_of_other_options_is_refused_with_every_difference_in_one_line(
+def test_a_state_of_other_options_is_refused_with_every_difference_in_one_line(
     tmp_path: Path, tiny_recipe: MakeRecipe, saved: State, options: dict[str, object], difference: str
 ) -> None:
     before = copy.deepcopy(saved.model.state_dict())
@@ -73,12 +73,12 @@ def test_a_run_of_other_options_is_refused_with_every_difference_in_one_line(
     assert all(torch.equal(tensor, before[name]) for name, tensor in saved.model.state_dict().items())
 
 
-def test_what_an_option_of_later_was_by_default_follows_the_model_of_the_run(
+def test_an_option_that_an_older_state_lacks_gets_the_default_of_the_model_of_the_run(
     tmp_path: Path, tiny_recipe: MakeRecipe, state: State
 ) -> None:
-    """A large set's default of MixToken is that of an LV-ViT for an LV-ViT alone."""
+    """On a large data set, MixToken is on by default for an LV-ViT only."""
     recipe = tiny_recipe(tmp_path, data=data_of_size(tmp_path, LARGE_DATASET_IMAGES))
-    assert Recipe(data=recipe.data, output=tmp_path).mix_token  # by default, which is not the model of this run
+    assert Recipe(data=recipe.data, output=tmp_path).mix_token  # by default, with another model than this run's
     state.save(recipe, CLASS_NAMES, {"epoch": 1})
     content = torch.load(tmp_path / "state.pt", weights_only=True)
     del content["recipe"]["mix_token"]
@@ -86,7 +86,7 @@ def test_what_an_option_of_later_was_by_default_follows_the_model_of_the_run(
     assert state.load(recipe, CLASS_NAMES) == {"epoch": 1}
 
 
-def test_how_long_how_fast_and_where_it_trains_may_change(
+def test_a_resumed_run_may_change_duration_learning_rate_precision_and_device(
     tmp_path: Path, tiny_recipe: MakeRecipe, saved: State
 ) -> None:
     (tmp_path / "moved").mkdir()
@@ -106,7 +106,7 @@ def test_how_long_how_fast_and_where_it_trains_may_change(
     assert saved.load(other, CLASS_NAMES)["epoch"] == 3
 
 
-def test_the_scale_of_float16_is_taken_up_where_it_was(tmp_path: Path, tiny_recipe: MakeRecipe, state: State) -> None:
+def test_the_gradient_scale_of_float16_is_restored(tmp_path: Path, tiny_recipe: MakeRecipe, state: State) -> None:
     used = torch.amp.GradScaler("cpu", init_scale=512.0)
     used.scale(torch.zeros(1))
     recipe = tiny_recipe(tmp_path)
@@ -114,13 +114,13 @@ def test_the_scale_of_float16_is_taken_up_where_it_was(tmp_path: Path, tiny_reci
     fresh = torch.amp.GradScaler("cpu")
     replace(state, scaler=fresh).load(recipe, CLASS_NAMES)
     assert fresh.state_dict() == used.state_dict()
-    state.load(recipe, CLASS_NAMES)  # in another precision there is nothing to scale
+    state.load(recipe, CLASS_NAMES)  # another precision has no scale
     state.save(recipe, CLASS_NAMES, {"epoch": 2})
-    replace(state, scaler=fresh).load(recipe, CLASS_NAMES)  # and back again, with the scale at hand
+    replace(state, scaler=fresh).load(recipe, CLASS_NAMES)  # and back in float16, the present scale is kept
     assert fresh.get_scale() == 512
 
 
-def test_a_state_of_before_records_were_kept_in_it_has_its_epoch_alone(
+def test_a_state_from_before_records_were_saved_loads_with_only_its_epoch(
     tmp_path: Path, tiny_recipe: MakeRecipe, saved: State
 ) -> None:
     content = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -138,21 +138,23 @@ def test_a_state_of_before_records_were_kept_in_it_has_its_epoch_alone(
         (("blue", "green", "red", "white"), "class folder none, not white"),
     ],
 )
-def test_a_run_over_other_classes_is_refused(
+def test_a_state_of_other_classes_is_refused(
     tmp_path: Path, tiny_recipe: MakeRecipe, saved: State, class_names: tuple[str, ...], difference: str
 ) -> None:
     with pytest.raises(TrainingError, match=rf"state\.pt: was made with {difference}$"):
         saved.load(tiny_recipe(tmp_path), class_names)
 
 
-def test_a_run_of_another_number_of_processes_is_refused(tmp_path: Path, tiny_recipe: MakeRecipe, saved: State) -> None:
+def test_a_state_of_another_number_of_processes_is_refused(
+    tmp_path: Path, tiny_recipe: MakeRecipe, saved: State
+) -> None:
     two = replace(saved, processes=2)
     with pytest.raises(TrainingError, match=r"state\.pt: was made with 1 torchrun processes, not 2$"):
         two.load(tiny_recipe(tmp_path), CLASS_NAMES)
 
 
 @pytest.mark.parametrize("lost", ["recipe", "class_names", "epoch", "processes", "model", "optimizer"])
-def test_a_state_that_lacks_a_part_is_of_another_version(
+def test_a_state_that_lacks_a_part_is_refused_with_the_name_of_the_part(
     tmp_path: Path, tiny_recipe: MakeRecipe, saved: State, lost: str
 ) -> None:
     content = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -162,8 +164,8 @@ def test_a_state_that_lacks_a_part_is_of_another_version(
         saved.load(tiny_recipe(tmp_path), CLASS_NAMES)
 
 
-@pytest.mark.filterwarnings("ignore:for .*no-op:UserWarning")  # torch's, of weights that the meta device cannot hold
-def test_the_steps_of_the_optimizer_stay_on_the_cpu_wherever_the_model_is(
+@pytest.mark.filterwarnings("ignore:for .*no-op:UserWarning")  # torch's, about weights that the meta device cannot hold
+def test_the_step_counts_of_the_optimizer_stay_on_the_cpu_if_the_model_is_elsewhere(
     tmp_path: Path, tiny_recipe: MakeRecipe, saved: State
 ) -> None:
     model = copy.deepcopy(saved.model).to("meta")
@@ -175,20 +177,20 @@ def test_the_steps_of_the_optimizer_stay_on_the_cpu_wherever_the_model_is(
 
 @pytest.mark.parametrize("kind", ["model", "average"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_one_weight_that_is_no_number_is_found(state: State, kind: str, value: float) -> None:
+def test_a_state_with_one_nan_or_infinite_weight_is_not_finite(state: State, kind: str, value: float) -> None:
     assert state.is_finite
     model = state.model if kind == "model" else state.average.module
     model.head.bias.data[1] = value
     assert not state.is_finite
 
 
-def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+def test_prepare_folder_creates_an_empty_folder(tmp_path: Path) -> None:
     prepare_folder(tmp_path / "deep" / "run")
     prepare_folder(tmp_path / "deep" / "run")
     assert not list((tmp_path / "deep" / "run").iterdir())
 
 
-def test_a_folder_that_no_checkpoint_can_be_named_after_is_refused(tmp_path: Path) -> None:
+def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="the name must be UTF-8"):
         prepare_folder(tmp_path / "caf\udce9")
 
@@ -204,7 +206,7 @@ def test_the_log_is_read_up_to_the_saved_epoch(tmp_path: Path) -> None:
     assert read_log(tmp_path, 2) == [record(1), record(2)]
 
 
-def test_cheap_epochs_have_losses_of_their_own(tmp_path: Path) -> None:
+def test_a_log_may_mix_single_epochs_with_epochs_of_pairs(tmp_path: Path) -> None:
     records = [record(1, loss="single grid"), record(2)]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert read_log(tmp_path, 2) == records
@@ -224,7 +226,7 @@ def test_cheap_epochs_have_losses_of_their_own(tmp_path: Path) -> None:
         "\n".join(json.dumps(record(epoch, str(epoch))) for epoch in (1, 2)).encode(),
     ],
 )
-def test_a_log_that_could_not_be_drawn_is_damaged(tmp_path: Path, content: bytes) -> None:
+def test_a_log_that_cannot_be_plotted_is_refused_as_damaged(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "log.jsonl").write_bytes(content)
     with pytest.raises(TrainingError, match=r"log\.jsonl: damaged: .*; repair it, or move it away"):
         read_log(tmp_path, 2)

@@ -21,7 +21,7 @@ def teacher_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("in_float32")
-def test_a_teacher_sees_the_same_pictures_at_its_own_size_and_normalisation(
+def test_a_teacher_gets_the_same_images_at_its_own_size_and_normalisation(
     teacher_file: Path, tiny_config: SuperViTConfig
 ) -> None:
     config = replace(tiny_config, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
@@ -42,7 +42,7 @@ def test_a_teacher_sees_the_same_pictures_at_its_own_size_and_normalisation(
 
 
 @pytest.mark.usefixtures("in_float32")
-def test_a_supervit_teaches_as_its_largest_sub_network_answers(tmp_path: Path) -> None:
+def test_a_supervit_teacher_answers_with_its_largest_subnetwork(tmp_path: Path) -> None:
     network = timm.create_model("supervit_lvvit_micro_patch4_32", num_classes=3).eval()
     torch.save(network.state_dict(), tmp_path / "teacher.pth")
     teacher = Teacher.load("supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth", None, network.config)
@@ -51,7 +51,7 @@ def test_a_supervit_teaches_as_its_largest_sub_network_answers(tmp_path: Path) -
         torch.testing.assert_close(teacher(images), network(images, network.config.largest).softmax(dim=1))
 
 
-def test_a_convolutional_teacher_answers_at_every_place_with_what_its_head_makes_of_it(
+def test_a_convolutional_teacher_labels_every_place_by_applying_its_head_there(
     tiny_config: SuperViTConfig,
 ) -> None:
     torch.manual_seed(2)
@@ -67,7 +67,7 @@ def test_a_convolutional_teacher_answers_at_every_place_with_what_its_head_makes
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_a_transformer_answers_at_every_patch_token(tiny_config: SuperViTConfig, pool: str) -> None:
+def test_a_transformer_teacher_labels_every_patch_token(tiny_config: SuperViTConfig, pool: str) -> None:
     torch.manual_seed(2)
     network = timm.create_model("test_vit", num_classes=3, global_pool=pool).eval()
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -79,7 +79,7 @@ def test_a_transformer_answers_at_every_patch_token(tiny_config: SuperViTConfig,
     torch.testing.assert_close(places.flatten(2).transpose(1, 2), network.head(network.fc_norm(tokens)))
 
 
-def test_a_network_whose_channels_come_last_answers_at_every_place(tiny_config: SuperViTConfig) -> None:
+def test_a_teacher_whose_features_have_the_channels_last_labels_every_place(tiny_config: SuperViTConfig) -> None:
     torch.manual_seed(2)
     tiny = {"img_size": 64, "embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "window_size": 4, "num_classes": 3}
     network = timm.create_model("swin_tiny_patch4_window7_224", **tiny).eval()
@@ -90,7 +90,7 @@ def test_a_network_whose_channels_come_last_answers_at_every_place(tiny_config: 
 
 
 @pytest.mark.usefixtures("in_float32")
-def test_answers_at_every_place_are_probabilities_on_the_grid_of_the_student(
+def test_labels_of_every_place_are_probabilities_on_the_grid_of_the_student(
     teacher_file: Path, tiny_config: SuperViTConfig
 ) -> None:
     teacher = Teacher.load("test_vit", teacher_file, None, tiny_config, everywhere=True)
@@ -103,7 +103,7 @@ def test_answers_at_every_place_are_probabilities_on_the_grid_of_the_student(
     assert isinstance(network, Adapter)
     own = network.label_patches(images)[1]
     assert own.shape == (2, 3, 10, 10)
-    # Each of four patches a side is 2.5 places wide; a place counts the less the further it is from the patch's centre.
+    # Each of four patches per side is 2.5 places wide; a place counts less the further it is from the patch's centre.
     centres = (torch.arange(4) + 0.5) * 2.5
     shares = (1 - (torch.arange(10) + 0.5 - centres[:, None]).abs() / 2.5).clamp(min=0)
     shares = shares / shares.sum(dim=1, keepdim=True)
@@ -111,7 +111,7 @@ def test_answers_at_every_place_are_probabilities_on_the_grid_of_the_student(
     torch.testing.assert_close(places, expected.flatten(1, 2), atol=1e-5, rtol=1e-4)
 
 
-def test_a_teacher_without_answers_for_every_place_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_teacher_that_cannot_label_every_place_is_refused_on_loading(tmp_path: Path) -> None:
     network = timm.create_model("supervit_lvvit_micro_patch4_32", num_classes=3)
     torch.save(network.state_dict(), tmp_path / "teacher.pth")
     name, path = "supervit_lvvit_micro_patch4_32", tmp_path / "teacher.pth"
@@ -121,7 +121,7 @@ def test_a_teacher_without_answers_for_every_place_is_refused_at_once(tmp_path: 
         Teacher.load(name, path, None, network.config, everywhere=True)
 
 
-def test_a_teacher_that_cannot_see_images_of_the_size_asked_for_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_teacher_that_does_not_support_the_image_size_is_refused_on_loading(tmp_path: Path) -> None:
     model = timm.create_model("supervit_lvvit_micro_patch4_32")
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
     with pytest.raises(CheckpointMismatchError, match=r"does not support images of 96 pixels; give another --tea"):
@@ -134,7 +134,7 @@ def test_a_teacher_is_frozen(teacher_file: Path, tiny_config: SuperViTConfig) ->
     assert not teacher(torch.zeros(1, 3, 16, 16, requires_grad=True)).requires_grad
 
 
-def test_weights_that_are_not_the_teachers_are_a_checkpoint_error(
+def test_weights_that_do_not_match_the_teacher_are_a_checkpoint_error(
     teacher_file: Path, tmp_path: Path, tiny_config: SuperViTConfig
 ) -> None:
     with pytest.raises(CheckpointMismatchError, match=r"teacher\.pth: its weights do not match test_vit2"):
@@ -149,7 +149,7 @@ def test_weights_that_are_not_the_teachers_are_a_checkpoint_error(
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of what timm was asked to download, none of which can be had."""
+    """The names of the models that timm was asked to download; every download fails."""
     asked: list[str] = []
 
     def fail(name: str, pretrained: bool) -> None:
@@ -161,10 +161,10 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def test_a_downloaded_teacher_must_know_the_classes_of_the_data(
+def test_a_downloaded_teacher_must_have_as_many_classes_as_the_data(
     tiny_config: SuperViTConfig, downloads: list[str]
 ) -> None:
-    """With another number of classes timm gives it a random head, and says nothing."""
+    """With another number of classes, timm silently gives the network a random head."""
     complaint = "test_vit: timm's weights have 1000 classes and the data has 3; give --teacher-checkpoint"
     with pytest.raises(CheckpointMismatchError, match=complaint):
         Teacher.load("test_vit", None, None, tiny_config)
@@ -172,7 +172,7 @@ def test_a_downloaded_teacher_must_know_the_classes_of_the_data(
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit.no_such_tag", "supervit_lvvit_micro_patch4_32"])
-def test_a_teacher_that_cannot_be_downloaded_is_a_checkpoint_error_of_one_line(
+def test_a_teacher_that_cannot_be_downloaded_is_a_checkpoint_error(
     name: str, tiny_config: SuperViTConfig, downloads: list[str]
 ) -> None:
     with pytest.raises(UnreadableCheckpointError) as caught:
@@ -181,7 +181,7 @@ def test_a_teacher_that_cannot_be_downloaded_is_a_checkpoint_error_of_one_line(
     assert downloads == ["test_vit"][: name == "test_vit"]
 
 
-def test_a_teacher_computes_in_what_the_device_is_fast_in_and_answers_in_float32(
+def test_a_teacher_computes_in_the_native_dtype_of_the_device_and_answers_in_float32(
     teacher_file: Path, tiny_config: SuperViTConfig, fast_precision: torch.dtype
 ) -> None:
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))

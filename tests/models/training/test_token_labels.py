@@ -14,7 +14,7 @@ from models.training.recipe import Recipe
 from models.training.token_labels import cut_token_labels, read_map
 
 CPU = torch.device("cpu")
-# Pixels are the labels themselves: nothing is normalised.
+# Nothing is normalised: the pixels are the labels.
 PLAIN = SuperViTConfig(
     "lvvit", patch_grids=(4, 6), patch_kernel=16, num_classes=2, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
 )
@@ -27,7 +27,7 @@ def save_map(path: Path, classes: object, weights: object) -> None:
 
 @pytest.fixture
 def labelled(tmp_path: Path) -> tuple[Path, Path]:
-    """A data set of twelve pictures, and a folder of token labels that say of each place how red and green it is."""
+    """A data set of twelve pictures, and a folder of token labels that state how red and green each place is."""
     rng = np.random.default_rng(3)
     for name in ("a", "b"):
         (tmp_path / "data" / "train" / name).mkdir(parents=True)
@@ -53,7 +53,7 @@ def recipe(tmp_path: Path, labelled: tuple[Path, Path], tiny_recipe: Callable[..
 
 @pytest.mark.parametrize("small", [False, True])
 def test_token_labels_follow_the_crop_and_the_mirror_of_each_image(recipe: Recipe, small: bool) -> None:
-    config = replace(PLAIN, patch_kernel=10) if small else PLAIN  # at 60 px, pictures are shifted in their padding
+    config = replace(PLAIN, patch_kernel=10) if small else PLAIN  # at 60 px, pictures are shifted within their padding
     torch.manual_seed(0)
     batches, _, _ = open_batches(recipe, config, None, 0, 1, CPU)
     checked = 0
@@ -63,14 +63,14 @@ def test_token_labels_follow_the_crop_and_the_mirror_of_each_image(recipe: Recip
             assert targets.tokens is not None
             torch.testing.assert_close(targets.tokens.sum(dim=2), torch.ones(8, 36))
             red, green = torch.nn.functional.avg_pool2d(images[:, :2], config.patch_kernel).flatten(2).unbind(1)
-            # What the two weights leave of 1 is shared equally, so it is their difference that is seen.
+            # What the two weights leave of 1 is shared equally, so only their difference can be compared.
             error = (targets.tokens[:, :, 0] - targets.tokens[:, :, 1] - (red - green)).abs().view(8, 6, 6)
             assert error[:, 1:-1, 1:-1].max() < 0.03
             checked += 1
     assert checked == 3
 
 
-def test_an_image_without_a_map_is_named(recipe: Recipe, labelled: tuple[Path, Path]) -> None:
+def test_an_image_without_token_labels_is_named_in_the_error(recipe: Recipe, labelled: tuple[Path, Path]) -> None:
     for path in (labelled[1] / "b").iterdir():
         path.unlink()
     batches, _, _ = open_batches(recipe, PLAIN, None, 0, 1, CPU)
@@ -78,12 +78,12 @@ def test_an_image_without_a_map_is_named(recipe: Recipe, labelled: tuple[Path, P
         list(batches)
 
 
-def test_a_folder_of_other_things_is_refused_before_an_epoch_is_spent(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_folder_without_token_labels_is_refused_when_batches_are_opened(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"run/a/\d\.png\.npz: not readable as token labels"):
         open_batches(recipe.model_copy(update={"token_labels": tmp_path / "run"}), PLAIN, None, 0, 1, CPU)
 
 
-def test_maps_of_two_shapes_are_refused_by_name(recipe: Recipe, labelled: tuple[Path, Path]) -> None:
+def test_token_labels_of_different_shapes_are_refused(recipe: Recipe, labelled: tuple[Path, Path]) -> None:
     for path in (labelled[1] / "b").iterdir():
         save_map(path, np.zeros((7, 7, 1), int), np.ones((7, 7, 1)))
     batches, _, _ = open_batches(recipe, PLAIN, None, 0, 1, CPU)
@@ -106,7 +106,7 @@ def test_maps_of_two_shapes_are_refused_by_name(recipe: Recipe, labelled: tuple[
         ([[["a"]]], [[["b"]]], "not readable as token labels"),
     ],
 )
-def test_what_is_no_token_label_is_refused_by_name(
+def test_invalid_token_labels_are_refused_in_one_line_that_names_the_file(
     tmp_path: Path, classes: object, weights: object, complaint: str
 ) -> None:
     save_map(tmp_path / "x.npz", classes, weights)
@@ -117,7 +117,7 @@ def test_what_is_no_token_label_is_refused_by_name(
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04"])
-def test_a_damaged_map_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_file_of_token_labels_is_named_in_the_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(DataError, match=r"x\.npz: not readable as token labels"):
         read_map(tmp_path / "x.npz", 3)
@@ -130,7 +130,7 @@ def test_a_damaged_map_is_refused_by_name(tmp_path: Path, content: bytes) -> Non
         read_map(tmp_path / "x.npz", 3)
 
 
-def test_what_the_weights_leave_belongs_to_all_classes_alike() -> None:
+def test_the_remaining_probability_is_shared_equally_by_all_classes() -> None:
     classes = torch.tensor([[[[2, 0], [1, 1]], [[0, 3], [3, 2]]]], dtype=torch.int32)
     weights = torch.tensor([[[[0.5, 0.1], [0.3, 0.3]], [[1.0, 0.0], [0.0, 0.0]]]])
     labels = cut_token_labels(classes, weights, torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]]), 2, 4)

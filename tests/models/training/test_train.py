@@ -56,7 +56,7 @@ LVVIT = {"model": "supervit_lvvit_micro_patch4_32", "stem_width": 4, "num_heads"
 
 
 def before_step(number: int, act: Callable[[torch.Tensor], torch.Tensor]) -> Step:
-    """A training step before which `act` changes the images of one, counted from 1, or raises instead."""
+    """Return a training step that applies `act`, which may raise, to the images of step `number`, counted from 1."""
     taken = 0
 
     def step(
@@ -70,7 +70,7 @@ def before_step(number: int, act: Callable[[torch.Tensor], torch.Tensor]) -> Ste
 
 
 class Notes:
-    """A step that keeps what it is given, and learns from it or not."""
+    """A training step that records its arguments, and updates the weights or not."""
 
     def __init__(self, *, learns: bool = True) -> None:
         self.learns = learns
@@ -100,7 +100,9 @@ def log_of(output: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_its_checkpoint_its_state_its_log_and_its_picture(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_a_run_writes_its_checkpoint_its_state_its_log_its_curves_and_its_plot(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
     output = tmp_path / "deep" / "run"
     path = train(tiny_recipe(output))
     assert path == output / "checkpoint.safetensors"
@@ -126,7 +128,7 @@ def test_a_run_leaves_its_checkpoint_its_state_its_log_and_its_picture(tmp_path:
         assert picture.format == "PNG"
 
 
-def test_training_learns_to_tell_the_tints(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_training_learns_to_distinguish_the_tints(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     output = tmp_path / "run"
     train(tiny_recipe(output, epochs=12, learning_rate=0.5, ema_decay=0.5))
     top1 = log_of(output)[-1]["top1"]
@@ -166,7 +168,7 @@ def test_the_saved_weights_are_the_averaged_ones(tmp_path: Path, tiny_recipe: Ma
         "float16, several batches a step",
     ],
 )
-def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_unbroken_one(
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     tmp_path: Path, tiny_recipe: MakeRecipe, options: dict[str, object], interrupted_at: int
 ) -> None:
     unbroken = train(tiny_recipe(tmp_path / "unbroken" / "run", **options))
@@ -174,7 +176,7 @@ def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_unbroken_one(
     with pytest.raises(KeyboardInterrupt):
         train(recipe, before_step(interrupted_at, interrupt))
     assert len(log_of(recipe.output)) == (interrupted_at - 1) // STEPS_PER_EPOCH
-    torch.manual_seed(12345)  # another process would have other generators
+    torch.manual_seed(12345)  # another process would have other generator states
     resumed = train(recipe.model_copy(update={"resume": True}))
     assert resumed.read_bytes() == unbroken.read_bytes()
     untimed = [
@@ -184,10 +186,10 @@ def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_unbroken_one(
     assert untimed[0] == untimed[1]
 
 
-def test_a_resumed_run_is_taught_by_the_very_start_that_taught_it_before(
+def test_a_resumed_run_is_taught_by_the_same_initial_weights_as_before(
     tmp_path: Path, tiny_recipe: MakeRecipe, foreign_file: Path
 ) -> None:
-    """The start is a file of other classes, with the head that was fitted for these."""
+    """The initial weights are a file of other classes, with a head that was fitted for these classes."""
     options = {"init": foreign_file, "teacher_self": True, "teacher_weight": 1.0, "epochs": 2}
     unbroken = train(tiny_recipe(tmp_path / "unbroken" / "run", **options))
     recipe = tiny_recipe(tmp_path / "broken" / "run", **options)
@@ -205,7 +207,7 @@ def own_data(tmp_path: Path, pictures: Path) -> Path:
 
 @contextmanager
 def replaced_by_a_folder(path: Path) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Yield what puts a folder in place of a file, which can then be neither read nor written; undo it in the end."""
+    """Yield a function that replaces a file with a folder, which cannot be read or written; undo this at the end."""
     aside = path.with_name("aside")
 
     def replace(images: torch.Tensor) -> torch.Tensor:
@@ -221,10 +223,10 @@ def replaced_by_a_folder(path: Path) -> Iterator[Callable[[torch.Tensor], torch.
 @pytest.mark.parametrize(
     ("name", "epoch"), [("checkpoint.safetensors", 2), ("../../data/val/red/1.png", 2), ("log.jsonl", 3)]
 )
-def test_what_fails_after_an_epoch_costs_nothing_of_it(
+def test_a_failure_after_an_epoch_loses_nothing_of_the_epoch(
     tmp_path: Path, tiny_recipe: MakeRecipe, own_data: Path, name: str, epoch: int
 ) -> None:
-    """As the weights or the log cannot be written, or what is watched cannot be read."""
+    """The weights or the log cannot be written, or a validation image cannot be read."""
     unbroken = train(tiny_recipe(tmp_path / "unbroken" / "run", data=own_data))
     recipe = tiny_recipe(tmp_path / "broken" / "run", data=own_data)
     recipe.output.mkdir(parents=True)
@@ -240,7 +242,7 @@ def test_what_fails_after_an_epoch_costs_nothing_of_it(
     assert untimed[0] == untimed[1]
 
 
-def test_an_epoch_that_is_measured_late_is_measured_before_the_next_begins(
+def test_an_epoch_whose_measurement_failed_is_measured_before_the_next_begins(
     tmp_path: Path, tiny_recipe: MakeRecipe, own_data: Path
 ) -> None:
     recipe = tiny_recipe(tmp_path / "run", data=own_data)
@@ -252,10 +254,10 @@ def test_an_epoch_that_is_measured_late_is_measured_before_the_next_begins(
     assert [record["epoch"] for record in log_of(recipe.output)] == [1]
 
 
-def test_the_averaged_weights_are_the_ones_watched(
+def test_the_averaged_weights_are_the_ones_measured_on_validation_images(
     tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The average is made to call everything blue, which a third of the images are; the weights learn all three."""
+    """The average is made to answer blue, which a third of the images are; the weights learn all three colours."""
     update = ModelEmaV3.update
 
     def turn_blue(average: ModelEmaV3, model: SuperViT, step: int) -> None:
@@ -269,7 +271,7 @@ def test_the_averaged_weights_are_the_ones_watched(
     assert list(top1.values()) == pytest.approx([1 / 3, 1 / 3])
 
 
-def test_products_are_computed_in_the_precision_asked_for(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_matrix_products_are_computed_in_the_precision_of_the_recipe(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     losses = {}
     for precision in ("float32", "bfloat16", "float16"):
         train(tiny_recipe(tmp_path / precision, epochs=1, precision=precision))
@@ -292,17 +294,17 @@ def test_mixed_labels_are_smoothed(tmp_path: Path, tiny_recipe: MakeRecipe) -> N
 
 @pytest.fixture
 def joined(tmp_path: Path) -> Iterator[None]:
-    """A group of one, in which this process can be any of several that nothing is heard of."""
+    """A process group of one, in which this process can act as any of several; the others never communicate."""
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("joined")
-def test_every_process_varies_its_images_in_its_own_way_and_every_epoch_anew(
+def test_processes_and_epochs_augment_the_same_images_differently_and_reproducibly(
     tmp_path: Path, tiny_recipe: MakeRecipe
 ) -> None:
-    """Of images that are picked twice, two processes get the same ones in the same order."""
+    """Each image is picked twice, so that two processes get the same images in the same order."""
     seen = []
     for rank in (0, 1, 1):
         notes = Notes(learns=False)
@@ -319,7 +321,7 @@ def test_every_process_varies_its_images_in_its_own_way_and_every_epoch_anew(
 
 
 @pytest.mark.usefixtures("joined")
-def test_every_process_takes_its_own_share(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_every_process_trains_on_its_own_share_of_the_images(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     shares = []
     for rank in (0, 1):
         notes = Notes(learns=False)
@@ -330,7 +332,7 @@ def test_every_process_takes_its_own_share(tmp_path: Path, tiny_recipe: MakeReci
     assert not torch.equal(*shares)
 
 
-def test_every_epoch_shows_every_image_in_an_order_of_its_own(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_every_epoch_uses_all_images_in_an_order_of_its_own(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     notes = Notes(learns=False)
     train(tiny_recipe(tmp_path / "run", epochs=2), notes)
     seen = torch.cat([targets.labels for targets in notes.targets]).tolist()
@@ -340,14 +342,14 @@ def test_every_epoch_shows_every_image_in_an_order_of_its_own(tmp_path: Path, ti
 
 
 def pairs_of(recipe: Recipe, steps: Iterable[int]) -> list[object]:
-    """The sub-networks of steps; those of neighbours differ, as a test of their numbers wants it."""
+    """Return the sub-networks of the steps, not all equal, so that a test notices wrong step numbers."""
     config = build_model(recipe, CLASS_NAMES).config
     pairs = [sample_pairs(config, recipe.seed, step) for step in steps]
     assert len(set(pairs)) > 1
     return list(pairs)
 
 
-def test_steps_are_counted_on_from_epoch_to_epoch(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_step_numbers_continue_across_epochs(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     notes, recipe = Notes(), tiny_recipe(tmp_path / "run")
     train(recipe, notes)
     assert notes.pairs == pairs_of(recipe, range(3 * STEPS_PER_EPOCH))
@@ -358,7 +360,7 @@ def test_steps_are_counted_on_from_epoch_to_epoch(tmp_path: Path, tiny_recipe: M
         assert record["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
-def test_a_step_of_several_batches_is_one_step_and_the_last_takes_what_is_left(
+def test_accumulated_batches_form_one_step_and_the_last_step_takes_the_remaining_batches(
     tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     averaged: list[int] = []
@@ -379,7 +381,7 @@ def test_a_step_of_several_batches_is_one_step_and_the_last_takes_what_is_left(
     assert log_of(recipe.output)[-1]["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
-def test_the_learning_rate_grows_with_all_images_of_a_step(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_the_learning_rate_scales_with_the_number_of_images_per_step(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     rates = []
     for options in ({"batch_size": 8}, {"batch_size": 8, "accumulate": 4}, {"batch_size": 32}):
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
@@ -389,7 +391,7 @@ def test_the_learning_rate_grows_with_all_images_of_a_step(tmp_path: Path, tiny_
 
 
 def test_a_gradient_is_clipped_to_the_norm_of_the_recipe(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
-    """AdamW's first moment is a share of the gradient, so its norm is that share of the clipped one's."""
+    """AdamW's first moment is a share of the gradient, so its norm is that share of the clipped gradient's norm."""
     for name, clip in (("free", None), ("clipped", 1e-3)):
         train(tiny_recipe(tmp_path / name, epochs=1, optimizer="adamw", batch_size=48, clip_grad=clip))
     norms = []
@@ -400,7 +402,7 @@ def test_a_gradient_is_clipped_to_the_norm_of_the_recipe(tmp_path: Path, tiny_re
     assert norms[0] > 10 * norms[1]
 
 
-def test_a_convolutional_stem_keeps_its_channels_together_and_its_checkpoint_is_as_ever(
+def test_a_convolutional_stem_trains_channels_last_and_its_checkpoint_is_contiguous(
     tmp_path: Path, tiny_recipe: MakeRecipe
 ) -> None:
     path = train(tiny_recipe(tmp_path / "run", epochs=1, **LVVIT))
@@ -412,7 +414,7 @@ def test_a_convolutional_stem_keeps_its_channels_together_and_its_checkpoint_is_
     assert torch.equal(saved, state["average"][name])
 
 
-def test_a_resumed_run_follows_the_rate_that_it_is_given_now(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_a_resumed_run_uses_its_new_learning_rate(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1, learning_rate=0.04))
     recipe = tiny_recipe(tmp_path / "run", epochs=2, learning_rate=0.001, resume=True)
     train(recipe)
@@ -422,14 +424,14 @@ def test_a_resumed_run_follows_the_rate_that_it_is_given_now(tmp_path: Path, tin
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_few_bad_images_are_named_and_stop_neither_training_nor_watching(
+def test_a_few_bad_images_are_named_and_stop_neither_training_nor_validation(
     tmp_path: Path,
     tiny_recipe: MakeRecipe,
     own_data: Path,
     capsys: pytest.CaptureFixture[str],
     in_memory: bool,
 ) -> None:
-    data, vary = own_data, "" if in_memory else "rand-m9"  # which varies each image by itself
+    data, vary = own_data, "" if in_memory else "rand-m9"  # RandAugment needs each image by itself
     for name in ("train/red/3.png", "val/blue/1.png", "train/green/note.txt"):
         (data / name).write_text("no picture")
     train(tiny_recipe(tmp_path / "run", data=data, epochs=2, workers=1, max_bad_images=0.1, rand_augment=vary))
@@ -442,16 +444,16 @@ def test_a_few_bad_images_are_named_and_stop_neither_training_nor_watching(
         assert {round(11 * top1, 6) % 1 for top1 in record["top1"].values()} == {0}
 
 
-def test_the_first_epochs_can_be_cheap_ones_of_a_single_subnetwork(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_single_epochs_train_one_subnetwork_per_step_before_epochs_of_pairs(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=3, single_epochs=2))
     single = ["single grid"]
     four = ["largest grid", "largest grid, pruned", "smaller grid", "smaller grid, pruned"]
     assert [list(record["loss"]) for record in log_of(tmp_path / "run")] == [single, single, four]  # type: ignore[call-overload] # read from JSON
 
 
-def test_the_stem_can_be_trained_with_the_statistics_that_it_is_served_with(
-    tmp_path: Path, tiny_recipe: MakeRecipe
-) -> None:
+def test_freeze_batch_norm_keeps_the_statistics_and_trains_the_stem(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     first = train(tiny_recipe(tmp_path / "first", **LVVIT))
     followed = train(tiny_recipe(tmp_path / "followed", init=first, **LVVIT))
     frozen = train(tiny_recipe(tmp_path / "frozen", init=first, freeze_batch_norm=True, **LVVIT))
@@ -459,11 +461,13 @@ def test_the_stem_can_be_trained_with_the_statistics_that_it_is_served_with(
     for name in ("patch_embed.bn1.running_mean", "patch_embed.bn3.running_var"):
         assert not torch.equal(moved[name], before[name])
         assert torch.equal(kept[name], before[name])
-    name = "patch_embed.bn1.weight"  # scale and shift are learned all the same
+    name = "patch_embed.bn1.weight"  # scale and shift are trained nevertheless
     assert not torch.equal(kept[name], before[name])
 
 
-def test_a_family_of_one_that_fuses_is_trained_saved_and_loaded(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_a_family_of_one_subnetwork_that_fuses_is_trained_saved_and_loaded(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
     path = train(tiny_recipe(tmp_path / "run", epochs=1, patch_grids=(4,), keep_rates=(0.5,), fuse_pruned=True))
     assert list(log_of(tmp_path / "run")[0]["loss"]) == ["single grid"]  # type: ignore[call-overload] # read from JSON
     checkpoint = load_checkpoint(path)
@@ -471,7 +475,9 @@ def test_a_family_of_one_that_fuses_is_trained_saved_and_loaded(tmp_path: Path, 
     assert [str(row.subnetwork) for row in checkpoint.profile.rows] == ["grid 4 at keep rate 0.5"]
 
 
-def test_a_teacher_that_was_asked_once_is_learned_from(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_training_uses_the_saved_answers_of_a_teacher_that_was_asked_once(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
     torch.manual_seed(11)
     torch.save(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "teacher.pth")
     options = {"teacher": "test_vit", "teacher_checkpoint": tmp_path / "teacher.pth", "teacher_side": 32}
@@ -483,13 +489,13 @@ def test_a_teacher_that_was_asked_once_is_learned_from(tmp_path: Path, tiny_reci
     torch.save(kept | {"targets": marked}, tmp_path / "run" / TARGETS_NAME)
     later = Notes(learns=False)
     train(tiny_recipe(tmp_path / "run", epochs=2, teacher_once=True, resume=True, **options), later)
-    assert torch.equal(torch.cat([targets.labels for targets in later.targets]), marked)  # and asks no more
-    assert all(targets.teacher_probs is None for targets in notes.targets + later.targets)  # it is not asked again
+    assert torch.equal(torch.cat([targets.labels for targets in later.targets]), marked)  # the saved answers are used
+    assert all(targets.teacher_probs is None for targets in notes.targets + later.targets)  # no step asks the teacher
     assert len(later.targets) == STEPS_PER_EPOCH
 
 
 @pytest.mark.parametrize("mix_token", [True, False])
-def test_every_step_of_an_lv_vit_has_its_box_and_its_token_labels(
+def test_every_step_of_an_lv_vit_gets_its_mix_token_box_and_its_token_labels(
     tmp_path: Path, tiny_recipe: MakeRecipe, mix_token: bool
 ) -> None:
     torch.manual_seed(11)
@@ -504,7 +510,7 @@ def test_every_step_of_an_lv_vit_has_its_box_and_its_token_labels(
     assert all(targets.teacher_probs is not None for targets in notes.targets)
 
 
-def test_the_average_forgets_the_first_weights_however_slow_it_is(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_the_average_forgets_the_initial_weights_even_at_a_slow_decay(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe(tmp_path / "run", epochs=1, learning_rate=0.5, ema_decay=0.99996)
     seed_everything(recipe.seed)
     first = build_model(recipe, CLASS_NAMES).state_dict()["head.weight"]
@@ -514,7 +520,7 @@ def test_the_average_forgets_the_first_weights_however_slow_it_is(tmp_path: Path
     assert (average - last).norm() < (average - first).norm()
 
 
-def test_an_epoch_that_is_taken_again_stands_in_the_log_once(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_a_repeated_epoch_appears_in_the_log_once(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1))
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
         log.write('{"epoch": 2, "loss": "of a state that was lost"}\n')
@@ -524,19 +530,19 @@ def test_an_epoch_that_is_taken_again_stands_in_the_log_once(tmp_path: Path, tin
     assert isinstance(records[1]["loss"], dict)
 
 
-def test_another_seed_ends_elsewhere(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_another_seed_gives_other_weights(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     paths = [train(tiny_recipe(tmp_path / str(seed) / "run", epochs=1, seed=seed)) for seed in (0, 1)]
     assert paths[0].read_bytes() != paths[1].read_bytes()
 
 
-def test_a_finished_run_that_is_resumed_is_left_as_it_is(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_resuming_a_finished_run_does_not_change_its_checkpoint(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     path = train(tiny_recipe(tmp_path / "run", epochs=1))
     before = path.read_bytes()
     assert train(tiny_recipe(tmp_path / "run", epochs=1, resume=True)) == path
     assert path.read_bytes() == before
 
 
-def test_a_run_is_never_overwritten_without_being_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_a_run_is_never_overwritten_without_resume(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1))
     before = (tmp_path / "run" / "state.pt").read_bytes()
     with pytest.raises(TrainingError, match="run: already holds a run; continue it with --resume"):
@@ -544,7 +550,7 @@ def test_a_run_is_never_overwritten_without_being_resumed(tmp_path: Path, tiny_r
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
 
 
-def test_there_must_be_a_run_to_resume(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_resuming_without_a_run_is_refused(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     with pytest.raises(TrainingError, match=r"state\.pt: nothing to resume"):
         train(tiny_recipe(tmp_path / "run", resume=True))
 
@@ -555,7 +561,7 @@ def test_a_run_of_another_model_cannot_be_resumed(tmp_path: Path, tiny_recipe: M
         train(tiny_recipe(tmp_path / "run", resume=True, width=32))
 
 
-def test_a_run_with_mix_token_cannot_be_resumed_without(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_a_run_with_mix_token_cannot_be_resumed_without_it(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1, mix_token=True, **LVVIT))
     with pytest.raises(TrainingError, match=r"state\.pt: was made with --mix-token True, not False$"):
         train(tiny_recipe(tmp_path / "run", resume=True, **LVVIT))
@@ -571,14 +577,14 @@ def test_a_run_over_renamed_classes_cannot_be_resumed(tmp_path: Path, tiny_recip
         train(tiny_recipe(tmp_path / "run", resume=True, data=tmp_path / "data"))
 
 
-def test_a_damaged_log_is_found_before_an_epoch_is_spent(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_a_damaged_log_is_refused_before_the_first_step(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1))
     (tmp_path / "run" / "log.jsonl").write_text("{")
     with pytest.raises(TrainingError, match=r"log\.jsonl: damaged"):
         train(tiny_recipe(tmp_path / "run", resume=True), before_step(1, interrupt))
 
 
-def test_a_new_run_writes_over_the_log_of_one_that_saved_nothing(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_a_new_run_overwrites_the_log_of_a_run_that_saved_nothing(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text("{")
     train(tiny_recipe(tmp_path / "run", epochs=1))
@@ -586,7 +592,7 @@ def test_a_new_run_writes_over_the_log_of_one_that_saved_nothing(tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", ["file/run", "x" * 300], ids=["below a file", "too long"])
-def test_an_unusable_output_folder_is_found_before_the_first_step(
+def test_an_unusable_output_folder_is_refused_before_the_first_step(
     tmp_path: Path, tiny_recipe: MakeRecipe, name: str
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -602,7 +608,9 @@ def test_a_damaged_state_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeReci
         train(tiny_recipe(tmp_path / "run", resume=True))
 
 
-def test_a_run_from_before_an_option_existed_is_one_that_left_it_out(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_a_state_from_before_an_option_existed_is_resumed_with_its_default(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1))
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     del state["recipe"]["freeze_batch_norm"]
@@ -611,7 +619,7 @@ def test_a_run_from_before_an_option_existed_is_one_that_left_it_out(tmp_path: P
     assert len(log_of(tmp_path / "run")) == 2
 
 
-def test_a_full_disk_is_an_os_error_and_costs_nothing_that_was_saved(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_os_error_and_keeps_the_saved_state(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     save_atomically({"epoch": torch.tensor(1)}, path)
     with files_limited_to(10_000), pytest.raises(OSError, match="File too large"):
@@ -620,7 +628,7 @@ def test_a_full_disk_is_an_os_error_and_costs_nothing_that_was_saved(tmp_path: P
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_state_of_something_else_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_a_file_that_is_not_a_training_state_cannot_be_resumed(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1))
     torch.save({"weights": torch.zeros(2)}, tmp_path / "run" / "state.pt")
     with pytest.raises(TrainingError, match=r"state\.pt: damaged or from another version: 'recipe'"):
@@ -637,14 +645,14 @@ def test_a_state_of_something_else_cannot_be_resumed(tmp_path: Path, tiny_recipe
         ({"keep_rates": (0.5, 0.7), **LVVIT}, "keep-rates must end in 1"),
     ],
 )
-def test_a_recipe_that_cannot_be_built_says_why(
+def test_a_recipe_that_cannot_be_built_is_refused_with_the_reason(
     tmp_path: Path, tiny_recipe: MakeRecipe, changes: dict[str, object], complaint: str
 ) -> None:
     with pytest.raises(TrainingError, match=complaint):
         train(tiny_recipe(tmp_path / "run", **changes))
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_epoch_before(
+def test_a_nan_loss_ends_the_run_and_keeps_the_state_of_the_previous_epoch(
     tmp_path: Path, tiny_recipe: MakeRecipe
 ) -> None:
     recipe = tiny_recipe(tmp_path / "run")
@@ -656,17 +664,19 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_epoch_before(
     assert len(log_of(recipe.output)) == 1
 
 
-def test_nothing_is_said_to_be_kept_when_the_first_epoch_fails(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_the_error_of_a_failed_first_epoch_does_not_mention_a_kept_state(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
     with pytest.raises(TrainingError, match="in step 1 of epoch 1; start again with a lower --learning-rate"):
         train(tiny_recipe(tmp_path / "run"), before_step(2, lambda images: images * torch.nan))
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"tensorboard"}
 
 
 @pytest.mark.parametrize("kind", ["model", "average"])
-def test_weights_that_are_no_numbers_are_never_saved(
+def test_weights_that_are_not_finite_are_never_saved(
     tmp_path: Path, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """The losses of an epoch's last step were finite; what its update made of the weights is not."""
+    """The losses of an epoch's last step are finite, but its update makes a weight infinite."""
     update, taken = ModelEmaV3.update, 0
 
     def spoil(average: ModelEmaV3, model: SuperViT, step: int) -> None:
@@ -686,7 +696,7 @@ def test_weights_that_are_no_numbers_are_never_saved(
     load_checkpoint(recipe.output / "checkpoint.safetensors")
 
 
-def test_a_broken_image_ends_a_run_in_one_line_with_workers_too(
+def test_a_broken_image_read_by_a_worker_ends_the_run_with_a_one_line_error(
     tmp_path: Path, tiny_recipe: MakeRecipe, pictures: Path
 ) -> None:
     shutil.copytree(pictures, tmp_path / "data")
@@ -698,7 +708,7 @@ def test_a_broken_image_ends_a_run_in_one_line_with_workers_too(
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_of_one_step_is_no_reason_to_warn(
+def test_a_run_of_one_step_logs_no_warning(
     tmp_path: Path, tiny_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture
 ) -> None:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
@@ -742,7 +752,7 @@ def test_warm_up_takes_at_most_a_tenth_of_a_short_run(tmp_path: Path, tiny_recip
     assert optimizer.param_groups[0]["lr"] > 0.9 * 4e-3 * 8 / 512
 
 
-def test_weight_decay_is_for_matrices(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_weight_decay_applies_only_to_matrices(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     train(tiny_recipe(tmp_path / "run", epochs=1, learning_rate=1e-30, weight_decay=0.5))
     groups = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["optimizer"]["param_groups"]
     model = build_model(tiny_recipe(tmp_path), CLASS_NAMES)
@@ -763,7 +773,7 @@ def test_a_run_can_start_from_a_plain_deit(tmp_path: Path, tiny_recipe: MakeReci
     torch.testing.assert_close(read_weights(path)["blocks.1.mlp.fc1.weight"], plain.blocks[1].mlp.fc1.weight)
 
 
-def test_a_run_can_start_from_a_checkpoint_of_ours(
+def test_a_run_can_start_from_a_supervit_checkpoint(
     tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT]
 ) -> None:
     model = build(tiny_config)
@@ -783,12 +793,12 @@ def foreign_file(tmp_path: Path, tiny_config: SuperViTConfig, build: Callable[[S
     return path
 
 
-def test_a_deit_has_no_batch_norm_to_freeze(foreign_file: Path, tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_freeze_batch_norm_is_refused_for_a_deit(foreign_file: Path, tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     with pytest.raises(TrainingError, match="freeze-batch-norm"):
         train(tiny_recipe(tmp_path / "run", freeze_batch_norm=True, init=foreign_file))
 
 
-def test_architecture_and_preprocessing_come_with_the_weights(
+def test_architecture_and_preprocessing_come_from_the_initial_weights(
     foreign_file: Path, tmp_path: Path, pictures: Path
 ) -> None:
     recipe = Recipe(data=pictures, output=tmp_path, init=foreign_file, keep_rates=(0.5, 1.0))
@@ -797,7 +807,7 @@ def test_architecture_and_preprocessing_come_with_the_weights(
     assert (config.mean, config.num_classes) == ((0.5, 0.5, 0.5), 3)
 
 
-def test_weights_know_their_images_whatever_model_they_are_put_into(
+def test_the_normalisation_comes_from_the_initial_weights_unless_it_is_given(
     foreign_file: Path, tmp_path: Path, tiny_recipe: MakeRecipe
 ) -> None:
     assert build_model(tiny_recipe(tmp_path, init=foreign_file), CLASS_NAMES).config.mean == (0.5, 0.5, 0.5)
@@ -805,10 +815,10 @@ def test_weights_know_their_images_whatever_model_they_are_put_into(
     assert build_model(named, CLASS_NAMES).config.mean == (0.1, 0.2, 0.3)
 
 
-def test_where_weights_meet_new_classes_the_head_is_fitted_before_training(
+def test_the_head_is_fitted_before_training_if_the_classes_are_new_to_the_initial_weights(
     foreign_file: Path, tmp_path: Path, tiny_recipe: MakeRecipe
 ) -> None:
-    """Features of random weights tell three tints apart; a fresh head does not, and a tiny rate teaches nothing."""
+    """Features of random weights separate the three tints; a fresh head does not, and a tiny rate trains nothing."""
     options = {"init": foreign_file, "epochs": 1, "learning_rate": 1e-9}
     train(tiny_recipe(tmp_path / "fitted", **options))
     train(tiny_recipe(tmp_path / "fresh", fit_head=False, **options))
@@ -820,7 +830,7 @@ def test_where_weights_meet_new_classes_the_head_is_fitted_before_training(
     assert fresh < 0.7
 
 
-def test_layer_decay_slows_the_blocks_near_the_images(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+def test_layer_decay_lowers_the_learning_rate_of_earlier_layers(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe(tmp_path, layer_decay=0.5)
     model = build_model(recipe, CLASS_NAMES)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -837,7 +847,7 @@ def test_layer_decay_slows_the_blocks_near_the_images(tmp_path: Path, tiny_recip
 
 
 @pytest.mark.usefixtures("in_float32")
-def test_the_largest_sub_network_of_the_start_can_teach_all_others(
+def test_the_largest_subnetwork_of_the_initial_weights_can_teach_all_others(
     tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, build: Callable[[SuperViTConfig], SuperViT]
 ) -> None:
     model = build(tiny_config)
@@ -874,7 +884,7 @@ def test_a_teacher_from_a_file_is_distilled(tmp_path: Path, tiny_recipe: MakeRec
     assert losses[1] < losses[0]  # the soft answers of an untrained teacher are near the student's own
 
 
-def test_what_cannot_be_trained_is_refused_before_it_starts(
+def test_unusable_options_are_refused_before_the_run_folder_is_created(
     tmp_path: Path, tiny_recipe: MakeRecipe, pictures: Path
 ) -> None:
     with pytest.raises(TrainingError, match="48 training images per process do not fill a batch of 64"):
@@ -890,7 +900,7 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_seed_fixes_every_generator() -> None:
+def test_the_seed_determines_every_generator() -> None:
     draws = []
     for parts in ((1, 2), (1, 2), (12,), (1, 3)):
         seed_everything(*parts)
@@ -901,10 +911,10 @@ def test_the_seed_fixes_every_generator() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, LVVIT], ids=["deit", "lvvit"])
-def test_two_processes_step_as_one_on_the_whole_batch(
+def test_two_processes_take_the_steps_of_one_process_on_the_whole_batch(
     tmp_path: Path, tiny_recipe: MakeRecipe, options: dict[str, object]
 ) -> None:
-    """Gradients of all four sub-networks are averaged, those of a grid that only the first pair uses as well."""
+    """Gradients of all four sub-networks are averaged, including those of a grid that only the first pair uses."""
     recipe = tiny_recipe(tmp_path / "run", epochs=1, seed=2, **options)
     (tmp_path / "recipe.json").write_text(recipe.model_dump_json(exclude_unset=True))
     script = Path(__file__).with_name("two_processes.py")
@@ -916,12 +926,12 @@ def test_two_processes_step_as_one_on_the_whole_batch(
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=600,  # a busy machine starts them slowly
+        timeout=600,  # a busy machine starts processes slowly
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
     together = torch.load(tmp_path / "weights.pt", weights_only=True)
-    assert together.pop("exchanges") == 3  # one a step, though every process takes two batches of two sub-networks
+    assert together.pop("exchanges") == 3  # one per step, although every process takes two batches of two pairs
     alone = weights_after_three_steps(recipe, Process(0, 1, torch.device("cpu")), batches=1)
     seed_everything(recipe.seed)
     for name, start in build_model(recipe, CLASS_NAMES).named_parameters():

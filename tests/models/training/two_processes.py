@@ -1,9 +1,9 @@
-"""What test_train runs under torchrun: three steps on quarters of batches, and then a run of one epoch.
+"""The script that test_train runs under torchrun: three steps on quarters of batches, then a run of one epoch.
 
     python -m torch.distributed.run --nproc-per-node 2 two_processes.py RECIPE_JSON WEIGHTS
 
-RECIPE_JSON is a file that holds a recipe; the first process writes the weights after the steps to WEIGHTS, and how
-often the processes exchanged gradients.
+RECIPE_JSON is a file that holds a recipe; the first process writes the weights after the steps, and how often the
+processes exchanged gradients, to WEIGHTS.
 """
 
 import sys
@@ -25,14 +25,14 @@ def weights_after_three_steps(recipe: Recipe, process: Process, batches: int) ->
     """Take three steps on this process's share of eight fixed images, in several batches each."""
     seed_everything(recipe.seed)
     model = build_model(recipe, ("blue", "green", "red")).train()
-    model.patch_embed.eval()  # batch norm would see half a batch in each process, and be right to answer otherwise
+    model.patch_embed.eval()  # batch norm would see only part of a batch in each process, and rightly differ
     pair_loss = build_pair_loss(recipe, model, process)
     exchanges = torch.tensor(0)
 
-    # torch asks for this very annotation, which mypy does not find.
+    # torch requires exactly this annotation, which mypy does not find.
     def exchange(group: None, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
         exchanges.add_(bucket.is_last())
-        return allreduce_hook(group, bucket)  # type: ignore[arg-type] # of all processes
+        return allreduce_hook(group, bucket)  # type: ignore[arg-type] # None stands for all processes
 
     if isinstance(pair_loss, DistributedDataParallel):
         pair_loss.register_comm_hook(None, exchange)

@@ -1,8 +1,8 @@
-"""What test_batches runs under torchrun: a teacher is asked once about each image.
+"""The script that test_batches runs under torchrun: a teacher is asked once about each image.
 
     python -m torch.distributed.run --nproc-per-node 2 two_teachings.py RECIPE_JSON FOUND
 
-RECIPE_JSON is a file that holds a recipe; each process writes what it found into FOUND.0 and FOUND.1.
+RECIPE_JSON is a file that holds a recipe; the processes write their results to FOUND.0 and FOUND.1.
 """
 
 import sys
@@ -21,7 +21,7 @@ from models.training.teacher import Teacher
 
 
 class Counting(Teacher):
-    """A teacher that counts what it is asked about."""
+    """A teacher that counts the images that it is asked about."""
 
     num_asked = 0
 

@@ -18,7 +18,7 @@ class Clock:
 
 
 class Files:
-    """A certificate and its key, issued by an authority of the test's."""
+    """The files of a certificate and its key, issued by the test's own authority."""
 
     def __init__(self, folder: Path) -> None:
         self.authority, self.certificate, self.key = trustme.CA(), folder / "tls.crt", folder / "tls.key"
@@ -31,7 +31,7 @@ class Files:
             issued.private_key_pem.write_to_path(self.key)
 
     def is_trusted(self, served: Certificate, name: str) -> bool:
-        """Tell whether a client that wants to speak to `name` accepts the certificate: a handshake in memory."""
+        """Return whether a client that connects to `name` accepts the certificate, by a handshake in memory."""
         trusting = ssl.create_default_context()
         self.authority.configure_trust(trusting)
         to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -59,18 +59,18 @@ def test_clients_that_trust_the_authority_accept_the_certificate(files: Files) -
     assert not files.is_trusted(served, "second.example")
 
 
-def test_a_certificate_that_is_renewed_is_served_from_then_on(files: Files) -> None:
+def test_a_renewed_certificate_is_served_after_the_check_interval(files: Files) -> None:
     clock = Clock()
     served = Certificate(files.certificate, files.key, clock)
     files.issue("second.example")
     served.refresh()
-    assert files.is_trusted(served, "first.example"), "it is not looked at every moment"
+    assert files.is_trusted(served, "first.example"), "the files are not checked again within CHECK_S"
     clock.now += CHECK_S
     served.refresh()
     assert files.is_trusted(served, "second.example")
 
 
-def test_a_certificate_whose_key_is_still_to_come_changes_nothing(
+def test_a_new_certificate_is_not_used_before_its_key_has_arrived(
     files: Files, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = Clock()
@@ -86,7 +86,7 @@ def test_a_certificate_whose_key_is_still_to_come_changes_nothing(
     assert files.is_trusted(served, "third.example")
 
 
-def test_files_that_are_no_certificate_keep_a_server_from_starting(files: Files, tmp_path: Path) -> None:
+def test_missing_and_invalid_certificate_files_keep_a_server_from_starting(files: Files, tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="No such file"):
         Certificate(files.certificate, tmp_path / "none.key")
     with pytest.raises(CommandError, match="must be a certificate and its private key"):
@@ -98,7 +98,7 @@ def test_files_that_are_no_certificate_keep_a_server_from_starting(files: Files,
         Certificate(files.certificate, files.key)
 
 
-def test_the_files_are_there_for_other_protocols(files: Files) -> None:
+def test_the_key_and_the_certificate_are_available_as_pem(files: Files) -> None:
     key, certificate = Certificate(files.certificate, files.key).pem
     assert b"PRIVATE KEY" in key
     assert certificate.startswith(b"-----BEGIN CERTIFICATE")

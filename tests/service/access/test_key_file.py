@@ -10,7 +10,7 @@ from service.access.watched_files import CHECK_S
 from service.domain import ApiKey
 from service.errors import CommandError, UnauthorizedError
 
-SECRET = "a secret that is long enough"  # noqa: S105 - of the tests
+SECRET = "a secret that is long enough"  # noqa: S105 - used by these tests only
 DIGEST = hashlib.sha256(SECRET.encode()).hexdigest()
 
 
@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def replace_file(path: Path, content: str) -> None:
-    """Replace a file as an editor does; the time of its change differs even where the clock of the files is coarse."""
+    """Rewrite a file as an editor does, and advance its modification time: the file system's clock may be coarse."""
     stamp = path.stat().st_mtime_ns
     path.write_text(content)
     os.utime(path, ns=(stamp + 1_000_000, stamp + 1_000_000))
@@ -55,7 +55,7 @@ def replace_file(path: Path, content: str) -> None:
         {b"authorization": b"Basic xyz", b"x-api-key": SECRET.encode()},
     ],
 )
-def test_a_key_comes_as_a_bearer_token_or_in_a_header_of_its_own(path: Path, headers: dict[bytes, bytes]) -> None:
+def test_a_key_is_read_from_a_bearer_token_or_from_x_api_key(path: Path, headers: dict[bytes, bytes]) -> None:
     assert KeyFile(path).find(headers) == ApiKey("camera")
 
 
@@ -65,18 +65,18 @@ def test_a_request_without_a_key_is_told_how_to_send_one(path: Path, headers: di
         KeyFile(path).find(headers)
 
 
-def test_another_key_is_refused_and_not_repeated(path: Path) -> None:
+def test_an_unknown_key_is_refused_and_not_repeated_in_the_error(path: Path) -> None:
     with pytest.raises(UnauthorizedError, match="unknown API key") as caught:
         KeyFile(path).find(bearer("another one"))
     assert "another one" not in caught.value.message
 
 
-def test_the_hash_of_a_key_is_no_key(path: Path) -> None:
+def test_the_hash_of_a_key_is_not_accepted_as_a_key(path: Path) -> None:
     with pytest.raises(UnauthorizedError):
         KeyFile(path).find(bearer(DIGEST))
 
 
-def test_what_a_key_allows_is_what_the_file_says(path: Path) -> None:
+def test_the_limits_of_a_key_are_read_from_the_file(path: Path) -> None:
     limits = {
         "gflops_per_s": 40.0,
         "burst_gflops": 120.0,
@@ -86,15 +86,15 @@ def test_what_a_key_allows_is_what_the_file_says(path: Path) -> None:
         "max_in_flight": 64,
     }
     path.write_text(entry("camera", SECRET, **limits))
-    assert KeyFile(path).find(bearer(SECRET)) == ApiKey("camera", **limits)  # type: ignore[arg-type] # names are given
+    assert KeyFile(path).find(bearer(SECRET)) == ApiKey("camera", **limits)  # type: ignore[arg-type] # each value has its parameter's type
 
 
-def test_a_rate_without_a_burst_admits_what_a_second_brings(path: Path) -> None:
+def test_the_default_burst_of_a_rate_is_one_second_of_it(path: Path) -> None:
     path.write_text(entry(gflops_per_s=40.0))
     assert KeyFile(path).find(bearer(SECRET)).burst_gflops == 40.0
 
 
-def test_a_file_that_changes_is_read_again_within_a_moment(path: Path) -> None:
+def test_a_changed_file_is_read_again_after_the_check_interval(path: Path) -> None:
     clock = Clock()
     keys = KeyFile(path, clock)
     replace_file(path, entry("phone", "another secret") + entry(weight=2.0))
@@ -106,7 +106,7 @@ def test_a_file_that_changes_is_read_again_within_a_moment(path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[[key", "[[key]]\nname = 'x'\n", "[[key]]\nname = 'x'\nsha256 = 'abc'\n"])
-def test_a_file_that_breaks_changes_nothing_and_is_logged_once(
+def test_a_broken_file_keeps_the_previous_keys_and_is_logged_once(
     path: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = Clock()
@@ -118,7 +118,7 @@ def test_a_file_that_breaks_changes_nothing_and_is_logged_once(
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
 
-def test_a_file_that_goes_changes_nothing_until_it_is_back(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_file_keeps_the_previous_keys_until_it_is_back(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     keys = KeyFile(path, clock)
     path.unlink()
@@ -147,7 +147,7 @@ def test_a_file_that_goes_changes_nothing_until_it_is_back(path: Path, caplog: p
         ("[[key]]\nname = '\udcff'", "utf-8"),
     ],
 )
-def test_a_server_does_not_start_with_a_broken_file_and_says_what_is_wrong(
+def test_a_server_does_not_start_with_a_broken_key_file_and_names_the_fault(
     path: Path, content: str, problem: str
 ) -> None:
     path.write_bytes(content.encode(errors="surrogateescape"))
@@ -156,12 +156,12 @@ def test_a_server_does_not_start_with_a_broken_file_and_says_what_is_wrong(
     assert DIGEST not in str(caught.value)
 
 
-def test_a_server_does_not_start_without_the_file(tmp_path: Path) -> None:
+def test_a_server_does_not_start_without_its_key_file(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="No such file"):
         KeyFile(tmp_path / "none.toml")
 
 
-def test_a_key_that_is_made_works_and_differs_each_time(tmp_path: Path) -> None:
+def test_generated_keys_work_and_differ(tmp_path: Path) -> None:
     first, second = make_key("first"), make_key("second")
     path = tmp_path / "keys.toml"
     path.write_text(first.entry + second.entry)

@@ -11,12 +11,12 @@ class Clock:
         return self.now
 
 
-def test_a_change_is_told_once_and_not_before_a_moment_has_passed(tmp_path: Path) -> None:
+def test_a_change_is_reported_once_and_not_before_the_check_interval_has_passed(tmp_path: Path) -> None:
     path, other, clock = tmp_path / "a", tmp_path / "b", Clock()
     path.write_text("before")
     files = WatchedFiles([path, other], clock)
     other.write_text("now it is there")
-    assert not files.have_changed(), "it is too early to look"
+    assert not files.have_changed(), "the check interval has not passed"
     clock.now += CHECK_S
     assert files.have_changed()
     clock.now += CHECK_S
@@ -26,8 +26,8 @@ def test_a_change_is_told_once_and_not_before_a_moment_has_passed(tmp_path: Path
     assert files.have_changed()
 
 
-def test_a_link_that_leads_elsewhere_is_a_change(tmp_path: Path) -> None:
-    """As Kubernetes replaces the files of a secret."""
+def test_a_redirected_symbolic_link_is_a_change(tmp_path: Path) -> None:
+    """Kubernetes replaces the files of a secret in this way."""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "key").write_text(name)

@@ -12,14 +12,14 @@ Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 async def asked(answer: Answer, request: Request, timeout_s: float = 5) -> tuple[int, bytes]:
-    """Send a request to a server that answers like that."""
+    """Send a request to a server that answers with `answer`; return the status and the body."""
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
     async with server, Connections(url, timeout_s, "my-key") as connections:
         return await connections.send(request)
 
 
-async def test_a_body_is_posted_and_the_answer_handed_on_whatever_its_status() -> None:
+async def test_a_body_is_posted_and_the_answer_is_returned_whatever_its_status() -> None:
     heads = []
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -34,7 +34,7 @@ async def test_a_body_is_posted_and_the_answer_handed_on_whatever_its_status() -
     assert b"Authorization: Bearer my-key\r\n" in heads[0]
 
 
-async def test_what_has_no_body_is_fetched() -> None:
+async def test_a_request_without_a_body_is_sent_with_get() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"GET /v2/models/a%2Fb HTTP/1.1\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
@@ -43,7 +43,7 @@ async def test_what_has_no_body_is_fetched() -> None:
     assert await asked(answer, Request("/v2/models/a%2Fb")) == (200, b"")
 
 
-async def test_a_connection_that_is_closed_is_no_answer() -> None:
+async def test_a_closed_connection_raises_a_connection_failed_error() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.close()
@@ -52,7 +52,7 @@ async def test_a_connection_that_is_closed_is_no_answer() -> None:
         await asked(answer, Request("/"))
 
 
-async def test_a_server_that_stays_silent_is_given_up() -> None:
+async def test_a_server_that_does_not_answer_raises_a_response_timeout_error() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
@@ -62,7 +62,7 @@ async def test_a_server_that_stays_silent_is_given_up() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[::1"])
-async def test_where_nothing_listens_there_is_no_connection(url: str) -> None:
+async def test_unreachable_and_invalid_urls_raise_a_connection_failed_error(url: str) -> None:
     async with Connections(url, 5) as connections:
         with pytest.raises(ConnectionFailedError):
             await connections.send(Request("/"))

@@ -10,7 +10,7 @@ def exchange(reply: Reply, latency_s: float, label: str | None = None, late_s: f
     return Exchange(Planned(Arrival(0.0, 0.1), 0, label), late_s, latency_s, reply)
 
 
-def test_shares_are_of_all_that_were_sent() -> None:
+def test_attainment_and_effective_accuracy_are_shares_of_all_requests_sent() -> None:
     figures = Figures.of(
         40,
         [
@@ -31,25 +31,25 @@ def test_shares_are_of_all_that_were_sent() -> None:
     assert figures.effective_accuracy == 1 / 4
 
 
-def test_latencies_are_those_of_answers() -> None:
+def test_latencies_include_only_answered_requests() -> None:
     answers = [exchange(Reply("ok"), 0.001 * number) for number in range(101)]
     figures = Figures.of(1, [*answers, exchange(Reply("overloaded"), 9.0)], 1)
     assert figures.latency_ms == pytest.approx({"mean": 50, "p50": 50, "p90": 90, "p99": 99, "max": 100})
 
 
-def test_what_nothing_is_known_of_is_none() -> None:
+def test_figures_that_need_answers_are_empty_without_any() -> None:
     figures = Figures.of(1, [exchange(Reply("connection_failed"), 0.5)], 1)
     assert figures.latency_ms is None
     assert (figures.mean_gflops, figures.accuracy, figures.effective_accuracy, figures.mix) == (None, None, None, {})
     assert figures.failures == {"connection_failed": 1}
 
 
-def test_accuracy_is_of_photographs_with_a_label() -> None:
+def test_accuracy_counts_only_photographs_with_a_label() -> None:
     known, unknown = exchange(Reply("ok", "cat"), 0.05, "cat"), exchange(Reply("ok", "cat"), 0.05, None)
     figures = Figures.of(1, [known, unknown], 1)
     assert (figures.accuracy, figures.effective_accuracy) == (1, 1)
 
 
-def test_the_generators_own_lateness_is_a_figure() -> None:
+def test_the_lateness_of_the_generator_is_reported() -> None:
     exchanges = [exchange(Reply("ok"), 0.5, late_s=0.001 * number) for number in range(101)]
     assert Figures.of(1, exchanges, 1).late_p99_ms == pytest.approx(99)

@@ -10,7 +10,7 @@ ANSWERED = Reply("ok", "cat")
 
 
 class Time:
-    """Moves on only where the generator sleeps, once those that can go on have had their turn."""
+    """A clock that moves only while the generator sleeps, after the other tasks have run."""
 
     def __init__(self, oversleeps_s: float = 0.0) -> None:
         self.now, self._oversleeps_s = 50.0, oversleeps_s
@@ -48,7 +48,7 @@ def test_no_request_waits_for_the_answer_to_another() -> None:
     assert [each.is_in_time for each in exchanges] == [False, False, True]
 
 
-def test_a_generator_that_is_late_says_so_and_hides_no_time_of_it() -> None:
+def test_the_lateness_of_the_generator_is_reported_and_included_in_latencies() -> None:
     async def ask(_: Planned) -> Reply:
         return ANSWERED
 
@@ -57,7 +57,7 @@ def test_a_generator_that_is_late_says_so_and_hides_no_time_of_it() -> None:
     assert [each.latency_s for each in exchanges] == [0.5, 0.5, pytest.approx(0.75)]
 
 
-def test_exchanges_are_in_the_order_of_arrival_however_they_end() -> None:
+def test_exchanges_are_returned_in_order_of_arrival() -> None:
     first_may_end = asyncio.Event()
 
     async def ask(one: Planned) -> Reply:

@@ -27,13 +27,13 @@ def inferred(datatype: str, data: list[Any], **parameters: object) -> bytes:
 
 
 def parts(request: Request) -> tuple[dict[str, Any], bytes]:
-    """Take a request with a binary tensor apart."""
+    """Split a request into its JSON header and its binary tensor."""
     assert request.body is not None
     length = int(request.headers[LENGTH_HEADER])
     return json.loads(request.body[:length]), request.body[length:]
 
 
-def test_budgets_go_into_the_query() -> None:
+def test_budgets_and_priority_are_sent_in_the_query() -> None:
     request = SupervitProtocol().request(b"image", ARRIVAL)
     assert urlsplit(request.path).path == "/classify"
     asked = parse_qs(urlsplit(request.path).query)
@@ -42,7 +42,7 @@ def test_budgets_go_into_the_query() -> None:
     assert "budget_gflops" not in SupervitProtocol().request(b"image", Arrival(0.0, 0.3)).path
 
 
-def test_an_answer_says_what_answered() -> None:
+def test_a_reply_has_the_label_the_sub_network_and_the_cost_of_the_answer() -> None:
     reply = SupervitProtocol().read(200, json.dumps(ANSWER).encode())
     assert reply == Reply("ok", "dalmatian", "12-0.7", 2.193)
 
@@ -56,7 +56,7 @@ def test_an_answer_says_what_answered() -> None:
         (200, b"{}", "unexpected_answer"),
     ],
 )
-def test_what_is_no_answer_is_told_by_its_code(status: int, body: bytes, code: str) -> None:
+def test_an_error_or_unexpected_answer_becomes_a_reply_with_its_code(status: int, body: bytes, code: str) -> None:
     assert SupervitProtocol().read(status, body) == Reply(code)
 
 
@@ -82,7 +82,7 @@ def test_a_model_that_takes_files_gets_the_file_as_a_binary_tensor(shape: tuple[
         ("FP32", (3, -1, -1), [3, 224, 224]),
     ],
 )
-def test_a_model_that_takes_pixels_gets_those_of_the_middle(
+def test_a_model_that_takes_pixels_gets_pixels_of_its_input_size(
     photo: bytes, datatype: str, shape: tuple[int, ...], sent: list[int]
 ) -> None:
     wire = V2Protocol("m", metadata(datatype, shape), ())
@@ -90,7 +90,7 @@ def test_a_model_that_takes_pixels_gets_those_of_the_middle(
     assert said["inputs"][0]["shape"] == sent
     pixels = np.frombuffer(binary, np.uint8 if datatype == "UINT8" else "<f4")
     assert pixels.size == 3 * sent[-1] ** 2
-    assert pixels.max() <= (255 if datatype == "UINT8" else 2.65)  # white, normalised
+    assert pixels.max() <= (255 if datatype == "UINT8" else 2.65)  # the value of white, normalised
     assert pixels.std() > 0.5
 
 
@@ -111,7 +111,7 @@ def test_pixels_of_fp32_are_normalised(encode: Any) -> None:  # noqa: ANN401 - t
         metadata(inputs=2),
     ],
 )
-def test_a_model_that_takes_no_image_is_refused(described: bytes) -> None:
+def test_a_model_that_takes_no_image_is_rejected(described: bytes) -> None:
     with pytest.raises(CommandError, match=r"^m: "):
         V2Protocol("m", described, ())
 
@@ -126,11 +126,11 @@ def test_a_model_that_takes_no_image_is_refused(described: bytes) -> None:
         (inferred("FP32", [0.1, 0.2, 0.3, 0.4]), "3"),
     ],
 )
-def test_the_first_output_is_a_label_or_a_number_for_each_class(body: bytes, label: str) -> None:
+def test_the_label_is_read_from_a_classification_or_from_scores_per_class(body: bytes, label: str) -> None:
     assert V2Protocol("m", metadata(), ("a", "b", "c")).read(200, body) == Reply("ok", label)
 
 
-def test_a_server_here_says_by_v2_too_what_answered() -> None:
+def test_a_v2_reply_has_the_sub_network_and_the_cost_if_the_server_reports_them() -> None:
     body = inferred("BYTES", ["0.9:0:cat"], patch_grid=12, keep_rate=0.7, gflops=2.2)
     assert V2Protocol("m", metadata(), ()).read(200, body) == Reply("ok", "cat", "12-0.7", 2.2)
 
@@ -146,5 +146,5 @@ def test_a_server_here_says_by_v2_too_what_answered() -> None:
         (200, inferred("BYTES", ["0.9:0:cat"], gflops="x"), "unexpected_answer"),
     ],
 )
-def test_what_is_no_answer_by_v2_is_told_apart(status: int, body: bytes, code: str) -> None:
+def test_an_error_or_unexpected_answer_in_v2_becomes_a_reply_with_its_code(status: int, body: bytes, code: str) -> None:
     assert V2Protocol("m", metadata(), ()).read(status, body) == Reply(code)

@@ -23,7 +23,7 @@ ANSWERED = 200, json.dumps(ANSWER).encode()
 
 
 class FakeServer:
-    """Answers as a test says, at once."""
+    """A server that returns the answers of a test at once."""
 
     def __init__(self, found: Answer, answer: Callable[[Request], Answer]) -> None:
         self._found, self._answer = found, answer
@@ -61,20 +61,22 @@ def dalmatians(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def at_once(tmp_path: Path) -> Path:
-    """A trace of four requests, all due at the start, so that nothing waits."""
+    """Write a trace of four requests that are all due at the start, so that the test does not wait."""
     path = tmp_path / "trace.csv"
     path.write_text("0\n" * 4)
     return path
 
 
-def run(server: FakeServer, **options: Any) -> str:  # noqa: ANN401 - whatever the options are
+def run(server: FakeServer, **options: Any) -> str:  # noqa: ANN401 - any options of the command
     output = io.StringIO()
     command = Bench.model_validate({"url": "http://server", "budget_ms": (60_000,)} | options)
     bench(command, Console(file=output, width=100), server.connect)
     return output.getvalue()
 
 
-def test_what_became_of_requests_is_shown_and_written(dalmatians: Path, at_once: Path, tmp_path: Path) -> None:
+def test_the_outcomes_of_requests_are_shown_and_written_to_files(
+    dalmatians: Path, at_once: Path, tmp_path: Path
+) -> None:
     server = FakeServer(READY, lambda request: ANSWERED if request.body == b"dalmatian" else overloaded())
     written, drawn = tmp_path / "figures.json", tmp_path / "course.png"
     shown = run(server, images=(dalmatians,), trace=at_once, json_file=written, plot_file=drawn)
@@ -100,15 +102,15 @@ def overloaded() -> tuple[int, bytes]:
     return 429, refusal(429, "overloaded").content
 
 
-def test_figures_for_programs_come_alone(at_once: Path) -> None:
+def test_json_on_stdout_is_printed_without_the_table(at_once: Path) -> None:
     output = run(FakeServer(READY, lambda _: ANSWERED), trace=at_once, json_file=Path("-"))
     assert json.loads(output)["options"]["url"] == "http://server"
 
 
-def test_a_model_of_another_server_is_asked_by_v2(dalmatians: Path, at_once: Path) -> None:
+def test_a_model_of_another_server_is_queried_in_v2(dalmatians: Path, at_once: Path) -> None:
     taken = {"name": "image", "datatype": "BYTES", "shape": [-1]}
     given = {"name": "scores", "datatype": "FP32", "shape": [-1, 2]}
-    inferred = {"outputs": [given | {"data": [0.1, 0.9]}]}  # the second class folder's
+    inferred = {"outputs": [given | {"data": [0.1, 0.9]}]}  # the class of the second folder
     server = FakeServer(
         (200, json.dumps({"inputs": [taken], "outputs": [given]}).encode()),
         lambda _: (200, json.dumps(inferred).encode()),
@@ -119,12 +121,12 @@ def test_a_model_of_another_server_is_asked_by_v2(dalmatians: Path, at_once: Pat
     assert "GFLOPs" not in shown
 
 
-def test_requests_that_nothing_answers_are_counted(at_once: Path) -> None:
+def test_requests_whose_connection_fails_are_counted(at_once: Path) -> None:
     shown = run(FakeServer(READY, lambda _: ConnectionFailedError("gone")), trace=at_once)
     assert "connection_failed 4" in shown
 
 
-def test_a_terminal_obeys_no_server(at_once: Path) -> None:
+def test_control_characters_and_markup_from_a_server_are_escaped(at_once: Path) -> None:
     hostile = refusal(429, "\x1b]0;mine\x07[bold]").content
     shown = run(FakeServer(READY, lambda _: (429, hostile)), trace=at_once)
     assert "\x1b" not in shown
@@ -132,14 +134,14 @@ def test_a_terminal_obeys_no_server(at_once: Path) -> None:
 
 
 @pytest.mark.parametrize(("late_s", "warned"), [(0.002, False), (0.05, True)])
-def test_a_generator_that_cannot_keep_up_says_so(late_s: float, warned: bool) -> None:
+def test_the_table_warns_if_the_generator_cannot_keep_up(late_s: float, warned: bool) -> None:
     exchange = Exchange(Planned(Arrival(0.0, 0.1), 0, None), late_s, 0.06, Reply("ok"))
     output = io.StringIO()
     Console(file=output).print(table_of([Figures.of(10, [exchange], 1)]))
     assert ("could not keep up" in " ".join(output.getvalue().split())) == warned
 
 
-def test_each_rate_has_its_column() -> None:
+def test_each_rate_has_a_column() -> None:
     shown = run(FakeServer(READY, lambda _: ANSWERED), rate=(3000, 6000), duration_s=0.01)
     assert [cell.strip() for cell in shown.splitlines()[2].split("┃")[1:-1]] == ["requests/s", "3000", "6000"]
 

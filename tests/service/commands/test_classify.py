@@ -31,7 +31,7 @@ def test_classify_shows_the_best_classes_and_the_reason(
 
 
 @pytest.mark.parametrize("name", ["a, b.jpg", 'it"s.jpg', "[1].jpg", "{x}.jpg", '"q".jpg', "007", "a\\b.jpg", " ü.jpg"])
-def test_classify_takes_file_names_as_they_are(
+def test_classify_accepts_special_characters_in_file_names(
     name: str, checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     named = photo_path.rename(photo_path.with_name(name))
@@ -40,15 +40,15 @@ def test_classify_takes_file_names_as_they_are(
     assert [json.loads(line)["photo"] for line in capsys.readouterr().out.splitlines()] == [str(named)] * 2
 
 
-def test_classify_is_in_no_hurry(
+def test_classify_ignores_the_default_latency_budget_of_servers(
     checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SUPERVIT_DEFAULT_BUDGET_MS", "5")  # of servers, for which somebody waits
+    monkeypatch.setenv("SUPERVIT_DEFAULT_BUDGET_MS", "5")  # for servers, whose clients wait
     assert main(["classify", str(photo_path), "--checkpoint", str(checkpoint_path), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["budget_ms"] >= 600_000
 
 
-def test_classify_goes_on_after_a_photo_that_it_cannot_read(
+def test_classify_continues_after_a_photo_that_it_cannot_read(
     checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = ["/does/not/exist.jpg", str(checkpoint_path), str(photo_path)]
@@ -61,7 +61,7 @@ def test_classify_goes_on_after_a_photo_that_it_cannot_read(
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[::1"])
-def test_classify_says_that_there_is_no_such_server(
+def test_classify_reports_a_server_that_it_cannot_connect_to(
     photo_path: Path, capsys: pytest.CaptureFixture[str], url: str
 ) -> None:
     assert main(["classify", str(photo_path), "--url", url]) == 1
@@ -70,7 +70,7 @@ def test_classify_says_that_there_is_no_such_server(
     assert error.count("\n") == 1
 
 
-def test_classify_goes_on_after_a_photo_on_which_the_server_hangs_up(
+def test_classify_continues_after_the_server_closes_the_connection(
     photo_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def hang_up(_: httpx.Request) -> httpx.Response:
@@ -82,11 +82,11 @@ def test_classify_goes_on_after_a_photo_on_which_the_server_hangs_up(
     assert capsys.readouterr().err.count("http://server closed the connection") == 2
 
 
-TITLE = "\x1b]0;mine\x07"  # a terminal would take it for its window's title
+TITLE = "\x1b]0;mine\x07"  # a terminal would make it the title of its window
 
 
 @pytest.mark.parametrize("status", [200, 422])
-def test_classify_shows_no_control_characters_of_a_server(
+def test_classify_escapes_control_characters_from_a_server(
     photo_path: Path, capsys: pytest.CaptureFixture[str], status: int
 ) -> None:
     answer = ANSWER | {
@@ -108,14 +108,14 @@ def test_classify_shows_no_control_characters_of_a_server(
 
 
 @pytest.mark.parametrize("answer", [{}, [], {"predictions": [{"label": "a", "probability": "x"}]}, {"predictions": 1}])
-def test_classify_says_that_an_answer_is_none_of_such_a_server(photo_path: Path, answer: object) -> None:
+def test_classify_rejects_an_answer_that_is_not_from_a_supervit_server(photo_path: Path, answer: object) -> None:
     transport = httpx.MockTransport(lambda _: httpx.Response(200, json=answer))
     with pytest.raises(CommandError, match="did not answer like a SuperViT server"):
         classify(Classify(photos=[photo_path], url="http://server"), transport)
 
 
 @pytest.mark.parametrize(("name", "value"), [("PORT", "abc"), ("DEVICE", "cuda:77"), ("CHECKPOINT", "/nowhere")])
-def test_classify_names_what_it_cannot_use_of_its_environment(
+def test_classify_names_an_invalid_environment_variable_or_its_value(
     photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(f"SUPERVIT_{name}", value)
@@ -125,10 +125,10 @@ def test_classify_names_what_it_cannot_use_of_its_environment(
     assert f"SUPERVIT_{name}" in error or value in error
 
 
-def test_a_checkpoint_that_ships_is_classified_with_by_its_name(
+def test_classify_finds_a_shipped_checkpoint_by_name(
     photo_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What guards a server does not guard a model in the command's own process.
+    # Settings that restrict access to a server do not apply to a model in the command's own process.
     monkeypatch.setenv("SUPERVIT_KEYS", str(photo_path.with_name("keys.yaml")))
     monkeypatch.setenv("SUPERVIT_ALLOWED_HOSTS", "vit.example")
     assert main(["classify", str(photo_path), "--checkpoint", SHIPPED, "--top-k", "10"]) == 0
@@ -138,37 +138,37 @@ def test_a_checkpoint_that_ships_is_classified_with_by_its_name(
 def server(
     answer: Callable[[httpx.Request], Awaitable[httpx.Response] | httpx.Response],
 ) -> httpx.AsyncBaseTransport:
-    return httpx.MockTransport(answer)  # type: ignore[arg-type] # it also takes what is to be awaited
+    return httpx.MockTransport(answer)  # type: ignore[arg-type] # it also takes async functions
 
 
 def answered(request: httpx.Request) -> httpx.Response:
-    """Say what was sent, as the label."""
+    """Answer with the body of the request as the label."""
     label = request.content.decode()
     return httpx.Response(200, json=ANSWER | {"predictions": [{"label": label, "index": 0, "probability": 0.5}]})
 
 
 def files(folder: Path, *names: str) -> list[Path]:
-    """Write files, each with its name in it."""
+    """Write files that each contain their own name."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     return [folder / name for name in names]
 
 
-def test_a_folder_stands_for_its_images_and_those_of_its_folders_in_order(tmp_path: Path) -> None:
+def test_a_folder_stands_for_the_images_in_it_and_its_subfolders_in_order(tmp_path: Path) -> None:
     files(tmp_path, "b.JPG", "a/z.png", "a/c.webp", "notes.txt", ".hidden.jpg", ".git/x.jpg", "a.avif")
     (single,) = files(tmp_path, "named.dat")
     found = [tmp_path / name for name in ("a/c.webp", "a/z.png", "a.avif", "b.JPG")]
     assert find_photos([single, tmp_path, Path("missing.jpg")]) == [single, *sorted(found), Path("missing.jpg")]
 
 
-def test_a_folder_without_images_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_images_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files(tmp_path, "notes.txt")
     assert main(["classify", str(tmp_path)]) == 1
     assert f"{tmp_path}: no images in this folder" in capsys.readouterr().err
 
 
-def test_an_image_may_come_from_stdin(
+def test_classify_reads_an_image_from_stdin(
     checkpoint_path: Path, photo: bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(photo)))
@@ -180,12 +180,12 @@ def test_an_image_may_come_from_stdin(
     ("words", "complaint"),
     [
         (["-", "-"], "stdin holds one image"),
-        ([""], "a file name must not be empty"),  # or an unset variable of a shell would be the current folder
+        ([""], "a file name must not be empty"),  # otherwise an unset shell variable would mean the current folder
         (["a.jpg", "--patch-grid", "4"], "go together"),
         (["a.jpg", "b.jpg", "--explain", "out.png"], "--explain takes one photo"),
     ],
 )
-def test_what_makes_no_sense_is_wrong_usage(
+def test_contradictory_or_empty_arguments_are_usage_errors(
     words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["classify", *words]) == 2
@@ -194,10 +194,10 @@ def test_what_makes_no_sense_is_wrong_usage(
     assert error.count("\n") == 1
 
 
-def test_a_few_photos_are_asked_about_at_a_time_and_answered_in_their_order(
+def test_a_few_photos_are_classified_concurrently_and_shown_in_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first is answered last of those that are asked about at once."""
+    """Of the photos that are sent at once, the first is answered last."""
     names = [f"{number}.jpg" for number in range(9)]
     asked, asked_before_the_first_answer = list[str](), list[str]()
     last_of_the_first = asyncio.Event()
@@ -217,7 +217,7 @@ def test_a_few_photos_are_asked_about_at_a_time_and_answered_in_their_order(
     assert sorted(asked_before_the_first_answer) == names[:AT_ONCE]
 
 
-def test_a_server_is_asked_for_what_the_options_say(tmp_path: Path) -> None:
+def test_options_are_sent_to_the_server_as_query_parameters(tmp_path: Path) -> None:
     asked: dict[str, str] = {}
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -230,7 +230,7 @@ def test_a_server_is_asked_for_what_the_options_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("style", "top_k"), [("table", 1), ("text", 5), ("json", 5), ("csv", 1)])
-def test_a_format_has_as_many_predictions_as_suit_it(style: Format, top_k: int, tmp_path: Path) -> None:
+def test_each_format_has_its_own_default_number_of_predictions(style: Format, top_k: int, tmp_path: Path) -> None:
     asked = list[str]()
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -241,7 +241,7 @@ def test_a_format_has_as_many_predictions_as_suit_it(style: Format, top_k: int, 
     assert asked == [str(top_k)]
 
 
-def test_a_server_that_is_not_there_is_told_once_and_ends_it(
+def test_classify_ends_with_one_error_if_the_server_is_unreachable(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(_: httpx.Request) -> httpx.Response:
@@ -253,7 +253,7 @@ def test_a_server_that_is_not_there_is_told_once_and_ends_it(
     assert capsys.readouterr().err == ""
 
 
-def test_explain_draws_what_was_looked_at_and_shows_the_answer(
+def test_explain_writes_a_drawing_and_shows_the_answer(
     checkpoint_path: Path, photo_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawing = tmp_path / "out.png"
@@ -265,19 +265,21 @@ def test_explain_draws_what_was_looked_at_and_shows_the_answer(
         assert drawn.format == "PNG"
 
 
-def test_explain_draws_none_of_the_many_photos_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_rejects_a_folder_of_several_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files(tmp_path, "a.jpg", "b.jpg")
     assert main(["classify", str(tmp_path), "--explain", str(tmp_path / "out.png")]) == 1
     assert "--explain takes one photo, not 2" in capsys.readouterr().err
 
 
-def test_asking_a_server_imports_no_torch() -> None:
+def test_importing_the_classify_command_does_not_import_torch() -> None:
     found = "import sys, service.commands.classify; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", found], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-def test_a_server_is_sent_the_key_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_api_key_from_the_environment_is_sent_to_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = list[str | None]()
 
     def answer(request: httpx.Request) -> httpx.Response:

@@ -26,14 +26,14 @@ class Bake(BaseModel):
 
 
 class Kitchen(BaseSettings):
-    """What the environment says as well."""
+    """Options that environment variables set, too."""
 
     model_config = SettingsConfigDict(env_prefix="KITCHEN_")
 
     size: int = Field(10, ge=1, description="in square metres")
 
 
-def command(model: type[BaseModel]) -> Any:  # noqa: ANN401 - Typer's own class of it is not public
+def command(model: type[BaseModel]) -> Any:  # noqa: ANN401 - Typer's class of commands is not public
     run = f"{__name__}:BAKED.append"
     examples = {"bake --eggs 2 [sack]": "two [2] eggs"}
     return make_command("bake", Command("Bake.", f"{__name__}:{model.__name__}", run, examples, {"oven": "Heat"}))
@@ -50,7 +50,7 @@ def shown_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     return capsys.readouterr().out
 
 
-def test_words_become_the_options_of_the_model() -> None:
+def test_command_line_arguments_become_the_options_of_the_model() -> None:
     words = "one two --layer-sizes 30,20 --layer-sizes 10 --oven electric --no-glaze --cherry-weight=2.5 --recipe Anna"
     assert read(words) == Bake(
         flour=[Path("one"), Path("two")],
@@ -62,7 +62,7 @@ def test_words_become_the_options_of_the_model() -> None:
     )
 
 
-def test_what_is_not_given_is_left_to_the_model() -> None:
+def test_options_that_are_not_given_are_left_to_the_model() -> None:
     assert read("one --recipe Anna").model_fields_set == {"flour", "recipe"}
 
 
@@ -75,20 +75,20 @@ def test_what_is_not_given_is_left_to_the_model() -> None:
         ("one --recipe Anna --oven coal", "bake --oven: must be 'gas' or 'electric'"),
     ],
 )
-def test_a_value_that_the_model_does_not_take_is_wrong_usage(words: str, message: str) -> None:
+def test_a_value_that_the_model_rejects_is_a_usage_error(words: str, message: str) -> None:
     with pytest.raises(WrongUsageError) as caught:
         read(words)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("words", ["--recipe Anna", "one", "one --recipe", "one --recipe Anna --spoons 2"])
-def test_what_is_missing_or_unknown_is_found_before_the_model_is_asked(words: str) -> None:
+def test_missing_and_unknown_options_are_rejected_before_the_model_validates(words: str) -> None:
     with pytest.raises(typer.TyperException) as caught:
         read(words)
     assert caught.value.exit_code == 2
 
 
-def test_a_value_of_the_environment_is_read_and_blamed_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_from_the_environment_is_read_and_an_error_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KITCHEN_SIZE", "12")
     assert read("", Kitchen) == Kitchen(size=12)
     assert read("--size 14", Kitchen) == Kitchen(size=14)
@@ -98,7 +98,9 @@ def test_a_value_of_the_environment_is_read_and_blamed_by_its_name(monkeypatch: 
     assert str(caught.value) == "bake: KITCHEN_SIZE: must be at least 1"
 
 
-def test_help_says_what_the_model_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_shows_the_descriptions_bounds_and_defaults_of_the_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown = shown_help(capsys, monkeypatch)
     assert "Bake a cake [of any kind]." in shown
     assert "how many [fresh] ones (>=1, <=12, default 3)" in shown

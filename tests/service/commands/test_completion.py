@@ -8,7 +8,7 @@ from service.commands.registry import COMMANDS
 
 
 def complete(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Ask as bash does for what may follow at the end of a line."""
+    """Request completions at the end of a line, as bash does."""
     monkeypatch.setenv("_SUPERVIT_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", line)
     monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
@@ -32,7 +32,7 @@ def complete(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         ("supervit --v", ["--version"]),
     ],
 )
-def test_a_shell_is_told_what_may_follow(
+def test_commands_options_and_values_are_completed(
     line: str,
     offered: list[str],
     capsys: pytest.CaptureFixture[str],
@@ -43,7 +43,7 @@ def test_a_shell_is_told_what_may_follow(
     assert complete(line, capsys, monkeypatch) == offered
 
 
-def test_checkpoints_in_files_are_offered_beside_those_that_ship(
+def test_checkpoint_files_are_completed_along_with_shipped_checkpoints(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)

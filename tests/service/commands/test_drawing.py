@@ -29,7 +29,7 @@ def encoded(photo: Image.Image, **options: object) -> bytes:
     return file.getvalue()
 
 
-def test_patches_tile_the_square_in_the_middle_that_the_model_sees() -> None:
+def test_patches_tile_the_centred_square_that_the_model_sees() -> None:
     view = View.of(WHITE, seen_share=0.875, grid=3)
     width, height = view.photo.size
     assert width == 2 * height
@@ -43,11 +43,11 @@ def test_patches_tile_the_square_in_the_middle_that_the_model_sees() -> None:
     rows, columns = np.nonzero(covered)
     assert rows.mean() == pytest.approx((height - 1) / 2, abs=1)
     assert columns.mean() == pytest.approx((width - 1) / 2, abs=1)
-    assert view.patch(0)[:2] == (columns.min(), rows.min())  # row by row
+    assert view.patch(0)[:2] == (columns.min(), rows.min())  # numbered row by row
     assert view.patch(1)[0] == view.patch(0)[2]
 
 
-def test_what_is_kept_is_shown_as_it_is_and_all_else_is_dimmed() -> None:
+def test_kept_patches_are_shown_unchanged_and_all_else_is_dimmed() -> None:
     view = View.of(WHITE, seen_share=0.5, grid=2)
     drawn = np.asarray(draw_patches(view, [1])).astype(int)
     middles = []
@@ -55,10 +55,10 @@ def test_what_is_kept_is_shown_as_it_is_and_all_else_is_dimmed() -> None:
         left, top, right, bottom = view.patch(number)
         middles.append(drawn[(top + bottom) // 2, (left + right) // 2].max())
     assert middles[1] == 255
-    assert max(middles[0], *middles[2:]) < drawn[2, 2].max() < 255  # what is dropped is darker than what is not seen
+    assert max(middles[0], *middles[2:]) < drawn[2, 2].max() < 255  # pruned patches are darker than unseen areas
 
 
-def test_the_drawing_has_a_panel_for_the_photo_and_one_for_each_block_that_prunes(tmp_path: Path) -> None:
+def test_the_drawing_has_a_panel_for_the_photo_and_one_for_each_pruning_block(tmp_path: Path) -> None:
     widths = []
     for kept in ([], [[0, 1, 2]], [[0, 1, 2], [0]], [[0, 1, 2], [0, 1], [0]]):
         draw(encoded(WHITE), explained(*kept), tmp_path / "out.png")
@@ -68,7 +68,7 @@ def test_the_drawing_has_a_panel_for_the_photo_and_one_for_each_block_that_prune
     assert widths[0] <= widths[1] < widths[2] < widths[3]
 
 
-def test_a_photo_is_drawn_as_its_camera_was_held(tmp_path: Path) -> None:
+def test_a_photo_is_turned_by_its_exif_orientation_before_it_is_drawn(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     heights = []
@@ -79,7 +79,7 @@ def test_a_photo_is_drawn_as_its_camera_was_held(tmp_path: Path) -> None:
     assert heights[1] > heights[0]
 
 
-def test_a_photo_or_a_file_that_cannot_be_had_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_a_photo_that_cannot_be_read_and_a_file_that_cannot_be_written_raise_a_command_error(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match=r"^the photo was classified but cannot be drawn"):
         draw(b"something that only a server can read", explained(), tmp_path / "out.png")
     with pytest.raises(CommandError, match=r"cannot be written: No such file or directory$"):

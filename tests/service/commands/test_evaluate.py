@@ -22,7 +22,7 @@ def data(checkpoint: Checkpoint, tmp_path: Path) -> Path:
 
 
 def plain_images(folder: Path, class_names: Sequence[str]) -> Path:
-    """Two plain images of each class to measure on."""
+    """Write two plain images of each class to test/."""
     for index, name in enumerate(class_names):
         (folder / "test" / name).mkdir(parents=True)
         for shade in (0, 1):
@@ -31,7 +31,7 @@ def plain_images(folder: Path, class_names: Sequence[str]) -> Path:
     return folder
 
 
-def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
+def test_evaluate_measures_every_sub_network_and_writes_the_profile_into_the_checkpoint(
     checkpoint: Checkpoint, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "tiny.safetensors"
@@ -56,7 +56,7 @@ def test_evaluate_measures_every_sub_network_and_writes_it_into_the_checkpoint(
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluate_writes_a_copy_of_what_ships_into_the_current_folder(
+def test_evaluate_writes_a_copy_of_a_shipped_checkpoint_into_the_current_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -74,10 +74,10 @@ def test_evaluate_writes_a_copy_of_what_ships_into_the_current_folder(
     assert capsys.readouterr().err == f"supervit: {SHIPPED}.safetensors: already exists and is not overwritten\n"
 
 
-def test_evaluate_never_replaces_weights_that_others_named_as_it_names_its_own(
+def test_evaluate_does_not_overwrite_a_file_named_like_its_copy_of_published_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The authors' weights are of another format, though the file's name is one of ours."""
+    """The authors' weights are in another format, although the file has the suffix of ours."""
     published = tmp_path / "net.safetensors"
     save_file(SuperViT(DEIT_SMALL).state_dict(), published)
     assert not load_checkpoint(published).is_ours
@@ -87,7 +87,7 @@ def test_evaluate_never_replaces_weights_that_others_named_as_it_names_its_own(
     assert f"{stranger}: already exists and is not overwritten" in capsys.readouterr().err
 
 
-def test_evaluate_never_replaces_a_file_that_is_not_its_own(
+def test_evaluate_does_not_overwrite_a_file_named_like_its_copy_of_a_pth_file(
     checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unrelated = checkpoint_path.rename(tmp_path / "net.pth.safetensors")
@@ -96,14 +96,14 @@ def test_evaluate_never_replaces_a_file_that_is_not_its_own(
     assert f"{unrelated}: already exists and is not overwritten" in capsys.readouterr().err
 
 
-def test_evaluate_names_a_data_set_that_it_cannot_use(
+def test_evaluate_rejects_a_data_set_without_val_or_test_folder(
     checkpoint_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(checkpoint_path), str(tmp_path)]) == 1
     assert "neither val/ nor test/" in capsys.readouterr().err
 
 
-def test_evaluate_rounds_to_half_precision_before_it_measures(
+def test_evaluate_with_half_saves_the_weights_in_half_precision(
     checkpoint: Checkpoint, data: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "tiny.safetensors"
@@ -115,7 +115,7 @@ def test_evaluate_rounds_to_half_precision_before_it_measures(
     assert halved.is_half
     assert halved.profile.is_measured
     assert main(["evaluate", str(path), str(data), "--workers", "0"]) == 0
-    assert load_checkpoint(path).is_half  # it stays so
+    assert load_checkpoint(path).is_half  # the checkpoint stays in half precision
     for name, weight in halved.model.state_dict().items():
         original = whole.model.state_dict()[name]
         assert torch.equal(weight, original.half().float() if original.is_floating_point() else original) or (

@@ -11,11 +11,11 @@ from service.commands.formats import Format, default_format, progress, showing
 from service.http.schemas import ClassifyAnswer
 from tests.service.wire_answers import ANSWER
 
-TITLE = "\x1b]0;mine\x07"  # a terminal would take it for its window's title
+TITLE = "\x1b]0;mine\x07"  # a terminal would make it the title of its window
 
 
 class Terminal(StringIO):
-    """Says that it is one."""
+    """A stream that says that it is a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -41,7 +41,7 @@ def test_text_has_the_predictions_and_the_reason(capsys: pytest.CaptureFixture[s
     assert lines(capsys) == ["a.jpg", "   50.0%  cat", "   25.0%  dog", "  no other request is waiting (63.2 ms)"]
 
 
-def test_json_is_the_whole_answer_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_one_line_with_the_whole_answer_per_photo(capsys: pytest.CaptureFixture[str]) -> None:
     show("json", ("a.jpg", answer("cat")), ("b.jpg", answer("dog")))
     first, second = map(json.loads, lines(capsys))
     assert first == {"photo": "a.jpg", **answer("cat").model_dump(mode="json")}
@@ -56,7 +56,7 @@ def test_csv_has_a_header_and_a_row_for_each_prediction(capsys: pytest.CaptureFi
     assert second[:4] == ["a, b.jpg", "2", 'a "dog"', "0.25"]
 
 
-def test_csv_without_an_answer_is_a_header(capsys: pytest.CaptureFixture[str]) -> None:
+def test_csv_without_answers_has_only_the_header(capsys: pytest.CaptureFixture[str]) -> None:
     show("csv")
     assert len(lines(capsys)) == 1
 
@@ -78,7 +78,7 @@ def test_a_table_has_a_row_for_each_prediction_and_names_a_photo_once(
     assert max(map(len, rows)) <= 80
 
 
-def test_a_table_shows_what_there_is_where_it_is_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_table_shows_the_answers_so_far(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> None:
         with showing("table") as add:
             add(Path("a.jpg"), answer("cat"))
@@ -90,12 +90,14 @@ def test_a_table_shows_what_there_is_where_it_is_interrupted(capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("style", ["table", "text", "json", "csv"])
-def test_no_control_character_of_a_name_or_a_label_is_shown(style: Format, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_in_file_names_and_labels_are_not_printed(
+    style: Format, capsys: pytest.CaptureFixture[str]
+) -> None:
     show(style, (f"{TITLE}.jpg", answer(TITLE)))
     assert not set(capsys.readouterr().out) & {"\x1b", "\x07"}
 
 
-def test_a_terminal_gets_a_table_and_a_pipe_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_format_is_a_table_on_a_terminal_and_text_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", StringIO())
     assert default_format() == "text"
     monkeypatch.setattr(sys, "stdout", Terminal())
@@ -107,11 +109,11 @@ def test_a_terminal_gets_a_table_and_a_pipe_text(monkeypatch: pytest.MonkeyPatch
     [
         (2, "table", Terminal(), True),
         (2, "json", StringIO(), True),
-        (2, "json", Terminal(), False),  # it would come between the lines
+        (2, "json", Terminal(), False),  # the bar would appear between the lines of output
         (1, "table", Terminal(), False),
     ],
 )
-def test_progress_is_shown_on_a_terminal_that_no_answer_is_written_to_meanwhile(
+def test_progress_of_several_photos_is_shown_unless_answers_are_written_to_the_same_terminal(
     photos: int, style: Format, stdout: StringIO, is_shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stderr = Terminal()
@@ -125,7 +127,7 @@ def test_progress_is_shown_on_a_terminal_that_no_answer_is_written_to_meanwhile(
     assert stdout.getvalue().endswith("an answer\n")
 
 
-def test_progress_is_not_shown_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_not_shown_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with progress(9, "table") as advance:
         advance()
     assert capsys.readouterr().err == ""

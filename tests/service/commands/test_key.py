@@ -6,7 +6,7 @@ from service.access.key_file import KeyFile
 from service.cli import main
 
 
-def test_a_key_is_told_once_and_its_entry_is_ready_for_the_file(
+def test_the_secret_goes_to_stderr_and_an_entry_for_the_key_file_to_stdout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["key", "doorbells"]) == 0
@@ -19,7 +19,7 @@ def test_a_key_is_told_once_and_its_entry_is_ready_for_the_file(
 
 
 @pytest.mark.parametrize("name", ["", "two words", 'a"b', "x" * 65])
-def test_a_name_that_a_label_cannot_hold_is_wrong_usage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_name_that_cannot_be_a_label_is_a_usage_error(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["key", name]) == 2
     output = capsys.readouterr()
     assert (output.out, len(output.err.splitlines())) == ("", 1)

@@ -15,7 +15,7 @@ from service.commands.quantize import make_range, verdict
 
 @pytest.fixture
 def data(checkpoint: Checkpoint, tmp_path: Path) -> Path:
-    """Noise, tinted by class: four images of each in val/ and test/."""
+    """Write four images of noise, tinted by class, for each class in val/ and test/."""
     rng = np.random.default_rng(1)
     for part in ("val", "test"):
         for index, name in enumerate(checkpoint.class_names):
@@ -35,7 +35,7 @@ def path(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     return path
 
 
-def test_quantize_prepares_a_checkpoint_that_is_then_the_same_in_floating_point(
+def test_quantize_adds_int8_and_leaves_the_floating_point_checkpoint_unchanged(
     path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = load_checkpoint(path)
@@ -49,7 +49,7 @@ def test_quantize_prepares_a_checkpoint_that_is_then_the_same_in_floating_point(
     assert after.int8.profile.by_subnetwork.keys() == before.profile.by_subnetwork.keys()
     assert all(row.calibration_error is not None for row in after.int8.profile.rows)
     assert len({row.temperature for row in after.int8.profile.rows}) > 1
-    # What enters after a norm has both signs and mean 0; what leaves GELU is never below -0.17.
+    # Activations after a norm have both signs and mean 0; those after GELU are never below -0.17.
     assert all(block.qkv.low < -0.5 and block.qkv.high > 0.5 for block in after.int8.ranges)
     assert all(-block.fc2.low < block.fc2.high for block in after.int8.ranges)
     assert ", int8, " in printed
@@ -57,23 +57,23 @@ def test_quantize_prepares_a_checkpoint_that_is_then_the_same_in_floating_point(
     assert load_checkpoint(path).int8 is None
 
 
-def test_channels_are_smoothed_as_their_values_and_their_weights_ask() -> None:
+def test_channels_are_smoothed_by_the_magnitudes_of_their_activations_and_weights() -> None:
     lows, highs = (
         torch.tensor([[-1.0, -16.0, 0.0], [-2.0, -1.0, -1.0]]),
         torch.tensor([[2.0, 1.0, 2.0], [1.0, 1.0, 1.0]]),
     )
     found = make_range(lows, highs, torch.tensor([1.0, 1.0, 1.0]))
-    # Eight times as large values: 0.6 of three octaves between the channels, in quarters.
+    # The values are 8 times as large: 0.6 of the 3 octaves between the channels, in quarters of an octave.
     assert found.smoothing[1] - found.smoothing[0] == round(4 * 0.6 * 3) == 7
     assert found.smoothing[0] == found.smoothing[2]
     assert abs(sum(found.smoothing)) <= 1
     by_weights = make_range(lows, highs, torch.tensor([1.0, 1.0, 32.0]))
     assert by_weights.smoothing[2] - by_weights.smoothing[0] == -round(4 * 0.4 * 5) == -8
     largest = 16 / 2 ** (found.smoothing[1] / 4)
-    assert -largest <= found.low < -0.8 * largest  # nine tenths of the way from the other image's to this one's
+    assert -largest <= found.low < -0.8 * largest  # nine tenths of the way from the other image's value to this one's
 
 
-def test_evaluate_keeps_8_bits_while_the_weights_stay(
+def test_evaluate_keeps_the_int8_quantization_unless_it_rounds_the_weights(
     path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["quantize", str(path), str(data)]) == 0
@@ -86,9 +86,7 @@ def test_evaluate_keeps_8_bits_while_the_weights_stay(
     assert load_checkpoint(path).int8 is None
 
 
-def test_quantize_never_replaces_a_file_that_is_not_its_own(
-    path: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_quantize_does_not_overwrite_another_file(path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = path.with_name("other.safetensors")
     other.write_bytes(b"weights of another")
     assert main(["quantize", str(path), str(data), "--output", str(other)]) == 1
@@ -96,14 +94,14 @@ def test_quantize_never_replaces_a_file_that_is_not_its_own(
     assert other.read_bytes() == b"weights of another"
 
 
-def test_quantize_names_a_data_set_that_it_cannot_use(
+def test_quantize_rejects_a_data_set_without_val_or_test_folder(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["quantize", str(path), str(tmp_path / "none")]) == 1
     assert "holds neither val/ nor test/" in capsys.readouterr().err
 
 
-def test_it_is_said_what_will_be_served_in_8_bits(checkpoint: Checkpoint) -> None:
+def test_the_verdict_names_the_sub_networks_that_lose_too_much_accuracy_in_8_bits(checkpoint: Checkpoint) -> None:
     def knowing(top1: float | None) -> ProfileTable:
         first, *others = checkpoint.profile.rows
         return ProfileTable((replace(first, top1=top1), *(replace(row, top1=top1 and 0.8) for row in others)))

@@ -12,7 +12,7 @@ EXAMPLES = [(name, example) for name, command in COMMANDS.items() for example in
 
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)
-def test_an_example_parses_as_it_stands(name: str, example: str) -> None:
+def test_every_example_parses(name: str, example: str) -> None:
     (words,) = [part for part in re.split(r"[|>]", example) if "supervit" in part]
     while "=" in (word := shlex.split(words)[0]):
         words = words.removeprefix(word).lstrip()
@@ -21,19 +21,19 @@ def test_an_example_parses_as_it_stands(name: str, example: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)
-def test_an_example_and_what_it_does_fit_into_a_line(name: str, example: str) -> None:
+def test_every_example_and_its_description_fit_on_a_line(name: str, example: str) -> None:
     assert len(example) <= 78
     assert len(f"# {COMMANDS[name].examples[example]}") <= 78
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_a_command_is_taught_by_example_and_runs_what_there_is(command: Command) -> None:
+def test_every_command_has_two_to_five_examples_and_an_existing_function(command: Command) -> None:
     assert 2 <= len(command.examples) <= 5
     assert callable(resolve_name(command.run))
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_every_option_says_what_it_means_and_every_panel_begins_with_one(command: Command) -> None:
+def test_every_option_has_a_description_and_every_panel_begins_with_an_option(command: Command) -> None:
     model: type[BaseModel] = resolve_name(command.options)
     assert all(field.description for field in model.model_fields.values())
     assert set(command.panels) <= set(model.model_fields)

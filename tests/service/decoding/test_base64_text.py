@@ -9,11 +9,11 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.mark.parametrize("text", ["aGk=", "aG\n k=\r\n", "data:image/png;base64,aGk=", "data:;base64,aGk="])
-async def test_base64_is_decoded_in_whatever_lines_and_as_a_data_url(text: str) -> None:
+async def test_base64_is_decoded_with_line_breaks_and_from_a_data_url(text: str) -> None:
     assert await decode_base64(text) == b"hi"
 
 
-async def test_what_takes_many_pieces_is_whole_again() -> None:
+async def test_base64_longer_than_a_chunk_is_decoded_whole() -> None:
     data = bytes(range(256)) * (CHUNK_CHARS // 128)
     assert await decode_base64(base64.b64encode(data).decode()) == data
 
@@ -27,6 +27,8 @@ async def test_what_takes_many_pieces_is_whole_again() -> None:
         ("data:text/html;base64,aGk=", UnsupportedMediaError, "the data URL must be of an image, not text/html"),
     ],
 )
-async def test_what_is_none_is_told_by_its_name(text: str, error: type[Exception], sentence: str) -> None:
+async def test_invalid_base64_and_data_urls_are_rejected_with_the_name_of_the_field(
+    text: str, error: type[Exception], sentence: str
+) -> None:
     with pytest.raises(error, match=sentence):
         await decode_base64(text, "instances")

@@ -16,11 +16,11 @@ from service.errors import DeadlineError, InvalidImageError, OverloadedError
 from tests.service.conftest import opening
 
 DUE_AT = 1000.0
-COST_S = 0.05  # the most that is ordinary
+COST_S = 0.05  # the highest cost of an ordinary image
 
 
 class Slow:
-    """Images that are decoded until they are told to end, by a clock that tests move."""
+    """A decoder whose images finish when the test says so, with a clock that the test moves."""
 
     def __init__(self, threads: int = 2) -> None:
         self.now = 0.0
@@ -48,25 +48,25 @@ def slow(threads: int = 2) -> Iterator[Slow]:
         images.decoder.close()
 
 
-def test_images_that_hold_all_threads_for_too_long_are_expected_to_go_on_so() -> None:
+def test_images_past_their_expected_time_are_expected_to_need_as_many_seconds_more() -> None:
     with slow() as images:
         decoder = images.decoder
         futures = [decoder.submit(b"x", DUE_AT)]
         images.running.acquire()
         images.now = 60.0
-        assert decoder.queue_s(images.now, DUE_AT) == 0.0, "one of the threads is free"
+        assert decoder.queue_s(images.now, DUE_AT) == 0.0, "one of the threads is idle"
         futures.append(decoder.submit(b"x", DUE_AT))
         images.running.acquire()
         images.now = 100.0
         expected = pytest.approx(40.0, abs=0.1)
-        assert decoder.queue_s(images.now, DUE_AT) == expected, "the one that took less may be the next to end"
+        assert decoder.queue_s(images.now, DUE_AT) == expected, "the image that has run for less time may end first"
         images.may_end.set()
         for future in futures:
             future.result(10)
         assert decoder.queue_s(images.now, DUE_AT) == 0.0
 
 
-def test_pixels_that_need_no_codec_wait_their_turn_like_files() -> None:
+def test_pixels_that_need_no_codec_are_queued_by_urgency_like_files() -> None:
     with slow(threads=1) as images:
         images.decoder.submit(b"first", DUE_AT)
         images.running.acquire()
@@ -77,7 +77,7 @@ def test_pixels_that_need_no_codec_wait_their_turn_like_files() -> None:
         assert images.order == [b"first", b"file", b"pixels"]
 
 
-def test_images_that_outlast_their_clients_are_learned_from() -> None:
+def test_the_decode_time_of_a_running_image_is_learned_when_its_request_releases_it() -> None:
     with slow() as images:
         future = images.decoder.submit(b"x", DUE_AT)
         images.running.acquire()
@@ -86,11 +86,11 @@ def test_images_that_outlast_their_clients_are_learned_from() -> None:
         assert images.decoder.expected_s(images.now) > 0
 
 
-def test_images_that_take_their_time_are_not_counted_twice() -> None:
+def test_the_elapsed_time_of_running_images_is_subtracted_from_the_expected_wait() -> None:
     with slow() as images:
         known = images.decoder.submit(b"x", DUE_AT)
         images.running.acquire()
-        images.now = 0.1  # twice what its header let expect, which makes the next by a fifth longer
+        images.now = 0.1  # twice the expected time, which raises the next estimate by a fifth
         images.may_end.set()
         assert known.result(10).seconds == 0.1
         images.may_end.clear()
@@ -101,11 +101,11 @@ def test_images_that_take_their_time_are_not_counted_twice() -> None:
         assert images.decoder.queue_s(images.now, DUE_AT) == pytest.approx(1.2 * COST_S - 0.02, abs=1e-4)
 
 
-def test_one_that_takes_over_expects_what_the_one_before_has_learned() -> None:
+def test_a_decoder_that_takes_over_adopts_the_learned_decode_times() -> None:
     with slow() as before, slow(threads=1) as after:
         known = before.decoder.submit(b"x", DUE_AT)
         before.running.acquire()
-        before.now = after.now = 0.1  # as above
+        before.now = after.now = 0.1  # twice the expected time, as above
         before.may_end.set()
         known.result(10)
         after.decoder.take_over(before.decoder)
@@ -131,7 +131,7 @@ def test_the_most_urgent_image_is_decoded_first_and_lower_priorities_last() -> N
 @pytest.mark.parametrize(
     ("due_at", "priority", "before"), [(0.5, 0, 1), (6.5, 0, 2), (99.0, 0, 3), (0.5, -1, 3), (99.0, -1, 4)]
 )
-def test_an_image_is_expected_to_wait_for_the_more_urgent_ones_alone(due_at: float, priority: int, before: int) -> None:
+def test_an_image_is_expected_to_wait_only_for_more_urgent_ones(due_at: float, priority: int, before: int) -> None:
     with slow(threads=1) as images:
         decoder = images.decoder
         known = decoder.submit(b"x", DUE_AT)
@@ -163,7 +163,7 @@ def test_a_cancelled_image_is_never_decoded_and_nothing_waits_behind_it() -> Non
     assert gone.cancelled()
 
 
-def test_after_its_deadline_an_image_is_not_decoded() -> None:
+def test_an_image_is_not_decoded_after_its_deadline() -> None:
     with slow() as images:
         images.now = 2.0
         with pytest.raises(DeadlineError):
@@ -171,7 +171,7 @@ def test_after_its_deadline_an_image_is_not_decoded() -> None:
     assert images.order == []
 
 
-def test_an_image_that_cannot_be_decoded_says_why_and_is_not_learned_from() -> None:
+def test_a_broken_image_raises_its_error_and_its_decode_time_is_not_learned() -> None:
     with slow() as images:
         images.may_end.set()
         images.now = 3.0
@@ -181,7 +181,7 @@ def test_an_image_that_cannot_be_decoded_says_why_and_is_not_learned_from() -> N
 
 
 class Mixed:
-    """Images of ordinary cost and dear ones, which end when they are told to; the former begin with a small letter."""
+    """A decoder of ordinary (lower-case) and expensive (upper-case) images, which finish when the test says so."""
 
     def __init__(self, threads: int, max_memory_bytes: int, max_s_per_address: float) -> None:
         self.now = 0.0
@@ -227,7 +227,7 @@ def mixed(threads: int, max_memory_bytes: int = 1000, max_s_per_address: float =
         images.decoder.close()
 
 
-def test_beside_others_an_address_has_no_more_dear_images_decoded_than_is_its_share() -> None:
+def test_an_address_may_not_exceed_its_share_of_expensive_images_while_others_have_some() -> None:
     with mixed(2, max_s_per_address=1.5) as images:
         own = [images.submit(data, address="1.2.3.4") for data in (b"A", b"B")]  # a second each
         images.await_started(1)
@@ -247,7 +247,7 @@ def test_beside_others_an_address_has_no_more_dear_images_decoded_than_is_its_sh
         again.result(10)
 
 
-def test_an_address_alone_has_all_its_images_decoded_and_one_that_takes_more_than_its_share() -> None:
+def test_the_share_bounds_neither_the_only_address_nor_the_only_image_of_an_address() -> None:
     with mixed(2, max_s_per_address=0.5) as images:
         futures = [images.submit(data, address="1.2.3.4") for data in (b"A", b"B", b"C")]
         futures.append(images.submit(b"D", address="5.6.7.8"))
@@ -258,7 +258,7 @@ def test_an_address_alone_has_all_its_images_decoded_and_one_that_takes_more_tha
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_dear_images_never_hold_every_thread(threads: int) -> None:
+def test_expensive_images_never_hold_every_thread(threads: int) -> None:
     with mixed(threads) as images:
         for data in (b"A", b"B", b"C", b"D"):
             images.submit(data, 1.0)
@@ -270,11 +270,11 @@ def test_dear_images_never_hold_every_thread(threads: int) -> None:
         assert ordinary.result(10).waited_s == 0.0
         images.gates[b"A"].set()
         images.await_started(1)
-        assert images.order[-1].isupper(), "the next dear one, once another has ended"
+        assert images.order[-1].isupper(), "the next expensive image runs once another has ended"
         assert len(images.order) == threads + 1
 
 
-def test_of_one_thread_dear_images_wait_for_each_other() -> None:
+def test_expensive_images_are_decoded_even_by_a_single_thread() -> None:
     with mixed(1) as images:
         futures = [images.submit(data) for data in (b"A", b"B")]
         for gate in images.gates.values():
@@ -282,20 +282,20 @@ def test_of_one_thread_dear_images_wait_for_each_other() -> None:
         assert [future.result(10).image.shape for future in futures] == [(1,), (1,)]
 
 
-def test_dear_images_share_a_budget_of_memory() -> None:
+def test_expensive_images_share_a_memory_budget() -> None:
     with mixed(4, max_memory_bytes=250) as images:
         for data in (b"A", b"B", b"C"):
             images.submit(data)
         images.await_started(2)
         images.submit(b"a")
         images.await_started(1)
-        assert images.order[-1] == b"a", "a third dear one would take 300"
+        assert images.order[-1] == b"a", "with a third, the expensive images would take 300 bytes"
         images.gates[b"A"].set()
         images.await_started(1)
         assert images.order[-1] == b"C"
 
 
-def test_an_image_over_the_budget_of_memory_is_decoded_alone() -> None:
+def test_an_expensive_image_over_the_memory_budget_is_still_decoded() -> None:
     with mixed(2, max_memory_bytes=10) as images:
         images.gates[b"A"] = threading.Event()
         future = images.submit(b"A")
@@ -303,7 +303,7 @@ def test_an_image_over_the_budget_of_memory_is_decoded_alone() -> None:
         assert future.result(10)
 
 
-def test_an_ordinary_image_is_not_expected_to_wait_for_dear_ones_where_a_thread_is_kept() -> None:
+def test_an_ordinary_image_is_expected_to_wait_for_expensive_ones_only_with_a_single_thread() -> None:
     for threads, waits in ((1, True), (2, False)):
         with mixed(threads) as images:
             for data in (b"A", b"B", b"C"):
@@ -312,17 +312,17 @@ def test_an_ordinary_image_is_not_expected_to_wait_for_dear_ones_where_a_thread_
             assert (images.decoder.queue_s(images.now, DUE_AT) > 0) == waits
 
 
-def test_how_long_an_image_takes_is_learned_by_kind() -> None:
+def test_decode_times_are_learned_per_kind_of_image() -> None:
     times = DecodeTimes()
     assert times.expected_s("PNG", 2.0, 0.0) == 2.0
     for _ in range(50):
         times.observe("PNG", 0.1, 0.3, 1.0)
     assert times.expected_s("PNG", 2.0, 1.0) == pytest.approx(6.0, rel=1e-3)
     assert times.expected_s("JPEG", 2.0, 1.0) == 2.0
-    assert times.expected_s("PNG", 2.0, 1000.0) == pytest.approx(2.0), "without news it is as its header says"
+    assert times.expected_s("PNG", 2.0, 1000.0) == pytest.approx(2.0), "without new observations, the factor fades"
 
 
-def test_a_dear_image_that_cannot_be_there_in_time_is_not_decoded() -> None:
+def test_an_expensive_image_that_would_miss_its_deadline_is_not_decoded() -> None:
     with mixed(2) as images:
         with pytest.raises(DeadlineError, match="would take longer than its deadline allows"):
             images.submit(b"A", 20 * COST_S / 2 - 0.01).result(10)
@@ -333,7 +333,7 @@ def test_a_dear_image_that_cannot_be_there_in_time_is_not_decoded() -> None:
         assert future.result(10)
 
 
-def test_dear_images_do_not_make_ordinary_ones_be_expected_to_take_longer() -> None:
+def test_expensive_images_do_not_raise_the_expected_decode_time_of_ordinary_ones() -> None:
     with mixed(2) as images:
         future = images.submit(b"A")
         images.await_started(1)
@@ -343,8 +343,8 @@ def test_dear_images_do_not_make_ordinary_ones_be_expected_to_take_longer() -> N
         assert images.decoder.expected_s(images.now) == 0.0
 
 
-def test_counting_from_many_threads_never_meets_a_count_that_changes() -> None:
-    """Requests come, are looked ahead for, and leave, all at once, while images are decoded."""
+def test_concurrent_submits_releases_and_queries_do_not_fail() -> None:
+    """Eight threads submit, query and release images while others are decoded."""
     kinds = {b"a": COST_S, b"A": 20 * COST_S}
     decoder = Decoder(
         lambda data: OpenedImage(data.decode(), kinds[data], 1, lambda: torch.zeros(1)), 4, 2, clock=time.monotonic
@@ -380,10 +380,10 @@ def test_counting_from_many_threads_never_meets_a_count_that_changes() -> None:
         sys.setswitchinterval(interval)
         decoder.close()
     assert wrong == []
-    assert decoder.queue_s(time.monotonic(), 0.0) == 0.0, "none is left behind"
+    assert decoder.queue_s(time.monotonic(), 0.0) == 0.0, "no image is left in the queue"
 
 
-def test_closing_waits_for_no_image_and_loses_none() -> None:
+def test_closing_waits_for_no_image_and_drops_none() -> None:
     may_end = threading.Event()
 
     def decode(_: bytes) -> torch.Tensor:
@@ -392,7 +392,7 @@ def test_closing_waits_for_no_image_and_loses_none() -> None:
 
     decoder = Decoder(opening(decode), 1, 10**9)
     images = [decoder.submit(b"", time.monotonic() + 60) for _ in range(2)]
-    decoder.close()  # the event loop calls it
+    decoder.close()  # called on the event loop, which it must not block
     assert not images[0].done()
     may_end.set()
     assert [image.result(10).image.shape for image in images] == [(3, 2, 2)] * 2

@@ -1,4 +1,4 @@
-"""Image files that real users send, each made here."""
+"""Image files of the kinds that users send, built by the tests."""
 
 import re
 import struct
@@ -68,43 +68,43 @@ ZEROS = zlib.compress(bytes(3_000_000))
         "animated",
     ],
 )
-def test_chunks_of_a_png_that_carry_no_pixels_are_passed_over(encode: Encode, extra: bytes) -> None:
+def test_png_chunks_without_pixels_are_ignored(encode: Encode, extra: bytes) -> None:
     png = red(encode)
     assert mean_colour(png[:IHDR_END] + extra + png[IHDR_END:]) == RED
 
 
-def test_a_wrong_checksum_of_pixels_is_an_error_that_names_the_chunk(encode: Encode) -> None:
+def test_a_wrong_checksum_of_pixels_raises_an_error_that_names_the_chunk(encode: Encode) -> None:
     png = bytearray(red(encode))
     png[png.index(b"IDAT") + 10] ^= 1
     with pytest.raises(InvalidImageError, match=r"the checksum of its chunk IDAT at byte 33 is wrong"):
         mean_colour(bytes(png))
 
 
-def test_a_png_of_chunks_alone_is_rejected(encode: Encode) -> None:
+def test_a_png_with_too_many_chunks_is_rejected(encode: Encode) -> None:
     png = red(encode)
     with pytest.raises(InvalidImageError, match=f"more than {MAX_BLOCKS} blocks"):
         mean_colour(png[:IHDR_END] + MAX_BLOCKS * chunk(b"tEXt", b"") + png[IHDR_END:])
 
 
 @pytest.mark.parametrize(("size", "megapixels"), [((8160, 6144), 0.8), ((12_032, 9024), 1.7), ((16_320, 12_240), 3.2)])
-def test_the_photographs_of_telephones_count_what_is_decoded_of_them(
+def test_the_memory_of_a_large_photograph_is_that_of_its_scaled_down_pixels(
     encode: Encode, size: tuple[int, int], megapixels: float
 ) -> None:
-    # Their headers alone: of one colour, as large a one is made quickly at a fraction of its rows.
+    # Only the header is read, so a JPEG of 64 x 64 pixels with a changed size stands in for a photograph.
     jpeg = bytearray(encode(Image.new("RGB", (64, 64), "red"), "JPEG"))
     frame = jpeg.index(b"\xff\xc0")
     jpeg[frame + 5 : frame + 9] = struct.pack(">HH", size[1], size[0])
     assert open_image(bytes(jpeg), CONFIG, LIMIT * 50).memory_bytes == pytest.approx(4e6 * megapixels, rel=0.05)
 
 
-def test_a_photograph_over_the_limit_is_decoded_at_a_fraction_within_it(encode: Encode) -> None:
+def test_the_pixel_limit_applies_to_a_photograph_after_scaling(encode: Encode) -> None:
     jpeg = encode(Image.new("RGB", (4096, 4160), "red"), "JPEG")
     assert mean_colour(jpeg, max_pixels=600_000) == pytest.approx([254, 0, 0], abs=2)
     with pytest.raises(ImageTooLargeError):
         mean_colour(jpeg, max_pixels=200_000)
 
 
-def test_a_large_progressive_jpeg_counts_the_coefficients_that_are_kept(encode: Encode) -> None:
+def test_the_memory_of_a_progressive_jpeg_includes_its_coefficients(encode: Encode) -> None:
     picture = Image.new("RGB", (2000, 2000))
     whole, half = (
         open_image(encode(picture, "JPEG", progressive=True, subsampling=factor), CONFIG, LIMIT * 4)
@@ -120,7 +120,7 @@ def test_a_large_progressive_jpeg_counts_the_coefficients_that_are_kept(encode: 
     "options", [{"compression": "tiff_lzw"}, {"compression": "tiff_deflate"}, {}, {"big_tiff": True}]
 )
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "L", "RGBA", "1"])
-def test_of_a_tiff_the_first_page_is_decoded(encode: Encode, mode: str, options: dict[str, str]) -> None:
+def test_the_first_page_of_a_tiff_is_decoded(encode: Encode, mode: str, options: dict[str, str]) -> None:
     white, red_page = Image.new("RGB", (20, 30), "white").convert(mode), Image.new("RGB", (9, 9), "red")
     data = encode(white, "TIFF", save_all=True, append_images=[red_page], **options)
     assert mean_colour(data) == pytest.approx([255, 255, 255], abs=1)
@@ -150,13 +150,15 @@ def test_avif_and_heic_are_decoded(encode: Encode) -> None:
         assert mean_colour(red(encode, image_format, 64)) == pytest.approx(RED, abs=6)
 
 
-def test_heic_without_its_extra_says_how_to_enable_it(encode: Encode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_without_the_heif_extra_raises_an_error_that_says_what_to_install(
+    encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(images, "HAS_HEIC", False)
     with pytest.raises(UnsupportedMediaError, match=r"HEIC.*pip install 'supervit-serve\[heif\]'"):
         open_image(red(encode, "HEIF", 64), CONFIG, LIMIT)
 
 
-def test_avif_whose_orientation_is_a_list_is_rejected(encode: Encode) -> None:
+def test_an_avif_with_more_than_one_exif_orientation_is_rejected(encode: Encode) -> None:
     avif = red(encode, "AVIF", 64)
     one, many = (b"MM\0*\0\0\0\x08" + struct.pack(">HHHII", 1, 0x0112, 3, count, 1 << 16) for count in (1, 2_000_000))
     assert open_image(avif + one, CONFIG, LIMIT).kind == "AVIF"
@@ -165,7 +167,7 @@ def test_avif_whose_orientation_is_a_list_is_rejected(encode: Encode) -> None:
 
 
 def bitfields(pixels: np.ndarray, masks: tuple[int, ...], *, is_flipped: bool = True, header_bytes: int = 40) -> bytes:
-    """A BMP of (height, width) numbers of 16 or 32 bits."""
+    """Encode (height, width) pixels of 16 or 32 bits as a BMP with colour masks."""
     height, width = pixels.shape
     body = b"".join(row.tobytes() + bytes(-row.nbytes % 4) for row in (pixels[::-1] if is_flipped else pixels))
     bits = pixels.itemsize * 8
@@ -187,9 +189,7 @@ def bitfields(pixels: np.ndarray, masks: tuple[int, ...], *, is_flipped: bool = 
         ("<u2", (0x1F, 0x7E0, 0xF800), 0x1F),
     ],
 )
-def test_a_bmp_may_say_in_which_bits_each_colour_lies(
-    kind: str, masks: tuple[int, ...], red_half: int, is_flipped: bool
-) -> None:
+def test_a_bmp_with_colour_masks_is_decoded(kind: str, masks: tuple[int, ...], red_half: int, is_flipped: bool) -> None:
     pixels = np.zeros((SIDE, SIDE), kind)
     pixels[: SIDE // 2] = red_half
     image = decode_image(bitfields(pixels, masks, is_flipped=is_flipped), CONFIG, LIMIT).float()
@@ -197,7 +197,7 @@ def test_a_bmp_may_say_in_which_bits_each_colour_lies(
     assert image[:, SIDE // 2 :].max() == 0
 
 
-def test_transparency_of_a_bmp_shows_white_unless_all_of_it_is_empty() -> None:
+def test_transparent_pixels_of_a_bmp_are_shown_on_white_unless_all_are_transparent() -> None:
     masks = (0xFF, 0xFF00, 0xFF0000, 0xFF000000)
     pixels = np.full((SIDE, SIDE), 0x000000FF, "<u4")
     assert mean_colour(bitfields(pixels, masks, header_bytes=56)) == RED
@@ -211,7 +211,7 @@ def shapes(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(("image_format", "options"), [("JPEG", {"quality": 85}), ("PNG", {}), ("GIF", {})])
-def test_a_file_that_ends_early_says_at_which_share_of_its_rows(
+def test_the_error_for_a_truncated_file_states_the_share_of_its_rows(
     encode: Encode, image_format: str, options: dict[str, int]
 ) -> None:
     data = encode(shapes(640, 480), image_format, **options)
@@ -231,7 +231,7 @@ def complaint(data: bytes) -> str | None:
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"])
-def test_no_error_has_a_librarys_words_and_no_library_writes_to_the_log(encode: Encode, image_format: str) -> None:
+def test_error_messages_are_never_those_of_a_library(encode: Encode, image_format: str) -> None:
     data = encode(shapes(64, 48), image_format)
     cuts = [data[: len(data) * part // 8] for part in range(1, 8)]
     places = range(0, len(data), max(1, len(data) // 40))
@@ -242,7 +242,7 @@ def test_no_error_has_a_librarys_words_and_no_library_writes_to_the_log(encode: 
     assert [message for message in messages if not said.match(message)] == []
 
 
-def test_nothing_is_written_to_stderr() -> None:
+def test_decoding_broken_images_writes_nothing_to_stderr() -> None:
     program = (
         "import io, sys\n"
         "from PIL import Image\n"
@@ -265,7 +265,7 @@ def test_nothing_is_written_to_stderr() -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
-def test_a_jpeg_of_fill_bytes_or_comments_costs_no_more_than_one_without(encode: Encode) -> None:
+def test_fill_bytes_and_comments_of_a_jpeg_add_no_cost_and_are_bounded(encode: Encode) -> None:
     jpeg = red(encode, "JPEG", 64)
     for filling in (b"\xff" * 900_000, b"\x01" * 900_000, 1000 * b"\xff\xfe\x00\x04ab"):
         opened = open_image(jpeg[:20] + filling + jpeg[20:], CONFIG, LIMIT)
@@ -289,7 +289,7 @@ def test_comments_of_a_gif_are_skipped_and_bounded(encode: Encode) -> None:
         mean_colour(commented(MAX_BLOCKS + 1))
 
 
-def test_no_side_is_longer_than_a_million_pixels() -> None:
+def test_an_image_with_a_side_over_a_million_pixels_is_rejected() -> None:
     body = b"IHDR" + struct.pack(">IIBBBBB", 1, 1_000_001, 8, 2, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
     with pytest.raises(ImageTooLargeError, match="a side may have at most"):
@@ -297,7 +297,9 @@ def test_no_side_is_longer_than_a_million_pixels() -> None:
 
 
 @pytest.mark.parametrize(("image_format", "per_pixel"), [("PNG", 4), ("WEBP", 8), ("AVIF", 12), ("GIF", 1)])
-def test_memory_is_bounded_by_what_the_codec_takes(encode: Encode, image_format: str, per_pixel: int) -> None:
+def test_the_memory_limit_applies_to_the_memory_that_the_codec_takes(
+    encode: Encode, image_format: str, per_pixel: int
+) -> None:
     data = encode(Image.new("RGB", (100, 80)), image_format)
     assert open_image(data, CONFIG, LIMIT, 8000 * per_pixel).memory_bytes == 8000 * per_pixel
     with pytest.raises(ImageTooLargeError, match="bytes of memory") as caught:
@@ -305,23 +307,23 @@ def test_memory_is_bounded_by_what_the_codec_takes(encode: Encode, image_format:
     assert caught.value.details == {"max_decode_bytes": 8000 * per_pixel - 1}
 
 
-def test_a_frame_of_an_animated_webp_is_its_first(encode: Encode) -> None:
+def test_the_first_frame_of_an_animated_webp_is_decoded(encode: Encode) -> None:
     frames = [Image.new("RGBA", (20, 20), colour) for colour in ("red", "blue")]
     for options in ({"lossless": True}, {"quality": 90}):
         data = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], **options)
         assert mean_colour(data) == pytest.approx(RED, abs=4)
 
 
-def test_a_codec_without_memory_is_no_fault_of_the_image() -> None:
+def test_a_codec_that_runs_out_of_memory_raises_an_out_of_memory_error() -> None:
     for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):
         with pytest.raises(OutOfMemoryError), codec_errors("PNG"):
             raise error
 
 
-def test_a_jpeg_may_go_over_many_pixels_less_often(encode: Encode) -> None:
+def test_a_jpeg_with_more_pixels_may_have_fewer_scans(encode: Encode) -> None:
     jpeg = bytearray(encode(Image.new("L", (64, 64)), "JPEG", progressive=True))
     frame = jpeg.index(b"\xff\xc2")
-    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 16_000, 16_000)  # which is 6 times
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 16_000, 16_000)  # at this size, 6 scans are allowed
     scans = jpeg.count(b"\xff\xda")
     last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
     opened = open_image(bytes(jpeg[:-2] + last * (7 - scans) + jpeg[-2:]), CONFIG, 50 * LIMIT)

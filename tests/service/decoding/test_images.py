@@ -32,7 +32,7 @@ def mean_colour(data: bytes) -> list[float]:
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"])
-def test_every_format_comes_out_as_the_picture_that_went_in(encode: Callable[..., bytes], image_format: str) -> None:
+def test_every_format_decodes_to_the_encoded_picture(encode: Callable[..., bytes], image_format: str) -> None:
     image = decode(encode(Image.new("RGB", (50, 30), (200, 100, 50)), image_format))
     assert image.shape == (3, SIDE, SIDE)
     assert image.dtype == torch.uint8
@@ -44,13 +44,13 @@ def test_an_unknown_format_is_rejected(encode: Callable[..., bytes]) -> None:
         decode(encode(Image.new("RGB", (9, 9)), "PPM"))
 
 
-def test_only_the_first_frame_of_an_animation_counts(encode: Callable[..., bytes]) -> None:
+def test_only_the_first_frame_of_an_animation_is_decoded(encode: Callable[..., bytes]) -> None:
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert mean_colour(data) == pytest.approx([255, 0, 0], abs=4)
 
 
-def test_grey_palette_bilevel_and_cmyk_pictures_come_out_in_their_colours(encode: Callable[..., bytes]) -> None:
+def test_grey_palette_bilevel_and_cmyk_pictures_keep_their_colours(encode: Callable[..., bytes]) -> None:
     red = Image.new("RGB", (20, 20), "red")
     assert mean_colour(encode(Image.new("L", (20, 20), 90))) == pytest.approx([90, 90, 90])
     assert mean_colour(encode(red.convert("P"))) == pytest.approx([255, 0, 0], abs=4)
@@ -58,7 +58,7 @@ def test_grey_palette_bilevel_and_cmyk_pictures_come_out_in_their_colours(encode
     assert mean_colour(encode(red.convert("CMYK"), "JPEG")) == pytest.approx([255, 0, 0], abs=6)
 
 
-def test_transparency_is_shown_on_white(encode: Callable[..., bytes]) -> None:
+def test_transparent_pixels_are_shown_on_white(encode: Callable[..., bytes]) -> None:
     half_red = Image.new("RGBA", (20, 20), (255, 0, 0, 128))
     assert mean_colour(encode(half_red)) == pytest.approx([255, 127, 127], abs=2)
     assert mean_colour(encode(half_red, "WEBP", lossless=True)) == pytest.approx([255, 127, 127], abs=2)
@@ -68,7 +68,7 @@ def test_transparency_is_shown_on_white(encode: Callable[..., bytes]) -> None:
     assert mean_colour(encode(palette, "PNG", transparency=3)) == pytest.approx([255, 255, 255])
 
 
-def test_a_palette_image_without_its_palette_is_broken(encode: Callable[..., bytes]) -> None:
+def test_a_palette_image_without_its_palette_is_rejected(encode: Callable[..., bytes]) -> None:
     whole = encode(Image.new("P", (20, 20), 3))
     start = whole.index(b"PLTE") - 4
     length = int.from_bytes(whole[start : start + 4], "big")
@@ -92,7 +92,7 @@ def test_a_picture_is_turned_upright_by_its_exif_orientation(encode: Callable[..
     assert rows[SIDE // 2 :].mean() < 50
 
 
-def test_a_single_pixel_and_an_extreme_strip_are_images_too(encode: Callable[..., bytes]) -> None:
+def test_a_single_pixel_and_an_extremely_long_strip_are_decoded(encode: Callable[..., bytes]) -> None:
     assert decode(encode(Image.new("RGB", (1, 1), "red"))).shape == (3, SIDE, SIDE)
     assert decode(encode(Image.new("L", (1, 60_000), 7))).float().mean() == pytest.approx(7)
 
@@ -104,7 +104,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [1001, 60_000, 2_000_000])
-def test_an_image_bomb_is_rejected_from_its_header_alone(side: int) -> None:
+def test_a_decompression_bomb_is_rejected_from_its_header_alone(side: int) -> None:
     with pytest.raises(ImageTooLargeError) as caught:
         decode(png_header(side, side))
     assert caught.value.details == {"max_image_pixels": LIMIT}
@@ -116,7 +116,7 @@ def test_a_large_image_within_the_limit_raises_no_warning(encode: Callable[..., 
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff", b"GIF89a", b"BM" + bytes(60), bytes(1000)])
-def test_what_is_no_image_is_rejected(data: bytes) -> None:
+def test_bytes_that_are_not_an_image_are_rejected(data: bytes) -> None:
     with pytest.raises(InvalidImageError):
         decode(data)
 
@@ -147,9 +147,7 @@ def test_a_truncated_jpeg_is_rejected(encode: Callable[..., bytes]) -> None:
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_truncated_jpeg_is_rejected_at_a_fraction_of_its_size_too(
-    encode: Callable[..., bytes], progressive: bool
-) -> None:
+def test_a_truncated_jpeg_is_rejected_when_it_is_scaled_down(encode: Callable[..., bytes], progressive: bool) -> None:
     data = encode(picture(1500, 1100), "JPEG", progressive=progressive)
     for cut in (2, len(data) // 2, len(data) * 9 // 10):
         with pytest.raises(InvalidImageError, match=r"^the file is truncated: "):
@@ -157,30 +155,30 @@ def test_a_truncated_jpeg_is_rejected_at_a_fraction_of_its_size_too(
 
 
 def progressive(encode: Callable[..., bytes]) -> tuple[bytes, bytes]:
-    """A progressive JPEG without its end, and the last of its scans."""
+    """Return a progressive JPEG without its end marker, and its last scan."""
     data = encode(Image.new("L", (16, 16), 90), "JPEG", progressive=True)
     assert data.endswith(b"\xff\xd9")
     return data[:-2], data[data.rindex(b"\xff\xda") : -2]
 
 
-def test_a_jpeg_that_refines_its_pixels_without_end_is_rejected(encode: Callable[..., bytes]) -> None:
+def test_a_jpeg_with_too_many_scans_is_rejected(encode: Callable[..., bytes]) -> None:
     beginning, scan = progressive(encode)
     scans = beginning.count(b"\xff\xda")
     fine = beginning + (MAX_SCANS - scans) * scan + b"\xff\xd9"
     assert decode(fine).shape == (3, SIDE, SIDE)
-    assert decode(fine + 1000 * scan).shape == (3, SIDE, SIDE), "what follows the end is not decoded"
+    assert decode(fine + 1000 * scan).shape == (3, SIDE, SIDE), "bytes after the end marker are not decoded"
     with pytest.raises(InvalidImageError, match="scans"):
         decode(beginning + (MAX_SCANS + 1 - scans) * scan + b"\xff\xd9")
 
 
-def test_what_looks_like_scans_in_the_metadata_is_none(encode: Callable[..., bytes]) -> None:
+def test_scan_markers_in_metadata_do_not_count_and_cannot_hide_real_scans(encode: Callable[..., bytes]) -> None:
     data = encode(Image.new("RGB", (16, 16), (255, 0, 0)), "JPEG", comment=1000 * b"\xff\xda\xff\xd9")
     assert mean_colour(data)[0] > 250
     beginning, scan = progressive(encode)
     bomb = beginning + MAX_SCANS * scan + b"\xff\xd9"
     in_a_comment = bomb[:2] + b"\xff\xfe\x00\x04\xff\xd9" + bomb[2:]
     after_an_empty_image = b"\xff\xd8\xff\xd9" + bomb
-    # To libjpeg this is noise between the bytes of a scan; were it a segment, the next 65,535 bytes would be its own.
+    # libjpeg skips this marker within a scan. If it began a segment, the segment would hide the next 65,535 bytes.
     behind_a_marker = beginning + b"\xff\x02\xff\xff" + MAX_SCANS * scan + b"\xff\xd9"
     for data in (in_a_comment, after_an_empty_image, behind_a_marker):
         with pytest.raises(InvalidImageError, match="scans"):
@@ -188,7 +186,7 @@ def test_what_looks_like_scans_in_the_metadata_is_none(encode: Callable[..., byt
 
 
 def picture(width: int, height: int) -> Image.Image:
-    """Soft shapes of every size down to some pixels, and a sharp edge: what resizing can get wrong."""
+    """Draw soft shapes of all sizes down to a few pixels, and sharp edges, which resizing can get wrong."""
     rng = np.random.default_rng(width * height)
     image = Image.new("RGB", (width, height), (128, 90, 60))
     for blobs in (3, 12, 48):
@@ -201,7 +199,7 @@ def picture(width: int, height: int) -> Image.Image:
 def difference(
     data: bytes, config: SuperViTConfig, max_pixels: int = 4_000_000, *, fast_resize: bool = HAS_FAST_RESIZE
 ) -> torch.Tensor:
-    """By how many levels the image differs from the evaluation transform's."""
+    """Return by how many levels of 0..255 each value differs from the result of the evaluation transform."""
     with Image.open(io.BytesIO(data)) as image:
         expected = evaluation_transform(config)(to_rgb(image))
     got = decode_image(data, config, max_pixels, fast_resize=fast_resize)
@@ -213,7 +211,7 @@ def difference(
 @pytest.mark.parametrize(
     "size", [(500, 375), (333, 499), (375, 1000), (161, 170), (256, 256), (32, 32), (31, 40), (3, 900), (7, 7)]
 )
-def test_a_picture_of_any_shape_agrees_with_the_evaluation(
+def test_a_picture_of_any_shape_matches_the_evaluation_transform(
     encode: Callable[..., bytes], config: SuperViTConfig, size: tuple[int, int]
 ) -> None:
     for image_format in ("PNG", "JPEG"):
@@ -222,25 +220,25 @@ def test_a_picture_of_any_shape_agrees_with_the_evaluation(
         assert levels.mean() < 0.15
 
 
-def test_a_picture_of_the_models_own_size_comes_out_as_it_went_in(encode: Callable[..., bytes]) -> None:
+def test_a_picture_of_the_models_input_size_is_unchanged(encode: Callable[..., bytes]) -> None:
     image = picture(LVVIT_MICRO.image_side, LVVIT_MICRO.image_side)
     assert np.array_equal(decode_image(encode(image), LVVIT_MICRO, LIMIT).permute(1, 2, 0).numpy(), np.asarray(image))
 
 
 @pytest.mark.parametrize(("image_format", "options"), [("JPEG", {"quality": 95}), ("PNG", {"compress_level": 1})])
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_large_photos_agree_with_the_evaluation_whichever_way_up(
+def test_large_photos_match_the_evaluation_transform_in_any_orientation(
     encode: Callable[..., bytes], orientation: int, image_format: str, options: dict[str, int]
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(picture(1201, 1033), image_format, exif=exif, **options)  # no fraction divides the sides
-    # Placing it by whole pixels would make that 0.6 and more.
+    data = encode(picture(1201, 1033), image_format, exif=exif, **options)  # sides that no scale divides evenly
+    # Aligning the picture to whole pixels would make the difference 0.6 or more.
     assert difference(data, DEIT_SMALL).mean() < 0.3
     assert difference(data, LVVIT_MICRO).mean() < 0.3
 
 
-def test_a_large_panorama_is_cut_around_its_centre(encode: Callable[..., bytes]) -> None:
+def test_a_large_panorama_is_cropped_around_its_centre(encode: Callable[..., bytes]) -> None:
     strip = Image.new("RGB", (10_000, 1030), "red")
     strip.paste("blue", (4_000, 0, 6_000, 1030))
     for image_format in ("JPEG", "PNG"):
@@ -260,7 +258,7 @@ def test_a_large_panorama_is_cut_around_its_centre(encode: Callable[..., bytes])
         ((1024, 1500), replace(DEIT_SMALL, crop_fraction=0.8), (1024, 1500)),
     ],
 )
-def test_a_large_jpeg_is_decoded_at_a_fraction_that_leaves_twice_what_is_needed(
+def test_a_large_jpeg_is_scaled_down_to_at_least_twice_the_resized_side(
     encode: Callable[..., bytes], size: tuple[int, int], config: SuperViTConfig, decoded: tuple[int, int]
 ) -> None:
     data, pixels = encode(Image.new("RGB", size), "JPEG"), decoded[0] * decoded[1]
@@ -272,7 +270,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_that_leaves_twice_what_is_needed(
 @pytest.mark.parametrize(
     ("size", "resized"), [((1100, 1800), (550, 900)), ((1, 20_000), (1, 8)), ((20_000, 1), (8, 1)), ((9, 9), (9, 9))]
 )
-def test_a_large_picture_is_averaged_and_a_long_one_cut_before_it_is_resized(
+def test_a_large_picture_is_averaged_and_a_long_one_cropped_before_resizing(
     encode: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], resized: tuple[int, int]
 ) -> None:
     seen = []
@@ -286,7 +284,7 @@ def test_a_large_picture_is_averaged_and_a_long_one_cut_before_it_is_resized(
     assert seen == [resized]
 
 
-def test_a_processor_without_the_fast_resize_gets_the_evaluation_itself(encode: Callable[..., bytes]) -> None:
+def test_the_result_without_fast_resize_equals_that_of_the_evaluation_transform(encode: Callable[..., bytes]) -> None:
     exif = Image.Exif()
     for orientation in (1, 6):
         exif[0x0112] = orientation
@@ -297,19 +295,19 @@ def test_a_processor_without_the_fast_resize_gets_the_evaluation_itself(encode: 
 @pytest.mark.parametrize(
     "metadata", [b"Exif\x00\x00garbage", b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05", b"\xff" * 50]
 )
-def test_broken_metadata_do_not_break_a_picture(encode: Callable[..., bytes], metadata: bytes) -> None:
+def test_a_picture_with_broken_metadata_is_decoded(encode: Callable[..., bytes], metadata: bytes) -> None:
     data = encode(Image.new("RGB", (20, 20), "red"), "JPEG", exif=metadata)
     assert mean_colour(data) == pytest.approx([254, 0, 0], abs=4)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_is_shown_upright(encode: Callable[..., bytes], orientation: int) -> None:
+def test_every_exif_orientation_is_turned_upright(encode: Callable[..., bytes], orientation: int) -> None:
     upright = Image.new("RGB", (SIDE, SIDE), "black")
     upright.paste("white", (0, 0, SIDE, SIDE // 2))
     upright.paste("red", (0, 0, SIDE // 2, SIDE // 2))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = next(  # how a camera would have stored it: the variation that the standard's turn makes upright
+    stored = next(  # as a camera would store it: the variant that `exif_transpose` turns upright
         image
         for image in [upright, *(upright.transpose(turn) for turn in Image.Transpose)]
         if ImageOps.exif_transpose(tagged(image, exif)).tobytes() == upright.tobytes()

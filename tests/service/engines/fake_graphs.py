@@ -1,4 +1,4 @@
-"""A device without a GPU whose graphs compute what was captured anew from what their input holds by then."""
+"""A device without a GPU; its graphs repeat the captured computation on what their input holds at the replay."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class FakeGraph:
 
 
 class FakeGraphDevice:
-    """Counts what is captured and replayed; `error` makes the next capture fail."""
+    """Counts captures and replays; every capture fails while `error` is set."""
 
     held_bytes = 10
 

@@ -18,7 +18,7 @@ SIDE = 4
 
 
 def forward(images: Tensor, subnetwork: SubNetwork) -> Tensor:
-    """(B, 2) numbers that differ for every image and sub-network."""
+    """Return (B, 2) numbers that differ for every image and sub-network."""
     if subnetwork.patch_grid not in (2, 4):
         raise ValueError("not trained")
     sums = images.float().sum(dim=(1, 2, 3))
@@ -41,14 +41,12 @@ def cache(device: FakeGraphDevice) -> GraphCache:
     return GraphCache(forward, SIDE, device)
 
 
-def test_nothing_is_captured_while_a_batch_waits(cache: GraphCache, device: FakeGraphDevice) -> None:
+def test_running_a_batch_captures_nothing(cache: GraphCache, device: FakeGraphDevice) -> None:
     assert cache.run(images(2), SMALL) is None
     assert (device.num_captures, cache.captured) == (0, Captured(0, 0))
 
 
-def test_what_was_prepared_runs_in_any_order_without_being_captured_anew(
-    cache: GraphCache, device: FakeGraphDevice
-) -> None:
+def test_captured_batches_run_in_any_order_without_another_capture(cache: GraphCache, device: FakeGraphDevice) -> None:
     cells = [(subnetwork, size) for subnetwork in (SMALL, LARGE) for size in (1, 2, 4)]
     for cell in cells:
         cache.prepare(*cell)
@@ -69,7 +67,7 @@ def test_a_smaller_batch_runs_in_the_first_rows_of_the_next_larger_graph(
 ) -> None:
     for size in (4, 8):
         cache.prepare(SMALL, size)
-    cache.run(images(4, seed=1), SMALL)  # whose last image stays in the fourth row
+    cache.run(images(4, seed=1), SMALL)  # its last image stays in the fourth row
     for count in (3, 5, 6, 7):
         batch = images(count, seed=count)
         answer = cache.run(batch, SMALL)
@@ -85,7 +83,7 @@ def test_a_batch_is_not_padded_to_twice_its_size_or_more(cache: GraphCache) -> N
     assert cache.run(images(3), LARGE) is None
 
 
-def test_an_answer_stays_when_the_graph_runs_again(cache: GraphCache) -> None:
+def test_logits_stay_unchanged_when_the_graph_runs_again(cache: GraphCache) -> None:
     cache.prepare(SMALL, 2)
     first = cache.run(images(2, seed=1), SMALL)
     cache.run(images(2, seed=2), SMALL)
@@ -93,14 +91,14 @@ def test_an_answer_stays_when_the_graph_runs_again(cache: GraphCache) -> None:
     assert torch.equal(first, forward(images(2, seed=1), SMALL))
 
 
-def test_graphs_of_a_batch_size_share_their_input(cache: GraphCache, device: FakeGraphDevice) -> None:
+def test_graphs_of_the_same_batch_size_share_their_buffers(cache: GraphCache, device: FakeGraphDevice) -> None:
     for subnetwork in (SMALL, LARGE):
         for size in (1, 2):
             cache.prepare(subnetwork, size)
     assert device.buffer_sizes == [1, 2]
 
 
-def test_a_capture_that_fails_is_told_once_and_none_is_tried_again(
+def test_a_failed_capture_is_logged_once_and_ends_all_capturing(
     cache: GraphCache, device: FakeGraphDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.prepare(SMALL, 1)
@@ -117,14 +115,14 @@ def test_a_capture_that_fails_is_told_once_and_none_is_tried_again(
     assert cache.captured.num_graphs == 1
 
 
-def test_a_sub_network_that_cannot_run_at_all_is_its_callers_error(cache: GraphCache) -> None:
+def test_a_sub_network_that_cannot_run_raises_and_does_not_end_capturing(cache: GraphCache) -> None:
     with pytest.raises(ValueError, match="not trained"):
         cache.prepare(SubNetwork(3, 1.0), 1)
     cache.prepare(SMALL, 1)
     assert cache.captured.num_graphs == 1
 
 
-def test_graphs_take_a_share_of_the_memory_and_those_there_are_stay(
+def test_capturing_ends_at_the_memory_share_and_captured_graphs_stay(
     cache: GraphCache, device: FakeGraphDevice, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -141,7 +139,7 @@ def test_graphs_take_a_share_of_the_memory_and_those_there_are_stay(
 
 @dataclass
 class Gpu:
-    """What a capture asks of torch.cuda, in order; memory that is free after each look."""
+    """The calls that a capture makes to torch.cuda, in order, and the free memory at each query."""
 
     asked: list[str]
     free_bytes: Iterator[int]
@@ -149,7 +147,7 @@ class Gpu:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    """No GPU, but what stands for torch.cuda says what it was asked for."""
+    """Replace torch.cuda by a fake that records its calls; there is no GPU."""
     found = Gpu([], iter([1000, 930]))
 
     def say(what: str) -> Callable[..., None]:
@@ -190,7 +188,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return found
 
 
-def test_a_gpu_captures_after_warming_up_beside_the_current_stream_and_counts_what_the_driver_takes(gpu: Gpu) -> None:
+def test_a_gpu_warms_up_and_captures_on_a_side_stream_and_counts_the_memory_of_the_driver(gpu: Gpu) -> None:
     device = CudaDevice(torch.device("cuda", 1))
     assert device.total_bytes == 10_000
 
@@ -200,7 +198,7 @@ def test_a_gpu_captures_after_warming_up_beside_the_current_stream_and_counts_wh
 
     graph = device.capture(logits)
     assert graph.held_bytes == 70
-    measured = ["synchronize", "empty cache"]  # what a warm-up leaves in PyTorch's cache is no graph's
+    measured = ["synchronize", "empty cache"]  # what a warm-up leaves in PyTorch's cache belongs to no graph
     assert gpu.asked == [
         "side waits for current",
         "device cuda:1",

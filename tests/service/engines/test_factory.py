@@ -24,18 +24,18 @@ CONFIG = SuperViTConfig(
 def build() -> Callable[..., SuperViT]:
     def build(**changes: bool) -> SuperViT:
         torch.manual_seed(1)
-        return SuperViT(replace(CONFIG, **changes)).eval()  # type: ignore[arg-type] # flags alone
+        return SuperViT(replace(CONFIG, **changes)).eval()  # type: ignore[arg-type] # only flags
 
     return build
 
 
-def test_openvino_serves_on_a_cpu_unless_told_otherwise(build: Callable[..., SuperViT]) -> None:
+def test_openvino_serves_on_a_cpu_unless_torch_is_requested(build: Callable[..., SuperViT]) -> None:
     assert isinstance(make_engine("auto", build(), "cpu", 1), OpenVINOEngine)
     assert isinstance(make_engine("openvino", build(), "cpu", 1), OpenVINOEngine)
     assert isinstance(make_engine("torch", build(), "cpu", 1), TorchEngine)
 
 
-def test_a_model_that_fuses_what_it_prunes_runs_on_torch_alone(build: Callable[..., SuperViT]) -> None:
+def test_a_model_that_fuses_pruned_tokens_runs_only_on_torch(build: Callable[..., SuperViT]) -> None:
     model = build(fuse_pruned=True)
     engine = make_engine("auto", model, "cpu", 1)
     assert isinstance(engine, TorchEngine)
@@ -59,7 +59,7 @@ def checkpoint(model: SuperViT, top1_in_int8: float | None) -> Checkpoint:
     return Checkpoint("tiny", "1", model, model.config, ("a", "b", "c"), measured(0.8), int8=int8)
 
 
-def test_8_bits_serve_where_the_checkpoint_is_prepared_for_them_and_accuracy_bears_it(
+def test_int8_is_served_if_the_checkpoint_is_prepared_for_it_and_loses_little_accuracy(
     build: Callable[..., SuperViT],
 ) -> None:
     for top1, precision, expected in (
@@ -77,7 +77,7 @@ def test_8_bits_serve_where_the_checkpoint_is_prepared_for_them_and_accuracy_bea
         assert served.profile == (given.int8.profile if expected == "int8" else given.profile)
 
 
-def test_a_sub_network_that_loses_too_much_in_8_bits_is_served_in_floating_point_beside_the_others(
+def test_only_sub_networks_that_lose_too_much_in_int8_are_served_in_floating_point(
     build: Callable[..., SuperViT],
 ) -> None:
     lossy, given = SubNetwork(2, 0.5), checkpoint(build(), 0.8)
@@ -91,16 +91,16 @@ def test_a_sub_network_that_loses_too_much_in_8_bits_is_served_in_floating_point
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     for subnetwork, is_floating in (
         (lossy, True),
-        (SubNetwork(2, 0.6), True),  # between it and one that is in 8 bits
+        (SubNetwork(2, 0.6), True),  # between the lossy one and one in 8 bits
         (SubNetwork(2, 0.7), False),
         (SubNetwork(2, 0.8), False),
         (SubNetwork(4, 0.5), False),
     ):
         logits, beside = engine.run(images, subnetwork), (floating if is_floating else int8).run(images, subnetwork)
-        assert torch.allclose(logits, beside, atol=0.02 if is_floating else 0), subnetwork  # bfloat16, maybe
+        assert torch.allclose(logits, beside, atol=0.02 if is_floating else 0), subnetwork  # perhaps in bfloat16
 
 
-def test_auto_takes_floating_point_where_8_bits_cannot_be_had(build: Callable[..., SuperViT]) -> None:
+def test_auto_falls_back_to_floating_point_where_int8_is_not_available(build: Callable[..., SuperViT]) -> None:
     given = checkpoint(build(), 0.8)
     for kind, change, capabilities in (
         ("torch", {}, AVX2),
@@ -121,7 +121,7 @@ def test_auto_takes_floating_point_where_8_bits_cannot_be_had(build: Callable[..
         ("auto", {}, {"avx2": False}, "this CPU has neither AVX2 nor VNNI"),
     ],
 )
-def test_8_bits_that_cannot_be_had_are_refused_in_a_line(
+def test_int8_that_is_not_available_is_refused_with_the_reason(
     build: Callable[..., SuperViT], kind: str, change: dict[str, None], capabilities: dict[str, object], problem: str
 ) -> None:
     given = replace(checkpoint(build(), 0.8), **change)  # type: ignore[arg-type] # as listed
@@ -130,7 +130,7 @@ def test_8_bits_that_cannot_be_had_are_refused_in_a_line(
     assert str(caught.value) == f"precision int8 is not available: {problem}"
 
 
-def test_bfloat16_is_had_from_both_engines_or_refused_by_both(build: Callable[..., SuperViT]) -> None:
+def test_bfloat16_is_available_from_both_engines_or_from_neither(build: Callable[..., SuperViT]) -> None:
     described = []
     for kind in ("openvino", "torch"):
         try:
@@ -141,6 +141,6 @@ def test_bfloat16_is_had_from_both_engines_or_refused_by_both(build: Callable[..
     assert described[0] == described[1]
 
 
-def test_float32_is_had_from_both_engines(build: Callable[..., SuperViT]) -> None:
+def test_float32_is_available_from_both_engines(build: Callable[..., SuperViT]) -> None:
     for kind in ("openvino", "torch"):
         assert ", float32, " in make_engine(kind, build(), "cpu", 1, "float32").describe()

@@ -20,12 +20,12 @@ def profile(profiles: ProfileTable) -> GrowingProfile:
 
 
 def measure(profile: GrowingProfile, cell: Cell, seconds: float) -> None:
-    """Run it as often as it takes, the first time included."""
+    """Record as many runs of a cell as its measurement takes, the first one included."""
     for _ in range(MIN_RUNS + 1):
         profile.record(cell, seconds)
 
 
-def test_a_cell_is_measured_after_some_runs_the_first_left_out(profile: GrowingProfile) -> None:
+def test_a_cell_is_measured_after_enough_runs_without_the_first(profile: GrowingProfile) -> None:
     for place, seconds in enumerate((0.09, 0.010, 0.030, 0.012)):
         assert profile.seconds((CHEAPEST, 1)) is None, place
         profile.record((CHEAPEST, 1), seconds)
@@ -35,7 +35,7 @@ def test_a_cell_is_measured_after_some_runs_the_first_left_out(profile: GrowingP
     assert profile.figures.spread == {(CHEAPEST, 1): pytest.approx(1 / 6)}
 
 
-def test_a_slow_cell_takes_fewer_runs_and_its_first_counts(profile: GrowingProfile) -> None:
+def test_a_slow_cell_needs_fewer_runs_and_its_first_run_counts(profile: GrowingProfile) -> None:
     for _ in range(MIN_SLOW_RUNS):
         assert profile.seconds((DEAREST, 4)) is None
         profile.record((DEAREST, 4), 2 * SLOW_S)
@@ -45,19 +45,19 @@ def test_a_slow_cell_takes_fewer_runs_and_its_first_counts(profile: GrowingProfi
 def test_a_batch_of_requests_counts_less_than_a_run_of_an_idle_engine(profile: GrowingProfile) -> None:
     for _ in range(round(MIN_RUNS / SERVED_RUN_WEIGHT)):
         profile.record((CHEAPEST, 1), 0.01, SERVED_RUN_WEIGHT)
-    assert profile.seconds((CHEAPEST, 1)) is None  # the first was of a new shape
+    assert profile.seconds((CHEAPEST, 1)) is None  # the first run of a shape does not count
     profile.record((CHEAPEST, 1), 0.01, SERVED_RUN_WEIGHT)
     assert profile.seconds((CHEAPEST, 1)) == 0.01
 
 
-def test_what_is_no_cell_tells_nothing(profile: GrowingProfile) -> None:
+def test_runs_of_unknown_cells_are_ignored(profile: GrowingProfile) -> None:
     profile.record((CHEAPEST, 3), 0.01)
     profile.record((SubNetwork(9, 1.0), 1), 0.01)
     assert profile.seconds((CHEAPEST, 3)) is None
     assert profile.measured_share == 0
 
 
-def test_the_share_that_is_measured_grows_with_every_run(profile: GrowingProfile, profiles: ProfileTable) -> None:
+def test_the_measured_share_grows_with_every_measured_cell(profile: GrowingProfile, profiles: ProfileTable) -> None:
     shares = [profile.measured_share]
     for row in profiles.rows:
         for size in SIZES:
@@ -68,7 +68,7 @@ def test_the_share_that_is_measured_grows_with_every_run(profile: GrowingProfile
     assert profile.due(lambda *_: True) is None
 
 
-def test_what_is_not_measured_is_estimated_with_caution(profile: GrowingProfile, profiles: ProfileTable) -> None:
+def test_cells_that_are_not_measured_are_estimated_cautiously(profile: GrowingProfile, profiles: ProfileTable) -> None:
     for row in (profiles.rows[0], profiles.rows[-1]):
         for size in (1, 4):
             measure(profile, (row.subnetwork, size), 1e-7 * row.macs * size)
@@ -83,12 +83,12 @@ def test_what_is_not_measured_is_estimated_with_caution(profile: GrowingProfile,
         assert found.cautious.seconds[row.subnetwork] == pytest.approx(cautious, rel=1e-6)
 
 
-def test_nothing_can_be_estimated_from_nothing(profile: GrowingProfile) -> None:
+def test_nothing_can_be_estimated_before_any_cell_is_measured(profile: GrowingProfile) -> None:
     with pytest.raises(ValueError, match="no cell is measured"):
         profile.predict()
 
 
-def test_what_fits_is_due_round_by_round_cheap_cells_first(profiles: ProfileTable) -> None:
+def test_cells_that_fit_are_due_round_by_round_with_cheap_ones_first(profiles: ProfileTable) -> None:
     profile = GrowingProfile(profiles, (1, 2))
     for row in profiles.rows:
         measure(profile, (row.subnetwork, 1), 1e-7 * row.macs)
@@ -100,12 +100,12 @@ def test_what_fits_is_due_round_by_round_cheap_cells_first(profiles: ProfileTabl
         order.append(cell)
         profile.record(cell, seconds)
     in_turn = [(row.subnetwork, 2) for row in profiles.rows[:-1]]
-    # The first time, which does not count, another one at once, and two rounds.
+    # The first run, which does not count, another one at once, and two more rounds.
     assert order == [cell for cell in in_turn for _ in range(2)] + 2 * in_turn
     assert profile.due(lambda *_: True) == ((DEAREST, 2), costs[DEAREST][1])
 
 
-def test_an_untrained_keep_rate_stays_an_estimate_unless_batches_say_more(profiles: ProfileTable) -> None:
+def test_an_untrained_keep_rate_stays_an_estimate_unless_batches_measure_it(profiles: ProfileTable) -> None:
     lowest, middle, *others = profiles.rows
     profiles = ProfileTable((lowest, replace(middle, is_trained=False), *others))
     profile = GrowingProfile(profiles, (1,))
@@ -125,7 +125,7 @@ def test_an_untrained_keep_rate_stays_an_estimate_unless_batches_say_more(profil
     assert again.predict().cautious.row(middle.subnetwork)[0] == 1.5 * estimated_s
 
 
-def test_what_was_kept_or_found_by_others_is_taken_over_and_never_replaced(profiles: ProfileTable) -> None:
+def test_figures_from_a_file_or_another_process_are_taken_over_and_never_replaced(profiles: ProfileTable) -> None:
     kept = Figures({(CHEAPEST, 1): 0.01, (DEAREST, 1): 0.05}, {(CHEAPEST, 1): 0.2, (DEAREST, 1): 0.1}, NOW)
     profile = GrowingProfile(profiles, SIZES, kept)
     assert profile.measured_share == pytest.approx(2 / 12)
@@ -144,7 +144,7 @@ def test_a_profile_is_as_old_as_the_oldest_figures_that_it_took_over(profiles: P
     assert profile.began_at == NOW
 
 
-def test_the_first_cells_span_costs_and_sizes_the_most_telling_first(profiles: ProfileTable) -> None:
+def test_the_first_cells_span_costs_and_sizes_with_the_most_informative_first(profiles: ProfileTable) -> None:
     cells = first_cells(profiles, (1, 2, 4, 8, 16))
     assert [size for _, size in cells] == [1, 1, 1, 4, 4, 4, 16, 16, 16]
     assert cells[:2] == [(CHEAPEST, 1), (DEAREST, 1)]
@@ -152,7 +152,7 @@ def test_the_first_cells_span_costs_and_sizes_the_most_telling_first(profiles: P
     assert [size for _, size in first_cells(profiles, (1,))] == [1, 1, 1]
 
 
-def test_what_is_slow_counts_as_more_work(profiles: ProfileTable) -> None:
+def test_a_slow_sub_network_counts_as_more_work(profiles: ProfileTable) -> None:
     slow = ProfileTable(tuple(replace(row, slowness=1 + (row.subnetwork == CHEAPEST)) for row in profiles.rows))
     (least, _), (most, _), *_ = first_cells(slow, (1,))
     assert (least == CHEAPEST, most) == (False, DEAREST)
@@ -163,6 +163,6 @@ def test_what_is_slow_counts_as_more_work(profiles: ProfileTable) -> None:
     assert growing.predict().likely.row(CHEAPEST)[0] == pytest.approx(expected, rel=0.05)
 
 
-def test_sizes_between_the_measured_ones_have_shapes_of_their_own() -> None:
+def test_batch_sizes_between_the_measured_ones_are_untimed_shapes() -> None:
     assert untimed_shapes([CHEAPEST, DEAREST], (1, 2, 4)) == [(CHEAPEST, 3), (DEAREST, 3)]
     assert untimed_shapes([CHEAPEST], (1, 2, 4, 7)) == [(CHEAPEST, 3), (CHEAPEST, 5), (CHEAPEST, 6)]

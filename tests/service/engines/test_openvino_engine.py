@@ -16,7 +16,7 @@ from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from service.engines.openvino_engine import OTHER_SHAPES_KEPT, SIZES_KEPT, OpenVINOEngine
 
-# What converted ViTs bring beside the two published backbones.
+# What converted ViTs have that the two published backbones do not.
 CONVERTED: dict[str, dict[str, Any]] = {
     "registers": {"num_prefix_tokens": 4},
     "distilled": {"num_prefix_tokens": 2, "pooling": "distilled"},
@@ -26,7 +26,7 @@ CONVERTED: dict[str, dict[str, Any]] = {
 
 
 def config_of(kind: str) -> SuperViTConfig:
-    """Three grids; two blocks prune, the last one among them; classes, heads and sides all of different number."""
+    """Three grids; two blocks prune, the last block among them; the numbers of classes, heads and sides all differ."""
     config = SuperViTConfig(
         flavour="lvvit" if kind == "lvvit" else "deit",
         width=24,
@@ -45,7 +45,7 @@ def config_of(kind: str) -> SuperViTConfig:
 
 @pytest.fixture(scope="module", params=["deit", "lvvit", *CONVERTED])
 def model(request: pytest.FixtureRequest) -> SuperViT:
-    """Weights so wide that scores and logits have clear margins, batch norm with statistics of its own."""
+    """Weights so large that scores and logits have clear margins, and batch norm with its own statistics."""
     torch.manual_seed(11)
     model = SuperViT(config_of(request.param))
     with torch.no_grad():
@@ -59,7 +59,7 @@ def model(request: pytest.FixtureRequest) -> SuperViT:
 
 @pytest.fixture(scope="module")
 def engine(model: SuperViT) -> OpenVINOEngine:
-    """In float32 wherever the tests run: by default, a CPU that has bfloat16 would compute in it."""
+    """An engine in float32 on any CPU: by default, one that has bfloat16 would compute in bfloat16."""
     return OpenVINOEngine(model, threads=1, precision="float32")
 
 
@@ -70,7 +70,7 @@ def images() -> Tensor:
 
 @pytest.fixture
 def expected(model: SuperViT) -> Callable[[Tensor, SubNetwork], Tensor]:
-    """What the torch model answers to uint8 images."""
+    """A function that returns the logits of the torch model for uint8 images."""
 
     def expected(images: Tensor, subnetwork: SubNetwork) -> Tensor:
         with torch.inference_mode():
@@ -85,10 +85,10 @@ def assert_same(logits: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_every_sub_network_answers_what_the_torch_model_answers_at_any_batch_size(
+def test_every_sub_network_matches_the_torch_model_at_any_batch_size(
     engine: OpenVINOEngine, expected: Callable[[Tensor, SubNetwork], Tensor], images: Tensor
 ) -> None:
-    """In turn, over the same graph: what ran before leaves nothing behind."""
+    """They run in turn on the same graph: no run may leave anything behind for the next one."""
     for batch_size in (1, 3, 2):
         for subnetwork in config_of("deit").subnetworks:
             batch = images[:batch_size]
@@ -96,7 +96,7 @@ def test_every_sub_network_answers_what_the_torch_model_answers_at_any_batch_siz
 
 
 @pytest.mark.parametrize("keep_rate", [0.01, 0.33, 0.85, 0.999])
-def test_any_keep_rate_runs(
+def test_any_keep_rate_matches_the_torch_model(
     engine: OpenVINOEngine, expected: Callable[[Tensor, SubNetwork], Tensor], images: Tensor, keep_rate: float
 ) -> None:
     for grid in (3, 5):
@@ -104,13 +104,13 @@ def test_any_keep_rate_runs(
         assert_same(engine.run(images, subnetwork), expected(images, subnetwork))
 
 
-def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(engine: OpenVINOEngine, images: Tensor) -> None:
+def test_logits_do_not_depend_on_the_other_images_of_the_batch(engine: OpenVINOEngine, images: Tensor) -> None:
     subnetwork = SubNetwork(5, 0.5)
     alone = torch.cat([engine.run(images[index : index + 1], subnetwork) for index in range(3)])
     torch.testing.assert_close(engine.run(images, subnetwork), alone, rtol=1e-5, atol=1e-5)
 
 
-def test_an_answer_stays_as_it_was_when_the_next_batch_runs(engine: OpenVINOEngine, images: Tensor) -> None:
+def test_logits_stay_unchanged_when_the_next_batch_runs(engine: OpenVINOEngine, images: Tensor) -> None:
     subnetwork = SubNetwork(5, 1.0)
     first = engine.run(images[:1], subnetwork)
     kept = first.clone()
@@ -118,14 +118,14 @@ def test_an_answer_stays_as_it_was_when_the_next_batch_runs(engine: OpenVINOEngi
     assert torch.equal(first, kept)
 
 
-def test_images_may_lie_in_memory_in_any_order(engine: OpenVINOEngine, images: Tensor) -> None:
+def test_images_may_have_any_memory_layout(engine: OpenVINOEngine, images: Tensor) -> None:
     subnetwork = SubNetwork(3, 0.5)
     scattered = images.contiguous(memory_format=torch.channels_last)
     assert not scattered.is_contiguous()
     assert torch.equal(engine.run(scattered, subnetwork), engine.run(images, subnetwork))
 
 
-def test_a_grid_that_was_not_trained_is_rejected_and_harms_no_other(engine: OpenVINOEngine, images: Tensor) -> None:
+def test_an_untrained_patch_grid_is_rejected_and_affects_no_later_batch(engine: OpenVINOEngine, images: Tensor) -> None:
     before = engine.run(images, SubNetwork(5, 0.7))
     with pytest.raises(ValueError, match=r"patch grid 4 was not trained; it must be one of \(2, 3, 5\)"):
         engine.run(images, SubNetwork(4, 0.7))
@@ -133,7 +133,7 @@ def test_a_grid_that_was_not_trained_is_rejected_and_harms_no_other(engine: Open
 
 
 class Noting(OpenVINOEngine):
-    """Keeps what it is to run, and runs nothing."""
+    """An engine that records what it is asked to run, and runs nothing."""
 
     def __init__(self, model: SuperViT) -> None:
         super().__init__(model, threads=1)
@@ -161,13 +161,13 @@ def test_the_fastest_precision_of_this_cpu_is_the_default(model: SuperViT, image
     assert engine.run(images, model.config.largest).dtype == torch.float32
 
 
-def test_torch_keeps_its_own_threads_out_of_the_way(model: SuperViT) -> None:
+def test_torch_is_limited_to_one_thread_beside_openvino(model: SuperViT) -> None:
     torch.set_num_threads(2)
     OpenVINOEngine(model, threads=1)
     assert torch.get_num_threads() == 1
 
 
-def test_openvino_neither_reports_its_use_nor_writes_into_the_home_folder(tmp_path: Path) -> None:
+def test_openvino_loads_no_telemetry_and_writes_nothing_to_the_home_folder(tmp_path: Path) -> None:
     script = "import service.engines.openvino_engine, sys; print(sys.modules['openvino_telemetry'])"
     environment = {**os.environ, "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
@@ -175,8 +175,8 @@ def test_openvino_neither_reports_its_use_nor_writes_into_the_home_folder(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_signals_are_handled_after_engines_are_gone() -> None:
-    """In a process of its own, which a wrong stack for signals would end."""
+def test_signals_are_handled_after_engines_are_destroyed() -> None:
+    """This runs in a separate process, because a wrong signal stack would end it."""
     script = f"""
 import gc, signal
 from models.subnetwork import SuperViTConfig
@@ -195,7 +195,7 @@ signal.raise_signal(signal.SIGTERM)
 
 
 class NotingEngine(OpenVINOEngine):
-    """Notes what runs."""
+    """An engine that records what it runs."""
 
     def __init__(self, model: SuperViT) -> None:
         super().__init__(model, 1)
@@ -206,15 +206,15 @@ class NotingEngine(OpenVINOEngine):
         return super().run(images, subnetwork)
 
 
-def test_a_shape_whose_kernels_may_be_forgotten_runs_once_more_before_it_counts(model: SuperViT) -> None:
+def test_prepare_runs_a_shape_again_only_if_its_kernels_may_have_been_evicted(model: SuperViT) -> None:
     engine, subnetwork, side = NotingEngine(model), model.config.largest, model.config.image_side
     kept = SIZES_KEPT * len(model.config.subnetworks) + OTHER_SHAPES_KEPT
     for size in range(1, kept + 2):
         engine.prepare(subnetwork, size)
         engine.run(torch.zeros(size, 3, side, side, dtype=torch.uint8), subnetwork)
-    assert len(engine.ran) == kept + 1  # a new shape is prepared as it runs
+    assert len(engine.ran) == kept + 1  # a new shape gets its kernels in its first run
     engine.prepare(subnetwork, 2)
-    assert len(engine.ran) == kept + 1  # so many are kept
+    assert len(engine.ran) == kept + 1  # its kernels are still kept
     engine.prepare(subnetwork, 1)
     assert engine.ran[kept + 1 :] == [(subnetwork, 1)]
     engine.prepare(subnetwork, 1)

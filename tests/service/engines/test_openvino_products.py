@@ -56,10 +56,10 @@ def rounded_weight(weight: Floats) -> Floats:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("smoothing", [(), tuple(range(-8, 8))])
-def test_products_in_8_bits_are_those_of_rounded_tokens_and_rounded_weights(
+def test_products_in_8_bits_equal_products_of_rounded_tokens_and_weights(
     kind: Callable[[Sequence[BlockRanges]], IntegerProducts], smoothing: tuple[int, ...]
 ) -> None:
-    """Weights so small beside the largest of their output that a CPU without VNNI loses no sum of two products."""
+    """The weights are so small beside their output's largest that a CPU without VNNI loses no sum of two products."""
     rng = np.random.default_rng(4)
     factors = np.exp2(np.array(smoothing or (0,), np.float32) / SMOOTHING_STEPS)
     tokens = (rng.normal(size=(3, 5, 16)) * factors).astype(np.float32)
@@ -74,13 +74,13 @@ def test_products_in_8_bits_are_those_of_rounded_tokens_and_rounded_weights(
     exact = np.maximum(tokens @ weight.T + bias, 0) @ weight.T + bias
     off = np.abs(compute(products, tokens, weight, bias) - expected)
     assert np.abs(exact - expected).mean() > 0.001
-    # But for a hidden value half-way between two steps, which the order of a sum may round either way.
+    # A hidden value half-way between two steps may be rounded either way, depending on the order of a sum.
     assert np.median(off) < 1e-5
     assert off.mean() < 0.1 * np.abs(exact - expected).mean()
 
 
 def test_convolutions_lose_no_sum_of_products_on_a_cpu_without_vnni() -> None:
-    """Tokens at their highest and weights at their largest, of which two products are too much for 16 bits."""
+    """Tokens and weights are at their maximum: with weights of up to 127, two products would exceed 16 bits."""
     tokens = np.full((1, 2, 16), 3.0, np.float32)
     weight, bias = np.full((16, 16), 0.01, np.float32), np.zeros(16, np.float32)
     ranges = (BlockRanges(*(Range.of(0.0, 3.0),) * 4),)
@@ -105,7 +105,7 @@ def test_products_in_floating_point_are_exact() -> None:
         ({}, type(None)),
     ],
 )
-def test_how_8_bits_are_computed_depends_on_the_cpu(capabilities: dict[str, object], kind: type) -> None:
+def test_the_kind_of_integer_products_depends_on_the_cpu(capabilities: dict[str, object], kind: type) -> None:
     assert type(integer_products(RANGES, capabilities)) is kind
 
 
@@ -132,10 +132,10 @@ def observed(
     return dict(zip(products.places, zip(notes[::2], notes[1::2], strict=True), strict=True))
 
 
-def test_what_enters_every_product_is_observed_for_each_image(model: SuperViT, images: torch.Tensor) -> None:
+def test_the_input_range_of_every_product_is_observed_for_each_image(model: SuperViT, images: torch.Tensor) -> None:
     subnetwork, seen = SubNetwork(4, 0.5), {}
     for index, block in enumerate(model.blocks):
-        for layer in ("proj", "fc2"):  # the others' inputs have the norm's weights folded into what follows
+        for layer in ("proj", "fc2"):  # for the other layers, the norm's weights are folded into the product
             module = getattr(block.attn if layer == "proj" else block.mlp, layer)
             module.register_forward_pre_hook(lambda _, given, key=(index, layer): seen.update({key: given[0]}))
     with torch.inference_mode():
@@ -150,10 +150,8 @@ def test_what_enters_every_product_is_observed_for_each_image(model: SuperViT, i
             np.testing.assert_allclose(highs, values.amax(1), atol=1e-4)
 
 
-def test_a_model_in_8_bits_answers_nearly_what_it_answers_in_floating_point(
-    model: SuperViT, images: torch.Tensor
-) -> None:
-    """As convolutions, which lose nothing on any CPU with AVX2."""
+def test_logits_in_8_bits_are_close_to_those_in_floating_point(model: SuperViT, images: torch.Tensor) -> None:
+    """The products are convolutions, which lose no sum on any CPU with AVX2."""
     for subnetwork in (SubNetwork(4, 1.0), SubNetwork(2, 1.0)):
         found = observed(model, images, subnetwork)
         ends = {place: Range.of(float(lows.min()), float(highs.max())) for place, (lows, highs) in found.items()}

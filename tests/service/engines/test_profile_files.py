@@ -25,26 +25,26 @@ def file(tmp_path: Path) -> ProfileFile:
     return in_another_process(tmp_path)
 
 
-def test_a_part_is_kept_as_well_as_the_whole(file: ProfileFile) -> None:
+def test_a_part_of_a_profile_is_stored_like_the_whole(file: ProfileFile) -> None:
     assert file.read() is None
     for count in (1, 3, 2):
         file.write(figures(*CELLS[:count]))
         assert file.read() == figures(*CELLS[:count])
 
 
-def test_one_process_at_a_time_measures_in_idle_moments(file: ProfileFile, tmp_path: Path) -> None:
+def test_only_one_process_at_a_time_measures_in_idle_moments(file: ProfileFile, tmp_path: Path) -> None:
     other = in_another_process(tmp_path)
     assert file.claim()
     assert file.claim()
     assert not other.claim()
-    with other.alone(lambda: True):  # one that starts waits for none that idles
+    with other.alone(lambda: True):  # a start does not wait for a process that measures when idle
         other.write(figures(*CELLS))
     file.release()
     file.release()
     assert other.claim()
 
 
-def test_a_process_that_cannot_keep_anything_measures_for_itself(tmp_path: Path) -> None:
+def test_a_process_that_cannot_write_files_measures_for_itself(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     file = in_another_process(tmp_path / "file")
     assert file.claim()
@@ -53,9 +53,7 @@ def test_a_process_that_cannot_keep_anything_measures_for_itself(tmp_path: Path)
     file.release()
 
 
-def test_what_others_have_written_is_read_once_and_what_was_written_here_not_at_all(
-    file: ProfileFile, tmp_path: Path
-) -> None:
+def test_figures_of_another_process_are_read_once_and_own_figures_not_at_all(file: ProfileFile, tmp_path: Path) -> None:
     other = in_another_process(tmp_path)
     assert file.read_if_changed() is None
     file.write(figures(CELLS[0]))

@@ -1,4 +1,4 @@
-"""How a server begins: what it reads, and the little that it measures. Whole tables are test_profiler's."""
+"""The profile with which a server starts: stored figures, and a few measured cells. test_profiler has whole tables."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ SIZES = (1, 2, 4)
 
 
 class Engine:
-    """Takes 2 ms for a batch and 1 ms for an image, times a factor, on a clock of its own."""
+    """An engine that takes 2 ms per batch and 1 ms per image, times a factor, on its own clock."""
 
     def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
         self.checkpoint, self.folder = checkpoint, folder
@@ -55,14 +55,14 @@ def test_a_first_start_measures_few_cells_and_estimates_the_others(engine: Engin
     assert profile.measured_share == len(cells) / len(cells_of(engine.checkpoint.config.subnetworks, SIZES))
 
 
-def test_a_profile_of_an_engine_that_pads_batches_says_so(engine: Engine) -> None:
+def test_the_latencies_of_an_engine_that_pads_batches_are_marked_as_padded(engine: Engine) -> None:
     for is_padded in (True, False):
         latencies = engine.begin(is_padded=is_padded)[0].predict()
         assert latencies.likely.is_padded is is_padded
         assert latencies.cautious.is_padded is is_padded
 
 
-def test_a_first_start_ends_with_its_time_but_knows_two_sub_networks(engine: Engine) -> None:
+def test_a_first_start_keeps_its_time_budget_but_measures_at_least_two_sub_networks(engine: Engine) -> None:
     profile, _ = engine.begin(budget_s=0.0)
     cheapest, dearest = first_cells(extended_profile(engine.checkpoint), SIZES)[:2]
     assert set(profile.figures.seconds) == {cheapest, dearest}
@@ -72,7 +72,7 @@ def test_a_first_start_ends_with_its_time_but_knows_two_sub_networks(engine: Eng
     assert 2.0 < engine.now - began < 4.0
 
 
-def test_a_later_start_goes_on_from_what_is_there(engine: Engine) -> None:
+def test_a_later_start_continues_from_the_stored_figures(engine: Engine) -> None:
     first, _ = engine.begin()
     second, _ = engine.begin()
     dearest = max(first.figures.seconds, key=lambda cell: (cell[1] == 1, first.figures.seconds[cell]))
@@ -81,7 +81,7 @@ def test_a_later_start_goes_on_from_what_is_there(engine: Engine) -> None:
     assert second.began_at.replace(microsecond=0) == first.began_at.replace(microsecond=0)
 
 
-def test_what_the_machine_contradicts_is_begun_anew(engine: Engine) -> None:
+def test_figures_that_the_machine_contradicts_are_measured_anew(engine: Engine) -> None:
     engine.begin()
     engine.factor = 20.0
     profile, _ = engine.begin()
@@ -89,7 +89,7 @@ def test_what_the_machine_contradicts_is_begun_anew(engine: Engine) -> None:
     assert profile.seconds(cell) == pytest.approx(20 * 0.003)
 
 
-def test_a_server_that_stops_meanwhile_measures_nothing_more(engine: Engine) -> None:
+def test_a_server_that_stops_while_measuring_stores_no_figures(engine: Engine) -> None:
     def refuse(_images: Tensor, _subnetwork: SubNetwork) -> Tensor:
         raise NotReadyError("the server is stopping")
 

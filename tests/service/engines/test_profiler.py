@@ -28,12 +28,12 @@ Cell = tuple[SubNetwork, int]
 
 
 def seconds(subnetwork: SubNetwork, batch_size: int) -> float:
-    """What a batch takes by default: at most 40 ms."""
+    """Return how long a batch takes by default: at most 40 ms."""
     return (0.002 if subnetwork == SMALL else 0.008) * (1 + batch_size)
 
 
 class FakeEngine:
-    """Moves a clock of its own by what each batch takes, and remembers them."""
+    """An engine that moves its own clock by the time of each batch, and records the batches."""
 
     def __init__(self, takes: Callable[[SubNetwork, int], float] = seconds) -> None:
         self.now = 100.0
@@ -108,7 +108,7 @@ def test_the_first_run_of_a_batch_does_not_count() -> None:
     assert max(measurement.spread[SMALL]) < 1e-9
 
 
-def test_what_prepares_a_batch_comes_before_its_run_and_its_time_does_not_count(
+def test_prepare_comes_before_each_run_and_its_time_does_not_count(
     engine: FakeEngine, load: Callable[..., Measurement]
 ) -> None:
     prepared: list[Cell] = []
@@ -124,13 +124,13 @@ def test_what_prepares_a_batch_comes_before_its_run_and_its_time_does_not_count(
     assert table.seconds[SMALL] == pytest.approx([seconds(SMALL, size) for size in BATCH_SIZES])
 
 
-def test_a_profile_says_that_batches_are_padded(load: Callable[..., Measurement]) -> None:
+def test_a_measured_and_a_stored_table_say_whether_batches_are_padded(load: Callable[..., Measurement]) -> None:
     assert not load().table.is_padded
-    assert load(is_padded=True).table.is_padded  # measured before
+    assert load(is_padded=True).table.is_padded  # from the stored figures
     assert load(is_padded=True, fresh=True).table.is_padded
 
 
-def test_a_disturbance_of_a_whole_round_leaves_no_trace_in_the_medians(engine: FakeEngine) -> None:
+def test_a_disturbance_of_a_whole_round_does_not_change_the_medians(engine: FakeEngine) -> None:
     def takes(subnetwork: SubNetwork, batch_size: int) -> float:
         return seconds(subnetwork, batch_size) * (5 if 13 <= len(disturbed.runs) <= 18 else 1)  # the second round
 
@@ -149,18 +149,18 @@ def test_the_spread_is_the_median_distance_from_the_median() -> None:
     assert measurement.spread[SMALL] == pytest.approx((0.001 / 0.011, 0))
 
 
-def test_each_batch_runs_three_times_and_once_before_even_if_the_budget_is_spent(engine: FakeEngine) -> None:
+def test_each_batch_runs_three_times_after_a_first_run_even_without_a_time_budget(engine: FakeEngine) -> None:
     engine.measure(budget_s=0)
     assert {engine.count(cell) for cell in set(engine.runs)} == {MIN_RUNS + 1}
 
 
-def test_rounds_go_on_until_the_budget_is_spent(engine: FakeEngine) -> None:
+def test_rounds_continue_until_the_time_budget_is_spent(engine: FakeEngine) -> None:
     round_s = sum(seconds(subnetwork, size) for subnetwork in (SMALL, LARGE) for size in BATCH_SIZES)
     engine.measure(budget_s=10 * round_s)
     assert engine.now - 100 == pytest.approx(10 * round_s, abs=1.01 * round_s)
 
 
-def test_every_round_runs_each_batch_once_in_another_order(engine: FakeEngine) -> None:
+def test_every_round_runs_each_batch_once_in_a_different_order(engine: FakeEngine) -> None:
     engine.measure(budget_s=1)
     rounds = [engine.runs[start : start + 6] for start in range(0, len(engine.runs), 6)]
     assert all(len(set(cells)) == 6 for cells in rounds)
@@ -180,7 +180,7 @@ def test_a_slow_batch_runs_twice_and_the_lower_figure_counts() -> None:
     assert measurement.table.seconds[LARGE] == pytest.approx([1.5 * SLOW_S] * 3)
 
 
-def test_what_was_measured_is_kept_for_the_next_start(engine: FakeEngine, load: Callable[..., Measurement]) -> None:
+def test_measured_latencies_are_stored_for_the_next_start(engine: FakeEngine, load: Callable[..., Measurement]) -> None:
     first = load()
     runs = len(engine.runs)
     second = load()
@@ -203,7 +203,7 @@ def test_what_was_measured_is_kept_for_the_next_start(engine: FakeEngine, load: 
         {"fresh": True},
     ],
 )
-def test_other_conditions_are_measured_anew(
+def test_latencies_are_measured_anew_under_other_conditions(
     engine: FakeEngine, load: Callable[..., Measurement], change: dict[str, object]
 ) -> None:
     load()
@@ -212,7 +212,9 @@ def test_other_conditions_are_measured_anew(
     assert len(engine.runs) > runs
 
 
-def test_another_number_of_cpus_is_measured_anew(engine: FakeEngine, load: Callable[..., Measurement]) -> None:
+def test_latencies_are_measured_anew_with_another_number_of_cpus(
+    engine: FakeEngine, load: Callable[..., Measurement]
+) -> None:
     load()
     runs = len(engine.runs)
     load(cpus=512)
@@ -233,7 +235,7 @@ def test_another_number_of_cpus_is_measured_anew(engine: FakeEngine, load: Calla
         lambda text: text.replace('"format": 1', '"format": 0'),
     ],
 )
-def test_a_file_that_cannot_be_used_is_measured_anew_with_one_line_in_the_log(
+def test_an_unusable_file_is_logged_in_one_line_and_its_latencies_are_measured_anew(
     engine: FakeEngine,
     load: Callable[..., Measurement],
     tmp_path: Path,
@@ -253,13 +255,13 @@ def test_a_file_that_cannot_be_used_is_measured_anew_with_one_line_in_the_log(
     assert "\n" not in record.getMessage()
     runs = len(engine.runs)
     load()
-    assert len(engine.runs) == runs + PROBES  # what was written anew is sound
+    assert len(engine.runs) == runs + PROBES  # the new file is sound
 
 
-def test_a_part_of_a_profile_is_measured_anew_as_a_whole(
+def test_an_incomplete_profile_is_measured_anew_as_a_whole(
     engine: FakeEngine, load: Callable[..., Measurement], tmp_path: Path
 ) -> None:
-    """A server goes on from it in its idle moments; `supervit profile` wants all of it now."""
+    """A server completes it in idle moments; `supervit profile` needs all of it now."""
     whole = load()
     path = kept_file(tmp_path)
     content = json.loads(path.read_text())
@@ -290,7 +292,7 @@ def test_latencies_that_the_machine_contradicts_are_measured_anew(
     assert ("16 ms now" in caplog.text) is not is_kept
 
 
-def test_latencies_of_which_a_batch_takes_far_less_than_a_smaller_one_are_measured_anew(
+def test_latencies_are_measured_anew_if_a_larger_batch_takes_far_less_than_a_smaller_one(
     load: Callable[..., Measurement], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     load()
@@ -303,7 +305,7 @@ def test_latencies_of_which_a_batch_takes_far_less_than_a_smaller_one_are_measur
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder", "long"])
-def test_what_is_no_regular_file_of_this_kind_is_neither_followed_nor_waited_for(
+def test_a_link_pipe_folder_or_oversized_file_is_not_used_as_a_profile(
     load: Callable[..., Measurement], tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     measured = load()
@@ -322,12 +324,12 @@ def test_what_is_no_regular_file_of_this_kind_is_neither_followed_nor_waited_for
     assert load().table == measured.table
     assert f"{path}: cannot be used, measuring again: " in caplog.text
     assert elsewhere.read_bytes() == content
-    if kind != "folder":  # which a file cannot take the place of
+    if kind != "folder":  # which a file cannot replace
         assert path.is_file()
         assert not path.is_symlink()
 
 
-def test_a_folder_that_others_may_write_to_is_warned_of(
+def test_the_log_warns_of_a_folder_that_other_users_can_write_to(
     load: Callable[..., Measurement], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     load()
@@ -337,7 +339,7 @@ def test_a_folder_that_others_may_write_to_is_warned_of(
     assert f"{tmp_path / 'profiles'}: other users can write there" in caplog.text
 
 
-def test_a_folder_that_cannot_be_written_to_is_lived_with(
+def test_a_folder_that_cannot_be_written_to_is_tolerated_and_logged(
     load: Callable[..., Measurement], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "profiles").write_text("a file where the folder should be")
@@ -345,7 +347,7 @@ def test_a_folder_that_cannot_be_written_to_is_lived_with(
     assert "failed to save the latencies: " in caplog.text
 
 
-def test_what_another_process_is_measuring_is_waited_for(
+def test_a_start_waits_for_another_process_that_measures(
     load: Callable[..., Measurement], engine: FakeEngine, tmp_path: Path
 ) -> None:
     load()
@@ -360,7 +362,9 @@ def test_what_another_process_is_measuring_is_waited_for(
     assert engine.runs[runs:] == [(LARGE, 1)] * PROBES
 
 
-def test_whoever_is_to_stop_waits_for_no_other(load: Callable[..., Measurement], tmp_path: Path) -> None:
+def test_a_stopping_server_does_not_wait_for_another_process_that_measures(
+    load: Callable[..., Measurement], tmp_path: Path
+) -> None:
     load()
     stopping = threading.Event()
     with ThreadPoolExecutor(1) as another, FileLock(kept_file(tmp_path).with_suffix(".lock")):
@@ -371,9 +375,9 @@ def test_whoever_is_to_stop_waits_for_no_other(load: Callable[..., Measurement],
         ours.result(timeout=10)
 
 
-def test_the_file_is_one_that_people_can_read(load: Callable[..., Measurement], tmp_path: Path) -> None:
+def test_the_file_is_readable_for_people(load: Callable[..., Measurement], tmp_path: Path) -> None:
     measurement = load()
-    path = kept_file(tmp_path)  # and nothing half-written beside it
+    path = kept_file(tmp_path)  # and no half-written file beside it
     assert path.name.startswith("latency-0123456789ab-")
     text = path.read_text()
     content = json.loads(text)
@@ -394,11 +398,11 @@ def test_the_file_is_one_that_people_can_read(load: Callable[..., Measurement], 
 @pytest.mark.parametrize(
     ("largest", "sizes"), [(1, (1,)), (3, (1, 2, 3)), (16, (1, 2, 4, 8, 16)), (64, (1, 2, 4, 8, 16, 32, 64))]
 )
-def test_latencies_are_measured_up_to_the_largest_batch_whatever_its_size(
+def test_latencies_are_measured_up_to_the_largest_batch_size(
     checkpoint: Checkpoint, tmp_path: Path, largest: int, sizes: tuple[int, ...]
 ) -> None:
     class Engine(TorchEngine):
-        """Answers at once."""
+        """An engine that answers at once."""
 
         def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
             del subnetwork

@@ -20,7 +20,7 @@ from tests.service.engines.fake_graphs import FakeGraph, FakeGraphDevice
 
 @pytest.fixture
 def capabilities(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """What torch says of the CPU; none of it has bfloat16 unless a test says so."""
+    """What torch reports about the CPU, which has no bfloat16 unless a test sets it."""
     said: dict[str, object] = {"cpu_name": "Acme 3000", "avx512_f": True, "avx512_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: MappingProxyType(said), raising=False)
     return said
@@ -32,7 +32,9 @@ def images() -> Tensor:
 
 
 @pytest.mark.usefixtures("capabilities")
-def test_the_engine_normalises_and_answers_what_the_model_answers(checkpoint: Checkpoint, images: Tensor) -> None:
+def test_the_engine_normalises_images_and_returns_the_logits_of_the_model(
+    checkpoint: Checkpoint, images: Tensor
+) -> None:
     engine = TorchEngine(checkpoint.model, "cpu", 1)
     for subnetwork in checkpoint.config.subnetworks:
         with torch.inference_mode():
@@ -40,12 +42,12 @@ def test_the_engine_normalises_and_answers_what_the_model_answers(checkpoint: Ch
         assert torch.equal(engine.run(images, subnetwork), expected)
 
 
-def test_a_grid_that_was_not_trained_is_rejected(checkpoint: Checkpoint, images: Tensor) -> None:
+def test_an_untrained_patch_grid_is_rejected(checkpoint: Checkpoint, images: Tensor) -> None:
     with pytest.raises(ValueError, match="patch grid 3 was not trained"):
         TorchEngine(checkpoint.model, "cpu", 1).run(images, SubNetwork(3, 1.0))
 
 
-def test_a_cpu_with_bfloat16_computes_in_it_and_answers_in_float32(
+def test_a_cpu_with_bfloat16_computes_in_bfloat16_and_returns_float32(
     checkpoint: Checkpoint, images: Tensor, capabilities: dict[str, object]
 ) -> None:
     largest = checkpoint.config.largest
@@ -86,7 +88,7 @@ def test_a_cpu_captures_nothing(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.usefixtures("capabilities")
-def test_what_is_prepared_runs_as_a_graph_and_all_else_kernel_by_kernel_with_the_same_answers(
+def test_prepared_batches_run_as_graphs_and_others_eagerly_with_the_same_logits(
     checkpoint: Checkpoint, images: Tensor
 ) -> None:
     eager, device = TorchEngine(checkpoint.model, "cpu", 1), FakeGraphDevice()
@@ -103,7 +105,7 @@ def test_what_is_prepared_runs_as_a_graph_and_all_else_kernel_by_kernel_with_the
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
-    """Notes by name what torch is asked to do."""
+    """Records the names of the operations that torch runs."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's
@@ -114,12 +116,12 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         return func(*args, **(kwargs or {}))
 
 
-# Numbers of Python made a tensor, a tensor made numbers of Python, a shape that depends on values.
+# A Python number turned into a tensor, a tensor turned into a Python number, a shape that depends on values.
 NOT_CAPTURED = {"lift_fresh", "item", "_local_scalar_dense", "nonzero"}
 
 
 class Noting(FakeGraphDevice):
-    """Notes of each capture the operations that it would hold."""
+    """A device that records the operations that each capture would hold."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +136,7 @@ class Noting(FakeGraphDevice):
 
 @pytest.mark.parametrize("fuse_pruned", [False, True])
 @pytest.mark.parametrize("flavour", ["deit", "lvvit"])
-def test_what_is_captured_makes_no_tensor_of_numbers_no_number_of_tensors_and_is_the_same_for_any_batch(
+def test_captured_operations_convert_no_python_numbers_and_are_the_same_for_any_batch_size(
     checkpoint: Checkpoint, images: Tensor, flavour: Flavour, fuse_pruned: bool
 ) -> None:
     config = replace(checkpoint.config, flavour=flavour, stem_width=4, fuse_pruned=fuse_pruned)
@@ -148,10 +150,10 @@ def test_what_is_captured_makes_no_tensor_of_numbers_no_number_of_tensors_and_is
     assert all(device.captured[number] == device.captured[number + 1] for number in range(0, 8, 2))
     with torch.inference_mode(), Operations() as operations:
         normalise(images, config).sum().item()
-    assert {"lift_fresh", "item"} <= set(operations.names)  # which is why the engine makes its constants once
+    assert {"lift_fresh", "item"} <= set(operations.names)  # so the engine creates its constants only once
 
 
-def test_figures_of_graphs_and_of_eager_kernels_are_kept_apart(checkpoint: Checkpoint) -> None:
+def test_the_description_tells_an_engine_with_cuda_graphs_from_one_without(checkpoint: Checkpoint) -> None:
     eager = TorchEngine(checkpoint.model, "cpu", 1).describe()
     engine = TorchEngine(checkpoint.model, "cpu", 1, graph_device=FakeGraphDevice())
     assert engine.describe() == f"{eager}, CUDA graphs"
@@ -168,7 +170,7 @@ def test_a_gpu_bounds_batches_by_its_own_free_memory_at_the_largest_sub_network(
 
     def reset(_: torch.device) -> None:
         nonlocal peak
-        peak = 5000  # the weights
+        peak = 5000  # bytes of the weights
 
     def run(images: Tensor, subnetwork: SubNetwork) -> Tensor:
         nonlocal peak
@@ -186,28 +188,28 @@ def test_a_gpu_bounds_batches_by_its_own_free_memory_at_the_largest_sub_network(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 6500)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 5000)
     engine.warm_up()
-    assert engine.fitting_images() == 12  # of 4,500 bytes four fifths, at 300 an image
+    assert engine.fitting_images() == 12  # four fifths of 4,500 bytes, at 300 bytes per image
     free_bytes[gpu] = 0
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5000)
-    assert engine.fitting_images() == 1  # nothing is free: a batch of one may still find its place, or fails alone
+    assert engine.fitting_images() == 1  # nothing is free: a batch of one may still fit, or fails alone
     engine.prepare(checkpoint.config.largest, 2)
-    assert device.num_captures == 0  # what finds no place is not captured
+    assert device.num_captures == 0  # a batch that does not fit is not captured
     free_bytes[gpu] = 750
     engine.prepare(checkpoint.config.largest, 2)
     assert device.num_captures == 1
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5010)
-    assert engine.fitting_images() == 2  # 750 bytes and the 10 that PyTorch keeps, which are the graph's
+    assert engine.fitting_images() == 2  # of 750 bytes: the 10 that PyTorch keeps belong to the graph
     free_bytes[gpu] = 749
     assert engine.fitting_images() == 1
 
 
-def test_what_is_set_aside_once_does_not_count_as_memory_of_an_image() -> None:
+def test_memory_allocated_once_does_not_count_as_memory_per_image() -> None:
     assert growth_per_image(lambda count: 1_000_000 + 700 * count) == 700
     assert growth_per_image(lambda count: 1_000_000 - count) == 0
 
 
 @pytest.mark.parametrize("device", ["bogus", "cuda:99"])
-def test_a_device_that_is_not_there_is_rejected_in_one_line(checkpoint: Checkpoint, device: str) -> None:
+def test_a_device_that_does_not_exist_is_rejected_in_one_line(checkpoint: Checkpoint, device: str) -> None:
     with pytest.raises(DeviceError, match=f"device '{device}' cannot be used: [^\\n]+$"):
         TorchEngine(checkpoint.model, device, 1)
 
@@ -218,7 +220,7 @@ def test_the_engine_names_library_cpu_precision_and_threads(checkpoint: Checkpoi
     assert engine.describe() == f"torch {torch.__version__} on Acme 3000, float32, 1 threads"
 
 
-def test_the_engine_computes_on_as_many_threads_as_it_is_given(checkpoint: Checkpoint) -> None:
+def test_the_engine_uses_the_given_number_of_threads(checkpoint: Checkpoint) -> None:
     try:
         engine = TorchEngine(checkpoint.model, "cpu", 2)
         assert torch.get_num_threads() == 2

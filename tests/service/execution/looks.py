@@ -1,4 +1,4 @@
-"""Batches of requests that an engine has run, by hand."""
+"""Hand-made results of batches of requests."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def looks_of(
     before: Result | None = None,
     confidence: float = 0.9,
 ) -> list[Result]:
-    """Make the looks of a batch: the class that each took for the most probable."""
+    """Make the results of a batch of looks, whose most probable classes are `answers`."""
     results = []
     for answer in answers:
         probabilities = np.full(NUM_CLASSES, (1 - confidence) / (NUM_CLASSES - 1), np.float32)

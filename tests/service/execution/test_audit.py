@@ -30,7 +30,7 @@ class Idle:
         self.now, self.catalog = 100.0, catalog
         self.scheduler = Scheduler(catalog, choose_level, 4)
         self.ran: list[tuple[SubNetwork, tuple[int, ...]]] = []
-        self.ran_at: list[int] = []  # in memory
+        self.ran_at: list[int] = []  # addresses in memory
         self.counted: list[tuple[SubNetwork, bool]] = []
         self.promised: list[float] = []
         self.audit = Audit(self.run, self.scheduler, self.count, lambda: self.now)
@@ -47,7 +47,7 @@ class Idle:
         self.promised.append(promised)
 
     def serve(self, subnetwork: SubNetwork, answer: int, truth: int = 0, *, confidence: float = 0.9) -> Tensor:
-        """Let a sub-network have answered an image, whose class at the best one is the truth."""
+        """Report that a sub-network answered an image whose class at the best one is `truth`."""
         variant = self.catalog.grant_named(subnetwork).best
         image = torch.full_like(IMAGE, truth)
         self.turns.batch_ran([image], looks_of(variant, [answer], ended_at=self.now, confidence=confidence))
@@ -67,7 +67,7 @@ class Idle:
 
 
 class EndlessWork:
-    """What always has a batch to run."""
+    """Idle work that always has a batch to run."""
 
     def __init__(self, idle: Idle) -> None:
         self.idle, self.num_runs = idle, 0
@@ -87,7 +87,7 @@ class EndlessWork:
         """Learn nothing."""
 
     def close(self) -> None:
-        """Go on."""
+        """Continue regardless."""
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def idle(fast_catalog: VariantCatalog) -> Idle:
     return Idle(fast_catalog)
 
 
-def test_an_image_is_run_once_more_at_the_best_sub_network_and_its_answer_compared(idle: Idle) -> None:
+def test_an_audit_runs_an_image_at_the_best_sub_network_and_compares_the_answers(idle: Idle) -> None:
     idle.serve(SMALL, 3, truth=3)
     idle.finish()
     assert idle.ran == [(BEST, (1, *IMAGE.shape))]
@@ -113,12 +113,12 @@ def test_each_image_is_audited_at_most_once(idle: Idle) -> None:
     assert len(idle.ran) == len(idle.counted) == 2
 
 
-def test_the_best_sub_network_is_not_audited_with_itself(idle: Idle) -> None:
+def test_answers_of_the_best_sub_network_are_not_audited(idle: Idle) -> None:
     idle.serve(BEST, 3)
     assert idle.turns.wait_s(is_expecting=False) is None
 
 
-def test_audits_take_a_hundredth_of_the_engine_at_most(idle: Idle) -> None:
+def test_audits_take_at_most_a_hundredth_of_the_engine_time(idle: Idle) -> None:
     began = idle.now
     while idle.now < began + 2000:
         idle.serve(SMALL, 0)
@@ -126,7 +126,7 @@ def test_audits_take_a_hundredth_of_the_engine_at_most(idle: Idle) -> None:
     assert 0.5 * SHARE * 2000 < BEST_S * len(idle.ran) <= SHARE * 2000 + 2 * BEST_S
 
 
-def test_audits_leave_the_rest_of_the_idle_time_to_the_work_behind_them(idle: Idle) -> None:
+def test_audits_leave_the_rest_of_the_idle_time_to_other_work(idle: Idle) -> None:
     profiler = EndlessWork(idle)
     idle.turns = IdleTurns([idle.audit, profiler], idle.scheduler, 1.0, clock=lambda: idle.now)
     began = idle.now
@@ -138,20 +138,20 @@ def test_audits_leave_the_rest_of_the_idle_time_to_the_work_behind_them(idle: Id
     assert profiler.num_runs >= 10 * len(idle.ran)
 
 
-def test_few_images_wait_for_their_audit_and_those_that_find_no_room_are_left_out(idle: Idle) -> None:
+def test_only_a_few_images_wait_for_their_audit_and_the_rest_are_left_out(idle: Idle) -> None:
     for answer in range(10):
         idle.serve(SMALL, answer % NUM_CLASSES)
     idle.finish()
     assert len(idle.ran) == KEPT
 
 
-def test_an_image_waits_as_it_was_decoded_and_is_not_copied(idle: Idle) -> None:
+def test_an_image_that_waits_for_its_audit_is_not_copied(idle: Idle) -> None:
     image = idle.serve(SMALL, 3, truth=3)
     idle.finish()
     assert idle.ran_at == [image.data_ptr()]
 
 
-def test_the_sub_network_that_was_audited_least_is_next(idle: Idle) -> None:
+def test_the_sub_network_with_the_fewest_audits_is_next(idle: Idle) -> None:
     for _ in range(3):
         idle.serve(SMALL, 0)
     idle.wait()
@@ -162,32 +162,32 @@ def test_the_sub_network_that_was_audited_least_is_next(idle: Idle) -> None:
     assert [subnetwork for subnetwork, *_ in idle.counted] == [SMALL, SMALL, MIDDLE, SMALL, SMALL]
 
 
-def test_a_second_look_is_not_audited_because_it_sees_the_hard_images_only(idle: Idle) -> None:
+def test_second_looks_are_not_audited_because_they_see_only_the_hard_images(idle: Idle) -> None:
     first = looks_of(idle.catalog.grant_named(SMALL).best, [0])[0]
     second = looks_of(idle.catalog.grant_named(MIDDLE).best, [1], before=first)
     idle.turns.batch_ran([IMAGE], second)
     assert idle.turns.wait_s(is_expecting=False) is None
 
 
-def test_an_answer_that_is_no_number_is_not_audited(idle: Idle) -> None:
+def test_an_answer_with_nan_confidence_is_not_audited(idle: Idle) -> None:
     idle.serve(SMALL, 0, confidence=math.nan)
     assert idle.turns.wait_s(is_expecting=False) is None
 
 
-def test_nothing_is_audited_where_there_is_no_room_for_it_and_the_image_waits_on(idle: Idle) -> None:
+def test_an_image_waits_for_its_audit_until_there_is_room(idle: Idle) -> None:
     idle.serve(SMALL, 0)
     assert idle.audit.due(idle.now, Room(0.9 * BEST_S, 4)) is None
     assert idle.audit.due(idle.now, Room(1.1 * BEST_S, 4)) is not None
 
 
-def test_what_is_not_measured_promises_nothing_and_is_not_audited() -> None:
+def test_sub_networks_without_measured_accuracy_are_not_audited() -> None:
     rows = tuple(SubNetworkProfile(sub, count_macs(CONFIG, sub)) for sub in (SMALL, BEST))
     idle = Idle(VariantCatalog.of(ProfileTable(rows), LatencyTable((1,), {SMALL: (0.02,), BEST: (0.08,)})))
     idle.serve(SMALL, 0)
     assert idle.turns.wait_s(is_expecting=False) is None
 
 
-def test_once_it_is_closed_nothing_is_kept_or_run(idle: Idle) -> None:
+def test_a_closed_audit_keeps_and_runs_nothing(idle: Idle) -> None:
     idle.serve(SMALL, 0)
     idle.turns.close()
     assert idle.audit.due(idle.now, ROOM) is None
@@ -196,13 +196,15 @@ def test_once_it_is_closed_nothing_is_kept_or_run(idle: Idle) -> None:
 
 
 @pytest.mark.parametrize(("first", "second", "least"), [(0.9, 0.8, 0.7), (0.3, 0.4, 0.0), (1.0, 0.8, 0.8)])
-def test_two_classifiers_agree_at_least_where_neither_is_wrong(first: float, second: float, least: float) -> None:
+def test_the_least_agreement_is_one_minus_both_error_rates_and_at_least_zero(
+    first: float, second: float, least: float
+) -> None:
     assert least_agreement(first, second) == pytest.approx(least)
 
 
 @pytest.mark.parametrize("shift", range(10))
-def test_the_bound_holds_however_the_errors_of_both_fall_together(shift: int) -> None:
-    """Of ten images, one classifier is wrong on three and the other on two, at every shift of these to those."""
+def test_the_least_agreement_is_a_bound_however_the_errors_overlap(shift: int) -> None:
+    """Of ten images, one classifier is wrong on three and the other on two, at every offset between them."""
     first = [image not in (0, 1, 2) for image in range(10)]
     second = [(image + shift) % 10 not in (0, 1) for image in range(10)]
     agreement = sum(one and other for one, other in zip(first, second, strict=True)) / 10

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Gate:
-    """A model whose batches wait until it is opened, and which notes what it was given."""
+    """A model whose batches wait until it is opened, and which records its inputs."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[SubNetwork, list[int]]] = []
@@ -63,9 +63,9 @@ def image(value: int) -> "Future[DecodedImage]":
 
 
 class AdmittingBatcher(Batcher):
-    """Takes what the scheduler has admitted, and forgets it in the end, as the pipeline does."""
+    """Admits each request to the scheduler, and withdraws it in the end, as the pipeline does."""
 
-    def __init__(self, run: Run, scheduler: Scheduler, thread: EngineThread, **others: Any) -> None:  # noqa: ANN401 - as Batcher has them
+    def __init__(self, run: Run, scheduler: Scheduler, thread: EngineThread, **others: Any) -> None:  # noqa: ANN401 - passed on to Batcher
         super().__init__(run, scheduler, thread, sleep=lambda _: None, **others)
         self.scheduler = scheduler
 
@@ -115,7 +115,7 @@ async def behind_a_running_batch(batcher: Batcher, gate: Gate) -> "asyncio.Task[
 
 
 class Listener(Scheduler):
-    """Notes how long the engine stood still before each batch."""
+    """Records the turnaround before each batch."""
 
     turnarounds: list[float]
 
@@ -127,7 +127,7 @@ class Listener(Scheduler):
 
 
 class Hours:
-    """A clock that a test, a model and a limiter may move."""
+    """A clock that a test, a model and a limiter may advance."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -140,7 +140,7 @@ class Hours:
 
 
 class Idling(UtilizationLimiter):
-    """Says when there is nothing to do."""
+    """A limiter that signals when nothing waits."""
 
     def __init__(self, ceiling: float | None = None, cores: float | None = None, used_s: float = 0.0) -> None:
         self.used_s = used_s
@@ -153,7 +153,7 @@ class Idling(UtilizationLimiter):
 
 
 class Pausing(Idling):
-    """Lets an hour go by before every third batch."""
+    """A limiter that lets an hour pass each third time it is asked for a pause."""
 
     def __init__(self, hours: Hours) -> None:
         super().__init__()
@@ -167,8 +167,8 @@ class Pausing(Idling):
         return 1e-6
 
 
-async def test_the_limiter_hears_when_nothing_waits() -> None:
-    """Expired requests leave the queue without a batch, and what is used then must not be the next one's."""
+async def test_the_limiter_is_told_when_nothing_waits() -> None:
+    """Expired requests leave the queue without a batch; compute used after that must not count for the next batch."""
     hours, scheduler = Hours(), Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     limiter, thread = Idling(0.5, 1.0), EngineThread()
     batcher = AdmittingBatcher(hours.run, scheduler, thread, limiter=limiter, clock=lambda: hours.now)
@@ -188,7 +188,7 @@ async def test_the_limiter_hears_when_nothing_waits() -> None:
 
 
 @pytest.mark.parametrize("paced", [False, True])
-async def test_neither_idleness_nor_a_pause_nor_a_failure_counts_as_time_between_batches(paced: bool) -> None:
+async def test_idle_time_pauses_and_failures_do_not_count_as_turnaround(paced: bool) -> None:
     hours, scheduler = Hours(), Listener(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     scheduler.turnarounds = []
     limiter = Pausing(hours) if paced else Idling()
@@ -215,7 +215,7 @@ async def test_neither_idleness_nor_a_pause_nor_a_failure_counts_as_time_between
     assert max(scheduler.turnarounds) == 0.0
 
 
-async def test_a_request_gets_its_own_row_and_its_times() -> None:
+async def test_a_request_gets_its_own_row_of_logits_and_its_times() -> None:
     gate = Gate()
     gate.open.set()
     async with serving(gate) as batcher:
@@ -224,7 +224,7 @@ async def test_a_request_gets_its_own_row_and_its_times() -> None:
     assert result.inference_s == result.ended_at - result.started_at > 0
 
 
-async def test_those_that_want_the_same_sub_network_run_together_in_order_of_deadline() -> None:
+async def test_requests_for_the_same_sub_network_run_together_in_order_of_deadline() -> None:
     gate = Gate()
     async with serving(gate) as batcher:
         first = await behind_a_running_batch(batcher, gate)
@@ -235,7 +235,7 @@ async def test_those_that_want_the_same_sub_network_run_together_in_order_of_dea
     assert [int(result.logits[0]) for result in results] == [0, 1, 2, 3, 4]
 
 
-async def test_a_batch_never_exceeds_its_limit() -> None:
+async def test_a_batch_never_exceeds_the_size_limit() -> None:
     gate = Gate()
     async with serving(gate, max_batch_size=2) as batcher:
         first = await behind_a_running_batch(batcher, gate)
@@ -246,7 +246,7 @@ async def test_a_batch_never_exceeds_its_limit() -> None:
     assert gate.sizes == [1, 2, 2, 1]
 
 
-async def test_a_client_that_left_costs_no_compute() -> None:
+async def test_a_request_whose_client_has_left_is_not_run() -> None:
     gate = Gate()
     async with serving(gate) as batcher:
         first = await behind_a_running_batch(batcher, gate)
@@ -258,7 +258,7 @@ async def test_a_client_that_left_costs_no_compute() -> None:
     assert gate.batches == [(SMALL, [0]), (SMALL, [2])]
 
 
-async def test_a_client_that_leaves_while_its_batch_runs_disturbs_no_other() -> None:
+async def test_a_client_that_leaves_while_its_batch_runs_does_not_affect_others() -> None:
     gate = Gate()
     async with serving(gate) as batcher:
         first = await behind_a_running_batch(batcher, gate)
@@ -269,7 +269,7 @@ async def test_a_client_that_leaves_while_its_batch_runs_disturbs_no_other() -> 
         assert (await second).logits.tolist() == [1, 1, 1]
 
 
-async def test_a_failing_batch_fails_its_own_requests_and_the_next_one_runs() -> None:
+async def test_a_failing_batch_fails_only_its_own_requests_and_the_next_one_runs() -> None:
     gate = Gate()
     async with serving(gate) as batcher:
         first = await behind_a_running_batch(batcher, gate)
@@ -282,7 +282,7 @@ async def test_a_failing_batch_fails_its_own_requests_and_the_next_one_runs() ->
         assert (await fine).logits.tolist() == [1, 1, 1]
 
 
-async def test_an_answer_with_rows_missing_fails_its_own_requests_and_the_next_one_runs() -> None:
+async def test_an_output_with_missing_rows_fails_its_own_requests_and_the_next_batch_runs() -> None:
     gate = Gate()
     gate.open.set()
     async with serving(gate) as batcher:
@@ -291,7 +291,7 @@ async def test_an_answer_with_rows_missing_fails_its_own_requests_and_the_next_o
         assert (await batcher.submit(image(1), named(SMALL))).logits.tolist() == [1, 1, 1]
 
 
-async def test_stopping_answers_what_is_queued_and_rejects_what_comes_later() -> None:
+async def test_stopping_answers_queued_requests_and_rejects_later_ones() -> None:
     gate = Gate()
     async with serving(gate) as batcher:
         first = await behind_a_running_batch(batcher, gate)
@@ -303,7 +303,7 @@ async def test_stopping_answers_what_is_queued_and_rejects_what_comes_later() ->
         assert [int(result.logits[0]) for result in await asyncio.gather(first, second)] == [0, 1]
 
 
-async def test_a_request_that_poisons_its_batch_is_found_and_its_mates_are_answered() -> None:
+async def test_a_request_that_makes_its_batch_fail_is_found_and_the_others_are_answered() -> None:
     gate = Gate()
     async with serving(gate) as batcher:
         first = await behind_a_running_batch(batcher, gate)
@@ -312,10 +312,10 @@ async def test_a_request_that_poisons_its_batch_is_found_and_its_mates_are_answe
         outcomes = await asyncio.gather(first, *tasks, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [Result, Result, ModelError, Result, Result]
     assert [values for _, values in gate.batches] == [[0], [1, 13, 2, 3], [1, 13], [1], [13], [2, 3]]
-    assert gate.sizes == [1, 1, 2]  # of those that ran through
+    assert gate.sizes == [1, 1, 2]  # of the batches that succeeded
 
 
-async def test_images_that_all_fail_do_not_end_a_model_that_answers_others() -> None:
+async def test_many_failing_images_do_not_end_a_model_that_answers_others() -> None:
     gate = Gate()
     gate.open.set()
     async with serving(gate) as batcher:
@@ -326,7 +326,7 @@ async def test_images_that_all_fail_do_not_end_a_model_that_answers_others() -> 
     assert [values for _, values in gate.batches].count([0]) == 2  # the blank images
 
 
-async def test_a_model_that_fails_whatever_the_image_ends_the_loop() -> None:
+async def test_a_model_that_fails_on_every_image_ends_the_loop() -> None:
     calls: list[int] = []
 
     def run(images: Tensor, _: SubNetwork) -> Tensor:
@@ -353,7 +353,7 @@ async def test_a_model_that_fails_whatever_the_image_ends_the_loop() -> None:
         await batcher.submit(image(1), named(SMALL))
 
 
-async def test_two_poisons_and_a_batch_with_rows_missing_are_found_likewise() -> None:
+async def test_a_failing_image_and_one_with_missing_rows_in_the_same_batch_are_both_found() -> None:
     gate = Gate()
     async with serving(gate) as batcher:
         first = await behind_a_running_batch(batcher, gate)
@@ -364,7 +364,7 @@ async def test_two_poisons_and_a_batch_with_rows_missing_are_found_likewise() ->
     assert [int(outcome.logits[0]) for outcome in outcomes if isinstance(outcome, Result)] == [0, 1, 2]
 
 
-async def test_what_has_left_is_not_run_again_when_the_batch_fails() -> None:
+async def test_a_request_whose_client_has_left_is_not_rerun_when_its_batch_fails() -> None:
     gate = Gate()
     batcher = AdmittingBatcher(
         gate.run,
@@ -384,7 +384,7 @@ async def test_what_has_left_is_not_run_again_when_the_batch_fails() -> None:
     assert [values for _, values in gate.batches] == [[13, 1, 2], [13], [2]]
 
 
-async def test_a_request_that_is_cancelled_leaves_the_queue() -> None:
+async def test_a_cancelled_request_leaves_the_queue() -> None:
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(Gate().run, scheduler, EngineThread())
     request = named(SMALL)
@@ -397,7 +397,7 @@ async def test_a_request_that_is_cancelled_leaves_the_queue() -> None:
     assert scheduler.backlog_s(time.monotonic()) == 0.0
 
 
-async def test_an_image_that_cannot_be_decoded_fails_its_own_request() -> None:
+async def test_an_image_that_cannot_be_decoded_fails_only_its_own_request() -> None:
     broken: Future[DecodedImage] = Future()
     broken.set_exception(InvalidImageError("no image"))
     gate = Gate()
@@ -409,7 +409,7 @@ async def test_an_image_that_cannot_be_decoded_fails_its_own_request() -> None:
     assert gate.sizes == [1]
 
 
-async def test_a_request_that_leaves_before_its_image_is_decoded_is_not_enqueued() -> None:
+async def test_a_request_cancelled_before_its_image_is_decoded_is_not_enqueued() -> None:
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(Gate().run, scheduler, EngineThread())
     decoding: Future[DecodedImage] = Future()
@@ -422,7 +422,7 @@ async def test_a_request_that_leaves_before_its_image_is_decoded_is_not_enqueued
     assert (len(scheduler), scheduler.backlog_s(time.monotonic())) == (0, 0.0)
 
 
-async def test_a_request_whose_image_is_still_being_decoded_is_answered_at_its_deadline() -> None:
+async def test_a_request_whose_image_is_not_decoded_by_its_deadline_gets_a_deadline_error() -> None:
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(Gate().run, scheduler, EngineThread())
     bomb, behind_it = named(SMALL, 0.05), named(SMALL, 0.1)
@@ -432,7 +432,7 @@ async def test_a_request_whose_image_is_still_being_decoded_is_answered_at_its_d
     assert (len(scheduler), scheduler.backlog_s(time.monotonic())) == (0, 0.0)
 
 
-async def test_stopping_waits_for_what_is_still_being_decoded() -> None:
+async def test_stopping_waits_for_images_that_are_still_being_decoded() -> None:
     gate, limiter = Gate(), Idling()
     gate.open.set()
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
@@ -443,14 +443,14 @@ async def test_stopping_waits_for_what_is_still_being_decoded() -> None:
     await asyncio.to_thread(limiter.is_idle.wait, 10)
     limiter.is_idle.clear()
     batcher.stop()
-    await asyncio.to_thread(limiter.is_idle.wait, 10)  # it has looked for what is left to do
+    await asyncio.to_thread(limiter.is_idle.wait, 10)  # the loop has checked what is left to do
     assert not serving.done()
     decoding.set_result(image(7).result())
     assert (await task).logits.tolist() == [7, 7, 7]
     await asyncio.wait_for(serving, 10)
 
 
-async def test_a_policy_that_fails_leaves_nothing_waiting() -> None:
+async def test_a_policy_that_fails_leaves_no_request_waiting() -> None:
     def choose(_: SchedulerState) -> BatchDecision:
         raise ZeroDivisionError
 
@@ -466,7 +466,7 @@ async def test_a_policy_that_fails_leaves_nothing_waiting() -> None:
         await batcher.submit(image(3), named(SMALL))
 
 
-async def test_cancelling_the_loop_releases_its_thread_and_what_waits() -> None:
+async def test_cancelling_the_loop_releases_its_thread_and_the_pending_requests() -> None:
     gate, thread, limiter = Gate(), EngineThread(), Idling()
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(gate.run, scheduler, thread, limiter=limiter)
@@ -476,13 +476,13 @@ async def test_cancelling_the_loop_releases_its_thread_and_what_waits() -> None:
     serving.cancel()
     await asyncio.wait((serving,))
     gate.open.set()
-    thread.shutdown(wait=True)  # would wait for ever
+    thread.shutdown(wait=True)  # would block for ever if the loop still held the thread
     with pytest.raises(NotReadyError):
         await first
 
 
 class StubbornLimiter(UtilizationLimiter):
-    """Asks for one pause before each batch, and stretches."""
+    """Asks for one pause before each batch, and has a throttle factor of 3."""
 
     def __init__(self) -> None:
         super().__init__(None, None)
@@ -499,7 +499,7 @@ class StubbornLimiter(UtilizationLimiter):
         self.ran.append(seconds)
 
 
-async def test_each_batch_waits_for_its_pause_and_knows_the_machine() -> None:
+async def test_each_batch_waits_for_its_pause_and_then_observes_the_machine() -> None:
     events: list[str] = []
     now = 1000.0
 
@@ -545,7 +545,7 @@ async def test_each_batch_waits_for_its_pause_and_knows_the_machine() -> None:
     assert scheduler.state(now).slowdown > 1.5  # it has learned from the batch
 
 
-async def test_what_is_dropped_gets_a_typed_error_and_the_rest_an_answer() -> None:
+async def test_expired_and_shed_requests_get_typed_errors_and_the_rest_an_answer() -> None:
     def drop(state: SchedulerState) -> BatchDecision:
         expired, shed, *rest = state.queue
         return BatchDecision(CATALOG.cheapest, tuple(rest), (expired,), (shed,))
@@ -565,13 +565,13 @@ async def test_what_is_dropped_gets_a_typed_error_and_the_rest_an_answer() -> No
     assert isinstance(answered, Result)
 
 
-async def test_failures_with_an_answer_between_them_are_not_in_a_row() -> None:
+async def test_an_answer_resets_the_count_of_consecutive_failures() -> None:
     gate = Gate()
     gate.open.set()
     async with serving(gate) as batcher:
         for value in [13] * (FAILURES_IN_A_ROW - 1) + [1] + [13] * (FAILURES_IN_A_ROW - 1):
             await asyncio.gather(batcher.submit(image(value), named(SMALL)), return_exceptions=True)
-    assert [values for _, values in gate.batches].count([0]) == 0  # no blank image was needed to tell
+    assert [values for _, values in gate.batches].count([0]) == 0  # no blank image was run
 
 
 async def test_the_engine_counts_as_free_once_a_batch_has_failed() -> None:
@@ -592,7 +592,7 @@ async def test_the_engine_counts_as_free_once_a_batch_has_failed() -> None:
     thread.shutdown(wait=True)
 
 
-async def test_the_engine_counts_as_free_where_all_clients_of_a_batch_left_as_it_was_decided() -> None:
+async def test_the_engine_counts_as_free_if_all_clients_of_a_batch_leave_during_the_decision() -> None:
     minute = LatencyTable((1, 4), {SMALL: (60.0, 60.0), LARGE: (60.0, 60.0)})
     deciding, has_left = threading.Event(), threading.Event()
 
@@ -619,7 +619,9 @@ async def test_the_engine_counts_as_free_where_all_clients_of_a_batch_left_as_it
     assert scheduler.free_at <= time.monotonic()
 
 
-async def test_an_image_that_is_no_longer_wanted_leaves_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+async def test_cancelling_the_decoding_for_a_client_that_has_left_logs_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())
     batcher = AdmittingBatcher(Gate().run, scheduler, EngineThread())
     decoding: Future[DecodedImage] = Future()
@@ -632,7 +634,7 @@ async def test_an_image_that_is_no_longer_wanted_leaves_without_a_word(caplog: p
 
 
 class Turns:
-    """What an engine does that has nothing else to do; hears of batches."""
+    """Idle work that counts its turns and records the batches of requests."""
 
     running = None
 
@@ -658,7 +660,7 @@ class Turns:
         self.batches.append((results[0].variant.profile.subnetwork, pixels))
 
 
-async def test_an_engine_with_nothing_to_do_takes_turns_and_none_while_an_image_is_decoded() -> None:
+async def test_an_idle_engine_takes_idle_turns_but_none_while_an_image_is_decoded() -> None:
     gate, turns, thread = Gate(), Turns(), EngineThread()
     gate.open.set()
     scheduler = Scheduler(CATALOG, choose_level, 4, rejects_early=False, lock=threading.RLock())

@@ -11,7 +11,7 @@ SMALL, LARGE = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
 
 
 class Scripted:
-    """Says the class that the first pixel names, in so many seconds; the first run of a sub-network takes a minute."""
+    """Answers the class that the first pixel gives, in a set time; the first run of a sub-network takes a minute."""
 
     def __init__(self, clock: list[float], seconds: float, shift: int = 0) -> None:
         self.clock, self.seconds, self.shift = clock, seconds, shift
@@ -32,7 +32,7 @@ class Both:
     def __init__(self, shift: int = 0, new_names: tuple[str, ...] = ("a", "b", "c")) -> None:
         self.clock = [0.0]
         self.old, self.new = Scripted(self.clock, 2.0), Scripted(self.clock, 3.0, shift)
-        self.old.ran += [SMALL, LARGE]  # it has served for long
+        self.old.ran += [SMALL, LARGE]  # it has run both before
         self.comparer = Comparer(
             Contender(self.old.run, ("a", "b", "c")), Contender(self.new.run, new_names), lambda: self.clock[0]
         )
@@ -43,12 +43,12 @@ class Both:
         return self.comparer.found
 
 
-def test_nothing_is_known_before_the_first_image() -> None:
+def test_agreement_and_latency_are_unknown_before_the_first_image() -> None:
     found = Both().comparer.found
     assert (found.num_images, found.agreement, found.latency_ratio) == (0, None, None)
 
 
-def test_two_that_say_the_same_agree_and_the_first_run_of_a_shape_is_not_timed() -> None:
+def test_equal_answers_agree_and_the_first_run_of_a_shape_is_not_timed() -> None:
     both = Both()
     both.compare(*[0, 1, 2] * 2)
     found = both.compare(1, subnetwork=LARGE)
@@ -58,24 +58,24 @@ def test_two_that_say_the_same_agree_and_the_first_run_of_a_shape_is_not_timed()
     assert found.latency_ratio == pytest.approx(1.5)
 
 
-def test_two_that_say_different_things_do_not_agree() -> None:
+def test_different_answers_do_not_agree() -> None:
     assert Both(shift=1).compare(0, 1).agreement == 0.0
 
 
-def test_classes_are_told_apart_by_name_wherever_they_stand() -> None:
+def test_classes_are_compared_by_name_whatever_their_index() -> None:
     found = Both(shift=1, new_names=("c", "a", "b")).compare(0, 1, 2)
     assert found.agreement == 1.0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_an_answer_that_is_no_number_is_refused(bad: float) -> None:
+def test_an_answer_that_is_not_finite_is_rejected(bad: float) -> None:
     both = Both()
     both.new.logits = torch.tensor([[0.0, bad, 0.0]])
     with pytest.raises(ModelChangeError, match="not finite"):
         both.compare(0)
 
 
-def test_each_sub_network_is_run_once_before_any_image() -> None:
+def test_require_finite_runs_each_sub_network_once_and_rejects_nan() -> None:
     scripted = Scripted([0.0], 1.0)
     require_finite(scripted.run, 2, (SMALL, LARGE))
     assert scripted.ran == [SMALL, LARGE]

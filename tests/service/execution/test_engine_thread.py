@@ -9,11 +9,11 @@ import pytest
 from service.errors import NotReadyError
 from service.execution.engine_thread import QUIET_S, WORK_SHARE, EngineThread
 
-WAIT_S = 10  # of real time, at most
+WAIT_S = 10  # seconds of real time, at most
 
 
 class Hours:
-    """A clock that turns move."""
+    """A clock that advances with turns."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -23,7 +23,7 @@ class Hours:
 
 
 class Scripted:
-    """Has so many batches to run, of a second each; is over once it has run them and may end."""
+    """Has a number of batches to run, of a second each; is over once all have run and it may end."""
 
     def __init__(self, name: str, ran: list[str], hours: Hours, batches: int = 0, due_s: float = math.inf) -> None:
         self.name, self.ran, self.hours, self.due_s = name, ran, hours, due_s
@@ -76,7 +76,7 @@ class Stage:
         return self.served[-1]
 
     def held_back(self) -> threading.Event:
-        """Keep the thread busy until the event is set, so that what is served meanwhile begins together."""
+        """Keep the thread busy until the event is set, so that all batchers served until then start together."""
         may_go_on = threading.Event()
         self.thread.submit(lambda: may_go_on.wait(WAIT_S))
         return may_go_on
@@ -92,7 +92,7 @@ def stage() -> Iterator[Stage]:
     stage.thread.shutdown(wait=True)
 
 
-def test_batchers_get_a_batch_in_turn_and_leave_when_they_are_over(stage: Stage) -> None:
+def test_batchers_take_turns_of_one_batch_and_leave_when_they_are_over(stage: Stage) -> None:
     one, other = stage.scripted("one", 2), stage.scripted("other", 3)
     one.may_end = other.may_end = True
     go = stage.held_back()
@@ -104,7 +104,7 @@ def test_batchers_get_a_batch_in_turn_and_leave_when_they_are_over(stage: Stage)
     assert other.is_closed
 
 
-def test_one_that_fails_ends_alone(stage: Stage) -> None:
+def test_a_batcher_that_fails_ends_and_the_others_continue(stage: Stage) -> None:
     one, other = stage.scripted("one", 2), stage.scripted("other", 2)
     one.error, other.may_end = ZeroDivisionError(), True
     go = stage.held_back()
@@ -115,7 +115,7 @@ def test_one_that_fails_ends_alone(stage: Stage) -> None:
     assert stage.ran == ["one", "other", "other"]
 
 
-def test_one_that_comes_while_all_others_rest_is_served_at_once(stage: Stage) -> None:
+def test_a_batcher_that_joins_while_all_others_rest_is_served_at_once(stage: Stage) -> None:
     resting, late = stage.scripted("resting"), stage.scripted("late", 1)
     stage.thread.serve(resting)
     assert resting.rests.wait(WAIT_S)
@@ -123,7 +123,7 @@ def test_one_that_comes_while_all_others_rest_is_served_at_once(stage: Stage) ->
     assert stage.thread.serve(late).result(WAIT_S) is None
 
 
-def test_what_others_take_counts_as_time_between_the_batches_of_those_that_wait_only(stage: Stage) -> None:
+def test_turns_of_others_count_as_turnaround_only_for_batchers_that_want_a_turn(stage: Stage) -> None:
     busy, resting = stage.scripted("busy", 2), stage.scripted("resting")
     busy.may_end = True
     go = stage.held_back()
@@ -142,7 +142,7 @@ def test_work_runs_at_once_where_the_engine_has_been_quiet(stage: Stage) -> None
     assert stage.thread.work(lambda: 7).result(WAIT_S) == 7
 
 
-def test_work_gets_its_share_while_requests_come(stage: Stage) -> None:
+def test_work_gets_its_share_of_the_engine_while_requests_come(stage: Stage) -> None:
     pieces, busy = 4, stage.scripted("busy", 60)
 
     def piece() -> None:
@@ -160,7 +160,7 @@ def test_work_gets_its_share_while_requests_come(stage: Stage) -> None:
     assert [after - before - 1 for before, after in pairwise(places)] == [between] * (pieces - 1)
 
 
-def test_work_that_fails_fails_for_those_who_asked_and_the_next_piece_runs(stage: Stage) -> None:
+def test_failed_work_raises_for_its_caller_and_the_next_piece_runs(stage: Stage) -> None:
     stage.thread.serve(stage.scripted("resting"))
     failing = stage.thread.work(lambda: 1 // 0)
     assert isinstance(failing.exception(WAIT_S), ZeroDivisionError)
@@ -169,7 +169,7 @@ def test_work_that_fails_fails_for_those_who_asked_and_the_next_piece_runs(stage
     assert stage.thread.work(lambda: 7).result(WAIT_S) == 7
 
 
-def test_the_watchdog_hears_of_work_and_of_batches(stage: Stage) -> None:
+def test_work_and_batches_are_reported_as_running_to_the_watchdog(stage: Stage) -> None:
     resting = stage.scripted("resting")
     stage.thread.serve(resting)
     assert stage.thread.running is None
@@ -180,7 +180,7 @@ def test_the_watchdog_hears_of_work_and_of_batches(stage: Stage) -> None:
     assert stage.thread.running == (5.0, 6.0)
 
 
-def test_nothing_waits_for_work_where_nothing_is_served_or_no_more(stage: Stage) -> None:
+def test_work_fails_where_nothing_is_served_or_serving_has_ended(stage: Stage) -> None:
     assert isinstance(stage.thread.work(lambda: 7).exception(WAIT_S), NotReadyError)
     busy = stage.scripted("busy", 1)
     busy.may_end = True
@@ -192,7 +192,7 @@ def test_nothing_waits_for_work_where_nothing_is_served_or_no_more(stage: Stage)
     assert isinstance(second.exception(WAIT_S), NotReadyError)
 
 
-def test_an_idle_moment_goes_to_the_one_that_is_due_first(stage: Stage) -> None:
+def test_an_idle_turn_goes_to_the_batcher_whose_idle_work_is_due_first(stage: Stage) -> None:
     later, sooner = stage.scripted("later", due_s=60.0), stage.scripted("sooner", due_s=0.001)
     go = stage.held_back()
     for each in (later, sooner):
@@ -202,9 +202,9 @@ def test_an_idle_moment_goes_to_the_one_that_is_due_first(stage: Stage) -> None:
     assert not later.idled.is_set()
 
 
-def test_a_bug_in_the_loop_is_told_to_those_who_wait_for_its_end(stage: Stage) -> None:
+def test_an_error_in_the_loop_fails_the_futures_of_all_batchers(stage: Stage) -> None:
     broken, other = stage.scripted("broken"), stage.scripted("other")
-    broken.rest = lambda: 1 // 0  # type: ignore[method-assign] # it is one
+    broken.rest = lambda: 1 // 0  # type: ignore[method-assign] # a bug on purpose
     go = stage.held_back()
     ends = [stage.thread.serve(each) for each in (broken, other)]
     go.set()

@@ -25,7 +25,7 @@ PROFILE = SubNetworkProfile(SubNetwork(4, 0.5), 3_000_000_000)
 
 
 class Traced(SuperViT):
-    """Says what a test tells it, and remembers on which thread it was asked."""
+    """Returns the traces that a test sets, and records the niceness of the thread that runs it."""
 
     traces: tuple[PatchTrace, ...] = ()
     niceness: int | None = None
@@ -56,7 +56,7 @@ def explainer(model: Traced, decoder: Decoder) -> Iterator[Explainer]:
     explainer.close()
 
 
-async def test_patches_come_in_order_with_their_scores_and_the_fused_token_apart(
+async def test_patches_are_in_order_with_their_scores_and_the_fused_token_is_separate(
     explainer: Explainer, model: Traced
 ) -> None:
     model.traces = (
@@ -68,7 +68,7 @@ async def test_patches_come_in_order_with_their_scores_and_the_fused_token_apart
     assert (second.block, second.patches, second.scores, second.keeps_fused) == (2, (14,), (0.5,), True)
 
 
-async def test_its_thread_gives_way_to_the_others_and_they_stay_as_they_are(
+async def test_the_explainer_thread_has_low_priority_and_other_threads_keep_theirs(
     explainer: Explainer, model: Traced
 ) -> None:
     own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
@@ -77,7 +77,7 @@ async def test_its_thread_gives_way_to_the_others_and_they_stay_as_they_are(
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own < NICENESS
 
 
-async def test_there_is_one_turn_which_is_given_back_even_by_what_fails(explainer: Explainer) -> None:
+async def test_only_one_turn_is_held_at_a_time_and_a_failure_releases_it(explainer: Explainer) -> None:
     with suppress(ZeroDivisionError), explainer.turn():
         with pytest.raises(OverloadedError) as refused, explainer.turn():
             raise AssertionError("there are two")
@@ -87,7 +87,7 @@ async def test_there_is_one_turn_which_is_given_back_even_by_what_fails(explaine
         pass
 
 
-async def test_what_it_runs_is_charged_to_the_key(model: Traced, decoder: Decoder) -> None:
+async def test_an_explanation_is_charged_to_the_key(model: Traced, decoder: Decoder) -> None:
     told: list[tuple[str, float]] = []
     ledger, key = KeyLedger(1.0, observe=lambda *spent: told.append(spent)), ApiKey("a", 1.0, 10.0)
     explainer = Explainer(model, decoder, ledger, lambda: 5.0)

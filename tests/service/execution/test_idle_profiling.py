@@ -68,7 +68,7 @@ class Idle:
         self.scheduler = Scheduler(catalog, choose_level, SIZES[-1])
         self.others = 0.0
         self.most: int | None = None
-        clock = lambda: self.now  # noqa: E731 - of both
+        clock = lambda: self.now  # noqa: E731 - shared by both
         self.profiler = IdleProfiler(
             self.profile, self.folder, self.time_once, self.published.append, shapes, clock=clock
         )
@@ -97,7 +97,7 @@ class Idle:
         self.turns.batch_ran([IMAGE] * size, looks_of(variant, [0] * size, seconds, self.now))
 
     def wait(self) -> bool:
-        """Let the engine's thread wait for a request and take its turn; False once it would wait for ever."""
+        """Let the engine's thread wait for a request and take its turn; return False once it would wait for ever."""
         wait_s = self.turns.wait_s(is_expecting=False)
         if wait_s is None:
             return False
@@ -120,7 +120,7 @@ def idle(profiles: ProfileTable) -> Idle:
     return Idle(profiles)
 
 
-def test_an_idle_engine_completes_the_profile_and_then_waits_for_ever(idle: Idle) -> None:
+def test_an_idle_engine_completes_the_profile_and_then_has_no_work_left(idle: Idle) -> None:
     assert 0 < idle.profiler.measured_share < 0.5
     idle.finish()
     assert idle.profiler.measured_share == 1
@@ -132,7 +132,7 @@ def test_an_idle_engine_completes_the_profile_and_then_waits_for_ever(idle: Idle
     assert idle.turns.wait_s(is_expecting=False) is None
 
 
-def test_nothing_is_measured_while_others_load_the_machine(idle: Idle) -> None:
+def test_nothing_is_measured_while_other_processes_load_the_machine(idle: Idle) -> None:
     idle.others = MAX_OTHERS_LOAD + 0.01
     for _ in range(20):
         idle.wait()
@@ -143,7 +143,7 @@ def test_nothing_is_measured_while_others_load_the_machine(idle: Idle) -> None:
     assert idle.ran
 
 
-def test_no_batch_is_larger_than_what_the_memory_holds(idle: Idle) -> None:
+def test_measured_batches_are_no_larger_than_the_memory_allows(idle: Idle) -> None:
     idle.most = 2
     for _ in range(200):
         idle.wait()
@@ -153,7 +153,7 @@ def test_no_batch_is_larger_than_what_the_memory_holds(idle: Idle) -> None:
     assert idle.profile.is_complete
 
 
-def test_the_scheduler_gets_what_is_new_every_now_and_then(idle: Idle) -> None:
+def test_new_latencies_are_published_at_intervals(idle: Idle) -> None:
     assert len(idle.published) == 1  # at the start
     until = idle.now + 5 * PUBLISH_S
     while idle.now < until and idle.wait():
@@ -161,7 +161,7 @@ def test_the_scheduler_gets_what_is_new_every_now_and_then(idle: Idle) -> None:
     assert 3 <= len(idle.published) <= 6
 
 
-def test_what_is_measured_is_kept_as_it_grows_and_once_more_at_the_end(profiles: ProfileTable) -> None:
+def test_the_profile_is_stored_at_intervals_and_on_close(profiles: ProfileTable) -> None:
     idle = Idle(profiles, slowness=20)
     while idle.now < 100 + 2.5 * SAVE_INTERVAL_S:
         assert idle.wait()
@@ -173,7 +173,7 @@ def test_what_is_measured_is_kept_as_it_grows_and_once_more_at_the_end(profiles:
     assert idle.turns.wait_s(is_expecting=False) is None
 
 
-def test_where_another_process_measures_its_figures_are_taken_over(idle: Idle) -> None:
+def test_figures_are_taken_over_from_another_process_that_measures(idle: Idle) -> None:
     idle.folder.is_free = False
     for _ in range(4):
         idle.wait()
@@ -185,17 +185,17 @@ def test_where_another_process_measures_its_figures_are_taken_over(idle: Idle) -
     assert idle.profiler.measured_share > shares[0]
     assert idle.published[-1].likely.seconds[DEAREST][-1] == 0.123
     idle.profiler.close()
-    assert not idle.folder.written  # that is for the one that measures
+    assert not idle.folder.written  # only the process that measures writes
 
 
-def test_what_a_command_measured_meanwhile_is_not_overwritten(idle: Idle) -> None:
+def test_figures_that_a_command_measured_meanwhile_are_not_overwritten(idle: Idle) -> None:
     idle.wait_until(lambda: bool(idle.ran))
     idle.folder.by_others = Figures({(DEAREST, 4): 0.123}, {(DEAREST, 4): 0.0}, BEGAN_AT)
     idle.profiler.close()
     assert idle.folder.written[-1].seconds[DEAREST, 4] == 0.123
 
 
-def test_another_process_goes_on_where_the_one_that_measured_has_ended(idle: Idle) -> None:
+def test_another_process_continues_once_the_one_that_measured_has_ended(idle: Idle) -> None:
     idle.folder.is_free = False
     for _ in range(4):
         idle.wait()
@@ -204,7 +204,7 @@ def test_another_process_goes_on_where_the_one_that_measured_has_ended(idle: Idl
     assert idle.folder.is_held
 
 
-def test_an_engine_that_fails_is_measured_no_more(idle: Idle, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_engine_that_fails_is_no_longer_measured(idle: Idle, caplog: pytest.LogCaptureFixture) -> None:
     idle.error = RuntimeError("out of memory")
     with caplog.at_level(logging.ERROR):
         idle.wait_until(lambda: bool(idle.num_tried))
@@ -213,8 +213,8 @@ def test_an_engine_that_fails_is_measured_no_more(idle: Idle, caplog: pytest.Log
     assert idle.profiler.measured_share < 1
 
 
-def test_batches_of_requests_tell_of_their_cells_beside_those_of_measured_ones(idle: Idle) -> None:
-    """The machine is half as fast as it was, which is known from the cells that are measured."""
+def test_request_batches_measure_their_cells_if_measured_cells_ran_just_before(idle: Idle) -> None:
+    """The machine is half as fast as before, as the batches of measured cells show."""
     cell = (CHEAPEST, 2)
     for _ in range(40):
         idle.now += 0.1
@@ -225,7 +225,7 @@ def test_batches_of_requests_tell_of_their_cells_beside_those_of_measured_ones(i
     assert not idle.ran
 
 
-def test_batches_of_requests_tell_nothing_where_no_measured_cell_ran_beside_them(idle: Idle) -> None:
+def test_request_batches_measure_nothing_if_no_measured_cell_ran_just_before(idle: Idle) -> None:
     cell, share = (CHEAPEST, 2), idle.profiler.measured_share
     idle.serve(CHEAPEST, 1, 2 * idle.seconds((CHEAPEST, 1)))
     for _ in range(40):
@@ -234,7 +234,7 @@ def test_batches_of_requests_tell_nothing_where_no_measured_cell_ran_beside_them
     assert idle.profiler.measured_share == share
 
 
-def test_other_shapes_run_once_behind_the_profile_for_some_seconds(profiles: ProfileTable) -> None:
+def test_warm_up_shapes_run_after_the_profile_for_a_limited_time(profiles: ProfileTable) -> None:
     shapes = ((CHEAPEST, 3), (DEAREST, 3)) * 200
     idle = Idle(profiles, shapes)
     idle.finish()
@@ -245,8 +245,8 @@ def test_other_shapes_run_once_behind_the_profile_for_some_seconds(profiles: Pro
     assert WARM_UP_S <= spent_s < WARM_UP_S + idle.seconds((DEAREST, 3)) * 1.1
 
 
-def test_a_batch_that_says_nothing_new_is_shared_with_none(profiles: ProfileTable) -> None:
-    """As one of a size between those that are measured, as long as there are shapes to run once."""
+def test_a_batch_without_new_information_is_not_published(profiles: ProfileTable) -> None:
+    """Such as a batch of a size between the measured ones, while there are shapes left to warm up."""
     idle = Idle(profiles, shapes=((CHEAPEST, 3),))
     for cell in [(row.subnetwork, size) for row in profiles.rows for size in SIZES]:
         for _ in range(MIN_RUNS + 1):

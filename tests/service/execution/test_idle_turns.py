@@ -29,7 +29,7 @@ BUDGET_S = 1.0
 
 
 class Work:
-    """Batches of some seconds each, in virtual time, as long as there are any."""
+    """Idle work: a number of batches of some seconds each, in virtual time."""
 
     def __init__(self, moment: "Moment", seconds: float, number: int = 1_000_000) -> None:
         self.moment, self.seconds, self.number = moment, seconds, number
@@ -90,7 +90,7 @@ class Moment:
         self.turns.batch_ran([IMAGE], looks_of(self.scheduler.catalog.cheapest, [0], ended_at=self.now))
 
     def wait(self, until: float = math.inf) -> bool:
-        """Let the engine's thread wait for a request and take its turn; False once it would wait for longer."""
+        """Let the engine's thread wait for a request and take its turn; return False once it would wait longer."""
         wait_s = self.turns.wait_s(is_expecting=False)
         if wait_s is None or self.now + wait_s >= until:
             return False
@@ -104,7 +104,7 @@ def moment(catalog: VariantCatalog) -> Moment:
     return Moment(catalog)
 
 
-def test_nothing_runs_before_the_engine_has_been_quiet_for_a_moment(moment: Moment) -> None:
+def test_idle_work_runs_only_after_the_engine_has_been_quiet_for_a_moment(moment: Moment) -> None:
     moment.work(0.01)
     assert moment.turns.wait_s(is_expecting=False) == pytest.approx(QUIET_S)
     moment.now += 10
@@ -117,7 +117,7 @@ def test_nothing_runs_before_the_engine_has_been_quiet_for_a_moment(moment: Mome
     assert moment.turns.wait_s(is_expecting=False) == 0
 
 
-def test_an_engine_with_nothing_to_do_waits_for_ever(moment: Moment) -> None:
+def test_an_engine_waits_for_ever_once_no_idle_work_is_left(moment: Moment) -> None:
     assert moment.turns.wait_s(is_expecting=False) is None
     work = moment.work(0.01, 2)
     while moment.wait():
@@ -125,7 +125,7 @@ def test_an_engine_with_nothing_to_do_waits_for_ever(moment: Moment) -> None:
     assert len(work.ran_at) == 2
 
 
-def test_the_first_work_goes_first_and_others_have_what_it_leaves(moment: Moment) -> None:
+def test_the_first_kind_of_work_runs_first_and_others_get_the_time_that_it_leaves(moment: Moment) -> None:
     first, second = moment.work(0.01, 2), moment.work(0.02, 2)
     while moment.wait():
         pass
@@ -133,20 +133,20 @@ def test_the_first_work_goes_first_and_others_have_what_it_leaves(moment: Moment
     assert len(second.ran_at) == 2
 
 
-def test_a_short_batch_runs_where_there_is_no_room_for_the_one_that_would_be_first(moment: Moment) -> None:
+def test_a_short_batch_runs_where_there_is_no_room_for_the_batch_of_the_first_kind_of_work(moment: Moment) -> None:
     long, short = moment.work(BUDGET_SHARE * BUDGET_S + 0.01, 1), moment.work(0.01, 1)
     assert moment.wait()
     assert not long.ran_at
     assert short.ran_at
 
 
-def test_every_work_hears_of_the_batches_of_requests(moment: Moment) -> None:
+def test_every_kind_of_work_observes_the_batches_of_requests(moment: Moment) -> None:
     works = moment.work(0.01), moment.work(0.01)
     moment.serve()
     assert [work.heard for work in works] == [[1], [1]]
 
 
-def test_a_batch_takes_no_more_than_a_part_of_a_tight_budget_until_it_has_been_quiet_for_long(moment: Moment) -> None:
+def test_an_idle_batch_that_exceeds_its_share_of_a_tight_budget_waits_for_a_long_quiet_time(moment: Moment) -> None:
     budget_s, seconds = 0.4, 0.2
     request = QueuedRequest(moment.now + 20, constraints_for(budget_s, 2))
     moment.scheduler.admit(request, moment.now - 60)
@@ -161,18 +161,18 @@ def test_a_batch_takes_no_more_than_a_part_of_a_tight_budget_until_it_has_been_q
     assert work.ran_at == [pytest.approx(began + seconds / MAX_SHARE_OF_QUIET, abs=2 * RECHECK_S)]
 
 
-def test_a_request_that_names_no_budget_counts_before_the_first_has_come(moment: Moment) -> None:
+def test_the_default_budget_bounds_idle_batches_before_the_first_request(moment: Moment) -> None:
     moment.work(BUDGET_SHARE * BUDGET_S, 1)
     moment.wait()
     assert moment.now == pytest.approx(100 + QUIET_S + BUDGET_SHARE * BUDGET_S)
 
 
 @pytest.mark.parametrize("rate", [1, 10])
-def test_the_more_requests_come_the_shorter_is_what_runs_between_them(moment: Moment, rate: int) -> None:
+def test_a_higher_arrival_rate_allows_only_shorter_idle_batches(moment: Moment, rate: int) -> None:
     work = moment.work(0.5 * MAX_EXPECTED_ARRIVALS)
     for number in range(30 * rate):
         if number == rate:
-            work.ran_at.clear()  # by now it is known how many come
+            work.ran_at.clear()  # by now the arrival rate is known
         moment.scheduler.rejected("full", moment.now)  # which counts as an arrival
         moment.serve()
         until = moment.now + 0.99 / rate
@@ -182,7 +182,7 @@ def test_the_more_requests_come_the_shorter_is_what_runs_between_them(moment: Mo
     assert bool(work.ran_at) == (rate == 1)
 
 
-def test_the_scheduler_and_the_watchdog_know_of_a_batch_that_runs(moment: Moment) -> None:
+def test_the_scheduler_and_the_watchdog_know_of_a_running_idle_batch(moment: Moment) -> None:
     moment.work(0.02, 1)
     moment.wait()
     ((running, free_at),) = moment.watched
@@ -192,7 +192,7 @@ def test_the_scheduler_and_the_watchdog_know_of_a_batch_that_runs(moment: Moment
     assert moment.scheduler.free_at == moment.now
 
 
-def test_nothing_runs_while_others_load_the_machine_though_works_are_asked(moment: Moment) -> None:
+def test_no_idle_batch_runs_while_other_processes_load_the_machine_but_work_is_still_asked(moment: Moment) -> None:
     moment.others = MAX_OTHERS_LOAD + 0.01
     work = moment.work(0.01, 1)
     for _ in range(20):
@@ -205,7 +205,7 @@ def test_nothing_runs_while_others_load_the_machine_though_works_are_asked(momen
     assert work.ran_at
 
 
-def test_a_ceiling_of_utilization_holds_for_these_batches_as_well(catalog: VariantCatalog) -> None:
+def test_the_utilization_ceiling_applies_to_idle_batches(catalog: VariantCatalog) -> None:
     moment = Moment(catalog, ceiling=0.1)
     work = moment.work(0.01)
     while moment.wait(130):
@@ -213,7 +213,7 @@ def test_a_ceiling_of_utilization_holds_for_these_batches_as_well(catalog: Varia
     assert 0.05 * 30 < 0.01 * len(work.ran_at) < 0.12 * 30
 
 
-def test_a_work_that_fails_is_closed_and_others_go_on(moment: Moment, caplog: pytest.LogCaptureFixture) -> None:
+def test_work_that_fails_is_closed_and_other_work_continues(moment: Moment, caplog: pytest.LogCaptureFixture) -> None:
     first, second = moment.work(0.01), moment.work(0.01, 2)
     first.error = RuntimeError("out of memory")
     with caplog.at_level(logging.ERROR):
@@ -225,7 +225,7 @@ def test_a_work_that_fails_is_closed_and_others_go_on(moment: Moment, caplog: py
     assert moment.turns.running is None
 
 
-def test_to_close_closes_every_work(moment: Moment) -> None:
+def test_close_closes_every_kind_of_work(moment: Moment) -> None:
     works = moment.work(0.01), moment.work(0.01)
     moment.turns.close()
     assert all(work.is_closed for work in works)

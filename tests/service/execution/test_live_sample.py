@@ -29,7 +29,7 @@ def test_one_image_of_a_batch_is_kept_and_taken_once() -> None:
     assert (sample.num_answered, sample.num_failed) == (2, 0)
 
 
-def test_no_more_than_a_few_are_kept_and_those_the_latest() -> None:
+def test_only_the_latest_images_are_kept() -> None:
     sample = LiveSample()
     for value in range(KEPT_IMAGES + 5):
         sample.answered([image(value)], SMALL, said(0.5))
@@ -39,14 +39,14 @@ def test_no_more_than_a_few_are_kept_and_those_the_latest() -> None:
     assert kept == list(range(5, KEPT_IMAGES + 5))
 
 
-def test_what_is_no_number_is_a_failure_as_is_an_error() -> None:
+def test_nan_answers_and_errors_count_as_failures() -> None:
     sample = LiveSample()
     sample.answered([image(1), image(2)], SMALL, said(float("nan"), 0.5))
     sample.failed()
     assert (sample.num_answered, sample.num_failed) == (1, 2)
 
 
-def test_the_shapes_of_the_last_batches_are_told_the_most_frequent_first() -> None:
+def test_the_shapes_of_the_last_batches_are_listed_most_frequent_first() -> None:
     sample, large = LiveSample(), SubNetwork(4, 1.0)
     sample.answered([image(1)], large, said(0.5))
     for _ in range(2):

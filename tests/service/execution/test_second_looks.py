@@ -1,7 +1,7 @@
-"""The batcher and the pipeline where a first look is unsure: what looks again, and what is answered where nothing may.
+"""The batcher and the pipeline where a first look is unsure: which second look follows, and the answer without one.
 
-The hand-made model sees in the first pixel of an image how sure it is: at the small sub-network by that many
-hundredths, at the large one always quite.
+The confidence of the hand-made model is the first pixel of an image, in hundredths, at the small sub-network, and
+always 0.95 at the large one.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Model:
-    """Answers class 0 at the small sub-network and class 1 at the large one; either may be held up, or fail."""
+    """Answers class 0 at the small sub-network and class 1 at the large one; either may block or fail."""
 
     def __init__(self) -> None:
         self.ran: list[tuple[SubNetwork, int]] = []
@@ -73,7 +73,7 @@ class Model:
 
 
 class Parts(NamedTuple):
-    """What answers."""
+    """The pipeline and the parts of it that tests use."""
 
     pipeline: Pipeline
     scheduler: Scheduler
@@ -113,7 +113,7 @@ async def answering(
 
 
 async def queued(parts: Parts, number: int) -> None:
-    """Let the decoder's thread put so many requests into the queue."""
+    """Wait until the decoder's thread has put this many requests into the queue."""
     while len(parts.scheduler) < number:  # noqa: ASYNC110 - the scheduler has no event for it
         await asyncio.sleep(0)
 
@@ -122,7 +122,7 @@ async def ask(parts: Parts, percent_sure: int, **changes: float | SubNetwork) ->
     async def read(_: float) -> bytes:
         return b"%d" % percent_sure
 
-    request = replace(InferenceRequest(time.monotonic(), budget_ms=60_000), **changes)  # type: ignore[arg-type] # the names are the attributes'
+    request = replace(InferenceRequest(time.monotonic(), budget_ms=60_000), **changes)  # type: ignore[arg-type] # the keywords are attribute names
     return await parts.pipeline.classify(read, request)
 
 
@@ -130,7 +130,7 @@ def looks(answer: Classification) -> list[SubNetwork]:
     return [look.profile.subnetwork for look in answer.looks]
 
 
-async def test_an_image_is_looked_at_again_where_the_first_look_is_unsure() -> None:
+async def test_an_unsure_first_look_is_followed_by_a_second_look() -> None:
     model = Model().open()
     async with answering(model) as parts:
         sure, unsure = await ask(parts, 90), await ask(parts, 70)
@@ -144,7 +144,7 @@ async def test_an_image_is_looked_at_again_where_the_first_look_is_unsure() -> N
     assert unsure.timing.inference_s == pytest.approx(sum(look.inference_s for look in unsure.looks))
 
 
-async def test_only_the_unsure_of_a_batch_are_looked_at_again() -> None:
+async def test_only_the_unsure_images_of_a_batch_get_a_second_look() -> None:
     model = Model()
     async with answering(model) as parts:
         running = asyncio.create_task(ask(parts, 90))
@@ -160,7 +160,7 @@ async def test_only_the_unsure_of_a_batch_are_looked_at_again() -> None:
 async def test_a_second_look_that_does_not_end_in_time_leaves_the_first_answer_at_the_deadline() -> None:
     model, began_at = Model().open(SMALL), time.monotonic()
 
-    def half_as_fast() -> float:  # so that a busy machine, whose timers are late, is in time
+    def half_as_fast() -> float:  # so that a busy machine, with late timers, is in time
         return began_at + (time.monotonic() - began_at) / 2
 
     async with answering(model, clock=half_as_fast) as parts:
@@ -173,7 +173,7 @@ async def test_a_second_look_that_does_not_end_in_time_leaves_the_first_answer_a
     assert answer.accuracy_loss == pytest.approx(0.42)
 
 
-async def test_a_second_look_that_is_given_up_leaves_the_first_answer() -> None:
+async def test_a_second_look_that_is_shed_leaves_the_first_answer() -> None:
     def impatient(state: SchedulerState) -> BatchDecision:
         again = tuple(request for request in state.queue if request.second_look_of is not None)
         return BatchDecision(None, shed=again) if again else choose_level(state)
@@ -197,7 +197,7 @@ async def test_a_second_look_that_fails_leaves_the_first_answer() -> None:
     assert "the model failed during another look" in answer.decision.reason
 
 
-async def test_a_second_look_that_is_no_number_leaves_the_first_answer() -> None:
+async def test_a_second_look_that_answers_nan_leaves_the_first_answer() -> None:
     model = Model().open()
     model.answers_nan = True
     async with answering(model) as parts:
@@ -206,7 +206,7 @@ async def test_a_second_look_that_is_no_number_leaves_the_first_answer() -> None
     assert answer.predictions[0].label == "at first sight"
 
 
-async def test_a_client_that_leaves_takes_its_second_look_along() -> None:
+async def test_a_request_whose_client_leaves_before_its_first_look_gets_no_look() -> None:
     model = Model()
     async with answering(model) as parts:
         blocking = asyncio.create_task(ask(parts, 90, subnetwork=LARGE))
@@ -232,7 +232,7 @@ async def test_a_client_that_leaves_takes_its_second_look_along() -> None:
         (0.92, 5.0, [SMALL, LARGE], LookCode.SURE),
     ],
 )
-async def test_a_request_may_say_how_sure_it_wants_to_be(
+async def test_a_minimum_confidence_decides_whether_a_second_look_follows(
     min_confidence: float, budget_gflops: float | None, expected: list[SubNetwork], stopped: LookCode
 ) -> None:
     async with answering(Model().open()) as parts:
@@ -242,7 +242,7 @@ async def test_a_request_may_say_how_sure_it_wants_to_be(
     assert answer.gflops <= (budget_gflops or math.inf)
 
 
-async def test_a_decision_in_advance_names_the_second_look_that_may_follow() -> None:
+async def test_a_decision_made_in_advance_includes_the_second_look_that_may_follow() -> None:
     async with answering(Model().open()) as parts:
         forecast = parts.pipeline.decide(InferenceRequest(time.monotonic(), budget_ms=60_000))
         by_name = parts.pipeline.decide(InferenceRequest(time.monotonic(), budget_ms=60_000, subnetwork=SMALL))
@@ -253,7 +253,7 @@ async def test_a_decision_in_advance_names_the_second_look_that_may_follow() -> 
     assert by_name.decision.second_look is None
 
 
-async def test_a_server_that_ends_gives_the_answers_that_it_has() -> None:
+async def test_an_abandoned_batcher_answers_with_the_first_look() -> None:
     model = Model().open(SMALL)
     async with answering(model) as parts:
         asked = asyncio.create_task(ask(parts, 70))

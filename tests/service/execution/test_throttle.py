@@ -16,11 +16,11 @@ ROUNDING_S = 1e-9
 
 
 class Machine:
-    """So many cores in virtual time, of which a batch takes so many, and a server that paces its batches."""
+    """A number of cores in virtual time, some of which a batch uses, and a limiter that paces the batches."""
 
     def __init__(self, ceiling: float | None, cores: float | None, busy_cores: float = 1.0) -> None:
         self.now = 1000.0
-        self.used_s = 7.0  # what it took to start
+        self.used_s = 7.0  # by the start of the process
         self.busy_s = 0.0
         self.busy_cores = busy_cores
         self.limiter = UtilizationLimiter(ceiling, cores, lambda: self.used_s)
@@ -45,7 +45,7 @@ class Machine:
     [(4.0, 4.0), (4.0, 3.3), (2.0, 2.0), (1.0, 1.0), (2.5, 2.5), (64.0, 60.0), (None, 1.0)],
 )
 @pytest.mark.parametrize("batch_s", [0.005, 0.05, 1.7])
-def test_under_saturating_load_the_ceiling_holds_over_a_minute(
+def test_the_ceiling_holds_over_a_minute_of_saturating_load(
     cores: float | None, busy_cores: float, batch_s: float
 ) -> None:
     machine = Machine(0.6, cores, busy_cores)
@@ -57,7 +57,7 @@ def test_under_saturating_load_the_ceiling_holds_over_a_minute(
     assert 0.55 <= used_s / (machine.now - start_at) / (cores or 1.0) <= 0.65
 
 
-def test_what_runs_beside_the_batches_counts_as_well() -> None:
+def test_compute_outside_the_batches_counts_towards_the_ceiling() -> None:
     machine = Machine(0.6, 4.0, 3.0)
     start_at, used_before_s = machine.now, machine.used_s
     while machine.now < start_at + MINUTE_S:
@@ -67,7 +67,7 @@ def test_what_runs_beside_the_batches_counts_as_well() -> None:
     assert 0.55 <= (machine.used_s - used_before_s) / (machine.now - start_at) / 4 <= 0.65
 
 
-def test_light_load_is_never_held_back() -> None:
+def test_light_load_is_never_paused() -> None:
     machine = Machine(0.6, 4.0, 4.0)
     paused_s = 0.0
     for _ in range(120):
@@ -75,10 +75,10 @@ def test_light_load_is_never_held_back() -> None:
         machine.run(0.1)
         machine.now += 0.4  # nothing to do: a fifth of the machine is used
     assert paused_s == 0.0
-    assert machine.limiter.throttle_factor == pytest.approx(1 / 0.6)  # but were there more to do, it would be
+    assert machine.limiter.throttle_factor == pytest.approx(1 / 0.6)  # with more to do, it would be paused
 
 
-def test_idle_time_is_not_saved_up_beyond_a_moment() -> None:
+def test_idle_time_is_credited_only_up_to_the_burst() -> None:
     machine = Machine(0.5, 4.0, 4.0)
     machine.pause()
     machine.now += 3600.0
@@ -89,11 +89,11 @@ def test_idle_time_is_not_saved_up_beyond_a_moment() -> None:
         ran_s += 0.01
     assert ran_s == pytest.approx(
         BURST_S, abs=0.02
-    )  # half a machine, saved up for so long, is the whole for half of it
+    )  # batches use twice what is refilled, so a credit of BURST_S lasts for BURST_S
     assert machine.now - start_at < 1.0
 
 
-def test_an_engine_that_cannot_reach_the_ceiling_is_never_held_back() -> None:
+def test_an_engine_that_cannot_reach_the_ceiling_is_never_paused() -> None:
     machine = Machine(0.6, 4.0, busy_cores=2.0)
     for _ in range(1000):
         assert machine.pause() == 0.0
@@ -101,7 +101,7 @@ def test_an_engine_that_cannot_reach_the_ceiling_is_never_held_back() -> None:
     assert machine.limiter.throttle_factor == 1.0
 
 
-def test_long_batches_under_light_load_are_never_held_back() -> None:
+def test_long_batches_under_light_load_are_never_paused() -> None:
     machine = Machine(0.6, 4.0, 4.0)
     for _ in range(20):
         assert machine.pause() == 0.0
@@ -109,7 +109,7 @@ def test_long_batches_under_light_load_are_never_held_back() -> None:
         machine.now += 2.0  # half of the machine is used
 
 
-def test_the_throttle_factor_is_what_pauses_make_of_a_batch_and_is_learned() -> None:
+def test_the_throttle_factor_is_learned_from_the_cores_that_batches_use() -> None:
     machine = Machine(0.5, 4.0, busy_cores=4.0)
     assert machine.limiter.throttle_factor == 1.0
     for busy_cores, factor in ((4.0, 2.0), (3.0, 1.5), (1.0, 1.0)):
@@ -120,7 +120,7 @@ def test_the_throttle_factor_is_what_pauses_make_of_a_batch_and_is_learned() -> 
         assert machine.limiter.throttle_factor == pytest.approx(factor, rel=0.01)
 
 
-def test_what_is_used_while_nothing_waits_throttles_no_batch() -> None:
+def test_compute_used_while_nothing_waits_does_not_raise_the_throttle_factor() -> None:
     machine = Machine(0.5, 4.0, busy_cores=4.0)
     for _ in range(40):
         machine.now += 3600.0
@@ -130,10 +130,10 @@ def test_what_is_used_while_nothing_waits_throttles_no_batch() -> None:
     assert machine.limiter.throttle_factor == pytest.approx(2.0)
 
 
-def test_what_is_used_after_a_batch_that_never_ran_throttles_none() -> None:
+def test_compute_used_after_a_batch_that_never_ran_does_not_raise_the_throttle_factor() -> None:
     machine = Machine(0.5, 4.0, busy_cores=4.0)
     for _ in range(10):
-        machine.pause()  # for one that is late then
+        machine.pause()  # for a batch whose requests then expire
         machine.limiter.idle()
         machine.now += 3600.0
         machine.used_s += 36.0
@@ -142,14 +142,14 @@ def test_what_is_used_after_a_batch_that_never_ran_throttles_none() -> None:
     assert machine.limiter.throttle_factor == pytest.approx(2.0)
 
 
-def test_what_was_used_before_the_first_request_holds_nothing_back() -> None:
+def test_compute_used_before_the_first_request_causes_no_pause() -> None:
     machine = Machine(0.6, 2.0, busy_cores=2.0)
     machine.now += 3600.0
     machine.used_s += 60.0
     assert machine.pause() == 0.0
 
 
-def test_without_a_ceiling_nothing_is_held_back() -> None:
+def test_without_a_ceiling_no_batch_is_paused() -> None:
     machine = Machine(None, 4.0, 4.0)
     for _ in range(1000):
         assert machine.pause() == 0.0
@@ -158,7 +158,7 @@ def test_without_a_ceiling_nothing_is_held_back() -> None:
 
 
 def serve_a_minute(catalog: VariantCatalog, machine: Machine, gaps_s: Sequence[float]) -> tuple[list[int], int]:
-    """Serve arrivals with half a second each; returns the levels that answered in time, and how many came."""
+    """Serve arrivals with a budget of 0.5 s; return the levels that answered in time and the number of arrivals."""
     scheduler = Scheduler(catalog, choose_level, 4)
     start_at = next_at = machine.now
     answered: list[int] = []
@@ -195,7 +195,7 @@ def serve_a_minute(catalog: VariantCatalog, machine: Machine, gaps_s: Sequence[f
     return answered, count
 
 
-def test_a_ceiling_lowers_quality_before_a_deadline_is_missed(fast_catalog: VariantCatalog) -> None:
+def test_a_ceiling_lowers_the_level_before_deadlines_are_missed(fast_catalog: VariantCatalog) -> None:
     gaps_s = tuple(repeat(1 / 16, 2))  # level 2 keeps the machine busy for 80 % of the time
     free, held = Machine(None, 4.0, 4.0), Machine(0.6, 4.0, 4.0)
     at_best, count = serve_a_minute(fast_catalog, free, gaps_s)
@@ -207,9 +207,9 @@ def test_a_ceiling_lowers_quality_before_a_deadline_is_missed(fast_catalog: Vari
     assert sum(under_ceiling) / count < sum(at_best) / count
 
 
-def test_a_ceiling_holds_while_far_too_much_comes(fast_catalog: VariantCatalog) -> None:
+def test_a_ceiling_holds_under_heavy_overload(fast_catalog: VariantCatalog) -> None:
     machine = Machine(0.6, 4.0, 4.0)
     answered, count = serve_a_minute(fast_catalog, machine, (1 / 200,))
     assert 0.55 <= machine.busy_s / MINUTE_S <= 0.65
-    assert len(answered) / MINUTE_S == pytest.approx(0.6 * 80, rel=0.1)  # all that level 0 can answer under it
+    assert len(answered) / MINUTE_S == pytest.approx(0.6 * 80, rel=0.1)  # all that level 0 can answer under the ceiling
     assert count > 4 * len(answered)

@@ -7,11 +7,11 @@ from service.execution.turns import MIN_PER_TURN, PacedHandler
 pytestmark = pytest.mark.anyio
 
 
-async def test_many_items_are_handled_in_order_over_some_turns_of_the_event_loop() -> None:
+async def test_many_items_are_handled_in_order_over_several_turns_of_the_event_loop() -> None:
     handled, counts = list[int](), list[int]()
     in_turns = PacedHandler(handled.append)
     in_turns.add(range(2 * MIN_PER_TURN))
-    in_turns.add(range(2 * MIN_PER_TURN, 2 * MIN_PER_TURN + 4))  # while it is at it
+    in_turns.add(range(2 * MIN_PER_TURN, 2 * MIN_PER_TURN + 4))  # while earlier items wait
     for _ in range(4):
         counts.append(len(handled))
         await asyncio.sleep(0)
@@ -19,7 +19,7 @@ async def test_many_items_are_handled_in_order_over_some_turns_of_the_event_loop
     assert counts == [MIN_PER_TURN, 2 * MIN_PER_TURN, len(handled), len(handled)]
 
 
-async def test_the_turns_of_many_are_larger() -> None:
+async def test_a_turn_handles_more_items_when_many_are_waiting() -> None:
     handled = list[int]()
     in_turns = PacedHandler(handled.append)
     in_turns.add(range(16 * MIN_PER_TURN))
@@ -33,7 +33,7 @@ async def test_one_item_is_handled_at_once() -> None:
     assert handled == ["only"]
 
 
-async def test_what_waits_can_be_finished_and_more_be_added_then() -> None:
+async def test_finish_handles_all_waiting_items_and_more_can_be_added_afterwards() -> None:
     handled = list[int]()
     in_turns = PacedHandler(handled.append)
     in_turns.add(range(20))
@@ -41,5 +41,5 @@ async def test_what_waits_can_be_finished_and_more_be_added_then() -> None:
     assert handled == list(range(20))
     in_turns.add([20])
     assert handled == list(range(21))
-    await asyncio.sleep(0)  # the turn that was planned finds nothing
+    await asyncio.sleep(0)  # the scheduled turn finds no items
     assert handled == list(range(21))

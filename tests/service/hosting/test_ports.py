@@ -7,12 +7,12 @@ from service.hosting.ports import changes_refused_reason, reserved_ports
 from service.settings import Settings
 
 
-def test_without_ports_beside_the_first_none_is_kept() -> None:
+def test_no_port_is_reserved_without_an_admin_or_grpc_port() -> None:
     with reserved_ports(Settings()) as settings:
         assert (settings.admin_port, settings.grpc_port) == (None, None)
 
 
-def test_any_free_port_gets_a_number() -> None:
+def test_port_zero_is_replaced_by_a_free_port_that_is_reserved() -> None:
     with reserved_ports(Settings(admin_port=0, grpc_port=0)) as settings:
         assert settings.admin_port
         assert settings.grpc_port
@@ -23,7 +23,7 @@ def test_any_free_port_gets_a_number() -> None:
 
 
 @pytest.mark.parametrize("name", ["admin_port", "grpc_port"])
-def test_a_port_where_another_server_listens_cannot_be_had(name: str) -> None:
+def test_a_port_that_another_server_listens_on_is_rejected(name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with (
@@ -33,7 +33,7 @@ def test_a_port_where_another_server_listens_cannot_be_had(name: str) -> None:
             pass
 
 
-def test_a_worker_takes_the_ports_that_its_supervisor_keeps() -> None:
+def test_a_worker_uses_the_ports_that_its_supervisor_has_reserved() -> None:
     with reserved_ports(Settings(admin_port=0, grpc_port=0)) as settings:
         of_worker = settings.model_copy(update={"fd": 3})
         with reserved_ports(of_worker) as same:
@@ -41,7 +41,7 @@ def test_a_worker_takes_the_ports_that_its_supervisor_keeps() -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"host": "localhost"}, {"host": "::1"}, {"host": "0.0.0.0", "admin_port": 9000}])
-def test_operators_may_change_the_model(given: dict[str, object]) -> None:
+def test_the_model_may_be_changed_on_loopback_or_with_an_admin_port(given: dict[str, object]) -> None:
     assert changes_refused_reason(Settings(**given)) is None  # type: ignore[arg-type] # one of its fields each
 
 
@@ -55,9 +55,9 @@ def test_operators_may_change_the_model(given: dict[str, object]) -> None:
         {"forwarded_allow_ips": "127.0.0.1"},
     ],
 )
-def test_strangers_may_not(given: dict[str, object]) -> None:
+def test_the_model_may_not_be_changed_where_others_may_reach_the_port(given: dict[str, object]) -> None:
     assert "--admin-port" in str(changes_refused_reason(Settings(**given)))  # type: ignore[arg-type] # one of its fields each
 
 
-def test_one_of_several_workers_is_not_changed_alone() -> None:
+def test_the_model_may_not_be_changed_in_one_of_several_workers() -> None:
     assert "--watch-checkpoint" in str(changes_refused_reason(Settings(workers=2, admin_port=9000)))

@@ -26,7 +26,7 @@ def wanted(*reports: dict[str, float], ongoing: float = 0) -> float:
     return replicas
 
 
-def test_replicas_are_added_until_the_most_accurate_subnetwork_can_answer_all() -> None:
+def test_replicas_are_added_until_the_most_accurate_sub_network_can_answer_all_requests() -> None:
     loses_two_points = BUSY | {"accuracy_loss_per_s": 1.0}
     assert wanted(loses_two_points, loses_two_points) == pytest.approx(2.4 / 0.8)
 
@@ -36,32 +36,32 @@ def test_no_replica_is_added_while_little_accuracy_is_lost() -> None:
     assert wanted(loses_half_a_point, loses_half_a_point) == 2
 
 
-def test_no_replica_is_added_where_the_engines_are_idle() -> None:
+def test_no_replica_is_added_while_the_engines_are_idle() -> None:
     small_budgets = {"requests_per_s": 50.0, "accuracy_loss_per_s": 3.0, "engines_wanted": 0.1}
     assert wanted(small_budgets, small_budgets) == 2
 
 
-def test_replicas_that_are_not_needed_are_taken_away() -> None:
+def test_replicas_that_are_not_needed_are_removed() -> None:
     at_ease = {"requests_per_s": 5.0, "accuracy_loss_per_s": 0.0, "engines_wanted": 0.2}
     assert wanted(at_ease, at_ease) == pytest.approx(0.4 / 0.8)
 
 
-def test_the_loss_of_a_request_or_two_is_none() -> None:
+def test_a_loss_counts_proportionally_less_at_low_request_rates() -> None:
     one_lost_in_ten_seconds = {"requests_per_s": 0.1, "accuracy_loss_per_s": 0.1, "engines_wanted": 3.0}
     assert wanted(one_lost_in_ten_seconds) == pytest.approx(3.0 / 0.8)
     hardly_any = {"requests_per_s": 0.005, "accuracy_loss_per_s": 0.005, "engines_wanted": 3.0}
     assert wanted(hardly_any) == 1
 
 
-def test_many_requests_under_way_bring_replicas_at_once() -> None:
+def test_many_ongoing_requests_add_replicas_at_once() -> None:
     assert wanted(BUSY, BUSY, ongoing=50) == 5
 
 
-def test_without_reports_the_requests_under_way_decide() -> None:
+def test_ongoing_requests_set_the_number_of_replicas_if_there_are_no_reports() -> None:
     assert wanted(ongoing=30) == 3
 
 
-def test_the_thresholds_can_be_set() -> None:
+def test_the_accuracy_and_utilization_thresholds_are_configurable() -> None:
     loses_half_a_point = BUSY | {"accuracy_loss_per_s": 0.25}
     policy = ReplicaPolicy(accuracy_loss_points=0.4, max_utilization=0.6)
     assert policy(context(loses_half_a_point, loses_half_a_point))[0] == pytest.approx(4)

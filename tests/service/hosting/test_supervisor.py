@@ -15,7 +15,7 @@ TIMING = WorkerTiming(
 
 
 class Worker:
-    """A process in virtual time. It beats at every look unless told otherwise, and ends when it is told to."""
+    """A process in virtual time. Unless a test says otherwise, it sends heartbeats, and ends when it is terminated."""
 
     def __init__(self, machine: "Machine", pid: int) -> None:
         self.machine, self.pid, self.started_at = machine, pid, machine.now
@@ -36,14 +36,14 @@ class Worker:
 
     def wait(self, timeout: float | None = None) -> int:
         if self.status is None:
-            assert timeout is not None, "would wait for ever"
+            assert timeout is not None, "would wait forever"
             self.machine.now += timeout
             raise subprocess.TimeoutExpired("worker", timeout)
         return self.status
 
 
 class Machine:
-    """Virtual time of one supervisor and its workers; what is planned happens before the look at its time."""
+    """A supervisor and its workers in virtual time; planned events happen before the check at their time."""
 
     def __init__(self, count: int = 1, **as_started: object) -> None:
         self.now = 0.0
@@ -86,15 +86,15 @@ class Machine:
                 os.utime(pulse, ns=(int(self.now * 1e9), int(self.now * 1e9)))
 
     def at(self, seconds: float, act: Callable[[], object]) -> None:
-        """Plan what happens at a time."""
+        """Plan to call `act` at a time."""
         self._plan.append((seconds, act))
 
     def end(self, index: int, status: int) -> None:
-        """End the worker that was started as number `index`, from 0."""
+        """End the worker that was started as number `index`, counted from 0."""
         self.workers[index].status = status
 
     def silence(self, index: int) -> None:
-        """Let it hang."""
+        """Make a worker hang: it sends no more heartbeats."""
         self.workers[index].says = None
 
     def run(self, seconds: float) -> bool:
@@ -102,7 +102,7 @@ class Machine:
         return self.supervisor.run()
 
 
-def test_a_worker_that_serves_is_left_alone_and_asked_to_stop_in_the_end() -> None:
+def test_a_serving_worker_is_left_alone_until_the_supervisor_stops() -> None:
     machine = Machine(2)
     assert machine.run(100)
     assert [worker.status for worker in machine.workers] == [0, 0]
@@ -110,7 +110,7 @@ def test_a_worker_that_serves_is_left_alone_and_asked_to_stop_in_the_end() -> No
 
 
 def test_a_worker_that_hangs_is_replaced() -> None:
-    """It would go on getting its share of the connections."""
+    """Otherwise it would still get its share of the connections."""
     machine = Machine()
     machine.at(100, lambda: machine.silence(0))
     assert machine.run(200)
@@ -120,7 +120,7 @@ def test_a_worker_that_hangs_is_replaced() -> None:
     assert second.killed_at is None
 
 
-def test_a_worker_that_never_beats_is_killed_once_its_start_takes_too_long() -> None:
+def test_a_worker_that_sends_no_heartbeat_is_killed_when_its_start_takes_too_long() -> None:
     machine = Machine(says=None)
     assert machine.run(100)
     first, second = machine.workers
@@ -128,13 +128,13 @@ def test_a_worker_that_never_beats_is_killed_once_its_start_takes_too_long() -> 
     assert second.killed_at is None
 
 
-def test_a_worker_that_beats_while_it_prepares_may_take_its_time() -> None:
+def test_a_worker_that_sends_heartbeats_while_it_prepares_is_not_killed() -> None:
     machine = Machine(says=PREPARING)
     assert machine.run(2 * TIMING.start_s)
     assert len(machine.workers) == 1
 
 
-def test_a_worker_that_is_killed_is_replaced_and_forgotten() -> None:
+def test_a_killed_worker_is_replaced_and_its_gauges_are_removed() -> None:
     machine = Machine()
     machine.at(20, lambda: machine.end(0, -9))
     assert machine.run(60)
@@ -144,8 +144,8 @@ def test_a_worker_that_is_killed_is_replaced_and_forgotten() -> None:
     assert second.killed_at is None
 
 
-def test_the_last_beat_of_a_worker_that_ended_is_forgotten() -> None:
-    """Another process may get its number."""
+def test_the_heartbeat_file_of_an_ended_worker_is_removed() -> None:
+    """Another process may get the same ID."""
     machine, files = Machine(), list[bool]()
     for seconds in (4, 6):
         machine.at(seconds, lambda: files.append(heartbeat_file(machine.folder, machine.workers[0].pid).exists()))
@@ -154,13 +154,13 @@ def test_the_last_beat_of_a_worker_that_ended_is_forgotten() -> None:
     assert files == [True, False]
 
 
-def test_a_worker_that_crashes_at_once_is_not_started_over_and_over() -> None:
+def test_a_worker_that_crashes_at_once_is_restarted_only_after_the_replacement_interval() -> None:
     machine = Machine(status=-9)
     assert machine.run(35)
     assert [worker.started_at for worker in machine.workers] == [0, 10, 20, 30]
 
 
-def test_a_failure_that_the_command_knows_is_a_mishap_once_a_worker_has_served() -> None:
+def test_a_worker_that_ends_with_a_known_failure_is_replaced_once_a_worker_has_served() -> None:
     machine = Machine(2)
     machine.at(5, lambda: machine.end(1, 1))
     assert machine.run(60)
@@ -170,9 +170,7 @@ def test_a_failure_that_the_command_knows_is_a_mishap_once_a_worker_has_served()
 
 @pytest.mark.parametrize("status", [1, 2])
 @pytest.mark.parametrize("others_say", [None, PREPARING])
-def test_a_failure_that_the_command_knows_ends_everything_before_a_worker_has_served(
-    status: int, others_say: str | None
-) -> None:
+def test_a_known_failure_ends_all_workers_before_a_worker_has_served(status: int, others_say: str | None) -> None:
     machine = Machine(2, says=others_say)
     machine.at(5, lambda: machine.end(1, status))
     assert not machine.run(60)
@@ -180,14 +178,14 @@ def test_a_failure_that_the_command_knows_ends_everything_before_a_worker_has_se
     assert [worker.status for worker in machine.workers] == [0, status]
 
 
-def test_another_end_is_a_mishap_even_before_a_worker_has_served() -> None:
+def test_a_worker_that_crashes_before_any_has_served_is_replaced() -> None:
     machine = Machine(says=PREPARING)
     machine.at(15, lambda: machine.end(0, -11))
     assert machine.run(60)
     assert len(machine.workers) == 2
 
 
-def test_a_worker_that_cannot_be_started_is_tried_again_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_start_is_retried_and_the_other_workers_continue(caplog: pytest.LogCaptureFixture) -> None:
     machine = Machine(2)
     machine.at(20, lambda: machine.refusals.append(OSError("no processes left")))
     machine.at(20, lambda: machine.end(1, -9))
@@ -198,14 +196,14 @@ def test_a_worker_that_cannot_be_started_is_tried_again_and_the_others_go_on(cap
     assert "failed to start a worker: no processes left" in caplog.text
 
 
-def test_a_worker_that_does_not_stop_is_killed_when_its_time_is_over() -> None:
-    """One deadline for all of them."""
+def test_workers_that_do_not_stop_are_killed_after_the_drain_time() -> None:
+    """All workers share one deadline."""
     machine = Machine(3, is_deaf=True)
     assert machine.run(20)
     assert [worker.killed_at for worker in machine.workers] == [20 + DRAIN_S + TIMING.kill_margin_s] * 3
 
 
-def test_the_folder_of_the_counts_is_gone_afterwards() -> None:
+def test_the_metrics_folder_is_removed_when_the_supervisor_ends() -> None:
     machine = Machine()
     assert machine.run(1)
     assert machine.folder

@@ -17,8 +17,8 @@ import pytest
 from service.hosting.supervisor import Supervisor, WorkerTiming
 from service.hosting.workers import bind, split_cpus, start_worker, write_heartbeat
 
-LIMIT_S = 60.0  # for what happens at once on an idle machine
-# Listens, reports its number, which CPUs it may use and where its counts go; answers each connection with its number.
+LIMIT_S = 60.0  # bound on waits for events that happen at once on an idle machine
+# Listens, reports its process ID, its CPUs and its metrics folder, and answers each connection with its process ID.
 WORKER = """
 import json, os, signal, socket, sys
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -43,14 +43,14 @@ threading.Thread(target=pulse, daemon=True).start()
 """
 
 
-def test_cpus_are_shared_out_as_evenly_as_can_be(tmp_path: Path) -> None:
+def test_cpus_are_split_as_evenly_as_possible(tmp_path: Path) -> None:
     assert split_cpus([0, 1, 2, 3], 4, 2, tmp_path) == [{0, 1}, {2, 3}]
     assert split_cpus([7, 3, 5, 4, 8], 5, 2, tmp_path) == [{3, 4}, {5, 7, 8}]
     assert split_cpus([0, 1, 2], 3, 3, tmp_path) == [{0}, {1}, {2}]
     assert split_cpus({4}, 1, 1, tmp_path) == [{4}]
 
 
-def test_a_physical_core_and_a_socket_are_not_divided(tmp_path: Path) -> None:
+def test_physical_cores_and_sockets_are_not_split_between_workers(tmp_path: Path) -> None:
     for cpu in range(8):  # two sockets of two cores of two threads, numbered as Linux does
         topology = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"
         topology.mkdir(parents=True)
@@ -60,12 +60,12 @@ def test_a_physical_core_and_a_socket_are_not_divided(tmp_path: Path) -> None:
     assert split_cpus(range(8), 8, 4, tmp_path) == [{0, 4}, {1, 5}, {2, 6}, {3, 7}]
 
 
-def test_no_more_cpus_are_used_than_a_quota_grants(tmp_path: Path) -> None:
-    """Which ones is up to the kernel: other containers would take the very same."""
+def test_every_worker_gets_all_cpus_under_a_quota(tmp_path: Path) -> None:
+    """The kernel chooses the CPUs: containers that chose for themselves would all choose the same ones."""
     assert split_cpus(range(64), 4.5, 2, tmp_path) == [set(range(64))] * 2
 
 
-def test_a_worker_without_a_core_is_rejected(tmp_path: Path) -> None:
+def test_more_workers_than_cores_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="workers must be at most 2, the number of cores, not 3"):
         split_cpus([0, 1], 2, 3, tmp_path)
     with pytest.raises(ValueError, match="workers must be at most 1, the number of cores, not 2"):
@@ -79,14 +79,14 @@ def opened() -> Iterator[socket.socket]:
 
 
 class Reports:
-    """Where workers say that they listen."""
+    """A socket on which workers report that they listen."""
 
     def __init__(self, listening: socket.socket) -> None:
         self._listening = listening
         self.port: int = listening.getsockname()[1]
 
     def next(self) -> dict[str, Any]:
-        """Wait for the next worker."""
+        """Wait for the report of the next worker."""
         connection, _ = self._listening.accept()
         with connection, connection.makefile() as words:
             told: dict[str, Any] = json.load(words)
@@ -104,7 +104,7 @@ def reports() -> Iterator[Reports]:
 def supervise(
     opened: socket.socket, reports: Reports
 ) -> Iterator[Callable[..., tuple[Supervisor, Callable[[], bool]]]]:
-    """Start supervisors in threads of their own, each with a function that waits for its end; stop them in the end."""
+    """Start supervisors, each in a thread and with a function that waits for its end; stop all after the test."""
     started: list[tuple[Supervisor, threading.Thread]] = []
     timing = WorkerTiming(watch_interval_s=0.02, replacement_interval_s=0.0, silence_s=2.0)
 
@@ -133,14 +133,14 @@ def supervise(
 
 
 def ask(opened: socket.socket) -> int:
-    """Connect to some worker; return its process number."""
+    """Connect to some worker; return its process ID."""
     with socket.create_connection(opened.getsockname(), timeout=LIMIT_S) as connection:
         return int(connection.recv(100))
 
 
 @contextmanager
 def ending(pid: int) -> Iterator[None]:
-    """Wait at last for the end of a process, which may be a child of another."""
+    """Wait at the end of the block until a process has ended, which may be a child of another process."""
     handle = os.pidfd_open(pid)
     try:
         yield
@@ -149,7 +149,7 @@ def ending(pid: int) -> Iterator[None]:
         os.close(handle)
 
 
-def test_workers_share_the_address_and_a_folder_and_have_cores_of_their_own(
+def test_workers_share_an_address_and_a_folder_and_run_on_their_own_cores(
     opened: socket.socket, reports: Reports, supervise: Callable[..., tuple[Supervisor, Callable[[], bool]]]
 ) -> None:
     before = os.sched_getaffinity(0)
@@ -167,17 +167,17 @@ def test_workers_share_the_address_and_a_folder_and_have_cores_of_their_own(
     assert not Path(folder).exists()
 
 
-def test_connections_are_dealt_out_to_all_workers(
+def test_connections_are_distributed_over_all_workers(
     opened: socket.socket, reports: Reports, supervise: Callable[..., tuple[Supervisor, Callable[[], bool]]]
 ) -> None:
     supervise(WORKER, 2)
     workers = {reports.next()["pid"] for _ in range(2)}
     answers = [ask(opened) for _ in range(200)]
     assert set(answers) == workers
-    assert min(answers.count(worker) for worker in workers) > 60  # by chance alone, once in 10^8 it is not
+    assert min(answers.count(worker) for worker in workers) > 60  # fails by chance once in 10^8 runs
 
 
-def test_no_client_is_kept_waiting_before_a_worker_listens(
+def test_clients_are_refused_until_a_worker_listens(
     opened: socket.socket, reports: Reports, supervise: Callable[..., tuple[Supervisor, Callable[[], bool]]]
 ) -> None:
     supervise(WORKER.replace("listening.listen()", "").replace("while True:", "while signal.pause():"))
@@ -199,7 +199,7 @@ def test_a_worker_that_hangs_is_replaced(
     assert ask(opened) == second
 
 
-def test_a_worker_that_is_killed_is_replaced_and_forgotten(
+def test_a_killed_worker_is_replaced_and_its_gauges_are_removed(
     opened: socket.socket, reports: Reports, supervise: Callable[..., tuple[Supervisor, Callable[[], bool]]]
 ) -> None:
     forgotten: list[int] = []
@@ -211,19 +211,21 @@ def test_a_worker_that_is_killed_is_replaced_and_forgotten(
     assert ask(opened) == second != first
 
 
-def test_an_address_that_is_taken_is_rejected() -> None:
+def test_an_address_in_use_is_rejected() -> None:
     with bind("127.0.0.1", 0) as first:
         first.listen()
         with pytest.raises(OSError, match="in use"):
             bind(*first.getsockname())
 
 
-def test_a_beat_that_cannot_be_written_is_no_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_heartbeat_that_cannot_be_written_is_logged_and_not_raised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_heartbeat(str(tmp_path / "cleaned away"), True)
     assert "failed to send a heartbeat to the supervisor" in caplog.text
 
 
-def test_workers_end_with_their_parent_even_if_it_is_killed(tmp_path: Path, reports: Reports) -> None:
+def test_workers_end_when_their_supervisor_is_killed(tmp_path: Path, reports: Reports) -> None:
     script = f"""
 import os, sys
 from functools import partial

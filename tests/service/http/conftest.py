@@ -1,4 +1,4 @@
-"""An event loop whose clock moves on when nothing else is left to do, and a server of a tiny checkpoint."""
+"""An event loop in virtual time, which advances when nothing is ready, and a server of a tiny checkpoint."""
 
 import asyncio
 import selectors
@@ -16,28 +16,28 @@ from service.runtime import ServerRuntime
 from service.settings import Settings
 from tests.service.http.scripted_server import BODY_LIMIT, ScriptedEngine, serving
 
-STUCK_S = 10  # of real time
+STUCK_S = 10  # of real time, after which a loop with nothing ready and no timer is stuck
 
 
 class _Selector(selectors.DefaultSelector):
-    """Finds what is ready now; where nothing is, lets the loop's time pass."""
+    """Returns the files that are ready now; if none is, advances the loop's time to its next timer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 1000.0
 
-    def select(self, timeout: float | None = None) -> Any:  # noqa: ANN401 - typeshed's
+    def select(self, timeout: float | None = None) -> Any:  # noqa: ANN401 - typeshed's type
         ready = super().select(STUCK_S if timeout is None else 0)
-        assert ready or timeout is not None, "everything waits for something else"
+        assert ready or timeout is not None, "stuck: nothing is ready, and no timer is set"
         if not ready and timeout:
             self.now += timeout
         return ready
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Minutes pass in no time, and none is missed.
+    """An event loop in virtual time: it waits for a timer without using real time.
 
-    Sockets are real: what one end of a connection in this process sends is there at once for the other.
+    Sockets are real: the data that one end of a connection in this process sends is at once readable at the other end.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         super().__init__(self._selector_of_time)
 
     def pass_time(self, seconds: float) -> None:
-        """Let time pass as a callback does that takes long."""
+        """Advance the time, as a callback that blocks the loop does."""
         self._selector_of_time.now += seconds
 
     def time(self) -> float:
@@ -75,7 +75,7 @@ def engine(checkpoint: Checkpoint) -> ScriptedEngine:
 
 @pytest.fixture
 def latencies(checkpoint: Checkpoint) -> LatencyTable:
-    """A machine so fast that no budget of a test is too small."""
+    """Return latencies so short that they fit the latency budgets of the tests."""
     return LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (1e-06, 2e-06)))
 
 

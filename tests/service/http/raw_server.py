@@ -1,4 +1,4 @@
-"""An app behind the protocol on a real socket, and clients that send what no HTTP client would."""
+"""A server with an app behind BoundedProtocol on a real socket, and clients that can send any bytes."""
 
 import asyncio
 import socket
@@ -16,7 +16,7 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 KEEP_ALIVE_S = 75
-SETTLE_S = 0.001  # of virtual time, which passes once nothing else is left to do
+SETTLE_S = 0.001  # of virtual time, which advances when nothing else is ready
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
@@ -37,7 +37,7 @@ async def measure(scope: dict[str, Any], receive: Receive, send: Send) -> None:
 
 
 class Held:
-    """An app that answers each request with its path once it is let, and tells what it was asked."""
+    """An app that records each request and answers it with its path once `go_on` is set."""
 
     def __init__(self) -> None:
         self.go_on = asyncio.Event()
@@ -60,7 +60,7 @@ class Held:
 
 
 class Server:
-    """An app behind the protocol, on a socket of its own."""
+    """A server with an app behind the protocol, on a socket of its own."""
 
     def __init__(
         self, app: App = measure, max_connections: int = 9, protocol: Callable[..., BoundedProtocol] = BoundedProtocol
@@ -75,7 +75,7 @@ class Server:
         config = uvicorn.Config(
             self.app,
             port=0,
-            http=protocol,  # type: ignore[arg-type] # it is called as the class is
+            http=protocol,  # type: ignore[arg-type] # the partial is called like the class
             ws="none",
             lifespan="off",
             log_config=None,
@@ -86,7 +86,7 @@ class Server:
         config.load()
         self._server.lifespan = config.lifespan_class(config)
         await self._server.startup()
-        self._server.server_state.default_headers = [(b"date", b"today")]  # uvicorn's, once a second
+        self._server.server_state.default_headers = [(b"date", b"today")]  # uvicorn updates it once a second
         self._clients: list[Client] = []
         return self
 
@@ -105,7 +105,7 @@ class Server:
 
 
 class Client:
-    """A connection to send what no HTTP client would."""
+    """A connection on which a test can send any bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -126,7 +126,7 @@ class Client:
         return await self.reader.read()
 
     def reset(self) -> None:
-        """Leave as a client that is killed, so that the server knows at once."""
+        """Reset the connection, as a killed client does: the server notices it at once."""
         opened: socket.socket = self.writer.get_extra_info("socket")
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.close()

@@ -1,4 +1,4 @@
-"""A server whose engine a test holds back or makes fail, and what the tests ask of its answers."""
+"""A server whose engine a test can block or make fail, and checks of its answers and metrics."""
 
 import threading
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ BODY_LIMIT = 30_000
 
 
 class ScriptedEngine(TorchEngine):
-    """The real engine, which a test can hold back or make fail."""
+    """The real engine, which a test can block or make fail."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__(checkpoint.model, "cpu", threads=1, precision="float32")  # in which tests ask the model, too
+        super().__init__(checkpoint.model, "cpu", threads=1, precision="float32")  # as when tests run the model
         self.may_warm_up = threading.Event()
         self.may_warm_up.set()
         self.may_run = threading.Event()
@@ -39,7 +39,7 @@ class ScriptedEngine(TorchEngine):
         self.may_warm_up.wait(10)
         if self.warm_up_error:
             raise self.warm_up_error
-        if not self.is_on_gpu:  # there is none in truth
+        if not self.is_on_gpu:  # a test may claim a GPU that does not exist
             super().warm_up()
 
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
@@ -53,13 +53,13 @@ class ScriptedEngine(TorchEngine):
 
 @contextmanager
 def serving(runtime: ServerRuntime) -> Iterator[TestClient]:
-    """Serve; the first request can be answered."""
+    """Serve a runtime that can answer the first request."""
     with TestClient(create_app(runtime, ready_first=True), raise_server_exceptions=False) as client:
         yield client
 
 
 def error_code(response: object, status: int) -> str:
-    assert response.status_code == status, response.text  # type: ignore[attr-defined] # httpx's or its successor's
+    assert response.status_code == status, response.text  # type: ignore[attr-defined] # from httpx or its successor
     error = response.json()["error"]  # type: ignore[attr-defined] # as above
     assert set(error) == {"code", "message", "details"}
     assert error["message"]

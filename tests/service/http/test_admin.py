@@ -1,4 +1,4 @@
-"""The routes of the model over a real runtime, whose engines a test holds back or makes fail."""
+"""The /admin/model routes over a real runtime, whose engines a test can block or make fail."""
 
 import gc
 import time
@@ -26,10 +26,10 @@ LIMIT_S = 20
 
 
 class Server:
-    """A server of `tiny` that may be given `other`, whose engine is at hand before it is made."""
+    """A server of the model `tiny` that can change to `other`, whose engine a test can script beforehand."""
 
     def __init__(self, settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, folder: Path) -> None:
-        torch.manual_seed(0)  # the same weights
+        torch.manual_seed(0)  # the same weights as `tiny`
         model = SuperViT(CONFIG).eval()
         self.path = folder / "other.safetensors"
         save_checkpoint(self.path, model, Header("other", CONFIG, checkpoint.class_names, checkpoint.profile))
@@ -49,7 +49,7 @@ class Server:
         return dict(self.client.get("/admin/model").json())
 
     def until(self, step: str) -> None:
-        """Wait for a step that nothing but the test ends."""
+        """Wait for a step that only the test can end."""
         self._wait(lambda change: change["step"] == step or change["outcome"] is not None)
         assert self.report()["change"]["outcome"] is None, self.report()
 
@@ -69,7 +69,7 @@ class Server:
         return str(response.json()["model"]["name"])
 
     def change(self, photo: bytes) -> dict[str, Any]:
-        """Change the model under a little traffic, to the end."""
+        """Change the model under a little traffic and return the ended change."""
         self.put()
         self.until("watch")
         for _ in range(WATCHED_ANSWERS):
@@ -84,11 +84,11 @@ def server(settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, 
         yield server
 
 
-def test_before_a_change_there_is_none_to_tell_of(server: Server) -> None:
+def test_the_report_holds_no_change_before_the_first_one(server: Server) -> None:
     assert server.report() == {"model": {"name": "tiny", "version": "0123456789ab"}, "change": None}
 
 
-def test_the_model_changes_and_every_route_follows(server: Server, photo: bytes) -> None:
+def test_every_route_serves_the_new_model_after_a_change(server: Server, photo: bytes) -> None:
     assert server.ask(photo) == "tiny"
     answer = server.put()
     assert (answer["change"]["step"], answer["change"]["outcome"]) == ("load", None)
@@ -119,7 +119,7 @@ def infer_body() -> dict[str, Any]:
     return {"inputs": [{"name": "image", "datatype": "FP32", "shape": shape, "data": pixels}]}
 
 
-def test_while_the_new_one_is_tried_out_both_can_be_named(server: Server) -> None:
+def test_the_old_and_the_new_model_can_both_be_named_while_the_new_one_is_watched(server: Server) -> None:
     server.put()
     server.until("watch")
     for name in ("tiny", "other"):
@@ -127,7 +127,7 @@ def test_while_the_new_one_is_tried_out_both_can_be_named(server: Server) -> Non
         assert (answer.status_code, answer.json()["model_name"]) == (200, name)
 
 
-def test_a_broken_checkpoint_changes_nothing(server: Server, photo: bytes) -> None:
+def test_a_broken_checkpoint_leaves_the_old_model_serving(server: Server, photo: bytes) -> None:
     server.path.write_bytes(server.path.read_bytes()[:-100])
     server.put()
     change = server.outcome()
@@ -136,7 +136,7 @@ def test_a_broken_checkpoint_changes_nothing(server: Server, photo: bytes) -> No
     assert server.ask(photo) == "tiny"
 
 
-def test_an_engine_that_fails_at_its_first_run_changes_nothing(server: Server, photo: bytes) -> None:
+def test_an_engine_that_fails_in_its_first_run_leaves_the_old_model_serving(server: Server, photo: bytes) -> None:
     server.new.error = RuntimeError("no instructions")
     server.put()
     change = server.outcome()
@@ -145,7 +145,7 @@ def test_an_engine_that_fails_at_its_first_run_changes_nothing(server: Server, p
     assert server.ask(photo) == "tiny"
 
 
-def test_a_model_that_fails_at_work_gives_its_place_back(server: Server, photo: bytes) -> None:
+def test_a_new_model_that_fails_on_a_request_is_rolled_back(server: Server, photo: bytes) -> None:
     server.put()
     server.until("watch")
     server.new.error = RuntimeError("broken")
@@ -160,7 +160,7 @@ def test_a_model_that_fails_at_work_gives_its_place_back(server: Server, photo: 
     assert server.client.get("/health/ready").status_code == 200
 
 
-def test_a_second_change_waits_for_the_end_of_the_first(server: Server) -> None:
+def test_a_second_change_is_refused_while_the_first_one_runs(server: Server) -> None:
     server.new.may_run.clear()
     server.put()
     server.until("prepare")
@@ -169,10 +169,10 @@ def test_a_second_change_waits_for_the_end_of_the_first(server: Server) -> None:
     server.new.may_run.set()
 
 
-def test_the_old_model_is_gone_from_memory_once_the_change_is_done(
+def test_the_old_model_is_freed_once_the_change_is_done(
     settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, tmp_path: Path, photo: bytes
 ) -> None:
-    """Without the garbage collector, which comes seldom to a server."""
+    """Check it without the garbage collector, which runs seldom in a server."""
     server = Server(settings, checkpoint, latencies, tmp_path)
     copy = replace(checkpoint, model=SuperViT(CONFIG).eval())
     engine = ScriptedEngine(copy)
@@ -205,13 +205,13 @@ def test_the_old_model_is_gone_from_memory_once_the_change_is_done(
         {"other": 1},
     ],
 )
-def test_a_body_that_is_none_is_refused(server: Server, members: dict[str, Any]) -> None:
+def test_an_invalid_body_is_refused(server: Server, members: dict[str, Any]) -> None:
     answer = server.client.put("/admin/model", json={"checkpoint": "x"} | members)
     assert error_code(answer, 422) == "invalid_parameter"
     assert server.report()["change"] is None
 
 
-def test_a_body_that_is_too_long_is_not_read(server: Server) -> None:
+def test_a_body_that_is_too_long_is_refused(server: Server) -> None:
     answer = server.client.put("/admin/model", content=b" " * (MAX_MESSAGE_BYTES + 1))
     assert error_code(answer, 413) == "body_too_large"
 
@@ -224,7 +224,7 @@ def test_the_documentation_describes_the_body(server: Server) -> None:
     assert "$ref" not in str(schema)
 
 
-def test_where_none_may_ask_for_a_change_the_refusal_says_why(
+def test_a_server_that_allows_no_changes_refuses_them_with_its_reason(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
 ) -> None:
     with serving(ServerRuntime(settings, checkpoint, engine, latencies, changes_refused="not here")) as client:
@@ -233,10 +233,10 @@ def test_where_none_may_ask_for_a_change_the_refusal_says_why(
         assert answer.json()["error"]["message"] == "not here"
 
 
-def test_a_server_that_stops_during_a_change_ends(server: Server, photo: bytes) -> None:
+def test_a_server_can_be_stopped_during_a_change(server: Server, photo: bytes) -> None:
     server.put()
     server.until("watch")
-    assert server.ask(photo) == "other"  # the fixture ends the server now
+    assert server.ask(photo) == "other"  # the fixture now stops the server
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_server_that_stops_during_a_change_ends(server: Server, photo: bytes) 
         ("supervit.internal", None, 202),
     ],
 )
-def test_a_page_at_a_name_of_its_own_that_leads_here_changes_nothing(
+def test_a_page_cannot_change_the_model_by_dns_rebinding(
     server: Server, host: str, origin: str | None, status: int
 ) -> None:
     headers = {"host": host} | ({} if origin is None else {"origin": origin})
@@ -256,7 +256,7 @@ def test_a_page_at_a_name_of_its_own_that_leads_here_changes_nothing(
     assert answer.status_code == status, answer.text
 
 
-def test_a_page_at_a_name_that_is_allowed_may(
+def test_a_page_on_an_allowed_host_may_change_the_model(
     settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, tmp_path: Path
 ) -> None:
     settings = settings.model_copy(update={"allowed_hosts": "vit.example"})

@@ -23,7 +23,7 @@ def part(content: bytes, disposition: str, content_type: str | None = None) -> b
     return f"--x\r\nContent-Disposition: form-data; {disposition}\r\n{named}\r\n".encode() + content + b"\r\n"
 
 
-def post_form(client: TestClient, *parts: bytes, query: str = "") -> Any:  # noqa: ANN401 - httpx's or its successor's
+def post_form(client: TestClient, *parts: bytes, query: str = "") -> Any:  # noqa: ANN401 - from httpx or its successor
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     return client.post(f"/classify{query}", content=b"".join(parts) + b"--x--\r\n", headers=headers)
 
@@ -34,7 +34,7 @@ def large(encode: Callable[..., bytes]) -> bytes:
     return encode(Image.effect_noise((1200, 1000), 50), "PNG")
 
 
-def test_fields_beside_the_file_are_parameters(client: TestClient, checkpoint: Checkpoint, photo: bytes) -> None:
+def test_form_fields_besides_the_file_are_parameters(client: TestClient, checkpoint: Checkpoint, photo: bytes) -> None:
     cheapest = checkpoint.profile.cheapest.gflops
     fields = {"budget_gflops": str(cheapest), "top_k": "1"}
     answer = client.post("/classify", files={"file": ("a.jpg", photo)}, data=fields).json()
@@ -54,7 +54,7 @@ def test_fields_beside_the_file_are_parameters(client: TestClient, checkpoint: C
         ({"budget_ms": "1" * 300}, "", "budget_ms"),
     ],
 )
-def test_a_field_that_is_no_parameter_or_a_bad_one_or_given_twice_is_refused(
+def test_unknown_invalid_and_repeated_parameters_of_a_form_are_refused(
     client: TestClient, photo: bytes, fields: dict[str, Any], query: str, parameter: str
 ) -> None:
     response = client.post(f"/classify{query}", files={"file": ("a.jpg", photo)}, data=fields)
@@ -63,8 +63,8 @@ def test_a_field_that_is_no_parameter_or_a_bad_one_or_given_twice_is_refused(
     assert sample(client, 'supervit_requests_total{outcome="invalid_parameter"}') == 1
 
 
-def test_what_the_query_and_the_form_say_is_taken_together(client: TestClient, photo: bytes) -> None:
-    def ask(query: str) -> Any:  # noqa: ANN401 - httpx's or its successor's
+def test_the_parameters_of_query_and_form_are_combined(client: TestClient, photo: bytes) -> None:
+    def ask(query: str) -> Any:  # noqa: ANN401 - from httpx or its successor
         return client.post(f"/classify?{query}", files={"file": ("a.jpg", photo)}, data={"keep_rate": "0.5"})
 
     assert "go together" in ask("top_k=2").json()["error"]["message"]
@@ -83,7 +83,7 @@ def test_what_the_query_and_the_form_say_is_taken_together(client: TestClient, p
         ('name="Bild 7"; filename="Größe.jpg"', "image/jpeg"),
     ],
 )
-def test_the_only_part_that_is_an_image_is_it_whatever_its_name(
+def test_the_only_image_part_of_a_form_is_classified_whatever_its_name(
     client: TestClient, photo: bytes, disposition: str, content_type: str | None
 ) -> None:
     response = post_form(client, part(b"3", 'name="top_k"'), part(photo, disposition, content_type))
@@ -92,7 +92,7 @@ def test_the_only_part_that_is_an_image_is_it_whatever_its_name(
 
 
 @pytest.mark.parametrize("disposition", ['name="file"', 'name="file"; filename="a.png"'])
-def test_a_large_file_needs_no_filename_either(
+def test_a_large_file_in_a_form_needs_no_filename(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
@@ -106,7 +106,9 @@ def test_a_large_file_needs_no_filename_either(
         assert post_form(client, part(large, disposition, "image/png")).status_code == 200
 
 
-def test_a_form_without_an_image_or_with_them_under_several_names_is_refused(client: TestClient, photo: bytes) -> None:
+def test_a_form_without_an_image_or_with_images_under_several_names_is_refused(
+    client: TestClient, photo: bytes
+) -> None:
     text = post_form(client, part(b"3", 'name="top_k"'))
     assert error_code(text, 422) == "invalid_image"
     assert "'file'" in text.json()["error"]["message"]
@@ -116,7 +118,7 @@ def test_a_form_without_an_image_or_with_them_under_several_names_is_refused(cli
     assert error_code(notes, 422) == "invalid_parameter"
 
 
-def test_several_images_of_a_form_get_an_answer_or_an_error_each_in_order(
+def test_each_image_of_a_form_gets_its_own_answer_or_error_in_order(
     client: TestClient, photo: bytes, encode: Callable[..., bytes]
 ) -> None:
     other = encode(Image.linear_gradient("L").resize((50, 50)))
@@ -136,7 +138,7 @@ def test_several_images_of_a_form_get_an_answer_or_an_error_each_in_order(
     assert sample(client, 'supervit_requests_total{outcome="invalid_image"}') == 1
 
 
-def test_several_images_run_together_as_requests_of_the_one_queue(
+def test_the_images_of_a_form_are_in_flight_together_as_separate_requests(
     client: TestClient, engine: ScriptedEngine, photo: bytes
 ) -> None:
     engine.may_run.clear()
@@ -150,7 +152,7 @@ def test_several_images_run_together_as_requests_of_the_one_queue(
         assert [result["status"] for result in asked.result().json()["results"]] == [200] * 5
 
 
-def test_there_may_be_so_many_images_and_no_more(client: TestClient, photo: bytes) -> None:
+def test_a_form_with_too_many_images_or_fields_is_refused(client: TestClient, photo: bytes) -> None:
     image = part(photo[:100], 'name="file"; filename="a.jpg"')
     assert len(post_form(client, *[image] * MAX_IMAGES).json()["results"]) == MAX_IMAGES
     assert error_code(post_form(client, *[image] * (MAX_IMAGES + 1)), 422) == "invalid_image"
@@ -160,7 +162,7 @@ def test_there_may_be_so_many_images_and_no_more(client: TestClient, photo: byte
 
 @pytest.mark.parametrize("prefix", ["", "data:image/jpeg;base64,", "data:;base64,"])
 @pytest.mark.parametrize("is_wrapped", [False, True])
-def test_json_holds_an_image_in_base64_and_its_parameters(
+def test_a_json_body_may_hold_a_base64_image_and_parameters(
     client: TestClient, photo: bytes, prefix: str, is_wrapped: bool
 ) -> None:
     encoded = (base64.encodebytes if is_wrapped else base64.b64encode)(photo).decode()
@@ -191,11 +193,13 @@ def test_json_holds_an_image_in_base64_and_its_parameters(
         (b'{"image": "%s"}' % (b"A" * BODY_LIMIT), 413, "body_too_large"),
     ],
 )
-def test_other_json_is_refused(client: TestClient, body: bytes, status: int, code: str) -> None:
+def test_invalid_json_bodies_are_refused(client: TestClient, body: bytes, status: int, code: str) -> None:
     assert error_code(client.post("/classify", content=body, headers=JSON), status) == code
 
 
-def test_a_budget_that_nothing_meets_is_refused_whatever_the_body_is(client: TestClient, photo: bytes) -> None:
+def test_a_budget_that_no_sub_network_meets_is_refused_whatever_the_body_holds(
+    client: TestClient, photo: bytes
+) -> None:
     for body in (b"{", json.dumps({"image": base64.b64encode(photo).decode()})):
         response = client.post("/classify?budget_ms=5e-324", content=body, headers=JSON)
         assert error_code(response, 422) == "budget_too_small"
@@ -203,37 +207,39 @@ def test_a_budget_that_nothing_meets_is_refused_whatever_the_body_is(client: Tes
 
 
 @pytest.mark.parametrize("query", ["top_k=99", "patch_grid=3&keep_rate=1", "budget_gflops=1e-9"])
-def test_what_no_image_can_have_is_refused_once_for_all_of_a_form(client: TestClient, photo: bytes, query: str) -> None:
+def test_parameters_that_no_image_can_meet_refuse_the_whole_form_with_one_error(
+    client: TestClient, photo: bytes, query: str
+) -> None:
     images = [part(photo, 'name="file"; filename="a.jpg"')] * 2
     fields = [part(pair.partition("=")[2].encode(), f'name="{pair.partition("=")[0]}"') for pair in query.split("&")]
     for response in (post_form(client, *images, query=f"?{query}"), post_form(client, *images, *fields)):
         assert response.status_code == 422
         assert "results" not in response.json()
     before = client.post(f"/classify?{query}", content=b"no form", headers=JSON)
-    assert response.json()["error"] == before.json()["error"], "before the body is read"
+    assert response.json()["error"] == before.json()["error"], "the error is the same as before the body is read"
 
 
-def test_json_and_the_query_may_not_say_the_same(client: TestClient, photo: bytes) -> None:
+def test_a_parameter_in_both_the_json_body_and_the_query_is_refused(client: TestClient, photo: bytes) -> None:
     body = json.dumps({"image": base64.b64encode(photo).decode(), "top_k": 2})
     assert error_code(client.post("/classify?top_k=2", content=body, headers=JSON), 422) == "invalid_parameter"
     assert client.post("/classify?budget_ms=1000", content=body, headers=JSON).status_code == 200
 
 
-def test_an_encoding_that_is_not_undone_is_named(client: TestClient, photo: bytes) -> None:
+def test_an_unsupported_content_encoding_is_refused_by_name(client: TestClient, photo: bytes) -> None:
     response = client.post("/classify", content=photo, headers={"Content-Encoding": "gzip"})
     assert error_code(response, 415) == "unsupported_media_type"
     assert "gzip" in response.json()["error"]["message"]
     assert client.post("/classify", content=photo, headers={"Content-Encoding": "identity"}).status_code == 200
 
 
-def test_put_is_told_to_be_post(client: TestClient, photo: bytes) -> None:
+def test_put_is_refused_with_a_hint_to_use_post(client: TestClient, photo: bytes) -> None:
     response = client.put("/classify", content=photo)
     assert error_code(response, 405) == "method_not_allowed"
     assert response.json()["error"]["message"] == "/classify accepts POST, not PUT"
     assert response.headers["Allow"] == "POST"
 
 
-def test_one_address_cannot_have_every_request_in_flight(
+def test_a_request_from_an_address_at_its_in_flight_limit_is_rejected(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
 ) -> None:
     settings = settings.model_copy(update={"max_in_flight_per_address": 1})

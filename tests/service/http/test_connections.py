@@ -15,7 +15,7 @@ def admitted(connections: Connections, address: str | None = "a") -> Connection:
     return connection
 
 
-def test_the_connection_that_has_waited_longest_gives_way() -> None:
+def test_the_connection_that_has_waited_longest_is_closed_for_a_new_one() -> None:
     connections = Connections(3, 3)
     first, second, third = [admitted(connections) for _ in range(3)]
     connections.works(first)
@@ -28,7 +28,7 @@ def test_the_connection_that_has_waited_longest_gives_way() -> None:
     assert len(connections) == 3
 
 
-def test_where_every_connection_works_a_new_one_is_refused_until_one_is_gone() -> None:
+def test_a_new_connection_is_refused_while_every_open_connection_is_being_answered() -> None:
     reasons: list[str] = []
     connections = Connections(2, 2, observe=reasons.append)
     working = [admitted(connections) for _ in range(2)]
@@ -41,7 +41,7 @@ def test_where_every_connection_works_a_new_one_is_refused_until_one_is_gone() -
     assert reasons == ["full"]
 
 
-def test_an_address_takes_only_from_itself() -> None:
+def test_an_address_at_its_limit_makes_room_only_among_its_own_connections() -> None:
     reasons: list[str] = []
     connections = Connections(9, 2, observe=reasons.append)
     other = admitted(connections, "b")
@@ -57,12 +57,12 @@ def test_an_address_takes_only_from_itself() -> None:
     assert len(connections) == 5
 
 
-def test_a_trusted_proxy_has_as_many_connections_as_there_may_be() -> None:
+def test_the_limit_per_address_does_not_apply_to_a_trusted_proxy() -> None:
     connections = Connections(3, 1, trusted=frozenset({"proxy"}))
     assert not any(admitted(connections, "proxy").gave_way for _ in range(3))
 
 
-def test_the_last_descriptors_are_kept() -> None:
+def test_the_last_file_descriptors_are_kept_free() -> None:
     reasons, numbers = list[str](), list[int]()
     connections = Connections(9, 9, 100, observe=reasons.append, observe_number=numbers.append)
     waiting, working = Connection(), Connection()

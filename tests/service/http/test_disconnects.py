@@ -11,7 +11,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Connection:
-    """A client that still sends something, and then may leave."""
+    """A client that sends the rest of its body, and disconnects once `leaves` is set."""
 
     def __init__(self) -> None:
         self.leaves = asyncio.Event()
@@ -33,14 +33,14 @@ class Connection:
         return "answered"
 
 
-async def test_a_client_that_leaves_ends_the_block_and_not_the_task() -> None:
+async def test_a_disconnect_cancels_the_block_but_not_the_task() -> None:
     connection = Connection()
 
     async def serve() -> str:
         try:
             return await connection.answer()
         except ClientGoneError:
-            await asyncio.sleep(0)  # would raise at once in a task that is still to be cancelled
+            await asyncio.sleep(0)  # would raise here if the cancellation were still pending
             return "gone"
 
     task = asyncio.create_task(serve())
@@ -50,7 +50,7 @@ async def test_a_client_that_leaves_ends_the_block_and_not_the_task() -> None:
 
 
 @pytest.mark.parametrize("leaves_too", [False, True])
-async def test_a_task_that_something_else_ends_is_cancelled(leaves_too: bool) -> None:
+async def test_a_task_cancelled_for_another_reason_stays_cancelled(leaves_too: bool) -> None:
     connection = Connection()
     task = asyncio.create_task(connection.answer())
     await connection.listening.wait()
@@ -61,7 +61,7 @@ async def test_a_task_that_something_else_ends_is_cancelled(leaves_too: bool) ->
         await task
 
 
-async def test_after_the_block_nothing_is_watched() -> None:
+async def test_watching_stops_after_the_block() -> None:
     connection = Connection()
     with ClientWatch(Request({"type": "http"}, connection.receive), patience_s=0.0) as watch:
         watch.start()
@@ -73,7 +73,7 @@ async def test_after_the_block_nothing_is_watched() -> None:
     assert len(asyncio.all_tasks()) < len(before)
 
 
-async def test_a_quick_answer_is_not_watched_over() -> None:
+async def test_a_request_answered_within_the_patience_is_not_watched() -> None:
     connection = Connection()
     with ClientWatch(Request({"type": "http"}, connection.receive), patience_s=60.0) as watch:
         watch.start()

@@ -43,7 +43,7 @@ REJECTION = b"content-length: 2\r\nx-request-id: 1\r\n\r\nno"
 def overloaded(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes
 ) -> Iterator[tuple[TestClient, RouteContext]]:
-    """A server that has work for longer than half a second."""
+    """Yield a client and the context of a server that is too busy to answer within half a second."""
     slow = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (0.4, 0.5)))
     runtime = ServerRuntime(settings, checkpoint, engine, slow)
     with serving(runtime) as client, ThreadPoolExecutor(1) as other:
@@ -57,7 +57,7 @@ def overloaded(
 
 
 class ScriptedPipeline:
-    """Rejects everything; tells what it was asked."""
+    """Rejects every request, and records those that it was asked to admit."""
 
     def __init__(self) -> None:
         self.asked: list[InferenceRequest] = []
@@ -74,7 +74,7 @@ class ScriptedPipeline:
 
 
 class Rejecting:
-    """Over a scripted pipeline, at a time of the test's."""
+    """An early rejection over a scripted pipeline, with a clock that the test sets."""
 
     def __init__(self, context: RouteContext) -> None:
         self.pipeline, self.now = ScriptedPipeline(), 1000.0
@@ -92,7 +92,7 @@ def rejecting(settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine
 
 
 class Keeping:
-    """A pipeline and its scheduler that keep a place for every request."""
+    """A pipeline and its scheduler that reserve a place for every request."""
 
     def __init__(self) -> None:
         self.given_up: list[object] = []
@@ -104,18 +104,20 @@ class Keeping:
         self.given_up.append(place)
 
 
-def test_a_place_is_given_up_where_it_was_kept_whichever_model_is_served_by_then(rejecting: Rejecting) -> None:
+def test_a_reservation_is_released_at_the_server_that_made_it_even_after_a_change_of_model(
+    rejecting: Rejecting,
+) -> None:
     kept = [Keeping(), Keeping()]
     servers = [ReadyServer(cast(Pipeline, each), cast(Any, each), *(cast(Any, None),) * 3) for each in kept]
     context = replace(rejecting.context, servers=lambda: servers)
     rejection, scope = EarlyRejection(context, "/classify"), {ARRIVED_AT: 1000.0}
     assert rejection.answer(b"/classify", HEADERS, scope) is None
-    servers.reverse()  # the other one answers from now on
+    servers.reverse()  # the other server answers from now on
     rejection.forget(scope)
     assert [len(each.given_up) for each in kept] == [1, 0]
 
 
-def test_a_rejection_is_the_one_that_the_route_would_give(overloaded: tuple[TestClient, RouteContext]) -> None:
+def test_an_early_rejection_equals_the_rejection_of_the_route(overloaded: tuple[TestClient, RouteContext]) -> None:
     client, context = overloaded
     query = b"?budget_ms=500"
     headers = [*HEADERS, (b"x-request-id", b"mine")]
@@ -133,7 +135,9 @@ def test_a_rejection_is_the_one_that_the_route_would_give(overloaded: tuple[Test
     assert problem == expected
 
 
-def test_a_rejection_is_counted(overloaded: tuple[TestClient, RouteContext]) -> None:
+def test_early_rejections_count_as_overloaded_requests_and_missed_deadlines(
+    overloaded: tuple[TestClient, RouteContext],
+) -> None:
     client, context = overloaded
     rejection = EarlyRejection(context, "/classify")
     for _ in range(2):
@@ -143,7 +147,7 @@ def test_a_rejection_is_counted(overloaded: tuple[TestClient, RouteContext]) -> 
     assert sample(client, 'supervit_deadlines_total{result="missed"}') == 2
 
 
-def test_a_rejection_is_plain_json_to_a_client_that_takes_nothing_else(rejecting: Rejecting) -> None:
+def test_a_rejection_is_plain_json_for_a_client_that_accepts_nothing_else(rejecting: Rejecting) -> None:
     scope = {ARRIVED_AT: 1000.0}
     plain = rejecting.rejection.answer(b"/classify", [*HEADERS, (b"accept", b"application/json")], scope)
     assert plain is not None
@@ -151,7 +155,7 @@ def test_a_rejection_is_plain_json_to_a_client_that_takes_nothing_else(rejecting
     assert b"\r\ncontent-type: application/problem+json\r\n" in (rejecting.answer() or b"")
 
 
-def test_rejections_are_told_of_once_in_a_while_where_requests_are_logged(
+def test_rejections_are_logged_at_a_limited_rate_if_requests_are_logged(
     rejecting: Rejecting, caplog: pytest.LogCaptureFixture
 ) -> None:
     rejecting.answer()
@@ -163,7 +167,9 @@ def test_rejections_are_told_of_once_in_a_while_where_requests_are_logged(
     assert caplog.messages == ["a request was rejected for overload"]
 
 
-def test_what_can_be_answered_finds_its_place_reserved(overloaded: tuple[TestClient, RouteContext]) -> None:
+def test_a_request_that_can_be_answered_gets_a_reserved_place_in_the_queue(
+    overloaded: tuple[TestClient, RouteContext],
+) -> None:
     _, context = overloaded
     scope: dict[str, Any] = {ARRIVED_AT: time.monotonic()}
     rejection = EarlyRejection(context, "/classify")
@@ -190,21 +196,23 @@ def test_what_can_be_answered_finds_its_place_reserved(overloaded: tuple[TestCli
         (b"/classify", {b"content-length": b"%d" % (BODY_LIMIT + 1)}),
     ],
 )
-def test_what_others_have_a_say_in_is_the_routes(rejecting: Rejecting, url: bytes, headers: dict[bytes, bytes]) -> None:
+def test_requests_that_need_further_checks_are_left_to_the_application(
+    rejecting: Rejecting, url: bytes, headers: dict[bytes, bytes]
+) -> None:
     scope: dict[str, Any] = {ARRIVED_AT: 1000.0}
     assert rejecting.rejection.answer(url, [*(dict(HEADERS) | headers).items()], scope) is None
     assert RESERVED not in scope
     assert not rejecting.pipeline.asked
 
 
-def test_a_rejection_holds_for_those_that_ask_the_same_and_have_no_more_time_left(rejecting: Rejecting) -> None:
+def test_a_rejection_is_reused_for_equal_requests_with_no_more_time_left(rejecting: Rejecting) -> None:
     first = rejecting.answer()
     assert first is not None
     again = rejecting.answer(arrived_at=1000.19)
     assert again is not None
     assert b'"100 % of it is taken"' in again
     assert first.split(b"x-request-id: ")[0] == again.split(b"x-request-id: ")[0]
-    assert first != again, "each has a name of its own"
+    assert first != again, "each has a request id of its own"
     assert (len(rejecting.pipeline.asked), rejecting.pipeline.rejected_again) == (1, 1)
 
 
@@ -218,7 +226,7 @@ def test_a_rejection_holds_for_those_that_ask_the_same_and_have_no_more_time_lef
     ],
     ids=["something else", "later than the other was late", "due before what waits", "some time has passed"],
 )
-def test_otherwise_the_pipeline_is_asked_anew(
+def test_a_rejection_is_not_reused_for_requests_that_the_pipeline_might_admit(
     rejecting: Rejecting, query: bytes, arrived_at: float, later_s: float
 ) -> None:
     rejecting.answer()
@@ -227,14 +235,14 @@ def test_otherwise_the_pipeline_is_asked_anew(
     assert (len(rejecting.pipeline.asked), rejecting.pipeline.rejected_again) == (2, 0)
 
 
-def test_a_slot_may_be_free_again_at_any_time(rejecting: Rejecting) -> None:
+def test_the_rejection_of_a_full_server_is_not_reused(rejecting: Rejecting) -> None:
     rejecting.pipeline.reason = "full"
     for _ in range(2):
         assert rejecting.answer()
     assert (len(rejecting.pipeline.asked), rejecting.pipeline.rejected_again) == (2, 0)
 
 
-def test_a_foreign_host_and_a_header_that_comes_twice_are_the_routes(rejecting: Rejecting) -> None:
+def test_requests_with_a_foreign_host_or_a_repeated_header_are_left_to_the_application(rejecting: Rejecting) -> None:
     twice = [*HEADERS, (b"content-type", b"text/plain")]
     assert rejecting.rejection.answer(b"/classify", twice, {ARRIVED_AT: 1000.0}) is None
     known = Rejecting(replace(rejecting.context, allowed_hosts=("here",)))
@@ -243,7 +251,7 @@ def test_a_foreign_host_and_a_header_that_comes_twice_are_the_routes(rejecting: 
         assert (answer is not None) == is_known
 
 
-def test_no_rejection_keeps_the_stack_that_raised_it(rejecting: Rejecting) -> None:
+def test_rejections_leave_no_reference_cycles_with_the_stack_that_raised_them(rejecting: Rejecting) -> None:
     gc.collect()
     gc.disable()
     try:
@@ -254,28 +262,28 @@ def test_no_rejection_keeps_the_stack_that_raised_it(rejecting: Rejecting) -> No
         gc.enable()
 
 
-def test_rejections_have_a_share_of_the_loops_time(rejecting: Rejecting) -> None:
+def test_rejections_are_limited_to_a_share_of_the_event_loops_time(rejecting: Rejecting) -> None:
     rejection = rejecting.rejection
     assert rejection.charge(BURST_S) == 0
     assert rejection.charge(0.001) == pytest.approx(0.001 / REJECTION_SHARE)
     rejecting.now += 0.001 / REJECTION_SHARE
     assert rejection.charge(0.0) == pytest.approx(0)
     rejecting.now += 1000
-    assert rejection.charge(BURST_S + 0.001) == pytest.approx(0.001 / REJECTION_SHARE), "no more is saved up"
+    assert rejection.charge(BURST_S + 0.001) == pytest.approx(0.001 / REJECTION_SHARE), "at most BURST_S is saved"
 
 
-def test_no_rejection_is_held_back_for_long(rejecting: Rejecting) -> None:
+def test_no_rejection_is_held_back_longer_than_the_maximum_pause(rejecting: Rejecting) -> None:
     for _ in range(1000):
         assert rejecting.rejection.charge(0.01) <= MAX_PAUSE_S + 1e-9
     rejecting.now += MAX_PAUSE_S
-    assert rejecting.rejection.charge(0.0) == pytest.approx(0.0), "what was over is not remembered"
+    assert rejecting.rejection.charge(0.0) == pytest.approx(0.0), "time beyond the maximum is not carried over"
 
 
 # On the wire
 
 
 class Scripted:
-    """Rejects what asks for /no; tells whose places were given up."""
+    """Rejects requests for /no, and records the paths of requests whose places were released."""
 
     def __init__(self) -> None:
         self.forgotten: list[str] = []
@@ -296,7 +304,7 @@ class Scripted:
 
 
 def server(app: Any = measure, early: Scripted | None = None) -> Server:  # noqa: ANN401 - an ASGI app
-    return Server(app, protocol=partial(RejectingProtocol, early=early or Scripted()))  # type: ignore[arg-type] # it has what is called
+    return Server(app, protocol=partial(RejectingProtocol, early=early or Scripted()))  # type: ignore[arg-type] # it has the methods that are called
 
 
 async def rejected(client: Any) -> bytes:  # noqa: ANN401 - a raw client
@@ -307,7 +315,7 @@ async def rejected(client: Any) -> bytes:  # noqa: ANN401 - a raw client
 
 
 @pytest.mark.anyio
-async def test_a_connection_goes_on_after_a_rejection_whose_body_is_thrown_away() -> None:
+async def test_the_body_of_a_rejected_request_is_discarded_and_the_connection_stays_usable() -> None:
     async with server() as running:
         client = await running.connect()
         await client.send(post(5, "/no") + b"gar")
@@ -319,7 +327,7 @@ async def test_a_connection_goes_on_after_a_rejection_whose_body_is_thrown_away(
 
 
 @pytest.mark.anyio
-async def test_a_connection_that_is_silent_after_a_rejection_is_closed_as_any_other() -> None:
+async def test_a_connection_that_is_silent_after_a_rejection_is_closed_after_the_keep_alive_timeout() -> None:
     async with server() as running:
         client = await running.connect()
         await client.send(post(0, "/no"))
@@ -330,7 +338,7 @@ async def test_a_connection_that_is_silent_after_a_rejection_is_closed_as_any_ot
 
 
 @pytest.mark.anyio
-async def test_a_client_that_wants_no_further_answers_goes_to_the_application() -> None:
+async def test_a_request_on_a_connection_without_keep_alive_goes_to_the_application() -> None:
     async with server() as running:
         for version, header in ((b"1.1", b"connection: close\r\n"), (b"1.0", b"")):
             client = await running.connect()
@@ -339,7 +347,7 @@ async def test_a_client_that_wants_no_further_answers_goes_to_the_application() 
 
 
 @pytest.mark.anyio
-async def test_a_client_that_reads_no_rejections_is_made_to_wait() -> None:
+async def test_a_client_that_does_not_read_its_rejections_is_made_to_wait() -> None:
     asked: list[str] = []
 
     async def note(scope: dict[str, Any], receive: Receive, send: Send) -> None:
@@ -348,35 +356,35 @@ async def test_a_client_that_reads_no_rejections_is_made_to_wait() -> None:
 
     async with server(note) as running:
         client = await running.connect()
-        client.reader._transport.pause_reading()  # type: ignore[attr-defined] # a stream's has it
+        client.reader._transport.pause_reading()  # type: ignore[attr-defined] # a private attribute of streams
         client.writer.write(post(0, "/no") * 200_000)
         async with asyncio.timeout(60):
-            while not asked:  # noqa: ASYNC110 - until the sockets are full, of which nothing tells
+            while not asked:  # noqa: ASYNC110 - no event tells when the sockets are full
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
-        assert asked == ["/no"], "from then on it waits for the application, and that for the client"
+        assert asked == ["/no"], "the others wait until the application has answered this one"
 
 
 @pytest.mark.anyio
-async def test_a_client_that_sends_many_at_once_takes_its_turn_with_the_others() -> None:
+async def test_a_client_that_pipelines_many_requests_takes_turns_with_other_clients() -> None:
     async with server() as running:
         greedy, modest = await running.connect(), await running.connect()
         greedy.writer.write(post(0, "/no") * 1000)
         await modest.send(post(0, "/no"))
         await rejected(modest)
-        pending = len(greedy.reader._buffer)  # type: ignore[attr-defined] # what has come of the greedy one's answers
+        pending = len(greedy.reader._buffer)  # type: ignore[attr-defined] # the answers to the greedy client so far
         for _ in range(1000):
             await rejected(greedy)
-        assert pending < 20 * 150, "a few of them"
+        assert pending < 20 * 150, "only a few of its 1000 answers"
 
 
 @asynccontextmanager
 async def holding_back(pause_s: float) -> AsyncIterator[tuple[Server, Any, list[RejectingProtocol]]]:
-    """Yield a server that holds rejections back, a client whose request is rejected by it, and its protocols."""
+    """Yield a server that holds each rejection back for `pause_s`, a client of it, and its protocols."""
     early, protocols = Scripted(), list[RejectingProtocol]()
     early.pauses_s = pause_s
 
-    def make_protocol(*args: Any, **options: Any) -> RejectingProtocol:  # noqa: ANN401 - uvicorn's to say
+    def make_protocol(*args: Any, **options: Any) -> RejectingProtocol:  # noqa: ANN401 - uvicorn's signature
         protocols.append(RejectingProtocol(*args, early=early, **options))  # type: ignore[arg-type] # as above
         return protocols[-1]
 
@@ -391,7 +399,7 @@ async def holding_back(pause_s: float) -> AsyncIterator[tuple[Server, Any, list[
     [(post(0, "/no") + post(3) + b"abc", b""), (post(3, "/no"), b"xyz" + post(3) + b"abc")],
     ids=["all of it is there", "its body comes after the answer"],
 )
-async def test_a_rejection_that_is_held_back_is_answered_before_what_comes_after_it(first: bytes, then: bytes) -> None:
+async def test_a_held_back_rejection_is_sent_before_the_answer_to_the_next_request(first: bytes, then: bytes) -> None:
     async with holding_back(0.1) as (_, client, _):
         started_at = now()
         await client.send(first)
@@ -402,7 +410,7 @@ async def test_a_rejection_that_is_held_back_is_answered_before_what_comes_after
 
 
 @pytest.mark.anyio
-async def test_a_body_that_comes_while_its_rejection_is_held_back_is_thrown_away() -> None:
+async def test_a_body_that_arrives_while_its_rejection_is_held_back_is_discarded() -> None:
     async with holding_back(0.1) as (_, client, _):
         await client.send(post(3, "/no"))
         await client.send(b"xyz" + post(3) + b"abc")
@@ -411,7 +419,7 @@ async def test_a_body_that_comes_while_its_rejection_is_held_back_is_thrown_away
 
 
 @pytest.mark.anyio
-async def test_a_client_that_sends_no_more_is_not_kept_waiting() -> None:
+async def test_a_held_back_rejection_is_sent_at_once_when_the_client_closes_its_sending_half() -> None:
     async with holding_back(5.0) as (_, client, _):
         started_at = now()
         await client.send(post(0, "/no"))
@@ -421,7 +429,7 @@ async def test_a_client_that_sends_no_more_is_not_kept_waiting() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_server_that_stops_holds_nothing_back() -> None:
+async def test_a_held_back_rejection_is_sent_before_the_server_shuts_down() -> None:
     async with holding_back(5.0) as (_, client, protocols):
         await client.send(post(0, "/no"))
         await asyncio.sleep(0.05)
@@ -430,7 +438,7 @@ async def test_a_server_that_stops_holds_nothing_back() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_client_that_leaves_while_its_rejection_is_held_back_leaves_nothing_behind() -> None:
+async def test_a_client_that_resets_while_its_rejection_is_held_back_leaves_no_connection_behind() -> None:
     async with holding_back(0.1) as (running, client, _):
         await client.send(post(0, "/no"))
         await asyncio.sleep(0.02)
@@ -441,7 +449,7 @@ async def test_a_client_that_leaves_while_its_rejection_is_held_back_leaves_noth
 
 
 @pytest.mark.anyio
-async def test_what_the_application_has_answered_gives_up_its_place() -> None:
+async def test_a_request_answered_by_the_application_releases_its_place() -> None:
     early = Scripted()
     async with server(early=early) as running:
         client = await running.connect()
@@ -452,7 +460,7 @@ async def test_what_the_application_has_answered_gives_up_its_place() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("path", ["/no", "/yes"])
-async def test_a_client_that_resets_its_connection_later_leaves_nothing_behind(path: str) -> None:
+async def test_a_client_that_resets_after_its_answer_leaves_no_connection_and_no_timer_behind(path: str) -> None:
     async with server() as running:
         client = await running.connect()
         await client.send(post(0, path))
@@ -465,7 +473,7 @@ async def test_a_client_that_resets_its_connection_later_leaves_nothing_behind(p
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("count", [1, 3])
-async def test_a_client_that_sends_no_more_has_all_its_rejections(count: int) -> None:
+async def test_a_client_that_closes_its_sending_half_still_gets_all_its_rejections(count: int) -> None:
     async with server() as running:
         client = await running.connect()
         await client.send(post(0, "/no") * count)

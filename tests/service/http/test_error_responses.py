@@ -8,7 +8,7 @@ def problem(client: TestClient) -> dict[str, object]:
     return answer
 
 
-def test_an_error_is_a_problem_of_rfc_9457_with_what_it_has_always_been_beside(problem: dict[str, object]) -> None:
+def test_an_error_is_an_rfc_9457_problem_that_also_holds_the_older_error_object(problem: dict[str, object]) -> None:
     error = problem.pop("error")
     assert isinstance(error, dict)
     assert set(error) == {"code", "message", "details"}
@@ -32,7 +32,7 @@ def test_an_error_is_a_problem_of_rfc_9457_with_what_it_has_always_been_beside(p
         ("application/json;q=0.9, text/html", "application/json"),
     ],
 )
-def test_it_is_called_a_problem_unless_a_client_takes_plain_json_alone(
+def test_errors_are_typed_problem_json_unless_the_client_accepts_only_plain_json(
     client: TestClient, accept: str | None, media_type: str
 ) -> None:
     del client.headers["Accept"]
@@ -47,5 +47,5 @@ def test_it_is_called_a_problem_unless_a_client_takes_plain_json_alone(
     assert {answer.headers["Content-Type"] for answer in answers} == {media_type}
 
 
-def test_an_answer_is_plain_json(client: TestClient, photo: bytes) -> None:
+def test_a_successful_answer_is_plain_json(client: TestClient, photo: bytes) -> None:
     assert client.post("/classify", content=photo).headers["Content-Type"] == "application/json"

@@ -19,7 +19,7 @@ def problem(status: int, code: str) -> ErrorAnswer:
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/models/tiny/infer", "/v1/models/tiny:predict"])
-def test_on_the_routes_of_triton_and_tensorflow_serving_an_error_is_a_sentence(path: str) -> None:
+def test_errors_on_the_routes_of_triton_and_tensorflow_serving_hold_only_a_message(path: str) -> None:
     assert shaped(path) == {"error": "a sentence"}
 
 
@@ -36,12 +36,14 @@ def test_on_the_routes_of_triton_and_tensorflow_serving_an_error_is_a_sentence(p
         (500, "model_error", "InternalServerException"),
     ],
 )
-def test_on_those_of_torchserve_it_has_the_type_that_torchserve_gives_it(status: int, code: str, kind: str) -> None:
+def test_errors_on_the_routes_of_torchserve_have_the_type_that_torchserve_gives_them(
+    status: int, code: str, kind: str
+) -> None:
     assert shaped("/predictions/tiny", status, code) == {"code": status, "type": kind, "message": "a sentence"}
 
 
 @pytest.mark.parametrize("path", ["/classify", "/v2x", "/", "/v20/models"])
-def test_everywhere_else_it_is_a_problem_with_a_code_and_details_too(path: str) -> None:
+def test_errors_on_all_other_routes_are_problems_with_a_code_and_details(path: str) -> None:
     answer = problem(422, "invalid_parameter")
     assert shape_error(422, answer, path, "*/*") == (answer.model_dump_json().encode(), PROBLEM)
 
@@ -56,5 +58,7 @@ def test_everywhere_else_it_is_a_problem_with_a_code_and_details_too(path: str) 
         ("text/html", PROBLEM),
     ],
 )
-def test_a_client_that_takes_json_alone_gets_the_same_as_json(accept: str, media_type: str) -> None:
+def test_errors_are_typed_plain_json_only_for_clients_that_accept_nothing_but_json(
+    accept: str, media_type: str
+) -> None:
     assert shape_error(422, problem(422, "invalid_parameter"), "/classify", accept)[1] == media_type

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Server:
-    """Whose metrics are read, and how often."""
+    """A feed of made-up metrics, and how often they were read."""
 
     def __init__(self) -> None:
         self.numbers: Iterator[int] = count(1)
@@ -35,22 +35,22 @@ def times(events: bytes) -> list[float]:
     return [json.loads(line.removeprefix("data: "))["at"] for line in lines]
 
 
-async def test_a_listener_hears_of_the_metrics_once_a_second() -> None:
+async def test_a_listener_gets_the_metrics_once_a_second() -> None:
     server, started_at = Server(), now()
     events = server.feed.listen()
     heard = [times(await anext(events)) for _ in range(4)]
     assert heard == [[1], [2], [3], [4]]
     assert now() - started_at == pytest.approx(3, abs=0.01)
-    await events.aclose()  # type: ignore[attr-defined] # it is a generator
+    await events.aclose()  # type: ignore[attr-defined] # an async generator
 
 
-async def test_what_is_sent_is_the_whole_sample() -> None:
+async def test_an_event_holds_the_whole_sample() -> None:
     event = await anext(Server().feed.listen())
     sent = json.loads(event.removeprefix(b"data: "))
     assert MetricsSample(**sent) == MetricsSample(at=1.0, requests={"ok": 3.0})
 
 
-async def test_a_second_listener_gets_the_last_minutes_and_costs_no_second_reading() -> None:
+async def test_a_second_listener_gets_the_history_and_shares_the_reads_of_the_first() -> None:
     server = Server()
     first = server.feed.listen()
     for _ in range(3):
@@ -61,7 +61,7 @@ async def test_a_second_listener_gets_the_last_minutes_and_costs_no_second_readi
     assert server.reads == 4
 
 
-async def test_only_the_last_minutes_are_kept() -> None:
+async def test_only_the_samples_of_the_last_minutes_are_kept() -> None:
     server = Server()
     events = server.feed.listen()
     for _ in range(SAMPLES_KEPT + 5):
@@ -70,20 +70,20 @@ async def test_only_the_last_minutes_are_kept() -> None:
     assert (len(heard), heard[0], heard[-1]) == (SAMPLES_KEPT, 6, SAMPLES_KEPT + 5)
 
 
-async def test_where_nothing_listens_nothing_is_read() -> None:
+async def test_the_metrics_are_not_read_without_listeners() -> None:
     server = Server()
     await asyncio.sleep(10)
     assert server.reads == 0
 
 
-async def test_there_is_a_bound_on_listeners_and_one_that_leaves_makes_room() -> None:
+async def test_the_number_of_listeners_is_bounded_and_one_that_leaves_makes_room() -> None:
     server = Server()
     listeners = [server.feed.listen() for _ in range(MAX_LISTENERS)]
     for each in listeners:
         await anext(each)
     with pytest.raises(OverloadedError, match="32 clients listen already"):
         server.feed.listen()
-    await listeners[0].aclose()  # type: ignore[attr-defined] # it is a generator
+    await listeners[0].aclose()  # type: ignore[attr-defined] # an async generator
     assert times(await anext(server.feed.listen())) == [1]
 
 
@@ -96,7 +96,7 @@ async def test_events_end_when_the_server_stops() -> None:
         await anext(events)
 
 
-def test_a_server_that_starts_is_not_taken_to_stop() -> None:
+def test_only_draining_and_hung_servers_are_stopping() -> None:
     assert [state for state in ServerState if is_stopping(state)] == [ServerState.DRAINING, ServerState.HUNG]
 
 

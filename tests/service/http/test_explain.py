@@ -34,34 +34,34 @@ def test_an_explanation_is_a_classification_and_the_patches_that_its_sub_network
     assert answer["explanation"]["seen_share"] == 1  # crop_fraction
 
 
-def test_the_sub_network_explained_is_the_one_that_a_budget_chooses(client: TestClient, photo: bytes) -> None:
+def test_an_explanation_uses_the_sub_network_that_its_budget_selects(client: TestClient, photo: bytes) -> None:
     rows = client.get("/subnetworks").json()["subnetworks"]
     answer = client.post("/explain", params={"budget_gflops": rows[0]["gflops"]}, content=photo).json()
     assert answer["subnetwork"]["gflops"] == rows[0]["gflops"]
     assert [len(pruning["kept"]) for pruning in answer["explanation"]["prunings"]] == [3]  # ceil(0.5 * 5)
 
 
-def test_what_keeps_every_patch_has_no_prunings(client: TestClient, photo: bytes) -> None:
+def test_a_sub_network_that_keeps_every_patch_has_no_prunings(client: TestClient, photo: bytes) -> None:
     answer = client.post("/explain", params={"patch_grid": 4, "keep_rate": 1}, content=photo).json()
     assert answer["explanation"]["prunings"] == []
 
 
-def test_a_form_and_json_are_explained_as_well(client: TestClient, photo: bytes) -> None:
+def test_an_image_in_a_form_is_explained(client: TestClient, photo: bytes) -> None:
     answer = client.post("/explain", files={"file": photo}, data={"patch_grid": "4", "keep_rate": "0.5"}).json()
     assert len(answer["explanation"]["prunings"]) == 1
 
 
-def test_what_is_wrong_is_said_as_by_classify_and_counted(client: TestClient, photo: bytes) -> None:
+def test_explain_reports_and_counts_errors_as_classify_does(client: TestClient, photo: bytes) -> None:
     assert error_code(client.post("/explain", content=b"no image"), 422) == "invalid_image"
     assert error_code(client.post("/explain?top_k=99", content=photo), 422) == "invalid_parameter"
     two = [("file", photo), ("file", photo)]
     assert error_code(client.post("/explain", files=two), 422) == "invalid_parameter"
     assert sample(client, 'supervit_requests_total{outcome="invalid_parameter"}') == 2
     assert error_code(client.get("/explain"), 405) == "method_not_allowed"
-    assert client.post("/explain", content=photo).status_code == 200  # the turn was given back
+    assert client.post("/explain", content=photo).status_code == 200  # the errors released the turn
 
 
-def test_one_image_at_a_time_is_explained_and_others_are_classified_meanwhile(
+def test_a_second_explanation_is_rejected_during_the_first_while_classifications_continue(
     client: TestClient, photo: bytes, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracing, may_end = Event(), Event()
@@ -85,7 +85,7 @@ def test_one_image_at_a_time_is_explained_and_others_are_classified_meanwhile(
     assert classified.status_code == 200
 
 
-def test_a_model_that_cannot_be_traced_is_an_error_that_says_so(
+def test_a_model_that_cannot_be_traced_is_a_model_error(
     client: TestClient, photo: bytes, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -95,7 +95,7 @@ def test_a_model_that_cannot_be_traced_is_an_error_that_says_so(
     assert error_code(client.post("/explain", content=photo), 500) == "model_error"
 
 
-def test_the_documentation_describes_it(client: TestClient) -> None:
+def test_the_documentation_describes_explain(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     explain, classify = paths["/explain"]["post"], paths["/classify"]["post"]
     assert explain["requestBody"] == classify["requestBody"]

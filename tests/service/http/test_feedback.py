@@ -1,4 +1,4 @@
-"""What is said of answers, and audits, in a whole server: requests, then what becomes of them in the metrics."""
+"""Feedback on answers, and audits, in a whole server: requests are sent, then the metrics are read."""
 
 import base64
 import threading
@@ -24,7 +24,7 @@ CHEAPEST = '{keep_rate="0.5",patch_grid="2"}'
 
 
 def classify(client: TestClient, photo: bytes, name: str = "mine", **query: float) -> str:
-    """Classify an image by the cheapest sub-network; returns the label that it gets."""
+    """Classify an image and return its label; the cheapest sub-network runs unless `query` names another."""
     query = {"patch_grid": 2, "keep_rate": 0.5, **query}
     response = client.post("/classify", content=photo, params=query, headers={HEADER: name})
     return str(response.json()["predictions"][0]["label"])
@@ -34,7 +34,7 @@ def wrong(label: str) -> str:
     return "thing 1" if label != "thing 1" else "thing 2"
 
 
-def test_a_client_says_which_answers_were_right_and_they_are_counted_beside_what_was_promised(
+def test_feedback_counts_answers_correct_answers_and_the_promised_number_of_correct_answers(
     client: TestClient, photo: bytes
 ) -> None:
     label = classify(client, photo, "one")
@@ -49,13 +49,13 @@ def test_a_client_says_which_answers_were_right_and_they_are_counted_beside_what
     assert sample(client, f"supervit_feedback_promised_correct_total{CHEAPEST}") == pytest.approx(2 * 0.5)
 
 
-def test_the_name_that_the_server_made_for_a_request_does_as_well(client: TestClient, photo: bytes) -> None:
+def test_feedback_accepts_a_request_id_generated_by_the_server(client: TestClient, photo: bytes) -> None:
     response = client.post("/classify", content=photo)
     feedback = {"request_id": response.headers[HEADER], "label": response.json()["predictions"][0]["label"]}
     assert client.post("/feedback", json=feedback).json()["correct"]
 
 
-def test_of_several_words_on_one_answer_the_first_counts(client: TestClient, photo: bytes) -> None:
+def test_only_the_first_feedback_on_an_answer_counts(client: TestClient, photo: bytes) -> None:
     label = classify(client, photo)
     first, again, other = (
         client.post("/feedback", json={"request_id": "mine", "label": said}).json()
@@ -67,7 +67,7 @@ def test_of_several_words_on_one_answer_the_first_counts(client: TestClient, pho
     assert sample(client, f"supervit_feedback_total{CHEAPEST}") == 1
 
 
-def test_images_of_a_form_go_by_their_place(client: TestClient, photo: bytes) -> None:
+def test_feedback_names_an_image_of_a_form_by_its_position(client: TestClient, photo: bytes) -> None:
     files = [("file", photo), ("file", b"broken"), ("file", photo)]
     results = client.post("/classify", files=files, headers={HEADER: "form"}).json()["results"]
     for image in (0, 2):
@@ -78,7 +78,7 @@ def test_images_of_a_form_go_by_their_place(client: TestClient, photo: bytes) ->
     assert error_code(unanswered, 404) == "unknown_request"
 
 
-def test_other_routes_are_remembered_too(client: TestClient, photo: bytes) -> None:
+def test_feedback_is_accepted_for_answers_of_other_routes(client: TestClient, photo: bytes) -> None:
     text = base64.b64encode(photo).decode()
     tensor = {"name": "image", "datatype": "BYTES", "shape": [2], "data": [text, text]}
     client.post("/explain", content=photo, headers={HEADER: "explain"})
@@ -89,7 +89,7 @@ def test_other_routes_are_remembered_too(client: TestClient, photo: bytes) -> No
         assert client.post("/feedback", json={"request_id": name, "image": image, "index": 0}).json()["counted"]
 
 
-def test_what_is_said_of_an_answer_is_held_against_the_classes_of_the_model_that_gave_it(
+def test_feedback_is_checked_against_the_classes_of_the_model_that_gave_the_answer(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
 ) -> None:
     runtime = ServerRuntime(settings, checkpoint, engine, latencies)
@@ -108,7 +108,7 @@ def test_what_is_said_of_an_answer_is_held_against_the_classes_of_the_model_that
             assert error_code(response, 422) == "invalid_parameter"
 
 
-def test_a_request_that_was_not_answered_is_unknown(client: TestClient) -> None:
+def test_feedback_on_a_request_without_an_answer_gets_404(client: TestClient) -> None:
     client.post("/classify", content=b"no image", headers={HEADER: "failed"})
     for name in ("failed", "never asked"):
         response = client.post("/feedback", json={"request_id": name, "index": 0})
@@ -131,7 +131,7 @@ def test_a_request_that_was_not_answered_is_unknown(client: TestClient) -> None:
         ([], "object"),
     ],
 )
-def test_what_makes_no_sense_is_said_and_counts_nothing(
+def test_invalid_feedback_names_the_bad_member_and_is_not_counted(
     client: TestClient, photo: bytes, body: object, named: str
 ) -> None:
     classify(client, photo)
@@ -142,12 +142,12 @@ def test_what_makes_no_sense_is_said_and_counts_nothing(
     assert client.post("/feedback", json={"request_id": "mine", "index": 1}).json()["counted"]
 
 
-def test_no_json_and_too_much_of_it_are_refused(client: TestClient) -> None:
+def test_a_feedback_body_that_is_invalid_json_or_too_long_is_refused(client: TestClient) -> None:
     assert error_code(client.post("/feedback", content=b"{"), 422) == "invalid_parameter"
     assert error_code(client.post("/feedback", content=b" " * (MAX_MESSAGE_BYTES + 1)), 413) == "body_too_large"
 
 
-def test_the_documentation_describes_it(client: TestClient) -> None:
+def test_the_documentation_describes_feedback(client: TestClient) -> None:
     operation = client.get("/openapi.json").json()["paths"]["/feedback"]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert set(schema["properties"]) == {"request_id", "image", "label", "index"}
@@ -156,7 +156,7 @@ def test_the_documentation_describes_it(client: TestClient) -> None:
 
 
 class Watched(ScriptedEngine):
-    """Tells when it has begun to run an image at the best sub-network."""
+    """Sets `at_best` when it begins to run images at the best sub-network."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -168,10 +168,10 @@ class Watched(ScriptedEngine):
         return super().run(images, subnetwork)
 
 
-def test_in_an_idle_moment_an_answer_is_audited_and_the_metrics_show_it(
+def test_an_idle_server_audits_an_answer_and_counts_the_audit(
     settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, photo: bytes, tmp_path: Path
 ) -> None:
-    engine, unobserved = Watched(checkpoint), Monitor(root=tmp_path, nvml=None)  # others would keep it from audits
+    engine, unobserved = Watched(checkpoint), Monitor(root=tmp_path, nvml=None)  # other load would prevent audits
     with_audits = settings.model_copy(update={"audit": True})
     runtime = ServerRuntime(with_audits, checkpoint, engine, latencies, monitor=unobserved)
     with serving(runtime) as client:
@@ -179,7 +179,7 @@ def test_in_an_idle_moment_an_answer_is_audited_and_the_metrics_show_it(
         engine.at_best.clear()
         label = classify(client, photo)
         assert engine.at_best.wait(30)
-        classify(client, photo)  # which the engine does once the audit is over
+        classify(client, photo)  # the engine runs this one after the audit
     counts = [
         runtime.metrics.registry().get_sample_value(f"supervit_{name}_total", {"patch_grid": "2", "keep_rate": "0.5"})
         for name in ("audits", "audit_agreements", "audit_promised_agreements")

@@ -21,7 +21,7 @@ from tests.service.http.raw_server import Server, measure, post
 from tests.service.http.scripted_server import ScriptedEngine, error_code, sample, serving
 
 HEADERS = {"Authorization": "Bearer secret-of-a"}
-LONG = 15_000_000  # bytes, more than sockets hold
+LONG = 15_000_000  # bytes; more than the socket buffers hold
 
 
 def entry(name: str, **limits: float) -> str:
@@ -64,7 +64,7 @@ def key(name: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("route", ["/classify", "/explain", "/decide"])
-def test_what_is_posted_needs_a_key(asked: TestClient, photo: bytes, route: str) -> None:
+def test_posts_require_a_key(asked: TestClient, photo: bytes, route: str) -> None:
     for headers in ({}, {"Authorization": "Bearer another"}):
         response = asked.post(route, content=photo if route != "/decide" else None, headers=headers)
         assert error_code(response, 401) == "unauthorized"
@@ -72,15 +72,15 @@ def test_what_is_posted_needs_a_key(asked: TestClient, photo: bytes, route: str)
     assert asked.post(route, content=photo if route != "/decide" else None, headers=HEADERS).status_code == 200
 
 
-def test_what_comes_without_a_key_is_counted(asked: TestClient, photo: bytes) -> None:
+def test_posts_without_a_key_are_counted_and_gets_are_not(asked: TestClient, photo: bytes) -> None:
     asked.post("/classify", content=photo)
     asked.get("/subnetworks")
     assert sample(asked, 'supervit_requests_total{outcome="unauthorized"}') == 1
 
 
 @pytest.mark.anyio
-async def test_a_client_that_sends_a_long_body_without_a_key_still_hears_so(keys: Path) -> None:
-    check = KeyCheck(measure, KeyFile(keys), Metrics(CollectorRegistry()))  # type: ignore[arg-type] # an app's
+async def test_a_client_that_sends_a_long_body_without_a_key_receives_the_401(keys: Path) -> None:
+    check = KeyCheck(measure, KeyFile(keys), Metrics(CollectorRegistry()))  # type: ignore[arg-type] # an ASGI app of looser types
     async with Server(check) as server:  # type: ignore[arg-type] # as above
         client = await server.connect()
         await client.send(post(LONG) + bytes(LONG))
@@ -88,17 +88,17 @@ async def test_a_client_that_sends_a_long_body_without_a_key_still_hears_so(keys
 
 
 @pytest.mark.parametrize("route", ["/health/ready", "/subnetworks", "/metrics", "/", "/openapi.json"])
-def test_what_only_looks_needs_none(asked: TestClient, route: str) -> None:
+def test_gets_require_no_key(asked: TestClient, route: str) -> None:
     assert asked.get(route).status_code == 200
 
 
-def test_without_a_file_no_key_is_asked_for(client: TestClient, photo: bytes) -> None:
+def test_a_server_without_a_key_file_requires_no_key(client: TestClient, photo: bytes) -> None:
     assert client.post("/classify", content=photo).status_code == 200
     assert "securitySchemes" not in client.get("/openapi.json").json()["components"]
     assert "supervit_key_requests_total{" not in client.get("/metrics").text
 
 
-def test_the_schema_says_how_a_key_is_sent(asked: TestClient) -> None:
+def test_the_openapi_schema_describes_how_to_send_a_key(asked: TestClient) -> None:
     schema = asked.get("/openapi.json").json()
     assert {
         (each["type"], each.get("scheme"), each.get("name"))
@@ -108,17 +108,17 @@ def test_the_schema_says_how_a_key_is_sent(asked: TestClient) -> None:
         ("apiKey", None, "X-API-Key"),
     }
     for path in ("/classify", "/v2/models/{name}/infer", "/predictions/{name}"):
-        assert len(schema["paths"][path]["post"]["security"]) == 2, "either will do"
+        assert len(schema["paths"][path]["post"]["security"]) == 2, "one of the two suffices"
     assert "security" not in schema["paths"]["/subnetworks"]["get"]
 
 
-def test_the_schema_of_every_protocol_says_that_a_key_or_a_page_or_a_host_may_be_refused(client: TestClient) -> None:
+def test_the_openapi_schema_of_every_protocol_lists_401_403_and_421(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     for path in ("/classify", "/v1/models/{name}:predict", "/v2/models/{name}/infer", "/predictions/{name}"):
         assert {"401", "403", "421"} <= set(paths[path]["post"]["responses"])
 
 
-def test_a_rate_lets_cheaper_ones_answer_before_it_rejects_and_says_when_to_come_again(
+def test_a_key_near_its_rate_gets_cheaper_sub_networks_then_a_rejection_with_retry_after(
     asked: TestClient, photo: bytes, checkpoint: Checkpoint
 ) -> None:
     spent, answers = 0.0, []
@@ -134,10 +134,12 @@ def test_a_rate_lets_cheaper_ones_answer_before_it_rejects_and_says_when_to_come
     assert details["reason"] == "key"
     missing = checkpoint.profile.cheapest.gflops - (1.5 * checkpoint.profile.rows[-1].gflops - spent)
     assert details["retry_after_s"] == pytest.approx(missing / 1e-9, rel=0.01)
-    assert asked.post("/classify", content=photo, headers=key("a")).status_code == 200, "others have their own"
+    assert asked.post("/classify", content=photo, headers=key("a")).status_code == 200, "each key has its own"
 
 
-def test_what_a_key_may_never_spend_at_once_is_no_matter_of_waiting(asked: TestClient, photo: bytes) -> None:
+def test_a_request_that_costs_more_than_the_burst_of_its_key_gets_422_and_not_429(
+    asked: TestClient, photo: bytes
+) -> None:
     response = asked.post("/classify", content=photo, headers=key("tiny"))
     assert error_code(response, 422) == "budget_too_small"
 
@@ -155,19 +157,19 @@ def test_a_priority_is_at_most_what_its_key_allows(
         assert response.json()["error"]["details"] == {"parameter": "priority"}
 
 
-def test_without_a_key_no_priority_is_above_zero(client: TestClient, photo: bytes) -> None:
+def test_a_priority_above_zero_without_a_key_is_refused(client: TestClient, photo: bytes) -> None:
     response = client.post("/classify", params={"priority": 1}, content=photo)
     assert response.json()["error"]["message"] == "priority: must be at most 0"
 
 
-def test_a_budget_is_no_shorter_than_its_key_allows(asked: TestClient, photo: bytes) -> None:
+def test_a_latency_budget_shorter_than_its_key_allows_is_refused(asked: TestClient, photo: bytes) -> None:
     response = asked.post("/classify", params={"budget_ms": 499}, content=photo, headers=key("low"))
     assert error_code(response, 422) == "budget_too_small"
     assert response.json()["error"]["details"] == {"smallest_budget_ms": 500}
     assert asked.post("/classify", params={"budget_ms": 500}, content=photo, headers=key("low")).status_code == 200
 
 
-def test_requests_and_their_cost_are_counted_by_the_name_of_their_key(asked: TestClient, photo: bytes) -> None:
+def test_requests_and_their_cost_are_counted_by_key_name(asked: TestClient, photo: bytes) -> None:
     gflops = asked.post("/classify", content=photo, headers=key("a")).json()["gflops"]
     asked.post("/classify", content=b"no image", headers=key("a"))
     asked.post("/classify", params={"top_k": 0}, content=photo, headers=key("a"))
@@ -178,7 +180,7 @@ def test_requests_and_their_cost_are_counted_by_the_name_of_their_key(asked: Tes
     assert "secret" not in asked.get("/metrics").text
 
 
-def test_an_explanation_runs_the_model_twice_and_costs_its_key_both(
+def test_an_explanation_is_charged_to_its_key_for_both_runs_of_the_model(
     asked: TestClient, photo: bytes, checkpoint: Checkpoint
 ) -> None:
     answer = asked.post("/explain", content=photo, headers=key("a")).json()
@@ -192,7 +194,7 @@ def early(runtime: ServerRuntime, name: str, scope: dict[str, Any]) -> bytes | N
     return EarlyRejection(runtime.context, "/classify").answer(b"/classify", headers, scope)
 
 
-def test_a_rate_that_is_used_up_rejects_as_soon_as_the_head_is_there(
+def test_a_request_whose_key_has_used_up_its_rate_is_rejected_once_its_head_is_parsed(
     asked: TestClient, runtime: ServerRuntime, photo: bytes
 ) -> None:
     now = runtime.context.clock()
@@ -203,10 +205,10 @@ def test_a_rate_that_is_used_up_rejects_as_soon_as_the_head_is_there(
     assert rejected is not None
     assert b'"reason":"key"' in rejected
     assert sample(asked, 'supervit_key_requests_total{key="slow",outcome="overloaded"}') == 2
-    assert early(runtime, "a", {ARRIVED_AT: runtime.context.clock()}) is None, "it holds for that key alone"
+    assert early(runtime, "a", {ARRIVED_AT: runtime.context.clock()}) is None, "the rejection applies to that key alone"
 
 
-def test_no_place_is_kept_for_a_key_with_a_rate_and_an_unknown_one_is_the_routes_to_refuse(
+def test_early_rejection_reserves_no_place_for_keys_with_a_rate_and_unknown_keys(
     asked: TestClient, runtime: ServerRuntime
 ) -> None:
     assert asked.get("/health/ready").status_code == 200
@@ -217,14 +219,16 @@ def test_no_place_is_kept_for_a_key_with_a_rate_and_an_unknown_one_is_the_routes
 
 
 @pytest.mark.parametrize("route", ["/v2/models/tiny/infer", "/predictions/tiny"])
-def test_other_protocols_need_a_key_as_well_and_hear_of_it_in_their_own_words(asked: TestClient, route: str) -> None:
+def test_other_protocols_require_a_key_and_report_a_missing_one_in_their_own_error_format(
+    asked: TestClient, route: str
+) -> None:
     response = asked.post(route, content=b"{}")
     assert response.status_code == 401
     assert "an API key is required" in response.text
     assert response.json()["error" if route.startswith("/v2") else "message"].startswith("an API key is required")
 
 
-def test_a_rate_holds_for_every_protocol(asked: TestClient, photo: bytes) -> None:
+def test_the_rate_of_a_key_applies_across_all_protocols(asked: TestClient, photo: bytes) -> None:
     while (response := asked.post("/predictions/tiny", content=photo, headers=key("slow"))).status_code == 200:
         pass
     assert response.status_code == 429
@@ -237,7 +241,7 @@ def test_a_rate_holds_for_every_protocol(asked: TestClient, photo: bytes) -> Non
     assert sample(asked, 'supervit_key_requests_total{key="slow",outcome="overloaded"}') == 2
 
 
-def test_the_images_of_one_request_share_what_a_rate_has_left_and_cost_nothing_where_it_is_refused(
+def test_images_of_one_request_share_the_rate_of_their_key_and_a_refused_request_costs_nothing(
     asked: TestClient, photo: bytes, checkpoint: Checkpoint
 ) -> None:
     image = {"name": "image", "datatype": "BYTES", "shape": [16], "data": 16 * [base64.b64encode(photo).decode()]}
@@ -249,7 +253,7 @@ def test_the_images_of_one_request_share_what_a_rate_has_left_and_cost_nothing_w
         assert sample(asked, f'supervit_key_gflops_total{{key="{name}"}}') == pytest.approx(gflops)
 
 
-def test_feedback_is_given_with_the_key_of_the_request_that_it_is_on(asked: TestClient, photo: bytes) -> None:
+def test_feedback_requires_the_key_of_the_request_that_it_is_about(asked: TestClient, photo: bytes) -> None:
     asked.post("/classify", content=photo, headers={**key("a"), "X-Request-ID": "mine"})
     feedback = {"request_id": "mine", "index": 0}
     assert error_code(asked.post("/feedback", json=feedback), 401) == "unauthorized"

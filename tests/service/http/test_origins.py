@@ -13,14 +13,14 @@ from tests.service.http.scripted_server import ScriptedEngine, error_code, servi
 
 pytestmark = pytest.mark.anyio
 
-LONG = 15_000_000  # bytes, more than sockets hold
+LONG = 15_000_000  # bytes; more than the socket buffers hold
 
 
 async def ask(policy: dict[str, Any], method: str, **headers: str) -> int:
-    """Return the status of a request that 204 welcomes."""
+    """Return the status of a request; an app that answers with 204 is behind the policy."""
     statuses = []
 
-    async def welcome(_: Any, __: Any, send: Any) -> None:  # noqa: ANN401 - an app
+    async def welcome(_: Any, __: Any, send: Any) -> None:  # noqa: ANN401 - an ASGI app
         await send({"type": "http.response.start", "status": 204})
 
     async def send(message: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ async def ask(policy: dict[str, Any], method: str, **headers: str) -> int:
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     policy = {"origins": (), "hosts": None} | policy
     scope = {"type": "http", "method": method, "path": "/classify", "headers": raw}
-    await OriginPolicy(welcome, **policy)(scope, receive, send)  # type: ignore[arg-type] # an app's
+    await OriginPolicy(welcome, **policy)(scope, receive, send)  # type: ignore[arg-type] # looser types than ASGI's
     return int(statuses[0])
 
 
@@ -49,21 +49,23 @@ async def ask(policy: dict[str, Any], method: str, **headers: str) -> int:
         ("", "", 403),
     ],
 )
-async def test_what_a_page_of_another_site_sends_is_refused(origin: str | None, host: str, status: int) -> None:
+async def test_posts_from_pages_of_other_origins_are_refused_and_gets_are_not(
+    origin: str | None, host: str, status: int
+) -> None:
     headers = {"host": host} | ({} if origin is None else {"origin": origin})
     assert await ask({}, "POST", **headers) == status
     assert await ask({}, "GET", **headers) == 204
 
 
-async def test_a_site_that_a_setting_names_is_welcome() -> None:
+async def test_posts_from_pages_of_configured_origins_are_accepted() -> None:
     there = {"host": "server", "origin": "https://app.example"}
     assert await ask({"origins": ("https://app.example",)}, "POST", **there) == 204
     assert await ask({"origins": ("*",)}, "POST", **there) == 204
     assert await ask({"origins": ("https://other.example",)}, "POST", **there) == 403
 
 
-async def test_a_page_that_sends_a_long_body_still_hears_that_it_may_not() -> None:
-    policy = OriginPolicy(measure, (), None)  # type: ignore[arg-type] # an app's
+async def test_a_page_of_another_origin_that_sends_a_long_body_receives_the_403() -> None:
+    policy = OriginPolicy(measure, (), None)  # type: ignore[arg-type] # an ASGI app of looser types
     async with Server(policy) as server:  # type: ignore[arg-type] # as above
         client = await server.connect()
         head = post(LONG).replace(b"\r\n\r\n", b"\r\norigin: http://evil.example\r\n\r\n")
@@ -84,12 +86,12 @@ async def test_a_page_that_sends_a_long_body_still_hears_that_it_may_not() -> No
         ("", 421),
     ],
 )
-async def test_of_names_only_the_servers_own_are_answered_to(host: str, status: int) -> None:
+async def test_requests_to_host_names_other_than_the_servers_own_are_refused(host: str, status: int) -> None:
     assert await ask({"hosts": ("server.example",)}, "GET", host=host) == status
     assert await ask({}, "GET", host=host) == 204
 
 
-def test_pages_of_the_origins_that_are_named_may_ask_and_no_other(
+def test_cors_allows_pages_of_the_configured_origins_and_no_others(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
 ) -> None:
     app, evil = {"Origin": "https://app.example"}, {"Origin": "https://evil.example"}
@@ -109,7 +111,7 @@ def test_pages_of_the_origins_that_are_named_may_ask_and_no_other(
         assert client.options("/classify", headers=evil | preflight).status_code == 400
 
 
-def test_by_default_no_page_of_another_site_may_ask(client: TestClient, photo: bytes) -> None:
+def test_requests_from_pages_of_other_origins_are_refused_by_default(client: TestClient, photo: bytes) -> None:
     page = {"Origin": "https://app.example"}
     asked = client.options("/classify", headers=page | {"Access-Control-Request-Method": "POST"})
     assert asked.status_code == 405

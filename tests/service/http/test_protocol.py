@@ -29,7 +29,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def only_warnings(caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever level another test's server has set, an announcement of the port is no trouble."""
+    """Capture warnings only: at a level that another test's server has set, uvicorn might log the port."""
     caplog.set_level(logging.WARNING, "uvicorn.error")
 
 
@@ -43,7 +43,7 @@ def only_warnings(caplog: pytest.LogCaptureFixture) -> None:
     ],
     ids=["headers", "one header", "address", "nothing"],
 )
-async def test_a_head_that_does_not_end_is_rejected(beginning: bytes, more: bytes) -> None:
+async def test_an_endless_head_is_refused_with_400(beginning: bytes, more: bytes) -> None:
     async with Server() as server:
         client = await server.connect()
         await client.send(beginning + more * (3 * MAX_HEAD_BYTES // len(more)))
@@ -51,7 +51,7 @@ async def test_a_head_that_does_not_end_is_rejected(beginning: bytes, more: byte
         assert server.closed == ["bad_request"]
 
 
-async def test_a_head_of_less_than_the_bound_is_taken() -> None:
+async def test_a_head_just_below_the_size_limit_is_accepted() -> None:
     async with Server() as server:
         client = await server.connect()
         filler = b"a: %s\r\n" % (b"x" * (MAX_HEAD_BYTES - 200))
@@ -59,8 +59,8 @@ async def test_a_head_of_less_than_the_bound_is_taken() -> None:
         assert await client.answer() == b"0 2"
 
 
-async def test_bodies_are_not_counted_as_heads_on_a_connection_that_is_kept() -> None:
-    """Requests whose ends and beginnings come in one piece, of bodies smaller and larger than a head may be."""
+async def test_body_bytes_do_not_count_towards_the_head_limit_on_a_keep_alive_connection() -> None:
+    """Send the end of a request and the beginning of the next in one piece, with bodies below and above the limit."""
     async with Server() as server:
         client = await server.connect()
         for size in (MAX_HEAD_BYTES - 500, 10 * MAX_HEAD_BYTES, 1000):
@@ -74,7 +74,7 @@ async def test_bodies_are_not_counted_as_heads_on_a_connection_that_is_kept() ->
 
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"POST / HTTP/1.1\r\nhost: x\r\n", post(1) + b"x" + b"GET / HT"])
-async def test_a_connection_whose_head_does_not_come_is_closed(sent: bytes) -> None:
+async def test_a_connection_whose_head_does_not_arrive_in_time_is_closed(sent: bytes) -> None:
     async with Server() as server:
         client, started_at = await server.connect(), now()
         await client.send(sent)
@@ -83,7 +83,7 @@ async def test_a_connection_whose_head_does_not_come_is_closed(sent: bytes) -> N
         assert server.closed == ["slow"]
 
 
-async def test_a_head_that_drips_is_cut_off() -> None:
+async def test_a_head_that_arrives_too_slowly_is_cut_off() -> None:
     async with Server() as server:
         client, started_at = await server.connect(), now()
         await client.send(b"GET / HTTP/1.1\r\n")
@@ -93,7 +93,7 @@ async def test_a_head_that_drips_is_cut_off() -> None:
         assert now() - started_at == pytest.approx(HEAD_S, abs=1.1)
 
 
-async def test_a_connection_that_is_kept_may_be_silent_for_longer_than_a_head_may_take() -> None:
+async def test_a_keep_alive_connection_may_be_silent_for_longer_than_the_head_timeout() -> None:
     async with Server() as server:
         client = await server.connect()
         for _ in range(3):
@@ -104,7 +104,7 @@ async def test_a_connection_that_is_kept_may_be_silent_for_longer_than_a_head_ma
         assert server.closed == []
 
 
-async def test_a_body_may_take_longer_than_a_head() -> None:
+async def test_a_body_may_take_longer_than_the_head_timeout() -> None:
     async with Server() as server:
         client = await server.connect()
         await client.send(post(3))
@@ -114,7 +114,7 @@ async def test_a_body_may_take_longer_than_a_head() -> None:
         assert await client.answer() == b"3 2"
 
 
-async def test_trailers_are_left_out() -> None:
+async def test_trailers_of_a_chunked_body_are_dropped() -> None:
     async with Server() as server:
         client = await server.connect()
         chunked = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\nx: y\r\n\r\n"
@@ -122,7 +122,7 @@ async def test_trailers_are_left_out() -> None:
         assert [await client.answer(), await client.answer()] == [b"2 1", b"2 1"]
 
 
-async def test_an_upgrade_is_not_made_and_the_connection_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_upgrade_is_ignored_and_the_connection_stays_usable(caplog: pytest.LogCaptureFixture) -> None:
     async with Server() as server:
         client = await server.connect()
         for length in (0, 3):
@@ -135,7 +135,7 @@ async def test_an_upgrade_is_not_made_and_the_connection_goes_on(caplog: pytest.
 
 
 @pytest.mark.parametrize("more", [b"x", b"x" * 999], ids=["a part of the body", "all of it"])
-async def test_a_client_that_was_rejected_cannot_keep_its_connection_by_what_it_sends_of_its_body(more: bytes) -> None:
+async def test_a_refused_client_cannot_keep_its_connection_open_by_sending_its_body(more: bytes) -> None:
     async def refuse(_: dict[str, Any], receive: Receive, send: Send) -> None:
         del receive
         await answer(send, b"")
@@ -149,13 +149,13 @@ async def test_a_client_that_was_rejected_cannot_keep_its_connection_by_what_it_
         assert now() - started_at == pytest.approx(REFUSED_BODY_S if len(more) < 999 else HEAD_S, abs=0.1)
 
 
-async def test_nothing_is_parsed_of_what_comes_after_a_request_before_that_has_its_answer() -> None:
+async def test_a_pipelined_request_is_parsed_only_after_the_answer_to_the_one_before() -> None:
     held = Held()
     async with Server(held) as server:
         client = await server.connect()
         requests = b"".join(b"GET /%d HTTP/1.1\r\n\r\n" % number for number in range(20_000))
         sending = asyncio.create_task(client.send(requests))
-        await asyncio.sleep(HEAD_S + 1)  # what waits is not cut off
+        await asyncio.sleep(HEAD_S + 1)  # the waiting requests do not time out
         assert held.asked == ["/0"]
         held.go_on.set()
         for number in range(100):
@@ -164,7 +164,7 @@ async def test_nothing_is_parsed_of_what_comes_after_a_request_before_that_has_i
         sending.cancel()
 
 
-async def test_requests_whose_ends_are_torn_apart_are_answered_one_by_one() -> None:
+async def test_pipelined_requests_that_arrive_byte_by_byte_are_answered_one_by_one() -> None:
     held = Held()
     async with Server(held) as server:
         client = await server.connect()
@@ -177,7 +177,7 @@ async def test_requests_whose_ends_are_torn_apart_are_answered_one_by_one() -> N
         assert [await client.answer() for _ in range(4)] == [b"/0", b"/1", b"/2", b"/3"]
 
 
-async def test_a_request_is_answered_before_the_garbage_behind_it_is_refused(
+async def test_a_request_is_answered_before_the_garbage_after_it_is_refused(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with Server() as server:
@@ -187,17 +187,17 @@ async def test_a_request_is_answered_before_the_garbage_behind_it_is_refused(
             assert await client.answer() == b"0 1"
             assert (await client.rest()).startswith(b"HTTP/1.1 400")
         assert server.closed == ["bad_request"] * 3
-    assert len(caplog.records) == 3, "one for each connection's own log"
+    assert len(caplog.records) == 3, "one from the log of each connection"
 
 
-async def test_a_client_that_reads_no_answers_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_client_that_does_not_read_its_answers_is_disconnected(caplog: pytest.LogCaptureFixture) -> None:
     async def long(_: dict[str, Any], receive: Receive, send: Send) -> None:
         await receive()
         await answer(send, bytes(20_000_000))
 
     async with Server(long) as server:
         client = await server.connect()
-        client.writer.transport.pause_reading()  # type: ignore[attr-defined] # a stream's transport reads
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined] # the transport of a stream can read
         await client.send(GET * 10)
         await asyncio.sleep(UNREAD_S - 1)
         assert len(server.connections) == 1
@@ -206,7 +206,7 @@ async def test_a_client_that_reads_no_answers_is_closed(caplog: pytest.LogCaptur
     assert caplog.text == ""
 
 
-async def test_a_client_that_sends_many_requests_and_hangs_up_leaves_no_trace(
+async def test_a_client_that_resets_after_many_pipelined_requests_leaves_no_connection_and_no_log_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     held = Held()
@@ -234,7 +234,7 @@ async def test_a_client_that_has_closed_its_sending_half_is_answered() -> None:
         assert await client.rest() == b""
 
 
-async def test_one_that_waits_for_long_is_asked_whether_it_is_still_there() -> None:
+async def test_a_client_that_waits_with_its_sending_half_closed_is_probed_with_100_continue() -> None:
     held = Held()
     async with Server(held) as server:
         client = await server.connect()
@@ -247,7 +247,7 @@ async def test_one_that_waits_for_long_is_asked_whether_it_is_still_there() -> N
         assert held.unanswered == []
 
 
-async def test_a_client_that_has_left_is_noticed() -> None:
+async def test_a_client_that_has_closed_its_connection_is_detected_by_the_probe() -> None:
     held = Held()
     async with Server(held) as server:
         client = await server.connect()
@@ -274,7 +274,7 @@ async def test_a_request_is_stamped_when_its_first_byte_is_read() -> None:
         assert [at - started_at for at in held.arrived_at] == pytest.approx([0, 2, 4, 4], abs=0.01)
 
 
-async def test_for_a_new_connection_the_one_that_has_waited_longest_is_closed() -> None:
+async def test_the_connection_that_has_waited_longest_is_closed_for_a_new_one() -> None:
     held = Held()
     async with Server(held, max_connections=3) as server:
         busy, old, young = [await server.connect() for _ in range(3)]
@@ -292,7 +292,7 @@ async def test_for_a_new_connection_the_one_that_has_waited_longest_is_closed() 
         assert server.closed == ["gave_way"]
 
 
-async def test_a_connection_that_there_is_no_room_for_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_new_connection_gets_503_while_every_open_connection_is_busy(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     held = Held()
     async with Server(held, max_connections=1) as server:

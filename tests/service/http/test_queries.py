@@ -20,14 +20,14 @@ from service.http.queries import parse_parameters, parse_query
         (b"top_k=1&top_k=1", "top_k: must be given only once"),
     ],
 )
-def test_what_is_wrong_with_a_parameter_is_said_in_our_own_words(query: bytes, message: str) -> None:
+def test_an_invalid_query_parameter_gets_a_message_of_our_own(query: bytes, message: str) -> None:
     with pytest.raises(InvalidParameterError) as caught:
         parse_query(query)
     assert caught.value.message == message
 
 
-def test_what_stands_beside_an_image_is_read_like_the_query() -> None:
+def test_parameters_next_to_an_image_in_a_body_are_read_like_those_of_the_query() -> None:
     assert parse_parameters(b"top_k=2", [("budget_ms", "7")]) == parse_query(b"budget_ms=7&top_k=2")
-    assert parse_parameters(b"", [("budget_ms", 7.5)]).budget_ms == 7.5  # of JSON
+    assert parse_parameters(b"", [("budget_ms", 7.5)]).budget_ms == 7.5  # from JSON
     with pytest.raises(InvalidParameterError, match="budget_ms: must be given only once"):
         parse_parameters(b"budget_ms=7", [("budget_ms", "7")])

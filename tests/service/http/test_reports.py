@@ -22,7 +22,7 @@ STAGES = ["read", "decode wait", "decode", "queue", "inference"]
 
 
 class Server:
-    """Servers whose requests are traced."""
+    """Serves with traced requests, and returns their spans."""
 
     def __init__(
         self, settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
@@ -50,7 +50,9 @@ def server(settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, l
     return Server(settings, checkpoint, engine, latencies)
 
 
-def test_a_classification_is_a_span_with_its_stages_that_the_answer_names(server: Server, photo: bytes) -> None:
+def test_a_classification_is_a_span_with_its_stages_and_the_traceresponse_header_names_it(
+    server: Server, photo: bytes
+) -> None:
     with server.serving() as client:
         answer = client.post("/classify?top_k=1", content=photo, headers={"X-Request-ID": "mine"})
     (request,) = server.requests()
@@ -73,19 +75,21 @@ def test_a_classification_is_a_span_with_its_stages_that_the_answer_names(server
     assert told["supervit.gflops"] == answer.json()["gflops"]
 
 
-def test_several_images_of_a_request_are_parts_of_its_span(server: Server, photo: bytes) -> None:
+def test_the_images_of_a_request_are_children_of_its_span(server: Server, photo: bytes) -> None:
     with server.serving() as client:
         answer = client.post("/classify", files=[("file", photo), ("file", b"no image"), ("file", photo)])
     (request,) = server.requests()
     images = server.parts(request)
     assert answer.status_code == 200
     assert request.attributes is not None
-    assert "error.type" not in request.attributes, "one image of it, but not the request"
+    assert "error.type" not in request.attributes, "one image failed, but not the request"
     assert [image.name for image in images] == ["image", "image"]
     assert [[span.name for span in server.parts(image)] for image in images] == [STAGES, STAGES]
 
 
-def test_other_routes_are_called_by_their_names_and_what_is_no_route_by_none(server: Server, photo: bytes) -> None:
+def test_spans_of_posts_are_named_by_their_route_and_those_of_unknown_paths_by_the_method_alone(
+    server: Server, photo: bytes
+) -> None:
     with server.serving() as client:
         client.post("/explain", content=photo)
         client.post("/decide")
@@ -98,7 +102,7 @@ def test_other_routes_are_called_by_their_names_and_what_is_no_route_by_none(ser
 
 
 class Bug(tuple[str, ...]):
-    """Class names that the server trips over once it wants one."""
+    """Class names that raise an error when one is read."""
 
     def __getitem__(self, _: object) -> Never:
         raise ZeroDivisionError
@@ -112,7 +116,7 @@ class Bug(tuple[str, ...]):
         ("", "server", "internal_error", StatusCode.ERROR),
     ],
 )
-def test_what_a_request_failed_of_is_told(
+def test_the_span_of_a_failed_request_holds_its_error_code(
     server: Server, photo: bytes, query: str, breaks: str | None, code: str, status: StatusCode
 ) -> None:
     if breaks == "server":
@@ -125,7 +129,7 @@ def test_what_a_request_failed_of_is_told(
     assert (request.attributes["error.type"], request.status.status_code) == (code, status)
 
 
-def test_a_request_that_is_not_sampled_leaves_no_trace_but_in_the_log(
+def test_a_request_that_is_not_sampled_is_logged_but_leaves_no_span(
     server: Server, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -140,7 +144,7 @@ def test_a_request_that_is_not_sampled_leaves_no_trace_but_in_the_log(
     assert lines[0].__dict__["fields"]["gflops"] == answer.json()["gflops"]
 
 
-def test_durations_lead_to_the_trace_of_a_request(server: Server, photo: bytes) -> None:
+def test_the_exemplars_of_duration_histograms_hold_the_trace_id_of_a_request(server: Server, photo: bytes) -> None:
     with server.serving() as client:
         answer = client.post("/classify", content=photo)
         page = client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
@@ -150,7 +154,7 @@ def test_durations_lead_to_the_trace_of_a_request(server: Server, photo: bytes) 
     assert led == {"supervit_request_duration_seconds_bucket", "supervit_stage_duration_seconds_bucket"}
 
 
-def test_a_server_that_stops_sends_its_last_spans(server: Server, photo: bytes) -> None:
+def test_a_server_exports_its_last_spans_when_it_stops(server: Server, photo: bytes) -> None:
     tracer = RequestTracer([BatchSpanProcessor(server.exporter, schedule_delay_millis=1e6)])
     with server.serving(tracer) as client:
         client.post("/classify", content=photo)
@@ -158,7 +162,7 @@ def test_a_server_that_stops_sends_its_last_spans(server: Server, photo: bytes) 
     assert len(server.requests()) == 1
 
 
-def test_what_is_no_parameter_of_ours_is_left_out_of_a_span(server: Server, photo: bytes) -> None:
+def test_unknown_query_parameters_are_left_out_of_a_span(server: Server, photo: bytes) -> None:
     with server.serving() as client:
         client.post("/classify?top_k=1&api_key=secret&budget_ms=900", content=photo)
     (request,) = server.requests()

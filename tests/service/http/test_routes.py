@@ -35,7 +35,7 @@ from tests.service.http.scripted_server import BODY_LIMIT, ScriptedEngine, error
 
 
 class Beats:
-    """The beats of a server's watchdog; a test waits for the next ones."""
+    """Receives the heartbeats of a server's watchdog; a test can wait for the next ones."""
 
     def __init__(self) -> None:
         self.serving = threading.Event()
@@ -53,7 +53,7 @@ class Beats:
             assert self._next.acquire(timeout=30)
 
 
-def test_an_answer_holds_what_the_engine_says_and_everything_about_how(
+def test_an_answer_holds_the_predictions_the_sub_network_the_decision_the_model_and_the_times(
     client: TestClient, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes
 ) -> None:
     answer = client.post("/classify", content=photo, headers={"Content-Type": "image/jpeg"}).json()
@@ -83,7 +83,7 @@ def test_an_answer_holds_what_the_engine_says_and_everything_about_how(
     assert 0 < sum(timing.values()) - timing["total"] <= timing["total"] + 0.01
 
 
-def test_the_server_timing_header_repeats_the_times(client: TestClient, photo: bytes) -> None:
+def test_the_server_timing_header_repeats_the_times_of_the_answer(client: TestClient, photo: bytes) -> None:
     response = client.post("/classify", content=photo)
     expected = [f"{stage};dur={ms}" for stage, ms in response.json()["timing_ms"].items()]
     assert response.headers["Server-Timing"].split(", ") == expected
@@ -93,14 +93,14 @@ def test_the_server_timing_header_repeats_the_times(client: TestClient, photo: b
     "content_type",
     [None, "image/jpeg", "image/png", "IMAGE/X-anything; q=1", "application/octet-stream"],
 )
-def test_the_body_may_be_the_image_whatever_kind_of_image_it_is_called(
+def test_the_body_may_be_the_image_with_any_image_type_octet_stream_or_no_content_type(
     client: TestClient, photo: bytes, content_type: str | None
 ) -> None:
     headers = {"Content-Type": content_type} if content_type else {}
     assert client.post("/classify", content=photo, headers=headers).status_code == 200
 
 
-def test_a_form_and_a_body_get_the_same_answer(client: TestClient, photo: bytes) -> None:
+def test_an_image_in_a_form_gets_the_same_answer_as_in_a_plain_body(client: TestClient, photo: bytes) -> None:
     by_form = client.post("/classify", files={"file": ("a.jpg", photo)}, data={"top_k": "5"}).json()
     assert by_form["predictions"] == client.post("/classify", content=photo).json()["predictions"]
 
@@ -117,13 +117,13 @@ def test_every_budget_is_kept_and_every_sub_network_of_the_frontier_is_reached(
     assert len(reached) > len(checkpoint.profile.frontier)
 
 
-def test_a_dominated_sub_network_answers_by_name(client: TestClient, photo: bytes) -> None:
+def test_a_dominated_sub_network_answers_if_it_is_requested_by_name(client: TestClient, photo: bytes) -> None:
     answer = client.post("/classify?patch_grid=2&keep_rate=1", content=photo).json()
     assert (answer["subnetwork"]["patch_grid"], answer["subnetwork"]["keep_rate"]) == (2, 1)
     assert "by name" in answer["decision"]["reason"]
 
 
-def test_a_budget_under_the_cheapest_names_the_smallest_possible_one(
+def test_a_budget_below_the_cheapest_sub_network_is_refused_with_the_smallest_possible_one(
     client: TestClient, profiles: ProfileTable, photo: bytes
 ) -> None:
     response = client.post("/classify?budget_gflops=1e-9", content=photo)
@@ -163,7 +163,7 @@ def test_a_budget_under_the_cheapest_names_the_smallest_possible_one(
         "budget=2.3",
     ],
 )
-def test_an_unusable_parameter_is_rejected_and_counted(client: TestClient, photo: bytes, query: str) -> None:
+def test_an_invalid_parameter_is_refused_and_counted(client: TestClient, photo: bytes, query: str) -> None:
     response = client.post(f"/classify?{query}", content=photo)
     assert error_code(response, 422) == "invalid_parameter"
     assert "Value error" not in response.text
@@ -177,7 +177,7 @@ def test_top_k_bounds_the_predictions(client: TestClient, photo: bytes) -> None:
     assert len(client.post("/classify?top_k=1", content=photo).json()["predictions"]) == 1
 
 
-def test_what_is_no_image_is_rejected_by_its_bytes_or_by_its_type(client: TestClient, photo: bytes) -> None:
+def test_a_body_that_is_no_image_is_refused_by_its_bytes_or_its_content_type(client: TestClient, photo: bytes) -> None:
     assert error_code(client.post("/classify", content=b"hello"), 422) == "invalid_image"
     assert error_code(client.post("/classify"), 422) == "invalid_image"
     assert error_code(client.post("/classify", content=photo[:200]), 422) == "invalid_image"
@@ -199,12 +199,12 @@ def test_what_is_no_image_is_rejected_by_its_bytes_or_by_its_type(client: TestCl
         ("multipart/form-data; boundary=" + "x" * 300, b"--x"),
     ],
 )
-def test_a_broken_form_is_rejected(client: TestClient, content_type: str, content: bytes) -> None:
+def test_a_broken_form_is_refused(client: TestClient, content_type: str, content: bytes) -> None:
     response = client.post("/classify", content=content, headers={"Content-Type": content_type})
     assert error_code(response, 422) == "invalid_image"
 
 
-def test_a_body_over_the_limit_is_rejected_however_it_comes(client: TestClient) -> None:
+def test_a_body_over_the_limit_is_refused_whether_declared_streamed_or_in_a_form(client: TestClient) -> None:
     def long_stream() -> Iterator[bytes]:
         for _ in range(BODY_LIMIT // 1000 + 1):
             yield bytes(1000)
@@ -219,7 +219,9 @@ def test_a_body_over_the_limit_is_rejected_however_it_comes(client: TestClient) 
 
 
 @pytest.mark.parametrize("query", ["top_k=0", "top_k=8", "budget_gflops=1e-9"])
-def test_a_rejection_does_not_wait_for_a_body_that_may_be_endless(client: TestClient, query: str) -> None:
+def test_an_error_before_the_body_closes_the_connection_unless_the_body_is_known_to_be_short(
+    client: TestClient, query: str
+) -> None:
     announced = client.post(f"/classify?{query}", content=bytes(BODY_LIMIT + 1))
     streamed = client.post(f"/classify?{query}", content=iter([b"x"]))
     short = client.post(f"/classify?{query}", content=b"x")
@@ -227,12 +229,12 @@ def test_a_rejection_does_not_wait_for_a_body_that_may_be_endless(client: TestCl
     assert {response.status_code for response in (announced, streamed, short)} == {422}
 
 
-def test_an_image_bomb_is_rejected(client: TestClient, encode: Callable[..., bytes]) -> None:
+def test_an_image_bomb_is_refused(client: TestClient, encode: Callable[..., bytes]) -> None:
     bomb = encode(Image.new("1", (101, 100)))
     assert error_code(client.post("/classify", content=bomb), 413) == "image_too_large"
 
 
-def test_a_failing_model_is_500_without_its_stack_trace(
+def test_a_failure_of_the_model_is_a_500_whose_cause_is_only_in_the_log(
     client: TestClient, engine: ScriptedEngine, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.error = RuntimeError("secret weights")
@@ -245,7 +247,7 @@ def test_a_failing_model_is_500_without_its_stack_trace(
 
 
 @pytest.mark.parametrize("path", ["/classify", "/classify?top_k=0", "/health/live", "/nowhere"])
-def test_every_answer_carries_the_name_of_its_request(client: TestClient, photo: bytes, path: str) -> None:
+def test_every_answer_carries_its_request_id(client: TestClient, photo: bytes, path: str) -> None:
     method = "POST" if path.startswith("/classify") else "GET"
 
     def name(**headers: str) -> str:
@@ -259,7 +261,7 @@ def test_every_answer_carries_the_name_of_its_request(client: TestClient, photo:
 
 
 class Bug(tuple[str, ...]):
-    """Class names that the server trips over once it wants one."""
+    """Class names that raise an error when one is read."""
 
     def __getitem__(self, _: object) -> Never:
         raise ZeroDivisionError("secret")
@@ -274,7 +276,7 @@ def buggy(
         yield client
 
 
-def test_the_log_calls_a_request_that_the_server_failed_by_its_name(
+def test_the_log_holds_the_request_id_of_a_server_error_but_not_of_a_client_error(
     buggy: TestClient, engine: ScriptedEngine, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = buggy
@@ -290,7 +292,7 @@ def test_the_log_calls_a_request_that_the_server_failed_by_its_name(
     assert "third" not in caplog.text
 
 
-def test_an_answer_that_is_not_a_number_is_an_error(
+def test_an_answer_of_nan_is_a_model_error(
     client: TestClient, engine: ScriptedEngine, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.logits = torch.full((1, 7), float("nan"))
@@ -298,14 +300,14 @@ def test_an_answer_that_is_not_a_number_is_an_error(
     assert "nan" in caplog.text
 
 
-def test_a_bug_in_the_server_is_500_in_the_same_shape(buggy: TestClient, photo: bytes) -> None:
+def test_a_bug_in_the_server_is_a_500_in_the_usual_error_format(buggy: TestClient, photo: bytes) -> None:
     response = buggy.post("/classify", content=photo)
     assert error_code(response, 500) == "internal_error"
     assert "secret" not in response.text
     assert sample(buggy, 'supervit_requests_total{outcome="internal_error"}') == 1
 
 
-def test_the_server_is_ready_only_after_the_model_has_run(
+def test_the_server_is_ready_only_after_the_warm_up_of_the_model(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
 ) -> None:
     engine.may_warm_up.clear()
@@ -332,7 +334,7 @@ def test_a_classification_does_not_go_through_fastapis_routing(
 ) -> None:
     app = create_app(ServerRuntime(settings, checkpoint, engine, latencies), ready_first=True)
     with TestClient(app) as client:
-        del app.router.routes[1:]  # what FastAPI has
+        del app.router.routes[1:]  # the routes that FastAPI handles
         assert client.get("/health/live").status_code == 404
         assert client.post("/classify", content=photo).status_code == 200
         assert error_code(client.post("/classify", content=b""), 422) == "invalid_image"
@@ -340,18 +342,18 @@ def test_a_classification_does_not_go_through_fastapis_routing(
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/classify", 405), ("PUT", "/classify", 405)])
-def test_other_methods_on_its_path_are_not_classified(
+def test_other_methods_on_the_path_of_classify_get_405(
     client: TestClient, photo: bytes, method: str, path: str, status: int
 ) -> None:
     assert client.request(method, path, content=photo).status_code == status
 
 
 @pytest.mark.parametrize("path", ["/classify/", "/classify/more", "/CLASSIFY"])
-def test_a_path_that_only_looks_like_it_is_not_classified(client: TestClient, photo: bytes, path: str) -> None:
+def test_paths_that_resemble_classify_are_not_classified(client: TestClient, photo: bytes, path: str) -> None:
     assert client.post(path, content=photo, follow_redirects=False).status_code in (307, 404)
 
 
-def test_before_the_server_is_ready_a_little_is_measured_and_the_rest_while_it_idles(
+def test_part_of_the_profile_is_measured_before_the_server_is_ready_and_the_rest_while_it_idles(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes, tmp_path: Path
 ) -> None:
     settings = settings.model_copy(update={"max_batch_size": 3, "profile_folder": tmp_path})
@@ -359,7 +361,7 @@ def test_before_the_server_is_ready_a_little_is_measured_and_the_rest_while_it_i
         began = client.get("/health/ready").json()["profile_measured"]
         assert 0 < began <= 1
         assert client.post("/classify", content=photo).status_code == 200
-        for _ in range(5000):  # each takes a millisecond or more
+        for _ in range(5000):  # each request takes a millisecond or more
             if (answer := client.get("/health/ready").json())["profile_measured"] == 1.0:
                 break
         assert answer == {"status": "ready", "profile_measured": 1.0}
@@ -372,7 +374,7 @@ def test_before_the_server_is_ready_a_little_is_measured_and_the_rest_while_it_i
     assert kept.read_text().count("median_ms") == 3 * sum(row["is_trained"] for row in rows)
 
 
-def test_a_model_that_cannot_even_warm_up_ends_the_server(
+def test_a_failed_warm_up_ends_the_server(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.warm_up_error = RuntimeError("out of memory")
@@ -383,7 +385,9 @@ def test_a_model_that_cannot_even_warm_up_ends_the_server(
     assert "the model cannot run: out of memory" in caplog.text
 
 
-def test_the_table_lists_every_sub_network_cheapest_first(client: TestClient, checkpoint: Checkpoint) -> None:
+def test_the_sub_network_table_lists_every_sub_network_cheapest_first(
+    client: TestClient, checkpoint: Checkpoint
+) -> None:
     answer = client.get("/subnetworks").json()
     rows = answer["subnetworks"]
     assert [row["gflops"] for row in rows] == sorted(row.gflops for row in extended_profile(checkpoint).rows)
@@ -401,7 +405,9 @@ def test_the_table_lists_every_sub_network_cheapest_first(client: TestClient, ch
     assert (answer["image_side_px"], answer["num_classes"]) == (16, 7)
 
 
-def test_the_table_says_how_probabilities_are_scaled(checkpoint: Checkpoint, catalog: VariantCatalog) -> None:
+def test_the_sub_network_table_holds_the_temperature_and_the_entropy_exponent(
+    checkpoint: Checkpoint, catalog: VariantCatalog
+) -> None:
     scaled = [
         replace(variant, profile=replace(variant.profile, temperature=2.0, entropy_exponent=0.3))
         for variant in catalog.variants
@@ -432,7 +438,7 @@ def test_metrics_count_outcomes_sub_networks_compute_and_stages(client: TestClie
     assert sample(client, "supervit_batch_size_images_count") == 2
 
 
-def test_paths_and_methods_that_do_not_exist_are_errors_of_the_same_shape(client: TestClient) -> None:
+def test_unknown_paths_and_methods_get_errors_in_the_usual_format(client: TestClient) -> None:
     assert error_code(client.get("/nowhere"), 404) == "not_found"
     wrong_method = client.get("/classify")
     assert error_code(wrong_method, 405) == "method_not_allowed"
@@ -442,7 +448,7 @@ def test_paths_and_methods_that_do_not_exist_are_errors_of_the_same_shape(client
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics"])
-def test_probes_may_ask_for_the_head_alone(client: TestClient, path: str) -> None:
+def test_health_and_metrics_routes_answer_head_requests(client: TestClient, path: str) -> None:
     response = client.head(path)
     assert (response.status_code, response.content) == (200, b"")
 
@@ -465,7 +471,7 @@ def test_the_documentation_describes_body_parameters_and_errors(client: TestClie
     assert "ErrorAnswer" in document["components"]["schemas"]
 
 
-def test_the_documentation_names_the_values_that_the_model_has(client: TestClient) -> None:
+def test_the_documentation_lists_the_parameter_values_that_the_model_offers(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     rows = client.get("/subnetworks").json()["subnetworks"]
     for path in ("/classify", "/decide"):
@@ -481,13 +487,13 @@ def test_the_documentation_names_the_values_that_the_model_has(client: TestClien
 
 
 @pytest.mark.parametrize("query", ["budget_ms=1&budget_ms=2", "top_k=1", "budget_ms=soon"])
-def test_what_is_wrong_with_a_parameter_of_decide_is_said(client: TestClient, query: str) -> None:
+def test_an_invalid_parameter_of_decide_is_refused_by_name(client: TestClient, query: str) -> None:
     response = client.post(f"/decide?{query}")
     assert error_code(response, 422) == "invalid_parameter"
     assert response.json()["error"]["details"]["parameter"] == query.partition("=")[0]
 
 
-def test_a_time_budget_that_no_sub_network_can_ever_meet_names_the_smallest_possible_one(
+def test_a_latency_budget_that_no_sub_network_meets_is_refused_with_the_smallest_possible_one(
     client: TestClient, photo: bytes
 ) -> None:
     response = client.post("/classify?budget_ms=1e-9", content=photo)
@@ -496,7 +502,7 @@ def test_a_time_budget_that_no_sub_network_can_ever_meet_names_the_smallest_poss
     assert client.post("/classify?budget_ms=1e9", content=photo).status_code == 200
 
 
-def test_what_would_be_chosen_is_told_without_running_anything(client: TestClient, checkpoint: Checkpoint) -> None:
+def test_decide_returns_the_choice_without_running_the_model(client: TestClient, checkpoint: Checkpoint) -> None:
     free = client.post("/decide").json()
     assert (free["subnetwork"]["patch_grid"], free["subnetwork"]["keep_rate"]) == (4, 1)
     assert free["decision"]["batch_size"] == 1
@@ -509,7 +515,7 @@ def test_what_would_be_chosen_is_told_without_running_anything(client: TestClien
     assert sample(client, "supervit_batch_size_images_count") == 0
 
 
-def test_the_machine_and_what_the_policy_makes_of_it_are_shown(client: TestClient) -> None:
+def test_resources_shows_the_machine_and_what_the_policy_would_choose_next(client: TestClient) -> None:
     answer = client.get("/resources").json()
     assert answer["snapshot"]["cores"] > 0
     assert answer["snapshot"]["memory_total_bytes"] > 0
@@ -518,7 +524,7 @@ def test_the_machine_and_what_the_policy_makes_of_it_are_shown(client: TestClien
 
 
 class Busy(Monitor):
-    """A machine on which others keep three quarters of the cores busy."""
+    """A machine on which other processes keep three quarters of the cores busy."""
 
     @property
     def latest(self) -> ResourceSnapshot:
@@ -526,7 +532,7 @@ class Busy(Monitor):
 
 
 @pytest.mark.parametrize(("is_on_gpu", "fitting", "most"), [(True, 2, 2), (True, 99, 4), (False, None, 4)])
-def test_a_gpu_bounds_batches_and_does_not_mind_what_keeps_the_cpus_busy(
+def test_a_gpu_bounds_batches_by_its_memory_and_is_not_slowed_by_busy_cpus(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
@@ -545,7 +551,7 @@ def test_a_gpu_bounds_batches_and_does_not_mind_what_keeps_the_cpus_busy(
     assert answer["expected_from_others"] == (1.0 if is_on_gpu else 1.75)
 
 
-def test_what_cannot_be_answered_in_time_is_rejected_before_the_body_is_read_and_told_when_to_return(
+def test_a_request_that_cannot_meet_its_deadline_is_rejected_before_its_body_with_retry_after(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, photo: bytes
 ) -> None:
     slow = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (0.4, 0.5)))
@@ -565,12 +571,14 @@ def test_what_cannot_be_answered_in_time_is_rejected_before_the_body_is_read_and
         assert sample(client, 'supervit_deadlines_total{result="missed"}') == 1
 
 
-def test_an_unknown_policy_is_rejected_at_once_with_those_there_are(settings: Settings, checkpoint: Checkpoint) -> None:
+def test_an_unknown_policy_is_refused_at_start_with_a_list_of_the_known_ones(
+    settings: Settings, checkpoint: Checkpoint
+) -> None:
     with pytest.raises(InvalidParameterError, match=r"level.*fixed-4-1"):
         ServerRuntime(settings.model_copy(update={"policy": "best"}), checkpoint)
 
 
-def test_an_engine_that_hangs_ends_the_server_and_keeps_nothing_waiting(
+def test_an_engine_that_hangs_ends_the_server_and_fails_the_waiting_requests(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
@@ -593,13 +601,13 @@ def test_an_engine_that_hangs_ends_the_server_and_keeps_nothing_waiting(
         assert [error_code(answer.result(), 500) for answer in answers] == ["model_error"] * 3
         assert error_code(client.get("/health/ready"), 503) == "not_ready"
         assert runtime.state is ServerState.HUNG
-    engine.may_run.set()  # only now: the server has ended without it
+    engine.may_run.set()  # not earlier: the server must end without it
     assert "hangs; the server exits without waiting for it" in caplog.text
     assert beats.serving.is_set()
 
 
 @pytest.mark.parametrize("ready_first", [False, True])
-def test_an_engine_that_hangs_before_the_first_request_ends_the_server_too(
+def test_an_engine_that_hangs_during_warm_up_ends_the_server(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
@@ -617,13 +625,13 @@ def test_an_engine_that_hangs_before_the_first_request_ends_the_server_too(
     engine.may_warm_up.set()
 
 
-def test_a_server_that_waits_for_another_process_to_measure_is_not_taken_to_hang(
+def test_waiting_for_another_process_to_measure_does_not_count_as_a_hang(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
 ) -> None:
-    def wait(*arguments: Any, is_stopping: Callable[[], bool], **options: Any) -> ProfileWithFile:  # noqa: ANN401 - as they are
-        for _beat in range(60):  # three times as long as a step that hangs is let be
+    def wait(*arguments: Any, is_stopping: Callable[[], bool], **options: Any) -> ProfileWithFile:  # noqa: ANN401 - passed on unchanged
+        for _beat in range(60):  # at 0.02 s each, three times as long as a step may take before it counts as hanging
             assert not is_stopping()
             beats.wait(1)
         return begin_profile(*arguments, is_stopping=is_stopping, budget_s=0.0, **options)
@@ -635,7 +643,7 @@ def test_a_server_that_waits_for_another_process_to_measure_is_not_taken_to_hang
         assert runtime.state is ServerState.READY
 
 
-def test_a_slow_batch_is_none_that_hangs(
+def test_a_slow_batch_does_not_count_as_a_hang(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
@@ -649,13 +657,13 @@ def test_a_slow_batch_is_none_that_hangs(
         engine.may_run.clear()
         answer = clients.submit(client.post, "/classify?budget_ms=9000", content=photo)
         assert engine.running.wait(10)
-        beats.wait(20)  # four times as long as a batch that should be fast is let be
+        beats.wait(20)  # at 0.02 s each, four times as long as a batch that should be fast may take
         engine.may_run.set()
         assert answer.result().status_code == 200
         assert runtime.state is ServerState.READY
 
 
-def test_a_server_that_is_told_to_stop_takes_no_new_request(
+def test_a_draining_server_admits_no_new_request(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
@@ -666,7 +674,7 @@ def test_a_server_that_is_told_to_stop_takes_no_new_request(
     runtime = ServerRuntime(settings, checkpoint, engine, latencies)
     with serving(runtime) as client:
         assert "supervit_ready 1.0" in client.get("/metrics").text
-        with monkeypatch.context() as patch:  # a signal may come while a count is being made
+        with monkeypatch.context() as patch:  # a signal may arrive while a metric is being updated
             patch.setattr("prometheus_client.values.MutexValue.set", None)
             runtime.drain()
         assert "supervit_ready 0.0" in client.get("/metrics").text
@@ -678,7 +686,7 @@ def test_a_server_that_is_told_to_stop_takes_no_new_request(
         assert sample(client, 'supervit_requests_total{outcome="not_ready"}') == 1
 
 
-def test_an_answer_lists_its_looks_and_what_they_cost(client: TestClient, photo: bytes) -> None:
+def test_an_answer_lists_its_looks_and_their_cost(client: TestClient, photo: bytes) -> None:
     answer = client.post("/classify?top_k=1", content=photo).json()
     (look,) = answer["looks"]
     assert (look["patch_grid"], look["keep_rate"], look["gflops"]) == (4, 1.0, answer["subnetwork"]["gflops"])
@@ -694,13 +702,13 @@ def test_an_answer_lists_its_looks_and_what_they_cost(client: TestClient, photo:
     "query",
     ["min_confidence=1", "min_confidence=-0.1", "min_confidence=nan", "min_confidence=0.9&patch_grid=2&keep_rate=1"],
 )
-def test_a_confidence_is_a_probability_and_goes_with_no_sub_network_by_name(
+def test_min_confidence_must_be_a_probability_and_excludes_a_sub_network_by_name(
     client: TestClient, photo: bytes, query: str
 ) -> None:
     assert error_code(client.post(f"/classify?{query}", content=photo), 422) == "invalid_parameter"
 
 
-def test_cascades_are_there_once_they_are_switched_on(
+def test_cascades_are_used_only_if_they_are_switched_on(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
 ) -> None:
     first, second = SubNetwork(2, 0.5), SubNetwork(4, 1.0)
@@ -730,7 +738,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_memory")
-def test_a_server_that_lacks_memory_for_every_request_is_ready_for_none(client: TestClient, photo: bytes) -> None:
+def test_a_server_that_runs_out_of_memory_on_every_request_is_not_ready(client: TestClient, photo: bytes) -> None:
     for _ in range(FAILURES_IN_A_ROW):
         assert client.get("/health/ready").status_code == 200
         assert error_code(client.post("/classify", content=photo), 503) == "out_of_memory"

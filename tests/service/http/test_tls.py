@@ -20,9 +20,9 @@ pytestmark = pytest.mark.anyio
 
 
 class Echo(asyncio.Protocol):
-    """Says back what it hears, once the connection is made."""
+    """Echoes the data that it receives."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # of TCP
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # always TCP
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
@@ -30,7 +30,7 @@ class Echo(asyncio.Protocol):
 
 
 class Served:
-    """A server behind a gate, and the connections that it counts."""
+    """A server behind a TLS gate, and its count of connections."""
 
     def __init__(self, most: int = 2) -> None:
         authority = trustme.CA()
@@ -56,7 +56,7 @@ def served() -> Served:
 
 
 async def until_counted(connections: Connections, number: int) -> None:
-    while len(connections) != number:  # noqa: ASYNC110 - the loop's time passes by itself
+    while len(connections) != number:  # noqa: ASYNC110 - polling takes no real time in a virtual-time loop
         await asyncio.sleep(0.01)
 
 
@@ -79,14 +79,14 @@ async def connected(port: int, trust: ssl.SSLContext | None = None) -> AsyncIter
             await writer.wait_closed()
 
 
-async def test_what_speaks_tls_is_handed_on(served: Served) -> None:
+async def test_a_tls_connection_is_passed_to_the_next_protocol(served: Served) -> None:
     async with served.serving() as port, connected(port, served.trust) as (reader, writer):
         writer.write(b"hello")
         assert await reader.readexactly(5) == b"hello"
-        assert len(served.connections) == 0, "it is counted by what follows"
+        assert len(served.connections) == 0, "the next protocol counts it"
 
 
-async def test_what_says_nothing_is_counted_and_closed_after_a_while(served: Served) -> None:
+async def test_a_silent_connection_is_counted_and_closed_after_the_handshake_timeout(served: Served) -> None:
     loop = asyncio.get_running_loop()
     async with served.serving() as port, connected(port) as (reader, _):
         await until_counted(served.connections, 1)
@@ -96,7 +96,7 @@ async def test_what_says_nothing_is_counted_and_closed_after_a_while(served: Ser
         await until_counted(served.connections, 0)
 
 
-async def test_the_oldest_that_says_nothing_gives_way(served: Served) -> None:
+async def test_the_oldest_silent_connection_is_closed_for_a_new_one(served: Served) -> None:
     async with served.serving() as port, connected(port) as (first, _), connected(port):
         await until_counted(served.connections, 2)
         async with connected(port):
@@ -106,7 +106,7 @@ async def test_the_oldest_that_says_nothing_gives_way(served: Served) -> None:
             assert len(served.connections) == 2
 
 
-async def test_what_speaks_something_else_is_closed(served: Served) -> None:
+async def test_a_connection_that_does_not_speak_tls_is_closed(served: Served) -> None:
     async with served.serving() as port, connected(port) as (reader, writer):
         writer.write(b"GET / HTTP/1.1\r\n\r\n")
         with suppress(ConnectionError):
@@ -115,7 +115,7 @@ async def test_what_speaks_something_else_is_closed(served: Served) -> None:
 
 
 @pytest.mark.parametrize("run", [uvloop.run, asyncio.run])
-def test_a_hello_that_is_there_before_the_handshake_begins_is_heard(
+def test_a_client_hello_that_arrives_before_the_handshake_begins_is_not_lost(
     served: Served, run: Callable[[Coroutine[Any, Any, None]], None]
 ) -> None:
     async def say_hello_at_once() -> None:
@@ -123,7 +123,7 @@ def test_a_hello_that_is_there_before_the_handshake_begins_is_heard(
         with suppress(ssl.SSLWantReadError):
             served.trust.wrap_bio(ssl.MemoryBIO(), hello, server_hostname="localhost").do_handshake()
         async with served.serving() as port:
-            with socket.create_connection(("127.0.0.1", port)) as early:  # the loop stands still meanwhile
+            with socket.create_connection(("127.0.0.1", port)) as early:  # connect() blocks the loop
                 early.sendall(hello.read())
                 early.setblocking(False)
                 async with asyncio.timeout(HEAD_S / 2):
@@ -132,24 +132,24 @@ def test_a_hello_that_is_there_before_the_handshake_begins_is_heard(
     run(say_hello_at_once())
 
 
-async def test_what_gives_way_before_its_handshake_begins_leaves_no_descriptor() -> None:
+async def test_a_connection_evicted_before_its_handshake_begins_leaks_no_file_descriptor() -> None:
     served = Served(most=1)
     async with served.serving() as port:
         before = open_descriptors()
         with socket.create_connection(("127.0.0.1", port)) as first, socket.create_connection(("127.0.0.1", port)):
-            await until_counted(served.connections, 1)  # both were made while the loop stood still
-            while not served.closed:  # noqa: ASYNC110 - the loop's time passes by itself
+            await until_counted(served.connections, 1)  # both connected while the loop was blocked
+            while not served.closed:  # noqa: ASYNC110 - polling takes no real time in a virtual-time loop
                 await asyncio.sleep(0.01)
             first.setblocking(False)
             async with asyncio.timeout(HEAD_S / 2):
                 with suppress(ConnectionError):
                     assert await asyncio.get_running_loop().sock_recv(first, 1) == b""
-            assert open_descriptors() == before + 3, "the clients' two, and the server's one"
+            assert open_descriptors() == before + 3, "two of the clients and one of the server"
         await until_counted(served.connections, 0)
         assert open_descriptors() == before
 
 
-async def test_what_there_is_no_descriptor_for_is_closed_and_not_counted(
+async def test_a_connection_without_a_free_file_descriptor_is_closed_and_not_counted(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: int) -> int:

@@ -14,7 +14,7 @@ PREDICT = "/predictions/tiny"
 
 
 def error_of(response: object, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text  # type: ignore[attr-defined] # httpx's or its successor's
+    assert response.status_code == status, response.text  # type: ignore[attr-defined] # from httpx or its successor
     body: dict[str, Any] = response.json()  # type: ignore[attr-defined] # as above
     assert list(body) == ["code", "type", "message"]
     assert body["code"] == status
@@ -23,7 +23,7 @@ def error_of(response: object, status: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
 @pytest.mark.parametrize("path", [PREDICT, f"{PREDICT}/1", f"{PREDICT}/0123456789ab"])
-def test_an_image_gets_its_five_most_probable_labels_however_it_is_sent(
+def test_an_image_gets_its_five_most_probable_labels_by_post_and_put_with_or_without_a_version(
     client: TestClient, photo: bytes, method: str, path: str
 ) -> None:
     expected = client.post("/classify?top_k=5", content=photo).json()["predictions"]
@@ -33,7 +33,7 @@ def test_an_image_gets_its_five_most_probable_labels_however_it_is_sent(
 
 
 @pytest.mark.parametrize("field", ["data", "body"])
-def test_the_image_may_be_the_field_data_or_body_of_a_form(client: TestClient, photo: bytes, field: str) -> None:
+def test_the_image_may_be_sent_in_the_form_field_data_or_body(client: TestClient, photo: bytes, field: str) -> None:
     expected = client.post(PREDICT, content=photo).json()
     assert client.post(PREDICT, files={field: ("kitten.jpg", photo)}).json() == expected
     part = f'--x\r\nContent-Disposition: form-data; name="{field}"\r\n\r\n'.encode() + photo + b"\r\n--x--\r\n"
@@ -41,14 +41,14 @@ def test_the_image_may_be_the_field_data_or_body_of_a_form(client: TestClient, p
     assert client.post(PREDICT, content=part, headers=headers).json() == expected
 
 
-def test_the_query_holds_what_it_holds_elsewhere(client: TestClient, photo: bytes) -> None:
+def test_query_parameters_work_as_on_other_routes(client: TestClient, photo: bytes) -> None:
     assert len(client.post(f"{PREDICT}?top_k=2", content=photo).json()) == 2
     problem = error_of(client.post(f"{PREDICT}?budget=1", content=photo), 422)
     assert problem["type"] == "BadRequestException"
     assert "unknown parameter" in problem["message"]
 
 
-def test_errors_are_torchserves(client: TestClient, photo: bytes) -> None:
+def test_errors_have_the_types_of_torchserve(client: TestClient, photo: bytes) -> None:
     for path in ("/predictions/huge", f"{PREDICT}/9"):
         assert error_of(client.post(path, content=photo), 404)["type"] == "ModelNotFoundException"
     assert error_of(client.post(PREDICT, content=b"no image"), 422)["type"] == "BadRequestException"
@@ -57,17 +57,19 @@ def test_errors_are_torchserves(client: TestClient, photo: bytes) -> None:
     assert sample(client, 'supervit_requests_total{outcome="unknown_model"}') == 2
 
 
-def test_one_image_at_a_time_is_classified(client: TestClient, photo: bytes) -> None:
+def test_a_request_with_two_images_is_refused(client: TestClient, photo: bytes) -> None:
     files = [("data", ("a.jpg", photo)), ("data", ("b.jpg", photo))]
     assert "only one image per request" in error_of(client.post(PREDICT, files=files), 422)["message"]
 
 
-def test_a_model_that_fails_is_the_servers_fault(client: TestClient, engine: ScriptedEngine, photo: bytes) -> None:
+def test_a_model_failure_is_an_internal_server_exception(
+    client: TestClient, engine: ScriptedEngine, photo: bytes
+) -> None:
     engine.error = RuntimeError("broken")
     assert error_of(client.post(PREDICT, content=photo), 500)["type"] == "InternalServerException"
 
 
-def test_a_server_is_healthy_once_it_is_ready(
+def test_ping_is_unhealthy_and_predictions_get_503_during_warm_up(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
 ) -> None:
     engine.may_warm_up.clear()
@@ -78,6 +80,6 @@ def test_a_server_is_healthy_once_it_is_ready(
         engine.may_warm_up.set()
 
 
-def test_it_is_healthy(client: TestClient) -> None:
+def test_ping_is_healthy_once_the_server_is_ready(client: TestClient) -> None:
     response = client.get("/ping")
     assert (response.status_code, response.json()) == (200, {"status": "Healthy"})

@@ -27,7 +27,7 @@ def limits(max_bytes: int = LIMIT, max_s: float = 10, most: int = 99) -> BodyLim
 
 
 class Client:
-    """Sends its chunks one by one, then falls silent or leaves; counts what was taken from it."""
+    """Sends its chunks one by one, then ends, falls silent or leaves; counts the chunks that were received."""
 
     def __init__(self, *chunks: bytes, then: str = "end", headers: dict[str, str] | None = None) -> None:
         self.chunks = list(chunks)
@@ -53,11 +53,11 @@ class Client:
         return await read_form(Request({"type": "http", "headers": self.headers}, self.receive), limits(limit))
 
 
-async def test_the_chunks_of_a_body_are_put_together() -> None:
+async def test_the_chunks_of_a_body_are_joined() -> None:
     assert await Client(b"ab", b"", b"cd").upload() == b"abcd"
 
 
-async def test_nothing_is_read_of_a_body_that_announces_too_much() -> None:
+async def test_a_body_whose_declared_length_is_over_the_limit_is_not_read() -> None:
     client = Client(b"x", headers={"content-length": str(LIMIT + 1)})
     with pytest.raises(BodyTooLargeError):
         await client.upload()
@@ -65,7 +65,7 @@ async def test_nothing_is_read_of_a_body_that_announces_too_much() -> None:
 
 
 @pytest.mark.parametrize("is_form", [False, True])
-async def test_reading_stops_at_the_chunk_that_passes_the_limit(is_form: bool) -> None:
+async def test_reading_stops_at_the_chunk_that_exceeds_the_limit(is_form: bool) -> None:
     client = Client(b"--x\r", b"\nAAA", *[b"AAAA"] * 100, headers={"content-type": "multipart/form-data; boundary=x"})
     with pytest.raises(BodyTooLargeError) as caught:
         await (client.upload_form(LIMIT) if is_form else client.upload())
@@ -73,21 +73,21 @@ async def test_reading_stops_at_the_chunk_that_passes_the_limit(is_form: bool) -
     assert caught.value.details == {"max_body_bytes": LIMIT}
 
 
-async def test_a_declared_length_proves_nothing_of_a_chunked_body() -> None:
+async def test_the_declared_length_of_a_chunked_body_is_ignored() -> None:
     client = Client(*[b"AAAA"] * 100, headers={"content-length": "4", "transfer-encoding": "chunked"})
     with pytest.raises(BodyTooLargeError):
         await client.upload()
     assert client.taken == 3
 
 
-async def test_a_client_that_falls_silent_is_dropped() -> None:
+async def test_a_client_that_stops_sending_gets_an_upload_timeout() -> None:
     with pytest.raises(UploadTimeoutError, match=r"within the latency budget"):
         await Client(b"ab", then="silence").upload(within_s=0.01)
     with pytest.raises(UploadTimeoutError, match=r"within 0\.01 s"):
         await Client(b"ab", then="silence").upload(max_s=0.01)
 
 
-async def test_a_client_that_leaves_is_noticed() -> None:
+async def test_a_client_that_disconnects_during_an_upload_is_detected() -> None:
     with pytest.raises(ClientGoneError):
         await Client(b"ab", then="leave").upload()
 
@@ -97,32 +97,32 @@ PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\
 END = b"--x--\r\n"
 
 
-async def test_a_form_is_read_in_whatever_pieces_it_comes() -> None:
+async def test_a_form_is_read_from_chunks_of_any_size() -> None:
     whole = PART + PART + END
     for size in (1, 7, len(whole)):
         pieces = [whole[start : start + size] for start in range(0, len(whole), size)]
         assert await Client(*pieces, headers=FORM).upload_form() == Form((b"A", b"A"), ())
 
 
-async def test_a_form_that_was_cut_off_is_said_to_be() -> None:
+async def test_a_truncated_form_is_reported_as_truncated() -> None:
     with pytest.raises(InvalidImageError, match="truncated"):
         await Client(PART[:-2], headers=FORM).upload_form()
 
 
-async def test_a_form_is_read_whatever_charset_its_type_names() -> None:
+async def test_a_form_is_read_whatever_charset_its_content_type_names() -> None:
     headers = {"content-type": "multipart/form-data; boundary=x; charset=undefined"}
     assert (await Client(PART + END, headers=headers).upload_form()).images == (b"A",)
 
 
-async def test_a_body_that_a_busy_event_loop_saw_too_late_is_not_its_clients_fault() -> None:
+async def test_a_body_read_too_late_by_a_busy_event_loop_is_a_deadline_error_and_no_upload_timeout() -> None:
     uploading = asyncio.create_task(Client(b"ab", then="silence").upload(within_s=0.05))
     await asyncio.sleep(0.04)
-    asyncio.get_running_loop().pass_time(1.0)  # type: ignore[attr-defined] # of the loop of these tests
+    asyncio.get_running_loop().pass_time(1.0)  # type: ignore[attr-defined] # of VirtualTimeLoop
     with pytest.raises(DeadlineError):
         await uploading
 
 
-async def test_a_body_that_drips_is_cut_off_and_a_slow_one_is_not() -> None:
+async def test_a_body_slower_than_the_minimum_rate_is_cut_off_and_one_just_above_it_is_read() -> None:
     def sending(bytes_per_s: int) -> Client:
         client = Client(headers={})
 
@@ -131,7 +131,7 @@ async def test_a_body_that_drips_is_cut_off_and_a_slow_one_is_not() -> None:
             client.taken += 1
             return {"type": "http.request", "body": bytes(bytes_per_s), "more_body": client.taken < 20}
 
-        client.receive = receive  # type: ignore[method-assign] # another client
+        client.receive = receive  # type: ignore[method-assign] # paced instead of scripted
         return client
 
     slow, dripping = sending(MIN_BYTES_PER_S + 1), sending(1)
@@ -142,16 +142,16 @@ async def test_a_body_that_drips_is_cut_off_and_a_slow_one_is_not() -> None:
 
 
 async def begin(server: Server, path: str, data: bytes) -> RawClient:
-    """Send a request whose body stops after a few bytes."""
+    """Send a request and only the first 10 bytes of its body."""
     client = await server.connect()
     await client.send(post(len(data), path) + data[:10])
     await asyncio.sleep(SETTLE_S)
     return client
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # in real time, which the engine's thread has, too
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # in real time, like the engine's thread
 @pytest.mark.parametrize("path", ["/classify", "/explain", "/v2/models/tiny/infer", "/predictions/tiny", "/feedback"])
-async def test_one_client_may_have_so_many_bodies_on_their_way_and_hears_so_of_others(
+async def test_a_client_that_sends_more_bodies_at_once_than_its_limit_gets_429(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
@@ -170,7 +170,7 @@ async def test_one_client_may_have_so_many_bodies_on_their_way_and_hears_so_of_o
         length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
         assert b"2 requests from this address are being received already" in await refused.reader.readexactly(length)
         dropped = runtime.metrics.registry().get_sample_value("supervit_dropped_requests_total", {"reason": "address"})
-        assert dropped == (0 if path == "/feedback" else 1)  # which is no request to classify
+        assert dropped == (0 if path == "/feedback" else 1)  # feedback is no request to classify
         await slow[0].send(photo[10:])
         assert b"predictions" in await slow[0].answer()
         await slow[0].send(post(len(photo), "/classify") + photo)

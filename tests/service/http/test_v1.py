@@ -18,7 +18,7 @@ PREDICT = f"{MODEL}:predict"
 
 
 def error_of(response: object, status: int) -> str:
-    assert response.status_code == status, response.text  # type: ignore[attr-defined] # httpx's or its successor's
+    assert response.status_code == status, response.text  # type: ignore[attr-defined] # from httpx or its successor
     body = response.json()  # type: ignore[attr-defined] # as above
     assert list(body) == ["error"]
     return str(body["error"])
@@ -31,34 +31,38 @@ def text(photo: bytes) -> str:
 
 @pytest.fixture
 def expected(client: TestClient, photo: bytes) -> dict[str, Any]:
-    """The row of an answer that the photo should get."""
+    """Return the expected row of an answer for the photo."""
     predictions = client.post("/classify?top_k=7", content=photo).json()["predictions"]
     by_index = sorted(predictions, key=lambda prediction: prediction["index"])
     probabilities = [prediction["probability"] for prediction in by_index]
     return {"probabilities": probabilities, "labels": [prediction["label"] for prediction in predictions[:5]]}
 
 
-def test_rows_get_rows(client: TestClient, text: str, expected: dict[str, Any]) -> None:
+def test_a_request_in_row_format_is_answered_in_row_format(
+    client: TestClient, text: str, expected: dict[str, Any]
+) -> None:
     instances = [text, {"b64": text}, {"image": {"b64": text}}]
     for instance in instances:
         assert client.post(PREDICT, json={"instances": [instance]}).json() == {"predictions": [expected]}
     assert len(client.post(PREDICT, json={"instances": instances}).json()["predictions"]) == 3
 
 
-def test_columns_get_columns(client: TestClient, text: str, expected: dict[str, Any]) -> None:
+def test_a_request_in_column_format_is_answered_in_column_format(
+    client: TestClient, text: str, expected: dict[str, Any]
+) -> None:
     columns = {name: [value] for name, value in expected.items()}
     for inputs in ({"image": [{"b64": text}]}, {"image": {"b64": text}}, [text], {"b64": text}):
         assert client.post(PREDICT, json={"inputs": inputs}).json() == {"outputs": columns}
 
 
-def test_numbers_are_pixels_scaled_to_one(
+def test_numbers_are_read_as_pixels_scaled_to_one(
     client: TestClient, checkpoint: Checkpoint, photo: bytes, expected: dict[str, Any]
 ) -> None:
     pixels = (decode_image(photo, checkpoint.config, 10_000).numpy() / np.float32(255)).tolist()
     assert client.post(PREDICT, json={"instances": [pixels]}).json() == {"predictions": [expected]}
 
 
-def test_large_json_is_read_as_small_is(
+def test_large_json_gets_the_same_answers_as_small_json(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
 ) -> None:
     settings = settings.model_copy(update={"max_body_bytes": 10_000_000})
@@ -80,21 +84,21 @@ def test_large_json_is_read_as_small_is(
         assert "must hold images" in error_of(client.post(PREDICT, json=mixed), 422)
 
 
-def test_budgets_are_in_the_query(client: TestClient, text: str) -> None:
+def test_top_k_and_budgets_are_read_from_the_query(client: TestClient, text: str) -> None:
     body = {"instances": [text]}
     assert len(client.post(f"{PREDICT}?top_k=2", json=body).json()["predictions"][0]["labels"]) == 2
     assert "too small" in error_of(client.post(f"{PREDICT}?budget_gflops=1e-9", json=body), 422)
 
 
 @pytest.mark.parametrize("version", ["0", "1", "0123456789ab"])
-def test_versions_are_numbers_of_which_zero_is_the_latest(client: TestClient, text: str, version: str) -> None:
+def test_the_version_may_be_zero_or_one_or_the_checkpoints(client: TestClient, text: str, version: str) -> None:
     path = f"{MODEL}/versions/{version}"
     assert client.post(f"{path}:predict", json={"instances": [text]}).status_code == 200
     for suffix in ("", "/metadata"):
         assert client.get(path + suffix).json() == client.get(MODEL + suffix).json()
 
 
-def test_the_status_and_the_signature_are_tensorflow_servings(client: TestClient) -> None:
+def test_the_status_and_the_signature_have_the_format_of_tensorflow_serving(client: TestClient) -> None:
     status = client.get(MODEL).json()
     assert (status["name"], status["ready"]) == ("tiny", True)
     assert status["model_version_status"] == [
@@ -121,11 +125,11 @@ def test_the_status_and_the_signature_are_tensorflow_servings(client: TestClient
         ({"instances": [[[[0.5]]]]}, r"(N, 3, 16, 16)"),
     ],
 )
-def test_what_is_no_image_is_told(client: TestClient, body: object, sentence: str) -> None:
+def test_invalid_instances_get_a_message_that_names_the_fault(client: TestClient, body: object, sentence: str) -> None:
     assert sentence in error_of(client.post(PREDICT, json=body), 422)
 
 
-def test_another_model_or_version_is_unknown(client: TestClient, text: str) -> None:
+def test_an_unknown_model_or_version_gets_404(client: TestClient, text: str) -> None:
     for path in ("/v1/models/huge", f"{MODEL}/versions/2"):
         assert "is served" in error_of(client.post(f"{path}:predict", json={"instances": [text]}), 404)
         assert "is served" in error_of(client.get(path), 404)

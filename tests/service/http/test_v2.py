@@ -28,8 +28,8 @@ def tensor(datatype: str, shape: Sequence[object], **members: object) -> dict[st
     return {"name": "image", "datatype": datatype, "shape": shape, **members}
 
 
-def post(client: TestClient, body: object, raw: bytes = b"", path: str = INFER, **headers: str) -> Any:  # noqa: ANN401 - httpx's or its successor's
-    """Send JSON, and behind it the bytes of tensors."""
+def post(client: TestClient, body: object, raw: bytes = b"", path: str = INFER, **headers: str) -> Any:  # noqa: ANN401 - from httpx or its successor
+    """Send JSON, followed by the raw bytes of tensors."""
     head = json.dumps(body).encode()
     length = {"Inference-Header-Content-Length": str(len(head))} if raw else {}
     return client.post(path, content=head + raw, headers={**length, **headers})
@@ -53,7 +53,7 @@ def outputs_of(response: object) -> dict[str, Any]:
     return {output["name"]: output for output in response.json()["outputs"]}  # type: ignore[attr-defined] # as above
 
 
-def test_a_file_gets_the_answer_of_classify(client: TestClient, photo: bytes) -> None:
+def test_an_image_file_gets_the_same_answer_as_from_classify(client: TestClient, photo: bytes) -> None:
     response = post_files(client, photo, id="7", parameters={"top_k": 2})
     classified = client.post("/classify?top_k=7", content=photo).json()
     by_index = sorted(classified["predictions"], key=lambda prediction: prediction["index"])
@@ -69,7 +69,7 @@ def test_a_file_gets_the_answer_of_classify(client: TestClient, photo: bytes) ->
     assert response.headers["X-Request-ID"]
 
 
-def test_pixels_get_the_answer_of_the_file_that_they_were_decoded_from(
+def test_pixels_get_the_same_answer_as_the_file_that_they_were_decoded_from(
     client: TestClient, checkpoint: Checkpoint, photo: bytes
 ) -> None:
     expected = outputs_of(post_files(client, photo))["probabilities"]["data"]
@@ -93,7 +93,7 @@ def roomy(
         yield client
 
 
-def test_large_json_is_read_as_small_is(roomy: TestClient) -> None:
+def test_large_json_gets_the_same_answers_as_small_json(roomy: TestClient) -> None:
     pixels = np.random.default_rng(0).random((16, 3, 16, 16), np.float32)
     shape = [1, 3, 16, 16]
     alone = [post(roomy, {"inputs": [tensor("FP32", shape, data=[each.tolist()])]}) for each in pixels]
@@ -107,7 +107,7 @@ def test_large_json_is_read_as_small_is(roomy: TestClient) -> None:
         assert "only in the inputs" in error_of(post(roomy, elsewhere), 422)
 
 
-def test_base64_in_json_and_a_body_that_is_nothing_but_an_image_are_files_too(client: TestClient, photo: bytes) -> None:
+def test_base64_in_json_and_a_body_that_is_a_bare_image_are_read_as_files(client: TestClient, photo: bytes) -> None:
     expected = outputs_of(post_files(client, photo))["labels"]["data"]
     listed = post(client, {"inputs": [tensor("BYTES", [1], data=[base64.b64encode(photo).decode()])]})
     assert outputs_of(listed)["labels"]["data"] == expected
@@ -115,7 +115,7 @@ def test_base64_in_json_and_a_body_that_is_nothing_but_an_image_are_files_too(cl
     assert outputs_of(alone)["labels"]["data"] == expected
 
 
-def test_several_images_are_answered_in_order_as_requests_of_their_own(
+def test_several_images_are_answered_in_order_and_counted_as_separate_requests(
     client: TestClient, photo: bytes, encode: Callable[..., bytes]
 ) -> None:
     other = encode(Image.linear_gradient("L").resize((50, 50)))
@@ -128,18 +128,14 @@ def test_several_images_are_answered_in_order_as_requests_of_their_own(
     assert sample(client, 'supervit_requests_total{outcome="ok"}') == before + 2
 
 
-def test_one_image_of_several_that_fails_fails_the_request(
-    client: TestClient, engine: ScriptedEngine, photo: bytes
-) -> None:
+def test_one_failing_image_fails_the_whole_request(client: TestClient, engine: ScriptedEngine, photo: bytes) -> None:
     engine.may_run.clear()
     assert "not an image" in error_of(post_files(client, photo, b"no image"), 422)
     engine.may_run.set()
     assert sample(client, 'supervit_requests_total{outcome="invalid_image"}') == 2
 
 
-def test_outputs_are_binary_where_that_is_wanted_and_stand_behind_the_json_in_order(
-    client: TestClient, photo: bytes
-) -> None:
+def test_binary_outputs_follow_the_json_in_order(client: TestClient, photo: bytes) -> None:
     listed = outputs_of(post_files(client, photo))
     response = post_files(client, photo, parameters={"binary_data_output": True})
     assert response.headers["Content-Type"] == "application/octet-stream"
@@ -153,14 +149,14 @@ def test_outputs_are_binary_where_that_is_wanted_and_stand_behind_the_json_in_or
     assert response.content[length + sizes[0] :].startswith(struct.pack("<I", len(first)) + first)
 
 
-def test_an_output_may_differ_from_the_others_in_that(client: TestClient, photo: bytes) -> None:
+def test_binary_data_can_be_switched_off_for_a_single_output(client: TestClient, photo: bytes) -> None:
     wanted = [{"name": "labels"}, {"name": "probabilities", "parameters": {"binary_data": False}}]
     response = post_files(client, photo, outputs=wanted, parameters={"binary_data_output": True})
     head = json.loads(response.content[: int(response.headers["Inference-Header-Content-Length"])])
     assert ["data" in output for output in head["outputs"]] == [False, True]
 
 
-def test_classes_come_as_value_index_and_label(client: TestClient, photo: bytes) -> None:
+def test_classification_outputs_hold_value_index_and_label(client: TestClient, photo: bytes) -> None:
     wanted = [{"name": "probabilities", "parameters": {"classification": 2}}]
     output = outputs_of(post_files(client, photo, outputs=wanted))["probabilities"]
     best = client.post("/classify?top_k=2", content=photo).json()["predictions"]
@@ -168,7 +164,9 @@ def test_classes_come_as_value_index_and_label(client: TestClient, photo: bytes)
     assert (output["datatype"], output["shape"]) == ("BYTES", [1, 2])
 
 
-def test_budgets_come_from_the_body_then_the_query_then_the_headers(client: TestClient, checkpoint: Checkpoint) -> None:
+def test_a_budget_in_the_body_overrides_the_query_and_that_in_the_query_the_headers(
+    client: TestClient, checkpoint: Checkpoint
+) -> None:
     rows = client.get("/subnetworks").json()["subnetworks"]
     cheap, middle, dear = (next(row["gflops"] for row in rows if row["patch_grid"] == grid) for grid in (2, 4, 4))
     dear = checkpoint.profile.by_subnetwork[checkpoint.config.largest].gflops
@@ -186,13 +184,13 @@ def test_budgets_come_from_the_body_then_the_query_then_the_headers(client: Test
     assert spent(f"?budget_gflops={middle}", budget_gflops=dear) == dear
 
 
-def test_a_timeout_in_microseconds_is_a_budget(client: TestClient, photo: bytes) -> None:
+def test_the_timeout_parameter_is_a_latency_budget_in_microseconds(client: TestClient, photo: bytes) -> None:
     assert "too small" in error_of(post_files(client, photo, parameters={"timeout": 1}), 422)
     assert post_files(client, photo, parameters={"timeout": 900_000}).status_code == 200
 
 
 @pytest.mark.parametrize(("encoding", "encode_body"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
-def test_bodies_that_tritons_clients_compress_are_read(
+def test_bodies_compressed_with_gzip_or_deflate_are_read(
     client: TestClient, photo: bytes, encoding: str, encode_body: Callable[[bytes], bytes]
 ) -> None:
     body = encode_body(photo)
@@ -226,7 +224,7 @@ def test_bodies_that_tritons_clients_compress_are_read(
         ({"inputs": [tensor("BYTES", [1], data=["aa=="])], "parameters": {"budget": 1}}, b"", "budget: unknown"),
     ],
 )
-def test_what_cannot_be_understood_is_told_in_a_sentence(
+def test_an_invalid_request_gets_a_message_that_names_the_fault(
     client: TestClient, body: object, raw: bytes, sentence: str
 ) -> None:
     assert sentence in error_of(post(client, body, raw), 422)
@@ -234,27 +232,27 @@ def test_what_cannot_be_understood_is_told_in_a_sentence(
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "9999", "1.5", "9" * 5000, ""])
-def test_a_json_that_is_not_as_long_as_the_header_says_is_told(client: TestClient, length: str) -> None:
+def test_a_wrong_json_length_in_the_header_is_refused(client: TestClient, length: str) -> None:
     response = client.post(INFER, content=b"{}", headers={"Inference-Header-Content-Length": length})
     assert "must be the length of the JSON" in error_of(response, 422)
 
 
-def test_what_is_no_json_is_told_without_a_librarys_words(client: TestClient) -> None:
+def test_invalid_json_gets_a_message_of_our_own(client: TestClient) -> None:
     for body in (b"{", b""):
         assert error_of(client.post(INFER, content=body), 422) == "the body is not valid JSON"
 
 
-def test_a_body_is_read_up_to_the_limit(client: TestClient) -> None:
+def test_a_body_over_the_limit_is_refused(client: TestClient) -> None:
     assert "longer than" in error_of(client.post(INFER, content=bytes(BODY_LIMIT + 1)), 413)
 
 
 @pytest.mark.parametrize("path", ["/v2/models/huge/infer", "/v2/models/tiny/versions/9/infer"])
-def test_another_model_is_unknown(client: TestClient, photo: bytes, path: str) -> None:
+def test_an_unknown_model_or_version_gets_404(client: TestClient, photo: bytes, path: str) -> None:
     assert "is served" in error_of(post_files(client, photo, path=path), 404)
 
 
 @pytest.mark.parametrize("version", ["1", "0123456789ab"])
-def test_every_route_of_the_model_takes_its_version(client: TestClient, photo: bytes, version: str) -> None:
+def test_every_route_of_the_model_accepts_its_version(client: TestClient, photo: bytes, version: str) -> None:
     path = f"/v2/models/tiny/versions/{version}"
     assert post_files(client, photo, path=f"{path}/infer").status_code == 200
     for suffix in ("", "/ready", "/config", "/stats"):
@@ -262,7 +260,7 @@ def test_every_route_of_the_model_takes_its_version(client: TestClient, photo: b
     assert "is served" in error_of(client.get("/v2/models/tiny/versions/2"), 404)
 
 
-def test_it_tells_what_it_is_and_what_it_serves(client: TestClient) -> None:
+def test_metadata_configuration_and_repository_index_describe_the_server_and_the_model(client: TestClient) -> None:
     assert client.get("/v2").json()["name"] == "supervit-serve"
     assert client.get("/v2/models/tiny").json()["inputs"][0] == {"name": "image", "datatype": "BYTES", "shape": [-1, 1]}
     assert client.get("/v2/models/tiny/config").json()["max_batch_size"] == 16
@@ -271,7 +269,7 @@ def test_it_tells_what_it_is_and_what_it_serves(client: TestClient) -> None:
     ]
 
 
-def test_the_health_is_told_in_status_and_json(client: TestClient) -> None:
+def test_health_is_reported_by_status_and_json(client: TestClient) -> None:
     assert client.get("/v2/health/live").json() == {"live": True}
     assert client.get("/v2/health/ready").json() == {"ready": True}
     assert client.get("/v2/models/tiny/ready").json() == {"name": "tiny", "ready": True}
@@ -289,17 +287,17 @@ def test_the_statistics_count_requests_of_every_route(client: TestClient, photo:
 
 
 @pytest.mark.parametrize("path", ["/v2/trace/setting", "/v2/logging", "/v2/systemsharedmemory/status", "/v2/nothing"])
-def test_what_is_not_supported_is_not_found_in_the_same_shape(client: TestClient, path: str) -> None:
+def test_unsupported_routes_and_methods_get_errors_in_the_format_of_v2(client: TestClient, path: str) -> None:
     assert error_of(client.get(path), 404)
     assert error_of(client.get(INFER), 405) == f"{INFER} accepts POST, not GET"
 
 
-def test_the_page_of_another_site_may_not_ask(client: TestClient, photo: bytes) -> None:
+def test_a_request_from_a_page_of_another_origin_is_refused(client: TestClient, photo: bytes) -> None:
     headers = {"Origin": "http://evil.example", "Inference-Header-Content-Length": "0"}
     assert "another origin" in error_of(client.post(INFER, content=photo, headers=headers), 403)
 
 
-def test_a_server_that_starts_is_live_and_not_ready(
+def test_a_server_in_warm_up_is_live_but_not_ready(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
 ) -> None:
     engine.may_warm_up.clear()
@@ -316,7 +314,7 @@ def test_a_server_that_starts_is_live_and_not_ready(
         engine.may_warm_up.set()
 
 
-def test_a_request_of_a_full_server_is_rejected_before_its_body_is_read(
+def test_a_full_server_rejects_a_request_before_its_body_is_read(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable, photo: bytes
 ) -> None:
     settings = settings.model_copy(update={"max_in_flight": 1})
@@ -332,7 +330,7 @@ def test_a_request_of_a_full_server_is_rejected_before_its_body_is_read(
         assert first.result().status_code == 200
 
 
-def test_the_routes_are_described(client: TestClient) -> None:
+def test_the_documentation_describes_the_routes(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     operation = paths["/v2/models/{name}/infer"]["post"]
     assert set(operation["requestBody"]["content"]) == {"application/json", "application/octet-stream"}

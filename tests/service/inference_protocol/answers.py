@@ -1,4 +1,4 @@
-"""Answers as the pipeline gives them, made up."""
+"""Made-up answers of the pipeline."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ NAMES = ("cat", "dog", "bird")
 
 
 def answer(*probabilities: float, top_k: int = 3, grid: int = 4) -> Classification:
-    """Answer an image with the probabilities of NAMES."""
+    """Create the answer for one image from the probabilities of NAMES."""
     profile = SubNetworkProfile(SubNetwork(grid, 0.5), 2_000_000_000, 0.75, 0.9)
     best = sorted(range(len(probabilities)), key=lambda index: -probabilities[index])[:top_k]
     return Classification(

@@ -24,23 +24,23 @@ def decoded(datatype: str, contents: Any, shape: tuple[int, ...] = PIXELS.shape)
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1)])
 @pytest.mark.parametrize("contents", [join_elements([b"a", b"b"]), [b"a", b"b"], [[b"a"], [b"b"]]])
-def test_files_come_out_one_by_one(contents: Any, shape: tuple[int, ...]) -> None:  # noqa: ANN401 - lists
+def test_files_are_split_into_one_image_each(contents: Any, shape: tuple[int, ...]) -> None:  # noqa: ANN401 - lists
     assert images_of(InputTensor("image", "BYTES", shape, contents), SIDE) == [b"a", b"b"]
 
 
-def test_a_text_among_files_is_left_for_base64() -> None:
+def test_a_text_element_is_returned_undecoded() -> None:
     assert images_of(InputTensor("image", "BYTES", (1,), ["/9j/"]), SIDE) == ["/9j/"]
 
 
 @pytest.mark.parametrize(
     "contents", [PIXELS.tobytes(), memoryview(PIXELS.tobytes()), PIXELS.ravel().tolist(), PIXELS.tolist()]
 )
-def test_pixels_come_out_as_they_are(contents: Any) -> None:  # noqa: ANN401 - lists
+def test_uint8_pixels_are_decoded_unchanged(contents: Any) -> None:  # noqa: ANN401 - lists
     assert torch.equal(decoded("UINT8", contents), torch.from_numpy(PIXELS))
 
 
 @pytest.mark.parametrize(("datatype", "dtype"), [("UINT8", "u1"), ("FP32", "<f4")])
-def test_an_image_has_memory_of_its_own_and_keeps_no_message_that_it_came_in(datatype: str, dtype: str) -> None:
+def test_a_decoded_image_owns_its_memory_and_does_not_keep_its_message(datatype: str, dtype: str) -> None:
     message = bytearray(np.ones(PIXELS.shape, dtype))
     images = images_of(InputTensor("image", datatype, PIXELS.shape, memoryview(message)), SIDE)
     made = [image.decode() for image in images if isinstance(image, OpenedImage)]
@@ -49,7 +49,7 @@ def test_an_image_has_memory_of_its_own_and_keeps_no_message_that_it_came_in(dat
     assert [image.untyped_storage().nbytes() for image in made] == 2 * [3 * SIDE * SIDE]
 
 
-def test_pixels_that_were_scaled_to_one_come_out_as_they_were() -> None:
+def test_pixels_scaled_to_one_are_restored_exactly() -> None:
     every = np.arange(256, dtype=np.uint8)
     pixels = np.concatenate([every] * 3).reshape(1, 3, 16, 16)
     scaled = (pixels / np.float32(255)).astype("<f4")
@@ -60,7 +60,7 @@ def test_pixels_that_were_scaled_to_one_come_out_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.01, 1.01, 255.0])
-def test_numbers_that_are_no_pixels_scaled_to_one_are_told_what_is_expected(value: float) -> None:
+def test_fp32_values_outside_zero_to_one_are_refused(value: float) -> None:
     pixels = np.full((1, 3, SIDE, SIDE), 0.5, np.float32)
     pixels[0, 1, 0, 0] = value
     for contents in (pixels.tobytes(), pixels.ravel().tolist()):
@@ -69,7 +69,7 @@ def test_numbers_that_are_no_pixels_scaled_to_one_are_told_what_is_expected(valu
 
 
 @pytest.mark.parametrize("datatype", ["UINT8", "FP32"])
-def test_a_number_as_a_text_is_none(datatype: str) -> None:
+def test_numbers_written_as_text_are_refused(datatype: str) -> None:
     pixels = np.ones((1, 3, SIDE, SIDE)).astype(object)
     pixels[0, 1, 0, 0] = "1"
     for contents in (pixels.ravel().tolist(), pixels.tolist(), ["1"]):
@@ -78,7 +78,7 @@ def test_a_number_as_a_text_is_none(datatype: str) -> None:
 
 
 @pytest.mark.parametrize("value", [-1, 256, 0.5, "x", None, 2**70, float("nan"), [1], "1" * 1000])
-def test_values_that_are_no_bytes_are_told(value: object) -> None:
+def test_uint8_values_that_are_no_bytes_are_refused(value: object) -> None:
     values: list[object] = [0] * (3 * SIDE * SIDE)
     values[5] = value
     with pytest.raises(InvalidTensorError, match=r"^image: values of UINT8 must be (integers|numbers)"):
@@ -102,7 +102,7 @@ def test_values_that_are_no_bytes_are_told(value: object) -> None:
         ("FP32", (1, 3, SIDE, SIDE), [[[0.5], [0.5, 0.5]]], "values of FP32 must be numbers in lists of equal lengths"),
     ],
 )
-def test_what_the_input_cannot_be_is_told(
+def test_an_invalid_input_tensor_gets_a_message_that_names_the_fault(
     datatype: str,
     shape: tuple[int, ...],
     contents: Any,  # noqa: ANN401 - lists
@@ -117,12 +117,12 @@ class Unread(list[object]):
         raise AssertionError("nothing is to be read")
 
 
-def test_of_more_files_than_the_shape_announces_none_is_looked_at() -> None:
+def test_more_files_than_the_shape_declares_are_refused_without_being_read() -> None:
     with pytest.raises(InvalidTensorError, match="the shape has 2 elements, but the data has 3"):
         images_of(InputTensor("image", "BYTES", (2,), Unread([b"a", b"b", b"c"])), SIDE)
 
 
-def test_there_is_one_input_and_no_shared_memory() -> None:
+def test_unknown_inputs_and_shared_memory_are_refused() -> None:
     with pytest.raises(InvalidTensorError, match="INPUT0: unknown input"):
         images_of(InputTensor("INPUT0", "BYTES", (1,), [b"a"]), SIDE)
     with pytest.raises(InvalidTensorError, match="shared memory is not supported"):

@@ -9,7 +9,7 @@ from service.inference_protocol.parameters import parameters_of
 HEADERS = {"x-budget-gflops": "1", "x-budget-ms": "100", "x-min-confidence": "0.1", "x-priority": "-1"}
 
 
-def test_the_body_goes_before_the_query_and_that_before_the_headers() -> None:
+def test_the_body_overrides_the_query_and_the_query_overrides_the_headers() -> None:
     only_headers = parameters_of({}, {}, HEADERS)
     assert only_headers.budget_gflops == 1
     assert (only_headers.budget_ms, only_headers.min_confidence, only_headers.priority) == (100, 0.1, -1)
@@ -28,12 +28,12 @@ def test_every_parameter_of_a_classification_may_be_in_the_body() -> None:
 @pytest.mark.parametrize(
     ("tritons", "ours"), [(0, 0), (1, 0), (2, -1), (5, -4), (11, -10), (12, -10), (2**63, -10), (-3, -3), ("2", -1)]
 )
-def test_of_tritons_priorities_one_is_the_highest(tritons: int | str, ours: int) -> None:
+def test_triton_priorities_in_the_body_are_translated_to_our_levels(tritons: int | str, ours: int) -> None:
     assert parameters_of({"priority": tritons}, {}, {}).priority == ours
 
 
 @pytest.mark.parametrize("priority", [5, 1, 0, -3])
-def test_priorities_beside_the_body_are_ours(priority: int) -> None:
+def test_priorities_in_the_query_and_the_headers_are_not_translated(priority: int) -> None:
     assert parameters_of({}, {"priority": str(priority)}, {}).priority == priority
     assert parameters_of({}, {}, {"x-priority": str(priority)}).priority == priority
     assert parameters_of({"priority": 2}, {"priority": str(priority)}, {}).priority == -1
@@ -49,7 +49,7 @@ def test_priorities_beside_the_body_are_ours(priority: int) -> None:
         ({"timeout": 90_000, "budget_ms": 70}, 70),
     ],
 )
-def test_of_a_timeout_in_microseconds_and_a_budget_the_shorter_counts(
+def test_the_shorter_of_timeout_in_microseconds_and_budget_ms_counts(
     body: dict[str, int], budget_ms: float | None
 ) -> None:
     assert parameters_of(body, {}, {}).budget_ms == budget_ms
@@ -72,13 +72,13 @@ def test_of_a_timeout_in_microseconds_and_a_budget_the_shorter_counts(
         ({"top_k": [1]}, "top_k"),
     ],
 )
-def test_what_is_misspelt_or_unusable_is_told(body: dict[str, Any], parameter: str) -> None:
+def test_unknown_and_invalid_parameters_are_named(body: dict[str, Any], parameter: str) -> None:
     with pytest.raises(InvalidParameterError) as caught:
         parameters_of(body, {}, {})
     assert caught.value.details["parameter"] == parameter
 
 
-def test_what_other_servers_read_and_nothing_here_depends_on_is_no_error() -> None:
+def test_parameters_that_only_other_servers_use_are_ignored() -> None:
     harmless: Parameters = {
         "binary_data_output": True,
         "sequence_id": 0,

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.anyio
 
 
 class ScriptedPipeline:
-    """Answers every image, or fails at those that a test names; tells what it was asked."""
+    """Answers every image but those for which a test sets an error or holds the answer back; records its requests."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -123,7 +123,7 @@ def served(checkpoint: Checkpoint) -> Protocol:
     return Protocol(checkpoint)
 
 
-async def test_each_image_is_a_request_of_its_own_with_what_was_asked_anywhere(served: Protocol) -> None:
+async def test_each_image_is_a_separate_request_with_the_parameters_of_body_query_and_headers(served: Protocol) -> None:
     await served.infer(b"first", b"second", parameters={"budget_gflops": 2, "top_k": 2})
     assert served.pipeline.images == [b"first", b"second"]
     asked = InferenceRequest(999.0, 50, budget_gflops=2, top_k=2, priority=-2, address="a")
@@ -134,7 +134,7 @@ async def test_each_image_is_a_request_of_its_own_with_what_was_asked_anywhere(s
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A protocol over two models, of which the second is tried out and drawn for every request."""
+    """A protocol over two models, of which the second is on trial and drawn for every request."""
 
     protocol: InferenceProtocol
     old: ScriptedPipeline
@@ -153,7 +153,9 @@ def trial_of(old: Checkpoint, new: Checkpoint) -> Trial:
     return Trial(protocol, *pipelines)
 
 
-async def test_what_was_drawn_for_a_request_answers_it_unless_it_names_another(checkpoint: Checkpoint) -> None:
+async def test_the_model_drawn_for_a_request_answers_it_unless_the_request_names_another(
+    checkpoint: Checkpoint,
+) -> None:
     trial = trial_of(checkpoint, replace(checkpoint, version="fff"))
     drawn = await trial.infer("tiny")
     named = await trial.infer("tiny", checkpoint.version)
@@ -161,7 +163,7 @@ async def test_what_was_drawn_for_a_request_answers_it_unless_it_names_another(c
     assert (len(trial.new.asked), len(trial.old.asked)) == (1, 1)
 
 
-async def test_two_models_of_different_names_are_both_to_be_had(checkpoint: Checkpoint) -> None:
+async def test_two_models_of_different_names_can_both_be_requested(checkpoint: Checkpoint) -> None:
     trial = trial_of(checkpoint, replace(checkpoint, name="other", version="fff"))
     for name in ("tiny", "other"):
         assert (await trial.infer(name)).model_name == name
@@ -171,7 +173,7 @@ async def test_two_models_of_different_names_are_both_to_be_had(checkpoint: Chec
     assert [each["name"] for each in trial.protocol.repository_index()] == ["tiny"]
 
 
-async def test_the_pipeline_lists_as_many_classes_as_any_output_needs(served: Protocol) -> None:
+async def test_the_pipeline_is_asked_for_as_many_classes_as_any_output_needs(served: Protocol) -> None:
     output = RequestedOutput("probabilities", {"classification": 6})
     await served.ask(InputTensor("image", "BYTES", (1,), [b"a"]), outputs=(output,), parameters={"top_k": 2})
     assert served.pipeline.asked[0].top_k == 6
@@ -184,7 +186,7 @@ async def test_a_text_is_base64_or_a_data_url(served: Protocol) -> None:
         await served.infer("???")
 
 
-async def test_where_one_image_fails_the_others_are_given_up_and_the_request_has_its_error(served: Protocol) -> None:
+async def test_one_failing_image_cancels_the_others_and_fails_the_request_with_its_error(served: Protocol) -> None:
     served.pipeline.errors[b"broken"] = InvalidImageError("no image")
     served.pipeline.holds_back.add(b"slow")
     with pytest.raises(InvalidImageError, match="no image"):
@@ -192,7 +194,7 @@ async def test_where_one_image_fails_the_others_are_given_up_and_the_request_has
     assert served.outcomes() == {"invalid_image": 3}
 
 
-async def test_an_image_that_fails_before_the_others_begin_lets_none_of_them_begin(served: Protocol) -> None:
+async def test_an_image_that_fails_before_the_others_begin_keeps_them_from_beginning(served: Protocol) -> None:
     with pytest.raises(InvalidImageError, match="must be base64"):
         await served.infer("!!!!", "aGk=", "aG8=")
     assert served.pipeline.images == []
@@ -207,13 +209,13 @@ async def test_a_reply_names_the_model_and_the_request(served: Protocol) -> None
 
 
 @pytest.mark.parametrize("version", ["", "1", "0123456789ab"])
-async def test_the_version_may_be_left_out_or_one_or_the_checkpoints(served: Protocol, version: str) -> None:
+async def test_the_version_may_be_omitted_or_one_or_the_checkpoints(served: Protocol, version: str) -> None:
     served.protocol.require_model("tiny", version)
     assert served.protocol.model_metadata("tiny", version)["versions"] == ["1"]
 
 
 @pytest.mark.parametrize(("name", "version"), [("huge", ""), ("tiny", "2"), ("", "")])
-async def test_another_model_or_version_is_unknown_to_all(served: Protocol, name: str, version: str) -> None:
+async def test_every_call_refuses_an_unknown_model_or_version(served: Protocol, name: str, version: str) -> None:
     protocol = served.protocol
     for ask in (protocol.require_model, protocol.model_metadata, protocol.model_config):
         with pytest.raises(UnknownModelError):
@@ -223,21 +225,23 @@ async def test_another_model_or_version_is_unknown_to_all(served: Protocol, name
     assert served.outcomes() == {"unknown_model": 1}
 
 
-async def test_one_input_is_wanted(served: Protocol) -> None:
+async def test_a_request_must_have_exactly_one_input(served: Protocol) -> None:
     image = InputTensor("image", "BYTES", (1,), [b"a"])
     for inputs in ((), (image, image)):
         with pytest.raises(InvalidTensorError, match=f"must have one input, 'image', not {len(inputs)}"):
             await served.ask(*inputs)
 
 
-async def test_a_request_that_comes_too_late_is_told_so_once(served: Protocol) -> None:
+async def test_a_request_that_arrives_too_late_is_counted_once_as_an_upload_timeout(served: Protocol) -> None:
     served.pipeline.time_left = 0.0
     with pytest.raises(UploadTimeoutError):
         await served.infer(b"a", b"b")
     assert served.outcomes() == {"upload_timeout": 1}
 
 
-async def test_before_the_body_comes_it_is_seen_whether_it_may_and_how_long_it_has(served: Protocol) -> None:
+async def test_a_request_is_checked_and_the_time_for_its_body_computed_before_the_body_arrives(
+    served: Protocol,
+) -> None:
     protocol, pipeline = served.protocol, served.pipeline
     assert protocol.check_before_body(999.0, {"budget_ms": "9"}, {}, 30.0) == 0.5
     assert protocol.check_before_body(999.0, {}, {}, 30.0) == 30.0
@@ -249,7 +253,9 @@ async def test_before_the_body_comes_it_is_seen_whether_it_may_and_how_long_it_h
         protocol.check_before_body(999.0, {}, {}, 30.0)
 
 
-async def test_it_is_ready_while_requests_are_taken_and_do_not_all_fail_for_its_own_reasons(served: Protocol) -> None:
+async def test_the_protocol_is_ready_while_requests_are_taken_and_do_not_all_fail_inside_the_server(
+    served: Protocol,
+) -> None:
     assert served.protocol.is_ready()
     assert served.protocol.repository_index()[0]["state"] == "READY"
     served.pipeline.errors[b"a"] = OutOfMemoryError("none left")

@@ -15,12 +15,12 @@ def test_the_elements_of_a_shape_are_counted() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1, 1, 1, 1, 1), (0,), (2, -1), (0, 2**62)])
-def test_what_is_no_shape_is_told(shape: tuple[int, ...]) -> None:
+def test_an_invalid_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidTensorError, match=r"^image: "):
         num_elements(of_shape(*shape))
 
 
-def test_each_element_stands_after_its_length_in_four_bytes() -> None:
+def test_each_element_follows_its_length_in_four_bytes() -> None:
     assert join_elements([b"ab", b""]) == b"\x02\0\0\0ab\0\0\0\0"
     assert split_elements("image", memoryview(b"\x02\0\0\0ab\0\0\0\0"), 2) == [b"ab", b""]
 
@@ -35,13 +35,13 @@ def test_each_element_stands_after_its_length_in_four_bytes() -> None:
         (b"\x01\0\0\0abc", 1, "2 bytes follow the 1 elements of the shape"),
     ],
 )
-def test_lengths_that_do_not_add_up_are_told(raw: bytes, number: int, sentence: str) -> None:
+def test_lengths_that_do_not_match_the_data_are_refused(raw: bytes, number: int, sentence: str) -> None:
     with pytest.raises(InvalidTensorError) as caught:
         split_elements("image", raw, number)
     assert caught.value.message == f"image: {sentence}"
 
 
-def test_a_reply_goes_row_by_row_in_little_endian_bytes() -> None:
+def test_outputs_are_encoded_row_by_row_in_little_endian_order() -> None:
     numbers = OutputTensor("probabilities", "FP32", np.array([[1.0, 0.5]], ">f4"))
     assert to_raw(numbers) == b"\0\0\x80\x3f\0\0\0\x3f"
     assert (

@@ -19,14 +19,14 @@ async def fail_in(together: ImageGroup) -> None:
         raise InvalidImageError("the second is broken")
 
 
-async def test_what_fails_gives_the_others_up_with_the_same_error() -> None:
+async def test_a_failing_image_cancels_the_others_with_the_same_error() -> None:
     together = ImageGroup(None)
     ends = await asyncio.gather(wait_in(together), fail_in(together), wait_in(together), return_exceptions=True)
     assert [str(end) for end in ends] == ["the second is broken"] * 3
     assert all(isinstance(end, InvalidImageError) for end in ends)
 
 
-async def test_a_task_that_is_cancelled_by_others_stays_so() -> None:
+async def test_a_task_cancelled_from_outside_stays_cancelled() -> None:
     task = asyncio.create_task(wait_in(ImageGroup(None)))
     await asyncio.sleep(0)
     task.cancel()
@@ -35,7 +35,7 @@ async def test_a_task_that_is_cancelled_by_others_stays_so() -> None:
 
 
 class Leaving:
-    """Watches over a client that has left."""
+    """A watch of a client that has left."""
 
     def __enter__(self) -> None:
         """Watch."""
@@ -44,13 +44,13 @@ class Leaving:
         raise ClientGoneError("it left")
 
 
-async def test_what_watches_stands_inside_and_its_error_is_that_of_all() -> None:
+async def test_the_error_of_the_watch_is_the_error_of_every_image() -> None:
     together = ImageGroup(Leaving())
     ends = await asyncio.gather(wait_in(together), fail_in(together), return_exceptions=True)
     assert [type(end) for end in ends] == [ClientGoneError, ClientGoneError]
 
 
-async def test_an_answer_leaves_the_others_alone() -> None:
+async def test_an_answered_image_does_not_cancel_the_others() -> None:
     together, goes_on = ImageGroup(None), asyncio.Event()
 
     async def answer() -> str:

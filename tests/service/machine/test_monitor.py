@@ -16,7 +16,7 @@ V1_NO_LIMIT = 9223372036854771712
 
 
 class Machine:
-    """A machine below a folder: two CPUs that are idle, 16 GiB, no cgroups, and a clock that tests move."""
+    """A machine with its files below a folder: two idle CPUs, 16 GiB, no cgroups, and a clock that tests move."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -63,7 +63,7 @@ class Machine:
             "memory_bytes": lambda: self.memory,
             "rss_bytes": lambda: 300,
         }
-        return Monitor(root=self.root, nvml=nvml, clock=lambda: self.now, **(sensors | instead))  # type: ignore[arg-type] # whatever fits
+        return Monitor(root=self.root, nvml=nvml, clock=lambda: self.now, **(sensors | instead))  # type: ignore[arg-type] # of several types
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def every_log_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
 
-def test_the_first_sample_is_there_at_once_and_knows_no_interval(machine: Machine) -> None:
+def test_the_first_sample_is_taken_at_once_and_has_no_values_over_an_interval(machine: Machine) -> None:
     first = machine.monitor().latest
     assert (first.taken_at, first.cores, first.cpus) == (1000.0, 2, 2)
     assert (first.memory_total_bytes, first.memory_available_bytes) == (16 * GIB, 12 * GIB)
@@ -90,7 +90,7 @@ def test_the_first_sample_is_there_at_once_and_knows_no_interval(machine: Machin
     assert first.gpus == ()
 
 
-def test_cpu_time_is_split_into_ours_and_that_of_others(machine: Machine) -> None:
+def test_cpu_time_is_split_between_this_process_and_others(machine: Machine) -> None:
     monitor = machine.monitor()
     machine.now += 0.25
     machine.own_cpu_s += 0.2
@@ -102,17 +102,17 @@ def test_cpu_time_is_split_into_ours_and_that_of_others(machine: Machine) -> Non
     assert monitor.latest is sample
 
 
-def test_waiting_for_a_disk_is_idle_and_what_a_hypervisor_took_is_work(machine: Machine) -> None:
+def test_iowait_counts_as_idle_and_steal_as_busy(machine: Machine) -> None:
     machine.cpus = {0}
     machine.write("proc/stat", "cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 0 0 0 0 0 0 0 0 0 0\nintr 0")
     monitor = machine.monitor()
     machine.now += 1
-    # user 1, nice 2, system 3, idle 40, iowait 30, irq 4, softirq 5, steal 15; of the user's, a guest had 1
+    # user 1, nice 2, system 3, idle 40, iowait 30, irq 4, softirq 5, steal 15; guest 1, which is part of user
     machine.write("proc/stat", "cpu 9 9 9 9 9 9 9 9 9 9\ncpu0 1 2 3 40 30 4 5 15 1 0\nintr 0")
     assert monitor.sample().cpu_utilization == pytest.approx(30 / 100)
 
 
-def test_cpus_that_we_may_not_run_on_do_not_count(machine: Machine) -> None:
+def test_cpus_outside_our_affinity_do_not_count(machine: Machine) -> None:
     machine.cpus = {1}
     monitor = machine.monitor()
     machine.now += 1
@@ -123,7 +123,7 @@ def test_cpus_that_we_may_not_run_on_do_not_count(machine: Machine) -> None:
     assert sample.others_cores == pytest.approx(0.1)
 
 
-def test_cpus_that_a_container_numbers_anew_give_none_and_one_line(
+def test_cpus_that_a_container_renumbers_give_none_and_one_log_line(
     machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine.cpus = {4, 5}
@@ -136,7 +136,7 @@ def test_cpus_that_a_container_numbers_anew_give_none_and_one_line(
     assert log_lines(caplog) == ["continuing without CPU times: KeyError: 4"]
 
 
-def test_a_cpu_given_to_us_meanwhile_counts_from_the_next_sample_on(machine: Machine) -> None:
+def test_a_cpu_added_to_our_affinity_counts_from_its_first_full_interval_on(machine: Machine) -> None:
     machine.cpus = {0}
     monitor = machine.monitor()
     machine.now += 1
@@ -148,7 +148,7 @@ def test_a_cpu_given_to_us_meanwhile_counts_from_the_next_sample_on(machine: Mac
     assert monitor.sample().cpu_utilization == pytest.approx(125 / 200)
 
 
-def test_others_use_at_least_nothing_however_coarse_the_ticks(machine: Machine) -> None:
+def test_the_cores_used_by_others_are_never_negative_despite_coarse_ticks(machine: Machine) -> None:
     monitor = machine.monitor()
     machine.now += 0.25
     machine.own_cpu_s += 0.25
@@ -156,14 +156,14 @@ def test_others_use_at_least_nothing_however_coarse_the_ticks(machine: Machine) 
     assert monitor.sample().others_cores == 0
 
 
-def test_two_samples_at_one_instant_divide_nothing_by_zero(machine: Machine) -> None:
+def test_two_samples_at_the_same_instant_give_none_instead_of_dividing_by_zero(machine: Machine) -> None:
     monitor = machine.monitor()
     machine.own_cpu_s += 0.1
     sample = monitor.sample()
     assert sample.cpu_utilization is sample.own_cpu_utilization is sample.others_cores is sample.cpu_pressure is None
 
 
-def test_counters_that_run_backwards_say_nothing_once(machine: Machine) -> None:
+def test_counters_that_decrease_give_none_for_one_interval(machine: Machine) -> None:
     machine.write_v1("cpu", quota_us=100_000, periods=100, throttled=50)
     machine.write("proc/self/cgroup", "1:cpu:/")
     machine.write_pressure("proc/pressure/cpu", 500_000)
@@ -184,7 +184,7 @@ def test_counters_that_run_backwards_say_nothing_once(machine: Machine) -> None:
     assert sample.cpu_pressure == pytest.approx(0.25)
 
 
-def test_a_counter_that_steps_back_takes_nothing_from_the_other_cpus(machine: Machine) -> None:
+def test_a_counter_that_steps_back_does_not_affect_those_of_other_cpus(machine: Machine) -> None:
     monitor = machine.monitor()
     machine.now += 1
     machine.write_cpu_ticks({0: (550, 550), 1: (150, 890)})
@@ -194,7 +194,7 @@ def test_a_counter_that_steps_back_takes_nothing_from_the_other_cpus(machine: Ma
     assert monitor.sample().cpu_utilization == pytest.approx(50 / 200)
 
 
-def test_no_share_exceeds_the_whole(machine: Machine) -> None:
+def test_utilization_and_pressure_never_exceed_one(machine: Machine) -> None:
     monitor = machine.monitor()
     machine.now += 1
     machine.own_cpu_s += 2.1
@@ -203,7 +203,7 @@ def test_no_share_exceeds_the_whole(machine: Machine) -> None:
     assert sample.own_cpu_utilization == sample.cpu_pressure == 1
 
 
-def test_pressure_is_the_growth_of_the_total_of_some_not_an_average(machine: Machine) -> None:
+def test_pressure_is_computed_from_the_total_of_some_rather_than_an_average(machine: Machine) -> None:
     monitor = machine.monitor()
     machine.now += 0.25
     machine.write_pressure("proc/pressure/cpu", 100_000)
@@ -213,7 +213,7 @@ def test_pressure_is_the_growth_of_the_total_of_some_not_an_average(machine: Mac
     assert sample.memory_pressure == pytest.approx(0.1)
 
 
-def test_the_pressure_in_our_cgroup_goes_before_that_of_the_machine(machine: Machine) -> None:
+def test_the_pressure_of_our_cgroup_takes_precedence_over_that_of_the_machine(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "0::/pod")
     machine.write_pressure("sys/fs/cgroup/pod/cpu.pressure", 0)
     monitor = machine.monitor()
@@ -226,7 +226,7 @@ def test_the_pressure_in_our_cgroup_goes_before_that_of_the_machine(machine: Mac
     assert sample.memory_pressure == pytest.approx(0.3)
 
 
-def test_a_v2_quota_limits_the_cores_and_tells_of_throttling(machine: Machine) -> None:
+def test_a_cgroup_v2_quota_limits_the_cores_and_reports_throttling(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "0::/pod")
     machine.write_v2("pod", quota="150000", periods=10, throttled=4)
     monitor = machine.monitor()
@@ -240,7 +240,7 @@ def test_a_v2_quota_limits_the_cores_and_tells_of_throttling(machine: Machine) -
 
 
 @pytest.mark.parametrize("mount", ["cpu,cpuacct", "cpu"])
-def test_a_v1_quota_limits_the_cores_and_tells_of_throttling(machine: Machine, mount: str) -> None:
+def test_a_cgroup_v1_quota_limits_the_cores_and_reports_throttling(machine: Machine, mount: str) -> None:
     machine.write("proc/self/cgroup", "3:cpuset:/other\n2:cpu,cpuacct:/docker/abc\n1:name=systemd:/other")
     machine.write_v1(f"{mount}/other", quota_us=10_000)
     machine.write_v1(f"{mount}/docker/abc", quota_us=50_000, periods=10, throttled=4)
@@ -251,7 +251,7 @@ def test_a_v1_quota_limits_the_cores_and_tells_of_throttling(machine: Machine, m
     assert monitor.sample().cgroup_throttled_fraction == 1
 
 
-def test_an_interval_in_which_no_period_ended_throttled_nothing(machine: Machine) -> None:
+def test_the_throttled_fraction_is_zero_if_no_period_ended_in_the_interval(machine: Machine) -> None:
     machine.write_v2("", quota="100000", periods=10, throttled=4)
     monitor = machine.monitor()
     machine.now += 0.01
@@ -259,7 +259,7 @@ def test_an_interval_in_which_no_period_ended_throttled_nothing(machine: Machine
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_no_quota_is_none_and_throttles_nothing(machine: Machine, version: str) -> None:
+def test_the_quota_and_the_throttled_fraction_are_none_without_a_quota(machine: Machine, version: str) -> None:
     if version == "v1":
         machine.write("proc/self/cgroup", "1:cpu:/")
         machine.write_v1("cpu", quota_us=-1)
@@ -272,12 +272,12 @@ def test_no_quota_is_none_and_throttles_nothing(machine: Machine, version: str) 
     assert sample.cores == 2
 
 
-def test_a_quota_above_the_number_of_cpus_adds_none(machine: Machine) -> None:
+def test_a_quota_above_the_number_of_cpus_adds_no_cores(machine: Machine) -> None:
     machine.write_v2("", quota="800000")
     assert (machine.monitor().latest.cores, machine.monitor().latest.cgroup_quota_cores) == (2, 8)
 
 
-def test_a_quota_that_changes_counts_from_the_next_sample_on(machine: Machine) -> None:
+def test_a_changed_quota_applies_from_the_next_sample_on(machine: Machine) -> None:
     machine.write_v2("", quota="max", periods=10, throttled=9)
     monitor = machine.monitor()
     for quota, cores, fraction in (("50000", 0.5, None), ("100000", 1, 0), ("max", 2, None)):
@@ -287,7 +287,7 @@ def test_a_quota_that_changes_counts_from_the_next_sample_on(machine: Machine) -
         assert (sample.cores, sample.cgroup_throttled_fraction) == (cores, fraction)
 
 
-def test_the_tightest_quota_of_the_cgroups_above_holds_and_the_worst_throttling_shows(machine: Machine) -> None:
+def test_the_tightest_quota_applies_and_the_most_throttled_cgroup_with_a_quota_is_reported(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "0::/slice/pod/app")
     machine.write_v2("slice", quota="150000")
     machine.write_v2("slice/pod", quota="50000")
@@ -301,7 +301,7 @@ def test_the_tightest_quota_of_the_cgroups_above_holds_and_the_worst_throttling_
     assert monitor.sample().cgroup_throttled_fraction == pytest.approx(0.6)
 
 
-def test_a_hybrid_machine_has_v1_limits_and_v2_pressure(machine: Machine) -> None:
+def test_a_hybrid_machine_uses_cgroup_v1_limits_and_v2_pressure(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "4:memory:/job\n1:cpu:/job\n0::/job")
     machine.write_v1("cpu/job", quota_us=50_000)
     machine.write("sys/fs/cgroup/memory/job/memory.limit_in_bytes", 4 * GIB)
@@ -319,7 +319,7 @@ def test_a_hybrid_machine_has_v1_limits_and_v2_pressure(machine: Machine) -> Non
 
 @pytest.mark.parametrize("path", ["/", "/docker/of/the/host", "/../../elsewhere", "/.."])
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_in_a_container_the_limits_lie_where_the_mount_begins(machine: Machine, version: str, path: str) -> None:
+def test_limits_in_a_container_are_read_at_the_root_of_the_mount(machine: Machine, version: str, path: str) -> None:
     for folder in ("..", "../..", "../elsewhere", "../../elsewhere"):
         machine.write_v1(folder, quota_us=1000)
         machine.write_v2(folder, quota="1000")
@@ -337,7 +337,7 @@ def test_in_a_container_the_limits_lie_where_the_mount_begins(machine: Machine, 
     [(12 * GIB, 7 * GIB, 2 * GIB, 3 * GIB), (GIB, 7 * GIB, 2 * GIB, GIB), (12 * GIB, 9 * GIB, 0, 0)],
     ids=["idle cache is as good as free", "the machine has less left", "above the limit"],
 )
-def test_memory_is_what_the_cgroup_leaves_of_the_machines(
+def test_available_memory_is_bounded_by_the_cgroup_and_by_the_machine(
     machine: Machine, machine_available: int, usage: int, idle_cache: int, available: int
 ) -> None:
     machine.memory = (16 * GIB, machine_available)
@@ -346,7 +346,7 @@ def test_memory_is_what_the_cgroup_leaves_of_the_machines(
     assert (sample.memory_total_bytes, sample.memory_available_bytes) == (8 * GIB, available)
 
 
-def test_a_cgroup_above_may_have_less_memory_left_than_our_own(machine: Machine) -> None:
+def test_available_memory_is_bounded_by_the_cgroups_above_our_own(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "0::/slice/app")
     machine.write_v2_memory("slice", 8 * GIB, usage=7 * GIB)
     machine.write_v2_memory("slice/app", 4 * GIB, usage=GIB)
@@ -355,7 +355,7 @@ def test_a_cgroup_above_may_have_less_memory_left_than_our_own(machine: Machine)
 
 
 @pytest.mark.parametrize("limit", ["max", V1_NO_LIMIT])
-def test_no_limit_leaves_the_memory_of_the_machine(machine: Machine, limit: int | str) -> None:
+def test_memory_is_that_of_the_machine_without_a_cgroup_limit(machine: Machine, limit: int | str) -> None:
     if limit == "max":
         machine.write_v2_memory("", limit, usage=9 * GIB)
     else:
@@ -365,7 +365,7 @@ def test_no_limit_leaves_the_memory_of_the_machine(machine: Machine, limit: int 
     assert (sample.memory_total_bytes, sample.memory_available_bytes) == (16 * GIB, 12 * GIB)
 
 
-def test_a_machine_that_tells_nothing_gives_none_and_one_line_for_each_sensor(
+def test_a_machine_that_reports_nothing_gives_none_and_one_log_line_for_each_sensor(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken() -> tuple[int, int]:
@@ -395,7 +395,7 @@ def test_a_machine_that_tells_nothing_gives_none_and_one_line_for_each_sensor(
     ],
 )
 @pytest.mark.parametrize("garbage", ["", "gibberish", "0 0", "\ncpu0 one two\nsome total=x"])
-def test_a_garbled_file_costs_its_own_figure_and_one_line_and_comes_back(
+def test_a_garbled_file_gives_none_and_one_log_line_until_it_is_readable_again(
     machine: Machine, caplog: pytest.LogCaptureFixture, path: str, figure: str, garbage: str
 ) -> None:
     machine.write_v2("", quota="100000")
@@ -419,7 +419,7 @@ def test_a_garbled_file_costs_its_own_figure_and_one_line_and_comes_back(
 
 @pytest.mark.parametrize("sensor", ["process_time", "cpus", "memory_bytes", "rss_bytes"])
 @pytest.mark.parametrize("error", [OSError("gone"), psutil.NoSuchProcess(1), TypeError("a bug")])
-def test_a_sensor_that_raises_never_reaches_the_caller(
+def test_an_error_of_a_sensor_never_reaches_the_caller(
     machine: Machine, caplog: pytest.LogCaptureFixture, sensor: str, error: Exception
 ) -> None:
     def broken() -> object:
@@ -439,11 +439,11 @@ def test_a_sensor_that_raises_never_reaches_the_caller(
     (record,) = caplog.records
     is_bug = isinstance(error, TypeError)
     assert record.levelname == ("ERROR" if is_bug else "INFO")
-    assert bool(record.exc_info) == is_bug, "a bug deserves its traceback"
+    assert bool(record.exc_info) == is_bug, "an unexpected error is logged with its traceback"
 
 
 class FakeNvml(ModuleType):
-    """Two GPUs; functions named in `broken` raise as NVML does."""
+    """NVML with two GPUs; the functions named in `broken` raise an NVMLError."""
 
     NVML_CLOCK_SM = 1
     NVML_TEMPERATURE_GPU = 0
@@ -484,7 +484,7 @@ class FakeNvml(ModuleType):
         raise self.NVMLError("Not Supported")
 
 
-def test_every_gpu_tells_its_figures_in_base_units(machine: Machine) -> None:
+def test_every_gpu_reports_its_values_in_base_units(machine: Machine) -> None:
     nvml = FakeNvml()
     first, second = machine.monitor(nvml).latest.gpus
     assert first == GpuSnapshot(
@@ -513,9 +513,7 @@ def test_every_gpu_tells_its_figures_in_base_units(machine: Machine) -> None:
         (0x400 | 0x800, ("reliability", "bit_11")),
     ],
 )
-def test_throttle_reasons_have_the_names_that_nvml_gives_them(
-    machine: Machine, mask: int, reasons: tuple[str, ...]
-) -> None:
+def test_throttle_reasons_have_the_names_of_nvml(machine: Machine, mask: int, reasons: tuple[str, ...]) -> None:
     nvml = FakeNvml()
     monitor = machine.monitor(nvml)
     nvml.mask = mask
@@ -535,7 +533,7 @@ def test_throttle_reasons_have_the_names_that_nvml_gives_them(
         ("PowerUsage", {"power_watts"}),
     ],
 )
-def test_what_a_gpu_does_not_tell_is_none_and_one_line_each(
+def test_a_value_that_a_gpu_does_not_report_is_none_with_one_log_line_per_gpu(
     machine: Machine, caplog: pytest.LogCaptureFixture, function: str, figures: set[str]
 ) -> None:
     monitor = machine.monitor(FakeNvml(f"nvmlDeviceGet{function}"))
@@ -545,7 +543,7 @@ def test_what_a_gpu_does_not_tell_is_none_and_one_line_each(
     assert log_lines(caplog) == expected
 
 
-def test_an_nvml_too_old_or_too_new_for_a_function_gives_none(
+def test_a_function_that_this_version_of_nvml_lacks_gives_none(
     machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     nvml = FakeNvml()
@@ -556,14 +554,14 @@ def test_an_nvml_too_old_or_too_new_for_a_function_gives_none(
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
 
 
-def test_a_gpu_that_is_lost_does_not_hide_the_other(machine: Machine) -> None:
+def test_a_lost_gpu_does_not_hide_the_others(machine: Machine) -> None:
     nvml = FakeNvml()
     nvml.nvmlDeviceGetHandleByIndex = lambda index: nvml.refuse() if index == 0 else "handle 1"
     assert [gpu.index for gpu in machine.monitor(nvml).latest.gpus] == [1]
 
 
 @pytest.mark.parametrize("function", ["nvmlInit", "nvmlDeviceGetCount"])
-def test_without_a_driver_there_are_no_gpus_and_one_line(
+def test_a_missing_driver_gives_no_gpus_and_one_log_line(
     machine: Machine, caplog: pytest.LogCaptureFixture, function: str
 ) -> None:
     nvml = FakeNvml(function)
@@ -573,10 +571,10 @@ def test_without_a_driver_there_are_no_gpus_and_one_line(
     (record,) = caplog.records
     assert record.levelname == "INFO"
     assert nvml.calls.count("nvmlInit") == 1
-    assert nvml.calls.count("nvmlShutdown") == (function != "nvmlInit"), "what did not start needs no end"
+    assert nvml.calls.count("nvmlShutdown") == (function != "nvmlInit"), "NVML that did not start is not shut down"
 
 
-def test_closing_ends_nvml_once_and_asks_it_no_more(machine: Machine) -> None:
+def test_closing_shuts_nvml_down_once_and_later_samples_have_no_gpus(machine: Machine) -> None:
     nvml = FakeNvml()
     monitor = machine.monitor(nvml)
     monitor.close()
@@ -586,12 +584,12 @@ def test_closing_ends_nvml_once_and_asks_it_no_more(machine: Machine) -> None:
     assert nvml.calls.count("nvmlShutdown") == 1
 
 
-def test_closing_survives_an_nvml_that_fails_to_end(machine: Machine) -> None:
+def test_closing_ignores_an_nvml_that_fails_to_shut_down(machine: Machine) -> None:
     machine.monitor(FakeNvml("nvmlShutdown")).close()
 
 
 class Timer:
-    """Sleeps by moving the machine's clock, a little late each time, and cancels the run after so many sleeps."""
+    """Sleeps by moving the machine's clock, 10 ms late each time, and cancels the run after a number of sleeps."""
 
     def __init__(self, machine: Machine, sleeps: int) -> None:
         self.machine = machine
@@ -618,7 +616,7 @@ class Timer:
 
 
 @pytest.mark.anyio
-async def test_samples_keep_to_the_timer_although_each_wakes_late(machine: Machine) -> None:
+async def test_samples_do_not_drift_although_every_sleep_ends_late(machine: Machine) -> None:
     timer = Timer(machine, sleeps=100)
     monitor = machine.monitor(rss_bytes=timer.rss_bytes, sleep=timer.sleep)
     await timer.run(monitor)
@@ -627,7 +625,7 @@ async def test_samples_keep_to_the_timer_although_each_wakes_late(machine: Machi
 
 
 @pytest.mark.anyio
-async def test_a_slow_sample_leaves_out_what_it_missed_and_does_not_catch_up(machine: Machine) -> None:
+async def test_ticks_missed_during_a_slow_sample_are_skipped(machine: Machine) -> None:
     timer = Timer(machine, sleeps=4)
     timer.sampling_s[2] = 0.6
     monitor = machine.monitor(rss_bytes=timer.rss_bytes, sleep=timer.sleep)
@@ -636,7 +634,7 @@ async def test_a_slow_sample_leaves_out_what_it_missed_and_does_not_catch_up(mac
 
 
 @pytest.mark.anyio
-async def test_samples_are_taken_on_a_thread_of_their_own_which_ends_with_the_monitor(machine: Machine) -> None:
+async def test_samples_are_taken_on_a_separate_thread_that_ends_with_the_monitor(machine: Machine) -> None:
     timer = Timer(machine, sleeps=2)
     monitor = machine.monitor(rss_bytes=timer.rss_bytes, sleep=timer.sleep)
     timer.threads.clear()
@@ -648,7 +646,7 @@ async def test_samples_are_taken_on_a_thread_of_their_own_which_ends_with_the_mo
 
 
 @pytest.mark.anyio
-async def test_a_bug_ends_neither_the_run_nor_goes_unsaid(
+async def test_a_bug_in_a_sample_is_logged_and_does_not_end_the_run(
     machine: Machine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timer = Timer(machine, sleeps=4)
@@ -668,7 +666,7 @@ async def test_a_bug_ends_neither_the_run_nor_goes_unsaid(
     assert record.exc_info
 
 
-def test_the_machine_we_run_on_can_be_sampled() -> None:
+def test_the_real_machine_can_be_sampled() -> None:
     monitor = Monitor()
     before = monitor.latest
     sample = monitor.sample()

@@ -1,4 +1,4 @@
-"""A server of a tiny checkpoint that is asked over gRPC, in the process of the test."""
+"""A gRPC server of a tiny checkpoint, in the process of the test."""
 
 import asyncio
 from collections import deque
@@ -26,16 +26,16 @@ from tests.service.http.scripted_server import ScriptedEngine
 BOUNDS = Bounds(
     max_message_bytes=1_000_000, max_connections=8, max_calls=100, max_calls_per_connection=100, keep_alive_s=60
 )
-CALLS = 8  # of one address
+CALLS = 8  # concurrent calls of one address
 ENDED_LOOPS = 16
 M = TypeVar("M", bound=Message)
 
 
 class LoopClosedLate(asyncio.SelectorEventLoop):
-    """A test's event loop, which is closed when a number of later tests have ended.
+    """The event loop of a test, which is closed only once ENDED_LOOPS later tests have ended.
 
-    gRPC's own thread tells a loop of what has ended, or is freed, some time after. To tell a closed loop raises, and
-    does so in the loop of another test.
+    gRPC's own thread notifies a loop of what has ended or is freed some time later. To notify a closed loop raises an
+    error, in the loop of another test.
     """
 
     ended: ClassVar[deque["LoopClosedLate"]] = deque()
@@ -52,7 +52,7 @@ class LoopClosedLate(asyncio.SelectorEventLoop):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server, and a client of it."""
+    """A server and its client."""
 
     runtime: ServerRuntime
     engine: ScriptedEngine
@@ -81,7 +81,7 @@ class Served:
         return self.call("ModelInfer", request, pb.ModelInferResponse, **options)
 
     def infer_piecewise(self, messages: AsyncIterator[bytes]) -> "grpc.aio.StreamUnaryCall[bytes, bytes]":
-        """Call as no client does: with as many messages as there are."""
+        """Call ModelInfer with any number of messages, as no client does."""
         ask: grpc.aio.StreamUnaryMultiCallable[bytes, bytes] = self.channel.stream_unary(f"/{SERVICE_NAME}/ModelInfer")
         return ask(messages)
 
@@ -105,14 +105,14 @@ class Served:
 
 
 async def failure_of(call: Awaitable[object]) -> tuple[grpc.StatusCode, str, dict[str, str | bytes]]:
-    """Wait for a call that fails: its status, what is said of it, and its metadata."""
+    """Wait for a call to fail, and return its status, its message and its metadata."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return caught.value.code(), caught.value.details() or "", dict(caught.value.trailing_metadata())
 
 
 def request_for(*images: bytes, raw: bool = False, **parameters: float | str) -> pb.ModelInferRequest:
-    """A request of the tiny checkpoint, as gRPC's messages hold it."""
+    """Return a request to the tiny checkpoint, as a gRPC message."""
     request = pb.ModelInferRequest(model_name="tiny", id="7")
     tensor = request.inputs.add(name="image", datatype="BYTES", shape=[len(images)])
     if raw:
@@ -126,9 +126,9 @@ def request_for(*images: bytes, raw: bool = False, **parameters: float | str) ->
 
 
 async def until(is_so: Callable[[], bool]) -> None:
-    """Look again and again, for at most 10 s: other threads make it so, and tell nothing of it."""
+    """Poll a condition for at most 10 s: other threads make it true, and signal nothing."""
     async with asyncio.timeout(10):
-        while not is_so():  # noqa: ASYNC110 - as it says
+        while not is_so():  # noqa: ASYNC110 - see above
             await asyncio.sleep(0.005)
 
 
@@ -194,7 +194,7 @@ async def served(runtime: ServerRuntime, engine: ScriptedEngine) -> AsyncIterato
 async def one_on_its_way(
     settings: Settings, checkpoint: Checkpoint, engine: ScriptedEngine, latencies: LatencyTable
 ) -> AsyncIterator[Served]:
-    """A server whose clients may have one message on its way each."""
+    """A server that receives at most one message of each client at a time."""
     one = settings.model_copy(update={"max_in_flight_per_address": 1})
     async with serving_in_process(ServerRuntime(one, checkpoint, engine, latencies), engine) as served:
         yield served

@@ -20,14 +20,14 @@ REFLECTION = f"{reflection.SERVICE_NAME}/ServerReflectionInfo"
 
 
 async def fill(served: Served) -> "list[grpc.aio.UnaryStreamCall[bytes, health_pb2.HealthCheckResponse]]":
-    """Watch health as often as an address may call at once."""
+    """Open as many health watches as an address may have concurrent calls."""
     watching = [watch_health(served.channel) for _ in range(CALLS)]
     for each in watching:
         await anext(each.__aiter__())
     return watching
 
 
-async def test_watchers_of_health_count_among_the_calls_of_their_address(served: Served, photo: bytes) -> None:
+async def test_health_watches_count_among_the_calls_of_their_address(served: Served, photo: bytes) -> None:
     watching = await fill(served)
     status, _, metadata = await failure_of(served.infer(request_for(photo)))
     assert (status, metadata["error-code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "overloaded")
@@ -37,7 +37,7 @@ async def test_watchers_of_health_count_among_the_calls_of_their_address(served:
         each.cancel()
 
 
-async def test_so_do_streams_without_a_request(served: Served) -> None:
+async def test_streams_without_a_request_count_among_the_calls_of_their_address(served: Served) -> None:
     streams = [served.stream() for _ in range(CALLS + 1)]
     codes = [asyncio.ensure_future(stream.code()) for stream in streams]
     (refused,), others = await asyncio.wait(codes, return_when=asyncio.FIRST_COMPLETED)
@@ -47,18 +47,18 @@ async def test_so_do_streams_without_a_request(served: Served) -> None:
         stream.cancel()
 
 
-async def test_a_request_that_is_refused_for_its_address_is_counted(served: Served, photo: bytes) -> None:
+async def test_requests_rejected_for_their_address_are_counted(served: Served, photo: bytes) -> None:
     watching = await fill(served)
     await failure_of(served.infer(request_for(photo)))
     await failure_of(served.call("ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse))
     registry = served.runtime.metrics.registry()
-    assert served.count("overloaded") == 1  # what only looks is no request
+    assert served.count("overloaded") == 1  # a probe is not a request
     assert registry.get_sample_value("supervit_dropped_requests_total", {"reason": "address"}) == 1
     for each in watching:
         each.cancel()
 
 
-async def test_a_call_counts_until_its_end(served: Served, photo: bytes) -> None:
+async def test_a_call_counts_for_its_address_until_it_ends(served: Served, photo: bytes) -> None:
     for each in await fill(served):
         each.cancel()
 
@@ -77,7 +77,7 @@ async def test_a_call_counts_until_its_end(served: Served, photo: bytes) -> None
     ("service", "method"),
     [(SERVICE_NAME, "ServerLive"), (health.SERVICE_NAME, "Check"), (health.SERVICE_NAME, "Watch")],
 )
-async def test_what_only_looks_is_a_message_on_its_way_until_it_has_come(
+async def test_probes_count_among_the_messages_being_received_from_their_address(
     one_on_its_way: Served, service: str, method: str
 ) -> None:
     kept_open: grpc.aio.StreamStreamCall[bytes, bytes] = one_on_its_way.channel.stream_stream(f"/{REFLECTION}")()
@@ -86,7 +86,7 @@ async def test_what_only_looks_is_a_message_on_its_way_until_it_has_come(
     looking: grpc.aio.StreamStreamCall[bytes, bytes] = one_on_its_way.channel.stream_stream(f"/{service}/{method}")()
     assert await looking.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "1 requests from this address are being received already" in await looking.details()
-    assert one_on_its_way.count("overloaded") == 0  # it is no request
+    assert one_on_its_way.count("overloaded") == 0  # it is not a request
     kept_open.cancel()
 
 
@@ -94,7 +94,7 @@ async def test_what_only_looks_is_a_message_on_its_way_until_it_has_come(
     ("service", "method"),
     [(SERVICE_NAME, "ServerLive"), (health.SERVICE_NAME, "Check"), (health.SERVICE_NAME, "Watch")],
 )
-async def test_a_look_whose_message_does_not_come_is_ended(
+async def test_a_probe_whose_message_does_not_arrive_is_ended(
     runtime: ServerRuntime, engine: ScriptedEngine, service: str, method: str
 ) -> None:
     async with serving_in_process(runtime, engine, max_upload_s=0.05) as served:
@@ -103,13 +103,13 @@ async def test_a_look_whose_message_does_not_come_is_ended(
 
 
 @pytest.mark.parametrize("path", [f"{health.SERVICE_NAME}/Check", REFLECTION])
-async def test_what_is_no_message_of_health_or_reflection_is_told_so(served: Served, path: str) -> None:
+async def test_an_invalid_message_to_health_or_reflection_is_an_invalid_argument(served: Served, path: str) -> None:
     look: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = served.channel.stream_stream(f"/{path}")
     looking = look(iter([b"\xff"]))
     assert await looking.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert await looking.details() == "the message cannot be parsed"
 
 
-async def test_a_method_that_there_is_not_is_unimplemented(served: Served) -> None:
+async def test_an_unknown_method_is_unimplemented(served: Served) -> None:
     call = served.call("ModelUnload", b"", pb.ServerLiveResponse)
     assert (await failure_of(call))[0] is grpc.StatusCode.UNIMPLEMENTED

@@ -19,7 +19,7 @@ async def fail(_: Messages, __: Call) -> Message:
     raise RuntimeError("the secret of a bug")
 
 
-async def test_a_bug_is_told_to_the_log_and_not_to_the_client(
+async def test_a_bug_is_logged_and_not_shown_to_the_client(
     runtime: ServerRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.handler.setFormatter(TextFormatter())

@@ -19,23 +19,23 @@ pytestmark = pytest.mark.anyio
         ("unknown", None),
     ],
 )
-def test_the_address_of_a_client_is_in_its_name(peer: str, address: str | None) -> None:
+def test_the_address_of_a_client_is_extracted_from_its_peer_name(peer: str, address: str | None) -> None:
     assert address_of(peer) == address
 
 
-def test_a_message_of_very_many_fields_is_refused_before_it_is_parsed() -> None:
+def test_a_message_with_too_many_fields_is_refused_before_it_is_parsed() -> None:
     request = pb.ModelInferRequest(inputs=[pb.ModelInferRequest.InferInputTensor()] * 2000)
     with pytest.raises(InvalidParameterError, match="the message has more than 1024 fields"):
         parse_message(request.SerializeToString(), pb.ModelInferRequest)
 
 
-@pytest.mark.parametrize("data", [b"\xff\xff", b"\x0a\x01\xff"])  # the second a text that is not UTF-8
-def test_what_is_no_message_is_called_so(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"\xff\xff", b"\x0a\x01\xff"])  # the second one has a text that is not UTF-8
+def test_bytes_that_are_no_message_are_an_invalid_parameter(data: bytes) -> None:
     with pytest.raises(InvalidParameterError, match="the message is not a valid ModelInferRequest"):
         parse_message(data, pb.ModelInferRequest)
 
 
-async def test_a_call_that_is_cancelled_has_lost_its_client() -> None:
+async def test_the_cancellation_of_a_call_raises_client_gone() -> None:
     async def answer() -> None:
         with CancellationWatch():
             await asyncio.Event().wait()
@@ -47,7 +47,7 @@ async def test_a_call_that_is_cancelled_has_lost_its_client() -> None:
         await answering
 
 
-async def test_a_part_of_a_call_that_others_cancel_has_not_lost_its_client() -> None:
+async def test_the_cancellation_of_a_part_of_a_call_does_not_raise_client_gone() -> None:
     watch = CancellationWatch()
 
     async def answer_part() -> None:
@@ -61,7 +61,7 @@ async def test_a_part_of_a_call_that_others_cancel_has_not_lost_its_client() -> 
         await part
 
 
-async def test_none_is_left_once_the_last_call_has_ended() -> None:
+async def test_none_left_waits_until_the_last_call_has_ended() -> None:
     calls = CallsInFlight()
     with calls.counting():
         with calls.counting():

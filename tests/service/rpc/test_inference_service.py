@@ -28,7 +28,7 @@ def parameters_of(response: pb.ModelInferResponse) -> dict[str, object]:
     return {name: getattr(value, value.WhichOneof("parameter_choice")) for name, value in response.parameters.items()}
 
 
-async def test_lists_are_answered_with_lists_and_bytes_with_bytes(served: Served, photo: bytes) -> None:
+async def test_list_contents_are_answered_with_lists_and_raw_contents_with_bytes(served: Served, photo: bytes) -> None:
     listed = await served.infer(request_for(photo))
     raw = await served.infer(request_for(photo, raw=True))
     assert [tensor.name for tensor in listed.outputs] == ["probabilities", "labels"]
@@ -40,7 +40,7 @@ async def test_lists_are_answered_with_lists_and_bytes_with_bytes(served: Served
     assert not raw.outputs[0].contents.fp32_contents
 
 
-async def test_an_answer_says_who_gave_it_to_what_and_why(served: Served, photo: bytes) -> None:
+async def test_an_answer_names_its_model_its_request_and_its_reason(served: Served, photo: bytes) -> None:
     response = await served.infer(request_for(photo))
     assert (response.model_name, response.model_version, response.id) == ("tiny", "1", "7")
     parameters = parameters_of(response)
@@ -49,7 +49,7 @@ async def test_an_answer_says_who_gave_it_to_what_and_why(served: Served, photo:
     assert parameters["reason"] == "no other request is waiting: grid 4 at keep rate 1 is the most accurate sub-network"
 
 
-async def test_pixels_are_answered_as_lists_and_as_bytes(served: Served, checkpoint: Checkpoint) -> None:
+async def test_pixels_may_be_sent_as_lists_or_as_bytes(served: Served, checkpoint: Checkpoint) -> None:
     side = checkpoint.config.image_side
     pixels = np.arange(3 * side * side, dtype=np.uint8).reshape(1, 3, side, side)
     answers = []
@@ -70,20 +70,22 @@ async def test_pixels_are_answered_as_lists_and_as_bytes(served: Served, checkpo
     assert answers[1] == answers[3]
 
 
-async def test_several_images_are_answered_in_their_order(served: Served, photo: bytes) -> None:
+async def test_all_images_of_a_request_are_answered(served: Served, photo: bytes) -> None:
     response = await served.infer(request_for(photo, photo, photo))
     assert list(response.outputs[0].shape) == [3, 7]
     assert served.count("ok") == 3
 
 
-async def test_budgets_come_as_parameters_or_as_metadata(served: Served, checkpoint: Checkpoint, photo: bytes) -> None:
+async def test_budgets_may_be_given_as_parameters_or_as_metadata(
+    served: Served, checkpoint: Checkpoint, photo: bytes
+) -> None:
     cheap = min(profile.gflops for profile in checkpoint.profile.by_subnetwork.values())
     by_parameter = await served.infer(request_for(photo, budget_gflops=cheap))
     by_metadata = await served.infer(request_for(photo), metadata=(("x-budget-gflops", str(cheap)),))
     assert parameters_of(by_parameter)["gflops"] == parameters_of(by_metadata)["gflops"] == cheap
 
 
-async def test_a_call_keeps_the_name_that_it_brings_and_else_gets_one(served: Served, photo: bytes) -> None:
+async def test_a_call_keeps_its_request_id_or_gets_a_new_one(served: Served, photo: bytes) -> None:
     call = served.infer(request_for(photo), metadata=(("x-request-id", "mine"),))
     await call
     assert dict(await call.trailing_metadata())["x-request-id"] == "mine"
@@ -102,7 +104,7 @@ async def test_a_call_keeps_the_name_that_it_brings_and_else_gets_one(served: Se
         (pb.ModelInferRequest(model_name="other"), grpc.StatusCode.NOT_FOUND, "unknown_model"),
     ],
 )
-async def test_what_is_wrong_with_a_request_is_its_status_and_a_code(
+async def test_a_bad_request_fails_with_a_grpc_status_and_an_error_code(
     served: Served, request_: pb.ModelInferRequest | bytes, status: grpc.StatusCode, code: str
 ) -> None:
     found, message, metadata = await failure_of(served.infer(request_))
@@ -111,7 +113,7 @@ async def test_what_is_wrong_with_a_request_is_its_status_and_a_code(
     assert served.count(code) == 1
 
 
-async def test_an_address_with_too_many_calls_is_told_when_to_come_again(
+async def test_an_address_with_too_many_calls_is_told_when_to_retry(
     served: Served, engine: ScriptedEngine, photo: bytes
 ) -> None:
     engine.may_run.clear()
@@ -124,7 +126,7 @@ async def test_an_address_with_too_many_calls_is_told_when_to_come_again(
     await asyncio.gather(*waiting)
 
 
-async def test_a_model_that_fails_is_an_internal_error_of_which_the_log_says_more(
+async def test_a_model_failure_is_an_internal_error_and_is_logged_with_its_request_id(
     served: Served, engine: ScriptedEngine, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.error = RuntimeError("secret")
@@ -136,7 +138,7 @@ async def test_a_model_that_fails_is_an_internal_error_of_which_the_log_says_mor
     assert "request_id=mine" in caplog.text
 
 
-async def test_what_is_not_answered_by_the_clients_deadline_never_runs(
+async def test_a_request_that_waits_past_the_clients_deadline_never_runs(
     served: Served, engine: ScriptedEngine, photo: bytes
 ) -> None:
     engine.may_run.clear()
@@ -149,7 +151,7 @@ async def test_what_is_not_answered_by_the_clients_deadline_never_runs(
     assert engine.sizes == [1]  # the late one never ran
 
 
-async def test_a_deadline_before_which_nothing_can_be_answered_is_told_at_once(
+async def test_a_client_deadline_that_no_sub_network_can_meet_fails_at_once(
     checkpoint: Checkpoint, engine: ScriptedEngine, tmp_path: Path, photo: bytes
 ) -> None:
     slow = LatencyTable((1, 4), dict.fromkeys(extended_profile(checkpoint).by_subnetwork, (60.0, 240.0)))
@@ -160,7 +162,7 @@ async def test_a_deadline_before_which_nothing_can_be_answered_is_told_at_once(
     assert (status, metadata["error-code"]) == (grpc.StatusCode.DEADLINE_EXCEEDED, "deadline_exceeded")
 
 
-async def test_a_cancelled_call_leaves_the_queue_and_is_counted_once(
+async def test_a_cancelled_call_leaves_the_queue_and_each_of_its_images_is_counted_once(
     served: Served, runtime: ServerRuntime, engine: ScriptedEngine, photo: bytes
 ) -> None:
     engine.may_run.clear()
@@ -178,13 +180,15 @@ async def test_a_cancelled_call_leaves_the_queue_and_is_counted_once(
     assert served.count("ok") == 1
 
 
-async def test_an_image_that_fails_is_no_client_that_left(served: Served, photo: bytes) -> None:
+async def test_an_invalid_image_does_not_count_as_a_client_that_left(served: Served, photo: bytes) -> None:
     status, _, metadata = await failure_of(served.infer(request_for(photo, b"no image", photo)))
     assert (status, metadata["error-code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_image")
     assert served.count("client_gone") == 0
 
 
-async def test_a_message_that_does_not_come_is_not_waited_for(runtime: ServerRuntime, engine: ScriptedEngine) -> None:
+async def test_a_message_that_does_not_arrive_in_time_is_an_upload_timeout(
+    runtime: ServerRuntime, engine: ScriptedEngine
+) -> None:
     async with serving_in_process(runtime, engine, max_upload_s=0.05) as served:
         call = served.infer_piecewise(silence())
         status, message, metadata = await failure_of(call)
@@ -193,7 +197,7 @@ async def test_a_message_that_does_not_come_is_not_waited_for(runtime: ServerRun
     assert message == "the message did not arrive within 0.05 s"
 
 
-async def test_one_client_may_have_so_many_messages_on_their_way(one_on_its_way: Served) -> None:
+async def test_the_messages_being_received_from_one_client_are_bounded(one_on_its_way: Served) -> None:
     over = asyncio.Event()
     calls = [one_on_its_way.infer_piecewise(silence(over)) for _ in range(2)]
     endings = [asyncio.ensure_future(failure_of(call)) for call in calls]
@@ -206,7 +210,7 @@ async def test_one_client_may_have_so_many_messages_on_their_way(one_on_its_way:
     assert (await other)[1] == "the call ended without a message"
 
 
-async def test_a_stream_is_a_message_on_its_way_as_long_as_it_is_open(one_on_its_way: Served, photo: bytes) -> None:
+async def test_an_open_stream_counts_as_a_message_being_received(one_on_its_way: Served, photo: bytes) -> None:
     stream = one_on_its_way.stream()
     data = request_for(photo).SerializeToString()
     await stream.write(data)
@@ -220,20 +224,20 @@ async def test_a_stream_is_a_message_on_its_way_as_long_as_it_is_open(one_on_its
     assert (await one_on_its_way.infer(data)).id == "7"
 
 
-async def test_a_call_without_a_message_is_told_so(served: Served) -> None:
+async def test_a_call_that_ends_without_a_message_is_an_error(served: Served) -> None:
     call = served.infer_piecewise(nothing())
     assert (await failure_of(call))[1] == "the call ended without a message"
 
 
-async def test_a_client_that_leaves_before_its_message_is_counted_as_gone(served: Served) -> None:
+async def test_a_client_that_leaves_before_its_message_arrives_is_counted_as_gone(served: Served) -> None:
     call = served.infer_piecewise(silence())
-    await asyncio.sleep(0.05)  # until the call has come, of which nothing tells
+    await asyncio.sleep(0.05)  # until the call has arrived, which nothing signals
     call.cancel()
     await until(lambda: served.count("client_gone") == 1)
 
 
 async def silence(over: asyncio.Event | None = None) -> AsyncIterator[bytes]:
-    """Send nothing, until it is over."""
+    """Send nothing until `over` is set."""
     await (over or asyncio.Event()).wait()
     return
     yield b""
@@ -244,7 +248,9 @@ async def nothing() -> AsyncIterator[bytes]:
     yield b""
 
 
-async def test_a_stream_is_answered_request_by_request_and_errors_end_no_other(served: Served, photo: bytes) -> None:
+async def test_a_stream_is_answered_request_by_request_and_a_failed_request_ends_no_other(
+    served: Served, photo: bytes
+) -> None:
     requests = [request_for(photo), request_for(b"no image"), request_for(photo)]
     for number, request in enumerate(requests):
         request.id = str(number)
@@ -255,13 +261,13 @@ async def test_a_stream_is_answered_request_by_request_and_errors_end_no_other(s
     assert answers["0"].infer_response.outputs[0].contents.fp32_contents
 
 
-async def test_answers_are_remembered_by_the_names_of_their_calls(served: Served, photo: bytes) -> None:
+async def test_answers_are_remembered_by_their_request_id(served: Served, photo: bytes) -> None:
     await served.infer(request_for(photo, photo), metadata=(("x-request-id", "mine"),))
     for image in (0, 1):
         assert not served.runtime.context.answers.find(None, "mine", image).is_judged
 
 
-async def test_a_stream_that_is_cancelled_takes_its_requests_out_of_the_queue(
+async def test_the_requests_of_a_cancelled_stream_leave_the_queue(
     served: Served, runtime: ServerRuntime, engine: ScriptedEngine, photo: bytes
 ) -> None:
     engine.may_run.clear()
@@ -279,7 +285,7 @@ async def test_a_stream_that_is_cancelled_takes_its_requests_out_of_the_queue(
     await first
 
 
-async def test_a_stream_that_sends_ahead_is_not_read_ahead(
+async def test_the_requests_read_ahead_from_a_stream_are_bounded(
     served: Served, engine: ScriptedEngine, photo: bytes
 ) -> None:
     engine.may_run.clear()
@@ -288,7 +294,7 @@ async def test_a_stream_that_sends_ahead_is_not_read_ahead(
     for _ in range(STREAM_AHEAD + 5):
         await stream.write(data)
     await until(lambda: served.in_flight >= STREAM_AHEAD)
-    await served.call("ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse)  # comes behind them
+    await served.call("ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse)  # arrives after them
     assert served.in_flight == STREAM_AHEAD
     engine.may_run.set()
     await stream.done_writing()
@@ -296,7 +302,7 @@ async def test_a_stream_that_sends_ahead_is_not_read_ahead(
     assert len(answers) == STREAM_AHEAD + 5
 
 
-async def test_a_stream_is_kept_while_a_request_of_it_is_answered_and_not_much_longer(
+async def test_a_stream_stays_open_while_a_request_is_answered_and_is_closed_when_idle(
     runtime: ServerRuntime, engine: ScriptedEngine, photo: bytes
 ) -> None:
     async with serving_in_process(runtime, engine, replace(BOUNDS, keep_alive_s=0.1)) as served:
@@ -334,7 +340,7 @@ async def test_a_model_that_is_not_served_is_not_ready(served: Served) -> None:
         assert not (await served.call("ModelReady", asked, pb.ModelReadyResponse)).ready
 
 
-async def test_statistics_count_what_was_answered(served: Served, photo: bytes) -> None:
+async def test_statistics_count_the_answered_images(served: Served, photo: bytes) -> None:
     await served.infer(request_for(photo, photo))
     request = pb.ModelStatisticsRequest(name="tiny")
     (statistics,) = (await served.call("ModelStatistics", request, pb.ModelStatisticsResponse)).model_stats
@@ -344,11 +350,11 @@ async def test_statistics_count_what_was_answered(served: Served, photo: bytes) 
 
 @pytest.mark.parametrize("method", ["ModelMetadata", "ModelConfig", "ModelStatistics"])
 async def test_a_model_that_is_not_served_is_not_found(served: Served, method: str) -> None:
-    asked = pb.ModelReadyRequest(name="other").SerializeToString()  # all of them have the name first
+    asked = pb.ModelReadyRequest(name="other").SerializeToString()  # the name is the first field of all these requests
     assert (await failure_of(served.call(method, asked, pb.ModelReadyResponse)))[0] is grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_server_that_stops_takes_no_new_request(served: Served, runtime: ServerRuntime, photo: bytes) -> None:
+async def test_a_stopping_server_takes_no_new_request(served: Served, runtime: ServerRuntime, photo: bytes) -> None:
     runtime.drain()
     status, _, metadata = await failure_of(served.infer(request_for(photo)))
     assert (status, metadata["error-code"]) == (grpc.StatusCode.UNAVAILABLE, "not_ready")

@@ -46,7 +46,7 @@ async def test_a_request_needs_a_key_in_its_metadata(asked: Served, photo: bytes
     assert asked.count("unauthorized") == 2
 
 
-async def test_so_does_a_stream_before_anything_comes(asked: Served) -> None:
+async def test_a_stream_without_a_key_is_refused_before_its_first_request(asked: Served) -> None:
     stream = asked.stream()
     assert await stream.code() is grpc.StatusCode.UNAUTHENTICATED
     assert dict(await stream.trailing_metadata())["error-code"] == "unauthorized"
@@ -58,7 +58,7 @@ async def test_a_stream_with_a_key_is_answered(asked: Served, photo: bytes) -> N
     assert [answer.infer_response.id async for answer in stream] == ["7"]
 
 
-async def test_a_stream_is_on_its_way_for_its_key_and_a_look_for_its_address(
+async def test_a_stream_counts_as_being_received_for_its_key_and_a_probe_for_its_address(
     settings: Settings,
     checkpoint: Checkpoint,
     engine: ScriptedEngine,
@@ -78,18 +78,20 @@ async def test_a_stream_is_on_its_way_for_its_key_and_a_look_for_its_address(
         stream.cancel()
 
 
-async def test_what_fails_before_it_is_read_counts_for_its_key(asked: Served) -> None:
+async def test_requests_that_cannot_be_parsed_are_counted_for_their_key(asked: Served) -> None:
     await failure_of(asked.infer(b"\xff\xff", metadata=METADATA))
     assert [answer.error_message async for answer in asked.stream(iter([b"\xff\xff"]), metadata=METADATA)]
     registry, labels = asked.runtime.metrics.registry(), {"key": "mine", "outcome": "invalid_parameter"}
     assert registry.get_sample_value("supervit_key_requests_total", labels) == 2
 
 
-async def test_what_only_looks_needs_none(asked: Served) -> None:
+async def test_a_probe_needs_no_key(asked: Served) -> None:
     assert (await asked.call("ServerReady", pb.ServerReadyRequest(), pb.ServerReadyResponse)).ready
 
 
-async def test_what_a_key_allows_holds(asked: Served, photo: bytes) -> None:
+async def test_the_images_of_a_request_count_towards_the_in_flight_limit_of_its_key(
+    asked: Served, photo: bytes
+) -> None:
     status, message, metadata = await failure_of(asked.infer(request_for(photo, photo), metadata=METADATA))
     assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert message.startswith("1 requests with this key")

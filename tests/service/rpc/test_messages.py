@@ -14,7 +14,7 @@ from service.rpc import tensorflow_serving_pb2
 from service.rpc.messages import read_request, write_reply
 
 ROOT = Path(__file__).parents[3]
-# In a process of its own: one process can hold only one set of messages of these names.
+# Runs in a separate process: one process can hold only one set of messages of these names.
 TRITONS = """
 import sys
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
@@ -33,24 +33,24 @@ def own_file() -> FileDescriptorProto:
 
 
 def fields_of(message: DescriptorProto, prefix: str = "") -> set[tuple[str, str, int, int, int, str]]:
-    """Each field of a message and of those inside it: what is on the wire, and what it is called."""
+    """Return the fields of a message and its nested messages: their format on the wire, and their names."""
     name = f"{prefix}{message.name}"
     fields = {(name, field.name, field.number, field.type, field.label, field.type_name) for field in message.field}
     return fields.union(*(fields_of(nested, f"{name}.") for nested in message.nested_type))
 
 
 @pytest.mark.parametrize("module", [pb, tensorflow_serving_pb2])
-def test_the_modules_are_what_protoc_makes_of_the_definitions(module: ModuleType, tmp_path: Path) -> None:
+def test_the_generated_modules_match_the_proto_definitions(module: ModuleType, tmp_path: Path) -> None:
     made, described = tmp_path / "set", FileDescriptorProto()
     module.DESCRIPTOR.CopyToProto(described)
     command = [sys.executable, "-m", "grpc_tools.protoc", "-I", ".", f"--descriptor_set_out={made}", described.name]
     subprocess.run(command, cwd=ROOT, check=True)
     (file,) = FileDescriptorSet.FromString(made.read_bytes()).file
-    lines = [line for line in str(file).splitlines() if "json_name" not in line]  # protoc alone writes these
+    lines = [line for line in str(file).splitlines() if "json_name" not in line]  # only protoc writes these
     assert lines == str(described).splitlines()
 
 
-def test_what_is_on_the_wire_is_what_tritons_clients_say() -> None:
+def test_the_wire_format_is_that_of_tritons_clients() -> None:
     done = subprocess.run([sys.executable, "-c", TRITONS], check=True, capture_output=True)
     files = FileDescriptorSet.FromString(done.stdout).file
     theirs = set().union(*(fields_of(message) for file in files for message in file.message_type))
@@ -77,13 +77,13 @@ def test_parameters_keep_their_types() -> None:
     assert read_request(message).parameters == {"yes": True, "whole": -1, "large": 2**63, "real": 0.5, "text": "a"}
 
 
-def test_a_parameter_without_a_value_is_refused_by_its_name() -> None:
+def test_a_parameter_without_a_value_is_refused_and_named() -> None:
     message = pb.ModelInferRequest(parameters={"top_k": pb.InferParameter()})
     with pytest.raises(InvalidParameterError, match="top_k: must have a value"):
         read_request(message)
 
 
-def test_raw_contents_belong_to_the_inputs_in_their_order() -> None:
+def test_raw_contents_are_assigned_to_the_inputs_in_their_order() -> None:
     message = pb.ModelInferRequest(raw_input_contents=[b"first", b"second"])
     message.inputs.add(name="a", datatype="UINT8", shape=[5])
     message.inputs.add(name="b", datatype="UINT8", shape=[6])
@@ -98,21 +98,21 @@ def test_raw_contents_without_an_input_are_refused() -> None:
         read_request(pb.ModelInferRequest(raw_input_contents=[b"lost"]))
 
 
-def test_contents_beside_raw_contents_are_refused() -> None:
+def test_contents_together_with_raw_contents_are_refused() -> None:
     message = pb.ModelInferRequest(raw_input_contents=[b"raw"])
     message.inputs.add(name="a", datatype="UINT8", shape=[3]).contents.uint_contents.extend([1, 2, 3])
     with pytest.raises(InvalidTensorError, match="give either contents or raw_input_contents"):
         read_request(message)
 
 
-def test_a_datatype_without_a_list_of_its_own_has_no_contents() -> None:
+def test_a_datatype_without_its_own_list_has_no_contents() -> None:
     message = pb.ModelInferRequest()
     message.inputs.add(name="a", datatype="FP16", shape=[3])
     assert not read_request(message).inputs[0].contents
 
 
 @pytest.mark.parametrize("kind", ["inputs", "outputs"])
-def test_very_many_tensors_are_refused(kind: str) -> None:
+def test_too_many_tensors_are_refused(kind: str) -> None:
     message = pb.ModelInferRequest()
     for _ in range(17):
         getattr(message, kind).add(name="a")
@@ -121,7 +121,7 @@ def test_very_many_tensors_are_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["request", "inputs", "outputs"])
-def test_very_many_parameters_are_refused(kind: str) -> None:
+def test_too_many_parameters_are_refused(kind: str) -> None:
     message = pb.ModelInferRequest()
     parameters = message.parameters if kind == "request" else getattr(message, kind).add(name="a").parameters
     for number in range(65):
@@ -130,7 +130,7 @@ def test_very_many_parameters_are_refused(kind: str) -> None:
         read_request(message)
 
 
-def test_of_a_shape_no_more_is_read_than_shows_that_it_is_none() -> None:
+def test_no_more_of_a_shape_is_read_than_shows_that_it_is_too_long() -> None:
     message = pb.ModelInferRequest()
     message.inputs.add(name="a", datatype="BYTES", shape=[1] * 1000)
     assert read_request(message).inputs[0].shape == (1,) * 5

@@ -49,7 +49,7 @@ def request_spans(exporter: InMemorySpanExporter) -> list[ReadableSpan]:
     return [span for span in exporter.get_finished_spans() if span.name.startswith(SERVICE_NAME)]
 
 
-async def test_a_request_is_a_span_of_its_callers_trace_with_its_stages(
+async def test_a_request_is_a_span_in_its_callers_trace_with_a_child_span_for_each_stage(
     traced: Served, exporter: InMemorySpanExporter, photo: bytes
 ) -> None:
     call = traced.infer(request_for(photo), metadata=(("traceparent", f"00-{TRACE}-{SPAN}-01"),))
@@ -68,7 +68,7 @@ async def test_a_request_is_a_span_of_its_callers_trace_with_its_stages(
     assert attributes["supervit.reason"] == "alone"
 
 
-async def test_what_fails_says_of_what_and_only_the_servers_failures_are_errors(
+async def test_a_failed_span_names_its_error_and_only_server_failures_have_error_status(
     traced: Served, engine: ScriptedEngine, exporter: InMemorySpanExporter, photo: bytes
 ) -> None:
     await failure_of(traced.infer(request_for(b"no image")))
@@ -81,7 +81,7 @@ async def test_what_fails_says_of_what_and_only_the_servers_failures_are_errors(
     ]
 
 
-async def test_one_whose_client_leaves_is_told_as_that(
+async def test_the_span_of_a_request_whose_client_leaves_has_the_error_type_client_gone(
     traced: Served, engine: ScriptedEngine, exporter: InMemorySpanExporter, photo: bytes
 ) -> None:
     engine.may_run.clear()
@@ -94,7 +94,7 @@ async def test_one_whose_client_leaves_is_told_as_that(
     assert (request.attributes or {})["error.type"] == "client_gone"
 
 
-async def test_each_request_of_a_stream_is_a_span_of_its_own(
+async def test_each_request_of_a_stream_has_its_own_span(
     traced: Served, exporter: InMemorySpanExporter, photo: bytes
 ) -> None:
     requests = [request_for(photo).SerializeToString(), request_for(b"no image").SerializeToString()]
@@ -104,7 +104,7 @@ async def test_each_request_of_a_stream_is_a_span_of_its_own(
     assert sorted(errors, key=str) == [None, "invalid_image"]
 
 
-async def test_probes_are_no_spans_and_each_call_is_a_line_of_the_log(
+async def test_probes_have_no_span_and_each_call_has_a_log_line(
     traced: Served, exporter: InMemorySpanExporter, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "service.telemetry.reports")

@@ -63,7 +63,7 @@ async def test_compressed_messages_are_read(served: Served, photo: bytes) -> Non
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
-async def test_a_message_over_the_limit_is_refused_however_small_it_is_on_the_way(
+async def test_a_message_over_the_limit_is_refused_however_small_it_is_when_compressed(
     served: Served, compression: grpc.Compression
 ) -> None:
     long = request_for(bytes(BOUNDS.max_message_bytes))
@@ -102,7 +102,7 @@ async def test_calls_beyond_the_bound_are_refused(runtime: ServerRuntime, engine
         await first
 
 
-async def test_the_end_waits_for_answers_and_not_for_those_that_only_watch(
+async def test_shutdown_waits_for_answers_but_not_for_health_watches_or_idle_streams(
     runtime: ServerRuntime, engine: ScriptedEngine, photo: bytes
 ) -> None:
     loop = asyncio.get_running_loop()
@@ -118,7 +118,7 @@ async def test_the_end_waits_for_answers_and_not_for_those_that_only_watch(
         runtime.drain()
         loop.call_later(0.1, engine.may_run.set)
         told_at = loop.time()
-    assert loop.time() - told_at < 15  # of 20 that there were for answers, which one that watches would take whole
+    assert loop.time() - told_at < 15  # of the 20 s for answers, which a watch that is waited for would take whole
     assert (await first).id == "7"
     assert await stream.code() is not grpc.StatusCode.OK
     await channel.close()

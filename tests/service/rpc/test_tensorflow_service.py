@@ -11,12 +11,12 @@ from tests.service.rpc.conftest import Served, failure_of
 
 pytestmark = pytest.mark.anyio
 
-TINY = tf.ModelSpec(name="tiny", version=Int64Value(value=0))  # 0 is what OpenVINO's client says of any
+TINY = tf.ModelSpec(name="tiny", version=Int64Value(value=0))  # OpenVINO's client sends 0 for any version
 
 
 def tensor_of(dtype: int, shape: tuple[int, ...], **contents: object) -> tf.TensorProto:
     dims = [tf.TensorShapeProto.Dim(size=size) for size in shape]
-    return tf.TensorProto(dtype=dtype, tensor_shape=tf.TensorShapeProto(dim=dims), **contents)  # type: ignore[arg-type] # the names are the fields'
+    return tf.TensorProto(dtype=dtype, tensor_shape=tf.TensorShapeProto(dim=dims), **contents)  # type: ignore[arg-type] # the names are those of the fields
 
 
 async def predict(served: Served, image: tf.TensorProto, *outputs: str) -> tf.PredictResponse:
@@ -25,7 +25,9 @@ async def predict(served: Served, image: tf.TensorProto, *outputs: str) -> tf.Pr
 
 
 @pytest.mark.parametrize(("shape", "number"), [((), 1), ((1,), 1), ((2,), 2), ((2, 1), 2)])
-async def test_files_are_strings(served: Served, photo: bytes, shape: tuple[int, ...], number: int) -> None:
+async def test_image_files_are_sent_as_strings(
+    served: Served, photo: bytes, shape: tuple[int, ...], number: int
+) -> None:
     response = await predict(served, tensor_of(tf.DT_STRING, shape, string_val=[photo] * number))
     probabilities = response.outputs["probabilities"]
     values = np.frombuffer(probabilities.tensor_content, "<f4").reshape(number, -1)
@@ -35,7 +37,7 @@ async def test_files_are_strings(served: Served, photo: bytes, shape: tuple[int,
     assert (response.model_spec.name, response.model_spec.version.value) == ("tiny", 1)
 
 
-async def test_pixels_are_numbers_in_bytes_or_in_lists(served: Served, checkpoint: Checkpoint) -> None:
+async def test_pixels_may_be_sent_as_bytes_or_as_lists(served: Served, checkpoint: Checkpoint) -> None:
     side = checkpoint.config.image_side
     pixels = np.arange(3 * side * side, dtype=np.uint8).reshape(1, 3, side, side)
     scaled = (pixels / 255).astype("<f4")
@@ -51,13 +53,13 @@ async def test_pixels_are_numbers_in_bytes_or_in_lists(served: Served, checkpoin
     assert all(each == labels[0] for each in labels)
 
 
-async def test_only_the_outputs_that_it_names_are_sent(served: Served, photo: bytes) -> None:
+async def test_only_the_requested_outputs_are_sent(served: Served, photo: bytes) -> None:
     response = await predict(served, tensor_of(tf.DT_STRING, (1,), string_val=[photo]), "labels")
     assert set(response.outputs) == {"labels"}
 
 
 @pytest.mark.parametrize("kind", ["inputs", "outputs"])
-def test_very_many_tensors_are_refused(kind: str) -> None:
+def test_too_many_tensors_are_refused(kind: str) -> None:
     names = [str(number) for number in range(17)]
     inputs = {"inputs": {name: tf.TensorProto() for name in names}, "outputs": {}}[kind]
     request = tf.PredictRequest(inputs=inputs, output_filter=names if kind == "outputs" else ())
@@ -65,14 +67,14 @@ def test_very_many_tensors_are_refused(kind: str) -> None:
         read_request(request)
 
 
-async def test_other_numbers_are_refused(served: Served) -> None:
+async def test_other_datatypes_are_refused(served: Served) -> None:
     status, message, _ = await failure_of(predict(served, tensor_of(tf.DT_DOUBLE, (1, 3, 2, 2))))
     assert status is grpc.StatusCode.INVALID_ARGUMENT
     assert "choose from BYTES, UINT8, FP32" in message
     assert served.count("invalid_tensor") == 1
 
 
-async def test_the_model_describes_itself_and_how_it_is(served: Served) -> None:
+async def test_the_model_reports_its_metadata_and_its_status(served: Served) -> None:
     asked = tf.GetModelMetadataRequest(model_spec=TINY, metadata_field=["signature_def"])
     described = await served.call("GetModelMetadata", asked, tf.GetModelMetadataResponse, service=PREDICTION_SERVICE)
     signatures = tf.SignatureDefMap()

@@ -24,7 +24,7 @@ class CountedInstant(float):
 
 
 def rejected_by_s(catalog: VariantCatalog, deadlines: list[float], free_at: float, max_batch_size: int = 4) -> float:
-    """Tell after what time one that is due last should be asked for again."""
+    """Return the seconds after which a request that is due last should be retried; 0 where it is admitted."""
     queue = RequestQueue()
     for deadline_at in deadlines:
         queue.admit(QueuedRequest(deadline_at, constraints_for(9.0, 2)))
@@ -35,21 +35,23 @@ def rejected_by_s(catalog: VariantCatalog, deadlines: list[float], free_at: floa
     return 0.0 if error is None else float(error.details["retry_after_s"])
 
 
-def test_what_cannot_be_answered_is_stepped_over_at_once(catalog: VariantCatalog) -> None:
-    """Under overload requests come by the thousand, and the queue that each of them looks at is long."""
+def test_late_requests_are_skipped_with_few_comparisons(catalog: VariantCatalog) -> None:
+    """Under overload, thousands of requests arrive, and each is checked against a long queue."""
     deadlines: list[float] = [CountedInstant(10 + place / LENGTH) for place in range(LENGTH)]
-    # None of them ends before the engine is free, so a new one runs alone.
+    # All of them are due before the engine is free, so a new one runs alone.
     assert rejected_by_s(catalog, deadlines, free_at=30.0) == pytest.approx(30 + 2 - deadlines[-1], abs=0.1)
     assert CountedInstant.compared < 50
 
 
-def test_full_batches_run_before_a_request_and_the_last_takes_it_in_if_there_is_time(catalog: VariantCatalog) -> None:
-    """The first four take 5 s; a request joins the other two, in 4 s more, or else runs after them, in 3 and 2 s."""
+def test_full_batches_run_before_a_request_and_it_joins_the_last_batch_if_there_is_time(
+    catalog: VariantCatalog,
+) -> None:
+    """The first four take 5 s; a request joins the other two, 4 s more, or else runs after them, 3 s and 2 s more."""
     assert rejected_by_s(catalog, [6.0] * 4 + [9.0] * 2, free_at=0.0) == 0.0
     assert rejected_by_s(catalog, [6.0] * 4 + [8.9] * 2, free_at=0.0) == pytest.approx(10.0 - 8.9)
-    assert rejected_by_s(catalog, [6.5] * 4, free_at=0.0) == 0.5, "no full batch takes it in"
+    assert rejected_by_s(catalog, [6.5] * 4, free_at=0.0) == 0.5, "it joins no full batch"
 
 
-def test_those_that_are_late_by_then_take_no_time_of_a_request(catalog: VariantCatalog) -> None:
-    # Once the first four have ended, at 5 s, the next three are late: the request is answered with none of them.
+def test_requests_that_will_be_late_do_not_delay_a_new_one(catalog: VariantCatalog) -> None:
+    # Once the first four have ended, at 5 s, the next three are late, so the request runs alone.
     assert rejected_by_s(catalog, [5.0] * 4 + [6.0] * 3, free_at=0.0) == 1.0

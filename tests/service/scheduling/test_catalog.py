@@ -44,19 +44,19 @@ def chosen(profiles: ProfileTable, budget_gflops: float | None) -> SubNetwork:
         (0.742, (8, 0.5)),
     ],
 )
-def test_a_budget_admits_the_most_accurate_that_fits_and_the_cheapest_on_a_tie(
+def test_a_budget_admits_the_most_accurate_sub_network_that_fits_and_the_cheapest_on_a_tie(
     budget: float | None, expected: tuple[int, float]
 ) -> None:
     assert chosen(PROFILES, budget) == SubNetwork(*expected)
 
 
-def test_a_budget_under_the_cheapest_is_rejected_with_the_smallest_that_would_do() -> None:
+def test_a_budget_below_the_cheapest_is_rejected_with_the_smallest_sufficient_budget() -> None:
     with pytest.raises(BudgetTooSmallError, match=r"0\.742") as caught:
         catalog_of(PROFILES).grant_within(0.7419)
     assert chosen(PROFILES, caught.value.details["smallest_budget_gflops"]) == SubNetwork(8, 0.5)
 
 
-def test_a_dominated_sub_network_is_no_level_but_can_be_had_by_name() -> None:
+def test_a_dominated_sub_network_is_no_level_but_is_available_by_name() -> None:
     catalog = catalog_of(PROFILES)
     variant = catalog.grant_named(SubNetwork(8, 1.0)).best
     assert variant.profile.subnetwork == SubNetwork(8, 1.0)
@@ -64,7 +64,7 @@ def test_a_dominated_sub_network_is_no_level_but_can_be_had_by_name() -> None:
     assert catalog.variants[variant.index] is variant
 
 
-def test_a_sub_network_so_slow_that_a_better_one_is_faster_is_no_level_but_what_a_small_budget_buys() -> None:
+def test_a_sub_network_slower_than_a_better_one_is_no_level_but_is_granted_to_small_budgets() -> None:
     cheapest, *others = PROFILES.rows
     slow = ProfileTable((replace(cheapest, slowness=1.6), *others))
     catalog = catalog_of(slow)
@@ -77,7 +77,7 @@ def test_a_sub_network_so_slow_that_a_better_one_is_faster_is_no_level_but_what_
     assert catalog_of(ProfileTable((replace(cheapest, slowness=1.5), *others))).num_levels == 3
 
 
-def test_no_level_grants_what_is_more_work_than_itself() -> None:
+def test_no_level_grants_a_variant_that_is_more_work_than_the_level() -> None:
     cheapest, second, *others = PROFILES.rows
     best_of_slow = replace(second, top1=0.79, slowness=1.5)  # between the third and the last in work
     catalog = catalog_of(ProfileTable((cheapest, best_of_slow, *others)))
@@ -92,18 +92,18 @@ def test_a_named_sub_network_over_the_budget_is_rejected_with_its_cost() -> None
     assert caught.value.details["smallest_budget_gflops"] == 2.298
 
 
-def test_a_sub_network_outside_the_family_is_rejected() -> None:
+def test_a_sub_network_that_the_model_does_not_offer_is_rejected() -> None:
     with pytest.raises(InvalidParameterError, match=r"grid 9 at keep rate 0\.5"):
         catalog_of(PROFILES).grant_named(SubNetwork(9, 0.5))
 
 
-def test_without_measured_accuracy_the_largest_that_fits_is_the_best() -> None:
+def test_without_measured_accuracy_the_largest_sub_network_that_fits_is_the_best() -> None:
     unmeasured = ProfileTable(tuple(SubNetworkProfile(profile.subnetwork, profile.macs) for profile in PROFILES.rows))
     assert chosen(unmeasured, 1.6) == SubNetwork(10, 0.7)
     assert catalog_of(unmeasured).num_levels == 5
 
 
-def test_keep_rates_between_use_a_budget_up_and_are_no_levels() -> None:
+def test_interpolated_keep_rates_use_up_a_budget_but_are_no_levels() -> None:
     _, config, top1 = PUBLISHED["deit"]
     rows = tuple(
         SubNetworkProfile(subnetwork, count_macs(config, subnetwork), percent / 100)
@@ -126,7 +126,7 @@ def test_keep_rates_between_use_a_budget_up_and_are_no_levels() -> None:
     assert catalog.next_better(catalog.best) is None
 
 
-def test_a_rate_between_that_measured_better_than_a_dearer_level_displaces_nothing() -> None:
+def test_an_untrained_keep_rate_that_measures_better_than_a_dearer_level_does_not_displace_it() -> None:
     cheap, dear = PROFILES.rows[0], PROFILES.rows[-1]
     lucky = SubNetworkProfile(SubNetwork(14, 0.45), dear.macs - 1, 0.81, is_trained=False)
     useful = SubNetworkProfile(SubNetwork(14, 0.4), dear.macs - 2, 0.79, is_trained=False)
@@ -152,7 +152,7 @@ USELESS = CascadeProfile(SubNetwork(10, 0.5), SubNetwork(14, 0.5), threshold=0.4
 CASCADING = replace(PROFILES, cascades=(TO_MIDDLE, TO_BEST, USELESS))
 
 
-def test_cascades_are_levels_between_sub_networks_where_they_give_more_for_what_they_are_expected_to_cost() -> None:
+def test_cascades_on_the_accuracy_frontier_are_levels_between_the_sub_networks() -> None:
     catalog = catalog_of(CASCADING)
     assert [str(variant) for variant in catalog.levels] == [
         "grid 8 at keep rate 0.5",
@@ -166,7 +166,7 @@ def test_cascades_are_levels_between_sub_networks_where_they_give_more_for_what_
     assert all(variant.index == index for index, variant in enumerate(catalog.variants))
 
 
-def test_both_looks_of_a_cascade_lead_to_the_variants_that_are_these_looks_alone() -> None:
+def test_both_looks_of_a_cascade_refer_to_the_variants_of_their_sub_networks_alone() -> None:
     catalog = catalog_of(CASCADING)
     for variant in catalog.levels:
         first = catalog.variants[variant.first_index]
@@ -188,14 +188,14 @@ def test_both_looks_of_a_cascade_lead_to_the_variants_that_are_these_looks_alone
         (0.742, [0, 0, 0, 0, 0], 0),
     ],
 )
-def test_a_budget_is_held_against_the_cost_of_both_looks(budget: float | None, by_level: list[int], best: int) -> None:
+def test_a_budget_is_compared_with_the_cost_of_both_looks(budget: float | None, by_level: list[int], best: int) -> None:
     catalog = catalog_of(CASCADING)
     grant = catalog.grant_within(budget)
     assert (list(grant.by_level), grant.best.index) == (by_level, best)
     assert grant.highest_level == next((level - 1 for level in range(5) if by_level[level] != level), 4)
 
 
-def test_a_cascade_as_accurate_as_the_largest_and_faster_is_what_is_granted() -> None:
+def test_a_cascade_as_accurate_as_the_largest_sub_network_but_faster_is_granted() -> None:
     tied = catalog_of(replace(PROFILES, cascades=(replace(TO_BEST, top1=0.8),)))
     assert tied.best.second_look is not None
     grant = tied.grant_within(None)
@@ -210,8 +210,8 @@ def test_a_sub_network_by_name_looks_once() -> None:
     assert (grant.best, grant.is_pinned, set(grant.by_level)) == (catalog.cheapest, True, {0})
 
 
-def test_a_cascade_that_saves_compute_and_no_time_is_no_level() -> None:
-    """Where every batch takes 10 ms and another 10 for each second look, none is worth it."""
+def test_a_cascade_that_saves_compute_but_no_time_is_no_level() -> None:
+    """Where every batch takes 10 ms, and one of second looks 10 ms more, no cascade is worth it."""
     seconds: dict[SubNetwork, tuple[float, ...]] = dict.fromkeys(PROFILES.by_subnetwork, (0.01,))
     assert VariantCatalog.of(CASCADING, LatencyTable((1,), seconds)).levels == catalog_like(seconds).levels
     to_best = {**seconds, SubNetwork(14, 0.5): (0.03,)}
@@ -223,14 +223,14 @@ def catalog_like(seconds: dict[SubNetwork, tuple[float, ...]]) -> VariantCatalog
     return VariantCatalog.of(PROFILES, LatencyTable((1,), seconds))
 
 
-def test_there_are_no_cascades_where_they_are_not_wanted_or_accuracy_is_not_measured() -> None:
+def test_cascades_are_left_out_where_disabled_or_where_accuracy_is_unmeasured() -> None:
     table = LatencyTable((1,), {profile.subnetwork: (profile.gflops / 100,) for profile in PROFILES.rows})
     assert VariantCatalog.of(CASCADING, table, cascades=False) == VariantCatalog.of(PROFILES, table)
     unmeasured = tuple(replace(profile, top1=None) for profile in PROFILES.rows)
     assert catalog_of(replace(CASCADING, rows=unmeasured)) == catalog_of(ProfileTable(unmeasured))
 
 
-def test_a_cascade_is_expected_to_take_both_looks_for_its_share() -> None:
+def test_the_expected_latency_of_a_cascade_includes_second_looks_for_its_share() -> None:
     seconds = {subnetwork: (0.01 * place, 0.02 * place) for place, subnetwork in enumerate(PROFILES.by_subnetwork, 1)}
     catalog = VariantCatalog.of(CASCADING, LatencyTable((1, 2), seconds))
     by_name = {str(variant): variant for variant in catalog.levels}
@@ -238,13 +238,13 @@ def test_a_cascade_is_expected_to_take_both_looks_for_its_share() -> None:
     assert to_best.latency_by_batch_s == pytest.approx((0.01 + 0.4 * 0.05, 0.02 + 0.8 * 0.05))
 
 
-def test_the_best_with_one_look_is_the_most_accurate_trained_sub_network_and_the_cheaper_of_two() -> None:
+def test_best_single_is_the_most_accurate_trained_sub_network_and_the_cheaper_on_a_tie() -> None:
     assert catalog_of(CASCADING).best_single.profile.subnetwork == SubNetwork(14, 0.5)
     assert catalog_of(ProfileTable(PROFILES.rows[:4])).best_single.profile.subnetwork == SubNetwork(10, 0.5)
 
 
 def test_a_variant_of_an_older_profile_is_still_found(catalog: VariantCatalog, fast_catalog: VariantCatalog) -> None:
-    """A request may have been granted it before its latency was measured."""
+    """A request may have been granted the variant before its latency was measured."""
     for older, newer in zip(catalog.variants, fast_catalog.variants, strict=True):
         assert older == newer
         assert older.latency_by_batch_s != newer.latency_by_batch_s

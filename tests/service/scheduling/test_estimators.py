@@ -18,23 +18,25 @@ from tests.service.granting import constraints_for
 
 
 def after(*observed: float) -> Slowdown:
-    """The estimate after a batch each millisecond, up to 0."""
+    """Return the estimate after one batch per millisecond, the last at 0."""
     slowdown = Slowdown()
     for index, factor in enumerate(observed):
         slowdown = slowdown.updated(factor, (index + 1 - len(observed)) / 1000)
     return slowdown
 
 
-def test_before_the_first_batch_the_machines_load_alone_counts() -> None:
+def test_before_the_first_batch_the_slowdown_is_the_prior() -> None:
     assert Slowdown().predict(5.0, prior=1.5) == 1.5
 
 
-def test_batches_as_profiled_are_predicted_as_profiled() -> None:
+def test_after_batches_as_profiled_the_slowdown_is_one() -> None:
     assert after(1.0, 1.0, 1.0).predict(0.0, prior=3.0) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("neighbour", [1.5, 2.0, 3.0])
-def test_a_noisy_neighbour_is_followed_within_three_batches_and_forgotten_within_five(neighbour: float) -> None:
+def test_the_slowdown_follows_a_noisy_neighbour_within_three_batches_and_forgets_it_within_five(
+    neighbour: float,
+) -> None:
     there = after(1.0, *[neighbour] * 3)
     assert there.factor == pytest.approx(neighbour, rel=0.12)
     assert there.predict(0.0, prior=1.0) > 0.9 * neighbour
@@ -44,32 +46,32 @@ def test_a_noisy_neighbour_is_followed_within_three_batches_and_forgotten_within
     assert settled.predict(0.0, prior=9.0) == pytest.approx(1.0, rel=0.02)
 
 
-def test_one_hiccup_of_ten_times_is_no_neighbour() -> None:
+def test_a_single_batch_that_takes_ten_times_as_long_raises_the_slowdown_only_a_little() -> None:
     assert after(1.0, 10.0).factor < 2
     assert after(1.0, 10.0, 1.0, 1.0, 1.0).factor < 1.1
 
 
-def test_the_more_batches_vary_the_more_is_allowed_for() -> None:
+def test_the_margin_of_the_slowdown_grows_with_the_spread_of_the_batches() -> None:
     steady, wavering, wild = (after(*(1 + spread * (-1) ** turn for turn in range(40))) for spread in (0.0, 0.1, 0.3))
     margins = [slowdown.predict(0.0, prior=1.0, spreads=1.0) - slowdown.factor for slowdown in (steady, wavering, wild)]
     assert margins[0] == pytest.approx(0.0)
     assert margins[0] < margins[1] < margins[2] < 0.5
 
 
-def test_the_factor_never_turns_negative() -> None:
+def test_the_slowdown_never_turns_negative() -> None:
     assert after(*[5.0] * 9, *[1e-6] * 50).factor > 0
 
 
-def test_without_news_the_estimate_turns_to_what_the_machines_load_lets_expect() -> None:
+def test_without_new_batches_the_slowdown_decays_to_the_prior() -> None:
     slowdown = after(*[3.0] * 60)
     at_once, stale, old = (slowdown.predict(age_s, prior=1.0) for age_s in (0.0, STALE_AFTER_S, 60.0))
     assert at_once == pytest.approx(3.0, rel=0.01)
     assert stale == pytest.approx(1 + (at_once - 1) / math.e)
     assert old == pytest.approx(1.0)
-    assert slowdown.predict(-1.0, prior=1.0) == at_once  # a clock read before the batch's end makes it no truer
+    assert slowdown.predict(-1.0, prior=1.0) == at_once  # a clock read before the batch's end adds no trust
 
 
-def test_misses_raise_the_safety_factor_and_answers_in_time_let_it_fade() -> None:
+def test_misses_raise_the_safety_factor_and_answers_in_time_lower_it() -> None:
     safety_factor = SafetyFactor()
     safety_factor.observe(100, 0, now=0.0)
     assert safety_factor.read(0.0) == 1.0
@@ -84,7 +86,7 @@ def test_misses_raise_the_safety_factor_and_answers_in_time_let_it_fade() -> Non
     assert safety_factor.read(0.0) == MAX_SAFETY_FACTOR
 
 
-def test_the_safety_factor_fades_with_time_alone() -> None:
+def test_the_safety_factor_decays_with_time() -> None:
     safety_factor = SafetyFactor()
     safety_factor.observe(0, 10, now=0.0)
     factor = safety_factor.read(0.0)
@@ -92,7 +94,7 @@ def test_the_safety_factor_fades_with_time_alone() -> None:
     assert safety_factor.read(100 * SAFETY_FACTOR_DECAY_S) == pytest.approx(1.0)
 
 
-def test_a_delay_leaves_room_for_its_spread_and_fades_without_news() -> None:
+def test_a_delay_margin_includes_the_spread_and_fades_without_observations() -> None:
     delay = DelayEstimator()
     for _ in range(100):
         delay.observe(0.01, now=5.0)
@@ -105,7 +107,7 @@ def test_a_delay_leaves_room_for_its_spread_and_fades_without_news() -> None:
     assert delay.expected_s(8.0) < 0.001
 
 
-def test_the_rate_of_arrivals_is_right_from_the_first_moments_and_follows() -> None:
+def test_the_arrival_rate_is_right_from_the_start_and_decays_without_arrivals() -> None:
     rate = ArrivalRate(0.5)
     for number in range(50):
         rate.count(number / 100)
@@ -117,7 +119,7 @@ def test_the_rate_of_arrivals_is_right_from_the_first_moments_and_follows() -> N
     assert rate.read(60.0) == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_budget_counts_as_long_as_it_is_recent() -> None:
+def test_the_tight_budget_is_a_quantile_of_the_recent_budgets() -> None:
     traffic = TrafficEstimator()
     budgets_s = [0.5] * REMEMBERED_REQUESTS + [9.0] * REMEMBERED_REQUESTS
     for place, budget_s in enumerate(budgets_s, start=1):

@@ -9,7 +9,7 @@ from service.scheduling.latency_model import LatencyModel
 
 
 def scaled(catalog: VariantCatalog, factor: float, *indices: int) -> VariantCatalog:
-    """Let some variants take longer."""
+    """Return the catalog with the latencies of some variants multiplied by a factor."""
     variants = tuple(
         replace(one, latency_by_batch_s=tuple(factor * seconds for seconds in one.latency_by_batch_s))
         if one.index in indices
@@ -19,7 +19,7 @@ def scaled(catalog: VariantCatalog, factor: float, *indices: int) -> VariantCata
     return replace(catalog, variants=variants)
 
 
-def test_what_is_planned_with_includes_the_caution(fast_catalog: VariantCatalog) -> None:
+def test_refined_latencies_are_the_cautious_ones(fast_catalog: VariantCatalog) -> None:
     model = LatencyModel(fast_catalog)
     model.refine(scaled(fast_catalog, 2, 0), scaled(fast_catalog, 3, 0))
     assert model.latencies_s[0] == pytest.approx([0.06, 0.09, 0.12, 0.15])
@@ -27,8 +27,8 @@ def test_what_is_planned_with_includes_the_caution(fast_catalog: VariantCatalog)
     assert model.predict(0, 1, 0.0) == pytest.approx(0.06)
 
 
-def test_a_batch_that_takes_what_is_likely_shows_no_slowdown_and_no_drift(fast_catalog: VariantCatalog) -> None:
-    """Against the caution the machine would seem to be faster, and measured variants would be said to be too."""
+def test_batches_that_take_the_likely_time_show_no_slowdown_and_no_drift(fast_catalog: VariantCatalog) -> None:
+    """Against the cautious latencies, the machine would seem faster, and measured variants as well."""
     model = LatencyModel(fast_catalog)
     model.refine(fast_catalog, scaled(fast_catalog, 1.5, 0))
     for now in range(50):
@@ -38,11 +38,11 @@ def test_a_batch_that_takes_what_is_likely_shows_no_slowdown_and_no_drift(fast_c
     assert model.latencies_s[1][1] == pytest.approx(0.06)
 
 
-def test_what_was_learned_of_a_variant_is_forgotten_with_the_figure_that_it_was_learned_against(
+def test_the_drift_of_a_variant_is_reset_when_its_profiled_latency_changes(
     fast_catalog: VariantCatalog,
 ) -> None:
     model = LatencyModel(fast_catalog)
-    for now in range(100):  # level 1 is a tenth faster than its profile, beside level 0
+    for now in range(100):  # level 1 is a tenth faster than its profile, level 0 is not
         model.observe(0, 1, 0.02, now, 0.0)
         model.observe(1, 1, 0.036, now + 0.5, 0.0)
     learned = model.latencies_s[1][0]

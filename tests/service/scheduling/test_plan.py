@@ -1,4 +1,4 @@
-"""The scenes of test_level_policy: level 0 takes 2 3 4 5 s, level 1 4 6 8 10 s, level 2 8 12 16 20 s."""
+"""Batches of 1 to 4 take 2 3 4 5 s at level 0, 4 6 8 10 s at level 1 and 8 12 16 20 s at level 2 (see conftest)."""
 
 import math
 import random
@@ -17,22 +17,22 @@ from tests.service.granting import constraints_for, stand_in
 from tests.service.scheduling.test_level_policy import at_zero
 
 
-def test_arrivals_are_expected_evenly_spaced_each_with_the_budget_of_a_recent_one(catalog: VariantCatalog) -> None:
-    """16/s are 4 in the forecast of 0.25 s, and with a deviation 6: one every 1/24 s."""
+def test_forecast_arrivals_are_evenly_spaced_and_have_the_budgets_of_recent_requests(catalog: VariantCatalog) -> None:
+    """At 16/s, the forecast for 0.25 s is 4 arrivals, and 6 with one standard deviation: one every 1/24 s."""
     recent = (constraints_for(1.0, 2), constraints_for(3.0, 2))
     plan = Plan(replace(at_zero(catalog, ()), arrival_rate=16.0, recent=recent), (), math.inf)
     assert plan.expected == [*recent, *recent, *recent]
     assert plan.deadlines == pytest.approx([1 + 1 / 24, 1 + 3 / 24, 1 + 5 / 24, 3 + 2 / 24, 3 + 4 / 24, 3 + 6 / 24])
 
 
-def test_never_are_more_expected_than_a_decision_has_time_for(catalog: VariantCatalog) -> None:
+def test_the_number_of_forecast_arrivals_is_capped(catalog: VariantCatalog) -> None:
     state = replace(at_zero(catalog, ()), arrival_rate=1e6, recent=(constraints_for(1.0, 2),))
     assert len(Plan(state, (), math.inf).expected) == MAX_EXPECTED
 
 
 @pytest.mark.parametrize("length", [1, 5, 20, MAX_PLANNED, MAX_PLANNED + 40])
 @pytest.mark.parametrize("guard_s", [math.inf, 9.0, 1.0])
-def test_those_that_get_the_same_variant_are_planned_as_if_each_were_looked_at(
+def test_requests_with_a_common_variant_are_planned_as_if_planned_one_by_one(
     catalog: VariantCatalog, length: int, guard_s: float
 ) -> None:
     rng, constraints, answers = random.Random(length), constraints_for(1.0, 0, over_limit=stand_in(3)), set[bool]()
@@ -49,10 +49,10 @@ def test_those_that_get_the_same_variant_are_planned_as_if_each_were_looked_at(
         )
         late = meets_deadlines_mixed(cautious, deadlines, [3] * min(length, MAX_PLANNED), guard_s, after_s=3.0)
         assert plan.meets_deadlines(2, after_s=3.0) is late
-    assert answers == {False, True}, "the scenes must tell"
+    assert answers == {False, True}, "both answers must occur"
 
 
-def test_where_grants_differ_no_variant_is_common(catalog: VariantCatalog) -> None:
+def test_a_level_has_no_common_target_where_grants_differ(catalog: VariantCatalog) -> None:
     queue = [QueuedRequest(9.0, constraints_for(9.0, limit)) for limit in (2, 1)]
     plan = Plan(at_zero(catalog, queue), queue, math.inf)
     assert [plan.common_target(level) for level in range(3)] == [0, 1, None]
@@ -63,13 +63,13 @@ class CountedIndices(tuple[int, ...]):
 
     looked_up = 0
 
-    def __getitem__(self, level: SupportsIndex | slice) -> int:  # type: ignore[override] # nothing slices them
+    def __getitem__(self, level: SupportsIndex | slice) -> int:  # type: ignore[override] # nothing slices it
         type(self).looked_up += 1
         return super().__getitem__(level)  # type: ignore[return-value] # as above
 
 
-def test_a_grant_that_many_share_is_looked_at_no_more_often_than_a_batch_is_large(catalog: VariantCatalog) -> None:
-    """A decision would otherwise take three times as long where most requests are granted the same, as they are."""
+def test_lookups_of_a_shared_grant_do_not_grow_with_the_queue(catalog: VariantCatalog) -> None:
+    """Otherwise a decision would take three times as long where most requests share a grant, as is usual."""
     counts = []
     for length in (10, 100):
         CountedIndices.looked_up = 0

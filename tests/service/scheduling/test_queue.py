@@ -22,7 +22,7 @@ def test_a_request_that_has_left_can_no_longer_be_enqueued() -> None:
     assert (len(queue), queue.num_admitted) == (0, 0)
 
 
-def test_a_million_priorities_leave_nothing_behind() -> None:
+def test_removed_requests_leave_no_priorities_behind() -> None:
     queue = RequestQueue()
     for number in range(1000):
         request = due(1.0, priority=-1000 * number)
@@ -31,7 +31,7 @@ def test_a_million_priorities_leave_nothing_behind() -> None:
     assert not queue.priorities
 
 
-def test_whatever_happens_the_books_are_empty_in_the_end() -> None:
+def test_the_queue_stays_consistent_through_random_events_and_ends_empty() -> None:
     for seed in range(40):
         rng = random.Random(seed)
         queue, present = RequestQueue(), list[QueuedRequest]()
@@ -52,7 +52,7 @@ def test_whatever_happens_the_books_are_empty_in_the_end() -> None:
         assert (len(queue), queue.num_admitted, queue.priorities) == (0, 0, frozenset())
 
 
-def test_higher_priorities_and_earlier_deadlines_come_before() -> None:
+def test_requests_of_no_lower_priority_and_no_later_deadline_come_before_a_request() -> None:
     queue = RequestQueue()
     for request in (due(1.0), due(2.0, -1), due(3.0), due(0.5, -2)):
         queue.admit(request)
@@ -61,7 +61,7 @@ def test_higher_priorities_and_earlier_deadlines_come_before() -> None:
     assert [queue.count_before(due(*request)) for request in ((2.0, -1), (9.0, 0), (9.0, -2))] == [2, 2, 4]
 
 
-def test_a_place_that_was_reserved_is_kept_for_a_while() -> None:
+def test_a_reserved_place_is_kept_until_it_expires() -> None:
     queue, first, second = RequestQueue(), due(1.0), due(2.0, -1)
     queue.reserve(first, 0.5)
     queue.reserve(second, 0.6)
@@ -79,7 +79,7 @@ def again(request: QueuedRequest) -> QueuedRequest:
     return QueuedRequest(request.deadline_at, request.constraints, request.priority, second_look_of=request)
 
 
-def test_another_look_waits_by_its_deadline_and_is_no_request_of_its_own() -> None:
+def test_a_further_look_is_queued_by_deadline_and_does_not_count_as_a_request() -> None:
     queue, first, other = RequestQueue(), due(1.0), due(2.0)
     for request in (first, other):
         queue.admit(request)
@@ -89,11 +89,11 @@ def test_another_look_waits_by_its_deadline_and_is_no_request_of_its_own() -> No
     queue.enqueue_again(second)
     assert list(queue.queued) == [second, other]
     assert queue.num_admitted == 1
-    assert queue.count_before(due(3.0)) == 1, "a request that has an answer keeps none out"
+    assert queue.count_before(due(3.0)) == 1, "a request that has an answer keeps no other out"
 
 
 @pytest.mark.parametrize("by", ["the request", "the look"])
-def test_another_look_leaves_with_its_request(by: str) -> None:
+def test_a_further_look_leaves_the_queue_with_its_request(by: str) -> None:
     queue, first = RequestQueue(), due(1.0)
     second = again(first)
     queue.enqueue_again(second)
@@ -104,7 +104,7 @@ def test_another_look_leaves_with_its_request(by: str) -> None:
     assert (len(queue), queue.num_admitted) == (0, 0)
 
 
-def test_a_third_look_takes_the_place_of_the_second() -> None:
+def test_a_third_look_replaces_the_second() -> None:
     queue, first = RequestQueue(), due(1.0)
     second, third = again(first), again(first)
     queue.enqueue_again(second)

@@ -67,11 +67,13 @@ def capped(constraints: RequestConstraints, gflops: float) -> RequestConstraints
         (Reason(ReasonCode.NOTHING_TO_RUN), 0, "no waiting request can be answered in time"),
     ],
 )
-def test_every_reason_has_a_sentence(catalog: VariantCatalog, reason: Reason, level: int, sentence: str) -> None:
+def test_a_reason_is_explained_in_a_sentence(
+    catalog: VariantCatalog, reason: Reason, level: int, sentence: str
+) -> None:
     assert explain(reason, catalog, catalog.variants[level]) == sentence
 
 
-def test_a_budget_that_decided_is_named_with_what_more_would_cost(catalog: VariantCatalog) -> None:
+def test_a_gflops_budget_is_explained_with_the_cost_of_the_next_better_variant(catalog: VariantCatalog) -> None:
     reason = Reason(ReasonCode.GFLOPS_BUDGET)
     assert explain(reason, catalog, catalog.variants[1], 0.000122) == (
         "grid 4 at keep rate 0.5 is the most accurate within 0.000122 GFLOPs; "
@@ -82,7 +84,7 @@ def test_a_budget_that_decided_is_named_with_what_more_would_cost(catalog: Varia
     )
 
 
-def test_what_the_rate_of_a_key_has_left_is_named_as_that(catalog: VariantCatalog) -> None:
+def test_a_limit_by_the_rate_of_the_key_is_explained_as_such(catalog: VariantCatalog) -> None:
     assert explain(Reason(ReasonCode.KEY_RATE), catalog, catalog.variants[1], 0.000122) == (
         "grid 4 at keep rate 0.5 is the most accurate within the 0.000122 GFLOPs left in the rate of its key; "
         "the next better one, grid 4 at keep rate 1, costs 0.0001354"
@@ -93,7 +95,7 @@ def test_what_the_rate_of_a_key_has_left_is_named_as_that(catalog: VariantCatalo
     assert reason_of(rated, catalog.variants[0], by_queue) is by_queue.reason
 
 
-def test_without_measured_accuracy_a_reason_speaks_of_size(catalog: VariantCatalog) -> None:
+def test_a_reason_mentions_size_where_accuracy_is_unmeasured(catalog: VariantCatalog) -> None:
     unmeasured, (_, middle, best) = replace(catalog, is_measured=False), catalog.variants[:3]
     assert "is the largest within" in explain(Reason(ReasonCode.GFLOPS_BUDGET), unmeasured, middle, 0.000122)
     alone = explain(Reason(ReasonCode.ALONE, 1), unmeasured, best)
@@ -101,7 +103,7 @@ def test_without_measured_accuracy_a_reason_speaks_of_size(catalog: VariantCatal
     assert "is the largest that answers in time" in explain(Reason(ReasonCode.DEADLINE, 1, 5.0), unmeasured, middle)
 
 
-def test_the_reason_is_the_constraint_where_it_decided_and_the_queue_where_the_queue_did(
+def test_the_reason_is_the_constraint_or_the_queue_whichever_decided(
     catalog: VariantCatalog,
 ) -> None:
     cheapest, middle, best, dominated = catalog.variants[:4]
@@ -109,9 +111,7 @@ def test_the_reason_is_the_constraint_where_it_decided_and_the_queue_where_the_q
     pinned = constraints_for(1.0, 0, pinned=dominated)
     assert reason_of(pinned, dominated, by_queue).code is ReasonCode.PINNED
     assert reason_of(constraints_for(1.0, 2), best, by_queue) is by_queue.reason
-    assert (
-        reason_of(capped(constraints_for(1.0, 1), 0.5), cheapest, by_queue) is by_queue.reason
-    )  # lower than its limit
+    assert reason_of(capped(constraints_for(1.0, 1), 0.5), cheapest, by_queue) is by_queue.reason  # below its limit
     assert reason_of(capped(constraints_for(1.0, 1), 0.000122), middle, by_queue).code is ReasonCode.GFLOPS_BUDGET
     between = capped(constraints_for(1.0, 0, over_limit=middle), 0.000122)
     assert reason_of(between, middle, by_queue).code is ReasonCode.GFLOPS_BUDGET

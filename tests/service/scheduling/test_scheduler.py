@@ -1,4 +1,4 @@
-"""The latencies of batches of 1, 2, 3 and 4 are those of conftest's fast_menu.
+"""The latencies of batches of 1, 2, 3 and 4 are those of conftest's fast_catalog.
 
 level 0: 20 30 40 50 ms
 level 1: 40 60 80 100 ms
@@ -32,11 +32,11 @@ from service.scheduling.variants import Variant
 from tests.service.conftest import SECONDS
 from tests.service.granting import constraints_for
 
-LONG_S = 1000.0  # after it, the arrivals before are no news any more
+LONG_S = 1000.0  # after which earlier arrivals no longer count
 
 
 def stand_in(index: int | None) -> Variant | None:
-    """Name a variant of the catalog by its place."""
+    """Return a stand-in for the variant of the catalog at an index."""
     return None if index is None else Variant(index, SubNetworkProfile(SubNetwork(2, 0.5), 1), (), index)
 
 
@@ -71,17 +71,17 @@ def fill(scheduler: Scheduler, *requests: QueuedRequest, now: float = 0.0) -> tu
     return requests
 
 
-def test_what_is_due_first_stands_first_and_equals_in_order_of_arrival(scheduler: Scheduler) -> None:
+def test_the_queue_is_in_order_of_deadline_and_then_of_arrival(scheduler: Scheduler) -> None:
     last, first, early, expired = fill(scheduler, waits(4.0), waits(1.0), waits(2.0), waits(2.0))
     assert list(scheduler.state(0.0).queue) == [first, early, expired, last]
     assert len(scheduler) == 4
 
 
-def test_an_empty_queue_decides_nothing(scheduler: Scheduler) -> None:
+def test_an_empty_queue_yields_an_empty_decision(scheduler: Scheduler) -> None:
     assert scheduler.next_batch(0.0) == BatchDecision(None)
 
 
-def test_those_that_run_or_are_dropped_are_queued_no_longer(fast_catalog: VariantCatalog) -> None:
+def test_requests_that_run_expire_or_are_shed_leave_the_queue(fast_catalog: VariantCatalog) -> None:
     def one_of_each(state: SchedulerState) -> BatchDecision:
         first, second, third, *_ = state.queue
         return BatchDecision(state.catalog.variants[0], batch=(first,), expired=(second,), shed=(third,))
@@ -93,7 +93,7 @@ def test_those_that_run_or_are_dropped_are_queued_no_longer(fast_catalog: Varian
     assert scheduler.backlog_s(0.0) == pytest.approx(0.05 / 4)
 
 
-def test_a_request_counts_from_its_admission_until_it_leaves(scheduler: Scheduler) -> None:
+def test_a_request_counts_in_the_backlog_from_its_admission_until_it_leaves(scheduler: Scheduler) -> None:
     request = waits(1.0)
     scheduler.admit(request, 0.0)
     assert len(scheduler) == 0
@@ -105,7 +105,7 @@ def test_a_request_counts_from_its_admission_until_it_leaves(scheduler: Schedule
     assert scheduler.backlog_s(0.0) == 0.0
 
 
-def test_leaving_twice_takes_no_other_along(scheduler: Scheduler) -> None:
+def test_withdrawing_a_request_twice_removes_no_other(scheduler: Scheduler) -> None:
     gone, twin = fill(scheduler, waits(1.0), waits(1.0))
     scheduler.withdraw(gone)
     scheduler.withdraw(gone)
@@ -115,7 +115,7 @@ def test_leaving_twice_takes_no_other_along(scheduler: Scheduler) -> None:
     assert scheduler.backlog_s(0.0) == 0.0
 
 
-def test_whatever_happens_the_books_are_right_and_empty_in_the_end(fast_catalog: VariantCatalog) -> None:
+def test_queue_and_backlog_stay_consistent_through_random_events_and_end_empty(fast_catalog: VariantCatalog) -> None:
     for seed in range(40):
         rng = random.Random(seed)
         scheduler, now = Scheduler(fast_catalog, choose_level, 4), 0.0
@@ -163,7 +163,7 @@ def test_whatever_happens_the_books_are_right_and_empty_in_the_end(fast_catalog:
 def refusal_s(
     scheduler: Scheduler, request: QueuedRequest, now: float, delay: PreprocessingDelay = NO_DELAY
 ) -> float | None:
-    """Seconds after which to try again, None if the request is admitted."""
+    """Return the seconds after which to retry; None if the request is admitted."""
     try:
         scheduler.admit(request, now, delay)
     except OverloadedError as error:
@@ -174,14 +174,14 @@ def refusal_s(
 @pytest.mark.parametrize(
     ("due", "retry_after_s"), [(0.019, 0.001), (0.021, None), (1e-12, 0.02), (-9.0, 9.02), (1e6, None)]
 )
-def test_what_not_even_the_cheapest_can_answer_in_time_is_rejected(
+def test_a_request_that_not_even_the_cheapest_level_answers_in_time_is_rejected(
     scheduler: Scheduler, due: float, retry_after_s: float | None
 ) -> None:
     assert refusal_s(scheduler, waits(due), 0.0) == retry_after_s
 
 
-def test_those_due_before_are_reckoned_with_at_the_cheapest_level_in_full_batches(scheduler: Scheduler) -> None:
-    fill(scheduler, *(waits(0.101) for _ in range(8)))  # the last of the eight end at 100 ms, one more at 120
+def test_admission_counts_requests_due_earlier_at_the_cheapest_level_in_full_batches(scheduler: Scheduler) -> None:
+    fill(scheduler, *(waits(0.101) for _ in range(8)))  # the last of the eight end at 100 ms, one more at 120 ms
     assert refusal_s(scheduler, waits(0.115), 0.0) == pytest.approx(0.005)
     assert refusal_s(scheduler, waits(0.121), 0.0) is None
     assert refusal_s(scheduler, waits(0.1), 0.0) is None  # it is due before the eight
@@ -193,15 +193,15 @@ def test_a_new_request_joins_a_batch_that_is_not_full(scheduler: Scheduler) -> N
     assert refusal_s(scheduler, waits(0.055), 0.0) == pytest.approx(0.015)  # the fifth has a batch of its own
 
 
-def test_a_new_request_joins_no_batch_that_would_be_late_with_it(scheduler: Scheduler) -> None:
+def test_a_new_request_does_not_join_a_batch_that_it_would_make_late(scheduler: Scheduler) -> None:
     fill(scheduler, *(waits(0.041) for _ in range(3)))
     assert refusal_s(scheduler, waits(0.055), 0.0) == pytest.approx(0.005)
 
 
 @pytest.mark.parametrize("how", ["ended", "failed"])
-def test_the_batch_that_runs_delays_a_new_request_until_it_has_ended(scheduler: Scheduler, how: str) -> None:
+def test_the_running_batch_delays_a_new_request_until_it_ends(scheduler: Scheduler, how: str) -> None:
     fill(scheduler, *(waits(0.06) for _ in range(4)))
-    scheduler.state(LONG_S)  # so that no others are expected
+    scheduler.state(LONG_S)  # so that no arrivals are forecast
     assert index(scheduler.next_batch(0.0)) == 0  # until 50 ms
     assert refusal_s(scheduler, waits(0.069), 0.01) == pytest.approx(0.001)
     if how == "ended":
@@ -211,7 +211,7 @@ def test_the_batch_that_runs_delays_a_new_request_until_it_has_ended(scheduler: 
     assert refusal_s(scheduler, waits(0.069), 0.03) is None
 
 
-def test_the_decoding_to_come_delays_a_new_request(scheduler: Scheduler) -> None:
+def test_the_preprocessing_delay_delays_a_new_request(scheduler: Scheduler) -> None:
     assert refusal_s(scheduler, waits(0.069), 0.01, PreprocessingDelay(0.04)) == pytest.approx(0.001)
     assert refusal_s(scheduler, waits(0.069), 0.01, PreprocessingDelay(0.03)) is None
 
@@ -225,26 +225,26 @@ def test_the_decoding_to_come_delays_a_new_request(scheduler: Scheduler) -> None
         (PreprocessingDelay(base_s=0.9, contention_s=0.04, queue_s=0.039), None),
     ],
 )
-def test_what_lies_before_the_queue_is_told_from_the_queue(
+def test_rejections_caused_before_the_queue_have_their_own_reasons(
     scheduler: Scheduler, delay: PreprocessingDelay, reason: str | None
 ) -> None:
     reasons = []
-    for ask in (scheduler.admit, scheduler.preview):  # what is told is what would be done
+    for ask in (scheduler.admit, scheduler.preview):  # the preview gives the same reason
         try:
             ask(waits(1.0), 0.0, delay)
         except OverloadedError as error:
             reasons.append(error.reason)
     assert reasons == [reason] * 2 if reason else not reasons
-    assert scheduler.state(0.0).safety_factor == 1.0  # no cheaper level would have cured it
+    assert scheduler.state(0.0).safety_factor == 1.0  # no cheaper level would have helped
 
 
-def test_while_others_are_decoded_the_engine_works_off_those_ahead(scheduler: Scheduler) -> None:
-    fill(scheduler, *(waits(0.3) for _ in range(8)))  # 100 ms at level 0, within which the queue shrinks as well
+def test_the_engine_works_off_the_queue_while_a_request_waits_for_decoding(scheduler: Scheduler) -> None:
+    fill(scheduler, *(waits(0.3) for _ in range(8)))  # 100 ms at level 0, while other images are decoded
     assert refusal_s(scheduler, waits(0.3), 0.0, PreprocessingDelay(0.01, queue_s=0.26)) is None
     assert refusal_s(scheduler, waits(0.3), 0.0, PreprocessingDelay(0.01, queue_s=0.28)) == pytest.approx(0.01)
 
 
-def test_a_name_that_is_slow_is_rejected_sooner(scheduler: Scheduler) -> None:
+def test_a_request_for_a_slow_sub_network_by_name_is_rejected_sooner(scheduler: Scheduler) -> None:
     assert refusal_s(scheduler, waits(0.079, pinned=2), 0.0) == pytest.approx(0.001)
     assert refusal_s(scheduler, waits(0.079), 0.0) is None
 
@@ -255,27 +255,27 @@ def test_the_lowest_priority_is_rejected_first(fast_catalog: VariantCatalog) -> 
     assert refusal_s(scheduler, waits(0.101, priority=-1), 0.0) == pytest.approx(0.019)
     low = Scheduler(fast_catalog, choose_level, 4)
     fill(low, *(waits(0.101, priority=-1) for _ in range(8)))
-    assert refusal_s(low, waits(0.101), 0.0) is None  # it goes before them all
+    assert refusal_s(low, waits(0.101), 0.0) is None  # it is served before all of them
 
 
-def test_those_that_will_be_late_anyway_keep_no_other_out(scheduler: Scheduler) -> None:
+def test_requests_that_will_be_late_anyway_keep_no_other_out(scheduler: Scheduler) -> None:
     fill(scheduler, *(waits(0.2) for _ in range(12)))  # they take until 150 ms
-    assert refusal_s(scheduler, waits(0.24), 0.185) is None  # there is no time left for the twelve
+    assert refusal_s(scheduler, waits(0.24), 0.185) is None  # too late for any of the twelve
 
 
-def test_coming_back_after_the_time_named_helps(fast_catalog: VariantCatalog) -> None:
+def test_a_retry_after_the_named_time_is_admitted(fast_catalog: VariantCatalog) -> None:
     scheduler = Scheduler(
         fast_catalog, lambda state: BatchDecision(state.catalog.variants[0], tuple(state.queue[:4])), 4
     )
     fill(scheduler, *(waits(0.109) for _ in range(8)))
-    assert refusal_s(scheduler, waits(0.109), 0.0) == pytest.approx(0.011)  # the eight end at 100 ms, it ends at 120
+    assert refusal_s(scheduler, waits(0.109), 0.0) == pytest.approx(0.011)  # the eight end at 100 ms, this one at 120
     scheduler.next_batch(0.0)
     assert refusal_s(scheduler, waits(0.109 + 0.010), 0.010) is not None
     assert refusal_s(scheduler, waits(0.109 + 0.0111), 0.0111) is None
 
 
 def overloaded(scheduler: Scheduler) -> float:
-    """Let 100 requests a second come for long, of which level 0 answers 80; returns when."""
+    """Let 100 requests/s arrive for long, of which level 0 answers 80; return the instant at the end."""
     at = 0.0
     while at < 4 * SUSTAINED_TIME_S:
         scheduler.admit(waits(at + 1e6), at)
@@ -283,39 +283,41 @@ def overloaded(scheduler: Scheduler) -> float:
     return at
 
 
-def test_under_sustained_overload_a_request_is_rejected_that_a_full_batch_would_make_late(scheduler: Scheduler) -> None:
+def test_sustained_overload_rejects_a_request_that_a_full_batch_would_make_late(scheduler: Scheduler) -> None:
     at = overloaded(scheduler)
     scheduler.admit(waits(at + 0.05), at)
-    scheduler.throttled(3.0)  # a pause delays only what comes after it
-    # The one ahead and it take 30 ms together; a full batch 50 more.
+    scheduler.throttled(3.0)  # a pause delays only later batches
+    # The request ahead and this one take 30 ms together; a full batch takes 50 ms more.
     assert refusal_s(scheduler, waits(at + 0.079), at) == pytest.approx(0.001)
     assert refusal_s(scheduler, waits(at + 0.081), at) is None
 
 
 @pytest.mark.parametrize(("budget_s", "end_s"), [(0.07, 0.06), (0.05, 0.04)])
-def test_under_sustained_overload_little_of_a_tight_budget_is_kept_for_others(
+def test_sustained_overload_keeps_at_most_three_tenths_of_a_tight_budget_for_others(
     scheduler: Scheduler, budget_s: float, end_s: float
 ) -> None:
     at = overloaded(scheduler)
     scheduler.admit(waits(at + 0.025), at)
-    # In turns two take 40 ms. Three tenths of 70 ms hold one more, of 20 ms; of 50 ms none.
+    # One after the other, two take 40 ms. Three tenths of 70 ms hold one more, of 20 ms; those of 50 ms hold none.
     assert refusal_s(scheduler, waits(at + end_s - 0.001, budget_s=budget_s), at) == pytest.approx(0.001)
     assert refusal_s(scheduler, waits(at + end_s + 0.001, budget_s=budget_s), at) is None
 
 
 @pytest.mark.parametrize("budget_s", [0.021, 0.039, 0.1, 9.0])
-def test_an_idle_engine_rejects_nothing_however_much_has_come(scheduler: Scheduler, budget_s: float) -> None:
+def test_a_request_with_none_before_it_is_admitted_even_under_sustained_overload(
+    scheduler: Scheduler, budget_s: float
+) -> None:
     at = overloaded(scheduler)
     assert refusal_s(scheduler, waits(at + budget_s, budget_s=budget_s), at) is None
 
 
 def test_once_an_overload_is_over_requests_are_admitted_as_before(scheduler: Scheduler) -> None:
-    at = overloaded(scheduler) + 2.0  # most of the last two seconds still counts
+    at = overloaded(scheduler) + 2.0  # the sustained rate still contains part of the overload
     scheduler.admit(waits(at + 0.05), at)
     assert refusal_s(scheduler, waits(at + 0.0501), at) is None
 
 
-def test_under_sustained_overload_what_is_ahead_may_take_longer_than_expected(scheduler: Scheduler) -> None:
+def test_sustained_overload_allows_for_batches_ahead_that_take_longer_than_expected(scheduler: Scheduler) -> None:
     at = overloaded(scheduler)
     for number in range(8):
         completed(scheduler, 0, 4, 0.04 if number % 2 else 0.06, at)
@@ -329,19 +331,21 @@ def test_under_sustained_overload_what_is_ahead_may_take_longer_than_expected(sc
     assert refusal_s(scheduler, waits(at + steady_s + spread_s + 0.001), at) is None
 
 
-def test_a_scheduler_for_a_policy_that_drops_later_rejects_nothing(fast_catalog: VariantCatalog) -> None:
+def test_a_scheduler_that_does_not_reject_early_admits_everything(fast_catalog: VariantCatalog) -> None:
     scheduler = Scheduler(fast_catalog, choose_level, 4, rejects_early=False)
     assert refusal_s(scheduler, waits(-5.0), 0.0) is None
 
 
-def test_rejections_leave_nothing_behind(scheduler: Scheduler) -> None:
+def test_rejected_requests_leave_no_backlog(scheduler: Scheduler) -> None:
     for number in range(1000):
         with pytest.raises(OverloadedError):
             scheduler.admit(waits(0.001, priority=-1000 * number), 0.0)
     assert scheduler.backlog_s(0.0) == 0.0
 
 
-def test_a_place_is_reserved_until_it_is_taken_or_its_while_is_over(fast_catalog: VariantCatalog) -> None:
+def test_a_place_is_reserved_until_its_request_leaves_or_the_reservation_times_out(
+    fast_catalog: VariantCatalog,
+) -> None:
     scheduler = Scheduler(fast_catalog, choose_level, 1)
     first, second = waits(0.03), waits(0.031)
     scheduler.reserve(first, 0.0)
@@ -355,7 +359,7 @@ def test_a_place_is_reserved_until_it_is_taken_or_its_while_is_over(fast_catalog
     scheduler.reserve(waits(RESERVATION_TIMEOUT_S + 0.031), RESERVATION_TIMEOUT_S)
 
 
-def test_a_place_that_was_reserved_is_claimed_without_another_look(fast_catalog: VariantCatalog) -> None:
+def test_a_recently_reserved_place_is_claimed_without_another_check(fast_catalog: VariantCatalog) -> None:
     scheduler = Scheduler(fast_catalog, choose_level, 1)
     request = waits(RESERVATION_TIMEOUT_S + 0.03)
     scheduler.reserve(request, 0.0)
@@ -363,11 +367,11 @@ def test_a_place_that_was_reserved_is_claimed_without_another_look(fast_catalog:
     assert scheduler.claim(request, RESERVATION_VALID_S - 0.001)
     assert scheduler.num_before(waits(9.0), 0.0) == (1, 0)
     assert scheduler.state(RESERVATION_TIMEOUT_S).arrival_rate > 0
-    with pytest.raises(OverloadedError):  # it is kept for good
+    with pytest.raises(OverloadedError):  # the claimed place is kept
         scheduler.reserve(waits(RESERVATION_TIMEOUT_S + 0.031), RESERVATION_TIMEOUT_S + 0.001)
 
 
-def test_a_place_that_was_lost_is_not_claimed(fast_catalog: VariantCatalog) -> None:
+def test_an_outdated_or_missing_reservation_is_not_claimed(fast_catalog: VariantCatalog) -> None:
     scheduler = Scheduler(fast_catalog, choose_level, 1)
     late, never = waits(9.0), waits(9.0)
     scheduler.reserve(late, 0.0)
@@ -377,21 +381,21 @@ def test_a_place_that_was_lost_is_not_claimed(fast_catalog: VariantCatalog) -> N
     assert scheduler.backlog_s(RESERVATION_TIMEOUT_S) == 0
 
 
-def test_what_only_reserves_is_no_traffic_yet(scheduler: Scheduler) -> None:
+def test_reservations_do_not_count_as_arrivals(scheduler: Scheduler) -> None:
     for _ in range(10):
         scheduler.reserve(waits(9.0), 1.0)
     assert scheduler.state(1.0).arrival_rate == 0.0
 
 
-# What a policy is told
+# The state that a policy sees
 
 
-def test_the_very_first_request_of_all_is_no_burst(scheduler: Scheduler) -> None:
+def test_the_very_first_request_does_not_count_as_a_burst(scheduler: Scheduler) -> None:
     fill(scheduler, waits(0.2, budget_s=0.2))  # at the best level there is time for two of 80 ms, not for five
     assert index(scheduler.next_batch(0.0)) == 2
 
 
-def test_a_policy_is_told_a_budget_that_one_in_twenty_of_the_recent_undercuts(fast_catalog: VariantCatalog) -> None:
+def test_one_in_twenty_recent_requests_undercuts_the_tight_budget_of_the_state(fast_catalog: VariantCatalog) -> None:
     scheduler = Scheduler(fast_catalog, choose_level, 4, rejects_early=False)
     assert scheduler.state(0.0).tight_budget_s == math.inf
     rng = random.Random(0)
@@ -404,7 +408,7 @@ def test_a_policy_is_told_a_budget_that_one_in_twenty_of_the_recent_undercuts(fa
     assert state.tight_budget_s == sorted(recent)[REMEMBERED_REQUESTS // 20]
 
 
-def test_others_load_is_reckoned_with_before_the_first_slow_batch(scheduler: Scheduler) -> None:
+def test_the_load_of_other_processes_counts_before_the_first_slow_batch(scheduler: Scheduler) -> None:
     assert predicted(scheduler, 2, 3, 0.0) == 0.16
     scheduler.machine_observed(1.5)
     assert predicted(scheduler, 2, 3, 0.0) == pytest.approx(0.24)
@@ -412,7 +416,7 @@ def test_others_load_is_reckoned_with_before_the_first_slow_batch(scheduler: Sch
     assert refusal_s(scheduler, waits(0.025), 0.0) == pytest.approx(0.005)
 
 
-def test_a_slow_batch_is_felt_in_every_prediction_and_a_fast_one_again(scheduler: Scheduler) -> None:
+def test_slow_batches_raise_every_prediction_and_fast_ones_lower_it_again(scheduler: Scheduler) -> None:
     for number in range(6):
         completed(scheduler, 0, 4, 0.1, number / 100)  # twice what was profiled
     assert predicted(scheduler, 1, 2, 0.05) > 1.8 * 0.06
@@ -423,7 +427,7 @@ def test_a_slow_batch_is_felt_in_every_prediction_and_a_fast_one_again(scheduler
     assert refusal_s(scheduler, waits(0.29 + 0.035), 0.29) is None
 
 
-def test_what_is_chosen_allows_for_batches_that_vary(scheduler: Scheduler) -> None:
+def test_varying_batches_raise_the_tail_factor_of_the_state(scheduler: Scheduler) -> None:
     for number in range(20):
         completed(scheduler, 0, 4, (0.04, 0.06)[number % 2], number / 100)
     state = scheduler.state(0.19)
@@ -431,21 +435,21 @@ def test_what_is_chosen_allows_for_batches_that_vary(scheduler: Scheduler) -> No
     assert 1.3 < state.tail_factor < 1.7
 
 
-def test_asking_for_the_impossible_raises_no_safety_factor(scheduler: Scheduler) -> None:
+def test_impossible_requests_do_not_raise_the_safety_factor(scheduler: Scheduler) -> None:
     for _ in range(50):
         with pytest.raises(OverloadedError, match="even for an empty queue"):
             scheduler.admit(waits(0.015), 0.0)  # the cheapest level takes 20 ms
     assert scheduler.state(0.0).safety_factor == 1.0
 
 
-def test_asking_for_the_impossible_is_no_load_to_plan_for(scheduler: Scheduler) -> None:
+def test_impossible_requests_do_not_count_as_arrivals(scheduler: Scheduler) -> None:
     for number in range(50):
         with pytest.raises(OverloadedError, match="even for an empty queue"):
             scheduler.admit(waits(0.015 + number), float(number))
     assert (scheduler.state(50.0).arrival_rate, scheduler.state(50.0).sustained_rate) == (0, 0)
 
 
-def test_what_only_others_keep_from_being_answered_is_load(scheduler: Scheduler) -> None:
+def test_requests_rejected_because_of_others_count_as_arrivals(scheduler: Scheduler) -> None:
     fill(scheduler, *(waits(0.06) for _ in range(4)))
     counted = [scheduler.state(0.0).arrival_rate]
     crowd = PreprocessingDelay(queue_s=5.0)
@@ -456,7 +460,7 @@ def test_what_only_others_keep_from_being_answered_is_load(scheduler: Scheduler)
     assert counted[0] < counted[1] < counted[2]
 
 
-def test_the_engine_is_taken_for_longer_than_its_batches(fast_catalog: VariantCatalog) -> None:
+def test_a_throttled_engine_is_occupied_for_longer_than_its_batches(fast_catalog: VariantCatalog) -> None:
     scheduler = Scheduler(
         fast_catalog, lambda state: BatchDecision(state.catalog.variants[2], tuple(state.queue[:4])), 4
     )  # four in 200 ms
@@ -469,39 +473,39 @@ def test_the_engine_is_taken_for_longer_than_its_batches(fast_catalog: VariantCa
     assert scheduler.preview(waits(6.0), 0.4)[2] == pytest.approx(0.4)
 
 
-def test_admission_reckons_with_what_lies_between_batches(scheduler: Scheduler) -> None:
+def test_admission_accounts_for_the_overhead_between_batches(scheduler: Scheduler) -> None:
     scheduler.throttled(2.0)
     fill(
         scheduler, *(waits(0.06) for _ in range(4))
-    )  # at the cheapest level they take 50 ms, and the engine is free at 100
+    )  # at the cheapest level they take 50 ms, and the engine is free at 100 ms
     assert refusal_s(scheduler, waits(0.11), 0.0) == pytest.approx(0.01)
     assert refusal_s(scheduler, waits(0.13), 0.0) is None
 
 
-def test_what_lies_between_batches_is_reckoned_with(scheduler: Scheduler) -> None:
+def test_the_overhead_factor_is_the_learned_turnaround_or_the_throttle_factor_if_higher(scheduler: Scheduler) -> None:
     for number in range(100):
         completed(scheduler, 0, 4, 0.05, number / 10, turnaround_s=0.01)
     assert scheduler.state(9.9).overhead_factor == pytest.approx(1.2, rel=1e-3)
-    assert predicted(scheduler, 0, 4, 9.9) == pytest.approx(0.05)  # the batch itself is as long as ever
-    scheduler.throttled(1.1)  # what lies between them goes by within the pauses
+    assert predicted(scheduler, 0, 4, 9.9) == pytest.approx(0.05)  # the batch itself takes as long as before
+    scheduler.throttled(1.1)  # the turnaround falls within the pauses
     assert scheduler.state(9.9).overhead_factor == pytest.approx(1.2, rel=1e-3)
     scheduler.throttled(3.0)
     assert scheduler.state(9.9).overhead_factor == 3.0
 
 
-def test_one_long_stop_between_batches_is_no_rule(scheduler: Scheduler) -> None:
+def test_a_single_long_turnaround_raises_the_overhead_factor_only_a_little(scheduler: Scheduler) -> None:
     completed(scheduler, 0, 4, 0.05, 0.0, turnaround_s=60.0)
     assert scheduler.state(0.0).overhead_factor == pytest.approx(1.1)
 
 
-def test_a_variant_that_always_takes_longer_than_profiled_is_known_after_a_while(scheduler: Scheduler) -> None:
+def test_the_drift_of_a_variant_that_always_takes_longer_than_profiled_is_learned(scheduler: Scheduler) -> None:
     for number in range(300):
         completed(scheduler, number % 2, 2, (0.03, 1.15 * 0.06)[number % 2], number / 100)
     first, second = (predicted(scheduler, level, 2, 2.99) for level in (0, 1))
     assert second / first == pytest.approx(2 * 1.15, rel=0.03)
 
 
-def test_no_correction_of_the_profile_exceeds_a_fifth(scheduler: Scheduler) -> None:
+def test_the_correction_of_a_profiled_latency_is_at_most_a_fifth(scheduler: Scheduler) -> None:
     for number in range(500):
         completed(scheduler, number % 2, 2, (0.03, 5 * 0.06)[number % 2], number / 100)
     for row, variant in zip(scheduler.state(5.0).latencies_s, scheduler.catalog.variants, strict=True):
@@ -509,7 +513,7 @@ def test_no_correction_of_the_profile_exceeds_a_fifth(scheduler: Scheduler) -> N
         assert all(0.8 - 1e-9 <= ratio <= 1.2 + 1e-9 for ratio in ratios)
 
 
-def test_what_memory_allows_bounds_the_batch(fast_catalog: VariantCatalog) -> None:
+def test_the_profile_and_the_memory_bound_the_batch_size(fast_catalog: VariantCatalog) -> None:
     assert Scheduler(fast_catalog, choose_level, 64).state(0.0).max_batch_size == 4
     scheduler = Scheduler(fast_catalog, choose_level, 4)
     scheduler.machine_observed(1.0, 2)
@@ -517,11 +521,11 @@ def test_what_memory_allows_bounds_the_batch(fast_catalog: VariantCatalog) -> No
     assert len(scheduler.next_batch(0.0).batch) == 2
 
 
-def test_a_ceiling_makes_the_engine_busy_for_longer(scheduler: Scheduler) -> None:
+def test_the_pause_of_a_utilization_ceiling_delays_a_new_request(scheduler: Scheduler) -> None:
     scheduler.throttled(2.0)
     fill(scheduler, *(waits(0.06) for _ in range(4)))
     scheduler.state(LONG_S)
-    assert index(scheduler.next_batch(0.0)) == 0  # 50 ms of work, and as much of pause
+    assert index(scheduler.next_batch(0.0)) == 0  # a batch of 50 ms, and a pause of as much
     assert refusal_s(scheduler, waits(0.119), 0.0) == pytest.approx(0.001)
 
 
@@ -529,7 +533,7 @@ def test_a_ceiling_makes_the_engine_busy_for_longer(scheduler: Scheduler) -> Non
 
 
 def settled(scheduler: Scheduler, *requests: QueuedRequest) -> Scheduler:
-    """Make entries wait for so long already that no others are expected."""
+    """Enqueue requests so long before 0 that no arrivals are forecast."""
     fill(scheduler, *requests, now=-LONG_S)
     scheduler.state(0.0)
     return scheduler
@@ -560,14 +564,14 @@ def test_a_preview_changes_nothing(scheduler: Scheduler) -> None:
     assert everything(scheduler, 0.0) == before
 
 
-def test_a_preview_tells_what_then_happens(fast_catalog: VariantCatalog) -> None:
+def test_a_preview_predicts_the_later_decision(fast_catalog: VariantCatalog) -> None:
     previewed = 0
     for seed in range(60):
         rng = random.Random(seed)
         others = [waits(rng.uniform(0.02, 0.9)) for _ in range(rng.randrange(12))]
         request = waits(rng.uniform(0.03, 0.9), priority=-rng.randrange(2))
         foreseeing, scheduler = (Scheduler(fast_catalog, choose_level, 4) for _ in range(2))
-        scheduler.admit(request, -LONG_S)  # it is no arrival that others are expected to follow
+        scheduler.admit(request, -LONG_S)  # so early that it raises no forecast
         for one in (foreseeing, scheduler):
             settled(one, *others)
             one.next_batch(0.0)  # so that the engine may be busy
@@ -588,7 +592,7 @@ def test_a_preview_tells_what_then_happens(fast_catalog: VariantCatalog) -> None
     assert previewed > 30
 
 
-def test_what_would_be_rejected_or_shed_learns_it_from_the_preview(scheduler: Scheduler) -> None:
+def test_a_preview_raises_for_a_request_that_would_be_rejected_or_shed(scheduler: Scheduler) -> None:
     settled(scheduler, *(waits(0.044) for _ in range(3)))  # three end at 40 ms
     with pytest.raises(OverloadedError, match="the queue is too long"):
         scheduler.preview(waits(0.05), 0.0)
@@ -596,7 +600,7 @@ def test_what_would_be_rejected_or_shed_learns_it_from_the_preview(scheduler: Sc
         scheduler.preview(waits(0.04), 0.0)  # the most urgent of four, of which three can be answered
 
 
-def test_a_preview_of_a_deep_queue_asks_the_policy_a_few_times_only(fast_catalog: VariantCatalog) -> None:
+def test_a_preview_of_a_long_queue_asks_the_policy_only_a_few_times(fast_catalog: VariantCatalog) -> None:
     asked = 0
 
     def counting(state: SchedulerState) -> BatchDecision:
@@ -611,7 +615,7 @@ def test_a_preview_of_a_deep_queue_asks_the_policy_a_few_times_only(fast_catalog
     assert start_s == pytest.approx(1000 / 4 * 0.2, rel=0.01)
 
 
-def test_a_preview_in_a_queue_that_moves_too_slowly_says_so(fast_catalog: VariantCatalog) -> None:
+def test_a_preview_raises_where_the_queue_moves_too_slowly_for_the_deadline(fast_catalog: VariantCatalog) -> None:
     scheduler = Scheduler(
         fast_catalog, lambda state: BatchDecision(state.catalog.variants[2], tuple(state.queue[:1])), 4
     )
@@ -621,7 +625,7 @@ def test_a_preview_in_a_queue_that_moves_too_slowly_says_so(fast_catalog: Varian
     assert scheduler.preview(waits(9.0), 0.0)[2] == pytest.approx(8.0)
 
 
-def test_what_is_missed_makes_the_next_decisions_cautious(scheduler: Scheduler) -> None:
+def test_rejections_and_missed_deadlines_raise_the_safety_factor(scheduler: Scheduler) -> None:
     assert scheduler.state(0.0).safety_factor == 1.0
     fill(scheduler, *(waits(0.2) for _ in range(12)))  # they take until 150 ms
     assert refusal_s(scheduler, waits(0.03), 0.0) is None
@@ -634,7 +638,7 @@ def test_what_is_missed_makes_the_next_decisions_cautious(scheduler: Scheduler) 
 
 @pytest.fixture
 def cascading(profiles: ProfileTable) -> Scheduler:
-    """Adds a level to fast_catalog: (2, 0.5) and, for half of the images, (4, 1): 20 ms, and then 80."""
+    """Add a cascade as a level to fast_catalog: (2, 0.5), then (4, 1) for half of the images: 20 ms, and then 80 ms."""
     cascade = CascadeProfile(SubNetwork(2, 0.5), SubNetwork(4, 1.0), threshold=0.8, share=0.5, top1=0.75)
     seconds = {subnetwork: tuple(each / 100 for each in row) for subnetwork, row in SECONDS.items()}
     table = LatencyTable((1, 2, 3, 4), seconds)
@@ -648,12 +652,12 @@ def cascade_of(scheduler: Scheduler) -> Variant:
 def run_first_look(scheduler: Scheduler, confidence: float, deadline_at: float = 5.0) -> QueuedRequest | LookCode:
     cascade = cascade_of(scheduler)
     (request,) = fill(scheduler, waits(deadline_at))
-    scheduler.withdraw(request)  # as the batch does in which it runs
+    scheduler.withdraw(request)  # as its batch does when it runs
     (found,) = scheduler.look_again([Looked(request, confidence, cascade.profile.macs)], cascade, 0.0)
     return found
 
 
-def test_an_unsure_look_waits_for_another_and_a_sure_one_does_not(cascading: Scheduler) -> None:
+def test_an_unsure_first_look_queues_another_and_a_sure_one_does_not(cascading: Scheduler) -> None:
     assert run_first_look(cascading, 0.9) is LookCode.SURE
     assert len(cascading) == 0
     again = run_first_look(cascading, 0.5)
@@ -664,14 +668,14 @@ def test_an_unsure_look_waits_for_another_and_a_sure_one_does_not(cascading: Sch
     assert len(cascading) == 0
 
 
-def test_withdrawing_a_request_takes_its_other_look_out(cascading: Scheduler) -> None:
+def test_withdrawing_a_request_removes_its_second_look(cascading: Scheduler) -> None:
     again = run_first_look(cascading, 0.5)
     assert isinstance(again, QueuedRequest)
     cascading.withdraw(again.admitted)
     assert len(cascading) == 0
 
 
-def test_another_look_that_is_given_up_makes_the_server_no_more_careful(cascading: Scheduler) -> None:
+def test_expired_second_looks_do_not_raise_the_safety_factor(cascading: Scheduler) -> None:
     run_first_look(cascading, 0.5, deadline_at=0.09)
     for _ in range(50):
         run_first_look(cascading, 0.5, deadline_at=0.09)
@@ -679,7 +683,7 @@ def test_another_look_that_is_given_up_makes_the_server_no_more_careful(cascadin
     assert cascading.state(0.05).safety_factor == 1.0
 
 
-def test_a_batch_of_a_cascade_is_predicted_and_learned_from_as_its_first_look(cascading: Scheduler) -> None:
+def test_a_batch_of_a_cascade_is_predicted_and_observed_as_its_first_look(cascading: Scheduler) -> None:
     cascade, catalog = cascade_of(cascading), cascading.catalog
     assert cascading.predict(cascade, 4, 0.0) == 0.05
     expected_s = cascading.state(0.0).latencies_s[cascade.index][3]
@@ -692,7 +696,7 @@ def test_a_batch_of_a_cascade_is_predicted_and_learned_from_as_its_first_look(ca
     assert state.latencies_s[catalog.best.index][3] == 0.2
 
 
-def test_the_engine_is_free_after_the_first_look(cascading: Scheduler) -> None:
+def test_the_engine_counts_as_free_after_the_first_look_of_a_cascade(cascading: Scheduler) -> None:
     cascade = cascade_of(cascading)
     always = Scheduler(cascading.catalog, lambda state: BatchDecision(cascade, tuple(state.queue)), 4)
     fill(always, waits(5.0))
@@ -700,7 +704,7 @@ def test_the_engine_is_free_after_the_first_look(cascading: Scheduler) -> None:
     assert always.free_at == pytest.approx(1.02)
 
 
-def test_what_the_engine_runs_beside_requests_delays_a_new_one_until_it_has_ended(scheduler: Scheduler) -> None:
+def test_other_work_of_the_engine_delays_a_new_request_until_it_ends(scheduler: Scheduler) -> None:
     scheduler.engine_taken(0.1)
     assert refusal_s(scheduler, waits(0.11), now=0.0) == pytest.approx(0.01)
     scheduler.admit(waits(0.13), 0.0)
@@ -708,7 +712,7 @@ def test_what_the_engine_runs_beside_requests_delays_a_new_one_until_it_has_ende
     scheduler.admit(waits(0.11), 0.05)
 
 
-def test_a_better_profile_is_planned_with_from_then_on(scheduler: Scheduler, catalog: VariantCatalog) -> None:
+def test_a_refined_profile_takes_effect_at_once(scheduler: Scheduler, catalog: VariantCatalog) -> None:
     request = waits(1.0)
     scheduler.admit(request, 0.0)
     scheduler.enqueue(request)
@@ -721,8 +725,10 @@ def test_a_better_profile_is_planned_with_from_then_on(scheduler: Scheduler, cat
     assert scheduler.next_batch(0.0).expired == (request,)
 
 
-def test_one_that_takes_over_plans_as_the_one_before_did(scheduler: Scheduler, fast_catalog: VariantCatalog) -> None:
-    """Alone, it would take the first request for all that comes, and let it have the best level."""
+def test_a_scheduler_that_takes_over_plans_like_its_predecessor(
+    scheduler: Scheduler, fast_catalog: VariantCatalog
+) -> None:
+    """Without that, it would take its first request for the whole traffic, and choose the best level."""
     other = Scheduler(fast_catalog, choose_level, 4)
     for number in range(200):
         now = 0.02 * number
@@ -748,7 +754,7 @@ def test_one_that_takes_over_plans_as_the_one_before_did(scheduler: Scheduler, f
     assert not index(other.next_batch(4.0))
 
 
-def test_what_was_taken_over_is_a_copy(scheduler: Scheduler, fast_catalog: VariantCatalog) -> None:
+def test_take_over_copies_the_estimates(scheduler: Scheduler, fast_catalog: VariantCatalog) -> None:
     other = Scheduler(fast_catalog, choose_level, 4)
     other.take_over(scheduler)
     fill(other, waits(9.0))
@@ -757,10 +763,10 @@ def test_what_was_taken_over_is_a_copy(scheduler: Scheduler, fast_catalog: Varia
     assert (len(scheduler.state(0.0).recent), scheduler.state(0.0).arrival_rate) == (0, 0.0)
 
 
-def test_what_requests_grant_is_translated_into_the_levels_of_the_one_that_takes_over(
+def test_take_over_translates_grants_into_the_levels_of_the_new_catalog(
     scheduler: Scheduler, fast_catalog: VariantCatalog
 ) -> None:
-    """There the same index is another sub-network, or none."""
+    """In another catalog the same index is another sub-network, or none."""
     fewer = replace(fast_catalog, num_levels=2)
     other = Scheduler(fewer, choose_level, 4)
     fill(scheduler, waits(9.0, pinned=2), waits(9.0))

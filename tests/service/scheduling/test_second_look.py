@@ -38,7 +38,7 @@ def looked(
 
 def now(**changes: float) -> SchedulerState:
     state = replace(at_zero(CATALOG, ()), max_batch_size=1)
-    return replace(state, **changes)  # type: ignore[arg-type] # the names are the attributes'
+    return replace(state, **changes)  # type: ignore[arg-type] # the keywords are attribute names
 
 
 def looks_next(found: QueuedRequest | LookCode) -> SubNetwork | LookCode:
@@ -51,15 +51,15 @@ def looks_next(found: QueuedRequest | LookCode) -> SubNetwork | LookCode:
     ("confidence", "following"),
     [(0.799, MIDDLE), (0.8, LookCode.SURE), (0.99, LookCode.SURE), (float("nan"), LookCode.SURE)],
 )
-def test_a_cascade_looks_again_under_its_threshold(confidence: float, following: SubNetwork | LookCode) -> None:
+def test_a_cascade_looks_again_below_its_threshold(confidence: float, following: SubNetwork | LookCode) -> None:
     assert looks_next(next_look(looked(confidence), CASCADE, now())) == following
 
 
-def test_a_single_look_is_enough_however_unsure_it_is() -> None:
+def test_a_variant_without_a_second_look_looks_once_however_unsure_it_is() -> None:
     assert next_look(looked(0.1), ALONE, now()) is LookCode.SURE
 
 
-def test_what_looks_again_keeps_deadline_priority_and_limits_and_runs_nothing_else() -> None:
+def test_a_further_look_keeps_deadline_priority_and_limits_and_grants_one_variant() -> None:
     first = looked(0.5, due=7.0, min_confidence=0.6)
     again = next_look(first, CASCADE, now())
     assert isinstance(again, QueuedRequest)
@@ -70,13 +70,13 @@ def test_what_looks_again_keeps_deadline_priority_and_limits_and_runs_nothing_el
     }
     third = next_look(Looked(again, 0.5, 400_000_000), CATALOG.grant_named(MIDDLE).best, now(now=-9.0))
     assert isinstance(third, QueuedRequest)
-    assert third.second_look_of is first.request, "not the look between"
+    assert third.second_look_of is first.request, "not the second look"
 
 
 @pytest.mark.parametrize(
     ("due", "following"), [(100.0, LARGE), (8.0, LARGE), (7.99, MIDDLE), (2.0, MIDDLE), (1.99, LookCode.DEADLINE)]
 )
-def test_a_request_that_names_a_confidence_gets_the_most_accurate_that_its_deadline_allows(
+def test_a_minimum_confidence_gets_the_most_accurate_second_look_that_the_deadline_allows(
     due: float, following: SubNetwork | LookCode
 ) -> None:
     assert looks_next(next_look(looked(0.5, due=due, min_confidence=0.9), ALONE, now())) == following
@@ -90,12 +90,12 @@ def test_both_looks_together_stay_within_the_budget(max_gflops: float, following
     assert looks_next(found) == following
 
 
-def test_the_confidence_that_is_named_counts_beside_the_cascades() -> None:
+def test_a_minimum_confidence_applies_besides_the_threshold_of_a_cascade() -> None:
     assert looks_next(next_look(looked(0.85, min_confidence=0.9), CASCADE, now())) == LARGE
     assert looks_next(next_look(looked(0.7, min_confidence=0.6), CASCADE, now())) == MIDDLE
 
 
-def test_nothing_looks_after_the_most_accurate() -> None:
+def test_no_look_follows_the_most_accurate_variant() -> None:
     assert next_look(looked(0.5, min_confidence=0.9), BEST, now()) is LookCode.NONE_BETTER
 
 
@@ -103,15 +103,15 @@ def test_nothing_looks_after_the_most_accurate() -> None:
     ("slowdown", "tail_factor", "following"),
     [(1.0, 1.0, MIDDLE), (1.3, 1.0, LookCode.DEADLINE), (1.0, 1.3, LookCode.DEADLINE)],
 )
-def test_a_deadline_is_met_even_by_a_look_that_takes_long(
+def test_a_second_look_must_fit_the_deadline_with_slowdown_and_tail_factor(
     slowdown: float, tail_factor: float, following: SubNetwork | LookCode
 ) -> None:
     state = now(slowdown=slowdown, tail_factor=tail_factor)
     assert looks_next(next_look(looked(0.5, due=2.5), CASCADE, state)) == following
 
 
-def test_under_sustained_overload_nothing_looks_twice() -> None:
-    """The cheapest answers one request a second."""
+def test_sustained_overload_prevents_second_looks() -> None:
+    """The cheapest level answers one request per second."""
     burst, sustained = now(arrival_rate=1.1), now(arrival_rate=1.1, sustained_rate=1.1)
     assert looks_next(next_look(looked(0.5), CASCADE, burst)) == MIDDLE
     assert next_look(looked(0.5), CASCADE, sustained) is LookCode.OVERLOAD

@@ -15,19 +15,19 @@ from tests.service.granting import constraints_for, stand_in
         (constraints_for(1.0, 0, pinned=stand_in(7)), [7, 7, 7]),
     ],
 )
-def test_a_request_gets_the_level_up_to_its_limit_what_uses_its_budget_up_above_and_its_name_always(
+def test_the_target_is_the_level_up_to_the_limit_the_best_grant_above_it_or_the_pinned_variant(
     constraints: RequestConstraints, expected: list[int]
 ) -> None:
     assert [target(constraints, level) for level in range(3)] == expected
 
 
-def test_two_requests_that_grant_the_same_are_still_two() -> None:
+def test_requests_with_equal_constraints_are_distinct() -> None:
     first, second = QueuedRequest(1.0, constraints_for(1.0, 2)), QueuedRequest(1.0, constraints_for(1.0, 2))
     assert first != second
     assert len({first, second}) == 2
 
 
-def test_the_largest_batch_that_fits_is_bounded_by_the_room_the_queue_and_the_limit(
+def test_the_largest_batch_is_bounded_by_the_room_the_queue_and_the_size_limit(
     catalog: VariantCatalog,
 ) -> None:
     latencies_s = [variant.latency_by_batch_s for variant in catalog.variants]
@@ -39,8 +39,8 @@ def test_the_largest_batch_that_fits_is_bounded_by_the_room_the_queue_and_the_li
     assert state.fitting(0, 100.0, queued=2) == 2
 
 
-def test_a_slower_machine_takes_longer_for_everything(catalog: VariantCatalog) -> None:
+def test_slowed_multiplies_every_latency(catalog: VariantCatalog) -> None:
     latencies_s = [variant.latency_by_batch_s for variant in catalog.variants]
     state = SchedulerState(0.0, (), catalog, latencies_s, 2.0, 1.0, 1.0, 3, 0.0, (), 1.0)
     assert state.slowed(1.5).latency_s(0, 2) == 9.0
-    assert state.slowed(1.0) is state, "to make another takes time"
+    assert state.slowed(1.0) is state, "making a copy takes time"

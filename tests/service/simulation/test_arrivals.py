@@ -20,7 +20,7 @@ def written(path: Path, text: str | bytes) -> Path:
 
 
 @pytest.mark.parametrize("cv2", [0.5, 1, 8])
-def test_gaps_have_the_mean_and_the_spread_that_were_asked_for(cv2: float) -> None:
+def test_gamma_gaps_have_the_requested_mean_and_spread(cv2: float) -> None:
     instants = gamma(50, cv2, 1000, np.random.default_rng(0))
     gaps = np.diff([0.0, *instants])
     assert gaps.min() >= 0
@@ -30,19 +30,19 @@ def test_gaps_have_the_mean_and_the_spread_that_were_asked_for(cv2: float) -> No
 
 
 @pytest.mark.parametrize(("shape", "cv2"), [("poisson", 1), ("gamma", 8)])
-def test_only_gamma_arrivals_are_burstier_than_chance(shape: str, cv2: float) -> None:
+def test_only_gamma_arrivals_are_burstier_than_a_poisson_process(shape: str, cv2: float) -> None:
     gaps = np.diff(times(arrivals=shape, cv2=8, duration_s=300))
     assert gaps.var() / gaps.mean() ** 2 == pytest.approx(cv2, rel=0.15)
 
 
 def test_a_ramp_grows_evenly_to_its_peak() -> None:
-    """From 100 to 300 a second over 100 s: half of the time has (100 + 200) / 2 and the other (200 + 300) / 2."""
+    """From 100/s to 300/s over 100 s: the first half averages (100 + 200) / 2, the second half (200 + 300) / 2."""
     instants = times(arrivals="ramp", peak=3)
     assert sum(at < 50 for at in instants) == pytest.approx(7_500, rel=0.03)
     assert sum(at >= 50 for at in instants) == pytest.approx(12_500, rel=0.03)
 
 
-def test_a_step_comes_at_half_time_and_may_lead_down() -> None:
+def test_a_step_comes_at_half_time_and_may_lower_the_rate() -> None:
     instants = times(arrivals="step", peak=0.2)
     assert sum(at < 50 for at in instants) == pytest.approx(5_000, rel=0.05)
     assert sum(at >= 50 for at in instants) == pytest.approx(1_000, rel=0.1)
@@ -55,15 +55,15 @@ def test_bursts_come_every_other_interval() -> None:
     assert len(instants) - len(in_burst) == pytest.approx(2_000, rel=0.1)
 
 
-def test_the_peak_is_for_shapes_that_have_one() -> None:
+def test_the_peak_is_ignored_for_shapes_without_one() -> None:
     assert len(times(arrivals="poisson", peak=3)) == pytest.approx(10_000, rel=0.05)
 
 
-def test_the_same_seed_gives_the_same_requests_and_another_gives_others() -> None:
+def test_the_same_seed_gives_the_same_arrivals_and_another_seed_gives_others() -> None:
     assert times(seed=3) == times(seed=3) != times(seed=4)
 
 
-def test_budgets_and_limits_are_drawn_evenly_and_leave_the_instants_alone() -> None:
+def test_budgets_and_limits_are_drawn_evenly_and_do_not_change_the_arrival_times() -> None:
     traffic = Traffic(rate=(100,), budget_ms=(50, 100, 500), budget_gflops=(1, 1000))
     [(_, arrivals)] = traffic.draws(1.0)
     assert [arrival.at for arrival in arrivals] == times(duration_s=60)
@@ -81,25 +81,25 @@ def test_priorities_are_drawn_evenly() -> None:
     assert priorities.count(-5) == pytest.approx(len(arrivals) / 2, rel=0.1)
 
 
-def test_a_trace_may_be_nothing_but_instants(tmp_path: Path) -> None:
+def test_a_trace_may_consist_of_arrival_times_alone(tmp_path: Path) -> None:
     [(_, arrivals)] = Traffic(trace=written(tmp_path / "trace", "2.5\n0\n1e0\n"), budget_ms=(75,)).draws(80.0)
     assert [(arrival.at, arrival.budget_s) for arrival in arrivals] == [(0, 0.075), (1, 0.075), (2.5, 0.075)]
     with pytest.raises(TraceError, match="line 2"):
         read_trace(written(tmp_path / "trace", "2.5\nthree\n"))
 
 
-def test_without_limits_there_is_none() -> None:
+def test_arrivals_have_no_compute_budget_and_normal_priority_by_default() -> None:
     [(_, arrivals)] = Traffic(rate=(10,)).draws(1.0)
     assert {(arrival.budget_s, arrival.budget_gflops, arrival.priority) for arrival in arrivals} == {(0.1, None, 0)}
 
 
-def test_loads_are_multiples_of_the_capacity_and_rates_are_taken_as_they_are() -> None:
+def test_loads_are_multiples_of_the_capacity_and_rates_are_absolute() -> None:
     assert [rate for rate, _ in Traffic(load=(0.5, 2)).draws(80.0)] == [40, 160]
     assert [rate for rate, _ in Traffic(rate=(7, 9)).draws(80.0)] == [7, 9]
     assert [rate for rate, _ in Traffic().draws(80.0)] == [80]
 
 
-def test_rates_loads_and_traces_exclude_each_other() -> None:
+def test_rate_and_load_exclude_each_other() -> None:
     with pytest.raises(ValidationError, match="rate and load are mutually exclusive"):
         Traffic(rate=(1,), load=(1,))
 
@@ -117,7 +117,7 @@ def test_too_few_and_too_many_requests_are_rejected(options: dict[str, object], 
         times(**options)
 
 
-def test_a_trace_is_replayed_in_order_and_what_it_leaves_out_is_drawn(tmp_path: Path) -> None:
+def test_a_trace_is_replayed_in_order_and_missing_values_are_drawn(tmp_path: Path) -> None:
     path = written(
         tmp_path / "trace.csv", "priority,seconds,budget_ms,budget_gflops\n0,2.5,20,1.5\n\n-1,0.5,,\n,4,30,inf\n"
     )
@@ -126,7 +126,7 @@ def test_a_trace_is_replayed_in_order_and_what_it_leaves_out_is_drawn(tmp_path: 
     assert arrivals == [Arrival(0.5, 0.075, None, -1), Arrival(2.5, 0.02, 1.5, 0), Arrival(4.0, 0.03, None, 0)]
 
 
-def test_a_trace_needs_but_its_instants_and_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+def test_a_trace_needs_only_its_seconds_column_and_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert read_trace(written(tmp_path / "trace.csv", b"\xef\xbb\xbfseconds\r\n0\r\n0\r\n")) == [{"seconds": 0.0}] * 2
 
 
@@ -152,7 +152,7 @@ def test_a_trace_needs_but_its_instants_and_may_begin_with_a_byte_order_mark(tmp
         (b"seconds\n\xff\n", "is not a CSV file: .*utf-8"),
     ],
 )
-def test_a_broken_trace_is_rejected_with_its_line(text: str | bytes, message: str, tmp_path: Path) -> None:
+def test_an_invalid_trace_is_rejected_with_the_reason(text: str | bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=message):
         read_trace(written(tmp_path / "trace.csv", text))
 
@@ -167,7 +167,7 @@ def test_a_slowdown_holds_from_its_instant_to_the_next() -> None:
 @pytest.mark.parametrize(
     "text", ["5", "5:", ":2", "5:2:1", "five:2", "5:0", "5:-1", "5:inf", "5:nan", "-1:2", "8:2,5:1", "5:1,5:2"]
 )
-def test_a_broken_slowdown_script_is_rejected(text: str) -> None:
+def test_an_invalid_slowdown_script_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match=r"slowdown|seconds:factor"):
         SlowdownScript.parse(text)
     with pytest.raises(ValidationError, match="slowdown"):
@@ -175,6 +175,6 @@ def test_a_broken_slowdown_script_is_rejected(text: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"rate": ()}, {"rate": (0,)}, {"budget_ms": (math.inf,)}, {"cv2": 0}, {"sped": 1}])
-def test_options_outside_their_range_are_rejected(options: dict[str, object]) -> None:
+def test_unknown_options_and_values_outside_their_range_are_rejected(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Traffic.model_validate(options)

@@ -17,7 +17,7 @@ LATENCIES = LatencyTable((1, 4), {CHEAP: (0.010, 0.025), BEST: (0.040, 0.085)})
 UNMEASURED = ProfileTable(tuple(SubNetworkProfile(row.subnetwork, row.macs) for row in PROFILES.rows))
 
 
-def test_a_sweep_prints_a_row_per_rate_and_policy_and_writes_it_all(tmp_path: Path) -> None:
+def test_a_sweep_prints_a_row_per_rate_and_policy_and_writes_json_and_a_plot(tmp_path: Path) -> None:
     command = Simulate(
         load=(0.5, 1),
         duration_s=10,
@@ -45,7 +45,7 @@ def test_a_sweep_prints_a_row_per_rate_and_policy_and_writes_it_all(tmp_path: Pa
         assert len(image.convert("RGB").getcolors(1_000_000) or ()) > 10
 
 
-def test_an_unmeasured_profile_can_be_simulated_and_drawn(tmp_path: Path) -> None:
+def test_a_profile_without_accuracy_can_be_simulated_and_plotted(tmp_path: Path) -> None:
     command = Simulate(rate=(5,), duration_s=2, plot_file=tmp_path / "out.png")
     assert "  -  " in simulate(command, UNMEASURED, LATENCIES)
     assert (tmp_path / "out.png").stat().st_size > 1000
@@ -53,7 +53,7 @@ def test_an_unmeasured_profile_can_be_simulated_and_drawn(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("machines", "attained"), [(1, (0.4, 0.75)), (2, (0.85, 1.0))])
 def test_machines_share_the_requests(machines: int, attained: tuple[float, float], tmp_path: Path) -> None:
-    """Sixty a second are more than one carries at its best, and thirty for each of two are well within."""
+    """60 requests/s exceed what one machine sustains at its best level; 30/s for each of two machines do not."""
     path = tmp_path / "out.json"
     command = Simulate(rate=(60,), duration_s=20, machines=machines, policy="fixed-14-1", json_file=path)
     simulate(command, PROFILES, LATENCIES)
@@ -63,7 +63,7 @@ def test_machines_share_the_requests(machines: int, attained: tuple[float, float
     assert 0.5 < run["utilization"] <= 1
 
 
-def test_an_unknown_policy_is_rejected_with_the_names_there_are() -> None:
+def test_an_unknown_policy_is_rejected_with_the_known_names() -> None:
     with pytest.raises(InvalidParameterError, match="unknown policy best-ever; choose from level"):
         simulate(Simulate(duration_s=1, rate=(10,), compare=("best-ever",)), PROFILES, LATENCIES)
 

@@ -1,4 +1,4 @@
-"""Answers to a request that arrived at 100 s, as an observer gets them."""
+"""Answers to a request that arrived at 100 s, as observers receive them."""
 
 import numpy as np
 
@@ -12,9 +12,9 @@ LARGE = SubNetworkProfile(SubNetwork(14, 1.0), 2_000_000_000, 0.8, 0.9)
 
 
 def answer(*looks: tuple[SubNetworkProfile, float, float], budget_s: float = 1.0) -> Classification:
-    """Answer after 0.5 s; each look is what looked, when it started and how long it took.
+    """Create an answer after 0.5 s; each look is given by its profile, its start and its inference time in seconds.
 
-    It was read within 0.125 s, waited 0.0625 s for a decoder and was decoded in as much.
+    The image was read within 0.125 s, waited 0.0625 s for a decoder and was decoded in another 0.0625 s.
     """
     took_s = sum(inference_s for _, _, inference_s in looks)
     return Classification(

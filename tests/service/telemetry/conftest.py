@@ -1,4 +1,4 @@
-"""For the tests of telemetry: none is about a request that an earlier test named."""
+"""Fixtures for the tests of telemetry: no test sees the request ID or the trace ID of an earlier one."""
 
 from collections.abc import Iterator
 

@@ -13,7 +13,7 @@ def read(registry: CollectorRegistry, name: str, subnetwork: SubNetwork) -> floa
     return registry.get_sample_value(f"supervit_{name}_total", labels)
 
 
-def test_audits_are_counted_by_sub_network_beside_what_was_promised() -> None:
+def test_audits_are_counted_by_sub_network_along_with_the_promised_agreements() -> None:
     registry = CollectorRegistry()
     metrics = AuditMetrics(registry)
     for agrees in (True, False, True):
@@ -24,7 +24,7 @@ def test_audits_are_counted_by_sub_network_beside_what_was_promised() -> None:
     assert [read(registry, name, LARGE) for name in names] == [1, 0, 0.6]
 
 
-def test_feedback_is_counted_by_sub_network_beside_what_was_promised() -> None:
+def test_feedback_is_counted_by_sub_network_along_with_the_promised_correct_answers() -> None:
     registry = CollectorRegistry()
     metrics = AuditMetrics(registry)
     for is_correct in (True, False, True):
@@ -34,7 +34,7 @@ def test_feedback_is_counted_by_sub_network_beside_what_was_promised() -> None:
     assert read(registry, "feedback", LARGE) is None
 
 
-def test_answers_are_counted_by_how_sure_they_are() -> None:
+def test_the_confidence_of_answers_is_summed() -> None:
     registry = CollectorRegistry()
     metrics = AuditMetrics(registry)
     for _ in range(2):

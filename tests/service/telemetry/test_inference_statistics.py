@@ -19,7 +19,7 @@ def test_batches_are_counted_and_timed_by_their_size(registry: CollectorRegistry
     assert read_statistics(registry).by_batch_size == {1: Duration(1, 0.25), 4: Duration(2, 1.25)}
 
 
-def test_what_failed_is_counted_with_the_time_it_took_whatever_its_outcome(registry: CollectorRegistry) -> None:
+def test_failed_requests_of_every_outcome_are_counted_and_timed(registry: CollectorRegistry) -> None:
     metrics = Metrics(registry)
     for outcome, took_s in (("ok", 8.0), ("overloaded", 0.5), ("invalid_image", 0.25)):
         metrics.request_started()
@@ -27,12 +27,12 @@ def test_what_failed_is_counted_with_the_time_it_took_whatever_its_outcome(regis
     assert read_statistics(registry).fail == Duration(2, 0.75)
 
 
-def test_the_last_answer_is_in_milliseconds_of_unix_time(registry: CollectorRegistry) -> None:
+def test_the_time_of_the_last_answer_is_in_milliseconds_of_unix_time(registry: CollectorRegistry) -> None:
     assert read_statistics(registry).last_inference_ms == 0
     StatisticsMetrics(registry, lambda: 1234.5678).answered()
     assert read_statistics(registry).last_inference_ms == 1234568
 
 
-def test_a_server_that_has_answered_nothing_has_statistics_too(registry: CollectorRegistry, tmp_path: Path) -> None:
+def test_statistics_can_be_read_before_the_first_answer(registry: CollectorRegistry, tmp_path: Path) -> None:
     Metrics(registry, str(tmp_path))
     assert read_statistics(registry).success == Duration(0, 0.0)

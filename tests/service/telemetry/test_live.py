@@ -12,7 +12,7 @@ from service.telemetry.metrics import Metrics
 from tests.service.telemetry.test_metrics import SMALL, answer
 
 
-def test_a_sample_holds_what_was_counted_and_how_things_are() -> None:
+def test_a_sample_holds_the_counts_and_the_current_values() -> None:
     metrics = Metrics(CollectorRegistry())
     metrics.describe([SMALL.subnetwork], "model", "1")
     for total_s in (0.3, 0.4, 0.6):
@@ -42,12 +42,12 @@ def test_a_sample_holds_what_was_counted_and_how_things_are() -> None:
     assert (sample.own_cpu, sample.others_cpu, sample.gpu) == (0.25, 0.5, 0.5)
 
 
-def test_a_server_that_has_answered_nothing_has_a_sample_too() -> None:
+def test_a_sample_can_be_read_before_the_first_answer() -> None:
     sample = read_sample(CollectorRegistry(), clock=lambda: 5.0)
     assert (sample.requests, sample.subnetworks, sample.met, sample.own_cpu, sample.gpu) == ({}, {}, 0, 0, None)
 
 
-def test_of_several_workers_counts_are_summed_and_utilizations_averaged(tmp_path: Path) -> None:
+def test_counts_of_several_workers_are_summed_and_utilizations_averaged(tmp_path: Path) -> None:
     worker = """
 import sys, time
 from service.machine.snapshot import ResourceSnapshot

@@ -34,13 +34,13 @@ def failed(message: str) -> logging.LogRecord:
     return made
 
 
-def test_a_line_of_text_ends_with_what_is_told_by_name() -> None:
+def test_a_text_line_ends_with_its_fields() -> None:
     made = record(gflops=0.5, deadline_met=True)
     line = about_a_request(TextFormatter().format, made)
     assert line.endswith(" INFO service.http: all is well gflops=0.5 deadline_met=true request_id=mine trace_id=4bf9")
 
 
-def test_a_line_of_json_has_members_for_all_of_it() -> None:
+def test_a_json_line_has_a_member_for_each_field() -> None:
     line = json.loads(about_a_request(JsonFormatter().format, record(gflops=0.5, deadline_met=True)))
     assert datetime.fromisoformat(line.pop("time")).tzinfo is not None
     assert line == {
@@ -54,20 +54,20 @@ def test_a_line_of_json_has_members_for_all_of_it() -> None:
     }
 
 
-def test_a_line_about_no_request_names_none() -> None:
+def test_a_line_outside_a_request_has_no_request_id() -> None:
     assert "request_id" not in TextFormatter().format(record())
     assert "request_id" not in json.loads(JsonFormatter().format(record()))
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
-def test_what_a_client_sent_stays_one_line_and_commands_no_terminal(formatter: logging.Formatter) -> None:
+def test_line_breaks_and_control_characters_never_reach_a_log_line(formatter: logging.Formatter) -> None:
     line = formatter.format(record("no image\r\n2026 CRITICAL all is lost \x1b[31m"))
     assert "\n" not in line
     assert "\x1b" not in line
     assert "all is lost" in line
 
 
-def test_a_traceback_comes_with_its_line() -> None:
+def test_a_traceback_is_logged_with_its_line() -> None:
     lines = TextFormatter().format(failed("red \x1b[31m")).split("\n")
     assert lines[0].endswith("all is well")
     assert lines[-1] == "ValueError: red \\x1b[31m"

@@ -14,12 +14,12 @@ def anyio_backend() -> tuple[str, dict[str, object]]:
     return "asyncio", {"loop_factory": VirtualTimeLoop}
 
 
-async def test_a_callback_that_takes_long_makes_the_loop_late() -> None:
+async def test_a_slow_callback_is_recorded_as_event_loop_delay() -> None:
     loop, registry = asyncio.get_running_loop(), CollectorRegistry()
     assert isinstance(loop, VirtualTimeLoop)
     watching = asyncio.create_task(LoopDelay(registry, loop.time).watch())
     await asyncio.sleep(2.5 * INTERVAL_S)
-    loop.pass_time(INTERVAL_S)  # half of it after the timer was due
+    loop.pass_time(INTERVAL_S)  # half of this time is after the timer was due
     await asyncio.sleep(INTERVAL_S / 4)
     watching.cancel()
     counts = [

@@ -21,7 +21,7 @@ UNMEASURED = SubNetworkProfile(SubNetwork(8, 0.5), 400_000_000)
 
 
 class Page:
-    """The metrics, and what stands on their page."""
+    """The metrics, and the values on their page."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -51,7 +51,7 @@ def answer(profile: SubNetworkProfile = SMALL, total_s: float = 0.3, budget_s: f
     )
 
 
-def test_a_request_is_in_flight_until_it_ends_with_its_outcome(page: Page) -> None:
+def test_a_request_is_in_flight_until_it_ends_and_is_counted_by_its_outcome(page: Page) -> None:
     page.metrics.request_started()
     page.metrics.request_started()
     assert page.read("requests_in_flight") == 2
@@ -69,15 +69,13 @@ def test_a_request_is_in_flight_until_it_ends_with_its_outcome(page: Page) -> No
         ("not_ready", None, "not_ready"),
     ],
 )
-def test_a_request_that_was_dropped_is_counted_by_its_reason(
-    page: Page, outcome: str, given: str | None, counted: str
-) -> None:
+def test_a_dropped_request_is_counted_by_its_reason(page: Page, outcome: str, given: str | None, counted: str) -> None:
     page.metrics.request_started()
     page.metrics.request_finished(outcome, given)
     assert page.read("dropped_requests_total", reason=counted) == 1
 
 
-def test_what_the_client_did_wrong_drops_nothing(page: Page) -> None:
+def test_client_errors_do_not_count_as_dropped_requests(page: Page) -> None:
     page.metrics.request_finished("invalid_image")
     assert page.read("dropped_requests_total", reason="expired") is None
     page.metrics.describe([], "tiny", "1234")
@@ -98,26 +96,26 @@ def test_the_age_of_the_profile_and_the_best_accuracy_are_absent_until_known(pag
 @pytest.mark.parametrize(
     "outcome", ["overloaded", "deadline_exceeded", "out_of_memory", "model_error", "internal_error"]
 )
-def test_what_breaks_the_promise_of_an_answer_in_time_is_a_deadline_missed(page: Page, outcome: str) -> None:
+def test_overload_expiry_and_server_errors_count_as_missed_deadlines(page: Page, outcome: str) -> None:
     page.metrics.request_started()
     page.metrics.request_finished(outcome)
     assert page.read("deadlines_total", result="missed") == 1
 
 
 @pytest.mark.parametrize("outcome", ["invalid_image", "budget_too_small", "client_gone", "not_ready"])
-def test_what_the_client_brings_upon_itself_is_no_deadline_missed(page: Page, outcome: str) -> None:
+def test_client_errors_and_an_unready_server_do_not_count_as_missed_deadlines(page: Page, outcome: str) -> None:
     page.metrics.request_started()
     page.metrics.request_finished(outcome)
     assert not page.read("deadlines_total", result="missed")
 
 
 @pytest.mark.parametrize(("total_s", "result"), [(0.5, "met"), (0.500001, "missed")])
-def test_an_answer_meets_its_deadline_or_misses_it(page: Page, total_s: float, result: str) -> None:
+def test_an_answer_counts_as_a_met_or_a_missed_deadline(page: Page, total_s: float, result: str) -> None:
     page.metrics.answered(answer(total_s=total_s))
     assert page.read("deadlines_total", result=result) == 1
 
 
-def test_an_answer_adds_up_what_it_took_and_what_it_was_worth(page: Page) -> None:
+def test_the_durations_costs_and_accuracies_of_answers_are_summed(page: Page) -> None:
     for _ in range(2):
         page.metrics.answered(answer())
     assert page.read("subnetwork_requests_total", patch_grid="8", keep_rate="0.55") == 2
@@ -131,7 +129,7 @@ def test_an_answer_adds_up_what_it_took_and_what_it_was_worth(page: Page) -> Non
     assert stages == pytest.approx([0.01, 0.02, 0.04, 0.2])
 
 
-def test_what_was_not_measured_adds_nothing_to_the_accuracy(page: Page) -> None:
+def test_answers_of_unmeasured_sub_networks_add_nothing_to_the_accuracy(page: Page) -> None:
     page.metrics.answered(answer(UNMEASURED))
     assert page.read("expected_accuracy_total") == 0.0
     assert page.read("accuracy_loss_total") == 0.0
@@ -148,7 +146,7 @@ def test_every_sub_network_and_outcome_counts_from_zero(page: Page, profiles: Pr
     assert page.read("workers") == 1
 
 
-def test_predicted_and_real_time_of_the_batches_add_up(page: Page) -> None:
+def test_the_predicted_and_measured_times_of_batches_are_summed(page: Page) -> None:
     page.metrics.batch_ran(4, predicted_s=0.1, inference_s=0.2, taken_s=0.4)
     page.metrics.batch_ran(16, predicted_s=0.4, inference_s=0.3, taken_s=0.6)
     assert page.read("predicted_inference_seconds_total") == pytest.approx(0.5)
@@ -158,7 +156,7 @@ def test_predicted_and_real_time_of_the_batches_add_up(page: Page) -> None:
     assert page.read("batch_size_images_bucket", le="4.0") == 1
 
 
-def test_the_machine_is_shown_as_fractions_of_what_there_is(page: Page) -> None:
+def test_utilizations_of_the_machine_are_shown_as_fractions(page: Page) -> None:
     snapshot = ResourceSnapshot(
         taken_at=0.0,
         cores=2.0,  # a quota
@@ -179,7 +177,7 @@ def test_the_machine_is_shown_as_fractions_of_what_there_is(page: Page) -> None:
     assert page.read("safety_factor_ratio") == 1.5
 
 
-def test_what_the_machine_no_longer_says_keeps_its_last_value(page: Page) -> None:
+def test_a_gauge_without_a_new_value_keeps_its_last(page: Page) -> None:
     page.metrics.machine(
         ResourceSnapshot(0.0, cores=4.0, own_cpu_utilization=0.5), queued=0, slowdown=1.0, safety_factor=1.0
     )
@@ -193,15 +191,15 @@ def test_readiness_is_one_or_zero(page: Page) -> None:
         assert page.read("ready") == is_ready
 
 
-def test_the_page_shows_nothing_that_a_dead_process_last_said_of_itself(tmp_path: Path) -> None:
+def test_the_page_removes_the_gauges_of_dead_processes(tmp_path: Path) -> None:
     metrics = Metrics(CollectorRegistry(), str(tmp_path))
-    dead = tmp_path / f"gauge_livesum_{2**22 + 1}.db"  # beyond the largest number of a process
+    dead = tmp_path / f"gauge_livesum_{2**22 + 1}.db"  # above the largest process ID
     dead.touch()
     metrics.page()
     assert not dead.exists()
 
 
-def test_the_page_has_everything_in_the_text_format(page: Page) -> None:
+def test_the_page_is_in_the_text_format_by_default(page: Page) -> None:
     page.metrics.request_finished("not_ready")
     text, media_type = page.metrics.page()
     lines = text.decode().splitlines()
@@ -210,7 +208,7 @@ def test_the_page_has_everything_in_the_text_format(page: Page) -> None:
     assert "# TYPE supervit_request_duration_seconds histogram" in lines
 
 
-def test_durations_lead_to_a_trace_in_openmetrics_which_its_own_parser_reads(page: Page) -> None:
+def test_durations_have_exemplars_in_openmetrics_that_its_own_parser_reads(page: Page) -> None:
     page.metrics.answered(answer(), {"trace_id": "4bf9"})
     page.metrics.answered(answer(total_s=0.4))
     text, media_type = page.metrics.page("application/openmetrics-text;version=nonsense,text/plain;q=0.1")
@@ -224,16 +222,16 @@ def test_durations_lead_to_a_trace_in_openmetrics_which_its_own_parser_reads(pag
     assert "4bf9" not in page.metrics.page()[0].decode()
 
 
-def test_a_registry_of_the_process_tells_of_it() -> None:
+def test_a_process_registry_has_metrics_of_the_process_and_of_the_server() -> None:
     registry = process_registry()
     Metrics(registry)
-    assert registry.get_sample_value("python_info") is None  # it has labels
+    assert registry.get_sample_value("python_info") is None  # this metric has labels, which are not given
     assert any(metric.name == "python_info" for metric in registry.collect())
     assert any(metric.name == "supervit_requests" for metric in registry.collect())
 
 
-def test_what_dead_processes_said_of_themselves_is_forgotten_and_what_they_counted_is_kept(tmp_path: Path) -> None:
-    ours, theirs = os.getpid(), 2**22 + 1  # no process has a higher number than 2**22
+def test_gauges_of_dead_processes_are_removed_and_their_counters_kept(tmp_path: Path) -> None:
+    ours, theirs = os.getpid(), 2**22 + 1  # process IDs are at most 2**22
     for name in ("gauge_livesum", "counter"):
         for pid in (ours, theirs):
             (tmp_path / f"{name}_{pid}.db").touch()
@@ -245,13 +243,13 @@ def test_what_dead_processes_said_of_themselves_is_forgotten_and_what_they_count
     }
 
 
-def test_the_shared_folder_is_made(tmp_path: Path) -> None:
+def test_the_shared_folder_is_created(tmp_path: Path) -> None:
     Metrics(CollectorRegistry(), str(tmp_path / "made" / "here"))
     assert (tmp_path / "made" / "here").is_dir()
 
 
 @pytest.mark.parametrize("name", ["", "file/below"])
-def test_a_shared_folder_that_cannot_be_is_rejected_by_the_name_of_its_variable(
+def test_an_invalid_shared_folder_is_rejected_with_the_name_of_its_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -261,13 +259,15 @@ def test_a_shared_folder_that_cannot_be_is_rejected_by_the_name_of_its_variable(
 
 
 @pytest.mark.parametrize(("outcome", "missed"), [("upload_timeout", 0), ("client_gone", 0), ("deadline_exceeded", 1)])
-def test_a_client_that_was_too_slow_itself_was_not_missed(page: Page, outcome: str, missed: int) -> None:
+def test_a_slow_upload_or_a_disconnected_client_does_not_count_as_a_missed_deadline(
+    page: Page, outcome: str, missed: int
+) -> None:
     page.metrics.request_finished(outcome)
     assert page.read("deadlines_total", result="missed") == missed
     assert page.read("requests_total", outcome=outcome) == 1
 
 
-def test_an_autoscaler_is_told_what_was_counted(page: Page) -> None:
+def test_the_totals_for_an_autoscaler_equal_the_counters(page: Page) -> None:
     page.metrics.answered(answer())
     page.metrics.batch_ran(1, 0.1, 0.25, 0.5)
     page.metrics.request_finished("overloaded", "full")
@@ -279,7 +279,7 @@ def test_an_autoscaler_is_told_what_was_counted(page: Page) -> None:
     assert totals["accuracy_loss"] == page.read("accuracy_loss_total") == 0.05
 
 
-def test_looks_are_counted_by_both_sub_networks_and_by_whether_they_agree(page: Page) -> None:
+def test_second_looks_are_counted_by_both_sub_networks_and_by_their_agreement(page: Page) -> None:
     first, second = SubNetworkProfile(SubNetwork(8, 0.5), 1), SubNetworkProfile(SubNetwork(14, 1.0), 2)
     for answers in ((3, 3), (3, 4)):
         looked = tuple(Look(one, each, 0.6, 0.1, 5.0) for one, each in zip((first, second), answers, strict=True))
@@ -293,7 +293,7 @@ def test_looks_are_counted_by_both_sub_networks_and_by_whether_they_agree(page: 
     assert page.read("last_looks_total", reason="overload") == 0
 
 
-def test_an_answer_spends_what_all_its_looks_cost(page: Page) -> None:
+def test_the_cost_of_an_answer_includes_all_its_looks(page: Page) -> None:
     looked = tuple(Look(SMALL, 0, 0.6, 0.1, 5.0) for _ in range(2))
     page.metrics.answered(replace(answer(), looks=looked, expected_top1=0.75))
     assert page.read("spent_gflops_total") == 1.0

@@ -24,7 +24,7 @@ def page() -> Page:
     return Page()
 
 
-def test_the_model_that_is_served_is_told_from_those_before_it(page: Page) -> None:
+def test_the_info_metric_is_one_for_the_served_model_and_zero_for_earlier_ones(page: Page) -> None:
     page.metrics.serves("tiny", "1")
     page.metrics.serves("tiny", "2")
     assert page.read("info", name="tiny", version="1") == 0
@@ -34,7 +34,7 @@ def test_the_model_that_is_served_is_told_from_those_before_it(page: Page) -> No
     assert page.read("info", name="tiny", version="2") == 0
 
 
-def test_every_end_of_a_change_is_there_from_the_start(page: Page) -> None:
+def test_model_changes_of_every_outcome_are_counted_from_zero(page: Page) -> None:
     assert [page.read("changes_total", outcome=outcome) for outcome in get_args(ChangeOutcome)] == [0] * 6
     page.metrics.change_ended("refused")
     assert page.read("changes_total", outcome="refused") == 1

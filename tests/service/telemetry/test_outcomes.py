@@ -27,10 +27,10 @@ from service.telemetry.outcomes import counted
         (ClientGoneError("left"), "client_gone", None, 0),
         (ClientGoneError("left", deadline_passed=True), "client_gone", None, 1),
         (ZeroDivisionError(), "internal_error", None, 1),
-        (asyncio.CancelledError(), "internal_error", None, 1),  # the drain is over, and what is left is cut off
+        (asyncio.CancelledError(), "internal_error", None, 1),  # cancelled at the end of the drain
     ],
 )
-def test_every_request_is_counted_once_by_how_it_ends(
+def test_every_request_is_counted_once_by_its_outcome(
     error: BaseException | None, outcome: str, dropped: str | None, missed: int
 ) -> None:
     registry = CollectorRegistry()

@@ -5,7 +5,7 @@ import pytest
 from service.telemetry.rate_limited_log import RateLimitedLog
 
 
-def test_a_kind_of_line_is_said_at_once_and_then_with_the_number_of_those_unsaid(
+def test_a_message_is_logged_at_once_and_later_with_the_number_of_suppressed_ones(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = 0.0

@@ -33,7 +33,7 @@ def reporter(*, logs_requests: bool = False) -> Reporter:
     return Reporter(logs_requests=logs_requests, clock=lambda: ARRIVED_AT + 0.5)
 
 
-def test_each_request_is_a_line_with_what_it_was_answered(log: pytest.LogCaptureFixture) -> None:
+def test_each_request_is_logged_with_the_fields_of_its_answer_or_its_error(log: pytest.LogCaptureFixture) -> None:
     reports = reporter(logs_requests=True)
     report = reports.begin("POST", [], ARRIVED_AT)
     report.answers.append(ONE_LOOK)
@@ -45,7 +45,7 @@ def test_each_request_is_a_line_with_what_it_was_answered(log: pytest.LogCapture
     assert late == {"duration_ms": 500.0, "error": "deadline_exceeded"}
 
 
-def test_what_nothing_asks_for_is_not_even_described(log: pytest.LogCaptureFixture) -> None:
+def test_a_request_is_not_described_unless_logs_or_traces_are_enabled(log: pytest.LogCaptureFixture) -> None:
     def describe() -> Outcome:
         raise AssertionError("it was")
 
@@ -55,7 +55,7 @@ def test_what_nothing_asks_for_is_not_even_described(log: pytest.LogCaptureFixtu
     assert log.messages == []
 
 
-def test_rejections_are_told_of_sparingly(log: pytest.LogCaptureFixture) -> None:
+def test_rejections_are_logged_at_a_limited_rate(log: pytest.LogCaptureFixture) -> None:
     reports = reporter(logs_requests=True)
     for _ in range(3):
         reports.end(reports.begin("POST", [], ARRIVED_AT), lambda: REJECTED)
@@ -63,7 +63,7 @@ def test_rejections_are_told_of_sparingly(log: pytest.LogCaptureFixture) -> None
     assert log.messages == ["a request was rejected for overload"]
 
 
-def test_a_metric_leads_to_the_trace_of_what_is_traced(tracer: RequestTracer) -> None:
+def test_a_traced_request_has_an_exemplar_and_an_untraced_one_has_none(tracer: RequestTracer) -> None:
     reports = Reporter(tracer)
     traced = reports.begin("POST", [], None)
     assert traced.trace is not None
@@ -82,20 +82,20 @@ def test_a_metric_leads_to_the_trace_of_what_is_traced(tracer: RequestTracer) ->
         {**HERE, "OTEL_TRACES_EXPORTER": "none"},
     ],
 )
-def test_nothing_is_traced_unless_the_variables_ask_for_it(variables: dict[str, str]) -> None:
+def test_no_tracer_is_created_unless_the_variables_enable_traces(variables: dict[str, str]) -> None:
     assert find_tracer(variables) is None
 
 
 @pytest.mark.parametrize(
     "variables", [HERE, {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://x"}, {"OTEL_TRACES_EXPORTER": "otlp"}]
 )
-def test_an_endpoint_or_an_exporter_asks_for_traces(variables: dict[str, str]) -> None:
+def test_an_endpoint_or_an_exporter_enables_traces(variables: dict[str, str]) -> None:
     tracer = find_tracer(variables)
     assert tracer is not None
     tracer.close(within_s=5.0)
 
 
-def test_where_the_extra_is_missing_a_line_names_it(
+def test_a_missing_otel_extra_is_named_in_the_log(
     log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "service.telemetry.tracing", None)
@@ -103,7 +103,7 @@ def test_where_the_extra_is_missing_a_line_names_it(
     assert "pip install '.[otel]'" in log.text
 
 
-def test_a_value_that_opentelemetry_does_not_take_is_said_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_that_opentelemetry_rejects_raises_an_invalid_parameter_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "-1")
     with pytest.raises(InvalidParameterError, match="OTEL_ variable"):
         find_tracer(HERE)

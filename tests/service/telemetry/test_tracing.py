@@ -19,7 +19,7 @@ OK = Outcome("POST /classify 200", "POST /classify", {"http.response.status_code
 
 
 class Traces:
-    """A tracer at a time of the test's, and what it makes."""
+    """A tracer with a fixed clock, and the spans that it exports."""
 
     def __init__(self, share: float | None = 1.0) -> None:
         self.exporter = InMemorySpanExporter()
@@ -54,7 +54,7 @@ def wall_ns(at: float) -> int:
     return WALL_NS + round((at - NOW) * 1e9)
 
 
-def test_a_request_is_a_span_of_the_time_that_it_took_on_the_wall_clock(traces: Traces) -> None:
+def test_a_request_is_a_span_with_its_start_and_end_on_the_wall_clock(traces: Traces) -> None:
     traces.begin().end(199.5, OK, (), {"gflops": 0.5})
     (span,) = traces.spans()
     assert (span.name, span.kind, span.parent) == ("POST /classify", SpanKind.SERVER, None)
@@ -63,7 +63,7 @@ def test_a_request_is_a_span_of_the_time_that_it_took_on_the_wall_clock(traces: 
     assert span.status.status_code is StatusCode.UNSET
 
 
-def test_stages_are_spans_within_it_and_parts_are_within_those(traces: Traces) -> None:
+def test_stages_are_child_spans_of_the_request_and_parts_are_children_of_stages(traces: Traces) -> None:
     part = Stage("decode", 198.6, 198.7, {"confidence": 0.5})
     traces.begin().end(199.5, OK, [Stage("image", 198.5, 199.0, {}, (part,))], {})
     decode, image, request = traces.spans()
@@ -77,7 +77,7 @@ def test_stages_are_spans_within_it_and_parts_are_within_those(traces: Traces) -
 
 
 @pytest.mark.parametrize(("is_failure", "status"), [(True, StatusCode.ERROR), (False, StatusCode.UNSET)])
-def test_what_went_wrong_is_named_and_an_error_where_it_is_the_servers(
+def test_a_span_names_the_error_and_has_error_status_only_if_the_server_failed(
     traces: Traces, is_failure: bool, status: StatusCode
 ) -> None:
     outcome = Outcome("", "POST", {}, "model_error", is_failure)
@@ -87,7 +87,7 @@ def test_what_went_wrong_is_named_and_an_error_where_it_is_the_servers(
     assert span.status.status_code is status
 
 
-def test_a_request_goes_on_with_the_trace_of_its_caller(traces: Traces) -> None:
+def test_a_request_continues_the_trace_of_its_caller(traces: Traces) -> None:
     headers = [(b"host", b"x"), (b"traceparent", CALLER), (b"tracestate", b"a=1"), (b"tracestate", b"b=2")]
     trace = traces.begin(*headers)
     trace.end(199.5, OK, (), {})
@@ -102,7 +102,9 @@ def test_a_request_goes_on_with_the_trace_of_its_caller(traces: Traces) -> None:
 @pytest.mark.parametrize(
     "value", [b"", b"00-0-0-01", b"\xff", CALLER[:40], b"00-" + b"0" * 32 + b"-00f067aa0ba902b7-00"]
 )
-def test_a_name_that_is_none_begins_a_trace_and_has_it_recorded_no_sooner(traces: Traces, value: bytes) -> None:
+def test_an_invalid_trace_header_begins_a_new_trace_that_is_sampled_like_any_other(
+    traces: Traces, value: bytes
+) -> None:
     traces.begin((b"traceparent", value)).end(199.5, OK, (), {})
     assert traces.spans()[0].parent is None
     for header in (b"traceparent", b"tracestate", b"baggage"):
@@ -110,17 +112,17 @@ def test_a_name_that_is_none_begins_a_trace_and_has_it_recorded_no_sooner(traces
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, None])
-def test_a_caller_decides_whether_its_requests_are_recorded(share: float | None) -> None:
+def test_the_sampling_decision_of_the_caller_is_followed(share: float | None) -> None:
     def ask() -> None:
         traces = Traces(share)
         assert traces.tracer.begin("POST", [(b"traceparent", IGNORED)], 198.5) is None
-        assert TRACE_ID.get() == "4bf92f3577b34da6a3ce929d0e0e4736", "the log names it all the same"
+        assert TRACE_ID.get() == "4bf92f3577b34da6a3ce929d0e0e4736", "the log names unrecorded traces, too"
         assert traces.tracer.begin("POST", [(b"traceparent", CALLER)], 198.5) is not None
 
     Context().run(ask)
 
 
-def test_a_share_of_the_others_is_recorded_and_the_log_names_no_trace_that_there_is_not() -> None:
+def test_a_share_of_requests_without_a_trace_is_recorded_and_the_log_names_only_recorded_traces() -> None:
     def ask() -> None:
         none, every, some = Traces(0.0), Traces(1.0), Traces(0.5)
         assert [none.tracer.begin("POST", [], 198.5), TRACE_ID.get()] == [None, None]
@@ -142,7 +144,7 @@ def test_a_share_of_the_others_is_recorded_and_the_log_names_no_trace_that_there
         ({"OTEL_TRACES_SAMPLER": "always_on"}, True),
     ],
 )
-def test_the_standard_variables_say_which(
+def test_the_standard_sampler_variables_decide_which_requests_are_recorded(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], recorded: bool
 ) -> None:
     for name, value in variables.items():
@@ -153,12 +155,12 @@ def test_the_standard_variables_say_which(
 
 
 @pytest.mark.parametrize("value", ["some", "1.5", "nan"])
-def test_a_share_that_is_none_is_an_error(value: str) -> None:
+def test_an_invalid_sampler_share_raises_a_value_error(value: str) -> None:
     with pytest.raises(ValueError, match=r"SAMPLER_ARG|float"):
         open_tracer({"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": value})
 
 
-def test_the_service_has_a_name_of_its_own_unless_a_variable_says_another(
+def test_the_service_name_has_a_default_that_variables_override(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = []
@@ -171,7 +173,7 @@ def test_the_service_has_a_name_of_its_own_unless_a_variable_says_another(
     assert names == ["supervit-serve", "a", "b"]
 
 
-def test_what_is_left_is_sent_at_the_end() -> None:
+def test_closing_sends_the_remaining_spans() -> None:
     exporter = InMemorySpanExporter()
     tracer = RequestTracer([BatchSpanProcessor(exporter, schedule_delay_millis=1e6)])
     trace = tracer.begin("POST", [], 198.5)
@@ -182,9 +184,9 @@ def test_what_is_left_is_sent_at_the_end() -> None:
     assert len(exporter.get_finished_spans()) == 1
 
 
-def test_a_collector_that_does_not_answer_is_not_waited_for() -> None:
+def test_closing_does_not_wait_for_a_collector_that_does_not_answer() -> None:
     class Silent(SpanExporter):
-        """Takes until the test is over."""
+        """An exporter that blocks until the test is over."""
 
         over = threading.Event()
 
@@ -210,6 +212,6 @@ def test_a_collector_that_does_not_answer_is_not_waited_for() -> None:
         ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "avian"}, "'avian'"),
     ],
 )
-def test_an_exporter_that_is_not_installed_is_named(variables: dict[str, str], name: str) -> None:
+def test_the_error_for_an_exporter_that_is_not_installed_names_it(variables: dict[str, str], name: str) -> None:
     with pytest.raises(ModuleNotFoundError, match=name):
         open_tracer(variables)
