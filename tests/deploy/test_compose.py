@@ -16,7 +16,7 @@ Services = dict[str, dict[str, Any]]
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
-SERVER_BYTES, BYTES_PER_PIXEL = 1_400_000_000, 16  # of the server itself, and of a WebP while it is decoded
+SERVER_BYTES, BYTES_PER_PIXEL = 1_850_000_000, 16  # of the server itself, and of a WebP while it is decoded
 BELONG_TO_THE_IMAGE = {"host", "port", "fd", "profile_folder"}  # or published ports and volumes would lead nowhere
 
 

@@ -47,7 +47,7 @@ KINDS = (
     "ScaledObject",
 )
 LABELS = {"app.kubernetes.io/name": "supervit"}
-SERVER_BYTES, BYTES_PER_PIXEL = 1_400_000_000, 16  # of the server itself, and of a WebP while it is decoded
+SERVER_BYTES, BYTES_PER_PIXEL = 1_850_000_000, 16  # of the server itself, and of a WebP while it is decoded
 KUBECTL = shutil.which("kubectl")
 # Debian only packages a kubectl of 2021; kubernetes-validate checks the same manifests against the API without it.
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed")

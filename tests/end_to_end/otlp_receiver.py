@@ -37,7 +37,7 @@ class Receiver:
         """Wait until the received spans satisfy a condition."""
         deadline = time.monotonic() + PATIENCE_S
         while not is_there(self.spans):
-            assert time.monotonic() < deadline, f"of it, no more than {len(self.spans)} spans came"
+            assert time.monotonic() < deadline, f"only {len(self.spans)} spans were received"
             time.sleep(0.02)
 
     def by_trace(self) -> dict[str, tuple[Span, list[Span]]]:

@@ -108,6 +108,8 @@ def is_ready(channel: grpc.Channel) -> bool:
 
 
 def test_the_log_states_the_listening_addresses_and_contains_no_api_key(doors: Doors) -> None:
+    with doors.client(doors.public) as client:
+        assert client.post("/classify", content=picture(1), headers=KEY).status_code == 200
     log = doors.log.read_text()
     assert f"listening on {doors.public.replace('localhost', '127.0.0.1')}" in log
     assert "listening for operators on 127.0.0.1 port" in log

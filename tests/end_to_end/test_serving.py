@@ -272,16 +272,23 @@ def test_a_stopping_server_answers_admitted_requests(tmp_path: Path) -> None:
     wait_until_ready(process, url, log)
     body = picture(5)
     head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall(head + body[:100])
-        while "supervit_requests_in_flight 1.0" not in httpx.get(f"{url}/metrics").text:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        while b"Shutting down" not in log.read_bytes():
-            time.sleep(0.01)
-        connection.sendall(body[100:])
-        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-    assert process.wait(20) == -signal.SIGTERM
+    deadline = time.monotonic() + 20
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            connection.sendall(head + body[:100])
+            while "supervit_requests_in_flight 1.0" not in httpx.get(f"{url}/metrics").text:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            while b"Shutting down" not in log.read_bytes():
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.01)
+            connection.sendall(body[100:])
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        assert process.wait(20) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait(20)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker needs a core of its own")

@@ -44,7 +44,7 @@ TOLERANCE: dict[Precision, float] = {"float32": 0.02, "bfloat16": 0.4}
 AGREEMENT: dict[Precision, float] = {"float32": 0.9, "bfloat16": 0.75}
 PREPARED_SIZES, MIXED_COUNTS, ROUNDS = (1, 2, 4, 8), (1, 2, 3, 5, 8), 3
 WARM_UPS = 5
-LEAST_GAIN = 0.8  # most time of the fastest sub-network, as a fraction of the largest's; with graphs, largest batch
+MAX_TIME_FRACTION = 0.8  # of the fastest sub-network's time to the largest's; with graphs, at the largest batch size
 SETTLE_S = 1.5  # NVML's utilization covers at most the last second
 MIB = 2**20
 READING_ERRORS = {"total_mib": 2.0, "free_mib": 256.0, "utilization": 0.3}
@@ -143,8 +143,8 @@ def check_eager_speed(setting: Setting) -> Found:
 def check_graph_speed(setting: Setting) -> Found:
     """Time every trained sub-network with graphs.
 
-    Graphs must not be slower than eager kernels, and the fastest sub-network must take at most LEAST_GAIN of the time
-    of the largest.
+    Graphs must not be slower than eager kernels, and the fastest sub-network must take at most MAX_TIME_FRACTION of
+    the time of the largest.
     """
     found, problems = {}, []
     for checkpoint in setting.checkpoints:
@@ -158,7 +158,7 @@ def check_graph_speed(setting: Setting) -> Found:
             slower = [name for name, row in rows.items() if row["ms"] > 1.1 * eager[size][name]["ms"]]
             problems += [f"{checkpoint.name} {name} at {size}: graphs are slower than eager kernels" for name in slower]
         least = min(row["of_largest"] for row in graphs[setting.batch_sizes[-1]].values())
-        if least > LEAST_GAIN:
+        if least > MAX_TIME_FRACTION:
             problems.append(f"{checkpoint.name}: the fastest sub-network takes {least:.2f} of the time of the largest")
     require(not problems, "; ".join(problems))
     return found

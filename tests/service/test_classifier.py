@@ -14,8 +14,9 @@ def test_the_requests_in_flight_of_one_address_are_bounded() -> None:
         assert caught.value.reason == "address"
         with requests.counting("b") as enter:
             enter()
-        with requests.counting(None) as enter:
+        with requests.counting(None) as enter, requests.counting(None) as enter_too:
             enter()
+            enter_too()
     with requests.counting("a") as enter:
         enter()
 

@@ -166,8 +166,10 @@ def test_a_proxy_that_asks_for_a_retry_gets_one() -> None:
 
 def test_a_retry_time_that_is_nan_is_not_waited_for() -> None:
     answer = refusal(429, "overloaded", reason="backlog", retry_after_s=float("nan"))
+    server = ScriptedServer([answer])
     with pytest.raises(OverloadedError):
-        ScriptedServer([answer]).client().classify(b"image")
+        server.client().classify(b"image")
+    assert server.slept_s == []
 
 
 @pytest.mark.parametrize("waits", [refusal(503, "not_ready", headers={"Retry-After": "1"}), httpx.ConnectError])

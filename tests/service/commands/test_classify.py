@@ -9,13 +9,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from PIL import Image
 
 from service.cli import main
 from service.commands.classify import AT_ONCE, classify, find_photos
+from service.commands.drawing import draw
 from service.commands.formats import Format
 from service.commands.options import Classify
 from service.errors import CommandError
+from service.http.schemas import ExplainAnswer
 from tests.service.wire_answers import ANSWER
 
 SHIPPED = "supervit-micro-cifar10"
@@ -259,10 +260,10 @@ def test_explain_writes_a_drawing_and_shows_the_answer(
     drawing = tmp_path / "out.png"
     words = ["--checkpoint", str(checkpoint_path), "--patch-grid", "4", "--keep-rate", "0.5", "--format", "json"]
     assert main(["classify", str(photo_path), "--explain", str(drawing), *words]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert len(answer["explanation"]["prunings"]) == 1
-    with Image.open(drawing) as drawn:
-        assert drawn.format == "PNG"
+    answer = ExplainAnswer.model_validate_json(capsys.readouterr().out)
+    assert len(answer.explanation.prunings) == 1
+    draw(photo_path.read_bytes(), answer, tmp_path / "expected.png")
+    assert drawing.read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
 def test_explain_rejects_a_folder_of_several_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,10 +173,12 @@ def test_an_image_is_not_decoded_after_its_deadline() -> None:
 
 def test_a_broken_image_raises_its_error_and_its_decode_time_is_not_learned() -> None:
     with slow() as images:
-        images.may_end.set()
+        broken = images.decoder.submit(b"broken", DUE_AT)
+        images.running.acquire()
         images.now = 3.0
+        images.may_end.set()
         with pytest.raises(InvalidImageError, match="broken"):
-            images.decoder.submit(b"broken", DUE_AT).result(10)
+            broken.result(10)
         assert images.decoder.expected_s(images.now) == 0.0
 
 
@@ -295,12 +297,17 @@ def test_expensive_images_share_a_memory_budget() -> None:
         assert images.order[-1] == b"C"
 
 
-def test_an_expensive_image_over_the_memory_budget_is_still_decoded() -> None:
-    with mixed(2, max_memory_bytes=10) as images:
-        images.gates[b"A"] = threading.Event()
-        future = images.submit(b"A")
+def test_an_expensive_image_over_the_memory_budget_is_decoded_while_no_other_one_is() -> None:
+    with mixed(3, max_memory_bytes=10) as images:
+        images.submit(b"A")
+        images.await_started(1)
+        images.submit(b"B", 1.0)
+        images.submit(b"a")
+        images.await_started(1)
+        assert images.order == [b"A", b"a"]
         images.gates[b"A"].set()
-        assert future.result(10)
+        images.await_started(1)
+        assert images.order[-1] == b"B"
 
 
 def test_an_ordinary_image_is_expected_to_wait_for_expensive_ones_only_with_a_single_thread() -> None:

@@ -68,14 +68,6 @@ class Server:
         assert response.status_code == 200, response.text
         return str(response.json()["model"]["name"])
 
-    def change(self, photo: bytes) -> dict[str, Any]:
-        """Change the model under a little traffic and return the ended change."""
-        self.put()
-        self.until("watch")
-        for _ in range(WATCHED_ANSWERS):
-            self.ask(photo)
-        return self.outcome()
-
 
 @pytest.fixture
 def server(settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, tmp_path: Path) -> Iterator[Server]:

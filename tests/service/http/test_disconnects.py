@@ -67,7 +67,6 @@ async def test_watching_stops_after_the_block() -> None:
         watch.start()
         await connection.listening.wait()
     before = asyncio.all_tasks()
-    connection.leaves.set()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert len(asyncio.all_tasks()) < len(before)
@@ -77,5 +76,6 @@ async def test_a_request_answered_within_the_patience_is_not_watched() -> None:
     connection = Connection()
     with ClientWatch(Request({"type": "http"}, connection.receive), patience_s=60.0) as watch:
         watch.start()
-        await asyncio.sleep(0)
+        await asyncio.sleep(59.0)
+    await asyncio.sleep(2.0)
     assert not connection.listening.is_set()

@@ -1,3 +1,4 @@
+import base64
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
@@ -46,9 +47,11 @@ def test_a_sub_network_that_keeps_every_patch_has_no_prunings(client: TestClient
     assert answer["explanation"]["prunings"] == []
 
 
-def test_an_image_in_a_form_is_explained(client: TestClient, photo: bytes) -> None:
-    answer = client.post("/explain", files={"file": photo}, data={"patch_grid": "4", "keep_rate": "0.5"}).json()
-    assert len(answer["explanation"]["prunings"]) == 1
+def test_an_image_in_a_form_or_in_json_is_explained(client: TestClient, photo: bytes) -> None:
+    in_form = client.post("/explain", files={"file": photo}, data={"patch_grid": "4", "keep_rate": "0.5"})
+    body = {"image": base64.b64encode(photo).decode(), "patch_grid": 4, "keep_rate": 0.5}
+    for response in (in_form, client.post("/explain", json=body)):
+        assert len(response.json()["explanation"]["prunings"]) == 1
 
 
 def test_explain_reports_and_counts_errors_as_classify_does(client: TestClient, photo: bytes) -> None:

@@ -90,6 +90,13 @@ async def test_probes_count_among_the_messages_being_received_from_their_address
     kept_open.cancel()
 
 
+async def test_a_message_that_has_arrived_is_no_longer_being_received(one_on_its_way: Served) -> None:
+    watching = watch_health(one_on_its_way.channel)
+    await anext(watching.__aiter__())
+    assert (await one_on_its_way.call("ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse)).live
+    watching.cancel()
+
+
 @pytest.mark.parametrize(
     ("service", "method"),
     [(SERVICE_NAME, "ServerLive"), (health.SERVICE_NAME, "Check"), (health.SERVICE_NAME, "Watch")],

@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from PIL import Image
 
 from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
@@ -70,10 +71,19 @@ async def test_pixels_may_be_sent_as_lists_or_as_bytes(served: Served, checkpoin
     assert answers[1] == answers[3]
 
 
-async def test_all_images_of_a_request_are_answered(served: Served, photo: bytes) -> None:
-    response = await served.infer(request_for(photo, photo, photo))
-    assert list(response.outputs[0].shape) == [3, 7]
-    assert served.count("ok") == 3
+async def test_all_images_of_a_request_are_answered_in_order(
+    served: Served, photo: bytes, encode: Callable[..., bytes]
+) -> None:
+    other = encode(Image.linear_gradient("L").resize((50, 50)))
+    first, second = [
+        list((await served.infer(request_for(image))).outputs[0].contents.fp32_contents) for image in (photo, other)
+    ]
+    assert first != pytest.approx(second, abs=1e-3)
+    probabilities = (await served.infer(request_for(photo, other, photo))).outputs[0]
+    assert list(probabilities.shape) == [3, 7]
+    # A batch rounds its sums differently.
+    assert list(probabilities.contents.fp32_contents) == pytest.approx([*first, *second, *first], abs=1e-6)
+    assert served.count("ok") == 2 + 3
 
 
 async def test_budgets_may_be_given_as_parameters_or_as_metadata(

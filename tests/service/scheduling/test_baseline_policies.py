@@ -258,6 +258,7 @@ def test_every_baseline_answers_its_head_in_time_by_the_latencies_that_it_knows(
 def test_policies_are_listed_and_found_by_name() -> None:
     assert NAMES[0] == "level"
     assert set(NAMES) >= {"slackfit", "infaas", "fixed-8-0.5", "fixed-8-1", "fixed-14-1"}
+    assert [find_policy(name, CATALOG).name for name in NAMES] == list(NAMES)
     assert find_policy("level", CATALOG).make(CATALOG, 16) is choose_level
     assert [policy.name for policy in POLICIES if policy.rejects_early] == ["level"]
 

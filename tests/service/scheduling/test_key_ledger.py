@@ -108,9 +108,11 @@ def test_the_requests_in_flight_of_a_key_are_limited() -> None:
     spend(ledger, key, 1.0, 0.0)
 
 
-def test_charging_accepts_a_request_without_a_key() -> None:
-    with KeyLedger(1.0).charging(None, 5.0, 0.0) as charge:
+def test_a_request_without_a_key_is_accepted_and_charged_to_no_key() -> None:
+    charged = list[str]()
+    with KeyLedger(1.0, observe=lambda name, _: charged.append(name)).charging(None, 5.0, 0.0) as charge:
         charge.spent_gflops = 5.0
+    assert charged == []
 
 
 def test_the_demotion_of_a_key_grows_with_its_lead_over_other_active_keys() -> None:
@@ -221,7 +223,7 @@ def test_a_key_that_asks_for_little_does_not_distort_the_shares_of_others(catalo
 
 def test_a_key_of_far_higher_weight_gets_most_of_the_capacity(catalog: VariantCatalog) -> None:
     shared = Shared(catalog)
-    share = shared.run({SMALL: 90.0, replace(LARGE, weight=1e9): 900.0})
+    share = shared.run({SMALL: 900.0, replace(LARGE, weight=1e9): 90.0})
     assert share["small"] < 0.15
 
 

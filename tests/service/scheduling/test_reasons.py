@@ -64,6 +64,7 @@ def capped(constraints: RequestConstraints, gflops: float) -> RequestConstraints
             "slackfit: grid 2 at keep rate 0.5, 30 ms left for the most urgent request",
         ),
         (Reason(ReasonCode.PINNED), 3, "grid 2 at keep rate 1 was requested by name"),
+        (Reason(ReasonCode.UNSURE, 3), 2, "3 waiting with unsure answers: grid 4 at keep rate 1 looks again"),
         (Reason(ReasonCode.NOTHING_TO_RUN), 0, "no waiting request can be answered in time"),
     ],
 )

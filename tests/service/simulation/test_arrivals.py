@@ -99,9 +99,11 @@ def test_loads_are_multiples_of_the_capacity_and_rates_are_absolute() -> None:
     assert [rate for rate, _ in Traffic().draws(80.0)] == [80]
 
 
-def test_rate_and_load_exclude_each_other() -> None:
-    with pytest.raises(ValidationError, match="rate and load are mutually exclusive"):
-        Traffic(rate=(1,), load=(1,))
+@pytest.mark.parametrize("names", [("rate", "load"), ("rate", "trace"), ("load", "trace")])
+def test_rate_load_and_trace_exclude_each_other(names: tuple[str, str]) -> None:
+    given = {"rate": (1,), "load": (1,), "trace": "trace.csv"}
+    with pytest.raises(ValidationError, match=f"{' and '.join(names)} are mutually exclusive"):
+        Traffic.model_validate({name: given[name] for name in names})
 
 
 @pytest.mark.parametrize(
