@@ -20,7 +20,7 @@ import httpx
 
 from service.errors import InvalidParameterError
 from service.http.schemas import ClassifyAnswer, ExplainAnswer, ReadyAnswer, SubNetworksAnswer
-from service.tries import Answer, Call, ClassifyOptions, Clock, Pause, Reply, RetryPolicy, Tries, bearer
+from service.retries import Answer, Call, ClassifyOptions, Clock, Pause, Reply, Retries, RetryPolicy, bearer
 
 TIMEOUT_S = 60.0
 MAX_RETRIES = 2
@@ -60,7 +60,7 @@ class Client:
         """
         headers = bearer(api_key)
         self._http = httpx.Client(base_url=_checked(url), headers=headers, timeout=timeout_s, transport=transport)
-        self._patience = RetryPolicy(timeout_s, max_retries, clock, draw)
+        self._retry_policy = RetryPolicy(timeout_s, max_retries, clock, draw)
         self._sleep = sleep
 
     def classify(self, image: Image, **options: Unpack[ClassifyOptions]) -> ClassifyAnswer:
@@ -75,19 +75,19 @@ class Client:
             NoAnswerError: there is no server, or what answers is not a SuperViT server.
             OSError: the file cannot be read.
         """
-        return self._ask(Tries.of_classify(self._patience, _read_image(image), options))
+        return self._ask(Retries.of_classify(self._retry_policy, _read_image(image), options))
 
     def explain(self, image: Image, **options: Unpack[ClassifyOptions]) -> ExplainAnswer:
         """Classify an image and explain which of its patches were kept; arguments and errors as `classify`."""
-        return self._ask(Tries.of_explain(self._patience, _read_image(image), options))
+        return self._ask(Retries.of_explain(self._retry_policy, _read_image(image), options))
 
     def subnetworks(self) -> SubNetworksAnswer:
         """List the sub-networks with their cost and accuracy; errors as `classify`."""
-        return self._ask(Tries(self._patience, SubNetworksAnswer, Call("GET", "/subnetworks")))
+        return self._ask(Retries(self._retry_policy, SubNetworksAnswer, Call("GET", "/subnetworks")))
 
     def wait_until_ready(self, within_s: float = TIMEOUT_S) -> ReadyAnswer:
         """Wait until a starting server is ready; errors as `classify`, the last one if it is not ready in time."""
-        return self._ask(Tries.of_readiness(self._patience, within_s))
+        return self._ask(Retries.of_readiness(self._retry_policy, within_s))
 
     def close(self) -> None:
         """Close all connections."""
@@ -99,7 +99,7 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, tries: Tries[Answer]) -> Answer:
+    def _ask(self, tries: Retries[Answer]) -> Answer:
         while True:
             call = tries.next_call()
             try:
@@ -130,26 +130,26 @@ class AsyncClient:
         """Create a client; arguments and errors as those of `Client`."""
         headers = bearer(api_key)
         self._http = httpx.AsyncClient(base_url=_checked(url), headers=headers, timeout=timeout_s, transport=transport)
-        self._patience = RetryPolicy(timeout_s, max_retries, clock, draw)
+        self._retry_policy = RetryPolicy(timeout_s, max_retries, clock, draw)
         self._sleep = sleep
 
     async def classify(self, image: Image, **options: Unpack[ClassifyOptions]) -> ClassifyAnswer:
         """Classify an image; arguments and errors as `Client.classify`."""
         data = await asyncio.to_thread(_read_image, image)
-        return await self._ask(Tries.of_classify(self._patience, data, options))
+        return await self._ask(Retries.of_classify(self._retry_policy, data, options))
 
     async def explain(self, image: Image, **options: Unpack[ClassifyOptions]) -> ExplainAnswer:
         """Classify an image and explain which of its patches were kept; arguments and errors as `classify`."""
         data = await asyncio.to_thread(_read_image, image)
-        return await self._ask(Tries.of_explain(self._patience, data, options))
+        return await self._ask(Retries.of_explain(self._retry_policy, data, options))
 
     async def subnetworks(self) -> SubNetworksAnswer:
         """List the sub-networks with their cost and accuracy; errors as `Client.classify`."""
-        return await self._ask(Tries(self._patience, SubNetworksAnswer, Call("GET", "/subnetworks")))
+        return await self._ask(Retries(self._retry_policy, SubNetworksAnswer, Call("GET", "/subnetworks")))
 
     async def wait_until_ready(self, within_s: float = TIMEOUT_S) -> ReadyAnswer:
         """Wait until a starting server is ready; errors as `Client.wait_until_ready`."""
-        return await self._ask(Tries.of_readiness(self._patience, within_s))
+        return await self._ask(Retries.of_readiness(self._retry_policy, within_s))
 
     async def close(self) -> None:
         """Close all connections."""
@@ -161,7 +161,7 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _ask(self, tries: Tries[Answer]) -> Answer:
+    async def _ask(self, tries: Retries[Answer]) -> Answer:
         while True:
             call = tries.next_call()
             try:

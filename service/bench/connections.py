@@ -8,9 +8,9 @@ from typing import Self
 
 import aiohttp
 
-from service.bench.wires import Request
+from service.bench.client_protocols import Request
 from service.errors import ConnectionFailedError, ResponseTimeoutError
-from service.tries import bearer
+from service.retries import bearer
 
 
 class Connections:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from service.bench.wires import Reply
+from service.bench.client_protocols import Reply
 from service.simulation.arrivals import Arrival
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Protocol
 
+from service.bench.client_protocols import ClientProtocol, Reply, Request, SupervitProtocol, V2Protocol
 from service.bench.connections import Connections
 from service.bench.figures import Figures
 from service.bench.generator import Exchange, Planned, open_loop
 from service.bench.options import Bench
 from service.bench.photos import Photo, read_photos
-from service.bench.wires import ClientProtocol, Reply, Request, SupervitProtocol, V2Protocol
 from service.errors import CommandError, NoAnswerError
 
 PATIENCE_S = 10.0  # time limit beyond the longest budget: late answers still count among the latencies

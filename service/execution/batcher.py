@@ -22,11 +22,11 @@ from service.errors import DeadlineError, ModelError, NotReadyError, OverloadedE
 from service.execution.engine_thread import EngineThread
 from service.execution.idle_turns import IdleTurns
 from service.execution.live_sample import LiveSample
+from service.execution.paced_handler import PacedHandler
 from service.execution.pending import Outcome, Pending, PendingRequests
 from service.execution.results import Result
 from service.execution.throttle import UtilizationLimiter
 from service.execution.timed_engine import TimedEngine
-from service.execution.turns import PacedHandler
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.second_look import Looked, may_look_again
 from service.scheduling.state import BatchDecision, QueuedRequest

@@ -29,7 +29,7 @@ def grpc_beside(
     """Return a factory of context managers that serve gRPC, or do nothing if the settings name no port for it."""
     if settings.grpc_port is None:
         return nullcontext
-    from service.rpc.answering import CallHandling
+    from service.rpc.call_handling import CallHandling
     from service.rpc.server import Bounds, serving
 
     answering = CallHandling(

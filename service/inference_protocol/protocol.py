@@ -15,11 +15,11 @@ from service.domain import DEFAULT_TOP_K, ApiKey, Classification, InferenceReque
 from service.errors import InvalidTensorError, NotReadyError, ServiceError, UnknownModelError, UploadTimeoutError
 from service.health import ServerFailures
 from service.inference_protocol.descriptions import VERSION, describe_config, describe_model, describe_statistics
+from service.inference_protocol.image_group import ImageGroup
 from service.inference_protocol.images import INPUT, InputImage, images_of
 from service.inference_protocol.messages import InferReply, InferRequest
 from service.inference_protocol.outputs import WantedOutput, make_output, reply_parameters, wanted_outputs
 from service.inference_protocol.parameters import parameters_of
-from service.inference_protocol.together import ImageGroup
 from service.pipeline import Image, Pipeline, Read
 from service.telemetry.inference_statistics import read_statistics
 from service.telemetry.metrics import Metrics

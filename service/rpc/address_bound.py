@@ -11,7 +11,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from service.errors import InvalidParameterError, ServiceError
-from service.rpc.answering import CallHandling, Context, Messages, is_inference
+from service.rpc.call_handling import CallHandling, Context, Messages, is_inference
 from service.rpc.calls import address_of, read_bytes
 
 

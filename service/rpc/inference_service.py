@@ -13,7 +13,7 @@ from service.domain import ApiKey
 from service.errors import OverloadedError, UnauthorizedError, UnknownModelError, UploadTimeoutError
 from service.inference_protocol.messages import InferRequest
 from service.rpc import open_inference_pb2 as pb
-from service.rpc.answering import CallHandling, Context, Messages, failure_of
+from service.rpc.call_handling import CallHandling, Context, Messages, failure_of
 from service.rpc.calls import Call, parse_message
 from service.rpc.messages import read_request, write_reply
 

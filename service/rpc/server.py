@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from service.access.certificates import Certificate
 from service.rpc.address_bound import AddressBound
-from service.rpc.answering import CallHandling
+from service.rpc.call_handling import CallHandling
 from service.rpc.calls import CallsInFlight
 from service.rpc.inference_service import SERVICE_NAME, InferenceService
 from service.rpc.tensorflow_service import MODEL_SERVICE, PREDICTION_SERVICE, TensorflowService

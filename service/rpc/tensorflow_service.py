@@ -8,7 +8,7 @@ from google.protobuf.wrappers_pb2 import Int64Value
 from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, OutputTensor, RequestedOutput
 from service.inference_protocol.tensors import to_raw
 from service.rpc import tensorflow_serving_pb2 as tf
-from service.rpc.answering import CallHandling, Messages
+from service.rpc.call_handling import CallHandling, Messages
 from service.rpc.calls import Call
 from service.rpc.messages import require_few_tensors
 

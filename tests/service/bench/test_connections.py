@@ -3,8 +3,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from service.bench.client_protocols import Request
 from service.bench.connections import Connections
-from service.bench.wires import Request
 from service.errors import ConnectionFailedError, ResponseTimeoutError
 
 pytestmark = pytest.mark.anyio

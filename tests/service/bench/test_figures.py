@@ -1,8 +1,8 @@
 import pytest
 
+from service.bench.client_protocols import Reply
 from service.bench.figures import Figures
 from service.bench.generator import Exchange, Planned
-from service.bench.wires import Reply
 from service.simulation.arrivals import Arrival
 
 

@@ -2,8 +2,8 @@ import asyncio
 
 import pytest
 
+from service.bench.client_protocols import Reply
 from service.bench.generator import Exchange, Planned, open_loop
-from service.bench.wires import Reply
 from service.simulation.arrivals import Arrival
 
 ANSWERED = Reply("ok", "cat")

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from service.bench.client_protocols import Reply, Request
 from service.bench.figures import Figures
 from service.bench.generator import Exchange, Planned
 from service.bench.options import Bench
-from service.bench.wires import Reply, Request
 from service.commands.bench import bench, table_of
 from service.errors import CommandError, ConnectionFailedError, NoAnswerError
 from service.simulation.arrivals import Arrival

@@ -16,7 +16,7 @@ from models.checkpoint import Checkpoint
 from models.latency import LatencyTable
 from service.engines.profile_store import extended_profile
 from service.rpc import open_inference_pb2 as pb
-from service.rpc.answering import CallHandling
+from service.rpc.call_handling import CallHandling
 from service.rpc.inference_service import SERVICE_NAME
 from service.rpc.server import Bounds, serving
 from service.runtime import ServerRuntime

@@ -144,7 +144,7 @@ async def test_a_model_failure_is_an_internal_error_and_is_logged_with_its_reque
     status, message, metadata = await failure_of(served.infer(request_for(photo), metadata=(("x-request-id", "mine"),)))
     assert (status, metadata["error-code"]) == (grpc.StatusCode.INTERNAL, "model_error")
     assert "secret" not in message
-    assert "ERROR service.rpc.answering: the model failed on this image" in caplog.text
+    assert "ERROR service.rpc.call_handling: the model failed on this image" in caplog.text
     assert "request_id=mine" in caplog.text
 
 

@@ -88,12 +88,12 @@ class RetryPolicy:
     draw: Clock
 
 
-class Tries(Generic[Answer]):
+class Retries(Generic[Answer]):
     """One request, tried until it is answered, finally refused or out of time. Neither sends nor sleeps."""
 
     def __init__(
         self,
-        patience: RetryPolicy,
+        policy: RetryPolicy,
         kind: type[Answer],
         call: Call,
         *,
@@ -103,38 +103,39 @@ class Tries(Generic[Answer]):
         """Start a request; its time runs from now.
 
         Args:
-            patience: how long and how often to try.
+            policy: how long and how often to try.
             kind: type of the answer.
             call: the request to send.
             budget_ms: time for all tries together; a retry tells the server what is left of it.
             poll_s: pause before a server that invites another try is asked again; by default what it asks for, and a
                 random backoff.
         """
-        self._patience, self._kind, self._call, self._poll_s = patience, kind, call, poll_s
+        self._retry_policy, self._kind, self._call, self._poll_s = policy, kind, call, poll_s
         self._budget_ms, self._errors = budget_ms, list[ServiceError]()
-        self._ends_at = patience.clock() + (patience.timeout_s if budget_ms is None else budget_ms / 1000)
+        self._ends_at = policy.clock() + (policy.timeout_s if budget_ms is None else budget_ms / 1000)
 
     @classmethod
-    def of_classify(cls, patience: RetryPolicy, image: bytes, options: ClassifyOptions) -> "Tries[ClassifyAnswer]":
+    def of_classify(cls, policy: RetryPolicy, image: bytes, options: ClassifyOptions) -> "Retries[ClassifyAnswer]":
         """Create the tries of a classification."""
-        return Tries(patience, ClassifyAnswer, Call.of("/classify", image, options), budget_ms=options.get("budget_ms"))
+        return Retries(policy, ClassifyAnswer, Call.of("/classify", image, options), budget_ms=options.get("budget_ms"))
 
     @classmethod
-    def of_explain(cls, patience: RetryPolicy, image: bytes, options: ClassifyOptions) -> "Tries[ExplainAnswer]":
+    def of_explain(cls, policy: RetryPolicy, image: bytes, options: ClassifyOptions) -> "Retries[ExplainAnswer]":
         """Create the tries of a classification with an explanation."""
-        return Tries(patience, ExplainAnswer, Call.of("/explain", image, options), budget_ms=options.get("budget_ms"))
+        call = Call.of("/explain", image, options)
+        return Retries(policy, ExplainAnswer, call, budget_ms=options.get("budget_ms"))
 
     @classmethod
-    def of_readiness(cls, patience: RetryPolicy, within_s: float) -> "Tries[ReadyAnswer]":
+    def of_readiness(cls, policy: RetryPolicy, within_s: float) -> "Retries[ReadyAnswer]":
         """Create the tries that poll a server until it is ready."""
-        waiting = RetryPolicy(within_s, math.inf, patience.clock, patience.draw)
-        return Tries(waiting, ReadyAnswer, Call("GET", "/health/ready"), poll_s=POLL_S)
+        waiting = RetryPolicy(within_s, math.inf, policy.clock, policy.draw)
+        return Retries(waiting, ReadyAnswer, Call("GET", "/health/ready"), poll_s=POLL_S)
 
     def next_call(self) -> Call:
         """Return what to send now; a retry gets what is left of the budget."""
         if not self._errors or self._budget_ms is None:
             return self._call
-        left_ms = 1000 * (self._ends_at - self._patience.clock())
+        left_ms = 1000 * (self._ends_at - self._retry_policy.clock())
         if left_ms <= 0:  # the pause took longer than planned
             raise self._errors[-1]
         return replace(self._call, query={**self._call.query, "budget_ms": left_ms})
@@ -145,9 +146,9 @@ class Tries(Generic[Answer]):
             return _read(reply, self._kind)
         except ServiceError as error:
             pause_s = self._pause_s(reply, error)
-            if pause_s is None or len(self._errors) >= self._patience.max_retries:
+            if pause_s is None or len(self._errors) >= self._retry_policy.max_retries:
                 raise
-            if not self._patience.clock() + pause_s < self._ends_at:  # in this form NaN is never waited for
+            if not self._retry_policy.clock() + pause_s < self._ends_at:  # in this form NaN is never waited for
                 raise
             self._errors.append(error)
         return Pause(pause_s)
@@ -158,7 +159,7 @@ class Tries(Generic[Answer]):
             return None
         if self._poll_s is not None:
             return self._poll_s
-        return asked_s + self._patience.draw() * BACKOFF_S * 2.0 ** len(self._errors)
+        return asked_s + self._retry_policy.draw() * BACKOFF_S * 2.0 ** len(self._errors)
 
 
 def _retry_after_s(reply: Reply, error: ServiceError) -> float | None:

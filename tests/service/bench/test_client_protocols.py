@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.bench.wires import LENGTH_HEADER, Reply, Request, SupervitProtocol, V2Protocol
+from service.bench.client_protocols import LENGTH_HEADER, Reply, Request, SupervitProtocol, V2Protocol
 from service.errors import CommandError
 from service.simulation.arrivals import Arrival
 from tests.service.wire_answers import ANSWER, refusal

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from service.execution.turns import MIN_PER_TURN, PacedHandler
+from service.execution.paced_handler import MIN_PER_TURN, PacedHandler
 
 pytestmark = pytest.mark.anyio
 

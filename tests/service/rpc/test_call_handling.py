@@ -6,7 +6,7 @@ import pytest
 from google.protobuf.message import Message
 
 from service.classifier import ClientLimiter
-from service.rpc.answering import CallHandling, Messages
+from service.rpc.call_handling import CallHandling, Messages
 from service.rpc.calls import Call
 from service.runtime import ServerRuntime
 from service.telemetry.logs import TextFormatter

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from service.errors import ClientGoneError, InvalidImageError
-from service.inference_protocol.together import ImageGroup
+from service.inference_protocol.image_group import ImageGroup
 
 pytestmark = pytest.mark.anyio
 
