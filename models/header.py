@@ -35,7 +35,7 @@ class Header:
         if self.int8 is not None:
             _check_profile(self.int8.profile, self.config)
             if len(self.int8.ranges) != self.config.depth:
-                raise ValueError(f"{len(self.int8.ranges)} blocks are quantised, not {self.config.depth}")
+                raise ValueError(f"{len(self.int8.ranges)} blocks are quantised, but the model has {self.config.depth}")
             for block in self.int8.ranges:
                 for layer in LAYERS:
                     width = self.config.mlp_width if layer == "fc2" else self.config.width

@@ -151,7 +151,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, keep_rate: float) -> Tensor:
-        """Map (B, N, D) tokens to (B, N', D), where N' < N if the keep rate is under 1 and N' = N at 1."""
+        """Map (B, N, D) tokens to (B, N', D), where N' is smaller if the keep rate prunes tokens."""
         x, _ = self.attend(x, keep_rate)
         return self.feed_forward(x)
 

@@ -69,5 +69,5 @@ def exchange_tokens(tokens: Tensor, box: TokenBox) -> Tensor:
 
 
 def mix_labels(labels: Tensor, box: TokenBox) -> Tensor:
-    """Mix (B, classes) probabilities with those of the batch in reverse order, by each image's share of tokens."""
+    """Mix (B, classes) probabilities with those of the batch in reverse order, by their shares of the largest grid."""
     return labels.flip(0).lerp(labels, box.share_outside)

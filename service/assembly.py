@@ -135,10 +135,9 @@ def assemble(
 
     # Audits come first: they are bounded, while completing a profile may take hours.
     works: list[IdleWork] = [Audit(engine.run, scheduler, metrics.audits.audited)] if settings.audit else []
-    profiler, measured_at = None, "not measured here"
+    profiler = None
     if not isinstance(known, LatencyTable):
         profiler = _make_profiler(settings, checkpoint, engine, scheduler, *known)
-        measured_at = known[0].began_at.isoformat(timespec="seconds")
         works.append(profiler)
     idle = IdleTurns(works, scheduler, settings.default_budget_ms / 1000, limiter, observe_machine)
     sample = LiveSample()
@@ -164,6 +163,9 @@ def assemble(
     )
 
     def describe() -> SubNetworksAnswer:
+        measured_at = "not measured here"
+        if not isinstance(known, LatencyTable):
+            measured_at = known[0].began_at.isoformat(timespec="seconds")
         return describe_subnetworks(
             checkpoint, scheduler.catalog, engine.describe(), measured_at, latencies.batch_sizes
         )

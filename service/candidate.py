@@ -1,6 +1,7 @@
 """Prepares a candidate model while another one is served.
 
-The candidate computes on the engine's thread, a short batch at a time, except for its first runs, which take too long.
+The candidate computes on the engine's thread, a short batch at a time. On a CPU its first runs, which take too long for
+that, run beside it.
 """
 
 from collections.abc import Callable, Sequence
@@ -157,7 +158,8 @@ class CandidateMaker:
     def _prepare_gpu(self, engine: Engine, subnetworks: Sequence[SubNetwork]) -> None:
         """Measure the memory that an image takes, and capture the graphs that the latencies of a profile are of.
 
-        Each step takes only a moment there. The most expensive sub-networks come first, as at a start.
+        A step delays requests by about five batches of its size. The most expensive sub-networks come first, as at a
+        start.
         """
         self._thread.work(engine.warm_up).result()
         for batch_size in measured_batch_sizes(self._settings.max_batch_size):

@@ -49,7 +49,9 @@ def allow(request: InferenceRequest, catalog: VariantCatalog, ledger: KeyLedger,
         return Allowance(grant, max_gflops, is_rated=False)
     left = ledger.left_gflops(request.key, now) / request.num_together
     if grant.best.most_gflops <= left:
-        return Allowance(grant, max_gflops, is_rated=False)
+        # Where the client wants to be sure, the rate bounds the further looks.
+        is_bounded = request.min_confidence > 0 and left < max_gflops
+        return Allowance(grant, left if is_bounded else max_gflops, is_rated=is_bounded)
     least = grant.best.most_gflops if grant.is_pinned else catalog.least_gflops
     if least <= left:
         return Allowance(catalog.grant_within(left), left, is_rated=True)
@@ -59,6 +61,14 @@ def allow(request: InferenceRequest, catalog: VariantCatalog, ledger: KeyLedger,
         raise BudgetTooSmallError(f"the request costs {needed:.6g} GFLOPs, more than this key may ever spend at once")
     message = "this key has used up its rate, even for the cheapest suitable sub-network; try again later"
     raise OverloadedError(message, "key", wait_s)
+
+
+def most_gflops_of(constraints: RequestConstraints, catalog: VariantCatalog) -> float:
+    """Return the most that a request can cost: its best variant and, if it wants to be sure, a further look."""
+    best_gflops = constraints.grant.best.most_gflops
+    if not constraints.min_confidence:
+        return best_gflops
+    return min(constraints.max_gflops, best_gflops + catalog.best_single.most_gflops)
 
 
 def allow_time_ms(request: InferenceRequest, default_budget_ms: float) -> float:

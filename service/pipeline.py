@@ -21,7 +21,7 @@ from service.errors import (
     OverloadReason,
 )
 from service.execution.batcher import Batcher
-from service.grants import allow, allow_priority, allow_time_ms
+from service.grants import allow, allow_priority, allow_time_ms, most_gflops_of
 from service.scheduling.estimators import DelayEstimator, LoopCostEstimator
 from service.scheduling.key_ledger import KeyLedger
 from service.scheduling.reasons import explain, reason_of
@@ -184,7 +184,7 @@ class Pipeline:
     async def _answer(self, read: Read, request: InferenceRequest, reserved: QueuedRequest | None) -> Classification:
         top_k = self._checked_top_k(request.top_k)
         queued = reserved or self._reserve(request)
-        most_gflops = queued.constraints.grant.best.most_gflops
+        most_gflops = most_gflops_of(queued.constraints, self._scheduler.catalog)
         try:
             with self._ledger.charging(request.key, most_gflops, self._clock()) as charge:
                 image = await read(queued.deadline_at - self._clock())
@@ -286,7 +286,7 @@ class Pipeline:
     def _usable_budget_s(self, request: InferenceRequest) -> float:
         """Return the part of the budget that this server can use, in seconds.
 
-        The request waited for the event loop before it was stamped, and its answer will wait for it once more.
+        The client's clock started before the request was stamped, and it stops after the answer has left.
         """
         budget_s = self._budget_s(request)
         return budget_s - min(TRANSPORT_S, TRANSPORT_SHARE * budget_s)

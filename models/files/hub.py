@@ -37,15 +37,16 @@ logger = logging.getLogger(__name__)
 def download(repository: str, revision: str | None = None) -> Path:
     """Download the weights of a repository, or find them in the cache: model.safetensors, or the only *.safetensors.
 
-    For a commit, which never changes, the cache is tried first; for a branch or a tag, only if the hub fails.
+    For a commit, which never changes, a cached model.safetensors is taken at once. Anything else cached is taken only
+    if the hub cannot be reached, denies access or knows no such repository.
 
     Args:
         repository: owner/name.
         revision: branch, tag or commit; None for the main branch.
 
     Raises:
-        UnreadableCheckpointError: the hub cannot be reached or denies access and the cache has no copy, or the hub has
-            no such repository, revision or file.
+        UnreadableCheckpointError: the hub cannot be reached, denies access or knows no such repository, and the cache
+            has no copy; or the repository has no such revision or file.
     """
     revision = revision or DEFAULT_REVISION
     cached = _find_cached(repository, revision) if _COMMIT.fullmatch(revision) else None

@@ -182,7 +182,7 @@ def unpickle(file: IO[bytes]) -> tuple[object, dict[str, Storage]]:
         for opcode, argument, position in pickletools.genops(pickled):
             num_tuples += opcode.name.startswith("TUPLE")
             if num_tuples > MAX_TUPLES:
-                raise UnreadableCheckpointError("its pickle is too large")
+                raise UnreadableCheckpointError(f"its pickle has more than {MAX_TUPLES} tuples")
             if opcode.name in MEMO_WRITES and not (isinstance(argument, int) and argument <= (position or 0)):
                 raise UnreadableCheckpointError("damaged: its pickle claims more than it holds")
         file.seek(start + pickled.tell())

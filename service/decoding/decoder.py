@@ -118,7 +118,7 @@ class Decoder:
         return job.future
 
     def release(self, future: "Future[DecodedImage]") -> None:
-        """Cancel an image that nothing waits for; learn from the time that a running one has taken so far."""
+        """Cancel an image that nothing waits for; a running one counts as its expected time, or longer."""
         if future.cancel():
             return
         with self._lock:

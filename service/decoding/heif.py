@@ -21,7 +21,8 @@ def read_heif(data: bytes, image_format: str) -> ImageHeader:
     """Read the size of the largest picture of a file; tiles and thumbnails have sizes, too.
 
     Raises:
-        InvalidImageError: the file has no size, far too many, or an EXIF orientation that is not a single number.
+        InvalidImageError: the file has no size, far too many or too much EXIF, or its EXIF orientation is not a single
+            number.
     """
     sizes = [
         struct.unpack_from(">II", data, found.end() + 4)
@@ -38,7 +39,7 @@ def read_heif(data: bytes, image_format: str) -> ImageHeader:
     # The codec reads the EXIF itself, and an orientation of two million fractions takes it seconds.
     exifs = list(islice(_exifs(data), _MAX_EXIFS + 1))
     if len(exifs) > _MAX_EXIFS or any(map(has_odd_orientation, exifs)):
-        raise InvalidImageError(f"the {image_format} has more than one EXIF orientation")
+        raise InvalidImageError(f"the {image_format} has more than one EXIF orientation, or too much EXIF")
     return ImageHeader(image_format, width, height, data, _MEMORY_PER_PIXEL)
 
 

@@ -103,7 +103,8 @@ def open_image(
 
     Raises:
         InvalidImageError: the bytes are empty, of no known format, or a broken image.
-        ImageTooLargeError: the image has too many pixels, or decoding it would take too much memory.
+        ImageTooLargeError: the image has too many pixels, too long a side or too long a BMP, or decoding it would take
+            too much memory; nothing was decoded.
         UnsupportedMediaError: the image is HEIC, and its decoder is not installed.
     """
     if not data:

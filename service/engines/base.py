@@ -55,7 +55,7 @@ class Engine(Protocol):
         ...
 
     def captured(self) -> Captured | None:
-        """Return how many CUDA graphs are held; None for an engine without CUDA graphs."""
+        """Return the number of CUDA graphs held and their memory; None for an engine without CUDA graphs."""
         ...
 
     def fitting_images(self) -> int | None:

@@ -124,9 +124,9 @@ class GrowingProfile:
 
     def merge(self, kept: Figures) -> None:
         """Take over figures of an earlier start or of another process, for cells that are not measured here."""
-        self._began_at = min(self._began_at, kept.measured_at)
         for cell, seconds in kept.seconds.items():
             if cell in self._runs and not self._runs[cell].is_measured:
+                self._began_at = min(self._began_at, kept.measured_at)
                 self._runs[cell] = _Runs([seconds], MIN_RUNS, True, kept.spread[cell])
                 self._left.pop(cell, None)
 

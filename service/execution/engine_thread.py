@@ -127,7 +127,8 @@ class EngineThread:
                 self._served.clear()
                 self._work.clear()
             for done in ends:
-                done.set_exception(error)
+                if not done.cancelled():
+                    done.set_exception(error)
             raise
 
     def _give_turns(self) -> None:
@@ -155,7 +156,8 @@ class EngineThread:
             self._is_looping, left = False, list(self._work)
             self._work.clear()
         for _, done in left:
-            done.set_exception(NotReadyError("the server is stopping"))
+            if not done.cancelled():
+                done.set_exception(NotReadyError("the server is stopping"))
         return []
 
     def _give_each_a_turn(self, wanting: Sequence[EngineUser]) -> None:

@@ -32,7 +32,7 @@ class LiveSample:
 
     Attributes:
         num_answered: images that got an answer.
-        num_failed: images on which the model failed or answered NaN.
+        num_failed: images on which the model failed or whose probabilities are not finite.
     """
 
     def __init__(self) -> None:

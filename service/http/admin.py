@@ -56,13 +56,13 @@ class ModelBody(BaseModel):
 
     checkpoint: str = Field(min_length=1, description="a path, the name of a bundled checkpoint, or hf-hub:owner/name")
     least_agreement: float = Field(
-        LEAST_AGREEMENT, ge=0, le=1, description="minimum share of recent images on which both models must agree"
+        LEAST_AGREEMENT, ge=0, le=1, description="minimum share of recent images that both models classify alike"
     )
     most_slowdown: float = Field(
         MOST_SLOWDOWN, gt=0, allow_inf_nan=False, description="maximum latency and cost, relative to the old model's"
     )
     force: bool = Field(False, description="serve it even if it cannot be compared or fails the comparison")
-    shadow: TrialBody | None = Field(None, description="compare it on live images before it answers any request")
+    shadow: TrialBody | None = Field(None, description="first compare it on live images for a time")
     canary: TrialBody | None = Field(None, description="let it answer a share of the requests before it answers all")
 
     def change(self) -> ModelChange:
@@ -82,11 +82,11 @@ class ChangeAnswer(BaseModel):
     began_at: datetime
     step: ChangeStep = Field(description="current step, or the one in which the change ended")
     outcome: ChangeOutcome | None = Field(description="null while the change is running")
-    message: str | None = Field(description="reason for the outcome")
+    message: str | None = Field(description="why the change is not done; null if it is done or running")
     name: str | None
     version: str | None
     num_compared: int = Field(description="images that both models have answered")
-    agreement: float | None = Field(description="share of these images on which both models agree")
+    agreement: float | None = Field(description="share of these images to which both models gave the same class")
     latency_ratio: float | None = Field(description="median of the new model's latency divided by the old model's")
     seconds: float | None = Field(description="duration of the change; null while it is running")
 
@@ -105,7 +105,7 @@ def build_admin_router(context: RouteContext, changer: Changer) -> APIRouter:
         status: {"model": ErrorAnswer, "description": description}
         for status, description in {
             401: "missing or unknown API key",
-            403: "a page of another origin sent the request, or its Host header is not known to be the server's",
+            403: "a page of another origin sent the request, or a page sent it to an unknown host name",
             409: "another change is running, or changes are not allowed here",
             422: "the body is invalid",
             503: "not ready yet, or stopping",

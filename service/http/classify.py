@@ -99,12 +99,12 @@ def make_classify(context: RouteContext) -> Handle:
 
         async def answer(read: ReadBytes, image: int = 0) -> ClassifyAnswer:
             classify, wanted = context.classifier.classify, replace(upload.wanted, image=image)
-            classification = await classify(upload.server.pipeline, read, wanted, watch, upload.reserved)
-            return describe_answer(classification, upload.server.checkpoint)
+            with context.failures.counting():
+                classification = await classify(upload.server.pipeline, read, wanted, watch, upload.reserved)
+                return describe_answer(classification, upload.server.checkpoint)
 
         if len(upload.reads) == 1:
-            with context.failures.counting():
-                return respond(await answer(upload.reads[0]))
+            return respond(await answer(upload.reads[0]))
         results = await asyncio.gather(*(_result(answer(read, image)) for image, read in enumerate(upload.reads)))
         return Response(b'{"results":[%s]}' % b",".join(results), media_type="application/json")
 

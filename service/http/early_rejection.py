@@ -47,6 +47,7 @@ class Reservation(NamedTuple):
 class _Rejection(NamedTuple):
     """A rejection that is reused for equal requests that arrive at nearly the same time."""
 
+    server: ReadyServer
     parameters: ClassifyQuery
     key: ApiKey | None
     arrived_at: float
@@ -55,14 +56,12 @@ class _Rejection(NamedTuple):
     reason: OverloadReason
     lines: bytes
 
-    def holds_for(self, parameters: ClassifyQuery, key: ApiKey | None, arrived_at: float, now: float) -> bool:
+    def holds_for(
+        self, server: ReadyServer, parameters: ClassifyQuery, key: ApiKey | None, arrived_at: float, now: float
+    ) -> bool:
         """Return whether another request would be rejected as well; a slot of a full server may be free by now."""
-        if (
-            parameters is not self.parameters
-            or key is not self.key
-            or now > self.made_at + REPEATED_S
-            or self.reason == "full"
-        ):
+        is_same = server is self.server and parameters is self.parameters and key is self.key
+        if not is_same or now > self.made_at + REPEATED_S or self.reason == "full":
             return False
         return -REPEATED_S <= arrived_at - self.arrived_at <= self.retry_after_s
 
@@ -98,7 +97,7 @@ class EarlyRejection:
             parameters, server = parse_query(query), self._context.open_server()
             key = None if self._context.keys is None else self._context.keys.find(named)
             last, arrived_at, now = self._last, scope[ARRIVED_AT], self._context.clock()
-            if last is None or not last.holds_for(parameters, key, arrived_at, now):
+            if last is None or not last.holds_for(server, parameters, key, arrived_at, now):
                 wanted = parameters.request(arrived_at, parameters.top_k, key=key)
                 if (reserved := server.pipeline.reserve(wanted)) is not None:
                     scope[RESERVED] = Reservation(server, reserved)
@@ -106,7 +105,7 @@ class EarlyRejection:
             server.pipeline.reject_again(last.reason)
         except OverloadedError as error:
             retry_after_s = error.details["retry_after_s"]
-            last = _Rejection(parameters, key, arrived_at, retry_after_s, now, error.reason, _describe(error))
+            last = _Rejection(server, parameters, key, arrived_at, retry_after_s, now, error.reason, _describe(error))
             self._last = last
         except ServiceError:  # the route answers it
             return None

@@ -214,11 +214,11 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._start_timeout(HEAD_S)
             end = self._end_of_piece(data, start)
             self._bytes += end - start
-            piece = data[start:end]
-            self._feed(UPGRADE.sub(b"", piece) if self._in_head else piece)
-            start = end
-            if self._in_head and self._bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            if self._in_head and self._bytes > MAX_HEAD_BYTES:
                 self._refuse(f"The request's head is larger than {MAX_HEAD_BYTES} bytes.")
+                break
+            piece, start = data[start:end], end
+            self._feed(UPGRADE.sub(b"", piece) if self._in_head else piece)
             if not self._in_head and not self._is_answering:
                 self._start_timeout(REFUSED_BODY_S)
         if start < len(data) and self._must_wait:

@@ -199,7 +199,7 @@ class SubNetworksAnswer(BaseModel):
 class ResourcesAnswer(BaseModel):
     """Answer to GET /resources: the machine, the traffic and the scheduler's estimates."""
 
-    snapshot: dict[str, Any] = Field(description="latest measurements of the machine; null if not available")
+    snapshot: dict[str, Any] = Field(description="latest measurements of the machine; null where it reports none")
     age_s: float = Field(description="age of the snapshot")
     queued: int = Field(description="requests waiting for the engine")
     arrival_rate: float = Field(description="recent requests per second")

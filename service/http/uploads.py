@@ -207,5 +207,5 @@ def _members(body: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise InvalidParameterError("the body is not valid JSON") from error
     if not isinstance(members, dict):
-        raise InvalidParameterError("the body must be a JSON object with an image and its parameters")
+        raise InvalidParameterError("the body must be a JSON object with an image, its parameters and nothing else")
     return members

@@ -87,7 +87,8 @@ def undo_encoding(body: bytes, encoding: str, max_bytes: int) -> bytes:
     if not inflating.eof:
         raise InvalidTensorError(f"the body is truncated: its {encoding} stream has no end")
     if inflating.unused_data:
-        raise InvalidTensorError(f"{len(inflating.unused_data)} bytes follow the end of the body's {encoding}")
+        message = f"{len(inflating.unused_data)} bytes follow the end of the {encoding} stream; only one is supported"
+        raise InvalidTensorError(message)
     return undone
 
 

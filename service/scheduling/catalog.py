@@ -59,7 +59,7 @@ class VariantCatalog:
 
     @classmethod
     def of(cls, profiles: ProfileTable, latencies: LatencyTable, *, cascades: bool = True) -> "VariantCatalog":
-        """Join accuracy and latency; a level never counts as faster than a lower one, because that would be noise.
+        """Join accuracy and measured latency, in which no level counts as faster than a lower one: that would be noise.
 
         Args:
             profiles: the profiles of the checkpoint.

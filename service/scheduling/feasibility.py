@@ -27,7 +27,7 @@ def meets_deadlines(
         deadlines: the deadlines of the requests to serve.
         variant: index of the variant.
         max_size: largest size of a batch.
-        planned: how many requests are planned one by one; the rest are assumed to be served at the same pace. By
+        planned: how many requests are planned, in batches; the rest are assumed to be served at the same pace. By
             default all are planned.
         after_s: seconds from now until the engine is free.
     """

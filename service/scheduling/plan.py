@@ -123,7 +123,7 @@ def _expected(state: SchedulerState) -> tuple[list[RequestConstraints], list[flo
 def guard_time_s(state: SchedulerState) -> float:
     """Return the longest batch after which requests that arrive during it, on tight budgets, can still be answered.
 
-    Infinite where no arrival is expected, or where not even one request could be answered.
+    Infinite where few arrivals are expected (MIN_ARRIVALS_TO_GUARD), or where not even one could be answered.
     """
     rate, most, tight_s = state.arrival_rate, state.max_batch_size, state.tight_budget_s
 

@@ -27,9 +27,12 @@ def reason_of(constraints: RequestConstraints, variant: Variant, decision: Batch
         variant: the variant that it got.
         decision: the decision that its batch came from.
     """
-    if constraints.grant.is_pinned:
+    grant = constraints.grant
+    if grant.is_pinned:
         return Reason(ReasonCode.PINNED)
-    if math.isinf(constraints.max_gflops) or variant.index != constraints.grant.best.index:
+    if math.isinf(constraints.max_gflops) or variant.index != grant.best.index:
+        return decision.reason
+    if constraints.is_rated and grant.highest_level == len(grant.by_level) - 1:  # the rate bounds further looks alone
         return decision.reason
     return Reason(ReasonCode.KEY_RATE if constraints.is_rated else ReasonCode.GFLOPS_BUDGET)
 
@@ -75,7 +78,7 @@ def _explain_deadlines(reason: Reason, catalog: VariantCatalog, variant: Variant
         return f"{reason.queued} waiting: {chosen}, {quality} {_kind(variant)}, answers all of them in time"
     cautiously = ""
     if reason.safety_factor > NOTEWORTHY:
-        cautiously = f" if better ones take {reason.safety_factor:.1f} times as long (deadlines were missed recently)"
+        cautiously = f" if better ones take {reason.safety_factor:.1f} times as long (requests were missed recently)"
     left = f"{1000 * reason.slack_s:.0f} ms left"
     if reason.code is ReasonCode.DEADLINE:
         return f"{left}: {chosen} is {quality} that answers in time{cautiously}"

@@ -1,7 +1,7 @@
 """Decides which requests are admitted and what runs next, from the queue, the estimates and the policy.
 
 No clock, no waiting and no images here: the server and the simulator run the very same code. In the server the event
-loop, the decoding threads and the engine's thread share a scheduler, so each public method holds its lock.
+loop, the decoding threads and the engine's thread share a scheduler, so each method that changes it holds its lock.
 """
 
 import math
@@ -39,7 +39,7 @@ class Scheduler:
 
     Attributes:
         catalog: the variants that can run.
-        lock: the lock that each public method holds.
+        lock: the lock that each method holds that changes the scheduler.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Scheduler:
 
     @locked
     def claim(self, request: QueuedRequest, now: float) -> bool:
-        """Admit a request by the place that it has just reserved; if that is longer ago, drop it and return False."""
+        """Admit a request by its reserved place; drop it and return False if that is older than RESERVATION_VALID_S."""
         if self._queue.claim(request, now + RESERVATION_TIMEOUT_S - RESERVATION_VALID_S):
             self._traffic.count(now)
             return True
@@ -116,7 +116,7 @@ class Scheduler:
     @locked
     def rejected(self, reason: OverloadReason, now: float) -> None:
         """Record a request that was rejected before it was admitted."""
-        if reason != "no_time":  # all others are load: only other requests kept them out
+        if reason not in ("no_time", "key", "address"):  # only load counts: what other requests kept out
             self._traffic.count(now)
         if reason == "backlog":  # a cheaper level would have prevented no other rejection
             self._safety_factor.observe(0, 1, now)

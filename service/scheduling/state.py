@@ -1,4 +1,7 @@
-"""The types of a decision: the constraints of a request, the state that a policy sees, its decision. Pure values."""
+"""The types of a decision: the constraints of a request, the state that a policy sees, its decision.
+
+A state holds the scheduler's own queue and latencies: it is for use under the scheduler's lock.
+"""
 
 import math
 from bisect import bisect_right

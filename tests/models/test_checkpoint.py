@@ -123,7 +123,7 @@ def test_an_int8_quantization_is_saved_and_loaded_and_a_file_without_one_loads(
 
 def test_an_int8_quantization_that_does_not_fit_the_model_is_refused(tiny_header: Header) -> None:
     config = tiny_header.config
-    with pytest.raises(ValueError, match=f"2 blocks are quantised, not {config.depth}"):
+    with pytest.raises(ValueError, match=f"2 blocks are quantised, but the model has {config.depth}"):
         replace(tiny_header, int8=quantized(config, blocks=2))
     narrow = replace(quantized(config).ranges[0], fc2=Range.of(-1.0, 1.0, (1,) * config.width))
     with pytest.raises(ValueError, match=f"fc2 must smooth none or all of {config.mlp_width} channels"):

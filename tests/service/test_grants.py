@@ -8,7 +8,7 @@ from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from service.domain import ApiKey, InferenceRequest
 from service.errors import BudgetTooSmallError, InvalidParameterError, OverloadedError
-from service.grants import allow, allow_priority, allow_time_ms
+from service.grants import allow, allow_priority, allow_time_ms, most_gflops_of
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.key_ledger import KeyLedger
 
@@ -32,6 +32,24 @@ def test_without_a_key_only_the_budget_bounds_the_cost(catalog: VariantCatalog) 
 def test_a_rate_with_enough_left_does_not_bound_the_cost(catalog: VariantCatalog) -> None:
     allowance = allow(rated(catalog, 1000.0), catalog, KeyLedger(1.0), 0.0)
     assert (allowance.grant.best, allowance.is_rated) == (catalog.best, False)
+
+
+@pytest.mark.parametrize(
+    ("budget_gflops", "most", "is_rated"), [(None, 1.5, True), (1.25, 1.25, False), (9, 1.5, True)]
+)
+def test_a_rate_bounds_the_further_looks_of_a_request_that_wants_to_be_sure(
+    catalog: VariantCatalog, budget_gflops: float | None, most: float, is_rated: bool
+) -> None:
+    best = catalog.best.gflops
+    key = ApiKey("a", gflops_per_s=1.5 * best, burst_gflops=1.5 * best)
+    request = replace(ANY, key=key, budget_gflops=budget_gflops and budget_gflops * best, min_confidence=0.9)
+    allowance = allow(request, catalog, KeyLedger(1.0), 0.0)
+    assert (allowance.grant.best, allowance.is_rated) == (catalog.best, is_rated)
+    assert allowance.max_gflops == pytest.approx(most * best)
+    constraints = allowance.constraints(1.0, 0.9)
+    assert most_gflops_of(constraints, catalog) == allowance.max_gflops
+    assert most_gflops_of(replace(constraints, max_gflops=float("inf")), catalog) == 2 * best
+    assert most_gflops_of(replace(constraints, min_confidence=0.0), catalog) == best
 
 
 def test_a_rate_with_too_little_left_bounds_the_cost_by_what_is_left(catalog: VariantCatalog) -> None:

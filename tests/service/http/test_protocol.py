@@ -51,6 +51,19 @@ async def test_an_endless_head_is_refused_with_400(beginning: bytes, more: bytes
         assert server.closed == ["bad_request"]
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+async def test_a_head_just_above_the_size_limit_is_refused(pieces: int) -> None:
+    async with Server() as server:
+        client = await server.connect()
+        filler = b"a: %s\r\n" % (b"x" * (MAX_HEAD_BYTES - 20))
+        head = b"GET / HTTP/1.1\r\nhost: x\r\n" + filler + b"\r\n"
+        size = -(-len(head) // pieces)
+        for start in range(0, len(head), size):
+            await client.send(head[start : start + size])
+            await asyncio.sleep(SETTLE_S)
+        assert (await client.rest()).startswith(b"HTTP/1.1 400")
+
+
 async def test_a_head_just_below_the_size_limit_is_accepted() -> None:
     async with Server() as server:
         client = await server.connect()

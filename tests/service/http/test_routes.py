@@ -738,6 +738,13 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_memory")
+def test_each_image_of_a_request_that_fails_for_lack_of_memory_counts(client: TestClient, photo: bytes) -> None:
+    answer = client.post("/classify", files=[("file", photo)] * FAILURES_IN_A_ROW)
+    assert [each["error"]["code"] for each in answer.json()["results"]] == ["out_of_memory"] * FAILURES_IN_A_ROW
+    assert error_code(client.get("/health/ready"), 503) == "not_ready"
+
+
+@pytest.mark.usefixtures("no_memory")
 def test_a_server_that_runs_out_of_memory_on_every_request_is_not_ready(client: TestClient, photo: bytes) -> None:
     for _ in range(FAILURES_IN_A_ROW):
         assert client.get("/health/ready").status_code == 200

@@ -46,7 +46,7 @@ def capped(constraints: RequestConstraints, gflops: float) -> RequestConstraints
             Reason(ReasonCode.ALL_IN_TIME, 8, 41.0, safety_factor=1.5),
             1,
             "8 waiting: grid 4 at keep rate 0.5 is the most accurate that answers all of them in time if better ones "
-            "take 1.5 times as long (deadlines were missed recently)",
+            "take 1.5 times as long (requests were missed recently)",
         ),
         (
             Reason(ReasonCode.SUSTAINED_OVERLOAD, 8),

@@ -8,6 +8,7 @@ level 2: 80 120 160 200 ms
 import math
 import random
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
@@ -15,7 +16,7 @@ from models.latency import LatencyTable
 from models.profiles import CascadeProfile, ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
 from service.domain import LookCode
-from service.errors import OverloadedError
+from service.errors import OverloadedError, OverloadReason
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.estimators import REMEMBERED_REQUESTS, SUSTAINED_TIME_S
 from service.scheduling.level_policy import choose_level
@@ -458,6 +459,15 @@ def test_requests_rejected_because_of_others_count_as_arrivals(scheduler: Schedu
             scheduler.admit(waits(due_s), 0.0, delay)
         counted.append(scheduler.state(0.0).arrival_rate)
     assert counted[0] < counted[1] < counted[2]
+
+
+@pytest.mark.parametrize("reason", get_args(OverloadReason))
+def test_requests_rejected_for_limits_of_their_own_client_do_not_count_as_arrivals(
+    scheduler: Scheduler, reason: OverloadReason
+) -> None:
+    for _ in range(100):
+        scheduler.rejected(reason, 0.0)
+    assert (scheduler.state(0.0).arrival_rate > 0) == (reason not in ("no_time", "key", "address"))
 
 
 def test_a_throttled_engine_is_occupied_for_longer_than_its_batches(fast_catalog: VariantCatalog) -> None:
