@@ -55,9 +55,9 @@ class LatencyEstimate:
         """Estimate the seconds of each of the given cells."""
         costs = self._costs_of(cells)
         likely = (_terms(costs) @ self._factors) * np.exp(self._correction(_nearness(costs, self._costs)))
-        cheaper, dearer = _dominated(self._costs, costs), _dominated(-self._costs, -costs)
+        cheaper, costlier = _dominated(self._costs, costs), _dominated(-self._costs, -costs)
         lowest = np.where(cheaper, self._seconds, 0.0).max(axis=1)
-        highest = np.where(dearer, self._seconds, np.inf).min(axis=1)
+        highest = np.where(costlier, self._seconds, np.inf).min(axis=1)
         bounded: list[float] = np.minimum(np.maximum(likely, lowest), np.maximum(lowest, highest)).tolist()
         return bounded
 

@@ -238,9 +238,9 @@ def _require_comparable(new: Checkpoint, old: Checkpoint, change: ModelChange) -
     """
     if not _can_compare(new, old):
         raise ModelChangeError('its image size or patch grids do not fit the served model; use "force" to serve it')
-    dearer = _cheapest_macs(new) / _cheapest_macs(old)
-    if dearer > change.most_slowdown:
-        message = f"its cheapest sub-network costs {dearer:.3g} times as much as that of the served model"
+    costlier = _cheapest_macs(new) / _cheapest_macs(old)
+    if costlier > change.most_slowdown:
+        message = f"its cheapest sub-network costs {costlier:.3g} times as much as that of the served model"
         raise ModelChangeError(f"{message}, more than most_slowdown ({change.most_slowdown:g})")
 
 

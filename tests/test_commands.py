@@ -41,7 +41,7 @@ PLACEHOLDERS = {"N": "2"}
 
 # Beginnings of commands, and the tests that run these commands.
 RUN = {
-    "supervit classify models/checkpoints/photographs/*.jpg": "tests/test_commands.py::test_the_photographs_are_known",
+    "supervit classify *.jpg --budget-gflops": "tests/test_commands.py::test_the_photographs_are_known",
     "python -m tests.benchmarks.bench_paradigm": "tests/benchmarks/test_bench_paradigm.py::"
     "test_arms_are_trained_measured_and_laid_out",
     "set -a; . deploy/ray/environment": "tests/test_commands.py::test_the_environment_of_ray_is_read_by_a_shell",
@@ -178,8 +178,8 @@ def test_every_file_of_the_repository_that_a_command_names_exists(page: str, com
 
 def test_the_photographs_are_known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Run the command of the README, with its defaults."""
-    monkeypatch.chdir(ROOT)
-    (command,) = (command for command in commands("README.md") if "photographs/*.jpg" in command)
+    monkeypatch.chdir(ROOT / "models/checkpoints/photographs")
+    (command,) = (command for command in commands("README.md") if "classify *.jpg --budget-gflops" in command)
     words = [found for word in shlex.split(command) for found in sorted(map(str, Path().glob(word))) or [word]]
     assert main(words[1:]) == 0
     shown = capsys.readouterr().out

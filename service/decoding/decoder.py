@@ -139,20 +139,20 @@ class Decoder:
         """
         urgency = (-priority, deadline_at)
         with self._lock:
-            unopened, ordinary, dear = (
+            unopened, ordinary, expensive = (
                 jobs[: bisect_right(jobs, urgency, key=_urgency)]
                 for jobs in (self._unopened, self._ordinary, self._expensive)
             )
             running_s = [abs(job.expected_s - (now - job.started_at)) for job in self._running]
-            dear_s = sum(job.expected_s for job in dear)
+            expensive_s = sum(job.expected_s for job in expensive)
             cheap_s = sum(job.expected_s for job in (*unopened, *ordinary))
             num_cheap = len(unopened) + len(ordinary)
         idle = self._threads - len(running_s)
         if self._threads == 1:
-            return sum(running_s) + cheap_s + dear_s
+            return sum(running_s) + cheap_s + expensive_s
         if idle > num_cheap:  # expensive images never take the last thread
             return 0.0
-        return (0.0 if idle else min(running_s)) + min((cheap_s + dear_s) / self._threads, cheap_s)
+        return (0.0 if idle else min(running_s)) + min((cheap_s + expensive_s) / self._threads, cheap_s)
 
     def take_over(self, other: "Decoder") -> None:
         """Adopt the decode times that another decoder has learned."""
@@ -202,10 +202,10 @@ class Decoder:
         """
         if job.address is None:
             return
-        dear = [other for other in (*self._expensive, *self._running) if other.is_expensive]
-        own_s = [other.expected_s for other in dear if other.address == job.address]
+        expensive = [other for other in (*self._expensive, *self._running) if other.is_expensive]
+        own_s = [other.expected_s for other in expensive if other.address == job.address]
         over_s = sum(own_s) + job.expected_s - self._max_s_per_address
-        if 0 < len(own_s) < len(dear) and over_s > 0:  # an only image is bounded by its deadline
+        if 0 < len(own_s) < len(expensive) and over_s > 0:  # an only image is bounded by its deadline
             message = f"the pending images of this address already take {sum(own_s):.3g} s to decode; try again later"
             raise OverloadedError(message, "address", over_s / max(1, self._threads - 1))
 

@@ -74,11 +74,11 @@ class Replica:
         elapsed_s = self._told_at - last_at
         rates = {name: (total - before[name]) / elapsed_s for name, total in self._totals.items()}
         # The factor by which inference would have cost more if the most accurate sub-network had run for every image.
-        dearer = 1 + rates["saved_gflops"] / rates["spent_gflops"] if rates["spent_gflops"] else 1
+        costlier = 1 + rates["saved_gflops"] / rates["spent_gflops"] if rates["spent_gflops"] else 1
         return {
             "requests_per_s": rates["met"] + rates["missed"],
             "accuracy_loss_per_s": rates["accuracy_loss"] + rates["missed"],
-            "engines_wanted": max(rates["taken_s"] * dearer, rates["decode_s"] / self._decode_threads),
+            "engines_wanted": max(rates["taken_s"] * costlier, rates["decode_s"] / self._decode_threads),
         }
 
 

@@ -243,9 +243,9 @@ def _affordable(levels: Sequence[Variant], others: Sequence[Variant]) -> tuple[V
 
 
 def _is_below_dearer(variant: Variant, trained: Sequence[Variant]) -> bool:
-    """Return whether the next dearer trained one is better: an untrained keep rate that measures better is chance."""
-    dearer = next((one for one in trained if one.profile.macs > variant.profile.macs), None)
-    return dearer is not None and variant.worth < dearer.worth
+    """Return whether the next costlier trained one is better: an untrained keep rate that measures better is chance."""
+    costlier = next((one for one in trained if one.profile.macs > variant.profile.macs), None)
+    return costlier is not None and variant.worth < costlier.worth
 
 
 def fits(profile: SubNetworkProfile, budget_gflops: float | None) -> bool:

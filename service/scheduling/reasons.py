@@ -87,11 +87,11 @@ def _explain_deadlines(reason: Reason, catalog: VariantCatalog, variant: Variant
 
 
 def _explain_budget(catalog: VariantCatalog, variant: Variant, budget: str, quality: str) -> str:
-    dearer = catalog.next_better(variant)
-    if dearer is None:
+    costlier = catalog.next_better(variant)
+    if costlier is None:
         return f"{budget} allow {quality} {_kind(variant)}, {variant}"
-    costs = f"{_rounded_up(dearer.most_gflops):.4g}"
-    return f"{variant} is {quality} within {budget}; the next better one, {dearer}, costs {costs}"
+    costs = f"{_rounded_up(costlier.most_gflops):.4g}"
+    return f"{variant} is {quality} within {budget}; the next better one, {costlier}, costs {costs}"
 
 
 def _rounded_up(gflops: float) -> float:

@@ -5,7 +5,7 @@ from models.subnetwork import SubNetwork
 
 SUBNETWORKS = [SubNetwork(grid, 1.0) for grid in (2, 3, 4, 5)]
 MACS = dict(zip(SUBNETWORKS, (100, 200, 400, 800), strict=True))
-CHEAPEST, SECOND, THIRD, DEAREST = SUBNETWORKS
+CHEAPEST, SECOND, THIRD, COSTLIEST = SUBNETWORKS
 CELLS = [(subnetwork, size) for subnetwork in SUBNETWORKS for size in (1, 2, 4, 8)]
 
 
@@ -20,7 +20,7 @@ def measured(*cells: Cell) -> dict[Cell, float]:
 
 
 def test_latencies_linear_in_batch_images_and_macs_are_estimated_exactly() -> None:
-    estimate = LatencyEstimate(measured((CHEAPEST, 1), (CHEAPEST, 8), (DEAREST, 1), (DEAREST, 4)), MACS)
+    estimate = LatencyEstimate(measured((CHEAPEST, 1), (CHEAPEST, 8), (COSTLIEST, 1), (COSTLIEST, 4)), MACS)
     assert estimate.seconds(CELLS) == pytest.approx([seconds(cell) for cell in CELLS])
     assert estimate.error == MIN_ERROR
 
@@ -39,7 +39,7 @@ def test_no_factor_of_the_fit_is_negative() -> None:
 
 
 def test_a_cell_that_deviates_from_the_fit_corrects_the_estimates_near_it() -> None:
-    known = measured((CHEAPEST, 1), (CHEAPEST, 8), (DEAREST, 1), (DEAREST, 8))
+    known = measured((CHEAPEST, 1), (CHEAPEST, 8), (COSTLIEST, 1), (COSTLIEST, 8))
     plain, odd = LatencyEstimate(known, MACS), LatencyEstimate(known | {(SECOND, 1): 2 * seconds((SECOND, 1))}, MACS)
     near, far = [(SECOND, 2)], [(CHEAPEST, 8)]
     assert odd.seconds(near)[0] > 1.1 * plain.seconds(near)[0]
@@ -48,7 +48,10 @@ def test_a_cell_that_deviates_from_the_fit_corrects_the_estimates_near_it() -> N
 
 
 def test_estimates_lie_between_the_measurements_of_cheaper_and_costlier_batches() -> None:
-    known = measured((CHEAPEST, 1), (CHEAPEST, 8), (DEAREST, 1), (DEAREST, 8)) | {(SECOND, 2): 0.08, (THIRD, 2): 0.081}
+    known = measured((CHEAPEST, 1), (CHEAPEST, 8), (COSTLIEST, 1), (COSTLIEST, 8)) | {
+        (SECOND, 2): 0.08,
+        (THIRD, 2): 0.081,
+    }
     estimate = LatencyEstimate(known, MACS)
     between = MACS | {SubNetwork(9, 1.0): 300}
     (found,) = LatencyEstimate(known, between).seconds([(SubNetwork(9, 1.0), 2)])

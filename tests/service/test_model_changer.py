@@ -256,8 +256,8 @@ async def test_a_model_that_is_too_slow_is_refused(stage: Stage) -> None:
 
 async def test_a_model_whose_cheapest_sub_network_costs_too_much_is_refused_before_it_runs(stage: Stage) -> None:
     profile = NEW.profile
-    dear = replace(profile, rows=tuple(replace(row, macs=3 * row.macs) for row in profile.rows))
-    stage.new = Model(replace(NEW, profile=dear))
+    expensive = replace(profile, rows=tuple(replace(row, macs=3 * row.macs) for row in profile.rows))
+    stage.new = Model(replace(NEW, profile=expensive))
     report = await stage.change()
     assert (report.outcome, report.step) == ("refused", "load")
     assert "costs 3 times as much" in str(report.message)

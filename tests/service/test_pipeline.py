@@ -514,11 +514,11 @@ async def test_probabilities_are_scaled_as_in_calibration(logits: list[float]) -
 
 
 async def test_a_sub_network_by_name_that_costs_more_than_the_best_runs_and_saves_nothing() -> None:
-    good, dear = SubNetwork(4, 0.5), SubNetwork(4, 1.0)
-    profiles = ProfileTable((SubNetworkProfile(good, 10, 0.7), SubNetworkProfile(dear, 20, 0.6)))
+    good, expensive = SubNetwork(4, 0.5), SubNetwork(4, 1.0)
+    profiles = ProfileTable((SubNetworkProfile(good, 10, 0.7), SubNetworkProfile(expensive, 20, 0.6)))
     async with running(Parts().open(), profiles) as pipeline:
-        answer = await pipeline.classify(two_bytes, wanted(subnetwork=dear))
-    assert answer.decision.profile.subnetwork == dear
+        answer = await pipeline.classify(two_bytes, wanted(subnetwork=expensive))
+    assert answer.decision.profile.subnetwork == expensive
     assert answer.accuracy_loss == pytest.approx(0.1)
     assert answer.saved_gflops == 0.0
 

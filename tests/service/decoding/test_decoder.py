@@ -201,7 +201,7 @@ class Mixed:
     def open(self, data: bytes) -> OpenedImage:
         is_expensive = data.isupper()
         return OpenedImage(
-            "dear" if is_expensive else "ordinary",
+            "expensive" if is_expensive else "ordinary",
             20 * COST_S if is_expensive else COST_S,
             100 if is_expensive else 1,
             lambda: self.decode(data),

@@ -9,7 +9,7 @@ from models.subnetwork import SubNetwork
 from service.engines.growing_profile import SERVED_RUN_WEIGHT, GrowingProfile, first_cells, untimed_shapes
 from service.engines.profiler import MIN_RUNS, MIN_SLOW_RUNS, SLOW_S, Figures
 
-CHEAPEST, MIDDLE, DEAREST = SubNetwork(2, 0.5), SubNetwork(4, 0.5), SubNetwork(4, 1.0)
+CHEAPEST, MIDDLE, COSTLIEST = SubNetwork(2, 0.5), SubNetwork(4, 0.5), SubNetwork(4, 1.0)
 SIZES = (1, 2, 4)
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -37,9 +37,9 @@ def test_a_cell_is_measured_after_enough_runs_without_the_first(profile: Growing
 
 def test_a_slow_cell_needs_fewer_runs_and_its_first_run_counts(profile: GrowingProfile) -> None:
     for _ in range(MIN_SLOW_RUNS):
-        assert profile.seconds((DEAREST, 4)) is None
-        profile.record((DEAREST, 4), 2 * SLOW_S)
-    assert profile.seconds((DEAREST, 4)) == 2 * SLOW_S
+        assert profile.seconds((COSTLIEST, 4)) is None
+        profile.record((COSTLIEST, 4), 2 * SLOW_S)
+    assert profile.seconds((COSTLIEST, 4)) == 2 * SLOW_S
 
 
 def test_a_batch_of_requests_counts_less_than_a_run_of_an_idle_engine(profile: GrowingProfile) -> None:
@@ -98,7 +98,7 @@ def test_cells_that_fit_are_due_round_by_round_with_cheap_ones_first(profiles: P
         measure(profile, (row.subnetwork, 1), 1e-7 * row.macs)
     costs = profile.predict().likely.seconds
     order = []
-    while (due := profile.due(lambda _, seconds: seconds < costs[DEAREST][1])) is not None:
+    while (due := profile.due(lambda _, seconds: seconds < costs[COSTLIEST][1])) is not None:
         cell, seconds = due
         assert seconds == costs[cell[0]][1]
         order.append(cell)
@@ -106,7 +106,7 @@ def test_cells_that_fit_are_due_round_by_round_with_cheap_ones_first(profiles: P
     in_turn = [(row.subnetwork, 2) for row in profiles.rows[:-1]]
     # The first run, which does not count, another one at once, and two more rounds.
     assert order == [cell for cell in in_turn for _ in range(2)] + 2 * in_turn
-    assert profile.due(lambda *_: True) == ((DEAREST, 2), costs[DEAREST][1])
+    assert profile.due(lambda *_: True) == ((COSTLIEST, 2), costs[COSTLIEST][1])
 
 
 def test_an_untrained_keep_rate_stays_an_estimate_unless_batches_measure_it(profiles: ProfileTable) -> None:
@@ -130,12 +130,12 @@ def test_an_untrained_keep_rate_stays_an_estimate_unless_batches_measure_it(prof
 
 
 def test_figures_from_a_file_or_another_process_are_taken_over_and_never_replaced(profiles: ProfileTable) -> None:
-    kept = Figures({(CHEAPEST, 1): 0.01, (DEAREST, 1): 0.05}, {(CHEAPEST, 1): 0.2, (DEAREST, 1): 0.1}, NOW)
+    kept = Figures({(CHEAPEST, 1): 0.01, (COSTLIEST, 1): 0.05}, {(CHEAPEST, 1): 0.2, (COSTLIEST, 1): 0.1}, NOW)
     profile = GrowingProfile(profiles, SIZES, kept)
     assert profile.measured_share == pytest.approx(2 / 12)
     assert profile.figures == kept
     profile.merge(Figures({(CHEAPEST, 1): 9.0, (MIDDLE, 1): 0.02}, {(CHEAPEST, 1): 0.0, (MIDDLE, 1): 0.0}, NOW))
-    assert profile.figures.seconds == {(CHEAPEST, 1): 0.01, (DEAREST, 1): 0.05, (MIDDLE, 1): 0.02}
+    assert profile.figures.seconds == {(CHEAPEST, 1): 0.01, (COSTLIEST, 1): 0.05, (MIDDLE, 1): 0.02}
     assert profile.figures.spread[CHEAPEST, 1] == 0.2
 
 
@@ -144,14 +144,14 @@ def test_a_profile_is_as_old_as_the_oldest_figures_that_it_took_over(profiles: P
     assert profile.began_at > NOW
     profile.merge(Figures({(CHEAPEST, 1): 0.01}, {(CHEAPEST, 1): 0.0}, NOW))
     assert profile.began_at == profile.figures.measured_at == NOW
-    profile.merge(Figures({(DEAREST, 1): 0.05}, {(DEAREST, 1): 0.0}, NOW + timedelta(days=1)))
+    profile.merge(Figures({(COSTLIEST, 1): 0.05}, {(COSTLIEST, 1): 0.0}, NOW + timedelta(days=1)))
     assert profile.began_at == NOW
 
 
 def test_the_first_cells_span_costs_and_sizes_with_the_most_informative_first(profiles: ProfileTable) -> None:
     cells = first_cells(profiles, (1, 2, 4, 8, 16))
     assert [size for _, size in cells] == [1, 1, 1, 4, 4, 4, 16, 16, 16]
-    assert cells[:2] == [(CHEAPEST, 1), (DEAREST, 1)]
+    assert cells[:2] == [(CHEAPEST, 1), (COSTLIEST, 1)]
     assert len(set(cells)) == 9
     assert [size for _, size in first_cells(profiles, (1,))] == [1, 1, 1]
 
@@ -159,7 +159,7 @@ def test_the_first_cells_span_costs_and_sizes_with_the_most_informative_first(pr
 def test_a_slow_sub_network_counts_as_more_work(profiles: ProfileTable) -> None:
     slow = ProfileTable(tuple(replace(row, slowness=1 + (row.subnetwork == CHEAPEST)) for row in profiles.rows))
     (least, _), (most, _), *_ = first_cells(slow, (1,))
-    assert (least == CHEAPEST, most) == (False, DEAREST)
+    assert (least == CHEAPEST, most) == (False, COSTLIEST)
     growing = GrowingProfile(slow, (1,))
     for cell in first_cells(slow, (1,)):
         measure(growing, cell, slow.by_subnetwork[cell[0]].work)
@@ -168,5 +168,5 @@ def test_a_slow_sub_network_counts_as_more_work(profiles: ProfileTable) -> None:
 
 
 def test_batch_sizes_between_the_measured_ones_are_untimed_shapes() -> None:
-    assert untimed_shapes([CHEAPEST, DEAREST], (1, 2, 4)) == [(CHEAPEST, 3), (DEAREST, 3)]
+    assert untimed_shapes([CHEAPEST, COSTLIEST], (1, 2, 4)) == [(CHEAPEST, 3), (COSTLIEST, 3)]
     assert untimed_shapes([CHEAPEST], (1, 2, 4, 7)) == [(CHEAPEST, 3), (CHEAPEST, 5), (CHEAPEST, 6)]

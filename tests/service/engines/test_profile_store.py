@@ -64,8 +64,8 @@ def test_the_latencies_of_an_engine_that_pads_batches_are_marked_as_padded(engin
 
 def test_a_first_start_keeps_its_time_budget_but_measures_at_least_two_sub_networks(engine: Engine) -> None:
     profile, _ = engine.begin(budget_s=0.0)
-    cheapest, dearest = first_cells(extended_profile(engine.checkpoint), SIZES)[:2]
-    assert set(profile.figures.seconds) == {cheapest, dearest}
+    cheapest, most_expensive = first_cells(extended_profile(engine.checkpoint), SIZES)[:2]
+    assert set(profile.figures.seconds) == {cheapest, most_expensive}
     engine.factor, engine.folder = 100.0, engine.folder / "another"
     began = engine.now
     profile, _ = engine.begin(budget_s=3.0)
@@ -75,8 +75,8 @@ def test_a_first_start_keeps_its_time_budget_but_measures_at_least_two_sub_netwo
 def test_a_later_start_continues_from_the_stored_figures(engine: Engine) -> None:
     first, _ = engine.begin()
     second, _ = engine.begin()
-    dearest = max(first.figures.seconds, key=lambda cell: (cell[1] == 1, first.figures.seconds[cell]))
-    assert engine.ran == [dearest] * PROBES
+    most_expensive = max(first.figures.seconds, key=lambda cell: (cell[1] == 1, first.figures.seconds[cell]))
+    assert engine.ran == [most_expensive] * PROBES
     assert second.figures.seconds == pytest.approx(dict(first.figures.seconds))
     assert second.began_at.replace(microsecond=0) == first.began_at.replace(microsecond=0)
 

@@ -17,7 +17,7 @@ from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
 from tests.service.execution.looks import IMAGE, looks_of
 
-CHEAPEST, MIDDLE, DEAREST = SubNetwork(2, 0.5), SubNetwork(4, 0.5), SubNetwork(4, 1.0)
+CHEAPEST, MIDDLE, COSTLIEST = SubNetwork(2, 0.5), SubNetwork(4, 0.5), SubNetwork(4, 1.0)
 SIZES = (1, 2, 4)
 BUDGET_S = 1.0
 BEGAN_AT = datetime(2026, 1, 2, tzinfo=UTC)
@@ -179,20 +179,20 @@ def test_figures_are_taken_over_from_another_process_that_measures(idle: Idle) -
         idle.wait()
     assert not idle.ran
     shares = [idle.profiler.measured_share]
-    idle.folder.by_others = Figures({(DEAREST, 4): 0.123}, {(DEAREST, 4): 0.0}, BEGAN_AT)
+    idle.folder.by_others = Figures({(COSTLIEST, 4): 0.123}, {(COSTLIEST, 4): 0.0}, BEGAN_AT)
     for _ in range(math.ceil(PUBLISH_S / RECHECK_S) + 1):
         idle.wait()
     assert idle.profiler.measured_share > shares[0]
-    assert idle.published[-1].likely.seconds[DEAREST][-1] == 0.123
+    assert idle.published[-1].likely.seconds[COSTLIEST][-1] == 0.123
     idle.profiler.close()
     assert not idle.folder.written  # only the process that measures writes
 
 
 def test_figures_that_a_command_measured_meanwhile_are_not_overwritten(idle: Idle) -> None:
     idle.wait_until(lambda: bool(idle.ran))
-    idle.folder.by_others = Figures({(DEAREST, 4): 0.123}, {(DEAREST, 4): 0.0}, BEGAN_AT)
+    idle.folder.by_others = Figures({(COSTLIEST, 4): 0.123}, {(COSTLIEST, 4): 0.0}, BEGAN_AT)
     idle.profiler.close()
-    assert idle.folder.written[-1].seconds[DEAREST, 4] == 0.123
+    assert idle.folder.written[-1].seconds[COSTLIEST, 4] == 0.123
 
 
 def test_another_process_continues_once_the_one_that_measured_has_ended(idle: Idle) -> None:
@@ -235,14 +235,14 @@ def test_request_batches_measure_nothing_if_no_measured_cell_ran_just_before(idl
 
 
 def test_warm_up_shapes_run_after_the_profile_for_a_limited_time(profiles: ProfileTable) -> None:
-    shapes = ((CHEAPEST, 3), (DEAREST, 3)) * 200
+    shapes = ((CHEAPEST, 3), (COSTLIEST, 3)) * 200
     idle = Idle(profiles, shapes)
     idle.finish()
     first = idle.ran.index((CHEAPEST, 3))
     assert idle.profile.is_complete
-    assert set(idle.ran[first:]) == {(CHEAPEST, 3), (DEAREST, 3)}
+    assert set(idle.ran[first:]) == {(CHEAPEST, 3), (COSTLIEST, 3)}
     spent_s = sum(idle.seconds(cell) for cell in idle.ran[first:])
-    assert WARM_UP_S <= spent_s < WARM_UP_S + idle.seconds((DEAREST, 3)) * 1.1
+    assert WARM_UP_S <= spent_s < WARM_UP_S + idle.seconds((COSTLIEST, 3)) * 1.1
 
 
 def test_a_batch_without_new_information_is_not_published(profiles: ProfileTable) -> None:

@@ -169,7 +169,7 @@ def test_a_budget_in_the_body_overrides_the_query_and_that_in_the_query_the_head
 ) -> None:
     rows = client.get("/subnetworks").json()["subnetworks"]
     cheap, middle = (next(row["gflops"] for row in rows if row["patch_grid"] == grid) for grid in (2, 4))
-    dear = checkpoint.profile.by_subnetwork[checkpoint.config.largest].gflops
+    expensive = checkpoint.profile.by_subnetwork[checkpoint.config.largest].gflops
     pixels = np.zeros((1, 3, checkpoint.config.image_side, checkpoint.config.image_side), np.uint8)
     raw = pixels.tobytes()
     image = tensor("UINT8", list(pixels.shape), parameters={"binary_data_size": len(raw)})
@@ -181,7 +181,7 @@ def test_a_budget_in_the_body_overrides_the_query_and_that_in_the_query_the_head
 
     assert spent() == cheap
     assert spent(f"?budget_gflops={middle}") == middle
-    assert spent(f"?budget_gflops={middle}", budget_gflops=dear) == dear
+    assert spent(f"?budget_gflops={middle}", budget_gflops=expensive) == expensive
 
 
 def test_the_timeout_parameter_is_a_latency_budget_in_microseconds(client: TestClient, photo: bytes) -> None:

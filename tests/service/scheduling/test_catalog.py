@@ -127,12 +127,12 @@ def test_interpolated_keep_rates_use_up_a_budget_but_are_no_levels() -> None:
 
 
 def test_an_untrained_keep_rate_that_measures_better_than_a_dearer_level_does_not_displace_it() -> None:
-    cheap, dear = PROFILES.rows[0], PROFILES.rows[-1]
-    lucky = SubNetworkProfile(SubNetwork(14, 0.45), dear.macs - 1, 0.81, is_trained=False)
-    useful = SubNetworkProfile(SubNetwork(14, 0.4), dear.macs - 2, 0.79, is_trained=False)
-    catalog = catalog_of(ProfileTable((cheap, useful, lucky, dear)))
-    assert [variant.profile for variant in catalog.frontier] == [cheap, useful, dear]
-    assert catalog.best.profile == dear
+    cheap, expensive = PROFILES.rows[0], PROFILES.rows[-1]
+    lucky = SubNetworkProfile(SubNetwork(14, 0.45), expensive.macs - 1, 0.81, is_trained=False)
+    useful = SubNetworkProfile(SubNetwork(14, 0.4), expensive.macs - 2, 0.79, is_trained=False)
+    catalog = catalog_of(ProfileTable((cheap, useful, lucky, expensive)))
+    assert [variant.profile for variant in catalog.frontier] == [cheap, useful, expensive]
+    assert catalog.best.profile == expensive
     assert catalog.grant_within(lucky.gflops).best.profile == useful
     assert catalog.grant_named(lucky.subnetwork).best.index >= catalog.num_levels
     assert catalog.next_better(catalog.best) is None

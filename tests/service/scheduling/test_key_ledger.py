@@ -228,7 +228,7 @@ def test_a_key_of_far_higher_weight_gets_most_of_the_capacity(catalog: VariantCa
 
 
 def test_the_burst_of_a_process_allows_an_answer_of_the_model_that_is_served() -> None:
-    ledger, key = KeyLedger(0.5, 0.25), ApiKey("dear", gflops_per_s=10.0, burst_gflops=10.0)
+    ledger, key = KeyLedger(0.5, 0.25), ApiKey("expensive", gflops_per_s=10.0, burst_gflops=10.0)
     assert ledger.wait_s(key, 4.0, 0.0) == float("inf")
     ledger.answer_gflops = 4.0
     assert ledger.wait_s(key, 4.0, 0.0) < float("inf")
