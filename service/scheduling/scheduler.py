@@ -20,14 +20,7 @@ from service.scheduling.locked import locked
 from service.scheduling.preview import Preview, preview
 from service.scheduling.queue import RequestQueue
 from service.scheduling.second_look import Looked, next_look
-from service.scheduling.state import (
-    NO_DELAY,
-    BatchDecision,
-    Decide,
-    PreprocessingDelay,
-    QueuedRequest,
-    SchedulerState,
-)
+from service.scheduling.state import NO_DELAY, BatchDecision, Decide, PreprocessingDelay, QueuedRequest, SchedulerState
 from service.scheduling.variants import Variant
 
 RESERVATION_TIMEOUT_S = 0.05  # for which a place is kept: the event loop may take that long to return to the request
