@@ -29,7 +29,7 @@ def create_app(
     ready_first: bool = False,
     sends_request_id: bool = True,
     is_public: bool = False,
-    beside: Sequence[Callable[[], AbstractAsyncContextManager[object]]] = (),
+    side_services: Sequence[Callable[[], AbstractAsyncContextManager[object]]] = (),
 ) -> FastAPI:
     """Create the application that serves a runtime.
 
@@ -38,14 +38,14 @@ def create_app(
         ready_first: accept requests only once the model can answer them, for use where other servers answer until then.
         sends_request_id: send back an X-Request-ID, for use where no proxy does.
         is_public: leave out what is for operators: metrics, the machine, the page and the documentation.
-        beside: context managers that stay open while the app runs; each serves the same runtime over another protocol
-            or at another port.
+        side_services: context managers that stay open while the app runs; each serves the same runtime over another
+            protocol or at another port.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with runtime.running(ready_first=ready_first), AsyncExitStack() as others:
-            for serving in beside:
+            for serving in side_services:
                 await others.enter_async_context(serving())
             yield
 

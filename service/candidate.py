@@ -89,12 +89,12 @@ class CandidateMaker:
             raise ModelChangeError(message)
         return self._load(path)
 
-    def prepare(self, checkpoint: Checkpoint, beside: ServedModel) -> ServedModel:
+    def prepare(self, checkpoint: Checkpoint, served: ServedModel) -> ServedModel:
         """Compile a model, run each sub-network once, and look up or measure its latencies.
 
         Args:
             checkpoint: the candidate.
-            beside: the served model, whose latencies are taken over where they must be the same.
+            served: the served model, whose latencies are taken over where they must be the same.
 
         Raises:
             DeviceError: no engine can run the model here.
@@ -123,11 +123,11 @@ class CandidateMaker:
             monitor=self._monitor,
             threads=threads,
             ledger=self._ledger,
-            known=self._latencies(checkpoint, engine, run, beside),
+            known=self._latencies(checkpoint, engine, run, served),
         )
 
-    def rehearse(self, model: ServedModel, beside: ServedModel) -> None:
-        """Run each batch shape that the served model, `beside`, ran recently, if its batch takes at most REHEARSED_S.
+    def rehearse(self, model: ServedModel, served: ServedModel) -> None:
+        """Run each batch shape that the served model ran recently, if its batch takes at most REHEARSED_S.
 
         A library prepares itself at the first batch of a shape, for milliseconds. That is negligible where batches take
         long. Where they take only a few milliseconds, it doubles the time of all batches that follow the change.
@@ -140,7 +140,7 @@ class CandidateMaker:
         run, side = self.run_of(model.engine), model.checkpoint.config.image_side
         alone = [variant for variant in model.server.scheduler.catalog.variants if variant.second_look is None]
         seconds = {variant.profile.subnetwork: variant.latency_by_batch_s for variant in alone}
-        for subnetwork, size in beside.sample.shapes():
+        for subnetwork, size in served.sample.shapes():
             by_batch_s = seconds.get(subnetwork, ())
             if size <= len(by_batch_s) and by_batch_s[size - 1] <= REHEARSED_S:
                 run(torch.zeros(size, 3, side, side, dtype=torch.uint8), subnetwork)
@@ -169,7 +169,7 @@ class CandidateMaker:
                 self._thread.work(partial(engine.prepare, subnetwork, batch_size)).result()
 
     def _latencies(
-        self, checkpoint: Checkpoint, engine: Engine, run: Run, beside: ServedModel
+        self, checkpoint: Checkpoint, engine: Engine, run: Run, served: ServedModel
     ) -> ProfileWithFile | LatencyTable:
         """Take over the latencies of the served model where they must be the same; otherwise begin to measure."""
         folder, most, name = self._settings.profile_folder, self._settings.max_batch_size, engine.describe()
@@ -184,13 +184,13 @@ class CandidateMaker:
             is_padded=padded,
             is_stopping=self._is_stopping,
         )
-        is_same = checkpoint.config == beside.checkpoint.config and name == beside.engine.describe()
+        is_same = checkpoint.config == served.checkpoint.config and name == served.engine.describe()
         if not is_same:
             return begin()
-        if not isinstance(beside.known, LatencyTable):
+        if not isinstance(served.known, LatencyTable):
             return inherited_profile(
-                checkpoint, name, beside.known[0].figures, folder=folder, max_batch_size=most, is_padded=padded
+                checkpoint, name, served.known[0].figures, folder=folder, max_batch_size=most, is_padded=padded
             )
-        if beside.known.seconds.keys() >= extended_profile(checkpoint).by_subnetwork.keys():
-            return beside.known
+        if served.known.seconds.keys() >= extended_profile(checkpoint).by_subnetwork.keys():
+            return served.known
         return begin()

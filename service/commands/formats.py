@@ -97,11 +97,11 @@ def _table() -> Iterator[Show]:
 
     def show(photo: Path, answer: ClassifyAnswer) -> None:
         ran = answer.subnetwork
-        beside = (f"{ran.patch_grid}-{ran.keep_rate:g}", f"{answer.gflops:.3g}", f"{answer.timing_ms.total:.0f}")
+        columns = (f"{ran.patch_grid}-{ran.keep_rate:g}", f"{answer.gflops:.3g}", f"{answer.timing_ms.total:.0f}")
         for rank, entry in enumerate(answer.predictions):
             bar = ProgressBar(1, entry.probability, BAR_CHARACTERS, complete_style="cyan", finished_style="cyan")
             likely = Columns([Text(f"{entry.probability:6.1%}"), bar])
-            name, told = (_last(readable(photo)), beside) if rank == 0 else ("", ("",) * len(beside))
+            name, told = (_last(readable(photo)), columns) if rank == 0 else ("", ("",) * len(columns))
             table.add_row(Text(name), Text(readable(entry.label)), likely, *told)
 
     try:

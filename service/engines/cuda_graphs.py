@@ -174,7 +174,7 @@ class CudaDevice:
             return _CudaGraph(logits, max(0, free_bytes - self._free_bytes()), graph.replay)
 
     def _free_bytes(self) -> int:
-        """Return what is free for everyone: besides torch's own memory, the driver keeps some for each graph."""
+        """Return the GPU memory that is free for all processes: the driver, too, keeps some for each graph."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]

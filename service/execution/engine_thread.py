@@ -120,7 +120,7 @@ class EngineThread:
     def _loop(self) -> None:
         try:
             self._give_turns()
-        except BaseException as error:  # a bug: whoever waits on these futures must learn of it
+        except BaseException as error:  # a bug: the code that waits on these futures must get it
             with self._lock:
                 ends = [*self._served.values(), *(done for _, done in self._work)]
                 self._is_looping = False
@@ -203,7 +203,7 @@ class EngineThread:
         self._working = began_at, WORK_S
         try:
             result = function()
-        except Exception as error:  # the caller who asked for the work gets it
+        except Exception as error:  # the caller that submitted the work gets it
             done.set_exception(error)
         else:
             done.set_result(result)

@@ -224,16 +224,19 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         if certificate is not None:
             context, connections = certificate.context, shared["connections"]
             http = partial(TlsGate, protocol=http, context=context, connections=connections)
-        beside = [grpc_beside(settings, runtime, max_connections, certificate)]
+        side_services = [grpc_beside(settings, runtime, max_connections, certificate)]
         if settings.admin_port is not None:
             admin = _configure(settings, create_app(runtime), http)
             admin.lifespan = "off"  # the other app runs the lifespan of the runtime
-            beside.append(partial(serving_beside, admin, settings.host, settings.admin_port))
+            side_services.append(partial(serving_beside, admin, settings.host, settings.admin_port))
         if certificate is not None:
-            beside.append(certificate.refreshed)
+            side_services.append(certificate.refreshed)
         # Other workers may serve at the same address: this one takes no connection away from them before it is ready.
         app = create_app(
-            runtime, ready_first=settings.fd is not None, is_public=settings.admin_port is not None, beside=beside
+            runtime,
+            ready_first=settings.fd is not None,
+            is_public=settings.admin_port is not None,
+            side_services=side_services,
         )
         for name in unknown_variables():
             logger.warning("unknown environment variable %s", name)

@@ -1,4 +1,4 @@
-"""Cancellation of requests whose client has left: nobody waits for their answers, and others need the compute."""
+"""Cancellation of requests whose client has left: nothing waits for the answers, and others need the compute."""
 
 import asyncio
 from types import TracebackType

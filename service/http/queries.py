@@ -32,13 +32,13 @@ def parse_decide_query(query: bytes) -> DecideQuery:
     return validated(DecideQuery, _once(_pairs(query)))
 
 
-def parse_parameters(query: bytes, beside: Iterable[tuple[str, Any]]) -> ClassifyQuery:
+def parse_parameters(query: bytes, further: Iterable[tuple[str, Any]]) -> ClassifyQuery:
     """Read the parameters of a query and of the fields that come with the image; none may be in both.
 
     Raises:
         InvalidParameterError: a parameter is unusable, or given twice.
     """
-    return validated(ClassifyQuery, _once([*_pairs(query), *beside]))
+    return validated(ClassifyQuery, _once([*_pairs(query), *further]))
 
 
 def read_query(query: bytes) -> dict[str, str]:

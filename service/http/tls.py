@@ -66,7 +66,7 @@ class TlsGate(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         try:
             await loop.connect_accepted_socket(lambda: self, opened, ssl=self._context, ssl_handshake_timeout=HEAD_S)
-        except OSError:  # ssl.SSLError is one, too; there is nobody to report it to
+        except OSError:  # ssl.SSLError is one, too; it cannot be reported
             pass
         finally:
             self._all.forget(self)
