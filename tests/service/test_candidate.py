@@ -138,9 +138,10 @@ async def test_a_model_of_the_same_architecture_inherits_the_latencies_without_m
         new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
     assert stage.begun == 0
     assert sorted(stage.new.ran) == [(subnetwork, 1) for subnetwork in checkpoint.config.subnetworks]
-    figures = cast(ProfileWithFile, new.known)[0].figures
+    figures, served = cast(ProfileWithFile, new.known)[0].figures, known[0].figures
     assert figures.seconds
-    assert figures == known[0].figures
+    assert figures.seconds.items() <= served.seconds.items()  # the served model's grow on in idle moments
+    assert figures.measured_at == served.measured_at
     new.close()
 
 
