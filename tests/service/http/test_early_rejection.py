@@ -73,13 +73,19 @@ class ScriptedPipeline:
         self.rejected_again += 1
 
 
+def server_of(pipeline: ScriptedPipeline) -> ReadyServer:
+    return ReadyServer(cast(Pipeline, pipeline), *(cast(Any, None),) * 4)
+
+
 class Rejecting:
     """An early rejection over a scripted pipeline, with a clock that the test sets."""
 
     def __init__(self, context: RouteContext) -> None:
         self.pipeline, self.now = ScriptedPipeline(), 1000.0
-        server = ReadyServer(cast(Pipeline, self.pipeline), *(cast(Any, None),) * 4)
-        context = replace(context, servers=lambda: [server], state=lambda: ServerState.READY, clock=lambda: self.now)
+        self.server = server_of(self.pipeline)
+        context = replace(
+            context, servers=lambda: [self.server], state=lambda: ServerState.READY, clock=lambda: self.now
+        )
         self.context, self.rejection = context, EarlyRejection(context, "/classify")
 
     def answer(self, query: bytes = b"", arrived_at: float = 1000.0) -> bytes | None:
@@ -240,6 +246,14 @@ def test_the_rejection_of_a_full_server_is_not_reused(rejecting: Rejecting) -> N
     for _ in range(2):
         assert rejecting.answer()
     assert (len(rejecting.pipeline.asked), rejecting.pipeline.rejected_again) == (2, 0)
+
+
+def test_a_rejection_by_one_model_is_not_reused_for_another(rejecting: Rejecting) -> None:
+    rejecting.answer()
+    other = ScriptedPipeline()
+    rejecting.server = server_of(other)
+    rejecting.answer()
+    assert [(len(each.asked), each.rejected_again) for each in (rejecting.pipeline, other)] == [(1, 0), (1, 0)]
 
 
 def test_requests_with_a_foreign_host_or_a_repeated_header_are_left_to_the_application(rejecting: Rejecting) -> None:
