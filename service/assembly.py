@@ -1,6 +1,7 @@
 """Assembles the components of a model that is about to take requests: scheduler, batcher, decoder, pipeline."""
 
 import copy
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -41,6 +42,8 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
 ProfileWithFile = tuple[GrowingProfile, ProfileFile]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +120,8 @@ def assemble(
     latencies = known if isinstance(known, LatencyTable) else known[0].predict().likely
     catalog = VariantCatalog.of(extended_profile(checkpoint), latencies, cascades=settings.cascades)
     policy = find_policy(settings.policy, catalog)
+    if settings.cascades and not checkpoint.profile.cascades:
+        logger.warning("%s has no cascades: --cascades has no effect", checkpoint.name)
     scheduler = Scheduler(
         catalog,
         policy.make(catalog, settings.max_batch_size),

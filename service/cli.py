@@ -20,8 +20,8 @@ from service.errors import CommandError, ServiceError, WrongUsageError
 
 EXIT_CODES = """[bold]Exit codes[/bold]
   0    done
-  1    failure; the last line on stderr gives the reason
-  2    invalid command, option or value
+  1    failure; stderr gives the reason
+  2    unknown command or option, or a value out of its range
   130  stopped by Ctrl-C
 
 Help for a command: [bold]supervit COMMAND --help[/bold]"""

@@ -4,8 +4,8 @@
         answer = client.classify("dalmatian.jpg", budget_gflops=2.3, budget_ms=300)
         print(answer.predictions[0].label, answer.subnetwork.gflops)
 
-`AsyncClient` is the same for `await`. Both only send and sleep: `tries` decides what is sent, when it is sent again and
-what an answer means. Errors are those of `service.errors`, rebuilt from the server's answers.
+`AsyncClient` is the same for `await`. Both only send and sleep: `retries` decides what is sent, when it is sent again
+and what an answer means. Errors are those of `service.errors`, rebuilt from the server's answers.
 """
 
 import asyncio

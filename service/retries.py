@@ -1,6 +1,7 @@
 """What a client sends, when it retries, and what the answers mean. Sends nothing itself and never sleeps."""
 
 import math
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
@@ -191,10 +192,22 @@ def _read(reply: Reply, kind: type[Answer]) -> Answer:
 def _broken(error: httpx.HTTPError) -> ServiceError:
     site = _site(error.request)
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return UnreachableError(f"cannot connect to {site}")
+        return UnreachableError(f"cannot connect to {site}{tls_problem(error)}")
     if isinstance(error, httpx.TimeoutException):
         return ResponseTimeoutError(f"{site} did not answer in time")
     return ConnectionFailedError(f"{site} closed the connection before answering")
+
+
+def tls_problem(error: BaseException | None) -> str:
+    """Say what is wrong with a server's TLS, where that is why a connection failed, to follow a message about it."""
+    found = None
+    while error is not None:
+        if isinstance(error, ssl.SSLError) and hasattr(error, "reason"):  # aiohttp derives errors that lack it
+            found = error
+        error = error.__cause__ or error.__context__
+    if isinstance(found, ssl.SSLCertVerificationError):
+        return f": its certificate is not trusted ({found.verify_message}); SSL_CERT_FILE names those to trust"
+    return "" if found is None else f": it speaks no TLS that this client knows ({found.reason})"
 
 
 def _site(request: httpx.Request) -> str:

@@ -104,10 +104,8 @@ class ServerRuntime:
             engine, checkpoint = open_engine(checkpoint, kind, device, precision, self._threads)
         self._first: tuple[Engine, Checkpoint] | None = engine, checkpoint  # until it is served: others may replace it
         profile = extended_profile(checkpoint)
-        # An unknown policy fails at once.
-        nominal = nominal_latencies(profile)
-        catalog = VariantCatalog.of(profile, nominal, cascades=settings.cascades)
-        find_policy(settings.policy, catalog)
+        catalog = VariantCatalog.of(profile, nominal_latencies(profile), cascades=settings.cascades)
+        find_policy(settings.policy, catalog)  # an unknown one fails at once
         self.metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
         self.metrics.describe(list(profile.by_subnetwork), checkpoint.name, checkpoint.version, settings.workers)
         answers, coming = RecentAnswers(), ClientLimiter(settings.max_in_flight_per_address, "being received")
@@ -294,7 +292,9 @@ class ServerRuntime:
                 self.metrics.captured(captured.num_graphs, captured.held_bytes)
 
     async def _report_regularly(self) -> None:
-        """Report until cancelled: with several workers, a scrape of the metrics reaches only one of them."""
+        """Report and look after the key file: with several workers, a scrape of the metrics reaches only one."""
         while True:
             await asyncio.sleep(self._settings.monitor_interval_s)
             self._report()
+            if self.context.keys is not None:
+                self.context.keys.refresh()

@@ -4,6 +4,7 @@ Only `assembly`, `candidate`, `runtime`, `hosting` and `commands` read them; all
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,6 +135,16 @@ class Settings(BaseSettings):
         ports = [port for port in (self.port, self.admin_port, self.grpc_port) if port]
         if len(set(ports)) < len(ports):
             raise ValueError("port, admin_port and grpc_port must differ, unless they are 0")
+        return self
+
+    @model_validator(mode="after")
+    def _origins_and_hosts(self) -> "Settings":
+        for origin in comma_separated(self.cors_origins) or ():
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin, re.IGNORECASE):
+                raise ValueError(f"cors_origins: {origin!r} must be an origin such as https://example.org, or *")
+        for host in comma_separated(self.allowed_hosts) or ():
+            if not re.fullmatch(r"[\w.-]+", host):
+                raise ValueError(f"allowed_hosts: {host!r} must be a host name such as example.org, without a port")
         return self
 
     @model_validator(mode="after")

@@ -121,7 +121,6 @@ class KeyFile:
         Raises:
             UnauthorizedError: the request has no key, or one that is not in the file.
         """
-        self._refresh()
         secret = headers.get(HEADERS[1], b"")
         scheme, _, token = headers.get(HEADERS[0], b"").partition(b" ")
         if scheme.lower() == b"bearer":
@@ -136,8 +135,11 @@ class KeyFile:
             raise UnauthorizedError("unknown API key")
         return found
 
-    def _refresh(self) -> None:
-        """Read the file again if it has changed; keep the keys if it cannot be read, and log that once."""
+    def refresh(self) -> None:
+        """Read the file again if it has changed; keep the keys if it cannot be read, and log that once.
+
+        Call it often: it checks the file once a second at most.
+        """
         if not self._file.have_changed():
             return
         try:

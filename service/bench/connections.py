@@ -10,7 +10,7 @@ import aiohttp
 
 from service.bench.client_protocols import Request
 from service.errors import ConnectionFailedError, ResponseTimeoutError
-from service.retries import bearer
+from service.retries import bearer, tls_problem
 
 
 class Connections:
@@ -44,10 +44,9 @@ class Connections:
                 return answer.status, await answer.read()
         except TimeoutError as error:
             raise ResponseTimeoutError(f"{self._url} did not answer in time") from error
-        except aiohttp.InvalidURL as error:
-            raise ConnectionFailedError(f"{self._url} is not a valid URL") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ConnectionFailedError(f"cannot connect to {self._url}, or it closed the connection") from error
+            why = tls_problem(error) or ", or it closed the connection"
+            raise ConnectionFailedError(f"cannot connect to {self._url}{why}") from error
 
     async def __aenter__(self) -> Self:
         return self

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import CliPositionalArg
 
 from service.simulation.arrivals import Arrivals, Positive
@@ -12,10 +13,20 @@ DEFAULT_RATE = 10.0
 STDOUT = Path("-")
 
 
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be a URL that begins with http:// or https://")
+    return url
+
+
+HttpUrl = Annotated[str, AfterValidator(_checked_url)]
+
+
 class Bench(Arrivals):
     """Send requests to a server at random times without waiting for earlier answers, and report the figures."""
 
-    url: CliPositionalArg[str] = Field(description="URL of the server, e.g. http://127.0.0.1:8000")
+    url: CliPositionalArg[HttpUrl] = Field(description="URL of the server, e.g. http://127.0.0.1:8000")
     images: tuple[Path, ...] = Field(
         (),
         description="image files or folders of images; class folder names are labels; by default a few that ship",

@@ -57,7 +57,8 @@ def _text() -> Iterator[Show]:
         print(readable(photo))
         for entry in answer.predictions:
             print(f"  {entry.probability:6.1%}  {readable(entry.label)}")
-        print(f"  {readable(answer.decision.reason)} ({answer.timing_ms.total:.1f} ms)")
+        late = "" if answer.deadline_met else ", too late"
+        print(f"  {readable(answer.decision.reason)} ({answer.timing_ms.total:.1f} ms{late})")
 
     yield show
 
@@ -97,7 +98,8 @@ def _table() -> Iterator[Show]:
 
     def show(photo: Path, answer: ClassifyAnswer) -> None:
         ran = answer.subnetwork
-        columns = (f"{ran.patch_grid}-{ran.keep_rate:g}", f"{answer.gflops:.3g}", f"{answer.timing_ms.total:.0f}")
+        took = Text(f"{answer.timing_ms.total:.0f}", style="" if answer.deadline_met else "red")
+        columns = (f"{ran.patch_grid}-{ran.keep_rate:g}", f"{answer.gflops:.3g}", took)
         for rank, entry in enumerate(answer.predictions):
             bar = ProgressBar(1, entry.probability, BAR_CHARACTERS, complete_style="cyan", finished_style="cyan")
             likely = Columns([Text(f"{entry.probability:6.1%}"), bar])

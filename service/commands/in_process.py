@@ -10,7 +10,6 @@ import httpx
 from models.checkpoint import load_checkpoint
 from service.app import create_app
 from service.client import AsyncClient
-from service.engines.profile_store import extended_profile, nominal_latencies
 from service.errors import CommandError
 from service.runtime import ServerRuntime
 from service.settings import read_settings
@@ -35,9 +34,7 @@ async def serve_in_process(checkpoint: str | None) -> AsyncIterator[AsyncClient]
     # The command is the only client: no key or host name is checked, and the file of the checkpoint is not watched.
     settings = settings.model_copy(update={"keys": None, "allowed_hosts": None, "watch_checkpoint": False})
     failed = threading.Event()
-    served = load_checkpoint(settings.checkpoint)
-    latencies = nominal_latencies(extended_profile(served))
-    app = create_app(ServerRuntime(settings, served, latencies=latencies, on_failure=failed.set))
+    app = create_app(ServerRuntime(settings, load_checkpoint(settings.checkpoint), on_failure=failed.set))
 
     async def sleep(seconds: float) -> None:
         if failed.is_set():

@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_settings import CliPositionalArg
 
 from models.defaults import MAX_BAD_IMAGES, count_cores, default_workers
+from service.bench.options import HttpUrl
 from service.domain import KEY_NAME
 
 STDIN = Path("-")
@@ -36,8 +37,8 @@ class Classify(BaseModel):
     )
     patch_grid: int | None = Field(None, ge=1, description="patch grid of the sub-network to run, instead of a budget")
     keep_rate: float | None = Field(None, gt=0, le=1, description="keep rate of the sub-network; requires --patch-grid")
-    url: str | None = Field(
-        None, min_length=1, description="URL of a server to use instead of this process, e.g. http://127.0.0.1:8000"
+    url: HttpUrl | None = Field(
+        None, description="URL of a server to use instead of this process, e.g. http://127.0.0.1:8000"
     )
     checkpoint: str | None = Field(
         None, description="SuperViT checkpoint to use in this process; by default the one that `serve` uses"
@@ -60,6 +61,10 @@ class Classify(BaseModel):
             raise ValueError("stdin holds one image; - must be given at most once")
         if (self.patch_grid is None) != (self.keep_rate is None):
             raise ValueError("--patch-grid and --keep-rate go together: give both or none")
+        if self.patch_grid is not None and self.min_confidence:
+            raise ValueError("--min-confidence: not allowed with a sub-network by name, which looks once")
+        if self.url is not None and self.checkpoint is not None:
+            raise ValueError("--checkpoint: not allowed with --url; a server answers with its own")
         if self.explain and len(self.photos) > 1:
             raise ValueError("--explain takes one photo")
         return self

@@ -1,6 +1,7 @@
 """`supervit profile`: prints the latency of each sub-network on this machine."""
 
 import statistics
+import sys
 
 from models.checkpoint import Checkpoint, load_checkpoint
 from service.commands.options import Profile
@@ -9,6 +10,8 @@ from service.engines.profile_store import measure_latencies
 from service.engines.profiler import Measurement
 from service.machine.monitor import Monitor
 from service.settings import Settings, read_settings
+
+NOISY_SPREAD = 0.1  # on a quiet machine the median spread is 1 to 3 %
 
 
 def profile(command: Profile) -> None:
@@ -33,14 +36,34 @@ def _latency_table(measurement: Measurement) -> str:
         f"{subnetwork!s:28s}" + "".join(f"{1000 * seconds:9.2f}" for seconds in table.seconds[subnetwork])
         for subnetwork in sorted(table.seconds)
     ]
-    spread = statistics.median(share for shares in measurement.spread.values() for share in shares)
-    return "\n".join([head, *rows, f"measured {measurement.measured_at}, median spread {spread:.1%}"])
+    return "\n".join([head, *rows, f"measured {measurement.measured_at}, median spread {_spread(measurement):.1%}"])
+
+
+def _spread(measurement: Measurement) -> float:
+    return statistics.median(share for shares in measurement.spread.values() for share in shares)
 
 
 def measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False) -> tuple[Measurement, Checkpoint]:
-    """Return the latencies, and the checkpoint with the profile of the precision that was measured."""
+    """Return the latencies, and the checkpoint with the profile of the precision that was measured.
+
+    Lines on stderr say where that takes a while, or where the latencies are of little use.
+    """
     threads = settings.threads or engine_threads(checkpoint, Monitor().latest.cores)
     engine, served = open_engine(checkpoint, settings.engine, settings.device, settings.precision, threads)
     folder, most = settings.profile_folder, settings.max_batch_size
-    measured = measure_latencies(served, engine, folder=folder, max_batch_size=most, fresh=fresh)
+    measured = measure_latencies(
+        served, engine, folder=folder, max_batch_size=most, fresh=fresh, announce=_announce_measuring
+    )
+    warn_if_noisy(measured)
     return measured, served
+
+
+def warn_if_noisy(measurement: Measurement) -> None:
+    """Print a line on stderr where the latencies were measured on a busy machine, and so are of little use."""
+    if (spread := _spread(measurement)) > NOISY_SPREAD:
+        what = f"the latencies differ by {spread:.0%} from run to run; other processes probably kept the machine busy"
+        print(f"supervit: {what}; `supervit profile --fresh` measures them again", file=sys.stderr)
+
+
+def _announce_measuring(num_cells: int) -> None:
+    print(f"supervit: measuring {num_cells} latencies, which may take minutes ...", file=sys.stderr)

@@ -133,8 +133,9 @@ def measure_latencies(
     max_batch_size: int,
     fresh: bool = False,
     budget_s: float = BUDGET_S,
+    announce: Callable[[int], object] = lambda _: None,
 ) -> Measurement:
-    """Read this machine's latencies of every sub-network of a checkpoint from a folder, or else measure them all.
+    """Read this machine's latencies of every sub-network of a checkpoint from a folder, and measure those missing.
 
     Args:
         checkpoint: the checkpoint that is profiled.
@@ -143,6 +144,7 @@ def measure_latencies(
         max_batch_size: largest batch to measure.
         fresh: whether to measure even if there are figures.
         budget_s: seconds after which no further round begins.
+        announce: as in `load_or_measure`.
     """
     return load_or_measure(
         folder,
@@ -156,6 +158,7 @@ def measure_latencies(
         is_padded=engine.pads_batches,
         fresh=fresh,
         budget_s=budget_s,
+        announce=announce,
     )
 
 
@@ -173,13 +176,14 @@ def load_or_measure(
     fresh: bool = False,
     is_stopping: Callable[[], bool] = lambda: False,
     budget_s: float = BUDGET_S,
+    announce: Callable[[int], object] = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
     cpus: int | None = None,
 ) -> Measurement:
-    """Read the latencies that were measured earlier under the same conditions, or else measure and store them.
+    """Read the latencies that were measured earlier under the same conditions; measure and store those missing.
 
-    The latencies are measured anew where the stored file cannot be used, is incomplete or is contradicted by the
-    machine. A folder that cannot be written to is tolerated. The log warns of all of these but an incomplete file.
+    All are measured anew where the stored file cannot be used or is contradicted by the machine. A folder that cannot
+    be written to is tolerated. The log warns of each.
 
     Args:
         folder: where the files are kept, one for each set of conditions; created if missing.
@@ -194,6 +198,7 @@ def load_or_measure(
         fresh: whether to measure even if there is a file.
         is_stopping: whether to stop waiting for another process that measures; `run` may then refuse to run.
         budget_s: seconds after which no further round begins.
+        announce: called with the number of cells before any is measured.
         clock: monotonic, in seconds.
         cpus: number of CPUs that this process may run on; counted by default.
     """
@@ -201,11 +206,19 @@ def load_or_measure(
     file = ProfileFile(folder, checkpoint_version, engine, cells, cpus)
     with file.alone(is_stopping):
         kept = None if fresh else _plausible(file, stopwatch(run, image_side, 1, clock))
-        if kept is not None and len(kept.seconds) == len(cells):
-            return measurement_of(kept, is_padded=is_padded)
-        figures = measure(run, image_side, subnetworks, batch_sizes, prepare=prepare, budget_s=budget_s, clock=clock)
-        file.write(figures)
-    return measurement_of(figures, is_padded=is_padded)
+        missing = [cell for cell in cells if kept is None or cell not in kept.seconds]
+        if kept is None or missing:
+            announce(len(missing))
+            found = measure(run, image_side, missing, prepare=prepare, budget_s=budget_s, clock=clock)
+            kept = found if kept is None else _joined(cells, kept, found)
+            file.write(kept)
+    return measurement_of(kept, is_padded=is_padded)
+
+
+def _joined(cells: Sequence[Cell], kept: Figures, found: Figures) -> Figures:
+    """Return both figures as one, in the order of the cells; they are as old as the older ones."""
+    seconds, spread = {**kept.seconds, **found.seconds}, {**kept.spread, **found.spread}
+    return Figures({cell: seconds[cell] for cell in cells}, {cell: spread[cell] for cell in cells}, kept.measured_at)
 
 
 def measured_batch_sizes(largest: int) -> tuple[int, ...]:

@@ -55,14 +55,13 @@ class Measurement:
 def measure(
     run: Run,
     image_side: int,
-    subnetworks: Sequence[SubNetwork],
-    batch_sizes: Sequence[int],
+    cells: Sequence[Cell],
     *,
     prepare: Prepare = lambda *_: None,
     budget_s: float = BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Figures:
-    """Time every sub-network at every batch size, round by round, so that a disturbance does not hit one of them alone.
+    """Time cells, round by round, so that a disturbance does not hit one of them alone.
 
     Measuring continues until the budget is spent, and at least until each batch has three runs that count, or two if it
     is slow. The first run of each batch, which includes first-time work, does not count unless it is slow.
@@ -70,16 +69,15 @@ def measure(
     Args:
         run: an engine's `run`.
         image_side: S, in pixels, of the images that the engine takes.
-        subnetworks: the sub-networks to time.
-        batch_sizes: ascending from 1.
+        cells: what to time; not empty.
         prepare: the engine's `prepare`; its time does not count.
         budget_s: seconds after which no further round begins.
         clock: monotonic, in seconds.
     """
     began_at = datetime.now(UTC)
-    time_once = stopwatch(run, image_side, max(batch_sizes), clock, prepare)
+    time_once = stopwatch(run, image_side, max(size for _, size in cells), clock, prepare)
     ends_at = clock() + budget_s
-    first = {cell: time_once(cell) for cell in cells_of(subnetworks, batch_sizes)}
+    first = {cell: time_once(cell) for cell in cells}
     needed = {cell: MIN_SLOW_RUNS if seconds >= SLOW_S else MIN_RUNS for cell, seconds in first.items()}
     runs = {cell: [seconds] if seconds >= SLOW_S else [] for cell, seconds in first.items()}
     order = random.Random(0)

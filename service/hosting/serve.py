@@ -30,7 +30,7 @@ from service.hosting.grpc_port import grpc_beside, require_grpc
 from service.hosting.interpreter import configure_interpreter
 from service.hosting.ports import changes_refused_reason, reserved_ports, serving_beside
 from service.hosting.supervisor import Supervisor
-from service.hosting.workers import bind_exclusively, split_cpus, start_worker, write_heartbeat
+from service.hosting.workers import bind_exclusively, inherit_socket, split_cpus, start_worker, write_heartbeat
 from service.http.connections import Connections
 from service.http.early_rejection import EarlyRejection, RejectingProtocol
 from service.http.routes import CLASSIFY_PATH
@@ -206,7 +206,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
     ports = 1 if settings.grpc_port is None else 2
     max_connections = allow_connections(ports * settings.max_connections) // ports
     host, port, inherited = settings.host, settings.port, settings.fd
-    with bind_exclusively(host, port) if inherited is None else socket.socket(fileno=inherited) as opened:
+    with bind_exclusively(host, port) if inherited is None else inherit_socket(inherited) as opened:
         # The weights are read in less time than threads need to synchronise, on a busy machine in far less. The engine
         # sets the number of threads that it computes with.
         torch.set_num_threads(1)

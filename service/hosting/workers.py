@@ -85,6 +85,18 @@ def bind(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
     return opened
 
 
+def inherit_socket(descriptor: int) -> socket.socket:
+    """Return the socket that another process has opened for this one.
+
+    Raises:
+        CommandError: there is no such socket.
+    """
+    try:
+        return socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise CommandError(f"--fd {descriptor} is no open socket: {error.strerror}") from error
+
+
 def bind_exclusively(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
     """Bind a socket to an address; it is shared among our own workers only, not with those of another server.
 

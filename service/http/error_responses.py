@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from service.errors import (
     BodyTooLargeError,
@@ -67,6 +68,7 @@ STATUS = {
 }
 RETRY_AFTER_S = 1
 LINGER_S = 1
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
 TYPE_PREFIX = "urn:supervit:error:"  # followed by the code: an identifier for programs, not a URL
 
 
@@ -98,19 +100,28 @@ class ErrorAnswers:
 
     async def _on_http_error(self, request: Request, error: HTTPException) -> Response:
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-        message, allowed = error.detail, (error.headers or {}).get("Allow")
-        if allowed is not None:
+        message, headers = error.detail, error.headers
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = ", ".join(_methods_of(request))
+            headers = {**(headers or {}), "Allow": allowed}
             message = f"{request.url.path} accepts {allowed}, not {request.method}"
         note_error(code)
         described, path = _described(error.status_code, code, message), request.scope["path"]
         accept = request.headers.get("accept", "")
-        response = make_error_response(error.status_code, described, error.headers, path=path, accept=accept)
+        response = make_error_response(error.status_code, described, headers, path=path, accept=accept)
         return _closing(response) if self._may_be_long(request) else response
 
     def _may_be_long(self, request: Request) -> bool:
         if "transfer-encoding" in request.headers or _expects_continue(request):
             return True
         return int(request.headers.get("content-length", "0")) > self._max_body_bytes
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Return the methods of all routes at the request's path; Starlette names those of the first route alone."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    routes = request.app.routes
+    return [method for method in METHODS if any(route.matches(scopes[method])[0] is Match.FULL for route in routes)]
 
 
 async def refuse(request: Request, error: ServiceError) -> Response:

@@ -1,5 +1,6 @@
 """The parameters of a request, from its query, its form fields or its JSON, and their OpenAPI description."""
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -27,9 +28,9 @@ def parse_query(query: bytes) -> ClassifyQuery:
     return validated(ClassifyQuery, _once(_pairs(query)))
 
 
-def parse_decide_query(query: bytes) -> DecideQuery:
-    """Read the parameters of POST /decide; errors as `parse_query`."""
-    return validated(DecideQuery, _once(_pairs(query)))
+def parse_decide_query(query: bytes, further: Iterable[tuple[str, Any]] = ()) -> DecideQuery:
+    """Read the parameters of POST /decide; arguments and errors as `parse_parameters`."""
+    return validated(DecideQuery, _once([*_pairs(query), *further]))
 
 
 def parse_parameters(query: bytes, further: Iterable[tuple[str, Any]]) -> ClassifyQuery:
@@ -98,6 +99,12 @@ def describe_parameters(
 def describe_query(schemas: Mapping[str, Schema]) -> list[Schema]:
     """Describe parameters as query parameters of an OpenAPI operation."""
     return [{"name": name, "in": "query", "required": False, **_apart(schema)} for name, schema in schemas.items()]
+
+
+def describe_path(path: str) -> list[Schema]:
+    """Describe the parameters in a path, for a route whose handler takes the whole request."""
+    named = re.findall(r"{(\w+)}", path)
+    return [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in named]
 
 
 def nullable(schema: Schema) -> Schema:

@@ -39,6 +39,7 @@ from service.http.schemas import (
     ResultsAnswer,
     SubNetworksAnswer,
 )
+from service.http.uploads import read_parameters
 from service.request_parameters import ClassifyQuery, DecideQuery
 from service.telemetry.live import read_sample
 
@@ -75,7 +76,9 @@ FEEDBACK_RESPONSES: dict[int | str, dict[str, Any]] = {
     404: _failing("no answer with this request ID is remembered"),
     **{status: RESPONSES[status] for status in (401, 403, 408, 413, 421, 422)},
 }
-DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {status: RESPONSES[status] for status in (401, 422, 429, 503)}
+DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: RESPONSES[status] for status in (401, 403, 408, 413, 415, 421, 422, 429, 503)
+}
 
 
 def describe_body(parameters: Mapping[str, Schema]) -> Schema:
@@ -94,8 +97,15 @@ def describe_body(parameters: Mapping[str, Schema]) -> Schema:
     }
 
 
-def _object(properties: Schema, required: str) -> Schema:
-    return {"type": "object", "required": [required], "properties": properties, "additionalProperties": False}
+def describe_decide_body(parameters: Mapping[str, Schema]) -> Schema:
+    """Return the OpenAPI description of POST /decide's body, which may hold the parameters instead of the query."""
+    members = _object({name: nullable(schema) for name, schema in parameters.items()})
+    return {"required": False, "content": {"application/json": {"schema": members}}}
+
+
+def _object(properties: Schema, *required: str) -> Schema:
+    described = {"type": "object", "properties": properties, "additionalProperties": False}
+    return described | {"required": list(required)} if required else described
 
 
 def build_router(context: RouteContext, classify: Handle) -> APIRouter:
@@ -130,11 +140,12 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     @router.post(
         "/decide",
         responses=DECIDE_RESPONSES,
-        openapi_extra={"parameters": describe_query(of_decide)},
+        openapi_extra={"requestBody": describe_decide_body(of_decide), "parameters": describe_query(of_decide)},
     )
     async def decide(request: Request) -> DecideAnswer:
         """Return what the scheduler would choose for a request now, without running it."""
-        query, pipeline = parse_decide_query(request.scope["query_string"]), context.open_server().pipeline
+        further = await read_parameters(request, context.bodies)
+        query, pipeline = parse_decide_query(request.scope["query_string"], further), context.open_server().pipeline
         wanted = query.request(context.clock(), key=key_of(request.scope))
         return describe_forecast(pipeline.decide(wanted), pipeline.checkpoint.config)
 

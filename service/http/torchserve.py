@@ -11,6 +11,7 @@ from service.http.descriptions import describe_timing
 from service.http.disconnects import ClientWatch
 from service.http.error_shapes import TorchServeError, describe_failures
 from service.http.keys import key_of
+from service.http.queries import describe_path
 from service.inference_protocol.protocol import InferenceProtocol
 from service.telemetry.outcomes import counted
 
@@ -50,8 +51,17 @@ def build_torchserve_router(protocol: InferenceProtocol, predict: Handle) -> API
     """Create the routes."""
     router = APIRouter(tags=[TAG])
     errors = describe_failures(TorchServeError)
+    image = {"schema": {"type": "string", "format": "binary"}}
+    body = {"required": True, "content": {"image/*": image, "application/octet-stream": image}}
     for path in (predict_path("{name}"), predict_path("{name}/{version}")):
-        router.add_api_route(path, predict, methods=["POST"], response_model=dict[str, float], responses=errors)
+        router.add_api_route(
+            path,
+            predict,
+            methods=["POST"],
+            response_model=dict[str, float],
+            responses=errors,
+            openapi_extra={"requestBody": body, "parameters": describe_path(path)},
+        )
         router.add_api_route(path, predict, methods=["PUT"], include_in_schema=False)  # as `curl -T` sends it
 
     @router.get("/ping", responses={500: {"description": "not ready"}})

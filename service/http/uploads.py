@@ -110,11 +110,20 @@ async def read_json(request: Request, limits: BodyLimits, within_s: float = math
     text = members.pop("image", None)
     if not isinstance(text, str):
         raise InvalidParameterError("image: must be base64 or a data URL", parameter="image")
-    for name, value in members.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise InvalidParameterError(f"{name}: must be a number", parameter=name)
-    fields = tuple((name, value) for name, value in members.items() if value is not None)
+    fields = _parameters(members)
     return Form((await decode_base64(text),), fields)
+
+
+async def read_parameters(request: Request, limits: BodyLimits) -> tuple[tuple[str, Any], ...]:
+    """Read the parameters in a body that holds no image: a JSON object, or nothing; arguments and errors as `receive`.
+
+    Raises:
+        InvalidParameterError: the body is anything else, or a parameter is no number.
+    """
+    body = await read_body(request, replace(limits, max_bytes=MAX_MESSAGE_BYTES))
+    if body and kind_of_body(request.headers) is not BodyKind.JSON:
+        raise InvalidParameterError("parameters must be in the query or in a JSON object, without an image")
+    return _parameters(_members(body)) if body else ()
 
 
 async def read_message(request: Request, limits: BodyLimits, kind: type[M]) -> M:
@@ -199,6 +208,14 @@ def _too_large(max_bytes: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"the body is longer than {max_bytes} bytes", max_body_bytes=max_bytes)
 
 
+def _parameters(members: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return the members of a JSON object that are parameters; null stands for an absent one."""
+    for name, value in members.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise InvalidParameterError(f"{name}: must be a number", parameter=name)
+    return tuple((name, value) for name, value in members.items() if value is not None)
+
+
 def _members(body: bytes) -> dict[str, Any]:
     """Parse a JSON object, refusing one with many members: millions would fill the memory."""
     is_small = sum(map(body.count, (b",", b"[", b"{"))) <= MAX_JSON_MEMBERS
@@ -207,5 +224,5 @@ def _members(body: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise InvalidParameterError("the body is not valid JSON") from error
     if not isinstance(members, dict):
-        raise InvalidParameterError("the body must be a JSON object with an image, its parameters and nothing else")
+        raise InvalidParameterError("the body must be a JSON object that holds an image or parameters only")
     return members

@@ -12,6 +12,7 @@ from service.http.context import RouteContext
 from service.http.error_shapes import V1_PREFIX, InferError, describe_failures
 from service.http.inference import InferenceOverHttp
 from service.http.large_json import LARGE_BYTES, take_numbers
+from service.http.queries import describe_path
 from service.inference_protocol.descriptions import VERSION
 from service.inference_protocol.images import CHANNELS, INPUT
 from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, Values
@@ -84,11 +85,16 @@ def build_v1_router(protocol: InferenceProtocol, predict: Handle) -> APIRouter:
     body = {"required": True, "content": {"application/json": {"schema": PredictBody.model_json_schema()}}}
     errors = describe_failures(InferError)
     for path in ("/models/{name}", "/models/{name}/versions/{version}"):
-        router.add_api_route(f"{path}/metadata", metadata)
+        parameters: dict[str, Any] = {"parameters": describe_path(path)}
+        router.add_api_route(f"{path}/metadata", metadata, openapi_extra=parameters)
         router.add_api_route(
-            f"{path}:predict", predict, methods=["POST"], responses=errors, openapi_extra={"requestBody": body}
+            f"{path}:predict",
+            predict,
+            methods=["POST"],
+            responses=errors,
+            openapi_extra={"requestBody": body, **parameters},
         )
-        router.add_api_route(path, status)
+        router.add_api_route(path, status, openapi_extra=parameters)
     return router
 
 

@@ -13,7 +13,7 @@ WHY_NOT_AGAIN = {
     LookCode.NONE_BETTER: "no sub-network is more accurate",
     LookCode.BUDGET: "another look would exceed the GFLOPs limit",
     LookCode.DEADLINE: "there was no time for another look",
-    LookCode.OVERLOAD: "other requests needed the time for another look",
+    LookCode.OVERLOAD: "waiting or expected requests needed the time for another look",
     LookCode.FAILED: "the model failed during another look",
 }
 NOTEWORTHY = 1.05  # safety factor above which the explanation mentions it

@@ -11,8 +11,11 @@ const STAGES = [
   ["rest", "other"], // upload and event loop
 ];
 
-/** Show placeholders of the same size until the first answer. */
+/** Show placeholders of the same size: before the first answer, and where a photo gets none. */
 export function showNothing() {
+  for (const id of ["spoken", "reason", "looks", "total"]) byId(id).textContent = "";
+  byId("timing").replaceChildren();
+  byId("timing").setAttribute("aria-label", "No answer yet");
   byId("bars").replaceChildren(...Array.from({ length: CLASSES }, () => bar(" ", 0)));
   byId("legend").replaceChildren(...STAGES.map(([key, name]) => stage(key, name)));
   byId("chosen").textContent = "The chosen sub-network appears here";

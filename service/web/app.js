@@ -130,6 +130,7 @@ async function ask() {
     const answer = await classify(photo.body, budgets.parameters, wanted.signal);
     if (asking !== wanted) return;
     photo.breaks = 0;
+    photo.isAnswered = true;
     await follow(answer.model);
     if (asking !== wanted) return;
     showAnswer(answer);
@@ -137,7 +138,12 @@ async function ask() {
     if (byId("toast").dataset.kind !== "good") hideToast();
     await look(answer.subnetwork, wanted);
   } catch (error) {
-    if (error.name !== "AbortError" && asking === wanted) failed(error);
+    if (error.name === "AbortError" || asking !== wanted) return;
+    if (!photo.isAnswered) {
+      showNothing(); // what is shown is the answer to another photo
+      map.mark(null, limit);
+    }
+    failed(error);
   } finally {
     if (asking === wanted) document.body.classList.remove("busy");
   }
@@ -175,7 +181,7 @@ showNothing();
 onKeyWanted(askForKey);
 byId("toast").querySelector("button").addEventListener("click", hideToast);
 const takeFirst = watchPhotos((given) => {
-  photo = { ...given, breaks: 0 };
+  photo = { ...given, breaks: 0, isAnswered: false };
   explanations = new Map();
   patches.show(given);
   comparison.forget();

@@ -344,6 +344,9 @@ def test_a_file_that_is_no_image_shows_an_error_until_the_next_photo(visit: Visi
     bad.write_text("no picture at all")
     page.set_input_files("#file", bad)
     expect(page.get_by_role("alert")).to_contain_text("The server cannot read this image")
+    expect(page.locator("#bars")).not_to_contain_text("%")  # of the photo before
+    expect(page.locator("#total")).to_be_empty()
+    expect(page.locator("circle.chosen")).to_have_count(0)
     page.get_by_role("button", name="Umbrella").click()
     answered(page, "umbrella.jpg")
     expect(page.locator("#toast")).to_be_hidden()

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import ssl
 from dataclasses import dataclass, field
 
 import httpx
@@ -155,6 +156,39 @@ def test_errors_that_a_retry_would_not_mend_are_not_retried(
         server.client().classify(b"image")
     assert type(caught.value) is kind
     assert server.slept_s == []
+
+
+def tls_error(error: ssl.SSLError, **attributes: str) -> ssl.SSLError:
+    """Return an error with the attributes that only OpenSSL sets."""
+    for name, value in attributes.items():
+        setattr(error, name, value)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (
+            tls_error(ssl.SSLCertVerificationError(), reason="FAILED", verify_message="self-signed"),
+            ": its certificate .*self-signed",
+        ),
+        (tls_error(ssl.SSLError(), reason="WRONG_VERSION_NUMBER"), ": it speaks no TLS .*WRONG_VERSION"),
+        (OSError("connection refused"), "$"),
+    ],
+)
+def test_a_failed_connection_says_whether_tls_is_the_reason(cause: OSError, told: str) -> None:
+    def fail(_: httpx.Request) -> httpx.Response:
+        try:
+            raise cause
+        except OSError as error:
+            raise httpx.ConnectError("") from error
+
+    with (
+        Client("https://server", transport=httpx.MockTransport(fail), max_retries=0) as client,
+        pytest.raises(UnreachableError, match=f"^cannot connect to https://server{told}") as raised,
+    ):
+        client.classify(b"image")
+    assert ("SSL_CERT_FILE" in str(raised.value)) == ("certificate" in told)
 
 
 def test_a_proxy_that_asks_for_a_retry_gets_one() -> None:

@@ -17,6 +17,21 @@ from service.settings import (
 )
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cors_origins", "example.org"),
+        ("cors_origins", "https://example.org, https://example.org/page"),
+        ("allowed_hosts", "http://example.org"),
+        ("allowed_hosts", "example.org, example.org:8000"),
+    ],
+)
+def test_an_origin_or_a_host_name_that_could_never_match_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ValidationError, match=name):
+        Settings.model_validate({name: value})
+    Settings(cors_origins="https://example.org, http://localhost:3000, *", allowed_hosts="example.org, localhost")
+
+
 def test_every_setting_is_also_an_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "checkpoint": "/models/a.pth",

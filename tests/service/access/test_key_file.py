@@ -98,9 +98,11 @@ def test_a_changed_file_is_read_again_after_the_check_interval(path: Path) -> No
     clock = Clock()
     keys = KeyFile(path, clock)
     replace_file(path, entry("phone", "another secret") + entry(weight=2.0))
+    keys.refresh()
     with pytest.raises(UnauthorizedError):
         keys.find(bearer("another secret"))
     clock.now += CHECK_S
+    keys.refresh()
     assert keys.find(bearer("another secret")).name == "phone"
     assert keys.find(bearer(SECRET)).weight == 2.0
 
@@ -114,6 +116,7 @@ def test_a_broken_file_keeps_the_previous_keys_and_is_logged_once(
     replace_file(path, content)
     for _ in range(3):
         clock.now += CHECK_S
+        keys.refresh()
         assert keys.find(bearer(SECRET)).name == "camera"
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
@@ -124,10 +127,12 @@ def test_a_missing_file_keeps_the_previous_keys_until_it_is_back(path: Path, cap
     path.unlink()
     for _ in range(3):
         clock.now += CHECK_S
+        keys.refresh()
         assert keys.find(bearer(SECRET)).name == "camera"
     assert len(caplog.records) == 1
     path.write_text(entry("phone"))
     clock.now += CHECK_S
+    keys.refresh()
     assert keys.find(bearer(SECRET)).name == "phone"
 
 

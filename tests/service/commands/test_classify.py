@@ -61,14 +61,34 @@ def test_classify_continues_after_a_photo_that_it_cannot_read(
     assert "2 of 3 photos" in printed.err
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://[::1"])
 def test_classify_reports_a_server_that_it_cannot_connect_to(
-    photo_path: Path, capsys: pytest.CaptureFixture[str], url: str
+    photo_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["classify", str(photo_path), "--url", url]) == 1
-    error = capsys.readouterr().err
-    assert "cannot connect to" in error or "is not a URL" in error
-    assert error.count("\n") == 1
+    assert main(["classify", str(photo_path), "--url", "http://127.0.0.1:1"]) == 1
+    assert capsys.readouterr().err == "supervit: cannot connect to http://127.0.0.1:1\n"
+
+
+@pytest.mark.parametrize("command", [["bench"], ["classify", "a.jpg", "--url"]])
+@pytest.mark.parametrize("url", ["nonsense", "127.0.0.1:8000", "ftp://server", "http://", "http://[::1"])
+def test_a_url_that_is_not_one_of_http_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], command: list[str], url: str
+) -> None:
+    assert main([*command, url]) == 2
+    assert capsys.readouterr().err.startswith(f"supervit: {command[0]} ")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--url", "http://server", "--checkpoint", SHIPPED],
+        ["--patch-grid", "8", "--keep-rate", "1", "--min-confidence", "0.9"],
+    ],
+)
+def test_options_that_exclude_each_other_are_a_usage_error(
+    capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert main(["classify", "a.jpg", *options]) == 2
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_classify_continues_after_the_server_closes_the_connection(

@@ -41,6 +41,11 @@ def test_text_has_the_predictions_and_the_reason(capsys: pytest.CaptureFixture[s
     assert lines(capsys) == ["a.jpg", "   50.0%  cat", "   25.0%  dog", "  no other request is waiting (63.2 ms)"]
 
 
+def test_text_says_that_an_answer_was_late(capsys: pytest.CaptureFixture[str]) -> None:
+    show("text", ("a.jpg", answer("cat").model_copy(update={"deadline_met": False})))
+    assert lines(capsys)[-1] == "  no other request is waiting (63.2 ms, too late)"
+
+
 def test_json_has_one_line_with_the_whole_answer_per_photo(capsys: pytest.CaptureFixture[str]) -> None:
     show("json", ("a.jpg", answer("cat")), ("b.jpg", answer("dog")))
     first, second = map(json.loads, lines(capsys))

@@ -17,7 +17,7 @@ from models.checkpoint import Checkpoint
 from models.subnetwork import SubNetwork
 from service.engines.base import Captured
 from service.engines.profile_store import PROBES, load_or_measure, measure_latencies
-from service.engines.profiler import MIN_RUNS, SLOW_S, Measurement, measure, measurement_of
+from service.engines.profiler import MIN_RUNS, SLOW_S, Measurement, cells_of, measure, measurement_of
 from service.engines.torch_engine import TorchEngine
 from tests.service.engines.fake_graphs import FakeGraphDevice
 
@@ -51,7 +51,8 @@ class FakeEngine:
         return self.runs.count(cell)
 
     def measure(self, budget_s: float) -> Measurement:
-        figures = measure(self.run, 16, (SMALL, LARGE), BATCH_SIZES, budget_s=budget_s, clock=lambda: self.now)
+        cells = cells_of((SMALL, LARGE), BATCH_SIZES)
+        figures = measure(self.run, 16, cells, budget_s=budget_s, clock=lambda: self.now)
         return measurement_of(figures)
 
 
@@ -144,7 +145,8 @@ def test_a_disturbance_of_a_whole_round_does_not_change_the_medians(engine: Fake
 def test_the_spread_is_the_median_distance_from_the_median() -> None:
     figures = {1: iter([0.05, 0.010, 0.011, 0.013]), 2: iter([0.05, 0.02, 0.02, 0.02])}
     engine = FakeEngine(lambda _, batch_size: next(figures[batch_size]))
-    measurement = measurement_of(measure(engine.run, 16, (SMALL,), (1, 2), budget_s=0, clock=lambda: engine.now))
+    cells = cells_of((SMALL,), (1, 2))
+    measurement = measurement_of(measure(engine.run, 16, cells, budget_s=0, clock=lambda: engine.now))
     assert measurement.table.seconds[SMALL] == pytest.approx((0.011, 0.02))
     assert measurement.spread[SMALL] == pytest.approx((0.001 / 0.011, 0))
 
@@ -258,16 +260,24 @@ def test_an_unusable_file_is_logged_in_one_line_and_its_latencies_are_measured_a
     assert len(engine.runs) == runs + PROBES  # the new file is sound
 
 
-def test_an_incomplete_profile_is_measured_anew_as_a_whole(
+def test_what_is_missing_from_a_stored_profile_is_announced_and_measured(
     engine: FakeEngine, load: Callable[..., Measurement], tmp_path: Path
 ) -> None:
     """A server completes it in idle moments; `supervit profile` needs all of it now."""
-    whole = load()
+    announced: list[int] = []
+    whole = load(announce=announced.append)
     path = kept_file(tmp_path)
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"rows": content["rows"][1:]}))
-    assert load().table == whole.table
+    completed = load(announce=announced.append)
+    assert announced == [6, 1]
+    assert completed.table.batch_sizes == BATCH_SIZES
+    for subnetwork, figures in whole.table.seconds.items():
+        assert completed.table.seconds[subnetwork] == pytest.approx(figures)
+    assert completed.measured_at == whole.measured_at
     assert engine.count((SMALL, 1)) == 2 * (MIN_RUNS + 1)
+    assert engine.count((SMALL, 2)) == MIN_RUNS + 1
+    assert len(json.loads(path.read_text())["rows"]) == 6
 
 
 @pytest.mark.parametrize(("factor", "is_kept"), [(0.05, False), (0.2, True), (5.0, True), (20.0, False)])

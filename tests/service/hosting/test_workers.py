@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from service.errors import CommandError
 from service.hosting.supervisor import Supervisor, WorkerTiming
-from service.hosting.workers import bind, split_cpus, start_worker, write_heartbeat
+from service.hosting.workers import bind, inherit_socket, split_cpus, start_worker, write_heartbeat
 
 LIMIT_S = 60.0  # bound on waits for events that happen at once on an idle machine
 # Listens, reports its process ID, its CPUs and its metrics folder, and answers each connection with its process ID.
@@ -209,6 +210,11 @@ def test_a_killed_worker_is_replaced_and_its_gauges_are_removed(
     second = reports.next()["pid"]
     assert forgotten == [first]
     assert ask(opened) == second != first
+
+
+def test_a_descriptor_that_is_no_socket_is_named() -> None:
+    with pytest.raises(CommandError, match="--fd 9999 is no open socket"):
+        inherit_socket(9999)
 
 
 def test_an_address_in_use_is_rejected() -> None:

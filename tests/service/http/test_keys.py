@@ -1,5 +1,6 @@
 import base64
 import hashlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.service.http.raw_server import Server, measure, post
 from tests.service.http.scripted_server import ScriptedEngine, error_code, sample, serving
 
 HEADERS = {"Authorization": "Bearer secret-of-a"}
+LIMIT_S = 30.0
 LONG = 15_000_000  # bytes; more than the socket buffers hold
 
 
@@ -85,6 +87,17 @@ async def test_a_client_that_sends_a_long_body_without_a_key_receives_the_401(ke
         client = await server.connect()
         await client.send(post(LONG) + bytes(LONG))
         assert (await client.rest()).startswith(b"HTTP/1.1 401")
+
+
+def test_a_key_file_that_breaks_is_reported_although_no_request_comes(
+    asked: TestClient, keys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert asked.get("/health/live").status_code == 200
+    keys.write_text("[[key")
+    deadline = time.monotonic() + LIMIT_S
+    while "keeping the previous keys" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("route", ["/health/ready", "/subnetworks", "/metrics", "/", "/openapi.json"])

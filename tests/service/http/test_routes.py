@@ -444,7 +444,9 @@ def test_unknown_paths_and_methods_get_errors_in_the_usual_format(client: TestCl
     assert error_code(wrong_method, 405) == "method_not_allowed"
     assert wrong_method.headers["Allow"] == "POST"
     assert wrong_method.json()["error"]["message"] == "/classify accepts POST, not GET"
-    assert client.post("/health/live").headers["Allow"] == "GET"
+    assert client.post("/health/live").headers["Allow"] == "GET, HEAD"
+    assert client.post("/admin/model").headers["Allow"] == "GET, PUT"  # two routes
+    assert client.delete("/predictions/tiny").headers["Allow"] == "POST, PUT"
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics"])
@@ -469,6 +471,13 @@ def test_the_documentation_describes_body_parameters_and_errors(client: TestClie
     problem = operation["responses"]["422"]["content"]["application/problem+json"]["schema"]["$ref"]
     assert problem.endswith("ErrorAnswer")
     assert "ErrorAnswer" in document["components"]["schemas"]
+
+
+def test_the_documentation_describes_the_parameters_of_every_path(client: TestClient) -> None:
+    for path, operations in client.get("/openapi.json").json()["paths"].items():
+        for operation in operations.values():
+            described = {entry["name"] for entry in operation.get("parameters", ()) if entry["in"] == "path"}
+            assert described == set(re.findall(r"{(\w+)}", path)), path
 
 
 def test_the_documentation_lists_the_parameter_values_that_the_model_offers(client: TestClient) -> None:
@@ -513,6 +522,18 @@ def test_decide_returns_the_choice_without_running_the_model(client: TestClient,
     assert error_code(client.post("/decide?budget_gflops=1e-9"), 422) == "budget_too_small"
     assert error_code(client.post("/decide?top_k=2"), 422) == "invalid_parameter"
     assert sample(client, "supervit_batch_size_images_count") == 0
+
+
+def test_decide_reads_parameters_from_json_and_refuses_any_other_body(
+    client: TestClient, checkpoint: Checkpoint, photo: bytes
+) -> None:
+    budget = {"budget_gflops": checkpoint.profile.cheapest.gflops}
+    assert client.post("/decide", json=budget | {"priority": None}).json()["subnetwork"]["patch_grid"] == 2
+    for body in ({"json": budget, "params": budget}, {"json": {"unknown": 1}}, {"json": {"budget_ms": "soon"}}):
+        assert error_code(client.post("/decide", **body), 422) == "invalid_parameter"
+    assert error_code(client.post("/decide", content=photo), 422) == "invalid_parameter"
+    assert error_code(client.post("/decide", data=budget), 422) == "invalid_parameter"
+    assert error_code(client.post("/decide", content=bytes(20_000)), 413) == "body_too_large"
 
 
 def test_resources_shows_the_machine_and_what_the_policy_would_choose_next(client: TestClient) -> None:
@@ -727,6 +748,18 @@ def test_cascades_are_used_only_if_they_are_switched_on(
         assert client.get("/subnetworks").json()["cascades"] == []
         assert client.post("/decide").json()["second_look"] is None
         assert len(client.post("/classify", content=photo).json()["looks"]) == 1
+
+
+def test_cascades_that_a_checkpoint_lacks_are_reported_in_the_log(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    on = settings.model_copy(update={"cascades": True})
+    with serving(ServerRuntime(on, checkpoint, engine, latencies)):
+        assert "has no cascades" in caplog.text
 
 
 @pytest.fixture
