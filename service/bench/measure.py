@@ -15,7 +15,7 @@ from service.bench.options import Bench
 from service.bench.photos import Photo, read_photos
 from service.errors import CommandError, NoAnswerError
 
-PATIENCE_S = 10.0  # time limit beyond the longest budget: late answers still count among the latencies
+GRACE_S = 10.0  # time limit beyond the longest budget: late answers still count among the latencies
 
 
 class Sender(Protocol):
@@ -59,7 +59,7 @@ async def measure(command: Bench, connect: Connect = Connections) -> list[Run]:
     drawn = list(command.draws_at(command.rates))
     longest_s = max(arrival.budget_s for _, arrivals in drawn for arrival in arrivals)
     runs = []
-    async with connect(command.url, longest_s + PATIENCE_S) as sender:
+    async with connect(command.url, longest_s + GRACE_S) as sender:
         wire = await _wire(command, sender, photos)
         encoded = await asyncio.to_thread(lambda: [wire.encode(photo.data) for photo in photos])
 

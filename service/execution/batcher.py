@@ -121,7 +121,7 @@ class Batcher:
         # Once the image is decoded, the scheduler watches the deadline.
         deadline = loop.call_later(request.deadline_at - self._clock(), self._expire, request, pending)
         try:
-            return await pending.result
+            return await pending.future
         finally:
             deadline.cancel()
             self._pending.discard(request)
@@ -130,7 +130,7 @@ class Batcher:
 
     def _expire(self, request: QueuedRequest, pending: Pending) -> None:
         """Answer, at its deadline, a request whose image is not decoded or that only waits for another look."""
-        if pending.image is None or pending.answer is not None:
+        if pending.image is None or pending.last_look is not None:
             error = DeadlineError("the deadline passed before the image was decoded")
             self._pending.settle(self._pending.failed(error, request, LookCode.DEADLINE))
 
@@ -254,7 +254,7 @@ class Batcher:
             started_at=started_at,
             ended_at=ended_at,
         )
-        results = {request: result(*one, before=self._pending.answer_of(request)) for request, one in answered}
+        results = {request: result(*one, before=self._pending.last_look_of(request)) for request, one in answered}
         yield self._final(results, variant, ended_at)
         if self._idle is not None:  # after the answers, which must not wait for it
             self._idle.batch_ran(list(images.values()), list(results.values()))

@@ -23,14 +23,14 @@ class Pending:
     """The state of a request that waits for its answer.
 
     Attributes:
-        result: future of the answer.
+        future: gets the answer.
         image: (3, S, S) uint8; None until it is decoded.
-        answer: result of the last look, where another look is wanted.
+        last_look: result of the last look, where another look is wanted.
     """
 
-    result: "asyncio.Future[Result]"
+    future: "asyncio.Future[Result]"
     image: Tensor | None = None
-    answer: Result | None = None
+    last_look: Result | None = None
 
 
 class PendingRequests:
@@ -60,17 +60,17 @@ class PendingRequests:
         """Return the state of a request; None where its client has left."""
         return self._pending.get(request.admitted)
 
-    def keep(self, request: QueuedRequest, answer: Result) -> bool:
-        """Record the answer that a request gets if no other look follows; return False where its client has left."""
+    def keep(self, request: QueuedRequest, look: Result) -> bool:
+        """Record the look that a request gets if no other follows; return False where its client has left."""
         pending = self.find(request)
         if pending is not None:
-            pending.answer = answer
+            pending.last_look = look
         return pending is not None
 
-    def answer_of(self, request: QueuedRequest) -> Result | None:
+    def last_look_of(self, request: QueuedRequest) -> Result | None:
         """Return the result of the last look at the request's image; None where there is none."""
         pending = self.find(request)
-        return None if pending is None else pending.answer
+        return None if pending is None else pending.last_look
 
     def finished(self, request: QueuedRequest, result: Result, code: LookCode) -> Outcome:
         """Return the outcome of a request that gets no other look: its last look, or the one before if that is NaN."""
@@ -80,16 +80,16 @@ class PendingRequests:
 
     def failed(self, error: ServiceError, request: QueuedRequest, code: LookCode) -> Outcome:
         """Return the outcome of a request that fails: the result of its last look, if it has one, or else the error."""
-        answer = self.answer_of(request)
-        return request.admitted, error if answer is None else replace(answer, stopped=code, second_look_cancelled=True)
+        look = self.last_look_of(request)
+        return request.admitted, error if look is None else replace(look, stopped=code, second_look_cancelled=True)
 
     def settle(self, outcome: Outcome) -> None:
         """Set the answer of a request, on the event loop."""
         request, result = outcome
         pending = self._pending.get(request)
-        if pending is None or pending.result.done():
+        if pending is None or pending.future.done():
             return  # its client has left, or it is answered already
         if isinstance(result, Result):
-            pending.result.set_result(result)
+            pending.future.set_result(result)
         else:
-            pending.result.set_exception(result)
+            pending.future.set_exception(result)

@@ -136,8 +136,8 @@ class Supervisor:
         if last_beat_ns > worker.last_beat_ns:
             worker.has_served |= pulse.read_text() == SERVING
         worker.last_beat_ns = last_beat_ns
-        patience_s = self._timing.silence_s if last_beat_ns else self._timing.start_s
-        if worker.silent_looks * self._timing.watch_interval_s > patience_s:
+        limit_s = self._timing.silence_s if last_beat_ns else self._timing.start_s
+        if worker.silent_looks * self._timing.watch_interval_s > limit_s:
             logger.error("worker %d hangs; killing it", worker.process.pid)
             worker.process.kill()
             worker.process.wait()

@@ -73,13 +73,13 @@ class Connections:
         self._observe_number(len(self._addresses))
         return True
 
-    def waits(self, connection: Connection) -> None:
+    def mark_waiting(self, connection: Connection) -> None:
         """Record that a connection waits from now on, for its next request or for the rest of one."""
         if connection in self._addresses:
             self._waiting[connection] = None
             self._waiting.move_to_end(connection)
 
-    def works(self, connection: Connection) -> None:
+    def mark_answering(self, connection: Connection) -> None:
         """Record that a whole request of a connection is being answered."""
         self._waiting.pop(connection, None)
 

@@ -7,7 +7,7 @@ from fastapi import Request
 
 from service.errors import ClientGoneError
 
-PATIENCE_S = 0.02  # a faster answer is not worth watching its client
+WATCH_DELAY_S = 0.02  # a faster answer is not worth watching its client
 
 
 class ClientWatch:
@@ -16,11 +16,11 @@ class ClientWatch:
     There is one block for each image of a request, each in a task of its own.
     """
 
-    def __init__(self, request: Request, patience_s: float = PATIENCE_S) -> None:
-        """Create the watch of a request, which begins `patience_s` after `start`."""
-        self._request, self._patience_s = request, patience_s
+    def __init__(self, request: Request, delay_s: float = WATCH_DELAY_S) -> None:
+        """Create the watch of a request, which begins `delay_s` after `start`."""
+        self._request, self._delay_s = request, delay_s
         self._tasks: set[asyncio.Task[object]] = set()
-        self._patience: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._watching: asyncio.Task[None] | None = None
         self._is_gone = False
 
@@ -31,9 +31,9 @@ class ClientWatch:
         return self
 
     def start(self) -> None:
-        """Begin to watch after `patience_s`. Call it once the body is read: reading detects a client that leaves."""
-        if self._patience is None:
-            self._patience = asyncio.get_running_loop().call_later(self._patience_s, self._start_task)
+        """Begin to watch after `delay_s`. Call it once the body is read: reading detects a client that leaves."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._delay_s, self._start_task)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -52,11 +52,11 @@ class ClientWatch:
             raise ClientGoneError("the client disconnected before the answer") from None
 
     def _end(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._watching is not None:
             self._watching.cancel()
-        self._patience = self._watching = None
+        self._timer = self._watching = None
 
     def _start_task(self) -> None:
         self._watching = asyncio.create_task(self._watch())

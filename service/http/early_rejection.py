@@ -183,7 +183,7 @@ class RejectingProtocol(BoundedProtocol):
         defaults = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
         self._rejection_lines = STATUS_LINE + defaults + answer
         if pause_s := self._early.charge(self._early.loop_time() - self._parsed_from_s):
-            self._all.works(self)  # not idle while its rejection is held back
+            self._connections.mark_answering(self)  # not idle while its rejection is held back
             self._held_back = self.loop.call_later(pause_s, self._reject)
         else:
             self._reject()
@@ -242,7 +242,7 @@ class RejectingProtocol(BoundedProtocol):
     def _reject(self) -> None:
         if self._held_back is not None:
             self._held_back = None
-            self._all.waits(self)
+            self._connections.mark_waiting(self)
         if self.transport.is_closing():
             return
         self.transport.write(self._rejection_lines)

@@ -19,13 +19,13 @@ from service.http.sockets import waited_s, was_reset
 from service.telemetry.rate_limited_log import RateLimitedLog
 
 MAX_HEAD_BYTES = 32_768
-HEAD_S = 10.0
+HEAD_TIMEOUT_S = 10.0
 # For the rest of a body whose request has got an error. Most clients read no answer before they have sent all.
-REFUSED_BODY_S = 30.0
-UNREAD_S = 30.0  # for the client to read an answer that is pending in the socket
+REFUSED_BODY_TIMEOUT_S = 30.0
+UNREAD_TIMEOUT_S = 30.0  # for the client to read an answer that is pending in the socket
 # A client that has closed its sending half may have left. Only a write tells: a client that has left resets it.
-PROBE_S = 0.25
-RESET_S = 0.05
+PROBE_DELAY_S = 0.25
+PROBE_INTERVAL_S = 0.05
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 UNAVAILABLE = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: text/plain; charset=utf-8\r\n"
@@ -40,10 +40,10 @@ logger = logging.getLogger(__name__)
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Closes a connection whose next request's head is larger than MAX_HEAD_BYTES or takes longer than HEAD_S.
+    """Closes a connection whose next request's head is larger than MAX_HEAD_BYTES or takes longer than HEAD_TIMEOUT_S.
 
-    HEAD_S counts from the head's first byte, which a new connection must send within HEAD_S as well. uvicorn bounds the
-    silence of a connection that is kept alive. The rest of a body that outlasts the answer has REFUSED_BODY_S.
+    That time counts from the head's first byte, for which a new connection has as long. uvicorn bounds the silence of a
+    connection that is kept alive. The rest of a body that outlasts the answer has REFUSED_BODY_TIMEOUT_S.
     Pipelined requests are parsed one by one: the next one only after the answer to the one before.
     """
 
@@ -67,14 +67,14 @@ class BoundedProtocol(HttpToolsProtocol):
             kwargs: uvicorn's keyword arguments.
         """
         super().__init__(*args, **kwargs)
-        self._all, self._observe, self._log, self._clock = connections, observe, log or RateLimitedLog(logger), clock
+        self._connections, self._observe, self._clock = connections, observe, clock
+        self._log = log or RateLimitedLog(logger)
         self._in_head, self._bytes = True, 0  # received of this request so far
         self._body_left: int | None = None  # bytes; None for a chunked body
         self._tail = b""  # the last bytes parsed, in which an END_OF_HEAD may begin
         self._unparsed, self._start = b"", 0  # received data, and how far it is parsed
         self._received_at = self._arrived_at = 0.0
-        self._has_ended = False  # the client sends no more
-        self._was_probed = False
+        self._has_ended = self._was_probed = False  # the former: the client sends no more
         self._timeout: asyncio.TimerHandle | None = None
         self._unread_timeout: asyncio.TimerHandle | None = None
         self._probe_timer: asyncio.TimerHandle | None = None
@@ -83,8 +83,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Admit the connection and wait for the first head, or refuse the connection."""
         super().connection_made(transport)
         opened = transport.get_extra_info("socket")
-        if self._all.admit(self, self.client[0] if self.client else None, opened.fileno()):
-            self._start_timeout(HEAD_S)
+        if self._connections.admit(self, self.client[0] if self.client else None, opened.fileno()):
+            self._start_timeout(HEAD_TIMEOUT_S)
         else:
             self._log.warning("a connection was refused: too many are open; see --max-connections and ulimit -n")
             transport.write(UNAVAILABLE)
@@ -92,7 +92,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the timers and release the connection's place."""
-        self._all.forget(self)
+        self._connections.forget(self)
         self._forget_timeout()
         self._forget_probe()
         if self._unread_timeout is not None:
@@ -120,7 +120,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._has_ended = True
         is_due = self._must_wait
         if is_due and self._is_answering:
-            self._probe_timer = self.loop.call_later(PROBE_S, self._probe)
+            self._probe_timer = self.loop.call_later(PROBE_DELAY_S, self._probe)
         return is_due and self.transport.get_extra_info("sslcontext") is None  # TLS cannot be half-closed
 
     def on_message_begin(self) -> None:
@@ -143,9 +143,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._await_head()
         super().on_message_complete()
         if self._is_answering:
-            self._all.works(self)
+            self._connections.mark_answering(self)
         else:  # uvicorn began to time the silence when it answered, and stopped at the next byte
-            self._start_timeout(HEAD_S)
+            self._start_timeout(HEAD_TIMEOUT_S)
 
     def on_response_complete(self) -> None:
         """Parse the data that came while the request was being answered."""
@@ -154,11 +154,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             self._close()
             return
-        self._all.waits(self)
+        self._connections.mark_waiting(self)
         self._resume_parsing()
 
     def pause_writing(self) -> None:
-        """Wait until the client has read the pending data, for at most UNREAD_S."""
+        """Wait until the client has read the pending data, for at most UNREAD_TIMEOUT_S."""
         super().pause_writing()
         self._start_unread_timeout()
 
@@ -208,10 +208,10 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._in_head:
                 if not self._bytes:
                     self._arrived_at = self._received_at
-                    self._all.waits(self)
+                    self._connections.mark_waiting(self)
                     self._forget_timeout()  # of the silence before, as is uvicorn's own
                     self._unset_keepalive_if_required()
-                self._start_timeout(HEAD_S)
+                self._start_timeout(HEAD_TIMEOUT_S)
             end = self._end_of_piece(data, start)
             self._bytes += end - start
             if self._in_head and self._bytes > MAX_HEAD_BYTES:
@@ -220,7 +220,7 @@ class BoundedProtocol(HttpToolsProtocol):
             piece, start = data[start:end], end
             self._feed(UPGRADE.sub(b"", piece) if self._in_head else piece)
             if not self._in_head and not self._is_answering:
-                self._start_timeout(REFUSED_BODY_S)
+                self._start_timeout(REFUSED_BODY_TIMEOUT_S)
         if start < len(data) and self._must_wait:
             self._start = start
             self.flow.pause_reading()
@@ -265,16 +265,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._was_probed and not self.cycle.response_started and self.scope["http_version"] == "1.1":
             self._was_probed = True
             self.transport.write(CONTINUE)
-        self._probe_timer = self.loop.call_later(RESET_S, self._probe)
+        self._probe_timer = self.loop.call_later(PROBE_INTERVAL_S, self._probe)
 
     def _close(self) -> None:
-        """Close the connection, waiting at most UNREAD_S for the client to read the pending data."""
+        """Close the connection, waiting at most UNREAD_TIMEOUT_S for the client to read the pending data."""
         self.transport.close()
         self._start_unread_timeout()
 
     def _start_unread_timeout(self) -> None:
         if self._unread_timeout is None:
-            self._unread_timeout = self.loop.call_later(UNREAD_S, self._abort)
+            self._unread_timeout = self.loop.call_later(UNREAD_TIMEOUT_S, self._abort)
 
     def _abort(self) -> None:
         self._observe("unread")

@@ -18,11 +18,11 @@ def admitted(connections: Connections, address: str | None = "a") -> Connection:
 def test_the_connection_that_has_waited_longest_is_closed_for_a_new_one() -> None:
     connections = Connections(3, 3)
     first, second, third = [admitted(connections) for _ in range(3)]
-    connections.works(first)
-    connections.waits(second)
+    connections.mark_answering(first)
+    connections.mark_waiting(second)
     admitted(connections)
     assert [one.gave_way for one in (first, second, third)] == [False, False, True]
-    connections.waits(first)
+    connections.mark_waiting(first)
     admitted(connections)
     assert [one.gave_way for one in (first, second)] == [False, True]
     assert len(connections) == 3
@@ -33,7 +33,7 @@ def test_a_new_connection_is_refused_while_every_open_connection_is_being_answer
     connections = Connections(2, 2, observe=reasons.append)
     working = [admitted(connections) for _ in range(2)]
     for connection in working:
-        connections.works(connection)
+        connections.mark_answering(connection)
     assert not connections.admit(Connection(), "b")
     connections.forget(working[0])
     connections.forget(working[0])
@@ -48,8 +48,8 @@ def test_an_address_at_its_limit_makes_room_only_among_its_own_connections() -> 
     first, second = admitted(connections), admitted(connections)
     third = admitted(connections)
     assert (other.gave_way, first.gave_way, second.gave_way) == (False, True, False)
-    connections.works(second)
-    connections.works(third)
+    connections.mark_answering(second)
+    connections.mark_answering(third)
     assert not connections.admit(Connection(), "a")
     assert reasons == ["gave_way", "address"]
     for _ in range(2):
@@ -69,7 +69,7 @@ def test_the_last_file_descriptors_are_kept_free() -> None:
     assert connections.admit(waiting, "a", 100)
     assert connections.admit(working, "a", 101)
     assert waiting.gave_way
-    connections.works(working)
+    connections.mark_answering(working)
     assert not connections.admit(Connection(), "a", 101)
     assert reasons == ["gave_way", "files"]
     assert numbers == [1, 0, 1]

@@ -26,7 +26,7 @@ class Connection:
         return {"type": "http.disconnect"}
 
     async def answer(self) -> str:
-        with ClientWatch(Request({"type": "http"}, self.receive), patience_s=0.0) as watch:
+        with ClientWatch(Request({"type": "http"}, self.receive), delay_s=0.0) as watch:
             watch.start()
             await self.listening.wait()
             await asyncio.Event().wait()
@@ -63,7 +63,7 @@ async def test_a_task_cancelled_for_another_reason_stays_cancelled(leaves_too: b
 
 async def test_watching_stops_after_the_block() -> None:
     connection = Connection()
-    with ClientWatch(Request({"type": "http"}, connection.receive), patience_s=0.0) as watch:
+    with ClientWatch(Request({"type": "http"}, connection.receive), delay_s=0.0) as watch:
         watch.start()
         await connection.listening.wait()
     before = asyncio.all_tasks()
@@ -72,9 +72,9 @@ async def test_watching_stops_after_the_block() -> None:
     assert len(asyncio.all_tasks()) < len(before)
 
 
-async def test_a_request_answered_within_the_patience_is_not_watched() -> None:
+async def test_a_request_answered_within_the_delay_is_not_watched() -> None:
     connection = Connection()
-    with ClientWatch(Request({"type": "http"}, connection.receive), patience_s=60.0) as watch:
+    with ClientWatch(Request({"type": "http"}, connection.receive), delay_s=60.0) as watch:
         watch.start()
         await asyncio.sleep(59.0)
     await asyncio.sleep(2.0)

@@ -27,7 +27,7 @@ from service.http.early_rejection import (
     EarlyRejection,
     RejectingProtocol,
 )
-from service.http.protocol import ARRIVED_AT, UNREAD_S
+from service.http.protocol import ARRIVED_AT, UNREAD_TIMEOUT_S
 from service.pipeline import Pipeline
 from service.runtime import ServerRuntime
 from service.settings import Settings
@@ -480,7 +480,7 @@ async def test_a_client_that_resets_after_its_answer_leaves_no_connection_and_no
         await client.send(post(0, path))
         await client.reader.readuntil(b"\r\n\r\n")
         client.reset()
-        await asyncio.sleep(KEEP_ALIVE_S + UNREAD_S + 1)
+        await asyncio.sleep(KEEP_ALIVE_S + UNREAD_TIMEOUT_S + 1)
         assert running.closed == []
         assert len(running.connections) == 0
 

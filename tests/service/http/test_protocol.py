@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from service.http.protocol import (
-    HEAD_S,
+    HEAD_TIMEOUT_S,
     MAX_HEAD_BYTES,
-    PROBE_S,
-    REFUSED_BODY_S,
-    UNREAD_S,
+    PROBE_DELAY_S,
+    REFUSED_BODY_TIMEOUT_S,
+    UNREAD_TIMEOUT_S,
 )
 from tests.service.http.raw_server import (
     GET,
@@ -92,7 +92,7 @@ async def test_a_connection_whose_head_does_not_arrive_in_time_is_closed(sent: b
         client, started_at = await server.connect(), now()
         await client.send(sent)
         await client.rest()
-        assert now() - started_at == pytest.approx(HEAD_S, abs=0.1)
+        assert now() - started_at == pytest.approx(HEAD_TIMEOUT_S, abs=0.1)
         assert server.closed == ["slow"]
 
 
@@ -103,7 +103,7 @@ async def test_a_head_that_arrives_too_slowly_is_cut_off() -> None:
         while not client.reader.at_eof():
             await client.send(b"a: b\r\n")
             await asyncio.sleep(1)
-        assert now() - started_at == pytest.approx(HEAD_S, abs=1.1)
+        assert now() - started_at == pytest.approx(HEAD_TIMEOUT_S, abs=1.1)
 
 
 async def test_a_keep_alive_connection_may_be_silent_for_longer_than_the_head_timeout() -> None:
@@ -122,7 +122,7 @@ async def test_a_body_may_take_longer_than_the_head_timeout() -> None:
         client = await server.connect()
         await client.send(post(3))
         for _ in range(3):
-            await asyncio.sleep(0.9 * HEAD_S)
+            await asyncio.sleep(0.9 * HEAD_TIMEOUT_S)
             await client.send(b"x")
         assert await client.answer() == b"3 2"
 
@@ -159,7 +159,9 @@ async def test_a_refused_client_cannot_keep_its_connection_open_by_sending_its_b
         assert await client.answer() == b""
         await client.send(more)
         assert await client.rest() == b""
-        assert now() - started_at == pytest.approx(REFUSED_BODY_S if len(more) < 999 else HEAD_S, abs=0.1)
+        assert now() - started_at == pytest.approx(
+            REFUSED_BODY_TIMEOUT_S if len(more) < 999 else HEAD_TIMEOUT_S, abs=0.1
+        )
 
 
 async def test_a_pipelined_request_is_parsed_only_after_the_answer_to_the_one_before() -> None:
@@ -168,7 +170,7 @@ async def test_a_pipelined_request_is_parsed_only_after_the_answer_to_the_one_be
         client = await server.connect()
         requests = b"".join(b"GET /%d HTTP/1.1\r\n\r\n" % number for number in range(20_000))
         sending = asyncio.create_task(client.send(requests))
-        await asyncio.sleep(HEAD_S + 1)  # the waiting requests do not time out
+        await asyncio.sleep(HEAD_TIMEOUT_S + 1)  # the waiting requests do not time out
         assert held.asked == ["/0"]
         held.go_on.set()
         for number in range(100):
@@ -212,7 +214,7 @@ async def test_a_client_that_does_not_read_its_answers_is_disconnected(caplog: p
         client = await server.connect()
         client.writer.transport.pause_reading()  # type: ignore[attr-defined] # the transport of a stream can read
         await client.send(GET * 10)
-        await asyncio.sleep(UNREAD_S - 1)
+        await asyncio.sleep(UNREAD_TIMEOUT_S - 1)
         assert len(server.connections) == 1
         await asyncio.sleep(2)
         assert server.closed == ["unread"]
@@ -253,7 +255,7 @@ async def test_a_client_that_waits_with_its_sending_half_closed_is_probed_with_1
         client = await server.connect()
         await client.send(post(1, "/first") + b"x")
         client.writer.write_eof()
-        await asyncio.sleep(10 * PROBE_S)
+        await asyncio.sleep(10 * PROBE_DELAY_S)
         held.go_on.set()
         assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         assert await client.answer() == b"/first"
@@ -266,7 +268,7 @@ async def test_a_client_that_has_closed_its_connection_is_detected_by_the_probe(
         client = await server.connect()
         await client.send(post(1, "/first") + b"x")
         client.writer.close()
-        await asyncio.sleep(2 * PROBE_S)
+        await asyncio.sleep(2 * PROBE_DELAY_S)
         assert held.unanswered == ["/first"]
 
 

@@ -13,7 +13,7 @@ import trustme
 import uvloop
 
 from service.http.connections import Connections
-from service.http.protocol import HEAD_S
+from service.http.protocol import HEAD_TIMEOUT_S
 from service.http.tls import TlsGate
 
 pytestmark = pytest.mark.anyio
@@ -92,7 +92,7 @@ async def test_a_silent_connection_is_counted_and_closed_after_the_handshake_tim
         await until_counted(served.connections, 1)
         began_at = loop.time()
         assert await reader.read() == b""
-        assert loop.time() - began_at == pytest.approx(HEAD_S, abs=1)
+        assert loop.time() - began_at == pytest.approx(HEAD_TIMEOUT_S, abs=1)
         await until_counted(served.connections, 0)
 
 
@@ -126,7 +126,7 @@ def test_a_client_hello_that_arrives_before_the_handshake_begins_is_not_lost(
             with socket.create_connection(("127.0.0.1", port)) as early:  # connect() blocks the loop
                 early.sendall(hello.read())
                 early.setblocking(False)
-                async with asyncio.timeout(HEAD_S / 2):
+                async with asyncio.timeout(HEAD_TIMEOUT_S / 2):
                     assert await loop.sock_recv(early, 1)
 
     run(say_hello_at_once())
@@ -141,7 +141,7 @@ async def test_a_connection_evicted_before_its_handshake_begins_leaks_no_file_de
             while not served.closed:  # noqa: ASYNC110 - polling takes no real time in a virtual-time loop
                 await asyncio.sleep(0.01)
             first.setblocking(False)
-            async with asyncio.timeout(HEAD_S / 2):
+            async with asyncio.timeout(HEAD_TIMEOUT_S / 2):
                 with suppress(ConnectionError):
                     assert await asyncio.get_running_loop().sock_recv(first, 1) == b""
             assert open_descriptors() == before + 3, "two of the clients and one of the server"
