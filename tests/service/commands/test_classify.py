@@ -49,6 +49,14 @@ def test_classify_ignores_the_default_latency_budget_of_servers(
     assert json.loads(capsys.readouterr().out)["budget_ms"] >= 600_000
 
 
+def test_classify_plans_with_latencies_of_this_machine(
+    checkpoint_path: Path, photo_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SUPERVIT_PROFILE_FOLDER", str(tmp_path / "profiles"))
+    assert main(["classify", str(photo_path), "--checkpoint", str(checkpoint_path), "--budget-ms", "60000"]) == 0
+    assert len(list((tmp_path / "profiles").glob("latency-*.json"))) == 1
+
+
 def test_classify_continues_after_a_photo_that_it_cannot_read(
     checkpoint_path: Path, photo_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
