@@ -18,22 +18,19 @@ logger = logging.getLogger(__name__)
 class CheckpointWatch:
     """Checks a file, and begins a model change once it has been replaced and is complete."""
 
-    def __init__(
-        self, path: Path, version: str, begin: Callable[[ModelChange], object], files: WatchedFiles | None = None
-    ) -> None:
+    def __init__(self, path: Path, version: str, begin: Callable[[ModelChange], object]) -> None:
         """Begin to watch a file; one that was replaced since the model was read counts as changed.
 
         Args:
             path: path of the checkpoint.
             version: version of the served checkpoint.
             begin: begins a model change.
-            files: tells whether the file has changed.
 
         Raises:
             OSError: the file cannot be read.
         """
         self._path, self._begin = path, begin
-        self._files = files or WatchedFiles([path])  # before the file is read, so that no change is missed
+        self._files = WatchedFiles([path])  # before the file is read, so that no change is missed
         self._looks_left = None if digest(path) == version else STABLE_CHECKS
 
     def look(self) -> None:

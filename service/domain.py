@@ -91,8 +91,8 @@ class InferenceRequest:
         key: API key that it carries; None where the server requires none.
         client_waits_s: time from arrival after which its client is gone, whatever the budget; None where it stays.
         image: index of its image in the message, from 0.
-        num_together: number of images, this one and those after it, that are answered together or not at all; 1 for a
-            single image.
+        num_together: number of runs, this one and those after it, for which its key must have enough left: one for each
+            image of a message, which are answered together or not at all, and one to explain the answer.
     """
 
     arrived_at: float

@@ -132,8 +132,7 @@ class ServerRuntime:
             self.context.failures,
             lambda: [server.pipeline for server in self.context.open_servers()],
         )
-        self._tracer = tracer
-        self._state = ServerState.STARTING
+        self._tracer, self._state = tracer, ServerState.STARTING
         self._drain_ends_at: float | None = None
         self._models, self._engine_thread = ServedModels(), EngineThread()
         self._ledger = KeyLedger(catalog.least_gflops, 1 / settings.workers, self.metrics.keys.spent)
@@ -181,13 +180,16 @@ class ServerRuntime:
     @asynccontextmanager
     async def running(self, *, ready_first: bool = False) -> AsyncIterator[None]:
         """Serve as long as the block lasts; with `ready_first`, enter it once the first request can be answered."""
-        reporting = asyncio.create_task(self._report_regularly())
-        watching = asyncio.create_task(self._monitor.run(self._settings.monitor_interval_s))
-        measuring = asyncio.create_task(self.metrics.loop_delay.watch())
-        guarding = asyncio.create_task(self._guard())
-        serving = asyncio.create_task(self._serve())
-        serving.add_done_callback(self._on_end)
-        following = asyncio.create_task(self._follow_checkpoint())
+        background = [
+            self._report_regularly(),
+            self._monitor.run(self._settings.monitor_interval_s),
+            self.metrics.loop_delay.watch(),
+            self._follow_checkpoint(),
+            *(() if self.context.keys is None else (self.context.keys.watch(),)),
+        ]
+        guarding, serving, *others = map(asyncio.create_task, (self._guard(), self._serve(), *background))
+        for task in (guarding, serving, *others):
+            task.add_done_callback(self._on_end)
         self._say_what_is_served()
         try:
             if ready_first:
@@ -200,7 +202,7 @@ class ServerRuntime:
             self.changer.close()
             self._models.stop()
             await asyncio.wait((serving, guarding), return_when=asyncio.FIRST_COMPLETED)
-            for task in (watching, reporting, measuring, guarding, following):
+            for task in (guarding, *others):
                 task.cancel()
             self._monitor.close()
             if self._tracer is not None:
@@ -237,7 +239,7 @@ class ServerRuntime:
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
-            logger.critical("the model cannot run: %s", error, exc_info=error)
+            logger.critical("the server cannot run: %s", error, exc_info=error)
             self.drain()
             self._on_failure()
 
@@ -292,9 +294,7 @@ class ServerRuntime:
                 self.metrics.captured(captured.num_graphs, captured.held_bytes)
 
     async def _report_regularly(self) -> None:
-        """Report and look after the key file: with several workers, a scrape of the metrics reaches only one."""
+        """Report until cancelled: with several workers, a scrape of the metrics reaches only one of them."""
         while True:
             await asyncio.sleep(self._settings.monitor_interval_s)
             self._report()
-            if self.context.keys is not None:
-                self.context.keys.refresh()

@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import ssl
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,19 +21,18 @@ class Certificate:
         pem: the key and the certificate, for other implementations of TLS.
     """
 
-    def __init__(self, certificate: Path, key: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, certificate: Path, key: Path) -> None:
         """Read the certificate and the key.
 
         Args:
             certificate: PEM file with the certificate and the chain up to an authority.
             key: PEM file with the private key, not encrypted.
-            clock: monotonic, in seconds.
 
         Raises:
             CommandError: a file cannot be read, or the key is not the certificate's.
         """
         self._certificate, self._key = certificate, key
-        self._files = WatchedFiles((certificate, key), clock)
+        self._files = WatchedFiles((certificate, key))
         self.context = new_context()
         try:
             self._load(self.context)

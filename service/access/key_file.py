@@ -3,20 +3,20 @@
 A key is random and long: its SHA-256 cannot be inverted, and a slow hash would protect it no better.
 """
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import secrets
-import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from service.access.watched_files import WatchedFiles
+from service.access.watched_files import CHECK_S, WatchedFiles
 from service.domain import HIGHEST_PRIORITY, KEY_NAME, LOWEST_PRIORITY, ApiKey
 from service.errors import CommandError, UnauthorizedError, first_problem
 
@@ -93,24 +93,19 @@ def make_key(name: str) -> NewKey:
 class KeyFile:
     """Looks up what a request's key allows in the current file."""
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: Path) -> None:
         """Read the file.
 
         Raises:
             CommandError: the file cannot be read, or is no file of keys.
         """
-        self._path, self._file = path, WatchedFiles([path], clock)
+        self._path, self._file = path, WatchedFiles([path])
         try:
             self._keys = read_keys(path)
         except OSError as error:
             raise CommandError(f"{path}: {error.strerror}") from error
         except ValueError as error:
             raise CommandError(f"{path}: {error}") from error
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the keys."""
-        return [key.name for _, key in self._keys]
 
     def find(self, headers: Mapping[bytes, bytes]) -> ApiKey:
         """Return the key that came in `Authorization: Bearer` or `X-API-Key`.
@@ -135,11 +130,14 @@ class KeyFile:
             raise UnauthorizedError("unknown API key")
         return found
 
-    def refresh(self) -> None:
-        """Read the file again if it has changed; keep the keys if it cannot be read, and log that once.
+    async def watch(self) -> None:
+        """Refresh the keys until cancelled, on another thread: thousands of them take a tenth of a second."""
+        while True:
+            await asyncio.sleep(CHECK_S)
+            await asyncio.to_thread(self.refresh)
 
-        Call it often: it checks the file once a second at most.
-        """
+    def refresh(self) -> None:
+        """Read the file again if it has changed; keep the keys if it cannot be read, and log that once."""
         if not self._file.have_changed():
             return
         try:

@@ -1,26 +1,21 @@
 """Files that are read again when they change."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-CHECK_S = 1.0  # least time between two checks
+CHECK_S = 1.0  # time between two checks
 
 
 class WatchedFiles:
     """Detects changes of files."""
 
-    def __init__(self, paths: Sequence[Path], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, paths: Sequence[Path]) -> None:
         """Record the current state of the files."""
-        self._paths, self._clock = tuple(paths), clock
-        self._stamps, self._looked_at = self._read_stamps(), clock()
+        self._paths = tuple(paths)
+        self._stamps = self._read_stamps()
 
     def have_changed(self) -> bool:
-        """Return whether the files have changed since the last check; False within CHECK_S of that check."""
-        now = self._clock()
-        if now < self._looked_at + CHECK_S:
-            return False
-        self._looked_at = now
+        """Return whether the files have changed since the last check."""
         before, self._stamps = self._stamps, self._read_stamps()
         return self._stamps != before
 

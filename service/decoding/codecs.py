@@ -62,6 +62,7 @@ _ERRORS: tuple[type[Exception], ...] = (
     UserWarning,  # raised where warnings are turned into errors
 )
 _UNCHANGED = 0  # torchvision's ImageReadMode: keeps alpha
+_TWO_SIZES = "the {} is broken: it declares two different sizes"
 _NO_MEMORY = "there was not enough memory to decode the image; try again later"
 _TORCH_NO_MEMORY = "can't allocate memory"  # in PyTorch's message when memory runs out
 
@@ -123,12 +124,27 @@ def decode(header: ImageHeader, least_px: int) -> tuple[Image.Image, int]:
     if header.format == "WEBP":
         return _decode_webp(header.data), header.orientation
     if header.format == "HEIC":
-        return pillow_heif.open_heif(header.data, convert_hdr_to_8bit=True).to_pillow(), UPRIGHT
+        return _decode_heic(header), UPRIGHT
     if header.format == "BMP" and (pixels := bmp.read_bitfields(header.data)) is not None:
         return Image.fromarray(pixels), UPRIGHT
     picture = _load(header, header.data, least_px)
     exif = picture.info.get("exif", b"") if header.format == "AVIF" else b""
     return picture, read_orientation(exif.removeprefix(b"Exif\0\0")) if exif else header.orientation
+
+
+def _decode_heic(header: ImageHeader) -> Image.Image:
+    """Decode with libheif, unless it finds a larger picture than the header says, for which limits were checked.
+
+    Raises:
+        InvalidImageError: the size contradicts the header.
+        Exception: an error of libheif.
+    """
+    opened = pillow_heif.open_heif(header.data, convert_hdr_to_8bit=True)
+    width, height = opened.size  # a rotation may have swapped them
+    if width * height > header.width * header.height:
+        raise InvalidImageError(_TWO_SIZES.format(header.format))
+    picture: Image.Image = opened.to_pillow()
+    return picture
 
 
 def _load(header: ImageHeader, data: bytes, least_px: int) -> Image.Image:
@@ -140,7 +156,7 @@ def _load(header: ImageHeader, data: bytes, least_px: int) -> Image.Image:
     """
     image = _OPENERS[header.format](io.BytesIO(data))
     if header.format != "TIFF" and image.size != (header.width, header.height):
-        raise InvalidImageError(f"the {header.format} is broken: it declares two different sizes")
+        raise InvalidImageError(_TWO_SIZES.format(header.format))
     if header.format == "JPEG":
         image.draft(None, (least_px, least_px))
     try:

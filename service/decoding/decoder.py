@@ -48,6 +48,7 @@ class _Job:
     opened: OpenedImage | None = None
     expected_s: float = 0.0
     started_at: float = 0.0
+    is_learned: bool = False
 
     @property
     def is_expensive(self) -> bool:
@@ -126,6 +127,7 @@ class Decoder:
             if job is not None:  # the request ended first: the full time is not known
                 now = self._clock()
                 self._learn(job, max(now - job.started_at, job.expected_s), now)
+                job.is_learned = True
 
     def expected_s(self, now: float) -> float:
         """Return the expected decode time of an image of ordinary cost: the estimate for one that has not arrived."""
@@ -238,7 +240,7 @@ class Decoder:
         now = self._clock()
         with self._lock:
             self._running.remove(job)
-            if image is not None:
+            if image is not None and not job.is_learned:
                 self._learn(job, now - job.started_at, now)
         if image is not None:
             waited_s = job.started_at - job.submitted_at

@@ -99,8 +99,11 @@ class GrowingProfile:
 
     @property
     def measured_share(self) -> float:
-        """Share of the cells to measure that is measured, 0..1; each run counts as a part of its cell."""
-        return 1.0 - sum(1.0 - self._runs[cell].done for cell in self._left) / self._num_due
+        """Share of the cells to measure that is measured, 0..1; each run counts as a part of its cell.
+
+        Any thread may read it while another one records.
+        """
+        return 1.0 - sum(1.0 - self._runs[cell].done for cell in tuple(self._left)) / self._num_due
 
     @property
     def is_complete(self) -> bool:

@@ -3,12 +3,14 @@
 One engine computes at a time, whichever models are served. Nothing is decided here: each batcher chooses its batches.
 """
 
+import logging
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from service.errors import NotReadyError
@@ -18,6 +20,8 @@ QUIET_S = 0.05  # ... and seconds without a batch after which it may take all of
 WORK_S = 1.0  # expected seconds of a piece of work, for the watchdog
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class EngineUser(Protocol):
@@ -162,16 +166,25 @@ class EngineThread:
 
     def _give_each_a_turn(self, wanting: Sequence[EngineUser]) -> None:
         for each in wanting:
-            try:
+            with self._ending_on_error(each):
                 each.take_turn()
-            except Exception as error:  # whatever a policy or a model raises, the other models must continue
-                self._end(each, error)
             self._batch_at = self._clock()
 
+    @contextmanager
+    def _ending_on_error(self, served: EngineUser) -> Iterator[None]:
+        """End a batcher where its block fails: whatever a policy or a model raises, the other models must continue."""
+        try:
+            yield
+        except Exception as error:
+            self._end(served, error)
+
     def _end(self, served: EngineUser, error: Exception | None = None) -> None:
-        served.close()
         with self._lock:
             done = self._served.pop(served)
+        try:
+            served.close()
+        except Exception:
+            logger.exception("a model could not end its idle work")
         if error is None:
             done.set_result(None)
         else:
@@ -179,14 +192,19 @@ class EngineThread:
 
     def _rest(self, served: Sequence[EngineUser]) -> None:
         """Wait for something to do, and run idle work if nothing comes until it is due."""
-        due_s, idler = min(((each.rest(), each) for each in served), key=lambda pair: pair[0])
+        due_s, idler = math.inf, served[0]
+        for each in served:
+            with self._ending_on_error(each):
+                if (rests_s := each.rest()) < due_s:
+                    due_s, idler = rests_s, each
         self._wake.clear()
         # Clearing may have discarded a wake-up, so check again.
         if list(self._served) != served or any(each.has_work or each.is_over for each in served):
             return
         wait_s = min(due_s, self._work_wait_s(is_quiet=True))
         if not self._wake.wait(None if wait_s == math.inf else max(0.0, wait_s)) and due_s <= wait_s:
-            idler.take_idle_turn()
+            with self._ending_on_error(idler):
+                idler.take_idle_turn()
 
     def _work_wait_s(self, *, is_quiet: bool) -> float:
         """Return the seconds until a piece of work may run; infinite where there is none."""

@@ -24,7 +24,7 @@ from service.http.schemas import ClassifyAnswer, TimingAnswer
 from service.http.uploads import BodyKind, kind_of_body, read_body, read_form, read_json
 from service.request_parameters import ClassifyQuery
 from service.scheduling.state import QueuedRequest
-from service.telemetry.outcomes import counted
+from service.telemetry.outcomes import counting_failures
 
 Handle = Callable[[Request], Awaitable[Response]]
 ReadBytes = Callable[[float], Awaitable[bytes]]
@@ -91,11 +91,8 @@ def make_classify(context: RouteContext) -> Handle:
         a JSON object, whose other members are parameters. Each of several images of a form gets its own answer.
         """
         watch = ClientWatch(request)
-        try:
+        with counting_failures(context.metrics, key_of(request.scope)):
             upload = await read_upload(context, request, watch)
-        except ServiceError:
-            with counted(context.metrics, key_of(request.scope)):
-                raise
 
         async def answer(read: ReadBytes, image: int = 0) -> ClassifyAnswer:
             classify, wanted = context.classifier.classify, replace(upload.wanted, image=image)

@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import Request
 
-from service.errors import ServiceError
 from service.http.context import RouteContext
 from service.http.disconnects import ClientWatch
 from service.http.keys import key_of
@@ -15,7 +14,7 @@ from service.http.uploads import read_body
 from service.http.v2_bodies import undo_encoding
 from service.inference_protocol.messages import InferReply, InferRequest
 from service.inference_protocol.protocol import InferenceProtocol
-from service.telemetry.outcomes import counted
+from service.telemetry.outcomes import counting_failures
 
 
 class InferenceOverHttp:
@@ -40,13 +39,10 @@ class InferenceOverHttp:
         """
         context, watch = self._context, ClientWatch(request)
         arrived_at = request.scope.get(ARRIVED_AT) or context.clock()
-        try:
+        with counting_failures(context.metrics, key_of(request.scope)):
             self._protocol.require_model(*model)
             query = read_query(request.scope["query_string"])
             message = await parse(await self._read(request, arrived_at, query))
-        except ServiceError:
-            with counted(context.metrics, key_of(request.scope)):
-                raise
         watch.start()
         address = request.client.host if request.client else None
         reply = await self._protocol.infer(

@@ -12,7 +12,7 @@ from service.errors import ServiceError
 from service.http.error_responses import refuse
 from service.http.origins import SAFE_METHODS
 from service.telemetry.metrics import Metrics
-from service.telemetry.outcomes import counted
+from service.telemetry.outcomes import counting_failures
 
 KEY = "supervit.key"  # scope key
 # OpenAPI security schemes.
@@ -65,8 +65,5 @@ class KeyCheck:
             await self._app(scope, receive, send)
 
     def _find(self, scope: Scope) -> ApiKey:
-        try:
+        with counting_failures(self._metrics):
             return self._keys.find({name: value for name, value in scope["headers"] if name in HEADERS})
-        except ServiceError:
-            with counted(self._metrics):
-                raise

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic_core import to_json
 
-from service.errors import InvalidParameterError, ServiceError
+from service.errors import InvalidParameterError
 from service.http.classify import Handle, read_upload, timing_header
 from service.http.context import RouteContext
 from service.http.descriptions import describe_timing
@@ -13,7 +13,7 @@ from service.http.error_shapes import TorchServeError, describe_failures
 from service.http.keys import key_of
 from service.http.queries import describe_path
 from service.inference_protocol.protocol import InferenceProtocol
-from service.telemetry.outcomes import counted
+from service.telemetry.outcomes import counting_failures
 
 TAG = "TorchServe"
 IMAGE_FIELDS = ("data", "body")
@@ -30,14 +30,11 @@ def make_predict(context: RouteContext, protocol: InferenceProtocol) -> Handle:
     async def predict(request: Request) -> Response:
         """Classify an image, sent as the body or as the form field `data`; return labels with probabilities."""
         watch, names = ClientWatch(request), request.path_params
-        try:
+        with counting_failures(context.metrics, key_of(request.scope)):
             protocol.require_model(names.get("name", context.checkpoint.name), names.get("version", ""))
             upload = await read_upload(context, request, watch, IMAGE_FIELDS)
             if len(upload.reads) > 1:
                 raise InvalidParameterError("only one image per request is supported on this route")
-        except ServiceError:
-            with counted(context.metrics, key_of(request.scope)):
-                raise
         with context.failures.counting():
             answer = await context.classifier.classify(upload.server.pipeline, upload.reads[0], upload.wanted, watch)
         probabilities = {prediction.label: prediction.probability for prediction in answer.predictions}

@@ -12,7 +12,7 @@ from models.checkpoint import Checkpoint
 from service.classifier import Classifier
 from service.decoding.base64_text import decode_base64
 from service.domain import DEFAULT_TOP_K, ApiKey, Classification, InferenceRequest
-from service.errors import InvalidTensorError, NotReadyError, ServiceError, UnknownModelError, UploadTimeoutError
+from service.errors import InvalidTensorError, NotReadyError, UnknownModelError, UploadTimeoutError
 from service.health import ServerFailures
 from service.inference_protocol.descriptions import VERSION, describe_config, describe_model, describe_statistics
 from service.inference_protocol.image_group import ImageGroup
@@ -23,7 +23,7 @@ from service.inference_protocol.parameters import parameters_of
 from service.pipeline import Image, Pipeline, Read
 from service.telemetry.inference_statistics import read_statistics
 from service.telemetry.metrics import Metrics
-from service.telemetry.outcomes import counted
+from service.telemetry.outcomes import counting_failures
 
 SERVER_NAME = "supervit-serve"
 EXTENSIONS = (
@@ -170,7 +170,7 @@ class InferenceProtocol:
         Raises:
             ServiceError: the request is rejected, or an image fails, which makes the others fail, too.
         """
-        try:
+        with counting_failures(self._metrics, key):
             pipeline = self._open(request)
             plan = self._plan(request, pipeline.checkpoint, arrived_at, query, headers)
             of_client = replace(plan.wanted, address=address, key=key, client_waits_s=client_waits_s)
@@ -178,9 +178,6 @@ class InferenceProtocol:
             pipeline.check(plan.wanted)
             if pipeline.time_left_s(plan.wanted) <= 0:
                 raise UploadTimeoutError("the request did not arrive within the latency budget")
-        except ServiceError:
-            with counted(self._metrics, key):
-                raise
         with self._failures.counting():
             answers = await self._classify(pipeline, plan, watch)
         outputs = tuple(make_output(output, answers, plan.top_k) for output in plan.outputs)

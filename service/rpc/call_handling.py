@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import NoReturn, TypeVar
 
@@ -22,7 +22,7 @@ from service.rpc.calls import REQUEST_ID, Call, CallsInFlight, CancellationWatch
 from service.rpc.reports import CallReports
 from service.rpc.statuses import BUG, Failure, describe_failure
 from service.telemetry.metrics import Metrics
-from service.telemetry.outcomes import counted
+from service.telemetry.outcomes import counting_failures
 from service.telemetry.reports import Reporter
 
 logger = logging.getLogger(__name__)
@@ -138,14 +138,9 @@ class CallHandling:
             within_s = self.protocol.check_before_body(call.arrived_at, {}, call.metadata, self.max_upload_s, key)
             return translate(await read_message(messages, message_type, within_s))
 
-    @contextmanager
-    def counting_failures(self, key: ApiKey | None = None) -> Iterator[None]:
+    def counting_failures(self, key: ApiKey | None = None) -> AbstractContextManager[None]:
         """Count a request, under its API key, that fails before it reaches `InferenceProtocol.infer`."""
-        try:
-            yield
-        except ServiceError:
-            with counted(self._metrics, key):
-                raise
+        return counting_failures(self._metrics, key)
 
     async def infer(self, request: InferRequest, call: Call, key: ApiKey | None) -> InferReply:
         """Answer an inference request; errors as `InferenceProtocol.infer`."""

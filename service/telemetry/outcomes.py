@@ -12,6 +12,16 @@ from service.telemetry.reports import current_report
 
 
 @contextmanager
+def counting_failures(metrics: Metrics, key: ApiKey | None = None) -> Iterator[None]:
+    """Count a classification that fails in this block, before `counted` begins for it; arguments as there."""
+    try:
+        yield
+    except ServiceError:
+        with counted(metrics, key):
+            raise
+
+
+@contextmanager
 def counted(
     metrics: Metrics, key: ApiKey | None = None, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[Classification], None]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from models.checkpoint import digest
-from service.access.watched_files import CHECK_S, WatchedFiles
+from service.access.watched_files import CHECK_S
 from service.checkpoint_watch import STABLE_CHECKS, CheckpointWatch, follow
 from service.errors import ModelChangeError
 from service.model_change import ModelChange
@@ -29,7 +29,7 @@ class Watch:
     def open(self) -> CheckpointWatch:
         if self.open_error:
             raise self.open_error
-        return CheckpointWatch(self.path, self.version, self.begin, WatchedFiles([self.path], lambda: self.now))
+        return CheckpointWatch(self.path, self.version, self.begin)
 
     def begin(self, change: ModelChange) -> None:
         self.asked.append(change)

@@ -6,15 +6,7 @@ import pytest
 import trustme
 
 from service.access.certificates import Certificate
-from service.access.watched_files import CHECK_S
 from service.errors import CommandError
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Files:
@@ -59,13 +51,10 @@ def test_clients_that_trust_the_authority_accept_the_certificate(files: Files) -
     assert not files.is_trusted(served, "second.example")
 
 
-def test_a_renewed_certificate_is_served_after_the_check_interval(files: Files) -> None:
-    clock = Clock()
-    served = Certificate(files.certificate, files.key, clock)
+def test_a_renewed_certificate_is_served_once_it_is_checked(files: Files) -> None:
+    served = Certificate(files.certificate, files.key)
     files.issue("second.example")
-    served.refresh()
-    assert files.is_trusted(served, "first.example"), "the files are not checked again within CHECK_S"
-    clock.now += CHECK_S
+    assert files.is_trusted(served, "first.example")
     served.refresh()
     assert files.is_trusted(served, "second.example")
 
@@ -73,15 +62,12 @@ def test_a_renewed_certificate_is_served_after_the_check_interval(files: Files) 
 def test_a_new_certificate_is_not_used_before_its_key_has_arrived(
     files: Files, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = Clock()
-    served = Certificate(files.certificate, files.key, clock)
+    served = Certificate(files.certificate, files.key)
     files.issue("second.example", is_whole=False)
-    clock.now += CHECK_S
     served.refresh()
     assert files.is_trusted(served, "first.example")
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     files.issue("third.example")
-    clock.now += CHECK_S
     served.refresh()
     assert files.is_trusted(served, "third.example")
 

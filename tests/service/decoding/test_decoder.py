@@ -77,13 +77,17 @@ def test_pixels_that_need_no_codec_are_queued_by_urgency_like_files() -> None:
         assert images.order == [b"first", b"file", b"pixels"]
 
 
-def test_the_decode_time_of_a_running_image_is_learned_when_its_request_releases_it() -> None:
+def test_the_decode_time_of_a_running_image_is_learned_once_when_its_request_releases_it() -> None:
     with slow() as images:
         future = images.decoder.submit(b"x", DUE_AT)
         images.running.acquire()
         images.now = 0.1
         images.decoder.release(future)
-        assert images.decoder.expected_s(images.now) > 0
+        learned_s = images.decoder.expected_s(images.now)
+        assert learned_s > 0
+        images.may_end.set()
+        future.result(10)
+        assert images.decoder.expected_s(images.now) == learned_s
 
 
 def test_the_elapsed_time_of_running_images_is_subtracted_from_the_expected_wait() -> None:

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from service.decoding import images
-from service.decoding.codecs import codec_errors
-from service.decoding.headers import MAX_BLOCKS
+from service.decoding.codecs import codec_errors, decode
+from service.decoding.headers import MAX_BLOCKS, ImageHeader
 from service.decoding.images import decode_image, open_image
 from service.errors import ImageTooLargeError, InvalidImageError, OutOfMemoryError, ServiceError, UnsupportedMediaError
 from tests.service.conftest import CONFIG
@@ -148,6 +148,13 @@ def test_a_tiff_that_lists_millions_of_strips_is_rejected(encode: Encode) -> Non
 def test_avif_and_heic_are_decoded(encode: Encode) -> None:
     for image_format in ("AVIF", "HEIF"):
         assert mean_colour(red(encode, image_format, 64)) == pytest.approx(RED, abs=6)
+
+
+def test_a_heic_that_is_larger_than_its_header_says_is_not_decoded(encode: Encode) -> None:
+    data = red(encode, "HEIF", 64)
+    assert decode(ImageHeader("HEIC", 64, 64, data, 12), 64)[0].size == (64, 64)
+    with pytest.raises(InvalidImageError, match="two different sizes"):
+        decode(ImageHeader("HEIC", 64, 63, data, 12), 64)
 
 
 def test_heic_without_the_heif_extra_raises_an_error_that_says_what_to_install(

@@ -30,6 +30,7 @@ class Scripted:
         self.batches, self.may_end = batches, False
         self.running: tuple[float, float] | None = None
         self.error: Exception | None = None
+        self.failing = "turn"
         self.freed_at: list[float] = []
         self.rests = threading.Event()
         self.idled, self.is_closed = threading.Event(), False
@@ -47,22 +48,28 @@ class Scripted:
         self.batches -= 1
         self.hours.now += 1.0
         self.ran.append(self.name)
-        if self.error:
+        if self.failing == "turn" and self.error:
             raise self.error
         self.then()
 
     def rest(self) -> float:
         self.rests.set()
+        if self.failing == "rest" and self.error:
+            raise self.error
         return self.due_s
 
     def take_idle_turn(self) -> None:
         self.idled.set()
+        if self.failing == "idle turn" and self.error:
+            raise self.error
 
     def engine_freed(self) -> None:
         self.freed_at.append(self.hours.now)
 
     def close(self) -> None:
         self.is_closed = True
+        if self.failing == "close" and self.error:
+            raise self.error
 
 
 class Stage:
@@ -113,6 +120,27 @@ def test_a_batcher_that_fails_ends_and_the_others_continue(stage: Stage) -> None
     assert isinstance(failed.exception(WAIT_S), ZeroDivisionError)
     assert fine.result(WAIT_S) is None
     assert stage.ran == ["one", "other", "other"]
+
+
+@pytest.mark.parametrize("failing", ["rest", "idle turn"])
+def test_a_batcher_whose_idle_work_fails_ends_and_the_others_continue(stage: Stage, failing: str) -> None:
+    one, other = stage.scripted("one", due_s=0.0), stage.scripted("other")
+    one.error, one.failing = ZeroDivisionError(), failing
+    go = stage.held_back()
+    failed, fine = (stage.thread.serve(each) for each in (one, other))
+    go.set()
+    assert isinstance(failed.exception(WAIT_S), ZeroDivisionError)
+    assert not fine.done()
+    other.batches, other.may_end = 1, True
+    stage.thread.wake()
+    assert fine.result(WAIT_S) is None
+    assert stage.ran == ["other"]
+
+
+def test_a_batcher_that_cannot_close_ends_nonetheless(stage: Stage) -> None:
+    one = stage.scripted("one", 1)
+    one.error, one.failing, one.may_end = ZeroDivisionError(), "close", True
+    assert stage.thread.serve(one).result(WAIT_S) is None
 
 
 def test_a_batcher_that_joins_while_all_others_rest_is_served_at_once(stage: Stage) -> None:
@@ -203,8 +231,8 @@ def test_an_idle_turn_goes_to_the_batcher_whose_idle_work_is_due_first(stage: St
 
 
 def test_an_error_in_the_loop_fails_the_futures_of_all_batchers(stage: Stage) -> None:
-    broken, other = stage.scripted("broken"), stage.scripted("other")
-    broken.rest = lambda: 1 // 0  # type: ignore[method-assign] # a bug on purpose
+    broken, other = stage.scripted("broken"), stage.scripted("other", 1)
+    broken.engine_freed = lambda: 1 // 0  # type: ignore[method-assign,assignment] # a bug on purpose
     go = stage.held_back()
     ends = [stage.thread.serve(each) for each in (broken, other)]
     go.set()

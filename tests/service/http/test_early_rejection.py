@@ -2,6 +2,7 @@ import asyncio
 import gc
 import json
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -254,6 +255,15 @@ def test_a_rejection_by_one_model_is_not_reused_for_another(rejecting: Rejecting
     rejecting.server = server_of(other)
     rejecting.answer()
     assert [(len(each.asked), each.rejected_again) for each in (rejecting.pipeline, other)] == [(1, 0), (1, 0)]
+
+
+def test_a_rejection_does_not_keep_a_replaced_model_in_memory(rejecting: Rejecting) -> None:
+    rejecting.answer()
+    replaced, admitting = weakref.ref(rejecting.pipeline), Keeping()
+    rejecting.server = ReadyServer(cast(Pipeline, admitting), cast(Any, admitting), *(cast(Any, None),) * 3)
+    rejecting.pipeline = ScriptedPipeline()
+    assert rejecting.answer() is None
+    assert replaced() is None
 
 
 def test_requests_with_a_foreign_host_or_a_repeated_header_are_left_to_the_application(rejecting: Rejecting) -> None:

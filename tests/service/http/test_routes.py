@@ -382,7 +382,7 @@ def test_a_failed_warm_up_ends_the_server(
     with TestClient(create_app(ServerRuntime(settings, checkpoint, engine, on_failure=failed.set))) as client:
         assert failed.wait(10)
         assert error_code(client.get("/health/ready"), 503) == "not_ready"
-    assert "the model cannot run: out of memory" in caplog.text
+    assert "the server cannot run: out of memory" in caplog.text
 
 
 def test_the_sub_network_table_lists_every_sub_network_cheapest_first(
