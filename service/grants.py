@@ -1,39 +1,28 @@
 """What a request may cost, how long it may take and its priority, from its own wishes and the limits of its key."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 from service.domain import InferenceRequest
 from service.errors import BudgetTooSmallError, InvalidParameterError, OverloadedError
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.key_ledger import KeyLedger
 from service.scheduling.state import RequestConstraints
-from service.scheduling.variants import Grant
 
 
-@dataclass(frozen=True, slots=True)
-class Allowance:
-    """What a request may cost.
-
-    Attributes:
-        grant: the variants that it may get.
-        max_gflops: most that all its looks together may cost.
-        is_rated: whether `max_gflops` is what the rate of its key has left.
-    """
-
-    grant: Grant
-    max_gflops: float
-    is_rated: bool
-
-    def constraints(self, granted_s: float, min_confidence: float) -> RequestConstraints:
-        """Return the constraints for the scheduler, for a request that is granted `granted_s` seconds."""
-        return RequestConstraints(granted_s, self.grant, self.max_gflops, min_confidence, self.is_rated)
-
-
-def allow(request: InferenceRequest, catalog: VariantCatalog, ledger: KeyLedger, now: float) -> Allowance:
+def allow(
+    request: InferenceRequest, catalog: VariantCatalog, ledger: KeyLedger, now: float, granted_s: float
+) -> RequestConstraints:
     """Compute what a request may cost now.
 
-    What its key has left is divided equally among the `num_together` images that must be answered together.
+    What its key has left is divided equally among its `num_together` runs.
+
+    Args:
+        request: the request.
+        catalog: the variants that can run.
+        ledger: what the keys have left.
+        now: the current instant.
+        granted_s: seconds from its arrival until its batch must have ended.
 
     Raises:
         BudgetTooSmallError: no sub-network, or not the one that it names, fits its budget or ever fits its key.
@@ -45,16 +34,17 @@ def allow(request: InferenceRequest, catalog: VariantCatalog, ledger: KeyLedger,
     else:
         grant = catalog.grant_named(request.subnetwork, request.budget_gflops)
     max_gflops = math.inf if request.budget_gflops is None else request.budget_gflops
+    constraints = RequestConstraints(granted_s, grant, max_gflops, request.min_confidence)
     if request.key is None:
-        return Allowance(grant, max_gflops, is_rated=False)
+        return constraints
     left = ledger.left_gflops(request.key, now) / request.num_together
     if grant.best.most_gflops <= left:
         # Where the client wants to be sure, the rate bounds the further looks.
         is_bounded = request.min_confidence > 0 and left < max_gflops
-        return Allowance(grant, left if is_bounded else max_gflops, is_rated=is_bounded)
+        return replace(constraints, max_gflops=left, is_rated=True) if is_bounded else constraints
     least = grant.best.most_gflops if grant.is_pinned else catalog.least_gflops
     if least <= left:
-        return Allowance(catalog.grant_within(left), left, is_rated=True)
+        return replace(constraints, grant=catalog.grant_within(left), max_gflops=left, is_rated=True)
     needed = request.num_together * least
     wait_s = ledger.wait_s(request.key, needed, now)
     if math.isinf(wait_s):

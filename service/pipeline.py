@@ -263,7 +263,7 @@ class Pipeline:
         """
         catalog, now, seen_s = self._scheduler.catalog, self._clock(), self._usable_budget_s(request)
         granted_s = seen_s - self._reply.margin_s(now)
-        constraints = allow(request, catalog, self._ledger, now).constraints(granted_s, request.min_confidence)
+        constraints = allow(request, catalog, self._ledger, now, granted_s)
         fastest_s = catalog.variants[target(constraints, 0)].latency_by_batch_s[0]
         if not seen_s >= fastest_s:  # in this form NaN is rejected, too
             needed_s = fastest_s + self._base_s(now) + self._reply.margin_s(now)

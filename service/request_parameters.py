@@ -46,16 +46,13 @@ class DecideQuery(BaseModel):
             return None
         return SubNetwork(self.patch_grid, self.keep_rate)
 
-    def request(
-        self, arrived_at: float, top_k: int | None = None, address: str | None = None, key: ApiKey | None = None
-    ) -> InferenceRequest:
+    def request(self, arrived_at: float, address: str | None = None, key: ApiKey | None = None) -> InferenceRequest:
         """Return the request for the pipeline."""
         return InferenceRequest(
             arrived_at,
             budget_ms=self.budget_ms,
             budget_gflops=self.budget_gflops,
             subnetwork=self.subnetwork,
-            top_k=top_k,
             priority=self.priority,
             address=address,
             key=key,
@@ -78,11 +75,10 @@ class ClassifyQuery(DecideQuery):
             raise ValueError("min_confidence: not allowed with a sub-network by name, which looks once")
         return self
 
-    def request(
-        self, arrived_at: float, top_k: int | None = None, address: str | None = None, key: ApiKey | None = None
-    ) -> InferenceRequest:
+    def request(self, arrived_at: float, address: str | None = None, key: ApiKey | None = None) -> InferenceRequest:
         """Return the request for the pipeline."""
-        return replace(super().request(arrived_at, top_k, address, key), min_confidence=self.min_confidence)
+        request = super().request(arrived_at, address, key)
+        return replace(request, min_confidence=self.min_confidence, top_k=self.top_k)
 
 
 Query = TypeVar("Query", bound=DecideQuery)

@@ -24,7 +24,7 @@ from models.devices import training_dtype
 from models.evaluation.calibration import Scaling
 from models.evaluation.judging import make_answer, measure_accuracy
 from models.mix_token import draw_box
-from models.processes import Process, join_processes, seed_everything, share_buffers
+from models.processes import Process, joined_processes, seed_everything, share_buffers
 from models.profiles import ProfileTable
 from models.supervit import SuperViT
 from models.training.batches import Batches, find_targets, open_batches
@@ -66,12 +66,8 @@ def train(recipe: Recipe, step: Step = training_step) -> Path:
     """
     if has_state(recipe.output) and not recipe.resume:
         raise TrainingError(f"{recipe.output}: already holds a run; continue it with --resume or choose another folder")
-    process = join_processes(recipe.device)
-    try:
+    with joined_processes(recipe.device) as process:
         run_epochs(recipe, process, step)
-    finally:
-        if process.count > 1:
-            distributed.destroy_process_group()
     return recipe.output / CHECKPOINT_NAME
 
 

@@ -135,7 +135,7 @@ async def read_upload(
             watch.start()
             return data
 
-        wanted = query.request(arrived_at, query.top_k, address, key)
+        wanted = query.request(arrived_at, address, key)
         if (reserved := request.scope.get(RESERVED)) is not None:
             return Upload(reserved.server, (read,), wanted, reserved.request)
         return Upload(server, (read,), wanted)
@@ -147,7 +147,7 @@ async def read_upload(
     with suppress(InvalidParameterError):  # the query is validated again below, with the body's fields
         known = parse_query(query_string)
     if known is not None:
-        alone = known.request(arrived_at, known.top_k, key=key)
+        alone = known.request(arrived_at, key=key)
         pipeline.check(alone)
         if alone.budget_ms is not None:
             within_s = pipeline.time_left_s(alone)
@@ -156,7 +156,7 @@ async def read_upload(
     else:
         form = await read_json(request, limits, within_s)
     parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
-    wanted = parameters.request(arrived_at, parameters.top_k, address, key)
+    wanted = parameters.request(arrived_at, address, key)
     server = context.servers()[0]  # a swap may have replaced it; a stopping server still answers what it has read
     server.pipeline.check(wanted)
     if server.pipeline.time_left_s(wanted) <= 0:

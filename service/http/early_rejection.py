@@ -99,7 +99,7 @@ class EarlyRejection:
             last, arrived_at, now = self._last, scope[ARRIVED_AT], self._context.clock()
             if last is None or not last.holds_for(server, parameters, key, arrived_at, now):
                 self._last = None  # it would keep the model of its server in memory
-                wanted = parameters.request(arrived_at, parameters.top_k, key=key)
+                wanted = parameters.request(arrived_at, key=key)
                 if (reserved := server.pipeline.reserve(wanted)) is not None:
                     scope[RESERVED] = Reservation(server, reserved)
                 return None

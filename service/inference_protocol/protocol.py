@@ -212,7 +212,7 @@ class InferenceProtocol:
         top_k = parameters.top_k or min(DEFAULT_TOP_K, num_classes)
         listed = max(top_k, *(output.classes for output in outputs))
         images = images_of(request.inputs[0], checkpoint.config.image_side)
-        return _Plan(parameters.request(arrived_at, listed), images, outputs, top_k)
+        return _Plan(replace(parameters.request(arrived_at), top_k=listed), images, outputs, top_k)
 
     async def _classify(
         self, pipeline: Pipeline, plan: _Plan, watch: AbstractContextManager[object] | None

@@ -1,4 +1,4 @@
-"""The state of the machine at an instant, as values: `monitor` reads them, `policy` weighs them; nothing is read here.
+"""The state of the machine at an instant, as values: `monitor` reads them; nothing is read here.
 
 Utilizations and shares are fractions 0..1. Values that the machine does not report are None. "Over the interval" means
 since the previous sample, so the first sample has None there.

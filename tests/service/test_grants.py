@@ -13,6 +13,7 @@ from service.scheduling.catalog import VariantCatalog
 from service.scheduling.key_ledger import KeyLedger
 
 ANY = InferenceRequest(0.0)
+GRANTED_S = 0.25
 
 
 def rated(catalog: VariantCatalog, answers: float) -> InferenceRequest:
@@ -22,16 +23,17 @@ def rated(catalog: VariantCatalog, answers: float) -> InferenceRequest:
 
 
 def test_without_a_key_only_the_budget_bounds_the_cost(catalog: VariantCatalog) -> None:
-    allowance = allow(ANY, catalog, KeyLedger(1.0), 0.0)
-    assert (allowance.grant.best, allowance.max_gflops, allowance.is_rated) == (catalog.best, float("inf"), False)
+    allowed = allow(ANY, catalog, KeyLedger(1.0), 0.0, GRANTED_S)
+    assert (allowed.grant.best, allowed.max_gflops, allowed.is_rated) == (catalog.best, float("inf"), False)
+    assert allowed.budget_s == GRANTED_S
     budget = catalog.variants[1].gflops
-    capped = allow(replace(ANY, budget_gflops=budget), catalog, KeyLedger(1.0), 0.0)
+    capped = allow(replace(ANY, budget_gflops=budget), catalog, KeyLedger(1.0), 0.0, GRANTED_S)
     assert (capped.grant.best, capped.max_gflops, capped.is_rated) == (catalog.variants[1], budget, False)
 
 
 def test_a_rate_with_enough_left_does_not_bound_the_cost(catalog: VariantCatalog) -> None:
-    allowance = allow(rated(catalog, 1000.0), catalog, KeyLedger(1.0), 0.0)
-    assert (allowance.grant.best, allowance.is_rated) == (catalog.best, False)
+    allowed = allow(rated(catalog, 1000.0), catalog, KeyLedger(1.0), 0.0, GRANTED_S)
+    assert (allowed.grant.best, allowed.is_rated) == (catalog.best, False)
 
 
 @pytest.mark.parametrize(
@@ -43,20 +45,19 @@ def test_a_rate_bounds_the_further_looks_of_a_request_that_wants_to_be_sure(
     best = catalog.best.gflops
     key = ApiKey("a", gflops_per_s=1.5 * best, burst_gflops=1.5 * best)
     request = replace(ANY, key=key, budget_gflops=budget_gflops and budget_gflops * best, min_confidence=0.9)
-    allowance = allow(request, catalog, KeyLedger(1.0), 0.0)
-    assert (allowance.grant.best, allowance.is_rated) == (catalog.best, is_rated)
-    assert allowance.max_gflops == pytest.approx(most * best)
-    constraints = allowance.constraints(1.0, 0.9)
-    assert most_gflops_of(constraints, catalog) == allowance.max_gflops
-    assert most_gflops_of(replace(constraints, max_gflops=float("inf")), catalog) == 2 * best
-    assert most_gflops_of(replace(constraints, min_confidence=0.0), catalog) == best
+    allowed = allow(request, catalog, KeyLedger(1.0), 0.0, GRANTED_S)
+    assert (allowed.grant.best, allowed.is_rated) == (catalog.best, is_rated)
+    assert allowed.max_gflops == pytest.approx(most * best)
+    assert most_gflops_of(allowed, catalog) == allowed.max_gflops
+    assert most_gflops_of(replace(allowed, max_gflops=float("inf")), catalog) == 2 * best
+    assert most_gflops_of(replace(allowed, min_confidence=0.0), catalog) == best
 
 
 def test_a_rate_with_too_little_left_bounds_the_cost_by_what_is_left(catalog: VariantCatalog) -> None:
     request = rated(catalog, 1.5)
-    allowance = allow(request, catalog, KeyLedger(1.0), 0.0)
-    assert allowance.is_rated
-    assert allowance.grant.best.most_gflops <= allowance.max_gflops == 1.5 * catalog.cheapest.gflops
+    allowed = allow(request, catalog, KeyLedger(1.0), 0.0, GRANTED_S)
+    assert allowed.is_rated
+    assert allowed.grant.best.most_gflops <= allowed.max_gflops == 1.5 * catalog.cheapest.gflops
 
 
 def test_a_rate_below_the_lowest_level_grants_a_cheaper_but_slower_sub_network(profiles: ProfileTable) -> None:
@@ -65,8 +66,8 @@ def test_a_rate_below_the_lowest_level_grants_a_cheaper_but_slower_sub_network(p
     catalog = VariantCatalog.of(slow, LatencyTable((1,), {row.subnetwork: (row.work,) for row in slow.rows}))
     assert catalog.least_gflops == cheapest.gflops < catalog.cheapest.gflops
     key = ApiKey("a", gflops_per_s=1.0, burst_gflops=cheapest.gflops)
-    allowance = allow(replace(ANY, key=key), catalog, KeyLedger(1.0), 0.0)
-    assert allowance.grant.best.profile.subnetwork == cheapest.subnetwork
+    allowed = allow(replace(ANY, key=key), catalog, KeyLedger(1.0), 0.0, GRANTED_S)
+    assert allowed.grant.best.profile.subnetwork == cheapest.subnetwork
 
 
 def test_a_used_up_rate_rejects_the_request_and_says_when_to_retry(catalog: VariantCatalog) -> None:
@@ -74,7 +75,7 @@ def test_a_used_up_rate_rejects_the_request_and_says_when_to_retry(catalog: Vari
     assert request.key is not None
     spent = ledger.charging(request.key, 1.5 * catalog.cheapest.gflops, 0.0)
     with spent, pytest.raises(OverloadedError) as caught:
-        allow(request, catalog, ledger, 0.0)
+        allow(request, catalog, ledger, 0.0, GRANTED_S)
     assert (caught.value.reason, caught.value.details["retry_after_s"]) == ("key", 0.25)
 
 
@@ -83,9 +84,9 @@ def test_images_answered_together_each_leave_enough_of_the_rate_for_the_others(c
     assert request.key is not None
     with ExitStack() as charges:
         for left in (3, 2, 1):
-            allowance = allow(replace(request, num_together=left), catalog, ledger, 0.0)
-            assert least <= allowance.grant.best.most_gflops <= allowance.max_gflops
-            charges.enter_context(ledger.charging(request.key, allowance.grant.best.most_gflops, 0.0))
+            allowed = allow(replace(request, num_together=left), catalog, ledger, 0.0, GRANTED_S)
+            assert least <= allowed.grant.best.most_gflops <= allowed.max_gflops
+            charges.enter_context(ledger.charging(request.key, allowed.grant.best.most_gflops, 0.0))
         assert ledger.left_gflops(request.key, 0.0) >= 0
 
 
@@ -93,19 +94,19 @@ def test_images_answered_together_are_rejected_until_all_of_them_fit_the_rate(ca
     request, ledger = rated(catalog, 4.0), KeyLedger(1.0)
     assert request.key is not None
     with ledger.charging(request.key, 3 * catalog.cheapest.gflops, 0.0):
-        allow(request, catalog, ledger, 0.0)
+        allow(request, catalog, ledger, 0.0, GRANTED_S)
         with pytest.raises(OverloadedError) as caught:
-            allow(replace(request, num_together=3), catalog, ledger, 0.0)
+            allow(replace(request, num_together=3), catalog, ledger, 0.0, GRANTED_S)
     assert caught.value.details["retry_after_s"] == pytest.approx(0.5)
     with pytest.raises(BudgetTooSmallError, match="more than this key may ever spend"):
-        allow(replace(request, num_together=5), catalog, ledger, 0.0)
+        allow(replace(request, num_together=5), catalog, ledger, 0.0, GRANTED_S)
 
 
 def test_a_sub_network_requested_by_name_must_fit_the_rate_at_its_own_cost(catalog: VariantCatalog) -> None:
     request = replace(rated(catalog, 1.1), subnetwork=SubNetwork(4, 1.0))
     with pytest.raises(BudgetTooSmallError, match="more than this key may ever spend"):
-        allow(request, catalog, KeyLedger(1.0), 0.0)
-    assert not allow(replace(request, subnetwork=SubNetwork(2, 0.5)), catalog, KeyLedger(1.0), 0.0).is_rated
+        allow(request, catalog, KeyLedger(1.0), 0.0, GRANTED_S)
+    assert not allow(replace(request, subnetwork=SubNetwork(2, 0.5)), catalog, KeyLedger(1.0), 0.0, GRANTED_S).is_rated
 
 
 def test_a_key_sets_the_shortest_latency_budget() -> None:
