@@ -27,7 +27,7 @@ from service.errors import (
 from service.http.forms import IMAGE_FIELD, UNTYPED, Form, FormReader
 from service.http.keys import key_of
 
-MAX_LOOP_DELAY_S = 0.05
+MAX_LOOP_DELAY_S = 0.05  # beyond it, a body that seems late may have arrived in time
 # A slower body holds a connection and memory for too little: a phone on 2G sends some 5,000 bytes a second.
 MIN_BYTES_PER_S = 1000
 SLOW_START_S = 5.0
@@ -81,12 +81,10 @@ def kind_of_body(headers: Headers) -> BodyKind:
     return BodyKind.IMAGE
 
 
-async def read_body(
-    request: Request, limits: BodyLimits, within_s: float = math.inf, late_s: float = MAX_LOOP_DELAY_S
-) -> bytes:
+async def read_body(request: Request, limits: BodyLimits, within_s: float = math.inf) -> bytes:
     """Read a body as bytes; arguments and errors as `receive`."""
     chunks: list[bytes] = []
-    await receive(request, chunks.append, limits, within_s, late_s)
+    await receive(request, chunks.append, limits, within_s)
     return b"".join(chunks)
 
 
@@ -144,7 +142,6 @@ async def receive(
     feed: Callable[[bytes], object],
     limits: BodyLimits,
     within_s: float = math.inf,
-    late_s: float = MAX_LOOP_DELAY_S,
 ) -> None:
     """Receive a request's body.
 
@@ -153,7 +150,6 @@ async def receive(
         feed: called with each chunk of the body.
         limits: limits of size, time and bodies per client.
         within_s: time left, after which the answer would be too late.
-        late_s: delay of the event loop, beyond which a body that seems late may have arrived in time.
 
     Raises:
         BodyTooLargeError: the body is longer than the limit; `feed` got no more than that.
@@ -168,12 +164,10 @@ async def receive(
     address = request.client.host if request.client else None
     with limits.coming.counting(address, key_of(request.scope)) as enter:
         enter()
-        await _receive(request, feed, limits, within_s, late_s)
+        await _receive(request, feed, limits, within_s)
 
 
-async def _receive(
-    request: Request, feed: Callable[[bytes], object], limits: BodyLimits, within_s: float, late_s: float
-) -> None:
+async def _receive(request: Request, feed: Callable[[bytes], object], limits: BodyLimits, within_s: float) -> None:
     loop, size, max_s = asyncio.get_running_loop(), 0, limits.max_s
     started_at = loop.time()
     ends_at = started_at + max(0.0, min(max_s, within_s))
@@ -189,7 +183,7 @@ async def _receive(
         ended_at = limit.when() or 0.0
         if ended_at < ends_at:
             raise UploadTimeoutError(f"the upload was slower than {MIN_BYTES_PER_S} bytes a second") from error
-        if within_s < max_s and loop.time() - ended_at > late_s:
+        if within_s < max_s and loop.time() - ended_at > MAX_LOOP_DELAY_S:
             raise DeadlineError("the deadline passed before the server read the body") from error
         allowed = "the latency budget" if within_s < max_s else f"{max_s:g} s"
         raise UploadTimeoutError(f"the body did not arrive within {allowed}") from error
