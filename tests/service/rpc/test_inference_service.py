@@ -141,7 +141,8 @@ async def test_a_model_failure_is_an_internal_error_and_is_logged_with_its_reque
 ) -> None:
     engine.error = RuntimeError("secret")
     caplog.handler.setFormatter(TextFormatter())
-    status, message, metadata = await failure_of(served.infer(request_for(photo), metadata=(("x-request-id", "mine"),)))
+    request = request_for(photo, budget_ms=UNHURRIED)
+    status, message, metadata = await failure_of(served.infer(request, metadata=(("x-request-id", "mine"),)))
     assert (status, metadata["error-code"]) == (grpc.StatusCode.INTERNAL, "model_error")
     assert "secret" not in message
     assert "ERROR service.rpc.call_handling: the model failed on this image" in caplog.text
