@@ -166,6 +166,8 @@ def read_keys(path: Path) -> tuple[tuple[bytes, ApiKey], ...]:
         raise ValueError(f"a key file may have at most {MAX_FILE_BYTES} bytes")
     try:
         entries = _Entries.model_validate(tomllib.loads(content.decode()))
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
     except ValidationError as error:
         where, what = first_problem(error.errors(include_input=False))
         raise ValueError(f"{'.'.join(where)}: {what}" if where else what) from None

@@ -172,10 +172,10 @@ class EngineThread:
 
     @contextmanager
     def _ending_on_error(self, served: EngineUser) -> Iterator[None]:
-        """End a batcher where its block fails: whatever a policy or a model raises, the other models must continue."""
+        """End a batcher where its block fails."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # whatever a policy or a model raises, the other models must continue
             self._end(served, error)
 
     def _end(self, served: EngineUser, error: Exception | None = None) -> None:
@@ -183,7 +183,7 @@ class EngineThread:
             done = self._served.pop(served)
         try:
             served.close()
-        except Exception:
+        except Exception:  # it ends in any case, and the other models must continue
             logger.exception("a model could not end its idle work")
         if error is None:
             done.set_result(None)

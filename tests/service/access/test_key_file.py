@@ -96,7 +96,11 @@ def test_a_changed_file_is_read_again_once_it_is_checked(path: Path) -> None:
     assert keys.find(bearer(SECRET)).weight == 2.0
 
 
-@pytest.mark.parametrize("content", ["[[key", "[[key]]\nname = 'x'\n", "[[key]]\nname = 'x'\nsha256 = 'abc'\n"])
+@pytest.mark.parametrize(
+    "content",
+    ["[[key", "a = " + 100_000 * "[", "[[key]]\nname = 'x'\n", "[[key]]\nname = 'x'\nsha256 = 'abc'\n"],
+    ids=["no TOML", "nested too deeply", "no hash", "a short hash"],
+)
 def test_a_broken_file_keeps_the_previous_keys_and_is_logged_once(
     path: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:

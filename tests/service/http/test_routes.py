@@ -787,3 +787,21 @@ def test_a_server_that_runs_out_of_memory_on_every_request_is_not_ready(client: 
     assert "failed inside the server; see its log" in answer.json()["error"]["message"]
     assert client.get("/health/live").status_code == 200
     assert "supervit_ready 0.0" in client.get("/metrics").text
+
+
+def test_a_background_task_that_fails_ends_the_server_with_the_reason_in_its_log(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    engine: ScriptedEngine,
+    latencies: LatencyTable,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(Monitor):
+        async def run(self, interval_s: float) -> None:
+            raise RuntimeError(f"broken monitor, read every {interval_s} s")
+
+    failed = threading.Event()
+    runtime = ServerRuntime(settings, checkpoint, engine, latencies, on_failure=failed.set, monitor=Broken())
+    with TestClient(create_app(runtime)):
+        assert failed.wait(10)
+    assert "the server cannot run: broken monitor" in caplog.text
