@@ -67,6 +67,7 @@ class Checkpoint:
         is_ours: whether the file is in our own format.
         is_half: whether the file holds its weights in half precision.
         int8: what the model needs to run in 8 bits; None where the checkpoint is not quantised.
+        path: the file; None for a model that was not loaded from one.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Checkpoint:
     is_ours: bool = True
     is_half: bool = False
     int8: Quantization | None = None
+    path: Path | None = None
 
 
 def load_checkpoint(name: str | Path) -> Checkpoint:
@@ -117,6 +119,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
         is_ours=own_header is not None,
         is_half=_is_half(stored, weights),
         int8=header.int8,
+        path=path,
     )
 
 

@@ -17,6 +17,7 @@ from service.checkpoint_watch import CheckpointWatch, follow
 from service.classifier import Classifier, ClientLimiter
 from service.domain import ServerState
 from service.engines.base import Engine
+from service.engines.candidate_engine import open_candidate
 from service.engines.factory import engine_threads, open_engine
 from service.engines.profile_store import begin_profile, extended_profile, nominal_latencies
 from service.errors import NotReadyError
@@ -67,7 +68,7 @@ class ServerRuntime:
         heartbeat: Callable[[bool], None] = lambda _: None,
         begin: Callable[..., ProfileWithFile] = begin_profile,
         load: Load = load_checkpoint,
-        open_engine: OpenEngine = open_engine,
+        open_candidate: OpenEngine = open_candidate,
         changes_refused: str | None = None,
         monitor: Monitor | None = None,
         watchdog: Watchdog | None = None,
@@ -85,7 +86,7 @@ class ServerRuntime:
             heartbeat: called at every check of the watchdog on the event loop, with whether requests are served.
             begin: reads the latencies measured before, and measures those that a start needs.
             load: reads the checkpoints of later model changes.
-            open_engine: creates the engines of these checkpoints, and the first one if `engine` is None.
+            open_candidate: creates the engines of these checkpoints.
             changes_refused: why operators may not request a model change; None where they may.
             monitor: observes the machine.
             watchdog: decides when a batch counts as hung.
@@ -134,7 +135,7 @@ class ServerRuntime:
         )
         self._tracer, self._state = tracer, ServerState.STARTING
         self._drain_ends_at: float | None = None
-        self._models, self._engine_thread = ServedModels(), EngineThread()
+        self._models, self._engine_thread, self._became_ready = ServedModels(), EngineThread(), asyncio.Event()
         self._ledger = KeyLedger(catalog.least_gflops, 1 / settings.workers, self.metrics.keys.spent)
         maker = CandidateMaker(
             settings,
@@ -143,7 +144,7 @@ class ServerRuntime:
             self._monitor,
             self._ledger,
             load=load,
-            open_engine=open_engine,
+            open_candidate=open_candidate,
             begin=begin,
             is_stopping=lambda: self._state is not ServerState.READY,
         )
@@ -155,7 +156,6 @@ class ServerRuntime:
             self._watchdog.preparation_s,
             lambda: self._state is ServerState.STARTING,
         )
-        self._became_ready = asyncio.Event()
 
     @property
     def state(self) -> ServerState:

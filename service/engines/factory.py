@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -19,6 +19,7 @@ from service.engines.torch_engine import TorchEngine, cpu_capabilities
 
 Kind = Literal["auto", "torch", "openvino"]
 Precision = Literal["float32", "bfloat16"]
+Compiled = Callable[[], Iterable[bytes]]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def open_engine(
     precision: Literal["auto", "int8"] | Precision,
     threads: int,
     capabilities: Mapping[str, object] | None = None,
+    compiled: Compiled | None = None,
 ) -> tuple[Engine, Checkpoint]:
     """Build the requested engine, and return it with the checkpoint as it is served.
 
@@ -46,6 +48,7 @@ def open_engine(
             precision.
         threads: number of threads of the engine, on a CPU.
         capabilities: CPU capabilities under torch's names; by default what torch reports.
+        compiled: returns what OpenVINO's engine of these arguments exports; called only if that is the engine.
 
     Returns:
         The engine, and the checkpoint with the profile of what is served.
@@ -54,24 +57,28 @@ def open_engine(
         DeviceError: there is no such device here, or the device or the engine cannot do what was asked for.
     """
     if precision != "auto" and precision != "int8":
-        return make_engine(kind, checkpoint.model, device, threads, precision), checkpoint
+        return make_engine(kind, checkpoint.model, device, threads, precision, compiled), checkpoint
     int8, problem = checkpoint.int8, _problem_of_int8(checkpoint, kind, device, capabilities or cpu_capabilities())
     if precision == "int8" and problem is not None:
         raise DeviceError(f"precision int8 is not available: {problem}")
     if int8 is None or problem is not None:
-        return make_engine(kind, checkpoint.model, device, threads), checkpoint
+        return make_engine(kind, checkpoint.model, device, threads, compiled=compiled), checkpoint
     floating = int8.too_lossy(checkpoint.profile) if precision == "auto" else []
     if floating:
         lossy = ", ".join(map(str, floating))
         logger.info("int8 would lose too much top-1 accuracy at %s; use --precision int8 to override", lossy)
     if set(floating) >= set(checkpoint.config.subnetworks):
-        return make_engine(kind, checkpoint.model, device, threads), checkpoint
-    engine = int8_engine(checkpoint.model, int8.ranges, threads, floating)
+        return make_engine(kind, checkpoint.model, device, threads, compiled=compiled), checkpoint
+    engine = int8_engine(checkpoint.model, int8.ranges, threads, floating, compiled)
     return engine, replace(checkpoint, profile=int8.profile_with(checkpoint.profile, floating, checkpoint.config))
 
 
 def int8_engine(
-    model: SuperViT, ranges: Sequence[BlockRanges], threads: int, in_floating_point: Collection[SubNetwork] = ()
+    model: SuperViT,
+    ranges: Sequence[BlockRanges],
+    threads: int,
+    in_floating_point: Collection[SubNetwork] = (),
+    compiled: Compiled | None = None,
 ) -> OpenVINOEngine:
     """Build the engine that computes products in 8 bits, except for the sub-networks `in_floating_point`.
 
@@ -83,10 +90,17 @@ def int8_engine(
         raise DeviceError(NO_INSTRUCTIONS)
     if model.config.fuse_pruned:
         raise DeviceError(FUSES)
-    return OpenVINOEngine(model, threads, products=products, in_floating_point=in_floating_point)
+    return OpenVINOEngine(model, threads, products=products, in_floating_point=in_floating_point, compiled=compiled)
 
 
-def make_engine(kind: Kind, model: SuperViT, device: str, threads: int, precision: Precision | None = None) -> Engine:
+def make_engine(
+    kind: Kind,
+    model: SuperViT,
+    device: str,
+    threads: int,
+    precision: Precision | None = None,
+    compiled: Compiled | None = None,
+) -> Engine:
     """Build an engine in floating point: by default OpenVINO on a CPU and PyTorch on a GPU.
 
     Args:
@@ -95,6 +109,7 @@ def make_engine(kind: Kind, model: SuperViT, device: str, threads: int, precisio
         device: a torch device, or "auto" for the first GPU where there is one.
         threads: number of threads of the engine, on a CPU.
         precision: by default the engine's fastest on that device.
+        compiled: as in `open_engine`.
 
     Raises:
         DeviceError: there is no such device here, the engine cannot use it, or the device lacks the precision.
@@ -107,7 +122,7 @@ def make_engine(kind: Kind, model: SuperViT, device: str, threads: int, precisio
     if _is_openvino(kind, model, device):
         if precision == "bfloat16" and not has_bfloat16():
             raise DeviceError("precision bfloat16 is not available: this CPU has no instructions for it")
-        return OpenVINOEngine(model, threads, precision)
+        return OpenVINOEngine(model, threads, precision, compiled=compiled)
     return TorchEngine(model, device, threads, precision)
 
 

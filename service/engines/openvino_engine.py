@@ -1,6 +1,6 @@
 """The engine for CPUs: one compiled graph runs every sub-network at every batch size."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from functools import cache, lru_cache, partial
 from itertools import islice
@@ -45,8 +45,9 @@ class OpenVINOEngine:
         precision: Precision | None = None,
         products: Products | None = None,
         in_floating_point: Collection[SubNetwork] = (),
+        compiled: Callable[[], Iterable[bytes]] | None = None,
     ) -> None:
-        """Compile the model.
+        """Compile the model, or take it over compiled.
 
         Args:
             model: in eval mode, float32, on the CPU.
@@ -55,6 +56,7 @@ class OpenVINOEngine:
             products: how the products of the blocks are computed; in floating point by default.
             in_floating_point: trained sub-networks whose products are computed in floating point whatever `products`
                 are; the same holds for keep rates between one of these and its neighbour.
+            compiled: returns what `export` returned for an engine with the same other arguments; compiles by default.
         """
         # A worker thread of torch spins for milliseconds after its work is done, on a core that OpenVINO needs by then.
         torch.set_num_threads(1)
@@ -68,11 +70,16 @@ class OpenVINOEngine:
         options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
         exact = options | {"INFERENCE_PRECISION_HINT": "f32"}
         chosen = options if precision is None else options | {"INFERENCE_PRECISION_HINT": HINTS[precision]}
-        self._compiled = core.compile_model(build_classifier(model, products), "CPU", chosen)
+        if compiled is None:
+            products_of_graphs = (products, None) if in_floating_point else (products,)
+            self._classifiers = [
+                core.compile_model(build_classifier(model, each), "CPU", chosen) for each in products_of_graphs
+            ]
+        else:
+            self._classifiers = [core.import_model(each, "CPU", chosen) for each in compiled()]
         self._is_int8, self._in_floating_point = isinstance(products, IntegerProducts), frozenset(in_floating_point)
-        self._classify = self._classify_floating = self._compiled.create_infer_request()
-        if self._in_floating_point:
-            self._classify_floating = core.compile_model(build_classifier(model), "CPU", chosen).create_infer_request()
+        requests = [each.create_infer_request() for each in self._classifiers]
+        self._classify, self._classify_floating = requests[0], requests[-1]
         self._scale, self._resize = (
             core.compile_model(build(config), "CPU", exact).create_infer_request()
             for build in (build_scaling, build_resizing)
@@ -105,7 +112,12 @@ class OpenVINOEngine:
     def observe(self, images: Tensor, subnetwork: SubNetwork) -> list[Floats]:
         """Run a batch, and return the outputs that follow the logits: what the products record."""
         self.run(images, subnetwork)
-        return [self._classify.get_output_tensor(index).data.copy() for index in range(1, len(self._compiled.outputs))]
+        outputs = range(1, len(self._classifiers[0].outputs))
+        return [self._classify.get_output_tensor(index).data.copy() for index in outputs]
+
+    def export(self) -> list[bytes]:
+        """Return the compiled classifiers, which an engine in another process on this machine can take over."""
+        return [each.export_model().getvalue() for each in self._classifiers]
 
     def warm_up(self) -> None:
         """Run every trained sub-network once."""
@@ -130,12 +142,12 @@ class OpenVINOEngine:
 
     def describe(self) -> str:
         """Return the library, the CPU, the precision and the threads."""
-        hint = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        hint = self._classifiers[0].get_property("INFERENCE_PRECISION_HINT").to_string()
         floating = next((name for name, short in HINTS.items() if short == hint), hint)
         precision = "int8" if self._is_int8 else floating
         if self._in_floating_point:
             precision += f" ({floating} for {', '.join(map(str, sorted(self._in_floating_point)))})"
-        threads = self._compiled.get_property("INFERENCE_NUM_THREADS")
+        threads = self._classifiers[0].get_property("INFERENCE_NUM_THREADS")
         version = ov.__version__.partition("-")[0]
         return f"openvino {version} on {self._cpu}, {precision}, {threads} threads"
 

@@ -68,7 +68,7 @@ class Stage:
             self.metrics,
             self.monitor,
             self.ledger,
-            open_engine=lambda checkpoint, *_: (self.new, checkpoint),
+            open_candidate=lambda checkpoint, *_: (self.new, checkpoint),
             begin=self.begin,
             is_stopping=lambda: self.is_stopping,
         )
@@ -120,7 +120,7 @@ def path(checkpoint: Checkpoint, tmp_path: Path) -> Path:
 def test_a_checkpoint_is_loaded_only_if_the_free_memory_suffices(checkpoint: Checkpoint, path: Path) -> None:
     needed = MEMORY_OF_FILE * path.stat().st_size + MEMORY_BYTES
     assert Stage(checkpoint, path.parent, needed).maker.load(str(path)).name == "other"
-    with pytest.raises(ModelChangeError, match="a second model of this size may take 100 MB; only 100 MB are free"):
+    with pytest.raises(ModelChangeError, match="a second model of this size may take 500 MB; only 500 MB are free"):
         Stage(checkpoint, path.parent, needed - 1).maker.load(str(path))
 
 

@@ -150,6 +150,15 @@ def test_warming_up_runs_every_trained_sub_network(model: SuperViT) -> None:
     assert engine.seen == [((1, 3, 20, 20), subnetwork) for subnetwork in config_of("deit").subnetworks]
 
 
+def test_an_engine_of_exported_graphs_gives_the_same_logits(
+    model: SuperViT, engine: OpenVINOEngine, images: Tensor
+) -> None:
+    other = OpenVINOEngine(model, threads=1, precision="float32", compiled=engine.export)
+    assert other.describe() == engine.describe()
+    for subnetwork in model.config.subnetworks:
+        assert torch.equal(other.run(images, subnetwork), engine.run(images, subnetwork))
+
+
 def test_the_engine_names_library_cpu_precision_and_threads(engine: OpenVINOEngine) -> None:
     assert re.fullmatch(r"openvino 20[\d.]+ on \S.*\S, float32, 1 threads", engine.describe())
     assert engine.fitting_images() is None

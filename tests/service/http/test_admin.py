@@ -34,10 +34,10 @@ class Server:
         self.path = folder / "other.safetensors"
         save_checkpoint(self.path, model, Header("other", CONFIG, checkpoint.class_names, checkpoint.profile))
         self.old, self.new = ScriptedEngine(checkpoint), ScriptedEngine(replace(checkpoint, model=model))
-        self.runtime = ServerRuntime(settings, checkpoint, self.old, latencies, open_engine=self.open_engine)
+        self.runtime = ServerRuntime(settings, checkpoint, self.old, latencies, open_candidate=self.open_candidate)
         self.client: TestClient
 
-    def open_engine(self, checkpoint: Checkpoint, *_: object) -> tuple[ScriptedEngine, Checkpoint]:
+    def open_candidate(self, checkpoint: Checkpoint, *_: object) -> tuple[ScriptedEngine, Checkpoint]:
         return self.new, checkpoint
 
     def put(self, **members: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
@@ -168,7 +168,7 @@ def test_the_old_model_is_freed_once_the_change_is_done(
     server = Server(settings, checkpoint, latencies, tmp_path)
     copy = replace(checkpoint, model=SuperViT(CONFIG).eval())
     engine = ScriptedEngine(copy)
-    server.runtime = ServerRuntime(settings, copy, engine, latencies, open_engine=server.open_engine)
+    server.runtime = ServerRuntime(settings, copy, engine, latencies, open_candidate=server.open_candidate)
     model, held = weakref.ref(copy.model), weakref.ref(engine)
     del copy, engine
     with serving(server.runtime) as server.client:

@@ -1,0 +1,85 @@
+"""Creates the engine of a candidate while another model is served; a separate process compiles it."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import BinaryIO, Literal, cast
+
+import numpy as np
+
+from models.checkpoint import Checkpoint
+from service.engines.base import Engine
+from service.engines.factory import Kind, Precision, open_engine
+from service.errors import NotReadyError
+
+POLL_S = 0.1  # between two checks whether the server is stopping
+
+
+def open_candidate(
+    checkpoint: Checkpoint,
+    kind: Kind,
+    device: str,
+    precision: Literal["auto", "int8"] | Precision,
+    threads: int,
+    is_stopping: Callable[[], bool],
+) -> tuple[Engine, Checkpoint]:
+    """Create the engine that `open_engine` creates, compiled in a process that has the lowest priority.
+
+    Args:
+        checkpoint: as in `open_engine`; a checkpoint without a file is compiled in this process.
+        kind: as in `open_engine`.
+        device: as in `open_engine`.
+        precision: as in `open_engine`.
+        threads: as in `open_engine`.
+        is_stopping: returns whether the server is stopping, which ends the process.
+
+    Raises:
+        DeviceError: as for `open_engine`.
+        NotReadyError: the server is stopping.
+        RuntimeError: the process failed; the message is what it wrote.
+    """
+    if checkpoint.path is None:
+        return open_engine(checkpoint, kind, device, precision, threads)
+    arguments = [str(checkpoint.path), checkpoint.version, kind, device, precision, str(threads)]
+    return open_engine(checkpoint, kind, device, precision, threads, compiled=partial(_compile, arguments, is_stopping))
+
+
+def _compile(arguments: list[str], is_stopping: Callable[[], bool]) -> Iterator[bytes]:
+    with _nameless_file() as file:
+        command = [sys.executable, "-m", "service.engines.compile_process", *arguments, str(file.fileno())]
+        with subprocess.Popen(  # noqa: S603 - our own command
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[file.fileno()],
+            process_group=0,  # a signal from the terminal is for the server, which then ends the process
+        ) as process:
+            messages = _messages(process, is_stopping)
+        if process.returncode:
+            raise RuntimeError(f"the compilation ended with {process.returncode}: {messages}")
+        end = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        while file.tell() < end:
+            yield np.load(file).tobytes()
+
+
+def _messages(process: "subprocess.Popen[bytes]", is_stopping: Callable[[], bool]) -> str:
+    """Wait for the end of a process, and return what it wrote to its standard error."""
+    while True:
+        try:
+            return process.communicate(timeout=POLL_S)[1].decode(errors="replace").strip()
+        except subprocess.TimeoutExpired:
+            if is_stopping():
+                process.kill()
+                raise NotReadyError("the server is stopping") from None
+
+
+def _nameless_file() -> BinaryIO:
+    """Open a file in memory where the system has such files; a container's folder of temporary files is small."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("graphs"), "w+b")
+    return cast(BinaryIO, tempfile.TemporaryFile())

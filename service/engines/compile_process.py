@@ -1,0 +1,50 @@
+"""The process that compiles a checkpoint for a server, without taking time from its requests.
+
+`service.engines.candidate_engine` starts it. Its priority is the lowest; in the server's own process, all threads that
+libraries start must keep the normal one.
+"""
+
+import os
+import sys
+from contextlib import suppress
+
+
+def main(path: str, version: str, kind: str, device: str, precision: str, threads: str, file: str) -> None:
+    """Compile the engine that `open_engine` creates for the same arguments.
+
+    Args:
+        path: the checkpoint's file.
+        version: its expected version.
+        kind: as in `open_engine`.
+        device: as in `open_engine`.
+        precision: as in `open_engine`.
+        threads: as in `open_engine`.
+        file: descriptor of the file to which the exported graphs are written, each as an array of uint8 in NumPy's
+            format.
+
+    Raises:
+        SystemExit: the checkpoint has another version.
+    """
+    os.nice(19)
+    with suppress(AttributeError, OSError):  # on Linux, unless a sandbox forbids it: only what no other process wants
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    # These imports take seconds of a processor, so they wait for the low priority.
+    import numpy as np
+
+    from models.checkpoint import load_checkpoint
+    from service.engines.factory import open_engine
+    from service.engines.openvino_engine import OpenVINOEngine
+
+    checkpoint = load_checkpoint(path)
+    if checkpoint.version != version:
+        sys.exit("the checkpoint was replaced while it was loaded")
+    engine, _ = open_engine(checkpoint, kind, device, precision, int(threads))  # type: ignore[arg-type] # of settings
+    if not isinstance(engine, OpenVINOEngine):
+        sys.exit("this engine is not compiled")
+    with os.fdopen(int(file), "wb") as output:
+        for graph in engine.export():
+            np.save(output, np.frombuffer(graph, np.uint8))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
