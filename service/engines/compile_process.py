@@ -30,11 +30,13 @@ def main(path: str, version: str, kind: str, device: str, precision: str, thread
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     # These imports take seconds of a processor, so they wait for the low priority.
     import numpy as np
+    import torch
 
     from models.checkpoint import load_checkpoint
     from service.engines.factory import open_engine
     from service.engines.openvino_engine import OpenVINOEngine
 
+    torch.set_num_threads(1)  # several would spin while they wait for the processors of others
     checkpoint = load_checkpoint(path)
     if checkpoint.version != version:
         sys.exit("the checkpoint was replaced while it was loaded")

@@ -7,7 +7,7 @@ loop, the decoding threads and the engine's thread share a scheduler, so each me
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 
 from service.domain import LookCode
@@ -225,7 +225,8 @@ class Scheduler:
         if rejection := self._rejection(request, now, delay):
             raise rejection
         state = replace(self.state(now), queue=self._queue.with_request(request))
-        return preview(request, state, self._decide, max(now + delay.total_s, self._free_at))
+        decide = deepcopy(self._decide)  # a policy may keep a plan
+        return preview(request, state, decide, max(now + delay.total_s, self._free_at))
 
     @locked
     def predict(self, variant: Variant, size: int, now: float) -> float:

@@ -20,6 +20,7 @@ from service.errors import OverloadedError, OverloadReason
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.estimators import REMEMBERED_REQUESTS, SUSTAINED_TIME_S
 from service.scheduling.level_policy import choose_level
+from service.scheduling.policies import find_policy
 from service.scheduling.scheduler import RESERVATION_TIMEOUT_S, RESERVATION_VALID_S, Scheduler
 from service.scheduling.second_look import Looked
 from service.scheduling.state import (
@@ -572,6 +573,18 @@ def test_a_preview_changes_nothing(scheduler: Scheduler) -> None:
     with pytest.raises(OverloadedError):
         scheduler.preview(waits(0.001), 0.0)
     assert everything(scheduler, 0.0) == before
+
+
+def test_a_preview_leaves_the_plan_of_a_policy_as_it_is(fast_catalog: VariantCatalog) -> None:
+    previewing, other = (
+        Scheduler(fast_catalog, find_policy("proteus", fast_catalog).make(fast_catalog, 4), 4) for _ in range(2)
+    )
+    previewing.preview(waits(900.0), 0.0)  # without traffic, the plan would be the best level
+    decisions = []
+    for scheduler in (previewing, other):
+        fill(scheduler, *(waits(900.0) for _ in range(200)))
+        decisions.append(index(scheduler.next_batch(0.1)))
+    assert decisions == [0, 0]
 
 
 def test_a_preview_predicts_the_later_decision(fast_catalog: VariantCatalog) -> None:
