@@ -69,8 +69,11 @@ USER 10001:10001
 EXPOSE 8000
 # A start takes seconds, or minutes if other processes keep the CPUs busy. There is no curl in the image.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=3m --retries=3 \
-    CMD ["python", "-c", "import http.client, os, sys; \
-        server = http.client.HTTPConnection('127.0.0.1', int(os.environ.get('SUPERVIT_PORT', 8000)), timeout=4); \
+    CMD ["python", "-c", "import http.client, os, ssl, sys; \
+        address = '127.0.0.1', int(os.environ.get('SUPERVIT_PORT', 8000)); \
+        tls = ssl._create_unverified_context() if os.environ.get('SUPERVIT_TLS_CERTIFICATE') else None; \
+        server = http.client.HTTPSConnection(*address, timeout=4, context=tls) if tls \
+            else http.client.HTTPConnection(*address, timeout=4); \
         server.request('GET', '/health/ready'); \
         sys.exit(server.getresponse().status != 200)"]
 # On SIGTERM the server answers the requests that it has admitted and then exits by the signal; tini turns 143 into 0.

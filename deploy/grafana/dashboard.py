@@ -9,7 +9,7 @@ from grafana_foundation_sdk.builders import dashboard, stat, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as models
 
-from deploy.grafana.panels import ONES, THIRD, each, growth, lines, mean, number, quantile, rate, variable
+from deploy.grafana.panels import ONES, THIRD, each, growth, lines, mean, number, of_served, quantile, rate, variable
 
 OUTPUT = Path(__file__).with_name("dashboards") / "supervit.json"
 MET, ALL = rate("supervit_deadlines_total", 'result="met"'), rate("supervit_deadlines_total")
@@ -35,7 +35,8 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
     "Service level: is every request answered in time?": [
         number(
             "Answered in time",
-            "Share of all requests that were answered before their deadline; rejected requests count as missed.",
+            "Share of all requests that were answered before their deadline; rejected requests count as missed, unless "
+            "their client was over a limit of its own.",
             ATTAINMENT,
         ),
         number(
@@ -89,7 +90,7 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             "percentunit",
             {
                 "answers": ACCURACY,
-                "best sub-network": f"max(supervit_best_accuracy_ratio{ONES})",
+                "best sub-network": f"max{of_served('supervit_best_accuracy_ratio')}",
                 "mean confidence": CONFIDENCE,
             },
         ),
@@ -152,7 +153,8 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             "Requests per second without an answer, by reason. no_time: the budget is shorter than the current "
             "latency; backlog: the queue leaves no time; preprocessing: too many requests are being read and decoded; "
             "shed: dropped to answer others in time; expired: admitted, but past the deadline; full: the limit on "
-            "requests in the server is reached; not_ready: warming up or stopping.",
+            "requests in the server is reached; key, address: a client is over its own limit, which counts as no "
+            "missed deadline; not_ready: warming up or stopping.",
             "reqps",
             {"{{reason}}": rate("supervit_dropped_requests_total", by="reason")},
             stacked=True,
@@ -241,14 +243,14 @@ ROWS: dict[str, list[stat.Panel | timeseries.Panel]] = {
             "Profile age",
             "Time since the latencies that the policy uses were measured on this machine.",
             "s",
-            each("time() - supervit_profile_timestamp_seconds"),
+            {"{{instance}}": f"time() - {of_served('supervit_profile_timestamp_seconds')}"},
             span=THIRD,
         ),
         lines(
             "Measured share of the profile",
             "Share of these latencies that is measured; the rest is estimated, and measured when the engine is idle.",
             "percentunit",
-            each("supervit_profile_measured_ratio"),
+            {"{{instance}}": of_served("supervit_profile_measured_ratio")},
             span=THIRD,
         ),
     ],

@@ -37,6 +37,12 @@ def each(metric: str, legend: str = "") -> dict[str, str]:
     return {f"{legend}{{{{instance}}}}": metric + ONES}
 
 
+def of_served(metric: str) -> str:
+    """Write PromQL that keeps, of a gauge by model, the one that is served; others were served earlier."""
+    served = f'label_replace(supervit_model_info{ONES} == 1, "model", "$1", "name", "(.*)")'
+    return f"({metric}{ONES} and on (job, instance, model) {served})"
+
+
 def query(expression: str, legend: str) -> prometheus.Dataquery:
     """Make a query."""
     return prometheus.Dataquery().expr(expression).legend_format(legend)

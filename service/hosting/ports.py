@@ -62,6 +62,8 @@ async def serving_beside(config: uvicorn.Config, host: str, port: int) -> AsyncI
     server.lifespan = config.lifespan_class(config)
     await server.startup([opened])
     logger.info("listening for operators on %s port %d", host, port)
+    if not _is_loopback(host):
+        logger.warning("any client of port %d can read the metrics and replace the model: keep strangers from it", port)
     running = asyncio.create_task(server.main_loop())
     try:
         yield

@@ -31,7 +31,7 @@ from service.hosting.interpreter import configure_interpreter
 from service.hosting.ports import changes_refused_reason, reserved_ports, serving_beside
 from service.hosting.supervisor import Supervisor
 from service.hosting.workers import bind_exclusively, inherit_socket, split_cpus, start_worker, write_heartbeat
-from service.http.connections import Connections
+from service.http.connections import Connections, proxy_check
 from service.http.early_rejection import EarlyRejection, RejectingProtocol
 from service.http.routes import CLASSIFY_PATH
 from service.http.tls import TlsGate
@@ -279,7 +279,7 @@ def _shared(settings: Settings, max_connections: int, runtime: ServerRuntime) ->
         max_connections,
         settings.max_connections_per_address,
         None if soft == resource.RLIM_INFINITY else soft - LEAST_FREE_FILES,
-        trusted=frozenset(comma_separated(settings.forwarded_allow_ips) or ()),
+        is_proxy=proxy_check(comma_separated(settings.forwarded_allow_ips) or ()),
         observe=metrics.closed,
         observe_number=metrics.opened,
     )

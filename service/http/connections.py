@@ -4,9 +4,40 @@ A connection waits unless a whole request of it is being answered. Waiting costs
 connections must not keep others out: to admit a new connection, the one that has waited longest is closed.
 """
 
+import ipaddress
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Protocol
+
+
+def proxy_check(names: Collection[str]) -> Callable[[str], bool]:
+    """Return a function that tells whether an address is among these names, as uvicorn tells whom to believe.
+
+    Args:
+        names: addresses, networks such as 10.0.0.0/8, or "*" alone for every address.
+    """
+    if list(names) == ["*"]:
+        return lambda _: True
+    literals, networks = set(names), []
+    for name in names:
+        try:
+            networks.append(ipaddress.ip_network(name))
+        except ValueError:  # neither an address nor a network
+            continue
+    return partial(_is_among, literals, networks)
+
+
+def _is_among(
+    literals: Collection[str], networks: Collection[ipaddress.IPv4Network | ipaddress.IPv6Network], address: str
+) -> bool:
+    if address in literals:
+        return True
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(parsed in network for network in networks)
 
 
 class Connection(Protocol):
@@ -25,7 +56,7 @@ class Connections:
         max_per_address: int,
         max_fileno: int | None = None,
         *,
-        trusted: frozenset[str] = frozenset(),
+        is_proxy: Callable[[str], bool] = lambda _: False,
         observe: Callable[[str], None] = lambda _: None,
         observe_number: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -36,11 +67,12 @@ class Connections:
             max_per_address: most connections at once from one address.
             max_fileno: highest file descriptor that is admitted without closing a waiting connection; None for no
                 bound. The system assigns the lowest free number, so few are left once it assigns one above this.
-            trusted: addresses of proxies, whose connections serve many clients; `max_per_address` does not apply.
+            is_proxy: returns whether an address is that of a proxy, whose connections serve many clients;
+                `max_per_address` does not apply to it.
             observe: called with the reason when a connection is closed or refused.
             observe_number: called with the number of open connections when it changes.
         """
-        self._max_connections, self._max_per_address, self._trusted = max_connections, max_per_address, trusted
+        self._max_connections, self._max_per_address, self._is_proxy = max_connections, max_per_address, is_proxy
         self._max_fileno = max_fileno
         self._observe, self._observe_number = observe, observe_number
         self._addresses: dict[Connection, str | None] = {}
@@ -59,7 +91,7 @@ class Connections:
             address: address of its client; None where it has none.
             fileno: its file descriptor.
         """
-        is_bounded = address is not None and address not in self._trusted
+        is_bounded = address is not None and not self._is_proxy(address)
         if is_bounded and self._by_address[address] >= self._max_per_address and not self._make_room(address):
             self._observe("address")
             return False

@@ -25,7 +25,9 @@ def make_explain(context: RouteContext) -> Handle:
         """
         watch = ClientWatch(request)
         with counting_failures(context.metrics, key_of(request.scope)):
-            context.open_server().explainer.check_room()  # before reading a body in vain
+            explainer = context.open_server().explainer
+        explainer.check_room()  # before reading a body in vain; it is no request to classify yet, so it counts as none
+        with counting_failures(context.metrics, key_of(request.scope)):
             upload = await read_upload(context, request, watch)
             if len(upload.reads) > 1:
                 raise InvalidParameterError("only one image per request can be explained")

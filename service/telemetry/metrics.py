@@ -48,6 +48,8 @@ STAGES = ("decode_wait", "decode", "queue", "inference")
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 # Outcomes that count as missed deadlines. Errors of the client do not; nor do requests to a server that is not ready.
 MISSES = {OverloadedError.code, DeadlineError.code, OutOfMemoryError.code, ModelError.code, ServiceError.code}
+# Reasons of an OverloadedError that lie with the client: its key or its address has used up its share.
+LIMITS_OF_CLIENTS = {"key", "address"}
 # Reasons for dropped requests, by outcome; an OverloadedError has a reason of its own.
 DROP_REASONS = {DeadlineError.code: "expired", NotReadyError.code: "not_ready"}
 # Samples for an autoscaler, by name: missed deadlines and lost accuracy, and the compute and time that requests take.
@@ -222,7 +224,7 @@ class Metrics:
         reason = reason or DROP_REASONS.get(outcome)
         if reason is not None:
             self._dropped.labels(reason).inc()
-        if is_missed or outcome in MISSES:
+        if is_missed or (outcome in MISSES and reason not in LIMITS_OF_CLIENTS):
             self._missed.inc()
 
     def answered(self, answer: Classification, exemplar: dict[str, str] | None = None) -> None:

@@ -130,11 +130,15 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings()
 
 
+def test_probes_and_scrapes_have_connections_while_all_requests_are_being_answered(settings: Settings) -> None:
+    assert settings.max_in_flight <= 0.75 * settings.max_connections
+
+
 def test_the_memory_limit_covers_the_most_that_clients_can_make_the_server_hold(settings: Settings) -> None:
     limit = re.fullmatch(r"(\d+)g", services()["supervit"]["deploy"]["resources"]["limits"]["memory"])
     assert limit
     decoding = settings.decode_threads * settings.max_image_pixels * BYTES_PER_PIXEL
-    bodies = settings.max_in_flight * settings.max_body_bytes
+    bodies = settings.max_connections * settings.max_body_bytes
     assert SERVER_BYTES + decoding + bodies < int(limit[1]) * 2**30
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import ssl
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import trustme
 from fastapi.testclient import TestClient
 
 from models.checkpoint import load_checkpoint
@@ -165,8 +167,8 @@ def health_check() -> list[str]:
 
 
 @contextmanager
-def serving(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[int]:
-    """Run an HTTP server on this machine, and yield its port."""
+def serving(answer: Callable[[BaseHTTPRequestHandler], None], tls: ssl.SSLContext | None = None) -> Iterator[int]:
+    """Run an HTTP server on this machine, over TLS if there is a context, and yield its port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -176,6 +178,8 @@ def serving(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[int]:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -201,6 +205,18 @@ def test_the_health_check_reports_the_readiness_of_the_server(answered: int, exp
     runtime = ServerRuntime(Settings(), checkpoint, TorchEngine(checkpoint.model, "cpu", threads=1))
     client = TestClient(create_app(runtime))
     assert [client.get(path).status_code for path in asked] == [503]  # a known route, not ready: nothing was started
+
+
+def test_the_health_check_of_a_server_with_tls_speaks_tls() -> None:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.end_headers()
+
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("supervit.example").configure_cert(tls)
+    with serving(answer, tls) as port:
+        given = {"SUPERVIT_PORT": str(port), "SUPERVIT_TLS_CERTIFICATE": "/certificates/tls.crt"}
+        assert subprocess.run(health_check(), env=given, check=False).returncode == 0
 
 
 def test_a_server_that_does_not_listen_is_unhealthy() -> None:

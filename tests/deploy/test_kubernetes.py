@@ -301,9 +301,13 @@ def test_cpu_requests_equal_cpu_limits_of_two_or_more_whole_cores() -> None:
     assert int(resources["limits"]["cpu"]) >= 2
 
 
+def test_probes_and_scrapes_have_connections_while_all_requests_are_being_answered(settings: Settings) -> None:
+    assert settings.max_in_flight <= 0.75 * settings.max_connections
+
+
 def test_the_memory_limit_covers_the_most_that_clients_can_make_the_server_hold(settings: Settings) -> None:
     decoding = settings.decode_threads * settings.max_image_pixels * BYTES_PER_PIXEL
-    bodies = settings.max_in_flight * settings.max_body_bytes
+    bodies = settings.max_connections * settings.max_body_bytes
     limit = int(server()["resources"]["limits"]["memory"].removesuffix("Gi")) * 2**30
     assert SERVER_BYTES + decoding + bodies <= limit
 

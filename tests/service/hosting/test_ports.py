@@ -1,9 +1,12 @@
+import logging
 import socket
 
 import pytest
+import uvicorn
+from starlette.applications import Starlette
 
 from service.errors import CommandError
-from service.hosting.ports import changes_refused_reason, reserved_ports
+from service.hosting.ports import changes_refused_reason, reserved_ports, serving_beside
 from service.settings import Settings
 
 
@@ -61,3 +64,15 @@ def test_the_model_may_not_be_changed_where_others_may_reach_the_port(given: dic
 
 def test_the_model_may_not_be_changed_in_one_of_several_workers() -> None:
     assert "--watch-checkpoint" in str(changes_refused_reason(Settings(workers=2, admin_port=9000)))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("host", "num_warnings"), [("127.0.0.1", 0), ("0.0.0.0", 1)])
+async def test_an_admin_port_that_others_can_reach_is_warned_of(
+    host: str, num_warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "service.hosting.ports"):
+        async with serving_beside(uvicorn.Config(Starlette(), lifespan="off", log_config=None), host, 0):
+            pass
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert sum("keep strangers from it" in message for message in warned) == num_warnings

@@ -1,4 +1,7 @@
-from service.http.connections import Connections
+import pytest
+from uvicorn.middleware.proxy_headers import _TrustedHosts
+
+from service.http.connections import Connections, proxy_check
 
 
 class Connection:
@@ -58,8 +61,27 @@ def test_an_address_at_its_limit_makes_room_only_among_its_own_connections() -> 
 
 
 def test_the_limit_per_address_does_not_apply_to_a_trusted_proxy() -> None:
-    connections = Connections(3, 1, trusted=frozenset({"proxy"}))
+    connections = Connections(3, 1, is_proxy=proxy_check(["proxy"]))
     assert not any(admitted(connections, "proxy").gave_way for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("names", "address", "expected"),
+    [
+        (["10.0.0.1"], "10.0.0.1", True),
+        (["10.0.0.1"], "10.0.0.2", False),
+        (["192.0.2.1", "10.0.0.0/8"], "10.1.2.3", True),
+        (["10.0.0.0/8"], "11.0.0.1", False),
+        (["::1"], "0:0:0:0:0:0:0:1", True),
+        (["10.0.0.0/8"], "::1", False),
+        (["10.0.0.0/8"], "a socket", False),
+        (["*"], "203.0.113.9", True),
+        ([], "127.0.0.1", False),
+    ],
+)
+def test_proxies_are_named_by_address_or_network(names: list[str], address: str, expected: bool) -> None:
+    assert proxy_check(names)(address) is expected
+    assert (address in _TrustedHosts(names)) is expected  # uvicorn believes the same ones
 
 
 def test_the_last_file_descriptors_are_kept_free() -> None:

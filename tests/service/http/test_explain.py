@@ -86,6 +86,8 @@ def test_a_second_explanation_is_rejected_during_the_first_while_classifications
     assert error_code(refused, 429) == "overloaded"
     assert int(refused.headers["Retry-After"]) == 1
     assert classified.status_code == 200
+    assert sample(client, "supervit_requests_total") == 2  # the refused one was no classification
+    assert sample(client, 'supervit_deadlines_total{result="missed"}') == 0
 
 
 def test_a_model_that_cannot_be_traced_is_a_model_error(

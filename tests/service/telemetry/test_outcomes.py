@@ -23,6 +23,8 @@ from service.telemetry.outcomes import counted
         (BodyTooLargeError("large"), "body_too_large", None, 0),
         (NotReadyError("warming up"), "not_ready", "not_ready", 0),
         (OverloadedError("later", "backlog", 1.0), "overloaded", "backlog", 1),
+        (OverloadedError("used up", "key", 1.0), "overloaded", "key", 0),
+        (OverloadedError("too many", "address", 1.0), "overloaded", "address", 0),
         (DeadlineError("late"), "deadline_exceeded", "expired", 1),
         (ClientGoneError("left"), "client_gone", None, 0),
         (ClientGoneError("left", deadline_passed=True), "client_gone", None, 1),
