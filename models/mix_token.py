@@ -12,6 +12,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class TokenExchange:
+    """What the images of a batch exchange on one grid, as tensors: a compiled step then fits every box.
+
+    Attributes:
+        inside: (G * G, 1) bool, the patch tokens that are exchanged.
+        share_outside: (), share of the largest grid's tokens that stay where they are: the lambda of CutMix.
+    """
+
+    inside: Tensor
+    share_outside: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class TokenBox:
     """A box of rows and columns of a patch grid, ends excluded, whose tokens are exchanged.
 
@@ -37,6 +50,13 @@ class TokenBox:
         sides = (self.top, self.bottom, self.left, self.right)
         return TokenBox(patch_grid, *(side * patch_grid // self.patch_grid for side in sides))
 
+    def exchange_on(self, patch_grid: int, device: torch.device) -> TokenExchange:
+        """Return the exchange on a grid, to which the box is scaled."""
+        box = self.on_grid(patch_grid)
+        inside = torch.zeros(patch_grid, patch_grid, 1, dtype=torch.bool)
+        inside[box.top : box.bottom, box.left : box.right] = True
+        return TokenExchange(inside.flatten(0, 1).to(device), torch.tensor(self.share_outside, device=device))
+
 
 def draw_box(patch_grid: int, seed: int, step: int) -> TokenBox:
     """Draw the box of a step as CutMix does (Yun et al., ICCV 2019): its area from Beta(1, 1), its centre anywhere.
@@ -51,23 +71,11 @@ def draw_box(patch_grid: int, seed: int, step: int) -> TokenBox:
     return TokenBox(patch_grid, *rows, *columns)
 
 
-def exchange_tokens(tokens: Tensor, box: TokenBox) -> Tensor:
-    """Exchange the patch tokens inside the box with those of the batch in reverse order.
-
-    Args:
-        tokens: (B, G * G, D), row by row, without the class token.
-        box: on any grid; it is scaled to the grid of the tokens.
-
-    Returns:
-        (B, G * G, D).
-    """
-    patch_grid = math.isqrt(tokens.shape[1])
-    box = box.on_grid(patch_grid)
-    inside = torch.zeros(patch_grid, patch_grid, 1, dtype=torch.bool, device=tokens.device)
-    inside[box.top : box.bottom, box.left : box.right] = True
-    return torch.where(inside.flatten(0, 1), tokens.flip(0), tokens)
+def exchange_tokens(tokens: Tensor, exchange: TokenExchange) -> Tensor:
+    """Exchange (B, G * G, D) patch tokens, row by row and without prefix tokens, with those of the reversed batch."""
+    return torch.where(exchange.inside, tokens.flip(0), tokens)
 
 
-def mix_labels(labels: Tensor, box: TokenBox) -> Tensor:
+def mix_labels(labels: Tensor, exchange: TokenExchange) -> Tensor:
     """Mix (B, classes) probabilities with those of the batch in reverse order, by their shares of the largest grid."""
-    return labels.flip(0).lerp(labels, box.share_outside)
+    return labels.flip(0).lerp(labels, exchange.share_outside)

@@ -33,13 +33,18 @@ class Process:
         return self.rank == 0
 
 
+def own_rank() -> int:
+    """Return the number of this process, from 0, as torchrun's environment gives it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def join_processes(device: str) -> Process:
     """Join the processes that torchrun's environment describes, if any, and choose the device of this one.
 
     Raises:
         DeviceError: the device cannot be used.
     """
-    rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, count = own_rank(), int(os.environ.get("WORLD_SIZE", "1"))
     own_device = resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if own_device.type == "cuda":
         torch.cuda.set_device(own_device)  # otherwise NCCL and pinned memory open GPU 0 in every process

@@ -45,6 +45,18 @@ def describe_published(weights: dict[str, Tensor]) -> tuple[str, SuperViTConfig,
     return name, config, tuple(ImageNetInfo().label_descriptions()), ProfileTable(rows)
 
 
+def class_indices(class_names: tuple[str, ...]) -> dict[str, int]:
+    """Return the logit index of each class by its name and, for ImageNet, by its WordNet ID as well."""
+    indices = {name: index for index, name in enumerate(class_names)}
+    if len(class_names) == DEIT_SMALL.num_classes:
+        from timm.data import ImageNetInfo  # as above
+
+        imagenet = ImageNetInfo()
+        if class_names == tuple(imagenet.label_descriptions()):
+            indices |= {name: index for index, name in enumerate(imagenet.label_names())}
+    return indices
+
+
 def published_config(weights: dict[str, Tensor]) -> SuperViTConfig | None:
     """Return the architecture of a SuperViT's bare state dict; None for one that was never published."""
     _, config, _, _ = describe_published(weights)

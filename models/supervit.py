@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.init import trunc_normal_
 
 from models.layers import Block, ConvStem, PatchEmbed
-from models.mix_token import TokenBox, exchange_tokens
+from models.mix_token import TokenExchange, exchange_tokens
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.tokens import keep_origins
 
@@ -152,7 +152,7 @@ class SuperViT(nn.Module):
         return self.classify(self.transform(tokens, subnetwork.keep_rate, 0, self.config.depth))
 
     def forward_rates(
-        self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...], box: TokenBox | None = None
+        self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...], exchange: TokenExchange | None = None
     ) -> tuple[Tensor, ...]:
         """Run a batch through all blocks at several keep rates, computing their common part once.
 
@@ -163,17 +163,17 @@ class SuperViT(nn.Module):
             images: (B, 3, S, S) float, normalised, at full size.
             patch_grid: a trained grid.
             keep_rates: rates in (0, 1].
-            box: the box whose patch tokens the images exchange; None to exchange none.
+            exchange: the patch tokens of this grid that the images exchange; None to exchange none.
 
         Returns:
             For each of `keep_rates`, the (B, N, D) tokens after the last block at (patch_grid, keep rate).
         """
         depth = self.config.depth
         fork = min(self.config.prune_blocks, default=depth)
-        tokens = self.transform(self.embed(images, patch_grid, box), 1.0, 0, fork)
+        tokens = self.transform(self.embed(images, patch_grid, exchange), 1.0, 0, fork)
         return tuple(self.transform(tokens, rate, fork, depth) for rate in keep_rates)
 
-    def embed(self, images: Tensor, patch_grid: int, box: TokenBox | None = None) -> Tensor:
+    def embed(self, images: Tensor, patch_grid: int, exchange: TokenExchange | None = None) -> Tensor:
         """Resize (B, 3, S, S) images to the grid and embed them as (B, N, D) tokens, prefix tokens first."""
         side = self.config.image_side
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
@@ -184,8 +184,8 @@ class SuperViT(nn.Module):
             grid_side = patch_grid * self.config.patch_kernel
             images = functional.interpolate(images, (grid_side, grid_side), mode="bilinear", align_corners=True)
         patches = self.patch_embed(images)
-        if box is not None:
-            patches = exchange_tokens(patches, box)
+        if exchange is not None:
+            patches = exchange_tokens(patches, exchange)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
         embedded: Tensor = tokens + self.pos_embed_list[self.config.patch_grids.index(patch_grid)]
         return embedded if self.norm_pre is None else self.norm_pre(embedded)

@@ -69,6 +69,7 @@ RUN = {
 }
 # Beginnings of the other commands, and the reasons why no test runs these.
 NOT_RUN = {
+    ". .venv/bin/activate": "changes the reader's shell alone",
     "python3 -m venv": "installs 2 GB of packages; .ci/run does",
     ".venv/bin/ruff": "is the other half of .ci/run",
     "pre-commit install": "changes the reader's checkout",

@@ -33,6 +33,8 @@ GRID_SHARES = (8 / 14, 10 / 14, 12 / 14, 1.0)
 # branches.
 LVVIT_AUX_WEIGHT = 0.5
 LVVIT_DEPTHS = (16, 20)
+# The weights whose shapes tell its architecture, besides its head's, which it may lack.
+LVVIT_SHAPES = ("cls_token", "blocks.0.mlp.fc1.weight", "patch_embed.proj.weight", "patch_embed.conv1.weight")
 IMAGENET_CLASSES = 1000
 UNTRAINED = "untrained"  # the only class of a ViT without a head
 
@@ -58,8 +60,9 @@ def convert(options: Convert) -> SuperViTConfig:
     except ValueError as error:
         raise CheckpointMismatchError(f"{options.vit}: {error}") from error
     model = SuperViT(config)
-    with torch.no_grad():  # the head, where the file has none
-        model.head.weight.zero_()
+    with torch.no_grad():  # the heads, where the file has none
+        for head in filter(None, (model.head, model.aux_head)):
+            head.weight.zero_()
     initial.load_into(model, with_head=initial.has_head)
     names = initial.class_names or class_names_for(config.num_classes)
     names = names if initial.has_head else (UNTRAINED,)
@@ -218,6 +221,8 @@ def _reject_unsupported_parts(module: VisionTransformer, source: Path) -> None:
 
 
 def _from_lvvit(weights: dict[str, Tensor], path: Path) -> InitialWeights:
+    if missing := [name for name in LVVIT_SHAPES if name not in weights]:
+        raise CheckpointMismatchError(f"{path}: an LV-ViT without {', '.join(missing)}")
     width = weights["cls_token"].shape[-1]
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     if depth not in LVVIT_DEPTHS:
@@ -232,7 +237,7 @@ def _from_lvvit(weights: dict[str, Tensor], path: Path) -> InitialWeights:
         patch_kernel=2 * weights["patch_embed.proj.weight"].shape[-1],
         patch_grids=default_grids(max(positions)),
         stem_width=weights["patch_embed.conv1.weight"].shape[0],
-        num_classes=weights["head.weight"].shape[0],
+        num_classes=len(weights["head.weight"]) if "head.weight" in weights else 1,
         aux_head_weight=LVVIT_AUX_WEIGHT,
     )
     return InitialWeights(path, rest, positions, config)

@@ -8,13 +8,13 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from models.checkpoint import CheckpointMismatchError
+from models.published import class_indices
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 
 PER_CLASS = ("head.weight", "head.bias", "aux_head.weight", "aux_head.bias")
-# Settings that change a network's answers but not the shapes of its weights. (So does the number of heads, which many
-# files do not state.)
-SETTINGS_NOT_IN_SHAPES = ("pooling", "activation", "layer_norm_eps")
+# Settings that change a network's answers but not the shapes of its weights.
+SETTINGS_NOT_IN_SHAPES = ("num_heads", "pooling", "activation", "layer_norm_eps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,10 @@ class InitialWeights:
         """Return whether the head answers these classes, in this order, as far as the file says."""
         if not self.has_head or len(self.weights["head.weight"]) != len(class_names):
             return False
-        return self.class_names in (None, class_names)
+        if self.class_names in (None, class_names):
+            return True
+        indices = class_indices(self.class_names or ())
+        return [indices.get(name) for name in class_names] == list(range(len(class_names)))
 
     def load_into(self, model: SuperViT, *, with_head: bool) -> None:
         """Copy the weights into `model`.

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm.data import ImageNetInfo
-
 from models.checkpoint import Checkpoint
 from models.data.datasets import ImageSet, difference, list_classes, open_folder, stratified_order
 from models.data.images import evaluation_transform
 from models.errors import DataError
+from models.published import class_indices
 
 
 def open_hold_out(
@@ -61,10 +60,7 @@ def label_indices(folder: Path, folder_names: Sequence[str], class_names: tuple[
     Raises:
         DataError: a folder is not a class of the checkpoint.
     """
-    indices = {name: index for index, name in enumerate(class_names)}
-    imagenet = ImageNetInfo()
-    if class_names == tuple(imagenet.label_descriptions()):
-        indices |= {name: index for index, name in enumerate(imagenet.label_names())}
+    indices = class_indices(class_names)
     if any(name not in indices for name in folder_names):
         found = [class_names[indices[name]] if name in indices else name for name in folder_names]
         differences = difference(class_names, found)

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from models.checkpoint import digest
+from models.checkpoint import CheckpointError, digest
 from models.data.augmentation import Augmentation, training_transform
 from models.data.crops import PADDED_CROP_SIDE_PX, crop_padding
 from models.data.datasets import ImageSet, TrainingSamples, digest_samples, open_training_data
 from models.data.images import evaluation_transform, normalise, square_transform
 from models.data.loaders import SampleLoader, gather_round_robin, load_round_robin
 from models.files.pickles import UNPICKLING_ERRORS
+from models.files.sources import find_checkpoint
 from models.processes import gather
 from models.subnetwork import SuperViTConfig
 from models.training.objective import Targets
@@ -39,7 +40,7 @@ TEACHER_OPTIONS = (
     "teacher_checkpoint",
     "teacher_side",
     "teacher_self",
-    "init",
+    "fit_head",
     "teacher_weight",
     "label_smoothing",
 )
@@ -142,8 +143,10 @@ def soft_targets(
     path = recipe.output / TARGETS_NAME
     asked = {name: str(getattr(recipe, name)) for name in TEACHER_OPTIONS} | {
         "images": digest_samples(samples),
-        "seen as": str((config.image_side, config.crop_fraction, config.mean, config.std)),
-        "teacher's weights": digest(recipe.teacher_checkpoint) if recipe.teacher_checkpoint else "timm's",
+        "seen as": str((config.image_side, config.crop_fraction, config.interpolation, config.mean, config.std)),
+        "teacher's weights": _identify(recipe.teacher_checkpoint) if recipe.teacher_checkpoint else "timm's",
+        "initial weights": _identify(recipe.init) if recipe.teacher_self and recipe.init else "",
+        "itself": str(config) if recipe.teacher_self else "",
     }
     kept = _kept_targets(path, asked)
     if all(gather(kept is not None)) and kept is not None:  # or one would wait for shares that the others skip
@@ -163,6 +166,14 @@ def soft_targets(
     if rank == 0:
         save_atomically({"asked": asked, "targets": targets}, path)
     return targets
+
+
+def _identify(weights: Path) -> str:
+    """Return the digest of a file of weights, which may be given by name; of timm's own models, the name."""
+    try:
+        return digest(find_checkpoint(weights))
+    except CheckpointError:
+        return str(weights)
 
 
 def _kept_targets(path: Path, asked: dict[str, str]) -> Tensor | None:

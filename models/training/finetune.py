@@ -23,6 +23,7 @@ from models.checkpoint import check_weights, read_weights
 from models.data.datasets import list_classes, open_training_data
 from models.data.images import normalise, square_transform
 from models.devices import resolve_device
+from models.errors import DataError
 from models.files.checkpoint_errors import prefixed_errors
 from models.supervit import SuperViT
 from models.training.batches import ImageBatches, read_images
@@ -80,6 +81,8 @@ def finetune(options: Finetune) -> float:
     )
     network = Adapter(load_network(options.model, options.weights, num_classes), config, options.side)
     network.to(device).to(memory_format=torch.channels_last)  # one and a half times as fast on a CPU
+    if len(training[1]) < options.batch_size:
+        raise DataError(f"{len(training[1])} training images do not fill a batch of {options.batch_size}")
     sampler = RepeatAugSampler(training[1], 1, 0, num_repeats=1, selected_round=0)
     batches = ImageBatches(*training, sampler, options.batch_size, config, random_erasing=0.0)
     optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate, weight_decay=options.weight_decay)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from models.mix_token import TokenBox, exchange_tokens, mix_labels
+from models.mix_token import TokenBox, TokenExchange, exchange_tokens, mix_labels
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 
@@ -92,7 +92,7 @@ class PairLoss(nn.Module):
         images: Tensor,
         targets: Targets,
         pair: PairChoice,
-        box: TokenBox | None = None,
+        exchange: TokenExchange | None = None,
         example: Tensor | None = None,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Compute the losses of one pair.
@@ -101,7 +101,7 @@ class PairLoss(nn.Module):
             images: (B, 3, S, S), normalised.
             targets: the targets of these images.
             pair: the grid and its keep rates.
-            box: the box whose patch tokens the images exchange; None for none.
+            exchange: the patch tokens of the pair's grid that the images exchange; None for none.
             example: (B, classes) probabilities from which the pruned sub-network of an earlier pair of this step was
                 distilled; None for the first pair.
 
@@ -111,15 +111,15 @@ class PairLoss(nn.Module):
         """
         config = self.model.config
         lower = () if pair.pruned_keep_rate is None else (pair.pruned_keep_rate,)
-        tokens = self.model.forward_rates(images, pair.patch_grid, (pair.keep_rate, *lower), box)
+        tokens = self.model.forward_rates(images, pair.patch_grid, (pair.keep_rate, *lower), exchange)
         full, *pruned = (self.model.classify(its_tokens).float() for its_tokens in tokens)
         labels = self.spread(targets.labels)
-        loss = self.classification_loss(full, labels, targets.teacher_probs, box)
+        loss = self.classification_loss(full, labels, targets.teacher_probs, exchange)
         is_largest = (pair.patch_grid, pair.keep_rate) == (config.patch_grids[-1], 1)
         of_patches = self.model.classify_patches(tokens[0]) if is_largest else None
         if of_patches is not None:
             token_labels = labels[:, None] if targets.tokens is None else targets.tokens
-            loss = loss + self.token_weight * _token_loss(of_patches.float(), token_labels, box)
+            loss = loss + self.token_weight * _token_loss(of_patches.float(), token_labels, exchange)
         # An LV-ViT is distilled from the largest sub-network at every grid, a DeiT from the largest of the same grid.
         if example is None or config.flavour == "deit":
             example = full.detach().softmax(dim=1)
@@ -134,22 +134,22 @@ class PairLoss(nn.Module):
         return certain * (1 - self.label_smoothing) + self.label_smoothing / num_classes
 
     def classification_loss(
-        self, logits: Tensor, labels: Tensor, teacher_probs: Tensor | None, box: TokenBox | None
+        self, logits: Tensor, labels: Tensor, teacher_probs: Tensor | None, exchange: TokenExchange | None
     ) -> Tensor:
         """Compute the loss of (B, classes) logits on labels and teacher, both mixed as the tokens of the images are."""
-        if box is not None:
+        if exchange is not None:
             labels, teacher_probs = (
-                mix_labels(labels, box),
-                None if teacher_probs is None else mix_labels(teacher_probs, box),
+                mix_labels(labels, exchange),
+                None if teacher_probs is None else mix_labels(teacher_probs, exchange),
             )
         loss = functional.cross_entropy(logits, labels)
         return loss if teacher_probs is None else loss.lerp(_divergence(logits, teacher_probs), self.teacher_weight)
 
 
-def _token_loss(logits: Tensor, labels: Tensor, box: TokenBox | None) -> Tensor:
+def _token_loss(logits: Tensor, labels: Tensor, exchange: TokenExchange | None) -> Tensor:
     """Compute the loss of (B, N - 1, classes) logits, exchanged back, on labels of that shape or (B, 1, classes)."""
-    if box is not None:
-        logits = exchange_tokens(logits, box)
+    if exchange is not None:
+        logits = exchange_tokens(logits, exchange)
     return -(labels * logits.log_softmax(dim=2)).sum(dim=2).mean()
 
 
@@ -194,10 +194,11 @@ def training_step(
     if number == 1:
         optimizer.zero_grad()
     for name, pair in zip(PAIR_NAMES[len(pairs)], pairs, strict=True):
+        exchange = box and box.exchange_on(pair.patch_grid, images.device)
         # Processes exchange gradients once per step, in the backward pass of the last batch's last pair.
         with nullcontext() if number == count and pair is pairs[-1] else _gradients_kept_local(pair_loss):
             with autocast:
-                parts, example = pair_loss(images, targets, pair, box, example)
+                parts, example = pair_loss(images, targets, pair, exchange, example)
             loss = torch.stack(parts).sum() / count
             (scaler.scale(loss) if scaler else loss).backward()  # type: ignore[no-untyped-call] # torch's
         losses |= zip((name, f"{name}, pruned"), (part.detach() for part in parts), strict=False)

@@ -6,11 +6,13 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from timm.utils import ModelEmaV3
 
 from models.checkpoint import Header, save_checkpoint
@@ -24,6 +26,7 @@ from models.supervit import SuperViT
 from models.training.recipe import Recipe
 
 CHECKPOINT_NAME, STATE_NAME, LOG_NAME, PLOT_NAME = "checkpoint.safetensors", "state.pt", "log.jsonl", "training.png"
+LOCK_NAME = ".lock"
 
 # Options that a resumed run may change. Changing any other would silently make it a run that no recipe describes.
 MAY_CHANGE = frozenset(
@@ -64,13 +67,16 @@ class State:
         weights = (*self.model.state_dict().values(), *self.average.state_dict().values())
         return all(bool(tensor.isfinite().all()) for tensor in weights)
 
-    def save(self, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any]) -> None:
+    def save(
+        self, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any], watched: str | None = None
+    ) -> None:
         """Write the state after an epoch, with the epoch's record; a crash midway leaves the previous state intact.
 
         Args:
             recipe: the recipe of the run; the file goes to its output folder.
             class_names: one per logit.
             record: the epoch's line of the log, still without the accuracy of the averaged weights.
+            watched: digest of the images that are not trained on.
         """
         path = recipe.output / STATE_NAME
         content = {
@@ -78,6 +84,7 @@ class State:
             "class_names": list(class_names),
             "epoch": record["epoch"],
             "record": record,
+            "watched": watched,
             "processes": self.processes,
             "model": self.model.state_dict(),
             "average": self.average.module.state_dict(),
@@ -86,8 +93,10 @@ class State:
         }
         save_atomically(content, path)
 
-    def load(self, recipe: Recipe, class_names: tuple[str, ...]) -> dict[str, Any]:
-        """Read what `save` wrote and return the record of the last epoch; from an older version, its number only.
+    def load(self, recipe: Recipe, class_names: tuple[str, ...]) -> tuple[dict[str, Any], str | None]:
+        """Read what `save` wrote; return the record of the last epoch and the digest of the images not trained on.
+
+        From an older version, the record is only the number of the epoch, and there is no digest.
 
         Raises:
             TrainingError: there is no state, it is damaged, or it was made with other options, classes or processes.
@@ -115,7 +124,7 @@ class State:
             if self.scaler and content.get("scaler"):
                 self.scaler.load_state_dict(content["scaler"])
             record: dict[str, Any] = content.get("record", {"epoch": int(content["epoch"])})
-            return record
+            return record, content.get("watched")
         except (OSError, *UNPICKLING_ERRORS) as error:
             lacking = f": {printable_text(error)}" if isinstance(error, KeyError) else ""
             raise TrainingError(f"{path}: damaged or from another version{lacking}") from error
@@ -173,6 +182,26 @@ def prepare_folder(output: Path) -> None:
             pass
     except OSError as error:
         raise TrainingError(f"{output}: not writable: {error.strerror}") from error
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Keep other runs out of a run's folder until the block ends, where the file system has locks.
+
+    Raises:
+        TrainingError: another process trains there.
+    """
+    lock = FileLock(output / LOCK_NAME)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise TrainingError(f"{output}: another process is training in this folder") from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_log(output: Path, epochs: int) -> list[dict[str, Any]]:

@@ -7,9 +7,10 @@ seed, the epoch and the process, so an interrupted and resumed run ends as it wo
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import Mixup
@@ -18,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.data.datasets import list_classes
+from models.data.datasets import ImageSet, digest_samples, list_classes
 from models.data.loaders import SampleLoader
 from models.devices import training_dtype
 from models.evaluation.calibration import Scaling
@@ -38,6 +39,7 @@ from models.training.state import (
     CHECKPOINT_NAME,
     State,
     TrainingError,
+    alone_in,
     has_state,
     prepare_folder,
     read_log,
@@ -62,7 +64,8 @@ def train(recipe: Recipe, step: Step = training_step) -> Path:
         DeviceError: the device is unusable.
         CheckpointError: the initial weights or the teacher's are unusable.
         TrainingError: the model or the output folder cannot be used, there is nothing to resume, the run to resume has
-            other options, or losses or weights are no longer finite.
+            other options or other images to watch, another process trains in the folder, or losses or weights are no
+            longer finite.
     """
     if has_state(recipe.output) and not recipe.resume:
         raise TrainingError(f"{recipe.output}: already holds a run; continue it with --resume or choose another folder")
@@ -84,9 +87,15 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
     is_half = training_dtype(process.device, recipe.precision) == torch.float16
     scaler = torch.amp.GradScaler(process.device.type) if is_half else None
     state = State(model, ModelEmaV3(model, recipe.ema_decay, use_warmup=True), optimizer, process.count, scaler)
-    last = state.load(recipe, class_names) if recipe.resume else {"epoch": 0}
+    last, watched_before = state.load(recipe, class_names) if recipe.resume else ({"epoch": 0}, None)
     records = read_log(recipe.output, last["epoch"]) if recipe.resume else []
     loader, sampler, watched = open_batches(recipe, model.config, teacher, process.rank, process.count, process.device)
+    watched_now = digest_samples(cast(ImageSet, watched.dataset))
+    if watched_before not in (None, watched_now):
+        raise TrainingError(
+            f"{recipe.data}: images were added or removed since the run began, so that other images would be held out; "
+            f"restore them, or start another run with --init {recipe.output / CHECKPOINT_NAME}"
+        )
     if process.is_first:
         prepare_folder(recipe.output)
     steps = math.ceil(len(loader) / recipe.accumulate)
@@ -94,7 +103,12 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
     # DistributedDataParallel synchronises the processes, so all have read the log before the first one writes it.
     learn = partial(step, build_pair_loss(recipe, model, process), optimizer)
     images = len(loader) * recipe.batch_size * process.count
-    with Progress(recipe, steps, images, last["epoch"], is_shown=process.is_first) as progress:
+    with (
+        alone_in(recipe.output) if process.is_first else nullcontext(),
+        Progress(recipe, steps, images, last["epoch"], is_shown=process.is_first) as progress,
+    ):
+        if process.is_first and last["epoch"] and not (recipe.output / CHECKPOINT_NAME).exists():
+            save_weights(recipe, state, class_names)
         if "loss" in last and last["epoch"] not in (record["epoch"] for record in records):
             close_epoch(recipe, state, class_names, last, records, watched, progress, process)
         for epoch in range(last["epoch"] + 1, recipe.epochs + 1):
@@ -110,11 +124,11 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
             last = {
                 "epoch": epoch,
                 "loss": losses,
-                "learning_rate": max(group["lr"] for group in optimizer.param_groups),
+                "learning_rate": highest_rate(optimizer),
                 "seconds": time.monotonic() - started_at,
             }
             if process.is_first:
-                state.save(recipe, class_names, last)  # first, so that a later failure loses nothing
+                state.save(recipe, class_names, last, watched_now)  # first, so that a later failure loses nothing
             close_epoch(recipe, state, class_names, last, records, watched, progress, process)
 
 
@@ -214,9 +228,14 @@ def train_epoch(
         progress.add_batch(recipe.batch_size * process.count, losses)
         if number == place[1]:
             state.average.update(state.model, step + 1)
-            progress.add_step(step, losses, state.optimizer.param_groups[0]["lr"])
+            progress.add_step(step, losses, highest_rate(state.optimizer))
     progress.end_epoch()
     return {name: total / len(loader) for name, total in totals.items()}
+
+
+def highest_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate of the last layers: that of earlier ones may be a part of it."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
 def measure_ends(model: SuperViT, watched: SampleLoader) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from models.conversion.convert import convert as convert_vit
 from models.conversion.options import Convert
+from models.files.sources import HUB_PREFIX
 from models.profiles import ProfileTable
 
 
@@ -14,7 +15,8 @@ def convert(command: Convert) -> None:
     """
     config = convert_vit(command)
     profile = ProfileTable.unmeasured(config)
-    told = command.mean or command.name or not command.vit.exists()
+    is_timm_name = not command.vit.exists() and not str(command.vit).startswith(HUB_PREFIX)
+    told = command.mean or command.name or is_timm_name
     print(
         f"{command.output}: {len(profile.rows)} sub-networks of {profile.cheapest.gflops:.3g} to "
         f"{profile.rows[-1].gflops:.3g} GFLOPs, for images normalised with mean {config.mean} and std {config.std}"

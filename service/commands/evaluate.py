@@ -11,7 +11,7 @@ from models.evaluation.tables import accuracy_table, calibration_summary, cascad
 from models.files.sources import find_checkpoint
 from models.processes import joined_processes
 from service.commands.options import Evaluate
-from service.commands.output import output_path
+from service.commands.output import check_unchanged, output_path
 
 
 def evaluate(command: Evaluate) -> None:
@@ -22,7 +22,7 @@ def evaluate(command: Evaluate) -> None:
 
     Raises:
         CheckpointError, DataError, DeviceError: the checkpoint, the data set or the device cannot be used.
-        CommandError: the file cannot be written, or another file of its name exists.
+        CommandError: the file cannot be written, another file of its name exists, or the checkpoint was replaced.
     """
     source = find_checkpoint(command.checkpoint)
     checkpoint = load_checkpoint(source)
@@ -51,6 +51,7 @@ def evaluate(command: Evaluate) -> None:
     print(cascade_table(found.profile))
     print(calibration_summary(found.profile))
     print(found.basis)
+    check_unchanged(path, checkpoint)
     save_checkpoint(path, checkpoint.model, header, half=is_half)
     plot_frontier(found.profile, checkpoint.name, picture)
     if int8 is None and checkpoint.int8 is not None:

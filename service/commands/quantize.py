@@ -23,7 +23,7 @@ from models.quantization import (
     Range,
 )
 from service.commands.options import Quantize
-from service.commands.output import output_path
+from service.commands.output import check_unchanged, output_path
 from service.engines.factory import int8_engine
 from service.engines.openvino_engine import OpenVINOEngine
 from service.engines.openvino_products import ObservedProducts
@@ -45,14 +45,14 @@ def quantize(command: Quantize) -> None:
     """Calibrate, measure, print the table and write the checkpoint.
 
     Raises:
-        CommandError: the file cannot be written, or another file of its name exists.
+        CommandError: the file cannot be written, another file of its name exists, or the checkpoint was replaced.
         CheckpointError: there is no such checkpoint.
         DataError: the data set is unusable.
         DeviceError: this CPU has no instructions for 8 bits, or OpenVINO cannot run the model.
     """
     source = find_checkpoint(command.checkpoint)
-    path = output_path(command.checkpoint, source, output=command.output)
     checkpoint = load_checkpoint(source)
+    path = output_path(command.checkpoint, source, is_ours=checkpoint.is_ours, output=command.output)
     ranges = find_ranges(checkpoint, command)
     engine = int8_engine(checkpoint.model, ranges, command.threads)
     found = evaluate(
@@ -70,6 +70,7 @@ def quantize(command: Quantize) -> None:
     print(f"{calibration_summary(found.profile)}\n{found.basis}")
     print(verdict(int8, checkpoint.profile))
     header = Header(checkpoint.name, checkpoint.config, checkpoint.class_names, checkpoint.profile, int8)
+    check_unchanged(path, checkpoint)
     save_checkpoint(path, checkpoint.model, header, half=checkpoint.is_half)
     print(f"written to {path}")
 

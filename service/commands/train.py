@@ -1,5 +1,6 @@
 """`supervit train`: runs a training, and prints the next step."""
 
+from models.processes import own_rank
 from models.training.recipe import Recipe
 from models.training.state import TrainingError
 from models.training.train import train as run_training
@@ -17,4 +18,6 @@ def train(recipe: Recipe) -> None:
         path = run_training(recipe)
     except TrainingError as error:
         raise CommandError(str(error)) from error
-    print(f"{path}: measure it with `supervit evaluate {path} {recipe.data}`")
+    if own_rank() == 0:
+        data = recipe.data if any((recipe.data / name).is_dir() for name in ("val", "test")) else "FOLDER_WITH_TEST"
+        print(f"{path}: measure it with `supervit evaluate {path} {data}`")

@@ -3,7 +3,12 @@ import math
 import pytest
 import torch
 
-from models.mix_token import TokenBox, draw_box, exchange_tokens, mix_labels
+from models.mix_token import TokenBox, TokenExchange, draw_box, exchange_tokens, mix_labels
+
+
+def exchange(box: TokenBox) -> TokenExchange:
+    """Return the exchange of a box on a grid of 4."""
+    return box.exchange_on(4, torch.device("cpu"))
 
 
 def test_a_box_is_scaled_by_integer_division() -> None:
@@ -39,24 +44,24 @@ def test_boxes_have_the_distribution_of_cutmix() -> None:
 
 def test_images_exchange_the_tokens_of_a_box_with_the_batch_in_reverse_order() -> None:
     tokens = (100 * torch.arange(3).view(3, 1, 1) + torch.arange(16).view(1, 16, 1)).expand(3, 16, 2)
-    mixed = exchange_tokens(tokens, TokenBox(8, 2, 5, 4, 8))  # on a grid of 4: row 1, columns 2 and 3
+    mixed = exchange_tokens(tokens, exchange(TokenBox(8, 2, 5, 4, 8)))  # on a grid of 4: row 1, columns 2 and 3
     for image in range(3):
         for place in range(16):
             source = 2 - image if place in (6, 7) else image
             assert mixed[image, place].tolist() == [100 * source + place] * 2
-    assert torch.equal(exchange_tokens(mixed, TokenBox(8, 2, 5, 4, 8)), tokens)
+    assert torch.equal(exchange_tokens(mixed, exchange(TokenBox(8, 2, 5, 4, 8))), tokens)
 
 
 def test_an_empty_box_exchanges_nothing_and_a_full_box_everything() -> None:
     tokens, labels = torch.randn(3, 16, 2), torch.rand(3, 5)
-    assert torch.equal(exchange_tokens(tokens, TokenBox(4, 2, 2, 0, 4)), tokens)
-    assert torch.equal(mix_labels(labels, TokenBox(4, 2, 2, 0, 4)), labels)
-    assert torch.equal(exchange_tokens(tokens, TokenBox(4, 0, 4, 0, 4)), tokens.flip(0))
-    assert torch.equal(mix_labels(labels, TokenBox(4, 0, 4, 0, 4)), labels.flip(0))
+    assert torch.equal(exchange_tokens(tokens, exchange(TokenBox(4, 2, 2, 0, 4))), tokens)
+    assert torch.equal(mix_labels(labels, exchange(TokenBox(4, 2, 2, 0, 4))), labels)
+    assert torch.equal(exchange_tokens(tokens, exchange(TokenBox(4, 0, 4, 0, 4))), tokens.flip(0))
+    assert torch.equal(mix_labels(labels, exchange(TokenBox(4, 0, 4, 0, 4))), labels.flip(0))
 
 
 def test_labels_are_mixed_by_the_share_of_tokens_that_the_box_covers_on_its_own_grid() -> None:
     labels = torch.eye(3)
-    mixed = mix_labels(labels, TokenBox(4, 0, 2, 1, 3))  # a quarter
+    mixed = mix_labels(labels, exchange(TokenBox(4, 0, 2, 1, 3)))  # a quarter
     assert mixed.tolist() == [[0.75, 0.0, 0.25], [0.0, 1.0, 0.0], [0.25, 0.0, 0.75]]
     assert math.isclose(TokenBox(4, 0, 2, 1, 3).share_outside, 0.75)

@@ -161,7 +161,7 @@ def test_the_preprocessing_comes_from_timms_configuration_or_from_the_options(tm
     nameless = convert(Convert(vit=path, output=output))
     assert nameless.mean == IMAGENET_MEAN
     named = convert(
-        Convert(
+        room.Convert(
             vit=save(timm.create_model("vit_tiny_patch16_224"), tmp_path),
             output=output,
             name="vit_tiny_patch16_224.augreg_in21k_ft_in1k",
@@ -182,21 +182,48 @@ def test_a_vit_without_a_head_gets_a_zero_head_that_fits_no_data_set(tmp_path: P
     assert not open_initial(tmp_path / "elastic.safetensors").has_head_for(("blue",))
 
 
-@torch.inference_mode()
-def test_an_lvvit_in_the_layout_of_its_authors_adds_half_of_the_auxiliary_logits(tmp_path: Path) -> None:
+def tiny_lvvit() -> Any:  # noqa: ANN401 - timm is untyped
     torch.manual_seed(2)
-    lvvit = timm.create_model(
+    return timm.create_model(
         "supervit_lvvit_small_patch16_224",
         width=64, num_heads=1, depth=16, patch_kernel=4, patch_grids=(4,), num_classes=5, stem_width=8,
     )  # fmt: skip
-    weights = {name.replace("pos_embed_list.0", "pos_embed"): weight for name, weight in lvvit.state_dict().items()}
-    torch.save(weights, tmp_path / "lvvit.pth")
+
+
+def plain_lvvit() -> dict[str, Tensor]:
+    """Return the weights of `tiny_lvvit` in the layout of its authors."""
+    weights = tiny_lvvit().state_dict()
+    return {name.replace("pos_embed_list.0", "pos_embed"): weight for name, weight in weights.items()}
+
+
+@torch.inference_mode()
+def test_an_lvvit_in_the_layout_of_its_authors_adds_half_of_the_auxiliary_logits(tmp_path: Path) -> None:
+    lvvit = tiny_lvvit()
+    torch.save(plain_lvvit(), tmp_path / "lvvit.pth")
     convert(room.Convert(vit=tmp_path / "lvvit.pth", output=tmp_path / "elastic.safetensors"))
     checkpoint = load_checkpoint(tmp_path / "elastic.safetensors")
     images = torch.randn(2, 3, 16, 16)
     tokens = lvvit.eval().norm(lvvit.transform(lvvit.embed(images, 4), 1.0, 0, 16))
     expected = lvvit.head(tokens[:, 0]) + 0.5 * lvvit.aux_head(tokens[:, 1:]).amax(dim=1)
     torch.testing.assert_close(checkpoint.model(images, SubNetwork(4, 1.0)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_lvvit_without_heads_is_converted_without_a_head(tmp_path: Path, images: Tensor) -> None:
+    weights = plain_lvvit()
+    torch.save({name: weight for name, weight in weights.items() if "head" not in name}, tmp_path / "lvvit.pth")
+    convert(room.Convert(vit=tmp_path / "lvvit.pth", output=tmp_path / "elastic.safetensors"))
+    checkpoint = load_checkpoint(tmp_path / "elastic.safetensors")
+    assert checkpoint.class_names == ("untrained",)
+    assert checkpoint.model(images, SubNetwork(4, 1.0)).tolist() == [[0.0]] * len(images)
+
+
+@pytest.mark.parametrize("name", ["cls_token", "blocks.0.mlp.fc1.weight", "patch_embed.proj.weight"])
+def test_an_incomplete_lvvit_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    weights = plain_lvvit()
+    del weights[name]
+    torch.save(weights, tmp_path / "lvvit.pth")
+    with pytest.raises(CheckpointMismatchError, match=f"lvvit.pth: an LV-ViT without {name}$"):
+        convert(room.Convert(vit=tmp_path / "lvvit.pth", output=tmp_path / "elastic.safetensors"))
 
 
 @pytest.mark.parametrize(

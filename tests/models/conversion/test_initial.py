@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.data import ImageNetInfo
 from torch import Tensor
 
 from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError
-from models.conversion.convert import open_initial
+from models.conversion.convert import convert, open_initial
 from models.conversion.initial import InitialWeights
+from models.conversion.options import Convert
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from tests.models.conftest import CLASS_NAMES
@@ -104,6 +106,24 @@ def test_equally_many_classes_of_other_names_count_as_other_classes(tiny_file: P
     assert not open_initial(tiny_file).has_head_for(("blue", "red", "green"))
     assert open_initial(plain_file, num_heads=2).has_head_for(("any", "three", "names"))  # the file has no class names
     assert not open_initial(plain_file, num_heads=2).has_head_for(("two", "names"))
+
+
+def test_imagenets_classes_are_the_same_by_description_and_by_wordnet_id(tmp_path: Path) -> None:
+    imagenet = ImageNetInfo()
+    path = tmp_path / "elastic.safetensors"
+    vit = timm.create_model("test_vit", num_classes=1000)
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    convert(Convert(vit=tmp_path / "vit.pth", output=path, name="test_vit"))
+    ids = imagenet.label_names()
+    assert open_initial(path).has_head_for(tuple(ids))
+    assert open_initial(path).has_head_for(tuple(imagenet.label_descriptions()))
+    assert not open_initial(path).has_head_for((*ids[1:], ids[0]))
+
+
+def test_weights_for_another_number_of_heads_are_refused(tiny_file: Path, config: SuperViTConfig) -> None:
+    other = SuperViT(replace(config, num_heads=2 * config.num_heads))
+    with pytest.raises(CheckpointMismatchError, match=f"num_heads is {config.num_heads}, not {2 * config.num_heads}"):
+        load_initial_weights(other, tiny_file)
 
 
 def test_a_file_without_heads_leaves_the_heads_fresh(tmp_path: Path, model: SuperViT, config: SuperViTConfig) -> None:

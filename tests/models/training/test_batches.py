@@ -190,6 +190,28 @@ def test_saved_answers_of_a_teacher_are_used_without_asking_it_again(
     assert torch.equal(first.targets, second.targets)
 
 
+def test_a_teacher_of_other_initial_weights_is_asked_again(
+    tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, teacher: Teacher
+) -> None:
+    init = tmp_path / "init.safetensors"
+    init.write_bytes(b"weights")
+    options = {"init": init, "teacher_self": True, "teacher_once": True, "teacher_weight": 0.5, "fit_head": False}
+    recipe = tiny_recipe(tmp_path, **options)
+    ask(recipe, tiny_config, teacher)
+    silent = Silent(teacher.network, tiny_config)
+    ask(recipe, tiny_config, silent)
+    for other, config in (
+        (recipe.model_copy(update={"fit_head": True}), tiny_config),
+        (recipe, replace(tiny_config, interpolation="bilinear")),
+        (recipe, replace(tiny_config, prune_blocks=(2,))),
+    ):
+        with pytest.raises(AssertionError, match="asked about"):
+            ask(other, config, silent)
+    init.write_bytes(b"other weights")
+    with pytest.raises(AssertionError, match="asked about"):
+        ask(recipe, tiny_config, silent)
+
+
 def test_damaged_saved_answers_of_a_teacher_are_computed_again(
     tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig, teacher: Teacher
 ) -> None:

@@ -47,6 +47,15 @@ def test_a_compiled_run_compiles_once_per_kind_of_step_and_learns_the_same(
         assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3, abs=1e-4)
 
 
+def test_boxes_of_exchanged_tokens_are_no_kinds_of_step(
+    tmp_path: Path, tiny_recipe: MakeRecipe, graphs: list[torch.fx.GraphModule]
+) -> None:
+    options = {"depth": 2, "prune_blocks": (1,), "keep_rates": (1.0,), "patch_grids": (4,), "mix_token": True}
+    recipe = tiny_recipe(tmp_path / "run", model="supervit_lvvit_micro_patch4_32", compile=True, epochs=2, **options)
+    train(recipe)
+    assert len(graphs) == 2  # the check that there is a compiler, and the only pair
+
+
 def test_more_combinations_of_arguments_than_the_default_limit_of_torch_are_compiled(
     graphs: list[torch.fx.GraphModule],
 ) -> None:

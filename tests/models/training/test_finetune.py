@@ -6,6 +6,7 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from models.checkpoint import CheckpointMismatchError
+from models.errors import DataError
 from models.subnetwork import SuperViTConfig
 from models.training.finetune import Finetune, finetune, load_network
 from models.training.teacher import Teacher
@@ -111,3 +112,10 @@ def test_an_output_that_cannot_be_written_is_an_os_error(tmp_path: Path, picture
 def test_environment_variables_are_not_read_as_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EPOCHS", "77")
     assert Finetune(data=tmp_path, output=tmp_path, weights=tmp_path).epochs == 2
+
+
+def test_fewer_images_than_a_batch_are_refused(tmp_path: Path, pictures: Path, imagenet_file: Path) -> None:
+    output = tmp_path / "teacher.pth"
+    options = Finetune(data=pictures, output=output, model="test_vit", weights=imagenet_file, side=32, batch_size=49)
+    with pytest.raises(DataError, match="48 training images do not fill a batch of 49"):
+        finetune(options)

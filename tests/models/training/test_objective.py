@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from models.mix_token import TokenBox
+from models.mix_token import TokenBox, TokenExchange
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from models.training.objective import PairChoice, PairLoss, Targets, sample_pairs, sample_single, training_step
@@ -70,9 +70,9 @@ class Answers(SuperViT):
         self.full, self.pruned = full.requires_grad_(), pruned.requires_grad_()
 
     def forward_rates(
-        self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...], box: TokenBox | None = None
+        self, images: Tensor, patch_grid: int, keep_rates: tuple[float, ...], exchange: TokenExchange | None = None
     ) -> tuple[Tensor, ...]:
-        del images, patch_grid, box
+        del images, patch_grid, exchange
         return (self.full[:, None], self.pruned[:, None])[: len(keep_rates)]
 
     def classify(self, tokens: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def test_a_teacher_contributes_its_weight_to_the_classification_loss(answers: An
 
 def test_labels_and_teacher_probabilities_are_mixed_like_the_tokens(answers: Answers) -> None:
     loss = PairLoss(answers, label_smoothing=0.0, teacher_weight=0.25)
-    quarter = TokenBox(4, 0, 2, 0, 2)
+    quarter = TokenBox(4, 0, 2, 0, 2).exchange_on(4, torch.device("cpu"))
     teacher_probs = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     (classification, _), _ = loss(torch.empty(2, 0), Targets(torch.tensor([2, 0]), teacher_probs), PAIRS[0], quarter)
     labels = (0.75 * math.log(2) + 0.25 * math.log(4) + math.log(3)) / 2

@@ -32,7 +32,7 @@ def state(deit: SuperViT) -> State:
 @pytest.fixture
 def saved(tmp_path: Path, tiny_recipe: MakeRecipe, state: State) -> State:
     """The state, saved in tmp_path after 3 epochs of the tiny recipe."""
-    state.save(tiny_recipe(tmp_path), CLASS_NAMES, {"epoch": 3, "loss": {"single grid": 1.5}})
+    state.save(tiny_recipe(tmp_path), CLASS_NAMES, {"epoch": 3, "loss": {"single grid": 1.5}}, "watched")
     return state
 
 
@@ -41,7 +41,7 @@ def test_a_saved_state_loads_unchanged(tmp_path: Path, tiny_recipe: MakeRecipe, 
     with torch.no_grad():
         saved.model.head.bias.add_(1)
     assert has_state(tmp_path)
-    assert saved.load(tiny_recipe(tmp_path), CLASS_NAMES) == {"epoch": 3, "loss": {"single grid": 1.5}}
+    assert saved.load(tiny_recipe(tmp_path), CLASS_NAMES) == ({"epoch": 3, "loss": {"single grid": 1.5}}, "watched")
     assert all(torch.equal(tensor, before[name]) for name, tensor in saved.model.state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
@@ -83,7 +83,7 @@ def test_an_option_that_an_older_state_lacks_gets_the_default_of_the_model_of_th
     content = torch.load(tmp_path / "state.pt", weights_only=True)
     del content["recipe"]["mix_token"]
     torch.save(content, tmp_path / "state.pt")
-    assert state.load(recipe, CLASS_NAMES) == {"epoch": 1}
+    assert state.load(recipe, CLASS_NAMES) == ({"epoch": 1}, None)
 
 
 def test_a_resumed_run_may_change_duration_learning_rate_precision_and_device(
@@ -103,7 +103,7 @@ def test_a_resumed_run_may_change_duration_learning_rate_precision_and_device(
         workers=3,
         device="cuda",
     )
-    assert saved.load(other, CLASS_NAMES)["epoch"] == 3
+    assert saved.load(other, CLASS_NAMES)[0]["epoch"] == 3
 
 
 def test_the_gradient_scale_of_float16_is_restored(tmp_path: Path, tiny_recipe: MakeRecipe, state: State) -> None:
@@ -127,7 +127,7 @@ def test_a_state_from_before_records_were_saved_loads_with_only_its_epoch(
     del content["record"], content["scaler"]
     torch.save(content, tmp_path / "state.pt")
     scaled = replace(saved, scaler=torch.amp.GradScaler("cpu"))
-    assert scaled.load(tiny_recipe(tmp_path), CLASS_NAMES) == {"epoch": 3}
+    assert scaled.load(tiny_recipe(tmp_path), CLASS_NAMES) == ({"epoch": 3}, "watched")
 
 
 @pytest.mark.parametrize(

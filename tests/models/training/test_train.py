@@ -107,6 +107,7 @@ def test_a_run_writes_its_checkpoint_its_state_its_log_its_curves_and_its_plot(
     path = train(tiny_recipe(output))
     assert path == output / "checkpoint.safetensors"
     assert {file.name for file in output.iterdir()} == {
+        ".lock",
         "checkpoint.safetensors",
         "state.pt",
         "log.jsonl",
@@ -548,6 +549,39 @@ def test_a_run_is_never_overwritten_without_resume(tmp_path: Path, tiny_recipe: 
     with pytest.raises(TrainingError, match="run: already holds a run; continue it with --resume"):
         train(tiny_recipe(tmp_path / "run"))
     assert (tmp_path / "run" / "state.pt").read_bytes() == before
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe(tmp_path / "run", epochs=1)
+
+    def start_another(images: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(TrainingError, match="run: another process is training in this folder"):
+            train(recipe)
+        return images
+
+    train(recipe, before_step(2, start_another))
+    train(recipe.model_copy(update={"resume": True, "epochs": 2}))  # the folder is free again
+
+
+def test_a_run_is_not_resumed_with_other_images_held_out(
+    tmp_path: Path, tiny_recipe: MakeRecipe, own_data: Path
+) -> None:
+    shutil.rmtree(own_data / "val")
+    recipe = tiny_recipe(tmp_path / "run", data=own_data, epochs=1)
+    path = train(recipe)
+    (own_data / "train" / "red" / "0.png").unlink()
+    with pytest.raises(TrainingError, match=r"data: images were added or removed .* --init .*checkpoint\.safetensors"):
+        train(recipe.model_copy(update={"resume": True, "epochs": 2}))
+    assert path.exists()
+
+
+def test_the_weights_of_a_finished_run_are_written_again_if_they_are_missing(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
+    recipe = tiny_recipe(tmp_path / "run", epochs=1)
+    before = train(recipe).read_bytes()
+    (recipe.output / "checkpoint.safetensors").unlink()
+    assert train(recipe.model_copy(update={"resume": True})).read_bytes() == before
 
 
 def test_resuming_without_a_run_is_refused(tmp_path: Path, tiny_recipe: MakeRecipe) -> None:

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,11 +8,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
+from models.evaluation.evaluate import Evaluation
+from models.evaluation.evaluate import evaluate as evaluate_subnetworks
 from models.files.sources import find_checkpoint
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from models.supervit import DEIT_SMALL, SuperViT
 from service.cli import main
+from service.commands import evaluate as command
 
 SHIPPED = "supervit-micro-cifar10"
 
@@ -94,6 +98,24 @@ def test_evaluate_does_not_overwrite_a_file_named_like_its_copy_of_a_pth_file(
     (tmp_path / "net.pth").write_bytes(unrelated.read_bytes())
     assert main(["evaluate", str(tmp_path / "net.pth"), str(tmp_path)]) == 1
     assert f"{unrelated}: already exists and is not overwritten" in capsys.readouterr().err
+
+
+def test_evaluate_does_not_overwrite_a_checkpoint_that_was_replaced_meanwhile(
+    checkpoint_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it belongs to a run that trains on."""
+    newer = checkpoint_path.with_name("newer.safetensors")
+
+    def measure_and_replace(checkpoint: Checkpoint, *others: Any, **options: Any) -> Evaluation:  # noqa: ANN401 - passed on
+        header = Header("newer", checkpoint.config, checkpoint.class_names, checkpoint.profile)
+        save_checkpoint(newer, checkpoint.model, header)
+        newer.replace(checkpoint_path)
+        return evaluate_subnetworks(checkpoint, *others, **options)
+
+    monkeypatch.setattr(command, "evaluate_subnetworks", measure_and_replace)
+    assert main(["evaluate", str(checkpoint_path), str(data), "--workers", "0"]) == 1
+    assert f"{checkpoint_path}: was replaced while it was measured" in capsys.readouterr().err
+    assert load_checkpoint(checkpoint_path).name == "newer"
 
 
 def test_evaluate_rejects_a_data_set_without_val_or_test_folder(

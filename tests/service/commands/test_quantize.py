@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
 from models.profiles import ProfileTable
 from models.quantization import Quantization
+from models.supervit import DEIT_SMALL, SuperViT
 from service.cli import main
 from service.commands.quantize import make_range, verdict
 
@@ -92,6 +94,17 @@ def test_quantize_does_not_overwrite_another_file(path: Path, data: Path, capsys
     assert main(["quantize", str(path), str(data), "--output", str(other)]) == 1
     assert capsys.readouterr().err == f"supervit: {other}: already exists and is not overwritten\n"
     assert other.read_bytes() == b"weights of another"
+
+
+def test_quantize_leaves_weights_in_another_format_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = tmp_path / "net.safetensors"
+    save_file(SuperViT(DEIT_SMALL).state_dict(), published)
+    stranger = tmp_path / "net.safetensors.safetensors"
+    stranger.touch()
+    assert main(["quantize", str(published), str(tmp_path)]) == 1
+    assert f"{stranger}: already exists and is not overwritten" in capsys.readouterr().err
 
 
 def test_quantize_rejects_a_data_set_without_val_or_test_folder(
