@@ -30,24 +30,11 @@ class Measured:
 
 
 def measure_accuracy(
-    answer: Answer,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    scalings: Mapping[SubNetwork, Scaling],
-    fitted_on: Collection[int] = (),
+    answer: Answer, batches: Iterable[tuple[Tensor, Tensor]], scalings: Mapping[SubNetwork, Scaling]
 ) -> dict[SubNetwork, Measured]:
-    """Measure top-1, top-5 and the calibration error of each sub-network.
-
-    Args:
-        answer: function that computes the logits.
-        batches: as `judge_images` takes them.
-        scalings: by sub-network.
-        fitted_on: indices of the images that the scalings were fitted on, which the calibration error leaves out.
-
-    Raises:
-        ValueError: there are no images.
-    """
+    """Measure top-1, top-5 and the calibration error of each sub-network; arguments and errors as `judge_images`."""
     judged = judge_images(answer, batches, scalings)
-    return {subnetwork: summarise(its_answers, fitted_on) for subnetwork, its_answers in judged.items()}
+    return {subnetwork: summarise(its_answers) for subnetwork, its_answers in judged.items()}
 
 
 @torch.inference_mode()
@@ -82,7 +69,7 @@ def judge_images(
     return {subnetwork: gather_round_robin(its_answers) for subnetwork, its_answers in answers.items()}
 
 
-def summarise(judged: Tensor, fitted_on: Collection[int]) -> Measured:
+def summarise(judged: Tensor, fitted_on: Collection[int] = ()) -> Measured:
     """Summarise the result of `judge_images` for one sub-network; the calibration error leaves `fitted_on` out."""
     top1, top5, _ = judged.nanmean(dim=0).tolist()
     unseen = all_but(judged, fitted_on)

@@ -16,7 +16,7 @@ from models.errors import DataError
 from models.evaluation.calibration import HIGHEST_EXPONENT, LOWEST_EXPONENT, Scaling, fit_scaling
 from models.evaluation.evaluate import Evaluation, evaluate, fit_scalings
 from models.evaluation.hold_out import label_indices
-from models.evaluation.judging import judge, make_answer, measure_accuracy
+from models.evaluation.judging import judge, judge_images, make_answer, measure_accuracy, summarise
 from models.processes import Process
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork, SuperViTConfig
@@ -204,10 +204,9 @@ def test_images_used_for_fitting_count_only_in_the_accuracy(
     tiny_config: SuperViTConfig, batches: list[tuple[Tensor, Tensor]]
 ) -> None:
     whole = SubNetwork(4, 1.0)
+    judged = judge_images(make_answer(ByBrightness(tiny_config)), batches, {whole: Scaling()})[whole]
     for fitted_on, share_right in (([], 2 / 4), ([2, 3], 1.0), ([0, 1, 3], 0.0)):
-        measured = measure_accuracy(make_answer(ByBrightness(tiny_config)), batches, {whole: Scaling()}, fitted_on)[
-            whole
-        ]
+        measured = summarise(judged, fitted_on)
         confidence = math.e / (math.e + 1 + 1 / math.e)
         assert measured.top1 == 2 / 4
         assert measured.calibration_error == pytest.approx(abs(confidence - share_right), rel=1e-5)
