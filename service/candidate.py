@@ -4,6 +4,7 @@ The candidate computes on the engine's thread, a short batch at a time. On a CPU
 that, run beside it.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from models.files.sources import find_checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
 from service.assembly import ProfileWithFile, ServedModel, assemble
-from service.engines.base import Engine, Run
+from service.engines.base import Engine
 from service.engines.candidate_engine import open_candidate
 from service.engines.factory import engine_threads
 from service.engines.profile_store import begin_profile, extended_profile, inherited_profile, measured_batch_sizes
@@ -37,6 +38,45 @@ REHEARSED_S = 0.02  # longest profiled time of a rehearsed batch, as requests ma
 
 Load = Callable[[Path], Checkpoint]
 OpenEngine = Callable[..., tuple[Engine, Checkpoint]]
+
+
+class BetweenBatches:
+    """Runs batches of an engine on the engine's thread, between those of requests, and counts the seconds they take.
+
+    A batch may wait ten times as long as it takes; latencies must not include that.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        thread: EngineThread,
+        is_stopping: Callable[[], bool],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Create from the engine, its thread, whether the server is stopping, and a monotonic clock in seconds."""
+        self._engine, self._thread, self._is_stopping, self._now = engine, thread, is_stopping, clock
+        self._seconds = 0.0
+
+    def clock(self) -> float:
+        """Return the seconds that the engine has worked on these batches."""
+        return self._seconds
+
+    def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        """Run a batch as `Engine.run` does, and wait for its end.
+
+        Raises:
+            NotReadyError: the server is stopping.
+        """
+        if self._is_stopping():
+            raise NotReadyError("the server is stopping")
+        return self._thread.work(partial(self._timed, images, subnetwork)).result()
+
+    def _timed(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+        began_at = self._now()
+        try:
+            return self._engine.run(images, subnetwork)
+        finally:
+            self._seconds += self._now() - began_at
 
 
 class CandidateMaker:
@@ -107,13 +147,13 @@ class CandidateMaker:
         threads = settings.threads or engine_threads(checkpoint, self._monitor.latest.cores)
         kind, device, precision = settings.engine, settings.device, settings.precision
         engine, checkpoint = self._open_candidate(checkpoint, kind, device, precision, threads, self._is_stopping)
-        run, config = self.run_of(engine), checkpoint.config
+        between, config = self.between_batches(engine), checkpoint.config
         # The first run of all takes five to ten times as long as any other; on the engine's thread, requests would wait
         # for it. Both ends run here: the cheapest sub-network may be in floating point where the most expensive is in
         # 8 bits. A GPU may be used by the engine's thread alone.
         ends = () if engine.is_on_gpu else (config.subnetworks[0], config.largest)
         require_finite(engine.run, config.image_side, ends)
-        require_finite(run, config.image_side, tuple(each for each in config.subnetworks if each not in ends))
+        require_finite(between.run, config.image_side, tuple(each for each in config.subnetworks if each not in ends))
         if engine.is_on_gpu:
             self._prepare_gpu(engine, config.subnetworks)
         return assemble(
@@ -125,7 +165,7 @@ class CandidateMaker:
             monitor=self._monitor,
             threads=threads,
             ledger=self._ledger,
-            known=self._latencies(checkpoint, engine, run, served),
+            known=self._latencies(checkpoint, engine, between, served),
         )
 
     def rehearse(self, model: ServedModel, served: ServedModel) -> None:
@@ -139,7 +179,7 @@ class CandidateMaker:
         """
         if model.engine.pads_batches:  # its batch shapes are fixed from the start
             return
-        run, side = self.run_of(model.engine), model.checkpoint.config.image_side
+        run, side = self.between_batches(model.engine).run, model.checkpoint.config.image_side
         alone = [variant for variant in model.server.scheduler.catalog.variants if variant.second_look is None]
         seconds = {variant.profile.subnetwork: variant.latency_by_batch_s for variant in alone}
         for subnetwork, size in served.sample.shapes():
@@ -147,15 +187,9 @@ class CandidateMaker:
             if size <= len(by_batch_s) and by_batch_s[size - 1] <= REHEARSED_S:
                 run(torch.zeros(size, 3, side, side, dtype=torch.uint8), subnetwork)
 
-    def run_of(self, engine: Engine) -> Run:
-        """Return a function that runs a batch on the engine's thread, between those of requests, and waits for it."""
-
-        def run(images: Tensor, subnetwork: SubNetwork) -> Tensor:
-            if self._is_stopping():
-                raise NotReadyError("the server is stopping")
-            return self._thread.work(partial(engine.run, images, subnetwork)).result()
-
-        return run
+    def between_batches(self, engine: Engine) -> BetweenBatches:
+        """Return what runs batches of an engine between those of requests."""
+        return BetweenBatches(engine, self._thread, self._is_stopping)
 
     def _prepare_gpu(self, engine: Engine, subnetworks: Sequence[SubNetwork]) -> None:
         """Measure the memory that an image takes, and capture the graphs that the latencies of a profile are of.
@@ -171,7 +205,7 @@ class CandidateMaker:
                 self._thread.work(partial(engine.prepare, subnetwork, batch_size)).result()
 
     def _latencies(
-        self, checkpoint: Checkpoint, engine: Engine, run: Run, served: ServedModel
+        self, checkpoint: Checkpoint, engine: Engine, between: BetweenBatches, served: ServedModel
     ) -> ProfileWithFile | LatencyTable:
         """Take over the latencies of the served model where they must be the same; otherwise begin to measure."""
         folder, most, name = self._settings.profile_folder, self._settings.max_batch_size, engine.describe()
@@ -180,11 +214,12 @@ class CandidateMaker:
             self._begin,
             checkpoint,
             name,
-            run,
+            between.run,
             folder=folder,
             max_batch_size=most,
             is_padded=padded,
             is_stopping=self._is_stopping,
+            clock=between.clock,
         )
         is_same = checkpoint.config == served.checkpoint.config and name == served.engine.describe()
         if not is_same:

@@ -159,8 +159,8 @@ class ModelChanger:
             ModelChangeError: they agree on too few images, or the new model is too slow or gives logits that are not
                 finite.
         """
-        before, after = (Contender(self._maker.run_of(each.engine), each.checkpoint.class_names) for each in (old, new))
-        comparer, shadow, began_at = Comparer(before, after, self._clock), change.shadow, self._clock()
+        comparer = Comparer(self._contender(old), self._contender(new))
+        shadow, began_at = change.shadow, self._clock()
         shadow_ends_at = began_at + (0.0 if shadow is None else shadow.seconds)
         while self._clock() < max(shadow_ends_at, began_at + COMPARE_S):
             is_enough = self._clock() >= shadow_ends_at and comparer.found.num_images >= KEPT_IMAGES
@@ -175,6 +175,10 @@ class ModelChanger:
                 self._note(num_compared=found.num_images, agreement=found.agreement, latency_ratio=found.latency_ratio)
         if not change.force:
             _require_fit(comparer.found, change)
+
+    def _contender(self, model: ServedModel) -> Contender:
+        between = self._maker.between_batches(model.engine)
+        return Contender(between.run, between.clock, model.checkpoint.class_names)
 
     async def _put_to_work(self, change: ModelChange, old: ServedModel, new: ServedModel) -> None:
         """Let the new model answer, with a canary only a share of the requests at first; the old one stands by.

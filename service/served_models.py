@@ -54,7 +54,8 @@ class ServedModels:
         if self._candidate is None or not self._share:
             return (self._current,)
         first, second = self._candidate, self._current
-        return (first, second) if drawn < self._share else (second, first)
+        both = (first, second) if drawn < self._share else (second, first)
+        return tuple(model for model in both if not self.has_ended(model)) or both
 
     def begin(self, model: ServedModel) -> None:
         """Start a model: it takes turns on the engine's thread from now on."""

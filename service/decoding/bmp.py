@@ -89,7 +89,8 @@ def _read_layout(data: bytes) -> _Layout:
             compression = 0
         else:
             width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
-            struct.unpack_from("<3I", data, _FILE_HEADER_BYTES + 40)
+            if compression == _BITFIELDS:
+                struct.unpack_from("<3I", data, _FILE_HEADER_BYTES + 40)
     except struct.error as error:
         raise ends_early("it has no pixels") from error
     if width <= 0 or not height:

@@ -9,6 +9,7 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from service.decoding.images import OpenedImage
 from service.decoding.times import DecodeTimes
-from service.errors import DeadlineError, OverloadedError
+from service.errors import DeadlineError, NotReadyError, OverloadedError
 from service.scheduling.estimators import DelayEstimator
 
 DECAY_S = 5.0
@@ -108,6 +109,9 @@ class Decoder:
             A future of the image. It fails with a DeadlineError, with an OverloadedError if the address has too much to
             be decoded already, or with the ServiceError of opening or decoding. Cancelling it takes the image out of
             the queue.
+
+        Raises:
+            NotReadyError: the decoder is closed.
         """
         now = self._clock()
         job = _Job(data, deadline_at, (-priority, deadline_at), now, address)
@@ -115,7 +119,11 @@ class Decoder:
             job.expected_s = self._delay.expected_s(now)
             insort(self._unopened, job, key=_urgency)
         job.future.add_done_callback(partial(self._forget, job))
-        self._pool.submit(self._work)
+        try:
+            self._pool.submit(self._work)
+        except RuntimeError:  # it is closed, because its model has ended
+            job.future.cancel()
+            raise NotReadyError("the server is stopping") from None
         return job.future
 
     def release(self, future: "Future[DecodedImage]") -> None:
@@ -172,13 +180,19 @@ class Decoder:
         while True:
             with self._lock:
                 unopened, self._unopened = self._unopened, []
-            for job in unopened:
+            for number, job in enumerate(unopened, 1):
                 self._open(job)
+                if number < len(unopened):  # another thread may decode it meanwhile
+                    self._help()
             with self._lock:
                 next_job = self._next_job()
             if next_job is None:
                 return
             self._run(next_job)
+
+    def _help(self) -> None:
+        with suppress(RuntimeError):  # the decoder closes: this thread does the work alone
+            self._pool.submit(self._work)
 
     def _open(self, job: _Job) -> None:
         if job.future.cancelled():

@@ -109,7 +109,9 @@ def open_image(
     """
     if not data:
         raise InvalidImageError("the image is empty")
-    header, least_px = read_header(data), max(LEAST_SIDE_PX, LEAST_MULTIPLE * resized_side(config))
+    with codec_errors(find_format(data) or "image"):  # a check that a header's reader lacks is no error of the server
+        header = read_header(data)
+    least_px = max(LEAST_SIDE_PX, LEAST_MULTIPLE * resized_side(config))
     width, height = decoded_size(header, least_px)
     check_size(header, width * height, max_pixels)
     pixels = header.width * header.height

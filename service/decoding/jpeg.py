@@ -47,7 +47,7 @@ def read_jpeg(data: bytes) -> ImageHeader:
     if len(frame) < 7 or len(frame) < 7 + 3 * frame[6]:
         raise InvalidImageError("the JPEG has no valid size")
     height, width, components = int.from_bytes(frame[2:4]), int.from_bytes(frame[4:6]), frame[6]
-    if not width or not height:
+    if not width or not height or not components:
         raise InvalidImageError("the JPEG has no valid size")
     # Of a JPEG with one component per scan, all coefficients are kept as well, until the last scan is read.
     is_progressive = frame[0] in _PROGRESSIVE_FRAMES or data[start + 4 : start + 5] < bytes([components])

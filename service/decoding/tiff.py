@@ -6,7 +6,8 @@ from service.decoding.exif import ORIENTATION
 from service.decoding.headers import MAX_BLOCKS, ImageHeader, ends_early
 from service.errors import InvalidImageError
 
-_WIDTH, _HEIGHT, _BITS, _SAMPLES = 256, 257, 258, 277
+_WIDTH, _HEIGHT, _BITS, _SAMPLES, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 258, 277, 322, 323
+_LARGE_TILE = 2**20  # pixels; pyramids have such tiles even where a page is smaller
 _INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # by type
 # The tags of TIFF 6.0 and its supplements that say where the pixels are and what they mean.
 _NEEDED = {
@@ -22,7 +23,8 @@ def read_tiff(data: bytes) -> ImageHeader:
     """Read the directory of a TIFF's first page.
 
     Raises:
-        InvalidImageError: there is no directory, it has no size, or one of its tags has too many values.
+        InvalidImageError: there is no directory, it has no size, one of its tags has too many values, or its tiles are
+            too large.
     """
     order, is_big = "<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+")
     head, number, entry_form, value_bytes = (16, "Q", "HHQ", 8) if is_big else (8, "H", "HHI", 4)
@@ -46,8 +48,10 @@ def read_tiff(data: bytes) -> ImageHeader:
     width, height = values.get(_WIDTH, 0), values.get(_HEIGHT, 0)
     if not width or not height:
         raise InvalidImageError("the TIFF has no valid size")
+    if values.get(_TILE_WIDTH, 0) * values.get(_TILE_HEIGHT, 0) > max(width * height, _LARGE_TILE):
+        raise InvalidImageError("the TIFF has tiles far larger than its picture")
     directory = struct.pack(order + number, len(entries)) + b"".join(entries[tag] for tag in sorted(entries))
     padded = data + bytes(-len(data) % 8)
     page = padded[: head - value_bytes] + struct.pack(order + ("Q" if is_big else "I"), len(padded)) + padded[head:]
-    # 8 bytes per pixel: libtiff also holds a strip or a tile, which may be the whole picture.
+    # 8 bytes per pixel: libtiff also holds a strip or a tile, which may be the whole picture, or a few megabytes.
     return ImageHeader("TIFF", width, height, page + directory + bytes(value_bytes), 8)

@@ -1,7 +1,8 @@
 """Decode times of images: the cost estimated from the header, times a factor learned for each kind."""
 
-import math
 from dataclasses import dataclass, field
+
+from service.scheduling.estimators import fade, gain_of
 
 GAIN = 0.2
 DECAY_S = 5.0
@@ -30,9 +31,10 @@ class DecodeTimes:
 
     def observe(self, kind: str, cost_s: float, seconds: float, now: float) -> None:
         """Learn from the time that an image took; it may be 0 where the clock is coarse."""
-        factor, _ = self._learned.get(kind, (1.0, now))
-        self._learned[kind] = factor + GAIN * (min(seconds / cost_s, MAX_FACTOR) - factor), now
+        factor, learned_at = self._learned.get(kind, (1.0, now))
+        surprise = min(seconds / cost_s, MAX_FACTOR) - factor
+        self._learned[kind] = factor + gain_of(surprise, GAIN, now - learned_at, DECAY_S) * surprise, now
 
     def _factor(self, kind: str, now: float) -> float:
         factor, learned_at = self._learned.get(kind, (1.0, now))
-        return 1 + (factor - 1) * math.exp(min(0.0, learned_at - now) / DECAY_S)
+        return 1 + (factor - 1) * fade(now - learned_at, DECAY_S)

@@ -18,23 +18,23 @@ def read_webp(data: bytes) -> ImageHeader:
     Raises:
         InvalidImageError: the WebP has no picture or no size, or far too many chunks.
     """
-    size, picture, orientation, frame = None, None, UPRIGHT, False
+    canvas, stored, picture, orientation, frame = None, None, None, UPRIGHT, False
     for kind, start, end in _chunks(data, 12, len(data)):
         body = data[start + 8 : end]
         match kind:
-            case b"VP8X" if len(body) >= 10:
-                size = _length(body[4:7]) + 1, _length(body[7:10]) + 1
+            case b"VP8X" if start == 12 and len(body) >= 10:  # the codec ignores one that comes later
+                canvas = _length(body[4:7]) + 1, _length(body[7:10]) + 1
             case b"ANMF" if picture is None and len(body) >= 16:
                 frame, picture = True, _still(body[16:], _length(body[6:9]) + 1, _length(body[9:12]) + 1)
             case b"VP8 " | b"VP8L" if picture is None:
-                picture, size = data, size or _stored_size(kind, body)
+                picture, stored = data, _stored_size(kind, body)
             case b"EXIF":
                 orientation = read_orientation(body.removeprefix(b"Exif\0\0"))
     if picture is None:
         raise ends_early("it has no pixels")
-    if frame:  # the size of the frame, which may be smaller than the canvas
-        size = _size_of_still(picture)
-    if size is None or not min(size):
+    # Of an animation, the size of the frame, which may be smaller than the canvas.
+    size = _size_of_still(picture) if frame else stored
+    if size is None or not min(size) or (not frame and canvas not in (None, size)):
         raise InvalidImageError("the WebP has no valid size")
     memory = _LOSSLESS_BYTES if b"VP8L" in picture[12:64] else _LOSSY_BYTES
     return ImageHeader("WEBP", *size, picture, memory, orientation)

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 # Consecutive images on which the model fails before it runs an image of zeros, to tell bad images from a broken model.
 FAILURES_IN_A_ROW = 8
+LONGEST_NAP_S = 0.1  # of a pause, after which other models have a turn
 
 CallOnLoop = Callable[..., object]
 Outcomes = Sequence[Outcome]
@@ -118,7 +119,6 @@ class Batcher:
         loop = asyncio.get_running_loop()
         pending = self._pending.add(request)
         decoding.add_done_callback(partial(self._enqueue, request, pending, loop.call_soon_threadsafe))
-        # Once the image is decoded, the scheduler watches the deadline.
         deadline = loop.call_later(request.deadline_at - self._clock(), self._expire, request, pending)
         try:
             return await pending.future
@@ -129,10 +129,13 @@ class Batcher:
                 self._thread.wake()  # this may have been the last request
 
     def _expire(self, request: QueuedRequest, pending: Pending) -> None:
-        """Answer, at its deadline, a request whose image is not decoded or that only waits for another look."""
-        if pending.image is None or pending.last_look is not None:
-            error = DeadlineError("the deadline passed before the image was decoded")
+        """Answer a request at its deadline: with its last look, or with an error unless it is in a running batch."""
+        if not pending.is_running or pending.last_look is not None:
+            missing = "the image was decoded" if pending.image is None else "the engine was free"
+            error = DeadlineError(f"the deadline passed before {missing}")
             self._pending.settle(self._pending.failed(error, request, LookCode.DEADLINE))
+            if pending.image is not None and pending.last_look is None:
+                self._scheduler.deadline_missed(self._clock())
 
     def _enqueue(
         self, request: QueuedRequest, pending: Pending, call_on_loop: CallOnLoop, decoding: "Future[DecodedImage]"
@@ -171,9 +174,9 @@ class Batcher:
         self._thread.wake()
 
     def take_turn(self) -> None:
-        """Sleep for the pause that the ceiling demands, or else run a batch and send each answer once it is known."""
+        """Sleep for a part of the pause that the ceiling demands, or else run a batch and send its answers."""
         if pause_s := self._limiter.pause_s(self._clock()):
-            self._sleep(pause_s)
+            self._sleep(min(pause_s, LONGEST_NAP_S))
             self._free_at = self._clock()
             return
         for outcomes in self._serve_batch():
@@ -223,8 +226,10 @@ class Batcher:
     def _run_batch(
         self, decision: BatchDecision, variant: Variant, batch: Sequence[QueuedRequest]
     ) -> Iterator[Outcomes]:
-        pending = ((request, self._pending.find(request)) for request in batch)
-        images = {request: one.image for request, one in pending if one is not None and one.image is not None}
+        found = {request: one for request in batch if (one := self._pending.find(request)) is not None}
+        for one in found.values():
+            one.is_running = True
+        images = {request: one.image for request, one in found.items() if one.image is not None}
         if not images:
             self._scheduler.engine_taken(self._clock())
             return  # all clients have left

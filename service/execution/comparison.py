@@ -18,9 +18,16 @@ NOT_FINITE = "the new model's output is not finite"
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A model to compare: a `run` that holds the engine for no longer than an image takes, and its class names."""
+    """A model to compare.
+
+    Attributes:
+        run: runs a batch, and holds the engine for no longer than that takes.
+        clock: returns the seconds that the engine has worked for `run`.
+        class_names: one per logit.
+    """
 
     run: Run
+    clock: Callable[[], float]
     class_names: tuple[str, ...]
 
 
@@ -57,9 +64,9 @@ class Comparison:
 class Comparer:
     """Runs two models on the same images with the same sub-networks, one after the other."""
 
-    def __init__(self, old: Contender, new: Contender, clock: Callable[[], float]) -> None:
-        """Create from both models and the clock that times them."""
-        self._old, self._new, self._clock = old, new, clock
+    def __init__(self, old: Contender, new: Contender) -> None:
+        """Create from both models."""
+        self._old, self._new = old, new
         self._prepared: set[SubNetwork] = set()
         self.found = Comparison()
 
@@ -79,9 +86,9 @@ class Comparer:
         self.found.add(agrees=said[0] == said[1], ratio=new_s / max(old_s, 1e-9))
 
     def _answer(self, contender: Contender, image: SampledImage) -> tuple[Tensor, float]:
-        began_at = self._clock()
+        before_s = contender.clock()
         logits = contender.run(image.pixels[None], image.subnetwork)
-        return logits[0], self._clock() - began_at
+        return logits[0], contender.clock() - before_s
 
 
 def require_finite(run: Run, image_side: int, subnetworks: tuple[SubNetwork, ...]) -> None:

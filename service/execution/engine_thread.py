@@ -191,12 +191,15 @@ class EngineThread:
             done.set_exception(error)
 
     def _rest(self, served: Sequence[EngineUser]) -> None:
-        """Wait for something to do, and run idle work if nothing comes until it is due."""
+        """Wait for something to do, and run idle work if nothing comes until it is due.
+
+        While several batchers are served, none does: each knows the requests of its own model only.
+        """
         due_s, idler = math.inf, served[0]
         for each in served:
             with self._ending_on_error(each):
-                if (rests_s := each.rest()) < due_s:
-                    due_s, idler = rests_s, each
+                rests_s = each.rest()
+                due_s = rests_s if len(served) == 1 else math.inf
         self._wake.clear()
         # Clearing may have discarded a wake-up, so check again.
         if list(self._served) != served or any(each.has_work or each.is_over for each in served):

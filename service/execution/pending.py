@@ -26,11 +26,13 @@ class Pending:
         future: gets the answer.
         image: (3, S, S) uint8; None until it is decoded.
         last_look: result of the last look, where another look is wanted.
+        is_running: whether the request is in the batch that runs.
     """
 
     future: "asyncio.Future[Result]"
     image: Tensor | None = None
     last_look: Result | None = None
+    is_running: bool = False
 
 
 class PendingRequests:
@@ -64,7 +66,7 @@ class PendingRequests:
         """Record the look that a request gets if no other follows; return False where its client has left."""
         pending = self.find(request)
         if pending is not None:
-            pending.last_look = look
+            pending.last_look, pending.is_running = look, False
         return pending is not None
 
     def last_look_of(self, request: QueuedRequest) -> Result | None:

@@ -24,13 +24,14 @@ class UtilizationLimiter:
         self.throttle_factor = 1.0
         self._batches_s = 0.0
         self._used_s = process_time if cores is not None else lambda: self._batches_s
-        cores = 1.0 if cores is None else cores
-        self._per_s = None if ceiling is None else ceiling * cores
+        self._cores = 1.0 if cores is None else cores
+        self._per_s = None if ceiling is None else ceiling * self._cores
         self._credit_s = 0.0 if self._per_s is None else self._per_s * BURST_S
         self._filled_at: float | None = None
         self._seen_s = self._used_s()
         self._wanted_s: float | None = None  # compute seconds used when the next batch was first wanted
         self._intensity: float | None = None
+        self._last_used_s = 0.0  # at most: compute seconds of the last batch
 
     def pause_s(self, now: float) -> float:
         """Return how long the next batch must wait to keep below the ceiling."""
@@ -41,7 +42,10 @@ class UtilizationLimiter:
             self._filled_at, self._seen_s = now, used_s  # compute before the first batch does not count
         passed_s = now - self._filled_at
         balance = self._credit_s + passed_s * self._per_s - (used_s - self._seen_s)
-        self._credit_s = min(balance, self._per_s * BURST_S)
+        # No batch pays for more than the one before it, and a burst: what other threads use beyond the ceiling, such as
+        # HTTP, would otherwise keep the engine from working at all.
+        burst_s = self._per_s * BURST_S
+        self._credit_s = max(min(balance, burst_s), -burst_s - self._last_used_s)
         self._filled_at, self._seen_s = now, used_s
         if self._wanted_s is None:
             self._wanted_s = used_s
@@ -57,7 +61,9 @@ class UtilizationLimiter:
         self._batches_s += seconds
         if self._per_s is None or self._wanted_s is None:
             return
-        intensity = (self._used_s() - self._wanted_s) / max(seconds, 1e-6)
+        used_s = self._used_s() - self._wanted_s
+        self._last_used_s = min(used_s, seconds * self._cores)
+        intensity = used_s / max(seconds, 1e-6)
         self._wanted_s = None
         self._intensity = (
             intensity if self._intensity is None else self._intensity + GAIN * (intensity - self._intensity)

@@ -21,6 +21,7 @@ MAX_SQUARED_SURPRISE = 0.1
 MAX_SURPRISE = 1.5  # per batch: a single batch that takes ten times as long is a hiccup, not a noisy neighbour
 TAIL_SPREADS = 2.5  # standard deviations: a lost request costs far more accuracy than a lower level does
 STALE_AFTER_S = 0.5
+KEPT_FOR = 4.0  # times as long as an estimate is trusted without observations, it slows down the next one's effect
 RATE_TIME_S = 0.5
 SUSTAINED_TIME_S = 2.0
 REMEMBERED_REQUESTS = 128
@@ -34,6 +35,20 @@ SAFETY_FACTOR_DECAY_S = 15.0
 UPDATE_EVERY = 32  # requests: reading the CPU time of a thread takes a system call
 LOOP_GAIN = 0.5
 REJECTION_COST = 0.1  # event loop time of a rejection, as a fraction of that of an answer
+
+
+def fade(passed_s: float, time_s: float) -> float:
+    """Return the share that is left of something after `passed_s`, of which 37 % are left after `time_s`."""
+    return math.exp(-max(0.0, passed_s) / time_s)
+
+
+def gain_of(surprise: float, gain: float, passed_s: float, trusted_s: float) -> float:
+    """Return the gain of a moving average whose last observation lies `passed_s` back, and is trusted for `trusted_s`.
+
+    The older the average, the faster it falls: that something took long an hour ago says nothing of now, and must not
+    come back with the next observation. It never rises faster, as a single observation may be a hiccup.
+    """
+    return gain if surprise >= 0 else 1 - (1 - gain) * fade(passed_s, KEPT_FOR * trusted_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +68,10 @@ class Slowdown:
     def updated(self, observed_over_profiled: float, now: float) -> "Slowdown":
         """Return the estimate after a batch that ended at `now`."""
         surprise = min(observed_over_profiled - self.factor, MAX_SURPRISE)
+        passed_s = 0.0 if self.updated_at is None else now - self.updated_at
+        factor = self.factor + gain_of(surprise, GAIN, passed_s, STALE_AFTER_S) * surprise
         variance = self.variance + SPREAD_GAIN * (min(surprise**2, MAX_SQUARED_SURPRISE) - self.variance)
-        return replace(self, factor=self.factor + GAIN * surprise, variance=variance, updated_at=now)
+        return replace(self, factor=factor, variance=variance, updated_at=now)
 
     def predict(self, now: float, prior: float, spreads: float = 0.0) -> float:
         """Return the factor on the profile at `now`; without new batches it decays to `prior`.
@@ -66,7 +83,7 @@ class Slowdown:
         """
         if self.updated_at is None:
             return prior
-        trust = math.exp(min(0.0, self.updated_at - now) / STALE_AFTER_S)
+        trust = fade(now - self.updated_at, STALE_AFTER_S)
         return trust * (self.factor + spreads * math.sqrt(self.variance)) + (1 - trust) * prior
 
 
@@ -85,9 +102,12 @@ class DelayEstimator:
 
     def observe(self, seconds: float, now: float) -> None:
         """Update the averages with one observed delay."""
-        surprise = seconds - self.mean_s
-        self.mean_s += DELAY_GAIN * surprise
-        self._deviation_s += DELAY_GAIN * (abs(surprise) - self._deviation_s)
+        surprise, passed_s = seconds - self.mean_s, now - self._seen_at
+        gain = gain_of(surprise, DELAY_GAIN, passed_s, self.fades_s)
+        self.mean_s += gain * surprise
+        # Of the surprise, an average that falls faster leaves out the part that is only its age.
+        change = abs(surprise) * DELAY_GAIN / gain - self._deviation_s
+        self._deviation_s += gain_of(change, DELAY_GAIN, passed_s, self.fades_s) * change
         self._seen_at = now
 
     def expected_s(self, now: float) -> float:
@@ -99,7 +119,7 @@ class DelayEstimator:
         return (self.mean_s + 2 * self._deviation_s) * self._freshness(now)
 
     def _freshness(self, now: float) -> float:
-        return math.exp(min(0.0, self._seen_at - now) / self.fades_s)
+        return fade(now - self._seen_at, self.fades_s)
 
 
 @dataclass(slots=True)

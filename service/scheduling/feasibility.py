@@ -66,7 +66,9 @@ def meets_deadlines_mixed(
     busy, spread, squares, margin = likely * state.overhead_factor, slowdown - likely, 0.0, 0.0
     index, count, time = 0, len(targets), start_at
     while index < count:
-        room = min(deadlines[index] - time - margin, max(guard_s, latencies_s[targets[index]][0] * slowdown)) / slowdown
+        # At least the first request of a group must fit its guard, to the last digit: nothing is scaled up and down.
+        guard = max(guard_s / slowdown, latencies_s[targets[index]][0])
+        room = min((deadlines[index] - time - margin) / slowdown, guard)
         sizes, cost = take_group(latencies_s, targets[index : index + max_size], room)
         if not cost:
             return False

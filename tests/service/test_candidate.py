@@ -2,10 +2,11 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from models.checkpoint import Checkpoint, Header, UnreadableCheckpointError, loa
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
 from service.assembly import ProfileWithFile, ServedModel, assemble
-from service.candidate import MEMORY_BYTES, MEMORY_OF_FILE, REHEARSED_S, CandidateMaker
+from service.candidate import MEMORY_BYTES, MEMORY_OF_FILE, REHEARSED_S, BetweenBatches, CandidateMaker
 from service.domain import InferenceRequest
 from service.engines.profile_store import begin_profile, extended_profile
 from service.engines.torch_engine import TorchEngine
@@ -30,6 +31,8 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
+
+T = TypeVar("T")
 
 
 class Noting(TorchEngine):
@@ -292,3 +295,26 @@ async def test_a_stopping_server_does_not_wait_for_another_process_that_measures
         stage.is_stopping = True
         with pytest.raises(NotReadyError):
             await asyncio.wait_for(preparing, 10)
+
+
+def test_the_wait_for_the_engine_is_no_part_of_a_candidates_latency(checkpoint: Checkpoint) -> None:
+    now = 0.0
+
+    class SlowEngine(Noting):
+        def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
+            nonlocal now
+            now += 2.0
+            return super().run(images, subnetwork)
+
+    class BusyThread(EngineThread):
+        def work(self, function: Callable[[], T]) -> "Future[T]":
+            nonlocal now
+            now += 18.0  # batches of requests come first
+            done: Future[T] = Future()
+            done.set_result(function())
+            return done
+
+    between = BetweenBatches(SlowEngine(checkpoint), BusyThread(), lambda: False, lambda: now)
+    for _ in range(3):
+        between.run(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), checkpoint.config.largest)
+    assert between.clock() == 6.0

@@ -13,8 +13,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint, UnreadableCheckpointError
 from models.subnetwork import SubNetwork, SuperViTConfig
 from service.assembly import ServedModel
-from service.candidate import CandidateMaker
-from service.engines.base import Run
+from service.candidate import BetweenBatches, CandidateMaker
 from service.errors import ModelChangeError, NotReadyError
 from service.execution.comparison import TIMED_IMAGES
 from service.execution.live_sample import KEPT_IMAGES, LiveSample
@@ -112,13 +111,13 @@ class Stage:
         assert self.changer.report.step == "rehearse"
         self.is_rehearsed = True
 
-    def run_of(self, engine: Model) -> Run:
+    def between_batches(self, engine: Model) -> BetweenBatches:
         def run(images: Tensor, subnetwork: SubNetwork) -> Tensor:
             self.now += engine.seconds
             engine.then()
             return engine.run(images, subnetwork)
 
-        return run
+        return cast(BetweenBatches, SimpleNamespace(run=run, clock=lambda: self.now))
 
     def answer(self, _: str) -> None:
         cast(Model, self.models.main).answer()

@@ -12,7 +12,7 @@ import torch
 from service.decoding.decoder import DecodedImage, Decoder
 from service.decoding.images import OpenedImage
 from service.decoding.times import DecodeTimes
-from service.errors import DeadlineError, InvalidImageError, OverloadedError
+from service.errors import DeadlineError, InvalidImageError, NotReadyError, OverloadedError
 from tests.service.conftest import opening
 
 DUE_AT = 1000.0
@@ -407,3 +407,45 @@ def test_closing_waits_for_no_image_and_drops_none() -> None:
     assert not images[0].done()
     may_end.set()
     assert [image.result(10).image.shape for image in images] == [(3, 2, 2)] * 2
+
+
+def test_several_threads_decode_a_burst_whose_headers_one_thread_reads() -> None:
+    names, all_running = set[str](), threading.Barrier(2, timeout=10)
+
+    def decode(_: bytes) -> torch.Tensor:
+        names.add(threading.current_thread().name)
+        all_running.wait()
+        return torch.zeros(1)
+
+    opened = threading.Semaphore(0)
+
+    def open_slowly(data: bytes) -> OpenedImage:
+        opened.acquire()  # until all images are queued, so that one thread takes them all
+        return opening(decode)(data)
+
+    decoder = Decoder(open_slowly, 2, 0)
+    first = decoder.submit(b"x", DUE_AT + time.monotonic())
+    others = [decoder.submit(b"x", DUE_AT + time.monotonic()) for _ in range(3)]
+    for _ in range(4):
+        opened.release()
+    for future in (first, *others):
+        future.result(10)
+    assert len(names) == 2
+    decoder.close()
+
+
+def test_a_closed_decoder_refuses_images() -> None:
+    with slow() as images:
+        images.decoder.close()
+        with pytest.raises(NotReadyError, match="the server is stopping"):
+            images.decoder.submit(b"x", DUE_AT)
+        assert images.decoder.queue_s(images.now, DUE_AT) == 0.0
+
+
+def test_an_old_decode_time_does_not_come_back_with_the_next_image() -> None:
+    times = DecodeTimes()
+    for _ in range(50):
+        times.observe("PNG", 0.01, 0.5, 0.0)
+    assert times.expected_s("PNG", 0.01, 0.0) > 0.4
+    times.observe("PNG", 0.01, 0.01, 120.0)
+    assert times.expected_s("PNG", 0.01, 120.0) < 0.012

@@ -336,3 +336,54 @@ def test_a_jpeg_with_more_pixels_may_have_fewer_scans(encode: Encode) -> None:
     opened = open_image(bytes(jpeg[:-2] + last * (7 - scans) + jpeg[-2:]), CONFIG, 50 * LIMIT)
     with pytest.raises(ImageTooLargeError, match="in more than 6 scans"):
         opened.decode()
+
+
+def test_a_webp_cannot_declare_another_size_behind_its_pixels(encode: Encode) -> None:
+    webp = red(encode, "WEBP", side=64, lossless=True)
+    header = bytes(4) + (0).to_bytes(3, "little") * 2  # 1 x 1
+    later = webp[12:] + b"VP8X" + struct.pack("<I", len(header)) + header
+    hidden = b"RIFF" + struct.pack("<I", 4 + len(later)) + b"WEBP" + later
+    with pytest.raises(ImageTooLargeError):
+        mean_colour(hidden, max_pixels=64 * 64 - 1)
+    assert mean_colour(hidden) == RED
+    before = b"VP8X" + struct.pack("<I", len(header)) + header + webp[12:]
+    with pytest.raises(InvalidImageError, match="the WebP has no valid size"):
+        mean_colour(b"RIFF" + struct.pack("<I", 4 + len(before)) + b"WEBP" + before)
+
+
+def test_a_tiff_with_tiles_far_larger_than_its_picture_is_rejected() -> None:
+    def tiled(side: int) -> bytes:
+        """Return a TIFF of a grey tile of that many pixels a side, of which the picture shows a corner."""
+        pixels = zlib.compress(bytes([200]) * side * side)
+        entries = [
+            (256, 3, 1, 16), (257, 3, 1, 16), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
+            (322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 8), (325, 4, 1, len(pixels)),
+        ]  # fmt: skip
+        directory = struct.pack("<H", len(entries)) + b"".join(
+            struct.pack("<HHI", *entry[:3]) + struct.pack("<I", entry[3]) for entry in entries
+        )
+        return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory + bytes(4)
+
+    assert mean_colour(tiled(256)) == pytest.approx([200] * 3)
+    with pytest.raises(InvalidImageError, match="tiles far larger than its picture"):
+        mean_colour(tiled(4096))
+
+
+def test_a_progressive_jpeg_without_components_is_rejected() -> None:
+    frame = b"\xff\xc2\x00\x08\x08\x00\x10\x00\x10\x00"
+    with pytest.raises(InvalidImageError, match="the JPEG has no valid size"):
+        mean_colour(b"\xff\xd8" + frame + b"\xff\xda\x00\x02")
+
+
+def test_an_error_of_a_headers_reader_is_a_broken_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(data: bytes) -> ImageHeader:
+        raise ValueError(f"{len(data)} bytes that nobody thought of")
+
+    monkeypatch.setattr(images, "read_header", fail)
+    with pytest.raises(InvalidImageError, match="the PNG is broken"):
+        open_image(b"\x89PNG\r\n\x1a\n", CONFIG, LIMIT)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2)])
+def test_the_smallest_bmps_are_decoded(encode: Encode, size: tuple[int, int]) -> None:
+    assert mean_colour(encode(Image.new("RGB", size, "red"), "BMP")) == RED

@@ -17,7 +17,7 @@ from models.subnetwork import SubNetwork
 from service.decoding.decoder import DecodedImage
 from service.engines.base import Run
 from service.errors import DeadlineError, InvalidImageError, ModelError, NotReadyError, OverloadedError
-from service.execution.batcher import FAILURES_IN_A_ROW, Batcher
+from service.execution.batcher import FAILURES_IN_A_ROW, LONGEST_NAP_S, Batcher
 from service.execution.engine_thread import EngineThread
 from service.execution.results import Result
 from service.execution.throttle import UtilizationLimiter
@@ -684,3 +684,33 @@ async def test_an_idle_engine_takes_idle_turns_but_none_while_an_image_is_decode
     thread.shutdown(wait=True)
     assert turns.batches == [(SMALL, [1])]
     assert turns.is_closed
+
+
+class Halting(UtilizationLimiter):
+    """A limiter that demands a pause of an hour."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None)
+        self.asked = threading.Event()
+
+    def pause_s(self, now: float) -> float:
+        del now
+        self.asked.set()
+        return 3600.0
+
+
+async def test_a_request_gets_an_error_at_its_deadline_although_the_engine_pauses() -> None:
+    naps: list[float] = []
+    scheduler, thread, limiter = Scheduler(CATALOG, choose_level, 4, lock=threading.RLock()), EngineThread(), Halting()
+    batcher = Batcher(Gate().run, scheduler, thread, limiter=limiter, sleep=naps.append)
+    serving_it = asyncio.create_task(batcher.serve())
+    request = named(SMALL, 0.05)
+    scheduler.admit(request, time.monotonic())
+    with pytest.raises(DeadlineError, match="the deadline passed before the engine was free"):
+        await batcher.submit(image(1), request)
+    scheduler.withdraw(request)
+    assert limiter.asked.is_set()
+    assert set(naps) == {LONGEST_NAP_S}
+    batcher.stop()
+    await serving_it
+    thread.shutdown(wait=True)

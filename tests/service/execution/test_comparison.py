@@ -33,9 +33,8 @@ class Both:
         self.clock = [0.0]
         self.old, self.new = Scripted(self.clock, 2.0), Scripted(self.clock, 3.0, shift)
         self.old.ran += [SMALL, LARGE]  # it has run both before
-        self.comparer = Comparer(
-            Contender(self.old.run, ("a", "b", "c")), Contender(self.new.run, new_names), lambda: self.clock[0]
-        )
+        old, new = ((each.run, lambda: self.clock[0]) for each in (self.old, self.new))
+        self.comparer = Comparer(Contender(*old, ("a", "b", "c")), Contender(*new, new_names))
 
     def compare(self, *values: int, subnetwork: SubNetwork = SMALL) -> Comparison:
         for value in values:

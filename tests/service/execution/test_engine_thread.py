@@ -122,10 +122,9 @@ def test_a_batcher_that_fails_ends_and_the_others_continue(stage: Stage) -> None
     assert stage.ran == ["one", "other", "other"]
 
 
-@pytest.mark.parametrize("failing", ["rest", "idle turn"])
-def test_a_batcher_whose_idle_work_fails_ends_and_the_others_continue(stage: Stage, failing: str) -> None:
+def test_a_batcher_whose_rest_fails_ends_and_the_others_continue(stage: Stage) -> None:
     one, other = stage.scripted("one", due_s=0.0), stage.scripted("other")
-    one.error, one.failing = ZeroDivisionError(), failing
+    one.error, one.failing = ZeroDivisionError(), "rest"
     go = stage.held_back()
     failed, fine = (stage.thread.serve(each) for each in (one, other))
     go.set()
@@ -220,14 +219,25 @@ def test_work_fails_where_nothing_is_served_or_serving_has_ended(stage: Stage) -
     assert isinstance(second.exception(WAIT_S), NotReadyError)
 
 
-def test_an_idle_turn_goes_to_the_batcher_whose_idle_work_is_due_first(stage: Stage) -> None:
-    later, sooner = stage.scripted("later", due_s=60.0), stage.scripted("sooner", due_s=0.001)
+def test_idle_turns_are_given_only_while_a_single_batcher_is_served(stage: Stage) -> None:
+    leaving, staying = stage.scripted("leaving", due_s=0.0), stage.scripted("staying", due_s=0.0)
     go = stage.held_back()
-    for each in (later, sooner):
-        stage.thread.serve(each)
+    end, _ = (stage.thread.serve(each) for each in (leaving, staying))
     go.set()
-    assert sooner.idled.wait(WAIT_S)
-    assert not later.idled.is_set()
+    assert staying.rests.wait(WAIT_S)
+    stage.thread.work(lambda: None).result(WAIT_S)  # after a turn in which both had rested
+    assert not leaving.idled.is_set()
+    assert not staying.idled.is_set()
+    leaving.may_end = True
+    stage.thread.wake()
+    assert end.result(WAIT_S) is None
+    assert staying.idled.wait(WAIT_S)
+
+
+def test_a_batcher_whose_idle_turn_fails_ends(stage: Stage) -> None:
+    one = stage.scripted("one", due_s=0.0)
+    one.error, one.failing = ZeroDivisionError(), "idle turn"
+    assert isinstance(stage.thread.serve(one).exception(WAIT_S), ZeroDivisionError)
 
 
 def test_an_error_in_the_loop_fails_the_futures_of_all_batchers(stage: Stage) -> None:

@@ -213,3 +213,16 @@ def test_a_ceiling_holds_under_heavy_overload(fast_catalog: VariantCatalog) -> N
     assert 0.55 <= machine.busy_s / MINUTE_S <= 0.65
     assert len(answered) / MINUTE_S == pytest.approx(0.6 * 80, rel=0.1)  # all that level 0 can answer under the ceiling
     assert count > 4 * len(answered)
+
+
+def test_compute_beyond_the_ceiling_that_is_not_the_engines_never_stops_the_engine() -> None:
+    machine = Machine(0.3, 2.0)
+    batches = 0
+    while machine.now < 1000.0 + MINUTE_S:
+        pause_s = machine.limiter.pause_s(machine.now)
+        assert pause_s <= BURST_S + 0.2 / 0.6, "a burst, and what the last batch took, with what ran beside it"
+        machine.now += pause_s
+        machine.used_s += pause_s  # HTTP keeps a core busy
+        machine.run(0.1)
+        batches += 1
+    assert batches > 80

@@ -127,3 +127,26 @@ def test_the_tight_budget_is_a_quantile_of_the_recent_budgets() -> None:
         recent = sorted(budgets_s[:place][-REMEMBERED_REQUESTS:])
         assert traffic.tight_budget_s == recent[int(TIGHT_QUANTILE * len(recent))]
     assert traffic.tight_budget_s == 9.0
+
+
+def test_what_was_slow_long_ago_does_not_come_back_with_the_next_observation() -> None:
+    slow = Slowdown()
+    for _ in range(50):
+        slow = slow.updated(8.0, 0.0)
+    assert slow.factor > 7
+    assert slow.updated(1.0, 60.0).predict(60.0, prior=1.0) == pytest.approx(1.0)
+    assert slow.updated(1.0, 0.0).factor > 3  # at once, it is only one of many observations
+    delay = DelayEstimator(fades_s=1.0)
+    for _ in range(100):
+        delay.observe(0.5, 0.0)
+    delay.observe(0.001, 60.0)
+    assert delay.expected_s(60.0) == pytest.approx(0.001, rel=1e-3)
+    assert delay.margin_s(60.0) < 0.02  # of 0.5, without deviations
+
+
+def test_a_single_slow_observation_counts_no_more_after_a_pause() -> None:
+    delay, rested = DelayEstimator(fades_s=1.0), DelayEstimator(fades_s=1.0)
+    for each, now in ((delay, 0.0), (rested, 60.0)):
+        each.observe(0.01, 0.0)
+        each.observe(0.5, now)
+    assert rested.mean_s == delay.mean_s

@@ -1,6 +1,7 @@
 """Latencies in seconds for batches of 1, 2, 3 and 4 (see conftest): 2 3 4 5 at level 0, 4 6 8 10 at level 1."""
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -94,3 +95,10 @@ def test_a_group_pays_for_one_batch_per_variant(state: SchedulerState) -> None:
     assert take_group(state.latencies_s, [0, 1, 0, 1], 9.0) == ([2, 2, 0, 0], 9.0)
     assert take_group(state.latencies_s, [0, 1, 0, 1], 8.9) == ([2, 1, 0, 0], 7.0)
     assert take_group(state.latencies_s, [1, 0], 3.9) == ([0, 0, 0, 0], 0.0)
+
+
+def test_a_request_alone_fits_its_guard_whatever_the_slowdown_rounds_to(state: SchedulerState) -> None:
+    choice = random.Random(0)
+    for _ in range(2000):
+        slowed = replace(state, slowdown=choice.uniform(0.5, 3.0))
+        assert meets_deadlines_mixed(slowed, [1000.0], [1], choice.uniform(0.0, 0.1))
