@@ -103,7 +103,10 @@ class Client:
         while True:
             call = tries.next_call()
             try:
-                reply: Reply = self._http.request(call.method, call.path, params=call.query, content=call.body)
+                timeout = httpx.USE_CLIENT_DEFAULT if tries.timeout_s is None else tries.timeout_s
+                reply: Reply = self._http.request(
+                    call.method, call.path, params=call.query, content=call.body, timeout=timeout
+                )
             except httpx.HTTPError as error:
                 reply = error
             outcome = tries.judge(reply)
@@ -165,7 +168,10 @@ class AsyncClient:
         while True:
             call = tries.next_call()
             try:
-                reply: Reply = await self._http.request(call.method, call.path, params=call.query, content=call.body)
+                timeout = httpx.USE_CLIENT_DEFAULT if tries.timeout_s is None else tries.timeout_s
+                reply: Reply = await self._http.request(
+                    call.method, call.path, params=call.query, content=call.body, timeout=timeout
+                )
             except httpx.HTTPError as error:
                 reply = error
             outcome = tries.judge(reply)

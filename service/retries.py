@@ -1,6 +1,7 @@
 """What a client sends, when it retries, and what the answers mean. Sends nothing itself and never sleeps."""
 
 import math
+import re
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from service.errors import (
     ConnectionFailedError,
+    InvalidParameterError,
     OverloadedError,
     ResponseTimeoutError,
     ServiceError,
@@ -24,6 +26,9 @@ from service.http.schemas import ClassifyAnswer, ErrorBody, ExplainAnswer, Ready
 # Most that the first retry waits beyond what the server asks for; each further retry waits up to twice as long.
 BACKOFF_S = 0.1
 POLL_S = 0.05
+LEAST_TIMEOUT_S = 0.05
+# Answers of a proxy whose server does not answer yet.
+NOT_YET = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 
 Answer = TypeVar("Answer", bound=BaseModel)
 Clock = Callable[[], float]
@@ -53,8 +58,17 @@ class ClassifyOptions(TypedDict, total=False):
 
 
 def bearer(api_key: str | None) -> dict[str, str]:
-    """Return the headers that carry an API key."""
-    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    """Return the headers that carry an API key, without the white space around it that files of secrets end in.
+
+    Raises:
+        InvalidParameterError: the key has characters that no header carries.
+    """
+    if api_key is None:
+        return {}
+    key = api_key.strip()
+    if not re.fullmatch("[!-~]+", key):
+        raise InvalidParameterError("the API key must consist of visible ASCII characters", parameter="api_key")
+    return {"Authorization": f"Bearer {key}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +155,11 @@ class Retries(Generic[Answer]):
             raise self._errors[-1]
         return replace(self._call, query={**self._call.query, "budget_ms": left_ms})
 
+    @property
+    def timeout_s(self) -> float | None:
+        """Return how long a try of a server that starts may take; None where the client's own timeout suffices."""
+        return None if self._poll_s is None else max(LEAST_TIMEOUT_S, self._ends_at - self._retry_policy.clock())
+
     def judge(self, reply: Reply) -> Answer | Pause:
         """Return the answer, or how long to wait before the next try; raise the error if there is to be none."""
         try:
@@ -156,11 +175,16 @@ class Retries(Generic[Answer]):
 
     def _pause_s(self, reply: Reply, error: ServiceError) -> float | None:
         asked_s = _retry_after_s(reply, error)
+        if self._poll_s is not None and (asked_s is not None or _is_not_yet(reply)):
+            return self._poll_s
         if asked_s is None:
             return None
-        if self._poll_s is not None:
-            return self._poll_s
         return asked_s + self._retry_policy.draw() * BACKOFF_S * 2.0 ** len(self._errors)
+
+
+def _is_not_yet(reply: Reply) -> bool:
+    """Return whether what answers, such as a proxy, says that the server behind it does not answer yet."""
+    return not isinstance(reply, httpx.HTTPError) and reply.status_code in NOT_YET
 
 
 def _retry_after_s(reply: Reply, error: ServiceError) -> float | None:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import CommandError, first_problem
@@ -129,6 +129,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum log level")
     log_format: Literal["text", "json"] = Field("text", description="format of log lines, on stderr")
     log_requests: bool = Field(False, description="log a line per request, and occasionally a line about rejected ones")
+
+    @field_validator("allowed_hosts", "cors_origins")
+    @classmethod
+    def _in_lower_case(cls, names: str | None) -> str | None:
+        return None if names is None else names.lower()  # as browsers send them
 
     @model_validator(mode="after")
     def _ports_of_their_own(self) -> "Settings":

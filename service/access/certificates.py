@@ -33,6 +33,7 @@ class Certificate:
         """
         self._certificate, self._key = certificate, key
         self._files = WatchedFiles((certificate, key))
+        self._problem: str | None = None  # why the changed files cannot be used, as far as it is logged
         self.context = new_context()
         try:
             self._load(self.context)
@@ -41,7 +42,7 @@ class Certificate:
             raise CommandError(f"{certificate}, {key}: {_reason(error)}") from error
 
     def refresh(self) -> None:
-        """Use changed files for new connections; if they cannot be used, keep the previous certificate."""
+        """Use changed files for new connections; while they cannot be used, keep the previous certificate."""
         if not self._files.have_changed():
             return
         try:
@@ -49,8 +50,12 @@ class Certificate:
             self._load(self.context)
             self.pem = self._read()
         except OSError as error:
-            logger.error("keeping the previous certificate: %s: %s", self._certificate, _reason(error))
+            if (problem := _reason(error)) != self._problem:
+                logger.error("keeping the previous certificate: %s: %s", self._certificate, problem)
+            self._problem = problem
         else:
+            self._files.mark_read()
+            self._problem = None
             logger.info("reloaded the certificate from %s", self._certificate)
 
     @asynccontextmanager

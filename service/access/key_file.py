@@ -100,6 +100,7 @@ class KeyFile:
             CommandError: the file cannot be read, or is no file of keys.
         """
         self._path, self._file = path, WatchedFiles([path])
+        self._problem: str | None = None  # why the changed file cannot be used, as far as it is logged
         try:
             self._keys = read_keys(path)
         except OSError as error:
@@ -137,16 +138,19 @@ class KeyFile:
             await asyncio.to_thread(self.refresh)
 
     def refresh(self) -> None:
-        """Read the file again if it has changed; keep the keys if it cannot be read, and log that once."""
+        """Read the file again if it has changed; keep the keys if it cannot be read, try again, and log that once."""
         if not self._file.have_changed():
             return
         try:
             self._keys = read_keys(self._path)
-        except OSError as error:
-            logger.error("keeping the previous keys: %s: %s", self._path, error.strerror)
-        except ValueError as error:
-            logger.error("keeping the previous keys: %s: %s", self._path, error)
+        except (OSError, ValueError) as error:
+            problem = str(error.strerror if isinstance(error, OSError) else error)
+            if problem != self._problem:
+                logger.error("keeping the previous keys: %s: %s", self._path, problem)
+            self._problem = problem
         else:
+            self._file.mark_read()
+            self._problem = None
             logger.info("read %d keys from %s", len(self._keys), self._path)
 
 

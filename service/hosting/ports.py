@@ -8,7 +8,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import uvicorn
 
-from service.hosting.workers import bind, bind_exclusively
+from service.hosting.workers import bind, reserved
 from service.settings import Settings
 
 PORTS = ("admin_port", "grpc_port")
@@ -31,7 +31,7 @@ def reserved_ports(settings: Settings) -> Iterator[Settings]:
         for name in PORTS:
             port: int | None = getattr(settings, name)
             if port is not None and settings.fd is None:  # else this is a worker, whose supervisor holds the ports
-                opened = kept.enter_context(bind_exclusively(settings.host, port, is_shared=True))
+                opened = kept.enter_context(reserved(settings.host, port))
                 numbers[name] = opened.getsockname()[1]
         yield settings.model_copy(update=numbers)
 

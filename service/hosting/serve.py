@@ -27,10 +27,17 @@ from service.domain import ServerState
 from service.engines.base import Engine
 from service.errors import CommandError
 from service.hosting.grpc_port import grpc_beside, require_grpc
-from service.hosting.interpreter import configure_interpreter
+from service.hosting.interpreter import configure_interpreter, stop_on_hangup
 from service.hosting.ports import changes_refused_reason, reserved_ports, serving_beside
 from service.hosting.supervisor import Supervisor
-from service.hosting.workers import bind_exclusively, inherit_socket, split_cpus, start_worker, write_heartbeat
+from service.hosting.workers import (
+    bind_exclusively,
+    inherit_socket,
+    reserved,
+    split_cpus,
+    start_worker,
+    write_heartbeat,
+)
 from service.http.connections import Connections, proxy_check
 from service.http.early_rejection import EarlyRejection, RejectingProtocol
 from service.http.routes import CLASSIFY_PATH
@@ -53,9 +60,9 @@ SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-
 class _Server(uvicorn.Server):
     """Logs where it listens, and takes no new requests from the signal that tells it to stop."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], None], scheme: str, *, has_page: bool) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None], *, is_tls: bool, has_page: bool) -> None:
         super().__init__(config)
-        self._drain, self._scheme, self._has_page = drain, scheme, has_page
+        self._drain, self._scheme, self._has_page = drain, "https" if is_tls else "http", has_page
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and log the addresses of the sockets: uvicorn logs only addresses that it binds itself."""
@@ -97,14 +104,14 @@ def supervise(settings: Settings, cpus: Collection[int], cores: float) -> None:
     load_checkpoint(settings.checkpoint)  # here, so that what is wrong with it is reported once
     if environment_variable(SHARED_FOLDER_VARIABLE) is not None:
         logger.warning("%s is ignored: workers use a new temporary folder", SHARED_FOLDER_VARIABLE)
-    with bind_exclusively(settings.host, settings.port, is_shared=True) as reserved:
+    with reserved(settings.host, settings.port) as address:
         command = [sys.executable, "-P", "-m", "service.cli", "serve", "--fd"]  # -P: no imports from the current folder
-        start = partial(start_worker, command, worker_environment(settings), reserved)
+        start = partial(start_worker, command, worker_environment(settings), address)
         supervisor = Supervisor(start, shares, settings.drain_s)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, supervisor.stop)
-        _on_hangup(supervisor.stop)
-        logger.info("%d workers share %s port %d", settings.workers, *reserved.getsockname()[:2])
+        stop_on_hangup(supervisor.stop)
+        logger.info("%d workers share %s port %d", settings.workers, *address.getsockname()[:2])
         if not supervisor.run():
             raise CommandError("the workers cannot run; see the log")
     if supervisor.stopped_by == signal.SIGINT:
@@ -222,8 +229,7 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         shared = _shared(settings, max_connections, runtime)
         http: Callable[..., asyncio.Protocol] = partial(RejectingProtocol, **shared)
         if certificate is not None:
-            context, connections = certificate.context, shared["connections"]
-            http = partial(TlsGate, protocol=http, context=context, connections=connections)
+            http = partial(TlsGate, protocol=http, context=certificate.context, connections=shared["connections"])
         side_services = [grpc_beside(settings, runtime, max_connections, certificate)]
         if settings.admin_port is not None:
             admin = _configure(settings, create_app(runtime), http)
@@ -241,14 +247,17 @@ def _serve_here(settings: Settings, engine: Engine | None) -> None:
         for name in unknown_variables():
             logger.warning("unknown environment variable %s", name)
         config = _configure(settings, app, http)
-        scheme = "http" if certificate is None else "https"
-        server = _Server(config, runtime.drain, scheme, has_page=settings.admin_port is None)
+        server = _Server(config, runtime.drain, is_tls=certificate is not None, has_page=settings.admin_port is None)
         configure_interpreter()
-        _on_hangup(server.handle_exit)
-        server.run([opened])
-    if runtime.state is ServerState.HUNG:  # the interpreter would wait for the hung thread
-        logging.shutdown()
-        os._exit(1)
+        stop_on_hangup(server.handle_exit)
+        try:
+            server.run([opened])
+        except SystemExit as error:  # a port of its own is not available, as the log says
+            raise CommandError("the server cannot start; see the log") from error
+        finally:
+            if runtime.state is ServerState.HUNG:  # the interpreter would wait for the hung thread
+                logging.shutdown()
+                os._exit(1)
     if failed.is_set():
         raise CommandError("the model cannot run; see the log")
 
@@ -289,9 +298,3 @@ def _shared(settings: Settings, max_connections: int, runtime: ServerRuntime) ->
         "log": RateLimitedLog(logging.getLogger("service.http")),
         "early": EarlyRejection(runtime.context, CLASSIFY_PATH),
     }
-
-
-def _on_hangup(stop: Callable[[int, FrameType | None], object]) -> None:
-    """Stop gracefully when the terminal closes, unless the process was started with `nohup`."""
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, stop)

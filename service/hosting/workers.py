@@ -13,7 +13,9 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -97,18 +99,38 @@ def inherit_socket(descriptor: int) -> socket.socket:
         raise CommandError(f"--fd {descriptor} is no open socket: {error.strerror}") from error
 
 
-def bind_exclusively(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
-    """Bind a socket to an address; it is shared among our own workers only, not with those of another server.
+def bind_exclusively(host: str, port: int) -> socket.socket:
+    """Bind a socket to an address.
 
     Raises:
         CommandError: the address is not available.
     """
     try:
-        if is_shared:
-            bind(host, port).close()
-        return bind(host, port, is_shared=is_shared)
+        return bind(host, port)
     except OSError as error:
         raise CommandError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+
+
+@contextmanager
+def reserved(host: str, port: int) -> Iterator[socket.socket]:
+    """Reserve an address until the block ends, for sockets of our own workers and not of another server.
+
+    Yields:
+        A socket with the address, which does not listen. Sockets of another server could share its address as those of
+        our workers do, so a name that only one process can bind stands for the address.
+
+    Raises:
+        CommandError: the address is not available.
+    """
+    bind_exclusively(host, port).close()
+    with bind(host, port, is_shared=True) as opened, socket.socket(socket.AF_UNIX) as claim:
+        number = opened.getsockname()[1]
+        try:
+            if sys.platform == "linux":  # elsewhere names have files, which would survive the process
+                claim.bind(f"\0supervit {host} {number}")
+        except OSError as error:
+            raise CommandError(f"cannot listen on {host} port {number}: {error.strerror}") from error
+        yield opened
 
 
 def write_heartbeat(folder: str, is_serving: bool) -> None:

@@ -10,9 +10,10 @@ from starlette.requests import Request
 from service.errors import ForeignOriginError
 from service.http.context import RouteContext
 from service.http.descriptions import describe_model
+from service.http.error_shapes import describe_problem
 from service.http.origins import is_known_host
 from service.http.queries import Schema
-from service.http.schemas import ErrorAnswer, ModelAnswer
+from service.http.schemas import ModelAnswer
 from service.http.uploads import read_message
 from service.model_change import (
     LEAST_AGREEMENT,
@@ -102,12 +103,16 @@ def build_admin_router(context: RouteContext, changer: Changer) -> APIRouter:
     """Create the routes."""
     router = APIRouter()
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorAnswer, "description": description}
+        status: describe_problem(description)
         for status, description in {
             401: "missing or unknown API key",
             403: "a page of another origin sent the request, or a page sent it to an unknown host name",
+            408: "the body did not arrive in time",
             409: "another change is running, or changes are not allowed here",
+            413: "the body is too large",
+            421: "the Host header does not name this server",
             422: "the body is invalid",
+            429: "too many bodies of this client are arriving",
             503: "not ready yet, or stopping",
         }.items()
     }

@@ -10,6 +10,12 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Protocol
 
+# The answer to a connection that is refused.
+UNAVAILABLE = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: text/plain; charset=utf-8\r\n"
+    b"content-length: 21\r\nconnection: close\r\n\r\nToo many connections."
+)
+
 
 def proxy_check(names: Collection[str]) -> Callable[[str], bool]:
     """Return a function that tells whether an address is among these names, as uvicorn tells whom to believe.

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 
 from service.errors import (
     BodyTooLargeError,
@@ -121,6 +121,8 @@ def _methods_of(request: Request) -> list[str]:
     """Return the methods of all routes at the request's path; Starlette names those of the first route alone."""
     scopes = {method: {**request.scope, "method": method} for method in METHODS}
     routes = request.app.routes
+    if any(isinstance(route, Mount) and request.scope.get("root_path", "").endswith(route.path) for route in routes):
+        return ["GET", "HEAD"]  # of static files
     return [method for method in METHODS if any(route.matches(scopes[method])[0] is Match.FULL for route in routes)]
 
 

@@ -43,6 +43,13 @@ def describe_failures(shape: type[BaseModel]) -> dict[int | str, dict[str, Any]]
     return {status: {"model": shape} for status in STATUSES}
 
 
+def describe_problem(description: str, headers: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the OpenAPI description of an error response of this server's own routes."""
+    # A `model` would get the media type of the route from FastAPI. ErrorAnswer is among the components in any case.
+    content = {PROBLEM: {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
+    return {"description": description, "content": content, "headers": headers or {}}
+
+
 def shape_error(status: int, answer: ErrorAnswer, path: str, accept: str) -> tuple[bytes, str]:
     """Return the body of an error, in the format that clients of the path know, and its media type."""
     error = answer.error

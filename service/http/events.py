@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from service.domain import ServerState
 from service.errors import OverloadedError
@@ -46,31 +47,32 @@ class LiveFeed:
         self._listeners = 0
         self._number = 0  # samples taken so far
 
-    def listen(self) -> AsyncIterator[bytes]:
-        """Return an iterator over the events until the server stops: first the last minutes', then one a second.
+    def join(self) -> None:
+        """Count a listener, until `leave`.
 
         Raises:
-            OverloadedError: there are MAX_LISTENERS already; raised at once, not at the first event.
+            OverloadedError: there are MAX_LISTENERS already.
         """
         if self._listeners >= MAX_LISTENERS:
             raise OverloadedError(f"{MAX_LISTENERS} clients listen already; try again later", "full", RETRY_AFTER_S)
-        return self._events()
-
-    async def _events(self) -> AsyncIterator[bytes]:
         if not self._listeners:  # without listeners no samples were taken
             self._forget_old()
         self._listeners += 1
-        try:
-            sent = self._number - len(self._samples)
-            while not self._is_over():
-                if sent == self._number:
-                    await self._take_sample(sent)
-                missed = min(self._number - sent, len(self._samples))
-                yield b"".join(map(_event, list(self._samples)[len(self._samples) - missed :]))
-                sent = self._number
-                await self._sleep(INTERVAL_S)
-        finally:
-            self._listeners -= 1
+
+    def leave(self) -> None:
+        """Count a listener no longer."""
+        self._listeners -= 1
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Iterate over the events until the server stops: first those of the last minutes, then one a second."""
+        sent = self._number - len(self._samples)
+        while not self._is_over():
+            if sent == self._number:
+                await self._take_sample(sent)
+            missed = min(self._number - sent, len(self._samples))
+            yield b"".join(map(_event, list(self._samples)[len(self._samples) - missed :]))
+            sent = self._number
+            await self._sleep(INTERVAL_S)
 
     def _forget_old(self) -> None:
         since = self._now() - SAMPLES_KEPT * INTERVAL_S
@@ -94,6 +96,27 @@ class EventStream(StreamingResponse):
     """Response that streams events to a page's EventSource."""
 
     media_type = "text/event-stream"
+
+    leave: Callable[[], None]
+
+    @classmethod
+    def of(cls, feed: LiveFeed) -> "EventStream":
+        """Join a feed, and return a response that leaves it at its end.
+
+        Raises:
+            OverloadedError: the feed has too many listeners.
+        """
+        feed.join()
+        stream = cls(feed.events(), headers=HEADERS)
+        stream.leave = feed.leave
+        return stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Stream until the client leaves or the server stops."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.leave()
 
 
 def describe_events() -> dict[str, Any]:

@@ -6,7 +6,6 @@ are short, a client that reads no answers would fill the memory, and silent conn
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.http.connections import Connections
-from service.http.sockets import waited_s, was_reset
+from service.http.connections import UNAVAILABLE, Connections
+from service.http.heads import END_OF_HEAD, MAX_HEAD_BYTES, end_of_lines, has_one_host, without_upgrade
+from service.http.sockets import CONTINUE, waited_s, was_reset
 from service.telemetry.rate_limited_log import RateLimitedLog
 
-MAX_HEAD_BYTES = 32_768
 HEAD_TIMEOUT_S = 10.0
 # For the rest of a body whose request has got an error. Most clients read no answer before they have sent all.
 REFUSED_BODY_TIMEOUT_S = 30.0
@@ -26,14 +25,6 @@ UNREAD_TIMEOUT_S = 30.0  # for the client to read an answer that is pending in t
 # A client that has closed its sending half may have left. Only a write tells: a client that has left resets it.
 PROBE_DELAY_S = 0.25
 PROBE_INTERVAL_S = 0.05
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-UNAVAILABLE = (
-    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: text/plain; charset=utf-8\r\n"
-    b"content-length: 21\r\nconnection: close\r\n\r\nToo many connections."
-)
-END_OF_HEAD = b"\r\n\r\n"  # and of a chunked body
-# The server upgrades to no other protocol, and the parser would take a body for the beginning of one.
-UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*(?=\r\n)", re.IGNORECASE)
 ARRIVED_AT = "supervit.arrived_at"  # scope key: when the first byte of the request could be read
 
 logger = logging.getLogger(__name__)
@@ -134,7 +125,9 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Prepare for the body."""
+        """Prepare for the body; an error makes the parser fail."""
+        if not has_one_host(self.headers, self.parser.get_http_version()):
+            raise ValueError("a request must name one host")
         self._begin_body()
         super().on_headers_complete()
 
@@ -217,8 +210,11 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._in_head and self._bytes > MAX_HEAD_BYTES:
                 self._refuse(f"The request's head is larger than {MAX_HEAD_BYTES} bytes.")
                 break
+            if end == start:  # a part of a line: the rest is to come
+                self._start = start
+                return
             piece, start = data[start:end], end
-            self._feed(UPGRADE.sub(b"", piece) if self._in_head else piece)
+            self._feed(without_upgrade(piece) if self._in_head else piece)
             if not self._in_head and not self._is_answering:
                 self._start_timeout(REFUSED_BODY_TIMEOUT_S)
         if start < len(data) and self._must_wait:
@@ -236,9 +232,11 @@ class BoundedProtocol(HttpToolsProtocol):
         straddling = (self._tail + data[start : start + 3]).find(END_OF_HEAD)
         if straddling >= 0:
             end = start + straddling + len(END_OF_HEAD) - before
+        elif self._in_head:
+            end = end_of_lines(data, start)
         else:
-            found = data.find(END_OF_HEAD, start, start + MAX_HEAD_BYTES)
-            end = found + len(END_OF_HEAD) if found >= 0 else min(len(data), start + MAX_HEAD_BYTES)
+            found = data.find(END_OF_HEAD, start)
+            end = found + len(END_OF_HEAD) if found >= 0 else len(data)
         self._tail = (self._tail + data[max(start, end - 3) : end])[-3:]
         return end
 

@@ -13,8 +13,7 @@ from service.errors import NotReadyError, ServiceError
 from service.http.classify import Handle
 from service.http.context import RouteContext
 from service.http.descriptions import describe_forecast
-from service.http.error_shapes import PROBLEM
-from service.http.events import HEADERS as EVENTS_HEADERS
+from service.http.error_shapes import describe_problem
 from service.http.events import EventStream, LiveFeed, describe_events, is_stopping
 from service.http.explain import make_explain
 from service.http.feedback import BODY as FEEDBACK_BODY
@@ -51,30 +50,24 @@ REQUEST_ID = {"description": "the request's own ID, or a generated one", "schema
 RETRY_AFTER = {"Retry-After": {"description": "seconds to wait before a retry", "schema": {"type": "integer"}}}
 
 
-def _failing(description: str, headers: dict[str, Any] | None = None) -> dict[str, Any]:
-    # A `model` would get the media type of the route from FastAPI. ErrorAnswer is among the components in any case.
-    content = {PROBLEM: {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
-    return {"description": description, "content": content, "headers": headers or {}}
-
-
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"headers": {"Server-Timing": SERVER_TIMING, HEADER: REQUEST_ID}},
-    401: _failing("missing or unknown API key"),
-    403: _failing("a page of another origin sent the request"),
-    408: _failing("the body did not arrive in time"),
-    413: _failing("the body or the image is too large"),
-    415: _failing("unsupported content type or content encoding"),
-    421: _failing("the Host header does not name this server"),
-    422: _failing("a parameter, the budget or the image is invalid"),
-    429: _failing("the request cannot be answered in time, or too many are waiting", RETRY_AFTER),
-    500: _failing("the model failed"),
-    503: _failing("not ready yet, or stopping", RETRY_AFTER),
-    504: _failing("admitted, but the deadline can no longer be met"),
+    401: describe_problem("missing or unknown API key"),
+    403: describe_problem("a page of another origin sent the request"),
+    408: describe_problem("the body did not arrive in time"),
+    413: describe_problem("the body or the image is too large"),
+    415: describe_problem("unsupported content type or content encoding"),
+    421: describe_problem("the Host header does not name this server"),
+    422: describe_problem("a parameter, the budget or the image is invalid"),
+    429: describe_problem("the request cannot be answered in time, or too many are waiting", RETRY_AFTER),
+    500: describe_problem("the model failed"),
+    503: describe_problem("not ready yet, or stopping", RETRY_AFTER),
+    504: describe_problem("admitted, but the deadline can no longer be met"),
 }
 EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {200: describe_events(), 429: RESPONSES[429]}
 FEEDBACK_RESPONSES: dict[int | str, dict[str, Any]] = {
-    404: _failing("no answer with this request ID is remembered"),
-    **{status: RESPONSES[status] for status in (401, 403, 408, 413, 421, 422)},
+    404: describe_problem("no answer with this request ID is remembered"),
+    **{status: RESPONSES[status] for status in (401, 403, 408, 413, 421, 422, 429)},
 }
 DECIDE_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: RESPONSES[status] for status in (401, 403, 408, 413, 415, 421, 422, 429, 503)
@@ -214,7 +207,7 @@ def build_operations_router(context: RouteContext) -> APIRouter:
     @router.get("/events", response_class=EventStream, responses=EVENTS_RESPONSES)
     async def events() -> EventStream:
         """Stream the main metrics as server-sent events, one a second: counters and gauges."""
-        return EventStream(feed.listen(), headers=EVENTS_HEADERS)
+        return EventStream.of(feed)
 
     @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=PlainTextResponse)

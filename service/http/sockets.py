@@ -11,6 +11,7 @@ from contextlib import suppress
 # CLOCK_MONOTONIC_COARSE, for which Python has no constant.
 TCP_INFO_BYTES, LAST_RECEIVED_OFFSET = 56, 52
 CLOCK_MONOTONIC_COARSE = 6
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # a write that no client minds, and that one which has left resets
 LONGEST_TICK_S, SHORTEST_TICK_S = 0.01, 0.001
 
 

@@ -37,7 +37,9 @@ def make_predict(context: RouteContext, protocol: InferenceProtocol) -> Handle:
                 raise InvalidParameterError("only one image per request is supported on this route")
         with context.failures.counting():
             answer = await context.classifier.classify(upload.server.pipeline, upload.reads[0], upload.wanted, watch)
-        probabilities = {prediction.label: prediction.probability for prediction in answer.predictions}
+        probabilities: dict[str, float] = {}
+        for prediction in answer.predictions:  # the most probable first; several classes may have one name
+            probabilities.setdefault(prediction.label, prediction.probability)
         timing = timing_header(describe_timing(answer.timing))
         return Response(to_json(probabilities), headers=timing, media_type="application/json")
 

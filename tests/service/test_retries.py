@@ -15,6 +15,7 @@ from service.errors import (
     ConnectionFailedError,
     DeadlineError,
     InvalidImageError,
+    InvalidParameterError,
     NotReadyError,
     OverloadedError,
     ResponseTimeoutError,
@@ -22,6 +23,7 @@ from service.errors import (
     UnexpectedAnswerError,
     UnreachableError,
 )
+from service.retries import bearer
 from tests.service.wire_answers import ANSWER, refusal
 
 Script = list[httpx.Response | type[httpx.HTTPError]]
@@ -252,3 +254,32 @@ def test_unknown_fields_of_a_newer_server_are_ignored() -> None:
     newer = ANSWER | {"mood": "fine", "model": {**ANSWER["model"], "colour": "red"}}
     server = ScriptedServer([httpx.Response(200, json=newer)])
     assert server.client().classify(b"image").model.name == "small"
+
+
+def test_a_try_of_a_starting_server_takes_no_longer_than_what_is_left() -> None:
+    timeouts: list[float] = []
+
+    def silent(request: httpx.Request) -> httpx.Response:
+        timeouts.append(request.extensions["timeout"]["read"])
+        raise httpx.ReadTimeout("", request=request)
+
+    client = Client("http://server", transport=httpx.MockTransport(silent), timeout_s=60, clock=lambda: 1000.0)
+    with pytest.raises(ResponseTimeoutError):
+        client.wait_until_ready(within_s=0.5)
+    with pytest.raises(ResponseTimeoutError):
+        client.subnetworks()
+    assert timeouts == [0.5, 60]
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_before_a_starting_server_is_polled_as_well(status: int) -> None:
+    ready = httpx.Response(200, json={"status": "ready", "profile_measured": 0.25})
+    server = ScriptedServer([httpx.Response(status, text="<html>bad gateway</html>"), ready])
+    assert server.client(max_retries=0).wait_until_ready().profile_measured == 0.25
+
+
+def test_a_key_is_sent_without_the_white_space_around_it_and_refused_if_no_header_carries_it() -> None:
+    assert bearer(" secret\n") == {"Authorization": "Bearer secret"}
+    for key in ("two words", "schlüssel", ""):
+        with pytest.raises(InvalidParameterError, match="visible ASCII characters"):
+            bearer(key)

@@ -149,3 +149,8 @@ def test_ports_must_differ_unless_they_are_0(ports: dict[str, int]) -> None:
     with pytest.raises(ValidationError, match="admin_port and grpc_port must differ"):
         Settings(**ports)  # type: ignore[arg-type] # they are ports
     Settings(port=0, admin_port=0, grpc_port=0)
+
+
+def test_hosts_and_origins_are_compared_in_lower_case_as_browsers_send_them() -> None:
+    settings = Settings(allowed_hosts="Example.org", cors_origins="https://Example.org")
+    assert (settings.allowed_hosts, settings.cors_origins) == ("example.org", "https://example.org")

@@ -4,15 +4,20 @@ from pathlib import Path
 from service.access.watched_files import WatchedFiles
 
 
-def test_a_change_is_reported_once(tmp_path: Path) -> None:
+def test_a_change_is_reported_until_the_files_were_read(tmp_path: Path) -> None:
     path, other = tmp_path / "a", tmp_path / "b"
     path.write_text("before")
     files = WatchedFiles([path, other])
     assert not files.have_changed()
     other.write_text("now it is there")
     assert files.have_changed()
+    assert files.have_changed()
+    files.mark_read()
     assert not files.have_changed()
     os.utime(path, ns=(1, 1))
+    assert files.have_changed()
+    files.mark_read()
+    path.chmod(0o640)  # which may make it readable
     assert files.have_changed()
 
 

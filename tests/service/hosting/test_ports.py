@@ -1,5 +1,6 @@
 import logging
 import socket
+import sys
 
 import pytest
 import uvicorn
@@ -7,6 +8,7 @@ from starlette.applications import Starlette
 
 from service.errors import CommandError
 from service.hosting.ports import changes_refused_reason, reserved_ports, serving_beside
+from service.hosting.workers import reserved
 from service.settings import Settings
 
 
@@ -34,6 +36,16 @@ def test_a_port_that_another_server_listens_on_is_rejected(name: str) -> None:
             reserved_ports(Settings(**{name: port})),
         ):
             pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has names without files")
+def test_a_port_that_another_server_has_reserved_is_rejected_although_it_does_not_listen_yet() -> None:
+    with (
+        reserved("127.0.0.1", 0) as first,
+        pytest.raises(CommandError, match="cannot listen on"),
+        reserved("127.0.0.1", first.getsockname()[1]),
+    ):
+        pass
 
 
 def test_a_worker_uses_the_ports_that_its_supervisor_has_reserved() -> None:

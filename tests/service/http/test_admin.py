@@ -212,6 +212,9 @@ def test_the_documentation_describes_the_body(server: Server) -> None:
     operation = server.client.get("/openapi.json").json()["paths"]["/admin/model"]["put"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert schema["required"] == ["checkpoint"]
+    problem = {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}
+    for status in ("401", "408", "409", "413", "421", "422", "429", "503"):
+        assert operation["responses"][status]["content"] == {"application/problem+json": problem}
     assert set(schema["properties"]["shadow"]["anyOf"][0]["properties"]) == {"share", "seconds"}
     assert "$ref" not in str(schema)
 

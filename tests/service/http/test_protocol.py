@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from service.http.heads import MAX_HEAD_BYTES
 from service.http.protocol import (
     HEAD_TIMEOUT_S,
-    MAX_HEAD_BYTES,
     PROBE_DELAY_S,
     REFUSED_BODY_TIMEOUT_S,
     UNREAD_TIMEOUT_S,
@@ -130,9 +130,9 @@ async def test_a_body_may_take_longer_than_the_head_timeout() -> None:
 async def test_trailers_of_a_chunked_body_are_dropped() -> None:
     async with Server() as server:
         client = await server.connect()
-        chunked = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\nx: y\r\n\r\n"
+        chunked = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\nx: y\r\n\r\n"
         await client.send(2 * chunked)
-        assert [await client.answer(), await client.answer()] == [b"2 1", b"2 1"]
+        assert [await client.answer(), await client.answer()] == [b"2 2", b"2 2"]
 
 
 async def test_an_upgrade_is_ignored_and_the_connection_stays_usable(caplog: pytest.LogCaptureFixture) -> None:
@@ -145,6 +145,34 @@ async def test_an_upgrade_is_ignored_and_the_connection_stays_usable(caplog: pyt
         await client.send(GET)
         assert await client.answer() == b"0 1"
     assert caplog.text == ""
+
+
+async def test_a_head_may_be_split_anywhere_even_within_an_upgrade() -> None:
+    head = post(3)[:-2] + b"connection: Upgrade\r\nUpgrade: h2c\r\na: b\r\n\r\n"
+    async with Server() as server:
+        for place in range(1, len(head)):
+            client = await server.connect()
+            await client.send(head[:place])
+            await asyncio.sleep(SETTLE_S)
+            await client.send(head[place:] + b"xyz")
+            assert await client.answer() == b"3 4", head[:place]
+            client.writer.close()
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.0\r\nhost: a\r\nhost: b\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.0\r\n\r\n", b"200"),
+    ],
+)
+async def test_a_request_must_name_one_host(head: bytes, status: bytes) -> None:
+    async with Server() as server:
+        client = await server.connect()
+        await client.send(head)
+        assert (await client.reader.readline()).split()[1] == status
 
 
 @pytest.mark.parametrize("more", [b"x", b"x" * 999], ids=["a part of the body", "all of it"])
@@ -168,7 +196,7 @@ async def test_a_pipelined_request_is_parsed_only_after_the_answer_to_the_one_be
     held = Held()
     async with Server(held) as server:
         client = await server.connect()
-        requests = b"".join(b"GET /%d HTTP/1.1\r\n\r\n" % number for number in range(20_000))
+        requests = b"".join(b"GET /%d HTTP/1.1\r\nhost: x\r\n\r\n" % number for number in range(20_000))
         sending = asyncio.create_task(client.send(requests))
         await asyncio.sleep(HEAD_TIMEOUT_S + 1)  # the waiting requests do not time out
         assert held.asked == ["/0"]
@@ -183,7 +211,7 @@ async def test_pipelined_requests_that_arrive_byte_by_byte_are_answered_one_by_o
     held = Held()
     async with Server(held) as server:
         client = await server.connect()
-        requests = b"".join(post(2, f"/{number}") + b"xx" for number in range(3)) + b"GET /3 HTTP/1.1\r\n\r\n"
+        requests = b"".join(post(2, f"/{number}") + b"xx" for number in range(3)) + GET.replace(b"/", b"/3", 1)
         for byte in range(len(requests)):
             await client.send(requests[byte : byte + 1])
             await asyncio.sleep(SETTLE_S)
@@ -302,7 +330,7 @@ async def test_the_connection_that_has_waited_longest_is_closed_for_a_new_one() 
         assert await old.rest() == b""
         held.go_on.set()
         await new.send(GET)
-        await young.send(b"TP/1.1\r\n\r\n")
+        await young.send(b"TP/1.1\r\nhost: x\r\n\r\n")
         assert [await client.answer() for client in (busy, young, new)] == [b"/"] * 3
         assert server.closed == ["gave_way"]
 

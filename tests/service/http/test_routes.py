@@ -447,6 +447,7 @@ def test_unknown_paths_and_methods_get_errors_in_the_usual_format(client: TestCl
     assert client.post("/health/live").headers["Allow"] == "GET, HEAD"
     assert client.post("/admin/model").headers["Allow"] == "GET, PUT"  # two routes
     assert client.delete("/predictions/tiny").headers["Allow"] == "POST, PUT"
+    assert client.post("/web/app.js").headers["Allow"] == "GET, HEAD"
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics"])

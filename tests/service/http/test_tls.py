@@ -108,7 +108,7 @@ async def test_the_oldest_silent_connection_is_closed_for_a_new_one(served: Serv
 
 async def test_a_connection_that_does_not_speak_tls_is_closed(served: Served) -> None:
     async with served.serving() as port, connected(port) as (reader, writer):
-        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         with suppress(ConnectionError):
             assert b"HTTP" not in await reader.read()
         await until_counted(served.connections, 0)

@@ -1,6 +1,8 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from models.checkpoint import Checkpoint
@@ -8,7 +10,7 @@ from models.latency import LatencyTable
 from service.app import create_app
 from service.runtime import ServerRuntime
 from service.settings import Settings
-from tests.service.http.scripted_server import ScriptedEngine, sample
+from tests.service.http.scripted_server import ScriptedEngine, sample, serving
 
 PREDICT = "/predictions/tiny"
 
@@ -83,3 +85,14 @@ def test_ping_is_unhealthy_and_predictions_get_503_during_warm_up(
 def test_ping_is_healthy_once_the_server_is_ready(client: TestClient) -> None:
     response = client.get("/ping")
     assert (response.status_code, response.json()) == (200, {"status": "Healthy"})
+
+
+def test_of_two_classes_of_one_name_the_more_probable_one_counts(
+    settings: Settings, checkpoint: Checkpoint, latencies: LatencyTable, photo: bytes
+) -> None:
+    named = replace(checkpoint, class_names=("crane",) * 2 + checkpoint.class_names[2:])
+    engine = ScriptedEngine(named)
+    engine.logits = torch.tensor([[1.0, 3.0, 2.0, 0.0, 0.0, 0.0, 0.0]])
+    with serving(ServerRuntime(settings, named, engine, latencies)) as client:
+        answer = client.post("/predictions/tiny", content=photo).json()
+    assert answer["crane"] == pytest.approx(float(engine.logits.softmax(1)[0, 1]), abs=1e-4)

@@ -20,8 +20,24 @@ def test_nested_fields_are_counted() -> None:
     assert count(tf.TensorShapeProto(dim=[tf.TensorShapeProto.Dim(size=2)] * 3)) == 6
 
 
-def test_a_list_of_numbers_is_one_field() -> None:
+def test_a_list_of_pixels_is_one_field() -> None:
     assert count(pb.InferTensorContents(uint_contents=range(100_000), fp32_contents=[0.5] * 100_000)) == 2
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        pb.InferTensorContents(bool_contents=[True] * 500),
+        pb.InferTensorContents(int_contents=[1] * 500),
+        pb.InferTensorContents(int64_contents=[1] * 500),
+        pb.InferTensorContents(uint64_contents=[1] * 500),
+        pb.InferTensorContents(fp64_contents=[1.0] * 500),
+        pb.ModelInferRequest.InferInputTensor(shape=[1] * 500),
+    ],
+)
+def test_each_byte_of_another_list_of_numbers_is_a_field(contents: Message) -> None:
+    """Nothing reads these lists, but a number of a byte takes up to eight in memory."""
+    assert count(contents) >= 500
 
 
 def test_the_contents_of_bytes_are_not_counted_as_fields() -> None:
