@@ -1,10 +1,11 @@
-"""Reads the size of an AVIF or a HEIC from its boxes."""
+"""Reads the size of an AVIF or a HEIC from its boxes, which the frames of an AVIF must not exceed."""
 
 import re
 import struct
 from collections.abc import Iterator
 from itertools import islice
 
+from service.decoding.av1 import frame_sizes
 from service.decoding.exif import has_odd_orientation
 from service.decoding.headers import MAX_BLOCKS, ImageHeader, ends_early, too_many_blocks
 from service.errors import InvalidImageError
@@ -21,8 +22,8 @@ def read_heif(data: bytes, image_format: str) -> ImageHeader:
     """Read the size of the largest picture of a file; tiles and thumbnails have sizes, too.
 
     Raises:
-        InvalidImageError: the file has no size, far too many or too much EXIF, or its EXIF orientation is not a single
-            number.
+        InvalidImageError: the file has no size, far too many or too much EXIF, its EXIF orientation is not a single
+            number, or the frames of an AVIF are larger than it says.
     """
     sizes = [
         struct.unpack_from(">II", data, found.end() + 4)
@@ -40,6 +41,12 @@ def read_heif(data: bytes, image_format: str) -> ImageHeader:
     exifs = list(islice(_exifs(data), _MAX_EXIFS + 1))
     if len(exifs) > _MAX_EXIFS or any(map(has_odd_orientation, exifs)):
         raise InvalidImageError(f"the {image_format} has more than one EXIF orientation, or too much EXIF")
+    if image_format == "AVIF":
+        frames = [frame_width * frame_height for frame_width, frame_height in frame_sizes(data)]
+        if not frames:
+            raise ends_early("it has no pixels")
+        if max(frames) > width * height:  # the codec would decode all of the frame, and then shrink it
+            raise InvalidImageError("the AVIF is broken: it declares two different sizes")
     return ImageHeader(image_format, width, height, data, _MEMORY_PER_PIXEL)
 
 
