@@ -367,3 +367,34 @@ def test_the_default_checkpoint_recognises_a_photograph_at_half_the_cost_of_a_de
     assert answer["predictions"][0]["label"] == "dalmatian"
     assert 1.5 < answer["subnetwork"]["gflops"] <= 2.3
     assert answer["subnetwork"]["expected_accuracy"] > 0.94
+
+
+def test_a_busy_admin_port_of_an_inherited_server_is_reported_in_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy, socket.create_server(("127.0.0.1", 0)) as own:
+        options = ["--fd", str(own.fileno()), "--admin-port", str(busy.getsockname()[1])]
+        command = [sys.executable, "-m", "service.cli", "serve", *options, "--checkpoint", "supervit-micro-cifar10"]
+        environment = {**os.environ, "SUPERVIT_PROFILE_FOLDER": str(tmp_path)}
+        done = subprocess.run(
+            command, env=environment, pass_fds=[own.fileno()], capture_output=True, text=True, timeout=60, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "supervit: the server cannot start; see the log"
+
+
+def test_an_interrupted_server_whose_engine_hangs_ends_without_waiting_for_it() -> None:
+    script = """
+import service.hosting.serve as serve
+from service.cli import main
+from service.domain import ServerState
+
+class Hung(serve.ServerRuntime):
+    state = ServerState.HUNG
+
+def interrupted(self, sockets):
+    raise KeyboardInterrupt
+
+serve.ServerRuntime, serve._Server.run = Hung, interrupted
+raise SystemExit(main(["serve", "--checkpoint", "supervit-micro-cifar10", "--port", "0"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1  # and not 130, after which the interpreter would wait for the engine's thread
