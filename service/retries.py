@@ -126,7 +126,7 @@ class Retries(Generic[Answer]):
                 random backoff.
         """
         self._retry_policy, self._kind, self._call, self._poll_s = policy, kind, call, poll_s
-        self._budget_ms, self._errors = budget_ms, list[ServiceError]()
+        self._budget_ms, self._errors, self._most_s = budget_ms, list[ServiceError](), policy.timeout_s
         self._ends_at = policy.clock() + (policy.timeout_s if budget_ms is None else budget_ms / 1000)
 
     @classmethod
@@ -144,7 +144,9 @@ class Retries(Generic[Answer]):
     def of_readiness(cls, policy: RetryPolicy, within_s: float) -> "Retries[ReadyAnswer]":
         """Create the tries that poll a server until it is ready."""
         waiting = RetryPolicy(within_s, math.inf, policy.clock, policy.draw)
-        return Retries(waiting, ReadyAnswer, Call("GET", "/health/ready"), poll_s=POLL_S)
+        tries = Retries(waiting, ReadyAnswer, Call("GET", "/health/ready"), poll_s=POLL_S)
+        tries._most_s = policy.timeout_s
+        return tries
 
     def next_call(self) -> Call:
         """Return what to send now; a retry gets what is left of the budget."""
@@ -158,7 +160,10 @@ class Retries(Generic[Answer]):
     @property
     def timeout_s(self) -> float | None:
         """Return how long a try of a server that starts may take; None where the client's own timeout suffices."""
-        return None if self._poll_s is None else max(LEAST_TIMEOUT_S, self._ends_at - self._retry_policy.clock())
+        if self._poll_s is None:
+            return None
+        left_s = self._ends_at - self._retry_policy.clock()
+        return max(LEAST_TIMEOUT_S, min(self._most_s, left_s))
 
     def judge(self, reply: Reply) -> Answer | Pause:
         """Return the answer, or how long to wait before the next try; raise the error if there is to be none."""

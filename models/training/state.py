@@ -157,6 +157,15 @@ def has_state(output: Path) -> bool:
     return os.path.isfile(output / STATE_NAME)  # noqa: PTH113 - Path.is_file raises if a folder may not be entered
 
 
+def version_of_state(output: Path) -> tuple[int, int] | None:
+    """Return what changes with every saved state of a run; None where there is none."""
+    try:
+        status = (output / STATE_NAME).stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino
+
+
 def save_atomically(content: object, path: Path) -> None:
     """Write a file that `torch.load` reads; a crash midway leaves the previous file at `path`.
 
@@ -185,11 +194,15 @@ def prepare_folder(output: Path) -> None:
 
 
 @contextmanager
-def alone_in(output: Path) -> Iterator[None]:
+def alone_in(output: Path, found: tuple[int, int] | None) -> Iterator[None]:
     """Keep other runs out of a run's folder until the block ends, where the file system has locks.
 
+    Args:
+        output: the folder.
+        found: what `version_of_state` returned before the run was set up, which takes minutes.
+
     Raises:
-        TrainingError: another process trains there.
+        TrainingError: another process trains there, or has trained there meanwhile.
     """
     lock = FileLock(output / LOCK_NAME)
     try:
@@ -199,6 +212,8 @@ def alone_in(output: Path) -> Iterator[None]:
     except (OSError, NotImplementedError):  # a file system without locks
         pass
     try:
+        if version_of_state(output) != found:
+            raise TrainingError(f"{output}: another process has trained in this folder meanwhile")
         yield
     finally:
         lock.release()

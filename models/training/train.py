@@ -46,6 +46,7 @@ from models.training.state import (
     recovery_advice,
     save_log,
     save_weights,
+    version_of_state,
 )
 from models.training.teacher import Teacher
 
@@ -76,7 +77,7 @@ def train(recipe: Recipe, step: Step = training_step) -> Path:
 
 def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> None:
     """Set up this process's part of the run and train, epoch by epoch, to the end."""
-    class_names = list_classes(recipe.data / "train")
+    class_names, found = list_classes(recipe.data / "train"), version_of_state(recipe.output)
     seed_everything(recipe.seed)  # every process starts from the same weights
     model = build_model(recipe, class_names).to(process.device)
     model.patch_embed.to(memory_format=torch.channels_last)
@@ -104,7 +105,7 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
     learn = partial(step, build_pair_loss(recipe, model, process), optimizer)
     images = len(loader) * recipe.batch_size * process.count
     with (
-        alone_in(recipe.output) if process.is_first else nullcontext(),
+        alone_in(recipe.output, found) if process.is_first else nullcontext(),
         Progress(recipe, steps, images, last["epoch"], is_shown=process.is_first) as progress,
     ):
         if process.is_first and last["epoch"] and not (recipe.output / CHECKPOINT_NAME).exists():

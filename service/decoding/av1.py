@@ -7,7 +7,6 @@ import struct
 from collections.abc import Iterator
 
 from service.decoding.headers import MAX_BLOCKS, too_many_blocks
-from service.errors import InvalidImageError
 
 _CONTAINERS = {b"meta": 4, b"moov": 0, b"trak": 0, b"mdia": 0, b"minf": 0, b"stbl": 0}  # by bytes before their boxes
 _CHUNKS = {b"stco": ">I", b"co64": ">Q"}
@@ -15,32 +14,41 @@ _SEQUENCE_HEADER, _FRAMES = 1, (3, 6)  # types of OBUs
 _FILE, _IDAT = 0, 1  # construction methods of an item: where its offsets count from
 _MOST_OBUS = 64  # before a frame; encoders write two or three
 _MOST_CHUNKS = 64  # the first picture alone is decoded
-_MOST_ITEMS = 4096
+_MOST_ITEMS, _MOST_EXTENTS, _MOST_IDATS = 4096, 64, 8
+_PREFIX_BYTES = 16_384  # of an item, within which its first frame begins
 
 
 def frame_sizes(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield width and height of every sequence header before a first frame, of items and of the chunks of tracks.
 
     Raises:
-        InvalidImageError: the file has far too many boxes or parts, or an item of several extents, in which a sequence
-            header could be split; no known encoder writes any.
+        InvalidImageError: the file has far too many boxes or parts.
     """
-    starts, idat, locations = list[int](), 0, list[bytes]()
+    idats, tables = list[int](), list[bytes]()
     for kind, start, end in _boxes(data, 0, len(data)):
         if kind == b"iloc":
-            locations.append(data[start:end])
+            tables.append(data[start:end])
         elif kind == b"idat":
-            idat = start
+            idats.append(start)
         elif kind in _CHUNKS:
             size = struct.calcsize(_CHUNKS[kind])
-            offsets = data[start + 8 : end][: _MOST_CHUNKS * size]
-            starts += (
-                offset for (offset,) in struct.iter_unpack(_CHUNKS[kind], offsets[: len(offsets) // size * size])
-            )
-    for method, offset in (found for table in locations for found in _items(table)):
-        starts.append(offset + (idat if method == _IDAT else 0))
-    for start in starts:
-        yield from _sequences(data, start)
+            num_chunks = min(_MOST_CHUNKS, (end - start - 8) // size)
+            for (offset,) in struct.iter_unpack(_CHUNKS[kind], data[start + 8 : start + 8 + num_chunks * size]):
+                yield from _sequences(data[offset : offset + _PREFIX_BYTES])
+    if len(idats) > _MOST_IDATS:
+        raise too_many_blocks("AVIF")
+    for method, extents in (item for table in tables for item in _items(table)):
+        for begin in idats if method == _IDAT else (0,):  # whichever of several the codec takes
+            yield from _sequences(_joined(data, begin, extents))
+
+
+def _joined(data: bytes, begin: int, extents: list[tuple[int, int]]) -> bytes:
+    """Return the beginning of an item, whose extents are offsets from `begin` and lengths, 0 for all that follows."""
+    joined = b""
+    for offset, length in extents:
+        start = begin + offset
+        joined += data[start : start + min(length or _PREFIX_BYTES, _PREFIX_BYTES - len(joined))]
+    return joined
 
 
 def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
@@ -63,11 +71,11 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]
     raise too_many_blocks("AVIF")
 
 
-def _items(table: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the construction method and the offset of each item of an `iloc` box (ISO/IEC 14496-12, 8.11.3).
+def _items(table: bytes) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Yield the construction method and the extents of each item of an `iloc` box (ISO/IEC 14496-12, 8.11.3).
 
     Raises:
-        InvalidImageError: there are far too many items, or one has several extents.
+        InvalidImageError: there are far too many items, or one has far too many extents.
     """
     version, sizes = int.from_bytes(table[:1]), int.from_bytes(table[4:6])
     offset_bytes, length_bytes, base_bytes = sizes >> 12, sizes >> 8 & 15, sizes >> 4 & 15
@@ -87,24 +95,27 @@ def _items(table: bytes) -> Iterator[tuple[int, int]]:
         number(wide)
         method = number(2) & 15 if version else _FILE
         number(2)
-        base, extents = number(base_bytes), number(2)
-        if extents > 1:
-            raise InvalidImageError("the AVIF has an item in several parts")
-        if extents:
+        base, num_extents, extents = number(base_bytes), number(2), []
+        if num_extents > _MOST_EXTENTS:
+            raise too_many_blocks("AVIF")
+        for _ in range(num_extents):
             number(index_bytes)
-            yield method, base + number(offset_bytes)
-            number(length_bytes)
+            extents.append((base + number(offset_bytes), number(length_bytes)))
+        yield method, extents
 
 
-def _sequences(data: bytes, start: int) -> Iterator[tuple[int, int]]:
-    """Yield the size in each sequence header from `start` on, until a frame or what is no OBU.
+def _sequences(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the size in each sequence header of an item, until a frame or what is no OBU.
 
     Raises:
-        InvalidImageError: there are far too many OBUs before a frame.
+        InvalidImageError: there are far too many or too long OBUs before a frame.
     """
+    start = 0
     for _ in range(_MOST_OBUS):
-        if start >= len(data):
+        if start >= len(data) and len(data) < _PREFIX_BYTES:
             return
+        if start >= len(data):
+            break
         header = data[start]
         kind, has_extension, has_size = header >> 3 & 15, header >> 2 & 1, header >> 1 & 1
         start += 1 + has_extension

@@ -1,5 +1,6 @@
 """The first page of a TIFF: its size, and a file of only that page, with the tags that its pixels need."""
 
+import math
 import struct
 
 from service.decoding.exif import ORIENTATION
@@ -8,7 +9,7 @@ from service.errors import InvalidImageError
 
 _WIDTH, _HEIGHT, _BITS, _SAMPLES, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 258, 277, 322, 323
 _LARGE_TILE = 2**20  # pixels; pyramids have such tiles even where a page is smaller
-_INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # by type
+_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 16: "Q", 17: "q"}  # by type
 # The tags of TIFF 6.0 and its supplements that say where the pixels are and what they mean.
 _NEEDED = {
     *(_WIDTH, _HEIGHT, _BITS, _SAMPLES),
@@ -46,9 +47,10 @@ def read_tiff(data: bytes) -> ImageHeader:
     except (struct.error, OverflowError) as error:
         raise ends_early("the directory of its first page is missing") from error
     width, height = values.get(_WIDTH, 0), values.get(_HEIGHT, 0)
-    if not width or not height:
+    tile = [values.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT) if tag in entries]
+    if min(width, height, *tile) <= 0:
         raise InvalidImageError("the TIFF has no valid size")
-    if values.get(_TILE_WIDTH, 0) * values.get(_TILE_HEIGHT, 0) > max(width * height, _LARGE_TILE):
+    if math.prod(tile) > max(width * height, _LARGE_TILE):
         raise InvalidImageError("the TIFF has tiles far larger than its picture")
     directory = struct.pack(order + number, len(entries)) + b"".join(entries[tag] for tag in sorted(entries))
     padded = data + bytes(-len(data) % 8)

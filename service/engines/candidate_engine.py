@@ -1,9 +1,11 @@
 """Creates the engine of a candidate while another model is served; a separate process compiles it."""
 
+import logging
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import BinaryIO, Literal, cast
@@ -16,6 +18,9 @@ from service.engines.factory import Kind, Precision, open_engine
 from service.errors import NotReadyError
 
 POLL_S = 0.1  # between two checks whether the server is stopping
+PATIENCE_S = 60.0  # on two busy cores the process took some ten seconds for the default checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 def open_candidate(
@@ -27,6 +32,8 @@ def open_candidate(
     is_stopping: Callable[[], bool],
 ) -> tuple[Engine, Checkpoint]:
     """Create the engine that `open_engine` creates, compiled in a process that has the lowest priority.
+
+    If the machine leaves that process too little time, it is compiled in this one.
 
     Args:
         checkpoint: as in `open_engine`; a checkpoint without a file is compiled in this process.
@@ -44,12 +51,17 @@ def open_candidate(
     if checkpoint.path is None:
         return open_engine(checkpoint, kind, device, precision, threads)
     arguments = [str(checkpoint.path), checkpoint.version, kind, device, precision, str(threads)]
-    return open_engine(checkpoint, kind, device, precision, threads, compiled=partial(_compile, arguments, is_stopping))
+    try:
+        compiled = partial(_compile, arguments, is_stopping)
+        return open_engine(checkpoint, kind, device, precision, threads, compiled=compiled)
+    except TimeoutError:
+        logger.info("the machine has no time to spare: the new model is compiled at the cost of requests")
+        return open_engine(checkpoint, kind, device, precision, threads)
 
 
 def _compile(arguments: list[str], is_stopping: Callable[[], bool]) -> Iterator[bytes]:
     with _nameless_file() as file:
-        command = [sys.executable, "-m", "service.engines.compile_process", *arguments, str(file.fileno())]
+        command = [sys.executable, "-P", "-m", "service.engines.compile_process", *arguments, str(file.fileno())]
         with subprocess.Popen(  # noqa: S603 - our own command
             command,
             stdin=subprocess.DEVNULL,
@@ -68,7 +80,13 @@ def _compile(arguments: list[str], is_stopping: Callable[[], bool]) -> Iterator[
 
 
 def _messages(process: "subprocess.Popen[bytes]", is_stopping: Callable[[], bool]) -> str:
-    """Wait for the end of a process, and return what it wrote to its standard error."""
+    """Wait for the end of a process, and return what it wrote to its standard error.
+
+    Raises:
+        NotReadyError: the server is stopping.
+        TimeoutError: the process takes longer than PATIENCE_S.
+    """
+    ends_at = time.monotonic() + PATIENCE_S
     while True:
         try:
             return process.communicate(timeout=POLL_S)[1].decode(errors="replace").strip()
@@ -76,6 +94,9 @@ def _messages(process: "subprocess.Popen[bytes]", is_stopping: Callable[[], bool
             if is_stopping():
                 process.kill()
                 raise NotReadyError("the server is stopping") from None
+            if time.monotonic() > ends_at:
+                process.kill()
+                raise TimeoutError from None
 
 
 def _nameless_file() -> BinaryIO:

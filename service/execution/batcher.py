@@ -175,7 +175,9 @@ class Batcher:
 
     def take_turn(self) -> None:
         """Sleep for a part of the pause that the ceiling demands, or else run a batch and send its answers."""
-        if pause_s := self._limiter.pause_s(self._clock()):
+        now = self._clock()
+        if pause_s := self._limiter.pause_s(now):
+            self._scheduler.engine_taken(now + pause_s)
             self._sleep(min(pause_s, LONGEST_NAP_S))
             self._free_at = self._clock()
             return

@@ -32,10 +32,16 @@ class UtilizationLimiter:
         self._wanted_s: float | None = None  # compute seconds used when the next batch was first wanted
         self._intensity: float | None = None
         self._last_used_s = 0.0  # at most: compute seconds of the last batch
+        self._pause_ends_at: float | None = None
 
     def pause_s(self, now: float) -> float:
         """Return how long the next batch must wait to keep below the ceiling."""
         if self._per_s is None:
+            return 0.0
+        if self._pause_ends_at is not None:  # fixed once: what other threads use meanwhile does not extend it
+            if (left_s := self._pause_ends_at - now) > NEGLIGIBLE_S:
+                return left_s
+            self._pause_ends_at = None
             return 0.0
         used_s = self._used_s()
         if self._filled_at is None:
@@ -50,7 +56,10 @@ class UtilizationLimiter:
         if self._wanted_s is None:
             self._wanted_s = used_s
         pause_s = -self._credit_s / self._per_s
-        return pause_s if pause_s > NEGLIGIBLE_S else 0.0
+        if pause_s <= NEGLIGIBLE_S:
+            return 0.0
+        self._pause_ends_at = now + pause_s
+        return pause_s
 
     def idle(self) -> None:
         """Record that nothing waits: compute used until a batch is wanted again belongs to no batch."""

@@ -175,7 +175,7 @@ class RejectingProtocol(BoundedProtocol):
 
     def on_headers_complete(self) -> None:
         """Reject the request, at once or after a delay, or pass it on."""
-        answer = self._rejection()
+        answer = self._rejection() if self._names_one_host else None
         if answer is None:
             super().on_headers_complete()
             return

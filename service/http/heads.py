@@ -20,8 +20,10 @@ def end_of_lines(data: bytes, start: int) -> int:
     if end >= 0:
         return end + len(END_OF_HEAD)
     end = min(len(data), start + MAX_HEAD_BYTES)
+    if end - start == MAX_HEAD_BYTES:  # too long in any case
+        return end
     last = data.rfind(_END_OF_LINE, start, end)
-    return end if last < 0 or end - start == MAX_HEAD_BYTES else last
+    return last if last >= 0 else end - data.endswith(_END_OF_LINE[:1], start, end)
 
 
 def without_upgrade(lines: bytes) -> bytes:

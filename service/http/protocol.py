@@ -60,7 +60,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._connections, self._observe, self._clock = connections, observe, clock
         self._log = log or RateLimitedLog(logger)
-        self._in_head, self._bytes = True, 0  # received of this request so far
+        self._in_head, self._has_begun, self._bytes = True, False, 0  # the latter: parsed of this request so far
         self._body_left: int | None = None  # bytes; None for a chunked body
         self._tail = b""  # the last bytes parsed, in which an END_OF_HEAD may begin
         self._unparsed, self._start = b"", 0  # received data, and how far it is parsed
@@ -101,7 +101,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Parse the received data up to the end of one request."""
         self._unset_keepalive_if_required()
         self._received_at = self._clock()
-        if self._in_head and not self._bytes:
+        if self._in_head and not self._has_begun:
             self._received_at -= waited_s(self.transport)
         self._unparsed, self._start = self._unparsed[self._start :] + data, 0
         self._parse()
@@ -126,7 +126,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Prepare for the body; an error makes the parser fail."""
-        if not has_one_host(self.headers, self.parser.get_http_version()):
+        if not self._names_one_host:
             raise ValueError("a request must name one host")
         self._begin_body()
         super().on_headers_complete()
@@ -167,6 +167,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._close()
 
     @property
+    def _names_one_host(self) -> bool:
+        return has_one_host(self.headers, self.parser.get_http_version())
+
+    @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
@@ -191,7 +195,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body_left = None if b"transfer-encoding" in headers else int(headers.get(b"content-length", b"0"))
 
     def _await_head(self) -> None:
-        self._in_head, self._bytes, self._tail = True, 0, b""
+        self._in_head, self._has_begun, self._bytes, self._tail = True, False, 0, b""
         self._forget_timeout()
 
     def _parse(self) -> None:
@@ -199,7 +203,8 @@ class BoundedProtocol(HttpToolsProtocol):
         data, start = self._unparsed, self._start
         while start < len(data) and not self._must_wait and not self.transport.is_closing():
             if self._in_head:
-                if not self._bytes:
+                if not self._has_begun:
+                    self._has_begun = True
                     self._arrived_at = self._received_at
                     self._connections.mark_waiting(self)
                     self._forget_timeout()  # of the silence before, as is uvicorn's own

@@ -155,7 +155,7 @@ class Scheduler:
             turnaround_s: from when the engine was free, and a request waited, until the batch started.
         """
         self._latency_model.observe(variant.first_index, size, seconds, now, turnaround_s)
-        self._free_at = now + seconds * (self._latency_model.throttle_factor - 1)  # the pause that a ceiling demands
+        self._free_at = now
 
     @locked
     def look_again(self, looked: Sequence[Looked], variant: Variant, now: float) -> list[QueuedRequest | LookCode]:

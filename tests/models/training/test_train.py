@@ -35,7 +35,7 @@ from models.training.batches import TARGETS_NAME
 from models.training.objective import PairLoss, Targets, sample_pairs, training_step
 from models.training.recipe import Recipe
 from models.training.setup import build_model, build_optimizer, build_teacher, learning_rate_schedule
-from models.training.state import TrainingError, save_atomically
+from models.training.state import TrainingError, alone_in, save_atomically, version_of_state
 from models.training.train import Step, run_epochs, train
 from tests.models.conftest import CLASS_NAMES
 from tests.models.files.test_atomic import files_limited_to
@@ -561,6 +561,23 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path, tiny_recipe: MakeRecipe)
 
     train(recipe, before_step(2, start_another))
     train(recipe.model_copy(update={"resume": True, "epochs": 2}))  # the folder is free again
+
+
+def test_a_run_that_was_set_up_while_another_one_ran_and_ended_is_refused(
+    tmp_path: Path, tiny_recipe: MakeRecipe
+) -> None:
+    recipe = tiny_recipe(tmp_path / "run", epochs=1)
+    with pytest.raises(TrainingError, match="another process has trained in this folder meanwhile"):
+        train_beside(recipe)
+    assert len(log_of(recipe.output)) == 1
+
+
+def train_beside(recipe: Recipe) -> None:
+    """Set a run up, but let another one of the same recipe run to its end before the first epoch."""
+    found = version_of_state(recipe.output)
+    train(recipe)
+    with alone_in(recipe.output, found):
+        raise AssertionError("not alone")
 
 
 def test_a_run_is_not_resumed_with_other_images_held_out(

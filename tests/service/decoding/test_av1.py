@@ -39,6 +39,48 @@ def test_frames_larger_than_the_file_says_are_rejected() -> None:
         decode_image(hidden, CONFIG, 64 * 48)
 
 
+def split(whole: bytes, at: int) -> bytes:
+    """Return the AVIF of one item with its data in two extents, the first of them `at` bytes long."""
+    place = whole.index(b"iloc") + 4
+    version, sizes, count = whole[place], whole[place + 4 : place + 6], int.from_bytes(whole[place + 6 : place + 8])
+    assert (version, sizes, count) == (0, b"\x44\x00", 1)
+    entry = place + 8
+    offset, length = struct.unpack_from(">II", whole, entry + 6)
+    extra = struct.pack(">II", offset + 8 + at, length - at)
+    table = whole[:entry] + whole[entry : entry + 4] + struct.pack(">HII", 2, offset + 8, at) + extra
+    grown = bytearray(table + whole[entry + 14 :])
+    for box in (b"iloc", b"meta"):
+        start = grown.index(box) - 4
+        grown[start : start + 4] = (int.from_bytes(grown[start : start + 4]) + 8).to_bytes(4)
+    return bytes(grown)
+
+
+def test_an_item_in_several_parts_is_read_whole() -> None:
+    whole = avif((64, 48))
+    for at in (1, 3, 9):
+        parts = split(whole, at)
+        assert list(frame_sizes(parts)) == [(64, 48)]
+        decode_image(parts, CONFIG, 64 * 48)
+
+
+def test_a_decoy_of_an_items_data_hides_nothing() -> None:
+    large, small = avif((640, 480)), avif((64, 48))
+    place = large.index(b"iloc") + 4
+    offset, length = struct.unpack_from(">II", large, place + 14)
+    pixels = large[offset : offset + length]
+    data = struct.pack(">I", 8 + length) + b"idat" + pixels
+    decoy = struct.pack(">I", 8 + len(small)) + b"idat" + small[small.index(b"mdat") + 4 :].ljust(len(small), b"\0")
+    in_idat = bytearray(large.replace(struct.pack(">II", 640, 480), struct.pack(">II", 64, 48)))
+    in_idat[place] = 1  # the version of iloc with a construction method
+    entry = place + 8
+    in_idat[entry + 2 : entry + 2] = b"\0\1"
+    struct.pack_into(">I", in_idat, entry + 8, 0)
+    for box in (b"iloc", b"meta"):
+        start = in_idat.index(box) - 4
+        in_idat[start : start + 4] = (int.from_bytes(in_idat[start : start + 4]) + 2).to_bytes(4)
+    assert (640, 480) in list(frame_sizes(bytes(in_idat) + data + decoy))
+
+
 @pytest.mark.parametrize("kept", [0.3, 0.5, 0.7])
 def test_a_truncated_avif_is_rejected(kept: float) -> None:
     whole = avif((64, 48))

@@ -352,12 +352,12 @@ def test_a_webp_cannot_declare_another_size_behind_its_pixels(encode: Encode) ->
 
 
 def test_a_tiff_with_tiles_far_larger_than_its_picture_is_rejected() -> None:
-    def tiled(side: int) -> bytes:
+    def tiled(side: int, kind: int = 4) -> bytes:
         """Return a TIFF of a grey tile of that many pixels a side, of which the picture shows a corner."""
         pixels = zlib.compress(bytes([200]) * side * side)
         entries = [
             (256, 3, 1, 16), (257, 3, 1, 16), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1),
-            (322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 8), (325, 4, 1, len(pixels)),
+            (322, kind, 1, side), (323, kind, 1, side), (324, 4, 1, 8), (325, 4, 1, len(pixels)),
         ]  # fmt: skip
         directory = struct.pack("<H", len(entries)) + b"".join(
             struct.pack("<HHI", *entry[:3]) + struct.pack("<I", entry[3]) for entry in entries
@@ -365,8 +365,11 @@ def test_a_tiff_with_tiles_far_larger_than_its_picture_is_rejected() -> None:
         return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory + bytes(4)
 
     assert mean_colour(tiled(256)) == pytest.approx([200] * 3)
-    with pytest.raises(InvalidImageError, match="tiles far larger than its picture"):
-        mean_colour(tiled(4096))
+    for kind in (3, 4, 8, 9):
+        with pytest.raises(InvalidImageError, match="tiles far larger than its picture"):
+            mean_colour(tiled(4096, kind))
+    with pytest.raises(InvalidImageError, match="no valid size"):
+        mean_colour(tiled(4096, 5))  # a fraction
 
 
 def test_a_progressive_jpeg_without_components_is_rejected() -> None:

@@ -711,6 +711,7 @@ async def test_a_request_gets_an_error_at_its_deadline_although_the_engine_pause
     scheduler.withdraw(request)
     assert limiter.asked.is_set()
     assert set(naps) == {LONGEST_NAP_S}
+    assert scheduler.free_at > time.monotonic() + 3000, "admission knows of the pause"
     batcher.stop()
     await serving_it
     thread.shutdown(wait=True)

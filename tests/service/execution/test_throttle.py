@@ -217,12 +217,15 @@ def test_a_ceiling_holds_under_heavy_overload(fast_catalog: VariantCatalog) -> N
 
 def test_compute_beyond_the_ceiling_that_is_not_the_engines_never_stops_the_engine() -> None:
     machine = Machine(0.3, 2.0)
-    batches = 0
+    batches, paused_s = 0, 0.0
     while machine.now < 1000.0 + MINUTE_S:
-        pause_s = machine.limiter.pause_s(machine.now)
-        assert pause_s <= BURST_S + 0.2 / 0.6, "a burst, and what the last batch took, with what ran beside it"
-        machine.now += pause_s
-        machine.used_s += pause_s  # HTTP keeps a core busy
+        if pause_s := machine.limiter.pause_s(machine.now):
+            nap_s = min(pause_s, 0.01)
+            machine.now += nap_s
+            machine.used_s += nap_s  # HTTP keeps a core busy
+            paused_s += nap_s
+            continue
+        assert paused_s <= BURST_S + 0.2 / 0.6 + 0.01, "a burst, and what the last batch took, with what ran beside it"
         machine.run(0.1)
-        batches += 1
+        batches, paused_s = batches + 1, 0.0
     assert batches > 80

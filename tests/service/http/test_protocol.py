@@ -148,7 +148,8 @@ async def test_an_upgrade_is_ignored_and_the_connection_stays_usable(caplog: pyt
 
 
 async def test_a_head_may_be_split_anywhere_even_within_an_upgrade() -> None:
-    head = post(3)[:-2] + b"connection: Upgrade\r\nUpgrade: h2c\r\na: b\r\n\r\n"
+    first, rest = post(3)[:-2].split(b"\r\n", 1)
+    head = first + b"\r\nUpgrade: h2c\r\n" + rest + b"connection: Upgrade\r\nUpgrade: websocket\r\na: b\r\n\r\n"
     async with Server() as server:
         for place in range(1, len(head)):
             client = await server.connect()
@@ -157,6 +158,17 @@ async def test_a_head_may_be_split_anywhere_even_within_an_upgrade() -> None:
             await client.send(head[place:] + b"xyz")
             assert await client.answer() == b"3 4", head[:place]
             client.writer.close()
+
+
+async def test_a_head_that_drips_after_an_empty_line_is_timed_like_any_other() -> None:
+    async with Server() as server:
+        client, started_at = await server.connect(), now()
+        await client.send(b"\r\nG")
+        await asyncio.sleep(0.9 * HEAD_TIMEOUT_S)
+        await client.send(b"x")
+        assert await client.rest() == b""
+        assert now() - started_at == pytest.approx(HEAD_TIMEOUT_S, abs=0.1)
+        assert server.closed == ["slow"]
 
 
 @pytest.mark.parametrize(

@@ -795,17 +795,3 @@ def test_take_over_translates_grants_into_the_levels_of_the_new_catalog(
     fill(scheduler, waits(9.0, pinned=2), waits(9.0))
     other.take_over(scheduler)
     assert {each.grant for each in other.state(0.0).recent} == {fewer.grant_within(None)}
-
-
-def test_a_request_that_cannot_start_before_the_pause_of_a_ceiling_ends_is_rejected(
-    fast_catalog: VariantCatalog,
-) -> None:
-    scheduler = Scheduler(fast_catalog, choose_level, 4)
-    scheduler.throttled(4.0)
-    fill(scheduler, waits(9.0))
-    scheduler.next_batch(0.0)
-    completed(scheduler, 0, 1, 0.1, 0.1)
-    assert scheduler.free_at == pytest.approx(0.4)
-    with pytest.raises(OverloadedError):
-        scheduler.admit(waits(0.35), 0.1)
-    scheduler.admit(waits(0.45), 0.1)
