@@ -18,7 +18,7 @@ from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
 from service.assembly import ProfileWithFile, ServedModel, assemble
 from service.engines.base import Engine
-from service.engines.candidate_engine import open_candidate
+from service.engines.candidate_engine import RECOVERY_S, open_candidate
 from service.engines.factory import engine_threads
 from service.engines.profile_store import begin_profile, extended_profile, inherited_profile, measured_batch_sizes
 from service.errors import ModelChangeError, NotReadyError
@@ -99,6 +99,7 @@ class CandidateMaker:
         open_candidate: OpenEngine = open_candidate,
         begin: Callable[..., ProfileWithFile] = begin_profile,
         is_stopping: Callable[[], bool] = lambda: False,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Create a maker from what candidates share with the served model.
 
@@ -112,10 +113,11 @@ class CandidateMaker:
             open_candidate: creates an engine for a checkpoint.
             begin: reads the latencies measured before, and measures those that are needed to begin.
             is_stopping: returns whether the server is stopping, which ends the wait for another process that measures.
+            sleep: sleeps between two steps that take time from requests.
         """
         self._settings, self._thread, self._metrics, self._monitor = settings, thread, metrics, monitor
         self._ledger, self._load, self._open_candidate = ledger, load, open_candidate
-        self._begin, self._is_stopping = begin, is_stopping
+        self._begin, self._is_stopping, self._sleep = begin, is_stopping, sleep
 
     def load(self, name: str) -> Checkpoint:
         """Load a checkpoint.
@@ -152,7 +154,9 @@ class CandidateMaker:
         # for it. Both ends run here: the cheapest sub-network may be in floating point where the most expensive is in
         # 8 bits. A GPU may be used by the engine's thread alone.
         ends = () if engine.is_on_gpu else (config.subnetworks[0], config.largest)
-        require_finite(engine.run, config.image_side, ends)
+        for end in ends:
+            self._sleep(RECOVERY_S)
+            require_finite(engine.run, config.image_side, (end,))
         require_finite(between.run, config.image_side, tuple(each for each in config.subnetworks if each not in ends))
         if engine.is_on_gpu:
             self._prepare_gpu(engine, config.subnetworks)

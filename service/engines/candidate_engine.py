@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import BinaryIO, Literal, cast
 
-import numpy as np
-
 from models.checkpoint import Checkpoint
 from service.engines.base import Engine
+from service.engines.compile_process import LENGTH
 from service.engines.factory import Kind, Precision, open_engine
 from service.errors import NotReadyError
 
 POLL_S = 0.1  # between two checks whether the server is stopping
+# Seconds between two steps that take a tenth of a second from the engine, in which requests catch up.
+RECOVERY_S = 0.3
 PATIENCE_S = 60.0  # on two busy cores the process took some ten seconds for the default checkpoint
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def open_candidate(
     precision: Literal["auto", "int8"] | Precision,
     threads: int,
     is_stopping: Callable[[], bool],
+    sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Engine, Checkpoint]:
     """Create the engine that `open_engine` creates, compiled in a process that has the lowest priority.
 
@@ -42,6 +44,7 @@ def open_candidate(
         precision: as in `open_engine`.
         threads: as in `open_engine`.
         is_stopping: returns whether the server is stopping, which ends the process.
+        sleep: sleeps between two steps that take time from requests.
 
     Raises:
         DeviceError: as for `open_engine`.
@@ -52,14 +55,14 @@ def open_candidate(
         return open_engine(checkpoint, kind, device, precision, threads)
     arguments = [str(checkpoint.path), checkpoint.version, kind, device, precision, str(threads)]
     try:
-        compiled = partial(_compile, arguments, is_stopping)
+        compiled = partial(_compile, arguments, is_stopping, sleep)
         return open_engine(checkpoint, kind, device, precision, threads, compiled=compiled)
     except TimeoutError:
         logger.info("the machine has no time to spare: the new model is compiled at the cost of requests")
         return open_engine(checkpoint, kind, device, precision, threads)
 
 
-def _compile(arguments: list[str], is_stopping: Callable[[], bool]) -> Iterator[bytes]:
+def _compile(arguments: list[str], is_stopping: Callable[[], bool], sleep: Callable[[float], None]) -> Iterator[bytes]:
     with _nameless_file() as file:
         command = [sys.executable, "-P", "-m", "service.engines.compile_process", *arguments, str(file.fileno())]
         with subprocess.Popen(  # noqa: S603 - our own command
@@ -73,10 +76,10 @@ def _compile(arguments: list[str], is_stopping: Callable[[], bool]) -> Iterator[
             messages = _messages(process, is_stopping)
         if process.returncode:
             raise RuntimeError(f"the compilation ended with {process.returncode}: {messages}")
-        end = file.seek(0, os.SEEK_END)
         file.seek(0)
-        while file.tell() < end:
-            yield np.load(file).tobytes()
+        while head := file.read(LENGTH.size):
+            sleep(RECOVERY_S)
+            yield file.read(LENGTH.unpack(head)[0])
 
 
 def _messages(process: "subprocess.Popen[bytes]", is_stopping: Callable[[], bool]) -> str:

@@ -5,8 +5,11 @@ libraries start must keep the normal one.
 """
 
 import os
+import struct
 import sys
 from contextlib import suppress
+
+LENGTH = struct.Struct("<Q")  # of a graph, in bytes
 
 
 def main(path: str, version: str, kind: str, device: str, precision: str, threads: str, file: str) -> None:
@@ -19,8 +22,7 @@ def main(path: str, version: str, kind: str, device: str, precision: str, thread
         device: as in `open_engine`.
         precision: as in `open_engine`.
         threads: as in `open_engine`.
-        file: descriptor of the file to which the exported graphs are written, each as an array of uint8 in NumPy's
-            format.
+        file: descriptor of the file to which the exported graphs are written, each after its LENGTH.
 
     Raises:
         SystemExit: the checkpoint has another version.
@@ -29,7 +31,6 @@ def main(path: str, version: str, kind: str, device: str, precision: str, thread
     with suppress(AttributeError, OSError):  # on Linux, unless a sandbox forbids it: only what no other process wants
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     # These imports take seconds of a processor, so they wait for the low priority.
-    import numpy as np
     import torch
 
     from models.checkpoint import load_checkpoint
@@ -45,7 +46,8 @@ def main(path: str, version: str, kind: str, device: str, precision: str, thread
         sys.exit("this engine is not compiled")
     with os.fdopen(int(file), "wb") as output:
         for graph in engine.export():
-            np.save(output, np.frombuffer(graph, np.uint8))
+            output.write(LENGTH.pack(len(graph)))
+            output.write(graph)
 
 
 if __name__ == "__main__":

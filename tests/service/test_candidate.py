@@ -74,6 +74,7 @@ class Stage:
             open_candidate=lambda checkpoint, *_: (self.new, checkpoint),
             begin=self.begin,
             is_stopping=lambda: self.is_stopping,
+            sleep=lambda _: None,
         )
 
     def begin(self, checkpoint: Checkpoint, *others: object, **options: object) -> ProfileWithFile:
