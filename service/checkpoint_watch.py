@@ -36,6 +36,7 @@ class CheckpointWatch:
     def look(self) -> None:
         """Check the file once; a change refused now, as while another one runs, is tried again at the next check."""
         if self._files.have_changed():
+            self._files.mark_read()
             self._looks_left = STABLE_CHECKS
         elif self._looks_left:
             self._looks_left -= 1

@@ -720,7 +720,7 @@ def test_the_error_of_a_failed_first_epoch_does_not_mention_a_kept_state(
 ) -> None:
     with pytest.raises(TrainingError, match="in step 1 of epoch 1; start again with a lower --learning-rate"):
         train(tiny_recipe(tmp_path / "run"), before_step(2, lambda images: images * torch.nan))
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"tensorboard"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", "tensorboard"}
 
 
 @pytest.mark.parametrize("kind", ["model", "average"])
