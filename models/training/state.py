@@ -209,7 +209,7 @@ def alone_in(output: Path, found: tuple[int, int] | None) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise TrainingError(f"{output}: another process is training in this folder") from None
-    except (OSError, NotImplementedError):  # a file system without locks
+    except (OSError, NotImplementedError):  # what filelock raises on a file system without locks
         pass
     try:
         if version_of_state(output) != found:

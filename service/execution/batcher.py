@@ -25,7 +25,7 @@ from service.execution.live_sample import LiveSample
 from service.execution.paced_handler import PacedHandler
 from service.execution.pending import Outcome, Pending, PendingRequests
 from service.execution.results import Result
-from service.execution.throttle import UtilizationLimiter
+from service.execution.throttle import LONGEST_NAP_S, UtilizationLimiter
 from service.execution.timed_engine import TimedEngine
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.second_look import Looked, may_look_again
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 # Consecutive images on which the model fails before it runs an image of zeros, to tell bad images from a broken model.
 FAILURES_IN_A_ROW = 8
-LONGEST_NAP_S = 0.1  # of a pause, after which other models have a turn
 
 CallOnLoop = Callable[..., object]
 Outcomes = Sequence[Outcome]
@@ -131,8 +130,7 @@ class Batcher:
     def _expire(self, request: QueuedRequest, pending: Pending) -> None:
         """Answer a request at its deadline: with its last look, or with an error unless it is in a running batch."""
         if not pending.is_running or pending.last_look is not None:
-            missing = "the image was decoded" if pending.image is None else "the engine was free"
-            error = DeadlineError(f"the deadline passed before {missing}")
+            error = DeadlineError(f"the deadline passed before {pending.awaited}")
             self._pending.settle(self._pending.failed(error, request, LookCode.DEADLINE))
             if pending.image is not None and pending.last_look is None:
                 self._scheduler.deadline_missed(self._clock())
@@ -175,8 +173,7 @@ class Batcher:
 
     def take_turn(self) -> None:
         """Sleep for a part of the pause that the ceiling demands, or else run a batch and send its answers."""
-        now = self._clock()
-        if pause_s := self._limiter.pause_s(now):
+        if pause_s := self._limiter.pause_s(now := self._clock()):
             self._scheduler.engine_taken(now + pause_s)
             self._sleep(min(pause_s, LONGEST_NAP_S))
             self._free_at = self._clock()
@@ -228,10 +225,7 @@ class Batcher:
     def _run_batch(
         self, decision: BatchDecision, variant: Variant, batch: Sequence[QueuedRequest]
     ) -> Iterator[Outcomes]:
-        found = {request: one for request in batch if (one := self._pending.find(request)) is not None}
-        for one in found.values():
-            one.is_running = True
-        images = {request: one.image for request, one in found.items() if one.image is not None}
+        images = self._pending.start(batch)
         if not images:
             self._scheduler.engine_taken(self._clock())
             return  # all clients have left

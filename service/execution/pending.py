@@ -5,7 +5,7 @@ The event loop adds and removes entries; the engine's thread reads them and reco
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -34,6 +34,11 @@ class Pending:
     last_look: Result | None = None
     is_running: bool = False
 
+    @property
+    def awaited(self) -> str:
+        """What has to happen before the request can be in a batch, for a message about its deadline."""
+        return "the image was decoded" if self.image is None else "the engine was free"
+
 
 class PendingRequests:
     """The pending requests of a batcher, as admitted; a second look belongs to the request that had the first."""
@@ -61,6 +66,14 @@ class PendingRequests:
     def find(self, request: QueuedRequest) -> Pending | None:
         """Return the state of a request; None where its client has left."""
         return self._pending.get(request.admitted)
+
+    def start(self, batch: Iterable[QueuedRequest]) -> dict[QueuedRequest, Tensor]:
+        """Record which requests are in the batch that runs, and return their images; not where the client has left."""
+        images = {}
+        for request in batch:
+            if (pending := self.find(request)) is not None and pending.image is not None:
+                pending.is_running, images[request] = True, pending.image
+        return images
 
     def keep(self, request: QueuedRequest, look: Result) -> bool:
         """Record the look that a request gets if no other follows; return False where its client has left."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 BURST_S = 0.25
 GAIN = 0.2
 NEGLIGIBLE_S = 1e-4
+LONGEST_NAP_S = 0.1  # of a pause, after which other models have a turn
 
 
 class UtilizationLimiter:

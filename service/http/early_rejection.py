@@ -15,6 +15,7 @@ from service.http.context import ReadyServer, RouteContext
 from service.http.error_responses import describe_error, make_error_response
 from service.http.error_shapes import error_type
 from service.http.forms import UNTYPED
+from service.http.heads import has_one_host
 from service.http.origins import is_known_host
 from service.http.protocol import ARRIVED_AT, BoundedProtocol
 from service.http.queries import parse_query
@@ -175,7 +176,8 @@ class RejectingProtocol(BoundedProtocol):
 
     def on_headers_complete(self) -> None:
         """Reject the request, at once or after a delay, or pass it on."""
-        answer = self._rejection() if self._names_one_host else None
+        is_sound = has_one_host(self.headers, self.parser.get_http_version())  # otherwise the base refuses it
+        answer = self._rejection() if is_sound else None
         if answer is None:
             super().on_headers_complete()
             return

@@ -126,7 +126,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Prepare for the body; an error makes the parser fail."""
-        if not self._names_one_host:
+        if not has_one_host(self.headers, self.parser.get_http_version()):
             raise ValueError("a request must name one host")
         self._begin_body()
         super().on_headers_complete()
@@ -165,10 +165,6 @@ class BoundedProtocol(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Close a connection that has been silent for too long."""
         self._close()
-
-    @property
-    def _names_one_host(self) -> bool:
-        return has_one_host(self.headers, self.parser.get_http_version())
 
     @property
     def _is_answering(self) -> bool:

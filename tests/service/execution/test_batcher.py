@@ -17,10 +17,10 @@ from models.subnetwork import SubNetwork
 from service.decoding.decoder import DecodedImage
 from service.engines.base import Run
 from service.errors import DeadlineError, InvalidImageError, ModelError, NotReadyError, OverloadedError
-from service.execution.batcher import FAILURES_IN_A_ROW, LONGEST_NAP_S, Batcher
+from service.execution.batcher import FAILURES_IN_A_ROW, Batcher
 from service.execution.engine_thread import EngineThread
 from service.execution.results import Result
-from service.execution.throttle import UtilizationLimiter
+from service.execution.throttle import LONGEST_NAP_S, UtilizationLimiter
 from service.scheduling.catalog import VariantCatalog
 from service.scheduling.level_policy import choose_level
 from service.scheduling.scheduler import Scheduler
