@@ -1,13 +1,15 @@
 """Prepares a candidate model while another one is served.
 
-The candidate computes on the engine's thread, a short batch at a time. On a CPU its first runs, which take too long for
-that, run beside it.
+What takes a core or the GPU for long runs in another process or, a step at a time, on the engine's thread between two
+batches. A batch whose cores another thread needs takes several times as long: its parts wait for each other.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
 from service.assembly import ProfileWithFile, ServedModel, assemble
 from service.engines.base import Engine
-from service.engines.candidate_engine import RECOVERY_S, open_candidate
+from service.engines.candidate_engine import Between, open_candidate
 from service.engines.factory import engine_threads
 from service.engines.profile_store import begin_profile, extended_profile, inherited_profile, measured_batch_sizes
 from service.errors import ModelChangeError, NotReadyError
@@ -37,6 +39,7 @@ MEMORY_BYTES = 500_000_000  # on top of that
 REHEARSED_S = 0.02  # longest profiled time of a rehearsed batch, as requests may have to wait for it
 
 Load = Callable[[Path], Checkpoint]
+T = TypeVar("T")
 OpenEngine = Callable[..., tuple[Engine, Checkpoint]]
 
 
@@ -49,12 +52,11 @@ class BetweenBatches:
     def __init__(
         self,
         engine: Engine,
-        thread: EngineThread,
-        is_stopping: Callable[[], bool],
+        between: Between,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Create from the engine, its thread, whether the server is stopping, and a monotonic clock in seconds."""
-        self._engine, self._thread, self._is_stopping, self._now = engine, thread, is_stopping, clock
+        """Create from the engine, what runs a step between two batches, and a monotonic clock in seconds."""
+        self._engine, self._between, self._now = engine, between, clock
         self._seconds = 0.0
 
     def clock(self) -> float:
@@ -67,9 +69,8 @@ class BetweenBatches:
         Raises:
             NotReadyError: the server is stopping.
         """
-        if self._is_stopping():
-            raise NotReadyError("the server is stopping")
-        return self._thread.work(partial(self._timed, images, subnetwork)).result()
+        logits: Tensor = self._between(partial(self._timed, images, subnetwork))
+        return logits
 
     def _timed(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         began_at = self._now()
@@ -99,7 +100,6 @@ class CandidateMaker:
         open_candidate: OpenEngine = open_candidate,
         begin: Callable[..., ProfileWithFile] = begin_profile,
         is_stopping: Callable[[], bool] = lambda: False,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Create a maker from what candidates share with the served model.
 
@@ -112,12 +112,11 @@ class CandidateMaker:
             load: reads a checkpoint.
             open_candidate: creates an engine for a checkpoint.
             begin: reads the latencies measured before, and measures those that are needed to begin.
-            is_stopping: returns whether the server is stopping, which ends the wait for another process that measures.
-            sleep: sleeps between two steps that take time from requests.
+            is_stopping: returns whether the server is stopping, which ends every step and every wait.
         """
         self._settings, self._thread, self._metrics, self._monitor = settings, thread, metrics, monitor
         self._ledger, self._load, self._open_candidate = ledger, load, open_candidate
-        self._begin, self._is_stopping, self._sleep = begin, is_stopping, sleep
+        self._begin, self._is_stopping = begin, is_stopping
 
     def load(self, name: str) -> Checkpoint:
         """Load a checkpoint.
@@ -148,16 +147,11 @@ class CandidateMaker:
         settings = self._settings
         threads = settings.threads or engine_threads(checkpoint, self._monitor.latest.cores)
         kind, device, precision = settings.engine, settings.device, settings.precision
-        engine, checkpoint = self._open_candidate(checkpoint, kind, device, precision, threads, self._is_stopping)
+        engine, checkpoint = self._open_candidate(
+            checkpoint, kind, device, precision, threads, self._is_stopping, self._between
+        )
         between, config = self.between_batches(engine), checkpoint.config
-        # The first run of all takes five to ten times as long as any other; on the engine's thread, requests would wait
-        # for it. Both ends run here: the cheapest sub-network may be in floating point where the most expensive is in
-        # 8 bits. A GPU may be used by the engine's thread alone.
-        ends = () if engine.is_on_gpu else (config.subnetworks[0], config.largest)
-        for end in ends:
-            self._sleep(RECOVERY_S)
-            require_finite(engine.run, config.image_side, (end,))
-        require_finite(between.run, config.image_side, tuple(each for each in config.subnetworks if each not in ends))
+        require_finite(between.run, config.image_side, config.subnetworks)
         if engine.is_on_gpu:
             self._prepare_gpu(engine, config.subnetworks)
         return assemble(
@@ -193,7 +187,22 @@ class CandidateMaker:
 
     def between_batches(self, engine: Engine) -> BetweenBatches:
         """Return what runs batches of an engine between those of requests."""
-        return BetweenBatches(engine, self._thread, self._is_stopping)
+        return BetweenBatches(engine, self._between)
+
+    def release(self, model: ServedModel) -> None:
+        """Free the engine of a model that is not served, between two batches."""
+        with suppress(NotReadyError):  # the server stops, which frees everything
+            self._between(model.engine.close)
+
+    def _between(self, step: Callable[[], T]) -> T:
+        """Run a step between two batches, and wait for its end.
+
+        Raises:
+            NotReadyError: the server is stopping.
+        """
+        if self._is_stopping():
+            raise NotReadyError("the server is stopping")
+        return self._thread.work(step).result()
 
     def _prepare_gpu(self, engine: Engine, subnetworks: Sequence[SubNetwork]) -> None:
         """Measure the memory that an image takes, and capture the graphs that the latencies of a profile are of.
@@ -201,12 +210,10 @@ class CandidateMaker:
         A step delays requests by about five batches of its size. The most expensive sub-networks come first, as at a
         start.
         """
-        self._thread.work(engine.warm_up).result()
+        self._between(engine.warm_up)
         for batch_size in measured_batch_sizes(self._settings.max_batch_size):
             for subnetwork in reversed(subnetworks):
-                if self._is_stopping():
-                    raise NotReadyError("the server is stopping")
-                self._thread.work(partial(engine.prepare, subnetwork, batch_size)).result()
+                self._between(partial(engine.prepare, subnetwork, batch_size))
 
     def _latencies(
         self, checkpoint: Checkpoint, engine: Engine, between: BetweenBatches, served: ServedModel

@@ -101,20 +101,17 @@ class ModelChanger:
     async def _change(self, change: ModelChange) -> None:
         began_at, message = self._clock(), None
         outcome: ChangeOutcome = "stopped"
-        leaving: list[object] = []
         try:
-            outcome, message = await self._outcome_of(change, leaving)
-            await self._sleep(POLL_S)  # by then nothing else holds these parts
-            await asyncio.to_thread(leaving.clear)  # a tenth of a second, which would block the event loop
+            outcome, message = await self._outcome_of(change)
         finally:
             seconds = round(self._clock() - began_at, 3)
             self._note(outcome=outcome, message=message, seconds=seconds)
             self._metrics.model.change_ended(outcome)
             logger.info("model change to %s: %s%s", change.checkpoint, outcome, f", {message}" if message else "")
 
-    async def _outcome_of(self, change: ModelChange, leaving: list[object]) -> tuple[ChangeOutcome, str | None]:
+    async def _outcome_of(self, change: ModelChange) -> tuple[ChangeOutcome, str | None]:
         try:
-            return await self._take_steps(change, leaving)
+            return await self._take_steps(change)
         except _RolledBackError as error:
             return "went_back", str(error)
         except (ModelChangeError, CheckpointError, DeviceError) as error:
@@ -125,8 +122,7 @@ class ModelChanger:
             logger.exception("the model change to %s failed", change.checkpoint)
             return "failed", "the new model could not be prepared; see the server's log"
 
-    async def _take_steps(self, change: ModelChange, leaving: list[object]) -> tuple[ChangeOutcome, str | None]:
-        """Change the model; `leaving` then holds the parts of the model that is not served, which take time to free."""
+    async def _take_steps(self, change: ModelChange) -> tuple[ChangeOutcome, str | None]:
         old = self._models.main
         checkpoint = await asyncio.to_thread(self._maker.load, change.checkpoint)
         self._note(name=checkpoint.name, version=checkpoint.version)
@@ -136,7 +132,6 @@ class ModelChanger:
             _require_comparable(checkpoint, old.checkpoint, change)
         self._at("prepare")
         new = await asyncio.to_thread(self._maker.prepare, checkpoint, old)
-        leaving += (new.engine, new.checkpoint)
         try:
             if _can_compare(checkpoint, old.checkpoint):
                 self._at("compare")
@@ -144,12 +139,14 @@ class ModelChanger:
             self._at("rehearse")
             await asyncio.to_thread(self._maker.rehearse, new, old)
             await self._put_to_work(change, old, new)
-        except BaseException:  # cancellation included: whatever ends the change, the new model must close
+        except BaseException as error:  # cancellation included: whatever ends the change, the new model must close
             new.close()
+            if isinstance(error, Exception):  # otherwise the server stops, and the engine may still be running
+                await asyncio.to_thread(self._maker.release, new)
             raise
         self._at("retire")
         await self._models.retire(old, self._sleep)
-        leaving[:] = (old.engine, old.checkpoint)
+        await asyncio.to_thread(self._maker.release, old)
         return "done", None
 
     async def _compare(self, change: ModelChange, old: ServedModel, new: ServedModel) -> None:

@@ -6,13 +6,12 @@ are several threads, one is always kept for images of ordinary cost. Expensive i
 
 import math
 import time
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right, insort
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
-from functools import partial
 from operator import attrgetter
 from threading import Lock
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from service.decoding.images import OpenedImage
 from service.decoding.times import DecodeTimes
-from service.errors import DeadlineError, NotReadyError, OverloadedError
+from service.errors import DeadlineError, NotReadyError, OverloadedError, ServiceError
 from service.scheduling.estimators import DelayEstimator
 
 DECAY_S = 5.0
@@ -118,7 +117,7 @@ class Decoder:
         with self._lock:
             job.expected_s = self._delay.expected_s(now)
             insort(self._unopened, job, key=_urgency)
-        job.future.add_done_callback(partial(self._forget, job))
+        job.future.add_done_callback(self._forget)
         try:
             self._pool.submit(self._work)
         except RuntimeError:  # it is closed, because its model has ended
@@ -208,7 +207,7 @@ class Decoder:
                     insort(self._expensive if job.is_expensive else self._ordinary, job, key=_urgency)
         except Exception as error:  # any error must reach the request that waits for the image
             if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(error)
+                _fail(job, error)
 
     def _require_share(self, job: _Job) -> None:
         """Bound the decode time that expensive images of one address take from those of others.
@@ -260,7 +259,7 @@ class Decoder:
             waited_s = job.started_at - job.submitted_at
             job.future.set_result(DecodedImage(image, waited_s, now - job.started_at))
         elif failure is not None:
-            job.future.set_exception(failure)
+            _fail(job, failure)
 
     def _require_time(self, job: _Job) -> None:
         """Check that the image can be decoded before its deadline.
@@ -279,18 +278,15 @@ class Decoder:
         if not job.is_expensive:
             self._delay.observe(seconds, now)
 
-    def _forget(self, job: _Job, future: "Future[DecodedImage]") -> None:
+    def _forget(self, future: "Future[DecodedImage]") -> None:
+        # A callback that held the job would keep the image until the next garbage collection: the job has the future.
         if future.cancelled():
             with self._lock:
                 for jobs in (self._unopened, self._ordinary, self._expensive):
-                    if _remove(jobs, job):
-                        return
+                    jobs[:] = (job for job in jobs if job.future is not future)
 
 
-def _remove(jobs: list[_Job], job: _Job) -> bool:
-    first, end = (bisect(jobs, job.urgency, key=_urgency) for bisect in (bisect_left, bisect_right))
-    for place in range(first, end):
-        if jobs[place] is job:
-            del jobs[place]
-            return True
-    return False
+def _fail(job: _Job, error: Exception) -> None:
+    if isinstance(error, ServiceError):  # an answer, not a bug: without the frames that raised it, which hold the image
+        error.__traceback__ = error.__context__ = None
+    job.future.set_exception(error)

@@ -65,3 +65,7 @@ class Engine(Protocol):
     def describe(self) -> str:
         """Return library, device, precision and threads: what latency depends on, and the same at every start."""
         ...
+
+    def close(self) -> None:
+        """Free the memory: the engine cannot be used afterwards, whatever still refers to it."""
+        ...

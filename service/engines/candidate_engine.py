@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 from models.checkpoint import Checkpoint
 from service.engines.base import Engine
@@ -17,9 +17,10 @@ from service.engines.factory import Kind, Precision, open_engine
 from service.errors import NotReadyError
 
 POLL_S = 0.1  # between two checks whether the server is stopping
-# Seconds between two steps that take a tenth of a second from the engine, in which requests catch up.
-RECOVERY_S = 0.3
 PATIENCE_S = 60.0  # on two busy cores the process took some ten seconds for the default checkpoint
+
+T = TypeVar("T")
+Between = Callable[[Callable[[], Any]], Any]
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def open_candidate(
     precision: Literal["auto", "int8"] | Precision,
     threads: int,
     is_stopping: Callable[[], bool],
-    sleep: Callable[[float], None] = time.sleep,
+    between: Between = lambda step: step(),
 ) -> tuple[Engine, Checkpoint]:
     """Create the engine that `open_engine` creates, compiled in a process that has the lowest priority.
 
@@ -44,7 +45,7 @@ def open_candidate(
         precision: as in `open_engine`.
         threads: as in `open_engine`.
         is_stopping: returns whether the server is stopping, which ends the process.
-        sleep: sleeps between two steps that take time from requests.
+        between: runs each step that takes time from requests, between two batches of the served model.
 
     Raises:
         DeviceError: as for `open_engine`.
@@ -55,14 +56,16 @@ def open_candidate(
         return open_engine(checkpoint, kind, device, precision, threads)
     arguments = [str(checkpoint.path), checkpoint.version, kind, device, precision, str(threads)]
     try:
-        compiled = partial(_compile, arguments, is_stopping, sleep)
+        compiled = partial(_compile, arguments, is_stopping, between)
         return open_engine(checkpoint, kind, device, precision, threads, compiled=compiled)
     except TimeoutError:
         logger.info("the machine has no time to spare: the new model is compiled at the cost of requests")
         return open_engine(checkpoint, kind, device, precision, threads)
 
 
-def _compile(arguments: list[str], is_stopping: Callable[[], bool], sleep: Callable[[float], None]) -> Iterator[bytes]:
+def _compile(
+    arguments: list[str], is_stopping: Callable[[], bool], between: Between, read: Callable[[bytes], T]
+) -> Iterator[T]:
     with _nameless_file() as file:
         command = [sys.executable, "-P", "-m", "service.engines.compile_process", *arguments, str(file.fileno())]
         with subprocess.Popen(  # noqa: S603 - our own command
@@ -78,8 +81,7 @@ def _compile(arguments: list[str], is_stopping: Callable[[], bool], sleep: Calla
             raise RuntimeError(f"the compilation ended with {process.returncode}: {messages}")
         file.seek(0)
         while head := file.read(LENGTH.size):
-            sleep(RECOVERY_S)
-            yield file.read(LENGTH.unpack(head)[0])
+            yield between(partial(read, file.read(LENGTH.unpack(head)[0])))
 
 
 def _messages(process: "subprocess.Popen[bytes]", is_stopping: Callable[[], bool]) -> str:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from models.checkpoint import Checkpoint
 from models.devices import resolve_device
@@ -19,7 +19,7 @@ from service.engines.torch_engine import TorchEngine, cpu_capabilities
 
 Kind = Literal["auto", "torch", "openvino"]
 Precision = Literal["float32", "bfloat16"]
-Compiled = Callable[[], Iterable[bytes]]
+Compiled = Callable[[Callable[[bytes], Any]], Iterable[Any]]
 
 logger = logging.getLogger(__name__)
 

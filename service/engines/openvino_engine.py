@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from functools import cache, lru_cache, partial
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import openvino as ov  # type: ignore[import-untyped] # it publishes no types
@@ -45,7 +45,7 @@ class OpenVINOEngine:
         precision: Precision | None = None,
         products: Products | None = None,
         in_floating_point: Collection[SubNetwork] = (),
-        compiled: Callable[[], Iterable[bytes]] | None = None,
+        compiled: Callable[[Callable[[bytes], Any]], Iterable[Any]] | None = None,
     ) -> None:
         """Compile the model, or take it over compiled.
 
@@ -76,7 +76,7 @@ class OpenVINOEngine:
                 core.compile_model(build_classifier(model, each), "CPU", chosen) for each in products_of_graphs
             ]
         else:
-            self._classifiers = [core.import_model(each, "CPU", chosen) for each in compiled()]
+            self._classifiers = list(compiled(partial(core.import_model, device_name="CPU", config=chosen)))
         self._is_int8, self._in_floating_point = isinstance(products, IntegerProducts), frozenset(in_floating_point)
         requests = [each.create_infer_request() for each in self._classifiers]
         self._classify, self._classify_floating = requests[0], requests[-1]
@@ -150,6 +150,11 @@ class OpenVINOEngine:
         threads = self._classifiers[0].get_property("INFERENCE_NUM_THREADS")
         version = ov.__version__.partition("-")[0]
         return f"openvino {version} on {self._cpu}, {precision}, {threads} threads"
+
+    def close(self) -> None:
+        """Free the compiled graphs, which hold the interpreter's lock for a twentieth of a second meanwhile."""
+        del self._classify, self._classify_floating, self._scale, self._resize
+        self._classifiers.clear()
 
 
 def _prepare_inputs(model: SuperViT, subnetwork: SubNetwork) -> tuple[tuple[ov.Tensor, ...], tuple[ov.Tensor, ...]]:

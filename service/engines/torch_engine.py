@@ -106,6 +106,11 @@ class TorchEngine:
         graphs = "" if self._graphs is None else ", CUDA graphs"
         return f"{where}, {precision}, {torch.get_num_threads()} threads{graphs}"
 
+    def close(self) -> None:
+        """Free the graphs and the model, unless others have it, too."""
+        del self._model, self._normalise
+        self._graphs = None
+
     def _forward(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         """Map (B, 3, S, S) uint8 images to (B, classes) float32 logits, both on the device."""
         logits: Tensor = self._model(self._normalise(images).to(self._dtype), subnetwork)

@@ -17,6 +17,7 @@ from service.errors import NotReadyError
 
 WORK_SHARE = 0.1  # share of the engine's time that work between batches may take while requests come ...
 QUIET_S = 0.05  # ... and seconds without a batch after which it may take all of the time
+GAP_S = 0.3  # for which work that may run waits for a moment in which no request waits
 WORK_S = 1.0  # expected seconds of a piece of work, for the watchdog
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ class EngineThread:
         self._clock, self._executor = clock, ThreadPoolExecutor(1, "engine")
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._served: dict[EngineUser, Future[None]] = {}
-        self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._work: deque[tuple[Callable[[], Any], Future[Any], float]] = deque()  # with the time of its submission
         self._is_looping = False
         self._working: tuple[float, float] | None = None
         self._work_due_at = self._batch_at = -math.inf
@@ -98,7 +99,7 @@ class EngineThread:
         return done
 
     def work(self, function: Callable[[], T]) -> "Future[T]":
-        """Run a short piece of work between two batches; at most one batch waits for it.
+        """Run a piece of work between two batches, where possible in a moment in which no request waits.
 
         While requests come, work gets WORK_SHARE of the engine's time. Where nothing is served, or serving ends before
         the work has its turn, its future gets a NotReadyError.
@@ -107,7 +108,7 @@ class EngineThread:
         with self._lock:
             is_served = self._is_looping
             if is_served:
-                self._work.append((function, done))
+                self._work.append((function, done, self._clock()))
         if not is_served:
             done.set_exception(NotReadyError("the server is stopping"))
         self._wake.set()
@@ -126,7 +127,7 @@ class EngineThread:
             self._give_turns()
         except BaseException as error:  # a bug: the code that waits on these futures must get it
             with self._lock:
-                ends = [*self._served.values(), *(done for _, done in self._work)]
+                ends = [*self._served.values(), *(done for _, done, _ in self._work)]
                 self._is_looping = False
                 self._served.clear()
                 self._work.clear()
@@ -159,7 +160,7 @@ class EngineThread:
                 return list(self._served)
             self._is_looping, left = False, list(self._work)
             self._work.clear()
-        for _, done in left:
+        for _, done, _ in left:
             if not done.cancelled():
                 done.set_exception(NotReadyError("the server is stopping"))
         return []
@@ -213,11 +214,13 @@ class EngineThread:
         """Return the seconds until a piece of work may run; infinite where there is none."""
         if not self._work:
             return math.inf
-        due_at = min(self._work_due_at, self._batch_at + QUIET_S) if is_quiet else self._work_due_at
-        return due_at - self._clock()
+        if is_quiet:
+            return min(self._work_due_at, self._batch_at + QUIET_S) - self._clock()
+        _, _, submitted_at = self._work[0]
+        return max(self._work_due_at, submitted_at) + GAP_S - self._clock()
 
     def _do_work(self) -> None:
-        function, done = self._work.popleft()
+        function, done, _ = self._work.popleft()
         if not done.set_running_or_notify_cancel():
             return
         began_at = self._clock()

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -18,8 +18,9 @@ from models.checkpoint import Checkpoint, Header, UnreadableCheckpointError, loa
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
 from service.assembly import ProfileWithFile, ServedModel, assemble
-from service.candidate import MEMORY_BYTES, MEMORY_OF_FILE, REHEARSED_S, BetweenBatches, CandidateMaker
+from service.candidate import MEMORY_BYTES, MEMORY_OF_FILE, REHEARSED_S, BetweenBatches, CandidateMaker, OpenEngine
 from service.domain import InferenceRequest
+from service.engines.base import Engine
 from service.engines.profile_store import begin_profile, extended_profile
 from service.engines.torch_engine import TorchEngine
 from service.errors import ModelChangeError, NotReadyError
@@ -65,16 +66,18 @@ class Stage:
         self.ledger, self.folder = KeyLedger(1.0), folder
         self.engine, self.new = Noting(checkpoint), Noting(checkpoint)
         self.checkpoint, self.begun, self.is_stopping = checkpoint, 0, False
+        self.make(lambda checkpoint, *_: (self.new, checkpoint))
+
+    def make(self, open_candidate: OpenEngine) -> None:
         self.maker = CandidateMaker(
             self.settings,
             self.thread,
             self.metrics,
             self.monitor,
             self.ledger,
-            open_candidate=lambda checkpoint, *_: (self.new, checkpoint),
+            open_candidate=open_candidate,
             begin=self.begin,
             is_stopping=lambda: self.is_stopping,
-            sleep=lambda _: None,
         )
 
     def begin(self, checkpoint: Checkpoint, *others: object, **options: object) -> ProfileWithFile:
@@ -149,20 +152,30 @@ async def test_a_model_of_the_same_architecture_inherits_the_latencies_without_m
     new.close()
 
 
-@pytest.mark.parametrize("is_on_gpu", [False, True])
-async def test_the_slow_first_runs_avoid_the_engine_thread_except_on_a_gpu(
-    checkpoint: Checkpoint, path: Path, is_on_gpu: bool
+async def test_a_candidate_is_read_run_and_freed_on_the_thread_of_the_engine(
+    checkpoint: Checkpoint, path: Path
 ) -> None:
     stage = Stage(checkpoint, path.parent)
-    stage.new.is_on_gpu = is_on_gpu  # a GPU may be used by the engine's thread alone
-    stage.new.warm_up = lambda: None  # type: ignore[method-assign] # of this engine only
+
+    def on_thread() -> None:
+        stage.new.threads.append(threading.current_thread().name)
+
+    stage.new.close = on_thread  # type: ignore[method-assign] # of this engine only
+
+    def open_candidate(checkpoint: Checkpoint, *others: Any) -> tuple[Engine, Checkpoint]:  # noqa: ANN401 - passed on
+        others[-1](on_thread)
+        return stage.new, checkpoint
+
+    stage.make(open_candidate)
     async with stage.serving(stage.measured()) as old:
         new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
-    is_apart = [not name.startswith("engine") for name in stage.new.threads]
-    assert is_apart == [*[not is_on_gpu] * 2, *[False] * (len(checkpoint.config.subnetworks) - 2)]
-    if not is_on_gpu:
-        assert stage.new.ran[:2] == [(checkpoint.config.subnetworks[0], 1), (checkpoint.config.largest, 1)]
+        await asyncio.to_thread(stage.maker.release, new)
+    assert len(stage.new.threads) == len(checkpoint.config.subnetworks) + 2
+    assert {name.partition("_")[0] for name in stage.new.threads} == {"engine"}
     new.close()
+    stage.is_stopping = True
+    stage.maker.release(new)
+    assert len(stage.new.threads) == len(checkpoint.config.subnetworks) + 2
 
 
 async def test_a_given_latency_table_is_used_for_the_new_model_as_well(checkpoint: Checkpoint, path: Path) -> None:
@@ -315,7 +328,8 @@ def test_the_wait_for_the_engine_is_no_part_of_a_candidates_latency(checkpoint: 
             done.set_result(function())
             return done
 
-    between = BetweenBatches(SlowEngine(checkpoint), BusyThread(), lambda: False, lambda: now)
+    thread = BusyThread()
+    between = BetweenBatches(SlowEngine(checkpoint), lambda step: thread.work(step).result(), lambda: now)
     for _ in range(3):
         between.run(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), checkpoint.config.largest)
     assert between.clock() == 6.0

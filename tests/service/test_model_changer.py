@@ -39,7 +39,7 @@ class Model:
         self.then: Callable[[], None] = lambda: None
         self.announce: Callable[[], None] = lambda: None
         self.checkpoint, self.sample, self.engine = checkpoint, LiveSample(), self
-        self.is_unused, self.is_closed = True, False
+        self.is_unused, self.is_closed, self.is_released = True, False, False
         self.logits = torch.tensor([[1.0, 0.0]])
         self.error: Exception | None = None
         self.ended = asyncio.Event()
@@ -111,6 +111,10 @@ class Stage:
         assert self.changer.report.step == "rehearse"
         self.is_rehearsed = True
 
+    def release(self, model: Model) -> None:
+        assert model.is_closed
+        model.is_released = True
+
     def between_batches(self, engine: Model) -> BetweenBatches:
         def run(images: Tensor, subnetwork: SubNetwork) -> Tensor:
             self.now += engine.seconds
@@ -169,7 +173,7 @@ async def test_a_model_that_agrees_with_the_served_one_replaces_it(stage: Stage)
     assert stage.served == "new"
     assert stage.is_serving
     assert stage.is_rehearsed
-    assert stage.old.is_closed
+    assert (stage.old.is_released, stage.new.is_released) == (True, False)
     assert stage.read("model_changes_total", outcome="done") == 1
     assert stage.read("model_info", name="old", version="000") == 0
     assert stage.read("model_info", name="new", version="111") == 1
@@ -234,7 +238,7 @@ async def test_a_model_that_disagrees_with_the_served_one_is_refused_unless_forc
     assert (report.outcome, report.step, report.agreement) == ("refused", "compare", 0.0)
     assert "agrees with the served one on 0.0% of 1 images" in str(report.message)
     assert stage.served == "old"
-    assert stage.new.is_closed
+    assert (stage.old.is_released, stage.new.is_released) == (False, True)
 
     forced = Stage()
     forced.new.logits = torch.tensor([[0.0, 1.0]])
@@ -313,7 +317,7 @@ async def test_the_old_model_returns_if_the_new_one_fails_while_serving(stage: S
     assert (report.outcome, report.step) == ("went_back", "watch")
     assert stage.served == "old"
     assert stage.is_serving
-    assert stage.new.is_closed
+    assert stage.new.is_released
     assert stage.read("model_info", name="old", version="000") == 1
     assert stage.read("model_info", name="new", version="111") == 0
     assert stage.read("model_changes_total", outcome="went_back") == 1

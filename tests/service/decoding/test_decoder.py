@@ -1,9 +1,12 @@
+import gc
+import math
 import random
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 
 import pytest
@@ -46,6 +49,34 @@ def slow(threads: int = 2) -> Iterator[Slow]:
     finally:
         images.may_end.set()
         images.decoder.close()
+
+
+@pytest.mark.parametrize("data", [b"fine", b"broken"])
+def test_an_image_is_freed_with_its_future_without_the_garbage_collector(data: bytes) -> None:
+    held: list[weakref.ref[object]] = []
+
+    class Opened(OpenedImage):
+        """An opened image that can be referred to weakly."""
+
+    def open_image(data: bytes) -> OpenedImage:
+        def decode() -> torch.Tensor:
+            if data == b"broken":
+                raise InvalidImageError("it is broken")
+            return torch.zeros(1)
+
+        opened = Opened("jpeg", COST_S, 0, decode)
+        held.append(weakref.ref(opened))
+        return opened
+
+    decoder = Decoder(open_image, 1, 0)
+    gc.disable()
+    try:
+        wait([decoder.submit(data, math.inf)])
+        wait([decoder.submit(b"next", math.inf)])  # by now the only thread has forgotten the first
+        assert held[0]() is None
+    finally:
+        gc.enable()
+        decoder.close()
 
 
 def test_images_past_their_expected_time_are_expected_to_need_as_many_seconds_more() -> None:

@@ -2,7 +2,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,10 +154,25 @@ def test_warming_up_runs_every_trained_sub_network(model: SuperViT) -> None:
 def test_an_engine_of_exported_graphs_gives_the_same_logits(
     model: SuperViT, engine: OpenVINOEngine, images: Tensor
 ) -> None:
-    other = OpenVINOEngine(model, threads=1, precision="float32", compiled=engine.export)
+    other = OpenVINOEngine(model, threads=1, precision="float32", compiled=lambda read: map(read, engine.export()))
     assert other.describe() == engine.describe()
     for subnetwork in model.config.subnetworks:
         assert torch.equal(other.run(images, subnetwork), engine.run(images, subnetwork))
+
+
+def test_a_closed_engine_holds_no_graph(model: SuperViT, engine: OpenVINOEngine) -> None:
+    graphs: list[weakref.ref[object]] = []
+
+    def compiled(read: Callable[[bytes], object]) -> Iterator[object]:
+        for exported in engine.export():
+            graph = read(exported)
+            graphs.append(weakref.ref(graph))
+            yield graph
+
+    other = OpenVINOEngine(model, threads=1, precision="float32", compiled=compiled)
+    assert [graph() is None for graph in graphs] == [False]
+    other.close()
+    assert [graph() is None for graph in graphs] == [True]
 
 
 def test_the_engine_names_library_cpu_precision_and_threads(engine: OpenVINOEngine) -> None:

@@ -1,3 +1,4 @@
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from types import MappingProxyType
@@ -218,6 +219,16 @@ def test_a_device_that_does_not_exist_is_rejected_in_one_line(checkpoint: Checkp
 def test_the_engine_names_library_cpu_precision_and_threads(checkpoint: Checkpoint) -> None:
     engine = TorchEngine(checkpoint.model, "cpu", 1)
     assert engine.describe() == f"torch {torch.__version__} on Acme 3000, float32, 1 threads"
+
+
+def test_a_closed_engine_holds_no_model(checkpoint: Checkpoint) -> None:
+    model = SuperViT(checkpoint.config).eval()
+    engine = TorchEngine(model, "cpu", 1)
+    held = weakref.ref(model)
+    del model
+    assert held() is not None
+    engine.close()
+    assert held() is None
 
 
 def test_the_engine_uses_the_given_number_of_threads(checkpoint: Checkpoint) -> None:

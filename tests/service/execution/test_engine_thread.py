@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from service.errors import NotReadyError
-from service.execution.engine_thread import QUIET_S, WORK_SHARE, EngineThread
+from service.execution.engine_thread import GAP_S, QUIET_S, WORK_SHARE, EngineThread
 
 WAIT_S = 10  # seconds of real time, at most
 
@@ -23,11 +23,11 @@ class Hours:
 
 
 class Scripted:
-    """Has a number of batches to run, of a second each; is over once all have run and it may end."""
+    """Has a number of batches to run, by default of a second each; is over once all have run and it may end."""
 
     def __init__(self, name: str, ran: list[str], hours: Hours, batches: int = 0, due_s: float = math.inf) -> None:
         self.name, self.ran, self.hours, self.due_s = name, ran, hours, due_s
-        self.batches, self.may_end = batches, False
+        self.batches, self.batch_s, self.may_end = batches, 1.0, False
         self.running: tuple[float, float] | None = None
         self.error: Exception | None = None
         self.failing = "turn"
@@ -46,7 +46,7 @@ class Scripted:
 
     def take_turn(self) -> None:
         self.batches -= 1
-        self.hours.now += 1.0
+        self.hours.now += self.batch_s
         self.ran.append(self.name)
         if self.failing == "turn" and self.error:
             raise self.error
@@ -183,8 +183,21 @@ def test_work_gets_its_share_of_the_engine_while_requests_come(stage: Stage) -> 
     for each in done:
         each.result(WAIT_S)
     places = [place for place, name in enumerate(stage.ran) if name == "work"]
-    between = round(1 / WORK_SHARE) - 1
+    between = math.ceil(1 / WORK_SHARE - 1 + GAP_S)
     assert [after - before - 1 for before, after in pairwise(places)] == [between] * (pieces - 1)
+
+
+@pytest.mark.parametrize(("waiting", "before"), [(1, 1), (2, 2), (60, 4)])
+def test_work_waits_a_short_time_for_a_moment_in_which_no_request_does(stage: Stage, waiting: int, before: int) -> None:
+    busy = stage.scripted("busy", waiting)
+    busy.batch_s = 0.3 * GAP_S
+    stage.hours.now += QUIET_S
+    go = stage.held_back()
+    stage.thread.serve(busy)
+    work = stage.thread.work(lambda: stage.ran.append("work"))
+    go.set()
+    work.result(WAIT_S)
+    assert stage.ran[: before + 1] == ["busy"] * before + ["work"]
 
 
 def test_failed_work_raises_for_its_caller_and_the_next_piece_runs(stage: Stage) -> None:
@@ -209,7 +222,7 @@ def test_work_and_batches_are_reported_as_running_to_the_watchdog(stage: Stage) 
 
 def test_work_fails_where_nothing_is_served_or_serving_has_ended(stage: Stage) -> None:
     assert isinstance(stage.thread.work(lambda: 7).exception(WAIT_S), NotReadyError)
-    busy = stage.scripted("busy", 1)
+    busy = stage.scripted("busy", 2)
     busy.may_end = True
     go = stage.held_back()
     stage.thread.serve(busy)
