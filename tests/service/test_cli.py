@@ -108,7 +108,7 @@ def test_serve_reports_a_bad_checkpoint_in_one_line(
     path = tmp_path / "bad.pth"
     if content is not None:
         path.write_bytes(content)
-    assert main(["serve", "--checkpoint", str(path)]) == 1
+    assert main(["serve", "--port", "0", "--checkpoint", str(path)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert str(path) in error
@@ -123,7 +123,7 @@ def test_serve_rejects_workers_together_with_an_inherited_socket(
 
 
 def test_serve_rejects_a_device_that_does_not_exist(checkpoint_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--checkpoint", str(checkpoint_path), "--device", "cuda:77"]) == 1
+    assert main(["serve", "--port", "0", "--checkpoint", str(checkpoint_path), "--device", "cuda:77"]) == 1
     assert capsys.readouterr().err.startswith("supervit: device 'cuda:77' cannot be used")
 
 
@@ -165,7 +165,8 @@ def test_a_missing_command_is_a_usage_error_and_lists_the_commands(capsys: pytes
 
 
 @pytest.mark.parametrize(
-    "command", [["serve", "--checkpoint"], ["profile", "--checkpoint"], ["simulate", "--checkpoint"], ["evaluate"]]
+    "command",
+    [["serve", "--port", "0", "--checkpoint"], ["profile", "--checkpoint"], ["simulate", "--checkpoint"], ["evaluate"]],
 )
 @pytest.mark.parametrize(
     ("name", "complaint"),
