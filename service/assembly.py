@@ -16,6 +16,7 @@ from models.supervit import SuperViT
 from service.decoding import images
 from service.decoding.decoder import Decoder
 from service.engines.base import Engine
+from service.engines.factory import EngineChoice, engine_threads
 from service.engines.growing_profile import GrowingProfile, Prediction, untimed_shapes
 from service.engines.profile_files import ProfileFile
 from service.engines.profile_store import extended_profile
@@ -90,6 +91,12 @@ class ServedModel:
         """Let the threads of the explainer and the decoder end once their work is done."""
         self.server.explainer.close()
         self.decoder.close()
+
+
+def engine_choice(settings: Settings, checkpoint: Checkpoint, cores: float) -> EngineChoice:
+    """Return the choice of the settings for a checkpoint, where this process may use so many cores."""
+    threads = settings.threads or engine_threads(checkpoint, cores)
+    return EngineChoice(settings.engine, settings.device, settings.precision, threads)
 
 
 def assemble(

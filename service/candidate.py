@@ -18,10 +18,9 @@ from models.checkpoint import Checkpoint, load_checkpoint
 from models.files.sources import find_checkpoint
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
-from service.assembly import ProfileWithFile, ServedModel, assemble
+from service.assembly import ProfileWithFile, ServedModel, assemble, engine_choice
 from service.engines.base import Engine
 from service.engines.candidate_engine import Between, open_candidate
-from service.engines.factory import engine_threads
 from service.engines.profile_store import begin_profile, extended_profile, inherited_profile, measured_batch_sizes
 from service.errors import ModelChangeError, NotReadyError
 from service.execution.comparison import require_finite
@@ -145,11 +144,8 @@ class CandidateMaker:
             NotReadyError: the server is stopping.
         """
         settings = self._settings
-        threads = settings.threads or engine_threads(checkpoint, self._monitor.latest.cores)
-        kind, device, precision = settings.engine, settings.device, settings.precision
-        engine, checkpoint = self._open_candidate(
-            checkpoint, kind, device, precision, threads, self._is_stopping, self._between
-        )
+        choice = engine_choice(settings, checkpoint, self._monitor.latest.cores)
+        engine, checkpoint = self._open_candidate(checkpoint, choice, self._is_stopping, self._between)
         between, config = self.between_batches(engine), checkpoint.config
         require_finite(between.run, config.image_side, config.subnetworks)
         if engine.is_on_gpu:
@@ -161,7 +157,7 @@ class CandidateMaker:
             self._thread,
             metrics=self._metrics,
             monitor=self._monitor,
-            threads=threads,
+            threads=choice.threads,
             ledger=self._ledger,
             known=self._latencies(checkpoint, engine, between, served),
         )

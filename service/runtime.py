@@ -11,14 +11,14 @@ from models.checkpoint import Checkpoint, load_checkpoint
 from models.files.sources import find_checkpoint
 from models.latency import LatencyTable
 from service.access.key_file import KeyFile
-from service.assembly import ProfileWithFile, ServedModel, assemble
+from service.assembly import ProfileWithFile, ServedModel, assemble, engine_choice
 from service.candidate import CandidateMaker, Load, OpenEngine
 from service.checkpoint_watch import CheckpointWatch, follow
 from service.classifier import Classifier, ClientLimiter
 from service.domain import ServerState
 from service.engines.base import Engine
 from service.engines.candidate_engine import open_candidate
-from service.engines.factory import engine_threads, open_engine
+from service.engines.factory import open_engine
 from service.engines.profile_store import begin_profile, extended_profile, nominal_latencies
 from service.errors import NotReadyError
 from service.execution.engine_thread import EngineThread
@@ -99,10 +99,10 @@ class ServerRuntime:
         self._settings, self._latencies = settings, latencies
         self._on_failure, self._heartbeat = on_failure, heartbeat
         self._monitor, self._watchdog = monitor or Monitor(), watchdog or Watchdog()
-        self._threads = settings.threads or engine_threads(checkpoint, self._monitor.latest.cores)
+        choice = engine_choice(settings, checkpoint, self._monitor.latest.cores)
         if engine is None:
-            kind, device, precision = settings.engine, settings.device, settings.precision
-            engine, checkpoint = open_engine(checkpoint, kind, device, precision, self._threads)
+            engine, checkpoint = open_engine(checkpoint, choice)
+        self._threads = choice.threads
         self._first: tuple[Engine, Checkpoint] | None = engine, checkpoint  # until it is served: others may replace it
         profile = extended_profile(checkpoint)
         catalog = VariantCatalog.of(profile, nominal_latencies(profile), cascades=settings.cascades)

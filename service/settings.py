@@ -13,6 +13,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import CommandError, first_problem
 
+EngineKind = Literal["auto", "torch", "openvino"]
+Precision = Literal["auto", "float32", "bfloat16", "int8"]
+
 DEFAULT_CHECKPOINT = "supervit-small-caltech101"  # one of the checkpoints that ship
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "supervit"
 # For commands that call a server: their arguments are visible to all users of the machine.
@@ -66,11 +69,11 @@ class Settings(BaseSettings):
     )
     fd: int | None = Field(None, ge=0, description="inherited socket to listen on instead of host and port")
     workers: int = Field(1, ge=1, description="servers behind one port, each on a share of the cores")
-    engine: Literal["auto", "torch", "openvino"] = Field(
+    engine: EngineKind = Field(
         "auto", description="inference engine; auto selects OpenVINO on a CPU and PyTorch on a GPU"
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto")
-    precision: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+    precision: Precision = Field(
         "auto",
         description="precision of the matrix products; auto selects int8 if the checkpoint is prepared for it, the CPU "
         "is faster with it and the sub-network loses little accuracy, otherwise the faster of the other two",

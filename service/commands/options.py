@@ -9,6 +9,7 @@ from pydantic_settings import CliPositionalArg
 from models.defaults import MAX_BAD_IMAGES, count_cores, default_workers
 from service.bench.options import HttpUrl
 from service.domain import KEY_NAME
+from service.settings import EngineKind, Precision
 
 STDIN = Path("-")
 
@@ -95,11 +96,9 @@ class Profile(BaseModel):
     """Measure the latency of each sub-network on this machine, or show an earlier measurement."""
 
     checkpoint: str | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` uses")
-    engine: Literal["auto", "torch", "openvino"] | None = Field(None, description="inference engine")
+    engine: EngineKind | None = Field(None, description="inference engine")
     device: str | None = Field(None, description="cpu, cuda, cuda:1, or auto")
-    precision: Literal["auto", "float32", "bfloat16", "int8"] | None = Field(
-        None, description="precision of the matrix products"
-    )
+    precision: Precision | None = Field(None, description="precision of the matrix products")
     threads: int | None = Field(None, ge=1, description="threads of the engine on a CPU; by default as for `serve`")
     max_batch_size: int | None = Field(None, ge=1, le=64, description="largest batch to measure")
     fresh: bool = Field(False, description="measure again even if there is an earlier measurement")

@@ -4,8 +4,9 @@ import statistics
 import sys
 
 from models.checkpoint import Checkpoint, load_checkpoint
+from service.assembly import engine_choice
 from service.commands.options import Profile
-from service.engines.factory import engine_threads, open_engine
+from service.engines.factory import open_engine
 from service.engines.profile_store import measure_latencies
 from service.engines.profiler import Measurement
 from service.machine.monitor import Monitor
@@ -48,8 +49,7 @@ def measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False) 
 
     Lines on stderr say where that takes a while, or where the latencies are of little use.
     """
-    threads = settings.threads or engine_threads(checkpoint, Monitor().latest.cores)
-    engine, served = open_engine(checkpoint, settings.engine, settings.device, settings.precision, threads)
+    engine, served = open_engine(checkpoint, engine_choice(settings, checkpoint, Monitor().latest.cores))
     folder, most = settings.profile_folder, settings.max_batch_size
     measured = measure_latencies(
         served, engine, folder=folder, max_batch_size=most, fresh=fresh, announce=_announce_measuring

@@ -1,5 +1,6 @@
 """Creates the engine of a candidate while another model is served; a separate process compiles it."""
 
+import json
 import logging
 import os
 import subprocess
@@ -7,13 +8,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
-from typing import Any, BinaryIO, Literal, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from models.checkpoint import Checkpoint
 from service.engines.base import Engine
 from service.engines.compile_process import LENGTH
-from service.engines.factory import Kind, Precision, open_engine
+from service.engines.factory import EngineChoice, open_engine
 from service.errors import NotReadyError
 
 POLL_S = 0.1  # between two checks whether the server is stopping
@@ -27,10 +29,7 @@ logger = logging.getLogger(__name__)
 
 def open_candidate(
     checkpoint: Checkpoint,
-    kind: Kind,
-    device: str,
-    precision: Literal["auto", "int8"] | Precision,
-    threads: int,
+    choice: EngineChoice,
     is_stopping: Callable[[], bool],
     between: Between = lambda step: step(),
 ) -> tuple[Engine, Checkpoint]:
@@ -40,10 +39,7 @@ def open_candidate(
 
     Args:
         checkpoint: as in `open_engine`; a checkpoint without a file is compiled in this process.
-        kind: as in `open_engine`.
-        device: as in `open_engine`.
-        precision: as in `open_engine`.
-        threads: as in `open_engine`.
+        choice: the engine.
         is_stopping: returns whether the server is stopping, which ends the process.
         between: runs each step that takes time from requests, between two batches of the served model.
 
@@ -53,14 +49,13 @@ def open_candidate(
         RuntimeError: the process failed; the message is what it wrote.
     """
     if checkpoint.path is None:
-        return open_engine(checkpoint, kind, device, precision, threads)
-    arguments = [str(checkpoint.path), checkpoint.version, kind, device, precision, str(threads)]
+        return open_engine(checkpoint, choice)
+    arguments = [str(checkpoint.path), checkpoint.version, json.dumps(asdict(choice))]
     try:
-        compiled = partial(_compile, arguments, is_stopping, between)
-        return open_engine(checkpoint, kind, device, precision, threads, compiled=compiled)
+        return open_engine(checkpoint, choice, compiled=partial(_compile, arguments, is_stopping, between))
     except TimeoutError:
         logger.info("the machine has no time to spare: the new model is compiled at the cost of requests")
-        return open_engine(checkpoint, kind, device, precision, threads)
+        return open_engine(checkpoint, choice)
 
 
 def _compile(

@@ -4,6 +4,7 @@
 libraries start must keep the normal one.
 """
 
+import json
 import os
 import struct
 import sys
@@ -12,16 +13,13 @@ from contextlib import suppress
 LENGTH = struct.Struct("<Q")  # of a graph, in bytes
 
 
-def main(path: str, version: str, kind: str, device: str, precision: str, threads: str, file: str) -> None:
+def main(path: str, version: str, choice: str, file: str) -> None:
     """Compile the engine that `open_engine` creates for the same arguments.
 
     Args:
         path: the checkpoint's file.
         version: its expected version.
-        kind: as in `open_engine`.
-        device: as in `open_engine`.
-        precision: as in `open_engine`.
-        threads: as in `open_engine`.
+        choice: the engine, as JSON.
         file: descriptor of the file to which the exported graphs are written, each after its LENGTH.
 
     Raises:
@@ -34,14 +32,14 @@ def main(path: str, version: str, kind: str, device: str, precision: str, thread
     import torch
 
     from models.checkpoint import load_checkpoint
-    from service.engines.factory import open_engine
+    from service.engines.factory import EngineChoice, open_engine
     from service.engines.openvino_engine import OpenVINOEngine
 
     torch.set_num_threads(1)  # several would spin while they wait for the processors of others
     checkpoint = load_checkpoint(path)
     if checkpoint.version != version:
         sys.exit("the checkpoint was replaced while it was loaded")
-    engine, _ = open_engine(checkpoint, kind, device, precision, int(threads))  # type: ignore[arg-type] # of settings
+    engine, _ = open_engine(checkpoint, EngineChoice(**json.loads(choice)))
     if not isinstance(engine, OpenVINOEngine):
         sys.exit("this engine is not compiled")
     with os.fdopen(int(file), "wb") as output:

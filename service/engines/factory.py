@@ -3,8 +3,8 @@
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from models.checkpoint import Checkpoint
 from models.devices import resolve_device
@@ -16,9 +16,8 @@ from service.engines.base import Engine
 from service.engines.openvino_engine import OpenVINOEngine, has_bfloat16
 from service.engines.openvino_products import integer_products
 from service.engines.torch_engine import TorchEngine, cpu_capabilities
+from service.settings import EngineKind, Precision
 
-Kind = Literal["auto", "torch", "openvino"]
-Precision = Literal["float32", "bfloat16"]
 Compiled = Callable[[Callable[[bytes], Any]], Iterable[Any]]
 
 logger = logging.getLogger(__name__)
@@ -28,27 +27,38 @@ FUSES = "the OpenVINO engine does not support models that fuse pruned tokens; us
 NO_INSTRUCTIONS = "this CPU has neither AVX2 nor VNNI"
 
 
-def open_engine(
-    checkpoint: Checkpoint,
-    kind: Kind,
-    device: str,
-    precision: Literal["auto", "int8"] | Precision,
-    threads: int,
-    capabilities: Mapping[str, object] | None = None,
-    compiled: Compiled | None = None,
-) -> tuple[Engine, Checkpoint]:
-    """Build the requested engine, and return it with the checkpoint as it is served.
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """The engine that an operator chose.
 
-    Args:
-        checkpoint: the checkpoint whose model runs.
-        kind: kind of engine.
-        device: as in `make_engine`.
+    Attributes:
+        kind: kind of engine; "auto" is OpenVINO on a CPU and PyTorch on a GPU.
+        device: a torch device, or "auto" for the first GPU where there is one.
         precision: "auto" is 8 bits where the checkpoint is prepared for them and OpenVINO serves it on a CPU that gains
             from them, except for sub-networks that lose more than TOLERATED_LOSS; elsewhere the engine's fastest
             precision.
         threads: number of threads of the engine, on a CPU.
+    """
+
+    kind: EngineKind
+    device: str
+    precision: Precision
+    threads: int
+
+
+def open_engine(
+    checkpoint: Checkpoint,
+    choice: EngineChoice,
+    capabilities: Mapping[str, object] | None = None,
+    compiled: Compiled | None = None,
+) -> tuple[Engine, Checkpoint]:
+    """Build the chosen engine, and return it with the checkpoint as it is served.
+
+    Args:
+        checkpoint: the checkpoint whose model runs.
+        choice: the engine.
         capabilities: CPU capabilities under torch's names; by default what torch reports.
-        compiled: returns what OpenVINO's engine of these arguments exports; called only if that is the engine.
+        compiled: reads what OpenVINO's engine of these arguments exports; called only if that is the engine.
 
     Returns:
         The engine, and the checkpoint with the profile of what is served.
@@ -56,20 +66,18 @@ def open_engine(
     Raises:
         DeviceError: there is no such device here, or the device or the engine cannot do what was asked for.
     """
-    if precision != "auto" and precision != "int8":
-        return make_engine(kind, checkpoint.model, device, threads, precision, compiled), checkpoint
-    int8, problem = checkpoint.int8, _problem_of_int8(checkpoint, kind, device, capabilities or cpu_capabilities())
-    if precision == "int8" and problem is not None:
+    int8, problem = checkpoint.int8, _problem_of_int8(checkpoint, choice, capabilities or cpu_capabilities())
+    if choice.precision == "int8" and problem is not None:
         raise DeviceError(f"precision int8 is not available: {problem}")
-    if int8 is None or problem is not None:
-        return make_engine(kind, checkpoint.model, device, threads, compiled=compiled), checkpoint
-    floating = int8.too_lossy(checkpoint.profile) if precision == "auto" else []
+    if choice.precision in ("float32", "bfloat16") or int8 is None or problem is not None:
+        return make_engine(checkpoint.model, choice, compiled), checkpoint
+    floating = int8.too_lossy(checkpoint.profile) if choice.precision == "auto" else []
     if floating:
         lossy = ", ".join(map(str, floating))
         logger.info("int8 would lose too much top-1 accuracy at %s; use --precision int8 to override", lossy)
     if set(floating) >= set(checkpoint.config.subnetworks):
-        return make_engine(kind, checkpoint.model, device, threads, compiled=compiled), checkpoint
-    engine = int8_engine(checkpoint.model, int8.ranges, threads, floating, compiled)
+        return make_engine(checkpoint.model, choice, compiled), checkpoint
+    engine = int8_engine(checkpoint.model, int8.ranges, choice.threads, floating, compiled)
     return engine, replace(checkpoint, profile=int8.profile_with(checkpoint.profile, floating, checkpoint.config))
 
 
@@ -93,37 +101,28 @@ def int8_engine(
     return OpenVINOEngine(model, threads, products=products, in_floating_point=in_floating_point, compiled=compiled)
 
 
-def make_engine(
-    kind: Kind,
-    model: SuperViT,
-    device: str,
-    threads: int,
-    precision: Precision | None = None,
-    compiled: Compiled | None = None,
-) -> Engine:
-    """Build an engine in floating point: by default OpenVINO on a CPU and PyTorch on a GPU.
+def make_engine(model: SuperViT, choice: EngineChoice, compiled: Compiled | None = None) -> Engine:
+    """Build an engine in floating point: by default OpenVINO on a CPU and PyTorch on a GPU, in its fastest precision.
 
     Args:
-        kind: kind of engine.
         model: in eval mode, on the CPU.
-        device: a torch device, or "auto" for the first GPU where there is one.
-        threads: number of threads of the engine, on a CPU.
-        precision: by default the engine's fastest on that device.
+        choice: the engine; its precision is not "int8".
         compiled: as in `open_engine`.
 
     Raises:
         DeviceError: there is no such device here, the engine cannot use it, or the device lacks the precision.
     """
-    is_cpu = resolve_device(device).type == "cpu"
-    if kind == "openvino" and not is_cpu:
-        raise DeviceError(f"device {device!r} cannot be used: the OpenVINO engine runs only on the CPU")
-    if kind == "openvino" and model.config.fuse_pruned:
+    is_cpu = resolve_device(choice.device).type == "cpu"
+    if choice.kind == "openvino" and not is_cpu:
+        raise DeviceError(f"device {choice.device!r} cannot be used: the OpenVINO engine runs only on the CPU")
+    if choice.kind == "openvino" and model.config.fuse_pruned:
         raise DeviceError(FUSES)
-    if _is_openvino(kind, model, device):
+    precision = None if choice.precision == "auto" or choice.precision == "int8" else choice.precision
+    if _is_openvino(model, choice):
         if precision == "bfloat16" and not has_bfloat16():
             raise DeviceError("precision bfloat16 is not available: this CPU has no instructions for it")
-        return OpenVINOEngine(model, threads, precision, compiled=compiled)
-    return TorchEngine(model, device, threads, precision)
+        return OpenVINOEngine(model, choice.threads, precision, compiled=compiled)
+    return TorchEngine(model, choice.device, choice.threads, precision)
 
 
 def engine_threads(checkpoint: Checkpoint, cores: float) -> int:
@@ -137,14 +136,14 @@ def engine_threads(checkpoint: Checkpoint, cores: float) -> int:
     return max(1, whole - 1) if largest.gflops < SMALL_GFLOPS else whole
 
 
-def _is_openvino(kind: Kind, model: SuperViT, device: str) -> bool:
-    is_cpu = resolve_device(device).type == "cpu"
-    return kind == "openvino" or (kind == "auto" and is_cpu and not model.config.fuse_pruned)
+def _is_openvino(model: SuperViT, choice: EngineChoice) -> bool:
+    is_cpu = resolve_device(choice.device).type == "cpu"
+    return choice.kind == "openvino" or (choice.kind == "auto" and is_cpu and not model.config.fuse_pruned)
 
 
-def _problem_of_int8(checkpoint: Checkpoint, kind: Kind, device: str, capabilities: Mapping[str, object]) -> str | None:
+def _problem_of_int8(checkpoint: Checkpoint, choice: EngineChoice, capabilities: Mapping[str, object]) -> str | None:
     """Return why a checkpoint cannot be served in 8 bits; None where it can."""
-    if resolve_device(device).type != "cpu" or not _is_openvino(kind, checkpoint.model, device):
+    if resolve_device(choice.device).type != "cpu" or not _is_openvino(checkpoint.model, choice):
         return "it requires the OpenVINO engine on a CPU"
     if checkpoint.int8 is None:
         return "the checkpoint is not prepared for it; run `supervit quantize`"

@@ -14,6 +14,8 @@ from models.supervit import SuperViT
 from service.engines.base import Captured
 from service.engines.cuda_graphs import CudaDevice, GraphCache, GraphDevice
 
+FloatPrecision = Literal["float32", "bfloat16"]
+
 BFLOAT16_CAPABILITIES = ("avx512_bf16", "amx_bf16")
 USABLE_SHARE = 0.8  # of the free GPU memory; allocators round up
 BFLOAT16_COMPUTE_CAPABILITY = (8, 0)  # NVIDIA's GPUs from Ampere on; older ones emulate bfloat16
@@ -27,7 +29,7 @@ class TorchEngine:
         model: SuperViT,
         device: str,
         threads: int,
-        precision: Literal["float32", "bfloat16"] | None = None,
+        precision: FloatPrecision | None = None,
         graph_device: GraphDevice | None = None,
     ) -> None:
         """Move the model to its device and precision, in place.

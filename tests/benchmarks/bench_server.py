@@ -21,8 +21,9 @@ from torch import Tensor
 
 from models.checkpoint import load_checkpoint
 from models.subnetwork import SubNetwork
+from service.assembly import engine_choice
 from service.decoding.images import decode_image
-from service.engines.factory import engine_threads, open_engine
+from service.engines.factory import open_engine
 from service.machine.monitor import Monitor
 from service.settings import Settings
 from tests.benchmarks.bench_live import Picture, ask, connect, finish_profile, read_pictures, server
@@ -38,8 +39,7 @@ class Bare:
 
     def __init__(self, checkpoint_path: Path, subnetwork: SubNetwork) -> None:
         settings, checkpoint = Settings(), load_checkpoint(checkpoint_path)
-        threads = engine_threads(checkpoint, Monitor().latest.cores)
-        self.engine, _ = open_engine(checkpoint, settings.engine, settings.device, settings.precision, threads)
+        self.engine, _ = open_engine(checkpoint, engine_choice(settings, checkpoint, Monitor().latest.cores))
         self.engine.warm_up()
         self.decode = partial(decode_image, config=checkpoint.config, max_pixels=settings.max_image_pixels)
         self.decode_threads = ThreadPoolExecutor(settings.decode_threads)

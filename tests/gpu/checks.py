@@ -26,9 +26,8 @@ from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
 from models.training.objective import PairLoss, Targets, sample_pairs, training_step
 from service.engines.base import Captured
-from service.engines.factory import Precision
 from service.engines.profiler import stopwatch
-from service.engines.torch_engine import TorchEngine
+from service.engines.torch_engine import FloatPrecision, TorchEngine
 from service.execution.throttle import UtilizationLimiter
 from service.machine.monitor import Monitor
 from service.machine.snapshot import GpuSnapshot
@@ -40,8 +39,8 @@ PHOTOGRAPHS = Path(__file__).parents[2] / "models" / "checkpoints" / "photograph
 # share of images with the CPU's top-1 class. The median, since rounding can make single images prune another token.
 # Emulated on a CPU, bfloat16 differed by 0.21 and agreed on 0.83 of the images at the worst sub-network of the two
 # checkpoints that ship.
-TOLERANCE: dict[Precision, float] = {"float32": 0.02, "bfloat16": 0.4}
-AGREEMENT: dict[Precision, float] = {"float32": 0.9, "bfloat16": 0.75}
+TOLERANCE: dict[FloatPrecision, float] = {"float32": 0.02, "bfloat16": 0.4}
+AGREEMENT: dict[FloatPrecision, float] = {"float32": 0.9, "bfloat16": 0.75}
 PREPARED_SIZES, MIXED_COUNTS, ROUNDS = (1, 2, 4, 8), (1, 2, 3, 5, 8), 3
 WARM_UPS = 5
 MAX_TIME_FRACTION = 0.8  # of the fastest sub-network's time to the largest's; with graphs, at the largest batch size
@@ -73,10 +72,10 @@ class Setting:
     checkpoints: tuple[Checkpoint, ...]
     batch_sizes: tuple[int, ...]
     runs: int
-    make_engine: Callable[[SuperViT, Precision | None], TorchEngine]
+    make_engine: Callable[[SuperViT, FloatPrecision | None], TorchEngine]
     clock: Callable[[], float] = time.perf_counter
 
-    def engine(self, checkpoint: Checkpoint, precision: Precision | None = None) -> TorchEngine:
+    def engine(self, checkpoint: Checkpoint, precision: FloatPrecision | None = None) -> TorchEngine:
         """Create an engine of a copy of a checkpoint's model."""
         return self.make_engine(copy.deepcopy(checkpoint.model), precision)
 
@@ -87,7 +86,7 @@ def require(holds: bool, message: str) -> None:
         raise CheckFailedError(message)
 
 
-def check_parity(setting: Setting, precision: Precision) -> Found:
+def check_parity(setting: Setting, precision: FloatPrecision) -> Found:
     """Compare the logits of every trained sub-network with those of the CPU in float32."""
     found: Found = {}
     for checkpoint in setting.checkpoints:

@@ -16,8 +16,7 @@ from models.flops import count_macs
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
-from service.engines.factory import Precision
-from service.engines.torch_engine import TorchEngine
+from service.engines.torch_engine import FloatPrecision, TorchEngine
 from service.machine.snapshot import GpuSnapshot
 from tests.gpu.checks import (
     MIB,
@@ -40,7 +39,7 @@ NAMES = tuple(map(str, range(CONFIG.num_classes)))
 class Engine(TorchEngine):
     """An engine on the CPU with fake CUDA graphs."""
 
-    def __init__(self, model: SuperViT, precision: Precision | None = None) -> None:
+    def __init__(self, model: SuperViT, precision: FloatPrecision | None = None) -> None:
         del precision
         super().__init__(model, "cpu", 1, "float32", FakeGraphDevice(total_bytes=100_000))
 

@@ -12,13 +12,15 @@ from models.quantization import BlockRanges, Quantization, Range
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from service.engines.candidate_engine import open_candidate
-from service.engines.factory import open_engine
+from service.engines.factory import EngineChoice, open_engine
 from service.errors import NotReadyError
 
 CONFIG = SuperViTConfig(
     width=16, depth=3, num_heads=2, patch_kernel=4, patch_grids=(2, 4), prune_blocks=(1,), num_classes=3
 )
 LOSSY = SubNetwork(2, 0.5)
+ON_CPU = EngineChoice("auto", "cpu", "auto", 1)
+IN_FLOAT32 = replace(ON_CPU, precision="float32")
 
 
 @pytest.fixture
@@ -40,8 +42,8 @@ def never() -> bool:
 
 
 def test_the_engine_is_the_one_that_the_server_would_compile_itself(prepared: Checkpoint) -> None:
-    engine, served = open_candidate(prepared, "auto", "cpu", "auto", 1, never)
-    expected, expected_served = open_engine(prepared, "auto", "cpu", "auto", 1)
+    engine, served = open_candidate(prepared, ON_CPU, never)
+    expected, expected_served = open_engine(prepared, ON_CPU)
     assert engine.describe() == expected.describe()
     assert served.profile == expected_served.profile
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
@@ -54,7 +56,7 @@ def test_a_checkpoint_that_was_replaced_meanwhile_is_not_compiled(prepared: Chec
     header = Header("other", CONFIG, ("a", "b", "c"), prepared.profile)
     save_checkpoint(prepared.path, SuperViT(CONFIG), header)
     with pytest.raises(RuntimeError, match=r"ended with 1: the checkpoint was replaced while it was loaded$"):
-        open_candidate(prepared, "auto", "cpu", "float32", 1, never)
+        open_candidate(prepared, IN_FLOAT32, never)
 
 
 def test_the_process_has_the_lowest_priority_and_ends_with_the_server(prepared: Checkpoint) -> None:
@@ -67,16 +69,16 @@ def test_the_process_has_the_lowest_priority_and_ends_with_the_server(prepared: 
 
     deadline = time.monotonic() + 20
     with pytest.raises(NotReadyError, match="the server is stopping"):
-        open_candidate(prepared, "auto", "cpu", "float32", 1, is_stopping)
+        open_candidate(prepared, IN_FLOAT32, is_stopping)
     assert [each.is_running() for each in seen] == [False]
 
 
 def test_only_openvino_needs_the_process(prepared: Checkpoint) -> None:
     moved = replace(prepared, path=Path("/no/such/file"))
-    engine, _ = open_candidate(moved, "torch", "cpu", "float32", 1, never)
+    engine, _ = open_candidate(moved, replace(IN_FLOAT32, kind="torch"), never)
     assert engine.describe().startswith("torch")
 
 
 def test_a_checkpoint_without_a_file_is_compiled_at_once(prepared: Checkpoint) -> None:
-    engine, _ = open_candidate(replace(prepared, path=None), "auto", "cpu", "float32", 1, never)
+    engine, _ = open_candidate(replace(prepared, path=None), IN_FLOAT32, never)
     assert engine.describe().startswith("openvino")
