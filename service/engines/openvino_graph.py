@@ -18,7 +18,7 @@ from models.layers import Attention, Block, ConvStem
 from models.quantization import ProductInput
 from models.subnetwork import Activation, Pooling, SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
-from service.engines.openvino_products import Floats, Products, linear
+from service.engines.openvino_products import Floats, Products, integers, linear
 
 Array = npt.NDArray[np.generic]
 
@@ -44,7 +44,7 @@ def build_resizing(config: SuperViTConfig) -> ov.Model:
     images = _full_size_images(config)
     lower, upper = (op.parameter([-1], np.int32) for _ in range(2))
     share = op.parameter([-1], np.float32)
-    rows = _between(images, lower, upper, op.unsqueeze(share, _ints(1)), axis=2)
+    rows = _between(images, lower, upper, op.unsqueeze(share, integers(1)), axis=2)
     return ov.Model([_normalised(_between(rows, lower, upper, share, axis=3), config)], [images, lower, upper, share])
 
 
@@ -72,7 +72,7 @@ def build_classifier(model: SuperViT, products: Products | None = None) -> ov.Mo
     bonus = {block: op.parameter([1, -1], np.float32) for block in kept}
     # Rows of zeros for the prefix tokens, which come with the position embedding.
     prefix = config.num_prefix_tokens
-    room = op.pad(_embed(model, images), _ints(0, prefix, 0), _ints(0, 0, 0), "constant", _floats(0.0))
+    room = op.pad(_embed(model, images), integers(0, prefix, 0), integers(0, 0, 0), "constant", _floats(0.0))
     tokens = op.add(room, positions)
     if model.norm_pre is not None:
         scale, shift = (op.constant(_numpy(tensor)) for tensor in (model.norm_pre.weight, model.norm_pre.bias))
@@ -132,7 +132,7 @@ def _embed(model: SuperViT, images: ov.Node) -> ov.Node:
         for convolution, norm in ((stem.conv1, stem.bn1), (stem.conv2, stem.bn2), (stem.conv3, stem.bn3)):
             images = op.relu(_convolve(images, fuse_conv_bn_eval(convolution, norm)))
     patches = _convolve(images, cast("nn.Conv2d", stem.proj))
-    return op.transpose(op.reshape(patches, _ints(0, model.config.width, -1), True), _ints(0, 2, 1))
+    return op.transpose(op.reshape(patches, integers(0, model.config.width, -1), True), integers(0, 2, 1))
 
 
 def _convolve(images: ov.Node, convolution: nn.Conv2d) -> ov.Node:
@@ -155,16 +155,16 @@ def _attend(
     normed = _norm(tokens, block.norm1)
     entered = asking = products.enter(normed, ProductInput(index, "qkv"))
     if only is not None:
-        tokens, asked = (op.gather(rows, _ints(*only), _int(1)) for rows in (tokens, normed))
+        tokens, asked = (op.gather(rows, integers(*only), _int(1)) for rows in (tokens, normed))
         asking = products.enter(asked, ProductInput(index, "qkv"))
     parts = [
         products.leave(products.linear(source, weight[part * width :][:width], bias[part * width :][:width]))
         for part, source in enumerate((asking, entered, entered))
     ]
-    split = _ints(0, 0, attention.num_heads, width // attention.num_heads)
-    heads = [op.transpose(op.reshape(part, split, True), _ints(0, 2, 1, 3)) for part in parts]
+    split = integers(0, 0, attention.num_heads, width // attention.num_heads)
+    heads = [op.transpose(op.reshape(part, split, True), integers(0, 2, 1, 3)) for part in parts]
     mixed = op.scaled_dot_product_attention(*heads, scale=_floats(attention.scale))
-    joined = op.reshape(op.transpose(mixed, _ints(0, 2, 1, 3)), _ints(0, 0, width), True)
+    joined = op.reshape(op.transpose(mixed, integers(0, 2, 1, 3)), integers(0, 0, width), True)
     projected = products.linear(
         products.enter(joined, ProductInput(index, "proj")), *_branch_end(attention.proj, block.skip_divisor)
     )
@@ -179,9 +179,9 @@ def _scores(attention: Attention, query: ov.Node, key: ov.Node) -> ov.Node:
     """
     head_width = attention.proj.in_features // attention.num_heads
     indicator = np.kron(np.eye(attention.num_heads), np.full((1, head_width), attention.scale)).astype(np.float32)
-    class_query = op.gather(query, _ints(0), _int(1))  # (B, 1, D)
+    class_query = op.gather(query, integers(0), _int(1))  # (B, 1, D)
     row = op.matmul(op.multiply(key, class_query), op.constant(indicator), False, True)  # (B, N, H)
-    return op.reduce_mean(op.softmax(row, 1), _ints(2), False)
+    return op.reduce_mean(op.softmax(row, 1), integers(2), False)
 
 
 def _prune(tokens: ov.Node, scores: ov.Node, kept: ov.Node, bonus: ov.Node) -> ov.Node:
@@ -207,26 +207,28 @@ def _transform(block: Block, tokens: ov.Node, activation: Activation, products: 
 def _classify(model: SuperViT, tokens: ov.Node) -> ov.Node:
     weight, bias = _after_norm(model.head, model.norm)
     if model.config.pooling == "mean":
-        averaged = op.reduce_mean(_patches(model, tokens), _ints(1), False)
+        averaged = op.reduce_mean(_patches(model, tokens), integers(1), False)
         return linear(_norm(averaged, model.norm), weight, bias)
     read = HEAD_TOKENS[model.config.pooling] or []
-    features = op.reshape(op.gather(_norm(tokens, model.norm), _ints(*read), _int(1)), _ints(0, len(weight.T)), True)
+    features = op.reshape(
+        op.gather(_norm(tokens, model.norm), integers(*read), _int(1)), integers(0, len(weight.T)), True
+    )
     logits = linear(features, weight, bias)
     if model.aux_head is None:
         return logits
     patches = _norm(_patches(model, tokens), model.norm)
-    auxiliary = op.reduce_max(linear(patches, *_after_norm(model.aux_head, model.norm)), _ints(1), False)
+    auxiliary = op.reduce_max(linear(patches, *_after_norm(model.aux_head, model.norm)), integers(1), False)
     return op.add(logits, op.multiply(auxiliary, _floats(model.config.aux_head_weight)))
 
 
 def _patches(model: SuperViT, tokens: ov.Node) -> ov.Node:
     prefix, end = model.config.num_prefix_tokens, np.iinfo(np.int32).max
-    return op.slice(tokens, _ints(prefix), _ints(end), _ints(1), _ints(1))
+    return op.slice(tokens, integers(prefix), integers(end), integers(1), integers(1))
 
 
 def _norm(tokens: ov.Node, norm: nn.LayerNorm) -> ov.Node:
     """Normalise without weight and bias, which `_after_norm` folds into the next linear layer."""
-    return op.mvn(tokens, _ints(-1), True, norm.eps, "inside_sqrt")
+    return op.mvn(tokens, integers(-1), True, norm.eps, "inside_sqrt")
 
 
 def _after_norm(linear: nn.Linear, norm: nn.LayerNorm) -> tuple[Floats, Floats]:
@@ -254,7 +256,3 @@ def _floats(value: float) -> ov.Node:
 
 def _int(value: int) -> ov.Node:
     return op.constant(np.int32(value))
-
-
-def _ints(*values: int) -> ov.Node:
-    return op.constant(np.array(values, np.int32))

@@ -76,7 +76,7 @@ class ObservedProducts(Products):
         self._entered = place
         if place not in self.places:
             self.places.append(place)
-            self._notes += [op.reduce_min(tokens, _ints(1)), op.reduce_max(tokens, _ints(1))]
+            self._notes += [op.reduce_min(tokens, integers(1)), op.reduce_max(tokens, integers(1))]
         return tokens
 
     def linear(self, entered: ov.Node, weight: Floats, bias: Floats) -> ov.Node:
@@ -121,8 +121,8 @@ class ConvolvedProducts(IntegerProducts):
 
     def enter(self, tokens: ov.Node, place: ProductInput) -> ov.Node:
         """Smooth and quantise (B, N, D) tokens, then move their channels to the second axis."""
-        rows = op.reshape(super().enter(tokens, place), _ints(0, 0, 1, -1), True)
-        return op.transpose(rows, _ints(0, 3, 1, 2))
+        rows = op.reshape(super().enter(tokens, place), integers(0, 0, 1, -1), True)
+        return op.transpose(rows, integers(0, 3, 1, 2))
 
     def stay(self, hidden: ov.Node, place: ProductInput) -> ov.Node:
         """Smooth and quantise values whose channels are on the second axis."""
@@ -136,7 +136,7 @@ class ConvolvedProducts(IntegerProducts):
 
     def leave(self, given: ov.Node) -> ov.Node:
         """Move the channels to the last axis again."""
-        return op.reshape(op.transpose(given, _ints(0, 2, 3, 1)), _ints(0, 0, -1), True)
+        return op.reshape(op.transpose(given, integers(0, 2, 3, 1)), integers(0, 0, -1), True)
 
 
 def integer_products(ranges: Sequence[BlockRanges], capabilities: Mapping[str, object]) -> IntegerProducts | None:
@@ -164,5 +164,6 @@ def quantised(weight: Floats) -> ov.Node:
     return op.fake_quantize(op.constant(weight), low, high, low, high, 2 * INT8_MAX + 1)
 
 
-def _ints(*values: int) -> ov.Node:
+def integers(*values: int) -> ov.Node:
+    """Return a constant of 32-bit integers."""
     return op.constant(np.array(values, np.int32))

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import AwareDatetime, BaseModel, Field, NonNegativeFloat, PositiveFloat
 
+from models.defaults import count_cores
 from models.files.atomic import write_atomically
 from models.latency_estimate import Cell
 from models.subnetwork import SubNetwork
@@ -48,7 +49,7 @@ class ProfileFile:
             "format": FORMAT,
             "checkpoint_version": checkpoint_version,
             "engine": engine,
-            "cpus": _num_cpus() if cpus is None else cpus,
+            "cpus": count_cores() if cpus is None else cpus,
         }
         self._cells = cells
         key = json.dumps([self._conditions, [(*astuple(subnetwork), batch_size) for subnetwork, batch_size in cells]])
@@ -175,8 +176,3 @@ def _read_regular(path: Path) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"it is longer than {MAX_FILE_BYTES} bytes")
     return content
-
-
-def _num_cpus() -> int:
-    """Return how many CPUs this process may run on, or how many there are where the system does not tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
