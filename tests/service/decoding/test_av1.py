@@ -81,6 +81,43 @@ def test_a_decoy_of_an_items_data_hides_nothing() -> None:
     assert (640, 480) in list(frame_sizes(bytes(in_idat) + data + decoy))
 
 
+def sequence_header(*fields: tuple[int, int]) -> bytes:
+    """Return the OBU of a sequence header of the given (value, bits) up to its size, which is 640 x 480."""
+    text = "".join(f"{value:0{bits}b}" for value, bits in (*fields, (9, 4), (8, 4), (639, 10), (479, 9)))
+    text += "0" * (-len(text) % 8)
+    body = int(text, 2).to_bytes(len(text) // 8)
+    return bytes((1 << 3 | 2, len(body))) + body
+
+
+STILL, MOVING = [(0, 4), (1, 1), (3, 5)], [(0, 4), (0, 1)]
+NO_TIMING = [*MOVING, (0, 1)]
+TICKS = [(1, 1), (5, 32), (7, 32)]  # timing info
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        STILL,
+        [*NO_TIMING, (0, 1), (0, 5), (0, 12), (5, 5)],
+        [*NO_TIMING, (0, 1), (0, 5), (0, 12), (8, 5), (1, 1)],  # a level with a tier
+        [*NO_TIMING, (0, 1), (1, 5), (0, 12), (5, 5), (1, 12), (9, 5), (0, 1)],  # two operating points
+        [*NO_TIMING, (1, 1), (0, 5), (0, 12), (5, 5), (1, 1), (3, 4)],  # a display delay
+        [*NO_TIMING, (1, 1), (0, 5), (0, 12), (5, 5), (0, 1)],
+        [*MOVING, *TICKS, (0, 1), (0, 1), (0, 1), (0, 5), (0, 12), (5, 5)],
+        [*MOVING, *TICKS, (1, 1), (1, 3), (1, 2), (0, 1), (0, 1), (0, 5), (0, 12), (5, 5)],  # equal intervals
+        # A decoder model whose delays have 11 bits, for this operating point or not.
+        [*MOVING, *TICKS, (0, 1), (1, 1), (10, 5), (9, 32), (9, 10), (0, 1), (0, 5), (0, 12), (5, 5), (1, 1), (7, 23)],
+        [*MOVING, *TICKS, (0, 1), (1, 1), (10, 5), (9, 32), (9, 10), (0, 1), (0, 5), (0, 12), (5, 5), (0, 1)],
+    ],
+)
+def test_the_size_is_found_behind_all_optional_fields_of_a_sequence_header(fields: list[tuple[int, int]]) -> None:
+    whole = avif((64, 48))
+    offset, length = struct.unpack_from(">II", whole, whole.index(b"iloc") + 18)
+    item = sequence_header(*fields)
+    assert len(item) <= length, "it must fit into the item of the file"
+    assert (640, 480) in list(frame_sizes(whole[:offset] + item + whole[offset + len(item) :]))
+
+
 @pytest.mark.parametrize("kept", [0.3, 0.5, 0.7])
 def test_a_truncated_avif_is_rejected(kept: float) -> None:
     whole = avif((64, 48))

@@ -387,6 +387,38 @@ def test_an_error_of_a_headers_reader_is_a_broken_image(monkeypatch: pytest.Monk
         open_image(b"\x89PNG\r\n\x1a\n", CONFIG, LIMIT)
 
 
+def test_a_bmp_with_the_header_of_1987_is_decoded() -> None:
+    row = bytes((0, 0, 255)) * SIDE + bytes(-3 * SIDE % 4)
+    header = struct.pack("<IHHHH", 12, SIDE, SIDE, 1, 24)
+    data = b"BM" + struct.pack("<IHHI", 26 + SIDE * len(row), 0, 0, 26) + header + SIDE * row
+    assert mean_colour(data) == RED
+
+
+@pytest.mark.parametrize(("side", "is_accepted"), [(SIDE, True), (1001, False)])
+def test_a_bmp_of_run_lengths_is_decoded_up_to_a_size(side: int, is_accepted: bool) -> None:
+    palette = bytes((0, 0, 255, 0))
+    runs = (bytes((min(side, 255), 0)) + b"\0\0") * side + b"\0\1"
+    header = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(runs), 0, 0, 1, 1)
+    data = b"BM" + struct.pack("<IHHI", 58 + len(runs), 0, 0, 58) + header + palette + runs
+    if is_accepted:
+        assert mean_colour(data) == RED
+    else:
+        with pytest.raises(ImageTooLargeError, match="at most 1000000 pixels"):
+            open_image(data, CONFIG, 10**9)
+
+
+def test_the_memory_of_a_png_depends_on_its_channels_and_their_depth(encode: Encode) -> None:
+    small, deep, coloured = (
+        open_image(encode(image), CONFIG, LIMIT).memory_bytes
+        for image in (
+            Image.new("L", (500, 500)),
+            Image.fromarray(np.zeros((500, 500), np.uint16)),
+            Image.new("RGB", (500, 500)),
+        )
+    )
+    assert (deep - small, coloured - small) == (500 * 500, 3 * 500 * 500)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 2)])
 def test_the_smallest_bmps_are_decoded(encode: Encode, size: tuple[int, int]) -> None:
     assert mean_colour(encode(Image.new("RGB", size, "red"), "BMP")) == RED

@@ -65,7 +65,8 @@ def test_transparent_pixels_are_shown_on_white(encode: Callable[..., bytes]) -> 
     assert mean_colour(encode(Image.new("LA", (20, 20), (0, 0)))) == pytest.approx([255, 255, 255])
     palette = Image.new("P", (20, 20), 3)
     palette.putpalette([value for index in range(8) for value in (index, 0, 0)])
-    assert mean_colour(encode(palette, "PNG", transparency=3)) == pytest.approx([255, 255, 255])
+    for image_format in ("PNG", "GIF"):
+        assert mean_colour(encode(palette, image_format, transparency=3)) == pytest.approx([255, 255, 255])
 
 
 def test_a_palette_image_without_its_palette_is_rejected(encode: Callable[..., bytes]) -> None:
@@ -81,12 +82,13 @@ def test_sixteen_bit_grey_is_scaled_rather_than_clipped(encode: Callable[..., by
     assert mean_colour(encode(grey)) == pytest.approx([64, 64, 64], abs=1)
 
 
-def test_a_picture_is_turned_upright_by_its_exif_orientation(encode: Callable[..., bytes]) -> None:
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "HEIF"])
+def test_a_picture_is_turned_upright_by_its_exif_orientation(encode: Callable[..., bytes], image_format: str) -> None:
     upright = Image.new("RGB", (SIDE, SIDE), "black")
     upright.paste("white", (0, 0, SIDE, SIDE // 2))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
-    data = encode(upright.rotate(90), "JPEG", exif=exif, quality=100)
+    data = encode(upright.rotate(90), image_format, exif=exif.tobytes() if image_format == "HEIF" else exif)
     rows = decode(data).float().mean(dim=(0, 2))
     assert rows[: SIDE // 2].mean() > 200
     assert rows[SIDE // 2 :].mean() < 50
