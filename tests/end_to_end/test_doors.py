@@ -4,7 +4,8 @@ import hashlib
 import signal
 import ssl
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Doors:
     trust: Path
     log: Path
     process: "subprocess.Popen[bytes]"
+    renew: Callable[[], bytes]  # writes a new certificate and its key, and returns the certificate
 
     def client(self, url: str) -> httpx.Client:
         return httpx.Client(base_url=url, verify=ssl.create_default_context(cafile=str(self.trust)))
@@ -45,10 +47,15 @@ class Doors:
 @pytest.fixture(scope="module")
 def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
     folder, authority = tmp_path_factory.mktemp("doors"), trustme.CA()
-    issued = authority.issue_cert("localhost")
     authority.cert_pem.write_to_path(folder / "ca.pem")
-    issued.private_key_pem.write_to_path(folder / "tls.key")
-    (folder / "tls.crt").write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+
+    def issue() -> bytes:
+        issued = authority.issue_cert("localhost")
+        issued.private_key_pem.write_to_path(folder / "tls.key")
+        (folder / "tls.crt").write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+        return issued.cert_chain_pems[0].bytes()
+
+    issue()
     digest = hashlib.sha256(b"my-secret").hexdigest()
     (folder / "keys.toml").write_text(f'[[key]]\nname = "mine"\nsha256 = "{digest}"\n')
     port, admin_port, grpc_port, log = free_port(), free_port(), free_port(), folder / "log"
@@ -56,7 +63,7 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
     tls = ["--tls-certificate", str(folder / "tls.crt"), "--tls-key", str(folder / "tls.key")]
     process = start(port, log, "--checkpoint", SMALL_CHECKPOINT, *ports, *tls)
     public, operators = (f"https://localhost:{number}" for number in (port, admin_port))
-    served = Doors(public, operators, grpc_port, folder / "ca.pem", log, process)
+    served = Doors(public, operators, grpc_port, folder / "ca.pem", log, process, issue)
     try:
         with served.client(served.public) as client:
             wait_until_ready(process, served.public, log, client.get)
@@ -96,6 +103,19 @@ def test_every_port_speaks_tls_and_nothing_else(doors: Doors) -> None:
         assert is_ready(channel)
     with grpc.insecure_channel(place) as channel, pytest.raises(grpc.RpcError):
         is_ready(channel)
+
+
+def test_a_renewed_certificate_is_served_on_every_port(doors: Doors) -> None:
+    renewed = ssl.PEM_cert_to_DER_cert(doors.renew().decode())
+    places = [*(int(url.rpartition(":")[2]) for url in (doors.public, doors.operators)), doors.grpc_port]
+    deadline = time.monotonic() + 20
+    while left := [port for port in places if served_certificate(port) != renewed]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def served_certificate(port: int) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate(("127.0.0.1", port), timeout=10))
 
 
 def is_ready(channel: grpc.Channel) -> bool:

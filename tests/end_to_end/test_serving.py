@@ -271,7 +271,7 @@ def test_a_stopping_server_answers_admitted_requests(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{port}"
     wait_until_ready(process, url, log)
     body = picture(5)
-    head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST /classify?budget_ms=20000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     deadline = time.monotonic() + 20
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
@@ -289,6 +289,31 @@ def test_a_stopping_server_answers_admitted_requests(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait(20)
+
+
+def test_bounds_per_address_count_the_address_that_a_trusted_proxy_names(tmp_path: Path) -> None:
+    port, log, body, path = free_port(), tmp_path / "log", picture(1), "/classify?budget_ms=20000"
+    process = start(port, log, "--forwarded-allow-ips", "127.0.0.1", "--max-in-flight-per-address", "1")
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 192.0.2.1\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    def ask(address: str) -> httpx.Response:
+        return httpx.post(url + path, content=body, headers={"X-Forwarded-For": address})
+
+    try:
+        wait_until_ready(process, url, log)
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as uploading:
+            uploading.sendall(head.encode() + body[:9])
+            while (rejected := ask("192.0.2.1")).status_code != 429:
+                assert time.monotonic() < deadline
+            assert rejected.json()["error"]["details"]["reason"] == "address"
+            assert ask("192.0.2.2").status_code == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+    finally:
+        process.kill()
+        process.wait(20)
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each worker needs a core of its own")

@@ -63,6 +63,7 @@ def settings(tmp_path: Path) -> Settings:
         checkpoint=str(tmp_path),
         profile_folder=tmp_path / "profiles",
         audit=False,
+        default_budget_ms=60_000,  # no test should depend on the speed of the machine
         max_body_bytes=BODY_LIMIT,
         max_image_pixels=10_000,
     )

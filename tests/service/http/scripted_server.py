@@ -36,7 +36,7 @@ class ScriptedEngine(TorchEngine):
         return self.fitting
 
     def warm_up(self) -> None:
-        self.may_warm_up.wait(10)
+        assert self.may_warm_up.wait(60)
         if self.warm_up_error:
             raise self.warm_up_error
         if not self.is_on_gpu:  # a test may claim a GPU that does not exist
@@ -45,7 +45,7 @@ class ScriptedEngine(TorchEngine):
     def run(self, images: Tensor, subnetwork: SubNetwork) -> Tensor:
         self.running.set()
         self.sizes.append(len(images))
-        self.may_run.wait(10)
+        assert self.may_run.wait(60)
         if self.error:
             raise self.error
         return super().run(images, subnetwork) if self.logits is None else self.logits

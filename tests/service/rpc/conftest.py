@@ -168,7 +168,9 @@ def engine(checkpoint: Checkpoint) -> ScriptedEngine:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(checkpoint=str(tmp_path), profile_folder=tmp_path / "profiles", drain_s=20)
+    return Settings(
+        checkpoint=str(tmp_path), profile_folder=tmp_path / "profiles", drain_s=20, default_budget_ms=60_000
+    )
 
 
 @pytest.fixture
