@@ -4,7 +4,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry
+
+from service.telemetry.instruments import Instruments
 
 PREFIX = "supervit_"
 OK = "ok"
@@ -13,23 +15,21 @@ OK = "ok"
 class StatisticsMetrics:
     """Metrics that only the inference statistics need."""
 
-    def __init__(self, registry: CollectorRegistry, wall_clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, instruments: Instruments, wall_clock: Callable[[], float] = time.time) -> None:
         """Declare the metrics; the clock returns Unix time in seconds."""
         self._wall_clock = wall_clock
-        self._batches = Counter("supervit_batches", "Batches that ran, by size.", ["size"], registry=registry)
-        self._batch_seconds = Counter(
-            "supervit_batch_seconds", "Time that batches spent in the engine, by size.", ["size"], registry=registry
+        self._batches = instruments.counter("supervit_batches", "Batches that ran, by size.", ["size"])
+        self._batch_seconds = instruments.counter(
+            "supervit_batch_seconds", "Time that batches spent in the engine, by size.", ["size"]
         )
-        self._failed_seconds = Counter(
+        self._failed_seconds = instruments.counter(
             "supervit_failed_request_seconds",
             "Duration of the requests without an answer, except those rejected at once, summed.",
-            registry=registry,
         )
-        self._answered_at = Gauge(
+        self._answered_at = instruments.gauge(
             "supervit_last_answer_timestamp_seconds",
             "When a request was last answered, in Unix time.",
-            registry=registry,
-            multiprocess_mode="livemax",
+            "livemax",
         )
 
     def batch_ran(self, size: int, inference_s: float) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Histogram
+from service.telemetry.instruments import Instruments
 
 INTERVAL_S = 0.25
 BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -13,19 +13,18 @@ BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 class LoopDelay:
     """Measures the delay of the event loop with a timer."""
 
-    def __init__(self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, instruments: Instruments, clock: Callable[[], float] = time.monotonic) -> None:
         """Declare the metric.
 
         Args:
-            registry: registry for the metric.
+            instruments: declares the metric.
             clock: in seconds. Not the loop's clock, which may stand still while a callback runs.
         """
         self._clock = clock
-        self._delay = Histogram(
+        self._delay = instruments.histogram(
             "supervit_event_loop_delay_seconds",
             "Delay of the event loop in running a due timer; above some 50 ms, the event loop is overloaded.",
             buckets=BUCKETS_S,
-            registry=registry,
         )
 
     async def watch(self) -> None:

@@ -1,35 +1,36 @@
 """Metrics of the machine: CPUs, memory, pressure, GPUs, and the CUDA graphs in their memory."""
 
-from collections.abc import Callable
-
-from prometheus_client import Gauge
-
 from service.machine.snapshot import ResourceSnapshot
+from service.telemetry.instruments import Instruments
 
 
 class MachineMetrics:
     """Gauges of the machine."""
 
-    def __init__(self, gauge: Callable[..., Gauge]) -> None:
-        """Declare the metrics; `gauge` takes name, text, how the values of workers are merged, and labels."""
-        self._cpu = gauge(
+    def __init__(self, instruments: Instruments) -> None:
+        """Declare the metrics."""
+        self._cpu = instruments.gauge(
             "supervit_cpu_utilization_ratio",
             "Fraction of the usable cores in use over the last interval, by this process and by others.",
             "liveall",
             ["by"],
         )
-        self._pressure = gauge(
+        self._pressure = instruments.gauge(
             "supervit_pressure_ratio",
             "Share of the last interval in which tasks waited for the resource, or share of throttled quota periods.",
             "livemostrecent",
             ["resource"],
         )
-        self._gpu = gauge(
+        self._gpu = instruments.gauge(
             "supervit_gpu_utilization_ratio", "Fraction of time in which the GPU was busy.", "livemostrecent", ["gpu"]
         )
-        self._graphs = gauge("supervit_cuda_graphs", "Forward passes that the engine holds as CUDA graphs.", "livesum")
-        self._graph_memory = gauge("supervit_cuda_graph_memory_bytes", "GPU memory of the CUDA graphs.", "livesum")
-        self._memory = gauge(
+        self._graphs = instruments.gauge(
+            "supervit_cuda_graphs", "Forward passes that the engine holds as CUDA graphs.", "livesum"
+        )
+        self._graph_memory = instruments.gauge(
+            "supervit_cuda_graph_memory_bytes", "GPU memory of the CUDA graphs.", "livesum"
+        )
+        self._memory = instruments.gauge(
             "supervit_resident_memory_bytes", "Resident memory of the server, shared pages included.", "livesum"
         )
 

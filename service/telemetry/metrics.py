@@ -3,16 +3,12 @@
 The workers of one server share a folder with the values of each; a worker that is asked for its page answers for all.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
-    Counter,
-    Gauge,
     GCCollector,
-    Histogram,
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
@@ -32,20 +28,17 @@ from service.errors import (
     ServiceError,
 )
 from service.machine.snapshot import ResourceSnapshot
-from service.telemetry.audit_metrics import AuditMetrics
-from service.telemetry.connection_metrics import ConnectionMetrics
+from service.telemetry.answer_metrics import AuditMetrics, LookMetrics
+from service.telemetry.client_metrics import ConnectionMetrics, KeyMetrics
 from service.telemetry.inference_statistics import OK, StatisticsMetrics
-from service.telemetry.key_metrics import KeyMetrics
-from service.telemetry.look_metrics import LookMetrics
+from service.telemetry.instruments import Instruments
 from service.telemetry.loop_delay import LoopDelay
 from service.telemetry.machine_metrics import MachineMetrics
-from service.telemetry.model_metrics import ModelMetrics
+from service.telemetry.model_metrics import ModelMetrics, ProfileMetrics
 from service.telemetry.multiprocess import make_folder, merged_registry
-from service.telemetry.profile_metrics import ProfileMetrics
+from service.telemetry.scheduling_metrics import BatchMetrics, SchedulerMetrics
 
-STAGE_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 5, 10, 30)
 STAGES = ("decode_wait", "decode", "queue", "inference")
-BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 # Outcomes that count as missed deadlines. Errors of the client do not; nor do requests to a server that is not ready.
 MISSES = {OverloadedError.code, DeadlineError.code, OutOfMemoryError.code, ModelError.code, ServiceError.code}
 # Reasons of an OverloadedError that lie with the client: its key or its address has used up its share.
@@ -91,105 +84,70 @@ class Metrics:
         """
         if shared_folder is not None:
             make_folder(shared_folder)
-        self.connections, self.loop_delay = ConnectionMetrics(registry), LoopDelay(registry)
-        self._looks, self._statistics = LookMetrics(registry), StatisticsMetrics(registry)
-        self.keys, self.audits = KeyMetrics(registry), AuditMetrics(registry)
-        self._registry = registry
-        self._shared_folder = shared_folder
-
-        def gauge(name: str, text: str, of_workers: str, labels: Sequence[str] = ()) -> Gauge:
-            """Declare a gauge; `of_workers` says how prometheus_client merges the values of several workers."""
-            return Gauge(name, text, labels, registry=registry, multiprocess_mode=of_workers)  # type: ignore[arg-type] # its Literal
-
-        def durations(name: str, text: str, labels: Sequence[str] = ()) -> Histogram:
-            return Histogram(name, text, labels, buckets=STAGE_BUCKETS_S, registry=registry)
-
-        self._requests = Counter(
+        self._registry, self._shared_folder = registry, shared_folder
+        instruments = Instruments(registry)
+        self.connections, self.loop_delay = ConnectionMetrics(instruments), LoopDelay(instruments)
+        self._looks, self._statistics = LookMetrics(instruments), StatisticsMetrics(instruments)
+        self.keys, self.audits = KeyMetrics(instruments), AuditMetrics(instruments)
+        self._requests = instruments.counter(
             "supervit_requests",
             "Classification requests by outcome: ok or an error code; client_gone if the client disconnected first.",
             ["outcome"],
-            registry=registry,
         )
-        self._dropped = Counter(
-            "supervit_dropped_requests",
-            "Requests that were rejected, expired or shed, by reason.",
-            ["reason"],
-            registry=registry,
+        self._dropped = instruments.counter(
+            "supervit_dropped_requests", "Requests that were rejected, expired or shed, by reason.", ["reason"]
         )
-        self._duration = durations("supervit_request_duration_seconds", "Time from arrival to the finished answer.")
-        self._stages = durations(
+        self._duration = instruments.durations(
+            "supervit_request_duration_seconds", "Time from arrival to the finished answer."
+        )
+        self._stages = instruments.durations(
             "supervit_stage_duration_seconds", "Time that an answered request spent in a stage.", ["stage"]
         )
         # Bound once: looking up a label takes longer than counting.
         self._decode_wait, self._decode, self._queue, self._inference = map(self._stages.labels, STAGES)
-        self._subnetworks = Counter(
+        self._subnetworks = instruments.counter(
             "supervit_subnetwork_requests",
             "Answered requests by the sub-network that ran.",
             ["patch_grid", "keep_rate"],
-            registry=registry,
         )
         self._count_of = cache(
             lambda subnetwork: self._subnetworks.labels(subnetwork.patch_grid, f"{subnetwork.keep_rate:g}")
         )
-        self._gflops = Counter(
-            "supervit_spent_gflops",
-            "Compute spent on answered requests, in 1e9 multiply-accumulates.",
-            registry=registry,
+        self._gflops = instruments.counter(
+            "supervit_spent_gflops", "Compute spent on answered requests, in 1e9 multiply-accumulates."
         )
-        self._batch_sizes = Histogram(
-            "supervit_batch_size_images",
-            "Images in a batch that ran.",
-            buckets=BATCH_BUCKETS,
-            registry=registry,
-        )
-        self._batch_duration = durations("supervit_batch_duration_seconds", "Time that a batch spent in the engine.")
-        self._taken = Counter(
-            "supervit_engine_taken_seconds",
-            "Time that batches occupied the engine, including the pauses that max_utilization requires.",
-            registry=registry,
-        )
-        self._predicted = Counter(
-            "supervit_predicted_inference_seconds",
-            "Predicted time in the engine of the batches that ran, summed.",
-            registry=registry,
-        )
-        self._deadlines = Counter(
+        self._batches = BatchMetrics(instruments)
+        self._deadlines = instruments.counter(
             "supervit_deadlines",
             "Requests that were answered in time (met), and those answered late or not at all (missed).",
             ["result"],
-            registry=registry,
         )
         self._met, self._missed = self._deadlines.labels("met"), self._deadlines.labels("missed")
-        self._accuracy = Counter(
-            "supervit_expected_accuracy", "Expected top-1 accuracy of the answers, 0..1, summed.", registry=registry
+        self._accuracy = instruments.counter(
+            "supervit_expected_accuracy", "Expected top-1 accuracy of the answers, 0..1, summed."
         )
-        self._accuracy_loss = Counter(
+        self._accuracy_loss = instruments.counter(
             "supervit_accuracy_loss",
             "Top-1 accuracy, 0..1, that the most accurate variant would have gained, summed over the answers.",
-            registry=registry,
         )
-        self._saved = Counter(
+        self._saved = instruments.counter(
             "supervit_saved_gflops",
             "Compute saved compared to the most accurate sub-network, in 1e9 multiply-accumulates.",
-            registry=registry,
         )
-        self._in_flight = gauge("supervit_requests_in_flight", "Classification requests in flight.", "livesum")
-        self._queued = gauge("supervit_queued_requests", "Requests that wait for the engine.", "livesum")
-        self._slowdown = gauge("supervit_slowdown_ratio", "Latency of batches relative to the profile.", "liveall")
-        self._safety_factor = gauge(
-            "supervit_safety_factor_ratio",
-            "Factor on the latencies of all sub-networks but the cheapest, raised by recently missed deadlines.",
-            "liveall",
+        self._in_flight = instruments.gauge(
+            "supervit_requests_in_flight", "Classification requests in flight.", "livesum"
         )
-        self._machine = MachineMetrics(gauge)
-        self.profile = ProfileMetrics(gauge)
-        self._ready = gauge(
+        self._scheduler, self._machine = SchedulerMetrics(instruments), MachineMetrics(instruments)
+        self.profile = ProfileMetrics(instruments)
+        self._ready = instruments.gauge(
             "supervit_ready",
             "Number of engines that are ready for requests; with several workers, of all that share this page.",
             "livesum",
         )
-        self._workers = gauge("supervit_workers", "Number of engines that should share this page.", "livemax")
-        self.model = ModelMetrics(registry, gauge)
+        self._workers = instruments.gauge(
+            "supervit_workers", "Number of engines that should share this page.", "livemax"
+        )
+        self.model = ModelMetrics(instruments)
 
     def describe(self, subnetworks: list[SubNetwork], name: str, version: str, workers: int = 1) -> None:
         """Record the model and its number of workers; start every count at zero, so that rates exist at once."""
@@ -248,17 +206,12 @@ class Metrics:
 
     def batch_ran(self, size: int, predicted_s: float, inference_s: float, taken_s: float) -> None:
         """Record a batch; `taken_s` is its time in the engine with the pause that the utilization ceiling adds."""
-        self._taken.inc(taken_s)
-        self._batch_sizes.observe(size)
-        self._batch_duration.observe(inference_s)
-        self._predicted.inc(predicted_s)
+        self._batches.ran(size, predicted_s, inference_s, taken_s)
         self._statistics.batch_ran(size, inference_s)
 
     def machine(self, snapshot: ResourceSnapshot, queued: int, slowdown: float, safety_factor: float) -> None:
         """Record the state of the scheduler and the machine; a gauge without a new value keeps its last."""
-        self._queued.set(queued)
-        self._slowdown.set(slowdown)
-        self._safety_factor.set(safety_factor)
+        self._scheduler.observed(queued, slowdown, safety_factor)
         self._machine.observed(snapshot)
 
     def ready(self, is_ready: bool) -> None:

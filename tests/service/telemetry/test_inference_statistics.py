@@ -4,6 +4,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service.telemetry.inference_statistics import Duration, StatisticsMetrics, read_statistics
+from service.telemetry.instruments import Instruments
 from service.telemetry.metrics import Metrics
 
 
@@ -29,7 +30,7 @@ def test_failed_requests_of_every_outcome_are_counted_and_timed(registry: Collec
 
 def test_the_time_of_the_last_answer_is_in_milliseconds_of_unix_time(registry: CollectorRegistry) -> None:
     assert read_statistics(registry).last_inference_ms == 0
-    StatisticsMetrics(registry, lambda: 1234.5678).answered()
+    StatisticsMetrics(Instruments(registry), lambda: 1234.5678).answered()
     assert read_statistics(registry).last_inference_ms == 1234568
 
 

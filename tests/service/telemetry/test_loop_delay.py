@@ -3,6 +3,7 @@ import asyncio
 import pytest
 from prometheus_client import CollectorRegistry
 
+from service.telemetry.instruments import Instruments
 from service.telemetry.loop_delay import INTERVAL_S, LoopDelay
 from tests.service.http.conftest import VirtualTimeLoop
 
@@ -17,7 +18,7 @@ def anyio_backend() -> tuple[str, dict[str, object]]:
 async def test_a_slow_callback_is_recorded_as_event_loop_delay() -> None:
     loop, registry = asyncio.get_running_loop(), CollectorRegistry()
     assert isinstance(loop, VirtualTimeLoop)
-    watching = asyncio.create_task(LoopDelay(registry, loop.time).watch())
+    watching = asyncio.create_task(LoopDelay(Instruments(registry), loop.time).watch())
     await asyncio.sleep(2.5 * INTERVAL_S)
     loop.pass_time(INTERVAL_S)  # half of this time is after the timer was due
     await asyncio.sleep(INTERVAL_S / 4)

@@ -1,19 +1,17 @@
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 
 from service.model_change import ChangeOutcome
+from service.telemetry.instruments import Instruments
 from service.telemetry.model_metrics import ModelMetrics
 
 
 class Page:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.metrics = ModelMetrics(self.registry, self.gauge)
-
-    def gauge(self, name: str, text: str, _: str, labels: Any) -> Gauge:  # noqa: ANN401 - as Gauge has them
-        return Gauge(name, text, labels, registry=self.registry)
+        self.metrics = ModelMetrics(Instruments(self.registry))
 
     def read(self, metric: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(f"supervit_model_{metric}", labels)

@@ -2,7 +2,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from models.subnetwork import SubNetwork
-from service.telemetry.audit_metrics import AuditMetrics
+from service.telemetry.answer_metrics import AuditMetrics
+from service.telemetry.instruments import Instruments
 from tests.service.inference_protocol.answers import answer
 
 SMALL, LARGE = SubNetwork(8, 0.5), SubNetwork(14, 1.0)
@@ -15,7 +16,7 @@ def read(registry: CollectorRegistry, name: str, subnetwork: SubNetwork) -> floa
 
 def test_audits_are_counted_by_sub_network_along_with_the_promised_agreements() -> None:
     registry = CollectorRegistry()
-    metrics = AuditMetrics(registry)
+    metrics = AuditMetrics(Instruments(registry))
     for agrees in (True, False, True):
         metrics.audited(SMALL, 0.5, agrees=agrees)
     metrics.audited(LARGE, 0.6, agrees=False)
@@ -26,7 +27,7 @@ def test_audits_are_counted_by_sub_network_along_with_the_promised_agreements() 
 
 def test_feedback_is_counted_by_sub_network_along_with_the_promised_correct_answers() -> None:
     registry = CollectorRegistry()
-    metrics = AuditMetrics(registry)
+    metrics = AuditMetrics(Instruments(registry))
     for is_correct in (True, False, True):
         metrics.judged(SMALL, 0.75, is_correct=is_correct)
     names = ("feedback", "feedback_correct", "feedback_promised_correct")
@@ -36,7 +37,7 @@ def test_feedback_is_counted_by_sub_network_along_with_the_promised_correct_answ
 
 def test_the_confidence_of_answers_is_summed() -> None:
     registry = CollectorRegistry()
-    metrics = AuditMetrics(registry)
+    metrics = AuditMetrics(Instruments(registry))
     for _ in range(2):
         metrics.answered(answer(0.1, 0.9))
     assert registry.get_sample_value("supervit_confidence_total") == pytest.approx(2 * 0.9)
