@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 
 from service.telemetry.instruments import Instruments
+from service.telemetry.samples import samples_by_name, total
 
-PREFIX = "supervit_"
 OK = "ok"
 
 
@@ -79,30 +80,22 @@ class InferenceStatistics:
 
 def read_statistics(registry: CollectorRegistry) -> InferenceStatistics:
     """Read the statistics from the metrics."""
-    values: dict[str, dict[str, float]] = {}
-    for family in registry.collect():
-        if family.name.startswith(PREFIX):
-            for sample in family.samples:
-                label = next((value for name, value in sample.labels.items() if name != "pid"), "")
-                values.setdefault(sample.name.removeprefix(PREFIX), {})[label] = sample.value
-
-    def value(name: str, label: str = "") -> float:
-        return values.get(name, {}).get(label, 0.0)
-
+    samples = samples_by_name(registry)
+    value = partial(total, samples)
+    seconds = partial(total, samples, "stage_duration_seconds_sum")
     success = round(value("request_duration_seconds_count"))
-    stages = values.get("stage_duration_seconds_sum", {})
     return InferenceStatistics(
         last_inference_ms=round(1000 * value("last_answer_timestamp_seconds")),
         success=Duration(success, value("request_duration_seconds_sum")),
         fail=Duration(
-            round(sum(count for outcome, count in values.get("requests_total", {}).items() if outcome != OK)),
+            round(sum(sum(found) for labels, found in samples.get("requests_total", {}).items() if labels != (OK,))),
             value("failed_request_seconds_total"),
         ),
-        queue=Duration(success, stages.get("queue", 0.0) + stages.get("decode_wait", 0.0)),
-        decode=Duration(success, stages.get("decode", 0.0)),
-        inference=Duration(success, stages.get("inference", 0.0)),
+        queue=Duration(success, seconds("queue") + seconds("decode_wait")),
+        decode=Duration(success, seconds("decode")),
+        inference=Duration(success, seconds("inference")),
         by_batch_size={
-            int(size): Duration(round(count), value("batch_seconds_total", size))
-            for size, count in values.get("batches_total", {}).items()
+            int(size): Duration(round(sum(counts)), value("batch_seconds_total", size))
+            for (size,), counts in samples.get("batches_total", {}).items()
         },
     )

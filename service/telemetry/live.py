@@ -7,7 +7,7 @@ from statistics import fmean
 
 from prometheus_client import CollectorRegistry
 
-PREFIX = "supervit_"
+from service.telemetry.samples import samples_by_name, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,35 +49,27 @@ def read_sample(registry: CollectorRegistry, clock: Callable[[], float] = time.t
         registry: registry that holds the metrics.
         clock: Unix time in seconds.
     """
-    values: dict[str, dict[tuple[str, ...], list[float]]] = {}
-    for family in registry.collect():
-        if family.name.startswith(PREFIX) and family.type in ("counter", "gauge"):
-            for sample in family.samples:
-                labels = tuple(value for name, value in sample.labels.items() if name != "pid")
-                values.setdefault(sample.name.removeprefix(PREFIX), {}).setdefault(labels, []).append(sample.value)
-
-    def total(name: str, *labels: str) -> float:
-        return sum(values.get(name, {}).get(labels, ()))
+    samples = samples_by_name(registry)
 
     def mean(name: str, *labels: str) -> float:
-        return fmean(values.get(name, {}).get(labels) or [0.0])
+        return fmean(samples.get(name, {}).get(labels) or [0.0])
 
-    gpus = [value for found in values.get("gpu_utilization_ratio", {}).values() for value in found]
+    gpus = [value for found in samples.get("gpu_utilization_ratio", {}).values() for value in found]
     return MetricsSample(
         at=clock(),
-        requests={labels[0]: sum(found) for labels, found in values.get("requests_total", {}).items()},
+        requests={labels[0]: sum(found) for labels, found in samples.get("requests_total", {}).items()},
         subnetworks={
             "@".join(labels): count
-            for labels, found in values.get("subnetwork_requests_total", {}).items()
+            for labels, found in samples.get("subnetwork_requests_total", {}).items()
             if (count := sum(found))
         },
-        met=total("deadlines_total", "met"),
-        missed=total("deadlines_total", "missed"),
-        accuracy_loss=total("accuracy_loss_total"),
-        spent_gflops=total("spent_gflops_total"),
-        saved_gflops=total("saved_gflops_total"),
-        queued=total("queued_requests"),
-        in_flight=total("requests_in_flight"),
+        met=total(samples, "deadlines_total", "met"),
+        missed=total(samples, "deadlines_total", "missed"),
+        accuracy_loss=total(samples, "accuracy_loss_total"),
+        spent_gflops=total(samples, "spent_gflops_total"),
+        saved_gflops=total(samples, "saved_gflops_total"),
+        queued=total(samples, "queued_requests"),
+        in_flight=total(samples, "requests_in_flight"),
         own_cpu=mean("cpu_utilization_ratio", "own"),
         others_cpu=mean("cpu_utilization_ratio", "others"),
         gpu=fmean(gpus) if gpus else None,
