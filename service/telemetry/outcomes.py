@@ -22,22 +22,19 @@ def counting_failures(metrics: Metrics, key: ApiKey | None = None) -> Iterator[N
 
 
 @contextmanager
-def counted(
-    metrics: Metrics, key: ApiKey | None = None, clock: Callable[[], float] = time.monotonic
-) -> Iterator[Callable[[Classification], None]]:
+def counted(metrics: Metrics, key: ApiKey | None = None) -> Iterator[Callable[[Classification], None]]:
     """Count a classification that starts, and its outcome when the block ends.
 
     Args:
         metrics: metrics in which the classification is counted.
         key: API key of the request.
-        clock: monotonic, in seconds.
 
     Yields:
         A function that records the answer in the metrics and in the report on the request.
     """
     report = current_report()
     metrics.request_started()
-    started_at = clock()
+    started_at = time.monotonic()
     outcome, reason, is_missed = ServiceError.code, None, False  # that of a bug, unless the block ends otherwise
 
     def record(answer: Classification) -> None:
@@ -54,6 +51,6 @@ def counted(
         is_missed = isinstance(error, ClientGoneError) and error.deadline_passed
         raise
     finally:
-        metrics.request_finished(outcome, reason, is_missed=is_missed, took_s=clock() - started_at)
+        metrics.request_finished(outcome, reason, is_missed=is_missed, took_s=time.monotonic() - started_at)
         if key is not None:
             metrics.keys.finished(key.name, outcome)

@@ -70,7 +70,6 @@ class Reporter:
         tracer: "RequestTracer | None" = None,
         *,
         logs_requests: bool = False,
-        log: logging.Logger = logger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create a reporter from its outputs.
@@ -78,11 +77,10 @@ class Reporter:
         Args:
             tracer: tracer of requests; None if requests are not traced.
             logs_requests: whether each request gets a line of the log.
-            log: logger for these lines.
             clock: monotonic, in seconds; the clock of arrival times.
         """
-        self._tracer, self._logs_requests, self._log = tracer, logs_requests, log
-        self._rate_limited, self._clock = RateLimitedLog(log, clock=clock), clock
+        self._tracer, self._logs_requests, self._clock = tracer, logs_requests, clock
+        self._rate_limited = RateLimitedLog(logger, clock=clock)
 
     def begin(
         self, name: str, headers: Iterable[tuple[bytes, bytes]], arrived_at: float | None, *, is_traced: bool = True
@@ -116,7 +114,7 @@ class Reporter:
         elif self._logs_requests:
             failed = {} if outcome.error is None else {"error": outcome.error}
             took_ms = round(1000 * (ended_at - report.arrived_at), 3)
-            self._log.info("%s", outcome.line, extra={"fields": {"duration_ms": took_ms, **fields, **failed}})
+            logger.info("%s", outcome.line, extra={"fields": {"duration_ms": took_ms, **fields, **failed}})
 
     def rejected(self) -> None:
         """Log that a request was rejected for overload; rate-limited, because thousands may be rejected."""
