@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from service.access.watched_files import CHECK_S, WatchedFiles
-from service.errors import CommandError
+from service.access.watched_files import CHECK_S, ReloadedFiles
 
 logger = logging.getLogger(__name__)
 
@@ -32,31 +31,12 @@ class Certificate:
             CommandError: a file cannot be read, or the key is not the certificate's.
         """
         self._certificate, self._key = certificate, key
-        self._files = WatchedFiles((certificate, key))
-        self._problem: str | None = None  # why the changed files cannot be used, as far as it is logged
         self.context = new_context()
-        try:
-            self._load(self.context)
-            self.pem = self._read()
-        except OSError as error:  # ssl.SSLError is an OSError, too
-            raise CommandError(f"{certificate}, {key}: {_reason(error)}") from error
+        self._files = ReloadedFiles((certificate, key), self._load, "certificate", logger)
 
     def refresh(self) -> None:
         """Use changed files for new connections; while they cannot be used, keep the previous certificate."""
-        if not self._files.have_changed():
-            return
-        try:
-            self._load(new_context())  # a trial: a certificate without its key would break the context in use
-            self._load(self.context)
-            self.pem = self._read()
-        except OSError as error:
-            if (problem := _reason(error)) != self._problem:
-                logger.error("keeping the previous certificate: %s: %s", self._certificate, problem)
-            self._problem = problem
-        else:
-            self._files.mark_read()
-            self._problem = None
-            logger.info("reloaded the certificate from %s", self._certificate)
+        self._files.refresh()
 
     @asynccontextmanager
     async def refreshed(self) -> AsyncIterator[None]:
@@ -72,11 +52,17 @@ class Certificate:
             await asyncio.sleep(CHECK_S)
             self.refresh()
 
-    def _read(self) -> tuple[bytes, bytes]:
-        return self._key.read_bytes(), self._certificate.read_bytes()
-
-    def _load(self, context: ssl.SSLContext) -> None:
-        context.load_cert_chain(self._certificate, self._key, _no_password)
+    def _load(self) -> str:
+        pem = self._key.read_bytes(), self._certificate.read_bytes()
+        try:
+            # The new one is a trial: a certificate without its key would break the context in use.
+            for context in (new_context(), self.context):
+                context.load_cert_chain(self._certificate, self._key, _no_password)
+        except ssl.SSLError as error:
+            message = "must be a certificate and its private key, in PEM and without a password"
+            raise ValueError(message) from error
+        self.pem = pem
+        return f"reloaded the certificate from {self._certificate}"
 
 
 def new_context() -> ssl.SSLContext:
@@ -90,9 +76,3 @@ def new_context() -> ssl.SSLContext:
 def _no_password() -> str:
     """Return no password, which keeps OpenSSL from asking for one on the terminal."""
     return ""
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        return "must be a certificate and its private key, in PEM and without a password"
-    return error.strerror or str(error)

@@ -16,9 +16,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from service.access.watched_files import CHECK_S, WatchedFiles
+from service.access.watched_files import CHECK_S, ReloadedFiles
 from service.domain import HIGHEST_PRIORITY, KEY_NAME, LOWEST_PRIORITY, ApiKey
-from service.errors import CommandError, UnauthorizedError, first_problem
+from service.errors import UnauthorizedError, first_problem
 
 logger = logging.getLogger(__name__)
 
@@ -99,14 +99,8 @@ class KeyFile:
         Raises:
             CommandError: the file cannot be read, or is no file of keys.
         """
-        self._path, self._file = path, WatchedFiles([path])
-        self._problem: str | None = None  # why the changed file cannot be used, as far as it is logged
-        try:
-            self._keys = read_keys(path)
-        except OSError as error:
-            raise CommandError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
-            raise CommandError(f"{path}: {error}") from error
+        self._path = path
+        self._file = ReloadedFiles([path], self._load, "keys", logger)
 
     def find(self, headers: Mapping[bytes, bytes]) -> ApiKey:
         """Return the key that came in `Authorization: Bearer` or `X-API-Key`.
@@ -139,19 +133,11 @@ class KeyFile:
 
     def refresh(self) -> None:
         """Read the file again if it has changed; keep the keys if it cannot be read, try again, and log that once."""
-        if not self._file.have_changed():
-            return
-        try:
-            self._keys = read_keys(self._path)
-        except (OSError, ValueError) as error:
-            problem = str(error.strerror if isinstance(error, OSError) else error)
-            if problem != self._problem:
-                logger.error("keeping the previous keys: %s: %s", self._path, problem)
-            self._problem = problem
-        else:
-            self._file.mark_read()
-            self._problem = None
-            logger.info("read %d keys from %s", len(self._keys), self._path)
+        self._file.refresh()
+
+    def _load(self) -> str:
+        self._keys = read_keys(self._path)
+        return f"read {len(self._keys)} keys from {self._path}"
 
 
 def read_keys(path: Path) -> tuple[tuple[bytes, ApiKey], ...]:
