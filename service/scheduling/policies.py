@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from models.subnetwork import SubNetwork
 from service.errors import InvalidParameterError
 from service.scheduling.baseline_policies import (
     Baseline,
     PeriodicPlan,
+    Pick,
     SlackFit,
     fixed,
     max_accuracy,
@@ -37,23 +39,27 @@ class Policy:
     rejects_early: bool = False
 
 
+def _stateless(baseline: Baseline) -> Policy:
+    """Register a baseline that remembers nothing, so that all servers may share it."""
+    return Policy(baseline.name, lambda _catalog, _size: baseline)
+
+
+def _stateful(name: str, rule: Callable[[VariantCatalog, int], Pick], *, estimates: bool = False) -> Policy:
+    """Register a baseline whose rule is made for a catalog and a largest batch size."""
+    return Policy(name, lambda catalog, size: Baseline(name, rule(catalog, size), estimates=estimates))
+
+
 POLICIES = (
     Policy("level", lambda _catalog, _size: choose_level, rejects_early=True),
-    Policy("max-accuracy", lambda _catalog, _size: Baseline("max-accuracy", max_accuracy)),
-    Policy("max-batch", lambda _catalog, _size: Baseline("max-batch", max_batch)),
-    Policy("slackfit", lambda catalog, size: Baseline("slackfit", SlackFit(catalog, size))),
-    Policy("slackfit-capped", lambda catalog, size: Baseline("slackfit-capped", SlackFit(catalog, size, capped=True))),
-    Policy(
-        "slackfit-estimate",
-        lambda catalog, size: Baseline("slackfit-estimate", SlackFit(catalog, size), estimates=True),
-    ),
-    Policy("infaas", lambda _catalog, _size: Baseline("infaas", min_cost)),
-    Policy("proteus", lambda _catalog, _size: Baseline("proteus", PeriodicPlan())),
-    Policy("step-down", lambda _catalog, _size: Baseline("step-down", step_down, estimates=True)),
-    Policy(
-        "step-down-drop",
-        lambda _catalog, _size: Baseline("step-down-drop", step_down, drops_early=True, estimates=True),
-    ),
+    _stateless(Baseline("max-accuracy", max_accuracy)),
+    _stateless(Baseline("max-batch", max_batch)),
+    _stateful("slackfit", SlackFit),
+    _stateful("slackfit-capped", partial(SlackFit, capped=True)),
+    _stateful("slackfit-estimate", SlackFit, estimates=True),
+    _stateless(Baseline("infaas", min_cost)),
+    _stateful("proteus", lambda _catalog, _size: PeriodicPlan()),
+    _stateless(Baseline("step-down", step_down, estimates=True)),
+    _stateless(Baseline("step-down-drop", step_down, drops_early=True, estimates=True)),
 )
 
 
@@ -91,10 +97,6 @@ def find_policy(name: str, catalog: VariantCatalog) -> Policy:
             return policy
     for variant in catalog.variants:
         if fixed_name(variant) == name:
-            return _fixed_policy(name, variant)
+            return _stateless(fixed(name, variant))
     message = f"unknown policy {name}; choose from {', '.join(policy_names(catalog))}"
     raise InvalidParameterError(message, parameter="policy")
-
-
-def _fixed_policy(name: str, variant: Variant) -> Policy:
-    return Policy(name, lambda _catalog, _size: fixed(name, variant))
