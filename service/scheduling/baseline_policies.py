@@ -108,7 +108,7 @@ def largest_batch(latencies_s: Latencies, num_levels: int, room_s: float, most: 
     """Find the largest batch, at most `most`, that some level runs within `room_s`, then the best level that does.
 
     Returns:
-        The level and the size; the cheapest level and 1 where nothing fits.
+        The level and the size; the lowest level and 1 where nothing fits.
     """
     size = max(1, min(bisect_right(latencies_s[0], room_s), most))
     fitting = [level for level in range(num_levels) if latencies_s[level][size - 1] <= room_s]
@@ -139,7 +139,7 @@ def step_down(state: SchedulerState, room_s: float, waiting: int) -> tuple[int, 
 class SlackFit:
     """SlackFit (Khare et al., SuperServe, NSDI 2025): the slack of the head stands for the load.
 
-    Latencies from l(cheapest, 1) to l(best, largest batch) are divided into even buckets. Each offers the largest batch
+    Latencies from l(lowest, 1) to l(best, largest batch) are divided into even buckets. Each offers the largest batch
     that fits under it, at the most accurate level that does. The bucket just under the slack of the head is taken.
     """
 
@@ -199,6 +199,6 @@ def fixed(name: str, variant: Variant) -> Baseline:
 def min_cost(state: SchedulerState, _room_s: float, _waiting: int) -> tuple[int, int]:
     """After INFaaS (Romero et al., USENIX ATC 2021): the cheapest variant that meets latency and accuracy asked for.
 
-    Our requests ask for no accuracy, so this is the cheapest of all.
+    Our requests ask for no accuracy, and what is scarce is the engine's time, so this is the lowest level.
     """
     return 0, state.max_batch_size

@@ -86,7 +86,7 @@ class VariantCatalog:
 
     @property
     def levels(self) -> tuple[Variant, ...]:
-        """The variants along which the policy moves, cheapest first."""
+        """The variants along which the policy moves, fastest first."""
         return self.variants[: self.num_levels]
 
     @property
@@ -95,8 +95,8 @@ class VariantCatalog:
         return len(self.variants[0].latency_by_batch_s)
 
     @property
-    def cheapest(self) -> Variant:
-        """The lowest level, which is the fastest."""
+    def lowest(self) -> Variant:
+        """The lowest level, which is the fastest, but not always the cheapest variant: that is `frontier[0]`."""
         return self.variants[0]
 
     @property

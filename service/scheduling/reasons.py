@@ -58,8 +58,8 @@ def explain(reason: Reason, catalog: VariantCatalog, variant: Variant, max_gflop
         case ReasonCode.BASELINE:
             return f"{reason.policy}: {chosen}, {1000 * reason.slack_s:.0f} ms left for the most urgent request"
         case ReasonCode.SUSTAINED_OVERLOAD:
-            cheapest = catalog.cheapest
-            return f"{reason.queued} waiting, and arrivals have for seconds exceeded what even {cheapest} can sustain"
+            lowest = catalog.lowest
+            return f"{reason.queued} waiting, and arrivals have for seconds exceeded what even {lowest} can sustain"
         case ReasonCode.BURST_OVERLOAD:
             return f"{reason.queued} waiting and more expected than can be answered in time: {chosen} answers the most"
         case ReasonCode.NOTHING_TO_RUN:

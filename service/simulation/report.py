@@ -54,12 +54,12 @@ def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable)
         path.touch()  # fails now rather than after the simulation
     catalog = VariantCatalog.of(profiles, latencies, cascades=command.cascades)
     largest = command.max_batch_size or catalog.max_batch_size
-    capacity, cheapest = (
-        command.machines * throughput(variant, largest) for variant in (catalog.best, catalog.variants[0])
+    capacity, at_lowest = (
+        command.machines * throughput(variant, largest) for variant in (catalog.best, catalog.lowest)
     )
     carry = "1 machine sustains" if command.machines == 1 else f"{command.machines} machines sustain"
-    best, least = catalog.best.profile.subnetwork, catalog.cheapest.profile.subnetwork
-    most = f"{capacity:.4g} requests/s at {best}, {cheapest:.4g} at {least}"
+    best, lowest = catalog.best.profile.subnetwork, catalog.lowest.profile.subnetwork
+    most = f"{capacity:.4g} requests/s at {best}, {at_lowest:.4g} at {lowest}"
     text = [f"{carry} at most {most}", TITLES]
     rows, courses = [], {}
     one_rate = len(command.rate or command.load or (1.0,)) == 1

@@ -281,7 +281,7 @@ async def test_a_prepared_model_affects_metrics_and_key_charges_only_once_it_is_
         new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
         assert (measured_at(), stage.ledger.answer_gflops) == (None, 1.0)
         new.announce()
-        cheapest = new.server.scheduler.catalog.cheapest.gflops
+        cheapest = new.server.scheduler.catalog.lowest.gflops
         assert (measured_at() is None, stage.ledger.answer_gflops) == (False, cheapest)
         new.close()
 

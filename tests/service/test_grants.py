@@ -18,7 +18,7 @@ GRANTED_S = 0.25
 
 def rated(catalog: VariantCatalog, answers: float) -> InferenceRequest:
     """Make a request whose key may spend, at once, the cost of `answers` answers at the cheapest variant."""
-    burst = answers * catalog.cheapest.gflops
+    burst = answers * catalog.lowest.gflops
     return replace(ANY, key=ApiKey("a", gflops_per_s=burst, burst_gflops=burst))
 
 
@@ -57,14 +57,14 @@ def test_a_rate_with_too_little_left_bounds_the_cost_by_what_is_left(catalog: Va
     request = rated(catalog, 1.5)
     allowed = allow(request, catalog, KeyLedger(1.0), 0.0, GRANTED_S)
     assert allowed.is_rated
-    assert allowed.grant.best.most_gflops <= allowed.max_gflops == 1.5 * catalog.cheapest.gflops
+    assert allowed.grant.best.most_gflops <= allowed.max_gflops == 1.5 * catalog.lowest.gflops
 
 
 def test_a_rate_below_the_lowest_level_grants_a_cheaper_but_slower_sub_network(profiles: ProfileTable) -> None:
     cheapest, *others = profiles.rows
     slow = ProfileTable((replace(cheapest, slowness=1000.0), *others))
     catalog = VariantCatalog.of(slow, LatencyTable((1,), {row.subnetwork: (row.work,) for row in slow.rows}))
-    assert catalog.least_gflops == cheapest.gflops < catalog.cheapest.gflops
+    assert catalog.least_gflops == cheapest.gflops < catalog.lowest.gflops
     key = ApiKey("a", gflops_per_s=1.0, burst_gflops=cheapest.gflops)
     allowed = allow(replace(ANY, key=key), catalog, KeyLedger(1.0), 0.0, GRANTED_S)
     assert allowed.grant.best.profile.subnetwork == cheapest.subnetwork
@@ -73,14 +73,14 @@ def test_a_rate_below_the_lowest_level_grants_a_cheaper_but_slower_sub_network(p
 def test_a_used_up_rate_rejects_the_request_and_says_when_to_retry(catalog: VariantCatalog) -> None:
     request, ledger = rated(catalog, 2.0), KeyLedger(1.0)
     assert request.key is not None
-    spent = ledger.charging(request.key, 1.5 * catalog.cheapest.gflops, 0.0)
+    spent = ledger.charging(request.key, 1.5 * catalog.lowest.gflops, 0.0)
     with spent, pytest.raises(OverloadedError) as caught:
         allow(request, catalog, ledger, 0.0, GRANTED_S)
     assert (caught.value.reason, caught.value.details["retry_after_s"]) == ("key", 0.25)
 
 
 def test_images_answered_together_each_leave_enough_of_the_rate_for_the_others(catalog: VariantCatalog) -> None:
-    request, ledger, least = rated(catalog, 3.5), KeyLedger(1.0), catalog.cheapest.gflops
+    request, ledger, least = rated(catalog, 3.5), KeyLedger(1.0), catalog.lowest.gflops
     assert request.key is not None
     with ExitStack() as charges:
         for left in (3, 2, 1):
@@ -93,7 +93,7 @@ def test_images_answered_together_each_leave_enough_of_the_rate_for_the_others(c
 def test_images_answered_together_are_rejected_until_all_of_them_fit_the_rate(catalog: VariantCatalog) -> None:
     request, ledger = rated(catalog, 4.0), KeyLedger(1.0)
     assert request.key is not None
-    with ledger.charging(request.key, 3 * catalog.cheapest.gflops, 0.0):
+    with ledger.charging(request.key, 3 * catalog.lowest.gflops, 0.0):
         allow(request, catalog, ledger, 0.0, GRANTED_S)
         with pytest.raises(OverloadedError) as caught:
             allow(replace(request, num_together=3), catalog, ledger, 0.0, GRANTED_S)

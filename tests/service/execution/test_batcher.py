@@ -511,7 +511,7 @@ async def test_each_batch_waits_for_its_pause_and_then_observes_the_machine() ->
     def choose(state: SchedulerState) -> BatchDecision:
         events.append("choose")
         assert (state.now, state.overhead_factor, state.slowdown) == (now, 3.0, 1.5)
-        return BatchDecision(CATALOG.cheapest, tuple(state.queue))
+        return BatchDecision(CATALOG.lowest, tuple(state.queue))
 
     def observe_machine() -> None:
         events.append("observe")
@@ -547,7 +547,7 @@ async def test_each_batch_waits_for_its_pause_and_then_observes_the_machine() ->
 async def test_expired_and_shed_requests_get_typed_errors_and_the_rest_an_answer() -> None:
     def drop(state: SchedulerState) -> BatchDecision:
         expired, shed, *rest = state.queue
-        return BatchDecision(CATALOG.cheapest, tuple(rest), (expired,), (shed,))
+        return BatchDecision(CATALOG.lowest, tuple(rest), (expired,), (shed,))
 
     gate = Gate()
     gate.open.set()

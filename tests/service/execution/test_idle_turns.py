@@ -87,7 +87,7 @@ class Moment:
 
     def serve(self) -> None:
         """Let a batch of requests end now."""
-        self.turns.batch_ran([IMAGE], looks_of(self.scheduler.catalog.cheapest, [0], ended_at=self.now))
+        self.turns.batch_ran([IMAGE], looks_of(self.scheduler.catalog.lowest, [0], ended_at=self.now))
 
     def wait(self, until: float = math.inf) -> bool:
         """Let the engine's thread wait for a request and take its turn; return False once it would wait longer."""

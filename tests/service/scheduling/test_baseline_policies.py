@@ -195,8 +195,8 @@ def test_baselines_grant_at_a_level_the_variant_that_the_level_policy_would_run(
 
 def test_a_variant_that_is_no_level_is_granted_where_the_limit_admits_it() -> None:
     assert granted(CATALOG, constraints_for(0.1, CHEAP, over_limit=CATALOG.variants[NAMED]), NAMED) == NAMED
-    assert granted(CATALOG, constraints_for(0.1, CHEAP, over_limit=CATALOG.cheapest), NAMED) == CHEAP
-    assert granted(CATALOG, constraints_for(0.1, BEST, pinned=CATALOG.cheapest), NAMED) == CHEAP
+    assert granted(CATALOG, constraints_for(0.1, CHEAP, over_limit=CATALOG.lowest), NAMED) == CHEAP
+    assert granted(CATALOG, constraints_for(0.1, BEST, pinned=CATALOG.lowest), NAMED) == CHEAP
 
 
 def random_moment(rng: random.Random) -> SchedulerState:

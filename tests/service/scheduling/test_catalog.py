@@ -119,7 +119,7 @@ def test_interpolated_keep_rates_use_up_a_budget_but_are_no_levels() -> None:
         *[over_limit] * (catalog.num_levels - grant.highest_level - 1),
     ]
     assert over_limit.profile.subnetwork == SubNetwork(12, 0.6)
-    assert over_limit.profile.gflops <= 2.0 < (catalog.next_better(over_limit) or catalog.cheapest).profile.gflops
+    assert over_limit.profile.gflops <= 2.0 < (catalog.next_better(over_limit) or catalog.lowest).profile.gflops
     assert all(variant.profile.is_trained for variant in catalog.variants[: catalog.num_levels])
     as_measured = ProfileTable(tuple(replace(profile, is_interpolated=False) for profile in profiles.rows))
     assert catalog_of(as_measured).num_levels == catalog.num_levels
@@ -207,7 +207,7 @@ def test_a_cascade_as_accurate_as_the_largest_sub_network_but_faster_is_granted(
 def test_a_sub_network_by_name_looks_once() -> None:
     catalog = catalog_of(CASCADING)
     grant = catalog.grant_named(SubNetwork(8, 0.5))
-    assert (grant.best, grant.is_pinned, set(grant.by_level)) == (catalog.cheapest, True, {0})
+    assert (grant.best, grant.is_pinned, set(grant.by_level)) == (catalog.lowest, True, {0})
 
 
 def test_a_cascade_that_saves_compute_but_no_time_is_no_level() -> None:
@@ -248,4 +248,4 @@ def test_a_variant_of_an_older_profile_is_still_found(catalog: VariantCatalog, f
     for older, newer in zip(catalog.variants, fast_catalog.variants, strict=True):
         assert older == newer
         assert older.latency_by_batch_s != newer.latency_by_batch_s
-    assert fast_catalog.next_better(catalog.cheapest) == fast_catalog.variants[1]
+    assert fast_catalog.next_better(catalog.lowest) == fast_catalog.variants[1]

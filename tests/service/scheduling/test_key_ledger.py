@@ -148,7 +148,7 @@ class Shared:
     def __init__(self, catalog: VariantCatalog) -> None:
         hundredths = {each: tuple(second / 100 for second in seconds) for each, seconds in SECONDS.items()}
         self.catalog = catalog = catalog.with_latencies(LatencyTable((1, 2, 3, 4), hundredths))
-        self.ledger = KeyLedger(catalog.cheapest.gflops)
+        self.ledger = KeyLedger(catalog.lowest.gflops)
         self.scheduler = Scheduler(catalog, choose_level, 4)
         self.charges: dict[QueuedRequest, tuple[ApiKey, ExitStack, Charge]] = {}
         self.answered, self.asked = Counter[str](), Counter[str]()
