@@ -82,7 +82,7 @@ NOT_RUN = {
     "supervit quantize": "takes minutes to hours, on images of the reader's; tests/service/commands/test_quantize.py",
     "supervit profile": "measures this machine for minutes; tests/service/engines/test_profiler.py",
     "supervit bench http://127.0.0.1:8001": "needs another server; tests/service/commands/test_bench.py fakes one",
-    "supervit simulate": "measures this machine for minutes first; tests/service/simulation/test_report.py",
+    "supervit simulate": "measures this machine for minutes first; tests/service/commands/test_simulate.py",
     "python -m models.training.": "needs the weights of a training of hours; tests/models/training",
     "python -m tests.benchmarks.": "takes minutes to hours of a machine that does nothing else",
     "python -m tests.gpu.gpu_check": "needs a GPU; tests/gpu/test_gpu_check.py runs what needs none",

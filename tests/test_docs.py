@@ -10,7 +10,7 @@ from models.training.recipe import Recipe
 from service.bench.options import Bench
 from service.commands.options import Classify, Evaluate, Profile, Quantize
 from service.settings import Settings
-from service.simulation.report import Simulate
+from service.simulation.options import Simulate
 
 ROOT = Path(__file__).parent.parent
 PAGES = (

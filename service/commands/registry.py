@@ -133,7 +133,7 @@ COMMANDS = {
     ),
     "simulate": Command(
         "Simulate traffic against this machine's profile.",
-        options="service.simulation.report:Simulate",
+        options="service.simulation.options:Simulate",
         run="service.commands.simulate:simulate",
         examples={
             "supervit simulate --rate 300 --budget-ms 100 --machines 2": "the share of requests answered in time",

@@ -1,18 +1,16 @@
-"""The command `supervit simulate`: a table of how much traffic machines of a profile carry, and at what accuracy.
+"""Replays traffic on machines of a profile, and reports how much of it they carry, and at what accuracy.
 
-Parses no arguments and measures nothing; the traffic comes from `arrivals`, the replay from `simulator`.
+Parses no arguments, measures nothing, writes no files; the traffic comes from `arrivals`, the replay from `simulator`.
 """
 
-import json
-from dataclasses import asdict
-from pathlib import Path
-
-from pydantic import Field
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from models.latency import LatencyTable
 from models.profiles import ProfileTable
 from service.scheduling.catalog import VariantCatalog
-from service.simulation.arrivals import SlowdownScript, Traffic
+from service.simulation.arrivals import SlowdownScript
+from service.simulation.options import Simulate
 from service.simulation.simulator import Figures, Machine, answers_in_time, replay, throughput
 
 SHOWN = 3  # variants listed in a line of the table
@@ -21,78 +19,62 @@ TITLES = (
 )
 
 
-class Simulate(Traffic):
-    """Replay arrivals against a profile in virtual time, to find the machines that they need and the accuracy."""
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of the traffic.
 
-    policy: str = Field("level", description="policy that chooses sub-network and batch, as for `serve`")
-    compare: tuple[str, ...] = Field((), description="other policies to replay the same arrivals with")
-    cascades: bool = Field(False, description="look again if a first look was unsure, as for `serve`")
-    machines: int = Field(1, ge=1, le=1000, description="number of identical machines, which get requests in turn")
-    max_batch_size: int | None = Field(
-        None, ge=1, le=64, description="maximum number of requests in a batch; by default as for `serve`"
-    )
-    overhead_ms: float = Field(0, ge=0, description="time that each batch takes beyond its profile")
-    noise: float = Field(
-        0, ge=0, le=10, description="each batch takes longer by the absolute value of a normal draw times this"
-    )
-    checkpoint: str | None = Field(None, description="SuperViT checkpoint; by default the one that `serve` uses")
-    json_file: Path | None = Field(None, description="JSON file for all figures")
-    plot_file: Path | None = Field(
-        None, description="PNG file for a plot over time, of all policies or of several rates"
-    )
+    Attributes:
+        text: the capacity of the machines, and a table with a line for each run.
+        runs: the figures of each rate and policy, for JSON.
+        courses: answers over time, by title, of all policies or of several rates.
+    """
+
+    text: str
+    runs: list[dict[str, Any]]
+    courses: dict[str, list[tuple[float, str | None, float | None]]]
 
 
-def simulate(command: Simulate, profiles: ProfileTable, latencies: LatencyTable) -> str:
-    """Replay every rate with every policy, write the files that were asked for, and return a table to print.
+def sweep(options: Simulate, profiles: ProfileTable, latencies: LatencyTable) -> Report:
+    """Replay every rate with every policy.
 
     Raises:
         InvalidParameterError, BudgetTooSmallError: the options do not fit the profile; too many or no requests.
-        OSError: a file cannot be read or written.
-        ModuleNotFoundError: matplotlib, which draws the plot, is not installed.
+        OSError: the trace cannot be read.
     """
-    for path in filter(None, (command.json_file, command.plot_file)):
-        path.touch()  # fails now rather than after the simulation
-    catalog = VariantCatalog.of(profiles, latencies, cascades=command.cascades)
-    largest = command.max_batch_size or catalog.max_batch_size
+    catalog = VariantCatalog.of(profiles, latencies, cascades=options.cascades)
+    largest = options.max_batch_size or catalog.max_batch_size
     capacity, at_lowest = (
-        command.machines * throughput(variant, largest) for variant in (catalog.best, catalog.lowest)
+        options.machines * throughput(variant, largest) for variant in (catalog.best, catalog.lowest)
     )
-    carry = "1 machine sustains" if command.machines == 1 else f"{command.machines} machines sustain"
+    carry = "1 machine sustains" if options.machines == 1 else f"{options.machines} machines sustain"
     best, lowest = catalog.best.profile.subnetwork, catalog.lowest.profile.subnetwork
     most = f"{capacity:.4g} requests/s at {best}, {at_lowest:.4g} at {lowest}"
     text = [f"{carry} at most {most}", TITLES]
-    rows, courses = [], {}
-    one_rate = len(command.rate or command.load or (1.0,)) == 1
-    for rate, arrivals in command.draws(capacity):
-        for policy in dict.fromkeys((command.policy, *command.compare)):
+    runs, courses = [], {}
+    one_rate = len(options.rate or options.load or (1.0,)) == 1
+    for rate, arrivals in options.draws(capacity):
+        for policy in dict.fromkeys((options.policy, *options.compare)):
             replays = [
-                replay(arrivals[index :: command.machines], _machine(command, catalog, index), policy)
-                for index in range(command.machines)
+                replay(arrivals[index :: options.machines], _machine(options, catalog, index), policy)
+                for index in range(options.machines)
             ]
             figures = Figures.of(replays, catalog)
             text.append(_show(rate, policy, figures))
-            rows.append({"rate": rate, "policy": policy} | asdict(figures))
-            if policy == command.policy or one_rate:
+            runs.append({"rate": rate, "policy": policy} | asdict(figures))
+            if policy == options.policy or one_rate:
                 request_outcomes = [each for one in replays for each in one.request_outcomes]
                 courses[f"{policy}, {rate:.4g}/s"] = answers_in_time(request_outcomes)
-    if command.json_file:
-        options = command.model_dump(mode="json", exclude_none=True)
-        command.json_file.write_text(json.dumps({"options": options, "runs": rows}, indent=2) + "\n")
-    if command.plot_file:
-        from models.evaluation.plots import plot_simulation  # matplotlib comes with an extra only
-
-        plot_simulation(courses, command.plot_file)
-    return "\n".join(text)
+    return Report("\n".join(text), runs, courses)
 
 
-def _machine(command: Simulate, catalog: VariantCatalog, index: int) -> Machine:
+def _machine(options: Simulate, catalog: VariantCatalog, index: int) -> Machine:
     return Machine(
         catalog,
-        command.max_batch_size or catalog.max_batch_size,
-        SlowdownScript.parse(command.slowdown),
-        command.overhead_ms / 1000,
-        command.noise,
-        command.seed + index,
+        options.max_batch_size or catalog.max_batch_size,
+        SlowdownScript.parse(options.slowdown),
+        options.overhead_ms / 1000,
+        options.noise,
+        options.seed + index,
     )
 
 
