@@ -129,18 +129,22 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedLook:
-    """A second look that depends on the first.
+class SecondLook:
+    """The second look of a cascade, which runs where the first is unsure.
 
     Attributes:
-        profile: profile of the sub-network that would look.
-        threshold: probability of the first answer, 0..1, below which it looks.
-        share: fraction of images, 0..1, that fell below the threshold where that was measured.
+        index: catalog index of the variant that is this look alone.
+        profile: profile of the sub-network that looks again.
+        threshold: probability of the first answer, 0..1, under which it looks again.
+        share: fraction of images that are looked at again, 0..1.
+        top1: accuracy of the cascade, 0..1.
     """
 
+    index: int
     profile: SubNetworkProfile
     threshold: float
     share: float
+    top1: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +165,7 @@ class Decision:
     predicted_s: float
     code: ReasonCode
     reason: str
-    second_look: PlannedLook | None = None
+    second_look: SecondLook | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from models.checkpoint import Checkpoint
 from service.answers import classification_of, predictions_of
 from service.decoding.decoder import Decoder
 from service.decoding.images import OpenedImage
-from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, PlannedLook, Timing
+from service.domain import DEFAULT_TOP_K, Classification, Decision, Forecast, InferenceRequest, Timing
 from service.errors import (
     BudgetTooSmallError,
     ClientGoneError,
@@ -176,9 +176,9 @@ class Pipeline:
         predicted_s = self._scheduler.predict(variant, preview.batch_size, now)
         reason = reason_of(constraints, variant, preview.decision)
         sentence = explain(reason, self._scheduler.catalog, variant, constraints.max_gflops)
-        second = variant.second_look
-        planned = None if second is None else PlannedLook(second.profile, second.threshold, second.share)
-        decision = Decision(variant.profile, preview.batch_size, predicted_s, reason.code, sentence, planned)
+        decision = Decision(
+            variant.profile, preview.batch_size, predicted_s, reason.code, sentence, variant.second_look
+        )
         return Forecast(decision, preview.starts_in_s + predicted_s + self._reply.mean_s)
 
     async def _answer(self, read: Read, request: InferenceRequest, reserved: QueuedRequest | None) -> Classification:

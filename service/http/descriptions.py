@@ -7,7 +7,7 @@ from models.checkpoint import Checkpoint
 from models.data.images import resized_side
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SuperViTConfig
-from service.domain import Classification, Decision, Forecast, PlannedLook, Timing
+from service.domain import Classification, Decision, Forecast, SecondLook, Timing
 from service.execution.explainer import KeptPatches
 from service.http.schemas import (
     CascadeRow,
@@ -56,7 +56,7 @@ def describe_decision(decision: Decision) -> DecisionAnswer:
     )
 
 
-def describe_planned(look: PlannedLook | None) -> PlannedLookAnswer | None:
+def describe_planned(look: SecondLook | None) -> PlannedLookAnswer | None:
     """Convert a planned second look, if there is one."""
     if look is None:
         return None

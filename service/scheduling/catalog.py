@@ -13,8 +13,9 @@ from typing import TypeVar
 from models.latency import LatencyTable
 from models.profiles import CascadeProfile, ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork
+from service.domain import SecondLook
 from service.errors import BudgetTooSmallError, InvalidParameterError
-from service.scheduling.variants import Grant, SecondLook, Variant, with_second_look
+from service.scheduling.variants import Grant, Variant, with_second_look
 
 T = TypeVar("T")
 

@@ -8,27 +8,9 @@ from dataclasses import dataclass, field
 
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
+from service.domain import SecondLook
 
 Latencies = Sequence[Sequence[float]]  # seconds by variant, then by batch size minus one
-
-
-@dataclass(frozen=True, slots=True)
-class SecondLook:
-    """The second look of a cascade, which runs where the first is unsure.
-
-    Attributes:
-        index: catalog index of the variant that is this look alone.
-        profile: profile of the sub-network that looks again.
-        threshold: probability of the first answer, 0..1, under which it looks again.
-        share: fraction of images that are looked at again, 0..1.
-        top1: accuracy of the cascade, 0..1.
-    """
-
-    index: int
-    profile: SubNetworkProfile
-    threshold: float
-    share: float
-    top1: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ import pytest
 
 from models.profiles import SubNetworkProfile
 from models.subnetwork import SubNetwork
-from service.scheduling.variants import SecondLook, Variant, with_second_look
+from service.domain import SecondLook
+from service.scheduling.variants import Variant, with_second_look
 
 FIRST = SubNetworkProfile(SubNetwork(8, 0.5), 700_000_000, 0.7)
 SECOND = SubNetworkProfile(SubNetwork(14, 1.0), 4_000_000_000, 0.9)
