@@ -9,6 +9,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from service.http.admin import build_admin_router
 from service.http.classify import DirectRoute, DirectRoutes, Handle, make_classify
+from service.http.early_rejection import CLASSIFY_PATH
 from service.http.error_responses import ErrorAnswers
 from service.http.keys import KeyCheck, describe_keys
 from service.http.origins import OriginPolicy
@@ -16,7 +17,7 @@ from service.http.pages import add_pages
 from service.http.reports import HEADER as TRACE_HEADER
 from service.http.reports import RequestReports
 from service.http.request_ids import HEADER, RequestIds
-from service.http.routes import CLASSIFY_PATH, build_operations_router, build_router
+from service.http.routes import build_operations_router, build_router
 from service.http.torchserve import build_torchserve_router, make_predict, predict_path
 from service.http.v1 import build_v1_router, make_v1_predict
 from service.http.v2 import build_v2_router, infer_path, make_infer

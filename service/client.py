@@ -126,14 +126,13 @@ class AsyncClient:
         timeout_s: float = TIMEOUT_S,
         max_retries: int = MAX_RETRIES,
         transport: httpx.AsyncBaseTransport | None = None,
-        clock: Clock = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         draw: Clock = random.random,
     ) -> None:
-        """Create a client; arguments and errors as those of `Client`."""
+        """Create a client; arguments, but for the clock, and errors as those of `Client`."""
         headers = bearer(api_key)
         self._http = httpx.AsyncClient(base_url=_checked(url), headers=headers, timeout=timeout_s, transport=transport)
-        self._retry_policy = RetryPolicy(timeout_s, max_retries, clock, draw)
+        self._retry_policy = RetryPolicy(timeout_s, max_retries, time.monotonic, draw)
         self._sleep = sleep
 
     async def classify(self, image: Image, **options: Unpack[ClassifyOptions]) -> ClassifyAnswer:

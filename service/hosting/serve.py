@@ -40,7 +40,6 @@ from service.hosting.workers import (
 )
 from service.http.connections import Connections, proxy_check
 from service.http.early_rejection import EarlyRejection, RejectingProtocol
-from service.http.routes import CLASSIFY_PATH
 from service.http.tls import TlsGate
 from service.machine.monitor import Monitor
 from service.runtime import ServerRuntime
@@ -296,5 +295,5 @@ def _shared(settings: Settings, max_connections: int, runtime: ServerRuntime) ->
         "connections": connections,
         "observe": metrics.closed,
         "log": RateLimitedLog(logging.getLogger("service.http")),
-        "early": EarlyRejection(runtime.context, CLASSIFY_PATH),
+        "early": EarlyRejection(runtime.context),
     }

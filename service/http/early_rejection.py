@@ -6,7 +6,7 @@ more arrive.
 
 import asyncio
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 from service.domain import ApiKey
@@ -24,8 +24,10 @@ from service.request_names import request_id_of
 from service.request_parameters import ClassifyQuery
 from service.scheduling.state import QueuedRequest
 
+CLASSIFY_PATH = "/classify"
 # Requests with these headers go to the application, which checks how the body is sent and which page asks.
 ROUTED = frozenset((b"transfer-encoding", b"expect", b"origin", b"content-encoding"))
+PATH = CLASSIFY_PATH.encode()
 STATUS_LINE = b"HTTP/1.1 429 Too Many Requests\r\n"
 REPEATED_S = 0.005  # for which a rejection is reused for equal requests
 REJECTION_SHARE = 0.15  # of the event loop's CPU time, for parsing and rejecting; the cost of the sockets comes on top
@@ -70,15 +72,9 @@ class _Rejection(NamedTuple):
 class EarlyRejection:
     """Answers the requests that POST /classify would reject for overload."""
 
-    def __init__(self, context: RouteContext, path: str, loop_time: Callable[[], float] = time.thread_time) -> None:
-        """Create the early rejection of one route.
-
-        Args:
-            context: the collaborators of the routes.
-            path: path of the route.
-            loop_time: returns the CPU seconds of the event loop's thread.
-        """
-        self._context, self._path, self.loop_time = context, path.encode(), loop_time
+    def __init__(self, context: RouteContext) -> None:
+        """Create the early rejection from the collaborators of the routes."""
+        self._context = context
         self._last: _Rejection | None = None
         self._spent_s, self._spent_at = 0.0, 0.0
 
@@ -92,7 +88,7 @@ class EarlyRejection:
         """
         path, _, query = url.partition(b"?")
         named = dict(headers)
-        if path != self._path or len(named) < len(headers) or not self._is_plain(named):
+        if path != PATH or len(named) < len(headers) or not self._is_plain(named):
             return None
         try:
             parameters, server = parse_query(query), self._context.open_server()
@@ -185,7 +181,7 @@ class RejectingProtocol(BoundedProtocol):
         self._is_rejected = True
         defaults = b"".join(b"%b: %b\r\n" % header for header in self.server_state.default_headers)
         self._rejection_lines = STATUS_LINE + defaults + answer
-        if pause_s := self._early.charge(self._early.loop_time() - self._parsed_from_s):
+        if pause_s := self._early.charge(time.thread_time() - self._parsed_from_s):
             self._connections.mark_answering(self)  # not idle while its rejection is held back
             self._held_back = self.loop.call_later(pause_s, self._reject)
         else:
@@ -234,7 +230,7 @@ class RejectingProtocol(BoundedProtocol):
         return self._is_pausing or super()._must_wait
 
     def _parse(self) -> None:
-        self._parsed_from_s = self._early.loop_time()
+        self._parsed_from_s = time.thread_time()
         super()._parse()
 
     def _flush(self) -> None:

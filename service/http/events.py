@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -26,22 +26,14 @@ _SAMPLE = TypeAdapter(MetricsSample)
 class LiveFeed:
     """Reads the metrics once a second for all listeners together, and not at all without listeners."""
 
-    def __init__(
-        self,
-        read: Callable[[], MetricsSample],
-        is_over: Callable[[], bool],
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        now: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, read: Callable[[], MetricsSample], is_over: Callable[[], bool]) -> None:
         """Create a feed without listeners.
 
         Args:
             read: reads the metrics; called on a thread, for it takes some milliseconds.
             is_over: returns whether the server is stopping, which would otherwise wait for the listeners to leave.
-            sleep: waits for a number of seconds.
-            now: returns Unix time in seconds.
         """
-        self._read, self._is_over, self._sleep, self._now = read, is_over, sleep, now
+        self._read, self._is_over = read, is_over
         self._samples: deque[MetricsSample] = deque(maxlen=SAMPLES_KEPT)
         self._lock = asyncio.Lock()
         self._listeners = 0
@@ -72,10 +64,10 @@ class LiveFeed:
             missed = min(self._number - sent, len(self._samples))
             yield b"".join(map(_event, list(self._samples)[len(self._samples) - missed :]))
             sent = self._number
-            await self._sleep(INTERVAL_S)
+            await asyncio.sleep(INTERVAL_S)
 
     def _forget_old(self) -> None:
-        since = self._now() - SAMPLES_KEPT * INTERVAL_S
+        since = time.time() - SAMPLES_KEPT * INTERVAL_S
         while self._samples and self._samples[0].at < since:
             self._samples.popleft()
 

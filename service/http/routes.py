@@ -13,6 +13,7 @@ from service.errors import NotReadyError, ServiceError
 from service.http.classify import Handle
 from service.http.context import RouteContext
 from service.http.descriptions import describe_forecast
+from service.http.early_rejection import CLASSIFY_PATH
 from service.http.error_shapes import describe_problem
 from service.http.events import EventStream, LiveFeed, describe_events, is_stopping
 from service.http.explain import make_explain
@@ -42,7 +43,6 @@ from service.http.uploads import read_parameters
 from service.request_parameters import ClassifyQuery, DecideQuery
 from service.telemetry.live import read_sample
 
-CLASSIFY_PATH = "/classify"
 BYTES: Schema = {"type": "string", "format": "binary"}
 MANY: Schema = {"type": "array", "items": BYTES, "minItems": 1, "maxItems": MAX_IMAGES}
 SERVER_TIMING = {"description": "the times of timing_ms, in milliseconds", "schema": {"type": "string"}}

@@ -55,7 +55,6 @@ class CallHandling:
         coming: ClientLimiter,
         keys: KeyFile | None = None,
         reporter: Reporter | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create the state that all services share.
 
@@ -67,12 +66,11 @@ class CallHandling:
             coming: counts the messages on their way by client, together with the bodies on their way over HTTP.
             keys: API keys, one of which each inference request needs; None if none is needed.
             reporter: reports on each call; None for no reports.
-            clock: monotonic, in seconds.
         """
         self.protocol = protocol
         self.in_flight = CallsInFlight()
         self.max_upload_s = max_upload_s
-        self._metrics, self._clock = metrics, clock
+        self._metrics = metrics
         self.by_address, self._keys = ClientLimiter(max_calls_per_address), keys
         self.reports, self._coming = CallReports(reporter), coming
 
@@ -90,7 +88,7 @@ class CallHandling:
 
     def begin(self, context: Context) -> Call:
         """Make the record of a call, whose request ID is sent in the trailing metadata."""
-        call = Call.of(context, self._clock())
+        call = Call.of(context, time.monotonic())
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         return call
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -25,17 +24,14 @@ STREAM_AHEAD = 64  # concurrent requests of a stream; further ones wait in the c
 class InferenceService:
     """Answers the calls of the service."""
 
-    def __init__(
-        self, answering: CallHandling, keep_alive_s: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, answering: CallHandling, keep_alive_s: float) -> None:
         """Create the service from its collaborators.
 
         Args:
             answering: what all services share.
             keep_alive_s: how long a stream is kept for its next request, once all others have their answers.
-            clock: monotonic, in seconds.
         """
-        self._answering, self._protocol, self._clock = answering, answering.protocol, clock
+        self._answering, self._protocol = answering, answering.protocol
         self._keep_alive_s = keep_alive_s
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -108,7 +104,7 @@ class InferenceService:
             raise UploadTimeoutError(f"no request arrived for {self._keep_alive_s:g} s") from error
 
     async def _stream_response(self, data: bytes, call: Call) -> pb.ModelStreamInferResponse:
-        now, name = self._clock(), ""
+        now, name = time.monotonic(), ""
         left_s = None if call.time_left_s is None else call.arrived_at + call.time_left_s - now
         call = replace(call, arrived_at=now, time_left_s=left_s)
         with self._answering.reports.reporting(STREAM, call) as ending:

@@ -24,7 +24,6 @@ from service.app import create_app
 from service.engines.profile_store import extended_profile, nominal_latencies
 from service.http.connections import Connections
 from service.http.early_rejection import EarlyRejection, RejectingProtocol
-from service.http.routes import CLASSIFY_PATH
 from service.runtime import ServerRuntime
 from service.settings import Settings
 from tests.end_to_end.test_serving import ROOT, SMALL_CHECKPOINT, START_LIMIT_S, free_port
@@ -68,9 +67,7 @@ def serving(checkpoint: Checkpoint, port: int, keys: Path | None = None) -> Iter
     """Serve as `supervit serve` does, but with nominal latencies instead of those of this machine."""
     latencies = nominal_latencies(extended_profile(checkpoint))
     runtime = ServerRuntime(Settings(checkpoint=SMALL_CHECKPOINT, keys=keys), checkpoint, latencies=latencies)
-    protocol = partial(
-        RejectingProtocol, connections=Connections(99, 99), early=EarlyRejection(runtime.context, CLASSIFY_PATH)
-    )
+    protocol = partial(RejectingProtocol, connections=Connections(99, 99), early=EarlyRejection(runtime.context))
     app = create_app(runtime, ready_first=True)
     server = uvicorn.Server(uvicorn.Config(app, port=port, http=protocol, ws="none", log_config=None))  # type: ignore[arg-type] # only called
     thread = threading.Thread(target=server.run)

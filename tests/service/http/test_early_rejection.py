@@ -87,7 +87,7 @@ class Rejecting:
         context = replace(
             context, servers=lambda: [self.server], state=lambda: ServerState.READY, clock=lambda: self.now
         )
-        self.context, self.rejection = context, EarlyRejection(context, "/classify")
+        self.context, self.rejection = context, EarlyRejection(context)
 
     def answer(self, query: bytes = b"", arrived_at: float = 1000.0) -> bytes | None:
         return self.rejection.answer(b"/classify" + query, HEADERS, {ARRIVED_AT: arrived_at})
@@ -117,7 +117,7 @@ def test_a_reservation_is_released_at_the_server_that_made_it_even_after_a_chang
     kept = [Keeping(), Keeping()]
     servers = [ReadyServer(cast(Pipeline, each), cast(Any, each), *(cast(Any, None),) * 3) for each in kept]
     context = replace(rejecting.context, servers=lambda: servers)
-    rejection, scope = EarlyRejection(context, "/classify"), {ARRIVED_AT: 1000.0}
+    rejection, scope = EarlyRejection(context), {ARRIVED_AT: 1000.0}
     assert rejection.answer(b"/classify", HEADERS, scope) is None
     servers.reverse()  # the other server answers from now on
     rejection.forget(scope)
@@ -128,7 +128,7 @@ def test_an_early_rejection_equals_the_rejection_of_the_route(overloaded: tuple[
     client, context = overloaded
     query = b"?budget_ms=500"
     headers = [*HEADERS, (b"x-request-id", b"mine")]
-    answer = EarlyRejection(context, "/classify").answer(b"/classify" + query, headers, {ARRIVED_AT: time.monotonic()})
+    answer = EarlyRejection(context).answer(b"/classify" + query, headers, {ARRIVED_AT: time.monotonic()})
     assert answer is not None
     head, body = answer.split(b"\r\n\r\n")
     route = client.post("/classify?budget_ms=500", content=b"never read", headers={"X-Request-ID": "mine"})
@@ -146,7 +146,7 @@ def test_early_rejections_count_as_overloaded_requests_and_missed_deadlines(
     overloaded: tuple[TestClient, RouteContext],
 ) -> None:
     client, context = overloaded
-    rejection = EarlyRejection(context, "/classify")
+    rejection = EarlyRejection(context)
     for _ in range(2):
         assert rejection.answer(b"/classify?budget_ms=500", HEADERS, {ARRIVED_AT: time.monotonic()})
     assert sample(client, 'supervit_requests_total{outcome="overloaded"}') == 2
@@ -168,7 +168,7 @@ def test_rejections_are_logged_at_a_limited_rate_if_requests_are_logged(
     rejecting.answer()
     assert caplog.messages == []
     context = replace(rejecting.context, reporter=Reporter(logs_requests=True))
-    rejection = EarlyRejection(context, "/classify")
+    rejection = EarlyRejection(context)
     for _ in range(3):
         rejection.answer(b"/classify", HEADERS, {ARRIVED_AT: 1000.0})
     assert caplog.messages == ["a request was rejected for overload"]
@@ -179,7 +179,7 @@ def test_a_request_that_can_be_answered_gets_a_reserved_place_in_the_queue(
 ) -> None:
     _, context = overloaded
     scope: dict[str, Any] = {ARRIVED_AT: time.monotonic()}
-    rejection = EarlyRejection(context, "/classify")
+    rejection = EarlyRejection(context)
     assert rejection.answer(b"/classify?budget_ms=9000", HEADERS, scope) is None
     reserved = scope[RESERVED].request
     assert context.server().scheduler.num_before(reserved, time.monotonic())[1] == 1
@@ -312,9 +312,6 @@ class Scripted:
     def __init__(self) -> None:
         self.forgotten: list[str] = []
         self.pauses_s = 0.0
-
-    def loop_time(self) -> float:
-        return time.thread_time()
 
     def charge(self, took_s: float) -> float:
         assert 0 < took_s < 1

@@ -206,7 +206,7 @@ def test_an_explanation_is_charged_to_its_key_for_both_runs_of_the_model(
 
 def early(runtime: ServerRuntime, name: str, scope: dict[str, Any]) -> bytes | None:
     headers = [(b"host", b"here"), (b"content-length", b"4"), (b"x-api-key", f"secret-of-{name}".encode())]
-    return EarlyRejection(runtime.context, "/classify").answer(b"/classify", headers, scope)
+    return EarlyRejection(runtime.context).answer(b"/classify", headers, scope)
 
 
 def test_a_request_whose_key_has_used_up_its_rate_is_rejected_once_its_head_is_parsed(
