@@ -63,14 +63,17 @@ def create_app(
     protocol = runtime.inference_protocol
     infer, predict = make_infer(context, protocol), make_predict(context, protocol)
 
-    directs = [
-        (path_of, (DirectRoute(path_of("{name}")), handle))
-        for path_of, handle in ((lambda _: CLASSIFY_PATH, classify), (infer_path, infer), (predict_path, predict))
-    ]
+    direct_classify = DirectRoute(CLASSIFY_PATH), classify
+    direct_infer = DirectRoute(infer_path("{name}")), infer
+    direct_predict = DirectRoute(predict_path("{name}")), predict
 
     def find_direct(path: str) -> tuple[DirectRoute, Handle] | None:
+        if path == CLASSIFY_PATH:
+            return direct_classify
         name = context.checkpoint.name
-        return {path_of(name): direct for path_of, direct in directs}.get(path)
+        if path == infer_path(name):
+            return direct_infer
+        return direct_predict if path == predict_path(name) else None
 
     app.include_router(build_router(context, classify))
     app.include_router(build_v2_router(context, protocol, infer))
