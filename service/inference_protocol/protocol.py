@@ -172,9 +172,7 @@ class InferenceProtocol:
         """
         with counting_failures(self._metrics, key):
             pipeline = self._open(request)
-            plan = self._plan(request, pipeline.checkpoint, arrived_at, query, headers)
-            of_client = replace(plan.wanted, address=address, key=key, client_waits_s=client_waits_s)
-            plan = replace(plan, wanted=replace(of_client, num_together=len(plan.images)))
+            plan = _plan(request, pipeline.checkpoint, query, headers, arrived_at, address, key, client_waits_s)
             pipeline.check(plan.wanted)
             if pipeline.time_left_s(plan.wanted) <= 0:
                 raise UploadTimeoutError("the request did not arrive within the latency budget")
@@ -187,32 +185,19 @@ class InferenceProtocol:
 
     def _find(self, name: str, version: str) -> Checkpoint:
         """Return the served checkpoint of a name and a version; errors as `require_model`."""
-        return _named(self._checkpoints(), name, version)
+        served = self._checkpoints()
+        for checkpoint in served:
+            if _is_named(checkpoint, name, version):
+                return checkpoint
+        raise _unknown(served[0], name, version)
 
     def _open(self, request: InferRequest) -> Pipeline:
         """Return the pipeline for a request: the one drawn for it, unless it names another; errors as `infer`."""
-        pipelines = self._open_pipelines()
-        self.require_model(request.model_name, request.model_version)
-        named = _named([each.checkpoint for each in pipelines], request.model_name, request.model_version)
-        return next(pipeline for pipeline in pipelines if pipeline.checkpoint is named)
-
-    @staticmethod
-    def _plan(
-        request: InferRequest,
-        checkpoint: Checkpoint,
-        arrived_at: float,
-        query: Mapping[str, str],
-        headers: Mapping[str, str],
-    ) -> _Plan:
-        if len(request.inputs) != 1:
-            raise InvalidTensorError(f"the request must have one input, {INPUT!r}, not {len(request.inputs)}")
-        num_classes = len(checkpoint.class_names)
-        parameters = parameters_of(request.parameters, query, headers)
-        outputs = wanted_outputs(request.outputs, num_classes)
-        top_k = parameters.top_k or min(DEFAULT_TOP_K, num_classes)
-        listed = max(top_k, *(output.classes for output in outputs))
-        images = images_of(request.inputs[0], checkpoint.config.image_side)
-        return _Plan(replace(parameters.request(arrived_at), top_k=listed), images, outputs, top_k)
+        name, version = request.model_name, request.model_version
+        for pipeline in self._open_pipelines():
+            if _is_named(pipeline.checkpoint, name, version):
+                return pipeline
+        raise _unknown(self._checkpoints()[0], name, version)
 
     async def _classify(
         self, pipeline: Pipeline, plan: _Plan, watch: AbstractContextManager[object] | None
@@ -234,16 +219,42 @@ class InferenceProtocol:
         return tuple(answer for answer in answers if not isinstance(answer, BaseException))
 
 
-def _named(served: Sequence[Checkpoint], name: str, version: str) -> Checkpoint:
-    """Return the first checkpoint of a name and a version; errors as `require_model`."""
-    for checkpoint in served:
-        if name == checkpoint.name and version in ("", VERSION, checkpoint.version):
-            return checkpoint
-    current = served[0]
+def _plan(
+    request: InferRequest,
+    checkpoint: Checkpoint,
+    query: Mapping[str, str],
+    headers: Mapping[str, str],
+    arrived_at: float,
+    address: str | None,
+    key: ApiKey | None,
+    client_waits_s: float | None,
+) -> _Plan:
+    if len(request.inputs) != 1:
+        raise InvalidTensorError(f"the request must have one input, {INPUT!r}, not {len(request.inputs)}")
+    num_classes = len(checkpoint.class_names)
+    parameters = parameters_of(request.parameters, query, headers)
+    outputs = wanted_outputs(request.outputs, num_classes)
+    top_k = parameters.top_k or min(DEFAULT_TOP_K, num_classes)
+    listed = max(top_k, *(output.classes for output in outputs))
+    images = images_of(request.inputs[0], checkpoint.config.image_side)
+    wanted = replace(
+        parameters.request(arrived_at, address, key),
+        top_k=listed,
+        client_waits_s=client_waits_s,
+        num_together=len(images),
+    )
+    return _Plan(wanted, images, outputs, top_k)
+
+
+def _is_named(checkpoint: Checkpoint, name: str, version: str) -> bool:
+    return name == checkpoint.name and version in ("", VERSION, checkpoint.version)
+
+
+def _unknown(current: Checkpoint, name: str, version: str) -> UnknownModelError:
+    """Return the error for a model that is not served while `current` answers most requests."""
     if name != current.name:
-        raise UnknownModelError(f"unknown model {name!r}; {current.name!r} is served", model=current.name)
-    message = f"unknown version {version!r} of {name}; {VERSION!r} is served"
-    raise UnknownModelError(message, version=VERSION)
+        return UnknownModelError(f"unknown model {name!r}; {current.name!r} is served", model=current.name)
+    return UnknownModelError(f"unknown version {version!r} of {name}; {VERSION!r} is served", version=VERSION)
 
 
 def _reading(image: InputImage) -> Read:
