@@ -54,6 +54,7 @@ class ServerRuntime:
         context: what the routes use.
         metrics: the metrics of the server.
         inference_protocol: answers the Open Inference Protocol, over any transport.
+        coming: counts by client the images on their way to the server, over any protocol.
         changer: replaces the served model by another one.
     """
 
@@ -109,12 +110,12 @@ class ServerRuntime:
         find_policy(settings.policy, catalog)  # an unknown one fails at once
         self.metrics = Metrics(process_registry(), environment_variable(SHARED_FOLDER_VARIABLE))
         self.metrics.describe(list(profile.by_subnetwork), checkpoint.name, checkpoint.version, settings.workers)
-        answers, coming = RecentAnswers(), ClientLimiter(settings.max_in_flight_per_address, "being received")
+        answers, self.coming = RecentAnswers(), ClientLimiter(settings.max_in_flight_per_address, "being received")
         self.context = RouteContext(
             checkpoints=self._checkpoints,
             metrics=self.metrics,
             monitor=self._monitor,
-            bodies=BodyLimits(settings.max_body_bytes, settings.max_upload_s, coming),
+            bodies=BodyLimits(settings.max_body_bytes, settings.max_upload_s, self.coming),
             classifier=Classifier(self.metrics, settings.max_in_flight_per_address, answers),
             answers=answers,
             cors_origins=comma_separated(settings.cors_origins) or (),
@@ -229,8 +230,7 @@ class ServerRuntime:
     async def _guard(self) -> None:
         """Wait until the engine hangs, then end the server without it."""
         expected_s = await self._watchdog.until_hung(
-            self._running,
-            lambda: self._heartbeat(self._state is ServerState.READY),
+            self._running, lambda: self._heartbeat(self._state is ServerState.READY)
         )
         logger.critical("a batch expected to take %.3g s hangs; the server exits without waiting for it", expected_s)
         self._state = ServerState.HUNG

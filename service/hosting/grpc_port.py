@@ -37,7 +37,7 @@ def grpc_beside(
         runtime.metrics,
         settings.max_upload_s,
         settings.max_connections_per_address,
-        runtime.context.bodies.coming,
+        runtime.coming,
         runtime.context.keys,
         runtime.context.reporter,
     )

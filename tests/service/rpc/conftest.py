@@ -138,7 +138,7 @@ async def serving_in_process(
 ) -> AsyncIterator[Served]:
     context, protocol = runtime.context, runtime.inference_protocol
     answering = CallHandling(
-        protocol, runtime.metrics, max_upload_s, CALLS, context.bodies.coming, context.keys, context.reporter
+        protocol, runtime.metrics, max_upload_s, CALLS, runtime.coming, context.keys, context.reporter
     )
     async with (
         runtime.running(ready_first=True),
