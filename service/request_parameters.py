@@ -81,16 +81,16 @@ class ClassifyQuery(DecideQuery):
         return replace(request, min_confidence=self.min_confidence, top_k=self.top_k)
 
 
-Query = TypeVar("Query", bound=DecideQuery)
+M = TypeVar("M", bound=BaseModel)
 
 
-def validated(model: type[Query], values: Mapping[str, Any]) -> Query:
-    """Validate parameters given by name.
+def validated(model: type[M], values: Mapping[str, Any] | bytes) -> M:
+    """Validate parameters given by name, or a message in JSON.
 
     Raises:
-        InvalidParameterError: a parameter is invalid.
+        InvalidParameterError: a parameter is invalid, or the message is not valid JSON.
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate_json(values) if isinstance(values, bytes) else model.model_validate(values)
     except ValidationError as error:
-        raise invalid_parameter(error.errors()) from error
+        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error

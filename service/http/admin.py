@@ -13,6 +13,7 @@ from service.http.descriptions import describe_model
 from service.http.error_shapes import describe_problem
 from service.http.origins import is_known_host
 from service.http.queries import Schema
+from service.http.routes import RESPONSES
 from service.http.schemas import ModelAnswer
 from service.http.uploads import read_message
 from service.model_change import (
@@ -103,18 +104,15 @@ def build_admin_router(context: RouteContext, changer: Changer) -> APIRouter:
     """Create the routes."""
     router = APIRouter()
     errors: dict[int | str, dict[str, Any]] = {
-        status: describe_problem(description)
-        for status, description in {
-            401: "missing or unknown API key",
-            403: "a page of another origin sent the request, or a page sent it to an unknown host name",
-            408: "the body did not arrive in time",
-            409: "another change is running, or changes are not allowed here",
-            413: "the body is too large",
-            421: "the Host header does not name this server",
-            422: "the body is invalid",
-            429: "too many bodies of this client are arriving",
-            503: "not ready yet, or stopping",
-        }.items()
+        401: RESPONSES[401],
+        403: describe_problem("a page of another origin sent the request, or a page sent it to an unknown host name"),
+        408: RESPONSES[408],
+        409: describe_problem("another change is running, or changes are not allowed here"),
+        413: describe_problem("the body is too large"),
+        421: RESPONSES[421],
+        422: describe_problem("the body is invalid"),
+        429: describe_problem("too many bodies of this client are arriving"),
+        503: describe_problem(RESPONSES[503]["description"]),
     }
 
     def describe() -> AdminModelAnswer:

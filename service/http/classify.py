@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.domain import InferenceRequest
 from service.errors import InvalidParameterError, ServiceError, UploadTimeoutError
+from service.http.callers import caller_of
 from service.http.context import ReadyServer, RouteContext
 from service.http.descriptions import describe_answer
 from service.http.disconnects import ClientWatch
@@ -18,7 +19,6 @@ from service.http.early_rejection import RESERVED
 from service.http.error_responses import ErrorAnswers, describe_error
 from service.http.forms import IMAGE_FIELD
 from service.http.keys import key_of
-from service.http.protocol import ARRIVED_AT
 from service.http.queries import parse_parameters, parse_query
 from service.http.schemas import ClassifyAnswer, TimingAnswer
 from service.http.uploads import BodyKind, kind_of_body, read_body, read_form, read_json
@@ -122,9 +122,8 @@ async def read_upload(
     Raises:
         ServiceError: the request is unusable or would be rejected, or the server takes no requests.
     """
-    query_string, clock = request.scope["query_string"], context.clock
-    address, key = request.client.host if request.client else None, key_of(request.scope)
-    arrived_at = request.scope.get(ARRIVED_AT) or clock()
+    query_string, caller = request.scope["query_string"], caller_of(request, context.clock)
+    address, key, arrived_at = caller.address, caller.key, caller.arrived_at
     server, kind = context.open_server(), kind_of_body(request.headers)
     limits = context.bodies
     if kind is BodyKind.IMAGE:
@@ -155,7 +154,9 @@ async def read_upload(
         form = await read_form(request, limits, within_s, image_fields)
     else:
         form = await read_json(request, limits, within_s)
-    parameters = parse_parameters(query_string, form.fields) if form.fields else parse_query(query_string)
+    parameters = (
+        parse_parameters(ClassifyQuery, query_string, form.fields) if form.fields else parse_query(query_string)
+    )
     wanted = parameters.request(arrived_at, address, key)
     server = context.servers()[0]  # a swap may have replaced it; a stopping server still answers what it has read
     server.pipeline.check(wanted)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from service.decoding import base64_text
 from service.domain import MAX_IMAGES
 from service.errors import InvalidImageError, InvalidParameterError
 
@@ -16,7 +17,7 @@ MAX_FIELDS = 16
 MAX_FIELD_BYTES = 256
 # Media types of clients that name no image type: none, the generic one, that of object stores, and the default of
 # `curl --data-binary`.
-UNTYPED = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
+UNTYPED = (*base64_text.UNTYPED, "application/x-www-form-urlencoded")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,9 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import Request
 
+from service.http.callers import Caller, caller_of
 from service.http.context import RouteContext
 from service.http.disconnects import ClientWatch
-from service.http.keys import key_of
-from service.http.protocol import ARRIVED_AT
 from service.http.queries import read_query
 from service.http.uploads import read_body
 from service.http.v2_bodies import undo_encoding
@@ -38,28 +37,27 @@ class InferenceOverHttp:
             ServiceError: the request is rejected, or fails.
         """
         context, watch = self._context, ClientWatch(request)
-        arrived_at = request.scope.get(ARRIVED_AT) or context.clock()
-        with counting_failures(context.metrics, key_of(request.scope)):
+        caller = caller_of(request, context.clock)
+        with counting_failures(context.metrics, caller.key):
             self._protocol.require_model(*model)
             query = read_query(request.scope["query_string"])
-            message = await parse(await self._read(request, arrived_at, query))
+            message = await parse(await self._read(request, caller, query))
         watch.start()
-        address = request.client.host if request.client else None
         reply = await self._protocol.infer(
             message,
-            arrived_at,
+            caller.arrived_at,
             query=query,
             headers=request.headers,
-            address=address,
-            key=key_of(request.scope),
+            address=caller.address,
+            key=caller.key,
             watch=watch,
         )
         return message, reply
 
-    async def _read(self, request: Request, arrived_at: float, query: Mapping[str, str]) -> bytes:
+    async def _read(self, request: Request, caller: Caller, query: Mapping[str, str]) -> bytes:
         """Check what can be checked without the body, then read the body and undo its content encoding."""
         headers, limits = request.headers, self._context.bodies
-        within_s = self._protocol.check_before_body(arrived_at, query, headers, limits.max_s, key_of(request.scope))
+        within_s = self._protocol.check_before_body(caller.arrived_at, query, headers, limits.max_s, caller.key)
         body = await read_body(request, limits, within_s)
         encoding = headers.get("content-encoding", "").strip().lower()
         # On a thread: a few bytes may become as many as the limit allows.

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from models.profiles import ProfileTable
@@ -16,30 +16,22 @@ QUERIES_KEPT = 128
 LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 
 Schema = dict[str, Any]
+Query = TypeVar("Query", bound=DecideQuery)
 
 
 @lru_cache(QUERIES_KEPT)
 def parse_query(query: bytes) -> ClassifyQuery:
-    """Read the parameters of POST /classify from a query.
+    """Read the parameters of POST /classify from a query; errors as `parse_parameters`."""
+    return parse_parameters(ClassifyQuery, query)
+
+
+def parse_parameters(model: type[Query], query: bytes, further: Iterable[tuple[str, Any]] = ()) -> Query:
+    """Read the parameters of a query and of the fields or members of a body; none may be in both.
 
     Raises:
         InvalidParameterError: a parameter is unusable, or given twice.
     """
-    return validated(ClassifyQuery, _once(_pairs(query)))
-
-
-def parse_decide_query(query: bytes, further: Iterable[tuple[str, Any]] = ()) -> DecideQuery:
-    """Read the parameters of POST /decide; arguments and errors as `parse_parameters`."""
-    return validated(DecideQuery, _once([*_pairs(query), *further]))
-
-
-def parse_parameters(query: bytes, further: Iterable[tuple[str, Any]]) -> ClassifyQuery:
-    """Read the parameters of a query and of the fields that come with the image; none may be in both.
-
-    Raises:
-        InvalidParameterError: a parameter is unusable, or given twice.
-    """
-    return validated(ClassifyQuery, _once([*_pairs(query), *further]))
+    return validated(model, _once([*_pairs(query), *further]))
 
 
 def read_query(query: bytes) -> dict[str, str]:

@@ -21,13 +21,7 @@ from service.http.feedback import BODY as FEEDBACK_BODY
 from service.http.feedback import FeedbackAnswer, make_feedback
 from service.http.forms import IMAGE_FIELD
 from service.http.keys import key_of
-from service.http.queries import (
-    Schema,
-    describe_parameters,
-    describe_query,
-    nullable,
-    parse_decide_query,
-)
+from service.http.queries import Schema, describe_parameters, describe_query, nullable, parse_parameters
 from service.http.request_ids import HEADER
 from service.http.schemas import (
     ClassifyAnswer,
@@ -138,7 +132,8 @@ def build_router(context: RouteContext, classify: Handle) -> APIRouter:
     async def decide(request: Request) -> DecideAnswer:
         """Return what the scheduler would choose for a request now, without running it."""
         further = await read_parameters(request, context.bodies)
-        query, pipeline = parse_decide_query(request.scope["query_string"], further), context.open_server().pipeline
+        query = parse_parameters(DecideQuery, request.scope["query_string"], further)
+        pipeline = context.open_server().pipeline
         wanted = query.request(context.clock(), key=key_of(request.scope))
         return describe_forecast(pipeline.decide(wanted), pipeline.checkpoint.config)
 

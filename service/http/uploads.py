@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -22,10 +22,10 @@ from service.errors import (
     InvalidParameterError,
     UnsupportedMediaError,
     UploadTimeoutError,
-    invalid_parameter,
 )
+from service.http.callers import caller_of
 from service.http.forms import IMAGE_FIELD, UNTYPED, Form, FormReader
-from service.http.keys import key_of
+from service.request_parameters import validated
 
 MAX_LOOP_DELAY_S = 0.05  # beyond it, a body that seems late may have arrived in time
 # A slower body holds a connection and memory for too little: a phone on 2G sends some 5,000 bytes a second.
@@ -130,11 +130,7 @@ async def read_message(request: Request, limits: BodyLimits, kind: type[M]) -> M
     Raises:
         InvalidParameterError: the body does not fit the model.
     """
-    body = await read_body(request, replace(limits, max_bytes=MAX_MESSAGE_BYTES))
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
+    return validated(kind, await read_body(request, replace(limits, max_bytes=MAX_MESSAGE_BYTES)))
 
 
 async def receive(
@@ -161,8 +157,8 @@ async def receive(
     """
     if _declares_more(request.headers, limits.max_bytes):
         raise _too_large(limits.max_bytes)
-    address = request.client.host if request.client else None
-    with limits.coming.counting(address, key_of(request.scope)) as enter:
+    caller = caller_of(request)
+    with limits.coming.counting(caller.address, caller.key) as enter:
         enter()
         await _receive(request, feed, limits, within_s)
 

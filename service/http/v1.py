@@ -3,10 +3,10 @@
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
-from service.errors import InvalidTensorError, invalid_parameter
+from service.errors import InvalidTensorError
 from service.http.classify import Handle
 from service.http.context import RouteContext
 from service.http.error_shapes import V1_PREFIX, InferError, describe_failures
@@ -17,6 +17,7 @@ from service.inference_protocol.descriptions import VERSION
 from service.inference_protocol.images import CHANNELS, INPUT
 from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, Values
 from service.inference_protocol.protocol import InferenceProtocol
+from service.request_parameters import validated
 
 TAG = "TensorFlow Serving"
 LATEST_VERSION = "0"  # ovmsclient's name for it
@@ -109,10 +110,7 @@ async def _parsed(body: bytes) -> tuple[PredictBody, list[Values]]:
     numbers = list[Values]()
     if len(body) > LARGE_BYTES:
         body, numbers = await take_numbers(body, ("instances", "inputs", INPUT))
-    try:
-        return PredictBody.model_validate_json(body), numbers
-    except ValidationError as error:
-        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
+    return validated(PredictBody, body), numbers
 
 
 def _tensor(body: PredictBody, numbers: list[Values], side: int) -> InputTensor:

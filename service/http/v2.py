@@ -12,11 +12,11 @@ from service.http.context import RouteContext
 from service.http.descriptions import describe_timing
 from service.http.error_shapes import V2_PREFIX, InferError, describe_failures
 from service.http.inference import InferenceOverHttp
+from service.http.queries import describe_path
 from service.http.v2_bodies import JSON_LENGTH_HEADER, InferBody, read_request, write_reply
 from service.inference_protocol.protocol import InferenceProtocol
 
 TAG = "Open Inference Protocol"
-Path = dict[str, Any]
 
 
 def infer_path(name: str) -> str:
@@ -90,7 +90,7 @@ def build_v2_router(context: RouteContext, protocol: InferenceProtocol, infer: H
         return await asyncio.to_thread(protocol.statistics, *_model(request, context.checkpoint.name))
 
     for path in models:
-        described = {"parameters": _path_parameters(path)}
+        described = {"parameters": describe_path(path)}
         router.add_api_route(path, model_metadata, openapi_extra=described)
         for suffix, handle in (("ready", model_ready), ("config", model_config), ("stats", model_statistics)):
             router.add_api_route(f"{path}/{suffix}", handle, openapi_extra=described)
@@ -109,11 +109,6 @@ def _model(request: Request, default: str) -> tuple[str, str]:
     """Return the model's name and version from the path; the version is "" where there is none."""
     names = request.path_params
     return names.get("name", default), names.get("version", "")
-
-
-def _path_parameters(path: str) -> list[Path]:
-    names = [name for name in ("name", "version") if f"{{{name}}}" in path]
-    return [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
 
 
 def _readiness(protocol: InferenceProtocol, described: dict[str, Any] | None = None) -> JSONResponse:

@@ -5,20 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
-from service.errors import (
-    BodyTooLargeError,
-    InvalidParameterError,
-    InvalidTensorError,
-    UnsupportedMediaError,
-    invalid_parameter,
-)
+from service.errors import BodyTooLargeError, InvalidParameterError, InvalidTensorError, UnsupportedMediaError
 from service.http.large_json import LARGE_BYTES, take_numbers
 from service.inference_protocol.images import INPUT
 from service.inference_protocol.messages import InferReply, InferRequest, InputTensor, RequestedOutput, Values
 from service.inference_protocol.tensors import to_raw
+from service.request_parameters import validated
 
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 SIZE, BINARY, ALL_BINARY = "binary_data_size", "binary_data", "binary_data_output"
@@ -135,10 +130,7 @@ async def _parsed(text: memoryview) -> tuple[InferBody, list[Values]]:
     rest, numbers = bytes(text), list[Values]()
     if len(rest) > LARGE_BYTES:
         rest, numbers = await take_numbers(rest, ("data",))
-    try:
-        return InferBody.model_validate_json(rest), numbers
-    except ValidationError as error:
-        raise invalid_parameter(error.errors(include_url=False, include_input=False)) from error
+    return validated(InferBody, rest), numbers
 
 
 def _json_length(header: str | None, body_bytes: int) -> int:

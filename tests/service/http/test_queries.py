@@ -2,6 +2,7 @@ import pytest
 
 from service.errors import InvalidParameterError
 from service.http.queries import parse_parameters, parse_query
+from service.request_parameters import ClassifyQuery
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_an_invalid_query_parameter_gets_a_message_of_our_own(query: bytes, mess
 
 
 def test_parameters_next_to_an_image_in_a_body_are_read_like_those_of_the_query() -> None:
-    assert parse_parameters(b"top_k=2", [("budget_ms", "7")]) == parse_query(b"budget_ms=7&top_k=2")
-    assert parse_parameters(b"", [("budget_ms", 7.5)]).budget_ms == 7.5  # from JSON
+    assert parse_parameters(ClassifyQuery, b"top_k=2", [("budget_ms", "7")]) == parse_query(b"budget_ms=7&top_k=2")
+    assert parse_parameters(ClassifyQuery, b"", [("budget_ms", 7.5)]).budget_ms == 7.5  # from JSON
     with pytest.raises(InvalidParameterError, match="budget_ms: must be given only once"):
-        parse_parameters(b"budget_ms=7", [("budget_ms", "7")])
+        parse_parameters(ClassifyQuery, b"budget_ms=7", [("budget_ms", "7")])
