@@ -1,4 +1,4 @@
-"""Who sends a request, and when it arrived."""
+"""The client of a request, and when the request arrived."""
 
 import time
 from collections.abc import Callable
