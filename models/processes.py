@@ -33,6 +33,9 @@ class Process:
         return self.rank == 0
 
 
+ALONE = Process(rank=0, count=1, device=torch.device("cpu"))
+
+
 def own_rank() -> int:
     """Return the number of this process, from 0, as torchrun's environment gives it; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))

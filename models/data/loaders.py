@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from models.data.datasets import ImageSet, Sample, TrainingSamples
 from models.errors import DataError
-from models.processes import gather
+from models.processes import Process, gather
 
 
 class SampleLoader(DataLoader[Sample]):
@@ -37,14 +37,14 @@ class SampleLoader(DataLoader[Sample]):
 
 
 def load_round_robin(
-    images: ImageSet, chosen: Sequence[int], batch_size: int, workers: int, rank: int, processes: int
+    images: ImageSet, chosen: Sequence[int], batch_size: int, workers: int, process: Process
 ) -> SampleLoader:
     """Load the chosen images once over all processes: the batches of one process, dealt out round-robin.
 
     Every batch is the same whatever the number of processes, and so are results computed from it.
     """
     batches = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
-    own: Any = batches[rank::processes]  # sequences of indices, where torch asks for lists
+    own: Any = batches[process.rank :: process.count]  # sequences of indices, where torch asks for lists
     return SampleLoader(images, batch_sampler=own, num_workers=workers, persistent_workers=workers > 0)
 
 

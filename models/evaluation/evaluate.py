@@ -15,7 +15,7 @@ from models.evaluation.calibration import Scaling, fit_scaling
 from models.evaluation.cascades import choose_cascades, measure_cascade
 from models.evaluation.hold_out import open_hold_out
 from models.evaluation.judging import Answer, all_but, judge_images, make_answer, summarise
-from models.processes import Process, gather
+from models.processes import ALONE, Process, gather
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 
@@ -76,12 +76,10 @@ def evaluate(
     answer = answer or make_answer(checkpoint.model.to(process.device))
 
     def batches(images: ImageSet, places: Sequence[int]) -> Iterable[tuple[Tensor, Tensor]]:
-        return progress(load_round_robin(images, places, batch_size, workers, process.rank, process.count))
+        return progress(load_round_robin(images, places, batch_size, workers, process))
 
     profile = checkpoint.profile.with_interpolated_rates(checkpoint.config) if rates_between else checkpoint.profile
-    scalings, confidences = fit_scalings(
-        answer, batches(calibrating, chosen), profile.by_subnetwork, process.rank, process.count
-    )
+    scalings, confidences = fit_scalings(answer, batches(calibrating, chosen), profile.by_subnetwork, process)
     chosen_cascades = choose_cascades([row for row in profile.rows if row.is_trained], confidences)
     fitted_on = chosen if calibrating is measuring else ()
     judged = judge_images(answer, batches(measuring, range(len(measuring))), scalings)
@@ -116,8 +114,7 @@ def fit_scalings(
     answer: Answer,
     batches: Iterable[tuple[Tensor, Tensor]],
     subnetworks: Iterable[SubNetwork],
-    rank: int = 0,
-    processes: int = 1,
+    process: Process = ALONE,
 ) -> tuple[dict[SubNetwork, Scaling], dict[SubNetwork, Tensor]]:
     """Fit the scaling of each sub-network on images that its weights were not trained on.
 
@@ -125,8 +122,7 @@ def fit_scalings(
         answer: function that computes the logits.
         batches: this process's (B, 3, S, S) uint8 images with their (B,) labels, dealt out round-robin; read once.
         subnetworks: the sub-networks to calibrate.
-        rank: rank of this process; each process fits some of the sub-networks, and all get all scalings.
-        processes: number of processes.
+        process: this process; each process fits some of the sub-networks, and all get all scalings.
 
     Returns:
         By sub-network, the scalings, and the (M,) calibrated probabilities of its answers.
@@ -143,7 +139,7 @@ def fit_scalings(
     own = {}
     for number, (subnetwork, its_answers) in enumerate(answers.items()):
         logits = gather_round_robin(its_answers)
-        if number % processes == rank:
+        if number % process.count == process.rank:
             scaling = fit_scaling(logits[has_label], labels[has_label])
             own[subnetwork] = scaling, scaling.probabilities(logits[has_label].double()).max(dim=1).values
     fitted = {subnetwork: found for share in gather(own) for subnetwork, found in share.items()}

@@ -23,7 +23,7 @@ from models.data.images import evaluation_transform, normalise, square_transform
 from models.data.loaders import SampleLoader, gather_round_robin, load_round_robin
 from models.files.pickles import UNPICKLING_ERRORS
 from models.files.sources import find_checkpoint
-from models.processes import gather
+from models.processes import ALONE, Process, gather
 from models.subnetwork import SuperViTConfig
 from models.training.objective import Targets
 from models.training.recipe import Recipe, count_training_files
@@ -130,7 +130,7 @@ def fits_memory(recipe: Recipe, config: SuperViTConfig, limit_bytes: int = MEMOR
 
 
 def soft_targets(
-    recipe: Recipe, config: SuperViTConfig, teacher: Teacher, samples: ImageSet, rank: int = 0, processes: int = 1
+    recipe: Recipe, config: SuperViTConfig, teacher: Teacher, samples: ImageSet, process: Process = ALONE
 ) -> Tensor:
     """Mix the labels of the training images with the teacher's answers to each image and its mirror image.
 
@@ -151,19 +151,19 @@ def soft_targets(
     kept = _kept_targets(path, asked)
     if all(gather(kept is not None)) and kept is not None:  # or one would wait for shares that the others skip
         return kept
-    if rank == 0:
+    if process.is_first:
         prepare_folder(recipe.output)
     everything, seen = range(len(samples)), samples.with_transform(evaluation_transform(config))
-    loader = load_round_robin(seen, everything, recipe.batch_size, recipe.workers, rank, processes)
+    loader = load_round_robin(seen, everything, recipe.batch_size, recipe.workers, process)
     answers = [
         teacher.classify_with_mirror(images.to(teacher.device)).cpu()
-        for images, _ in tqdm(loader, "teacher targets", disable=rank != 0, mininterval=1)
+        for images, _ in tqdm(loader, "teacher targets", disable=not process.is_first, mininterval=1)
     ]
     certain = functional.one_hot(torch.tensor([label for _, label in samples.files]), config.num_classes).float()
     targets = certain.lerp(torch.full_like(certain, 1 / config.num_classes), recipe.label_smoothing)
     teacher_probs = targets.lerp(gather_round_robin(answers), recipe.teacher_weight)
     targets = torch.where(samples.is_bad[:, None], targets, teacher_probs)
-    if rank == 0:
+    if process.is_first:
         save_atomically({"asked": asked, "targets": targets}, path)
     return targets
 
@@ -208,7 +208,7 @@ def find_targets(
 
 
 def open_batches(
-    recipe: Recipe, config: SuperViTConfig, teacher: Teacher | None, rank: int, processes: int, device: torch.device
+    recipe: Recipe, config: SuperViTConfig, teacher: Teacher | None, process: Process
 ) -> tuple[Batches, RepeatAugSampler, SampleLoader]:
     """Open the data that one process of a run trains on.
 
@@ -232,16 +232,14 @@ def open_batches(
         recipe.seed,
         recipe.max_bad_images,
     )
-    sampler = _sampler(recipe, len(samples), rank, processes)
+    sampler = _sampler(recipe, len(samples), process)
     for images in (samples, watching):
         images.report_skipped_files()
-    watched = load_round_robin(watching, range(len(watching)), recipe.batch_size, recipe.workers, rank, processes)
-    targets = (
-        soft_targets(recipe, config, teacher, samples, rank, processes) if teacher and recipe.teacher_once else None
-    )
+    watched = load_round_robin(watching, range(len(watching)), recipe.batch_size, recipe.workers, process)
+    targets = soft_targets(recipe, config, teacher, samples, process) if teacher and recipe.teacher_once else None
     if in_memory:
         pixels, labels = read_images(samples, recipe.batch_size, recipe.workers)
-        sampler = _sampler(recipe, len(labels), rank, processes)
+        sampler = _sampler(recipe, len(labels), process)
         labels = labels if targets is None else targets[~samples.is_bad]
         return ImageBatches(pixels, labels, sampler, recipe.batch_size, config, recipe.random_erasing), sampler, watched
     labelled = TrainingSamples(samples, targets)
@@ -251,14 +249,14 @@ def open_batches(
         sampler=sampler,
         num_workers=recipe.workers,
         drop_last=True,
-        pin_memory=device.type == "cuda",
+        pin_memory=process.device.type == "cuda",
     )
     return loader, sampler, watched
 
 
-def _sampler(recipe: Recipe, count: int, rank: int, processes: int) -> RepeatAugSampler:
+def _sampler(recipe: Recipe, count: int, process: Process) -> RepeatAugSampler:
     repeats = recipe.augmentation_repeats
-    sampler = RepeatAugSampler(range(count), processes, rank, num_repeats=repeats, selected_round=0)
+    sampler = RepeatAugSampler(range(count), process.count, process.rank, num_repeats=repeats, selected_round=0)
     if len(sampler) < recipe.batch_size:
         raise TrainingError(f"{len(sampler)} training images per process do not fill a batch of {recipe.batch_size}")
     return sampler

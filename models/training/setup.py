@@ -69,7 +69,7 @@ def training_features(recipe: Recipe, model: SuperViT, process: Process) -> tupl
         recipe.seed,
         recipe.max_bad_images,
     )
-    own = load_round_robin(images, range(len(images)), recipe.batch_size, recipe.workers, process.rank, process.count)
+    own = load_round_robin(images, range(len(images)), recipe.batch_size, recipe.workers, process)
     features, labels = map(gather_round_robin, compute_features(model, own))
     is_known = labels != NO_LABEL
     return features[is_known], labels[is_known]

@@ -90,7 +90,7 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
     state = State(model, ModelEmaV3(model, recipe.ema_decay, use_warmup=True), optimizer, process.count, scaler)
     last, watched_before = state.load(recipe, class_names) if recipe.resume else ({"epoch": 0}, None)
     records = read_log(recipe.output, last["epoch"]) if recipe.resume else []
-    loader, sampler, watched = open_batches(recipe, model.config, teacher, process.rank, process.count, process.device)
+    loader, sampler, watched = open_batches(recipe, model.config, teacher, process)
     watched_now = digest_samples(cast(ImageSet, watched.dataset))
     if watched_before not in (None, watched_now):
         raise TrainingError(

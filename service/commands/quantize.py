@@ -10,7 +10,7 @@ from models.evaluation.evaluate import evaluate
 from models.evaluation.hold_out import open_hold_out
 from models.evaluation.tables import accuracy_table, calibration_summary, cascade_table
 from models.files.sources import find_checkpoint
-from models.processes import Process
+from models.processes import ALONE
 from models.profiles import ProfileTable
 from models.quantization import (
     LAYERS,
@@ -61,7 +61,7 @@ def quantize(command: Quantize) -> None:
         batch_size=command.batch_size,
         workers=command.workers,
         max_bad_images=command.max_bad_images,
-        process=Process(0, 1, torch.device("cpu")),
+        process=ALONE,
         progress=lambda loader: loader,
         answer=engine.run,
     )
@@ -87,7 +87,7 @@ def find_ranges(checkpoint: Checkpoint, command: Quantize) -> tuple[BlockRanges,
     seen: list[list[Tensor]] = [[] for _ in range(2 * len(products.places))]
     for number, subnetwork in enumerate(subnetworks):
         share = chosen[number :: len(subnetworks)]
-        for batch, labels in load_round_robin(images, share, command.batch_size, command.workers, 0, 1):
+        for batch, labels in load_round_robin(images, share, command.batch_size, command.workers, ALONE):
             for values, noted in zip(seen, engine.observe(batch[labels != NO_LABEL], subnetwork), strict=True):
                 values.append(torch.from_numpy(noted))
     found = {

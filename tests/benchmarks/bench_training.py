@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from models.data.augmentation import Augmentation, training_transform
 from models.data.datasets import open_training_data
 from models.data.loaders import SampleLoader
+from models.processes import ALONE
 from models.training.batches import open_batches
 from models.training.objective import PairLoss, Targets, sample_pairs, training_step
 from models.training.recipe import Recipe
@@ -29,7 +30,6 @@ from models.training.setup import build_model, build_optimizer
 
 PLAIN = Augmentation(None, 0.0)
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
-CPU = torch.device("cpu")
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     "convolutions": ("aten::mkldnn_convolution", "aten::convolution_backward"),
@@ -95,7 +95,7 @@ def main() -> None:
 
 def batches(recipe: Recipe, config: Any, *, one_by_one: bool = False) -> Iterator[Any]:  # noqa: ANN401 - of SampleLoader
     """Yield batches without end, in this process: on a busy machine, worker processes would take time from the step."""
-    loader, _, _ = open_batches(recipe, config, None, 0, 1, CPU)
+    loader, _, _ = open_batches(recipe, config, None, ALONE)
     if one_by_one:
         samples, _ = open_training_data(recipe.data, config, training_transform(config, PLAIN), recipe.holdout, 0)
         loader = SampleLoader(samples, recipe.batch_size, num_workers=0, shuffle=True, drop_last=True)

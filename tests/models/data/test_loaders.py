@@ -9,6 +9,7 @@ from models.data.datasets import NO_LABEL, ImageSet, TrainingSamples, open_folde
 from models.data.images import evaluation_transform
 from models.data.loaders import SampleLoader, gather_round_robin, interleave, load_round_robin
 from models.errors import DataError
+from models.processes import ALONE, Process
 from models.subnetwork import SuperViTConfig
 
 
@@ -50,9 +51,11 @@ def test_too_many_bad_images_raise_a_one_line_error_with_and_without_workers(ima
 @pytest.mark.parametrize("processes", [1, 2, 3, 9])
 def test_processes_load_in_turn_the_batches_that_one_process_would_load(images: ImageSet, processes: int) -> None:
     chosen = [0, 2, 3, 4, 6, 8, 9]
-    alone = [labels.tolist() for _, labels in load_round_robin(images, chosen, 2, 0, 0, 1)]
+    alone = [labels.tolist() for _, labels in load_round_robin(images, chosen, 2, 0, ALONE)]
     assert alone == [[0, 0], [0, 1], [1, 2], [2]]
-    loaders = [load_round_robin(images, chosen, 2, 0, rank, processes) for rank in range(processes)]
+    loaders = [
+        load_round_robin(images, chosen, 2, 0, Process(rank, processes, ALONE.device)) for rank in range(processes)
+    ]
     dealt = itertools.zip_longest(*([labels.tolist() for _, labels in loader] for loader in loaders))
     assert [batch for turn in dealt for batch in turn if batch is not None] == alone
 
@@ -64,11 +67,11 @@ def test_results_of_round_robin_batches_are_joined_in_batch_order() -> None:
 
 
 def test_workers_are_kept_for_the_next_pass(images: ImageSet) -> None:
-    loader = load_round_robin(images, range(12), 4, 1, 0, 1)
+    loader = load_round_robin(images, range(12), 4, 1, ALONE)
     others = {child.pid for child in torch.multiprocessing.active_children()}  # of a loader not yet garbage-collected
     pids: set[int | None] = set()
     for _ in range(2):
         list(loader)
         pids |= {child.pid for child in torch.multiprocessing.active_children()} - others
     assert len(pids) == 1
-    assert not load_round_robin(images, range(12), 4, 0, 0, 1).persistent_workers
+    assert not load_round_robin(images, range(12), 4, 0, ALONE).persistent_workers

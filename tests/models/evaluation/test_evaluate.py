@@ -17,12 +17,10 @@ from models.evaluation.calibration import HIGHEST_EXPONENT, LOWEST_EXPONENT, Sca
 from models.evaluation.evaluate import Evaluation, evaluate, fit_scalings
 from models.evaluation.hold_out import label_indices
 from models.evaluation.judging import judge, judge_images, make_answer, measure_accuracy, summarise
-from models.processes import Process
+from models.processes import ALONE
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
-
-CPU = Process(0, 1, torch.device("cpu"))
 
 
 def test_each_answer_is_judged_by_its_top1_its_top5_and_its_confidence() -> None:
@@ -132,7 +130,7 @@ def find(checkpoint: Checkpoint, data: Path, *, workers: int = 0, max_bad_images
         workers=workers,
         max_bad_images=max_bad_images,
         progress=unwrapped,
-        process=CPU,
+        process=ALONE,
     )
 
 
@@ -257,7 +255,7 @@ def test_calibration_uses_a_limited_number_of_images_from_all_classes(
         workers=0,
         max_bad_images=0.0,
         progress=watch,
-        process=CPU,
+        process=ALONE,
         calibration_images=6,
     )
     assert [labels.tolist() for labels in seen] == [[0, 0, 1, 1, 2, 2], [0] * 4 + [1] * 4 + [2] * 4]
@@ -272,7 +270,7 @@ def test_keep_rates_between_the_trained_ones_are_measured_on_request(tiny_file: 
         workers=0,
         max_bad_images=0.0,
         progress=unwrapped,
-        process=CPU,
+        process=ALONE,
         rates_between=True,
     ).profile
     assert (

@@ -16,6 +16,7 @@ from models.data.datasets import open_folder, open_training_data
 from models.data.images import evaluation_transform, normalise
 from models.data.loaders import SampleLoader
 from models.errors import DataError
+from models.processes import ALONE, Process
 from models.subnetwork import SuperViTConfig
 from models.training.batches import TARGETS_NAME, ImageBatches, crop_and_mirror, fits_memory, open_batches, soft_targets
 from models.training.recipe import Recipe
@@ -23,7 +24,6 @@ from models.training.state import TrainingError
 from models.training.teacher import Teacher
 
 MakeRecipe = Callable[..., Recipe]
-CPU = torch.device("cpu")
 ASKED_ONCE: dict[str, Any] = {"teacher": "test_vit", "teacher_once": True}
 
 
@@ -86,7 +86,7 @@ def test_small_images_are_kept_in_memory_unless_each_is_augmented_by_itself(
     recipe = tiny_recipe(tmp_path, **options)
     config = SuperViTConfig(patch_grids=(2, 4), patch_kernel=recipe.patch_kernel or 0)
     assert fits_memory(recipe, config) == is_kept
-    batches, _, _ = open_batches(recipe, config, None, 0, 1, CPU)
+    batches, _, _ = open_batches(recipe, config, None, ALONE)
     assert isinstance(batches, ImageBatches if is_kept else SampleLoader)
     images, labels = next(iter(batches))
     assert images.shape == (8, 3, config.image_side, config.image_side)
@@ -107,7 +107,7 @@ def test_images_in_memory_are_uncropped_and_keep_their_labels(
 ) -> None:
     config = replace(tiny_config, crop_fraction=1.0)
     recipe = tiny_recipe(tmp_path)
-    batches, _, watched = open_batches(recipe, config, None, 0, 1, CPU)
+    batches, _, watched = open_batches(recipe, config, None, ALONE)
     assert isinstance(batches, ImageBatches)
     expected = open_folder(recipe.data / "train", evaluation_transform(config))
     assert len(batches.images) == len(expected)
@@ -150,8 +150,8 @@ def test_a_teacher_that_is_asked_once_turns_labels_into_soft_targets(
     options = {"teacher": "test_vit", "teacher_once": True, "teacher_weight": 0.25, "label_smoothing": 0.3}
     varied = vary(in_memory)
     recipe = tiny_recipe(tmp_path, **options, **varied)
-    plain, _, _ = open_batches(tiny_recipe(tmp_path, **varied), config, None, 0, 1, CPU)
-    batches, _, _ = open_batches(recipe, config, teacher, 0, 1, CPU)
+    plain, _, _ = open_batches(tiny_recipe(tmp_path, **varied), config, None, ALONE)
+    batches, _, _ = open_batches(recipe, config, teacher, ALONE)
     for (_, targets), (_, labels) in zip(batches, plain, strict=True):
         torch.testing.assert_close(targets.sum(dim=1), torch.ones(8))
         assert answers_in(targets, labels).min() > -1e-5
@@ -183,8 +183,8 @@ def test_saved_answers_of_a_teacher_are_used_without_asking_it_again(
     teacher: Teacher,
 ) -> None:
     recipe = tiny_recipe(tmp_path, **ASKED_ONCE)
-    first, _, _ = open_batches(recipe, tiny_config, teacher, 0, 1, CPU)
-    second, _, _ = open_batches(recipe, tiny_config, Silent(teacher.network, tiny_config), 0, 1, CPU)
+    first, _, _ = open_batches(recipe, tiny_config, teacher, ALONE)
+    second, _, _ = open_batches(recipe, tiny_config, Silent(teacher.network, tiny_config), ALONE)
     assert isinstance(first, ImageBatches)
     assert isinstance(second, ImageBatches)
     assert torch.equal(first.targets, second.targets)
@@ -257,7 +257,7 @@ def test_processes_divide_the_images_among_themselves(
 ) -> None:
     shares = []
     for rank in range(2):
-        _, sampler, _ = open_batches(tiny_recipe(tmp_path), tiny_config, None, rank, 2, CPU)
+        _, sampler, _ = open_batches(tiny_recipe(tmp_path), tiny_config, None, Process(rank, 2, ALONE.device))
         sampler.set_epoch(1)
         shares.append(list(sampler))
     assert sorted(shares[0] + shares[1]) == list(range(48))
@@ -267,9 +267,9 @@ def test_too_few_images_for_a_batch_are_refused(
     tmp_path: Path, tiny_recipe: MakeRecipe, tiny_config: SuperViTConfig
 ) -> None:
     with pytest.raises(TrainingError, match="48 training images per process do not fill a batch of 64"):
-        open_batches(tiny_recipe(tmp_path, batch_size=64), tiny_config, None, 0, 1, CPU)
+        open_batches(tiny_recipe(tmp_path, batch_size=64), tiny_config, None, ALONE)
     with pytest.raises(TrainingError, match="24 training images per process do not fill a batch of 32"):
-        open_batches(tiny_recipe(tmp_path, batch_size=32), tiny_config, None, 1, 2, CPU)
+        open_batches(tiny_recipe(tmp_path, batch_size=32), tiny_config, None, Process(1, 2, ALONE.device))
 
 
 @pytest.fixture
@@ -294,7 +294,7 @@ def test_bad_images_are_left_out_and_batches_stay_full(
 ) -> None:
     options = vary(in_memory) | {"max_bad_images": 0.05, "workers": workers, "augmentation_repeats": 2}
     recipe = tiny_recipe(tmp_path, data=damaged, **options)
-    batches, sampler, _ = open_batches(recipe, tiny_config, None, 0, 1, CPU)
+    batches, sampler, _ = open_batches(recipe, tiny_config, None, ALONE)
     sampler.set_epoch(3)
     labels = [labels for _, labels in batches]
     assert {len(part) for part in labels} == {8}
@@ -316,7 +316,7 @@ def test_too_many_bad_images_raise_an_error(
 ) -> None:
     recipe = tiny_recipe(tmp_path, data=damaged, max_bad_images=0.04, **vary(in_memory))
     with pytest.raises(DataError, match=r"2 of 48 images .* more than --max-bad-images 0\.04 allows"):
-        list(open_batches(recipe, tiny_config, None, 0, 1, CPU)[0])
+        list(open_batches(recipe, tiny_config, None, ALONE)[0])
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -330,7 +330,7 @@ def test_the_answers_of_a_teacher_stay_with_their_images_if_other_images_are_bad
 ) -> None:
     options = ASKED_ONCE | vary(in_memory) | {"max_bad_images": 0.05, "label_smoothing": 0.0}
     recipe = tiny_recipe(tmp_path, data=damaged, **options)
-    batches, _, _ = open_batches(recipe, tiny_config, teacher, 0, 1, CPU)
+    batches, _, _ = open_batches(recipe, tiny_config, teacher, ALONE)
     kept = torch.load(tmp_path / TARGETS_NAME, weights_only=True)["targets"]
     by_name = sorted(open_folder(damaged / "train", evaluation_transform(tiny_config)).files)
     for index, (path, label) in enumerate(by_name):

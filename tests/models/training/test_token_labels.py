@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from models.errors import DataError
+from models.processes import ALONE
 from models.subnetwork import SuperViTConfig
 from models.training.batches import find_targets, open_batches
 from models.training.recipe import Recipe
 from models.training.token_labels import cut_token_labels, read_map
 
-CPU = torch.device("cpu")
 # Nothing is normalised: the pixels are the labels.
 PLAIN = SuperViTConfig(
     "lvvit", patch_grids=(4, 6), patch_kernel=16, num_classes=2, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
@@ -55,7 +55,7 @@ def recipe(tmp_path: Path, labelled: tuple[Path, Path], tiny_recipe: Callable[..
 def test_token_labels_follow_the_crop_and_the_mirror_of_each_image(recipe: Recipe, small: bool) -> None:
     config = replace(PLAIN, patch_kernel=10) if small else PLAIN  # at 60 px, pictures are shifted within their padding
     torch.manual_seed(0)
-    batches, _, _ = open_batches(recipe, config, None, 0, 1, CPU)
+    batches, _, _ = open_batches(recipe, config, None, ALONE)
     checked = 0
     for _ in range(3):
         for images, labels, *maps in batches:
@@ -73,20 +73,20 @@ def test_token_labels_follow_the_crop_and_the_mirror_of_each_image(recipe: Recip
 def test_an_image_without_token_labels_is_named_in_the_error(recipe: Recipe, labelled: tuple[Path, Path]) -> None:
     for path in (labelled[1] / "b").iterdir():
         path.unlink()
-    batches, _, _ = open_batches(recipe, PLAIN, None, 0, 1, CPU)
+    batches, _, _ = open_batches(recipe, PLAIN, None, ALONE)
     with pytest.raises(DataError, match=r"labels/b/\d\.png\.npz: not readable as token labels: .*No such file"):
         list(batches)
 
 
 def test_a_folder_without_token_labels_is_refused_when_batches_are_opened(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"run/a/\d\.png\.npz: not readable as token labels"):
-        open_batches(recipe.model_copy(update={"token_labels": tmp_path / "run"}), PLAIN, None, 0, 1, CPU)
+        open_batches(recipe.model_copy(update={"token_labels": tmp_path / "run"}), PLAIN, None, ALONE)
 
 
 def test_token_labels_of_different_shapes_are_refused(recipe: Recipe, labelled: tuple[Path, Path]) -> None:
     for path in (labelled[1] / "b").iterdir():
         save_map(path, np.zeros((7, 7, 1), int), np.ones((7, 7, 1)))
-    batches, _, _ = open_batches(recipe, PLAIN, None, 0, 1, CPU)
+    batches, _, _ = open_batches(recipe, PLAIN, None, ALONE)
     with pytest.raises(DataError, match=r"token labels must have the others' shape \(14, 14, 2\), not \(7, 7, 1\)"):
         list(batches)
 

@@ -27,7 +27,7 @@ from models.errors import DataError, DeviceError
 from models.evaluation.calibration import Scaling
 from models.evaluation.judging import make_answer, measure_accuracy
 from models.mix_token import draw_box
-from models.processes import Process, seed_everything
+from models.processes import ALONE, Process, seed_everything
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
@@ -310,7 +310,7 @@ def test_processes_and_epochs_augment_the_same_images_differently_and_reproducib
     for rank in (0, 1, 1):
         notes = Notes(learns=False)
         recipe = tiny_recipe(tmp_path / "run", epochs=2, augmentation_repeats=2)
-        run_epochs(recipe, Process(rank, 2, torch.device("cpu")), notes)
+        run_epochs(recipe, Process(rank, 2, ALONE.device), notes)
         labels = torch.cat([targets.labels for targets in notes.targets])
         seen.append((labels, *torch.cat(notes.images).chunk(2)))
     (labels, first, _), (same_labels, second, later), (_, again, later_again) = seen
@@ -326,7 +326,7 @@ def test_every_process_trains_on_its_own_share_of_the_images(tmp_path: Path, tin
     shares = []
     for rank in (0, 1):
         notes = Notes(learns=False)
-        run_epochs(tiny_recipe(tmp_path / "run", epochs=1), Process(rank, 2, torch.device("cpu")), notes)
+        run_epochs(tiny_recipe(tmp_path / "run", epochs=1), Process(rank, 2, ALONE.device), notes)
         shares.append(torch.cat([targets.labels for targets in notes.targets]))
     assert [len(share) for share in shares] == [24, 24]
     assert torch.cat(shares).bincount().tolist() == [16, 16, 16]
@@ -983,7 +983,7 @@ def test_two_processes_take_the_steps_of_one_process_on_the_whole_batch(
     assert finished.returncode == 0, finished.stderr
     together = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert together.pop("exchanges") == 3  # one per step, although every process takes two batches of two pairs
-    alone = weights_after_three_steps(recipe, Process(0, 1, torch.device("cpu")), batches=1)
+    alone = weights_after_three_steps(recipe, ALONE, batches=1)
     seed_everything(recipe.seed)
     for name, start in build_model(recipe, CLASS_NAMES).named_parameters():
         assert torch.allclose(together[name], alone[name], atol=1e-5, rtol=1e-5), name

@@ -37,5 +37,5 @@ if __name__ == "__main__":
         config = build_model(recipe, ("blue", "green", "red")).config
         teacher = Counting.load(str(recipe.teacher), recipe.teacher_checkpoint, recipe.teacher_side, config)
         images, _ = open_training_data(recipe.data, config, evaluation_transform(config), recipe.holdout, recipe.seed)
-        targets = soft_targets(recipe, config, teacher, images, process.rank, process.count)
+        targets = soft_targets(recipe, config, teacher, images, process)
         torch.save({"targets": targets, "num_asked": teacher.num_asked}, f"{sys.argv[2]}.{process.rank}")
