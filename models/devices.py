@@ -54,9 +54,9 @@ def training_dtype(device: torch.device, precision: str) -> torch.dtype:
     return native_dtype(device) if precision == "auto" else named[precision]
 
 
-def autocast(device: torch.device, cpuinfo: Path = CPUINFO) -> torch.autocast:
-    """Return an autocast to the device's `native_dtype`, disabled where that is float32."""
-    dtype = native_dtype(device, cpuinfo)
+def autocast(device: torch.device, dtype: torch.dtype | None = None) -> torch.autocast:
+    """Return an autocast to `dtype`, by default the device's `native_dtype`; it is disabled for float32."""
+    dtype = dtype or native_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

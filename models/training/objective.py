@@ -1,6 +1,7 @@
 """The training step: which sub-networks it trains, the target of each, and the update that they share."""
 
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -157,53 +158,78 @@ def _divergence(logits: Tensor, probabilities: Tensor) -> Tensor:
     return functional.kl_div(logits.log_softmax(dim=1), probabilities, reduction="batchmean")
 
 
-def training_step(
-    pair_loss: PairLoss | DistributedDataParallel,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    targets: Targets,
-    pairs: tuple[PairChoice, ...],
-    autocast: torch.autocast,
-    box: TokenBox | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    clip_grad: float | None = None,
-    place: tuple[int, int] = (1, 1),
-) -> dict[str, float]:
-    """Sum the gradients of all sub-networks and, after the last batch of a step, update the weights.
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """What all steps of a run share.
 
-    The step is the paper's (section 3.3). Several batches give the gradient of one batch as large as all of them.
-
-    Args:
+    Attributes:
         pair_loss: computes the losses of a pair.
         optimizer: the optimiser of the shared weights.
+        autocast: the precision of the forward pass.
+        scaler: keeps float16 gradients in range; None in other precisions.
+        clip_grad: the norm that a larger gradient of a step is scaled down to; None for no limit.
+    """
+
+    pair_loss: PairLoss | DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    autocast: torch.autocast
+    scaler: torch.amp.GradScaler | None = None
+    clip_grad: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One of the batches whose gradients a step sums.
+
+    Attributes:
         images: (B, 3, S, S), normalised, augmented.
         targets: the targets of these images.
         pairs: one pair, or the largest grid's and a smaller grid's.
-        autocast: the precision of the forward pass.
         box: the box whose patch tokens the images exchange in all sub-networks; None for none.
-        scaler: keeps float16 gradients in range; None in other precisions.
-        clip_grad: the norm that a larger gradient of a step is scaled down to; None for no limit.
-        place: number of this batch in the step, from 1, and the number of batches in the step.
+        number: number of this batch in the step, from 1.
+        count: number of batches in the step.
+    """
+
+    images: Tensor
+    targets: Targets
+    pairs: tuple[PairChoice, ...]
+    box: TokenBox | None = None
+    number: int = 1
+    count: int = 1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the step ends with this batch."""
+        return self.number == self.count
+
+
+Step = Callable[[Learner, Batch], dict[str, float]]
+
+
+def training_step(learner: Learner, batch: Batch) -> dict[str, float]:
+    """Sum the gradients of all sub-networks and, after the last batch of a step, update the weights.
+
+    The step is the paper's (section 3.3). Several batches give the gradient of one batch as large as all of them.
 
     Returns:
         The losses of this batch by name.
     """
     losses: dict[str, Tensor] = {}
     example = None
-    number, count = place
-    if number == 1:
-        optimizer.zero_grad()
-    for name, pair in zip(PAIR_NAMES[len(pairs)], pairs, strict=True):
-        exchange = box and box.exchange_on(pair.patch_grid, images.device)
+    if batch.number == 1:
+        learner.optimizer.zero_grad()
+    for name, pair in zip(PAIR_NAMES[len(batch.pairs)], batch.pairs, strict=True):
+        exchange = batch.box and batch.box.exchange_on(pair.patch_grid, batch.images.device)
         # Processes exchange gradients once per step, in the backward pass of the last batch's last pair.
-        with nullcontext() if number == count and pair is pairs[-1] else _gradients_kept_local(pair_loss):
-            with autocast:
-                parts, example = pair_loss(images, targets, pair, exchange, example)
-            loss = torch.stack(parts).sum() / count
-            (scaler.scale(loss) if scaler else loss).backward()  # type: ignore[no-untyped-call] # torch's
+        is_end = batch.is_last and pair is batch.pairs[-1]
+        with nullcontext() if is_end else _gradients_kept_local(learner.pair_loss):
+            with learner.autocast:
+                parts, example = learner.pair_loss(batch.images, batch.targets, pair, exchange, example)
+            loss = torch.stack(parts).sum() / batch.count
+            (learner.scaler.scale(loss) if learner.scaler else loss).backward()  # type: ignore[no-untyped-call] # torch's
         losses |= zip((name, f"{name}, pruned"), (part.detach() for part in parts), strict=False)
-    if number == count:
-        _update(optimizer, scaler, clip_grad)
+    if batch.is_last:
+        _update(learner.optimizer, learner.scaler, learner.clip_grad)
     # Read together and last: the CPU waits for a GPU once per batch, with all of the batch's work already queued.
     return dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.data.datasets import ImageSet, digest_samples, list_classes
 from models.data.loaders import SampleLoader
-from models.devices import training_dtype
+from models.devices import autocast, training_dtype
 from models.evaluation.calibration import Scaling
 from models.evaluation.judging import make_answer, measure_accuracy
 from models.mix_token import draw_box
@@ -31,7 +32,7 @@ from models.supervit import SuperViT
 from models.training.batches import Batches, find_targets, open_batches
 from models.training.compilation import compile_in_place
 from models.training.head import fit_head
-from models.training.objective import PairLoss, sample_pairs, sample_single, training_step
+from models.training.objective import Batch, Learner, PairLoss, Step, sample_pairs, sample_single, training_step
 from models.training.progress import Progress
 from models.training.recipe import Recipe
 from models.training.setup import build_model, build_optimizer, build_teacher, learning_rate_schedule, training_features
@@ -50,7 +51,34 @@ from models.training.state import (
 )
 from models.training.teacher import Teacher
 
-Step = Callable[..., dict[str, float]]
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as one process sees it, from its first epoch to its last.
+
+    Attributes:
+        recipe: the options of the run.
+        process: this process.
+        state: what changes during training.
+        class_names: one per logit.
+        learn: learns from a batch and returns its losses by name.
+        loader: the batches of this process.
+        steps_per_epoch: optimiser steps, of one or several batches each.
+        schedule: sets the learning rate of each step.
+        watched: this process's share of the images to watch.
+        progress: shows how far the run is.
+    """
+
+    recipe: Recipe
+    process: Process
+    state: State
+    class_names: tuple[str, ...]
+    learn: Callable[[Batch], dict[str, float]]
+    loader: Batches
+    steps_per_epoch: int
+    schedule: CosineLRScheduler
+    watched: SampleLoader
+    progress: Progress
 
 
 def train(recipe: Recipe, step: Step = training_step) -> Path:
@@ -85,8 +113,8 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
         fit_head(model, *training_features(recipe, model, process))
     teacher = build_teacher(recipe, model)
     optimizer = build_optimizer(recipe, model)
-    is_half = training_dtype(process.device, recipe.precision) == torch.float16
-    scaler = torch.amp.GradScaler(process.device.type) if is_half else None
+    dtype = training_dtype(process.device, recipe.precision)
+    scaler = torch.amp.GradScaler(process.device.type) if dtype == torch.float16 else None
     state = State(model, ModelEmaV3(model, recipe.ema_decay, use_warmup=True), optimizer, process.count, scaler)
     last, watched_before = state.load(recipe, class_names) if recipe.resume else ({"epoch": 0}, None)
     records = read_log(recipe.output, last["epoch"]) if recipe.resume else []
@@ -102,22 +130,24 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
     steps = math.ceil(len(loader) / recipe.accumulate)
     schedule = learning_rate_schedule(recipe, optimizer, steps, process.count)
     # DistributedDataParallel synchronises the processes, so all have read the log before the first one writes it.
-    learn = partial(step, build_pair_loss(recipe, model, process), optimizer)
+    pair_loss = build_pair_loss(recipe, model, process)
+    learner = Learner(pair_loss, optimizer, autocast(process.device, dtype), scaler, recipe.clip_grad)
     images = len(loader) * recipe.batch_size * process.count
     with (
         alone_in(recipe.output, found) if process.is_first else nullcontext(),
         Progress(recipe, steps, images, last["epoch"], is_shown=process.is_first) as progress,
     ):
+        learn = partial(step, learner)
+        run = Run(recipe, process, state, class_names, learn, loader, steps, schedule, watched, progress)
         if process.is_first and last["epoch"] and not (recipe.output / CHECKPOINT_NAME).exists():
             save_weights(recipe, state, class_names)
         if "loss" in last and last["epoch"] not in (record["epoch"] for record in records):
-            close_epoch(recipe, state, class_names, last, records, watched, progress, process)
+            close_epoch(run, last, records)
         for epoch in range(last["epoch"] + 1, recipe.epochs + 1):
             seed_everything(recipe.seed, epoch, process.rank)
             sampler.set_epoch(recipe.seed * 100_000 + epoch)
             started_at = time.monotonic()
-            present = None if recipe.teacher_once else teacher
-            losses = train_epoch(recipe, state, learn, present, schedule, loader, epoch, progress, process)
+            losses = train_epoch(run, None if recipe.teacher_once else teacher, epoch)
             if not state.is_finite:  # the losses do not show the last update
                 raise TrainingError(
                     f"weights are not finite after epoch {epoch}; {recovery_advice(recipe.output, epoch)}"
@@ -130,33 +160,24 @@ def run_epochs(recipe: Recipe, process: Process, step: Step = training_step) -> 
             }
             if process.is_first:
                 state.save(recipe, class_names, last, watched_now)  # first, so that a later failure loses nothing
-            close_epoch(recipe, state, class_names, last, records, watched, progress, process)
+            close_epoch(run, last, records)
 
 
-def close_epoch(
-    recipe: Recipe,
-    state: State,
-    class_names: tuple[str, ...],
-    last: dict[str, Any],
-    records: list[dict[str, Any]],
-    watched: SampleLoader,
-    progress: Progress,
-    process: Process,
-) -> None:
+def close_epoch(run: Run, last: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Save the averaged weights, measure them and add the epoch to the log.
 
     If this fails or is interrupted, a resumed run does it first.
     """
-    if process.is_first:
-        save_weights(recipe, state, class_names)
+    if run.process.is_first:
+        save_weights(run.recipe, run.state, run.class_names)
     started_at = time.monotonic()
-    top1 = measure_ends(state.average.module, watched)
-    if process.is_first:
+    top1 = measure_ends(run.state.average.module, run.watched)
+    if run.process.is_first:
         seconds = round(last["seconds"] + time.monotonic() - started_at, 1)
         records.append(last | {"top1": top1, "seconds": seconds})
-        save_log(recipe.output, records)
-        progress.add_accuracies(last["epoch"], top1)
-    if process.count > 1:
+        save_log(run.recipe.output, records)
+        run.progress.add_accuracies(last["epoch"], top1)
+    if run.process.count > 1:
         distributed.barrier()
 
 
@@ -173,30 +194,19 @@ def build_pair_loss(recipe: Recipe, model: SuperViT, process: Process) -> PairLo
     return pair_loss if process.count == 1 else DistributedDataParallel(pair_loss, find_unused_parameters=True)
 
 
-def train_epoch(
-    recipe: Recipe,
-    state: State,
-    learn: Step,
-    teacher: Teacher | None,
-    schedule: CosineLRScheduler,
-    loader: Batches,
-    epoch: int,
-    progress: Progress,
-    process: Process,
-) -> dict[str, float]:
-    """Run one epoch and return the mean of each loss by its name.
+def train_epoch(run: Run, teacher: Teacher | None, epoch: int) -> dict[str, float]:
+    """Run one epoch and return the mean of each loss by its name; a teacher is asked about every batch.
 
     Raises:
         TrainingError: a loss is no longer finite.
     """
+    recipe, state, loader, device = run.recipe, run.state, run.loader, run.process.device
     config = state.model.config
     mix = (
         Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=config.num_classes)
         if recipe.mixup or recipe.cutmix
         else None
     )
-    dtype = training_dtype(process.device, recipe.precision)
-    autocast = torch.autocast(process.device.type, dtype, enabled=dtype != torch.float32)
     single = partial(sample_single, pruned=recipe.single_pruned)
     sample = single if epoch <= recipe.single_epochs else sample_pairs
     state.model.train()
@@ -206,19 +216,18 @@ def train_epoch(
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
     totals: dict[str, float] = {}
-    progress.start_epoch(epoch)
-    step, steps_before = 0, (epoch - 1) * math.ceil(len(loader) / recipe.accumulate)
+    run.progress.start_epoch(epoch)
     for index, (images, labels, *maps) in enumerate(loader):
-        images, labels = images.to(process.device), labels.to(process.device)
+        images, labels = images.to(device), labels.to(device)
         if mix:
             images, labels = mix(images, labels)
-        step, number = steps_before + index // recipe.accumulate, index % recipe.accumulate + 1
-        place = number, min(recipe.accumulate, len(loader) - index + number - 1)  # the last step takes the rest
-        schedule.step_update(step)
+        step, number = (epoch - 1) * run.steps_per_epoch + index // recipe.accumulate, index % recipe.accumulate + 1
+        count = min(recipe.accumulate, len(loader) - index + number - 1)  # the last step takes the rest
+        run.schedule.step_update(step)
         targets = find_targets(recipe, config, teacher, images, labels, maps)
         pairs = sample(config, recipe.seed, step)
         box = draw_box(config.patch_grids[-1], recipe.seed, step) if recipe.mix_token else None
-        losses = learn(images, targets, pairs, autocast, box, state.scaler, recipe.clip_grad, place)
+        losses = run.learn(Batch(images, targets, pairs, box, number, count))
         for name, loss in losses.items():
             if not math.isfinite(loss):
                 raise TrainingError(
@@ -226,11 +235,11 @@ def train_epoch(
                     f"{recovery_advice(recipe.output, epoch)}"
                 )
             totals[name] = totals.get(name, 0.0) + loss
-        progress.add_batch(recipe.batch_size * process.count, losses)
-        if number == place[1]:
+        run.progress.add_batch(recipe.batch_size * run.process.count, losses)
+        if number == count:
             state.average.update(state.model, step + 1)
-            progress.add_step(step, losses, highest_rate(state.optimizer))
-    progress.end_epoch()
+            run.progress.add_step(step, losses, highest_rate(state.optimizer))
+    run.progress.end_epoch()
     return {name: total / len(loader) for name, total in totals.items()}
 
 

@@ -24,7 +24,7 @@ from models.data.datasets import open_training_data
 from models.data.loaders import SampleLoader
 from models.processes import ALONE
 from models.training.batches import open_batches
-from models.training.objective import PairLoss, Targets, sample_pairs, training_step
+from models.training.objective import Batch, Learner, PairLoss, Targets, sample_pairs, training_step
 from models.training.recipe import Recipe
 from models.training.setup import build_model, build_optimizer
 
@@ -58,14 +58,15 @@ def main() -> None:
     images, labels = next(in_memory)
     ours = build_optimizer(recipe, model)
     timms = create_optimizer_v2(model, opt="muon", weight_decay=recipe.weight_decay)
-    average, idle = ModelEmaV3(model, recipe.ema_decay), torch.optim.SGD(model.parameters(), lr=0.0)
+    average = ModelEmaV3(model, recipe.ema_decay)
+    idle = Learner(pair_loss, torch.optim.SGD(model.parameters(), lr=0.0), NO_AUTOCAST)
     for group in (*ours.param_groups, *timms.param_groups):
         group["lr"] = 1e-4
 
     def forward_and_backward() -> None:
         steps.update(["step"])
         pairs = sample_pairs(model.config, 0, steps["step"])
-        training_step(pair_loss, idle, images, Targets(labels), pairs, NO_AUTOCAST)
+        training_step(idle, Batch(images, Targets(labels), pairs))
 
     steps: Counter[str] = Counter()
     parts: dict[str, Callable[[], object]] = {

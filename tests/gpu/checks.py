@@ -24,7 +24,7 @@ from models.data.images import evaluation_transform, load_rgb, normalise
 from models.processes import seed_everything
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
-from models.training.objective import PairLoss, Targets, sample_pairs, training_step
+from models.training.objective import Batch, Learner, PairLoss, Targets, sample_pairs, training_step
 from service.engines.base import Captured
 from service.engines.profiler import stopwatch
 from service.engines.torch_engine import FloatPrecision, TorchEngine
@@ -213,11 +213,11 @@ def check_training(setting: Setting, dtype: torch.dtype) -> Found:
     images = torch.randn(8, 3, config.image_side, config.image_side, device=setting.device)
     targets = Targets(torch.randint(config.num_classes, (8,), device=setting.device))
     scaler = torch.amp.GradScaler(setting.device.type) if dtype == torch.float16 else None
-    before, loss = copy.deepcopy(model.state_dict()), PairLoss(model, 0.1, 0.5)
-    autocast = torch.autocast(setting.device.type, dtype)
+    before = copy.deepcopy(model.state_dict())
+    learner = Learner(PairLoss(model, 0.1, 0.5), optimizer, torch.autocast(setting.device.type, dtype), scaler)
     for step in range(1, STEPS + 1):
         pairs = sample_pairs(config, 0, step)
-        losses = training_step(loss, optimizer, images, targets, pairs, autocast, scaler=scaler)
+        losses = training_step(learner, Batch(images, targets, pairs))
         require(all(map(torch.isfinite, map(torch.tensor, losses.values()))), f"losses are no numbers: {losses}")
         if any(not torch.equal(before[name], weight) for name, weight in model.state_dict().items()):
             require(all(weight.isfinite().all() for weight in model.parameters()), "weights are no numbers")

@@ -64,7 +64,7 @@ def test_the_native_dtype_of_a_cpu_is_bfloat16_if_it_has_instructions_for_it(
     if cpuinfo:
         path.write_text(f"processor\t: 0\n{cpuinfo}\n")
     assert native_dtype(torch.device("cpu"), path) == dtype
-    with autocast(torch.device("cpu"), path):
+    with autocast(torch.device("cpu"), dtype):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from models.mix_token import TokenBox
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
-from models.training.objective import PairChoice, PairLoss, Targets, training_step
+from models.training.objective import Batch, Learner, PairChoice, PairLoss, Targets, training_step
 
 GRIDS, HEADS, WIDTH = (2, 3, 5), 2, 16
 FULL_PRECISION = torch.autocast("cpu", enabled=False)
@@ -135,9 +135,9 @@ def test_a_training_step_has_the_losses_and_gradients_of_a_plain_reference(
     torch.autograd.backward(expected)
 
     pairs = tuple(PairChoice(whole[0], 1.0, pruned[1]) for whole, pruned in (subnetworks[:2], subnetworks[2:]))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    learner = Learner(PairLoss(model, 0.1, 0.5), torch.optim.SGD(model.parameters(), lr=0.0), FULL_PRECISION)
     targets = Targets(labels, tokens=maps if has_maps else None)
-    losses = training_step(PairLoss(model, 0.1, 0.5), optimizer, images, targets, pairs, FULL_PRECISION, box)
+    losses = training_step(learner, Batch(images, targets, pairs, box))
     assert list(losses.values()) == pytest.approx([loss.item() for loss in expected], rel=1e-5, abs=1e-6)
     assert min(losses.values()) > 1e-4
     for name, parameter in model.named_parameters():

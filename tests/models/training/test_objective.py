@@ -2,6 +2,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,16 @@ from torch.nn import functional
 from models.mix_token import TokenBox, TokenExchange
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
-from models.training.objective import PairChoice, PairLoss, Targets, sample_pairs, sample_single, training_step
+from models.training.objective import (
+    Batch,
+    Learner,
+    PairChoice,
+    PairLoss,
+    Targets,
+    sample_pairs,
+    sample_single,
+    training_step,
+)
 
 PAIRS = (PairChoice(4, 1.0, 0.7), PairChoice(2, 1.0, 0.5))
 FULL_PRECISION = torch.autocast("cpu", torch.bfloat16, enabled=False)
@@ -186,7 +196,8 @@ def test_a_step_sums_the_gradients_of_four_separate_subnetworks(deit: SuperViT, 
     for parameter in deit.parameters():
         parameter.grad = torch.full_like(parameter, 7.0)  # of an earlier step
     pair_loss = PairLoss(deit.train(), label_smoothing=0.1, teacher_weight=0.5)
-    losses = training_step(pair_loss, optimizer, images, Targets(labels), PAIRS, FULL_PRECISION)
+    learner = Learner(pair_loss, optimizer, FULL_PRECISION)
+    losses = training_step(learner, Batch(images, Targets(labels), PAIRS))
     assert losses == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-5)
     for (name, parameter), reference in zip(deit.named_parameters(), separate.parameters(), strict=True):
         if reference.grad is None:
@@ -199,11 +210,11 @@ def test_a_step_sums_the_gradients_of_four_separate_subnetworks(deit: SuperViT, 
 
 def test_a_step_of_one_pair_returns_only_its_losses(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
     pair_loss = PairLoss(deit.train(), label_smoothing=0.1, teacher_weight=0.5)
-    optimizer = torch.optim.SGD(deit.parameters(), lr=0.1)
+    learner = Learner(pair_loss, torch.optim.SGD(deit.parameters(), lr=0.1), FULL_PRECISION)
     single, pair = (PairChoice(3, 1.0, None),), (PairChoice(3, 1.0, 0.5),)
-    assert list(training_step(pair_loss, optimizer, images, Targets(labels), single, FULL_PRECISION)) == ["single grid"]
+    assert list(training_step(learner, Batch(images, Targets(labels), single))) == ["single grid"]
     assert deit.pos_embed_list[1].grad is not None
-    losses = training_step(pair_loss, optimizer, images, Targets(labels), pair, FULL_PRECISION)
+    losses = training_step(learner, Batch(images, Targets(labels), pair))
     assert list(losses) == ["single grid", "single grid, pruned"]
 
 
@@ -213,23 +224,14 @@ def steps_of(
     labels: Tensor,
     count: int,
     autocast: torch.autocast = FULL_PRECISION,
-    **options: object,
+    **options: Any,  # noqa: ANN401 - scaler and clip_grad
 ) -> tuple[SuperViT, list[dict[str, float]]]:
     """Take one step on the images in `count` batches with a copy of the model."""
     moved = copy.deepcopy(model).train()
     pair_loss = PairLoss(moved, label_smoothing=0.1, teacher_weight=0.5)
-    optimizer = torch.optim.SGD(moved.parameters(), lr=0.1)
+    learner = Learner(pair_loss, torch.optim.SGD(moved.parameters(), lr=0.1), autocast, **options)
     losses = [
-        training_step(
-            pair_loss,
-            optimizer,
-            some,
-            Targets(theirs),
-            PAIRS,
-            autocast,
-            place=(number, count),
-            **options,  # type: ignore[arg-type] # scaler and clip_grad
-        )
+        training_step(learner, Batch(some, Targets(theirs), PAIRS, number=number, count=count))
         for number, (some, theirs) in enumerate(zip(images.chunk(count), labels.chunk(count), strict=True), start=1)
     ]
     return moved, losses
@@ -252,8 +254,8 @@ def test_accumulated_batches_give_the_step_of_one_large_batch(deit: SuperViT, im
 def test_weights_do_not_change_before_the_last_batch_of_a_step(deit: SuperViT, images: Tensor, labels: Tensor) -> None:
     model = copy.deepcopy(deit).train()
     pair_loss = PairLoss(model, label_smoothing=0.1, teacher_weight=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    training_step(pair_loss, optimizer, images, Targets(labels), PAIRS, FULL_PRECISION, place=(1, 2))
+    learner = Learner(pair_loss, torch.optim.SGD(model.parameters(), lr=0.1), FULL_PRECISION)
+    training_step(learner, Batch(images, Targets(labels), PAIRS, number=1, count=2))
     assert not change(model, deit).any()
 
 
@@ -300,7 +302,7 @@ def test_a_step_in_bfloat16_stays_close_to_full_precision(deit: SuperViT, images
         loss = PairLoss(model, label_smoothing=0.1, teacher_weight=0.5)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=enabled)
-        answers.append(training_step(loss, optimizer, images, Targets(labels), PAIRS, autocast))
+        answers.append(training_step(Learner(loss, optimizer, autocast), Batch(images, Targets(labels), PAIRS)))
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert answers[1] == pytest.approx(answers[0], rel=0.2, abs=0.05)
     assert answers[1] != answers[0]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -32,11 +31,11 @@ from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from models.training.batches import TARGETS_NAME
-from models.training.objective import PairLoss, Targets, sample_pairs, training_step
+from models.training.objective import Batch, Learner, Step, Targets, sample_pairs, training_step
 from models.training.recipe import Recipe
 from models.training.setup import build_model, build_optimizer, build_teacher, learning_rate_schedule
 from models.training.state import TrainingError, alone_in, save_atomically, version_of_state
-from models.training.train import Step, run_epochs, train
+from models.training.train import run_epochs, train
 from tests.models.conftest import CLASS_NAMES
 from tests.models.files.test_atomic import files_limited_to
 from tests.models.training.two_processes import weights_after_three_steps
@@ -59,12 +58,10 @@ def before_step(number: int, act: Callable[[torch.Tensor], torch.Tensor]) -> Ste
     """Return a training step that applies `act`, which may raise, to the images of step `number`, counted from 1."""
     taken = 0
 
-    def step(
-        pair_loss: torch.nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, *rest: object
-    ) -> dict[str, float]:
+    def step(learner: Learner, batch: Batch) -> dict[str, float]:
         nonlocal taken
         taken += 1
-        return training_step(pair_loss, optimizer, act(images) if taken == number else images, *rest)  # type: ignore[arg-type] # passed on
+        return training_step(learner, replace(batch, images=act(batch.images)) if taken == number else batch)
 
     return step
 
@@ -78,18 +75,17 @@ class Notes:
         self.targets: list[Targets] = []
         self.pairs: list[object] = []
         self.boxes: list[object] = []
-        self.places: list[object] = []
+        self.places: list[tuple[int, int]] = []
         self.token_weights: list[float] = []
 
-    def __call__(self, pair_loss: PairLoss, *given: Any) -> dict[str, float]:  # noqa: ANN401 - passed on
-        _, images, targets, pairs, _, box, _, _, place = given
-        self.images.append(images)
-        self.targets.append(targets)
-        self.pairs.append(pairs)
-        self.boxes.append(box)
-        self.places.append(place)
-        self.token_weights.append(getattr(pair_loss, "token_weight", math.nan))
-        return training_step(pair_loss, *given) if self.learns else {"largest grid": 0.0}
+    def __call__(self, learner: Learner, batch: Batch) -> dict[str, float]:
+        self.images.append(batch.images)
+        self.targets.append(batch.targets)
+        self.pairs.append(batch.pairs)
+        self.boxes.append(batch.box)
+        self.places.append((batch.number, batch.count))
+        self.token_weights.append(getattr(learner.pair_loss, "token_weight", math.nan))
+        return training_step(learner, batch) if self.learns else {"largest grid": 0.0}
 
 
 def interrupt(images: torch.Tensor) -> torch.Tensor:

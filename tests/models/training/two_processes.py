@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from models.processes import Process, join_processes, seed_everything
-from models.training.objective import Targets, sample_pairs, training_step
+from models.training.objective import Batch, Learner, Targets, sample_pairs, training_step
 from models.training.recipe import Recipe
 from models.training.setup import build_model
 from models.training.train import build_pair_loss, train
@@ -36,17 +36,16 @@ def weights_after_three_steps(recipe: Recipe, process: Process, batches: int) ->
 
     if isinstance(pair_loss, DistributedDataParallel):
         pair_loss.register_comm_hook(None, exchange)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    learner = Learner(pair_loss, torch.optim.SGD(model.parameters(), lr=0.5), torch.autocast("cpu", enabled=False))
     generator = torch.Generator().manual_seed(21)
     for step in range(3):
         images = torch.randn(8, 3, model.config.image_side, model.config.image_side, generator=generator)
         labels = torch.randint(3, (8,), generator=generator)
         share = slice(process.rank, None, process.count)
         pairs = sample_pairs(model.config, recipe.seed, step)
-        exact = torch.autocast("cpu", enabled=False)
         parts = zip(images[share].chunk(batches), labels[share].chunk(batches), strict=True)
         for number, (some, theirs) in enumerate(parts, start=1):
-            training_step(pair_loss, optimizer, some, Targets(theirs), pairs, exact, place=(number, batches))
+            training_step(learner, Batch(some, Targets(theirs), pairs, number=number, count=batches))
     return model.state_dict() | ({"exchanges": exchanges} if process.count > 1 else {})
 
 
