@@ -17,19 +17,6 @@ def count_macs(config: SuperViTConfig, subnetwork: SubNetwork) -> int:
     return _embedding_macs(config, subnetwork.patch_grid) + blocks + _head_macs(config, subnetwork)
 
 
-def count_macs_together(config: SuperViTConfig, patch_grid: int, keep_rates: tuple[float, ...]) -> int:
-    """Count the multiply-accumulates of one image at several keep rates of a grid, as in a training step.
-
-    The embedding and the blocks before the first prune block are computed once for all keep rates. An LV-ViT's
-    auxiliary head counts at every rate, as in serving; a training step runs it for the largest sub-network alone.
-    """
-    fork = min(config.prune_blocks, default=config.depth)
-    tokens = config.num_tokens(SubNetwork(patch_grid, 1.0))
-    shared = _embedding_macs(config, patch_grid) + fork * (_attention_macs(config, tokens) + _mlp_macs(config, tokens))
-    each = sum(count_macs(config, SubNetwork(patch_grid, rate)) for rate in keep_rates)
-    return each - (len(keep_rates) - 1) * shared
-
-
 def _embedding_macs(config: SuperViTConfig, grid: int) -> int:
     kernel, patches = config.patch_kernel, grid**2
     if config.flavour == "deit":

@@ -31,7 +31,7 @@ from models.data.images import evaluation_transform, normalise
 from models.data.loaders import SampleLoader
 from models.devices import resolve_device
 from models.evaluation.hold_out import label_indices
-from models.flops import count_macs, count_macs_together
+from models.flops import count_macs
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from models.training.objective import sample_pairs
@@ -133,6 +133,22 @@ def parse_setting(text: str) -> tuple[str, object]:
     with suppress(ValueError):
         return name, json.loads(value)
     return name, value
+
+
+def count_macs_together(config: SuperViTConfig, patch_grid: int, keep_rates: tuple[float, ...]) -> int:
+    """Count the multiply-accumulates of one image at several keep rates of a grid, as in a training step.
+
+    The embedding and the blocks before the first prune block are computed once for all keep rates. An LV-ViT's
+    auxiliary head counts at every rate, as in serving; a training step runs it for the largest sub-network alone.
+    """
+    unpruned, whole = replace(config, prune_blocks=()), SubNetwork(patch_grid, 1.0)
+    macs = count_macs(unpruned, whole)
+    per_block = count_macs(replace(unpruned, depth=config.depth + 1), whole) - macs
+    head = config.num_classes * (count_macs(replace(unpruned, num_classes=config.num_classes + 1), whole) - macs)
+    blocks_apart = config.depth - min(config.prune_blocks, default=config.depth)
+    shared = macs - head - blocks_apart * per_block
+    each = sum(count_macs(config, SubNetwork(patch_grid, rate)) for rate in keep_rates)
+    return each - (len(keep_rates) - 1) * shared
 
 
 def training_macs(config: SuperViTConfig) -> float:

@@ -6,12 +6,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
-from models.flops import count_macs, count_macs_together
-from models.subnetwork import SubNetwork
-from models.supervit import DEIT_MICRO
-from tests.benchmarks.bench_paradigm import epochs_for_as_much, main, read_results, table, training_macs
+from models.flops import count_macs
+from models.subnetwork import SubNetwork, SuperViTConfig
+from models.supervit import DEIT_MICRO, LVVIT_MICRO, SuperViT
+from tests.benchmarks.bench_paradigm import (
+    count_macs_together,
+    epochs_for_as_much,
+    main,
+    read_results,
+    table,
+    training_macs,
+)
 
 
 def row(grid: int, rate: float, macs: int, held_out_top1: float, correct: str) -> dict[str, Any]:
@@ -103,6 +112,20 @@ def test_results_from_before_answers_were_kept_have_accuracies_alone() -> None:
     lines = list(table(old, 2))
     assert sum(line.startswith("| plain | 2 ") for line in lines) == 1
     assert not any("x the MACs" in line for line in lines)
+
+
+@pytest.mark.parametrize("config", [DEIT_MICRO, LVVIT_MICRO], ids=["deit", "lvvit"])
+def test_macs_that_the_keep_rates_of_a_step_share_are_counted_once(config: SuperViTConfig) -> None:
+    model, side = SuperViT(config).eval(), config.image_side
+    model.blocks.train()  # on a CPU, these take the class row from the explicit attention: nothing is added
+    for grid, rates in ((8, (1.0, 0.5)), (6, (1.0, 0.7, 0.5)), (5, (0.5,))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            for tokens in model.forward_rates(torch.zeros(2, 3, side, side), grid, rates):
+                model.classify(tokens)
+        assert counter.get_total_flops() == 2 * 2 * count_macs_together(config, grid, rates)
+    unpruned = replace(config, prune_blocks=())  # everything is shared but the heads
+    head = count_macs_together(unpruned, 5, (0.5, 1.0)) - count_macs(unpruned, SubNetwork(5, 1.0))
+    assert head == (25 + 1 if config.flavour == "lvvit" else 1) * config.width * config.num_classes
 
 
 def test_a_step_of_a_supervit_costs_two_to_three_of_a_plain_models() -> None:

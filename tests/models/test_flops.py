@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.flops import count_macs, count_macs_together
+from models.flops import count_macs
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import DEIT_SMALL, LVVIT_MICRO, LVVIT_SMALL, SuperViT
 
@@ -41,20 +41,6 @@ def test_macs_are_half_the_flops_that_torch_counts(model: SuperViT, config: Supe
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(images, subnetwork)
         assert counter.get_total_flops() == 2 * len(images) * count_macs(config, subnetwork)
-
-
-def test_macs_that_the_keep_rates_of_a_step_share_are_counted_once(
-    model: SuperViT, config: SuperViTConfig, images: Tensor
-) -> None:
-    model.eval().blocks.train()
-    for grid, rates in ((4, (1.0, 0.5)), (3, (1.0, 0.7, 0.5)), (2, (0.5,))):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            for tokens in model.forward_rates(images, grid, rates):
-                model.classify(tokens)
-        assert counter.get_total_flops() == 2 * len(images) * count_macs_together(config, grid, rates)
-    unpruned = replace(config, prune_blocks=())  # everything is shared but the heads
-    head = count_macs_together(unpruned, 4, (0.5, 1.0)) - count_macs(unpruned, SubNetwork(4, 1.0))
-    assert head == (16 + 1 if config.flavour == "lvvit" else 1) * config.width * config.num_classes
 
 
 def test_macs_include_the_fused_token_in_every_block_that_processes_it(
