@@ -156,7 +156,7 @@ class ProfileTable:
                 frontier.append(row)
         return tuple(frontier)
 
-    def with_interpolated_rates(self, config: SuperViTConfig, step: float = KEEP_RATE_STEP) -> "ProfileTable":
+    def with_interpolated_rates(self, config: SuperViTConfig) -> "ProfileTable":
         """Add keep rates in steps between those of the table, so that some row comes close to almost any budget.
 
         They run on the same weights without training; their accuracy is interpolated linearly between their neighbours.
@@ -168,7 +168,7 @@ class ProfileTable:
             known.sort(key=lambda row: row.subnetwork.keep_rate)
             for low, high in itertools.pairwise(known):
                 gap = high.subnetwork.keep_rate - low.subnetwork.keep_rate
-                steps = round(gap / step)
+                steps = round(gap / KEEP_RATE_STEP)
                 costs = {low.macs, high.macs}
                 for row in (_interpolate(config, low, high, index / steps) for index in range(1, steps)):
                     if row.macs not in costs:

@@ -94,7 +94,7 @@ def with_rates() -> ProfileTable:
 
 
 def test_accuracy_between_two_keep_rates_of_a_grid_is_interpolated_linearly() -> None:
-    rows = with_rates().with_interpolated_rates(CONFIG, 0.05).by_subnetwork
+    rows = with_rates().with_interpolated_rates(CONFIG).by_subnetwork
     between = [SubNetwork(8, rate) for rate in (0.55, 0.6, 0.65)]
     assert [rows[sub].top1 for sub in between] == pytest.approx([0.71, 0.72, 0.73])
     assert [rows[sub].top5 for sub in between] == pytest.approx([0.905, 0.91, 0.915])
@@ -114,7 +114,7 @@ def test_temperature_and_entropy_exponent_are_interpolated_between_keep_rates() 
             SubNetworkProfile(high, count_macs(CONFIG, high), temperature=2.0, entropy_exponent=0.3),
         )
     )
-    row = table.with_interpolated_rates(CONFIG, 0.05).by_subnetwork[SubNetwork(8, 0.6)]
+    row = table.with_interpolated_rates(CONFIG).by_subnetwork[SubNetwork(8, 0.6)]
     assert (row.temperature, row.entropy_exponent) == pytest.approx((1.5, 0.2))
 
 
@@ -126,14 +126,14 @@ def test_an_entropy_exponent_that_is_not_a_fraction_is_refused(exponent: float) 
 
 def test_interpolating_keep_rates_leaves_measured_rows_unchanged() -> None:
     table = with_rates()
-    extended = table.with_interpolated_rates(CONFIG, 0.05)
+    extended = table.with_interpolated_rates(CONFIG)
     assert [row for row in extended.rows if not row.is_interpolated] == list(table.rows)
     assert {sub.patch_grid for sub in extended.by_subnetwork} == {8, 14}
     assert extended.is_measured
 
 
 def test_interpolating_in_steps_of_a_twentieth_gives_eleven_keep_rates_per_grid() -> None:
-    extended = ProfileTable.unmeasured(CONFIG).with_interpolated_rates(CONFIG, 0.05)
+    extended = ProfileTable.unmeasured(CONFIG).with_interpolated_rates(CONFIG)
     rates = [sub.keep_rate for sub in extended.by_subnetwork if sub.patch_grid == 14]
     assert rates == [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
     assert not extended.is_measured
@@ -141,14 +141,13 @@ def test_interpolating_in_steps_of_a_twentieth_gives_eleven_keep_rates_per_grid(
 
 
 def test_interpolating_keep_rates_again_adds_nothing() -> None:
-    extended = with_rates().with_interpolated_rates(CONFIG, 0.05)
-    assert extended.with_interpolated_rates(CONFIG, 0.05) == extended
-    assert with_rates().with_interpolated_rates(CONFIG, 0.5) == with_rates()
+    extended = with_rates().with_interpolated_rates(CONFIG)
+    assert extended.with_interpolated_rates(CONFIG) == extended
 
 
 def test_a_keep_rate_that_keeps_as_many_tokens_as_another_is_left_out() -> None:
     config = SuperViTConfig(patch_grids=(2,), keep_rates=(0.5, 1.0))
-    extended = ProfileTable.unmeasured(config).with_interpolated_rates(config, 0.05)
+    extended = ProfileTable.unmeasured(config).with_interpolated_rates(config)
     # Of five tokens, 0.5 and 0.6 keep three patches in the first prune block; all from 0.65 on keep four, like 1.
     costs = [row.macs for row in extended.rows]
     assert len(set(costs)) == len(costs)
@@ -186,7 +185,7 @@ def test_threshold_share_and_top1_of_a_cascade_must_be_fractions(name: str) -> N
 
 def test_interpolating_keep_rates_keeps_the_cascades() -> None:
     cascade = CascadeProfile(SubNetwork(8, 0.5), SubNetwork(14, 1.0), threshold=0.85, share=0.25, top1=0.79)
-    assert replace(with_rates(), cascades=(cascade,)).with_interpolated_rates(CONFIG, 0.05).cascades == (cascade,)
+    assert replace(with_rates(), cascades=(cascade,)).with_interpolated_rates(CONFIG).cascades == (cascade,)
 
 
 def test_slowness_multiplies_the_work_of_a_row_and_carries_over_to_interpolated_rows() -> None:

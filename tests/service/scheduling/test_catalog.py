@@ -109,7 +109,7 @@ def test_interpolated_keep_rates_use_up_a_budget_but_are_no_levels() -> None:
         SubNetworkProfile(subnetwork, count_macs(config, subnetwork), percent / 100)
         for subnetwork, percent in zip(config.subnetworks, top1, strict=True)
     )
-    profiles = ProfileTable(rows).with_interpolated_rates(config, 0.05)
+    profiles = ProfileTable(rows).with_interpolated_rates(config)
     catalog = catalog_of(profiles)
     grant = catalog.grant_within(2.0)
     over_limit = grant.best
