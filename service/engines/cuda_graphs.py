@@ -25,20 +25,19 @@ MEMORY_SHARE = 0.1  # of the GPU's memory, for graphs; the rest is for weights, 
 WARM_UPS = 3  # as in torch's make_graphed_callables: libraries choose their kernels and allocate their workspaces
 
 
-class Graph(Protocol):
+@dataclass(frozen=True, slots=True)
+class Graph:
     """A captured forward pass.
 
     Attributes:
         logits: (B, classes) float32 on the device; each replay overwrites them.
         held_bytes: device memory that the graph takes.
+        replay: launches the graph, after all work that the device was given before.
     """
 
     logits: Tensor
     held_bytes: int
-
-    def replay(self) -> None:
-        """Launch the graph, after all work that the device was given before."""
-        ...
+    replay: Callable[[], None]
 
 
 class GraphDevice(Protocol):
@@ -61,15 +60,6 @@ class GraphDevice(Protocol):
             RuntimeError: the forward pass cannot be captured, or memory is short.
         """
         ...
-
-
-@dataclass(slots=True)
-class _CudaGraph:
-    """The parts of a captured graph."""
-
-    logits: Tensor
-    held_bytes: int
-    replay: Callable[[], None]
 
 
 class GraphCache:
@@ -171,7 +161,7 @@ class CudaDevice:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 logits = forward()
             graph.replay()
-            return _CudaGraph(logits, max(0, free_bytes - self._free_bytes()), graph.replay)
+            return Graph(logits, max(0, free_bytes - self._free_bytes()), graph.replay)
 
     def _free_bytes(self) -> int:
         """Return the GPU memory that is free for all processes: the driver, too, keeps some for each graph."""

@@ -1,17 +1,11 @@
 """A device without a GPU; its graphs repeat the captured computation on what their input holds at the replay."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass
-class FakeGraph:
-    logits: Tensor
-    held_bytes: int
-    replay: Callable[[], None]
+from service.engines.cuda_graphs import Graph
 
 
 class FakeGraphDevice:
@@ -30,7 +24,7 @@ class FakeGraphDevice:
         shape = batch_size, 3, image_side, image_side
         return torch.zeros(shape, dtype=torch.uint8), torch.zeros(shape, dtype=torch.uint8)
 
-    def capture(self, forward: Callable[[], Tensor]) -> FakeGraph:
+    def capture(self, forward: Callable[[], Tensor]) -> Graph:
         logits = forward().clone()
         if self.error:
             raise self.error
@@ -40,4 +34,4 @@ class FakeGraphDevice:
             self.num_replays += 1
             logits.copy_(forward())
 
-        return FakeGraph(logits, self.held_bytes, replay)
+        return Graph(logits, self.held_bytes, replay)

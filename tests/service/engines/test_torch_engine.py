@@ -15,8 +15,9 @@ from models.errors import DeviceError
 from models.subnetwork import Flavour, SubNetwork
 from models.supervit import SuperViT
 from service.engines.base import Captured
+from service.engines.cuda_graphs import Graph
 from service.engines.torch_engine import TorchEngine, growth_per_image, serving_dtype
-from tests.service.engines.fake_graphs import FakeGraph, FakeGraphDevice
+from tests.service.engines.fake_graphs import FakeGraphDevice
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ class Noting(FakeGraphDevice):
         super().__init__()
         self.captured: list[list[str]] = []
 
-    def capture(self, forward: Callable[[], Tensor]) -> FakeGraph:
+    def capture(self, forward: Callable[[], Tensor]) -> Graph:
         with Operations() as operations:
             forward()
         self.captured.append(operations.names)
