@@ -101,7 +101,7 @@ def load_checkpoint(name: str | Path) -> Checkpoint:
         weights = _in_float32(stored)
         if own_header is None and is_plain_vit(weights):
             raise CheckpointMismatchError("is a plain ViT: run `supervit convert` to make a SuperViT of it")
-        header = Header(*describe_published(weights)) if own_header is None else _own_header(own_header, len(weights))
+        header = describe_published(weights) if own_header is None else _own_header(own_header, len(weights))
         model = _blank_model(header.config)
         check_weights(weights, model.state_dict())
         rows = (*header.profile.rows, *(header.int8.profile.rows if header.int8 else ()))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from models.flops import count_macs
+from models.header import Header
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SuperViTConfig
 from models.supervit import DEIT_SMALL, LVVIT_SMALL
@@ -24,25 +25,21 @@ PUBLISHED = {
 }
 
 
-def describe_published(weights: dict[str, Tensor]) -> tuple[str, SuperViTConfig, tuple[str, ...], ProfileTable]:
-    """Describe a published checkpoint; one fine-tuned to other classes keeps only name and architecture.
-
-    Returns:
-        The model's name, its architecture, a name per logit, and the cost and accuracy of each sub-network.
-    """
+def describe_published(weights: dict[str, Tensor]) -> Header:
+    """Describe a published checkpoint; one fine-tuned to other classes keeps only name and architecture."""
     name, config, top1 = PUBLISHED["lvvit" if "patch_embed.conv1.weight" in weights else "deit"]
     head = weights.get("head.weight")
     if head is not None and head.ndim == 2 and head.shape[0] not in (0, config.num_classes):
         config = replace(config, num_classes=head.shape[0])
         class_names = tuple(f"class {index}" for index in range(config.num_classes))
-        return name, config, class_names, ProfileTable.unmeasured(config)
+        return Header(name, config, class_names, ProfileTable.unmeasured(config))
     from timm.data import ImageNetInfo  # its import takes seconds, and our own format does not need it
 
     rows = tuple(
         SubNetworkProfile(subnetwork, count_macs(config, subnetwork), top1=round(percent / 100, 4))
         for subnetwork, percent in zip(config.subnetworks, top1, strict=True)
     )
-    return name, config, tuple(ImageNetInfo().label_descriptions()), ProfileTable(rows)
+    return Header(name, config, tuple(ImageNetInfo().label_descriptions()), ProfileTable(rows))
 
 
 def class_indices(class_names: tuple[str, ...]) -> dict[str, int]:
@@ -59,7 +56,7 @@ def class_indices(class_names: tuple[str, ...]) -> dict[str, int]:
 
 def published_config(weights: dict[str, Tensor]) -> SuperViTConfig | None:
     """Return the architecture of a SuperViT's bare state dict; None for one that was never published."""
-    _, config, _, _ = describe_published(weights)
+    config = describe_published(weights).config
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     width = weights["cls_token"].shape[-1] if "cls_token" in weights else 0
     return config if (depth, width) == (config.depth, config.width) else None
