@@ -12,7 +12,6 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from models.files.checkpoint_errors import (
-    CheckpointError,
     CheckpointMismatchError,
     UnreadableCheckpointError,
     prefixed_errors,
@@ -28,21 +27,6 @@ from models.published import describe_published, is_plain_vit
 from models.quantization import Quantization
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "CheckpointMismatchError",
-    "Header",
-    "UnreadableCheckpointError",
-    "check_weights",
-    "digest",
-    "load_checkpoint",
-    "read_described_weights",
-    "read_weights",
-    "round_to_half",
-    "save_checkpoint",
-]
 
 HEADER_KEY = "supervit"
 NAMES_SHOWN = 4

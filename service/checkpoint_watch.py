@@ -5,7 +5,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from models.checkpoint import CheckpointError, digest
+from models.checkpoint import digest
+from models.files.checkpoint_errors import CheckpointError
 from service.access.watched_files import CHECK_S, WatchedFiles
 from service.errors import ServiceError
 from service.model_change import ModelChange

@@ -13,8 +13,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from models.checkpoint import Checkpoint, CheckpointError
+from models.checkpoint import Checkpoint
 from models.errors import DeviceError
+from models.files.checkpoint_errors import CheckpointError
 from service.assembly import ServedModel
 from service.candidate import CandidateMaker
 from service.errors import ModelChangeError, NotReadyError

@@ -17,11 +17,13 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
-from models.checkpoint import CheckpointMismatchError, Header, read_described_weights, save_checkpoint
+from models.checkpoint import read_described_weights, save_checkpoint
 from models.conversion.initial import InitialWeights, split_positions
 from models.conversion.onnx_weights import read_onnx_weights
 from models.conversion.options import Convert
 from models.conversion.plain_vit import HEAD_DIM, PlainViT, build_plain_vit, create_timm, is_lvvit, preprocessing_of
+from models.files.checkpoint_errors import CheckpointMismatchError
+from models.header import Header
 from models.profiles import ProfileTable
 from models.published import published_config
 from models.subnetwork import SuperViTConfig

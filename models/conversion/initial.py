@@ -7,7 +7,7 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
-from models.checkpoint import CheckpointMismatchError
+from models.files.checkpoint_errors import CheckpointMismatchError
 from models.published import class_indices
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT

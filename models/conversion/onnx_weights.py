@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.checkpoint import UnreadableCheckpointError
+from models.files.checkpoint_errors import UnreadableCheckpointError
 
 NAMELESS = "onnx::"  # prefix that PyTorch's exporter gives to constants computed during the export
 

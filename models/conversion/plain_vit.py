@@ -19,7 +19,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
 
-from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError
+from models.files.checkpoint_errors import CheckpointMismatchError, UnreadableCheckpointError
 
 HEAD_DIM = 64
 NAME_IT = "run `supervit convert` with --name"

@@ -13,7 +13,9 @@ from pydantic import BaseModel, Field
 from pydantic_settings import CliApp, CliPositionalArg
 from torch import Tensor
 
-from models.checkpoint import Checkpoint, CheckpointMismatchError, Header, load_checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.files.checkpoint_errors import CheckpointMismatchError
+from models.header import Header
 from models.profiles import ProfileTable
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from models.checkpoint import CheckpointError, digest
+from models.checkpoint import digest
 from models.data.augmentation import Augmentation, training_transform
 from models.data.crops import PADDED_CROP_SIDE_PX, crop_padding
 from models.data.datasets import ImageSet, TrainingSamples, digest_samples, open_training_data
 from models.data.images import evaluation_transform, normalise, square_transform
 from models.data.loaders import SampleLoader, gather_round_robin, load_round_robin
+from models.files.checkpoint_errors import CheckpointError
 from models.files.pickles import UNPICKLING_ERRORS
 from models.files.sources import find_checkpoint
 from models.processes import ALONE, Process, gather

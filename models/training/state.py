@@ -15,12 +15,13 @@ import torch
 from filelock import FileLock, Timeout
 from timm.utils import ModelEmaV3
 
-from models.checkpoint import Header, save_checkpoint
+from models.checkpoint import save_checkpoint
 from models.data.datasets import is_unicode
 from models.evaluation.plots import plot_training
 from models.files.atomic import write_atomically
 from models.files.checkpoint_errors import printable_text
 from models.files.pickles import UNPICKLING_ERRORS
+from models.header import Header
 from models.profiles import ProfileTable
 from models.supervit import SuperViT
 from models.training.recipe import Recipe

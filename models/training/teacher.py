@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import models.registered  # noqa: F401 - registers the SuperViTs with timm
-from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError, check_weights, read_weights
+from models.checkpoint import check_weights, read_weights
 from models.data.images import normalise
 from models.devices import autocast
-from models.files.checkpoint_errors import prefixed_errors
+from models.files.checkpoint_errors import CheckpointMismatchError, UnreadableCheckpointError, prefixed_errors
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT
 

@@ -4,11 +4,12 @@ from functools import partial
 
 from tqdm import tqdm
 
-from models.checkpoint import Header, load_checkpoint, round_to_half, save_checkpoint
+from models.checkpoint import load_checkpoint, round_to_half, save_checkpoint
 from models.evaluation.evaluate import evaluate as evaluate_subnetworks
 from models.evaluation.plots import plot_frontier
 from models.evaluation.tables import accuracy_table, calibration_summary, cascade_table
 from models.files.sources import find_checkpoint
+from models.header import Header
 from models.processes import joined_processes
 from service.commands.options import Evaluate
 from service.commands.output import check_unchanged, output_path

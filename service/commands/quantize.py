@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.data.datasets import NO_LABEL
 from models.data.loaders import load_round_robin
 from models.evaluation.evaluate import evaluate
 from models.evaluation.hold_out import open_hold_out
 from models.evaluation.tables import accuracy_table, calibration_summary, cascade_table
 from models.files.sources import find_checkpoint
+from models.header import Header
 from models.processes import ALONE
 from models.profiles import ProfileTable
 from models.quantization import (

@@ -21,7 +21,8 @@ from typing import Any
 import aiohttp
 import uvloop
 
-from models.checkpoint import Header, load_checkpoint, save_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.header import Header
 from tests.benchmarks.bench_live import (
     SETTLE_S,
     Picture,

@@ -17,8 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
-from models.checkpoint import Header, load_checkpoint, save_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.files.sources import find_checkpoint
+from models.header import Header
 from tests.end_to_end.test_serving import (
     PHOTOGRAPH,
     SMALL_CHECKPOINT,

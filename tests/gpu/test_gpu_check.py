@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.checkpoint import Checkpoint, Header, save_checkpoint
+from models.checkpoint import Checkpoint, save_checkpoint
 from models.errors import DeviceError
 from models.flops import count_macs
+from models.header import Header
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT

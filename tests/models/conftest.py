@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from models import devices
-from models.checkpoint import Header, save_checkpoint
+from models.checkpoint import save_checkpoint
 from models.devices import native_dtype
+from models.header import Header
 from models.profiles import ProfileTable
 from models.subnetwork import Flavour, SuperViTConfig
 from models.supervit import SuperViT

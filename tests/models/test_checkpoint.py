@@ -19,18 +19,16 @@ from models import checkpoint
 from models.checkpoint import (
     HEADER_KEY,
     Checkpoint,
-    CheckpointError,
-    CheckpointMismatchError,
-    Header,
-    UnreadableCheckpointError,
     digest,
     load_checkpoint,
     read_weights,
     round_to_half,
     save_checkpoint,
 )
+from models.files.checkpoint_errors import CheckpointError, CheckpointMismatchError, UnreadableCheckpointError
 from models.files.sources import SHIPPED_FOLDER
 from models.flops import count_macs
+from models.header import Header
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.quantization import BlockRanges, Quantization, Range
 from models.subnetwork import SubNetwork, SuperViTConfig

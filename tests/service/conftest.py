@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from models.checkpoint import Checkpoint, Header, save_checkpoint
+from models.checkpoint import Checkpoint, save_checkpoint
 from models.flops import count_macs
+from models.header import Header
 from models.latency import LatencyTable
 from models.profiles import ProfileTable, SubNetworkProfile
 from models.subnetwork import SubNetwork, SuperViTConfig

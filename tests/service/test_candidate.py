@@ -14,7 +14,9 @@ import torch
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
-from models.checkpoint import Checkpoint, Header, UnreadableCheckpointError, load_checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.files.checkpoint_errors import UnreadableCheckpointError
+from models.header import Header
 from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
 from service.assembly import ProfileWithFile, ServedModel, assemble

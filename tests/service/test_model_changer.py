@@ -10,7 +10,8 @@ import torch
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
-from models.checkpoint import Checkpoint, UnreadableCheckpointError
+from models.checkpoint import Checkpoint
+from models.files.checkpoint_errors import UnreadableCheckpointError
 from models.subnetwork import SubNetwork, SuperViTConfig
 from service.assembly import ServedModel
 from service.candidate import BetweenBatches, CandidateMaker

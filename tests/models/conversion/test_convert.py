@@ -11,10 +11,11 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
 import models.registered  # noqa: F401 - registers the SuperViTs with timm
-from models.checkpoint import CheckpointError, CheckpointMismatchError, UnreadableCheckpointError, load_checkpoint
+from models.checkpoint import load_checkpoint
 from models.conversion import options as room
 from models.conversion.convert import convert, from_plain_vit, open_initial
 from models.conversion.plain_vit import PlainViT
+from models.files.checkpoint_errors import CheckpointError, CheckpointMismatchError, UnreadableCheckpointError
 from models.subnetwork import IMAGENET_MEAN, SubNetwork
 from models.supervit import SuperViT
 

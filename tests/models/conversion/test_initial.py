@@ -9,10 +9,10 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError
 from models.conversion.convert import convert, open_initial
 from models.conversion.initial import InitialWeights
 from models.conversion.options import Convert
+from models.files.checkpoint_errors import CheckpointMismatchError, UnreadableCheckpointError
 from models.subnetwork import SubNetwork, SuperViTConfig
 from models.supervit import SuperViT
 from tests.models.conftest import CLASS_NAMES

@@ -9,8 +9,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from models.checkpoint import UnreadableCheckpointError
 from models.conversion.onnx_weights import read_onnx_weights
+from models.files.checkpoint_errors import UnreadableCheckpointError
 
 
 def constant(name: str, tensor: Tensor) -> TensorProto:

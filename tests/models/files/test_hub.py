@@ -36,7 +36,8 @@ for name in sys.argv[1:]:
 
 LOAD = """
 import sys
-from models.checkpoint import CheckpointError, load_checkpoint
+from models.checkpoint import load_checkpoint
+from models.files.checkpoint_errors import CheckpointError
 try:
     load_checkpoint(sys.argv[1])
 except CheckpointError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models.checkpoint import UnreadableCheckpointError
+from models.files.checkpoint_errors import UnreadableCheckpointError
 from models.files.pickles import MAX_PICKLE_BYTES, unpickle
 
 BUILD, REDUCE, STOP = b"b", b"R", b"."

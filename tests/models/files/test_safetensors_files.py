@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.checkpoint import UnreadableCheckpointError
+from models.files.checkpoint_errors import UnreadableCheckpointError
 from models.files.safetensors_files import MAX_HEADER_BYTES, is_safetensors, read_safetensors, write_safetensors
 
 

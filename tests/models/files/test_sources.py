@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from models.checkpoint import UnreadableCheckpointError
+from models.files.checkpoint_errors import UnreadableCheckpointError
 from models.files.sources import SHIPPED_FOLDER, bare_name, find_checkpoint, shipped_names
 
 MICRO, SMALL = "supervit-micro-cifar10", "supervit-small-caltech101"

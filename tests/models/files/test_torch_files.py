@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import UnreadableCheckpointError
 from models.files import torch_files
+from models.files.checkpoint_errors import UnreadableCheckpointError
 from models.files.pickles import MAX_PICKLE_BYTES
 from models.files.torch_files import read_torch_file
 

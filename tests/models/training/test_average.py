@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.checkpoint import CheckpointMismatchError, Header, load_checkpoint, save_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.files.checkpoint_errors import CheckpointMismatchError
+from models.header import Header
 from models.profiles import ProfileTable
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT

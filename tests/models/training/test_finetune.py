@@ -5,8 +5,8 @@ import timm
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from models.checkpoint import CheckpointMismatchError
 from models.errors import DataError
+from models.files.checkpoint_errors import CheckpointMismatchError
 from models.subnetwork import SuperViTConfig
 from models.training.finetune import Finetune, finetune, load_network
 from models.training.teacher import Teacher

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 from timm.data.auto_augment import rand_augment_transform
 
-from models.checkpoint import Header, save_checkpoint
+from models.checkpoint import save_checkpoint
+from models.header import Header
 from models.profiles import ProfileTable
 from models.subnetwork import SuperViTConfig
 from models.supervit import SuperViT

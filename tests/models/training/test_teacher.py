@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import Tensor
 
-from models.checkpoint import CheckpointMismatchError, UnreadableCheckpointError
+from models.files.checkpoint_errors import CheckpointMismatchError, UnreadableCheckpointError
 from models.subnetwork import SuperViTConfig
 from models.training.teacher import Adapter, Teacher
 

@@ -18,13 +18,15 @@ from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import distributed
 
-from models.checkpoint import CheckpointError, Header, load_checkpoint, read_weights, save_checkpoint
+from models.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from models.data.datasets import open_folder
 from models.data.images import evaluation_transform
 from models.data.loaders import SampleLoader
 from models.errors import DataError, DeviceError
 from models.evaluation.calibration import Scaling
 from models.evaluation.judging import make_answer, measure_accuracy
+from models.files.checkpoint_errors import CheckpointError
+from models.header import Header
 from models.mix_token import draw_box
 from models.processes import ALONE, Process, seed_everything
 from models.profiles import ProfileTable

@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from models.evaluation.evaluate import Evaluation
 from models.evaluation.evaluate import evaluate as evaluate_subnetworks
 from models.files.sources import find_checkpoint
+from models.header import Header
 from models.profiles import ProfileTable
 from models.subnetwork import SubNetwork
 from models.supervit import DEIT_SMALL, SuperViT

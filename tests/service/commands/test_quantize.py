@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.header import Header
 from models.profiles import ProfileTable
 from models.quantization import Quantization
 from models.supervit import DEIT_SMALL, SuperViT

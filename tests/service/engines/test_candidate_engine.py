@@ -6,7 +6,8 @@ import psutil
 import pytest
 import torch
 
-from models.checkpoint import Checkpoint, Header, load_checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from models.header import Header
 from models.profiles import ProfileTable
 from models.quantization import BlockRanges, Quantization, Range
 from models.subnetwork import SubNetwork, SuperViTConfig

@@ -12,7 +12,8 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from models.checkpoint import Checkpoint, Header, save_checkpoint
+from models.checkpoint import Checkpoint, save_checkpoint
+from models.header import Header
 from models.latency import LatencyTable
 from models.supervit import SuperViT
 from service.http.uploads import MAX_MESSAGE_BYTES
