@@ -8,7 +8,8 @@ import torch
 from models.errors import DeviceError
 
 CPUINFO = Path("/proc/cpuinfo")
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them; the last is Arm's
+X86_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}  # as Linux and torch name them
+BFLOAT16_FLAGS = X86_BFLOAT16_FLAGS | {"bf16"}  # Linux's name of Arm's
 AMPERE = 8  # major compute capability of the first NVIDIA GPUs that compute in bfloat16
 
 
@@ -41,11 +42,33 @@ def native_dtype(device: torch.device, cpuinfo: Path = CPUINFO) -> torch.dtype:
         device: any device.
         cpuinfo: the file in which Linux describes the CPU.
     """
+    if has_bfloat16(device, cpuinfo):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def has_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
+    """Return whether the device computes in bfloat16; False for devices other than GPUs and CPUs.
+
+    torch emulates bfloat16 on CPUs that lack it, at half the speed of float32.
+
+    Args:
+        device: any device.
+        cpuinfo: the file in which Linux describes the CPU, for what torch does not report.
+    """
     if device.type == "cuda":
-        has_bfloat16 = torch.version.hip or torch.cuda.get_device_capability(device)[0] >= AMPERE
-        return torch.bfloat16 if has_bfloat16 else torch.float16
-    # torch emulates bfloat16 on CPUs that lack it, at half the speed of float32. Other kinds of device are unknown.
-    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16(cpuinfo) else torch.float32
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= AMPERE
+    if device.type != "cpu":
+        return False
+    reported = cpu_capabilities()
+    if X86_BFLOAT16_FLAGS & reported.keys():
+        return any(reported.get(flag) for flag in X86_BFLOAT16_FLAGS)
+    return not BFLOAT16_FLAGS.isdisjoint(_words_of(cpuinfo))
+
+
+def cpu_capabilities() -> dict[str, object]:
+    """Return torch's flags of the CPU, such as "avx512_bf16", and the CPU's name; empty where torch is too old."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 
 def training_dtype(device: torch.device, precision: str) -> torch.dtype:
@@ -61,9 +84,9 @@ def autocast(device: torch.device, dtype: torch.dtype | None = None) -> torch.au
 
 
 @cache
-def _cpu_has_bfloat16(cpuinfo: Path) -> bool:
-    """Return whether Linux lists bfloat16 instructions; False without the file, as on other systems."""
+def _words_of(cpuinfo: Path) -> frozenset[str]:
+    """Return the words of the file, flags among them; none without the file, as on other systems."""
     try:
-        return not BFLOAT16_FLAGS.isdisjoint(cpuinfo.read_text().split())
+        return frozenset(cpuinfo.read_text().split())
     except OSError:
-        return False
+        return frozenset()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from models.checkpoint import Checkpoint
-from models.devices import resolve_device
+from models.devices import cpu_capabilities, resolve_device
 from models.errors import DeviceError
 from models.quantization import BlockRanges
 from models.subnetwork import SubNetwork
@@ -15,7 +15,7 @@ from models.supervit import SuperViT
 from service.engines.base import Engine
 from service.engines.openvino_engine import OpenVINOEngine, has_bfloat16
 from service.engines.openvino_products import integer_products
-from service.engines.torch_engine import TorchEngine, cpu_capabilities
+from service.engines.torch_engine import TorchEngine
 from service.settings import EngineKind, Precision
 
 Compiled = Callable[[Callable[[bytes], Any]], Iterable[Any]]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.data.images import Normalisation
-from models.devices import resolve_device
+from models.devices import cpu_capabilities, has_bfloat16, resolve_device
 from models.errors import DeviceError
 from models.subnetwork import SubNetwork
 from models.supervit import SuperViT
@@ -16,9 +16,7 @@ from service.engines.cuda_graphs import CudaDevice, GraphCache, GraphDevice
 
 FloatPrecision = Literal["float32", "bfloat16"]
 
-BFLOAT16_CAPABILITIES = ("avx512_bf16", "amx_bf16")
 USABLE_SHARE = 0.8  # of the free GPU memory; allocators round up
-BFLOAT16_COMPUTE_CAPABILITY = (8, 0)  # NVIDIA's GPUs from Ampere on; older ones emulate bfloat16
 
 
 class TorchEngine:
@@ -139,18 +137,9 @@ def growth_per_image(peak_bytes: Callable[[int], int], few: int = 1, many: int =
 
 def serving_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the hardware computes in it, and float32 elsewhere."""
-    if device.type == "cuda":
-        has_bfloat16 = torch.cuda.get_device_capability(device) >= BFLOAT16_COMPUTE_CAPABILITY
-    else:
-        has_bfloat16 = any(cpu_capabilities().get(name) for name in BFLOAT16_CAPABILITIES)
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def _device_name(device: torch.device) -> str:
     cpu = cpu_capabilities().get("cpu_name", "CPU")
     return f"{torch.cuda.get_device_name(device)} ({device}) beside {cpu}" if device.type == "cuda" else str(cpu)
-
-
-def cpu_capabilities() -> dict[str, object]:
-    """Return torch's flags of the CPU, such as "avx512_bf16", and the CPU's name; empty where torch is too old."""
-    return dict(getattr(torch.cpu, "get_capabilities", dict)())

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.devices import autocast, native_dtype, resolve_device, training_dtype
+from models.devices import autocast, has_bfloat16, native_dtype, resolve_device, training_dtype
 from models.errors import DeviceError
 
 
@@ -58,14 +58,38 @@ def test_a_named_precision_is_used_on_every_device(device: str) -> None:
     ],
 )
 def test_the_native_dtype_of_a_cpu_is_bfloat16_if_it_has_instructions_for_it(
-    tmp_path: Path, cpuinfo: str | None, dtype: torch.dtype
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, dtype: torch.dtype
 ) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # as from an older torch
     path = tmp_path / "cpuinfo"
     if cpuinfo:
         path.write_text(f"processor\t: 0\n{cpuinfo}\n")
     assert native_dtype(torch.device("cpu"), path) == dtype
     with autocast(torch.device("cpu"), dtype):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("reported", "expected"),
+    [
+        ({"avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_bf16": True, "amx_bf16": False}, True),
+        ({"avx512_bf16": False, "amx_bf16": True}, True),
+        ({"neon": True, "bf16": False}, True),  # an Arm: the file decides
+    ],
+)
+def test_what_torch_reports_of_an_x86_goes_before_the_file_of_linux(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reported: dict[str, bool], expected: bool
+) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("Features\t: fp asimd bf16\n")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: reported, raising=False)
+    assert has_bfloat16(torch.device("cpu"), path) == expected
+
+
+def test_a_gpu_of_rocm_has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert has_bfloat16(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
