@@ -194,4 +194,6 @@ def _read_image(image: Image) -> bytes:
         return image
     if isinstance(image, str | os.PathLike):
         return Path(image).read_bytes()
-    return image.read()
+    if hasattr(image, "read"):
+        return image.read()
+    raise TypeError(f"an image is a path, bytes or a binary file, not {type(image).__name__}")

@@ -191,7 +191,8 @@ class ServerRuntime:
         guarding, serving, *others = map(asyncio.create_task, (self._guard(), self._serve(), *background))
         for task in (guarding, serving, *others):
             task.add_done_callback(self._on_end)
-        self._say_what_is_served()
+        engine, checkpoint = self._require_first()
+        logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
         try:
             if ready_first:
                 waiting = asyncio.create_task(self._became_ready.wait())
@@ -221,6 +222,7 @@ class ServerRuntime:
                 self._state = ServerState.READY
                 self.metrics.ready(True)
                 self._became_ready.set()
+                logger.info("ready for requests")
                 await self._models.run()
         except NotReadyError:
             logger.info("stopped before the first request")
@@ -271,10 +273,6 @@ class ServerRuntime:
         if self._first is None:
             raise NotReadyError("the server has stopped")
         return self._first
-
-    def _say_what_is_served(self) -> None:
-        engine, checkpoint = self._require_first()
-        logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
 
     async def _follow_checkpoint(self) -> None:
         if self._settings.watch_checkpoint:

@@ -86,13 +86,20 @@ def turn_upright(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
+def _levels_of(mode: str, highest: float) -> float:
+    """Return how many levels of grey a picture has: files of 32 bits per pixel hold 0..1, 0..255 or 0..65535."""
+    if mode == "F" and highest <= 1:
+        return 1
+    return 256 if mode in ("F", "I") and highest <= 255 else 65536
+
+
 def flatten(image: Image.Image) -> Image.Image:
     """Convert a picture of any mode to 8-bit RGB, transparency on white. An RGB picture is not copied."""
-    if image.mode.startswith(("I", "F")):  # 16-bit grey; convert() would clip it to white
-        levels = np.asarray(image).clip(0, 65535).astype(np.uint16)
-        grey = (levels >> 8).astype(np.uint8)
+    if image.mode.startswith(("I", "F")):  # convert() would clip 16-bit grey to white
+        levels = np.nan_to_num(np.asarray(image))
+        grey = (levels.clip(0, 65535) * (256 / _levels_of(image.mode, float(levels.max())))).clip(0, 255)
         grey[levels == image.info.get("transparency")] = 255
-        image = Image.fromarray(grey)
+        image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.new("RGB", rgba.size, "white")

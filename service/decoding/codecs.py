@@ -172,7 +172,7 @@ def _rows_there(image: Image.Image) -> str:
     """Describe how much of a picture was decoded; `load` leaves the missing rows black."""
     _, rows = image.im.getprojection()
     share = sum(rows) / image.height
-    return f"it has {100 * share:.0f} % of its rows" if share else "it has none of its rows"
+    return f"it has {100 * share:.0f} % of its rows" if share else "it has no complete row"
 
 
 def _decode_webp(data: bytes) -> Image.Image:

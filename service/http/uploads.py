@@ -106,6 +106,8 @@ async def read_json(request: Request, limits: BodyLimits, within_s: float = math
     """
     members = _members(await read_body(request, limits, within_s))
     text = members.pop("image", None)
+    if text is None:
+        raise InvalidParameterError("image: is required", parameter="image")
     if not isinstance(text, str):
         raise InvalidParameterError("image: must be base64 or a data URL", parameter="image")
     fields = _parameters(members)

@@ -112,11 +112,12 @@ def _batch_limit(state: SchedulerState, index: int, guard_s: float) -> int:
 
 
 def _expected(state: SchedulerState) -> tuple[list[RequestConstraints], list[float]]:
-    """Return the forecast arrivals, with an allowance for chance, each like a recent request, and their deadlines."""
+    """Return the forecast arrivals, with an allowance for chance, like the last requests, and their deadlines."""
     mean = state.arrival_rate * FORECAST_S
     arrivals = mean + math.sqrt(mean)  # plus one Poisson standard deviation: where few come, twice as many may
     count, now, rate = min(round(arrivals), MAX_EXPECTED), state.now, arrivals / FORECAST_S
-    alike = list(islice(cycle(state.recent), count))
+    # The last one first: where one arrival is expected, the oldest remembered would stand for it for minutes.
+    alike = list(islice(cycle(reversed(state.recent)), count))
     return alike, [now + place / rate + each.budget_s for place, each in enumerate(alike, start=1)]
 
 

@@ -12,6 +12,7 @@ const SHOWN = 4; // sub-networks in the legend
 const REOPEN_MS = 3000;
 // Limits of a burst. The budget of an image is at most six times the latency of the largest sub-network for one image:
 // too short for that sub-network to run under this load.
+const PAUSE_MS = 200; // after a rejection
 const BURST = { loops: 3, images: 16, seconds: 10, most: 2400, leastMs: 100, times: 6 };
 
 const TILES = [
@@ -155,16 +156,23 @@ export class Live {
 
 async function sendOnce(image, budgetMs, signal, counts) {
   try {
-    for (const result of await classifyMany(image, BURST.images, { budget_ms: budgetMs, top_k: 1 }, signal)) {
+    const results = await classifyMany(image, BURST.images, { budget_ms: budgetMs, top_k: 1 }, signal);
+    for (const result of results) {
       if (result.status !== 200) counts.rejected += 1;
       else if (result.deadline_met) counts.met += 1;
       else counts.late += 1;
     }
+    if (results.some((result) => result.status !== 200)) await pause();
   } catch (error) {
     if (!(error instanceof ServerError) || ![429, 504].includes(error.status)) throw error;
     counts.rejected += BURST.images;
-    await new Promise((resolve) => setTimeout(resolve, 200));
+    await pause();
   }
+}
+
+/** Wait as a client should that was rejected. */
+function pause() {
+  return new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
 }
 
 /** Return the rates between two samples, per second. */

@@ -98,6 +98,8 @@ def test_an_image_may_be_bytes_a_path_or_an_open_file(tmp_path: Path) -> None:
             client.classify(image)
         with pytest.raises(FileNotFoundError):
             client.classify(tmp_path / "none.jpg")
+        with pytest.raises(TypeError, match=r"^an image is a path, bytes or a binary file, not list$"):
+            client.classify([1, 2, 3])  # type: ignore[arg-type] # what is tested
     assert bodies == [b"image"] * 4
 
 

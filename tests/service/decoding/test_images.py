@@ -82,6 +82,25 @@ def test_sixteen_bit_grey_is_scaled_rather_than_clipped(encode: Callable[..., by
     assert mean_colour(encode(grey)) == pytest.approx([64, 64, 64], abs=1)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "level", "shown"),
+    [
+        (np.float32, 0.25, 64),
+        (np.float32, 64.0, 64),
+        (np.float32, 16384.0, 64),
+        (np.int32, 64, 64),
+        (np.int32, 16384, 64),
+        (np.int32, -5, 0),
+        (np.float32, np.nan, 0),
+    ],
+)
+def test_grey_of_32_bits_is_scaled_by_the_range_of_its_values(
+    encode: Callable[..., bytes], dtype: type, level: float, shown: int
+) -> None:
+    pixels = np.full((20, 20), level, dtype)
+    assert mean_colour(encode(Image.fromarray(pixels), "TIFF")) == pytest.approx([shown] * 3, abs=1)
+
+
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "HEIF"])
 def test_a_picture_is_turned_upright_by_its_exif_orientation(encode: Callable[..., bytes], image_format: str) -> None:
     upright = Image.new("RGB", (SIDE, SIDE), "black")

@@ -197,6 +197,11 @@ def test_invalid_json_bodies_are_refused(client: TestClient, body: bytes, status
     assert error_code(client.post("/classify", content=body, headers=JSON), status) == code
 
 
+def test_a_json_body_without_an_image_is_refused_with_the_name_of_what_is_missing(client: TestClient) -> None:
+    response = client.post("/classify", json={"top_k": 1})
+    assert (response.status_code, response.json()["error"]["message"]) == (422, "image: is required")
+
+
 def test_a_budget_that_no_sub_network_meets_is_refused_whatever_the_body_holds(
     client: TestClient, photo: bytes
 ) -> None:

@@ -17,12 +17,12 @@ from tests.service.granting import constraints_for, stand_in
 from tests.service.scheduling.test_level_policy import at_zero
 
 
-def test_forecast_arrivals_are_evenly_spaced_and_have_the_budgets_of_recent_requests(catalog: VariantCatalog) -> None:
+def test_forecast_arrivals_are_evenly_spaced_and_have_the_budgets_of_the_last_requests(catalog: VariantCatalog) -> None:
     """At 16/s, the forecast for 0.25 s is 4 arrivals, and 6 with one standard deviation: one every 1/24 s."""
     recent = (constraints_for(1.0, 2), constraints_for(3.0, 2))
     plan = Plan(replace(at_zero(catalog, ()), arrival_rate=16.0, recent=recent), (), math.inf)
-    assert plan.expected == [*recent, *recent, *recent]
-    assert plan.deadlines == pytest.approx([1 + 1 / 24, 1 + 3 / 24, 1 + 5 / 24, 3 + 2 / 24, 3 + 4 / 24, 3 + 6 / 24])
+    assert plan.expected == [*recent[::-1], *recent[::-1], *recent[::-1]]
+    assert plan.deadlines == pytest.approx([1 + 2 / 24, 1 + 4 / 24, 1 + 6 / 24, 3 + 1 / 24, 3 + 3 / 24, 3 + 5 / 24])
 
 
 def test_the_number_of_forecast_arrivals_is_capped(catalog: VariantCatalog) -> None:
