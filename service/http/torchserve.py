@@ -63,6 +63,7 @@ def build_torchserve_router(protocol: InferenceProtocol, predict: Handle) -> API
         )
         router.add_api_route(path, predict, methods=["PUT"], include_in_schema=False)  # as `curl -T` sends it
 
+    @router.head("/ping", include_in_schema=False)
     @router.get("/ping", responses={500: {"description": "not ready"}})
     async def ping() -> JSONResponse:
         """Return whether the server is ready, in the format of TorchServe's health check."""

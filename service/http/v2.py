@@ -51,11 +51,13 @@ def build_v2_router(context: RouteContext, protocol: InferenceProtocol, infer: H
         """Return the server's name, its version and the protocol extensions that it supports."""
         return protocol.server_metadata()
 
+    @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live")
     async def live() -> dict[str, bool]:
         """Return 200 as long as the process answers."""
         return {"live": True}
 
+    @router.head("/health/ready", include_in_schema=False)
     @router.get("/health/ready", responses={503: {"description": "not ready"}})
     async def ready() -> JSONResponse:
         """Return whether the server is ready: it takes requests, and they do not all fail."""

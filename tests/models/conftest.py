@@ -67,7 +67,7 @@ def torchrun() -> Callable[..., None]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
         finished = subprocess.run(
             [*map(str, command), *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": str(script.parents[3]), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": str(script.parents[3]), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             cwd=script.parents[3],
             capture_output=True,
             text=True,

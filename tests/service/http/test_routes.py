@@ -450,7 +450,9 @@ def test_unknown_paths_and_methods_get_errors_in_the_usual_format(client: TestCl
     assert client.post("/web/app.js").headers["Allow"] == "GET, HEAD"
 
 
-@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics"])
+@pytest.mark.parametrize(
+    "path", ["/health/live", "/health/ready", "/metrics", "/v2/health/live", "/v2/health/ready", "/ping"]
+)
 def test_health_and_metrics_routes_answer_head_requests(client: TestClient, path: str) -> None:
     response = client.head(path)
     assert (response.status_code, response.content) == (200, b"")
