@@ -19,8 +19,26 @@ from typing import IO, Self, Unpack
 import httpx
 
 from service.errors import InvalidParameterError
-from service.http.schemas import ClassifyAnswer, ExplainAnswer, ReadyAnswer, SubNetworksAnswer
-from service.retries import Answer, Call, ClassifyOptions, Clock, Pause, Reply, Retries, RetryPolicy, bearer
+from service.http.schemas import (
+    ClassifyAnswer,
+    DecideAnswer,
+    ExplainAnswer,
+    FeedbackAnswer,
+    ReadyAnswer,
+    SubNetworksAnswer,
+)
+from service.retries import (
+    Answer,
+    Call,
+    ClassifyOptions,
+    Clock,
+    DecideOptions,
+    Pause,
+    Reply,
+    Retries,
+    RetryPolicy,
+    bearer,
+)
 
 TIMEOUT_S = 60.0
 MAX_RETRIES = 2
@@ -81,6 +99,23 @@ class Client:
         """Classify an image and explain which of its patches were kept; arguments and errors as `classify`."""
         return self._ask(Retries.of_explain(self._retry_policy, _read_image(image), options))
 
+    def decide(self, **options: Unpack[DecideOptions]) -> DecideAnswer:
+        """Ask what the server would do with a request now; errors as `classify`."""
+        return self._ask(Retries.of_decide(self._retry_policy, options))
+
+    def feedback(
+        self, request_id: str, *, label: str | None = None, index: int | None = None, image: int = 0
+    ) -> FeedbackAnswer:
+        """Report the correct class of an earlier answer, by its name or its index; errors as `classify`.
+
+        Args:
+            request_id: the `request_id` that was given to `classify`.
+            label: name of the correct class.
+            index: index of the correct class.
+            image: index of the image, from 0, of a request with several.
+        """
+        return self._ask(Retries.of_feedback(self._retry_policy, request_id, label, index, image))
+
     def subnetworks(self) -> SubNetworksAnswer:
         """List the sub-networks with their cost and accuracy; errors as `classify`."""
         return self._ask(Retries(self._retry_policy, SubNetworksAnswer, Call("GET", "/subnetworks")))
@@ -105,7 +140,12 @@ class Client:
             try:
                 timeout = httpx.USE_CLIENT_DEFAULT if tries.timeout_s is None else tries.timeout_s
                 reply: Reply = self._http.request(
-                    call.method, call.path, params=call.query, content=call.body, timeout=timeout
+                    call.method,
+                    call.path,
+                    params=call.query,
+                    content=call.body,
+                    headers=call.headers,
+                    timeout=timeout,
                 )
             except httpx.HTTPError as error:
                 reply = error
@@ -145,6 +185,16 @@ class AsyncClient:
         data = await asyncio.to_thread(_read_image, image)
         return await self._ask(Retries.of_explain(self._retry_policy, data, options))
 
+    async def decide(self, **options: Unpack[DecideOptions]) -> DecideAnswer:
+        """Ask what the server would do with a request now; errors as `Client.classify`."""
+        return await self._ask(Retries.of_decide(self._retry_policy, options))
+
+    async def feedback(
+        self, request_id: str, *, label: str | None = None, index: int | None = None, image: int = 0
+    ) -> FeedbackAnswer:
+        """Report the correct class of an earlier answer; arguments and errors as `Client.feedback`."""
+        return await self._ask(Retries.of_feedback(self._retry_policy, request_id, label, index, image))
+
     async def subnetworks(self) -> SubNetworksAnswer:
         """List the sub-networks with their cost and accuracy; errors as `Client.classify`."""
         return await self._ask(Retries(self._retry_policy, SubNetworksAnswer, Call("GET", "/subnetworks")))
@@ -169,7 +219,12 @@ class AsyncClient:
             try:
                 timeout = httpx.USE_CLIENT_DEFAULT if tries.timeout_s is None else tries.timeout_s
                 reply: Reply = await self._http.request(
-                    call.method, call.path, params=call.query, content=call.body, timeout=timeout
+                    call.method,
+                    call.path,
+                    params=call.query,
+                    content=call.body,
+                    headers=call.headers,
+                    timeout=timeout,
                 )
             except httpx.HTTPError as error:
                 reply = error

@@ -1,5 +1,6 @@
 """What a client sends, when it retries, and what the answers mean. Sends nothing itself and never sleeps."""
 
+import json
 import math
 import re
 import ssl
@@ -21,12 +22,13 @@ from service.errors import (
     UnreachableError,
     rebuild_error,
 )
-from service.http.schemas import ClassifyAnswer, ErrorBody, ExplainAnswer, ReadyAnswer
+from service.http.schemas import ClassifyAnswer, DecideAnswer, ErrorBody, ExplainAnswer, FeedbackAnswer, ReadyAnswer
 
 # Most that the first retry waits beyond what the server asks for; each further retry waits up to twice as long.
 BACKOFF_S = 0.1
 POLL_S = 0.05
 LEAST_TIMEOUT_S = 0.05
+REQUEST_ID = "X-Request-ID"
 # Answers of a proxy whose server does not answer yet.
 NOT_YET = (HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 
@@ -35,26 +37,36 @@ Clock = Callable[[], float]
 Reply = httpx.Response | httpx.HTTPError
 
 
-class ClassifyOptions(TypedDict, total=False):
-    """The options of a request; the server decides those that are missing or None.
+class DecideOptions(TypedDict, total=False):
+    """What a decision depends on; the server decides options that are missing or None.
 
     Attributes:
         budget_gflops: most that the answer may cost, in 1e9 multiply-accumulates.
         budget_ms: time from the call, retries included, within which the answer is wanted.
-        min_confidence: probability of the answer, 0..1, below which the image is looked at again.
         priority: 0 is normal; lower ones, down to -10, may be rejected or shed first.
-        top_k: number of predictions to return.
         patch_grid: with keep_rate: a sub-network by name.
         keep_rate: with patch_grid: a sub-network by name.
     """
 
     budget_gflops: float | None
     budget_ms: float | None
-    min_confidence: float | None
     priority: int | None
-    top_k: int | None
     patch_grid: int | None
     keep_rate: float | None
+
+
+class ClassifyOptions(DecideOptions, total=False):
+    """The options of a request.
+
+    Attributes:
+        min_confidence: probability of the answer, 0..1, below which the image is looked at again.
+        top_k: number of predictions to return.
+        request_id: name of the request in the server's log, and for `feedback`.
+    """
+
+    min_confidence: float | None
+    top_k: int | None
+    request_id: str | None
 
 
 def bearer(api_key: str | None) -> dict[str, str]:
@@ -79,11 +91,14 @@ class Call:
     path: str
     query: Mapping[str, Any] = field(default_factory=dict)
     body: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: str, image: bytes, options: ClassifyOptions) -> "Call":
-        """Create the call that sends an image with its options."""
-        return cls("POST", path, {name: value for name, value in options.items() if value is not None}, image)
+    def of(cls, path: str, image: bytes | None, options: DecideOptions | ClassifyOptions) -> "Call":
+        """Create the call that sends an image, or none, with its options."""
+        query: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        request_id = query.pop("request_id", None)
+        return cls("POST", path, query, image, {} if request_id is None else {REQUEST_ID: request_id})
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +154,21 @@ class Retries(Generic[Answer]):
         """Create the tries of a classification with an explanation."""
         call = Call.of("/explain", image, options)
         return Retries(policy, ExplainAnswer, call, budget_ms=options.get("budget_ms"))
+
+    @classmethod
+    def of_decide(cls, policy: RetryPolicy, options: DecideOptions) -> "Retries[DecideAnswer]":
+        """Create the tries of a decision without an image."""
+        return Retries(policy, DecideAnswer, Call.of("/decide", None, options))
+
+    @classmethod
+    def of_feedback(
+        cls, policy: RetryPolicy, request_id: str, label: str | None, index: int | None, image: int
+    ) -> "Retries[FeedbackAnswer]":
+        """Create the tries of a report on an earlier answer."""
+        named = {"label": label, "index": index, "image": image}
+        report = {"request_id": request_id} | {name: value for name, value in named.items() if value is not None}
+        call = Call("POST", "/feedback", {}, json.dumps(report).encode(), {"Content-Type": "application/json"})
+        return Retries(policy, FeedbackAnswer, call)
 
     @classmethod
     def of_readiness(cls, policy: RetryPolicy, within_s: float) -> "Retries[ReadyAnswer]":

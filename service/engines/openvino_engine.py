@@ -1,5 +1,6 @@
 """The engine for CPUs: one compiled graph runs every sub-network at every batch size."""
 
+import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from functools import cache, lru_cache, partial
@@ -29,6 +30,7 @@ SUBNETWORKS_KEPT = 256  # sub-networks whose inputs stay prepared, a few kB each
 # bounds suffice for what the profile measures and for the sizes between at the levels of a policy. With OpenVINO's own
 # bound, 5000 kernels, the default checkpoint took 2.9 GB.
 KERNELS_PER_SHAPE, SIZES_KEPT, OTHER_SHAPES_KEPT = 13, 5, 32
+PAUSE_S = 0.3  # between two graphs that are freed
 HINTS: dict[Precision, str] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -78,8 +80,7 @@ class OpenVINOEngine:
         else:
             self._classifiers = list(compiled(partial(core.import_model, device_name="CPU", config=chosen)))
         self._is_int8, self._in_floating_point = isinstance(products, IntegerProducts), frozenset(in_floating_point)
-        requests = [each.create_infer_request() for each in self._classifiers]
-        self._classify, self._classify_floating = requests[0], requests[-1]
+        self._requests = [each.create_infer_request() for each in self._classifiers]  # the last one in floating point
         self._scale, self._resize = (
             core.compile_model(build(config), "CPU", exact).create_infer_request()
             for build in (build_scaling, build_resizing)
@@ -104,16 +105,14 @@ class OpenVINOEngine:
         resizing, classifying = self._inputs(subnetwork)
         pixels = np.ascontiguousarray(images.numpy())
         prepared = _infer(self._resize if resizing else self._scale, (ov.Tensor(pixels, shared_memory=True), *resizing))
-        logits = _infer(
-            self._classify_floating if self._is_floating(subnetwork) else self._classify, (prepared, *classifying)
-        )
+        logits = _infer(self._requests[-1 if self._is_floating(subnetwork) else 0], (prepared, *classifying))
         return torch.from_numpy(logits.data.copy())
 
     def observe(self, images: Tensor, subnetwork: SubNetwork) -> list[Floats]:
         """Run a batch, and return the outputs that follow the logits: what the products record."""
         self.run(images, subnetwork)
         outputs = range(1, len(self._classifiers[0].outputs))
-        return [self._classify.get_output_tensor(index).data.copy() for index in outputs]
+        return [self._requests[0].get_output_tensor(index).data.copy() for index in outputs]
 
     def export(self) -> list[bytes]:
         """Return the compiled classifiers, which an engine in another process on this machine can take over."""
@@ -152,9 +151,12 @@ class OpenVINOEngine:
         return f"openvino {version} on {self._cpu}, {precision}, {threads} threads"
 
     def close(self) -> None:
-        """Free the compiled graphs, which hold the interpreter's lock for a twentieth of a second meanwhile."""
-        del self._classify, self._classify_floating, self._scale, self._resize
-        self._classifiers.clear()
+        """Free the compiled graphs one by one: each holds the interpreter's lock for a tenth of a second."""
+        while self._classifiers:
+            self._requests.pop()
+            self._classifiers.pop()
+            if self._classifiers:
+                time.sleep(PAUSE_S)
 
 
 def _prepare_inputs(model: SuperViT, subnetwork: SubNetwork) -> tuple[tuple[ov.Tensor, ...], tuple[ov.Tensor, ...]]:

@@ -9,6 +9,7 @@ from service.errors import InvalidParameterError
 from service.http.context import RouteContext
 from service.http.keys import key_of
 from service.http.queries import Schema
+from service.http.schemas import FeedbackAnswer
 from service.http.uploads import read_message
 
 
@@ -27,15 +28,6 @@ class FeedbackBody(BaseModel):
         if (self.label is None) == (self.index is None):
             raise ValueError("label or index: exactly one of them is required")
         return self
-
-
-class FeedbackAnswer(BaseModel):
-    """Answer to POST /feedback."""
-
-    correct: bool = Field(description="whether the answer was correct, according to this feedback")
-    counted: bool = Field(
-        description="whether the feedback counts: only the first on an answer with an expected accuracy does"
-    )
 
 
 BODY: Schema = {"required": True, "content": {"application/json": {"schema": FeedbackBody.model_json_schema()}}}

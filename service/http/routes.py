@@ -18,7 +18,7 @@ from service.http.error_shapes import describe_problem
 from service.http.events import EventStream, LiveFeed, describe_events, is_stopping
 from service.http.explain import make_explain
 from service.http.feedback import BODY as FEEDBACK_BODY
-from service.http.feedback import FeedbackAnswer, make_feedback
+from service.http.feedback import make_feedback
 from service.http.forms import IMAGE_FIELD
 from service.http.keys import key_of
 from service.http.queries import Schema, describe_parameters, describe_query, nullable, parse_parameters
@@ -27,6 +27,7 @@ from service.http.schemas import (
     ClassifyAnswer,
     DecideAnswer,
     ExplainAnswer,
+    FeedbackAnswer,
     HealthAnswer,
     ReadyAnswer,
     ResourcesAnswer,

@@ -159,6 +159,15 @@ class DecideAnswer(BaseModel):
     answered_in_ms: float = Field(description="predicted time until the answer, without the upload")
 
 
+class FeedbackAnswer(BaseModel):
+    """Answer to POST /feedback."""
+
+    correct: bool = Field(description="whether the answer was correct, according to this feedback")
+    counted: bool = Field(
+        description="whether the feedback counts: only the first on an answer with an expected accuracy does"
+    )
+
+
 class SubNetworkRow(SubNetworkAnswer):
     """A sub-network as GET /subnetworks lists it."""
 

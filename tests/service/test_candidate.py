@@ -154,10 +154,13 @@ async def test_a_model_of_the_same_architecture_inherits_the_latencies_without_m
     new.close()
 
 
-async def test_a_candidate_is_read_run_and_freed_on_the_thread_of_the_engine(
-    checkpoint: Checkpoint, path: Path
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+async def test_a_candidate_is_read_and_run_on_the_thread_of_the_engine_and_freed_there_on_a_gpu(
+    checkpoint: Checkpoint, path: Path, is_on_gpu: bool
 ) -> None:
     stage = Stage(checkpoint, path.parent)
+    stage.new.is_on_gpu = is_on_gpu
+    stage.new.warm_up = lambda: None  # type: ignore[method-assign] # of this engine only
 
     def on_thread() -> None:
         stage.new.threads.append(threading.current_thread().name)
@@ -173,11 +176,12 @@ async def test_a_candidate_is_read_run_and_freed_on_the_thread_of_the_engine(
         new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
         await asyncio.to_thread(stage.maker.release, new)
     assert len(stage.new.threads) == len(checkpoint.config.subnetworks) + 2
-    assert {name.partition("_")[0] for name in stage.new.threads} == {"engine"}
+    *others, freed_on = (name.partition("_")[0] for name in stage.new.threads)
+    assert set(others) == {"engine"}
+    assert (freed_on == "engine") == is_on_gpu
     new.close()
     stage.is_stopping = True
-    stage.maker.release(new)
-    assert len(stage.new.threads) == len(checkpoint.config.subnetworks) + 2
+    stage.maker.release(new)  # raises nothing
 
 
 async def test_a_given_latency_table_is_used_for_the_new_model_as_well(checkpoint: Checkpoint, path: Path) -> None:

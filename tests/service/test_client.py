@@ -13,7 +13,7 @@ from service.app import create_app
 from service.client import AsyncClient, Client
 from service.engines.profile_store import extended_profile
 from service.engines.torch_engine import TorchEngine
-from service.errors import BudgetTooSmallError, InvalidParameterError, OverloadedError
+from service.errors import BudgetTooSmallError, InvalidParameterError, OverloadedError, UnexpectedAnswerError
 from service.runtime import ServerRuntime
 from service.settings import Settings
 from tests.service.wire_answers import ANSWER, refusal
@@ -40,6 +40,39 @@ async def test_classify_sends_its_options_and_parses_the_answer(in_process: Asyn
     assert (answer.subnetwork.patch_grid, answer.subnetwork.keep_rate) == (2, 0.5)
     assert answer.budget_ms == 5000
     assert answer.model.name == "tiny"
+
+
+@pytest.mark.anyio
+async def test_feedback_finds_the_answer_by_the_request_id_given_to_classify(
+    in_process: AsyncClient, photo: bytes
+) -> None:
+    answer = await in_process.classify(photo, budget_ms=5000, request_id="door-17")
+    found = await in_process.feedback("door-17", label=answer.predictions[0].label)
+    assert (found.correct, found.counted) == (True, True)
+    again = await in_process.feedback("door-17", index=answer.predictions[1].index)
+    assert (again.correct, again.counted) == (False, False)
+
+
+@pytest.mark.anyio
+async def test_a_decision_needs_no_image(in_process: AsyncClient) -> None:
+    forecast = await in_process.decide(patch_grid=2, keep_rate=0.5, budget_ms=5000)
+    assert (forecast.subnetwork.patch_grid, forecast.subnetwork.keep_rate) == (2, 0.5)
+
+
+def test_the_blocking_client_decides_and_gives_feedback() -> None:
+    asked = list[tuple[str, str, bytes]]()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append((request.url.path, str(request.url.query, "ascii"), request.content))
+        return httpx.Response(404, json={})
+
+    with Client("http://server", transport=httpx.MockTransport(answer)) as client:
+        with pytest.raises(UnexpectedAnswerError):
+            client.decide(budget_gflops=2.3)
+        with pytest.raises(UnexpectedAnswerError):
+            client.feedback("door-17", index=3)
+    report = b'{"request_id": "door-17", "index": 3, "image": 0}'
+    assert asked == [("/decide", "budget_gflops=2.3", b""), ("/feedback", "", report)]
 
 
 @pytest.mark.anyio

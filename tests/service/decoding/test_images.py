@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -97,7 +98,7 @@ def test_sixteen_bit_grey_is_scaled_rather_than_clipped(encode: Callable[..., by
 def test_grey_of_32_bits_is_scaled_by_the_range_of_its_values(
     encode: Callable[..., bytes], dtype: type, level: float, shown: int
 ) -> None:
-    pixels = np.full((20, 20), level, dtype)
+    pixels: npt.NDArray[np.float32 | np.int32] = np.full((20, 20), level, dtype)
     assert mean_colour(encode(Image.fromarray(pixels), "TIFF")) == pytest.approx([shown] * 3, abs=1)
 
 
