@@ -181,8 +181,10 @@ def test_the_old_model_is_freed_once_the_change_is_done(
             for _ in range(WATCHED_ANSWERS):
                 server.ask(photo)
             assert server.outcome()["outcome"] == "done"
-            assert model() is None
-            assert held() is None
+            deadline = time.monotonic() + 10  # the thread that closed the engine may hold it for a moment
+            while (model() or held()) is not None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
         finally:
             gc.enable()
 
