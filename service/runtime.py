@@ -103,7 +103,6 @@ class ServerRuntime:
         choice = engine_choice(settings, checkpoint, self._monitor.latest.cores)
         if engine is None:
             engine, checkpoint = open_engine(checkpoint, choice)
-        self._threads = choice.threads
         self._first: tuple[Engine, Checkpoint] | None = engine, checkpoint  # until it is served: others may replace it
         profile = extended_profile(checkpoint)
         catalog = VariantCatalog.of(profile, nominal_latencies(profile), cascades=settings.cascades)
@@ -134,7 +133,7 @@ class ServerRuntime:
             self.context.failures,
             lambda: [server.pipeline for server in self.context.open_servers()],
         )
-        self._tracer, self._state = tracer, ServerState.STARTING
+        self._tracer, self._state, self._threads = tracer, ServerState.STARTING, choice.threads
         self._drain_ends_at: float | None = None
         self._models, self._engine_thread, self._became_ready = ServedModels(), EngineThread(), asyncio.Event()
         self._ledger = KeyLedger(catalog.least_gflops, 1 / settings.workers, self.metrics.keys.spent)
@@ -191,8 +190,7 @@ class ServerRuntime:
         guarding, serving, *others = map(asyncio.create_task, (self._guard(), self._serve(), *background))
         for task in (guarding, serving, *others):
             task.add_done_callback(self._on_end)
-        engine, checkpoint = self._require_first()
-        logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
+        self._say_what_is_served()
         try:
             if ready_first:
                 waiting = asyncio.create_task(self._became_ready.wait())
@@ -273,6 +271,10 @@ class ServerRuntime:
         if self._first is None:
             raise NotReadyError("the server has stopped")
         return self._first
+
+    def _say_what_is_served(self) -> None:
+        engine, checkpoint = self._require_first()  # `running` would hold them until the server ends
+        logger.info("serving %s %s with %s", checkpoint.name, checkpoint.version, engine.describe())
 
     async def _follow_checkpoint(self) -> None:
         if self._settings.watch_checkpoint:
