@@ -188,7 +188,10 @@ class CandidateMaker:
     def release(self, model: ServedModel) -> None:
         """Free the engine of a model that is not served; a GPU may be used by the engine's thread alone."""
         with suppress(NotReadyError):  # the server stops, which frees everything
-            self._between(model.engine.close) if model.engine.is_on_gpu else model.engine.close()
+            if model.engine.is_on_gpu:
+                self._between(model.engine.close)
+            else:
+                model.engine.close()
 
     def _between(self, step: Callable[[], T]) -> T:
         """Run a step between two batches, and wait for its end.

@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import IO, Self, Unpack
+from typing import IO, Any, Self, Unpack
 
 import httpx
 
@@ -136,17 +136,8 @@ class Client:
 
     def _ask(self, tries: Retries[Answer]) -> Answer:
         while True:
-            call = tries.next_call()
             try:
-                timeout = httpx.USE_CLIENT_DEFAULT if tries.timeout_s is None else tries.timeout_s
-                reply: Reply = self._http.request(
-                    call.method,
-                    call.path,
-                    params=call.query,
-                    content=call.body,
-                    headers=call.headers,
-                    timeout=timeout,
-                )
+                reply: Reply = self._http.request(**_next_request(tries))
             except httpx.HTTPError as error:
                 reply = error
             outcome = tries.judge(reply)
@@ -215,17 +206,8 @@ class AsyncClient:
 
     async def _ask(self, tries: Retries[Answer]) -> Answer:
         while True:
-            call = tries.next_call()
             try:
-                timeout = httpx.USE_CLIENT_DEFAULT if tries.timeout_s is None else tries.timeout_s
-                reply: Reply = await self._http.request(
-                    call.method,
-                    call.path,
-                    params=call.query,
-                    content=call.body,
-                    headers=call.headers,
-                    timeout=timeout,
-                )
+                reply: Reply = await self._http.request(**_next_request(tries))
             except httpx.HTTPError as error:
                 reply = error
             outcome = tries.judge(reply)
@@ -242,6 +224,19 @@ def _checked(url: str) -> httpx.URL:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise InvalidParameterError(f"{url} is not a URL that begins with http:// or https://", parameter="url")
     return parsed
+
+
+def _next_request(tries: Retries[Answer]) -> dict[str, Any]:
+    """Return what httpx sends at the next try, by the names of its arguments; errors as `Retries.next_call`."""
+    call = tries.next_call()
+    return {
+        "method": call.method,
+        "url": call.path,
+        "params": call.query,
+        "content": call.body,
+        "headers": call.headers,
+        "timeout": httpx.USE_CLIENT_DEFAULT if tries.timeout_s is None else tries.timeout_s,
+    }
 
 
 def _read_image(image: Image) -> bytes:
