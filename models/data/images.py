@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
@@ -86,20 +87,23 @@ def turn_upright(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _levels_of(mode: str, highest: float) -> float:
-    """Return how many levels of grey a picture has: files of 32 bits per pixel hold 0..1, 0..255 or 0..65535."""
-    if mode == "F" and highest <= 1:
-        return 1
-    return 256 if mode in ("F", "I") and highest <= 255 else 65536
+def _scaled_to_16_bits(image: Image.Image) -> npt.NDArray[np.float32]:
+    """Scale grey of 32 bits per pixel to 0..65535: such files hold 0..1, 0..255 or 0..65535."""
+    levels = np.array(image, np.float32)
+    np.nan_to_num(levels, copy=False)
+    if levels.max() <= 255:
+        levels *= 65535 if image.mode == "F" and levels.max() <= 1 else 257
+    return levels
 
 
 def flatten(image: Image.Image) -> Image.Image:
     """Convert a picture of any mode to 8-bit RGB, transparency on white. An RGB picture is not copied."""
     if image.mode.startswith(("I", "F")):  # convert() would clip 16-bit grey to white
-        levels = np.nan_to_num(np.asarray(image))
-        grey = (levels.clip(0, 65535) * (256 / _levels_of(image.mode, float(levels.max())))).clip(0, 255)
+        stored = _scaled_to_16_bits(image) if image.mode in ("I", "F") else np.asarray(image)
+        levels = stored.clip(0, 65535).astype(np.uint16)
+        grey = (levels >> 8).astype(np.uint8)
         grey[levels == image.info.get("transparency")] = 255
-        image = Image.fromarray(grey.astype(np.uint8))
+        image = Image.fromarray(grey)
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.new("RGB", rgba.size, "white")
