@@ -1,7 +1,8 @@
 """Prepares a candidate model while another one is served.
 
-What takes a core or the GPU for long runs in another process or, a step at a time, on the engine's thread between two
-batches. A batch whose cores another thread needs takes several times as long: its parts wait for each other.
+What takes a core for long runs with the lowest priority of the operating system. What uses the GPU, and batches, run a
+step at a time on the engine's thread, between two batches of requests. A batch whose cores another thread of the same
+priority needs takes several times as long: its parts wait for each other.
 """
 
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from models.latency import LatencyTable
 from models.subnetwork import SubNetwork
 from service.assembly import ProfileWithFile, ServedModel, assemble, engine_choice
 from service.engines.base import Engine
-from service.engines.candidate_engine import Between, open_candidate
+from service.engines.candidate_engine import open_candidate
 from service.engines.profile_store import begin_profile, extended_profile, inherited_profile, measured_batch_sizes
 from service.errors import ModelChangeError, NotReadyError
 from service.execution.comparison import require_finite
@@ -51,7 +52,7 @@ class BetweenBatches:
     def __init__(
         self,
         engine: Engine,
-        between: Between,
+        between: Callable[[Callable[[], Any]], Any],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Create from the engine, what runs a step between two batches, and a monotonic clock in seconds."""
@@ -82,9 +83,9 @@ class BetweenBatches:
 class CandidateMaker:
     """Makes models ready to be served; its methods block and should run on a separate thread.
 
-    That thread keeps the normal priority of the operating system. The threads that an engine starts would inherit a
-    lower one for good, and a thread that holds the GIL while others have the cores would block the event loop. So what
-    should have the lowest priority, the compilation, runs in a process of its own.
+    That thread keeps the normal priority of the operating system: a thread of a lower one that holds the GIL while
+    others have the cores would block the event loop. So what should have the lowest priority runs in a process of its
+    own, or without the GIL.
     """
 
     def __init__(
@@ -143,9 +144,10 @@ class CandidateMaker:
             ModelChangeError: some logits of the model are not finite.
             NotReadyError: the server is stopping.
         """
-        settings = self._settings
-        choice = engine_choice(settings, checkpoint, self._monitor.latest.cores)
-        engine, checkpoint = self._open_candidate(checkpoint, choice, self._is_stopping, self._between)
+        settings, cores = self._settings, self._monitor.latest.cores
+        choice = engine_choice(settings, checkpoint, cores)
+        served_threads = engine_choice(settings, served.checkpoint, cores).threads
+        engine, checkpoint = self._open_candidate(checkpoint, choice, served_threads, self._is_stopping)
         between, config = self.between_batches(engine), checkpoint.config
         require_finite(between.run, config.image_side, config.subnetworks)
         if engine.is_on_gpu:

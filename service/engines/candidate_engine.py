@@ -1,4 +1,10 @@
-"""Creates the engine of a candidate while another model is served; a separate process compiles it."""
+"""Creates the engine of a candidate while another model is served, in the processor time that requests leave.
+
+A separate process compiles it. A thread then takes over the compiled graphs, which needs a few tenths of a second.
+Threads that OpenVINO starts meanwhile inherit the low priority of that thread for good. Two for each graph do nothing
+later. The threads that compute batches are shared by all graphs; they must have been started before, by the served
+model.
+"""
 
 import json
 import logging
@@ -8,13 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import BinaryIO, TypeVar, cast
 
 from models.checkpoint import Checkpoint
 from service.engines.base import Engine
-from service.engines.compile_process import LENGTH
+from service.engines.compile_process import LENGTH, use_spare_time
 from service.engines.factory import EngineChoice, open_engine
 from service.errors import NotReadyError
 
@@ -22,16 +29,12 @@ POLL_S = 0.1  # between two checks whether the server is stopping
 PATIENCE_S = 60.0  # on two busy cores the process took some ten seconds for the default checkpoint
 
 T = TypeVar("T")
-Between = Callable[[Callable[[], Any]], Any]
 
 logger = logging.getLogger(__name__)
 
 
 def open_candidate(
-    checkpoint: Checkpoint,
-    choice: EngineChoice,
-    is_stopping: Callable[[], bool],
-    between: Between = lambda step: step(),
+    checkpoint: Checkpoint, choice: EngineChoice, served_threads: int, is_stopping: Callable[[], bool]
 ) -> tuple[Engine, Checkpoint]:
     """Create the engine that `open_engine` creates, compiled in a process that has the lowest priority.
 
@@ -40,8 +43,9 @@ def open_candidate(
     Args:
         checkpoint: as in `open_engine`; a checkpoint without a file is compiled in this process.
         choice: the engine.
+        served_threads: number of threads of the served engine; if the candidate needs more, it is taken over at the
+            normal priority.
         is_stopping: returns whether the server is stopping, which ends the process.
-        between: runs each step that takes time from requests, between two batches of the served model.
 
     Raises:
         DeviceError: as for `open_engine`.
@@ -51,15 +55,19 @@ def open_candidate(
     if checkpoint.path is None:
         return open_engine(checkpoint, choice)
     arguments = [str(checkpoint.path), checkpoint.version, json.dumps(asdict(choice))]
+    begin_import = use_spare_time if choice.threads <= served_threads else None
     try:
-        return open_engine(checkpoint, choice, compiled=partial(_compile, arguments, is_stopping, between))
+        return open_engine(checkpoint, choice, compiled=partial(_compile, arguments, is_stopping, begin_import))
     except TimeoutError:
         logger.info("the machine has no time to spare: the new model is compiled at the cost of requests")
         return open_engine(checkpoint, choice)
 
 
 def _compile(
-    arguments: list[str], is_stopping: Callable[[], bool], between: Between, read: Callable[[bytes], T]
+    arguments: list[str],
+    is_stopping: Callable[[], bool],
+    begin_import: Callable[[], None] | None,
+    read: Callable[[bytes], T],
 ) -> Iterator[T]:
     with _nameless_file() as file:
         command = [sys.executable, "-P", "-m", "service.engines.compile_process", *arguments, str(file.fileno())]
@@ -75,8 +83,9 @@ def _compile(
         if process.returncode:
             raise RuntimeError(f"the compilation ended with {process.returncode}: {messages}")
         file.seek(0)
-        while head := file.read(LENGTH.size):
-            yield between(partial(read, file.read(LENGTH.unpack(head)[0])))
+        with ThreadPoolExecutor(1, "import", begin_import) as thread:
+            while head := file.read(LENGTH.size):
+                yield thread.submit(read, file.read(LENGTH.unpack(head)[0])).result()
 
 
 def _messages(process: "subprocess.Popen[bytes]", is_stopping: Callable[[], bool]) -> str:

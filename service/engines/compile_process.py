@@ -13,6 +13,15 @@ from contextlib import suppress
 LENGTH = struct.Struct("<Q")  # of a graph, in bytes
 
 
+def use_spare_time() -> None:
+    """Give this thread, and the threads that it will start, only the processor time that no other thread wants.
+
+    There is no way back. Where the system does not offer this, the thread keeps its priority.
+    """
+    with suppress(AttributeError, OSError):  # on Linux, unless a sandbox forbids it
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 def main(path: str, version: str, choice: str, file: str) -> None:
     """Compile the engine that `open_engine` creates for the same arguments.
 
@@ -26,8 +35,7 @@ def main(path: str, version: str, choice: str, file: str) -> None:
         SystemExit: the checkpoint has another version.
     """
     os.nice(19)
-    with suppress(AttributeError, OSError):  # on Linux, unless a sandbox forbids it: only what no other process wants
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    use_spare_time()
     # These imports take seconds of a processor, so they wait for the low priority.
     import torch
 

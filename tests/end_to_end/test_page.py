@@ -130,7 +130,9 @@ class Visit:
         self.problems = [problem for problem in self.problems if not OF_ANSWERS.search(problem)]
 
     def _hear(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
+        # The server explains one image at a time, perhaps that of a page already closed, and the page tries again.
+        is_busy_explainer = "/explain?" in message.location["url"] and " 429 " in message.text
+        if message.type in ("error", "warning") and not is_busy_explainer:
             self.problems.append(message.text)
 
 

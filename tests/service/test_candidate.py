@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import pytest
@@ -22,7 +22,6 @@ from models.subnetwork import SubNetwork
 from service.assembly import ProfileWithFile, ServedModel, assemble
 from service.candidate import MEMORY_BYTES, MEMORY_OF_FILE, REHEARSED_S, BetweenBatches, CandidateMaker, OpenEngine
 from service.domain import InferenceRequest
-from service.engines.base import Engine
 from service.engines.profile_store import begin_profile, extended_profile
 from service.engines.torch_engine import TorchEngine
 from service.errors import ModelChangeError, NotReadyError
@@ -155,7 +154,7 @@ async def test_a_model_of_the_same_architecture_inherits_the_latencies_without_m
 
 
 @pytest.mark.parametrize("is_on_gpu", [False, True])
-async def test_a_candidate_is_read_and_run_on_the_thread_of_the_engine_and_freed_there_on_a_gpu(
+async def test_a_candidate_is_run_on_the_thread_of_the_engine_and_freed_there_on_a_gpu(
     checkpoint: Checkpoint, path: Path, is_on_gpu: bool
 ) -> None:
     stage = Stage(checkpoint, path.parent)
@@ -167,15 +166,11 @@ async def test_a_candidate_is_read_and_run_on_the_thread_of_the_engine_and_freed
 
     stage.new.close = on_thread  # type: ignore[method-assign] # of this engine only
 
-    def open_candidate(checkpoint: Checkpoint, *others: Any) -> tuple[Engine, Checkpoint]:  # noqa: ANN401 - passed on
-        others[-1](on_thread)
-        return stage.new, checkpoint
-
-    stage.make(open_candidate)
+    stage.make(lambda checkpoint, *_: (stage.new, checkpoint))
     async with stage.serving(stage.measured()) as old:
         new = await asyncio.to_thread(stage.maker.prepare, load_checkpoint(path), old)
         await asyncio.to_thread(stage.maker.release, new)
-    assert len(stage.new.threads) == len(checkpoint.config.subnetworks) + 2
+    assert len(stage.new.threads) == len(checkpoint.config.subnetworks) + 1
     *others, freed_on = (name.partition("_")[0] for name in stage.new.threads)
     assert set(others) == {"engine"}
     assert (freed_on == "engine") == is_on_gpu

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +46,7 @@ def never() -> bool:
 
 
 def test_the_engine_is_the_one_that_the_server_would_compile_itself(prepared: Checkpoint) -> None:
-    engine, served = open_candidate(prepared, ON_CPU, never)
+    engine, served = open_candidate(prepared, ON_CPU, 1, never)
     expected, expected_served = open_engine(prepared, ON_CPU)
     assert engine.describe() == expected.describe()
     assert served.profile == expected_served.profile
@@ -52,12 +55,42 @@ def test_the_engine_is_the_one_that_the_server_would_compile_itself(prepared: Ch
         assert torch.equal(engine.run(images, subnetwork), expected.run(images, subnetwork)), subnetwork
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="needs Linux")
+@pytest.mark.parametrize(("served", "idle"), [(2, 2), (1, 0)])
+def test_no_thread_of_the_lowest_priority_takes_part_in_a_batch(prepared: Checkpoint, served: int, idle: int) -> None:
+    """This runs in a separate process, because OpenVINO uses the threads of destroyed engines again."""
+    script = f"""
+import os
+from pathlib import Path
+import torch
+from models.checkpoint import load_checkpoint
+from service.engines.candidate_engine import open_candidate
+from service.engines.factory import EngineChoice, open_engine
+
+def idle_nanoseconds():
+    threads = [each.name for each in Path("/proc/self/task").iterdir()]
+    idle = [each for each in threads if os.sched_getscheduler(int(each)) == os.SCHED_IDLE]
+    return [int(Path(f"/proc/self/task/{{each}}/schedstat").read_text().split()[0]) for each in idle]
+
+checkpoint = load_checkpoint({str(prepared.path)!r})
+served, _ = open_engine(checkpoint, EngineChoice("auto", "cpu", "float32", {served}))
+served.warm_up()
+engine, _ = open_candidate(checkpoint, EngineChoice("auto", "cpu", "float32", 2), {served}, lambda: False)
+before = idle_nanoseconds()
+for subnetwork in checkpoint.config.subnetworks * 10:
+    engine.run(torch.zeros(64, 3, 16, 16, dtype=torch.uint8), subnetwork)
+print(len(before), idle_nanoseconds() == before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{idle} True\n"
+
+
 def test_a_checkpoint_that_was_replaced_meanwhile_is_not_compiled(prepared: Checkpoint) -> None:
     assert prepared.path is not None
     header = Header("other", CONFIG, ("a", "b", "c"), prepared.profile)
     save_checkpoint(prepared.path, SuperViT(CONFIG), header)
     with pytest.raises(RuntimeError, match=r"ended with 1: the checkpoint was replaced while it was loaded$"):
-        open_candidate(prepared, IN_FLOAT32, never)
+        open_candidate(prepared, IN_FLOAT32, 1, never)
 
 
 def test_the_process_has_the_lowest_priority_and_ends_with_the_server(prepared: Checkpoint) -> None:
@@ -70,16 +103,16 @@ def test_the_process_has_the_lowest_priority_and_ends_with_the_server(prepared: 
 
     deadline = time.monotonic() + 20
     with pytest.raises(NotReadyError, match="the server is stopping"):
-        open_candidate(prepared, IN_FLOAT32, is_stopping)
+        open_candidate(prepared, IN_FLOAT32, 1, is_stopping)
     assert [each.is_running() for each in seen] == [False]
 
 
 def test_only_openvino_needs_the_process(prepared: Checkpoint) -> None:
     moved = replace(prepared, path=Path("/no/such/file"))
-    engine, _ = open_candidate(moved, replace(IN_FLOAT32, kind="torch"), never)
+    engine, _ = open_candidate(moved, replace(IN_FLOAT32, kind="torch"), 1, never)
     assert engine.describe().startswith("torch")
 
 
 def test_a_checkpoint_without_a_file_is_compiled_at_once(prepared: Checkpoint) -> None:
-    engine, _ = open_candidate(replace(prepared, path=None), IN_FLOAT32, never)
+    engine, _ = open_candidate(replace(prepared, path=None), IN_FLOAT32, 1, never)
     assert engine.describe().startswith("openvino")
