@@ -2,8 +2,12 @@
 
 import statistics
 import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
 
 from models.checkpoint import Checkpoint, load_checkpoint
+from models.latency_estimate import Cell
 from service.assembly import engine_choice
 from service.commands.options import Profile
 from service.engines.factory import open_engine
@@ -47,13 +51,11 @@ def _spread(measurement: Measurement) -> float:
 def measure(settings: Settings, checkpoint: Checkpoint, *, fresh: bool = False) -> tuple[Measurement, Checkpoint]:
     """Return the latencies, and the checkpoint with the profile of the precision that was measured.
 
-    Lines on stderr say where that takes a while, or where the latencies are of little use.
+    A progress bar and a line on stderr say where that takes a while, and where the latencies are of little use.
     """
     engine, served = open_engine(checkpoint, engine_choice(settings, checkpoint, Monitor().latest.cores))
     folder, most = settings.profile_folder, settings.max_batch_size
-    measured = measure_latencies(
-        served, engine, folder=folder, max_batch_size=most, fresh=fresh, announce=_announce_measuring
-    )
+    measured = measure_latencies(served, engine, folder=folder, max_batch_size=most, fresh=fresh, track=_show_progress)
     warn_if_noisy(measured)
     return measured, served
 
@@ -65,5 +67,5 @@ def warn_if_noisy(measurement: Measurement) -> None:
         print(f"supervit: {what}; `supervit profile --fresh` measures them again", file=sys.stderr)
 
 
-def _announce_measuring(num_cells: int) -> None:
-    print(f"supervit: measuring {num_cells} latencies, which may take minutes ...", file=sys.stderr)
+def _show_progress(cells: Sequence[Cell]) -> "tqdm[Cell]":
+    return tqdm(cells, "measuring the latencies of this machine, round by round", unit=" batches", leave=False)

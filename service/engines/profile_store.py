@@ -18,6 +18,7 @@ from service.engines.profiler import (
     BUDGET_S,
     Figures,
     Measurement,
+    Track,
     cells_of,
     measure,
     measurement_of,
@@ -133,7 +134,7 @@ def measure_latencies(
     max_batch_size: int,
     fresh: bool = False,
     budget_s: float = BUDGET_S,
-    announce: Callable[[int], object] = lambda _: None,
+    track: Track = iter,
 ) -> Measurement:
     """Read this machine's latencies of every sub-network of a checkpoint from a folder, and measure those missing.
 
@@ -144,7 +145,7 @@ def measure_latencies(
         max_batch_size: largest batch to measure.
         fresh: whether to measure even if there are figures.
         budget_s: seconds after which no further round begins.
-        announce: as in `load_or_measure`.
+        track: as in `load_or_measure`.
     """
     return load_or_measure(
         folder,
@@ -158,7 +159,7 @@ def measure_latencies(
         is_padded=engine.pads_batches,
         fresh=fresh,
         budget_s=budget_s,
-        announce=announce,
+        track=track,
     )
 
 
@@ -176,7 +177,7 @@ def load_or_measure(
     fresh: bool = False,
     is_stopping: Callable[[], bool] = lambda: False,
     budget_s: float = BUDGET_S,
-    announce: Callable[[int], object] = lambda _: None,
+    track: Track = iter,
     clock: Callable[[], float] = time.perf_counter,
     cpus: int | None = None,
 ) -> Measurement:
@@ -198,7 +199,7 @@ def load_or_measure(
         fresh: whether to measure even if there is a file.
         is_stopping: whether to stop waiting for another process that measures; `run` may then refuse to run.
         budget_s: seconds after which no further round begins.
-        announce: called with the number of cells before any is measured.
+        track: passes on the cells of each round of measuring in turn, and may show how far the round is.
         clock: monotonic, in seconds.
         cpus: number of CPUs that this process may run on; counted by default.
     """
@@ -208,8 +209,7 @@ def load_or_measure(
         kept = None if fresh else _plausible(file, stopwatch(run, image_side, 1, clock))
         missing = [cell for cell in cells if kept is None or cell not in kept.seconds]
         if kept is None or missing:
-            announce(len(missing))
-            found = measure(run, image_side, missing, prepare=prepare, budget_s=budget_s, clock=clock)
+            found = measure(run, image_side, missing, prepare=prepare, budget_s=budget_s, track=track, clock=clock)
             kept = found if kept is None else _joined(cells, kept, found)
             file.write(kept)
     return measurement_of(kept, is_padded=is_padded)

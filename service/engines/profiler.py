@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import median, median_low
@@ -20,6 +20,8 @@ MIN_RUNS = 3
 # shape, some 50 ms, matters little to it, and the lower of the two figures is without that work.
 SLOW_S = 0.1
 MIN_SLOW_RUNS = 2
+
+Track = Callable[[Sequence[Cell]], Iterable[Cell]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ def measure(
     *,
     prepare: Prepare = lambda *_: None,
     budget_s: float = BUDGET_S,
+    track: Track = iter,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Figures:
     """Time cells, round by round, so that a disturbance does not hit one of them alone.
@@ -72,17 +75,18 @@ def measure(
         cells: what to time; not empty.
         prepare: the engine's `prepare`; its time does not count.
         budget_s: seconds after which no further round begins.
+        track: passes on the cells of each round in turn, and may show how far the round is.
         clock: monotonic, in seconds.
     """
     began_at = datetime.now(UTC)
     time_once = stopwatch(run, image_side, max(size for _, size in cells), clock, prepare)
     ends_at = clock() + budget_s
-    first = {cell: time_once(cell) for cell in cells}
+    first = {cell: time_once(cell) for cell in track(cells)}
     needed = {cell: MIN_SLOW_RUNS if seconds >= SLOW_S else MIN_RUNS for cell, seconds in first.items()}
     runs = {cell: [seconds] if seconds >= SLOW_S else [] for cell, seconds in first.items()}
     order = random.Random(0)
     while due := [cell for cell in runs if clock() < ends_at or len(runs[cell]) < needed[cell]]:
-        for cell in order.sample(due, len(due)):
+        for cell in track(order.sample(due, len(due))):
             runs[cell].append(time_once(cell))
     middle = {cell: middle_of(figures) for cell, figures in runs.items()}
     seconds, spread = ({cell: pair[part] for cell, pair in middle.items()} for part in (0, 1))

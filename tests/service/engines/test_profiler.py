@@ -2,7 +2,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -260,17 +260,22 @@ def test_an_unusable_file_is_logged_in_one_line_and_its_latencies_are_measured_a
     assert len(engine.runs) == runs + PROBES  # the new file is sound
 
 
-def test_what_is_missing_from_a_stored_profile_is_announced_and_measured(
+def test_what_is_missing_from_a_stored_profile_is_measured_and_its_rounds_are_tracked(
     engine: FakeEngine, load: Callable[..., Measurement], tmp_path: Path
 ) -> None:
     """A server completes it in idle moments; `supervit profile` needs all of it now."""
-    announced: list[int] = []
-    whole = load(announce=announced.append)
+    rounds: list[int] = []
+
+    def track(cells: Sequence[Cell]) -> Iterator[Cell]:
+        rounds.append(len(cells))
+        return iter(cells)
+
+    whole = load(track=track)
     path = kept_file(tmp_path)
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"rows": content["rows"][1:]}))
-    completed = load(announce=announced.append)
-    assert announced == [6, 1]
+    completed = load(track=track)
+    assert rounds == [6] * (MIN_RUNS + 1) + [1] * (MIN_RUNS + 1)
     assert completed.table.batch_sizes == BATCH_SIZES
     for subnetwork, figures in whole.table.seconds.items():
         assert completed.table.seconds[subnetwork] == pytest.approx(figures)
