@@ -1,4 +1,4 @@
-"""Creates the engine of a candidate while another model is served, in the processor time that requests leave.
+"""Creates the engine of a candidate while another model is served, which has the first claim on the processors.
 
 A separate process compiles it. A thread then takes over the compiled graphs, which needs a few tenths of a second.
 Threads that OpenVINO starts meanwhile inherit the low priority of that thread for good. Two for each graph do nothing
@@ -21,10 +21,12 @@ from typing import BinaryIO, TypeVar, cast
 
 from models.checkpoint import Checkpoint
 from service.engines.base import Engine
-from service.engines.compile_process import LENGTH, use_spare_time
+from service.engines.compile_process import LENGTH
 from service.engines.factory import EngineChoice, open_engine
+from service.engines.priority import give_way
 from service.errors import NotReadyError
 
+NICENESS = 19  # of the thread that imports; at 10, requests were late as often as with an import between two batches
 POLL_S = 0.1  # between two checks whether the server is stopping
 PATIENCE_S = 60.0  # on two busy cores the process took some ten seconds for the default checkpoint
 
@@ -55,9 +57,9 @@ def open_candidate(
     if checkpoint.path is None:
         return open_engine(checkpoint, choice)
     arguments = [str(checkpoint.path), checkpoint.version, json.dumps(asdict(choice))]
-    begin_import = use_spare_time if choice.threads <= served_threads else None
+    niceness = NICENESS if choice.threads <= served_threads else 0
     try:
-        return open_engine(checkpoint, choice, compiled=partial(_compile, arguments, is_stopping, begin_import))
+        return open_engine(checkpoint, choice, compiled=partial(_compile, arguments, is_stopping, niceness))
     except TimeoutError:
         logger.info("the machine has no time to spare: the new model is compiled at the cost of requests")
         return open_engine(checkpoint, choice)
@@ -66,7 +68,7 @@ def open_candidate(
 def _compile(
     arguments: list[str],
     is_stopping: Callable[[], bool],
-    begin_import: Callable[[], None] | None,
+    niceness: int,
     read: Callable[[bytes], T],
 ) -> Iterator[T]:
     with _nameless_file() as file:
@@ -83,7 +85,7 @@ def _compile(
         if process.returncode:
             raise RuntimeError(f"the compilation ended with {process.returncode}: {messages}")
         file.seek(0)
-        with ThreadPoolExecutor(1, "import", begin_import) as thread:
+        with ThreadPoolExecutor(1, "import", give_way, (niceness,)) as thread:
             while head := file.read(LENGTH.size):
                 yield thread.submit(read, file.read(LENGTH.unpack(head)[0])).result()
 

@@ -1,25 +1,16 @@
 """The process that compiles a checkpoint for a server, without taking time from its requests.
 
-`service.engines.candidate_engine` starts it. Its priority is the lowest; in the server's own process, all threads that
-libraries start must keep the normal one.
+`service.engines.candidate_engine` starts it. Its priority is the lowest, which no thread of a server may have.
 """
 
 import json
 import os
 import struct
 import sys
-from contextlib import suppress
+
+from service.engines.priority import use_spare_time
 
 LENGTH = struct.Struct("<Q")  # of a graph, in bytes
-
-
-def use_spare_time() -> None:
-    """Give this thread, and the threads that it will start, only the processor time that no other thread wants.
-
-    There is no way back. Where the system does not offer this, the thread keeps its priority.
-    """
-    with suppress(AttributeError, OSError):  # on Linux, unless a sandbox forbids it
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def main(path: str, version: str, choice: str, file: str) -> None:
@@ -34,7 +25,6 @@ def main(path: str, version: str, choice: str, file: str) -> None:
     Raises:
         SystemExit: the checkpoint has another version.
     """
-    os.nice(19)
     use_spare_time()
     # These imports take seconds of a processor, so they wait for the low priority.
     import torch

@@ -7,8 +7,6 @@ precision, two patches of nearly the same score may change places.
 import asyncio
 import logging
 import math
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +23,11 @@ from models.supervit import SuperViT
 from models.tokens import FUSED
 from service.decoding.decoder import Decoder
 from service.domain import InferenceRequest
+from service.engines.priority import give_way
 from service.errors import ModelError, OverloadedError
 from service.scheduling.key_ledger import KeyLedger
 
-NICENESS = 10  # the thread gets a tenth of a core that others want as well
+NICENESS = 10
 LAST_PRIORITY = -100  # lower than any priority that a request may ask for
 RETRY_AFTER_S = 1.0
 LONGEST_WAIT_S = 10.0  # for the image to be decoded; no other image can be explained during that time
@@ -68,7 +67,7 @@ class Explainer:
             clock: monotonic, in seconds; the clock of the ledger.
         """
         self._model, self._decoder, self._ledger, self._clock = model, decoder, ledger, clock
-        self._thread = ThreadPoolExecutor(1, "explain", initializer=_give_way)
+        self._thread = ThreadPoolExecutor(1, "explain", initializer=give_way, initargs=(NICENESS,))
         self._is_taken = False
 
     @property
@@ -140,8 +139,3 @@ class Explainer:
 def _kept(block: int, numbers: list[int], scores: list[float]) -> KeptPatches:
     ranked = sorted((number, score) for number, score in zip(numbers, scores, strict=True) if number != FUSED)
     return KeptPatches(block, tuple(n for n, _ in ranked), tuple(s for _, s in ranked), FUSED in numbers)
-
-
-def _give_way() -> None:
-    """Lower the priority of this thread, and of the PyTorch threads that it starts, in favour of all others."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # on Linux, for this thread alone
