@@ -18,6 +18,8 @@ def use_spare_time() -> None:
 def give_way(niceness: int) -> None:
     """Give this thread, and the threads that it starts, less of a processor that other threads want as well.
 
-    At a niceness of 10 it gets a tenth, at 19 a sixtieth.
+    At a niceness of 10 it gets a tenth, at 19 a sixtieth. A thread that is nicer already keeps its niceness.
     """
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)  # on Linux, for this thread alone
+    thread = threading.get_native_id()  # on Linux, priorities are those of threads
+    if os.getpriority(os.PRIO_PROCESS, thread) < niceness:
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)
