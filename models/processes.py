@@ -1,5 +1,6 @@
 """The processes of a torchrun job: their ranks and devices, their random seeds, and what they exchange."""
 
+import importlib
 import os
 import random
 from collections.abc import Iterator
@@ -52,6 +53,9 @@ def join_processes(device: str) -> Process:
     if own_device.type == "cuda":
         torch.cuda.set_device(own_device)  # otherwise NCCL and pinned memory open GPU 0 in every process
     if count > 1 and not distributed.is_initialized():
+        # Optimisers import it later. The group that exists then is the default argument of its functions and never
+        # destroyed; its threads abort the process if they need the interpreter after its end.
+        importlib.import_module("torch.distributed.nn")
         # The others wait while the first process saves, for which torch's default of ten minutes may not be enough.
         distributed.init_process_group("nccl" if own_device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     return Process(rank, count, own_device)

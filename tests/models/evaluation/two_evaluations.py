@@ -2,7 +2,8 @@
 
     python -m torch.distributed.run --nproc-per-node 2 two_evaluations.py CHECKPOINT DATA FOUND_JSON
 
-The first process writes the results of both, and how many images each has seen, to FOUND_JSON.
+The first process writes the results of both, how many images each has seen, and which of its own threads for the
+exchange are left at the end, to FOUND_JSON.
 """
 
 import json
@@ -40,5 +41,8 @@ if __name__ == "__main__":
             process=process,
         )
         profiles, seen = gather(repr(found.profile)), gather(num_seen)
+    threads = [(each / "comm").read_text().strip() for each in Path("/proc/self/task").iterdir()]
     if process.is_first:
-        found_json.write_text(json.dumps({"profiles": profiles, "num_seen": seen, "basis": found.basis}))
+        left = [name for name in threads if "gloo" in name]
+        content = {"profiles": profiles, "num_seen": seen, "basis": found.basis, "left": left}
+        found_json.write_text(json.dumps(content))
