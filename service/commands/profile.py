@@ -68,4 +68,5 @@ def warn_if_noisy(measurement: Measurement) -> None:
 
 
 def _show_progress(cells: Sequence[Cell]) -> "tqdm[Cell]":
-    return tqdm(cells, "measuring the latencies of this machine, round by round", unit=" batches", leave=False)
+    what = "measuring the latencies of this machine, round by round"
+    return tqdm(cells, what, unit=" batches", leave=False, mininterval=1)
